@@ -1,0 +1,202 @@
+"""`eddyline <verb>`: one typer command a verb; each loads only what it needs.
+
+Exit codes: 0 done, 1 it did not work, 2 the command line or a setting is wrong, 3 Kafka is not the log that
+the fences in Redis were written for (`eddyline accept-log` resolves it).
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from eddyline import __version__
+from eddyline.errors import EddylineError, LogMismatch, SettingsError
+from eddyline.settings import Settings, load
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    help="Live retrieval for recommenders: a click changes the very next answer.",
+)  # fmt: skip
+
+User = Annotated[str, typer.Argument(help="The user's id.")]
+ItemId = Annotated[str, typer.Argument(help="The item's id.")]
+Address = Annotated[str, typer.Option(help="The query worker's address; by default the one that runs here.")]
+
+
+def main() -> None:
+    """Run the command line; an error that Eddyline raises on purpose is one sentence, not a traceback."""
+    try:
+        app()
+    except SettingsError as error:
+        _fail(str(error), 2)
+    except LogMismatch as error:
+        _fail(str(error), 3)
+    except EddylineError as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(sentence: str, code: int) -> None:
+    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(f"eddyline: {sentence}")
+    sys.exit(code)
+
+
+def _settings() -> Settings:
+    from eddyline.local.endpoints import resolve
+
+    return resolve(load())
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    Console().print(__version__, highlight=False)
+
+
+@app.command()
+def up(foreground: Annotated[bool, typer.Option(help="Stay in this terminal.")] = False) -> None:
+    """Start a local Kafka and Valkey that survive restarts; data lies in `data_dir`."""
+    from eddyline.cli import servers
+
+    servers.up(load(), foreground=foreground)
+
+
+@app.command()
+def down() -> None:
+    """Stop the local Kafka and Valkey; the data stays."""
+    from eddyline.cli import servers
+
+    servers.down(load())
+
+
+@app.command()
+def demo(
+    data: Annotated[str, typer.Option(envvar="DATA", help="movielens or generated.")] = "movielens",
+    once: Annotated[bool, typer.Option(envvar="ONCE", help="Exit after the show, 0 if it is right.")] = False,
+) -> None:
+    """Show a click change an answer, from nothing, on real Kafka and Redis; stays up until Ctrl-C."""
+    from eddyline.demo.show import run
+
+    sys.exit(run(load(), data=data, once=once))
+
+
+@app.command()
+def ingest() -> None:
+    """Run an ingest process (as `python -m streams`)."""
+    runpy.run_module("streams", run_name="__main__", alter_sys=True)
+
+
+@app.command()
+def worker() -> None:
+    """Run a query worker (as `python -m serving`)."""
+    runpy.run_module("serving", run_name="__main__", alter_sys=True)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(context: typer.Context) -> None:
+    """Train a generation and activate it (as `python -m embeddings.training`; takes its options)."""
+    sys.argv = ["eddyline train", *context.args]
+    runpy.run_module("embeddings.training", run_name="__main__")
+
+
+@app.command()
+def click(
+    user: User,
+    item: ItemId,
+    kind: Annotated[str, typer.Option(help="click, view, like, cart, purchase or dislike.")] = "click",
+    weight: Annotated[float, typer.Option(help="How much it counts.")] = 1.0,
+    event_id: Annotated[str, typer.Option(help="By default a new one.")] = "",
+) -> None:
+    """Send one click; prints the token that `eddyline query --after` takes."""
+    from eddyline.cli import producers
+
+    producers.click(_settings(), user, item, kind=kind, weight=weight, event_id=event_id)
+
+
+@app.command()
+def item(
+    item_id: ItemId,
+    title: Annotated[str, typer.Option(help="Its title.")] = "",
+    category: Annotated[list[str] | None, typer.Option(help="A category; may be repeated.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="A tag; may be repeated.")] = None,
+    attribute: Annotated[list[str] | None, typer.Option(help="name=value; may be repeated.")] = None,
+    unavailable: Annotated[bool, typer.Option(help="Known, but in no answer.")] = False,
+    delete: Annotated[bool, typer.Option(help="Delete it.")] = False,
+) -> None:
+    """Add, change or delete one item (the whole item each time)."""
+    from eddyline.cli import producers
+
+    if delete:
+        producers.delete_item(_settings(), item_id)
+        return
+    producers.item(
+        _settings(), item_id, title=title, categories=category or [], tags=tag or [],
+        attributes=attribute or [], available=not unavailable,
+    )  # fmt: skip
+
+
+@app.command()
+def replay(
+    file: Annotated[Path, typer.Argument(help="One JSON object a line: clicks, items or users.")],
+    speed: Annotated[float, typer.Option(help="1 keeps the gaps, 10 is ten times as fast, 0 has none.")] = 0,
+    topic: Annotated[str, typer.Option(help="clicks, items or users.")] = "clicks",
+    shift_to_now: Annotated[bool, typer.Option(help="Move all times so that the last one is now.")] = False,
+) -> None:
+    """Send the events of a file, at its own pace or faster."""
+    from eddyline.cli import replay as replaying
+
+    replaying.replay_file(_settings(), file, speed=speed, topic=topic, shift_to_now=shift_to_now)
+
+
+@app.command()
+def query(
+    user: User,
+    k: Annotated[int, typer.Option("--k", "-k", help="How many items.")] = 10,
+    after: Annotated[str, typer.Option(help="Wait for this click, partition/offset.")] = "",
+    wait_ms: Annotated[int, typer.Option(help="How long to wait for it.")] = 1_000,
+    address: Address = "",
+    as_json: Annotated[bool, typer.Option("--json", help="The whole answer as JSON.")] = False,
+) -> None:
+    """Ask a query worker for a user's items; shows where each came from and how fresh the answer is."""
+    from eddyline.cli import queries
+
+    queries.query(load(), user, k=k, after=after, wait_ms=wait_ms, address=address, as_json=as_json)
+
+
+@app.command()
+def stats(
+    address: Address = "",
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Show what the worker and ingest have applied, and how far they are behind Kafka."""
+    from eddyline.cli import queries
+
+    queries.stats(load(), address=address, as_json=as_json)
+
+
+@app.command("accept-log")
+def accept_log(yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False) -> None:
+    """After Kafka was made anew: let go of the old log's fences, keep lists and embeddings."""
+    from eddyline.stores.redis import RedisStore
+
+    settings = _settings()
+    if not yes:
+        typer.confirm("All fences and event-id windows in Redis go. Is no ingest running?", abort=True)
+    store = RedisStore(settings)
+    dropped = store.accept_log()
+    typer.echo(f"{dropped} fences dropped; ingest reads every topic from its beginning")
+    store.close()
+
+
+@app.command()
+def settings(markdown: Annotated[bool, typer.Option(help="The page docs/configuration.md.")] = False) -> None:
+    """Print every setting and its present value; secrets are hidden."""
+    from eddyline.cli import settings_page
+
+    settings_page.show(load(), markdown=markdown)

@@ -1,0 +1,84 @@
+"""Every error that Eddyline raises on purpose.
+
+    EddylineError
+    ├── SettingsError       a setting is unknown or bad; names the key, the value and its source
+    ├── Rejected            a record is refused; goes to dead-letters with its reason
+    ├── VectorRejected      a vector is of the wrong length, not finite or not of unit norm
+    ├── BundleError         a generation bundle is missing, torn or of another shape
+    ├── LogMismatch         Kafka is not the log that the fences in Redis were written for
+    ├── Unavailable         a server does not answer; the caller waits with back-off and tries again
+    │   ├── StoreUnavailable
+    │   └── KafkaUnavailable
+    ├── StoreRefused        Redis answers, but must not be used as it is set up
+    ├── FenceMoved          a fenced write was refused: the fence is not the one that was read
+    └── LocalServerError    a local Kafka or Valkey cannot be installed or started
+"""
+
+from __future__ import annotations
+
+
+class EddylineError(Exception):
+    """The root: catch this to catch everything that Eddyline raises on purpose."""
+
+
+class SettingsError(EddylineError):
+    """A setting is unknown or has a bad value. The message names key, value and source."""
+
+
+class Rejected(EddylineError):
+    """A record is refused, never repaired.
+
+    reason: a short stable code ("malformed_json", "bad_field", "far_future", …)
+    field:  the field at fault, "" for the whole record
+    detail: one sentence with the offending value, shortened
+    """
+
+    def __init__(self, reason: str, field: str, detail: str) -> None:
+        """Keep the three parts; `str()` is `reason: field: detail`."""
+        super().__init__(f"{reason}: {field or 'record'}: {detail}")
+        self.reason = reason
+        self.field = field
+        self.detail = detail
+
+
+class VectorRejected(EddylineError):
+    """A vector has the wrong length, is not finite or is far from unit norm."""
+
+
+class BundleError(EddylineError):
+    """A generation bundle is missing, torn, or does not fit its manifest."""
+
+
+class LogMismatch(EddylineError):
+    """Kafka is not the log that the fences were written for. Never skipped silently."""
+
+
+class Unavailable(EddylineError):
+    """A server does not answer. Wait with back-off and try again."""
+
+
+class StoreUnavailable(Unavailable):
+    """Redis does not answer, or is still loading."""
+
+
+class KafkaUnavailable(Unavailable):
+    """Kafka does not answer."""
+
+
+class StoreRefused(EddylineError):
+    """Redis answers but must not be used: it may drop keys, or holds another layout."""
+
+
+class FenceMoved(EddylineError):
+    """A fenced write was refused whole, because the fence is not the one that was read."""
+
+    def __init__(self, key: str, expected: str, found: str) -> None:
+        """key: the fence's key; expected, found: its value as written, "" for absent."""
+        super().__init__(f"fence {key} is {found or 'absent'}, expected {expected or 'absent'}")
+        self.key = key
+        self.expected = expected
+        self.found = found
+
+
+class LocalServerError(EddylineError):
+    """A local server cannot be installed or started. Says which step, why and what to do."""

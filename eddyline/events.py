@@ -1,0 +1,197 @@
+"""The wire format of what producers send: clicks, items and user profiles, as JSON.
+
+One codec for every reader. It rejects, it never repairs: a record that does not fit raises `Rejected`
+with a reason, a field and the value, and goes to the dead-letters topic. Unknown fields are ignored, so a
+newer producer can talk to an older reader.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from typing import Annotated, Literal, TypeVar, get_args
+
+import msgspec
+from msgspec import Meta
+
+from eddyline.errors import Rejected
+
+Kind = Literal["click", "view", "like", "cart", "purchase", "dislike"]
+KINDS: tuple[str, ...] = get_args(Kind)
+
+# Keys live in Redis keys, gRPC answers and log lines; 256 bytes hold any id seen in practice.
+ID_BYTES_MAX = 256
+# A title is shown and hashed into trigrams; the longest of 9,742 film titles has 158 characters.
+TITLE_CHARS_MAX = 1_000
+LABELS_MAX = 64
+ATTRIBUTES_MAX = 64
+TEXT_CHARS_MAX = 256
+VECTOR_LENGTH_MAX = 4_096
+# The last millisecond of the year 9999: later values are seconds or microseconds taken for milliseconds.
+AT_MS_MAX = 253_402_300_799_999
+# A value quoted in a reason is cut: dead-letter headers and log lines stay short.
+QUOTE_CHARS_MAX = 80
+
+Id = Annotated[str, Meta(min_length=1, max_length=ID_BYTES_MAX)]
+Text = Annotated[str, Meta(max_length=TEXT_CHARS_MAX)]
+Label = Annotated[str, Meta(min_length=1, max_length=TEXT_CHARS_MAX)]
+AtMs = Annotated[int, Meta(ge=0, le=AT_MS_MAX)]
+Scalar = str | int | float | bool
+Attributes = Annotated[dict[Label, Scalar], Meta(max_length=ATTRIBUTES_MAX)]
+Labels = Annotated[list[Label], Meta(max_length=LABELS_MAX)]
+
+
+class Click(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """One behaviour of one user on one item.
+
+    event_id: the producer's own id, the same when it re-sends; left out, the coordinates stand for it
+    at_ms:    when it happened, milliseconds since 1970 UTC (event time)
+    weight:   how much it counts, above 0 and at most 100; 1 where left out
+    """
+
+    user_id: Id
+    item_id: Id
+    at_ms: AtMs
+    kind: Kind = "click"
+    event_id: Id | None = None
+    weight: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    context: Attributes | None = None
+    impression_id: Id | None = None
+
+
+class Item(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole item, as a change feed's after-image (no patches).
+
+    vector: given dense features (an image or sentence embedding) for the item tower; its length is the
+            setting `item_vector_dimension`, 0 by default: then no item may carry one
+    """
+
+    item_id: Id
+    title: Annotated[str, Meta(max_length=TITLE_CHARS_MAX)] = ""
+    categories: Labels = []
+    tags: Labels = []
+    attributes: Attributes = {}
+    available: bool = True
+    at_ms: AtMs = 0
+    vector: Annotated[list[float], Meta(max_length=VECTOR_LENGTH_MAX)] | None = None
+
+
+class UserProfile(msgspec.Struct, frozen=True, kw_only=True):
+    """A user's whole profile; a null record forgets the user."""
+
+    user_id: Id
+    attributes: Attributes = {}
+    at_ms: AtMs = 0
+
+
+_T = TypeVar("_T")
+_click = msgspec.json.Decoder(Click)
+_item = msgspec.json.Decoder(Item)
+_profile = msgspec.json.Decoder(UserProfile)
+_encoder = msgspec.json.Encoder()
+_WHERE = re.compile(r" - at `\$\.?([^`]*)`")
+_MISSING = re.compile(r"missing required field `([^`]*)`")
+# A cheap first look; only a string that has one of these is looked at by category.
+_SUSPECT = re.compile(r"[^\x20-\x7e]")
+
+
+def encode(record: Click | Item | UserProfile) -> bytes:
+    """The record as JSON, as a producer sends it. Fields at their default are written too."""
+    return _encoder.encode(record)
+
+
+def decode_click(value: bytes | None, *, appended_ms: int, far_future_ms_max: int) -> Click:
+    """A click from a record's value.
+
+    appended_ms: the broker's own time stamp of the record; `at_ms` may lie at most `far_future_ms_max`
+                 after it (never measured against this machine's clock, so that a replay decides alike)
+    Raises Rejected.
+    """
+    click: Click = _decode(_click, value)
+    check_id("user_id", click.user_id)
+    check_id("item_id", click.item_id)
+    if click.event_id is not None:
+        check_id("event_id", click.event_id)
+    check_time(click.at_ms, appended_ms, far_future_ms_max)
+    return click
+
+
+def decode_item(
+    value: bytes, *, key: str | None, appended_ms: int, far_future_ms_max: int, vector_dimension: int
+) -> Item:
+    """An item from a record's value; its key must be its id, or compaction would mix items up.
+
+    Raises Rejected. A null value is a delete and is the caller's business (`check_id` on its key).
+    """
+    item: Item = _decode(_item, value)
+    check_id("item_id", item.item_id)
+    if key != item.item_id:
+        raise Rejected("wrong_key", "item_id", f"{quote(item.item_id)} under the key {quote(key)}")
+    check_time(item.at_ms, appended_ms, far_future_ms_max)
+    if item.vector is not None:
+        if len(item.vector) != vector_dimension:
+            detail = f"has {len(item.vector)} numbers, item_vector_dimension is {vector_dimension}"
+            raise Rejected("wrong_vector_length", "vector", detail)
+        if not all(map(math.isfinite, item.vector)):
+            raise Rejected("not_finite", "vector", "holds NaN or infinity")
+    return item
+
+
+def decode_profile(value: bytes, *, key: str | None, appended_ms: int, far_future_ms_max: int) -> UserProfile:
+    """A user's profile from a record's value; its key must be the user's id. Raises Rejected."""
+    profile: UserProfile = _decode(_profile, value)
+    check_id("user_id", profile.user_id)
+    if key != profile.user_id:
+        raise Rejected("wrong_key", "user_id", f"{quote(profile.user_id)} under the key {quote(key)}")
+    check_time(profile.at_ms, appended_ms, far_future_ms_max)
+    return profile
+
+
+def decode_key(key: bytes | None) -> str | None:
+    """A record's key as text. Raises Rejected where it is not UTF-8."""
+    if key is None:
+        return None
+    try:
+        return key.decode()
+    except UnicodeDecodeError:
+        raise Rejected("malformed_key", "key", f"{quote(key)} is not UTF-8") from None
+
+
+def check_id(field: str, value: str) -> None:
+    """Raise Rejected where an id is empty, longer than 256 bytes of UTF-8, or has control characters."""
+    if not value:
+        raise Rejected("empty_id", field, "is empty")
+    if len(value) > ID_BYTES_MAX or (not value.isascii() and len(value.encode()) > ID_BYTES_MAX):
+        raise Rejected("id_too_long", field, f"{quote(value)} has more than {ID_BYTES_MAX} bytes")
+    if _SUSPECT.search(value) and any(unicodedata.category(c) in ("Cc", "Cs") for c in value):
+        raise Rejected("control_character", field, f"{quote(value)} has a control character")
+
+
+def check_time(at_ms: int, appended_ms: int, far_future_ms_max: int) -> None:
+    """Raise Rejected where an event claims to lie further in the future than the broker's clock allows."""
+    if at_ms > appended_ms + far_future_ms_max:
+        ahead = at_ms - appended_ms
+        detail = f"{at_ms} lies {ahead} ms after the broker's time stamp, allowed are {far_future_ms_max}"
+        raise Rejected("far_future", "at_ms", detail)
+
+
+def quote(value: object) -> str:
+    """A value for a sentence, cut to 80 characters."""
+    text = repr(value)
+    return text if len(text) <= QUOTE_CHARS_MAX else text[: QUOTE_CHARS_MAX - 1] + "…"
+
+
+def _decode(decoder: msgspec.json.Decoder[_T], value: bytes | None) -> _T:
+    if value is None:
+        raise Rejected("no_value", "", "the record has no value")
+    try:
+        return decoder.decode(value)
+    except msgspec.ValidationError as error:
+        message = str(error)
+        where = _MISSING.search(message) or _WHERE.search(message)
+        field = where.group(1) if where else ""
+        sentence = _WHERE.sub("", message)
+        raise Rejected("bad_field", field, sentence[: 2 * QUOTE_CHARS_MAX]) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Rejected("malformed_json", "", str(error)[: 2 * QUOTE_CHARS_MAX]) from None

@@ -1,0 +1,103 @@
+"""Which generation is active, and where its bundle lies: the compacted topic `generations`.
+
+Key `active` holds `{"generation": "<id>"}`, key `<id>` holds that generation's manifest, both as JSON.
+Towers, item vectors, id map and settings of one generation belong together and never mix with another's.
+"""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+from kafka import KafkaConsumer, TopicPartition
+from kafka.errors import KafkaError
+
+from eddyline import kafka
+from eddyline.errors import BundleError, KafkaUnavailable
+from eddyline.settings import Settings
+
+_ACTIVE = b"active"
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """What processes must know of a generation before they load it.
+
+    bundle: the bundle's folder, relative to the setting `bundle_dir` unless it is absolute
+    cut:    partition of `items`, as text -> offset of the last item change that the bundle's vectors hold;
+            −1 or absent for none: the item vectors of the topic begin right after it
+    """
+
+    generation: str
+    bundle: str
+    dimension: int
+    created_ms: int
+    cut: dict[str, int] = {}
+
+
+class _Active(msgspec.Struct, frozen=True):
+    generation: str
+
+
+def publish(settings: Settings, manifest: Manifest, *, activate: bool = True) -> None:
+    """Record a generation and, by default, make it the active one. Makes its item-vectors topic."""
+    kafka.ensure_topics(settings, [kafka.GENERATIONS, kafka.item_vectors(manifest.generation)])
+    topic = settings.prefixed(kafka.GENERATIONS)
+    producer = kafka.make_producer(settings)
+    try:
+        sent = [producer.send(topic, msgspec.json.encode(manifest), key=manifest.generation.encode())]
+        if activate:
+            active_ = msgspec.json.encode(_Active(manifest.generation))
+            sent.append(producer.send(topic, active_, key=_ACTIVE))
+        for future in sent:
+            future.get(timeout=settings.kafka_timeout_ms / 1000)
+    except KafkaError as error:
+        raise KafkaUnavailable(f"topic {topic}: {type(error).__name__}: {error}") from None
+    finally:
+        producer.close(timeout=settings.kafka_timeout_ms / 1000)
+
+
+def active(settings: Settings, timeout_s: float | None = None) -> Manifest | None:
+    """The active generation's manifest, None where there is none yet.
+
+    Raises KafkaUnavailable where the topic cannot be read to its end within `timeout_s` (by default
+    `kafka_timeout_ms`), BundleError where what is recorded there does not fit together.
+    """
+    timeout_s = settings.kafka_timeout_ms / 1000 if timeout_s is None else timeout_s
+    records = _read_all(settings, timeout_s)
+    if _ACTIVE not in records:
+        return None
+    try:
+        generation = msgspec.json.decode(records[_ACTIVE], type=_Active).generation
+        if generation.encode() not in records:
+            raise BundleError(f"generation {generation!r} is active but its manifest is not recorded")
+        return msgspec.json.decode(records[generation.encode()], type=Manifest)
+    except msgspec.DecodeError as error:
+        raise BundleError(f"topic {settings.prefixed(kafka.GENERATIONS)}: {error}") from None
+
+
+def _read_all(settings: Settings, timeout_s: float) -> dict[bytes, bytes]:
+    at = TopicPartition(settings.prefixed(kafka.GENERATIONS), 0)
+    deadline = time.monotonic() + timeout_s
+    records: dict[bytes, bytes] = {}
+    try:
+        consumer = KafkaConsumer(**kafka.client_options(settings), group_id=None)
+        try:
+            if not consumer.partitions_for_topic(at.topic):
+                return {}
+            consumer.assign([at])
+            consumer.seek_to_beginning(at)
+            end = consumer.end_offsets([at])[at]
+            while consumer.position(at) < end:
+                if time.monotonic() > deadline:
+                    raise KafkaUnavailable(f"topic {at.topic} could not be read in {timeout_s:.1f} s")
+                for batch in consumer.poll(timeout_ms=200).values():
+                    for record in batch:
+                        if record.value is None:
+                            records.pop(record.key, None)
+                        else:
+                            records[record.key] = record.value
+        finally:
+            consumer.close()
+    except (KafkaError, OSError) as error:
+        raise KafkaUnavailable(f"topic {at.topic}: {type(error).__name__}: {error}") from None
+    return records

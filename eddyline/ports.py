@@ -1,0 +1,204 @@
+"""The ports: what the rooms ask of state. One file; one adapter per file under `eddyline/stores/`.
+
+Every write is fenced: it names the fence that was read, and is refused whole (`FenceMoved`) where the
+stored one differs. A fence is kept per (slot, source, partition); a source is a topic, or a topic seen by one
+generation (`items@1`). The position of a partition is the lowest of its fences, plus one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from eddyline.behaviour import Behaviour
+
+
+@dataclass(frozen=True, slots=True)
+class LogId:
+    """Which log an offset belongs to: Kafka's cluster id and the topic's id."""
+
+    cluster_id: str
+    topic_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """Everything of the partition up to and with `offset` has been applied."""
+
+    offset: int
+    log: LogId
+
+    def __str__(self) -> str:
+        """As it is stored: `offset|cluster id|topic id`."""
+        return f"{self.offset}|{self.log.cluster_id}|{self.log.topic_id}"
+
+    @classmethod
+    def parse(cls, text: str) -> Fence:
+        """The reverse of `str()`."""
+        offset, cluster_id, topic_id = text.split("|")
+        return cls(int(offset), LogId(cluster_id, topic_id))
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One partition of a source: ("clicks", 3), ("items", 0) or ("items@1", 0)."""
+
+    name: str
+    partition: int
+
+
+@dataclass(frozen=True, slots=True)
+class UserRead:
+    """What one chunk of clicks needs to be computed; see `StateStore.read_users`.
+
+    accepted_at: event id -> the offset under which it was accepted; absent where it is new
+    embeddings:  user id -> (steps, bytes of float32[d]); absent where there is none yet
+    profiles:    user id -> attributes; absent where there is none
+    """
+
+    fence: Fence | None
+    accepted_at: Mapping[str, int]
+    behaviours: Mapping[str, Behaviour]
+    embeddings: Mapping[str, tuple[int, bytes]]
+    profiles: Mapping[str, Mapping[str, object]]
+
+
+@dataclass(slots=True)
+class UserEffects:
+    """All effects of one chunk of clicks on one user slot.
+
+    accepted:     event id -> offset, for the events that are new
+    window_floor: accepted ids with a lower offset leave the window
+    behaviours:   user id -> his whole new list
+    embeddings:   user id -> (steps, bytes of float32[d]) of `generation`
+    """
+
+    accepted: dict[str, int] = field(default_factory=dict)
+    window_floor: int = 0
+    behaviours: dict[str, Behaviour] = field(default_factory=dict)
+    generation: str = ""
+    embeddings: dict[str, tuple[int, bytes]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What is stored of an item. A deleted one keeps its version, so that a delete wins for ever.
+
+    body: the item as JSON (`events.encode`), b"" where it is deleted
+    """
+
+    partition: int
+    offset: int
+    body: bytes
+
+    @property
+    def deleted(self) -> bool:
+        """Whether the last change of this item was a delete."""
+        return not self.body
+
+
+@dataclass(frozen=True, slots=True)
+class UserState:
+    """All that one query needs of one user, read in one round trip.
+
+    fence:      the clicks fence of the user's slot; None where nothing was ever applied there
+    behaviour:  `behaviour.EMPTY` for an unknown user
+    applied_us: Redis' clock when the list was last written, 0 for an unknown user
+    embedding:  (steps, bytes of float32[d]) of the generation asked for
+    """
+
+    fence: Fence | None
+    behaviour: Behaviour
+    applied_us: int
+    embedding: tuple[int, bytes] | None
+    profile: Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How state is cut; written once, refused where a process comes with another one."""
+
+    version: int
+    clicks_partitions: int
+    items_partitions: int
+    item_slots: int
+
+
+class StateStore(Protocol):
+    """State behind fences. Implemented by `stores.memory` and `stores.redis`; one contract suite.
+
+    Thread rule: any thread. Every call has a time-out and raises StoreUnavailable where the server
+    does not answer in time; the caller waits with back-off.
+    """
+
+    def check(self) -> None:
+        """Raise StoreRefused where the server may drop keys (its eviction policy) or is not writable."""
+
+    def claim_layout(self, layout: Layout) -> None:
+        """Write the layout where there is none; raise StoreRefused where another one is stored."""
+
+    def layout(self) -> Layout | None:
+        """The stored layout, None on a new store."""
+
+    def fences(self, source: Source, slots: Sequence[str]) -> dict[str, Fence | None]:
+        """The fence of each slot for one partition of a source."""
+
+    def read_users(
+        self, slot: str, source: Source, event_ids: Sequence[str], user_ids: Sequence[str], generation: str
+    ) -> UserRead:
+        """Everything a chunk needs, read at one instant. generation "" reads no embeddings."""
+
+    def write_users(
+        self, slot: str, source: Source, expected: Fence | None, new: Fence, effects: UserEffects
+    ) -> int:
+        """Apply all effects and move the fence, or raise FenceMoved. Returns applied_us (server clock)."""
+
+    def write_profiles(
+        self,
+        slot: str,
+        source: Source,
+        expected: Fence | None,
+        new: Fence,
+        profiles: Mapping[str, Mapping[str, object] | None],
+        generations: Sequence[str],
+    ) -> None:
+        """Set profiles and move the fence, or raise FenceMoved.
+
+        None forgets the user: profile, list and the embeddings of all `generations` are deleted.
+        """
+
+    def count_clicks(
+        self, slot: str, source: Source, expected: Fence | None, new: Fence,
+        counts: Mapping[int, Mapping[str, int]], buckets_kept: int,
+    ) -> None:
+        """Add clicks to the popularity buckets and move the fence, or raise FenceMoved.
+
+        counts: bucket number -> item id -> thousandths of a click (integers, so that sums of many writers
+                are exact in any order); buckets older than the newest `buckets_kept` are dropped
+        """  # fmt: skip
+
+    def read_cards(self, item_ids: Sequence[str], item_slots: int) -> dict[str, Card]:
+        """The cards that exist, deleted ones included, by item id."""
+
+    def write_cards(
+        self, slot: str, source: Source, expected: Fence | None, new: Fence, cards: Mapping[str, Card]
+    ) -> None:
+        """Store cards (a card with a lower source offset than the stored one is skipped) and move the
+        fence, or raise FenceMoved. With no cards it only moves the fence.
+        """  # fmt: skip
+
+    def read_user(self, slot: str, partition: int, user_id: str, generation: str) -> UserState:
+        """All that a query needs of a user, in one round trip."""
+
+    def popular(self, slot: str, limit: int) -> dict[int, dict[str, int]]:
+        """The `limit` most counted items of each kept bucket: bucket number -> item id -> thousandths."""
+
+    def accept_log(self) -> int:
+        """Take Kafka's present log for the truth: drop all fences and event-id windows, and reset the
+        cards' versions, so that every record of the log is read and any item in it is newer. Lists,
+        embeddings and counts stay. Only while no ingest runs. Returns how many fences were dropped.
+        """
+
+    def close(self) -> None:
+        """Let go of connections. Calls after it raise StoreUnavailable."""

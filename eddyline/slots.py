@@ -1,0 +1,47 @@
+"""Where a key lives: the Kafka partition of a key, and the Redis slot tag of a user or an item.
+
+The partition is the Java client's (murmur2, positive, modulo): kafka-python and aiokafka agree with it,
+librdkafka needs `partitioner=murmur2_random`. A worker derives a user's slot from it.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+_M = 0x5BD1E995
+_MASK = 0xFFFFFFFF
+
+
+def murmur2(data: bytes) -> int:
+    """Kafka's murmur2 (seed 0x9747b28c), as an unsigned 32-bit integer.
+
+    >>> murmur2(b"ana")
+    1401504040
+    """
+    length = len(data)
+    h = 0x9747B28C ^ length
+    for at in range(0, length - length % 4, 4):
+        k = int.from_bytes(data[at : at + 4], "little") * _M & _MASK
+        k = (k ^ (k >> 24)) * _M & _MASK
+        h = (h * _M & _MASK) ^ k
+    rest = data[length - length % 4 :]
+    if rest:
+        h = (h ^ int.from_bytes(rest, "little")) * _M & _MASK
+    h = (h ^ (h >> 13)) * _M & _MASK
+    return h ^ (h >> 15)
+
+
+@lru_cache(maxsize=65536)
+def partition_of(key: str, partitions: int) -> int:
+    """The partition that every Java-compatible producer picks for this key."""
+    return (murmur2(key.encode()) & 0x7FFFFFFF) % partitions
+
+
+def user_slot(partition: int) -> str:
+    """The slot tag of the users whose clicks lie in this partition: `u3`."""
+    return f"u{partition}"
+
+
+def item_slot(item_id: str, slots: int) -> str:
+    """The slot tag of an item: `i0` … by a hash of its id; one slot by default."""
+    return f"i{partition_of(item_id, slots) if slots > 1 else 0}"

@@ -1,0 +1,1 @@
+"""Adapters of `ports.StateStore`, one file each."""

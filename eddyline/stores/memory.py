@@ -1,0 +1,210 @@
+"""State in this process: for simulations and tests. The same contract suite as for Redis."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from eddyline import behaviour
+from eddyline.behaviour import Behaviour
+from eddyline.errors import FenceMoved, StoreRefused, StoreUnavailable
+from eddyline.ports import Card, Fence, Layout, Source, UserEffects, UserRead, UserState
+from eddyline.slots import item_slot
+
+
+@dataclass
+class _State:
+    layout: Layout | None = None
+    fences: dict[tuple[str, Source], Fence] = field(default_factory=dict)
+    window: dict[str, dict[str, int]] = field(default_factory=dict)
+    behaviours: dict[tuple[str, str], tuple[Behaviour, int]] = field(default_factory=dict)
+    embeddings: dict[tuple[str, str, str], tuple[int, bytes]] = field(default_factory=dict)
+    profiles: dict[tuple[str, str], dict[str, object]] = field(default_factory=dict)
+    buckets: dict[str, dict[int, dict[str, int]]] = field(default_factory=dict)
+    cards: dict[str, Card] = field(default_factory=dict)
+
+
+class MemoryStore:
+    """A `StateStore` in a dictionary. Thread rule: any thread; one lock over every call."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._state = _State()
+        self._closed = False
+
+    def snapshot(self) -> _State:
+        """A copy of all state, for `restore`."""
+        with self._lock:
+            return copy.deepcopy(self._state)
+
+    def restore(self, state: _State) -> None:
+        """Go back in time, as a Redis does that lost its last second."""
+        with self._lock:
+            self._state = copy.deepcopy(state)
+
+    def check(self) -> None:
+        """Nothing to refuse: this store drops no keys."""
+        self._open()
+
+    def claim_layout(self, layout: Layout) -> None:
+        """See `StateStore.claim_layout`."""
+        with self._lock:
+            self._open()
+            if self._state.layout not in (None, layout):
+                raise StoreRefused(f"the store is laid out as {self._state.layout}, not {layout}")
+            self._state.layout = layout
+
+    def layout(self) -> Layout | None:
+        """See `StateStore.layout`."""
+        self._open()
+        return self._state.layout
+
+    def fences(self, source: Source, slots: Sequence[str]) -> dict[str, Fence | None]:
+        """See `StateStore.fences`."""
+        with self._lock:
+            self._open()
+            return {slot: self._state.fences.get((slot, source)) for slot in slots}
+
+    def read_users(
+        self, slot: str, source: Source, event_ids: Sequence[str], user_ids: Sequence[str],
+        generation: str,
+    ) -> UserRead:  # fmt: skip
+        """See `StateStore.read_users`."""
+        with self._lock:
+            self._open()
+            state, window = self._state, self._state.window.get(slot, {})
+            return UserRead(
+                fence=state.fences.get((slot, source)),
+                accepted_at={e: window[e] for e in event_ids if e in window},
+                behaviours={
+                    u: state.behaviours[slot, u][0] for u in user_ids if (slot, u) in state.behaviours
+                },
+                embeddings={
+                    u: state.embeddings[slot, generation, u]
+                    for u in user_ids
+                    if generation and (slot, generation, u) in state.embeddings
+                },
+                profiles={
+                    u: state.profiles[slot, u] for u in user_ids if (slot, u) in state.profiles
+                },
+            )
+
+    def write_users(
+        self, slot: str, source: Source, expected: Fence | None, new: Fence, effects: UserEffects
+    ) -> int:
+        """See `StateStore.write_users`."""
+        with self._lock:
+            self._move(slot, source, expected, new)
+            state, applied_us = self._state, time.time_ns() // 1000
+            window = state.window.setdefault(slot, {})
+            window.update(effects.accepted)
+            for event_id in [e for e, at in window.items() if at < effects.window_floor]:
+                del window[event_id]
+            for user, behaviour_ in effects.behaviours.items():
+                state.behaviours[slot, user] = (behaviour_, applied_us)
+            for user, embedding in effects.embeddings.items():
+                state.embeddings[slot, effects.generation, user] = embedding
+            return applied_us
+
+    def write_profiles(
+        self, slot: str, source: Source, expected: Fence | None, new: Fence,
+        profiles: Mapping[str, Mapping[str, object] | None], generations: Sequence[str],
+    ) -> None:  # fmt: skip
+        """See `StateStore.write_profiles`."""
+        with self._lock:
+            self._move(slot, source, expected, new)
+            for user, profile in profiles.items():
+                if profile is not None:
+                    self._state.profiles[slot, user] = dict(profile)
+                    continue
+                self._state.profiles.pop((slot, user), None)
+                self._state.behaviours.pop((slot, user), None)
+                for generation in generations:
+                    self._state.embeddings.pop((slot, generation, user), None)
+
+    def count_clicks(
+        self, slot: str, source: Source, expected: Fence | None, new: Fence,
+        counts: Mapping[int, Mapping[str, int]], buckets_kept: int,
+    ) -> None:  # fmt: skip
+        """See `StateStore.count_clicks`."""
+        with self._lock:
+            self._move(slot, source, expected, new)
+            buckets = self._state.buckets.setdefault(slot, {})
+            for bucket, items in counts.items():
+                counted = buckets.setdefault(bucket, {})
+                for item_id, thousandths in items.items():
+                    counted[item_id] = counted.get(item_id, 0) + thousandths
+            for bucket in [b for b in buckets if b <= max(buckets) - buckets_kept]:
+                del buckets[bucket]
+
+    def read_cards(self, item_ids: Sequence[str], item_slots: int) -> dict[str, Card]:
+        """See `StateStore.read_cards`."""
+        with self._lock:
+            self._open()
+            keys = {item_id: f"{item_slot(item_id, item_slots)}:{item_id}" for item_id in item_ids}
+            return {i: self._state.cards[k] for i, k in keys.items() if k in self._state.cards}
+
+    def write_cards(
+        self, slot: str, source: Source, expected: Fence | None, new: Fence,
+        cards: Mapping[str, Card],
+    ) -> None:  # fmt: skip
+        """See `StateStore.write_cards`."""
+        with self._lock:
+            self._move(slot, source, expected, new)
+            for item_id, card in cards.items():
+                stored = self._state.cards.get(f"{slot}:{item_id}")
+                if stored is None or stored.offset <= card.offset:
+                    self._state.cards[f"{slot}:{item_id}"] = card
+
+    def read_user(self, slot: str, partition: int, user_id: str, generation: str) -> UserState:
+        """See `StateStore.read_user`."""
+        with self._lock:
+            self._open()
+            state = self._state
+            seen, applied_us = state.behaviours.get((slot, user_id), (behaviour.EMPTY, 0))
+            return UserState(
+                fence=state.fences.get((slot, Source("clicks", partition))),
+                behaviour=seen,
+                applied_us=applied_us,
+                embedding=state.embeddings.get((slot, generation, user_id)),
+                profile=state.profiles.get((slot, user_id), {}),
+            )
+
+    def popular(self, slot: str, limit: int) -> dict[int, dict[str, int]]:
+        """See `StateStore.popular`."""
+        with self._lock:
+            self._open()
+            buckets = self._state.buckets.get(slot, {})
+            return {
+                b: dict(sorted(items.items(), key=lambda x: (x[1], x[0]), reverse=True)[:limit])
+                for b, items in buckets.items()
+            }
+
+    def accept_log(self) -> int:
+        """See `StateStore.accept_log`."""
+        with self._lock:
+            self._open()
+            fences = len(self._state.fences)
+            self._state.fences.clear()
+            self._state.window.clear()
+            self._state.cards = {k: Card(-1, -1, c.body) for k, c in self._state.cards.items()}
+            return fences
+
+    def close(self) -> None:
+        """See `StateStore.close`."""
+        self._closed = True
+
+    def _open(self) -> None:
+        if self._closed:
+            raise StoreUnavailable("the store is closed")
+
+    def _move(self, slot: str, source: Source, expected: Fence | None, new: Fence) -> None:
+        self._open()
+        found = self._state.fences.get((slot, source))
+        if found != expected:
+            key = f"fence:{slot}:{source.name}:{source.partition}"
+            raise FenceMoved(key, str(expected or ""), str(found or ""))
+        self._state.fences[slot, source] = new

@@ -1,0 +1,207 @@
+"""One suite over every `StateStore`: a new adapter is one more line in `make_store`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from eddyline.behaviour import EMPTY, Behaviour, Entry
+from eddyline.errors import FenceMoved, StoreRefused, StoreUnavailable
+from eddyline.ports import Card, Fence, Layout, LogId, Source, StateStore, UserEffects
+from eddyline.settings import Settings
+from eddyline.stores.memory import MemoryStore
+from eddyline.stores.redis import RedisStore
+
+LOG = LogId("cluster", "topic")
+CLICKS = Source("clicks", 3)
+ITEMS = Source("items", 0)
+
+
+def at(offset: int) -> Fence:
+    return Fence(offset, LOG)
+
+
+def seen(*items: str, **stamps: int) -> Behaviour:
+    entries = tuple(Entry(item, at_ms=n, kind=0, weight=1.0) for n, item in enumerate(items))
+    return Behaviour(entries=entries[::-1], **stamps)
+
+
+@pytest.fixture(params=["memory", "redis"])
+def store(request: pytest.FixtureRequest) -> Iterator[StateStore]:
+    if request.param == "memory":
+        made: StateStore = MemoryStore()
+    else:
+        made = RedisStore(request.getfixturevalue("fresh_settings"))
+    yield made
+    made.close()
+
+
+def test_an_empty_store_knows_nothing(store: StateStore) -> None:
+    store.check()
+    assert store.layout() is None
+    assert store.fences(CLICKS, ["u3", "i0"]) == {"u3": None, "i0": None}
+    read = store.read_users("u3", CLICKS, ["e1"], ["ana"], "1")
+    assert (read.fence, read.accepted_at, read.behaviours, read.embeddings) == (None, {}, {}, {})
+    assert store.read_users("u3", CLICKS, [], [], "").fence is None
+    assert store.read_cards(["a"], 1) == {}
+    assert store.popular("i0", 10) == {}
+    state = store.read_user("u3", 3, "ana", "1")
+    assert (state.fence, state.behaviour, state.applied_us) == (None, EMPTY, 0)
+    assert (state.embedding, state.profile) == (None, {})
+
+
+def test_the_layout_is_claimed_once(store: StateStore) -> None:
+    layout = Layout(1, 8, 4, 1)
+    store.claim_layout(layout)
+    store.claim_layout(layout)
+    assert store.layout() == layout
+    with pytest.raises(StoreRefused, match="16"):
+        store.claim_layout(Layout(1, 16, 4, 1))
+    assert store.layout() == layout
+
+
+def test_users_are_written_whole_and_read_in_one_go(store: StateStore) -> None:
+    effects = UserEffects(
+        accepted={"e1": 10, "e2": 11},
+        behaviours={"ana": seen("a", "b", offset=11, partition=3), "bé": seen("c")},
+        generation="1",
+        embeddings={"ana": (7, b"\x00\x01\xff\x80")},
+    )
+    before_us = time.time_ns() // 1000
+    applied_us = store.write_users("u3", CLICKS, None, at(11), effects)
+    assert before_us - 1_000_000 < applied_us < time.time_ns() // 1000 + 1_000_000
+    read = store.read_users("u3", CLICKS, ["e1", "e2", "e3"], ["ana", "bé", "cy"], "1")
+    assert read.fence == at(11)
+    assert read.accepted_at == {"e1": 10, "e2": 11}
+    assert read.behaviours == effects.behaviours
+    assert read.embeddings == effects.embeddings
+    state = store.read_user("u3", 3, "ana", "1")
+    assert (state.fence, state.behaviour) == (at(11), effects.behaviours["ana"])
+    assert (state.applied_us, state.embedding) == (applied_us, (7, b"\x00\x01\xff\x80"))
+    assert store.read_user("u3", 3, "ana", "2").embedding is None
+    assert store.read_users("u4", CLICKS, ["e1"], ["ana"], "1").behaviours == {}
+
+
+@pytest.mark.parametrize("expected", [None, Fence(9, LOG), Fence(10, LogId("other", "topic"))])
+def test_a_write_against_another_fence_is_refused_whole(store: StateStore, expected: Fence | None) -> None:
+    store.write_users("u3", CLICKS, None, at(10), UserEffects(behaviours={"ana": seen("a")}))
+    with pytest.raises(FenceMoved) as refused:
+        late = UserEffects(accepted={"e9": 12}, behaviours={"ana": seen("x"), "bo": seen("y")})
+        store.write_users("u3", CLICKS, expected, at(12), late)
+    assert refused.value.found == str(at(10))
+    read = store.read_users("u3", CLICKS, ["e9"], ["ana", "bo"], "")
+    assert (read.fence, read.accepted_at, read.behaviours) == (at(10), {}, {"ana": seen("a")})
+
+
+def test_every_write_is_fenced(store: StateStore) -> None:
+    for write in (
+        lambda: store.write_profiles("u3", CLICKS, at(1), at(2), {"ana": {"age": 3}}, ["1"]),
+        lambda: store.count_clicks("u3", CLICKS, at(1), at(2), {1: {"a": 1000}}, 4),
+        lambda: store.write_cards("u3", CLICKS, at(1), at(2), {"a": Card(0, 1, b"{}")}),
+        lambda: store.write_users("u3", CLICKS, at(1), at(2), UserEffects()),
+    ):
+        with pytest.raises(FenceMoved):
+            write()
+    assert store.fences(CLICKS, ["u3"]) == {"u3": None}
+    assert store.read_cards(["a"], 1) == {} and store.popular("u3", 9) == {}
+
+
+def test_fences_are_kept_by_slot_source_and_partition(store: StateStore) -> None:
+    store.write_users("u3", CLICKS, None, at(5), UserEffects())
+    store.count_clicks("i0", CLICKS, None, at(4), {}, 4)
+    store.count_clicks("i0", Source("clicks", 4), None, at(9), {}, 4)
+    store.write_cards("i0", Source("items@1", 0), None, at(2), {})
+    assert store.fences(CLICKS, ["u3", "i0", "i1"]) == {"u3": at(5), "i0": at(4), "i1": None}
+    assert store.fences(Source("items@1", 0), ["i0"]) == {"i0": at(2)}
+    assert store.fences(Source("items", 0), ["i0"]) == {"i0": None}
+
+
+def test_the_window_forgets_below_its_floor(store: StateStore) -> None:
+    store.write_users("u3", CLICKS, None, at(2), UserEffects(accepted={"a": 0, "b": 1, "c": 2}))
+    store.write_users("u3", CLICKS, at(2), at(3), UserEffects(accepted={"d": 3}, window_floor=2))
+    read = store.read_users("u3", CLICKS, ["a", "b", "c", "d"], [], "")
+    assert read.accepted_at == {"c": 2, "d": 3}
+
+
+@pytest.mark.parametrize("n", [1, 499, 500, 501, 5000])
+def test_a_chunk_may_be_large(store: StateStore, n: int) -> None:
+    accepted = {f"e{i}": i for i in range(n)}
+    lists = {f"user {i}": seen("a") for i in range(n)}
+    store.write_users("u3", CLICKS, None, at(n), UserEffects(accepted=accepted, behaviours=lists))
+    read = store.read_users("u3", CLICKS, list(accepted), list(lists), "1")
+    assert read.accepted_at == accepted and read.behaviours == lists
+
+
+def test_profiles_and_forgetting(store: StateStore) -> None:
+    ana = UserEffects(behaviours={"ana": seen("a")}, generation="1", embeddings={"ana": (1, b"1234")})
+    store.write_users("u3", CLICKS, None, at(1), ana)
+    users = Source("users", 3)
+    profiles: dict[str, dict[str, object] | None] = {"ana": {"age": 31, "job": "é"}, "bo": {}}
+    store.write_profiles("u3", users, None, at(1), profiles, ["1"])
+    assert store.read_user("u3", 3, "ana", "1").profile == {"age": 31, "job": "é"}
+    assert store.read_users("u3", CLICKS, [], ["ana", "bo"], "").profiles == profiles
+    store.write_profiles("u3", users, at(1), at(2), {"ana": None}, ["1"])
+    state = store.read_user("u3", 3, "ana", "1")
+    assert (state.behaviour, state.embedding, state.profile) == (EMPTY, None, {})
+    assert store.read_users("u3", CLICKS, [], ["ana", "bo"], "").profiles == {"bo": {}}
+
+
+def test_counts_add_up_and_old_buckets_go(store: StateStore) -> None:
+    store.count_clicks("i0", CLICKS, None, at(1), {10: {"a": 1000, "b": 500}, 9: {"a": 7}}, 3)
+    store.count_clicks("i0", Source("clicks", 4), None, at(1), {10: {"a": 1000}}, 3)
+    assert store.popular("i0", 10) == {10: {"a": 2000, "b": 500}, 9: {"a": 7}}
+    assert store.popular("i0", 1) == {10: {"a": 2000}, 9: {"a": 7}}
+    store.count_clicks("i0", CLICKS, at(1), at(2), {12: {"c": 1}}, 3)
+    assert sorted(store.popular("i0", 10)) == [10, 12]
+    store.count_clicks("i0", CLICKS, at(2), at(3), {5: {"late": 1}}, 3)
+    assert sorted(store.popular("i0", 10)) == [10, 12]
+
+
+def test_an_older_card_never_overrides_a_newer_one(store: StateStore) -> None:
+    newer, older = Card(0, 1 << 40, b""), Card(0, 5, b'{"item_id":"a"}')
+    store.write_cards("i0", ITEMS, None, at(8), {"a": newer, "b": older})
+    store.write_cards("i0", ITEMS, at(8), at(9), {"a": older, "b": Card(0, 6, b"{}")})
+    assert store.read_cards(["a", "b", "c"], 1) == {"a": newer, "b": Card(0, 6, b"{}")}
+    assert store.read_cards(["a"], 1)["a"].deleted
+
+
+def test_accepting_another_log_drops_positions_and_keeps_state(store: StateStore) -> None:
+    store.write_users("u3", CLICKS, None, at(9), UserEffects(accepted={"e": 9}, behaviours={"ana": seen("a")}))
+    store.write_cards("i0", ITEMS, None, at(9), {"a": Card(0, 9, b"{}"), "gone": Card(0, 8, b"")})
+    assert store.accept_log() == 2
+    assert store.fences(CLICKS, ["u3"]) == {"u3": None} and store.fences(ITEMS, ["i0"]) == {"i0": None}
+    read = store.read_users("u3", CLICKS, ["e"], ["ana"], "")
+    assert read.accepted_at == {} and read.behaviours == {"ana": seen("a")}
+    assert store.read_cards(["a", "gone"], 1) == {"a": Card(-1, -1, b"{}"), "gone": Card(-1, -1, b"")}
+    other = Fence(0, LogId("other", "topic"))
+    store.write_cards("i0", ITEMS, None, other, {"a": Card(0, 0, b'{"new":1}')})
+    assert store.read_cards(["a"], 1) == {"a": Card(0, 0, b'{"new":1}')}
+
+
+def test_a_closed_store_is_unavailable(store: StateStore) -> None:
+    store.close()
+    with pytest.raises(StoreUnavailable):
+        store.read_user("u3", 3, "ana", "1")
+
+
+def test_redis_that_is_away_is_unavailable_in_time() -> None:
+    away = RedisStore(Settings(redis_url="redis://:s3cret@127.0.0.1:1/0", redis_timeout_ms=200))
+    started = time.monotonic()
+    with pytest.raises(StoreUnavailable) as refused:
+        away.check()
+    assert time.monotonic() - started < 2
+    assert "127.0.0.1:1" in str(refused.value) and "s3cret" not in str(refused.value)
+
+
+def test_redis_that_may_drop_keys_is_refused(fresh_settings: Settings) -> None:
+    store = RedisStore(fresh_settings)
+    store._redis.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        with pytest.raises(StoreRefused, match="allkeys-lru.*noeviction"):
+            store.check()
+    finally:
+        store._redis.config_set("maxmemory-policy", "noeviction")
+    store.check()
+    store.close()
