@@ -1,0 +1,169 @@
+"""The trainer process: read the topics (or a file), train, write the bundle, publish the generation."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+
+from eddyline import generations, kafka, logs, settings
+from eddyline.errors import EddylineError
+from eddyline.events import Click
+from eddyline.settings import Settings
+from embeddings import bundle
+from embeddings.training import source
+from embeddings.training.dataset import TrainingData, split
+from embeddings.training.evaluate import evaluate
+from embeddings.training.train import Progress, Report, train
+
+log = logging.getLogger(__name__)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train one generation. Returns the exit code: 0, or 2 with a sentence on standard error."""
+    arguments = _arguments(argv)
+    console = Console(stderr=True)
+    try:
+        config = settings.load()
+        logs.configure(config, "trainer")
+        report = _run(config, arguments, console)
+    except (EddylineError, OSError) as error:
+        console.print(f"[bold]trainer:[/bold] {error}", highlight=False, soft_wrap=True)
+        return 2
+    log.info(
+        "generation trained",
+        extra={
+            "generation": report.generation,
+            "events": report.events,
+            "items": report.items,
+            "users": report.users,
+            "wall_s": round(report.wall_s, 1),
+            "bundle": str(report.folder),
+        },
+    )
+    return 0
+
+
+def _run(config: Settings, arguments: argparse.Namespace, console: Console) -> Report:
+    generation = arguments.generation or _next_name(config)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bar(*columns, console=console) as bar:
+        data = _read(config, arguments, bar)
+        learned, held_out = split(data.clicks, 1.0 - arguments.holdout)
+        task = bar.add_task("training", total=None)
+
+        def on_progress(p: Progress) -> None:
+            text = f"training, epoch {p.epoch} of {p.epochs}, loss {p.loss:.2f}"
+            bar.update(task, description=text, completed=p.step, total=p.steps)
+
+        report = train(
+            dataclasses.replace(data, clicks=learned),
+            config.bundles / generation,
+            generation,
+            epochs=arguments.epochs,
+            seed=arguments.seed,
+            threads=arguments.threads,
+            on_progress=on_progress,
+        )
+        if held_out:
+            _judge(report, data, learned, held_out, bar)
+    if arguments.publish:
+        manifest = generations.Manifest(
+            generation=generation,
+            bundle=generation,
+            dimension=bundle.load(report.folder).dimension,
+            created_ms=report.created_ms,
+            cut=dict(report.cut),
+        )
+        generations.publish(config, manifest, activate=arguments.activate)
+    return report
+
+
+def _read(config: Settings, arguments: argparse.Namespace, bar: Bar) -> TrainingData:
+    if arguments.file is not None:
+        return source.from_file(config, arguments.file)
+    kafka.wait_until_up(config, arguments.wait_s)
+    kafka.ensure_topics(config)
+    tasks = {name: bar.add_task(f"reading {name}", total=None) for name in kafka.SOURCES}
+
+    def on_read(name: str, done: int, total: int) -> None:
+        bar.update(tasks[name], completed=done, total=total)
+
+    data = source.from_kafka(config, on_read=on_read)
+    if data.rejected:
+        log.warning("records left out", extra=dict(data.rejected))
+    return data
+
+
+def _judge(report: Report, data: TrainingData, learned: list[Click], held_out: list[Click], bar: Bar) -> None:
+    task = bar.add_task("judging by the clicks held out", total=None)
+    judgement = evaluate(
+        bundle.load(report.folder),
+        data.profiles,
+        learned,
+        held_out,
+        on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+    )
+    for name, quality in (("towers", judgement.towers), ("popularity", judgement.popularity)):
+        log.info(
+            "judged on the clicks held out",
+            extra={
+                "path": name,
+                "events": quality.events,
+                "hit_rate_10": round(quality.hit_rate_10, 4),
+                "hit_rate_100": round(quality.hit_rate_100, 4),
+                "mrr": round(quality.mrr, 4),
+            },
+        )
+
+
+def _next_name(config: Settings) -> str:
+    """One above the highest number among the bundles that are there; 1 for the first."""
+    there = [int(f.name) for f in config.bundles.glob("*") if f.name.isascii() and f.name.isdigit()]
+    return str(max(there, default=0) + 1)
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m embeddings.training", description=__doc__)
+    parser.add_argument("--file", type=Path, help="JSON lines to train from instead of the Kafka topics")
+    parser.add_argument("--generation", help="the generation's name; by default the next number")
+    parser.add_argument("--epochs", type=_at_least(1), default=8, help="passes over the clicks (default 8)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=_at_least(1), default=1, help="torch threads (default 1)")
+    parser.add_argument(
+        "--holdout", type=_share, default=0.0, help="share of the newest clicks to judge by, not to train on"
+    )
+    parser.add_argument("--wait-s", type=float, default=60.0, help="how long to wait for Kafka (default 60)")
+    parser.add_argument("--no-publish", dest="publish", action="store_false", help="only write the bundle")
+    parser.add_argument(
+        "--no-activate", dest="activate", action="store_false", help="publish, do not switch to it"
+    )
+    return parser.parse_args(argv)
+
+
+def _at_least(low: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}")
+        return value
+
+    return parse
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError("must be at least 0 and below 1")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""Where a trainer takes its data from: the Kafka topics up to their current ends, or a file of JSON lines.
+
+Both decode with the kernel's codec. Records that it rejects are counted by reason and left out; ingest has
+sent them to the dead letters already.
+
+A line of the file is `{"topic": "clicks" | "items" | "users", "value": {…}}`, with the value as a producer
+sends it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from kafka import KafkaConsumer, TopicPartition
+from kafka.errors import KafkaError
+
+from eddyline import events, kafka
+from eddyline.errors import KafkaUnavailable, Rejected
+from eddyline.events import AT_MS_MAX, Click, Item
+from eddyline.settings import Settings
+from eddyline.slots import partition_of
+from embeddings.training.dataset import TrainingData
+
+# 5 million clicks take about 2 GB here; of a longer log the newest of each partition are kept.
+CLICKS_MAX = 5_000_000
+# A topic that gives no record for so long, before its end, is not being served.
+_STALLED_S = 30.0
+
+OnRead = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One record of a topic; appended_ms is the broker's time stamp."""
+
+    partition: int
+    offset: int
+    key: bytes | None
+    value: bytes | None
+    appended_ms: int
+
+
+def from_kafka(
+    settings: Settings, *, clicks_max: int = CLICKS_MAX, on_read: OnRead | None = None
+) -> TrainingData:
+    """Everything in clicks, items and users up to their ends at the time of the call.
+
+    on_read: called with (topic, records read, records there are), now and then
+    Raises KafkaUnavailable. Blocks until all is read; a topic that stalls for 30 s raises.
+    """
+    ends = {name: kafka.end_offsets(settings, name) for name in kafka.SOURCES}
+    return assemble(
+        settings,
+        {name: _read(settings, name, ends[name], on_read) for name in kafka.SOURCES},
+        cut={str(p): end - 1 for p, end in ends[kafka.ITEMS].items()},
+        clicks_max=clicks_max,
+    )
+
+
+def assemble(
+    settings: Settings,
+    topics: Mapping[str, Iterable[Record]],
+    *,
+    cut: Mapping[str, int],
+    clicks_max: int = CLICKS_MAX,
+) -> TrainingData:
+    """Training data from records, each topic's in the order of its partitions.
+
+    cut: partition of items, as text -> the last offset that the records of items reach
+    """
+    rejected: Counter[str] = Counter()
+    items: dict[str, tuple[Item, int, int]] = {}
+    for record in topics[kafka.ITEMS]:
+        try:
+            key = _key(record)
+            if record.value is None:
+                items.pop(key, None)
+                continue
+            item = events.decode_item(
+                record.value, key=key, appended_ms=record.appended_ms,
+                far_future_ms_max=settings.far_future_ms_max, vector_dimension=settings.item_vector_dimension,
+            )  # fmt: skip
+            items[item.item_id] = (item, record.partition, record.offset)
+        except Rejected as error:
+            rejected[error.reason] += 1
+    profiles: dict[str, Mapping[str, object]] = {}
+    for record in topics[kafka.USERS]:
+        try:
+            key = _key(record)
+            if record.value is None:
+                profiles.pop(key, None)
+                continue
+            profile = events.decode_profile(
+                record.value,
+                key=key,
+                appended_ms=record.appended_ms,
+                far_future_ms_max=settings.far_future_ms_max,
+            )
+            profiles[profile.user_id] = profile.attributes
+        except Rejected as error:
+            rejected[error.reason] += 1
+    clicks = _clicks(settings, topics[kafka.CLICKS], clicks_max, rejected)
+    return TrainingData(
+        items=[item for item, _, _ in items.values()],
+        profiles=profiles,
+        clicks=clicks,
+        versions={item_id: (partition, offset) for item_id, (_, partition, offset) in items.items()},
+        cut=dict(cut),
+        rejected=rejected,
+    )
+
+
+def from_file(settings: Settings, path: Path) -> TrainingData:
+    """The data of an export file. Raises Rejected for a line that is none, OSError for the file."""
+    found: dict[str, list[Record]] = {name: [] for name in kafka.SOURCES}
+    ids = {kafka.CLICKS: "user_id", kafka.ITEMS: "item_id", kafka.USERS: "user_id"}
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                line = msgspec.json.decode(raw, type=_Line)
+                key = msgspec.json.decode(line.value, type=dict[str, object]).get(ids.get(line.topic, ""), "")
+            except msgspec.DecodeError as error:
+                raise Rejected("malformed_line", f"{path}:{number}", str(error)) from None
+            if line.topic not in found:
+                raise Rejected("malformed_line", f"{path}:{number}", f"topic {line.topic!r}")
+            partition = partition_of(str(key), settings.clicks_partitions)
+            record = Record(partition, number, str(key).encode(), bytes(line.value), AT_MS_MAX)
+            found[line.topic].append(record)
+    data = assemble(settings, found, cut={})
+    return TrainingData(data.items, data.profiles, data.clicks, rejected=data.rejected)
+
+
+class _Line(msgspec.Struct):
+    topic: str
+    value: msgspec.Raw
+
+
+def _clicks(
+    settings: Settings, records: Iterable[Record], clicks_max: int, rejected: Counter[str]
+) -> list[Click]:
+    """Clicks without the re-sends, by ingest's own rule: a function of the partition's log alone."""
+    kept: dict[int, OrderedDict[int, Click]] = {}
+    accepted: dict[int, OrderedDict[str, int]] = {}
+    per_partition = max(1, clicks_max // settings.clicks_partitions)
+    for record in records:
+        try:
+            key = _key(record)
+            click = events.decode_click(
+                record.value, appended_ms=record.appended_ms, far_future_ms_max=settings.far_future_ms_max
+            )
+        except Rejected as error:
+            rejected[error.reason] += 1
+            continue
+        own = partition_of(click.user_id, settings.clicks_partitions)
+        if key != click.user_id or own != record.partition:
+            rejected["misplaced"] += 1  # ingest forwards it to where it belongs; it is read there
+            continue
+        window = accepted.setdefault(record.partition, OrderedDict())
+        while window and record.offset - next(iter(window.values())) > settings.dedupe_window_events:
+            window.popitem(last=False)
+        event_id = click.event_id or f"{record.partition}/{record.offset}"
+        if event_id in window:
+            rejected["re-sent"] += 1
+            continue
+        window[event_id] = record.offset
+        mine = kept.setdefault(record.partition, OrderedDict())
+        mine[record.offset] = msgspec.structs.replace(click, event_id=event_id)
+        if len(mine) > per_partition:
+            mine.popitem(last=False)
+    return [click for partition in sorted(kept) for click in kept[partition].values()]
+
+
+def _key(record: Record) -> str:
+    key = events.decode_key(record.key)
+    if not key:
+        raise Rejected("missing_key", "key", "the record has no key")
+    return key
+
+
+def _read(settings: Settings, name: str, ends: Mapping[int, int], on_read: OnRead | None) -> Iterator[Record]:
+    """The records of a topic below `ends`, read committed."""
+    topic = settings.prefixed(name)
+    places = [TopicPartition(topic, p) for p in sorted(ends)]
+    try:
+        consumer = KafkaConsumer(
+            **kafka.client_options(settings),
+            group_id=None,
+            enable_auto_commit=False,
+            isolation_level="read_committed",
+        )
+        try:
+            consumer.assign(places)
+            consumer.seek_to_beginning(*places)
+            waiting = {place for place in places if consumer.position(place) < ends[place.partition]}
+            there = sum(ends[place.partition] - consumer.position(place) for place in waiting)
+            read, last_s = 0, time.monotonic()
+            while waiting:
+                batches = consumer.poll(timeout_ms=500, max_records=5_000)
+                for place, batch in batches.items():
+                    for r in batch:
+                        if r.offset < ends[place.partition]:
+                            read += 1
+                            yield Record(place.partition, r.offset, r.key, r.value, r.timestamp)
+                done = {place for place in waiting if consumer.position(place) >= ends[place.partition]}
+                waiting -= done
+                if batches or done:
+                    last_s = time.monotonic()
+                elif time.monotonic() - last_s > _STALLED_S:
+                    raise KafkaUnavailable(f"topic {topic} gave nothing for {_STALLED_S:.0f} s")
+                if on_read is not None:
+                    on_read(name, read, max(there, read))
+        finally:
+            consumer.close()
+    except (KafkaError, OSError) as error:
+        raise KafkaUnavailable(f"topic {topic}: {type(error).__name__}: {error}") from None

@@ -1,0 +1,157 @@
+"""The micro-step: the gradient of its loss, its bounds, and that it learns structure and not noise."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embeddings.micro import PASS, MicroSettings, MicroStep
+from embeddings.tiles import unit
+
+D = 64
+
+
+def vectors(n: int, seed: int) -> np.ndarray:
+    return unit(np.random.default_rng(seed).normal(size=(n, D)).astype(np.float32))
+
+
+CATALOGUE = vectors(800, 1)
+DEFAULT = MicroSettings()
+
+
+def keys(n: int) -> list[str]:
+    return [f"event-{i}" for i in range(n)]
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.07, 1.0])
+@pytest.mark.parametrize("rate", [0.001, 0.03])
+def test_it_is_one_step_of_autograd(temperature: float, rate: float) -> None:
+    torch.set_num_threads(1)
+    chosen = MicroSettings(temperature=temperature, rate=rate, norm_max=9.0)
+    micro = MicroStep(CATALOGUE, chosen)
+    n = 40
+    f, e, wanted = vectors(n, 2), vectors(n, 3) * np.float32(0.3), np.arange(n)
+    drawn = micro.draw(keys(n))
+    drawn_f64 = torch.from_numpy(CATALOGUE[drawn]).double()
+    e64 = torch.from_numpy(e).double().requires_grad_()
+    u = torch.nn.functional.normalize(torch.from_numpy(f).double() + e64, dim=1)
+    positive = (u * torch.from_numpy(CATALOGUE[wanted]).double()).sum(1, keepdim=True) / temperature
+    negative = torch.einsum("nkd,nd->nk", drawn_f64, u) / temperature
+    negative = negative.masked_fill(torch.from_numpy(drawn == wanted[:, None]), -torch.inf)
+    loss = torch.nn.functional.cross_entropy(
+        torch.cat([positive, negative], 1), torch.zeros(n, dtype=torch.long), reduction="sum"
+    )
+    loss.backward()
+    expected = e64.detach() * (1 - chosen.decay) - rate * e64.grad
+    found = micro.step(f, e, CATALOGUE[wanted], keys(n))
+    np.testing.assert_allclose(found, expected.numpy(), atol=2e-4)
+    # The step itself, not only its sum with what was there.
+    moved = np.linalg.norm(found - e * (1 - chosen.decay) + rate * e64.grad.numpy(), axis=1)
+    assert (moved <= 2e-3 * rate * np.linalg.norm(e64.grad.numpy(), axis=1) + 1e-6).all()
+
+
+def test_an_event_has_the_same_bits_in_any_batch() -> None:
+    micro = MicroStep(CATALOGUE, DEFAULT)
+    n = 150
+    f, e, t, k = vectors(n, 2), vectors(n, 3) * np.float32(0.2), CATALOGUE[:n], keys(n)
+    together = micro.step(f, e, t, k)
+    for size in (1, 7, PASS, PASS + 1, 64):
+        for at in range(0, n - size, 9):
+            some = slice(at, at + size)
+            assert micro.step(f[some], e[some], t[some], k[some]).tobytes() == together[some].tobytes()
+    assert micro.step(f[:0], e[:0], t[:0], []).shape == (0, D)
+
+
+def splitmix64(key: str, n: int, items: int) -> list[int]:
+    """The generator in plain integers (Steele et al. 2014), scaled by its upper half."""
+    mask = (1 << 64) - 1
+    state = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+    rows = []
+    for _ in range(n):
+        state = (state + 0x9E3779B97F4A7C15) & mask
+        z = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & mask
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
+        rows.append(((z ^ (z >> 31)) >> 32) * items >> 32)
+    return rows
+
+
+def test_negatives_are_a_function_of_the_key() -> None:
+    micro = MicroStep(CATALOGUE, DEFAULT)
+    first = micro.draw(["a", "b"])
+    assert first.shape == (2, 256)
+    assert first[0].tolist() == splitmix64("a", 256, len(CATALOGUE))
+    assert (micro.draw(["b"])[0] == first[1]).all()
+    assert (first[0] != first[1]).any()
+
+
+def test_negatives_are_drawn_evenly() -> None:
+    micro = MicroStep(CATALOGUE[:50], DEFAULT)
+    counts = np.bincount(micro.draw(keys(2_000)).ravel(), minlength=50)
+    expected = 2_000 * 256 / 50
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    assert chi_square < 100  # 49 degrees of freedom: p = 2e-5
+    assert MicroStep(CATALOGUE[:1], DEFAULT).draw(["x"]).max() == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    rate=st.sampled_from([1e-4, 1e-3, 0.1, 10.0]),
+    start=st.sampled_from([0.0, 0.1, 0.5, 3.0]),
+    temperature=st.sampled_from([0.01, 0.07, 1.0]),
+)
+def test_the_norm_stays_bounded_and_finite(seed: int, rate: float, start: float, temperature: float) -> None:
+    micro = MicroStep(CATALOGUE, MicroSettings(rate=rate, temperature=temperature))
+    f, e = vectors(20, seed), vectors(20, seed + 1) * np.float32(start)
+    e[0] = -f[0]  # u = norm(0): no direction at all
+    for _ in range(3):
+        e = micro.step(f, e, CATALOGUE[:20], keys(20))
+        assert np.isfinite(e).all()
+        assert np.linalg.norm(e.astype(np.float64), axis=1).max() <= DEFAULT.norm_max
+
+
+def test_without_a_gradient_it_decays() -> None:
+    micro = MicroStep(CATALOGUE, MicroSettings(rate=0.0))
+    e = vectors(5, 3) * np.float32(0.4)
+    after = micro.step(vectors(5, 2), e, CATALOGUE[:5], keys(5))
+    np.testing.assert_allclose(after, e * np.float32(1 - 0.002), rtol=1e-6)
+
+
+def test_the_items_of_the_events_rise() -> None:
+    micro = MicroStep(CATALOGUE, DEFAULT)
+    n = 200
+    f, targets = vectors(n, 2), CATALOGUE[:n]
+    e = np.zeros((n, D), np.float32)
+    before = (unit(f + e) * targets).sum(1)
+    after = (unit(f + micro.step(f, e, targets, keys(n))) * targets).sum(1)
+    assert (after > before).mean() > 0.97
+
+
+def learned(taste: float, *, events: int = 150, users: int = 40) -> float:
+    """How far a user's own cluster rises in the query above the others after his events.
+
+    taste: share of his events that are in his own cluster beyond chance; 0 is noise
+    """
+    rng = np.random.default_rng(7)
+    centres = vectors(8, 11)
+    clusters = np.arange(800) % 8
+    catalogue = unit(centres[clusters] + vectors(800, 12))
+    micro = MicroStep(catalogue, MicroSettings(rate=0.01))
+    own = np.arange(users) % 8
+    f = vectors(users, 13)
+    e = np.zeros((users, D), np.float32)
+    for event in range(events):
+        at_home = rng.random(users) < taste
+        rows = np.where(at_home, own + 8 * rng.integers(0, 100, users), rng.integers(0, 800, users))
+        e = micro.step(f, e, catalogue[rows], [f"{u}/{event}" for u in range(users)])
+    gain = (unit(f + e) - f) @ centres.T
+    at_own = gain[np.arange(users), own]
+    return float((at_own - (gain.sum(1) - at_own) / 7).mean())
+
+
+def test_it_learns_structure_and_finds_nothing_in_noise() -> None:
+    assert learned(0.8) > 0.3
+    assert abs(learned(0.0)) < 0.05
