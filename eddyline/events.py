@@ -27,6 +27,8 @@ TITLE_CHARS_MAX = 1_000
 LABELS_MAX = 64
 ATTRIBUTES_MAX = 64
 TEXT_CHARS_MAX = 256
+# The text of an attribute: the address of an image, a subtitle, a long name.
+VALUE_CHARS_MAX = 1_000
 VECTOR_LENGTH_MAX = 4_096
 # The last millisecond of the year 9999: later values are seconds or microseconds taken for milliseconds.
 AT_MS_MAX = 253_402_300_799_999
@@ -37,8 +39,11 @@ Id = Annotated[str, Meta(min_length=1, max_length=ID_BYTES_MAX)]
 Text = Annotated[str, Meta(max_length=TEXT_CHARS_MAX)]
 Label = Annotated[str, Meta(min_length=1, max_length=TEXT_CHARS_MAX)]
 AtMs = Annotated[int, Meta(ge=0, le=AT_MS_MAX)]
+# MessagePack, in which profiles and item records are stored, ends at 64 bits; JSON does not.
+Integer = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Scalar = str | int | float | bool
-Attributes = Annotated[dict[Label, Scalar], Meta(max_length=ATTRIBUTES_MAX)]
+Value = Annotated[str, Meta(max_length=VALUE_CHARS_MAX)] | Integer | float | bool
+Attributes = Annotated[dict[Label, Value], Meta(max_length=ATTRIBUTES_MAX)]
 Labels = Annotated[list[Label], Meta(max_length=LABELS_MAX)]
 
 
@@ -162,7 +167,8 @@ def check_id(field: str, value: str) -> None:
     """Raise Rejected where an id is empty, longer than 256 bytes of UTF-8, or has control characters."""
     if not value:
         raise Rejected("empty_id", field, "is empty")
-    if len(value) > ID_BYTES_MAX or (not value.isascii() and len(value.encode()) > ID_BYTES_MAX):
+    # Half a surrogate pair cannot be encoded at all; it is refused below.
+    if len(value) > ID_BYTES_MAX or len(value.encode(errors="replace")) > ID_BYTES_MAX:
         raise Rejected("id_too_long", field, f"{quote(value)} has more than {ID_BYTES_MAX} bytes")
     if _SUSPECT.search(value) and any(unicodedata.category(c) in ("Cc", "Cs") for c in value):
         raise Rejected("control_character", field, f"{quote(value)} has a control character")

@@ -36,7 +36,9 @@ _MAGIC = b"EV"
 _VERSION = 1
 _RETIRED = 1
 DIMENSION_MAX = 4_096
-ATTRIBUTES_BYTES_MAX = 65_536
+# The largest item that events.py takes (64 each of categories, tags and attributes, every text at its limit
+# and of four-byte characters) has 454,000.
+ATTRIBUTES_BYTES_MAX = 524_288
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +83,8 @@ def decode_record(key: bytes, value: bytes) -> ItemRecord:
         raise Rejected("bad_record", "flags", f"{flags} with dimension {d}")
     vector = None if d == 0 else np.frombuffer(value, "<f4", count=d, offset=_HEADER.size)
     try:
-        attributes = msgspec.msgpack.decode(value[_HEADER.size + 4 * d :], type=dict) if n else {}
+        attributes = msgspec.msgpack.decode(value[_HEADER.size + 4 * d :], type=dict[str, Any]) if n else {}
         item_id = key.decode()
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Rejected("bad_record", "attributes", str(error)) from None
     return ItemRecord(item_id, partition, offset, at_ms, written_us, vector, attributes)

@@ -30,9 +30,6 @@ def _about(text: str, **limits: Any) -> Meta:
     return Meta(description=text, **limits)
 
 
-Count = Annotated[int, Meta(ge=1)]
-
-
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All settings, checked. Durations are in the unit that ends the name."""
 
@@ -46,7 +43,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     namespace: Annotated[
         str,
         _about("Put before every topic, Redis key, consumer group and transactional id: several Eddylines on one Kafka and Redis.",
-               pattern="^[a-z0-9-]*$", max_length=40),
+               pattern=r"^[a-z0-9-]*\Z", max_length=40),
     ] = ""
     data_dir: Annotated[str, _about("Where the local servers, the demo and the bundles keep their files.", min_length=1)] = ".eddyline"
     bundle_dir: Annotated[str, _about("Folder of the generation bundles. Empty: `generations` in `data_dir`.")] = ""
@@ -90,6 +87,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     # Logs
     log_level: Annotated[Literal["debug", "info", "warning", "error"], _about("The least severe log line written.")] = "info"
     log_format: Annotated[Literal["console", "json"], _about("Log lines for people or for machines.")] = "console"
+
+    def __repr__(self) -> str:
+        """All settings, the secret ones hidden: logs and tracebacks may show it."""
+        return f"Settings({', '.join(f'{name}={value!r}' for name, value in self.__rich_repr__())})"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        """(name, value) of every setting, the secret ones hidden."""
+        values = ((name, getattr(self, name)) for name in self.__struct_fields__)
+        return [(name, "(hidden)" if value and name in SECRETS else value) for name, value in values]
 
     @property
     def bundles(self) -> Path:
@@ -140,7 +146,7 @@ def _from_file(environ: Mapping[str, str], folder: Path) -> Iterator[tuple[str, 
     if not named and not path.exists():
         return
     try:
-        table = tomllib.loads(path.read_text())
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"EDDYLINE_CONFIG = {named!r}: cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

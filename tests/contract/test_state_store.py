@@ -168,7 +168,9 @@ def test_an_older_card_never_overrides_a_newer_one(store: StateStore) -> None:
 
 
 def test_accepting_another_log_drops_positions_and_keeps_state(store: StateStore) -> None:
-    store.write_users("u3", CLICKS, None, at(9), UserEffects(accepted={"e": 9}, behaviours={"ana": seen("a")}))
+    store.write_users(
+        "u3", CLICKS, None, at(9), UserEffects(accepted={"e": 9}, behaviours={"ana": seen("a")})
+    )
     store.write_cards("i0", ITEMS, None, at(9), {"a": Card(0, 9, b"{}"), "gone": Card(0, 8, b"")})
     assert store.accept_log() == 2
     assert store.fences(CLICKS, ["u3"]) == {"u3": None} and store.fences(ITEMS, ["i0"]) == {"i0": None}

@@ -1,0 +1,69 @@
+# syntax=docker/dockerfile:1
+# One image per process: `docker build --target ingest|worker|trainer .`
+# Compilers are in the build stages only; what runs is not root and holds only the rooms its process imports.
+
+FROM python:3.11-slim-bookworm AS base
+ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+RUN groupadd --system --gid 10001 eddyline \
+ && useradd --system --uid 10001 --gid eddyline --home-dir /app --shell /usr/sbin/nologin eddyline \
+ && install -d -o eddyline -g eddyline /app /var/lib/eddyline /var/lib/eddyline/generations
+
+# Every package, at the version and with one of the hashes of requirements.lock; only what the extra asks for.
+# pip 24.0, which this Python image brings, refuses hashes that come from a constraints file; 26.3 takes them.
+FROM python:3.11-slim-bookworm AS build
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends g++ \
+ && rm -rf /var/lib/apt/lists/*
+# hnswlib has no wheel; without this it is built for the CPU of the machine that builds the image.
+ENV HNSWLIB_NO_NATIVE=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+RUN python -m venv /opt/venv && /opt/venv/bin/pip install pip==26.3
+WORKDIR /build
+COPY pyproject.toml requirements.lock ./
+COPY <<'SCRIPT' wanted.py
+"""Print what the project and one of its extras ask for, one requirement a line."""
+import sys
+import tomllib
+with open("pyproject.toml", "rb") as file:
+    project = tomllib.load(file)["project"]
+print(*project["dependencies"], *project["optional-dependencies"][sys.argv[1]], sep="\n")
+SCRIPT
+
+FROM build AS build-ingest
+RUN python wanted.py ingest > wanted.txt \
+ && /opt/venv/bin/pip install --require-hashes --constraint requirements.lock --requirement wanted.txt
+
+FROM build AS build-worker
+RUN python wanted.py worker > wanted.txt \
+ && /opt/venv/bin/pip install --require-hashes --constraint requirements.lock --requirement wanted.txt
+
+FROM build AS build-trainer
+# Given, torch (and what it needs) comes from this index first, its hashes unchecked: a CPU-only build saves 4 GB.
+ARG TORCH_INDEX_URL=""
+RUN if [ -n "$TORCH_INDEX_URL" ]; then \
+      /opt/venv/bin/pip install --index-url "$TORCH_INDEX_URL" "$(python wanted.py trainer | grep '^torch==')"; \
+    fi \
+ && python wanted.py trainer > wanted.txt \
+ && /opt/venv/bin/pip install --require-hashes --constraint requirements.lock --requirement wanted.txt
+
+FROM base AS runtime
+ENV PATH=/opt/venv/bin:$PATH EDDYLINE_DATA_DIR=/var/lib/eddyline
+WORKDIR /app
+COPY eddyline eddyline
+COPY embeddings embeddings
+USER eddyline
+
+FROM runtime AS ingest
+COPY --from=build-ingest /opt/venv /opt/venv
+COPY streams streams
+CMD ["python", "-m", "streams"]
+
+FROM runtime AS worker
+COPY --from=build-worker /opt/venv /opt/venv
+COPY index index
+COPY serving serving
+EXPOSE 50051
+CMD ["python", "-m", "serving"]
+
+FROM runtime AS trainer
+COPY --from=build-trainer /opt/venv /opt/venv
+CMD ["python", "-m", "embeddings.training"]

@@ -1,0 +1,181 @@
+"""From nothing to a living system: servers, a world, a generation, processes, the history replayed."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from eddyline import generations, kafka
+from eddyline.cli import replay
+from eddyline.demo import stage as staging
+from eddyline.demo import worlds
+from eddyline.demo.stage import Stage
+from eddyline.demo.worlds import World, WorldUnavailable
+from eddyline.errors import BundleError, SettingsError
+from eddyline.generations import Manifest
+from eddyline.local import endpoints
+from eddyline.settings import Settings
+
+# The towers learn from the first 80% by time; the rest is new to them, as it is in life.
+TRAIN_SHARE = 0.8
+# Nothing applied for so long means that something is wrong, not slow.
+STALLED_S = 60.0
+
+
+@dataclass
+class Opened:
+    """A living system with a world in it. took_s: what each step took, in order."""
+
+    stage: Stage
+    world: World
+    address: str
+    took_s: dict[str, float] = field(default_factory=dict)
+
+
+class Steps:
+    """Progress on the terminal: a bar for what takes over a second, and the time of every step."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.took_s: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[Callable[[str, int, int], None]]:
+        """Yield tell(what, done, of); of = 0 where it is not known."""
+        started = time.monotonic()
+        columns = TextColumn("  {task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            task = progress.add_task(name, total=None)
+
+            def tell(what: str, done: int, of: int) -> None:
+                progress.update(task, description=what, completed=done, total=of or None)
+
+            yield tell
+        self.took_s[name] = time.monotonic() - started
+
+
+@contextlib.contextmanager
+def opened(settings: Settings, data: str, console: Console) -> Iterator[Opened]:
+    """A living system with the world `data`; everything that was started here ends with the block."""
+    if data not in worlds.NAMES:
+        raise SettingsError(f"DATA={data}: expected one of {', '.join(worlds.NAMES)}")
+    steps = Steps(console)
+    world = _load_world(settings, data, steps)
+    console.print(f"[bold]{world.name}[/]: {len(world.items):,} items, {len(world.profiles):,} users, "
+                  f"{len(world.clicks):,} events")  # fmt: skip
+    if world.licence:
+        console.print(f"[dim]{world.licence}[/]")
+    settings = staging.with_namespace(settings, world)
+    with contextlib.ExitStack() as stack:
+        with steps.step("Kafka and Redis") as tell:
+            stage = stack.enter_context(staging.set_up(settings, lambda what: tell(what, 0, 0)))
+        for where in endpoints.where(settings):
+            console.print(f"  {where.version} at {where.address} ({where.why})")
+        manifest = _generation(stage.settings, world, steps)
+        with steps.step("topics and generation"):
+            stage.prepare(manifest)
+        worker, address = stage.worker_child(k_max="10000")
+        with steps.step("ingest and worker"):
+            stage.supervisor.start(stage.ingest_child(), worker)
+        _replay_history(stage.settings, world, steps)
+        yield Opened(stage, world, address, steps.took_s)
+
+
+def _load_world(settings: Settings, data: str, steps: Steps) -> World:
+    with steps.step("world") as tell:
+        try:
+            return worlds.load(data, Path(settings.data_dir), tell)
+        except WorldUnavailable as error:
+            steps.console.print(f"[yellow]{error}\nGoing on with a generated world.[/]")
+            return worlds.load("generated", Path(settings.data_dir), tell)
+
+
+def _generation(settings: Settings, world: World, steps: Steps) -> Manifest:
+    """The active generation where its bundle is at hand, else a new one, trained now."""
+    from embeddings import bundle
+
+    kafka.ensure_topics(settings, [kafka.GENERATIONS])
+    folder = settings.bundles / world.name
+    known = generations.active(settings)
+    ids = [int(f.name) for f in folder.glob("*") if f.name.isdigit()]
+    for generation in [known.generation] if known else [str(i) for i in sorted(ids, reverse=True)]:
+        try:
+            found = bundle.load(folder / generation)
+        except BundleError as error:
+            steps.console.print(f"[yellow]generation {generation} cannot be used: {error}[/]")
+            continue
+        steps.console.print(f"  generation {generation}: {len(found.item_ids):,} items, trained before")
+        return _manifest(world, found.generation, found.dimension, found.created_ms)
+    generation = str(max([*ids, int(known.generation) if known else 0]) + 1)
+    return _train(folder / generation, generation, world, steps)
+
+
+def _train(folder: Path, generation: str, world: World, steps: Steps) -> Manifest:
+    with steps.step("training") as tell:
+        tell("loading torch", 0, 0)
+        from embeddings import bundle
+        from embeddings.training.dataset import TrainingData, split
+        from embeddings.training.evaluate import evaluate
+        from embeddings.training.train import train
+
+        profiles = {user: dict(profile.attributes) for user, profile in world.profiles.items()}
+        before, held_out = split(world.clicks, TRAIN_SHARE)
+        data = TrainingData(items=world.items, profiles=profiles, clicks=before)
+        report = train(
+            data, folder, generation,
+            on_progress=lambda at: tell(f"training, loss {at.loss:.2f}", at.step, at.steps),
+        )  # fmt: skip
+        found = bundle.load(folder)
+        judged = evaluate(
+            found, profiles, before, held_out, events_max=4_000,
+            on_progress=lambda done, of: tell("judging on the last 20%", done, of),
+        )  # fmt: skip
+    steps.console.print(
+        f"  generation {generation}: trained on {report.events:,} events in {report.wall_s:.0f} s; on the "
+        f"later 20% the clicked item is among the first ten in {judged.towers.hit_rate_10:.1%} "
+        f"(popularity: {judged.popularity.hit_rate_10:.1%})"
+    )
+    return _manifest(world, generation, found.dimension, found.created_ms)
+
+
+def _manifest(world: World, generation: str, dimension: int, created_ms: int) -> Manifest:
+    bundle = f"{world.name}/{generation}"
+    return Manifest(generation=generation, bundle=bundle, dimension=dimension, created_ms=created_ms)
+
+
+class _Replayed(msgspec.Struct, frozen=True):
+    """Which history lies in which log already, so that a second start need not send it again."""
+
+    cluster_id: str
+    topic_id: str
+    world: str
+    clicks: int
+
+
+def _replay_history(settings: Settings, world: World, steps: Steps) -> None:
+    log = kafka.log_ids(settings, [kafka.CLICKS])[kafka.CLICKS]
+    this = _Replayed(log.cluster_id, log.topic_id, world.name, len(world.clicks))
+    note = Path(settings.data_dir) / "run" / f"replayed-{settings.namespace}.json"
+    if not (note.exists() and note.read_bytes() == msgspec.json.encode(this)):
+        clicks = worlds.shifted_to_now(world.clicks, time.time_ns() // 1_000_000)
+        with steps.step("replay") as tell:
+            for what, events in (
+                ("items", world.items), ("profiles", list(world.profiles.values())), ("events", clicks)
+            ):  # fmt: skip
+                of = len(events)
+                replay.send(settings, events, on_sent=lambda n, w=what, of=of: tell(f"sending {w}", n, of))
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_bytes(msgspec.json.encode(this))
+    else:
+        steps.console.print(f"  the history lies in Kafka and Redis already ({len(world.clicks):,} events)")
+    with steps.step("ingest") as tell:
+        staging.wait_until_applied(
+            settings, lambda n, of: tell("applying to Redis", n, of), timeout_s=STALLED_S
+        )

@@ -1,0 +1,151 @@
+"""What the demo, the benchmarks and the tests stand on: servers, topics, a generation, processes.
+
+All real: the processes are started as a user starts them, and spoken to through Kafka and gRPC alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from eddyline import generations, kafka
+from eddyline.demo.worlds import World
+from eddyline.errors import LocalServerError
+from eddyline.generations import Manifest
+from eddyline.local import endpoints
+from eddyline.local.pair import local_pair, log_dir
+from eddyline.local.supervisor import Child, Supervisor
+from eddyline.ports import Source, StateStore
+from eddyline.settings import Settings
+from eddyline.slots import user_slot
+from eddyline.stores.redis import RedisStore
+from serving.client import CallFailed, Client
+
+Tell = Callable[[str], None]
+# Started once and kept; a second process of the same kind takes another name.
+READY_S = 60.0
+
+
+@dataclass
+class Stage:
+    """Running servers and the processes on them.
+
+    settings: with both addresses and the namespace; log files lie in `supervisor.log_dir`
+    """
+
+    settings: Settings
+    supervisor: Supervisor
+
+    def child(self, name: str, module: str, ready: Callable[[], bool], **more: str) -> Child:
+        """A process of ours, told where its servers are by its environment."""
+        env = {
+            "EDDYLINE_KAFKA_BOOTSTRAP_SERVERS": self.settings.kafka_bootstrap_servers,
+            "EDDYLINE_REDIS_URL": self.settings.redis_url,
+            "EDDYLINE_NAMESPACE": self.settings.namespace,
+            "EDDYLINE_DATA_DIR": str(Path(self.settings.data_dir).absolute()),
+            "EDDYLINE_BUNDLE_DIR": str(self.settings.bundles.absolute()),
+        } | {f"EDDYLINE_{key.upper()}": value for key, value in more.items()}
+        argv = [sys.executable, "-m", module]
+        return Child(name=name, argv=argv, env=env, ready=ready, ready_timeout_s=READY_S)
+
+    def start_ingest(self, name: str = "ingest", **more: str) -> None:
+        """Start an ingest process; it counts as ready once it has connected (its alive file is there)."""
+        self.supervisor.start(self.ingest_child(name, **more))
+
+    def ingest_child(self, name: str = "ingest", **more: str) -> Child:
+        """An ingest process. It is ready at once: nothing waits for it but the fences."""
+        return self.child(name, "streams", lambda: True, **more)
+
+    def worker_child(self, name: str = "worker", port: int = 0, **more: str) -> tuple[Child, str]:
+        """(a query worker, its address); ready when it answers."""
+        port = port or free_port()
+        address = f"127.0.0.1:{port}"
+        return self.child(name, "serving", lambda: answers(address), worker_port=str(port), **more), address
+
+    def prepare(self, manifest: Manifest) -> None:
+        """Make the topics, and the generation the active one where it is not."""
+        kafka.ensure_topics(self.settings)
+        if generations.active(self.settings) != manifest:
+            generations.publish(self.settings, manifest)
+
+
+@contextlib.contextmanager
+def set_up(settings: Settings, tell: Tell) -> Iterator[Stage]:
+    """Servers of the settings, else those that run here already, else new ones; all new ones end with it."""
+    supervisor = Supervisor(log_dir(settings))
+    try:
+        if endpoints.running(settings) is not None:
+            yield Stage(endpoints.resolve(settings), supervisor)
+            return
+        with local_pair(settings, supervisor, owner="eddyline demo", tell=tell) as resolved:
+            yield Stage(resolved, supervisor)
+    finally:
+        supervisor.stop()
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def answers(address: str) -> bool:
+    """Whether a query worker answers there and has caught up."""
+    try:
+        with Client(address) as client:
+            return bool(client.stats(timeout_s=0.5).ready)
+    except CallFailed:
+        return False
+
+
+def wait_until_applied(
+    settings: Settings, tell: Callable[[int, int], None], *, timeout_s: float, store: StateStore | None = None
+) -> None:
+    """Return once ingest has applied all that lies in `clicks`, `items` and `users` now.
+
+    tell(applied, of) is called while it goes on. Raises LocalServerError where nothing moves for `timeout_s`.
+    """
+    mine = store or RedisStore(settings)
+    names = {name: kafka.end_offsets(settings, name) for name in kafka.SOURCES}
+    ends = {(name, p): end for name, offsets in names.items() for p, end in offsets.items() if end}
+    last, since = -1, time.monotonic()
+    try:
+        while True:
+            applied = sum(min(_applied(mine, name, p), end) for (name, p), end in ends.items())
+            tell(applied, sum(ends.values()))
+            if applied == sum(ends.values()):
+                return
+            if applied != last:
+                last, since = applied, time.monotonic()
+            if time.monotonic() - since > timeout_s:
+                raise LocalServerError(
+                    f"ingest has applied {applied:,} of {sum(ends.values()):,} records and does not move; "
+                    f"see {log_dir(settings) / 'ingest.log'}"
+                )
+            time.sleep(0.02)
+    finally:
+        if store is None:
+            mine.close()
+
+
+def _applied(store: StateStore, name: str, partition: int) -> int:
+    slots = ["i0"] if name == kafka.ITEMS else [user_slot(partition)]
+    slots += ["i0"] if name == kafka.CLICKS else []
+    fences = store.fences(Source(name, partition), slots).values()
+    return min(fence.offset + 1 if fence else 0 for fence in fences)
+
+
+def with_namespace(settings: Settings, world: World) -> Settings:
+    """The settings with a namespace of the world's own, so that worlds never mix on one pair of servers."""
+    if settings.namespace:
+        return settings
+    return msgspec.structs.replace(settings, namespace=f"demo-{world.name}")

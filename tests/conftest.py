@@ -1,0 +1,88 @@
+"""Servers for the tests: those of the environment, else containers where an engine answers, else local ones.
+
+One Kafka and one Redis a run; each test takes a namespace of its own on them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import uuid
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from eddyline.local.pair import local_pair, log_dir
+from eddyline.local.supervisor import Supervisor
+from eddyline.settings import Settings
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+# Settings of the machine that runs the tests must not steer them; its servers may.
+for _name in [n for n in os.environ if n.startswith("EDDYLINE_")]:
+    del os.environ[_name]
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
+    """Settings that name a real Kafka and a real Redis. Small partition counts: tests read them all."""
+    base = Settings(
+        data_dir=str(tmp_path_factory.mktemp("servers")), clicks_partitions=4, items_partitions=2, worker_port=0,
+        kafka_bootstrap_servers=os.environ.get("KAFKA_BOOTSTRAP_SERVERS", ""),
+        redis_url=os.environ.get("REDIS_URL", ""),
+    )  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        if not (base.kafka_bootstrap_servers and base.redis_url) and engine_answers():
+            base = stack.enter_context(containers(base))
+        supervisor = stack.enter_context(Supervisor(log_dir(base)))
+        yield stack.enter_context(local_pair(base, supervisor, owner="the tests"))
+
+
+def engine_answers() -> bool:
+    """Whether a container engine can be asked for servers."""
+    import docker
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # docker-py leaves its socket open where it fails
+        try:
+            client = docker.from_env(timeout=2)
+            client.ping()
+            client.close()
+        except Exception:
+            return False
+        finally:
+            gc.collect()
+    return True
+
+
+@contextlib.contextmanager
+def containers(base: Settings) -> Iterator[Settings]:
+    """What the environment does not name, as containers."""
+    from testcontainers.kafka import KafkaContainer
+    from testcontainers.redis import RedisContainer
+
+    with contextlib.ExitStack() as stack:
+        kafka, redis = base.kafka_bootstrap_servers, base.redis_url
+        if not kafka:
+            kafka = stack.enter_context(KafkaContainer().with_kraft()).get_bootstrap_server()
+        if not redis:
+            made = stack.enter_context(RedisContainer("valkey/valkey:9"))
+            redis = f"redis://{made.get_container_host_ip()}:{made.get_exposed_port(6379)}/0"
+        yield msgspec.structs.replace(base, kafka_bootstrap_servers=kafka, redis_url=redis)
+
+
+@pytest.fixture
+def fresh_settings(servers: Settings, tmp_path: Path) -> Settings:
+    """The servers' settings with a namespace and a data folder of this test's own."""
+    return msgspec.structs.replace(servers, namespace=f"t-{uuid.uuid4().hex[:12]}", data_dir=str(tmp_path))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of the real data sets; skips where there is none."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("the real data sets are not beside this checkout")
+    return SHARED_DATA

@@ -1,0 +1,212 @@
+"""A whole Eddyline for the integration tests: real Kafka and Redis, real processes, a tiny trained generation."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from kafka import KafkaConsumer, TopicPartition
+
+from eddyline import kafka
+from eddyline.cli import replay
+from eddyline.cli.producers import now_ms, sent_to
+from eddyline.demo import generated, stage
+from eddyline.demo.stage import Stage
+from eddyline.demo.worlds import World
+from eddyline.events import Click, Item
+from eddyline.generations import Manifest
+from eddyline.local.pair import local_pair, log_dir
+from eddyline.local.supervisor import Supervisor
+from eddyline.settings import Settings
+from eddyline.stores.redis import RedisStore
+from serving.client import Client
+
+
+@dataclass
+class Live:
+    """One namespace with its processes. Every wait in it ends."""
+
+    settings: Settings
+    stage: Stage
+    world: World
+    address: str = ""
+    producer: Any = None
+    opened: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    @property
+    def supervisor(self) -> Supervisor:
+        return self.stage.supervisor
+
+    def client(self, address: str = "") -> Client:
+        return self.opened.enter_context(Client(address or self.address))
+
+    def click(self, user: str, item: str, **more: Any) -> tuple[int, int]:
+        """Send one click; its token (partition, offset)."""
+        click = Click(**{"user_id": user, "item_id": item, "at_ms": now_ms(), "event_id": uuid.uuid4().hex} | more)
+        return sent_to(kafka.send_click(self.producer, self.settings, click), self.settings)
+
+    def item(self, item: Item) -> tuple[int, int]:
+        return sent_to(kafka.send_item(self.producer, self.settings, item), self.settings)
+
+    def delete(self, item_id: str) -> tuple[int, int]:
+        return sent_to(kafka.send_delete(self.producer, self.settings, item_id), self.settings)
+
+    def raw(self, topic: str, value: bytes | None, key: bytes | None = None, **more: Any) -> tuple[int, int]:
+        sent = self.producer.send(self.settings.prefixed(topic), value, key=key, **more)
+        return sent_to(sent, self.settings)
+
+    def applied(self, timeout_s: float = 30) -> None:
+        """Wait until ingest has applied all that was sent."""
+        stage.wait_until_applied(self.settings, lambda *_: None, timeout_s=timeout_s)
+
+    def kill(self, name: str, sig: signal.Signals = signal.SIGKILL) -> int:
+        pid = self.supervisor.pids()[name]
+        os.kill(pid, sig)
+        return pid
+
+    def read(self, topic: str, timeout_s: float = 20) -> list[Any]:
+        """Every committed record of a topic, by partition and offset."""
+        name = self.settings.prefixed(topic)
+        consumer = KafkaConsumer(
+            **kafka.client_options(self.settings), group_id=None, isolation_level="read_committed"
+        )
+        try:
+            at = [TopicPartition(name, p) for p in consumer.partitions_for_topic(name) or ()]
+            consumer.assign(at)
+            consumer.seek_to_beginning(*at)
+            ends, records = consumer.end_offsets(at), []
+            deadline = time.monotonic() + timeout_s
+            while any(consumer.position(p) < end for p, end in ends.items()):
+                assert time.monotonic() < deadline, f"{name} could not be read to its end"
+                records += [r for batch in consumer.poll(timeout_ms=200).values() for r in batch]
+            return sorted(records, key=lambda r: (r.partition, r.offset))
+        finally:
+            consumer.close()
+
+    def wait_for(self, what: str, check: Callable[[], Any], timeout_s: float = 15) -> Any:
+        """Ask until the check gives something true."""
+        deadline = time.monotonic() + timeout_s
+        while not (found := check()):
+            assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s for: {what}"
+            time.sleep(0.02)
+        return found
+
+
+@pytest.fixture(scope="session")
+def world() -> World:
+    return generated.generate(items=300, users=120, clicks=6_000, seed=7)
+
+
+@pytest.fixture(scope="session")
+def bundle(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
+    """(the folder of bundles, generation 1): trained for real, if briefly."""
+    from embeddings.training.dataset import TrainingData
+    from embeddings.training.train import train
+
+    folder = tmp_path_factory.mktemp("generations")
+    profiles = {user: dict(profile.attributes) for user, profile in world.profiles.items()}
+    data = TrainingData(items=world.items, profiles=profiles, clicks=world.clicks)
+    train(data, folder / "1", "1", epochs=2, seed=1, threads=2)
+    return folder, Manifest(generation="1", bundle="1", dimension=64, created_ms=now_ms())
+
+
+@contextlib.contextmanager
+def living(settings: Settings, world: World, bundle: tuple[Path, Manifest], *, with_items: bool = True) -> Iterator[Live]:
+    """Topics, generation, ingest and one worker in a namespace of their own; all of it ends with the block."""
+    folder, manifest = bundle
+    settings = msgspec.structs.replace(settings, bundle_dir=str(folder))
+    supervisor = Supervisor(Path(settings.data_dir) / "logs")
+    live = Live(settings, Stage(settings, supervisor), world)
+    more = {
+        "clicks_partitions": str(settings.clicks_partitions), "items_partitions": str(settings.items_partitions),
+        "redis_timeout_ms": "1000", "kafka_timeout_ms": "5000", "backoff_ms_max": "500",
+    }  # fmt: skip
+    try:
+        live.stage.prepare(manifest)
+        live.producer = kafka.make_producer(settings)
+        live.opened.callback(live.producer.close, timeout=5)
+        if with_items:
+            replay.send(settings, world.items)
+        worker, live.address = live.stage.worker_child(**more)
+        supervisor.start(live.stage.ingest_child(**more), worker)
+        live.applied()
+        yield live
+    finally:
+        live.opened.close()
+        supervisor.stop()
+
+
+@pytest.fixture(scope="session")
+def live(
+    servers: Settings, world: World, bundle: tuple[Path, Manifest], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Live]:
+    """One system for all tests that leave its processes alone; each uses users and items of its own."""
+    folder = tmp_path_factory.mktemp("live")
+    settings = msgspec.structs.replace(servers, namespace=f"t-{uuid.uuid4().hex[:12]}", data_dir=str(folder))
+    with living(settings, world, bundle) as made:
+        replay.send(settings, replay.shifted(world.clicks, now_ms()))
+        made.applied()
+        yield made
+
+
+@pytest.fixture
+def make_live(
+    fresh_settings: Settings, world: World, bundle: tuple[Path, Manifest]
+) -> Iterator[Callable[..., Live]]:
+    """A system of the test's own, to break."""
+    with contextlib.ExitStack() as stack:
+
+
+        def make(servers: OwnServers | None = None) -> Live:
+            settings = servers.settings if servers else fresh_settings
+            return stack.enter_context(living(settings, world, bundle))
+
+        yield make
+
+
+class OwnServers:
+    """A Kafka and a Redis of one test's own, to kill."""
+
+    def __init__(self, settings: Settings, supervisor: Supervisor) -> None:
+        self.settings = settings
+        self.supervisor = supervisor
+
+    def pid(self, name: str) -> int:
+        return self.supervisor.pids()[name]
+
+    def kill(self, name: str) -> None:
+        os.kill(self.pid(name), signal.SIGKILL)
+
+    def pause(self, name: str) -> None:
+        os.kill(self.pid(name), signal.SIGSTOP)
+
+    def resume(self, name: str) -> None:
+        os.kill(self.pid(name), signal.SIGCONT)
+
+    def up(self, name: str) -> bool:
+        return self.supervisor.states()[name][0] == "ready"
+
+
+@pytest.fixture
+def own_servers(tmp_path: Path) -> Iterator[OwnServers]:
+    """Local servers whatever the environment names: this test kills them."""
+    base = Settings(data_dir=str(tmp_path / "own"), clicks_partitions=4, items_partitions=2, worker_port=0)
+    supervisor = Supervisor(log_dir(base))
+    with local_pair(base, supervisor, owner="a test") as settings:
+        yield OwnServers(settings, supervisor)
+
+
+@pytest.fixture
+def store(live: Live) -> Iterator[RedisStore]:
+    made = RedisStore(live.settings)
+    yield made
+    made.close()

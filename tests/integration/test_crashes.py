@@ -1,0 +1,235 @@
+"""kill -9 of one process at a time, on real parts: every effect is there exactly once.
+
+The oracle reads the topic and applies it, in chunks of another size, to a store in memory; then everything is
+compared: lists, windows, embeddings and counts of all users and items.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from kafka import KafkaAdminClient
+
+from eddyline import behaviour, kafka
+from eddyline.cli import replay
+from eddyline.cli.producers import now_ms
+from eddyline.demo.stage import answers
+from eddyline.ports import Source
+from eddyline.stores.memory import MemoryStore
+from eddyline.stores.redis import RedisStore
+from embeddings import bundle as bundles
+from streams.clicks import ClickIngest, sources
+from streams.micro_steps import MicroSteps
+from streams.positions import Positions
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@dataclass
+class _Kept:
+    """A dead-letter sink and forwarder that must not be needed."""
+
+    def put(self, *_: Any) -> None:
+        raise AssertionError("nothing here is a dead letter")
+
+    forward = put
+
+    def flush(self) -> None:
+        pass
+
+
+def oracle(live) -> MemoryStore:
+    """The state that the log gives, whatever happened on the way."""
+    log_id = kafka.log_ids(live.settings, [kafka.CLICKS])[kafka.CLICKS]
+    store = MemoryStore()
+    positions = Positions(
+        store, live.settings.prefixed(kafka.CLICKS), lambda p: sources(live.settings, p), lambda: log_id
+    )
+    towers = bundles.load(live.settings.bundles / "1")
+    ingest = ClickIngest(live.settings, store, positions, _Kept(), _Kept(), MicroSteps(towers))
+    records: dict[int, list[Any]] = {}
+    for record in live.read(kafka.CLICKS):
+        records.setdefault(record.partition, []).append(record)
+    for partition, mine in records.items():
+        positions.open({partition: (0, mine[-1].offset + 1)})
+        for start in range(0, len(mine), 97):
+            ingest.ingest(partition, mine[start : start + 97], read_us=0)
+    return store
+
+
+def assert_same_state(live) -> int:
+    """Compare everything with the oracle's; the number of behaviours."""
+    live.applied(timeout_s=60)
+    truth, real = oracle(live), RedisStore(live.settings)
+    users = sorted({r.key.decode() for r in live.read(kafka.CLICKS)})
+    events = sorted({msgspec.json.decode(r.value)["event_id"] for r in live.read(kafka.CLICKS)})
+    total = 0
+    for partition in range(live.settings.clicks_partitions):
+        slot, source = f"u{partition}", Source("clicks", partition)
+        want = truth.read_users(slot, source, events, users, "1")
+        have = real.read_users(slot, source, events, users, "1")
+        assert have.fence == want.fence
+        assert have.accepted_at == want.accepted_at
+        assert set(have.behaviours) == set(want.behaviours)
+        for user, mine in have.behaviours.items():
+            # When ingest read an event is a stamp of this run, not of the log.
+            assert msgspec.structs.replace(mine, read_us=0) == want.behaviours[user], user
+            total += len(mine.entries)
+        assert have.embeddings == want.embeddings
+    assert real.popular("i0", 10_000) == truth.popular("i0", 10_000)
+    real.close()
+    return total
+
+
+def send_history(live, times: int = 1) -> int:
+    """The world's clicks, `times` over with event ids of their own; how many."""
+    clicks = replay.shifted(live.world.clicks, now_ms())
+    for turn in range(times):
+        replay.send(
+            live.settings, [msgspec.structs.replace(c, event_id=f"{turn}-{c.event_id}") for c in clicks]
+        )
+    return times * len(clicks)
+
+
+def test_ingest_killed_in_mid_chunk(make_live) -> None:
+    live = make_live()
+    sent = send_history(live, times=3)
+    for _ in range(4):
+        time.sleep(0.4)
+        live.kill("ingest")
+        live.supervisor.wait("ingest", timeout_s=30)
+        time.sleep(3)
+    total = assert_same_state(live)
+    assert live.supervisor.states()["ingest"][1] >= 4, "it was killed and restarted"
+    assert 0 < total <= sent
+
+
+def test_two_ingest_processes_share_and_one_is_killed(make_live) -> None:
+    live = make_live()
+    live.supervisor.start(live.stage.ingest_child("ingest-2", clicks_partitions="4", items_partitions="2"))
+    time.sleep(4)
+    send_history(live, times=2)
+    live.kill("ingest-2")
+    send_history(live)  # the same events again: re-sends, to be dropped
+    assert_same_state(live)
+
+
+def test_redis_killed_heals_from_kafka(make_live, own_servers) -> None:
+    live = make_live(own_servers)
+    send_history(live)
+    time.sleep(0.5)
+    own_servers.kill("valkey")
+    send_history(live, times=2)
+    assert_same_state(live)
+
+
+def test_the_broker_killed_for_three_seconds(make_live, own_servers) -> None:
+    live = make_live(own_servers)
+    send_history(live)
+    os.kill(own_servers.pid("kafka"), signal.SIGKILL)
+    time.sleep(3)
+    live.wait_for("Kafka to be back", lambda: own_servers.up("kafka"), timeout_s=40)
+    answer = live.client().retrieve(live.world.clicks[0].user_id, 5)
+    assert len(answer.items) == 5, "the worker answers all the time"
+    send_history(live, times=2)
+    assert_same_state(live)
+    token = live.click("after-the-crash", live.world.items[0].item_id)
+    assert live.client().retrieve("after-the-crash", 5, after=token, wait_ms=2000).freshness.after.applied
+
+
+def test_a_worker_killed_and_back_gives_the_same_answers(make_live) -> None:
+    live = make_live()
+    send_history(live)
+    live.applied()
+    live.delete(live.world.items[0].item_id)
+    live.applied()
+    users = sorted({c.user_id for c in live.world.clicks})[:30]
+    time.sleep(1.0)  # the popular list is read twice a second
+
+    def ask():
+        with_client = live.client()
+        return {u: [i.item_id for i in with_client.retrieve(u, 20).items] for u in users}
+
+    before = ask()
+    assert not any(live.world.items[0].item_id in items for items in before.values())
+    live.kill("worker")
+    live.supervisor.wait("worker", timeout_s=30)
+    live.wait_for("the worker to answer", lambda: answers(live.address))
+    live.wait_for("the same answers", lambda: ask() == before)
+
+
+def test_without_redis_the_worker_answers_what_it_can(make_live, own_servers) -> None:
+    live = make_live(own_servers)
+    send_history(live)
+    live.applied()
+    user = live.world.clicks[0].user_id
+    own_servers.pause("valkey")
+    try:
+        answer = live.client().retrieve(user, 5, timeout_s=10)
+        assert len(answer.items) == 5 and any("redis" in m.lower() for m in answer.missing)
+        assert {i.path for i in answer.items} <= {"popular", "newest"}
+    finally:
+        own_servers.resume("valkey")
+    live.wait_for("Redis to be used again", lambda: not live.client().retrieve(user, 5, timeout_s=10).missing)
+
+
+def test_kafka_made_anew_under_an_old_redis_is_refused(make_live) -> None:
+    live = make_live()
+    send_history(live)
+    live.applied()
+    live.supervisor.stop()
+    admin = KafkaAdminClient(**kafka.client_options(live.settings))
+    try:
+        admin.delete_topics([live.settings.prefixed(kafka.CLICKS)])
+    finally:
+        admin.close()
+    live.wait_for("the topic to go", lambda: gone(live, kafka.CLICKS))
+    kafka.ensure_topics(live.settings)
+    child = live.stage.ingest_child("again", clicks_partitions="4", items_partitions="2")
+    run = lambda: subprocess.run(  # noqa: E731
+        list(child.argv), env=os.environ | dict(child.env), capture_output=True, text=True, timeout=60
+    )
+    done = run()
+    assert done.returncode == 3, done.stderr[-2000:]
+    assert "eddyline accept-log" in done.stderr and "topic id" in done.stderr
+    accepted = subprocess.run(
+        [sys.executable, "-m", "eddyline", "accept-log", "--yes"],
+        env=os.environ | dict(child.env), capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert accepted.returncode == 0, accepted.stderr
+    store = RedisStore(live.settings)
+    assert not any(store.fences(Source("clicks", p), [f"u{p}"])[f"u{p}"] for p in range(4))
+    user = live.world.clicks[0].user_id
+    slot = kafka_slot(live, user)
+    assert store.read_user(f"u{slot}", slot, user, "1").behaviour != behaviour.EMPTY, "lists are kept"
+    store.close()
+
+
+def kafka_slot(live, user: str) -> int:
+    from eddyline.slots import partition_of
+
+    return partition_of(user, live.settings.clicks_partitions)
+
+
+def gone(live, name: str) -> bool:
+    admin = KafkaAdminClient(**kafka.client_options(live.settings))
+    try:
+        return live.settings.prefixed(name) not in admin.list_topics()
+    finally:
+        admin.close()
+
+
+def test_nothing_is_left_when_a_system_ends(make_live) -> None:
+    live = make_live()
+    pids = list(live.supervisor.pids().values())
+    live.supervisor.stop()
+    assert pids and not [pid for pid in pids if Path("/proc", str(pid)).exists()]

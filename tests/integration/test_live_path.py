@@ -1,0 +1,249 @@
+"""The live path on real parts: Kafka, Redis, an ingest process, query workers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from eddyline import kafka
+from eddyline.cli.producers import now_ms, sent_to
+from eddyline.demo.trace import trace
+from eddyline.events import Item, UserProfile
+from eddyline.slots import partition_of
+from eddyline.stores.redis import RedisStore
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def ids(answer):
+    return [item.item_id for item in answer.items]
+
+
+@pytest.fixture
+def user() -> str:
+    return f"user-{uuid.uuid4().hex[:10]}"
+
+
+def test_a_click_changes_the_next_answer(live, user) -> None:
+    client = live.client()
+    likes = [item.item_id for item in live.world.items if item.available][:4]
+    for item_id in likes[:3]:
+        token = live.click(user, item_id)
+    before = client.retrieve(user, 10, after=token, wait_ms=2000)
+    assert before.freshness.after.applied and not set(likes[:3]) & set(ids(before))
+    clicked = before.items[4].item_id
+    token = live.click(user, clicked)
+    answer = client.retrieve(user, 10, after=token, wait_ms=2000, with_cards=True)
+    assert len(answer.items) == 10 and clicked not in ids(answer) and ids(answer) != ids(before)
+    assert [i.rank for i in answer.items] == list(range(1, 11))
+    assert {i.path for i in answer.items} == {"towers"} and {i.generation for i in answer.items} == {"1"}
+    assert all(i.age_ms >= 0 and i.card.title for i in answer.items)
+    scores = [i.score for i in answer.items]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_every_answer_says_how_fresh_it_is(live, user) -> None:
+    client = live.client()
+    began_us = time.time_ns() // 1000
+    partition, offset = live.click(user, live.world.items[5].item_id)
+    answer = client.retrieve(user, 5, after=(partition, offset), wait_ms=2000)
+    fresh = answer.freshness
+    assert fresh.generation == "1"
+    assert (fresh.user.known, fresh.user.partition, fresh.user.offset) == (True, partition, offset)
+    assert partition == partition_of(user, live.settings.clicks_partitions)
+    assert fresh.user.fence_offset >= offset
+    stamps = [began_us, fresh.user.produced_us, fresh.user.read_us, fresh.user.applied_us,
+              fresh.worker.user_read_us, fresh.worker.embedded_us, fresh.worker.searched_us,
+              fresh.worker.answered_us, time.time_ns() // 1000]  # fmt: skip
+    assert stamps == sorted(stamps), "the hops are stamped in their order"
+    assert abs(fresh.user.appended_ms - fresh.user.produced_us // 1000) < 5000
+    assert trace(answer).total_ms < 2000
+    assert {mark.partition for mark in fresh.index} <= {0, 1} and fresh.index
+
+
+def test_a_click_that_is_not_there_yet_is_waited_for_and_then_said(live, user) -> None:
+    client = live.client()
+    partition = partition_of(user, live.settings.clicks_partitions)
+    began = time.monotonic()
+    answer = client.retrieve(user, 5, after=(partition, 1 << 40), wait_ms=200)
+    assert 0.15 < time.monotonic() - began < 2
+    assert not answer.freshness.after.applied and answer.freshness.after.why
+    assert len(answer.items) == 5
+
+
+def test_an_unknown_user_gets_the_popular_items_and_the_reason(live, user) -> None:
+    answer = live.client().retrieve(user, 10)
+    assert len(answer.items) == 10 and {i.path for i in answer.items} == {"popular"}
+    assert not answer.freshness.user.known
+    assert "towers" in {p.path for p in answer.paths if p.why}
+
+
+def test_an_item_is_found_changes_and_is_gone(live, user) -> None:
+    client, item_id = live.client(), f"item-{uuid.uuid4().hex[:10]}"
+    token = live.click(user, live.world.items[0].item_id)
+    everything = len(live.world.items) + 50
+    client.retrieve(user, 1, after=token, wait_ms=2000)
+
+    def found():
+        return item_id in ids(client.retrieve(user, everything))
+
+    item = Item(item_id=item_id, title="A new one", categories=live.world.items[0].categories, at_ms=now_ms())
+    live.item(item)
+    live.wait_for("the new item", found)
+    live.item(msgspec.structs.replace(item, available=False))
+    live.wait_for("the unavailable item to go", lambda: not found())
+    live.item(item)
+    live.wait_for("the item to be back", found)
+    live.delete(item_id)
+    live.wait_for("the deleted item to go", lambda: not found())
+    cards = RedisStore(live.settings).read_cards([item_id], 1)
+    assert cards[item_id].deleted
+
+
+def test_a_second_worker_gives_the_same_answers(live) -> None:
+    child, address = live.stage.worker_child(
+        "second", clicks_partitions="4", items_partitions="2", redis_timeout_ms="1000"
+    )
+    live.supervisor.start(child)
+    first, second = live.client(), live.client(address)
+    users = list(live.world.profiles)[:40]
+
+    def differences():
+        return [u for u in users if ids(first.retrieve(u, 20)) != ids(second.retrieve(u, 20))]
+
+    live.wait_for("both workers to agree", lambda: not differences())
+    one, two = first.retrieve(users[0], 20), second.retrieve(users[0], 20)
+    assert [i.score for i in one.items] == [i.score for i in two.items]
+
+
+BAD_CLICKS = {
+    "not JSON": (b"{", "malformed_json"),
+    "no value": (None, "no_value"),
+    "wrong type": (b'{"user_id":"u","item_id":7,"at_ms":1}', "bad_field"),
+    "missing field": (b'{"user_id":"u","at_ms":1}', "bad_field"),
+    "unknown kind": (b'{"user_id":"u","item_id":"i","at_ms":1,"kind":"stare"}', "bad_field"),
+    "far future": (b'{"user_id":"u","item_id":"i","at_ms":99999999999999}', "far_future"),
+    "empty id": (b'{"user_id":"","item_id":"i","at_ms":1}', "bad_field"),
+    "NaN": (b'{"user_id":"u","item_id":"i","at_ms":1,"weight":NaN}', "malformed_json"),
+    "control character": (b'{"user_id":"u\\u0000","item_id":"i","at_ms":1}', "control_character"),
+}
+BAD_ITEMS = {
+    "not JSON": (b"nonsense", "malformed_json"),
+    "1 MB title": (msgspec.json.encode({"item_id": "KEY", "title": "x" * 1_000_000}), "bad_field"),
+    "wrong vector length": (b'{"item_id":"KEY","vector":[1.0,2.0]}', "wrong_vector_length"),
+    "another key": (b'{"item_id":"other"}', "wrong_key"),
+}
+
+
+def test_bad_records_are_dead_letters_and_the_stream_goes_on(live, user) -> None:
+    sent = {}
+    for name, (value, reason) in BAD_CLICKS.items():
+        at = live.raw(kafka.CLICKS, value, key=b"u")
+        sent[f"{live.settings.prefixed(kafka.CLICKS)}/{at[0]}/{at[1]}"] = (name, value, reason)
+    for name, (value, reason) in BAD_ITEMS.items():
+        key = f"bad-{uuid.uuid4().hex[:8]}"
+        value = value.replace(b"KEY", key.encode())
+        at = live.raw(kafka.ITEMS, value, key=key.encode())
+        sent[f"{live.settings.prefixed(kafka.ITEMS)}/{at[0]}/{at[1]}"] = (name, value, reason)
+    token = live.click(user, live.world.items[1].item_id)
+    assert live.client().retrieve(user, 3, after=token, wait_ms=2000).freshness.after.applied
+    live.applied()
+    letters = {r.key.decode(): r for r in live.read(kafka.DEAD_LETTERS)}
+    for at, (name, value, reason) in sent.items():
+        headers = {k: v.decode() for k, v in letters[at].headers}
+        assert headers["reason"] == reason, name
+        assert (letters[at].value or None) == value, name
+
+
+def test_a_click_in_a_wrong_partition_is_forwarded_and_counts_once(live, user, store) -> None:
+    own = partition_of(user, live.settings.clicks_partitions)
+    wrong = (own + 1) % live.settings.clicks_partitions
+    click = {"user_id": user, "item_id": live.world.items[2].item_id, "at_ms": now_ms(), "kind": "like"}
+    live.raw(kafka.CLICKS, msgspec.json.encode(click), partition=wrong)
+    live.raw(kafka.CLICKS, msgspec.json.encode(click | {"event_id": uuid.uuid4().hex}), partition=wrong, key=b"x")
+
+    def arrived():
+        return len(store.read_user(f"u{own}", own, user, "1").behaviour.entries) == 2
+
+    live.wait_for("both clicks to be applied in their own partition", arrived)
+    assert not store.read_user(f"u{wrong}", wrong, user, "1").behaviour.entries
+
+
+def test_a_resent_event_counts_once(live, user, store) -> None:
+    own = partition_of(user, live.settings.clicks_partitions)
+    for _ in range(3):
+        live.click(user, live.world.items[3].item_id, event_id=f"once-{user}")
+    live.applied()
+    assert len(store.read_user(f"u{own}", own, user, "1").behaviour.entries) == 1
+
+
+def test_a_profile_arrives_and_a_forgotten_user_is_gone(live, user, store) -> None:
+    own = partition_of(user, live.settings.clicks_partitions)
+    profile = UserProfile(user_id=user, attributes={"age": 31})
+    sent_to(kafka.send_profile(live.producer, live.settings, profile), live.settings)
+    live.click(user, live.world.items[3].item_id)
+    live.applied()
+    state = store.read_user(f"u{own}", own, user, "1")
+    assert state.profile == {"age": 31} and state.behaviour.entries
+    sent_to(kafka.send_forget(live.producer, live.settings, user), live.settings)
+    live.applied()
+    keys = [k for k in store._redis.scan_iter(match=f"{live.settings.namespace}:*", count=1000)]
+    assert keys and not [k for k in keys if user.encode() in k]
+    assert not live.client().retrieve(user, 3).freshness.user.known
+
+
+def test_the_example_producer_works(live, user, store) -> None:
+    items = [item.item_id for item in live.world.items[:2]]
+    env = os.environ | {
+        "KAFKA_BOOTSTRAP_SERVERS": live.settings.kafka_bootstrap_servers,
+        "CLICKS_TOPIC": live.settings.prefixed(kafka.CLICKS),
+    }
+    command = [sys.executable, str(ROOT / "examples" / "produce_clicks.py"), user, *items]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(live.settings.prefixed(kafka.CLICKS)) == 2
+    own = partition_of(user, live.settings.clicks_partitions)
+    live.wait_for("both clicks", lambda: len(store.read_user(f"u{own}", own, user, "1").behaviour.entries) == 2)
+
+
+def test_the_command_line_works(live, user) -> None:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("EDDYLINE_")} | {
+        "EDDYLINE_KAFKA_BOOTSTRAP_SERVERS": live.settings.kafka_bootstrap_servers,
+        "EDDYLINE_REDIS_URL": live.settings.redis_url,
+        "EDDYLINE_NAMESPACE": live.settings.namespace,
+        "EDDYLINE_DATA_DIR": live.settings.data_dir,
+        "EDDYLINE_CLICKS_PARTITIONS": "4", "EDDYLINE_ITEMS_PARTITIONS": "2",
+        "COLUMNS": "200",
+    }  # fmt: skip
+
+    def run(*words: str, code: int = 0) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "eddyline", *words], env=env, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    item_id = live.world.items[7].item_id
+    said = run("click", user, item_id, "--kind", "like")
+    token = said.split("--after ")[1].split()[0]
+    shown = run("query", user, "--after", token, "-k", "5")
+    assert "towers" in shown and f"clicks/{token}" in shown
+    assert '"item_id"' in run("query", user, "--json")
+    assert "in the graph" in run("stats")
+    assert "items/" in run("item", f"cli-{user}", "--title", "Made here", "--attribute", "year=2026")
+    assert "delete" in run("item", f"cli-{user}", "--delete")
+    assert "kind" in run("click", user, item_id, "--kind", "stare", code=1)
+    assert "worker_port" in run("settings")
+    lines = [{"user_id": user, "item_id": i.item_id, "at_ms": 1_000 * n} for n, i in enumerate(live.world.items[:20])]
+    file = Path(live.settings.data_dir) / f"{user}.jsonl"
+    file.write_bytes(b"\n".join(map(msgspec.json.encode, lines)))
+    assert "20 records" in run("replay", str(file), "--speed", "1000", "--shift-to-now")
+    file.write_bytes(b'{"user_id":"u"}\n')
+    assert "line 1" in run("replay", str(file), code=1)

@@ -1,0 +1,93 @@
+"""The package: its generic room names are ours alone, and the wheel holds what runs."""
+
+import importlib
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+import eddyline
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("eddyline", "streams", "embeddings", "index", "serving")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+# Files that are not Python and that a process reads at run time.
+DATA = ("eddyline/local/kafka.lock", "serving/proto/retrieval.proto")
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_room_is_ours(room: str) -> None:
+    module = importlib.import_module(room)
+    owners = set(packages_distributions().get(room, []))  # empty when editable (.pth only)
+    assert owners <= {"eddyline"}, f"{owners - {'eddyline'}} also install a top-level package named {room}"
+    if not owners:
+        assert module.__file__ and Path(module.__file__).is_relative_to(ROOT), (
+            f"shadowed by {module.__file__}"
+        )
+
+
+def test_the_version_is_said_once() -> None:
+    assert eddyline.__version__ == PROJECT["project"]["version"]
+
+
+def test_the_entry_point_can_be_called() -> None:
+    module, _, name = PROJECT["project"]["scripts"]["eddyline"].partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+
+
+def test_no_init_under_tests() -> None:
+    assert [str(path) for path in (ROOT / "tests").rglob("__init__.py")] == []
+
+
+def tracked(*patterns: str) -> set[str]:
+    """Files of the rooms, as paths from the root."""
+    files = (path for room in ROOMS for pattern in patterns for path in (ROOT / room).rglob(pattern))
+    return {path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts}
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_every_room_and_what_it_reads(tmp_path: Path) -> None:
+    """Built with hatchling's own hook: no isolation and so no network, where hatchling is installed."""
+    pytest.importorskip("hatchling")
+    build = "import sys; from hatchling.build import build_wheel; sys.stdout.write(build_wheel(sys.argv[1]))"
+    done = subprocess.run(
+        [sys.executable, "-c", build, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    wheel = tmp_path / done.stdout.splitlines()[-1]
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    expected = tracked("*.py", "*.lua", "*.lock", "*.proto", "*.pyi") | set(DATA)
+    assert expected <= names, f"not in the wheel: {sorted(expected - names)}"
+    assert any(name.endswith("_pb2.py") for name in names) and any(name.endswith(".lua") for name in names)
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {*ROOMS, f"eddyline-{eddyline.__version__}.dist-info"}
+    assert f"eddyline-{eddyline.__version__}.dist-info/licenses/LICENSE" in names
+
+
+def test_every_extra_is_locked() -> None:
+    """Each requirement of each extra has a version with hashes in requirements.lock."""
+    from packaging.requirements import Requirement
+
+    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    locked: dict[str, list[str]] = {}
+    for line in lock.splitlines():
+        if line[:1].isalnum():
+            requirement = Requirement(line.rstrip(" \\"))
+            locked.setdefault(requirement.name, []).append(str(requirement.specifier).removeprefix("=="))
+    extras = PROJECT["project"]["optional-dependencies"]
+    for text in [
+        *PROJECT["project"]["dependencies"],
+        *(text for wanted in extras.values() for text in wanted),
+    ]:
+        wanted = Requirement(text)
+        if wanted.name != "eddyline":
+            versions = locked.get(wanted.name.lower().replace("_", "-"), [])
+            assert any(wanted.specifier.contains(version) for version in versions), (
+                f"{text}: locked are {versions}"
+            )
+    assert lock.count("--hash=sha256:") >= len(locked)

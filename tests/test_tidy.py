@@ -1,0 +1,164 @@
+"""Style that can be counted: sizes, names, docstrings, leftovers, and docs that keep up with the code."""
+
+import ast
+import re
+import subprocess
+import tokenize
+from collections.abc import Iterator
+from functools import cache
+from io import StringIO
+from pathlib import Path
+
+import pytest
+
+from eddyline.settings import describe
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("eddyline", "streams", "embeddings", "index", "serving")
+FILE_LINES_MAX = 300
+FUNCTION_LINES_MAX = 70
+# A longer one is listed here with the reason; the list is meant to stay empty.
+LONG_FILES: dict[str, str] = {}
+LONG_FUNCTIONS: dict[str, str] = {}
+# Put together, so that this file does not hold the words it looks for.
+LEFTOVERS = re.compile("|".join(("TO" + "DO", "FIX" + "ME", "XX" + "X", "HA" + "CK")))
+NAMES = re.compile(r"(^|_)(utils?|commons?|helpers?|misc|v\d+)(_|$)")
+# A version in the name of a package that a protocol promises to keep is no second try at the same thing.
+NAMED_BY_PROTOCOL = ("serving/proto/",)
+MACHINE_PATH = re.compile(r"(?<![\w.$}])/(?:home|root|work|Users|tmp)/\w")
+# People read what these print; everything else logs.
+MAY_PRINT = ("benchmarks/", "examples/", "bootstrap.py")
+TEXT = {".py", ".md", ".toml", ".yml", ".yaml", ".lua", ".proto", ".lock", ".sh", ""}
+
+
+@cache
+def files() -> tuple[Path, ...]:
+    """Every file that git tracks or would track."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    if done.returncode:
+        pytest.skip("not in a git checkout")
+    return tuple(path for name in sorted(set(done.stdout.splitlines())) if (path := ROOT / name).is_file())
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def python_files(*folders: str) -> list[Path]:
+    """Written Python files; generated ones are left out."""
+    return [
+        path
+        for path in files()
+        if path.suffix == ".py"
+        and "_pb2" not in path.name
+        and (not folders or name_of(path).startswith(folders))
+    ]
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def test_files_are_short() -> None:
+    long = {name_of(p): n for p in python_files(*ROOMS) if (n := len(lines(p))) > FILE_LINES_MAX}
+    assert {name: n for name, n in long.items() if name not in LONG_FILES} == {}
+    assert sorted(LONG_FILES) == sorted(long), "a file that became short leaves the list"
+
+
+def test_functions_are_short() -> None:
+    long = {
+        f"{name_of(path)}:{node.name}": length
+        for path in python_files()
+        for node in functions(path)
+        if (length := (node.end_lineno or 0) - node.lineno + 1) > FUNCTION_LINES_MAX
+    }
+    assert {name: n for name, n in long.items() if name not in LONG_FUNCTIONS} == {}
+    assert sorted(LONG_FUNCTIONS) == sorted(long), "a function that became short leaves the list"
+
+
+def test_names_say_what_a_thing_is() -> None:
+    bad = [
+        name
+        for name in map(name_of, files())
+        if not name.startswith(NAMED_BY_PROTOCOL)
+        and any(NAMES.search(part.split(".")[0]) for part in name.split("/"))
+    ]
+    assert bad == []
+
+
+def test_nothing_is_left_for_later() -> None:
+    found = [
+        f"{name_of(path)}:{number}"
+        for path in files()
+        if path.suffix in TEXT and path.name != "LICENSE" and path.suffix != ".lock"
+        for number, line in enumerate(lines(path), 1)
+        if LEFTOVERS.search(line)
+    ]
+    assert found == []
+
+
+def test_no_stub_is_shipped() -> None:
+    stub = "Not" + "ImplementedError"
+    assert [name_of(path) for path in python_files() if stub in path.read_text(encoding="utf-8")] == []
+
+
+def test_every_module_says_what_it_is() -> None:
+    bare = [
+        name_of(path)
+        for path in python_files()
+        if path.stat().st_size and ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) is None
+    ]
+    assert bare == []
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    names = [path.name for path in python_files("tests/") if path.name.startswith("test_")]
+    assert sorted(names) == sorted(set(names))
+    folders = {name_of(path).split("/")[1] for path in python_files("tests/") if name_of(path).count("/") > 1}
+    assert folders <= {"unit", "contract", "simulation", "integration"}
+
+
+def test_no_path_of_one_machine() -> None:
+    found = [
+        f"{name_of(path)}:{number}: {line.strip()[:60]}"
+        for path in files()
+        if path.suffix in TEXT and path.suffix != ".lock" and path != Path(__file__)
+        for number, line in enumerate(lines(path), 1)
+        if MACHINE_PATH.search(line)
+    ]
+    assert found == []
+
+
+def test_only_what_people_read_is_printed() -> None:
+    found = []
+    for path in python_files():
+        if name_of(path).startswith(MAY_PRINT):
+            continue
+        tokens = [t for t in tokenize.generate_tokens(StringIO(path.read_text(encoding="utf-8")).readline)]
+        for before, token, after in zip([None, *tokens], tokens, tokens[1:], strict=False):
+            called = token.type == tokenize.NAME and token.string == "print" and after.string == "("
+            if called and (before is None or before.string != "."):
+                found.append(f"{name_of(path)}:{token.start[0]}")
+    assert found == []
+
+
+def test_the_docs_name_every_setting() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert [name for name, *_ in describe() if f"| `{name}` |" not in page] == []
+
+
+def test_links_between_the_docs_lead_somewhere() -> None:
+    broken = []
+    for path in files():
+        if path.suffix == ".md":
+            links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text(encoding="utf-8"))
+            near = [link for link in links if "://" not in link and not link.startswith("mailto:")]
+            broken += [f"{name_of(path)}: {link}" for link in near if not (path.parent / link).exists()]
+    assert broken == []
