@@ -1,0 +1,50 @@
+# Thin: everything is done by bootstrap.py, which needs nothing but Python 3.11 or newer.
+# Where make is missing: python3 bootstrap.py demo, python3 bootstrap.py test.
+# Variables go on to the program: make demo ONCE=1 DATA=generated, TORCH_BACKEND=cpu make setup.
+
+PYTHON ?= python3
+ARGS ?=
+BOOTSTRAP = $(PYTHON) bootstrap.py
+
+.PHONY: help setup demo test up down lint proto lock clean
+.DEFAULT_GOAL := help
+
+help:  ## these targets
+	@sed -n 's/^\([a-z][a-z%-]*\):[^#]*## /\1	/p' Makefile | expand -t 16
+
+setup:  ## the environment in .venv, Apache Kafka's jars in the user's cache
+	@$(BOOTSTRAP) setup
+
+demo:  ## a click changes an answer; ONCE=1 ends by itself, DATA=generated needs no data set
+	@$(BOOTSTRAP) demo $(ARGS)
+
+test:  ## every test; ARGS="tests/unit -x" goes to pytest
+	@$(BOOTSTRAP) test $(ARGS)
+
+up:  ## the local Kafka and Valkey, in the background
+	@$(BOOTSTRAP) up
+
+down:  ## stop them; the data stay
+	@$(BOOTSTRAP) down
+
+lint:  ## ruff, mypy, import-linter
+	@$(BOOTSTRAP) lint
+
+# The oldest grpcio-tools that is supported: what it generates runs under every newer grpcio and protobuf. From the
+# repository root: only then the generated import reads `from serving.proto import …`.
+proto: setup  ## generate serving/proto/*_pb2*
+	.venv/bin/uv venv --quiet --clear --python .venv/bin/python .cache/proto
+	.venv/bin/uv pip install --quiet --python .cache/proto/bin/python "grpcio-tools==1.66.2" "setuptools<81"
+	.cache/proto/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. serving/proto/*.proto
+
+bench-%:  ## one benchmark: make bench-visible
+	@$(BOOTSTRAP) bench $* $(ARGS)
+
+lock: setup  ## write requirements.lock anew
+	.venv/bin/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
+		--no-emit-index-url --no-header --no-annotate --quiet -o requirements.lock
+
+clean:  ## remove the environment, all local data and caches
+	@if [ -x .venv/bin/eddyline ]; then .venv/bin/eddyline down; fi
+	rm -rf .venv .eddyline .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

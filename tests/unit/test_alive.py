@@ -1,0 +1,53 @@
+"""The sign of life: a process that beats is alive, one that stopped is not."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from eddyline import alive
+from eddyline.settings import Settings
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    monkeypatch.setenv("EDDYLINE_DATA_DIR", str(tmp_path / "data"))
+    return Settings(data_dir=str(tmp_path / "data"))
+
+
+def test_no_beat_is_no_life(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    assert alive.last_beat_s(settings, "ingest") is None
+    assert alive.main(["ingest"]) == 1
+    assert "no sign of life" in capsys.readouterr().err
+
+
+def test_a_beat_counts_for_its_own_kind_of_process(settings: Settings) -> None:
+    alive.beat(settings, "ingest")
+    alive.beat(settings, "ingest")
+    beaten = alive.last_beat_s(settings, "ingest")
+    assert beaten is not None and beaten < 5
+    assert alive.main(["ingest"]) == 0 and alive.main(["trainer"]) == 1
+
+
+@pytest.mark.parametrize(("ago_s", "code"), [(alive.FRESH_S - 3, 0), (alive.FRESH_S + 1, 1), (1e6, 1)])
+def test_a_beat_grows_old(settings: Settings, ago_s: float, code: int, tmp_path: Path) -> None:
+    alive.beat(settings, "ingest")
+    (file,) = (tmp_path / "data" / "run").iterdir()
+    os.utime(file, (time.time() - ago_s, time.time() - ago_s))
+    assert alive.main(["ingest"]) == code
+
+
+def test_the_youngest_beat_decides_and_dead_files_go(settings: Settings, tmp_path: Path) -> None:
+    run = tmp_path / "data" / "run"
+    run.mkdir(parents=True)
+    for name, ago_s in (("ingest-1.alive", 100.0), ("ingest-2.alive", alive.FORGOTTEN_S + 60)):
+        (run / name).touch()
+        os.utime(run / name, (time.time() - ago_s, time.time() - ago_s))
+    alive.beat(settings, "ingest")
+    assert alive.main(["ingest"]) == 0
+    assert {path.name for path in run.iterdir()} == {"ingest-1.alive", f"ingest-{os.getpid()}.alive"}
+
+
+def test_a_wrong_command_line_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert alive.main([]) == 2 and "usage" in capsys.readouterr().err

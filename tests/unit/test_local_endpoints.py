@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from eddyline.errors import LocalServerError, SettingsError
+from eddyline.local import endpoints
+from eddyline.local.endpoints import Server, Servers
+from eddyline.local.files import write
+from eddyline.settings import Settings
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(data_dir=str(tmp_path))
+
+
+def servers(tmp_path: Path, **more: object) -> Servers:
+    fields = {"owner": "test", "pid": 1, "data_dir": str(tmp_path), "state": "ready"}
+    kafka = Server(address="127.0.0.1:1", version="Apache Kafka 4.3.0", pid=2, log="k")
+    redis = Server(address="redis://127.0.0.1:2/0", version="Valkey 9", pid=3, log="v")
+    return Servers(**{**fields, "kafka": kafka, "redis": redis, **more})  # type: ignore[arg-type]
+
+
+def test_what_the_settings_name_wins(settings: Settings) -> None:
+    named = msgspec.structs.replace(settings, kafka_bootstrap_servers="k:1", redis_url="redis://r:2/0")
+    assert endpoints.resolve(named) is named
+
+
+def test_without_anything_the_sentence_says_what_to_do(settings: Settings) -> None:
+    with pytest.raises(SettingsError, match="no Kafka: set KAFKA_BOOTSTRAP_SERVERS or run `eddyline up`"):
+        endpoints.resolve(settings)
+    with pytest.raises(SettingsError, match="no Redis: set REDIS_URL or run `eddyline up`"):
+        endpoints.resolve(msgspec.structs.replace(settings, kafka_bootstrap_servers="k:1"))
+
+
+def test_a_file_counts_only_while_its_writer_lives(settings: Settings, tmp_path: Path) -> None:
+    lock = endpoints.try_lock(settings)
+    assert lock is not None
+    write(endpoints.servers_file(settings), msgspec.json.encode(servers(tmp_path)))
+    assert endpoints.held(settings)
+    assert endpoints.try_lock(settings) is None
+    found = endpoints.resolve(settings)
+    assert (found.kafka_bootstrap_servers, found.redis_url) == ("127.0.0.1:1", "redis://127.0.0.1:2/0")
+    lock.close()  # as the kernel does when the writer is killed
+    assert not endpoints.held(settings)
+    with pytest.raises(SettingsError, match="no Kafka"):
+        endpoints.resolve(settings)
+
+
+def test_servers_that_are_starting_are_not_used_yet(settings: Settings, tmp_path: Path) -> None:
+    with endpoints.try_lock(settings):  # type: ignore[union-attr]
+        write(endpoints.servers_file(settings), msgspec.json.encode(servers(tmp_path, state="starting")))
+        assert endpoints.running(settings) is not None
+        with pytest.raises(SettingsError, match="no Kafka"):
+            endpoints.resolve(settings)
+
+
+def test_a_file_of_another_shape_is_named(settings: Settings) -> None:
+    with endpoints.try_lock(settings):  # type: ignore[union-attr]
+        assert endpoints.running(settings) is None
+        write(endpoints.servers_file(settings), b'{"owner": 3}')
+        with pytest.raises(LocalServerError, match=r"servers\.json"):
+            endpoints.running(settings)
+
+
+def test_where_says_why_and_hides_the_password(settings: Settings, tmp_path: Path) -> None:
+    mixed = msgspec.structs.replace(settings, redis_url="redis://app:secret@127.0.0.1:1/0")
+    with endpoints.try_lock(settings):  # type: ignore[union-attr]
+        write(endpoints.servers_file(settings), msgspec.json.encode(servers(tmp_path)))
+        kafka, redis = endpoints.where(mixed)
+    assert kafka.version == "Apache Kafka 4.3.0" and "started by `test`" in kafka.why
+    assert "REDIS_URL" in redis.why and "does not answer" in redis.version
+    assert "secret" not in repr((kafka, redis))

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from eddyline.local import ports
+
+
+def test_a_port_is_kept_and_lies_below_those_of_outgoing_connections(tmp_path: Path) -> None:
+    first = ports.choose(tmp_path, ("kafka", "redis"))
+    assert ports.choose(tmp_path, ("kafka", "redis")) == first
+    assert len(set(first.values())) == 2
+    assert all(1_024 < port < 32_768 for port in first.values())
+
+
+def test_a_taken_port_is_replaced_and_the_other_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ports, "PATIENCE_S", 0.1)
+    first = ports.choose(tmp_path, ("kafka", "redis"))
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", first["kafka"]))
+        other.listen()
+        second = ports.choose(tmp_path, ("kafka", "redis"))
+    assert second["kafka"] != first["kafka"] and second["redis"] == first["redis"]
+    assert ports.choose(tmp_path, ("kafka",)) == {"kafka": second["kafka"]}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"kafka": "many"}'])
+def test_a_torn_file_of_ports_is_made_anew(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "ports.json").write_bytes(content)
+    chosen = ports.choose(tmp_path, ("kafka",))
+    assert ports.choose(tmp_path, ("kafka",)) == chosen
