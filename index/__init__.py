@@ -1,0 +1,1 @@
+"""Vectors of items to nearest items: one port, an exact oracle and the live index."""

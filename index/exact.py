@@ -1,0 +1,129 @@
+"""The oracle: every query looks at every item. Simple enough to be right at sight."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+
+from eddyline.records import ItemRecord
+from index.port import (
+    Hit,
+    IndexStats,
+    Vector,
+    Watermark,
+    check_kinds,
+    check_query,
+    stack_vectors,
+    watermarks_after,
+    winners,
+)
+
+
+class ExactIndex:
+    """A dict of records behind one lock. O(n·d) a query; see `index.port.Index` for the contract.
+
+    Thread rule: any thread; here readers take the lock as well.
+    """
+
+    def __init__(self, dimension: int) -> None:
+        """dimension: the length of every vector."""
+        self._dimension = dimension
+        self._lock = threading.Lock()
+        self._records: dict[str, ItemRecord] = {}
+        self._watermarks: dict[int, Watermark] = {}
+        self._applied = self._ignored = self._rejected = 0
+
+    @property
+    def dimension(self) -> int:
+        """The length of every vector."""
+        return self._dimension
+
+    def apply(self, records: Sequence[ItemRecord]) -> int:
+        """See `Index.apply`."""
+        with self._lock:
+            try:
+                stack_vectors([r for r in records if not r.retired], self._dimension)
+            except Exception:
+                self._rejected += 1
+                raise
+            counted = 0
+            for item_id, record in winners(records).items():
+                before = self._records.get(item_id)
+                if before is None or record.offset > before.offset:
+                    self._records[item_id] = record
+                    counted += 1
+            self._watermarks = watermarks_after(self._watermarks, records)
+            self._applied += counted
+            self._ignored += len(records) - counted
+            return counted
+
+    def upsert(self, records: Sequence[ItemRecord]) -> int:
+        """See `Index.upsert`."""
+        check_kinds(records, retired=False)
+        return self.apply(records)
+
+    def retire(self, records: Sequence[ItemRecord]) -> int:
+        """See `Index.retire`."""
+        check_kinds(records, retired=True)
+        return self.apply(records)
+
+    def query(self, vector: Vector, k: int, exclude: Collection[str] = ()) -> list[Hit]:
+        """See `Index.query`."""
+        check_query(vector, self._dimension)
+        query = vector.astype(np.float64)
+        scored = [
+            _hit(record, float((record.vector.astype(np.float64) * query).sum()))
+            for record in self._live(exclude)
+            if record.vector is not None
+        ]
+        return sorted(scored, key=lambda hit: (-hit.score, hit.item_id))[: max(k, 0)]
+
+    def vectors_of(self, item_ids: Sequence[str]) -> Vector:
+        """See `Index.vectors_of`."""
+        with self._lock:
+            found = [self._records.get(item_id) for item_id in item_ids]
+        vectors = [r.vector for r in found if r is not None and r.vector is not None]
+        return np.array(vectors, np.float32).reshape(len(vectors), self._dimension)
+
+    def describe(self, item_ids: Sequence[str]) -> list[Hit | None]:
+        """See `Index.describe`."""
+        with self._lock:
+            found = [self._records.get(item_id) for item_id in item_ids]
+        return [None if r is None or r.retired else _hit(r, 0.0) for r in found]
+
+    def newest(self, k: int, exclude: Collection[str] = ()) -> list[Hit]:
+        """See `Index.newest`."""
+        hits = [_hit(record, 0.0) for record in self._live(exclude)]
+        return sorted(hits, key=lambda hit: (-hit.at_ms, hit.item_id))[: max(k, 0)]
+
+    def watermarks(self) -> Mapping[int, Watermark]:
+        """See `Index.watermarks`."""
+        return self._watermarks
+
+    def stats(self) -> IndexStats:
+        """See `Index.stats`."""
+        with self._lock:
+            live = sum(not record.retired for record in self._records.values())
+            return IndexStats(
+                live=live,
+                tombstones=len(self._records) - live,
+                rows=live,
+                applied=self._applied,
+                ignored=self._ignored,
+                rejected=self._rejected,
+            )
+
+    def close(self) -> None:
+        """Nothing runs in the background."""
+
+    def _live(self, exclude: Collection[str]) -> list[ItemRecord]:
+        left_out = set(exclude)
+        with self._lock:
+            records = list(self._records.values())
+        return [r for r in records if not r.retired and r.item_id not in left_out]
+
+
+def _hit(record: ItemRecord, score: float) -> Hit:
+    return Hit(record.item_id, score, record.at_ms, record.written_us, record.offset)

@@ -1,0 +1,1 @@
+"""The query worker: gRPC answers from its own replica of the index."""

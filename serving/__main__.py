@@ -1,0 +1,216 @@
+"""The query worker, wired together: `python -m serving`.
+
+Exit codes: 0 a wanted stop · 1 an error that a restart may heal · 2 a bad setting, or the port is taken · 3 a
+person has to decide (the store refuses to be used).
+"""
+
+from __future__ import annotations
+
+import os
+
+# Before numpy: queries run side by side already, and one product is too small to be worth more threads.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from eddyline import generations, kafka, logs
+from eddyline import settings as settings_
+from eddyline.errors import BundleError, LogMismatch, SettingsError, StoreRefused, Unavailable
+from eddyline.generations import Manifest
+from eddyline.local import endpoints
+from eddyline.ports import Layout
+from eddyline.settings import Settings
+from eddyline.stores.redis import RedisStore
+from embeddings import bundle
+from embeddings.bundle import Bundle
+from embeddings.user_tower import query_vector
+from index.hnsw import HnswIndex
+from serving import presence
+from serving.paths.popular import PopularPath
+from serving.paths.towers import TowersPath
+from serving.replica import Replica, load_bundle
+from serving.retrieve import Retriever
+from serving.server import PortTaken, WorkerServer
+from serving.service import Ready, Service
+from serving.users import UserReader
+
+log = logging.getLogger(__name__)
+
+LAYOUT_VERSION = 1
+# Running calls end within their deadline, one second by default.
+GRACE_S = 5.0
+_T = TypeVar("_T")
+
+
+class _Stopped(Exception):
+    """A stop was asked for while the worker waited for a server."""
+
+
+class _NoGeneration(Unavailable):
+    """There is no active generation yet; training makes one."""
+
+
+def main() -> int:
+    """Serve until SIGTERM or SIGINT. Returns the exit code."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        loaded = settings_.load()
+        logs.configure(loaded, "worker")
+        settings = endpoints.resolve(loaded)
+        service = Service(settings)
+        server = WorkerServer(settings, service)
+    except (SettingsError, PortTaken) as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    sys.stdout.write(f"worker listens on {server.address}\n")
+    sys.stdout.flush()
+    try:
+        _run(settings, service, server, stop)
+    except _Stopped:
+        pass
+    except (LogMismatch, StoreRefused) as error:
+        log.error(str(error))
+        return 3
+    except BundleError as error:
+        log.error(str(error))
+        return 1
+    finally:
+        server.stop(GRACE_S)
+    log.info("stopped")
+    return 0
+
+
+def _run(settings: Settings, service: Service, server: WorkerServer, stop: threading.Event) -> None:
+    until = _Until(settings, service, stop)
+    # Half of a query's time for Redis: where it hangs, the other half is enough to answer without it.
+    timeout_ms = max(10, min(settings.redis_timeout_ms, settings.query_timeout_ms // 2))
+    store = RedisStore(msgspec.structs.replace(settings, redis_timeout_ms=timeout_ms))
+    until.answered("Redis", store.check)
+    until.answered("Redis", lambda: store.claim_layout(_layout(settings)))
+    manifest = until.answered("Kafka and an active generation", lambda: _active(settings))
+    topic = kafka.item_vectors(manifest.generation)
+    until.answered("Kafka", lambda: kafka.ensure_topics(settings, [topic]))
+    generation = bundle.load(settings.bundles / manifest.bundle)
+    if generation.generation != manifest.generation:
+        raise BundleError(
+            f"{manifest.bundle} holds generation {generation.generation}, not {manifest.generation}"
+        )
+    index = HnswIndex(
+        generation.dimension,
+        m=settings.index_m,
+        ef_construction=settings.index_ef_construction,
+        ef=settings.index_ef,
+        exact_below=settings.index_exact_below,
+        fresh_max=settings.index_fresh_max,
+    )
+    load_bundle(index, generation)
+    replica = Replica(settings, manifest.generation, index)
+    popular = _popular(settings, store, index)
+    announced: Path | None = None
+    try:
+        replica.start()
+        popular.start()
+        service.waiting_for("the end of the item vectors")
+        while not replica.wait_caught_up(0.05):
+            if stop.is_set():
+                raise _Stopped
+        service.serve(_ready(settings, store, generation, index, replica, popular))
+        server.set_serving(True)
+        now_ms = time.time_ns() // 1_000_000
+        worker = presence.Worker(
+            address=server.address, pid=os.getpid(), generation=generation.generation, started_ms=now_ms
+        )
+        announced = presence.announce(settings, worker)
+        log.info("worker serves", extra={"address": server.address, "items": index.stats().live})
+        while not stop.wait(60.0):
+            pass
+        server.set_serving(False)
+        server.stop(GRACE_S)
+    finally:
+        if announced is not None:
+            announced.unlink(missing_ok=True)
+        replica.close()
+        popular.close()
+        index.close()
+        store.close()
+
+
+def _ready(
+    settings: Settings, store: RedisStore, generation: Bundle, index: HnswIndex, replica: Replica,
+    popular: PopularPath,
+) -> Ready:  # fmt: skip
+    users = UserReader(store, clicks_partitions=settings.clicks_partitions, generation=generation.generation)
+    retriever = Retriever(
+        store=store,
+        index=index,
+        users=users,
+        by_towers=TowersPath(generation.user_tower, query_vector, index),
+        by_popularity=popular,
+        item_slots=settings.item_slots,
+        index_missing=replica.missing,
+    )
+    return Ready(generation.generation, retriever, index, popular, replica.state)
+
+
+def _popular(settings: Settings, store: RedisStore, index: HnswIndex) -> PopularPath:
+    return PopularPath(
+        store,
+        index,
+        slots=[f"i{n}" for n in range(settings.item_slots)],
+        bucket_s=settings.popular_bucket_s,
+        half_life_s=settings.popular_half_life_s,
+        limit=settings.popular_limit,
+        refresh_ms=settings.popular_refresh_ms,
+        backoff_ms_max=settings.backoff_ms_max,
+    )
+
+
+class _Until:
+    """Waits for servers, with growing pauses, and says what for."""
+
+    def __init__(self, settings: Settings, service: Service, stop: threading.Event) -> None:
+        self._wait_s_max = settings.backoff_ms_max / 1000
+        self._service = service
+        self._stop = stop
+
+    def answered(self, what: str, call: Callable[[], _T]) -> _T:
+        """What the call returns once it raises Unavailable no more. Raises _Stopped."""
+        self._service.waiting_for(what)
+        wait_s, told = 0.05, float("-inf")
+        while True:
+            try:
+                return call()
+            except Unavailable as error:
+                if time.monotonic() - told > 10:
+                    log.warning("waiting", extra={"reason": str(error)})
+                    told = time.monotonic()
+            if self._stop.wait(wait_s):
+                raise _Stopped
+            wait_s = min(2 * wait_s, self._wait_s_max)
+
+
+def _active(settings: Settings) -> Manifest:
+    manifest = generations.active(settings)
+    if manifest is None:
+        raise _NoGeneration("there is no active generation yet; `eddyline train` makes one")
+    return manifest
+
+
+def _layout(settings: Settings) -> Layout:
+    return Layout(LAYOUT_VERSION, settings.clicks_partitions, settings.items_partitions, settings.item_slots)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Paths: each names candidates for one user in its own way."""

@@ -1,0 +1,76 @@
+"""The two-tower path: a user's last items and embedding become a vector; the index has its neighbours."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from eddyline.behaviour import liked_items
+from eddyline.ports import UserState
+from index.port import Index, Vector
+from serving.fusion import Candidates
+
+NAME = "towers"
+
+
+class Tower(Protocol):
+    """What is needed of `embeddings.user_tower.UserTower`."""
+
+    history_max: int
+
+    def encode_one(self, history: Vector, profile: Mapping[str, object]) -> Vector:
+        """float32 (h, d) newest first, and attributes -> float32 (d,), unit norm."""
+
+
+@dataclass(slots=True)
+class Marks:
+    """When the steps of one query were done, microseconds since 1970; 0 is not taken."""
+
+    embedded_us: int = 0
+    searched_us: int = 0
+
+
+class TowersPath:
+    """Users to neighbours, within one generation. Thread rule: any thread."""
+
+    def __init__(
+        self, tower: Tower, combine: Callable[[Vector, Vector | None], Vector], index: Index
+    ) -> None:
+        """combine: (tower's output, the user-ID embedding or None) -> the query vector."""
+        self._tower = tower
+        self._combine = combine
+        self._index = index
+
+    def ask(self, user: UserState, k: int, exclude: Collection[str], marks: Marks) -> Candidates:
+        """The k nearest items that are not excluded; none, with the reason, where he has no history."""
+        vector, why = self._vector(user)
+        marks.embedded_us = time.time_ns() // 1000
+        if vector is None:
+            return Candidates((), why)
+        hits = self._index.query(vector, k, exclude)
+        marks.searched_us = time.time_ns() // 1000
+        return Candidates(hits, "" if len(hits) == k else f"only {len(hits)} live items are unseen")
+
+    def _vector(self, user: UserState) -> tuple[Vector | None, str]:
+        entries = user.behaviour.entries
+        if not entries:
+            return None, "nothing is known of this user"
+        liked = liked_items(entries, len(entries))
+        if not liked:
+            return None, "the user's list holds dislikes only"
+        history = self._index.vectors_of(liked)
+        if not len(history):
+            return None, f"none of the {len(liked)} items of the user's list is in the index"
+        forward = self._tower.encode_one(history[: self._tower.history_max], user.profile)
+        return self._combine(forward, self._embedding(user)), ""
+
+    def _embedding(self, user: UserState) -> Vector | None:
+        """The user-ID embedding; None where there is none, or one that does not fit."""
+        if user.embedding is None or len(user.embedding[1]) != 4 * self._index.dimension:
+            return None
+        embedding: Vector = np.frombuffer(user.embedding[1], "<f4")
+        return embedding if np.isfinite(embedding).all() else None

@@ -1,0 +1,61 @@
+"""Which workers run on this data folder: `<data_dir>/run/worker-<pid>.json`, one for each that serves."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+
+from eddyline.settings import Settings
+
+
+class Worker(msgspec.Struct, frozen=True, kw_only=True):
+    """A worker that serves."""
+
+    address: str
+    pid: int
+    generation: str
+    started_ms: int
+
+
+def announce(settings: Settings, worker: Worker) -> Path:
+    """Write this worker's file; remove those of workers that were killed. Returns its path."""
+    folder = Path(settings.data_dir) / "run"
+    folder.mkdir(parents=True, exist_ok=True)
+    _look(folder, remove=True)
+    path = folder / f"worker-{worker.pid}.json"
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(msgspec.json.encode(worker))
+    partial.rename(path)
+    return path
+
+
+def running(settings: Settings) -> list[Worker]:
+    """The workers that serve now, the longest running first."""
+    found = _look(Path(settings.data_dir) / "run", remove=False)
+    return sorted(found, key=lambda worker: (worker.started_ms, worker.pid))
+
+
+def _look(folder: Path, *, remove: bool) -> list[Worker]:
+    found = []
+    for path in folder.glob("worker-*.json"):
+        try:
+            worker = msgspec.json.decode(path.read_bytes(), type=Worker)
+        except (OSError, msgspec.DecodeError):
+            continue  # it ended just now
+        if _alive(worker.pid):
+            found.append(worker)
+        elif remove:
+            path.unlink(missing_ok=True)
+    return found
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,242 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class After(_message.Message):
+    __slots__ = ("partition", "offset", "wait_ms")
+    PARTITION_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    WAIT_MS_FIELD_NUMBER: _ClassVar[int]
+    partition: int
+    offset: int
+    wait_ms: int
+    def __init__(self, partition: _Optional[int] = ..., offset: _Optional[int] = ..., wait_ms: _Optional[int] = ...) -> None: ...
+
+class RetrieveRequest(_message.Message):
+    __slots__ = ("user_id", "k", "after", "with_cards")
+    USER_ID_FIELD_NUMBER: _ClassVar[int]
+    K_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    WITH_CARDS_FIELD_NUMBER: _ClassVar[int]
+    user_id: str
+    k: int
+    after: After
+    with_cards: bool
+    def __init__(self, user_id: _Optional[str] = ..., k: _Optional[int] = ..., after: _Optional[_Union[After, _Mapping]] = ..., with_cards: bool = ...) -> None: ...
+
+class RetrieveResponse(_message.Message):
+    __slots__ = ("items", "freshness", "paths", "missing", "short_because")
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    FRESHNESS_FIELD_NUMBER: _ClassVar[int]
+    PATHS_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    SHORT_BECAUSE_FIELD_NUMBER: _ClassVar[int]
+    items: _containers.RepeatedCompositeFieldContainer[RetrievedItem]
+    freshness: Freshness
+    paths: _containers.RepeatedCompositeFieldContainer[PathSummary]
+    missing: _containers.RepeatedScalarFieldContainer[str]
+    short_because: str
+    def __init__(self, items: _Optional[_Iterable[_Union[RetrievedItem, _Mapping]]] = ..., freshness: _Optional[_Union[Freshness, _Mapping]] = ..., paths: _Optional[_Iterable[_Union[PathSummary, _Mapping]]] = ..., missing: _Optional[_Iterable[str]] = ..., short_because: _Optional[str] = ...) -> None: ...
+
+class RetrievedItem(_message.Message):
+    __slots__ = ("item_id", "score", "rank", "path", "path_rank", "generation", "age_ms", "card")
+    ITEM_ID_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    PATH_RANK_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    AGE_MS_FIELD_NUMBER: _ClassVar[int]
+    CARD_FIELD_NUMBER: _ClassVar[int]
+    item_id: str
+    score: float
+    rank: int
+    path: str
+    path_rank: int
+    generation: str
+    age_ms: int
+    card: Card
+    def __init__(self, item_id: _Optional[str] = ..., score: _Optional[float] = ..., rank: _Optional[int] = ..., path: _Optional[str] = ..., path_rank: _Optional[int] = ..., generation: _Optional[str] = ..., age_ms: _Optional[int] = ..., card: _Optional[_Union[Card, _Mapping]] = ...) -> None: ...
+
+class Card(_message.Message):
+    __slots__ = ("title", "categories")
+    TITLE_FIELD_NUMBER: _ClassVar[int]
+    CATEGORIES_FIELD_NUMBER: _ClassVar[int]
+    title: str
+    categories: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, title: _Optional[str] = ..., categories: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class PathSummary(_message.Message):
+    __slots__ = ("path", "candidates", "taken", "why")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    TAKEN_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    candidates: int
+    taken: int
+    why: str
+    def __init__(self, path: _Optional[str] = ..., candidates: _Optional[int] = ..., taken: _Optional[int] = ..., why: _Optional[str] = ...) -> None: ...
+
+class Freshness(_message.Message):
+    __slots__ = ("generation", "user", "index", "worker", "after")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    USER_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    generation: str
+    user: UserWatermark
+    index: _containers.RepeatedCompositeFieldContainer[IndexWatermark]
+    worker: WorkerStamps
+    after: AfterStatus
+    def __init__(self, generation: _Optional[str] = ..., user: _Optional[_Union[UserWatermark, _Mapping]] = ..., index: _Optional[_Iterable[_Union[IndexWatermark, _Mapping]]] = ..., worker: _Optional[_Union[WorkerStamps, _Mapping]] = ..., after: _Optional[_Union[AfterStatus, _Mapping]] = ...) -> None: ...
+
+class UserWatermark(_message.Message):
+    __slots__ = ("known", "partition", "offset", "at_ms", "produced_us", "appended_ms", "read_us", "applied_us", "fence_offset")
+    KNOWN_FIELD_NUMBER: _ClassVar[int]
+    PARTITION_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    AT_MS_FIELD_NUMBER: _ClassVar[int]
+    PRODUCED_US_FIELD_NUMBER: _ClassVar[int]
+    APPENDED_MS_FIELD_NUMBER: _ClassVar[int]
+    READ_US_FIELD_NUMBER: _ClassVar[int]
+    APPLIED_US_FIELD_NUMBER: _ClassVar[int]
+    FENCE_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    known: bool
+    partition: int
+    offset: int
+    at_ms: int
+    produced_us: int
+    appended_ms: int
+    read_us: int
+    applied_us: int
+    fence_offset: int
+    def __init__(self, known: bool = ..., partition: _Optional[int] = ..., offset: _Optional[int] = ..., at_ms: _Optional[int] = ..., produced_us: _Optional[int] = ..., appended_ms: _Optional[int] = ..., read_us: _Optional[int] = ..., applied_us: _Optional[int] = ..., fence_offset: _Optional[int] = ...) -> None: ...
+
+class IndexWatermark(_message.Message):
+    __slots__ = ("partition", "offset", "at_ms", "written_us")
+    PARTITION_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    AT_MS_FIELD_NUMBER: _ClassVar[int]
+    WRITTEN_US_FIELD_NUMBER: _ClassVar[int]
+    partition: int
+    offset: int
+    at_ms: int
+    written_us: int
+    def __init__(self, partition: _Optional[int] = ..., offset: _Optional[int] = ..., at_ms: _Optional[int] = ..., written_us: _Optional[int] = ...) -> None: ...
+
+class WorkerStamps(_message.Message):
+    __slots__ = ("received_us", "user_read_us", "embedded_us", "searched_us", "answered_us")
+    RECEIVED_US_FIELD_NUMBER: _ClassVar[int]
+    USER_READ_US_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDED_US_FIELD_NUMBER: _ClassVar[int]
+    SEARCHED_US_FIELD_NUMBER: _ClassVar[int]
+    ANSWERED_US_FIELD_NUMBER: _ClassVar[int]
+    received_us: int
+    user_read_us: int
+    embedded_us: int
+    searched_us: int
+    answered_us: int
+    def __init__(self, received_us: _Optional[int] = ..., user_read_us: _Optional[int] = ..., embedded_us: _Optional[int] = ..., searched_us: _Optional[int] = ..., answered_us: _Optional[int] = ...) -> None: ...
+
+class AfterStatus(_message.Message):
+    __slots__ = ("applied", "waited_ms", "why")
+    APPLIED_FIELD_NUMBER: _ClassVar[int]
+    WAITED_MS_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    applied: bool
+    waited_ms: int
+    why: str
+    def __init__(self, applied: bool = ..., waited_ms: _Optional[int] = ..., why: _Optional[str] = ...) -> None: ...
+
+class StatsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StatsResponse(_message.Message):
+    __slots__ = ("generation", "ready", "started_ms", "queries", "queries_failed", "index", "watermarks", "tail", "popular", "missing")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    STARTED_MS_FIELD_NUMBER: _ClassVar[int]
+    QUERIES_FIELD_NUMBER: _ClassVar[int]
+    QUERIES_FAILED_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    WATERMARKS_FIELD_NUMBER: _ClassVar[int]
+    TAIL_FIELD_NUMBER: _ClassVar[int]
+    POPULAR_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    generation: str
+    ready: bool
+    started_ms: int
+    queries: int
+    queries_failed: int
+    index: IndexSizes
+    watermarks: _containers.RepeatedCompositeFieldContainer[IndexWatermark]
+    tail: TailStatus
+    popular: PopularStatus
+    missing: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, generation: _Optional[str] = ..., ready: bool = ..., started_ms: _Optional[int] = ..., queries: _Optional[int] = ..., queries_failed: _Optional[int] = ..., index: _Optional[_Union[IndexSizes, _Mapping]] = ..., watermarks: _Optional[_Iterable[_Union[IndexWatermark, _Mapping]]] = ..., tail: _Optional[_Union[TailStatus, _Mapping]] = ..., popular: _Optional[_Union[PopularStatus, _Mapping]] = ..., missing: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class IndexSizes(_message.Message):
+    __slots__ = ("live", "tombstones", "main", "fresh", "stale", "rows", "applied", "ignored", "rejected", "rebuilding", "rebuilds", "rebuilds_failed", "rebuild_s", "rebuild_error", "dimension", "refused")
+    LIVE_FIELD_NUMBER: _ClassVar[int]
+    TOMBSTONES_FIELD_NUMBER: _ClassVar[int]
+    MAIN_FIELD_NUMBER: _ClassVar[int]
+    FRESH_FIELD_NUMBER: _ClassVar[int]
+    STALE_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    APPLIED_FIELD_NUMBER: _ClassVar[int]
+    IGNORED_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_FIELD_NUMBER: _ClassVar[int]
+    REBUILDING_FIELD_NUMBER: _ClassVar[int]
+    REBUILDS_FIELD_NUMBER: _ClassVar[int]
+    REBUILDS_FAILED_FIELD_NUMBER: _ClassVar[int]
+    REBUILD_S_FIELD_NUMBER: _ClassVar[int]
+    REBUILD_ERROR_FIELD_NUMBER: _ClassVar[int]
+    DIMENSION_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    live: int
+    tombstones: int
+    main: int
+    fresh: int
+    stale: int
+    rows: int
+    applied: int
+    ignored: int
+    rejected: int
+    rebuilding: bool
+    rebuilds: int
+    rebuilds_failed: int
+    rebuild_s: float
+    rebuild_error: str
+    dimension: int
+    refused: int
+    def __init__(self, live: _Optional[int] = ..., tombstones: _Optional[int] = ..., main: _Optional[int] = ..., fresh: _Optional[int] = ..., stale: _Optional[int] = ..., rows: _Optional[int] = ..., applied: _Optional[int] = ..., ignored: _Optional[int] = ..., rejected: _Optional[int] = ..., rebuilding: bool = ..., rebuilds: _Optional[int] = ..., rebuilds_failed: _Optional[int] = ..., rebuild_s: _Optional[float] = ..., rebuild_error: _Optional[str] = ..., dimension: _Optional[int] = ..., refused: _Optional[int] = ...) -> None: ...
+
+class TailStatus(_message.Message):
+    __slots__ = ("caught_up", "lag_records", "records", "undecodable", "rejected", "away_since_ms")
+    CAUGHT_UP_FIELD_NUMBER: _ClassVar[int]
+    LAG_RECORDS_FIELD_NUMBER: _ClassVar[int]
+    RECORDS_FIELD_NUMBER: _ClassVar[int]
+    UNDECODABLE_FIELD_NUMBER: _ClassVar[int]
+    REJECTED_FIELD_NUMBER: _ClassVar[int]
+    AWAY_SINCE_MS_FIELD_NUMBER: _ClassVar[int]
+    caught_up: bool
+    lag_records: int
+    records: int
+    undecodable: int
+    rejected: int
+    away_since_ms: int
+    def __init__(self, caught_up: bool = ..., lag_records: _Optional[int] = ..., records: _Optional[int] = ..., undecodable: _Optional[int] = ..., rejected: _Optional[int] = ..., away_since_ms: _Optional[int] = ...) -> None: ...
+
+class PopularStatus(_message.Message):
+    __slots__ = ("items", "age_ms")
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    AGE_MS_FIELD_NUMBER: _ClassVar[int]
+    items: int
+    age_ms: int
+    def __init__(self, items: _Optional[int] = ..., age_ms: _Optional[int] = ...) -> None: ...

@@ -1,0 +1,242 @@
+"""The index's own copy of the items: the bundle's vectors, then the tail of `item-vectors.<generation>`.
+
+The topic is compacted and read from its beginning, without a consumer group and committed records only.
+Records that the bundle holds already are no-ops in the index. While Kafka is away the index goes on serving.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kafka import KafkaConsumer, TopicPartition
+from kafka.errors import KafkaError
+
+from eddyline import kafka
+from eddyline.errors import Rejected, Unavailable, VectorRejected
+from eddyline.records import ItemRecord, decode_record
+from eddyline.settings import Settings
+from embeddings.bundle import Bundle
+from index.port import Index
+
+log = logging.getLogger(__name__)
+
+# Kafka is asked for its ends this often: it tells the lag, and an answer is the sign that Kafka is there.
+LOOK_S = 1.0
+LOOK_TIMEOUT_MS = 2_000
+# A poll returns as soon as there is a record; this is how long it waits where there is none.
+POLL_MS = 200
+POLL_RECORDS = 2_000
+# One batch of the index: about 2 ms, so that neither its lock nor the interpreter is held for long.
+APPLY_RECORDS = 256
+RETRY_S = 0.05
+# A broker that is back is found within this; a refused connection costs next to nothing.
+RECONNECT_MS_MAX = 300
+CLOSE_S = 10.0
+# The first bad records are logged one by one, then every thousandth.
+LOGGED_BAD = 10
+
+
+def load_bundle(index: Index, bundle: Bundle) -> None:
+    """Put the bundle's item vectors into the index; their versions are the offsets they were made at."""
+    written_us = bundle.created_ms * 1000
+    records = [
+        ItemRecord(item_id, partition, offset, 0, written_us, vector)
+        for item_id, partition, offset, vector in zip(
+            bundle.item_ids,
+            bundle.item_partitions.tolist(),
+            bundle.item_offsets.tolist(),
+            bundle.item_vectors,
+            strict=True,
+        )
+    ]
+    index.upsert(records)
+
+
+@dataclass(frozen=True, slots=True)
+class TailState:
+    """How far the tail has come; see TailStatus in retrieval.proto."""
+
+    caught_up: bool = False
+    lag_records: int = 0
+    records: int = 0
+    undecodable: int = 0
+    rejected: int = 0
+    away_since_ms: int = 0
+
+
+class Replica:
+    """Tails the topic into the index, on a thread of its own. Thread rule: any thread may ask."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        generation: str,
+        index: Index,
+        *,
+        connect: Callable[[], Any] | None = None,
+    ) -> None:
+        """connect: makes the consumer; by default kafka-python's."""
+        self._settings = settings
+        self._topic = settings.prefixed(kafka.item_vectors(generation))
+        self._index = index
+        self._connect = connect or self._consumer
+        self._positions: dict[TopicPartition, int] = {}
+        # The ends seen first: whoever has read up to them has seen all that was there when the worker
+        # started.
+        self._goal: dict[TopicPartition, int] | None = None
+        self._caught_up = threading.Event()
+        self._stop = threading.Event()
+        self._away = ""
+        self._away_since_ms = 0
+        self._lag = self._records = self._undecodable = self._rejected = 0
+        self._thread = threading.Thread(target=self._run, name="replica", daemon=True)
+
+    def start(self) -> None:
+        """Begin to tail."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop tailing."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(CLOSE_S)
+
+    def wait_caught_up(self, timeout_s: float) -> bool:
+        """Whether the ends seen at start have been reached, after waiting for it at most this long."""
+        return self._caught_up.wait(timeout_s)
+
+    def state(self) -> TailState:
+        """How far it has come."""
+        return TailState(
+            caught_up=self._caught_up.is_set(),
+            lag_records=self._lag,
+            records=self._records,
+            undecodable=self._undecodable,
+            rejected=self._rejected,
+            away_since_ms=self._away_since_ms,
+        )
+
+    def missing(self) -> str:
+        """Why the index may lag behind, and since when; "" where Kafka answers."""
+        since_ms, away = self._away_since_ms, self._away
+        if not since_ms:
+            return ""
+        return (
+            f"{away} (since {max(0.0, time.time() - since_ms / 1000):.1f} s); items stand as they were then"
+        )
+
+    def _consumer(self) -> KafkaConsumer:
+        options = kafka.client_options(self._settings)
+        # Short: the loop below tries again, and says meanwhile that Kafka is away.
+        options |= {"bootstrap_timeout_ms": LOOK_TIMEOUT_MS, "reconnect_backoff_max_ms": RECONNECT_MS_MAX}
+        return KafkaConsumer(
+            **options,
+            group_id=None,
+            isolation_level="read_committed",
+            auto_offset_reset="earliest",
+            fetch_min_bytes=1,
+            fetch_max_wait_ms=500,
+            max_poll_records=POLL_RECORDS,
+        )
+
+    def _run(self) -> None:
+        wait_s = RETRY_S
+        while not self._stop.is_set():
+            consumer = None
+            try:
+                consumer = self._connect()
+                self._tail(consumer)
+            except (KafkaError, Unavailable, OSError) as error:
+                wait_s = RETRY_S if not self._away_since_ms else wait_s
+                self._mark_away(f"{type(error).__name__}: {error}")
+            except Exception as error:
+                log.exception("the tail of the item vectors failed; it is begun anew")
+                self._mark_away(f"{type(error).__name__}: {error}")
+            finally:
+                if consumer is not None:
+                    consumer.close()
+            self._stop.wait(wait_s)
+            wait_s = min(2 * wait_s, self._settings.backoff_ms_max / 1000)
+
+    def _tail(self, consumer: Any) -> None:
+        partitions = [TopicPartition(self._topic, p) for p in self._partitions(consumer)]
+        consumer.assign(partitions)
+        for partition in partitions:
+            if partition in self._positions:
+                consumer.seek(partition, self._positions[partition])
+            else:
+                consumer.seek_to_beginning(partition)
+        look_at = 0.0
+        while not self._stop.is_set():
+            if time.monotonic() >= look_at:
+                self._look(consumer, partitions)
+                look_at = time.monotonic() + LOOK_S
+            polled = consumer.poll(timeout_ms=POLL_MS)
+            for batch in polled.values():
+                self._apply(batch)
+            for partition in partitions:
+                self._positions[partition] = consumer.position(partition, timeout_ms=LOOK_TIMEOUT_MS)
+            self._check_caught_up()
+
+    def _partitions(self, consumer: Any) -> Sequence[int]:
+        found = consumer.partitions_for_topic(self._topic)
+        if not found:
+            raise Unavailable(f"there is no topic {self._topic}")
+        return sorted(found)
+
+    def _look(self, consumer: Any, partitions: list[TopicPartition]) -> None:
+        ends: dict[TopicPartition, int] = consumer.end_offsets(partitions, timeout_ms=LOOK_TIMEOUT_MS)
+        if self._goal is None:
+            self._goal = ends
+        self._lag = sum(max(0, end - self._positions.get(at, 0)) for at, end in ends.items())
+        if self._away_since_ms:
+            log.info("Kafka answers again", extra={"topic": self._topic})
+        self._away, self._away_since_ms = "", 0
+
+    def _check_caught_up(self) -> None:
+        if self._caught_up.is_set() or self._goal is None:
+            return
+        if all(self._positions.get(at, 0) >= end for at, end in self._goal.items()):
+            self._lag = 0
+            self._caught_up.set()
+
+    def _mark_away(self, reason: str) -> None:
+        self._away = f"Kafka at {self._settings.kafka_bootstrap_servers}: {reason}"
+        if not self._away_since_ms:
+            self._away_since_ms = time.time_ns() // 1_000_000
+            log.warning("the item vectors cannot be read", extra={"reason": self._away})
+
+    def _apply(self, batch: Sequence[Any]) -> None:
+        self._records += len(batch)
+        records: list[ItemRecord] = []
+        for record in batch:
+            try:
+                if record.key is None or record.value is None:
+                    raise Rejected("bad_record", "", "has no key or no value")
+                records.append(decode_record(record.key, record.value))
+            except Rejected as error:
+                self._undecodable += 1
+                self._tell_bad(self._undecodable, record, str(error))
+        for at in range(0, len(records), APPLY_RECORDS):
+            self._apply_some(records[at : at + APPLY_RECORDS])
+
+    def _apply_some(self, records: list[ItemRecord]) -> None:
+        try:
+            self._index.apply(records)
+        except VectorRejected:
+            for record in records:
+                try:
+                    self._index.apply([record])
+                except VectorRejected as error:
+                    self._rejected += 1
+                    self._tell_bad(self._rejected, record, str(error))
+
+    def _tell_bad(self, count: int, record: Any, reason: str) -> None:
+        if count <= LOGGED_BAD or count % 1000 == 0:
+            where = {"partition": record.partition, "offset": record.offset, "count": count, "reason": reason}
+            log.warning("an item record was skipped", extra=where)

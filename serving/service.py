@@ -1,0 +1,122 @@
+"""The gRPC service: checks a request, lets the retriever answer, turns errors into codes with a sentence."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import grpc
+
+from eddyline.settings import Settings
+from index.port import Index
+from serving import wire
+from serving.deadline import Deadline, DeadlinePassed
+from serving.paths.popular import PopularPath
+from serving.proto import retrieval_pb2 as pb
+from serving.proto import retrieval_pb2_grpc
+from serving.replica import TailState
+from serving.retrieve import Retriever
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """All that a worker answers from; handed over once it can."""
+
+    generation: str
+    retriever: Retriever
+    index: Index
+    popular: PopularPath
+    tail: Callable[[], TailState]
+
+
+class Service(retrieval_pb2_grpc.RetrievalServicer):
+    """Answers Retrieve and Stats. Thread rule: any thread."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Not ready: calls get UNAVAILABLE until `serve`."""
+        self._settings = settings
+        self._ready: Ready | None = None
+        self._waiting_for = "its start"
+        self._started_ms = time.time_ns() // 1_000_000
+        self._lock = threading.Lock()
+        self._queries = self._failed = 0
+
+    def waiting_for(self, what: str) -> None:
+        """What the worker waits for, said to whoever calls too early."""
+        self._waiting_for = what
+
+    def serve(self, ready: Ready) -> None:
+        """From now on, answer from this."""
+        self._ready = ready
+
+    def Retrieve(self, request: pb.RetrieveRequest, context: grpc.ServicerContext) -> pb.RetrieveResponse:
+        """See retrieval.proto."""
+        received_us = time.time_ns() // 1000
+        deadline = Deadline.of_call(context.time_remaining(), self._settings.query_timeout_ms)
+        try:
+            response = self._answer(request, deadline, received_us)
+        except wire.BadQuery as error:
+            self._count(failed=True)
+            _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except DeadlinePassed as error:
+            self._count(failed=True)
+            _abort(context, grpc.StatusCode.DEADLINE_EXCEEDED, str(error))
+        except _NotReady as error:
+            _abort(context, grpc.StatusCode.UNAVAILABLE, str(error))
+        except Exception as error:
+            self._count(failed=True)
+            log.exception("a query failed")
+            _abort(context, grpc.StatusCode.INTERNAL, f"{type(error).__name__}; the worker's log has more")
+        self._count(failed=False)
+        return response
+
+    def Stats(self, request: pb.StatsRequest, context: grpc.ServicerContext) -> pb.StatsResponse:
+        """See retrieval.proto. Answers before the worker is ready, too."""
+        ready = self._ready
+        response = pb.StatsResponse(
+            ready=ready is not None,
+            started_ms=self._started_ms,
+            queries=self._queries,
+            queries_failed=self._failed,
+        )
+        if ready is None:
+            response.missing.append(f"worker: waits for {self._waiting_for}")
+            return response
+        response.generation = ready.generation
+        response.index.CopyFrom(wire.sizes_of(ready.index.stats(), ready.index.dimension))
+        response.watermarks.extend(wire.watermarks_of(ready.index))
+        response.tail.CopyFrom(wire.tail_of(ready.tail()))
+        response.popular.items = ready.popular.size()
+        response.popular.age_ms = ready.popular.age_ms()
+        response.missing.extend(ready.retriever.missing())
+        return response
+
+    def _answer(
+        self, request: pb.RetrieveRequest, deadline: Deadline, received_us: int
+    ) -> pb.RetrieveResponse:
+        query = wire.query_of(request, self._settings)
+        ready = self._ready
+        if ready is None:
+            raise _NotReady(f"the worker is not ready: it waits for {self._waiting_for}")
+        answer = ready.retriever.retrieve(query, deadline, received_us)
+        return wire.response_of(answer, ready.generation, ready.index)
+
+    def _count(self, *, failed: bool) -> None:
+        with self._lock:
+            self._queries += 1
+            self._failed += failed
+
+
+class _NotReady(Exception):
+    """The worker cannot answer yet."""
+
+
+def _abort(context: Any, code: grpc.StatusCode, sentence: str) -> NoReturn:
+    context.abort(code, sentence)
+    raise AssertionError("abort returned")

@@ -1,0 +1,132 @@
+"""Between protobuf messages and the plain classes of this room; limits on requests are checked here."""
+
+from __future__ import annotations
+
+import time
+
+from eddyline.errors import EddylineError, Rejected
+from eddyline.events import ID_BYTES_MAX, check_id, quote
+from eddyline.settings import Settings
+from eddyline.slots import partition_of
+from index.port import Index, IndexStats
+from serving.proto import retrieval_pb2 as pb
+from serving.replica import TailState
+from serving.retrieve import Answer, Query
+from serving.users import After
+
+
+class BadQuery(EddylineError):
+    """A field of a request is out of its limits. The message names the field, the value and the limit."""
+
+
+def query_of(request: pb.RetrieveRequest, settings: Settings) -> Query:
+    """The request, checked. Raises BadQuery."""
+    size = len(request.user_id.encode())
+    if not 1 <= size <= ID_BYTES_MAX:
+        raise BadQuery(f"user_id: {quote(request.user_id)} has {size} bytes, allowed are 1 … {ID_BYTES_MAX}")
+    try:
+        check_id("user_id", request.user_id)
+    except Rejected as error:
+        raise BadQuery(f"user_id: {error.detail}") from None
+    if not 1 <= request.k <= settings.k_max:
+        raise BadQuery(f"k: {request.k}, allowed are 1 … {settings.k_max}")
+    after = _after_of(request, settings) if request.HasField("after") else None
+    return Query(request.user_id, request.k, after, request.with_cards)
+
+
+def _after_of(request: pb.RetrieveRequest, settings: Settings) -> After:
+    after = request.after
+    own = partition_of(request.user_id, settings.clicks_partitions)
+    if after.partition != own:
+        raise BadQuery(
+            f"after.partition: {after.partition}, but clicks of {quote(request.user_id)} lie in {own}"
+        )
+    if after.offset < 0:
+        raise BadQuery(f"after.offset: {after.offset}, must be at least 0")
+    if not 0 <= after.wait_ms <= settings.wait_ms_max:
+        raise BadQuery(f"after.wait_ms: {after.wait_ms}, allowed are 0 … {settings.wait_ms_max}")
+    return After(after.partition, after.offset, after.wait_ms)
+
+
+def response_of(answer: Answer, generation: str, index: Index) -> pb.RetrieveResponse:
+    """An answer as it goes over the wire."""
+    now_us = time.time_ns() // 1000
+    response = pb.RetrieveResponse(
+        freshness=_freshness_of(answer, generation, index),
+        paths=[pb.PathSummary(path=p, candidates=n, taken=t, why=w) for p, n, t, w in answer.paths],
+        missing=answer.missing,
+        short_because=answer.short_because,
+    )
+    for rank, (hit, path, path_rank) in enumerate(answer.items, 1):
+        item = response.items.add(
+            item_id=hit.item_id, score=hit.score, rank=rank, path=path, path_rank=path_rank,
+            generation=generation, age_ms=max(0, now_us - hit.written_us) // 1000,
+        )  # fmt: skip
+        card = answer.cards.get(hit.item_id)
+        if card is not None:
+            item.card.title = card.title
+            item.card.categories.extend(card.categories)
+    return response
+
+
+def _freshness_of(answer: Answer, generation: str, index: Index) -> pb.Freshness:
+    behaviour, stamps = answer.user.behaviour, answer.stamps
+    freshness = pb.Freshness(
+        generation=generation,
+        user=pb.UserWatermark(
+            known=behaviour.offset >= 0,
+            partition=answer.user_partition,
+            offset=behaviour.offset,
+            at_ms=behaviour.at_ms,
+            produced_us=behaviour.produced_us,
+            appended_ms=behaviour.appended_ms,
+            read_us=behaviour.read_us,
+            applied_us=answer.user.applied_us,
+            fence_offset=-1 if answer.user.fence is None else answer.user.fence.offset,
+        ),
+        index=watermarks_of(index),
+        worker=pb.WorkerStamps(
+            received_us=stamps.received_us,
+            user_read_us=stamps.user_read_us,
+            embedded_us=stamps.embedded_us,
+            searched_us=stamps.searched_us,
+            answered_us=stamps.answered_us,
+        ),
+    )
+    if answer.after is not None:
+        status = answer.after
+        freshness.after.CopyFrom(
+            pb.AfterStatus(applied=status.applied, waited_ms=status.waited_ms, why=status.why)
+        )
+    return freshness
+
+
+def watermarks_of(index: Index) -> list[pb.IndexWatermark]:
+    """The index's watermarks, by partition."""
+    return [
+        pb.IndexWatermark(partition=p, offset=w.offset, at_ms=w.at_ms, written_us=w.written_us)
+        for p, w in sorted(index.watermarks().items())
+    ]
+
+
+def sizes_of(stats: IndexStats, dimension: int) -> pb.IndexSizes:
+    """What the index holds."""
+    return pb.IndexSizes(
+        live=stats.live, tombstones=stats.tombstones, main=stats.main, fresh=stats.fresh, stale=stats.stale,
+        rows=stats.rows, applied=stats.applied, ignored=stats.ignored, rejected=stats.rejected,
+        rebuilding=stats.rebuilding, rebuilds=stats.rebuilds, rebuilds_failed=stats.rebuilds_failed,
+        rebuild_s=stats.rebuild_s, rebuild_error=stats.rebuild_error, dimension=dimension,
+        refused=stats.refused,
+    )  # fmt: skip
+
+
+def tail_of(state: TailState) -> pb.TailStatus:
+    """How far the tail has come."""
+    return pb.TailStatus(
+        caught_up=state.caught_up,
+        lag_records=state.lag_records,
+        records=state.records,
+        undecodable=state.undecodable,
+        rejected=state.rejected,
+        away_since_ms=state.away_since_ms,
+    )

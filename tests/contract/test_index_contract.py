@@ -1,0 +1,224 @@
+"""One suite over every adapter of `index.port.Index`: the oracle, and hnswlib in both of its modes."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+from eddyline.errors import VectorRejected
+from eddyline.records import ItemRecord
+from index.exact import ExactIndex
+from index.hnsw import HnswIndex
+from index.port import Hit, Index, Watermark
+
+D = 8
+
+
+def unit(*numbers: float) -> np.ndarray:
+    vector = np.zeros(D, np.float32)
+    vector[: len(numbers)] = numbers
+    return vector / np.float32(np.linalg.norm(vector))
+
+
+def put(item_id: str, offset: int, *numbers: float, partition: int = 0, at_ms: int = 0) -> ItemRecord:
+    return ItemRecord(item_id, partition, offset, at_ms, 1_000 + offset, unit(*numbers))
+
+
+def gone(item_id: str, offset: int, *, partition: int = 0) -> ItemRecord:
+    return ItemRecord(item_id, partition, offset, 0, 1_000 + offset, None)
+
+
+class Built(HnswIndex):
+    """hnswlib with a graph made after every write, so that the graph answers all that it can."""
+
+    def apply(self, records):  # type: ignore[no-untyped-def]
+        counted = super().apply(records)
+        assert self.rebuild()
+        return counted
+
+
+MAKERS: dict[str, Callable[[], Index]] = {
+    "exact": lambda: ExactIndex(D),
+    "hnsw-scan": lambda: HnswIndex(D),
+    "hnsw-fresh": lambda: HnswIndex(D, exact_below=0, fresh_max=1_000_000),
+    "hnsw-graph": lambda: Built(D, exact_below=0),
+}
+
+
+@pytest.fixture(params=list(MAKERS))
+def index(request: pytest.FixtureRequest) -> Iterator[Index]:
+    made = MAKERS[request.param]()
+    yield made
+    made.close()
+
+
+def ids(hits: list[Hit]) -> list[str]:
+    return [hit.item_id for hit in hits]
+
+
+def test_an_empty_index_answers_with_nothing(index: Index) -> None:
+    assert index.query(unit(1), 5) == []
+    assert index.newest(5) == []
+    assert index.vectors_of(["a"]).shape == (0, D)
+    assert index.describe(["a"]) == [None]
+    assert index.watermarks() == {}
+    assert index.apply([]) == 0
+    assert index.stats().live == 0
+
+
+def test_best_first_with_all_that_is_known_of_an_item(index: Index) -> None:
+    index.upsert([put("a", 3, 1, at_ms=50), put("b", 4, 1, 1), put("c", 5, 0, 1)])
+    hits = index.query(unit(1), 2)
+    assert ids(hits) == ["a", "b"]
+    assert hits[0] == Hit("a", 1.0, 50, 1_003, 3)
+    assert hits[1].score == pytest.approx(2**-0.5, abs=1e-6)
+
+
+@pytest.mark.parametrize("k", [-(10**9), -1, 0, 1, 6, 7, 8, 10**9])
+def test_k_is_clamped_to_what_lives(index: Index, k: int) -> None:
+    index.upsert([put(f"i{n}", n, 1, n) for n in range(8)])
+    index.retire([gone("i3", 9)])
+    expected = [f"i{n}" for n in range(8) if n != 3][: max(k, 0)]
+    assert ids(index.query(unit(1), k)) == expected
+    assert len(index.newest(k)) == len(expected)
+
+
+def test_equal_scores_stand_in_the_order_of_their_ids(index: Index) -> None:
+    names = [f"i{n:03}" for n in range(60)]
+    order = np.random.default_rng(3).permutation(60)
+    index.upsert([put(names[n], int(n), 1, 2) for n in order])
+    assert ids(index.query(unit(1, 2), 7)) == names[:7]
+    assert ids(index.query(unit(1, 2), 7, names[:5])) == names[5:12]
+    assert ids(index.newest(7, names[:5])) == names[5:12]
+
+
+def test_excluded_items_are_replaced_by_the_next(index: Index) -> None:
+    index.upsert([put(f"i{n}", n, 10, n) for n in range(10)])
+    seen = ["i0", "i1", "i2", "i5", "never heard of"]
+    assert ids(index.query(unit(1), 3, seen)) == ["i3", "i4", "i6"]
+    assert ids(index.query(unit(1), 99, frozenset(seen))) == ["i3", "i4", "i6", "i7", "i8", "i9"]
+    assert index.query(unit(1), 5, [f"i{n}" for n in range(10)]) == []
+
+
+def test_an_older_or_equal_write_is_a_no_op(index: Index) -> None:
+    assert index.upsert([put("a", 5, 1)]) == 1
+    assert index.upsert([put("a", 5, 0, 1)]) == 0
+    assert index.upsert([put("a", 4, 0, 1)]) == 0
+    assert index.query(unit(1), 1)[0].score == 1.0
+    assert index.upsert([put("a", 6, 0, 1)]) == 1
+    assert index.query(unit(1), 1)[0].score == 0.0
+    assert index.stats().applied == 2 and index.stats().ignored == 2
+
+
+def test_a_delete_wins_over_every_older_write(index: Index) -> None:
+    index.upsert([put("a", 1, 1), put("b", 2, 1, 1)])
+    assert index.retire([gone("a", 7)]) == 1
+    for offset in (-1, 1, 6, 7):
+        assert index.upsert([put("a", offset, 1)]) == 0
+    assert ids(index.query(unit(1), 5)) == ["b"]
+    assert index.describe(["a", "b"])[0] is None
+    assert index.stats().tombstones == 1
+    assert index.upsert([put("a", 8, 1)]) == 1
+    assert ids(index.query(unit(1), 5)) == ["a", "b"]
+
+
+def test_a_delete_that_comes_before_its_item(index: Index) -> None:
+    assert index.retire([gone("a", 7)]) == 1
+    assert index.upsert([put("a", 6, 1)]) == 0
+    assert index.query(unit(1), 5) == []
+
+
+def test_within_a_batch_the_highest_offset_wins_in_any_order(index: Index) -> None:
+    assert index.apply([gone("a", 3), put("a", 2, 1), put("b", 9, 1), gone("b", 8), put("b", 9, 0, 1)]) == 2
+    assert ids(index.query(unit(1), 5)) == ["b"]
+    assert index.query(unit(1), 5)[0].score == 1.0
+
+
+def test_the_bundle_is_older_than_any_record(index: Index) -> None:
+    index.upsert([put("a", -1, 1)])
+    assert index.upsert([put("a", -1, 0, 1)]) == 0
+    assert index.upsert([put("a", 0, 0, 1)]) == 1
+    assert index.query(unit(1), 1)[0].score == 0.0
+
+
+@pytest.mark.parametrize(
+    ("vector", "what"),
+    [
+        (np.zeros(D - 1, np.float32), "shape"),
+        (np.zeros(D + 1, np.float32), "shape"),
+        (np.zeros((1, D), np.float32), "shape"),
+        (np.zeros(D, np.float32), "norm 0"),
+        (unit(1) * 1.01, "norm 1.01"),
+        (unit(1) * 0.99, "norm 0.99"),
+        (unit(1) * 1e30, "norm|infinity"),
+        (np.full(D, np.nan, np.float32), "NaN"),
+        (np.array([np.inf] + [0] * (D - 1), np.float32), "infinity"),
+    ],
+)
+def test_a_bad_vector_is_refused_by_name_and_nothing_is_written(
+    index: Index, vector: np.ndarray, what: str
+) -> None:
+    bad = ItemRecord("the bad one", 0, 2, 0, 0, vector)
+    with pytest.raises(VectorRejected, match=f"'the bad one'.*({what})"):
+        index.upsert([put("good", 1, 1), bad])
+    assert index.query(unit(1), 5) == []
+    assert index.watermarks() == {}
+    assert index.stats().rejected == 1
+    assert index.upsert([put("good", 1, 1), put("the bad one", 2, 1)]) == 2
+
+
+def test_a_vector_within_rounding_of_unit_norm_is_taken(index: Index) -> None:
+    assert index.upsert([ItemRecord("a", 0, 1, 0, 0, unit(1, 2, 3) * np.float32(1.0005))]) == 1
+
+
+@pytest.mark.parametrize(
+    "vector", [np.zeros(D + 1), np.zeros((1, D)), np.full(D, np.nan), np.full(D, np.inf)]
+)
+def test_a_bad_query_is_refused(index: Index, vector: np.ndarray) -> None:
+    with pytest.raises(VectorRejected, match="query vector"):
+        index.query(vector.astype(np.float32), 1)
+
+
+def test_upsert_and_retire_take_their_own_kind_only(index: Index) -> None:
+    with pytest.raises(ValueError, match="'a' is a delete"):
+        index.upsert([gone("a", 1)])
+    with pytest.raises(ValueError, match="'a' carries a vector"):
+        index.retire([put("a", 1, 1)])
+
+
+def test_vectors_of_keeps_order_and_repeats_and_leaves_out_what_is_not_live(index: Index) -> None:
+    index.upsert([put("a", 1, 1), put("b", 2, 0, 1), put("c", 3, 0, 0, 1)])
+    index.retire([gone("c", 4)])
+    found = index.vectors_of(["b", "x", "a", "c", "b"])
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, np.stack([unit(0, 1), unit(1), unit(0, 1)]))
+
+
+def test_newest_goes_by_event_time(index: Index) -> None:
+    index.upsert([put("old", 1, 1, at_ms=10), put("new", 2, 1, at_ms=30), put("mid", 3, 1, at_ms=20)])
+    assert ids(index.newest(2)) == ["new", "mid"]
+    assert ids(index.newest(5, ["new"])) == ["mid", "old"]
+
+
+def test_watermarks_are_per_partition_and_never_go_back(index: Index) -> None:
+    index.apply(
+        [put("a", 5, 1, partition=0, at_ms=9), put("b", 2, 1, partition=3), gone("c", 6, partition=3)]
+    )
+    assert index.watermarks() == {0: Watermark(5, 9, 1_005), 3: Watermark(6, 0, 1_006)}
+    index.apply([put("z", 1, 1, partition=0, at_ms=4)])
+    assert index.watermarks()[0] == Watermark(5, 9, 1_005)
+
+
+def test_the_same_vectors_give_the_same_bits_whatever_the_order_they_came_in() -> None:
+    rng = np.random.default_rng(7)
+    vectors = rng.normal(size=(500, D)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    records = [ItemRecord(f"i{n}", 0, n, 0, 0, v) for n, v in enumerate(vectors)]
+    answers = []
+    for order in (range(500), range(499, -1, -1), rng.permutation(500)):
+        for make in MAKERS.values():
+            index = make()
+            index.upsert([records[n] for n in order])
+            answers.append(index.query(vectors[0], 20))
+            index.close()
+    assert all(answer == answers[0] for answer in answers)

@@ -1,0 +1,415 @@
+"""The live index: against the oracle under any interleaving, under races, and when a rebuild fails."""
+
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from eddyline.records import ItemRecord
+from index.exact import ExactIndex
+from index.hnsw import HnswIndex
+from index.live import LiveIndex
+from index.port import Hit
+from index.rebuild import Rebuilder
+from index.rows import Rows
+
+D = 6
+
+
+def units(n: int, dimension: int, seed: int) -> np.ndarray:
+    vectors = np.random.default_rng(seed).normal(size=(n, dimension)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+POOL = units(64, D, 1)
+NAMES = st.integers(0, 24).map("i{}".format)
+PLACES = st.integers(0, len(POOL) - 1)
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.005)
+
+
+class LiveAgainstExact(RuleBasedStateMachine):
+    """Every answer of the live index equals the oracle's, bit for bit; tiny limits so that all modes run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.exact = ExactIndex(D)
+        self.live = HnswIndex(D, m=8, ef_construction=50, ef=4, exact_below=5, fresh_max=1_000)
+        self.offset = 0
+
+    def teardown(self) -> None:
+        self.live.close()
+
+    def both(self, records: list[ItemRecord]) -> None:
+        assert self.live.apply(records) == self.exact.apply(records)
+
+    @rule(names=st.lists(NAMES, max_size=12), place=PLACES, back=st.integers(0, 6))
+    def upsert(self, names: list[str], place: int, back: int) -> None:
+        records = []
+        for n, name in enumerate(names):
+            self.offset += 1
+            vector = POOL[(place + 7 * n) % len(POOL)]
+            records.append(
+                ItemRecord(name, n % 3, max(0, self.offset - back), self.offset, self.offset, vector)
+            )
+        self.both(records)
+
+    @rule(name=NAMES, degrees=st.sampled_from([0.0, 0.5, 7.0, 9.0, 60.0]))
+    def turn(self, name: str, degrees: float) -> None:
+        found = self.exact.vectors_of([name])
+        if len(found):
+            self.offset += 1
+            side = POOL[self.offset % len(POOL)]
+            side = side - (side @ found[0]) * found[0]
+            length = np.linalg.norm(side)
+            if length < 0.1:
+                return  # the same direction: there is no side to turn to
+            angle = np.radians(degrees)
+            vector = (np.cos(angle) * found[0] + np.sin(angle) / length * side).astype(np.float32)
+            self.both([ItemRecord(name, 0, self.offset, 0, self.offset, vector)])
+
+    @rule(names=st.lists(NAMES, max_size=6), back=st.integers(0, 6))
+    def retire(self, names: list[str], back: int) -> None:
+        self.offset += 1
+        self.both([ItemRecord(name, 0, max(0, self.offset - back), 0, 0, None) for name in names])
+
+    @rule()
+    def rebuild(self) -> None:
+        assert self.live.rebuild()
+
+    @rule(place=PLACES, k=st.integers(-1, 30), exclude=st.frozensets(NAMES, max_size=10))
+    def query(self, place: int, k: int, exclude: frozenset[str]) -> None:
+        assert self.live.query(POOL[place], k, exclude) == self.exact.query(POOL[place], k, exclude)
+        assert self.live.newest(k, exclude) == self.exact.newest(k, exclude)
+
+    @rule(names=st.lists(NAMES, max_size=8))
+    def look_up(self, names: list[str]) -> None:
+        assert self.live.describe(names) == self.exact.describe(names)
+        np.testing.assert_array_equal(self.live.vectors_of(names), self.exact.vectors_of(names))
+
+    @invariant()
+    def same_sizes(self) -> None:
+        live, exact = self.live.stats(), self.exact.stats()
+        assert (live.live, live.tombstones, live.ignored) == (exact.live, exact.tombstones, exact.ignored)
+        assert self.live.watermarks() == self.exact.watermarks()
+        state = self.live._state
+        gone = [r.item_id for r in self.exact._records.values() if r.retired]
+        assert all(row < 0 for row in state.rows(gone))
+        if state.main is not None:
+            in_main = self.live._placement.built_at >= 0
+            moved = (state.row_of < 0) | (state.fresh_since < np.iinfo(np.int64).max)
+            assert state.stale == np.count_nonzero(in_main & moved)
+
+
+TestLiveAgainstExact = LiveAgainstExact.TestCase
+TestLiveAgainstExact.settings = settings(
+    max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+def records(vectors: np.ndarray, first_offset: int = 0) -> list[ItemRecord]:
+    return [ItemRecord(f"i{n}", 0, first_offset + n, 0, 0, v) for n, v in enumerate(vectors)]
+
+
+@pytest.mark.parametrize(("n", "graph"), [(49, 0), (50, 0), (51, 51), (500, 500)])
+def test_the_graph_begins_above_exact_below(n: int, graph: int) -> None:
+    index = HnswIndex(D, exact_below=50)
+    try:
+        index.upsert(records(units(n, D, 2)))
+        wait_until(lambda: not index._due())
+        assert index.stats().main == graph
+    finally:
+        index.close()
+
+
+@pytest.mark.parametrize(("fresh", "rebuilds"), [(9, 1), (10, 1), (11, 2), (200, 2)])
+def test_more_fresh_rows_than_fresh_max_start_a_rebuild(fresh: int, rebuilds: int) -> None:
+    index = HnswIndex(D, exact_below=20, fresh_max=10)
+    try:
+        vectors = units(300 + fresh, D, 3)
+        index.upsert(records(vectors)[:300])
+        wait_until(lambda: index.stats().rebuilds == 1)
+        index.upsert(records(vectors)[300:])
+        wait_until(lambda: not index._due() and not index.stats().rebuilding)
+        assert index.stats().rebuilds == rebuilds
+        assert index.stats().fresh == (fresh if rebuilds == 1 else 0)
+    finally:
+        index.close()
+
+
+def test_a_graph_that_is_far_too_large_for_what_lives_is_let_go() -> None:
+    index = HnswIndex(D, exact_below=100)
+    try:
+        index.upsert(records(units(101, D, 4)))
+        wait_until(lambda: index.stats().main == 101)
+        index.retire([ItemRecord(f"i{n}", 0, 1_000, 0, 0, None) for n in range(21)])
+        assert index.stats().main == 101
+        assert len(index.query(POOL[0], 500)) == 80
+        index.retire([ItemRecord("i50", 0, 1_000, 0, 0, None)])
+        wait_until(lambda: index.stats().main == 0)
+        assert len(index.query(POOL[0], 500)) == 79
+    finally:
+        index.close()
+
+
+def test_recall_stays_that_of_a_fresh_graph_under_churn() -> None:
+    rng = np.random.default_rng(5)
+    vectors = units(3_000, 32, 6)
+    index = HnswIndex(32, exact_below=0, fresh_max=400)
+    oracle = ExactIndex(32)
+    try:
+        index.upsert(records(vectors))
+        oracle.upsert(records(vectors))
+        assert index.rebuild()
+        for step in range(12):
+            chosen = rng.choice(3_000, 250, replace=False)
+            new = units(250, 32, 100 + step)
+            batch = [ItemRecord(f"i{n}", 0, 10_000 + step, 0, 0, v) for n, v in zip(chosen, new, strict=True)]
+            index.upsert(batch)
+            oracle.upsert(batch)
+            found = wanted = 0
+            for query in units(10, 32, 200 + step):
+                truth = {hit.item_id for hit in oracle.query(query, 50)}
+                found += len(truth & {hit.item_id for hit in index.query(query, 50)})
+                wanted += 50
+            assert found / wanted >= 0.95, f"recall {found / wanted} in step {step}"
+    finally:
+        index.close()
+
+
+def test_a_failed_rebuild_leaves_the_old_graph_serving_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = HnswIndex(D, exact_below=10, fresh_max=5)
+    try:
+        vectors = units(60, D, 8)
+        index.upsert(records(vectors)[:40])
+        wait_until(lambda: index.stats().main == 40)
+
+        def full(*_: object) -> None:
+            raise MemoryError("no room for the graph")
+
+        monkeypatch.setattr(index, "_build", full)
+        index.upsert(records(vectors)[40:])
+        wait_until(lambda: index.stats().rebuilds_failed == 1)
+        stats = index.stats()
+        assert stats.rebuild_error == "MemoryError: no room for the graph"
+        assert (stats.main, stats.fresh, stats.live) == (40, 20, 60)
+        assert index.query(vectors[55], 1)[0].item_id == "i55"
+        monkeypatch.undo()
+        assert index.rebuild()
+        assert (index.stats().main, index.stats().rebuild_error) == (60, "")
+    finally:
+        index.close()
+
+
+def test_what_changes_while_a_graph_is_built_becomes_fresh() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    index = HnswIndex(D, exact_below=0, fresh_max=100_000)
+    build = index._build
+
+    def slow(labels, vectors, stop):  # type: ignore[no-untyped-def]
+        begun.set()
+        assert go_on.wait(10)
+        return build(labels, vectors, stop)
+
+    index._build = slow
+    oracle = ExactIndex(D)
+    try:
+        vectors = units(2_000, D, 9)
+        for each in (index, oracle):
+            each.upsert(records(vectors[:900]))
+        assert begun.wait(10)
+        changes = [
+            *records(vectors[1_000:1_100], 5_000),
+            *(ItemRecord(f"i{n}", 0, 6_000, 0, 0, None) for n in range(80, 200)),
+            *(ItemRecord(f"i{n}", 0, 7_000, 0, 0, vectors[n]) for n in range(80, 90)),
+            *(ItemRecord(f"new{n}", 0, 8_000, 0, 0, vectors[n]) for n in range(1_100, 2_000)),
+        ]
+        for each in (index, oracle):
+            each.apply(changes)
+        go_on.set()
+        wait_until(lambda: index.stats().main == 900)
+        # i0 … i99 have new vectors, of which i80 … i99 were retired and i80 … i89 came back as they had been.
+        assert index.stats().fresh == 80 + 900
+        assert index.stats().stale == 80 + 110
+        for query in vectors[::50]:
+            assert index.query(query, 25) == oracle.query(query, 25)
+    finally:
+        go_on.set()
+        index.close()
+
+
+def test_a_graph_that_cannot_find_enough_is_replaced_by_the_scan() -> None:
+    class Blind:
+        size = 30
+
+        def search(self, query, fetch):  # type: ignore[no-untyped-def]
+            return None
+
+    index = LiveIndex(D, lambda *_: Blind(), breadth=10, exact_below=5, fresh_max=50)
+    try:
+        vectors = units(30, D, 10)
+        index.upsert(records(vectors))
+        assert index.rebuild()
+        assert [hit.item_id for hit in index.query(vectors[7], 1)] == ["i7"]
+        assert index.stats().refused == 1
+    finally:
+        index.close()
+
+
+def test_newest_beyond_what_is_kept_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("index.live.NEWEST_KEPT", 3)
+    index, oracle = HnswIndex(D), ExactIndex(D)
+    for step in range(3):
+        batch = [ItemRecord(f"i{n}", 0, step, (n * 7 + step) % 5, 0, POOL[n]) for n in range(10 - step)]
+        for each in (index, oracle):
+            each.upsert(batch)
+        for k in (1, 3, 4, 20):
+            assert index.newest(k) == oracle.newest(k)
+            assert index.newest(k, ["i4", "i2"]) == oracle.newest(k, ["i4", "i2"])
+
+
+def test_identical_vectors_do_not_touch_the_graph() -> None:
+    index = HnswIndex(D, exact_below=0, fresh_max=10)
+    try:
+        vectors = units(50, D, 11)
+        index.upsert(records(vectors))
+        assert index.rebuild()
+        for again in range(5):
+            index.upsert(records(vectors, 1_000 * (again + 1)))
+        assert (index.stats().fresh, index.stats().stale) == (0, 0)
+        assert index.query(vectors[3], 1)[0].offset == 5_003
+    finally:
+        index.close()
+
+
+@pytest.mark.parametrize(
+    "bad", [{"exact_below": -1}, {"fresh_max": 0}, {"m": 1}, {"ef": 0}, {"ef_construction": 0}]
+)
+def test_senseless_numbers_are_refused(bad: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="at least"):
+        HnswIndex(D, **bad)
+    with pytest.raises(ValueError, match="dimension 0"):
+        HnswIndex(0)
+
+
+def test_rows_scan_keeps_everything_near_the_cut() -> None:
+    rows = Rows(4, 2)
+    rows.vectors[:] = [[1, 0], [1, 1e-7], [0, 1], [1, 0]]
+    rows.died_at[3] = 5
+    query = np.array([1, 0], np.float32)
+    assert set(rows.scan(query, 4, 4, 1)) == {0, 1, 3}
+    assert set(rows.scan(query, 4, 5, 1)) == {0, 1}
+    assert set(rows.scan(query, 4, 5, 4)) == {0, 1, 2}
+    assert set(rows.scan(query, 2, 4, 9)) == {0, 1}
+    assert len(rows.scan(query, 0, 4, 1)) == 0
+
+
+def test_a_rebuilder_backs_off_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("index.rebuild.BACKOFF_S", 0.05)
+    tries: list[float] = []
+
+    def fail(stop: threading.Event) -> None:
+        tries.append(time.monotonic())
+        raise RuntimeError("no")
+
+    rebuilder = Rebuilder(lambda: True, fail)
+    rebuilder.wake()
+    wait_until(lambda: len(tries) >= 4)
+    rebuilder.close()
+    gaps = np.diff(tries[:4])
+    assert (gaps >= [0.05, 0.1, 0.2]).all()
+
+
+def wrong(
+    hits: list[Hit], k: int, exclude: frozenset[str], gone_since: dict[str, float], begun: float
+) -> list[str]:
+    names, scores = [hit.item_id for hit in hits], [hit.score for hit in hits]
+    found = [
+        f"{name} after its retire was acknowledged" for name in names if gone_since.get(name, begun) < begun
+    ]
+    if len(set(names)) != k:
+        found.append(f"{len(set(names))} different items of {k}")
+    if exclude & set(names):
+        found.append("an excluded item")
+    if scores != sorted(scores, reverse=True):
+        found.append("not best first")
+    return found
+
+
+def test_race_of_readers_writers_and_rebuilds() -> None:
+    """4 readers, 2 writers, rebuilds: no error, no wrong id, no item after its retire returned."""
+    n, dimension, seconds = 1_500, 16, 4.0
+    vectors = units(n, dimension, 12)
+    index = HnswIndex(dimension, m=8, ef_construction=40, ef=60, exact_below=200, fresh_max=60)
+    index.upsert(records(vectors))
+    stop = threading.Event()
+    failures: list[str] = []
+    # Writer w owns the items n with n % 2 == w. Of each: its last version, and since when it is gone.
+    gone_since: dict[str, float] = {}
+    versions = [0] * n
+
+    def write(mine: int) -> None:
+        rng = np.random.default_rng(mine)
+        offset = n
+        while not stop.is_set():
+            offset += 1
+            chosen = [int(c) for c in rng.choice(np.arange(mine, n, 2), 20, replace=False)]
+            back = [c for c in chosen[:15] if f"i{c}" not in gone_since]
+            turned = units(len(back), dimension, offset * 2 + mine)
+            for c in back:
+                versions[c] = offset
+            index.upsert(
+                [ItemRecord(f"i{c}", mine, offset, 0, 0, v) for c, v in zip(back, turned, strict=True)]
+            )
+            out = [c for c in chosen[15:16] if f"i{c}" not in gone_since]
+            index.retire([ItemRecord(f"i{c}", mine, offset + 1, 0, 0, None) for c in out])
+            for c in out:
+                gone_since[f"i{c}"] = time.monotonic()
+            offset += 1
+            time.sleep(0.001)
+
+    def read(seed: int) -> None:
+        queries = units(200, dimension, 1_000 + seed)
+        at = 0
+        while not stop.is_set():
+            at += 1
+            begun = time.monotonic()
+            exclude = frozenset(f"i{(at * 7 + e) % n}" for e in range(10))
+            hits = index.query(queries[at % 200], 30, exclude)
+            failures.extend(wrong(hits, 30, exclude, gone_since, begun))
+
+    def guarded(run: Callable[[int], None], number: int) -> None:
+        try:
+            run(number)
+        except Exception as error:
+            failures.append(f"{type(error).__name__}: {error}")
+
+    threads = [threading.Thread(target=guarded, args=(read, s)) for s in range(4)]
+    threads += [threading.Thread(target=guarded, args=(write, w)) for w in range(2)]
+    try:
+        for thread in threads:
+            thread.start()
+        time.sleep(seconds)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(20)
+        stats = index.stats()
+        index.close()
+    assert not failures, failures[:5]
+    assert stats.rebuilds >= 2 and stats.rebuilds_failed == 0
+    assert not any(thread.is_alive() for thread in threads)
+    live = {hit.item_id for hit in index.query(vectors[0], n)}
+    assert live == {f"i{c}" for c in range(n)} - set(gone_since)
+    offsets = {hit.item_id: hit.offset for hit in index.query(vectors[0], n)}
+    assert all(offsets[f"i{c}"] == (versions[c] or c) for c in range(n) if f"i{c}" in live)
