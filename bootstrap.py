@@ -380,7 +380,7 @@ def main(arguments):
     elif command == "test":
         _become(PYTHON, "-m", "pytest", *rest)
     elif command == "bench":
-        _become(PYTHON, benchmark, *rest[1:])
+        _become(PYTHON, "-m", f"benchmarks.{benchmark.stem}", *rest[1:])
     else:
         return _lint()
     return 0

@@ -1,17 +1,17 @@
 """Every error that Eddyline raises on purpose.
 
-    EddylineError
-    ├── SettingsError       a setting is unknown or bad; names the key, the value and its source
-    ├── Rejected            a record is refused; goes to dead-letters with its reason
-    ├── VectorRejected      a vector is of the wrong length, not finite or not of unit norm
-    ├── BundleError         a generation bundle is missing, torn or of another shape
-    ├── LogMismatch         Kafka is not the log that the fences in Redis were written for
-    ├── Unavailable         a server does not answer; the caller waits with back-off and tries again
-    │   ├── StoreUnavailable
-    │   └── KafkaUnavailable
-    ├── StoreRefused        Redis answers, but must not be used as it is set up
-    ├── FenceMoved          a fenced write was refused: the fence is not the one that was read
-    └── LocalServerError    a local Kafka or Valkey cannot be installed or started
+EddylineError
+├── SettingsError       a setting is unknown or bad; names the key, the value and its source
+├── Rejected            a record is refused; goes to dead-letters with its reason
+├── VectorRejected      a vector is of the wrong length, not finite or not of unit norm
+├── BundleError         a generation bundle is missing, torn or of another shape
+├── LogMismatch         Kafka is not the log that the fences in Redis were written for
+├── Unavailable         a server does not answer; the caller waits with back-off and tries again
+│   ├── StoreUnavailable
+│   └── KafkaUnavailable
+├── StoreRefused        Redis answers, but must not be used as it is set up
+├── FenceMoved          a fenced write was refused: the fence is not the one that was read
+└── LocalServerError    a local Kafka or Valkey cannot be installed or started
 """
 
 from __future__ import annotations

@@ -20,8 +20,12 @@ from eddyline.settings import Settings
 
 # What a LogRecord has by itself; everything else came in through `extra`.
 _OWN = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "data", "stack"}
-# Chatty below this level: they log every connection attempt while a server is away.
-_QUIET = ("kafka", "aiokafka", "faust", "mode", "asyncio")
+# These log every connection attempt while a server is away, kafka-python as an error each: the processes
+# say themselves, once, what they wait for.
+_QUIET = {
+    "kafka": logging.CRITICAL, "aiokafka": logging.CRITICAL, "faust": logging.WARNING,
+    "mode": logging.WARNING, "asyncio": logging.WARNING,
+}  # fmt: skip
 
 
 def configure(settings: Settings, process: str) -> None:
@@ -31,8 +35,8 @@ def configure(settings: Settings, process: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(settings.log_level.upper())
-    for name in _QUIET:
-        logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
+    for name, level in _QUIET.items():
+        logging.getLogger(name).setLevel(max(level, root.level))
 
 
 def without_password(url: str) -> str:

@@ -169,8 +169,13 @@ class StateStore(Protocol):
         """
 
     def count_clicks(
-        self, slot: str, source: Source, expected: Fence | None, new: Fence,
-        counts: Mapping[int, Mapping[str, int]], buckets_kept: int,
+        self,
+        slot: str,
+        source: Source,
+        expected: Fence | None,
+        new: Fence,
+        counts: Mapping[int, Mapping[str, int]],
+        buckets_kept: int,
     ) -> None:
         """Add clicks to the popularity buckets and move the fence, or raise FenceMoved.
 

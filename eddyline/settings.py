@@ -35,58 +35,158 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     # Servers
     kafka_bootstrap_servers: Annotated[
-        str, _about("Kafka's addresses, `host:port,…`. Empty: the local Kafka that `eddyline up` or the demo started.")
+        str,
+        _about(
+            "Kafka's addresses, `host:port,…`. Empty: the local Kafka that `eddyline up` or the demo started."
+        ),
     ] = ""
     redis_url: Annotated[
-        str, _about("Redis' address, `redis://host:port/0`. Empty: the local Valkey that `eddyline up` or the demo started.")
+        str,
+        _about(
+            "Redis' address, `redis://host:port/0`. Empty: the local Valkey that `eddyline up` or the demo started."
+        ),
     ] = ""
     namespace: Annotated[
         str,
-        _about("Put before every topic, Redis key, consumer group and transactional id: several Eddylines on one Kafka and Redis.",
-               pattern=r"^[a-z0-9-]*\Z", max_length=40),
+        _about(
+            "Put before every topic, Redis key, consumer group and transactional id: several Eddylines on one Kafka and Redis.",
+            pattern=r"^[a-z0-9-]*\Z",
+            max_length=40,
+        ),
     ] = ""
-    data_dir: Annotated[str, _about("Where the local servers, the demo and the bundles keep their files.", min_length=1)] = ".eddyline"
-    bundle_dir: Annotated[str, _about("Folder of the generation bundles. Empty: `generations` in `data_dir`.")] = ""
-    kafka_timeout_ms: Annotated[int, _about("How long one call to Kafka may take.", ge=100, le=600_000)] = 10_000
-    redis_timeout_ms: Annotated[int, _about("How long one call to Redis may take; for a query worker the deadline of the call is the lower limit.", ge=10, le=60_000)] = 2_000
-    backoff_ms_max: Annotated[int, _about("The longest wait between two tries to reach a server that is away.", ge=10, le=60_000)] = 2_000
+    data_dir: Annotated[
+        str, _about("Where the local servers, the demo and the bundles keep their files.", min_length=1)
+    ] = ".eddyline"
+    bundle_dir: Annotated[
+        str, _about("Folder of the generation bundles. Empty: `generations` in `data_dir`.")
+    ] = ""
+    kafka_timeout_ms: Annotated[int, _about("How long one call to Kafka may take.", ge=100, le=600_000)] = (
+        10_000
+    )
+    redis_timeout_ms: Annotated[
+        int,
+        _about(
+            "How long one call to Redis may take; for a query worker the deadline of the call is the lower limit.",
+            ge=10,
+            le=60_000,
+        ),
+    ] = 2_000
+    backoff_ms_max: Annotated[
+        int, _about("The longest wait between two tries to reach a server that is away.", ge=10, le=60_000)
+    ] = 2_000
 
     # Topics (fixed when they are made)
-    clicks_partitions: Annotated[int, _about("Partitions of `clicks` and `users`: the most ingest processes that can share the clicks. Fixed when the topics are made.", ge=1, le=4_096)] = 8
-    items_partitions: Annotated[int, _about("Partitions of `items` and of `item-vectors`. Fixed when the topics are made.", ge=1, le=1_024)] = 4
-    item_slots: Annotated[int, _about("Hash shards of the item state in Redis; above 1 only for Redis Cluster.", ge=1, le=1_024)] = 1
+    clicks_partitions: Annotated[
+        int,
+        _about(
+            "Partitions of `clicks` and `users`: the most ingest processes that can share the clicks. Fixed when the topics are made.",
+            ge=1,
+            le=4_096,
+        ),
+    ] = 8
+    items_partitions: Annotated[
+        int,
+        _about(
+            "Partitions of `items` and of `item-vectors`. Fixed when the topics are made.", ge=1, le=1_024
+        ),
+    ] = 4
+    item_slots: Annotated[
+        int, _about("Hash shards of the item state in Redis; above 1 only for Redis Cluster.", ge=1, le=1_024)
+    ] = 1
     replication_factor: Annotated[int, _about("Copies of each topic that Eddyline makes.", ge=1, le=9)] = 1
     clicks_retention_h: Annotated[int, _about("How long Kafka keeps clicks.", ge=1, le=87_600)] = 168
-    dead_letters_retention_h: Annotated[int, _about("How long Kafka keeps dead letters.", ge=1, le=87_600)] = 720
+    dead_letters_retention_h: Annotated[
+        int, _about("How long Kafka keeps dead letters.", ge=1, le=87_600)
+    ] = 720
 
     # Ingest
-    chunk_records_max: Annotated[int, _about("The most records of one partition that are applied as one chunk; keeps one Redis script under 2 ms.", ge=1, le=5_000)] = 256
+    chunk_records_max: Annotated[
+        int,
+        _about(
+            "The most records of one partition that are applied as one chunk; keeps one Redis script under 2 ms.",
+            ge=1,
+            le=5_000,
+        ),
+    ] = 256
     history_length_max: Annotated[int, _about("The most behaviours kept for a user.", ge=1, le=1_000)] = 100
-    dedupe_window_events: Annotated[int, _about("A re-sent `event_id` is dropped where at most so many offsets of its partition lie between.", ge=1, le=10_000_000)] = 65_536
-    far_future_ms_max: Annotated[int, _about("How far `at_ms` may lie after the broker's time stamp before the record is refused.", ge=0, le=86_400_000)] = 300_000
-    item_vector_dimension: Annotated[int, _about("Length of the dense features that an item may carry in `vector`; 0 refuses any.", ge=0, le=4_096)] = 0
-    popular_bucket_s: Annotated[int, _about("Width of one bucket of the popularity counts, in event time.", ge=1, le=31_536_000)] = 86_400
-    popular_buckets: Annotated[int, _about("Buckets of popularity counts kept; older clicks no longer count.", ge=1, le=1_000)] = 28
-    popular_half_life_s: Annotated[int, _about("After this time a click counts half for the popular list.", ge=1, le=315_360_000)] = 604_800
+    dedupe_window_events: Annotated[
+        int,
+        _about(
+            "A re-sent `event_id` is dropped where at most so many offsets of its partition lie between.",
+            ge=1,
+            le=10_000_000,
+        ),
+    ] = 65_536
+    far_future_ms_max: Annotated[
+        int,
+        _about(
+            "How far `at_ms` may lie after the broker's time stamp before the record is refused.",
+            ge=0,
+            le=86_400_000,
+        ),
+    ] = 300_000
+    item_vector_dimension: Annotated[
+        int,
+        _about(
+            "Length of the dense features that an item may carry in `vector`; 0 refuses any.", ge=0, le=4_096
+        ),
+    ] = 0
+    popular_bucket_s: Annotated[
+        int, _about("Width of one bucket of the popularity counts, in event time.", ge=1, le=31_536_000)
+    ] = 86_400
+    popular_buckets: Annotated[
+        int, _about("Buckets of popularity counts kept; older clicks no longer count.", ge=1, le=1_000)
+    ] = 28
+    popular_half_life_s: Annotated[
+        int, _about("After this time a click counts half for the popular list.", ge=1, le=315_360_000)
+    ] = 604_800
 
     # Query worker
     worker_host: Annotated[str, _about("Address the query worker binds to.", min_length=1)] = "127.0.0.1"
-    worker_port: Annotated[int, _about("Port of the query worker; 0 takes a free one and prints it.", ge=0, le=65_535)] = 50_051
-    worker_threads: Annotated[int, _about("Calls a query worker answers at a time; as many again may wait.", ge=1, le=256)] = 8
+    worker_port: Annotated[
+        int, _about("Port of the query worker; 0 takes a free one and prints it.", ge=0, le=65_535)
+    ] = 50_051
+    worker_threads: Annotated[
+        int, _about("Calls a query worker answers at a time; as many again may wait.", ge=1, le=256)
+    ] = 8
     query_timeout_ms: Annotated[int, _about("Deadline of a query that brings none.", ge=1, le=60_000)] = 1_000
     k_max: Annotated[int, _about("The largest `k` of a query.", ge=1, le=100_000)] = 1_000
-    wait_ms_max: Annotated[int, _about("The longest a query may wait for a click that it names (`after`).", ge=0, le=60_000)] = 2_000
-    popular_refresh_ms: Annotated[int, _about("How often a query worker reads the popular list again.", ge=10, le=600_000)] = 500
+    wait_ms_max: Annotated[
+        int, _about("The longest a query may wait for a click that it names (`after`).", ge=0, le=60_000)
+    ] = 2_000
+    popular_refresh_ms: Annotated[
+        int, _about("How often a query worker reads the popular list again.", ge=10, le=600_000)
+    ] = 500
     popular_limit: Annotated[int, _about("The most items on the popular list.", ge=1, le=100_000)] = 2_000
-    index_exact_below: Annotated[int, _about("Up to so many vectors every query is an exact scan and no graph is built.", ge=0, le=1_000_000_000)] = 12_000
+    index_exact_below: Annotated[
+        int,
+        _about(
+            "Up to so many vectors every query is an exact scan and no graph is built.",
+            ge=0,
+            le=1_000_000_000,
+        ),
+    ] = 12_000
     index_m: Annotated[int, _about("hnswlib's M: links of a node.", ge=2, le=128)] = 16
-    index_ef_construction: Annotated[int, _about("hnswlib's ef_construction: breadth of the search while building.", ge=2, le=10_000)] = 200
-    index_ef: Annotated[int, _about("hnswlib's ef: breadth of the search while querying.", ge=1, le=10_000)] = 200
-    index_fresh_max: Annotated[int, _about("So many fresh vectors beside the graph start a rebuild in the background.", ge=1, le=10_000_000)] = 4_096
+    index_ef_construction: Annotated[
+        int, _about("hnswlib's ef_construction: breadth of the search while building.", ge=2, le=10_000)
+    ] = 200
+    index_ef: Annotated[
+        int, _about("hnswlib's ef: breadth of the search while querying.", ge=1, le=10_000)
+    ] = 200
+    index_fresh_max: Annotated[
+        int,
+        _about(
+            "So many fresh vectors beside the graph start a rebuild in the background.", ge=1, le=10_000_000
+        ),
+    ] = 4_096
 
     # Logs
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], _about("The least severe log line written.")] = "info"
-    log_format: Annotated[Literal["console", "json"], _about("Log lines for people or for machines.")] = "console"
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], _about("The least severe log line written.")
+    ] = "info"
+    log_format: Annotated[Literal["console", "json"], _about("Log lines for people or for machines.")] = (
+        "console"
+    )
 
     def __repr__(self) -> str:
         """All settings, the secret ones hidden: logs and tracebacks may show it."""
@@ -120,7 +220,9 @@ def load(environ: Mapping[str, str] | None = None, *, folder: Path | None = None
     checked: dict[str, Any] = {}
     for key, (value, source) in values.items():
         if key not in hints:
-            raise SettingsError(f"{source}: there is no setting {key!r}; the settings are in docs/configuration.md")
+            raise SettingsError(
+                f"{source}: there is no setting {key!r}; the settings are in docs/configuration.md"
+            )
         try:
             checked[key] = msgspec.convert(value, hints[key], strict=not source.startswith("environment"))
         except msgspec.ValidationError as error:
@@ -136,8 +238,16 @@ def describe() -> Iterator[tuple[str, str, Any, str]]:
         base, *metas = get_args(hints[info.name])
         described = next(m for m in metas if isinstance(m, Meta) and m.description)
         kind = " | ".join(get_args(base)) if get_args(base) else base.__name__
-        limits = [str(described.ge) if described.ge is not None else "", str(described.le) if described.le is not None else ""]
-        yield info.name, kind + (f", {limits[0]} … {limits[1]}" if any(limits) else ""), info.default, described.description or ""
+        limits = [
+            str(described.ge) if described.ge is not None else "",
+            str(described.le) if described.le is not None else "",
+        ]
+        yield (
+            info.name,
+            kind + (f", {limits[0]} … {limits[1]}" if any(limits) else ""),
+            info.default,
+            described.description or "",
+        )
 
 
 def _from_file(environ: Mapping[str, str], folder: Path) -> Iterator[tuple[str, Any, str]]:

@@ -30,7 +30,8 @@ for _name in [n for n in os.environ if n.startswith("EDDYLINE_")]:
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
     """Settings that name a real Kafka and a real Redis. Small partition counts: tests read them all."""
     base = Settings(
-        data_dir=str(tmp_path_factory.mktemp("servers")), clicks_partitions=4, items_partitions=2, worker_port=0,
+        data_dir=str(tmp_path_factory.mktemp("servers")),
+        clicks_partitions=4, items_partitions=2, worker_port=0,
         kafka_bootstrap_servers=os.environ.get("KAFKA_BOOTSTRAP_SERVERS", ""),
         redis_url=os.environ.get("REDIS_URL", ""),
     )  # fmt: skip

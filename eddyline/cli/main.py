@@ -197,6 +197,6 @@ def accept_log(yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] =
 @app.command()
 def settings(markdown: Annotated[bool, typer.Option(help="The page docs/configuration.md.")] = False) -> None:
     """Print every setting and its present value; secrets are hidden."""
-    from eddyline.cli import settings_page
+    from eddyline.cli.settings_page import show
 
-    settings_page.show(load(), markdown=markdown)
+    show(load(), markdown=markdown)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from eddyline.demo.worlds import World, WorldUnavailable
 from eddyline.errors import BundleError, SettingsError
 from eddyline.generations import Manifest
 from eddyline.local import endpoints
+from eddyline.local.endpoints import Where
 from eddyline.settings import Settings
 
 # The towers learn from the first 80% by time; the rest is new to them, as it is in life.
@@ -36,6 +38,7 @@ class Opened:
     stage: Stage
     world: World
     address: str
+    where: list[Where]
     took_s: dict[str, float] = field(default_factory=dict)
 
 
@@ -76,7 +79,8 @@ def opened(settings: Settings, data: str, console: Console) -> Iterator[Opened]:
     with contextlib.ExitStack() as stack:
         with steps.step("Kafka and Redis") as tell:
             stage = stack.enter_context(staging.set_up(settings, lambda what: tell(what, 0, 0)))
-        for where in endpoints.where(settings):
+        found = endpoints.where(settings)
+        for where in found:
             console.print(f"  {where.version} at {where.address} ({where.why})")
         manifest = _generation(stage.settings, world, steps)
         with steps.step("topics and generation"):
@@ -85,7 +89,7 @@ def opened(settings: Settings, data: str, console: Console) -> Iterator[Opened]:
         with steps.step("ingest and worker"):
             stage.supervisor.start(stage.ingest_child(), worker)
         _replay_history(stage.settings, world, steps)
-        yield Opened(stage, world, address, steps.took_s)
+        yield Opened(stage, world, address, found, steps.took_s)
 
 
 def _load_world(settings: Settings, data: str, steps: Steps) -> World:
@@ -159,6 +163,10 @@ class _Replayed(msgspec.Struct, frozen=True):
     clicks: int
 
 
+def _tell_sent(tell: Callable[[str, int, int], None], what: str, of: int, done: int) -> None:
+    tell(what, done, of)
+
+
 def _replay_history(settings: Settings, world: World, steps: Steps) -> None:
     log = kafka.log_ids(settings, [kafka.CLICKS])[kafka.CLICKS]
     this = _Replayed(log.cluster_id, log.topic_id, world.name, len(world.clicks))
@@ -169,8 +177,8 @@ def _replay_history(settings: Settings, world: World, steps: Steps) -> None:
             for what, events in (
                 ("items", world.items), ("profiles", list(world.profiles.values())), ("events", clicks)
             ):  # fmt: skip
-                of = len(events)
-                replay.send(settings, events, on_sent=lambda n, w=what, of=of: tell(f"sending {w}", n, of))
+                on_sent = functools.partial(_tell_sent, tell, f"sending {what}", len(events))
+                replay.send(settings, events, on_sent=on_sent)
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_bytes(msgspec.json.encode(this))
     else:

@@ -20,8 +20,7 @@ from eddyline.demo import stage as staging
 from eddyline.demo.opening import Opened, opened
 from eddyline.demo.trace import trace
 from eddyline.errors import EddylineError
-from eddyline.events import Click, Item
-from eddyline.local import endpoints
+from eddyline.events import Click
 from eddyline.logs import without_password
 from eddyline.settings import Settings
 from serving.client import Client
@@ -88,7 +87,7 @@ class Show:
         first = self.meet_ana()
         click_ms = self.click(first)
         item_ms, delete_ms = self.item_comes_and_goes()
-        where = {w.name: w.version for w in endpoints.where(self.settings)}
+        where = {w.name: w.version for w in self.system.where}
         return {
             "click_visible_ms": round(click_ms, 1), "item_visible_ms": round(item_ms, 1),
             "delete_visible_ms": round(delete_ms, 1),
@@ -135,12 +134,11 @@ class Show:
     def item_comes_and_goes(self) -> tuple[float, float]:
         """(milliseconds until a new item is found, until it is gone after its delete)."""
         like = self.titles[self._taste()[1][0]]
-        item = Item(item_id=NEW_ITEM, title="The Eddyline", categories=like.categories, tags=like.tags,
-                    attributes=like.attributes, at_ms=now_ms())  # fmt: skip
+        item = msgspec.structs.replace(like, item_id=NEW_ITEM, title=f"{like.title} II", at_ms=now_ms())
         rank, found_ms = self._until(lambda: kafka.send_item(self.producer, self.settings, item), there=True)
         self.console.print(
-            f"\nA new item, [bold]The Eddyline[/] ({', '.join(item.categories)}): "
-            f"[bold green]found in {found_ms:.0f} ms[/], number {rank} of Ana's list"
+            f"\nA new item, [bold]{escape(item.title)}[/], that nobody has clicked yet: "
+            f"[bold green]found in {found_ms:.0f} ms[/], number {rank} of {len(self.titles):,} for Ana"
         )
         delete = lambda: kafka.send_delete(self.producer, self.settings, NEW_ITEM)  # noqa: E731
         _, gone_ms = self._until(delete, there=False)

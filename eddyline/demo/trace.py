@@ -1,11 +1,11 @@
 """How long a click took to change an answer, hop by hop. Every stamp was set by the process that did the hop.
 
-    kafka   produced by the producer → read by ingest (the broker in between)
-    ingest  read → Redis' own clock in the write script: decode, read the state, micro-step, write
-    wait    applied → the query worker has read the user (polling, or the next call)
-    tower   the user's vector computed
-    search  the paths asked
-    answer  fused, sent, and received by the caller
+kafka   produced by the producer → read by ingest (the broker in between)
+ingest  read → Redis' own clock in the write script: decode, read the state, micro-step, write
+wait    applied → the query worker has read the user (polling, or the next call)
+tower   the user's vector computed
+search  the paths asked
+answer  fused, sent, and received by the caller
 """
 
 from __future__ import annotations

@@ -87,9 +87,7 @@ class MemoryStore:
                     for u in user_ids
                     if generation and (slot, generation, u) in state.embeddings
                 },
-                profiles={
-                    u: state.profiles[slot, u] for u in user_ids if (slot, u) in state.profiles
-                },
+                profiles={u: state.profiles[slot, u] for u in user_ids if (slot, u) in state.profiles},
             )
 
     def write_users(

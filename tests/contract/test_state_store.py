@@ -201,7 +201,7 @@ def test_redis_that_may_drop_keys_is_refused(fresh_settings: Settings) -> None:
     store = RedisStore(fresh_settings)
     store._redis.config_set("maxmemory-policy", "allkeys-lru")
     try:
-        with pytest.raises(StoreRefused, match="allkeys-lru.*noeviction"):
+        with pytest.raises(StoreRefused, match=r"allkeys-lru.*noeviction"):
             store.check()
     finally:
         store._redis.config_set("maxmemory-policy", "noeviction")

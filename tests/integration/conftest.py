@@ -1,4 +1,4 @@
-"""A whole Eddyline for the integration tests: real Kafka and Redis, real processes, a tiny trained generation."""
+"""A whole Eddyline for the integration tests: real servers, real processes, a tiny trained generation."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ class Live:
 
     def click(self, user: str, item: str, **more: Any) -> tuple[int, int]:
         """Send one click; its token (partition, offset)."""
-        click = Click(**{"user_id": user, "item_id": item, "at_ms": now_ms(), "event_id": uuid.uuid4().hex} | more)
+        click = Click(
+            **{"user_id": user, "item_id": item, "at_ms": now_ms(), "event_id": uuid.uuid4().hex} | more
+        )
         return sent_to(kafka.send_click(self.producer, self.settings, click), self.settings)
 
     def item(self, item: Item) -> tuple[int, int]:
@@ -120,14 +122,17 @@ def bundle(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 
 
 @contextlib.contextmanager
-def living(settings: Settings, world: World, bundle: tuple[Path, Manifest], *, with_items: bool = True) -> Iterator[Live]:
-    """Topics, generation, ingest and one worker in a namespace of their own; all of it ends with the block."""
+def living(
+    settings: Settings, world: World, bundle: tuple[Path, Manifest], *, with_items: bool = True
+) -> Iterator[Live]:
+    """Topics, generation, ingest and one worker in a namespace of their own; all ends with the block."""
     folder, manifest = bundle
     settings = msgspec.structs.replace(settings, bundle_dir=str(folder))
     supervisor = Supervisor(Path(settings.data_dir) / "logs")
     live = Live(settings, Stage(settings, supervisor), world)
     more = {
-        "clicks_partitions": str(settings.clicks_partitions), "items_partitions": str(settings.items_partitions),
+        "clicks_partitions": str(settings.clicks_partitions),
+        "items_partitions": str(settings.items_partitions),
         "redis_timeout_ms": "1000", "kafka_timeout_ms": "5000", "backoff_ms_max": "500",
     }  # fmt: skip
     try:
@@ -164,7 +169,6 @@ def make_live(
 ) -> Iterator[Callable[..., Live]]:
     """A system of the test's own, to break."""
     with contextlib.ExitStack() as stack:
-
 
         def make(servers: OwnServers | None = None) -> Live:
             settings = servers.settings if servers else fresh_settings

@@ -63,6 +63,7 @@ def oracle(live) -> MemoryStore:
         positions.open({partition: (0, mine[-1].offset + 1)})
         for start in range(0, len(mine), 97):
             ingest.ingest(partition, mine[start : start + 97], read_us=0)
+        ingest.count(partition)
     return store
 
 

@@ -167,7 +167,9 @@ def test_a_click_in_a_wrong_partition_is_forwarded_and_counts_once(live, user, s
     wrong = (own + 1) % live.settings.clicks_partitions
     click = {"user_id": user, "item_id": live.world.items[2].item_id, "at_ms": now_ms(), "kind": "like"}
     live.raw(kafka.CLICKS, msgspec.json.encode(click), partition=wrong)
-    live.raw(kafka.CLICKS, msgspec.json.encode(click | {"event_id": uuid.uuid4().hex}), partition=wrong, key=b"x")
+    live.raw(
+        kafka.CLICKS, msgspec.json.encode(click | {"event_id": uuid.uuid4().hex}), partition=wrong, key=b"x"
+    )
 
     def arrived():
         return len(store.read_user(f"u{own}", own, user, "1").behaviour.entries) == 2
@@ -210,7 +212,9 @@ def test_the_example_producer_works(live, user, store) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(live.settings.prefixed(kafka.CLICKS)) == 2
     own = partition_of(user, live.settings.clicks_partitions)
-    live.wait_for("both clicks", lambda: len(store.read_user(f"u{own}", own, user, "1").behaviour.entries) == 2)
+    live.wait_for(
+        "both clicks", lambda: len(store.read_user(f"u{own}", own, user, "1").behaviour.entries) == 2
+    )
 
 
 def test_the_command_line_works(live, user) -> None:
@@ -241,7 +245,10 @@ def test_the_command_line_works(live, user) -> None:
     assert "delete" in run("item", f"cli-{user}", "--delete")
     assert "kind" in run("click", user, item_id, "--kind", "stare", code=1)
     assert "worker_port" in run("settings")
-    lines = [{"user_id": user, "item_id": i.item_id, "at_ms": 1_000 * n} for n, i in enumerate(live.world.items[:20])]
+    lines = [
+        {"user_id": user, "item_id": i.item_id, "at_ms": 1_000 * n}
+        for n, i in enumerate(live.world.items[:20])
+    ]
     file = Path(live.settings.data_dir) / f"{user}.jsonl"
     file.write_bytes(b"\n".join(map(msgspec.json.encode, lines)))
     assert "20 records" in run("replay", str(file), "--speed", "1000", "--shift-to-now")

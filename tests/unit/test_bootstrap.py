@@ -1,3 +1,5 @@
+"""The set-up: what it says where something is missing, and what it does again after an interruption."""
+
 from __future__ import annotations
 
 import importlib.util

@@ -1,3 +1,5 @@
+"""Which Kafka and which Redis a process takes, and what it says where there is none."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,3 +1,5 @@
+"""Apache Kafka's jars: the lock, half a jar, a wrong jar, no registry."""
+
 from __future__ import annotations
 
 import hashlib

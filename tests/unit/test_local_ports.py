@@ -1,3 +1,5 @@
+"""Ports are kept, and chosen anew where somebody else has one."""
+
 from __future__ import annotations
 
 import socket

@@ -1,3 +1,5 @@
+"""The supervisor on real child processes: restart, back-off, order of stopping, nothing left."""
+
 from __future__ import annotations
 
 import os

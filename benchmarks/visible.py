@@ -1,0 +1,79 @@
+"""How long does a click take to change an answer? `make bench-visible`; N=200 clicks by default.
+
+On the demo's living system: real Kafka and Redis, one ingest, one worker, its world's history behind it.
+Every click is of a user of that world on an item of his present answer; the next query names it (read your
+click) and is answered as soon as it is in. The hops are stamped by the processes that did them.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from benchmarks.report import report, row
+from eddyline import kafka
+from eddyline.cli.producers import now_ms, sent_to
+from eddyline.demo.opening import opened
+from eddyline.demo.trace import HOPS, trace
+from eddyline.events import Click
+from eddyline.settings import load
+from serving.client import Client
+
+CLICKS = int(os.environ.get("N", "200"))
+SEED = 7
+# Clicks come one at a time, as one person makes them; so the figure is latency, not throughput.
+PAUSE_S = 0.05
+WARM_UP = 10
+
+
+def main() -> int:
+    """Run and report; the exit code."""
+    settings = load()
+    with opened(settings, os.environ.get("DATA", "movielens"), Console()) as system:
+        live, rng = system.stage.settings, random.Random(SEED)
+        users = rng.choices(sorted(system.world.profiles), k=CLICKS + WARM_UP)
+        producer = kafka.make_producer(live)
+        traces, changed = [], 0
+        with Client(system.address) as client:
+            for n, user in enumerate(users):
+                before = [item.item_id for item in client.retrieve(user, 10).items]
+                click = Click(
+                    event_id=uuid.uuid4().hex,
+                    user_id=user,
+                    item_id=rng.choice(before),
+                    at_ms=now_ms(),
+                    kind="like",
+                )
+                token = sent_to(kafka.send_click(producer, live, click), live)
+                answer = client.retrieve(user, 10, after=token, wait_ms=2_000)
+                received_us = time.time_ns() // 1_000
+                if n >= WARM_UP:
+                    traces.append(trace(answer, received_us))
+                    changed += [item.item_id for item in answer.items] != before
+                time.sleep(PAUSE_S)
+        producer.close(timeout=5)
+        data = system.world.name
+    total = np.array([t.total_ms for t in traces])
+    p50, p99 = np.percentile(total, [50, 99])
+    rows = [
+        row("click visible, p50", p50, "ms", "< 100", bool(p50 < 100)),
+        row("click visible, p99", p99, "ms"),
+        row("answers that changed", 100 * changed / len(traces), "%", "100", changed == len(traces)),
+    ]
+    for hop in HOPS:
+        values = [t.hops[hop] for t in traces]
+        rows.append(row(f"  {hop}, p50", float(np.percentile(values, 50)), "ms"))
+        rows.append(row(f"  {hop}, p99", float(np.percentile(values, 99)), "ms"))
+    folder = Path(settings.data_dir) / "bench"
+    return report("visible", rows, folder, data=data, clicks=len(traces), seed=SEED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Kafka in, state out: the Faust agents and the plain functions that they call."""

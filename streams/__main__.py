@@ -1,0 +1,216 @@
+"""The ingest process, wired together: `python -m streams`.
+
+Exit codes: 0 a wanted stop · 1 an error that a restart may heal · 2 a bad setting · 3 a person has to decide
+(Kafka is another log than the state was written for, or the store refuses to be used).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+from kafka import KafkaProducer
+
+from eddyline import generations, kafka, logs
+from eddyline import settings as settings_
+from eddyline.errors import BundleError, LogMismatch, SettingsError, StoreRefused, Unavailable
+from eddyline.generations import Manifest
+from eddyline.local import endpoints
+from eddyline.ports import Layout, LogId
+from eddyline.settings import Settings
+from eddyline.stores.redis import RedisStore
+from embeddings import bundle
+from embeddings.bundle import Bundle
+from streams import clicks, items, membership, users
+from streams.app import IngestApp, Lane
+from streams.clicks import ClickIngest
+from streams.dead_letters import KafkaDeadLetters, KafkaForwarder, outlet_producer
+from streams.items import ItemIngest
+from streams.micro_steps import MicroSteps
+from streams.positions import Positions
+from streams.publisher import TransactionalPublisher
+from streams.users import UserIngest
+
+log = logging.getLogger(__name__)
+
+LAYOUT_VERSION = 1
+# A stop that takes longer than this is no good stop: the fences make a hard one harmless.
+_STOP_S_MAX = 10.0
+_TALKATIVE = ("aiokafka", "aiokafka.consumer.fetcher", "aiokafka.consumer.group_coordinator", "aiokafka.conn")
+_T = TypeVar("_T")
+
+
+def main() -> int:
+    """Run until SIGTERM or SIGINT. Returns the exit code."""
+    signal.signal(signal.SIGTERM, _leave)  # until the event loop has its own handler
+    try:
+        settings = endpoints.resolve(settings_.load())
+    except SettingsError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    logs.configure(settings, "ingest")
+    for name in _TALKATIVE:
+        logging.getLogger(name).addFilter(_Sparse())
+    try:
+        return _run(settings)
+    except (LogMismatch, StoreRefused) as error:
+        log.error(str(error))
+        return 3
+    except BundleError as error:
+        log.error(str(error))
+        return 1
+    except KeyboardInterrupt:
+        return 0
+
+
+def _run(settings: Settings) -> int:
+    until = _Until(settings.backoff_ms_max / 1000)
+    until.answered(lambda: kafka.wait_until_up(settings, 60.0))
+    until.answered(lambda: kafka.ensure_topics(settings))
+    store = RedisStore(settings)
+    until.answered(store.check)
+    until.answered(lambda: store.claim_layout(_layout(settings)))
+    manifest = until.answered(lambda: _active(settings))
+    until.answered(lambda: kafka.ensure_topics(settings, [kafka.item_vectors(manifest.generation)]))
+    towers = bundle.load(settings.bundles / manifest.bundle)
+    if towers.generation != manifest.generation:
+        raise BundleError(
+            f"{manifest.bundle} holds generation {towers.generation}, not {manifest.generation}"
+        )
+    producer = until.answered(lambda: outlet_producer(settings))
+    publisher = TransactionalPublisher(settings, towers.generation)
+    folder = Path(settings.data_dir) / "ingest"
+    member = membership.take(folder)
+    lanes = _lanes(settings, store, towers, producer, publisher)
+    try:
+        asyncio.run(_serve(settings, lanes, member.name, folder))
+    finally:
+        for lane in lanes:
+            lane.executor.shutdown(wait=False, cancel_futures=True)
+        publisher.close()
+        producer.close(timeout=1)
+        store.close()
+        member.close()
+    log.info("stopped")
+    return 0
+
+
+async def _serve(settings: Settings, lanes: list[Lane], member: str, folder: Path) -> None:
+    limit = threading.Timer(_STOP_S_MAX, os._exit, (1,))
+    limit.daemon = True
+    app = IngestApp(settings, lanes, member, folder / "faust", stopping=limit.start)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, app.end, None)
+    log.info("ingest starts", extra={"member": member, "kafka": settings.kafka_bootstrap_servers})
+    await app.run()
+
+
+def _lanes(
+    settings: Settings, store: RedisStore, towers: Bundle, producer: KafkaProducer,
+    publisher: TransactionalPublisher,
+) -> list[Lane]:  # fmt: skip
+    """Clicks and users write the same slots, so they share a thread; a slow transaction delays no click."""
+    people = ThreadPoolExecutor(1, "people")
+    goods = ThreadPoolExecutor(1, "items")
+
+    def letters() -> KafkaDeadLetters:
+        return KafkaDeadLetters(settings, producer)
+
+    def log_id(name: str) -> Callable[[], LogId]:
+        return lambda: kafka.log_ids(settings, [name])[name]
+
+    def topic(name: str) -> str:
+        return settings.prefixed(name)
+
+    of_clicks = Positions(
+        store, topic(kafka.CLICKS), lambda p: clicks.sources(settings, p), log_id(kafka.CLICKS)
+    )
+    of_users = Positions(store, topic(kafka.USERS), lambda p: users.sources(settings, p), log_id(kafka.USERS))
+    of_items = Positions(
+        store,
+        topic(kafka.ITEMS),
+        lambda p: items.sources(settings, towers.generation, p),
+        log_id(kafka.ITEMS),
+    )
+    forwarder = KafkaForwarder(settings, producer)
+    micro = MicroSteps(towers)
+    by_clicks = ClickIngest(settings, store, of_clicks, letters(), forwarder, micro)
+    by_users = UserIngest(settings, store, of_users, letters(), [towers.generation])
+    by_items = ItemIngest(settings, store, of_items, letters(), publisher, towers, _clock_us)
+    return [
+        Lane(topic(kafka.CLICKS), by_clicks, people, before_open=by_clicks.opened, counts=by_clicks),
+        Lane(topic(kafka.USERS), by_users, people),
+        Lane(topic(kafka.ITEMS), by_items, goods, before_open=publisher.open),
+    ]
+
+
+class _Sparse(logging.Filter):
+    """Lets one line of each kind through in ten seconds: aiokafka tells of every try while Kafka is away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._next: dict[object, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        now = time.monotonic()
+        if now < self._next.get(record.msg, 0.0):
+            return False
+        self._next[record.msg] = now + 10
+        return True
+
+
+class _Until:
+    """Waits for servers, with growing pauses."""
+
+    def __init__(self, wait_s_max: float) -> None:
+        self._wait_s_max = wait_s_max
+
+    def answered(self, call: Callable[[], _T]) -> _T:
+        """What the call returns once it raises Unavailable no more."""
+        wait_s, told = 0.05, 0.0
+        while True:
+            try:
+                return call()
+            except Unavailable as error:
+                if time.monotonic() - told > 10:
+                    log.warning("waiting", extra={"reason": str(error)})
+                    told = time.monotonic()
+            time.sleep(wait_s)
+            wait_s = min(2 * wait_s, self._wait_s_max)
+
+
+class _NoGeneration(Unavailable):
+    """There is no active generation yet; training makes one."""
+
+
+def _active(settings: Settings) -> Manifest:
+    manifest = generations.active(settings)
+    if manifest is None:
+        raise _NoGeneration("there is no active generation yet; `eddyline train` makes one")
+    return manifest
+
+
+def _layout(settings: Settings) -> Layout:
+    return Layout(LAYOUT_VERSION, settings.clicks_partitions, settings.items_partitions, settings.item_slots)
+
+
+def _clock_us() -> int:
+    return time.time_ns() // 1_000
+
+
+def _leave(_number: int, _frame: object) -> NoReturn:
+    raise SystemExit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""Where records go that are not applied here: dead letters, and clicks that lie in a foreign partition.
+
+A dead letter has the key `topic/partition/offset`, the original bytes as its value, and headers that say
+why: `reason`, `field`, `detail`, `key` (the original key, where there was one), `timestamp_ms`. A record that
+had no value at all carries the header `no_value`, since a null would delete.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from kafka import KafkaProducer
+from kafka.errors import KafkaError, KafkaTimeoutError, RetriableError
+
+from eddyline.errors import KafkaUnavailable, Rejected
+from eddyline.kafka import DEAD_LETTER_BYTES_MAX, DEAD_LETTERS, make_producer
+from eddyline.settings import Settings
+from streams.chunk import Record
+
+log = logging.getLogger(__name__)
+
+
+def outlet_producer(settings: Settings) -> KafkaProducer:
+    """The producer of this process's dead letters and forwarded records: sends at once, in order."""
+    return make_producer(settings, linger_ms=0, max_request_size=DEAD_LETTER_BYTES_MAX)
+
+
+class Delivery:
+    """Sends, and makes sure of it. Thread rule: one chunk at a time; the producer may be shared."""
+
+    def __init__(self, producer: KafkaProducer, timeout_s: float) -> None:
+        self._producer = producer
+        self._timeout_s = timeout_s
+        self._sent: list[Any] = []
+
+    def send(self, topic: str, value: bytes, **more: Any) -> None:
+        """Queue a record. Raises KafkaUnavailable where Kafka does not even take the metadata request."""
+        try:
+            self._sent.append(self._producer.send(topic, value, **more))
+        except KafkaError as error:
+            self._sent.clear()
+            raise _translated(topic, error) from error
+
+    def flush(self) -> None:
+        """Return once every queued record is stored by Kafka; else raise, and the chunk is done again."""
+        sent, self._sent = self._sent, []
+        if not sent:
+            return
+        try:
+            self._producer.flush(timeout=self._timeout_s)
+            for future in sent:
+                future.get(timeout=self._timeout_s)
+        except KafkaError as error:
+            raise _translated("of dead letters or forwarded clicks", error) from error
+
+
+class KafkaDeadLetters:
+    """A `DeadLetterSink` in the topic `dead-letters`."""
+
+    def __init__(self, settings: Settings, producer: KafkaProducer) -> None:
+        self._topic = settings.prefixed(DEAD_LETTERS)
+        self._delivery = Delivery(producer, settings.kafka_timeout_ms / 1000)
+
+    def put(self, record: Record, rejected: Rejected) -> None:
+        """See `DeadLetterSink.put`."""
+        at = f"{record.topic}/{record.partition}/{record.offset}"
+        headers = [
+            ("reason", rejected.reason.encode()),
+            ("field", rejected.field.encode("utf-8", "replace")),
+            ("detail", rejected.detail.encode("utf-8", "replace")),
+            ("timestamp_ms", str(record.timestamp).encode()),
+        ]
+        if record.key is not None:
+            headers.append(("key", bytes(record.key)))
+        if record.value is None:
+            headers.append(("no_value", b"1"))
+        self._delivery.send(self._topic, record.value or b"", key=at.encode(), headers=headers)
+        log.info(
+            "record refused",
+            extra={"at": at, "reason": rejected.reason, "field": rejected.field, "detail": rejected.detail},
+        )
+
+    def flush(self) -> None:
+        """See `DeadLetterSink.flush`."""
+        self._delivery.flush()
+
+
+class KafkaForwarder:
+    """A `Forwarder` within the record's own topic."""
+
+    def __init__(self, settings: Settings, producer: KafkaProducer) -> None:
+        self._delivery = Delivery(producer, settings.kafka_timeout_ms / 1000)
+
+    def forward(self, record: Record, key: bytes, value: bytes, partition: int) -> None:
+        """See `Forwarder.forward`."""
+        at = f"{record.topic}/{record.partition}/{record.offset}"
+        headers = [(n, bytes(v)) for n, v in record.headers if n != "origin" and v is not None]
+        headers.append(("origin", at.encode()))
+        self._delivery.send(record.topic, value, key=key, partition=partition, headers=headers)
+        log.warning(
+            "click in a wrong partition forwarded; its producer needs a key and Kafka's murmur2 partitioner",
+            extra={"at": at, "to": partition},
+        )
+
+    def flush(self) -> None:
+        """See `Forwarder.flush`."""
+        self._delivery.flush()
+
+
+def _translated(topic: str, error: KafkaError) -> Exception:
+    """KafkaUnavailable for what waiting may heal; anything else as it is."""
+    if isinstance(error, RetriableError | KafkaTimeoutError) or getattr(error, "retriable", False):
+        return KafkaUnavailable(f"topic {topic}: {type(error).__name__}: {error}")
+    wrong: Exception = error
+    return wrong

@@ -1,0 +1,165 @@
+"""Items in: encode by the item tower, publish for the query workers, keep a card.
+
+An item's version is the offset of its change in `items`. Within a chunk only the last change of an item is
+worth writing. Records are published before their fence moves, cards have a fence of their own; both are
+safe to repeat, because whoever reads them takes the highest version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from eddyline import events
+from eddyline.errors import Rejected
+from eddyline.events import Item
+from eddyline.kafka import ITEMS
+from eddyline.ports import Card, Source, StateStore
+from eddyline.records import ItemRecord
+from eddyline.settings import Settings
+from eddyline.slots import item_slot, partition_of
+from streams.chunk import DeadLetterSink, Outcome, Record, RecordPublisher, Towers
+from streams.positions import Positions
+
+# The fence of what has been published for a generation lies in this item slot, however many there are.
+PUBLISHED_SLOT = "i0"
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """The last change of one item in a chunk. item: None where it is deleted."""
+
+    offset: int
+    at_ms: int
+    item: Item | None
+
+
+class ItemIngest:
+    """Applies chunks of item changes. Thread rule: one thread, the same as its `positions`.
+
+    clock_us: this process's clock in microseconds, stamped into the published records
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: StateStore,
+        positions: Positions,
+        dead_letters: DeadLetterSink,
+        publisher: RecordPublisher,
+        towers: Towers,
+        clock_us: Callable[[], int],
+    ) -> None:
+        self.positions = positions
+        self._settings = settings
+        self._store = store
+        self._dead_letters = dead_letters
+        self._publisher = publisher
+        self._towers = towers
+        self._clock_us = clock_us
+
+    def ingest(self, partition: int, records: Sequence[Record], read_us: int) -> Outcome:
+        """Apply consecutive records of one partition, oldest first.
+
+        Raises FenceMoved, StoreUnavailable and KafkaUnavailable as `ClickIngest.ingest` does, and
+        PartitionLost where another process publishes for this partition now.
+        """
+        self.positions.begin(partition, records[0].offset, records[-1].offset)
+        changes, outcome = self._decode(partition, records)
+        if outcome.rejected:
+            self._dead_letters.flush()
+        last = self.positions.fence(records[-1].offset)
+        self._publish(Source(f"{ITEMS}@{self._towers.generation}", partition), last.offset, changes)
+        for shard in range(self._settings.item_slots):
+            self._keep_cards(Source(ITEMS, partition), f"i{shard}", last.offset, changes)
+        return outcome
+
+    def _decode(self, partition: int, records: Sequence[Record]) -> tuple[dict[str, _Change], Outcome]:
+        changes: dict[str, _Change] = {}
+        outcome = Outcome(records=len(records))
+        for record in records:
+            try:
+                item_id, item = self._decode_one(partition, record)
+            except Rejected as rejected:
+                self._dead_letters.put(record, rejected)
+                outcome.rejected += 1
+                continue
+            at_ms = record.timestamp if item is None else item.at_ms
+            changes[item_id] = _Change(record.offset, at_ms, item)
+            outcome.applied += 1
+        return changes, outcome
+
+    def _decode_one(self, partition: int, record: Record) -> tuple[str, Item | None]:
+        key = events.decode_key(record.key)
+        if key is None:
+            raise Rejected("no_key", "key", "an item needs its id as key")
+        own = partition_of(key, self._settings.items_partitions)
+        if own != partition:
+            detail = f"{events.quote(key)} belongs to partition {own}: use Kafka's murmur2 partitioner"
+            raise Rejected("wrong_partition", "key", detail)
+        if record.value is None:
+            events.check_id("item_id", key)
+            return key, None
+        item = events.decode_item(
+            record.value,
+            key=key,
+            appended_ms=record.timestamp,
+            far_future_ms_max=self._settings.far_future_ms_max,
+            vector_dimension=self._settings.item_vector_dimension,
+        )
+        return key, item
+
+    def _publish(self, source: Source, last: int, changes: Mapping[str, _Change]) -> None:
+        expected = self.positions.expected(source, PUBLISHED_SLOT)
+        done = -1 if expected is None else expected.offset
+        if done >= last:
+            return
+        fresh = {i: c for i, c in changes.items() if c.offset > done}
+        if fresh:
+            self._publisher.publish(source.partition, self._records(source.partition, fresh))
+        new = self.positions.fence(last)
+        self._store.write_cards(PUBLISHED_SLOT, source, expected, new, {})
+        self.positions.moved(source, PUBLISHED_SLOT, new)
+
+    def _records(self, partition: int, changes: Mapping[str, _Change]) -> list[ItemRecord]:
+        live = [c.item for c in changes.values() if c.item is not None and c.item.available]
+        encoded = iter(self._towers.item_tower.encode(live)) if live else iter(())
+        records, written_us = [], self._clock_us()
+        for item_id, change in changes.items():
+            item = change.item
+            vector = next(encoded) if item is not None and item.available else None
+            attributes = {} if item is None else _attributes(item)
+            records.append(
+                ItemRecord(item_id, partition, change.offset, change.at_ms, written_us, vector, attributes)
+            )
+        return records
+
+    def _keep_cards(self, source: Source, slot: str, last: int, changes: Mapping[str, _Change]) -> None:
+        expected = self.positions.expected(source, slot)
+        done = -1 if expected is None else expected.offset
+        if done >= last:
+            return
+        slots = self._settings.item_slots
+        cards = {
+            item_id: Card(source.partition, c.offset, events.encode(c.item) if c.item else b"")
+            for item_id, c in changes.items()
+            if c.offset > done and item_slot(item_id, slots) == slot
+        }
+        new = self.positions.fence(last)
+        self._store.write_cards(slot, source, expected, new, cards)
+        self.positions.moved(source, slot, new)
+
+
+def sources(settings: Settings, generation: str, partition: int) -> dict[Source, list[str]]:
+    """The sources of an items partition, each with the slots that have a fence of it."""
+    return {
+        Source(f"{ITEMS}@{generation}", partition): [PUBLISHED_SLOT],
+        Source(ITEMS, partition): [f"i{shard}" for shard in range(settings.item_slots)],
+    }
+
+
+def _attributes(item: Item) -> dict[str, Any]:
+    """What filters need of an item; empty parts are left out."""
+    parts = {"categories": item.categories, "tags": item.tags, "attributes": item.attributes}
+    return {name: part for name, part in parts.items() if part}

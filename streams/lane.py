@@ -1,0 +1,335 @@
+"""The chunk lane: Faust with one event per run of records of a partition, and the fence as the position.
+
+Faust keeps membership, rebalance and commits; what it costs per message (about 70 µs of asyncio work) is
+paid per chunk. Everything that leans on Faust's and aiokafka's insides is in this file; both are pinned, and
+`tests/unit/test_lane.py` names what is leaned on.
+
+How a chunk stays true: whenever a partition is sought anew, in the consumer's thread, its *epoch* goes up in
+the same step; records are marked with the epoch in the step that takes them from the fetcher. So whoever
+holds a chunk knows whether its records come from before or after the seek, and drops an older one unacked.
+Committed offsets are for watching lag; nothing is read from them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import faust
+from aiokafka.coordinator.assignors.range import RangePartitionAssignor
+from aiokafka.errors import KafkaError
+from aiokafka.structs import OffsetAndMetadata
+from faust.tables.manager import TableManager
+from faust.transport.consumer import ensure_TPset
+from faust.transport.drivers import aiokafka as driver
+from faust.types import TP, ConsumerMessage
+from mode import get_logger
+
+from eddyline.errors import Unavailable
+from streams.chunk import Record
+
+# Faust's services log under this name: quiet where everything of Faust is.
+_logger = get_logger("faust.lane")
+FAUST_VERSION, AIOKAFKA_VERSION = "0.15.3", "0.14.0"
+# How long one fetch waits for the first record. A seek waits for the fetch under way, so it is short.
+_FETCH_WAIT_MS = 250
+_POLL_S = 0.25
+# The first wait before a position is asked for again; it doubles up to the setting `backoff_ms_max`.
+_BACKOFF_S = 0.05
+
+Bounds = Mapping[TP, tuple[int, int]]
+Positioner = Callable[[Bounds], Awaitable[Mapping[TP, int]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive records of one partition, as they were read after one seek.
+
+    read_us: when they were taken from the fetcher, microseconds since 1970
+    """
+
+    at: TP
+    records: Sequence[Record]
+    epoch: int
+    read_us: int
+
+
+class LaneSchema(faust.Schema[Any, Any]):
+    """Hands a chunk through as it is: decoding is the ingest functions' business."""
+
+    def loads_key(self, app: Any, message: Any, **_: Any) -> Any:
+        """No key: a chunk has many."""
+        return None
+
+    def loads_value(self, app: Any, message: Any, **_: Any) -> Any:
+        """The `Chunk`."""
+        return message.value
+
+
+class _NotKept(dict[TP, int | None]):
+    """Faust's read offsets, switched off: they would drop what is read again after a seek back."""
+
+    def __getitem__(self, key: TP) -> int | None:
+        return None
+
+    def __setitem__(self, key: TP, value: int | None) -> None:
+        pass
+
+    def pop(self, key: TP, default: Any = None) -> Any:
+        return default
+
+
+class LaneThread(driver.AIOKafkaConsumerThread):
+    """The thread that owns the aiokafka consumer. Seeks and epochs change in its loop only."""
+
+    logger = _logger
+    consumer: LaneConsumer
+
+    def _create_worker_consumer(self, transport: Any) -> Any:
+        consumer = super()._create_worker_consumer(transport)
+        # Range gives partition p of clicks and of users to one process: one writer of the slot `u{p}`.
+        consumer._partition_assignment_strategy = (RangePartitionAssignor,)
+        consumer._fetch_max_wait_ms = _FETCH_WAIT_MS
+        return consumer
+
+    async def _fetch_records(
+        self,
+        consumer: Any,
+        active_partitions: Any,
+        timeout: float | None = None,
+        max_records: int | None = None,
+    ) -> Any:
+        records = await super()._fetch_records(consumer, active_partitions, timeout, max_records)
+        epochs = self.consumer.epochs
+        return {at: (epochs[at], taken) for at, taken in records.items()}
+
+    async def seek_lane(self, offsets: Mapping[TP, int]) -> None:
+        """Read on at these offsets; partitions that were lost meanwhile are left out."""
+        await self.call_thread(self._seek_lane, offsets)
+
+    async def _seek_lane(self, offsets: Mapping[TP, int]) -> None:
+        consumer = self._ensure_consumer()
+        mine = ensure_TPset(consumer.assignment())
+        for at, offset in offsets.items():
+            if at in mine:
+                consumer.seek(driver.ensure_aiokafka_TP(at), offset)
+                self.consumer.sought(at)
+
+    async def _commit(self, offsets: Mapping[TP, int]) -> bool:
+        """Commit for whoever watches the lag; a failure is no reason to stop."""
+        mine = self.assignment()
+        wanted = {
+            driver.ensure_aiokafka_TP(at): OffsetAndMetadata(offset, "")
+            for at, offset in offsets.items()
+            if at in mine
+        }
+        try:
+            await asyncio.wait_for(
+                self._ensure_consumer().commit(wanted), self.app.conf.broker_request_timeout
+            )
+        except (KafkaError, TimeoutError) as error:
+            self.log.info("offsets not committed, the fences stand: %r", error)
+            return False
+        return True
+
+    async def on_thread_stop(self) -> None:
+        """Leave the group, so that others take over at once; a static member would not by itself."""
+        if self._consumer is not None and self._consumer._coordinator is not None:
+            self._consumer._coordinator._group_instance_id = None
+        await super().on_thread_stop()
+
+
+class LaneConsumer(driver.Consumer):
+    """Yields chunks; seeks to where the app's positioner says."""
+
+    logger = _logger
+    app: LaneApp
+    _thread: LaneThread
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.epochs: defaultdict[TP, int] = defaultdict(int)
+        self._shut: set[TP] = set()  # partitions whose position is being found out
+        super().__init__(*args, **kwargs)
+        self._read_offset = _NotKept()
+
+    def _new_consumer_thread(self) -> LaneThread:
+        return LaneThread(self, loop=self.loop, beacon=self.beacon)
+
+    def is_current(self, chunk: Chunk) -> bool:
+        """Whether the partition is still ours and was not sought anew since the chunk was read."""
+        at = chunk.at
+        fresh = at not in self._shut and self.epochs[at] == chunk.epoch
+        return fresh and at in self.assignment()
+
+    def positioned(self, topic: str) -> set[int]:
+        """The partitions of a topic that are ours and whose position is known."""
+        if self.app.rebalancing or self._thread._consumer is None:
+            return set()
+        return {at.partition for at in self.assignment() - self._shut if at.topic == topic}
+
+    def sought(self, at: TP) -> None:
+        """Called by the thread in the step that seeks."""
+        self.epochs[at] += 1
+        self._acked.pop(at, None)
+        self._acked_index.pop(at, None)
+        self._committed_offset[at] = None
+        self._shut.discard(at)
+
+    async def getmany(self, timeout: float) -> AsyncIterator[tuple[TP, Any]]:
+        """Fetch, and yield one message per partition and at most `chunk_records_max` records."""
+        if not self.flow_active:
+            await self.wait(self.can_resume_flow.wait())
+        active = self._get_active_partitions() - self._shut
+        if not active or self.should_stop:
+            await self.sleep(0.02)
+            return
+        fetched = await self._getmany(active_partitions=active, timeout=min(timeout, _POLL_S))
+        generation, read_us = self.app.consumer_generation_id, time.time_ns() // 1_000
+        size = self.app.chunk_records_max
+        taken = [(at, epoch, records, start) for at, (epoch, records) in fetched.items()
+                 for start in range(0, len(records), size)]  # fmt: skip
+        taken.sort(key=lambda part: part[3])  # in turns, so that no partition waits for all of another
+        for at, epoch, records, start in taken:
+            if not self.flow_active or self.should_stop:
+                return
+            if self.app.consumer_generation_id != generation:
+                return
+            chunk = Chunk(TP(*at), records[start : start + size], epoch, read_us)
+            if self.is_current(chunk):
+                yield chunk.at, self._chunk_message(chunk)
+
+    def _chunk_message(self, chunk: Chunk) -> ConsumerMessage:
+        """A message for the whole chunk, under the offset of its last record: its ack commits all."""
+        last = chunk.records[-1]
+        return ConsumerMessage(
+            chunk.at.topic, chunk.at.partition, last.offset, last.timestamp / 1000, 1, [], None,
+            cast(bytes, chunk), None, None, None, chunk.at, generation_id=self.app.consumer_generation_id,
+        )  # fmt: skip
+
+    async def _add_gap(self, tp: TP, offset_from: int, offset_to: int) -> None:
+        """No gaps: chunks of a partition are acked in order, and a chunk stands for all its offsets."""
+
+    def _new_offset(self, tp: TP) -> int | None:
+        """What may be committed: one after the last ack, for acks come in order."""
+        acked = self._acked[tp]
+        if not acked:
+            return None
+        last = acked[-1]
+        acked.clear()
+        self._acked_index[tp].clear()
+        return last + 1
+
+    def verify_event_path(self, now: float, tp: TP) -> None:
+        """Faust's watchdog takes an idle topic for a hanging one; the ingest log line tells more."""
+
+    async def on_partitions_assigned(self, assigned: set[TP], generation_id: int = 0) -> None:
+        """Nothing is handed out before each partition's position is known."""
+        self._shut = set(assigned)
+        await super().on_partitions_assigned(assigned, generation_id)
+
+    async def perform_seek(self) -> None:
+        """After a rebalance: find out every position; in the background, so that Redis may be away.
+
+        Topic by topic, so that clicks do not wait for the transactional producers of items.
+        """
+        mine = self.assignment()
+        for topic in sorted({at.topic for at in mine}):
+            self.add_future(self.rewind({at for at in mine if at.topic == topic}))
+
+    async def rewind(self, partitions: set[TP]) -> None:
+        """Read on at the lowest fence + 1. Waits for Redis and Kafka; ends where partitions are lost."""
+        self._shut |= partitions
+        generation, wait_s = self.app.consumer_generation_id, _BACKOFF_S
+        while not self.should_stop and self.app.consumer_generation_id == generation:
+            mine = {at for at in partitions if at in self.assignment()}
+            if not mine:
+                return
+            try:
+                await self._thread.seek_lane(await self._positions(mine))
+                return
+            except (Unavailable, KafkaError, TimeoutError) as error:
+                self.app.waiting(error, wait_s)
+            except Exception as error:
+                self.app.fail(error)
+                return
+            await self.sleep(wait_s)
+            wait_s = min(2 * wait_s, self.app.backoff_s_max)
+
+    async def _positions(self, partitions: set[TP]) -> Mapping[TP, int]:
+        limit_s = self.app.conf.broker_request_timeout
+        begins = await asyncio.wait_for(self.earliest_offsets(*partitions), limit_s)
+        ends = await asyncio.wait_for(self.highwaters(*partitions), limit_s)
+        positioner: Positioner = self.app.positioner
+        return await positioner({at: (begins[at], ends[at]) for at in partitions})
+
+
+class LaneTransport(driver.Transport):
+    """Names the consumer."""
+
+    Consumer = LaneConsumer
+
+
+class LaneTables(TableManager):
+    """Faust's tables, of which there are none: without the second that it waits for them at every start."""
+
+    logger = _logger
+
+    async def on_start(self) -> None:
+        """Go on at once."""
+        await self._update_channels()
+        await self.recovery.start()
+
+
+class LaneApp(faust.App):
+    """A Faust app on the chunk lane.
+
+    positioner:        (begin, end) of partitions -> where to read on; may raise Unavailable
+    chunk_records_max: the most records of a chunk
+    backoff_s_max:     the longest wait for a server that is away
+    waiting:           told of every wait: the error and the seconds
+    fail:              told of an error that ends the process
+    """
+
+    logger = _logger
+
+    def __init__(self, *args: Any, positioner: Positioner, chunk_records_max: int, backoff_s_max: float,
+                 waiting: Callable[[Exception, float], None], fail: Callable[[Exception], None],
+                 **kwargs: Any) -> None:  # fmt: skip
+        super().__init__(*args, TableManager=LaneTables, **kwargs)
+        self.positioner = positioner
+        self.chunk_records_max = chunk_records_max
+        self.backoff_s_max = backoff_s_max
+        self.waiting = waiting
+        self.fail = fail
+        self._chunks_in_work = 0
+
+    @property
+    def lane(self) -> LaneConsumer:
+        """The consumer."""
+        return cast(LaneConsumer, self.consumer)
+
+    def _new_transport(self) -> LaneTransport:
+        return LaneTransport(self.conf.broker_consumer, self)
+
+    async def work(self, chunk: Awaitable[Any]) -> Any:
+        """Await a chunk's work so that a stop or a rebalance waits for it."""
+        self._chunks_in_work += 1
+        try:
+            return await chunk
+        finally:
+            self._chunks_in_work -= 1
+
+    async def settle(self, limit_s: float) -> None:
+        """Wait until no chunk is in work, at most so long. Queued chunks have to be cleared before."""
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + limit_s
+        while self._chunks_in_work and clock() < deadline:
+            await asyncio.sleep(0.005)
+
+    async def _consumer_wait_empty(self, consumer: Any, logger: Any) -> None:
+        """Called with queues cleared, before partitions are given up: the chunk in work ends first."""
+        await self.settle(self.conf.broker_session_timeout / 2)

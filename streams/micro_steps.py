@@ -1,0 +1,109 @@
+"""The micro-steps of one chunk: rounds of different users, each user's events in order.
+
+The towers' forward does not depend on the embeddings, so it runs once for all events of the chunk; then
+round r takes the r-th event of every user. So a chunk is a few large batches, and the result is that of one
+event at a time: the engines work in tiles of fixed shape, whose rows do not depend on each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from eddyline.behaviour import DISLIKE, Entry
+from streams.chunk import Towers, Vectors
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One event to learn from.
+
+    history: rows of the bundle's item vectors, newest first, as they were just before the event
+    target:  the row of the event's item
+    key:     draws the negatives: the event id, or the coordinates where it has none
+    """
+
+    user_id: str
+    history: tuple[int, ...]
+    target: int
+    key: str
+
+
+class MicroSteps:
+    """Takes the steps of one generation. Thread rule: one thread."""
+
+    def __init__(self, towers: Towers) -> None:
+        self.generation = towers.generation
+        self.min_steps_before = towers.micro.min_steps_before
+        self.row = towers.row
+        self._towers = towers
+        self._zero = np.zeros(towers.dimension, dtype="<f4").tobytes()
+
+    def history(self, entries: Sequence[Entry]) -> tuple[int, ...]:
+        """The rows of the newest items of a list that the bundle has; dislikes are left out."""
+        rows: list[int] = []
+        limit = self._towers.user_tower.history_max
+        for entry in entries:
+            if entry.kind != DISLIKE and (row := self.row(entry.item_id)) is not None:
+                rows.append(row)
+                if len(rows) == limit:
+                    break
+        return tuple(rows)
+
+    def run(
+        self,
+        steps: Sequence[Step],
+        counts: Mapping[str, int],
+        stored: Mapping[str, tuple[int, bytes]],
+        profiles: Mapping[str, Mapping[str, object]],
+    ) -> dict[str, tuple[int, bytes]]:
+        """The new (steps, float32[d] bytes) of every user in `counts`.
+
+        steps:  in the order of the log
+        counts: user id -> how many events he has now counted
+        stored: user id -> as it was before the chunk; absent users start at zero
+        """
+        vectors = {u: stored[u][1] if u in stored else self._zero for u in counts}
+        if steps:
+            forward = self._forward(steps, profiles)
+            for numbers in _rounds(steps):
+                self._round(steps, numbers, forward, vectors)
+        return {user: (count, vectors[user]) for user, count in counts.items()}
+
+    def _forward(self, steps: Sequence[Step], profiles: Mapping[str, Mapping[str, object]]) -> Vectors:
+        items = self._towers.item_vectors
+        histories = [items[list(step.history)] for step in steps]
+        return self._towers.user_tower.encode(histories, [profiles.get(s.user_id, {}) for s in steps])
+
+    def _round(
+        self, steps: Sequence[Step], numbers: list[int], forward: Vectors, vectors: dict[str, bytes]
+    ) -> None:
+        chosen = [steps[n] for n in numbers]
+        before = np.frombuffer(b"".join(vectors[s.user_id] for s in chosen), dtype="<f4")
+        after = self._towers.micro.step(
+            forward[numbers],
+            before.reshape(len(chosen), self._towers.dimension),
+            self._towers.item_vectors[[s.target for s in chosen]],
+            [s.key for s in chosen],
+        )
+        for step, row in zip(chosen, np.ascontiguousarray(after, dtype="<f4"), strict=True):
+            vectors[step.user_id] = row.tobytes()
+
+
+def _rounds(steps: Sequence[Step]) -> list[list[int]]:
+    """Numbers of the steps by round: the first of each user, the second of each user, …
+
+    >>> _rounds([Step("a", (), 0, ""), Step("b", (), 0, ""), Step("a", (), 0, "")])
+    [[0, 1], [2]]
+    """
+    rounds: list[list[int]] = []
+    seen: dict[str, int] = {}
+    for number, step in enumerate(steps):
+        turn = seen.get(step.user_id, 0)
+        seen[step.user_id] = turn + 1
+        if turn == len(rounds):
+            rounds.append([])
+        rounds[turn].append(number)
+    return rounds

@@ -1,0 +1,144 @@
+"""The fence is the position: where reading a partition goes on, and the fences this process expects.
+
+A partition goes on after the lowest of its fences. A fence that was written for another log is never
+skipped over: Kafka made anew under an old Redis, or another cluster, raises LogMismatch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from eddyline.errors import FenceMoved, LogMismatch
+from eddyline.ports import Fence, LogId, Source, StateStore
+
+log = logging.getLogger(__name__)
+
+
+class Positions:
+    """The fences of one topic's partitions, as this process last read or wrote them.
+
+    store:      where the fences are
+    topic:      the real name of the topic, for messages
+    sources_of: partition -> its sources, each with the slots that have a fence of it
+    log_id:     asks Kafka which log the topic is now; may raise KafkaUnavailable
+
+    Thread rule: one thread, the one that applies the topic's chunks.
+    """
+
+    def __init__(
+        self,
+        store: StateStore,
+        topic: str,
+        sources_of: Callable[[int], Mapping[Source, Sequence[str]]],
+        log_id: Callable[[], LogId],
+    ) -> None:
+        self._store = store
+        self._topic = topic
+        self._sources_of = sources_of
+        self._log_id = log_id
+        self._log: LogId | None = None
+        self._expected: dict[int, dict[tuple[Source, str], Fence | None]] = {}
+        self._read: dict[int, int] = {}  # partition -> the last offset that a chunk brought
+
+    def open(self, bounds: Mapping[int, tuple[int, int]]) -> dict[int, int]:
+        """Read the fences anew and return where to read on, by partition.
+
+        bounds: partition -> (offset of the oldest record kept, offset the next record will get)
+        Raises LogMismatch, StoreUnavailable, KafkaUnavailable.
+        """
+        self._log = self._log_id()
+        return {
+            partition: self._open(partition, begin, end, self._log)
+            for partition, (begin, end) in bounds.items()
+        }
+
+    def expected(self, source: Source, slot: str) -> Fence | None:
+        """The fence that the store must have; None where nothing was ever applied."""
+        return self._of(source.partition)[source, slot]
+
+    def lowest(self, partition: int) -> int:
+        """The offset up to which every slot has everything; −1 for none."""
+        return _lowest(self._of(partition))
+
+    def fence(self, offset: int) -> Fence:
+        """The fence that says: everything up to and with `offset`, of the log that was opened."""
+        if self._log is None:
+            raise LookupError(f"topic {self._topic} has not been opened")
+        return Fence(offset, self._log)
+
+    def moved(self, source: Source, slot: str, fence: Fence) -> None:
+        """Remember a fence that was just written."""
+        self._of(source.partition)[source, slot] = fence
+
+    def moved_elsewhere(self, partitions: Collection[int]) -> list[int]:
+        """Those of these partitions whose stored fences are not the expected ones.
+
+        The store went back in time, or another process wrote. A write would be refused; this is for
+        partitions that have nothing to write. Raises StoreUnavailable.
+        """
+        moved = []
+        for partition in self._expected.keys() & partitions:
+            expected = self._expected[partition]
+            for source, slots in self._sources_of(partition).items():
+                found = self._store.fences(source, slots)
+                if any(expected[source, slot] != found[slot] for slot in slots):
+                    moved.append(partition)
+                    break
+        return moved
+
+    def begin(self, partition: int, first: int, last: int) -> None:
+        """Note that a chunk is taken up. Raises FenceMoved where it does not lie after the one before.
+
+        Then the log itself went back: the topic was made anew, for one. `open` says what is the matter.
+        """
+        before = self._read[partition]
+        if first <= before:
+            raise FenceMoved(f"{self._topic}:{partition}", f"a record after {before}", f"record {first}")
+        self._read[partition] = last
+
+    def _of(self, partition: int) -> dict[tuple[Source, str], Fence | None]:
+        try:
+            return self._expected[partition]
+        except KeyError:
+            raise LookupError(f"partition {partition} of {self._topic} has not been opened") from None
+
+    def _open(self, partition: int, begin: int, end: int, now: LogId) -> int:
+        found: dict[tuple[Source, str], Fence | None] = {}
+        for source, slots in self._sources_of(partition).items():
+            for slot, fence in self._store.fences(source, slots).items():
+                self._check(source, slot, fence, end, now)
+                found[source, slot] = fence
+        self._expected[partition] = found
+        position = max(_lowest(found) + 1, begin)
+        self._read[partition] = position - 1
+        gone = begin - _lowest(found) - 1
+        if gone > 0 and any(found.values()):
+            log.warning(
+                "records between the fence and the log's beginning are gone by retention",
+                extra={"topic": self._topic, "partition": partition, "records": gone},
+            )
+        return position
+
+    def _check(self, source: Source, slot: str, fence: Fence | None, end: int, now: LogId) -> None:
+        if fence is None or (fence.log == now and fence.offset < end):
+            return
+        at = f"topic {self._topic}, partition {source.partition} (fence of {source.name} in slot {slot})"
+        way_out = (
+            "If the new log is meant to go on from here, run `eddyline accept-log`: it deletes the fences of "
+            "the old log, and ingest then reads the new one from its beginning."
+        )
+        if fence.log != now:
+            raise LogMismatch(
+                f"{at}: the state was written for cluster {fence.log.cluster_id} and topic id "
+                f"{fence.log.topic_id}, but this is cluster {now.cluster_id} and topic id "
+                f"{now.topic_id}. {way_out}"
+            )
+        raise LogMismatch(
+            f"{at}: the state has everything up to offset {fence.offset}, but the log ends before {end} "
+            f"(cluster {now.cluster_id}, topic id {now.topic_id}): Kafka lost records. {way_out}"
+        )
+
+
+def _lowest(fences: Mapping[tuple[Source, str], Fence | None]) -> int:
+    return min(-1 if fence is None else fence.offset for fence in fences.values())

@@ -1,0 +1,94 @@
+"""User profiles in: a whole profile replaces the stored one, a null record forgets the user."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from eddyline import events
+from eddyline.errors import Rejected
+from eddyline.kafka import USERS
+from eddyline.ports import Source, StateStore
+from eddyline.settings import Settings
+from eddyline.slots import partition_of, user_slot
+from streams.chunk import DeadLetterSink, Outcome, Record
+from streams.positions import Positions
+
+
+class UserIngest:
+    """Applies chunks of user profiles. Thread rule: one thread, the same as its `positions`.
+
+    generations: whose embeddings are deleted with a forgotten user
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: StateStore,
+        positions: Positions,
+        dead_letters: DeadLetterSink,
+        generations: Sequence[str],
+    ) -> None:
+        self.positions = positions
+        self._settings = settings
+        self._store = store
+        self._dead_letters = dead_letters
+        self._generations = generations
+
+    def ingest(self, partition: int, records: Sequence[Record], read_us: int) -> Outcome:
+        """Apply consecutive records of one partition, oldest first; the last of each user stands.
+
+        read_us: not used; the same for every kind of chunk
+        Raises FenceMoved, StoreUnavailable and KafkaUnavailable, as `ClickIngest.ingest` does.
+        """
+        self.positions.begin(partition, records[0].offset, records[-1].offset)
+        source, slot = Source(USERS, partition), user_slot(partition)
+        outcome = Outcome(records=len(records))
+        profiles: dict[str, Mapping[str, object] | None] = {}
+        for record in records:
+            try:
+                user_id, attributes = self._decode(partition, record)
+            except Rejected as rejected:
+                self._dead_letters.put(record, rejected)
+                outcome.rejected += 1
+                continue
+            forgotten_before = user_id in profiles and profiles[user_id] is None
+            if forgotten_before and attributes is not None:
+                # The new profile must not hide that list and embedding have to go.
+                self._write(source, slot, profiles, record.offset - 1)
+                profiles = {}
+            profiles[user_id] = attributes
+            outcome.applied += 1
+        self._write(source, slot, profiles, records[-1].offset)
+        return outcome
+
+    def _decode(self, partition: int, record: Record) -> tuple[str, Mapping[str, object] | None]:
+        key = events.decode_key(record.key)
+        if key is None:
+            raise Rejected("no_key", "key", "a profile needs its user's id as key")
+        own = partition_of(key, self._settings.clicks_partitions)
+        if own != partition:
+            detail = f"{events.quote(key)} belongs to partition {own}: use Kafka's murmur2 partitioner"
+            raise Rejected("wrong_partition", "key", detail)
+        if record.value is None:
+            events.check_id("user_id", key)
+            return key, None
+        profile = events.decode_profile(
+            record.value,
+            key=key,
+            appended_ms=record.timestamp,
+            far_future_ms_max=self._settings.far_future_ms_max,
+        )
+        return key, profile.attributes
+
+    def _write(
+        self, source: Source, slot: str, profiles: dict[str, Mapping[str, object] | None], offset: int
+    ) -> None:
+        self._dead_letters.flush()
+        expected, new = self.positions.expected(source, slot), self.positions.fence(offset)
+        self._store.write_profiles(slot, source, expected, new, profiles, self._generations)
+        self.positions.moved(source, slot, new)
+
+
+def sources(settings: Settings, partition: int) -> dict[Source, list[str]]:
+    """The sources of a users partition, each with the slots that have a fence of it."""
+    return {Source(USERS, partition): [user_slot(partition)]}

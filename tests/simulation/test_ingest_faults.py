@@ -1,0 +1,568 @@
+"""The ingest functions under faults, on the memory store: whatever happens, the state is the log's.
+
+Faults are items of the stream. An oracle applies the same log event by event, without chunks, fences or
+drafts, and everything is compared: lists, stamps, windows, counters, embeddings, cards, published records.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from eddyline import events
+from eddyline.errors import FenceMoved, KafkaUnavailable, Rejected, StoreUnavailable
+from eddyline.events import KINDS, Click, Item
+from eddyline.ports import LogId
+from eddyline.records import ItemRecord
+from eddyline.settings import Settings
+from eddyline.slots import item_slot, partition_of
+from eddyline.stores.memory import MemoryStore
+from embeddings.features import learn_profiles
+from embeddings.micro import MicroSettings, MicroStep
+from embeddings.tiles import unit
+from embeddings.user_tower import UserTower
+from streams import clicks, items
+from streams.clicks import ClickIngest
+from streams.items import ItemIngest
+from streams.micro_steps import MicroSteps
+from streams.positions import Positions
+
+LOG = LogId("cluster", "topic")
+PARTITIONS, D, WINDOW, HISTORY = 2, 4, 40, 6
+BASE_MS = 1_700_000_000_000
+STAMP = (("produced_us", b"77"),)
+
+
+@dataclass(frozen=True)
+class Rec:
+    topic: str
+    partition: int
+    offset: int
+    timestamp: int
+    key: bytes | None
+    value: bytes | None
+    headers: tuple[tuple[str, bytes], ...] = ()
+
+
+class Died(BaseException):
+    """kill -9."""
+
+
+# --- a small world: towers whose rows do not depend on their batch -----------------------------------
+
+
+class TinyUserTower:
+    history_max = 4
+
+    def encode(self, histories: Sequence[Any], profiles: Sequence[Any]) -> Any:
+        rows = [h.sum(axis=0) * np.float32(0.5) if len(h) else np.ones(D, np.float32) for h in histories]
+        return np.stack(rows).astype(np.float32)
+
+
+class TinyMicro:
+    min_steps_before = 2
+
+    def step(self, forward: Any, embedding: Any, targets: Any, event_keys: Sequence[str]) -> Any:
+        draws = np.array([[sum(map(ord, key)) % 7] for key in event_keys], np.float32)
+        return (
+            embedding * np.float32(0.9) + targets * np.float32(0.1) + forward * draws * np.float32(0.01)
+        ).astype(np.float32)
+
+
+class TinyItemTower:
+    def encode(self, items: Sequence[Item]) -> Any:
+        return np.stack([np.full(D, len(item.title), np.float32) for item in items])
+
+
+class World:
+    generation, dimension = "1", D
+    user_tower, micro, item_tower = TinyUserTower(), TinyMicro(), TinyItemTower()
+    item_vectors = np.random.default_rng(7).normal(size=(8, D)).astype(np.float32)
+
+    def row(self, item_id: str) -> int | None:
+        return int(item_id[1:]) if int(item_id[1:]) < 8 else None  # i8 and i9 are too new for the bundle
+
+
+@dataclass
+class Outside:
+    """Dead letters, forwarded clicks and published records, as Kafka would have them; may be away."""
+
+    settings: Settings
+    letters: list[tuple[int, int, str]] = field(default_factory=list)
+    forwarded: list[tuple[int, bytes, bytes]] = field(default_factory=list)
+    published: list[ItemRecord] = field(default_factory=list)
+    queue: list[Any] = field(default_factory=list)
+    away: int = 0
+
+    def put(self, record: Any, rejected: Rejected) -> None:
+        self.queue.append((self.letters, (record.partition, record.offset, rejected.reason)))
+
+    def forward(self, record: Any, key: bytes, value: bytes, partition: int) -> None:
+        self.queue.append((self.forwarded, (partition, key, value)))
+
+    def flush(self) -> None:
+        queue, self.queue = self.queue, []
+        if queue and self.away:
+            self.away -= 1
+            raise KafkaUnavailable("away")
+        for where, what in queue:
+            where.append(what)
+
+    def open(self, partition: int) -> None:
+        pass
+
+    def publish(self, partition: int, records: Sequence[ItemRecord]) -> None:
+        if self.away:
+            self.away -= 1
+            raise KafkaUnavailable("away")
+        self.published += records
+
+
+class Unsure(MemoryStore):
+    """A store whose calls fail as told: before or after the effect, or by a rival's write between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.faults: list[str] = []
+
+    def _write(self, name: str, *args: Any) -> Any:
+        fault = self.faults.pop(0) if self.faults else ""
+        if fault == "before":
+            raise StoreUnavailable("timed out")
+        if fault == "die before":
+            raise Died
+        answer = getattr(super(), name)(*args)
+        if fault == "after":
+            raise StoreUnavailable("the answer was lost")
+        if fault == "die after":
+            raise Died
+        return answer
+
+    def write_users(self, *args: Any) -> Any:
+        return self._write("write_users", *args)
+
+    def count_clicks(self, *args: Any) -> Any:
+        return self._write("count_clicks", *args)
+
+    def write_cards(self, *args: Any) -> Any:
+        return self._write("write_cards", *args)
+
+
+FAULTS = ["", "", "before", "after", "die before", "die after"]
+
+
+# --- logs ------------------------------------------------------------------------------------------------
+
+
+def user_of(rng: random.Random, partition: int) -> str:
+    while True:
+        user = f"u{rng.randrange(12)}"
+        if partition_of(user, PARTITIONS) == partition:
+            return user
+
+
+def clicks_log(rng: random.Random, length: int) -> dict[int, list[Rec]]:
+    """Clicks with re-sends near and far, late and equal times, rubbish and strays; gaps in the offsets."""
+    logs: dict[int, list[Rec]] = {}
+    for partition in range(PARTITIONS):
+        records: list[Rec] = []
+        offset = 0
+        for n in range(length):
+            offset += rng.choice([1, 1, 1, 2])  # transaction markers take offsets too
+            if records and rng.random() < 0.15:
+                old = records[-rng.randint(1, min(len(records), 50))]
+                value, key = old.value, old.key
+            elif rng.random() < 0.05:
+                value, key = rng.choice([b"{", b"{}", None]), b"u1"
+            else:
+                stray = rng.random() < 0.05
+                user = user_of(rng, 1 - partition if stray else partition)
+                click = Click(
+                    user_id=user,
+                    item_id=f"i{rng.randrange(10)}",
+                    at_ms=BASE_MS + 1_000 * (n // 2) - rng.choice([0, 0, 3_000, 90_000_000]),
+                    kind=rng.choice(KINDS),  # type: ignore[arg-type]
+                    event_id=f"e{partition}-{n}" if rng.random() < 0.8 else None,
+                    weight=rng.choice([1.0, 0.5, 2.5]),
+                )
+                value, key = events.encode(click), None if rng.random() < 0.1 else user.encode()
+            stamp = (("produced_us", str(n).encode()),) if rng.random() < 0.9 else (("produced_us", b"x"),)
+            records.append(Rec("clicks", partition, offset, BASE_MS + 1_000 * n, key, value, stamp))
+        logs[partition] = records
+    return logs
+
+
+def oracle(settings: Settings, logs: dict[int, list[Rec]]) -> dict[str, Any]:
+    """The state by the rules, one event at a time, all in plain dictionaries."""
+    lists: dict[str, list[Any]] = defaultdict(list)
+    marks: dict[str, Any] = {}
+    steps: dict[str, tuple[int, Any]] = {}
+    windows: dict[int, dict[str, int]] = {}
+    counts: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    world = World()
+    for partition, records in logs.items():
+        seen = windows.setdefault(partition, {})
+        for record in records:
+            try:
+                click = events.decode_click(
+                    record.value, appended_ms=record.timestamp, far_future_ms_max=settings.far_future_ms_max
+                )
+            except Rejected:
+                continue
+            if partition_of(click.user_id, PARTITIONS) != partition:
+                continue
+            before = seen.get(click.event_id or "")
+            if click.event_id and before is not None and record.offset - before <= WINDOW:
+                continue
+            if click.event_id:
+                seen[click.event_id] = record.offset
+            user = click.user_id
+            if click.kind != "dislike":
+                bucket = click.at_ms // (settings.popular_bucket_s * 1_000)
+                counts[bucket][click.item_id] += round(1_000 * click.weight)
+                target = world.row(click.item_id)
+                if target is not None:
+                    count, e = steps.get(user, (0, np.zeros(D, np.float32)))
+                    if count >= 2:
+                        liked = [x for x in lists[user] if x[2] != "dislike" and world.row(x[0]) is not None]
+                        rows = [world.row(x[0]) for x in liked[:4]]
+                        f = world.user_tower.encode([world.item_vectors[rows]], [{}])
+                        key = click.event_id or f"{partition}/{record.offset}"
+                        e = world.micro.step(f, e[None], world.item_vectors[[target]], [key])[0]
+                    steps[user] = (count + 1, e)
+            entry = (click.item_id, click.at_ms, click.kind, click.weight, record.offset)
+            lists[user] = sorted([*lists[user], entry], key=lambda x: (-x[1], -x[4]))[:HISTORY]
+            produced = record.headers[0][1]
+            top = max(click.at_ms, marks.get(user, (0, 0, 0, 0))[1])
+            marks[user] = (record.offset, top, int(produced) if produced.isdigit() else 0, record.timestamp)
+    newest = max(counts, default=0)
+    return {
+        "lists": {u: [x[:4] for x in entries] for u, entries in lists.items()},
+        "marks": marks,
+        "steps": {u: (n, e.tobytes()) for u, (n, e) in steps.items()},
+        "windows": windows,
+        "counts": {b: dict(c) for b, c in counts.items() if b > newest - settings.popular_buckets},
+    }
+
+
+def found(settings: Settings, store: MemoryStore, logs: dict[int, list[Rec]]) -> dict[str, Any]:
+    """The store's state in the oracle's form; windows are cut to what can still be met."""
+    state = store.snapshot()
+    behaviours = {u: b for (_, u), (b, _) in state.behaviours.items()}
+    counts: dict[int, dict[str, int]] = defaultdict(dict)
+    for buckets in state.buckets.values():
+        for bucket, counted in buckets.items():
+            counts[bucket] |= counted
+    return {
+        "lists": {
+            u: [(e.item_id, e.at_ms, KINDS[e.kind], e.weight) for e in b.entries]
+            for u, b in behaviours.items()
+        },
+        "marks": {u: (b.offset, b.at_ms, b.produced_us, b.appended_ms) for u, b in behaviours.items()},
+        "steps": {u: e for (_, _, u), e in state.embeddings.items()},
+        "windows": {p: state.window.get(f"u{p}", {}) for p in logs},
+        "counts": {b: c for b, c in counts.items() if c},
+    }
+
+
+def same(settings: Settings, store: MemoryStore, logs: dict[int, list[Rec]]) -> None:
+    wanted, got = oracle(settings, logs), found(settings, store, logs)
+    for partition, records in logs.items():
+        floor = records[-1].offset + 1 - WINDOW
+        kept = {e: o for e, o in wanted["windows"][partition].items() if o >= floor}
+        assert got["windows"][partition] == kept
+    for part in ("lists", "marks", "steps", "counts"):
+        assert got[part] == wanted[part], part
+
+
+# --- running -----------------------------------------------------------------------------------------------
+
+
+def make_settings(item_slots: int = 1) -> Settings:
+    return Settings(
+        clicks_partitions=PARTITIONS, items_partitions=PARTITIONS, item_slots=item_slots, chunk_records_max=8,
+        history_length_max=HISTORY, dedupe_window_events=WINDOW, popular_buckets=3,
+    )  # fmt: skip
+
+
+def make_clicks(settings: Settings, store: MemoryStore, outside: Outside) -> ClickIngest:
+    ticks = iter(range(1_000_000))
+    positions = Positions(store, "clicks", lambda p: clicks.sources(settings, p), lambda: LOG)
+    return ClickIngest(
+        settings, store, positions, outside, outside, MicroSteps(World()), lambda: next(ticks) * 0.03
+    )
+
+
+def make_items(settings: Settings, store: MemoryStore, outside: Outside) -> ItemIngest:
+    positions = Positions(store, "items", lambda p: items.sources(settings, "1", p), lambda: LOG)
+    return ItemIngest(settings, store, positions, outside, outside, World(), lambda: 5)
+
+
+@dataclass
+class Process:
+    """What an ingest process does with one partition at a time: read on, apply, go back, die."""
+
+    make: Any
+    logs: dict[int, list[Rec]]
+    rng: random.Random
+    ingest: Any = None
+    at: dict[int, int] = field(default_factory=dict)
+    deaths: int = 0
+    rewinds: int = 0
+
+    def start(self) -> None:
+        self.ingest = self.make()
+        self.at = {}
+        for partition in self.logs:
+            self.open(partition)
+
+    def open(self, partition: int) -> None:
+        if isinstance(self.ingest, ClickIngest):
+            self.ingest.opened(partition)
+        end = self.logs[partition][-1].offset + 1
+        self.at |= self.ingest.positions.open({partition: (0, end)})
+
+    def turn(self, partition: int, size: int) -> bool:
+        """One chunk; False at the end of the log."""
+        chunk = [r for r in self.logs[partition] if r.offset >= self.at[partition]][:size]
+        if not chunk:
+            return False
+        try:
+            self.ingest.ingest(partition, chunk, 0)
+            self.at[partition] = chunk[-1].offset + 1
+        except FenceMoved:
+            self.rewinds += 1
+            self.open(partition)
+        except (StoreUnavailable, KafkaUnavailable):
+            self.open(partition)
+        except Died:
+            self.deaths += 1
+            self.start()
+        return True
+
+    def settle(self, partition: int) -> bool:
+        """Popularity counts that waited for more; True where they have to be done again."""
+        try:
+            if isinstance(self.ingest, ClickIngest):
+                self.ingest.count(partition)
+        except FenceMoved:
+            self.open(partition)
+            return True
+        return False
+
+    def finish(self) -> None:
+        for _ in range(10_000):
+            if [p for p in self.logs if self.turn(p, self.rng.randint(1, 8)) or self.settle(p)]:
+                continue
+            moved = self.ingest.positions.moved_elsewhere(
+                list(self.logs)
+            )  # as an idle process asks now and then
+            if not moved:
+                return
+            for partition in moved:
+                self.open(partition)
+        raise AssertionError("the log does not come to its end")
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_chunking_gives_the_state_of_the_log(seed: int) -> None:
+    rng = random.Random(seed)
+    settings = make_settings(item_slots=rng.choice([1, 3]))
+    store, outside = MemoryStore(), Outside(settings)
+    process = Process(lambda: make_clicks(settings, store, outside), clicks_log(rng, 120), rng)
+    process.start()
+    process.finish()
+    same(settings, store, process.logs)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_effect_exactly_once_whatever_fails(seed: int) -> None:
+    rng = random.Random(100 + seed)
+    settings = make_settings(item_slots=rng.choice([1, 3]))
+    store, outside = Unsure(), Outside(settings)
+    process = Process(lambda: make_clicks(settings, store, outside), clicks_log(rng, 150), rng)
+    process.start()
+    old = store.snapshot()
+    for _ in range(400):
+        if rng.random() < 0.3:
+            store.faults = rng.choices(FAULTS, k=3)
+        if rng.random() < 0.1:
+            outside.away = rng.randint(1, 2)
+        if rng.random() < 0.03:
+            store.restore(old)  # Redis lost what came after
+        elif rng.random() < 0.1:
+            old = store.snapshot()
+        process.turn(rng.randrange(PARTITIONS), rng.randint(1, 8))
+    store.faults, outside.away = [], 0
+    process.finish()
+    assert process.deaths and process.rewinds
+    same(settings, store, process.logs)
+    refused = {(r.partition, r.offset) for p in process.logs.values() for r in p if rubbish(settings, r)}
+    assert {letter[:2] for letter in outside.letters} == refused
+
+
+def rubbish(settings: Settings, record: Rec) -> bool:
+    try:
+        events.decode_click(record.value, appended_ms=record.timestamp, far_future_ms_max=300_000)
+    except Rejected:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_two_processes_on_one_partition_do_not_double(seed: int) -> None:
+    """A zombie and the new owner in turns: each chunk of one is refused to the other."""
+    rng = random.Random(200 + seed)
+    settings, store = make_settings(), MemoryStore()
+    outside = Outside(settings)
+    logs = clicks_log(rng, 100)
+    pair = [Process(lambda: make_clicks(settings, store, outside), logs, rng) for _ in range(2)]
+    for process in pair:
+        process.start()
+    for _ in range(200):
+        rng.choice(pair).turn(rng.randrange(PARTITIONS), rng.randint(1, 8))
+    pair[0].finish()
+    assert pair[0].rewinds + pair[1].rewinds > 5
+    same(settings, store, logs)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_forwarded_clicks_count_once_in_their_own_partition(seed: int) -> None:
+    rng = random.Random(300 + seed)
+    settings, outside = make_settings(), None
+    store, outside = Unsure(), Outside(settings)
+    process = Process(lambda: make_clicks(settings, store, outside), clicks_log(rng, 60), rng)
+    process.start()
+    for _ in range(200):
+        store.faults = rng.choices(FAULTS, k=3)
+        process.turn(rng.randrange(PARTITIONS), rng.randint(1, 8))
+    store.faults = []
+    process.finish()
+    # What Kafka holds after the forwarding, repeats included: appended behind each log.
+    for partition, key, value in outside.forwarded:
+        last = process.logs[partition][-1]
+        again = Rec("clicks", partition, last.offset + 1, last.timestamp, key, value, STAMP)
+        process.logs[partition].append(again)
+    strays = len({v for _, _, v in outside.forwarded})
+    assert strays and all(partition_of(k.decode(), PARTITIONS) == p for p, k, _ in outside.forwarded)
+    forwarded_before = len(outside.forwarded)
+    process.start()
+    process.finish()
+    assert len(outside.forwarded) == forwarded_before  # nobody forwards them again
+    same(settings, store, process.logs)
+
+
+class RealWorld(World):
+    """The real engines, untrained: their tiles must make the batch invisible."""
+
+    dimension = 64
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(1)
+
+        def some(*shape: int) -> Any:
+            return (rng.normal(size=shape) * 0.1).astype(np.float32)
+
+        space = learn_profiles([{"age": 20}, {"age": 50}])
+        d = self.dimension
+        arrays = {
+            "query": some(d, 2 * d), "query_bias": some(2 * d), "bias": some(2, 20), "value": some(2 * d, d),
+            "start": some(d), "profile": some(space.rows, d),
+            "w1": some(d, 32), "b1": some(32), "w2": some(32, d), "b2": some(d),
+        }  # fmt: skip
+        self.item_vectors = unit(some(8, d))
+        self.user_tower = UserTower(space, arrays)  # type: ignore[assignment]
+        self.micro = MicroStep(self.item_vectors, MicroSettings())  # type: ignore[assignment]
+
+
+def test_the_real_engines_give_the_same_bits_whatever_the_chunking() -> None:
+    settings, found_bits = make_settings(), []
+    logs = clicks_log(random.Random(5), 300)
+    for sizes in ([1], [300], [3, 64, 17]):
+        store, outside = MemoryStore(), Outside(settings)
+        positions = Positions(store, "clicks", lambda p: clicks.sources(settings, p), lambda: LOG)
+        ingest = ClickIngest(settings, store, positions, outside, outside, MicroSteps(RealWorld()))
+        positions.open({p: (0, 10_000) for p in logs})
+        steps = 0
+        for partition, records in logs.items():
+            at, turn = 0, 0
+            while at < len(records):
+                size = sizes[turn % len(sizes)]
+                steps += ingest.ingest(partition, records[at : at + size], 0).steps
+                at, turn = at + size, turn + 1
+            ingest.count(partition)
+        state = store.snapshot()
+        lists = {user: seen for user, (seen, _) in state.behaviours.items()}
+        found_bits.append((steps, lists, state.embeddings, state.window, state.buckets))
+    assert found_bits[0][0] > 100
+    assert found_bits[0] == found_bits[1] == found_bits[2]
+
+
+# --- items -------------------------------------------------------------------------------------------------
+
+
+def items_log(rng: random.Random, length: int) -> dict[int, list[Rec]]:
+    logs = {}
+    for partition in range(PARTITIONS):
+        records = []
+        for offset in range(length):
+            item_id = f"i{rng.randrange(9)}"
+            item: Item | None = Item(
+                item_id=item_id, title="t" * offset, available=rng.random() < 0.7, tags=["x"]
+            )
+            if rng.random() < 0.25:
+                item = None
+            value = b"rubbish" if rng.random() < 0.05 else None if item is None else events.encode(item)
+            records.append(Rec("items", partition, offset, BASE_MS + offset, item_id.encode(), value))
+        logs[partition] = records
+    return logs
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_items_end_as_their_last_change(seed: int) -> None:
+    rng = random.Random(400 + seed)
+    settings = make_settings(item_slots=rng.choice([1, 3]))
+    store, outside = Unsure(), Outside(settings)
+    logs = items_log(rng, 80)
+    process = Process(lambda: make_items(settings, store, outside), logs, rng)
+    process.start()
+    old = store.snapshot()
+    for _ in range(200):
+        if rng.random() < 0.3:
+            store.faults = rng.choices(FAULTS, k=4)
+        outside.away = int(rng.random() < 0.1)
+        if rng.random() < 0.03:
+            store.restore(old)
+        elif rng.random() < 0.1:
+            old = store.snapshot()
+        process.turn(rng.randrange(PARTITIONS), rng.randint(1, 8))
+    store.faults, outside.away = [], 0
+    process.finish()
+    last: dict[str, Rec] = {}
+    for partition, records in logs.items():
+        for r in records:
+            right = partition_of(r.key.decode(), PARTITIONS) == partition  # type: ignore[union-attr]
+            if right and r.value != b"rubbish":
+                last[r.key.decode()] = r  # type: ignore[union-attr]
+    replica: dict[str, ItemRecord] = {}
+    for record in outside.published:  # as a worker applies them: the highest version stands
+        if record.item_id not in replica or record.offset >= replica[record.item_id].offset:
+            replica[record.item_id] = record
+    cards = store.read_cards(list(last), settings.item_slots)
+    assert set(cards) == set(last) == set(replica)
+    for item_id, r in last.items():
+        item = None if r.value is None else msgspec.json.decode(r.value, type=Item)
+        assert (cards[item_id].partition, cards[item_id].offset) == (r.partition, r.offset)
+        assert cards[item_id].body == (b"" if item is None else events.encode(item))
+        assert (replica[item_id].partition, replica[item_id].offset) == (r.partition, r.offset)
+        assert replica[item_id].retired == (item is None or not item.available)
+        if item is not None and item.available:
+            assert replica[item_id].vector.tolist() == [len(item.title)] * D  # type: ignore[union-attr]
+    assert item_slot("i1", 1) == "i0"

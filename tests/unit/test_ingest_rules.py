@@ -1,0 +1,470 @@
+"""The rules of the ingest functions, one by one, on the memory store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from kafka.errors import KafkaTimeoutError, MessageSizeTooLargeError, ProducerFencedError
+
+from eddyline import events
+from eddyline.errors import FenceMoved, KafkaUnavailable, LogMismatch, Rejected
+from eddyline.events import Click, Item, UserProfile
+from eddyline.ports import Fence, LogId, Source
+from eddyline.records import ItemRecord
+from eddyline.settings import Settings
+from eddyline.slots import partition_of
+from eddyline.stores.memory import MemoryStore
+from streams import clicks, items, membership, users
+from streams.chunk import Outcome, PartitionLost
+from streams.clicks import ClickIngest
+from streams.dead_letters import KafkaDeadLetters, KafkaForwarder
+from streams.items import ItemIngest
+from streams.positions import Positions
+from streams.publisher import TransactionalPublisher
+from streams.users import UserIngest
+
+LOG = LogId("cluster-a", "topic-1")
+MS = 1_700_000_000_000
+SETTINGS = Settings(clicks_partitions=2, items_partitions=2, history_length_max=3, dedupe_window_events=10)
+ANA = "ana"
+HERE = partition_of(ANA, 2)
+THERE = next(f"u{n}" for n in range(50) if partition_of(f"u{n}", 2) != HERE)
+
+
+def rec(
+    offset: int, value: bytes | None, key: bytes | None = b"k", topic: str = "clicks", **more: Any
+) -> Any:
+    fields = {"partition": HERE, "timestamp": MS, "headers": ()} | more
+    return SimpleNamespace(topic=topic, offset=offset, key=key, value=value, **fields)
+
+
+def click(offset: int, item_id: str = "i1", **more: Any) -> Any:
+    fields: dict[str, Any] = {"user_id": ANA, "item_id": item_id, "at_ms": MS + offset} | more
+    return rec(offset, events.encode(Click(**fields)), fields["user_id"].encode())
+
+
+class Outside:
+    def __init__(self) -> None:
+        self.letters: list[tuple[int, str]] = []
+        self.forwarded: list[tuple[bytes, bytes, int]] = []
+        self.published: list[ItemRecord] = []
+        self.flushes = 0
+
+    def put(self, record: Any, rejected: Rejected) -> None:
+        self.letters.append((record.offset, rejected.reason))
+
+    def forward(self, record: Any, key: bytes, value: bytes, partition: int) -> None:
+        self.forwarded.append((key, value, partition))
+
+    def flush(self) -> None:
+        self.flushes += 1
+
+    def open(self, partition: int) -> None:
+        pass
+
+    def publish(self, partition: int, records: Sequence[ItemRecord]) -> None:
+        self.published += records
+
+
+class OneTower:
+    def encode(self, items: Sequence[Item]) -> Any:
+        return np.ones((len(items), 2), np.float32)
+
+
+class Rig:
+    """A store, what lies outside, and the three functions, opened at offset 0."""
+
+    def __init__(self, end: int = 1_000) -> None:
+        self.store, self.out = MemoryStore(), Outside()
+        self.end = end
+        self.now_s = 0.0
+        towers: Any = SimpleNamespace(generation="g", item_tower=OneTower())
+        self.clicks = ClickIngest(
+            SETTINGS,
+            self.store,
+            self._at("clicks", lambda p: clicks.sources(SETTINGS, p)),
+            self.out,
+            self.out,
+            None,
+            lambda: self.now_s,
+        )
+        self.users = UserIngest(
+            SETTINGS,
+            self.store,
+            self._at("users", lambda p: users.sources(SETTINGS, p)),
+            self.out,
+            ["g"],
+        )
+        self.items = ItemIngest(
+            SETTINGS,
+            self.store,
+            self._at("items", lambda p: items.sources(SETTINGS, "g", p)),
+            self.out, self.out,
+            towers, lambda: 9,
+        )  # fmt: skip
+
+    def _at(self, topic: str, sources_of: Any) -> Positions:
+        positions = Positions(self.store, topic, sources_of, lambda: LOG)
+        positions.open({HERE: (0, self.end)})
+        return positions
+
+    def entries(self, user: str = ANA) -> list[str]:
+        state = self.store.read_user(f"u{HERE}", HERE, user, "g")
+        return [e.item_id for e in state.behaviour.entries]
+
+
+def test_a_list_is_by_time_bounded_and_keeps_the_last_events_stamps() -> None:
+    rig = Rig()
+    late = click(3, "late", at_ms=MS + 1)
+    late.headers = (("produced_us", b"55"),)
+    rig.clicks.ingest(HERE, [click(1, "a"), click(2, "b"), late], 77)
+    assert rig.entries() == ["b", "late", "a"]
+    state = rig.store.read_user(f"u{HERE}", HERE, ANA, "")
+    seen = state.behaviour
+    assert (seen.partition, seen.offset, seen.at_ms) == (HERE, 3, MS + 2)
+    assert (seen.produced_us, seen.appended_ms, seen.read_us) == (55, MS, 77)
+    assert state.fence == Fence(3, LOG)
+    rig.clicks.ingest(HERE, [click(4, "c"), click(5, "d")], 0)
+    assert rig.entries() == ["d", "c", "b"]
+
+
+@pytest.mark.parametrize(("distance", "counts"), [(9, False), (10, False), (11, True), (500, True)])
+def test_a_re_send_is_dropped_inside_the_window_only(distance: int, counts: bool) -> None:
+    for chunks in ([0, 2], [0, 1, 2]):
+        rig, outcome = Rig(), Outcome()
+        log = [click(5, event_id="e"), click(5 + distance, event_id="e")]
+        for a, b in pairwise(chunks):
+            outcome.add(rig.clicks.ingest(HERE, log[a:b], 0))
+        assert len(rig.entries()) == 1 + counts
+        assert (outcome.applied, outcome.duplicates) == (1 + counts, 1 - counts)
+
+
+def test_clicks_without_an_event_id_are_never_re_sends() -> None:
+    rig = Rig()
+    rig.clicks.ingest(HERE, [click(1), click(2)], 0)
+    assert rig.entries() == ["i1", "i1"]
+
+
+def test_popularity_counts_thousandths_and_no_dislikes() -> None:
+    rig = Rig()
+    rig.clicks.ingest(
+        HERE, [click(0, weight=0.0005), click(1, weight=2.5), click(2, kind="dislike"), click(3, "x")], 0
+    )
+    assert rig.store.popular("i0", 9) == {}
+    rig.now_s = 0.2
+    assert rig.clicks.due() == [HERE]
+    rig.clicks.count(HERE)
+    bucket = MS // (SETTINGS.popular_bucket_s * 1_000)
+    assert rig.store.popular("i0", 9) == {bucket: {"i1": 2_500, "x": 1_000}}
+
+
+def test_rubbish_is_delivered_before_the_fence_moves() -> None:
+    rig = Rig()
+    away = rig.out.flush
+
+    def fail() -> None:
+        raise KafkaUnavailable("away")
+
+    rig.out.flush = fail  # type: ignore[method-assign]
+    log = [rec(1, b"{"), rec(2, None), click(3), rec(4, b'{"user_id":"ana"}')]
+    with pytest.raises(KafkaUnavailable):
+        rig.clicks.ingest(HERE, log, 0)
+    assert rig.store.fences(Source("clicks", HERE), [f"u{HERE}"]) == {f"u{HERE}": None}
+    rig.out.flush = away  # type: ignore[method-assign]
+    rig.out.letters.clear()
+    rig.clicks.positions.open({HERE: (0, 9)})
+    outcome = rig.clicks.ingest(HERE, log, 0)
+    assert rig.out.letters == [(1, "malformed_json"), (2, "no_value"), (4, "bad_field")]
+    assert (outcome.rejected, outcome.applied) == (3, 1)
+    rig.clicks.ingest(HERE, [rec(5, b"{")], 0)  # nothing but rubbish moves the fences as well
+    rig.clicks.count(HERE)
+    assert rig.clicks.positions.lowest(HERE) == 5
+
+
+def test_a_stray_click_is_forwarded_under_its_origin_and_not_applied() -> None:
+    rig = Rig()
+    stray = [click(1, user_id=THERE), click(2, user_id=THERE, event_id="e")]
+    outcome = rig.clicks.ingest(HERE, stray, 0)
+    assert outcome.forwarded == 2 and outcome.applied == 0 and rig.out.flushes
+    first, second = rig.out.forwarded
+    assert first[0] == THERE.encode() and first[2] == 1 - HERE
+    sent = events.decode_click(first[1], appended_ms=MS, far_future_ms_max=10_000)
+    assert (sent.event_id, sent.user_id, sent.at_ms) == (f"clicks/{HERE}/1", THERE, MS + 1)
+    assert second[1] == stray[1].value
+    assert rig.entries(THERE) == [] and rig.store.popular("i0", 9) == {}
+
+
+def test_a_click_without_a_key_in_its_own_partition_is_applied() -> None:
+    rig = Rig()
+    lost = click(1)
+    lost.key = None
+    assert rig.clicks.ingest(HERE, [lost], 0).applied == 1
+
+
+def test_a_chunk_at_or_below_the_fences_is_refused_not_skipped() -> None:
+    rig = Rig()
+    rig.clicks.ingest(HERE, [click(1), click(2)], 0)
+    with pytest.raises(FenceMoved, match="record 2"):
+        rig.clicks.ingest(HERE, [click(2), click(3)], 0)
+
+
+def test_a_store_that_went_back_is_noticed_by_read_write_and_when_idle() -> None:
+    rig = Rig()
+    before = rig.store.snapshot()
+    rig.clicks.ingest(HERE, [click(1)], 0)
+    assert rig.clicks.positions.moved_elsewhere([HERE]) == []
+    rig.store.restore(before)
+    assert rig.clicks.positions.moved_elsewhere([HERE]) == [HERE]
+    with pytest.raises(FenceMoved):
+        rig.clicks.ingest(HERE, [click(2)], 0)
+    assert rig.clicks.positions.open({HERE: (0, 10)}) == {HERE: 0}
+    rig.clicks.ingest(HERE, [click(1), click(2)], 0)
+    assert len(rig.entries()) == 2
+
+
+def profile(offset: int, attributes: dict[str, Any] | None, user: str = ANA) -> Any:
+    value = None if attributes is None else events.encode(UserProfile(user_id=user, attributes=attributes))
+    return rec(offset, value, user.encode(), "users")
+
+
+def test_the_last_profile_stands_and_null_forgets() -> None:
+    rig = Rig()
+    rig.clicks.ingest(HERE, [click(1)], 0)
+    rig.users.ingest(HERE, [profile(1, {"age": 1}), profile(2, {"age": 2})], 0)
+    assert rig.store.read_user(f"u{HERE}", HERE, ANA, "g").profile == {"age": 2}
+    rig.users.ingest(HERE, [profile(3, None)], 0)
+    assert rig.store.read_user(f"u{HERE}", HERE, ANA, "g").profile == {}
+    assert rig.entries() == []
+
+
+def test_forgotten_and_told_anew_in_one_chunk_forgets_the_list() -> None:
+    rig = Rig()
+    rig.clicks.ingest(HERE, [click(1)], 0)
+    outcome = rig.users.ingest(
+        HERE, [profile(1, None), rec(2, b"{", ANA.encode()), profile(3, {"age": 3})], 0
+    )
+    assert rig.entries() == [] and rig.out.letters == [(2, "malformed_json")]
+    assert rig.store.read_user(f"u{HERE}", HERE, ANA, "g").profile == {"age": 3}
+    assert (outcome.applied, outcome.rejected, rig.users.positions.lowest(HERE)) == (2, 1, 3)
+
+
+def test_profiles_need_a_key_and_their_own_partition() -> None:
+    rig = Rig()
+    log = [rec(1, b"{}", None, "users"), profile(2, {}, THERE), rec(3, b"{}", b"\xff", "users")]
+    rig.users.ingest(HERE, log, 0)
+    assert rig.out.letters == [(1, "no_key"), (2, "wrong_partition"), (3, "malformed_key")]
+
+
+FILM = next(f"f{n}" for n in range(50) if partition_of(f"f{n}", 2) == HERE)
+
+
+def item(offset: int, available: bool = True, **more: Any) -> Any:
+    value = events.encode(Item(item_id=FILM, available=available, at_ms=5, **more))
+    return rec(offset, value, FILM.encode(), "items")
+
+
+def test_an_item_is_published_once_a_chunk_with_its_source_offset() -> None:
+    rig = Rig()
+    rig.items.ingest(HERE, [item(1, title="old"), item(2, tags=["new"], attributes={"year": 1999})], 0)
+    (record,) = rig.out.published
+    assert (record.item_id, record.partition, record.offset, record.at_ms, record.written_us) == (
+        FILM,
+        HERE,
+        2,
+        5,
+        9,
+    )
+    assert record.attributes == {"tags": ["new"], "attributes": {"year": 1999}}
+    card = rig.store.read_cards([FILM], 1)[FILM]
+    assert (card.offset, events._item.decode(card.body).tags) == (2, ["new"])
+
+
+def test_unavailable_is_retired_but_keeps_its_card_and_null_deletes() -> None:
+    rig = Rig()
+    rig.items.ingest(HERE, [item(1, available=False)], 0)
+    assert rig.out.published[0].retired and not rig.store.read_cards([FILM], 1)[FILM].deleted
+    rig.items.ingest(HERE, [rec(2, None, FILM.encode(), "items")], 0)
+    assert rig.out.published[1].retired and rig.store.read_cards([FILM], 1)[FILM].deleted
+    assert rig.out.published[1].at_ms == MS
+
+
+def test_what_is_published_but_has_no_cards_yet_is_not_published_again() -> None:
+    rig = Rig()
+    write, calls = rig.store.write_cards, []
+
+    def dies(*args: Any) -> None:
+        calls.append(args[1].name)
+        if args[1].name == "items":
+            raise RuntimeError("killed")
+        write(*args)
+
+    rig.store.write_cards = dies  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError):
+        rig.items.ingest(HERE, [item(1)], 0)
+    assert calls == ["items@g", "items"]
+    rig.store.write_cards = write  # type: ignore[method-assign]
+    assert rig.items.positions.open({HERE: (0, 10)}) == {HERE: 0}
+    rig.items.ingest(HERE, [item(1)], 0)
+    assert len(rig.out.published) == 1 and FILM in rig.store.read_cards([FILM], 1)
+
+
+def test_items_of_wrong_keys_and_partitions_are_refused() -> None:
+    rig = Rig()
+    other = next(f"f{n}" for n in range(50) if partition_of(f"f{n}", 2) != HERE)
+    log = [
+        rec(1, b"{}", None, "items"),
+        rec(2, None, other.encode(), "items"),
+        rec(3, events.encode(Item(item_id="x")), FILM.encode(), "items"),
+    ]
+    rig.items.ingest(HERE, log, 0)
+    assert [reason for _, reason in rig.out.letters] == [
+        "no_key",
+        "wrong_partition",
+        "wrong_key",
+    ]
+    assert rig.out.published == [] and rig.items.positions.lowest(HERE) == 3
+
+
+# --- positions
+
+
+def opened(store: MemoryStore, begin: int, end: int, log: LogId = LOG) -> int:
+    positions = Positions(store, "clicks", lambda p: clicks.sources(SETTINGS, p), lambda: log)
+    return positions.open({0: (begin, end)})[0]
+
+
+def test_the_position_is_the_lowest_fence_plus_one() -> None:
+    store, source = MemoryStore(), Source("clicks", 0)
+    assert opened(store, 0, 9) == 0
+    assert opened(store, 4, 9) == 4
+    store.write_cards("u0", source, None, Fence(7, LOG), {})
+    assert opened(store, 0, 9) == 0
+    store.write_cards("i0", source, None, Fence(5, LOG), {})
+    assert opened(store, 0, 9) == 6
+    assert opened(store, 0, 8) == 6
+    assert opened(store, 8, 20) == 8  # retention took what lies between
+
+
+def test_another_log_is_refused_with_both_ids_and_the_way_out() -> None:
+    store = MemoryStore()
+    store.write_cards("u0", Source("clicks", 0), None, Fence(7, LOG), {})
+    for other in (LogId("cluster-b", "topic-1"), LogId("cluster-a", "topic-2")):
+        with pytest.raises(LogMismatch) as refused:
+            opened(store, 0, 100, other)
+        message = str(refused.value)
+        assert all(part in message for part in ("topic clicks, partition 0", "cluster-a", "topic-1"))
+        assert other.cluster_id in message and other.topic_id in message and "eddyline accept-log" in message
+    with pytest.raises(LogMismatch, match="up to offset 7, but the log ends before 7"):
+        opened(store, 0, 7)
+
+
+# --- towards Kafka
+
+
+class Future:
+    def __init__(self, error: Exception | None) -> None:
+        self.error = error
+
+    def get(self, timeout: float) -> None:
+        assert timeout > 0
+        if self.error:
+            raise self.error
+
+
+class FakeProducer:
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error, self.sent, self.calls = error, [], []  # type: ignore[var-annotated]
+
+    def send(self, topic: str, value: Any, **more: Any) -> Future:
+        self.sent.append((topic, value, more))
+        return Future(self.error)
+
+    def flush(self, timeout: float) -> None:
+        self.calls.append("flush")
+
+    def begin_transaction(self) -> None:
+        self.calls.append("begin")
+
+    def commit_transaction(self) -> None:
+        self.calls.append("commit")
+        if self.error:
+            raise self.error
+
+    def close(self, timeout: float) -> None:
+        self.calls.append("close")
+
+
+def test_a_dead_letter_carries_bytes_reason_and_coordinates() -> None:
+    producer: Any = FakeProducer()
+    sink = KafkaDeadLetters(SETTINGS, producer)
+    sink.put(rec(4, b"\xff{", b"\x00k"), Rejected("malformed_json", "", "no"))
+    sink.put(rec(5, None, None), Rejected("no_value", "", "none"))
+    sink.flush()
+    (topic, value, more), (_, empty, none) = producer.sent
+    assert (topic, value, more["key"]) == ("dead-letters", b"\xff{", f"clicks/{HERE}/4".encode())
+    headers = dict(more["headers"])
+    assert headers["reason"] == b"malformed_json" and headers["key"] == b"\x00k"
+    assert headers["timestamp_ms"] == str(MS).encode()
+    assert empty == b"" and dict(none["headers"])["no_value"] == b"1"
+
+
+def test_a_forwarded_record_names_its_origin_and_keeps_its_stamp() -> None:
+    producer: Any = FakeProducer()
+    forwarder = KafkaForwarder(SETTINGS, producer)
+    forwarder.forward(rec(4, b"v", headers=(("produced_us", b"1"), ("origin", b"old"))), b"ana", b"v2", 1)
+    forwarder.flush()
+    ((topic, value, more),) = producer.sent
+    assert (topic, value, more["key"], more["partition"]) == ("clicks", b"v2", b"ana", 1)
+    assert more["headers"] == [("produced_us", b"1"), ("origin", f"clicks/{HERE}/4".encode())]
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(KafkaTimeoutError("t"), KafkaUnavailable), (MessageSizeTooLargeError("m"), MessageSizeTooLargeError)],
+)
+def test_what_waiting_may_heal_is_told_from_what_it_cannot(error: Exception, raised: type[Exception]) -> None:
+    producer: Any = FakeProducer(error)
+    sink = KafkaDeadLetters(SETTINGS, producer)
+    sink.put(rec(4, b"x"), Rejected("r", "", "d"))
+    with pytest.raises(raised):
+        sink.flush()
+    sink.flush()  # nothing is left over for the next chunk
+
+
+RECORD = ItemRecord("i", 0, 1, 0, 0, None)
+
+
+def test_a_transaction_a_chunk() -> None:
+    publisher, producer = TransactionalPublisher(SETTINGS, "g"), FakeProducer()
+    publisher._producers[0] = producer  # type: ignore[assignment]
+    publisher.publish(0, [RECORD])
+    assert producer.calls == ["begin", "commit"]
+    assert (producer.sent[0][0], producer.sent[0][2]["partition"]) == ("item-vectors.g", 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(ProducerFencedError("f"), PartitionLost), (KafkaTimeoutError("t"), KafkaUnavailable)],
+)
+def test_a_failed_transaction_drops_its_producer(error: Exception, raised: type[Exception]) -> None:
+    publisher, producer = TransactionalPublisher(SETTINGS, "g"), FakeProducer(error)
+    publisher._producers[0] = producer  # type: ignore[assignment]
+    with pytest.raises(raised):
+        publisher.publish(0, [RECORD])
+    assert producer.calls[-1] == "close" and publisher._producers == {}
+
+
+def test_a_name_outlives_its_process_and_is_never_shared(tmp_path: Path) -> None:
+    first, second = membership.take(tmp_path), membership.take(tmp_path)
+    assert first.name != second.name
+    first.close()
+    again = membership.take(tmp_path)
+    assert again.name == first.name
+    second.close()
+    again.close()

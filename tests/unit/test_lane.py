@@ -1,0 +1,283 @@
+"""What the chunk lane leans on in Faust and aiokafka, and what it makes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import tempfile
+from collections.abc import Callable, Coroutine
+from importlib.metadata import version
+from types import SimpleNamespace
+from typing import Any
+
+import aiokafka
+import faust
+import pytest
+from aiokafka.consumer.fetcher import Fetcher
+from aiokafka.consumer.group_coordinator import GroupCoordinator
+from aiokafka.structs import ConsumerRecord
+from faust.tables.manager import TableManager
+from faust.tables.recovery import Recovery
+from faust.transport.consumer import Consumer
+from faust.transport.drivers import aiokafka as driver
+from faust.types import TP
+
+from eddyline.errors import StoreUnavailable
+from streams import lane
+from streams.lane import Chunk, LaneApp, LaneConsumer, LaneSchema, LaneThread
+
+AT = TP("clicks", 0)
+
+
+def in_a_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
+    @functools.wraps(test)
+    def run() -> None:
+        asyncio.run(test())
+
+    del run.__wrapped__  # type: ignore[attr-defined]  # pytest would see a coroutine function
+    return run
+
+
+def record(offset: int, partition: int = 0) -> ConsumerRecord:
+    return ConsumerRecord("clicks", partition, offset, 1_000, 1, b"k", b"v", None, 1, 1, ())
+
+
+class FakeThread:
+    """A consumer's thread: what was fetched, and where it was sought."""
+
+    def __init__(self, consumer: LaneConsumer) -> None:
+        self.consumer = consumer
+        self.fetched: dict[TP, list[ConsumerRecord]] = {}
+        self.sought: list[dict[TP, int]] = []
+        self.mine = {AT, TP("clicks", 1)}
+
+    async def getmany(self, active: set[TP], timeout: float) -> Any:
+        return {at: (self.consumer.epochs[at], r) for at, r in self.fetched.items() if at in active}
+
+    def assignment(self) -> set[TP]:
+        return self.mine
+
+    async def seek_lane(self, offsets: dict[TP, int]) -> None:
+        self.sought.append(dict(offsets))
+        for at in offsets:
+            self.consumer.sought(at)
+
+    async def earliest_offsets(self, *tps: TP) -> dict[TP, int]:
+        return dict.fromkeys(tps, 0)
+
+    async def highwaters(self, *tps: TP) -> dict[TP, int]:
+        return dict.fromkeys(tps, 100)
+
+
+async def no_positions(bounds: Any) -> Any:
+    return {at: 7 for at in bounds}
+
+
+def make_consumer(positioner: Any = no_positions, told: list[Any] | None = None) -> LaneConsumer:
+    app = LaneApp(
+        "lane-test",
+        positioner=positioner,
+        chunk_records_max=3,
+        backoff_s_max=0.01,
+        waiting=lambda error, wait_s: told.append(wait_s) if told is not None else None,
+        fail=lambda error: told.append(error) if told is not None else None,
+        broker="kafka://127.0.0.1:1",
+        web_enabled=False,
+        datadir=tempfile.gettempdir(),
+    )
+    consumer: LaneConsumer = app.transport.create_consumer(
+        callback=lambda m: None, on_partitions_revoked=None, on_partitions_assigned=None
+    )
+    consumer._thread.thread_loop.close()  # the real thread is never started
+    consumer._thread = FakeThread(consumer)  # type: ignore[assignment]
+    consumer._set_active_tps({AT, TP("clicks", 1)})
+    return consumer
+
+
+async def read(consumer: LaneConsumer) -> list[Any]:
+    return [message async for _, message in consumer.getmany(0.1)]
+
+
+def test_versions_are_the_ones_that_were_read() -> None:
+    assert version("faust-streaming") == lane.FAUST_VERSION
+    assert version("aiokafka") == lane.AIOKAFKA_VERSION
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (driver.AIOKafkaConsumerThread, "_create_worker_consumer"),
+        (driver.AIOKafkaConsumerThread, "_fetch_records"),
+        (driver.AIOKafkaConsumerThread, "_ensure_consumer"),
+        (driver.AIOKafkaConsumerThread, "_commit"),
+        (driver.AIOKafkaConsumerThread, "on_thread_stop"),
+        (driver.AIOKafkaConsumerThread, "call_thread"),
+        (driver.Consumer, "_new_consumer_thread"),
+        (driver.Transport, "Consumer"),
+        (Consumer, "getmany"),
+        (Consumer, "_getmany"),
+        (Consumer, "_get_active_partitions"),
+        (Consumer, "_add_gap"),
+        (Consumer, "_new_offset"),
+        (Consumer, "verify_event_path"),
+        (Consumer, "on_partitions_assigned"),
+        (Consumer, "perform_seek"),
+        (faust.App, "_new_transport"),
+        (faust.App, "_consumer_wait_empty"),
+        (TableManager, "_update_channels"),
+    ],
+)
+def test_what_is_overridden_or_called_is_there(owner: type, name: str) -> None:
+    assert hasattr(owner, name)
+
+
+def test_faust_calls_what_the_lane_overrides() -> None:
+    drain = inspect.getsource(Consumer._drain_messages)
+    assert "getmany = self.getmany" in drain
+    assert "self._read_offset.__getitem__" in drain
+    assert "self.on_partitions_assigned" in inspect.getsource(driver.ThreadDelegateConsumer)
+    assert "consumer.perform_seek()" in inspect.getsource(Recovery._resume_streams)
+    assert "_new_offset(tp)" in inspect.getsource(Consumer._filter_committable_offsets)
+    assert "self._consumer_wait_empty)(" in inspect.getsource(faust.App._on_partitions_revoked)
+    assert "self._consumer_wait_empty(" in inspect.getsource(faust.App._stop_consumer)
+    assert "stream_wait_empty" in inspect.getsource(Consumer.on_stop)
+
+
+def test_aiokafka_takes_what_the_lane_sets() -> None:
+    start = inspect.getsource(aiokafka.AIOKafkaConsumer.start)
+    assert "fetch_max_wait_ms=self._fetch_max_wait_ms" in start
+    assert "assignors=self._partition_assignment_strategy" in start
+    assert "self._group_instance_id is None" in inspect.getsource(GroupCoordinator._maybe_leave_group)
+    # Records are handed out in the step that takes them, so an epoch read right after is theirs.
+    taken = inspect.getsource(Fetcher.fetched_records)
+    assert "if drained or not timeout:\n                return drained" in taken
+    assert "del self._records[tp]" in inspect.getsource(Fetcher.seek_to)
+
+
+def test_seeks_and_epochs_change_together_in_the_threads_loop() -> None:
+    assert not any(
+        line.strip().startswith("await") for line in inspect.getsourcelines(LaneThread._seek_lane)[0]
+    )
+
+
+@in_a_loop
+async def test_a_chunk_stands_for_its_records_and_has_the_last_offset() -> None:
+    consumer = make_consumer()
+    consumer._thread.fetched = {AT: [record(n) for n in range(5)], TP("clicks", 1): [record(9, 1)]}  # type: ignore[attr-defined]
+    messages = await read(consumer)
+    assert [(m.partition, m.offset, [r.offset for r in m.value.records]) for m in messages] == [
+        (0, 2, [0, 1, 2]),
+        (1, 9, [9]),
+        (0, 4, [3, 4]),
+    ]
+    assert all(consumer.is_current(m.value) for m in messages)
+
+
+@in_a_loop
+async def test_chunks_from_before_a_seek_are_not_handed_out() -> None:
+    consumer = make_consumer()
+    consumer._thread.fetched = {AT: [record(n) for n in range(6)]}  # type: ignore[attr-defined]
+    handed = consumer.getmany(0.1)
+    _, first = await anext(handed)
+    assert consumer.is_current(first.value)
+    await consumer.rewind({AT})
+    assert not consumer.is_current(first.value)
+    with pytest.raises(StopAsyncIteration):
+        await anext(handed)
+    assert consumer._thread.sought == [{AT: 7}]  # type: ignore[attr-defined]
+
+
+@in_a_loop
+async def test_nothing_is_handed_out_while_a_position_is_found_out() -> None:
+    waiting = asyncio.Event()
+
+    async def slow(bounds: Any) -> Any:
+        await waiting.wait()
+        return {at: 3 for at in bounds}
+
+    consumer = make_consumer(slow)
+    consumer._thread.fetched = {AT: [record(0)], TP("clicks", 1): [record(0, 1)]}  # type: ignore[attr-defined]
+    rewinding = asyncio.create_task(consumer.rewind({AT}))
+    await asyncio.sleep(0)
+    assert [m.partition for m in await read(consumer)] == [1]
+    waiting.set()
+    await asyncio.wait_for(rewinding, 5)
+    assert [m.partition for m in await read(consumer)] == [0, 1]
+
+
+@in_a_loop
+async def test_a_rewind_waits_for_the_store_and_gives_up_lost_partitions() -> None:
+    told: list[Any] = []
+    answers = [StoreUnavailable("away"), StoreUnavailable("away"), None]
+
+    async def away(bounds: Any) -> Any:
+        if (error := answers.pop(0)) is not None:
+            raise error
+        return {at: 1 for at in bounds}
+
+    consumer = make_consumer(away, told)
+    await asyncio.wait_for(consumer.rewind({AT, TP("clicks", 5)}), 5)
+    assert consumer._thread.sought == [{AT: 1}]  # type: ignore[attr-defined]
+    assert (len(told) == 2 and told[0] < told[1]) or told[1] == 0.01
+    consumer._thread.mine = set()  # type: ignore[attr-defined]
+    await asyncio.wait_for(consumer.rewind({AT}), 5)
+    assert len(consumer._thread.sought) == 1  # type: ignore[attr-defined]
+
+
+@in_a_loop
+async def test_an_unexpected_error_while_positioning_ends_the_process() -> None:
+    told: list[Any] = []
+
+    async def wrong(bounds: Any) -> Any:
+        raise LookupError("no")
+
+    consumer = make_consumer(wrong, told)
+    await asyncio.wait_for(consumer.rewind({AT}), 5)
+    assert [type(t) for t in told] == [LookupError]
+
+
+@in_a_loop
+async def test_commits_follow_the_acks_and_start_anew_after_a_seek() -> None:
+    consumer = make_consumer()
+    consumer._acked[AT].extend([4, 9])
+    consumer._acked_index[AT].update([4, 9])
+    assert consumer._new_offset(AT) == 10
+    assert consumer._new_offset(AT) is None
+    consumer._acked[AT].append(20)
+    consumer._committed_offset[AT] = 10
+    consumer.sought(AT)
+    assert consumer._new_offset(AT) is None
+    assert consumer._committed_offset[AT] is None
+    await consumer._add_gap(AT, 0, 100)
+    assert not consumer._gap[AT]
+
+
+@in_a_loop
+async def test_faust_does_not_drop_what_is_read_again() -> None:
+    consumer = make_consumer()
+    consumer._read_offset[AT] = 50
+    assert consumer._read_offset[AT] is None
+
+
+def test_values_go_through_raw() -> None:
+    chunk = Chunk(AT, [record(1)], 0, 0)
+    message: Any = SimpleNamespace(value=chunk, key=None)
+    assert LaneSchema().loads_value(None, message) is chunk
+    assert LaneSchema().loads_key(None, message) is None
+
+
+@in_a_loop
+async def test_a_stop_waits_for_the_chunk_in_work() -> None:
+    app = make_consumer().app
+    done: list[int] = []
+
+    async def work() -> None:
+        await asyncio.sleep(0.05)
+        done.append(1)
+
+    task = asyncio.create_task(app.work(work()))
+    await asyncio.sleep(0)
+    await app.settle(5)
+    assert done == [1]
+    await task
