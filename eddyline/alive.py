@@ -14,14 +14,14 @@ from pathlib import Path
 
 from eddyline.settings import Settings, load
 
-# Beats come about once a second; ten missed ones are no hiccup.
-FRESH_S = 10.0
+# Beats come every two seconds, and may wait for a Redis that takes its time to fail.
+FRESH_S = 30.0
 # Files of processes that ended long ago are removed by the next one that starts beating.
 FORGOTTEN_S = 3_600.0
 
 
 def beat(settings: Settings, process: str) -> None:
-    """Say that this process is alive; call it about once a second. Costs some 20 µs.
+    """Say that this process is alive; call it every second or two. Costs some 20 µs.
 
     process: its kind, as "ingest"; the file is `run/<process>-<pid>.alive` in `data_dir`
     """

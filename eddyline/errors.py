@@ -8,10 +8,15 @@ EddylineError
 ├── LogMismatch         Kafka is not the log that the fences in Redis were written for
 ├── Unavailable         a server does not answer; the caller waits with back-off and tries again
 │   ├── StoreUnavailable
-│   └── KafkaUnavailable
+│   ├── KafkaUnavailable
+│   └── NoGeneration    nothing has been trained yet (`eddyline.start`)
 ├── StoreRefused        Redis answers, but must not be used as it is set up
 ├── FenceMoved          a fenced write was refused: the fence is not the one that was read
-└── LocalServerError    a local Kafka or Valkey cannot be installed or started
+├── LocalServerError    a local Kafka or Valkey cannot be installed or started
+├── WorldUnavailable    the demo's data cannot be had (`eddyline.demo.worlds`)
+├── NotShown            an answer of the demo did not change as it had to (`eddyline.demo.show`)
+├── PartitionLost       another process writes for this partition now (`streams.chunk`)
+└── CallFailed          a query worker gave no answer; has gRPC's code (`serving.client`)
 """
 
 from __future__ import annotations

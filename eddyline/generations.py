@@ -80,7 +80,7 @@ def _read_all(settings: Settings, timeout_s: float) -> dict[bytes, bytes]:
     deadline = time.monotonic() + timeout_s
     records: dict[bytes, bytes] = {}
     try:
-        consumer = KafkaConsumer(**kafka.client_options(settings), group_id=None)
+        consumer = KafkaConsumer(**kafka.client_options(settings), group_id=None, enable_auto_commit=False)
         try:
             if not consumer.partitions_for_topic(at.topic):
                 return {}

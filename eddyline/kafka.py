@@ -158,7 +158,7 @@ def beginning_offsets(settings: Settings, name: str) -> dict[int, int]:
 def _offsets(settings: Settings, name: str, which: str) -> dict[int, int]:
     topic = settings.prefixed(name)
     try:
-        consumer = KafkaConsumer(**client_options(settings), group_id=None)
+        consumer = KafkaConsumer(**client_options(settings), group_id=None, enable_auto_commit=False)
         try:
             partitions = consumer.partitions_for_topic(topic) or ()
             found = getattr(consumer, which)([TopicPartition(topic, p) for p in partitions])

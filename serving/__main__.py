@@ -17,19 +17,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 
-from eddyline import generations, kafka, logs
+from eddyline import kafka, logs, start
 from eddyline import settings as settings_
-from eddyline.errors import BundleError, LogMismatch, SettingsError, StoreRefused, Unavailable
-from eddyline.generations import Manifest
+from eddyline.errors import BundleError, LogMismatch, SettingsError, StoreRefused
 from eddyline.local import endpoints
-from eddyline.ports import Layout
 from eddyline.settings import Settings
+from eddyline.start import Patience, Stopped
 from eddyline.stores.redis import RedisStore
 from embeddings import bundle
 from embeddings.bundle import Bundle
@@ -46,18 +43,8 @@ from serving.users import UserReader
 
 log = logging.getLogger(__name__)
 
-LAYOUT_VERSION = 1
 # Running calls end within their deadline, one second by default.
 GRACE_S = 5.0
-_T = TypeVar("_T")
-
-
-class _Stopped(Exception):
-    """A stop was asked for while the worker waited for a server."""
-
-
-class _NoGeneration(Unavailable):
-    """There is no active generation yet; training makes one."""
 
 
 def main() -> int:
@@ -78,7 +65,7 @@ def main() -> int:
     sys.stdout.flush()
     try:
         _run(settings, service, server, stop)
-    except _Stopped:
+    except Stopped:
         pass
     except (LogMismatch, StoreRefused) as error:
         log.error(str(error))
@@ -93,15 +80,15 @@ def main() -> int:
 
 
 def _run(settings: Settings, service: Service, server: WorkerServer, stop: threading.Event) -> None:
-    until = _Until(settings, service, stop)
+    patience = Patience(settings, stop, service.waiting_for)
     # Half of a query's time for Redis: where it hangs, the other half is enough to answer without it.
     timeout_ms = max(10, min(settings.redis_timeout_ms, settings.query_timeout_ms // 2))
     store = RedisStore(msgspec.structs.replace(settings, redis_timeout_ms=timeout_ms))
-    until.answered("Redis", store.check)
-    until.answered("Redis", lambda: store.claim_layout(_layout(settings)))
-    manifest = until.answered("Kafka and an active generation", lambda: _active(settings))
+    patience.until("Redis", store.check)
+    patience.until("Redis", lambda: store.claim_layout(start.layout(settings)))
+    manifest = patience.until("Kafka and an active generation", lambda: start.active_generation(settings))
     topic = kafka.item_vectors(manifest.generation)
-    until.answered("Kafka", lambda: kafka.ensure_topics(settings, [topic]))
+    patience.until("Kafka", lambda: kafka.ensure_topics(settings, [topic]))
     generation = bundle.load(settings.bundles / manifest.bundle)
     if generation.generation != manifest.generation:
         raise BundleError(
@@ -125,7 +112,7 @@ def _run(settings: Settings, service: Service, server: WorkerServer, stop: threa
         service.waiting_for("the end of the item vectors")
         while not replica.wait_caught_up(0.05):
             if stop.is_set():
-                raise _Stopped
+                raise Stopped
         service.serve(_ready(settings, store, generation, index, replica, popular))
         server.set_serving(True)
         now_ms = time.time_ns() // 1_000_000
@@ -175,41 +162,6 @@ def _popular(settings: Settings, store: RedisStore, index: HnswIndex) -> Popular
         refresh_ms=settings.popular_refresh_ms,
         backoff_ms_max=settings.backoff_ms_max,
     )
-
-
-class _Until:
-    """Waits for servers, with growing pauses, and says what for."""
-
-    def __init__(self, settings: Settings, service: Service, stop: threading.Event) -> None:
-        self._wait_s_max = settings.backoff_ms_max / 1000
-        self._service = service
-        self._stop = stop
-
-    def answered(self, what: str, call: Callable[[], _T]) -> _T:
-        """What the call returns once it raises Unavailable no more. Raises _Stopped."""
-        self._service.waiting_for(what)
-        wait_s, told = 0.05, float("-inf")
-        while True:
-            try:
-                return call()
-            except Unavailable as error:
-                if time.monotonic() - told > 10:
-                    log.warning("waiting", extra={"reason": str(error)})
-                    told = time.monotonic()
-            if self._stop.wait(wait_s):
-                raise _Stopped
-            wait_s = min(2 * wait_s, self._wait_s_max)
-
-
-def _active(settings: Settings) -> Manifest:
-    manifest = generations.active(settings)
-    if manifest is None:
-        raise _NoGeneration("there is no active generation yet; `eddyline train` makes one")
-    return manifest
-
-
-def _layout(settings: Settings) -> Layout:
-    return Layout(LAYOUT_VERSION, settings.clicks_partitions, settings.items_partitions, settings.item_slots)
 
 
 if __name__ == "__main__":

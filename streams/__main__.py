@@ -6,9 +6,14 @@ Exit codes: 0 a wanted stop · 1 an error that a restart may heal · 2 a bad set
 
 from __future__ import annotations
 
+import os
+
+# Before numpy: the tiles are too small to be worth a second thread, and determinism wants one.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+
 import asyncio
 import logging
-import os
 import signal
 import sys
 import threading
@@ -16,17 +21,17 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 from kafka import KafkaProducer
 
-from eddyline import generations, kafka, logs
+from eddyline import kafka, logs, start
 from eddyline import settings as settings_
-from eddyline.errors import BundleError, LogMismatch, SettingsError, StoreRefused, Unavailable
-from eddyline.generations import Manifest
+from eddyline.errors import BundleError, LogMismatch, SettingsError, StoreRefused
 from eddyline.local import endpoints
-from eddyline.ports import Layout, LogId
+from eddyline.ports import LogId
 from eddyline.settings import Settings
+from eddyline.start import Patience
 from eddyline.stores.redis import RedisStore
 from embeddings import bundle
 from embeddings.bundle import Bundle
@@ -42,11 +47,9 @@ from streams.users import UserIngest
 
 log = logging.getLogger(__name__)
 
-LAYOUT_VERSION = 1
 # A stop that takes longer than this is no good stop: the fences make a hard one harmless.
 _STOP_S_MAX = 10.0
 _TALKATIVE = ("aiokafka", "aiokafka.consumer.fetcher", "aiokafka.consumer.group_coordinator", "aiokafka.conn")
-_T = TypeVar("_T")
 
 
 def main() -> int:
@@ -73,20 +76,20 @@ def main() -> int:
 
 
 def _run(settings: Settings) -> int:
-    until = _Until(settings.backoff_ms_max / 1000)
-    until.answered(lambda: kafka.wait_until_up(settings, 60.0))
-    until.answered(lambda: kafka.ensure_topics(settings))
+    patience = Patience(settings)
+    patience.until("Kafka", lambda: kafka.ensure_topics(settings))
     store = RedisStore(settings)
-    until.answered(store.check)
-    until.answered(lambda: store.claim_layout(_layout(settings)))
-    manifest = until.answered(lambda: _active(settings))
-    until.answered(lambda: kafka.ensure_topics(settings, [kafka.item_vectors(manifest.generation)]))
+    patience.until("Redis", store.check)
+    patience.until("Redis", lambda: store.claim_layout(start.layout(settings)))
+    manifest = patience.until("an active generation", lambda: start.active_generation(settings))
+    topic = kafka.item_vectors(manifest.generation)
+    patience.until("Kafka", lambda: kafka.ensure_topics(settings, [topic]))
     towers = bundle.load(settings.bundles / manifest.bundle)
     if towers.generation != manifest.generation:
         raise BundleError(
             f"{manifest.bundle} holds generation {towers.generation}, not {manifest.generation}"
         )
-    producer = until.answered(lambda: outlet_producer(settings))
+    producer = patience.until("Kafka", lambda: outlet_producer(settings))
     publisher = TransactionalPublisher(settings, towers.generation)
     folder = Path(settings.data_dir) / "ingest"
     member = membership.take(folder)
@@ -167,41 +170,6 @@ class _Sparse(logging.Filter):
             return False
         self._next[record.msg] = now + 10
         return True
-
-
-class _Until:
-    """Waits for servers, with growing pauses."""
-
-    def __init__(self, wait_s_max: float) -> None:
-        self._wait_s_max = wait_s_max
-
-    def answered(self, call: Callable[[], _T]) -> _T:
-        """What the call returns once it raises Unavailable no more."""
-        wait_s, told = 0.05, 0.0
-        while True:
-            try:
-                return call()
-            except Unavailable as error:
-                if time.monotonic() - told > 10:
-                    log.warning("waiting", extra={"reason": str(error)})
-                    told = time.monotonic()
-            time.sleep(wait_s)
-            wait_s = min(2 * wait_s, self._wait_s_max)
-
-
-class _NoGeneration(Unavailable):
-    """There is no active generation yet; training makes one."""
-
-
-def _active(settings: Settings) -> Manifest:
-    manifest = generations.active(settings)
-    if manifest is None:
-        raise _NoGeneration("there is no active generation yet; `eddyline train` makes one")
-    return manifest
-
-
-def _layout(settings: Settings) -> Layout:
-    return Layout(LAYOUT_VERSION, settings.clicks_partitions, settings.items_partitions, settings.item_slots)
 
 
 def _clock_us() -> int:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from faust.types import TP
 
+from eddyline import alive
 from eddyline.errors import FenceMoved, Unavailable
 from eddyline.settings import Settings
 from streams.chunk import Outcome, PartitionLost, Record
@@ -111,6 +112,7 @@ class IngestApp:
         folder: Path,
         stopping: Callable[[], None],
     ) -> None:
+        self._settings = settings
         self._lanes = {lane.topic: lane for lane in lanes}
         self._backoff_s_max = settings.backoff_ms_max / 1000
         self._ended: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
@@ -284,6 +286,7 @@ class IngestApp:
         """Look after the fences of idle partitions; busy ones notice by themselves."""
         loop = asyncio.get_running_loop()
         async for _ in _every(_WATCH_S):
+            alive.beat(self._settings, "ingest")
             for lane in self._lanes.values():
                 mine = self._app.lane.positioned(lane.topic)
                 try:

@@ -53,6 +53,10 @@ class Steps:
     def step(self, name: str) -> Iterator[Callable[[str, int, int], None]]:
         """Yield tell(what, done, of); of = 0 where it is not known."""
         started = time.monotonic()
+        if not self.console.is_terminal:
+            yield lambda *_: None
+            self._done(name, started)
+            return
         columns = TextColumn("  {task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
         with Progress(*columns, console=self.console, transient=True) as progress:
             task = progress.add_task(name, total=None)
@@ -61,7 +65,12 @@ class Steps:
                 progress.update(task, description=what, completed=done, total=of or None)
 
             yield tell
+        self._done(name, started)
+
+    def _done(self, name: str, started: float) -> None:
         self.took_s[name] = time.monotonic() - started
+        if self.took_s[name] >= 1:
+            self.console.print(f"  [dim]{name}: {self.took_s[name]:.1f} s[/]")
 
 
 @contextlib.contextmanager
@@ -74,7 +83,7 @@ def opened(settings: Settings, data: str, console: Console) -> Iterator[Opened]:
     console.print(f"[bold]{world.name}[/]: {len(world.items):,} items, {len(world.profiles):,} users, "
                   f"{len(world.clicks):,} events")  # fmt: skip
     if world.licence:
-        console.print(f"[dim]{world.licence}[/]")
+        console.print(f"[dim]{' '.join(world.licence.split())}[/]")
     settings = staging.with_namespace(settings, world)
     with contextlib.ExitStack() as stack:
         with steps.step("Kafka and Redis") as tell:

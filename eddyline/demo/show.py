@@ -21,6 +21,7 @@ from eddyline.demo.opening import Opened, opened
 from eddyline.demo.trace import trace
 from eddyline.errors import EddylineError
 from eddyline.events import Click
+from eddyline.local import endpoints
 from eddyline.logs import without_password
 from eddyline.settings import Settings
 from serving.client import Client
@@ -196,7 +197,8 @@ def _print_what_next(system: Opened, settings: Settings, console: Console) -> No
     servers = f"Kafka {live.kafka_bootstrap_servers} · Redis {without_password(live.redis_url)}"
     logs = system.stage.supervisor.log_dir
     console.print(f"\n{servers} · worker {system.address} · logs in {logs}", soft_wrap=True)
-    space = "" if settings.namespace else f"EDDYLINE_NAMESPACE={live.namespace} "
+    local = endpoints.running(settings)
+    space = "" if local and local.namespace == live.namespace else f"EDDYLINE_NAMESPACE={live.namespace} "
     item_id = system.world.items[0].item_id
     console.print("Play on, in another terminal of this folder:")
     for command in (f"click {ANA} {item_id}", f"query {ANA}", "stats"):

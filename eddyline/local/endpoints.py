@@ -35,7 +35,8 @@ class Server(msgspec.Struct, frozen=True, kw_only=True):
 class Servers(msgspec.Struct, frozen=True, kw_only=True):
     """What servers.json holds.
 
-    owner: the command that runs them; step: what it does now, for whoever waits.
+    owner:     the command that runs them; step: what it does now, for whoever waits
+    namespace: the one its owner works in, so that commands beside a running demo need not name it
     """
 
     owner: str
@@ -43,6 +44,7 @@ class Servers(msgspec.Struct, frozen=True, kw_only=True):
     data_dir: str
     state: Literal["starting", "ready"]
     step: str = ""
+    namespace: str = ""
     kafka: Server | None = None
     redis: Server | None = None
 
@@ -114,7 +116,7 @@ def running(settings: Settings) -> Servers | None:
 
 
 def resolve(settings: Settings) -> Settings:
-    """The settings with `kafka_bootstrap_servers` and `redis_url` filled in where they are empty.
+    """The settings with both addresses, and the namespace, filled in where they are empty.
 
     Raises SettingsError, with what to do, where neither the settings nor local servers give one.
     """
@@ -129,13 +131,16 @@ def resolve(settings: Settings) -> Settings:
         raise SettingsError("no Kafka: set KAFKA_BOOTSTRAP_SERVERS or run `eddyline up`")
     if not redis:
         raise SettingsError("no Redis: set REDIS_URL or run `eddyline up`")
-    return msgspec.structs.replace(settings, kafka_bootstrap_servers=kafka, redis_url=redis)
+    namespace = settings.namespace or (local.namespace if local else "")
+    return msgspec.structs.replace(
+        settings, kafka_bootstrap_servers=kafka, redis_url=redis, namespace=namespace
+    )
 
 
 def where(settings: Settings) -> list[Where]:
-    """Kafka and Redis as people want to see them; asks servers of the settings for their version (two "
-    "seconds at most each).
+    """Kafka and Redis as people want to see them.
 
+    Asks servers that the settings name for their version, two seconds at most each.
     settings: as loaded, not as resolved. Raises SettingsError as resolve() does.
     """
     resolved = resolve(settings)

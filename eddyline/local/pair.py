@@ -74,7 +74,11 @@ class _Record:
         self.supervisor = supervisor
         self.tell = tell
         self.servers = Servers(
-            owner=owner, pid=os.getpid(), data_dir=str(run_dir(settings).parent), state="starting"
+            owner=owner,
+            pid=os.getpid(),
+            data_dir=str(run_dir(settings).parent),
+            namespace=settings.namespace,
+            state="starting",
         )
 
     def start(self) -> Settings:
