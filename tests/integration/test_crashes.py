@@ -124,7 +124,7 @@ def test_two_ingest_processes_share_and_one_is_killed(make_live) -> None:
     assert_same_state(live)
 
 
-def test_redis_killed_heals_from_kafka(make_live, own_servers) -> None:
+def test_redis_killed_heals_from_kafka(own_servers, make_live) -> None:
     live = make_live(own_servers)
     send_history(live)
     time.sleep(0.5)
@@ -133,7 +133,7 @@ def test_redis_killed_heals_from_kafka(make_live, own_servers) -> None:
     assert_same_state(live)
 
 
-def test_the_broker_killed_for_three_seconds(make_live, own_servers) -> None:
+def test_the_broker_killed_for_three_seconds(own_servers, make_live) -> None:
     live = make_live(own_servers)
     send_history(live)
     os.kill(own_servers.pid("kafka"), signal.SIGKILL)
@@ -168,7 +168,7 @@ def test_a_worker_killed_and_back_gives_the_same_answers(make_live) -> None:
     live.wait_for("the same answers", lambda: ask() == before)
 
 
-def test_without_redis_the_worker_answers_what_it_can(make_live, own_servers) -> None:
+def test_without_redis_the_worker_answers_what_it_can(own_servers, make_live) -> None:
     live = make_live(own_servers)
     send_history(live)
     live.applied()
