@@ -1,15 +1,17 @@
 """Set Eddyline up in `.venv` next to this file and run it; needs Python 3.11 or newer and nothing else.
 
-    python3 bootstrap.py setup              only set up
-    python3 bootstrap.py demo [OPTION …]    set up, then the demo          (environment: ONCE=1,
-    DATA=generated) python3 bootstrap.py test [OPTION …]    set up, then every test; options go to pytest
-    python3 bootstrap.py up | down          the local Kafka and Valkey in the background python3 bootstrap.py
-    lint               ruff, mypy and import-linter alone python3 bootstrap.py bench NAME         one
-    benchmark of benchmarks/ python3 bootstrap.py run ARGUMENT …     any other `eddyline` command
+    python3 bootstrap.py setup           only set up
+    python3 bootstrap.py demo [OPTION]   set up, then the demo (environment: ONCE=1, DATA=generated)
+    python3 bootstrap.py test [OPTION]   set up, then every test; options go to pytest
+    python3 bootstrap.py up | down       the local Kafka and Valkey in the background
+    python3 bootstrap.py lint            ruff, mypy and import-linter alone
+    python3 bootstrap.py bench NAME      one benchmark of benchmarks/
+    python3 bootstrap.py run ARGUMENT    any other `eddyline` command
 
-TORCH_BACKEND=cpu  takes torch's build without CUDA (2.5 GB less to download); remembered until another value
-is set.
-                   TORCH_BACKEND=default goes back to what pip would give.
+Environment:
+
+    TORCH_BACKEND=cpu      takes torch's build without CUDA; remembered until another value is set
+    TORCH_BACKEND=default  goes back to what pip would give
 
 A set-up that was interrupted goes on where it was. Nothing is written outside this folder but package caches.
 """

@@ -34,6 +34,11 @@ def beat(settings: Settings, process: str) -> None:
         path.touch()
 
 
+def end(settings: Settings, process: str) -> None:
+    """Take this process' sign of life away, after a stop in good order."""
+    (_folder(settings) / f"{process}-{os.getpid()}.alive").unlink(missing_ok=True)
+
+
 def last_beat_s(settings: Settings, process: str) -> float | None:
     """Seconds since the last beat of any process of this kind on this machine; None where there is none."""
     times = [beaten for path in _folder(settings).glob(f"{process}-*.alive") if (beaten := _beaten(path))]

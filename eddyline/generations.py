@@ -39,7 +39,12 @@ class _Active(msgspec.Struct, frozen=True):
 
 
 def publish(settings: Settings, manifest: Manifest, *, activate: bool = True) -> None:
-    """Record a generation and, by default, make it the active one. Makes its item-vectors topic."""
+    """Record a generation and, by default, make it the active one. Makes its item-vectors topic.
+
+    Raises BundleError for the id `active`, which is the key of the record that names the active one.
+    """
+    if manifest.generation.encode() == _ACTIVE:
+        raise BundleError("a generation cannot be called 'active'")
     kafka.ensure_topics(settings, [kafka.GENERATIONS, kafka.item_vectors(manifest.generation)])
     topic = settings.prefixed(kafka.GENERATIONS)
     producer = kafka.make_producer(settings)
@@ -73,6 +78,12 @@ def active(settings: Settings, timeout_s: float | None = None) -> Manifest | Non
         return msgspec.json.decode(records[generation.encode()], type=Manifest)
     except msgspec.DecodeError as error:
         raise BundleError(f"topic {settings.prefixed(kafka.GENERATIONS)}: {error}") from None
+
+
+def known(settings: Settings, timeout_s: float | None = None) -> list[str]:
+    """The ids of all recorded generations, the active one included. Raises KafkaUnavailable."""
+    timeout_s = settings.kafka_timeout_ms / 1000 if timeout_s is None else timeout_s
+    return sorted(key.decode() for key in _read_all(settings, timeout_s) if key != _ACTIVE)
 
 
 def _read_all(settings: Settings, timeout_s: float) -> dict[bytes, bytes]:

@@ -25,7 +25,7 @@ from typing import NoReturn
 
 from kafka import KafkaProducer
 
-from eddyline import kafka, logs, start
+from eddyline import alive, generations, kafka, logs, start
 from eddyline import settings as settings_
 from eddyline.errors import BundleError, LogMismatch, SettingsError, StoreRefused
 from eddyline.local import endpoints
@@ -93,7 +93,9 @@ def _run(settings: Settings) -> int:
     publisher = TransactionalPublisher(settings, towers.generation)
     folder = Path(settings.data_dir) / "ingest"
     member = membership.take(folder)
-    lanes = _lanes(settings, store, towers, producer, publisher)
+    # Forgetting a user deletes his embeddings of every generation that was ever recorded.
+    known = patience.until("Kafka", lambda: generations.known(settings))
+    lanes = _lanes(settings, store, towers, known, producer, publisher)
     try:
         asyncio.run(_serve(settings, lanes, member.name, folder))
     finally:
@@ -103,6 +105,7 @@ def _run(settings: Settings) -> int:
         producer.close(timeout=1)
         store.close()
         member.close()
+        alive.end(settings, "ingest")
     log.info("stopped")
     return 0
 
@@ -119,7 +122,7 @@ async def _serve(settings: Settings, lanes: list[Lane], member: str, folder: Pat
 
 
 def _lanes(
-    settings: Settings, store: RedisStore, towers: Bundle, producer: KafkaProducer,
+    settings: Settings, store: RedisStore, towers: Bundle, known: list[str], producer: KafkaProducer,
     publisher: TransactionalPublisher,
 ) -> list[Lane]:  # fmt: skip
     """Clicks and users write the same slots, so they share a thread; a slow transaction delays no click."""
@@ -148,7 +151,7 @@ def _lanes(
     forwarder = KafkaForwarder(settings, producer)
     micro = MicroSteps(towers)
     by_clicks = ClickIngest(settings, store, of_clicks, letters(), forwarder, micro)
-    by_users = UserIngest(settings, store, of_users, letters(), [towers.generation])
+    by_users = UserIngest(settings, store, of_users, letters(), known)
     by_items = ItemIngest(settings, store, of_items, letters(), publisher, towers, _clock_us)
     return [
         Lane(topic(kafka.CLICKS), by_clicks, people, before_open=by_clicks.opened, counts=by_clicks),

@@ -155,6 +155,7 @@ class IngestApp:
     async def run(self) -> None:
         """Run until `end`. Raises what ended it; chunks in work are finished and committed before."""
         started = asyncio.create_task(self._app.start())
+        started.add_done_callback(self._started)
         crashed = asyncio.create_task(self._app._crashed.wait())
         reports = asyncio.create_task(self._report())
         watch = asyncio.create_task(self._guarded(self._watch()))
@@ -175,6 +176,11 @@ class IngestApp:
         error = self._ended.result()
         if error is not None:
             raise error
+
+    def _started(self, task: asyncio.Task[Any]) -> None:
+        """A start that failed ends the process; it is restarted, and waits for Kafka."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.end(error if isinstance(error, Exception) else RuntimeError(repr(error)))
 
     def _add_agent(self, lane: Lane) -> None:
         async def agent(stream: Any) -> None:

@@ -2,11 +2,13 @@
 
 A dead letter has the key `topic/partition/offset`, the original bytes as its value, and headers that say
 why: `reason`, `field`, `detail`, `key` (the original key, where there was one), `timestamp_ms`. A record that
-had no value at all carries the header `no_value`, since a null would delete.
+had no value at all carries the header `no_value`, since a null would delete; one above the limit is cut, and
+carries `truncated_from_bytes` and `sha256`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from typing import Any
 
@@ -19,6 +21,11 @@ from eddyline.settings import Settings
 from streams.chunk import Record
 
 log = logging.getLogger(__name__)
+
+# The rest of a dead letter is for its key and headers.
+VALUE_BYTES_MAX = DEAD_LETTER_BYTES_MAX - 64 * 1024
+# The broker's own limit for a record of `clicks` is 1 MiB; what is forwarded grows by key and `origin`.
+FORWARD_BYTES_MAX = 1024 * 1024 - 16 * 1024
 
 
 def outlet_producer(settings: Settings) -> KafkaProducer:
@@ -75,7 +82,13 @@ class KafkaDeadLetters:
             headers.append(("key", bytes(record.key)))
         if record.value is None:
             headers.append(("no_value", b"1"))
-        self._delivery.send(self._topic, record.value or b"", key=at.encode(), headers=headers)
+        value = record.value or b""
+        if len(value) > VALUE_BYTES_MAX:
+            # A broker limits what is sent compressed, not what it becomes: the rest is told by its checksum.
+            headers.append(("truncated_from_bytes", str(len(value)).encode()))
+            headers.append(("sha256", hashlib.sha256(value).hexdigest().encode()))
+            value = value[:VALUE_BYTES_MAX]
+        self._delivery.send(self._topic, value, key=at.encode(), headers=headers)
         log.info(
             "record refused",
             extra={"at": at, "reason": rejected.reason, "field": rejected.field, "detail": rejected.detail},
@@ -98,10 +111,6 @@ class KafkaForwarder:
         headers = [(n, bytes(v)) for n, v in record.headers if n != "origin" and v is not None]
         headers.append(("origin", at.encode()))
         self._delivery.send(record.topic, value, key=key, partition=partition, headers=headers)
-        log.warning(
-            "click in a wrong partition forwarded; its producer needs a key and Kafka's murmur2 partitioner",
-            extra={"at": at, "to": partition},
-        )
 
     def flush(self) -> None:
         """See `Forwarder.flush`."""

@@ -29,7 +29,7 @@ from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
 from mode import get_logger
 
-from eddyline.errors import Unavailable
+from eddyline.errors import LogMismatch, Unavailable
 from streams.chunk import Record
 
 # Faust's services log under this name: quiet where everything of Faust is.
@@ -243,7 +243,7 @@ class LaneConsumer(driver.Consumer):
     async def rewind(self, partitions: set[TP]) -> None:
         """Read on at the lowest fence + 1. Waits for Redis and Kafka; ends where partitions are lost."""
         self._shut |= partitions
-        generation, wait_s = self.app.consumer_generation_id, _BACKOFF_S
+        generation, wait_s, doubted = self.app.consumer_generation_id, _BACKOFF_S, False
         while not self.should_stop and self.app.consumer_generation_id == generation:
             mine = {at for at in partitions if at in self.assignment()}
             if not mine:
@@ -253,6 +253,12 @@ class LaneConsumer(driver.Consumer):
                 return
             except (Unavailable, KafkaError, TimeoutError) as error:
                 self.app.waiting(error, wait_s)
+            except LogMismatch as error:
+                # The owner before us may have moved a fence beyond the end that was asked for before it.
+                if doubted:
+                    self.app.fail(error)
+                    return
+                doubted = True
             except Exception as error:
                 self.app.fail(error)
                 return

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import uuid
 from collections.abc import Sequence
 
 from kafka import KafkaProducer
-from kafka.errors import KafkaError
+from kafka.errors import KafkaError, KafkaTimeoutError
 from rich.console import Console
 
 from eddyline import events, kafka
@@ -27,7 +28,7 @@ def click(settings: Settings, user: str, item: str, *, kind: str, weight: float,
     checked = events.decode_click(_json(fields), appended_ms=now_ms(), far_future_ms_max=60_000)
     partition, offset = _send(settings, lambda producer: kafka.send_click(producer, settings, checked))
     console.print(f"sent: {kafka.CLICKS}/{partition}/{offset}")
-    console.print(f"then: eddyline query {user} --after {partition}/{offset}")
+    console.print(f"then: {sys.argv[0]} query {user} --after {partition}/{offset}")
 
 
 def item(
@@ -72,6 +73,12 @@ def _send(settings: Settings, send: object) -> tuple[int, int]:
     producer: KafkaProducer = kafka.make_producer(settings)
     try:
         return sent_to(send(producer), settings)  # type: ignore[operator]
+    except KafkaTimeoutError:
+        space = settings.namespace or "(none)"
+        raise KafkaUnavailable(
+            f"Kafka at {settings.kafka_bootstrap_servers} has no topics in the namespace {space}: start "
+            "`eddyline ingest` or the demo first, or set EDDYLINE_NAMESPACE"
+        ) from None
     finally:
         producer.close(timeout=settings.kafka_timeout_ms / 1000)
 

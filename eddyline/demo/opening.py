@@ -19,11 +19,12 @@ from eddyline.demo import stage as staging
 from eddyline.demo import worlds
 from eddyline.demo.stage import Stage
 from eddyline.demo.worlds import World, WorldUnavailable
-from eddyline.errors import BundleError, SettingsError
+from eddyline.errors import BundleError, KafkaUnavailable, SettingsError
 from eddyline.generations import Manifest
 from eddyline.local import endpoints
 from eddyline.local.endpoints import Where
 from eddyline.settings import Settings
+from eddyline.stores.redis import RedisStore
 
 # The towers learn from the first 80% by time; the rest is new to them, as it is in life.
 TRAIN_SHARE = 0.8
@@ -91,13 +92,16 @@ def opened(settings: Settings, data: str, console: Console) -> Iterator[Opened]:
         found = endpoints.where(settings)
         for where in found:
             console.print(f"  {where.version} at {where.address} ({where.why})")
+            if "does not answer" in where.version:
+                raise KafkaUnavailable(f"{where.version} at {where.address}; {where.why}")
+        _check_store(stage.settings)
         manifest = _generation(stage.settings, world, steps)
         with steps.step("topics and generation"):
             stage.prepare(manifest)
         worker, address = stage.worker_child(k_max="10000")
         with steps.step("ingest and worker"):
             stage.supervisor.start(stage.ingest_child(), worker)
-        _replay_history(stage.settings, world, steps)
+        _replay_history(stage, world, steps)
         yield Opened(stage, world, address, found, steps.took_s)
 
 
@@ -176,7 +180,17 @@ def _tell_sent(tell: Callable[[str, int, int], None], what: str, of: int, done: 
     tell(what, done, of)
 
 
-def _replay_history(settings: Settings, world: World, steps: Steps) -> None:
+def _check_store(settings: Settings) -> None:
+    """Raise StoreRefused before anything is trained for a Redis that must not be used."""
+    store = RedisStore(settings)
+    try:
+        store.check()
+    finally:
+        store.close()
+
+
+def _replay_history(stage: Stage, world: World, steps: Steps) -> None:
+    settings = stage.settings
     log = kafka.log_ids(settings, [kafka.CLICKS])[kafka.CLICKS]
     this = _Replayed(log.cluster_id, log.topic_id, world.name, len(world.clicks))
     note = Path(settings.data_dir) / "run" / f"replayed-{settings.namespace}.json"
@@ -194,5 +208,8 @@ def _replay_history(settings: Settings, world: World, steps: Steps) -> None:
         steps.console.print(f"  the history lies in Kafka and Redis already ({len(world.clicks):,} events)")
     with steps.step("ingest") as tell:
         staging.wait_until_applied(
-            settings, lambda n, of: tell("applying to Redis", n, of), timeout_s=STALLED_S
+            settings,
+            lambda n, of: tell("applying to Redis", n, of),
+            timeout_s=STALLED_S,
+            check=stage.supervisor.check,
         )

@@ -56,7 +56,7 @@ def run(settings: Settings, *, data: str, once: bool) -> int:
                 return 0
             _print_what_next(system, settings, console)
             while not stop.wait(1.0):
-                pass
+                system.stage.supervisor.check()
     except KeyboardInterrupt:
         console.print("\nstopped")
         return 0 if not once else 130
@@ -98,7 +98,8 @@ class Show:
     def meet_ana(self) -> RetrieveResponse:
         """A fresh Ana, who has clicked five things of one kind."""
         sent_to(kafka.send_forget(self.producer, self.settings, ANA), self.settings)
-        staging.wait_until_applied(self.settings, lambda *_: None, timeout_s=VISIBLE_S_MAX)
+        check = self.system.stage.supervisor.check
+        staging.wait_until_applied(self.settings, lambda *_: None, timeout_s=VISIBLE_S_MAX, check=check)
         token = (0, 0)
         taste, liked = self._taste()
         for item_id in liked:
@@ -130,6 +131,10 @@ class Show:
         self._expect(ids != [i.item_id for i in first.items], "the list has changed")
         self.console.print(self._table(answer, first))
         self.console.print(f"[bold green]{seen}[/]")
+        self.console.print(
+            "[dim]kafka: producer → ingest · ingest: → applied in Redis · wait: → the worker reads it · "
+            "tower: her vector · search: the index · answer: → here[/]"
+        )
         return seen.total_ms
 
     def item_comes_and_goes(self) -> tuple[float, float]:
@@ -147,12 +152,17 @@ class Show:
         return found_ms, gone_ms
 
     def _until(self, send: Callable[[], object], *, there: bool) -> tuple[int, float]:
-        """Send, then ask for the whole list until the new item is there, or is not. (rank, milliseconds)."""
+        """Send, then ask for the whole list until the towers name the item, or nothing does.
+
+        (its rank, milliseconds)
+        """
         began = time.monotonic()
         sent_to(send(), self.settings)
         while time.monotonic() - began < VISIBLE_S_MAX:
             answer = self.client.retrieve(ANA, len(self.titles) + 1, timeout_s=5)
-            ranks = [i.rank for i in answer.items if i.item_id == NEW_ITEM]
+            # Where the item arrives between two paths of one answer, the last path names it first.
+            wanted = ("towers",) if there else ("towers", "popular", "newest")
+            ranks = [i.rank for i in answer.items if i.item_id == NEW_ITEM and i.path in wanted]
             if bool(ranks) == there:
                 return (ranks or [0])[0], (time.monotonic() - began) * 1_000
         what = "not found" if there else "still there"
@@ -176,7 +186,7 @@ class Show:
 
     def _table(self, answer: RetrieveResponse, before: RetrieveResponse | None) -> Table:
         ranks = {i.item_id: i.rank for i in before.items} if before else {}
-        table = Table("#", "film", "", "path", "score", show_edge=False, pad_edge=False)
+        table = Table("#", "film", "was" if before else "", "path", "score", show_edge=False, pad_edge=False)
         for item in answer.items:
             moved = ""
             if before:

@@ -22,15 +22,19 @@ from eddyline.generations import Manifest
 from eddyline.local import endpoints
 from eddyline.local.pair import local_pair, log_dir
 from eddyline.local.supervisor import Child, Supervisor
-from eddyline.ports import Source, StateStore
+from eddyline.ports import LogId, Source, StateStore
 from eddyline.settings import Settings
 from eddyline.slots import user_slot
 from eddyline.stores.redis import RedisStore
 from serving.client import CallFailed, Client
 
 Tell = Callable[[str], None]
-# Started once and kept; a second process of the same kind takes another name.
+# A worker waits for Kafka, Redis and the end of the item vectors before it is ready.
 READY_S = 60.0
+# Exit codes of ingest and worker after which a person has to decide (docs/operations.md).
+FINAL_CODES = frozenset({2, 3})
+# Another process of this folder may be starting the servers just now.
+OTHERS_READY_S = 90.0
 
 
 @dataclass
@@ -53,14 +57,12 @@ class Stage:
             "EDDYLINE_BUNDLE_DIR": str(self.settings.bundles.absolute()),
         } | {f"EDDYLINE_{key.upper()}": value for key, value in more.items()}
         argv = [sys.executable, "-m", module]
-        return Child(name=name, argv=argv, env=env, ready=ready, ready_timeout_s=READY_S)
-
-    def start_ingest(self, name: str = "ingest", **more: str) -> None:
-        """Start an ingest process; it counts as ready once it has connected (its alive file is there)."""
-        self.supervisor.start(self.ingest_child(name, **more))
+        return Child(
+            name=name, argv=argv, env=env, ready=ready, ready_timeout_s=READY_S, final_codes=FINAL_CODES
+        )
 
     def ingest_child(self, name: str = "ingest", **more: str) -> Child:
-        """An ingest process. It is ready at once: nothing waits for it but the fences."""
+        """An ingest process. It is ready at once: what waits for it asks the fences, and `check`."""
         return self.child(name, "streams", lambda: True, **more)
 
     def worker_child(self, name: str = "worker", port: int = 0, **more: str) -> tuple[Child, str]:
@@ -81,13 +83,26 @@ def set_up(settings: Settings, tell: Tell) -> Iterator[Stage]:
     """Servers of the settings, else those that run here already, else new ones; all new ones end with it."""
     supervisor = Supervisor(log_dir(settings))
     try:
-        if endpoints.running(settings) is not None:
+        if _others(settings, tell):
             yield Stage(endpoints.resolve(settings), supervisor)
             return
         with local_pair(settings, supervisor, owner="eddyline demo", tell=tell) as resolved:
             yield Stage(resolved, supervisor)
     finally:
         supervisor.stop()
+
+
+def _others(settings: Settings, tell: Tell) -> bool:
+    """Whether another process runs this folder's servers; waits until they are ready."""
+    deadline = time.monotonic() + OTHERS_READY_S
+    while (found := endpoints.running(settings)) is not None:
+        if found.state == "ready":
+            return True
+        if time.monotonic() > deadline:
+            raise LocalServerError(f"`{found.owner}` (pid {found.pid}) is still at: {found.step}")
+        tell(f"waiting for `{found.owner}`, which is {found.step or 'starting'}")
+        time.sleep(0.1)
+    return False
 
 
 def free_port() -> int:
@@ -108,19 +123,26 @@ def answers(address: str) -> bool:
 
 
 def wait_until_applied(
-    settings: Settings, tell: Callable[[int, int], None], *, timeout_s: float, store: StateStore | None = None
+    settings: Settings,
+    tell: Callable[[int, int], None],
+    *,
+    timeout_s: float,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Return once ingest has applied all that lies in `clicks`, `items` and `users` now.
 
-    tell(applied, of) is called while it goes on. Raises LocalServerError where nothing moves for `timeout_s`.
+    tell(applied, of) is called while it goes on; check() may raise, where ingest has ended for good.
+    Raises LocalServerError where nothing moves for `timeout_s`.
     """
-    mine = store or RedisStore(settings)
+    mine = RedisStore(settings)
+    logs = kafka.log_ids(settings, kafka.SOURCES)
     names = {name: kafka.end_offsets(settings, name) for name in kafka.SOURCES}
     ends = {(name, p): end for name, offsets in names.items() for p, end in offsets.items() if end}
     last, since = -1, time.monotonic()
     try:
         while True:
-            applied = sum(min(_applied(mine, name, p), end) for (name, p), end in ends.items())
+            check()
+            applied = sum(min(_applied(mine, name, p, logs[name]), end) for (name, p), end in ends.items())
             tell(applied, sum(ends.values()))
             if applied == sum(ends.values()):
                 return
@@ -133,15 +155,14 @@ def wait_until_applied(
                 )
             time.sleep(0.02)
     finally:
-        if store is None:
-            mine.close()
+        mine.close()
 
 
-def _applied(store: StateStore, name: str, partition: int) -> int:
+def _applied(store: StateStore, name: str, partition: int, log: LogId) -> int:
     slots = ["i0"] if name == kafka.ITEMS else [user_slot(partition)]
     slots += ["i0"] if name == kafka.CLICKS else []
     fences = store.fences(Source(name, partition), slots).values()
-    return min(fence.offset + 1 if fence else 0 for fence in fences)
+    return min(fence.offset + 1 if fence and fence.log == log else 0 for fence in fences)
 
 
 def with_namespace(settings: Settings, world: World) -> Settings:

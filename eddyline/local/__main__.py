@@ -33,9 +33,9 @@ WATCH_S = 1.0
 
 
 def run(settings: Settings, *, owner: str = "eddyline up", tell: Callable[[str], None] | None = None) -> None:
-    """Run what the settings do not name until SIGTERM, SIGINT, or until the data folder is deleted. Main "
-    "thread only.
+    """Run what the settings do not name until SIGTERM or SIGINT, or until the data folder is deleted.
 
+    Thread rule: the main thread.
     tell(step) is called before every step of the start, and once with "ready". Raises LocalServerError.
     """
     stop = threading.Event()

@@ -59,12 +59,13 @@ class Child:
 
     name:            also the log's name, `<log_dir>/<name>.log`
     argv:            the program and its arguments
-    ready:           asked every 50 ms until it is True; takes a second at most; an OSError counts as False
+    ready:           asked every 50 ms until it is True; takes a second at most; an error counts as False
     env:             added to the supervisor's own environment
     cwd:             by default the supervisor's
     ready_timeout_s: not ready after this long: killed; given up at its first start, later like a crash
     stop_signal:     what stop() sends first
     stop_timeout_s:  still there after this long: SIGKILL to its whole process group
+    final_codes:     exit codes after which a restart is no use: the child has failed, and `check` says so
     """
 
     name: str
@@ -75,6 +76,7 @@ class Child:
     ready_timeout_s: float = 30.0
     stop_signal: signal.Signals = signal.SIGTERM
     stop_timeout_s: float = 10.0
+    final_codes: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -125,6 +127,8 @@ class Supervisor:
                     raise ValueError(f"there is a child {child.name!r} already")
                 self._runs[child.name] = _Run(child)
             self._changed.notify_all()
+        if not children:
+            return
         longest = max(c.ready_timeout_s + BACKOFF_S_MAX for c in children) * FIRST_TRIES
         self.wait(*(child.name for child in children), timeout_s=longest)
 
@@ -147,6 +151,13 @@ class Supervisor:
                     late = next(run for run in runs if run.state != "ready")
                     raise LocalServerError(self._told(late, f"was not ready within {timeout_s:g} s"))
                 self._changed.wait(left)
+
+    def check(self) -> None:
+        """Raise LocalServerError, with the last lines of its log, where a child has failed for good."""
+        with self._changed:
+            failed = [run for run in self._runs.values() if run.state == "failed"]
+        if failed:
+            raise LocalServerError(self._told(failed[0], failed[0].why))
 
     def pids(self) -> dict[str, int]:
         """Process ids by name, of the children that run now."""
@@ -205,7 +216,8 @@ class Supervisor:
             return False
         code = run.process.poll()
         if code is not None:
-            self._ended(run, f"ended with {_exit_text(code)}")
+            final = code in run.child.final_codes
+            self._ended(run, f"ended with {_exit_text(code)}", give_up=final)
             return True
         if run.state == "starting":
             if _answers(run.child):
@@ -243,7 +255,7 @@ class Supervisor:
         self._set(run, "starting")
 
     def _ended(self, run: _Run, why: str, give_up: bool = False) -> None:
-        """Note an end and when to try again, or give up a child that never was ready."""
+        """Note an end and when to try again, or give up: it never was ready, or said that it is no use."""
         run.ends += 1
         backoff_s = min(BACKOFF_S_FIRST * 2 ** (run.ends - 1), BACKOFF_S_MAX)
         with self._changed:
@@ -252,7 +264,10 @@ class Supervisor:
         if give_up or (not run.was_ready and run.ends >= FIRST_TRIES):
             self._set(run, "failed")
             return
-        log.warning("child %s", why, extra={"child": run.child.name, "again_in_s": backoff_s})
+        log.warning(
+            "%s %s and is started again in %.1f s; its log is %s",
+            run.child.name, why, backoff_s, self.log_file(run.child.name),
+        )  # fmt: skip
         with self._changed:
             run.restarts += 1
         self._set(run, "waiting", time.monotonic() + backoff_s)
@@ -314,7 +329,8 @@ def open_log(path: Path) -> IO[bytes]:
 def _answers(child: Child) -> bool:
     try:
         return child.ready()
-    except OSError:
+    except Exception as error:  # whatever a half-started server answers must not end the supervisor
+        log.debug("not ready", extra={"child": child.name, "reason": str(error)})
         return False
 
 

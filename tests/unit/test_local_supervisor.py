@@ -88,7 +88,7 @@ def test_the_back_off_doubles_up_to_its_bound(
     monkeypatch.setattr(
         module.log,
         "warning",
-        lambda *args, **more: (waits.append(more.get("extra", {}).get("again_in_s")), real(*args, **more)),
+        lambda *args, **more: (waits.append(args[3]), real(*args, **more)),
     )
     supervisor.start(child(tmp_path))
     for _ in range(4):
@@ -198,3 +198,35 @@ def test_tail_of_nothing_and_of_much(tmp_path: Path) -> None:
     assert module.tail(path, 3) == []
     path.write_bytes(b"x" * 100_000 + b"\nlast but one\n\xff last\n")
     assert module.tail(path, 2) == ["last but one", "\ufffd last"]
+
+
+def test_nothing_to_start_is_started_at_once(supervisor: Supervisor) -> None:
+    supervisor.start()
+    supervisor.check()
+    assert supervisor.pids() == {}
+
+
+def test_an_exit_code_that_is_final_is_not_tried_again(tmp_path: Path, supervisor: Supervisor) -> None:
+    one = child(tmp_path, code=f"pathlib.Path({str(tmp_path / 'one.ready')!r}).touch(); time.sleep(0.3); sys.exit(3)",
+                final_codes=frozenset({3}))  # fmt: skip
+    supervisor.start(one)
+    eventually(lambda: supervisor.states()["one"][0] == "failed")
+    with pytest.raises(LocalServerError, match="one ended with exit code 3"):
+        supervisor.check()
+    assert supervisor.states()["one"][1] == 0
+
+
+def test_a_probe_that_raises_anything_does_not_end_the_supervisor(
+    tmp_path: Path, supervisor: Supervisor
+) -> None:
+    answers = iter([ValueError("half an answer"), KeyError("x"), True])
+
+    def ready() -> bool:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    one = child(tmp_path)
+    supervisor.start(Child(name="one", argv=one.argv, ready=ready))
+    assert supervisor.states()["one"] == ("ready", 0)
