@@ -1,12 +1,12 @@
 # syntax=docker/dockerfile:1
-# One image per process: `docker build --target ingest|worker|trainer .`
+# One image per process: `docker build --target ingest|worker|archive|trainer .`
 # Compilers are in the build stages only; what runs is not root and holds only the rooms its process imports.
 
 FROM python:3.11-slim-bookworm AS base
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 RUN groupadd --system --gid 10001 eddyline \
  && useradd --system --uid 10001 --gid eddyline --home-dir /app --shell /usr/sbin/nologin eddyline \
- && install -d -o eddyline -g eddyline /app /var/lib/eddyline /var/lib/eddyline/generations
+ && install -d -o eddyline -g eddyline /app /var/lib/eddyline /var/lib/eddyline/generations /var/lib/eddyline/archive
 
 # Every package, at the version and with one of the hashes of requirements.lock; only what the extra asks for.
 # pip 24.0, which this Python image brings, refuses hashes that come from a constraints file; 26.3 takes them.
@@ -36,6 +36,10 @@ FROM build AS build-worker
 RUN python wanted.py worker > wanted.txt \
  && /opt/venv/bin/pip install --require-hashes --constraint requirements.lock --requirement wanted.txt
 
+FROM build AS build-archive
+RUN python wanted.py archive > wanted.txt \
+ && /opt/venv/bin/pip install --require-hashes --constraint requirements.lock --requirement wanted.txt
+
 FROM build AS build-trainer
 # Given, torch (and what it needs) comes from this index first, its hashes unchecked: a CPU-only build saves 4 GB.
 ARG TORCH_INDEX_URL=""
@@ -63,6 +67,11 @@ COPY index index
 COPY serving serving
 EXPOSE 50051
 CMD ["python", "-m", "serving"]
+
+FROM runtime AS archive
+COPY --from=build-archive /opt/venv /opt/venv
+COPY streams streams
+CMD ["python", "-m", "streams.archive"]
 
 FROM runtime AS trainer
 COPY --from=build-trainer /opt/venv /opt/venv

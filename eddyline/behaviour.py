@@ -4,21 +4,27 @@ Binary layout (the value of `{u…}:h:<user>` in Redis): MessagePack of the arra
 `[version, partition, offset, at_ms, produced_us, appended_ms, read_us, entries]`, where entries is an
 array of `[item_id, at_ms, kind, weight]`, newest first by `at_ms`, a later offset before an earlier one
 where equal; then 8 bytes, little-endian signed: `applied_us`, Redis' own clock when the write script ran.
+
+Every rule here is a function of the user's events in the order of the log: time is event time, "newest" is
+his own newest event, and no clock is asked.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 
 import msgspec
 
-from eddyline.events import KINDS
+from eddyline.events import KINDS, Click
 
 LAYOUT_VERSION = 1
 
 
 class Entry(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """One behaviour. kind is an index into `events.KINDS`."""
+    """One behaviour. kind is an index into `events.KINDS`; weight is the event's own, see `strength`."""
 
     item_id: str
     at_ms: int
@@ -74,9 +80,81 @@ def insert(entries: list[Entry], entry: Entry, length_max: int) -> None:
     del entries[length_max:]
 
 
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a list may hold. age_ms_max, lateness_ms_max: 0 is no limit."""
+
+    length_max: int
+    age_ms_max: int = 0
+    lateness_ms_max: int = 0
+
+
+def place(entries: list[Entry], newest_ms: int, entry: Entry, bounds: Bounds) -> bool:
+    """Put an entry in its place, in place, and cut the list to its bounds; False where it came too late.
+
+    newest_ms: the time of the user's newest event before this one
+
+    >>> entries, bounds = [Entry("a", 90)], Bounds(length_max=9, age_ms_max=50, lateness_ms_max=20)
+    >>> place(entries, 100, Entry("too late", 79), bounds), place(entries, 100, Entry("late", 80), bounds)
+    (False, True)
+    >>> place(entries, 100, Entry("b", 135), bounds), [e.item_id for e in entries]
+    (True, ['b', 'a'])
+    """
+    if bounds.lateness_ms_max and entry.at_ms < newest_ms - bounds.lateness_ms_max:
+        return False
+    insert(entries, entry, bounds.length_max)
+    if bounds.age_ms_max:
+        oldest_ms = max(newest_ms, entry.at_ms) - bounds.age_ms_max
+        while entries and entries[-1].at_ms < oldest_ms:
+            entries.pop()
+    return True
+
+
+def place_moved(entries: list[Entry], newest_ms: int, entry: Entry, bounds: Bounds) -> bool:
+    """As `place`, for an entry that comes from another user's list: never late, and never there twice."""
+    first = bisect_left(entries, -entry.at_ms, key=lambda e: -e.at_ms)
+    for other in entries[first:]:
+        if other.at_ms != entry.at_ms:
+            break
+        if other == entry:
+            return True
+    return place(entries, newest_ms, entry, Bounds(bounds.length_max, bounds.age_ms_max))
+
+
+def strength(click: Click, dwell_ms_full: int) -> float:
+    """The weight of one event: its own, less where the user left before `dwell_ms_full` (0 asks for none).
+
+    >>> strength(Click(user_id="u", item_id="i", at_ms=0, context={"dwell_ms": 500}), 2_000)
+    0.25
+    """
+    dwell = (click.context or {}).get("dwell_ms") if dwell_ms_full else None
+    if not isinstance(dwell, int | float) or isinstance(dwell, bool):
+        return click.weight
+    return click.weight * min(1.0, max(dwell / dwell_ms_full, DWELL_FACTOR_MIN))
+
+
 DISLIKE = KINDS.index("dislike")
+# Who left at once has seen the item all the same.
+DWELL_FACTOR_MIN = 0.001
 
 
-def liked_items(entries: tuple[Entry, ...] | list[Entry], limit: int) -> list[str]:
-    """The ids of the last `limit` behaviours that are not dislikes, newest first, repeats kept."""
-    return [e.item_id for e in entries if e.kind != DISLIKE][:limit]
+def liked(entries: Sequence[Entry]) -> Iterator[Entry]:
+    """The entries that count as liking, newest first: no dislikes, and nothing of an item disliked since.
+
+    A dislike takes the item's older entries out. They are older than it, so that none of them comes back when
+    the dislike leaves the list by length or age.
+
+    >>> [e.at_ms for e in liked([Entry("a", 4), Entry("b", 3, DISLIKE), Entry("b", 2), Entry("a", 1)])]
+    [4, 1]
+    """
+    disliked: set[str] = set()
+    for entry in entries:
+        if entry.kind == DISLIKE:
+            disliked.add(entry.item_id)
+        elif entry.item_id not in disliked:
+            yield entry
+
+
+def liked_items(entries: Sequence[Entry], limit: int) -> list[str]:
+    """The item ids of the first `limit` entries of `liked`, repeats kept."""
+    return [e.item_id for e in islice(liked(entries), limit)]

@@ -9,6 +9,7 @@ EddylineError
 ├── Unavailable         a server does not answer; the caller waits with back-off and tries again
 │   ├── StoreUnavailable
 │   ├── KafkaUnavailable
+│   ├── ArchiveUnavailable  the archive's files cannot be read or written (`eddyline.archive`)
 │   └── NoGeneration    nothing has been trained yet (`eddyline.start`)
 ├── StoreRefused        Redis answers, but must not be used as it is set up
 ├── FenceMoved          a fenced write was refused: the fence is not the one that was read

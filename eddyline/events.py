@@ -65,6 +65,26 @@ class Click(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     impression_id: Id | None = None
 
 
+class Merge(msgspec.Struct, frozen=True, kw_only=True):
+    """In `clicks`, under the visitor's key: from here on all that he did is the other user's.
+
+    user_id: the visitor; merge_into: who he turned out to be
+    """
+
+    user_id: Id
+    merge_into: Id
+    at_ms: AtMs
+
+    @property
+    def event_id(self) -> None:
+        """Merging twice moves nothing twice, so that its coordinates are all the id it needs."""
+        return None
+
+
+# The context of a click that was another user's: it is put into the list, and counts nowhere else again.
+MOVED = {"eddyline.moved": True}
+
+
 class Item(msgspec.Struct, frozen=True, kw_only=True):
     """A whole item, as a change feed's after-image (no patches).
 
@@ -92,6 +112,7 @@ class UserProfile(msgspec.Struct, frozen=True, kw_only=True):
 
 _T = TypeVar("_T")
 _click = msgspec.json.Decoder(Click)
+_merge = msgspec.json.Decoder(Merge)
 _item = msgspec.json.Decoder(Item)
 _profile = msgspec.json.Decoder(UserProfile)
 _encoder = msgspec.json.Encoder()
@@ -101,7 +122,7 @@ _MISSING = re.compile(r"missing required field `([^`]*)`")
 _SUSPECT = re.compile(r"[^\x20-\x7e]")
 
 
-def encode(record: Click | Item | UserProfile) -> bytes:
+def encode(record: Click | Merge | Item | UserProfile) -> bytes:
     """The record as JSON, as a producer sends it. Fields at their default are written too."""
     return _encoder.encode(record)
 
@@ -122,6 +143,22 @@ def decode_click(value: bytes | None, *, appended_ms: int, far_future_ms_max: in
     return click
 
 
+def decode_behaviour(value: bytes | None, *, appended_ms: int, far_future_ms_max: int) -> Click | Merge:
+    """Whatever may lie in `clicks`. Raises Rejected, as `decode_click` does."""
+    try:
+        return decode_click(value, appended_ms=appended_ms, far_future_ms_max=far_future_ms_max)
+    except Rejected:
+        if value is None or b'"merge_into"' not in value:
+            raise
+    merge: Merge = _decode(_merge, value)
+    check_id("user_id", merge.user_id)
+    check_id("merge_into", merge.merge_into)
+    check_time(merge.at_ms, appended_ms, far_future_ms_max)
+    if merge.user_id == merge.merge_into:
+        raise Rejected("same_user", "merge_into", f"{quote(merge.user_id)} cannot be merged into himself")
+    return merge
+
+
 def decode_item(
     value: bytes, *, key: str | None, appended_ms: int, far_future_ms_max: int, vector_dimension: int
 ) -> Item:
@@ -138,8 +175,9 @@ def decode_item(
         if len(item.vector) != vector_dimension:
             detail = f"has {len(item.vector)} numbers, item_vector_dimension is {vector_dimension}"
             raise Rejected("wrong_vector_length", "vector", detail)
-        if not all(map(math.isfinite, item.vector)):
-            raise Rejected("not_finite", "vector", "holds NaN or infinity")
+        # The square root of the largest float32: beyond it, products of the item tower are not finite.
+        if not all(math.isfinite(x) and abs(x) <= 1e19 for x in item.vector):
+            raise Rejected("not_finite", "vector", "holds NaN, infinity or a number above 1e19")
     return item
 
 

@@ -22,7 +22,7 @@ from kafka.errors import KafkaError, TopicAlreadyExistsError
 
 from eddyline import events
 from eddyline.errors import KafkaUnavailable, LogMismatch
-from eddyline.events import Click, Item, UserProfile
+from eddyline.events import Click, Item, Merge, UserProfile
 from eddyline.ports import LogId
 from eddyline.settings import Settings
 
@@ -185,6 +185,13 @@ def send_click(producer: KafkaProducer, settings: Settings, click: Click) -> Any
     """Send a click under its user's id, stamped with this producer's clock. Returns kafka-python's future."""
     stamp = [("produced_us", str(time.time_ns() // 1000).encode())]
     key, value = click.user_id.encode(), events.encode(click)
+    return producer.send(settings.prefixed(CLICKS), value, key=key, headers=stamp)
+
+
+def send_merge(producer: KafkaProducer, settings: Settings, merge: Merge) -> Any:
+    """Move all that a visitor did so far into another user's list: a record among the visitor's clicks."""
+    stamp = [("produced_us", str(time.time_ns() // 1000).encode())]
+    key, value = merge.user_id.encode(), events.encode(merge)
     return producer.send(settings.prefixed(CLICKS), value, key=key, headers=stamp)
 
 

@@ -72,6 +72,7 @@ class UserEffects:
     window_floor: accepted ids with a lower offset leave the window
     behaviours:   user id -> his whole new list
     embeddings:   user id -> (steps, bytes of float32[d]) of `generation`
+    emptied:      users whose list and embedding (of `generation`) go, before those above are written
     """
 
     accepted: dict[str, int] = field(default_factory=dict)
@@ -79,6 +80,7 @@ class UserEffects:
     behaviours: dict[str, Behaviour] = field(default_factory=dict)
     generation: str = ""
     embeddings: dict[str, tuple[int, bytes]] = field(default_factory=dict)
+    emptied: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,11 +178,13 @@ class StateStore(Protocol):
         new: Fence,
         counts: Mapping[int, Mapping[str, int]],
         buckets_kept: int,
+        items_max: int = 1_000_000,
     ) -> None:
         """Add clicks to the popularity buckets and move the fence, or raise FenceMoved.
 
         counts: bucket number -> item id -> thousandths of a click (integers, so that sums of many writers
                 are exact in any order); buckets older than the newest `buckets_kept` are dropped
+        items_max: a bucket that has more items loses the least counted ones; only below this are sums exact
         """  # fmt: skip
 
     def read_cards(self, item_ids: Sequence[str], item_slots: int) -> dict[str, Card]:

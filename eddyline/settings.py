@@ -9,6 +9,7 @@ value and the source. `docs/configuration.md` is generated from this file (`eddy
 from __future__ import annotations
 
 import os
+import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +25,8 @@ ALIASES = {"KAFKA_BOOTSTRAP_SERVERS": "kafka_bootstrap_servers", "REDIS_URL": "r
 # These start with the prefix, but steer the set-up or the reading of settings; they are no settings.
 NOT_SETTINGS = {"EDDYLINE_CONFIG"}
 SECRETS = {"redis_url"}
+WEIGHED_KINDS = ("view", "click", "like", "cart", "purchase")
+MainName = Literal["hnswlib", "faiss-flat", "faiss-ivf", "faiss-ivfpq", "faiss-hnsw", "annoy"]
 
 
 def _about(text: str, **limits: Any) -> Meta:
@@ -109,11 +112,40 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         ),
     ] = 256
     history_length_max: Annotated[int, _about("The most behaviours kept for a user.", ge=1, le=1_000)] = 100
+    history_age_s_max: Annotated[
+        int,
+        _about(
+            "Behaviours this much older than a user's newest one leave his list (event time); 0 is no limit.",
+            ge=0,
+            le=3_153_600_000,
+        ),
+    ] = 0
+    lateness_s_max: Annotated[
+        int,
+        _about(
+            "An event this much older than the user's newest one is too late for his list (event time); 0 is no limit.",
+            ge=0,
+            le=3_153_600_000,
+        ),
+    ] = 604_800
+    weight_view: Annotated[float, _about("How much a `view` counts for popularity.", ge=0, le=100)] = 0.5
+    weight_click: Annotated[float, _about("How much a `click` counts.", ge=0, le=100)] = 1.0
+    weight_like: Annotated[float, _about("How much a `like` counts.", ge=0, le=100)] = 2.0
+    weight_cart: Annotated[float, _about("How much a `cart` counts.", ge=0, le=100)] = 3.0
+    weight_purchase: Annotated[float, _about("How much a `purchase` counts.", ge=0, le=100)] = 5.0
+    dwell_ms_full: Annotated[
+        int,
+        _about(
+            "A shorter `dwell_ms` in a click's context weighs it down in proportion; 0 leaves dwell time alone.",
+            ge=0,
+            le=86_400_000,
+        ),
+    ] = 0
     dedupe_window_events: Annotated[
         int,
         _about(
             "A re-sent `event_id` is dropped where at most so many offsets of its partition lie between.",
-            ge=1,
+            ge=2,
             le=10_000_000,
         ),
     ] = 65_536
@@ -137,9 +169,29 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     popular_buckets: Annotated[
         int, _about("Buckets of popularity counts kept; older clicks no longer count.", ge=1, le=1_000)
     ] = 28
+    popular_items_max: Annotated[
+        int,
+        _about(
+            "The most items counted in one popularity bucket; the least counted ones go first.",
+            ge=1,
+            le=100_000_000,
+        ),
+    ] = 1_000_000
     popular_half_life_s: Annotated[
         int, _about("After this time a click counts half for the popular list.", ge=1, le=315_360_000)
     ] = 604_800
+
+    # Archive
+    archive_url: Annotated[
+        str,
+        _about("Folder or object store (fsspec URL) of the archive. Empty: `archive` in `data_dir`."),
+    ] = ""
+    archive_file_offsets: Annotated[
+        int,
+        _about(
+            "A file of the archive ends at the hour, or at a multiple of so many offsets.", ge=1, le=100_000_000
+        ),
+    ] = 262_144
 
     # Query worker
     worker_host: Annotated[str, _about("Address the query worker binds to.", min_length=1)] = "127.0.0.1"
@@ -158,6 +210,22 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         int, _about("How often a query worker reads the popular list again.", ge=10, le=600_000)
     ] = 500
     popular_limit: Annotated[int, _about("The most items on the popular list.", ge=1, le=100_000)] = 2_000
+    popularity_beta: Annotated[
+        float,
+        _about(
+            "How much popular items are held back where a query does not say: score = inner product − beta · ln p(item).",
+            ge=0,
+            le=10,
+        ),
+    ] = 0.0
+    snapshot_interval_s: Annotated[
+        int,
+        _about(
+            "How often a query worker writes a snapshot of its index, and at its stop; 0 is never.",
+            ge=0,
+            le=86_400,
+        ),
+    ] = 300
     index_exact_below: Annotated[
         int,
         _about(
@@ -179,6 +247,29 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             "So many fresh vectors beside the graph start a rebuild in the background.", ge=1, le=10_000_000
         ),
     ] = 4_096
+    index_main: Annotated[
+        MainName,
+        _about(
+            "The main index; `faiss-…` and `annoy` need their extra. Which one when: docs/benchmarks.md."
+        ),
+    ] = "hnswlib"
+    index_recall_share: Annotated[
+        float,
+        _about("Share of the queries that the recall guard answers exactly as well; 0 is no guard.", ge=0, le=1),
+    ] = 0.01
+    index_recall_floor: Annotated[
+        float,
+        _about("Below this recall the guard raises the work that is done for each query.", ge=0, le=1),
+    ] = 0.95
+    index_recall_samples: Annotated[
+        int, _about("The fewest compared queries that the guard judges by.", ge=2, le=100_000)
+    ] = 200
+    index_recall_cpu_percent_max: Annotated[
+        float, _about("The most of one core that the recall guard takes.", ge=0.01, le=100)
+    ] = 2.0
+    index_ef_max: Annotated[
+        int, _about("The most candidates that the recall guard has a search ask for.", ge=1, le=100_000)
+    ] = 1_600
 
     # Logs
     log_level: Annotated[
@@ -201,6 +292,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def bundles(self) -> Path:
         """The folder of the generation bundles."""
         return Path(self.bundle_dir) if self.bundle_dir else Path(self.data_dir) / "generations"
+
+    @property
+    def kind_weights(self) -> dict[str, float]:
+        """How much each kind of behaviour counts; a dislike counts nothing, it excludes."""
+        weights = {kind: getattr(self, f"weight_{kind}") for kind in WEIGHED_KINDS}
+        return weights | {"dislike": 0.0}
+
+    @property
+    def snapshots(self) -> Path:
+        """Folder of the query workers' snapshots."""
+        return Path(self.data_dir) / "snapshots"
 
     def prefixed(self, name: str) -> str:
         """A topic, group or transactional id inside the namespace."""
@@ -228,7 +330,25 @@ def load(environ: Mapping[str, str] | None = None, *, folder: Path | None = None
         except msgspec.ValidationError as error:
             shown = "(hidden)" if key in SECRETS else repr(value)
             raise SettingsError(f"{source}: {key} = {shown}: {error}") from None
-    return Settings(**checked)
+    made = Settings(**checked)
+    if made.dedupe_window_events < 2 * made.chunk_records_max:
+        raise SettingsError(
+            f"dedupe_window_events = {made.dedupe_window_events}: must be at least twice chunk_records_max = "
+            f"{made.chunk_records_max}, for a slot may be one chunk behind another"
+        )
+    return made
+
+
+def data_folder(settings: Settings) -> Path:
+    """The data folder, made where it is not there. Raises SettingsError where it cannot be written to."""
+    folder = Path(settings.data_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise SettingsError(f"data_dir = {settings.data_dir!r}: cannot be written to: {error.strerror}") from None
+    return folder
 
 
 def describe() -> Iterator[tuple[str, str, Any, str]]:

@@ -1,14 +1,14 @@
-"""The live index over hnswlib graphs. The only file that imports hnswlib; its traps are handled here.
+"""The default main index: an hnswlib graph. The only file that imports hnswlib; its traps are handled here.
 
 A graph is built once, by one thread, and never touched again but by searches: adding while searching is
-                                                                               undefined
-in hnswlib 0.8.0. Labels are ours, so its counts and its delete marks are not used. It searches by inner
-product on unit vectors: raw inner product leaves nodes unreachable.
+undefined in hnswlib 0.8.0. Labels are ours, so its counts and its delete marks are not used. It searches by
+inner product on unit vectors: raw inner product leaves nodes unreachable.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 
 import hnswlib
 import numpy as np
@@ -27,10 +27,13 @@ SEED = 100
 class HnswMain:
     """One finished graph. Thread rule: any thread may search."""
 
+    name = "hnswlib"
+
     def __init__(self, graph: hnswlib.Index, size: int) -> None:
         """graph: finished, never changed from here on."""
         self._graph = graph
         self._size = size
+        self.memory_bytes = int(graph.index_file_size())
 
     @property
     def size(self) -> int:
@@ -38,7 +41,10 @@ class HnswMain:
         return self._size
 
     def search(self, query: Vector, fetch: int) -> Ints | None:
-        """See `state.Main.search`; releases the interpreter while it searches."""
+        """See `state.Main.search`; releases the interpreter while it searches.
+
+        hnswlib searches with the larger of ef and `fetch`, so asking for more is searching wider.
+        """
         try:
             labels, _ = self._graph.knn_query(query, k=fetch, num_threads=1)
         except RuntimeError:
@@ -46,6 +52,42 @@ class HnswMain:
             return None
         found: Ints = labels[0].astype(np.int64)
         return found
+
+
+class Hnswlib:
+    """Builds hnswlib graphs; see `index.mains.port.MainIndex`."""
+
+    name = "hnswlib"
+
+    def __init__(self, *, m: int = 16, ef_construction: int = 200, ef: int = 200) -> None:
+        """m, ef_construction, ef: hnswlib's."""
+        if m < 2 or ef_construction < 1 or ef < 1:
+            raise ValueError(
+                f"m {m} must be at least 2, ef_construction {ef_construction} and ef {ef} at least 1"
+            )
+        self._m, self._ef_construction, self._ef = m, ef_construction, ef
+
+    @property
+    def settings(self) -> Mapping[str, int]:
+        """See `MainIndex.settings`."""
+        return {"m": self._m, "ef_construction": self._ef_construction, "ef": self._ef}
+
+    def build(self, labels: Ints, vectors: Vector, stop: threading.Event) -> Main | None:
+        """See `MainIndex.build`. Stops between two pieces."""
+        graph = hnswlib.Index(space="ip", dim=vectors.shape[1])
+        graph.init_index(
+            max_elements=max(1, len(labels)),
+            M=self._m,
+            ef_construction=self._ef_construction,
+            random_seed=SEED,
+        )
+        # Not kept in a saved graph, so it is set here and nowhere else.
+        graph.set_ef(self._ef)
+        for at in range(0, len(labels), PIECE):
+            if stop.is_set():
+                return None
+            graph.add_items(vectors[at : at + PIECE], labels[at : at + PIECE], num_threads=1)
+        return HnswMain(graph, len(labels))
 
 
 class HnswIndex(LiveIndex):
@@ -62,22 +104,5 @@ class HnswIndex(LiveIndex):
         fresh_max: int = 4_096,
     ) -> None:
         """m, ef_construction, ef: hnswlib's; exact_below, fresh_max: see `LiveIndex`."""
-        if m < 2 or ef_construction < 1 or ef < 1:
-            raise ValueError(
-                f"m {m} must be at least 2, ef_construction {ef_construction} and ef {ef} at least 1"
-            )
-
-        def build(labels: Ints, vectors: Vector, stop: threading.Event) -> Main | None:
-            graph = hnswlib.Index(space="ip", dim=dimension)
-            graph.init_index(
-                max_elements=max(1, len(labels)), M=m, ef_construction=ef_construction, random_seed=SEED
-            )
-            # Not kept in a saved graph, so it is set here and nowhere else.
-            graph.set_ef(ef)
-            for at in range(0, len(labels), PIECE):
-                if stop.is_set():
-                    return None
-                graph.add_items(vectors[at : at + PIECE], labels[at : at + PIECE], num_threads=1)
-            return HnswMain(graph, len(labels))
-
-        super().__init__(dimension, build, breadth=ef, exact_below=exact_below, fresh_max=fresh_max)
+        main = Hnswlib(m=m, ef_construction=ef_construction, ef=ef)
+        super().__init__(dimension, main.build, breadth=ef, exact_below=exact_below, fresh_max=fresh_max)

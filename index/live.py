@@ -1,5 +1,4 @@
-"""The live index: an immutable main graph, an exact fresh buffer beside it, and one reference that readers
-read.
+"""The live index: an immutable main graph, an exact fresh buffer beside it, one reference that readers read.
 
 Everything a query needs hangs on one immutable `State`, read once per query; a write publishes a new State by
 one assignment. The main graph is never mutated once published: an item that is new, or turned further than
@@ -14,11 +13,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from eddyline.errors import VectorRejected
 from eddyline.records import ItemRecord
+from index import filtered, restore
+from index.columns import Columns
+from index.filters import Filter
 from index.placement import Placement
 from index.port import (
     Hit,
@@ -32,7 +35,11 @@ from index.port import (
 )
 from index.rebuild import Rebuilder
 from index.rows import CAPACITY_MIN, NEVER, Ints, Rows
+from index.snapshot import Contents
 from index.state import Main, State
+
+if TYPE_CHECKING:
+    from index.guard import RecallGuard
 
 # So many of the newest items are kept in order until the next write; a call that needs more sorts anew.
 NEWEST_KEPT = 512
@@ -57,13 +64,14 @@ class LiveIndex:
         fresh_max:   more fresh rows, or more stale entries of the graph, start a rebuild
         """
         if dimension < 1 or breadth < 1 or exact_below < 0 or fresh_max < 1:
-            raise ValueError(
-                f"dimension {dimension} and breadth {breadth} and fresh_max {fresh_max} must be at least 1, "
-                f"exact_below {exact_below} at least 0"
-            )
+            least = f"dimension {dimension}, breadth {breadth} and fresh_max {fresh_max} must be at least 1"
+            raise ValueError(f"{least}, exact_below {exact_below} at least 0")
         self._dimension = dimension
         self._build = build
-        self._breadth = breadth
+        # The recall guard's: it may ask for more candidates, or for exact answers only.
+        self.breadth = breadth
+        self.exact_only = False
+        self.guard: RecallGuard | None = None
         self._exact_below = exact_below
         self._fresh_max = fresh_max
         self._lock = threading.Lock()
@@ -75,7 +83,7 @@ class LiveIndex:
         self._state = State(
             ids=[], label_of={}, table=Rows(CAPACITY_MIN, dimension), count=0, seq=0, live=0,
             row_of=np.full(CAPACITY_MIN, -1), fresh_since=np.full(CAPACITY_MIN, NEVER),
-            main=None, fresh=Rows(1, dimension), fresh_count=0, stale=0, watermarks={},
+            main=None, fresh=Rows(1, dimension), fresh_count=0, stale=0, watermarks={}, columns=Columns(),
         )  # fmt: skip
         # The State that this order belongs to, and the order; replaced as one.
         self._newest: tuple[State | None, list[Hit]] = (None, [])
@@ -87,7 +95,9 @@ class LiveIndex:
         """The length of every vector."""
         return self._dimension
 
-    def query(self, vector: Vector, k: int, exclude: Collection[str] = ()) -> list[Hit]:
+    def query(
+        self, vector: Vector, k: int, exclude: Collection[str] = (), asked: Filter | None = None
+    ) -> list[Hit]:
         """See `Index.query`. Up to `exact_below` items, or with much fresh, the scan is exact."""
         check_query(vector, self._dimension)
         state = self._state
@@ -96,11 +106,19 @@ class LiveIndex:
             return []
         vector = np.ascontiguousarray(vector, np.float32)
         left_out = exclude if isinstance(exclude, (set, frozenset)) else frozenset(exclude)
-        if state.live > self._exact_below and state.searchable(wanted + len(left_out), self._breadth):
-            hits = state.search(vector, wanted, left_out, self._breadth)
-            if hits is not None:
-                return hits
-            self._refused += 1
+        breadth, guard = self.breadth, self.guard
+        if asked is not None:
+            graph = state.live > self._exact_below and not self.exact_only
+            return filtered.query(state, vector, wanted, left_out, asked, breadth if graph else 0)
+        if state.live > self._exact_below and state.searchable(wanted + len(left_out), breadth):
+            exact = self.exact_only
+            hits = None if exact else state.search(vector, wanted, left_out, breadth)
+            self._refused += hits is None and not exact
+            if hits is None:
+                hits = state.scan(vector, wanted, left_out)
+            if guard is not None:
+                guard.offer(state, vector, wanted, left_out, hits)
+            return hits
         return state.scan(vector, wanted, left_out)
 
     def vectors_of(self, item_ids: Sequence[str]) -> Vector:
@@ -109,22 +127,26 @@ class LiveIndex:
         rows = [row for row in state.rows(item_ids) if row >= 0]
         return state.table.vectors[np.array(rows, np.int64)]
 
-    def describe(self, item_ids: Sequence[str]) -> list[Hit | None]:
+    def describe(self, item_ids: Sequence[str], asked: Filter | None = None) -> list[Hit | None]:
         """See `Index.describe`."""
         state = self._state
-        table = state.table
+        table, rows = state.table, state.rows(item_ids)
+        if asked is not None:
+            rows = filtered.passing(state, rows, asked)
         return [
             None
             if row < 0
             else Hit(item_id, 0.0, int(table.at_ms[row]), int(table.written_us[row]), int(table.offsets[row]))
-            for item_id, row in zip(item_ids, state.rows(item_ids), strict=True)
+            for item_id, row in zip(item_ids, rows, strict=True)
         ]
 
-    def newest(self, k: int, exclude: Collection[str] = ()) -> list[Hit]:
-        """See `Index.newest`. O(n) after a write, then kept until the next one."""
+    def newest(self, k: int, exclude: Collection[str] = (), asked: Filter | None = None) -> list[Hit]:
+        """See `Index.newest`. O(n) after a write, then kept until the next one; with a filter always O(n)."""
         if k <= 0:
             return []
         state, left_out = self._state, frozenset(exclude)
+        if asked is not None:
+            return state.newest(k, left_out | asked.deny, filtered.kept(state, asked))
         known_of, known = self._newest
         if known_of is not state:
             known = state.newest(NEWEST_KEPT, frozenset())
@@ -156,6 +178,10 @@ class LiveIndex:
             rebuilds_failed=rebuilder.failed,
             rebuild_s=rebuilder.last_s,
             rebuild_error=rebuilder.last_error,
+            main_name=state.main.name if state.main else "",
+            main_bytes=state.main.memory_bytes if state.main else 0,
+            breadth=self.breadth,
+            recall=self.guard.recall() if self.guard else None,
         )
 
     # ------------------------------------------------------------------ writing
@@ -224,10 +250,11 @@ class LiveIndex:
                 fresh_since=np.concatenate((state.fresh_since, np.full(room, NEVER))),
             )
         if not state.table.room_for(state.count, more):
-            table, _ = state.table.compacted(state.count, state.seq, more)
+            table, kept = state.table.compacted(state.count, state.seq, more)
             row_of = np.full(len(state.row_of), -1)
             row_of[table.labels[: state.live]] = np.arange(state.live)
-            state = replace(state, table=table, count=state.live, row_of=row_of)
+            columns = state.columns.compacted(kept, state.count)
+            state = replace(state, table=table, count=state.live, row_of=row_of, columns=columns)
         return self._placement.with_room(state, more)
 
     def _write(
@@ -245,6 +272,7 @@ class LiveIndex:
             table.at_ms[start : start + n] = [record.at_ms for _, _, record in upserts]
             table.written_us[start : start + n] = [record.written_us for _, _, record in upserts]
             table.offsets[start : start + n] = [record.offset for _, _, record in upserts]
+            state.columns.append(start, [record.attributes for _, _, record in upserts])
         touched = np.concatenate((labels, out))
         before = state.row_of[touched]
         stale_before = place.stale(state, touched)
@@ -264,21 +292,44 @@ class LiveIndex:
             stale=state.stale + place.stale(state, touched) - stale_before,
         )
 
-    # ------------------------------------------------------------------ rebuilding
+    def contents(self) -> Contents:
+        """All that it holds now, for a snapshot. Takes the write lock for a moment."""
+        with self._lock:
+            state, versions = self._state, self._versions.copy()
+        return restore.taken(state, versions)
+
+    def restore(self, contents: Contents) -> None:
+        """Become what a snapshot holds; queries are exact until the graph is built.
+
+        Raises ValueError where the index is not empty or has another dimension.
+        """
+        with self._lock:
+            if self._state.ids or contents.vectors.shape[1] != self._dimension:
+                raise ValueError("only an empty index of the same dimension can be restored")
+            self._state, self._versions = restore.given(self._state, contents)
+            self._placement.grow(len(self._state.row_of) - CAPACITY_MIN)
+            if self._due():
+                self._rebuilder.wake()
 
     def rebuild(self) -> bool:
         """Rebuild the graph now, on the calling thread, due or not; False where it failed (see `stats`)."""
         return self._rebuilder.now()
 
+    def rebuild_soon(self) -> None:
+        """Have the graph rebuilt in the background, due or not. Returns at once."""
+        with self._lock:
+            self._rebuilder.ask()
+
     def close(self) -> None:
         """Stop the rebuild thread. Queries and writes go on, on what is there."""
+        if self.guard is not None:
+            self.guard.close()
         self._rebuilder.close()
 
     def _due(self) -> bool:
         state = self._state
         if state.live <= self._exact_below:
-            # A graph that is far too large for what lives is let go; near the limit it is kept, not made
-            # anew each time.
+            # A graph far too large for what lives is let go; near the limit it is kept, not made each time.
             return state.main is not None and state.live < 0.8 * self._exact_below
         return state.main is None or max(state.fresh_count, state.stale) > self._fresh_max
 

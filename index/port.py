@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from eddyline.errors import VectorRejected
 from eddyline.records import ItemRecord
+from index.filters import Filter
 
 Vector = npt.NDArray[np.float32]
 
@@ -52,6 +53,27 @@ class Watermark(NamedTuple):
     written_us: int
 
 
+class Recall(NamedTuple):
+    """What the recall guard knows (`index.guard`).
+
+    step:            "normal", or what is done about a recall that is too low: "wider", "rebuild", "exact"
+    samples:         shadow queries that the estimate is made of; 0: the figures below mean nothing yet
+    estimate:        share of the exact answer that the index found, with its 95% interval low … high
+    shadowed, skipped: sampled queries that were compared, and that were left out to save CPU
+    raised, lowered: steps taken towards more work for each query, and back
+    """
+
+    step: str
+    samples: int
+    estimate: float
+    low: float
+    high: float
+    shadowed: int
+    skipped: int
+    raised: int
+    lowered: int
+
+
 @dataclass(frozen=True, slots=True)
 class IndexStats:
     """What the index holds and does.
@@ -62,6 +84,8 @@ class IndexStats:
     rows: rows of the vector table, dead ones included
     applied, ignored, rejected: records; refused: graph searches that had to be answered by an exact scan
     rebuild_error: what the last rebuild died of, "" where it went well; then the old graph is still in use
+    main_name, main_bytes: which main index (`index.mains`) and its memory; breadth: candidates of a search
+    recall: of the recall guard, None where there is none
     """
 
     live: int = 0
@@ -79,6 +103,10 @@ class IndexStats:
     rebuilds_failed: int = 0
     rebuild_s: float = 0.0
     rebuild_error: str = ""
+    main_name: str = ""
+    main_bytes: int = 0
+    breadth: int = 0
+    recall: Recall | None = None
 
 
 class Index(Protocol):
@@ -105,10 +133,13 @@ class Index(Protocol):
     def retire(self, records: Sequence[ItemRecord]) -> int:
         """`apply` of records that all are deletes; raises ValueError where one is not."""
 
-    def query(self, vector: Vector, k: int, exclude: Collection[str] = ()) -> list[Hit]:
+    def query(
+        self, vector: Vector, k: int, exclude: Collection[str] = (), asked: Filter | None = None
+    ) -> list[Hit]:
         """The live items of the highest inner product, best first, equal scores by item id.
 
         vector: float32 (d,), finite
+        asked:  only items that pass this filter; k of them, where there are k
         k:      as many items as there are, where fewer are live and not excluded; [] for k <= 0
         Raises VectorRejected where the vector does not fit.
         """
@@ -116,11 +147,11 @@ class Index(Protocol):
     def vectors_of(self, item_ids: Sequence[str]) -> Vector:
         """float32 (h, d): the vectors of the live ones among the items, order and repeats kept."""
 
-    def describe(self, item_ids: Sequence[str]) -> list[Hit | None]:
-        """For each item its `Hit` with score 0.0, None where it is not live."""
+    def describe(self, item_ids: Sequence[str], asked: Filter | None = None) -> list[Hit | None]:
+        """For each item its `Hit` with score 0.0, None where it is not live or does not pass the filter."""
 
-    def newest(self, k: int, exclude: Collection[str] = ()) -> list[Hit]:
-        """The live items of the largest `at_ms`, newest first, equal ones by item id; score 0.0."""
+    def newest(self, k: int, exclude: Collection[str] = (), asked: Filter | None = None) -> list[Hit]:
+        """The live items of the largest `at_ms` that pass, newest first, equal ones by item id; score 0.0."""
 
     def watermarks(self) -> Mapping[int, Watermark]:
         """The watermark of each `items` partition that a record came from."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +18,8 @@ BACKOFF_S_MAX = 60.0
 # The thread is woken by the writer; this only bounds how long a lost wake-up could go unseen.
 LOOK_S = 30.0
 CLOSE_S = 30.0
+# Where cores are short, queries and writes come first: a niceness of 10 is about a tenth of their weight.
+NICE = 10
 
 
 class Rebuilder:
@@ -31,6 +35,7 @@ class Rebuilder:
         self._rebuild = rebuild
         self._stop = threading.Event()
         self._wake = threading.Event()
+        self._asked = threading.Event()
         self._one_at_a_time = threading.Lock()
         self._thread: threading.Thread | None = None
         self._failed_in_a_row = 0
@@ -47,10 +52,16 @@ class Rebuilder:
             self._thread.start()
         self._wake.set()
 
+    def ask(self) -> None:
+        """Rebuild soon, due or not; one that runs already does not count. The caller holds the write lock."""
+        self._asked.set()
+        self.wake()
+
     def now(self) -> bool:
         """Rebuild on the calling thread, due or not; False where it failed (see `last_error`)."""
         with self._one_at_a_time:
             self.running = True
+            self._asked.clear()
             begun = time.monotonic()
             try:
                 self._rebuild(self._stop)
@@ -76,10 +87,12 @@ class Rebuilder:
             self._thread.join(CLOSE_S)
 
     def _run(self) -> None:
+        if sys.platform == "linux":  # elsewhere the niceness is the process's
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         while not self._stop.is_set():
             self._wake.wait(LOOK_S)
             self._wake.clear()
-            while not self._stop.is_set() and self._due():
+            while not self._stop.is_set() and (self._asked.is_set() or self._due()):
                 if not self.now():
                     pause = min(BACKOFF_S_MAX, BACKOFF_S * 2.0 ** (self._failed_in_a_row - 1))
                     self._stop.wait(pause)

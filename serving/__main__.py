@@ -31,7 +31,10 @@ from eddyline.stores.redis import RedisStore
 from embeddings import bundle
 from embeddings.bundle import Bundle
 from embeddings.user_tower import query_vector
-from index.hnsw import HnswIndex
+from index.guard import RecallGuard
+from index.live import LiveIndex
+from index.mains.choose import main_index
+from index.mains.port import MainIndex
 from serving import presence
 from serving.paths.popular import PopularPath
 from serving.paths.towers import TowersPath
@@ -39,6 +42,7 @@ from serving.replica import Replica, load_bundle
 from serving.retrieve import Retriever
 from serving.server import PortTaken, WorkerServer
 from serving.service import Ready, Service
+from serving.snapshots import Snapshots
 from serving.users import UserReader
 
 log = logging.getLogger(__name__)
@@ -56,6 +60,12 @@ def main() -> int:
         loaded = settings_.load()
         logs.configure(loaded, "worker")
         settings = endpoints.resolve(loaded)
+        main = main_index(
+            settings.index_main,
+            m=settings.index_m,
+            ef_construction=settings.index_ef_construction,
+            ef=settings.index_ef,
+        )
         service = Service(settings)
         server = WorkerServer(settings, service)
     except (SettingsError, PortTaken) as error:
@@ -64,7 +74,7 @@ def main() -> int:
     sys.stdout.write(f"worker listens on {server.address}\n")
     sys.stdout.flush()
     try:
-        _run(settings, service, server, stop)
+        _run(settings, main, service, server, stop)
     except Stopped:
         pass
     except (LogMismatch, StoreRefused) as error:
@@ -79,7 +89,9 @@ def main() -> int:
     return 0
 
 
-def _run(settings: Settings, service: Service, server: WorkerServer, stop: threading.Event) -> None:
+def _run(
+    settings: Settings, main: MainIndex, service: Service, server: WorkerServer, stop: threading.Event
+) -> None:
     patience = Patience(settings, stop, service.waiting_for)
     # Half of a query's time for Redis: where it hangs, the other half is enough to answer without it.
     timeout_ms = max(10, min(settings.redis_timeout_ms, settings.query_timeout_ms // 2))
@@ -94,20 +106,18 @@ def _run(settings: Settings, service: Service, server: WorkerServer, stop: threa
         raise BundleError(
             f"{manifest.bundle} holds generation {generation.generation}, not {manifest.generation}"
         )
-    index = HnswIndex(
-        generation.dimension,
-        m=settings.index_m,
-        ef_construction=settings.index_ef_construction,
-        ef=settings.index_ef,
-        exact_below=settings.index_exact_below,
-        fresh_max=settings.index_fresh_max,
-    )
-    load_bundle(index, generation)
-    replica = Replica(settings, manifest.generation, index)
+    index = _index(settings, main, generation.dimension)
+    log_id = patience.until("Kafka", lambda: kafka.log_ids(settings, [topic])[topic])
+    snapshots = Snapshots(settings, generation, f"{log_id.cluster_id}/{log_id.topic_id}", index)
+    positions = snapshots.load()
+    if positions is None:
+        load_bundle(index, generation)
+    replica = Replica(settings, manifest.generation, index, positions=positions)
     popular = _popular(settings, store, index)
     announced: Path | None = None
     try:
         replica.start()
+        snapshots.start(replica.positions)
         popular.start()
         service.waiting_for("the end of the item vectors")
         while not replica.wait_caught_up(0.05):
@@ -129,13 +139,34 @@ def _run(settings: Settings, service: Service, server: WorkerServer, stop: threa
         if announced is not None:
             announced.unlink(missing_ok=True)
         replica.close()
+        snapshots.close()
         popular.close()
         index.close()
         store.close()
 
 
+def _index(settings: Settings, main: MainIndex, dimension: int) -> LiveIndex:
+    index = LiveIndex(
+        dimension,
+        main.build,
+        breadth=settings.index_ef,
+        exact_below=settings.index_exact_below,
+        fresh_max=settings.index_fresh_max,
+    )
+    if settings.index_recall_share:
+        RecallGuard(
+            index,
+            share=settings.index_recall_share,
+            floor=settings.index_recall_floor,
+            samples=settings.index_recall_samples,
+            breadth_max=settings.index_ef_max,
+            cpu_share=settings.index_recall_cpu_percent_max / 100,
+        )
+    return index
+
+
 def _ready(
-    settings: Settings, store: RedisStore, generation: Bundle, index: HnswIndex, replica: Replica,
+    settings: Settings, store: RedisStore, generation: Bundle, index: LiveIndex, replica: Replica,
     popular: PopularPath,
 ) -> Ready:  # fmt: skip
     users = UserReader(store, clicks_partitions=settings.clicks_partitions, generation=generation.generation)
@@ -151,7 +182,7 @@ def _ready(
     return Ready(generation.generation, retriever, index, popular, replica.state)
 
 
-def _popular(settings: Settings, store: RedisStore, index: HnswIndex) -> PopularPath:
+def _popular(settings: Settings, store: RedisStore, index: LiveIndex) -> PopularPath:
     return PopularPath(
         store,
         index,

@@ -56,14 +56,20 @@ class Client:
         after: tuple[int, int] | None = None,
         wait_ms: int = 0,
         with_cards: bool = False,
+        filters: pb.Filters | None = None,
+        popularity_beta: float | None = None,
         timeout_s: float = 5.0,
     ) -> pb.RetrieveResponse:
         """The answer. Raises CallFailed.
 
         after:     (partition, offset) of a click that the answer should know; wait_ms: how long to wait
+        filters:   what every item of the answer has to pass
+        popularity_beta: how much popular items are held back; None: the worker's setting
         timeout_s: the deadline of the call
         """
-        request = pb.RetrieveRequest(user_id=user_id, k=k, with_cards=with_cards)
+        request = pb.RetrieveRequest(
+            user_id=user_id, k=k, with_cards=with_cards, filters=filters, popularity_beta=popularity_beta
+        )
         if after is not None:
             request.after.CopyFrom(pb.After(partition=after[0], offset=after[1], wait_ms=wait_ms))
         try:

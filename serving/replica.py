@@ -1,6 +1,7 @@
-"""The index's own copy of the items: the bundle's vectors, then the tail of `item-vectors.<generation>`.
+"""The index's own copy of the items: bundle or snapshot, then the tail of `item-vectors.<generation>`.
 
-The topic is compacted and read from its beginning, without a consumer group and committed records only.
+The topic is compacted and read from its beginning, or from where a snapshot stood, without a consumer group
+and committed records only.
 Records that the bundle holds already are no-ops in the index. While Kafka is away the index goes on serving.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,13 +80,18 @@ class Replica:
         index: Index,
         *,
         connect: Callable[[], Any] | None = None,
+        positions: Mapping[int, int] | None = None,
     ) -> None:
-        """connect: makes the consumer; by default kafka-python's."""
+        """connect: makes the consumer; by default kafka-python's.
+
+        positions: partition -> offset to begin at, of a snapshot that the index holds; else the beginning.
+                   One that the log no longer has leads back to the beginning as well.
+        """
         self._settings = settings
         self._topic = settings.prefixed(kafka.item_vectors(generation))
         self._index = index
         self._connect = connect or self._consumer
-        self._positions: dict[TopicPartition, int] = {}
+        self._positions = {TopicPartition(self._topic, p): at for p, at in (positions or {}).items()}
         # The ends seen first: whoever has read up to them has seen all that was there when the worker
         # started.
         self._goal: dict[TopicPartition, int] | None = None
@@ -120,6 +126,12 @@ class Replica:
             rejected=self._rejected,
             away_since_ms=self._away_since_ms,
         )
+
+    def positions(self) -> dict[int, int]:
+        """Partition -> offset up to which all has been applied; {} until it has caught up once."""
+        if not self._caught_up.is_set():
+            return {}
+        return {at.partition: offset for at, offset in list(self._positions.items())}
 
     def missing(self) -> str:
         """Why the index may lag behind, and since when; "" where Kafka answers."""

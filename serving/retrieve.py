@@ -12,7 +12,8 @@ from eddyline.behaviour import EMPTY
 from eddyline.errors import EddylineError, StoreUnavailable
 from eddyline.events import Item
 from eddyline.ports import StateStore, UserState
-from index.port import Index
+from index.filters import Filter
+from index.port import Hit, Index
 from serving.deadline import Deadline
 from serving.fusion import Candidates, Fused, Path, Summary, cascade
 from serving.paths import newest, popular, towers
@@ -26,12 +27,17 @@ _card = msgspec.json.Decoder(Item)
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A request, checked."""
+    """A request, checked.
+
+    asked: the filter that every item of the answer passes; popularity_beta: see `PopularPath.correct`
+    """
 
     user_id: str
     k: int
     after: After | None = None
     with_cards: bool = False
+    asked: Filter | None = None
+    popularity_beta: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,22 +106,27 @@ class Retriever:
             deadline.check("the index was searched")
             if missing:
                 return Candidates((), "the user could not be read")
-            return self._towers.ask(user, k, exclude, marks)
+            return self._towers.ask(
+                user, k, exclude, marks, asked=query.asked, correct=correct if query.popularity_beta else None
+            )
+
+        def correct(hits: Sequence[Hit], k: int) -> Sequence[Hit]:
+            return self._popular.correct(hits, k, query.popularity_beta)
 
         def by_popularity(k: int, exclude: Collection[str]) -> Candidates:
             deadline.check("the popular list was asked")
-            return self._popular.ask(k, exclude)
+            return self._popular.ask(k, exclude, query.asked)
 
         items, paths = cascade(
             (
                 Path(towers.NAME, by_towers),
                 Path(popular.NAME, by_popularity),
-                Path(newest.NAME, lambda k, exclude: newest.ask(self._index, k, exclude)),
+                Path(newest.NAME, lambda k, exclude: newest.ask(self._index, k, exclude, query.asked)),
             ),
             query.k,
             seen,
         )
-        short = "" if len(items) == query.k else self._short(query.k, len(items), seen)
+        short = "" if len(items) == query.k else self._short(query, len(items), seen)
         cards = self._cards(items, deadline, missing) if query.with_cards else {}
         if any(summary.path == popular.NAME for summary in paths) and self._popular.missing():
             missing.append(f"redis: {self._popular.missing()}")
@@ -153,10 +164,12 @@ class Retriever:
             unread = AfterStatus(False, 0, "the user could not be read")
             return _NOBODY, unread if query.after else None
 
-    def _short(self, k: int, found: int, seen: set[str]) -> str:
-        live = self._index.stats().live
-        seen_live = sum(hit is not None for hit in self._index.describe(list(seen)))
-        return f"{found} of {k}: {live} items are live, {seen_live} of them are in the user's list"
+    def _short(self, query: Query, found: int, seen: set[str]) -> str:
+        seen_live = sum(hit is not None for hit in self._index.describe(list(seen), query.asked))
+        which = f"{self._index.stats().live} items are live"
+        if query.asked is not None:
+            which = f"{found + seen_live} live items pass the filter"
+        return f"{found} of {query.k}: {which}, {seen_live} of them are in the user's list"
 
     def _cards(self, items: Sequence[Fused], deadline: Deadline, missing: list[str]) -> dict[str, Item]:
         deadline.check("the cards were read")

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from eddyline.errors import EddylineError, Rejected
 from eddyline.events import ID_BYTES_MAX, check_id, quote
 from eddyline.settings import Settings
 from eddyline.slots import partition_of
+from index.filters import LIST_IDS_MAX, RANGES_MAX, TERMS_MAX, Filter, Range
 from index.port import Index, IndexStats
 from serving.proto import retrieval_pb2 as pb
 from serving.replica import TailState
 from serving.retrieve import Answer, Query
 from serving.users import After
+
+# Inner products of unit vectors end at 1; beyond this, popularity alone decides.
+BETA_MAX = 10.0
 
 
 class BadQuery(EddylineError):
@@ -31,7 +36,60 @@ def query_of(request: pb.RetrieveRequest, settings: Settings) -> Query:
     if not 1 <= request.k <= settings.k_max:
         raise BadQuery(f"k: {request.k}, allowed are 1 … {settings.k_max}")
     after = _after_of(request, settings) if request.HasField("after") else None
-    return Query(request.user_id, request.k, after, request.with_cards)
+    asked = _filter_of(request.filters) if request.HasField("filters") else None
+    beta = settings.popularity_beta
+    if request.HasField("popularity_beta"):
+        beta = request.popularity_beta
+        if not 0 <= beta <= BETA_MAX:
+            raise BadQuery(f"popularity_beta: {beta}, allowed are 0 … {BETA_MAX:g}")
+    return Query(request.user_id, request.k, after, request.with_cards, asked, beta)
+
+
+def _filter_of(filters: pb.Filters) -> Filter | None:
+    """The filter, checked; None where it asks nothing."""
+    for name in ("categories", "tags", "tags_all", "allow", "deny"):
+        texts = getattr(filters, name)
+        allowed = LIST_IDS_MAX if name in ("allow", "deny") else TERMS_MAX
+        if len(texts) > allowed:
+            raise BadQuery(f"filters.{name}: {len(texts)} values, allowed are 0 … {allowed}")
+        for text in texts:
+            if not 1 <= len(text.encode()) <= ID_BYTES_MAX:
+                size = len(text.encode())
+                raise BadQuery(
+                    f"filters.{name}: {quote(text)} has {size} bytes, allowed are 1 … {ID_BYTES_MAX}"
+                )
+    if len(filters.ranges) > RANGES_MAX:
+        raise BadQuery(f"filters.ranges: {len(filters.ranges)} values, allowed are 0 … {RANGES_MAX}")
+    ranges: dict[str, Range] = {}
+    for one in filters.ranges:
+        name, between = _range_of(one)
+        if name in ranges:
+            raise BadQuery(f"filters.ranges: {quote(name)} is given twice")
+        ranges[name] = between
+    asked = Filter(
+        categories=frozenset(filters.categories),
+        tags=frozenset(filters.tags),
+        tags_all=frozenset(filters.tags_all),
+        ranges=ranges,
+        allow=frozenset(filters.allow) if filters.allow else None,
+        deny=frozenset(filters.deny),
+    )
+    return None if asked == Filter() else asked
+
+
+def _range_of(one: pb.Range) -> tuple[str, Range]:
+    size = len(one.attribute.encode())
+    if not 1 <= size <= ID_BYTES_MAX:
+        named = f"{quote(one.attribute)} has {size} bytes"
+        raise BadQuery(f"filters.ranges.attribute: {named}, allowed are 1 … {ID_BYTES_MAX}")
+    if not (one.HasField("min") or one.HasField("max")):
+        raise BadQuery(f"filters.ranges: {quote(one.attribute)} has neither min nor max")
+    low = one.min if one.HasField("min") else -math.inf
+    high = one.max if one.HasField("max") else math.inf
+    try:
+        return one.attribute, Range(low, high)
+    except ValueError as error:
+        raise BadQuery(f"filters.ranges: {quote(one.attribute)}: {error}") from None
 
 
 def _after_of(request: pb.RetrieveRequest, settings: Settings) -> After:
@@ -116,7 +174,8 @@ def sizes_of(stats: IndexStats, dimension: int) -> pb.IndexSizes:
         rows=stats.rows, applied=stats.applied, ignored=stats.ignored, rejected=stats.rejected,
         rebuilding=stats.rebuilding, rebuilds=stats.rebuilds, rebuilds_failed=stats.rebuilds_failed,
         rebuild_s=stats.rebuild_s, rebuild_error=stats.rebuild_error, dimension=dimension,
-        refused=stats.refused,
+        refused=stats.refused, main_name=stats.main_name, main_bytes=stats.main_bytes, breadth=stats.breadth,
+        recall=None if stats.recall is None else pb.RecallStatus(**stats.recall._asdict()),
     )  # fmt: skip
 
 

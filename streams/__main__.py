@@ -154,8 +154,8 @@ def _lanes(
     by_users = UserIngest(settings, store, of_users, letters(), known)
     by_items = ItemIngest(settings, store, of_items, letters(), publisher, towers, _clock_us)
     return [
-        Lane(topic(kafka.CLICKS), by_clicks, people, before_open=by_clicks.opened, counts=by_clicks),
-        Lane(topic(kafka.USERS), by_users, people),
+        Lane(topic(kafka.CLICKS), by_clicks, people, by_clicks.opened, by_clicks, quick=True),
+        Lane(topic(kafka.USERS), by_users, people, quick=True),
         Lane(topic(kafka.ITEMS), by_items, goods, before_open=publisher.open),
     ]
 

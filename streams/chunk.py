@@ -16,7 +16,8 @@ from eddyline.errors import EddylineError, Rejected
 from eddyline.events import Item
 from eddyline.records import ItemRecord
 
-Headers = Sequence[tuple[str, bytes]]
+# Kafka allows a header without a value.
+Headers = Sequence[tuple[str, bytes | None]]
 Vectors = npt.NDArray[np.float32]
 
 
@@ -49,7 +50,7 @@ class Record(Protocol):
 
     @property
     def headers(self) -> Headers:
-        """Names and bytes."""
+        """Names and bytes; None is allowed for a value."""
 
 
 class PartitionLost(EddylineError):
@@ -156,8 +157,9 @@ class Outcome:
     applied:    accepted and written (clicks, items or profiles)
     duplicates: re-sent events that were dropped
     rejected:   gone to dead-letters
-    forwarded:  sent on to their own partition
+    forwarded:  sent on to their own partition: strays, and what a merge moves (one for each event moved)
     steps:      micro-steps taken
+    late:       applied, but too late for their user's list
     repeated:   at or below a fence: applied before, skipped for that slot
     """
 
@@ -167,6 +169,7 @@ class Outcome:
     rejected: int = 0
     forwarded: int = 0
     steps: int = 0
+    late: int = 0
     repeated: int = 0
 
     def add(self, other: Outcome) -> None:

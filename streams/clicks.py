@@ -9,6 +9,7 @@ same state, whatever the chunks were.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,41 +17,34 @@ from dataclasses import dataclass, field
 import msgspec
 
 from eddyline import behaviour, events
-from eddyline.behaviour import Behaviour, Entry
 from eddyline.errors import FenceMoved, Rejected
-from eddyline.events import KINDS, Click
+from eddyline.events import Click, Merge
 from eddyline.kafka import CLICKS
-from eddyline.ports import Fence, Source, StateStore, UserEffects, UserRead
+from eddyline.ports import Fence, Source, StateStore, UserRead
+from eddyline.resends import is_resend
 from eddyline.settings import Settings
 from eddyline.slots import item_slot, partition_of, user_slot
-from streams.chunk import DeadLetterSink, Forwarder, Headers, Outcome, Record
-from streams.micro_steps import MicroSteps, Step
+from streams.chunk import DeadLetterSink, Forwarder, Outcome, Record
+from streams.dead_letters import FORWARD_BYTES_MAX
+from streams.drafts import Drafts, is_moved
+from streams.micro_steps import MicroSteps
 from streams.positions import Positions
+
+log = logging.getLogger(__name__)
 
 # Popularity may lag by this much: at low rates it saves most of the counting scripts, and query workers
 # read the popular list less often than this anyway.
 COUNT_S = 0.1
-_KIND_NUMBER = {kind: number for number, kind in enumerate(KINDS)}
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A user's state while a chunk is applied to it. steps: events counted, None while none was."""
-
-    entries: list[Entry]
-    at_ms: int
-    steps: int
-    last: Record | None = None
-    counted: bool = False
+Event = tuple[Record, Click | Merge]
 
 
 @dataclass(slots=True)
 class _Sorted:
-    """A chunk's records by what becomes of them; clicks in the order of the log."""
+    """A chunk's records by what becomes of them; events in the order of the log."""
 
-    clicks: list[tuple[Record, Click]] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
     rejected: list[tuple[Record, Rejected]] = field(default_factory=list)
-    stray: list[tuple[Record, Click]] = field(default_factory=list)
+    stray: list[Event] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -96,6 +90,7 @@ class ClickIngest:
         # Far less than the window: the decisions of all that is still to be counted must be in it.
         self._behind_max = min(settings.chunk_records_max, settings.dedupe_window_events // 2)
         self._item_slots = [f"i{shard}" for shard in range(settings.item_slots)]
+        self._weights = settings.kind_weights
 
     def ingest(self, partition: int, records: Sequence[Record], read_us: int) -> Outcome:
         """Apply consecutive records of one partition, oldest first. Nothing is done twice.
@@ -109,9 +104,9 @@ class ClickIngest:
         fence = self.positions.expected(source, slot)
         done = -1 if fence is None else fence.offset
         found = self._sort(partition, records)
-        new = [(r, c) for r, c in found.clicks if r.offset > done]
-        read = self._read(source, slot, fence, found.clicks, new)
-        accepted, window = self._accept(found.clicks, read.accepted_at, done)
+        new = [(r, c) for r, c in found.events if r.offset > done]
+        read = self._read(source, slot, fence, found.events, new)
+        accepted, window = self._accept(found.events, read.accepted_at, done)
         applied = [(r, c) for r, c in accepted if r.offset > done]
         outcome = Outcome(
             records=len(records),
@@ -121,8 +116,12 @@ class ClickIngest:
         )
         last = self.positions.fence(records[-1].offset)
         if last.offset > done:
-            self._send_on(found, done, outcome)
-            effects, outcome.steps = self._effects(applied, read, read_us)
+            drafts = Drafts(self._settings, self._micro, read)
+            for record, event in applied:
+                drafts.apply(record, event)
+            effects, outcome.steps = drafts.effects(read_us)
+            outcome.late = drafts.late
+            self._send_on(found, drafts.moved, done, outcome)
             effects.accepted = window
             # Ids accepted below can no longer be met: the next record lies at least one offset further.
             effects.window_floor = last.offset + 1 - self._settings.dedupe_window_events
@@ -150,21 +149,25 @@ class ClickIngest:
         partitions, future_ms = settings.clicks_partitions, settings.far_future_ms_max
         for record in records:
             try:
-                click = events.decode_click(
+                event = events.decode_behaviour(
                     record.value, appended_ms=record.timestamp, far_future_ms_max=future_ms
                 )
             except Rejected as rejected:
                 found.rejected.append((record, rejected))
                 continue
-            right = partition_of(click.user_id, partitions) == partition
-            (found.clicks if right else found.stray).append((record, click))
+            right = partition_of(event.user_id, partitions) == partition
+            if not right and len(record.value or b"") > FORWARD_BYTES_MAX:
+                detail = "lies in a wrong partition and is too large to be forwarded with its origin"
+                found.rejected.append((record, Rejected("too_large", "", detail)))
+                continue
+            (found.events if right else found.stray).append((record, event))
         return found
 
     def _read(
         self, source: Source, slot: str, fence: Fence | None,
-        clicks: list[tuple[Record, Click]], new: list[tuple[Record, Click]],
+        found: list[Event], new: list[Event],
     ) -> UserRead:  # fmt: skip
-        ids = list(dict.fromkeys(c.event_id for _, c in clicks if c.event_id is not None))
+        ids = list(dict.fromkeys(c.event_id for _, c in found if c.event_id is not None))
         users = list(dict.fromkeys(c.user_id for _, c in new))
         generation = self._micro.generation if self._micro else ""
         read = self._store.read_users(slot, source, ids, users, generation)
@@ -173,8 +176,8 @@ class ClickIngest:
         return read
 
     def _accept(
-        self, clicks: list[tuple[Record, Click]], accepted_at: Mapping[str, int], done: int
-    ) -> tuple[list[tuple[Record, Click]], dict[str, int]]:
+        self, found: list[Event], accepted_at: Mapping[str, int], done: int
+    ) -> tuple[list[Event], dict[str, int]]:
         """(events that count, ids that enter the window).
 
         After `done` an event is a re-send where its id was accepted at most the window's width before.
@@ -183,78 +186,53 @@ class ClickIngest:
         """
         window, counts, known = self._settings.dedupe_window_events, [], dict(accepted_at)
         entering: dict[str, int] = {}
-        for record, click in clicks:
-            event_id, offset = click.event_id, record.offset
+        for record, event in found:
+            event_id, offset = event.event_id, record.offset
             if event_id is not None:
                 before = known.get(event_id)
                 if offset <= done:
                     if before != offset:
                         continue
-                elif before is not None and offset - before <= window:
+                elif is_resend(before, offset, window):
                     continue
                 else:
                     known[event_id] = entering[event_id] = offset
-            counts.append((record, click))
+            counts.append((record, event))
         return counts, entering
 
-    def _send_on(self, found: _Sorted, done: int, outcome: Outcome) -> None:
-        """Deliver refused and stray records, before the fence says that they are dealt with."""
+    def _send_on(
+        self, found: _Sorted, moved: list[tuple[Record, Click]], done: int, outcome: Outcome
+    ) -> None:
+        """Deliver refused, stray and moved events, before the fence says that they are dealt with."""
         for record, rejected in found.rejected:
             if record.offset > done:
                 self._dead_letters.put(record, rejected)
                 outcome.rejected += 1
-        for record, click in found.stray:
+        for record, event in found.stray:
             if record.offset > done:
-                partition = partition_of(click.user_id, self._settings.clicks_partitions)
-                value = record.value or b""
-                if click.event_id is None:
+                at, value = f"{record.topic}/{record.partition}/{record.offset}", record.value or b""
+                if isinstance(event, Click) and event.event_id is None:
                     # The origin stands for the id, so that forwarding twice counts once.
-                    origin = f"{record.topic}/{record.partition}/{record.offset}"
-                    value = events.encode(msgspec.structs.replace(click, event_id=origin))
-                self._forwarder.forward(record, click.user_id.encode(), value, partition)
-                outcome.forwarded += 1
+                    value = events.encode(msgspec.structs.replace(event, event_id=at))
+                log.warning(
+                    "click in a wrong partition forwarded; its producer needs a key and Kafka's murmur2 "
+                    "partitioner",
+                    extra={"at": at},
+                )
+                self._forward(record, event.user_id, value, outcome)
+        for record, click in moved:
+            self._forward(record, click.user_id, events.encode(click), outcome)
         if outcome.rejected:
             self._dead_letters.flush()
         if outcome.forwarded:
             self._forwarder.flush()
 
-    def _effects(
-        self, applied: list[tuple[Record, Click]], read: UserRead, read_us: int
-    ) -> tuple[UserEffects, int]:
-        """(lists and embeddings after these events, micro-steps taken)."""
-        drafts: dict[str, _Draft] = {}
-        steps: list[Step] = []
-        for record, click in applied:
-            draft = drafts.get(click.user_id)
-            if draft is None:
-                draft = drafts[click.user_id] = _draft(click.user_id, read)
-            if self._micro is not None:
-                self._learn(self._micro, draft, record, click, steps)
-            kind = _KIND_NUMBER[click.kind]
-            entry = Entry(click.item_id, click.at_ms, kind, click.weight)
-            behaviour.insert(draft.entries, entry, self._settings.history_length_max)
-            draft.at_ms = max(draft.at_ms, click.at_ms)
-            draft.last = record
-        effects = UserEffects()
-        effects.behaviours = {u: _behaviour(d, d.last, read_us) for u, d in drafts.items() if d.last}
-        if self._micro is not None:
-            effects.generation = self._micro.generation
-            counts = {u: d.steps for u, d in drafts.items() if d.counted}
-            effects.embeddings = self._micro.run(steps, counts, read.embeddings, read.profiles)
-        return effects, len(steps)
+    def _forward(self, record: Record, user_id: str, value: bytes, outcome: Outcome) -> None:
+        partition = partition_of(user_id, self._settings.clicks_partitions)
+        self._forwarder.forward(record, user_id.encode(), value, partition)
+        outcome.forwarded += 1
 
-    @staticmethod
-    def _learn(micro: MicroSteps, draft: _Draft, record: Record, click: Click, steps: list[Step]) -> None:
-        """Count the event; plan a step with the history just before it, once enough were counted."""
-        if click.kind == "dislike" or (target := micro.row(click.item_id)) is None:
-            return
-        if draft.steps >= micro.min_steps_before:
-            key = click.event_id or f"{record.partition}/{record.offset}"
-            steps.append(Step(click.user_id, micro.history(draft.entries), target, key))
-        draft.steps += 1
-        draft.counted = True
-
-    def _count(self, source: Source, last: Fence, accepted: list[tuple[Record, Click]]) -> None:
+    def _count(self, source: Source, last: Fence, accepted: list[Event]) -> None:
         """Add the events to what is to be counted; count once there is enough of it, or time to."""
         tally = self._tallies.get(source.partition)
         if tally is None:
@@ -263,16 +241,24 @@ class ClickIngest:
                 fence = self.positions.expected(source, slot)
                 tally.done[slot] = -1 if fence is None else fence.offset
         for record, click in accepted:
+            if isinstance(click, Merge):
+                continue
             slot = item_slot(click.item_id, self._settings.item_slots)
-            if record.offset > tally.done[slot] and click.kind != "dislike":
+            if record.offset > tally.done[slot] and (more := self._thousandths(click)):
                 bucket = click.at_ms // (self._settings.popular_bucket_s * 1_000)
                 counted = tally.counts.setdefault(slot, {}).setdefault(bucket, {})
-                more = round(1_000 * click.weight)
                 counted[click.item_id] = counted.get(click.item_id, 0) + more
         tally.last = last
         behind = last.offset - min(tally.done.values())
         if behind >= self._behind_max or self._clock_s() - tally.since_s >= COUNT_S:
             self._write_counts(source, tally)
+
+    def _thousandths(self, click: Click) -> int:
+        """How much the event makes its item popular; nothing for a dislike, or where it counted before."""
+        if is_moved(click):
+            return 0
+        weight = behaviour.strength(click, self._settings.dwell_ms_full)
+        return round(1_000 * weight * self._weights[click.kind])
 
     def _write_counts(self, source: Source, tally: _Tally) -> None:
         """One write to each item slot that has not got these events."""
@@ -280,8 +266,8 @@ class ClickIngest:
             if tally.last is None or tally.done[slot] >= tally.last.offset:
                 continue
             expected, counts = self.positions.expected(source, slot), tally.counts.get(slot, {})
-            buckets_kept = self._settings.popular_buckets
-            self._store.count_clicks(slot, source, expected, tally.last, counts, buckets_kept)
+            limits = self._settings.popular_buckets, self._settings.popular_items_max
+            self._store.count_clicks(slot, source, expected, tally.last, counts, *limits)
             self.positions.moved(source, slot, tally.last)
             tally.done[slot] = tally.last.offset
         del self._tallies[source.partition]
@@ -291,29 +277,3 @@ def sources(settings: Settings, partition: int) -> dict[Source, list[str]]:
     """The sources of a clicks partition, each with the slots that have a fence of it."""
     item_slots = [f"i{shard}" for shard in range(settings.item_slots)]
     return {Source(CLICKS, partition): [user_slot(partition), *item_slots]}
-
-
-def _draft(user_id: str, read: UserRead) -> _Draft:
-    before = read.behaviours.get(user_id, behaviour.EMPTY)
-    steps = read.embeddings[user_id][0] if user_id in read.embeddings else 0
-    return _Draft(list(before.entries), before.at_ms, steps)
-
-
-def _behaviour(draft: _Draft, last: Record, read_us: int) -> Behaviour:
-    return Behaviour(
-        partition=last.partition,
-        offset=last.offset,
-        at_ms=draft.at_ms,
-        produced_us=_produced_us(last.headers),
-        appended_ms=last.timestamp,
-        read_us=read_us,
-        entries=tuple(draft.entries),
-    )
-
-
-def _produced_us(headers: Headers) -> int:
-    """The producer's stamp, 0 where it has none or one that is no number of a sensible size."""
-    for name, value in headers:
-        if name == "produced_us" and value.isdigit() and len(value) <= 18:
-            return int(value)
-    return 0

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eddyline.behaviour import DISLIKE, Entry
+from eddyline.behaviour import Entry, liked
 from streams.chunk import Towers, Vectors
 
 
@@ -42,11 +42,11 @@ class MicroSteps:
         self._zero = np.zeros(towers.dimension, dtype="<f4").tobytes()
 
     def history(self, entries: Sequence[Entry]) -> tuple[int, ...]:
-        """The rows of the newest items of a list that the bundle has; dislikes are left out."""
+        """The rows of the newest items of a list that the bundle has; what is disliked is left out."""
         rows: list[int] = []
         limit = self._towers.user_tower.history_max
-        for entry in entries:
-            if entry.kind != DISLIKE and (row := self.row(entry.item_id)) is not None:
+        for entry in liked(entries):
+            if (row := self.row(entry.item_id)) is not None:
                 rows.append(row)
                 if len(rows) == limit:
                     break

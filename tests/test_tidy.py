@@ -19,7 +19,9 @@ ROOMS = ("eddyline", "streams", "embeddings", "index", "serving")
 FILE_LINES_MAX = 350
 FUNCTION_LINES_MAX = 70
 # A longer one is listed here with the reason; the list is meant to stay empty.
-LONG_FILES: dict[str, str] = {}
+LONG_FILES: dict[str, str] = {
+    "eddyline/settings.py": "the one place for settings: it grows with what can be set",
+}
 LONG_FUNCTIONS: dict[str, str] = {}
 # Put together, so that this file does not hold the words it looks for.
 LEFTOVERS = re.compile("|".join(("TO" + "DO", "FIX" + "ME", "XX" + "X", "HA" + "CK")))

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from eddyline import __version__
 from eddyline.errors import EddylineError, LogMismatch, SettingsError
-from eddyline.settings import Settings, load
+from eddyline.settings import Settings, data_folder, load
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -64,7 +64,9 @@ def up(foreground: Annotated[bool, typer.Option(help="Stay in this terminal.")] 
     """Start a local Kafka and Valkey that survive restarts; data lies in `data_dir`."""
     from eddyline.cli import servers
 
-    servers.up(load(), foreground=foreground)
+    settings = load()
+    data_folder(settings)
+    servers.up(settings, foreground=foreground)
 
 
 @app.command()
@@ -83,7 +85,9 @@ def demo(
     """Show a click change an answer, from nothing, on real Kafka and Redis; stays up until Ctrl-C."""
     from eddyline.demo.show import run
 
-    sys.exit(run(load(), data=data, once=once))
+    settings = load()
+    data_folder(settings)
+    sys.exit(run(settings, data=data, once=once))
 
 
 @app.command()
@@ -96,6 +100,25 @@ def ingest() -> None:
 def worker() -> None:
     """Run a query worker (as `python -m serving`)."""
     runpy.run_module("serving", run_name="__main__", alter_sys=True)
+
+
+archiving = typer.Typer(help="Accepted events in Parquet files.")
+app.add_typer(archiving, name="archive")
+
+
+@archiving.callback(invoke_without_command=True)
+def archive(context: typer.Context) -> None:
+    """Run the archive process (as `python -m streams.archive`), or a command on its files."""
+    if context.invoked_subcommand is None:
+        runpy.run_module("streams.archive", run_name="__main__", alter_sys=True)
+
+
+@archiving.command("forget")
+def archive_forget(user: User) -> None:
+    """Rewrite every file of the archive that has events of this user, without them."""
+    from eddyline.cli import archived
+
+    archived.forget(_settings(), user)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -143,12 +166,31 @@ def item(
 
 @app.command()
 def replay(
-    file: Annotated[Path, typer.Argument(help="One JSON object a line: clicks, items or users.")],
+    file: Annotated[
+        Path | None, typer.Argument(help="One JSON object a line: clicks, items or users.")
+    ] = None,
     speed: Annotated[float, typer.Option(help="1 keeps the gaps, 10 is ten times as fast, 0 has none.")] = 0,
     topic: Annotated[str, typer.Option(help="clicks, items or users.")] = "clicks",
     shift_to_now: Annotated[bool, typer.Option(help="Move all times so that the last one is now.")] = False,
+    begin: Annotated[
+        str, typer.Option("--from", help="earliest, a time, or offsets: clicks:0=100,items:1=5.")
+    ] = "earliest",
+    end: Annotated[str, typer.Option("--to", help="The same; this one is left out.")] = "latest",
+    into: Annotated[str, typer.Option(help="memory or redis: replay a slice of Kafka, no file.")] = "",
+    chunk: Annotated[int, typer.Option(help="With --into: so many records at a time.")] = 256,
 ) -> None:
-    """Send the events of a file, at its own pace or faster."""
+    """Send the events of a file, at its own pace or faster; or, with --into, print the hash of the state
+    that a slice of Kafka's topics gives: the same each time, in memory and in Redis.
+    """  # fmt: skip
+    if into:
+        if file is not None:
+            raise SettingsError(f"replay {file} --into {into}: name a file or a slice of Kafka, not both")
+        from eddyline.cli import state_replay
+
+        state_replay.run(_settings(), begin=begin, end=end, into=into, chunk=chunk)
+        return
+    if file is None:
+        raise SettingsError("replay needs a file to send, or --into memory|redis for a slice of Kafka")
     from eddyline.cli import replay as replaying
 
     replaying.replay_file(_settings(), file, speed=speed, topic=topic, shift_to_now=shift_to_now)
@@ -178,6 +220,80 @@ def stats(
     from eddyline.cli import queries
 
     queries.stats(load(), address=address, as_json=as_json)
+
+
+@app.command()
+def merge(
+    visitor: Annotated[str, typer.Argument(help="The visitor's id; forgotten afterwards.")],
+    user: Annotated[str, typer.Argument(help="The user he turned out to be.")],
+    wait_s: Annotated[float, typer.Option(min=0, max=600, help="How long ingest may take.")] = 30,
+) -> None:
+    """Move all that a visitor did into a user's list, once, whatever happens."""
+    from eddyline.cli import merge as merging
+
+    merging.merge(_settings(), visitor, user, wait_s=wait_s)
+
+
+@app.command()
+def plan(
+    users: Annotated[str, typer.Option(help="How many users: 300, 2.5k, 10M.")],
+    items: Annotated[str, typer.Option(help="How many items.")],
+    history: Annotated[int, typer.Option(min=0, help="Behaviours of a user.")] = 50,
+    dimension: Annotated[int, typer.Option(min=1, help="Length of the vectors.")] = 64,
+    item_bytes: Annotated[int, typer.Option(min=0, help="An item as JSON.")] = 300,
+    clicks_a_day: Annotated[str, typer.Option(help="By default one for each user.")] = "0",
+    allocator: Annotated[str, typer.Option(help="jemalloc, or libc: INFO memory says it.")] = "jemalloc",
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, in bytes.")] = False,
+) -> None:
+    """Say how much memory Redis and a query worker need."""
+    from eddyline.cli import plan as planning
+
+    if allocator not in ("jemalloc", "libc"):
+        raise SettingsError(f"--allocator {allocator!r}: expected jemalloc or libc")
+    sizes = planning.Sizes(
+        users=planning.amount(users), items=planning.amount(items), history=history, dimension=dimension,
+        card=item_bytes, clicks_a_day=planning.amount(clicks_a_day),
+    )  # fmt: skip
+    known: planning.Allocator = "libc" if allocator == "libc" else "jemalloc"
+    planning.show(load(), sizes, allocator=known, as_json=as_json)
+
+
+letters = typer.Typer(no_args_is_help=True, help="What was refused, and why; replay it exactly once.")
+app.add_typer(letters, name="dead-letters")
+
+
+@letters.command("list")
+def letters_list(
+    reason: Annotated[str, typer.Option(help="Only this reason.")] = "",
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="The newest so many.")] = 20,
+) -> None:
+    """Show the newest refused records, and how many there are of each reason."""
+    from eddyline.cli import dead_letters_shown
+
+    dead_letters_shown.show_list(_settings(), reason=reason, limit=limit)
+
+
+@letters.command("show")
+def letters_show(
+    at: Annotated[str, typer.Argument(help="The refused record: topic/partition/offset.")],
+    whole: Annotated[bool, typer.Option("--all", help="All bytes of a long value.")] = False,
+) -> None:
+    """Show one refused record with its bytes."""
+    from eddyline.cli import dead_letters_shown
+
+    dead_letters_shown.show_one(_settings(), at, whole=whole)
+
+
+@letters.command("replay")
+def letters_replay(
+    at: Annotated[str, typer.Argument(help="The refused record: topic/partition/offset.")] = "",
+    reason: Annotated[str, typer.Option(help="All of this reason, the oldest first.")] = "",
+    limit: Annotated[int, typer.Option(min=1, max=1_000_000, help="At most so many.")] = 1_000,
+) -> None:
+    """Send refused records again to where they came from, each at most once, whatever happens."""
+    from eddyline.cli import dead_letters_shown
+
+    dead_letters_shown.replay(_settings(), at, reason=reason, limit=limit)
 
 
 @app.command("accept-log")

@@ -17,7 +17,7 @@ from eddyline.settings import Settings
 from eddyline.slots import user_slot
 from eddyline.stores.redis import RedisStore
 from serving.client import Client
-from serving.proto.retrieval_pb2 import RetrieveResponse
+from serving.proto.retrieval_pb2 import IndexSizes, RetrieveResponse
 
 console = Console(highlight=False, markup=False)
 
@@ -50,6 +50,7 @@ def stats(settings: Settings, *, address: str, as_json: bool) -> None:
         ("queries", f"{worker.queries:,} ({worker.queries_failed:,} failed)"),
         ("items in the index", f"{worker.index.live:,} live, {worker.index.main:,} in the graph"),
         ("rebuilds", f"{worker.index.rebuilds:,} ({worker.index.rebuilds_failed:,} failed)"),
+        ("recall", recall_of(worker.index)),
         ("item records read", f"{worker.tail.records:,}, {worker.tail.lag_records:,} behind"),
         ("popular list", f"{worker.popular.items:,} items, {worker.popular.age_ms:,} ms old"),
         ("missing", ", ".join(worker.missing) or "nothing"),
@@ -57,6 +58,17 @@ def stats(settings: Settings, *, address: str, as_json: bool) -> None:
         table.add_row(what, value)
     console.print(table)
     console.print(_lag_table(resolve(settings)))
+
+
+def recall_of(index: IndexSizes) -> str:
+    """What the recall guard found, in one line."""
+    if not index.HasField("recall"):
+        return "not watched"
+    recall = index.recall
+    told = "not enough compared yet"
+    if recall.samples:
+        told = f"{recall.estimate:.3f} ({recall.low:.3f} … {recall.high:.3f}) of {recall.samples:,} queries"
+    return f"{told}, {recall.step}, {index.breadth:,} candidates"
 
 
 def answer_table(answer: RetrieveResponse) -> Table:

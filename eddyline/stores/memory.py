@@ -101,6 +101,9 @@ class MemoryStore:
             window.update(effects.accepted)
             for event_id in [e for e, at in window.items() if at < effects.window_floor]:
                 del window[event_id]
+            for user in effects.emptied:
+                state.behaviours.pop((slot, user), None)
+                state.embeddings.pop((slot, effects.generation, user), None)
             for user, behaviour_ in effects.behaviours.items():
                 state.behaviours[slot, user] = (behaviour_, applied_us)
             for user, embedding in effects.embeddings.items():
@@ -125,7 +128,7 @@ class MemoryStore:
 
     def count_clicks(
         self, slot: str, source: Source, expected: Fence | None, new: Fence,
-        counts: Mapping[int, Mapping[str, int]], buckets_kept: int,
+        counts: Mapping[int, Mapping[str, int]], buckets_kept: int, items_max: int = 1_000_000,
     ) -> None:  # fmt: skip
         """See `StateStore.count_clicks`."""
         with self._lock:
@@ -135,6 +138,9 @@ class MemoryStore:
                 counted = buckets.setdefault(bucket, {})
                 for item_id, thousandths in items.items():
                     counted[item_id] = counted.get(item_id, 0) + thousandths
+                least = sorted(counted, key=lambda i: (counted[i], i)) if len(counted) > items_max else []
+                for item_id in least[: len(counted) - items_max]:
+                    del counted[item_id]
             for bucket in [b for b in buckets if b <= max(buckets) - buckets_kept]:
                 del buckets[bucket]
 

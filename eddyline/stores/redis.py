@@ -162,6 +162,8 @@ class RedisStore:
         keys = [f"{tag}:window"]
         keys += [f"{tag}:h:{user}" for user in effects.behaviours]
         keys += [f"{tag}:e:{effects.generation}:{user}" for user in effects.embeddings]
+        kinds = ["h", f"e:{effects.generation}"]
+        keys += [f"{tag}:{kind}:{user}" for user in effects.emptied for kind in kinds]
         args: list[Any] = [effects.window_floor, len(effects.accepted)]
         args += [len(effects.behaviours), len(effects.embeddings)]
         for event_id, offset in effects.accepted.items():
@@ -187,11 +189,11 @@ class RedisStore:
     @_translated
     def count_clicks(
         self, slot: str, source: Source, expected: Fence | None, new: Fence,
-        counts: Mapping[int, Mapping[str, int]], buckets_kept: int,
+        counts: Mapping[int, Mapping[str, int]], buckets_kept: int, items_max: int = 1_000_000,
     ) -> None:  # fmt: skip
         """See `StateStore.count_clicks`."""
         tag = f"{self._ns}{{{slot}}}"
-        args: list[Any] = [buckets_kept, f"{tag}:popular:"]
+        args: list[Any] = [buckets_kept, f"{tag}:popular:", items_max]
         for bucket, items in counts.items():
             for item_id, thousandths in items.items():
                 args += (bucket, item_id, thousandths)

@@ -1,6 +1,7 @@
-"""Where a trainer takes its data from: the Kafka topics up to their current ends, or a file of JSON lines.
+"""Where a trainer takes its data from: the Kafka topics up to their current ends, the archive and then Kafka,
+or a file of JSON lines.
 
-Both decode with the kernel's codec. Records that it rejects are counted by reason and left out; ingest has
+All decode with the kernel's codec. Records that it rejects are counted by reason and left out; ingest has
 sent them to the dead letters already.
 
 A line of the file is `{"topic": "clicks" | "items" | "users", "value": {…}}`, with the value as a producer
@@ -13,6 +14,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import msgspec
@@ -20,6 +22,7 @@ from kafka import KafkaConsumer, TopicPartition
 from kafka.errors import KafkaError
 
 from eddyline import events, kafka
+from eddyline.archive import Archive, ArchiveUnavailable
 from eddyline.errors import KafkaUnavailable, Rejected
 from eddyline.events import AT_MS_MAX, Click, Item
 from eddyline.settings import Settings
@@ -60,6 +63,32 @@ def from_kafka(
         cut={str(p): end - 1 for p, end in ends[kafka.ITEMS].items()},
         clicks_max=clicks_max,
     )
+
+
+def from_archive(
+    settings: Settings, *, clicks_max: int = CLICKS_MAX, on_read: OnRead | None = None
+) -> TrainingData:
+    """Everything in the archive's files, and from their ends on what Kafka has up to now.
+
+    So history is as long as the archive, and the last hour, which is in no file yet, is there as well.
+    on_read: called with (topic, records read from Kafka, records there are), now and then
+    Raises ArchiveUnavailable, KafkaUnavailable, and SettingsError for a bad `archive_url`.
+    """
+    archive = Archive(settings)
+    try:
+        archived = {name: archive.ends(name) for name in kafka.SOURCES}
+    except OSError as error:
+        raise ArchiveUnavailable(f"archive at {archive.url}: {error}") from None
+    ends = {name: kafka.end_offsets(settings, name) for name in kafka.SOURCES}
+    topics = {
+        name: chain(
+            _archived(archive, name, archived[name]),
+            _read(settings, name, ends[name], on_read, archived[name]),
+        )
+        for name in kafka.SOURCES
+    }
+    cut = {str(p): end - 1 for p, end in ends[kafka.ITEMS].items()}
+    return assemble(settings, topics, cut=cut, clicks_max=clicks_max)
 
 
 def assemble(
@@ -182,8 +211,25 @@ def _key(record: Record) -> str:
     return key
 
 
-def _read(settings: Settings, name: str, ends: Mapping[int, int], on_read: OnRead | None) -> Iterator[Record]:
-    """The records of a topic below `ends`, read committed."""
+def _archived(archive: Archive, name: str, ends: Mapping[int, int]) -> Iterator[Record]:
+    """The archive's events up to `ends`, as the records that they were, without forgotten users."""
+    try:
+        for found in archive.read(name):
+            if found.key is not None and found.offset <= ends.get(found.partition, -1):
+                value = None if found.event is None else events.encode(found.event)
+                yield Record(found.partition, found.offset, found.key.encode(), value, found.appended_ms)
+    except (OSError, ValueError) as error:
+        raise ArchiveUnavailable(f"archive at {archive.url}: {error}") from None
+
+
+def _read(
+    settings: Settings,
+    name: str,
+    ends: Mapping[int, int],
+    on_read: OnRead | None,
+    after: Mapping[int, int] | None = None,
+) -> Iterator[Record]:
+    """The records of a topic below `ends`, read committed; of a partition in `after` only those after it."""
     topic = settings.prefixed(name)
     places = [TopicPartition(topic, p) for p in sorted(ends)]
     try:
@@ -196,6 +242,9 @@ def _read(settings: Settings, name: str, ends: Mapping[int, int], on_read: OnRea
         try:
             consumer.assign(places)
             consumer.seek_to_beginning(*places)
+            for place in places:
+                if after is not None and after.get(place.partition, -1) >= consumer.position(place):
+                    consumer.seek(place, after[place.partition] + 1)
             waiting = {place for place in places if consumer.position(place) < ends[place.partition]}
             there = sum(ends[place.partition] - consumer.position(place) for place in waiting)
             read, last_s = 0, time.monotonic()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
 
 from eddyline.errors import EddylineError
 from eddyline.ports import StateStore
+from index.filters import Filter
 from index.port import Hit, Index
 from serving.fusion import Candidates
 
@@ -39,6 +41,16 @@ def rank(
     return sorted(totals.items(), key=lambda pair: (-pair[1], pair[0]))[:limit]
 
 
+def log_shares(ranked: Sequence[tuple[str, float]]) -> tuple[dict[str, float], float]:
+    """(item id -> ln p of it, ln p of an item that is not on the list); p = (clicks + 1) / (all + items + 1).
+
+    >>> log_shares([("a", 2.0)])[0]["a"] == math.log(3 / 4)
+    True
+    """
+    total = sum(count for _, count in ranked) + len(ranked) + 1
+    return {item_id: math.log((count + 1) / total) for item_id, count in ranked}, math.log(1 / total)
+
+
 class PopularPath:
     """A list that a thread of its own keeps fresh; while Redis is away the last one known goes on serving.
 
@@ -59,6 +71,7 @@ class PopularPath:
         self._refresh_s = refresh_ms / 1000
         self._backoff_s_max = max(backoff_ms_max, refresh_ms) / 1000
         self._ranked: list[tuple[str, float]] = []
+        self._shares: tuple[dict[str, float], float] = ({}, 0.0)
         self._read_at: float | None = None
         self._away = ""
         self._stop = threading.Event()
@@ -89,19 +102,20 @@ class PopularPath:
         self._ranked = rank(
             buckets, bucket_s=self._bucket_s, half_life_s=self._half_life_s, limit=self._limit
         )
+        self._shares = log_shares(self._ranked)
         self._read_at = time.monotonic()
         self._away = ""
         return True
 
-    def ask(self, k: int, exclude: Collection[str]) -> Candidates:
-        """The k most popular live items that are not excluded; fewer, with the reason."""
+    def ask(self, k: int, exclude: Collection[str], asked: Filter | None = None) -> Candidates:
+        """The k most popular live items that pass the filter and are not excluded; fewer, with the reason."""
         ranked, found, at = self._ranked, list[Hit](), 0
         while len(found) < k and at < len(ranked):
             # Most of the list is live and unseen, so about as many are looked up as are still open.
             piece = ranked[at : at + k + 16]
             at += len(piece)
             piece = [pair for pair in piece if pair[0] not in exclude]
-            live = self._index.describe([item_id for item_id, _ in piece])
+            live = self._index.describe([item_id for item_id, _ in piece], asked)
             found += [hit._replace(score=n) for hit, (_, n) in zip(live, piece, strict=True) if hit]
         if len(found) >= k:
             return Candidates(found[:k])
@@ -109,7 +123,18 @@ class PopularPath:
             return Candidates(found, f"the list was never read: {self._away or 'not yet'}")
         if not ranked:
             return Candidates(found, "nothing was clicked yet")
-        return Candidates(found, f"of {len(ranked)} popular items {len(found)} are live and unseen")
+        which = "live and unseen" if asked is None else "live, unseen and pass the filter"
+        return Candidates(found, f"of {len(ranked)} popular items {len(found)} are {which}")
+
+    def correct(self, hits: Sequence[Hit], k: int, beta: float) -> list[Hit]:
+        """The k best of some hits by score − beta · ln p(item), best first, equal ones by id.
+
+        p(item) is its share of the decayed clicks of the list, each item having one click more than it has,
+        so that one that nobody clicked has a share as well.
+        """
+        share, floor = self._shares
+        corrected = [hit._replace(score=hit.score - beta * share.get(hit.item_id, floor)) for hit in hits]
+        return sorted(corrected, key=lambda hit: (-hit.score, hit.item_id))[:k]
 
     def size(self) -> int:
         """How many items are on the list."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,10 +11,15 @@ import numpy as np
 
 from eddyline.behaviour import liked_items
 from eddyline.ports import UserState
-from index.port import Index, Vector
+from index.filters import Filter
+from index.port import Hit, Index, Vector
 from serving.fusion import Candidates
 
 NAME = "towers"
+# Rescoring by popularity moves an item by some places: so many times the candidates are fetched first.
+OVER_FETCH = 3
+
+Correct = Callable[[Sequence[Hit], int], Sequence[Hit]]
 
 
 class Tower(Protocol):
@@ -45,15 +50,23 @@ class TowersPath:
         self._combine = combine
         self._index = index
 
-    def ask(self, user: UserState, k: int, exclude: Collection[str], marks: Marks) -> Candidates:
-        """The k nearest items that are not excluded; none, with the reason, where he has no history."""
+    def ask(
+        self, user: UserState, k: int, exclude: Collection[str], marks: Marks, *,
+        asked: Filter | None = None, correct: Correct | None = None,
+    ) -> Candidates:  # fmt: skip
+        """The k nearest items that pass and are not excluded; none, with the reason, where he has no history.
+
+        correct: rescores (hits, k); it gets OVER_FETCH times as many as are wanted
+        """
         vector, why = self._vector(user)
         marks.embedded_us = time.time_ns() // 1000
         if vector is None:
             return Candidates((), why)
-        hits = self._index.query(vector, k, exclude)
+        hits: Sequence[Hit] = self._index.query(vector, k * OVER_FETCH if correct else k, exclude, asked)
+        hits = correct(hits, k) if correct else hits
         marks.searched_us = time.time_ns() // 1000
-        return Candidates(hits, "" if len(hits) == k else f"only {len(hits)} live items are unseen")
+        which = "are unseen" if asked is None else "are unseen and pass the filter"
+        return Candidates(hits, "" if len(hits) == k else f"only {len(hits)} live items {which}")
 
     def _vector(self, user: UserState) -> tuple[Vector | None, str]:
         entries = user.behaviour.entries

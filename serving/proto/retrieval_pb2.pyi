@@ -16,16 +16,46 @@ class After(_message.Message):
     def __init__(self, partition: _Optional[int] = ..., offset: _Optional[int] = ..., wait_ms: _Optional[int] = ...) -> None: ...
 
 class RetrieveRequest(_message.Message):
-    __slots__ = ("user_id", "k", "after", "with_cards")
+    __slots__ = ("user_id", "k", "after", "with_cards", "filters", "popularity_beta")
     USER_ID_FIELD_NUMBER: _ClassVar[int]
     K_FIELD_NUMBER: _ClassVar[int]
     AFTER_FIELD_NUMBER: _ClassVar[int]
     WITH_CARDS_FIELD_NUMBER: _ClassVar[int]
+    FILTERS_FIELD_NUMBER: _ClassVar[int]
+    POPULARITY_BETA_FIELD_NUMBER: _ClassVar[int]
     user_id: str
     k: int
     after: After
     with_cards: bool
-    def __init__(self, user_id: _Optional[str] = ..., k: _Optional[int] = ..., after: _Optional[_Union[After, _Mapping]] = ..., with_cards: bool = ...) -> None: ...
+    filters: Filters
+    popularity_beta: float
+    def __init__(self, user_id: _Optional[str] = ..., k: _Optional[int] = ..., after: _Optional[_Union[After, _Mapping]] = ..., with_cards: bool = ..., filters: _Optional[_Union[Filters, _Mapping]] = ..., popularity_beta: _Optional[float] = ...) -> None: ...
+
+class Filters(_message.Message):
+    __slots__ = ("categories", "tags", "tags_all", "ranges", "allow", "deny")
+    CATEGORIES_FIELD_NUMBER: _ClassVar[int]
+    TAGS_FIELD_NUMBER: _ClassVar[int]
+    TAGS_ALL_FIELD_NUMBER: _ClassVar[int]
+    RANGES_FIELD_NUMBER: _ClassVar[int]
+    ALLOW_FIELD_NUMBER: _ClassVar[int]
+    DENY_FIELD_NUMBER: _ClassVar[int]
+    categories: _containers.RepeatedScalarFieldContainer[str]
+    tags: _containers.RepeatedScalarFieldContainer[str]
+    tags_all: _containers.RepeatedScalarFieldContainer[str]
+    ranges: _containers.RepeatedCompositeFieldContainer[Range]
+    allow: _containers.RepeatedScalarFieldContainer[str]
+    deny: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, categories: _Optional[_Iterable[str]] = ..., tags: _Optional[_Iterable[str]] = ..., tags_all: _Optional[_Iterable[str]] = ..., ranges: _Optional[_Iterable[_Union[Range, _Mapping]]] = ..., allow: _Optional[_Iterable[str]] = ..., deny: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Range(_message.Message):
+    __slots__ = ("attribute", "min", "max")
+    ATTRIBUTE_FIELD_NUMBER: _ClassVar[int]
+    MIN_FIELD_NUMBER: _ClassVar[int]
+    MAX_FIELD_NUMBER: _ClassVar[int]
+    attribute: str
+    min: float
+    max: float
+    def __init__(self, attribute: _Optional[str] = ..., min: _Optional[float] = ..., max: _Optional[float] = ...) -> None: ...
 
 class RetrieveResponse(_message.Message):
     __slots__ = ("items", "freshness", "paths", "missing", "short_because")
@@ -182,7 +212,7 @@ class StatsResponse(_message.Message):
     def __init__(self, generation: _Optional[str] = ..., ready: bool = ..., started_ms: _Optional[int] = ..., queries: _Optional[int] = ..., queries_failed: _Optional[int] = ..., index: _Optional[_Union[IndexSizes, _Mapping]] = ..., watermarks: _Optional[_Iterable[_Union[IndexWatermark, _Mapping]]] = ..., tail: _Optional[_Union[TailStatus, _Mapping]] = ..., popular: _Optional[_Union[PopularStatus, _Mapping]] = ..., missing: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class IndexSizes(_message.Message):
-    __slots__ = ("live", "tombstones", "main", "fresh", "stale", "rows", "applied", "ignored", "rejected", "rebuilding", "rebuilds", "rebuilds_failed", "rebuild_s", "rebuild_error", "dimension", "refused")
+    __slots__ = ("live", "tombstones", "main", "fresh", "stale", "rows", "applied", "ignored", "rejected", "rebuilding", "rebuilds", "rebuilds_failed", "rebuild_s", "rebuild_error", "dimension", "refused", "main_name", "main_bytes", "breadth", "recall")
     LIVE_FIELD_NUMBER: _ClassVar[int]
     TOMBSTONES_FIELD_NUMBER: _ClassVar[int]
     MAIN_FIELD_NUMBER: _ClassVar[int]
@@ -199,6 +229,10 @@ class IndexSizes(_message.Message):
     REBUILD_ERROR_FIELD_NUMBER: _ClassVar[int]
     DIMENSION_FIELD_NUMBER: _ClassVar[int]
     REFUSED_FIELD_NUMBER: _ClassVar[int]
+    MAIN_NAME_FIELD_NUMBER: _ClassVar[int]
+    MAIN_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BREADTH_FIELD_NUMBER: _ClassVar[int]
+    RECALL_FIELD_NUMBER: _ClassVar[int]
     live: int
     tombstones: int
     main: int
@@ -215,7 +249,33 @@ class IndexSizes(_message.Message):
     rebuild_error: str
     dimension: int
     refused: int
-    def __init__(self, live: _Optional[int] = ..., tombstones: _Optional[int] = ..., main: _Optional[int] = ..., fresh: _Optional[int] = ..., stale: _Optional[int] = ..., rows: _Optional[int] = ..., applied: _Optional[int] = ..., ignored: _Optional[int] = ..., rejected: _Optional[int] = ..., rebuilding: bool = ..., rebuilds: _Optional[int] = ..., rebuilds_failed: _Optional[int] = ..., rebuild_s: _Optional[float] = ..., rebuild_error: _Optional[str] = ..., dimension: _Optional[int] = ..., refused: _Optional[int] = ...) -> None: ...
+    main_name: str
+    main_bytes: int
+    breadth: int
+    recall: RecallStatus
+    def __init__(self, live: _Optional[int] = ..., tombstones: _Optional[int] = ..., main: _Optional[int] = ..., fresh: _Optional[int] = ..., stale: _Optional[int] = ..., rows: _Optional[int] = ..., applied: _Optional[int] = ..., ignored: _Optional[int] = ..., rejected: _Optional[int] = ..., rebuilding: bool = ..., rebuilds: _Optional[int] = ..., rebuilds_failed: _Optional[int] = ..., rebuild_s: _Optional[float] = ..., rebuild_error: _Optional[str] = ..., dimension: _Optional[int] = ..., refused: _Optional[int] = ..., main_name: _Optional[str] = ..., main_bytes: _Optional[int] = ..., breadth: _Optional[int] = ..., recall: _Optional[_Union[RecallStatus, _Mapping]] = ...) -> None: ...
+
+class RecallStatus(_message.Message):
+    __slots__ = ("step", "samples", "estimate", "low", "high", "shadowed", "skipped", "raised", "lowered")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATE_FIELD_NUMBER: _ClassVar[int]
+    LOW_FIELD_NUMBER: _ClassVar[int]
+    HIGH_FIELD_NUMBER: _ClassVar[int]
+    SHADOWED_FIELD_NUMBER: _ClassVar[int]
+    SKIPPED_FIELD_NUMBER: _ClassVar[int]
+    RAISED_FIELD_NUMBER: _ClassVar[int]
+    LOWERED_FIELD_NUMBER: _ClassVar[int]
+    step: str
+    samples: int
+    estimate: float
+    low: float
+    high: float
+    shadowed: int
+    skipped: int
+    raised: int
+    lowered: int
+    def __init__(self, step: _Optional[str] = ..., samples: _Optional[int] = ..., estimate: _Optional[float] = ..., low: _Optional[float] = ..., high: _Optional[float] = ..., shadowed: _Optional[int] = ..., skipped: _Optional[int] = ..., raised: _Optional[int] = ..., lowered: _Optional[int] = ...) -> None: ...
 
 class TailStatus(_message.Message):
     __slots__ = ("caught_up", "lag_records", "records", "undecodable", "rejected", "away_since_ms")

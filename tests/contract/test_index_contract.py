@@ -1,4 +1,4 @@
-"""One suite over every adapter of `index.port.Index`: the oracle, and hnswlib in both of its modes."""
+"""One suite over every adapter of `index.port.Index`: the oracle, hnswlib in its modes, all other mains."""
 
 from collections.abc import Callable, Iterator
 
@@ -9,6 +9,8 @@ from eddyline.errors import VectorRejected
 from eddyline.records import ItemRecord
 from index.exact import ExactIndex
 from index.hnsw import HnswIndex
+from index.live import LiveIndex
+from index.mains.choose import NAMES, main_index
 from index.port import Hit, Index, Watermark
 
 D = 8
@@ -28,8 +30,11 @@ def gone(item_id: str, offset: int, *, partition: int = 0) -> ItemRecord:
     return ItemRecord(item_id, partition, offset, 0, 1_000 + offset, None)
 
 
-class Built(HnswIndex):
-    """hnswlib with a graph made after every write, so that the graph answers all that it can."""
+class Built(LiveIndex):
+    """A main index made after every write, so that it answers all that it can."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(D, main_index(name).build, breadth=200, exact_below=0, fresh_max=4_096)
 
     def apply(self, records):  # type: ignore[no-untyped-def]
         counted = super().apply(records)
@@ -41,7 +46,7 @@ MAKERS: dict[str, Callable[[], Index]] = {
     "exact": lambda: ExactIndex(D),
     "hnsw-scan": lambda: HnswIndex(D),
     "hnsw-fresh": lambda: HnswIndex(D, exact_below=0, fresh_max=1_000_000),
-    "hnsw-graph": lambda: Built(D, exact_below=0),
+    **{f"{name}-main": lambda name=name: Built(name) for name in NAMES},
 }
 
 

@@ -159,6 +159,29 @@ def test_counts_add_up_and_old_buckets_go(store: StateStore) -> None:
     assert sorted(store.popular("i0", 10)) == [10, 12]
 
 
+def test_a_bucket_keeps_its_most_counted_items(store: StateStore) -> None:
+    counts = {1: {"b": 5, "a": 5, "c": 9, "d": 1}, 2: {"x": 1}}
+    store.count_clicks("i0", CLICKS, None, at(1), counts, 9, 4)
+    assert store.popular("i0", 9) == counts
+    store.count_clicks("i0", CLICKS, at(1), at(2), {1: {"e": 6, "d": 1}, 2: {"x": 1}}, 9, 3)
+    assert store.popular("i0", 9) == {1: {"c": 9, "e": 6, "b": 5}, 2: {"x": 2}}
+
+
+def test_emptied_users_lose_list_and_embedding_and_may_begin_anew(store: StateStore) -> None:
+    both = UserEffects(
+        behaviours={"ana": seen("a"), "bo": seen("b")}, generation="1",
+        embeddings={"ana": (7, b"aaaa"), "bo": (8, b"bbbb")},
+    )  # fmt: skip
+    store.write_users("u3", CLICKS, None, at(1), both)
+    store.write_profiles("u3", Source("users", 3), None, at(1), {"ana": {"age": 1}}, ["1"])
+    effects = UserEffects(emptied=("ana", "bo", "nobody"), generation="1")
+    effects.behaviours = {"bo": seen("new")}
+    store.write_users("u3", CLICKS, at(1), at(2), effects)
+    ana, bo = (store.read_user("u3", 3, user, "1") for user in ("ana", "bo"))
+    assert (ana.behaviour, ana.embedding, ana.profile) == (EMPTY, None, {"age": 1})
+    assert (bo.behaviour, bo.embedding) == (seen("new"), None)
+
+
 def test_an_older_card_never_overrides_a_newer_one(store: StateStore) -> None:
     newer, older = Card(0, 1 << 40, b""), Card(0, 5, b'{"item_id":"a"}')
     store.write_cards("i0", ITEMS, None, at(8), {"a": newer, "b": older})

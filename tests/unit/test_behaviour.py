@@ -1,11 +1,25 @@
 """The behaviour list: its bytes, and the order of inserted entries against a plain sort."""
 
 import msgspec
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from eddyline.behaviour import DISLIKE, EMPTY, Behaviour, Entry, decode, encode, insert, liked_items
-from eddyline.events import KINDS
+from eddyline.behaviour import (
+    DISLIKE,
+    EMPTY,
+    Behaviour,
+    Bounds,
+    Entry,
+    decode,
+    encode,
+    insert,
+    liked_items,
+    place,
+    place_moved,
+    strength,
+)  # fmt: skip
+from eddyline.events import KINDS, Click
 
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 entries = st.builds(
@@ -64,8 +78,60 @@ def test_insert_is_a_stable_sort_that_keeps_the_newest(times: list[int], length_
 )
 def test_liked_items_leaves_out_dislikes_and_keeps_repeats(pairs: list[tuple[int, int]], limit: int) -> None:
     listed = [Entry(str(item), 0, kind) for item, kind in pairs]
-    expected = [str(item) for item, kind in pairs if KINDS[kind] != "dislike"][:limit]
+    expected = [
+        str(item)
+        for n, (item, kind) in enumerate(pairs)
+        if KINDS[kind] != "dislike" and (item, DISLIKE) not in pairs[:n]
+    ][:limit]
     assert liked_items(listed, limit) == liked_items(tuple(listed), limit) == expected
+
+
+@patient
+@given(st.lists(st.integers(0, 60), max_size=40), st.integers(1, 12), st.integers(0, 30), st.integers(0, 30))
+def test_a_list_is_bounded_by_count_age_and_lateness(
+    times: list[int], length_max: int, age_max: int, lateness_max: int
+) -> None:
+    listed: list[Entry] = []
+    oracle: list[tuple[int, int]] = []
+    newest = 0
+    for offset, at_ms in enumerate(times):
+        placed = place(listed, newest, Entry(str(offset), at_ms), Bounds(length_max, age_max, lateness_max))
+        assert placed == (not lateness_max or newest - at_ms <= lateness_max)
+        newest = max(newest, at_ms)
+        if placed:
+            oracle = sorted([*oracle, (at_ms, offset)], reverse=True)[:length_max]
+            oracle = [(t, o) for t, o in oracle if not age_max or newest - t <= age_max]
+        assert [(entry.at_ms, int(entry.item_id)) for entry in listed] == oracle
+
+
+@pytest.mark.parametrize(("ahead", "kept"), [(9, ["old"]), (10, ["old"]), (11, [])])
+def test_the_age_and_the_lateness_limits_are_inclusive(ahead: int, kept: list[str]) -> None:
+    entries = [Entry("old", 100)]
+    place(entries, 100, Entry("new", 100 + ahead), Bounds(9, age_ms_max=10))
+    assert [e.item_id for e in entries] == ["new", *kept]
+    assert place([], 100 + ahead, Entry("late", 100), Bounds(9, lateness_ms_max=10)) == bool(kept)
+
+
+def test_a_moved_entry_is_never_late_and_never_there_twice() -> None:
+    entries, bounds = [Entry("b", 50), Entry("a", 50)], Bounds(3, lateness_ms_max=5)
+    for _ in range(2):
+        assert place_moved(entries, 90, Entry("c", 50), bounds)
+    assert [e.item_id for e in entries] == ["c", "b", "a"]
+    place_moved(entries, 90, Entry("a", 50, DISLIKE), bounds)  # not the same behaviour
+    assert [e.item_id for e in entries] == ["a", "c", "b"]
+    place_moved(entries, 90, Entry("a", 50), Bounds(4, age_ms_max=10))
+    assert entries == []  # too old for the list, whoever did it
+
+
+@pytest.mark.parametrize(
+    ("dwell", "full", "weight"),
+    [(500, 2_000, 0.5), (2_000, 2_000, 2), (9_999, 2_000, 2), (0, 2_000, 0.002), (-1, 2_000, 0.002),
+     (0, 0, 2), ("long", 2_000, 2), (True, 2_000, 2)],
+)  # fmt: skip
+def test_dwell_time_weighs_where_it_is_asked_for(dwell: object, full: int, weight: float) -> None:
+    click = Click(user_id="u", item_id="i", at_ms=0, weight=2, context={"dwell_ms": dwell})  # type: ignore[dict-item]
+    assert strength(click, full) == pytest.approx(weight)
+    assert strength(Click(user_id="u", item_id="i", at_ms=0), full) == 1
 
 
 def test_a_kind_is_never_renumbered() -> None:

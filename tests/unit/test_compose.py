@@ -23,9 +23,9 @@ COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 SCHEMA = json.loads((ROOT / "tests" / "data" / "compose-spec.json").read_text(encoding="utf-8"))
-OURS = ("ingest", "worker", "trainer")
+OURS = ("ingest", "worker", "archive", "trainer")
 # What each image holds besides the kernel and the engines' room that all of them need.
-ROOMS = {"ingest": {"streams"}, "worker": {"index", "serving"}, "trainer": set[str]()}
+ROOMS = {"ingest": {"streams"}, "archive": {"streams"}, "worker": {"index", "serving"}, "trainer": set[str]()}
 
 
 def stages() -> dict[str, tuple[str, list[str]]]:
@@ -185,7 +185,10 @@ def test_state_is_in_volumes_and_bundles_are_shared() -> None:
     assert any(folder in line and "-o eddyline" in line for line in lineage("trainer"))
     kafka = SERVICES["kafka"]["environment"]["KAFKA_LOG_DIRS"]
     assert mounts["kafka"] == [f"kafka:{kafka}"] and mounts["valkey"] == ["valkey:/data"]
-    assert set(COMPOSE["volumes"]) == {"kafka", "valkey", "generations"}
+    folder = SERVICES["archive"]["environment"]["EDDYLINE_ARCHIVE_URL"]
+    assert mounts["archive"] == [f"archive:{folder}"]
+    assert any(folder in line and "-o eddyline" in line for line in lineage("archive"))
+    assert set(COMPOSE["volumes"]) == {"kafka", "valkey", "generations", "archive"}
 
 
 def test_valkey_keeps_what_it_was_told_and_drops_no_key() -> None:

@@ -87,6 +87,14 @@ class LiveAgainstExact(RuleBasedStateMachine):
     def rebuild(self) -> None:
         assert self.live.rebuild()
 
+    @rule()
+    def restart_from_a_snapshot(self) -> None:
+        before = self.live
+        before.close()
+        self.live = HnswIndex(D, m=8, ef_construction=50, ef=4, exact_below=5, fresh_max=1_000)
+        self.live.restore(before.contents())
+        self.live._ignored = before._ignored  # counters are the process's own
+
     @rule(place=PLACES, k=st.integers(-1, 30), exclude=st.frozensets(NAMES, max_size=10))
     def query(self, place: int, k: int, exclude: frozenset[str]) -> None:
         assert self.live.query(POOL[place], k, exclude) == self.exact.query(POOL[place], k, exclude)
@@ -250,7 +258,7 @@ def test_what_changes_while_a_graph_is_built_becomes_fresh() -> None:
 
 def test_a_graph_that_cannot_find_enough_is_replaced_by_the_scan() -> None:
     class Blind:
-        size = 30
+        size, name, memory_bytes = 30, "blind", 0
 
         def search(self, query, fetch):  # type: ignore[no-untyped-def]
             return None

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from kafka.errors import KafkaTimeoutError, MessageSizeTooLargeError, ProducerFencedError
 
-from eddyline import events
-from eddyline.errors import FenceMoved, KafkaUnavailable, LogMismatch, Rejected
-from eddyline.events import Click, Item, UserProfile
+from eddyline import accept, events
+from eddyline.errors import FenceMoved, KafkaUnavailable, LogMismatch, Rejected, VectorRejected
+from eddyline.events import MOVED, Click, Item, Merge, UserProfile
 from eddyline.ports import Fence, LogId, Source
 from eddyline.records import ItemRecord
 from eddyline.settings import Settings
 from eddyline.slots import partition_of
 from eddyline.stores.memory import MemoryStore
-from streams import clicks, items, membership, users
+from streams import clicks, dead_letters, items, membership, users
 from streams.chunk import Outcome, PartitionLost
 from streams.clicks import ClickIngest
 from streams.dead_letters import KafkaDeadLetters, KafkaForwarder
@@ -74,24 +77,25 @@ class Outside:
 
 class OneTower:
     def encode(self, items: Sequence[Item]) -> Any:
-        return np.ones((len(items), 2), np.float32)
+        return np.full((len(items), 2), np.sqrt(0.5), np.float32)
 
 
 class Rig:
     """A store, what lies outside, and the three functions, opened at offset 0."""
 
-    def __init__(self, end: int = 1_000) -> None:
+    def __init__(self, end: int = 1_000, micro: Any = None, **more: Any) -> None:
+        settings = msgspec.structs.replace(SETTINGS, **more)
         self.store, self.out = MemoryStore(), Outside()
         self.end = end
         self.now_s = 0.0
         towers: Any = SimpleNamespace(generation="g", item_tower=OneTower())
         self.clicks = ClickIngest(
-            SETTINGS,
+            settings,
             self.store,
-            self._at("clicks", lambda p: clicks.sources(SETTINGS, p)),
+            self._at("clicks", lambda p: clicks.sources(settings, p)),
             self.out,
             self.out,
-            None,
+            micro,
             lambda: self.now_s,
         )
         self.users = UserIngest(
@@ -162,6 +166,114 @@ def test_popularity_counts_thousandths_and_no_dislikes() -> None:
     rig.clicks.count(HERE)
     bucket = MS // (SETTINGS.popular_bucket_s * 1_000)
     assert rig.store.popular("i0", 9) == {bucket: {"i1": 2_500, "x": 1_000}}
+
+
+def test_kinds_and_dwell_time_weigh_for_popularity_and_zero_counts_nothing() -> None:
+    rig = Rig(dwell_ms_full=1_000, weight_cart=0.0)
+    log = [
+        click(0, "a", kind="view"), click(1, "a", kind="like"), click(2, "a", kind="purchase", weight=2),
+        click(3, "b", context={"dwell_ms": 250}), click(4, "c", kind="cart"), click(5, "d", kind="dislike"),
+    ]  # fmt: skip
+    rig.clicks.ingest(HERE, log, 0)
+    rig.clicks.count(HERE)
+    (counted,) = rig.store.popular("i0", 9).values()
+    assert counted == {"a": 500 + 2_000 + 2 * 5_000, "b": 250}
+
+
+def test_an_event_beyond_the_lateness_is_counted_and_not_listed() -> None:
+    rig = Rig(lateness_s_max=10)
+    log = [click(0, "new", at_ms=MS), click(1, "late", at_ms=MS - 10_000), click(2, at_ms=MS - 10_001)]
+    resent = click(3, "late", at_ms=MS - 60_000, event_id="e")
+    outcome = rig.clicks.ingest(HERE, [*log, resent], 0)
+    assert rig.entries() == ["new", "late"]
+    assert (outcome.applied, outcome.late, outcome.duplicates) == (4, 2, 0)
+    again = click(4, "late", at_ms=MS - 60_000, event_id="e")
+    assert rig.clicks.ingest(HERE, [again], 0).duplicates == 1
+    rig.clicks.count(HERE)
+    (counted,) = rig.store.popular("i0", 9).values()
+    assert counted == {"new": 1_000, "late": 2_000, "i1": 1_000}
+    seen = rig.store.read_user(f"u{HERE}", HERE, ANA, "g").behaviour
+    assert (seen.offset, seen.at_ms) == (3, MS)  # a query may wait for it like for any other
+
+
+def test_behaviours_leave_a_list_by_age_against_the_users_own_newest_event() -> None:
+    rig = Rig(history_age_s_max=10, lateness_s_max=0)
+    rig.clicks.ingest(HERE, [click(0, "a", at_ms=5_000), click(1, "b", at_ms=9_000)], 0)
+    assert rig.entries() == ["b", "a"]  # 1970: no clock is asked
+    rig.clicks.ingest(HERE, [click(2, "c", at_ms=16_000), click(3, "old", at_ms=5_999)], 0)
+    assert rig.entries() == ["c", "b"]
+
+
+def merge(offset: int, user: str = ANA, into: str = THERE) -> Any:
+    return rec(offset, events.encode(Merge(user_id=user, merge_into=into, at_ms=MS)), user.encode())
+
+
+@pytest.mark.parametrize("chunks", [[0, 5], [0, 2, 3, 5], [0, 1, 2, 3, 4, 5]])
+def test_a_merge_sends_the_list_on_and_begins_it_anew(chunks: list[int]) -> None:
+    rig = Rig()
+    other = next(u for u in map(str, range(99)) if partition_of(u, 2) == HERE)
+    log = [
+        click(1, "a", kind="like", weight=2.0), click(2, "b", kind="dislike"), merge(3),
+        click(4, "c"), click(5, "d", user_id=other),
+    ]  # fmt: skip
+    for a, b in pairwise(chunks):
+        rig.clicks.ingest(HERE, log[a:b], 0)
+    rig.clicks.count(HERE)
+    assert rig.entries() == ["c"]
+    sent = [
+        events.decode_click(v, appended_ms=MS, far_future_ms_max=9_000) for _, v, _ in rig.out.forwarded
+    ]
+    assert [(key, partition) for key, _, partition in rig.out.forwarded] == [(THERE.encode(), 1 - HERE)] * 2
+    assert [(c.user_id, c.item_id, c.at_ms, c.kind, c.weight, c.event_id, c.context) for c in sent] == [
+        (THERE, "a", MS + 1, "like", 2.0, f"merge/{HERE}/3/0", MOVED),
+        (THERE, "b", MS + 2, "dislike", 1.0, f"merge/{HERE}/3/1", MOVED),
+    ]
+
+
+def test_moved_clicks_enter_the_list_by_time_once_and_count_nowhere_again() -> None:
+    rig = Rig(lateness_s_max=1)
+    own = [click(1, "own", at_ms=MS), click(2, "newer", at_ms=MS + 9_000)]
+    moved = [
+        click(n, "moved", at_ms=MS + 5, kind="like", event_id="merge/0/3/0", context=dict(MOVED))
+        for n in (3, 4, 4 + 50)
+    ]  # inside the window, and far outside of it: the list of a merge that was done again
+    rig.clicks.ingest(HERE, [*own, *moved], 0)
+    rig.clicks.count(HERE)
+    assert rig.entries() == ["newer", "moved", "own"]
+    (counted,) = rig.store.popular("i0", 9).values()
+    assert counted == {"own": 1_000, "newer": 1_000}
+
+
+def test_a_merge_is_refused_into_himself_and_forwarded_where_it_is_stray() -> None:
+    rig = Rig()
+    outcome = rig.clicks.ingest(HERE, [merge(1, into=ANA), merge(2, THERE, ANA), rec(3, b'"merge_into"')], 0)
+    assert rig.out.letters == [(1, "same_user"), (3, "bad_field")]
+    assert rig.out.forwarded == [(THERE.encode(), merge(2, THERE, ANA).value, 1 - HERE)]
+    assert (outcome.applied, outcome.forwarded) == (0, 1)
+
+
+def test_a_user_with_ten_thousand_events_takes_no_more_than_many_users() -> None:
+    """One user's chunk against a chunk of as many users: time, and all that is kept of him."""
+
+    def rec_of(user: int, n: int) -> Any:
+        return click(n, f"i{n % 2_000}", user_id=ANA if user == 0 else f"u{user}", event_id=f"e{n}")
+
+    here = [n for n in range(1, 4_000) if partition_of(f"u{n}", 2) == HERE]
+    took = []
+    for many in (False, True):
+        rig = Rig(end=1 << 20, history_length_max=100, dedupe_window_events=1_000, popular_items_max=50)
+        log = [rec_of(here[n % len(here)] if many else 0, n) for n in range(10_000)]
+        begun = time.process_time()
+        for first in range(0, len(log), 250):
+            rig.clicks.ingest(HERE, log[first : first + 250], 0)
+        rig.clicks.count(HERE)
+        took.append(time.process_time() - begun)
+        state = rig.store.snapshot()
+        assert len(state.window[f"u{HERE}"]) == 1_000
+        assert all(len(counted) <= 50 for counted in state.buckets["i0"].values())
+        assert max(len(seen.entries) for seen, _ in state.behaviours.values()) <= 100
+        assert len(state.behaviours) == (len(here) if many else 1)
+    assert took[0] < 2 * took[1]
 
 
 def test_rubbish_is_delivered_before_the_fence_moves() -> None:
@@ -468,3 +580,51 @@ def test_a_name_outlives_its_process_and_is_never_shared(tmp_path: Path) -> None
     assert again.name == first.name
     second.close()
     again.close()
+
+
+def test_a_header_without_a_value_is_no_stamp() -> None:
+    assert accept.produced_us([("produced_us", None), ("other", b"1")]) == 0
+    assert accept.produced_us([("produced_us", None), ("produced_us", b"17")]) == 17
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1, 3_000_000])
+def test_a_dead_letter_above_the_limit_is_cut_and_says_so(more: int) -> None:
+    sent: list[Any] = []
+
+    class Producer:
+        def send(self, topic: str, value: bytes, **kept: Any) -> Any:
+            sent.append((value, dict(kept["headers"])))
+
+    sink = dead_letters.KafkaDeadLetters(Settings(), Producer())  # type: ignore[arg-type]
+    value = b"x" * (dead_letters.VALUE_BYTES_MAX + more)
+    sink.put(rec(1, value, b"k", "clicks"), Rejected("malformed_json", "", "no"))
+    kept, headers = sent[0]
+    assert len(kept) == min(len(value), dead_letters.VALUE_BYTES_MAX)
+    cut = more > 0
+    assert (headers.get("truncated_from_bytes") == str(len(value)).encode()) is cut
+    assert (headers.get("sha256") == hashlib.sha256(value).hexdigest().encode()) is cut
+
+
+def test_an_item_that_the_tower_cannot_place_is_a_dead_letter_and_the_others_go_on() -> None:
+    rig = Rig()
+    good, bad, strange = (
+        next(f"{name}{n}" for n in range(99) if partition_of(f"{name}{n}", 2) == HERE)
+        for name in ("good", "bad", "strange")
+    )
+
+    class Tower:
+        def encode(self, items: Sequence[Item]) -> Any:
+            if any(item.item_id == bad for item in items):
+                raise VectorRejected("no vector")
+            return np.array([[np.nan, 0] if i.item_id == strange else [1, 0] for i in items], np.float32)
+
+    rig.items._towers.item_tower = Tower()  # type: ignore[misc]
+    log = [
+        rec(n, events.encode(Item(item_id=item_id)), item_id.encode(), "items")
+        for n, item_id in enumerate((good, bad, strange))
+    ]
+    outcome = rig.items.ingest(HERE, log, 0)
+    assert (outcome.applied, outcome.rejected) == (1, 2)
+    assert [record.item_id for record in rig.out.published] == [good]
+    assert [reason for _, reason in rig.out.letters] == ["bad_vector", "bad_vector"]
+    assert set(rig.store.read_cards([good, bad, strange], 1)) == {good}

@@ -207,8 +207,9 @@ def test_nothing_to_start_is_started_at_once(supervisor: Supervisor) -> None:
 
 
 def test_an_exit_code_that_is_final_is_not_tried_again(tmp_path: Path, supervisor: Supervisor) -> None:
-    one = child(tmp_path, code=f"pathlib.Path({str(tmp_path / 'one.ready')!r}).touch(); time.sleep(0.3); sys.exit(3)",
-                final_codes=frozenset({3}))  # fmt: skip
+    ready = tmp_path / "one.ready"
+    code = f"pathlib.Path({str(ready)!r}).touch(); time.sleep(0.3); sys.exit(3)"
+    one = child(tmp_path, code=code, final_codes=frozenset({3}))
     supervisor.start(one)
     eventually(lambda: supervisor.states()["one"][0] == "failed")
     with pytest.raises(LocalServerError, match="one ended with exit code 3"):

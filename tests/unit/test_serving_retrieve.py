@@ -20,7 +20,7 @@ from eddyline.slots import partition_of, user_slot
 from eddyline.stores.memory import MemoryStore
 from embeddings.user_tower import query_vector
 from index.exact import ExactIndex
-from serving import users
+from serving import users, wire
 from serving.client import CallFailed, Client
 from serving.deadline import Deadline, DeadlinePassed
 from serving.paths import popular
@@ -582,3 +582,117 @@ def test_a_worker_that_is_not_there() -> None:
         client.retrieve("ana", 5, timeout_s=1.0)
     assert failed.value.code in ("UNAVAILABLE", "DEADLINE_EXCEEDED")
     assert "worker at 127.0.0.1:1" in str(failed.value)
+
+
+# ---------------------------------------------------------------- filters and popularity
+
+
+def tagged(world: World) -> None:
+    """Even items are short films of the year of their number, odd ones are books."""
+    world.index.upsert(
+        [
+            ItemRecord(f"i{n}", 0, 100 + n, n, 0, angle(8 * n + n * n / 10), {
+                "categories": ["book" if n % 2 else "film"], "tags": ["short"], "attributes": {"year": n},
+            })
+            for n in range(N)
+        ]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        (pb.Filters(), {*range(N)}),
+        (pb.Filters(categories=["film"]), {0, 2, 4, 6, 8, 10}),
+        (pb.Filters(categories=["film", "book"], tags=["short"], tags_all=["short"]), {*range(N)}),
+        (pb.Filters(tags_all=["short", "long"]), set()),
+        (pb.Filters(ranges=[pb.Range(attribute="year", min=9)]), {9, 10, 11}),
+        (pb.Filters(ranges=[pb.Range(attribute="year", min=2, max=3)], deny=["i2"]), {3}),
+        (pb.Filters(allow=["i1", "i5", "x"]), {1, 5}),
+        (pb.Filters(deny=["i1", "i5", "x"]), {*range(N)} - {1, 5}),
+    ],
+)
+@pytest.mark.parametrize("user", ["ana", "nobody"])
+def test_every_path_respects_the_filter(
+    client: Client, world: World, filters: pb.Filters, expected: set[int], user: str
+) -> None:
+    tagged(world)
+    world.user("ana", "i3", "i4")
+    world.clicked({1: {"i5": 3000, "i6": 2000, "i2": 1000}})
+    expected = expected - {3, 4} if user == "ana" else expected
+    response = client.retrieve(user, N, filters=filters)
+    assert {item.item_id for item in response.items} == {f"i{n}" for n in expected}
+    few = client.retrieve(user, 2, filters=filters)
+    assert len(few.items) == min(2, len(expected))
+    if filters != pb.Filters() and len(expected) < N:
+        assert response.short_because.startswith(f"{len(expected)} of {N}: ")
+        assert "live items pass the filter, " in response.short_because
+        assert response.short_because.endswith("of them are in the user's list")
+
+
+def test_popular_and_newest_fill_within_the_filter(client: Client, world: World) -> None:
+    tagged(world)
+    world.clicked({1: {"i5": 3000, "i6": 2000, "i2": 1000}})
+    response = client.retrieve("nobody", 4, filters=pb.Filters(categories=["film"]))
+    assert [(item.item_id, item.path) for item in response.items] == [
+        ("i6", "popular"), ("i2", "popular"), ("i10", "newest"), ("i8", "newest"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("filters", "sentence"),
+    [
+        (pb.Filters(categories=["a"] * 257), "filters.categories: 257 values, allowed are 0 … 256"),
+        (pb.Filters(tags=[""]), "filters.tags: '' has 0 bytes, allowed are 1 … 256"),
+        (pb.Filters(tags_all=["x" * 257]), "has 257 bytes, allowed are 1 … 256"),
+        (pb.Filters(deny=["d"] * 2_001), "filters.deny: 2001 values, allowed are 0 … 2000"),
+        (pb.Filters(ranges=[pb.Range(attribute="year")]), "filters.ranges: 'year' has neither min nor max"),
+        (pb.Filters(ranges=[pb.Range(min=1)]), "filters.ranges.attribute: '' has 0 bytes"),
+        (
+            pb.Filters(ranges=[pb.Range(attribute="year", min=2, max=1)]),
+            "filters.ranges: 'year': 2.0 … 1.0 holds no number",
+        ),
+        (pb.Filters(ranges=[pb.Range(attribute="year", min=float("nan"))]), "nan … inf holds no number"),
+        (pb.Filters(ranges=[pb.Range(attribute="y", min=1)] * 2), "filters.ranges: 'y' is given twice"),
+        (
+            pb.Filters(ranges=[pb.Range(attribute=f"y{n}", min=1) for n in range(17)]),
+            "filters.ranges: 17 values, allowed are 0 … 16",
+        ),
+    ],
+)
+def test_a_bad_filter_names_field_and_value(client: Client, filters: pb.Filters, sentence: str) -> None:
+    with pytest.raises(CallFailed) as failed:
+        client.retrieve("ana", 5, filters=filters)
+    assert failed.value.code == "INVALID_ARGUMENT"
+    assert sentence in failed.value.detail
+
+
+def test_the_limits_of_a_filter_are_good(client: Client) -> None:
+    ranges = [pb.Range(attribute=f"y{n}", min=1) for n in range(16)]
+    most = pb.Filters(categories=["a"] * 256, deny=["d"] * 2_000, ranges=ranges)
+    assert not client.retrieve("ana", 5, filters=most).items
+
+
+def test_popularity_is_held_back(client: Client, world: World) -> None:
+    world.user("ana", "i3")
+    assert [i.item_id for i in client.retrieve("ana", 3).items] == ["i2", "i4", "i1"]
+    world.clicked({1: {"i2": 100_000, "i4": 1_000}})
+    response = client.retrieve("ana", 3, popularity_beta=0.2)
+    assert [i.item_id for i in response.items] == ["i1", "i5", "i0"]
+    # 101 clicks in all, two items on the list: an item without a click has one of 104.
+    nearness = float(np.cos(np.radians(8 * 3 + 0.9 - 8.1)))
+    assert response.items[0].score == pytest.approx(nearness + 0.2 * np.log(104), abs=1e-5)
+    assert [i.item_id for i in client.retrieve("ana", 3, popularity_beta=0.0).items] == ["i2", "i4", "i1"]
+
+
+@pytest.mark.parametrize("beta", [-0.1, 10.1, float("nan"), float("inf")])
+def test_a_bad_beta(client: Client, beta: float) -> None:
+    with pytest.raises(CallFailed, match=r"INVALID_ARGUMENT: popularity_beta: .*, allowed are 0 … 10"):
+        client.retrieve("ana", 5, popularity_beta=beta)
+
+
+def test_beta_comes_from_the_settings_where_the_request_has_none() -> None:
+    settings = Settings(popularity_beta=0.5)
+    assert wire.query_of(pb.RetrieveRequest(user_id="ana", k=1), settings).popularity_beta == 0.5
+    asked = pb.RetrieveRequest(user_id="ana", k=1, popularity_beta=0.0)
+    assert wire.query_of(asked, settings).popularity_beta == 0.0

@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from eddyline.cli import settings_page
 from eddyline.errors import SettingsError
-from eddyline.settings import SECRETS, Settings, describe, load
+from eddyline.settings import SECRETS, Settings, data_folder, describe, load
 
 DOCS = Path(__file__).parents[2] / "docs"
 HINTS = get_type_hints(Settings, include_extras=True)
@@ -111,9 +111,12 @@ NUMBERS = [name for name, limits in LIMITS.items() if limits.ge is not None or l
 def test_every_limit_of_a_number(name: str, tmp_path: Path) -> None:
     low, high = LIMITS[name].ge, LIMITS[name].le
     assert low is not None and high is not None, "every number has both limits"
-    for inside in (low, low + 1, high - 1, high):
-        assert getattr(load(env(**{name: inside}), folder=tmp_path), name) == inside
-    for outside in (low - 1, high + 1, high * 1_000, -(10**30), 10**30):
+    step = 1 if isinstance(low, int) and isinstance(high, int) else (high - low) / 100
+    # The window and the chunk have a bound between them, too.
+    other = {"chunk_records_max": 1} if name == "dedupe_window_events" else {"dedupe_window_events": 10_000}
+    for inside in (low, low + step, high - step, high):
+        assert getattr(load(env(**other, **{name: inside}), folder=tmp_path), name) == inside
+    for outside in (low - step, high + step, high * 1_000, -(10**30), 10**30):
         assert str(outside) in refused(env(**{name: outside}), tmp_path)
 
 
@@ -153,3 +156,21 @@ def test_the_page_has_every_setting_with_its_default_and_limits() -> None:
 def test_the_command_prints_the_page(capsys: pytest.CaptureFixture[str]) -> None:
     settings_page.show(Settings(), markdown=True)
     assert capsys.readouterr().out == settings_page.markdown()
+
+
+@pytest.mark.parametrize(("window", "fits"), [(511, False), (512, True), (513, True), (100_000, True)])
+def test_the_window_is_twice_the_chunk_at_least(window: int, fits: bool) -> None:
+    environ = {"EDDYLINE_CHUNK_RECORDS_MAX": "256", "EDDYLINE_DEDUPE_WINDOW_EVENTS": str(window)}
+    if fits:
+        assert load(environ).dedupe_window_events == window
+    else:
+        with pytest.raises(SettingsError, match="dedupe_window_events = 511"):
+            load(environ)
+
+
+def test_a_data_folder_that_cannot_be_written_to_is_said_by_name(tmp_path: Path) -> None:
+    made = load({"EDDYLINE_DATA_DIR": str(tmp_path / "a" / "b")})
+    assert data_folder(made) == tmp_path / "a" / "b" and (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(SettingsError, match=r"data_dir = .*file.*cannot be written"):
+        data_folder(load({"EDDYLINE_DATA_DIR": str(tmp_path / "file")}))

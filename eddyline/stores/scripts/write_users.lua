@@ -1,4 +1,4 @@
--- KEYS[2]: the event-id window; then the lists' keys, then the embeddings' keys.
+-- KEYS[2]: the event-id window; then the lists' keys, then the embeddings' keys, then keys to delete first.
 -- ARGV[3]: the window's floor, ARGV[4]: n accepted ids, ARGV[5]: m lists, ARGV[6]: e embeddings;
 -- then n pairs (offset, event id), m list values, e embedding values.
 local now = redis.call('TIME')
@@ -13,6 +13,9 @@ if n > 0 then
   redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', '(' .. ARGV[3])
 end
 at = at + 2 * n
+for i = 3 + m + e, #KEYS do
+  redis.call('DEL', KEYS[i])
+end
 for i = 1, m do
   redis.call('SET', KEYS[2 + i], ARGV[at + i] .. stamp)
 end

@@ -1,0 +1,73 @@
+"""Which records of clicks, items and users are accepted: the codec, and the place where a record may lie.
+
+One rule for whoever reads a topic. Whether an accepted click is a re-send is for `eddyline.resends`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from eddyline import events
+from eddyline.errors import Rejected
+from eddyline.events import Click, Item, UserProfile
+from eddyline.settings import Settings
+from eddyline.slots import partition_of
+
+
+def click(settings: Settings, partition: int, value: bytes | None, appended_ms: int) -> Click | None:
+    """The click, or None where it is stray: ingest forwards it, and it counts in its own partition.
+
+    A merge is no click (`events.Merge`) and is refused here; what it moves comes as clicks of the other user.
+
+    appended_ms: the broker's time stamp. Raises Rejected.
+    """
+    found = events.decode_click(value, appended_ms=appended_ms, far_future_ms_max=settings.far_future_ms_max)
+    return found if partition_of(found.user_id, settings.clicks_partitions) == partition else None
+
+
+def item(
+    settings: Settings, partition: int, key: bytes | None, value: bytes | None, appended_ms: int
+) -> tuple[str, Item | None]:
+    """(item id, the whole item; None deletes it). Raises Rejected."""
+    item_id = _placed(key, "item", partition, settings.items_partitions)
+    if value is None:
+        events.check_id("item_id", item_id)
+        return item_id, None
+    found = events.decode_item(
+        value, key=item_id, appended_ms=appended_ms, far_future_ms_max=settings.far_future_ms_max,
+        vector_dimension=settings.item_vector_dimension,
+    )  # fmt: skip
+    return item_id, found
+
+
+def profile(
+    settings: Settings, partition: int, key: bytes | None, value: bytes | None, appended_ms: int
+) -> tuple[str, UserProfile | None]:
+    """(user id, his whole profile; None forgets him). Raises Rejected."""
+    user_id = _placed(key, "user", partition, settings.clicks_partitions)
+    if value is None:
+        events.check_id("user_id", user_id)
+        return user_id, None
+    found = events.decode_profile(
+        value, key=user_id, appended_ms=appended_ms, far_future_ms_max=settings.far_future_ms_max
+    )
+    return user_id, found
+
+
+def produced_us(headers: Sequence[tuple[str, bytes | None]]) -> int:
+    """The producer's stamp, 0 where it has none or one that is no number of a sensible size."""
+    for name, value in headers:
+        if name == "produced_us" and value is not None and value.isdigit() and len(value) <= 18:
+            return int(value)
+    return 0
+
+
+def _placed(key: bytes | None, kind: str, partition: int, partitions: int) -> str:
+    found = events.decode_key(key)
+    if found is None:
+        raise Rejected("no_key", "key", f"the record needs its {kind}'s id as key")
+    own = partition_of(found, partitions)
+    if own != partition:
+        detail = f"{events.quote(found)} belongs to partition {own}: use Kafka's murmur2 partitioner"
+        raise Rejected("wrong_partition", "key", detail)
+    return found

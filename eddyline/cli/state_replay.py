@@ -1,0 +1,244 @@
+"""`eddyline replay --from … --to … --into memory|redis`: a hash of the state that a slice of Kafka gives.
+
+The slice goes through ingest's own functions into a store of its own; Kafka is only read. The same slice
+gives the same hash, in either store, whatever the chunks. Order: items first, then each partition's clicks
+and users together, by the broker's append time, users first where equal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby, islice
+from typing import Any
+
+import msgspec
+import redis
+from kafka import TopicPartition
+
+from eddyline import behaviour, kafka, records, start
+from eddyline.cli import slicing
+from eddyline.cli.producers import console
+from eddyline.cli.slicing import Slices
+from eddyline.errors import Rejected, SettingsError
+from eddyline.kafka import CLICKS, ITEMS, USERS
+from eddyline.ports import Source, StateStore
+from eddyline.records import ItemRecord
+from eddyline.settings import Settings
+from eddyline.slots import user_slot
+from eddyline.stores.memory import MemoryStore
+from eddyline.stores.redis import RedisStore
+from embeddings import bundle as bundles
+from embeddings.bundle import Bundle
+from streams import clicks, items, users
+from streams.chunk import Outcome, Record
+from streams.clicks import ClickIngest
+from streams.items import ItemIngest
+from streams.micro_steps import MicroSteps
+from streams.positions import Positions
+from streams.users import UserIngest
+
+_IDS_AT_A_TIME = 1_000
+# More than any bucket of popularity counts can hold.
+_ALL = 2**31 - 1
+
+
+@dataclass
+class Replayed:
+    """What a slice gave. hash: of the whole state; the ids are those that the slice touched.
+
+    published: digest of the last item record of each item"""
+
+    hash: str = ""
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    users: dict[int, set[str]] = field(default_factory=dict)
+    event_ids: dict[int, dict[str, int]] = field(default_factory=dict)
+    items: set[str] = field(default_factory=set)
+    published: dict[str, bytes] = field(default_factory=dict)
+
+
+class _Outside:
+    """Where ingest's outputs go here: refused and stray records nowhere, item records into a digest each."""
+
+    def __init__(self, published: dict[str, bytes]) -> None:
+        self.published = published
+
+    def put(self, record: Record, rejected: Rejected) -> None:
+        pass
+
+    def forward(self, record: Record, key: bytes, value: bytes, partition: int) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def open(self, partition: int) -> None:
+        pass
+
+    def publish(self, partition: int, published: Sequence[ItemRecord]) -> None:
+        for record in published:
+            self.published[record.item_id] = hashlib.sha256(records.encode_record(record)).digest()
+
+
+def run(settings: Settings, *, begin: str, end: str, into: str, chunk: int) -> None:
+    """Replay a slice and print the hash of its state.
+
+    begin, end: `earliest`, `latest`, a time (ISO 8601, or milliseconds since 1970; the broker's append time),
+                or offsets by partition, `clicks:0=100,items:1=5`; of topics that are not named: all, or none
+                for an end
+    into:       memory, or redis: there under a namespace of its own, which is removed after it
+    Raises SettingsError, Unavailable, BundleError.
+    """
+    if into not in ("memory", "redis"):
+        raise SettingsError(f"--into {into!r}: expected memory or redis")
+    if chunk < 1:
+        raise SettingsError(f"--chunk {chunk}: must be 1 or above")
+    towers = bundles.load(settings.bundles / start.active_generation(settings).bundle)
+    slices = slicing.between(settings, begin, end)
+    with _store(settings, into) as store:
+        done = replay(settings, store, slices, towers, chunk)
+    for name, outcome in done.outcomes.items():
+        counts = (f"{value:,} {what}" for what, value in outcome.counts().items() if value)
+        console.print(f"{name}: {', '.join(counts) or 'nothing'}")
+    console.print(f"state {done.hash}")
+
+
+def replay(settings: Settings, store: StateStore, slices: Slices, towers: Bundle, chunk: int) -> Replayed:
+    """Apply slices of the topics to an empty store, `chunk` records at a time. Raises KafkaUnavailable."""
+    done = Replayed()
+    outside = _Outside(done.published)
+    ids = kafka.log_ids(settings, kafka.SOURCES)
+    micro = MicroSteps(towers)
+
+    def at(name: str, sources_of: Any) -> Positions:
+        positions = Positions(store, settings.prefixed(name), sources_of, lambda: ids[name])
+        positions.open({p.partition: bounds for p, bounds in slices.items() if _name(settings, p) == name})
+        return positions
+
+    of_clicks = at(CLICKS, lambda p: clicks.sources(settings, p))
+    of_users = at(USERS, lambda p: users.sources(settings, p))
+    of_items = at(ITEMS, lambda p: items.sources(settings, towers.generation, p))
+    by_clicks = ClickIngest(settings, store, of_clicks, outside, outside, micro)
+    ingests: dict[str, Any] = {
+        ITEMS: ItemIngest(settings, store, of_items, outside, outside, towers, lambda: 0),
+        USERS: UserIngest(settings, store, of_users, outside, [towers.generation]),
+        CLICKS: by_clicks,
+    }
+    done.outcomes = {name: Outcome() for name in ingests}
+    for partition, merged in slicing.merged(settings, slices):
+        for topic, run_ in groupby(merged, key=lambda record: record.topic):
+            name = topic.removeprefix(settings.prefixed(""))
+            while part := list(islice(run_, chunk)):
+                _note(done, name, partition, part, settings)
+                done.outcomes[name].add(ingests[name].ingest(partition, part, 0))
+        by_clicks.count(partition)
+    done.hash = state_hash(settings, store, done, towers.generation)
+    return done
+
+
+def state_hash(settings: Settings, store: StateStore, touched: Replayed, generation: str) -> str:
+    """SHA-256 of all state of the touched users and items, in a fixed order.
+
+    Fences' offsets, event-id windows, lists, embeddings' bits, profiles, popularity counts, cards, and the
+    last item record published. Left out: `read_us` and `applied_us`, stamps of this run, and the log's id.
+    """
+    state = hashlib.sha256()
+
+    def add(*parts: object) -> None:
+        state.update(msgspec.msgpack.encode(parts))
+
+    for p in range(settings.clicks_partitions):
+        slot = user_slot(p)
+        for source, slots in {**clicks.sources(settings, p), **users.sources(settings, p)}.items():
+            for name, fence in sorted(store.fences(source, slots).items()):
+                add("fence", source.name, p, name, -1 if fence is None else fence.offset)
+        for event_ids in _batches(touched.event_ids.get(p, ())):
+            read = store.read_users(slot, Source(CLICKS, p), event_ids, [], "")
+            add("window", p, sorted(read.accepted_at.items()))
+        for user_ids in _batches(touched.users.get(p, ())):
+            read = store.read_users(slot, Source(CLICKS, p), [], user_ids, generation)
+            for user in user_ids:
+                found = read.behaviours.get(user, behaviour.EMPTY)
+                profile = msgspec.json.encode(read.profiles.get(user), order="sorted")
+                listed = behaviour.encode(msgspec.structs.replace(found, read_us=0))
+                add("user", user, listed, read.embeddings.get(user), profile)
+    for p in range(settings.items_partitions):
+        for source, slots in items.sources(settings, generation, p).items():
+            for name, fence in sorted(store.fences(source, slots).items()):
+                add("fence", source.name, p, name, -1 if fence is None else fence.offset)
+    for item_ids in _batches(touched.items):
+        cards = store.read_cards(item_ids, settings.item_slots)
+        for item_id in item_ids:
+            card = cards.get(item_id)
+            place = None if card is None else (card.partition, card.offset, card.body)
+            add("item", item_id, place, touched.published.get(item_id))
+    for shard in range(settings.item_slots):
+        for bucket, counts in sorted(store.popular(f"i{shard}", _ALL).items()):
+            add("popular", shard, bucket, sorted(counts.items()))
+    return state.hexdigest()
+
+
+@contextmanager
+def _store(settings: Settings, into: str) -> Iterator[StateStore]:
+    if into == "memory":
+        yield MemoryStore()
+        return
+    namespace = f"{settings.namespace[:24]}-replay-{uuid.uuid4().hex[:8]}".lstrip("-")
+    store = RedisStore(msgspec.structs.replace(settings, namespace=namespace))
+    try:
+        store.check()
+        yield store
+    finally:
+        store.close()
+        _remove(settings, namespace)
+
+
+def _remove(settings: Settings, namespace: str) -> None:
+    timeout_s = settings.redis_timeout_ms / 1000
+    with redis.Redis.from_url(settings.redis_url, socket_timeout=timeout_s) as client:
+        keys = client.scan_iter(match=f"{namespace}:*", count=1_000)
+        while some := list(islice(keys, 1_000)):
+            client.unlink(*some)
+
+
+def _note(done: Replayed, name: str, partition: int, part: Sequence[Any], settings: Settings) -> None:
+    """Remember whom the records are about: the ids under which state may lie now."""
+    keys = {(r.key or b"").decode(errors="replace") for r in part}
+    if name == ITEMS:
+        done.items |= keys
+        return
+    people = done.users.setdefault(partition, set())
+    if name == USERS:
+        people |= keys
+        return
+    window = done.event_ids.setdefault(partition, {})
+    for record in part:
+        try:
+            found = msgspec.json.decode(record.value or b"", type=_Ids)
+        except msgspec.DecodeError:
+            continue
+        people.add(found.user_id)
+        if found.event_id is not None:
+            window[found.event_id] = record.offset
+    floor = part[-1].offset - settings.dedupe_window_events
+    if len(window) > 2 * settings.dedupe_window_events:
+        done.event_ids[partition] = {e: offset for e, offset in window.items() if offset >= floor}
+
+
+class _Ids(msgspec.Struct):
+    user_id: str
+    event_id: str | None = None
+
+
+def _batches(ids: Iterable[str]) -> Iterator[list[str]]:
+    """Sorted, a thousand at a time."""
+    ordered = sorted(ids)
+    for at in range(0, len(ordered), _IDS_AT_A_TIME):
+        yield ordered[at : at + _IDS_AT_A_TIME]
+
+
+def _name(settings: Settings, place: TopicPartition) -> str:
+    return str(place.topic).removeprefix(settings.prefixed(""))

@@ -1,0 +1,67 @@
+"""Between a State and the contents of a snapshot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from operator import itemgetter
+
+import numpy as np
+
+from index.columns import Columns
+from index.rows import CAPACITY_MIN, NEVER, Rows
+from index.snapshot import Contents
+from index.state import State
+
+
+def taken(state: State, versions: Sequence[int]) -> Contents:
+    """All that is live in a State, and the versions of what was deleted. versions: label -> its version."""
+    table, ids = state.table, state.ids
+    rows = table.alive(state.count, state.seq)
+    labels = table.labels[rows]
+    dead = np.ones(len(versions), bool)
+    dead[labels] = False
+    gone = np.flatnonzero(dead)
+    return Contents(
+        ids=[ids[label] for label in (*labels.tolist(), *gone.tolist())],
+        vectors=table.vectors[rows],
+        facts=table.facts[rows, 1:],
+        deleted=np.array(versions, np.int64)[gone],
+        # In the order of their names: the same contents are the same bytes.
+        columns=sorted(state.columns.compacted(rows, state.count).items(len(rows)), key=itemgetter(0)),
+        watermarks=dict(state.watermarks),
+    )
+
+
+def given(state: State, contents: Contents) -> tuple[State, list[int]]:
+    """(an empty State filled with these contents, the version of each label).
+
+    The vectors are used where they lie, in the mapped file; the first write copies them. Raises ValueError
+    where an item is there twice.
+    """
+    live, known = len(contents.vectors), len(contents.ids)
+    facts = np.empty((live, 4), np.int64)
+    facts[:, 0], facts[:, 1:] = np.arange(live), contents.facts
+    columns = Columns()
+    for key, rows, values in contents.columns:
+        columns.put(key, rows, values)
+    label_of = dict(zip(contents.ids, range(known), strict=True))
+    if len(label_of) != known:
+        raise ValueError(f"{known - len(label_of)} items of the snapshot are there twice")
+    room = max(CAPACITY_MIN, 2 * known)
+    row_of = np.full(room, -1)
+    row_of[:live] = np.arange(live)
+    after = replace(
+        state,
+        ids=list(contents.ids),
+        label_of=label_of,
+        table=Rows.over(contents.vectors, facts),
+        count=live,
+        seq=state.seq + 1,
+        live=live,
+        row_of=row_of,
+        fresh_since=np.full(room, NEVER),
+        watermarks=dict(contents.watermarks),
+        columns=columns,
+    )
+    return after, [*contents.facts[:, 2].tolist(), *contents.deleted.tolist()]

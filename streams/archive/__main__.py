@@ -1,0 +1,76 @@
+"""The archive process, wired together: `python -m streams.archive`, `eddyline archive`.
+
+Exit codes: 0 a wanted stop · 2 a bad setting · 3 a person has to decide (the files are of another log).
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from eddyline import alive, kafka, logs
+from eddyline import settings as settings_
+from eddyline.archive import Archive
+from eddyline.errors import LogMismatch, SettingsError, Unavailable
+from eddyline.local import endpoints
+from eddyline.settings import Settings
+from eddyline.start import Patience, Stopped
+from streams import membership
+from streams.archive import files
+from streams.archive.consumer import Archiver
+
+log = logging.getLogger(__name__)
+
+_BACKOFF_S = 0.2
+
+
+def main() -> int:
+    """Run until SIGTERM or SIGINT. Returns the exit code."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        settings = endpoints.resolve(settings_.load())
+        archive = Archive(settings)
+    except SettingsError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    logs.configure(settings, "archive")
+    try:
+        _run(settings, archive, stop)
+    except LogMismatch as error:
+        log.error(str(error))
+        return 3
+    except Stopped:
+        return 0
+    log.info("stopped")
+    return 0
+
+
+def _run(settings: Settings, archive: Archive, stop: threading.Event) -> None:
+    def reach() -> None:
+        alive.beat(settings, "archive")
+        kafka.ensure_topics(settings)
+
+    Patience(settings, stop).until("Kafka", reach)
+    files.remove_abandoned(archive)
+    member = membership.take(Path(settings.data_dir) / "archiver")
+    archiver, wait_s = Archiver(settings, archive, stop, member.name), _BACKOFF_S
+    log.info("archive starts", extra={"kafka": settings.kafka_bootstrap_servers, "url": archive.url})
+    while not stop.is_set():
+        rows = archiver.rows
+        try:
+            archiver.run_once()
+        except (Unavailable, OSError) as error:
+            wait_s = _BACKOFF_S if archiver.rows > rows else min(2 * wait_s, settings.backoff_ms_max / 1000)
+            log.warning("starting again", extra={"reason": str(error), "wait_ms": int(wait_s * 1000)})
+            alive.beat(settings, "archive")
+            stop.wait(wait_s)
+    member.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,248 @@
+"""One partition into files whose boundaries the log alone decides.
+
+A file ends where the next record was appended in another hour, or where the next offset is in another run of
+`archive_file_offsets` offsets. Its rows are the accepted events. So whoever reads the partition from a file's
+beginning writes the same file, byte for byte. What is not complete lies in `.partial` and counts for nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from eddyline import accept
+from eddyline import archive as layout
+from eddyline.archive import HOUR_MS, ROW_GROUP_BYTES, ROW_GROUP_ROWS, Archive, Archived, Forgotten
+from eddyline.errors import Rejected
+from eddyline.kafka import CLICKS, ITEMS, USERS
+from eddyline.ports import LogId
+from eddyline.resends import ResendWindow
+from eddyline.settings import Settings
+from streams.archive import files
+from streams.chunk import Record
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Forgetting:
+    """Who of one partition was forgotten, shared by its clicks and users. By digest: ids are not kept.
+
+    Removed from a file that is written after the null record was read; files before are rewritten.
+    """
+
+    by_digest: dict[str, Forgotten] = field(default_factory=dict)
+
+    def note(self, digest: str, forgotten: Forgotten) -> None:
+        """Remember a null record."""
+        self.by_digest[digest] = forgotten
+
+    def of(self, user_id: str) -> Forgotten | None:
+        """Up to where the user's rows go."""
+        return self.by_digest.get(layout.digest(user_id))
+
+    def drop_before(self, appended_ms: int) -> None:
+        """Let go of null records older than any click that is still to be written."""
+        self.by_digest = {d: f for d, f in self.by_digest.items() if f.appended_ms >= appended_ms}
+
+
+class _OpenFile:
+    """Rows of one file to be. Full row groups are on disk already: memory holds one at most."""
+
+    def __init__(self, archive: Archive, topic: str, log_id: LogId, record: Record) -> None:
+        self.first = self.last = record.offset
+        self.hour = record.timestamp // HOUR_MS
+        self.rows = 0
+        self.gone: dict[str, Forgotten] = {}
+        self.partial = files.partial_path(archive, f"{topic}-{record.partition}-{self.first}")
+        self._schema = layout.schema(topic).with_metadata(layout.metadata_of(log_id))
+        self._writer = layout.writer(self.partial, self._schema)
+        self._pending: list[tuple[Any, ...]] = []
+        self._bytes = 0
+
+    def add(self, row: tuple[Any, ...], size: int) -> None:
+        self._pending.append(row)
+        self._bytes += size
+        if len(self._pending) >= ROW_GROUP_ROWS or self._bytes >= ROW_GROUP_BYTES:
+            self._flush()
+
+    def finish(self) -> Path:
+        """The complete file, still in its partial place."""
+        self._flush()
+        self._writer.close()
+        return self.partial
+
+    def discard(self) -> None:
+        try:
+            self._writer.close()
+        except OSError as error:
+            log.info("a partial file could not be closed", extra={"reason": str(error)})
+        self.partial.unlink(missing_ok=True)
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        columns = zip(*self._pending, strict=True)
+        arrays = [pa.array(column, kind) for column, kind in zip(columns, self._schema.types, strict=True)]
+        table = pa.Table.from_arrays(arrays, schema=self._schema)
+        self._writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
+        self.rows += len(self._pending)
+        self._pending, self._bytes = [], 0
+
+
+class PartitionWriter:
+    """Archives one partition from `position` on. Thread rule: one thread.
+
+    window:     what was accepted before the position; clicks only
+    forgetting: shared by clicks and users of the partition
+    written:    everything below this offset is in complete files
+    rows, left_out: records accepted; refused, stray or sent again
+    """
+
+    def __init__(
+        self, settings: Settings, archive: Archive, topic: str, partition: int, log_id: LogId,
+        position: int, window: ResendWindow, forgetting: Forgetting,
+    ) -> None:  # fmt: skip
+        self.written = position
+        self.last_read = position - 1
+        self.rows = self.left_out = 0
+        self._settings = settings
+        self._archive = archive
+        self._topic = topic
+        self._partition = partition
+        self._log_id = log_id
+        self._window = window
+        self._forgetting = forgetting
+        self._file: _OpenFile | None = None
+
+    def append(self, records: Sequence[Record]) -> None:
+        """Take consecutive records, oldest first; completes every file whose end is among them.
+
+        Raises OSError where a file cannot be written; then this object is of no more use.
+        """
+        run = self._settings.archive_file_offsets
+        for record in records:
+            if record.offset <= self.last_read:
+                continue
+            file = self._file
+            if file is not None and (
+                record.timestamp // HOUR_MS != file.hour or record.offset // run != file.first // run
+            ):
+                self.complete()
+                file = None
+            if file is None:
+                file = self._file = _OpenFile(self._archive, self._topic, self._log_id, record)
+            self.last_read = file.last = record.offset
+            event = self._accept(file, record)
+            if event is not None:
+                file.add(layout.row(event), len(record.value or b""))
+
+    def hour_over_ms(self) -> int | None:
+        """When the open file's hour ends, milliseconds since 1970; None where no file is open."""
+        return None if self._file is None else (self._file.hour + 1) * HOUR_MS
+
+    def complete(self) -> None:
+        """Give the open file its place. Only at a boundary: the caller knows that its last record is in.
+
+        Users who were forgotten in it are taken out of all files first: once it is there, they are gone.
+        """
+        file = self._file
+        if file is None:
+            return
+        partial = file.finish()
+        if file.gone:
+            done, rows = files.forget(self._archive, file.gone, self._partition)
+            log.info("users forgotten", extra={"users": len(file.gone), "files": done, "rows": rows})
+        if self._forgetting.by_digest and self._topic in (CLICKS, USERS):
+            kept = partial.with_name(f"{partial.name}-kept")
+            layout.without(partial, kept, self._topic, self._forgetting.of)
+            kept.replace(partial)
+        hour_ms = file.hour * HOUR_MS
+        path = self._archive.path(self._topic, hour_ms, self._partition, file.first, file.last)
+        files.put(self._archive, partial, path)
+        self._file, self.written = None, file.last + 1
+        if self._topic == CLICKS:
+            # An hour to spare for a broker whose clock was set back.
+            self._forgetting.drop_before(hour_ms - HOUR_MS)
+        about = {"topic": self._topic, "partition": self._partition, "first": file.first, "last": file.last}
+        log.info("archived", extra=about | {"rows": file.rows, "path": path})
+
+    def discard(self) -> None:
+        """Let go of what is not complete: it is read again by whoever owns the partition next."""
+        if self._file is not None:
+            self._file.discard()
+            self._file = None
+
+    def _accept(self, file: _OpenFile, record: Record) -> Archived | None:
+        """The event as it is archived; None where the record is refused, stray or a re-send."""
+        settings, partition, at_ms = self._settings, self._partition, record.timestamp
+        try:
+            if self._topic == CLICKS:
+                click = accept.click(settings, partition, record.value, at_ms)
+                if click is None or not self._window.accept(click.event_id, record.offset):
+                    self.left_out += 1
+                    return None
+                stamp = accept.produced_us(record.headers)
+                found = Archived(partition, record.offset, at_ms, click.user_id, click, stamp)
+            elif self._topic == ITEMS:
+                key, item = accept.item(settings, partition, record.key, record.value, at_ms)
+                found = Archived(partition, record.offset, at_ms, key, item)
+            else:
+                user, profile = accept.profile(settings, partition, record.key, record.value, at_ms)
+                if profile is None:
+                    return self._forgotten(file, record, user)
+                found = Archived(partition, record.offset, at_ms, user, profile)
+        except Rejected:
+            self.left_out += 1
+            return None
+        self.rows += 1
+        return found
+
+    def _forgotten(self, file: _OpenFile, record: Record, user_id: str) -> Archived:
+        limit = Forgotten(record.timestamp, record.offset)
+        file.gone[user_id] = limit
+        digest = layout.digest(user_id)
+        self._forgetting.note(digest, limit)
+        self.rows += 1
+        return Archived(record.partition, record.offset, record.timestamp, None, None, digest=digest)
+
+
+def open_partition(
+    settings: Settings, archive: Archive, topic: str, partition: int, log_id: LogId,
+    begin: int, forgetting: Mapping[int, Forgetting],
+) -> PartitionWriter:  # fmt: skip
+    """Where the files of a partition end, and what must be known to go on: window and forgotten users.
+
+    begin: offset of the oldest record that Kafka keeps
+    The window is read from the files, not from the log before the position: which events were accepted there
+    depends on what lay before those, and so on to the log's beginning. The files have the answer.
+    """
+    mine = archive.files(topic, partition)
+    last = max((file.last for file in mine), default=-1)
+    if mine and last + 1 < begin:
+        log.error(
+            "records between the archive's end and the log's beginning are gone by retention",
+            extra={"topic": topic, "partition": partition, "records": begin - last - 1},
+        )
+    window = ResendWindow(settings.dedupe_window_events)
+    if topic == CLICKS:
+        floor = max(0, last + 1 - settings.dedupe_window_events)
+        for event in archive.read(CLICKS, partition, first=floor):
+            if event.event is not None:
+                window.accept(getattr(event.event, "event_id", None), event.offset)
+        since_ms = max((file.hour_ms for file in mine), default=0) - HOUR_MS
+        for file in archive.files(USERS, partition):
+            if file.hour_ms >= since_ms:
+                for event in archive.events(file):
+                    if event.digest is not None:
+                        limit = Forgotten(event.appended_ms, event.offset)
+                        forgetting[partition].note(event.digest, limit)
+    position = max(last + 1, begin)
+    return PartitionWriter(
+        settings, archive, topic, partition, log_id, position, window, forgetting[partition]
+    )

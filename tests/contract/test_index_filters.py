@@ -1,0 +1,225 @@
+"""Filters over every adapter: some by hand, and any filter at all against the naive meaning of it."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from eddyline.records import ItemRecord
+from index import filtered
+from index.exact import ExactIndex
+from index.filters import Filter, Range, matches
+from index.hnsw import HnswIndex
+from index.port import Hit, Index
+
+D = 8
+WORDS = ("a", "b", "c", "rare")
+
+
+class Built(HnswIndex):
+    """hnswlib with a graph made after every write, so that the graph answers all that it can."""
+
+    def apply(self, records):  # type: ignore[no-untyped-def]
+        counted = super().apply(records)
+        assert self.rebuild()
+        return counted
+
+
+MAKERS: dict[str, Callable[[], Index]] = {
+    "exact": lambda: ExactIndex(D),
+    "hnsw-scan": lambda: HnswIndex(D),
+    "hnsw-fresh": lambda: HnswIndex(D, exact_below=0, fresh_max=1_000_000),
+    "hnsw-graph": lambda: Built(D, exact_below=0),
+}
+
+
+@pytest.fixture(params=list(MAKERS))
+def index(request: pytest.FixtureRequest) -> Iterator[Index]:
+    made = MAKERS[request.param]()
+    yield made
+    made.close()
+
+
+def units(n: int, seed: int) -> np.ndarray:
+    vectors = np.random.default_rng(seed).normal(size=(n, D)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+POOL = units(64, 1)
+
+
+def put(item_id: str, offset: int = 0, at: int = 0, **attributes: Any) -> ItemRecord:
+    return ItemRecord(item_id, 0, offset, offset, 0, POOL[at], attributes)
+
+
+def ids(hits: list[Hit]) -> list[str]:
+    return sorted(hit.item_id for hit in hits)
+
+
+def of(*names: str) -> frozenset[str]:
+    return frozenset(names)
+
+
+CATALOGUE = [
+    put(
+        "film",
+        1,
+        1,
+        categories=["Drama", "War"],
+        tags=["long", "old"],
+        attributes={"year": 1995, "stars": 4.5},
+    ),
+    put("book", 2, 2, categories=["Drama"], tags=["old"], attributes={"year": 1870, "signed": True}),
+    put("song", 3, 3, categories=["Pop"], tags=["new"], attributes={"year": "1999", "stars": float("nan")}),
+    put("bare", 4, 4),
+    put("odd", 5, 5, categories="Drama", tags=[1, None], attributes=["year"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (Filter(), ["bare", "book", "film", "odd", "song"]),
+        (Filter(categories=of("Drama")), ["book", "film"]),
+        (Filter(categories=of("Pop", "War")), ["film", "song"]),
+        (Filter(categories=of("Dram")), []),
+        (Filter(tags=of("old", "new")), ["book", "film", "song"]),
+        (Filter(tags_all=of("old", "long")), ["film"]),
+        (Filter(tags_all=of("old", "never heard of")), []),
+        (Filter(ranges={"year": Range(1870, 1995)}), ["book", "film"]),
+        (Filter(ranges={"year": Range(1870.5)}), ["film"]),
+        (Filter(ranges={"year": Range(high=1994)}), ["book"]),
+        (Filter(ranges={"stars": Range()}), ["film"]),
+        (Filter(ranges={"signed": Range(0, 1)}), []),
+        (Filter(ranges={"year": Range(), "stars": Range(4, 5)}), ["film"]),
+        (Filter(allow=of("song", "bare", "unknown")), ["bare", "song"]),
+        (Filter(allow=of()), []),
+        (Filter(deny=of("song", "unknown")), ["bare", "book", "film", "odd"]),
+        (Filter(allow=of("song", "bare"), deny=of("bare")), ["song"]),
+        (Filter(categories=of("Drama"), deny=of("film")), ["book"]),
+        (Filter(categories=of("Drama"), tags=of("new")), []),
+    ],
+)
+def test_what_passes(index: Index, asked: Filter, expected: list[str]) -> None:
+    index.upsert(CATALOGUE)
+    assert ids(index.query(POOL[0], 9, (), asked)) == expected
+    assert ids(index.newest(9, (), asked)) == expected
+    names = [record.item_id for record in CATALOGUE]
+    described = index.describe([*names, "unknown"], asked)
+    assert sorted(hit.item_id for hit in described if hit) == expected
+    assert len(index.query(POOL[0], 2, (), asked)) == min(2, len(expected))
+    assert ids(index.query(POOL[0], 9, ["film"], asked)) == [name for name in expected if name != "film"]
+
+
+def test_the_filter_follows_the_newest_record_and_forgets_deleted_items(index: Index) -> None:
+    index.upsert([put("x", 1, 1, categories=["old"]), put("y", 2, 2, categories=["old"])])
+    index.apply([put("x", 3, 1, categories=["new"]), ItemRecord("y", 0, 4, 0, 0, None)])
+    assert index.query(POOL[0], 9, (), Filter(categories=of("old"))) == []
+    assert ids(index.query(POOL[0], 9, (), Filter(categories=of("new")))) == ["x"]
+    assert index.query(POOL[0], 9, (), Filter(allow=of("y"))) == []
+    index.upsert([put("y", 5, 2, categories=["new"])])
+    assert ids(index.query(POOL[0], 9, (), Filter(categories=of("new")))) == ["x", "y"]
+
+
+def test_columns_survive_a_table_that_was_replaced(index: Index) -> None:
+    records = [put(f"i{n}", n, n % 64, tags=[WORDS[n % 3]], attributes={"n": n % 10}) for n in range(300)]
+    for turn in range(8):  # 2,400 rows: more than the first table holds
+        index.upsert(
+            [
+                ItemRecord(r.item_id, 0, 300 * turn + n, 0, 0, r.vector, r.attributes)
+                for n, r in enumerate(records)
+            ]
+        )
+        asked = Filter(tags=of("b"), ranges={"n": Range(3, 4)})
+        assert ids(index.query(POOL[0], 999, (), asked)) == sorted(
+            r.item_id for r in records if matches(asked, r.item_id, r.attributes)
+        )
+
+
+words = st.frozensets(st.sampled_from(WORDS), max_size=3)
+numbers = st.one_of(st.integers(-2, 6), st.floats(-2, 6, allow_nan=False))
+items = st.lists(
+    st.fixed_dictionaries({
+        "name": st.integers(0, 30), "at": st.integers(0, 63), "gone": st.integers(0, 5), "categories": words,
+        "tags": words, "numbers": st.dictionaries(st.sampled_from("xy"), numbers, max_size=2),
+    }),
+    max_size=60,
+)  # fmt: skip
+ranges = st.tuples(numbers, numbers).map(lambda pair: Range(min(pair), max(pair)))
+names = st.frozensets(st.integers(0, 32).map("i{}".format), max_size=8)
+filters = st.builds(
+    Filter, categories=words, tags=words, tags_all=words, deny=names, allow=st.none() | names,
+    ranges=st.dictionaries(st.sampled_from("xyz"), ranges, max_size=2),
+)  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(items, filters, st.integers(0, 40), names, st.sampled_from([0, 1, 25]), st.integers(0, 63))
+def test_any_filter_against_its_naive_meaning(
+    found: list[dict[str, Any]], asked: Filter, k: int, exclude: frozenset[str], cost: int, at: int
+) -> None:
+    records = []
+    for offset, item in enumerate(found):
+        parts = {
+            "categories": sorted(item["categories"]),
+            "tags": sorted(item["tags"]),
+            "attributes": item["numbers"],
+        }
+        vector = POOL[item["at"]] if item["gone"] else None
+        records.append(ItemRecord(f"i{item['name']}", 0, offset, offset, 0, vector, parts))
+    latest = {record.item_id: record for record in records}
+    live = [r for r in latest.values() if r.vector is not None and r.item_id not in exclude]
+    passing = [r for r in live if matches(asked, r.item_id, r.attributes)]
+    scored = [
+        (-float((r.vector.astype(np.float64) * POOL[at].astype(np.float64)).sum()), r.item_id)
+        for r in passing
+    ]  # type: ignore[union-attr]
+    expected = [name for _, name in sorted(scored)[:k]]
+    before, filtered.ROWS_A_CANDIDATE = filtered.ROWS_A_CANDIDATE, cost  # 0: the graph whatever it costs
+    try:
+        for make in MAKERS.values():
+            index = make()
+            index.apply(records[: len(records) // 2])
+            index.apply(records[len(records) // 2 :])
+            assert [hit.item_id for hit in index.query(POOL[at], k, exclude, asked)] == expected
+            newest = sorted(passing, key=lambda r: (-r.at_ms, r.item_id))[:k]
+            assert [hit.item_id for hit in index.newest(k, exclude, asked)] == [r.item_id for r in newest]
+            index.close()
+    finally:
+        filtered.ROWS_A_CANDIDATE = before
+
+
+@pytest.mark.parametrize(("low", "high"), [(1, 0), (float("nan"), 1), (0, float("nan"))])
+def test_a_range_that_holds_nothing_is_refused(low: float, high: float) -> None:
+    with pytest.raises(ValueError, match="holds no number"):
+        Range(low, high)
+
+
+@pytest.mark.parametrize("share", [0.001, 0.03, 0.3, 0.6, 0.95, 1.0])
+def test_always_k_on_both_sides_of_the_choice(share: float) -> None:
+    n = 6_000
+    rng = np.random.default_rng(5)
+    has = rng.random(n) < share
+    vectors = units(n, 9)
+    index = HnswIndex(D, exact_below=100, ef=64, fresh_max=10**6)
+    exact = ExactIndex(D)
+    records = [
+        ItemRecord(f"i{at}", 0, at, 0, 0, vectors[at], {"tags": ["yes"]} if has[at] else {})
+        for at in range(n)
+    ]
+    for one in (index, exact):
+        one.apply(records[:5_500])
+    assert index.rebuild()
+    for one in (index, exact):
+        one.apply(records[5_500:])
+    try:
+        for query in units(5, 11):
+            got = index.query(query, 20, (), Filter(tags=of("yes")))
+            wanted = exact.query(query, 20, (), Filter(tags=of("yes")))
+            assert len(got) == len(wanted) == min(20, int(has.sum()))
+            assert len({h.item_id for h in got} & {h.item_id for h in wanted}) >= 0.9 * len(wanted)
+    finally:
+        index.close()

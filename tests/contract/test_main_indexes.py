@@ -1,0 +1,194 @@
+"""Every main index behind the live one: recall, freshness, few vectors, one core, and what it says."""
+
+import builtins
+import sys
+import threading
+import time
+from pathlib import Path
+
+import annoy
+import numpy as np
+import pytest
+
+from eddyline.errors import SettingsError
+from eddyline.records import ItemRecord
+from eddyline.settings import Settings
+from index.live import LiveIndex
+from index.mains.choose import NAMES, main_index
+from index.mains.faiss import FaissHnsw, FaissIvf
+from index.mains.port import MainIndex
+
+D, N, K = 16, 3_000, 20
+
+
+def clustered(n: int, seed: int, dimension: int = D) -> np.ndarray:
+    centres = np.random.default_rng(1).normal(size=(40, dimension))
+    rng = np.random.default_rng(seed)
+    vectors = centres[rng.integers(40, size=n)] + 0.9 * rng.normal(size=(n, dimension))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture(params=NAMES)
+def main(request: pytest.FixtureRequest) -> MainIndex:
+    return main_index(request.param)
+
+
+def live_on(main: MainIndex) -> LiveIndex:
+    return LiveIndex(D, main.build, breadth=200, exact_below=100, fresh_max=1_000_000)
+
+
+def records(vectors: np.ndarray, first: int = 0, names: str = "i") -> list[ItemRecord]:
+    return [ItemRecord(f"{names}{n}", 0, first + n, 0, 0, v) for n, v in enumerate(vectors)]
+
+
+def recall(index: LiveIndex, vectors: dict[str, np.ndarray], queries: np.ndarray) -> float:
+    matrix = np.array(list(vectors.values()))
+    good = 0
+    for query in queries:
+        hits = index.query(query, K)
+        best = np.sort(matrix @ query)[::-1][:K]
+        assert len({hit.item_id for hit in hits}) == K
+        for hit in hits:
+            assert hit.score == pytest.approx(float(vectors[hit.item_id] @ query), abs=1e-5)
+        good += sum(hit.score >= best[-1] - 1e-6 for hit in hits)
+    return good / (K * len(queries))
+
+
+def test_found_fresh_turned_and_gone(main: MainIndex) -> None:
+    """Built once; then new, moved and retired items, without another build: exact scores, no wrong item."""
+    index = live_on(main)
+    vectors, queries = clustered(N, 2), clustered(40, 3)
+    index.upsert(records(vectors))
+    assert index.rebuild()
+    current = {f"i{n}": v for n, v in enumerate(vectors)}
+    assert recall(index, current, queries) >= 0.97
+    new = clustered(200, 4)
+    index.upsert(records(new, N, "new"))
+    moved = clustered(100, 5)
+    index.upsert(records(moved, 2 * N))
+    index.retire([ItemRecord(f"i{n}", 0, 3 * N, 0, 0, None) for n in range(100, 200)])
+    current |= {f"new{n}": v for n, v in enumerate(new)} | {f"i{n}": v for n, v in enumerate(moved)}
+    for n in range(100, 200):
+        del current[f"i{n}"]
+    assert recall(index, current, queries) >= 0.97
+    stats = index.stats()
+    assert (stats.main, stats.main_name, stats.fresh, stats.refused) == (N, main.name, 300, 0)
+    index.close()
+
+
+def test_more_candidates_are_a_wider_search(main: MainIndex) -> None:
+    vectors = clustered(N, 6)
+    built = main.build(np.arange(N) + 7, vectors, threading.Event())
+    assert built is not None and built.size == N and built.name == main.name
+    for fetch in (1, 50, 400):
+        found = built.search(vectors[5], fetch)
+        assert found is not None and found.dtype == np.int64
+        assert fetch <= len(found) <= 2 * fetch
+        assert len(set(found.tolist())) == len(found) and 7 <= found.min() and found.max() < N + 7
+        assert 12 in found
+    # All of them, or an honest None: then the scan answers.
+    everything = built.search(vectors[5], N)
+    assert everything is None or len(everything) <= N
+
+
+@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 38, 39, 40, 255, 256, 257, 624])
+def test_too_few_to_train_on_is_no_error(main: MainIndex, n: int) -> None:
+    vectors = clustered(n, 8)
+    built = main.build(np.arange(n), vectors, threading.Event())
+    assert built is not None
+    found = built.search(vectors[n // 2], min(n, 10))
+    assert found is not None and n // 2 in found
+
+
+@pytest.mark.parametrize("dimension", [1, 2, 7, 12])
+def test_product_quantization_of_any_dimension(dimension: int) -> None:
+    from index.mains.faiss import PQ_VECTORS_MIN
+
+    vectors = clustered(PQ_VECTORS_MIN, 9, dimension)
+    built = main_index("faiss-ivfpq").build(np.arange(len(vectors)), vectors, threading.Event())
+    assert built is not None
+    assert built.memory_bytes < len(vectors) * (4 * dimension + 16) + 4 * dimension * 1024
+    assert built.search(vectors[0], 10) is not None
+
+
+def test_a_build_is_given_up(main: MainIndex) -> None:
+    stop = threading.Event()
+    stop.set()
+    assert main.build(np.arange(50), clustered(50, 1), stop) is None
+
+
+def test_it_takes_one_core_at_most(main: MainIndex) -> None:
+    """The CPU time of all threads together, a library's own included, is at most the time that passed."""
+    vectors = clustered(8_000, 10)
+    spent: list[float] = []
+
+    def run() -> None:
+        cpu, wall = time.process_time(), time.perf_counter()
+        built = main.build(np.arange(len(vectors)), vectors, threading.Event())
+        assert built is not None
+        for query in vectors[:100]:
+            built.search(query, 200)
+        spent.extend((time.process_time() - cpu, time.perf_counter() - wall))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(60)
+    assert spent and spent[0] < 1.2 * spent[1] + 0.05
+
+
+def test_memory_of_a_forest_is_about_that_of_its_file(tmp_path: Path) -> None:
+    vectors = clustered(4_000, 11)
+    built = main_index("annoy").build(np.arange(len(vectors)), vectors, threading.Event())
+    assert built is not None
+    forest = built._forest
+    assert isinstance(forest, annoy.AnnoyIndex)
+    file = tmp_path / "forest"
+    forest.save(str(file))
+    assert built.memory_bytes == pytest.approx(file.stat().st_size + 8 * len(vectors), rel=0.15)
+
+
+def test_faiss_graph_of_equal_vectors_says_that_it_cannot_reach_them() -> None:
+    """Identical vectors make points unreachable; then the scan answers, and every item is found."""
+    index = LiveIndex(D, FaissHnsw().build, breadth=60, exact_below=0, fresh_max=100)
+    index.upsert(records(np.repeat(clustered(1, 1), 60, axis=0)))
+    assert index.rebuild()
+    assert len(index.query(clustered(1, 2)[0], 60)) == 60
+    assert index.stats().refused == 1
+    index.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"), [("annoy", "annoy"), ("faiss-flat", "faiss"), ("hnswlib", "worker")]
+)
+def test_a_library_that_is_not_there_is_named_with_its_extra(
+    name: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = name.partition("-")[0]
+    real = builtins.__import__
+
+    def absent(module, globals=None, locals=None, names=(), level=0):  # type: ignore[no-untyped-def]
+        if module == library and level == 0:
+            raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+        return real(module, globals, locals, names, level)
+
+    for module in ("index.hnsw", "index.mains.faiss", "index.mains.annoy"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    package = __import__("index.mains", fromlist=["mains"])
+    for attribute in ("faiss", "annoy"):
+        monkeypatch.delattr(package, attribute, raising=False)
+    monkeypatch.setattr(builtins, "__import__", absent)
+    with pytest.raises(SettingsError, match=rf"index_main is '{name}'.*eddyline\[{extra}\]"):
+        main_index(name)
+
+
+def test_names_and_senseless_settings_are_refused() -> None:
+    assert Settings().index_main == NAMES[0] == "hnswlib"
+    with pytest.raises(SettingsError, match="there are hnswlib, faiss-flat"):
+        main_index("scann")
+    for make in (
+        lambda: FaissIvf(lists_per_root=0),
+        lambda: FaissHnsw(m=0),
+        lambda: main_index("hnswlib", m=1),
+    ):
+        with pytest.raises(ValueError, match="must be at least"):
+            make()

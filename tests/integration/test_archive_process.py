@@ -1,0 +1,247 @@
+"""The archive process on a real Kafka: every accepted event once, whatever is killed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pandas as pd
+import pytest
+
+from eddyline import alive, events, kafka
+from eddyline.archive import HOUR_MS, Archive
+from eddyline.cli.producers import now_ms
+from eddyline.errors import KafkaUnavailable, LogMismatch
+from eddyline.events import Click, Item, UserProfile
+from eddyline.ports import LogId
+from eddyline.settings import Settings
+from embeddings.training import source
+from streams import membership
+from streams.archive import consumer
+from streams.archive.consumer import Archiver
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture
+def settings(fresh_settings: Settings) -> Settings:
+    made = msgspec.structs.replace(fresh_settings, archive_file_offsets=300, dedupe_window_events=600)
+    kafka.ensure_topics(made)
+    return made
+
+
+def send(settings: Settings, clicks: int, seed: int) -> None:
+    """Clicks with re-sends, refused and stray ones, items with deletes, profiles."""
+    rng, producer = random.Random(seed), kafka.make_producer(settings, linger_ms=5)
+    for n in range(clicks):
+        user = f"user-{rng.randrange(40)}"
+        event_id = f"{seed}-{n - rng.randrange(5) if rng.random() < 0.2 else n}"
+        click = Click(user_id=user, item_id=f"i{n % 50}", at_ms=now_ms(), event_id=event_id)
+        kafka.send_click(producer, settings, click)
+        if rng.random() < 0.02:
+            producer.send(settings.prefixed(kafka.CLICKS), b"{", key=user.encode())
+            producer.send(settings.prefixed(kafka.CLICKS), events.encode(click), partition=rng.randrange(4))
+    for n in range(100):
+        kafka.send_item(producer, settings, Item(item_id=f"i{n}", title=f"t{n}", at_ms=n))
+    kafka.send_delete(producer, settings, "i7")
+    kafka.send_profile(producer, settings, UserProfile(user_id="user-3", attributes={"age": 3}))
+    producer.flush(timeout=20)
+    producer.close(timeout=5)
+
+
+def archive_all(settings: Settings, ahead_ms: int = 2 * HOUR_MS) -> None:
+    """Archive in this process until all that lies in Kafka is in files: by its clock the hour is over."""
+    member = membership.take(Path(settings.data_dir) / "archiver")
+    archiver = Archiver(
+        settings, Archive(settings), threading.Event(), member.name, lambda: now_ms() + ahead_ms
+    )
+    deadline = time.monotonic() + 30
+
+    def done() -> bool:
+        assert time.monotonic() < deadline, "the archive did not catch up"
+        # A member of before may still hold its partitions, until its session is over.
+        if len(archiver._consumer.assignment()) < 10 or not archiver.caught_up():
+            return False
+        archiver._complete_past_hours()
+        return True
+
+    try:
+        archiver.run_once(done)
+    finally:
+        member.close()
+
+
+def contents(settings: Settings) -> dict[str, bytes]:
+    archive = Archive(settings)
+    return {
+        file.path.removeprefix(archive.root): Path(file.path).read_bytes()
+        for name in kafka.SOURCES
+        for file in archive.files(name)
+    }
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    wanted = (
+        "kafka_bootstrap_servers", "redis_url", "namespace", "data_dir", "archive_file_offsets",
+        "dedupe_window_events", "clicks_partitions", "items_partitions", "kafka_timeout_ms",
+    )  # fmt: skip
+    env = {f"EDDYLINE_{name.upper()}": str(getattr(settings, name)) for name in wanted}
+    return os.environ | env | {"EDDYLINE_BACKOFF_MS_MAX": "200"}
+
+
+def start(settings: Settings) -> subprocess.Popen[bytes]:
+    argv = [sys.executable, "-m", "eddyline", "archive"]
+    return subprocess.Popen(argv, env=environment(settings), stderr=subprocess.PIPE)
+
+
+def wait_for(check: Callable[[], Any], timeout_s: float = 50) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not check():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_killed_again_and_again_it_writes_what_one_run_writes(settings: Settings) -> None:
+    send(settings, 4_000, seed=1)
+    for turn in range(2):
+        child, before = start(settings), len(contents(settings))
+        try:
+            wait_for(lambda before=before: len(contents(settings)) >= before + 2)
+            assert child.poll() is None, "it is killed while it writes"
+            time.sleep(0.01 * turn)
+        finally:
+            child.send_signal(signal.SIGKILL)
+            child.communicate(timeout=10)
+        if turn == 0:
+            send(settings, 2_000, seed=2)
+    archive_all(settings)
+    once = msgspec.structs.replace(settings, archive_url=str(Path(settings.data_dir) / "once"))
+    archive_all(once)
+    assert contents(settings) == contents(once) and len(contents(once)) > 15
+    mine, truth = source.from_archive(settings), source.from_kafka(settings)
+    assert mine.clicks == truth.clicks and len(truth.clicks) > 4_000
+    assert mine.items == truth.items and mine.versions == truth.versions and mine.cut == truth.cut
+    assert mine.profiles == truth.profiles == {"user-3": {"age": 3}}
+    assert sum(mine.rejected.values()) < sum(truth.rejected.values()), "it holds accepted events only"
+
+
+def test_what_is_in_no_file_yet_comes_from_kafka(settings: Settings) -> None:
+    send(settings, 1_500, seed=3)
+    archive_all(settings, ahead_ms=0)
+    in_files = sum(1 for _ in Archive(settings).read(kafka.CLICKS))
+    mine, truth = source.from_archive(settings), source.from_kafka(settings)
+    assert 0 < in_files < len(truth.clicks) and mine.clicks == truth.clicks
+    assert mine.items == truth.items and mine.profiles == truth.profiles
+
+
+def test_a_null_record_takes_the_user_out_of_every_file(settings: Settings) -> None:
+    send(settings, 1_500, seed=4)
+    archive_all(settings)
+    producer = kafka.make_producer(settings)
+    kafka.send_forget(producer, settings, "user-3").get(timeout=10)
+    time.sleep(0.01)
+    again = Click(user_id="user-3", item_id="i1", at_ms=now_ms(), event_id="later")
+    kafka.send_click(producer, settings, again).get(timeout=10)
+    producer.close(timeout=5)
+    archive_all(settings)
+    archive, rows = Archive(settings), []
+    for name in (kafka.CLICKS, kafka.USERS):
+        for file in archive.files(name):
+            frame = pd.read_parquet(file.path)
+            rows.append(frame[frame["user_id"] == "user-3"])
+    assert list(pd.concat(rows)["event_id"]) == ["later"], "what he did after it is there"
+
+
+def test_the_command_rewrites_every_file_of_a_user(settings: Settings) -> None:
+    send(settings, 1_200, seed=7)
+    archive_all(settings)
+    archive = Archive(settings)
+    before = [e for e in archive.read(kafka.CLICKS) if e.key != "user-5"]
+    assert len(before) < sum(1 for _ in archive.read(kafka.CLICKS))
+    done = subprocess.run(
+        [sys.executable, "-m", "eddyline", "archive", "forget", "user-5"],
+        env=environment(settings), capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0 and "rows removed" in done.stdout, done.stderr
+    assert list(archive.read(kafka.CLICKS)) == before
+    assert not [path for path, raw in contents(settings).items() if b"user-5" in raw]
+
+
+def test_two_processes_share_the_partitions(settings: Settings) -> None:
+    stop, failed = threading.Event(), []
+
+    def run() -> None:
+        member = membership.take(Path(settings.data_dir) / "archiver")
+        try:
+            Archiver(settings, Archive(settings), stop, member.name).run_once()
+        except Exception as error:
+            failed.append(error)
+        finally:
+            member.close()
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    try:
+        threads[0].start()
+        send(settings, 2_000, seed=8)
+        wait_for(lambda: len(contents(settings)) >= 2 or failed)
+        threads[1].start()
+        send(settings, 2_000, seed=9)
+        wait_for(lambda: len(contents(settings)) >= 9 or failed)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(timeout=20)
+    assert not failed
+    archive_all(settings)
+    once = msgspec.structs.replace(settings, archive_url=str(Path(settings.data_dir) / "once"))
+    archive_all(once)
+    assert contents(settings) == contents(once)
+
+
+def test_the_group_says_how_far_the_archive_is(settings: Settings) -> None:
+    send(settings, 500, seed=5)
+    archive_all(settings)
+    from kafka import KafkaConsumer, TopicPartition
+
+    group = settings.prefixed(consumer.GROUP)
+    told = KafkaConsumer(**kafka.client_options(settings), group_id=group)
+    try:
+        at = {p: told.committed(TopicPartition(settings.prefixed(kafka.CLICKS), p)) or 0 for p in range(4)}
+    finally:
+        told.close()
+    assert at == {p: end + 1 for p, end in Archive(settings).ends(kafka.CLICKS).items()}
+
+
+def test_files_of_another_log_are_refused(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    send(settings, 300, seed=6)
+    archive_all(settings)
+    before = contents(settings)
+    monkeypatch.setattr(kafka, "log_ids", lambda _, names: {n: LogId("c", "new") for n in names})
+    with pytest.raises(LogMismatch, match=r"EDDYLINE_ARCHIVE_URL"):
+        archive_all(settings)
+    assert contents(settings) == before
+
+
+def test_without_kafka_it_waits_and_stops_when_told(fresh_settings: Settings) -> None:
+    settings = msgspec.structs.replace(
+        fresh_settings, kafka_bootstrap_servers="127.0.0.1:1", kafka_timeout_ms=300
+    )
+    with pytest.raises(KafkaUnavailable):
+        archive_all(settings)
+    child = start(settings)
+    try:
+        wait_for(lambda: alive.last_beat_s(settings, "archive") is not None)
+        assert child.poll() is None
+    finally:
+        child.send_signal(signal.SIGTERM)
+        _, errors = child.communicate(timeout=15)
+    assert child.returncode == 0, errors.decode()

@@ -1,0 +1,126 @@
+"""`eddyline plan` against the memory that a real Valkey uses."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from eddyline.behaviour import Behaviour, Entry
+from eddyline.cli import plan
+from eddyline.cli.main import app
+from eddyline.cli.plan import Sizes, amount, redis_parts, worker_parts
+from eddyline.errors import SettingsError
+from eddyline.local import ports, valkey
+from eddyline.local.supervisor import Supervisor
+from eddyline.ports import Card, Fence, LogId, Source, UserEffects
+from eddyline.settings import Settings
+from eddyline.stores.redis import RedisStore
+
+MS = 1_700_000_000_000
+LOG = LogId("c" * 22, "t" * 22)
+
+
+@pytest.fixture
+def store(tmp_path: Any) -> Any:
+    """A Valkey of this test's own: nobody else may use memory of it."""
+    port = ports.choose(tmp_path, ("valkey",))["valkey"]
+    supervisor = Supervisor(tmp_path / "logs")
+    try:
+        supervisor.start(valkey.prepare(tmp_path, port, valkey.program()[0]))
+        made = RedisStore(Settings(redis_url=f"redis://127.0.0.1:{port}/0", redis_timeout_ms=10_000))
+        yield made
+        made.close()
+    finally:
+        supervisor.stop()
+
+
+def used(store: RedisStore) -> int:
+    """Without what big commands leave behind for a while: the interpreter's garbage, buffers."""
+    store._redis.script_flush("SYNC")
+    store._redis.connection_pool.disconnect()
+    time.sleep(0.3)
+    return int(store._redis.info("memory")["used_memory"])
+
+
+def filled(store: RedisStore, settings: Settings, sizes: Sizes) -> int:
+    """Write what the sizes say through the store itself; the bytes that this took."""
+    store.fences(Source("clicks", 0), ["u0"])
+    empty = used(store)
+    user_ids = [f"{n:0{sizes.user_id}d}" for n in range(sizes.users)]
+    item_ids = [f"{n:0{sizes.item_id}d}" for n in range(sizes.items)]
+    for partition in range(settings.clicks_partitions):
+        slot, fence = f"u{partition}", None
+        window = {f"{n:0{sizes.event_id}d}": n for n in range(settings.dedupe_window_events)}
+        mine = user_ids[partition :: settings.clicks_partitions]
+        for first in range(0, len(mine), 250):
+            chunk = mine[first : first + 250]
+            effects = UserEffects(generation="1", accepted=window if not first else {})
+            for user in chunk:
+                entries = tuple(
+                    Entry(item_ids[n % sizes.items], MS - n, 1, 1.0) for n in range(sizes.history)
+                )
+                effects.behaviours[user] = Behaviour(
+                    partition=partition, offset=10**6, at_ms=MS, produced_us=MS * 1_000,
+                    appended_ms=MS, read_us=MS * 1_000, entries=entries,
+                )  # fmt: skip
+                effects.embeddings[user] = (9, np.ones(sizes.dimension, "<f4").tobytes())
+            after = Fence(first + 10**6, LOG)
+            store.write_users(slot, Source("clicks", partition), fence, after, effects)
+            fence = after
+        profiles = {user: {"p": "x" * (sizes.profile - 5)} for user in mine}
+        store.write_profiles(slot, Source("users", partition), None, Fence(1, LOG), profiles, [])
+    cards = {item: Card(0, 1, b"x" * sizes.card) for item in item_ids}
+    store.write_cards("i0", Source("items", 0), None, Fence(1, LOG), cards)
+    fence = None
+    for first in range(0, sizes.items, 100):  # in pieces, as ingest does
+        items = dict.fromkeys(item_ids[first : first + 100], 1_000)
+        counts = dict.fromkeys(range(settings.popular_buckets), items)
+        after = Fence(first, LOG)
+        store.count_clicks("i0", Source("clicks", 0), fence, after, counts, settings.popular_buckets)
+        fence = after
+    return used(store) - empty
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        Sizes(users=4_000, items=3_000, history=50),
+        Sizes(users=6_000, items=500, history=5, dimension=32, user_id=36, item_id=8, event_id=36, card=900),
+        Sizes(users=500, items=8_000, history=100, item_id=24, profile=300, card=80, clicks_a_day=8_000),
+    ],
+)
+def test_the_plan_is_within_ten_percent_of_what_redis_uses(store: RedisStore, sizes: Sizes) -> None:
+    settings = Settings(clicks_partitions=4, dedupe_window_events=3_000, popular_buckets=5)
+    taken = filled(store, settings, sizes)
+    allocator = "jemalloc" if "jemalloc" in store._redis.info("memory")["mem_allocator"] else "libc"
+    parts = redis_parts(settings, sizes, allocator)  # type: ignore[arg-type]
+    planned = sum(part.size for part in parts if part.what != "scripts and connections")
+    assert planned == pytest.approx(taken, rel=0.10)
+
+
+def test_the_plan_grows_with_what_it_is_asked_for() -> None:
+    settings, sizes = Settings(), Sizes(users=10_000_000, items=1_000_000, history=50)
+    base = {part.what: part.size for part in redis_parts(settings, sizes)}
+    assert 20e9 < sum(base.values()) < 40e9
+    sizes = Sizes(users=10_000_000, items=1_000_000, history=1_000)
+    longer = {part.what: part.size for part in redis_parts(settings, sizes)}
+    assert base["behaviour lists"] < longer["behaviour lists"] < 3 * base["behaviour lists"]  # 100 at most
+    assert plan.worker_parts(settings, Sizes(users=1, items=1_000, history=1))[2].size == 0  # no graph
+    with pytest.raises(SettingsError, match="lots"):
+        amount("lots")
+
+
+def test_the_command_prints_the_sums_and_json() -> None:
+    run = CliRunner().invoke
+    shown = run(app, ["plan", "--users", "10M", "--items", "1M", "--history", "50"])
+    assert shown.exit_code == 0 and "10,000,000" in shown.output and "each query worker" in shown.output
+    listed = json.loads(run(app, ["plan", "--users", "1k", "--items", "1k", "--json"]).output)
+    assert {part["what"] for part in listed["Redis"]} >= {"behaviour lists", "fences"}
+    wanted = sum(p.size for p in worker_parts(Settings(), Sizes(users=1_000, items=1_000, history=50)))
+    assert sum(part["bytes"] for part in listed["each query worker"]) == wanted

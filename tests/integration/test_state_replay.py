@@ -1,0 +1,149 @@
+"""`eddyline replay --from --to --into`: the same slice gives the same state, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+import redis
+
+from eddyline import generations, kafka
+from eddyline.cli import replay as sending
+from eddyline.cli import slicing, state_replay
+from eddyline.cli.producers import now_ms
+from eddyline.errors import SettingsError
+from eddyline.events import UserProfile
+from eddyline.settings import Settings
+from eddyline.stores.memory import MemoryStore
+from eddyline.stores.redis import RedisStore
+from embeddings import bundle as bundles
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture(scope="module")
+def logs(servers, world, bundle, tmp_path_factory) -> Iterator[Settings]:
+    """Topics that nobody else reads: items, a delete, profiles, clicks, re-sends, nonsense."""
+    folder, manifest = bundle
+    settings = msgspec.structs.replace(
+        servers, namespace=f"t-{uuid.uuid4().hex[:12]}", bundle_dir=str(folder),
+        data_dir=str(tmp_path_factory.mktemp("replay")), chunk_records_max=64,
+    )  # fmt: skip
+    kafka.ensure_topics(settings)
+    generations.publish(settings, manifest)
+    clicks = sending.shifted(world.clicks, now_ms())[-2_500:]
+    sending.send(settings, [*world.items[:120], *clicks[:1_500]])
+    producer = kafka.make_producer(settings)
+    profiled = clicks[0].user_id
+    gone = next(c.user_id for c in clicks if c.user_id != profiled)
+    kafka.send_profile(producer, settings, UserProfile(user_id=profiled, attributes={"b": 1, "a": "x"}))
+    kafka.send_forget(producer, settings, gone)
+    kafka.send_delete(producer, settings, world.items[0].item_id)
+    for partition in range(4):
+        producer.send(settings.prefixed(kafka.CLICKS), b"{", key=b"x", partition=partition)
+    producer.flush(timeout=10)
+    producer.close(timeout=5)
+    time.sleep(0.02)
+    sending.send(settings, [*clicks[1_300:], *world.items[5:40]])
+    yield settings
+
+
+def replayed(settings: Settings, store, chunk: int, begin: str = "earliest", end: str = "latest"):
+    towers = bundles.load(settings.bundles / "1")
+    return state_replay.replay(settings, store, slicing.between(settings, begin, end), towers, chunk)
+
+
+def test_one_slice_one_hash_in_both_stores_whatever_the_chunks(logs) -> None:
+    first = replayed(logs, MemoryStore(), 256)
+    assert replayed(logs, MemoryStore(), 7).hash == first.hash
+    with state_replay._store(logs, "redis") as store:
+        assert replayed(logs, store, 97).hash == first.hash
+    totals = {name: outcome.counts() for name, outcome in first.outcomes.items()}
+    assert totals["clicks"]["applied"] == 2_500 and totals["clicks"]["duplicates"] == 200
+    assert totals["clicks"]["rejected"] == 4 and totals["clicks"]["steps"] > 500
+    assert totals["items"]["applied"] == 156 and totals["users"]["applied"] == 2
+
+
+def test_what_is_in_the_state_is_in_the_hash(logs) -> None:
+    store = MemoryStore()
+    done = replayed(logs, store, 256)
+    before = store.snapshot()
+    changes = {
+        "behaviours": lambda s: s.behaviours.popitem(),
+        "embeddings": lambda s: s.embeddings.popitem(),
+        "window": lambda s: next(iter(s.window.values())).popitem(),
+        "profiles": lambda s: s.profiles.popitem(),
+        "buckets": lambda s: next(iter(s.buckets["i0"].values())).popitem(),
+        "cards": lambda s: s.cards.popitem(),
+        "fences": lambda s: s.fences.popitem(),
+    }
+    for name, change in changes.items():
+        state = store.snapshot()
+        change(state)
+        store.restore(state)
+        assert state_replay.state_hash(logs, store, done, "1") != done.hash, name
+        store.restore(before)
+        assert state_replay.state_hash(logs, store, done, "1") == done.hash
+    (user, (steps, vector)), *_ = store.snapshot().embeddings.items()
+    state = store.snapshot()
+    state.embeddings[user] = (steps, vector[:-1] + bytes([vector[-1] ^ 1]))
+    store.restore(state)
+    assert state_replay.state_hash(logs, store, done, "1") != done.hash, "a single bit"
+
+
+def test_a_slice_by_offsets_and_by_time(logs) -> None:
+    ends = kafka.end_offsets(logs, kafka.CLICKS)
+    upto = ",".join(f"clicks:{p}={end - 10}" for p, end in ends.items())
+    short = replayed(logs, MemoryStore(), 50, "clicks:0=5", upto)
+    assert short.outcomes["clicks"].records == sum(ends.values()) - 5 - 10 * len(ends)
+    assert short.outcomes["items"].records == 0, "topics that an end does not name are left out"
+    assert replayed(logs, MemoryStore(), 3, "clicks:0=5", upto).hash == short.hash
+    whole = replayed(logs, MemoryStore(), 256).hash
+    assert replayed(logs, MemoryStore(), 256, "0", str(now_ms() + 60_000)).hash == whole != short.hash
+    assert replayed(logs, MemoryStore(), 256, "2020-01-01T00:00:00").hash == whole
+    assert replayed(logs, MemoryStore(), 256, "latest").outcomes["clicks"].records == 0
+
+
+@pytest.mark.parametrize("text", ["yesterday", "clicks:0", "clicks:x=1", "clicks:99=1", "letters:0=1"])
+def test_a_bound_that_is_none_is_a_sentence(logs, text: str) -> None:
+    with pytest.raises(SettingsError, match="--from"):
+        slicing.between(logs, text, "latest")
+
+
+def test_the_command_prints_the_hash_and_leaves_nothing_in_redis(logs) -> None:
+    env = {
+        f"EDDYLINE_{name.upper()}": str(getattr(logs, name))
+        for name in ("kafka_bootstrap_servers", "redis_url", "namespace", "data_dir", "bundle_dir",
+                     "clicks_partitions", "items_partitions", "chunk_records_max")
+    }  # fmt: skip
+    argv = [sys.executable, "-m", "eddyline", "replay", "--into", "redis", "--chunk", "500"]
+    done = subprocess.run(argv, env=os.environ | env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert f"state {replayed(logs, MemoryStore(), 256).hash}" in done.stdout
+    with redis.Redis.from_url(logs.redis_url) as client:
+        assert list(client.scan_iter(match=f"*{logs.namespace}*")) == []
+    argv = [*argv[:4], "--into", "disk"]
+    wrong = subprocess.run(argv, env=os.environ | env, capture_output=True, text=True, timeout=60)
+    assert wrong.returncode == 2 and "expected memory or redis" in wrong.stderr
+
+
+def test_two_ingest_processes_come_to_the_same_state(make_live) -> None:
+    live = make_live()
+    shared = {"clicks_partitions": "4", "items_partitions": "2"}
+    live.supervisor.start(live.stage.ingest_child("ingest-2", **shared))
+    time.sleep(2)
+    clicks = sending.shifted(live.world.clicks, now_ms())
+    sending.send(live.settings, clicks)
+    live.applied()
+    done = replayed(live.settings, MemoryStore(), 256)
+    store = RedisStore(live.settings)
+    try:
+        assert state_replay.state_hash(live.settings, store, done, "1") == done.hash
+    finally:
+        store.close()
