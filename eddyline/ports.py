@@ -203,10 +203,11 @@ class StateStore(Protocol):
     def popular(self, slot: str, limit: int) -> dict[int, dict[str, int]]:
         """The `limit` most counted items of each kept bucket: bucket number -> item id -> thousandths."""
 
-    def accept_log(self) -> int:
-        """Take Kafka's present log for the truth: drop all fences and event-id windows, and reset the
-        cards' versions, so that every record of the log is read and any item in it is newer. Lists,
-        embeddings and counts stay. Only while no ingest runs. Returns how many fences were dropped.
+    def accept_log(self, logs: Mapping[str, tuple[LogId, Mapping[int, int]]]) -> int:
+        """Take Kafka's present logs for the truth; see `stores.acceptance` for what becomes of a fence.
+
+        logs: topic -> (its log, partition -> end offset). Lists, embeddings and counts stay. Only while no
+        ingest runs. Returns how many fences were changed.
         """
 
     def close(self) -> None:

@@ -189,7 +189,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     archive_file_offsets: Annotated[
         int,
         _about(
-            "A file of the archive ends at the hour, or at a multiple of so many offsets.", ge=1, le=100_000_000
+            "A file of the archive ends at the hour, or at a multiple of so many offsets.",
+            ge=1,
+            le=100_000_000,
         ),
     ] = 262_144
 
@@ -249,13 +251,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = 4_096
     index_main: Annotated[
         MainName,
-        _about(
-            "The main index; `faiss-…` and `annoy` need their extra. Which one when: docs/benchmarks.md."
-        ),
+        _about("The main index; `faiss-…` and `annoy` need their extra. Which one when: docs/benchmarks.md."),
     ] = "hnswlib"
     index_recall_share: Annotated[
         float,
-        _about("Share of the queries that the recall guard answers exactly as well; 0 is no guard.", ge=0, le=1),
+        _about(
+            "Share of the queries that the recall guard answers exactly as well; 0 is no guard.", ge=0, le=1
+        ),
     ] = 0.01
     index_recall_floor: Annotated[
         float,
@@ -347,7 +349,9 @@ def data_folder(settings: Settings) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise SettingsError(f"data_dir = {settings.data_dir!r}: cannot be written to: {error.strerror}") from None
+        raise SettingsError(
+            f"data_dir = {settings.data_dir!r}: cannot be written to: {error.strerror}"
+        ) from None
     return folder
 
 

@@ -11,6 +11,7 @@ meanwhile as fresh rows.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -37,12 +38,15 @@ from index.rebuild import Rebuilder
 from index.rows import CAPACITY_MIN, NEVER, Ints, Rows
 from index.snapshot import Contents
 from index.state import Main, State
+from index.versions import Versions
 
 if TYPE_CHECKING:
     from index.guard import RecallGuard
 
 # So many of the newest items are kept in order until the next write; a call that needs more sorts anew.
 NEWEST_KEPT = 512
+# Items are looked up again where a batch was written meanwhile; so many batches in a row do not come.
+DESCRIBE_TRIES = 50
 
 Build = Callable[[Ints, Vector, threading.Event], Main | None]
 
@@ -77,7 +81,6 @@ class LiveIndex:
         self._lock = threading.Lock()
         self._rebuilder = Rebuilder(self._due, self._rebuild)
         # The writer's own: the version of each label, tombstones too, and where each stands.
-        self._versions: list[int] = []
         self._placement = Placement(dimension)
         self._applied = self._ignored = self._rejected = self._refused = 0
         self._state = State(
@@ -85,6 +88,9 @@ class LiveIndex:
             row_of=np.full(CAPACITY_MIN, -1), fresh_since=np.full(CAPACITY_MIN, NEVER),
             main=None, fresh=Rows(1, dimension), fresh_count=0, stale=0, watermarks={}, columns=Columns(),
         )  # fmt: skip
+        self._versions = Versions(self._state.ids, self._state.label_of, [])
+        # Odd while a batch is being written: who searched the graph meanwhile may have seen half of it.
+        self._writing = 0
         # The State that this order belongs to, and the order; replaced as one.
         self._newest: tuple[State | None, list[Hit]] = (None, [])
 
@@ -100,7 +106,7 @@ class LiveIndex:
     ) -> list[Hit]:
         """See `Index.query`. Up to `exact_below` items, or with much fresh, the scan is exact."""
         check_query(vector, self._dimension)
-        state = self._state
+        writing, state = self._writing, self._state  # in this order: a write in between must be noticed
         wanted = min(k, state.live)
         if wanted <= 0:
             return []
@@ -113,6 +119,8 @@ class LiveIndex:
         if state.live > self._exact_below and state.searchable(wanted + len(left_out), breadth):
             exact = self.exact_only
             hits = None if exact else state.search(vector, wanted, left_out, breadth)
+            if writing % 2 or writing != self._writing:
+                hits = None  # a batch came in between: the rows themselves never change, so they are scanned
             self._refused += hits is None and not exact
             if hits is None:
                 hits = state.scan(vector, wanted, left_out)
@@ -129,8 +137,12 @@ class LiveIndex:
 
     def describe(self, item_ids: Sequence[str], asked: Filter | None = None) -> list[Hit | None]:
         """See `Index.describe`."""
-        state = self._state
-        table, rows = state.table, state.rows(item_ids)
+        for _ in range(DESCRIBE_TRIES):
+            writing, state = self._writing, self._state
+            table, rows = state.table, state.rows(item_ids)
+            if writing == self._writing and not writing % 2:
+                break
+            time.sleep(0)  # lets the writer go on; a batch takes less than a millisecond
         if asked is not None:
             rows = filtered.passing(state, rows, asked)
         return [
@@ -204,39 +216,25 @@ class LiveIndex:
             except VectorRejected:
                 self._rejected += 1
                 raise
-            chosen = self._newer(records)
+            chosen = self._versions.newer(records)
             upserts = [(label, at, record) for label, (record, at) in chosen.items() if at >= 0]
             retired = [label for label, (_, at) in chosen.items() if at < 0]
             state = replace(self._state, watermarks=watermarks_after(self._state.watermarks, records))
-            if chosen:
-                state = self._write(self._with_room(state, len(upserts)), upserts, retired, vectors)
+            self._writing += 1
+            try:
+                if chosen:
+                    state = self._write(self._with_room(state, len(upserts)), upserts, retired, vectors)
+                self._state = state
+            except BaseException:
+                self._versions.undo()
+                raise
+            finally:
+                self._writing += 1
             self._applied += len(chosen)
             self._ignored += len(records) - len(chosen)
-            self._state = state
             if self._due():
                 self._rebuilder.wake()
             return len(chosen)
-
-    def _newer(self, records: Sequence[ItemRecord]) -> dict[int, tuple[ItemRecord, int]]:
-        """label -> (its newest record, its place among the vectors or -1 for a delete), no-ops left out."""
-        chosen: dict[int, tuple[ItemRecord, int]] = {}
-        ids, label_of = self._state.ids, self._state.label_of
-        versions, at = self._versions, -1
-        for record in records:
-            retired = record.vector is None
-            at += not retired
-            label = label_of.get(record.item_id)
-            if label is None:
-                label = len(versions)
-                ids.append(record.item_id)
-                versions.append(record.offset)
-                label_of[record.item_id] = label
-            elif record.offset > versions[label]:
-                versions[label] = record.offset
-            else:
-                continue
-            chosen[label] = (record, -1 if retired else at)
-        return chosen
 
     def _with_room(self, state: State, more: int) -> State:
         """The State with room for `more` rows and for every label; what is full is replaced by a copy."""
@@ -295,7 +293,7 @@ class LiveIndex:
     def contents(self) -> Contents:
         """All that it holds now, for a snapshot. Takes the write lock for a moment."""
         with self._lock:
-            state, versions = self._state, self._versions.copy()
+            state, versions = self._state, self._versions.offsets.copy()
         return restore.taken(state, versions)
 
     def restore(self, contents: Contents) -> None:
@@ -306,7 +304,8 @@ class LiveIndex:
         with self._lock:
             if self._state.ids or contents.vectors.shape[1] != self._dimension:
                 raise ValueError("only an empty index of the same dimension can be restored")
-            self._state, self._versions = restore.given(self._state, contents)
+            self._state, offsets = restore.given(self._state, contents)
+            self._versions = Versions(self._state.ids, self._state.label_of, offsets)
             self._placement.grow(len(self._state.row_of) - CAPACITY_MIN)
             if self._due():
                 self._rebuilder.wake()

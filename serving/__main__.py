@@ -38,6 +38,7 @@ from index.mains.port import MainIndex
 from serving import presence
 from serving.paths.popular import PopularPath
 from serving.paths.towers import TowersPath
+from serving.published import wait_until_published
 from serving.replica import Replica, load_bundle
 from serving.retrieve import Retriever
 from serving.server import PortTaken, WorkerServer
@@ -100,14 +101,15 @@ def _run(
     patience.until("Redis", lambda: store.claim_layout(start.layout(settings)))
     manifest = patience.until("Kafka and an active generation", lambda: start.active_generation(settings))
     topic = kafka.item_vectors(manifest.generation)
-    patience.until("Kafka", lambda: kafka.ensure_topics(settings, [topic]))
+    patience.until("Kafka", lambda: kafka.ensure_topics(settings, [*kafka.SOURCES, topic]))
     generation = bundle.load(settings.bundles / manifest.bundle)
     if generation.generation != manifest.generation:
         raise BundleError(
             f"{manifest.bundle} holds generation {generation.generation}, not {manifest.generation}"
         )
     index = _index(settings, main, generation.dimension)
-    log_id = patience.until("Kafka", lambda: kafka.log_ids(settings, [topic])[topic])
+    logs_now = patience.until("Kafka", lambda: kafka.log_ids(settings, [topic, kafka.CLICKS]))
+    log_id = logs_now[topic]
     snapshots = Snapshots(settings, generation, f"{log_id.cluster_id}/{log_id.topic_id}", index)
     positions = snapshots.load()
     if positions is None:
@@ -116,6 +118,8 @@ def _run(
     popular = _popular(settings, store, index)
     announced: Path | None = None
     try:
+        service.waiting_for("ingest to publish the last changes of items")
+        wait_until_published(settings, store, manifest.generation, stop)
         replica.start()
         snapshots.start(replica.positions)
         popular.start()
@@ -123,7 +127,13 @@ def _run(
         while not replica.wait_caught_up(0.05):
             if stop.is_set():
                 raise Stopped
-        service.serve(_ready(settings, store, generation, index, replica, popular))
+        users = UserReader(
+            store,
+            clicks_partitions=settings.clicks_partitions,
+            generation=generation.generation,
+            log=logs_now[kafka.CLICKS],
+        )
+        service.serve(_ready(settings, store, users, generation, index, replica, popular))
         server.set_serving(True)
         now_ms = time.time_ns() // 1_000_000
         worker = presence.Worker(
@@ -166,10 +176,9 @@ def _index(settings: Settings, main: MainIndex, dimension: int) -> LiveIndex:
 
 
 def _ready(
-    settings: Settings, store: RedisStore, generation: Bundle, index: LiveIndex, replica: Replica,
-    popular: PopularPath,
+    settings: Settings, store: RedisStore, users: UserReader, generation: Bundle, index: LiveIndex,
+    replica: Replica, popular: PopularPath,
 ) -> Ready:  # fmt: skip
-    users = UserReader(store, clicks_partitions=settings.clicks_partitions, generation=generation.generation)
     retriever = Retriever(
         store=store,
         index=index,

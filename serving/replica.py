@@ -7,6 +7,7 @@ Records that the bundle holds already are no-ops in the index. While Kafka is aw
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -171,7 +172,8 @@ class Replica:
                 self._mark_away(f"{type(error).__name__}: {error}")
             finally:
                 if consumer is not None:
-                    consumer.close()
+                    with contextlib.suppress(Exception):  # a close that fails must not end the tail
+                        consumer.close()
             self._stop.wait(wait_s)
             wait_s = min(2 * wait_s, self._settings.backoff_ms_max / 1000)
 

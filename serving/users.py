@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import msgspec
 
 from eddyline.errors import EddylineError, StoreUnavailable
-from eddyline.ports import StateStore, UserState
+from eddyline.ports import LogId, StateStore, UserState
 from eddyline.slots import partition_of, user_slot
 from serving.deadline import Deadline
 
@@ -44,9 +44,15 @@ class AfterStatus:
 class UserReader:
     """Reads users of one generation. Thread rule: any thread."""
 
-    def __init__(self, store: StateStore, *, clicks_partitions: int, generation: str) -> None:
-        """clicks_partitions: as the topic has; a user's slot follows from it."""
+    def __init__(
+        self, store: StateStore, *, clicks_partitions: int, generation: str, log: LogId | None = None
+    ) -> None:
+        """clicks_partitions: as the topic has; a user's slot follows from it.
+
+        log: the log that tokens belong to; state of another one has not got their clicks. None: not checked
+        """
         self._store = store
+        self._log = log
         self._partitions = clicks_partitions
         self._generation = generation
         self._lock = threading.Lock()
@@ -89,8 +95,12 @@ class UserReader:
             reached = -1 if state.fence is None else state.fence.offset
             now = time.monotonic()
             waited_ms = int((now - begun) * 1000)
-            if reached >= after.offset:
+            strange = state.fence is not None and self._log not in (None, state.fence.log)
+            if reached >= after.offset and not strange:
                 return state, AfterStatus(True, waited_ms, "")
+            if strange:
+                why = "the state was written for another log of clicks; see `eddyline accept-log`"
+                return state, AfterStatus(False, waited_ms, why)
             if now >= until:
                 why = f"partition {after.partition} is applied up to offset {reached}, not {after.offset}"
                 return state, AfterStatus(False, waited_ms, why)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from faust.types import TP
 
@@ -27,6 +28,7 @@ from streams.lane import Bounds, Chunk, LaneApp, LaneSchema
 from streams.positions import Positions
 
 log = logging.getLogger(__name__)
+_R = TypeVar("_R")
 
 # The shortest session that Kafka's default settings allow: a dead process's partitions move after it.
 SESSION_S = 6.0
@@ -39,6 +41,10 @@ _REPORT_S = 10.0
 # How long a Redis that went back in time may stay unnoticed where no record comes in.
 _WATCH_S = 2.0
 _BACKOFF_S = 0.05
+# So small a chunk of a quick lane, 2 ms, is applied in the event loop itself; a thread and back costs more.
+# Not where one call to Redis may block for longer than this, and not after one failed.
+QUICK_RECORDS_MAX = 8
+_QUICK_TIMEOUT_MS_MAX = 2_000
 # Waiting for a server that is away does not make this process a dead member; only a lost heartbeat does.
 _POLL_INTERVAL_S = 86_400.0
 
@@ -58,6 +64,7 @@ class Lane:
 
     before_open: called with each partition before its fences are read
     counts:      the click function, where effects of it may wait for more
+    quick:       small chunks take a millisecond or two, so they may run in the event loop itself
     """
 
     topic: str
@@ -65,6 +72,7 @@ class Lane:
     executor: ThreadPoolExecutor
     before_open: Callable[[int], None] | None = None
     counts: ClickIngest | None = None
+    quick: bool = False
     outcome: Outcome = field(default_factory=Outcome)
     chunks: int = 0
     rewinds: int = 0
@@ -105,15 +113,13 @@ class IngestApp:
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        lanes: Sequence[Lane],
-        member: str,
-        folder: Path,
+        self, settings: Settings, lanes: Sequence[Lane], member: str, folder: Path,
         stopping: Callable[[], None],
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._settings = settings
         self._lanes = {lane.topic: lane for lane in lanes}
+        self._turns = {lane.executor: threading.Lock() for lane in lanes}
+        self._quick_max = QUICK_RECORDS_MAX if settings.redis_timeout_ms <= _QUICK_TIMEOUT_MS_MAX else 0
         self._backoff_s_max = settings.backoff_ms_max / 1000
         self._ended: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
         self._told = 0.0
@@ -198,11 +204,7 @@ class IngestApp:
             return False
         begun = time.perf_counter()
         try:
-            outcome = await self._app.work(
-                asyncio.get_running_loop().run_in_executor(
-                    lane.executor, lane.ingest.ingest, chunk.at.partition, chunk.records, chunk.read_us
-                )
-            )
+            outcome = await self._ingest(lane, chunk)
         except FenceMoved as error:
             lane.rewinds += 1
             log.info("write refused, going back to the fence", extra=_where(chunk, error))
@@ -224,6 +226,28 @@ class IngestApp:
             lane.outcome.add(outcome)
             return bool(consumer.is_current(chunk))
         return False
+
+    async def _ingest(self, lane: Lane, chunk: Chunk) -> Outcome:
+        """Apply in the lane's thread; a small chunk at once where that thread does nothing."""
+        arguments = (chunk.at.partition, chunk.records, chunk.read_us)
+        turn = self._turns[lane.executor]
+        small = lane.quick and len(chunk.records) <= self._quick_max and lane.wait_s == _BACKOFF_S
+        if small and turn.acquire(blocking=False):
+            try:
+                return lane.ingest.ingest(*arguments)
+            finally:
+                turn.release()
+        outcome: Outcome = await self._app.work(self._in_thread(lane, lane.ingest.ingest, *arguments))
+        return outcome
+
+    async def _in_thread(self, lane: Lane, call: Callable[..., _R], *arguments: Any) -> _R:
+        """Run in the lane's thread. Whoever applies a chunk or reads fences holds its executor's turn."""
+
+        def run() -> _R:
+            with self._turns[lane.executor]:
+                return call(*arguments)
+
+        return await asyncio.get_running_loop().run_in_executor(lane.executor, run)
 
     async def _await_loss(self, chunk: Chunk) -> None:
         """Wait for the rebalance that takes the partition; claim it anew where none comes."""
@@ -247,14 +271,13 @@ class IngestApp:
             log.warning("waiting for a server", extra={"reason": str(error), "wait_ms": int(wait_s * 1000)})
 
     async def _position(self, bounds: Bounds) -> Mapping[TP, int]:
-        loop = asyncio.get_running_loop()
         by_topic: dict[str, dict[int, tuple[int, int]]] = {}
         for at, ends in bounds.items():
             by_topic.setdefault(at.topic, {})[at.partition] = ends
         begun = time.perf_counter()
         opened = await asyncio.gather(
             *(
-                loop.run_in_executor(self._lanes[topic].executor, self._lanes[topic].open, ends)
+                self._in_thread(self._lanes[topic], self._lanes[topic].open, ends)
                 for topic, ends in by_topic.items()
             )
         )
@@ -278,25 +301,23 @@ class IngestApp:
 
     async def _settle(self) -> None:
         """Let waiting effects go through when no chunk comes that would."""
-        loop = asyncio.get_running_loop()
         async for _ in _every(COUNT_S):
             for lane in self._lanes.values():
                 if lane.counts is None or not lane.counts.due():
                     continue
-                refused = await loop.run_in_executor(lane.executor, lane.settle)
+                refused = await self._in_thread(lane, lane.settle)
                 if refused is not None:
                     lane.rewinds += 1
                     await self._app.lane.rewind({TP(lane.topic, refused)})
 
     async def _watch(self) -> None:
         """Look after the fences of idle partitions; busy ones notice by themselves."""
-        loop = asyncio.get_running_loop()
         async for _ in _every(_WATCH_S):
             alive.beat(self._settings, "ingest")
             for lane in self._lanes.values():
                 mine = self._app.lane.positioned(lane.topic)
                 try:
-                    moved = await loop.run_in_executor(lane.executor, lane.moved_elsewhere, mine)
+                    moved = await self._in_thread(lane, lane.moved_elsewhere, mine)
                 except Unavailable as error:
                     self._waiting(error, _WATCH_S)
                     continue

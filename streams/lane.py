@@ -1,8 +1,8 @@
 """The chunk lane: Faust with one event per run of records of a partition, and the fence as the position.
 
 Faust keeps membership, rebalance and commits; what it costs per message (about 70 µs of asyncio work) is
-paid per chunk. Everything that leans on Faust's and aiokafka's insides is in this file; both are pinned, and
-`tests/unit/test_lane.py` names what is leaned on.
+paid per chunk. What leans on Faust's and aiokafka's insides is in this file and in `lane_thread.py`; both are
+pinned, and `tests/unit/test_lane.py` names what is leaned on.
 
 How a chunk stays true: whenever a partition is sought anew, in the consumer's thread, its *epoch* goes up in
 the same step; records are marked with the epoch in the step that takes them from the fetcher. So whoever
@@ -20,23 +20,19 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import faust
-from aiokafka.coordinator.assignors.range import RangePartitionAssignor
 from aiokafka.errors import KafkaError
-from aiokafka.structs import OffsetAndMetadata
 from faust.tables.manager import TableManager
-from faust.transport.consumer import ensure_TPset
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
 from mode import get_logger
 
 from eddyline.errors import LogMismatch, Unavailable
 from streams.chunk import Record
+from streams.lane_thread import LaneThread
 
 # Faust's services log under this name: quiet where everything of Faust is.
 _logger = get_logger("faust.lane")
 FAUST_VERSION, AIOKAFKA_VERSION = "0.15.3", "0.14.0"
-# How long one fetch waits for the first record. A seek waits for the fetch under way, so it is short.
-_FETCH_WAIT_MS = 250
 _POLL_S = 0.25
 # The first wait before a position is asked for again; it doubles up to the setting `backoff_ms_max`.
 _BACKOFF_S = 0.05
@@ -83,66 +79,6 @@ class _NotKept(dict[TP, int | None]):
         return default
 
 
-class LaneThread(driver.AIOKafkaConsumerThread):
-    """The thread that owns the aiokafka consumer. Seeks and epochs change in its loop only."""
-
-    logger = _logger
-    consumer: LaneConsumer
-
-    def _create_worker_consumer(self, transport: Any) -> Any:
-        consumer = super()._create_worker_consumer(transport)
-        # Range gives partition p of clicks and of users to one process: one writer of the slot `u{p}`.
-        consumer._partition_assignment_strategy = (RangePartitionAssignor,)
-        consumer._fetch_max_wait_ms = _FETCH_WAIT_MS
-        return consumer
-
-    async def _fetch_records(
-        self,
-        consumer: Any,
-        active_partitions: Any,
-        timeout: float | None = None,
-        max_records: int | None = None,
-    ) -> Any:
-        records = await super()._fetch_records(consumer, active_partitions, timeout, max_records)
-        epochs = self.consumer.epochs
-        return {at: (epochs[at], taken) for at, taken in records.items()}
-
-    async def seek_lane(self, offsets: Mapping[TP, int]) -> None:
-        """Read on at these offsets; partitions that were lost meanwhile are left out."""
-        await self.call_thread(self._seek_lane, offsets)
-
-    async def _seek_lane(self, offsets: Mapping[TP, int]) -> None:
-        consumer = self._ensure_consumer()
-        mine = ensure_TPset(consumer.assignment())
-        for at, offset in offsets.items():
-            if at in mine:
-                consumer.seek(driver.ensure_aiokafka_TP(at), offset)
-                self.consumer.sought(at)
-
-    async def _commit(self, offsets: Mapping[TP, int]) -> bool:
-        """Commit for whoever watches the lag; a failure is no reason to stop."""
-        mine = self.assignment()
-        wanted = {
-            driver.ensure_aiokafka_TP(at): OffsetAndMetadata(offset, "")
-            for at, offset in offsets.items()
-            if at in mine
-        }
-        try:
-            await asyncio.wait_for(
-                self._ensure_consumer().commit(wanted), self.app.conf.broker_request_timeout
-            )
-        except (KafkaError, TimeoutError) as error:
-            self.log.info("offsets not committed, the fences stand: %r", error)
-            return False
-        return True
-
-    async def on_thread_stop(self) -> None:
-        """Leave the group, so that others take over at once; a static member would not by itself."""
-        if self._consumer is not None and self._consumer._coordinator is not None:
-            self._consumer._coordinator._group_instance_id = None
-        await super().on_thread_stop()
-
-
 class LaneConsumer(driver.Consumer):
     """Yields chunks; seeks to where the app's positioner says."""
 
@@ -163,7 +99,13 @@ class LaneConsumer(driver.Consumer):
         """Whether the partition is still ours and was not sought anew since the chunk was read."""
         at = chunk.at
         fresh = at not in self._shut and self.epochs[at] == chunk.epoch
-        return fresh and at in self.assignment()
+        return fresh and self._thread.owns(at)
+
+    def unread(self, taken: Mapping[TP, int]) -> None:
+        """Records of these partitions and epochs were fetched for nobody: go back to the fence."""
+        lost = {at for at, epoch in taken.items() if self.epochs[at] == epoch}
+        if lost and not self.should_stop:
+            self.add_future(self.rewind(lost))
 
     def positioned(self, topic: str) -> set[int]:
         """The partitions of a topic that are ours and whose position is known."""

@@ -125,9 +125,14 @@ class Positions:
             return
         at = f"topic {self._topic}, partition {source.partition} (fence of {source.name} in slot {slot})"
         way_out = (
-            "If the new log is meant to go on from here, run `eddyline accept-log`: it deletes the fences of "
-            "the old log, and ingest then reads the new one from its beginning."
+            "If the log is meant to go on as it is now, stop every ingest and run `eddyline accept-log`: it "
+            "lets go of the fences of logs that are gone; a new log is then read from its beginning."
         )
+        if "@" in source.name:
+            way_out = (
+                f"Item vectors of generation {source.name.partition('@')[2]} are versioned by the old log: "
+                "train and activate a new generation with `eddyline train`."
+            )
         if fence.log != now:
             raise LogMismatch(
                 f"{at}: the state was written for cluster {fence.log.cluster_id} and topic id "

@@ -298,15 +298,18 @@ def letters_replay(
 
 @app.command("accept-log")
 def accept_log(yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False) -> None:
-    """After Kafka was made anew: let go of the old log's fences, keep lists and embeddings."""
+    """After Kafka was made anew or lost records: go on with its logs as they are now."""
+    from eddyline import kafka
     from eddyline.stores.redis import RedisStore
 
     settings = _settings()
     if not yes:
-        typer.confirm("All fences and event-id windows in Redis go. Is no ingest running?", abort=True)
+        typer.confirm("Fences of logs that are gone will be let go. Is no ingest running?", abort=True)
+    kafka.ensure_topics(settings)
+    ids = kafka.log_ids(settings, kafka.SOURCES)
     store = RedisStore(settings)
-    dropped = store.accept_log()
-    typer.echo(f"{dropped} fences dropped; ingest reads every topic from its beginning")
+    changed = store.accept_log({name: (ids[name], kafka.end_offsets(settings, name)) for name in ids})
+    typer.echo(f"{changed} fences changed; logs that are new are read from their beginning, others go on")
     store.close()
 
 

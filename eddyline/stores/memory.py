@@ -13,6 +13,7 @@ from eddyline.behaviour import Behaviour
 from eddyline.errors import FenceMoved, StoreRefused, StoreUnavailable
 from eddyline.ports import Card, Fence, Layout, Source, UserEffects, UserRead, UserState
 from eddyline.slots import item_slot
+from eddyline.stores.acceptance import Logs, card_stands, judge
 
 
 @dataclass
@@ -187,15 +188,30 @@ class MemoryStore:
                 for b, items in buckets.items()
             }
 
-    def accept_log(self) -> int:
+    def accept_log(self, logs: Logs) -> int:
         """See `StateStore.accept_log`."""
         with self._lock:
             self._open()
-            fences = len(self._state.fences)
-            self._state.fences.clear()
-            self._state.window.clear()
-            self._state.cards = {k: Card(-1, -1, c.body) for k, c in self._state.cards.items()}
-            return fences
+            changed, replaced, state = 0, False, self._state
+            for (slot, source), fence in list(state.fences.items()):
+                verdict = judge(source.name, source.partition, fence, logs)
+                replaced |= (
+                    source.name == "items" and verdict.becomes is None and fence.log != logs["items"][0]
+                )
+                if not verdict.changed:
+                    continue
+                changed += 1
+                if source.name == "clicks" and slot in state.window:
+                    kept = {e: at for e, at in state.window[slot].items() if at < verdict.windows_from}
+                    state.window[slot] = kept
+                if verdict.becomes is None:
+                    del state.fences[slot, source]
+                else:
+                    state.fences[slot, source] = verdict.becomes
+            for key, card in state.cards.items():
+                if not card_stands(card.partition, card.offset, logs, replaced):
+                    state.cards[key] = Card(-1, -1, card.body)
+            return changed
 
     def close(self) -> None:
         """See `StateStore.close`."""

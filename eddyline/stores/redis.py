@@ -43,10 +43,23 @@ from eddyline.logs import without_password
 from eddyline.ports import Card, Fence, Layout, Source, UserEffects, UserRead, UserState
 from eddyline.settings import Settings
 from eddyline.slots import item_slot
+from eddyline.stores.acceptance import Logs, accept_in_redis
 
 _CARD = struct.Struct("<iq")
 _STEPS = struct.Struct("<I")
 _SCRIPTS = ("write_users", "write_profiles", "count_clicks", "write_cards")
+# Answers that time may heal; any other refusal (a key of another type, an error in a script) stays one.
+_PASSING = (
+    "OOM",
+    "LOADING",
+    "BUSY",
+    "MISCONF",
+    "READONLY",
+    "MASTERDOWN",
+    "NOREPLICAS",
+    "CLUSTERDOWN",
+    "TRYAGAIN",
+)
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -64,6 +77,11 @@ def _translated(
             return method(self, *args, **kwargs)
         except (AuthenticationError, AuthorizationError, NoPermissionError) as error:
             raise StoreRefused(f"Redis at {self.address} refuses these credentials: {error}") from None
+        except ResponseError as error:
+            text = str(error)
+            if text.startswith(_PASSING):
+                raise StoreUnavailable(f"Redis at {self.address}: {text}") from None
+            raise StoreRefused(f"Redis at {self.address} refuses what it is asked: {text}") from None
         except RedisError as error:
             raise StoreUnavailable(f"Redis at {self.address}: {type(error).__name__}: {error}") from None
 
@@ -260,17 +278,9 @@ class RedisStore:
         }
 
     @_translated
-    def accept_log(self) -> int:
+    def accept_log(self, logs: Logs) -> int:
         """See `StateStore.accept_log`."""
-        fences = 0
-        for pattern in (f"{self._ns}fence:*", f"{self._ns}{{*}}:window"):
-            for key in self._redis.scan_iter(match=pattern, count=1_000):
-                self._redis.delete(key)
-                fences += b"fence:" in key
-        for key in self._redis.scan_iter(match=f"{self._ns}{{*}}:c:*", count=1_000):
-            # Partition and offset −1, the item as it is: any record of the new log is newer.
-            self._redis.setrange(key, 0, _CARD.pack(-1, -1))
-        return fences
+        return accept_in_redis(self._redis, self._ns, _CARD, logs)
 
     def close(self) -> None:
         """See `StateStore.close`."""

@@ -94,7 +94,9 @@ class PopularPath:
             for slot in self._slots:
                 for bucket, counts in self._store.popular(slot, self._limit).items():
                     buckets.setdefault(bucket, {}).update(counts)
-        except EddylineError as error:
+        except Exception as error:
+            if not isinstance(error, EddylineError):
+                log.exception("the popular list cannot be used")
             if not self._away:
                 log.warning("the popular list cannot be read", extra={"reason": str(error)})
             self._away = str(error)

@@ -190,19 +190,57 @@ def test_an_older_card_never_overrides_a_newer_one(store: StateStore) -> None:
     assert store.read_cards(["a"], 1)["a"].deleted
 
 
-def test_accepting_another_log_drops_positions_and_keeps_state(store: StateStore) -> None:
-    store.write_users(
-        "u3", CLICKS, None, at(9), UserEffects(accepted={"e": 9}, behaviours={"ana": seen("a")})
-    )
+OTHER = LogId("cluster", "made anew")
+
+
+def test_accepting_a_new_items_log_leaves_the_clicks_alone(store: StateStore) -> None:
+    effects = UserEffects(accepted={"e": 9}, behaviours={"ana": seen("a")})
+    store.write_users("u3", CLICKS, None, at(9), effects)
     store.write_cards("i0", ITEMS, None, at(9), {"a": Card(0, 9, b"{}"), "gone": Card(0, 8, b"")})
-    assert store.accept_log() == 2
-    assert store.fences(CLICKS, ["u3"]) == {"u3": None} and store.fences(ITEMS, ["i0"]) == {"i0": None}
+    store.write_cards("i0", Source("items@1", 0), None, at(9), {})
+    assert store.accept_log({"clicks": (LOG, {3: 10}), "items": (OTHER, {0: 1})}) == 1
+    assert store.fences(CLICKS, ["u3"]) == {"u3": at(9)} and store.fences(ITEMS, ["i0"]) == {"i0": None}
+    assert store.fences(Source("items@1", 0), ["i0"]) == {"i0": at(9)}, "only a new generation goes on"
     read = store.read_users("u3", CLICKS, ["e"], ["ana"], "")
-    assert read.accepted_at == {} and read.behaviours == {"ana": seen("a")}
+    assert read.accepted_at == {"e": 9} and read.behaviours == {"ana": seen("a")}
     assert store.read_cards(["a", "gone"], 1) == {"a": Card(-1, -1, b"{}"), "gone": Card(-1, -1, b"")}
-    other = Fence(0, LogId("other", "topic"))
-    store.write_cards("i0", ITEMS, None, other, {"a": Card(0, 0, b'{"new":1}')})
+    store.write_cards("i0", ITEMS, None, Fence(0, OTHER), {"a": Card(0, 0, b'{"new":1}')})
     assert store.read_cards(["a"], 1) == {"a": Card(0, 0, b'{"new":1}')}
+
+
+def test_accepting_a_new_clicks_log_drops_its_fences_and_windows(store: StateStore) -> None:
+    store.write_users("u3", CLICKS, None, at(9), UserEffects(accepted={"e": 9}))
+    store.count_clicks("i0", CLICKS, None, at(9), {}, 4)
+    store.write_cards("i0", ITEMS, None, at(9), {"a": Card(0, 9, b"{}")})
+    assert store.accept_log({"clicks": (OTHER, {3: 0}), "items": (LOG, {0: 10})}) == 2
+    assert store.fences(CLICKS, ["u3", "i0"]) == {"u3": None, "i0": None}
+    assert store.read_users("u3", CLICKS, ["e"], [], "").accepted_at == {}
+    assert store.fences(ITEMS, ["i0"]) == {"i0": at(9)}
+    assert store.read_cards(["a"], 1) == {"a": Card(0, 9, b"{}")}
+
+
+@pytest.mark.parametrize(("end", "left"), [(11, 10), (10, 9), (9, 8), (1, 0), (0, None)])
+def test_accepting_a_log_that_lost_its_tail_goes_back_to_its_end(
+    store: StateStore, end: int, left: int | None
+) -> None:
+    store.write_users("u3", CLICKS, None, at(10), UserEffects(accepted={"a": 0, "b": 8, "c": 10}))
+    store.write_cards("i0", ITEMS, None, at(10), {"a": Card(0, 8, b"{}"), "b": Card(0, 10, b"{}")})
+    changed = store.accept_log({"clicks": (LOG, {3: end}), "items": (LOG, {0: end})})
+    assert changed == (0 if end > 10 else 2)
+    fence = None if left is None else at(left)
+    assert store.fences(CLICKS, ["u3"])["u3"] == store.fences(ITEMS, ["i0"])["i0"] == fence
+    kept = store.read_users("u3", CLICKS, ["a", "b", "c"], [], "").accepted_at
+    assert kept == {e: o for e, o in {"a": 0, "b": 8, "c": 10}.items() if o < end}
+    cards = store.read_cards(["a", "b"], 1)
+    assert [cards["a"].offset, cards["b"].offset] == [o if o < end else -1 for o in (8, 10)]
+
+
+def test_a_user_whose_id_looks_like_a_key_is_left_alone(store: StateStore) -> None:
+    names = ["bob}:window", "eve}:c:1", "{i0}:c:1", "fence:{u3}:clicks:3"]
+    lists = {name: seen("a") for name in names}
+    store.write_users("u3", CLICKS, None, at(9), UserEffects(behaviours=lists))
+    store.accept_log({"clicks": (OTHER, {3: 0}), "items": (OTHER, {0: 0})})
+    assert store.read_users("u3", CLICKS, [], names, "").behaviours == lists
 
 
 def test_a_closed_store_is_unavailable(store: StateStore) -> None:

@@ -23,6 +23,7 @@ from eddyline import behaviour, kafka
 from eddyline.cli import replay
 from eddyline.cli.producers import now_ms
 from eddyline.demo.stage import answers
+from eddyline.local.supervisor import Supervisor
 from eddyline.ports import Source
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.redis import RedisStore
@@ -211,7 +212,15 @@ def test_kafka_made_anew_under_an_old_redis_is_refused(make_live) -> None:
     assert not any(store.fences(Source("clicks", p), [f"u{p}"])[f"u{p}"] for p in range(4))
     user = live.world.clicks[0].user_id
     slot = kafka_slot(live, user)
-    assert store.read_user(f"u{slot}", slot, user, "1").behaviour != behaviour.EMPTY, "lists are kept"
+    kept = store.read_user(f"u{slot}", slot, user, "1").behaviour
+    assert kept != behaviour.EMPTY, "lists are kept"
+    assert all(store.fences(Source("items", p), ["i0"])["i0"] for p in range(2)), "items are the same log"
+    with Supervisor(Path(live.settings.data_dir) / "again") as again:
+        again.start(child)
+        live.click(user, live.world.items[1].item_id)
+        live.applied()
+        entries = store.read_user(f"u{slot}", slot, user, "1").behaviour.entries
+        assert entries[0].item_id == live.world.items[1].item_id and entries[1:] == kept.entries[:99]
     store.close()
 
 

@@ -220,9 +220,7 @@ def test_a_merge_sends_the_list_on_and_begins_it_anew(chunks: list[int]) -> None
         rig.clicks.ingest(HERE, log[a:b], 0)
     rig.clicks.count(HERE)
     assert rig.entries() == ["c"]
-    sent = [
-        events.decode_click(v, appended_ms=MS, far_future_ms_max=9_000) for _, v, _ in rig.out.forwarded
-    ]
+    sent = [events.decode_click(v, appended_ms=MS, far_future_ms_max=9_000) for _, v, _ in rig.out.forwarded]
     assert [(key, partition) for key, _, partition in rig.out.forwarded] == [(THERE.encode(), 1 - HERE)] * 2
     assert [(c.user_id, c.item_id, c.at_ms, c.kind, c.weight, c.event_id, c.context) for c in sent] == [
         (THERE, "a", MS + 1, "like", 2.0, f"merge/{HERE}/3/0", MOVED),

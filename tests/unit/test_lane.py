@@ -58,6 +58,9 @@ class FakeThread:
     def assignment(self) -> set[TP]:
         return self.mine
 
+    def owns(self, at: TP) -> bool:
+        return at in self.mine
+
     async def seek_lane(self, offsets: dict[TP, int]) -> None:
         self.sought.append(dict(offsets))
         for at in offsets:
@@ -109,6 +112,7 @@ def test_versions_are_the_ones_that_were_read() -> None:
     [
         (driver.AIOKafkaConsumerThread, "_create_worker_consumer"),
         (driver.AIOKafkaConsumerThread, "_fetch_records"),
+        (driver.AIOKafkaConsumerThread, "getmany"),
         (driver.AIOKafkaConsumerThread, "_ensure_consumer"),
         (driver.AIOKafkaConsumerThread, "_commit"),
         (driver.AIOKafkaConsumerThread, "on_thread_stop"),
@@ -153,6 +157,52 @@ def test_aiokafka_takes_what_the_lane_sets() -> None:
     taken = inspect.getsource(Fetcher.fetched_records)
     assert "if drained or not timeout:\n                return drained" in taken
     assert "del self._records[tp]" in inspect.getsource(Fetcher.seek_to)
+
+
+def test_the_thread_is_asked_for_records_where_the_lane_answers() -> None:
+    assert "self._thread.getmany(" in inspect.getsource(driver.Consumer._getmany)
+    original = inspect.getsource(driver.AIOKafkaConsumerThread.getmany)
+    assert "self._fetch_records,\n            _consumer,\n            active_partitions," in original
+    # A partition of ours is one of aiokafka's: equal, and with the same hash.
+    assert driver.ensure_aiokafka_TP(AT) in {AT}
+
+
+@in_a_loop
+async def test_records_that_were_fetched_for_nobody_are_read_again() -> None:
+    consumer = make_consumer()
+    thread: Any = LaneThread.__new__(LaneThread)
+    thread.consumer = consumer
+
+    async def fetched() -> Any:
+        return {AT: (0, [record(5)]), TP("clicks", 1): (7, [record(6, 1)])}
+
+    task = asyncio.ensure_future(fetched())
+    await task
+    answer = asyncio.get_running_loop().create_future()
+    thread._answer(answer, task)
+    assert await answer == task.result()
+    gone = asyncio.get_running_loop().create_future()
+    gone.cancel()
+    thread._answer(gone, task)
+    async with asyncio.timeout(5):
+        while not consumer._thread.sought:  # type: ignore[attr-defined]
+            await asyncio.sleep(0)
+    assert consumer._thread.sought == [{AT: 7}]  # type: ignore[attr-defined]  # the other was sought anew since
+
+
+@in_a_loop
+async def test_a_failed_fetch_is_told() -> None:
+    thread: Any = LaneThread.__new__(LaneThread)
+
+    async def failing() -> None:
+        raise LookupError("no")
+
+    task = asyncio.ensure_future(failing())
+    await asyncio.wait([task])
+    answer = asyncio.get_running_loop().create_future()
+    thread._answer(answer, task)
+    with pytest.raises(LookupError):
+        await answer
 
 
 def test_seeks_and_epochs_change_together_in_the_threads_loop() -> None:

@@ -1,0 +1,118 @@
+"""The consumer's thread of the chunk lane: it owns aiokafka's consumer, fetches, seeks and commits.
+
+Part of `lane.py`, whose first lines say how a chunk stays true. The consumer has an event loop of its own, so
+heartbeats go on whatever the loop of the app does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from aiokafka.coordinator.assignors.range import RangePartitionAssignor
+from aiokafka.errors import KafkaError
+from aiokafka.structs import OffsetAndMetadata
+from faust.transport.consumer import ensure_TPset
+from faust.transport.drivers import aiokafka as driver
+from faust.types import TP
+from mode import get_logger
+
+if TYPE_CHECKING:
+    from streams.lane import LaneConsumer
+
+_logger = get_logger("faust.lane")
+# How long one fetch waits for the first record. A seek waits for the fetch under way, so it is short.
+_FETCH_WAIT_MS = 250
+
+
+class LaneThread(driver.AIOKafkaConsumerThread):
+    """The thread that owns the aiokafka consumer. Seeks and epochs change in its loop only."""
+
+    logger = _logger
+    consumer: LaneConsumer
+
+    def _create_worker_consumer(self, transport: Any) -> Any:
+        consumer = super()._create_worker_consumer(transport)
+        # Range gives partition p of clicks and of users to one process: one writer of the slot `u{p}`.
+        consumer._partition_assignment_strategy = (RangePartitionAssignor,)
+        consumer._fetch_max_wait_ms = _FETCH_WAIT_MS
+        # A producer's aborted transaction is nothing that happened (a dead letter's replay that was killed).
+        consumer._isolation_level = "read_committed"
+        return consumer
+
+    async def _fetch_records(
+        self,
+        consumer: Any,
+        active_partitions: Any,
+        timeout: float | None = None,
+        max_records: int | None = None,
+    ) -> Any:
+        records = await super()._fetch_records(consumer, active_partitions, timeout, max_records)
+        epochs = self.consumer.epochs
+        return {at: (epochs[at], taken) for at, taken in records.items()}
+
+    async def getmany(self, active_partitions: Any, timeout: float) -> Any:
+        """Fetch, straight in the thread's loop: Faust's queue of calls costs more than the fetch itself."""
+        answer = self.parent_loop.create_future()
+        consumer = self._ensure_consumer()
+
+        def begin() -> None:
+            fetch = self._fetch_records(consumer, active_partitions, timeout, consumer._max_poll_records)
+            self.thread_loop.create_task(fetch).add_done_callback(
+                lambda task: self.parent_loop.call_soon_threadsafe(self._answer, answer, task)
+            )
+
+        self.thread_loop.call_soon_threadsafe(begin)
+        return await answer
+
+    def _answer(self, answer: asyncio.Future[Any], task: asyncio.Task[Any]) -> None:
+        """In the app's loop: hand over what was fetched, or have it read again where nobody waits."""
+        if task.cancelled():
+            answer.cancel()
+        elif (error := task.exception()) is not None:
+            if not answer.done():
+                answer.set_exception(error)
+        elif not answer.done():
+            answer.set_result(task.result())
+        else:
+            self.consumer.unread({TP(*at): epoch for at, (epoch, _) in task.result().items()})
+
+    def owns(self, at: TP) -> bool:
+        """Whether the partition is assigned to this process; any thread."""
+        return at in self._ensure_consumer().assignment()  # a named tuple equals aiokafka's
+
+    async def seek_lane(self, offsets: Mapping[TP, int]) -> None:
+        """Read on at these offsets; partitions that were lost meanwhile are left out."""
+        await self.call_thread(self._seek_lane, offsets)
+
+    async def _seek_lane(self, offsets: Mapping[TP, int]) -> None:
+        consumer = self._ensure_consumer()
+        mine = ensure_TPset(consumer.assignment())
+        for at, offset in offsets.items():
+            if at in mine:
+                consumer.seek(driver.ensure_aiokafka_TP(at), offset)
+                self.consumer.sought(at)
+
+    async def _commit(self, offsets: Mapping[TP, int]) -> bool:
+        """Commit for whoever watches the lag; a failure is no reason to stop."""
+        mine = self.assignment()
+        wanted = {
+            driver.ensure_aiokafka_TP(at): OffsetAndMetadata(offset, "")
+            for at, offset in offsets.items()
+            if at in mine
+        }
+        try:
+            await asyncio.wait_for(
+                self._ensure_consumer().commit(wanted), self.app.conf.broker_request_timeout
+            )
+        except (KafkaError, TimeoutError) as error:
+            self.log.info("offsets not committed, the fences stand: %r", error)
+            return False
+        return True
+
+    async def on_thread_stop(self) -> None:
+        """Leave the group, so that others take over at once; a static member would not by itself."""
+        if self._consumer is not None and self._consumer._coordinator is not None:
+            self._consumer._coordinator._group_instance_id = None
+        await super().on_thread_stop()
