@@ -69,7 +69,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     redis_timeout_ms: Annotated[
         int,
         _about(
-            "How long one call to Redis may take; for a query worker the deadline of the call is the lower limit.",
+            "How long one call to Redis may take; in a query worker at most half of `query_timeout_ms`.",
             ge=10,
             le=60_000,
         ),

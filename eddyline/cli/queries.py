@@ -57,7 +57,12 @@ def stats(settings: Settings, *, address: str, as_json: bool) -> None:
     ):
         table.add_row(what, value)
     console.print(table)
-    console.print(_lag_table(resolve(settings)))
+    lag = _lag_table(resolve(settings))
+    if lag.row_count:
+        console.print(lag)
+    else:
+        space = resolve(settings).namespace or "(none)"
+        console.print(f"there are no topics in the namespace {space}; EDDYLINE_NAMESPACE names another one")
 
 
 def recall_of(index: IndexSizes) -> str:
