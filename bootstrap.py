@@ -207,7 +207,7 @@ def _packages(backend):
     if backend == "cpu":
         # From PyTorch's own index, so without the lock's hash; its dependencies are in the lock.
         arguments = ["pip", "install", "--no-deps", "--torch-backend", "cpu", torch]
-        what = "can download.pytorch.org be reached? else TORCH_BACKEND=default takes PyPI's build"
+        what = "can torch's own package index be reached? else TORCH_BACKEND=default takes the default build"
         _uv("installing torch without CUDA", arguments, what)
 
 

@@ -1,4 +1,4 @@
-"""Torch and numpy compute the same towers: to 2e-4, in practice to 1e-6."""
+"""Torch and numpy compute the same towers: to 2e-4."""
 
 import numpy as np
 import pytest
