@@ -11,8 +11,9 @@ Topics (a real name carries the namespace, `settings.prefixed(name)`):
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -179,6 +180,28 @@ def make_producer(settings: Settings, **more: Any) -> KafkaProducer:
         )
     except (KafkaError, OSError) as error:
         raise _away(settings, error) from None
+
+
+def in_time(call: Callable[[], object], timeout_s: float) -> None:
+    """Make a call of kafka-python that would wait for ever where Kafka is away (a transaction's end).
+
+    Raises what the call raises, and TimeoutError where it takes longer; it then goes on in its thread.
+    """
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="kafka-call", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if thread.is_alive():
+        raise TimeoutError(f"the transaction did not end in {timeout_s:.1f} s")
+    if failed:
+        raise failed[0]
 
 
 def send_click(producer: KafkaProducer, settings: Settings, click: Click) -> Any:

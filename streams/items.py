@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from eddyline import events
+from eddyline import accept, events
 from eddyline.errors import Rejected, VectorRejected
 from eddyline.events import Item
 from eddyline.kafka import ITEMS
 from eddyline.ports import Card, Source, StateStore
 from eddyline.records import ItemRecord
 from eddyline.settings import Settings
-from eddyline.slots import item_slot, partition_of
+from eddyline.slots import item_slot
 from streams.chunk import DeadLetterSink, Outcome, Record, RecordPublisher, Towers, Vectors
 from streams.positions import Positions
 
@@ -89,7 +89,9 @@ class ItemIngest:
         outcome = Outcome(records=len(records))
         for record in records:
             try:
-                item_id, item = self._decode_one(partition, record)
+                item_id, item = accept.item(
+                    self._settings, partition, record.key, record.value, record.timestamp
+                )
             except Rejected as rejected:
                 self._dead_letters.put(record, rejected)
                 outcome.rejected += 1
@@ -98,26 +100,6 @@ class ItemIngest:
             changes[item_id] = _Change(record, at_ms, item)
             outcome.applied += 1
         return changes, outcome
-
-    def _decode_one(self, partition: int, record: Record) -> tuple[str, Item | None]:
-        key = events.decode_key(record.key)
-        if key is None:
-            raise Rejected("no_key", "key", "an item needs its id as key")
-        own = partition_of(key, self._settings.items_partitions)
-        if own != partition:
-            detail = f"{events.quote(key)} belongs to partition {own}: use Kafka's murmur2 partitioner"
-            raise Rejected("wrong_partition", "key", detail)
-        if record.value is None:
-            events.check_id("item_id", key)
-            return key, None
-        item = events.decode_item(
-            record.value,
-            key=key,
-            appended_ms=record.timestamp,
-            far_future_ms_max=self._settings.far_future_ms_max,
-            vector_dimension=self._settings.item_vector_dimension,
-        )
-        return key, item
 
     def _publish(self, source: Source, last: int, changes: dict[str, _Change], outcome: Outcome) -> None:
         expected = self.positions.expected(source, PUBLISHED_SLOT)

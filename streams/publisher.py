@@ -8,8 +8,7 @@ one, and compaction never keeps the older.
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from kafka import KafkaProducer
 from kafka.errors import (
@@ -21,7 +20,7 @@ from kafka.errors import (
 )
 
 from eddyline.errors import KafkaUnavailable
-from eddyline.kafka import item_vectors, make_producer
+from eddyline.kafka import in_time, item_vectors, make_producer
 from eddyline.records import ItemRecord, encode_record
 from eddyline.settings import Settings
 from streams.chunk import PartitionLost
@@ -78,7 +77,7 @@ class TransactionalPublisher:
                 producer.send(self._topic, encode_record(r), key=r.item_id.encode(), partition=partition)
                 for r in records
             ]
-            self._limited(producer.commit_transaction)
+            in_time(producer.commit_transaction, self._timeout_s)
             for future in sent:
                 future.get(timeout=self._timeout_s)
         except _FENCED as error:
@@ -93,24 +92,6 @@ class TransactionalPublisher:
         """Let go of all producers; open transactions are aborted by Kafka."""
         for partition in list(self._producers):
             self._drop(partition)
-
-    def _limited(self, call: Callable[[], None]) -> None:
-        """kafka-python's commit waits for ever where Kafka is away; this gives up."""
-        failed: list[BaseException] = []
-
-        def run() -> None:
-            try:
-                call()
-            except BaseException as error:
-                failed.append(error)
-
-        thread = threading.Thread(target=run, name="commit-transaction", daemon=True)
-        thread.start()
-        thread.join(self._timeout_s)
-        if thread.is_alive():
-            raise TimeoutError(f"the transaction was not committed in {self._timeout_s:.1f} s")
-        if failed:
-            raise failed[0]
 
     def _drop(self, partition: int) -> None:
         producer = self._producers.pop(partition, None)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from eddyline import events
+from eddyline import accept
 from eddyline.errors import Rejected
 from eddyline.kafka import USERS
 from eddyline.ports import Source, StateStore
 from eddyline.settings import Settings
-from eddyline.slots import partition_of, user_slot
+from eddyline.slots import user_slot
 from streams.chunk import DeadLetterSink, Outcome, Record
 from streams.positions import Positions
 
@@ -46,11 +46,14 @@ class UserIngest:
         profiles: dict[str, Mapping[str, object] | None] = {}
         for record in records:
             try:
-                user_id, attributes = self._decode(partition, record)
+                user_id, profile = accept.profile(
+                    self._settings, partition, record.key, record.value, record.timestamp
+                )
             except Rejected as rejected:
                 self._dead_letters.put(record, rejected)
                 outcome.rejected += 1
                 continue
+            attributes = None if profile is None else profile.attributes
             forgotten_before = user_id in profiles and profiles[user_id] is None
             if forgotten_before and attributes is not None:
                 # The new profile must not hide that list and embedding have to go.
@@ -60,25 +63,6 @@ class UserIngest:
             outcome.applied += 1
         self._write(source, slot, profiles, records[-1].offset)
         return outcome
-
-    def _decode(self, partition: int, record: Record) -> tuple[str, Mapping[str, object] | None]:
-        key = events.decode_key(record.key)
-        if key is None:
-            raise Rejected("no_key", "key", "a profile needs its user's id as key")
-        own = partition_of(key, self._settings.clicks_partitions)
-        if own != partition:
-            detail = f"{events.quote(key)} belongs to partition {own}: use Kafka's murmur2 partitioner"
-            raise Rejected("wrong_partition", "key", detail)
-        if record.value is None:
-            events.check_id("user_id", key)
-            return key, None
-        profile = events.decode_profile(
-            record.value,
-            key=key,
-            appended_ms=record.timestamp,
-            far_future_ms_max=self._settings.far_future_ms_max,
-        )
-        return key, profile.attributes
 
     def _write(
         self, source: Source, slot: str, profiles: dict[str, Mapping[str, object] | None], offset: int

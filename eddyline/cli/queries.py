@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import msgspec
 from google.protobuf.json_format import MessageToJson
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +13,7 @@ from eddyline.ports import Source
 from eddyline.settings import Settings
 from eddyline.slots import user_slot
 from eddyline.stores.redis import RedisStore
+from serving import presence
 from serving.client import Client
 from serving.proto.retrieval_pb2 import IndexSizes, RetrieveResponse
 
@@ -100,16 +98,10 @@ def remarks(answer: RetrieveResponse) -> list[str]:
 
 
 def worker_address(settings: Settings) -> str:
-    """The address of the query worker that runs on this data folder, else the one of the settings.
-
-    A file of a worker that was killed is skipped: its process is gone.
-    """
-    found = sorted(Path(settings.data_dir, "run").glob("worker-*.json"), key=lambda f: f.stat().st_mtime)
-    for file in reversed(found):
-        pid = file.stem.removeprefix("worker-")
-        if pid.isdigit() and Path("/proc", pid).exists():
-            address: str = msgspec.json.decode(file.read_bytes())["address"]
-            return address
+    """The address of the query worker started last on this data folder, else the one of the settings."""
+    running = presence.running(settings)
+    if running:
+        return running[-1].address
     if settings.worker_port == 0:
         raise SettingsError("no query worker runs here: start one with `eddyline worker`, or give --address")
     return f"{settings.worker_host}:{settings.worker_port}"

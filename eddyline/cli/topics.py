@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -47,21 +46,10 @@ def offsets_at(settings: Settings, name: str, partitions: Collection[int], since
 
 def in_time(settings: Settings, call: Callable[[], object]) -> None:
     """Make a call of kafka-python that would wait for ever where Kafka is away. Raises what it raises."""
-    failed: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            call()
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=run, name="transaction", daemon=True)
-    thread.start()
-    thread.join(2 * settings.kafka_timeout_ms / 1000)
-    if thread.is_alive():
-        raise KafkaUnavailable("the transaction did not end in time; the next run will see whether it stands")
-    if failed:
-        raise failed[0]
+    try:
+        kafka.in_time(call, 2 * settings.kafka_timeout_ms / 1000)
+    except TimeoutError as error:
+        raise KafkaUnavailable(f"{error}; the next run will see whether it stands") from None
 
 
 @contextmanager
