@@ -155,6 +155,14 @@ def answers(port: int) -> bool:
     return bool(brokers == 1 and int.from_bytes(listed, "big") == port)
 
 
+def new_cluster_id() -> str:
+    """A random id in Kafka's form. Never one that starts with "-", which its tools read as an option."""
+    while True:
+        cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        if not cluster_id.startswith("-"):
+            return cluster_id
+
+
 def _format(home: Path, data: Path, command: Sequence[str], port: int, controller_port: int) -> None:
     """Format beside, then rename: a format that was interrupted leaves nothing that looks formatted."""
     beside = home / "log.new"
@@ -167,8 +175,7 @@ def _format(home: Path, data: Path, command: Sequence[str], port: int, controlle
     beside.mkdir(parents=True)
     properties = home / "format.properties"
     properties.write_text(server_properties(beside.name, port, controller_port))
-    cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-    arguments = ["kafka.tools.StorageTool", "format", "-t", cluster_id, "-c", str(properties)]
+    arguments = ["kafka.tools.StorageTool", "format", "-t", new_cluster_id(), "-c", str(properties)]
     try:
         subprocess.run(
             [*command, *arguments],

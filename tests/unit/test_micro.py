@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from embeddings.micro import PASS, MicroSettings, MicroStep
@@ -103,6 +103,10 @@ def test_negatives_are_drawn_evenly() -> None:
     start=st.sampled_from([0.0, 0.1, 0.5, 3.0]),
     temperature=st.sampled_from([0.01, 0.07, 1.0]),
 )
+@example(
+    seed=195, rate=1e-3, start=0.5, temperature=0.07
+)  # a float32 norm just below the bound, a true one above
+@example(seed=1046, rate=1e-3, start=0.5, temperature=0.07)
 def test_the_norm_stays_bounded_and_finite(seed: int, rate: float, start: float, temperature: float) -> None:
     micro = MicroStep(CATALOGUE, MicroSettings(rate=rate, temperature=temperature))
     f, e = vectors(20, seed), vectors(20, seed + 1) * np.float32(start)
