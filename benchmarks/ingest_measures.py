@@ -167,7 +167,7 @@ class Watch:
             values: Any = self.redis.mget(keys[start : start + 1_000])
             for value in values:
                 if value is not None:
-                    seen, applied_us = behaviour.decode(value)
-                    found.append((seen.produced_us, seen.read_us, applied_us))
+                    stored = behaviour.decode(value)
+                    found.append((stored.behaviour.produced_us, stored.behaviour.read_us, stored.applied_us))
         produced, read, applied = np.array(found, dtype=np.float64).T / 1000
         return {"kafka": read - produced, "ingest": applied - read, "all": applied - produced}

@@ -36,7 +36,8 @@ from eddyline import kafka
 from eddyline.events import Click, decode_click
 from eddyline.settings import Settings, load
 from eddyline.slots import partition_of
-from streams.app import IngestApp, Lane
+from streams.app import IngestApp
+from streams.applying import Lane
 from streams.chunk import Outcome, Record
 
 BATCH = 500

@@ -1,9 +1,15 @@
 """A user's behaviour list: what he did last, newest first, and how the newest of it got here.
 
-Binary layout (the value of `{u…}:h:<user>` in Redis): MessagePack of the array
-`[version, partition, offset, at_ms, produced_us, appended_ms, read_us, entries]`, where entries is an
-array of `[item_id, at_ms, kind, weight]`, newest first by `at_ms`, a later offset before an earlier one
-where equal; then 8 bytes, little-endian signed: `applied_us`, Redis' own clock when the write script ran.
+Binary layout in Redis, two values, so that an event writes little of a long list:
+
+* `{u…}:h:<user>`, *recent*: MessagePack of the array `[version, partition, offset, at_ms, produced_us,
+  appended_ms, read_us, length, entries]`, then 8 bytes, little-endian signed: `applied_us`, Redis' own clock
+  when the write script ran. entries: at most `RECENT_MAX` that were placed since *older* was written.
+* `{u…}:o:<user>`, *older*: MessagePack of the array of entries as the list was then; absent on a short list.
+
+An entry is `[item_id, at_ms, kind, weight]`, without what is at its default at the end (kind 0, weight 1);
+newest first by `at_ms`, a later offset before an earlier one where equal. The list is the first `length` of
+both in that order, recent before older where equal.
 
 Every rule here is a function of the user's events in the order of the log: time is event time, "newest" is
 his own newest event, and no clock is asked.
@@ -15,12 +21,18 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import cast
 
 import msgspec
 
 from eddyline.events import KINDS, Click
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
+# What one event writes of its user's list, at most. 8 entries are about 150 bytes; 4 and 16 cost as much.
+RECENT_MAX = 8
+
+
+Short = tuple[str | int | float, ...]
 
 
 class Entry(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -50,19 +62,93 @@ class Behaviour(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
     entries: tuple[Entry, ...] = ()
 
 
+class _Recent(msgspec.Struct, array_like=True, frozen=True):
+    """*recent* as it is stored."""
+
+    version: int
+    partition: int
+    offset: int
+    at_ms: int
+    produced_us: int
+    appended_ms: int
+    read_us: int
+    length: int
+    entries: list[Entry]
+
+
 EMPTY = Behaviour()
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Behaviour)
+_recent = msgspec.msgpack.Decoder(_Recent)
+_older = msgspec.msgpack.Decoder(list[Entry])
 
 
 def encode(behaviour: Behaviour) -> bytes:
-    """The layout above without its last 8 bytes, which the write script appends."""
+    """The list whole and its stamps, in one canonical form; two equal lists are equal in it."""
     return _encoder.encode(behaviour)
 
 
-def decode(value: bytes) -> tuple[Behaviour, int]:
-    """(behaviour, applied_us) from a stored value."""
-    return _decoder.decode(value[:-8]), int.from_bytes(value[-8:], "little", signed=True)
+def encode_recent(behaviour: Behaviour, recent: Sequence[Short]) -> bytes:
+    """*recent* without its last 8 bytes, which the write script appends.
+
+    recent: in the order of the list
+    """
+    b = behaviour
+    stamps = (LAYOUT_VERSION, b.partition, b.offset, b.at_ms, b.produced_us, b.appended_ms, b.read_us)
+    return _encoder.encode((*stamps, len(b.entries), recent))
+
+
+def encode_older(entries: Sequence[Entry]) -> bytes:
+    """*older*, of the whole list."""
+    return _encoder.encode([short(e) for e in entries])
+
+
+def short(entry: Entry) -> Short:
+    """An entry as it is stored, without what is at its default at the end.
+
+    >>> short(Entry("a", 5)), short(Entry("a", 5, 2)), short(Entry("a", 5, 0, 0.5))
+    (('a', 5), ('a', 5, 2), ('a', 5, 0, 0.5))
+    """
+    if entry.weight != 1.0:
+        return (entry.item_id, entry.at_ms, entry.kind, entry.weight)
+    return (entry.item_id, entry.at_ms, entry.kind) if entry.kind else (entry.item_id, entry.at_ms)
+
+
+def insert_short(entries: list[Short], entry: Short) -> None:
+    """As `insert`, for stored entries; one more than `RECENT_MAX` stays, to show that there are too many."""
+    at_ms = cast(int, entry[1])
+    if not entries or cast(int, entries[0][1]) <= at_ms:
+        entries.insert(0, entry)
+    else:
+        entries.insert(bisect_left(entries, -at_ms, key=lambda e: -cast(int, e[1])), entry)
+    del entries[RECENT_MAX + 1 :]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A list as it was read. recent: what is stored beside *older*."""
+
+    behaviour: Behaviour
+    applied_us: int
+    recent: list[Short]
+
+
+def decode(recent: bytes, older: bytes | None = None) -> Stored:
+    """Both stored values together. Raises msgspec.MsgspecError, ValueError on a layout of another version."""
+    head = _recent.decode(memoryview(recent)[:-8])
+    if head.version != LAYOUT_VERSION:
+        raise ValueError(f"behaviour list of layout {head.version}, not {LAYOUT_VERSION}")
+    entries = head.entries
+    if older is not None:
+        before = _older.decode(older)
+        entries = head.entries + before
+        if before and head.entries and head.entries[-1].at_ms < before[0].at_ms:
+            entries.sort(key=lambda e: -e.at_ms)  # stable: recent before older where equal
+    behaviour = Behaviour(
+        partition=head.partition, offset=head.offset, at_ms=head.at_ms, produced_us=head.produced_us,
+        appended_ms=head.appended_ms, read_us=head.read_us, entries=tuple(entries[: head.length]),
+    )  # fmt: skip
+    applied_us = int.from_bytes(recent[-8:], "little", signed=True)
+    return Stored(behaviour, applied_us, [short(e) for e in head.entries])
 
 
 def insert(entries: list[Entry], entry: Entry, length_max: int) -> None:
@@ -76,8 +162,12 @@ def insert(entries: list[Entry], entry: Entry, length_max: int) -> None:
     >>> insert(entries, Entry("late", 15), 3); [e.item_id for e in entries]
     ['c', 'b', 'late']
     """
-    entries.insert(bisect_left(entries, -entry.at_ms, key=lambda e: -e.at_ms), entry)
-    del entries[length_max:]
+    if not entries or entries[0].at_ms <= entry.at_ms:
+        entries.insert(0, entry)
+    else:
+        entries.insert(bisect_left(entries, -entry.at_ms, key=lambda e: -e.at_ms), entry)
+    if len(entries) > length_max:
+        del entries[length_max:]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ EddylineError
 │   ├── KafkaUnavailable
 │   ├── ArchiveUnavailable  the archive's files cannot be read or written (`eddyline.archive`)
 │   └── NoGeneration    nothing has been trained yet (`eddyline.start`)
+├── KafkaRefused        Kafka answers, but refuses who we are, how we speak to it, or what we want to do
 ├── StoreRefused        Redis answers, but must not be used as it is set up
 ├── FenceMoved          a fenced write was refused: the fence is not the one that was read
 ├── LocalServerError    a local Kafka or Valkey cannot be installed or started
@@ -69,6 +70,13 @@ class StoreUnavailable(Unavailable):
 
 class KafkaUnavailable(Unavailable):
     """Kafka does not answer."""
+
+
+class KafkaRefused(EddylineError):
+    """Kafka answers and refuses us: wrong credentials, other TLS, a missing right. Waiting is of no use.
+
+    The message names the settings to look at, and never a password.
+    """
 
 
 class StoreRefused(EddylineError):

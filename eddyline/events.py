@@ -135,11 +135,14 @@ def decode_click(value: bytes | None, *, appended_ms: int, far_future_ms_max: in
     Raises Rejected.
     """
     click: Click = _decode(_click, value)
-    check_id("user_id", click.user_id)
-    check_id("item_id", click.item_id)
-    if click.event_id is not None:
-        check_id("event_id", click.event_id)
-    check_time(click.at_ms, appended_ms, far_future_ms_max)
+    # ASCII without an escape: JSON itself allows no control character then, and a character is a byte.
+    if value is None or not value.isascii() or b"\\" in value or b"\x7f" in value:
+        check_id("user_id", click.user_id)
+        check_id("item_id", click.item_id)
+        if click.event_id is not None:
+            check_id("event_id", click.event_id)
+    if click.at_ms > appended_ms + far_future_ms_max:
+        check_time(click.at_ms, appended_ms, far_future_ms_max)
     return click
 
 

@@ -14,15 +14,16 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from typing import Any, TypeVar
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import NewTopic
-from kafka.errors import KafkaError, TopicAlreadyExistsError
+from kafka.errors import KafkaError, TopicAlreadyExistsError, TopicAuthorizationFailedError
 
-from eddyline import events
-from eddyline.errors import KafkaUnavailable, LogMismatch
+from eddyline import events, kafka_knock, kafka_security
+from eddyline.errors import EddylineError, KafkaRefused, KafkaUnavailable, LogMismatch
 from eddyline.events import Click, Item, Merge, UserProfile
 from eddyline.ports import LogId
 from eddyline.settings import Settings
@@ -38,6 +39,7 @@ DEAD_LETTER_BYTES_MAX = 2 * 1024 * 1024
 _HOUR_MS = 3_600_000
 # How long a delete record stays after compaction: a snapshot or bundle older than this must not be used.
 _DELETE_RETENTION_MS = 7 * 24 * _HOUR_MS
+_T = TypeVar("_T")
 
 
 def item_vectors(generation: str) -> str:
@@ -46,13 +48,61 @@ def item_vectors(generation: str) -> str:
 
 
 def client_options(settings: Settings) -> dict[str, Any]:
-    """What every kafka-python client is made with: addresses, and time-outs that do end."""
-    return {
+    """What every kafka-python client is made with: addresses, time-outs that do end, and who we are.
+
+    Raises SettingsError where a file of certificates cannot be used.
+    """
+    return kafka_security.client_options(settings) | {
         "bootstrap_servers": settings.kafka_bootstrap_servers.split(","),
         "request_timeout_ms": max(settings.kafka_timeout_ms, 1_000),
         "bootstrap_timeout_ms": settings.kafka_timeout_ms,
         "reconnect_backoff_max_ms": settings.backoff_ms_max,
     }
+
+
+def connected(settings: Settings, make: Callable[..., _T], **more: Any) -> _T:
+    """A client of kafka-python, made with `client_options` and more. Raises KafkaRefused, KafkaUnavailable.
+
+    The first one of a process that uses TLS or SASL knocks before, so that a wrong password is told at once.
+    """
+    if settings.kafka_security_protocol != "PLAINTEXT":
+        with suppress(KafkaUnavailable):
+            _welcomed(settings)
+    try:
+        return make(**client_options(settings) | more)
+    except (KafkaError, OSError) as error:
+        raise trouble(settings, error) from None
+
+
+@lru_cache(maxsize=4)
+def _welcomed(settings: Settings) -> None:
+    """Knock until once let in."""
+    kafka_knock.knock(settings)
+
+
+def trouble(settings: Settings, error: Exception, at: str = "") -> EddylineError:
+    """What an error of kafka-python means: KafkaRefused where a person has to decide, else KafkaUnavailable.
+
+    at: what was spoken to, by default the servers. Asks Kafka itself, which takes two seconds at most.
+    """
+    where = at or f"Kafka at {settings.kafka_bootstrap_servers}"
+    if lacks_right(error):
+        return KafkaRefused(
+            f"{where}: {kafka_security.who(settings)} lacks a right ({error}); "
+            "docs/security.md lists those that Eddyline needs"
+        )
+    try:
+        kafka_knock.knock(settings)
+    except KafkaRefused as refused:
+        return refused
+    except KafkaUnavailable:
+        pass
+    return KafkaUnavailable(f"{where}: {type(error).__name__}: {error}")
+
+
+def lacks_right(error: Exception) -> bool:
+    """Whether Kafka says so; kafka-python wraps some of these errors into others, so the words count."""
+    return "AuthorizationFailed" in f"{type(error).__name__} {error}"
 
 
 def topic_configs(settings: Settings, name: str) -> tuple[int, dict[str, str]]:
@@ -76,20 +126,13 @@ def topic_configs(settings: Settings, name: str) -> tuple[int, dict[str, str]]:
 
 @contextmanager
 def _admin(settings: Settings) -> Iterator[KafkaAdminClient]:
-    try:
-        admin = KafkaAdminClient(**client_options(settings))
-    except (KafkaError, OSError) as error:
-        raise _away(settings, error) from None
+    admin = connected(settings, KafkaAdminClient)
     try:
         yield admin
     except KafkaError as error:
-        raise _away(settings, error) from None
+        raise trouble(settings, error) from None
     finally:
         admin.close()
-
-
-def _away(settings: Settings, error: Exception) -> KafkaUnavailable:
-    return KafkaUnavailable(f"Kafka at {settings.kafka_bootstrap_servers}: {type(error).__name__}: {error}")
 
 
 def wait_until_up(settings: Settings, timeout_s: float) -> None:
@@ -116,6 +159,8 @@ def ensure_topics(settings: Settings, names: Sequence[str] | None = None) -> Non
     names = (*SOURCES, DEAD_LETTERS, GENERATIONS) if names is None else names
     with _admin(settings) as admin:
         existing = set(admin.list_topics())
+        # Kafka hides what one may not describe: then it would be made anew, in vain.
+        _described(settings, admin, [t for n in names if (t := settings.prefixed(n)) not in existing])
         for name in names:
             if settings.prefixed(name) in existing:
                 continue
@@ -127,7 +172,7 @@ def ensure_topics(settings: Settings, names: Sequence[str] | None = None) -> Non
             except TopicAlreadyExistsError:
                 continue  # another process was faster
         admin.wait_for_topics([settings.prefixed(n) for n in names], timeout_ms=settings.kafka_timeout_ms)
-        for described in admin.describe_topics([settings.prefixed(n) for n in names]):
+        for described in _described(settings, admin, [settings.prefixed(n) for n in names]):
             name = described["name"].removeprefix(settings.prefixed(""))
             wanted, found = topic_configs(settings, name)[0], len(described["partitions"])
             if wanted != found:
@@ -137,11 +182,26 @@ def ensure_topics(settings: Settings, names: Sequence[str] | None = None) -> Non
                 )
 
 
+def _described(settings: Settings, admin: KafkaAdminClient, topics: list[str]) -> list[dict[str, Any]]:
+    """What Kafka tells of these topics, of those that are not there as well. Raises KafkaRefused."""
+    found: list[dict[str, Any]] = admin.describe_topics(topics) if topics else []
+    for topic in found:
+        if topic["error_code"] == TopicAuthorizationFailedError.errno:
+            raise trouble(settings, TopicAuthorizationFailedError(topic["name"]))
+    return found
+
+
+def check_seen(settings: Settings, name: str) -> None:
+    """Return where we may see the topic, be it there or not. Raises KafkaRefused, KafkaUnavailable."""
+    with _admin(settings) as admin:
+        _described(settings, admin, [settings.prefixed(name)])
+
+
 def log_ids(settings: Settings, names: Sequence[str]) -> dict[str, LogId]:
     """The identity of each topic's log: cluster id and topic id. A topic made anew has another one."""
     with _admin(settings) as admin:
         cluster_id = str(admin.describe_cluster()["cluster_id"])
-        described = admin.describe_topics([settings.prefixed(name) for name in names])
+        described = _described(settings, admin, [settings.prefixed(name) for name in names])
         ids = {topic["name"]: str(topic["topic_id"]) for topic in described}
     return {name: LogId(cluster_id, ids[settings.prefixed(name)]) for name in names}
 
@@ -159,27 +219,23 @@ def beginning_offsets(settings: Settings, name: str) -> dict[int, int]:
 def _offsets(settings: Settings, name: str, which: str) -> dict[int, int]:
     topic = settings.prefixed(name)
     try:
-        consumer = KafkaConsumer(**client_options(settings), group_id=None, enable_auto_commit=False)
+        consumer = connected(settings, KafkaConsumer, group_id=None, enable_auto_commit=False)
         try:
-            partitions = consumer.partitions_for_topic(topic) or ()
+            partitions = consumer.partitions_for_topic(topic)
+            if not partitions:
+                check_seen(settings, name)
             found = getattr(consumer, which)([TopicPartition(topic, p) for p in partitions])
             return {at.partition: offset for at, offset in found.items()}
         finally:
             consumer.close()
     except (KafkaError, OSError) as error:
-        raise _away(settings, error) from None
+        raise trouble(settings, error) from None
 
 
 def make_producer(settings: Settings, **more: Any) -> KafkaProducer:
     """An idempotent producer that waits for all replicas. Any option of kafka-python may be given."""
-    try:
-        return KafkaProducer(
-            **client_options(settings)
-            | {"acks": "all", "enable_idempotence": True, "max_block_ms": settings.kafka_timeout_ms}
-            | more
-        )
-    except (KafkaError, OSError) as error:
-        raise _away(settings, error) from None
+    options = {"acks": "all", "enable_idempotence": True, "max_block_ms": settings.kafka_timeout_ms}
+    return connected(settings, KafkaProducer, **options | more)
 
 
 def in_time(call: Callable[[], object], timeout_s: float) -> None:

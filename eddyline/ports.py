@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from eddyline.behaviour import Behaviour
+from eddyline.behaviour import Behaviour, Short
+from eddyline.errors import EddylineError
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,8 @@ class UserRead:
     accepted_at: event id -> the offset under which it was accepted; absent where it is new
     embeddings:  user id -> (steps, bytes of float32[d]); absent where there is none yet
     profiles:    user id -> attributes; absent where there is none
+    recent:      user id -> the entries that a write of the newest few has to begin with; absent where the
+                 whole list has to be written
     """
 
     fence: Fence | None
@@ -62,25 +65,66 @@ class UserRead:
     behaviours: Mapping[str, Behaviour]
     embeddings: Mapping[str, tuple[int, bytes]]
     profiles: Mapping[str, Mapping[str, object]]
+    recent: Mapping[str, Sequence[Short]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SlotRead:
+    """What is read of a user slot when its partition is taken over; see `StateStore.read_slot`.
+
+    fence:    of clicks; profiles: of users, as text, "" for none
+    accepted: event id -> offset, of all ids in the window, by offset
+    """
+
+    fence: Fence | None
+    profiles: str
+    accepted: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class UserQuery:
+    """One slot of `StateStore.read_many`; see `read_users`."""
+
+    slot: str
+    source: Source
+    user_ids: Sequence[str]
+    generation: str
 
 
 @dataclass(slots=True)
 class UserEffects:
     """All effects of one chunk of clicks on one user slot.
 
-    accepted:     event id -> offset, for the events that are new
-    window_floor: accepted ids with a lower offset leave the window
+    accepted:     event id -> offset, for the events that are new, by offset
+    window_floor: accepted ids with a lower offset leave the window (once there are accepted ones)
     behaviours:   user id -> his whole new list
+    recent:       user id -> the entries that are new since his list was last written whole; absent: write it
+                  whole now
     embeddings:   user id -> (steps, bytes of float32[d]) of `generation`
     emptied:      users whose list and embedding (of `generation`) go, before those above are written
+    profiles:     the fence of `users` that this was computed under, "" for none; another one refuses the
+                  write, for it may have forgotten a user. None is not checked
     """
 
     accepted: dict[str, int] = field(default_factory=dict)
     window_floor: int = 0
     behaviours: dict[str, Behaviour] = field(default_factory=dict)
+    recent: dict[str, Sequence[Short]] = field(default_factory=dict)
     generation: str = ""
     embeddings: dict[str, tuple[int, bytes]] = field(default_factory=dict)
     emptied: tuple[str, ...] = ()
+    profiles: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UserWrite:
+    """One slot of `StateStore.write_many`; see `write_users`."""
+
+    slot: str
+    source: Source
+    expected: Fence | None
+    new: Fence
+    effects: UserEffects
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +199,18 @@ class StateStore(Protocol):
         self, slot: str, source: Source, expected: Fence | None, new: Fence, effects: UserEffects
     ) -> int:
         """Apply all effects and move the fence, or raise FenceMoved. Returns applied_us (server clock)."""
+
+    def read_slot(self, slot: str, source: Source) -> SlotRead:
+        """The fences and the event-id window of a user slot. source: the partition of clicks."""
+
+    def read_many(self, queries: Sequence[UserQuery]) -> list[UserRead]:
+        """`read_users` of several slots in one round trip, without event ids."""
+
+    def write_many(self, writes: Sequence[UserWrite]) -> list[int | EddylineError]:
+        """`write_users` of several slots in one round trip; each stands or fails for itself.
+
+        What one of them would raise is in its place: FenceMoved, StoreUnavailable (it may have been applied).
+        """
 
     def write_profiles(
         self,

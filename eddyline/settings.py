@@ -18,14 +18,17 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import msgspec
 from msgspec import Meta
 
+from eddyline import kafka_security
 from eddyline.errors import SettingsError
 
 PREFIX = "EDDYLINE_"
 ALIASES = {"KAFKA_BOOTSTRAP_SERVERS": "kafka_bootstrap_servers", "REDIS_URL": "redis_url"}
 # These start with the prefix, but steer the set-up or the reading of settings; they are no settings.
 NOT_SETTINGS = {"EDDYLINE_CONFIG"}
-SECRETS = {"redis_url"}
+SECRETS = {"redis_url", "kafka_sasl_password", "kafka_key_password"}
 WEIGHED_KINDS = ("view", "click", "like", "cart", "purchase")
+KafkaProtocol = Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"]
+KafkaMechanism = Literal["", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"]
 MainName = Literal["hnswlib", "faiss-flat", "faiss-ivf", "faiss-ivfpq", "faiss-hnsw", "annoy"]
 
 
@@ -46,8 +49,24 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     redis_url: Annotated[
         str,
         _about(
-            "Redis' address, `redis://host:port/0`. Empty: the local Valkey that `eddyline up` or the demo started."
+            "Redis' address, `redis://user:password@host:port/0`; `rediss://` is TLS. Empty: the local Valkey that `eddyline up` or the demo started."
         ),
+    ] = ""
+    redis_cluster: Annotated[
+        bool,
+        _about(
+            "`redis_url` is a Redis Cluster; it may name several nodes then, `redis://host:port,host:port`."
+        ),
+    ] = False
+    redis_ca_file: Annotated[
+        str,
+        _about(
+            "PEM file of the only CA whose certificates Redis may show. Empty: those this machine trusts."
+        ),
+    ] = ""
+    redis_cert_file: Annotated[str, _about("PEM file of our own certificate, where Redis asks for one.")] = ""
+    redis_key_file: Annotated[
+        str, _about("PEM file of its key, without a pass phrase. Empty: it is in `redis_cert_file`.")
     ] = ""
     namespace: Annotated[
         str,
@@ -77,6 +96,33 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     backoff_ms_max: Annotated[
         int, _about("The longest wait between two tries to reach a server that is away.", ge=10, le=60_000)
     ] = 2_000
+
+    # Kafka's security: docs/security.md
+    kafka_security_protocol: Annotated[
+        KafkaProtocol, _about("How Kafka is spoken to: `SSL` is TLS, `SASL_…` logs in by name and password.")
+    ] = "PLAINTEXT"
+    kafka_sasl_mechanism: Annotated[KafkaMechanism, _about("How to log in; only with `SASL_…`.")] = ""
+    kafka_sasl_username: Annotated[
+        str, _about("The user's name at Kafka.", pattern=r"^[^\x00-\x1f\x7f]*\Z", max_length=1_000)
+    ] = ""
+    kafka_sasl_password: Annotated[
+        str, _about("The user's password at Kafka.", pattern=r"^[^\x00-\x1f\x7f]*\Z", max_length=1_000)
+    ] = ""
+    kafka_ca_file: Annotated[
+        str,
+        _about(
+            "PEM file of the authorities that Kafka's certificate is checked by. Empty: those of the system."
+        ),
+    ] = ""
+    kafka_cert_file: Annotated[
+        str, _about("PEM file of our own certificate, where Kafka asks for one (mTLS).")
+    ] = ""
+    kafka_key_file: Annotated[
+        str, _about("PEM file of its private key. Empty: the key is in `kafka_cert_file`.")
+    ] = ""
+    kafka_key_password: Annotated[
+        str, _about("Password of the private key. Empty: it is not encrypted.", max_length=1_000)
+    ] = ""
 
     # Topics (fixed when they are made)
     clicks_partitions: Annotated[
@@ -112,6 +158,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         ),
     ] = 256
     history_length_max: Annotated[int, _about("The most behaviours kept for a user.", ge=1, le=1_000)] = 100
+    history_cache_entries_max: Annotated[
+        int,
+        _about(
+            "The most behaviours that an ingest process keeps in memory, so as not to ask Redis for them; about 150 bytes each.",
+            ge=0,
+            le=100_000_000,
+        ),
+    ] = 400_000
     history_age_s_max: Annotated[
         int,
         _about(
@@ -195,6 +249,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         ),
     ] = 262_144
 
+    # Trainer
+    train_from: Annotated[
+        Literal["kafka", "archive"],
+        _about("What a training reads: the topics, or the archive and then what the topics have beyond it."),
+    ] = "kafka"
+
     # Query worker
     worker_host: Annotated[str, _about("Address the query worker binds to.", min_length=1)] = "127.0.0.1"
     worker_port: Annotated[
@@ -203,6 +263,37 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     worker_threads: Annotated[
         int, _about("Calls a query worker answers at a time; as many again may wait.", ge=1, le=256)
     ] = 8
+    shards: Annotated[
+        int,
+        _about(
+            "Into how many shards the items are cut; a query worker holds one of them. 1: each worker holds all items.",
+            ge=1,
+            le=256,
+        ),
+    ] = 1
+    shard: Annotated[
+        int, _about("Which shard a query worker holds: 0 for the first; less than `shards`.", ge=0, le=255)
+    ] = 0
+    coordinator_host: Annotated[str, _about("Address the coordinator of shards binds to.", min_length=1)] = (
+        "127.0.0.1"
+    )
+    coordinator_port: Annotated[
+        int, _about("Port of the coordinator; 0 takes a free one and prints it.", ge=0, le=65_535)
+    ] = 50_052
+    shard_addresses: Annotated[
+        str,
+        _about(
+            "Addresses of the workers that the coordinator asks, `host:port,…`, in the order of their shards, the first one's first."
+        ),
+    ] = ""
+    shard_timeout_ms: Annotated[
+        int,
+        _about(
+            "How long the coordinator waits for one call of a shard; never more than half of the time that the query has left.",
+            ge=1,
+            le=60_000,
+        ),
+    ] = 200
     query_timeout_ms: Annotated[int, _about("Deadline of a query that brings none.", ge=1, le=60_000)] = 1_000
     k_max: Annotated[int, _about("The largest `k` of a query.", ge=1, le=100_000)] = 1_000
     wait_ms_max: Annotated[
@@ -249,6 +340,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             "So many fresh vectors beside the graph start a rebuild in the background.", ge=1, le=10_000_000
         ),
     ] = 4_096
+    index_tier_above: Annotated[
+        int,
+        _about(
+            "While a rebuild is long, more fresh vectors than this get a graph of their own, a second tier; 0 is never.",
+            ge=0,
+            le=1_000_000_000,
+        ),
+    ] = 65_536
     index_main: Annotated[
         MainName,
         _about("The main index; `faiss-…` and `annoy` need their extra. Which one when: docs/benchmarks.md."),
@@ -274,6 +373,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = 1_600
 
     # Logs
+    metrics_host: Annotated[str, _about("Address that metrics are served at.", min_length=1)] = "127.0.0.1"
+    ingest_metrics_port: Annotated[
+        int, _about("Port of an ingest process's Prometheus metrics; 0 serves none.", ge=0, le=65_535)
+    ] = 0
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], _about("The least severe log line written.")
     ] = "info"
@@ -338,6 +441,7 @@ def load(environ: Mapping[str, str] | None = None, *, folder: Path | None = None
             f"dedupe_window_events = {made.dedupe_window_events}: must be at least twice chunk_records_max = "
             f"{made.chunk_records_max}, for a slot may be one chunk behind another"
         )
+    kafka_security.check(made)
     return made
 
 
@@ -361,7 +465,7 @@ def describe() -> Iterator[tuple[str, str, Any, str]]:
     for info in msgspec.structs.fields(Settings):
         base, *metas = get_args(hints[info.name])
         described = next(m for m in metas if isinstance(m, Meta) and m.description)
-        kind = " | ".join(get_args(base)) if get_args(base) else base.__name__
+        kind = " | ".join(value or "empty" for value in get_args(base)) if get_args(base) else base.__name__
         limits = [
             str(described.ge) if described.ge is not None else "",
             str(described.le) if described.le is not None else "",

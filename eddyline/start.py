@@ -17,7 +17,7 @@ from eddyline.settings import Settings
 log = logging.getLogger(__name__)
 
 # Counts up when keys in Redis or records in our topics change their meaning.
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 _BACKOFF_S = 0.05
 _TELL_S = 10.0
 _T = TypeVar("_T")

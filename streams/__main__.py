@@ -1,7 +1,7 @@
 """The ingest process, wired together: `python -m streams`.
 
 Exit codes: 0 a wanted stop · 1 an error that a restart may heal · 2 a bad setting · 3 a person has to decide
-(Kafka is another log than the state was written for, or the store refuses to be used).
+(Kafka is another log than the state was written for, or refuses us, or the store refuses to be used).
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
+from aiokafka.errors import KafkaError
 from kafka import KafkaProducer
 
 from eddyline import alive, generations, kafka, logs, start
 from eddyline import settings as settings_
-from eddyline.errors import BundleError, LogMismatch, SettingsError, StoreRefused
+from eddyline.errors import BundleError, KafkaRefused, LogMismatch, SettingsError, StoreRefused
 from eddyline.local import endpoints
 from eddyline.ports import LogId
 from eddyline.settings import Settings
@@ -35,8 +36,9 @@ from eddyline.start import Patience
 from eddyline.stores.redis import RedisStore
 from embeddings import bundle
 from embeddings.bundle import Bundle
-from streams import clicks, items, membership, users
-from streams.app import IngestApp, Lane
+from streams import clicks, items, membership, metrics, refusals, users
+from streams.app import IngestApp
+from streams.applying import Lane
 from streams.clicks import ClickIngest
 from streams.dead_letters import KafkaDeadLetters, KafkaForwarder, outlet_producer
 from streams.items import ItemIngest
@@ -61,13 +63,18 @@ def main() -> int:
         sys.stderr.write(f"{error}\n")
         return 2
     logs.configure(settings, "ingest")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(refusals.Untraced())
     for name in _TALKATIVE:
         logging.getLogger(name).addFilter(_Sparse())
     try:
         return _run(settings)
-    except (LogMismatch, StoreRefused) as error:
+    except (LogMismatch, StoreRefused, KafkaRefused) as error:
         log.error(str(error))
         return 3
+    except SettingsError as error:
+        log.error(str(error))
+        return 2
     except BundleError as error:
         log.error(str(error))
         return 1
@@ -97,7 +104,9 @@ def _run(settings: Settings) -> int:
     known = patience.until("Kafka", lambda: generations.known(settings))
     lanes = _lanes(settings, store, towers, known, producer, publisher)
     try:
-        asyncio.run(_serve(settings, lanes, member.name, folder))
+        # Before anything is applied: profiles must not run ahead of clicks that the archive has to bring.
+        patience.until("Kafka", lambda: _refuse_lost(settings, lanes[0]))
+        asyncio.run(_serve(settings, lanes, member.name, folder, store))
     finally:
         for lane in lanes:
             lane.executor.shutdown(wait=False, cancel_futures=True)
@@ -110,15 +119,40 @@ def _run(settings: Settings) -> int:
     return 0
 
 
-async def _serve(settings: Settings, lanes: list[Lane], member: str, folder: Path) -> None:
+def _refuse_lost(settings: Settings, of_clicks: Lane) -> None:
+    """Raise LogMismatch where retention removed clicks, of any partition, before they were applied."""
+    begins = kafka.beginning_offsets(settings, kafka.CLICKS)
+    # Their ends are looked at later: another ingest may be moving them.
+    of_clicks.ingest.positions.open({partition: (begin, 2**62) for partition, begin in begins.items()})
+
+
+async def _serve(settings: Settings, lanes: list[Lane], member: str, folder: Path, store: RedisStore) -> None:
     limit = threading.Timer(_STOP_S_MAX, os._exit, (1,))
     limit.daemon = True
-    app = IngestApp(settings, lanes, member, folder / "faust", stopping=limit.start)
+    app = IngestApp(
+        settings, lanes, member, folder / "faust", stopping=limit.start,
+        claim=lambda: store.claim_layout(start.layout(settings)),
+    )  # fmt: skip
+    caches = [lane.ingest.cache for lane in lanes if isinstance(lane.ingest, ClickIngest)]
+    unmeasured = metrics.serve(settings, app, caches[0])
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, app.end, None)
     log.info("ingest starts", extra={"member": member, "kafka": settings.kafka_bootstrap_servers})
-    await app.run()
+    watching = asyncio.create_task(refusals.watch(settings, lambda: app.thread))
+    watching.add_done_callback(lambda task: None if task.cancelled() else app.end(_reason(task)))
+    try:
+        await app.run()
+    except KafkaError as error:
+        raise refusals.meant(settings, error) from error
+    finally:
+        unmeasured()
+        watching.cancel()
+
+
+def _reason(task: asyncio.Task[None]) -> Exception:
+    error = task.exception()
+    return error if isinstance(error, Exception) else RuntimeError(repr(error))
 
 
 def _lanes(
@@ -151,10 +185,18 @@ def _lanes(
     forwarder = KafkaForwarder(settings, producer)
     micro = MicroSteps(towers)
     by_clicks = ClickIngest(settings, store, of_clicks, letters(), forwarder, micro)
-    by_users = UserIngest(settings, store, of_users, letters(), known)
+    by_users = UserIngest(settings, store, of_users, letters(), known, by_clicks.profiles_written)
     by_items = ItemIngest(settings, store, of_items, letters(), publisher, towers, _clock_us)
     return [
-        Lane(topic(kafka.CLICKS), by_clicks, people, by_clicks.opened, by_clicks, quick=True),
+        Lane(
+            topic(kafka.CLICKS),
+            by_clicks,
+            people,
+            by_clicks.opened,
+            by_clicks.counts,
+            quick=True,
+            many=by_clicks.ingest_many,
+        ),
         Lane(topic(kafka.USERS), by_users, people, quick=True),
         Lane(topic(kafka.ITEMS), by_items, goods, before_open=publisher.open),
     ]

@@ -53,6 +53,15 @@ class Record(Protocol):
         """Names and bytes; None is allowed for a value."""
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One chunk, as an ingest function takes it. read_us: when it was read, microseconds since 1970."""
+
+    partition: int
+    records: Sequence[Record]
+    read_us: int
+
+
 class PartitionLost(EddylineError):
     """Another process has taken over this partition's transactional id: stop writing, do not retry."""
 
@@ -176,6 +185,10 @@ class Outcome:
         """Add another chunk's counts to these."""
         for name in _COUNTS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def less(self, other: Outcome) -> Outcome:
+        """What has come since these were `other`."""
+        return Outcome(**{name: getattr(self, name) - getattr(other, name) for name in _COUNTS})
 
     def counts(self) -> dict[str, Any]:
         """The counts by name, for a log line."""

@@ -6,96 +6,90 @@ makes no difference.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 from eddyline import accept, behaviour
 from eddyline.behaviour import Behaviour, Bounds, Entry
 from eddyline.events import KINDS, MOVED, Click, Merge
-from eddyline.ports import UserEffects, UserRead
+from eddyline.ports import UserEffects
 from eddyline.settings import Settings
 from streams.chunk import Record
 from streams.micro_steps import MicroSteps, Step
+from streams.user_cache import Draft
 
 _KIND_NUMBER = {kind: number for number, kind in enumerate(KINDS)}
-
-
-@dataclass(slots=True)
-class _Draft:
-    """A user's state. steps: events counted; last: the event that was applied last, None while none was."""
-
-    entries: list[Entry]
-    at_ms: int
-    steps: int
-    last: Record | None = None
-    counted: bool = False
 
 
 class Drafts:
     """Lists and embeddings of the users of one chunk. Thread rule: one thread.
 
-    read:  their state before the chunk
+    users: their state before the chunk; changed in place
     micro: the generation that learns; None leaves embeddings alone
     moved: (record, click) of what merges send elsewhere: to be delivered before the fence moves
     late:  events that came too late for their list
+    steps: micro-steps to take, in the order of the log
     """
 
-    def __init__(self, settings: Settings, micro: MicroSteps | None, read: UserRead) -> None:
+    def __init__(self, settings: Settings, micro: MicroSteps | None, users: dict[str, Draft]) -> None:
         self.moved: list[tuple[Record, Click]] = []
         self.late = 0
+        self.steps: list[Step] = []
+        self.users = users
         self._micro = micro
-        self._read = read
         self._dwell_ms_full = settings.dwell_ms_full
         self._bounds = bounds(settings)
-        self._drafts: dict[str, _Draft] = {}
-        self._steps: list[Step] = []
         self._emptied: dict[str, None] = {}
 
     def apply(self, record: Record, event: Click | Merge) -> None:
         """Apply one event that counts."""
-        draft = self._drafts.get(event.user_id)
-        if draft is None:
-            draft = self._drafts[event.user_id] = self._begin(event.user_id)
+        draft = self.users[event.user_id]
         if isinstance(event, Merge):
             self._merge(draft, record, event)
         else:
             self._click(draft, record, event)
 
-    def effects(self, read_us: int) -> tuple[UserEffects, int]:
-        """(lists and embeddings after all events, micro-steps taken). read_us: when the chunk was read."""
+    def counts(self) -> dict[str, int]:
+        """User id -> events counted, of those whose count moved: they get a new embedding."""
+        return {user: draft.steps for user, draft in self.users.items() if draft.counted}
+
+    def effects(self, read_us: int, embeddings: Mapping[str, tuple[int, bytes]]) -> UserEffects:
+        """Lists and embeddings after all events. read_us: when the chunk was read."""
         effects = UserEffects(emptied=tuple(self._emptied))
-        effects.behaviours = {
-            user: _behaviour(draft, draft.last, read_us)
-            for user, draft in self._drafts.items()
-            if draft.last is not None
-        }
+        for user, draft in self.users.items():
+            if draft.last is None:
+                continue
+            effects.behaviours[user] = _behaviour(draft, draft.last, read_us)
+            if draft.recent is not None and len(draft.recent) <= behaviour.RECENT_MAX:
+                effects.recent[user] = draft.recent
+            else:
+                draft.recent = []
         if self._micro is not None:
             effects.generation = self._micro.generation
-            counts = {user: draft.steps for user, draft in self._drafts.items() if draft.counted}
-            before = {u: e for u, e in self._read.embeddings.items() if u not in self._emptied}
-            effects.embeddings = self._micro.run(self._steps, counts, before, self._read.profiles)
-        return effects, len(self._steps)
+            for user in self.counts():
+                steps, vector = effects.embeddings[user] = embeddings[user]
+                self.users[user].steps, self.users[user].vector = steps, vector
+        return effects
 
-    def _begin(self, user_id: str) -> _Draft:
-        before = self._read.behaviours.get(user_id, behaviour.EMPTY)
-        steps = self._read.embeddings[user_id][0] if user_id in self._read.embeddings else 0
-        return _Draft(list(before.entries), before.at_ms, steps)
-
-    def _click(self, draft: _Draft, record: Record, click: Click) -> None:
-        weight = behaviour.strength(click, self._dwell_ms_full)
+    def _click(self, draft: Draft, record: Record, click: Click) -> None:
+        weight = behaviour.strength(click, self._dwell_ms_full) if self._dwell_ms_full else click.weight
         entry = Entry(click.item_id, click.at_ms, _KIND_NUMBER[click.kind], weight)
         if is_moved(click):
             behaviour.place_moved(draft.entries, draft.at_ms, entry, self._bounds)
+            draft.recent = None
         else:
             # The history of a step is what was known just before its event.
             step = self._step(draft, record, click)
             if not behaviour.place(draft.entries, draft.at_ms, entry, self._bounds):
                 self.late += 1
-            elif step is not None:
-                self._learn(draft, step)
-        draft.at_ms = max(draft.at_ms, click.at_ms)
+            else:
+                _note(draft, entry)
+                if step is not None:
+                    self._learn(draft, step)
+        if click.at_ms > draft.at_ms:
+            draft.at_ms = click.at_ms
         draft.last = record
 
-    def _step(self, draft: _Draft, record: Record, click: Click) -> Step | None:
+    def _step(self, draft: Draft, record: Record, click: Click) -> Step | None:
         """The step to take for this event, with an empty history where it is only to be counted."""
         if self._micro is None or click.kind == "dislike" or (row := self._micro.row(click.item_id)) is None:
             return None
@@ -103,14 +97,14 @@ class Drafts:
         history = self._micro.history(draft.entries) if enough else ()
         return Step(click.user_id, history, row, click.event_id or f"{record.partition}/{record.offset}")
 
-    def _learn(self, draft: _Draft, step: Step) -> None:
+    def _learn(self, draft: Draft, step: Step) -> None:
         """Count the event; take its step, once enough were counted."""
         if self._micro is not None and draft.steps >= self._micro.min_steps_before:
-            self._steps.append(step)
+            self.steps.append(step)
         draft.steps += 1
         draft.counted = True
 
-    def _merge(self, draft: _Draft, record: Record, merge: Merge) -> None:
+    def _merge(self, draft: Draft, record: Record, merge: Merge) -> None:
         """Send his list on, the oldest first, and let him begin anew."""
         for number, entry in enumerate(reversed(draft.entries)):
             click = Click(
@@ -119,9 +113,9 @@ class Drafts:
                 event_id=f"merge/{record.partition}/{record.offset}/{number}", context=dict(MOVED),
             )  # fmt: skip
             self.moved.append((record, click))
-        self._steps = [step for step in self._steps if step.user_id != merge.user_id]
+        self.steps = [step for step in self.steps if step.user_id != merge.user_id]
         self._emptied[merge.user_id] = None
-        self._drafts[merge.user_id] = _Draft([], 0, 0)
+        self.users[merge.user_id] = Draft([], [], 0, profile=draft.profile, size=draft.size)
 
 
 def bounds(settings: Settings) -> Bounds:
@@ -135,7 +129,13 @@ def is_moved(click: Click) -> bool:
     return click.context is not None and MOVED.items() <= click.context.items()
 
 
-def _behaviour(draft: _Draft, last: Record, read_us: int) -> Behaviour:
+def _note(draft: Draft, entry: Entry) -> None:
+    """Remember that an entry is new since the list was last written whole."""
+    if draft.recent is not None:
+        behaviour.insert_short(draft.recent, behaviour.short(entry))
+
+
+def _behaviour(draft: Draft, last: Record, read_us: int) -> Behaviour:
     return Behaviour(
         partition=last.partition,
         offset=last.offset,

@@ -113,6 +113,14 @@ class LaneConsumer(driver.Consumer):
             return set()
         return {at.partition for at in self.assignment() - self._shut if at.topic == topic}
 
+    def paused(self, topic: str) -> int:
+        """How many of this topic's partitions stand still until their position is known."""
+        return sum(1 for at in list(self._shut) if at.topic == topic)
+
+    def highwater_seen(self, at: TP) -> int | None:
+        """The offset that the partition's next record had at the last fetch; None before the first one."""
+        return self._thread.highwater_seen(at)
+
     def sought(self, at: TP) -> None:
         """Called by the thread in the step that seeks."""
         self.epochs[at] += 1

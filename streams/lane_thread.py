@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from aiokafka.coordinator.assignors.range import RangePartitionAssignor
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaError, NoOffsetForPartitionError, OffsetOutOfRangeError
 from aiokafka.structs import OffsetAndMetadata
 from faust.transport.consumer import ensure_TPset
 from faust.transport.drivers import aiokafka as driver
@@ -39,6 +39,8 @@ class LaneThread(driver.AIOKafkaConsumerThread):
         consumer._fetch_max_wait_ms = _FETCH_WAIT_MS
         # A producer's aborted transaction is nothing that happened (a dead letter's replay that was killed).
         consumer._isolation_level = "read_committed"
+        # Retention that overtakes us, or a log that lost its end: the fences say what that means.
+        consumer._auto_offset_reset = "none"
         return consumer
 
     async def _fetch_records(
@@ -48,8 +50,14 @@ class LaneThread(driver.AIOKafkaConsumerThread):
         timeout: float | None = None,
         max_records: int | None = None,
     ) -> Any:
-        records = await super()._fetch_records(consumer, active_partitions, timeout, max_records)
         epochs = self.consumer.epochs
+        try:
+            records = await super()._fetch_records(consumer, active_partitions, timeout, max_records)
+        except (OffsetOutOfRangeError, NoOffsetForPartitionError) as error:
+            named = error.args[0]
+            lost = {TP(*at): epochs[TP(*at)] for at in (named if isinstance(named, dict) else [named])}
+            self.parent_loop.call_soon_threadsafe(self.consumer.unread, lost)
+            return {}
         return {at: (epochs[at], taken) for at, taken in records.items()}
 
     async def getmany(self, active_partitions: Any, timeout: float) -> Any:
@@ -81,6 +89,15 @@ class LaneThread(driver.AIOKafkaConsumerThread):
     def owns(self, at: TP) -> bool:
         """Whether the partition is assigned to this process; any thread."""
         return at in self._ensure_consumer().assignment()  # a named tuple equals aiokafka's
+
+    def highwater_seen(self, at: TP) -> int | None:
+        """The partition's end as the last fetch saw it; any thread. None where it is not ours or unknown."""
+        state = self._ensure_consumer()._subscription.subscription
+        assignment = None if state is None else state.assignment
+        if assignment is None or at not in assignment.tps:
+            return None
+        found: int | None = assignment.state_value(driver.ensure_aiokafka_TP(at)).highwater
+        return found
 
     async def seek_lane(self, offsets: Mapping[TP, int]) -> None:
         """Read on at these offsets; partitions that were lost meanwhile are left out."""

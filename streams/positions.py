@@ -1,18 +1,18 @@
 """The fence is the position: where reading a partition goes on, and the fences this process expects.
 
 A partition goes on after the lowest of its fences. A fence that was written for another log is never
-skipped over: Kafka made anew under an old Redis, or another cluster, raises LogMismatch.
+skipped over: Kafka made anew under an old Redis, or another cluster, raises LogMismatch. So do clicks that
+retention removed before they were applied. Compacted topics (items, users) lose nothing that counts: there
+the oldest record that is kept is good enough.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from eddyline.errors import FenceMoved, LogMismatch
+from eddyline.kafka import CLICKS
 from eddyline.ports import Fence, LogId, Source, StateStore
-
-log = logging.getLogger(__name__)
 
 
 class Positions:
@@ -45,7 +45,7 @@ class Positions:
         """Read the fences anew and return where to read on, by partition.
 
         bounds: partition -> (offset of the oldest record kept, offset the next record will get)
-        Raises LogMismatch, StoreUnavailable, KafkaUnavailable.
+        Raises LogMismatch (also for clicks that are gone by retention), StoreUnavailable, KafkaUnavailable.
         """
         self._log = self._log_id()
         return {
@@ -110,15 +110,21 @@ class Positions:
                 self._check(source, slot, fence, end, now)
                 found[source, slot] = fence
         self._expected[partition] = found
-        position = max(_lowest(found) + 1, begin)
+        lowest = _lowest(found)
+        if lowest + 1 < begin and any(source.name == CLICKS for source, _ in found):
+            raise self._lost(partition, lowest + 1, begin - 1, begin, applied=lowest >= 0)
+        position = max(lowest + 1, begin)
         self._read[partition] = position - 1
-        gone = begin - _lowest(found) - 1
-        if gone > 0 and any(found.values()):
-            log.warning(
-                "records between the fence and the log's beginning are gone by retention",
-                extra={"topic": self._topic, "partition": partition, "records": gone},
-            )
         return position
+
+    def _lost(self, partition: int, first: int, last: int, begin: int, *, applied: bool) -> LogMismatch:
+        state = f"the state has everything up to offset {first - 1}" if applied else "the state has nothing"
+        return LogMismatch(
+            f"topic {self._topic}, partition {partition}: {state}, but the log begins with offset {begin}: "
+            f"Kafka's retention removed offsets {first} to {last} ({last - first + 1:,}) before they were "
+            "applied here. Stop every ingest and run `eddyline refill`, which applies them from the archive; "
+            "or `eddyline accept-log --skip-lost` to go on without them, as on a first start on an old topic."
+        )
 
     def _check(self, source: Source, slot: str, fence: Fence | None, end: int, now: LogId) -> None:
         if fence is None or (fence.log == now and fence.offset < end):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from eddyline import accept
 from eddyline.errors import Rejected
 from eddyline.kafka import USERS
-from eddyline.ports import Source, StateStore
+from eddyline.ports import Fence, Source, StateStore
 from eddyline.settings import Settings
 from eddyline.slots import user_slot
 from streams.chunk import DeadLetterSink, Outcome, Record
@@ -18,6 +18,7 @@ class UserIngest:
     """Applies chunks of user profiles. Thread rule: one thread, the same as its `positions`.
 
     generations: whose embeddings are deleted with a forgotten user
+    written:     told of every write, in the same thread: the partition, its new fence, the users
     """
 
     def __init__(
@@ -27,12 +28,14 @@ class UserIngest:
         positions: Positions,
         dead_letters: DeadLetterSink,
         generations: Sequence[str],
+        written: Callable[[int, Fence, Collection[str]], None] = lambda *_: None,
     ) -> None:
         self.positions = positions
         self._settings = settings
         self._store = store
         self._dead_letters = dead_letters
         self._generations = generations
+        self._written = written
 
     def ingest(self, partition: int, records: Sequence[Record], read_us: int) -> Outcome:
         """Apply consecutive records of one partition, oldest first; the last of each user stands.
@@ -71,6 +74,7 @@ class UserIngest:
         expected, new = self.positions.expected(source, slot), self.positions.fence(offset)
         self._store.write_profiles(slot, source, expected, new, profiles, self._generations)
         self.positions.moved(source, slot, new)
+        self._written(source.partition, new, profiles)
 
 
 def sources(settings: Settings, partition: int) -> dict[Source, list[str]]:

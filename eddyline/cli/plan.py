@@ -19,6 +19,7 @@ from eddyline.errors import SettingsError
 from eddyline.events import Item
 from eddyline.ports import Fence, LogId
 from eddyline.settings import Settings
+from eddyline.stores import user_state
 
 Allocator = Literal["jemalloc", "libc"]
 
@@ -30,6 +31,8 @@ _OBJECT, _EMBEDDED_MAX = 16, 128
 _BUCKET_BYTES, _BUCKET_KEYS, _FULL, _CHAINS = 64, 7, 0.75, 3.4
 # A member of a sorted set: score, the node before, the first level; on average a third of a level more.
 _MEMBER, _LEVEL = 32, 16
+# A node of a list that holds one large value.
+_LIST_NODE = 48
 # Garbage of the Lua interpreter (up to 3 MB seen) and the buffers of some dozens of connections.
 _REDIS_BASE = 6_000_000
 # A query worker, per item: ids, labels, attributes and the room to grow. 854 bytes in all were measured with
@@ -98,21 +101,24 @@ def redis_parts(settings: Settings, sizes: Sizes, allocator: Allocator = "jemall
     def one(key: int, value: int) -> int:
         return string_bytes(key, value, allocator)
 
+    recent, older = list_bytes(history, sizes.item_id)
+    lists = one(user_key, recent) + (one(user_key, older) if older else 0)
     return [
-        Part("behaviour lists", users, users * one(user_key, list_bytes(history, sizes.item_id))),
+        Part("behaviour lists", users, users * lists),
         Part("user-ID embeddings", vectors, vectors * one(user_key + 2, 4 + 4 * sizes.dimension)),
         Part("profiles", users, users * one(user_key, sizes.profile) if sizes.profile else 0),
         Part("item cards", items, items * one(item_key, 12 + sizes.card)),
         Part(
             "event-id windows", window,
-            settings.clicks_partitions * set_bytes(settings.dedupe_window_events, sizes.event_id, allocator),
+            settings.clicks_partitions * window_bytes(settings, sizes.event_id, allocator),
         ),
         Part(
             "popularity", popular,
             settings.popular_buckets * set_bytes(bucket_items, sizes.item_id, allocator),
         ),
         Part("fences", fences, fences * one(prefix + 20, fence)),
-        Part("table of keys", 0, table_bytes(users * (1 + bool(sizes.profile)) + vectors + items + fences)),
+        Part("table of keys", 0, table_bytes(
+            users * (1 + bool(older) + bool(sizes.profile)) + vectors + items + fences)),
         Part("scripts and connections", 0, _REDIS_BASE),
     ]  # fmt: skip
 
@@ -132,14 +138,26 @@ def worker_parts(settings: Settings, sizes: Sizes) -> list[Part]:
     ]
 
 
-def list_bytes(history: int, item_id: int) -> int:
-    """A behaviour list of that many entries as it is stored, stamps included."""
+def list_bytes(history: int, item_id: int) -> tuple[int, int]:
+    """A list of that many entries as it is stored: (*recent* with its stamps, *older*), see `behaviour`.
+
+    As many are recent as on average: half of the most there may be.
+    """
     entries = tuple(Entry("i" * item_id, _MS - n, 1, 1.0) for n in range(history))
+    few = history <= behaviour.RECENT_MAX
+    recent = [behaviour.short(e) for e in entries[: history if few else behaviour.RECENT_MAX // 2]]
     full = Behaviour(
         partition=3, offset=10**6, at_ms=_MS, produced_us=_MS * 1_000, appended_ms=_MS,
         read_us=_MS * 1_000, entries=entries,
     )  # fmt: skip
-    return len(behaviour.encode(full)) + 8
+    return len(behaviour.encode_recent(full, recent)) + 8, 0 if few else len(behaviour.encode_older(entries))
+
+
+def window_bytes(settings: Settings, event_id: int, allocator: Allocator) -> int:
+    """One event-id window: a list of blobs, each with a chunk's ids; smaller and more at low rates."""
+    ids = [f"{n:0{event_id}d}" for n in range(settings.chunk_records_max)]
+    blob = len(user_state.accepted_blob({e: n for n, e in enumerate(ids)}, 0))
+    return round(settings.dedupe_window_events / len(ids) * (allocated(blob, allocator) + _LIST_NODE))
 
 
 def card_bytes(item: Item) -> int:

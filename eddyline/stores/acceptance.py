@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from eddyline.ports import Fence, LogId
+from eddyline.stores import user_state
 
 # Topic -> (its present log, partition -> the offset that the next record will get).
 Logs = Mapping[str, tuple[LogId, Mapping[int, int]]]
@@ -74,7 +75,7 @@ def accept_in_redis(client: Any, ns: str, card: struct.Struct, logs: Logs) -> in
             continue
         changed += 1
         if source == "clicks" and slot.startswith("u"):
-            client.zremrangebyscore(f"{ns}{{{slot}}}:window", verdict.windows_from, "+inf")
+            _cut_window(client, f"{ns}{{{slot}}}:window", verdict.windows_from)
         if verdict.becomes is None:
             client.delete(key)
         else:
@@ -88,3 +89,16 @@ def accept_in_redis(client: Any, ns: str, card: struct.Struct, logs: Logs) -> in
                 # Version −1, the item as it is: any record of the log is newer.
                 client.setrange(key, 0, card.pack(-1, -1))
     return changed
+
+
+def _cut_window(client: Any, key: str, first_gone: int) -> None:
+    """Drop the ids that were accepted at this offset or later."""
+    accepted = user_state.accepted(cast("list[bytes]", client.lrange(key, 0, -1)))
+    kept = {event_id: offset for event_id, offset in accepted.items() if offset < first_gone}
+    if len(kept) == len(accepted):
+        return
+    with client.pipeline(transaction=True) as pipe:
+        pipe.delete(key)
+        if kept:
+            pipe.rpush(key, user_state.accepted_blob(kept, next(iter(kept.values()))))
+        pipe.execute()

@@ -10,8 +10,19 @@ from dataclasses import dataclass, field
 
 from eddyline import behaviour
 from eddyline.behaviour import Behaviour
-from eddyline.errors import FenceMoved, StoreRefused, StoreUnavailable
-from eddyline.ports import Card, Fence, Layout, Source, UserEffects, UserRead, UserState
+from eddyline.errors import EddylineError, FenceMoved, StoreRefused, StoreUnavailable
+from eddyline.ports import (
+    Card,
+    Fence,
+    Layout,
+    SlotRead,
+    Source,
+    UserEffects,
+    UserQuery,
+    UserRead,
+    UserState,
+    UserWrite,
+)
 from eddyline.slots import item_slot
 from eddyline.stores.acceptance import Logs, card_stands, judge
 
@@ -96,12 +107,18 @@ class MemoryStore:
     ) -> int:
         """See `StateStore.write_users`."""
         with self._lock:
+            theirs = self._profiles_fence(slot, source)
+            if effects.profiles not in (None, theirs):
+                raise FenceMoved(f"fence:{slot}:users:{source.partition}", effects.profiles or "", theirs)
             self._move(slot, source, expected, new)
             state, applied_us = self._state, time.time_ns() // 1000
             window = state.window.setdefault(slot, {})
-            window.update(effects.accepted)
-            for event_id in [e for e, at in window.items() if at < effects.window_floor]:
-                del window[event_id]
+            for event_id, offset in effects.accepted.items():
+                window.pop(event_id, None)  # accepted anew: it stands where it came last
+                window[event_id] = offset
+            if effects.accepted:
+                for event_id in [e for e, at in window.items() if at < effects.window_floor]:
+                    del window[event_id]
             for user in effects.emptied:
                 state.behaviours.pop((slot, user), None)
                 state.embeddings.pop((slot, effects.generation, user), None)
@@ -110,6 +127,28 @@ class MemoryStore:
             for user, embedding in effects.embeddings.items():
                 state.embeddings[slot, effects.generation, user] = embedding
             return applied_us
+
+    def read_slot(self, slot: str, source: Source) -> SlotRead:
+        """See `StateStore.read_slot`."""
+        with self._lock:
+            self._open()
+            accepted = dict(self._state.window.get(slot, {}))
+            fence = self._state.fences.get((slot, source))
+            return SlotRead(fence, self._profiles_fence(slot, source), accepted)
+
+    def read_many(self, queries: Sequence[UserQuery]) -> list[UserRead]:
+        """See `StateStore.read_many`."""
+        return [self.read_users(q.slot, q.source, [], q.user_ids, q.generation) for q in queries]
+
+    def write_many(self, writes: Sequence[UserWrite]) -> list[int | EddylineError]:
+        """See `StateStore.write_many`."""
+        answers: list[int | EddylineError] = []
+        for w in writes:
+            try:
+                answers.append(self.write_users(w.slot, w.source, w.expected, w.new, w.effects))
+            except (FenceMoved, StoreUnavailable) as error:
+                answers.append(error)
+        return answers
 
     def write_profiles(
         self, slot: str, source: Source, expected: Fence | None, new: Fence,
@@ -220,6 +259,9 @@ class MemoryStore:
     def _open(self) -> None:
         if self._closed:
             raise StoreUnavailable("the store is closed")
+
+    def _profiles_fence(self, slot: str, source: Source) -> str:
+        return str(self._state.fences.get((slot, Source("users", source.partition))) or "")
 
     def _move(self, slot: str, source: Source, expected: Fence | None, new: Fence) -> None:
         self._open()

@@ -4,8 +4,9 @@ Key schema; `<ns>` is empty or the namespace and a colon, `{…}` is the slot ta
 
     <ns>layout                          JSON of `ports.Layout`
     <ns>fence:{u3}:clicks:3             "offset|cluster id|topic id" of the last record applied
-    <ns>{u3}:window                     sorted set: accepted event id by its offset in clicks partition 3
-    <ns>{u3}:h:<user>                   behaviour list and its stamps, see `eddyline.behaviour`
+    <ns>{u3}:window                     list of blobs: accepted event ids and their offsets, see `user_state`
+    <ns>{u3}:h:<user>                   the newest behaviours and their stamps, see `eddyline.behaviour`
+    <ns>{u3}:o:<user>                   the older behaviours, of a list that is longer than that
     <ns>{u3}:e:<generation>:<user>      user-ID embedding: steps (uint32), float32[d], little-endian
     <ns>{u3}:p:<user>                   profile attributes, MessagePack map
     <ns>fence:{i0}:clicks:3             the same partition's fence for the popularity counts
@@ -19,6 +20,7 @@ Every write is one Lua script that compares and moves the fence first: all of it
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -26,40 +28,31 @@ from importlib.resources import files
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import msgspec
-import redis
-from redis.backoff import NoBackoff
-from redis.exceptions import (
-    AuthenticationError,
-    AuthorizationError,
-    NoPermissionError,
-    RedisError,
-    ResponseError,
-)
-from redis.retry import Retry
+from redis.exceptions import NoPermissionError, NoScriptError, RedisError
 
-from eddyline import behaviour
-from eddyline.errors import FenceMoved, StoreRefused, StoreUnavailable
-from eddyline.logs import without_password
-from eddyline.ports import Card, Fence, Layout, Source, UserEffects, UserRead, UserState
+from eddyline.errors import EddylineError, FenceMoved, StoreRefused, StoreUnavailable
+from eddyline.ports import (
+    Card,
+    Fence,
+    Layout,
+    SlotRead,
+    Source,
+    UserEffects,
+    UserQuery,
+    UserRead,
+    UserState,
+    UserWrite,
+)
 from eddyline.settings import Settings
 from eddyline.slots import item_slot
+from eddyline.stores import connect, user_state
 from eddyline.stores.acceptance import Logs, accept_in_redis
+from eddyline.stores.address import target
+from eddyline.stores.refusals import translated
 
 _CARD = struct.Struct("<iq")
-_STEPS = struct.Struct("<I")
+_PAGE = 1_000  # blobs of a window read at once
 _SCRIPTS = ("write_users", "write_profiles", "count_clicks", "write_cards")
-# Answers that time may heal; any other refusal (a key of another type, an error in a script) stays one.
-_PASSING = (
-    "OOM",
-    "LOADING",
-    "BUSY",
-    "MISCONF",
-    "READONLY",
-    "MASTERDOWN",
-    "NOREPLICAS",
-    "CLUSTERDOWN",
-    "TRYAGAIN",
-)
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -75,15 +68,8 @@ def _translated(
             raise StoreUnavailable("the store is closed")
         try:
             return method(self, *args, **kwargs)
-        except (AuthenticationError, AuthorizationError, NoPermissionError) as error:
-            raise StoreRefused(f"Redis at {self.address} refuses these credentials: {error}") from None
-        except ResponseError as error:
-            text = str(error)
-            if text.startswith(_PASSING):
-                raise StoreUnavailable(f"Redis at {self.address}: {text}") from None
-            raise StoreRefused(f"Redis at {self.address} refuses what it is asked: {text}") from None
         except RedisError as error:
-            raise StoreUnavailable(f"Redis at {self.address}: {type(error).__name__}: {error}") from None
+            raise translated(error, self._target) from None
 
     return call
 
@@ -92,43 +78,36 @@ class RedisStore:
     """A `StateStore` in Redis. Thread rule: any thread; each call takes a connection of the pool."""
 
     def __init__(self, settings: Settings) -> None:
-        self.address = without_password(settings.redis_url)
+        """Connects when it is first used. Raises SettingsError."""
+        self._target = target(settings)
+        self.address = self._target.shown
         self._closed = False
         self._ns = f"{settings.namespace}:" if settings.namespace else ""
-        timeout_s = settings.redis_timeout_ms / 1000
-        # One retry, at once, and only where the connection broke: a pooled connection that died with the
-        # server. A fenced write that was applied before its answer was lost is then refused, never doubled.
-        retry = Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))
-        try:
-            self._redis = redis.Redis.from_url(
-                settings.redis_url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=retry
-            )
-        except ValueError as error:
-            raise StoreRefused(f"redis_url {self.address!r}: {error}") from None
-        self._scripts = {name: self._redis.register_script(_script(name)) for name in _SCRIPTS}
+        self._redis = connect.client(settings)
+        self._scripts = {name: connect.Script(self._redis, _script(name)) for name in _SCRIPTS}
 
     @_translated
     def check(self) -> None:
-        """Raise StoreRefused where Redis may drop keys or cannot be written to."""
-        info = self._redis.info()
-        policy = info.get("maxmemory_policy", "noeviction")
-        if policy != "noeviction":
-            raise StoreRefused(
-                f"Redis at {self.address} has maxmemory-policy {policy} and may drop keys when memory is "
-                "full; lists and fences would be lost. Set it: CONFIG SET maxmemory-policy noeviction"
-            )
-        if info.get("role", "master") != "master":
-            raise StoreRefused(f"Redis at {self.address} is a replica and cannot be written to")
+        """Raise StoreRefused where Redis, or any node of it, may drop keys or cannot be written to."""
+        connect.check_servers(self._redis, self._target)
 
     @_translated
     def claim_layout(self, layout: Layout) -> None:
         """See `StateStore.claim_layout`."""
         key, mine = f"{self._ns}layout", msgspec.json.encode(layout)
-        if self._redis.set(key, mine, nx=True):
-            return
         stored = self.layout()
+        if stored is None:
+            try:
+                self._redis.set(key, mine, nx=True)
+            except NoPermissionError:  # a query worker that may only read
+                raise StoreUnavailable(
+                    f"Redis at {self.address} has no layout yet, which ingest writes, and this user may not"
+                ) from None
+            stored = self.layout()
         if stored != layout:
-            raise StoreRefused(f"Redis at {self.address} is laid out as {stored}, settings say {layout}")
+            older = stored is not None and stored.version != layout.version
+            way = ". Another version wrote it: empty it, ingest fills it again from Kafka" if older else ""
+            raise StoreRefused(f"Redis at {self.address} is laid out as {stored}, settings say {layout}{way}")
 
     @_translated
     def layout(self) -> Layout | None:
@@ -146,49 +125,91 @@ class RedisStore:
         self, slot: str, source: Source, event_ids: Sequence[str], user_ids: Sequence[str], generation: str
     ) -> UserRead:
         """See `StateStore.read_users`."""
-        tag = f"{self._ns}{{{slot}}}"
-        kinds = ["h", "p", f"e:{generation}"] if generation else ["h", "p"]
-        with self._redis.pipeline(transaction=True) as pipe:
-            pipe.get(self._fence_key(slot, source))
-            if event_ids:
-                pipe.zmscore(f"{tag}:window", list(event_ids))
-            if user_ids:
-                pipe.mget([f"{tag}:{kind}:{user}" for kind in kinds for user in user_ids])
+        [read] = self.read_many([UserQuery(slot, source, user_ids, generation)])
+        if not event_ids:
+            return read
+        window = self.read_slot(slot, source)
+        if window.fence != read.fence:
+            raise FenceMoved(self._fence_key(slot, source), str(read.fence or ""), str(window.fence or ""))
+        found = {e: window.accepted[e] for e in event_ids if e in window.accepted}
+        return dataclasses.replace(read, accepted_at=found)
+
+    @_translated
+    def read_slot(self, slot: str, source: Source) -> SlotRead:
+        """See `StateStore.read_slot`. Page by page: only the owner of the fence writes to the window."""
+        key, profiles = f"{self._ns}{{{slot}}}:window", Source("users", source.partition)
+        before, theirs = (self._redis.get(self._fence_key(slot, s)) for s in (source, profiles))
+        blobs: list[bytes] = []
+        while page := cast("list[bytes]", self._redis.lrange(key, len(blobs), len(blobs) + _PAGE - 1)):
+            blobs += page
+        after = self._redis.get(self._fence_key(slot, source))
+        if after != before:
+            raise FenceMoved(self._fence_key(slot, source), repr(before), repr(after))
+        text = "" if theirs is None else cast(bytes, theirs).decode()
+        return SlotRead(_fence(cast("bytes | None", before)), text, user_state.accepted(blobs))
+
+    @_translated
+    def read_many(self, queries: Sequence[UserQuery]) -> list[UserRead]:
+        """See `StateStore.read_many`."""
+        with self._redis.pipeline(transaction=False) as pipe:
+            for query in queries:
+                tag = f"{self._ns}{{{query.slot}}}"
+                names = user_state.keys(tag, query.user_ids, query.generation)
+                pipe.mget([self._fence_key(query.slot, query.source), *names])
             answers = pipe.execute()
-        scores = answers[1] if event_ids else []
-        values = answers[-1] if user_ids else []
-        n = len(user_ids)
-        lists, profiles, vectors = values[:n], values[n : 2 * n], values[2 * n :]
-        return UserRead(
-            fence=_fence(answers[0]),
-            accepted_at={e: int(s) for e, s in zip(event_ids, scores, strict=False) if s is not None},
-            behaviours={u: behaviour.decode(v)[0] for u, v in zip(user_ids, lists, strict=False) if v},
-            embeddings={u: _embedding(v) for u, v in zip(user_ids, vectors, strict=False) if v},
-            profiles={
-                u: msgspec.msgpack.decode(v, type=dict)
-                for u, v in zip(user_ids, profiles, strict=False)
-                if v is not None
-            },
-        )
+        return [
+            user_state.read(_fence(values[0]), query.user_ids, values[1:], {})
+            for query, values in zip(queries, answers, strict=True)
+        ]
 
     @_translated
     def write_users(
         self, slot: str, source: Source, expected: Fence | None, new: Fence, effects: UserEffects
     ) -> int:
         """See `StateStore.write_users`."""
-        tag = f"{self._ns}{{{slot}}}"
-        keys = [f"{tag}:window"]
-        keys += [f"{tag}:h:{user}" for user in effects.behaviours]
-        keys += [f"{tag}:e:{effects.generation}:{user}" for user in effects.embeddings]
-        kinds = ["h", f"e:{effects.generation}"]
-        keys += [f"{tag}:{kind}:{user}" for user in effects.emptied for kind in kinds]
-        args: list[Any] = [effects.window_floor, len(effects.accepted)]
-        args += [len(effects.behaviours), len(effects.embeddings)]
-        for event_id, offset in effects.accepted.items():
-            args += (offset, event_id)
-        args += [behaviour.encode(b) for b in effects.behaviours.values()]
-        args += [_STEPS.pack(steps) + vector for steps, vector in effects.embeddings.values()]
-        return int(self._write("write_users", slot, source, expected, new, keys, args))
+        return int(self._write("write_users", *self._users_written(slot, source, expected, new, effects)))
+
+    @_translated
+    def write_many(self, writes: Sequence[UserWrite]) -> list[int | EddylineError]:
+        """See `StateStore.write_many`."""
+        script = self._scripts["write_users"]
+        asked = [self._users_written(w.slot, w.source, w.expected, w.new, w.effects) for w in writes]
+        with self._redis.pipeline(transaction=False) as pipe:
+            for keys, args in asked:
+                pipe.evalsha(script.sha, len(keys), *keys, *args)
+            answers = pipe.execute(raise_on_error=False)
+        return [self._settled(one, answer) for one, answer in zip(asked, answers, strict=True)]
+
+    def _settled(self, asked: tuple[list[str], list[Any]], answer: Any) -> int | EddylineError:
+        """What became of one write of several."""
+        try:
+            if isinstance(answer, NoScriptError):
+                return self._again(asked)
+            if isinstance(answer, Exception):
+                self._raise(answer)
+            return int(_stood(answer, *asked))
+        except (FenceMoved, StoreUnavailable) as error:
+            return error
+
+    @_translated
+    def _again(self, asked: tuple[list[str], list[Any]]) -> int:
+        return int(self._write("write_users", *asked))
+
+    @_translated
+    def _raise(self, error: Exception) -> None:
+        raise error
+
+    def _users_written(
+        self, slot: str, source: Source, expected: Fence | None, new: Fence, effects: UserEffects
+    ) -> tuple[list[str], list[Any]]:
+        keys, args = user_state.writing(f"{self._ns}{{{slot}}}", effects)
+        theirs = "-" if effects.profiles is None else effects.profiles
+        keys = [
+            self._fence_key(slot, source),
+            self._fence_key(slot, Source("users", source.partition)),
+            *keys,
+        ]
+        return keys, [str(expected or ""), str(new), theirs, *args]
 
     @_translated
     def write_profiles(
@@ -198,11 +219,11 @@ class RedisStore:
         """See `StateStore.write_profiles`."""
         tag = f"{self._ns}{{{slot}}}"
         kept = {user: profile for user, profile in profiles.items() if profile is not None}
-        kinds = ["h", "p", *(f"e:{generation}" for generation in generations)]
+        kinds = ["h", "o", "p", *(f"e:{generation}" for generation in generations)]
         gone = [f"{tag}:{kind}:{u}" for u, profile in profiles.items() if profile is None for kind in kinds]
         keys = [f"{tag}:p:{user}" for user in kept] + gone
         args = [len(kept), len(gone), *(msgspec.msgpack.encode(p) for p in kept.values())]
-        self._write("write_profiles", slot, source, expected, new, keys, args)
+        self._write("write_profiles", *self._fenced(slot, source, expected, new, keys, args))
 
     @_translated
     def count_clicks(
@@ -215,7 +236,9 @@ class RedisStore:
         for bucket, items in counts.items():
             for item_id, thousandths in items.items():
                 args += (bucket, item_id, thousandths)
-        self._write("count_clicks", slot, source, expected, new, [f"{tag}:buckets"], args)
+        # Every key that is added to is named: a cluster that moves the slot then refuses the whole script.
+        keys = [f"{tag}:buckets", *(f"{tag}:popular:{bucket}" for bucket in counts)]
+        self._write("count_clicks", *self._fenced(slot, source, expected, new, keys, args))
 
     @_translated
     def read_cards(self, item_ids: Sequence[str], item_slots: int) -> dict[str, Card]:
@@ -240,27 +263,15 @@ class RedisStore:
         for card in cards.values():
             args += (card.offset, _CARD.pack(card.partition, card.offset) + card.body)
         keys = [f"{self._ns}{{{slot}}}:c:{item_id}" for item_id in cards]
-        self._write("write_cards", slot, source, expected, new, keys, args)
+        self._write("write_cards", *self._fenced(slot, source, expected, new, keys, args))
 
     @_translated
     def read_user(self, slot: str, partition: int, user_id: str, generation: str) -> UserState:
         """See `StateStore.read_user`."""
-        tag = f"{self._ns}{{{slot}}}"
-        fence, seen, vector, profile = cast(
-            "list[bytes | None]",
-            self._redis.mget(
-                self._fence_key(slot, Source("clicks", partition)),
-                f"{tag}:h:{user_id}", f"{tag}:e:{generation}:{user_id}", f"{tag}:p:{user_id}",
-            ),
-        )  # fmt: skip
-        decoded, applied_us = (behaviour.EMPTY, 0) if seen is None else behaviour.decode(seen)
-        return UserState(
-            fence=_fence(fence),
-            behaviour=decoded,
-            applied_us=applied_us,
-            embedding=None if vector is None else _embedding(vector),
-            profile={} if profile is None else msgspec.msgpack.decode(profile, type=dict),
-        )
+        names = user_state.keys(f"{self._ns}{{{slot}}}", [user_id], generation or "-")
+        fence_key = self._fence_key(slot, Source("clicks", partition))
+        fence, *values = cast("list[bytes | None]", self._redis.mget(fence_key, *names))
+        return user_state.state(_fence(fence), *values)
 
     @_translated
     def popular(self, slot: str, limit: int) -> dict[int, dict[str, int]]:
@@ -287,23 +298,13 @@ class RedisStore:
         self._closed = True
         self._redis.close()
 
-    def _write(
-        self, script: str, slot: str, source: Source, expected: Fence | None, new: Fence,
-        keys: list[str], args: list[Any],
-    ) -> bytes:  # fmt: skip
-        fence_key, before = self._fence_key(slot, source), str(expected or "")
-        try:
-            ok, answer = cast(
-                "tuple[int, bytes]",
-                self._scripts[script](keys=[fence_key, *keys], args=[before, str(new), *args]),
-            )
-        except ResponseError as error:
-            if "OOM" not in str(error):
-                raise
-            raise StoreUnavailable(f"Redis at {self.address} is full: {error}") from None
-        if not ok:
-            raise FenceMoved(fence_key, before, answer.decode())
-        return answer
+    def _write(self, script: str, keys: list[str], args: list[Any]) -> bytes:
+        return _stood(cast("tuple[int, bytes]", self._scripts[script](keys=keys, args=args)), keys, args)
+
+    def _fenced(
+        self, slot: str, source: Source, expected: Fence | None, new: Fence, keys: list[str], args: list[Any]
+    ) -> tuple[list[str], list[Any]]:
+        return [self._fence_key(slot, source), *keys], [str(expected or ""), str(new), *args]
 
     def _fence_key(self, slot: str, source: Source) -> str:
         return f"{self._ns}fence:{{{slot}}}:{source.name}:{source.partition}"
@@ -311,12 +312,16 @@ class RedisStore:
 
 def _script(name: str) -> str:
     folder = files("eddyline.stores") / "scripts"
-    return (folder / "fence.lua").read_text() + (folder / f"{name}.lua").read_text()
+    parts = ["users_fence", "fence", name] if name == "write_users" else ["fence", name]
+    return "".join((folder / f"{part}.lua").read_text() for part in parts)
+
+
+def _stood(answer: tuple[int, bytes], keys: list[str], args: list[Any]) -> bytes:
+    """What a script returned. Raises FenceMoved where it refused."""
+    if not answer[0]:
+        raise FenceMoved(keys[0], args[0], answer[1].decode())
+    return answer[1]
 
 
 def _fence(value: bytes | None) -> Fence | None:
     return None if value is None else Fence.parse(value.decode())
-
-
-def _embedding(value: bytes) -> tuple[int, bytes]:
-    return _STEPS.unpack_from(value)[0], value[_STEPS.size :]

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 
-from eddyline.behaviour import EMPTY, Behaviour, Entry
+from eddyline.behaviour import EMPTY, Behaviour, Entry, short
 from eddyline.errors import FenceMoved, StoreRefused, StoreUnavailable
-from eddyline.ports import Card, Fence, Layout, LogId, Source, StateStore, UserEffects
+from eddyline.ports import (
+    Card,
+    Fence,
+    Layout,
+    LogId,
+    Source,
+    StateStore,
+    UserEffects,
+    UserQuery,
+    UserWrite,
+)
 from eddyline.settings import Settings
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.redis import RedisStore
@@ -28,10 +40,13 @@ def seen(*items: str, **stamps: int) -> Behaviour:
     return Behaviour(entries=entries[::-1], **stamps)
 
 
-@pytest.fixture(params=["memory", "redis"])
+@pytest.fixture(params=["memory", "redis", "cluster"])
 def store(request: pytest.FixtureRequest) -> Iterator[StateStore]:
     if request.param == "memory":
         made: StateStore = MemoryStore()
+    elif request.param == "cluster":
+        settings = request.getfixturevalue("cluster_settings")
+        made = RedisStore(msgspec.structs.replace(settings, namespace=f"t-{uuid.uuid4().hex[:12]}"))
     else:
         made = RedisStore(request.getfixturevalue("fresh_settings"))
     yield made
@@ -93,6 +108,65 @@ def test_a_write_against_another_fence_is_refused_whole(store: StateStore, expec
     assert refused.value.found == str(at(10))
     read = store.read_users("u3", CLICKS, ["e9"], ["ana", "bo"], "")
     assert (read.fence, read.accepted_at, read.behaviours) == (at(10), {}, {"ana": seen("a")})
+
+
+def test_a_write_is_refused_where_users_were_written_meanwhile(store: StateStore) -> None:
+    store.write_users("u3", CLICKS, None, at(1), UserEffects(behaviours={"ana": seen("a")}, profiles=""))
+    users = Source("users", 3)
+    store.write_profiles("u3", users, None, at(7), {"ana": None}, ["1"])
+    effects = UserEffects(accepted={"e": 2}, behaviours={"ana": seen("a", "b")}, profiles="")
+    with pytest.raises(FenceMoved) as refused:
+        store.write_users("u3", CLICKS, at(1), at(2), effects)
+    assert refused.value.found == str(at(7))
+    assert store.read_slot("u3", CLICKS).fence == at(1)
+    assert store.read_users("u3", CLICKS, [], ["ana"], "").behaviours == {}
+    effects.profiles = store.read_slot("u3", CLICKS).profiles
+    store.write_users("u3", CLICKS, at(1), at(2), effects)
+    assert store.read_slot("u3", CLICKS).accepted == {"e": 2}
+
+
+def test_writes_of_several_slots_stand_or_fail_each_for_itself(store: StateStore) -> None:
+    store.write_users("u4", Source("clicks", 4), None, at(5), UserEffects())
+    writes = [
+        UserWrite(f"u{p}", Source("clicks", p), None, at(p), UserEffects(behaviours={"ana": seen(f"i{p}")}))
+        for p in (3, 4, 5)
+    ]
+    ends = store.write_many(writes)
+    assert isinstance(ends[0], int) and isinstance(ends[1], FenceMoved) and isinstance(ends[2], int)
+    reads = store.read_many([UserQuery(w.slot, w.source, ["ana", "bo"], "1") for w in writes])
+    assert [read.fence for read in reads] == [at(3), at(5), at(5)]
+    assert [list(read.behaviours) for read in reads] == [["ana"], [], ["ana"]]
+    assert store.write_many([]) == [] and store.read_many([]) == []
+
+
+def test_a_long_list_is_written_in_two_parts_and_read_as_one(store: StateStore) -> None:
+    whole = seen("a", "b", "c")
+    store.write_users("u3", CLICKS, None, at(1), UserEffects(behaviours={"ana": whole}))
+    longer = seen("a", "b", "c", "d", offset=2)
+    recent = {"ana": [short(longer.entries[0])]}
+    store.write_users("u3", CLICKS, at(1), at(2), UserEffects(behaviours={"ana": longer}, recent=recent))
+    assert store.read_users("u3", CLICKS, [], ["ana"], "").behaviours == {"ana": longer}
+    assert store.read_user("u3", 3, "ana", "1").behaviour == longer
+    store.write_users("u3", CLICKS, at(2), at(3), UserEffects(emptied=("ana",), generation="1"))
+    assert store.read_user("u3", 3, "ana", "1").behaviour == EMPTY
+    store.write_users("u3", CLICKS, at(3), at(4), UserEffects(behaviours={"ana": whole}))
+    store.write_profiles("u3", Source("users", 3), None, at(1), {"ana": None}, ["1"])
+    anew = UserEffects(behaviours={"ana": seen("z")}, recent={"ana": [("z", 0)]})
+    store.write_users("u3", CLICKS, at(4), at(5), anew)
+    assert store.read_user("u3", 3, "ana", "1").behaviour == seen("z")
+
+
+@pytest.mark.parametrize("writes", [1, 999, 1_000, 1_001, 3_000])
+def test_a_window_of_many_small_writes_is_read_whole_and_forgets_by_writes(
+    store: StateStore, writes: int
+) -> None:
+    fence = None
+    for n in range(writes):
+        effects = UserEffects(accepted={f"e{n}": n}, window_floor=max(0, n - 1_500))
+        store.write_users("u3", CLICKS, fence, at(n), effects)
+        fence = at(n)
+    first = max(0, writes - 1_501)
+    assert store.read_slot("u3", CLICKS).accepted == {f"e{n}": n for n in range(first, writes)}
 
 
 def test_every_write_is_fenced(store: StateStore) -> None:

@@ -100,7 +100,7 @@ def test_a_merge_survives_the_death_of_ingest(make_live: Any) -> None:
     assert [[e[0] for e in entries(store, live, user)] for _, user in pairs] == [newest_first] * 6
     prefix = f"{live.settings.namespace}:"
     for key in store._redis.scan_iter(match=f"{prefix}*", count=1_000):
-        if b":h:" in key or b":window" in key or b"fence:{u" in key or b"fence:{i0}:clicks" in key:
+        if any(part in key for part in (b":h:", b":o:", b":window", b"fence:{u", b"fence:{i0}:clicks")):
             store._redis.delete(key)
     live.kill("ingest", signal.SIGKILL)
     for _, user in pairs:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from eddyline import behaviour
 from eddyline.behaviour import Behaviour, Entry
 from eddyline.cli import plan
 from eddyline.cli.main import app
@@ -55,11 +56,17 @@ def filled(store: RedisStore, settings: Settings, sizes: Sizes) -> int:
     item_ids = [f"{n:0{sizes.item_id}d}" for n in range(sizes.items)]
     for partition in range(settings.clicks_partitions):
         slot, fence = f"u{partition}", None
-        window = {f"{n:0{sizes.event_id}d}": n for n in range(settings.dedupe_window_events)}
+        window = [f"{n:0{sizes.event_id}d}" for n in range(settings.dedupe_window_events)]
         mine = user_ids[partition :: settings.clicks_partitions]
+        for first in range(0, len(window), settings.chunk_records_max):
+            ids = window[first : first + settings.chunk_records_max]
+            after = Fence(first + 1, LOG)
+            accepted = {event_id: first + n for n, event_id in enumerate(ids)}
+            store.write_users(slot, Source("clicks", partition), fence, after, UserEffects(accepted=accepted))
+            fence = after
         for first in range(0, len(mine), 250):
             chunk = mine[first : first + 250]
-            effects = UserEffects(generation="1", accepted=window if not first else {})
+            effects = UserEffects(generation="1")
             for user in chunk:
                 entries = tuple(
                     Entry(item_ids[n % sizes.items], MS - n, 1, 1.0) for n in range(sizes.history)
@@ -68,8 +75,22 @@ def filled(store: RedisStore, settings: Settings, sizes: Sizes) -> int:
                     partition=partition, offset=10**6, at_ms=MS, produced_us=MS * 1_000,
                     appended_ms=MS, read_us=MS * 1_000, entries=entries,
                 )  # fmt: skip
+                if len(entries) <= behaviour.RECENT_MAX:
+                    effects.recent[user] = [behaviour.short(e) for e in entries]
                 effects.embeddings[user] = (9, np.ones(sizes.dimension, "<f4").tobytes())
             after = Fence(first + 10**6, LOG)
+            store.write_users(slot, Source("clicks", partition), fence, after, effects)
+            fence = after
+            # Later: half as many new ones as there may be, beside the older ones.
+            effects.embeddings = {}
+            some = behaviour.RECENT_MAX // 2
+            effects.recent = {
+                user: [behaviour.short(e) for e in b.entries[:some]]
+                if len(b.entries) > 2 * some
+                else effects.recent[user]
+                for user, b in effects.behaviours.items()
+            }
+            after = Fence(first + 10**6 + 1, LOG)
             store.write_users(slot, Source("clicks", partition), fence, after, effects)
             fence = after
         profiles = {user: {"p": "x" * (sizes.profile - 5)} for user in mine}

@@ -8,17 +8,23 @@ from hypothesis import strategies as st
 from eddyline.behaviour import (
     DISLIKE,
     EMPTY,
+    RECENT_MAX,
     Behaviour,
     Bounds,
     Entry,
+    Short,
+    Stored,
     decode,
-    encode,
+    encode_older,
+    encode_recent,
     insert,
+    insert_short,
     liked_items,
     place,
     place_moved,
+    short,
     strength,
-)  # fmt: skip
+)
 from eddyline.events import KINDS, Click
 
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -43,22 +49,61 @@ behaviours = st.builds(
 
 @patient
 @given(behaviours, st.integers(-(2**63), 2**63 - 1))
-def test_roundtrip(behaviour: Behaviour, applied_us: int) -> None:
-    stored = encode(behaviour) + applied_us.to_bytes(8, "little", signed=True)
-    assert decode(stored) == (behaviour, applied_us)
+def test_roundtrip_whole(behaviour: Behaviour, applied_us: int) -> None:
+    recent = encode_recent(behaviour, []) + applied_us.to_bytes(8, "little", signed=True)
+    newest_first = tuple(sorted(behaviour.entries, key=lambda e: -e.at_ms))
+    ordered = msgspec.structs.replace(behaviour, entries=newest_first)
+    stored = decode(recent, encode_older(ordered.entries))
+    assert (stored.behaviour, stored.applied_us, stored.recent) == (ordered, applied_us, [])
+
+
+@patient
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(0, 2), st.sampled_from([1.0, 0.5])), max_size=60),
+    st.integers(1, 12), st.integers(0, 30), st.integers(0, 30), st.integers(1, 7),
+)  # fmt: skip
+def test_the_newest_few_beside_the_older_ones_are_the_list(
+    events: list[tuple[int, int, float]], length_max: int, age_max: int, lateness_max: int, chunk: int
+) -> None:
+    """As ingest writes it: what is new since the whole list was written, until that is too much."""
+    bounds = Bounds(length_max, age_max, lateness_max)
+    listed: list[Entry] = []
+    recent: list[Short] = []
+    older, newest = None, 0
+    for offset, (at_ms, kind, weight) in enumerate(events):
+        entry = Entry(str(offset), at_ms, kind, weight)
+        if place(listed, newest, entry, bounds):
+            insert_short(recent, short(entry))
+        newest = max(newest, at_ms)
+        if offset % chunk:
+            continue
+        if len(recent) > RECENT_MAX:
+            older, recent = encode_older(listed), []
+        whole = Behaviour(offset=offset, at_ms=newest, entries=tuple(listed))
+        stored = decode(encode_recent(whole, recent) + bytes(8), older)
+        assert stored.behaviour == whole
+        assert stored.recent == recent
+        recent = stored.recent  # as another process goes on with it
 
 
 def test_golden_bytes() -> None:
     behaviour = Behaviour(partition=3, offset=7, at_ms=5, produced_us=4, appended_ms=3, read_us=2,
-                          entries=(Entry("a", 5, 2, 1.0),))  # fmt: skip
-    golden = "98010307050403029194a1610502cb3ff0000000000000"
-    assert encode(behaviour).hex() == golden
-    assert decode(bytes.fromhex(golden) + b"\x09" + bytes(7)) == (behaviour, 9)
+                          entries=(Entry("a", 5, 2), Entry("b", 4), Entry("c", 1, 0, 0.5)))  # fmt: skip
+    recent = bytes.fromhex("99020307050403020391" + "93a1610502" + "0900000000000000")
+    older = bytes.fromhex("92" + "92a16204" + "94a1630100cb3fe0000000000000")
+    assert encode_recent(behaviour, [("a", 5, 2)]) == recent[:-8]
+    assert encode_older(behaviour.entries[1:]) == older
+    assert decode(recent, older) == Stored(behaviour, 9, [("a", 5, 2)])
+
+
+def test_another_layout_is_named() -> None:
+    with pytest.raises(ValueError, match="layout 3, not 2"):
+        decode(bytes.fromhex("99030307050403020090") + bytes(8))
 
 
 def test_empty_has_no_coordinates() -> None:
     assert (EMPTY.partition, EMPTY.offset, EMPTY.entries) == (-1, -1, ())
-    assert decode(encode(EMPTY) + bytes(8)) == (EMPTY, 0)
+    assert decode(encode_recent(EMPTY, []) + bytes(8)) == Stored(EMPTY, 0, [])
 
 
 @patient
@@ -136,4 +181,4 @@ def test_dwell_time_weighs_where_it_is_asked_for(dwell: object, full: int, weigh
 
 def test_a_kind_is_never_renumbered() -> None:
     assert KINDS == ("click", "view", "like", "cart", "purchase", "dislike") and DISLIKE == 5
-    assert msgspec.msgpack.decode(encode(Behaviour(entries=(Entry("x", 1, DISLIKE),))))[7][0][2] == 5
+    assert msgspec.msgpack.decode(encode_older([Entry("x", 1, DISLIKE)]))[0][2] == 5

@@ -6,22 +6,58 @@ import asyncio
 import threading
 from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from faust.types import TP
 
-from streams.app import IngestApp, Lane
-from streams.chunk import Outcome
+from eddyline.errors import FenceMoved, StoreUnavailable
+from streams.applying import QUEUE_CHUNKS, Applier, Lane, in_thread
+from streams.chunk import Outcome, Part
 from streams.lane import Chunk
 
-AT = TP("clicks", 0)
+
+class Consumer:
+    """The part of the lane's consumer that a chunk meets."""
+
+    def __init__(self) -> None:
+        self.stale: set[int] = set()
+        self.rewound: list[set[TP]] = []
+
+    def is_current(self, chunk: Chunk) -> bool:
+        return chunk.epoch not in self.stale
+
+    async def rewind(self, partitions: set[TP]) -> None:
+        self.rewound.append(set(partitions))
 
 
 class Works:
     """The part of the Faust app that a chunk meets."""
 
+    chunk_records_max = 10
+
+    def __init__(self) -> None:
+        self.lane = Consumer()
+        self.waits: list[float] = []
+
     async def work(self, chunk: Awaitable[Any]) -> Any:
         return await chunk
+
+    def waiting(self, error: Exception, wait_s: float) -> None:
+        self.waits.append(wait_s)
+
+
+class Event:
+    """A Faust event around a chunk."""
+
+    def __init__(self, partition: int, records: int, epoch: int = 0) -> None:
+        listed: Any = [SimpleNamespace(offset=n) for n in range(records)]
+        self.value = Chunk(TP("clicks", partition), listed, epoch, 0)
+        self.acked = False
+
+    def ack(self) -> None:
+        self.acked = True
 
 
 class Busy:
@@ -35,16 +71,19 @@ class Busy:
         return Outcome(records=len(records))
 
 
+def applier(lane: Lane, app: Any, quick_max: int = 2) -> Applier:
+    return Applier(app, lane, {lane.executor: threading.Lock()}, quick_max, 1.0, lambda _: None)
+
+
 def test_small_chunks_of_a_quick_lane_run_in_the_loop_itself_and_never_beside_its_thread() -> None:
     async def run() -> None:
         here, function, executor = threading.current_thread().name, Busy(), ThreadPoolExecutor(1, "lane")
         lane = Lane("clicks", function, executor, quick=True)  # type: ignore[arg-type]
-        app: Any = IngestApp.__new__(IngestApp)
-        app._turns, app._quick_max, app._app = {executor: threading.Lock()}, 2, Works()
-        small, large = (Chunk(AT, [None for _ in range(n)], 0, 0) for n in (2, 3))
+        apply = applier(lane, Works())
+        small, large = (Part(0, [None for _ in range(n)], 0) for n in (2, 3))  # type: ignore[list-item]
 
-        async def ran(chunk: Chunk) -> bool:
-            await asyncio.wait_for(app._ingest(lane, chunk), 5)
+        async def ran(part: Part) -> bool:
+            await asyncio.wait_for(apply._ingest([part]), 5)
             return function.threads[-1] == here
 
         assert await ran(small)
@@ -56,7 +95,7 @@ def test_small_chunks_of_a_quick_lane_run_in_the_loop_itself_and_never_beside_it
         assert not await ran(small)
         lane.quick = True
         entered, hold = threading.Event(), threading.Event()
-        held = asyncio.create_task(app._in_thread(lane, lambda: (entered.set(), hold.wait(5))))
+        held = asyncio.create_task(in_thread(apply._turn, executor, lambda: (entered.set(), hold.wait(5))))
         async with asyncio.timeout(5):
             while not entered.is_set():
                 await asyncio.sleep(0.001)
@@ -66,6 +105,96 @@ def test_small_chunks_of_a_quick_lane_run_in_the_loop_itself_and_never_beside_it
         hold.set()
         assert not await waiting
         await held
+        executor.shutdown()
+
+    asyncio.run(run())
+
+
+def taken(events: list[Event], stale: int = -1) -> tuple[list[Event], list[Event]]:
+    """(what is applied now, what waits for the next time)."""
+
+    async def run() -> tuple[list[Event], list[Event]]:
+        app = Works()
+        app.lane.stale = {stale}
+        apply = applier(Lane("clicks", Busy(), ThreadPoolExecutor(1)), app)  # type: ignore[arg-type]
+        apply._held = list(events)
+        return apply.take(), apply._held
+
+    return asyncio.run(run())
+
+
+def test_one_chunk_of_each_partition_goes_and_the_next_ones_keep_their_order() -> None:
+    events = [Event(0, 1), Event(1, 1), Event(0, 2), Event(2, 1), Event(0, 3)]
+    assert taken(events) == ([events[0], events[1], events[3]], [events[2], events[4]])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "number"), [([4, 6], 2), ([4, 5], 2), ([4, 7], 1), ([10, 1], 1), ([99, 1], 1)]
+)
+def test_together_they_have_no_more_records_than_one_chunk_may_have(sizes: list[int], number: int) -> None:
+    assert len(taken([Event(p, size) for p, size in enumerate(sizes)])[0]) == number
+
+
+def test_a_partition_whose_chunk_has_no_room_waits_with_its_later_ones() -> None:
+    events = [Event(0, 6), Event(1, 6), Event(1, 1), Event(2, 1)]
+    assert taken(events) == ([events[0], events[3]], [events[1], events[2]])
+
+
+def test_what_was_read_before_a_seek_is_dropped() -> None:
+    events = [Event(0, 1, epoch=7), Event(0, 1, epoch=8)]
+    assert taken(events, stale=7) == ([events[1]], [])
+
+
+def test_each_chunk_of_several_ends_for_itself() -> None:
+    async def run() -> None:
+        ends = [Outcome(records=1), FenceMoved("f", "a", "b"), StoreUnavailable("away"), Outcome(records=1)]
+        app, executor = Works(), ThreadPoolExecutor(1)
+        lane = Lane("clicks", Busy(), executor, many=lambda parts: ends)  # type: ignore[arg-type]
+        events = [Event(p, 1) for p in range(4)]
+        await asyncio.wait_for(applier(lane, app)._apply(events), 5)
+        assert [event.acked for event in events] == [True, False, False, True]
+        assert app.lane.rewound == [{TP("clicks", 1), TP("clicks", 2)}]
+        assert len(app.waits) == 1 and lane.rewinds == 1 and lane.outcome.records == 2
+        executor.shutdown()
+
+    asyncio.run(run())
+
+
+def test_the_agent_holds_no_more_chunks_than_it_says() -> None:
+    async def run() -> None:
+        entered, hold = threading.Event(), threading.Event()
+
+        def many(parts: Any) -> list[Outcome | Exception]:
+            entered.set()
+            hold.wait(10)
+            return [Outcome(records=1) for _ in parts]
+
+        executor = ThreadPoolExecutor(1)
+        lane = Lane("clicks", Busy(), executor, many=many)  # type: ignore[arg-type]
+        given: list[Event] = []
+
+        class Stream:
+            def noack(self) -> Stream:
+                return self
+
+            async def events(self) -> Any:
+                for _ in range(200):
+                    given.append(Event(0, 1))
+                    yield given[-1]
+                await asyncio.sleep(60)
+
+        agent = asyncio.create_task(applier(lane, Works()).run(Stream()))
+        async with asyncio.timeout(5):
+            while not entered.is_set():
+                await asyncio.sleep(0.001)
+        await asyncio.sleep(0.05)
+        assert len(given) <= 3 * QUEUE_CHUNKS + 2
+        hold.set()
+        async with asyncio.timeout(5):
+            while not all(event.acked for event in given[:150]):
+                await asyncio.sleep(0.001)
+        agent.cancel()
+        await asyncio.gather(agent, return_exceptions=True)
         executor.shutdown()
 
     asyncio.run(run())

@@ -161,8 +161,8 @@ def test_popularity_counts_thousandths_and_no_dislikes() -> None:
         HERE, [click(0, weight=0.0005), click(1, weight=2.5), click(2, kind="dislike"), click(3, "x")], 0
     )
     assert rig.store.popular("i0", 9) == {}
-    rig.now_s = 0.2
-    assert rig.clicks.due() == [HERE]
+    rig.now_s = 0.3
+    assert rig.clicks.counts.due() == [HERE]
     rig.clicks.count(HERE)
     bucket = MS // (SETTINGS.popular_bucket_s * 1_000)
     assert rig.store.popular("i0", 9) == {bucket: {"i1": 2_500, "x": 1_000}}
@@ -452,13 +452,38 @@ def opened(store: MemoryStore, begin: int, end: int, log: LogId = LOG) -> int:
 def test_the_position_is_the_lowest_fence_plus_one() -> None:
     store, source = MemoryStore(), Source("clicks", 0)
     assert opened(store, 0, 9) == 0
-    assert opened(store, 4, 9) == 4
     store.write_cards("u0", source, None, Fence(7, LOG), {})
     assert opened(store, 0, 9) == 0
     store.write_cards("i0", source, None, Fence(5, LOG), {})
     assert opened(store, 0, 9) == 6
     assert opened(store, 0, 8) == 6
-    assert opened(store, 8, 20) == 8  # retention took what lies between
+    assert opened(store, 6, 20) == 6
+
+
+@pytest.mark.parametrize("applied", [None, 0, 5])
+def test_clicks_that_retention_took_are_refused_with_the_ways_out(applied: int | None) -> None:
+    store, source = MemoryStore(), Source("clicks", 0)
+    if applied is not None:
+        for slot in ("u0", "i0"):
+            store.write_cards(slot, source, None, Fence(applied, LOG), {})
+    first = 0 if applied is None else applied + 1
+    for begin in (0, first):
+        assert opened(store, begin, 2**40) == first
+    for begin in (first + 1, first + 2, first + 2**39):
+        with pytest.raises(LogMismatch) as refused:
+            opened(store, begin, 2**40)
+        message = str(refused.value)
+        assert "topic clicks, partition 0" in message and f"offsets {first} to {begin - 1} " in message
+        assert "`eddyline refill`" in message and "`eddyline accept-log --skip-lost`" in message
+
+
+def test_compacted_topics_are_read_from_their_beginning() -> None:
+    store = MemoryStore()
+    for name, sources_of in (
+        ("items", lambda p: items.sources(SETTINGS, "1", p)), ("users", lambda p: users.sources(SETTINGS, p)),
+    ):  # fmt: skip
+        positions = Positions(store, name, sources_of, lambda: LOG)
+        assert positions.open({0: (7, 9)}) == {0: 7}
 
 
 def test_another_log_is_refused_with_both_ids_and_the_way_out() -> None:

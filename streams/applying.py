@@ -1,0 +1,276 @@
+"""What an agent does with its chunks: hand them to the ingest function, await it, acknowledge.
+
+The function runs in a thread of its own, so that heartbeats go on. While it is at work more chunks come in;
+then all of them go together, one of each partition, and share round trips and numpy work. A server that is
+away is waited for; a refused write sends its partition back to the lowest fence; anything else ends the
+process before the chunk is acknowledged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from faust.types import TP
+
+from eddyline.errors import FenceMoved, Unavailable
+from streams.chunk import Outcome, Part, PartitionLost, Record
+from streams.click_counts import ClickCounts
+from streams.lane import Chunk, LaneApp
+from streams.positions import Positions
+
+log = logging.getLogger(__name__)
+_R = TypeVar("_R")
+
+# The shortest session that Kafka's default settings allow: a dead process's partitions move after it.
+SESSION_S = 6.0
+BACKOFF_S = 0.05
+# Chunks that wait beside the one in work; and as many in Faust's own queue. Enough to keep the function busy.
+QUEUE_CHUNKS = 16
+
+
+class Ingest(Protocol):
+    """An ingest function and the positions it works from."""
+
+    positions: Positions
+
+    def ingest(self, partition: int, records: Sequence[Record], read_us: int) -> Outcome:
+        """Apply a chunk."""
+
+
+@dataclass
+class Lane:
+    """One topic: its function, the thread it runs in, and what it has done so far.
+
+    before_open: called with each partition before its fences are read
+    counts:      of clicks, where effects of a chunk may wait for more
+    quick:       small chunks take a millisecond or two, so they may run in the event loop itself
+    many:        applies chunks of several partitions together; what `ingest` would raise is in its place
+    seconds:     spent on applying; waits: how often a server was waited for, wait_s: how long next time
+    queued:      chunks that wait for this lane's turn
+    """
+
+    topic: str
+    ingest: Ingest
+    executor: ThreadPoolExecutor
+    before_open: Callable[[int], None] | None = None
+    counts: ClickCounts | None = None
+    quick: bool = False
+    many: Callable[[Sequence[Part]], list[Outcome | Exception]] | None = None
+    outcome: Outcome = field(default_factory=Outcome)
+    chunks: int = 0
+    rewinds: int = 0
+    seconds: float = 0.0
+    waits: int = 0
+    wait_s: float = BACKOFF_S
+    queued: Callable[[], int] = lambda: 0
+    _told: tuple[int, int, float, Outcome] = field(default_factory=lambda: (0, 0, 0.0, Outcome()))
+
+    def begin(self) -> None:
+        """From here on `since_begin` counts."""
+        total = Outcome()
+        total.add(self.outcome)
+        self._told = self.chunks, self.rewinds, self.seconds, total
+
+    def since_begin(self) -> tuple[int, int, float, Outcome]:
+        """(chunks, rewinds, seconds, outcome) since `begin`."""
+        chunks, rewinds, seconds, outcome = self._told
+        more = self.outcome.less(outcome)
+        return self.chunks - chunks, self.rewinds - rewinds, self.seconds - seconds, more
+
+    def open(self, bounds: Mapping[int, tuple[int, int]]) -> dict[int, int]:
+        """Where to read on, by partition. Runs in the lane's thread, so after the chunk in work."""
+        if self.before_open is not None:
+            for partition in bounds:
+                self.before_open(partition)
+        return self.ingest.positions.open(bounds)
+
+    def apply(self, parts: Sequence[Part]) -> list[Outcome | Exception]:
+        """Apply one chunk each of different partitions."""
+        if self.many is not None:
+            return self.many(parts)
+        ends: list[Outcome | Exception] = []
+        for part in parts:
+            try:
+                ends.append(self.ingest.ingest(part.partition, part.records, part.read_us))
+            except (FenceMoved, Unavailable, PartitionLost) as error:
+                ends.append(error)
+        return ends
+
+    def settle(self) -> int | None:
+        """Write what has waited long enough. A partition where that was refused, to be read again."""
+        if self.counts is not None:
+            for partition in self.counts.due():
+                try:
+                    self.counts.count(partition)
+                except (FenceMoved, Unavailable) as error:
+                    log.info("counts not written", extra={"partition": partition, "reason": str(error)})
+                    self.counts.opened(partition)
+                    return partition
+        return None
+
+    def moved_elsewhere(self, mine: set[int]) -> list[int]:
+        """Which of these partitions have other fences than expected. Runs in the lane's thread."""
+        return self.ingest.positions.moved_elsewhere(mine)
+
+
+async def in_thread(
+    turn: threading.Lock, executor: ThreadPoolExecutor, call: Callable[..., _R], *arguments: Any
+) -> _R:
+    """Run in a lane's thread. Whoever applies a chunk or reads fences holds its executor's turn."""
+
+    def run() -> _R:
+        with turn:
+            return call(*arguments)
+
+    return await asyncio.get_running_loop().run_in_executor(executor, run)
+
+
+class Applier:
+    """Applies the chunks of one lane. Runs in the app's event loop.
+
+    turns:     one lock for each executor, held by whoever works in its place
+    quick_max: so many records at most are applied in the event loop itself
+    end:       told of an error that ends the process
+    """
+
+    def __init__(
+        self, app: LaneApp, lane: Lane, turns: Mapping[ThreadPoolExecutor, threading.Lock], quick_max: int,
+        backoff_s_max: float, end: Callable[[Exception], None],
+    ) -> None:  # fmt: skip
+        self._app = app
+        self._lane = lane
+        self._turn = turns[lane.executor]
+        self._quick_max = quick_max
+        self._backoff_s_max = backoff_s_max
+        self._end = end
+        self._queue: asyncio.Queue[Any] = asyncio.Queue(QUEUE_CHUNKS)
+        self._held: list[Any] = []
+        lane.queued = lambda: self._queue.qsize() + len(self._held)
+
+    async def run(self, stream: Any) -> None:
+        """The agent: queue what comes; what is queued is applied beside it."""
+        work = asyncio.create_task(self._work())
+        try:
+            async for event in stream.noack().events():
+                await self._queue.put(event)
+        finally:
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+
+    async def _work(self) -> None:
+        try:
+            while True:
+                if not self._held:
+                    self._held.append(await self._queue.get())
+                taken = self.take()
+                if taken:
+                    await self._apply(taken)
+        except Exception as error:
+            log.exception("chunks could not be applied")
+            self._end(error)
+
+    def take(self) -> list[Any]:
+        """The events to apply now: one of each partition, in order, no more records than a chunk may have."""
+        while len(self._held) < 2 * QUEUE_CHUNKS and not self._queue.empty():
+            self._held.append(self._queue.get_nowait())
+        taken: list[Any] = []
+        rest: list[Any] = []
+        seen: set[TP] = set()
+        room = self._app.chunk_records_max
+        for event in self._held:
+            chunk: Chunk = event.value
+            if not self._app.lane.is_current(chunk):
+                continue  # it is read again after a seek, or was lost
+            if chunk.at in seen or (taken and len(chunk.records) > room):
+                rest.append(event)
+            else:
+                taken.append(event)
+                room -= len(chunk.records)
+            seen.add(chunk.at)
+        self._held = rest
+        return taken
+
+    async def _apply(self, taken: Sequence[Any]) -> None:
+        lane, chunks = self._lane, [event.value for event in taken]
+        begun = time.perf_counter()
+        try:
+            ends = await self._ingest([Part(c.at.partition, c.records, c.read_us) for c in chunks])
+        except Exception as error:
+            await self._give_up(chunks[0], error)
+            return
+        lane.seconds += time.perf_counter() - begun
+        waits = [end for end in ends if isinstance(end, Unavailable)]
+        if waits:
+            await self._wait(waits[0])
+        else:
+            lane.wait_s = BACKOFF_S
+        back: set[TP] = set()
+        for event, end in zip(taken, ends, strict=True):
+            chunk: Chunk = event.value
+            if isinstance(end, Outcome):
+                lane.chunks += 1
+                lane.outcome.add(end)
+                if self._app.lane.is_current(chunk):
+                    event.ack()
+            elif isinstance(end, FenceMoved):
+                lane.rewinds += 1
+                log.info("write refused, going back to the fence", extra=_where(chunk, end))
+                back.add(chunk.at)
+            elif isinstance(end, Unavailable):
+                back.add(chunk.at)
+            elif isinstance(end, PartitionLost):
+                log.warning("another process writes for this partition now", extra=_where(chunk, end))
+                await self._await_loss(chunk)
+            else:
+                await self._give_up(chunk, end)
+        if back:
+            await self._app.lane.rewind(back)
+
+    async def _give_up(self, chunk: Chunk, error: Exception) -> None:
+        """End the process; nothing more is acknowledged."""
+        log.error("a chunk could not be applied", extra=_where(chunk, error), exc_info=error)
+        self._end(error)
+        await asyncio.Event().wait()
+
+    async def _ingest(self, parts: Sequence[Part]) -> list[Outcome | Exception]:
+        """Apply in the lane's thread; small chunks at once where that thread does nothing."""
+        lane = self._lane
+        small = lane.quick and sum(len(part.records) for part in parts) <= self._quick_max
+        if small and lane.wait_s == BACKOFF_S and self._turn.acquire(blocking=False):
+            try:
+                return lane.apply(parts)
+            finally:
+                self._turn.release()
+        ends: list[Outcome | Exception] = await self._app.work(
+            in_thread(self._turn, lane.executor, lane.apply, parts)
+        )
+        return ends
+
+    async def _await_loss(self, chunk: Chunk) -> None:
+        """Wait for the rebalance that takes the partition; claim it anew where none comes."""
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + 2 * SESSION_S
+        while self._app.lane.is_current(chunk):
+            if clock() > deadline:
+                await self._app.lane.rewind({chunk.at})
+                return
+            await asyncio.sleep(0.1)
+
+    async def _wait(self, error: Exception) -> None:
+        self._lane.waits += 1
+        self._app.waiting(error, self._lane.wait_s)
+        await asyncio.sleep(self._lane.wait_s)
+        self._lane.wait_s = min(2 * self._lane.wait_s, self._backoff_s_max)
+
+
+def _where(chunk: Chunk, error: Exception) -> dict[str, Any]:
+    first, last = chunk.records[0].offset, chunk.records[-1].offset
+    at = f"{chunk.at.topic}:{chunk.at.partition}"
+    return {"at": at, "offsets": f"{first}–{last}", "reason": str(error)}

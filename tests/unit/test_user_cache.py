@@ -1,0 +1,87 @@
+"""What ingest remembers of its users: never more than it may, never what somebody else has changed since."""
+
+from __future__ import annotations
+
+import pytest
+
+from eddyline.behaviour import Behaviour, Entry
+from eddyline.errors import FenceMoved
+from eddyline.ports import Fence, LogId, Source, UserEffects, UserRead
+from eddyline.stores.memory import MemoryStore
+from streams.user_cache import Draft, UserCache, Window
+
+LOG = LogId("cluster", "topic")
+CLICKS, USERS = Source("clicks", 3), Source("users", 3)
+
+
+def draft(entries: int) -> Draft:
+    return Draft([Entry(str(n), -n) for n in range(entries)], [], 0)
+
+
+@pytest.mark.parametrize(("entries_max", "kept"), [(0, 0), (13, 0), (14, 1), (15, 1), (28, 2), (10**6, 3)])
+def test_no_more_entries_are_kept_than_allowed_and_the_least_used_go(entries_max: int, kept: int) -> None:
+    cache = UserCache(MemoryStore(), "1", entries_max)
+    for user in ("a", "b", "c"):
+        cache.give_back("u3", {user: draft(10)})
+    assert cache.missing("u3", ["c", "b", "a"]) == ["c", "b", "a"][kept:]
+
+
+def test_a_user_that_grows_is_counted_anew() -> None:
+    cache = UserCache(MemoryStore(), "1", 30)
+    cache.give_back("u3", {"a": draft(5), "b": draft(5)})
+    drafts = cache.take("u3", ["a"], None)
+    drafts["a"].entries += [Entry("more", 1)] * 15
+    cache.give_back("u3", drafts)
+    assert cache.missing("u3", ["a", "b"]) == ["b"]  # 24 + 9 are too many
+    cache.give_back("u3", {"b": draft(2)})
+    assert cache.missing("u3", ["a", "b"]) == []
+
+
+def test_a_dropped_slot_is_read_again_and_other_slots_stay() -> None:
+    store = MemoryStore()
+    store.write_users("u3", CLICKS, None, Fence(4, LOG), UserEffects(accepted={"e": 4}))
+    cache = UserCache(store, "1", 100)
+    known = cache.slot("u3", CLICKS, Fence(4, LOG))
+    assert known.window.known == {"e": 4} and cache.slot("u3", CLICKS, None) is known
+    cache.give_back("u3", {"a": draft(1)})
+    cache.give_back("u4", {"a": draft(1)})
+    cache.drop("u3")
+    assert cache.missing("u3", ["a"]) == ["a"] and cache.missing("u4", ["a"]) == []
+    with pytest.raises(FenceMoved):
+        cache.slot("u3", CLICKS, Fence(5, LOG))
+
+
+def test_users_whose_profile_was_written_are_read_again_under_its_fence() -> None:
+    store = MemoryStore()
+    cache = UserCache(store, "1", 100)
+    known = cache.slot("u3", CLICKS, None)
+    cache.give_back("u3", {"a": draft(1), "b": draft(1)})
+    cache.profiles_written("u3", Fence(9, LOG), ["a", "x"])
+    assert cache.missing("u3", ["a", "b"]) == ["a"]
+    assert known.profiles == str(Fence(9, LOG))
+    cache.profiles_written("u9", Fence(9, LOG), ["a"])  # of a slot that was never asked for
+
+
+def test_a_user_is_taken_as_he_was_read() -> None:
+    cache = UserCache(MemoryStore(), "1", 100)
+    listed = Behaviour(at_ms=8, entries=(Entry("a", 8),))
+    read = UserRead(None, {}, {"ana": listed, "bo": listed}, {"ana": (3, b"1234")}, {"ana": {"age": 3}},
+                    {"ana": [("a", 8)]})  # fmt: skip
+    users = cache.take("u3", ["ana", "bo", "new"], read)
+    ana = users["ana"]
+    assert (ana.entries, ana.recent, ana.at_ms) == ([Entry("a", 8)], [("a", 8)], 8)
+    assert (ana.steps, ana.vector, ana.profile) == (3, b"1234", {"age": 3})
+    assert users["bo"].recent is None  # nobody knows what is stored: write it whole
+    assert (users["new"].entries, users["new"].recent) == ([], [])
+
+
+@pytest.mark.parametrize("loaded", [0, 1, 255, 256, 257, 1_000])
+def test_the_window_lets_ids_go_below_its_floor_only(loaded: int) -> None:
+    window = Window({f"e{n}": n for n in range(loaded)})
+    for n in range(loaded, loaded + 600):
+        floor = n + 1 - 300
+        window.add({f"e{n}": n}, floor)
+        assert all(f"e{k}" in window.known for k in range(max(0, floor), n + 1, 37))
+        assert len(window.known) <= 300 + 256
+    window.add({"e1": 5_000}, 5_000)  # accepted anew
+    assert window.known == {"e1": 5_000}
