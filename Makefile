@@ -6,7 +6,7 @@ PYTHON ?= python3
 ARGS ?=
 BOOTSTRAP = $(PYTHON) bootstrap.py
 
-.PHONY: help setup demo test up down lint proto lock clean
+.PHONY: help setup demo test chaos soak fuzz up down lint proto lock clean
 .DEFAULT_GOAL := help
 
 help:  ## these targets
@@ -20,6 +20,12 @@ demo:  ## a click changes an answer; ONCE=1 ends by itself, DATA=generated needs
 
 test:  ## every test; ARGS="tests/unit -x" goes to pytest
 	@$(BOOTSTRAP) test $(ARGS)
+
+chaos:  ## kill, freeze and rob everything under load, then compare all state; ARGS="--faults 200 --seed 7"
+	@$(BOOTSTRAP) chaos $(ARGS)
+
+soak:  ## the index's race test for a minute; SOAK_S=600 for ten
+	@$(BOOTSTRAP) soak $(ARGS)
 
 up:  ## the local Kafka and Valkey, in the background
 	@$(BOOTSTRAP) up
@@ -39,6 +45,10 @@ proto: setup  ## generate serving/proto/*_pb2*
 
 bench-%:  ## one benchmark: make bench-visible
 	@$(BOOTSTRAP) bench $* $(ARGS)
+
+fuzz: setup  ## coverage-guided fuzzing of ingest; ARGS="-max_total_time=600"
+	.venv/bin/uv pip install --quiet --python .venv/bin/python "atheris>=3"
+	.venv/bin/python -m tests.fuzz $(ARGS)
 
 lock: setup  ## write requirements.lock anew
 	.venv/bin/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \

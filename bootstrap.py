@@ -3,6 +3,8 @@
     python3 bootstrap.py setup           only set up
     python3 bootstrap.py demo [OPTION]   set up, then the demo (environment: ONCE=1, DATA=generated)
     python3 bootstrap.py test [OPTION]   set up, then every test; options go to pytest
+    python3 bootstrap.py chaos [OPTION]  set up, then faults under load and an oracle (docs/chaos.md)
+    python3 bootstrap.py soak            set up, then the index's race test for SOAK_S seconds, 60 by default
     python3 bootstrap.py up | down       the local Kafka and Valkey in the background
     python3 bootstrap.py lint            ruff, mypy and import-linter alone
     python3 bootstrap.py bench NAME      one benchmark of benchmarks/
@@ -369,7 +371,7 @@ def main(arguments):
     if command in ("-h", "--help", "help"):
         _say((__doc__ or "").strip())
         return 0
-    if command not in ("setup", "demo", "test", "up", "down", "lint", "bench", "run"):
+    if command not in ("setup", "demo", "test", "chaos", "soak", "up", "down", "lint", "bench", "run"):
         sys.exit(f"there is no command {command!r}; `python3 bootstrap.py --help` lists them")
     benchmark = _bench(*rest[:1]) if command == "bench" else None
     set_up()
@@ -381,6 +383,11 @@ def main(arguments):
         _become(PYTHON, "-m", "eddyline", *rest)
     elif command == "test":
         _become(PYTHON, "-m", "pytest", *rest)
+    elif command == "chaos":
+        _become(PYTHON, "-m", "tests.chaos", *rest)
+    elif command == "soak":
+        os.environ.setdefault("SOAK_S", "60")
+        _become(PYTHON, "-m", "pytest", "-q", "tests/unit/test_index_race.py", *rest)
     elif command == "bench":
         _become(PYTHON, "-m", f"benchmarks.{benchmark.stem}", *rest[1:])
     else:

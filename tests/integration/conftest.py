@@ -123,9 +123,17 @@ def bundle(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 
 @contextlib.contextmanager
 def living(
-    settings: Settings, world: World, bundle: tuple[Path, Manifest], *, with_items: bool = True
+    settings: Settings,
+    world: World,
+    bundle: tuple[Path, Manifest],
+    *,
+    with_items: bool = True,
+    **ingest: str,
 ) -> Iterator[Live]:
-    """Topics, generation, ingest and one worker in a namespace of their own; all ends with the block."""
+    """Topics, generation, ingest and one worker in a namespace of their own; all ends with the block.
+
+    ingest: more settings of the ingest process
+    """
     folder, manifest = bundle
     settings = msgspec.structs.replace(settings, bundle_dir=str(folder))
     supervisor = Supervisor(Path(settings.data_dir) / "logs")
@@ -142,7 +150,7 @@ def living(
         if with_items:
             replay.send(settings, world.items)
         worker, live.address = live.stage.worker_child(**more)
-        supervisor.start(live.stage.ingest_child(**more), worker)
+        supervisor.start(live.stage.ingest_child(**more, **ingest), worker)
         live.applied()
         yield live
     finally:
@@ -170,9 +178,9 @@ def make_live(
     """A system of the test's own, to break."""
     with contextlib.ExitStack() as stack:
 
-        def make(servers: OwnServers | None = None) -> Live:
+        def make(servers: OwnServers | None = None, **ingest: str) -> Live:
             settings = servers.settings if servers else fresh_settings
-            return stack.enter_context(living(settings, world, bundle))
+            return stack.enter_context(living(settings, world, bundle, **ingest))
 
         yield make
 

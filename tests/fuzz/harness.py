@@ -1,0 +1,202 @@
+"""One record after another through the real ingest functions: each is applied, dropped or dead-lettered."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from eddyline import events, records
+from eddyline.demo import generated
+from eddyline.errors import Rejected
+from eddyline.events import KINDS, Click, Item, Merge, UserProfile
+from eddyline.kafka import CLICKS, ITEMS, USERS
+from eddyline.ports import LogId, Source, UserEffects
+from eddyline.records import ItemRecord
+from eddyline.settings import Settings
+from eddyline.stores import user_state
+from eddyline.stores.memory import MemoryStore
+from embeddings import bundle
+from embeddings.bundle import Bundle
+from embeddings.training.dataset import TrainingData
+from embeddings.training.train import train
+from streams import clicks, items, users
+from streams.clicks import ClickIngest
+from streams.items import ItemIngest
+from streams.micro_steps import MicroSteps
+from streams.positions import Positions
+from streams.users import UserIngest
+
+NOW_MS = 1_700_000_000_000
+LOG = LogId("cluster", "topic")
+
+
+def towers(folder: Path) -> Bundle:
+    """A small generation with real towers."""
+    world = generated.generate(items=60, users=20, clicks=600, seed=3)
+    profiles = {user: dict(profile.attributes) for user, profile in world.profiles.items()}
+    data = TrainingData(items=world.items, profiles=profiles, clicks=world.clicks)
+    train(data, folder / "1", "1", epochs=1, seed=1, threads=1)
+    return bundle.load(folder / "1")
+
+
+@dataclass(frozen=True, slots=True)
+class Rec:
+    topic: str
+    partition: int
+    offset: int
+    timestamp: int
+    key: bytes | None
+    value: bytes | None
+    headers: tuple[tuple[str, bytes | None], ...] = ()
+
+
+@dataclass
+class Outside:
+    """Where refused, forwarded and published records end."""
+
+    letters: list[tuple[Any, Rejected]] = field(default_factory=list)
+    forwarded: list[Any] = field(default_factory=list)
+    published: list[ItemRecord] = field(default_factory=list)
+
+    def put(self, record: Any, rejected: Rejected) -> None:
+        self.letters.append((record, rejected))
+
+    def forward(self, record: Any, key: bytes, value: bytes, partition: int) -> None:
+        events.decode_behaviour(value, appended_ms=NOW_MS, far_future_ms_max=10**6)
+        self.forwarded.append((key, value))
+
+    def flush(self) -> None:
+        pass
+
+    def open(self, partition: int) -> None:
+        pass
+
+    def publish(self, partition: int, published: Sequence[ItemRecord]) -> None:
+        self.published += published
+
+
+class Harness:
+    """Three topics of one partition each, on a store in memory."""
+
+    def __init__(self, made: Bundle) -> None:
+        self.settings = Settings(
+            clicks_partitions=1, items_partitions=1, dedupe_window_events=512, history_length_max=20
+        )
+        self.store, self.outside = MemoryStore(), Outside()
+        self._offsets = dict.fromkeys((CLICKS, ITEMS, USERS), -1)
+
+        def at(name: str, sources: Any) -> Positions:
+            positions = Positions(self.store, name, sources, lambda: LOG)
+            positions.open({0: (0, 2**62)})
+            return positions
+
+        s, store, out = self.settings, self.store, self.outside
+        of_clicks = at(CLICKS, lambda p: clicks.sources(s, p))
+        of_users = at(USERS, lambda p: users.sources(s, p))
+        of_items = at(ITEMS, lambda p: items.sources(s, "1", p))
+        by_clicks = ClickIngest(s, store, of_clicks, out, out, MicroSteps(made))
+        self.ingests: dict[str, Any] = {
+            CLICKS: by_clicks,
+            USERS: UserIngest(s, store, of_users, out, ["1"], by_clicks.profiles_written),
+            ITEMS: ItemIngest(s, store, of_items, out, out, made, lambda: 5),
+        }
+
+    def feed(self, topic: str, key: bytes | None, value: bytes | None, stamp: bytes | None = None) -> str:
+        """Ingest one record; what became of it. AssertionError where that is nothing, or two things."""
+        offset = self._offsets[topic] = self._offsets[topic] + 1
+        record = Rec(topic, 0, offset, NOW_MS, key, value, (("produced_us", stamp),))
+        letters, forwarded = len(self.outside.letters), len(self.outside.forwarded)
+        outcome = self.ingests[topic].ingest(0, [record], 7)
+        ends = {"applied": outcome.applied, "duplicate": outcome.duplicates, "rejected": outcome.rejected}
+        assert sum(ends.values()) == 1, ends
+        refused = self.outside.letters[letters:]
+        assert len(refused) == outcome.rejected
+        assert len(self.outside.forwarded) - forwarded == outcome.forwarded
+        assert all(one[0] is record and one[1].reason for one in refused)
+        end = next(name for name, count in ends.items() if count)
+        if end == "applied":
+            self._applied(topic, record)
+        return end
+
+    def _applied(self, topic: str, record: Rec) -> None:
+        """What was applied can be stored as bytes, and read again."""
+        if topic == ITEMS:
+            item_id = (record.key or b"").decode()
+            card = self.store.read_cards([item_id], 1)[item_id]
+            assert card.offset == record.offset
+            published = self.outside.published[-1]
+            assert published.item_id == item_id
+            again = records.decode_record(item_id.encode(), records.encode_record(published))
+            assert records.encode_record(again) == records.encode_record(published)
+            assert published.vector is None or np.isfinite(published.vector).all()
+            return
+        if topic == USERS:
+            user = (record.key or b"").decode()
+        else:
+            user = events.decode_behaviour(record.value, appended_ms=NOW_MS, far_future_ms_max=10**6).user_id
+        source = Source(CLICKS, 0)
+        read = self.store.read_users("u0", source, [], [user], "1")
+        effects = UserEffects(
+            behaviours=dict(read.behaviours), embeddings=dict(read.embeddings), generation="1"
+        )
+        names, (_, _, lists, written, *values) = user_state.writing("t", effects)
+        stored = dict(zip(names[1:written], values, strict=True))
+        for name in names[1 : 1 + lists]:
+            stored[name] += bytes(8)
+        if user in read.profiles:
+            stored[f"t:p:{user}"] = msgspec.msgpack.encode(read.profiles[user])
+        again = user_state.read(
+            read.fence, [user], [stored.get(n) for n in user_state.keys("t", [user], "1")], {}
+        )
+        assert (again.behaviours, again.embeddings, again.profiles) == (
+            read.behaviours, read.embeddings, read.profiles
+        )  # fmt: skip
+        if record.value is not None:
+            name = user.encode()
+            assert len(name) <= events.ID_BYTES_MAX
+
+
+def seeds() -> list[tuple[str, bytes | None, bytes | None]]:
+    """Good records of every kind, to begin from."""
+    made: list[tuple[str, bytes | None, bytes | None]] = []
+    for kind in KINDS:
+        click = Click(user_id="ana", item_id="f1", at_ms=NOW_MS, kind=kind, event_id=kind, weight=0.5)  # type: ignore[arg-type]
+        made.append((CLICKS, b"ana", events.encode(click)))
+    made.append((CLICKS, b"bo", events.encode(Merge(user_id="bo", merge_into="ana", at_ms=NOW_MS))))
+    context = {"dwell_ms": 1_500, "page": "home", "x": 1.5, "y": True}
+    more = Click(user_id="é", item_id="f2", at_ms=NOW_MS, context=context, impression_id="i")
+    made.append((CLICKS, "é".encode(), events.encode(more)))
+    item = Item(item_id="f1", title="Heat", categories=["Crime"], tags=["x"], attributes={"year": 1995})
+    made.append((ITEMS, b"f1", events.encode(item)))
+    made.append((ITEMS, b"f1", None))
+    made.append((USERS, b"ana", events.encode(UserProfile(user_id="ana", attributes={"age": 31}))))
+    made.append((USERS, b"ana", None))
+    return made
+
+
+def mutated(rng: random.Random, value: bytes) -> bytes:
+    """A few random changes of a good record: bytes, cuts, repeats, and words that parsers trip over."""
+    words = [
+        b"null", b"NaN", b"1e999", b"-1", b"\\ud800", b"\x00", b'""', b"[" * 2_000, b"9" * 400, b"{}",
+        b'"\\u0000"', b"true", b"\xff\xfe", b'"' + b"x" * 300 + b'"',
+    ]  # fmt: skip
+    for _ in range(rng.randint(1, 4)):
+        at, end = sorted(rng.randint(0, len(value)) for _ in range(2))
+        match rng.randrange(5):
+            case 0:
+                value = value[:at] + bytes([rng.randrange(256)]) + value[at + 1 :]
+            case 1:
+                value = value[:at] + value[end:]
+            case 2:
+                value = value[:end] + value[at:end] + value[end:]
+            case 3:
+                value = value[:at] + rng.choice(words) + value[at:]
+            case _:
+                value = value[:at] + rng.choice(words) + value[end:]
+    return value
