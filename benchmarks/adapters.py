@@ -86,8 +86,8 @@ def recalls(index: LiveIndex, queries: np.ndarray) -> tuple[float, float]:
     found10 = found100 = 0
     for query in queries:
         state = index._state
-        best = [hit.item_id for hit in state.scan(query, K, frozenset())]
-        got = [hit.item_id for hit in index.query(query, K)]
+        best = state.scan(query, K, frozenset()).ids
+        got = index.find(query, K).ids
         found10 += len(set(best[:10]) & set(got[:10]))
         found100 += len(set(best) & set(got))
     return found10 / (10 * len(queries)), found100 / (K * len(queries))

@@ -9,20 +9,25 @@ from collections.abc import Sequence
 
 from eddyline import events
 from eddyline.errors import Rejected
-from eddyline.events import Click, Item, UserProfile
+from eddyline.events import Click, Forget, Item, Merge, UserProfile
 from eddyline.settings import Settings
 from eddyline.slots import partition_of
 
 
-def click(settings: Settings, partition: int, value: bytes | None, appended_ms: int) -> Click | None:
-    """The click, or None where it is stray: ingest forwards it, and it counts in its own partition.
+def behaviour(
+    settings: Settings, partition: int, value: bytes | None, appended_ms: int
+) -> Click | Merge | None:
+    """The click or merge, or None where it is stray: ingest forwards it, and it counts in its own partition.
 
-    A merge is no click (`events.Merge`) and is refused here; what it moves comes as clicks of the other user.
-
+    None, too, where it says that a user was forgotten: who reads `users` knows.
     appended_ms: the broker's time stamp. Raises Rejected.
     """
-    found = events.decode_click(value, appended_ms=appended_ms, far_future_ms_max=settings.far_future_ms_max)
-    return found if partition_of(found.user_id, settings.clicks_partitions) == partition else None
+    found = events.decode_behaviour(
+        value, appended_ms=appended_ms, far_future_ms_max=settings.far_future_ms_max
+    )
+    if isinstance(found, Forget) or partition_of(found.user_id, settings.clicks_partitions) != partition:
+        return None
+    return found
 
 
 def item(

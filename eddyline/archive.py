@@ -4,7 +4,8 @@
                            append time, UTC  partition, first and last offset that the file was made of
 
 The offsets of a name are those of the first and the last *record*; a refused or re-sent record has no row. A
-file is complete or absent. docs/archive.md has the columns. pyarrow and fsspec (extra `archive`) are imported
+file is complete or absent. Merges are records of `clicks`, but lie in files of their own, `merges`: they are
+rare and about two users. docs/archive.md has the columns. pyarrow and fsspec (extra `archive`) are imported
 when an archive is opened.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -22,17 +23,21 @@ from typing import Any
 import msgspec
 
 from eddyline.errors import SettingsError, Unavailable
-from eddyline.events import Click, Item, UserProfile
+from eddyline.events import Click, Item, Merge, UserProfile
 from eddyline.kafka import CLICKS, ITEMS, USERS
 from eddyline.ports import LogId
 from eddyline.settings import Settings
 
 HOUR_MS = 3_600_000
+# What `clicks` has besides clicks; the files lie beside those of the three topics.
+MERGES = "merges"
 # Rows of a row group and of what a reader holds at a time; with `ROW_GROUP_BYTES` it bounds both.
 ROW_GROUP_ROWS = 8_192
 # So many bytes of values end a row group early: item vectors are long.
 ROW_GROUP_BYTES = 8 * 1024 * 1024
 _LOG_KEY = b"eddyline.log"
+# From which offset on a file's records were read without a break; it is below `first` where markers lie.
+_SINCE_KEY = b"eddyline.since"
 _NAME = re.compile(r"hour=(\d{4}-\d\d-\d\dT\d\d)/(\d+)-(\d+)-(\d+)\.parquet\Z")
 _HOUR = "%Y-%m-%dT%H"
 
@@ -54,13 +59,14 @@ class Archived:
     """One accepted event and where it lay. event: None for an item's delete and for a user forgotten.
 
     key: the item or user id; None for a user forgotten, of whom only `digest` is kept
+    A merge into a user who was forgotten since has "" in place of his id.
     """
 
     partition: int
     offset: int
     appended_ms: int
     key: str | None
-    event: Click | Item | UserProfile | None
+    event: Click | Item | UserProfile | Merge | None
     produced_us: int = 0
     digest: str | None = None
 
@@ -106,6 +112,7 @@ def schema(topic: str) -> Any:
             ("user_id", text), ("deleted", pa.bool_()), ("attributes", text), ("at_ms", pa.int64()),
             ("forgotten_sha256", text),
         ],
+        MERGES: [("user_id", text), ("merge_into", text), ("at_ms", pa.int64())],
     }  # fmt: skip
     return pa.schema(place + own[topic])
 
@@ -125,6 +132,8 @@ def row(event: Archived) -> tuple[Any, ...]:
         )  # fmt: skip
     if isinstance(found, UserProfile):
         return (*place, found.user_id, False, _json(found.attributes), found.at_ms, None)
+    if isinstance(found, Merge):
+        return (*place, found.user_id, found.merge_into, found.at_ms)
     if event.digest is not None:
         return (*place, None, True, None, None, event.digest)
     return (*place, event.key, True, None, None, None, None, None, None, None)
@@ -184,7 +193,7 @@ class Archive:
         """The events of one file; holds one row group at a time."""
         import pyarrow.parquet as pq
 
-        make = {CLICKS: _click, ITEMS: _item, USERS: _profile}[file.topic]
+        make = {CLICKS: _click, ITEMS: _item, USERS: _profile, MERGES: _merge}[file.topic]
         with self.fs.open(file.path, "rb") as opened, pq.ParquetFile(opened) as parquet:
             for batch in parquet.iter_batches(batch_size=ROW_GROUP_ROWS):
                 for found in zip(*(column.to_pylist() for column in batch.columns), strict=True):
@@ -199,40 +208,59 @@ class Archive:
 
     def log_id(self, file: ArchiveFile) -> LogId | None:
         """Which log a file was made of."""
+        text = self._metadata(file).get(_LOG_KEY, b"").decode()
+        return LogId(*text.split("|")) if text else None
+
+    def since(self, file: ArchiveFile) -> int | None:
+        """From which offset on a file has every event; None for a file that is older than this mark."""
+        text = self._metadata(file).get(_SINCE_KEY, b"")
+        return int(text) if text else None
+
+    def lacking(self, topic: str, partition: int, first: int, last: int) -> list[tuple[int, int]]:
+        """The ranges of offsets within [first, last] that no file was made of, both ends contained.
+
+        They were lost before the archive read them, or are not archived yet.
+        """
+        lacking, at = [], first
+        for file in self.files(topic, partition):
+            if file.last < at:
+                continue
+            if file.first > at:
+                since = self.since(file)
+                begin = min(file.first if since is None else since, last + 1)
+                if begin > at:
+                    lacking.append((at, begin - 1))
+            at = max(at, file.last + 1)
+            if at > last:
+                break
+        return [*lacking, (at, last)] if at <= last else lacking
+
+    def version(self, file: ArchiveFile) -> str:
+        """Another one whenever the file was written again, as far as the store tells (etag, size, time)."""
+        self.fs.invalidate_cache(file.path.rsplit("/", 1)[0])
+        return str(self.fs.ukey(file.path))
+
+    def _metadata(self, file: ArchiveFile) -> dict[bytes, bytes]:
         import pyarrow.parquet as pq
 
         with self.fs.open(file.path, "rb") as opened:
-            metadata = pq.read_metadata(opened).metadata or {}
-        text = metadata.get(_LOG_KEY, b"").decode()
-        return LogId(*text.split("|")) if text else None
+            return pq.read_metadata(opened).metadata or {}
 
     def partials(self) -> Path:
         """The local folder of files being written; in a local archive, so that a rename is enough."""
-        base = Path(self.root) if self.is_local else Path(self.settings.data_dir) / "archive"
-        return base / ".partial"
+        return self._local() / ".partial"
+
+    def lock_path(self) -> Path:
+        """The file that whoever puts or rewrites a file holds locked, see `streams.archive.files`."""
+        return self._local() / ".lock"
+
+    def _local(self) -> Path:
+        return Path(self.root) if self.is_local else Path(self.settings.data_dir) / "archive"
 
 
-def metadata_of(log_id: LogId) -> dict[bytes, bytes]:
-    """What a file's schema carries besides its columns."""
-    return {_LOG_KEY: f"{log_id.cluster_id}|{log_id.topic_id}".encode()}
-
-
-def without(source: Any, target: Path, topic: str, forgotten: Callable[[str], Forgotten | None]) -> int:
-    """Copy a Parquet file without the rows of forgotten users, group by group; the rows that went.
-
-    source: an open file or a path; forgotten: user id -> up to where his rows go, None for the others
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    gone = 0
-    with pq.ParquetFile(source) as parquet, writer(target, parquet.schema_arrow) as out:
-        for number in range(parquet.num_row_groups):
-            table = parquet.read_row_group(number)
-            keep = _kept(table, topic, forgotten)
-            gone += keep.count(False)
-            out.write_table(table.filter(pa.array(keep, pa.bool_())), row_group_size=ROW_GROUP_ROWS)
-    return gone
+def metadata_of(log_id: LogId, since: int) -> dict[bytes, bytes]:
+    """What a file's schema carries besides its columns. since: see `Archive.since`."""
+    return {_LOG_KEY: f"{log_id.cluster_id}|{log_id.topic_id}".encode(), _SINCE_KEY: str(since).encode()}
 
 
 def writer(path: Path, arrow_schema: Any) -> Any:
@@ -240,20 +268,6 @@ def writer(path: Path, arrow_schema: Any) -> Any:
     import pyarrow.parquet as pq
 
     return pq.ParquetWriter(path, arrow_schema, compression="zstd", compression_level=3, version="2.6")
-
-
-def _kept(table: Any, topic: str, forgotten: Callable[[str], Forgotten | None]) -> list[bool]:
-    users: Sequence[str | None] = table.column("user_id").to_pylist()
-    limits = {user: forgotten(user) for user in set(users) if user is not None}
-    places = table.column("appended_ms" if topic == CLICKS else "offset").to_pylist()
-    keep = []
-    for user, place in zip(users, places, strict=True):
-        limit = limits.get(user) if user is not None else None
-        if limit is None:
-            keep.append(True)
-        else:
-            keep.append(place > limit.appended_ms if topic == CLICKS else place >= limit.offset)
-    return keep
 
 
 def _json(attributes: object) -> str | None:
@@ -305,3 +319,8 @@ def _profile(found: tuple[Any, ...]) -> Archived:
         return Archived(p, offset, appended_ms, None, None, digest=forgotten)
     event = UserProfile(user_id=user, attributes=_attributes(attributes), at_ms=at_ms)
     return Archived(p, offset, appended_ms, user, event)
+
+
+def _merge(found: tuple[Any, ...]) -> Archived:
+    p, offset, appended_ms, user, into, at_ms = found
+    return Archived(p, offset, appended_ms, user, Merge(user_id=user, merge_into=into or "", at_ms=at_ms))

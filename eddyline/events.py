@@ -81,6 +81,25 @@ class Merge(msgspec.Struct, frozen=True, kw_only=True):
         return None
 
 
+class Forget(msgspec.Struct, frozen=True, kw_only=True):
+    """In `clicks`, under the user's key: whatever he did until then is nothing that he did.
+
+    Ingest writes it where a null record in `users` forgets him: between `users` and `clicks` there is no
+    order, so that clicks which are read again (an emptied Redis) would bring him back. Applying it twice is
+    applying it once.
+
+    forget_until_ms: event time, the broker's time stamp of that null record
+    """
+
+    user_id: Id
+    forget_until_ms: AtMs
+
+    @property
+    def event_id(self) -> None:
+        """Its coordinates are all the id it needs."""
+        return None
+
+
 # The context of a click that was another user's: it is put into the list, and counts nowhere else again.
 MOVED = {"eddyline.moved": True}
 
@@ -113,6 +132,7 @@ class UserProfile(msgspec.Struct, frozen=True, kw_only=True):
 _T = TypeVar("_T")
 _click = msgspec.json.Decoder(Click)
 _merge = msgspec.json.Decoder(Merge)
+_forget = msgspec.json.Decoder(Forget)
 _item = msgspec.json.Decoder(Item)
 _profile = msgspec.json.Decoder(UserProfile)
 _encoder = msgspec.json.Encoder()
@@ -122,7 +142,7 @@ _MISSING = re.compile(r"missing required field `([^`]*)`")
 _SUSPECT = re.compile(r"[^\x20-\x7e]")
 
 
-def encode(record: Click | Merge | Item | UserProfile) -> bytes:
+def encode(record: Click | Merge | Forget | Item | UserProfile) -> bytes:
     """The record as JSON, as a producer sends it. Fields at their default are written too."""
     return _encoder.encode(record)
 
@@ -146,13 +166,20 @@ def decode_click(value: bytes | None, *, appended_ms: int, far_future_ms_max: in
     return click
 
 
-def decode_behaviour(value: bytes | None, *, appended_ms: int, far_future_ms_max: int) -> Click | Merge:
+def decode_behaviour(
+    value: bytes | None, *, appended_ms: int, far_future_ms_max: int
+) -> Click | Merge | Forget:
     """Whatever may lie in `clicks`. Raises Rejected, as `decode_click` does."""
     try:
         return decode_click(value, appended_ms=appended_ms, far_future_ms_max=far_future_ms_max)
     except Rejected:
-        if value is None or b'"merge_into"' not in value:
+        if value is None or not (b'"merge_into"' in value or b'"forget_until_ms"' in value):
             raise
+    if b'"merge_into"' not in value:
+        forget: Forget = _decode(_forget, value)
+        check_id("user_id", forget.user_id)
+        check_time(forget.forget_until_ms, appended_ms, far_future_ms_max)
+        return forget
     merge: Merge = _decode(_merge, value)
     check_id("user_id", merge.user_id)
     check_id("merge_into", merge.merge_into)

@@ -56,7 +56,7 @@ def publish(settings: Settings, manifest: Manifest, *, activate: bool = True) ->
         for future in sent:
             future.get(timeout=settings.kafka_timeout_ms / 1000)
     except KafkaError as error:
-        raise KafkaUnavailable(f"topic {topic}: {type(error).__name__}: {error}") from None
+        raise kafka.trouble(settings, error, f"topic {topic}") from None
     finally:
         producer.close(timeout=settings.kafka_timeout_ms / 1000)
 
@@ -91,9 +91,10 @@ def _read_all(settings: Settings, timeout_s: float) -> dict[bytes, bytes]:
     deadline = time.monotonic() + timeout_s
     records: dict[bytes, bytes] = {}
     try:
-        consumer = KafkaConsumer(**kafka.client_options(settings), group_id=None, enable_auto_commit=False)
+        consumer = kafka.connected(settings, KafkaConsumer, group_id=None, enable_auto_commit=False)
         try:
             if not consumer.partitions_for_topic(at.topic):
+                kafka.check_seen(settings, kafka.GENERATIONS)
                 return {}
             consumer.assign([at])
             consumer.seek_to_beginning(at)
@@ -110,5 +111,5 @@ def _read_all(settings: Settings, timeout_s: float) -> dict[bytes, bytes]:
         finally:
             consumer.close()
     except (KafkaError, OSError) as error:
-        raise KafkaUnavailable(f"topic {at.topic}: {type(error).__name__}: {error}") from None
+        raise kafka.trouble(settings, error, f"topic {at.topic}") from None
     return records

@@ -10,14 +10,16 @@ For people: `12:00:01.123 info  ingest  chunk applied  partition=3 records=256`.
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
-from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
 
 from eddyline.settings import Settings
 
+# `host:port,…`, and whatever comes after a slash.
+_ADDRESSES = re.compile(r"(?:\[[^\]]*\]|[^:,/]*)(?::\d+)?(?:,(?:\[[^\]]*\]|[^:,/]*)(?::\d+)?)*(?:/|\Z)")
 # What a LogRecord has by itself; everything else came in through `extra`.
 _OWN = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "data", "stack"}
 # These log every connection attempt while a server is away, kafka-python as an error each: the processes
@@ -44,12 +46,20 @@ def without_password(url: str) -> str:
 
     >>> without_password("redis://ann:s3cret@127.0.0.1:6379/0")
     'redis://ann:***@127.0.0.1:6379/0'
+    >>> without_password("redis://:s3/cr@t@host:6379/0"), without_password("redis://host/0?password=s3cret")
+    ('redis://:***@host:6379/0', 'redis://host/0?***')
+    >>> without_password("redis://:s3cret/0")  # the @ was forgotten
+    'redis://***'
     """
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}"))
+    scheme, found, rest = url.partition("://")
+    # All in front of the last @ may be a part of the password, whatever it looks like.
+    credentials, at, place = rest.rpartition("@")
+    shown = place.partition("?")[0]
+    if not found or not (at or scheme == "unix" or _ADDRESSES.match(shown)):
+        return f"{scheme}://***" if found else "***"
+    options = "?***" if "?" in place else ""
+    user = f"{credentials.partition(':')[0]}:***@" if ":" in credentials else f"{credentials}{at}"
+    return f"{scheme}://{user}{shown}{options}"
 
 
 class _Console(logging.Formatter):

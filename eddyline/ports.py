@@ -220,10 +220,13 @@ class StateStore(Protocol):
         new: Fence,
         profiles: Mapping[str, Mapping[str, object] | None],
         generations: Sequence[str],
+        until_ms: Mapping[str, int] | None = None,
     ) -> None:
         """Set profiles and move the fence, or raise FenceMoved.
 
-        None forgets the user: profile, list and the embeddings of all `generations` are deleted.
+        None forgets the user: profile, list and the embeddings of all `generations` are deleted. Where
+        `until_ms` has him (the broker's clock when that was said), only a profile is deleted of a user who
+        was appended to the log since: `events.Forget` takes the older ones out of his list.
         """
 
     def count_clicks(

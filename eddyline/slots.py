@@ -1,4 +1,4 @@
-"""Where a key lives: the Kafka partition of a key, and the Redis slot tag of a user or an item.
+"""Where a key lives: the Kafka partition of a key, the Redis slot tag of a user or an item, an item's shard.
 
 The partition is the Java client's (murmur2, positive, modulo): kafka-python and aiokafka agree with it,
 librdkafka needs `partitioner=murmur2_random`. A worker derives a user's slot from it.
@@ -45,3 +45,13 @@ def user_slot(partition: int) -> str:
 def item_slot(item_id: str, slots: int) -> str:
     """The slot tag of an item: `i0` … by a hash of its id; one slot by default."""
     return f"i{partition_of(item_id, slots) if slots > 1 else 0}"
+
+
+@lru_cache(maxsize=65536)
+def item_shard(item_id: str, shards: int) -> int:
+    """The shard, 0 … shards - 1, whose worker holds this item: by a hash of its id, for ever the same.
+
+    >>> [item_shard(item_id, 4) for item_id in ("50", "heat", "ü")]
+    [3, 0, 2]
+    """
+    return (murmur2(item_id.encode()) & 0x7FFFFFFF) % shards

@@ -1,7 +1,7 @@
 """The query worker, wired together: `python -m serving`.
 
 Exit codes: 0 a wanted stop · 1 an error that a restart may heal · 2 a bad setting, or the port is taken · 3 a
-person has to decide (the store refuses to be used).
+person has to decide (the store refuses to be used, or Kafka refuses us).
 """
 
 from __future__ import annotations
@@ -19,30 +19,29 @@ import threading
 import time
 from pathlib import Path
 
-import msgspec
-
-from eddyline import kafka, logs, start
+from eddyline import kafka, logs
 from eddyline import settings as settings_
-from eddyline.errors import BundleError, LogMismatch, SettingsError, StoreRefused
+from eddyline.errors import BundleError, KafkaRefused, LogMismatch, SettingsError, StoreRefused
 from eddyline.local import endpoints
 from eddyline.settings import Settings
 from eddyline.start import Patience, Stopped
 from eddyline.stores.redis import RedisStore
-from embeddings import bundle
 from embeddings.bundle import Bundle
 from embeddings.user_tower import query_vector
 from index.guard import RecallGuard
 from index.live import LiveIndex
 from index.mains.choose import main_index
 from index.mains.port import MainIndex
-from serving import presence
+from serving import presence, wiring
 from serving.paths.popular import PopularPath
 from serving.paths.towers import TowersPath
 from serving.published import wait_until_published
 from serving.replica import Replica, load_bundle
 from serving.retrieve import Retriever
 from serving.server import PortTaken, WorkerServer
-from serving.service import Ready, Service
+from serving.service import OfShard, Ready, Service
+from serving.shard import Held, ShardService
+from serving.share import Share, share_of
 from serving.snapshots import Snapshots
 from serving.users import UserReader
 
@@ -68,19 +67,23 @@ def main() -> int:
             ef=settings.index_ef,
         )
         service = Service(settings)
-        server = WorkerServer(settings, service)
+        shard = ShardService(share_of(settings))
+        server = WorkerServer(settings, service, shard)
     except (SettingsError, PortTaken) as error:
         sys.stderr.write(f"{error}\n")
         return 2
     sys.stdout.write(f"worker listens on {server.address}\n")
     sys.stdout.flush()
     try:
-        _run(settings, main, service, server, stop)
+        _run(settings, main, service, shard, server, stop)
     except Stopped:
         pass
-    except (LogMismatch, StoreRefused) as error:
+    except (LogMismatch, StoreRefused, KafkaRefused) as error:
         log.error(str(error))
         return 3
+    except SettingsError as error:
+        log.error(str(error))
+        return 2
     except BundleError as error:
         log.error(str(error))
         return 1
@@ -91,56 +94,46 @@ def main() -> int:
 
 
 def _run(
-    settings: Settings, main: MainIndex, service: Service, server: WorkerServer, stop: threading.Event
-) -> None:
-    patience = Patience(settings, stop, service.waiting_for)
-    # Half of a query's time for Redis: where it hangs, the other half is enough to answer without it.
-    timeout_ms = max(10, min(settings.redis_timeout_ms, settings.query_timeout_ms // 2))
-    store = RedisStore(msgspec.structs.replace(settings, redis_timeout_ms=timeout_ms))
-    patience.until("Redis", store.check)
-    patience.until("Redis", lambda: store.claim_layout(start.layout(settings)))
-    manifest = patience.until("Kafka and an active generation", lambda: start.active_generation(settings))
-    topic = kafka.item_vectors(manifest.generation)
+    settings: Settings, main: MainIndex, service: Service, shard: ShardService, server: WorkerServer,
+    stop: threading.Event,
+) -> None:  # fmt: skip
+    patience, share = Patience(settings, stop, service.waiting_for), shard.share
+    store = wiring.open_store(settings, patience)
+    generation = wiring.open_generation(settings, patience)
+    topic = kafka.item_vectors(generation.generation)
     patience.until("Kafka", lambda: kafka.ensure_topics(settings, [*kafka.SOURCES, topic]))
-    generation = bundle.load(settings.bundles / manifest.bundle)
-    if generation.generation != manifest.generation:
-        raise BundleError(
-            f"{manifest.bundle} holds generation {generation.generation}, not {manifest.generation}"
-        )
     index = _index(settings, main, generation.dimension)
     logs_now = patience.until("Kafka", lambda: kafka.log_ids(settings, [topic, kafka.CLICKS]))
     log_id = logs_now[topic]
-    snapshots = Snapshots(settings, generation, f"{log_id.cluster_id}/{log_id.topic_id}", index)
+    snapshots = Snapshots(settings, generation, f"{log_id.cluster_id}/{log_id.topic_id}", index, share=share)
     positions = snapshots.load()
     if positions is None:
-        load_bundle(index, generation)
-    replica = Replica(settings, manifest.generation, index, positions=positions)
-    popular = _popular(settings, store, index)
+        load_bundle(index, generation, share)
+    replica = Replica(settings, generation.generation, index, positions=positions, share=share)
+    popular = wiring.popular_path(settings, store)
     announced: Path | None = None
     try:
         service.waiting_for("ingest to publish the last changes of items")
-        wait_until_published(settings, store, manifest.generation, stop)
+        wait_until_published(settings, store, generation.generation, stop)
         replica.start()
         snapshots.start(replica.positions)
-        popular.start()
+        if share.whole:
+            popular.start()
         service.waiting_for("the end of the item vectors")
         while not replica.wait_caught_up(0.05):
             if stop.is_set():
                 raise Stopped
-        users = UserReader(
-            store,
-            clicks_partitions=settings.clicks_partitions,
-            generation=generation.generation,
-            log=logs_now[kafka.CLICKS],
-        )
-        service.serve(_ready(settings, store, users, generation, index, replica, popular))
+        shard.serve(Held(generation.generation, index, replica.missing))
+        if share.whole:
+            users = wiring.user_reader(settings, store, generation.generation, logs_now[kafka.CLICKS])
+            service.serve(_ready(settings, store, users, generation, index, replica, popular))
+        else:
+            held = OfShard(generation.generation, share, index, replica.state, replica.missing)
+            service.serve(held)
         server.set_serving(True)
-        now_ms = time.time_ns() // 1_000_000
-        worker = presence.Worker(
-            address=server.address, pid=os.getpid(), generation=generation.generation, started_ms=now_ms
-        )
-        announced = presence.announce(settings, worker)
-        log.info("worker serves", extra={"address": server.address, "items": index.stats().live})
+        announced = presence.announce(settings, _present(server.address, generation, share))
+        told = {"address": server.address, "items": index.stats().live, "holds": share.name or "all items"}
+        log.info("worker serves", extra=told)
         while not stop.wait(60.0):
             pass
         server.set_serving(False)
@@ -162,6 +155,7 @@ def _index(settings: Settings, main: MainIndex, dimension: int) -> LiveIndex:
         breadth=settings.index_ef,
         exact_below=settings.index_exact_below,
         fresh_max=settings.index_fresh_max,
+        tier_above=settings.index_tier_above,
     )
     if settings.index_recall_share:
         RecallGuard(
@@ -183,7 +177,7 @@ def _ready(
         store=store,
         index=index,
         users=users,
-        by_towers=TowersPath(generation.user_tower, query_vector, index),
+        by_towers=TowersPath(generation.user_tower, query_vector),
         by_popularity=popular,
         item_slots=settings.item_slots,
         index_missing=replica.missing,
@@ -191,17 +185,12 @@ def _ready(
     return Ready(generation.generation, retriever, index, popular, replica.state)
 
 
-def _popular(settings: Settings, store: RedisStore, index: LiveIndex) -> PopularPath:
-    return PopularPath(
-        store,
-        index,
-        slots=[f"i{n}" for n in range(settings.item_slots)],
-        bucket_s=settings.popular_bucket_s,
-        half_life_s=settings.popular_half_life_s,
-        limit=settings.popular_limit,
-        refresh_ms=settings.popular_refresh_ms,
-        backoff_ms_max=settings.backoff_ms_max,
-    )
+def _present(address: str, generation: Bundle, share: Share) -> presence.Worker:
+    now_ms = time.time_ns() // 1_000_000
+    return presence.Worker(
+        address=address, pid=os.getpid(), generation=generation.generation, started_ms=now_ms,
+        answers=share.whole,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

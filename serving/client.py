@@ -7,6 +7,7 @@ with Client("127.0.0.1:50051") as client:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 
 import grpc
@@ -29,6 +30,18 @@ class CallFailed(EddylineError):
         self.detail = detail
 
 
+def open_channel(address: str, more: Sequence[tuple[str, int]] = ()) -> grpc.Channel:
+    """A channel to `host:port`; it connects at the first call and again whenever it has to."""
+    options = [
+        ("grpc.max_receive_message_length", RESPONSE_BYTES_MAX),
+        # A worker that was restarted is found again within a second.
+        ("grpc.max_reconnect_backoff_ms", 1_000),
+        # Loopback and internal addresses: never through a proxy of the environment.
+        ("grpc.enable_http_proxy", 0),
+    ]
+    return grpc.insecure_channel(address, options=[*options, *more])
+
+
 class Client:
     """A connection to one worker; it connects at the first call and again whenever it has to.
 
@@ -38,14 +51,7 @@ class Client:
     def __init__(self, address: str) -> None:
         """address: `host:port`."""
         self.address = address
-        options = [
-            ("grpc.max_receive_message_length", RESPONSE_BYTES_MAX),
-            # A worker that was restarted is found again within a second.
-            ("grpc.max_reconnect_backoff_ms", 1_000),
-            # Loopback and internal addresses: never through a proxy of the environment.
-            ("grpc.enable_http_proxy", 0),
-        ]
-        self._channel = grpc.insecure_channel(address, options=options)
+        self._channel = open_channel(address)
         self._stub = retrieval_pb2_grpc.RetrievalStub(self._channel)  # type: ignore[no-untyped-call]
 
     def retrieve(

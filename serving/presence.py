@@ -1,4 +1,4 @@
-"""Which workers run on this data folder: `<data_dir>/run/worker-<pid>.json`, one for each that serves."""
+"""Which workers and coordinators run on this data folder, one `<data_dir>/run/worker-<pid>.json` for each."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from eddyline.settings import Settings
 
 
 class Worker(msgspec.Struct, frozen=True, kw_only=True):
-    """A worker that serves."""
+    """A worker that serves.
+
+    answers: whether it answers users; a worker of one shard leaves that to the coordinator
+    """
 
     address: str
     pid: int
     generation: str
     started_ms: int
+    answers: bool = True
 
 
 def announce(settings: Settings, worker: Worker) -> Path:

@@ -19,11 +19,12 @@ from kafka import KafkaConsumer, TopicPartition
 from kafka.errors import KafkaError
 
 from eddyline import kafka
-from eddyline.errors import Rejected, Unavailable, VectorRejected
+from eddyline.errors import KafkaRefused, Rejected, SettingsError, Unavailable, VectorRejected
 from eddyline.records import ItemRecord, decode_record
 from eddyline.settings import Settings
 from embeddings.bundle import Bundle
 from index.port import Index
+from serving.share import ALL, Share
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +44,8 @@ CLOSE_S = 10.0
 LOGGED_BAD = 10
 
 
-def load_bundle(index: Index, bundle: Bundle) -> None:
-    """Put the bundle's item vectors into the index; their versions are the offsets they were made at."""
+def load_bundle(index: Index, bundle: Bundle, share: Share = ALL) -> None:
+    """Put the share's vectors of the bundle into the index; their versions are their source offsets."""
     written_us = bundle.created_ms * 1000
     records = [
         ItemRecord(item_id, partition, offset, 0, written_us, vector)
@@ -56,7 +57,8 @@ def load_bundle(index: Index, bundle: Bundle) -> None:
             strict=True,
         )
     ]
-    index.upsert(records)
+    mine, others = share.split(records)
+    index.apply(mine, others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +84,18 @@ class Replica:
         *,
         connect: Callable[[], Any] | None = None,
         positions: Mapping[int, int] | None = None,
+        share: Share = ALL,
     ) -> None:
         """connect: makes the consumer; by default kafka-python's.
 
         positions: partition -> offset to begin at, of a snapshot that the index holds; else the beginning.
                    One that the log no longer has leads back to the beginning as well.
+        share:     the items that go into the index; records of others move its watermarks only
         """
         self._settings = settings
         self._topic = settings.prefixed(kafka.item_vectors(generation))
         self._index = index
+        self._share = share
         self._connect = connect or self._consumer
         self._positions = {TopicPartition(self._topic, p): at for p, at in (positions or {}).items()}
         # The ends seen first: whoever has read up to them has seen all that was there when the worker
@@ -100,6 +105,7 @@ class Replica:
         self._stop = threading.Event()
         self._away = ""
         self._away_since_ms = 0
+        self._refused = False
         self._lag = self._records = self._undecodable = self._rejected = 0
         self._thread = threading.Thread(target=self._run, name="replica", daemon=True)
 
@@ -144,11 +150,12 @@ class Replica:
         )
 
     def _consumer(self) -> KafkaConsumer:
-        options = kafka.client_options(self._settings)
-        # Short: the loop below tries again, and says meanwhile that Kafka is away.
-        options |= {"bootstrap_timeout_ms": LOOK_TIMEOUT_MS, "reconnect_backoff_max_ms": RECONNECT_MS_MAX}
-        return KafkaConsumer(
-            **options,
+        return kafka.connected(
+            self._settings,
+            KafkaConsumer,
+            # Short: the loop below tries again, and says meanwhile that Kafka is away.
+            bootstrap_timeout_ms=LOOK_TIMEOUT_MS,
+            reconnect_backoff_max_ms=RECONNECT_MS_MAX,
             group_id=None,
             isolation_level="read_committed",
             auto_offset_reset="earliest",
@@ -164,7 +171,9 @@ class Replica:
             try:
                 consumer = self._connect()
                 self._tail(consumer)
-            except (KafkaError, Unavailable, OSError) as error:
+            except KafkaRefused as error:
+                self._mark_away(str(error), refused=True)
+            except (KafkaError, Unavailable, SettingsError, OSError) as error:
                 wait_s = RETRY_S if not self._away_since_ms else wait_s
                 self._mark_away(f"{type(error).__name__}: {error}")
             except Exception as error:
@@ -219,10 +228,14 @@ class Replica:
             self._lag = 0
             self._caught_up.set()
 
-    def _mark_away(self, reason: str) -> None:
-        self._away = f"Kafka at {self._settings.kafka_bootstrap_servers}: {reason}"
-        if not self._away_since_ms:
+    def _mark_away(self, reason: str, refused: bool = False) -> None:
+        """refused: by Kafka, which waiting does not heal; what is in the index is served nevertheless."""
+        was_away, was_refused = bool(self._away_since_ms), self._refused
+        self._away = reason if refused else f"Kafka at {self._settings.kafka_bootstrap_servers}: {reason}"
+        self._refused = refused
+        if not was_away:
             self._away_since_ms = time.time_ns() // 1_000_000
+        if not was_away or (refused and not was_refused):
             log.warning("the item vectors cannot be read", extra={"reason": self._away})
 
     def _apply(self, batch: Sequence[Any]) -> None:
@@ -240,10 +253,12 @@ class Replica:
             self._apply_some(records[at : at + APPLY_RECORDS])
 
     def _apply_some(self, records: list[ItemRecord]) -> None:
+        mine, others = self._share.split(records)
         try:
-            self._index.apply(records)
+            self._index.apply(mine, others)
         except VectorRejected:
-            for record in records:
+            self._index.apply([], others)
+            for record in mine:
                 try:
                     self._index.apply([record])
                 except VectorRejected as error:

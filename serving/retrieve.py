@@ -13,7 +13,8 @@ from eddyline.errors import EddylineError, StoreUnavailable
 from eddyline.events import Item
 from eddyline.ports import StateStore, UserState
 from index.filters import Filter
-from index.port import Hit, Index
+from index.port import Hit
+from serving.catalogue import Catalogue
 from serving.deadline import Deadline
 from serving.fusion import Candidates, Fused, Path, Summary, cascade
 from serving.paths import newest, popular, towers
@@ -78,7 +79,7 @@ class Retriever:
     """
 
     def __init__(
-        self, *, store: StateStore, index: Index, users: UserReader, by_towers: TowersPath,
+        self, *, store: StateStore, index: Catalogue, users: UserReader, by_towers: TowersPath,
         by_popularity: PopularPath, item_slots: int, index_missing: Callable[[], str],
     ) -> None:  # fmt: skip
         """index_missing: why the index may lag behind the items topic, "" where it does not."""
@@ -107,15 +108,16 @@ class Retriever:
             if missing:
                 return Candidates((), "the user could not be read")
             return self._towers.ask(
-                user, k, exclude, marks, asked=query.asked, correct=correct if query.popularity_beta else None
-            )
+                self._index, user, k, exclude, marks,
+                asked=query.asked, correct=correct if query.popularity_beta else None,
+            )  # fmt: skip
 
         def correct(hits: Sequence[Hit], k: int) -> Sequence[Hit]:
             return self._popular.correct(hits, k, query.popularity_beta)
 
         def by_popularity(k: int, exclude: Collection[str]) -> Candidates:
             deadline.check("the popular list was asked")
-            return self._popular.ask(k, exclude, query.asked)
+            return self._popular.ask(self._index, k, exclude, query.asked)
 
         items, paths = cascade(
             (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -10,11 +11,15 @@ from grpc_reflection.v1alpha import reflection
 
 from eddyline.errors import EddylineError
 from eddyline.settings import Settings
-from serving.proto import retrieval_pb2, retrieval_pb2_grpc
+from serving.proto import retrieval_pb2, retrieval_pb2_grpc, shard_pb2, shard_pb2_grpc
 from serving.service import Service
+from serving.shard import ShardService
 
 # A good request has about 300 bytes; a user id of 10 kB still gets a sentence, not a cut connection.
 REQUEST_BYTES_MAX = 64 * 1024
+# A coordinator names what an item list must leave out: 100,000 ids of 40 bytes.
+SHARD_REQUEST_BYTES_MAX = 4 * 1024 * 1024
+SHARD_NAME = shard_pb2.DESCRIPTOR.services_by_name["Shard"].full_name
 NAME = retrieval_pb2.DESCRIPTOR.services_by_name["Retrieval"].full_name
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -27,9 +32,19 @@ class PortTaken(EddylineError):
 class WorkerServer:
     """A started server; its health is NOT_SERVING until told otherwise. Thread rule: any thread."""
 
-    def __init__(self, settings: Settings, service: Service) -> None:
-        """Bind and start. Raises PortTaken."""
+    def __init__(
+        self, settings: Settings, service: Service, shard: ShardService | None = None, *,
+        role: Literal["worker", "coordinator"] = "worker",
+    ) -> None:  # fmt: skip
+        """Bind and start. Raises PortTaken.
+
+        shard: answers the coordinator, where there is one; role: whose host and port of the settings to take
+        """
         threads = settings.worker_threads
+        host: str = getattr(settings, f"{role}_host")
+        part = shard is not None and not shard.share.whole
+        # Who holds one shard only does not answer users, so Retrieval stays at NOT_SERVING.
+        self._served = ("", SHARD_NAME if part else NAME)
         self._server = grpc.server(
             ThreadPoolExecutor(threads, thread_name_prefix="query"),
             # As many as are answered at a time may wait; whoever comes then gets RESOURCE_EXHAUSTED.
@@ -37,7 +52,7 @@ class WorkerServer:
             options=[
                 # Off, or a second worker on the same port would take half of the first one's calls.
                 ("grpc.so_reuseport", 0),
-                ("grpc.max_receive_message_length", REQUEST_BYTES_MAX),
+                ("grpc.max_receive_message_length", SHARD_REQUEST_BYTES_MAX if part else REQUEST_BYTES_MAX),
             ],
         )
         # A health watch stays open; non-blocking, or each would hold one of the threads.
@@ -46,11 +61,16 @@ class WorkerServer:
         )
         add_service = retrieval_pb2_grpc.add_RetrievalServicer_to_server
         add_service(service, self._server)  # type: ignore[no-untyped-call]
+        names = [NAME, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        if shard is not None:
+            add_shard = shard_pb2_grpc.add_ShardServicer_to_server
+            add_shard(shard, self._server)  # type: ignore[no-untyped-call]
+            names.append(SHARD_NAME)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
-        self.set_serving(False)
-        wanted = f"{settings.worker_host}:{settings.worker_port}"
+        for name in {"", NAME, *self._served}:
+            self._health.set(name, NOT_SERVING)
+        wanted = f"{host}:{getattr(settings, f'{role}_port')}"
         try:
             port = self._server.add_insecure_port(wanted)
         except RuntimeError:
@@ -58,14 +78,14 @@ class WorkerServer:
         if not port:
             raise PortTaken(
                 f"{wanted} cannot be bound: another process listens there, or it is not this machine's; "
-                "set EDDYLINE_WORKER_PORT (0 takes a free one)"
+                f"set EDDYLINE_{role.upper()}_PORT (0 takes a free one)"
             )
-        self.address = f"{settings.worker_host}:{port}"
+        self.address = f"{host}:{port}"
         self._server.start()
 
     def set_serving(self, serving: bool) -> None:
-        """What the health service answers, for the server as a whole and for Retrieval."""
-        for name in ("", NAME):
+        """What the health service answers, for the server as a whole and for the service that it offers."""
+        for name in self._served:
             self._health.set(name, SERVING if serving else NOT_SERVING)
 
     def stop(self, grace_s: float) -> None:

@@ -1,4 +1,8 @@
-"""The gRPC service: checks a request, lets the retriever answer, turns errors into codes with a sentence."""
+"""The gRPC service: checks a request, has it answered, turns errors into codes with a sentence.
+
+What answers is an `Answering`: `Ready` from a worker's own index, `OfShard` where that holds one shard only,
+`serving.coordinator.answers.OfAllShards` from all shards.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,11 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import grpc
 
+from eddyline.errors import EddylineError
 from eddyline.settings import Settings
 from index.port import Index
 from serving import wire
@@ -19,9 +24,28 @@ from serving.paths.popular import PopularPath
 from serving.proto import retrieval_pb2 as pb
 from serving.proto import retrieval_pb2_grpc
 from serving.replica import TailState
-from serving.retrieve import Retriever
+from serving.retrieve import Query, Retriever
+from serving.share import Share
 
 log = logging.getLogger(__name__)
+
+
+class NobodyAnswers(EddylineError):
+    """No shard answered; the message says why, shard by shard."""
+
+
+class NotWhole(EddylineError):
+    """This worker holds one shard of the items; answers come from its coordinator."""
+
+
+class Answering(Protocol):
+    """What a service answers from. Thread rule: any thread."""
+
+    def retrieve(self, query: Query, deadline: Deadline, received_us: int) -> pb.RetrieveResponse:
+        """The answer. Raises DeadlinePassed, NobodyAnswers, NotWhole."""
+
+    def tell(self, response: pb.StatsResponse) -> None:
+        """Fill in what it holds and how far it has come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +58,45 @@ class Ready:
     popular: PopularPath
     tail: Callable[[], TailState]
 
+    def retrieve(self, query: Query, deadline: Deadline, received_us: int) -> pb.RetrieveResponse:
+        """See `Answering`."""
+        answer = self.retriever.retrieve(query, deadline, received_us)
+        return wire.response_of(answer, self.generation, self.index)
+
+    def tell(self, response: pb.StatsResponse) -> None:
+        """See `Answering`."""
+        _tell_index(response, self.generation, self.index, self.tail())
+        response.shards = 1
+        response.popular.items = self.popular.size()
+        response.popular.age_ms = self.popular.age_ms()
+        response.missing.extend(self.retriever.missing())
+
+
+@dataclass(frozen=True, slots=True)
+class OfShard:
+    """What a worker of one shard has; answers to users are its coordinator's business.
+
+    behind: why the index may lag behind Kafka, "" where it does not
+    """
+
+    generation: str
+    share: Share
+    index: Index
+    tail: Callable[[], TailState]
+    behind: Callable[[], str]
+
+    def retrieve(self, query: Query, deadline: Deadline, received_us: int) -> pb.RetrieveResponse:
+        """See `Answering`; never answers."""
+        raise NotWhole(f"this worker holds {self.share.name} only; ask the coordinator of the shards")
+
+    def tell(self, response: pb.StatsResponse) -> None:
+        """See `Answering`."""
+        _tell_index(response, self.generation, self.index, self.tail())
+        response.shard, response.shards = self.share
+        response.popular.age_ms = -1
+        if self.behind():
+            response.missing.append(f"kafka: {self.behind()}")
+
 
 class Service(retrieval_pb2_grpc.RetrievalServicer):
     """Answers Retrieve and Stats. Thread rule: any thread."""
@@ -41,7 +104,7 @@ class Service(retrieval_pb2_grpc.RetrievalServicer):
     def __init__(self, settings: Settings) -> None:
         """Not ready: calls get UNAVAILABLE until `serve`."""
         self._settings = settings
-        self._ready: Ready | None = None
+        self._ready: Answering | None = None
         self._waiting_for = "its start"
         self._started_ms = time.time_ns() // 1_000_000
         self._lock = threading.Lock()
@@ -51,7 +114,7 @@ class Service(retrieval_pb2_grpc.RetrievalServicer):
         """What the worker waits for, said to whoever calls too early."""
         self._waiting_for = what
 
-    def serve(self, ready: Ready) -> None:
+    def serve(self, ready: Answering) -> None:
         """From now on, answer from this."""
         self._ready = ready
 
@@ -67,6 +130,12 @@ class Service(retrieval_pb2_grpc.RetrievalServicer):
         except DeadlinePassed as error:
             self._count(failed=True)
             _abort(context, grpc.StatusCode.DEADLINE_EXCEEDED, str(error))
+        except NotWhole as error:
+            self._count(failed=True)
+            _abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        except NobodyAnswers as error:
+            self._count(failed=True)
+            _abort(context, grpc.StatusCode.UNAVAILABLE, str(error))
         except _NotReady as error:
             _abort(context, grpc.StatusCode.UNAVAILABLE, str(error))
         except Exception as error:
@@ -88,13 +157,7 @@ class Service(retrieval_pb2_grpc.RetrievalServicer):
         if ready is None:
             response.missing.append(f"worker: waits for {self._waiting_for}")
             return response
-        response.generation = ready.generation
-        response.index.CopyFrom(wire.sizes_of(ready.index.stats(), ready.index.dimension))
-        response.watermarks.extend(wire.watermarks_of(ready.index))
-        response.tail.CopyFrom(wire.tail_of(ready.tail()))
-        response.popular.items = ready.popular.size()
-        response.popular.age_ms = ready.popular.age_ms()
-        response.missing.extend(ready.retriever.missing())
+        ready.tell(response)
         return response
 
     def _answer(
@@ -104,8 +167,7 @@ class Service(retrieval_pb2_grpc.RetrievalServicer):
         ready = self._ready
         if ready is None:
             raise _NotReady(f"the worker is not ready: it waits for {self._waiting_for}")
-        answer = ready.retriever.retrieve(query, deadline, received_us)
-        return wire.response_of(answer, ready.generation, ready.index)
+        return ready.retrieve(query, deadline, received_us)
 
     def _count(self, *, failed: bool) -> None:
         with self._lock:
@@ -115,6 +177,13 @@ class Service(retrieval_pb2_grpc.RetrievalServicer):
 
 class _NotReady(Exception):
     """The worker cannot answer yet."""
+
+
+def _tell_index(response: pb.StatsResponse, generation: str, index: Index, tail: TailState) -> None:
+    response.generation = generation
+    response.index.CopyFrom(wire.sizes_of(index.stats(), index.dimension))
+    response.watermarks.extend(wire.watermarks_of(index))
+    response.tail.CopyFrom(wire.tail_of(tail))
 
 
 def _abort(context: Any, code: grpc.StatusCode, sentence: str) -> NoReturn:

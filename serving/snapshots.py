@@ -18,6 +18,7 @@ from embeddings.bundle import Bundle
 from index import snapshot
 from index.live import LiveIndex
 from index.snapshot import Origin, SnapshotRefused
+from serving.share import ALL, Share
 
 log = logging.getLogger(__name__)
 
@@ -35,19 +36,24 @@ class Snapshots:
 
     def __init__(
         self, settings: Settings, bundle: Bundle, log_id: str, index: LiveIndex,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.time, share: Share = ALL,
     ) -> None:  # fmt: skip
-        """log_id: identity of the item vectors' topic, which the positions belong to."""
+        """log_id: identity of the item vectors' topic, which the positions belong to.
+
+        share: the items that the index holds; each shard has files of its own
+        """
         self._interval_s = settings.snapshot_interval_s
         self._prefix = settings.prefixed("item-vectors.")
+        self._share = share
         self._origin = Origin(
-            generation=bundle.generation, dimension=bundle.dimension, bundle_ms=bundle.created_ms, log=log_id
-        )
+            generation=bundle.generation, dimension=bundle.dimension, bundle_ms=bundle.created_ms, log=log_id,
+            part=share.name,
+        )  # fmt: skip
         self._index = index
         self._clock = clock
-        self.path = (
-            settings.snapshots / f"{settings.prefixed(kafka.item_vectors(bundle.generation))}.snapshot"
-        )
+        part = "" if share.whole else f".shard-{share.shard}-of-{share.shards}"
+        topic = settings.prefixed(kafka.item_vectors(bundle.generation))
+        self.path = settings.snapshots / f"{topic}{part}.snapshot"
         self._written: Mapping[int, int] = {}
         self._one_at_a_time = threading.Lock()
         self._stop = threading.Event()
@@ -117,11 +123,15 @@ class Snapshots:
                 log.exception("no snapshot could be written; the old one stays")
 
     def _prune(self) -> None:
-        """Remove what old generations and killed writers left."""
+        """Remove what old generations and killed writers left; the files of other shards are theirs."""
         folder = self.path.parent
-        found = sorted(
-            folder.glob(f"{self._prefix}*.snapshot"), key=lambda p: p.stat().st_mtime, reverse=True
-        )
+        mine = "*.snapshot" if self._share.whole else f"*.shard-{self._share.shard}-of-*.snapshot"
+        found = [
+            path
+            for path in folder.glob(f"{self._prefix}{mine}")
+            if not (self._share.whole and ".shard-" in path.name)
+        ]
+        found.sort(key=lambda p: p.stat().st_mtime, reverse=True)
         for path in found[KEPT_FILES:]:
             if path != self.path:
                 path.unlink(missing_ok=True)

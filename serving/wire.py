@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Collection
 
 from eddyline.errors import EddylineError, Rejected
 from eddyline.events import ID_BYTES_MAX, check_id, quote
 from eddyline.settings import Settings
 from eddyline.slots import partition_of
 from index.filters import LIST_IDS_MAX, RANGES_MAX, TERMS_MAX, Filter, Range
-from index.port import Index, IndexStats
+from index.port import IndexStats
+from serving.catalogue import Catalogue
 from serving.proto import retrieval_pb2 as pb
 from serving.replica import TailState
 from serving.retrieve import Answer, Query
@@ -36,7 +38,7 @@ def query_of(request: pb.RetrieveRequest, settings: Settings) -> Query:
     if not 1 <= request.k <= settings.k_max:
         raise BadQuery(f"k: {request.k}, allowed are 1 … {settings.k_max}")
     after = _after_of(request, settings) if request.HasField("after") else None
-    asked = _filter_of(request.filters) if request.HasField("filters") else None
+    asked = filter_of(request.filters) if request.HasField("filters") else None
     beta = settings.popularity_beta
     if request.HasField("popularity_beta"):
         beta = request.popularity_beta
@@ -45,8 +47,8 @@ def query_of(request: pb.RetrieveRequest, settings: Settings) -> Query:
     return Query(request.user_id, request.k, after, request.with_cards, asked, beta)
 
 
-def _filter_of(filters: pb.Filters) -> Filter | None:
-    """The filter, checked; None where it asks nothing."""
+def filter_of(filters: pb.Filters) -> Filter | None:
+    """The filter, checked; None where it asks nothing. Raises BadQuery."""
     for name in ("categories", "tags", "tags_all", "allow", "deny"):
         texts = getattr(filters, name)
         allowed = LIST_IDS_MAX if name in ("allow", "deny") else TERMS_MAX
@@ -75,6 +77,20 @@ def _filter_of(filters: pb.Filters) -> Filter | None:
         deny=frozenset(filters.deny),
     )
     return None if asked == Filter() else asked
+
+
+def filters_of(asked: Filter, *, allow: Collection[str], deny: Collection[str]) -> pb.Filters:
+    """The reverse of `filter_of`, with these lists in place of its own; an empty `allow` allows all."""
+    made = pb.Filters(
+        categories=asked.categories, tags=asked.tags, tags_all=asked.tags_all, allow=allow, deny=deny
+    )
+    for name, between in asked.ranges.items():
+        one = made.ranges.add(attribute=name)
+        if between.low > -math.inf:
+            one.min = between.low
+        if between.high < math.inf:
+            one.max = between.high
+    return made
 
 
 def _range_of(one: pb.Range) -> tuple[str, Range]:
@@ -106,7 +122,7 @@ def _after_of(request: pb.RetrieveRequest, settings: Settings) -> After:
     return After(after.partition, after.offset, after.wait_ms)
 
 
-def response_of(answer: Answer, generation: str, index: Index) -> pb.RetrieveResponse:
+def response_of(answer: Answer, generation: str, index: Catalogue) -> pb.RetrieveResponse:
     """An answer as it goes over the wire."""
     now_us = time.time_ns() // 1000
     response = pb.RetrieveResponse(
@@ -127,7 +143,7 @@ def response_of(answer: Answer, generation: str, index: Index) -> pb.RetrieveRes
     return response
 
 
-def _freshness_of(answer: Answer, generation: str, index: Index) -> pb.Freshness:
+def _freshness_of(answer: Answer, generation: str, index: Catalogue) -> pb.Freshness:
     behaviour, stamps = answer.user.behaviour, answer.stamps
     freshness = pb.Freshness(
         generation=generation,
@@ -159,7 +175,7 @@ def _freshness_of(answer: Answer, generation: str, index: Index) -> pb.Freshness
     return freshness
 
 
-def watermarks_of(index: Index) -> list[pb.IndexWatermark]:
+def watermarks_of(index: Catalogue) -> list[pb.IndexWatermark]:
     """The index's watermarks, by partition."""
     return [
         pb.IndexWatermark(partition=p, offset=w.offset, at_ms=w.at_ms, written_us=w.written_us)

@@ -185,7 +185,10 @@ def _lanes(
     forwarder = KafkaForwarder(settings, producer)
     micro = MicroSteps(towers)
     by_clicks = ClickIngest(settings, store, of_clicks, letters(), forwarder, micro)
-    by_users = UserIngest(settings, store, of_users, letters(), known, by_clicks.profiles_written)
+    by_users = UserIngest(
+        settings, store, of_users, letters(), known, by_clicks.profiles_written,
+        KafkaForwarder(settings, producer),
+    )  # fmt: skip
     by_items = ItemIngest(settings, store, of_items, letters(), publisher, towers, _clock_us)
     return [
         Lane(

@@ -86,6 +86,16 @@ class Forwarder(Protocol):
         """Return once everything queued is stored; raise KafkaUnavailable where that takes too long."""
 
 
+class ForgetSink(Protocol):
+    """Tells `clicks` of forgotten users. Thread rule: one chunk at a time."""
+
+    def forget(self, record: Record, user_id: str) -> None:
+        """Queue an `events.Forget` for the user's partition. record: the null record of `users`."""
+
+    def flush(self) -> None:
+        """Return once everything queued is stored; raise KafkaUnavailable where that takes too long."""
+
+
 class RecordPublisher(Protocol):
     """Publishes item records to the topic that query workers follow."""
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from eddyline import behaviour
-from eddyline.events import Click, Merge
+from eddyline.events import Click, Forget, Merge
 from eddyline.kafka import CLICKS
 from eddyline.ports import Fence, Source, StateStore
 from eddyline.settings import Settings
@@ -24,7 +24,7 @@ from streams.positions import Positions
 COUNT_S = 0.25
 # As many events of a partition are counted at once at most: one script stays under 2 ms.
 COUNTED_MAX = 1_024
-Event = tuple[Record, Click | Merge]
+Event = tuple[Record, Click | Merge | Forget]
 
 
 @dataclass(slots=True)
@@ -87,7 +87,7 @@ class ClickCounts:
                 tally.done[slot] = -1 if fence is None else fence.offset
         shards, bucket_ms = self._settings.item_slots, self._settings.popular_bucket_s * 1_000
         for record, click in accepted:
-            if isinstance(click, Merge):
+            if not isinstance(click, Click):
                 continue
             item_id = click.item_id
             slot = item_slot(item_id, shards) if shards > 1 else "i0"

@@ -15,8 +15,9 @@ from typing import Any
 from kafka import KafkaProducer
 from kafka.errors import KafkaError, KafkaTimeoutError, RetriableError
 
-from eddyline.errors import KafkaUnavailable, Rejected
-from eddyline.kafka import DEAD_LETTER_BYTES_MAX, DEAD_LETTERS, make_producer
+from eddyline import events
+from eddyline.errors import KafkaRefused, KafkaUnavailable, Rejected
+from eddyline.kafka import CLICKS, DEAD_LETTER_BYTES_MAX, DEAD_LETTERS, lacks_right, make_producer
 from eddyline.settings import Settings
 from streams.chunk import Record
 
@@ -100,9 +101,10 @@ class KafkaDeadLetters:
 
 
 class KafkaForwarder:
-    """A `Forwarder` within the record's own topic."""
+    """A `Forwarder` within the record's own topic, and a `ForgetSink`."""
 
     def __init__(self, settings: Settings, producer: KafkaProducer) -> None:
+        self._clicks = settings.prefixed(CLICKS)
         self._delivery = Delivery(producer, settings.kafka_timeout_ms / 1000)
 
     def forward(self, record: Record, key: bytes, value: bytes, partition: int) -> None:
@@ -112,13 +114,23 @@ class KafkaForwarder:
         headers.append(("origin", at.encode()))
         self._delivery.send(record.topic, value, key=key, partition=partition, headers=headers)
 
+    def forget(self, record: Record, user_id: str) -> None:
+        """See `ForgetSink.forget`. A user's clicks lie in the partition that his profile lies in."""
+        value = events.encode(events.Forget(user_id=user_id, forget_until_ms=record.timestamp))
+        origin = [("origin", f"{record.topic}/{record.partition}/{record.offset}".encode())]
+        self._delivery.send(
+            self._clicks, value, key=user_id.encode(), partition=record.partition, headers=origin
+        )
+
     def flush(self) -> None:
         """See `Forwarder.flush`."""
         self._delivery.flush()
 
 
 def _translated(topic: str, error: KafkaError) -> Exception:
-    """KafkaUnavailable for what waiting may heal; anything else as it is."""
+    """KafkaUnavailable for what waiting may heal, KafkaRefused for a missing right; others as they are."""
+    if lacks_right(error):
+        return KafkaRefused(f"topic {topic}: {error}; docs/security.md lists the rights that Eddyline needs")
     if isinstance(error, RetriableError | KafkaTimeoutError) or getattr(error, "retriable", False):
         return KafkaUnavailable(f"topic {topic}: {type(error).__name__}: {error}")
     wrong: Exception = error

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from eddyline import accept, behaviour
 from eddyline.behaviour import Behaviour, Bounds, Entry
-from eddyline.events import KINDS, MOVED, Click, Merge
+from eddyline.events import KINDS, MOVED, Click, Forget, Merge
 from eddyline.ports import UserEffects
 from eddyline.settings import Settings
 from streams.chunk import Record
@@ -40,11 +40,13 @@ class Drafts:
         self._bounds = bounds(settings)
         self._emptied: dict[str, None] = {}
 
-    def apply(self, record: Record, event: Click | Merge) -> None:
+    def apply(self, record: Record, event: Click | Merge | Forget) -> None:
         """Apply one event that counts."""
         draft = self.users[event.user_id]
         if isinstance(event, Merge):
             self._merge(draft, record, event)
+        elif isinstance(event, Forget):
+            self._forget(draft, record, event)
         else:
             self._click(draft, record, event)
 
@@ -113,9 +115,23 @@ class Drafts:
                 event_id=f"merge/{record.partition}/{record.offset}/{number}", context=dict(MOVED),
             )  # fmt: skip
             self.moved.append((record, click))
-        self.steps = [step for step in self.steps if step.user_id != merge.user_id]
-        self._emptied[merge.user_id] = None
-        self.users[merge.user_id] = Draft([], [], 0, profile=draft.profile, size=draft.size)
+        self._empty(draft, merge.user_id)
+
+    def _forget(self, draft: Draft, record: Record, forget: Forget) -> None:
+        """Take out what he did until then; what was learned goes with it, whole."""
+        kept = [entry for entry in draft.entries if entry.at_ms > forget.forget_until_ms]
+        if kept and len(kept) == len(draft.entries):
+            return
+        anew = self._empty(draft, forget.user_id)
+        if kept:
+            anew.entries, anew.recent, anew.at_ms, anew.last = kept, None, draft.at_ms, record
+
+    def _empty(self, draft: Draft, user_id: str) -> Draft:
+        """His list and embedding begin anew."""
+        self.steps = [step for step in self.steps if step.user_id != user_id]
+        self._emptied[user_id] = None
+        anew = self.users[user_id] = Draft([], [], 0, profile=draft.profile, size=draft.size)
+        return anew
 
 
 def bounds(settings: Settings) -> Bounds:

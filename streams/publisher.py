@@ -19,8 +19,8 @@ from kafka.errors import (
     UnknownProducerIdError,
 )
 
-from eddyline.errors import KafkaUnavailable
-from eddyline.kafka import in_time, item_vectors, make_producer
+from eddyline.errors import EddylineError
+from eddyline.kafka import in_time, item_vectors, make_producer, trouble
 from eddyline.records import ItemRecord, encode_record
 from eddyline.settings import Settings
 from streams.chunk import PartitionLost
@@ -49,7 +49,7 @@ class TransactionalPublisher:
         self._producers: dict[int, KafkaProducer] = {}
 
     def open(self, partition: int) -> None:
-        """See `RecordPublisher.open`. Raises KafkaUnavailable."""
+        """See `RecordPublisher.open`. Raises KafkaUnavailable, KafkaRefused."""
         self._drop(partition)
         name = f"eddyline-items-{self._generation}-{partition}"
         producer = make_producer(
@@ -63,7 +63,7 @@ class TransactionalPublisher:
             producer.init_transactions()
         except KafkaError as error:
             _close(producer)
-            raise self._away(error) from error
+            raise self._trouble(error) from error
         self._producers[partition] = producer
 
     def publish(self, partition: int, records: Sequence[ItemRecord]) -> None:
@@ -86,7 +86,7 @@ class TransactionalPublisher:
         except (KafkaError, TimeoutError) as error:
             # The transaction may or may not stand. Opening anew ends it, and repeating it does no harm.
             self._drop(partition)
-            raise self._away(error) from error
+            raise self._trouble(error) from error
 
     def close(self) -> None:
         """Let go of all producers; open transactions are aborted by Kafka."""
@@ -98,8 +98,8 @@ class TransactionalPublisher:
         if producer is not None:
             _close(producer)
 
-    def _away(self, error: Exception) -> KafkaUnavailable:
-        return KafkaUnavailable(f"topic {self._topic}: {type(error).__name__}: {error}")
+    def _trouble(self, error: Exception) -> EddylineError:
+        return trouble(self._settings, error, f"topic {self._topic}")
 
 
 def _close(producer: KafkaProducer) -> None:

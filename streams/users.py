@@ -1,4 +1,8 @@
-"""User profiles in: a whole profile replaces the stored one, a null record forgets the user."""
+"""User profiles in: a whole profile replaces the stored one, a null record forgets the user.
+
+Forgetting deletes at once, and is told to `clicks` as well (`events.Forget`), before the fence moves: clicks
+that are read again, because Redis was emptied or went back, forget him at the same place once more.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from eddyline.kafka import USERS
 from eddyline.ports import Fence, Source, StateStore
 from eddyline.settings import Settings
 from eddyline.slots import user_slot
-from streams.chunk import DeadLetterSink, Outcome, Record
+from streams.chunk import DeadLetterSink, ForgetSink, Outcome, Record
 from streams.positions import Positions
 
 
@@ -19,6 +23,7 @@ class UserIngest:
 
     generations: whose embeddings are deleted with a forgotten user
     written:     told of every write, in the same thread: the partition, its new fence, the users
+    forgetting:  tells `clicks` of forgotten users; None where nobody will read them from there
     """
 
     def __init__(
@@ -29,6 +34,7 @@ class UserIngest:
         dead_letters: DeadLetterSink,
         generations: Sequence[str],
         written: Callable[[int, Fence, Collection[str]], None] = lambda *_: None,
+        forgetting: ForgetSink | None = None,
     ) -> None:
         self.positions = positions
         self._settings = settings
@@ -36,6 +42,7 @@ class UserIngest:
         self._dead_letters = dead_letters
         self._generations = generations
         self._written = written
+        self._forgetting = forgetting
 
     def ingest(self, partition: int, records: Sequence[Record], read_us: int) -> Outcome:
         """Apply consecutive records of one partition, oldest first; the last of each user stands.
@@ -47,6 +54,7 @@ class UserIngest:
         source, slot = Source(USERS, partition), user_slot(partition)
         outcome = Outcome(records=len(records))
         profiles: dict[str, Mapping[str, object] | None] = {}
+        until_ms: dict[str, int] = {}
         for record in records:
             try:
                 user_id, profile = accept.profile(
@@ -57,22 +65,28 @@ class UserIngest:
                 outcome.rejected += 1
                 continue
             attributes = None if profile is None else profile.attributes
+            if profile is None and self._forgetting is not None:
+                self._forgetting.forget(record, user_id)
             forgotten_before = user_id in profiles and profiles[user_id] is None
             if forgotten_before and attributes is not None:
                 # The new profile must not hide that list and embedding have to go.
-                self._write(source, slot, profiles, record.offset - 1)
+                self._write(source, slot, profiles, until_ms, record.offset - 1)
                 profiles = {}
             profiles[user_id] = attributes
+            until_ms[user_id] = record.timestamp
             outcome.applied += 1
-        self._write(source, slot, profiles, records[-1].offset)
+        self._write(source, slot, profiles, until_ms, records[-1].offset)
         return outcome
 
     def _write(
-        self, source: Source, slot: str, profiles: dict[str, Mapping[str, object] | None], offset: int
-    ) -> None:
+        self, source: Source, slot: str, profiles: dict[str, Mapping[str, object] | None],
+        until_ms: Mapping[str, int], offset: int,
+    ) -> None:  # fmt: skip
         self._dead_letters.flush()
+        if self._forgetting is not None:
+            self._forgetting.flush()
         expected, new = self.positions.expected(source, slot), self.positions.fence(offset)
-        self._store.write_profiles(slot, source, expected, new, profiles, self._generations)
+        self._store.write_profiles(slot, source, expected, new, profiles, self._generations, until_ms)
         self.positions.moved(source, slot, new)
         self._written(source.partition, new, profiles)
 

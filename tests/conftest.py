@@ -19,6 +19,7 @@ import pytest
 from eddyline.local.pair import local_pair, log_dir
 from eddyline.local.supervisor import Supervisor
 from eddyline.settings import Settings
+from tests.integration.redis_servers import real_cluster
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 # Settings of the machine that runs the tests must not steer them; its servers may.
@@ -73,6 +74,13 @@ def containers(base: Settings) -> Iterator[Settings]:
             made = stack.enter_context(RedisContainer("valkey/valkey:9"))
             redis = f"redis://{made.get_container_host_ip()}:{made.get_exposed_port(6379)}/0"
         yield msgspec.structs.replace(base, kafka_bootstrap_servers=kafka, redis_url=redis)
+
+
+@pytest.fixture(scope="session")
+def cluster_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
+    """Settings that name a real Redis Cluster of three nodes, which no test breaks."""
+    with real_cluster(tmp_path_factory.mktemp("cluster"), cluster_node_timeout="15000") as cluster:
+        yield Settings(redis_url=cluster.url, redis_cluster=True)
 
 
 @pytest.fixture

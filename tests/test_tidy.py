@@ -125,7 +125,7 @@ def test_test_files_have_names_of_their_own() -> None:
     names = [path.name for path in python_files("tests/") if path.name.startswith("test_")]
     assert sorted(names) == sorted(set(names))
     folders = {name_of(path).split("/")[1] for path in python_files("tests/") if name_of(path).count("/") > 1}
-    assert folders <= {"unit", "contract", "simulation", "integration"}
+    assert folders <= {"unit", "contract", "simulation", "integration", "chaos", "fuzz"}
 
 
 def test_no_path_of_one_machine() -> None:

@@ -21,7 +21,7 @@ from kafka.errors import KafkaError
 
 from eddyline import events, kafka
 from eddyline.cli import topics
-from eddyline.errors import EddylineError, KafkaUnavailable, Rejected, SettingsError
+from eddyline.errors import EddylineError, Rejected, SettingsError
 from eddyline.settings import Settings
 from eddyline.slots import partition_of
 
@@ -173,7 +173,7 @@ def replay(settings: Settings, *, at: str = "", reason: str = "", limit: int = 1
         # kafka-python wraps it where the send comes after the answer that told of it.
         if any(sign in f"{type(error).__name__} {error}" for sign in ("Fenced", "InvalidProducerEpoch")):
             raise EddylineError("another replay has begun; this one stopped, nothing is sent twice") from None
-        raise KafkaUnavailable(f"Kafka: {type(error).__name__}: {error}") from None
+        raise kafka.trouble(settings, error) from None
     finally:
         producer.close(timeout=1)
     if at and not (done.sent or done.kept_back):

@@ -1,7 +1,8 @@
 """`eddyline <verb>`: one typer command a verb; each loads only what it needs.
 
-Exit codes: 0 done, 1 it did not work, 2 the command line or a setting is wrong, 3 Kafka is not the log that
-the fences in Redis were written for (`eddyline accept-log` resolves it).
+Exit codes: 0 done, 1 it did not work, 2 the command line or a setting is wrong, 3 a person has to decide:
+Kafka is not the log that the fences in Redis were written for (`eddyline accept-log` resolves it), or it
+or Redis refuses us.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import typer
 from rich.console import Console
 
 from eddyline import __version__
-from eddyline.errors import EddylineError, LogMismatch, SettingsError
+from eddyline.errors import EddylineError, KafkaRefused, LogMismatch, SettingsError, StoreRefused
 from eddyline.settings import Settings, data_folder, load
 
 app = typer.Typer(
@@ -34,7 +35,7 @@ def main() -> None:
         app()
     except SettingsError as error:
         _fail(str(error), 2)
-    except LogMismatch as error:
+    except (LogMismatch, KafkaRefused, StoreRefused) as error:
         _fail(str(error), 3)
     except EddylineError as error:
         _fail(str(error), 1)
@@ -100,6 +101,12 @@ def ingest() -> None:
 def worker() -> None:
     """Run a query worker (as `python -m serving`)."""
     runpy.run_module("serving", run_name="__main__", alter_sys=True)
+
+
+@app.command()
+def coordinator() -> None:
+    """Run a coordinator of shards (as `python -m serving.coordinator`)."""
+    runpy.run_module("serving.coordinator", run_name="__main__", alter_sys=True)
 
 
 archiving = typer.Typer(help="Accepted events in Parquet files.")
@@ -296,21 +303,32 @@ def letters_replay(
     dead_letters_shown.replay(_settings(), at, reason=reason, limit=limit)
 
 
+@app.command()
+def refill(
+    skip_lost: Annotated[
+        bool, typer.Option("--skip-lost", help="Go on without what the archive lacks, too.")
+    ] = False,
+) -> None:
+    """Apply clicks that Kafka's retention removed before ingest had them, from the archive."""
+    from eddyline.cli import refill as refilling
+
+    refilling.run(_settings(), skip_lost=skip_lost)
+
+
 @app.command("accept-log")
-def accept_log(yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False) -> None:
+def accept_log(
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    skip_lost: Annotated[
+        bool, typer.Option("--skip-lost", help="Give up clicks that retention removed unapplied, too.")
+    ] = False,
+) -> None:
     """After Kafka was made anew or lost records: go on with its logs as they are now."""
-    from eddyline import kafka
-    from eddyline.stores.redis import RedisStore
+    from eddyline.cli import gaps
 
     settings = _settings()
     if not yes:
         typer.confirm("Fences of logs that are gone will be let go. Is no ingest running?", abort=True)
-    kafka.ensure_topics(settings)
-    ids = kafka.log_ids(settings, kafka.SOURCES)
-    store = RedisStore(settings)
-    changed = store.accept_log({name: (ids[name], kafka.end_offsets(settings, name)) for name in ids})
-    typer.echo(f"{changed} fences changed; logs that are new are read from their beginning, others go on")
-    store.close()
+    gaps.accept_log(settings, skip_lost=skip_lost)
 
 
 @app.command()

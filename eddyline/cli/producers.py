@@ -60,12 +60,11 @@ def now_ms() -> int:
 
 
 def sent_to(future: object, settings: Settings) -> tuple[int, int]:
-    """(partition, offset) once the broker has the record. Raises KafkaUnavailable."""
+    """(partition, offset) once the broker has the record. Raises KafkaUnavailable, KafkaRefused."""
     try:
         meta = future.get(timeout=settings.kafka_timeout_ms / 1000)  # type: ignore[attr-defined]
     except KafkaError as error:
-        where = settings.kafka_bootstrap_servers
-        raise KafkaUnavailable(f"Kafka at {where}: {type(error).__name__}: {error}") from None
+        raise kafka.trouble(settings, error) from None
     return meta.partition, meta.offset
 
 

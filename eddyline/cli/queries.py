@@ -15,7 +15,7 @@ from eddyline.slots import user_slot
 from eddyline.stores.redis import RedisStore
 from serving import presence
 from serving.client import Client
-from serving.proto.retrieval_pb2 import IndexSizes, RetrieveResponse
+from serving.proto.retrieval_pb2 import IndexSizes, RetrieveResponse, ShardStatus
 
 console = Console(highlight=False, markup=False)
 
@@ -52,6 +52,7 @@ def stats(settings: Settings, *, address: str, as_json: bool) -> None:
         ("item records read", f"{worker.tail.records:,}, {worker.tail.lag_records:,} behind"),
         ("popular list", f"{worker.popular.items:,} items, {worker.popular.age_ms:,} ms old"),
         ("missing", ", ".join(worker.missing) or "nothing"),
+        *((f"shard {shard.shard}", shard_line(shard)) for shard in worker.held),
     ):
         table.add_row(what, value)
     console.print(table)
@@ -74,6 +75,13 @@ def recall_of(index: IndexSizes) -> str:
     return f"{told}, {recall.step}, {index.breadth:,} candidates"
 
 
+def shard_line(shard: ShardStatus) -> str:
+    """A shard as its coordinator knows it, in one line."""
+    state = "answers" if shard.answers else f"{shard.reason}: {shard.detail}"
+    told = f"{shard.live:,} items, {shard.lag_records:,} behind, {shard.misses:,} misses"
+    return f"{shard.address}, {state}, {told}"
+
+
 def answer_table(answer: RetrieveResponse) -> Table:
     """The items of an answer, a row each."""
     table = Table("#", "item", "title", "path", "score", "age", show_edge=False, pad_edge=False)
@@ -89,6 +97,8 @@ def remarks(answer: RetrieveResponse) -> list[str]:
     known = f"last click clicks/{user.partition}/{user.offset}" if user.known else "no click of this user yet"
     lines = [f"generation {fresh.generation} · {known} · fence {user.fence_offset}"]
     lines += [f"{path.path}: {path.why}" for path in answer.paths if path.why]
+    if answer.HasField("shards"):
+        lines.append(f"shards: {answer.shards.answered} of {answer.shards.asked} answered")
     lines += [f"missing: {what}" for what in answer.missing]
     if answer.short_because:
         lines.append(f"fewer than asked for: {answer.short_because}")
@@ -98,8 +108,10 @@ def remarks(answer: RetrieveResponse) -> list[str]:
 
 
 def worker_address(settings: Settings) -> str:
-    """The address of the query worker started last on this data folder, else the one of the settings."""
-    running = presence.running(settings)
+    """The address of what was started last on this data folder and answers users (a query worker or a
+    coordinator of shards), else the one of the settings.
+    """  # fmt: skip
+    running = [worker for worker in presence.running(settings) if worker.answers]
     if running:
         return running[-1].address
     if settings.worker_port == 0:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from eddyline import events, kafka
 from eddyline.cli.producers import console, now_ms
-from eddyline.errors import KafkaUnavailable, Rejected, SettingsError
+from eddyline.errors import Rejected, SettingsError
 from eddyline.events import Click, Item, UserProfile
 from eddyline.settings import Settings
 
@@ -87,7 +87,7 @@ def send(
         producer.close(timeout=settings.kafka_timeout_ms / 1000)
     if failed:
         first = failed[0]
-        raise KafkaUnavailable(f"not every record was delivered: {type(first).__name__}: {first}")
+        raise kafka.trouble(settings, first, "not every record was delivered") from None
     return time.monotonic() - started
 
 

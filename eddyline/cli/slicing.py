@@ -33,7 +33,7 @@ def between(settings: Settings, begin: str, end: str) -> Slices:
         lows = _bound(settings, consumer, "--from", begin, firsts, firsts, ends)
         highs = _bound(settings, consumer, "--to", end, firsts, firsts, ends)
     except KafkaError as error:
-        raise KafkaUnavailable(f"Kafka: {type(error).__name__}: {error}") from None
+        raise kafka.trouble(settings, error) from None
     finally:
         consumer.close()
     return {place: (lows[place], max(lows[place], highs[place])) for place in places}
@@ -87,7 +87,7 @@ def merged(settings: Settings, slices: Slices) -> Iterator[tuple[int, Iterator[A
             people = _read(other, TopicPartition(settings.prefixed(USERS), p), slices)
             yield p, heapq.merge(people, mine, key=lambda record: record.timestamp)
     except KafkaError as error:
-        raise KafkaUnavailable(f"Kafka: {type(error).__name__}: {error}") from None
+        raise kafka.trouble(settings, error) from None
     finally:
         one.close()
         other.close()
@@ -111,10 +111,6 @@ def _read(consumer: Any, place: TopicPartition, slices: Slices) -> Iterator[Any]
 
 
 def _consumer(settings: Settings) -> Any:
-    try:
-        return KafkaConsumer(
-            **kafka.client_options(settings), group_id=None, enable_auto_commit=False,
-            isolation_level="read_committed",
-        )  # fmt: skip
-    except (KafkaError, OSError) as error:
-        raise KafkaUnavailable(f"Kafka: {type(error).__name__}: {error}") from None
+    return kafka.connected(
+        settings, KafkaConsumer, group_id=None, enable_auto_commit=False, isolation_level="read_committed"
+    )

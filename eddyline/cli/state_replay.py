@@ -16,7 +16,6 @@ from itertools import groupby, islice
 from typing import Any
 
 import msgspec
-import redis
 from kafka import TopicPartition
 
 from eddyline import behaviour, kafka, records, start
@@ -29,6 +28,7 @@ from eddyline.ports import Source, StateStore
 from eddyline.records import ItemRecord
 from eddyline.settings import Settings
 from eddyline.slots import user_slot
+from eddyline.stores import connect
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.redis import RedisStore
 from embeddings import bundle as bundles
@@ -55,7 +55,6 @@ class Replayed:
     hash: str = ""
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     users: dict[int, set[str]] = field(default_factory=dict)
-    event_ids: dict[int, dict[str, int]] = field(default_factory=dict)
     items: set[str] = field(default_factory=set)
     published: dict[str, bytes] = field(default_factory=dict)
 
@@ -115,7 +114,9 @@ def replay(settings: Settings, store: StateStore, slices: Slices, towers: Bundle
 
     def at(name: str, sources_of: Any) -> Positions:
         positions = Positions(store, settings.prefixed(name), sources_of, lambda: ids[name])
-        positions.open({p.partition: bounds for p, bounds in slices.items() if _name(settings, p) == name})
+        # From 0 on: what lies before the slice is left out on purpose, not lost.
+        ends = {p.partition: end for p, (_, end) in slices.items() if _name(settings, p) == name}
+        positions.open({partition: (0, end) for partition, end in ends.items()})
         return positions
 
     of_clicks = at(CLICKS, lambda p: clicks.sources(settings, p))
@@ -124,7 +125,9 @@ def replay(settings: Settings, store: StateStore, slices: Slices, towers: Bundle
     by_clicks = ClickIngest(settings, store, of_clicks, outside, outside, micro)
     ingests: dict[str, Any] = {
         ITEMS: ItemIngest(settings, store, of_items, outside, outside, towers, lambda: 0),
-        USERS: UserIngest(settings, store, of_users, outside, [towers.generation]),
+        USERS: UserIngest(
+            settings, store, of_users, outside, [towers.generation], by_clicks.profiles_written
+        ),
         CLICKS: by_clicks,
     }
     done.outcomes = {name: Outcome() for name in ingests}
@@ -155,9 +158,10 @@ def state_hash(settings: Settings, store: StateStore, touched: Replayed, generat
         for source, slots in {**clicks.sources(settings, p), **users.sources(settings, p)}.items():
             for name, fence in sorted(store.fences(source, slots).items()):
                 add("fence", source.name, p, name, -1 if fence is None else fence.offset)
-        for event_ids in _batches(touched.event_ids.get(p, ())):
-            read = store.read_users(slot, Source(CLICKS, p), event_ids, [], "")
-            add("window", p, sorted(read.accepted_at.items()))
+        # The ids that can still be met; how many older ones are there yet depends on the chunks.
+        window = store.read_slot(slot, Source(CLICKS, p))
+        floor = 0 if window.fence is None else window.fence.offset + 1 - settings.dedupe_window_events
+        add("window", p, sorted((e, at) for e, at in window.accepted.items() if at >= floor))
         for user_ids in _batches(touched.users.get(p, ())):
             read = store.read_users(slot, Source(CLICKS, p), [], user_ids, generation)
             for user in user_ids:
@@ -197,11 +201,13 @@ def _store(settings: Settings, into: str) -> Iterator[StateStore]:
 
 
 def _remove(settings: Settings, namespace: str) -> None:
-    timeout_s = settings.redis_timeout_ms / 1000
-    with redis.Redis.from_url(settings.redis_url, socket_timeout=timeout_s) as client:
+    with connect.client(settings) as client:
         keys = client.scan_iter(match=f"{namespace}:*", count=1_000)
         while some := list(islice(keys, 1_000)):
-            client.unlink(*some)
+            with client.pipeline(transaction=False) as pipe:
+                for key in some:
+                    pipe.unlink(key)
+                pipe.execute()
 
 
 def _note(done: Replayed, name: str, partition: int, part: Sequence[Any], settings: Settings) -> None:
@@ -214,23 +220,16 @@ def _note(done: Replayed, name: str, partition: int, part: Sequence[Any], settin
     if name == USERS:
         people |= keys
         return
-    window = done.event_ids.setdefault(partition, {})
     for record in part:
         try:
             found = msgspec.json.decode(record.value or b"", type=_Ids)
         except msgspec.DecodeError:
             continue
         people.add(found.user_id)
-        if found.event_id is not None:
-            window[found.event_id] = record.offset
-    floor = part[-1].offset - settings.dedupe_window_events
-    if len(window) > 2 * settings.dedupe_window_events:
-        done.event_ids[partition] = {e: offset for e, offset in window.items() if offset >= floor}
 
 
 class _Ids(msgspec.Struct):
     user_id: str
-    event_id: str | None = None
 
 
 def _batches(ids: Iterable[str]) -> Iterator[list[str]]:

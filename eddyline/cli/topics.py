@@ -54,16 +54,12 @@ def in_time(settings: Settings, call: Callable[[], object]) -> None:
 
 @contextmanager
 def _consumer(settings: Settings) -> Iterator[KafkaConsumer]:
-    try:
-        consumer = KafkaConsumer(
-            **kafka.client_options(settings), group_id=None, enable_auto_commit=False,
-            isolation_level="read_committed",
-        )  # fmt: skip
-    except (KafkaError, OSError) as error:
-        raise KafkaUnavailable(f"Kafka: {type(error).__name__}: {error}") from None
+    consumer = kafka.connected(
+        settings, KafkaConsumer, group_id=None, enable_auto_commit=False, isolation_level="read_committed"
+    )
     try:
         yield consumer
     except KafkaError as error:
-        raise KafkaUnavailable(f"Kafka: {type(error).__name__}: {error}") from None
+        raise kafka.trouble(settings, error) from None
     finally:
         consumer.close()

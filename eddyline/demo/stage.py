@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from eddyline import generations, kafka
+from eddyline import generations, kafka, kafka_security
 from eddyline.demo.worlds import World
 from eddyline.errors import LocalServerError
 from eddyline.generations import Manifest
@@ -25,6 +25,7 @@ from eddyline.local.supervisor import Child, Supervisor
 from eddyline.ports import LogId, Source, StateStore
 from eddyline.settings import Settings
 from eddyline.slots import user_slot
+from eddyline.stores.address import NAMES as REDIS_NAMES
 from eddyline.stores.redis import RedisStore
 from serving.client import CallFailed, Client
 
@@ -55,7 +56,10 @@ class Stage:
             "EDDYLINE_NAMESPACE": self.settings.namespace,
             "EDDYLINE_DATA_DIR": str(Path(self.settings.data_dir).absolute()),
             "EDDYLINE_BUNDLE_DIR": str(self.settings.bundles.absolute()),
-        } | {f"EDDYLINE_{key.upper()}": value for key, value in more.items()}
+        }
+        env |= {f"EDDYLINE_{name.upper()}": getattr(self.settings, name) for name in kafka_security.NAMES}
+        env |= {f"EDDYLINE_{name.upper()}": str(getattr(self.settings, name)) for name in REDIS_NAMES}
+        env |= {f"EDDYLINE_{key.upper()}": value for key, value in more.items()}
         argv = [sys.executable, "-m", module]
         return Child(
             name=name, argv=argv, env=env, ready=ready, ready_timeout_s=READY_S, final_codes=FINAL_CODES
@@ -70,6 +74,28 @@ class Stage:
         port = port or free_port()
         address = f"127.0.0.1:{port}"
         return self.child(name, "serving", lambda: answers(address), worker_port=str(port), **more), address
+
+    def sharded_children(self, count: int, **more: str) -> tuple[list[Child], list[str], str]:
+        """(`count` workers of one shard each and their coordinator, the shards' addresses, its address).
+
+        The coordinator is ready when every shard answers it.
+        """
+        of = {"shards": str(count)} | more
+        made = [self.worker_child(f"shard-{n}", 0, shard=str(n), **of) for n in range(count)]
+        addresses = [address for _, address in made]
+        port = free_port()
+        address = f"127.0.0.1:{port}"
+
+        def ready() -> bool:
+            with Client(address) as client:
+                held = client.stats(timeout_s=0.5).held
+                return bool(held) and all(shard.answers for shard in held)
+
+        coordinator = self.child(
+            "coordinator", "serving.coordinator", ready,
+            coordinator_port=str(port), shard_addresses=",".join(addresses), **more,
+        )  # fmt: skip
+        return [*(child for child, _ in made), coordinator], addresses, address
 
     def prepare(self, manifest: Manifest) -> None:
         """Make the topics, and the generation the active one where it is not."""

@@ -14,7 +14,7 @@ from typing import IO, Literal
 
 import msgspec
 
-from eddyline.errors import LocalServerError, SettingsError
+from eddyline.errors import KafkaRefused, LocalServerError, SettingsError, StoreRefused, Unavailable
 from eddyline.local.files import read
 from eddyline.logs import without_password
 from eddyline.settings import Settings
@@ -118,8 +118,17 @@ def running(settings: Settings) -> Servers | None:
 def resolve(settings: Settings) -> Settings:
     """The settings with both addresses, and the namespace, filled in where they are empty.
 
-    Raises SettingsError, with what to do, where neither the settings nor local servers give one.
+    Raises SettingsError, with what to do, where neither the settings nor local servers give one, and where
+    the settings of Redis cannot be right.
     """
+    from eddyline.stores import connect
+
+    found = _resolve(settings)
+    connect.check(found)
+    return found
+
+
+def _resolve(settings: Settings) -> Settings:
     if settings.kafka_bootstrap_servers and settings.redis_url:
         return settings
     local = running(settings)
@@ -151,7 +160,7 @@ def where(settings: Settings) -> list[Where]:
         rows.append(
             Where(
                 name="kafka",
-                version=_kafka_version(address),
+                version=_kafka_version(resolved),
                 address=address,
                 why="KAFKA_BOOTSTRAP_SERVERS names it",
             )
@@ -179,15 +188,17 @@ def _local(name: Literal["kafka", "redis"], server: Server, local: Servers) -> W
     return Where(name=name, version=server.version, address=server.address, why=why)
 
 
-def _kafka_version(address: str) -> str:
+def _kafka_version(settings: Settings) -> str:
     from kafka import KafkaAdminClient
     from kafka.errors import KafkaError
 
+    from eddyline.kafka import connected
+
     try:
-        client = KafkaAdminClient(
-            bootstrap_servers=address, request_timeout_ms=2_000, bootstrap_timeout_ms=2_000
-        )
-    except (KafkaError, ValueError):
+        client = connected(settings, KafkaAdminClient, request_timeout_ms=2_000, bootstrap_timeout_ms=2_000)
+    except KafkaRefused as refused:
+        return f"Kafka ({refused})"
+    except (Unavailable, ValueError):
         return "Kafka (does not answer)"
     try:
         brokers = len(client.describe_cluster()["brokers"])
@@ -201,14 +212,18 @@ def _kafka_version(address: str) -> str:
 def _redis_version(settings: Settings) -> str:
     import redis
 
-    try:
-        client = redis.Redis.from_url(settings.redis_url, socket_connect_timeout=2, socket_timeout=2)
-    except ValueError as error:
-        raise SettingsError(f"redis_url: {error}") from None
+    from eddyline.stores import connect
+    from eddyline.stores.address import target
+    from eddyline.stores.refusals import translated
+
+    client = connect.client(settings, timeout_ms=2_000)
     try:
         found = client.info("server")
-    except redis.RedisError:
-        return "Redis (does not answer)"
+    except redis.RedisError as error:
+        refused = translated(error, target(settings))
+        return f"Redis ({refused})" if isinstance(refused, StoreRefused) else "Redis (does not answer)"
+    except StoreRefused as error:
+        return f"Redis ({error})"
     finally:
         client.close()
     assert isinstance(found, dict)

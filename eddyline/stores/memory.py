@@ -153,6 +153,7 @@ class MemoryStore:
     def write_profiles(
         self, slot: str, source: Source, expected: Fence | None, new: Fence,
         profiles: Mapping[str, Mapping[str, object] | None], generations: Sequence[str],
+        until_ms: Mapping[str, int] | None = None,
     ) -> None:  # fmt: skip
         """See `StateStore.write_profiles`."""
         with self._lock:
@@ -162,6 +163,10 @@ class MemoryStore:
                     self._state.profiles[slot, user] = dict(profile)
                     continue
                 self._state.profiles.pop((slot, user), None)
+                listed = self._state.behaviours.get((slot, user))
+                limit = (until_ms or {}).get(user)
+                if listed is not None and limit is not None and listed[0].appended_ms > limit:
+                    continue
                 self._state.behaviours.pop((slot, user), None)
                 for generation in generations:
                     self._state.embeddings.pop((slot, generation, user), None)

@@ -215,14 +215,16 @@ class RedisStore:
     def write_profiles(
         self, slot: str, source: Source, expected: Fence | None, new: Fence,
         profiles: Mapping[str, Mapping[str, object] | None], generations: Sequence[str],
+        until_ms: Mapping[str, int] | None = None,
     ) -> None:  # fmt: skip
         """See `StateStore.write_profiles`."""
         tag = f"{self._ns}{{{slot}}}"
         kept = {user: profile for user, profile in profiles.items() if profile is not None}
-        kinds = ["h", "o", "p", *(f"e:{generation}" for generation in generations)]
-        gone = [f"{tag}:{kind}:{u}" for u, profile in profiles.items() if profile is None for kind in kinds]
-        keys = [f"{tag}:p:{user}" for user in kept] + gone
-        args = [len(kept), len(gone), *(msgspec.msgpack.encode(p) for p in kept.values())]
+        gone = [user for user, profile in profiles.items() if profile is None]
+        kinds = ["p", "h", "o", *(f"e:{generation}" for generation in generations)]
+        keys = [f"{tag}:p:{user}" for user in kept] + [f"{tag}:{kind}:{u}" for u in gone for kind in kinds]
+        args: list[Any] = [len(kept), len(kinds), *(msgspec.msgpack.encode(p) for p in kept.values())]
+        args += [(until_ms or {}).get(user, "") for user in gone]
         self._write("write_profiles", *self._fenced(slot, source, expected, new, keys, args))
 
     @_translated

@@ -1,4 +1,4 @@
-"""The trainer process: read the topics (or a file), train, write the bundle, publish the generation."""
+"""The trainer process: read topics, archive or a file, train, write the bundle, publish the generation."""
 
 from __future__ import annotations
 
@@ -96,7 +96,10 @@ def _read(config: Settings, arguments: argparse.Namespace, bar: Bar) -> Training
     def on_read(name: str, done: int, total: int) -> None:
         bar.update(tasks[name], completed=done, total=total)
 
-    data = source.from_kafka(config, on_read=on_read)
+    from_archive = config.train_from == "archive" if arguments.archive is None else arguments.archive
+    read = source.from_archive if from_archive else source.from_kafka
+    data = read(config, on_read=on_read)
+    log.info("read", extra={"archive": from_archive, "clicks": len(data.clicks), "items": len(data.items)})
     if data.rejected:
         log.warning("records left out", extra=dict(data.rejected))
     return data
@@ -133,6 +136,10 @@ def _next_name(config: Settings) -> str:
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m embeddings.training", description=__doc__)
     parser.add_argument("--file", type=Path, help="JSON lines to train from instead of the Kafka topics")
+    parser.add_argument(
+        "--archive", action=argparse.BooleanOptionalAction,
+        help="read the archive, then the topics beyond its end (by default the setting train_from)",
+    )  # fmt: skip
     parser.add_argument("--generation", help="the generation's name; by default the next number")
     parser.add_argument("--epochs", type=_at_least(1), default=8, help="passes over the clicks (default 8)")
     parser.add_argument("--seed", type=int, default=0)

@@ -10,6 +10,7 @@ sends it.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,11 +24,13 @@ from kafka.errors import KafkaError
 
 from eddyline import events, kafka
 from eddyline.archive import Archive, ArchiveUnavailable
-from eddyline.errors import KafkaUnavailable, Rejected
+from eddyline.errors import KafkaUnavailable, LogMismatch, Rejected
 from eddyline.events import AT_MS_MAX, Click, Item
 from eddyline.settings import Settings
 from eddyline.slots import partition_of
 from embeddings.training.dataset import TrainingData
+
+log = logging.getLogger(__name__)
 
 # 5 million clicks take about 2 GB here; of a longer log the newest of each partition are kept.
 CLICKS_MAX = 5_000_000
@@ -72,11 +75,13 @@ def from_archive(
 
     So history is as long as the archive, and the last hour, which is in no file yet, is there as well.
     on_read: called with (topic, records read from Kafka, records there are), now and then
-    Raises ArchiveUnavailable, KafkaUnavailable, and SettingsError for a bad `archive_url`.
+    Raises ArchiveUnavailable, KafkaUnavailable, SettingsError for a bad `archive_url`, and LogMismatch for an
+    archive of another log: the two do not join, and versions of items would be of the wrong one.
     """
     archive = Archive(settings)
     try:
         archived = {name: archive.ends(name) for name in kafka.SOURCES}
+        _join(settings, archive, archived)
     except OSError as error:
         raise ArchiveUnavailable(f"archive at {archive.url}: {error}") from None
     ends = {name: kafka.end_offsets(settings, name) for name in kafka.SOURCES}
@@ -89,6 +94,27 @@ def from_archive(
     }
     cut = {str(p): end - 1 for p, end in ends[kafka.ITEMS].items()}
     return assemble(settings, topics, cut=cut, clicks_max=clicks_max)
+
+
+def _join(settings: Settings, archive: Archive, archived: Mapping[str, Mapping[int, int]]) -> None:
+    """Check that the topics go on where the files end; say which clicks are in neither."""
+    ids = kafka.log_ids(settings, kafka.SOURCES)
+    for name in kafka.SOURCES:
+        last = {file.partition: file for file in archive.files(name)}  # by offset, so the last one stays
+        for partition, file in last.items():
+            if (found := archive.log_id(file)) != ids[name]:
+                raise LogMismatch(
+                    f"topic {settings.prefixed(name)}, partition {partition}: the archive {archive.url} is "
+                    f"of {found or 'no known log'}, this is {ids[name]}; set EDDYLINE_ARCHIVE_URL to the "
+                    "archive of this log, or train from the topics alone (--no-archive)"
+                )
+    for partition, begin in kafka.beginning_offsets(settings, kafka.CLICKS).items():
+        end = archived[kafka.CLICKS].get(partition, -1) + 1
+        if begin > end:
+            log.warning(
+                "clicks are neither in the archive nor in Kafka any more",
+                extra={"partition": partition, "first": end, "last": begin - 1},
+            )
 
 
 def assemble(
@@ -233,11 +259,8 @@ def _read(
     topic = settings.prefixed(name)
     places = [TopicPartition(topic, p) for p in sorted(ends)]
     try:
-        consumer = KafkaConsumer(
-            **kafka.client_options(settings),
-            group_id=None,
-            enable_auto_commit=False,
-            isolation_level="read_committed",
+        consumer = kafka.connected(
+            settings, KafkaConsumer, group_id=None, enable_auto_commit=False, isolation_level="read_committed"
         )
         try:
             consumer.assign(places)
@@ -266,4 +289,4 @@ def _read(
         finally:
             consumer.close()
     except (KafkaError, OSError) as error:
-        raise KafkaUnavailable(f"topic {topic}: {type(error).__name__}: {error}") from None
+        raise kafka.trouble(settings, error, f"topic {topic}") from None

@@ -11,13 +11,17 @@ from collections.abc import Collection, Mapping, Sequence
 from eddyline.errors import EddylineError
 from eddyline.ports import StateStore
 from index.filters import Filter
-from index.port import Hit, Index
+from index.port import Hit
+from serving.catalogue import Catalogue
 from serving.fusion import Candidates
 
 log = logging.getLogger(__name__)
 
 NAME = "popular"
 CLOSE_S = 5.0
+# Most of the list is live and unseen, so about as many are looked up as are still open; where they are not,
+# twice as many each time, up to this many, for each look-up may be a call to other processes.
+PIECE_MIN, PIECE_MAX = 16, 1_024
 
 
 def rank(
@@ -58,12 +62,11 @@ class PopularPath:
     """
 
     def __init__(
-        self, store: StateStore, index: Index, *, slots: Sequence[str], bucket_s: int, half_life_s: int,
+        self, store: StateStore, *, slots: Sequence[str], bucket_s: int, half_life_s: int,
         limit: int, refresh_ms: int, backoff_ms_max: int,
     ) -> None:  # fmt: skip
         """slots: the item slots whose counts are added up; limit: the most items on the list."""
         self._store = store
-        self._index = index
         self._slots = slots
         self._bucket_s = bucket_s
         self._half_life_s = half_life_s
@@ -109,15 +112,18 @@ class PopularPath:
         self._away = ""
         return True
 
-    def ask(self, k: int, exclude: Collection[str], asked: Filter | None = None) -> Candidates:
+    def ask(
+        self, items: Catalogue, k: int, exclude: Collection[str], asked: Filter | None = None
+    ) -> Candidates:
         """The k most popular live items that pass the filter and are not excluded; fewer, with the reason."""
         ranked, found, at = self._ranked, list[Hit](), 0
+        size = k + PIECE_MIN
         while len(found) < k and at < len(ranked):
-            # Most of the list is live and unseen, so about as many are looked up as are still open.
-            piece = ranked[at : at + k + 16]
+            piece = ranked[at : at + size]
             at += len(piece)
+            size = max(size, min(2 * size, PIECE_MAX))
             piece = [pair for pair in piece if pair[0] not in exclude]
-            live = self._index.describe([item_id for item_id, _ in piece], asked)
+            live = items.describe([item_id for item_id, _ in piece], asked) if piece else []
             found += [hit._replace(score=n) for hit, (_, n) in zip(live, piece, strict=True) if hit]
         if len(found) >= k:
             return Candidates(found[:k])

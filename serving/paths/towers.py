@@ -12,7 +12,8 @@ import numpy as np
 from eddyline.behaviour import liked_items
 from eddyline.ports import UserState
 from index.filters import Filter
-from index.port import Hit, Index, Vector
+from index.port import Hit, Vector
+from serving.catalogue import Catalogue
 from serving.fusion import Candidates
 
 NAME = "towers"
@@ -42,48 +43,50 @@ class Marks:
 class TowersPath:
     """Users to neighbours, within one generation. Thread rule: any thread."""
 
-    def __init__(
-        self, tower: Tower, combine: Callable[[Vector, Vector | None], Vector], index: Index
-    ) -> None:
+    def __init__(self, tower: Tower, combine: Callable[[Vector, Vector | None], Vector]) -> None:
         """combine: (tower's output, the user-ID embedding or None) -> the query vector."""
         self._tower = tower
         self._combine = combine
-        self._index = index
 
     def ask(
-        self, user: UserState, k: int, exclude: Collection[str], marks: Marks, *,
+        self, items: Catalogue, user: UserState, k: int, exclude: Collection[str], marks: Marks, *,
         asked: Filter | None = None, correct: Correct | None = None,
     ) -> Candidates:  # fmt: skip
         """The k nearest items that pass and are not excluded; none, with the reason, where he has no history.
 
         correct: rescores (hits, k); it gets OVER_FETCH times as many as are wanted
         """
-        vector, why = self._vector(user)
+        vector, why = self._vector(items, user)
         marks.embedded_us = time.time_ns() // 1000
         if vector is None:
             return Candidates((), why)
-        hits: Sequence[Hit] = self._index.query(vector, k * OVER_FETCH if correct else k, exclude, asked)
+        hits: Sequence[Hit] = items.query(vector, k * OVER_FETCH if correct else k, exclude, asked)
         hits = correct(hits, k) if correct else hits
         marks.searched_us = time.time_ns() // 1000
         which = "are unseen" if asked is None else "are unseen and pass the filter"
         return Candidates(hits, "" if len(hits) == k else f"only {len(hits)} live items {which}")
 
-    def _vector(self, user: UserState) -> tuple[Vector | None, str]:
+    def _vector(self, items: Catalogue, user: UserState) -> tuple[Vector | None, str]:
         entries = user.behaviour.entries
         if not entries:
             return None, "nothing is known of this user"
         liked = liked_items(entries, len(entries))
         if not liked:
             return None, "the user's list holds dislikes only"
-        history = self._index.vectors_of(liked)
+        # Most are live, so the rest of a long list is seldom looked at.
+        wanted = self._tower.history_max
+        history = items.vectors_of(liked[: 2 * wanted])
+        if len(history) < wanted < len(liked) / 2:
+            history = np.concatenate((history, items.vectors_of(liked[2 * wanted :])))
         if not len(history):
             return None, f"none of the {len(liked)} items of the user's list is in the index"
-        forward = self._tower.encode_one(history[: self._tower.history_max], user.profile)
-        return self._combine(forward, self._embedding(user)), ""
+        forward = self._tower.encode_one(history[:wanted], user.profile)
+        return self._combine(forward, _embedding(user, items.dimension)), ""
 
-    def _embedding(self, user: UserState) -> Vector | None:
-        """The user-ID embedding; None where there is none, or one that does not fit."""
-        if user.embedding is None or len(user.embedding[1]) != 4 * self._index.dimension:
-            return None
-        embedding: Vector = np.frombuffer(user.embedding[1], "<f4")
-        return embedding if np.isfinite(embedding).all() else None
+
+def _embedding(user: UserState, dimension: int) -> Vector | None:
+    """The user-ID embedding; None where there is none, or one that does not fit."""
+    if user.embedding is None or len(user.embedding[1]) != 4 * dimension:
+        return None
+    embedding: Vector = np.frombuffer(user.embedding[1], "<f4")
+    return embedding if np.isfinite(embedding).all() else None

@@ -1,1 +1,1 @@
-"""The wire format of the query worker: `retrieval.proto` and the code generated from it."""
+"""The wire format of the query worker: `retrieval.proto`, `shard.proto` and the code generated from them."""

@@ -1,4 +1,4 @@
-"""Generate the gRPC code beside `retrieval.proto`: `make proto`, or `python -m serving.proto.generate`.
+"""Generate the gRPC code beside the `.proto` files: `make proto`, or `python -m serving.proto.generate`.
 
 The code is committed; CI generates it again and fails on a difference. It is made by the oldest supported
 grpcio-tools, in a virtual environment of its own: code made by a newer one refuses an older protobuf, not the
@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 # The floors of grpcio and protobuf in pyproject.toml belong to this version; it needs pkg_resources.
 TOOLS = ("grpcio-tools==1.66.2", "setuptools<81")
-PROTO = "serving/proto/retrieval.proto"
+PROTOS = ("serving/proto/retrieval.proto", "serving/proto/shard.proto")
 # A download of 2.5 MB and one short compilation.
 TIMEOUT_S = 300
 
@@ -32,8 +32,8 @@ def tools_python(folder: Path) -> Path:
 
 
 def generate(python: Path, out: Path) -> None:
-    """Write retrieval_pb2.py, its types and retrieval_pb2_grpc.py under `out`/serving/proto."""
-    arguments = ["-I.", f"--python_out={out}", f"--pyi_out={out}", f"--grpc_python_out={out}", PROTO]
+    """Write <name>_pb2.py, its types and <name>_pb2_grpc.py of each under `out`/serving/proto."""
+    arguments = ["-I.", f"--python_out={out}", f"--pyi_out={out}", f"--grpc_python_out={out}", *PROTOS]
     subprocess.run([python, "-m", "grpc_tools.protoc", *arguments], cwd=ROOT, check=True, timeout=TIMEOUT_S)
 
 

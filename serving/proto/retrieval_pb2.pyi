@@ -58,18 +58,44 @@ class Range(_message.Message):
     def __init__(self, attribute: _Optional[str] = ..., min: _Optional[float] = ..., max: _Optional[float] = ...) -> None: ...
 
 class RetrieveResponse(_message.Message):
-    __slots__ = ("items", "freshness", "paths", "missing", "short_because")
+    __slots__ = ("items", "freshness", "paths", "missing", "short_because", "shards")
     ITEMS_FIELD_NUMBER: _ClassVar[int]
     FRESHNESS_FIELD_NUMBER: _ClassVar[int]
     PATHS_FIELD_NUMBER: _ClassVar[int]
     MISSING_FIELD_NUMBER: _ClassVar[int]
     SHORT_BECAUSE_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
     items: _containers.RepeatedCompositeFieldContainer[RetrievedItem]
     freshness: Freshness
     paths: _containers.RepeatedCompositeFieldContainer[PathSummary]
     missing: _containers.RepeatedScalarFieldContainer[str]
     short_because: str
-    def __init__(self, items: _Optional[_Iterable[_Union[RetrievedItem, _Mapping]]] = ..., freshness: _Optional[_Union[Freshness, _Mapping]] = ..., paths: _Optional[_Iterable[_Union[PathSummary, _Mapping]]] = ..., missing: _Optional[_Iterable[str]] = ..., short_because: _Optional[str] = ...) -> None: ...
+    shards: Shards
+    def __init__(self, items: _Optional[_Iterable[_Union[RetrievedItem, _Mapping]]] = ..., freshness: _Optional[_Union[Freshness, _Mapping]] = ..., paths: _Optional[_Iterable[_Union[PathSummary, _Mapping]]] = ..., missing: _Optional[_Iterable[str]] = ..., short_because: _Optional[str] = ..., shards: _Optional[_Union[Shards, _Mapping]] = ...) -> None: ...
+
+class Shards(_message.Message):
+    __slots__ = ("count", "asked", "answered", "missing")
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    ASKED_FIELD_NUMBER: _ClassVar[int]
+    ANSWERED_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    count: int
+    asked: int
+    answered: int
+    missing: _containers.RepeatedCompositeFieldContainer[MissingShard]
+    def __init__(self, count: _Optional[int] = ..., asked: _Optional[int] = ..., answered: _Optional[int] = ..., missing: _Optional[_Iterable[_Union[MissingShard, _Mapping]]] = ...) -> None: ...
+
+class MissingShard(_message.Message):
+    __slots__ = ("shard", "address", "reason", "detail")
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    shard: int
+    address: str
+    reason: str
+    detail: str
+    def __init__(self, shard: _Optional[int] = ..., address: _Optional[str] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class RetrievedItem(_message.Message):
     __slots__ = ("item_id", "score", "rank", "path", "path_rank", "generation", "age_ms", "card")
@@ -188,7 +214,7 @@ class StatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatsResponse(_message.Message):
-    __slots__ = ("generation", "ready", "started_ms", "queries", "queries_failed", "index", "watermarks", "tail", "popular", "missing")
+    __slots__ = ("generation", "ready", "started_ms", "queries", "queries_failed", "index", "watermarks", "tail", "popular", "missing", "shard", "shards", "held")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     STARTED_MS_FIELD_NUMBER: _ClassVar[int]
@@ -199,6 +225,9 @@ class StatsResponse(_message.Message):
     TAIL_FIELD_NUMBER: _ClassVar[int]
     POPULAR_FIELD_NUMBER: _ClassVar[int]
     MISSING_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
     generation: str
     ready: bool
     started_ms: int
@@ -209,7 +238,32 @@ class StatsResponse(_message.Message):
     tail: TailStatus
     popular: PopularStatus
     missing: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, generation: _Optional[str] = ..., ready: bool = ..., started_ms: _Optional[int] = ..., queries: _Optional[int] = ..., queries_failed: _Optional[int] = ..., index: _Optional[_Union[IndexSizes, _Mapping]] = ..., watermarks: _Optional[_Iterable[_Union[IndexWatermark, _Mapping]]] = ..., tail: _Optional[_Union[TailStatus, _Mapping]] = ..., popular: _Optional[_Union[PopularStatus, _Mapping]] = ..., missing: _Optional[_Iterable[str]] = ...) -> None: ...
+    shard: int
+    shards: int
+    held: _containers.RepeatedCompositeFieldContainer[ShardStatus]
+    def __init__(self, generation: _Optional[str] = ..., ready: bool = ..., started_ms: _Optional[int] = ..., queries: _Optional[int] = ..., queries_failed: _Optional[int] = ..., index: _Optional[_Union[IndexSizes, _Mapping]] = ..., watermarks: _Optional[_Iterable[_Union[IndexWatermark, _Mapping]]] = ..., tail: _Optional[_Union[TailStatus, _Mapping]] = ..., popular: _Optional[_Union[PopularStatus, _Mapping]] = ..., missing: _Optional[_Iterable[str]] = ..., shard: _Optional[int] = ..., shards: _Optional[int] = ..., held: _Optional[_Iterable[_Union[ShardStatus, _Mapping]]] = ...) -> None: ...
+
+class ShardStatus(_message.Message):
+    __slots__ = ("shard", "address", "answers", "reason", "detail", "generation", "live", "lag_records", "misses")
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    LIVE_FIELD_NUMBER: _ClassVar[int]
+    LAG_RECORDS_FIELD_NUMBER: _ClassVar[int]
+    MISSES_FIELD_NUMBER: _ClassVar[int]
+    shard: int
+    address: str
+    answers: bool
+    reason: str
+    detail: str
+    generation: str
+    live: int
+    lag_records: int
+    misses: int
+    def __init__(self, shard: _Optional[int] = ..., address: _Optional[str] = ..., answers: bool = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ..., generation: _Optional[str] = ..., live: _Optional[int] = ..., lag_records: _Optional[int] = ..., misses: _Optional[int] = ...) -> None: ...
 
 class IndexSizes(_message.Message):
     __slots__ = ("live", "tombstones", "main", "fresh", "stale", "rows", "applied", "ignored", "rejected", "rebuilding", "rebuilds", "rebuilds_failed", "rebuild_s", "rebuild_error", "dimension", "refused", "main_name", "main_bytes", "breadth", "recall")

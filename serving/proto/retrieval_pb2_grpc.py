@@ -54,7 +54,8 @@ class RetrievalServicer(object):
 
         INVALID_ARGUMENT: a field is out of its limits; the message names field, value and limit
         DEADLINE_EXCEEDED: the deadline passed; RESOURCE_EXHAUSTED: too many calls wait already
-        UNAVAILABLE: the worker is not ready yet; the message says what it waits for
+        UNAVAILABLE: the worker is not ready yet, and the message says what it waits for; or no shard of a coordinator answers
+        FAILED_PRECONDITION: the worker holds one shard of the items only; its coordinator is to be asked
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,6 +1,7 @@
 """The archive process, wired together: `python -m streams.archive`, `eddyline archive`.
 
-Exit codes: 0 a wanted stop · 2 a bad setting · 3 a person has to decide (the files are of another log).
+Exit codes: 0 a wanted stop · 2 a bad setting · 3 a person has to decide (the files are of another log, or
+Kafka refuses us).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from eddyline import alive, kafka, logs
 from eddyline import settings as settings_
 from eddyline.archive import Archive
-from eddyline.errors import LogMismatch, SettingsError, Unavailable
+from eddyline.errors import KafkaRefused, LogMismatch, SettingsError, Unavailable
 from eddyline.local import endpoints
 from eddyline.settings import Settings
 from eddyline.start import Patience, Stopped
@@ -41,9 +42,12 @@ def main() -> int:
     logs.configure(settings, "archive")
     try:
         _run(settings, archive, stop)
-    except LogMismatch as error:
+    except (LogMismatch, KafkaRefused) as error:
         log.error(str(error))
         return 3
+    except SettingsError as error:
+        log.error(str(error))
+        return 2
     except Stopped:
         return 0
     log.info("stopped")

@@ -21,7 +21,7 @@ from kafka.structs import OffsetAndMetadata
 
 from eddyline import alive, kafka
 from eddyline.archive import Archive
-from eddyline.errors import KafkaUnavailable, LogMismatch
+from eddyline.errors import LogMismatch
 from eddyline.ports import LogId
 from eddyline.settings import Settings
 from streams.archive.writer import Forgetting, PartitionWriter, open_partition
@@ -69,18 +69,15 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
     def run_once(self, idle: Callable[[], bool] = lambda: False) -> None:
         """Archive until `stop`, or until everything was read and `idle` says so.
 
-        Raises KafkaUnavailable, OSError (both: call again) and LogMismatch.
+        Raises KafkaUnavailable, OSError (both: call again), KafkaRefused and LogMismatch.
         """
-        try:
-            self._consumer = KafkaConsumer(
-                **kafka.client_options(self._settings),
-                group_id=self._settings.prefixed(GROUP),
-                enable_auto_commit=False, auto_offset_reset="earliest", isolation_level="read_committed",
-                partition_assignment_strategy=[RangePartitionAssignor],
-                session_timeout_ms=_SESSION_MS, heartbeat_interval_ms=1_000, group_instance_id=self._member,
-            )  # fmt: skip
-        except (KafkaError, OSError) as error:
-            raise KafkaUnavailable(f"Kafka: {type(error).__name__}: {error}") from None
+        self._consumer = kafka.connected(
+            self._settings, KafkaConsumer,
+            group_id=self._settings.prefixed(GROUP),
+            enable_auto_commit=False, auto_offset_reset="earliest", isolation_level="read_committed",
+            partition_assignment_strategy=[RangePartitionAssignor],
+            session_timeout_ms=_SESSION_MS, heartbeat_interval_ms=1_000, group_instance_id=self._member,
+        )  # fmt: skip
         try:
             topics = [self._settings.prefixed(name) for name in kafka.SOURCES]
             self._consumer.subscribe(topics=topics, listener=self)
@@ -90,7 +87,7 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
                     self._commit()
                     return
         except KafkaError as error:
-            raise KafkaUnavailable(f"Kafka: {type(error).__name__}: {error}") from None
+            raise kafka.trouble(self._settings, error) from None
         finally:
             self._let_go(list(self._writers))
             self._new.clear()
@@ -120,6 +117,8 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
             if place in self._writers:
                 writer = self._writers[place]
                 before = writer.rows
+                if records[0].offset > writer.last_read + 1:
+                    self._look_for_lost(place, writer)
                 writer.append(records)
                 self.rows += writer.rows - before
         if self._new:
@@ -128,6 +127,17 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
             self._complete_past_hours()
             self._looked_s = time.monotonic()
         self._commit()
+
+    def _look_for_lost(self, place: TopicPartition, writer: PartitionWriter) -> None:
+        """Offsets are missing: markers of transactions, as a rule. Or retention was faster than we are."""
+        begin = self._consumer.beginning_offsets([place])[place]
+        if begin > writer.last_read + 1:
+            log.error(
+                "records were gone by retention before they were archived",
+                extra={"topic": place.topic, "partition": place.partition,
+                       "first": writer.last_read + 1, "last": begin - 1},
+            )  # fmt: skip
+            writer.skip_to(begin)
 
     def _open(self) -> None:
         """Find the position of each new partition in its files, and begin to read there."""

@@ -3,12 +3,13 @@
 A file ends where the next record was appended in another hour, or where the next offset is in another run of
 `archive_file_offsets` offsets. Its rows are the accepted events. So whoever reads the partition from a file's
 beginning writes the same file, byte for byte. What is not complete lies in `.partial` and counts for nothing.
+The merges among a file's records go into a file of their own under the same name, which gets its place first.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,16 @@ import pyarrow as pa
 
 from eddyline import accept
 from eddyline import archive as layout
-from eddyline.archive import HOUR_MS, ROW_GROUP_BYTES, ROW_GROUP_ROWS, Archive, Archived, Forgotten
+from eddyline.archive import HOUR_MS, MERGES, ROW_GROUP_BYTES, ROW_GROUP_ROWS, Archive, Archived, Forgotten
 from eddyline.errors import Rejected
+from eddyline.events import Merge
 from eddyline.kafka import CLICKS, ITEMS, USERS
 from eddyline.ports import LogId
 from eddyline.resends import ResendWindow
 from eddyline.settings import Settings
+from eddyline.slots import partition_of
 from streams.archive import files
+from streams.archive.forgotten import without
 from streams.chunk import Record
 
 log = logging.getLogger(__name__)
@@ -52,15 +56,20 @@ class Forgetting:
 
 
 class _OpenFile:
-    """Rows of one file to be. Full row groups are on disk already: memory holds one at most."""
+    """Rows of one file to be. Full row groups are on disk already: memory holds one at most.
 
-    def __init__(self, archive: Archive, topic: str, log_id: LogId, record: Record) -> None:
+    since: from which offset on the partition was read without a break
+    gone:  who is forgotten by a record in it; into: who visitors became by a merge in it
+    """
+
+    def __init__(self, archive: Archive, topic: str, log_id: LogId, record: Record, since: int) -> None:
         self.first = self.last = record.offset
         self.hour = record.timestamp // HOUR_MS
         self.rows = 0
         self.gone: dict[str, Forgotten] = {}
+        self.into: set[str] = set()
         self.partial = files.partial_path(archive, f"{topic}-{record.partition}-{self.first}")
-        self._schema = layout.schema(topic).with_metadata(layout.metadata_of(log_id))
+        self._schema = layout.schema(topic).with_metadata(layout.metadata_of(log_id, since))
         self._writer = layout.writer(self.partial, self._schema)
         self._pending: list[tuple[Any, ...]] = []
         self._bytes = 0
@@ -119,6 +128,7 @@ class PartitionWriter:
         self._window = window
         self._forgetting = forgetting
         self._file: _OpenFile | None = None
+        self._merges: _OpenFile | None = None
 
     def append(self, records: Sequence[Record]) -> None:
         """Take consecutive records, oldest first; completes every file whose end is among them.
@@ -136,11 +146,20 @@ class PartitionWriter:
                 self.complete()
                 file = None
             if file is None:
-                file = self._file = _OpenFile(self._archive, self._topic, self._log_id, record)
+                file = self._file = self._begin(self._topic, record)
             self.last_read = file.last = record.offset
             event = self._accept(file, record)
-            if event is not None:
-                file.add(layout.row(event), len(record.value or b""))
+            if event is None:
+                continue
+            if isinstance(event.event, Merge):
+                file = self._merges = self._merges or self._begin(MERGES, record)
+                file.into.add(event.event.merge_into)
+            file.add(layout.row(event), len(record.value or b""))
+
+    def skip_to(self, offset: int) -> None:
+        """Go on behind records that Kafka no longer has. What was read before them gets its place now."""
+        self.complete()
+        self.written, self.last_read = offset, offset - 1
 
     def hour_over_ms(self) -> int | None:
         """When the open file's hour ends, milliseconds since 1970; None where no file is open."""
@@ -159,12 +178,15 @@ class PartitionWriter:
             done, rows = files.forget(self._archive, file.gone, self._partition)
             log.info("users forgotten", extra={"users": len(file.gone), "files": done, "rows": rows})
         if self._forgetting.by_digest and self._topic in (CLICKS, USERS):
-            kept = partial.with_name(f"{partial.name}-kept")
-            layout.without(partial, kept, self._topic, self._forgetting.of)
-            kept.replace(partial)
+            _leave_out(partial, self._topic, self._forgetting.of)
+        if self._merges is not None:
+            self._complete_merges(file, self._merges)
         hour_ms = file.hour * HOUR_MS
         path = self._archive.path(self._topic, hour_ms, self._partition, file.first, file.last)
-        files.put(self._archive, partial, path)
+        with files.locked(self._archive):
+            if file.gone:  # once more: a process that completes merges sees this file from here on
+                files.forget_merges(self._archive, file.gone, held=True)
+            files.put(self._archive, partial, path)
         self._file, self.written = None, file.last + 1
         if self._topic == CLICKS:
             # An hour to spare for a broker whose clock was set back.
@@ -174,21 +196,48 @@ class PartitionWriter:
 
     def discard(self) -> None:
         """Let go of what is not complete: it is read again by whoever owns the partition next."""
-        if self._file is not None:
-            self._file.discard()
-            self._file = None
+        for file in (self._file, self._merges):
+            if file is not None:
+                file.discard()
+        self._file = self._merges = None
+
+    def _begin(self, topic: str, record: Record) -> _OpenFile:
+        return _OpenFile(self._archive, topic, self._log_id, record, self.written)
+
+    def _complete_merges(self, clicks: _OpenFile, merges: _OpenFile) -> None:
+        """Give the merges among these clicks their place, without the users who were forgotten since.
+
+        A visitor's null record lies in his own partition; that of the user in the user's, whose files say it.
+        """
+        partial = merges.finish()
+        _leave_out(partial, MERGES, self._forgetting.of)
+        path = self._archive.path(MERGES, clicks.hour * HOUR_MS, self._partition, clicks.first, clicks.last)
+        with files.locked(self._archive):
+            # An hour to spare for a broker whose clock was set back.
+            gone = self._forgotten_elsewhere(merges.into, (clicks.hour - 1) * HOUR_MS)
+            _leave_out(partial, MERGES, gone.get)
+            files.put(self._archive, partial, path)
+        self._merges = None
+
+    def _forgotten_elsewhere(self, users: set[str], since_ms: int) -> dict[str, Forgotten]:
+        """Which of these users were forgotten, by the files that are there. since_ms: their earliest hour."""
+        found: dict[str, Forgotten] = {}
+        for partition in {partition_of(user, self._settings.clicks_partitions) for user in users}:
+            digests = dict(_digests(self._archive, partition, since_ms))
+            found |= {user: digests[d] for user in users if (d := layout.digest(user)) in digests}
+        return found
 
     def _accept(self, file: _OpenFile, record: Record) -> Archived | None:
         """The event as it is archived; None where the record is refused, stray or a re-send."""
         settings, partition, at_ms = self._settings, self._partition, record.timestamp
         try:
             if self._topic == CLICKS:
-                click = accept.click(settings, partition, record.value, at_ms)
-                if click is None or not self._window.accept(click.event_id, record.offset):
+                event = accept.behaviour(settings, partition, record.value, at_ms)
+                if event is None or not self._window.accept(event.event_id, record.offset):
                     self.left_out += 1
                     return None
                 stamp = accept.produced_us(record.headers)
-                found = Archived(partition, record.offset, at_ms, click.user_id, click, stamp)
+                found = Archived(partition, record.offset, at_ms, event.user_id, event, stamp)
             elif self._topic == ITEMS:
                 key, item = accept.item(settings, partition, record.key, record.value, at_ms)
                 found = Archived(partition, record.offset, at_ms, key, item)
@@ -236,13 +285,25 @@ def open_partition(
             if event.event is not None:
                 window.accept(getattr(event.event, "event_id", None), event.offset)
         since_ms = max((file.hour_ms for file in mine), default=0) - HOUR_MS
-        for file in archive.files(USERS, partition):
-            if file.hour_ms >= since_ms:
-                for event in archive.events(file):
-                    if event.digest is not None:
-                        limit = Forgotten(event.appended_ms, event.offset)
-                        forgetting[partition].note(event.digest, limit)
+        for found, limit in _digests(archive, partition, since_ms):
+            forgetting[partition].note(found, limit)
     position = max(last + 1, begin)
     return PartitionWriter(
         settings, archive, topic, partition, log_id, position, window, forgetting[partition]
     )
+
+
+def _digests(archive: Archive, partition: int, since_ms: int) -> Iterator[tuple[str, Forgotten]]:
+    """Who was forgotten by the files of `users` of this hour and later: (digest, up to where his rows go)."""
+    for file in archive.files(USERS, partition):
+        if file.hour_ms >= since_ms:
+            for event in archive.events(file):
+                if event.digest is not None:
+                    yield event.digest, Forgotten(event.appended_ms, event.offset)
+
+
+def _leave_out(partial: Path, topic: str, forgotten: Callable[[str], Forgotten | None]) -> None:
+    """Take forgotten users out of a file that has no place yet."""
+    kept = partial.with_name(f"{partial.name}-kept")
+    without(partial, kept, topic, forgotten)
+    kept.replace(partial)

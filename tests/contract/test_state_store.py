@@ -156,6 +156,20 @@ def test_a_long_list_is_written_in_two_parts_and_read_as_one(store: StateStore) 
     assert store.read_user("u3", 3, "ana", "1").behaviour == seen("z")
 
 
+@pytest.mark.parametrize(("until_ms", "stays"), [(49, True), (50, False), (51, False)])
+def test_forgetting_leaves_a_list_that_went_on_since(store: StateStore, until_ms: int, stays: bool) -> None:
+    effects = UserEffects(behaviours={"ana": seen("a", appended_ms=50)}, generation="1",
+                          embeddings={"ana": (1, b"1234")})  # fmt: skip
+    store.write_users("u3", CLICKS, None, at(1), effects)
+    users = Source("users", 3)
+    store.write_profiles("u3", users, None, at(1), {"ana": {"age": 3}, "bo": {"age": 4}}, ["1"])
+    store.write_profiles("u3", users, at(1), at(2), {"ana": None, "bo": {"age": 5}, "cy": None}, ["1", "2"],
+                         {"ana": until_ms, "cy": 1})  # fmt: skip
+    read = store.read_users("u3", CLICKS, [], ["ana", "bo", "cy"], "1")
+    assert (list(read.behaviours), list(read.embeddings)) == ((["ana"], ["ana"]) if stays else ([], []))
+    assert read.profiles == {"bo": {"age": 5}}
+
+
 @pytest.mark.parametrize("writes", [1, 999, 1_000, 1_001, 3_000])
 def test_a_window_of_many_small_writes_is_read_whole_and_forgets_by_writes(
     store: StateStore, writes: int

@@ -16,6 +16,8 @@ from typing import Any
 import msgspec
 import pandas as pd
 import pytest
+from kafka import KafkaAdminClient, TopicPartition
+from rich.progress import Progress
 
 from eddyline import alive, events, kafka
 from eddyline.archive import HOUR_MS, Archive
@@ -24,7 +26,9 @@ from eddyline.errors import KafkaUnavailable, LogMismatch
 from eddyline.events import Click, Item, UserProfile
 from eddyline.ports import LogId
 from eddyline.settings import Settings
+from embeddings.training import __main__ as trainer
 from embeddings.training import source
+from embeddings.training.dataset import TrainingData
 from streams import membership
 from streams.archive import consumer
 from streams.archive.consumer import Archiver
@@ -143,6 +147,36 @@ def test_what_is_in_no_file_yet_comes_from_kafka(settings: Settings) -> None:
     assert mine.items == truth.items and mine.profiles == truth.profiles
 
 
+def test_training_takes_from_the_archive_what_kafka_no_longer_has(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send(settings, 900, seed=11)
+    archive_all(settings)
+    ends = {p: end + 1 for p, end in Archive(settings).ends(kafka.CLICKS).items()}
+    send(settings, 300, seed=12)
+    truth = source.from_kafka(settings)
+    admin = KafkaAdminClient(**kafka.client_options(settings))
+    try:
+        topic = settings.prefixed(kafka.CLICKS)
+        admin.delete_records({TopicPartition(topic, p): end for p, end in ends.items()})
+    finally:
+        admin.close()
+
+    def read(settings: Settings, *words: str) -> TrainingData:
+        return trainer._read(settings, trainer._arguments([*words]), Progress(disable=True))
+
+    mine = read(settings, "--archive")
+    assert (mine.clicks, mine.items, mine.profiles) == (truth.clicks, truth.items, truth.profiles)
+    assert (mine.versions, mine.cut) == (truth.versions, truth.cut)
+    setting = msgspec.structs.replace(settings, train_from="archive")
+    assert read(setting).clicks == truth.clicks
+    rest = read(setting, "--no-archive").clicks
+    assert rest == read(settings).clicks and 200 < len(rest) <= 300 < len(truth.clicks)
+    monkeypatch.setattr(kafka, "log_ids", lambda _, names: {n: LogId("c", "new") for n in names})
+    with pytest.raises(LogMismatch, match="--no-archive"):
+        read(settings, "--archive")
+
+
 def test_a_null_record_takes_the_user_out_of_every_file(settings: Settings) -> None:
     send(settings, 1_500, seed=4)
     archive_all(settings)
@@ -210,7 +244,7 @@ def test_two_processes_share_the_partitions(settings: Settings) -> None:
 def test_the_group_says_how_far_the_archive_is(settings: Settings) -> None:
     send(settings, 500, seed=5)
     archive_all(settings)
-    from kafka import KafkaConsumer, TopicPartition
+    from kafka import KafkaConsumer
 
     group = settings.prefixed(consumer.GROUP)
     told = KafkaConsumer(**kafka.client_options(settings), group_id=group)

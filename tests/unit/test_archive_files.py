@@ -30,7 +30,7 @@ from eddyline.settings import Settings
 from eddyline.slots import partition_of
 from eddyline.stores.memory import MemoryStore
 from streams import clicks as clicks_
-from streams.archive import files
+from streams.archive import files, forgotten
 from streams.archive.writer import Forgetting, open_partition
 from streams.clicks import ClickIngest
 from streams.positions import Positions
@@ -318,9 +318,9 @@ def test_limits_of_forgetting_are_exact() -> None:
     import pyarrow as pa
 
     clicks = pa.table({"user_id": ["a", "a", "b"], "appended_ms": [MS, MS + 1, MS], "offset": [1, 2, 3]})
-    assert layout._kept(clicks, CLICKS, {"a": by_time}.get) == [False, True, True]
+    assert forgotten._kept(clicks, CLICKS, {"a": by_time}.get) == [False, True, True]
     users = pa.table({"user_id": ["a", "a", None], "appended_ms": [MS] * 3, "offset": [6, 7, 8]})
-    assert layout._kept(users, USERS, {"a": by_offset}.get) == [False, True, True]
+    assert forgotten._kept(users, USERS, {"a": by_offset}.get) == [False, True, True]
 
 
 def test_kill_9_in_mid_write_leaves_whole_files_only(tmp_path: Path) -> None:

@@ -180,13 +180,17 @@ def test_state_is_in_volumes_and_bundles_are_shared() -> None:
     bundles = {SERVICES[name]["environment"]["EDDYLINE_BUNDLE_DIR"] for name in OURS}
     assert len(bundles) == 1
     folder = bundles.pop()
-    assert mounts["trainer"] == [f"generations:{folder}"]
+    bundles_at = folder
+    assert mounts["trainer"][0] == f"generations:{folder}"
     assert mounts["ingest"] == mounts["worker"] == [f"generations:{folder}:ro"]
     assert any(folder in line and "-o eddyline" in line for line in lineage("trainer"))
     kafka = SERVICES["kafka"]["environment"]["KAFKA_LOG_DIRS"]
     assert mounts["kafka"] == [f"kafka:{kafka}"] and mounts["valkey"] == ["valkey:/data"]
     folder = SERVICES["archive"]["environment"]["EDDYLINE_ARCHIVE_URL"]
-    assert mounts["archive"] == [f"archive:{folder}"]
+    assert mounts["archive"] == [f"archive:{folder}", f"generations:{bundles_at}:ro"]
+    assert mounts["trainer"][1:] == [f"archive:{folder}:ro"]
+    assert SERVICES["trainer"]["environment"]["EDDYLINE_ARCHIVE_URL"] == folder
+    assert SERVICES["trainer"]["environment"]["EDDYLINE_TRAIN_FROM"] == "archive"
     assert any(folder in line and "-o eddyline" in line for line in lineage("archive"))
     assert set(COMPOSE["volumes"]) == {"kafka", "valkey", "generations", "archive"}
 

@@ -92,7 +92,7 @@ class World:
             ]
         )
         self.popular = PopularPath(
-            self.store, self.index, slots=["i0"], bucket_s=10, half_life_s=10, limit=100, refresh_ms=50,
+            self.store, slots=["i0"], bucket_s=10, half_life_s=10, limit=100, refresh_ms=50,
             backoff_ms_max=100,
         )  # fmt: skip
         self.users = UserReader(self.store, clicks_partitions=8, generation="g1")
@@ -101,7 +101,7 @@ class World:
             store=self.store,
             index=self.index,
             users=self.users,
-            by_towers=TowersPath(self.tower, query_vector, self.index),
+            by_towers=TowersPath(self.tower, query_vector),
             by_popularity=self.popular,
             item_slots=1,
             index_missing=lambda: self.kafka_missing,
@@ -173,6 +173,14 @@ def test_the_last_known_items_make_the_history(world: World) -> None:
     world.user("ana", "gone", "i8", "i7", "never", "i6", "i1", "i1")
     assert ids(world.ask("ana", 2)) == ["i5", "i9"]
     assert world.tower.asked[0][0] == 3  # i8, i7, i6: history_max known ones, the newest
+
+
+def test_a_long_list_is_read_to_its_end_where_its_newest_items_are_gone(world: World) -> None:
+    world.user("ana", *(f"gone-{n}" for n in range(7)), "i8", "i7", "i6", "i1")
+    assert ids(world.ask("ana", 2)) == ["i5", "i9"]
+    world.user("bob", "i8", *(f"gone-{n}" for n in range(50)), "i7", "i6", "i1", offset=9)
+    assert ids(world.ask("bob", 2)) == ["i5", "i9"]
+    assert [size for size, _ in world.tower.asked] == [3, 3]
 
 
 def test_dislikes_are_seen_but_no_history(world: World) -> None:
@@ -319,6 +327,14 @@ def test_popularity_is_decayed_against_the_newest_bucket_and_ties_go_by_id() -> 
     assert popular.rank({}, bucket_s=10, half_life_s=10, limit=9) == []
 
 
+def test_a_popular_list_is_read_to_its_end_where_few_of_it_are_live(world: World) -> None:
+    world.clicked({1: {f"gone-{n}": 9_000 for n in range(95)} | {"i5": 3_000, "i7": 2_000, "i1": 1_000}})
+    for k in (1, 2, 3):
+        found = world.popular.ask(world.index, k, ())
+        assert [hit.item_id for hit in found.hits] == ["i5", "i7", "i1"][:k] and not found.why
+    assert world.popular.ask(world.index, 4, ()).why == "of 98 popular items 3 are live and unseen"
+
+
 def test_the_popular_list_refreshes_itself_and_recovers(world: World) -> None:
     world.popular.start()
     try:
@@ -328,7 +344,7 @@ def test_the_popular_list_refreshes_itself_and_recovers(world: World) -> None:
         while not world.popular.missing():
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        assert world.popular.ask(1, ()).hits[0].item_id == "i5"
+        assert world.popular.ask(world.index, 1, ()).hits[0].item_id == "i5"
         world.store.away = False
         while world.popular.missing():
             assert time.monotonic() < deadline
@@ -339,11 +355,11 @@ def test_the_popular_list_refreshes_itself_and_recovers(world: World) -> None:
 
 
 def test_a_popular_list_that_was_never_read_says_so(world: World) -> None:
-    assert world.popular.ask(3, ()).why == "the list was never read: not yet"
+    assert world.popular.ask(world.index, 3, ()).why == "the list was never read: not yet"
     assert world.popular.age_ms() == -1
     world.store.away = True
     world.popular.refresh()
-    assert "ConnectionError" in world.popular.ask(3, ()).why
+    assert "ConnectionError" in world.popular.ask(world.index, 3, ()).why
     assert world.popular.missing().startswith("there is no popular list")
 
 

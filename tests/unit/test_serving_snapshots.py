@@ -17,6 +17,7 @@ from index import snapshot
 from index.hnsw import HnswIndex
 from serving import replica
 from serving.replica import Replica
+from serving.share import ALL, Share
 from serving.snapshots import AGE_MS_MAX, KEPT_FILES, Snapshots
 
 D = 4
@@ -85,10 +86,13 @@ class Worker:
             data_dir=str(folder), kafka_bootstrap_servers="nowhere:9092", snapshot_interval_s=3_600
         )
         self.index = HnswIndex(D)
-        clock = more.get("clock", time.time)
-        self.snapshots = Snapshots(settings, BUNDLE, str(more.get("log_id", "c/t")), self.index, clock)  # type: ignore[arg-type]
+        clock, share = more.get("clock", time.time), more.get("share", ALL)
+        log_id = str(more.get("log_id", "c/t"))
+        self.snapshots = Snapshots(settings, BUNDLE, log_id, self.index, clock, share)  # type: ignore[arg-type]
         self.positions = self.snapshots.load()
-        self.replica = Replica(settings, "g1", self.index, connect=lambda: topic, positions=self.positions)
+        self.replica = Replica(
+            settings, "g1", self.index, connect=lambda: topic, positions=self.positions, share=share
+        )
         self.replica.start()
         self.snapshots.start(self.replica.positions)
         assert self.replica.wait_caught_up(10)
@@ -247,3 +251,63 @@ def test_old_generations_and_killed_writers_leave_no_heap(tmp_path: Path) -> Non
         "item-vectors.old4.snapshot", "other.item-vectors.g1.snapshot",
     ]  # fmt: skip
     assert KEPT_FILES == 3
+
+
+def test_each_shard_starts_from_a_snapshot_of_its_own(tmp_path: Path, topic: Topic) -> None:
+    shares = [Share(n, 3) for n in range(3)]
+    for share in (*shares, ALL):
+        Worker(tmp_path, topic, share=share).stop()
+    folder = tmp_path / "snapshots"
+    assert len({path.name for path in folder.iterdir()}) == 4
+    topic.put("new", unit(1))
+    topic.put("i3", None)
+    held, live = [], {*(f"i{n}" for n in range(8)), "new"} - {"i3"}
+    for share in shares:
+        worker = Worker(tmp_path, topic, share=share)
+        worker.stop()
+        assert worker.positions == {0: 8} and worker.replica.state().records == 2
+        assert worker.index.watermarks()[0].offset == 9, "records of other shards count as read"
+        assert all(share.holds(item_id) for item_id in worker.ids())
+        held += worker.ids()
+    assert sorted(held) == sorted(live)
+
+
+@pytest.mark.parametrize("other", [Share(2, 4), Share(1, 5), ALL])
+def test_a_snapshot_of_another_shard_or_count_is_refused(
+    tmp_path: Path, topic: Topic, other: Share, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine = Share(1, 4)
+    made = Worker(tmp_path, topic, share=other)
+    made.stop()
+    place = made.snapshots.path.with_name("item-vectors.g1.shard-1-of-4.snapshot")
+    made.snapshots.path.rename(place)
+    with caplog.at_level(logging.WARNING):
+        healed = Worker(tmp_path, topic, share=mine)
+    healed.stop()
+    reason = caplog.records[0].reason  # type: ignore[attr-defined]
+    assert f"part {other.name!r}, wanted is 'shard 1 of 4'" in reason
+    assert healed.positions is None and healed.ids() == {f"i{n}" for n in range(8) if mine.holds(f"i{n}")}
+
+
+def test_a_shard_leaves_the_files_of_others_alone(tmp_path: Path) -> None:
+    index = HnswIndex(D)
+    folder = tmp_path / "snapshots"
+    folder.mkdir()
+    others = [
+        f"item-vectors.{g}{part}.snapshot"
+        for g in "abcde"
+        for part in ("", ".shard-0-of-4", ".shard-11-of-12")
+    ]
+    own = [f"item-vectors.{g}.shard-1-of-{n}.snapshot" for n, g in enumerate("abcde", 2)]
+    for at, name in enumerate((*others, *own)):
+        (folder / name).touch()
+        os.utime(folder / name, (at, at))
+    settings = Settings(data_dir=str(tmp_path))
+    shard = Snapshots(settings, BUNDLE, "c/t", index, share=Share(1, 4))  # type: ignore[arg-type]
+    assert shard.write({0: 1})
+    left = {path.name for path in folder.iterdir()}
+    assert left == {*others, *own[-KEPT_FILES + 1 :], shard.path.name}
+    whole = Snapshots(settings, BUNDLE, "c/t", index)  # type: ignore[arg-type]
+    assert whole.write({0: 1})
+    gone = left - {path.name for path in folder.iterdir()}
+    assert gone == {f"item-vectors.{g}.snapshot" for g in "abc"}

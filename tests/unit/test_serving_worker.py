@@ -20,6 +20,7 @@ from eddyline.settings import Settings
 from index.exact import ExactIndex
 from serving import presence, replica
 from serving.replica import Replica, load_bundle
+from serving.share import Share
 
 D = 4
 ROOT = Path(__file__).resolve().parents[2]
@@ -220,6 +221,35 @@ def test_the_bundle_is_older_than_the_tail() -> None:
     assert [(hit.offset, hit.written_us) for hit in described if hit] == [(-1, 5_000), (7, 5_000)]
     assert index.apply([ItemRecord("b", 1, 7, 0, 0, None), ItemRecord("a", 0, 0, 0, 0, None)]) == 1
     assert index.describe(["a"]) == [None]
+    shares = [Share(n, 2) for n in range(2)]
+    held = [ExactIndex(D) for _ in shares]
+    for share, part in zip(shares, held, strict=True):
+        load_bundle(part, bundle, share)  # type: ignore[arg-type]
+        assert [hit is not None for hit in part.describe(["a", "b"])] == [*map(share.holds, ["a", "b"])]
+        assert part.watermarks().keys() == {0, 1}, "items of other shards count as read"
+    assert sum(part.stats().live for part in held) == 2
+
+
+def test_a_shard_skips_records_of_others_and_a_bad_one_of_its_own(log: Log) -> None:
+    share = Share(1, 2)
+    mine = [f"i{n}" for n in range(40) if share.holds(f"i{n}")][:4]
+    others = [f"i{n}" for n in range(40) if not share.holds(f"i{n}")][:4]
+    for n, item_id in enumerate([*mine, *others]):
+        log.put(0, item_id, n, unit(n))
+    log.put(0, mine[0], 10, 2 * unit(0))  # not of unit norm: refused, alone
+    log.put(0, mine[1], 11, None)
+    log.put(0, others[0], 12, 2 * unit(0))  # nobody's business here
+    log.put(0, others[1], 13, None)
+    index = ExactIndex(D)
+    made = Replica(SETTINGS, "g1", index, connect=log.connect, share=share)
+    made.start()
+    try:
+        assert made.wait_caught_up(10)
+        assert {hit.item_id for hit in index.query(unit(0), 99)} == {*mine} - {mine[1]}
+        assert index.watermarks()[0].offset == 13
+        assert (index.stats().tombstones, made.state().rejected, made.state().records) == (1, 1, 12)
+    finally:
+        made.close()
 
 
 def test_workers_announce_themselves_and_the_dead_are_forgotten(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""The coordinator: answers of all shards, as one worker with all items would give them."""

@@ -1,0 +1,241 @@
+"""The shards as a coordinator reaches them: who answers, who is away and when he is tried again.
+
+A shard that nobody answers for, that refuses, or that was late several times in a row is left out at once
+by every query, until a look at its `Stats` says that it is ready and is the one that it should be. Looks are
+made by one thread: often while all is well, with growing pauses at a shard that is away.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import grpc
+
+from eddyline.errors import SettingsError
+from serving.client import open_channel
+from serving.proto import retrieval_pb2 as pb
+from serving.proto import retrieval_pb2_grpc, shard_pb2, shard_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+SHARDS_MAX = 256
+# So often a shard that answers is looked at: what `Stats` tells is not older, and one that died is noticed.
+LOOK_S = 0.5
+LOOK_TIMEOUT_S = 0.5
+# The first pause before a shard that is away is looked at again; it doubles up to `backoff_ms_max`.
+PAUSE_S = 0.1
+# Late so often in a row, and queries stop waiting for it: a single late answer is chance, not a fault.
+LATE_MAX = 3
+# Calls under way at a time, besides one on each query's own thread: more would only wait for this machine.
+CALLS_MAX = 256
+DETAIL_CHARACTERS_MAX = 200
+CLOSE_S = 5.0
+_REASONS = {
+    grpc.StatusCode.DEADLINE_EXCEEDED: "late",
+    grpc.StatusCode.UNAVAILABLE: "away",
+    grpc.StatusCode.FAILED_PRECONDITION: "refused",
+    grpc.StatusCode.RESOURCE_EXHAUSTED: "busy",
+}
+
+
+class Why(NamedTuple):
+    """Why a shard gave no answer: the reason as in `MissingShard`, and one sentence."""
+
+    reason: str
+    detail: str
+
+
+def parse(text: str) -> list[str]:
+    """The addresses of `shard_addresses`, the first shard's first. Raises SettingsError."""
+    addresses = [part.strip() for part in text.split(",")] if text.strip() else []
+    if not 1 <= len(addresses) <= SHARDS_MAX:
+        raise SettingsError(
+            f"shard_addresses = {text!r}: {len(addresses)} addresses, allowed are 1 … {SHARDS_MAX}; "
+            "set EDDYLINE_SHARD_ADDRESSES to host:port of each shard's worker, in the order of their shards"
+        )
+    for address in addresses:
+        host, _, port = address.rpartition(":")
+        if not host or not (port.isascii() and port.isdigit() and 1 <= int(port) <= 65_535):
+            raise SettingsError(f"shard_addresses: {address!r} is not host:port")
+        if addresses.count(address) > 1:
+            raise SettingsError(f"shard_addresses: {address!r} is there twice")
+    return addresses
+
+
+class Connection:
+    """One shard. Thread rule: any thread."""
+
+    def __init__(self, number: int, count: int, address: str, generation: str, backoff_s_max: float) -> None:
+        """Connects at the first call; not used by queries until it was looked at."""
+        self.number, self.address = number, address
+        self.target = shard_pb2.Target(generation=generation, shard=number, shards=count)
+        self.last = pb.StatsResponse()
+        self.misses = 0
+        self.look_at = 0.0
+        self._backoff_s_max = backoff_s_max
+        self._pause_s = PAUSE_S
+        self._late = 0
+        self._why: Why | None = Why("away", "it was not looked at yet")
+        self._lock = threading.Lock()
+        # A shard that is back is found within half a second.
+        more = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.min_reconnect_backoff_ms", 100)]
+        self._channel = open_channel(address, more)
+        self._stub = shard_pb2_grpc.ShardStub(self._channel)  # type: ignore[no-untyped-call]
+        self._stats = retrieval_pb2_grpc.RetrievalStub(self._channel).Stats  # type: ignore[no-untyped-call]
+
+    @property
+    def why(self) -> Why | None:
+        """Why queries leave it out; None where they ask it."""
+        return self._why
+
+    def ask(self, request: shard_pb2.VectorsRequest | shard_pb2.CandidatesRequest, until: float) -> Any:
+        """The answer, by this time of the monotonic clock. Raises grpc.RpcError, TimeoutError."""
+        timeout_s = until - time.monotonic()
+        if timeout_s <= 0:
+            raise TimeoutError
+        call = self._stub.Vectors if isinstance(request, shard_pb2.VectorsRequest) else self._stub.Candidates
+        return call(request, timeout=timeout_s)
+
+    def answered(self) -> None:
+        """A query's call was answered."""
+        self._late = 0
+
+    def missed(self, error: Exception, timeout_s: float) -> Why:
+        """A query's call was not: why, and from now on without it where that is more than chance."""
+        why = why_of(error, timeout_s)
+        with self._lock:
+            self.misses += 1
+            self._late += why.reason == "late"
+            if why.reason != "busy" and (why.reason != "late" or self._late >= LATE_MAX):
+                if self._why is None:
+                    log.warning("a shard is left out", extra={"shard": self.number, "reason": why.detail})
+                self._why = why
+                self.look_at = 0.0
+        return why
+
+    def begin_look(self) -> Any:
+        """`Stats`, begun."""
+        return self._stats.future(pb.StatsRequest(), timeout=LOOK_TIMEOUT_S)
+
+    def end_look(self, call: Any) -> None:
+        """Take up what the look has found."""
+        try:
+            stats: pb.StatsResponse = call.result(timeout=2 * LOOK_TIMEOUT_S)
+            why = self._judged(stats)
+        except (grpc.RpcError, grpc.FutureTimeoutError) as error:
+            stats, why = self.last, why_of(error, LOOK_TIMEOUT_S)
+        with self._lock:
+            if self._why is not None and why is None:
+                log.info("a shard answers", extra={"shard": self.number, "address": self.address})
+            if why is None:
+                self._late = 0
+            self.last, self._why = stats, why
+            self._pause_s = PAUSE_S if why is None else min(2 * self._pause_s, self._backoff_s_max)
+            self.look_at = time.monotonic() + (LOOK_S if why is None else self._pause_s)
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        self._channel.close()
+
+    def _judged(self, stats: pb.StatsResponse) -> Why | None:
+        wanted, shards = self.target, max(1, stats.shards)
+        if not stats.ready:
+            return Why("away", "; ".join(stats.missing) or "it is not ready")
+        if (stats.shard, shards) != (wanted.shard, wanted.shards):
+            have = f"it holds shard {stats.shard} of {shards}"
+            return Why("refused", f"{have}, not shard {wanted.shard} of {wanted.shards}")
+        if stats.generation != wanted.generation:
+            return Why("refused", f"it has generation {stats.generation!r}, not {wanted.generation!r}")
+        return None
+
+
+class Shards:
+    """All shards of one generation, and the thread that looks at them. Thread rule: any thread."""
+
+    def __init__(
+        self, addresses: Sequence[str], generation: str, *, timeout_ms: int, backoff_ms_max: int,
+        threads: int, changed: Callable[[bool], None] = lambda _: None,
+    ) -> None:  # fmt: skip
+        """timeout_ms: of one call; changed: told whether any shard answers, first and whenever that changes.
+
+        threads: queries that are answered at a time; each asks all shards at once
+        """
+        backoff_s_max = max(PAUSE_S, backoff_ms_max / 1000)
+        self.all = [
+            Connection(number, len(addresses), address, generation, backoff_s_max)
+            for number, address in enumerate(addresses)
+        ]
+        self.timeout_s = timeout_ms / 1000
+        # Threads with blocking calls: gRPC's futures took twice the CPU and 1.6 times the time.
+        calls_max = max(1, min(CALLS_MAX, threads * (len(addresses) - 1)))
+        self.pool = ThreadPoolExecutor(calls_max, thread_name_prefix="shard")
+        self._changed = changed
+        self._told: bool | None = None
+        self._stop = threading.Event()
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="shards", daemon=True)
+
+    def start(self) -> None:
+        """Look at every shard once, then go on looking in the background."""
+        self.look()
+        self._thread.start()
+
+    def look(self) -> None:
+        """Look at every shard whose time has come."""
+        now = time.monotonic()
+        due = [(shard, shard.begin_look()) for shard in self.all if shard.look_at <= now]
+        for shard, call in due:
+            shard.end_look(call)
+        answering = self.answering
+        if answering != self._told:
+            self._told = answering
+            self._changed(answering)
+
+    def soon(self) -> None:
+        """Have the shards that just failed looked at now."""
+        self._wake.set()
+
+    @property
+    def answering(self) -> bool:
+        """Whether at least one shard answers."""
+        return any(shard.why is None for shard in self.all)
+
+    def close(self) -> None:
+        """Stop looking; let go of all connections."""
+        self._stop.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(CLOSE_S)
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        for shard in self.all:
+            shard.close()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            next_s = min(shard.look_at for shard in self.all) - time.monotonic()
+            self._wake.wait(max(0.01, next_s))
+            self._wake.clear()
+            try:
+                if not self._stop.is_set():
+                    self.look()
+            except Exception:  # without looks a shard that is back would stay left out
+                log.exception("a look at the shards failed")
+                self._stop.wait(PAUSE_S)
+
+
+def why_of(error: Exception, timeout_s: float) -> Why:
+    """What a call that raised this says of its shard."""
+    if isinstance(error, (grpc.FutureTimeoutError, TimeoutError)):
+        return Why("late", f"no answer within {timeout_s * 1000:.0f} ms")
+    code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
+    reason = _REASONS.get(code, "failed")
+    if reason == "late":
+        return Why(reason, f"no answer within {timeout_s * 1000:.0f} ms")
+    told = (error.details() if isinstance(error, grpc.Call) else str(error)) or code.name
+    detail = told if reason in ("away", "refused", "busy") else f"{code.name}: {told}"
+    return Why(reason, detail[:DETAIL_CHARACTERS_MAX])

@@ -1,0 +1,360 @@
+"""`eddyline refill`: what Kafka no longer has comes out of the archive; the state is the same to the bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import redis
+from kafka import KafkaAdminClient, TopicPartition
+
+from eddyline import events, generations, kafka
+from eddyline.archive import HOUR_MS, Archive
+from eddyline.cli import gaps, refill, slicing, state_replay
+from eddyline.cli import replay as sending
+from eddyline.cli.producers import now_ms
+from eddyline.demo import stage
+from eddyline.errors import EddylineError, LogMismatch
+from eddyline.events import KINDS, Click, Merge, UserProfile
+from eddyline.kafka import CLICKS, USERS
+from eddyline.settings import Settings
+from eddyline.slots import partition_of
+from eddyline.stores.memory import MemoryStore
+from eddyline.stores.redis import RedisStore
+from embeddings import bundle as bundles
+from streams import membership
+from streams.archive.consumer import Archiver
+
+pytestmark = pytest.mark.timeout(240)
+WANTED = (
+    "kafka_bootstrap_servers", "redis_url", "namespace", "data_dir", "bundle_dir", "clicks_partitions",
+    "items_partitions", "chunk_records_max", "dedupe_window_events", "archive_file_offsets",
+)  # fmt: skip
+
+
+@pytest.fixture
+def settings(fresh_settings: Settings, world: Any, bundle: Any) -> Settings:
+    folder, manifest = bundle
+    made = msgspec.structs.replace(
+        fresh_settings, bundle_dir=str(folder), chunk_records_max=64, dedupe_window_events=600,
+        archive_file_offsets=300,
+    )  # fmt: skip
+    kafka.ensure_topics(made)
+    generations.publish(made, manifest)
+    sending.send(made, world.items[:120])
+    return made
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    return os.environ | {f"EDDYLINE_{name.upper()}": str(getattr(settings, name)) for name in WANTED}
+
+
+def command(settings: Settings, *words: str) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, "-m", "eddyline", *words]
+    return subprocess.run(argv, env=environment(settings), capture_output=True, text=True, timeout=60)
+
+
+@contextmanager
+def ingesting(settings: Settings) -> Iterator[subprocess.Popen[str]]:
+    argv = [sys.executable, "-m", "eddyline", "ingest"]
+    child = subprocess.Popen(argv, env=environment(settings), stderr=subprocess.PIPE, text=True)
+    try:
+        yield child
+    finally:
+        child.terminate()
+        child.communicate(timeout=20)
+
+
+def applied(settings: Settings) -> None:
+    """Wait until ingest has applied all, what it forwards itself included."""
+    for _ in range(3):
+        stage.wait_until_applied(settings, lambda *_: None, timeout_s=30)
+        before = kafka.end_offsets(settings, CLICKS)
+        time.sleep(0.3)
+        if kafka.end_offsets(settings, CLICKS) == before:
+            return
+
+
+def archive_all(settings: Settings) -> None:
+    """Archive in this process until all is in files: by its clock the hour is over."""
+    member = membership.take(Path(settings.data_dir) / "archiver")
+    clock = lambda: now_ms() + 2 * HOUR_MS  # noqa: E731
+    archiver = Archiver(settings, Archive(settings), threading.Event(), member.name, clock)
+    deadline = time.monotonic() + 30
+
+    def done() -> bool:
+        assert time.monotonic() < deadline, "the archive did not catch up"
+        if len(archiver._consumer.assignment()) < 10 or not archiver.caught_up():
+            return False
+        archiver._complete_past_hours()
+        return True
+
+    try:
+        archiver.run_once(done)
+    finally:
+        member.close()
+
+
+def send_behaviour(
+    settings: Settings, items: list[str], seed: int, n: int = 1_200, forwarded: bool = False
+) -> None:
+    """Clicks of every kind: sent again, without an id, refused, in a wrong partition; visitors who log in."""
+    rng, producer = random.Random(seed), kafka.make_producer(settings, linger_ms=5)
+    start_ms, topic = now_ms() - 3_600_000, settings.prefixed(CLICKS)
+    for number in range(n):
+        user, draw = f"user-{rng.randrange(40)}", rng.random()
+        event_id = None if draw < 0.1 else f"{seed}-{number - rng.randrange(9) if draw < 0.3 else number}"
+        click = Click(
+            user_id=user, item_id=rng.choice(items), at_ms=start_ms + number * 1_000 - rng.randrange(5_000),
+            event_id=event_id, kind=rng.choice(KINDS), weight=rng.choice([1.0, 2.5]),
+            context={"page": number} if draw < 0.5 else None,
+        )  # fmt: skip
+        kafka.send_click(producer, settings, click)
+        if draw < 0.03:
+            producer.send(topic, b"{", key=user.encode())
+        if forwarded and draw < 0.03:
+            producer.send(topic, events.encode(click), partition=rng.randrange(4))
+        if forwarded and draw > 0.98:
+            into = f"user-{rng.randrange(40)}"
+            if into != user:
+                merge = Merge(user_id=user, merge_into=into, at_ms=click.at_ms)
+                kafka.send_merge(producer, settings, merge)
+    producer.flush(timeout=20)
+    producer.close(timeout=5)
+
+
+def send_profiles(settings: Settings, age: int) -> None:
+    producer = kafka.make_producer(settings)
+    for number in range(0, 40, 3):
+        profile = UserProfile(user_id=f"user-{number}", attributes={"age": age + number})
+        kafka.send_profile(producer, settings, profile)
+    producer.flush(timeout=10)
+    producer.close(timeout=5)
+
+
+def forget(settings: Settings, user: str) -> None:
+    producer = kafka.make_producer(settings)
+    kafka.send_forget(producer, settings, user).get(timeout=10)
+    producer.close(timeout=5)
+
+
+def retention(settings: Settings, share: float) -> dict[int, int]:
+    """Let Kafka remove this share of every partition's clicks; where the log begins now."""
+    topic = settings.prefixed(CLICKS)
+    begins = {p: round(end * share) for p, end in kafka.end_offsets(settings, CLICKS).items()}
+    admin = KafkaAdminClient(**kafka.client_options(settings))
+    try:
+        admin.delete_records({TopicPartition(topic, p): begin for p, begin in begins.items()})
+    finally:
+        admin.close()
+    assert kafka.beginning_offsets(settings, CLICKS) == begins
+    return begins
+
+
+def keys(settings: Settings) -> dict[bytes, bytes]:
+    with redis.Redis.from_url(settings.redis_url) as client:
+        return {key: client.dump(key) for key in client.scan_iter(match=f"{settings.namespace}:*", count=999)}
+
+
+def put_back(settings: Settings, copy: dict[bytes, bytes]) -> None:
+    """Redis as it was when the copy was taken; an empty copy is an emptied Redis."""
+    with redis.Redis.from_url(settings.redis_url) as client:
+        for key in client.scan_iter(match=f"{settings.namespace}:*", count=999):
+            client.delete(key)
+        for key, value in copy.items():
+            client.restore(key, 0, value)
+
+
+def truth(settings: Settings) -> state_replay.Replayed:
+    """The state that the topics give, by ingest's functions in memory, while Kafka still has all."""
+    towers, slices = bundles.load(settings.bundles / "1"), slicing.between(settings, "earliest", "latest")
+    return state_replay.replay(settings, MemoryStore(), slices, towers, 97)
+
+
+def state(settings: Settings, touched: state_replay.Replayed) -> str:
+    store = RedisStore(settings)
+    try:
+        return state_replay.state_hash(settings, store, touched, "1")
+    finally:
+        store.close()
+
+
+def replay_into_redis(settings: Settings) -> None:
+    towers, slices = bundles.load(settings.bundles / "1"), slicing.between(settings, "earliest", "latest")
+    store = RedisStore(settings)
+    try:
+        state_replay.replay(settings, store, slices, towers, 64)
+    finally:
+        store.close()
+
+
+def test_an_emptied_redis_is_filled_from_the_archive_to_the_same_bits(settings: Settings, world: Any) -> None:
+    items = [item.item_id for item in world.items[:110]]
+    with ingesting(settings):
+        send_profiles(settings, 20)
+        applied(settings)
+        send_behaviour(settings, items, seed=1, forwarded=True)
+        applied(settings)
+        send_profiles(settings, 50)
+        applied(settings)
+        send_behaviour(settings, items, seed=2)
+        applied(settings)
+        with pytest.raises(EddylineError, match="1 ingest processes"):
+            refill.run(settings, skip_lost=False)
+    touched, ends = truth(settings), kafka.end_offsets(settings, CLICKS)
+    assert touched.outcomes[CLICKS].forwarded > 20 and touched.outcomes[CLICKS].rejected > 20
+    assert touched.outcomes[CLICKS].duplicates > 50 and touched.outcomes[CLICKS].steps > 500
+    assert state(settings, touched) == touched.hash, "the live state is the topics'"
+    archive_all(settings)
+    # Nothing of what Kafka still has is to be forwarded: ingest would, as after any emptied Redis.
+    begins = retention(settings, 0.7)
+    put_back(settings, {})
+
+    with ingesting(settings) as refused:
+        _, told = refused.communicate(timeout=40)
+    assert refused.returncode == 3, told
+    assert "`eddyline refill`" in told
+    assert any(f"removed offsets 0 to {begin - 1}" in told for begin in begins.values())
+
+    class Killed(Exception):
+        pass
+
+    first = begins[0]
+    passed: list[int] = []
+
+    def kill(offsets: int) -> None:
+        passed.append(offsets)
+        if sum(passed) > first // 2:
+            raise Killed
+
+    store = RedisStore(settings)
+    try:  # a refill that is killed half-way
+        log = kafka.log_ids(settings, [CLICKS])[CLICKS]
+        found = gaps.find(settings, store, log)
+        assert (found[0].partition, found[0].first, found[0].last) == (0, 0, first - 1)
+        outside: Any = refill.Outside(forwarder=None)  # type: ignore[arg-type]
+        filling = refill.Filling(
+            settings, Archive(settings), store, bundles.load(settings.bundles / "1"), ["1"], outside
+        )
+        with pytest.raises(Killed):
+            filling.fill(found[0], kill)
+        users = store.fences(gaps.Source(CLICKS, 0), ["u0"])["u0"]
+        assert users is not None and first // 2 < users.offset < first, "the counts are further behind"
+    finally:
+        store.close()
+
+    done = command(settings, "refill")
+    assert done.returncode == 0, done.stderr
+    assert "0 sent on" in done.stdout and "refused" not in done.stdout and "sent again" not in done.stdout
+    assert "nothing is missing" in command(settings, "refill").stdout
+    with ingesting(settings):
+        applied(settings)
+    assert kafka.end_offsets(settings, CLICKS) == ends, "nothing was sent a second time"
+    assert state(settings, touched) == touched.hash, "lists, embeddings, windows, profiles, counters, fences"
+
+
+def test_an_older_copy_is_filled_and_who_was_forgotten_since_goes(settings: Settings, world: Any) -> None:
+    items = [item.item_id for item in world.items[:110]]
+    gone, partition = "user-3", partition_of("user-3", 4)
+    send_profiles(settings, 20)
+    send_behaviour(settings, items, seed=3, n=600)
+    replay_into_redis(settings)
+    older = keys(settings)
+    assert [key for key in older if b":h:user-3" in key or b":p:user-3" in key]
+    time.sleep(0.01)
+    forget(settings, gone)
+    time.sleep(0.01)
+    send_behaviour(settings, items, seed=4, n=600)
+    archive_all(settings)
+    others = truth(settings)
+    counted = sum(e.key == gone for e in Archive(settings).read(CLICKS))
+    retention(settings, 0.9)
+    put_back(settings, older)
+    refill.run(settings, skip_lost=False)
+    store = RedisStore(settings)
+    try:
+        mine = store.read_user(f"u{partition}", partition, gone, "1")
+        # What he did after the null record is his; the profile, and what he did before, are gone.
+        assert mine.profile == {} and len(mine.behaviour.entries) <= counted
+        with ingesting(settings):
+            applied(settings)
+        assert state_replay.state_hash(settings, store, others, "1") == others.hash
+    finally:
+        store.close()
+
+
+def test_what_the_archive_lacks_is_named_and_given_up_only_when_asked(
+    settings: Settings, world: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    items = [item.item_id for item in world.items[:110]]
+    send_behaviour(settings, items, seed=5, n=400, forwarded=True)
+    archive_all(settings)
+    ends = kafka.end_offsets(settings, CLICKS)
+    send_behaviour(settings, items, seed=6, n=400)
+    begins = retention(settings, 0.9)
+    with pytest.raises(LogMismatch) as refused:
+        refill.run(settings, skip_lost=False)
+    for p in range(4):
+        assert f"clicks/{p} offsets {ends[p]} to {begins[p] - 1}" in str(refused.value)
+    assert "Nothing was applied" in str(refused.value) and keys(settings).keys() == {
+        f"{settings.namespace}:layout".encode()
+    }
+    before = kafka.end_offsets(settings, CLICKS)
+    refill.run(settings, skip_lost=True)
+    # No ingest was ever here, so nothing that a merge moves has been sent on: this time it is.
+    sent = sum(kafka.end_offsets(settings, CLICKS).values()) - sum(before.values())
+    assert sent > 5 and f"of merges: {sent} sent on, 0 that lie" in capsys.readouterr().out
+    store = RedisStore(settings)
+    try:
+        assert gaps.find(settings, store, kafka.log_ids(settings, [CLICKS])[CLICKS]) == []
+        rows = sum(1 for _ in Archive(settings).read(CLICKS))
+        window = sum(len(store.read_slot(f"u{p}", gaps.Source(CLICKS, p)).accepted) for p in range(4))
+        assert 0 < window <= rows
+    finally:
+        store.close()
+
+
+def test_a_first_start_on_an_old_topic_is_refused_until_it_is_accepted(
+    settings: Settings, world: Any
+) -> None:
+    items = [item.item_id for item in world.items[:110]]
+    send_behaviour(settings, items, seed=7, n=300)
+    begins = retention(settings, 0.5)
+    lacks = command(settings, "refill")
+    assert lacks.returncode == 3 and f"clicks/0 offsets 0 to {begins[0] - 1}" in lacks.stderr
+    accepted = command(settings, "accept-log", "--yes", "--skip-lost")
+    assert accepted.returncode == 0, accepted.stderr
+    assert f"given up: clicks/0 offsets 0 to {begins[0] - 1}" in accepted.stdout
+    with ingesting(settings) as child:
+        applied(settings)
+        # Now it is running, is held up, and retention overtakes it.
+        child.send_signal(signal.SIGSTOP)
+        send_behaviour(settings, items, seed=8, n=50)
+        send_behaviour(settings, items, seed=9, n=300)
+        retention(settings, 1.0)
+        child.send_signal(signal.SIGCONT)
+        _, told = child.communicate(timeout=40)
+    assert child.returncode == 3 and "Kafka's retention removed offsets" in told
+
+
+def test_an_archive_of_another_log_is_refused(
+    settings: Settings, world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send_behaviour(settings, [world.items[0].item_id], seed=10, n=100)
+    archive_all(settings)
+    retention(settings, 1.0)
+    monkeypatch.setattr(Archive, "log_id", lambda *_: None)
+    with pytest.raises(LogMismatch, match="is not of this log"):
+        refill.run(settings, skip_lost=False)
+    assert USERS == "users"

@@ -1,0 +1,398 @@
+"""The oracle: the state that the topics give, whatever happened on the way; all of it is compared with Redis.
+
+`Topics.read` reads clicks, items, users, dead letters and item vectors to their ends. `truth` applies the
+first three, in chunks of another size than ingest's, through ingest's own functions to a store in memory.
+`differences` then compares every fence, event-id window, list, embedding, profile, count and card, the last
+record of every item in the item vectors, every dead letter, and looks for keys that should not be there. The
+popularity counts are also made once more by hand, event by event.
+
+A store in memory and chunks of 97 have their own tests against Redis; what the oracle does not share with a
+running system are its processes, its scripts, its retries and its faults.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+from kafka import KafkaConsumer, TopicPartition
+
+from eddyline import events, kafka, start
+from eddyline.errors import Rejected
+from eddyline.events import Click
+from eddyline.ports import Fence, Source, UserRead
+from eddyline.records import ItemRecord, decode_record
+from eddyline.settings import Settings
+from eddyline.slots import partition_of
+from eddyline.stores import connect
+from eddyline.stores.memory import MemoryStore
+from eddyline.stores.redis import RedisStore
+from embeddings import bundle as bundles
+from embeddings.bundle import Bundle
+from streams import clicks, items, users
+from streams.chunk import Record
+from streams.clicks import ClickIngest
+from streams.items import ItemIngest
+from streams.micro_steps import MicroSteps
+from streams.positions import Positions
+from streams.users import UserIngest
+
+# Not a divisor of ingest's 256, so that no chunk of the oracle's ends where one of ingest's does.
+CHUNK = 97
+# Users in one read. Event ids go all at once: a store may have to read its whole window for any of them.
+AT_A_TIME = 500
+# More than any bucket of popularity counts holds.
+ALL = 2**31 - 1
+READ_S = 180.0
+
+
+@dataclass
+class Topics:
+    """Every committed record of a namespace, by topic, sorted by partition and offset.
+
+    logs: which log each source topic is
+    """
+
+    records: dict[str, list[Any]]
+    logs: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, settings: Settings, generation: str = "1", timeout_s: float = READ_S) -> Topics:
+        """Read them all. Raises KafkaUnavailable, and TimeoutError where an end is not reached."""
+        names = [*kafka.SOURCES, kafka.DEAD_LETTERS, kafka.item_vectors(generation)]
+        found = {name: read_all(settings, name, timeout_s) for name in names}
+        return cls(found, kafka.log_ids(settings, kafka.SOURCES))
+
+    def by_partition(self, name: str) -> dict[int, list[Any]]:
+        """The records of one topic, oldest first."""
+        parts: dict[int, list[Any]] = {}
+        for record in self.records[name]:
+            parts.setdefault(record.partition, []).append(record)
+        return parts
+
+
+@dataclass
+class Truth:
+    """What the topics say.
+
+    published: item id -> the last record that workers should have of it
+    refused:   `topic/partition/offset` -> reason, of every record that is no event
+    """
+
+    store: MemoryStore = field(default_factory=MemoryStore)
+    published: dict[str, ItemRecord] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+    # The ports to Kafka, as ingest's functions need them.
+
+    def put(self, record: Record, rejected: Rejected) -> None:
+        self.refused[f"{record.topic}/{record.partition}/{record.offset}"] = rejected.reason
+
+    def forward(self, record: Record, key: bytes, value: bytes, partition: int) -> None:
+        """What ingest forwarded lies in the topic, and counts there."""
+
+    def flush(self) -> None:
+        """Nothing waits."""
+
+    def open(self, partition: int) -> None:
+        """There is no other writer."""
+
+    def publish(self, partition: int, records: Sequence[ItemRecord]) -> None:
+        self.published.update({record.item_id: record for record in records})
+
+
+def read_all(settings: Settings, name: str, timeout_s: float = READ_S) -> list[Any]:
+    """Every committed record of a topic, by partition and offset."""
+    topic = settings.prefixed(name)
+    consumer = KafkaConsumer(
+        **kafka.client_options(settings), group_id=None, isolation_level="read_committed",
+        max_poll_records=5_000, max_partition_fetch_bytes=4 * 1024 * 1024,
+    )  # fmt: skip
+    try:
+        at = [TopicPartition(topic, p) for p in consumer.partitions_for_topic(topic) or ()]
+        consumer.assign(at)
+        consumer.seek_to_beginning(*at)
+        ends, records = consumer.end_offsets(at), []
+        deadline = time.monotonic() + timeout_s
+        while any(consumer.position(p) < end for p, end in ends.items()):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{topic} could not be read to its end in {timeout_s:.0f} s")
+            records += [r for batch in consumer.poll(timeout_ms=200).values() for r in batch]
+        return sorted(records, key=lambda r: (r.partition, r.offset))
+    finally:
+        consumer.close()
+
+
+def truth(settings: Settings, topics: Topics, towers: Bundle, chunk: int = CHUNK) -> Truth:
+    """Apply the topics to an empty store in memory, `chunk` records at a time.
+
+    Users come before clicks. That is exact where no user whose clicks take micro-steps has a profile that
+    changes: between two topics there is no order that a second reading would find again.
+    """
+    told = Truth()
+
+    def at(name: str, sources_of: Any) -> Positions:
+        positions = Positions(told.store, settings.prefixed(name), sources_of, lambda: topics.logs[name])
+        ends = {p: (0, part[-1].offset + 1) for p, part in topics.by_partition(name).items()}
+        positions.open(ends)
+        return positions
+
+    of_clicks = at(kafka.CLICKS, lambda p: clicks.sources(settings, p))
+    of_users = at(kafka.USERS, lambda p: users.sources(settings, p))
+    of_items = at(kafka.ITEMS, lambda p: items.sources(settings, towers.generation, p))
+    by_clicks = ClickIngest(settings, told.store, of_clicks, told, told, MicroSteps(towers))
+    ingests: dict[str, Any] = {
+        kafka.ITEMS: ItemIngest(settings, told.store, of_items, told, told, towers, lambda: 0),
+        kafka.USERS: UserIngest(settings, told.store, of_users, told, [towers.generation]),
+        kafka.CLICKS: by_clicks,
+    }
+    for name, ingest in ingests.items():
+        for partition, records in topics.by_partition(name).items():
+            for first in range(0, len(records), chunk):
+                ingest.ingest(partition, records[first : first + chunk], read_us=0)
+            if name == kafka.CLICKS:
+                by_clicks.count(partition)
+    return told
+
+
+def counted_plainly(settings: Settings, topics: Topics) -> dict[int, dict[str, int]]:
+    """Popularity by bucket and item, counted event by event without any of ingest's functions."""
+    buckets: dict[int, dict[str, int]] = {}
+    for partition, records in topics.by_partition(kafka.CLICKS).items():
+        accepted_at: dict[str, int] = {}
+        for record in records:
+            try:
+                event = events.decode_behaviour(
+                    record.value, appended_ms=record.timestamp, far_future_ms_max=settings.far_future_ms_max
+                )
+            except Rejected:
+                continue
+            if partition_of(event.user_id, settings.clicks_partitions) != partition:
+                continue
+            if (event_id := event.event_id) is not None:
+                before = accepted_at.get(event_id)
+                if before is not None and record.offset - before <= settings.dedupe_window_events:
+                    continue
+                accepted_at[event_id] = record.offset
+            if not isinstance(event, Click) or "eddyline.moved" in (event.context or {}):
+                continue
+            if more := round(1_000 * event.weight * settings.kind_weights[event.kind]):
+                bucket = buckets.setdefault(event.at_ms // (1_000 * settings.popular_bucket_s), {})
+                bucket[event.item_id] = bucket.get(event.item_id, 0) + more
+    return buckets
+
+
+@dataclass
+class Compared:
+    """What was compared, in numbers, and what differs, in sentences that name the key."""
+
+    differences: list[str] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def same(self, what: str, key: object, have: object, want: object) -> None:
+        """Note one comparison."""
+        self.counts[what] = self.counts.get(what, 0) + 1
+        if have != want:
+            self.differences.append(f"{what} {key}: Redis has {_short(have)}, the topic gives {_short(want)}")
+
+    def same_maps(self, what: str, where: str, have: Mapping[Any, Any], want: Mapping[Any, Any]) -> None:
+        """Compare two maps, key by key, in both directions."""
+        for key in sorted(have.keys() | want.keys(), key=str):
+            self.same(what, f"{where}:{key}" if where else key, have.get(key), want.get(key))
+
+
+def compare(settings: Settings, generation: str = "1", chunk: int = CHUNK) -> Compared:
+    """Read the topics, recompute everything, and compare all of it with what Redis and Kafka hold."""
+    topics = Topics.read(settings, generation)
+    towers = bundles.load(settings.bundles / generation)
+    return differences(settings, topics, truth(settings, topics, towers, chunk), generation)
+
+
+def differences(settings: Settings, topics: Topics, told: Truth, generation: str = "1") -> Compared:
+    """Compare all that ingest wrote with the truth."""
+    found, real = Compared(), RedisStore(settings)
+    try:
+        names = _Names.of(settings, topics, told)
+        _fences(settings, generation, real, told.store, found)
+        for partition in range(settings.clicks_partitions):
+            _users(settings, partition, names, generation, (real, told.store), found)
+        for slot in (f"i{shard}" for shard in range(settings.item_slots)):
+            have, want = real.popular(slot, ALL), told.store.popular(slot, ALL)
+            found.same_maps("bucket", slot, {b: len(n) for b, n in have.items()}, _sizes(want))
+            for bucket in have.keys() & want.keys():
+                found.same_maps("count", f"{slot}:{bucket}", have[bucket], want[bucket])
+        if settings.item_slots == 1:
+            plain, have = counted_plainly(settings, topics), real.popular("i0", ALL)
+            for bucket in plain.keys() & have.keys():
+                found.same_maps("count by hand", bucket, have[bucket], plain[bucket])
+        ids = sorted(names.items)
+        found.same_maps(
+            "card", "",
+            real.read_cards(ids, settings.item_slots), told.store.read_cards(ids, settings.item_slots),
+        )  # fmt: skip
+        if (stored := real.layout()) is not None:  # of an emptied Redis the next start of an ingest writes it
+            found.same("layout", "", stored, start.layout(settings))
+    finally:
+        real.close()
+    _keys(settings, told, generation, found)
+    _vectors(topics.records[kafka.item_vectors(generation)], told, found)
+    letters = {record.key.decode(): _reason(record) for record in topics.records[kafka.DEAD_LETTERS]}
+    found.same_maps("dead letter", "", letters, told.refused)
+    return found
+
+
+@dataclass
+class _Names:
+    """Every id that a topic names, by the partition of clicks whose slot it belongs to."""
+
+    users: dict[int, set[str]]
+    events: dict[int, set[str]]
+    items: set[str]
+
+    @classmethod
+    def of(cls, settings: Settings, topics: Topics, told: Truth) -> _Names:
+        n = settings.clicks_partitions
+        names = cls({p: set() for p in range(n)}, {p: set() for p in range(n)}, set())
+        for record in topics.records[kafka.CLICKS]:
+            try:
+                event = msgspec.json.decode(record.value or b"null")
+            except msgspec.DecodeError:
+                continue
+            if not isinstance(event, dict):
+                continue
+            if isinstance(user := event.get("user_id"), str):
+                names.users[partition_of(user, n)].add(user)
+            if isinstance(event_id := event.get("event_id"), str):
+                names.events[record.partition].add(event_id)
+        for record in topics.records[kafka.USERS]:
+            user = record.key.decode()
+            names.users[partition_of(user, n)].add(user)
+        names.items |= {record.key.decode() for record in topics.records[kafka.ITEMS] if record.key}
+        return names
+
+
+def _fences(
+    settings: Settings, generation: str, real: RedisStore, told: MemoryStore, found: Compared
+) -> None:
+    parts = [(kafka.CLICKS, clicks.sources, settings.clicks_partitions)]
+    parts += [(kafka.USERS, users.sources, settings.clicks_partitions)]
+    parts += [(kafka.ITEMS, lambda s, p: items.sources(s, generation, p), settings.items_partitions)]
+    for _name, sources_of, partitions in parts:
+        for partition in range(partitions):
+            for source, slots in sources_of(settings, partition).items():
+                have, want = real.fences(source, slots), told.fences(source, slots)
+                for slot in slots:
+                    key = f"{slot}:{source.name}:{source.partition}"
+                    found.same("fence", key, _shown(have[slot]), _shown(want[slot]))
+
+
+def _users(
+    settings: Settings, partition: int, names: _Names, generation: str,
+    stores: tuple[RedisStore, MemoryStore], found: Compared,
+) -> None:  # fmt: skip
+    slot, source = f"u{partition}", Source(kafka.CLICKS, partition)
+    fence = stores[1].fences(source, [slot])[slot]
+    # Ids that lie lower can no longer be met; when they leave depends on where chunks end.
+    floor = 0 if fence is None else fence.offset + 1 - settings.dedupe_window_events
+    windows = [
+        s.read_users(slot, source, sorted(names.events[partition]), [], "").accepted_at for s in stores
+    ]
+    kept = ({e: at for e, at in one.items() if at >= floor} for one in windows)
+    found.same_maps("event id", slot, *kept)
+    for ids in _some(names.users[partition]):
+        reads: list[UserRead] = [s.read_users(slot, source, [], ids, generation) for s in stores]
+        have, want = reads
+        # When ingest read an event is a stamp of this run, not of the log.
+        lists = [
+            {u: msgspec.structs.replace(b, read_us=0) for u, b in one.behaviours.items()} for one in reads
+        ]
+        found.same_maps("list", slot, *lists)
+        found.same_maps("embedding", f"{slot}:{generation}", have.embeddings, want.embeddings)
+        found.same_maps("profile", slot, have.profiles, want.profiles)
+        found.counts["list entry"] = found.counts.get("list entry", 0) + sum(
+            len(b.entries) for b in lists[1].values()
+        )
+
+
+# The key schema at the top of `eddyline/stores/redis.py`: the layout, a fence, what is behind a slot's tag.
+_KEY = re.compile(
+    r"(?:(?P<layout>layout)|fence:\{(?P<fence>[ui]\d+)\}:[^:]+:\d+|\{(?P<slot>[ui]\d+)\}:"
+    r"(?:(?P<whole>window|buckets)|popular:(?P<bucket>\d+)|(?P<kind>[hopc]):(?P<id>.+)"
+    r"|e:(?P<generation>[^:]+):(?P<learner>.+)))",
+    re.DOTALL,
+)
+
+
+def _keys(settings: Settings, told: Truth, generation: str, found: Compared) -> None:
+    """Every key has to be one that the truth has; a kind that is not known is a difference."""
+    state = told.store.snapshot()
+    prefix = f"{settings.namespace}:" if settings.namespace else ""
+    lists = {f"{slot}:{user}" for slot, user in state.behaviours}
+    known = {
+        "h": lists,
+        "o": lists,
+        "p": {f"{slot}:{user}" for slot, user in state.profiles},
+        "c": set(state.cards),
+        f"e:{generation}": {f"{slot}:{user}" for slot, gen, user in state.embeddings if gen == generation},
+    }
+    client = connect.client(settings, timeout_ms=30_000)
+    try:
+        for raw in client.scan_iter(match=f"{prefix}*", count=1_000):
+            key = raw.decode().removeprefix(prefix)
+            parts = _KEY.fullmatch(key)
+            found.counts["key"] = found.counts.get("key", 0) + 1
+            if parts is None:
+                found.differences.append(f"key {key}: of a kind that the oracle does not know")
+            elif parts["kind"] or parts["generation"]:
+                kind = parts["kind"] or f"e:{parts['generation']}"
+                if f"{parts['slot']}:{parts['id'] or parts['learner']}" not in known.get(kind, ()):
+                    found.differences.append(f"key {key}: Redis has it, the topic does not give it")
+            elif parts["bucket"] and int(parts["bucket"]) not in state.buckets.get(parts["slot"], {}):
+                found.differences.append(f"key {key}: Redis has it, the topic does not give it")
+    finally:
+        client.close()
+
+
+def _vectors(records: Iterable[Any], told: Truth, found: Compared) -> None:
+    """The last record of every item, to the bit; when it was written is a stamp of this run."""
+    last: dict[str, ItemRecord] = {}
+    for record in records:
+        made = decode_record(record.key, record.value)
+        last[made.item_id] = made
+    found.same_maps(
+        "item vector", "",
+        {i: _bits(r) for i, r in last.items()}, {i: _bits(r) for i, r in told.published.items()},
+    )  # fmt: skip
+
+
+def _bits(record: ItemRecord) -> tuple[Any, ...]:
+    vector = None if record.vector is None else np.ascontiguousarray(record.vector, "<f4").tobytes()
+    return record.partition, record.offset, record.at_ms, vector, record.attributes
+
+
+def _reason(record: Any) -> str:
+    return dict(record.headers).get("reason", b"").decode()
+
+
+def _sizes(buckets: Mapping[int, Mapping[str, int]]) -> dict[int, int]:
+    return {bucket: len(counted) for bucket, counted in buckets.items()}
+
+
+def _shown(fence: Fence | None) -> str:
+    return str(fence or "")
+
+
+def _some(ids: Iterable[str]) -> Iterator[list[str]]:
+    ordered = sorted(ids)
+    for first in range(0, len(ordered), AT_A_TIME):
+        yield ordered[first : first + AT_A_TIME]
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 300 else f"{text[:200]} … {text[-99:]}"
