@@ -123,13 +123,15 @@ def under_updates(index: LiveIndex, world: World, main_at_work: bool) -> tuple[l
 
     before = index.stats().rebuilds
     threads = [threading.Thread(target=work, daemon=True) for work in (write, rebuild)]
-    for thread in threads if main_at_work else threads[:1]:
+    threads = threads if main_at_work else threads[:1]
+    for thread in threads:
         thread.start()
     took = timed(index, world.queries, SECONDS)
     rebuilds = index.stats().rebuilds - before
     stop.set()
-    threads[0].join(TIMEOUT_S)
-    index.close()
+    index.close()  # a rebuild in progress is given up
+    for thread in threads:  # none may be in a library when the process ends
+        thread.join(TIMEOUT_S)
     return took, applied / SECONDS, rebuilds
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from eddyline.records import ItemRecord
 from index.filters import Filter, matches
 from index.port import (
+    Found,
     Hit,
     IndexStats,
     Vector,
@@ -41,7 +42,7 @@ class ExactIndex:
         """The length of every vector."""
         return self._dimension
 
-    def apply(self, records: Sequence[ItemRecord]) -> int:
+    def apply(self, records: Sequence[ItemRecord], others: Sequence[ItemRecord] = ()) -> int:
         """See `Index.apply`."""
         with self._lock:
             try:
@@ -55,7 +56,7 @@ class ExactIndex:
                 if before is None or record.offset > before.offset:
                     self._records[item_id] = record
                     counted += 1
-            self._watermarks = watermarks_after(self._watermarks, records)
+            self._watermarks = watermarks_after(self._watermarks, [*records, *others])
             self._applied += counted
             self._ignored += len(records) - counted
             return counted
@@ -82,6 +83,12 @@ class ExactIndex:
             if record.vector is not None
         ]
         return sorted(scored, key=lambda hit: (-hit.score, hit.item_id))[: max(k, 0)]
+
+    def find(
+        self, vector: Vector, k: int, exclude: Collection[str] = (), asked: Filter | None = None
+    ) -> Found:
+        """See `Index.find`."""
+        return Found.of(self.query(vector, k, exclude, asked))
 
     def vectors_of(self, item_ids: Sequence[str]) -> Vector:
         """See `Index.vectors_of`."""

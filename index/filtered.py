@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 import numpy as np
 
 from index.columns import Mask
 from index.filters import Filter
-from index.port import Hit, Vector
+from index.port import Found, Vector
 from index.rows import Ints, slack
 from index.state import FRESH_SHARE_MAX, State
 
@@ -23,10 +23,10 @@ GATHER_SHARE_MAX = 0.25
 
 def kept(state: State, asked: Filter) -> Mask:
     """bool (count,): the rows of live items that pass; lists of denied ids are the caller's."""
-    mask = state.columns.mask(asked, state.count)
-    mask &= state.table.died_at[: state.count] > state.seq
+    mask = state.columns.mask(asked, state.used)
+    mask &= state.table.died_at[: state.used] > state.seq
     if asked.allow is not None:
-        labels = state.table.labels[: state.count]
+        labels = state.table.labels[: state.used]
         wanted = [label for name in asked.allow if (label := state.label_of.get(name)) is not None]
         allowed = np.zeros(max(len(state.row_of), max(wanted, default=0) + 1), bool)
         allowed[wanted] = True
@@ -34,28 +34,26 @@ def kept(state: State, asked: Filter) -> Mask:
     return mask
 
 
-def passing(state: State, rows: Sequence[int], asked: Filter) -> list[int]:
-    """The rows, −1 in the place of one that does not pass."""
-    at = np.array(rows, np.int64)
-    found = at >= 0
-    found[found] = state.columns.passing(asked, at[found])
+def passing(state: State, rows: Ints, asked: Filter) -> Ints:
+    """The rows, −1 in the place of one that is −1 or does not pass."""
+    found = rows >= 0
+    found[found] = state.columns.passing(asked, rows[found])
     ids, labels = state.ids, state.table.labels
-    return [
-        row if ok and _listed(ids[labels[row]], asked) else -1
-        for row, ok in zip(rows, found.tolist(), strict=True)
-    ]
+    for at in np.flatnonzero(found).tolist():
+        found[at] = _listed(ids[labels[rows[at]]], asked)
+    return np.where(found, rows, -1)
 
 
 def query(
     state: State, vector: Vector, k: int, left_out: Collection[str], asked: Filter, breadth: int
-) -> list[Hit]:
+) -> Found:
     """The k best items that pass. breadth: of the search of the graph, 0 for an exact scan."""
     mask = kept(state, asked)
     n = int(np.count_nonzero(mask))
     left_out = frozenset(left_out) | asked.deny
     wanted = min(k, n)
     if wanted == 0:
-        return []
+        return Found.of(())
     if breadth and asked.allow is None and state.main is not None:
         need = wanted + len(left_out)
         fetch = max(breadth, int(SPARE * need * state.live / n))
@@ -68,45 +66,31 @@ def query(
 
 def _by_graph(
     state: State, vector: Vector, wanted: int, left_out: Collection[str], asked: Filter, fetch: int
-) -> list[Hit] | None:
-    """By graph and fresh buffer, candidates that do not pass left out; None where too few are left."""
-    assert state.main is not None
-    if state.fresh_count > FRESH_SHARE_MAX * state.count:
+) -> Found | None:
+    """By graphs and fresh buffer, candidates that do not pass left out; None where too few are left."""
+    if state.fresh_count > FRESH_SHARE_MAX * state.used:
         return None
-    labels = state.main.search(vector, fetch)
-    if labels is None:
-        return None
-    labels = labels[state.fresh_since[labels] > state.seq]
-    of_fresh = state.fresh.labels[: state.fresh_count]
-    passes = _pass(state, state.row_of[of_fresh], asked)
     need = wanted + len(left_out)
-    fresh = of_fresh[state.fresh.scan(vector, state.fresh_count, state.seq, need, passes)]
-    rows = state.row_of[labels]
-    rows = np.concatenate((rows[_pass(state, rows, asked)], state.row_of[fresh]))
-    hits = state.best(rows[rows >= 0], vector, wanted, left_out)
-    return hits if len(hits) == wanted else None
+    near = state.candidates(vector, need, fetch, lambda rows: state.columns.passing(asked, rows))
+    if near is None:
+        return None
+    found = state.ranked(near, vector, wanted, left_out)
+    return found if len(found) == wanted else None
 
 
 def _by_scan(
     state: State, vector: Vector, mask: Mask, n: int, wanted: int, left_out: Collection[str]
-) -> list[Hit]:
+) -> Found:
     """Exact: every row that is kept."""
-    if n > GATHER_SHARE_MAX * state.count:
-        rows = state.table.scan(vector, state.count, state.seq, wanted + len(left_out), mask)
+    if n > GATHER_SHARE_MAX * state.used:
+        rows = state.table.scan(vector, state.used, state.seq, wanted + len(left_out), mask)
     else:
         rows = np.flatnonzero(mask)
         need = wanted + len(left_out)
         if need < n:
-            scores = state.table.vectors[rows] @ vector
+            scores = state.table.gather(rows) @ vector
             rows = rows[scores >= np.partition(scores, n - need)[n - need] - slack(vector)]
     return state.best(rows, vector, wanted, left_out)
-
-
-def _pass(state: State, rows: Ints, asked: Filter) -> Mask:
-    """Which rows pass what is asked of columns; −1 never does."""
-    found: Mask = rows >= 0
-    found[found] = state.columns.passing(asked, rows[found])
-    return found
 
 
 def _listed(item_id: str, asked: Filter) -> bool:

@@ -15,10 +15,10 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, NamedTuple
 
-from index.port import Hit, Recall, Vector
+from index.port import Found, Recall, Vector
 from index.state import State
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Shadow(NamedTuple):
     vector: Vector
     wanted: int
     left_out: Collection[str]
-    hits: Sequence[Hit]
+    found: Found
     epoch: int
 
 
@@ -103,16 +103,16 @@ class RecallGuard:
         index.guard = self
 
     def offer(
-        self, state: State, vector: Vector, wanted: int, left_out: Collection[str], hits: Sequence[Hit]
+        self, state: State, vector: Vector, wanted: int, left_out: Collection[str], found: Found
     ) -> None:
         """Perhaps compare one query that was just answered, later; see `LiveIndex.query`."""
-        if self._draw() >= self._share or not hits:
+        if self._draw() >= self._share or not len(found):
             return
         if self._clock() < self._not_before or self._stop.is_set() or not self._busy.acquire(blocking=False):
             self._skipped += 1
             return
         # Who holds `busy` is alone here until the thread lets go of it.
-        self._job = Shadow(state, vector.copy(), wanted, left_out, hits, self._epoch)
+        self._job = Shadow(state, vector.copy(), wanted, left_out, found, self._epoch)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="recall-guard", daemon=True)
             self._thread.start()
@@ -159,17 +159,17 @@ class RecallGuard:
         # An answer from before the last step says nothing about what is now.
         if self._awaited is not None or job.epoch != self._epoch:
             return
-        found, exact = job.hits, job.hits
+        found, exact = job.found, job.found
         if self._index.exact_only:
             breadth = self._index.breadth
             # A search that finds too little is answered by the scan, and so is none the worse.
-            found = job.state.search(job.vector, job.wanted, job.left_out, breadth) or job.hits
+            found = job.state.search(job.vector, job.wanted, job.left_out, breadth) or job.found
         else:
             exact = job.state.scan(job.vector, job.wanted, job.left_out)
         self._shadowed += 1
-        if exact:
+        if len(exact):
             # By scores, not by names: of equal ones any is right.
-            good = sum(hit.score >= exact[-1].score for hit in found)
+            good = int((found.scores >= exact.scores[-1]).sum())
             self._window.append((min(1.0, good / len(exact)), len(exact)))
             self._judge(job.wanted + len(job.left_out))
 

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 import hnswlib
 import numpy as np
 
+from index.graphs import Main
 from index.live import LiveIndex
 from index.port import Vector
 from index.rows import Ints
-from index.state import Main
 
 # About 100 ms of building at a time; between two pieces a rebuild can be given up.
 PIECE = 512
@@ -50,7 +50,8 @@ class HnswMain:
         except RuntimeError:
             # "Cannot return the results in a contiguous 2D array": some nodes cannot be reached.
             return None
-        found: Ints = labels[0].astype(np.int64)
+        # hnswlib's numbers are unsigned; a view of them costs nothing.
+        found: Ints = labels[0].view(np.int64)
         return found
 
 
@@ -102,7 +103,11 @@ class HnswIndex(LiveIndex):
         ef: int = 200,
         exact_below: int = 12_000,
         fresh_max: int = 4_096,
+        tier_above: int = 0,
     ) -> None:
-        """m, ef_construction, ef: hnswlib's; exact_below, fresh_max: see `LiveIndex`."""
+        """m, ef_construction, ef: hnswlib's; exact_below, fresh_max, tier_above: see `LiveIndex`."""
         main = Hnswlib(m=m, ef_construction=ef_construction, ef=ef)
-        super().__init__(dimension, main.build, breadth=ef, exact_below=exact_below, fresh_max=fresh_max)
+        super().__init__(
+            dimension, main.build, breadth=ef, exact_below=exact_below, fresh_max=fresh_max,
+            tier_above=tier_above,
+        )  # fmt: skip

@@ -5,26 +5,26 @@ one assignment. The main graph is never mutated once published: an item that is 
 the gate since the graph was built, goes to the fresh buffer, which every query scans exactly; one that
 turned less stays where the graph has it. All candidates are rescored from the vector table, so every answer
 is by current vectors. A rebuild makes a new graph on its own thread and publishes it with whatever came
-meanwhile as fresh rows.
+meanwhile as fresh rows; where that takes long the fresh buffer becomes a small graph, too (`index.tiers`).
 """
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from eddyline.errors import VectorRejected
 from eddyline.records import ItemRecord
-from index import filtered, restore
+from index import batch, filtered, restore, tiers
 from index.columns import Columns
 from index.filters import Filter
-from index.placement import Placement
+from index.graphs import Fresh, Main
+from index.placement import Frozen, Placement
 from index.port import (
+    Found,
     Hit,
     IndexStats,
     Vector,
@@ -35,9 +35,9 @@ from index.port import (
     watermarks_after,
 )
 from index.rebuild import Rebuilder
-from index.rows import CAPACITY_MIN, NEVER, Ints, Rows
+from index.rows import CAPACITY_MIN, Ints, Rows
 from index.snapshot import Contents
-from index.state import Main, State
+from index.state import State
 from index.versions import Versions
 
 if TYPE_CHECKING:
@@ -45,10 +45,12 @@ if TYPE_CHECKING:
 
 # So many of the newest items are kept in order until the next write; a call that needs more sorts anew.
 NEWEST_KEPT = 512
-# Items are looked up again where a batch was written meanwhile; so many batches in a row do not come.
-DESCRIBE_TRIES = 50
 
 Build = Callable[[Ints, Vector, threading.Event], Main | None]
+
+
+def _none(dimension: int) -> tuple[Vector, Ints]:
+    return np.empty((0, dimension), np.float32), np.empty(0, np.int64)
 
 
 class LiveIndex:
@@ -58,18 +60,20 @@ class LiveIndex:
     """
 
     def __init__(
-        self, dimension: int, build: Build, *, breadth: int, exact_below: int, fresh_max: int
-    ) -> None:
+        self, dimension: int, build: Build, *, breadth: int, exact_below: int, fresh_max: int,
+        tier_above: int = 0,
+    ) -> None:  # fmt: skip
         """An empty index.
 
         build:       makes a Main of (labels (n,), vectors (n, d), stop); None where it was stopped
         breadth:     how many candidates a search of the graph asks for at least
         exact_below: up to so many live items every query is an exact scan and no graph is built
         fresh_max:   more fresh rows, or more stale entries of the graph, start a rebuild
+        tier_above:  while that runs, more fresh rows than this become a tier; 0 is never
         """
-        if dimension < 1 or breadth < 1 or exact_below < 0 or fresh_max < 1:
+        if dimension < 1 or breadth < 1 or exact_below < 0 or fresh_max < 1 or tier_above < 0:
             least = f"dimension {dimension}, breadth {breadth} and fresh_max {fresh_max} must be at least 1"
-            raise ValueError(f"{least}, exact_below {exact_below} at least 0")
+            raise ValueError(f"{least}, exact_below {exact_below} and tier_above {tier_above} at least 0")
         self._dimension = dimension
         self._build = build
         # The recall guard's: it may ask for more candidates, or for exact answers only.
@@ -78,19 +82,19 @@ class LiveIndex:
         self.guard: RecallGuard | None = None
         self._exact_below = exact_below
         self._fresh_max = fresh_max
+        self._tier_above = tier_above
         self._lock = threading.Lock()
         self._rebuilder = Rebuilder(self._due, self._rebuild)
+        self._tier_builder = Rebuilder(self._tier_due, self._build_tier, "index-tier")
         # The writer's own: the version of each label, tombstones too, and where each stands.
-        self._placement = Placement(dimension)
+        self._placement = Placement()
         self._applied = self._ignored = self._rejected = self._refused = 0
         self._state = State(
-            ids=[], label_of={}, table=Rows(CAPACITY_MIN, dimension), count=0, seq=0, live=0,
-            row_of=np.full(CAPACITY_MIN, -1), fresh_since=np.full(CAPACITY_MIN, NEVER),
-            main=None, fresh=Rows(1, dimension), fresh_count=0, stale=0, watermarks={}, columns=Columns(),
+            ids=[], label_of={}, table=Rows(CAPACITY_MIN, dimension), used=0, seq=0, live=0,
+            row_of=np.full(CAPACITY_MIN, -1), graphs=(), standing=(), fresh=Fresh.of(1, *_none(dimension)),
+            fresh_count=0, watermarks={}, columns=Columns(),
         )  # fmt: skip
         self._versions = Versions(self._state.ids, self._state.label_of, [])
-        # Odd while a batch is being written: who searched the graph meanwhile may have seen half of it.
-        self._writing = 0
         # The State that this order belongs to, and the order; replaced as one.
         self._newest: tuple[State | None, list[Hit]] = (None, [])
 
@@ -104,12 +108,18 @@ class LiveIndex:
     def query(
         self, vector: Vector, k: int, exclude: Collection[str] = (), asked: Filter | None = None
     ) -> list[Hit]:
-        """See `Index.query`. Up to `exact_below` items, or with much fresh, the scan is exact."""
+        """See `Index.query`."""
+        return self.find(vector, k, exclude, asked).hits()
+
+    def find(
+        self, vector: Vector, k: int, exclude: Collection[str] = (), asked: Filter | None = None
+    ) -> Found:
+        """See `Index.find`. Up to `exact_below` items, or with much fresh, the scan is exact."""
         check_query(vector, self._dimension)
-        writing, state = self._writing, self._state  # in this order: a write in between must be noticed
+        state = self._state
         wanted = min(k, state.live)
         if wanted <= 0:
-            return []
+            return Found.of(())
         vector = np.ascontiguousarray(vector, np.float32)
         left_out = exclude if isinstance(exclude, (set, frozenset)) else frozenset(exclude)
         breadth, guard = self.breadth, self.guard
@@ -118,38 +128,31 @@ class LiveIndex:
             return filtered.query(state, vector, wanted, left_out, asked, breadth if graph else 0)
         if state.live > self._exact_below and state.searchable(wanted + len(left_out), breadth):
             exact = self.exact_only
-            hits = None if exact else state.search(vector, wanted, left_out, breadth)
-            if writing % 2 or writing != self._writing:
-                hits = None  # a batch came in between: the rows themselves never change, so they are scanned
-            self._refused += hits is None and not exact
-            if hits is None:
-                hits = state.scan(vector, wanted, left_out)
+            found = None if exact else state.search(vector, wanted, left_out, breadth)
+            self._refused += found is None and not exact
+            if found is None:
+                found = state.scan(vector, wanted, left_out)
             if guard is not None:
-                guard.offer(state, vector, wanted, left_out, hits)
-            return hits
+                guard.offer(state, vector, wanted, left_out, found)
+            return found
         return state.scan(vector, wanted, left_out)
 
     def vectors_of(self, item_ids: Sequence[str]) -> Vector:
         """See `Index.vectors_of`."""
         state = self._state
-        rows = [row for row in state.rows(item_ids) if row >= 0]
-        return state.table.vectors[np.array(rows, np.int64)]
+        rows = state.rows(item_ids)
+        return state.table.gather(rows[rows >= 0])
 
     def describe(self, item_ids: Sequence[str], asked: Filter | None = None) -> list[Hit | None]:
         """See `Index.describe`."""
-        for _ in range(DESCRIBE_TRIES):
-            writing, state = self._writing, self._state
-            table, rows = state.table, state.rows(item_ids)
-            if writing == self._writing and not writing % 2:
-                break
-            time.sleep(0)  # lets the writer go on; a batch takes less than a millisecond
+        state = self._state
+        rows = state.rows(item_ids)
         if asked is not None:
             rows = filtered.passing(state, rows, asked)
+        facts = state.table.facts[rows, 1:].tolist()
         return [
-            None
-            if row < 0
-            else Hit(item_id, 0.0, int(table.at_ms[row]), int(table.written_us[row]), int(table.offsets[row]))
-            for item_id, row in zip(item_ids, rows, strict=True)
+            None if row < 0 else Hit(item_id, 0.0, *of_item)
+            for item_id, row, of_item in zip(item_ids, rows.tolist(), facts, strict=True)
         ]
 
     def newest(self, k: int, exclude: Collection[str] = (), asked: Filter | None = None) -> list[Hit]:
@@ -180,7 +183,7 @@ class LiveIndex:
             main=state.main.size if state.main else 0,
             fresh=state.fresh_count,
             stale=state.stale,
-            rows=state.count,
+            rows=state.used,
             applied=self._applied,
             ignored=self._ignored,
             rejected=self._rejected,
@@ -194,6 +197,8 @@ class LiveIndex:
             main_bytes=state.main.memory_bytes if state.main else 0,
             breadth=self.breadth,
             recall=self.guard.recall() if self.guard else None,
+            tiers=max(0, len(state.graphs) - 1),
+            tiered=sum(state.standing[1:]),
         )
 
     # ------------------------------------------------------------------ writing
@@ -208,87 +213,30 @@ class LiveIndex:
         check_kinds(records, retired=True)
         return self.apply(records)
 
-    def apply(self, records: Sequence[ItemRecord]) -> int:
+    def apply(self, records: Sequence[ItemRecord], others: Sequence[ItemRecord] = ()) -> int:
         """See `Index.apply`. Takes the write lock."""
         with self._lock:
             try:
-                vectors = stack_vectors([r for r in records if r.vector is not None], self._dimension)
+                vectors = stack_vectors(records, self._dimension)
             except VectorRejected:
                 self._rejected += 1
                 raise
             chosen = self._versions.newer(records)
-            upserts = [(label, at, record) for label, (record, at) in chosen.items() if at >= 0]
-            retired = [label for label, (_, at) in chosen.items() if at < 0]
-            state = replace(self._state, watermarks=watermarks_after(self._state.watermarks, records))
-            self._writing += 1
+            after = watermarks_after(self._state.watermarks, [*records, *others])
+            state = self._state._replace(watermarks=after)
             try:
                 if chosen:
-                    state = self._write(self._with_room(state, len(upserts)), upserts, retired, vectors)
+                    state = batch.applied(state, self._placement, records, vectors, chosen)
                 self._state = state
             except BaseException:
                 self._versions.undo()
+                # Who stands where is not known any more: exact until the next rebuild, which is due now.
+                self._state = self._placement.without_graphs(batch.undone(self._state))
                 raise
-            finally:
-                self._writing += 1
             self._applied += len(chosen)
             self._ignored += len(records) - len(chosen)
-            if self._due():
-                self._rebuilder.wake()
+            self._wake()
             return len(chosen)
-
-    def _with_room(self, state: State, more: int) -> State:
-        """The State with room for `more` rows and for every label; what is full is replaced by a copy."""
-        known = len(state.row_of)
-        if len(state.ids) > known:
-            room = max(CAPACITY_MIN, 2 * len(state.ids)) - known
-            self._placement.grow(room)
-            state = replace(
-                state,
-                row_of=np.concatenate((state.row_of, np.full(room, -1))),
-                fresh_since=np.concatenate((state.fresh_since, np.full(room, NEVER))),
-            )
-        if not state.table.room_for(state.count, more):
-            table, kept = state.table.compacted(state.count, state.seq, more)
-            row_of = np.full(len(state.row_of), -1)
-            row_of[table.labels[: state.live]] = np.arange(state.live)
-            columns = state.columns.compacted(kept, state.count)
-            state = replace(state, table=table, count=state.live, row_of=row_of, columns=columns)
-        return self._placement.with_room(state, more)
-
-    def _write(
-        self, state: State, upserts: list[tuple[int, int, ItemRecord]], retired: list[int], vectors: Vector
-    ) -> State:
-        """Rows first, then who stands where, then the State that counts them."""
-        table, start, n, seq = state.table, state.count, len(upserts), state.seq + 1
-        place = self._placement
-        out = np.array(retired, np.int64)
-        labels = np.array([label for label, _, _ in upserts], np.int64)
-        new = vectors[[at for _, at, _ in upserts]] if n != len(vectors) else vectors
-        if n:
-            table.vectors[start : start + n] = new
-            table.labels[start : start + n] = labels
-            table.at_ms[start : start + n] = [record.at_ms for _, _, record in upserts]
-            table.written_us[start : start + n] = [record.written_us for _, _, record in upserts]
-            table.offsets[start : start + n] = [record.offset for _, _, record in upserts]
-            state.columns.append(start, [record.attributes for _, _, record in upserts])
-        touched = np.concatenate((labels, out))
-        before = state.row_of[touched]
-        stale_before = place.stale(state, touched)
-        table.died_at[before[before >= 0]] = seq
-        fresh_count = state.fresh_count
-        if state.main is not None:
-            fresh_count = place.freshen(state, labels, new, before[:n], seq)
-            place.leave(state.fresh, out, seq)
-        state.row_of[labels] = np.arange(start, start + n)
-        state.row_of[out] = -1
-        return replace(
-            state,
-            count=start + n,
-            seq=seq,
-            live=state.live + n - int(np.count_nonzero(before >= 0)),
-            fresh_count=fresh_count,
-            stale=state.stale + place.stale(state, touched) - stale_before,
-        )
 
     def contents(self) -> Contents:
         """All that it holds now, for a snapshot. Takes the write lock for a moment."""
@@ -306,13 +254,18 @@ class LiveIndex:
                 raise ValueError("only an empty index of the same dimension can be restored")
             self._state, offsets = restore.given(self._state, contents)
             self._versions = Versions(self._state.ids, self._state.label_of, offsets)
-            self._placement.grow(len(self._state.row_of) - CAPACITY_MIN)
-            if self._due():
-                self._rebuilder.wake()
+            self._placement.grow(len(self._state.row_of))
+            self._wake()
+
+    # ------------------------------------------------------------------ building
 
     def rebuild(self) -> bool:
         """Rebuild the graph now, on the calling thread, due or not; False where it failed (see `stats`)."""
         return self._rebuilder.now()
+
+    def build_tier(self) -> bool:
+        """Make a tier of the fresh items now, on the calling thread; False where it failed."""
+        return self._tier_builder.now()
 
     def rebuild_soon(self) -> None:
         """Have the graph rebuilt in the background, due or not. Returns at once."""
@@ -324,24 +277,57 @@ class LiveIndex:
         if self.guard is not None:
             self.guard.close()
         self._rebuilder.close()
+        self._tier_builder.close()
+
+    def _wake(self) -> None:
+        if self._due():
+            self._rebuilder.wake()
+            if self._tier_due():
+                self._tier_builder.wake()
 
     def _due(self) -> bool:
         state = self._state
         if state.live <= self._exact_below:
             # A graph far too large for what lives is let go; near the limit it is kept, not made each time.
-            return state.main is not None and state.live < 0.8 * self._exact_below
-        return state.main is None or max(state.fresh_count, state.stale) > self._fresh_max
+            return bool(state.graphs) and state.live < 0.8 * self._exact_below
+        return not state.graphs or max(state.outside, state.stale) > self._fresh_max
+
+    def _tier_due(self) -> bool:
+        state = self._state
+        return bool(self._tier_above and state.graphs) and state.fresh_count > self._tier_above
 
     def _rebuild(self, stop: threading.Event) -> None:
         with self._lock:
             state = self._state
-            labels = np.flatnonzero(state.row_of >= 0)
+            labels = np.flatnonzero(state.table.died_at[state.row_of] > state.seq)
             rows = state.row_of[labels]
             wanted = state.live > self._exact_below
+        if not wanted:
+            with self._lock:
+                self._state = self._placement.without_graphs(self._state)
+            return
         # Rows never change, so they can be copied while the writer goes on.
-        vectors, offsets = state.table.vectors[rows], state.table.offsets[rows]
-        main = self._build(labels, vectors, stop) if wanted else None
-        if wanted and main is None:
+        frozen = Frozen(labels, state.table.gather(rows), state.table.offsets[rows])
+        main = self._build(np.arange(len(labels)), frozen.vectors, stop)
+        if main is None:
             return
         with self._lock:
-            self._state = self._placement.adopt(self._state, main, labels, vectors, offsets)
+            state = self._state
+            replaced = [graph.number for graph in state.graphs[:1]]
+            self._state = self._placement.adopt(state, main, frozen, replaced, first=True)
+
+    def _build_tier(self, stop: threading.Event) -> None:
+        with self._lock:
+            state = self._state
+            if not state.graphs:
+                return
+            replaced = tiers.replaced(state, self._placement)
+            frozen = self._placement.freeze(state, replaced)
+        if not len(frozen.labels):
+            return
+        main = self._build(np.arange(len(frozen.labels)), frozen.vectors, stop)
+        if main is None:
+            return
+        with self._lock:
+            if self._state.graphs:  # the graphs may have been let go meanwhile
+                self._state = self._placement.adopt(self._state, main, frozen, replaced, first=False)

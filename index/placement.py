@@ -1,112 +1,219 @@
-"""Where each item stands, in the graph or in the fresh buffer: the writer's side of it.
+"""Where each item stands, in a graph or in the fresh buffer: the writer's side of it.
 
-An item that is new, or turned further than the gate since the graph was built, moves to the fresh buffer;
-one that turned less stays where the graph has it.
+An item that is new, or turned further than the gate since its graph was built, moves to the fresh buffer; one
+that turned less stays where the graph has it. One that was retired leaves: when it comes back it is fresh.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
+from index.graphs import Fresh, Graph, Main
 from index.port import Vector
-from index.rows import CAPACITY_MIN, NEVER, Ints, Rows
-from index.state import Main, State
+from index.rows import CAPACITY_MIN, Ints
+from index.state import State
 
 # An item that turned less than this since the graph was built is still found through its old place:
 # measured, recall never fell below a fresh build's.
 GATE_COSINE = math.cos(math.radians(8.0))
 
+NOWHERE, FRESH, FIRST_GRAPH = 0, 1, 2
 
-class Placement:
-    """What only the writer knows of fresh buffer and graph. Thread rule: under the write lock.
 
-    fresh_at: label -> its row in the fresh buffer, -1 is none
-    built_at: label -> its row in `built`, the vectors that the graph was built with, -1 is none
+class Frozen(NamedTuple):
+    """What a graph is built from: labels (n,), ascending; vectors (n, d); versions (n,) of its items then."""
+
+    labels: Ints
+    vectors: Vector
+    versions: Ints
+
+
+@dataclass(slots=True)
+class Built:
+    """What only the writer knows of one graph.
+
+    labels:   entry -> label; standing: how many of the entries count
+    drift_at: entry -> its place in `drifted`, the vectors that entries were built with and no longer have; -1
+              where the row that the entry stands for still has it
     """
 
-    def __init__(self, dimension: int) -> None:
-        """Nothing is anywhere."""
-        self.fresh_at: Ints = np.full(CAPACITY_MIN, -1)
-        self.built_at: Ints = np.full(CAPACITY_MIN, -1)
-        self.built: Vector = np.empty((0, dimension), np.float32)
+    labels: Ints
+    standing: int
+    drift_at: Ints
+    drifted: Vector
+    drifts: int = 0
 
-    def grow(self, room: int) -> None:
-        """Make room for so many more labels."""
-        self.fresh_at = np.concatenate((self.fresh_at, np.full(room, -1)))
-        self.built_at = np.concatenate((self.built_at, np.full(room, -1)))
+    def vectors(self, state: State, graph: Graph, entries: Ints) -> Vector:
+        """The vectors that some entries which count were built with."""
+        at = self.drift_at[entries]
+        kept = at >= 0
+        if not kept.any():
+            return state.table.gather(graph.rows[entries])
+        found = self.drifted[at]
+        found[~kept] = state.table.gather(graph.rows[entries[~kept]])
+        return found
+
+    def remember(self, entries: Ints, vectors: Vector) -> None:
+        """Keep the vectors that some entries were built with, where they are not kept already."""
+        first = self.drift_at[entries] < 0
+        n = int(np.count_nonzero(first))
+        if not n:
+            return
+        if self.drifts + n > len(self.drifted):
+            room = max(CAPACITY_MIN, self.drifts + n)
+            self.drifted = np.concatenate((self.drifted, np.empty((room, self.drifted.shape[1]), np.float32)))
+        self.drift_at[entries[first]] = np.arange(self.drifts, self.drifts + n)
+        self.drifted[self.drifts : self.drifts + n] = vectors[first]
+        self.drifts += n
+
+
+class Placement:
+    """What only the writer knows of graphs and fresh buffer. Thread rule: under the write lock.
+
+    home:  label -> NOWHERE (not live, or there is no graph), FRESH, or the number of the graph it stands in
+    entry: label -> its entry there
+    built: number of a graph -> what else is known of it
+    """
+
+    def __init__(self) -> None:
+        """Nothing is anywhere."""
+        self.home: Ints = np.full(CAPACITY_MIN, NOWHERE)
+        self.entry: Ints = np.zeros(CAPACITY_MIN, np.int64)
+        self.built: dict[int, Built] = {}
+        self._next = FIRST_GRAPH
+
+    def grow(self, labels: int) -> None:
+        """Have room for so many labels, as `State.row_of`; a batch that broke off may have made more."""
+        kept, more = self.home[:labels], labels - min(labels, len(self.home))
+        self.home = np.concatenate((kept, np.full(more, NOWHERE)))
+        self.entry = np.concatenate((self.entry[:labels], np.zeros(more, np.int64)))
 
     def with_room(self, state: State, more: int) -> State:
-        """The State with room for `more` fresh rows; a full buffer is replaced by a copy."""
-        if state.main is None or state.fresh.room_for(state.fresh_count, more):
+        """The State with room for `more` fresh entries; a full buffer is replaced by a copy."""
+        if not state.graphs or state.fresh.room_for(state.fresh_count, more):
             return state
-        fresh, kept = state.fresh.compacted(state.fresh_count, state.seq, more)
-        self.fresh_at[fresh.labels[: len(kept)]] = np.arange(len(kept))
-        return replace(state, fresh=fresh, fresh_count=len(kept))
+        rows = state.fresh.rows[: state.fresh_count]
+        kept = np.flatnonzero(state.table.died_at[rows] > state.seq)
+        n = len(kept)
+        fresh = Fresh.of(max(CAPACITY_MIN, 2 * (n + more)), state.fresh.vectors[kept], rows[kept])
+        self.entry[state.table.labels[rows[kept]]] = np.arange(n)
+        return state._replace(fresh=fresh, fresh_count=n)
 
-    def freshen(self, state: State, labels: Ints, new: Vector, before: Ints, seq: int) -> int:
-        """Put into the fresh buffer what the graph no longer stands for; returns the buffer's new count."""
+    def renumbered(self, state: State, new_row: Ints) -> State:
+        """The State with every entry's row renumbered. new_row: old row -> new row; behind the last, -1."""
+        return state._replace(
+            graphs=tuple(replace(graph, rows=new_row[graph.rows]) for graph in state.graphs),
+            fresh=Fresh(state.fresh.vectors, new_row[state.fresh.rows]),
+        )
+
+    def place(self, state: State, labels: Ints, new: Vector, rows: Ints) -> int:
+        """Stand each label for its new row, written already; returns the fresh buffer's new count."""
+        home = self.home.take(labels)
+        moving = np.ones(len(labels), bool)
+        for graph in state.graphs:
+            mine = np.flatnonzero(home == graph.number)
+            if len(mine):
+                built, entries, now = self.built[graph.number], self.entry[labels[mine]], new[mine]
+                then = built.vectors(state, graph, entries)
+                close = np.einsum("ij,ij->i", then, now) >= GATE_COSINE
+                if not close.all():
+                    built.standing -= len(close) - int(np.count_nonzero(close))
+                    mine, entries, now, then = mine[close], entries[close], now[close], then[close]
+                turned = (then != now).any(axis=1)
+                built.remember(entries[turned], then[turned])
+                graph.rows[entries] = rows[mine]
+                moving[mine] = False
         fresh, count = state.fresh, state.fresh_count
-        same = np.zeros(len(labels), bool)
-        by_main = (self.built_at[labels] >= 0) & (state.fresh_since[labels] == NEVER)
-        if by_main.any():
-            built = self.built[self.built_at[labels[by_main]]]
-            same[by_main] = np.einsum("ij,ij->i", built, new[by_main]) >= GATE_COSINE
-        in_fresh = self.fresh_at[labels] >= 0
-        if in_fresh.any():
-            same[in_fresh] = (state.table.vectors[before[in_fresh]] == new[in_fresh]).all(axis=1)
-        moving = labels[~same]
-        self.leave(fresh, moving, seq)
-        end = count + len(moving)
-        fresh.vectors[count:end] = new[~same]
-        fresh.labels[count:end] = moving
-        self.fresh_at[moving] = np.arange(count, end)
-        # The first time only: a reader of an older State, whose fresh buffer has the item already, must not
-        # take it from the graph as well.
-        state.fresh_since[moving[state.fresh_since[moving] == NEVER]] = seq
+        in_fresh = np.flatnonzero(home == FRESH)
+        if len(in_fresh):
+            entries = self.entry[labels[in_fresh]]
+            same = (fresh.vectors[entries] == new[in_fresh]).all(axis=1)
+            fresh.rows[entries[same]] = rows[in_fresh[same]]
+            moving[in_fresh[same]] = False
+        at = np.flatnonzero(moving)
+        end = count + len(at)
+        if len(at):
+            fresh.vectors[count:end] = new[at]
+            fresh.rows[count:end] = rows[at]
+            self.home[labels[at]] = FRESH
+            self.entry[labels[at]] = np.arange(count, end)
         return end
 
-    def leave(self, fresh: Rows, labels: Ints, seq: int) -> None:
-        """Take labels out of the fresh buffer."""
-        places = self.fresh_at[labels]
-        fresh.died_at[places[places >= 0]] = seq
-        self.fresh_at[labels] = -1
+    def leave(self, labels: Ints) -> None:
+        """Take retired labels out of wherever they stand."""
+        home = self.home[labels]
+        for number, built in self.built.items():
+            built.standing -= int(np.count_nonzero(home == number))
+        self.home[labels] = NOWHERE
 
-    def stale(self, state: State, labels: Ints) -> int:
-        """How many of these labels have a place in the graph that no longer counts."""
-        gone = (state.row_of[labels] < 0) | (state.fresh_since[labels] < NEVER)
-        return int(np.count_nonzero((self.built_at[labels] >= 0) & gone))
+    def standing(self, state: State) -> tuple[int, ...]:
+        """Of each graph, how many of its entries count."""
+        return tuple(self.built[graph.number].standing for graph in state.graphs)
 
-    def adopt(self, state: State, main: Main | None, labels: Ints, vectors: Vector, offsets: Ints) -> State:
-        """The State with a new graph; what changed while it was built becomes fresh.
+    def freeze(self, state: State, replaced: Collection[int]) -> Frozen:
+        """What a tier is built from: the fresh items, and those of the tiers that it replaces."""
+        labels = np.flatnonzero(np.isin(self.home, [FRESH, *replaced]))
+        rows = state.row_of[labels]
+        return Frozen(labels, state.table.gather(rows), state.table.offsets[rows])
 
-        labels (n,), vectors (n, d), offsets (n,): what the graph was built from; None lets the old one go
+    def without_graphs(self, state: State) -> State:
+        """The State with nothing but the table."""
+        self.grow(len(state.row_of))
+        self.home[:] = NOWHERE
+        self.built.clear()
+        empty = Fresh.of(1, state.table.own[:0], state.row_of[:0])
+        return state._replace(graphs=(), standing=(), fresh=empty, fresh_count=0)
+
+    def adopt(
+        self, state: State, main: Main, frozen: Frozen, replaced: Collection[int], first: bool
+    ) -> State:
+        """The State with a new graph; what changed since it was frozen, and is in no other graph, is fresh.
+
+        replaced: numbers of the graphs that go
+        first:    it is the main index and takes every item it may stand for; a tier takes those of the fresh
+                  buffer and of the graphs that go
         """
-        seq, room = state.seq + 1, len(state.row_of)
-        built_at = np.full(room, -1)
-        moved = np.zeros(room, bool)
-        if main is not None:
-            built_at[labels] = np.arange(len(labels))
-            moved[:] = (state.row_of >= 0) & (built_at < 0)
-            rows = state.row_of[labels]
-            changed = (rows >= 0) & (state.table.offsets[rows] != offsets)
-            now = state.table.vectors[rows[changed]]
-            turned = np.einsum("ij,ij->i", now, vectors[changed]) < GATE_COSINE
-            moved[labels[changed][turned]] = True
-        fresh_labels = np.flatnonzero(moved)
-        n = len(fresh_labels)
-        fresh = Rows(max(CAPACITY_MIN, 2 * n) if main else 1, state.table.vectors.shape[1])
-        fresh.vectors[:n] = state.table.vectors[state.row_of[fresh_labels]]
-        fresh.labels[:n] = fresh_labels
-        self.built_at = built_at
-        self.built = vectors if main is not None else vectors[:0].copy()
-        self.fresh_at = np.full(room, -1)
-        self.fresh_at[fresh_labels] = np.arange(n)
-        fresh_since = np.full(room, NEVER)
-        fresh_since[fresh_labels] = seq
-        stale = int(np.count_nonzero((built_at >= 0) & ((state.row_of < 0) | moved)))
-        return replace(
-            state, seq=seq, main=main, fresh=fresh, fresh_count=n, fresh_since=fresh_since, stale=stale
-        )
+        number, labels = self._next, frozen.labels
+        alive = state.table.died_at[state.row_of] > state.seq
+        home = np.where(np.isin(self.home, list(replaced)), NOWHERE, self.home)
+        rows = np.where(alive[labels] & (first | (home[labels] <= FRESH)), state.row_of[labels], -1)
+        changed = np.flatnonzero((rows >= 0) & (state.table.offsets[rows] != frozen.versions))
+        now, then = state.table.gather(rows[changed]), frozen.vectors[changed]
+        close = np.einsum("ij,ij->i", now, then) >= GATE_COSINE
+        rows[changed[~close]] = -1
+        stands = np.flatnonzero(rows >= 0)
+        new = Built(labels, len(stands), np.full(len(labels), -1), frozen.vectors[:0].copy())
+        turned = close & (now != then).any(axis=1)
+        new.remember(changed[turned], then[turned])
+        home[labels[stands]] = number
+        old = [self._without_moved(graph, home) for graph in state.graphs if graph.number not in replaced]
+        kept = [(graph, built) for graph, built in old if built.standing or not first]
+        at = 0 if first else len(kept)
+        pairs = [*kept[:at], (Graph(number, main, rows), new), *kept[at:]]
+        left = np.flatnonzero(alive & (home <= FRESH))
+        home[~alive], home[left] = NOWHERE, FRESH
+        entry = self.entry.copy()
+        entry[labels[stands]], entry[left] = stands, np.arange(len(left))
+        vectors = state.table.gather(state.row_of[left])
+        fresh = Fresh.of(max(CAPACITY_MIN, 2 * len(left)), vectors, state.row_of[left])
+        # Nothing was changed so far, so an error above leaves all as it was.
+        self._next, self.home, self.entry = number + 1, home, entry
+        self.built = {graph.number: built for graph, built in pairs}
+        state = state._replace(graphs=tuple(graph for graph, _ in pairs), fresh=fresh, fresh_count=len(left))
+        return state._replace(standing=self.standing(state))
+
+    def _without_moved(self, graph: Graph, home: Ints) -> tuple[Graph, Built]:
+        """A graph without the entries of labels that another one took."""
+        built = self.built[graph.number]
+        stays = home[built.labels] == graph.number
+        standing = int(np.count_nonzero(stays))
+        if standing == built.standing:
+            return graph, built
+        # A copy: readers of older States go on with theirs.
+        graph = replace(graph, rows=np.where(stays, graph.rows, -1))
+        return graph, replace(built, standing=standing)

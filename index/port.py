@@ -7,8 +7,9 @@ writes are idempotent and a delete wins for ever over whatever was written befor
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -42,6 +43,39 @@ class Hit(NamedTuple):
     offset: int
 
 
+_hit: Callable[[Iterable[object]], Hit] = partial(tuple.__new__, Hit)
+
+
+class Found:
+    """The answer of a query as columns: what most callers need of it costs no object for each item.
+
+    ids:    best first; scores: float64 (n,), as `Hit.score`
+    facts:  int64 (n, 3): at_ms, written_us and offset, as in `Hit`
+    """
+
+    __slots__ = ("facts", "ids", "scores")
+
+    def __init__(self, ids: list[str], scores: npt.NDArray[np.float64], facts: npt.NDArray[np.int64]) -> None:
+        """Over these columns, of the same length."""
+        self.ids, self.scores, self.facts = ids, scores, facts
+
+    @classmethod
+    def of(cls, hits: Sequence[Hit]) -> Found:
+        """The columns of some hits."""
+        facts = np.array([hit[2:] for hit in hits], np.int64).reshape(len(hits), 3)
+        return cls([hit.item_id for hit in hits], np.array([hit.score for hit in hits], np.float64), facts)
+
+    def __len__(self) -> int:
+        """How many items."""
+        return len(self.ids)
+
+    def hits(self) -> list[Hit]:
+        """An object for each item."""
+        parts = zip(self.ids, self.scores.tolist(), *self.facts.T.tolist(), strict=True)
+        # What `Hit(*part)` does, without a Python call for each of hundreds.
+        return list(map(_hit, parts))
+
+
 class Watermark(NamedTuple):
     """The furthest record of one `items` partition that has been applied.
 
@@ -51,6 +85,10 @@ class Watermark(NamedTuple):
     offset: int
     at_ms: int
     written_us: int
+
+
+# Below everything that a record can say.
+NO_WATERMARK = Watermark(-(2**63), -(2**63), -(2**63))
 
 
 class Recall(NamedTuple):
@@ -80,7 +118,7 @@ class IndexStats:
 
     live: items a query can return; tombstones: retired items whose version is kept; main: items in the graph
     (0: every query is an exact scan); fresh: rows scanned beside it; stale: graph entries that no longer
-    count;
+    count; tiers, tiered: smaller graphs beside the main one, and the items they stand for
     rows: rows of the vector table, dead ones included
     applied, ignored, rejected: records; refused: graph searches that had to be answered by an exact scan
     rebuild_error: what the last rebuild died of, "" where it went well; then the old graph is still in use
@@ -107,6 +145,8 @@ class IndexStats:
     main_bytes: int = 0
     breadth: int = 0
     recall: Recall | None = None
+    tiers: int = 0
+    tiered: int = 0
 
 
 class Index(Protocol):
@@ -120,9 +160,10 @@ class Index(Protocol):
     def dimension(self) -> int:
         """The length of every vector."""
 
-    def apply(self, records: Sequence[ItemRecord]) -> int:
+    def apply(self, records: Sequence[ItemRecord], others: Sequence[ItemRecord] = ()) -> int:
         """Apply upserts and retires as one batch: queries see all of it or nothing. Returns how many counted.
 
+        others: records of items that are held elsewhere (another shard): they move the watermarks, no more
         Order within the batch does not matter: of one item the record with the highest offset wins.
         Raises VectorRejected, naming the item, where any vector does not fit; nothing is written then.
         """
@@ -143,6 +184,11 @@ class Index(Protocol):
         k:      as many items as there are, where fewer are live and not excluded; [] for k <= 0
         Raises VectorRejected where the vector does not fit.
         """
+
+    def find(
+        self, vector: Vector, k: int, exclude: Collection[str] = (), asked: Filter | None = None
+    ) -> Found:
+        """The same answer as `query`, as columns."""
 
     def vectors_of(self, item_ids: Sequence[str]) -> Vector:
         """float32 (h, d): the vectors of the live ones among the items, order and repeats kept."""
@@ -172,14 +218,17 @@ def check_query(vector: Vector, dimension: int) -> None:
 
 
 def stack_vectors(records: Sequence[ItemRecord], dimension: int) -> Vector:
-    """float32 (n, d) of records with vectors; raises VectorRejected, naming the first that does not fit."""
-    vectors = [record.vector for record in records if record.vector is not None]
-    for record, vector in zip(records, vectors, strict=True):
-        if vector.shape != (dimension,):
-            raise VectorRejected(
-                f"item {record.item_id!r}: shape {vector.shape}, the index has dimension {dimension}"
-            )
-    rows = np.array(vectors, np.float32).reshape(len(vectors), dimension)
+    """float32 (n, d) of the records with vectors; raises VectorRejected, naming the first bad one."""
+    vectors, shape = [record.vector for record in records if record.vector is not None], (dimension,)
+    if not vectors:
+        return np.empty((0, dimension), np.float32)
+    if not all([vector.shape == shape for vector in vectors]):
+        at = [record.vector is None or record.vector.shape == shape for record in records].index(False)
+        found = getattr(records[at].vector, "shape", None)
+        raise VectorRejected(
+            f"item {records[at].item_id!r}: shape {found}, the index has dimension {dimension}"
+        )
+    rows = np.concatenate(vectors).astype(np.float32, copy=False).reshape(len(vectors), dimension)
     squares = np.einsum("ij,ij->i", rows, rows)
     # A comparison with NaN is false, so this catches NaN and infinity as well.
     good = np.abs(squares - 1.0) <= 2 * NORM_ERROR_MAX
@@ -187,7 +236,8 @@ def stack_vectors(records: Sequence[ItemRecord], dimension: int) -> Vector:
         at = int(np.argmin(good))
         norm = float(np.sqrt(squares[at]))
         what = f"norm {norm:.6g}, must be 1" if np.isfinite(norm) else "holds NaN or infinity"
-        raise VectorRejected(f"item {records[at].item_id!r}: {what}")
+        item_id = [record.item_id for record in records if record.vector is not None][at]
+        raise VectorRejected(f"item {item_id!r}: {what}")
     return rows
 
 
@@ -204,19 +254,16 @@ def watermarks_after(
 ) -> dict[int, Watermark]:
     """The watermarks once these records have been applied or ignored."""
     after = dict(watermarks)
+    by_partition: dict[int, list[ItemRecord]] = {}
     for record in records:
-        old = after.get(record.partition)
-        if old is None:
-            new = Watermark(record.offset, record.at_ms, record.written_us)
-        elif record.offset > old.offset or record.at_ms > old.at_ms or record.written_us > old.written_us:
-            new = Watermark(
-                max(old.offset, record.offset),
-                max(old.at_ms, record.at_ms),
-                max(old.written_us, record.written_us),
-            )
-        else:
-            continue
-        after[record.partition] = new
+        by_partition.setdefault(record.partition, []).append(record)
+    for partition, some in by_partition.items():
+        old = after.get(partition, NO_WATERMARK)
+        after[partition] = Watermark(
+            max(old.offset, max([record.offset for record in some])),
+            max(old.at_ms, max([record.at_ms for record in some])),
+            max(old.written_us, max([record.written_us for record in some])),
+        )
     return after
 
 

@@ -29,8 +29,11 @@ class Rebuilder:
     Thread rule: any thread. The thread starts with the first `wake` and ends with `close`.
     """
 
-    def __init__(self, due: Callable[[], bool], rebuild: Callable[[threading.Event], None]) -> None:
-        """Nothing runs yet."""
+    def __init__(
+        self, due: Callable[[], bool], rebuild: Callable[[threading.Event], None], name: str = "index-rebuild"
+    ) -> None:
+        """Nothing runs yet. name: of the thread."""
+        self._name = name
         self._due = due
         self._rebuild = rebuild
         self._stop = threading.Event()
@@ -48,7 +51,7 @@ class Rebuilder:
     def wake(self) -> None:
         """Look soon whether a rebuild is due. The caller holds the write lock."""
         if self._thread is None and not self._stop.is_set():
-            self._thread = threading.Thread(target=self._run, name="index-rebuild", daemon=True)
+            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._thread.start()
         self._wake.set()
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from operator import itemgetter
 
 import numpy as np
 
 from index.columns import Columns
-from index.rows import CAPACITY_MIN, NEVER, Rows
+from index.rows import CAPACITY_MIN, ROOM_SHARE, Rows
 from index.snapshot import Contents
 from index.state import State
 
@@ -17,18 +16,18 @@ from index.state import State
 def taken(state: State, versions: Sequence[int]) -> Contents:
     """All that is live in a State, and the versions of what was deleted. versions: label -> its version."""
     table, ids = state.table, state.ids
-    rows = table.alive(state.count, state.seq)
+    rows = table.alive(state.used, state.seq)
     labels = table.labels[rows]
     dead = np.ones(len(versions), bool)
     dead[labels] = False
     gone = np.flatnonzero(dead)
     return Contents(
         ids=[ids[label] for label in (*labels.tolist(), *gone.tolist())],
-        vectors=table.vectors[rows],
+        vectors=table.gather(rows),
         facts=table.facts[rows, 1:],
         deleted=np.array(versions, np.int64)[gone],
         # In the order of their names: the same contents are the same bytes.
-        columns=sorted(state.columns.compacted(rows, state.count).items(len(rows)), key=itemgetter(0)),
+        columns=sorted(state.columns.compacted(rows, state.used).items(len(rows)), key=itemgetter(0)),
         watermarks=dict(state.watermarks),
     )
 
@@ -36,12 +35,12 @@ def taken(state: State, versions: Sequence[int]) -> Contents:
 def given(state: State, contents: Contents) -> tuple[State, list[int]]:
     """(an empty State filled with these contents, the version of each label).
 
-    The vectors are used where they lie, in the mapped file; the first write copies them. Raises ValueError
+    The vectors stay where they lie, in the mapped file: workers on one machine share them. Raises ValueError
     where an item is there twice.
     """
     live, known = len(contents.vectors), len(contents.ids)
-    facts = np.empty((live, 4), np.int64)
-    facts[:, 0], facts[:, 1:] = np.arange(live), contents.facts
+    table = Rows(max(CAPACITY_MIN, live // ROOM_SHARE), contents.vectors.shape[1], contents.vectors)
+    table.labels[:live], table.facts[:live, 1:] = np.arange(live), contents.facts
     columns = Columns()
     for key, rows, values in contents.columns:
         columns.put(key, rows, values)
@@ -51,16 +50,14 @@ def given(state: State, contents: Contents) -> tuple[State, list[int]]:
     room = max(CAPACITY_MIN, 2 * known)
     row_of = np.full(room, -1)
     row_of[:live] = np.arange(live)
-    after = replace(
-        state,
+    after = state._replace(
         ids=list(contents.ids),
         label_of=label_of,
-        table=Rows.over(contents.vectors, facts),
-        count=live,
+        table=table,
+        used=live,
         seq=state.seq + 1,
         live=live,
         row_of=row_of,
-        fresh_since=np.full(room, NEVER),
         watermarks=dict(contents.watermarks),
         columns=columns,
     )

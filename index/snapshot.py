@@ -63,16 +63,18 @@ class Section(msgspec.Struct, frozen=True):
     shape: tuple[int, ...] = ()
 
 
-class Origin(msgspec.Struct, frozen=True, kw_only=True):
+class Origin(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a snapshot belongs to; all of it must be equal where it is loaded.
 
     bundle_ms: when the generation's bundle was made; log: identity of the topic that the offsets belong to
+    part:      which shard of the items, as "1 of 4"; "" (and then not written) for all of them
     """
 
     generation: str
     dimension: int
     bundle_ms: int
     log: str
+    part: str = ""
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
@@ -166,6 +168,7 @@ def load(path: Path, origin: Origin, oldest_ms: int) -> tuple[Contents, Header]:
             ("dimension", header.origin.dimension, origin.dimension),
             ("bundle", header.origin.bundle_ms, origin.bundle_ms),
             ("log", header.origin.log, origin.log),
+            ("part", header.origin.part, origin.part),
         ):
             if found != wanted:
                 raise ValueError(f"{name} {found!r}, wanted is {wanted!r}")

@@ -20,26 +20,26 @@ class Versions:
         self._before: dict[int, int] = {}
         self._known = len(offsets)
 
-    def newer(self, records: Sequence[ItemRecord]) -> dict[int, tuple[ItemRecord, int]]:
-        """label -> (its newest record, its place among the vectors or -1 for a delete), no-ops left out."""
-        chosen: dict[int, tuple[ItemRecord, int]] = {}
-        offsets, at = self.offsets, -1
-        self._before, self._known = {}, len(offsets)
-        for record in records:
-            retired = record.vector is None
-            at += not retired
-            label = self.label_of.get(record.item_id)
+    def newer(self, records: Sequence[ItemRecord]) -> dict[int, int]:
+        """label -> the place of its newest record among these, no-ops left out."""
+        chosen: dict[int, int] = {}
+        offsets, label_of = self.offsets, self.label_of
+        before = self._before = {}
+        self._known = len(offsets)
+        for at, record in enumerate(records):
+            label = label_of.get(record.item_id)
+            offset = record.offset
             if label is None:
                 label = len(offsets)
                 self.ids.append(record.item_id)
-                offsets.append(record.offset)
-                self.label_of[record.item_id] = label
-            elif record.offset > offsets[label]:
-                self._before.setdefault(label, offsets[label])
-                offsets[label] = record.offset
+                offsets.append(offset)
+                label_of[record.item_id] = label
+            elif offset > offsets[label]:
+                before.setdefault(label, offsets[label])
+                offsets[label] = offset
             else:
                 continue
-            chosen[label] = (record, -1 if retired else at)
+            chosen[label] = at
         return chosen
 
     def undo(self) -> None:

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 import annoy
 import numpy as np
 
+from index.graphs import Main
 from index.port import Vector
 from index.rows import Ints
-from index.state import Main
 
 SEED = 100
 # Adding holds the interpreter, a few microseconds an item; between two pieces a rebuild can be given up.

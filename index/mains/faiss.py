@@ -16,9 +16,9 @@ from typing import Any
 import faiss as library
 import numpy as np
 
+from index.graphs import Main
 from index.port import Vector
 from index.rows import Ints
-from index.state import Main
 
 # What it says of its types does not hold for what it wraps in Python.
 faiss: Any = library

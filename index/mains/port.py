@@ -11,9 +11,9 @@ import threading
 from collections.abc import Mapping
 from typing import Protocol
 
+from index.graphs import Main
 from index.port import Vector
 from index.rows import Ints
-from index.state import Main
 
 
 class MainIndex(Protocol):
