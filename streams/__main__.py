@@ -13,6 +13,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 import asyncio
+import contextlib
+import gc
 import logging
 import signal
 import sys
@@ -49,6 +51,8 @@ from streams.users import UserIngest
 
 log = logging.getLogger(__name__)
 
+# Chunks are made of many small objects without cycles; the usual (700, 10, 10) looks for some all the time.
+_GARBAGE = (50_000, 20, 100)
 # A stop that takes longer than this is no good stop: the fences make a hard one harmless.
 _STOP_S_MAX = 10.0
 _TALKATIVE = ("aiokafka", "aiokafka.consumer.fetcher", "aiokafka.consumer.group_coordinator", "aiokafka.conn")
@@ -203,6 +207,17 @@ def _lanes(
         Lane(topic(kafka.USERS), by_users, people, quick=True),
         Lane(topic(kafka.ITEMS), by_items, goods, before_open=publisher.open),
     ]
+
+
+def _tuned() -> None:
+    """uvloop for both event loops; and what stands here for good is no longer looked through for garbage."""
+    with contextlib.suppress(ImportError):  # not on Windows
+        import uvloop
+
+        asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*_GARBAGE)
 
 
 class _Sparse(logging.Filter):
