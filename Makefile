@@ -27,6 +27,9 @@ chaos:  ## kill, freeze and rob everything under load, then compare all state; A
 soak:  ## the index's race test for a minute; SOAK_S=600 for ten
 	@$(BOOTSTRAP) soak $(ARGS)
 
+fuzz:  ## coverage-guided fuzzing of ingest; ARGS="-max_total_time=600"
+	@$(BOOTSTRAP) fuzz $(ARGS)
+
 up:  ## the local Kafka and Valkey, in the background
 	@$(BOOTSTRAP) up
 
@@ -45,10 +48,6 @@ proto: setup  ## generate serving/proto/*_pb2*
 
 bench-%:  ## one benchmark: make bench-visible
 	@$(BOOTSTRAP) bench $* $(ARGS)
-
-fuzz: setup  ## coverage-guided fuzzing of ingest; ARGS="-max_total_time=600"
-	.venv/bin/uv pip install --quiet --python .venv/bin/python "atheris>=3"
-	.venv/bin/python -m tests.fuzz $(ARGS)
 
 lock: setup  ## write requirements.lock anew
 	.venv/bin/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \

@@ -5,6 +5,7 @@
     python3 bootstrap.py test [OPTION]   set up, then every test; options go to pytest
     python3 bootstrap.py chaos [OPTION]  set up, then faults under load and an oracle (docs/chaos.md)
     python3 bootstrap.py soak            set up, then the index's race test for SOAK_S seconds, 60 by default
+    python3 bootstrap.py fuzz [OPTION]   set up, then fuzzing of ingest; options go to libFuzzer
     python3 bootstrap.py up | down       the local Kafka and Valkey in the background
     python3 bootstrap.py lint            ruff, mypy and import-linter alone
     python3 bootstrap.py bench NAME      one benchmark of benchmarks/
@@ -49,6 +50,7 @@ CUDA_NOTE = "torch brings about 2.5 GB of CUDA libraries, TORCH_BACKEND=cpu leav
 # A set-up by somebody else in this folder, at a slow connection.
 WAIT_S = 3_600
 LINES_SHOWN = 12
+COMMANDS = ("setup", "demo", "test", "chaos", "soak", "fuzz", "up", "down", "lint", "bench", "run")
 
 
 class StepError(Exception):
@@ -371,7 +373,7 @@ def main(arguments):
     if command in ("-h", "--help", "help"):
         _say((__doc__ or "").strip())
         return 0
-    if command not in ("setup", "demo", "test", "chaos", "soak", "up", "down", "lint", "bench", "run"):
+    if command not in COMMANDS:
         sys.exit(f"there is no command {command!r}; `python3 bootstrap.py --help` lists them")
     benchmark = _bench(*rest[:1]) if command == "bench" else None
     set_up()
@@ -388,6 +390,10 @@ def main(arguments):
     elif command == "soak":
         os.environ.setdefault("SOAK_S", "60")
         _become(PYTHON, "-m", "pytest", "-q", "tests/unit/test_index_race.py", *rest)
+    elif command == "fuzz":
+        what = "can the package registry be reached? atheris has wheels for Linux on x86-64"
+        _uv("installing atheris, the fuzzer", ["pip", "install", "--quiet", "atheris>=3"], what)
+        _become(PYTHON, "-m", "tests.fuzz", *rest)
     elif command == "bench":
         _become(PYTHON, "-m", f"benchmarks.{benchmark.stem}", *rest[1:])
     else:

@@ -178,7 +178,7 @@ def decode_behaviour(
     if b'"merge_into"' not in value:
         forget: Forget = _decode(_forget, value)
         check_id("user_id", forget.user_id)
-        check_time(forget.forget_until_ms, appended_ms, far_future_ms_max)
+        check_time(forget.forget_until_ms, appended_ms, far_future_ms_max, "forget_until_ms")
         return forget
     merge: Merge = _decode(_merge, value)
     check_id("user_id", merge.user_id)
@@ -242,12 +242,12 @@ def check_id(field: str, value: str) -> None:
         raise Rejected("control_character", field, f"{quote(value)} has a control character")
 
 
-def check_time(at_ms: int, appended_ms: int, far_future_ms_max: int) -> None:
+def check_time(at_ms: int, appended_ms: int, far_future_ms_max: int, field: str = "at_ms") -> None:
     """Raise Rejected where an event claims to lie further in the future than the broker's clock allows."""
     if at_ms > appended_ms + far_future_ms_max:
         ahead = at_ms - appended_ms
         detail = f"{at_ms} lies {ahead} ms after the broker's time stamp, allowed are {far_future_ms_max}"
-        raise Rejected("far_future", "at_ms", detail)
+        raise Rejected("far_future", field, detail)
 
 
 def quote(value: object) -> str:

@@ -347,7 +347,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             ge=0,
             le=1_000_000_000,
         ),
-    ] = 65_536
+    ] = 32_768
     index_main: Annotated[
         MainName,
         _about("The main index; `faiss-…` and `annoy` need their extra. Which one when: docs/benchmarks.md."),

@@ -111,7 +111,9 @@ class Lane:
                     self.counts.count(partition)
                 except (FenceMoved, Unavailable) as error:
                     log.info("counts not written", extra={"partition": partition, "reason": str(error)})
+                    # A chunk that is applied before the partition is read again must not count beyond these.
                     self.counts.opened(partition)
+                    self.ingest.positions.doubt(partition)
                     return partition
         return None
 
@@ -152,6 +154,7 @@ class Applier:
         self._end = end
         self._queue: asyncio.Queue[Any] = asyncio.Queue(QUEUE_CHUNKS)
         self._held: list[Any] = []
+        self._dropped: dict[TP, int] = {}  # partition -> the epoch of the last chunk that was dropped
         lane.queued = lambda: self._queue.qsize() + len(self._held)
 
     async def run(self, stream: Any) -> None:
@@ -186,7 +189,9 @@ class Applier:
         room = self._app.chunk_records_max
         for event in self._held:
             chunk: Chunk = event.value
-            if not self._app.lane.is_current(chunk):
+            # What comes after a dropped chunk goes with it, though the partition may be ours again by now.
+            if chunk.epoch <= self._dropped.get(chunk.at, -1) or not self._app.lane.is_current(chunk):
+                self._dropped[chunk.at] = max(chunk.epoch, self._dropped.get(chunk.at, -1))
                 continue  # it is read again after a seek, or was lost
             if chunk.at in seen or (taken and len(chunk.records) > room):
                 rest.append(event)

@@ -99,9 +99,11 @@ class ClickIngest:
         self.counts.opened(partition)
         self.cache.drop(user_slot(partition))
 
-    def profiles_written(self, partition: int, fence: Fence, user_ids: Collection[str]) -> None:
+    def profiles_written(
+        self, partition: int, before: Fence | None, fence: Fence, user_ids: Collection[str]
+    ) -> None:
         """Profiles were just written, or users forgotten, by this process; in the same thread."""
-        self.cache.profiles_written(user_slot(partition), fence, user_ids)
+        self.cache.profiles_written(user_slot(partition), before, fence, user_ids)
 
     def _begin(self, number: int, part: Part) -> Work:
         """Sort a chunk's records and decide which events count."""

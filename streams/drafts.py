@@ -130,7 +130,7 @@ class Drafts:
         """His list and embedding begin anew."""
         self.steps = [step for step in self.steps if step.user_id != user_id]
         self._emptied[user_id] = None
-        anew = self.users[user_id] = Draft([], [], 0, profile=draft.profile, size=draft.size)
+        anew = self.users[user_id] = Draft([], [], 0, profile=draft.profile, more=draft.more)
         return anew
 
 

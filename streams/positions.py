@@ -14,6 +14,9 @@ from eddyline.errors import FenceMoved, LogMismatch
 from eddyline.kafka import CLICKS
 from eddyline.ports import Fence, LogId, Source, StateStore
 
+# No log is so long.
+_NO_RECORD_BEYOND = 2**63 - 1
+
 
 class Positions:
     """The fences of one topic's partitions, as this process last read or wrote them.
@@ -96,6 +99,10 @@ class Positions:
         if first <= before:
             raise FenceMoved(f"{self._topic}:{partition}", f"a record after {before}", f"record {first}")
         self._read[partition] = last
+
+    def doubt(self, partition: int) -> None:
+        """Refuse the partition's chunks from here on (FenceMoved), until it is opened anew."""
+        self._read[partition] = _NO_RECORD_BEYOND
 
     def _of(self, partition: int) -> dict[tuple[Source, str], Fence | None]:
         try:

@@ -17,8 +17,10 @@ from eddyline.errors import FenceMoved
 from eddyline.ports import Fence, SlotRead, Source, StateStore, UserQuery, UserRead
 from streams.chunk import Record
 
-# What a user counts beside his entries: an embedding and his profile take about as much as four of them.
+# What a user counts beside his entries: an embedding and a small profile take about as much as four of them.
 _USER_ENTRIES = 4
+# So many characters of a profile, or an attribute of it, take as much as one more.
+_ENTRY_CHARS = 150
 
 
 @dataclass(slots=True)
@@ -28,7 +30,8 @@ class Draft:
     recent:  entries that are new since his list was last written whole; None: write it whole
     steps:   events counted; vector: float32[d] as bytes, None while he has none
     last:    the event of this chunk that was applied last; counted: whether steps moved in this chunk
-    size:    what he counts in the cache, 0 while he is not in it
+    size:    what he counts in the cache, as of when he was given back to it
+    more:    what of that his profile counts, beyond a small one
     """
 
     entries: list[Entry]
@@ -40,6 +43,7 @@ class Draft:
     last: Record | None = None
     counted: bool = False
     size: int = 0
+    more: int = 0
 
 
 class Window:
@@ -75,7 +79,7 @@ class Slot:
 class UserCache:
     """Slots and users, the least recently used ones dropped. Thread rule: one thread.
 
-    entries_max: behaviours kept in all; a user counts for four more
+    entries_max: behaviours kept in all; a user counts for four more, one with a large profile for more
     entries:     kept now; asked, found: users that were needed, and of those, that were here
     """
 
@@ -122,18 +126,29 @@ class UserCache:
         users = self._users
         for user, draft in drafts.items():
             draft.last, draft.counted = None, False
-            size = len(draft.entries) + _USER_ENTRIES
-            self.entries += size - draft.size
-            draft.size = size
+            # Who was taken may have left meanwhile, for users of another slot: what is here now counts.
+            before = users.get((slot, user))
+            self.entries -= before.size if before else 0
+            draft.size = len(draft.entries) + _USER_ENTRIES + draft.more
+            self.entries += draft.size
             users[slot, user] = draft
             users.move_to_end((slot, user))
         while self.entries > self._entries_max:
             self.entries -= users.popitem(last=False)[1].size
 
-    def profiles_written(self, slot: str, fence: Fence, user_ids: Collection[str]) -> None:
-        """Profiles of these users were just written or forgotten, by this process."""
-        if slot in self._slots:
-            self._slots[slot].profiles = str(fence)
+    def profiles_written(
+        self, slot: str, before: Fence | None, fence: Fence, user_ids: Collection[str]
+    ) -> None:
+        """Profiles of these users were just written or forgotten, by this process.
+
+        before: the fence that they were written under. Where it is not the one that is known here, there was
+                a write that nobody told of (its answer was lost): of whom it was is unknown, so the slot goes
+        """
+        known = self._slots.get(slot)
+        if known is not None and known.profiles != str(before or ""):
+            self.drop(slot)
+        elif known is not None:
+            known.profiles = str(fence)
         for user in user_ids:
             kept = self._users.pop((slot, user), None)
             self.entries -= kept.size if kept else 0
@@ -159,4 +174,10 @@ def _draft(user: str, read: UserRead | None) -> Draft:
     recent = list(read.recent[user]) if user in read.recent else None if before.entries else []
     steps, vector = read.embeddings.get(user, (0, None))
     profile = read.profiles.get(user, {})
-    return Draft(list(before.entries), recent, before.at_ms, steps, vector, profile)
+    more = _profile_entries(profile) if profile else 0
+    return Draft(list(before.entries), recent, before.at_ms, steps, vector, profile, more=more)
+
+
+def _profile_entries(profile: Mapping[str, object]) -> int:
+    texts = sum(len(name) + len(value) for name, value in profile.items() if isinstance(value, str))
+    return len(profile) - 1 + texts // _ENTRY_CHARS

@@ -22,7 +22,7 @@ class UserIngest:
     """Applies chunks of user profiles. Thread rule: one thread, the same as its `positions`.
 
     generations: whose embeddings are deleted with a forgotten user
-    written:     told of every write, in the same thread: the partition, its new fence, the users
+    written:     told of every write, in the same thread: the partition, its fence before and after, the users
     forgetting:  tells `clicks` of forgotten users; None where nobody will read them from there
     """
 
@@ -33,7 +33,7 @@ class UserIngest:
         positions: Positions,
         dead_letters: DeadLetterSink,
         generations: Sequence[str],
-        written: Callable[[int, Fence, Collection[str]], None] = lambda *_: None,
+        written: Callable[[int, Fence | None, Fence, Collection[str]], None] = lambda *_: None,
         forgetting: ForgetSink | None = None,
     ) -> None:
         self.positions = positions
@@ -88,7 +88,7 @@ class UserIngest:
         expected, new = self.positions.expected(source, slot), self.positions.fence(offset)
         self._store.write_profiles(slot, source, expected, new, profiles, self._generations, until_ms)
         self.positions.moved(source, slot, new)
-        self._written(source.partition, new, profiles)
+        self._written(source.partition, expected, new, profiles)
 
 
 def sources(settings: Settings, partition: int) -> dict[Source, list[str]]:

@@ -21,7 +21,6 @@ from eddyline.local.supervisor import Supervisor
 from eddyline.settings import Settings
 from tests.integration.redis_servers import real_cluster
 
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 # Settings of the machine that runs the tests must not steer them; its servers may.
 for _name in [n for n in os.environ if n.startswith("EDDYLINE_")]:
     del os.environ[_name]
@@ -87,11 +86,3 @@ def cluster_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setti
 def fresh_settings(servers: Settings, tmp_path: Path) -> Settings:
     """The servers' settings with a namespace and a data folder of this test's own."""
     return msgspec.structs.replace(servers, namespace=f"t-{uuid.uuid4().hex[:12]}", data_dir=str(tmp_path))
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """Folder of the real data sets; skips where there is none."""
-    if not SHARED_DATA.is_dir():
-        pytest.skip("the real data sets are not beside this checkout")
-    return SHARED_DATA

@@ -13,18 +13,15 @@ running system are its processes, its scripts, its retries and its faults.
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 import numpy as np
-from kafka import KafkaConsumer, TopicPartition
 
-from eddyline import events, kafka, start
+from eddyline import kafka, start
 from eddyline.errors import Rejected
-from eddyline.events import Click
 from eddyline.ports import Fence, Source, UserRead
 from eddyline.records import ItemRecord, decode_record
 from eddyline.settings import Settings
@@ -41,6 +38,7 @@ from streams.items import ItemIngest
 from streams.micro_steps import MicroSteps
 from streams.positions import Positions
 from streams.users import UserIngest
+from tests.topics import Topics, counted_plainly
 
 # Not a divisor of ingest's 256, so that no chunk of the oracle's ends where one of ingest's does.
 CHUNK = 97
@@ -48,32 +46,6 @@ CHUNK = 97
 AT_A_TIME = 500
 # More than any bucket of popularity counts holds.
 ALL = 2**31 - 1
-READ_S = 180.0
-
-
-@dataclass
-class Topics:
-    """Every committed record of a namespace, by topic, sorted by partition and offset.
-
-    logs: which log each source topic is
-    """
-
-    records: dict[str, list[Any]]
-    logs: Mapping[str, Any]
-
-    @classmethod
-    def read(cls, settings: Settings, generation: str = "1", timeout_s: float = READ_S) -> Topics:
-        """Read them all. Raises KafkaUnavailable, and TimeoutError where an end is not reached."""
-        names = [*kafka.SOURCES, kafka.DEAD_LETTERS, kafka.item_vectors(generation)]
-        found = {name: read_all(settings, name, timeout_s) for name in names}
-        return cls(found, kafka.log_ids(settings, kafka.SOURCES))
-
-    def by_partition(self, name: str) -> dict[int, list[Any]]:
-        """The records of one topic, oldest first."""
-        parts: dict[int, list[Any]] = {}
-        for record in self.records[name]:
-            parts.setdefault(record.partition, []).append(record)
-        return parts
 
 
 @dataclass
@@ -106,28 +78,6 @@ class Truth:
         self.published.update({record.item_id: record for record in records})
 
 
-def read_all(settings: Settings, name: str, timeout_s: float = READ_S) -> list[Any]:
-    """Every committed record of a topic, by partition and offset."""
-    topic = settings.prefixed(name)
-    consumer = KafkaConsumer(
-        **kafka.client_options(settings), group_id=None, isolation_level="read_committed",
-        max_poll_records=5_000, max_partition_fetch_bytes=4 * 1024 * 1024,
-    )  # fmt: skip
-    try:
-        at = [TopicPartition(topic, p) for p in consumer.partitions_for_topic(topic) or ()]
-        consumer.assign(at)
-        consumer.seek_to_beginning(*at)
-        ends, records = consumer.end_offsets(at), []
-        deadline = time.monotonic() + timeout_s
-        while any(consumer.position(p) < end for p, end in ends.items()):
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{topic} could not be read to its end in {timeout_s:.0f} s")
-            records += [r for batch in consumer.poll(timeout_ms=200).values() for r in batch]
-        return sorted(records, key=lambda r: (r.partition, r.offset))
-    finally:
-        consumer.close()
-
-
 def truth(settings: Settings, topics: Topics, towers: Bundle, chunk: int = CHUNK) -> Truth:
     """Apply the topics to an empty store in memory, `chunk` records at a time.
 
@@ -158,33 +108,6 @@ def truth(settings: Settings, topics: Topics, towers: Bundle, chunk: int = CHUNK
             if name == kafka.CLICKS:
                 by_clicks.count(partition)
     return told
-
-
-def counted_plainly(settings: Settings, topics: Topics) -> dict[int, dict[str, int]]:
-    """Popularity by bucket and item, counted event by event without any of ingest's functions."""
-    buckets: dict[int, dict[str, int]] = {}
-    for partition, records in topics.by_partition(kafka.CLICKS).items():
-        accepted_at: dict[str, int] = {}
-        for record in records:
-            try:
-                event = events.decode_behaviour(
-                    record.value, appended_ms=record.timestamp, far_future_ms_max=settings.far_future_ms_max
-                )
-            except Rejected:
-                continue
-            if partition_of(event.user_id, settings.clicks_partitions) != partition:
-                continue
-            if (event_id := event.event_id) is not None:
-                before = accepted_at.get(event_id)
-                if before is not None and record.offset - before <= settings.dedupe_window_events:
-                    continue
-                accepted_at[event_id] = record.offset
-            if not isinstance(event, Click) or "eddyline.moved" in (event.context or {}):
-                continue
-            if more := round(1_000 * event.weight * settings.kind_weights[event.kind]):
-                bucket = buckets.setdefault(event.at_ms // (1_000 * settings.popular_bucket_s), {})
-                bucket[event.item_id] = bucket.get(event.item_id, 0) + more
-    return buckets
 
 
 @dataclass

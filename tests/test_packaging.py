@@ -1,11 +1,12 @@
 """The package: its generic room names are ours alone, and the wheel holds what runs."""
 
+import ast
 import importlib
 import subprocess
 import sys
 import tomllib
 import zipfile
-from importlib.metadata import packages_distributions
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,68 @@ def test_the_wheel_holds_every_room_and_what_it_reads(tmp_path: Path) -> None:
     tops = {name.split("/")[0] for name in names}
     assert tops == {*ROOMS, f"eddyline-{eddyline.__version__}.dist-info"}
     assert f"eddyline-{eddyline.__version__}.dist-info/licenses/LICENSE" in names
+
+
+def imported(module: str) -> set[str]:
+    """Packages of others that this module and what it imports of ours cannot be imported without."""
+    seen, ahead, found = set[str](), [module], set[str]()
+    while ahead:
+        name = ahead.pop()
+        stem = ROOT / name.replace(".", "/")
+        path = next((p for p in (stem.with_suffix(".py"), stem / "__init__.py") if p.exists()), None)
+        if name in seen or path is None:
+            continue
+        seen.add(name)
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            ahead += [name for name in names if name.partition(".")[0] in ROOMS]
+            found |= {name.partition(".")[0] for name in names}
+    return found - {*ROOMS, *sys.stdlib_module_names}
+
+
+def brought(texts: list[str]) -> set[str]:
+    """The distributions that these requirements and theirs in turn install."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    found, ahead = set[str](), [(Requirement(text), {""}) for text in texts]
+    while ahead:
+        wanted, extras = ahead.pop()
+        if wanted.marker and not any(wanted.marker.evaluate({"extra": extra}) for extra in extras):
+            continue
+        name = canonicalize_name(wanted.name)
+        if name in found and not wanted.extras:
+            continue
+        found.add(name)
+        try:
+            ahead += [(Requirement(text), {"", *wanted.extras}) for text in requires(name) or ()]
+        except PackageNotFoundError:
+            continue  # of another platform
+    return found
+
+
+@pytest.mark.parametrize(
+    ("extra", "module"),
+    [
+        ("ingest", "streams.__main__"),
+        ("worker", "serving.__main__"),
+        ("worker", "serving.coordinator.__main__"),
+        ("archive", "streams.archive.__main__"),
+        ("archive", "eddyline.cli.refill"),
+        ("trainer", "embeddings.training.__main__"),
+    ],
+)
+def test_an_extra_brings_what_its_process_imports(extra: str, module: str) -> None:
+    from packaging.utils import canonicalize_name
+
+    project, owners = PROJECT["project"], packages_distributions()
+    there = brought([*project["dependencies"], *project["optional-dependencies"][extra]])
+    needed = {top: {canonicalize_name(owner) for owner in owners[top]} for top in imported(module)}
+    assert "msgspec" in needed
+    lacking = {top for top, names in needed.items() if not names & there}
+    assert not lacking, f"the extra {extra} does not bring {lacking}, which {module} imports"
 
 
 def test_every_extra_is_locked() -> None:

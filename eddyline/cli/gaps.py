@@ -6,12 +6,13 @@ Ingest does not start over such a gap (`streams.positions`). `eddyline refill` c
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from kafka import KafkaAdminClient, TopicPartition
-from kafka.errors import KafkaError
+from kafka.errors import CoordinatorNotAvailableError, KafkaError
 
 from eddyline import kafka
 from eddyline.cli.producers import console
@@ -24,6 +25,7 @@ from streams import clicks
 from streams.positions import Positions
 
 GROUP = "eddyline-ingest"
+_ASK_AGAIN_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +94,16 @@ def accept_log(settings: Settings, *, skip_lost: bool) -> None:
 def members(settings: Settings) -> int:
     """How many ingest processes are in their consumer group. One that was killed counts for some seconds."""
     group = settings.prefixed(GROUP)
+    deadline = time.monotonic() + settings.kafka_timeout_ms / 1000
     with _admin(settings) as admin:
-        return len(admin.describe_groups([group])[group]["members"])
+        while True:
+            try:
+                return len(admin.describe_groups([group])[group]["members"])
+            except CoordinatorNotAvailableError:
+                # A Kafka that never had a group makes their topic when it is asked for the first time.
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(_ASK_AGAIN_S)
 
 
 def read_upto(settings: Settings) -> Mapping[int, int]:

@@ -13,10 +13,9 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from eddyline import behaviour, events
+from eddyline import behaviour
 from eddyline.behaviour import Behaviour, Entry
 from eddyline.errors import SettingsError
-from eddyline.events import Item
 from eddyline.ports import Fence, LogId
 from eddyline.settings import Settings
 from eddyline.stores import user_state
@@ -158,11 +157,6 @@ def window_bytes(settings: Settings, event_id: int, allocator: Allocator) -> int
     ids = [f"{n:0{event_id}d}" for n in range(settings.chunk_records_max)]
     blob = len(user_state.accepted_blob({e: n for n, e in enumerate(ids)}, 0))
     return round(settings.dedupe_window_events / len(ids) * (allocated(blob, allocator) + _LIST_NODE))
-
-
-def card_bytes(item: Item) -> int:
-    """The size of an item as its card, for `Sizes.card`."""
-    return len(events.encode(item))
 
 
 def string_bytes(key: int, value: int, allocator: Allocator) -> int:

@@ -115,20 +115,22 @@ def running(settings: Settings) -> Servers | None:
         ) from None
 
 
-def resolve(settings: Settings) -> Settings:
+def resolve(settings: Settings, *, redis: bool = True) -> Settings:
     """The settings with both addresses, and the namespace, filled in where they are empty.
 
+    redis: False for a process that uses none (archive, trainer): its address may stay empty then
     Raises SettingsError, with what to do, where neither the settings nor local servers give one, and where
     the settings of Redis cannot be right.
     """
     from eddyline.stores import connect
 
-    found = _resolve(settings)
-    connect.check(found)
+    found = _resolve(settings, needs_redis=redis)
+    if redis:
+        connect.check(found)
     return found
 
 
-def _resolve(settings: Settings) -> Settings:
+def _resolve(settings: Settings, *, needs_redis: bool) -> Settings:
     if settings.kafka_bootstrap_servers and settings.redis_url:
         return settings
     local = running(settings)
@@ -138,7 +140,7 @@ def _resolve(settings: Settings) -> Settings:
     redis = settings.redis_url or (local.redis.address if local and local.redis else "")
     if not kafka:
         raise SettingsError("no Kafka: set KAFKA_BOOTSTRAP_SERVERS or run `eddyline up`")
-    if not redis:
+    if not redis and needs_redis:
         raise SettingsError("no Redis: set REDIS_URL or run `eddyline up`")
     namespace = settings.namespace or (local.namespace if local else "")
     return msgspec.structs.replace(

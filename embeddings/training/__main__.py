@@ -1,4 +1,8 @@
-"""The trainer process: read topics, archive or a file, train, write the bundle, publish the generation."""
+"""The trainer process: read topics, archive or a file, train, write the bundle, publish the generation.
+
+Exit codes: 0 done · 1 an error that another try may heal · 2 a bad setting or option · 3 a person has to
+decide (the archive is of another log, or Kafka refuses us).
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from eddyline import generations, kafka, logs, settings
-from eddyline.errors import EddylineError
+from eddyline.errors import EddylineError, KafkaRefused, LogMismatch, SettingsError
 from eddyline.events import Click
+from eddyline.local import endpoints
 from eddyline.settings import Settings
 from embeddings import bundle
 from embeddings.training import source
@@ -27,16 +32,20 @@ log = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train one generation. Returns the exit code: 0, or 2 with a sentence on standard error."""
+    """Train one generation. Returns the exit code, with a sentence on standard error where it is not 0."""
     arguments = _arguments(argv)
     console = Console(stderr=True)
     try:
         config = settings.load()
+        if arguments.file is None or arguments.publish:
+            config = endpoints.resolve(config, redis=False)
         logs.configure(config, "trainer")
         report = _run(config, arguments, console)
     except (EddylineError, OSError) as error:
-        console.print(f"[bold]trainer:[/bold] {error}", highlight=False, soft_wrap=True)
-        return 2
+        console.print("trainer:", error, highlight=False, markup=False, soft_wrap=True)
+        if isinstance(error, KafkaRefused | LogMismatch):
+            return 3
+        return 2 if isinstance(error, SettingsError) else 1
     log.info(
         "generation trained",
         extra={

@@ -25,7 +25,7 @@ from kafka.errors import KafkaError
 from eddyline import events, kafka
 from eddyline.archive import Archive, ArchiveUnavailable
 from eddyline.errors import KafkaUnavailable, LogMismatch, Rejected
-from eddyline.events import AT_MS_MAX, Click, Item
+from eddyline.events import AT_MS_MAX, Click, Forget, Item
 from eddyline.settings import Settings
 from eddyline.slots import partition_of
 from embeddings.training.dataset import TrainingData
@@ -198,18 +198,25 @@ class _Line(msgspec.Struct):
 def _clicks(
     settings: Settings, records: Iterable[Record], clicks_max: int, rejected: Counter[str]
 ) -> list[Click]:
-    """Clicks without the re-sends, by ingest's own rule: a function of the partition's log alone."""
+    """Clicks without the re-sends, by ingest's own rule, and without what users did before they were
+    forgotten: a function of the partition's log alone.
+    """
+    forgotten: dict[str, int] = {}
     kept: dict[int, OrderedDict[int, Click]] = {}
     accepted: dict[int, OrderedDict[str, int]] = {}
     per_partition = max(1, clicks_max // settings.clicks_partitions)
     for record in records:
         try:
             key = _key(record)
-            click = events.decode_click(
+            click = events.decode_behaviour(
                 record.value, appended_ms=record.appended_ms, far_future_ms_max=settings.far_future_ms_max
             )
         except Rejected as error:
             rejected[error.reason] += 1
+            continue
+        if isinstance(click, Forget):
+            forgotten[click.user_id] = max(forgotten.get(click.user_id, -1), click.forget_until_ms)
+        if not isinstance(click, Click):
             continue
         own = partition_of(click.user_id, settings.clicks_partitions)
         if key != click.user_id or own != record.partition:
@@ -227,7 +234,8 @@ def _clicks(
         mine[record.offset] = msgspec.structs.replace(click, event_id=event_id)
         if len(mine) > per_partition:
             mine.popitem(last=False)
-    return [click for partition in sorted(kept) for click in kept[partition].values()]
+    clicks = (click for partition in sorted(kept) for click in kept[partition].values())
+    return [click for click in clicks if click.at_ms > forgotten.get(click.user_id, -1)]
 
 
 def _key(record: Record) -> str:

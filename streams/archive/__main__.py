@@ -34,7 +34,7 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     try:
-        settings = endpoints.resolve(settings_.load())
+        settings = endpoints.resolve(settings_.load(), redis=False)
         archive = Archive(settings)
     except SettingsError as error:
         sys.stderr.write(f"{error}\n")

@@ -11,7 +11,7 @@ from index.exact import ExactIndex
 from index.hnsw import HnswIndex
 from index.live import LiveIndex
 from index.mains.choose import NAMES, main_index
-from index.port import Hit, Index, Watermark
+from index.port import Found, Hit, Index, Watermark
 
 D = 8
 
@@ -86,6 +86,23 @@ def test_k_is_clamped_to_what_lives(index: Index, k: int) -> None:
     expected = [f"i{n}" for n in range(8) if n != 3][: max(k, 0)]
     assert ids(index.query(unit(1), k)) == expected
     assert len(index.newest(k)) == len(expected)
+
+
+def test_find_is_the_same_answer_as_columns(index: Index) -> None:
+    index.upsert([put(f"i{n}", n, 1, n, at_ms=5 * n) for n in range(8)])
+    for k, exclude in ((0, ()), (3, ()), (9, ("i1", "i2"))):
+        found = index.find(unit(1, 1), k, exclude)
+        assert found.hits() == index.query(unit(1, 1), k, exclude)
+        assert len(found) == len(found.ids) == len(found.scores) == len(found.facts)
+        assert found.scores.dtype == np.float64 and found.facts.shape == (len(found), 3)
+    assert Found.of(found.hits()).hits() == found.hits()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e18, 1e30, 3e38])
+def test_queries_of_any_length_give_the_same_order(index: Index, scale: float) -> None:
+    index.upsert([put(f"i{n}", n, 1, n) for n in range(20)])
+    expected = ids(index.query(unit(1), 7))
+    assert ids(index.query(unit(1) * np.float32(scale), 7)) == expected
 
 
 def test_equal_scores_stand_in_the_order_of_their_ids(index: Index) -> None:

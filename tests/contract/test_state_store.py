@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from eddyline.ports import (
     UserWrite,
 )
 from eddyline.settings import Settings
+from eddyline.stores import connect
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.redis import RedisStore
 
@@ -213,6 +215,16 @@ def test_the_window_forgets_below_its_floor(store: StateStore) -> None:
     assert read.accepted_at == {"c": 2, "d": 3}
 
 
+@pytest.mark.parametrize("floor", [4, 5, 6, 1_000])
+def test_a_chunk_whose_last_id_lies_below_the_floor_is_written_whole(store: StateStore, floor: int) -> None:
+    """Offsets have gaps (aborted transactions), and not every event has an id."""
+    effects = UserEffects(accepted={"a": 5}, window_floor=floor, behaviours={"ana": seen("x")})
+    store.write_users("u3", CLICKS, None, at(2_000), effects)
+    read = store.read_users("u3", CLICKS, ["a"], ["ana"], "")
+    assert (read.fence, read.behaviours) == (at(2_000), {"ana": seen("x")})
+    assert read.accepted_at == ({"a": 5} if floor <= 5 else {})
+
+
 @pytest.mark.parametrize("n", [1, 499, 500, 501, 5000])
 def test_a_chunk_may_be_large(store: StateStore, n: int) -> None:
     accepted = {f"e{i}": i for i in range(n)}
@@ -344,6 +356,20 @@ def test_redis_that_is_away_is_unavailable_in_time() -> None:
         away.check()
     assert time.monotonic() - started < 2
     assert "127.0.0.1:1" in str(refused.value) and "s3cret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "value", [b"", b"short", b"\xc1garbage-12345678", b"\x05" + bytes(8), b"\x91\x05" + bytes(8)]
+)
+def test_a_list_that_cannot_be_read_is_forgotten_all_the_same(fresh_settings: Settings, value: bytes) -> None:
+    store, users = RedisStore(fresh_settings), Source("users", 3)
+    tag = f"{fresh_settings.namespace}:{{u3}}"
+    with contextlib.closing(store), contextlib.closing(connect.client(fresh_settings)) as client:
+        for kind in ("h", "o", "e:1"):
+            client.set(f"{tag}:{kind}:ana", value)
+        store.write_profiles("u3", users, None, at(1), {"ana": None}, ["1"], {"ana": 5})
+        assert client.exists(*(f"{tag}:{kind}:ana" for kind in ("h", "o", "e:1"))) == 0
+        assert store.fences(users, ["u3"]) == {"u3": at(1)}
 
 
 def test_redis_that_may_drop_keys_is_refused(fresh_settings: Settings) -> None:

@@ -178,7 +178,7 @@ def test_a_wrong_command_sets_nothing_up(
 def test_every_target_of_the_makefile_is_a_command(bootstrap: ModuleType) -> None:
     makefile = (ROOT / "Makefile").read_text()
     commands = set(re.findall(r"\$\(BOOTSTRAP\) ([a-z]+)", makefile))
-    assert {"setup", "demo", "test", "chaos", "soak", "up", "down", "lint", "bench"} == commands
+    assert {"setup", "demo", "test", "chaos", "soak", "fuzz", "up", "down", "lint", "bench"} == commands
     assert bootstrap.__doc__ is not None
     assert all(re.search(rf"\b{command}\b", bootstrap.__doc__) for command in commands)
 

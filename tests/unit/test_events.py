@@ -24,6 +24,7 @@ from eddyline.events import (
     Item,
     UserProfile,
     check_id,
+    decode_behaviour,
     decode_click,
     decode_item,
     decode_key,
@@ -49,6 +50,10 @@ PROFILE = {"user_id": "ana", "attributes": {"age": 31}, "at_ms": NOW_MS}
 
 def click(value: bytes | None) -> Click:
     return decode_click(value, appended_ms=NOW_MS, far_future_ms_max=FUTURE_MS)
+
+
+def forgetting(value: bytes | None) -> object:
+    return decode_behaviour(value, appended_ms=NOW_MS, far_future_ms_max=FUTURE_MS)
 
 
 def item(value: bytes, key: str | None = "f1", dimension: int = 3) -> Item:
@@ -209,6 +214,8 @@ def test_how_far_in_the_future_a_time_may_lie() -> None:
         assert refusal(click, dumps(CLICK, at_ms=NOW_MS + ahead)) == ("far_future", "at_ms")
         assert refusal(item, dumps(ITEM, at_ms=NOW_MS + ahead)) == ("far_future", "at_ms")
         assert refusal(profile, dumps(PROFILE, at_ms=NOW_MS + ahead)) == ("far_future", "at_ms")
+        forget = dumps({"user_id": "ana"}, forget_until_ms=NOW_MS + ahead)
+        assert refusal(forgetting, forget) == ("far_future", "forget_until_ms")
 
 
 @pytest.mark.parametrize("letter", ["a", "é", "日", "𝕏"])

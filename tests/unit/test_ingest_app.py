@@ -145,6 +145,23 @@ def test_what_was_read_before_a_seek_is_dropped() -> None:
     assert taken(events, stale=7) == ([events[1]], [])
 
 
+def test_what_follows_a_dropped_chunk_is_dropped_though_the_partition_is_ours_again() -> None:
+    async def run() -> None:
+        app, executor = Works(), ThreadPoolExecutor(1)
+        apply = applier(Lane("clicks", Busy(), executor), app)  # type: ignore[arg-type]
+        first, second, sought = Event(0, 1, epoch=7), Event(0, 2, epoch=7), Event(0, 1, epoch=8)
+        app.lane.stale = {7}
+        apply._held = [first]
+        assert apply.take() == []
+        app.lane.stale = set()
+        apply._held = [second, Event(1, 1, epoch=7), sought]
+        assert [event.value.at.partition for event in apply.take()] == [1, 0]
+        assert apply._held == []
+        executor.shutdown()
+
+    asyncio.run(run())
+
+
 def test_each_chunk_of_several_ends_for_itself() -> None:
     async def run() -> None:
         ends = [Outcome(records=1), FenceMoved("f", "a", "b"), StoreUnavailable("away"), Outcome(records=1)]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import msgspec
 import numpy as np
@@ -16,7 +18,14 @@ import pytest
 from kafka.errors import KafkaTimeoutError, MessageSizeTooLargeError, ProducerFencedError
 
 from eddyline import accept, events
-from eddyline.errors import FenceMoved, KafkaUnavailable, LogMismatch, Rejected, VectorRejected
+from eddyline.errors import (
+    FenceMoved,
+    KafkaUnavailable,
+    LogMismatch,
+    Rejected,
+    StoreUnavailable,
+    VectorRejected,
+)
 from eddyline.events import MOVED, Click, Item, Merge, UserProfile
 from eddyline.ports import Fence, LogId, Source
 from eddyline.records import ItemRecord
@@ -24,6 +33,7 @@ from eddyline.settings import Settings
 from eddyline.slots import partition_of
 from eddyline.stores.memory import MemoryStore
 from streams import clicks, dead_letters, items, membership, users
+from streams.applying import Lane
 from streams.chunk import Outcome, PartitionLost
 from streams.clicks import ClickIngest
 from streams.dead_letters import KafkaDeadLetters, KafkaForwarder
@@ -362,6 +372,44 @@ def test_forgotten_and_told_anew_in_one_chunk_forgets_the_list() -> None:
     assert rig.entries() == [] and rig.out.letters == [(2, "malformed_json")]
     assert rig.store.read_user(f"u{HERE}", HERE, ANA, "g").profile == {"age": 3}
     assert (outcome.applied, outcome.rejected, rig.users.positions.lowest(HERE)) == (2, 1, 3)
+
+
+def test_a_forgetting_whose_answer_was_lost_is_not_undone_by_what_ingest_remembers() -> None:
+    rig = Rig()
+    rig.users = UserIngest(
+        SETTINGS, rig.store, rig.users.positions, rig.out, ["g"], rig.clicks.profiles_written
+    )
+    bo = next(f"b{n}" for n in range(50) if partition_of(f"b{n}", 2) == HERE)
+    rig.clicks.ingest(HERE, [click(1, "before")], 0)
+    # Redis has forgotten her, but the connection broke: nobody told the clicks.
+    profiles, slot = {ANA: None}, f"u{HERE}"
+    rig.store.write_profiles(slot, Source("users", HERE), None, Fence(0, LOG), profiles, ["g"])
+    with pytest.raises(FenceMoved):
+        rig.users.ingest(HERE, [rec(0, None, ANA.encode(), "users")], 0)
+    rig.users.positions.open({HERE: (0, 9)})
+    bos = events.encode(UserProfile(user_id=bo))
+    rig.users.ingest(HERE, [rec(1, bos, bo.encode(), "users")], 0)
+    rig.clicks.ingest(HERE, [click(2, "after")], 0)
+    assert rig.entries() == ["after"]
+
+
+def test_counts_that_could_not_be_written_are_not_skipped_by_the_next_chunk() -> None:
+    rig = Rig(dedupe_window_events=20)
+    lane = Lane("clicks", rig.clicks, ThreadPoolExecutor(1), counts=rig.clicks.counts)
+    rig.clicks.ingest(HERE, [click(0, "a")], 0)
+    rig.now_s = 0.3
+    write, away = rig.store.count_clicks, StoreUnavailable("away")
+    rig.store.count_clicks = Mock(side_effect=away)  # type: ignore[method-assign]
+    assert lane.settle() == HERE
+    rig.store.count_clicks = write  # type: ignore[method-assign]
+    more = [click(n, "b") for n in range(1, 12)]  # so many that they are counted at once
+    with pytest.raises(FenceMoved):
+        rig.clicks.ingest(HERE, more, 0)
+    rig.clicks.opened(HERE)
+    assert rig.clicks.positions.open({HERE: (0, 99)}) == {HERE: 0}
+    rig.clicks.ingest(HERE, [click(0, "a"), *more], 0)
+    rig.clicks.count(HERE)
+    assert list(rig.store.popular("i0", 9).values()) == [{"a": 1_000, "b": 11_000}]
 
 
 def test_profiles_need_a_key_and_their_own_partition() -> None:

@@ -38,6 +38,17 @@ def test_without_anything_the_sentence_says_what_to_do(settings: Settings) -> No
         endpoints.resolve(msgspec.structs.replace(settings, kafka_bootstrap_servers="k:1"))
 
 
+def test_who_uses_no_redis_needs_no_address_of_one(settings: Settings, tmp_path: Path) -> None:
+    alone = msgspec.structs.replace(settings, kafka_bootstrap_servers="k:1")
+    assert endpoints.resolve(alone, redis=False) == alone
+    with pytest.raises(SettingsError, match="no Kafka"):
+        endpoints.resolve(settings, redis=False)
+    with endpoints.try_lock(settings):  # type: ignore[union-attr]
+        write(endpoints.servers_file(settings), msgspec.json.encode(servers(tmp_path, namespace="demo")))
+        found = endpoints.resolve(settings, redis=False)
+    assert (found.kafka_bootstrap_servers, found.namespace) == ("127.0.0.1:1", "demo")
+
+
 def test_a_file_counts_only_while_its_writer_lives(settings: Settings, tmp_path: Path) -> None:
     lock = endpoints.try_lock(settings)
     assert lock is not None

@@ -250,6 +250,18 @@ def test_resent_misplaced_and_broken_clicks_are_counted_and_left_out() -> None:
     }  # fmt: skip
 
 
+def test_what_a_user_did_before_he_was_forgotten_is_not_learned_from() -> None:
+    def sent(offset: int, user: str, at_ms: int) -> Record:
+        return record(offset, user, events.encode(click(user, "a", at_ms)))
+
+    forget = record(3, "u", events.encode(events.Forget(user_id="u", forget_until_ms=50)))
+    merge = record(4, "v", events.encode(events.Merge(user_id="v", merge_into="u", at_ms=55)))
+    clicks = [sent(0, "u", 49), sent(1, "u", 50), sent(2, "v", 40), forget, merge, sent(5, "u", 51)]
+    data = assembled(clicks=clicks)
+    assert sorted((c.user_id, c.at_ms) for c in data.clicks) == [("u", 51), ("v", 40)]
+    assert not data.rejected
+
+
 def test_of_a_long_log_the_newest_clicks_are_kept() -> None:
     clicks = [record(n, "u", events.encode(click("u", "a", n))) for n in range(50)]
     topics = {kafka.CLICKS: clicks, kafka.ITEMS: [], kafka.USERS: []}

@@ -37,6 +37,15 @@ def test_a_user_that_grows_is_counted_anew() -> None:
     assert cache.missing("u3", ["a", "b"]) == []
 
 
+def test_a_large_profile_counts_like_the_behaviours_that_it_takes_the_room_of() -> None:
+    cache = UserCache(MemoryStore(), "1", 600)
+    profiles = {"a": {f"n{n}": "x" * 1_000 for n in range(64)}, "b": {"age": 3}}
+    cache.give_back("u3", cache.take("u3", ["a", "b"], UserRead(None, {}, {}, {}, profiles)))
+    assert 4 + 4 + 64_000 // 150 <= cache.entries <= 600
+    cache.give_back("u3", {"c": draft(200)})
+    assert cache.missing("u3", ["a", "b", "c"]) == ["a"]
+
+
 def test_a_dropped_slot_is_read_again_and_other_slots_stay() -> None:
     store = MemoryStore()
     store.write_users("u3", CLICKS, None, Fence(4, LOG), UserEffects(accepted={"e": 4}))
@@ -56,10 +65,29 @@ def test_users_whose_profile_was_written_are_read_again_under_its_fence() -> Non
     cache = UserCache(store, "1", 100)
     known = cache.slot("u3", CLICKS, None)
     cache.give_back("u3", {"a": draft(1), "b": draft(1)})
-    cache.profiles_written("u3", Fence(9, LOG), ["a", "x"])
+    cache.profiles_written("u3", None, Fence(9, LOG), ["a", "x"])
     assert cache.missing("u3", ["a", "b"]) == ["a"]
     assert known.profiles == str(Fence(9, LOG))
-    cache.profiles_written("u9", Fence(9, LOG), ["a"])  # of a slot that was never asked for
+    cache.profiles_written("u9", None, Fence(9, LOG), ["a"])  # of a slot that was never asked for
+
+
+def test_a_write_of_profiles_that_nobody_told_of_makes_all_users_unknown() -> None:
+    cache = UserCache(MemoryStore(), "1", 100)
+    cache.slot("u3", CLICKS, None)
+    cache.give_back("u3", {"a": draft(1), "b": draft(1)})
+    cache.profiles_written("u3", Fence(8, LOG), Fence(9, LOG), ["a"])  # that of 8 was never told of
+    assert cache.missing("u3", ["a", "b"]) == ["a", "b"] and cache.entries == 0
+
+
+def test_users_that_leave_while_they_are_taken_are_counted_once_when_they_return() -> None:
+    cache = UserCache(MemoryStore(), "1", 28)
+    cache.give_back("u4", {"b": draft(10)})
+    for _ in range(3):
+        taken = {slot: cache.take(slot, [user], None) for slot, user in (("u3", "a"), ("u4", "b"))}
+        cache.give_back("u3", {"a": draft(20)})  # b leaves
+        cache.give_back("u4", taken["u4"])
+        kept = [draft_.size for draft_ in cache._users.values()]
+        assert cache.entries == sum(kept) <= 28
 
 
 def test_a_user_is_taken_as_he_was_read() -> None:

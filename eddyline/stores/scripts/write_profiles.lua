@@ -9,8 +9,11 @@ local at = 1 + n
 for i = 5 + n, #ARGV do
   redis.call('DEL', KEYS[at + 1])
   local recent = ARGV[i] ~= '' and redis.call('GET', KEYS[at + 2])
-  -- A list that has gone on since stays: `clicks` says at which place in it he was forgotten.
-  if not recent or cmsgpack.unpack(string.sub(recent, 1, -9))[6] <= tonumber(ARGV[i]) then
+  local read, list = pcall(cmsgpack.unpack, recent and string.sub(recent, 1, -9) or '')
+  local appended_ms = read and type(list) == 'table' and tonumber(list[6])
+  -- A list that has gone on since stays: `clicks` says at which place in it he was forgotten. One that cannot
+  -- be read goes: an error here would leave the fence moved and him remembered.
+  if not appended_ms or appended_ms <= tonumber(ARGV[i]) then
     for k = 2, g do
       redis.call('DEL', KEYS[at + k])
     end

@@ -10,7 +10,8 @@ if ARGV[5] ~= '' then
   local floor = tonumber(ARGV[4])
   for _ = 1, 16 do -- each write adds one blob, so that a few at a time are enough
     local oldest = redis.call('LINDEX', KEYS[3], 0)
-    if struct.unpack('<i8', string.sub(oldest, 1, 8)) >= floor then
+    -- None is left where even the new blob ends below the floor: offsets have gaps.
+    if not oldest or struct.unpack('<i8', string.sub(oldest, 1, 8)) >= floor then
       break
     end
     redis.call('LPOP', KEYS[3])

@@ -1,0 +1,222 @@
+"""One chaos run: the load, the faults of a plan, a query worker that is asked all the while, the oracle."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from eddyline.demo.worlds import World
+from eddyline.errors import EddylineError
+from eddyline.generations import Manifest
+from eddyline.kafka import CLICKS
+from embeddings import bundle as bundles
+from serving.client import CallFailed, Client
+from tests import oracle
+from tests.chaos.faults import Faults
+from tests.chaos.load import SHOPPERS, Load
+from tests.chaos.scene import CUT, Scene
+from tests.chaos.schedule import Fault, plan
+
+# What a worker may answer while the servers around it come and go. INTERNAL and UNKNOWN are its own faults.
+MAY_ANSWER = {"OK", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"}
+ASK_EVERY_S = 0.05
+LAST_FAULTS_S = 120.0
+# Ingest may take this long without any step forward: a session's end, a broker's start, back-off.
+STILL_S = 60.0
+CONVERGE_S = 30.0
+TELL_EVERY_S = 10.0
+
+Tell = Callable[[str], None]
+
+
+@dataclass
+class Result:
+    """What a run came to. met: (fault, what it met); differences: [] is what has to be."""
+
+    seed: int
+    met: list[tuple[Fault, str]] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    sent: Counter[str] = field(default_factory=Counter)
+    failed_sends: Counter[str] = field(default_factory=Counter)
+    answers: Counter[str] = field(default_factory=Counter)
+    restarts: dict[str, int] = field(default_factory=dict)
+    records: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def by_kind(self) -> dict[str, tuple[int, int]]:
+        """kind -> (faults, those of them that met something)."""
+        counted: dict[str, tuple[int, int]] = {}
+        for fault, met in self.met:
+            all_, hit = counted.get(fault.kind, (0, 0))
+            counted[fault.kind] = all_ + 1, hit + bool(met)
+        return dict(sorted(counted.items()))
+
+
+class Asking:
+    """Asks the query worker all the time, and counts its answers by status code."""
+
+    def __init__(self, address: str, seed: int) -> None:
+        self.answers: Counter[str] = Counter()
+        self.wrong: list[str] = []
+        self._address = address
+        self._rng = random.Random(f"asking-{seed}")
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="asking", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ask no more."""
+        self._stop.set()
+        self._thread.join(10)
+
+    def _run(self) -> None:
+        with Client(self._address) as client:
+            while not self._stop.wait(ASK_EVERY_S):
+                user, k = f"s{self._rng.randrange(SHOPPERS)}", self._rng.choice((1, 10, 50))
+                try:
+                    answer = client.retrieve(user, k, timeout_s=2)
+                    self.answers["OK"] += 1
+                    ids = [item.item_id for item in answer.items]
+                    if len(set(ids)) != len(ids) or (len(ids) != k and not answer.short_because):
+                        self.wrong.append(f"the worker gave {user} {len(ids)} items for k = {k}: {ids}")
+                except CallFailed as error:
+                    self.answers[error.code] += 1
+                    if error.code not in MAY_ANSWER:
+                        self.wrong.append(f"the worker answered {error}")
+                except Exception as error:
+                    self.wrong.append(f"asking the worker raised {error!r}")
+
+
+def run(
+    folder: Path, bundle_dir: Path, manifest: Manifest, world: World, *, seed: int, count: int,
+    gap_s: tuple[float, float], rate: float, ingests: int = 2, returners: bool = False,
+    short: bool = False, tell: Tell = lambda _: None, still_s: float = STILL_S,
+) -> Result:  # fmt: skip
+    """Run a plan on servers of its own below `folder`. Raises LocalServerError where they do not start."""
+    result = Result(seed)
+    faults = plan(seed, count, gap_s, ingests, short)
+    for fault in faults:
+        tell(str(fault))
+    scene = Scene(folder, bundle_dir, manifest, ingests)
+    try:
+        begun = time.monotonic()
+        scene.start(world)
+        result.seconds["start"] = time.monotonic() - begun
+        settings = scene.settings
+        load = Load(
+            settings, world.items, rate=rate, seed=seed, lateness_s=int(CUT["lateness_s_max"]),
+            returners=returners,
+        )  # fmt: skip
+        asking = Asking(scene.address, seed)
+        load.start()
+        try:
+            _under_load(scene, load, faults, result, tell)
+        finally:
+            begun = time.monotonic()
+            scene.proxy.calm()
+            scene.wake_all()
+            load.stop()
+            asking.stop()
+        result.sent, result.failed_sends, result.answers = load.sent, load.failed, asking.answers
+        result.differences += asking.wrong
+        tell(f"{sum(load.sent.values()):,} records sent; waiting until all of it is applied")
+        scene.caught_up(still_s)
+        result.seconds["catch-up"] = time.monotonic() - begun
+        tell("applied; the oracle recomputes everything")
+        begun = time.monotonic()
+        result.differences += judged(scene, load, result)
+        result.seconds["oracle"] = time.monotonic() - begun
+    except EddylineError as error:
+        result.differences.append(f"{type(error).__name__}: {error}")
+    finally:
+        result.restarts = {name: n for name, (_, n) in scene.supervisor.states().items()}
+        scene.stop()
+    return result
+
+
+def judged(scene: Scene, load: Load, result: Result) -> list[str]:
+    """What differs from the oracle's state, anywhere."""
+    settings = scene.settings
+    topics = oracle.Topics.read(settings)
+    result.records = {name: len(records) for name, records in topics.records.items()}
+    told = oracle.truth(settings, topics, bundles.load(settings.bundles / "1"))
+    found = oracle.differences(settings, topics, told)
+    result.counts = found.counts
+    there = {_event_id(record.value) for record in topics.records[CLICKS]}
+    lost = sorted(load.acked - there)
+    differences = [f"event {e}: acknowledged by Kafka, not in the topic" for e in lost[:20]]
+    live = {item_id for item_id, record in told.published.items() if record.vector is not None}
+    return differences + found.differences + _worker(scene, live, result)
+
+
+def _event_id(value: bytes | None) -> str | None:
+    try:
+        event = msgspec.json.decode(value or b"null")
+    except msgspec.DecodeError:
+        return None
+    found = event.get("event_id") if isinstance(event, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def _worker(scene: Scene, live: set[str], result: Result) -> list[str]:
+    """The worker's index against the items that are live: asked by a user who has seen nothing, for all."""
+    deadline, why = time.monotonic() + CONVERGE_S, ""
+    with Client(scene.address) as client:
+        while time.monotonic() < deadline:
+            try:
+                answer = client.retrieve("nobody", scene.settings.k_max, timeout_s=5)
+                given = {item.item_id for item in answer.items}
+                if given == live and not answer.missing:
+                    result.counts["item in the worker's index"] = len(live)
+                    return []
+                why = f"lacks {sorted(live - given)[:9]}, has {sorted(given - live)[:9]}, {answer.missing}"
+            except CallFailed as error:
+                why = str(error)
+            time.sleep(0.2)
+    return [f"the worker's index {why}"]
+
+
+def _under_load(scene: Scene, load: Load, faults: list[Fault], result: Result, tell: Tell) -> None:
+    begun = time.monotonic()
+    stop = threading.Event()
+    making = Faults(scene, load, stop)
+    threads: list[threading.Thread] = []
+    next_tell = begun + TELL_EVERY_S
+
+    def fall(fault: Fault) -> None:
+        try:
+            met = making.fall(fault)
+        except Exception as error:
+            result.differences.append(f"fault {fault.number} ({fault.kind}) could not be made: {error!r}")
+            met = ""
+        result.met.append((fault, met))
+
+    try:
+        for fault in faults:
+            while (left := begun + fault.at_s - time.monotonic()) > 0:
+                time.sleep(min(left, 0.25))
+                scene.supervisor.check()
+                if time.monotonic() > next_tell:
+                    next_tell += TELL_EVERY_S
+                    tell(f"{time.monotonic() - begun:6.0f} s  {sum(load.sent.values()):,} sent, "
+                         f"{len(result.met)} faults over, failed sends {dict(load.failed)}")  # fmt: skip
+            thread = threading.Thread(target=fall, args=(fault,), name=f"fault-{fault.number}", daemon=True)
+            thread.start()
+            threads.append(thread)
+        deadline = time.monotonic() + LAST_FAULTS_S
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(LAST_FAULTS_S)
+        result.met.sort(key=lambda one: one[0].number)
+        result.seconds["under faults"] = time.monotonic() - begun

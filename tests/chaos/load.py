@@ -1,0 +1,242 @@
+"""The load of a chaos run: clicks, items and profiles at a steady rate, some of them crooked, and a ledger.
+
+Whatever is sent is drawn from the seed. What the broker acknowledged is kept by event id: all of it has to be
+in the topic at the end; what the topic makes of it is the oracle's business.
+
+Who does what is cut so that the state is a function of each topic alone: shoppers click what the generation
+knows and have no profile, members have profiles and click what it does not know, leavers have profiles, are
+forgotten, and click nothing; returners have no profile, click, are forgotten, and click again. A profile
+counts in a micro-step, and between two topics there is no order.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import random
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from eddyline import events, kafka
+from eddyline.events import Click, Item, Merge, UserProfile
+from eddyline.settings import Settings
+from eddyline.slots import partition_of
+
+log = logging.getLogger(__name__)
+
+SHOPPERS, VISITORS, MEMBERS, LEAVERS, RETURNERS = 300, 60, 40, 20, 30
+UNKNOWN_ITEMS = 40
+# Re-sends come out of the last so many events: far inside the window of every partition.
+REMEMBERED = 2_000
+TICK_S = 0.02
+# After a stall the load does not catch up in one blow.
+BEHIND_S_MAX = 2.0
+KINDS = ("click", "click", "click", "view", "view", "like", "cart", "purchase", "dislike")
+MALFORMED = (
+    b"{",
+    b"[]",
+    b"null",
+    b'{"user_id": "s1", "item_id": "f1"}',
+    b'{"user_id": "", "item_id": "f1", "at_ms": 1}',
+)
+
+
+class Load:
+    """A thread that sends until it is stopped.
+
+    sent:  records handed to the producer, by what they are
+    acked: event ids that the broker has acknowledged
+    """
+
+    def __init__(
+        self, settings: Settings, catalogue: Sequence[Item], *, rate: float, seed: int, lateness_s: int,
+        returners: bool = False,
+    ) -> None:  # fmt: skip
+        """returners: users who are forgotten and click again are among them."""
+        self.sent: Counter[str] = Counter()
+        self.acked: set[str] = set()
+        self.failed: Counter[str] = Counter()
+        self._settings = settings
+        self._items = list(catalogue)
+        self._rate = rate
+        self._rng = random.Random(f"load-{seed}")
+        self._lateness_s = lateness_s
+        self._returners = returners
+        self._bursts: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
+        self._recent: deque[Click] = deque(maxlen=REMEMBERED)
+        self._number = 0
+        self._stop = threading.Event()
+        self._producer: Any = None
+        self._thread = threading.Thread(target=self._run, name="load", daemon=True)
+
+    def start(self) -> None:
+        """Begin to send."""
+        self._thread.start()
+
+    def burst(self, kind: str, count: int) -> None:
+        """Send so many `duplicates`, `reordered` or `strays` as soon as can be."""
+        self._bursts.put((kind, count))
+
+    def stop(self, timeout_s: float = 60) -> None:
+        """Stop sending, and return once the broker has all. Raises TimeoutError."""
+        self._stop.set()
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            raise TimeoutError(f"the load did not end in {timeout_s:.0f} s")
+
+    # ---- the thread
+
+    def _run(self) -> None:
+        begun, made = time.monotonic(), 0
+        while not self._stop.is_set():
+            try:
+                if self._producer is None:
+                    self._producer = kafka.make_producer(self._settings, linger_ms=5)
+                due = int((time.monotonic() - begun) * self._rate)
+                if due - made > BEHIND_S_MAX * self._rate:
+                    made = due - int(BEHIND_S_MAX * self._rate)
+                for _ in range(due - made):
+                    made += 1
+                    self._one()
+                while not self._bursts.empty():
+                    kind, count = self._bursts.get()
+                    for _ in range(count):
+                        getattr(self, f"_{kind}")()
+            except Exception as error:  # a producer that a dead broker has broken: a new one goes on
+                self.failed[type(error).__name__] += 1
+                log.info("the load takes a new producer: %r", error)
+                self._let_go(timeout_s=0)
+                self._stop.wait(0.2)
+            self._stop.wait(TICK_S)
+        self._let_go(timeout_s=30)
+
+    def _let_go(self, timeout_s: float) -> None:
+        producer, self._producer = self._producer, None
+        if producer is None:
+            return
+        try:
+            if timeout_s:
+                producer.flush(timeout=timeout_s)
+            producer.close(timeout=timeout_s or 1)
+        except Exception as error:
+            self.failed[type(error).__name__] += 1
+
+    def _one(self) -> None:
+        dice = self._rng.random()
+        if dice < 0.90:
+            self._shopper()
+        elif dice < 0.925:
+            self._duplicates()
+        elif dice < 0.945:
+            self._reordered()
+        elif dice < 0.960:
+            self._click(f"m{self._below(MEMBERS)}", f"new-{self._below(UNKNOWN_ITEMS)}")
+        elif dice < 0.985:
+            self._catalogue()
+        elif dice < 0.993:
+            self._profile()
+        elif dice < 0.996:
+            self._merge()
+        elif dice < 0.998:
+            self._strays()
+        else:
+            self._malformed()
+
+    def _below(self, n: int) -> int:
+        """A number below n, the small ones more often."""
+        return int(n * self._rng.random() ** 2)
+
+    def _shopper(self) -> None:
+        dice = self._rng.random()
+        user = f"g{self._below(VISITORS)}" if dice < 0.1 else f"s{self._below(SHOPPERS)}"
+        if self._returners and dice > 0.9:
+            user = f"r{self._below(RETURNERS)}"
+        # One in a hundred gives no event id: its coordinates stand for it.
+        self._click(user, self._item(), anonymous=self._rng.random() < 0.01)
+
+    def _item(self) -> str:
+        return self._items[self._below(len(self._items))].item_id
+
+    def _made(self, user: str, item: str, back_ms: int = 0, anonymous: bool = False) -> Click:
+        self._number += 1
+        return Click(
+            user_id=user, item_id=item, at_ms=time.time_ns() // 1_000_000 - back_ms,
+            kind=self._rng.choice(KINDS), weight=self._rng.choice((1.0, 0.5, 2.0)),
+            event_id=None if anonymous else f"e{self._number}",
+        )  # fmt: skip
+
+    def _click(self, user: str, item: str, back_ms: int = 0, anonymous: bool = False) -> None:
+        click = self._made(user, item, back_ms, anonymous)
+        self._send("clicks", kafka.send_click(self._producer, self._settings, click), click.event_id)
+        if not anonymous:
+            self._recent.append(click)
+
+    def _duplicates(self) -> None:
+        if self._recent:
+            click = self._recent[self._rng.randrange(len(self._recent))]
+            self._send("duplicates", kafka.send_click(self._producer, self._settings, click), click.event_id)
+
+    def _reordered(self) -> None:
+        back_ms = int(self._rng.random() * 2 * self._lateness_s * 1_000)
+        self.sent["reordered"] += 1
+        self._click(f"s{self._below(SHOPPERS)}", self._item(), back_ms)
+
+    def _strays(self) -> None:
+        """A click without a key, or one that lies in a partition that is not its own."""
+        click = self._made(f"s{self._below(SHOPPERS)}", self._item(), anonymous=self._rng.random() < 0.2)
+        topic, value = self._settings.prefixed(kafka.CLICKS), events.encode(click)
+        if self._rng.random() < 0.5:
+            sent = self._producer.send(topic, value)
+        else:
+            partitions = self._settings.clicks_partitions
+            wrong = (partition_of(click.user_id, partitions) + 1) % partitions
+            sent = self._producer.send(topic, value, key=click.user_id.encode(), partition=wrong)
+        self._send("strays", sent, click.event_id)
+
+    def _merge(self) -> None:
+        merge = Merge(
+            user_id=f"g{self._below(VISITORS)}", merge_into=f"s{self._below(SHOPPERS)}",
+            at_ms=time.time_ns() // 1_000_000,
+        )  # fmt: skip
+        self._send("merges", kafka.send_merge(self._producer, self._settings, merge))
+
+    def _malformed(self) -> None:
+        topic, value = self._rng.choice(kafka.SOURCES), self._rng.choice(MALFORMED)
+        self._send("malformed", self._producer.send(self._settings.prefixed(topic), value, key=b"x1"))
+
+    def _catalogue(self) -> None:
+        number = self._below(len(self._items))
+        item, dice = self._items[number], self._rng.random()
+        if dice < 0.3:
+            self._send("deletes", kafka.send_delete(self._producer, self._settings, item.item_id))
+            return
+        changed = msgspec.structs.replace(
+            item, title=f"{item.title} {self._number}", available=dice < 0.9,
+            tags=[*item.tags, f"t{self._below(9)}"], at_ms=time.time_ns() // 1_000_000,
+        )  # fmt: skip
+        self._send("items", kafka.send_item(self._producer, self._settings, changed))
+
+    def _profile(self) -> None:
+        if self._returners and self._rng.random() < 0.25:
+            user = f"r{self._below(RETURNERS)}"
+            self._send("forgotten", kafka.send_forget(self._producer, self._settings, user))
+            return
+        leaver = self._rng.random() < 0.5
+        user = f"l{self._below(LEAVERS)}" if leaver else f"m{self._below(MEMBERS)}"
+        if leaver and self._rng.random() < 0.4:
+            self._send("forgotten", kafka.send_forget(self._producer, self._settings, user))
+            return
+        self._number += 1
+        profile = UserProfile(user_id=user, attributes={"age": self._below(90), "n": self._number})
+        self._send("profiles", kafka.send_profile(self._producer, self._settings, profile))
+
+    def _send(self, what: str, future: Any, event_id: str | None = None) -> None:
+        self.sent[what] += 1
+        future.add_errback(lambda error: self.failed.update([type(error).__name__]))
+        if event_id is not None:
+            future.add_callback(lambda _: self.acked.add(event_id))

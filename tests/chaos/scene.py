@@ -1,0 +1,203 @@
+"""A whole Eddyline to break: a Kafka and a Valkey of its own, ingest processes, a query worker, and the proxy
+that all of them reach Redis through.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from eddyline import kafka
+from eddyline.cli import replay
+from eddyline.cli.producers import now_ms
+from eddyline.demo.stage import Stage, free_port, wait_until_applied
+from eddyline.demo.worlds import World
+from eddyline.errors import LocalServerError, Unavailable
+from eddyline.generations import Manifest
+from eddyline.local import jars, ports, valkey
+from eddyline.local import kafka as broker
+from eddyline.local.supervisor import Child, Supervisor
+from eddyline.settings import Settings
+from tests.chaos.proxy import Proxy
+
+# Small, so that one shape of every limit is met: lists that are full, events that come too late.
+CUT = {
+    "clicks_partitions": 4,
+    "items_partitions": 2,
+    "history_length_max": 50,
+    "lateness_s_max": 3_600,
+    "redis_timeout_ms": 500,
+    "kafka_timeout_ms": 5_000,
+    "backoff_ms_max": 500,
+    "snapshot_interval_s": 20,
+}
+# Valkey's start: where a folder `next` lies ready, it takes the place of the files. So the swap falls between
+# the death of one server and the birth of the next, however fast its supervisor is.
+SWAP = 'if [ -d next ]; then rm -rf appendonlydir && mv next appendonlydir; fi; exec "$@"'
+
+
+class Scene:
+    """Thread rule: the faults' threads may call everything but `start` and `stop`.
+
+    settings: for whoever looks from outside: straight to Redis
+    """
+
+    def __init__(self, folder: Path, bundle_dir: Path, manifest: Manifest, ingests: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.address = ""
+        self.names = [f"ingest-{number}" for number in range(1, ingests + 1)]
+        self.supervisor = Supervisor(folder / "logs")
+        self.settings = Settings(
+            data_dir=str(folder), bundle_dir=str(bundle_dir), namespace="chaos", worker_port=0, **CUT
+        )
+        self.proxy: Proxy
+        self._manifest = manifest
+        self._home = folder / "valkey"
+        self._frozen: dict[int, int] = {}  # pid -> how many faults hold it
+        self._lock = threading.Lock()
+
+    def start(self, world: World) -> None:
+        """Everything, with the world's items applied. Raises LocalServerError."""
+        chosen = ports.choose(self.folder / "run", ("kafka", "controller", "redis"))
+        server, _ = valkey.program()
+        redis = valkey.prepare(self.folder, chosen["redis"], server)
+        redis = _with_argv(redis, ["sh", "-c", SWAP, "valkey", *redis.argv])
+        classpath = jars.fetch(lambda done, total: None)
+        self.supervisor.start(
+            redis, broker.prepare(self.folder, chosen["kafka"], chosen["controller"], classpath)
+        )
+        self.proxy = Proxy(chosen["redis"])
+        self.settings = msgspec.structs.replace(
+            self.settings,
+            kafka_bootstrap_servers=f"127.0.0.1:{chosen['kafka']}",
+            redis_url=f"redis://127.0.0.1:{chosen['redis']}/0",
+        )
+        through = msgspec.structs.replace(self.settings, redis_url=f"redis://127.0.0.1:{self.proxy.port}/0")
+        stage = Stage(through, self.supervisor)
+        stage.prepare(self._manifest)
+        replay.send(self.settings, world.items)
+        more = {name: str(value) for name, value in CUT.items()}
+        worker, self.address = stage.worker_child(port=free_port(), **more)
+        self.supervisor.start(*(stage.ingest_child(name, **more) for name in self.names), worker)
+        self.caught_up(60)
+
+    def stop(self) -> None:
+        """End all processes."""
+        with contextlib.suppress(AttributeError):
+            self.proxy.calm()
+        self.wake_all()
+        self.supervisor.stop()
+        with contextlib.suppress(AttributeError):
+            self.proxy.close()
+
+    def caught_up(self, timeout_s: float) -> None:
+        """Return once everything in the topics is applied, what is forwarded meanwhile included.
+
+        Raises LocalServerError where nothing moves for `timeout_s`, or where a process has given up.
+        """
+        before, deadline = None, time.monotonic() + 10 * timeout_s
+        while time.monotonic() < deadline:
+            self.supervisor.check()
+            try:
+                ends = {name: kafka.end_offsets(self.settings, name) for name in kafka.SOURCES}
+                if ends == before:
+                    return
+                wait_until_applied(
+                    self.settings, lambda *_: None, timeout_s=timeout_s, check=self.supervisor.check
+                )
+                before = ends
+            except Unavailable:
+                time.sleep(0.2)
+        raise LocalServerError(f"the topics did not come to rest in {10 * timeout_s:.0f} s")
+
+    # ---- what faults are made of
+
+    def kill(self, name: str) -> bool:
+        """kill -9; False where it is not there just now."""
+        return self._signal(self._pid(name), signal.SIGKILL)
+
+    @contextlib.contextmanager
+    def frozen(self, name: str) -> Iterator[bool]:
+        """SIGSTOP, then SIGCONT unless another fault still holds it; False where it is not there."""
+        pid = self._pid(name)
+        with self._lock:
+            stopped = self._signal(pid, signal.SIGSTOP)
+            self._frozen[pid] = self._frozen.get(pid, 0) + stopped
+        try:
+            yield stopped
+        finally:
+            with self._lock:
+                self._frozen[pid] -= stopped
+                if stopped and not self._frozen[pid]:
+                    self._signal(pid, signal.SIGCONT)
+
+    def wake_all(self) -> None:
+        """SIGCONT to whatever may be frozen still."""
+        for pid in self.supervisor.pids().values():
+            self._signal(pid, signal.SIGCONT)
+
+    def copy_files(self, name: str) -> Path:
+        """Copy Valkey's append-only files, as they are at one instant."""
+        copy = self._home / f"copy-{name}"
+        with self.frozen("valkey"):
+            for _ in range(5):
+                try:
+                    shutil.copytree(self._home / "appendonlydir", copy, dirs_exist_ok=True)
+                    return copy
+                except (OSError, shutil.Error):  # a server is just being replaced; look again
+                    shutil.rmtree(copy, ignore_errors=True)
+                    time.sleep(0.1)
+        raise LocalServerError("Valkey's append-only files could not be copied")
+
+    def swap_files(self, copy: Path | None) -> None:
+        """kill -9 of Valkey; it comes back with the copy, or with nothing."""
+        ready = self._home / "ready"
+        with self._lock:
+            shutil.rmtree(ready, ignore_errors=True)
+            if copy is None:
+                ready.mkdir()
+            else:
+                copy.rename(ready)
+            shutil.rmtree(self._home / "next", ignore_errors=True)
+            ready.rename(self._home / "next")
+        self.kill("valkey")
+
+    def _pid(self, name: str) -> int:
+        return self.supervisor.pids().get(name, 0)
+
+    @staticmethod
+    def _signal(pid: int, number: signal.Signals) -> bool:
+        if not pid:
+            return False
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            return False
+        return True
+
+
+def small_generation(folder: Path, world: World) -> Manifest:
+    """Train generation 1 of the world's history, briefly, into `<folder>/1`."""
+    from embeddings.training.dataset import TrainingData
+    from embeddings.training.train import train
+
+    profiles = {user: dict(profile.attributes) for user, profile in world.profiles.items()}
+    data = TrainingData(items=world.items, profiles=profiles, clicks=world.clicks)
+    train(data, folder / "1", "1", epochs=2, seed=1, threads=2)
+    return Manifest(generation="1", bundle="1", dimension=64, created_ms=now_ms())
+
+
+def _with_argv(child: Child, argv: list[str]) -> Child:
+    return Child(
+        name=child.name, argv=argv, ready=child.ready, cwd=child.cwd,
+        ready_timeout_s=child.ready_timeout_s, stop_timeout_s=child.stop_timeout_s,
+    )  # fmt: skip

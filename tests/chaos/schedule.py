@@ -1,0 +1,95 @@
+"""The plan of a run: which fault falls when. A function of the seed alone."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+# Every kind, with what it does. The long run has each of them equally often, to within one.
+KINDS = {
+    "kill ingest": "kill -9 of an ingest process",
+    "kill redis": "kill -9 of Valkey",
+    "kill broker": "kill -9 of the Kafka broker",
+    "kill worker": "kill -9 of the query worker",
+    "freeze ingest": "SIGSTOP of an ingest process for longer than its session, then SIGCONT: a zombie",
+    "freeze redis": "SIGSTOP of Valkey, then SIGCONT",
+    "freeze broker": "SIGSTOP of the broker, then SIGCONT",
+    "older copy": "Valkey is killed and comes back with an older copy of its append-only files",
+    "emptied": "all of Redis is gone: FLUSHALL, or killed and back without its files",
+    "error LOADING": "Redis answers everything with -LOADING",
+    "error BUSY": "Redis answers everything with -BUSY",
+    "error OOM": "Redis answers writes with -OOM",
+    "error MISCONF": "Redis answers writes with -MISCONF",
+    "slow answers": "every answer of Redis comes later than `redis_timeout_ms`",
+    "cut before": "connections are cut before a write reaches Redis",
+    "cut after": "connections are cut after Redis did a write and before its answer",
+    "duplicates": "a burst of events that were sent before, under their event ids, at new offsets",
+    "reordered": "a burst of events that happened long before, within and beyond the allowed lateness",
+    "strays": "a burst of clicks without a key, or in a wrong partition",
+}
+# Ingest's session ends after 6 s.
+ZOMBIE_S = (6.5, 8.0)
+SHORT_S = 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One fault. at_s: after the load began; more: what its kind needs, drawn with it."""
+
+    number: int
+    at_s: float
+    kind: str
+    more: dict[str, Any]
+
+    def __str__(self) -> str:
+        """As it is printed."""
+        details = ", ".join(f"{name} {value}" for name, value in self.more.items())
+        return f"{self.number:4d}  {self.at_s:7.1f} s  {self.kind:15s} {details}"
+
+
+def plan(
+    seed: int, count: int, gap_s: tuple[float, float], ingests: int = 2, short: bool = False
+) -> list[Fault]:
+    """`count` faults, one every `gap_s` seconds; each round of kinds in an order of its own.
+
+    short: no fault but a zombie's sleep takes longer than SHORT_S
+
+    >>> plan(7, 40, (2, 4)) == plan(7, 40, (2, 4)) != plan(8, 40, (2, 4))
+    True
+    >>> len({fault.kind for fault in plan(7, len(KINDS), (2, 4))}) == len(KINDS)
+    True
+    """
+    rng = random.Random(f"chaos-{seed}")
+    faults: list[Fault] = []
+    at_s, turn = 0.0, []
+    for number in range(1, count + 1):
+        if not turn:
+            turn = sorted(KINDS)
+            rng.shuffle(turn)
+        at_s += rng.uniform(*gap_s)
+        kind = turn.pop()
+        more = _more(rng, kind, ingests)
+        if short and kind != "freeze ingest":
+            more |= {name: min(more[name], SHORT_S) for name in ("seconds", "older_s") if name in more}
+        faults.append(Fault(number, round(at_s, 2), kind, more))
+    return faults
+
+
+def _more(rng: random.Random, kind: str, ingests: int) -> dict[str, Any]:
+    if kind in ("kill ingest", "freeze ingest"):
+        more: dict[str, Any] = {"which": f"ingest-{rng.randint(1, ingests)}"}
+        return more | ({"seconds": round(rng.uniform(*ZOMBIE_S), 1)} if kind == "freeze ingest" else {})
+    if kind == "freeze redis":
+        return {"seconds": round(rng.uniform(0.5, 4.0), 1)}
+    if kind == "freeze broker":
+        return {"seconds": round(rng.uniform(1.0, 8.0), 1)}
+    if kind == "older copy":
+        return {"older_s": round(rng.uniform(1.0, 15.0), 1)}
+    if kind == "emptied":
+        return {"how": rng.choice(("FLUSHALL", "without files"))}
+    if kind.startswith(("error", "slow", "cut")):
+        return {"seconds": round(rng.uniform(0.3, 2.5), 1)}
+    if kind in ("duplicates", "reordered", "strays"):
+        return {"events": rng.randint(50, 300) if kind != "strays" else rng.randint(5, 40)}
+    return {}

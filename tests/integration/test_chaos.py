@@ -1,0 +1,184 @@
+"""Chaos in short: every kind of fault once, under load, and all state compared; the oracle can fail."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from eddyline.cli import replay
+from eddyline.cli.producers import now_ms
+from eddyline.local import ports, valkey
+from eddyline.local.supervisor import Supervisor
+from eddyline.ports import Card, Source, UserEffects
+from eddyline.slots import partition_of
+from eddyline.stores.redis import RedisStore
+from embeddings import bundle as bundles
+from tests import oracle
+from tests.chaos import drive
+from tests.chaos.proxy import ERRORS, Proxy, Trouble
+from tests.chaos.schedule import KINDS, plan
+
+SEED = 11
+WRITE = "redis.call('SET', KEYS[1], ARGV[1]); return 'done'"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_every_kind_of_fault_leaves_the_state_that_the_topics_give(tmp_path: Path, world, bundle) -> None:
+    folder, manifest = bundle
+    told: list[str] = []
+    result = drive.run(
+        tmp_path / "chaos", folder, manifest, world,
+        seed=SEED, count=len(KINDS), gap_s=(0.4, 0.6), rate=120, short=True, tell=told.append,
+    )  # fmt: skip
+    assert result.differences == [], "\n".join([f"seed {SEED}", *told])
+    assert {fault.kind for fault, met in result.met if met} == set(KINDS), result.met
+    assert result.answers["OK"] > 0 and set(result.answers) <= drive.MAY_ANSWER
+    for what in ("list", "embedding", "event id", "count", "card", "item vector", "profile", "dead letter"):
+        assert result.counts[what] > 0, f"no {what} was compared"
+
+
+def test_the_oracle_names_what_was_damaged(make_live) -> None:
+    live = make_live()
+    replay.send(live.settings, replay.shifted(live.world.clicks[:2_000], now_ms()))
+    live.applied(timeout_s=60)
+    live.supervisor.stop()  # nobody mends it meanwhile
+    topics = oracle.Topics.read(live.settings)
+    told = oracle.truth(live.settings, topics, bundles.load(live.settings.bundles / "1"))
+    assert oracle.differences(live.settings, topics, told).differences == []
+    store, client = RedisStore(live.settings), redis.Redis.from_url(live.settings.redis_url)
+    user = live.world.clicks[0].user_id
+    partition = partition_of(user, live.settings.clicks_partitions)
+    slot, source, prefix = f"u{partition}", Source("clicks", partition), f"{live.settings.namespace}:"
+    read = store.read_users(slot, source, [], [user], "1")
+    mine, (steps, vector) = read.behaviours[user], read.embeddings[user]
+    [(bucket, counted)] = list(store.popular("i0", 1).items())[-1:]
+    [item] = counted
+    card = store.read_cards([item], 1)[item]
+
+    def damaged(*named: str) -> None:
+        found = oracle.differences(live.settings, topics, told).differences
+        assert found and all(any(name in line for line in found) for name in named), (named, found)
+
+    def write(**effects) -> None:
+        store.write_users(slot, source, read.fence, read.fence, UserEffects(generation="1", **effects))
+
+    try:
+        client.zincrby(f"{prefix}{{i0}}:popular:{bucket}", 1, item)
+        damaged(f"count i0:{bucket}:{item}: Redis has {counted[item] + 1}, the topic gives {counted[item]}")
+        client.zincrby(f"{prefix}{{i0}}:popular:{bucket}", -1, item)
+        other = mine.entries[0].__class__("another-item", mine.entries[-1].at_ms)
+        shorter = (*mine.entries[:-1], other)
+        write(behaviours={user: mine.__class__(**_fields(mine) | {"entries": shorter})})
+        write(embeddings={user: (steps, bytes([vector[0] ^ 1]) + vector[1:])})
+        damaged(f"list {slot}:{user}:", f"embedding {slot}:1:{user}:")
+        write(behaviours={user: mine}, embeddings={user: (steps, vector)})
+        fence = store.fences(Source("items", card.partition), ["i0"])["i0"]
+        store.write_cards(
+            "i0", Source("items", card.partition), fence, fence,
+            {item: Card(card.partition, card.offset, b"")},
+        )  # fmt: skip
+        client.set(f"{prefix}{{{slot}}}:p:{user}", b"\x80")
+        client.set(f"{prefix}{{{slot}}}:somebody-elses", b"")
+        client.delete(f"{prefix}fence:{{i0}}:clicks:{partition}")
+        damaged(f"card {item}:", f"profile {slot}:{user}", "somebody-elses: of a kind",
+                f"fence i0:clicks:{partition}: Redis has ''")  # fmt: skip
+    finally:
+        store.close()
+        client.close()
+
+
+def _fields(behaviour) -> dict[str, object]:
+    return {name: getattr(behaviour, name) for name in behaviour.__struct_fields__}
+
+
+def test_a_plan_has_every_kind_equally_often() -> None:
+    faults = plan(SEED, 10 * len(KINDS), (2, 4))
+    assert all(sum(fault.kind == kind for fault in faults) == 10 for kind in KINDS)
+    gaps = [b.at_s - a.at_s for a, b in pairwise(faults)]
+    assert min(gaps) >= 1.99 and max(gaps) <= 4.01 and faults == plan(SEED, 10 * len(KINDS), (2, 4))
+
+
+@pytest.fixture(scope="module")
+def own_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    folder = tmp_path_factory.mktemp("proxied")
+    port = ports.choose(folder / "run", ("redis",))["redis"]
+    with Supervisor(folder / "logs") as supervisor:
+        supervisor.start(valkey.prepare(folder, port, valkey.program()[0]))
+        yield port
+
+
+@pytest.fixture
+def proxied(own_redis: int) -> Iterator[tuple[Proxy, redis.Redis, redis.Redis]]:
+    """(the proxy, a client through it, a client beside it), on an empty server."""
+    proxy = Proxy(own_redis)
+    options = {"host": "127.0.0.1", "socket_timeout": 0.5, "retry": Retry(NoBackoff(), 0)}
+    with redis.Redis(port=proxy.port, **options) as through, redis.Redis(port=own_redis, **options) as beside:
+        beside.flushall()
+        yield proxy, through, beside
+    proxy.close()
+
+
+def soon() -> float:
+    return time.monotonic() + 30
+
+
+def test_the_proxy_hands_everything_through(proxied) -> None:
+    proxy, through, _ = proxied
+    assert through.eval(WRITE, 1, "a", b"\r\n" * 40_000) == b"done"
+    with through.pipeline(transaction=True) as pipe:
+        pipe.get("a").mget(["a", "none"]).zadd("z", {"x": 1.5}).zrange("z", 0, -1, withscores=True)
+        assert pipe.execute() == [b"\r\n" * 40_000, [b"\r\n" * 40_000, None], 1, [(b"x", 1.5)]]
+    with pytest.raises(redis.ResponseError, match="WRONGTYPE"):
+        through.incr("z")
+    assert not proxy.hits
+
+
+@pytest.mark.parametrize("code", ERRORS)
+def test_an_error_takes_the_place_of_one_answer(proxied, code: str) -> None:
+    proxy, through, beside = proxied
+    proxy.make(Trouble("error", soon(), code))
+    with pytest.raises(redis.RedisError):
+        through.eval(WRITE, 1, "a", "b")
+    assert beside.get("a") is None, "the command did not get through"
+    with through.pipeline(transaction=True) as pipe:
+        pipe.get("a").get("b")
+        if code in ("OOM", "MISCONF"):
+            assert pipe.execute() == [None, None], "reads still work"
+        else:
+            with pytest.raises(redis.RedisError):
+                pipe.execute()
+    proxy.calm()
+    assert through.eval(WRITE, 1, "a", "b") == b"done", "the connection is as good as before"
+    with through.pipeline(transaction=True) as pipe:
+        assert pipe.get("a").execute() == [b"b"]
+
+
+def test_a_cut_falls_before_or_after_the_write(proxied) -> None:
+    proxy, through, beside = proxied
+    proxy.make(Trouble("cut before", soon()))
+    with pytest.raises(redis.ConnectionError):
+        through.eval(WRITE, 1, "before", "b")
+    assert through.get("before") is None and beside.get("before") is None
+    proxy.make(Trouble("cut after", soon()))
+    with pytest.raises(redis.ConnectionError):
+        through.eval(WRITE, 1, "after", "b")
+    assert beside.get("after") == b"b", "Redis did it, and the client does not know"
+    assert proxy.hits == {"cut before": 1, "cut after": 1}
+
+
+def test_a_slow_answer_comes_after_the_time_out(proxied) -> None:
+    proxy, through, beside = proxied
+    proxy.make(Trouble("slow", soon(), delay_s=0.7))
+    with pytest.raises(redis.TimeoutError):
+        through.eval(WRITE, 1, "a", "b")
+    assert beside.get("a") == b"b"
+    proxy.make(Trouble("slow", time.monotonic() - 1, delay_s=0.7))
+    assert through.get("a") == b"b", "trouble ends by itself"

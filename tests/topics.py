@@ -1,0 +1,92 @@
+"""What lies in the topics of a namespace, read whole; and its popularity counts, made by hand."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kafka import KafkaConsumer, TopicPartition
+
+from eddyline import events, kafka
+from eddyline.errors import Rejected
+from eddyline.events import Click
+from eddyline.settings import Settings
+from eddyline.slots import partition_of
+
+READ_S = 180.0
+
+
+@dataclass
+class Topics:
+    """Every committed record of a namespace, by topic, sorted by partition and offset.
+
+    logs: which log each source topic is
+    """
+
+    records: dict[str, list[Any]]
+    logs: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, settings: Settings, generation: str = "1", timeout_s: float = READ_S) -> Topics:
+        """Read them all. Raises KafkaUnavailable, and TimeoutError where an end is not reached."""
+        names = [*kafka.SOURCES, kafka.DEAD_LETTERS, kafka.item_vectors(generation)]
+        found = {name: read_all(settings, name, timeout_s) for name in names}
+        return cls(found, kafka.log_ids(settings, kafka.SOURCES))
+
+    def by_partition(self, name: str) -> dict[int, list[Any]]:
+        """The records of one topic, oldest first."""
+        parts: dict[int, list[Any]] = {}
+        for record in self.records[name]:
+            parts.setdefault(record.partition, []).append(record)
+        return parts
+
+
+def read_all(settings: Settings, name: str, timeout_s: float = READ_S) -> list[Any]:
+    """Every committed record of a topic, by partition and offset."""
+    topic = settings.prefixed(name)
+    consumer = KafkaConsumer(
+        **kafka.client_options(settings), group_id=None, isolation_level="read_committed",
+        max_poll_records=5_000, max_partition_fetch_bytes=4 * 1024 * 1024,
+    )  # fmt: skip
+    try:
+        at = [TopicPartition(topic, p) for p in consumer.partitions_for_topic(topic) or ()]
+        consumer.assign(at)
+        consumer.seek_to_beginning(*at)
+        ends, records = consumer.end_offsets(at), []
+        deadline = time.monotonic() + timeout_s
+        while any(consumer.position(p) < end for p, end in ends.items()):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{topic} could not be read to its end in {timeout_s:.0f} s")
+            records += [r for batch in consumer.poll(timeout_ms=200).values() for r in batch]
+        return sorted(records, key=lambda r: (r.partition, r.offset))
+    finally:
+        consumer.close()
+
+
+def counted_plainly(settings: Settings, topics: Topics) -> dict[int, dict[str, int]]:
+    """Popularity by bucket and item, counted event by event without any of ingest's functions."""
+    buckets: dict[int, dict[str, int]] = {}
+    for partition, records in topics.by_partition(kafka.CLICKS).items():
+        accepted_at: dict[str, int] = {}
+        for record in records:
+            try:
+                event = events.decode_behaviour(
+                    record.value, appended_ms=record.timestamp, far_future_ms_max=settings.far_future_ms_max
+                )
+            except Rejected:
+                continue
+            if partition_of(event.user_id, settings.clicks_partitions) != partition:
+                continue
+            if (event_id := event.event_id) is not None:
+                before = accepted_at.get(event_id)
+                if before is not None and record.offset - before <= settings.dedupe_window_events:
+                    continue
+                accepted_at[event_id] = record.offset
+            if not isinstance(event, Click) or "eddyline.moved" in (event.context or {}):
+                continue
+            if more := round(1_000 * event.weight * settings.kind_weights[event.kind]):
+                bucket = buckets.setdefault(event.at_ms // (1_000 * settings.popular_bucket_s), {})
+                bucket[event.item_id] = bucket.get(event.item_id, 0) + more
+    return buckets
