@@ -1,7 +1,7 @@
 """What an agent does with its chunks: hand them to the ingest function, await it, acknowledge.
 
 The function runs in a thread of its own, so that heartbeats go on. While it is at work more chunks come in;
-then all of them go together, one of each partition, and share round trips and numpy work. A server that is
+then all of them go together, joined by partition, and share round trips and numpy work. A server that is
 away is waited for; a refused write sends its partition back to the lowest fence; anything else ends the
 process before the chunk is acknowledged.
 """
@@ -50,7 +50,7 @@ class Lane:
 
     before_open: called with each partition before its fences are read
     counts:      of clicks, where effects of a chunk may wait for more
-    quick:       small chunks take a millisecond or two, so they may run in the event loop itself
+    quick:       small chunks take some milliseconds, so they may run in the event loop itself
     many:        applies chunks of several partitions together; what `ingest` would raise is in its place
     seconds:     spent on applying; waits: how often a server was waited for, wait_s: how long next time
     queued:      chunks that wait for this lane's turn
@@ -179,13 +179,13 @@ class Applier:
             log.exception("chunks could not be applied")
             self._end(error)
 
-    def take(self) -> list[Any]:
-        """The events to apply now: one of each partition, in order, no more records than a chunk may have."""
+    def take(self) -> list[list[Any]]:
+        """The events to apply now, by partition, in order; together no more records than a chunk may have."""
         while len(self._held) < 2 * QUEUE_CHUNKS and not self._queue.empty():
             self._held.append(self._queue.get_nowait())
-        taken: list[Any] = []
+        taken: dict[TP, list[Any]] = {}
         rest: list[Any] = []
-        seen: set[TP] = set()
+        full: set[TP] = set()
         room = self._app.chunk_records_max
         for event in self._held:
             chunk: Chunk = event.value
@@ -193,17 +193,17 @@ class Applier:
             if chunk.epoch <= self._dropped.get(chunk.at, -1) or not self._app.lane.is_current(chunk):
                 self._dropped[chunk.at] = max(chunk.epoch, self._dropped.get(chunk.at, -1))
                 continue  # it is read again after a seek, or was lost
-            if chunk.at in seen or (taken and len(chunk.records) > room):
+            if chunk.at in full or (taken and len(chunk.records) > room):
                 rest.append(event)
+                full.add(chunk.at)
             else:
-                taken.append(event)
+                taken.setdefault(chunk.at, []).append(event)
                 room -= len(chunk.records)
-            seen.add(chunk.at)
         self._held = rest
-        return taken
+        return list(taken.values())
 
-    async def _apply(self, taken: Sequence[Any]) -> None:
-        lane, chunks = self._lane, [event.value for event in taken]
+    async def _apply(self, taken: Sequence[Sequence[Any]]) -> None:
+        lane, chunks = self._lane, [_joined([event.value for event in events]) for events in taken]
         begun = time.perf_counter()
         try:
             ends = await self._ingest([Part(c.at.partition, c.records, c.read_us) for c in chunks])
@@ -217,13 +217,13 @@ class Applier:
         else:
             lane.wait_s = BACKOFF_S
         back: set[TP] = set()
-        for event, end in zip(taken, ends, strict=True):
-            chunk: Chunk = event.value
+        for events, chunk, end in zip(taken, chunks, ends, strict=True):
             if isinstance(end, Outcome):
                 lane.chunks += 1
                 lane.outcome.add(end)
                 if self._app.lane.is_current(chunk):
-                    event.ack()
+                    for event in events:
+                        event.ack()
             elif isinstance(end, FenceMoved):
                 lane.rewinds += 1
                 log.info("write refused, going back to the fence", extra=_where(chunk, end))
@@ -273,6 +273,14 @@ class Applier:
         self._app.waiting(error, self._lane.wait_s)
         await asyncio.sleep(self._lane.wait_s)
         self._lane.wait_s = min(2 * self._lane.wait_s, self._backoff_s_max)
+
+
+def _joined(chunks: Sequence[Chunk]) -> Chunk:
+    """Chunks of one partition that follow each other, as one; it was read when the last of them was."""
+    if len(chunks) == 1:
+        return chunks[0]
+    records = [record for chunk in chunks for record in chunk.records]
+    return Chunk(chunks[0].at, records, chunks[-1].epoch, chunks[-1].read_us)
 
 
 def _where(chunk: Chunk, error: Exception) -> dict[str, Any]:

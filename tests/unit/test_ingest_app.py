@@ -110,10 +110,10 @@ def test_small_chunks_of_a_quick_lane_run_in_the_loop_itself_and_never_beside_it
     asyncio.run(run())
 
 
-def taken(events: list[Event], stale: int = -1) -> tuple[list[Event], list[Event]]:
+def taken(events: list[Event], stale: int = -1) -> tuple[list[list[Event]], list[Event]]:
     """(what is applied now, what waits for the next time)."""
 
-    async def run() -> tuple[list[Event], list[Event]]:
+    async def run() -> tuple[list[list[Event]], list[Event]]:
         app = Works()
         app.lane.stale = {stale}
         apply = applier(Lane("clicks", Busy(), ThreadPoolExecutor(1)), app)  # type: ignore[arg-type]
@@ -123,26 +123,26 @@ def taken(events: list[Event], stale: int = -1) -> tuple[list[Event], list[Event
     return asyncio.run(run())
 
 
-def test_one_chunk_of_each_partition_goes_and_the_next_ones_keep_their_order() -> None:
+def test_chunks_go_by_partition_and_in_their_order() -> None:
     events = [Event(0, 1), Event(1, 1), Event(0, 2), Event(2, 1), Event(0, 3)]
-    assert taken(events) == ([events[0], events[1], events[3]], [events[2], events[4]])
+    assert taken(events) == ([[events[0], events[2], events[4]], [events[1]], [events[3]]], [])
 
 
 @pytest.mark.parametrize(
-    ("sizes", "number"), [([4, 6], 2), ([4, 5], 2), ([4, 7], 1), ([10, 1], 1), ([99, 1], 1)]
+    ("sizes", "number"), [([4, 5], 2), ([4, 6], 2), ([4, 7], 1), ([10, 1], 1), ([99, 1], 1)]
 )
 def test_together_they_have_no_more_records_than_one_chunk_may_have(sizes: list[int], number: int) -> None:
     assert len(taken([Event(p, size) for p, size in enumerate(sizes)])[0]) == number
 
 
 def test_a_partition_whose_chunk_has_no_room_waits_with_its_later_ones() -> None:
-    events = [Event(0, 6), Event(1, 6), Event(1, 1), Event(2, 1)]
-    assert taken(events) == ([events[0], events[3]], [events[1], events[2]])
+    events = [Event(0, 6), Event(1, 6), Event(1, 1), Event(0, 1), Event(2, 1)]
+    assert taken(events) == ([[events[0], events[3]], [events[4]]], [events[1], events[2]])
 
 
 def test_what_was_read_before_a_seek_is_dropped() -> None:
     events = [Event(0, 1, epoch=7), Event(0, 1, epoch=8)]
-    assert taken(events, stale=7) == ([events[1]], [])
+    assert taken(events, stale=7) == ([[events[1]]], [])
 
 
 def test_what_follows_a_dropped_chunk_is_dropped_though_the_partition_is_ours_again() -> None:
@@ -155,7 +155,7 @@ def test_what_follows_a_dropped_chunk_is_dropped_though_the_partition_is_ours_ag
         assert apply.take() == []
         app.lane.stale = set()
         apply._held = [second, Event(1, 1, epoch=7), sought]
-        assert [event.value.at.partition for event in apply.take()] == [1, 0]
+        assert [events[0].value.at.partition for events in apply.take()] == [1, 0]
         assert apply._held == []
         executor.shutdown()
 
@@ -167,11 +167,33 @@ def test_each_chunk_of_several_ends_for_itself() -> None:
         ends = [Outcome(records=1), FenceMoved("f", "a", "b"), StoreUnavailable("away"), Outcome(records=1)]
         app, executor = Works(), ThreadPoolExecutor(1)
         lane = Lane("clicks", Busy(), executor, many=lambda parts: ends)  # type: ignore[arg-type]
-        events = [Event(p, 1) for p in range(4)]
-        await asyncio.wait_for(applier(lane, app)._apply(events), 5)
-        assert [event.acked for event in events] == [True, False, False, True]
+        groups = [[Event(p, 1), Event(p, 1)] for p in range(4)]
+        await asyncio.wait_for(applier(lane, app)._apply(groups), 5)
+        assert [[event.acked for event in events] for events in groups] == [
+            [True, True], [False, False], [False, False], [True, True]
+        ]  # fmt: skip
         assert app.lane.rewound == [{TP("clicks", 1), TP("clicks", 2)}]
         assert len(app.waits) == 1 and lane.rewinds == 1 and lane.outcome.records == 2
+        executor.shutdown()
+
+    asyncio.run(run())
+
+
+def test_chunks_of_one_partition_are_applied_as_one() -> None:
+    async def run() -> None:
+        handed: list[Part] = []
+
+        def many(parts: Any) -> list[Outcome | Exception]:
+            handed.extend(parts)
+            return [Outcome(records=len(part.records)) for part in parts]
+
+        executor = ThreadPoolExecutor(1)
+        lane = Lane("clicks", Busy(), executor, many=many)  # type: ignore[arg-type]
+        events = [Event(0, 2), Event(0, 3)]
+        await asyncio.wait_for(applier(lane, Works())._apply([events]), 5)
+        assert [list(part.records) for part in handed] == [
+            [*events[0].value.records, *events[1].value.records]
+        ]
         executor.shutdown()
 
     asyncio.run(run())
