@@ -34,8 +34,8 @@ _COMMIT_S = 1.0
 _REPORT_S = 10.0
 # How long a Redis that went back in time may stay unnoticed where no record comes in.
 _WATCH_S = 2.0
-# So few records of a quick lane, some milliseconds, are applied in the event loop itself: a thread has to wait
-# for the interpreter's lock after every answer of Redis, which doubled the latency at 2,000 events/s.
+# So few records of a quick lane, some milliseconds, are applied in the event loop itself: a thread has to
+# wait for the interpreter's lock after every answer of Redis, which doubled the latency at 2,000 events/s.
 # Not where one call to Redis may block for longer than this, and not after one failed.
 QUICK_RECORDS_MAX = 64
 _QUICK_TIMEOUT_MS_MAX = 2_000
@@ -177,12 +177,16 @@ class IngestApp:
         by_topic: dict[str, dict[int, tuple[int, int]]] = {}
         for at, ends in bounds.items():
             by_topic.setdefault(at.topic, {})[at.partition] = ends
-        begun = time.perf_counter()
+        begun, consumer = time.perf_counter(), self._app.lane
         await asyncio.get_running_loop().run_in_executor(None, self._claim)
         opened = await asyncio.gather(
             *(
-                in_thread(self._turns[lane.executor], lane.executor, lane.open, ends)
-                for lane, ends in ((self._lanes[topic], ends) for topic, ends in by_topic.items())
+                in_thread(
+                    self._turns[lane.executor], lane.executor, lane.open, ends, consumer.committed_of(topic)
+                )
+                for topic, lane, ends in (
+                    (topic, self._lanes[topic], ends) for topic, ends in by_topic.items()
+                )
             )
         )
         found = {

@@ -59,6 +59,7 @@ class ClickIngest:
         self._dead_letters = dead_letters
         self._forwarder = forwarder
         self._micro = micro
+        self._sent: dict[int, int] = {}
 
     def ingest(self, partition: int, records: Sequence[Record], read_us: int) -> Outcome:
         """Apply consecutive records of one partition, oldest first. Nothing is done twice.
@@ -93,6 +94,14 @@ class ClickIngest:
     def count(self, partition: int) -> None:
         """Count the partition's clicks that wait for it. Raises as `ingest` does."""
         self.counts.count(partition)
+
+    def sent_before(self, partition: int, offset: int) -> None:
+        """What the records below this offset send on was sent, by whoever applied them first.
+
+        Reading them anew (Redis was emptied, or went back) sends none of it again: beyond the window it would
+        count a second time.
+        """
+        self._sent[partition] = offset
 
     def opened(self, partition: int) -> None:
         """Forget what is known of a partition: it is read again from its lowest fence."""
@@ -205,11 +214,11 @@ class ClickIngest:
         return [(work, write) for work, write in writes if work.number not in ends]
 
     def _send_on(self, work: Work) -> None:
-        found, done = work.found, work.done
+        found, done = work.found, max(work.done, self._sent.get(work.source.partition, 0) - 1)
         for record, rejected in found.rejected:
             if record.offset > done:
                 self._dead_letters.put(record, rejected)
-                work.outcome.rejected += 1
+            work.outcome.rejected += record.offset > work.done
         for record, event in found.stray:
             if record.offset > done:
                 at, value = f"{record.topic}/{record.partition}/{record.offset}", record.value or b""
@@ -223,7 +232,8 @@ class ClickIngest:
                 )
                 self._forward(record, event.user_id, value, work.outcome)
         for record, click in work.drafts.moved if work.drafts else ():
-            self._forward(record, click.user_id, events.encode(click), work.outcome)
+            if record.offset > done:
+                self._forward(record, click.user_id, events.encode(click), work.outcome)
 
     def _forward(self, record: Record, user_id: str, value: bytes, outcome: Outcome) -> None:
         partition = partition_of(user_id, self._settings.clicks_partitions)

@@ -7,7 +7,7 @@ pinned, and `tests/unit/test_lane.py` names what is leaned on.
 How a chunk stays true: whenever a partition is sought anew, in the consumer's thread, its *epoch* goes up in
 the same step; records are marked with the epoch in the step that takes them from the fetcher. So whoever
 holds a chunk knows whether its records come from before or after the seek, and drops an older one unacked.
-Committed offsets are for watching lag; nothing is read from them.
+Committed offsets are for watching lag, and say what was sent on before; no position is read from them.
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ class LaneConsumer(driver.Consumer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.epochs: defaultdict[TP, int] = defaultdict(int)
         self._shut: set[TP] = set()  # partitions whose position is being found out
+        self.committed: dict[TP, int] = {}  # the highest offset that the group was told
         super().__init__(*args, **kwargs)
         self._read_offset = _NotKept()
 
@@ -215,8 +216,15 @@ class LaneConsumer(driver.Consumer):
             await self.sleep(wait_s)
             wait_s = min(2 * wait_s, self.app.backoff_s_max)
 
+    def committed_of(self, topic: str) -> dict[int, int]:
+        """By partition, below which offset the group has told that everything is applied."""
+        return {at.partition: offset for at, offset in self.committed.items() if at.topic == topic}
+
     async def _positions(self, partitions: set[TP]) -> Mapping[TP, int]:
         limit_s = self.app.conf.broker_request_timeout
+        found = await asyncio.wait_for(self._thread.read_committed(partitions), limit_s)
+        for at, offset in found.items():
+            self.committed[at] = max(offset, self.committed.get(at, 0))
         begins = await asyncio.wait_for(self.earliest_offsets(*partitions), limit_s)
         ends = await asyncio.wait_for(self.highwaters(*partitions), limit_s)
         positioner: Positioner = self.app.positioner

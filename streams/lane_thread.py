@@ -7,7 +7,7 @@ heartbeats go on whatever the loop of the app does.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from aiokafka.coordinator.assignors.range import RangePartitionAssignor
@@ -111,14 +111,26 @@ class LaneThread(driver.AIOKafkaConsumerThread):
                 consumer.seek(driver.ensure_aiokafka_TP(at), offset)
                 self.consumer.sought(at)
 
+    async def read_committed(self, partitions: Collection[TP]) -> dict[TP, int]:
+        """What the group has committed of these partitions; those without an offset are left out."""
+        found: dict[TP, int] = await self.call_thread(self._read_committed, partitions)
+        return found
+
+    async def _read_committed(self, partitions: Collection[TP]) -> dict[TP, int]:
+        asked = [driver.ensure_aiokafka_TP(at) for at in partitions]
+        found = await self._ensure_consumer()._coordinator.fetch_committed_offsets(asked)
+        return {TP(*at): told.offset for at, told in found.items() if told.offset >= 0}
+
     async def _commit(self, offsets: Mapping[TP, int]) -> bool:
-        """Commit for whoever watches the lag; a failure is no reason to stop."""
-        mine = self.assignment()
-        wanted = {
-            driver.ensure_aiokafka_TP(at): OffsetAndMetadata(offset, "")
-            for at, offset in offsets.items()
-            if at in mine
-        }
+        """Commit for whoever watches the lag; a failure is no reason to stop.
+
+        Never back: what is read anew, for Redis was emptied, has been sent on before.
+        """
+        mine, before = self.assignment(), self.consumer.committed
+        news = {at: offset for at, offset in offsets.items() if at in mine and offset > before.get(at, -1)}
+        wanted = {driver.ensure_aiokafka_TP(at): OffsetAndMetadata(offset, "") for at, offset in news.items()}
+        if not wanted:
+            return True
         try:
             await asyncio.wait_for(
                 self._ensure_consumer().commit(wanted), self.app.conf.broker_request_timeout
@@ -126,6 +138,7 @@ class LaneThread(driver.AIOKafkaConsumerThread):
         except (KafkaError, TimeoutError) as error:
             self.log.info("offsets not committed, the fences stand: %r", error)
             return False
+        before.update(news)
         return True
 
     async def on_thread_stop(self) -> None:

@@ -50,6 +50,7 @@ class FakeThread:
         self.consumer = consumer
         self.fetched: dict[TP, list[ConsumerRecord]] = {}
         self.sought: list[dict[TP, int]] = []
+        self.told: dict[TP, int] = {}
         self.mine = {AT, TP("clicks", 1)}
 
     async def getmany(self, active: set[TP], timeout: float) -> Any:
@@ -65,6 +66,9 @@ class FakeThread:
         self.sought.append(dict(offsets))
         for at in offsets:
             self.consumer.sought(at)
+
+    async def read_committed(self, partitions: set[TP]) -> dict[TP, int]:
+        return {at: self.told[at] for at in partitions if at in self.told}
 
     async def earliest_offsets(self, *tps: TP) -> dict[TP, int]:
         return dict.fromkeys(tps, 0)
@@ -331,3 +335,14 @@ async def test_a_stop_waits_for_the_chunk_in_work() -> None:
     await app.settle(5)
     assert done == [1]
     await task
+
+
+@in_a_loop
+async def test_what_the_group_was_told_is_known_after_a_rewind_and_never_goes_back() -> None:
+    consumer = make_consumer()
+    consumer._thread.told = {AT: 7}  # type: ignore[attr-defined]
+    await consumer.rewind({AT})
+    assert consumer.committed_of(AT.topic) == {AT.partition: 7}
+    consumer._thread.told = {AT: 3}  # type: ignore[attr-defined]
+    await consumer.rewind({AT})
+    assert consumer.committed_of(AT.topic) == {AT.partition: 7} and consumer.committed_of("other") == {}
