@@ -6,6 +6,7 @@ in any order, and twice, and starts anew from what it once had (`test_index_stat
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from tests.simulation.test_ingest_faults import (
 )
 
 ITEMS = [f"i{n}" for n in range(6)]
+CHANGES = ["new", "new", "unavailable", "delete", "delete", "rubbish"]
 PARTITION = st.integers(0, PARTITIONS - 1)
 
 
@@ -52,17 +54,22 @@ class ItemsMachine(RuleBasedStateMachine):
         self.index, self.taken = ExactIndex(D), 0
         self.saved = 0
 
-    @rule(item_id=st.sampled_from(ITEMS), change=st.sampled_from(["new", "unavailable", "delete", "rubbish"]))
-    def produce(self, item_id: str, change: str) -> None:
-        partition = partition_of(item_id, PARTITIONS)
-        offset = self.ends[partition]
-        self.ends[partition] += 1
-        item = Item(item_id=item_id, title="t" * (offset % 50), available=change != "unavailable")
-        value = {"delete": None, "rubbish": b"rubbish"}.get(change, events.encode(item))
-        record = Rec("items", partition, offset, BASE_MS + offset, item_id.encode(), value)
-        self.logs[partition].append(record)
-        if change != "rubbish":
-            self.last[item_id] = record
+    @rule(
+        changes=st.lists(st.tuples(st.sampled_from(ITEMS), st.sampled_from(CHANGES)), min_size=1, max_size=12)
+    )
+    def produce(self, changes: list[tuple[str, str]]) -> None:
+        for item_id, change in changes:
+            partition = partition_of(item_id, PARTITIONS)
+            offset = self.ends[partition]
+            self.ends[partition] += 1
+            item = Item(item_id=item_id, title="t" * (offset % 50), available=change != "unavailable")
+            value = {"delete": None, "rubbish": b"rubbish"}.get(change, events.encode(item))
+            # Without a key: under one, compaction would keep the rubbish and drop the item.
+            key = None if change == "rubbish" else item_id.encode()
+            record = Rec("items", partition, offset, BASE_MS + offset, key, value)
+            self.logs[partition].append(record)
+            if change != "rubbish":
+                self.last[item_id] = record
 
     @rule(partition=PARTITION)
     def compact(self, partition: int) -> None:
@@ -143,6 +150,12 @@ class ItemsMachine(RuleBasedStateMachine):
         self.index.apply(self.outside.published[self.taken :])
         alive = {i for i, r in self.last.items() if r.value and b'"available":true' in r.value}
         assert self._found() == alive
+        self.index = ExactIndex(D)
+        anyhow = self.outside.published * 2
+        random.Random(len(anyhow)).shuffle(anyhow)
+        for start in range(0, len(anyhow), 5):
+            self.index.apply(anyhow[start : start + 5])
+        assert self._found() == alive
 
     def _turn(self, process: ItemIngest, partition: int, size: int) -> bool:
         try:
@@ -160,5 +173,5 @@ class ItemsMachine(RuleBasedStateMachine):
         return {hit.item_id for hit in hits}
 
 
-ItemsMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+ItemsMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
 TestItems = ItemsMachine.TestCase
