@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import msgspec
 import pytest
 
@@ -20,6 +21,12 @@ from eddyline.local.pair import local_pair, log_dir
 from eddyline.local.supervisor import Supervisor
 from eddyline.settings import Settings
 from tests.integration.redis_servers import real_cluster
+
+# The same examples every time, so that a failure of CI is a failure everywhere; HYPOTHESIS_PROFILE=explore
+# goes on looking. Before the test modules are imported: their own settings are made on top of this one.
+hypothesis.settings.register_profile("ci", derandomize=True, database=None)
+hypothesis.settings.register_profile("explore", derandomize=False)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 # Settings of the machine that runs the tests must not steer them; its servers may.
 for _name in [n for n in os.environ if n.startswith("EDDYLINE_")]:
