@@ -105,7 +105,7 @@ async def raw(settings: Settings, meter: Meter) -> None:
 class _Begins:
     """Positions of a function without effects: every partition from its beginning."""
 
-    def open(self, bounds: Mapping[int, tuple[int, int]]) -> dict[int, int]:
+    def open(self, bounds: Mapping[int, tuple[int, int]], _: Mapping[int, int]) -> dict[int, int]:
         return {partition: begin for partition, (begin, _) in bounds.items()}
 
     def moved_elsewhere(self, _: set[int]) -> list[int]:

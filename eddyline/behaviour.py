@@ -129,7 +129,7 @@ class Stored:
 
     behaviour: Behaviour
     applied_us: int
-    recent: list[Short]
+    recent: list[Entry]
 
 
 def decode(recent: bytes, older: bytes | None = None) -> Stored:
@@ -148,7 +148,7 @@ def decode(recent: bytes, older: bytes | None = None) -> Stored:
         appended_ms=head.appended_ms, read_us=head.read_us, entries=tuple(entries[: head.length]),
     )  # fmt: skip
     applied_us = int.from_bytes(recent[-8:], "little", signed=True)
-    return Stored(behaviour, applied_us, [short(e) for e in head.entries])
+    return Stored(behaviour, applied_us, head.entries)
 
 
 def insert(entries: list[Entry], entry: Entry, length_max: int) -> None:
@@ -217,7 +217,9 @@ def strength(click: Click, dwell_ms_full: int) -> float:
     >>> strength(Click(user_id="u", item_id="i", at_ms=0, context={"dwell_ms": 500}), 2_000)
     0.25
     """
-    dwell = (click.context or {}).get("dwell_ms") if dwell_ms_full else None
+    if not dwell_ms_full or click.context is None:
+        return click.weight
+    dwell = click.context.get("dwell_ms")
     if not isinstance(dwell, int | float) or isinstance(dwell, bool):
         return click.weight
     return click.weight * min(1.0, max(dwell / dwell_ms_full, DWELL_FACTOR_MIN))

@@ -9,7 +9,14 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from eddyline import generations
-from eddyline.errors import Unavailable
+from eddyline.errors import (
+    BundleError,
+    KafkaRefused,
+    LogMismatch,
+    SettingsError,
+    StoreRefused,
+    Unavailable,
+)
 from eddyline.generations import Manifest
 from eddyline.ports import Layout
 from eddyline.settings import Settings
@@ -29,6 +36,28 @@ class Stopped(Exception):
 
 class NoGeneration(Unavailable):
     """There is no active generation yet; training makes one."""
+
+
+def ended(run: Callable[[], object]) -> int:
+    """Run a process until it is to stop, log what ends it otherwise, and return the exit code.
+
+    0 a wanted stop · 1 an error that a restart may heal · 2 a bad setting · 3 a person has to decide
+    """
+    try:
+        run()
+    except (Stopped, KeyboardInterrupt):
+        pass
+    except (LogMismatch, StoreRefused, KafkaRefused) as error:
+        log.error(str(error))
+        return 3
+    except SettingsError as error:
+        log.error(str(error))
+        return 2
+    except BundleError as error:
+        log.error(str(error))
+        return 1
+    log.info("stopped")
+    return 0
 
 
 class Patience:

@@ -28,7 +28,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from eddyline import generations
 from eddyline.errors import BundleError
+from eddyline.settings import Settings
 from embeddings.features import FeatureSpace
 from embeddings.item_tower import ItemTower
 from embeddings.manifest import (
@@ -127,6 +129,14 @@ def write(folder: Path, parts: Parts) -> None:
         raise BundleError(f"{folder}: cannot be written: {error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def recorded(settings: Settings, manifest: generations.Manifest) -> Bundle:
+    """The bundle of a generation that Kafka has a record of. Raises BundleError, also where it is another."""
+    found = load(settings.bundles / manifest.bundle)
+    if found.generation != manifest.generation:
+        raise BundleError(f"{manifest.bundle} holds generation {found.generation}, not {manifest.generation}")
+    return found
 
 
 def load(folder: Path) -> Bundle:

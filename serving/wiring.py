@@ -5,7 +5,6 @@ from __future__ import annotations
 import msgspec
 
 from eddyline import start
-from eddyline.errors import BundleError
 from eddyline.ports import LogId
 from eddyline.settings import Settings
 from eddyline.start import Patience
@@ -29,17 +28,12 @@ def open_store(settings: Settings, patience: Patience) -> RedisStore:
 def open_generation(settings: Settings, patience: Patience) -> Bundle:
     """The active generation, once there is one. Raises BundleError, Stopped."""
     manifest = patience.until("Kafka and an active generation", lambda: start.active_generation(settings))
-    found = bundle.load(settings.bundles / manifest.bundle)
-    if found.generation != manifest.generation:
-        raise BundleError(f"{manifest.bundle} holds generation {found.generation}, not {manifest.generation}")
-    return found
+    return bundle.recorded(settings, manifest)
 
 
 def user_reader(settings: Settings, store: RedisStore, generation: str, clicks: LogId) -> UserReader:
     """Reads users of this generation; clicks: the log that tokens belong to."""
-    return UserReader(
-        store, clicks_partitions=settings.clicks_partitions, generation=generation, log=clicks
-    )
+    return UserReader(store, clicks_partitions=settings.clicks_partitions, generation=generation, log=clicks)
 
 
 def popular_path(settings: Settings, store: RedisStore) -> PopularPath:

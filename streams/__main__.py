@@ -30,7 +30,7 @@ from kafka import KafkaProducer
 
 from eddyline import alive, generations, kafka, logs, start
 from eddyline import settings as settings_
-from eddyline.errors import BundleError, KafkaRefused, LogMismatch, SettingsError, StoreRefused
+from eddyline.errors import SettingsError
 from eddyline.local import endpoints
 from eddyline.ports import LogId
 from eddyline.settings import Settings
@@ -71,22 +71,10 @@ def main() -> int:
         handler.addFilter(refusals.Untraced())
     for name in _TALKATIVE:
         logging.getLogger(name).addFilter(_Sparse())
-    try:
-        return _run(settings)
-    except (LogMismatch, StoreRefused, KafkaRefused) as error:
-        log.error(str(error))
-        return 3
-    except SettingsError as error:
-        log.error(str(error))
-        return 2
-    except BundleError as error:
-        log.error(str(error))
-        return 1
-    except KeyboardInterrupt:
-        return 0
+    return start.ended(lambda: _run(settings))
 
 
-def _run(settings: Settings) -> int:
+def _run(settings: Settings) -> None:
     patience = Patience(settings)
     patience.until("Kafka", lambda: kafka.ensure_topics(settings))
     store = RedisStore(settings)
@@ -95,11 +83,7 @@ def _run(settings: Settings) -> int:
     manifest = patience.until("an active generation", lambda: start.active_generation(settings))
     topic = kafka.item_vectors(manifest.generation)
     patience.until("Kafka", lambda: kafka.ensure_topics(settings, [topic]))
-    towers = bundle.load(settings.bundles / manifest.bundle)
-    if towers.generation != manifest.generation:
-        raise BundleError(
-            f"{manifest.bundle} holds generation {towers.generation}, not {manifest.generation}"
-        )
+    towers = bundle.recorded(settings, manifest)
     producer = patience.until("Kafka", lambda: outlet_producer(settings))
     publisher = TransactionalPublisher(settings, towers.generation)
     folder = Path(settings.data_dir) / "ingest"
@@ -119,8 +103,6 @@ def _run(settings: Settings) -> int:
         store.close()
         member.close()
         alive.end(settings, "ingest")
-    log.info("stopped")
-    return 0
 
 
 def _refuse_lost(settings: Settings, of_clicks: Lane) -> None:
@@ -200,7 +182,6 @@ def _lanes(
             by_clicks,
             people,
             before_open=by_clicks.opened,
-            sent_before=by_clicks.sent_before,
             counts=by_clicks.counts,
             quick=True,
             many=by_clicks.ingest_many,

@@ -177,18 +177,9 @@ class IngestApp:
         by_topic: dict[str, dict[int, tuple[int, int]]] = {}
         for at, ends in bounds.items():
             by_topic.setdefault(at.topic, {})[at.partition] = ends
-        begun, consumer = time.perf_counter(), self._app.lane
+        begun = time.perf_counter()
         await asyncio.get_running_loop().run_in_executor(None, self._claim)
-        opened = await asyncio.gather(
-            *(
-                in_thread(
-                    self._turns[lane.executor], lane.executor, lane.open, ends, consumer.committed_of(topic)
-                )
-                for topic, lane, ends in (
-                    (topic, self._lanes[topic], ends) for topic, ends in by_topic.items()
-                )
-            )
-        )
+        opened = await asyncio.gather(*(self._open(topic, ends) for topic, ends in by_topic.items()))
         found = {
             TP(topic, partition): offset
             for topic, offsets in zip(by_topic, opened, strict=True)
@@ -198,6 +189,10 @@ class IngestApp:
         shown = " ".join(f"{at.topic}:{at.partition}@{offset}" for at, offset in sorted(found.items()))
         log.info("reading from", extra={"positions": shown, "ms": took_ms})
         return found
+
+    async def _open(self, topic: str, ends: Mapping[int, tuple[int, int]]) -> dict[int, int]:
+        lane, committed = self._lanes[topic], self._app.lane.committed_of(topic)
+        return await in_thread(self._turns[lane.executor], lane.executor, lane.open, ends, committed)
 
     async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
         """End the process where this work ends unexpectedly."""

@@ -49,7 +49,6 @@ class Lane:
     """One topic: its function, the thread it runs in, and what it has done so far.
 
     before_open: called with each partition before its fences are read
-    sent_before: called with each partition and the offset below which everything was sent on before
     counts:      of clicks, where effects of a chunk may wait for more
     quick:       small chunks take some milliseconds, so they may run in the event loop itself
     many:        applies chunks of several partitions together; what `ingest` would raise is in its place
@@ -61,7 +60,6 @@ class Lane:
     ingest: Ingest
     executor: ThreadPoolExecutor
     before_open: Callable[[int], None] | None = None
-    sent_before: Callable[[int, int], None] | None = None
     counts: ClickCounts | None = None
     quick: bool = False
     many: Callable[[Sequence[Part]], list[Outcome | Exception]] | None = None
@@ -87,17 +85,11 @@ class Lane:
         return self.chunks - chunks, self.rewinds - rewinds, self.seconds - seconds, more
 
     def open(self, bounds: Mapping[int, tuple[int, int]], committed: Mapping[int, int]) -> dict[int, int]:
-        """Where to read on, by partition. Runs in the lane's thread, so after the chunk in work.
-
-        committed: by partition, what the group committed: everything below was applied once, and sent on
-        """
-        if self.sent_before is not None:
-            for partition, (_, end) in bounds.items():
-                self.sent_before(partition, min(end, committed.get(partition, 0)))
+        """Where to read on, by partition, see `Positions.open`. Runs in the lane's thread."""
         if self.before_open is not None:
             for partition in bounds:
                 self.before_open(partition)
-        return self.ingest.positions.open(bounds)
+        return self.ingest.positions.open(bounds, committed)
 
     def apply(self, parts: Sequence[Part]) -> list[Outcome | Exception]:
         """Apply one chunk each of different partitions."""

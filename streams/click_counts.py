@@ -105,12 +105,9 @@ class ClickCounts:
 
     def _thousandths(self, click: Click) -> int:
         """How much the event makes its item popular; nothing for a dislike, or where it counted before."""
-        weight = click.weight
-        if click.context is not None:
-            if is_moved(click):
-                return 0
-            weight = behaviour.strength(click, self._dwell_ms_full)
-        return round(1_000 * weight * self._weights[click.kind])
+        if is_moved(click):
+            return 0
+        return round(1_000 * behaviour.strength(click, self._dwell_ms_full) * self._weights[click.kind])
 
     def _write(self, source: Source, tally: _Tally) -> None:
         """One write to each item slot that has not got these events."""

@@ -59,7 +59,6 @@ class ClickIngest:
         self._dead_letters = dead_letters
         self._forwarder = forwarder
         self._micro = micro
-        self._sent: dict[int, int] = {}
 
     def ingest(self, partition: int, records: Sequence[Record], read_us: int) -> Outcome:
         """Apply consecutive records of one partition, oldest first. Nothing is done twice.
@@ -94,14 +93,6 @@ class ClickIngest:
     def count(self, partition: int) -> None:
         """Count the partition's clicks that wait for it. Raises as `ingest` does."""
         self.counts.count(partition)
-
-    def sent_before(self, partition: int, offset: int) -> None:
-        """What the records below this offset send on was sent, by whoever applied them first.
-
-        Reading them anew (Redis was emptied, or went back) sends none of it again: beyond the window it would
-        count a second time.
-        """
-        self._sent[partition] = offset
 
     def opened(self, partition: int) -> None:
         """Forget what is known of a partition: it is read again from its lowest fence."""
@@ -214,13 +205,14 @@ class ClickIngest:
         return [(work, write) for work, write in writes if work.number not in ends]
 
     def _send_on(self, work: Work) -> None:
-        found, done = work.found, max(work.done, self._sent.get(work.source.partition, 0) - 1)
+        found = work.found
         for record, rejected in found.rejected:
-            if record.offset > done:
+            if record.offset > work.done:
                 self._dead_letters.put(record, rejected)
-            work.outcome.rejected += record.offset > work.done
+                work.outcome.rejected += 1
+        sent = max(work.done, self.positions.sent_on(work.source.partition))
         for record, event in found.stray:
-            if record.offset > done:
+            if record.offset > sent:
                 at, value = f"{record.topic}/{record.partition}/{record.offset}", record.value or b""
                 if isinstance(event, Click) and event.event_id is None:
                     # The origin stands for the id, so that forwarding twice counts once.
@@ -232,7 +224,7 @@ class ClickIngest:
                 )
                 self._forward(record, event.user_id, value, work.outcome)
         for record, click in work.drafts.moved if work.drafts else ():
-            if record.offset > done:
+            if record.offset > sent:
                 self._forward(record, click.user_id, events.encode(click), work.outcome)
 
     def _forward(self, record: Record, user_id: str, value: bytes, outcome: Outcome) -> None:

@@ -73,7 +73,7 @@ class Drafts:
         return effects
 
     def _click(self, draft: Draft, record: Record, click: Click) -> None:
-        weight = behaviour.strength(click, self._dwell_ms_full) if self._dwell_ms_full else click.weight
+        weight = behaviour.strength(click, self._dwell_ms_full)
         entry = Entry(click.item_id, click.at_ms, _KIND_NUMBER[click.kind], weight)
         if is_moved(click):
             behaviour.place_moved(draft.entries, draft.at_ms, entry, self._bounds)

@@ -43,14 +43,19 @@ class Positions:
         self._log: LogId | None = None
         self._expected: dict[int, dict[tuple[Source, str], Fence | None]] = {}
         self._read: dict[int, int] = {}  # partition -> the last offset that a chunk brought
+        self._told: dict[int, int] = {}
 
-    def open(self, bounds: Mapping[int, tuple[int, int]]) -> dict[int, int]:
+    def open(
+        self, bounds: Mapping[int, tuple[int, int]], told: Mapping[int, int] | None = None
+    ) -> dict[int, int]:
         """Read the fences anew and return where to read on, by partition.
 
         bounds: partition -> (offset of the oldest record kept, offset the next record will get)
+        told:   partition -> what the consumer group committed, see `sent_on`
         Raises LogMismatch (also for clicks that are gone by retention), StoreUnavailable, KafkaUnavailable.
         """
         self._log = self._log_id()
+        self._told |= {p: min(end, (told or {}).get(p, 0)) for p, (_, end) in bounds.items()}
         return {
             partition: self._open(partition, begin, end, self._log)
             for partition, (begin, end) in bounds.items()
@@ -63,6 +68,14 @@ class Positions:
     def lowest(self, partition: int) -> int:
         """The offset up to which every slot has everything; −1 for none."""
         return _lowest(self._of(partition))
+
+    def sent_on(self, partition: int) -> int:
+        """What records up to this offset send on was sent by whoever applied them first; −1 for none.
+
+        Offsets are committed after the effects. Reading such records anew (Redis was emptied, or went back)
+        sends nothing again: beyond the event-id window it would count a second time.
+        """
+        return self._told.get(partition, 0) - 1
 
     def fence(self, offset: int) -> Fence:
         """The fence that says: everything up to and with `offset`, of the log that was opened."""

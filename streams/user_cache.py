@@ -57,11 +57,11 @@ class Window:
             group = ids[first : first + 256]
             self._groups.append((accepted[group[-1]], group))
 
-    def add(self, accepted: Mapping[str, int], floor: int) -> None:
+    def add(self, accepted: dict[str, int], floor: int) -> None:
         """Ids that were just written, by offset; those below `floor` may go."""
         if accepted:
             self.known.update(accepted)
-            self._groups.append((next(reversed(accepted.values())), tuple(accepted)))  # type: ignore[call-overload]
+            self._groups.append((next(reversed(accepted.values())), tuple(accepted)))
         while self._groups and self._groups[0][0] < floor:
             for event_id in self._groups.popleft()[1]:
                 if self.known.get(event_id, floor) < floor:

@@ -55,6 +55,7 @@ class UserIngest:
         outcome = Outcome(records=len(records))
         profiles: dict[str, Mapping[str, object] | None] = {}
         until_ms: dict[str, int] = {}
+        sent = self.positions.sent_on(partition)
         for record in records:
             try:
                 user_id, profile = accept.profile(
@@ -65,7 +66,7 @@ class UserIngest:
                 outcome.rejected += 1
                 continue
             attributes = None if profile is None else profile.attributes
-            if profile is None and self._forgetting is not None:
+            if profile is None and self._forgetting is not None and record.offset > sent:
                 self._forgetting.forget(record, user_id)
             forgotten_before = user_id in profiles and profiles[user_id] is None
             if forgotten_before and attributes is not None:

@@ -50,25 +50,22 @@ OnProgress = Callable[[int], None]
 class Outside:
     """Where ingest's outputs go here.
 
-    refused: events by reason; moved: events of merges that were sent on, kept: that were not
+    refused: events by reason; moved: events of merges that were sent on
     """
 
     forwarder: Forwarder
     refused: dict[str, int] = field(default_factory=dict)
     moved: int = 0
-    kept: int = 0
 
     def put(self, record: Record, rejected: Rejected) -> None:
         """Count an event that was accepted once and is refused by the present settings."""
         self.refused[rejected.reason] = self.refused.get(rejected.reason, 0) + 1
 
     def forward(self, record: Record, key: bytes, value: bytes, partition: int) -> None:
-        """Send an event that a merge moves, if it was not sent before: else it lies in the log already."""
-        if getattr(record, "send", False):
+        """Send an event that a merge moves, unless nobody is left to get it."""
+        if not getattr(record, "to_nobody", False):
             self.forwarder.forward(record, key, value, partition)
             self.moved += 1
-        else:
-            self.kept += 1
 
     def flush(self) -> None:
         """Return once everything that was sent is stored."""
@@ -136,7 +133,7 @@ def _look(archive: Archive, found: Sequence[Gap], log: LogId, *, skip_lost: bool
 
 
 def _fill_all(settings: Settings, archive: Archive, store: StateStore, found: Sequence[Gap]) -> None:
-    towers = bundles.load(settings.bundles / start.active_generation(settings).bundle)
+    towers = bundles.recorded(settings, start.active_generation(settings))
     producer = outlet_producer(settings)
     outside = Outside(KafkaForwarder(settings, producer))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -156,8 +153,8 @@ def _fill_all(settings: Settings, archive: Archive, store: StateStore, found: Se
         console.print(f"{done.duplicates:,} dropped as sent again: dedupe_window_events was smaller then")
     for reason, count in sorted(outside.refused.items()):
         console.print(f"{count:,} refused by the present settings: {reason}")
-    if outside.moved or outside.kept:
-        console.print(f"of merges: {outside.moved:,} sent on, {outside.kept:,} that lie in the log already")
+    if outside.moved:
+        console.print(f"of merges: {outside.moved:,} events sent on")
     console.print("ingest can start")
 
 
@@ -174,7 +171,7 @@ class Filling:
         ids = kafka.log_ids(settings, [CLICKS, USERS])
         self.outcome, self.people = Outcome(), Outcome()
         self._settings, self._archive, self._store, self._log = settings, archive, store, ids[CLICKS]
-        self._sent_below = gaps.read_upto(settings)
+        self._told = gaps.read_upto(settings)
         self._people = People(settings, archive, store)
         self._ends = kafka.end_offsets(settings, USERS)
         of_clicks = Positions(
@@ -212,7 +209,7 @@ class Filling:
         """Apply from the fences on; the last click of every chunk that was applied."""
         partition, clicks_topic = gap.partition, self._settings.prefixed(CLICKS)
         self._by_clicks.opened(partition)
-        first = self._by_clicks.positions.open({partition: (0, gap.end)})[partition]
+        first = self._by_clicks.positions.open({partition: (0, gap.end)}, self._told)[partition]
         self._by_users.positions.open({partition: (0, self._ends[partition])})
         last_ms = self._last_ms(gap)
         if last_ms is None:
@@ -249,8 +246,8 @@ class Filling:
     def _clicks(self, partition: int, first: int, last: int) -> Iterator[Record]:
         """The archive's clicks and merges of a partition, by offset."""
         parts = (self._archive.read(topic, partition, first=first) for topic in (CLICKS, MERGES))
-        topic, sent_below = self._settings.prefixed(CLICKS), self._sent_below.get(partition, 0)
+        topic = self._settings.prefixed(CLICKS)
         for found in heapq.merge(*parts, key=lambda event: event.offset):
             if found.offset > last:
                 return
-            yield as_sent(topic, found, send=found.offset >= sent_below)
+            yield as_sent(topic, found)

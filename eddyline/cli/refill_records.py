@@ -23,7 +23,7 @@ from streams.chunk import Headers, Record
 class Refilled:
     """An event of the archive as the record that it was.
 
-    send: what a merge moves has to be sent on: ingest never got so far
+    to_nobody: a merge whose target was forgotten: what it moves goes nowhere
     """
 
     topic: str
@@ -33,20 +33,21 @@ class Refilled:
     key: bytes | None
     value: bytes | None
     headers: Headers = ()
-    send: bool = False
+    to_nobody: bool = False
 
 
-def as_sent(topic: str, found: Archived, *, send: bool = False) -> Refilled:
-    """The record that an archived event was. send: see `Refilled`."""
+def as_sent(topic: str, found: Archived) -> Refilled:
+    """The record that an archived event was."""
     event, headers = found.event, []
-    if isinstance(event, Merge) and not event.merge_into:
-        # Into whom is forgotten with him. The visitor's list ends all the same, and goes nowhere.
-        event, send = Merge(user_id=event.user_id, merge_into="forgotten since", at_ms=event.at_ms), False
+    to_nobody = isinstance(event, Merge) and not event.merge_into
+    if isinstance(event, Merge) and to_nobody:
+        # Into whom is forgotten with him. The visitor's list ends all the same.
+        event = Merge(user_id=event.user_id, merge_into="forgotten since", at_ms=event.at_ms)
     if found.produced_us:
         headers = [("produced_us", str(found.produced_us).encode())]
     value = None if event is None else events.encode(event)
     key = None if found.key is None else found.key.encode()
-    return Refilled(topic, found.partition, found.offset, found.appended_ms, key, value, headers, send)
+    return Refilled(topic, found.partition, found.offset, found.appended_ms, key, value, headers, to_nobody)
 
 
 class People:

@@ -95,7 +95,7 @@ def run(settings: Settings, *, begin: str, end: str, into: str, chunk: int) -> N
         raise SettingsError(f"--into {into!r}: expected memory or redis")
     if chunk < 1:
         raise SettingsError(f"--chunk {chunk}: must be 1 or above")
-    towers = bundles.load(settings.bundles / start.active_generation(settings).bundle)
+    towers = bundles.recorded(settings, start.active_generation(settings))
     slices = slicing.between(settings, begin, end)
     with _store(settings, into) as store:
         done = replay(settings, store, slices, towers, chunk)

@@ -43,7 +43,8 @@ def read(
     for user, head, older in zip(user_ids, values, values[n:], strict=False):
         if head is not None:
             stored = list_of(head, older)
-            behaviours[user], recent[user] = stored.behaviour, stored.recent
+            behaviours[user] = stored.behaviour
+            recent[user] = [behaviour.short(entry) for entry in stored.recent]
     profiles, vectors = values[2 * n : 3 * n], values[3 * n :]
     return UserRead(
         fence=fence,

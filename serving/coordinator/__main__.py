@@ -18,12 +18,12 @@ import threading
 import time
 from pathlib import Path
 
-from eddyline import kafka, logs
+from eddyline import kafka, logs, start
 from eddyline import settings as settings_
-from eddyline.errors import BundleError, KafkaRefused, LogMismatch, SettingsError, StoreRefused
+from eddyline.errors import SettingsError
 from eddyline.local import endpoints
 from eddyline.settings import Settings
-from eddyline.start import Patience, Stopped
+from eddyline.start import Patience
 from embeddings.user_tower import query_vector
 from serving import presence, wiring
 from serving.coordinator.answers import OfAllShards
@@ -56,22 +56,9 @@ def main() -> int:
     sys.stdout.write(f"coordinator listens on {server.address}\n")
     sys.stdout.flush()
     try:
-        _run(settings, addresses, service, server, stop)
-    except Stopped:
-        pass
-    except (LogMismatch, StoreRefused, KafkaRefused) as error:
-        log.error(str(error))
-        return 3
-    except SettingsError as error:
-        log.error(str(error))
-        return 2
-    except BundleError as error:
-        log.error(str(error))
-        return 1
+        return start.ended(lambda: _run(settings, addresses, service, server, stop))
     finally:
         server.stop(GRACE_S)
-    log.info("stopped")
-    return 0
 
 
 def _run(

@@ -224,9 +224,7 @@ class Gathered:
 
 
 def _rows(answer: CandidatesResponse) -> Iterable[_Row]:
-    return zip(
-        answer.item_ids, answer.scores, answer.at_ms, answer.written_us, answer.offsets, strict=True
-    )
+    return zip(answer.item_ids, answer.scores, answer.at_ms, answer.written_us, answer.offsets, strict=True)
 
 
 def _first(answers: Sequence[CandidatesResponse], k: int, order: Callable[[_Row], Any]) -> list[Hit]:

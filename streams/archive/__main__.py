@@ -12,13 +12,13 @@ import sys
 import threading
 from pathlib import Path
 
-from eddyline import alive, kafka, logs
+from eddyline import alive, kafka, logs, start
 from eddyline import settings as settings_
 from eddyline.archive import Archive
-from eddyline.errors import KafkaRefused, LogMismatch, SettingsError, Unavailable
+from eddyline.errors import SettingsError, Unavailable
 from eddyline.local import endpoints
 from eddyline.settings import Settings
-from eddyline.start import Patience, Stopped
+from eddyline.start import Patience
 from streams import membership
 from streams.archive import files
 from streams.archive.consumer import Archiver
@@ -40,18 +40,7 @@ def main() -> int:
         sys.stderr.write(f"{error}\n")
         return 2
     logs.configure(settings, "archive")
-    try:
-        _run(settings, archive, stop)
-    except (LogMismatch, KafkaRefused) as error:
-        log.error(str(error))
-        return 3
-    except SettingsError as error:
-        log.error(str(error))
-        return 2
-    except Stopped:
-        return 0
-    log.info("stopped")
-    return 0
+    return start.ended(lambda: _run(settings, archive, stop))
 
 
 def _run(settings: Settings, archive: Archive, stop: threading.Event) -> None:

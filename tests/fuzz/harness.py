@@ -31,6 +31,7 @@ from streams.items import ItemIngest
 from streams.micro_steps import MicroSteps
 from streams.positions import Positions
 from streams.users import UserIngest
+from tests.simulation.test_ingest_faults import Rec
 
 NOW_MS = 1_700_000_000_000
 LOG = LogId("cluster", "topic")
@@ -43,17 +44,6 @@ def towers(folder: Path) -> Bundle:
     data = TrainingData(items=world.items, profiles=profiles, clicks=world.clicks)
     train(data, folder / "1", "1", epochs=1, seed=1, threads=1)
     return bundle.load(folder / "1")
-
-
-@dataclass(frozen=True, slots=True)
-class Rec:
-    topic: str
-    partition: int
-    offset: int
-    timestamp: int
-    key: bytes | None
-    value: bytes | None
-    headers: tuple[tuple[str, bytes | None], ...] = ()
 
 
 @dataclass

@@ -1,13 +1,16 @@
-"""A forgotten user stays forgotten when Redis is emptied and everything is read again from Kafka."""
+"""Redis is emptied and all is read again: who was forgotten stays so, nothing is sent on a second time."""
 
 from __future__ import annotations
 
 import pytest
 import redis
+from kafka import KafkaAdminClient, TopicPartition
 
-from eddyline import kafka
+from eddyline import events, kafka
 from eddyline.cli.producers import now_ms
+from eddyline.events import Click, Merge
 from eddyline.ports import Source
+from eddyline.settings import Settings
 from eddyline.slots import partition_of
 from eddyline.stores.redis import RedisStore
 
@@ -21,7 +24,16 @@ def listed(store: RedisStore, partitions: int, user: str) -> list[str]:
     return [] if found is None else [entry.item_id for entry in found.entries]
 
 
-def test_a_forgotten_user_does_not_come_back_with_an_emptied_redis(own_servers, make_live) -> None:
+def committed(settings: Settings, topic: str) -> dict[int, int]:
+    """What ingest's group has committed of all partitions."""
+    with kafka.connected(settings, KafkaAdminClient) as admin:
+        group, name = settings.prefixed("eddyline-ingest"), settings.prefixed(topic)
+        places = [TopicPartition(name, p) for p in range(settings.clicks_partitions)]
+        found = admin.list_group_offsets({group: places})[group]
+    return {place.partition: max(0, found[place].offset) for place in places if place in found}
+
+
+def test_an_emptied_redis_brings_nobody_back_and_sends_nothing_on_again(own_servers, make_live) -> None:
     live = make_live(own_servers)
     settings, store = live.settings, RedisStore(live.settings)
     stays = [f"stays-{n}" for n in range(8)]
@@ -44,15 +56,30 @@ def test_a_forgotten_user_does_not_come_back_with_an_emptied_redis(own_servers, 
         live.click(user, "again")
     live.applied(60)
     assert all(listed(store, settings.clicks_partitions, user) == ["again"] for user in returns)
+    stray, visitor = stays[0], "visitor"
+    wrong = (partition_of(stray, settings.clicks_partitions) + 1) % settings.clicks_partitions
+    click = Click(user_id=stray, item_id="i1", at_ms=now_ms() - 70_000)
+    live.raw(kafka.CLICKS, events.encode(click), key=stray.encode(), partition=wrong)
+    live.click(visitor, "i2", at_ms=now_ms() - 80_000)
+    merge = Merge(user_id=visitor, merge_into=stays[1], at_ms=now_ms())
+    kafka.send_merge(live.producer, settings, merge).get(timeout=30)
+    live.wait_for("what is sent on", lambda: all(
+        len(listed(store, settings.clicks_partitions, user)) == 10 for user in stays[:2]))  # fmt: skip
+    live.applied(60)
+    for topic in (kafka.CLICKS, kafka.USERS):
+        live.wait_for("the commit", lambda t=topic: committed(settings, t) == kafka.end_offsets(settings, t))
+    ends = kafka.end_offsets(settings, kafka.CLICKS)
     with redis.Redis.from_url(settings.redis_url) as client:
         client.flushall()
 
     def back() -> bool:
-        return all(len(listed(store, settings.clicks_partitions, user)) == 9 for user in stays)
+        found = [len(listed(store, settings.clicks_partitions, user)) for user in stays]
+        return found == [10, 10] + [9] * 6
 
     live.wait_for("the lists", back, timeout_s=60)
     live.wait_for("the layout", lambda: store.layout() is not None, timeout_s=30)
     live.applied(60)
     assert gone(goes)
+    assert kafka.end_offsets(settings, kafka.CLICKS) == ends, "strays, merges or forgets were sent on again"
     assert all(listed(store, settings.clicks_partitions, user) == ["again"] for user in returns)
     store.close()

@@ -256,7 +256,7 @@ def test_an_emptied_redis_is_filled_from_the_archive_to_the_same_bits(settings: 
 
     done = command(settings, "refill")
     assert done.returncode == 0, done.stderr
-    assert "0 sent on" in done.stdout and "refused" not in done.stdout and "sent again" not in done.stdout
+    assert "sent on" not in done.stdout and "refused" not in done.stdout and "sent again" not in done.stdout
     assert "nothing is missing" in command(settings, "refill").stdout
     with ingesting(settings):
         applied(settings)
@@ -314,7 +314,7 @@ def test_what_the_archive_lacks_is_named_and_given_up_only_when_asked(
     refill.run(settings, skip_lost=True)
     # No ingest was ever here, so nothing that a merge moves has been sent on: this time it is.
     sent = sum(kafka.end_offsets(settings, CLICKS).values()) - sum(before.values())
-    assert sent > 5 and f"of merges: {sent} sent on, 0 that lie" in capsys.readouterr().out
+    assert sent > 5 and f"of merges: {sent} events sent on" in capsys.readouterr().out
     store = RedisStore(settings)
     try:
         assert gaps.find(settings, store, kafka.log_ids(settings, [CLICKS])[CLICKS]) == []
