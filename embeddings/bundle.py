@@ -62,6 +62,7 @@ class Bundle:
     item_vectors:    float32 (n, d), unit norm, read-only, mapped from the file
     item_partitions: int32 (n,): the partition of `items` that the item came from
     item_offsets:    int64 (n,): its offset there, the item's version; -1 where it came from a file
+    rows:            item id -> its row in `item_vectors`, for the items of this catalogue
     """
 
     generation: str
@@ -76,11 +77,7 @@ class Bundle:
     item_offsets: npt.NDArray[np.int64]
     cut: Mapping[str, int]
     measured: Mapping[str, float] = field(default_factory=dict)
-    _rows: Mapping[str, int] = field(default_factory=dict, repr=False)
-
-    def row(self, item_id: str) -> int | None:
-        """The item's row in `item_vectors`, None where it is not in this catalogue."""
-        return self._rows.get(item_id)
+    rows: Mapping[str, int] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,7 +172,7 @@ def load(folder: Path) -> Bundle:
         item_offsets=reader.array("item_offsets.npy", np.int64, (n,)),
         cut=contents.cut,
         measured=contents.measured,
-        _rows=rows,
+        rows=rows,
     )
 
 

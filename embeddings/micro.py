@@ -21,9 +21,10 @@ import numpy.typing as npt
 
 from embeddings.tiles import Floats
 
-# Events of one pass: 16 · 256 negatives of 64 float32 are 1 MB and stay in the core's own cache; 32 events
-# were no faster.
-PASS = 16
+Ints = npt.NDArray[np.int64]
+
+# Events of one pass: a call into numpy costs as much for 8 as for 32, and 64 would leave the core's cache.
+PASS = 32
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
@@ -60,23 +61,40 @@ class MicroStep:
         """A user's first so many events only count steps; his embedding stays at zero."""
         return self.settings.min_steps_before
 
-    def step(self, forward: Floats, embedding: Floats, targets: Floats, event_keys: Sequence[str]) -> Floats:
+    def step(
+        self, forward: Floats, embedding: Floats, targets: Sequence[int], event_keys: Sequence[str]
+    ) -> Floats:
         """The embeddings after one event each, float32 (n, d), |e| ≤ norm_max; inputs stay as they are.
 
         Rows are independent users: two events of one user go into two calls, in their order.
         forward:    float32 (n, d), unit norm: f before the event
         embedding:  float32 (n, d): e before the event
-        targets:    float32 (n, d): the catalogue's vectors of the items of the events
+        targets:    n rows of the catalogue: the items of the events
         event_keys: n keys that stay the same at every replay (event id, else its coordinates)
         """
-        out = np.empty_like(embedding)
-        for start in range(0, len(out), PASS):
-            rows = slice(start, min(start + PASS, len(out)))
+        s, one = self.settings, np.float32(1.0)
+        own = np.array(targets, np.int64).reshape(-1, 1)
+        positives = self._catalogue.take(own[:, 0], axis=0)
+        u = forward + embedding
+        norm = np.maximum(_norms(u), np.float32(1e-6))
+        u /= norm
+        wanted: Floats = np.add.reduce(positives * u, axis=1, keepdims=True)
+        total: Floats = np.empty_like(wanted)
+        pull = np.empty_like(u)
+        for start in range(0, len(u), PASS):
+            rows = slice(start, min(start + PASS, len(u)))
             drawn = self.draw(event_keys[rows])
-            out[rows] = self._pass(forward[rows], embedding[rows], targets[rows], drawn)
-        return out
+            self._pull(drawn, u[rows], wanted[rows], own[rows], total[rows], pull[rows])
+        g: Floats = (pull - total * positives) / (one + total)
+        g -= np.add.reduce(g * u, axis=1, keepdims=True) * u
+        g *= np.float32(s.rate / s.temperature) / norm
+        moved = embedding * np.float32(1.0 - s.decay) - g
+        # Just inside the bound: the float32 norm of 64 terms is off by up to 5e-7, on either side of it.
+        bound = np.float32(s.norm_max * (1 - 1e-6))
+        result: Floats = moved * np.minimum(one, bound / np.maximum(_norms(moved), np.float32(1e-12)))
+        return result
 
-    def draw(self, event_keys: Sequence[str]) -> npt.NDArray[np.int64]:
+    def draw(self, event_keys: Sequence[str]) -> Ints:
         """Rows of the catalogue, int64 (n, negatives): splitmix64, seeded by a hash of the key."""
         digests = b"".join(blake2b(key.encode(), digest_size=8).digest() for key in event_keys)
         z = np.frombuffer(digests, "<u8")[:, None] + self._counter
@@ -87,32 +105,27 @@ class MicroStep:
         z ^= z >> np.uint64(31)
         # The upper half scaled to the catalogue: as even as a modulo, and free of its division.
         rows = ((z >> np.uint64(32)) * np.uint64(len(self._catalogue))) >> np.uint64(32)
-        result: npt.NDArray[np.int64] = rows.view(np.int64)
+        result: Ints = rows.view(np.int64)
         return result
 
-    def _pass(self, f: Floats, e: Floats, targets: Floats, drawn: npt.NDArray[np.int64]) -> Floats:
-        s = self.settings
-        one = np.float32(1.0)
-        z = f + e
-        norm = np.maximum(_norms(z), np.float32(1e-6))
-        u = z / norm
+    def _pull(
+        self, drawn: Ints, u: Floats, wanted: Floats, own: Ints, total: Floats, pull: Floats
+    ) -> None:  # fmt: skip
+        """Weigh the negatives of some events by their odds against the event's own item.
+
+        wanted: (n, 1), u · v₊; own: (n, 1), the row of v₊
+        total, pull: (n, 1), (n, d), where the sum of the odds and the weighed sum of the negatives go
+        """
         negatives = self._catalogue.take(drawn, axis=0)
-        scores = np.matmul(negatives, u[:, :, None])[:, :, 0]
-        wanted = np.add.reduce(targets * u, axis=1, keepdims=True)
+        odds = np.matmul(negatives, u[:, :, None])[:, :, 0]
         # Relative to the positive's own score; e^80 · 256 is still finite in float32.
-        logits = (scores - wanted) * np.float32(1.0 / s.temperature)
-        odds = np.exp(np.minimum(logits, np.float32(80.0)))
+        odds -= wanted
+        odds *= np.float32(1.0 / self.settings.temperature)
+        np.exp(np.minimum(odds, np.float32(80.0), out=odds), out=odds)
         # The event's own item drawn as a negative does not count.
-        odds[negatives[:, :, 0] == targets[:, :1]] = 0.0
-        total = np.add.reduce(odds, axis=1, keepdims=True)
-        pull = np.matmul(odds[:, None, :], negatives)[:, 0]
-        g = (pull - total * targets) / (one + total)
-        g -= np.add.reduce(g * u, axis=1, keepdims=True) * u
-        moved = e * np.float32(1.0 - s.decay) - g * (np.float32(s.rate / s.temperature) / norm)
-        # Just inside the bound: the float32 norm of 64 terms is off by up to 5e-7, on either side of it.
-        bound = np.float32(s.norm_max * (1 - 1e-6))
-        result: Floats = moved * np.minimum(one, bound / np.maximum(_norms(moved), np.float32(1e-12)))
-        return result
+        np.putmask(odds, drawn == own, np.float32(0.0))
+        np.add.reduce(odds, axis=1, keepdims=True, out=total)
+        np.matmul(odds[:, None, :], negatives, out=pull[:, None, :])
 
 
 def _norms(rows: Floats) -> Floats:

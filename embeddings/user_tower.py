@@ -43,31 +43,45 @@ class UserTower:
         self.dimension = int(arrays["start"].shape[0])
         self._scale = np.float32(np.sqrt(self.dimension))
         self._start = np.ascontiguousarray(arrays["start"]).reshape(1, -1)
+        # (history_max + 1, heads, history_max): what is added to the scores of a history of so many items; an
+        # empty one is the token `start`.
+        seen = np.maximum(np.arange(self.history_max + 1), 1)[:, None] > np.arange(self.history_max)
+        self._bias_of = arrays["bias"] + np.where(seen, np.float32(0.0), _ABSENT)[:, None, :]
 
-    def encode(self, histories: Sequence[Floats], profiles: Sequence[Mapping[str, object]]) -> Floats:
+    def encode(
+        self,
+        table: Floats,
+        histories: Sequence[Sequence[int]],
+        profiles: Sequence[Mapping[str, object]],
+    ) -> Floats:
         """f, float32 (n, d), unit norm. The same user gives the same bits in any batch.
 
-        histories: float32 (h_i, d) each, unit norm, newest first; the first `history_max` are used
+        table:     float32 (m, d), m >= 1, unit norm: the items' vectors
+        histories: rows of the table, newest first; the first `history_max` are used
         profiles:  one mapping a user, empty where nothing is known
         """
-        out = np.empty((len(histories), self.dimension), np.float32)
-        tokens = np.empty((TILE, self.history_max, self.dimension), np.float32)
-        mask = np.empty((TILE, 1, self.history_max), np.float32)
-        extra = np.empty((TILE, self.dimension), np.float32)
-        for start, stop in tiles(len(histories)):
-            tokens[:] = 0.0
-            mask[:] = _ABSENT
-            extra[:] = 0.0
-            tokens[:, 0] = self._start
-            mask[:, 0, 0] = 0.0
-            for i in range(stop - start):
-                history = histories[start + i][: self.history_max]
-                if len(history):
-                    tokens[i, : len(history)] = history
-                    mask[i, 0, : len(history)] = 0.0
-                if profiles[start + i]:
-                    self._add_profile(extra[i], profiles[start + i])
-            out[start:stop] = self._tile(tokens, mask, extra)[: stop - start]
+        n, length = len(histories), self.history_max
+        out = np.empty((n, self.dimension), np.float32)
+        # The last tile is filled up with users without a history.
+        padded = n + -n % TILE
+        rows, sizes = np.zeros((padded, length), np.int64), np.zeros(padded, np.int64)
+        flat: list[int] = []
+        nothing = [0] * length
+        for history in histories:
+            flat += history[:length]
+            flat += nothing[len(history) :]
+        rows[:n] = np.array(flat, np.int64).reshape(n, length)
+        sizes[:n] = [min(len(history), length) for history in histories]
+        for start, stop in tiles(n):
+            tile = slice(start, start + TILE)
+            # A place without an item holds the table's first row: its weight is exactly 0.
+            tokens = table.take(rows[tile], axis=0)
+            tokens[sizes[tile] == 0, 0] = self._start
+            extra = np.zeros((TILE, self.dimension), np.float32)
+            for at, profile in enumerate(profiles[start:stop]):
+                if profile:
+                    self._add_profile(extra[at], profile)
+            out[start:stop] = self._tile(tokens, self._bias_of[sizes[tile]], extra)[: stop - start]
         return out
 
     def encode_one(self, history: Floats, profile: Mapping[str, object]) -> Floats:
@@ -88,17 +102,19 @@ class UserTower:
         result: Floats = unit(z[None, :])[0] if norm < NORM_MIN else z / norm
         return result
 
-    def _tile(self, tokens: Floats, mask: Floats, extra: Floats) -> Floats:
+    def _tile(self, tokens: Floats, bias: Floats, extra: Floats) -> Floats:
         a = self.arrays
         newest = tokens[:, 0]
         asked = (newest @ a["query"] + a["query_bias"]).reshape(TILE, self.heads, self.dimension)
-        scores = np.matmul(asked, tokens.transpose(0, 2, 1)) + a["bias"] + mask
-        weights = np.exp(scores - scores.max(axis=2, keepdims=True))
+        weights = np.matmul(asked, tokens.transpose(0, 2, 1))
+        weights += bias
+        weights -= weights.max(axis=2, keepdims=True)
+        np.exp(weights, out=weights)
         weights /= np.add.reduce(weights, axis=2, keepdims=True)
         seen = np.matmul(weights, tokens).reshape(TILE, self.heads * self.dimension)
         z = newest * self._scale + seen @ a["value"] + extra
-        hidden = np.maximum(z @ a["w1"] + a["b1"], 0.0)
-        return unit(z + hidden @ a["w2"] + a["b2"])
+        hidden = z @ a["w1"] + a["b1"]
+        return unit(z + np.maximum(hidden, 0.0, out=hidden) @ a["w2"] + a["b2"])
 
     def _add_profile(self, z: Floats, profile: Mapping[str, object]) -> None:
         rows, _ = self.space.of_profile(profile)  # its weights are all 1

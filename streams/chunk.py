@@ -120,8 +120,13 @@ class UserEncoder(Protocol):
     def history_max(self) -> int:
         """How many of the newest items it looks at."""
 
-    def encode(self, histories: Sequence[Vectors], profiles: Sequence[Mapping[str, object]]) -> Vectors:
-        """float32 (n, d) of n histories, each float32 (h, d), newest first."""
+    def encode(
+        self,
+        table: Vectors,
+        histories: Sequence[Sequence[int]],
+        profiles: Sequence[Mapping[str, object]],
+    ) -> Vectors:
+        """float32 (n, d) of n histories, each of rows of the table, newest first."""
 
 
 class Stepper(Protocol):
@@ -132,9 +137,9 @@ class Stepper(Protocol):
         """A user's first so many events only count."""
 
     def step(
-        self, forward: Vectors, embedding: Vectors, targets: Vectors, event_keys: Sequence[str]
+        self, forward: Vectors, embedding: Vectors, targets: Sequence[int], event_keys: Sequence[str]
     ) -> Vectors:
-        """The new embeddings, float32 (n, d), of n different users."""
+        """The new embeddings, float32 (n, d), of n different users; targets are rows of the catalogue."""
 
 
 class Towers(Protocol):
@@ -164,8 +169,9 @@ class Towers(Protocol):
     def item_vectors(self) -> Vectors:
         """float32 (n, d), unit norm: the catalogue."""
 
-    def row(self, item_id: str) -> int | None:
-        """The item's row in `item_vectors`, None where the catalogue has not got it."""
+    @property
+    def rows(self) -> Mapping[str, int]:
+        """Item id -> the item's row in `item_vectors`."""
 
 
 @dataclass(slots=True)

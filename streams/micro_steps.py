@@ -8,16 +8,16 @@ event at a time: the engines work in tiles of fixed shape, whose rows do not dep
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple, cast
 
 import numpy as np
 
-from eddyline.behaviour import Entry, liked
+from eddyline.behaviour import DISLIKE, Entry, liked
 from streams.chunk import Towers, Vectors
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One event to learn from.
 
     history: rows of the bundle's item vectors, newest first, as they were just before the event
@@ -37,20 +37,19 @@ class MicroSteps:
     def __init__(self, towers: Towers) -> None:
         self.generation = towers.generation
         self.min_steps_before = towers.micro.min_steps_before
-        self.row = towers.row
+        self.row = towers.rows.get
         self._towers = towers
         self._zero = np.zeros(towers.dimension, dtype="<f4").tobytes()
 
     def history(self, entries: Sequence[Entry]) -> tuple[int, ...]:
         """The rows of the newest items of a list that the bundle has; what is disliked is left out."""
-        rows: list[int] = []
-        limit = self._towers.user_tower.history_max
-        for entry in liked(entries):
-            if (row := self.row(entry.item_id)) is not None:
-                rows.append(row)
-                if len(rows) == limit:
-                    break
-        return tuple(rows)
+        row_of, limit = self.row, self._towers.user_tower.history_max
+        # Mostly nothing is disliked and the bundle has all: then these are the rows.
+        newest = [row_of(e.item_id) if e.kind != DISLIKE else None for e in entries[:limit]]
+        if None not in newest:
+            return tuple(cast("list[int]", newest))
+        rows = (row_of(entry.item_id) for entry in liked(entries))
+        return tuple(islice((row for row in rows if row is not None), limit))
 
     def run(
         self,
@@ -73,9 +72,9 @@ class MicroSteps:
         return {user: (count, vectors[user]) for user, count in counts.items()}
 
     def _forward(self, steps: Sequence[Step], profiles: Mapping[str, Mapping[str, object]]) -> Vectors:
-        items = self._towers.item_vectors
-        histories = [items[list(step.history)] for step in steps]
-        return self._towers.user_tower.encode(histories, [profiles.get(s.user_id, {}) for s in steps])
+        towers, nothing = self._towers, dict[str, object]()
+        known = [profiles.get(step.user_id, nothing) for step in steps]
+        return towers.user_tower.encode(towers.item_vectors, [step.history for step in steps], known)
 
     def _round(
         self, steps: Sequence[Step], numbers: list[int], forward: Vectors, vectors: dict[str, bytes]
@@ -85,11 +84,12 @@ class MicroSteps:
         after = self._towers.micro.step(
             forward[numbers],
             before.reshape(len(chosen), self._towers.dimension),
-            self._towers.item_vectors[[s.target for s in chosen]],
+            [s.target for s in chosen],
             [s.key for s in chosen],
         )
-        for step, row in zip(chosen, np.ascontiguousarray(after, dtype="<f4"), strict=True):
-            vectors[step.user_id] = row.tobytes()
+        packed, size = np.ascontiguousarray(after, dtype="<f4").tobytes(), len(self._zero)
+        for at, step in enumerate(chosen):
+            vectors[step.user_id] = packed[at * size : (at + 1) * size]
 
 
 def _rounds(steps: Sequence[Step]) -> list[list[int]]:

@@ -131,9 +131,9 @@ class _Replay:
         steps, at_ms, before, now = self._state.get(user, (0, -1, self._zero, self._zero))
         before = before if at_ms == now_ms else now
         if steps >= self._bundle.micro.min_steps_before:
-            target = self._bundle.item_vectors[self._events.targets[event]]
+            target = [int(self._events.targets[event])]
             keys = [self._events.keys[event]]
-            now = self._bundle.micro.step(forward[None], now[None], target[None], keys)[0]
+            now = self._bundle.micro.step(forward[None], now[None], target, keys)[0]
         self._state[user] = (steps + 1, now_ms, before, now)
 
 
@@ -141,10 +141,10 @@ def _forward(
     bundle: Bundle, profiles: Mapping[str, Mapping[str, object]], events: Examples, some: Ints
 ) -> Floats:
     histories, counts = events.histories(some, bundle.user_tower.history_max)
-    vectors = bundle.item_vectors
     assert len(some) <= TILE
     return bundle.user_tower.encode(
-        [vectors[row[:n]] for row, n in zip(histories, counts, strict=True)],
+        bundle.item_vectors,
+        [row[:n].tolist() for row, n in zip(histories, counts, strict=True)],
         [profiles.get(events.user_ids[u], {}) for u in events.users[some]],
     )
 

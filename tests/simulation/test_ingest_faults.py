@@ -10,6 +10,7 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -62,8 +63,9 @@ class Died(BaseException):
 class TinyUserTower:
     history_max = 4
 
-    def encode(self, histories: Sequence[Any], profiles: Sequence[Any]) -> Any:
-        rows = [h.sum(axis=0) * np.float32(0.5) if len(h) else np.ones(D, np.float32) for h in histories]
+    def encode(self, table: Any, histories: Sequence[Any], profiles: Sequence[Any]) -> Any:
+        seen = [table[list(history)] for history in histories]
+        rows = [h.sum(axis=0) * np.float32(0.5) if len(h) else np.ones(D, np.float32) for h in seen]
         return np.stack(rows).astype(np.float32)
 
 
@@ -71,9 +73,10 @@ class TinyMicro:
     min_steps_before = 2
 
     def step(self, forward: Any, embedding: Any, targets: Any, event_keys: Sequence[str]) -> Any:
+        items = World.item_vectors[list(targets)]
         draws = np.array([[sum(map(ord, key)) % 7] for key in event_keys], np.float32)
         return (
-            embedding * np.float32(0.9) + targets * np.float32(0.1) + forward * draws * np.float32(0.01)
+            embedding * np.float32(0.9) + items * np.float32(0.1) + forward * draws * np.float32(0.01)
         ).astype(np.float32)
 
 
@@ -93,9 +96,7 @@ class World:
     generation, dimension = "1", D
     user_tower, micro, item_tower = TinyUserTower(), TinyMicro(), TinyItemTower()
     item_vectors = np.random.default_rng(7).normal(size=(8, D)).astype(np.float32)
-
-    def row(self, item_id: str) -> int | None:
-        return int(item_id[1:]) if int(item_id[1:]) < 8 else None  # i8 and i9 are too new for the bundle
+    rows = MappingProxyType({f"i{n}": n for n in range(8)})  # i8 and i9 are too new for the bundle
 
 
 @dataclass
@@ -306,19 +307,19 @@ def oracle(settings: Settings, logs: dict[int, list[Rec]]) -> dict[str, Any]:
             if click.kind != "dislike" and not copied:
                 bucket = click.at_ms // (settings.popular_bucket_s * 1_000)
                 counts[bucket][click.item_id] += round(1_000 * click.weight * weights[click.kind])
-                target = world.row(click.item_id)
+                target = world.rows.get(click.item_id)
                 if target is not None and not late:
                     count, e = steps.get(user, (0, np.zeros(D, np.float32)))
                     if count >= 2:
                         liked = [
                             x for n, x in enumerate(lists[user])
-                            if world.row(x[0]) is not None and x[2] != "dislike"
+                            if x[0] in world.rows and x[2] != "dislike"
                             and all(y[0] != x[0] or y[2] != "dislike" for y in lists[user][:n])
                         ]  # fmt: skip
-                        rows = [world.row(x[0]) for x in liked[:4]]
-                        f = world.user_tower.encode([world.item_vectors[rows]], [{}])
+                        rows = [world.rows[x[0]] for x in liked[:4]]
+                        f = world.user_tower.encode(world.item_vectors, [rows], [{}])
                         key = click.event_id or f"{partition}/{record.offset}"
-                        e = world.micro.step(f, e[None], world.item_vectors[[target]], [key])[0]
+                        e = world.micro.step(f, e[None], [target], [key])[0]
                     steps[user] = (count + 1, e)
             entry = (click.item_id, click.at_ms, click.kind, click.weight, record.offset)
             top = max(click.at_ms, newest)

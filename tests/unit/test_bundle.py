@@ -95,7 +95,7 @@ def test_what_is_written_is_loaded(folder: Path) -> None:
     np.testing.assert_array_equal(loaded.item_offsets, np.arange(N) - 1)
     assert dict(loaded.cut) == {"0": 12, "1": -1}
     assert dict(loaded.measured) == {"loss": 5.5}
-    assert (loaded.row("i3"), loaded.row("unknown")) == (3, None)
+    assert (loaded.rows["i3"], loaded.rows.get("unknown")) == (3, None)
     assert loaded.micro.settings == made.micro
     assert loaded.user_tower.history_max == LENGTH
     assert loaded.item_tower.encode(ITEMS).shape == (N, D)

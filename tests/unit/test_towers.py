@@ -53,10 +53,12 @@ def user_tower() -> UserTower:
     return UserTower(space, arrays)
 
 
-def histories(n: int) -> list[np.ndarray]:
+TABLE = unit(draw(500, D))
+
+
+def histories(n: int) -> list[list[int]]:
     rng = np.random.default_rng(3)
-    vectors = unit(draw(500, D))
-    return [vectors[rng.integers(0, 500, int(length))] for length in rng.integers(0, LENGTH + 5, n)]
+    return [rng.integers(0, 500, int(length)).tolist() for length in rng.integers(0, LENGTH + 5, n)]
 
 
 def norms(rows: np.ndarray) -> np.ndarray:
@@ -65,10 +67,10 @@ def norms(rows: np.ndarray) -> np.ndarray:
 
 def test_an_event_has_the_same_bits_in_any_batch(user_tower: UserTower) -> None:
     some = histories(len(PROFILES))
-    together = user_tower.encode(some, PROFILES)
+    together = user_tower.encode(TABLE, some, PROFILES)
     for size in (1, 7, 32, 33, 64):
         for at in range(0, len(some) - size, 11):
-            part = user_tower.encode(some[at : at + size], PROFILES[at : at + size])
+            part = user_tower.encode(TABLE, some[at : at + size], PROFILES[at : at + size])
             assert part.tobytes() == together[at : at + size].tobytes(), (size, at)
 
 
@@ -83,8 +85,8 @@ def test_every_answer_is_a_finite_unit_vector(item_tower: ItemTower, user_tower:
     nothing = Item(item_id="nothing known")
     for rows in (
         item_tower.encode([*ITEMS, nothing]),
-        user_tower.encode(histories(40), PROFILES[:40]),
-        user_tower.encode([np.empty((0, D), np.float32)] * 2, [{}, {"age": 30}]),
+        user_tower.encode(TABLE, histories(40), PROFILES[:40]),
+        user_tower.encode(TABLE, [[], ()], [{}, {"age": 30}]),
     ):
         assert rows.dtype == np.float32
         assert np.isfinite(rows).all()
@@ -93,21 +95,23 @@ def test_every_answer_is_a_finite_unit_vector(item_tower: ItemTower, user_tower:
 
 def test_nothing_in_nothing_out(item_tower: ItemTower, user_tower: UserTower) -> None:
     assert item_tower.encode([]).shape == (0, D)
-    assert user_tower.encode([], []).shape == (0, D)
+    assert user_tower.encode(TABLE, [], []).shape == (0, D)
 
 
 def test_one_user_alone_agrees_with_the_tiles(user_tower: UserTower) -> None:
     some = histories(60)
-    together = user_tower.encode(some, PROFILES[:60])
-    alone = [user_tower.encode_one(h, p) for h, p in zip(some, PROFILES, strict=False)]
+    together = user_tower.encode(TABLE, some, PROFILES[:60])
+    alone = [user_tower.encode_one(TABLE[h], p) for h, p in zip(some, PROFILES, strict=False)]
     np.testing.assert_allclose(np.array(alone), together, atol=2e-6)
 
 
 def test_history_beyond_the_limit_does_not_count(user_tower: UserTower) -> None:
-    vectors = unit(draw(LENGTH + 10, D))
-    at_limit = user_tower.encode([vectors[:LENGTH]], [{}])
-    assert user_tower.encode([vectors], [{}]).tobytes() == at_limit.tobytes()
-    assert user_tower.encode([vectors[: LENGTH - 1]], [{}]).tobytes() != at_limit.tobytes()
+    rows = list(range(LENGTH + 10))
+    vectors = TABLE[rows]
+    at_limit = user_tower.encode(TABLE, [rows[:LENGTH]], [{}])
+    for beyond in (1, 2, 10):
+        assert user_tower.encode(TABLE, [rows[: LENGTH + beyond]], [{}]).tobytes() == at_limit.tobytes()
+    assert user_tower.encode(TABLE, [rows[: LENGTH - 1]], [{}]).tobytes() != at_limit.tobytes()
     assert (
         user_tower.encode_one(vectors, {}).tobytes() == user_tower.encode_one(vectors[:LENGTH], {}).tobytes()
     )

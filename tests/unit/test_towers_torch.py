@@ -91,7 +91,8 @@ def test_user_tower() -> None:
     picked = pick_bags(*flat, torch.arange(90))
     expected = model(*(torch.from_numpy(part) for part in (vectors, places, counts)), picked)
     tower = UserTower(space, model.export())
-    some = [vectors[row[:n]] for row, n in zip(places, counts, strict=True)]
-    np.testing.assert_allclose(tower.encode(some, profiles), expected.detach().numpy(), atol=TOLERANCE)
-    alone = np.array([tower.encode_one(h, p) for h, p in zip(some, profiles, strict=True)])
+    rows = [row[:n].tolist() for row, n in zip(places, counts, strict=True)]
+    found = tower.encode(vectors, rows, profiles)
+    np.testing.assert_allclose(found, expected.detach().numpy(), atol=TOLERANCE)
+    alone = np.array([tower.encode_one(vectors[h], p) for h, p in zip(rows, profiles, strict=True)])
     np.testing.assert_allclose(alone, expected.detach().numpy(), atol=TOLERANCE)

@@ -150,12 +150,12 @@ def test_progress_report_and_bundle_agree(tmp_path: Path) -> None:
     loaded = bundle.load(tmp_path / "g")
     assert (report.generation, loaded.generation, dict(loaded.cut)) == ("9", "9", {"0": 4, "2": 20})
     assert report.items == len(loaded.item_ids) == 120
-    assert loaded.row("i119") is None  # unavailable: it has weights, and no vector to be found by
+    assert "i119" not in loaded.rows  # unavailable: it has weights, and no vector to be found by
     assert "i119" in loaded.item_tower.identities
     assert "never clicked" not in loaded.item_tower.identities
-    row = loaded.row("i003")
+    row = loaded.rows["i003"]
     assert (loaded.item_partitions[row], loaded.item_offsets[row]) == (2, 17)
-    assert loaded.item_offsets[loaded.row("i004")] == -1
+    assert loaded.item_offsets[loaded.rows["i004"]] == -1
 
 
 def test_given_vectors_are_learned_from(tmp_path: Path) -> None:
