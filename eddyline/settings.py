@@ -263,6 +263,22 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     worker_threads: Annotated[
         int, _about("Calls a query worker answers at a time; as many again may wait.", ge=1, le=256)
     ] = 8
+    worker_processes: Annotated[
+        int,
+        _about(
+            "Processes of a query worker, on one port: forked from one that has loaded the index, they share its vectors and its graph. Above 1 it needs Linux.",
+            ge=1,
+            le=64,
+        ),
+    ] = 1
+    worker_renew_s: Annotated[
+        int,
+        _about(
+            "After this time the processes of a query worker are replaced by ones that share a graph of the newest snapshot.",
+            ge=10,
+            le=604_800,
+        ),
+    ] = 3_600
     shards: Annotated[
         int,
         _about(

@@ -79,6 +79,8 @@ class LiveIndex:
         # The recall guard's: it may ask for more candidates, or for exact answers only.
         self.breadth = breadth
         self.exact_only = False
+        # While it is off no thread is started, so that the process can be forked; `rebuild` builds by hand.
+        self.background = True
         self.guard: RecallGuard | None = None
         self._exact_below = exact_below
         self._fresh_max = fresh_max
@@ -272,6 +274,12 @@ class LiveIndex:
         with self._lock:
             self._rebuilder.ask()
 
+    def begin(self) -> None:
+        """Build in the background from now on; needed only where `background` was off."""
+        with self._lock:
+            self.background = True
+            self._wake()
+
     def close(self) -> None:
         """Stop the rebuild thread. Queries and writes go on, on what is there."""
         if self.guard is not None:
@@ -280,7 +288,7 @@ class LiveIndex:
         self._tier_builder.close()
 
     def _wake(self) -> None:
-        if self._due():
+        if self.background and self._due():
             self._rebuilder.wake()
             if self._tier_due():
                 self._tier_builder.wake()

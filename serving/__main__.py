@@ -13,10 +13,10 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 import logging
-import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from eddyline import kafka, logs, start
@@ -33,16 +33,17 @@ from index.live import LiveIndex
 from index.mains.choose import main_index
 from index.mains.port import MainIndex
 from serving import presence, wiring
+from serving.forked import Forked, politely
+from serving.opened import Opened, open_index
 from serving.paths.popular import PopularPath
 from serving.paths.towers import TowersPath
 from serving.published import wait_until_published
-from serving.replica import Replica, load_bundle
+from serving.replica import Replica
 from serving.retrieve import Retriever
-from serving.server import PortTaken, WorkerServer
+from serving.server import PortTaken, SharedPort, WorkerServer
 from serving.service import OfShard, Ready, Service
 from serving.shard import Held, ShardService
 from serving.share import Share, share_of
-from serving.snapshots import Snapshots
 from serving.users import UserReader
 
 log = logging.getLogger(__name__)
@@ -54,8 +55,7 @@ GRACE_S = 5.0
 def main() -> int:
     """Serve until SIGTERM or SIGINT. Returns the exit code."""
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    start.stop_on_signals(stop)
     try:
         loaded = settings_.load()
         logs.configure(loaded, "worker")
@@ -66,44 +66,91 @@ def main() -> int:
             ef_construction=settings.index_ef_construction,
             ef=settings.index_ef,
         )
-        service = Service(settings)
-        shard = ShardService(share_of(settings))
+        share = share_of(settings)
+        if settings.worker_processes > 1:
+            return start.ended(_many(settings, main, share, stop))
+        service, shard = Service(settings), ShardService(share)
         server = WorkerServer(settings, service, shard)
     except (SettingsError, PortTaken) as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    sys.stdout.write(f"worker listens on {server.address}\n")
-    sys.stdout.flush()
+    _say(f"worker listens on {server.address}")
+    patience = Patience(settings, stop, service.waiting_for)
     try:
-        return start.ended(lambda: _run(settings, main, service, shard, server, stop))
+        return start.ended(
+            lambda: _run(settings, service, shard, patience, stop, lambda: server,
+                         lambda: open_index(settings, main, share, patience))
+        )  # fmt: skip
     finally:
         server.stop(GRACE_S)
 
 
+def _many(settings: Settings, main: MainIndex, share: Share, stop: threading.Event) -> Callable[[], int]:
+    """Runs the processes of a worker, see `serving.forked`. Raises SettingsError, PortTaken."""
+    port = SharedPort(settings)
+    _say(f"{settings.worker_processes} worker processes listen on {port.address}")
+    patience = Patience(settings, stop)
+    held: list[Opened] = []  # the one whose graph is being built; a stop ends the building
+
+    def give_up() -> None:
+        for opened in held:
+            opened.index.close()
+
+    start.stop_on_signals(stop, give_up)
+
+    def opened() -> Opened:
+        held[:] = [open_index(settings, main, share, patience)]
+        return held[0]
+
+    def built(opened: Opened) -> bool:
+        large = opened.index.stats().live > settings.index_exact_below
+        return large and politely(opened.index.rebuild)
+
+    def serve(opened: Opened, place: int, ready: Callable[[], None]) -> int:
+        service, shard = Service(settings), ShardService(share)
+        made: list[WorkerServer] = []
+
+        def bind() -> WorkerServer:
+            made.append(WorkerServer(settings, service, shard, port=port))
+            return made[0]
+
+        try:
+            return start.ended(
+                lambda: _run(settings, service, shard, Patience(settings, stop), stop, bind, lambda: opened,
+                             writes_snapshots=place == 0, ready=ready)
+            )  # fmt: skip
+        finally:
+            for server in made:
+                server.stop(GRACE_S)
+
+    keeper = Forked(
+        settings.worker_processes, opened, built, serve, stop,
+        renew_s=settings.worker_renew_s, backoff_s_max=settings.backoff_ms_max / 1000,
+    )  # fmt: skip
+    return keeper.run
+
+
 def _run(
-    settings: Settings, main: MainIndex, service: Service, shard: ShardService, server: WorkerServer,
-    stop: threading.Event,
+    settings: Settings, service: Service, shard: ShardService, patience: Patience, stop: threading.Event,
+    bind: Callable[[], WorkerServer], opening: Callable[[], Opened], *, writes_snapshots: bool = True,
+    ready: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
-    patience, share = Patience(settings, stop, service.waiting_for), shard.share
+    """Serve what `opening` gives. ready: called once that is so."""
+    share = shard.share
     store = wiring.open_store(settings, patience)
-    generation = wiring.open_generation(settings, patience)
-    topic = kafka.item_vectors(generation.generation)
-    patience.until("Kafka", lambda: kafka.ensure_topics(settings, [*kafka.SOURCES, topic]))
-    index = _index(settings, main, generation.dimension)
-    logs_now = patience.until("Kafka", lambda: kafka.log_ids(settings, [topic, kafka.CLICKS]))
-    log_id = logs_now[topic]
-    snapshots = Snapshots(settings, generation, f"{log_id.cluster_id}/{log_id.topic_id}", index, share=share)
-    positions = snapshots.load()
-    if positions is None:
-        load_bundle(index, generation, share)
-    replica = Replica(settings, generation.generation, index, positions=positions, share=share)
+    opened = opening()
+    generation, index, snapshots = opened.generation, opened.index, opened.snapshots
+    replica = Replica(settings, generation.generation, index, positions=opened.positions, share=share)
     popular = wiring.popular_path(settings, store)
     announced: Path | None = None
     try:
+        _guard(settings, index)
+        index.begin()
         service.waiting_for("ingest to publish the last changes of items")
         wait_until_published(settings, store, generation.generation, stop)
         replica.start()
-        snapshots.start(replica.positions)
+        if writes_snapshots:
+            snapshots.start(replica.positions)
         if share.whole:
             popular.start()
         service.waiting_for("the end of the item vectors")
@@ -112,15 +159,17 @@ def _run(
                 raise Stopped
         shard.serve(Held(generation.generation, index, replica.missing))
         if share.whole:
-            users = wiring.user_reader(settings, store, generation.generation, logs_now[kafka.CLICKS])
+            users = wiring.user_reader(settings, store, generation.generation, opened.logs[kafka.CLICKS])
             service.serve(_ready(settings, store, users, generation, index, replica, popular))
         else:
             held = OfShard(generation.generation, share, index, replica.state, replica.missing)
             service.serve(held)
+        server = bind()
         server.set_serving(True)
         announced = presence.announce(settings, _present(server.address, generation, share))
         told = {"address": server.address, "items": index.stats().live, "holds": share.name or "all items"}
         log.info("worker serves", extra=told)
+        ready()
         while not stop.wait(60.0):
             pass
         server.set_serving(False)
@@ -135,15 +184,12 @@ def _run(
         store.close()
 
 
-def _index(settings: Settings, main: MainIndex, dimension: int) -> LiveIndex:
-    index = LiveIndex(
-        dimension,
-        main.build,
-        breadth=settings.index_ef,
-        exact_below=settings.index_exact_below,
-        fresh_max=settings.index_fresh_max,
-        tier_above=settings.index_tier_above,
-    )
+def _say(what: str) -> None:
+    sys.stdout.write(f"{what}\n")
+    sys.stdout.flush()
+
+
+def _guard(settings: Settings, index: LiveIndex) -> None:
     if settings.index_recall_share:
         RecallGuard(
             index,
@@ -153,7 +199,6 @@ def _index(settings: Settings, main: MainIndex, dimension: int) -> LiveIndex:
             breadth_max=settings.index_ef_max,
             cpu_share=settings.index_recall_cpu_percent_max / 100,
         )
-    return index
 
 
 def _ready(

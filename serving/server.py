@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
@@ -29,16 +30,41 @@ class PortTaken(EddylineError):
     """The address cannot be bound."""
 
 
+class SharedPort:
+    """The worker's port, kept for several processes of one worker. Nobody listens on it here."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises PortTaken, also where other processes share it already."""
+        host, wanted = settings.worker_host, settings.worker_port
+        try:
+            family, kind, _, _, address = socket.getaddrinfo(host, wanted, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind) as alone:
+                alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                alone.bind(address)
+                found = alone.getsockname()
+            self._kept = socket.socket(family, kind)
+            self._kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            self._kept.bind(found)
+        except OSError:
+            raise PortTaken(_taken(f"{host}:{wanted}", "worker")) from None
+        self.address = f"{host}:{found[1]}"
+
+    def close(self) -> None:
+        """Give it up."""
+        self._kept.close()
+
+
 class WorkerServer:
     """A started server; its health is NOT_SERVING until told otherwise. Thread rule: any thread."""
 
     def __init__(
         self, settings: Settings, service: Service, shard: ShardService | None = None, *,
-        role: Literal["worker", "coordinator"] = "worker",
+        role: Literal["worker", "coordinator"] = "worker", port: SharedPort | None = None,
     ) -> None:  # fmt: skip
         """Bind and start. Raises PortTaken.
 
         shard: answers the coordinator, where there is one; role: whose host and port of the settings to take
+        port:  to be shared with other processes of this worker, instead of that of the settings
         """
         threads = settings.worker_threads
         host: str = getattr(settings, f"{role}_host")
@@ -51,7 +77,7 @@ class WorkerServer:
             maximum_concurrent_rpcs=2 * threads,
             options=[
                 # Off, or a second worker on the same port would take half of the first one's calls.
-                ("grpc.so_reuseport", 0),
+                ("grpc.so_reuseport", int(port is not None)),
                 ("grpc.max_receive_message_length", SHARD_REQUEST_BYTES_MAX if part else REQUEST_BYTES_MAX),
             ],
         )
@@ -70,17 +96,14 @@ class WorkerServer:
         reflection.enable_server_reflection(names, self._server)
         for name in {"", NAME, *self._served}:
             self._health.set(name, NOT_SERVING)
-        wanted = f"{host}:{getattr(settings, f'{role}_port')}"
+        wanted = f"{host}:{getattr(settings, f'{role}_port')}" if port is None else port.address
         try:
-            port = self._server.add_insecure_port(wanted)
+            bound = self._server.add_insecure_port(wanted)
         except RuntimeError:
-            port = 0
-        if not port:
-            raise PortTaken(
-                f"{wanted} cannot be bound: another process listens there, or it is not this machine's; "
-                f"set EDDYLINE_{role.upper()}_PORT (0 takes a free one)"
-            )
-        self.address = f"{host}:{port}"
+            bound = 0
+        if not bound:
+            raise PortTaken(_taken(wanted, role))
+        self.address = f"{host}:{bound}"
         self._server.start()
 
     def set_serving(self, serving: bool) -> None:
@@ -92,3 +115,10 @@ class WorkerServer:
         """Take no more calls, let the running ones end, cut them after `grace_s`."""
         self._health.enter_graceful_shutdown()
         self._server.stop(grace_s).wait(grace_s + 1)
+
+
+def _taken(address: str, role: str) -> str:
+    return (
+        f"{address} cannot be bound: another process listens there, or it is not this machine's; "
+        f"set EDDYLINE_{role.upper()}_PORT (0 takes a free one)"
+    )

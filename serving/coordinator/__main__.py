@@ -12,7 +12,6 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 import logging
-import signal
 import sys
 import threading
 import time
@@ -41,8 +40,7 @@ GRACE_S = 5.0
 def main() -> int:
     """Serve until SIGTERM or SIGINT. Returns the exit code."""
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    start.stop_on_signals(stop)
     try:
         loaded = settings_.load()
         logs.configure(loaded, "coordinator")

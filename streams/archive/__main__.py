@@ -7,7 +7,6 @@ Kafka refuses us).
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 import threading
 from pathlib import Path
@@ -31,8 +30,7 @@ _BACKOFF_S = 0.2
 def main() -> int:
     """Run until SIGTERM or SIGINT. Returns the exit code."""
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    start.stop_on_signals(stop)
     try:
         settings = endpoints.resolve(settings_.load(), redis=False)
         archive = Archive(settings)

@@ -1,0 +1,115 @@
+"""Worker processes forked from one: one port, one graph, each as live as a worker alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import pytest
+
+from eddyline.demo.stage import Stage
+from eddyline.local.supervisor import Supervisor
+from eddyline.settings import Settings
+from serving import presence
+from serving.client import Client, open_channel
+from serving.proto import retrieval_pb2 as pb
+from serving.proto.retrieval_pb2_grpc import RetrievalStub
+
+PROCESSES = 3
+_R = TypeVar("_R")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forked workers need Linux")
+
+
+@dataclass
+class Group:
+    live: object
+    settings: Settings
+    supervisor: Supervisor
+    address: str
+
+    def pids(self) -> set[int]:
+        return {worker.pid for worker in presence.running(self.settings)}
+
+    def keeper(self) -> int:
+        return self.supervisor.pids()["worker"]
+
+    def log(self) -> str:
+        return "".join(path.read_text() for path in (Path(self.settings.data_dir) / "logs").glob("worker*"))
+
+    def each(self, call: Callable[[Client], _R]) -> list[_R]:
+        """What the call gives over so many connections that every process is asked, almost surely."""
+        found = []
+        for _ in range(8 * PROCESSES):
+            with Client(self.address) as client:
+                client._channel.close()
+                client._channel = open_channel(self.address, [("grpc.use_local_subchannel_pool", 1)])
+                client._stub = RetrievalStub(client._channel)
+                found.append(call(client))
+        return found
+
+    def have_graphs(self) -> bool:
+        return all(self.each(lambda client: client.stats().index.main))
+
+    def have(self, item_id: str) -> bool:
+        """Whether every process answers with this item."""
+        only = pb.Filters(allow=[item_id])
+        return all(self.each(lambda client: client.retrieve("forked", 1, filters=only).items))
+
+
+@pytest.fixture
+def group(live, tmp_path: Path) -> Iterator[Group]:
+    settings = msgspec.structs.replace(
+        live.settings, data_dir=str(tmp_path), bundle_dir=str(live.settings.bundles)
+    )
+    supervisor = Supervisor(tmp_path / "logs")
+    worker, address = Stage(settings, supervisor).worker_child(
+        worker_processes=str(PROCESSES),
+        index_exact_below="50",
+        backoff_ms_max="500",
+        clicks_partitions=str(settings.clicks_partitions),
+        items_partitions=str(settings.items_partitions),
+    )
+    supervisor.start(worker)
+    made = Group(live, settings, supervisor, address)
+    try:
+        live.wait_for("all processes", lambda: len(made.pids()) == PROCESSES, 40)
+        yield made
+    finally:
+        supervisor.stop()
+        live.wait_for("no process to be left", lambda: not made.pids(), 20)
+
+
+def test_they_share_a_port_and_one_that_is_killed_is_replaced(group: Group) -> None:
+    live = group.live
+    live.wait_for("the graphs", group.have_graphs, 60)
+    live.wait_for("the exact ones to end", lambda: len(group.pids()) == PROCESSES, 20)
+    assert group.keeper() not in group.pids()
+    assert len(set(group.each(lambda client: client.stats().started_ms))) == PROCESSES
+    # A click and an item are seen by each of them.
+    token = live.click("forked", live.world.items[3].item_id)
+    live.item(msgspec.structs.replace(live.world.items[0], item_id="forked-item", title="Forked"))
+    live.applied()
+    answers = group.each(lambda client: client.retrieve("forked", 10, after=token, wait_ms=2_000))
+    assert {answer.freshness.after.why for answer in answers} == {""}
+    assert {len(answer.items) for answer in answers} == {10}
+    live.wait_for("the item everywhere", lambda: group.have("forked-item"), 20)
+    first = group.pids()
+    os.kill(min(first), signal.SIGKILL)
+    live.wait_for("another one", lambda: len(group.pids()) == PROCESSES and group.pids() != first, 20)
+    assert group.have("forked-item") and group.have_graphs()
+    assert "Traceback" not in group.log()
+
+
+def test_they_end_with_a_keeper_that_is_killed(group: Group) -> None:
+    group.live.wait_for("the graphs", group.have_graphs, 60)
+    pids = group.pids()
+    os.kill(group.keeper(), signal.SIGKILL)
+    # The supervisor starts another keeper; the old processes leave the port.
+    group.live.wait_for("others", lambda: len(group.pids()) == PROCESSES and not group.pids() & pids, 60)
+    assert all(len(answer.items) == 5 for answer in group.each(lambda client: client.retrieve("forked", 5)))
