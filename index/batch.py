@@ -19,7 +19,10 @@ def with_room(state: State, place: Placement, more: int) -> State:
     if len(state.ids) > known:
         room = max(CAPACITY_MIN, 2 * len(state.ids)) - known
         place.grow(known + room)
-        state = state._replace(row_of=np.concatenate((state.row_of, np.full(room, -1))))
+        state = state._replace(
+            row_of=np.concatenate((state.row_of, np.full(room, -1))),
+            names=np.concatenate((state.names, np.full(room, None))),
+        )
     if not state.table.room_for(state.used, more):
         table, kept = state.table.compacted(state.used, state.seq, more)
         new_row = np.full(state.table.capacity + 1, -1)
@@ -69,6 +72,10 @@ def write(
     table, start, n, seq = state.table, state.used, len(labels), state.seq + 1
     before = state.row_of.take(labels)
     if n:
+        # What no row ever stood for is named when its first one is written.
+        first = labels[before < 0]
+        if len(first):
+            state.names[first] = [state.ids[label] for label in first.tolist()]
         facts = np.empty((n, 4), np.int64)
         facts[:, 0] = labels
         facts[:, 1] = [record.at_ms for record in records]

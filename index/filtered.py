@@ -71,10 +71,10 @@ def _by_graph(
     if state.fresh_count > FRESH_SHARE_MAX * state.used:
         return None
     need = wanted + len(left_out)
-    near = state.candidates(vector, need, fetch, lambda rows: state.columns.passing(asked, rows))
+    near = state.candidates(vector, need, fetch, fetch, lambda rows: state.columns.passing(asked, rows))
     if near is None:
         return None
-    found = state.ranked(near, vector, wanted, left_out)
+    found = state.ranked(near, wanted, left_out)
     return found if len(found) == wanted else None
 
 

@@ -31,8 +31,11 @@ class Main(Protocol):
     def memory_bytes(self) -> int:
         """Its memory, vectors of its own included."""
 
-    def search(self, query: Vector, fetch: int) -> Ints | None:
-        """The labels of about the `fetch` (<= size) best vectors, None where it cannot find so many."""
+    def search(self, query: Vector, fetch: int, breadth: int = 0) -> Ints | None:
+        """The labels of about the `fetch` (<= size) best vectors, None where it cannot find so many.
+
+        breadth: the search is as wide as one for so many candidates, where that is more
+        """
 
 
 @dataclass(frozen=True, slots=True)

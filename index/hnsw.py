@@ -30,9 +30,10 @@ class HnswMain:
     name = "hnswlib"
 
     def __init__(self, graph: hnswlib.Index, size: int) -> None:
-        """graph: finished, never changed from here on."""
+        """graph: finished, its ef set, never changed from here on."""
         self._graph = graph
         self._size = size
+        self._ef = int(graph.ef)
         self.memory_bytes = int(graph.index_file_size())
 
     @property
@@ -40,18 +41,20 @@ class HnswMain:
         """How many vectors it holds."""
         return self._size
 
-    def search(self, query: Vector, fetch: int) -> Ints | None:
-        """See `state.Main.search`; releases the interpreter while it searches.
+    def search(self, query: Vector, fetch: int, breadth: int = 0) -> Ints | None:
+        """See `graphs.Main.search`; releases the interpreter while it searches.
 
-        hnswlib searches with the larger of ef and `fetch`, so asking for more is searching wider.
+        hnswlib searches with the larger of ef and what is asked for, so asking for more is searching wider;
+        up to ef no more than `fetch` is asked for.
         """
         try:
-            labels, _ = self._graph.knn_query(query, k=fetch, num_threads=1)
+            k = fetch if breadth <= self._ef else max(fetch, breadth)
+            labels, _ = self._graph.knn_query(query, k=k, num_threads=1)
         except RuntimeError:
             # "Cannot return the results in a contiguous 2D array": some nodes cannot be reached.
             return None
         # hnswlib's numbers are unsigned; a view of them costs nothing.
-        found: Ints = labels[0].view(np.int64)
+        found: Ints = labels[0, :fetch].view(np.int64)
         return found
 
 

@@ -93,8 +93,8 @@ class LiveIndex:
         self._applied = self._ignored = self._rejected = self._refused = 0
         self._state = State(
             ids=[], label_of={}, table=Rows(CAPACITY_MIN, dimension), used=0, seq=0, live=0,
-            row_of=np.full(CAPACITY_MIN, -1), graphs=(), standing=(), fresh=Fresh.of(1, *_none(dimension)),
-            fresh_count=0, watermarks={}, columns=Columns(),
+            row_of=np.full(CAPACITY_MIN, -1), names=np.full(CAPACITY_MIN, None), graphs=(), standing=(),
+            fresh=Fresh.of(1, *_none(dimension)), fresh_count=0, watermarks={}, columns=Columns(),
         )  # fmt: skip
         self._versions = Versions(self._state.ids, self._state.label_of, [])
         # The State that this order belongs to, and the order; replaced as one.

@@ -48,7 +48,8 @@ def given(state: State, contents: Contents) -> tuple[State, list[int]]:
     if len(label_of) != known:
         raise ValueError(f"{known - len(label_of)} items of the snapshot are there twice")
     room = max(CAPACITY_MIN, 2 * known)
-    row_of = np.full(room, -1)
+    row_of, names = np.full(room, -1), np.full(room, None)
+    names[:known] = contents.ids
     row_of[:live] = np.arange(live)
     after = state._replace(
         ids=list(contents.ids),
@@ -58,6 +59,7 @@ def given(state: State, contents: Contents) -> tuple[State, list[int]]:
         seq=state.seq + 1,
         live=live,
         row_of=row_of,
+        names=names,
         watermarks=dict(contents.watermarks),
         columns=columns,
     )

@@ -18,6 +18,7 @@ from index.port import Vector
 
 Ints = npt.NDArray[np.int64]
 Kept = npt.NDArray[np.bool_] | None
+Wide = npt.NDArray[np.float64]
 
 NEVER = np.iinfo(np.int64).max
 # float32 dot products of unit vectors differ by less than this from the float64 ones that decide the order,
@@ -29,9 +30,9 @@ CAPACITY_MIN = 1_024
 ROOM_SHARE = 8
 
 
-def slack(query: Vector) -> float:
+def slack(query: Vector | Wide) -> float:
     """How far a float32 product with this query may be off."""
-    wide = query.astype(np.float64)  # squares of float32 may be too large for it
+    wide = query.astype(np.float64, copy=False)  # squares of float32 may be too large for it
     return ROUNDING * max(1.0, math.sqrt(wide.dot(wide)))
 
 
@@ -46,10 +47,14 @@ class Rows:
              costs one miss of the cache and not four; the arrays of these names are views of it
     before:  int64 (capacity,), the row that a row replaced, -1 is none
     died_at: int64 (capacity + 1,); the last one is 0, so that row -1, which is none, is always dead
+    written: how many rows the writer has begun to write; a reader whose State counts as many can meet no
+             newer one
     Thread rule: one writer at a time; any number of readers, each with the count and sequence of its State.
     """
 
-    __slots__ = ("at_ms", "base", "before", "died_at", "facts", "labels", "offsets", "own", "written_us")
+    __slots__ = (
+        "at_ms", "base", "before", "died_at", "facts", "labels", "offsets", "own", "written", "written_us",
+    )  # fmt: skip
 
     def __init__(self, capacity: int, dimension: int, base: Vector | None = None) -> None:
         """Room for `capacity` rows behind those of the base."""
@@ -61,6 +66,7 @@ class Rows:
         self.before: Ints = np.full(total, -1)
         self.died_at: Ints = np.full(total + 1, NEVER)
         self.died_at[-1] = 0
+        self.written = 0
 
     @property
     def capacity(self) -> int:
@@ -116,6 +122,8 @@ class Rows:
     def write(self, start: int, vectors: Vector, facts: Ints, before: Ints) -> None:
         """Fill the rows `start`, `start` + 1, …, which no State counts yet; see the arrays of these names."""
         end, first = start + len(vectors), len(self.base)
+        # Before anything that a reader looks at names one of these rows.
+        self.written = end
         self.own[start - first : end - first] = vectors
         self.facts[start:end] = facts
         self.before[start:end] = before

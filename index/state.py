@@ -11,7 +11,7 @@ import numpy.typing as npt
 from index.columns import Columns, Mask
 from index.graphs import Fresh, Graph, Main
 from index.port import Found, Hit, Vector, Watermark
-from index.rows import Ints, Kept, Rows, slack
+from index.rows import Ints, Kept, Rows, Wide, slack
 
 # With more of the vectors in the fresh buffer than this, one exact scan of all is cheaper than graph and
 # buffer.
@@ -20,21 +20,24 @@ FRESH_SHARE_MAX = 0.35
 SEARCH_SHARE_MAX = 1 / 16
 # Where stale entries took the places so many times more are asked for, once; then the scan is cheaper.
 WIDER = 4
+# The graph is asked for so much more than is needed, because it was built before items turned (each within
+# the gate): with nine of ten items turned, a quarter more found all of the hundred nearest that twice as many
+# found. For small k it is at least so many.
+SPARE = 0.3
+SPARE_MIN = 30
+# Up to so many candidates beyond four times what is needed are scored in float64 straight away; of more, a
+# float32 product first says which can be among the best.
+ROUGH_ABOVE = 100
 
 Passes = Callable[[Ints], Mask]
-Floats32 = npt.NDArray[np.float32]
+Names = npt.NDArray[np.object_]
 
 
 class Near(NamedTuple):
-    """Candidates: rows that live as this State sees it, their vectors, and their scores in float32.
-
-    off: how far two of the scores may be off together
-    """
+    """Candidates: rows that live as this State sees it, and their scores as they are told."""
 
     rows: Ints
-    vectors: Vector
-    scores: Floats32
-    off: float
+    scores: Wide
 
 
 class State(NamedTuple):
@@ -44,6 +47,8 @@ class State(NamedTuple):
     table, used:   the vector table and its rows in use; seq: this State's number, see `index.rows`
     live:          items a query can return
     row_of:        label -> row of its newest vector, dead where it is retired, -1 where there never was one
+    names:         label -> its item, from its first row on; an array, because a hundred of it are taken at a
+                   third of the time that as many look-ups in a list cost
     graphs:        the main index and the tiers after it; () where every query is an exact scan
     standing:      of each graph, how many of its entries count
     fresh, fresh_count: the fresh buffer and its entries in use
@@ -57,6 +62,7 @@ class State(NamedTuple):
     seq: int
     live: int
     row_of: Ints
+    names: Names
     graphs: tuple[Graph, ...]
     standing: tuple[int, ...]
     fresh: Fresh
@@ -81,7 +87,7 @@ class State(NamedTuple):
 
     def seen(self, rows: Ints) -> Ints:
         """The rows as this State sees them: those that came later are taken back to what they replaced."""
-        if len(rows) and rows.max() >= self.used:
+        if self.table.written > self.used and len(rows) and rows.max() >= self.used:
             rows = rows.copy()
             while len(newer := np.flatnonzero(rows >= self.used)):
                 rows[newer] = self.table.before[rows[newer]]
@@ -90,8 +96,8 @@ class State(NamedTuple):
     def living(self, rows: Ints) -> Ints:
         """Of some rows, which may be -1 or newer than this State, those that live in it."""
         rows = self.seen(rows)
-        alive = self.table.died_at[rows] > self.seq
-        return rows if alive.all() else rows[alive]
+        alive = (self.table.died_at.take(rows) > self.seq).nonzero()[0]
+        return rows if len(alive) == len(rows) else rows.take(alive)
 
     def rows(self, item_ids: Sequence[str]) -> Ints:
         """int64 (n,): the current row of each item, -1 where it is not live."""
@@ -121,12 +127,15 @@ class State(NamedTuple):
         """The answer by graphs and fresh buffer; None where they cannot give as many as there are."""
         need = wanted + len(left_out)
         fetch, largest = max(breadth, need), max(graph.main.size for graph in self.graphs)
-        for wider in (fetch, WIDER * fetch):
-            near = self.candidates(query, need, wider)
+        few = min(fetch, need + max(SPARE_MIN, int(SPARE * need)))
+        for named, wide in ((few, fetch), (fetch, fetch), (WIDER * fetch, WIDER * fetch)):
+            near = self.candidates(query, need, named, wide)
             if near is None:
                 return None
-            found = self.ranked(near, query, wanted, left_out)
-            if len(found) == wanted or wider >= largest:
+            found = self.ranked(near, wanted, left_out)
+            # Where nothing that was named is below the last one found, more may be level with it.
+            level = named < wide and len(found) and np.minimum.reduce(near.scores) >= found.scores[-1]
+            if (len(found) == wanted and not level) or named >= largest:
                 break
         if len(found) < wanted:
             excluded = int(np.count_nonzero(self.rows(list(left_out)) >= 0))
@@ -134,51 +143,70 @@ class State(NamedTuple):
                 return None
         return found
 
-    def candidates(self, query: Vector, need: int, fetch: int, passes: Passes | None = None) -> Near | None:
-        """`fetch` of each graph, and of the fresh buffer what may be among the `need` best; None where a
-        graph cannot.
+    def candidates(
+        self, query: Vector, need: int, few: int, fetch: int, passes: Passes | None = None
+    ) -> Near | None:
+        """About `few` of graphs searched as wide as for `fetch`, and of the fresh buffer what may be among
+        the `need` best; None where a graph cannot.
 
         passes: which of some rows may be named
         """
-        parts, whole = [], True
+        parts = []
         for graph, standing in zip(self.graphs, self.standing, strict=True):
-            size = graph.main.size
-            entries = graph.main.search(query, min(size, fetch))
-            if entries is None:
+            found = self._of_graph(graph, standing, query, need, few, fetch)
+            if found is None:
                 return None
-            parts.append(graph.rows.take(entries))
-            whole = whole and standing == size
+            parts.append(found)
         rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        rows = self.seen(rows) if whole else self.living(rows)
         if passes is not None:
             rows = rows[passes(rows)]
-        vectors = self.table.gather(rows)
-        near = Near(rows, vectors, vectors @ query, 2 * slack(query))
-        return self._with_fresh(near, query, need, passes) if self.fresh_count else near
+        wide = query.astype(np.float64)
+        near = self._scored(rows, query, wide, need)
+        return self._with_fresh(near, query, wide, need, passes) if self.fresh_count else near
 
-    def _with_fresh(self, near: Near, query: Vector, need: int, passes: Passes | None) -> Near:
+    def _of_graph(
+        self, graph: Graph, standing: int, query: Vector, need: int, few: int, fetch: int
+    ) -> Ints | None:
+        """The rows of about `few` entries of one graph that count; of all `fetch` where those are too few."""
+        size, search = graph.main.size, graph.main.search
+        fetch = min(size, fetch)
+        named = min(fetch, few * size // max(1, standing))
+        while (entries := search(query, named, fetch)) is not None:
+            rows = graph.rows.take(entries)
+            rows = self.seen(rows) if standing == size else self.living(rows)
+            if named == fetch or len(rows) >= min(need, standing):
+                return rows
+            named = fetch
+        return None
+
+    def _scored(self, rows: Ints, query: Vector, wide: Wide, need: int) -> Near:
+        """Some live rows and their scores; without what surely is not among the `need` best, where it is
+        much."""
+        vectors = self.table.gather(rows)
+        if len(rows) > ROUGH_ABOVE + 4 * need:
+            # Two scores may be off together.
+            rough = vectors @ query
+            at = (rough >= floor_of(rough, need, 2 * slack(wide))).nonzero()[0]
+            rows, vectors = rows.take(at), vectors.take(at, axis=0)
+        return Near(rows, exact(vectors, wide))
+
+    def _with_fresh(self, near: Near, query: Vector, wide: Wide, need: int, passes: Passes | None) -> Near:
         """Candidates of the graphs, and beside them what of the fresh buffer may be among the `need` best."""
-        rows, vectors, scores, off = near
         beside = self.fresh.vectors[: self.fresh_count] @ query
-        if need <= len(scores):
+        if need <= len(near.scores):
             # Only what may push out one of the graphs' own need be looked at any further.
-            at = (beside >= floor_of(scores, need, off)).nonzero()[0]
+            at = (beside >= floor_of(near.scores, need, slack(wide))).nonzero()[0]
         else:
             at = np.arange(self.fresh_count)
-        of_fresh = self.seen(self.fresh.rows.take(at))
-        good = self.table.died_at[of_fresh] > self.seq
+        rows = self.seen(self.fresh.rows.take(at))
+        good = self.table.died_at.take(rows) > self.seq
         if passes is not None:
-            good[good] = passes(of_fresh[good])
-        if not good.all():
-            at, of_fresh = at[good], of_fresh[good]
-        if not len(at):
+            good[good] = passes(rows[good])
+        kept = good.nonzero()[0]
+        if not len(kept):
             return near
-        return Near(
-            np.concatenate((rows, of_fresh)),
-            np.concatenate((vectors, self.fresh.vectors.take(at, axis=0))),
-            np.concatenate((scores, beside.take(at))),
-            off,
-        )
+        scores = exact(self.fresh.vectors.take(at.take(kept), axis=0), wide)
+        return Near(np.concatenate((near.rows, rows.take(kept))), np.concatenate((near.scores, scores)))
 
     def newest(self, k: int, left_out: Collection[str], kept: Kept = None) -> list[Hit]:
         """The live items of the largest at_ms, equal ones by id. O(n).
@@ -201,45 +229,41 @@ class State(NamedTuple):
 
     def best(self, rows: Ints, query: Vector, wanted: int, left_out: Collection[str]) -> Found:
         """The best of some live rows."""
-        vectors = self.table.gather(rows)
-        return self.ranked(Near(rows, vectors, vectors @ query, 2 * slack(query)), query, wanted, left_out)
+        near = self._scored(rows, query, query.astype(np.float64), wanted + len(left_out))
+        return self.ranked(near, wanted, left_out)
 
-    def ranked(self, near: Near, query: Vector, wanted: int, left_out: Collection[str]) -> Found:
-        """The best candidates, scored in float64 row by row: the same bits wherever a row lies."""
-        rows, vectors, rough, off = near
-        need = wanted + len(left_out)
-        if need < len(rows):
-            # What is further below the cut than rounding carries needs no exact sum.
-            at = (rough >= floor_of(rough, need, off)).nonzero()[0]
-            rows, vectors = rows.take(at), vectors.take(at, axis=0)
-        products = vectors.astype(np.float64)
-        products *= query
-        scores = products.sum(axis=1)
+    def ranked(self, near: Near, wanted: int, left_out: Collection[str]) -> Found:
+        """The best candidates; equal scores by id."""
+        rows, scores = near
         order = (-scores).argsort(kind="stable")
         ranked = scores.take(order)
-        tied = bool((ranked[1:] == ranked[:-1]).any())
+        tied = np.count_nonzero(ranked[1:] == ranked[:-1])
         if not tied and not left_out:
             return self._found(rows.take(order[:wanted]), ranked[:wanted])
-        ids = self.ids
-        labels = self.table.labels[rows[order]].tolist()
+        names = self.names[self.table.labels.take(rows.take(order))].tolist()
+        places = list(range(len(order)))
         if tied:
-            by_id = sorted(range(len(order)), key=lambda n: (-ranked[n], ids[labels[n]]))
-            order, labels = order[by_id], [labels[n] for n in by_id]
-        kept: list[int] = []
-        for n, label in enumerate(labels):
-            if ids[label] not in left_out:
-                kept.append(n)
-                if len(kept) == wanted:
-                    break
-        chosen = order[kept]
-        return self._found(rows[chosen], scores[chosen])
+            places.sort(key=lambda n: (-ranked[n], names[n]))
+        kept = [n for n in places if names[n] not in left_out][:wanted]
+        chosen = order.take(np.array(kept, np.int64))
+        return self._found(rows.take(chosen), scores.take(chosen))
 
-    def _found(self, rows: Ints, scores: npt.NDArray[np.float64]) -> Found:
+    def _found(self, rows: Ints, scores: Wide) -> Found:
         facts = self.table.facts.take(rows, axis=0)
-        return Found(list(map(self.ids.__getitem__, facts[:, 0].tolist())), scores, facts[:, 1:])
+        return Found(self.names[facts[:, 0]].tolist(), scores, facts[:, 1:])
 
 
-def floor_of(scores: Floats32, need: int, off: float) -> np.float32:
+def exact(vectors: Vector, wide: Wide) -> Wide:
+    """Their products with the query, summed in float64 row by row: the same bits wherever a row lies."""
+    products = vectors.astype(np.float64)
+    products *= wide
+    sums: Wide = np.add.reduce(products, axis=1)
+    return sums
+
+
+def floor_of(scores: npt.NDArray[np.float32] | Wide, need: int, off: float) -> np.float32:
     """What is below this is surely not among the `need` (<= n) best, however float32 rounded."""
     at = len(scores) - need
-    return np.float32(np.partition(scores, at)[at] - off)
+    ordered = scores.copy()
+    ordered.partition(at)
+    return np.float32(ordered[at] - off)

@@ -45,10 +45,10 @@ class AnnoyMain:
         """How many vectors it holds."""
         return len(self._labels)
 
-    def search(self, query: Vector, fetch: int) -> Ints | None:
-        """See `state.Main.search`; releases the interpreter while it searches."""
+    def search(self, query: Vector, fetch: int, breadth: int = 0) -> Ints | None:
+        """See `graphs.Main.search`; releases the interpreter while it searches."""
         # Reading the numbers of a list is several times faster than those of an array.
-        places = self._forest.get_nns_by_vector(query.tolist(), fetch, fetch * self._width)
+        places = self._forest.get_nns_by_vector(query.tolist(), fetch, max(fetch, breadth) * self._width)
         return self._labels[places] if places else None
 
 

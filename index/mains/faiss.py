@@ -68,11 +68,11 @@ class FaissMain:
         """How many vectors it holds."""
         return len(self._labels)
 
-    def search(self, query: Vector, fetch: int) -> Ints | None:
-        """See `state.Main.search`; releases the interpreter while it searches."""
+    def search(self, query: Vector, fetch: int, breadth: int = 0) -> Ints | None:
+        """See `graphs.Main.search`; releases the interpreter while it searches."""
         faiss.omp_set_num_threads(1)  # it holds for the calling thread only
         k = min(len(self._labels), fetch * self._over_fetch)
-        _, places = self._index.search(query[np.newaxis], k, params=self._parameters(fetch))
+        _, places = self._index.search(query[np.newaxis], k, params=self._parameters(max(fetch, breadth)))
         found = places[0][places[0] >= 0]  # -1 where the lists that were looked at hold fewer
         return None if self._whole and len(found) < k else self._labels[found]
 
@@ -170,7 +170,7 @@ class FaissIvfPq(FaissIvf):
         _train_with(index.cp)
         _train_with(index.pq.cp)
         size = (parts + 8) * n + 4 * d * lists + (4 * d << PQ_BITS)
-        return Plan(index, lambda _: size, self._probes(lists), over_fetch=2, whole=False)
+        return Plan(index, lambda _: size, self._probes(lists), over_fetch=3, whole=False)
 
 
 class FaissHnsw(_Faiss):

@@ -167,7 +167,7 @@ def test_a_graph_that_cannot_find_enough_is_replaced_by_the_scan() -> None:
     class Blind:
         size, name, memory_bytes = 30, "blind", 0
 
-        def search(self, query, fetch):  # type: ignore[no-untyped-def]
+        def search(self, query, fetch, breadth=0):  # type: ignore[no-untyped-def]
             return None
 
     index = LiveIndex(D, lambda *_: Blind(), breadth=10, exact_below=5, fresh_max=50)
@@ -244,3 +244,24 @@ def test_a_rebuilder_backs_off_after_a_failure(monkeypatch: pytest.MonkeyPatch) 
     rebuilder.close()
     gaps = np.diff(tries[:4])
     assert (gaps >= [0.05, 0.1, 0.2]).all()
+
+
+def test_where_all_that_is_near_was_replaced_the_search_looks_wider() -> None:
+    index = HnswIndex(16, exact_below=0, fresh_max=100_000)
+    asked: list[int] = []
+    try:
+        vectors = units(2_000, 16, 13)
+        index.upsert(records(vectors))
+        assert index.rebuild()
+        query = units(1, 16, 14)[0]
+        graph = index._state.graphs[0].main
+        search = graph.search
+        graph.search = lambda q, fetch, breadth=0: asked.append(fetch) or search(q, fetch, breadth)  # type: ignore[attr-defined, method-assign]
+        near = np.argsort(-(vectors @ query))
+        assert [hit.item_id for hit in index.query(query, 20)] == [f"i{n}" for n in near[:20]]
+        assert asked == [50]
+        index.upsert([ItemRecord(f"i{n}", 0, 5_000, 0, 0, -vectors[n]) for n in near[:70]])
+        assert [hit.item_id for hit in index.query(query, 20)] == [f"i{n}" for n in near[70:90]]
+        assert asked == [50, 50 * 2_000 // 1_930, 200]
+    finally:
+        index.close()

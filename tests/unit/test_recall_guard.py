@@ -37,8 +37,8 @@ class Half:
     def __init__(self, vectors: np.ndarray, labels: Ints, step: int) -> None:
         self.vectors, self.labels = vectors[::step], labels[::step]
 
-    def search(self, query: np.ndarray, fetch: int) -> Ints:
-        return self.labels[np.argsort(-(self.vectors @ query))[:fetch]]
+    def search(self, query: np.ndarray, fetch: int, breadth: int = 0) -> Ints:
+        return self.labels[np.argsort(-(self.vectors @ query))[: max(fetch, breadth)]]
 
 
 class Damaged(LiveIndex):
@@ -221,7 +221,9 @@ def test_a_step_back_that_was_wrong_waits_longer_the_next_time(made: list[LiveIn
     main = index._state.main
     assert isinstance(main, Half)
     wide, narrow = main.search, Half(VECTORS, np.arange(N), 2).search
-    main.search = lambda query, fetch: (narrow if fetch < 60 else wide)(query, fetch)  # type: ignore[method-assign]
+    main.search = lambda query, fetch, breadth=0: (  # type: ignore[method-assign]
+        narrow if max(fetch, breadth) < 60 else wide
+    )(query, fetch, breadth)
     clock = Clock()
     guard = guarded(index, breadth_max=60, hold_s=60.0, clock=clock)
     ask_until(index, lambda: index.breadth == 60)
