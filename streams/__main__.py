@@ -94,6 +94,7 @@ def _run(settings: Settings) -> None:
     try:
         # Before anything is applied: profiles must not run ahead of clicks that the archive has to bring.
         patience.until("Kafka", lambda: _refuse_lost(settings, lanes[0]))
+        _tuned()
         asyncio.run(_serve(settings, lanes, member.name, folder, store))
     finally:
         for lane in lanes:
@@ -124,7 +125,14 @@ async def _serve(settings: Settings, lanes: list[Lane], member: str, folder: Pat
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, app.end, None)
-    log.info("ingest starts", extra={"member": member, "kafka": settings.kafka_bootstrap_servers})
+    log.info(
+        "ingest starts",
+        extra={
+            "member": member,
+            "kafka": settings.kafka_bootstrap_servers,
+            "loop": type(loop).__module__,
+        },
+    )
     watching = asyncio.create_task(refusals.watch(settings, lambda: app.thread))
     watching.add_done_callback(lambda task: None if task.cancelled() else app.end(_reason(task)))
     try:

@@ -152,8 +152,8 @@ class Applier:
         self._quick_max = quick_max
         self._backoff_s_max = backoff_s_max
         self._end = end
-        self._queue: asyncio.Queue[Any] = asyncio.Queue(QUEUE_CHUNKS)
-        self._held: list[Any] = []
+        self._queue: asyncio.Queue[Chunk] = asyncio.Queue(QUEUE_CHUNKS)
+        self._held: list[Chunk] = []
         self._dropped: dict[TP, int] = {}  # partition -> the epoch of the last chunk that was dropped
         lane.queued = lambda: self._queue.qsize() + len(self._held)
 
@@ -161,8 +161,9 @@ class Applier:
         """The agent: queue what comes; what is queued is applied beside it."""
         work = asyncio.create_task(self._work())
         try:
-            async for event in stream.noack().events():
-                await self._queue.put(event)
+            async for haul in stream.noack():
+                for chunk in haul:
+                    await self._queue.put(chunk)
         finally:
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)
@@ -179,31 +180,30 @@ class Applier:
             log.exception("chunks could not be applied")
             self._end(error)
 
-    def take(self) -> list[list[Any]]:
-        """The events to apply now, by partition, in order; together no more records than a chunk may have."""
+    def take(self) -> list[list[Chunk]]:
+        """The chunks to apply now, by partition, in order; together no more records than one may have."""
         while len(self._held) < 2 * QUEUE_CHUNKS and not self._queue.empty():
             self._held.append(self._queue.get_nowait())
-        taken: dict[TP, list[Any]] = {}
-        rest: list[Any] = []
+        taken: dict[TP, list[Chunk]] = {}
+        rest: list[Chunk] = []
         full: set[TP] = set()
         room = self._app.chunk_records_max
-        for event in self._held:
-            chunk: Chunk = event.value
+        for chunk in self._held:
             # What comes after a dropped chunk goes with it, though the partition may be ours again by now.
             if chunk.epoch <= self._dropped.get(chunk.at, -1) or not self._app.lane.is_current(chunk):
                 self._dropped[chunk.at] = max(chunk.epoch, self._dropped.get(chunk.at, -1))
                 continue  # it is read again after a seek, or was lost
             if chunk.at in full or (taken and len(chunk.records) > room):
-                rest.append(event)
+                rest.append(chunk)
                 full.add(chunk.at)
             else:
-                taken.setdefault(chunk.at, []).append(event)
+                taken.setdefault(chunk.at, []).append(chunk)
                 room -= len(chunk.records)
         self._held = rest
         return list(taken.values())
 
-    async def _apply(self, taken: Sequence[Sequence[Any]]) -> None:
-        lane, chunks = self._lane, [_joined([event.value for event in events]) for events in taken]
+    async def _apply(self, taken: Sequence[Sequence[Chunk]]) -> None:
+        lane, chunks = self._lane, [_joined(parts) for parts in taken]
         begun = time.perf_counter()
         try:
             ends = await self._ingest([Part(c.at.partition, c.records, c.read_us) for c in chunks])
@@ -217,13 +217,12 @@ class Applier:
         else:
             lane.wait_s = BACKOFF_S
         back: set[TP] = set()
-        for events, chunk, end in zip(taken, chunks, ends, strict=True):
+        for chunk, end in zip(chunks, ends, strict=True):
             if isinstance(end, Outcome):
                 lane.chunks += 1
                 lane.outcome.add(end)
                 if self._app.lane.is_current(chunk):
-                    for event in events:
-                        event.ack()
+                    self._app.lane.applied(chunk)
             elif isinstance(end, FenceMoved):
                 lane.rewinds += 1
                 log.info("write refused, going back to the fence", extra=_where(chunk, end))

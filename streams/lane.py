@@ -1,8 +1,9 @@
-"""The chunk lane: Faust with one event per run of records of a partition, and the fence as the position.
+"""The chunk lane: Faust with one event for the chunks of a fetch, and the fence as the position.
 
-Faust keeps membership, rebalance and commits; what it costs per message (about 70 µs of asyncio work) is
-paid per chunk. What leans on Faust's and aiokafka's insides is in this file and in `lane_thread.py`; both are
-pinned, and `tests/unit/test_lane.py` names what is leaned on.
+Faust keeps membership, rebalance and commits; what it costs per message (some 100 µs of asyncio work) is
+paid once a fetch and topic, whose runs of records by partition, the chunks, go together as a *haul*. What
+leans on Faust's and aiokafka's insides is in this file and in `lane_thread.py`; both are pinned, and
+`tests/unit/test_lane.py` names what is leaned on.
 
 How a chunk stays true: whenever a partition is sought anew, in the consumer's thread, its *epoch* goes up in
 the same step; records are marked with the epoch in the step that takes them from the fetcher. So whoever
@@ -15,13 +16,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import faust
 from aiokafka.errors import KafkaError
 from faust.tables.manager import TableManager
+from faust.transport.consumer import ensure_TPset
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
 from mode import get_logger
@@ -34,6 +36,8 @@ from streams.lane_thread import LaneThread
 _logger = get_logger("faust.lane")
 FAUST_VERSION, AIOKAFKA_VERSION = "0.15.3", "0.14.0"
 _POLL_S = 0.25
+# The same while a topic stands still because its queue is full: it may go on before another one has records.
+_FULL_POLL_S = 0.01
 # The first wait before a position is asked for again; it doubles up to the setting `backoff_ms_max`.
 _BACKOFF_S = 0.05
 
@@ -54,15 +58,21 @@ class Chunk:
     read_us: int
 
 
+# Chunks of one topic from one fetch; together no more records than one chunk may have, or one chunk.
+Haul = tuple[Chunk, ...]
+# By partition: the epoch of the records, and the records.
+Fetched = Mapping[Any, tuple[int, Sequence[Record]]]
+
+
 class LaneSchema(faust.Schema[Any, Any]):
-    """Hands a chunk through as it is: decoding is the ingest functions' business."""
+    """Hands a haul through as it is: decoding is the ingest functions' business."""
 
     def loads_key(self, app: Any, message: Any, **_: Any) -> Any:
-        """No key: a chunk has many."""
+        """No key: a haul has many."""
         return None
 
     def loads_value(self, app: Any, message: Any, **_: Any) -> Any:
-        """The `Chunk`."""
+        """The `Haul`."""
         return message.value
 
 
@@ -126,40 +136,57 @@ class LaneConsumer(driver.Consumer):
         """Called by the thread in the step that seeks."""
         self.epochs[at] += 1
         self._acked.pop(at, None)
-        self._acked_index.pop(at, None)
         self._committed_offset[at] = None
         self._shut.discard(at)
 
     async def getmany(self, timeout: float) -> AsyncIterator[tuple[TP, Any]]:
-        """Fetch, and yield one message per partition and at most `chunk_records_max` records."""
+        """Fetch, and yield a message for as many chunks as have the records of one chunk together."""
         if not self.flow_active:
             await self.wait(self.can_resume_flow.wait())
         active = self._get_active_partitions() - self._shut
         if not active or self.should_stop:
             await self.sleep(0.02)
             return
-        fetched = await self._getmany(active_partitions=active, timeout=min(timeout, _POLL_S))
+        limit_s = _FULL_POLL_S if self._buffered_partitions else _POLL_S
+        fetched = await self._getmany(active_partitions=active, timeout=min(timeout, limit_s))
         generation, read_us = self.app.consumer_generation_id, time.time_ns() // 1_000
-        size = self.app.chunk_records_max
-        taken = [(at, epoch, records, start) for at, (epoch, records) in fetched.items()
-                 for start in range(0, len(records), size)]  # fmt: skip
-        taken.sort(key=lambda part: part[3])  # in turns, so that no partition waits for all of another
-        for at, epoch, records, start in taken:
+        for chunks in hauls(cast(Fetched, fetched), self.app.chunk_records_max, read_us):
             if not self.flow_active or self.should_stop:
                 return
             if self.app.consumer_generation_id != generation:
                 return
-            chunk = Chunk(TP(*at), records[start : start + size], epoch, read_us)
-            if self.is_current(chunk):
-                yield chunk.at, self._chunk_message(chunk)
+            if current := tuple(chunk for chunk in chunks if self.is_current(chunk)):
+                message = self._message(current)
+                yield message.tp, message
 
-    def _chunk_message(self, chunk: Chunk) -> ConsumerMessage:
-        """A message for the whole chunk, under the offset of its last record: its ack commits all."""
-        last = chunk.records[-1]
+    def _message(self, haul: Haul) -> ConsumerMessage:
+        """A message for the whole haul. Its coordinates say nothing: chunks are acknowledged by `applied`.
+
+        All messages of a topic are of the same partition: Faust stops what fills its queue by partition.
+        """
+        topic = haul[0].at.topic
+        at = min(self._of_topic(topic), default=haul[0].at)
         return ConsumerMessage(
-            chunk.at.topic, chunk.at.partition, last.offset, last.timestamp / 1000, 1, [], None,
-            cast(bytes, chunk), None, None, None, chunk.at, generation_id=self.app.consumer_generation_id,
+            at.topic, at.partition, 0, haul[0].read_us / 1e6, 1, [], None,
+            cast(bytes, haul), None, None, None, at, generation_id=self.app.consumer_generation_id,
         )  # fmt: skip
+
+    def applied(self, chunk: Chunk) -> None:
+        """All effects of the chunk are written: what is up to its end may be committed. In the app's loop."""
+        self._acked[chunk.at] = [chunk.records[-1].offset]
+
+    def on_buffer_full(self, tp: TP) -> None:
+        """Faust's queue for the topic is full: fetch no partition of it."""
+        for at in self._of_topic(tp.topic):
+            super().on_buffer_full(at)
+
+    def on_buffer_drop(self, tp: TP) -> None:
+        """There is room again."""
+        for at in self._of_topic(tp.topic):
+            super().on_buffer_drop(at)
+
+    def _of_topic(self, topic: str) -> list[TP]:
+        return [at for at in ensure_TPset(self.assignment()) if at.topic == topic]
 
     async def _add_gap(self, tp: TP, offset_from: int, offset_to: int) -> None:
         """No gaps: chunks of a partition are acked in order, and a chunk stands for all its offsets."""
@@ -171,7 +198,6 @@ class LaneConsumer(driver.Consumer):
             return None
         last = acked[-1]
         acked.clear()
-        self._acked_index[tp].clear()
         return last + 1
 
     def verify_event_path(self, now: float, tp: TP) -> None:
@@ -180,6 +206,7 @@ class LaneConsumer(driver.Consumer):
     async def on_partitions_assigned(self, assigned: set[TP], generation_id: int = 0) -> None:
         """Nothing is handed out before each partition's position is known."""
         self._shut = set(assigned)
+        self._buffered_partitions.clear()  # queues are cleared as well
         await super().on_partitions_assigned(assigned, generation_id)
 
     async def perform_seek(self) -> None:
@@ -229,6 +256,27 @@ class LaneConsumer(driver.Consumer):
         ends = await asyncio.wait_for(self.highwaters(*partitions), limit_s)
         positioner: Positioner = self.app.positioner
         return await positioner({at: (begins[at], ends[at]) for at in partitions})
+
+
+def hauls(fetched: Fetched, size: int, read_us: int) -> Iterator[list[Chunk]]:
+    """What was fetched, by topic and in chunks of at most `size` records, small ones together.
+
+    In turns, so that no partition waits for all of another.
+    """
+    chunks = [(start, at[0], Chunk(TP(*at), records[start : start + size], epoch, read_us))
+              for at, (epoch, records) in fetched.items()
+              for start in range(0, len(records), size)]  # fmt: skip
+    chunks.sort(key=lambda each: each[:2])
+    haul: list[Chunk] = []
+    room = size
+    for _, topic, chunk in chunks:
+        if haul and (len(chunk.records) > room or haul[0].at.topic != topic):
+            yield haul
+            haul, room = [], size
+        haul.append(chunk)
+        room -= len(chunk.records)
+    if haul:
+        yield haul
 
 
 class LaneTransport(driver.Transport):

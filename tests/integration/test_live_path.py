@@ -254,3 +254,8 @@ def test_the_command_line_works(live, user) -> None:
     assert "20 records" in run("replay", str(file), "--speed", "1000", "--shift-to-now")
     file.write_bytes(b'{"user_id":"u"}\n')
     assert "line 1" in run("replay", str(file), code=1)
+
+
+def test_ingest_runs_on_uvloop(live) -> None:
+    said = "".join(path.read_text() for path in live.stage.supervisor.log_dir.glob("*ingest*"))
+    assert "ingest starts" in said and "uvloop" in said.split("ingest starts", 1)[1].splitlines()[0]

@@ -24,9 +24,13 @@ class Consumer:
     def __init__(self) -> None:
         self.stale: set[int] = set()
         self.rewound: list[set[TP]] = []
+        self.done: list[Chunk] = []
 
     def is_current(self, chunk: Chunk) -> bool:
         return chunk.epoch not in self.stale
+
+    def applied(self, chunk: Chunk) -> None:
+        self.done.append(chunk)
 
     async def rewind(self, partitions: set[TP]) -> None:
         self.rewound.append(set(partitions))
@@ -48,16 +52,9 @@ class Works:
         self.waits.append(wait_s)
 
 
-class Event:
-    """A Faust event around a chunk."""
-
-    def __init__(self, partition: int, records: int, epoch: int = 0) -> None:
-        listed: Any = [SimpleNamespace(offset=n) for n in range(records)]
-        self.value = Chunk(TP("clicks", partition), listed, epoch, 0)
-        self.acked = False
-
-    def ack(self) -> None:
-        self.acked = True
+def chunk(partition: int, records: int, epoch: int = 0) -> Chunk:
+    listed: Any = [SimpleNamespace(offset=n) for n in range(records)]
+    return Chunk(TP("clicks", partition), listed, epoch, 0)
 
 
 class Busy:
@@ -110,52 +107,52 @@ def test_small_chunks_of_a_quick_lane_run_in_the_loop_itself_and_never_beside_it
     asyncio.run(run())
 
 
-def taken(events: list[Event], stale: int = -1) -> tuple[list[list[Event]], list[Event]]:
+def taken(chunks: list[Chunk], stale: int = -1) -> tuple[list[list[Chunk]], list[Chunk]]:
     """(what is applied now, what waits for the next time)."""
 
-    async def run() -> tuple[list[list[Event]], list[Event]]:
+    async def run() -> tuple[list[list[Chunk]], list[Chunk]]:
         app = Works()
         app.lane.stale = {stale}
         apply = applier(Lane("clicks", Busy(), ThreadPoolExecutor(1)), app)  # type: ignore[arg-type]
-        apply._held = list(events)
+        apply._held = list(chunks)
         return apply.take(), apply._held
 
     return asyncio.run(run())
 
 
 def test_chunks_go_by_partition_and_in_their_order() -> None:
-    events = [Event(0, 1), Event(1, 1), Event(0, 2), Event(2, 1), Event(0, 3)]
-    assert taken(events) == ([[events[0], events[2], events[4]], [events[1]], [events[3]]], [])
+    chunks = [chunk(0, 1), chunk(1, 1), chunk(0, 2), chunk(2, 1), chunk(0, 3)]
+    assert taken(chunks) == ([[chunks[0], chunks[2], chunks[4]], [chunks[1]], [chunks[3]]], [])
 
 
 @pytest.mark.parametrize(
     ("sizes", "number"), [([4, 5], 2), ([4, 6], 2), ([4, 7], 1), ([10, 1], 1), ([99, 1], 1)]
 )
 def test_together_they_have_no_more_records_than_one_chunk_may_have(sizes: list[int], number: int) -> None:
-    assert len(taken([Event(p, size) for p, size in enumerate(sizes)])[0]) == number
+    assert len(taken([chunk(p, size) for p, size in enumerate(sizes)])[0]) == number
 
 
 def test_a_partition_whose_chunk_has_no_room_waits_with_its_later_ones() -> None:
-    events = [Event(0, 6), Event(1, 6), Event(1, 1), Event(0, 1), Event(2, 1)]
-    assert taken(events) == ([[events[0], events[3]], [events[4]]], [events[1], events[2]])
+    chunks = [chunk(0, 6), chunk(1, 6), chunk(1, 1), chunk(0, 1), chunk(2, 1)]
+    assert taken(chunks) == ([[chunks[0], chunks[3]], [chunks[4]]], [chunks[1], chunks[2]])
 
 
 def test_what_was_read_before_a_seek_is_dropped() -> None:
-    events = [Event(0, 1, epoch=7), Event(0, 1, epoch=8)]
-    assert taken(events, stale=7) == ([[events[1]]], [])
+    chunks = [chunk(0, 1, epoch=7), chunk(0, 1, epoch=8)]
+    assert taken(chunks, stale=7) == ([[chunks[1]]], [])
 
 
 def test_what_follows_a_dropped_chunk_is_dropped_though_the_partition_is_ours_again() -> None:
     async def run() -> None:
         app, executor = Works(), ThreadPoolExecutor(1)
         apply = applier(Lane("clicks", Busy(), executor), app)  # type: ignore[arg-type]
-        first, second, sought = Event(0, 1, epoch=7), Event(0, 2, epoch=7), Event(0, 1, epoch=8)
+        first, second, sought = chunk(0, 1, epoch=7), chunk(0, 2, epoch=7), chunk(0, 1, epoch=8)
         app.lane.stale = {7}
         apply._held = [first]
         assert apply.take() == []
         app.lane.stale = set()
-        apply._held = [second, Event(1, 1, epoch=7), sought]
-        assert [events[0].value.at.partition for events in apply.take()] == [1, 0]
+        apply._held = [second, chunk(1, 1, epoch=7), sought]
+        assert [chunks[0].at.partition for chunks in apply.take()] == [1, 0]
         assert apply._held == []
         executor.shutdown()
 
@@ -167,11 +164,9 @@ def test_each_chunk_of_several_ends_for_itself() -> None:
         ends = [Outcome(records=1), FenceMoved("f", "a", "b"), StoreUnavailable("away"), Outcome(records=1)]
         app, executor = Works(), ThreadPoolExecutor(1)
         lane = Lane("clicks", Busy(), executor, many=lambda parts: ends)  # type: ignore[arg-type]
-        groups = [[Event(p, 1), Event(p, 1)] for p in range(4)]
+        groups = [[chunk(p, 1), chunk(p, 1)] for p in range(4)]
         await asyncio.wait_for(applier(lane, app)._apply(groups), 5)
-        assert [[event.acked for event in events] for events in groups] == [
-            [True, True], [False, False], [False, False], [True, True]
-        ]  # fmt: skip
+        assert [done.at.partition for done in app.lane.done] == [0, 3]
         assert app.lane.rewound == [{TP("clicks", 1), TP("clicks", 2)}]
         assert len(app.waits) == 1 and lane.rewinds == 1 and lane.outcome.records == 2
         executor.shutdown()
@@ -189,11 +184,11 @@ def test_chunks_of_one_partition_are_applied_as_one() -> None:
 
         executor = ThreadPoolExecutor(1)
         lane = Lane("clicks", Busy(), executor, many=many)  # type: ignore[arg-type]
-        events = [Event(0, 2), Event(0, 3)]
-        await asyncio.wait_for(applier(lane, Works())._apply([events]), 5)
-        assert [list(part.records) for part in handed] == [
-            [*events[0].value.records, *events[1].value.records]
-        ]
+        chunks, app = [chunk(0, 2), chunk(0, 3)], Works()
+        await asyncio.wait_for(applier(lane, app)._apply([chunks]), 5)
+        both = [*chunks[0].records, *chunks[1].records]
+        assert [list(part.records) for part in handed] == [both]
+        assert [list(done.records) for done in app.lane.done] == [both]
         executor.shutdown()
 
     asyncio.run(run())
@@ -210,19 +205,21 @@ def test_the_agent_holds_no_more_chunks_than_it_says() -> None:
 
         executor = ThreadPoolExecutor(1)
         lane = Lane("clicks", Busy(), executor, many=many)  # type: ignore[arg-type]
-        given: list[Event] = []
+        given: list[Chunk] = []
 
         class Stream:
             def noack(self) -> Stream:
                 return self
 
-            async def events(self) -> Any:
-                for _ in range(200):
-                    given.append(Event(0, 1))
-                    yield given[-1]
+            async def __aiter__(self) -> Any:
+                for _ in range(100):
+                    haul = chunk(0, 1), chunk(0, 1)
+                    given.extend(haul)
+                    yield haul
                 await asyncio.sleep(60)
 
-        agent = asyncio.create_task(applier(lane, Works()).run(Stream()))
+        app = Works()
+        agent = asyncio.create_task(applier(lane, app).run(Stream()))
         async with asyncio.timeout(5):
             while not entered.is_set():
                 await asyncio.sleep(0.001)
@@ -230,7 +227,7 @@ def test_the_agent_holds_no_more_chunks_than_it_says() -> None:
         assert len(given) <= 3 * QUEUE_CHUNKS + 2
         hold.set()
         async with asyncio.timeout(5):
-            while not all(event.acked for event in given[:150]):
+            while sum(len(done.records) for done in app.lane.done) < len(given):
                 await asyncio.sleep(0.001)
         agent.cancel()
         await asyncio.gather(agent, return_exceptions=True)

@@ -25,7 +25,7 @@ from faust.types import TP
 
 from eddyline.errors import StoreUnavailable
 from streams import lane
-from streams.lane import Chunk, LaneApp, LaneConsumer, LaneSchema, LaneThread
+from streams.lane import Chunk, LaneApp, LaneConsumer, LaneSchema, LaneThread, hauls
 
 AT = TP("clicks", 0)
 
@@ -103,7 +103,8 @@ def make_consumer(positioner: Any = no_positions, told: list[Any] | None = None)
 
 
 async def read(consumer: LaneConsumer) -> list[Any]:
-    return [message async for _, message in consumer.getmany(0.1)]
+    """The chunks of all messages."""
+    return [chunk async for _, message in consumer.getmany(0.1) for chunk in message.value]
 
 
 def test_versions_are_the_ones_that_were_read() -> None:
@@ -128,6 +129,8 @@ def test_versions_are_the_ones_that_were_read() -> None:
         (Consumer, "_get_active_partitions"),
         (Consumer, "_add_gap"),
         (Consumer, "_new_offset"),
+        (Consumer, "on_buffer_full"),
+        (Consumer, "on_buffer_drop"),
         (Consumer, "verify_event_path"),
         (Consumer, "on_partitions_assigned"),
         (Consumer, "perform_seek"),
@@ -215,28 +218,68 @@ def test_seeks_and_epochs_change_together_in_the_threads_loop() -> None:
     )
 
 
-@in_a_loop
-async def test_a_chunk_stands_for_its_records_and_has_the_last_offset() -> None:
+def fetched(sizes: dict[TP, int]) -> dict[TP, list[ConsumerRecord]]:
+    return {at: [record(n, at.partition) for n in range(size)] for at, size in sizes.items()}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([1, 1], [[(0, 0, 1), (1, 0, 1)]]),
+        ([2, 1], [[(0, 0, 2), (1, 0, 1)]]),
+        ([2, 2], [[(0, 0, 2)], [(1, 0, 2)]]),
+        ([3, 1], [[(0, 0, 3)], [(1, 0, 1)]]),
+        ([5, 1], [[(0, 0, 3)], [(1, 0, 1), (0, 3, 2)]]),
+        ([7, 7], [[(0, 0, 3)], [(1, 0, 3)], [(0, 3, 3)], [(1, 3, 3)], [(0, 6, 1), (1, 6, 1)]]),
+    ],
+)  # fmt: skip
+def test_chunks_of_a_fetch_go_together_up_to_the_records_of_one(
+    sizes: list[int], expected: list[list[tuple[int, int, int]]]
+) -> None:
+    """(partition, first offset, records) of each chunk of each haul; a chunk has 3 records at most."""
     consumer = make_consumer()
-    consumer._thread.fetched = {AT: [record(n) for n in range(5)], TP("clicks", 1): [record(9, 1)]}  # type: ignore[attr-defined]
-    messages = await read(consumer)
-    assert [(m.partition, m.offset, [r.offset for r in m.value.records]) for m in messages] == [
-        (0, 2, [0, 1, 2]),
-        (1, 9, [9]),
-        (0, 4, [3, 4]),
-    ]
-    assert all(consumer.is_current(m.value) for m in messages)
+    consumer._thread.fetched = fetched({TP("clicks", p): size for p, size in enumerate(sizes)})  # type: ignore[attr-defined]
+
+    async def messages() -> list[Any]:
+        return [message.value async for _, message in consumer.getmany(0.1)]
+
+    found = asyncio.run(messages())
+    seen = [[(c.at.partition, c.records[0].offset, len(c.records)) for c in haul] for haul in found]
+    assert seen == expected
+    assert all(consumer.is_current(chunk) for haul in found for chunk in haul)
+
+
+def test_topics_go_apart() -> None:
+    found = hauls({AT: (0, [record(0)]), TP("items", 1): (4, [record(0)])}, 3, 9)
+    chunks = [[(chunk.at, chunk.epoch, chunk.read_us) for chunk in haul] for haul in found]
+    assert chunks == [[(AT, 0, 9)], [(TP("items", 1), 4, 9)]]
+
+
+@in_a_loop
+async def test_a_full_queue_stops_its_whole_topic() -> None:
+    consumer = make_consumer()
+    items = TP("items", 0)
+    consumer._thread.mine = {AT, TP("clicks", 1), items}  # type: ignore[attr-defined]
+    consumer._set_active_tps(set(consumer._thread.mine))  # type: ignore[attr-defined]
+    consumer._thread.fetched = fetched({TP("clicks", 1): 1})  # type: ignore[attr-defined]
+    [message] = [message async for _, message in consumer.getmany(0.1)]
+    assert message.tp == AT  # whichever partition it came from: Faust counts a queue's pressure by partition
+    consumer.on_buffer_full(message.tp)
+    assert consumer._get_active_partitions() == {items}
+    consumer.on_buffer_drop(message.tp)
+    assert consumer._get_active_partitions() == consumer._thread.mine  # type: ignore[attr-defined]
 
 
 @in_a_loop
 async def test_chunks_from_before_a_seek_are_not_handed_out() -> None:
     consumer = make_consumer()
-    consumer._thread.fetched = {AT: [record(n) for n in range(6)]}  # type: ignore[attr-defined]
+    consumer._thread.fetched = fetched({AT: 6})  # type: ignore[attr-defined]
     handed = consumer.getmany(0.1)
-    _, first = await anext(handed)
-    assert consumer.is_current(first.value)
+    _, message = await anext(handed)
+    [first] = message.value
+    assert consumer.is_current(first)
     await consumer.rewind({AT})
-    assert not consumer.is_current(first.value)
+    assert not consumer.is_current(first)
     with pytest.raises(StopAsyncIteration):
         await anext(handed)
     assert consumer._thread.sought == [{AT: 7}]  # type: ignore[attr-defined]
@@ -254,10 +297,10 @@ async def test_nothing_is_handed_out_while_a_position_is_found_out() -> None:
     consumer._thread.fetched = {AT: [record(0)], TP("clicks", 1): [record(0, 1)]}  # type: ignore[attr-defined]
     rewinding = asyncio.create_task(consumer.rewind({AT}))
     await asyncio.sleep(0)
-    assert [m.partition for m in await read(consumer)] == [1]
+    assert [c.at.partition for c in await read(consumer)] == [1]
     waiting.set()
     await asyncio.wait_for(rewinding, 5)
-    assert [m.partition for m in await read(consumer)] == [0, 1]
+    assert [c.at.partition for c in await read(consumer)] == [0, 1]
 
 
 @in_a_loop
@@ -294,11 +337,12 @@ async def test_an_unexpected_error_while_positioning_ends_the_process() -> None:
 @in_a_loop
 async def test_commits_follow_the_acks_and_start_anew_after_a_seek() -> None:
     consumer = make_consumer()
-    consumer._acked[AT].extend([4, 9])
-    consumer._acked_index[AT].update([4, 9])
+    for last in (4, 9):
+        consumer.applied(Chunk(AT, [record(3), record(last)], 0, 0))
+    assert list(consumer._filter_tps_with_pending_acks()) == [AT]
     assert consumer._new_offset(AT) == 10
     assert consumer._new_offset(AT) is None
-    consumer._acked[AT].append(20)
+    consumer.applied(Chunk(AT, [record(20)], 0, 0))
     consumer._committed_offset[AT] = 10
     consumer.sought(AT)
     assert consumer._new_offset(AT) is None
@@ -315,9 +359,9 @@ async def test_faust_does_not_drop_what_is_read_again() -> None:
 
 
 def test_values_go_through_raw() -> None:
-    chunk = Chunk(AT, [record(1)], 0, 0)
-    message: Any = SimpleNamespace(value=chunk, key=None)
-    assert LaneSchema().loads_value(None, message) is chunk
+    haul = (Chunk(AT, [record(1)], 0, 0),)
+    message: Any = SimpleNamespace(value=haul, key=None)
+    assert LaneSchema().loads_value(None, message) is haul
     assert LaneSchema().loads_key(None, message) is None
 
 
