@@ -145,6 +145,17 @@ class Card:
 
 
 @dataclass(frozen=True, slots=True)
+class CardWrite:
+    """One slot of `StateStore.write_cards_many`; see `write_cards`."""
+
+    slot: str
+    source: Source
+    expected: Fence | None
+    new: Fence
+    cards: Mapping[str, Card]
+
+
+@dataclass(frozen=True, slots=True)
 class UserState:
     """All that one query needs of one user, read in one round trip.
 
@@ -255,6 +266,12 @@ class StateStore(Protocol):
         """Store cards (a card with a lower source offset than the stored one is skipped) and move the
         fence, or raise FenceMoved. With no cards it only moves the fence.
         """  # fmt: skip
+
+    def write_cards_many(self, writes: Sequence[CardWrite]) -> list[EddylineError | None]:
+        """`write_cards` of several slots in one round trip; each stands or fails for itself.
+
+        What one of them would raise is in its place: FenceMoved, StoreUnavailable (it may have been applied).
+        """
 
     def read_user(self, slot: str, partition: int, user_id: str, generation: str) -> UserState:
         """All that a query needs of a user, in one round trip."""

@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eddyline.errors import Rejected
+from eddyline.events import Item
 
 _HEADER = struct.Struct("<2sBBiqqqHHI")
 _MAGIC = b"EV"
@@ -57,6 +58,12 @@ class ItemRecord:
     def retired(self) -> bool:
         """Deleted or unavailable: no query may return it."""
         return self.vector is None
+
+
+def attributes_of(item: Item) -> dict[str, Any]:
+    """What filters need of an item; empty parts are left out."""
+    parts = {"categories": item.categories, "tags": item.tags, "attributes": item.attributes}
+    return {name: part for name, part in parts.items() if part}
 
 
 def encode_record(record: ItemRecord) -> bytes:

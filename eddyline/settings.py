@@ -139,6 +139,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             "Partitions of `items` and of `item-vectors`. Fixed when the topics are made.", ge=1, le=1_024
         ),
     ] = 4
+    items_fence_s: Annotated[
+        int,
+        _about(
+            "Item records are written in a transaction at the start of a partition and every so many seconds; between them a producer that lost its partition is refused by its epoch. 0: every chunk in a transaction of its own, slower.",
+            ge=0,
+            le=43_200,
+        ),
+    ] = 3_600
     item_slots: Annotated[
         int, _about("Hash shards of the item state in Redis; above 1 only for Redis Cluster.", ge=1, le=1_024)
     ] = 1

@@ -7,6 +7,8 @@
     identity_ids.json    ids with an ID embedding: row i of `item.identity.npy`
     item_vectors.npy     float32 (n, d), unit norm; opened by mmap
     item_partitions.npy, item_offsets.npy   the source version of each vector
+    item_attributes.npy, item_attribute_ends.npy   what filters need of each item: MessagePack maps one after
+                         another, and where each of them ends (from format version 2 on)
     item.*.npy, user.*.npy                  the weights of the towers
 
 It is written beside its place, synced and renamed, so a folder of that name is whole. `load` trusts nothing:
@@ -31,6 +33,8 @@ import numpy.typing as npt
 from eddyline import generations
 from eddyline.errors import BundleError
 from eddyline.settings import Settings
+from embeddings import attributes
+from embeddings.attributes import Attributes
 from embeddings.features import FeatureSpace
 from embeddings.item_tower import ItemTower
 from embeddings.manifest import (
@@ -62,6 +66,7 @@ class Bundle:
     item_vectors:    float32 (n, d), unit norm, read-only, mapped from the file
     item_partitions: int32 (n,): the partition of `items` that the item came from
     item_offsets:    int64 (n,): its offset there, the item's version; -1 where it came from a file
+    item_attributes: what filters need of each item, see `Attributes`
     rows:            item id -> its row in `item_vectors`, for the items of this catalogue
     """
 
@@ -75,6 +80,7 @@ class Bundle:
     item_vectors: Floats
     item_partitions: npt.NDArray[np.int32]
     item_offsets: npt.NDArray[np.int64]
+    item_attributes: Attributes
     cut: Mapping[str, int]
     measured: Mapping[str, float] = field(default_factory=dict)
     rows: Mapping[str, int] = field(default_factory=dict, repr=False)
@@ -85,6 +91,7 @@ class Parts:
     """What `write` needs; the fields are those of `Bundle` and `Contents`.
 
     identity_ids: ids in the order of the rows of item_arrays["identity"]
+    item_attributes: what filters need of each item, `eddyline.records.attributes_of`
     """
 
     generation: str
@@ -99,6 +106,7 @@ class Parts:
     item_vectors: Floats
     item_partitions: npt.NDArray[np.int32]
     item_offsets: npt.NDArray[np.int64]
+    item_attributes: Sequence[Mapping[str, Any]]
     cut: Mapping[str, int]
     measured: Mapping[str, float]
 
@@ -170,6 +178,7 @@ def load(folder: Path) -> Bundle:
         item_vectors=vectors,
         item_partitions=reader.array("item_partitions.npy", np.int32, (n,)),
         item_offsets=reader.array("item_offsets.npy", np.int64, (n,)),
+        item_attributes=attributes.read(folder, reader, n, contents.format_version),
         cut=contents.cut,
         measured=contents.measured,
         rows=rows,
@@ -210,6 +219,7 @@ def _write_files(folder: Path, parts: Parts) -> None:
         "item_vectors.npy": np.ascontiguousarray(parts.item_vectors, np.float32),
         "item_partitions.npy": np.asarray(parts.item_partitions, np.int32),
         "item_offsets.npy": np.asarray(parts.item_offsets, np.int64),
+        **attributes.arrays(parts.item_attributes),
     }
     for tower, some, names in (
         ("item", parts.item_arrays, ItemTower.ARRAYS),

@@ -18,7 +18,9 @@ from eddyline.errors import BundleError
 from embeddings.features import FeatureSpace
 from embeddings.micro import MicroSettings
 
-FORMAT_VERSION = 1
+# Version 2 added what filters need of each item; a bundle of version 1 is read as one without.
+FORMAT_VERSION = 2
+READ_VERSIONS = (1, 2)
 MANIFEST, CHECKSUM = "manifest.json", "manifest.sha256"
 _T = TypeVar("_T")
 
@@ -109,8 +111,9 @@ def read_manifest(folder: Path) -> Contents:
         fail(path, f"is damaged: its SHA-256 is not the one in {CHECKSUM}")
     try:
         version = msgspec.json.decode(raw).get("format_version")
-        if version != FORMAT_VERSION:
-            fail(path, f"has format version {version!r}, this release reads {FORMAT_VERSION}")
+        if version not in READ_VERSIONS:
+            read = " and ".join(map(str, READ_VERSIONS))
+            fail(path, f"has format version {version!r}, this release reads {read}")
         return msgspec.json.decode(raw, type=Contents)
     except (msgspec.DecodeError, AttributeError) as error:
         fail(path, str(error))

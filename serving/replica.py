@@ -45,15 +45,16 @@ LOGGED_BAD = 10
 
 
 def load_bundle(index: Index, bundle: Bundle, share: Share = ALL) -> None:
-    """Put the share's vectors of the bundle into the index; their versions are their source offsets."""
+    """Put the share's items of the bundle into the index; their versions are their source offsets."""
     written_us = bundle.created_ms * 1000
     records = [
-        ItemRecord(item_id, partition, offset, 0, written_us, vector)
-        for item_id, partition, offset, vector in zip(
+        ItemRecord(item_id, partition, offset, 0, written_us, vector, attributes)
+        for item_id, partition, offset, vector, attributes in zip(
             bundle.item_ids,
             bundle.item_partitions.tolist(),
             bundle.item_offsets.tolist(),
             bundle.item_vectors,
+            bundle.item_attributes,
             strict=True,
         )
     ]

@@ -195,7 +195,7 @@ def _lanes(
             many=by_clicks.ingest_many,
         ),
         Lane(topic(kafka.USERS), by_users, people, quick=True),
-        Lane(topic(kafka.ITEMS), by_items, goods, before_open=publisher.open),
+        Lane(topic(kafka.ITEMS), by_items, goods, before_open=publisher.open, many=by_items.ingest_many),
     ]
 
 

@@ -102,8 +102,12 @@ class RecordPublisher(Protocol):
     def open(self, partition: int) -> None:
         """Become the one writer of this partition; an older one is refused from here on."""
 
-    def publish(self, partition: int, records: Sequence[ItemRecord]) -> None:
-        """Publish all or none. Raises KafkaUnavailable, or PartitionLost where another one is the writer."""
+    def publish(self, records: Mapping[int, Sequence[ItemRecord]]) -> Mapping[int, EddylineError]:
+        """Publish those of each partition, all or none of them.
+
+        Returns why not, by partition, where they were not: KafkaUnavailable, KafkaRefused, or PartitionLost
+        where another one is the writer.
+        """
 
 
 class ItemEncoder(Protocol):

@@ -7,21 +7,31 @@ safe to repeat, because whoever reads them takes the highest version.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from eddyline import accept, events
-from eddyline.errors import Rejected, VectorRejected
+from eddyline.errors import FenceMoved, Rejected, Unavailable, VectorRejected
 from eddyline.events import Item
 from eddyline.kafka import ITEMS
-from eddyline.ports import Card, Source, StateStore
-from eddyline.records import ItemRecord
+from eddyline.ports import Card, CardWrite, Source, StateStore
+from eddyline.records import ItemRecord, attributes_of
 from eddyline.settings import Settings
 from eddyline.slots import item_slot
-from streams.chunk import DeadLetterSink, Outcome, Record, RecordPublisher, Towers, Vectors
+from streams.chunk import (
+    DeadLetterSink,
+    Outcome,
+    Part,
+    PartitionLost,
+    Record,
+    RecordPublisher,
+    Towers,
+    Vectors,
+)
 from streams.positions import Positions
 
 # The fence of what has been published for a generation lies in this item slot, however many there are.
@@ -42,6 +52,32 @@ class _Change:
     def offset(self) -> int:
         """The item's version."""
         return self.record.offset
+
+
+@dataclass(slots=True)
+class _Work:
+    """One chunk on its way.
+
+    published: the source whose fence says what was published; last: the chunk's last offset
+    changes:   item id -> its last change; fresh: those of them that were not published yet
+    error:     what ended it; then `outcome` means nothing
+    """
+
+    part: Part
+    published: Source
+    last: int = -1
+    changes: dict[str, _Change] = field(default_factory=dict)
+    fresh: dict[str, _Change] = field(default_factory=dict)
+    outcome: Outcome = field(default_factory=Outcome)
+    error: Exception | None = None
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Of what waiting or reading again heals, this chunk ends and the others go on."""
+        try:
+            yield
+        except (FenceMoved, Unavailable, PartitionLost) as error:
+            self.error = error
 
 
 class ItemIngest:
@@ -74,19 +110,25 @@ class ItemIngest:
         Raises FenceMoved, StoreUnavailable and KafkaUnavailable as `ClickIngest.ingest` does, and
         PartitionLost where another process publishes for this partition now.
         """
-        self.positions.begin(partition, records[0].offset, records[-1].offset)
-        changes, outcome = self._decode(partition, records)
-        if outcome.rejected:
-            self._dead_letters.flush()
-        last = self.positions.fence(records[-1].offset)
-        self._publish(Source(f"{ITEMS}@{self._towers.generation}", partition), last.offset, changes, outcome)
-        for shard in range(self._settings.item_slots):
-            self._keep_cards(Source(ITEMS, partition), f"i{shard}", last.offset, changes)
+        [outcome] = self.ingest_many([Part(partition, records, read_us)])
+        if isinstance(outcome, Exception):
+            raise outcome
         return outcome
 
-    def _decode(self, partition: int, records: Sequence[Record]) -> tuple[dict[str, _Change], Outcome]:
-        changes: dict[str, _Change] = {}
-        outcome = Outcome(records=len(records))
+    def ingest_many(self, parts: Sequence[Part]) -> list[Outcome | Exception]:
+        """Apply one chunk each of different partitions. What `ingest` would raise is in the chunk's place."""
+        works = [_Work(part, Source(f"{ITEMS}@{self._towers.generation}", part.partition)) for part in parts]
+        for work in works:
+            with work.ending():
+                self._decode(work)
+        self._publish([work for work in works if work.error is None])
+        self._move_fences([work for work in works if work.error is None])
+        return [work.outcome if work.error is None else work.error for work in works]
+
+    def _decode(self, work: _Work) -> None:
+        partition, records = work.part.partition, work.part.records
+        self.positions.begin(partition, records[0].offset, records[-1].offset)
+        outcome = work.outcome = Outcome(records=len(records))
         for record in records:
             try:
                 item_id, item = accept.item(
@@ -97,40 +139,88 @@ class ItemIngest:
                 outcome.rejected += 1
                 continue
             at_ms = record.timestamp if item is None else item.at_ms
-            changes[item_id] = _Change(record, at_ms, item)
+            work.changes[item_id] = _Change(record, at_ms, item)
             outcome.applied += 1
-        return changes, outcome
-
-    def _publish(self, source: Source, last: int, changes: dict[str, _Change], outcome: Outcome) -> None:
-        expected = self.positions.expected(source, PUBLISHED_SLOT)
-        done = -1 if expected is None else expected.offset
-        if done >= last:
-            return
-        fresh = {i: c for i, c in changes.items() if c.offset > done}
-        if fresh:
-            vectors = self._encode(fresh)
-            for item_id, error in [(i, v) for i, v in vectors.items() if isinstance(v, VectorRejected)]:
-                # It stays as it was: an item that cannot be placed is refused, never repaired.
-                refused = Rejected("bad_vector", "vector", str(error))
-                self._dead_letters.put(fresh.pop(item_id).record, refused)
-                del changes[item_id], vectors[item_id]
-                outcome.rejected += 1
-                outcome.applied -= 1
+        if outcome.rejected:
             self._dead_letters.flush()
-            self._publisher.publish(source.partition, self._records(source.partition, fresh, vectors))
-        new = self.positions.fence(last)
-        self._store.write_cards(PUBLISHED_SLOT, source, expected, new, {})
-        self.positions.moved(source, PUBLISHED_SLOT, new)
+        work.last = records[-1].offset
+        expected = self.positions.expected(work.published, PUBLISHED_SLOT)
+        done = -1 if expected is None else expected.offset
+        work.fresh = {i: c for i, c in work.changes.items() if c.offset > done}
 
-    def _encode(self, changes: Mapping[str, _Change]) -> dict[str, Vectors | VectorRejected]:
-        """The vectors of the items that have one; an error instead where the tower gives no unit vector."""
-        live = {i: c.item for i, c in changes.items() if c.item is not None and c.item.available}
+    def _publish(self, works: Sequence[_Work]) -> None:
+        """Encode and publish the changes of all partitions together: numpy and Kafka are asked once."""
+        vectors = self._encode([change for work in works for change in work.fresh.values()])
+        for work in works:
+            with work.ending():
+                self._refuse(work, vectors)
+        records = {
+            work.part.partition: self._records(work, vectors)
+            for work in works
+            if work.error is None and work.fresh
+        }
+        failed = self._publisher.publish(records) if records else {}
+        for work in works:
+            work.error = work.error or failed.get(work.part.partition)
+
+    def _refuse(self, work: _Work, vectors: Mapping[int, Vectors | VectorRejected]) -> None:
+        """An item that cannot be placed is refused, never repaired: it stays as it was."""
+        refused = False
+        for item_id, change in list(work.fresh.items()):
+            error = vectors.get(id(change))
+            if isinstance(error, VectorRejected):
+                self._dead_letters.put(change.record, Rejected("bad_vector", "vector", str(error)))
+                del work.fresh[item_id], work.changes[item_id]
+                work.outcome.rejected += 1
+                work.outcome.applied -= 1
+                refused = True
+        if refused:
+            self._dead_letters.flush()
+
+    def _move_fences(self, works: Sequence[_Work]) -> None:
+        """What is published is published: the fence of that first, then the cards with theirs."""
+        asked = [(work, write) for work in works for write in self._writes(work)]
+        try:
+            ends = self._store.write_cards_many([write for _, write in asked])
+        except Unavailable as error:
+            for work in works:
+                work.error = error
+            return
+        for (work, write), end in zip(asked, ends, strict=True):
+            if end is None:
+                self.positions.moved(write.source, write.slot, write.new)
+            else:
+                work.error = work.error or end
+
+    def _writes(self, work: _Work) -> Iterator[CardWrite]:
+        """What is to be written for a chunk: nothing where it was written before."""
+        new, slots = self.positions.fence(work.last), self._settings.item_slots
+        for source, named in sources(self._settings, self._towers.generation, work.part.partition).items():
+            for slot in named:
+                expected = self.positions.expected(source, slot)
+                done = -1 if expected is None else expected.offset
+                if done >= work.last:
+                    continue
+                cards = {
+                    item_id: Card(source.partition, c.offset, events.encode(c.item) if c.item else b"")
+                    for item_id, c in work.changes.items()
+                    if source.name == ITEMS and c.offset > done and item_slot(item_id, slots) == slot
+                }
+                yield CardWrite(slot, source, expected, new, cards)
+
+    def _encode(self, changes: Sequence[_Change]) -> dict[int, Vectors | VectorRejected]:
+        """id() of each change that has a vector -> it; an error where the tower gives no unit vector."""
+        live = [(change, change.item) for change in changes if change.item and change.item.available]
+        items = [item for _, item in live]
         encoded: Sequence[Vectors | VectorRejected]
         try:
-            encoded = list(self._towers.item_tower.encode(list(live.values()))) if live else []
+            encoded = list(self._towers.item_tower.encode(items)) if items else []
         except VectorRejected:
-            encoded = [self._encode_one(item) for item in live.values()]
-        return {i: self._checked(i, vector) for i, vector in zip(live, encoded, strict=True)}
+            encoded = [self._encode_one(item) for item in items]
+        return {
+            id(change): self._checked(item.item_id, vector)
+            for (change, item), vector in zip(live, encoded, strict=True)
+        }
 
     def _encode_one(self, item: Item) -> Vectors | VectorRejected:
         try:
@@ -145,32 +235,15 @@ class ItemIngest:
             return vector
         return VectorRejected(f"the item tower gives item {item_id!r} no vector of unit norm")
 
-    def _records(
-        self, partition: int, changes: Mapping[str, _Change], vectors: Mapping[str, Any]
-    ) -> list[ItemRecord]:
-        records, written_us = [], self._clock_us()
-        for item_id, change in changes.items():
-            item, vector = change.item, vectors.get(item_id)
-            attributes = {} if item is None else _attributes(item)
-            records.append(
-                ItemRecord(item_id, partition, change.offset, change.at_ms, written_us, vector, attributes)
+    def _records(self, work: _Work, vectors: Mapping[int, Any]) -> list[ItemRecord]:
+        partition, written_us = work.part.partition, self._clock_us()
+        return [
+            ItemRecord(
+                item_id, partition, change.offset, change.at_ms, written_us, vectors.get(id(change)),
+                {} if change.item is None else attributes_of(change.item),
             )
-        return records
-
-    def _keep_cards(self, source: Source, slot: str, last: int, changes: Mapping[str, _Change]) -> None:
-        expected = self.positions.expected(source, slot)
-        done = -1 if expected is None else expected.offset
-        if done >= last:
-            return
-        slots = self._settings.item_slots
-        cards = {
-            item_id: Card(source.partition, c.offset, events.encode(c.item) if c.item else b"")
-            for item_id, c in changes.items()
-            if c.offset > done and item_slot(item_id, slots) == slot
-        }
-        new = self.positions.fence(last)
-        self._store.write_cards(slot, source, expected, new, cards)
-        self.positions.moved(source, slot, new)
+            for item_id, change in work.fresh.items()
+        ]  # fmt: skip
 
 
 def sources(settings: Settings, generation: str, partition: int) -> dict[Source, list[str]]:
@@ -179,9 +252,3 @@ def sources(settings: Settings, generation: str, partition: int) -> dict[Source,
         Source(f"{ITEMS}@{generation}", partition): [PUBLISHED_SLOT],
         Source(ITEMS, partition): [f"i{shard}" for shard in range(settings.item_slots)],
     }
-
-
-def _attributes(item: Item) -> dict[str, Any]:
-    """What filters need of an item; empty parts are left out."""
-    parts = {"categories": item.categories, "tags": item.tags, "attributes": item.attributes}
-    return {name: part for name, part in parts.items() if part}

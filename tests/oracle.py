@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 
 from eddyline import kafka, start
-from eddyline.errors import Rejected
+from eddyline.errors import EddylineError, Rejected
 from eddyline.ports import Fence, Source, UserRead
 from eddyline.records import ItemRecord, decode_record
 from eddyline.settings import Settings
@@ -74,8 +74,10 @@ class Truth:
     def open(self, partition: int) -> None:
         """There is no other writer."""
 
-    def publish(self, partition: int, records: Sequence[ItemRecord]) -> None:
-        self.published.update({record.item_id: record for record in records})
+    def publish(self, records: Mapping[int, Sequence[ItemRecord]]) -> dict[int, EddylineError]:
+        for some in records.values():
+            self.published.update({record.item_id: record for record in some})
+        return {}
 
 
 def truth(settings: Settings, topics: Topics, towers: Bundle, chunk: int = CHUNK) -> Truth:

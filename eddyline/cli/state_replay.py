@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby, islice
@@ -22,7 +22,7 @@ from eddyline import behaviour, kafka, records, start
 from eddyline.cli import slicing
 from eddyline.cli.producers import console
 from eddyline.cli.slicing import Slices
-from eddyline.errors import Rejected, SettingsError
+from eddyline.errors import EddylineError, Rejected, SettingsError
 from eddyline.kafka import CLICKS, ITEMS, USERS
 from eddyline.ports import Source, StateStore
 from eddyline.records import ItemRecord
@@ -77,9 +77,10 @@ class _Outside:
     def open(self, partition: int) -> None:
         pass
 
-    def publish(self, partition: int, published: Sequence[ItemRecord]) -> None:
-        for record in published:
+    def publish(self, published: Mapping[int, Sequence[ItemRecord]]) -> dict[int, EddylineError]:
+        for record in (record for some in published.values() for record in some):
             self.published[record.item_id] = hashlib.sha256(records.encode_record(record)).digest()
+        return {}
 
 
 def run(settings: Settings, *, begin: str, end: str, into: str, chunk: int) -> None:

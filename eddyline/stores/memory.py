@@ -13,6 +13,7 @@ from eddyline.behaviour import Behaviour
 from eddyline.errors import EddylineError, FenceMoved, StoreRefused, StoreUnavailable
 from eddyline.ports import (
     Card,
+    CardWrite,
     Fence,
     Layout,
     SlotRead,
@@ -207,6 +208,17 @@ class MemoryStore:
                 stored = self._state.cards.get(f"{slot}:{item_id}")
                 if stored is None or stored.offset <= card.offset:
                     self._state.cards[f"{slot}:{item_id}"] = card
+
+    def write_cards_many(self, writes: Sequence[CardWrite]) -> list[EddylineError | None]:
+        """See `StateStore.write_cards_many`."""
+        answers: list[EddylineError | None] = []
+        for w in writes:
+            try:
+                self.write_cards(w.slot, w.source, w.expected, w.new, w.cards)
+                answers.append(None)
+            except (FenceMoved, StoreUnavailable) as error:
+                answers.append(error)
+        return answers
 
     def read_user(self, slot: str, partition: int, user_id: str, generation: str) -> UserState:
         """See `StateStore.read_user`."""

@@ -33,6 +33,7 @@ from redis.exceptions import NoPermissionError, NoScriptError, RedisError
 from eddyline.errors import EddylineError, FenceMoved, StoreRefused, StoreUnavailable
 from eddyline.ports import (
     Card,
+    CardWrite,
     Fence,
     Layout,
     SlotRead,
@@ -172,28 +173,33 @@ class RedisStore:
     @_translated
     def write_many(self, writes: Sequence[UserWrite]) -> list[int | EddylineError]:
         """See `StateStore.write_many`."""
-        script = self._scripts["write_users"]
         asked = [self._users_written(w.slot, w.source, w.expected, w.new, w.effects) for w in writes]
+        return [
+            end if isinstance(end, EddylineError) else int(end) for end in self._all("write_users", asked)
+        ]
+
+    def _all(self, script: str, asked: Sequence[tuple[list[str], list[Any]]]) -> list[bytes | EddylineError]:
+        """What each of several calls of a script returned or raised, in one round trip."""
         with self._redis.pipeline(transaction=False) as pipe:
             for keys, args in asked:
-                pipe.evalsha(script.sha, len(keys), *keys, *args)
+                pipe.evalsha(self._scripts[script].sha, len(keys), *keys, *args)
             answers = pipe.execute(raise_on_error=False)
-        return [self._settled(one, answer) for one, answer in zip(asked, answers, strict=True)]
+        return [self._settled(script, one, answer) for one, answer in zip(asked, answers, strict=True)]
 
-    def _settled(self, asked: tuple[list[str], list[Any]], answer: Any) -> int | EddylineError:
+    def _settled(self, script: str, asked: tuple[list[str], list[Any]], answer: Any) -> bytes | EddylineError:
         """What became of one write of several."""
         try:
             if isinstance(answer, NoScriptError):
-                return self._again(asked)
+                return self._again(script, asked)
             if isinstance(answer, Exception):
                 self._raise(answer)
-            return int(_stood(answer, *asked))
+            return _stood(answer, *asked)
         except (FenceMoved, StoreUnavailable) as error:
             return error
 
     @_translated
-    def _again(self, asked: tuple[list[str], list[Any]]) -> int:
-        return int(self._write("write_users", *asked))
+    def _again(self, script: str, asked: tuple[list[str], list[Any]]) -> bytes:
+        return self._write(script, *asked)
 
     @_translated
     def _raise(self, error: Exception) -> None:
@@ -261,11 +267,20 @@ class RedisStore:
         self, slot: str, source: Source, expected: Fence | None, new: Fence, cards: Mapping[str, Card]
     ) -> None:
         """See `StateStore.write_cards`."""
+        self._write("write_cards", *self._cards_written(CardWrite(slot, source, expected, new, cards)))
+
+    @_translated
+    def write_cards_many(self, writes: Sequence[CardWrite]) -> list[EddylineError | None]:
+        """See `StateStore.write_cards_many`."""
+        ends = self._all("write_cards", [self._cards_written(write) for write in writes])
+        return [end if isinstance(end, EddylineError) else None for end in ends]
+
+    def _cards_written(self, write: CardWrite) -> tuple[list[str], list[Any]]:
         args: list[Any] = []
-        for card in cards.values():
+        for card in write.cards.values():
             args += (card.offset, _CARD.pack(card.partition, card.offset) + card.body)
-        keys = [f"{self._ns}{{{slot}}}:c:{item_id}" for item_id in cards]
-        self._write("write_cards", *self._fenced(slot, source, expected, new, keys, args))
+        keys = [f"{self._ns}{{{write.slot}}}:c:{item_id}" for item_id in write.cards]
+        return self._fenced(write.slot, write.source, write.expected, write.new, keys, args)
 
     @_translated
     def read_user(self, slot: str, partition: int, user_id: str, generation: str) -> UserState:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from eddyline.errors import BundleError
 from eddyline.events import Item
+from eddyline.records import attributes_of
 from embeddings import bundle, features
 from embeddings.bundle import Parts
 from embeddings.features import FeatureSpace
@@ -229,6 +230,7 @@ class Trainer:
             item_vectors=tower.encode(live),
             item_partitions=np.array([p for p, _ in versions], np.int32),
             item_offsets=np.array([o for _, o in versions], np.int64),
+            item_attributes=[attributes_of(item) for item in live],
             cut=data.cut,
             measured=measured,
         )

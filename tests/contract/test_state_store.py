@@ -14,6 +14,7 @@ from eddyline.behaviour import EMPTY, Behaviour, Entry, short
 from eddyline.errors import FenceMoved, StoreRefused, StoreUnavailable
 from eddyline.ports import (
     Card,
+    CardWrite,
     Fence,
     Layout,
     LogId,
@@ -196,6 +197,22 @@ def test_every_write_is_fenced(store: StateStore) -> None:
             write()
     assert store.fences(CLICKS, ["u3"]) == {"u3": None}
     assert store.read_cards(["a"], 1) == {} and store.popular("u3", 9) == {}
+
+
+def test_card_writes_of_several_slots_stand_or_fail_for_themselves(store: StateStore) -> None:
+    items, published = Source("items", 0), Source("items@1", 0)
+    card = Card(0, 2, b"{}")
+    ends = store.write_cards_many(
+        [
+            CardWrite("i0", published, None, at(2), {}),
+            CardWrite("i0", items, at(1), at(2), {"refused": card}),
+            CardWrite("i0", Source("items", 1), None, at(2), {"a": card}),
+        ]
+    )
+    assert [type(end) for end in ends] == [type(None), FenceMoved, type(None)]
+    assert store.read_cards(["refused", "a"], 1) == {"a": card}
+    assert store.fences(published, ["i0"]) == {"i0": at(2)} and store.fences(items, ["i0"]) == {"i0": None}
+    assert store.write_cards_many([]) == []
 
 
 def test_fences_are_kept_by_slot_source_and_partition(store: StateStore) -> None:

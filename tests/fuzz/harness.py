@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 
 from eddyline import events, records
 from eddyline.demo import generated
-from eddyline.errors import Rejected
+from eddyline.errors import EddylineError, Rejected
 from eddyline.events import KINDS, Click, Item, Merge, UserProfile
 from eddyline.kafka import CLICKS, ITEMS, USERS
 from eddyline.ports import LogId, Source, UserEffects
@@ -67,8 +67,10 @@ class Outside:
     def open(self, partition: int) -> None:
         pass
 
-    def publish(self, partition: int, published: Sequence[ItemRecord]) -> None:
-        self.published += published
+    def publish(self, published: Mapping[int, Sequence[ItemRecord]]) -> dict[int, EddylineError]:
+        for some in published.values():
+            self.published += some
+        return {}
 
 
 class Harness:

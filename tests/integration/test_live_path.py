@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections import Counter
 from pathlib import Path
 
 import msgspec
@@ -18,6 +19,7 @@ from eddyline.demo.trace import trace
 from eddyline.events import Item, UserProfile
 from eddyline.slots import partition_of
 from eddyline.stores.redis import RedisStore
+from serving.proto import retrieval_pb2 as pb
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -259,3 +261,14 @@ def test_the_command_line_works(live, user) -> None:
 def test_ingest_runs_on_uvloop(live) -> None:
     said = "".join(path.read_text() for path in live.stage.supervisor.log_dir.glob("*ingest*"))
     assert "ingest starts" in said and "uvloop" in said.split("ingest starts", 1)[1].splitlines()[0]
+
+
+def test_a_worker_that_has_the_bundle_alone_answers_a_filtered_query(make_live) -> None:
+    """No item was ever sent to Kafka: what filters need is in the bundle."""
+    alone = make_live(with_items=False)
+    of_item = {item.item_id: item.categories for item in alone.world.items if item.available}
+    wanted = Counter(name for names in of_item.values() for name in names).most_common(3)[-1][0]
+    right = {item_id for item_id, names in of_item.items() if wanted in names}
+    answer = alone.client().retrieve("nobody", len(of_item), filters=pb.Filters(categories=[wanted]))
+    assert set(ids(answer)) == right and 0 < len(right) < len(of_item)
+    assert f"{len(right)} live items pass the filter" in answer.short_because

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -39,57 +39,104 @@ def published(settings: Settings) -> list[tuple[str, int, bool]]:
     return [(record.item_id, record.offset, record.retired) for record in found]
 
 
-def test_a_zombie_that_wakes_up_later_is_refused(settings: Settings) -> None:
-    zombie, owner = TransactionalPublisher(settings, "1"), TransactionalPublisher(settings, "1")
-    try:
-        zombie.publish(0, [change(5)])
-        owner.open(0)  # the partition was assigned to another process
-        owner.publish(0, [change(6), change(7, deleted=True)])
+def publish(who: TransactionalPublisher, *changes: ItemRecord) -> None:
+    for error in who.publish({0: changes}).values():
+        raise error
+
+
+@pytest.fixture(params=[0, 3_600], ids=["each in a transaction", "by epoch"])
+def pair(settings: Settings, request: pytest.FixtureRequest) -> Iterator[list[TransactionalPublisher]]:
+    """The zombie to be, and the owner after it."""
+    yield from two(settings, request.param)
+
+
+def two(settings: Settings, fence_s: int) -> Iterator[list[TransactionalPublisher]]:
+    settings = msgspec.structs.replace(settings, items_fence_s=fence_s)
+    both = [TransactionalPublisher(settings, "1") for _ in range(2)]
+    yield both
+    for one in both:
+        one.close()
+
+
+def test_a_zombie_that_wakes_up_later_is_refused(
+    settings: Settings, pair: list[TransactionalPublisher]
+) -> None:
+    zombie, owner = pair
+    publish(zombie, change(5))
+    owner.open(0)  # the partition was assigned to another process
+    publish(owner, change(6), change(7, deleted=True))
+    with pytest.raises(PartitionLost):
+        publish(zombie, change(6))
+    publish(owner, change(8, "other"))
+    assert published(settings) == [
+        ("film", 5, False), ("film", 6, False), ("film", 7, True), ("other", 8, False),
+    ]  # fmt: skip
+
+
+def test_what_a_zombie_wrote_before_its_successor_lies_in_front(settings: Settings) -> None:
+    for zombie, owner in two(settings, 3_600):
+        publish(zombie, change(5))
+        owner.open(0)
+        publish(zombie, change(6))  # it was under way while the other opened
+        publish(owner, change(6), change(7, deleted=True))
         with pytest.raises(PartitionLost):
-            zombie.publish(0, [change(6)])
-        owner.publish(0, [change(8, "other")])
+            publish(zombie, change(6, "other"))
         assert published(settings) == [
-            ("film", 5, False), ("film", 6, False), ("film", 7, True), ("other", 8, False),
-        ]  # fmt: skip
-    finally:
-        zombie.close()
-        owner.close()
+            ("film", 5, False),
+            ("film", 6, False),
+            ("film", 6, False),
+            ("film", 7, True),
+        ]
 
 
-def test_a_zombie_in_the_middle_of_a_transaction_is_undone(
+def test_a_producer_that_has_not_proved_itself_for_long_does_it_again(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Even where its successor has written nothing yet, and so the partition knows no other epoch."""
+    now_s = 1_000.0
+    monkeypatch.setattr(publisher, "_since_boot_s", lambda: now_s)
+    for zombie, owner in two(settings, 60):
+        for offset in range(4):
+            publish(zombie, change(offset))
+            now_s += 40
+        for offset in range(4, 8):  # right after a transaction, too
+            publish(zombie, change(offset))
+        assert published(settings) == [("film", offset, False) for offset in range(8)]
+        owner.open(0)
+        now_s += 61
+        with pytest.raises(PartitionLost):
+            publish(zombie, change(8))
+        publish(owner, change(8, deleted=True))
+        assert published(settings)[8:] == [("film", 8, True)]
+
+
+def test_a_zombie_in_the_middle_of_a_transaction_is_undone(settings: Settings) -> None:
     """It has sent its records and stands still before the commit, while another takes over and deletes."""
-    sent, taken_over, stand_still = threading.Event(), threading.Event(), threading.local()
-    commit = publisher.in_time
+    sent, taken_over = threading.Event(), threading.Event()
 
-    def held_up(call: Callable[[], object], timeout_s: float) -> None:
-        if getattr(stand_still, "here", False):
-            zombie._producers[0].flush(timeout=10)  # they lie in the log, not committed
-            sent.set()
+    def be_the_zombie(zombie: TransactionalPublisher) -> None:
+        producer = zombie._producers[0]
+        commit = producer.commit_transaction
+
+        async def held_up() -> None:
+            sent.set()  # its records lie in the log, not committed
             assert taken_over.wait(30)
-        commit(call, timeout_s)
+            await commit()
 
-    monkeypatch.setattr(publisher, "in_time", held_up)
-    zombie, owner = TransactionalPublisher(settings, "1"), TransactionalPublisher(settings, "1")
-
-    def be_the_zombie() -> Any:
-        stand_still.here = True
-        zombie.publish(0, [change(6), change(6, "other")])
+        producer.commit_transaction = held_up
+        publish(zombie, change(6), change(6, "other"))
 
     with ThreadPoolExecutor(1) as thread:
-        try:
-            zombie.publish(0, [change(5)])
-            waking = thread.submit(be_the_zombie)
-            assert sent.wait(30)
-            owner.open(0)
-            owner.publish(0, [change(6), change(7, deleted=True)])
-            taken_over.set()
+        for zombie, owner in two(settings, 0):
+            publish(zombie, change(5))
+            waking = thread.submit(be_the_zombie, zombie)
+            try:
+                assert sent.wait(30)
+                owner.open(0)
+                publish(owner, change(6), change(7, deleted=True))
+            finally:
+                taken_over.set()
             with pytest.raises(PartitionLost):
                 waking.result(timeout=40)
             assert published(settings) == [("film", 5, False), ("film", 6, False), ("film", 7, True)]
             assert kafka.end_offsets(settings, kafka.item_vectors("1"))[0] > 6, "its records were in the log"
-        finally:
-            taken_over.set()
-            zombie.close()
-            owner.close()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from eddyline import events
-from eddyline.errors import FenceMoved, KafkaUnavailable, Rejected, StoreUnavailable
+from eddyline.errors import EddylineError, FenceMoved, KafkaUnavailable, Rejected, StoreUnavailable
 from eddyline.events import KINDS, MOVED, Click, Forget, Item, Merge
 from eddyline.ports import LogId, Source, UserEffects, UserQuery, UserRead
 from eddyline.records import ItemRecord
@@ -127,11 +127,15 @@ class Outside:
     def open(self, partition: int) -> None:
         pass
 
-    def publish(self, partition: int, records: Sequence[ItemRecord]) -> None:
-        if self.away:
-            self.away -= 1
-            raise KafkaUnavailable("away")
-        self.published += records
+    def publish(self, records: Mapping[int, Sequence[ItemRecord]]) -> dict[int, EddylineError]:
+        failed: dict[int, EddylineError] = {}
+        for partition, some in records.items():
+            if self.away:
+                self.away -= 1
+                failed[partition] = KafkaUnavailable("away")
+            else:
+                self.published += some
+        return failed
 
 
 class Encoded(MemoryStore):

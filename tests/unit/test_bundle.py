@@ -4,13 +4,16 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from eddyline.errors import BundleError
 from eddyline.events import Item
+from eddyline.records import ATTRIBUTES_BYTES_MAX, attributes_of
 from embeddings import bundle, features
 from embeddings.bundle import Parts
 from embeddings.micro import MicroSettings
@@ -18,6 +21,8 @@ from embeddings.tiles import unit
 
 D, H, LENGTH, N = 16, 24, 20, 30
 ITEMS = [Item(item_id=f"i{n}", title=f"Film {n}", attributes={"year": 1990 + n}) for n in range(N)]
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def draw(*shape: int) -> np.ndarray:
@@ -47,6 +52,7 @@ def parts(**changes: object) -> Parts:
         item_vectors=unit(draw(N, D)),
         item_partitions=np.arange(N) % 4,
         item_offsets=np.arange(N) - 1,
+        item_attributes=[attributes_of(item) if n % 3 else {} for n, item in enumerate(ITEMS)],
         cut={"0": 12, "1": -1},
         measured={"loss": 5.5},
     )  # fmt: skip
@@ -93,6 +99,8 @@ def test_what_is_written_is_loaded(folder: Path) -> None:
     assert loaded.item_partitions.dtype == np.int32
     assert loaded.item_offsets.dtype == np.int64
     np.testing.assert_array_equal(loaded.item_offsets, np.arange(N) - 1)
+    assert list(loaded.item_attributes) == made.item_attributes
+    assert loaded.item_attributes[4] == {"attributes": {"year": 1994}} and loaded.item_attributes[-3] == {}
     assert dict(loaded.cut) == {"0": 12, "1": -1}
     assert dict(loaded.measured) == {"loss": 5.5}
     assert (loaded.rows["i3"], loaded.rows.get("unknown")) == (3, None)
@@ -145,8 +153,59 @@ def test_every_missing_and_every_short_file_is_found(folder: Path) -> None:
 
 
 def test_another_format_version_is_refused_by_its_number(folder: Path) -> None:
-    restate(folder, format_version=2)
-    assert "format version 2, this release reads 1" in refused(folder, "manifest.json")
+    restate(folder, format_version=3)
+    assert "format version 3, this release reads 1 and 2" in refused(folder, "manifest.json")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_golden_bundles_of_every_version(tmp_path: Path, version: int) -> None:
+    with zipfile.ZipFile(GOLDEN / f"bundle-v{version}.zip") as packed:
+        packed.extractall(tmp_path / "g")
+    loaded = bundle.load(tmp_path / "g")
+    assert json.loads((tmp_path / "g" / "manifest.json").read_text())["format_version"] == version
+    assert (loaded.generation, loaded.item_ids) == ("golden", ["i0", "i1", "i2", "i3", "i4"])
+    assert loaded.item_offsets.tolist() == [-1, 0, 1, 2, 3]
+    filled = [
+        {},
+        *({"categories": ["Drama"], "attributes": {"year": 1990 + n}} if n % 2 else {} for n in range(1, 5)),
+    ]
+    assert list(loaded.item_attributes) == ([{}] * 5 if version == 1 else filled)
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "sentence"),
+    [
+        ("item_attribute_ends.npy", np.zeros(N, np.int64), "does not cut"),
+        ("item_attribute_ends.npy", np.arange(N, dtype=np.int64)[::-1].copy(), "does not cut"),
+        ("item_attribute_ends.npy", np.zeros(N - 1, np.int64), "shape"),
+        ("item_attributes.npy", np.zeros(3, np.uint8), "does not cut"),
+    ],
+)
+def test_attributes_that_do_not_fit_are_refused(
+    folder: Path, name: str, array: np.ndarray, sentence: str
+) -> None:
+    replace_array(folder, name, array)
+    with pytest.raises(BundleError, match=sentence):
+        bundle.load(folder)
+
+
+def test_attributes_that_are_none_are_refused(folder: Path) -> None:
+    ends = np.load(folder / "item_attribute_ends.npy")
+    replace_array(folder, "item_attributes.npy", np.full(ends[-1], 0xC1, np.uint8))
+    refused(folder, "item_attributes.npy")
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1, 1_000_000])
+def test_attributes_have_a_limit(tmp_path: Path, more: int) -> None:
+    empty = len(msgspec.msgpack.encode({"tags": ["x" * 70_000]})) - 70_000
+    large = {"tags": ["x" * (ATTRIBUTES_BYTES_MAX - empty + more)]}
+    made = parts(item_attributes=[large, *({} for _ in range(N - 1))])
+    if more > 0:
+        with pytest.raises(BundleError, match="the largest item has"):
+            bundle.write(tmp_path / "g", made)
+        return
+    bundle.write(tmp_path / "g", made)
+    assert bundle.load(tmp_path / "g").item_attributes[0] == large
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "nonsense", '{"format_version": 1}'])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -15,10 +15,11 @@ from unittest.mock import Mock
 import msgspec
 import numpy as np
 import pytest
-from kafka.errors import KafkaTimeoutError, MessageSizeTooLargeError, ProducerFencedError
+from kafka.errors import KafkaTimeoutError, MessageSizeTooLargeError
 
 from eddyline import accept, events
 from eddyline.errors import (
+    EddylineError,
     FenceMoved,
     KafkaUnavailable,
     LogMismatch,
@@ -34,12 +35,11 @@ from eddyline.slots import partition_of
 from eddyline.stores.memory import MemoryStore
 from streams import clicks, dead_letters, items, membership, users
 from streams.applying import Lane
-from streams.chunk import Outcome, PartitionLost
+from streams.chunk import Outcome
 from streams.clicks import ClickIngest
 from streams.dead_letters import KafkaDeadLetters, KafkaForwarder
 from streams.items import ItemIngest
 from streams.positions import Positions
-from streams.publisher import TransactionalPublisher
 from streams.users import UserIngest
 
 LOG = LogId("cluster-a", "topic-1")
@@ -81,8 +81,10 @@ class Outside:
     def open(self, partition: int) -> None:
         pass
 
-    def publish(self, partition: int, records: Sequence[ItemRecord]) -> None:
-        self.published += records
+    def publish(self, records: Mapping[int, Sequence[ItemRecord]]) -> dict[int, EddylineError]:
+        for some in records.values():
+            self.published += some
+        return {}
 
 
 class OneTower:
@@ -618,29 +620,6 @@ def test_what_waiting_may_heal_is_told_from_what_it_cannot(error: Exception, rai
     with pytest.raises(raised):
         sink.flush()
     sink.flush()  # nothing is left over for the next chunk
-
-
-RECORD = ItemRecord("i", 0, 1, 0, 0, None)
-
-
-def test_a_transaction_a_chunk() -> None:
-    publisher, producer = TransactionalPublisher(SETTINGS, "g"), FakeProducer()
-    publisher._producers[0] = producer  # type: ignore[assignment]
-    publisher.publish(0, [RECORD])
-    assert producer.calls == ["begin", "commit"]
-    assert (producer.sent[0][0], producer.sent[0][2]["partition"]) == ("item-vectors.g", 0)
-
-
-@pytest.mark.parametrize(
-    ("error", "raised"),
-    [(ProducerFencedError("f"), PartitionLost), (KafkaTimeoutError("t"), KafkaUnavailable)],
-)
-def test_a_failed_transaction_drops_its_producer(error: Exception, raised: type[Exception]) -> None:
-    publisher, producer = TransactionalPublisher(SETTINGS, "g"), FakeProducer(error)
-    publisher._producers[0] = producer  # type: ignore[assignment]
-    with pytest.raises(raised):
-        publisher.publish(0, [RECORD])
-    assert producer.calls[-1] == "close" and publisher._producers == {}
 
 
 def test_a_name_outlives_its_process_and_is_never_shared(tmp_path: Path) -> None:

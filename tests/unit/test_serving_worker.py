@@ -18,6 +18,7 @@ from kafka.errors import KafkaConnectionError, KafkaTimeoutError
 from eddyline.records import ItemRecord, encode_record
 from eddyline.settings import Settings
 from index.exact import ExactIndex
+from index.filters import Filter, Range
 from serving import presence, replica
 from serving.replica import Replica, load_bundle
 from serving.share import Share
@@ -215,8 +216,15 @@ def test_the_bundle_is_older_than_the_tail() -> None:
         item_partitions=np.array([0, 1], np.int32),
         item_offsets=np.array([-1, 7]),
         item_vectors=np.stack([unit(0), unit(1)]),
+        item_attributes=[{"categories": ["Drama"]}, {"attributes": {"year": 1999}}],
     )
     load_bundle(index, bundle)  # type: ignore[arg-type]
+    for asked, found in (
+        (Filter(categories=frozenset({"Drama"})), ["a"]),
+        (Filter(ranges={"year": Range(1990, 2000)}), ["b"]),
+        (Filter(tags=frozenset({"new"})), []),
+    ):
+        assert [hit.item_id for hit in index.query(unit(0), 2, asked=asked)] == found
     described = index.describe(["a", "b"])
     assert [(hit.offset, hit.written_us) for hit in described if hit] == [(-1, 5_000), (7, 5_000)]
     assert index.apply([ItemRecord("b", 1, 7, 0, 0, None), ItemRecord("a", 0, 0, 0, 0, None)]) == 1

@@ -1,0 +1,102 @@
+"""The items of `make bench-item_visible`, and a generation over them whose answers are known beforehand.
+
+The item tower is that of every generation, with weights drawn by chance: what an item is about (title,
+categories, year) says where it lies. The user tower is the simplest there is: a user's vector is that of the
+item he clicked last. So whoever clicked an anchor is answered with what lies nearest to it.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+
+from eddyline.cli.producers import now_ms
+from eddyline.events import Item
+from eddyline.records import attributes_of
+from embeddings import bundle, features
+from embeddings.bundle import Parts
+from embeddings.features import FeatureSpace
+from embeddings.item_tower import ItemTower
+from embeddings.micro import MicroSettings
+from embeddings.tiles import Floats
+
+D, HIDDEN, HISTORY = 64, 128, 20
+CATEGORIES = [f"category {n}" for n in range(40)]
+_SYLLABLES = "ka lo mi ru te sa no vi pe du ba ze ri fo ghi ju wa ly co ne".split()
+
+
+def item(number: int, about: int = 0, price: int = 0) -> Item:
+    """Item `i<number>`. Another `about` is another title, categories and year; the tower sees no price."""
+    drawn = random.Random(f"{number}/{about}")
+    words = ["".join(drawn.choices(_SYLLABLES, k=3)) for _ in range(3)]
+    attributes: dict[str, str | float | bool] = {"year": drawn.randrange(1950, 2026)}
+    if price:
+        attributes["price"] = price
+    return Item(
+        item_id=f"i{number}", title=" ".join(words), categories=drawn.sample(CATEGORIES, 2),
+        attributes=attributes, at_ms=now_ms() if about or price else 0,
+    )  # fmt: skip
+
+
+def anchor(number: int) -> Item:
+    """An item that somebody clicked; nothing else is about the same."""
+    like = item(-1 - number)
+    return Item(
+        item_id=f"anchor-{number}", title=like.title, categories=like.categories, attributes=like.attributes
+    )
+
+
+def beside(number: int, item_id: str) -> Item:
+    """An item about the very same as an anchor, so it lies where the anchor lies."""
+    like = anchor(number)
+    return Item(
+        item_id=item_id, title=like.title, categories=like.categories, attributes=like.attributes,
+        at_ms=now_ms(),
+    )  # fmt: skip
+
+
+def write(folder: Path, count: int, anchors: int) -> None:
+    """A generation "1" of `count` items and some anchors at `folder`."""
+    rng = np.random.default_rng(7)
+    known = [item(n) for n in range(count)]
+    everything = [*known, *(anchor(n) for n in range(anchors))]
+    space = features.learn_items(known)
+    arrays = _item_arrays(rng, count, space)
+    ids = [one.item_id for one in known]
+    tower = ItemTower(space, {item_id: row for row, item_id in enumerate(ids)}, arrays)
+    n = len(everything)
+    bundle.write(
+        folder,
+        Parts(
+            generation="1", created_ms=now_ms(), item_space=space, item_arrays=arrays, identity_ids=ids,
+            profile_space=features.learn_profiles([{"age": 1}, {"age": 2}]), user_arrays=_user_arrays(),
+            micro=MicroSettings(), item_ids=[one.item_id for one in everything],
+            item_vectors=tower.encode(everything), item_partitions=np.zeros(n, np.int32),
+            item_offsets=np.full(n, -1), item_attributes=[attributes_of(one) for one in everything], cut={},
+            measured={},
+        ),
+    )  # fmt: skip
+
+
+def _item_arrays(rng: np.random.Generator, count: int, space: FeatureSpace) -> dict[str, Floats]:
+    def draw(rows: int, norm: float) -> Floats:
+        return rng.normal(0, norm / D**0.5, (rows, D)).astype(np.float32)
+
+    zeros = np.zeros
+    return {
+        "identity": draw(count, 0.5), "features": draw(space.rows, 1.0), "projection": draw(0, 1.0),
+        "projection_bias": zeros(D, np.float32), "w1": zeros((D, HIDDEN), np.float32),
+        "b1": zeros(HIDDEN, np.float32), "w2": zeros((HIDDEN, D), np.float32), "b2": zeros(D, np.float32),
+    }  # fmt: skip
+
+
+def _user_arrays() -> dict[str, Floats]:
+    """Nothing is added to the newest item's vector."""
+    rows = features.learn_profiles([{"age": 1}, {"age": 2}]).rows
+    shapes = {
+        "query": (D, 2 * D), "query_bias": (2 * D,), "bias": (2, HISTORY), "value": (2 * D, D), "start": (D,),
+        "profile": (rows, D), "w1": (D, HIDDEN), "b1": (HIDDEN,), "w2": (HIDDEN, D), "b2": (D,),
+    }  # fmt: skip
+    return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}

@@ -1,0 +1,124 @@
+"""Item records on their way out: what is a transaction, what errors mean, what it needs of aiokafka."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from importlib.metadata import version
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+from aiokafka.errors import KafkaTimeoutError, ProducerFenced
+from aiokafka.producer import sender
+from aiokafka.producer.producer import AIOKafkaProducer
+from aiokafka.producer.transaction_manager import TransactionManager
+
+from eddyline.errors import EddylineError, KafkaUnavailable
+from eddyline.records import ItemRecord
+from eddyline.settings import Settings
+from streams import publisher
+from streams.chunk import PartitionLost
+from streams.publisher import TransactionalPublisher
+
+RECORD = ItemRecord("i", 0, 1, 0, 0, None)
+SETTINGS = Settings(kafka_bootstrap_servers="127.0.0.1:1", kafka_timeout_ms=1_000)
+
+
+class FakeProducer:
+    """Notes what is asked of it. error: of every record's delivery"""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error, self.calls = error, list[Any]()
+        self._txn_manager = SimpleNamespace(
+            transactional_id=None,
+            maybe_add_partition_to_txn=lambda at: self.calls.append(("add", at.partition)),
+        )
+        self.client = self
+
+    async def send(self, topic: str, value: Any, key: bytes, partition: int) -> Any:
+        self.calls.append(("send", topic, partition))
+        delivery = asyncio.get_running_loop().create_future()
+        if self.error:
+            delivery.set_exception(self.error)
+        else:
+            delivery.set_result(None)
+        return delivery
+
+    async def begin_transaction(self) -> None:
+        assert self._txn_manager.transactional_id
+        self.calls.append("begin")
+
+    async def commit_transaction(self) -> None:
+        self.calls.append("commit")
+
+    async def stop(self) -> None:
+        self.calls.append("stop")
+
+
+def made(settings: Settings, *producers: FakeProducer) -> TransactionalPublisher:
+    result = TransactionalPublisher(settings, "g")
+    for partition, producer in enumerate(producers):
+        result._producers[partition] = producer
+        result._proven_s[partition] = publisher._since_boot_s()
+    return result
+
+
+def test_records_are_sent_under_the_epoch_and_now_and_then_in_a_transaction(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now_s = 1_000.0
+    monkeypatch.setattr(publisher, "_since_boot_s", lambda: now_s)
+    producer = FakeProducer()
+    out = made(msgspec.structs.replace(SETTINGS, items_fence_s=60), producer)
+    sent = ("send", "item-vectors.g", 0)
+    assert out.publish({0: [RECORD, RECORD]}) == {} and producer.calls == [sent, sent]
+    now_s += 59.9
+    producer.calls.clear()
+    assert out.publish({0: [RECORD]}) == {} and producer.calls == [sent]
+    now_s += 0.1
+    producer.calls.clear()
+    assert out.publish({0: [RECORD]}) == {}
+    assert producer.calls == ["begin", sent, "commit", "begin", ("add", 0), "commit"]
+    assert producer._txn_manager.transactional_id is None
+    producer.calls.clear()
+    assert out.publish({0: [RECORD]}) == {} and producer.calls == [sent]
+    out.close()
+    assert producer.calls[-1] == "stop"
+
+
+def test_each_chunk_may_have_a_transaction_of_its_own() -> None:
+    producer = FakeProducer()
+    out = made(msgspec.structs.replace(SETTINGS, items_fence_s=0), producer)
+    for _ in range(2):
+        assert out.publish({0: [RECORD]}) == {}
+    assert producer.calls == ["begin", ("send", "item-vectors.g", 0), "commit"] * 2
+    assert producer._txn_manager.transactional_id == "eddyline-items-g-0"
+    out.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "meant"), [(ProducerFenced("f"), PartitionLost), (KafkaTimeoutError("t"), KafkaUnavailable)]
+)
+def test_a_failure_is_its_partitions_own_and_drops_its_producer(
+    error: Exception, meant: type[EddylineError]
+) -> None:
+    bad, good = FakeProducer(error), FakeProducer()
+    out = made(SETTINGS, bad, good)
+    failed = out.publish({0: [RECORD], 1: [RECORD]})
+    assert {partition: type(why) for partition, why in failed.items()} == {0: meant}
+    assert bad.calls[-1] == "stop" and list(out._producers) == [1]
+    out.close()
+
+
+def test_what_it_needs_of_aiokafka_is_there() -> None:
+    """A new version: read `Sender`, `TransactionManager` and `MessageAccumulator` before this is changed."""
+    assert version("aiokafka") == "0.14.0"
+    TransactionalPublisher(SETTINGS, "g").close()
+    assert sender.BACKOFF_OVERRIDE == publisher._AGAIN_S
+    assert "return BACKOFF_OVERRIDE" in inspect.getsource(sender.AddPartitionsToTxnHandler)
+    assert "self._txn_manager = TransactionManager(" in inspect.getsource(AIOKafkaProducer.__init__)
+    assert "if self.transactional_id is None:\n            return" in inspect.getsource(
+        TransactionManager.maybe_add_partition_to_txn
+    )
