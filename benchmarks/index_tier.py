@@ -4,6 +4,10 @@ N items in the main graph, of which more and more go somewhere else; the same St
 the plain fresh buffer, and with a tier built of that buffer, in turns. Where the index would answer by an
 exact scan (over 35% of the rows fresh) the scan is timed. CPU of the query thread, because the median of it
 is worth something on busy cores, too; recall@100 beside it. N sets the size, FRESH the steps.
+
+LIVE=1 measures it live instead: LIVE_FRESH items have moved and no rebuild has taken them in yet, UPDATES a
+second go on moving, and one query thread asks for SECONDS, with the tier off and then on, built meanwhile by
+a thread of its own at the priority of a worker's.
 """
 
 from __future__ import annotations
@@ -14,13 +18,14 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import copy
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.index import EF, JUDGED, K, World, recall_of
+from benchmarks.index import EF, JUDGED, REBUILD_NICE, K, World, background, recall_of, timed
 from benchmarks.report import report, row
 from eddyline.settings import load
 from index.state import State
@@ -28,6 +33,10 @@ from index.state import State
 N = int(os.environ.get("N", "100000"))
 FRESH = [int(n) for n in os.environ.get("FRESH", "4000,8000,16000,32000,48000,64000").split(",")]
 TURNS, BLOCK = 12, 40
+LIVE = os.environ.get("LIVE") == "1"
+LIVE_FRESH = int(os.environ.get("LIVE_FRESH", "32768"))
+UPDATES = int(os.environ.get("UPDATES", "1000"))
+SECONDS = float(os.environ.get("SECONDS", "20"))
 
 
 def answer(state: State, query: np.ndarray) -> Any:
@@ -58,8 +67,74 @@ def recall(state: State, world: World) -> float:
     return recall_of(found, world.vectors, queries)
 
 
+def under_updates(world: World, tier: bool) -> tuple[list[float], list[float], float, float]:
+    """(ms of each query before the tier was there, and after, seconds until it was, updates a second)."""
+    batch = max(1, UPDATES // 50)
+    scratch = world.vectors.copy()
+    waiting = [world.drawn(batch, False, scratch) for _ in range(int(SECONDS * UPDATES) // batch)]
+    done = 0
+    begun = time.perf_counter()
+
+    def write(stop: threading.Event) -> None:
+        nonlocal done
+        while not stop.is_set() and done < len(waiting):
+            world.index.apply(waiting[done].records)
+            done += 1
+            time.sleep(max(0.0, begun + done * batch / UPDATES - time.perf_counter()))
+
+    def build(stop: threading.Event) -> None:
+        nonlocal built_s
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), REBUILD_NICE)
+        if tier:
+            assert world.index.build_tier()
+            built_s = time.perf_counter() - begun
+
+    built_s = 0.0
+    before, after = list[float](), list[float]()
+    timed(lambda query: world.index.find(query, K), world.queries, 0.3, 0)
+    with background(write), background(build):
+        while time.perf_counter() - begun < SECONDS:
+            some = before if tier and not built_s else after
+            some += timed(lambda query: world.index.find(query, K), world.queries, 0.1, len(some))
+    per_s = done * batch / (time.perf_counter() - begun)
+    for batch_ in waiting[:done]:
+        world.vectors[batch_.at] = batch_.new
+    return before, after, built_s, per_s
+
+
+def live() -> int:
+    """Tier off, then on, with as many fresh items at the beginning; the exit code."""
+    rows = []
+    for tier in (False, True):
+        world = World(N)
+        order = world.rng.permutation(N)
+        for at in range(0, LIVE_FRESH, 500):
+            world.index.apply(world.update(0, small=False, at=order[at : min(LIVE_FRESH, at + 500)]))
+        before, after, built_s, per_s = under_updates(world, tier)
+        stats = world.index.stats()
+        name = "tier on" if tier else "tier off"
+        if tier:
+            rows.append(row("  while the tier is built: p50", float(np.percentile(before, 50)), "ms"))
+            rows.append(row("  while the tier is built: p99", float(np.percentile(before, 99)), "ms"))
+            rows.append(row("  building it took", built_s, "s"))
+        rows += [
+            row(f"{name}, {UPDATES:,} updates/s: p50", float(np.percentile(after, 50)), "ms"),
+            row(f"{name}: p99", float(np.percentile(after, 99)), "ms"),
+            row("  updates applied", per_s, "/s"),
+            row("  in the buffer at the end", stats.fresh, "entries"),
+            row("  in tiers at the end", stats.tiered, "items"),
+            row("  recall@100 right after", recall(world.index._state, world), ""),
+        ]
+        world.index.close()
+    return report(
+        "index_tier_live", rows, Path(load().data_dir) / "bench", n=N, fresh=LIVE_FRESH, updates=UPDATES
+    )
+
+
 def main() -> int:
     """Run and report; the exit code."""
+    if LIVE:
+        return live()
     world = World(N)
     order = world.rng.permutation(N)
     rows, moved, crossing = [], 0, 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,6 +13,21 @@ from index.placement import Placement
 from index.port import Vector
 from index.rows import CAPACITY_MIN, NEVER, Ints
 from index.state import State
+
+# Up to so many records a batch is written in one go: giving way costs some 60 µs of CPU each time.
+AT_ONCE = 64
+# Just long enough that a reader who waits for the interpreter gets it: letting go of it and asking for it
+# again at once wins it back before he has woken up.
+GIVE_WAY_S = 1e-6
+
+
+def give_way() -> None:
+    """Let readers have the interpreter before the writer goes on."""
+    time.sleep(GIVE_WAY_S)
+
+
+def go_on() -> None:
+    """Give no way."""
 
 
 def with_room(state: State, place: Placement, more: int) -> State:
@@ -41,52 +58,63 @@ def undone(state: State) -> State:
     return state._replace(columns=state.columns.compacted(np.arange(state.used), state.used))
 
 
-def applied(
-    state: State, place: Placement, records: Sequence[ItemRecord], vectors: Vector, chosen: Mapping[int, int]
-) -> State:
-    """The State after the records that count.
+class Changes(NamedTuple):
+    """What of a batch counts, each item once.
 
-    vectors: those of the records that carry one; chosen: label -> place of its record among the records
+    labels (n,), stamps (n, 4) as of `port.stamps_of`, vectors (n, d), attributes: of the upserts
+    out: labels of the retired
     """
-    labels, kept = np.array(list(chosen), np.int64), [records[at] for at in chosen.values()]
+
+    labels: Ints
+    stamps: Ints
+    vectors: Vector
+    attributes: Sequence[Mapping[str, Any]]
+    out: Ints
+
+
+def chosen(
+    records: Sequence[ItemRecord], vectors: Vector, stamps: Ints, labels: Ints, places: Ints
+) -> Changes:
+    """The changes of the records that count.
+
+    vectors: those of the records that carry one; stamps: of all; labels: of the records at `places`
+    """
     out = labels[:0]
     if len(vectors) < len(records):
-        lives = np.array([record.vector is not None for record in kept], bool)
+        carries = np.array([record.vector is not None for record in records], bool)
+        lives = carries.take(places)
         # The place of a record among those that carry a vector.
-        places = np.cumsum([record.vector is not None for record in records]) - 1
-        vectors = vectors[places[np.array(list(chosen.values()), np.int64)[lives]]]
-        kept = [record for record in kept if record.vector is not None]
-        labels, out = labels[lives], labels[~lives]
-    elif len(kept) < len(records):
-        vectors = vectors[list(chosen.values())]
-    return write(with_room(state, place, len(kept)), place, labels, kept, vectors, out)
+        vectors = vectors.take((np.cumsum(carries) - 1).take(places[lives]), axis=0)
+        out, labels, places = labels[~lives], labels[lives], places[lives]
+    elif len(places) < len(records):
+        vectors = vectors.take(places, axis=0)
+    if len(places) < len(records):
+        stamps, records = stamps.take(places, axis=0), [records[at] for at in places.tolist()]
+    return Changes(labels, stamps, vectors, [record.attributes for record in records], out)
 
 
-def write(
-    state: State, place: Placement, labels: Ints, records: Sequence[ItemRecord], vectors: Vector, out: Ints
-) -> State:
-    """The State after some upserts and retires; it has room for them, see `with_room`.
+def applied(state: State, place: Placement, changes: Changes, give_way: Callable[[], None]) -> State:
+    """The State after some upserts and retires. give_way: is called between its parts."""
+    return write(with_room(state, place, len(changes.labels)), place, changes, give_way)
 
-    labels (n,), records, vectors (n, d): of the upserts, each item once; out: labels of the retired
-    """
+
+def write(state: State, place: Placement, changes: Changes, give_way: Callable[[], None]) -> State:
+    """`applied`, where there is room."""
+    labels, stamps, vectors, attributes, out = changes
     table, start, n, seq = state.table, state.used, len(labels), state.seq + 1
-    before = state.row_of.take(labels)
+    before = state.row_of[labels]
     if n:
         # What no row ever stood for is named when its first one is written.
         first = labels[before < 0]
         if len(first):
             state.names[first] = [state.ids[label] for label in first.tolist()]
-        facts = np.empty((n, 4), np.int64)
-        facts[:, 0] = labels
-        facts[:, 1] = [record.at_ms for record in records]
-        facts[:, 2] = [record.written_us for record in records]
-        facts[:, 3] = [record.offset for record in records]
-        table.write(start, vectors, facts, before)
-        state.columns.append(start, [record.attributes for record in records])
+        table.write(start, vectors, labels, stamps, before)
+        state.columns.append(start, attributes)
     # What is replaced dies with this State; what was dead already, or never was (-1), stays dead.
     gone = np.concatenate((before, state.row_of[out])) if len(out) else before
     gone = gone[table.died_at[gone] > state.seq]
     table.died_at[gone] = seq
+    give_way()
     fresh_count = state.fresh_count
     rows = np.arange(start, start + n)
     if state.graphs:

@@ -69,6 +69,8 @@ class Columns:
 
     def append(self, first: int, attributes: Sequence[Mapping[str, Any]]) -> None:
         """The attributes of the rows `first`, `first` + 1, …"""
+        if not any(attributes):
+            return
         for row, of_item in enumerate(attributes, first):
             if not of_item:
                 continue

@@ -18,6 +18,7 @@ from index.port import (
     check_kinds,
     check_query,
     stack_vectors,
+    stamps_of,
     watermarks_after,
     winners,
 )
@@ -56,7 +57,7 @@ class ExactIndex:
                 if before is None or record.offset > before.offset:
                     self._records[item_id] = record
                     counted += 1
-            self._watermarks = watermarks_after(self._watermarks, [*records, *others])
+            self._watermarks = watermarks_after(self._watermarks, stamps_of([*records, *others]))
             self._applied += counted
             self._ignored += len(records) - counted
             return counted

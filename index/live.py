@@ -32,6 +32,7 @@ from index.port import (
     check_kinds,
     check_query,
     stack_vectors,
+    stamps_of,
     watermarks_after,
 )
 from index.rebuild import Rebuilder
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 # So many of the newest items are kept in order until the next write; a call that needs more sorts anew.
 NEWEST_KEPT = 512
+
 
 Build = Callable[[Ints, Vector, threading.Event], Main | None]
 
@@ -96,7 +98,7 @@ class LiveIndex:
             row_of=np.full(CAPACITY_MIN, -1), names=np.full(CAPACITY_MIN, None), graphs=(), standing=(),
             fresh=Fresh.of(1, *_none(dimension)), fresh_count=0, watermarks={}, columns=Columns(),
         )  # fmt: skip
-        self._versions = Versions(self._state.ids, self._state.label_of, [])
+        self._versions = Versions(self._state.ids, self._state.label_of, np.empty(0, np.int64))
         # The State that this order belongs to, and the order; replaced as one.
         self._newest: tuple[State | None, list[Hit]] = (None, [])
 
@@ -223,22 +225,29 @@ class LiveIndex:
             except VectorRejected:
                 self._rejected += 1
                 raise
-            chosen = self._versions.newer(records)
-            after = watermarks_after(self._state.watermarks, [*records, *others])
+            give_way = batch.give_way if len(records) > batch.AT_ONCE else batch.go_on
+            give_way()
+            stamps = stamps_of(records)
+            after = watermarks_after(self._state.watermarks, stamps)
+            if others:
+                after = watermarks_after(after, stamps_of(others))
             state = self._state._replace(watermarks=after)
+            labels, places = self._versions.newer([record.item_id for record in records], stamps[:, 3])
             try:
-                if chosen:
-                    state = batch.applied(state, self._placement, records, vectors, chosen)
+                give_way()
+                if len(labels):
+                    changes = batch.chosen(records, vectors, stamps, labels, places)
+                    state = batch.applied(state, self._placement, changes, give_way)
                 self._state = state
             except BaseException:
                 self._versions.undo()
                 # Who stands where is not known any more: exact until the next rebuild, which is due now.
                 self._state = self._placement.without_graphs(batch.undone(self._state))
                 raise
-            self._applied += len(chosen)
-            self._ignored += len(records) - len(chosen)
+            self._applied += len(labels)
+            self._ignored += len(records) - len(labels)
             self._wake()
-            return len(chosen)
+            return len(labels)
 
     def contents(self) -> Contents:
         """All that it holds now, for a snapshot. Takes the write lock for a moment."""

@@ -58,17 +58,22 @@ class Built:
         found[~kept] = state.table.gather(graph.rows[entries[~kept]])
         return found
 
-    def remember(self, entries: Ints, vectors: Vector) -> None:
-        """Keep the vectors that some entries were built with, where they are not kept already."""
-        first = self.drift_at[entries] < 0
-        n = int(np.count_nonzero(first))
+    def remember(self, entries: Ints, then: Vector, now: Vector) -> None:
+        """Keep the vectors that some entries were built with, where they turn now for the first time."""
+        first = (self.drift_at[entries] < 0).nonzero()[0]
+        if not len(first):
+            return
+        then = then[first]
+        turned = (then != now[first]).any(axis=1)
+        entries, then = entries[first[turned]], then[turned]
+        n = len(entries)
         if not n:
             return
         if self.drifts + n > len(self.drifted):
             room = max(CAPACITY_MIN, self.drifts + n)
             self.drifted = np.concatenate((self.drifted, np.empty((room, self.drifted.shape[1]), np.float32)))
-        self.drift_at[entries[first]] = np.arange(self.drifts, self.drifts + n)
-        self.drifted[self.drifts : self.drifts + n] = vectors[first]
+        self.drift_at[entries] = np.arange(self.drifts, self.drifts + n)
+        self.drifted[self.drifts : self.drifts + n] = then
         self.drifts += n
 
 
@@ -113,29 +118,29 @@ class Placement:
 
     def place(self, state: State, labels: Ints, new: Vector, rows: Ints) -> int:
         """Stand each label for its new row, written already; returns the fresh buffer's new count."""
-        home = self.home.take(labels)
+        home = self.home[labels]
         moving = np.ones(len(labels), bool)
         for graph in state.graphs:
-            mine = np.flatnonzero(home == graph.number)
+            mine = (home == graph.number).nonzero()[0]
             if len(mine):
                 built, entries, now = self.built[graph.number], self.entry[labels[mine]], new[mine]
                 then = built.vectors(state, graph, entries)
                 close = np.einsum("ij,ij->i", then, now) >= GATE_COSINE
-                if not close.all():
-                    built.standing -= len(close) - int(np.count_nonzero(close))
+                left = len(close) - int(np.count_nonzero(close))
+                if left:
+                    built.standing -= left
                     mine, entries, now, then = mine[close], entries[close], now[close], then[close]
-                turned = (then != now).any(axis=1)
-                built.remember(entries[turned], then[turned])
+                built.remember(entries, then, now)
                 graph.rows[entries] = rows[mine]
                 moving[mine] = False
         fresh, count = state.fresh, state.fresh_count
-        in_fresh = np.flatnonzero(home == FRESH)
+        in_fresh = (home == FRESH).nonzero()[0]
         if len(in_fresh):
             entries = self.entry[labels[in_fresh]]
             same = (fresh.vectors[entries] == new[in_fresh]).all(axis=1)
             fresh.rows[entries[same]] = rows[in_fresh[same]]
             moving[in_fresh[same]] = False
-        at = np.flatnonzero(moving)
+        at = moving.nonzero()[0]
         end = count + len(at)
         if len(at):
             fresh.vectors[count:end] = new[at]
@@ -188,8 +193,7 @@ class Placement:
         rows[changed[~close]] = -1
         stands = np.flatnonzero(rows >= 0)
         new = Built(labels, len(stands), np.full(len(labels), -1), frozen.vectors[:0].copy())
-        turned = close & (now != then).any(axis=1)
-        new.remember(changed[turned], then[turned])
+        new.remember(changed[close], then[close], now[close])
         home[labels[stands]] = number
         old = [self._without_moved(graph, home) for graph in state.graphs if graph.number not in replaced]
         kept = [(graph, built) for graph, built in old if built.standing or not first]

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -45,6 +46,8 @@ class Hit(NamedTuple):
 
 
 _hit: Callable[[Iterable[object]], Hit] = partial(tuple.__new__, Hit)
+_shape_of = attrgetter("shape")
+_stamps_of = attrgetter("partition", "at_ms", "written_us", "offset")
 
 
 class Found:
@@ -222,20 +225,19 @@ def check_query(vector: Vector, dimension: int) -> None:
 
 def stack_vectors(records: Sequence[ItemRecord], dimension: int) -> Vector:
     """float32 (n, d) of the records with vectors; raises VectorRejected, naming the first bad one."""
-    vectors, shape = [record.vector for record in records if record.vector is not None], (dimension,)
+    vectors = [record.vector for record in records if record.vector is not None]
     if not vectors:
         return np.empty((0, dimension), np.float32)
-    if not all([vector.shape == shape for vector in vectors]):
-        at = [record.vector is None or record.vector.shape == shape for record in records].index(False)
-        found = getattr(records[at].vector, "shape", None)
-        raise VectorRejected(
-            f"item {records[at].item_id!r}: shape {found}, the index has dimension {dimension}"
-        )
+    shapes = set(map(_shape_of, vectors))
+    if shapes != {(dimension,)}:
+        bad = next(r for r in records if r.vector is not None and r.vector.shape != (dimension,))
+        found = getattr(bad.vector, "shape", None)
+        raise VectorRejected(f"item {bad.item_id!r}: shape {found}, the index has dimension {dimension}")
     rows = np.concatenate(vectors).astype(np.float32, copy=False).reshape(len(vectors), dimension)
     squares = np.einsum("ij,ij->i", rows, rows)
     # A comparison with NaN is false, so this catches NaN and infinity as well.
     good = np.abs(squares - 1.0) <= 2 * NORM_ERROR_MAX
-    if not good.all():
+    if np.count_nonzero(good) < len(good):
         at = int(np.argmin(good))
         norm = float(np.sqrt(squares[at]))
         what = f"norm {norm:.6g}, must be 1" if np.isfinite(norm) else "holds NaN or infinity"
@@ -252,20 +254,22 @@ def check_kinds(records: Sequence[ItemRecord], *, retired: bool) -> None:
             raise ValueError(f"item {record.item_id!r} {what}")
 
 
+def stamps_of(records: Sequence[ItemRecord]) -> npt.NDArray[np.int64]:
+    """int64 (n, 4): partition, at_ms, written_us and offset of each."""
+    return np.array(list(map(_stamps_of, records)), np.int64).reshape(len(records), 4)
+
+
 def watermarks_after(
-    watermarks: Mapping[int, Watermark], records: Sequence[ItemRecord]
+    watermarks: Mapping[int, Watermark], stamps: npt.NDArray[np.int64]
 ) -> dict[int, Watermark]:
-    """The watermarks once these records have been applied or ignored."""
+    """The watermarks once records with these stamps, see `stamps_of`, have been applied or ignored."""
     after = dict(watermarks)
-    by_partition: dict[int, list[ItemRecord]] = {}
-    for record in records:
-        by_partition.setdefault(record.partition, []).append(record)
-    for partition, some in by_partition.items():
+    for partition in set(stamps[:, 0].tolist()):
+        some = stamps[stamps[:, 0] == partition]
         old = after.get(partition, NO_WATERMARK)
+        at_ms, written_us, offset = np.maximum.reduce(some, axis=0)[1:].tolist()
         after[partition] = Watermark(
-            max(old.offset, max([record.offset for record in some])),
-            max(old.at_ms, max([record.at_ms for record in some])),
-            max(old.written_us, max([record.written_us for record in some])),
+            max(old.offset, offset), max(old.at_ms, at_ms), max(old.written_us, written_us)
         )
     return after
 

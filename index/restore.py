@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from operator import itemgetter
 
 import numpy as np
 
 from index.columns import Columns
-from index.rows import CAPACITY_MIN, ROOM_SHARE, Rows
+from index.rows import CAPACITY_MIN, ROOM_SHARE, Ints, Rows
 from index.snapshot import Contents
 from index.state import State
 
 
-def taken(state: State, versions: Sequence[int]) -> Contents:
+def taken(state: State, versions: Ints) -> Contents:
     """All that is live in a State, and the versions of what was deleted. versions: label -> its version."""
     table, ids = state.table, state.ids
     rows = table.alive(state.used, state.seq)
@@ -25,14 +24,14 @@ def taken(state: State, versions: Sequence[int]) -> Contents:
         ids=[ids[label] for label in (*labels.tolist(), *gone.tolist())],
         vectors=table.gather(rows),
         facts=table.facts[rows, 1:],
-        deleted=np.array(versions, np.int64)[gone],
+        deleted=versions[gone],
         # In the order of their names: the same contents are the same bytes.
         columns=sorted(state.columns.compacted(rows, state.used).items(len(rows)), key=itemgetter(0)),
         watermarks=dict(state.watermarks),
     )
 
 
-def given(state: State, contents: Contents) -> tuple[State, list[int]]:
+def given(state: State, contents: Contents) -> tuple[State, Ints]:
     """(an empty State filled with these contents, the version of each label).
 
     The vectors stay where they lie, in the mapped file: workers on one machine share them. Raises ValueError
@@ -63,4 +62,4 @@ def given(state: State, contents: Contents) -> tuple[State, list[int]]:
         watermarks=dict(contents.watermarks),
         columns=columns,
     )
-    return after, [*contents.facts[:, 2].tolist(), *contents.deleted.tolist()]
+    return after, np.concatenate((contents.facts[:, 2], contents.deleted))

@@ -119,13 +119,18 @@ class Rows:
             floor = np.float32(floor - slack(query))
         return np.flatnonzero(scores >= floor) if floor > -np.inf else np.flatnonzero(scores > floor)
 
-    def write(self, start: int, vectors: Vector, facts: Ints, before: Ints) -> None:
-        """Fill the rows `start`, `start` + 1, …, which no State counts yet; see the arrays of these names."""
+    def write(self, start: int, vectors: Vector, labels: Ints, stamps: Ints, before: Ints) -> None:
+        """Fill the rows `start`, `start` + 1, …, which no State counts yet.
+
+        stamps: int64 (n, 4), as of `port.stamps_of`; the others: see the arrays of these names
+        """
         end, first = start + len(vectors), len(self.base)
         # Before anything that a reader looks at names one of these rows.
         self.written = end
         self.own[start - first : end - first] = vectors
-        self.facts[start:end] = facts
+        facts = self.facts[start:end]
+        facts[:] = stamps  # the partition of a record is not kept
+        facts[:, 0] = labels
         self.before[start:end] = before
 
     def compacted(self, count: int, seq: int, room: int) -> tuple[Rows, Ints]:

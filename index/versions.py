@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from eddyline.records import ItemRecord
+import numpy as np
+
+from index.rows import CAPACITY_MIN, Ints
+
+# Below every version that a record can carry.
+UNKNOWN = np.iinfo(np.int64).min
 
 
 class Versions:
@@ -13,40 +18,66 @@ class Versions:
     ids and label_of are the State's own: appended to here, before a State counts what was appended.
     """
 
-    def __init__(self, ids: list[str], label_of: dict[str, int], offsets: list[int]) -> None:
+    def __init__(self, ids: list[str], label_of: dict[str, int], offsets: Ints) -> None:
+        """offsets: int64 (n,), those of the labels that there are."""
         self.ids = ids
         self.label_of = label_of
-        self.offsets = offsets
-        self._before: dict[int, int] = {}
-        self._known = len(offsets)
+        self._offsets = offsets
+        # What `undo` puts back: how many labels there were, and the versions of those that were set.
+        self._known = len(ids)
+        self._set: tuple[Ints, Ints] = (offsets[:0], offsets[:0])
 
-    def newer(self, records: Sequence[ItemRecord]) -> dict[int, int]:
-        """label -> the place of its newest record among these, no-ops left out."""
-        chosen: dict[int, int] = {}
-        offsets, label_of = self.offsets, self.label_of
-        before = self._before = {}
-        self._known = len(offsets)
-        for at, record in enumerate(records):
-            label = label_of.get(record.item_id)
-            offset = record.offset
-            if label is None:
-                label = len(offsets)
-                self.ids.append(record.item_id)
-                offsets.append(offset)
-                label_of[record.item_id] = label
-            elif offset > offsets[label]:
-                before.setdefault(label, offsets[label])
-                offsets[label] = offset
-            else:
-                continue
-            chosen[label] = at
-        return chosen
+    @property
+    def offsets(self) -> Ints:
+        """int64 (n,): the version of every label, to be read under the lock."""
+        return self._offsets[: len(self.ids)]
+
+    def newer(self, item_ids: Sequence[str], offsets: Ints) -> tuple[Ints, Ints]:
+        """(labels, the place of the newest record of each among these), no-ops left out, by place.
+
+        item_ids, offsets (n,): of the records
+        """
+        self._known = len(self.ids)
+        found = list(map(self.label_of.get, item_ids))
+        if None in found:
+            self._name(found, item_ids)
+        labels = np.array(found, np.int64)
+        before = self._offsets[labels]
+        places = (offsets > before).nonzero()[0]
+        if len(set(found)) < len(found):
+            places = _newest_of_each(labels, offsets, places)
+        labels = labels[places]
+        self._set = (labels, before[places])
+        self._offsets[labels] = offsets[places]
+        return labels, places
 
     def undo(self) -> None:
         """Take the last `newer` back: its records were not written, and must not count as old next time."""
+        labels, before = self._set
+        self._offsets[labels] = before
         for item_id in self.ids[self._known :]:
             del self.label_of[item_id]
-        del self.ids[self._known :], self.offsets[self._known :]
-        for label, offset in self._before.items():
-            if label < self._known:
-                self.offsets[label] = offset
+        del self.ids[self._known :]
+
+    def _name(self, found: list[int | None], item_ids: Sequence[str]) -> None:
+        """Give a label to every item that has none."""
+        for at, label in enumerate(found):
+            if label is None:
+                item_id, more = item_ids[at], len(self.ids)
+                # The same item may be there twice.
+                found[at] = self.label_of.get(item_id, more)
+                if found[at] == more:
+                    self.ids.append(item_id)
+                    self.label_of[item_id] = more
+        if len(self.ids) > len(self._offsets):
+            room = np.full(max(CAPACITY_MIN, 2 * len(self.ids)) - self._known, UNKNOWN)
+            self._offsets = np.concatenate((self._offsets[: self._known], room))
+        self._offsets[self._known : len(self.ids)] = UNKNOWN
+
+
+def _newest_of_each(labels: Ints, offsets: Ints, places: Ints) -> Ints:
+    """Of some places one for each label: that of the highest offset, the first one where equal."""
+    order = places[np.lexsort((places, -offsets[places], labels[places]))]
+    first = np.ones(len(order), bool)
+    first[1:] = labels[order[1:]] != labels[order[:-1]]
+    return np.sort(order[first])

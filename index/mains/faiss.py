@@ -71,7 +71,9 @@ class FaissMain:
     def search(self, query: Vector, fetch: int, breadth: int = 0) -> Ints | None:
         """See `graphs.Main.search`; releases the interpreter while it searches."""
         faiss.omp_set_num_threads(1)  # it holds for the calling thread only
-        k = min(len(self._labels), fetch * self._over_fetch)
+        # Where scores are rounded the best may be anywhere among all that the search is wide enough for.
+        named = fetch if self._over_fetch == 1 else self._over_fetch * max(fetch, breadth)
+        k = min(len(self._labels), named)
         _, places = self._index.search(query[np.newaxis], k, params=self._parameters(max(fetch, breadth)))
         found = places[0][places[0] >= 0]  # -1 where the lists that were looked at hold fewer
         return None if self._whole and len(found) < k else self._labels[found]
@@ -170,7 +172,7 @@ class FaissIvfPq(FaissIvf):
         _train_with(index.cp)
         _train_with(index.pq.cp)
         size = (parts + 8) * n + 4 * d * lists + (4 * d << PQ_BITS)
-        return Plan(index, lambda _: size, self._probes(lists), over_fetch=3, whole=False)
+        return Plan(index, lambda _: size, self._probes(lists), over_fetch=2, whole=False)
 
 
 class FaissHnsw(_Faiss):

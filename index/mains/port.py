@@ -36,6 +36,6 @@ class MainIndex(Protocol):
 
         labels:  int64 (n,), n >= 1, unique; vectors: float32 (n, d), unit norm, in the same order
         Returns None where `stop` was set meanwhile. Where n is too small to train what is set, less is
-        trained. The `Main` keeps one rule more than `search` says: a larger `fetch` is a wider search, so
-        asking for more candidates is how recall is raised, be it called ef, nprobe or search_k.
+        trained. The `Main` keeps one rule more than `search` says: a larger `breadth` is a wider search and
+        finds more, be it called ef, nprobe or search_k.
         """

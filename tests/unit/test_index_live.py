@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from eddyline.records import ItemRecord
+from index import batch
 from index.exact import ExactIndex
 from index.hnsw import HnswIndex
 from index.live import LiveIndex
@@ -265,3 +266,26 @@ def test_where_all_that_is_near_was_replaced_the_search_looks_wider() -> None:
         assert asked == [50, 50 * 2_000 // 1_930, 200]
     finally:
         index.close()
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1, 1_000])
+def test_a_large_batch_gives_way_to_readers(monkeypatch: pytest.MonkeyPatch, more: int) -> None:
+    index = HnswIndex(D)
+    pauses: list[float] = []
+    monkeypatch.setattr("index.batch.time.sleep", pauses.append)
+    n = batch.AT_ONCE + more
+    assert index.apply(records(units(n, D, 15))) == n
+    assert len(pauses) == (3 if more > 0 else 0)
+    assert len(index.query(POOL[0], n)) == n
+
+
+def test_of_an_item_that_is_in_a_batch_several_times_the_highest_offset_counts() -> None:
+    index, oracle = HnswIndex(D), ExactIndex(D)
+    rng = np.random.default_rng(16)
+    for _ in range(20):
+        some = [
+            ItemRecord(f"i{n}", 0, int(offset), 0, at, POOL[at] if offset % 5 else None)
+            for at, (n, offset) in enumerate(zip(rng.integers(12, size=40), rng.integers(60, size=40)))
+        ]
+        assert index.apply(some) == oracle.apply(some)
+        assert index.query(POOL[0], 20) == oracle.query(POOL[0], 20)

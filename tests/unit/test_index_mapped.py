@@ -92,7 +92,7 @@ def test_a_base_of_which_less_than_half_lives_is_given_up(tmp_path: Path) -> Non
 def test_the_limit_of_half(dead: int, kept: bool) -> None:
     base = units(10, 1)
     rows = Rows(4, D, base)
-    rows.write(10, units(2, 2), np.ones((2, 4), np.int64), np.full(2, -1))
+    rows.write(10, units(2, 2), np.ones(2, np.int64), np.ones((2, 4), np.int64), np.full(2, -1))
     rows.died_at[:dead] = 1
     after, old = rows.compacted(12, 1, 3)
     assert (after.base is base) == kept
