@@ -201,11 +201,20 @@ class Replica:
                 self._look(consumer, partitions)
                 look_at = time.monotonic() + LOOK_S
             polled = consumer.poll(timeout_ms=POLL_MS)
-            for batch in polled.values():
+            for partition, batch in polled.items():
                 self._apply(batch)
-            for partition in partitions:
-                self._positions[partition] = consumer.position(partition, timeout_ms=LOOK_TIMEOUT_MS)
+                self._positions[partition] = batch[-1].offset + 1
+            if not (polled and self._caught_up.is_set()):
+                self._reposition(consumer, partitions)
             self._check_caught_up()
+
+    def _reposition(self, consumer: Any, partitions: Sequence[TopicPartition]) -> None:
+        """Where the consumer is: behind the last record there may be marks of transactions, which it skips.
+
+        Not after every poll: each position is a call into kafka-python's own thread, and new records wait.
+        """
+        for partition in partitions:
+            self._positions[partition] = consumer.position(partition, timeout_ms=LOOK_TIMEOUT_MS)
 
     def _partitions(self, consumer: Any) -> Sequence[int]:
         found = consumer.partitions_for_topic(self._topic)

@@ -189,6 +189,9 @@ class TransactionalPublisher:
 
 async def _end(producer: AIOKafkaProducer) -> None:
     """Let go of a producer, whatever state it is in."""
+    ending = producer._txn_manager.wait_for_transaction_end()
+    if ending is not None and ending.done() and not ending.cancelled():
+        ending.exception()  # told already; asyncio would tell it once more
     try:
         await asyncio.wait_for(producer.stop(), _CLOSE_S)
     except (KafkaError, TimeoutError) as error:

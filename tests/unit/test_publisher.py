@@ -33,6 +33,7 @@ class FakeProducer:
         self.error, self.calls = error, list[Any]()
         self._txn_manager = SimpleNamespace(
             transactional_id=None,
+            wait_for_transaction_end=lambda: None,
             maybe_add_partition_to_txn=lambda at: self.calls.append(("add", at.partition)),
         )
         self.client = self
