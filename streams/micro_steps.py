@@ -74,7 +74,7 @@ class MicroSteps:
 
     def _forward(self, steps: Sequence[Step], profiles: Mapping[str, Mapping[str, object]]) -> Vectors:
         items = self._towers.item_vectors
-        histories = [items[list(step.history)] for step in steps]
+        histories = [items.take(step.history, axis=0) for step in steps]
         return self._towers.user_tower.encode(histories, [profiles.get(s.user_id, {}) for s in steps])
 
     def _round(
