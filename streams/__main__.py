@@ -53,6 +53,9 @@ log = logging.getLogger(__name__)
 
 # Chunks are made of many small objects without cycles; the usual (700, 10, 10) looks for some all the time.
 _GARBAGE = (50_000, 20, 100)
+# One script with this many clicks of one partition takes 0.4 ms of Redis, where 256 take 1.6; the partitions
+# together fill a chunk all the same, so it costs nothing.
+_PART_MAX = 64
 # A stop that takes longer than this is no good stop: the fences make a hard one harmless.
 _STOP_S_MAX = 10.0
 _TALKATIVE = ("aiokafka", "aiokafka.consumer.fetcher", "aiokafka.consumer.group_coordinator", "aiokafka.conn")
@@ -193,6 +196,7 @@ def _lanes(
             counts=by_clicks.counts,
             quick=True,
             many=by_clicks.ingest_many,
+            part_max=_PART_MAX,
         ),
         Lane(topic(kafka.USERS), by_users, people, quick=True),
         Lane(topic(kafka.ITEMS), by_items, goods, before_open=publisher.open, many=by_items.ingest_many),

@@ -12,7 +12,8 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -52,6 +53,7 @@ class Lane:
     counts:      of clicks, where effects of a chunk may wait for more
     quick:       small chunks take some milliseconds, so they may run in the event loop itself
     many:        applies chunks of several partitions together; what `ingest` would raise is in its place
+    part_max:    so many records of one partition are applied at once at most; None: as many as a chunk has
     seconds:     spent on applying; waits: how often a server was waited for, wait_s: how long next time
     queued:      chunks that wait for this lane's turn
     """
@@ -63,6 +65,7 @@ class Lane:
     counts: ClickCounts | None = None
     quick: bool = False
     many: Callable[[Sequence[Part]], list[Outcome | Exception]] | None = None
+    part_max: int | None = None
     outcome: Outcome = field(default_factory=Outcome)
     chunks: int = 0
     rewinds: int = 0
@@ -163,7 +166,8 @@ class Applier:
         try:
             async for haul in stream.noack():
                 for chunk in haul:
-                    await self._queue.put(chunk)
+                    for piece in _pieces(chunk, self._lane.part_max):
+                        await self._queue.put(piece)
         finally:
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)
@@ -181,24 +185,30 @@ class Applier:
             self._end(error)
 
     def take(self) -> list[list[Chunk]]:
-        """The chunks to apply now, by partition, in order; together no more records than one may have."""
+        """The chunks to apply now, by partition, in order; together no more records than one may have.
+
+        Nor more of one partition than the lane's `part_max`.
+        """
         while len(self._held) < 2 * QUEUE_CHUNKS and not self._queue.empty():
             self._held.append(self._queue.get_nowait())
         taken: dict[TP, list[Chunk]] = {}
         rest: list[Chunk] = []
         full: set[TP] = set()
-        room = self._app.chunk_records_max
+        whole = room = self._app.chunk_records_max
+        rooms: defaultdict[TP, int] = defaultdict(lambda: self._lane.part_max or whole)
         for chunk in self._held:
             # What comes after a dropped chunk goes with it, though the partition may be ours again by now.
             if chunk.epoch <= self._dropped.get(chunk.at, -1) or not self._app.lane.is_current(chunk):
                 self._dropped[chunk.at] = max(chunk.epoch, self._dropped.get(chunk.at, -1))
                 continue  # it is read again after a seek, or was lost
-            if chunk.at in full or (taken and len(chunk.records) > room):
+            size = len(chunk.records)
+            if chunk.at in full or (taken and size > room) or (chunk.at in taken and size > rooms[chunk.at]):
                 rest.append(chunk)
                 full.add(chunk.at)
             else:
                 taken.setdefault(chunk.at, []).append(chunk)
-                room -= len(chunk.records)
+                room -= size
+                rooms[chunk.at] -= size
         self._held = rest
         return list(taken.values())
 
@@ -272,6 +282,15 @@ class Applier:
         self._app.waiting(error, self._lane.wait_s)
         await asyncio.sleep(self._lane.wait_s)
         self._lane.wait_s = min(2 * self._lane.wait_s, self._backoff_s_max)
+
+
+def _pieces(chunk: Chunk, size: int | None) -> Iterator[Chunk]:
+    """A chunk in pieces of at most so many records."""
+    if size is None or len(chunk.records) <= size:
+        yield chunk
+        return
+    for start in range(0, len(chunk.records), size):
+        yield Chunk(chunk.at, chunk.records[start : start + size], chunk.epoch, chunk.read_us)
 
 
 def _joined(chunks: Sequence[Chunk]) -> Chunk:

@@ -22,8 +22,8 @@ from streams.positions import Positions
 
 # Popularity may lag by this much; query workers read the popular list less often than this.
 COUNT_S = 0.25
-# As many events of a partition are counted at once at most: one script stays under 2 ms.
-COUNTED_MAX = 1_024
+# So many events of a partition are not left waiting: their script takes 0.4 ms, where that of 1,024 took 2.
+COUNTED_MAX = 128
 Event = tuple[Record, Click | Merge | Forget]
 
 

@@ -13,7 +13,7 @@ import pytest
 from faust.types import TP
 
 from eddyline.errors import FenceMoved, StoreUnavailable
-from streams.applying import QUEUE_CHUNKS, Applier, Lane, in_thread
+from streams.applying import QUEUE_CHUNKS, Applier, Lane, _pieces, in_thread
 from streams.chunk import Outcome, Part
 from streams.lane import Chunk
 
@@ -107,13 +107,16 @@ def test_small_chunks_of_a_quick_lane_run_in_the_loop_itself_and_never_beside_it
     asyncio.run(run())
 
 
-def taken(chunks: list[Chunk], stale: int = -1) -> tuple[list[list[Chunk]], list[Chunk]]:
+def taken(
+    chunks: list[Chunk], stale: int = -1, part_max: int | None = None
+) -> tuple[list[list[Chunk]], list[Chunk]]:
     """(what is applied now, what waits for the next time)."""
 
     async def run() -> tuple[list[list[Chunk]], list[Chunk]]:
         app = Works()
         app.lane.stale = {stale}
-        apply = applier(Lane("clicks", Busy(), ThreadPoolExecutor(1)), app)  # type: ignore[arg-type]
+        lane = Lane("clicks", Busy(), ThreadPoolExecutor(1), part_max=part_max)  # type: ignore[arg-type]
+        apply = applier(lane, app)
         apply._held = list(chunks)
         return apply.take(), apply._held
 
@@ -135,6 +138,39 @@ def test_together_they_have_no_more_records_than_one_chunk_may_have(sizes: list[
 def test_a_partition_whose_chunk_has_no_room_waits_with_its_later_ones() -> None:
     chunks = [chunk(0, 6), chunk(1, 6), chunk(1, 1), chunk(0, 1), chunk(2, 1)]
     assert taken(chunks) == ([[chunks[0], chunks[3]], [chunks[4]]], [chunks[1], chunks[2]])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "now", "later"),
+    [
+        ([3], 1, 0),
+        ([4], 1, 0),
+        ([5], 1, 0),
+        ([2, 1], 2, 0),
+        ([2, 2], 2, 0),
+        ([2, 3], 1, 1),
+        ([4, 1, 1], 1, 2),
+    ],
+)
+def test_a_lane_applies_no_more_of_one_partition_than_it_says(sizes: list[int], now: int, later: int) -> None:
+    """With a `part_max` of 4; another partition is not held up, and a larger chunk goes alone."""
+    mine, other = [chunk(0, size) for size in sizes], chunk(1, 1)
+    assert taken([*mine, other], part_max=4) == ([mine[:now], [other]], mine[now:])
+    assert len(mine[now:]) == later
+
+
+@pytest.mark.parametrize(
+    ("records", "size", "cut"),
+    [(3, 4, [3]), (4, 4, [4]), (5, 4, [4, 1]), (17, 4, [4, 4, 4, 4, 1]), (9, None, [9])],
+)
+def test_a_chunk_is_cut_into_pieces_that_follow_each_other(
+    records: int, size: int | None, cut: list[int]
+) -> None:
+    whole = chunk(3, records, epoch=5)
+    pieces = list(_pieces(whole, size))
+    assert [len(piece.records) for piece in pieces] == cut
+    assert [record for piece in pieces for record in piece.records] == list(whole.records)
+    assert all((piece.at, piece.epoch, piece.read_us) == (whole.at, 5, 0) for piece in pieces)
 
 
 def test_what_was_read_before_a_seek_is_dropped() -> None:
