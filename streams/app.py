@@ -216,6 +216,8 @@ class IngestApp:
     async def _watch(self) -> None:
         """Look after the fences of idle partitions; busy ones notice by themselves."""
         async for _ in _every(_WATCH_S):
+            if self.thread.fetching_ended():
+                raise RuntimeError("aiokafka's fetcher ended: nothing more would be read")
             alive.beat(self._settings, "ingest")
             await self._look_at_ends()
             for lane in self._lanes.values():

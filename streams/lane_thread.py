@@ -99,6 +99,11 @@ class LaneThread(driver.AIOKafkaConsumerThread):
         found: int | None = assignment.state_value(driver.ensure_aiokafka_TP(at)).highwater
         return found
 
+    def fetching_ended(self) -> bool:
+        """Whether aiokafka fetches no more: an error of its own ends that without a word; any thread."""
+        fetcher = None if self._consumer is None else self._consumer._fetcher
+        return fetcher is not None and fetcher._fetch_task.done()
+
     async def seek_lane(self, offsets: Mapping[TP, int]) -> None:
         """Read on at these offsets; partitions that were lost meanwhile are left out."""
         await self.call_thread(self._seek_lane, offsets)

@@ -188,3 +188,33 @@ def test_nothing_is_left_when_a_system_ends(make_live) -> None:
     pids = list(live.supervisor.pids().values())
     live.supervisor.stop()
     assert pids and not [pid for pid in pids if Path("/proc", str(pid)).exists()]
+
+
+BROKEN_FETCHER = """
+import asyncio, runpy, sys
+from aiokafka.consumer.fetcher import Fetcher
+fetch = Fetcher._fetch_requests_routine
+
+async def broken(self):
+    asyncio.get_running_loop().call_later(3, self._fetch_task.cancel)
+    await fetch(self)
+
+Fetcher._fetch_requests_routine = broken
+runpy.run_module("streams", run_name="__main__")
+"""
+
+
+def test_a_process_that_would_read_nothing_more_ends(make_live) -> None:
+    live = make_live()
+    fields = ("kafka_bootstrap_servers", "redis_url", "namespace", "bundle_dir", "clicks_partitions",
+              "items_partitions")  # fmt: skip
+    values = {f"EDDYLINE_{name.upper()}": str(getattr(live.settings, name)) for name in fields}
+    more = {"EDDYLINE_DATA_DIR": str(Path(live.settings.data_dir) / "second")}
+    ended = subprocess.run(
+        [sys.executable, "-c", BROKEN_FETCHER], env=os.environ | values | more, capture_output=True,
+        text=True, timeout=60,
+    )  # fmt: skip
+    assert ended.returncode == 1, ended.stderr
+    assert "aiokafka's fetcher ended" in ended.stderr
+    send_history(live)
+    assert_same_state(live)  # the other one has all partitions again
