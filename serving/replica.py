@@ -1,7 +1,6 @@
 """The index's own copy of the items: bundle or snapshot, then the tail of `item-vectors.<generation>`.
 
-The topic is compacted and read from its beginning, or from where a snapshot stood, without a consumer group
-and committed records only.
+The topic is compacted and read from its beginning, or from where a snapshot stood; see `serving.vector_log`.
 Records that the bundle holds already are no-ops in the index. While Kafka is away the index goes on serving.
 """
 
@@ -15,9 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kafka import KafkaConsumer, TopicPartition
-from kafka.errors import KafkaError
-
 from eddyline import kafka
 from eddyline.errors import KafkaRefused, Rejected, SettingsError, Unavailable, VectorRejected
 from eddyline.records import ItemRecord, decode_record
@@ -25,20 +21,17 @@ from eddyline.settings import Settings
 from embeddings.bundle import Bundle
 from index.port import Index
 from serving.share import ALL, Share
+from serving.vector_log import VectorLog
 
 log = logging.getLogger(__name__)
 
 # Kafka is asked for its ends this often: it tells the lag, and an answer is the sign that Kafka is there.
 LOOK_S = 1.0
-LOOK_TIMEOUT_MS = 2_000
 # A poll returns as soon as there is a record; this is how long it waits where there is none.
 POLL_MS = 200
-POLL_RECORDS = 2_000
 # One batch of the index: about 2 ms, so that neither its lock nor the interpreter is held for long.
 APPLY_RECORDS = 256
 RETRY_S = 0.05
-# A broker that is back is found within this; a refused connection costs next to nothing.
-RECONNECT_MS_MAX = 300
 CLOSE_S = 10.0
 # The first bad records are logged one by one, then every thousandth.
 LOGGED_BAD = 10
@@ -87,7 +80,7 @@ class Replica:
         positions: Mapping[int, int] | None = None,
         share: Share = ALL,
     ) -> None:
-        """connect: makes the consumer; by default kafka-python's.
+        """connect: by default a VectorLog of the generation.
 
         positions: partition -> offset to begin at, of a snapshot that the index holds; else the beginning.
                    One that the log no longer has leads back to the beginning as well.
@@ -97,11 +90,11 @@ class Replica:
         self._topic = settings.prefixed(kafka.item_vectors(generation))
         self._index = index
         self._share = share
-        self._connect = connect or self._consumer
-        self._positions = {TopicPartition(self._topic, p): at for p, at in (positions or {}).items()}
+        self._connect = connect or (lambda: VectorLog(settings, generation))
+        self._positions = dict(positions or {})
         # The ends seen first: whoever has read up to them has seen all that was there when the worker
         # started.
-        self._goal: dict[TopicPartition, int] | None = None
+        self._goal: dict[int, int] | None = None
         self._caught_up = threading.Event()
         self._stop = threading.Event()
         self._away = ""
@@ -139,7 +132,7 @@ class Replica:
         """Partition -> offset up to which all has been applied; {} until it has caught up once."""
         if not self._caught_up.is_set():
             return {}
-        return {at.partition: offset for at, offset in list(self._positions.items())}
+        return dict(self._positions)
 
     def missing(self) -> str:
         """Why the index may lag behind, and since when; "" where Kafka answers."""
@@ -150,80 +143,46 @@ class Replica:
             f"{away} (since {max(0.0, time.time() - since_ms / 1000):.1f} s); items stand as they were then"
         )
 
-    def _consumer(self) -> KafkaConsumer:
-        return kafka.connected(
-            self._settings,
-            KafkaConsumer,
-            # Short: the loop below tries again, and says meanwhile that Kafka is away.
-            bootstrap_timeout_ms=LOOK_TIMEOUT_MS,
-            reconnect_backoff_max_ms=RECONNECT_MS_MAX,
-            group_id=None,
-            isolation_level="read_committed",
-            auto_offset_reset="earliest",
-            fetch_min_bytes=1,
-            fetch_max_wait_ms=500,
-            max_poll_records=POLL_RECORDS,
-        )
-
     def _run(self) -> None:
         wait_s = RETRY_S
         while not self._stop.is_set():
-            consumer = None
+            topic = None
             try:
-                consumer = self._connect()
-                self._tail(consumer)
+                topic = self._connect()
+                self._tail(topic)
             except KafkaRefused as error:
                 self._mark_away(str(error), refused=True)
-            except (KafkaError, Unavailable, SettingsError, OSError) as error:
+            except (Unavailable, SettingsError, OSError) as error:
                 wait_s = RETRY_S if not self._away_since_ms else wait_s
                 self._mark_away(f"{type(error).__name__}: {error}")
             except Exception as error:
                 log.exception("the tail of the item vectors failed; it is begun anew")
                 self._mark_away(f"{type(error).__name__}: {error}")
             finally:
-                if consumer is not None:
+                if topic is not None:
                     with contextlib.suppress(Exception):  # a close that fails must not end the tail
-                        consumer.close()
+                        topic.close()
             self._stop.wait(wait_s)
             wait_s = min(2 * wait_s, self._settings.backoff_ms_max / 1000)
 
-    def _tail(self, consumer: Any) -> None:
-        partitions = [TopicPartition(self._topic, p) for p in self._partitions(consumer)]
-        consumer.assign(partitions)
-        for partition in partitions:
-            if partition in self._positions:
-                consumer.seek(partition, self._positions[partition])
-            else:
-                consumer.seek_to_beginning(partition)
+    def _tail(self, topic: Any) -> None:
+        topic.begin(self._positions)
+        self._positions = topic.positions()
         look_at = 0.0
         while not self._stop.is_set():
             if time.monotonic() >= look_at:
-                self._look(consumer, partitions)
+                self._look(topic.ends())
                 look_at = time.monotonic() + LOOK_S
-            polled = consumer.poll(timeout_ms=POLL_MS)
+            polled = topic.poll(POLL_MS)
             for partition, batch in polled.items():
                 self._apply(batch)
                 self._positions[partition] = batch[-1].offset + 1
             if not (polled and self._caught_up.is_set()):
-                self._reposition(consumer, partitions)
+                # Behind the last record there may be marks of transactions, which are skipped.
+                self._positions = topic.positions()
             self._check_caught_up()
 
-    def _reposition(self, consumer: Any, partitions: Sequence[TopicPartition]) -> None:
-        """Where the consumer is: behind the last record there may be marks of transactions, which it skips.
-
-        Not after every poll: each position is a call into kafka-python's own thread, and new records wait.
-        """
-        for partition in partitions:
-            self._positions[partition] = consumer.position(partition, timeout_ms=LOOK_TIMEOUT_MS)
-
-    def _partitions(self, consumer: Any) -> Sequence[int]:
-        found = consumer.partitions_for_topic(self._topic)
-        if not found:
-            raise Unavailable(f"there is no topic {self._topic}")
-        return sorted(found)
-
-    def _look(self, consumer: Any, partitions: list[TopicPartition]) -> None:
-        ends: dict[TopicPartition, int] = consumer.end_offsets(partitions, timeout_ms=LOOK_TIMEOUT_MS)
+    def _look(self, ends: dict[int, int]) -> None:
         if self._goal is None:
             self._goal = ends
         self._lag = sum(max(0, end - self._positions.get(at, 0)) for at, end in ends.items())

@@ -33,6 +33,7 @@ from eddyline.local.pair import local_pair
 from eddyline.local.supervisor import Supervisor
 from eddyline.settings import Settings
 from serving.client import Client
+from serving.vector_log import VectorLog
 from tests.integration.secured_kafka import (
     KEY_PASSWORD,
     PASSWORDS,
@@ -274,6 +275,7 @@ def test_every_kind_of_client_is_told(what: str, broker: SecuredKafka, base: Set
     for call in (
         lambda: kafka.make_producer(settings),
         lambda: kafka.end_offsets(settings, kafka.CLICKS),
+        lambda: VectorLog(settings, "1"),
         lambda: generations.active(settings),
         lambda: list(topics.read(settings, kafka.CLICKS, {0: 0})),
         lambda: endpoints.where(settings),

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from kafka import TopicPartition
 
 from eddyline.records import ItemRecord, encode_record
 from eddyline.settings import Settings
@@ -50,30 +49,22 @@ class Topic:
         )
         self.records.append(SimpleNamespace(partition=0, offset=offset, key=item_id.encode(), value=value))
 
-    def partitions_for_topic(self, topic: str) -> set[int]:
-        return {0}
+    def begin(self, positions: dict[int, int]) -> None:
+        self.at = positions.get(0, 0)
+        self.begins.append(self.at)
 
-    def assign(self, partitions: list[TopicPartition]) -> None: ...
+    def positions(self) -> dict[int, int]:
+        return {0: self.at}
 
-    def seek(self, partition: TopicPartition, offset: int) -> None:
-        self.at = offset
-        self.begins.append(offset)
+    def ends(self) -> dict[int, int]:
+        return {0: len(self.records)}
 
-    def seek_to_beginning(self, partition: TopicPartition) -> None:
-        self.seek(partition, 0)
-
-    def position(self, partition: TopicPartition, timeout_ms: int) -> int:
-        return self.at
-
-    def end_offsets(self, partitions: list[TopicPartition], timeout_ms: int) -> dict[TopicPartition, int]:
-        return {partitions[0]: len(self.records)}
-
-    def poll(self, timeout_ms: int) -> dict[TopicPartition, list[SimpleNamespace]]:
+    def poll(self, timeout_ms: int) -> dict[int, list[SimpleNamespace]]:
         batch = self.records[self.at :]
         self.at += len(batch)
         if not batch:
             time.sleep(0.005)
-        return {TopicPartition("t", 0): batch} if batch else {}
+        return {0: batch} if batch else {}
 
     def close(self) -> None: ...
 
