@@ -17,6 +17,7 @@ import asyncio
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -99,6 +100,7 @@ class LaneConsumer(driver.Consumer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.epochs: defaultdict[TP, int] = defaultdict(int)
         self._shut: set[TP] = set()  # partitions whose position is being found out
+        self._rewinding: defaultdict[TP, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.committed: dict[TP, int] = {}  # the highest offset that the group was told
         super().__init__(*args, **kwargs)
         self._read_offset = _NotKept()
@@ -219,8 +221,20 @@ class LaneConsumer(driver.Consumer):
             self.add_future(self.rewind({at for at in mine if at.topic == topic}))
 
     async def rewind(self, partitions: set[TP]) -> None:
-        """Read on at the lowest fence + 1. Waits for Redis and Kafka; ends where partitions are lost."""
+        """Read on at the lowest fence + 1. Waits for Redis and Kafka; ends where partitions are lost.
+
+        One at a time for each partition. The seek of one would else open the partition between another's look
+        at the fences and its seek, and what is read there does not follow the fences that were looked at: its
+        effects on one slot would be written over a gap.
+        """
         self._shut |= partitions
+        async with AsyncExitStack() as turns:
+            for at in sorted(partitions):
+                await turns.enter_async_context(self._rewinding[at])
+            self._shut |= partitions
+            await self._rewind(partitions)
+
+    async def _rewind(self, partitions: set[TP]) -> None:
         generation, wait_s, doubted = self.app.consumer_generation_id, _BACKOFF_S, False
         while not self.should_stop and self.app.consumer_generation_id == generation:
             mine = {at for at in partitions if at in self.assignment()}

@@ -323,6 +323,29 @@ async def test_a_rewind_waits_for_the_store_and_gives_up_lost_partitions() -> No
 
 
 @in_a_loop
+async def test_two_rewinds_of_a_partition_do_not_overlap() -> None:
+    """What is read between one's look at the fences and its seek would not follow what it saw."""
+    order: list[str] = []
+    handed_out: list[Any] = []
+
+    async def looks(bounds: Any) -> Any:
+        order.append(f"look {len(order)}")
+        for _ in range(5):
+            await asyncio.sleep(0.01)
+            handed_out.extend(await read(consumer))
+        order.append(f"looked {len(order)}")
+        return {at: 7 for at in bounds}
+
+    consumer = make_consumer(looks)
+    consumer._thread.fetched = {AT: [record(7)]}  # type: ignore[attr-defined]
+    both = [asyncio.create_task(consumer.rewind({AT})), asyncio.create_task(consumer.rewind({AT}))]
+    await asyncio.wait_for(asyncio.gather(*both), 5)
+    assert order == ["look 0", "looked 1", "look 2", "looked 3"]
+    assert handed_out == []
+    assert [c.at for c in await read(consumer)] == [AT]
+
+
+@in_a_loop
 async def test_an_unexpected_error_while_positioning_ends_the_process() -> None:
     told: list[Any] = []
 
