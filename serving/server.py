@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
@@ -30,24 +32,26 @@ class PortTaken(EddylineError):
     """The address cannot be bound."""
 
 
+# The processes of a worker whose keeper was killed notice it in a second, and end with their running calls.
+LEAVE_S = 10.0
+
+
 class SharedPort:
     """The worker's port, kept for several processes of one worker. Nobody listens on it here."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Raises PortTaken, also where other processes share it already."""
+    def __init__(self, settings: Settings, wait_s: float = LEAVE_S) -> None:
+        """Raises PortTaken, also where other processes share it already and do not leave within `wait_s`."""
         host, wanted = settings.worker_host, settings.worker_port
-        try:
-            family, kind, _, _, address = socket.getaddrinfo(host, wanted, type=socket.SOCK_STREAM)[0]
-            with socket.socket(family, kind) as alone:
-                alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                alone.bind(address)
-                found = alone.getsockname()
-            self._kept = socket.socket(family, kind)
-            self._kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            self._kept.bind(found)
-        except OSError:
-            raise PortTaken(_taken(f"{host}:{wanted}", "worker")) from None
-        self.address = f"{host}:{found[1]}"
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                self._kept, port = _reserved(host, wanted)
+                break
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                    raise PortTaken(_taken(f"{host}:{wanted}", "worker")) from None
+            time.sleep(LEAVE_S / 50)
+        self.address = f"{host}:{port}"
 
     def close(self) -> None:
         """Give it up."""
@@ -115,6 +119,23 @@ class WorkerServer:
         """Take no more calls, let the running ones end, cut them after `grace_s`."""
         self._health.enter_graceful_shutdown()
         self._server.stop(grace_s).wait(grace_s + 1)
+
+
+def _reserved(host: str, port: int) -> tuple[socket.socket, int]:
+    """(a socket that keeps the port for whoever shares it, the port). Raises OSError where anybody has it."""
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind) as alone:
+        alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        alone.bind(address)
+        found = alone.getsockname()
+    kept = socket.socket(family, kind)
+    try:
+        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        kept.bind(found)
+    except BaseException:
+        kept.close()
+        raise
+    return kept, int(found[1])
 
 
 def _taken(address: str, role: str) -> str:
