@@ -23,7 +23,8 @@ from faust.types import TP
 from eddyline.errors import FenceMoved, Unavailable
 from streams.chunk import Outcome, Part, PartitionLost, Record
 from streams.click_counts import ClickCounts
-from streams.lane import Chunk, LaneApp
+from streams.hauls import Chunk
+from streams.lane import LaneApp
 from streams.positions import Positions
 
 log = logging.getLogger(__name__)

@@ -16,9 +16,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from typing import Any, cast
 
 import faust
@@ -30,7 +29,7 @@ from faust.types import TP, ConsumerMessage
 from mode import get_logger
 
 from eddyline.errors import LogMismatch, Unavailable
-from streams.chunk import Record
+from streams.hauls import Chunk, Fetched, Haul, hauls
 from streams.lane_thread import LaneThread
 
 # Faust's services log under this name: quiet where everything of Faust is.
@@ -44,25 +43,6 @@ _BACKOFF_S = 0.05
 
 Bounds = Mapping[TP, tuple[int, int]]
 Positioner = Callable[[Bounds], Awaitable[Mapping[TP, int]]]
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Consecutive records of one partition, as they were read after one seek.
-
-    read_us: when they were taken from the fetcher, microseconds since 1970
-    """
-
-    at: TP
-    records: Sequence[Record]
-    epoch: int
-    read_us: int
-
-
-# Chunks of one topic from one fetch; together no more records than one chunk may have, or one chunk.
-Haul = tuple[Chunk, ...]
-# By partition: the epoch of the records, and the records.
-Fetched = Mapping[Any, tuple[int, Sequence[Record]]]
 
 
 class LaneSchema(faust.Schema[Any, Any]):
@@ -270,27 +250,6 @@ class LaneConsumer(driver.Consumer):
         ends = await asyncio.wait_for(self.highwaters(*partitions), limit_s)
         positioner: Positioner = self.app.positioner
         return await positioner({at: (begins[at], ends[at]) for at in partitions})
-
-
-def hauls(fetched: Fetched, size: int, read_us: int) -> Iterator[list[Chunk]]:
-    """What was fetched, by topic and in chunks of at most `size` records, small ones together.
-
-    In turns, so that no partition waits for all of another.
-    """
-    chunks = [(start, at[0], Chunk(TP(*at), records[start : start + size], epoch, read_us))
-              for at, (epoch, records) in fetched.items()
-              for start in range(0, len(records), size)]  # fmt: skip
-    chunks.sort(key=lambda each: each[:2])
-    haul: list[Chunk] = []
-    room = size
-    for _, topic, chunk in chunks:
-        if haul and (len(chunk.records) > room or haul[0].at.topic != topic):
-            yield haul
-            haul, room = [], size
-        haul.append(chunk)
-        room -= len(chunk.records)
-    if haul:
-        yield haul
 
 
 class LaneTransport(driver.Transport):

@@ -15,7 +15,7 @@ from faust.types import TP
 from eddyline.errors import FenceMoved, StoreUnavailable
 from streams.applying import QUEUE_CHUNKS, Applier, Lane, _pieces, in_thread
 from streams.chunk import Outcome, Part
-from streams.lane import Chunk
+from streams.hauls import Chunk
 
 
 class Consumer:

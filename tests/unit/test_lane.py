@@ -25,7 +25,8 @@ from faust.types import TP
 
 from eddyline.errors import StoreUnavailable
 from streams import lane
-from streams.lane import Chunk, LaneApp, LaneConsumer, LaneSchema, LaneThread, hauls
+from streams.hauls import Chunk, hauls
+from streams.lane import LaneApp, LaneConsumer, LaneSchema, LaneThread
 
 AT = TP("clicks", 0)
 

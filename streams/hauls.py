@@ -1,0 +1,54 @@
+"""What a fetch brings, and how it goes on: chunks of one partition each, and the hauls that they go in.
+
+Pure: nothing here knows a consumer. See `streams/lane.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from faust.types import TP
+
+from streams.chunk import Record
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Consecutive records of one partition, as they were read after one seek.
+
+    read_us: when they were taken from the fetcher, microseconds since 1970
+    """
+
+    at: TP
+    records: Sequence[Record]
+    epoch: int
+    read_us: int
+
+
+# Chunks of one topic from one fetch; together no more records than one chunk may have, or one chunk.
+Haul = tuple[Chunk, ...]
+# By partition: the epoch of the records, and the records.
+Fetched = Mapping[Any, tuple[int, Sequence[Record]]]
+
+
+def hauls(fetched: Fetched, size: int, read_us: int) -> Iterator[list[Chunk]]:
+    """What was fetched, by topic and in chunks of at most `size` records, small ones together.
+
+    In turns, so that no partition waits for all of another.
+    """
+    chunks = [(start, at[0], Chunk(TP(*at), records[start : start + size], epoch, read_us))
+              for at, (epoch, records) in fetched.items()
+              for start in range(0, len(records), size)]  # fmt: skip
+    chunks.sort(key=lambda each: each[:2])
+    haul: list[Chunk] = []
+    room = size
+    for _, topic, chunk in chunks:
+        if haul and (len(chunk.records) > room or haul[0].at.topic != topic):
+            yield haul
+            haul, room = [], size
+        haul.append(chunk)
+        room -= len(chunk.records)
+    if haul:
+        yield haul
