@@ -475,8 +475,12 @@ def test_a_cluster_with_users_behind_tls(authority: Authority, tmp_path: Path) -
                 client.config_set("cluster-announce-port", ports[-1])
 
         def announced() -> bool:
-            with nodes.servers[0].client() as client:
-                return {row[2][1] for row in client.execute_command("CLUSTER", "SLOTS")} == {*ports}
+            """Whether each node tells all of them: a client asks any."""
+            told = []
+            for server in nodes.servers:
+                with server.client() as client:
+                    told.append({row[2][1] for row in client.execute_command("CLUSTER", "SLOTS")})
+            return all(ports_told == {*ports} for ports_told in told)
 
         wait_for("the nodes to tell each other their ports", announced)
         settings = secured(ports[0], "t-cluster", redis_ca_file=authority.ca, redis_cluster=True)
