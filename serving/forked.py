@@ -140,7 +140,7 @@ class Forked(Generic[_T]):
             del self._children[place]
             if code in FINAL:
                 self._code = code
-                return False
+                continue
             settled = time.monotonic() - child.since > SETTLED_S
             pause_s = BACKOFF_S if settled else self._pause_s[place]
             self._pause_s[place] = min(2 * pause_s, self._backoff_s_max)
@@ -148,7 +148,8 @@ class Forked(Generic[_T]):
             if not self._stop.is_set():
                 what = {"pid": child.pid, "exit_code": code, "again_in_s": round(pause_s, 2)}
                 log.warning("a worker process ended; another takes its place", extra=what)
-        return not self._stop.is_set()
+        # Kept: it may be seen while the workers are being replaced, and has to end that and all.
+        return not self._code and not self._stop.is_set()
 
     def _fill(self, held: _T) -> None:
         """Start a worker wherever there is none."""

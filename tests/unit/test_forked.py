@@ -198,6 +198,28 @@ def serve(held, place, ready, stop):
     assert len(keeper.lines("end")) == 2
 
 
+def test_one_that_ends_for_good_while_the_others_are_replaced_ends_all(make: Make) -> None:
+    body = """
+def built(held):
+    while not log.exists() or len(log.read_text().split("start")) < 3:
+        time.sleep(0.01)
+    return True
+
+def serve(held, place, ready, stop):
+    if len(log.read_text().split("start")) > 3:
+        stop.wait(2)  # not ready yet when the old one of the other place ends
+    elif place == 1:
+        stop.wait(1)
+        return 3
+    ready()
+    stop.wait(30)
+    return 0
+"""
+    keeper = make(body)
+    assert keeper.ends()[0] == 3
+    wait_gone([int(pid) for _, _, pid in keeper.lines("start")])
+
+
 def test_workers_do_not_outlive_a_keeper_that_was_killed(make: Make) -> None:
     keeper = make(SERVE + NOTHING_BUILT)
     pids = [int(pid) for _, _, pid in keeper.started(2)]
