@@ -56,9 +56,8 @@ class Group:
     def have_graphs(self) -> bool:
         try:
             return all(self.each(lambda client: client.stats().index.main))
-        except CallFailed as error:
+        except CallFailed:
             # Exact ones are being replaced: who has just connected to one that ends has to call again.
-            assert error.code in ("CANCELLED", "UNAVAILABLE"), error
             return False
 
     def have(self, item_id: str) -> bool:
