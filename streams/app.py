@@ -110,13 +110,16 @@ class IngestApp:
     def lag(self) -> dict[TP, int]:
         """Records of each partition of this process that are not applied yet. Any thread."""
         behind = {}
-        for at in list(self._ends):
+        for at in self._app.lane.assigned():
+            ends = self._ends.get(at), self._app.lane.highwater_seen(at)
+            known = [end for end in ends if end is not None]
+            if at.topic not in self._lanes or not known:
+                continue  # neither asked for its end nor fetched yet
             try:
                 lowest = self._lanes[at.topic].ingest.positions.lowest(at.partition)
             except LookupError:
                 continue  # not opened yet
-            end = max(self._ends.get(at, 0), self._app.lane.highwater_seen(at) or 0)
-            behind[at] = max(0, end - 1 - lowest)
+            behind[at] = max(0, max(known) - 1 - lowest)
         return behind
 
     def paused(self) -> dict[str, int]:

@@ -106,6 +106,10 @@ class LaneConsumer(driver.Consumer):
             return set()
         return {at.partition for at in self.assignment() - self._shut if at.topic == topic}
 
+    def assigned(self) -> set[TP]:
+        """All partitions that are ours; any thread. None before the consumer's thread has started."""
+        return set() if self._thread._consumer is None else self.assignment()
+
     def paused(self, topic: str) -> int:
         """How many of this topic's partitions stand still until their position is known."""
         return sum(1 for at in list(self._shut) if at.topic == topic)
