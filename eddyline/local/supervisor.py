@@ -245,7 +245,9 @@ class Supervisor:
                     stderr=output,
                     env={**os.environ, **child.env},
                     cwd=child.cwd,
-                    start_new_session=True,
+                    # Out of the terminal's reach, but of our session: where the kernel groups by session
+                    # (sched_autogroup), a niced thread gives way to processes of its own session only.
+                    process_group=0,
                 )
         except OSError as error:
             self._ended(run, f"cannot be started: {error}")
