@@ -98,7 +98,7 @@ def _run(settings: Settings) -> None:
         # Before anything is applied: profiles must not run ahead of clicks that the archive has to bring.
         patience.until("Kafka", lambda: _refuse_lost(settings, lanes[0]))
         _tuned()
-        asyncio.run(_serve(settings, lanes, member.name, folder, store))
+        asyncio.run(_serve(settings, lanes, member.name, folder, store, publisher))
     finally:
         for lane in lanes:
             lane.executor.shutdown(wait=False, cancel_futures=True)
@@ -116,7 +116,10 @@ def _refuse_lost(settings: Settings, of_clicks: Lane) -> None:
     of_clicks.ingest.positions.open({partition: (begin, 2**62) for partition, begin in begins.items()})
 
 
-async def _serve(settings: Settings, lanes: list[Lane], member: str, folder: Path, store: RedisStore) -> None:
+async def _serve(
+    settings: Settings, lanes: list[Lane], member: str, folder: Path, store: RedisStore,
+    publisher: TransactionalPublisher,
+) -> None:  # fmt: skip
     limit = threading.Timer(_STOP_S_MAX, os._exit, (1,))
     limit.daemon = True
     app = IngestApp(
@@ -126,6 +129,7 @@ async def _serve(settings: Settings, lanes: list[Lane], member: str, folder: Pat
     caches = [lane.ingest.cache for lane in lanes if isinstance(lane.ingest, ClickIngest)]
     unmeasured = metrics.serve(settings, app, caches[0])
     loop = asyncio.get_running_loop()
+    publisher.live_in(loop)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, app.end, None)
     log.info(
@@ -145,6 +149,7 @@ async def _serve(settings: Settings, lanes: list[Lane], member: str, folder: Pat
     finally:
         unmeasured()
         watching.cancel()
+        await publisher.leave()
 
 
 def _reason(task: asyncio.Task[None]) -> Exception:
@@ -199,7 +204,15 @@ def _lanes(
             part_max=_PART_MAX,
         ),
         Lane(topic(kafka.USERS), by_users, people, quick=True),
-        Lane(topic(kafka.ITEMS), by_items, goods, before_open=publisher.open, many=by_items.ingest_many),
+        Lane(
+            topic(kafka.ITEMS),
+            by_items,
+            goods,
+            before_open=publisher.open,
+            quick=True,
+            many=by_items.ingest_many,
+            in_loop=lambda parts: by_items.ingest_in_loop(parts, publisher.publishing),
+        ),
     ]
 
 

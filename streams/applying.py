@@ -13,10 +13,10 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from faust.types import TP
 
@@ -54,6 +54,7 @@ class Lane:
     counts:      of clicks, where effects of a chunk may wait for more
     quick:       small chunks take some milliseconds, so they may run in the event loop itself
     many:        applies chunks of several partitions together; what `ingest` would raise is in its place
+    in_loop:     `many` for small chunks in the event loop, where it has to wait for more than Redis
     part_max:    so many records of one partition are applied at once at most; None: as many as a chunk has
     seconds:     spent on applying; waits: how often a server was waited for, wait_s: how long next time
     queued:      chunks that wait for this lane's turn
@@ -66,6 +67,7 @@ class Lane:
     counts: ClickCounts | None = None
     quick: bool = False
     many: Callable[[Sequence[Part]], list[Outcome | Exception]] | None = None
+    in_loop: Callable[[Sequence[Part]], Coroutine[Any, Any, list[Outcome | Exception]]] | None = None
     part_max: int | None = None
     outcome: Outcome = field(default_factory=Outcome)
     chunks: int = 0
@@ -260,6 +262,8 @@ class Applier:
         small = lane.quick and sum(len(part.records) for part in parts) <= self._quick_max
         if small and lane.wait_s == BACKOFF_S and self._turn.acquire(blocking=False):
             try:
+                if lane.in_loop is not None:
+                    return cast(list[Outcome | Exception], await self._app.work(lane.in_loop(parts)))
                 return lane.apply(parts)
             finally:
                 self._turn.release()

@@ -7,7 +7,7 @@ safe to repeat, because whoever reads them takes the highest version.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from eddyline import accept, events
-from eddyline.errors import FenceMoved, Rejected, Unavailable, VectorRejected
+from eddyline.errors import EddylineError, FenceMoved, Rejected, Unavailable, VectorRejected
 from eddyline.events import Item
 from eddyline.kafka import ITEMS
 from eddyline.ports import Card, CardWrite, Source, StateStore
@@ -33,6 +33,10 @@ from streams.chunk import (
     Vectors,
 )
 from streams.positions import Positions
+
+# By partition: what is to be published, and why some was not.
+Records = dict[int, list[ItemRecord]]
+Publishing = Callable[[Mapping[int, Sequence[ItemRecord]]], Awaitable[dict[int, EddylineError]]]
 
 # The fence of what has been published for a generation lies in this item slot, however many there are.
 PUBLISHED_SLOT = "i0"
@@ -117,11 +121,30 @@ class ItemIngest:
 
     def ingest_many(self, parts: Sequence[Part]) -> list[Outcome | Exception]:
         """Apply one chunk each of different partitions. What `ingest` would raise is in the chunk's place."""
+        works, records = self._encoded(parts)
+        failed = self._publisher.publish(records) if records else {}
+        return self._published(works, failed)
+
+    async def ingest_in_loop(
+        self, parts: Sequence[Part], publishing: Publishing
+    ) -> list[Outcome | Exception]:
+        """`ingest_many` in the event loop of the publisher, which goes on while Kafka has the records."""
+        works, records = self._encoded(parts)
+        failed = await publishing(records) if records else {}
+        return self._published(works, failed)
+
+    def _encoded(self, parts: Sequence[Part]) -> tuple[list[_Work], Records]:
         works = [_Work(part, Source(f"{ITEMS}@{self._towers.generation}", part.partition)) for part in parts]
         for work in works:
             with work.ending():
                 self._decode(work)
-        self._publish([work for work in works if work.error is None])
+        return works, self._to_publish([work for work in works if work.error is None])
+
+    def _published(
+        self, works: Sequence[_Work], failed: Mapping[int, EddylineError]
+    ) -> list[Outcome | Exception]:
+        for work in works:
+            work.error = work.error or failed.get(work.part.partition)
         self._move_fences([work for work in works if work.error is None])
         return [work.outcome if work.error is None else work.error for work in works]
 
@@ -148,20 +171,17 @@ class ItemIngest:
         done = -1 if expected is None else expected.offset
         work.fresh = {i: c for i, c in work.changes.items() if c.offset > done}
 
-    def _publish(self, works: Sequence[_Work]) -> None:
-        """Encode and publish the changes of all partitions together: numpy and Kafka are asked once."""
+    def _to_publish(self, works: Sequence[_Work]) -> Records:
+        """Encode the changes of all partitions together: numpy is asked once, and Kafka will be."""
         vectors = self._encode([change for work in works for change in work.fresh.values()])
         for work in works:
             with work.ending():
                 self._refuse(work, vectors)
-        records = {
+        return {
             work.part.partition: self._records(work, vectors)
             for work in works
             if work.error is None and work.fresh
         }
-        failed = self._publisher.publish(records) if records else {}
-        for work in works:
-            work.error = work.error or failed.get(work.part.partition)
 
     def _refuse(self, work: _Work, vectors: Mapping[int, Vectors | VectorRejected]) -> None:
         """An item that cannot be placed is refused, never repaired: it stays as it was."""

@@ -20,8 +20,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
+from typing import Any, TypeVar
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import (
@@ -42,6 +43,7 @@ from eddyline.settings import Settings
 from streams.chunk import PartitionLost
 
 log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 _FENCED = (ProducerFenced, InvalidProducerEpoch, InvalidTxnState, InvalidProducerIdMapping)
 # Kafka aborts a transaction that its process left open after this time; readers wait for it that long.
@@ -56,10 +58,12 @@ _CLOSE_S = 1.0
 
 
 class TransactionalPublisher:
-    """A `RecordPublisher` to `item-vectors.<generation>`. Thread rule: one thread at a time.
+    """A `RecordPublisher` to `item-vectors.<generation>`. Thread rule: one call at a time.
 
     Partition p of `items` goes to partition p of the topic. The producers live in an event loop that runs
-    while a call waits for it, in the caller's thread: handing each step to another thread costs more.
+    while a call waits for it, in the caller's thread: handing each step to another thread costs more. Or,
+    from `live_in` on, in a loop that runs anyway; then `publishing` is for its tasks, the rest for other
+    threads.
     """
 
     def __init__(self, settings: Settings, generation: str) -> None:
@@ -69,23 +73,38 @@ class TransactionalPublisher:
         self._topic = settings.prefixed(item_vectors(generation))
         self._timeout_s = settings.kafka_timeout_ms / 1000
         self._loop = asyncio.new_event_loop()
+        self._host: asyncio.AbstractEventLoop | None = None
         self._producers: dict[int, AIOKafkaProducer] = {}
         self._proven_s: dict[int, float] = {}
 
+    def live_in(self, loop: asyncio.AbstractEventLoop) -> None:
+        """From here on the producers live in this loop. Before anything is opened."""
+        self._host = loop
+
     def open(self, partition: int) -> None:
         """See `RecordPublisher.open`. Raises KafkaUnavailable, KafkaRefused."""
-        self._loop.run_until_complete(self._open(partition))
+        self._call(self._open(partition))
 
     def publish(self, records: Mapping[int, Sequence[ItemRecord]]) -> dict[int, EddylineError]:
         """See `RecordPublisher.publish`."""
-        return self._loop.run_until_complete(self._publish(records))
+        return self._call(self.publishing(records))
+
+    async def leave(self) -> None:
+        """Let go of all producers, in the loop that they live in."""
+        await self._drop_all()
 
     def close(self) -> None:
         """Let go of all producers; open transactions are aborted by Kafka."""
         if self._loop.is_running() or self._loop.is_closed():
             return  # a call is under way in another thread: it ends with its process
-        self._loop.run_until_complete(self._drop_all())
+        if self._host is None:
+            self._loop.run_until_complete(self._drop_all())
         self._loop.close()
+
+    def _call(self, call: Coroutine[Any, Any, _T]) -> _T:
+        if self._host is None:
+            return self._loop.run_until_complete(call)
+        return asyncio.run_coroutine_threadsafe(call, self._host).result()
 
     async def _open(self, partition: int) -> None:
         await self._drop(partition)
@@ -118,7 +137,8 @@ class TransactionalPublisher:
             retry_backoff_ms=_RETRY_MS,
         )
 
-    async def _publish(self, records: Mapping[int, Sequence[ItemRecord]]) -> dict[int, EddylineError]:
+    async def publishing(self, records: Mapping[int, Sequence[ItemRecord]]) -> dict[int, EddylineError]:
+        """`publish`, for tasks of the loop that the producers live in."""
         ends = await asyncio.gather(
             *(self._chunk(partition, some) for partition, some in records.items()),
             return_exceptions=True,

@@ -44,9 +44,14 @@ class Works:
     def __init__(self) -> None:
         self.lane = Consumer()
         self.waits: list[float] = []
+        self.working = 0
 
     async def work(self, chunk: Awaitable[Any]) -> Any:
-        return await chunk
+        self.working += 1
+        try:
+            return await chunk
+        finally:
+            self.working -= 1
 
     def waiting(self, error: Exception, wait_s: float) -> None:
         self.waits.append(wait_s)
@@ -102,6 +107,40 @@ def test_small_chunks_of_a_quick_lane_run_in_the_loop_itself_and_never_beside_it
         hold.set()
         assert not await waiting
         await held
+        executor.shutdown()
+
+    asyncio.run(run())
+
+
+def test_small_chunks_that_wait_for_kafka_do_so_in_the_loop_and_a_stop_waits_for_them() -> None:
+    async def run() -> None:
+        executor, app, go_on, begun = ThreadPoolExecutor(1, "lane"), Works(), asyncio.Event(), asyncio.Event()
+        function, small, large = Busy(), [Part(0, [None, None], 0)], [Part(0, [None] * 3, 0)]  # type: ignore[list-item]
+
+        async def in_loop(parts: Any) -> Any:
+            begun.set()
+            await go_on.wait()
+            return ["waited for"]
+
+        lane = Lane("items", function, executor, quick=True, in_loop=in_loop)  # type: ignore[arg-type]
+        apply = applier(lane, app)
+        async with asyncio.timeout(5):
+            first = asyncio.create_task(apply._ingest(small))
+            await begun.wait()
+            assert app.working == 1 and apply._turn.locked()
+            # Whoever reads fences meanwhile has to wait for his turn, and the loop goes on.
+            other = asyncio.create_task(in_thread(apply._turn, executor, lambda: "had its turn"))
+            await asyncio.sleep(0.02)
+            assert not other.done()
+            go_on.set()
+            assert await first == ["waited for"] and await other == "had its turn"
+            assert (await apply._ingest(large))[0].records == 3 and function.threads[-1].startswith("lane")  # type: ignore[union-attr]
+            go_on.clear(), begun.clear()
+            cancelled = asyncio.create_task(apply._ingest(small))
+            await begun.wait()
+            cancelled.cancel()
+            await asyncio.gather(cancelled, return_exceptions=True)
+            assert cancelled.cancelled() and not apply._turn.locked() and app.working == 0
         executor.shutdown()
 
     asyncio.run(run())

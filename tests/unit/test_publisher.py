@@ -113,6 +113,24 @@ def test_a_failure_is_its_partitions_own_and_drops_its_producer(
     out.close()
 
 
+def test_in_a_loop_that_runs_anyway_tasks_and_other_threads_publish_by_the_same_producers() -> None:
+    async def run() -> None:
+        producer = FakeProducer()
+        out = made(SETTINGS, producer)
+        out.live_in(asyncio.get_running_loop())
+        async with asyncio.timeout(5):
+            assert await out.publishing({0: [RECORD]}) == {}
+            assert await asyncio.to_thread(out.publish, {0: [RECORD, RECORD]}) == {}
+            assert producer.calls == [("send", "item-vectors.g", 0)] * 3
+            with pytest.raises(KafkaUnavailable):
+                await asyncio.to_thread(out.open, 1)
+            await out.leave()
+        assert producer.calls[-1] == "stop" and not out._producers
+        out.close()
+
+    asyncio.run(run())
+
+
 def test_what_it_needs_of_aiokafka_is_there() -> None:
     """A new version: read `Sender`, `TransactionManager` and `MessageAccumulator` before this is changed."""
     assert version("aiokafka") == "0.14.0"
