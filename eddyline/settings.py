@@ -26,6 +26,7 @@ ALIASES = {"KAFKA_BOOTSTRAP_SERVERS": "kafka_bootstrap_servers", "REDIS_URL": "r
 # These start with the prefix, but steer the set-up or the reading of settings; they are no settings.
 NOT_SETTINGS = {"EDDYLINE_CONFIG"}
 SECRETS = {"redis_url", "kafka_sasl_password", "kafka_key_password"}
+_PORT_MAX = 65_535
 WEIGHED_KINDS = ("view", "click", "like", "cart", "purchase")
 KafkaProtocol = Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"]
 KafkaMechanism = Literal["", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"]
@@ -396,10 +397,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         int, _about("The most candidates that the recall guard has a search ask for.", ge=1, le=100_000)
     ] = 1_600
 
-    # Logs
+    # Metrics and logs
     metrics_host: Annotated[str, _about("Address that metrics are served at.", min_length=1)] = "127.0.0.1"
     ingest_metrics_port: Annotated[
         int, _about("Port of an ingest process's Prometheus metrics; 0 serves none.", ge=0, le=65_535)
+    ] = 0
+    worker_metrics_port: Annotated[
+        int,
+        _about(
+            "Port of a query worker's or a coordinator's Prometheus metrics; 0 serves none. Each further "
+            "process of a worker (`worker_processes`) has the next one.",
+            ge=0,
+            le=65_535,
+        ),
     ] = 0
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], _about("The least severe log line written.")
@@ -464,6 +474,11 @@ def load(environ: Mapping[str, str] | None = None, *, folder: Path | None = None
         raise SettingsError(
             f"dedupe_window_events = {made.dedupe_window_events}: must be at least twice chunk_records_max = "
             f"{made.chunk_records_max}, for a slot may be one chunk behind another"
+        )
+    if made.worker_metrics_port + made.worker_processes - 1 > _PORT_MAX:
+        raise SettingsError(
+            f"worker_metrics_port = {made.worker_metrics_port}: the {made.worker_processes} processes of "
+            f"worker_processes need as many ports from there, the last one is {_PORT_MAX}"
         )
     kafka_security.check(made)
     return made

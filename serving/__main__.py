@@ -32,7 +32,7 @@ from index.guard import RecallGuard
 from index.live import LiveIndex
 from index.mains.choose import main_index
 from index.mains.port import MainIndex
-from serving import presence, wiring
+from serving import metrics, presence, wiring
 from serving.forked import Forked, politely
 from serving.opened import Opened, open_index
 from serving.paths.popular import PopularPath
@@ -117,7 +117,7 @@ def _many(settings: Settings, main: MainIndex, share: Share, stop: threading.Eve
         try:
             return start.ended(
                 lambda: _run(settings, service, shard, Patience(settings, stop), stop, bind, lambda: opened,
-                             writes_snapshots=place == 0, ready=ready)
+                             place=place, ready=ready)
             )  # fmt: skip
         finally:
             for server in made:
@@ -132,11 +132,15 @@ def _many(settings: Settings, main: MainIndex, share: Share, stop: threading.Eve
 
 def _run(
     settings: Settings, service: Service, shard: ShardService, patience: Patience, stop: threading.Event,
-    bind: Callable[[], WorkerServer], opening: Callable[[], Opened], *, writes_snapshots: bool = True,
+    bind: Callable[[], WorkerServer], opening: Callable[[], Opened], *, place: int = 0,
     ready: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
-    """Serve what `opening` gives. ready: called once that is so."""
+    """Serve what `opening` gives.
+
+    place: which of several processes this is; the first one writes snapshots. ready: called once it serves
+    """
     share = shard.share
+    unmeasured = metrics.serve(settings, service, place)
     store = wiring.open_store(settings, patience)
     opened = opening()
     generation, index, snapshots = opened.generation, opened.index, opened.snapshots
@@ -149,7 +153,7 @@ def _run(
         service.waiting_for("ingest to publish the last changes of items")
         wait_until_published(settings, store, generation.generation, stop)
         replica.start()
-        if writes_snapshots:
+        if place == 0:
             snapshots.start(replica.positions)
         if share.whole:
             popular.start()
@@ -182,6 +186,7 @@ def _run(
         popular.close()
         index.close()
         store.close()
+        unmeasured()
 
 
 def _say(what: str) -> None:

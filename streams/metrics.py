@@ -5,21 +5,18 @@ Read when it is asked for, from what the lanes keep anyway; a record costs nothi
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import start_http_server
+from prometheus_client.registry import Collector
 
+from eddyline import metrics
 from eddyline.settings import Settings
 from streams.app import IngestApp
 from streams.user_cache import UserCache
 
-log = logging.getLogger(__name__)
 
-
-class IngestCollector:
+class IngestCollector(Collector):
     """The metrics of one process. Thread rule: any thread; the figures may be some records apart."""
 
     def __init__(self, app: IngestApp, cache: UserCache) -> None:
@@ -78,24 +75,4 @@ class IngestCollector:
 
 def serve(settings: Settings, app: IngestApp, cache: UserCache) -> Callable[[], None]:
     """Answer Prometheus at `ingest_metrics_port`, where it is set. Returns what ends that."""
-    if not settings.ingest_metrics_port:
-        return lambda: None
-    registry = CollectorRegistry()
-    for collector in (ProcessCollector, PlatformCollector, GCCollector):
-        collector(registry=registry)
-    registry.register(IngestCollector(app, cache))
-    where = f"{settings.metrics_host}:{settings.ingest_metrics_port}"
-    try:
-        server, thread = start_http_server(settings.ingest_metrics_port, settings.metrics_host, registry)
-    except OSError as error:
-        # Events are worth more than their figures.
-        log.error("no metrics: the address cannot be had", extra={"address": where, "reason": str(error)})
-        return lambda: None
-    log.info("metrics", extra={"address": f"http://{where}/metrics"})
-
-    def end() -> None:
-        server.shutdown()
-        server.server_close()
-        thread.join(5)
-
-    return end
+    return metrics.serve(settings.metrics_host, settings.ingest_metrics_port, IngestCollector(app, cache))

@@ -24,7 +24,7 @@ from eddyline.local import endpoints
 from eddyline.settings import Settings
 from eddyline.start import Patience
 from embeddings.user_tower import query_vector
-from serving import presence, wiring
+from serving import metrics, presence, wiring
 from serving.coordinator.answers import OfAllShards
 from serving.coordinator.shards import Shards, parse
 from serving.paths.towers import TowersPath
@@ -53,9 +53,11 @@ def main() -> int:
         return 2
     sys.stdout.write(f"coordinator listens on {server.address}\n")
     sys.stdout.flush()
+    unmeasured = metrics.serve(settings, service)
     try:
         return start.ended(lambda: _run(settings, addresses, service, server, stop))
     finally:
+        unmeasured()
         server.stop(GRACE_S)
 
 

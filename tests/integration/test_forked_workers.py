@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ import msgspec
 import pytest
 
 from eddyline.demo.stage import Stage
+from eddyline.local import ports
 from eddyline.local.supervisor import Supervisor
 from eddyline.settings import Settings
 from serving import presence
@@ -32,6 +35,17 @@ class Group:
     settings: Settings
     supervisor: Supervisor
     address: str
+    metrics: int
+
+    def ready(self, number: int) -> bool:
+        """Whether the process in this place says in its metrics that it is ready."""
+        try:
+            with urllib.request.urlopen(
+                f"http://127.0.0.1:{self.metrics + number}/metrics", timeout=5
+            ) as answer:
+                return "eddyline_worker_ready 1.0" in answer.read().decode()
+        except OSError:
+            return False
 
     def pids(self) -> set[int]:
         return {worker.pid for worker in presence.running(self.settings)}
@@ -66,6 +80,14 @@ class Group:
         return all(self.each(lambda client: client.retrieve("forked", 1, filters=only).items))
 
 
+def neighbours(folder: Path, count: int) -> int:
+    """The first of so many free ports, one after the other."""
+    while True:
+        first = ports.choose(folder / str(random.random()), ("metrics",))["metrics"]
+        if all(ports.is_free(first + n) for n in range(count)):
+            return first
+
+
 @pytest.fixture
 def group(live, tmp_path: Path) -> Iterator[Group]:
     settings = msgspec.structs.replace(
@@ -76,11 +98,12 @@ def group(live, tmp_path: Path) -> Iterator[Group]:
         worker_processes=str(PROCESSES),
         index_exact_below="50",
         backoff_ms_max="500",
+        worker_metrics_port=str(metrics := neighbours(tmp_path, PROCESSES)),
         clicks_partitions=str(settings.clicks_partitions),
         items_partitions=str(settings.items_partitions),
     )
     supervisor.start(worker)
-    made = Group(live, settings, supervisor, address)
+    made = Group(live, settings, supervisor, address, metrics)
     try:
         live.wait_for("all processes", lambda: len(made.pids()) == PROCESSES, 40)
         yield made
@@ -107,6 +130,8 @@ def test_they_share_a_port_and_one_that_is_killed_is_replaced(group: Group) -> N
     os.kill(min(first), signal.SIGKILL)
     live.wait_for("another one", lambda: len(group.pids()) == PROCESSES and group.pids() != first, 20)
     assert group.have("forked-item") and group.have_graphs()
+    # Whoever took a place has its port as well, once the one before him let go of it.
+    live.wait_for("metrics of each", lambda: all(group.ready(n) for n in range(PROCESSES)), 20)
     assert "Traceback" not in group.log()
 
 

@@ -168,6 +168,15 @@ def test_the_window_is_twice_the_chunk_at_least(window: int, fits: bool) -> None
             load(environ)
 
 
+def test_every_process_of_a_worker_has_a_port_for_its_metrics() -> None:
+    for port, processes in ((65_535, 1), (65_532, 4), (0, 64)):
+        made = load(env(worker_metrics_port=port, worker_processes=processes))
+        assert made.worker_metrics_port == port
+    for port, processes in ((65_535, 2), (65_533, 4), (65_533, 64)):
+        with pytest.raises(SettingsError, match=f"worker_metrics_port = {port}"):
+            load(env(worker_metrics_port=port, worker_processes=processes))
+
+
 def test_a_data_folder_that_cannot_be_written_to_is_said_by_name(tmp_path: Path) -> None:
     made = load({"EDDYLINE_DATA_DIR": str(tmp_path / "a" / "b")})
     assert data_folder(made) == tmp_path / "a" / "b" and (tmp_path / "a" / "b").is_dir()

@@ -1,0 +1,112 @@
+"""What a query worker or a coordinator tells Prometheus: queries, the index, its recall, its lag.
+
+Read when it is asked for, from what `Stats` answers; a query pays for its place in the histogram.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from eddyline import metrics
+from eddyline.settings import Settings
+from serving.proto import retrieval_pb2 as pb
+from serving.service import BUCKETS_S, Service
+
+
+class WorkerCollector(Collector):
+    """The metrics of one process. Thread rule: any thread; the figures may be some queries apart."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def collect(self) -> Iterator[Metric]:
+        """Every metric. Before the process is ready only those of queries."""
+        stats = self._service.stats()
+        yield GaugeMetricFamily("eddyline_worker_ready", "Whether queries are answered", value=stats.ready)
+        failed = {"failed": stats.queries_failed, "answered": stats.queries - stats.queries_failed}
+        yield _counter("eddyline_worker_queries", "Queries", "outcome", failed)
+        yield self._times()
+        yield GaugeMetricFamily("eddyline_worker_missing", "What answers lack now", value=len(stats.missing))
+        if stats.ready:
+            yield from _index(stats.index)
+            if stats.index.HasField("recall"):
+                yield from _recall(stats.index.recall)
+            yield from _tail(stats.tail)
+
+    def _times(self) -> Metric:
+        counts, total_s = self._service.times()
+        buckets, below = [], 0
+        for bound, count in zip((*map(str, BUCKETS_S), "+Inf"), counts, strict=True):
+            below += count
+            buckets.append((bound, below))
+        return HistogramMetricFamily("eddyline_worker_query_seconds", "Queries", buckets, total_s)
+
+
+def serve(settings: Settings, service: Service, place: int = 0) -> Callable[[], None]:
+    """Answer Prometheus at `worker_metrics_port`, where it is set. Returns what ends that.
+
+    place: which of several processes of one worker; each has the next port
+    """
+    port = settings.worker_metrics_port
+    return metrics.serve(settings.metrics_host, port and port + place, WorkerCollector(service))
+
+
+def _counter(name: str, what: str, label: str, values: Mapping[str, float]) -> Metric:
+    family = CounterMetricFamily(name, what, labels=[label])
+    for value, count in values.items():
+        family.add_metric([value], count)
+    return family
+
+
+def _gauge(name: str, what: str, label: str, values: Mapping[str, float]) -> Metric:
+    family = GaugeMetricFamily(name, what, labels=[label])
+    for value, number in values.items():
+        family.add_metric([value], number)
+    return family
+
+
+def _index(index: pb.IndexSizes) -> Iterator[Metric]:
+    parts = ("live", "tombstones", "main", "fresh", "stale", "rows")
+    sizes = {part: getattr(index, part) for part in parts}
+    yield _gauge("eddyline_worker_index_items", "Items of the index, by what they are", "part", sizes)
+    records = {what: getattr(index, what) for what in ("applied", "ignored", "rejected")}
+    yield _counter("eddyline_worker_index_records", "Records by what became of them", "outcome", records)
+    rebuilds = {"done": index.rebuilds, "failed": index.rebuilds_failed}
+    yield _counter("eddyline_worker_index_rebuilds", "Graphs built", "outcome", rebuilds)
+    yield GaugeMetricFamily("eddyline_worker_index_rebuilding", "A rebuild goes on", value=index.rebuilding)
+    seconds = "eddyline_worker_index_rebuild_seconds"
+    yield GaugeMetricFamily(seconds, "What the last rebuild took", value=index.rebuild_s)
+    exact = "eddyline_worker_index_exact"
+    yield CounterMetricFamily(exact, "Searches answered by a scan instead", value=index.refused)
+    yield GaugeMetricFamily("eddyline_worker_index_breadth", "Candidates of a search", value=index.breadth)
+
+
+def _recall(recall: pb.RecallStatus) -> Iterator[Metric]:
+    if recall.samples:
+        bounds = {"estimate": recall.estimate, "low": recall.low, "high": recall.high}
+        yield _gauge("eddyline_worker_recall", "Share of the exact answer that was found", "bound", bounds)
+    yield GaugeMetricFamily("eddyline_worker_recall_samples", "Queries it is from", value=recall.samples)
+    steps = {step: float(step == recall.step) for step in ("normal", "wider", "rebuild", "exact")}
+    yield _gauge("eddyline_worker_recall_step", "What the recall guard does", "step", steps)
+    shadowed = {"compared": recall.shadowed, "skipped": recall.skipped}
+    yield _counter("eddyline_worker_recall_shadowed", "Sampled queries", "outcome", shadowed)
+
+
+def _tail(tail: pb.TailStatus) -> Iterator[Metric]:
+    lag = "eddyline_worker_tail_lag_records"
+    yield GaugeMetricFamily(lag, "Item records not applied yet, as of the last look", value=tail.lag_records)
+    yield GaugeMetricFamily("eddyline_worker_tail_caught_up", "It has reached the end", value=tail.caught_up)
+    yield CounterMetricFamily("eddyline_worker_tail_records", "Item records read", value=tail.records)
+    bad = {"undecodable": tail.undecodable, "rejected": tail.rejected}
+    yield _counter("eddyline_worker_tail_skipped", "Item records that are none", "reason", bad)
+    away_s = max(0.0, time.time() - tail.away_since_ms / 1000) if tail.away_since_ms else 0.0
+    yield GaugeMetricFamily("eddyline_worker_kafka_away_seconds", "How long Kafka is away", value=away_s)
