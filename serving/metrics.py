@@ -23,10 +23,14 @@ from serving.service import BUCKETS_S, Service
 
 
 class WorkerCollector(Collector):
-    """The metrics of one process. Thread rule: any thread; the figures may be some queries apart."""
+    """The metrics of one process. Thread rule: any thread; the figures may be some queries apart.
 
-    def __init__(self, service: Service) -> None:
+    own_index: whether it has one; a coordinator's figures are of whichever shards answer just now
+    """
+
+    def __init__(self, service: Service, own_index: bool = True) -> None:
         self._service = service
+        self._own_index = own_index
 
     def collect(self) -> Iterator[Metric]:
         """Every metric. Before the process is ready only those of queries."""
@@ -37,6 +41,8 @@ class WorkerCollector(Collector):
         yield self._times()
         yield GaugeMetricFamily("eddyline_worker_missing", "What answers lack now", value=len(stats.missing))
         if stats.ready:
+            yield _sizes(stats.index)
+        if stats.ready and self._own_index:
             yield from _index(stats.index)
             if stats.index.HasField("recall"):
                 yield from _recall(stats.index.recall)
@@ -51,13 +57,14 @@ class WorkerCollector(Collector):
         return HistogramMetricFamily("eddyline_worker_query_seconds", "Queries", buckets, total_s)
 
 
-def serve(settings: Settings, service: Service, place: int = 0) -> Callable[[], None]:
+def serve(settings: Settings, service: Service, place: int = 0, own_index: bool = True) -> Callable[[], None]:
     """Answer Prometheus at `worker_metrics_port`, where it is set. Returns what ends that.
 
     place: which of several processes of one worker; each has the next port
+    own_index: see `WorkerCollector`
     """
     port = settings.worker_metrics_port
-    return metrics.serve(settings.metrics_host, port and port + place, WorkerCollector(service))
+    return metrics.serve(settings.metrics_host, port and port + place, WorkerCollector(service, own_index))
 
 
 def _counter(name: str, what: str, label: str, values: Mapping[str, float]) -> Metric:
@@ -74,10 +81,13 @@ def _gauge(name: str, what: str, label: str, values: Mapping[str, float]) -> Met
     return family
 
 
-def _index(index: pb.IndexSizes) -> Iterator[Metric]:
+def _sizes(index: pb.IndexSizes) -> Metric:
     parts = ("live", "tombstones", "main", "fresh", "stale", "rows")
     sizes = {part: getattr(index, part) for part in parts}
-    yield _gauge("eddyline_worker_index_items", "Items of the index, by what they are", "part", sizes)
+    return _gauge("eddyline_worker_index_items", "Items of the index, by what they are", "part", sizes)
+
+
+def _index(index: pb.IndexSizes) -> Iterator[Metric]:
     records = {what: getattr(index, what) for what in ("applied", "ignored", "rejected")}
     yield _counter("eddyline_worker_index_records", "Records by what became of them", "outcome", records)
     rebuilds = {"done": index.rebuilds, "failed": index.rebuilds_failed}

@@ -157,11 +157,10 @@ class Service(retrieval_pb2_grpc.RetrievalServicer):
     def stats(self) -> pb.StatsResponse:
         """What `Stats` answers."""
         ready = self._ready
+        with self._lock:
+            queries, failed = self._queries, self._failed
         response = pb.StatsResponse(
-            ready=ready is not None,
-            started_ms=self._started_ms,
-            queries=self._queries,
-            queries_failed=self._failed,
+            ready=ready is not None, started_ms=self._started_ms, queries=queries, queries_failed=failed
         )
         if ready is None:
             response.missing.append(f"worker: waits for {self._waiting_for}")

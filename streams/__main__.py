@@ -147,9 +147,9 @@ async def _serve(
     except KafkaError as error:
         raise refusals.meant(settings, error) from error
     finally:
-        unmeasured()
         watching.cancel()
         await publisher.leave()
+        await asyncio.to_thread(unmeasured)
 
 
 def _reason(task: asyncio.Task[None]) -> Exception:

@@ -109,7 +109,9 @@ class IngestApp:
 
     def lag(self) -> dict[TP, int]:
         """Records of each partition of this process that are not applied yet. Any thread."""
-        behind = {}
+        behind: dict[TP, int] = {}
+        if self._app._consumer is None:
+            return behind  # to ask for it would make it, in this thread
         for at in self._app.lane.assigned():
             ends = self._ends.get(at), self._app.lane.highwater_seen(at)
             known = [end for end in ends if end is not None]
@@ -124,6 +126,8 @@ class IngestApp:
 
     def paused(self) -> dict[str, int]:
         """Partitions by topic that stand still: a server is waited for, or a position. Any thread."""
+        if self._app._consumer is None:
+            return {}
         return {lane.topic: self._app.lane.paused(lane.topic) for lane in self._lanes.values()}
 
     @property

@@ -186,6 +186,11 @@ class Applier:
         except Exception as error:
             log.exception("chunks could not be applied")
             self._end(error)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or not task.cancelling():  # nobody wanted this to end
+                self._end(RuntimeError("the work on chunks was cancelled from inside"))
+            raise
 
     def take(self) -> list[list[Chunk]]:
         """The chunks to apply now, by partition, in order; together no more records than one may have.
@@ -202,7 +207,7 @@ class Applier:
         for chunk in self._held:
             # What comes after a dropped chunk goes with it, though the partition may be ours again by now.
             if chunk.epoch <= self._dropped.get(chunk.at, -1) or not self._app.lane.is_current(chunk):
-                self._dropped[chunk.at] = max(chunk.epoch, self._dropped.get(chunk.at, -1))
+                self._drop(chunk)
                 continue  # it is read again after a seek, or was lost
             size = len(chunk.records)
             if chunk.at in full or (taken and size > room) or (chunk.at in taken and size > rooms[chunk.at]):
@@ -215,6 +220,9 @@ class Applier:
         self._held = rest
         return list(taken.values())
 
+    def _drop(self, chunk: Chunk) -> None:
+        self._dropped[chunk.at] = max(chunk.epoch, self._dropped.get(chunk.at, -1))
+
     async def _apply(self, taken: Sequence[Sequence[Chunk]]) -> None:
         lane, chunks = self._lane, [_joined(parts) for parts in taken]
         begun = time.perf_counter()
@@ -223,6 +231,12 @@ class Applier:
         except Exception as error:
             await self._give_up(chunks[0], error)
             return
+        except BaseException:
+            # Cancelled: what follows would leave a gap, until all is read again from the fence.
+            for chunk in chunks:
+                self._drop(chunk)
+            self._app.lane.unread({chunk.at: chunk.epoch for chunk in chunks})
+            raise
         lane.seconds += time.perf_counter() - begun
         waits = [end for end in ends if isinstance(end, Unavailable)]
         if waits:

@@ -21,6 +21,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine, Mapping, Sequence
+from concurrent import futures
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -36,7 +37,7 @@ from aiokafka.producer import sender
 from aiokafka.structs import TopicPartition
 
 from eddyline import kafka_security
-from eddyline.errors import EddylineError
+from eddyline.errors import EddylineError, KafkaUnavailable
 from eddyline.kafka import item_vectors, trouble
 from eddyline.records import ItemRecord, encode_record
 from eddyline.settings import Settings
@@ -53,6 +54,9 @@ _RETRY_MS = 5
 # Kafka answers "concurrent transactions" until the last one's markers are written, a few ms. aiokafka's 20 ms
 # between tries were the p99 of a commit.
 _AGAIN_S = 0.002
+# How often a call from another thread looks whether its loop still runs.
+_LOOK_S = 0.5
+_ENDS = "this process ends"
 # A producer that is let go has nothing left that counts.
 _CLOSE_S = 1.0
 
@@ -74,6 +78,8 @@ class TransactionalPublisher:
         self._timeout_s = settings.kafka_timeout_ms / 1000
         self._loop = asyncio.new_event_loop()
         self._host: asyncio.AbstractEventLoop | None = None
+        self._left = False
+        self._dropping: set[asyncio.Task[None]] = set()
         self._producers: dict[int, AIOKafkaProducer] = {}
         self._proven_s: dict[int, float] = {}
 
@@ -90,8 +96,11 @@ class TransactionalPublisher:
         return self._call(self.publishing(records))
 
     async def leave(self) -> None:
-        """Let go of all producers, in the loop that they live in."""
-        await self._drop_all()
+        """Let go of all producers, in the loop that they live in; whoever calls from now on is refused."""
+        self._left = True
+        for end in await self._drop_all():
+            if isinstance(end, BaseException):
+                log.warning("a producer did not close", extra={"reason": repr(end)})
 
     def close(self) -> None:
         """Let go of all producers; open transactions are aborted by Kafka."""
@@ -104,9 +113,27 @@ class TransactionalPublisher:
     def _call(self, call: Coroutine[Any, Any, _T]) -> _T:
         if self._host is None:
             return self._loop.run_until_complete(call)
-        return asyncio.run_coroutine_threadsafe(call, self._host).result()
+        try:
+            waiting = asyncio.run_coroutine_threadsafe(call, self._host)
+        except RuntimeError:  # the loop is closed
+            call.close()
+            raise KafkaUnavailable(_ENDS) from None
+        while True:
+            try:
+                return waiting.result(_LOOK_S)
+            except TimeoutError:
+                # A loop that ends may leave a call unanswered.
+                if waiting.done():
+                    raise
+                if self._left:
+                    waiting.cancel()
+                    raise KafkaUnavailable(_ENDS) from None
+            except futures.CancelledError:
+                raise KafkaUnavailable(_ENDS) from None
 
     async def _open(self, partition: int) -> None:
+        if self._left:
+            raise KafkaUnavailable(_ENDS)
         await self._drop(partition)
         began_s = _since_boot_s()
         producer = self._producer(self._name(partition))
@@ -118,6 +145,9 @@ class TransactionalPublisher:
         except BaseException:
             await _end(producer)
             raise
+        if self._left:
+            await _end(producer)
+            raise KafkaUnavailable(_ENDS)
         if self._settings.items_fence_s:
             producer._txn_manager.transactional_id = None
         self._producers[partition], self._proven_s[partition] = producer, began_s
@@ -169,6 +199,15 @@ class TransactionalPublisher:
             # The transaction may or may not stand. Opening anew ends it, and repeating it does no harm.
             await self._drop(partition)
             raise await self._trouble(error) from error
+        except asyncio.CancelledError:
+            # In the midst of something: it must not be used any more.
+            dropping = asyncio.create_task(self._drop(partition))
+            self._dropping.add(dropping)
+            dropping.add_done_callback(self._dropping.discard)
+            task = asyncio.current_task()
+            if task is None or not task.cancelling():  # one of aiokafka's own tasks ended so
+                raise KafkaUnavailable("the connection was given up") from None
+            raise
 
     async def _transaction(
         self, producer: AIOKafkaProducer, partition: int, records: Sequence[ItemRecord]
@@ -200,8 +239,9 @@ class TransactionalPublisher:
         if producer is not None:
             await _end(producer)
 
-    async def _drop_all(self) -> None:
-        await asyncio.gather(*(self._drop(partition) for partition in list(self._producers)))
+    async def _drop_all(self) -> list[BaseException | None]:
+        drops = (self._drop(partition) for partition in list(self._producers))
+        return await asyncio.gather(*drops, *self._dropping, return_exceptions=True)
 
     async def _trouble(self, error: Exception) -> EddylineError:
         return await asyncio.to_thread(trouble, self._settings, error, f"topic {self._topic}")

@@ -7,7 +7,7 @@
     supervisor.stop()                    # worker, valkey, kafka; safe to call twice
 
 A child that ends is started again, after a back-off that doubles and is forgotten once the child has been
-ready for a while. Children run in sessions of their own, so Ctrl-C in the terminal reaches only the
+ready for a while. Children run in process groups of their own, so Ctrl-C in the terminal reaches only the
 supervisor, which then stops them in order. If the supervisor itself is killed with -9, the kernel kills its
 children (exec_with_parent.py); what *they* started is their business.
 
@@ -337,7 +337,7 @@ def _answers(child: Child) -> bool:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to the child's whole group (it leads its own session), then reap it."""
+    """SIGKILL to the child's whole group, which it leads, then reap it."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):

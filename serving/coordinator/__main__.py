@@ -53,7 +53,7 @@ def main() -> int:
         return 2
     sys.stdout.write(f"coordinator listens on {server.address}\n")
     sys.stdout.flush()
-    unmeasured = metrics.serve(settings, service)
+    unmeasured = metrics.serve(settings, service, own_index=False)
     try:
         return start.ended(lambda: _run(settings, addresses, service, server, stop))
     finally:

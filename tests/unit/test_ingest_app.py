@@ -25,6 +25,10 @@ class Consumer:
         self.stale: set[int] = set()
         self.rewound: list[set[TP]] = []
         self.done: list[Chunk] = []
+        self.back: list[dict[TP, int]] = []
+
+    def unread(self, taken: dict[TP, int]) -> None:
+        self.back.append(dict(taken))
 
     def is_current(self, chunk: Chunk) -> bool:
         return chunk.epoch not in self.stale
@@ -141,6 +145,51 @@ def test_small_chunks_that_wait_for_kafka_do_so_in_the_loop_and_a_stop_waits_for
             cancelled.cancel()
             await asyncio.gather(cancelled, return_exceptions=True)
             assert cancelled.cancelled() and not apply._turn.locked() and app.working == 0
+        executor.shutdown()
+
+    asyncio.run(run())
+
+
+def test_after_a_chunk_that_was_cancelled_nothing_is_applied_before_it_is_read_again() -> None:
+    async def run() -> None:
+        executor, app, begun, ends = ThreadPoolExecutor(1), Works(), asyncio.Event(), list[Exception]()
+
+        async def in_loop(parts: Any) -> Any:
+            begun.set()
+            await asyncio.Event().wait()
+
+        lane = Lane("clicks", Busy(), executor, quick=True, in_loop=in_loop)  # type: ignore[arg-type]
+        apply = Applier(app, lane, {executor: threading.Lock()}, 8, 1.0, ends.append)  # type: ignore[arg-type]
+        for one in (chunk(0, 1), chunk(1, 1)):
+            apply._queue.put_nowait(one)
+        async with asyncio.timeout(5):
+            work = asyncio.create_task(apply._work())
+            await begun.wait()
+            for one in (chunk(0, 1), chunk(1, 1), chunk(2, 1), chunk(0, 1, epoch=1)):
+                apply._queue.put_nowait(one)
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+        assert app.lane.back == [{chunk(0, 1).at: 0, chunk(1, 1).at: 0}] and not ends
+        # Its successors go, too; what was read after a seek, and other partitions, do not.
+        assert [(c.at.partition, c.epoch) for some in apply.take() for c in some] == [(2, 0), (0, 1)]
+        executor.shutdown()
+
+    asyncio.run(run())
+
+
+def test_work_that_is_cancelled_from_inside_ends_the_process() -> None:
+    async def run() -> None:
+        executor, ends = ThreadPoolExecutor(1), list[Exception]()
+
+        async def in_loop(parts: Any) -> Any:
+            raise asyncio.CancelledError
+
+        lane = Lane("clicks", Busy(), executor, quick=True, in_loop=in_loop)  # type: ignore[arg-type]
+        apply = Applier(Works(), lane, {executor: threading.Lock()}, 8, 1.0, ends.append)  # type: ignore[arg-type]
+        apply._queue.put_nowait(chunk(0, 1))
+        async with asyncio.timeout(5):
+            await asyncio.gather(asyncio.create_task(apply._work()), return_exceptions=True)
+        assert len(ends) == 1 and "from inside" in str(ends[0])
         executor.shutdown()
 
     asyncio.run(run())

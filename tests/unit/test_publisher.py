@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import threading
 from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
@@ -129,6 +130,82 @@ def test_in_a_loop_that_runs_anyway_tasks_and_other_threads_publish_by_the_same_
         out.close()
 
     asyncio.run(run())
+
+
+class Hangs(FakeProducer):
+    """Delivers nothing."""
+
+    async def send(self, topic: str, value: Any, key: bytes, partition: int) -> Any:
+        self.calls.append("asked")
+        return asyncio.get_running_loop().create_future()
+
+
+async def asked(producer: FakeProducer) -> None:
+    async with asyncio.timeout(5):
+        while "asked" not in producer.calls:
+            await asyncio.sleep(0.001)
+
+
+def test_a_producer_that_was_cancelled_in_the_midst_of_something_is_let_go() -> None:
+    async def run() -> None:
+        producer = Hangs()
+        out = made(SETTINGS, producer)
+        out.live_in(asyncio.get_running_loop())
+        publishing = asyncio.create_task(out.publishing({0: [RECORD]}))
+        await asked(producer)
+        publishing.cancel()
+        await asyncio.gather(publishing, return_exceptions=True)
+        assert publishing.cancelled()
+        await out.leave()
+        assert producer.calls[-1] == "stop" and not out._producers
+        out.close()
+
+    asyncio.run(run())
+
+
+def test_a_connection_that_was_given_up_inside_is_kafka_that_is_away() -> None:
+    class GivenUp(FakeProducer):
+        async def send(self, topic: str, value: Any, key: bytes, partition: int) -> Any:
+            delivery = asyncio.get_running_loop().create_future()
+            delivery.cancel()
+            return delivery
+
+    out = made(SETTINGS, GivenUp())
+    failed = out.publish({0: [RECORD]})
+    assert isinstance(failed[0], KafkaUnavailable) and not out._producers
+    out.close()
+
+
+def test_no_thread_waits_for_a_loop_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publisher, "_LOOK_S", 0.05)
+    producer = Hangs()
+    out = made(msgspec.structs.replace(SETTINGS, kafka_timeout_ms=60_000), producer)
+    ends: list[BaseException] = []
+
+    def publish() -> None:
+        try:
+            out.publish({0: [RECORD]})
+        except BaseException as error:
+            ends.append(error)
+
+    loop = asyncio.new_event_loop()
+    out.live_in(loop)
+    threads = [threading.Thread(target=publish, daemon=True) for _ in range(3)]
+    threads[0].start()
+    loop.run_until_complete(asked(producer))
+    # Its call is left unanswered, as what comes in while a loop ends.
+    out._left = True
+    threads[0].join(5)
+    threads[1].start()
+    threads[1].join(5)
+    while left := asyncio.all_tasks(loop):
+        loop.run_until_complete(asyncio.wait(left, timeout=5))
+    loop.close()
+    threads[2].start()
+    threads[2].join(5)
+    assert not any(thread.is_alive() for thread in threads)
+    assert [type(error) for error in ends] == [KafkaUnavailable] * 3
+    out.close()
 
 
 def test_what_it_needs_of_aiokafka_is_there() -> None:

@@ -86,6 +86,16 @@ def test_the_page_names_every_metric_and_no_other() -> None:
     assert 60 <= float(away) < 90
 
 
+def test_a_coordinator_tells_no_counts_of_shards_that_come_and_go() -> None:
+    service, registry = Service(Settings()), CollectorRegistry()
+    service.serve(Holds())
+    registry.register(WorkerCollector(service, own_index=False))
+    assert names(generate_latest(registry).decode()) == {
+        "eddyline_worker_ready", "eddyline_worker_queries_total", "eddyline_worker_query_seconds",
+        "eddyline_worker_missing", "eddyline_worker_index_items",
+    }  # fmt: skip
+
+
 def test_a_recall_that_is_not_known_yet_is_not_told() -> None:
     class Young(Holds):
         def tell(self, response: pb.StatsResponse) -> None:
@@ -132,7 +142,7 @@ def answers(port: int) -> bool:
         return False
 
 
-def test_a_port_that_is_taken_is_told_once_and_tried_again(
+def test_a_port_that_is_taken_is_tried_again_and_an_error_in_time(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(metrics, "AGAIN_S", 0.02)
@@ -143,11 +153,16 @@ def test_a_port_that_is_taken_is_told_once_and_tried_again(
         end = serve(settings, Service(settings), place=1)
         until(lambda: bool(caplog.records))
         time.sleep(0.1)
-        assert [record.levelname for record in caplog.records] == ["ERROR"]
+        assert [record.levelname for record in caplog.records] == ["INFO"]
+        monkeypatch.setattr(metrics, "TAKEN_S", 0.0)
+        until(lambda: len(caplog.records) > 1)
+        time.sleep(0.1)
+        assert [record.levelname for record in caplog.records] == ["INFO", "ERROR"]
         taken.close()
         until(lambda: answers(port))
         end()
-    assert not answers(port) and [record.levelname for record in caplog.records] == ["ERROR", "INFO"]
+    assert not answers(port)
+    assert [record.levelname for record in caplog.records] == ["INFO", "ERROR", "INFO"]
 
 
 def test_no_port_serves_nothing() -> None:
