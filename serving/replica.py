@@ -29,8 +29,6 @@ log = logging.getLogger(__name__)
 LOOK_S = 1.0
 # A poll returns as soon as there is a record; this is how long it waits where there is none.
 POLL_MS = 200
-# Polls that bring something begin so far apart: under load a poll costs more than what it brings.
-PACE_S = 0.003
 # One batch of the index: about 2 ms, so that neither its lock nor the interpreter is held for long.
 APPLY_RECORDS = 256
 RETRY_S = 0.05
@@ -171,14 +169,11 @@ class Replica:
         topic.begin(self._positions)
         self._positions = topic.positions()
         look_at = 0.0
-        next_s = 0.0
         while not self._stop.is_set():
             if time.monotonic() >= look_at:
                 self._look(topic.ends())
                 look_at = time.monotonic() + LOOK_S
-            time.sleep(max(0.0, next_s - time.monotonic()))
             polled = topic.poll(POLL_MS)
-            next_s = time.monotonic() + (PACE_S if polled else 0.0)
             # Together: a batch for each partition would cost the index as many times what a batch costs.
             self._apply([record for batch in polled.values() for record in batch])
             for partition, batch in polled.items():
