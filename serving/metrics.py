@@ -37,7 +37,7 @@ class WorkerCollector(Collector):
         stats = self._service.stats()
         yield GaugeMetricFamily("eddyline_worker_ready", "Whether queries are answered", value=stats.ready)
         failed = {"failed": stats.queries_failed, "answered": stats.queries - stats.queries_failed}
-        yield _counter("eddyline_worker_queries", "Queries", "outcome", failed)
+        yield _by(CounterMetricFamily, "eddyline_worker_queries", "Queries", "outcome", failed)
         yield self._times()
         yield GaugeMetricFamily("eddyline_worker_missing", "What answers lack now", value=len(stats.missing))
         if stats.ready:
@@ -67,15 +67,12 @@ def serve(settings: Settings, service: Service, place: int = 0, own_index: bool 
     return metrics.serve(settings.metrics_host, port and port + place, WorkerCollector(service, own_index))
 
 
-def _counter(name: str, what: str, label: str, values: Mapping[str, float]) -> Metric:
-    family = CounterMetricFamily(name, what, labels=[label])
-    for value, count in values.items():
-        family.add_metric([value], count)
-    return family
-
-
-def _gauge(name: str, what: str, label: str, values: Mapping[str, float]) -> Metric:
-    family = GaugeMetricFamily(name, what, labels=[label])
+def _by(
+    kind: type[CounterMetricFamily] | type[GaugeMetricFamily],
+    name: str, what: str, label: str, values: Mapping[str, float],
+) -> Metric:  # fmt: skip
+    """One metric with a value for each value of its label."""
+    family = kind(name, what, labels=[label])
     for value, number in values.items():
         family.add_metric([value], number)
     return family
@@ -84,14 +81,26 @@ def _gauge(name: str, what: str, label: str, values: Mapping[str, float]) -> Met
 def _sizes(index: pb.IndexSizes) -> Metric:
     parts = ("live", "tombstones", "main", "fresh", "stale", "rows")
     sizes = {part: getattr(index, part) for part in parts}
-    return _gauge("eddyline_worker_index_items", "Items of the index, by what they are", "part", sizes)
+    return _by(
+        GaugeMetricFamily,
+        "eddyline_worker_index_items",
+        "Items of the index, by what they are",
+        "part",
+        sizes,
+    )
 
 
 def _index(index: pb.IndexSizes) -> Iterator[Metric]:
     records = {what: getattr(index, what) for what in ("applied", "ignored", "rejected")}
-    yield _counter("eddyline_worker_index_records", "Records by what became of them", "outcome", records)
+    yield _by(
+        CounterMetricFamily,
+        "eddyline_worker_index_records",
+        "Records by what became of them",
+        "outcome",
+        records,
+    )
     rebuilds = {"done": index.rebuilds, "failed": index.rebuilds_failed}
-    yield _counter("eddyline_worker_index_rebuilds", "Graphs built", "outcome", rebuilds)
+    yield _by(CounterMetricFamily, "eddyline_worker_index_rebuilds", "Graphs built", "outcome", rebuilds)
     yield GaugeMetricFamily("eddyline_worker_index_rebuilding", "A rebuild goes on", value=index.rebuilding)
     seconds = "eddyline_worker_index_rebuild_seconds"
     yield GaugeMetricFamily(seconds, "What the last rebuild took", value=index.rebuild_s)
@@ -103,12 +112,18 @@ def _index(index: pb.IndexSizes) -> Iterator[Metric]:
 def _recall(recall: pb.RecallStatus) -> Iterator[Metric]:
     if recall.samples:
         bounds = {"estimate": recall.estimate, "low": recall.low, "high": recall.high}
-        yield _gauge("eddyline_worker_recall", "Share of the exact answer that was found", "bound", bounds)
+        yield _by(
+            GaugeMetricFamily,
+            "eddyline_worker_recall",
+            "Share of the exact answer that was found",
+            "bound",
+            bounds,
+        )
     yield GaugeMetricFamily("eddyline_worker_recall_samples", "Queries it is from", value=recall.samples)
     steps = {step: float(step == recall.step) for step in ("normal", "wider", "rebuild", "exact")}
-    yield _gauge("eddyline_worker_recall_step", "What the recall guard does", "step", steps)
+    yield _by(GaugeMetricFamily, "eddyline_worker_recall_step", "What the recall guard does", "step", steps)
     shadowed = {"compared": recall.shadowed, "skipped": recall.skipped}
-    yield _counter("eddyline_worker_recall_shadowed", "Sampled queries", "outcome", shadowed)
+    yield _by(CounterMetricFamily, "eddyline_worker_recall_shadowed", "Sampled queries", "outcome", shadowed)
 
 
 def _tail(tail: pb.TailStatus) -> Iterator[Metric]:
@@ -117,6 +132,8 @@ def _tail(tail: pb.TailStatus) -> Iterator[Metric]:
     yield GaugeMetricFamily("eddyline_worker_tail_caught_up", "It has reached the end", value=tail.caught_up)
     yield CounterMetricFamily("eddyline_worker_tail_records", "Item records read", value=tail.records)
     bad = {"undecodable": tail.undecodable, "rejected": tail.rejected}
-    yield _counter("eddyline_worker_tail_skipped", "Item records that are none", "reason", bad)
+    yield _by(
+        CounterMetricFamily, "eddyline_worker_tail_skipped", "Item records that are none", "reason", bad
+    )
     away_s = max(0.0, time.time() - tail.away_since_ms / 1000) if tail.away_since_ms else 0.0
     yield GaugeMetricFamily("eddyline_worker_kafka_away_seconds", "How long Kafka is away", value=away_s)

@@ -112,6 +112,14 @@ def make(tmp_path: Path) -> Iterator[Make]:
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forked workers need Linux")
 
 
+BUILT_ONCE_TWO_STARTED = """
+def built(held):
+    while not log.exists() or len(log.read_text().split("start")) < 3:
+        time.sleep(0.01)
+    return True
+"""
+
+
 def test_a_killed_worker_is_replaced_in_its_place_and_all_end_with_the_keeper(make: Make) -> None:
     keeper = make(SERVE + NOTHING_BUILT)
     first = keeper.started(2)
@@ -174,12 +182,9 @@ def test_once_the_graph_is_built_every_worker_is_replaced_by_one_that_shares_it(
 
 
 def test_an_old_worker_stays_where_the_new_one_does_not_get_ready(make: Make) -> None:
-    body = """
-def built(held):
-    while not log.exists() or len(log.read_text().split("start")) < 3:
-        time.sleep(0.01)
-    return True
-
+    body = (
+        BUILT_ONCE_TWO_STARTED
+        + """
 def serve(held, place, ready, stop):
     if len(log.read_text().split("start")) > 3:
         return 1  # the third and the fourth one
@@ -188,6 +193,7 @@ def serve(held, place, ready, stop):
     note(f"end {place}")
     return 0
 """
+    )
     keeper = make(body)
     keeper.started(4)
     time.sleep(0.5)
@@ -199,12 +205,9 @@ def serve(held, place, ready, stop):
 
 
 def test_one_that_ends_for_good_while_the_others_are_replaced_ends_all(make: Make) -> None:
-    body = """
-def built(held):
-    while not log.exists() or len(log.read_text().split("start")) < 3:
-        time.sleep(0.01)
-    return True
-
+    body = (
+        BUILT_ONCE_TWO_STARTED
+        + """
 def serve(held, place, ready, stop):
     if len(log.read_text().split("start")) > 3:
         stop.wait(2)  # not ready yet when the old one of the other place ends
@@ -215,6 +218,7 @@ def serve(held, place, ready, stop):
     stop.wait(30)
     return 0
 """
+    )
     keeper = make(body)
     assert keeper.ends()[0] == 3
     wait_gone([int(pid) for _, _, pid in keeper.lines("start")])

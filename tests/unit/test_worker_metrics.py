@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import socket
+import threading
 import time
 import urllib.request
 from collections.abc import Callable
@@ -166,6 +167,15 @@ def test_a_port_that_is_taken_is_tried_again_and_an_error_in_time(
 
 
 def test_no_port_serves_nothing() -> None:
-    serve(Settings(), Service(Settings()), place=3)()
-    with pytest.raises(OSError):
-        urllib.request.urlopen("http://127.0.0.1:3/metrics", timeout=1)
+    def serving() -> list[str]:
+        return [thread.name for thread in threading.enumerate() if thread.name == "metrics"]
+
+    end = serve(Settings(), Service(Settings()), place=3)
+    assert serving() == []
+    end()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        end = serve(msgspec.structs.replace(Settings(), worker_metrics_port=port), Service(Settings()))
+        assert serving() == ["metrics"]
+        end()
+    assert serving() == []
