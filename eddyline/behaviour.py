@@ -50,6 +50,7 @@ class Behaviour(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
     partition, offset: the coordinates (token) of the last event applied
     at_ms:             the largest event time seen
     produced_us, appended_ms, read_us: stamps of that event by producer, broker and ingest; 0 is unknown
+    entries:           newest first; a tuple in whatever was read, ingest lends its own list to a write
     """
 
     version: int = LAYOUT_VERSION
@@ -59,7 +60,7 @@ class Behaviour(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
     produced_us: int = 0
     appended_ms: int = 0
     read_us: int = 0
-    entries: tuple[Entry, ...] = ()
+    entries: Sequence[Entry] = ()
 
 
 class _Recent(msgspec.Struct, array_like=True, frozen=True):

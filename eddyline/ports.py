@@ -97,7 +97,7 @@ class UserEffects:
 
     accepted:     event id -> offset, for the events that are new, by offset
     window_floor: accepted ids with a lower offset leave the window (once there are accepted ones)
-    behaviours:   user id -> his whole new list
+    behaviours:   user id -> his whole new list; its entries may change once the write has ended
     recent:       user id -> the entries that are new since his list was last written whole; absent: write it
                   whole now
     embeddings:   user id -> (steps, bytes of float32[d]) of `generation`

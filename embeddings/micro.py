@@ -22,6 +22,7 @@ import numpy.typing as npt
 from embeddings.tiles import Floats
 
 Ints = npt.NDArray[np.int64]
+Marks = npt.NDArray[np.bool_]
 
 # Events of one pass: a call into numpy costs as much for 8 as for 32, and 64 would leave the core's cache.
 PASS = 32
@@ -54,7 +55,10 @@ class MicroStep:
     def __init__(self, catalogue: Floats, settings: MicroSettings):
         self.settings = settings
         self._catalogue = catalogue
-        self._counter = np.arange(1, settings.negatives + 1, dtype=np.uint64) * _GOLDEN
+        # Two scores differ by 2 at most.
+        self._cold = 2.0 / settings.temperature > 79.0
+        # One hash for two negatives.
+        self._counter = np.arange(1, (settings.negatives + 1) // 2 + 1, dtype=np.uint64) * _GOLDEN
 
     @property
     def min_steps_before(self) -> int:
@@ -78,13 +82,15 @@ class MicroStep:
         u = forward + embedding
         norm = np.maximum(_norms(u), np.float32(1e-6))
         u /= norm
-        wanted: Floats = np.add.reduce(positives * u, axis=1, keepdims=True)
+        sharp = u * np.float32(1.0 / s.temperature)
+        wanted: Floats = np.add.reduce(positives * sharp, axis=1, keepdims=True)
         total: Floats = np.empty_like(wanted)
         pull = np.empty_like(u)
+        drawn = self.draw(event_keys)
+        same = drawn == own
         for start in range(0, len(u), PASS):
             rows = slice(start, min(start + PASS, len(u)))
-            drawn = self.draw(event_keys[rows])
-            self._pull(drawn, u[rows], wanted[rows], own[rows], total[rows], pull[rows])
+            self._pull(drawn[rows], sharp[rows], wanted[rows], same[rows], total[rows], pull[rows])
         g: Floats = (pull - total * positives) / (one + total)
         g -= np.add.reduce(g * u, axis=1, keepdims=True) * u
         g *= np.float32(s.rate / s.temperature) / norm
@@ -95,7 +101,7 @@ class MicroStep:
         return result
 
     def draw(self, event_keys: Sequence[str]) -> Ints:
-        """Rows of the catalogue, int64 (n, negatives): splitmix64, seeded by a hash of the key."""
+        """Rows of the catalogue, int64 (n, negatives): halves of splitmix64, seeded by a hash of the key."""
         digests = b"".join(blake2b(key.encode(), digest_size=8).digest() for key in event_keys)
         z = np.frombuffer(digests, "<u8")[:, None] + self._counter
         z ^= z >> np.uint64(30)
@@ -103,27 +109,30 @@ class MicroStep:
         z ^= z >> np.uint64(27)
         z *= _MIX_2
         z ^= z >> np.uint64(31)
-        # The upper half scaled to the catalogue: as even as a modulo, and free of its division.
-        rows = ((z >> np.uint64(32)) * np.uint64(len(self._catalogue))) >> np.uint64(32)
+        # Each half scaled to the catalogue: as even as a modulo, and free of its division.
+        halves = z.astype("<u8", copy=False).view("<u4")[:, : self.settings.negatives]
+        rows = np.multiply(halves, np.uint64(len(self._catalogue)), dtype=np.uint64)
+        rows >>= np.uint64(32)
         result: Ints = rows.view(np.int64)
         return result
 
     def _pull(
-        self, drawn: Ints, u: Floats, wanted: Floats, own: Ints, total: Floats, pull: Floats
-    ) -> None:  # fmt: skip
+        self, drawn: Ints, sharp: Floats, wanted: Floats, same: Marks, total: Floats, pull: Floats
+    ) -> None:
         """Weigh the negatives of some events by their odds against the event's own item.
 
-        wanted: (n, 1), u · v₊; own: (n, 1), the row of v₊
+        sharp: (n, d), u / τ; wanted: (n, 1), u · v₊ / τ; same: where the event's own item was drawn
         total, pull: (n, 1), (n, d), where the sum of the odds and the weighed sum of the negatives go
         """
         negatives = self._catalogue.take(drawn, axis=0)
-        odds = np.matmul(negatives, u[:, :, None])[:, :, 0]
+        odds = np.matmul(negatives, sharp[:, :, None])[:, :, 0]
         # Relative to the positive's own score; e^80 · 256 is still finite in float32.
         odds -= wanted
-        odds *= np.float32(1.0 / self.settings.temperature)
-        np.exp(np.minimum(odds, np.float32(80.0), out=odds), out=odds)
+        if self._cold:
+            np.minimum(odds, np.float32(80.0), out=odds)
+        np.exp(odds, out=odds)
         # The event's own item drawn as a negative does not count.
-        np.putmask(odds, drawn == own, np.float32(0.0))
+        np.putmask(odds, same, np.float32(0.0))
         np.add.reduce(odds, axis=1, keepdims=True, out=total)
         np.matmul(odds[:, None, :], negatives, out=pull[:, None, :])
 

@@ -16,6 +16,7 @@ from streams.chunk import Outcome, Record
 from streams.click_counts import Event
 from streams.dead_letters import FORWARD_BYTES_MAX
 from streams.drafts import Drafts
+from streams.user_cache import Draft
 
 
 @dataclass(slots=True)
@@ -33,6 +34,7 @@ class Work:
 
     fence:    under which all is computed; records up to `done` were applied to the users before
     accepted: the events that count, those up to `done` included; entering: the ids that enter the window
+    users:    those of the events beyond `done`; None has to be read
     """
 
     number: int
@@ -45,8 +47,7 @@ class Work:
     profiles: str
     accepted: list[Event]
     entering: dict[str, int]
-    user_ids: list[str]
-    missing: list[str]
+    users: dict[str, Draft | None]
     outcome: Outcome
     drafts: Drafts | None = None
 
@@ -54,6 +55,11 @@ class Work:
     def done(self) -> int:
         """The offset up to which users have everything."""
         return -1 if self.fence is None else self.fence.offset
+
+    @property
+    def missing(self) -> list[str]:
+        """The users that have to be read."""
+        return [user for user, draft in self.users.items() if draft is None]
 
     @property
     def is_new(self) -> bool:

@@ -73,9 +73,10 @@ class Drafts:
         return effects
 
     def _click(self, draft: Draft, record: Record, click: Click) -> None:
-        weight = behaviour.strength(click, self._dwell_ms_full)
+        plain = click.context is None
+        weight = click.weight if plain else behaviour.strength(click, self._dwell_ms_full)
         entry = Entry(click.item_id, click.at_ms, _KIND_NUMBER[click.kind], weight)
-        if is_moved(click):
+        if not plain and is_moved(click):
             behaviour.place_moved(draft.entries, draft.at_ms, entry, self._bounds)
             draft.recent = None
         else:
@@ -159,5 +160,5 @@ def _behaviour(draft: Draft, last: Record, read_us: int) -> Behaviour:
         produced_us=accept.produced_us(last.headers),
         appended_ms=last.timestamp,
         read_us=read_us,
-        entries=tuple(draft.entries),
+        entries=draft.entries,
     )

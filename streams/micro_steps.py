@@ -45,8 +45,8 @@ class MicroSteps:
         """The rows of the newest items of a list that the bundle has; what is disliked is left out."""
         row_of, limit = self.row, self._towers.user_tower.history_max
         # Mostly nothing is disliked and the bundle has all: then these are the rows.
-        newest = [row_of(e.item_id) if e.kind != DISLIKE else None for e in entries[:limit]]
-        if None not in newest:
+        newest = [row_of(e.item_id) for e in entries[:limit] if e.kind != DISLIKE]
+        if len(newest) == min(limit, len(entries)) and None not in newest:
             return tuple(cast("list[int]", newest))
         rows = (row_of(entry.item_id) for entry in liked(entries))
         return tuple(islice((row for row in rows if row is not None), limit))

@@ -8,7 +8,7 @@ cache that is behind can have a write refused, never falsify one.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from eddyline import behaviour
@@ -21,6 +21,8 @@ from streams.chunk import Record
 _USER_ENTRIES = 4
 # So many characters of a profile, or an attribute of it, take as much as one more.
 _ENTRY_CHARS = 150
+# So many users are passed over at once; after that the next one leaves, used or not.
+_PASSED_OVER_MAX = 256
 
 
 @dataclass(slots=True)
@@ -30,8 +32,9 @@ class Draft:
     recent:  entries that are new since his list was last written whole; None: write it whole
     steps:   events counted; vector: float32[d] as bytes, None while he has none
     last:    the event of this chunk that was applied last; counted: whether steps moved in this chunk
-    size:    what he counts in the cache, as of when he was given back to it
-    more:    what of that his profile counts, beyond a small one
+    more:    what his profile counts in the cache, beyond a small one
+    kept:    whether the cache has him; size: what he counts in it then, else 0
+    used:    whether he was needed again since he came, or was last passed over
     """
 
     entries: list[Entry]
@@ -42,8 +45,10 @@ class Draft:
     profile: Mapping[str, object] = field(default_factory=dict)
     last: Record | None = None
     counted: bool = False
-    size: int = 0
     more: int = 0
+    kept: bool = False
+    size: int = 0
+    used: bool = False
 
 
 class Window:
@@ -77,7 +82,11 @@ class Slot:
 
 
 class UserCache:
-    """Slots and users, the least recently used ones dropped. Thread rule: one thread.
+    """Slots and users; who was not needed again leaves first. Thread rule: one thread.
+
+    Users leave in the order in which they came, but one that was used since is passed over once (the clock
+    algorithm, Corbató 1968): a user who is here costs one look, where keeping them in the order of use costs
+    three and touches his neighbours in it.
 
     entries_max: behaviours kept in all; a user counts for four more, one with a large profile for more
     entries:     kept now; asked, found: users that were needed, and of those, that were here
@@ -102,39 +111,61 @@ class UserCache:
             known = self._slots[slot] = Slot(Window(read.accepted), read.profiles)
         return known
 
-    def missing(self, slot: str, user_ids: Sequence[str]) -> list[str]:
-        """Those of these users that have to be read."""
-        missing = [user for user in user_ids if (slot, user) not in self._users]
-        self.asked += len(user_ids)
-        self.found += len(user_ids) - len(missing)
-        return missing
+    def look(self, slot: str, user_ids: Iterable[str]) -> dict[str, Draft | None]:
+        """Users as they are known, None for one that has to be read."""
+        users = self._users
+        looked = {user: users.get((slot, user)) for user in user_ids}
+        self.asked += len(looked)
+        self.found += len(looked) - sum(draft is None for draft in looked.values())
+        return looked
 
     def query(self, slot: str, source: Source, user_ids: Sequence[str]) -> UserQuery:
         """What reads these users."""
         return UserQuery(slot, source, user_ids, self._generation)
 
-    def take(self, slot: str, user_ids: Sequence[str], read: UserRead | None) -> dict[str, Draft]:
-        """The users of a chunk, ready to be changed; with those that were read.
+    def take(self, looked: Mapping[str, Draft | None], read: UserRead | None) -> dict[str, Draft]:
+        """The users of a chunk, ready to be changed: those of `look` and those that were read since.
 
         Where the chunk fails, the slot has to be dropped.
         """
-        users = self._users
-        return {user: users.get((slot, user)) or _draft(user, read) for user in user_ids}
+        return {user: draft or _draft(user, read) for user, draft in looked.items()}
 
     def give_back(self, slot: str, drafts: Mapping[str, Draft]) -> None:
         """Keep users as they were just written, as far as there is room."""
-        users = self._users
+        more = 0
         for user, draft in drafts.items():
             draft.last, draft.counted = None, False
-            # Who was taken may have left meanwhile, for users of another slot: what is here now counts.
-            before = users.get((slot, user))
-            self.entries -= before.size if before else 0
-            draft.size = len(draft.entries) + _USER_ENTRIES + draft.more
-            self.entries += draft.size
-            users[slot, user] = draft
-            users.move_to_end((slot, user))
+            # Who was taken may have left meanwhile, for users of another slot, or have begun anew.
+            if draft.kept:
+                draft.used = True
+            else:
+                self._leave((slot, user))
+                self._users[slot, user] = draft
+                draft.kept = True
+            size = len(draft.entries) + _USER_ENTRIES + draft.more
+            more += size - draft.size
+            draft.size = size
+        self.entries += more
+        if self.entries > self._entries_max:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        users, passed_over = self._users, 0
         while self.entries > self._entries_max:
-            self.entries -= users.popitem(last=False)[1].size
+            key = next(iter(users))
+            draft = users[key]
+            if draft.used and passed_over < _PASSED_OVER_MAX:
+                passed_over += 1
+                draft.used = False
+                users.move_to_end(key)
+            else:
+                self._leave(key)
+
+    def _leave(self, key: tuple[str, str]) -> None:
+        draft = self._users.pop(key, None)
+        if draft is not None:
+            self.entries -= draft.size
+            draft.kept, draft.size, draft.used = False, 0, False
 
     def profiles_written(
         self, slot: str, before: Fence | None, fence: Fence, user_ids: Collection[str]
@@ -150,15 +181,14 @@ class UserCache:
         elif known is not None:
             known.profiles = str(fence)
         for user in user_ids:
-            kept = self._users.pop((slot, user), None)
-            self.entries -= kept.size if kept else 0
+            self._leave((slot, user))
 
     def drop(self, slot: str) -> None:
         """Forget all of a slot: its partition is read anew, or was lost, or a write has failed."""
         if self._slots.pop(slot, None) is None:
             return
         for key in [key for key in self._users if key[0] == slot]:
-            self.entries -= self._users.pop(key).size
+            self._leave(key)
 
 
 def check(slot: str, source: Source, fence: Fence | None, read: SlotRead | UserRead) -> None:

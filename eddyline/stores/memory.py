@@ -8,6 +8,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from eddyline import behaviour
 from eddyline.behaviour import Behaviour
 from eddyline.errors import EddylineError, FenceMoved, StoreRefused, StoreUnavailable
@@ -124,7 +126,8 @@ class MemoryStore:
                 state.behaviours.pop((slot, user), None)
                 state.embeddings.pop((slot, effects.generation, user), None)
             for user, behaviour_ in effects.behaviours.items():
-                state.behaviours[slot, user] = (behaviour_, applied_us)
+                mine = msgspec.structs.replace(behaviour_, entries=tuple(behaviour_.entries))
+                state.behaviours[slot, user] = (mine, applied_us)
             for user, embedding in effects.embeddings.items():
                 state.embeddings[slot, effects.generation, user] = embedding
             return applied_us

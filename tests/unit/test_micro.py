@@ -66,16 +66,17 @@ def test_an_event_has_the_same_bits_in_any_batch() -> None:
 
 
 def splitmix64(key: str, n: int, items: int) -> list[int]:
-    """The generator in plain integers (Steele et al. 2014), scaled by its upper half."""
+    """The generator in plain integers (Steele et al. 2014), two rows of each hash: the lower half first."""
     mask = (1 << 64) - 1
     state = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
     rows = []
-    for _ in range(n):
+    for _ in range((n + 1) // 2):
         state = (state + 0x9E3779B97F4A7C15) & mask
         z = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & mask
         z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
-        rows.append(((z ^ (z >> 31)) >> 32) * items >> 32)
-    return rows
+        z ^= z >> 31
+        rows += [(z & 0xFFFFFFFF) * items >> 32, (z >> 32) * items >> 32]
+    return rows[:n]
 
 
 def test_negatives_are_a_function_of_the_key() -> None:
@@ -85,6 +86,8 @@ def test_negatives_are_a_function_of_the_key() -> None:
     assert first[0].tolist() == splitmix64("a", 256, len(CATALOGUE))
     assert (micro.draw(["b"])[0] == first[1]).all()
     assert (first[0] != first[1]).any()
+    odd = MicroStep(CATALOGUE, MicroSettings(negatives=7)).draw(["a"])
+    assert odd.tolist() == [first[0, :7].tolist()]
 
 
 def test_negatives_are_drawn_evenly() -> None:
