@@ -170,14 +170,6 @@ def decode_behaviour(
     value: bytes | None, *, appended_ms: int, far_future_ms_max: int
 ) -> Click | Merge | Forget:
     """Whatever may lie in `clicks`. Raises Rejected, as `decode_click` does."""
-    # Nearly every record is a click of plain ASCII: one look for it, all the rest decides anew.
-    try:
-        click: Click = _click.decode(value)  # type: ignore[arg-type]
-        if value.isascii() and not (b"\\" in value or b"\x7f" in value):  # type: ignore[union-attr, operator]
-            if click.at_ms <= appended_ms + far_future_ms_max:
-                return click
-    except (msgspec.MsgspecError, TypeError, UnicodeDecodeError, RecursionError):
-        pass
     try:
         return decode_click(value, appended_ms=appended_ms, far_future_ms_max=far_future_ms_max)
     except Rejected:

@@ -55,8 +55,8 @@ class MicroStep:
     def __init__(self, catalogue: Floats, settings: MicroSettings):
         self.settings = settings
         self._catalogue = catalogue
-        # Two scores differ by 2 at most.
-        self._cold = 2.0 / settings.temperature > 79.0
+        # Two scores differ by 2 at most: only then can their odds be too large.
+        self._clamps = 2.0 / settings.temperature > 79.0
         # One hash for two negatives.
         self._counter = np.arange(1, (settings.negatives + 1) // 2 + 1, dtype=np.uint64) * _GOLDEN
 
@@ -128,7 +128,7 @@ class MicroStep:
         odds = np.matmul(negatives, sharp[:, :, None])[:, :, 0]
         # Relative to the positive's own score; e^80 · 256 is still finite in float32.
         odds -= wanted
-        if self._cold:
+        if self._clamps:
             np.minimum(odds, np.float32(80.0), out=odds)
         np.exp(odds, out=odds)
         # The event's own item drawn as a negative does not count.

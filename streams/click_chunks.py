@@ -34,7 +34,7 @@ class Work:
 
     fence:    under which all is computed; records up to `done` were applied to the users before
     accepted: the events that count, those up to `done` included; entering: the ids that enter the window
-    users:    those of the events beyond `done`; None has to be read
+    users:    those of the events beyond `done`; missing: those of them that have to be read
     """
 
     number: int
@@ -48,6 +48,7 @@ class Work:
     accepted: list[Event]
     entering: dict[str, int]
     users: dict[str, Draft | None]
+    missing: list[str]
     outcome: Outcome
     drafts: Drafts | None = None
 
@@ -55,11 +56,6 @@ class Work:
     def done(self) -> int:
         """The offset up to which users have everything."""
         return -1 if self.fence is None else self.fence.offset
-
-    @property
-    def missing(self) -> list[str]:
-        """The users that have to be read."""
-        return [user for user, draft in self.users.items() if draft is None]
 
     @property
     def is_new(self) -> bool:

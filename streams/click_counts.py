@@ -62,7 +62,6 @@ class ClickCounts:
         self._item_slots = [f"i{shard}" for shard in range(settings.item_slots)]
         self._weights = settings.kind_weights
         self._dwell_ms_full = settings.dwell_ms_full
-        self._plain = {kind: round(1_000 * weight) for kind, weight in self._weights.items()}
 
     def opened(self, partition: int) -> None:
         """Forget what was not counted yet: the partition is read again from its lowest fence."""
@@ -106,8 +105,6 @@ class ClickCounts:
 
     def _thousandths(self, click: Click) -> int:
         """How much the event makes its item popular; nothing for a dislike, or where it counted before."""
-        if click.context is None and click.weight == 1.0:
-            return self._plain[click.kind]
         if is_moved(click):
             return 0
         return round(1_000 * behaviour.strength(click, self._dwell_ms_full) * self._weights[click.kind])

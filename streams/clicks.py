@@ -129,18 +129,18 @@ class ClickIngest:
         )
         return Work(
             number, source, slot, part.read_us, fence, self.positions.fence(records[-1].offset), found,
-            known.profiles, accepted, entering, self.cache.look(slot, applied), outcome,
+            known.profiles, accepted, entering, *self.cache.look(slot, applied), outcome,
         )  # fmt: skip
 
     def _drafted(self, works: Sequence[Work], ends: dict[int, Outcome | Exception]) -> list[Work]:
         """Read the users that are not known, all in one round trip, and apply the events to them."""
         reads: dict[int, UserRead] = {}
         # What is sent on cannot be taken back: then the fence is looked at first, users or none.
-        asked = [(w, w.missing) for w in works if w.sends_on or None in w.users.values()]
-        with self._all_ending(ends, [w for w, _ in asked]):
-            queries = [self.cache.query(w.slot, w.source, missing) for w, missing in asked]
+        asked = [w for w in works if w.missing or w.sends_on]
+        with self._all_ending(ends, asked):
+            queries = [self.cache.query(w.slot, w.source, w.missing) for w in asked]
             found = self._store.read_many(queries) if queries else []
-            reads = {w.number: read for (w, _), read in zip(asked, found, strict=True)}
+            reads = {w.number: read for w, read in zip(asked, found, strict=True)}
         for work in works:
             if work.number in ends:
                 continue

@@ -73,10 +73,9 @@ class Drafts:
         return effects
 
     def _click(self, draft: Draft, record: Record, click: Click) -> None:
-        plain = click.context is None
-        weight = click.weight if plain else behaviour.strength(click, self._dwell_ms_full)
+        weight = behaviour.strength(click, self._dwell_ms_full)
         entry = Entry(click.item_id, click.at_ms, _KIND_NUMBER[click.kind], weight)
-        if not plain and is_moved(click):
+        if is_moved(click):
             behaviour.place_moved(draft.entries, draft.at_ms, entry, self._bounds)
             draft.recent = None
         else:

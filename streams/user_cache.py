@@ -111,13 +111,14 @@ class UserCache:
             known = self._slots[slot] = Slot(Window(read.accepted), read.profiles)
         return known
 
-    def look(self, slot: str, user_ids: Iterable[str]) -> dict[str, Draft | None]:
-        """Users as they are known, None for one that has to be read."""
+    def look(self, slot: str, user_ids: Iterable[str]) -> tuple[dict[str, Draft | None], list[str]]:
+        """(users as they are known, None for unknown ones; those that have to be read)."""
         users = self._users
         looked = {user: users.get((slot, user)) for user in user_ids}
+        missing = [user for user, draft in looked.items() if draft is None]
         self.asked += len(looked)
-        self.found += len(looked) - sum(draft is None for draft in looked.values())
-        return looked
+        self.found += len(looked) - len(missing)
+        return looked, missing
 
     def query(self, slot: str, source: Source, user_ids: Sequence[str]) -> UserQuery:
         """What reads these users."""

@@ -142,6 +142,15 @@ def test_writes_of_several_slots_stand_or_fail_each_for_itself(store: StateStore
     assert store.write_many([]) == [] and store.read_many([]) == []
 
 
+def test_a_list_that_was_lent_to_a_write_may_change_afterwards(store: StateStore) -> None:
+    whole = seen("a", "b")
+    lent = list(whole.entries)
+    mine = msgspec.structs.replace(whole, entries=lent)
+    store.write_users("u3", CLICKS, None, at(1), UserEffects(behaviours={"ana": mine}))
+    lent.clear()
+    assert store.read_users("u3", CLICKS, [], ["ana"], "").behaviours == {"ana": whole}
+
+
 def test_a_long_list_is_written_in_two_parts_and_read_as_one(store: StateStore) -> None:
     whole = seen("a", "b", "c")
     store.write_users("u3", CLICKS, None, at(1), UserEffects(behaviours={"ana": whole}))

@@ -15,11 +15,11 @@ CLICKS, USERS = Source("clicks", 3), Source("users", 3)
 
 
 def missing(cache: UserCache, slot: str, users: list[str]) -> list[str]:
-    return [user for user, known in cache.look(slot, users).items() if known is None]
+    return cache.look(slot, users)[1]
 
 
 def take(cache: UserCache, slot: str, users: list[str], read: UserRead | None = None) -> dict[str, Draft]:
-    return cache.take(cache.look(slot, users), read)
+    return cache.take(cache.look(slot, users)[0], read)
 
 
 def draft(entries: int) -> Draft:
