@@ -5,15 +5,18 @@ The loss of an event is a sampled softmax over its item and 256 negatives, throu
     u = (f + e) / |f + e|        p = softmax(u · v / τ)        g = Σ pⱼ·vⱼ − v₊
     e ← (1 − decay) · e − lr / (τ·|f + e|) · (g − (g·u)·u)     then |e| ≤ norm_max
 
-f is the user tower's vector of the history just before the event. The negatives are drawn from the
-bundle's catalogue by a hash of the event's key: the embedding is a function of the log of clicks and of the
-generation, whatever the chunking and whoever computes it.
+f is the user tower's vector of the history just before the event. The negatives come from a *pool*: a sample of
+the bundle's catalogue in an order that says nothing of the items, small enough for the core's cache. An event
+takes neighbours in it, from a place on that a hash of its key names: the embedding is a function of the log of
+clicks and of the generation, whatever the chunking and whoever computes it. Only e learns and the items stand
+still, so an item outside the pool misses nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from hashlib import blake2b
+from typing import Annotated
+from zlib import crc32
 
 import msgspec
 import numpy as np
@@ -22,10 +25,8 @@ import numpy.typing as npt
 from embeddings.tiles import Floats
 
 Ints = npt.NDArray[np.int64]
-Marks = npt.NDArray[np.bool_]
+Hashes = npt.NDArray[np.uint64]
 
-# Events of one pass: a call into numpy costs as much for 8 as for 32, and 64 would leave the core's cache.
-PASS = 32
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
@@ -36,18 +37,20 @@ class MicroSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     rate, decay: larger ones lost 4–14 % of the hit rate of a live history encoder
     norm_max:    0.5 keeps the query within 30° of what the history says
+    pool:        of so many items the negatives are drawn; of all where the catalogue has no more
     """
 
     temperature: float = 0.07
     rate: float = 0.001
     decay: float = 0.002
-    negatives: int = 256
+    negatives: Annotated[int, msgspec.Meta(ge=1)] = 256
+    pool: Annotated[int, msgspec.Meta(ge=1)] = 16_384
     norm_max: float = 0.5
     min_steps_before: int = 5
 
 
 class MicroStep:
-    """The step over a catalogue. Thread rule: any thread; it holds nothing that changes.
+    """The step over a catalogue. Thread rule: any thread; nothing in it changes after it was made.
 
     catalogue: float32 (n, d), unit norm, n ≥ 1: the bundle's item vectors
     """
@@ -57,8 +60,13 @@ class MicroStep:
         self._catalogue = catalogue
         # Two scores differ by 2 at most: only then can their odds be too large.
         self._clamps = 2.0 / settings.temperature > 79.0
-        # One hash for two negatives.
-        self._counter = np.arange(1, (settings.negatives + 1) // 2 + 1, dtype=np.uint64) * _GOLDEN
+        rows = _shuffled(len(catalogue), settings.pool)
+        self._places = {row: place for place, row in enumerate(rows.tolist())}
+        # No item twice: of a catalogue with fewer items all are negatives.
+        self.negatives = min(settings.negatives, len(rows))
+        # The pool is a ring, laid out so that what begins at its end is in one piece as well.
+        self._rows = np.concatenate([rows, rows[: self.negatives - 1]])
+        self._pool = catalogue.take(self._rows, axis=0)
 
     @property
     def min_steps_before(self) -> int:
@@ -77,20 +85,27 @@ class MicroStep:
         event_keys: n keys that stay the same at every replay (event id, else its coordinates)
         """
         s, one = self.settings, np.float32(1.0)
-        own = np.array(targets, np.int64).reshape(-1, 1)
-        positives = self._catalogue.take(own[:, 0], axis=0)
+        positives = self._catalogue.take(np.array(targets, np.int64), axis=0)
         u = forward + embedding
         norm = np.maximum(_norms(u), np.float32(1e-6))
         u /= norm
         sharp = u * np.float32(1.0 / s.temperature)
         wanted: Floats = np.add.reduce(positives * sharp, axis=1, keepdims=True)
-        total: Floats = np.empty_like(wanted)
-        pull = np.empty_like(u)
-        drawn = self.draw(event_keys)
-        same = drawn == own
-        for start in range(0, len(u), PASS):
-            rows = slice(start, min(start + PASS, len(u)))
-            self._pull(drawn[rows], sharp[rows], wanted[rows], same[rows], total[rows], pull[rows])
+        odds, pull = np.empty((len(u), self.negatives), np.float32), np.empty_like(u)
+        starts = self._starts(event_keys)
+        drawn = [self._pool[start : start + self.negatives] for start in starts]
+        # A product each, so that an event's bits do not depend on its neighbours.
+        for negatives, query, scores in zip(drawn, sharp, odds, strict=True):
+            np.dot(negatives, query, scores)
+        # Relative to the positive's own score; e^80 · 256 is still finite in float32.
+        odds -= wanted
+        if self._clamps:
+            np.minimum(odds, np.float32(80.0), out=odds)
+        np.exp(odds, out=odds)
+        self._leave_out(targets, starts, odds)
+        total: Floats = np.add.reduce(odds, axis=1, keepdims=True)
+        for negatives, weights, weighed in zip(drawn, odds, pull, strict=True):
+            np.dot(weights, negatives, weighed)
         g: Floats = (pull - total * positives) / (one + total)
         g -= np.add.reduce(g * u, axis=1, keepdims=True) * u
         g *= np.float32(s.rate / s.temperature) / norm
@@ -101,40 +116,45 @@ class MicroStep:
         return result
 
     def draw(self, event_keys: Sequence[str]) -> Ints:
-        """Rows of the catalogue, int64 (n, negatives): halves of splitmix64, seeded by a hash of the key."""
-        digests = b"".join(blake2b(key.encode(), digest_size=8).digest() for key in event_keys)
-        z = np.frombuffer(digests, "<u8")[:, None] + self._counter
-        z ^= z >> np.uint64(30)
-        z *= _MIX_1
-        z ^= z >> np.uint64(27)
-        z *= _MIX_2
-        z ^= z >> np.uint64(31)
-        # Each half scaled to the catalogue: as even as a modulo, and free of its division.
-        halves = z.astype("<u8", copy=False).view("<u4")[:, : self.settings.negatives]
-        rows = np.multiply(halves, np.uint64(len(self._catalogue)), dtype=np.uint64)
-        rows >>= np.uint64(32)
-        result: Ints = rows.view(np.int64)
+        """Which negatives each event has: rows of the catalogue, int64 (n, negatives)."""
+        starts = np.array(self._starts(event_keys), np.int64)
+        result: Ints = self._rows[starts[:, None] + np.arange(self.negatives)]
         return result
 
-    def _pull(
-        self, drawn: Ints, sharp: Floats, wanted: Floats, same: Marks, total: Floats, pull: Floats
-    ) -> None:
-        """Weigh the negatives of some events by their odds against the event's own item.
+    def _starts(self, event_keys: Sequence[str]) -> list[int]:
+        """Where in the pool the negatives of each event begin."""
+        hashes = _mixed(np.array([crc32(key.encode()) for key in event_keys], np.uint64))
+        # Scaled to the pool: as even as a modulo, and free of its division.
+        places = (hashes >> np.uint64(32)) * np.uint64(len(self._places)) >> np.uint64(32)
+        starts: list[int] = places.tolist()
+        return starts
 
-        sharp: (n, d), u / τ; wanted: (n, 1), u · v₊ / τ; same: where the event's own item was drawn
-        total, pull: (n, 1), (n, d), where the sum of the odds and the weighed sum of the negatives go
-        """
-        negatives = self._catalogue.take(drawn, axis=0)
-        odds = np.matmul(negatives, sharp[:, :, None])[:, :, 0]
-        # Relative to the positive's own score; e^80 · 256 is still finite in float32.
-        odds -= wanted
-        if self._clamps:
-            np.minimum(odds, np.float32(80.0), out=odds)
-        np.exp(odds, out=odds)
-        # The event's own item drawn as a negative does not count.
-        np.putmask(odds, same, np.float32(0.0))
-        np.add.reduce(odds, axis=1, keepdims=True, out=total)
-        np.matmul(odds[:, None, :], negatives, out=pull[:, None, :])
+    def _leave_out(self, targets: Sequence[int], starts: Sequence[int], odds: Floats) -> None:
+        """The event's own item, drawn as a negative, does not count."""
+        place_of, size = self._places.get, len(self._places)
+        for at, (target, start) in enumerate(zip(targets, starts, strict=True)):
+            place = place_of(target)
+            if place is not None and (after := (place - start) % size) < self.negatives:
+                odds[at, after] = 0.0
+
+
+def _shuffled(n: int, size: int) -> Ints:
+    """At most `size` of the rows 0 … n − 1, by the order of their hashes: the same in every process."""
+    hashes = _mixed(np.arange(n, dtype=np.uint64))
+    if size < n:
+        chosen = np.argpartition(hashes, size)[:size]
+        result: Ints = chosen[np.argsort(hashes[chosen])]
+        return result
+    return np.argsort(hashes)
+
+
+def _mixed(z: Hashes) -> Hashes:
+    """splitmix64 (Steele et al. 2014, "Fast splittable pseudorandom number generators"); no two alike."""
+    z = z + _GOLDEN
+    z = (z ^ (z >> np.uint64(30))) * _MIX_1
+    z = (z ^ (z >> np.uint64(27))) * _MIX_2
+    result: Hashes = z ^ (z >> np.uint64(31))
+    return result
 
 
 def _norms(rows: Floats) -> Floats:

@@ -1,14 +1,15 @@
 """The micro-step: the gradient of its loss, its bounds, and that it learns structure and not noise."""
 
-import hashlib
+from zlib import crc32
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from embeddings.micro import PASS, MicroSettings, MicroStep
+from embeddings.micro import MicroSettings, MicroStep
 from embeddings.tiles import unit
 
 D = 64
@@ -58,45 +59,88 @@ def test_an_event_has_the_same_bits_in_any_batch() -> None:
     n = 150
     f, e, t, k = vectors(n, 2), vectors(n, 3) * np.float32(0.2), range(n), keys(n)
     together = micro.step(f, e, t, k)
-    for size in (1, 7, PASS, PASS + 1, 64):
+    for size in (1, 7, 32, 33, 64):
         for at in range(0, n - size, 9):
             some = slice(at, at + size)
             assert micro.step(f[some], e[some], t[some], k[some]).tobytes() == together[some].tobytes()
     assert micro.step(f[:0], e[:0], t[:0], []).shape == (0, D)
 
 
-def splitmix64(key: str, n: int, items: int) -> list[int]:
-    """The generator in plain integers (Steele et al. 2014), two rows of each hash: the lower half first."""
+def mixed(z: int) -> int:
+    """splitmix64's finalizer in plain integers."""
     mask = (1 << 64) - 1
-    state = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
-    rows = []
-    for _ in range((n + 1) // 2):
-        state = (state + 0x9E3779B97F4A7C15) & mask
-        z = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & mask
-        z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
-        z ^= z >> 31
-        rows += [(z & 0xFFFFFFFF) * items >> 32, (z >> 32) * items >> 32]
-    return rows[:n]
+    z = (z + 0x9E3779B97F4A7C15) & mask
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
+    return z ^ (z >> 31)
 
 
-def test_negatives_are_a_function_of_the_key() -> None:
-    micro = MicroStep(CATALOGUE, DEFAULT)
-    first = micro.draw(["a", "b"])
-    assert first.shape == (2, 256)
-    assert first[0].tolist() == splitmix64("a", 256, len(CATALOGUE))
-    assert (micro.draw(["b"])[0] == first[1]).all()
-    assert (first[0] != first[1]).any()
-    odd = MicroStep(CATALOGUE, MicroSettings(negatives=7)).draw(["a"])
-    assert odd.tolist() == [first[0, :7].tolist()]
+def negatives_of(key: str, n: int, pool: int, negatives: int) -> list[int]:
+    """Those of one event over n items, item by item."""
+    ring = sorted(range(n), key=mixed)[:pool]
+    start = (mixed(crc32(key.encode())) >> 32) * len(ring) >> 32
+    return [ring[(start + at) % len(ring)] for at in range(min(negatives, len(ring)))]
+
+
+@pytest.mark.parametrize("pool", [1, 2, 6, 7, 8, 799, 800, 801, 10**9])
+@pytest.mark.parametrize("negatives", [1, 7, 256, 800, 10**6])
+def test_negatives_are_a_function_of_the_key(pool: int, negatives: int) -> None:
+    micro = MicroStep(CATALOGUE, MicroSettings(pool=pool, negatives=negatives))
+    drawn = micro.draw(keys(40))
+    expected = [negatives_of(key, len(CATALOGUE), pool, negatives) for key in keys(40)]
+    assert drawn.tolist() == expected
+    assert len({len(set(row)) for row in expected}) == 1 and len(set(expected[0])) == len(expected[0])
+    assert MicroStep(CATALOGUE, MicroSettings(pool=pool, negatives=negatives)).draw(["event-7"]).tolist() == [
+        expected[7]
+    ]
+
+
+@pytest.mark.parametrize("name", ["pool", "negatives"])
+def test_there_is_at_least_one_negative(name: str) -> None:
+    with pytest.raises(msgspec.ValidationError, match=rf"{name}"):
+        msgspec.json.decode(f'{{"{name}": 0}}', type=MicroSettings)
+    assert msgspec.json.decode(f'{{"{name}": 1}}', type=MicroSettings) == MicroSettings(**{name: 1})
 
 
 def test_negatives_are_drawn_evenly() -> None:
-    micro = MicroStep(CATALOGUE[:50], DEFAULT)
-    counts = np.bincount(micro.draw(keys(2_000)).ravel(), minlength=50)
-    expected = 2_000 * 256 / 50
-    chi_square = ((counts - expected) ** 2 / expected).sum()
-    assert chi_square < 100  # 49 degrees of freedom: p = 2e-5
-    assert MicroStep(CATALOGUE[:1], DEFAULT).draw(["x"]).max() == 0
+    micro = MicroStep(CATALOGUE, MicroSettings(negatives=1))
+    counts = np.bincount(micro.draw(keys(80_000)).ravel(), minlength=800)
+    chi_square = ((counts - 100) ** 2 / 100).sum()
+    assert chi_square < 970  # 799 degrees of freedom: p = 3e-5
+    # Neighbours in the pool are no neighbours in the catalogue, which may lie in an order of its own.
+    apart = np.abs(np.diff(MicroStep(CATALOGUE, DEFAULT).draw(["x"])[0]))
+    assert 200 < apart.mean() < 330
+
+
+@pytest.mark.parametrize("pool", [300, 16_384])
+def test_the_own_item_is_no_negative(pool: int) -> None:
+    """Against the formula in float64, one event at a time."""
+    chosen = MicroSettings(pool=pool)
+    f, e = vectors(800, 2), vectors(800, 3) * np.float32(0.3)
+    micro = MicroStep(CATALOGUE, chosen)
+    drawn = micro.draw(keys(800))
+    inside = (drawn == np.arange(800)[:, None]).any(axis=1)
+    assert 0 < inside.sum() < 800
+    found = micro.step(f, e, range(800), keys(800))
+    for n in np.flatnonzero(inside)[:20].tolist() + np.flatnonzero(~inside)[:5].tolist():
+        others = [row for row in drawn[n] if row != n]
+        u = (f[n] + e[n]).astype(np.float64)
+        norm = np.linalg.norm(u)
+        u /= norm
+        scores = CATALOGUE[[n, *others]] @ u / chosen.temperature
+        p = np.exp(scores - scores.max())
+        p /= p.sum()
+        g = p @ CATALOGUE[[n, *others]] - CATALOGUE[n]
+        g = (g - (g @ u) * u) * chosen.rate / chosen.temperature / norm
+        np.testing.assert_allclose(found[n], e[n] * (1 - chosen.decay) - g, atol=1e-6)
+
+
+def test_a_catalogue_of_few_items() -> None:
+    for n in (1, 2, 255, 256, 257):
+        micro = MicroStep(CATALOGUE[:n], DEFAULT)
+        assert micro.draw(["x"]).shape == (1, min(n, 256))
+        after = micro.step(vectors(3, 2), vectors(3, 3) * np.float32(0.1), [0, 0, n - 1], keys(3))
+        assert np.isfinite(after).all()
 
 
 @settings(max_examples=60, deadline=None)
