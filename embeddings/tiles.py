@@ -30,6 +30,19 @@ def tiles(n: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + TILE, n)
 
 
+def padded(rows: Floats) -> Floats:
+    """The rows in a whole tile, followed by zeros. rows: float32 (n, d), n ≤ TILE; the array itself where n is TILE.
+
+    >>> padded(np.ones((2, 64), np.float32)).shape
+    (32, 64)
+    """
+    if len(rows) == TILE:
+        return rows
+    tile = np.zeros((TILE, rows.shape[1]), np.float32)
+    tile[: len(rows)] = rows
+    return tile
+
+
 def unit(rows: Floats) -> Floats:
     """The rows at unit norm, always finite for finite rows. rows: float32 (n, d); a new array.
 

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from embeddings.features import FeatureSpace
-from embeddings.tiles import NORM_MIN, TILE, Floats, tiles, unit
+from embeddings.tiles import NORM_MIN, Floats, padded, tiles, unit
 
 # Added to the score of a place without an item: exp() of it is 0 in float32.
 _ABSENT = np.float32(-1e9)
@@ -62,26 +62,22 @@ class UserTower:
         """
         n, length = len(histories), self.history_max
         out = np.empty((n, self.dimension), np.float32)
-        # The last tile is filled up with users without a history.
-        padded = n + -n % TILE
-        rows, sizes = np.zeros((padded, length), np.int64), np.zeros(padded, np.int64)
         flat: list[int] = []
         nothing = [0] * length
         for history in histories:
             flat += history[:length]
             flat += nothing[len(history) :]
-        rows[:n] = np.array(flat, np.int64).reshape(n, length)
-        sizes[:n] = [min(len(history), length) for history in histories]
+        rows = np.array(flat, np.int64).reshape(n, length)
+        sizes = np.array([min(len(history), length) for history in histories], np.int64)
         for start, stop in tiles(n):
-            tile = slice(start, start + TILE)
             # A place without an item holds the table's first row: its weight is exactly 0.
-            tokens = table.take(rows[tile], axis=0)
-            tokens[sizes[tile] == 0, 0] = self._start
-            extra = np.zeros((TILE, self.dimension), np.float32)
+            tokens = table.take(rows[start:stop], axis=0)
+            tokens[sizes[start:stop] == 0, 0] = self._start
+            extra = np.zeros((stop - start, self.dimension), np.float32)
             for at, profile in enumerate(profiles[start:stop]):
                 if profile:
                     self._add_profile(extra[at], profile)
-            out[start:stop] = self._tile(tokens, self._bias_of[sizes[tile]], extra)[: stop - start]
+            out[start:stop] = self._tile(tokens, self._bias_of[sizes[start:stop]], extra)
         return out
 
     def encode_one(self, history: Floats, profile: Mapping[str, object]) -> Floats:
@@ -103,18 +99,19 @@ class UserTower:
         return result
 
     def _tile(self, tokens: Floats, bias: Floats, extra: Floats) -> Floats:
-        a = self.arrays
+        """f of at most `TILE` histories. Only products of them all need the padding: attention is one each."""
+        a, n = self.arrays, len(tokens)
         newest = tokens[:, 0]
-        asked = (newest @ a["query"] + a["query_bias"]).reshape(TILE, self.heads, self.dimension)
-        weights = np.matmul(asked, tokens.transpose(0, 2, 1))
+        asked = (padded(newest) @ a["query"])[:n] + a["query_bias"]
+        weights = np.matmul(asked.reshape(n, self.heads, self.dimension), tokens.transpose(0, 2, 1))
         weights += bias
         weights -= weights.max(axis=2, keepdims=True)
         np.exp(weights, out=weights)
         weights /= np.add.reduce(weights, axis=2, keepdims=True)
-        seen = np.matmul(weights, tokens).reshape(TILE, self.heads * self.dimension)
-        z = newest * self._scale + seen @ a["value"] + extra
+        seen = np.matmul(weights, tokens).reshape(n, self.heads * self.dimension)
+        z = padded(newest * self._scale + extra) + padded(seen) @ a["value"]
         hidden = z @ a["w1"] + a["b1"]
-        return unit(z + np.maximum(hidden, 0.0, out=hidden) @ a["w2"] + a["b2"])
+        return unit((z + np.maximum(hidden, 0.0, out=hidden) @ a["w2"] + a["b2"])[:n])
 
     def _add_profile(self, z: Floats, profile: Mapping[str, object]) -> None:
         rows, _ = self.space.of_profile(profile)  # its weights are all 1

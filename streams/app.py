@@ -73,6 +73,7 @@ class IngestApp:
             positioner=self._position,
             chunk_records_max=settings.chunk_records_max,
             backoff_s_max=self._backoff_s_max,
+            small_max=self._quick_max,
             waiting=self._waiting,
             fail=self.end,
             broker=[f"kafka://{server}" for server in settings.kafka_bootstrap_servers.split(",")],
@@ -166,6 +167,8 @@ class IngestApp:
             self.end(error if isinstance(error, Exception) else RuntimeError(repr(error)))
 
     def _add_agent(self, lane: Lane) -> None:
+        if lane.quick and lane.in_loop is None and self._quick_max:
+            self._app.handed.quick.add(lane.topic)
         applier = Applier(self._app, lane, self._turns, self._quick_max, self._backoff_s_max, self.end)
 
         async def agent(stream: Any) -> None:

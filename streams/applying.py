@@ -183,6 +183,7 @@ class Applier:
                 taken = self.take()
                 if taken:
                     await self._apply(taken)
+                self._app.handed.applied(self._lane.topic)
         except Exception as error:
             log.exception("chunks could not be applied")
             self._end(error)

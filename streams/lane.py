@@ -31,6 +31,7 @@ from mode import get_logger
 from eddyline.errors import LogMismatch, Unavailable
 from streams.hauls import Chunk, Fetched, Haul, hauls
 from streams.lane_thread import LaneThread
+from streams.pace import Handed
 
 # Faust's services log under this name: quiet where everything of Faust is.
 _logger = get_logger("faust.lane")
@@ -133,6 +134,7 @@ class LaneConsumer(driver.Consumer):
         if not active or self.should_stop:
             await self.sleep(0.02)
             return
+        await self.app.handed.all_applied()
         limit_s = _FULL_POLL_S if self._buffered_partitions else _POLL_S
         fetched = await self._getmany(active_partitions=active, timeout=min(timeout, limit_s))
         generation, read_us = self.app.consumer_generation_id, time.time_ns() // 1_000
@@ -143,6 +145,7 @@ class LaneConsumer(driver.Consumer):
                 return
             if current := tuple(chunk for chunk in chunks if self.is_current(chunk)):
                 message = self._message(current)
+                self.app.handed.over(message.topic)
                 yield message.tp, message
 
     def _message(self, haul: Haul) -> ConsumerMessage:
@@ -279,6 +282,8 @@ class LaneApp(faust.App):
     positioner:        (begin, end) of partitions -> where to read on; may raise Unavailable
     chunk_records_max: the most records of a chunk
     backoff_s_max:     the longest wait for a server that is away
+    small_max:         after a fetch of more records the next one is sent at once
+    handed:            what is fetched next waits for it
     waiting:           told of every wait: the error and the seconds
     fail:              told of an error that ends the process
     """
@@ -286,12 +291,14 @@ class LaneApp(faust.App):
     logger = _logger
 
     def __init__(self, *args: Any, positioner: Positioner, chunk_records_max: int, backoff_s_max: float,
-                 waiting: Callable[[Exception, float], None], fail: Callable[[Exception], None],
+                 small_max: int, waiting: Callable[[Exception, float], None], fail: Callable[[Exception], None],
                  **kwargs: Any) -> None:  # fmt: skip
         super().__init__(*args, TableManager=LaneTables, **kwargs)
         self.positioner = positioner
         self.chunk_records_max = chunk_records_max
         self.backoff_s_max = backoff_s_max
+        self.small_max = small_max
+        self.handed = Handed()
         self.waiting = waiting
         self.fail = fail
         self._chunks_in_work = 0

@@ -18,6 +18,8 @@ from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
 from mode import get_logger
 
+from streams.pace import FetchGate
+
 if TYPE_CHECKING:
     from streams.lane import LaneConsumer
 
@@ -31,6 +33,7 @@ class LaneThread(driver.AIOKafkaConsumerThread):
 
     logger = _logger
     consumer: LaneConsumer
+    _gate: FetchGate | None = None
 
     def _create_worker_consumer(self, transport: Any) -> Any:
         consumer = super()._create_worker_consumer(transport)
@@ -51,6 +54,10 @@ class LaneThread(driver.AIOKafkaConsumerThread):
         max_records: int | None = None,
     ) -> Any:
         epochs = self.consumer.epochs
+        gate = self._gate
+        if gate is None or gate.fetcher is not consumer._fetcher:
+            gate = self._gate = FetchGate(consumer._fetcher)
+        gate.open()
         try:
             records = await super()._fetch_records(consumer, active_partitions, timeout, max_records)
         except (OffsetOutOfRangeError, NoOffsetForPartitionError) as error:
@@ -58,6 +65,8 @@ class LaneThread(driver.AIOKafkaConsumerThread):
             lost = {TP(*at): epochs[TP(*at)] for at in (named if isinstance(named, dict) else [named])}
             self.parent_loop.call_soon_threadsafe(self.consumer.unread, lost)
             return {}
+        if records and sum(map(len, records.values())) <= self.consumer.app.small_max:
+            gate.hold()
         return {at: (epochs[at], taken) for at, taken in records.items()}
 
     async def getmany(self, active_partitions: Any, timeout: float) -> Any:

@@ -16,6 +16,7 @@ from eddyline.errors import FenceMoved, StoreUnavailable
 from streams.applying import QUEUE_CHUNKS, Applier, Lane, _pieces, in_thread
 from streams.chunk import Outcome, Part
 from streams.hauls import Chunk
+from streams.pace import Handed
 
 
 class Consumer:
@@ -47,6 +48,7 @@ class Works:
 
     def __init__(self) -> None:
         self.lane = Consumer()
+        self.handed = Handed()
         self.waits: list[float] = []
         self.working = 0
 
@@ -313,6 +315,46 @@ def test_chunks_of_one_partition_are_applied_as_one() -> None:
         both = [*chunks[0].records, *chunks[1].records]
         assert [list(part.records) for part in handed] == [both]
         assert [list(done.records) for done in app.lane.done] == [both]
+        executor.shutdown()
+
+    asyncio.run(run())
+
+
+def test_the_next_fetch_waits_for_a_small_chunk_from_the_stream_on() -> None:
+    async def run() -> None:
+        executor, app, done = ThreadPoolExecutor(1), Works(), list[int]()
+        app.handed.quick = {"clicks"}
+
+        def many(parts: Any) -> list[Outcome | Exception]:
+            done.append(len(parts))
+            return [Outcome(records=1) for _ in parts]
+
+        class Stream:
+            def noack(self) -> Stream:
+                return self
+
+            async def __aiter__(self) -> Any:
+                for number in range(3):
+                    app.handed.over("clicks")
+                    yield chunk(0, 1), chunk(1, 1)
+                    await app.handed.all_applied()
+                    assert len(done) == number + 1
+                    assert not app.handed._waiting  # it was told, and did not just wait its turns out
+                await asyncio.sleep(60)
+
+        lane = Lane("clicks", Busy(), executor, quick=True, many=many)  # type: ignore[arg-type]
+        agent = asyncio.create_task(applier(lane, app).run(Stream()))
+        async with asyncio.timeout(5):
+            while len(done) < 3:
+                assert not agent.done()
+                await asyncio.sleep(0.001)
+        await asyncio.sleep(0)
+        agent.cancel()
+        assert [type(end) for end in await asyncio.gather(agent, return_exceptions=True)] in (
+            [asyncio.CancelledError],
+            [type(None)],
+        )
+        assert done == [2, 2, 2]
         executor.shutdown()
 
     asyncio.run(run())

@@ -88,6 +88,7 @@ def make_consumer(positioner: Any = no_positions, told: list[Any] | None = None)
         positioner=positioner,
         chunk_records_max=3,
         backoff_s_max=0.01,
+        small_max=2,
         waiting=lambda error, wait_s: told.append(wait_s) if told is not None else None,
         fail=lambda error: told.append(error) if told is not None else None,
         broker="kafka://127.0.0.1:1",
