@@ -31,7 +31,9 @@ def tiles(n: int) -> Iterator[tuple[int, int]]:
 
 
 def padded(rows: Floats) -> Floats:
-    """The rows in a whole tile, followed by zeros. rows: float32 (n, d), n ≤ TILE; the array itself where n is TILE.
+    """The rows as a whole tile, float32 (TILE, d), zeros at its end; the array itself where they are one.
+
+    rows: float32 (n, d), n ≤ TILE
 
     >>> padded(np.ones((2, 64), np.float32)).shape
     (32, 64)

@@ -99,7 +99,7 @@ class UserTower:
         return result
 
     def _tile(self, tokens: Floats, bias: Floats, extra: Floats) -> Floats:
-        """f of at most `TILE` histories. Only products of them all need the padding: attention is one each."""
+        """f of at most `TILE` histories. Products of them all are padded; attention is a product each."""
         a, n = self.arrays, len(tokens)
         newest = tokens[:, 0]
         asked = (padded(newest) @ a["query"])[:n] + a["query_bias"]

@@ -291,8 +291,8 @@ class LaneApp(faust.App):
     logger = _logger
 
     def __init__(self, *args: Any, positioner: Positioner, chunk_records_max: int, backoff_s_max: float,
-                 small_max: int, waiting: Callable[[Exception, float], None], fail: Callable[[Exception], None],
-                 **kwargs: Any) -> None:  # fmt: skip
+                 small_max: int, waiting: Callable[[Exception, float], None],
+                 fail: Callable[[Exception], None], **kwargs: Any) -> None:  # fmt: skip
         super().__init__(*args, TableManager=LaneTables, **kwargs)
         self.positioner = positioner
         self.chunk_records_max = chunk_records_max
