@@ -8,8 +8,8 @@ The loss of an event is a sampled softmax over its item and 256 negatives, throu
 f is the user tower's vector of the history just before the event. The negatives come from a *pool*: a sample
 of the bundle's catalogue in an order that says nothing of the items, small enough for the core's cache. An
 event takes neighbours in it, from a place on that a hash of its key names: the embedding is a function of the
-log of clicks and of the generation, whatever the chunking and whoever computes it. Only e learns and the items
-stand still, so an item outside the pool misses nothing.
+log of clicks and of the generation, whatever the chunking and whoever computes it. Only e learns, the items
+stand still: one outside the pool misses nothing.
 """
 
 from __future__ import annotations
