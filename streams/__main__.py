@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 _GARBAGE = (50_000, 20, 100)
 # One script with this many clicks of one partition takes 0.4 ms of Redis, where 256 take 1.6; the partitions
 # together fill a chunk all the same, so it costs nothing.
-_PART_MAX = 64
+_PART_MAX = 48
 # A stop that takes longer than this is no good stop: the fences make a hard one harmless.
 _STOP_S_MAX = 10.0
 _TALKATIVE = ("aiokafka", "aiokafka.consumer.fetcher", "aiokafka.consumer.group_coordinator", "aiokafka.conn")
