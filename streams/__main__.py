@@ -38,7 +38,7 @@ from eddyline.start import Patience
 from eddyline.stores.redis import RedisStore
 from embeddings import bundle
 from embeddings.bundle import Bundle
-from streams import clicks, items, membership, metrics, refusals, users
+from streams import clicks, item_cards, membership, metrics, refusals, users
 from streams.app import IngestApp
 from streams.applying import Lane
 from streams.clicks import ClickIngest
@@ -181,7 +181,7 @@ def _lanes(
     of_items = Positions(
         store,
         topic(kafka.ITEMS),
-        lambda p: items.sources(settings, towers.generation, p),
+        lambda p: item_cards.sources(settings, towers.generation, p),
         log_id(kafka.ITEMS),
     )
     forwarder = KafkaForwarder(settings, producer)
@@ -191,14 +191,21 @@ def _lanes(
         settings, store, of_users, letters(), known, by_clicks.profiles_written,
         KafkaForwarder(settings, producer),
     )  # fmt: skip
-    by_items = ItemIngest(settings, store, of_items, letters(), publisher, towers, _clock_us)
+    by_items = ItemIngest(
+        settings, store, of_items, letters(), publisher, towers, _clock_us, item_cards.CARDS_S
+    )
+
+    def opened(partition: int) -> None:
+        by_items.opened(partition)
+        publisher.open(partition)
+
     return [
         Lane(
             topic(kafka.CLICKS),
             by_clicks,
             people,
             before_open=by_clicks.opened,
-            counts=by_clicks.counts,
+            deferred=by_clicks.counts,
             quick=True,
             many=by_clicks.ingest_many,
             part_max=_PART_MAX,
@@ -208,7 +215,8 @@ def _lanes(
             topic(kafka.ITEMS),
             by_items,
             goods,
-            before_open=publisher.open,
+            before_open=opened,
+            deferred=by_items.cards,
             quick=True,
             many=by_items.ingest_many,
             in_loop=lambda parts: by_items.ingest_in_loop(parts, publisher.publishing),

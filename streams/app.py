@@ -21,7 +21,6 @@ from eddyline import alive
 from eddyline.errors import Unavailable
 from eddyline.settings import Settings
 from streams.applying import QUEUE_CHUNKS, SESSION_S, Applier, Lane, in_thread
-from streams.click_counts import COUNT_S
 from streams.credentials import broker_credentials
 from streams.lane import Bounds, LaneApp, LaneSchema
 from streams.lane_thread import LaneThread
@@ -34,6 +33,8 @@ _COMMIT_S = 1.0
 _REPORT_S = 10.0
 # How long a Redis that went back in time may stay unnoticed where no record comes in.
 _WATCH_S = 2.0
+# How often is looked whether what waits for more is to be written although no more came.
+_SETTLE_S = 0.1
 # So few records of a quick lane, some milliseconds, are applied in the event loop itself: a thread has to
 # wait for the interpreter's lock after every answer of Redis, which doubled the latency at 2,000 events/s.
 # Not where one call to Redis may block for longer than this, and not after one failed.
@@ -214,9 +215,9 @@ class IngestApp:
 
     async def _settle(self) -> None:
         """Let waiting effects go through when no chunk comes that would."""
-        async for _ in _every(COUNT_S):
+        async for _ in _every(_SETTLE_S):
             for lane in self._lanes.values():
-                if lane.counts is None or not lane.counts.due():
+                if lane.deferred is None or not lane.deferred.due():
                     continue
                 refused = await in_thread(self._turns[lane.executor], lane.executor, lane.settle)
                 if refused is not None:

@@ -22,7 +22,6 @@ from faust.types import TP
 
 from eddyline.errors import FenceMoved, Unavailable
 from streams.chunk import Outcome, Part, PartitionLost, Record
-from streams.click_counts import ClickCounts
 from streams.hauls import Chunk
 from streams.lane import LaneApp
 from streams.positions import Positions
@@ -46,12 +45,25 @@ class Ingest(Protocol):
         """Apply a chunk."""
 
 
+class Deferred(Protocol):
+    """Effects of chunks that wait for those of more, behind fences of their own. Thread rule: the lane's."""
+
+    def due(self) -> list[int]:
+        """The partitions whose effects have waited long enough. Any thread may ask."""
+
+    def write(self, partition: int) -> None:
+        """Write them now. Raises FenceMoved, Unavailable."""
+
+    def opened(self, partition: int) -> None:
+        """Forget them: the partition is read again from its lowest fence."""
+
+
 @dataclass
 class Lane:
     """One topic: its function, the thread it runs in, and what it has done so far.
 
     before_open: called with each partition before its fences are read
-    counts:      of clicks, where effects of a chunk may wait for more
+    deferred:    effects that may wait for those of more chunks
     quick:       small chunks take some milliseconds, so they may run in the event loop itself
     many:        applies chunks of several partitions together; what `ingest` would raise is in its place
     in_loop:     `many` for small chunks in the event loop, where it has to wait for more than Redis
@@ -64,7 +76,7 @@ class Lane:
     ingest: Ingest
     executor: ThreadPoolExecutor
     before_open: Callable[[int], None] | None = None
-    counts: ClickCounts | None = None
+    deferred: Deferred | None = None
     quick: bool = False
     many: Callable[[Sequence[Part]], list[Outcome | Exception]] | None = None
     in_loop: Callable[[Sequence[Part]], Coroutine[Any, Any, list[Outcome | Exception]]] | None = None
@@ -111,14 +123,15 @@ class Lane:
 
     def settle(self) -> int | None:
         """Write what has waited long enough. A partition where that was refused, to be read again."""
-        if self.counts is not None:
-            for partition in self.counts.due():
+        if self.deferred is not None:
+            for partition in self.deferred.due():
                 try:
-                    self.counts.count(partition)
+                    self.deferred.write(partition)
                 except (FenceMoved, Unavailable) as error:
-                    log.info("counts not written", extra={"partition": partition, "reason": str(error)})
-                    # A chunk that is applied before the partition is read again must not count beyond these.
-                    self.counts.opened(partition)
+                    told = {"partition": partition, "reason": str(error)}
+                    log.info("what had waited was not written", extra=told)
+                    # A chunk that is applied before the partition is read again must not go beyond these.
+                    self.deferred.opened(partition)
                     self.ingest.positions.doubt(partition)
                     return partition
         return None

@@ -72,13 +72,13 @@ class ClickCounts:
         now = self._clock_s()
         return [p for p, tally in list(self._tallies.items()) if now - tally.since_s >= COUNT_S]
 
-    def count(self, partition: int) -> None:
+    def write(self, partition: int) -> None:
         """Count now what waits. Raises FenceMoved, StoreUnavailable."""
         if partition in self._tallies:
             self._write(Source(CLICKS, partition), self._tallies[partition])
 
     def add(self, source: Source, last: Fence, accepted: Sequence[Event]) -> None:
-        """Add the events up to `last`; count once there is enough of it, or time to. Raises as `count`."""
+        """Add the events up to `last`; count once there is enough of it, or time to. Raises as `write`."""
         tally = self._tallies.get(source.partition)
         if tally is None:
             tally = self._tallies[source.partition] = _Tally(self._clock_s())

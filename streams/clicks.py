@@ -92,7 +92,7 @@ class ClickIngest:
 
     def count(self, partition: int) -> None:
         """Count the partition's clicks that wait for it. Raises as `ingest` does."""
-        self.counts.count(partition)
+        self.counts.write(partition)
 
     def opened(self, partition: int) -> None:
         """Forget what is known of a partition: it is read again from its lowest fence."""

@@ -1,8 +1,8 @@
 """Items in: encode by the item tower, publish for the query workers, keep a card.
 
 An item's version is the offset of its change in `items`. Within a chunk only the last change of an item is
-worth writing. Records are published before their fence moves, cards have a fence of their own; both are
-safe to repeat, because whoever reads them takes the highest version.
+worth writing. Records are published before their fence moves, cards have a fence of their own (`item_cards`);
+both are safe to repeat, because whoever reads them takes the highest version.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from eddyline import accept, events
+from eddyline import accept
 from eddyline.errors import EddylineError, FenceMoved, Rejected, Unavailable, VectorRejected
 from eddyline.events import Item
 from eddyline.kafka import ITEMS
-from eddyline.ports import Card, CardWrite, Source, StateStore
+from eddyline.ports import Source, StateStore
 from eddyline.records import ItemRecord, attributes_of
 from eddyline.settings import Settings
-from eddyline.slots import item_slot
 from streams.chunk import (
     DeadLetterSink,
     Outcome,
@@ -32,30 +31,15 @@ from streams.chunk import (
     Towers,
     Vectors,
 )
+from streams.item_cards import PUBLISHED_SLOT, Change, ItemCards
 from streams.positions import Positions
 
 # By partition: what is to be published, and why some was not.
 Records = dict[int, list[ItemRecord]]
 Publishing = Callable[[Mapping[int, Sequence[ItemRecord]]], Awaitable[dict[int, EddylineError]]]
 
-# The fence of what has been published for a generation lies in this item slot, however many there are.
-PUBLISHED_SLOT = "i0"
 # A float32 vector of unit norm is this close to it; NaN is close to nothing.
 NORM_SLACK = 1e-3
-
-
-@dataclass(frozen=True, slots=True)
-class _Change:
-    """The last change of one item in a chunk. item: None where it is deleted."""
-
-    record: Record
-    at_ms: int
-    item: Item | None
-
-    @property
-    def offset(self) -> int:
-        """The item's version."""
-        return self.record.offset
 
 
 @dataclass(slots=True)
@@ -70,8 +54,8 @@ class _Work:
     part: Part
     published: Source
     last: int = -1
-    changes: dict[str, _Change] = field(default_factory=dict)
-    fresh: dict[str, _Change] = field(default_factory=dict)
+    changes: dict[str, Change] = field(default_factory=dict)
+    fresh: dict[str, Change] = field(default_factory=dict)
     outcome: Outcome = field(default_factory=Outcome)
     error: Exception | None = None
 
@@ -88,6 +72,7 @@ class ItemIngest:
     """Applies chunks of item changes. Thread rule: one thread, the same as its `positions`.
 
     clock_us: this process's clock in microseconds, stamped into the published records
+    cards_s:  how long cards and fences wait for those of more chunks
     """
 
     def __init__(
@@ -99,10 +84,11 @@ class ItemIngest:
         publisher: RecordPublisher,
         towers: Towers,
         clock_us: Callable[[], int],
+        cards_s: float = 0.0,
     ) -> None:
         self.positions = positions
+        self.cards = ItemCards(settings, towers.generation, store, positions, cards_s)
         self._settings = settings
-        self._store = store
         self._dead_letters = dead_letters
         self._publisher = publisher
         self._towers = towers
@@ -125,6 +111,14 @@ class ItemIngest:
         failed = self._publisher.publish(records) if records else {}
         return self._published(works, failed)
 
+    def opened(self, partition: int) -> None:
+        """Forget what is known of a partition: it is read again from its lowest fence."""
+        self.cards.opened(partition)
+
+    def count(self, partition: int) -> None:
+        """Write the cards that wait. Raises as `ingest` does."""
+        self.cards.write(partition)
+
     async def ingest_in_loop(
         self, parts: Sequence[Part], publishing: Publishing
     ) -> list[Outcome | Exception]:
@@ -145,7 +139,10 @@ class ItemIngest:
     ) -> list[Outcome | Exception]:
         for work in works:
             work.error = work.error or failed.get(work.part.partition)
-        self._move_fences([work for work in works if work.error is None])
+        done = [work for work in works if work.error is None]
+        refused = self.cards.add({work.part.partition: (work.last, work.changes) for work in done})
+        for work in done:
+            work.error = refused.get(work.part.partition)
         return [work.outcome if work.error is None else work.error for work in works]
 
     def _decode(self, work: _Work) -> None:
@@ -162,7 +159,7 @@ class ItemIngest:
                 outcome.rejected += 1
                 continue
             at_ms = record.timestamp if item is None else item.at_ms
-            work.changes[item_id] = _Change(record, at_ms, item)
+            work.changes[item_id] = Change(record, at_ms, item)
             outcome.applied += 1
         if outcome.rejected:
             self._dead_letters.flush()
@@ -197,38 +194,7 @@ class ItemIngest:
         if refused:
             self._dead_letters.flush()
 
-    def _move_fences(self, works: Sequence[_Work]) -> None:
-        """What is published is published: the fence of that first, then the cards with theirs."""
-        asked = [(work, write) for work in works for write in self._writes(work)]
-        try:
-            ends = self._store.write_cards_many([write for _, write in asked])
-        except Unavailable as error:
-            for work in works:
-                work.error = error
-            return
-        for (work, write), end in zip(asked, ends, strict=True):
-            if end is None:
-                self.positions.moved(write.source, write.slot, write.new)
-            else:
-                work.error = work.error or end
-
-    def _writes(self, work: _Work) -> Iterator[CardWrite]:
-        """What is to be written for a chunk: nothing where it was written before."""
-        new, slots = self.positions.fence(work.last), self._settings.item_slots
-        for source, named in sources(self._settings, self._towers.generation, work.part.partition).items():
-            for slot in named:
-                expected = self.positions.expected(source, slot)
-                done = -1 if expected is None else expected.offset
-                if done >= work.last:
-                    continue
-                cards = {
-                    item_id: Card(source.partition, c.offset, events.encode(c.item) if c.item else b"")
-                    for item_id, c in work.changes.items()
-                    if source.name == ITEMS and c.offset > done and item_slot(item_id, slots) == slot
-                }
-                yield CardWrite(slot, source, expected, new, cards)
-
-    def _encode(self, changes: Sequence[_Change]) -> dict[int, Vectors | VectorRejected]:
+    def _encode(self, changes: Sequence[Change]) -> dict[int, Vectors | VectorRejected]:
         """id() of each change that has a vector -> it; an error where the tower gives no unit vector."""
         live = [(change, change.item) for change in changes if change.item and change.item.available]
         items = [item for _, item in live]
@@ -264,11 +230,3 @@ class ItemIngest:
             )
             for item_id, change in work.fresh.items()
         ]  # fmt: skip
-
-
-def sources(settings: Settings, generation: str, partition: int) -> dict[Source, list[str]]:
-    """The sources of an items partition, each with the slots that have a fence of it."""
-    return {
-        Source(f"{ITEMS}@{generation}", partition): [PUBLISHED_SLOT],
-        Source(ITEMS, partition): [f"i{shard}" for shard in range(settings.item_slots)],
-    }

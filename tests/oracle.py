@@ -31,7 +31,7 @@ from eddyline.stores.memory import MemoryStore
 from eddyline.stores.redis import RedisStore
 from embeddings import bundle as bundles
 from embeddings.bundle import Bundle
-from streams import clicks, items, users
+from streams import clicks, item_cards, users
 from streams.chunk import Record
 from streams.clicks import ClickIngest
 from streams.items import ItemIngest
@@ -96,7 +96,7 @@ def truth(settings: Settings, topics: Topics, towers: Bundle, chunk: int = CHUNK
 
     of_clicks = at(kafka.CLICKS, lambda p: clicks.sources(settings, p))
     of_users = at(kafka.USERS, lambda p: users.sources(settings, p))
-    of_items = at(kafka.ITEMS, lambda p: items.sources(settings, towers.generation, p))
+    of_items = at(kafka.ITEMS, lambda p: item_cards.sources(settings, towers.generation, p))
     by_clicks = ClickIngest(settings, told.store, of_clicks, told, told, MicroSteps(towers))
     ingests: dict[str, Any] = {
         kafka.ITEMS: ItemIngest(settings, told.store, of_items, told, told, towers, lambda: 0),
@@ -206,7 +206,7 @@ def _fences(
 ) -> None:
     parts = [(kafka.CLICKS, clicks.sources, settings.clicks_partitions)]
     parts += [(kafka.USERS, users.sources, settings.clicks_partitions)]
-    parts += [(kafka.ITEMS, lambda s, p: items.sources(s, generation, p), settings.items_partitions)]
+    parts += [(kafka.ITEMS, lambda s, p: item_cards.sources(s, generation, p), settings.items_partitions)]
     for _name, sources_of, partitions in parts:
         for partition in range(partitions):
             for source, slots in sources_of(settings, partition).items():

@@ -229,7 +229,7 @@ class Filling:
                         yield part[-1]
                     else:
                         self.people.add(self._by_users.ingest(partition, part, 0))
-        self._by_clicks.counts.count(partition)
+        self._by_clicks.counts.write(partition)
 
     def _last_ms(self, gap: Gap) -> int | None:
         """When the last click of the gap that the archive has was appended; None where it has none."""

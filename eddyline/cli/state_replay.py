@@ -33,7 +33,7 @@ from eddyline.stores.memory import MemoryStore
 from eddyline.stores.redis import RedisStore
 from embeddings import bundle as bundles
 from embeddings.bundle import Bundle
-from streams import clicks, items, users
+from streams import clicks, item_cards, users
 from streams.chunk import Outcome, Record
 from streams.clicks import ClickIngest
 from streams.items import ItemIngest
@@ -122,7 +122,7 @@ def replay(settings: Settings, store: StateStore, slices: Slices, towers: Bundle
 
     of_clicks = at(CLICKS, lambda p: clicks.sources(settings, p))
     of_users = at(USERS, lambda p: users.sources(settings, p))
-    of_items = at(ITEMS, lambda p: items.sources(settings, towers.generation, p))
+    of_items = at(ITEMS, lambda p: item_cards.sources(settings, towers.generation, p))
     by_clicks = ClickIngest(settings, store, of_clicks, outside, outside, micro)
     ingests: dict[str, Any] = {
         ITEMS: ItemIngest(settings, store, of_items, outside, outside, towers, lambda: 0),
@@ -171,7 +171,7 @@ def state_hash(settings: Settings, store: StateStore, touched: Replayed, generat
                 listed = behaviour.encode(msgspec.structs.replace(found, read_us=0))
                 add("user", user, listed, read.embeddings.get(user), profile)
     for p in range(settings.items_partitions):
-        for source, slots in items.sources(settings, generation, p).items():
+        for source, slots in item_cards.sources(settings, generation, p).items():
             for name, fence in sorted(store.fences(source, slots).items()):
                 add("fence", source.name, p, name, -1 if fence is None else fence.offset)
     for item_ids in _batches(touched.items):

@@ -25,7 +25,7 @@ from embeddings import bundle
 from embeddings.bundle import Bundle
 from embeddings.training.dataset import TrainingData
 from embeddings.training.train import train
-from streams import clicks, items, users
+from streams import clicks, item_cards, users
 from streams.clicks import ClickIngest
 from streams.items import ItemIngest
 from streams.micro_steps import MicroSteps
@@ -91,7 +91,7 @@ class Harness:
         s, store, out = self.settings, self.store, self.outside
         of_clicks = at(CLICKS, lambda p: clicks.sources(s, p))
         of_users = at(USERS, lambda p: users.sources(s, p))
-        of_items = at(ITEMS, lambda p: items.sources(s, "1", p))
+        of_items = at(ITEMS, lambda p: item_cards.sources(s, "1", p))
         by_clicks = ClickIngest(s, store, of_clicks, out, out, MicroSteps(made))
         self.ingests: dict[str, Any] = {
             CLICKS: by_clicks,

@@ -30,7 +30,7 @@ from embeddings.features import learn_profiles
 from embeddings.micro import MicroSettings, MicroStep
 from embeddings.tiles import unit
 from embeddings.user_tower import UserTower
-from streams import clicks, items
+from streams import clicks, item_cards
 from streams.clicks import ClickIngest
 from streams.items import ItemIngest
 from streams.micro_steps import MicroSteps
@@ -408,7 +408,7 @@ def make_clicks(settings: Settings, store: MemoryStore, outside: Outside) -> Cli
 
 
 def make_items(settings: Settings, store: MemoryStore, outside: Outside) -> ItemIngest:
-    positions = Positions(store, "items", lambda p: items.sources(settings, "1", p), lambda: LOG)
+    positions = Positions(store, "items", lambda p: item_cards.sources(settings, "1", p), lambda: LOG)
     return ItemIngest(settings, store, positions, outside, outside, World(), lambda: 5)
 
 

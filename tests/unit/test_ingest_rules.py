@@ -33,7 +33,7 @@ from eddyline.records import ItemRecord
 from eddyline.settings import Settings
 from eddyline.slots import partition_of
 from eddyline.stores.memory import MemoryStore
-from streams import clicks, dead_letters, items, membership, users
+from streams import clicks, dead_letters, item_cards, membership, users
 from streams.applying import Lane
 from streams.chunk import Outcome
 from streams.clicks import ClickIngest
@@ -120,7 +120,7 @@ class Rig:
         self.items = ItemIngest(
             SETTINGS,
             self.store,
-            self._at("items", lambda p: items.sources(SETTINGS, "g", p)),
+            self._at("items", lambda p: item_cards.sources(SETTINGS, "g", p)),
             self.out, self.out,
             towers, lambda: 9,
         )  # fmt: skip
@@ -397,7 +397,7 @@ def test_a_forgetting_whose_answer_was_lost_is_not_undone_by_what_ingest_remembe
 
 def test_counts_that_could_not_be_written_are_not_skipped_by_the_next_chunk() -> None:
     rig = Rig(dedupe_window_events=20)
-    lane = Lane("clicks", rig.clicks, ThreadPoolExecutor(1), counts=rig.clicks.counts)
+    lane = Lane("clicks", rig.clicks, ThreadPoolExecutor(1), deferred=rig.clicks.counts)
     rig.clicks.ingest(HERE, [click(0, "a")], 0)
     rig.now_s = 0.3
     write, away = rig.store.count_clicks, StoreUnavailable("away")
@@ -530,7 +530,8 @@ def test_clicks_that_retention_took_are_refused_with_the_ways_out(applied: int |
 def test_compacted_topics_are_read_from_their_beginning() -> None:
     store = MemoryStore()
     for name, sources_of in (
-        ("items", lambda p: items.sources(SETTINGS, "1", p)), ("users", lambda p: users.sources(SETTINGS, p)),
+        ("items", lambda p: item_cards.sources(SETTINGS, "1", p)),
+        ("users", lambda p: users.sources(SETTINGS, p)),
     ):  # fmt: skip
         positions = Positions(store, name, sources_of, lambda: LOG)
         assert positions.open({0: (7, 9)}) == {0: 7}
