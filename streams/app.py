@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
@@ -20,10 +19,11 @@ from faust.types import TP
 from eddyline import alive
 from eddyline.errors import Unavailable
 from eddyline.settings import Settings
-from streams.applying import QUEUE_CHUNKS, SESSION_S, Applier, Lane, in_thread
+from streams.applying import QUEUE_CHUNKS, SESSION_S, Applier
 from streams.credentials import broker_credentials
 from streams.lane import Bounds, LaneApp, LaneSchema
 from streams.lane_thread import LaneThread
+from streams.topic_lane import Lane, Turn, in_thread
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class IngestApp:
     ) -> None:  # fmt: skip
         self._settings = settings
         self._lanes = {lane.topic: lane for lane in lanes}
-        self._turns = {lane.executor: threading.Lock() for lane in lanes}
+        self._turns = {lane.executor: Turn() for lane in lanes}
         self._quick_max = QUICK_RECORDS_MAX if settings.redis_timeout_ms <= _QUICK_TIMEOUT_MS_MAX else 0
         self._backoff_s_max = settings.backoff_ms_max / 1000
         self._ended: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()

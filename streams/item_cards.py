@@ -1,8 +1,8 @@
 """Cards of published items, and the fences that say so: written a moment after the records were published.
 
-Chunks of changes come with a record or two, and their two scripts in Redis cost as much as publishing them. So
-cards and fences wait for those of more chunks. Until then both fences stay behind: nothing is lost with the
-process, and what is published again by the next one does no harm.
+Chunks of changes come with a record or two, and their two scripts in Redis cost as much as publishing them.
+So cards and fences wait for those of more chunks. Until then both fences stay behind: nothing is lost with
+the process, and what is published again by the next one does no harm.
 """
 
 from __future__ import annotations

@@ -407,9 +407,12 @@ def make_clicks(settings: Settings, store: MemoryStore, outside: Outside) -> Cli
     )
 
 
-def make_items(settings: Settings, store: MemoryStore, outside: Outside) -> ItemIngest:
+def make_items(settings: Settings, store: MemoryStore, outside: Outside, cards_s: float = 0.0) -> ItemIngest:
+    ticks = iter(range(1_000_000))
     positions = Positions(store, "items", lambda p: item_cards.sources(settings, "1", p), lambda: LOG)
-    return ItemIngest(settings, store, positions, outside, outside, World(), lambda: 5)
+    ingest = ItemIngest(settings, store, positions, outside, outside, World(), lambda: 5, cards_s)
+    ingest.cards._clock_s = lambda: next(ticks) * 0.03
+    return ingest
 
 
 @dataclass
@@ -431,8 +434,7 @@ class Process:
             self.open(partition)
 
     def open(self, partition: int) -> None:
-        if isinstance(self.ingest, ClickIngest):
-            self.ingest.opened(partition)
+        self.ingest.opened(partition)
         end = self.logs[partition][-1].offset + 1
         self.at |= self.ingest.positions.open({partition: (0, end)})
 
@@ -455,10 +457,9 @@ class Process:
         return True
 
     def settle(self, partition: int) -> bool:
-        """Popularity counts that waited for more; True where they have to be done again."""
+        """Counts and cards that waited for more; True where they have to be done again."""
         try:
-            if isinstance(self.ingest, ClickIngest):
-                self.ingest.count(partition)
+            self.ingest.count(partition)
         except FenceMoved:
             self.open(partition)
             return True
@@ -653,13 +654,14 @@ def items_log(rng: random.Random, length: int) -> dict[int, list[Rec]]:
     return logs
 
 
+@pytest.mark.parametrize("cards_s", [0.0, 0.1])
 @pytest.mark.parametrize("seed", range(10))
-def test_items_end_as_their_last_change(seed: int) -> None:
+def test_items_end_as_their_last_change(seed: int, cards_s: float) -> None:
     rng = random.Random(400 + seed)
     settings = make_settings(item_slots=rng.choice([1, 3]))
     store, outside = Unsure(), Outside(settings)
     logs = items_log(rng, 80)
-    process = Process(lambda: make_items(settings, store, outside), logs, rng)
+    process = Process(lambda: make_items(settings, store, outside, cards_s), logs, rng)
     process.start()
     old = store.snapshot()
     for _ in range(200):

@@ -34,12 +34,12 @@ from eddyline.settings import Settings
 from eddyline.slots import partition_of
 from eddyline.stores.memory import MemoryStore
 from streams import clicks, dead_letters, item_cards, membership, users
-from streams.applying import Lane
 from streams.chunk import Outcome
 from streams.clicks import ClickIngest
 from streams.dead_letters import KafkaDeadLetters, KafkaForwarder
 from streams.items import ItemIngest
 from streams.positions import Positions
+from streams.topic_lane import Lane
 from streams.users import UserIngest
 
 LOG = LogId("cluster-a", "topic-1")
