@@ -37,8 +37,8 @@ from eddyline.events import Click, decode_click
 from eddyline.settings import Settings, load
 from eddyline.slots import partition_of
 from streams.app import IngestApp
+from streams.applying import Lane
 from streams.chunk import Outcome, Record
-from streams.topic_lane import Lane
 
 BATCH = 500
 LIST_MAX = 100

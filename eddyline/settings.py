@@ -161,7 +161,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     chunk_records_max: Annotated[
         int,
         _about(
-            "The most records that are applied together; of one partition, clicks go 64 at a time at most.",
+            "The most records that are applied together; of one partition, clicks go 48 at a time at most.",
             ge=1,
             le=5_000,
         ),

@@ -40,13 +40,13 @@ from embeddings import bundle
 from embeddings.bundle import Bundle
 from streams import clicks, item_cards, membership, metrics, refusals, users
 from streams.app import IngestApp
+from streams.applying import Lane
 from streams.clicks import ClickIngest
 from streams.dead_letters import KafkaDeadLetters, KafkaForwarder, outlet_producer
 from streams.items import ItemIngest
 from streams.micro_steps import MicroSteps
 from streams.positions import Positions
 from streams.publisher import TransactionalPublisher
-from streams.topic_lane import Lane
 from streams.users import UserIngest
 
 log = logging.getLogger(__name__)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
@@ -19,11 +20,10 @@ from faust.types import TP
 from eddyline import alive
 from eddyline.errors import Unavailable
 from eddyline.settings import Settings
-from streams.applying import QUEUE_CHUNKS, SESSION_S, Applier
+from streams.applying import QUEUE_CHUNKS, SESSION_S, Applier, Lane, in_thread
 from streams.credentials import broker_credentials
 from streams.lane import Bounds, LaneApp, LaneSchema
 from streams.lane_thread import LaneThread
-from streams.topic_lane import Lane, Turn, in_thread
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class IngestApp:
     ) -> None:  # fmt: skip
         self._settings = settings
         self._lanes = {lane.topic: lane for lane in lanes}
-        self._turns = {lane.executor: Turn() for lane in lanes}
+        self._turns = {lane.executor: threading.Lock() for lane in lanes}
         self._quick_max = QUICK_RECORDS_MAX if settings.redis_timeout_ms <= _QUICK_TIMEOUT_MS_MAX else 0
         self._backoff_s_max = settings.backoff_ms_max / 1000
         self._ended: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
@@ -77,6 +77,7 @@ class IngestApp:
             small_max=self._quick_max,
             waiting=self._waiting,
             fail=self.end,
+            giving_up=self._flush,
             broker=[f"kafka://{server}" for server in settings.kafka_bootstrap_servers.split(",")],
             broker_credentials=broker_credentials(settings),
             datadir=str(folder),
@@ -144,7 +145,7 @@ class IngestApp:
         crashed = asyncio.create_task(self._app._crashed.wait())
         reports = asyncio.create_task(self._report())
         watch = asyncio.create_task(self._guarded(self._watch()))
-        settle = asyncio.create_task(self._guarded(self._settle()))
+        settling = [asyncio.create_task(self._guarded(self._settle(lane))) for lane in self.lanes]
         try:
             ends: set[asyncio.Future[Any]] = {self._ended, crashed}
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -153,11 +154,11 @@ class IngestApp:
                 self.end(reason if isinstance(reason, Exception) else RuntimeError(f"Faust: {reason!r}"))
         finally:
             self._stopping()
-            for task in (reports, watch, settle, crashed):
+            for task in (reports, watch, *settling, crashed):
                 task.cancel()
             await self._app.stop()
             started.cancel()
-            await asyncio.gather(started, crashed, reports, watch, settle, return_exceptions=True)
+            await asyncio.gather(started, crashed, reports, watch, *settling, return_exceptions=True)
         error = self._ended.result()
         if error is not None:
             raise error
@@ -213,16 +214,27 @@ class IngestApp:
             log.exception("background work failed")
             self.end(error)
 
-    async def _settle(self) -> None:
-        """Let waiting effects go through when no chunk comes that would."""
+    async def _settle(self, lane: Lane) -> None:
+        """Let waiting effects of a lane go through when no chunk comes that would."""
         async for _ in _every(_SETTLE_S):
-            for lane in self._lanes.values():
-                if lane.deferred is None or not lane.deferred.due():
-                    continue
-                refused = await in_thread(self._turns[lane.executor], lane.executor, lane.settle)
-                if refused is not None:
-                    lane.rewinds += 1
-                    await self._app.lane.rewind({TP(lane.topic, refused)})
+            if lane.deferred is None or not lane.deferred.due():
+                continue
+            mine = self._app.lane.positioned(lane.topic)
+            refused = await in_thread(self._turns[lane.executor], lane.executor, lane.settle, mine)
+            if refused is not None:
+                lane.rewinds += 1
+                await self._app.lane.rewind({TP(lane.topic, refused)})
+
+    async def _flush(self, limit_s: float) -> None:
+        """Write what waits in every lane, as long as that takes no longer."""
+
+        async def flush(lane: Lane) -> None:
+            await in_thread(self._turns[lane.executor], lane.executor, lane.flush)
+
+        waiting = [lane for lane in self.lanes if lane.deferred is not None and lane.deferred.waiting()]
+        if waiting:
+            tasks = [asyncio.create_task(self._guarded(flush(lane))) for lane in waiting]
+            await asyncio.wait(tasks, timeout=limit_s)
 
     async def _watch(self) -> None:
         """Look after the fences of idle partitions; busy ones notice by themselves."""

@@ -1,48 +1,150 @@
 """What an agent does with its chunks: hand them to the ingest function, await it, acknowledge.
 
 The function runs in a thread of its own, so that heartbeats go on. While it is at work more chunks come in;
-then all of them go together, joined by partition, and share round trips and numpy work. Where it waits for
-Kafka, partitions go side by side instead. A server that is away is waited for; a refused write sends its
-partition back to the lowest fence; anything else ends the process before the chunk is acknowledged.
+then all of them go together, joined by partition, and share round trips and numpy work. A server that is
+away is waited for; a refused write sends its partition back to the lowest fence; anything else ends the
+process before the chunk is acknowledged.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar, cast
 
 from faust.types import TP
 
 from eddyline.errors import FenceMoved, Unavailable
-from streams.chunk import Outcome, Part, PartitionLost
+from streams.chunk import Outcome, Part, PartitionLost, Record
+from streams.deferred import Deferred, flush, settle
 from streams.hauls import Chunk
 from streams.lane import LaneApp
-from streams.topic_lane import BACKOFF_S, Lane, Turn, in_thread
+from streams.positions import Positions
 
 log = logging.getLogger(__name__)
+_R = TypeVar("_R")
 
 # The shortest session that Kafka's default settings allow: a dead process's partitions move after it.
 SESSION_S = 6.0
+BACKOFF_S = 0.05
 # Chunks that wait beside the one in work; and as many in Faust's own queue. Enough to keep the function busy.
 QUEUE_CHUNKS = 16
+
+
+class Ingest(Protocol):
+    """An ingest function and the positions it works from."""
+
+    positions: Positions
+
+    def ingest(self, partition: int, records: Sequence[Record], read_us: int) -> Outcome:
+        """Apply a chunk."""
+
+
+@dataclass
+class Lane:
+    """One topic: its function, the thread it runs in, and what it has done so far.
+
+    before_open: called with each partition before its fences are read
+    deferred:    effects that may wait for those of more chunks
+    quick:       small chunks take some milliseconds, so they may run in the event loop itself
+    many:        applies chunks of several partitions together; what `ingest` would raise is in its place
+    in_loop:     `many` for small chunks in the event loop, where it has to wait for more than Redis
+    part_max:    so many records of one partition are applied at once at most; None: as many as a chunk has
+    seconds:     spent on applying; waits: how often a server was waited for, wait_s: how long next time
+    queued:      chunks that wait for this lane's turn
+    """
+
+    topic: str
+    ingest: Ingest
+    executor: ThreadPoolExecutor
+    before_open: Callable[[int], None] | None = None
+    deferred: Deferred | None = None
+    quick: bool = False
+    many: Callable[[Sequence[Part]], list[Outcome | Exception]] | None = None
+    in_loop: Callable[[Sequence[Part]], Coroutine[Any, Any, list[Outcome | Exception]]] | None = None
+    part_max: int | None = None
+    outcome: Outcome = field(default_factory=Outcome)
+    chunks: int = 0
+    rewinds: int = 0
+    seconds: float = 0.0
+    waits: int = 0
+    wait_s: float = BACKOFF_S
+    queued: Callable[[], int] = lambda: 0
+    _told: tuple[int, int, float, Outcome] = field(default_factory=lambda: (0, 0, 0.0, Outcome()))
+
+    def begin(self) -> None:
+        """From here on `since_begin` counts."""
+        total = Outcome()
+        total.add(self.outcome)
+        self._told = self.chunks, self.rewinds, self.seconds, total
+
+    def since_begin(self) -> tuple[int, int, float, Outcome]:
+        """(chunks, rewinds, seconds, outcome) since `begin`."""
+        chunks, rewinds, seconds, outcome = self._told
+        more = self.outcome.less(outcome)
+        return self.chunks - chunks, self.rewinds - rewinds, self.seconds - seconds, more
+
+    def open(self, bounds: Mapping[int, tuple[int, int]], committed: Mapping[int, int]) -> dict[int, int]:
+        """Where to read on, by partition, see `Positions.open`. Runs in the lane's thread."""
+        if self.before_open is not None:
+            for partition in bounds:
+                self.before_open(partition)
+        return self.ingest.positions.open(bounds, committed)
+
+    def apply(self, parts: Sequence[Part]) -> list[Outcome | Exception]:
+        """Apply one chunk each of different partitions."""
+        if self.many is not None:
+            return self.many(parts)
+        ends: list[Outcome | Exception] = []
+        for part in parts:
+            try:
+                ends.append(self.ingest.ingest(part.partition, part.records, part.read_us))
+            except (FenceMoved, Unavailable, PartitionLost) as error:
+                ends.append(error)
+        return ends
+
+    def settle(self, mine: set[int]) -> int | None:
+        """See `deferred.settle`. Runs in the lane's thread."""
+        return None if self.deferred is None else settle(self.deferred, self.ingest.positions, mine)
+
+    def flush(self) -> None:
+        """See `deferred.flush`. Runs in the lane's thread."""
+        if self.deferred is not None:
+            flush(self.deferred)
+
+    def moved_elsewhere(self, mine: set[int]) -> list[int]:
+        """Which of these partitions have other fences than expected. Runs in the lane's thread."""
+        return self.ingest.positions.moved_elsewhere(mine)
+
+
+async def in_thread(
+    turn: threading.Lock, executor: ThreadPoolExecutor, call: Callable[..., _R], *arguments: Any
+) -> _R:
+    """Run in a lane's thread. Whoever applies a chunk or reads fences holds its executor's turn."""
+
+    def run() -> _R:
+        with turn:
+            return call(*arguments)
+
+    return await asyncio.get_running_loop().run_in_executor(executor, run)
 
 
 class Applier:
     """Applies the chunks of one lane. Runs in the app's event loop.
 
-    turns:     one for each executor
+    turns:     one lock for each executor, held by whoever works in its place
     quick_max: so many records at most are applied in the event loop itself
     end:       told of an error that ends the process
     """
 
     def __init__(
-        self, app: LaneApp, lane: Lane, turns: Mapping[ThreadPoolExecutor, Turn], quick_max: int,
+        self, app: LaneApp, lane: Lane, turns: Mapping[ThreadPoolExecutor, threading.Lock], quick_max: int,
         backoff_s_max: float, end: Callable[[Exception], None],
     ) -> None:  # fmt: skip
         self._app = app
@@ -54,8 +156,6 @@ class Applier:
         self._queue: asyncio.Queue[Chunk] = asyncio.Queue(QUEUE_CHUNKS)
         self._held: list[Chunk] = []
         self._dropped: dict[TP, int] = {}  # partition -> the epoch of the last chunk that was dropped
-        self._in_work: dict[TP, Chunk] = {}  # where partitions go side by side: the last chunk of each
-        self._news = asyncio.Event()  # a chunk came, or one of those in work ended
         lane.queued = lambda: self._queue.qsize() + len(self._held)
 
     async def run(self, stream: Any) -> None:
@@ -66,15 +166,12 @@ class Applier:
                 for chunk in haul:
                     for piece in _pieces(chunk, self._lane.part_max):
                         await self._queue.put(piece)
-                        self._news.set()
         finally:
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)
 
     async def _work(self) -> None:
-        with self._ending():
-            if self._lane.in_loop is not None:
-                await self._side_by_side()
+        try:
             while True:
                 if not self._held:
                     self._held.append(await self._queue.get())
@@ -82,42 +179,12 @@ class Applier:
                 if taken:
                     await self._apply(taken)
                 self._app.handed.applied(self._lane.topic)
-
-    async def _side_by_side(self) -> None:
-        """Chunks of a partition one after the other, and no partition waits for another one's Kafka."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                while True:
-                    self._news.clear()
-                    taken = self.take()
-                    for chunks in taken:
-                        self._in_work[chunks[0].at] = chunks[-1]
-                        group.create_task(self._of_one(chunks))
-                    if not taken:
-                        await self._news.wait()
-        finally:
-            # What was cancelled while it waited for a server is to be read again as well.
-            self._lose([c for c in self._in_work.values() if c.epoch > self._dropped.get(c.at, -1)])
-            self._in_work.clear()
-
-    async def _of_one(self, chunks: Sequence[Chunk]) -> None:
-        """Apply chunks of one partition. After an error nothing more of it is applied."""
-        with self._ending():
-            await self._apply([chunks])
-            del self._in_work[chunks[0].at]
-            self._news.set()
-
-    @contextmanager
-    def _ending(self) -> Iterator[None]:
-        """An error that gets here ends the process, and so does a cancellation that nobody wanted."""
-        try:
-            yield
         except Exception as error:
             log.exception("chunks could not be applied")
             self._end(error)
         except asyncio.CancelledError:
             task = asyncio.current_task()
-            if task is None or not task.cancelling():
+            if task is None or not task.cancelling():  # nobody wanted this to end
                 self._end(RuntimeError("the work on chunks was cancelled from inside"))
             raise
 
@@ -130,7 +197,7 @@ class Applier:
             self._held.append(self._queue.get_nowait())
         taken: dict[TP, list[Chunk]] = {}
         rest: list[Chunk] = []
-        full = set(self._in_work)
+        full: set[TP] = set()
         whole = room = self._app.chunk_records_max
         rooms: defaultdict[TP, int] = defaultdict(lambda: self._lane.part_max or whole)
         for chunk in self._held:
@@ -152,13 +219,6 @@ class Applier:
     def _drop(self, chunk: Chunk) -> None:
         self._dropped[chunk.at] = max(chunk.epoch, self._dropped.get(chunk.at, -1))
 
-    def _lose(self, chunks: Sequence[Chunk]) -> None:
-        """Cancelled: what follows them would leave a gap, until all is read again from the fence."""
-        for chunk in chunks:
-            self._drop(chunk)
-        if chunks:
-            self._app.lane.unread({chunk.at: chunk.epoch for chunk in chunks})
-
     async def _apply(self, taken: Sequence[Sequence[Chunk]]) -> None:
         lane, chunks = self._lane, [_joined(parts) for parts in taken]
         begun = time.perf_counter()
@@ -168,7 +228,10 @@ class Applier:
             await self._give_up(chunks[0], error)
             return
         except BaseException:
-            self._lose(chunks)
+            # Cancelled: what follows would leave a gap, until all is read again from the fence.
+            for chunk in chunks:
+                self._drop(chunk)
+            self._app.lane.unread({chunk.at: chunk.epoch for chunk in chunks})
             raise
         lane.seconds += time.perf_counter() - begun
         waits = [end for end in ends if isinstance(end, Unavailable)]
@@ -207,13 +270,13 @@ class Applier:
         """Apply in the lane's thread; small chunks at once where that thread does nothing."""
         lane = self._lane
         small = lane.quick and sum(len(part.records) for part in parts) <= self._quick_max
-        if small and lane.wait_s == BACKOFF_S and self._turn.join():
+        if small and lane.wait_s == BACKOFF_S and self._turn.acquire(blocking=False):
             try:
                 if lane.in_loop is not None:
                     return cast(list[Outcome | Exception], await self._app.work(lane.in_loop(parts)))
                 return lane.apply(parts)
             finally:
-                self._turn.leave()
+                self._turn.release()
         ends: list[Outcome | Exception] = await self._app.work(
             in_thread(self._turn, lane.executor, lane.apply, parts)
         )

@@ -72,6 +72,10 @@ class ClickCounts:
         now = self._clock_s()
         return [p for p, tally in list(self._tallies.items()) if now - tally.since_s >= COUNT_S]
 
+    def waiting(self) -> list[int]:
+        """The partitions that have events to be counted."""
+        return list(self._tallies)
+
     def write(self, partition: int) -> None:
         """Count now what waits. Raises FenceMoved, StoreUnavailable."""
         if partition in self._tallies:

@@ -15,7 +15,7 @@ from eddyline import events
 from eddyline.errors import FenceMoved, Unavailable
 from eddyline.events import Item
 from eddyline.kafka import ITEMS
-from eddyline.ports import Card, CardWrite, Source, StateStore
+from eddyline.ports import Card, CardWrite, Fence, Source, StateStore
 from eddyline.settings import Settings
 from eddyline.slots import item_slot
 from streams.chunk import Record
@@ -45,10 +45,10 @@ class Change:
 
 @dataclass(slots=True)
 class _Tally:
-    """Changes of one partition, up to the offset `last`, that wait to be written. since_s: the first did."""
+    """Changes of one partition, up to the fence `last`, that wait to be written. since_s: the first did."""
 
     since_s: float
-    last: int = -1
+    last: Fence
     changes: dict[str, Change] = field(default_factory=dict)
 
 
@@ -80,6 +80,10 @@ class ItemCards:
         now = self._clock_s()
         return [p for p, tally in list(self._tallies.items()) if now - tally.since_s >= self._wait_s]
 
+    def waiting(self) -> list[int]:
+        """The partitions that have cards to be written."""
+        return list(self._tallies)
+
     def write(self, partition: int) -> None:
         """Write now what waits. Raises FenceMoved, StoreUnavailable."""
         for error in self._write([partition]).values():
@@ -93,10 +97,10 @@ class ItemCards:
         """
         now, enough = self._clock_s(), []
         for partition, (last, changes) in changed.items():
-            tally = self._tallies.get(partition)
+            fence, tally = self._positions.fence(last), self._tallies.get(partition)
             if tally is None:
-                tally = self._tallies[partition] = _Tally(now)
-            tally.last = last
+                tally = self._tallies[partition] = _Tally(now, fence)
+            tally.last = fence
             tally.changes.update(changes)
             if now - tally.since_s >= self._wait_s or len(tally.changes) >= CARDS_MAX:
                 enough.append(partition)
@@ -124,19 +128,19 @@ class ItemCards:
 
     def _writes(self, partition: int, tally: _Tally) -> Iterator[CardWrite]:
         """What is to be written for a partition: nothing where it was written before."""
-        new, slots = self._positions.fence(tally.last), self._settings.item_slots
+        slots = self._settings.item_slots
         for source, named in sources(self._settings, self._generation, partition).items():
             for slot in named:
                 expected = self._positions.expected(source, slot)
                 done = -1 if expected is None else expected.offset
-                if done >= tally.last:
+                if done >= tally.last.offset:
                     continue
                 cards = {
                     item_id: Card(partition, c.offset, events.encode(c.item) if c.item else b"")
                     for item_id, c in tally.changes.items()
                     if source.name == ITEMS and c.offset > done and item_slot(item_id, slots) == slot
                 }
-                yield CardWrite(slot, source, expected, new, cards)
+                yield CardWrite(slot, source, expected, tally.last, cards)
 
 
 def sources(settings: Settings, generation: str, partition: int) -> dict[Source, list[str]]:

@@ -286,13 +286,15 @@ class LaneApp(faust.App):
     handed:            what is fetched next waits for it
     waiting:           told of every wait: the error and the seconds
     fail:              told of an error that ends the process
+    giving_up:         called before partitions are given up, after the chunk in work; takes a limit in seconds
     """
 
     logger = _logger
 
     def __init__(self, *args: Any, positioner: Positioner, chunk_records_max: int, backoff_s_max: float,
                  small_max: int, waiting: Callable[[Exception, float], None],
-                 fail: Callable[[Exception], None], **kwargs: Any) -> None:  # fmt: skip
+                 fail: Callable[[Exception], None],
+                 giving_up: Callable[[float], Awaitable[None]], **kwargs: Any) -> None:  # fmt: skip
         super().__init__(*args, TableManager=LaneTables, **kwargs)
         self.positioner = positioner
         self.chunk_records_max = chunk_records_max
@@ -301,6 +303,7 @@ class LaneApp(faust.App):
         self.handed = Handed()
         self.waiting = waiting
         self.fail = fail
+        self.giving_up = giving_up
         self._chunks_in_work = 0
 
     @property
@@ -328,4 +331,7 @@ class LaneApp(faust.App):
 
     async def _consumer_wait_empty(self, consumer: Any, logger: Any) -> None:
         """Called with queues cleared, before partitions are given up: the chunk in work ends first."""
-        await self.settle(self.conf.broker_session_timeout / 2)
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + self.conf.broker_session_timeout / 2
+        await self.settle(deadline - clock())
+        await self.giving_up(max(0.0, deadline - clock()))

@@ -62,8 +62,7 @@ _CLOSE_S = 1.0
 
 
 class TransactionalPublisher:
-    """A `RecordPublisher` to `item-vectors.<generation>`. Thread rule: one call at a time; of `publishing`
-    several may be under way, for different partitions.
+    """A `RecordPublisher` to `item-vectors.<generation>`. Thread rule: one call at a time.
 
     Partition p of `items` goes to partition p of the topic. The producers live in an event loop that runs
     while a call waits for it, in the caller's thread: handing each step to another thread costs more. Or,

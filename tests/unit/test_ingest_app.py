@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -14,11 +13,10 @@ import pytest
 from faust.types import TP
 
 from eddyline.errors import FenceMoved, StoreUnavailable
-from streams.applying import QUEUE_CHUNKS, Applier, _pieces
+from streams.applying import QUEUE_CHUNKS, Applier, Lane, _pieces, in_thread
 from streams.chunk import Outcome, Part
 from streams.hauls import Chunk
 from streams.pace import Handed
-from streams.topic_lane import Lane, Turn, in_thread
 
 
 class Consumer:
@@ -82,7 +80,7 @@ class Busy:
 
 
 def applier(lane: Lane, app: Any, quick_max: int = 2) -> Applier:
-    return Applier(app, lane, {lane.executor: Turn()}, quick_max, 1.0, lambda _: None)
+    return Applier(app, lane, {lane.executor: threading.Lock()}, quick_max, 1.0, lambda _: None)
 
 
 def test_small_chunks_of_a_quick_lane_run_in_the_loop_itself_and_never_beside_its_thread() -> None:
@@ -135,7 +133,7 @@ def test_small_chunks_that_wait_for_kafka_do_so_in_the_loop_and_a_stop_waits_for
         async with asyncio.timeout(5):
             first = asyncio.create_task(apply._ingest(small))
             await begun.wait()
-            assert app.working == 1 and apply._turn._lock.locked()
+            assert app.working == 1 and apply._turn.locked()
             # Whoever reads fences meanwhile has to wait for his turn, and the loop goes on.
             other = asyncio.create_task(in_thread(apply._turn, executor, lambda: "had its turn"))
             await asyncio.sleep(0.02)
@@ -148,7 +146,7 @@ def test_small_chunks_that_wait_for_kafka_do_so_in_the_loop_and_a_stop_waits_for
             await begun.wait()
             cancelled.cancel()
             await asyncio.gather(cancelled, return_exceptions=True)
-            assert cancelled.cancelled() and not apply._turn._lock.locked() and app.working == 0
+            assert cancelled.cancelled() and not apply._turn.locked() and app.working == 0
         executor.shutdown()
 
     asyncio.run(run())
@@ -163,7 +161,7 @@ def test_after_a_chunk_that_was_cancelled_nothing_is_applied_before_it_is_read_a
             await asyncio.Event().wait()
 
         lane = Lane("clicks", Busy(), executor, quick=True, in_loop=in_loop)  # type: ignore[arg-type]
-        apply = Applier(app, lane, {executor: Turn()}, 8, 1.0, ends.append)  # type: ignore[arg-type]
+        apply = Applier(app, lane, {executor: threading.Lock()}, 8, 1.0, ends.append)  # type: ignore[arg-type]
         for one in (chunk(0, 1), chunk(1, 1)):
             apply._queue.put_nowait(one)
         async with asyncio.timeout(5):
@@ -173,140 +171,12 @@ def test_after_a_chunk_that_was_cancelled_nothing_is_applied_before_it_is_read_a
                 apply._queue.put_nowait(one)
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)
-        back = {at: epoch for each in app.lane.back for at, epoch in each.items()}
-        assert back == {chunk(0, 1).at: 0, chunk(1, 1).at: 0} and not ends
+        assert app.lane.back == [{chunk(0, 1).at: 0, chunk(1, 1).at: 0}] and not ends
         # Its successors go, too; what was read after a seek, and other partitions, do not.
         assert [(c.at.partition, c.epoch) for some in apply.take() for c in some] == [(2, 0), (0, 1)]
         executor.shutdown()
 
     asyncio.run(run())
-
-
-def side_by_side(in_loop: Any, app: Any, ends: list[Exception], quick_max: int = 8) -> Applier:
-    """The work on a lane whose chunks wait for Kafka."""
-    lane = Lane("items", Busy(), ThreadPoolExecutor(1), quick=True, in_loop=in_loop)  # type: ignore[arg-type]
-    return Applier(app, lane, {lane.executor: Turn()}, quick_max, 1.0, ends.append)
-
-
-def test_no_partition_waits_for_what_another_one_has_to_wait_for() -> None:
-    async def run() -> None:
-        app, seen, ends = Works(), list[tuple[int, list[int]]](), list[Exception]()
-        go_on = {partition: asyncio.Event() for partition in range(3)}
-
-        async def in_loop(parts: Any) -> list[Outcome | Exception]:
-            [part] = parts
-            seen.append((part.partition, [record.offset for record in part.records]))
-            await go_on[part.partition].wait()
-            return [Outcome(records=len(part.records))]
-
-        apply = side_by_side(in_loop, app, ends)
-        work = asyncio.create_task(apply._work())
-
-        async def put(*chunks: Chunk) -> None:
-            for one in chunks:
-                await apply._queue.put(one)
-                apply._news.set()
-            await asyncio.sleep(0.01)
-
-        def at(partition: int, offset: int) -> Chunk:
-            return Chunk(TP("items", partition), [SimpleNamespace(offset=offset)], 0, 0)  # type: ignore[list-item]
-
-        async with asyncio.timeout(5):
-            await put(at(0, 1), at(1, 1))
-            assert seen == [(0, [1]), (1, [1])] and app.working == 2
-            # What follows in a partition waits for it, and goes together; others do not wait.
-            await put(at(0, 2), at(2, 1), at(0, 3))
-            assert seen[2:] == [(2, [1])]
-            go_on[1].set(), go_on[2].set()
-            await put(at(1, 2))
-            assert seen[3:] == [(1, [2])] and apply._lane.queued() == 2
-            go_on[0].set()
-            await asyncio.sleep(0.01)
-            assert seen[4:] == [(0, [2, 3])] and apply._lane.queued() == 0
-            assert sorted((c.at.partition, len(c.records)) for c in app.lane.done) == [
-                (0, 1), (0, 2), (1, 1), (1, 1), (2, 1),
-            ]  # fmt: skip
-        work.cancel()
-        await asyncio.gather(work, return_exceptions=True)
-        assert not ends and not app.lane.back and not apply._turn._lock.locked()
-
-    asyncio.run(run())
-
-
-def test_a_chunk_that_is_cancelled_while_a_server_is_waited_for_is_read_again() -> None:
-    async def run() -> None:
-        app, ends = Works(), list[Exception]()
-
-        async def in_loop(parts: Any) -> list[Outcome | Exception]:
-            return [StoreUnavailable("away")]
-
-        apply = side_by_side(in_loop, app, ends)
-        apply._queue.put_nowait(chunk(0, 1))
-        work = asyncio.create_task(apply._work())
-        async with asyncio.timeout(5):
-            while not app.waits:
-                await asyncio.sleep(0)
-        work.cancel()
-        await asyncio.wait([work], timeout=5)
-        assert app.lane.back == [{chunk(0, 1).at: 0}] and not ends and not apply._in_work
-        apply._queue.put_nowait(chunk(0, 1))  # what follows it goes, too
-        assert apply.take() == []
-
-    asyncio.run(run())
-
-
-def test_after_an_error_nothing_more_of_the_partition_is_applied() -> None:
-    async def run() -> None:
-        app, seen, ends = Works(), list[int](), list[Exception]()
-
-        def fails(one: Chunk) -> None:
-            raise LookupError("no")
-
-        async def in_loop(parts: Any) -> list[Outcome | Exception]:
-            seen.append(parts[0].partition)
-            return [Outcome(records=1)]
-
-        app.lane.applied = fails  # type: ignore[method-assign]
-        apply = side_by_side(in_loop, app, ends)
-        work = asyncio.create_task(apply._work())
-        async with asyncio.timeout(5):
-            apply._queue.put_nowait(chunk(0, 1))
-            apply._news.set()
-            while not ends:
-                await asyncio.sleep(0.001)
-            apply._queue.put_nowait(chunk(0, 1))
-            apply._news.set()
-            await asyncio.sleep(0.02)
-        assert seen == [0] and [type(error) for error in ends] == [LookupError]
-        work.cancel()
-        await asyncio.gather(work, return_exceptions=True)
-
-    asyncio.run(run())
-
-
-def test_the_thread_gets_its_turn_however_busy_the_loop_is() -> None:
-    turn, entered = Turn(), threading.Event()
-
-    def in_the_thread() -> None:
-        with turn:
-            entered.set()
-
-    assert turn.join() and turn.join()
-    thread = threading.Thread(target=in_the_thread)
-    thread.start()
-    deadline = time.monotonic() + 5
-    while turn.join():  # one more, until the thread is known to wait
-        turn.leave()
-        assert time.monotonic() < deadline
-    turn.leave()
-    assert not entered.is_set() and not turn.join()
-    turn.leave()
-    assert entered.wait(5)
-    thread.join(5)
-    assert turn.join()
-    turn.leave()
-    with turn:
-        assert not turn.join()
 
 
 def test_work_that_is_cancelled_from_inside_ends_the_process() -> None:
@@ -317,17 +187,10 @@ def test_work_that_is_cancelled_from_inside_ends_the_process() -> None:
             raise asyncio.CancelledError
 
         lane = Lane("clicks", Busy(), executor, quick=True, in_loop=in_loop)  # type: ignore[arg-type]
-        apply = Applier(Works(), lane, {executor: Turn()}, 8, 1.0, ends.append)  # type: ignore[arg-type]
+        apply = Applier(Works(), lane, {executor: threading.Lock()}, 8, 1.0, ends.append)  # type: ignore[arg-type]
         apply._queue.put_nowait(chunk(0, 1))
         async with asyncio.timeout(5):
-            work = asyncio.create_task(apply._work())
-            while not ends:
-                await asyncio.sleep(0.001)
-            # Until the process ends nothing more of the partition is applied.
-            apply._queue.put_nowait(chunk(0, 1))
-            await asyncio.sleep(0.02)
-            work.cancel()
-            await asyncio.gather(work, return_exceptions=True)
+            await asyncio.gather(asyncio.create_task(apply._work()), return_exceptions=True)
         assert len(ends) == 1 and "from inside" in str(ends[0])
         executor.shutdown()
 

@@ -13,9 +13,9 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 
 from eddyline.stores.memory import MemoryStore
+from streams.applying import Lane
 from streams.chunk import Outcome
 from streams.metrics import IngestCollector
-from streams.topic_lane import Lane
 from streams.user_cache import UserCache
 
 PAGE = Path(__file__).parents[2] / "docs" / "operations.md"

@@ -34,12 +34,12 @@ from eddyline.settings import Settings
 from eddyline.slots import partition_of
 from eddyline.stores.memory import MemoryStore
 from streams import clicks, dead_letters, item_cards, membership, users
+from streams.applying import Lane
 from streams.chunk import Outcome
 from streams.clicks import ClickIngest
 from streams.dead_letters import KafkaDeadLetters, KafkaForwarder
 from streams.items import ItemIngest
 from streams.positions import Positions
-from streams.topic_lane import Lane
 from streams.users import UserIngest
 
 LOG = LogId("cluster-a", "topic-1")
@@ -402,7 +402,7 @@ def test_counts_that_could_not_be_written_are_not_skipped_by_the_next_chunk() ->
     rig.now_s = 0.3
     write, away = rig.store.count_clicks, StoreUnavailable("away")
     rig.store.count_clicks = Mock(side_effect=away)  # type: ignore[method-assign]
-    assert lane.settle() == HERE
+    assert lane.settle({HERE}) == HERE
     rig.store.count_clicks = write  # type: ignore[method-assign]
     more = [click(n, "b") for n in range(1, 12)]  # so many that they are counted at once
     with pytest.raises(FenceMoved):

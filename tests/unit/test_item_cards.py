@@ -8,15 +8,16 @@ import pytest
 
 from eddyline.errors import FenceMoved, StoreUnavailable
 from eddyline.events import Item
-from eddyline.ports import Fence, Source
+from eddyline.ports import Fence, LogId, Source
 from eddyline.settings import Settings
 from eddyline.stores.memory import MemoryStore
+from streams.deferred import flush, settle
 from streams.item_cards import CARDS_MAX, CARDS_S, Change, ItemCards, sources
 from streams.positions import Positions
 from tests.simulation.test_ingest_faults import LOG, Rec
 
 SETTINGS = Settings(items_partitions=2, item_slots=2)
-PUBLISHED, CARDS = Source("items@g", 0), Source("items", 0)
+PUBLISHED = Source("items@g", 0)
 
 
 class Clock:
@@ -122,6 +123,42 @@ def test_what_was_not_written_is_forgotten_when_the_partition_is_read_again() ->
     assert rig.cards.due() == []
     rig.cards.write(0)
     assert rig.fences() == {-1} and rig.kept(3) == set()
+
+
+def test_before_partitions_are_given_up_all_that_waits_is_written() -> None:
+    rig = Rig()
+    rig.add(3)
+    rig.add(5, partition=1)
+    for source, slots in sources(SETTINGS, "g", 1).items():
+        for slot in slots:
+            rig.store.write_cards(slot, source, None, Fence(8, LOG), {})
+    assert sorted(rig.cards.waiting()) == [0, 1]
+    flush(rig.cards)
+    # What another one wrote meanwhile stays, and nothing of it comes later.
+    assert rig.fences(0) == {3} and rig.fences(1) == {8} and rig.cards.waiting() == []
+
+
+def test_a_refused_partition_takes_no_more_chunks_until_it_is_read_again() -> None:
+    rig = Rig()
+    rig.add(3)
+    for source, slots in sources(SETTINGS, "g", 0).items():
+        for slot in slots:
+            rig.store.write_cards(slot, source, None, Fence(8, LOG), {})
+    assert settle(rig.cards, rig.positions, {0, 1}) is None  # not due yet
+    rig.clock.now_s = 1.0
+    assert settle(rig.cards, rig.positions, {1}) is None and rig.cards.waiting() == [0]  # not ours any more
+    assert settle(rig.cards, rig.positions, {0, 1}) == 0 and rig.cards.waiting() == []
+    with pytest.raises(FenceMoved):
+        rig.positions.begin(0, 4, 4)
+
+
+def test_a_fence_is_of_the_log_that_was_read() -> None:
+    rig = Rig()
+    rig.add(3)
+    rig.positions._log = LogId("another", "log")  # the topic was made anew, and another partition opened
+    rig.cards.write(0)
+    found = rig.store.fences(PUBLISHED, ["i0"])["i0"]
+    assert found == Fence(3, LOG)
 
 
 def test_another_owner_is_told_of_and_of_his_partition_alone() -> None:

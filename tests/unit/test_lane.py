@@ -82,6 +82,10 @@ async def no_positions(bounds: Any) -> Any:
     return {at: 7 for at in bounds}
 
 
+async def given_up(limit_s: float) -> None:
+    """Nothing waits."""
+
+
 def make_consumer(positioner: Any = no_positions, told: list[Any] | None = None) -> LaneConsumer:
     app = LaneApp(
         "lane-test",
@@ -91,6 +95,7 @@ def make_consumer(positioner: Any = no_positions, told: list[Any] | None = None)
         small_max=2,
         waiting=lambda error, wait_s: told.append(wait_s) if told is not None else None,
         fail=lambda error: told.append(error) if told is not None else None,
+        giving_up=given_up,
         broker="kafka://127.0.0.1:1",
         web_enabled=False,
         datadir=tempfile.gettempdir(),
@@ -404,6 +409,26 @@ async def test_a_stop_waits_for_the_chunk_in_work() -> None:
     await app.settle(5)
     assert done == [1]
     await task
+
+
+@in_a_loop
+async def test_before_partitions_are_given_up_the_chunk_in_work_ends_and_then_what_waits_is_written() -> None:
+    app, order = make_consumer().app, list[Any]()
+
+    async def chunk() -> None:
+        await asyncio.sleep(0.05)
+        order.append("chunk")
+
+    async def written(limit_s: float) -> None:
+        order.append(limit_s)
+
+    app.giving_up = written
+    task = asyncio.create_task(app.work(chunk()))
+    await asyncio.sleep(0)
+    await app._consumer_wait_empty(app.lane, app.log)
+    await task
+    limit_s = app.conf.broker_session_timeout / 2
+    assert order[0] == "chunk" and limit_s - 1 < order[1] <= limit_s - 0.05
 
 
 @in_a_loop

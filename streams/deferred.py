@@ -1,0 +1,64 @@
+"""Effects of chunks that wait for those of more chunks, behind fences of their own.
+
+Popularity counts and cards of items are such: one write for many chunks costs little more than one for each.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Set
+from typing import Protocol
+
+from eddyline.errors import FenceMoved, Unavailable
+from streams.positions import Positions
+
+log = logging.getLogger(__name__)
+
+
+class Deferred(Protocol):
+    """Effects of chunks that wait for those of more, behind fences of their own. Thread rule: the lane's."""
+
+    def due(self) -> list[int]:
+        """The partitions whose effects have waited long enough. Any thread may ask."""
+
+    def waiting(self) -> list[int]:
+        """The partitions that have any."""
+
+    def write(self, partition: int) -> None:
+        """Write them now. Raises FenceMoved, Unavailable."""
+
+    def opened(self, partition: int) -> None:
+        """Forget them: the partition is read again from its lowest fence."""
+
+
+def settle(deferred: Deferred, positions: Positions, mine: Set[int]) -> int | None:
+    """Write what has waited long enough. A partition where that was refused, to be read again.
+
+    mine: the partitions that are ours and whose position is known; of others nothing is written any more
+    """
+    for partition in sorted(mine & set(deferred.due())):
+        if not _written(deferred, partition):
+            # A chunk that is applied before the partition is read again must not go beyond these.
+            positions.doubt(partition)
+            return partition
+    return None
+
+
+def flush(deferred: Deferred) -> None:
+    """Write all that waits, before partitions are given up: written later it would meet their next owner.
+
+    What is refused is forgotten, as with a process that died.
+    """
+    for partition in deferred.waiting():
+        _written(deferred, partition)
+
+
+def _written(deferred: Deferred, partition: int) -> bool:
+    """Whether it was not refused; then it is forgotten."""
+    try:
+        deferred.write(partition)
+    except (FenceMoved, Unavailable) as error:
+        log.info("what had waited was not written", extra={"partition": partition, "reason": str(error)})
+        deferred.opened(partition)
+        return False
+    return True
