@@ -286,7 +286,7 @@ class LaneApp(faust.App):
     handed:            what is fetched next waits for it
     waiting:           told of every wait: the error and the seconds
     fail:              told of an error that ends the process
-    giving_up:         called before partitions are given up, after the chunk in work; takes a limit in seconds
+    giving_up:         called after the last chunk in work, before partitions are given up; takes a limit in s
     """
 
     logger = _logger
