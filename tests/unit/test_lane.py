@@ -413,7 +413,8 @@ async def test_a_stop_waits_for_the_chunk_in_work() -> None:
 
 @in_a_loop
 async def test_before_partitions_are_given_up_the_chunk_in_work_ends_and_then_what_waits_is_written() -> None:
-    app, order = make_consumer().app, list[Any]()
+    consumer, order = make_consumer(), list[Any]()
+    app = consumer.app
 
     async def chunk() -> None:
         await asyncio.sleep(0.05)
@@ -425,7 +426,7 @@ async def test_before_partitions_are_given_up_the_chunk_in_work_ends_and_then_wh
     app.giving_up = written
     task = asyncio.create_task(app.work(chunk()))
     await asyncio.sleep(0)
-    await app._consumer_wait_empty(app.lane, app.log)
+    await app._consumer_wait_empty(consumer, app.log)
     await task
     limit_s = app.conf.broker_session_timeout / 2
     assert order[0] == "chunk" and limit_s - 1 < order[1] <= limit_s - 0.05
