@@ -221,7 +221,12 @@ class IngestApp:
                 continue
             mine = self._app.lane.positioned(lane.topic)
             refused = await in_thread(self._turns[lane.executor], lane.executor, lane.settle, mine)
-            if refused is not None:
+            if refused is None:
+                continue
+            # Whoever woke from a long sleep learns here first that others go on: then by a heartbeat that it
+            # is theirs, and to open it anew would take it back.
+            await asyncio.sleep(2 * _HEARTBEAT_S)
+            if refused in self._app.lane.positioned(lane.topic):
                 lane.rewinds += 1
                 await self._app.lane.rewind({TP(lane.topic, refused)})
 

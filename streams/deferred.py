@@ -37,10 +37,13 @@ def settle(deferred: Deferred, positions: Positions, mine: Set[int]) -> int | No
     mine: the partitions that are ours and whose position is known; of others nothing is written any more
     """
     for partition in sorted(mine & set(deferred.due())):
-        if not _written(deferred, partition):
-            # A chunk that is applied before the partition is read again must not go beyond these.
+        error = _refused(deferred, partition)
+        if error is None:
+            continue
+        if isinstance(error, Unavailable):
+            # Its fence may not have moved: a chunk that comes before it is read again must not go beyond these.
             positions.doubt(partition)
-            return partition
+        return partition
     return None
 
 
@@ -50,15 +53,15 @@ def flush(deferred: Deferred) -> None:
     What is refused is forgotten, as with a process that died.
     """
     for partition in deferred.waiting():
-        _written(deferred, partition)
+        _refused(deferred, partition)
 
 
-def _written(deferred: Deferred, partition: int) -> bool:
-    """Whether it was not refused; then it is forgotten."""
+def _refused(deferred: Deferred, partition: int) -> Exception | None:
+    """Write what waits of a partition. Why not, where it was not; then it is forgotten."""
     try:
         deferred.write(partition)
     except (FenceMoved, Unavailable) as error:
         log.info("what had waited was not written", extra={"partition": partition, "reason": str(error)})
         deferred.opened(partition)
-        return False
-    return True
+        return error
+    return None

@@ -70,10 +70,23 @@ class ItemCards:
         self._wait_s = wait_s
         self._clock_s = clock_s
         self._tallies: dict[int, _Tally] = {}
+        self._unproven: dict[int, int] = {}
 
     def opened(self, partition: int) -> None:
         """Forget what was not written yet: the partition is read again from its lowest fence."""
         self._tallies.pop(partition, None)
+
+    def publishing(self, partition: int, first: int) -> None:
+        """Records of changes from the offset `first` on are about to be published."""
+        self._unproven[partition] = min(first, self._unproven.get(partition, first))
+
+    def unproven(self, partition: int) -> int | None:
+        """From which offset on records were published since a fence of this process was last written.
+
+        Until the next one is, another process may have moved the fence over them: it published before us, and
+        froze. Then its records lie in front of ours, newer in front of older, and all of ours are due again.
+        """
+        return self._unproven.get(partition)
 
     def due(self) -> list[int]:
         """The partitions whose cards have waited long enough. Any thread may ask."""
@@ -120,6 +133,8 @@ class ItemCards:
         for (partition, write), end in zip(asked, ends, strict=True):
             if end is None:
                 self._positions.moved(write.source, write.slot, write.new)
+                if write.source.name != ITEMS:
+                    self._unproven.pop(partition, None)
             elif isinstance(end, FenceMoved | Unavailable):
                 failed.setdefault(partition, end)
             else:

@@ -112,8 +112,13 @@ class ItemIngest:
         return self._published(works, failed)
 
     def opened(self, partition: int) -> None:
-        """Forget what is known of a partition: it is read again from its lowest fence."""
+        """Forget what is known of a partition: it is read again from its lowest fence.
+
+        Or from what was published by this process and no fence of its own has proven in order.
+        """
         self.cards.opened(partition)
+        if (first := self.cards.unproven(partition)) is not None:
+            self.positions.again(partition, first)
 
     def count(self, partition: int) -> None:
         """Write the cards that wait. Raises as `ingest` does."""
@@ -132,7 +137,11 @@ class ItemIngest:
         for work in works:
             with work.ending():
                 self._decode(work)
-        return works, self._to_publish([work for work in works if work.error is None])
+        records = self._to_publish([work for work in works if work.error is None])
+        for work in works:
+            if work.part.partition in records:
+                self.cards.publishing(work.part.partition, work.part.records[0].offset)
+        return works, records
 
     def _published(
         self, works: Sequence[_Work], failed: Mapping[int, EddylineError]
@@ -166,6 +175,8 @@ class ItemIngest:
         work.last = records[-1].offset
         expected = self.positions.expected(work.published, PUBLISHED_SLOT)
         done = -1 if expected is None else expected.offset
+        if (first := self.cards.unproven(partition)) is not None:
+            done = min(done, first - 1)
         work.fresh = {i: c for i, c in work.changes.items() if c.offset > done}
 
     def _to_publish(self, works: Sequence[_Work]) -> Records:

@@ -44,6 +44,13 @@ class Positions:
         self._expected: dict[int, dict[tuple[Source, str], Fence | None]] = {}
         self._read: dict[int, int] = {}  # partition -> the last offset that a chunk brought
         self._told: dict[int, int] = {}
+        self._again: dict[
+            int, int
+        ] = {}  # partition -> where it is read from at the latest, when it is opened
+
+    def again(self, partition: int, first: int) -> None:
+        """When the partition is opened next, read it from `first` on although its fences are beyond."""
+        self._again[partition] = first
 
     def open(
         self, bounds: Mapping[int, tuple[int, int]], told: Mapping[int, int] | None = None
@@ -133,7 +140,7 @@ class Positions:
         lowest = _lowest(found)
         if lowest + 1 < begin and any(source.name == CLICKS for source, _ in found):
             raise self._lost(partition, lowest + 1, begin - 1, begin, applied=lowest >= 0)
-        position = max(lowest + 1, begin)
+        position = max(min(lowest + 1, self._again.pop(partition, lowest + 1)), begin)
         self._read[partition] = position - 1
         return position
 

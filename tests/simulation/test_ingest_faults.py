@@ -6,6 +6,7 @@ drafts, and everything is compared: lists, stamps, windows, counters, embeddings
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -696,3 +697,48 @@ def test_items_end_as_their_last_change(seed: int, cards_s: float) -> None:
         if item is not None and item.available:
             assert np.array_equal(replica[item_id].vector, of_title(item))  # type: ignore[arg-type]
     assert item_slot("i1", 1) == "i0"
+
+
+@pytest.mark.parametrize("cards_s", [0.0, 10.0])
+@pytest.mark.parametrize("seed", range(12))
+def test_an_owner_who_froze_leaves_no_older_record_behind_a_newer_one(seed: int, cards_s: float) -> None:
+    """He published, lost the partition, and wakes to write the fence under his successor's hands.
+
+    The topic is compacted: what lies last of an item is what a new worker finds.
+    """
+    rng = random.Random(500 + seed)
+    settings, store = make_settings(), MemoryStore()
+    outside, log = Outside(settings), items_log(rng, 32)[0]
+    old, new = (make_items(settings, store, outside, 10.0), make_items(settings, store, outside, cards_s))
+    at = 0
+
+    def opened() -> int:
+        new.opened(0)
+        return new.positions.open({0: (0, len(log))})[0]
+
+    old.positions.open({0: (0, len(log))})
+    for start in range(0, 30, 10):
+        old.ingest(0, log[start : start + 10], 0)
+    at = opened()
+    wakes = rng.randint(1, 4)
+    for turn in range(200):
+        if turn == wakes:
+            with contextlib.suppress(FenceMoved):  # he may be too late
+                old.count(0)
+        chunk = log[at : at + rng.randint(1, 8)]
+        try:
+            if chunk:
+                new.ingest(0, chunk, 0)
+                at = chunk[-1].offset + 1
+            if rng.random() < 0.4 or not chunk:
+                new.count(0)  # as the clock has it
+            if not chunk and turn > wakes:
+                break
+        except FenceMoved:
+            at = opened()
+    newest, last = dict[str, int](), dict[str, int]()
+    for record in outside.published:
+        newest[record.item_id] = max(record.offset, newest.get(record.item_id, -1))
+        last[record.item_id] = record.offset
+    assert last == newest and new.positions.lowest(0) == len(log) - 1
+    assert new.cards.unproven(0) is None

@@ -469,8 +469,11 @@ def test_what_is_published_but_has_no_cards_yet_is_not_published_again() -> None
         rig.items.ingest(HERE, [item(1)], 0)
     assert calls == ["items@g", "items"]
     rig.store.write_cards = write  # type: ignore[method-assign]
-    assert rig.items.positions.open({HERE: (0, 10)}) == {HERE: 0}
-    rig.items.ingest(HERE, [item(1)], 0)
+    positions = rig._at("items", lambda p: item_cards.sources(SETTINGS, "g", p))
+    assert positions.open({HERE: (0, 10)}) == {HERE: 0}
+    towers = rig.items._towers
+    after = ItemIngest(SETTINGS, rig.store, positions, rig.out, rig.out, towers, lambda: 9)
+    after.ingest(HERE, [item(1)], 0)
     assert len(rig.out.published) == 1 and FILM in rig.store.read_cards([FILM], 1)
 
 

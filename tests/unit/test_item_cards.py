@@ -138,18 +138,39 @@ def test_before_partitions_are_given_up_all_that_waits_is_written() -> None:
     assert rig.fences(0) == {3} and rig.fences(1) == {8} and rig.cards.waiting() == []
 
 
-def test_a_refused_partition_takes_no_more_chunks_until_it_is_read_again() -> None:
+def test_what_waits_is_written_for_partitions_that_are_ours_alone() -> None:
     rig = Rig()
     rig.add(3)
-    for source, slots in sources(SETTINGS, "g", 0).items():
-        for slot in slots:
-            rig.store.write_cards(slot, source, None, Fence(8, LOG), {})
-    assert settle(rig.cards, rig.positions, {0, 1}) is None  # not due yet
+    assert settle(rig.cards, rig.positions, {0, 1}) is None and rig.fences() == {-1}  # not due yet
     rig.clock.now_s = 1.0
-    assert settle(rig.cards, rig.positions, {1}) is None and rig.cards.waiting() == [0]  # not ours any more
-    assert settle(rig.cards, rig.positions, {0, 1}) == 0 and rig.cards.waiting() == []
-    with pytest.raises(FenceMoved):
+    assert settle(rig.cards, rig.positions, {1}) is None and rig.cards.waiting() == [0]
+    assert settle(rig.cards, rig.positions, {0, 1}) is None and rig.fences() == {3}
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_a_refused_partition_is_to_be_read_again(away: bool) -> None:
+    """Where another one moved the fence every write of ours is refused; where Redis is away they would not."""
+
+    class Away(MemoryStore):
+        def write_cards_many(self, writes: object) -> list[None]:
+            raise StoreUnavailable("away")
+
+    rig = Rig(Away() if away else None)
+    rig.add(3)
+    if not away:
+        for source, slots in sources(SETTINGS, "g", 0).items():
+            for slot in slots:
+                rig.store.write_cards(slot, source, None, Fence(8, LOG), {})
+    rig.clock.now_s = 1.0
+    assert settle(rig.cards, rig.positions, {0}) == 0 and rig.cards.waiting() == []
+    if away:
+        with pytest.raises(FenceMoved):
+            rig.positions.begin(0, 4, 4)
+    else:
         rig.positions.begin(0, 4, 4)
+        rig.add(4)
+        with pytest.raises(FenceMoved):
+            rig.cards.write(0)
 
 
 def test_a_fence_is_of_the_log_that_was_read() -> None:
