@@ -225,10 +225,12 @@ class IngestApp:
                 continue
             # Whoever woke from a long sleep learns here first that others go on: then by a heartbeat that it
             # is theirs, and to open it anew would take it back.
+            at, consumer = TP(lane.topic, refused), self._app.lane
+            epoch = consumer.epochs[at]
             await asyncio.sleep(2 * _HEARTBEAT_S)
-            if refused in self._app.lane.positioned(lane.topic):
+            if consumer.epochs[at] == epoch and refused in consumer.positioned(lane.topic):
                 lane.rewinds += 1
-                await self._app.lane.rewind({TP(lane.topic, refused)})
+                await consumer.rewind({at})
 
     async def _flush(self, limit_s: float) -> None:
         """Write what waits in every lane, as long as that takes no longer."""

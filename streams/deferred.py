@@ -41,7 +41,7 @@ def settle(deferred: Deferred, positions: Positions, mine: Set[int]) -> int | No
         if error is None:
             continue
         if isinstance(error, Unavailable):
-            # Its fence may not have moved: a chunk that comes before it is read again must not go beyond these.
+            # Its fence may not have moved: what comes before it is read again must not go beyond these.
             positions.doubt(partition)
         return partition
     return None
