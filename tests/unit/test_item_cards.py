@@ -149,7 +149,7 @@ def test_what_waits_is_written_for_partitions_that_are_ours_alone() -> None:
 
 @pytest.mark.parametrize("away", [False, True])
 def test_a_refused_partition_is_to_be_read_again(away: bool) -> None:
-    """Where another one moved the fence, every write of ours is refused; where Redis is away, none would be."""
+    """Where another one moved the fence, all of ours are refused; where Redis is away, later ones are not."""
 
     class Away(MemoryStore):
         def write_cards_many(self, writes: object) -> list[None]:
