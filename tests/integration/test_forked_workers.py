@@ -117,7 +117,8 @@ def test_they_share_a_port_and_one_that_is_killed_is_replaced(group: Group) -> N
     live.wait_for("the graphs", group.have_graphs, 60)
     live.wait_for("the exact ones to end", lambda: len(group.pids()) == PROCESSES, 20)
     assert group.keeper() not in group.pids()
-    assert len(set(group.each(lambda client: client.stats().started_ms))) == PROCESSES
+    # Two may have started in the same millisecond.
+    assert len(set(group.each(lambda client: client.stats().started_ms))) >= PROCESSES - 1
     # A click and an item are seen by each of them.
     token = live.click("forked", live.world.items[3].item_id)
     live.item(msgspec.structs.replace(live.world.items[0], item_id="forked-item", title="Forked"))

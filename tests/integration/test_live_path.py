@@ -105,8 +105,13 @@ def test_an_item_is_found_changes_and_is_gone(live, user) -> None:
     live.wait_for("the item to be back", found)
     live.delete(item_id)
     live.wait_for("the deleted item to go", lambda: not found())
-    cards = RedisStore(live.settings).read_cards([item_id], 1)
-    assert cards[item_id].deleted
+    store = RedisStore(live.settings)
+
+    def card_of_deleted() -> bool:
+        card = store.read_cards([item_id], 1).get(item_id)
+        return card is not None and card.deleted
+
+    live.wait_for("the card, which comes a moment later", card_of_deleted)
 
 
 def test_a_second_worker_gives_the_same_answers(live) -> None:
