@@ -44,9 +44,7 @@ class Positions:
         self._expected: dict[int, dict[tuple[Source, str], Fence | None]] = {}
         self._read: dict[int, int] = {}  # partition -> the last offset that a chunk brought
         self._told: dict[int, int] = {}
-        self._again: dict[
-            int, int
-        ] = {}  # partition -> where it is read from at the latest, when it is opened
+        self._again: dict[int, int] = {}  # partition -> an offset that is read again when it is opened
 
     def again(self, partition: int, first: int) -> None:
         """When the partition is opened next, read it from `first` on although its fences are beyond."""

@@ -38,6 +38,12 @@ class Rig:
         changes = {f"i{at}": change(at, partition) for at in offsets}
         return self.cards.add({partition: (offsets[-1], changes)})
 
+    def another_owner(self, partition: int) -> None:
+        """Another process moves the fences of a partition."""
+        for source, slots in sources(SETTINGS, "g", partition).items():
+            for slot in slots:
+                self.store.write_cards(slot, source, None, Fence(8, LOG), {})
+
     def kept(self, count: int) -> set[str]:
         return set(self.store.read_cards([f"i{n}" for n in range(count)], SETTINGS.item_slots))
 
@@ -129,9 +135,7 @@ def test_before_partitions_are_given_up_all_that_waits_is_written() -> None:
     rig = Rig()
     rig.add(3)
     rig.add(5, partition=1)
-    for source, slots in sources(SETTINGS, "g", 1).items():
-        for slot in slots:
-            rig.store.write_cards(slot, source, None, Fence(8, LOG), {})
+    rig.another_owner(1)
     assert sorted(rig.cards.waiting()) == [0, 1]
     flush(rig.cards)
     # What another one wrote meanwhile stays, and nothing of it comes later.
@@ -158,9 +162,7 @@ def test_a_refused_partition_is_to_be_read_again(away: bool) -> None:
     rig = Rig(Away() if away else None)
     rig.add(3)
     if not away:
-        for source, slots in sources(SETTINGS, "g", 0).items():
-            for slot in slots:
-                rig.store.write_cards(slot, source, None, Fence(8, LOG), {})
+        rig.another_owner(0)
     rig.clock.now_s = 1.0
     assert settle(rig.cards, rig.positions, {0}) == 0 and rig.cards.waiting() == []
     if away:
@@ -186,9 +188,7 @@ def test_another_owner_is_told_of_and_of_his_partition_alone() -> None:
     rig = Rig()
     rig.add(0)
     rig.add(0, partition=1)
-    for source, slots in sources(SETTINGS, "g", 0).items():
-        for slot in slots:
-            rig.store.write_cards(slot, source, None, Fence(8, LOG), {})
+    rig.another_owner(0)
     rig.clock.now_s = 1.0
     failed = rig.cards.add({0: (1, {}), 1: (1, {"i1": change(1, 1)})})
     assert list(failed) == [0] and isinstance(failed[0], FenceMoved)
