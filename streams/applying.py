@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, cast
@@ -164,8 +164,7 @@ class Applier:
         try:
             async for haul in stream.noack():
                 for chunk in haul:
-                    for piece in _pieces(chunk, self._lane.part_max):
-                        await self._queue.put(piece)
+                    await self._queue.put(chunk)
         finally:
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)
@@ -297,15 +296,6 @@ class Applier:
         self._app.waiting(error, self._lane.wait_s)
         await asyncio.sleep(self._lane.wait_s)
         self._lane.wait_s = min(2 * self._lane.wait_s, self._backoff_s_max)
-
-
-def _pieces(chunk: Chunk, size: int | None) -> Iterator[Chunk]:
-    """A chunk in pieces of at most so many records."""
-    if size is None or len(chunk.records) <= size:
-        yield chunk
-        return
-    for start in range(0, len(chunk.records), size):
-        yield Chunk(chunk.at, chunk.records[start : start + size], chunk.epoch, chunk.read_us)
 
 
 def _joined(chunks: Sequence[Chunk]) -> Chunk:

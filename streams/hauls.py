@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from faust.types import TP
@@ -33,14 +34,19 @@ Haul = tuple[Chunk, ...]
 Fetched = Mapping[Any, tuple[int, Sequence[Record]]]
 
 
-def hauls(fetched: Fetched, size: int, read_us: int) -> Iterator[list[Chunk]]:
+def hauls(
+    fetched: Fetched, size: int, read_us: int, part_max: Mapping[str, int] = MappingProxyType({})
+) -> Iterator[list[Chunk]]:
     """What was fetched, by topic and in chunks of at most `size` records, small ones together.
 
     In turns, so that no partition waits for all of another.
+    part_max: topic -> the most records of a chunk of it, where that is less than `size`
     """
-    chunks = [(start, at[0], Chunk(TP(*at), records[start : start + size], epoch, read_us))
-              for at, (epoch, records) in fetched.items()
-              for start in range(0, len(records), size)]  # fmt: skip
+    chunks = []
+    for at, (epoch, records) in fetched.items():
+        most = min(size, part_max.get(at[0], size))
+        for start in range(0, len(records), most):
+            chunks.append((start, at[0], Chunk(TP(*at), records[start : start + most], epoch, read_us)))
     chunks.sort(key=lambda each: each[:2])
     haul: list[Chunk] = []
     room = size

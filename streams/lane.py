@@ -138,7 +138,7 @@ class LaneConsumer(driver.Consumer):
         limit_s = _FULL_POLL_S if self._buffered_partitions else _POLL_S
         fetched = await self._getmany(active_partitions=active, timeout=min(timeout, limit_s))
         generation, read_us = self.app.consumer_generation_id, time.time_ns() // 1_000
-        for chunks in hauls(cast(Fetched, fetched), self.app.chunk_records_max, read_us):
+        for chunks in hauls(cast(Fetched, fetched), self.app.chunk_records_max, read_us, self.app.part_max):
             if not self.flow_active or self.should_stop:
                 return
             if self.app.consumer_generation_id != generation:
@@ -281,6 +281,7 @@ class LaneApp(faust.App):
 
     positioner:        (begin, end) of partitions -> where to read on; may raise Unavailable
     chunk_records_max: the most records of a chunk
+    part_max:          topic -> the same for its chunks, where it is less
     backoff_s_max:     the longest wait for a server that is away
     small_max:         after a fetch of more records the next one is sent at once
     handed:            what is fetched next waits for it
@@ -298,6 +299,7 @@ class LaneApp(faust.App):
         super().__init__(*args, TableManager=LaneTables, **kwargs)
         self.positioner = positioner
         self.chunk_records_max = chunk_records_max
+        self.part_max: dict[str, int] = {}
         self.backoff_s_max = backoff_s_max
         self.small_max = small_max
         self.handed = Handed()

@@ -25,6 +25,7 @@ import functools
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
+from itertools import chain
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import msgspec
@@ -242,8 +243,7 @@ class RedisStore:
         tag = f"{self._ns}{{{slot}}}"
         args: list[Any] = [buckets_kept, f"{tag}:popular:", items_max]
         for bucket, items in counts.items():
-            for item_id, thousandths in items.items():
-                args += (bucket, item_id, thousandths)
+            args += (bucket, len(items), *chain.from_iterable(items.items()))
         # Every key that is added to is named: a cluster that moves the slot then refuses the whole script.
         keys = [f"{tag}:buckets", *(f"{tag}:popular:{bucket}" for bucket in counts)]
         self._write("count_clicks", *self._fenced(slot, source, expected, new, keys, args))

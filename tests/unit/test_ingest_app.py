@@ -13,7 +13,7 @@ import pytest
 from faust.types import TP
 
 from eddyline.errors import FenceMoved, StoreUnavailable
-from streams.applying import QUEUE_CHUNKS, Applier, Lane, _pieces, in_thread
+from streams.applying import QUEUE_CHUNKS, Applier, Lane, in_thread
 from streams.chunk import Outcome, Part
 from streams.hauls import Chunk
 from streams.pace import Handed
@@ -247,20 +247,6 @@ def test_a_lane_applies_no_more_of_one_partition_than_it_says(sizes: list[int], 
     mine, other = [chunk(0, size) for size in sizes], chunk(1, 1)
     assert taken([*mine, other], part_max=4) == ([mine[:now], [other]], mine[now:])
     assert len(mine[now:]) == later
-
-
-@pytest.mark.parametrize(
-    ("records", "size", "cut"),
-    [(3, 4, [3]), (4, 4, [4]), (5, 4, [4, 1]), (17, 4, [4, 4, 4, 4, 1]), (9, None, [9])],
-)
-def test_a_chunk_is_cut_into_pieces_that_follow_each_other(
-    records: int, size: int | None, cut: list[int]
-) -> None:
-    whole = chunk(3, records, epoch=5)
-    pieces = list(_pieces(whole, size))
-    assert [len(piece.records) for piece in pieces] == cut
-    assert [record for piece in pieces for record in piece.records] == list(whole.records)
-    assert all((piece.at, piece.epoch, piece.read_us) == (whole.at, 5, 0) for piece in pieces)
 
 
 def test_what_was_read_before_a_seek_is_dropped() -> None:

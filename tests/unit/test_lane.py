@@ -256,6 +256,33 @@ def test_chunks_of_a_fetch_go_together_up_to_the_records_of_one(
     assert all(consumer.is_current(chunk) for haul in found for chunk in haul)
 
 
+@pytest.mark.parametrize(
+    ("records", "most", "cut"),
+    [(3, 4, [3]), (4, 4, [4]), (5, 4, [4, 1]), (17, 4, [4, 4, 4, 4, 1]), (9, None, [9]), (99, 200, [60, 39])],
+)
+def test_a_topic_may_have_smaller_chunks_that_follow_each_other(
+    records: int, most: int | None, cut: list[int]
+) -> None:
+    """Of at most 60 records without its own limit, and never of more."""
+    limits = {} if most is None else {AT.topic: most}
+    whole = [record(offset) for offset in range(records)]
+    chunks = [chunk for haul in hauls({AT: (5, whole)}, 60, 9, limits) for chunk in haul]
+    assert [len(chunk.records) for chunk in chunks] == cut
+    assert [r for chunk in chunks for r in chunk.records] == whole
+    assert all((chunk.at, chunk.epoch, chunk.read_us) == (AT, 5, 9) for chunk in chunks)
+
+
+def test_small_chunks_of_all_partitions_go_side_by_side() -> None:
+    """As many of each partition as may be applied at once, so that a haul is one step of all of them."""
+    fetch = {TP("clicks", p): (0, [record(offset) for offset in range(9)]) for p in range(3)}
+    found = hauls(fetch, 12, 9, {"clicks": 4})
+    assert [[(c.at.partition, len(c.records)) for c in haul] for haul in found] == [
+        [(0, 4), (1, 4), (2, 4)],
+        [(0, 4), (1, 4), (2, 4)],
+        [(0, 1), (1, 1), (2, 1)],
+    ]
+
+
 def test_topics_go_apart() -> None:
     found = hauls({AT: (0, [record(0)]), TP("items", 1): (4, [record(0)])}, 3, 9)
     chunks = [[(chunk.at, chunk.epoch, chunk.read_us) for chunk in haul] for haul in found]

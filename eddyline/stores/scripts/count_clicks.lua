@@ -1,20 +1,18 @@
 -- KEYS[2]: the buckets' index (bucket numbers by themselves), then the buckets that are added to. ARGV[3]:
--- buckets kept, ARGV[4]: the prefix of a bucket's key, ARGV[5]: the most items of a bucket; then triples (bucket
--- number, item id, thousandths).
-local items_max, before = tonumber(ARGV[5]), nil
-for i = 6, #ARGV, 3 do
-  local bucket = ARGV[4] .. ARGV[i]
-  if ARGV[i] ~= before then
-    redis.call('ZADD', KEYS[2], ARGV[i], ARGV[i])
+-- buckets kept, ARGV[4]: the prefix of a bucket's key, ARGV[5]: the most items of a bucket; then of each bucket
+-- its number, how many items, and as many pairs (item id, thousandths).
+local items_max, i = tonumber(ARGV[5]), 6
+while i <= #ARGV do
+  local bucket, last = ARGV[4] .. ARGV[i], i + 1 + 2 * tonumber(ARGV[i + 1])
+  redis.call('ZADD', KEYS[2], ARGV[i], ARGV[i])
+  for j = i + 2, last, 2 do
+    redis.call('ZINCRBY', bucket, ARGV[j + 1], ARGV[j])
   end
-  redis.call('ZINCRBY', bucket, ARGV[i + 2], ARGV[i + 1])
-  if i + 3 > #ARGV or ARGV[i + 3] ~= ARGV[i] then -- the last one of its bucket
-    local more = redis.call('ZCARD', bucket) - items_max
-    if more > 0 then
-      redis.call('ZREMRANGEBYRANK', bucket, 0, more - 1)
-    end
+  local more = redis.call('ZCARD', bucket) - items_max
+  if more > 0 then
+    redis.call('ZREMRANGEBYRANK', bucket, 0, more - 1)
   end
-  before = ARGV[i]
+  i = last + 1
 end
 local newest = redis.call('ZREVRANGE', KEYS[2], 0, 0)[1]
 if newest then
