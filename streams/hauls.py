@@ -45,8 +45,8 @@ def hauls(
     chunks = []
     for at, (epoch, records) in fetched.items():
         most = min(size, part_max.get(at[0], size))
-        for start in range(0, len(records), most):
-            chunks.append((start, at[0], Chunk(TP(*at), records[start : start + most], epoch, read_us)))
+        chunks += [(start, at[0], Chunk(TP(*at), records[start : start + most], epoch, read_us))
+                   for start in range(0, len(records), most)]  # fmt: skip
     chunks.sort(key=lambda each: each[:2])
     haul: list[Chunk] = []
     room = size
