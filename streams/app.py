@@ -73,6 +73,7 @@ class IngestApp:
             settings.prefixed("eddyline-ingest"),
             positioner=self._position,
             chunk_records_max=settings.chunk_records_max,
+            part_max={lane.topic: lane.part_max for lane in lanes if lane.part_max is not None},
             backoff_s_max=self._backoff_s_max,
             small_max=self._quick_max,
             waiting=self._waiting,
@@ -171,8 +172,6 @@ class IngestApp:
     def _add_agent(self, lane: Lane) -> None:
         if lane.quick and lane.in_loop is None and self._quick_max:
             self._app.handed.quick.add(lane.topic)
-        if lane.part_max is not None:
-            self._app.part_max[lane.topic] = lane.part_max
         applier = Applier(self._app, lane, self._turns, self._quick_max, self._backoff_s_max, self.end)
 
         async def agent(stream: Any) -> None:

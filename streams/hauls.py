@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 from faust.types import TP
@@ -34,9 +33,7 @@ Haul = tuple[Chunk, ...]
 Fetched = Mapping[Any, tuple[int, Sequence[Record]]]
 
 
-def hauls(
-    fetched: Fetched, size: int, read_us: int, part_max: Mapping[str, int] = MappingProxyType({})
-) -> Iterator[list[Chunk]]:
+def hauls(fetched: Fetched, size: int, part_max: Mapping[str, int], read_us: int) -> Iterator[list[Chunk]]:
     """What was fetched, by topic and in chunks of at most `size` records, small ones together.
 
     In turns, so that no partition waits for all of another.

@@ -138,7 +138,7 @@ class LaneConsumer(driver.Consumer):
         limit_s = _FULL_POLL_S if self._buffered_partitions else _POLL_S
         fetched = await self._getmany(active_partitions=active, timeout=min(timeout, limit_s))
         generation, read_us = self.app.consumer_generation_id, time.time_ns() // 1_000
-        for chunks in hauls(cast(Fetched, fetched), self.app.chunk_records_max, read_us, self.app.part_max):
+        for chunks in hauls(cast(Fetched, fetched), self.app.chunk_records_max, self.app.part_max, read_us):
             if not self.flow_active or self.should_stop:
                 return
             if self.app.consumer_generation_id != generation:
@@ -292,14 +292,14 @@ class LaneApp(faust.App):
 
     logger = _logger
 
-    def __init__(self, *args: Any, positioner: Positioner, chunk_records_max: int, backoff_s_max: float,
-                 small_max: int, waiting: Callable[[Exception, float], None],
-                 fail: Callable[[Exception], None],
+    def __init__(self, *args: Any, positioner: Positioner, chunk_records_max: int,
+                 part_max: Mapping[str, int], backoff_s_max: float, small_max: int,
+                 waiting: Callable[[Exception, float], None], fail: Callable[[Exception], None],
                  giving_up: Callable[[float], Awaitable[None]], **kwargs: Any) -> None:  # fmt: skip
         super().__init__(*args, TableManager=LaneTables, **kwargs)
         self.positioner = positioner
         self.chunk_records_max = chunk_records_max
-        self.part_max: dict[str, int] = {}
+        self.part_max = part_max
         self.backoff_s_max = backoff_s_max
         self.small_max = small_max
         self.handed = Handed()

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,8 @@ import pytest
 from faust.types import TP
 
 from eddyline.errors import FenceMoved, StoreUnavailable
+from eddyline.settings import Settings
+from streams.app import IngestApp
 from streams.applying import QUEUE_CHUNKS, Applier, Lane, in_thread
 from streams.chunk import Outcome, Part
 from streams.hauls import Chunk
@@ -247,6 +250,16 @@ def test_a_lane_applies_no_more_of_one_partition_than_it_says(sizes: list[int], 
     mine, other = [chunk(0, size) for size in sizes], chunk(1, 1)
     assert taken([*mine, other], part_max=4) == ([mine[:now], [other]], mine[now:])
     assert len(mine[now:]) == later
+
+
+def test_a_lane_is_handed_chunks_that_it_may_apply_at_once(tmp_path: Path) -> None:
+    async def run() -> None:
+        executor = ThreadPoolExecutor(1)
+        lanes = [Lane("clicks", Busy(), executor, part_max=48), Lane("items", Busy(), executor)]  # type: ignore[arg-type]
+        made = IngestApp(Settings(), lanes, "member", tmp_path, stopping=lambda: None)
+        assert made._app.part_max == {"clicks": 48}
+
+    asyncio.run(run())
 
 
 def test_what_was_read_before_a_seek_is_dropped() -> None:

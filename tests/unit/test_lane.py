@@ -6,7 +6,7 @@ import asyncio
 import functools
 import inspect
 import tempfile
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
@@ -86,11 +86,14 @@ async def given_up(limit_s: float) -> None:
     """Nothing waits."""
 
 
-def make_consumer(positioner: Any = no_positions, told: list[Any] | None = None) -> LaneConsumer:
+def make_consumer(
+    positioner: Any = no_positions, told: list[Any] | None = None, part_max: Mapping[str, int] | None = None
+) -> LaneConsumer:
     app = LaneApp(
         "lane-test",
         positioner=positioner,
         chunk_records_max=3,
+        part_max=part_max or {},
         backoff_s_max=0.01,
         small_max=2,
         waiting=lambda error, wait_s: told.append(wait_s) if told is not None else None,
@@ -266,16 +269,24 @@ def test_a_topic_may_have_smaller_chunks_that_follow_each_other(
     """Of at most 60 records without its own limit, and never of more."""
     limits = {} if most is None else {AT.topic: most}
     whole = [record(offset) for offset in range(records)]
-    chunks = [chunk for haul in hauls({AT: (5, whole)}, 60, 9, limits) for chunk in haul]
+    chunks = [chunk for haul in hauls({AT: (5, whole)}, 60, limits, 9) for chunk in haul]
     assert [len(chunk.records) for chunk in chunks] == cut
     assert [r for chunk in chunks for r in chunk.records] == whole
     assert all((chunk.at, chunk.epoch, chunk.read_us) == (AT, 5, 9) for chunk in chunks)
 
 
+def test_the_consumer_hands_out_a_topic_in_its_own_chunks() -> None:
+    consumer = make_consumer(part_max={"clicks": 1})
+    consumer._thread.fetched = fetched({AT: 2, TP("clicks", 1): 2})  # type: ignore[attr-defined]
+    chunks = asyncio.run(read(consumer))
+    seen = [(chunk.at.partition, chunk.records[0].offset, len(chunk.records)) for chunk in chunks]
+    assert seen == [(0, 0, 1), (1, 0, 1), (0, 1, 1), (1, 1, 1)]
+
+
 def test_small_chunks_of_all_partitions_go_side_by_side() -> None:
     """As many of each partition as may be applied at once, so that a haul is one step of all of them."""
     fetch = {TP("clicks", p): (0, [record(offset) for offset in range(9)]) for p in range(3)}
-    found = hauls(fetch, 12, 9, {"clicks": 4})
+    found = hauls(fetch, 12, {"clicks": 4}, 9)
     assert [[(c.at.partition, len(c.records)) for c in haul] for haul in found] == [
         [(0, 4), (1, 4), (2, 4)],
         [(0, 4), (1, 4), (2, 4)],
@@ -284,7 +295,7 @@ def test_small_chunks_of_all_partitions_go_side_by_side() -> None:
 
 
 def test_topics_go_apart() -> None:
-    found = hauls({AT: (0, [record(0)]), TP("items", 1): (4, [record(0)])}, 3, 9)
+    found = hauls({AT: (0, [record(0)]), TP("items", 1): (4, [record(0)])}, 3, {}, 9)
     chunks = [[(chunk.at, chunk.epoch, chunk.read_us) for chunk in haul] for haul in found]
     assert chunks == [[(AT, 0, 9)], [(TP("items", 1), 4, 9)]]
 
