@@ -109,7 +109,9 @@ def _stamp(backend):
 
 
 def _fits(stamp):
-    return _read(STAMP) == stamp and PYTHON.exists()  # a link to a Python that was removed does not exist
+    return (
+        _read(STAMP) == stamp and PYTHON.exists()
+    )  # a link to a Python that was removed does not exist
 
 
 def _stamped_backend():
@@ -194,9 +196,7 @@ def _compiler():
 
 def _packages(backend):
     step = "installing the packages of requirements.lock"
-    again = (
-        "run this again (what was downloaded is kept); can the registry be reached, and is the disk not full?"
-    )
+    again = "run this again (what was downloaded is kept); can the registry be reached, and is the disk not full?"
     _say(f"· {step}; " + ("torch without CUDA" if backend == "cpu" else CUDA_NOTE))
     (VENV / "eddyline.torch").write_text(backend)
     locked = LOCK
@@ -240,7 +240,7 @@ def _jars():
     step = "fetching Apache Kafka's jars (42 MB, once for all clones)"
     _say(f"· {step}")
     what = "run this again: what was fetched is kept; or set KAFKA_BOOTSTRAP_SERVERS to a Kafka of your own"
-    _run(step, [str(PYTHON), "-m", "eddyline.local", "--fetch"], what)
+    _run(step, [str(PYTHON), "-m", "sandbox.servers", "--fetch"], what)
 
 
 # ---- tools
@@ -270,7 +270,12 @@ def _run(step, command, what, environment=None):
             termios.tcsetwinsize(writer, termios.tcgetwinsize(sys.stdout.fileno()))
     try:
         tool = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=writer, stderr=writer, env=environment, cwd=ROOT
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=writer,
+            stderr=writer,
+            env=environment,
+            cwd=ROOT,
         )
     except OSError as error:
         os.close(reader)
@@ -293,7 +298,9 @@ def _run(step, command, what, environment=None):
         os.close(reader)
     if code:
         plain = re.sub(rb"\x1b\[[0-9;?]*[A-Za-z]", b"", b"".join(last)).decode(errors="replace")
-        lines = [line.rstrip() for line in re.split(r"[\r\n]+", plain) if line.strip()][-LINES_SHOWN:]
+        lines = [line.rstrip() for line in re.split(r"[\r\n]+", plain) if line.strip()][
+            -LINES_SHOWN:
+        ]
         why = "\n  ".join([f"{Path(command[0]).name} ended with exit code {code}:", *lines])
         raise StepError(step, why, what)
 
@@ -389,7 +396,7 @@ def main(arguments):
         _become(PYTHON, "-m", "tests.chaos", *rest)
     elif command == "soak":
         os.environ.setdefault("SOAK_S", "60")
-        _become(PYTHON, "-m", "pytest", "-q", "tests/unit/test_index_race.py", *rest)
+        _become(PYTHON, "-m", "pytest", "-q", "tests/unit/index/test_race.py", *rest)
     elif command == "fuzz":
         what = "can the package registry be reached? atheris has wheels for Linux on x86-64"
         _uv("installing atheris, the fuzzer", ["pip", "install", "--quiet", "atheris>=3"], what)

@@ -28,10 +28,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.report import report, row
-from eddyline.records import ItemRecord
-from eddyline.settings import load
+from eddyline.schema.item_record import ItemRecord
+from eddyline.settings.loader import load
+from index.backends.registry import NAMES, make_backend
 from index.live import LiveIndex
-from index.mains.choose import NAMES, main_index
 
 N = int(os.environ.get("N", "50000"))
 SECONDS = float(os.environ.get("SECONDS", "14"))
@@ -78,7 +78,10 @@ class World:
         at = self.rng.choice(N, size=BATCH, replace=False)
         new = self.draw(BATCH)
         self.offset += BATCH
-        return [ItemRecord(f"i{n}", 0, self.offset, 0, 0, v) for n, v in zip(at.tolist(), new, strict=True)]
+        return [
+            ItemRecord(f"i{n}", 0, self.offset, 0, 0, v)
+            for n, v in zip(at.tolist(), new, strict=True)
+        ]
 
 
 def recalls(index: LiveIndex, queries: np.ndarray) -> tuple[float, float]:
@@ -102,7 +105,9 @@ def timed(index: LiveIndex, queries: np.ndarray, seconds: float) -> list[float]:
     return took
 
 
-def under_updates(index: LiveIndex, world: World, main_at_work: bool) -> tuple[list[float], float, int]:
+def under_updates(
+    index: LiveIndex, world: World, main_at_work: bool
+) -> tuple[list[float], float, int]:
     """(milliseconds of each query, updates a second that were applied, rebuilds that were finished)."""
     stop = threading.Event()
     applied = 0
@@ -139,7 +144,7 @@ def measure(name: str) -> dict[str, Any]:
     """All figures of one main index."""
     world = World()
     exact_below = 10**9 if name == EXACT else 0
-    main = main_index("hnswlib" if name == EXACT else name, ef=EF)
+    main = make_backend("hnswlib" if name == EXACT else name, ef=EF)
     # No rebuild starts by itself: the benchmark says when.
     index = LiveIndex(D, main.build, breadth=EF, exact_below=exact_below, fresh_max=10**9)
     index._due = lambda: False  # type: ignore[method-assign]
@@ -155,17 +160,26 @@ def measure(name: str) -> dict[str, Any]:
     busy, per_s, rebuilds = under_updates(index, world, name != EXACT)
     busy10, busy100 = recalls(index, world.queries[:JUDGED])
     return {
-        "name": name, "settings": dict(main.settings) if name != EXACT else {}, "when": WHEN[name],
-        "recall@10": r10, "recall@100": r100,
-        "p50": float(np.percentile(quiet, 50)), "p99": float(np.percentile(quiet, 99)),
+        "name": name,
+        "settings": dict(main.settings) if name != EXACT else {},
+        "when": WHEN[name],
+        "recall@10": r10,
+        "recall@100": r100,
+        "p50": float(np.percentile(quiet, 50)),
+        "p99": float(np.percentile(quiet, 99)),
         "queries/s": 1e3 * len(quiet) / sum(quiet),
-        "main MB": stats.main_bytes / 1e6, "build s": build_s, "build CPU s": build_cpu_s,
-        "p50, updates": float(np.percentile(busy, 50)), "p99, updates": float(np.percentile(busy, 99)),
+        "main MB": stats.main_bytes / 1e6,
+        "build s": build_s,
+        "build CPU s": build_cpu_s,
+        "p50, updates": float(np.percentile(busy, 50)),
+        "p99, updates": float(np.percentile(busy, 99)),
         "queries/s, updates": 1e3 * len(busy) / sum(busy),
-        "recall@10, updates": busy10, "recall@100, updates": busy100,
-        "updates/s": per_s, "rebuilds": rebuilds,
+        "recall@10, updates": busy10,
+        "recall@100, updates": busy100,
+        "updates/s": per_s,
+        "rebuilds": rebuilds,
         "scanned instead": index.stats().refused,
-    }  # fmt: skip
+    }
 
 
 SHOWN = {
@@ -175,7 +189,9 @@ SHOWN = {
     "q/s": lambda m: f"{m['queries/s']:,.0f}",
     "MB": lambda m: f"{m['main MB']:.1f}",
     "build s": lambda m: f"{m['build s']:.1f}",
-    "@10 / @100, 500 u/s": lambda m: f"{m['recall@10, updates']:.3f} / {m['recall@100, updates']:.3f}",
+    "@10 / @100, 500 u/s": lambda m: (
+        f"{m['recall@10, updates']:.3f} / {m['recall@100, updates']:.3f}"
+    ),
     "p50 / p99 ms, 500 u/s": lambda m: f"{m['p50, updates']:.2f} / {m['p99, updates']:.2f}",
     "q/s, 500 u/s": lambda m: f"{m['queries/s, updates']:,.0f}",
     "choose when": lambda m: m["when"],
@@ -201,7 +217,9 @@ def main() -> int:
         name, good = one["name"], one["recall@100, updates"]
         # What is written once must hold for all: freshness costs no main index its recall.
         kept = good >= one["recall@100"] - 0.005
-        rows.append(row(f"{name}: recall@100", one["recall@100"], "", "≥ 0.95", one["recall@100"] >= 0.95))
+        rows.append(
+            row(f"{name}: recall@100", one["recall@100"], "", "≥ 0.95", one["recall@100"] >= 0.95)
+        )
         bound = "≥ the quiet one − 0.005"
         rows.append(row(f"{name}: recall@100 under updates", good, "", bound, kept))
         rows.append(row(f"{name}: updates applied", one["updates/s"], "/s"))

@@ -28,9 +28,9 @@ import hnswlib
 import numpy as np
 
 from benchmarks.report import report, row
-from eddyline.records import ItemRecord
-from eddyline.settings import load
-from index.hnsw import HnswIndex
+from eddyline.schema.item_record import ItemRecord
+from eddyline.settings.loader import load
+from index.factory import HnswIndex
 
 LONG = os.environ.get("LONG") == "1"
 N = int(os.environ.get("N", "50000"))
@@ -71,7 +71,9 @@ class World:
         # Built here, at the priority of this thread; after that no rebuild starts by itself either.
         self.index = HnswIndex(D, ef=EF, **({"fresh_max": 10**9, "exact_below": 0} | options))
         self.index._due = lambda: False  # type: ignore[method-assign]
-        self.index.apply([ItemRecord(f"i{at}", 0, at, 0, 0, v) for at, v in enumerate(self.vectors)])
+        self.index.apply(
+            [ItemRecord(f"i{at}", 0, at, 0, 0, v) for at, v in enumerate(self.vectors)]
+        )
         assert self.index.rebuild(), self.index.stats().rebuild_error
         self.build_s = self.index.stats().rebuild_s
         main = self.index._state.main
@@ -143,9 +145,12 @@ def background(work: Callable[[threading.Event], None]) -> Iterator[None]:
 
 
 def timed(
-    ask: Callable[[np.ndarray], object], queries: np.ndarray, seconds: float, at: int,
+    ask: Callable[[np.ndarray], object],
+    queries: np.ndarray,
+    seconds: float,
+    at: int,
     cpu: list[float] | None = None,
-) -> list[float]:  # fmt: skip
+) -> list[float]:
     """Milliseconds of each call, back to back for so long. cpu: gets this thread's own CPU time of each."""
     took, end = [], time.perf_counter() + seconds
     while (begun := time.perf_counter()) < end:
@@ -166,7 +171,9 @@ def against_static(
     # Drawn before the clock runs: drawing them takes the interpreter longer than applying them, and a worker
     # does not do it.
     scratch = world.vectors.copy()
-    waiting = [world.drawn(batch, small, scratch) for _ in range(int(1.2 * per_s * seconds) // batch)]
+    waiting = [
+        world.drawn(batch, small, scratch) for _ in range(int(1.2 * per_s * seconds) // batch)
+    ]
     done: list[Batch] = []
 
     def write(stop: threading.Event) -> None:
@@ -194,7 +201,9 @@ def against_static(
 
     def fixed(query: np.ndarray) -> list[tuple[str, float]]:
         labels, distances = world.graph.knn_query(query, k=K, num_threads=1)
-        return list(zip(map(ids.__getitem__, labels[0].tolist()), (1 - distances[0]).tolist(), strict=True))
+        return list(
+            zip(map(ids.__getitem__, labels[0].tolist()), (1 - distances[0]).tolist(), strict=True)
+        )
 
     def found(query: np.ndarray) -> list[tuple[str, float]]:
         columns = world.index.find(query, K)
@@ -217,12 +226,15 @@ def against_static(
     for some in done:
         world.vectors[some.at] = some.new
     return {
-        "static_p50": float(np.percentile(static, 50)), "static_p99": float(np.percentile(static, 99)),
-        "live_p50": float(np.percentile(live, 50)), "live_p99": float(np.percentile(live, 99)),
+        "static_p50": float(np.percentile(static, 50)),
+        "static_p99": float(np.percentile(static, 99)),
+        "live_p50": float(np.percentile(live, 50)),
+        "live_p99": float(np.percentile(live, 99)),
         "cpu_p50": float(np.percentile(live_cpu, 50) / np.percentile(static_cpu, 50)),
         "cpu_p99": float(np.percentile(live_cpu, 99) / np.percentile(static_cpu, 99)),
-        "per_s": len(done) * batch / busy_s, "fresh": world.index.stats().fresh,
-    }  # fmt: skip
+        "per_s": len(done) * batch / busy_s,
+        "fresh": world.index.stats().fresh,
+    }
 
 
 def recall_of(found: list[list[int]], vectors: np.ndarray, queries: np.ndarray) -> float:
@@ -245,20 +257,35 @@ def graph_recall(graph: Any, vectors: np.ndarray, queries: np.ndarray) -> float:
     return recall_of(found, vectors, queries)
 
 
-def speed(world: World, name: str, per_s: int, bounds: tuple[float, float], *, small: bool = False,
-          seconds: float) -> list[dict[str, Any]]:  # fmt: skip
+def speed(
+    world: World,
+    name: str,
+    per_s: int,
+    bounds: tuple[float, float],
+    *,
+    small: bool = False,
+    seconds: float,
+) -> list[dict[str, Any]]:
     got = against_static(world, per_s, small=small, seconds=seconds)
     p50, p99 = got["live_p50"] / got["static_p50"], got["live_p99"] / got["static_p99"]
     return [
         row(f"{name}: p50 against static", p50, "×", f"≤ {bounds[0]}", p50 <= bounds[0]),
         row(f"{name}: p99 against static", p99, "×", f"≤ {bounds[1]}", p99 <= bounds[1]),
-        row("  static p50", got["static_p50"], "ms"), row("  static p99", got["static_p99"], "ms"),
+        row("  static p50", got["static_p50"], "ms"),
+        row("  static p99", got["static_p99"], "ms"),
         row("  CPU of the query thread, p50 against static", got["cpu_p50"], "×"),
         row("  CPU of the query thread, p99 against static", got["cpu_p99"], "×"),
-        row("  live p50", got["live_p50"], "ms"), row("  live p99", got["live_p99"], "ms"),
-        row("  updates applied", got["per_s"], "/s", f"≥ {0.9 * per_s:.0f}", got["per_s"] >= 0.9 * per_s),
+        row("  live p50", got["live_p50"], "ms"),
+        row("  live p99", got["live_p99"], "ms"),
+        row(
+            "  updates applied",
+            got["per_s"],
+            "/s",
+            f"≥ {0.9 * per_s:.0f}",
+            got["per_s"] >= 0.9 * per_s,
+        ),
         row("  recall@100 of the live index right after", live_recall(world), ""),
-    ]  # fmt: skip
+    ]
 
 
 def apply_cost(world: World) -> list[dict[str, Any]]:
@@ -282,7 +309,9 @@ def crossing() -> list[dict[str, Any]]:
     for n in (3_000, 6_000, 12_000, 24_000):
         world = World(n, exact_below=0)
         state = world.index._state
-        scan = statistics.median(timed(lambda q, s=state: s.scan(q, K, frozenset()), world.queries, 0.7, 0))
+        scan = statistics.median(
+            timed(lambda q, s=state: s.scan(q, K, frozenset()), world.queries, 0.7, 0)
+        )
         graph = statistics.median(
             timed(lambda q, s=state: s.search(q, K, frozenset(), EF), world.queries, 0.7, 0)
         )
@@ -309,7 +338,10 @@ def churn() -> list[dict[str, Any]]:
         worst = max(worst, fresh_recall - live)
         rows.append(row(f"  recall@100 after {turn}× churn, n = {CHURN_N:,}", live, ""))
     world.index.close()
-    return [row("recall@100 below a fresh build, at most", worst, "", "≤ 0.005", worst <= 0.005), *rows]
+    return [
+        row("recall@100 below a fresh build, at most", worst, "", "≤ 0.005", worst <= 0.005),
+        *rows,
+    ]
 
 
 def resident_bytes() -> int:
@@ -332,10 +364,11 @@ def huge() -> list[dict[str, Any]]:
     for per_s, what in ((0, "quiet"), (500, "500 updates/s")):
         got = against_static(world, per_s, small=False, seconds=SECONDS, rebuilds=False)
         rows += [
-            row(f"  {what}: p50", got["live_p50"], "ms"), row(f"  {what}: p99", got["live_p99"], "ms"),
+            row(f"  {what}: p50", got["live_p50"], "ms"),
+            row(f"  {what}: p99", got["live_p99"], "ms"),
             row(f"  {what}: p50 against static", got["live_p50"] / got["static_p50"], "×"),
             row(f"  {what}: recall@100 right after", live_recall(world), ""),
-        ]  # fmt: skip
+        ]
     world.index.close()
     return rows
 
@@ -349,27 +382,41 @@ def main() -> int:
     k = N // 1000
     print(f"n = {N:,}: graph built in {world.build_s:.1f} s", flush=True)
     rows += speed(world, f"500 updates/s, rebuilding, n = {k}k", 500, (1.4, 1.5), seconds=SECONDS)
-    rows += speed(world, f"1,000 updates/s, rebuilding, n = {k}k", 1_000, (1.7, 1.8), seconds=SECONDS)
+    rows += speed(
+        world, f"1,000 updates/s, rebuilding, n = {k}k", 1_000, (1.7, 1.8), seconds=SECONDS
+    )
     world.index.close()
     world = World(N)
-    rows += speed(world, f"5,000 small turns/s, n = {k}k", 5_000, (1.1, 1.3), small=True, seconds=SECONDS / 2)
+    rows += speed(
+        world, f"5,000 small turns/s, n = {k}k", 5_000, (1.1, 1.3), small=True, seconds=SECONDS / 2
+    )
     world.index.close()
     world, k = World(LARGE), LARGE // 1000
     print(f"n = {LARGE:,}: graph built in {world.build_s:.1f} s", flush=True)
     recall = live_recall(world)
     rows.append(row(f"recall@100, n = {k}k, ef 200", recall, "", "≥ 0.970", recall >= 0.970))
     rows.append(
-        row("  of the static graph", graph_recall(world.graph, world.vectors, world.queries[:JUDGED]), "")
+        row(
+            "  of the static graph",
+            graph_recall(world.graph, world.vectors, world.queries[:JUDGED]),
+            "",
+        )
     )
-    rows += speed(world, f"5,000 small turns/s, n = {k}k", 5_000, (1.1, 1.3), small=True, seconds=SECONDS / 2)
+    rows += speed(
+        world, f"5,000 small turns/s, n = {k}k", 5_000, (1.1, 1.3), small=True, seconds=SECONDS / 2
+    )
     rows += apply_cost(world)
-    rows += speed(world, f"500 updates/s, rebuilding, n = {k}k", 500, (1.5, 1.7), seconds=2 * SECONDS)
+    rows += speed(
+        world, f"500 updates/s, rebuilding, n = {k}k", 500, (1.5, 1.7), seconds=2 * SECONDS
+    )
     world.index.close()
     rows += churn()
     rows += crossing()
     rows += million
     folder = Path(load().data_dir) / "bench"
-    return report("index", rows, folder, n=N, large=LARGE, churn_n=CHURN_N, seed=SEED, spread=SPREAD)
+    return report(
+        "index", rows, folder, n=N, large=LARGE, churn_n=CHURN_N, seed=SEED, spread=SPREAD
+    )
 
 
 if __name__ == "__main__":

@@ -26,11 +26,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import report, row
-from eddyline.records import ItemRecord
-from eddyline.settings import load
-from index import snapshot
-from index.hnsw import HnswIndex
-from index.snapshot import Origin
+from eddyline.schema.item_record import ItemRecord
+from eddyline.settings.loader import load
+from index.factory import HnswIndex
+from index.snapshot import format
+from index.snapshot.format import Origin
 
 N = int(os.environ.get("N", "100000"))
 REBUILD = os.environ.get("REBUILD", "1") == "1"
@@ -42,7 +42,9 @@ WAIT_S = 900.0
 def items(first: int, n: int, offset: int, seed: int) -> list[ItemRecord]:
     vectors = np.random.default_rng(seed).normal(size=(n, D)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    return [ItemRecord(f"item-{at}", 0, offset + at, at, 0, v) for at, v in enumerate(vectors, first)]
+    return [
+        ItemRecord(f"item-{at}", 0, offset + at, at, 0, v) for at, v in enumerate(vectors, first)
+    ]
 
 
 def memory_mb() -> np.ndarray:
@@ -55,7 +57,7 @@ def memory_mb() -> np.ndarray:
 
 
 def restored(path: Path, copied: bool) -> HnswIndex:
-    contents, _ = snapshot.load(path, ORIGIN, 0)
+    contents, _ = format.load(path, ORIGIN, 0)
     if copied:
         contents = replace(contents, vectors=np.array(contents.vectors))
     index = HnswIndex(D, exact_below=10**9)
@@ -80,7 +82,11 @@ def rebuild(index: HnswIndex) -> None:
 def worker(make: Callable[[], HnswIndex], pipe: Connection) -> None:
     """Does what it is told, and says its PSS when told to."""
     index = make()
-    works: dict[str, Callable[[HnswIndex], None]] = {"ask": ask, "update": update, "rebuild": rebuild}
+    works: dict[str, Callable[[HnswIndex], None]] = {
+        "ask": ask,
+        "update": update,
+        "rebuild": rebuild,
+    }
     while (told := pipe.recv()) != "end":
         if told == "memory":
             gc.collect()
@@ -147,13 +153,13 @@ def forked(path: Path) -> list[dict[str, Any]]:
     pool = Pool(lambda: index)
     first = pool.mean_mb()
     pool.tell("ask")
-    asked = pool.mean_mb()
+    filters = pool.mean_mb()
     pool.tell("update")
     updated = pool.mean_mb()
     rows = [
         row("index with graph, one process", float(alone), "MB"),
         *both("forked after the build: a worker, before its first query", first),
-        *both(f"forked, after {QUERIES:,} queries", asked),
+        *both(f"forked, after {QUERIES:,} queries", filters),
         *both(f"forked, and {UPDATES:,} updates", updated),
     ]
     if REBUILD:
@@ -169,7 +175,7 @@ def main() -> int:
         path = Path(folder) / "x.snapshot"
         index = HnswIndex(D, exact_below=10**9)
         index.apply(items(0, N, 0, SEED))
-        snapshot.write(path, index.contents(), ORIGIN, {0: N}, 1)
+        format.write(path, index.contents(), ORIGIN, {0: N}, 1)
         index.close()
         del index
         bare = Pool(lambda: HnswIndex(D))
@@ -181,10 +187,15 @@ def main() -> int:
             *both("a worker process without items", none),
             *both(f"vectors copied, {N:,} items, no graph", copied),
             *both("vectors mapped, no graph", mapped),
-            row("  mapped, of its own, less than copied by", float(copied[0] - mapped[0]), "MB",
-                f"≥ 0.9 · {vectors:.1f} MB", bool(copied[0] - mapped[0] >= 0.9 * vectors)),
+            row(
+                "  mapped, of its own, less than copied by",
+                float(copied[0] - mapped[0]),
+                "MB",
+                f"≥ 0.9 · {vectors:.1f} MB",
+                bool(copied[0] - mapped[0] >= 0.9 * vectors),
+            ),
             *forked(path),
-        ]  # fmt: skip
+        ]
     return report("index_memory", rows, Path(load().data_dir) / "bench", n=N, workers=WORKERS)
 
 

@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.report import report, row
-from eddyline.records import ItemRecord, decode_record, encode_record
-from eddyline.settings import load
-from index import snapshot
-from index.hnsw import HnswIndex
-from index.snapshot import Origin
-from serving.replica import APPLY_RECORDS
+from eddyline.schema.item_record import ItemRecord, decode_record, encode_record
+from eddyline.settings.loader import load
+from index.factory import HnswIndex
+from index.snapshot import format
+from index.snapshot.format import Origin
+from serving.worker.replica import APPLY_RECORDS
 
 N = int(os.environ.get("N", "100000"))
 BEHIND, D, SEED, TURNS = 5_000, 64, 7, 7
@@ -37,12 +37,21 @@ def items(first: int, n: int, rng: np.random.Generator, first_offset: int) -> li
     vectors = rng.normal(size=(n, D)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     return [
-        ItemRecord(f"item-{at}", 0, first_offset + at - first, at, 0, vector, {
-            "categories": [f"c{at % 20}"], "tags": [f"t{at % 1_000}", f"t{at % 997}"],
-            "attributes": {"year": at % 60},
-        })
+        ItemRecord(
+            f"item-{at}",
+            0,
+            first_offset + at - first,
+            at,
+            0,
+            vector,
+            {
+                "categories": [f"c{at % 20}"],
+                "tags": [f"t{at % 1_000}", f"t{at % 997}"],
+                "attributes": {"year": at % 60},
+            },
+        )
         for at, vector in enumerate(vectors, first)
-    ]  # fmt: skip
+    ]
 
 
 def main() -> int:
@@ -60,16 +69,18 @@ def main() -> int:
         path = Path(folder) / "x.snapshot"
         for _ in range(TURNS):
             begun = time.perf_counter()
-            snapshot.write(path, index.contents(), ORIGIN, {0: N}, 1)
+            format.write(path, index.contents(), ORIGIN, {0: N}, 1)
             writes.append(time.perf_counter() - begun)
             begun = time.perf_counter()
-            contents, _ = snapshot.load(path, ORIGIN, 0)
+            contents, _ = format.load(path, ORIGIN, 0)
             fresh = HnswIndex(D, exact_below=10**9)
             fresh.restore(contents)
             assert fresh.query(query, 10) == wanted
             first.append(time.perf_counter() - begun)
             for at in range(0, BEHIND, APPLY_RECORDS):
-                fresh.apply([decode_record(key, value) for key, value in raw[at : at + APPLY_RECORDS]])
+                fresh.apply(
+                    [decode_record(key, value) for key, value in raw[at : at + APPLY_RECORDS]]
+                )
             assert fresh.describe([behind[-1].item_id])[0] is not None
             caught_up.append(time.perf_counter() - begun)
         size = path.stat().st_size

@@ -27,8 +27,8 @@ import numpy as np
 
 from benchmarks.index import EF, JUDGED, REBUILD_NICE, K, World, background, recall_of, timed
 from benchmarks.report import report, row
-from eddyline.settings import load
-from index.state import State
+from eddyline.settings.loader import load
+from index.storage.state import IndexVersion
 
 N = int(os.environ.get("N", "100000"))
 FRESH = [int(n) for n in os.environ.get("FRESH", "4000,8000,16000,32000,48000,64000").split(",")]
@@ -39,7 +39,7 @@ UPDATES = int(os.environ.get("UPDATES", "1000"))
 SECONDS = float(os.environ.get("SECONDS", "20"))
 
 
-def answer(state: State, query: np.ndarray) -> Any:
+def answer(state: IndexVersion, query: np.ndarray) -> Any:
     """As the live index answers."""
     found = None
     if state.searchable(K, EF):
@@ -47,7 +47,7 @@ def answer(state: State, query: np.ndarray) -> Any:
     return found or state.scan(query, K, frozenset())
 
 
-def cpu_us(states: tuple[State, State], queries: np.ndarray) -> list[float]:
+def cpu_us(states: tuple[IndexVersion, IndexVersion], queries: np.ndarray) -> list[float]:
     """The median CPU time of a query of each, asked in turns."""
     took: list[list[float]] = [[], []]
     at = 0
@@ -61,7 +61,7 @@ def cpu_us(states: tuple[State, State], queries: np.ndarray) -> list[float]:
     return [float(np.median(some)) for some in took]
 
 
-def recall(state: State, world: World) -> float:
+def recall(state: IndexVersion, world: World) -> float:
     queries = world.queries[:JUDGED]
     found = [[int(name[1:]) for name in answer(state, query).ids] for query in queries]
     return recall_of(found, world.vectors, queries)
@@ -109,13 +109,19 @@ def live() -> int:
         world = World(N)
         order = world.rng.permutation(N)
         for at in range(0, LIVE_FRESH, 500):
-            world.index.apply(world.update(0, small=False, at=order[at : min(LIVE_FRESH, at + 500)]))
+            world.index.apply(
+                world.update(0, small=False, at=order[at : min(LIVE_FRESH, at + 500)])
+            )
         before, after, built_s, per_s = under_updates(world, tier)
         stats = world.index.stats()
         name = "tier on" if tier else "tier off"
         if tier:
-            rows.append(row("  while the tier is built: p50", float(np.percentile(before, 50)), "ms"))
-            rows.append(row("  while the tier is built: p99", float(np.percentile(before, 99)), "ms"))
+            rows.append(
+                row("  while the tier is built: p50", float(np.percentile(before, 50)), "ms")
+            )
+            rows.append(
+                row("  while the tier is built: p99", float(np.percentile(before, 99)), "ms")
+            )
             rows.append(row("  building it took", built_s, "s"))
         rows += [
             row(f"{name}, {UPDATES:,} updates/s: p50", float(np.percentile(after, 50)), "ms"),
@@ -127,7 +133,12 @@ def live() -> int:
         ]
         world.index.close()
     return report(
-        "index_tier_live", rows, Path(load().data_dir) / "bench", n=N, fresh=LIVE_FRESH, updates=UPDATES
+        "index_tier_live",
+        rows,
+        Path(load().data_dir) / "bench",
+        n=N,
+        fresh=LIVE_FRESH,
+        updates=UPDATES,
     )
 
 

@@ -20,13 +20,13 @@ import numpy as np
 
 from benchmarks.ingest_measures import POLL_S, Ingest, Running, Watch, cpu_s, load, rss_mb
 from benchmarks.report import report, row
-from eddyline.cli.producers import now_ms
-from eddyline.demo.stage import Stage
 from eddyline.generations import Manifest
-from eddyline.local.pair import local_pair, log_dir
-from eddyline.local.supervisor import Supervisor
-from eddyline.settings import Settings
-from eddyline.settings import load as load_settings
+from eddyline.kafka.producers import now_ms
+from eddyline.settings.loader import Settings
+from eddyline.settings.loader import load as load_settings
+from sandbox.processes import ProcessRunner
+from sandbox.servers.local_servers import local_servers, log_dir
+from sandbox.servers.supervisor import Supervisor
 
 LONG = os.environ.get("LONG") == "1"
 N = int(os.environ.get("N", "10000000" if LONG else "150000"))
@@ -54,10 +54,14 @@ def costs(settings: Settings) -> Rows:
         time.sleep(0.2)
     cost = {}
     for name, warm, count in (
-        ("raw", PEER_N // 5, PEER_N), ("lane", PEER_N // 5, PEER_N),
-        ("faust", FAUST_N // 5, FAUST_N), ("loop", PEER_N // 5, PEER_N),
-    ):  # fmt: skip
-        cost[name] = Running(settings, "benchmarks.ingest_peers", name, str(warm), str(count)).result(600)
+        ("raw", PEER_N // 5, PEER_N),
+        ("lane", PEER_N // 5, PEER_N),
+        ("faust", FAUST_N // 5, FAUST_N),
+        ("loop", PEER_N // 5, PEER_N),
+    ):
+        cost[name] = Running(
+            settings, "benchmarks.ingest_peers", name, str(warm), str(count)
+        ).result(600)
     told = [_cost_row(name, one) for name, one in cost.items()]
     cost["ingest"], memory = _ingested(settings, watch)
     told.append(_cost_row("ingest", cost["ingest"]))
@@ -70,10 +74,16 @@ def costs(settings: Settings) -> Rows:
         one = cost[name]
         return float((one["cpu_s"] + one["redis_s"]) / one["events"] * 1e6)
 
-    lane = cost["raw"]["cpu_s"] / cost["raw"]["events"] / (cost["lane"]["cpu_s"] / cost["lane"]["events"])
-    ratios = [("lane against aiokafka getmany, decoded", lane, 0.6),
-              ("ingest against plain Faust", us("faust") / us("ingest"), 15),
-              ("ingest against an asyncio loop", us("loop") / us("ingest"), 1.5)]  # fmt: skip
+    lane = (
+        cost["raw"]["cpu_s"]
+        / cost["raw"]["events"]
+        / (cost["lane"]["cpu_s"] / cost["lane"]["events"])
+    )
+    ratios = [
+        ("lane against aiokafka getmany, decoded", lane, 0.6),
+        ("ingest against plain Faust", us("faust") / us("ingest"), 15),
+        ("ingest against an asyncio loop", us("loop") / us("ingest"), 1.5),
+    ]
     rows = [row(name, value, "×", f"≥ {least}", value >= least) for name, value, least in ratios]
     p99 = script["p99"]
     rows.append(row("one script in Redis, chunks of 256, p99", p99, "ms", "≤ 2", p99 <= 2))
@@ -97,8 +107,12 @@ def _ingested(settings: Settings, watch: Watch) -> tuple[dict[str, float], float
 
     watch.until(N, look)
     events, cpu, theirs, clock = seen["first"]
-    cost = {"events": N - events, "cpu_s": cpu_s(pid) - cpu, "redis_s": watch.redis_cpu_s() - theirs,
-            "seconds": time.perf_counter() - clock}  # fmt: skip
+    cost = {
+        "events": N - events,
+        "cpu_s": cpu_s(pid) - cpu,
+        "redis_s": watch.redis_cpu_s() - theirs,
+        "seconds": time.perf_counter() - clock,
+    }
     growth = 100 * (rss_mb(pid) / seen["half"] - 1)
     ingest.stop()
     return cost, growth
@@ -106,7 +120,9 @@ def _ingested(settings: Settings, watch: Watch) -> tuple[dict[str, float], float
 
 def _cost_row(name: str, one: dict[str, Any]) -> dict[str, Any]:
     own, theirs = one["cpu_s"] / one["events"] * 1e6, one["redis_s"] / one["events"] * 1e6
-    return row(f"  {name}: own CPU {own:.1f} + Redis {theirs:.1f}, together", own + theirs, "µs/event")
+    return row(
+        f"  {name}: own CPU {own:.1f} + Redis {theirs:.1f}, together", own + theirs, "µs/event"
+    )
 
 
 def micro_steps(found: dict[str, float]) -> Rows:
@@ -114,7 +130,9 @@ def micro_steps(found: dict[str, float]) -> Rows:
     rows = []
     for size in (32, 256):
         mine, theirs = found[f"numpy_{size}"], found[f"torch_{size}"]
-        rows.append(row(f"micro-step with forward, chunk of {size}", mine, "µs/event", "≤ 60", mine <= 60))
+        rows.append(
+            row(f"micro-step with forward, chunk of {size}", mine, "µs/event", "≤ 60", mine <= 60)
+        )
         rows.append(
             row(
                 f"  against autograd on the whole chunk of {size}",
@@ -138,7 +156,13 @@ def latencies(settings: Settings, pid: int) -> Rows:
         count = int(rate * LATENCY_S)
         cpu, theirs = cpu_s(pid), watch.redis_cpu_s()
         sent = load(
-            settings, tag=f"late-{rate}", count=count, rate=rate, users=USERS, in_turn=True, item_prefix="f"
+            settings,
+            tag=f"late-{rate}",
+            count=count,
+            rate=rate,
+            users=USERS,
+            in_turn=True,
+            item_prefix="f",
         ).result(600)
         before += count
         watch.until(before)
@@ -146,8 +170,12 @@ def latencies(settings: Settings, pid: int) -> Rows:
         # The first second is a cold start; users take turns, so each list tells of one event.
         hops = watch.stamps([n % USERS for n in range(max(rate, count - USERS), count)])
         p50, p99 = np.percentile(hops["all"], [50, 99])
-        rows.append(row(f"produced → applied at {rate:,}/s, p50", float(p50), "ms", "≤ 5", bool(p50 <= 5)))
-        rows.append(row(f"produced → applied at {rate:,}/s, p99", float(p99), "ms", "≤ 25", bool(p99 <= 25)))
+        rows.append(
+            row(f"produced → applied at {rate:,}/s, p50", float(p50), "ms", "≤ 5", bool(p50 <= 5))
+        )
+        rows.append(
+            row(f"produced → applied at {rate:,}/s, p99", float(p99), "ms", "≤ 25", bool(p99 <= 25))
+        )
         for hop in ("kafka", "ingest"):
             for q in (50, 99):
                 rows.append(row(f"  {hop}, p{q}", float(np.percentile(hops[hop], q)), "ms"))
@@ -163,7 +191,9 @@ def catch_up(settings: Settings) -> Rows:
     watch = Watch(settings)
     count = int(rate * (STOP_S + 25 + STOP_S / 3))
     at = watch.applied()
-    running = load(settings, tag="stop", count=count, rate=rate, users=USERS, in_turn=True, item_prefix="f")
+    running = load(
+        settings, tag="stop", count=count, rate=rate, users=USERS, in_turn=True, item_prefix="f"
+    )
     while watch.sent() < at + rate * STOP_S:
         time.sleep(POLL_S)
     watch.reset_scripts()
@@ -185,7 +215,9 @@ def catch_up(settings: Settings) -> Rows:
     watch.close()
     ingest.stop()
     return [
-        row(f"catch-up after {STOP_S:.0f} s at {rate:,}/s", times, "× real time", "≥ 5", times >= 5),
+        row(
+            f"catch-up after {STOP_S:.0f} s at {rate:,}/s", times, "× real time", "≥ 5", times >= 5
+        ),
         row("  lag when it was over", lag_ms, "ms", f"< {LAG_MS_MAX}", lag_ms < LAG_MS_MAX),
         row("  from the first chunk to no lag", took, "s"),
         row("  from the start of the process to the first chunk", begun - started, "s"),
@@ -202,23 +234,32 @@ def main() -> int:
         base = Settings(data_dir=home, worker_port=0)
         micro = Running(base, "benchmarks.ingest_micro", str(base.bundles)).result(300)
         rows = []
-        with Supervisor(log_dir(base)) as supervisor, local_pair(base, supervisor, owner="bench") as servers:
-            cost, live = (msgspec.structs.replace(servers, namespace=name) for name in ("cost", "live"))
+        with (
+            Supervisor(log_dir(base)) as supervisor,
+            local_servers(base, supervisor, owner="bench") as servers,
+        ):
+            cost, live = (
+                msgspec.structs.replace(servers, namespace=name) for name in ("cost", "live")
+            )
             for one in (cost, live):
-                Stage(one, supervisor).prepare(
+                ProcessRunner(one, supervisor).prepare(
                     Manifest(generation="1", bundle="1", dimension=64, created_ms=now_ms())
                 )
             rows += costs(cost)
             rows += micro_steps(micro)
             warm = USERS * WARM_EVENTS
-            load(live, tag="warm", count=warm, users=USERS, in_turn=True, item_prefix="f").result(300)
+            load(live, tag="warm", count=warm, users=USERS, in_turn=True, item_prefix="f").result(
+                300
+            )
             ingest, watch = Ingest(live), Watch(live)
             watch.until(warm)
             watch.close()
             rows += latencies(live, ingest.pid)
             ingest.stop()
             rows += catch_up(live)
-    return report("ingest", rows, folder, events=N, users=USERS, seconds=round(time.monotonic() - begun))
+    return report(
+        "ingest", rows, folder, events=N, users=USERS, seconds=round(time.monotonic() - begun)
+    )
 
 
 if __name__ == "__main__":

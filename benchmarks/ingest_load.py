@@ -16,10 +16,11 @@ from typing import Any
 import msgspec
 from confluent_kafka import KafkaError, Message, Producer
 
-from eddyline import events, kafka
-from eddyline.events import Click
-from eddyline.settings import load
-from eddyline.slots import partition_of
+from eddyline.kafka import topics
+from eddyline.schema import events
+from eddyline.schema.events import Click
+from eddyline.schema.partitioning import partition_of
+from eddyline.settings.loader import load
 
 # From this rate on a producer gathers records for a millisecond: one request for each would cost this process
 # and the broker more than all of ingest.
@@ -53,11 +54,13 @@ def send(what: Load) -> dict[str, Any]:
     linger_ms = 20 if not what.rate else int(what.rate >= LINGER_RATE)
     producer = Producer(
         {
-            "bootstrap.servers": settings.kafka_bootstrap_servers, "linger.ms": linger_ms,
-            "enable.idempotence": True, "queue.buffering.max.messages": 1_000_000,
+            "bootstrap.servers": settings.kafka_bootstrap_servers,
+            "linger.ms": linger_ms,
+            "enable.idempotence": True,
+            "queue.buffering.max.messages": 1_000_000,
         }
-    )  # fmt: skip
-    topic, partitions = settings.prefixed(kafka.CLICKS), settings.clicks_partitions
+    )
+    topic, partitions = settings.prefixed(topics.CLICKS), settings.clicks_partitions
     failed: list[KafkaError] = []
 
     def sent(error: KafkaError | None, _: Message) -> None:
@@ -83,9 +86,13 @@ def send(what: Load) -> dict[str, Any]:
         while True:
             try:
                 producer.produce(
-                    topic, events.encode(click), click.user_id.encode(),
-                    partition_of(click.user_id, partitions), sent, headers=stamp,
-                )  # fmt: skip
+                    topic,
+                    events.encode(click),
+                    click.user_id.encode(),
+                    partition_of(click.user_id, partitions),
+                    sent,
+                    headers=stamp,
+                )
                 break
             except BufferError:
                 producer.poll(0.1)

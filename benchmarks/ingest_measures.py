@@ -18,10 +18,11 @@ import redis
 from kafka import KafkaConsumer, TopicPartition
 
 from benchmarks.ingest_load import Load
-from eddyline import behaviour, kafka
-from eddyline.local.pair import log_dir
-from eddyline.settings import Settings
-from eddyline.slots import partition_of
+from eddyline.kafka import clients, topics
+from eddyline.schema import user_history
+from eddyline.schema.partitioning import partition_of
+from eddyline.settings.loader import Settings
+from sandbox.servers.local_servers import log_dir
 
 POLL_S = 0.05
 STALL_S = 60.0
@@ -45,7 +46,9 @@ def cpu_s(pid: int) -> float:
 
 def rss_mb(pid: int) -> float:
     """Resident memory."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
+    return (
+        int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
+    )
 
 
 def environment(settings: Settings) -> dict[str, str]:
@@ -65,7 +68,11 @@ class Running:
     def __init__(self, settings: Settings, module: str, *arguments: str) -> None:
         argv = [sys.executable, "-m", module, *arguments]
         self._process = subprocess.Popen(
-            argv, env=environment(settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            argv,
+            env=environment(settings),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         _children.append(self._process)
         self.name = f"{module} {' '.join(arguments)[:80]}"
@@ -77,7 +84,9 @@ class Running:
         except subprocess.TimeoutExpired:
             self._process.kill()
             out, told = self._process.communicate()
-            raise RuntimeError(f"{self.name}: no end after {timeout_s:.0f} s: {told[-2000:]}") from None
+            raise RuntimeError(
+                f"{self.name}: no end after {timeout_s:.0f} s: {told[-2000:]}"
+            ) from None
         if self._process.returncode:
             raise RuntimeError(f"{self.name}: exit {self._process.returncode}: {told[-2000:]}")
         found: dict[str, Any] = json.loads(out.splitlines()[-1])
@@ -90,7 +99,9 @@ class Ingest:
     def __init__(self, settings: Settings) -> None:
         with log_dir(settings).joinpath(f"ingest-{settings.namespace}.log").open("a") as log:
             argv = [sys.executable, "-m", "streams"]
-            self._process = subprocess.Popen(argv, env=environment(settings), stdout=log, stderr=log)
+            self._process = subprocess.Popen(
+                argv, env=environment(settings), stdout=log, stderr=log
+            )
         _children.append(self._process)
         self.pid = self._process.pid
 
@@ -111,9 +122,10 @@ class Watch:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.redis = redis.Redis.from_url(settings.redis_url)
-        self._consumer = KafkaConsumer(**kafka.client_options(settings), group_id=None)
+        self._consumer = KafkaConsumer(**clients.client_options(settings), group_id=None)
         self._at = [
-            TopicPartition(settings.prefixed(kafka.CLICKS), p) for p in range(settings.clicks_partitions)
+            TopicPartition(settings.prefixed(topics.CLICKS), p)
+            for p in range(settings.clicks_partitions)
         ]
         self._ns = f"{settings.namespace}:"
 
@@ -167,7 +179,9 @@ class Watch:
             values: Any = self.redis.mget(keys[start : start + 1_000])
             for value in values:
                 if value is not None:
-                    stored = behaviour.decode(value)
-                    found.append((stored.behaviour.produced_us, stored.behaviour.read_us, stored.applied_us))
+                    stored = user_history.decode(value)
+                    found.append(
+                        (stored.history.produced_us, stored.history.read_us, stored.applied_us)
+                    )
         produced, read, applied = np.array(found, dtype=np.float64).T / 1000
         return {"kafka": read - produced, "ingest": applied - read, "all": applied - produced}

@@ -16,13 +16,13 @@ import numpy as np
 
 from benchmarks.ingest_measures import Ingest, Running, Watch, load, rss_mb
 from benchmarks.report import report, row
-from eddyline.cli.producers import now_ms
-from eddyline.demo.stage import Stage
 from eddyline.generations import Manifest
-from eddyline.local.pair import local_pair, log_dir
-from eddyline.local.supervisor import Supervisor
-from eddyline.settings import Settings
-from eddyline.settings import load as load_settings
+from eddyline.kafka.producers import now_ms
+from eddyline.settings.loader import Settings
+from eddyline.settings.loader import load as load_settings
+from sandbox.processes import ProcessRunner
+from sandbox.servers.local_servers import local_servers, log_dir
+from sandbox.servers.supervisor import Supervisor
 
 N = int(os.environ.get("N", "10000000"))
 USERS = int(os.environ.get("USERS", "100000"))
@@ -55,15 +55,27 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="eddyline-bench-") as home:
         base = Settings(data_dir=home, worker_port=0, namespace="memory")
         Running(base, "benchmarks.ingest_micro", str(base.bundles)).result(300)
-        with Supervisor(log_dir(base)) as supervisor, local_pair(base, supervisor, owner="bench") as live:
-            Stage(live, supervisor).prepare(
+        with (
+            Supervisor(log_dir(base)) as supervisor,
+            local_servers(base, supervisor, owner="bench") as live,
+        ):
+            ProcessRunner(live, supervisor).prepare(
                 Manifest(generation="1", bundle="1", dimension=64, created_ms=now_ms())
             )
             seen = grown(live)
     growth = 100 * (seen[-1] / seen[SHARES // 2 - 1] - 1)
-    rows = [row(f"growth over the second half of {N:,} events", growth, "%", "≤ 5", growth <= GROWTH_MAX)]
-    rows.append(row("  highest of the second half over its beginning",
-                    100 * (float(np.max(seen[SHARES // 2 :])) / seen[SHARES // 2 - 1] - 1), "%"))  # fmt: skip
+    rows = [
+        row(
+            f"growth over the second half of {N:,} events", growth, "%", "≤ 5", growth <= GROWTH_MAX
+        )
+    ]
+    rows.append(
+        row(
+            "  highest of the second half over its beginning",
+            100 * (float(np.max(seen[SHARES // 2 :])) / seen[SHARES // 2 - 1] - 1),
+            "%",
+        )
+    )
     rows += [row(f"  after {(n + 1) * N // SHARES:,}", seen[n], "MB") for n in range(1, SHARES, 2)]
     took = time.monotonic() - begun
     return report("ingest_memory", rows, folder, events=N, users=USERS, seconds=round(took))

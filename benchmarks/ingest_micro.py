@@ -22,14 +22,14 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from eddyline.behaviour import Entry
-from eddyline.demo import generated
-from embeddings import bundle
-from embeddings.bundle import Bundle
-from embeddings.training.dataset import TrainingData
-from embeddings.training.model import UserModel
-from embeddings.training.train import train
-from streams.micro_steps import MicroSteps, Step
+from eddyline.schema.user_history import Entry
+from embeddings.bundle import bundle
+from embeddings.bundle.bundle import Bundle
+from embeddings.data.examples import TrainingData
+from embeddings.models.two_tower import UserModel
+from embeddings.training.trainer import train
+from sandbox.datasets import synthetic
+from streams.clicks.micro_steps import MicroSteps, Step
 
 SIZES = (32, 256)
 SECONDS = 0.6
@@ -39,7 +39,7 @@ ITEMS = 2_000
 
 def prepare(folder: Path) -> Bundle:
     """A generation over the generated world, trained briefly: its cost does not depend on how well."""
-    world = generated.generate(items=ITEMS, users=200, clicks=8_000, seed=SEED)
+    world = synthetic.generate(items=ITEMS, users=200, clicks=8_000, seed=SEED)
     profiles = {user: dict(profile.attributes) for user, profile in world.profiles.items()}
     data = TrainingData(items=world.items, profiles=profiles, clicks=world.clicks)
     train(data, folder / "1", "1", epochs=1, seed=SEED, threads=1)
@@ -55,7 +55,11 @@ def chunk(
     lists = [[Entry(ids[row], 1) for row in rng.integers(len(ids), size=20)] for _ in range(size)]
     events = [(f"u{n}", int(rng.integers(len(ids))), f"event-{n}") for n in range(size)]
     vectors = (rng.normal(size=(size, towers.dimension)) * 0.02).astype("<f4")
-    return lists, events, {user: (9, v.tobytes()) for (user, _, _), v in zip(events, vectors, strict=True)}
+    return (
+        lists,
+        events,
+        {user: (9, v.tobytes()) for (user, _, _), v in zip(events, vectors, strict=True)},
+    )
 
 
 def by_numpy(towers: Bundle, size: int) -> Callable[[], object]:
@@ -64,8 +68,10 @@ def by_numpy(towers: Bundle, size: int) -> Callable[[], object]:
     counts = {user: 10 for user, _, _ in events}
 
     def step() -> object:
-        steps = [Step(u, micro.history(seen), row, key)
-                 for seen, (u, row, key) in zip(lists, events, strict=True)]  # fmt: skip
+        steps = [
+            Step(u, micro.history(seen), row, key)
+            for seen, (u, row, key) in zip(lists, events, strict=True)
+        ]
         return micro.run(steps, counts, stored, {})
 
     return step
@@ -80,7 +86,11 @@ def by_torch(towers: Bundle, size: int, batch: int) -> Callable[[], object]:
         towers.user_tower.space.rows, dimension=towers.dimension, hidden=hidden, history_max=length
     )
     vectors, s = torch.from_numpy(towers.item_vectors.copy()), towers.micro.settings
-    none = (torch.zeros(0, dtype=torch.long), torch.zeros(batch + 1, dtype=torch.long), torch.zeros(0))
+    none = (
+        torch.zeros(0, dtype=torch.long),
+        torch.zeros(batch + 1, dtype=torch.long),
+        torch.zeros(0),
+    )
     micro = MicroSteps(towers)
 
     def one(at: int) -> dict[str, tuple[int, bytes]]:

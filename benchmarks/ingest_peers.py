@@ -32,13 +32,13 @@ import redis.asyncio
 from aiokafka import AIOKafkaConsumer
 from aiokafka.structs import TopicPartition
 
-from eddyline import kafka
-from eddyline.events import Click, decode_click
-from eddyline.settings import Settings, load
-from eddyline.slots import partition_of
+from eddyline.kafka import topics
+from eddyline.schema.events import Click, decode_click
+from eddyline.schema.partitioning import partition_of
+from eddyline.settings.loader import Settings, load
 from streams.app import IngestApp
-from streams.applying import Lane
-from streams.chunk import Outcome, Record
+from streams.dispatcher import TopicPipeline
+from streams.ports import Outcome, Record
 
 BATCH = 500
 LIST_MAX = 100
@@ -63,20 +63,28 @@ class Meter:
             first, cpu, theirs, clock = self._begun
             now_cpu, now_theirs, now = self._now()
             result = {
-                "events": self._events - first, "cpu_s": now_cpu - cpu,
-                "redis_s": now_theirs - theirs, "seconds": now - clock,
-            }  # fmt: skip
+                "events": self._events - first,
+                "cpu_s": now_cpu - cpu,
+                "redis_s": now_theirs - theirs,
+                "seconds": now - clock,
+            }
             sys.stdout.write(json.dumps(result) + "\n")
             sys.stdout.flush()
             os._exit(0)
 
     def _now(self) -> tuple[float, float, float]:
         said: Any = self._redis.info("cpu")
-        return time.process_time(), said["used_cpu_user"] + said["used_cpu_sys"], time.perf_counter()
+        return (
+            time.process_time(),
+            said["used_cpu_user"] + said["used_cpu_sys"],
+            time.perf_counter(),
+        )
 
 
 def decoded(settings: Settings, value: bytes | None, timestamp_ms: int) -> Click:
-    return decode_click(value, appended_ms=timestamp_ms, far_future_ms_max=settings.far_future_ms_max)
+    return decode_click(
+        value, appended_ms=timestamp_ms, far_future_ms_max=settings.far_future_ms_max
+    )
 
 
 async def batches(settings: Settings, size: int | None) -> AsyncIterator[dict[Any, Any]]:
@@ -85,7 +93,10 @@ async def batches(settings: Settings, size: int | None) -> AsyncIterator[dict[An
         bootstrap_servers=settings.kafka_bootstrap_servers, group_id=None, enable_auto_commit=False
     )
     await consumer.start()
-    at = [TopicPartition(settings.prefixed(kafka.CLICKS), p) for p in range(settings.clicks_partitions)]
+    at = [
+        TopicPartition(settings.prefixed(topics.CLICKS), p)
+        for p in range(settings.clicks_partitions)
+    ]
     consumer.assign(at)
     await consumer.seek_to_beginning(*at)
     while True:
@@ -108,7 +119,7 @@ class _Begins:
     def open(self, bounds: Mapping[int, tuple[int, int]], _: Mapping[int, int]) -> dict[int, int]:
         return {partition: begin for partition, (begin, _) in bounds.items()}
 
-    def moved_elsewhere(self, _: set[int]) -> list[int]:
+    def find_diverged(self, _: set[int]) -> list[int]:
         return []
 
 
@@ -129,7 +140,9 @@ class _Decode:
 
 
 async def lane(settings: Settings, meter: Meter) -> None:
-    made = Lane(settings.prefixed(kafka.CLICKS), _Decode(settings, meter), ThreadPoolExecutor(1))
+    made = TopicPipeline(
+        settings.prefixed(topics.CLICKS), _Decode(settings, meter), ThreadPoolExecutor(1)
+    )
     with tempfile.TemporaryDirectory() as folder:
         await IngestApp(settings, [made], "bench-lane", Path(folder), stopping=lambda: None).run()
 
@@ -155,11 +168,18 @@ def popular(click: Click) -> str:
 async def plain_faust(settings: Settings, meter: Meter) -> None:
     store = redis.asyncio.Redis.from_url(settings.redis_url)
     app = faust.App(
-        "bench-plain", broker=f"kafka://{settings.kafka_bootstrap_servers}", web_enabled=False,
-        consumer_auto_offset_reset="earliest", topic_disable_leader=True, topic_allow_declare=False,
-        datadir=tempfile.mkdtemp(prefix="bench-plain-"), stream_wait_empty=False,
-    )  # fmt: skip
-    topic = app.topic(settings.prefixed(kafka.CLICKS), key_serializer="raw", value_serializer="raw")
+        "bench-plain",
+        broker=f"kafka://{settings.kafka_bootstrap_servers}",
+        web_enabled=False,
+        consumer_auto_offset_reset="earliest",
+        topic_disable_leader=True,
+        topic_allow_declare=False,
+        datadir=tempfile.mkdtemp(prefix="bench-plain-"),
+        stream_wait_empty=False,
+    )
+    topic = app.topic(
+        settings.prefixed(topics.CLICKS), key_serializer="raw", value_serializer="raw"
+    )
 
     async def agent(stream: Any) -> None:
         async for event in stream.events():
@@ -170,7 +190,9 @@ async def plain_faust(settings: Settings, meter: Meter) -> None:
             stamps = (produced_us(message.headers), appended_ms, time.time_ns() // 1_000)
             async with store.pipeline(transaction=True) as pipe:
                 pipe.zadd(window, {str(click.event_id): message.offset})
-                pipe.zremrangebyscore(window, "-inf", message.offset - settings.dedupe_window_events)
+                pipe.zremrangebyscore(
+                    window, "-inf", message.offset - settings.dedupe_window_events
+                )
                 pipe.lpush(seen, entry(click, partition, message.offset, stamps))
                 pipe.ltrim(seen, 0, LIST_MAX - 1)
                 pipe.zincrby(popular(click), click.weight, click.item_id)
@@ -186,7 +208,9 @@ async def loop(settings: Settings, meter: Meter) -> None:
     store = redis.asyncio.Redis.from_url(settings.redis_url)
     async for fetched in batches(settings, BATCH):
         read_us = time.time_ns() // 1_000
-        clicks = [(r, decoded(settings, r.value, r.timestamp)) for rs in fetched.values() for r in rs]
+        clicks = [
+            (r, decoded(settings, r.value, r.timestamp)) for rs in fetched.values() for r in rs
+        ]
         ids: dict[str, dict[str, int]] = defaultdict(dict)
         for record, click in clicks:
             ids[keys(settings, click.user_id)[1]].setdefault(str(click.event_id), record.offset)
@@ -194,8 +218,12 @@ async def loop(settings: Settings, meter: Meter) -> None:
             for window, mine in ids.items():
                 pipe.zmscore(window, list(mine))
             found = await pipe.execute()
-        known = {e for mine, at in zip(ids.values(), found, strict=True)
-                 for e, offset in zip(mine, at, strict=True) if offset is not None}  # fmt: skip
+        known = {
+            e
+            for mine, at in zip(ids.values(), found, strict=True)
+            for e, offset in zip(mine, at, strict=True)
+            if offset is not None
+        }
         lists: dict[str, list[bytes]] = defaultdict(list)
         counts: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         for record, click in clicks:
@@ -208,7 +236,9 @@ async def loop(settings: Settings, meter: Meter) -> None:
         async with store.pipeline(transaction=True) as pipe:
             for window, mine in ids.items():
                 pipe.zadd(window, mine)
-                pipe.zremrangebyscore(window, "-inf", max(mine.values()) - settings.dedupe_window_events)
+                pipe.zremrangebyscore(
+                    window, "-inf", max(mine.values()) - settings.dedupe_window_events
+                )
             for seen, entries in lists.items():
                 pipe.lpush(seen, *entries)
                 pipe.ltrim(seen, 0, LIST_MAX - 1)

@@ -12,15 +12,16 @@ from pathlib import Path
 
 import numpy as np
 
-from eddyline.cli.producers import now_ms
-from eddyline.events import Item
-from eddyline.records import attributes_of
-from embeddings import bundle, features
-from embeddings.bundle import Parts
-from embeddings.features import FeatureSpace
-from embeddings.item_tower import ItemTower
-from embeddings.micro import MicroSettings
-from embeddings.tiles import Floats
+from eddyline.kafka.producers import now_ms
+from eddyline.schema.events import Item
+from eddyline.schema.item_record import attributes_of
+from embeddings.bundle import bundle
+from embeddings.bundle.bundle import Parts
+from embeddings.towers import features
+from embeddings.towers.features import FeatureSpace
+from embeddings.towers.item_tower import ItemTower
+from embeddings.towers.micro_step import MicroSettings
+from embeddings.towers.numerics import Floats
 
 D, HIDDEN, HISTORY = 64, 128, 20
 CATEGORIES = [f"category {n}" for n in range(40)]
@@ -35,16 +36,22 @@ def item(number: int, about: int = 0, price: int = 0) -> Item:
     if price:
         attributes["price"] = price
     return Item(
-        item_id=f"i{number}", title=" ".join(words), categories=drawn.sample(CATEGORIES, 2),
-        attributes=attributes, at_ms=now_ms() if about or price else 0,
-    )  # fmt: skip
+        item_id=f"i{number}",
+        title=" ".join(words),
+        categories=drawn.sample(CATEGORIES, 2),
+        attributes=attributes,
+        at_ms=now_ms() if about or price else 0,
+    )
 
 
 def anchor(number: int) -> Item:
     """An item that somebody clicked; nothing else is about the same."""
     like = item(-1 - number)
     return Item(
-        item_id=f"anchor-{number}", title=like.title, categories=like.categories, attributes=like.attributes
+        item_id=f"anchor-{number}",
+        title=like.title,
+        categories=like.categories,
+        attributes=like.attributes,
     )
 
 
@@ -52,9 +59,12 @@ def beside(number: int, item_id: str) -> Item:
     """An item about the very same as an anchor, so it lies where the anchor lies."""
     like = anchor(number)
     return Item(
-        item_id=item_id, title=like.title, categories=like.categories, attributes=like.attributes,
+        item_id=item_id,
+        title=like.title,
+        categories=like.categories,
+        attributes=like.attributes,
         at_ms=now_ms(),
-    )  # fmt: skip
+    )
 
 
 def write(folder: Path, count: int, anchors: int) -> None:
@@ -70,14 +80,23 @@ def write(folder: Path, count: int, anchors: int) -> None:
     bundle.write(
         folder,
         Parts(
-            generation="1", created_ms=now_ms(), item_space=space, item_arrays=arrays, identity_ids=ids,
-            profile_space=features.learn_profiles([{"age": 1}, {"age": 2}]), user_arrays=_user_arrays(),
-            micro=MicroSettings(), item_ids=[one.item_id for one in everything],
-            item_vectors=tower.encode(everything), item_partitions=np.zeros(n, np.int32),
-            item_offsets=np.full(n, -1), item_attributes=[attributes_of(one) for one in everything], cut={},
+            generation="1",
+            created_ms=now_ms(),
+            item_space=space,
+            item_arrays=arrays,
+            identity_ids=ids,
+            profile_space=features.learn_profiles([{"age": 1}, {"age": 2}]),
+            user_arrays=_user_arrays(),
+            micro=MicroSettings(),
+            item_ids=[one.item_id for one in everything],
+            item_vectors=tower.encode(everything),
+            item_partitions=np.zeros(n, np.int32),
+            item_offsets=np.full(n, -1),
+            item_attributes=[attributes_of(one) for one in everything],
+            cut={},
             measured={},
         ),
-    )  # fmt: skip
+    )
 
 
 def _item_arrays(rng: np.random.Generator, count: int, space: FeatureSpace) -> dict[str, Floats]:
@@ -86,17 +105,30 @@ def _item_arrays(rng: np.random.Generator, count: int, space: FeatureSpace) -> d
 
     zeros = np.zeros
     return {
-        "identity": draw(count, 0.5), "features": draw(space.rows, 1.0), "projection": draw(0, 1.0),
-        "projection_bias": zeros(D, np.float32), "w1": zeros((D, HIDDEN), np.float32),
-        "b1": zeros(HIDDEN, np.float32), "w2": zeros((HIDDEN, D), np.float32), "b2": zeros(D, np.float32),
-    }  # fmt: skip
+        "identity": draw(count, 0.5),
+        "features": draw(space.rows, 1.0),
+        "projection": draw(0, 1.0),
+        "projection_bias": zeros(D, np.float32),
+        "w1": zeros((D, HIDDEN), np.float32),
+        "b1": zeros(HIDDEN, np.float32),
+        "w2": zeros((HIDDEN, D), np.float32),
+        "b2": zeros(D, np.float32),
+    }
 
 
 def _user_arrays() -> dict[str, Floats]:
     """Nothing is added to the newest item's vector."""
     rows = features.learn_profiles([{"age": 1}, {"age": 2}]).rows
     shapes = {
-        "query": (D, 2 * D), "query_bias": (2 * D,), "bias": (2, HISTORY), "value": (2 * D, D), "start": (D,),
-        "profile": (rows, D), "w1": (D, HIDDEN), "b1": (HIDDEN,), "w2": (HIDDEN, D), "b2": (D,),
-    }  # fmt: skip
+        "query": (D, 2 * D),
+        "query_bias": (2 * D,),
+        "bias": (2, HISTORY),
+        "value": (2 * D, D),
+        "start": (D,),
+        "profile": (rows, D),
+        "w1": (D, HIDDEN),
+        "b1": (HIDDEN,),
+        "w2": (HIDDEN, D),
+        "b2": (D,),
+    }
     return {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}

@@ -16,9 +16,10 @@ import msgspec
 from confluent_kafka import Producer
 
 from benchmarks.item_catalogue import item
-from eddyline import events, kafka
-from eddyline.settings import load
-from eddyline.slots import partition_of
+from eddyline.kafka import topics
+from eddyline.schema import events
+from eddyline.schema.partitioning import partition_of
+from eddyline.settings.loader import load
 
 FLUSH_S = 60
 
@@ -34,8 +35,10 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
 def send(what: Load) -> dict[str, Any]:
     """Send it all; what was measured. Raises RuntimeError where something was not delivered."""
     settings, rng = load(), random.Random(7)
-    producer = Producer({"bootstrap.servers": settings.kafka_bootstrap_servers, "enable.idempotence": True})
-    topic, partitions = settings.prefixed(kafka.ITEMS), settings.items_partitions
+    producer = Producer(
+        {"bootstrap.servers": settings.kafka_bootstrap_servers, "enable.idempotence": True}
+    )
+    topic, partitions = settings.prefixed(topics.ITEMS), settings.items_partitions
     failed: list[Any] = []
 
     def sent(error: Any, _: Any) -> None:
@@ -54,7 +57,11 @@ def send(what: Load) -> dict[str, Any]:
         about, price = state[number] = (about + 1, price) if n % 2 else (about, price + 1)
         one = item(number, about, price)
         producer.produce(
-            topic, events.encode(one), one.item_id.encode(), partition_of(one.item_id, partitions), sent
+            topic,
+            events.encode(one),
+            one.item_id.encode(),
+            partition_of(one.item_id, partitions),
+            sent,
         )
         producer.poll(0)
     left = producer.flush(FLUSH_S)

@@ -30,17 +30,18 @@ from benchmarks import item_catalogue
 from benchmarks.ingest_measures import Running, cpu_s
 from benchmarks.item_load import Load
 from benchmarks.report import report, row
-from eddyline import events, kafka
-from eddyline.cli.producers import now_ms
-from eddyline.demo.stage import Stage, wait_until_applied
-from eddyline.events import Click, Item
 from eddyline.generations import Manifest
-from eddyline.local.pair import local_pair, log_dir
-from eddyline.local.supervisor import Supervisor
-from eddyline.records import decode_record
-from eddyline.settings import Settings, load
-from eddyline.slots import partition_of
-from serving.client import Client
+from eddyline.kafka import topics
+from eddyline.kafka.producers import now_ms
+from eddyline.schema import events
+from eddyline.schema.events import Click, Item
+from eddyline.schema.item_record import decode_record
+from eddyline.schema.partitioning import partition_of
+from eddyline.settings.loader import Settings, load
+from sandbox.processes import ProcessRunner, wait_until_applied
+from sandbox.servers.local_servers import local_servers, log_dir
+from sandbox.servers.supervisor import Supervisor
+from serving.rpc.client import Client
 
 N = int(os.environ.get("N", "100000"))
 RATE = float(os.environ.get("RATE", "500"))
@@ -95,11 +96,14 @@ class Tail:
         self._stop = threading.Event()
         self._consumer = Consumer(
             {
-                "bootstrap.servers": settings.kafka_bootstrap_servers, "group.id": "bench",
-                "enable.auto.commit": False, "isolation.level": "read_committed", "fetch.wait.max.ms": 500,
+                "bootstrap.servers": settings.kafka_bootstrap_servers,
+                "group.id": "bench",
+                "enable.auto.commit": False,
+                "isolation.level": "read_committed",
+                "fetch.wait.max.ms": 500,
             }
-        )  # fmt: skip
-        topic = settings.prefixed(kafka.item_vectors("1"))
+        )
+        topic = settings.prefixed(topics.item_vectors("1"))
         # Nobody but this benchmark wants to know: the less it fetches, the better.
         self._consumer.assign([TopicPartition(topic, PROBED, OFFSET_END)])
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -138,7 +142,9 @@ class Prober:
         self._settings = settings
         self._tail = Tail(settings)
         self._client = Client(address)
-        self._producer = Producer({"bootstrap.servers": settings.kafka_bootstrap_servers, "linger.ms": 0})
+        self._producer = Producer(
+            {"bootstrap.servers": settings.kafka_bootstrap_servers, "linger.ms": 0}
+        )
         self.paths: Counter[str] = Counter()
 
     def close(self) -> None:
@@ -149,9 +155,11 @@ class Prober:
 
     def click_anchors(self) -> None:
         """One user for each anchor, who clicked nothing else."""
-        topic, partitions = self._settings.prefixed(kafka.CLICKS), self._settings.clicks_partitions
+        topic, partitions = self._settings.prefixed(topics.CLICKS), self._settings.clicks_partitions
         for n in range(ANCHORS):
-            click = Click(user_id=f"user-{n}", item_id=f"anchor-{n}", at_ms=now_ms(), event_id=f"click-{n}")
+            click = Click(
+                user_id=f"user-{n}", item_id=f"anchor-{n}", at_ms=now_ms(), event_id=f"click-{n}"
+            )
             partition = partition_of(click.user_id, partitions)
             self._producer.produce(topic, events.encode(click), click.user_id.encode(), partition)
         self._producer.flush(30)
@@ -178,7 +186,9 @@ class Prober:
             if error is None:
                 seen.offset = message.offset()
 
-        self._producer.produce(self._settings.prefixed(kafka.ITEMS), value, item_id.encode(), partition, sent)
+        self._producer.produce(
+            self._settings.prefixed(topics.ITEMS), value, item_id.encode(), partition, sent
+        )
         self._producer.flush(GIVE_UP_S)
         return seen
 
@@ -272,10 +282,17 @@ def measured(
     sending = Running(settings, "benchmarks.item_load", msgspec.json.encode(what).decode())
     queries = Queries(client.address)
     time.sleep(WARM_S)
-    before, cpu, begun = client.stats().index, {n: cpu_s(pid) for n, pid in pids.items()}, time.monotonic()
+    before, cpu, begun = (
+        client.stats().index,
+        {n: cpu_s(pid) for n, pid in pids.items()},
+        time.monotonic(),
+    )
     put, gone = probe(prober, SECONDS, settings.items_partitions)
     took = time.monotonic() - begun
-    after, share = client.stats().index, {n: (cpu_s(pid) - cpu[n]) / took for n, pid in pids.items()}
+    after, share = (
+        client.stats().index,
+        {n: (cpu_s(pid) - cpu[n]) / took for n, pid in pids.items()},
+    )
     lag = client.stats().tail.lag_records
     queries.close()
     sent = sending.result(120)
@@ -283,7 +300,9 @@ def measured(
     named = 100 * prober.paths["towers"] / max(1, prober.paths.total())
     rows.append(row("answers by the path towers", named, "%", "100", named == 100))
     for q in (50, 99):
-        rows.append(row(f"  a query beside it, p{q}", float(np.percentile(queries.times_ms, q)), "ms"))
+        rows.append(
+            row(f"  a query beside it, p{q}", float(np.percentile(queries.times_ms, q)), "ms")
+        )
     applied, least = (after.applied - before.applied) / took, 0.95 * RATE
     enough = applied >= least
     rows.append(row("  changes applied by the worker", applied, "/s", f"≥ {least:,.0f}", enough))
@@ -316,10 +335,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="eddyline-bench-") as home:
         base = Settings(data_dir=home, worker_port=0, namespace="item")
         item_catalogue.write(base.bundles / "1", N, ANCHORS)
-        with Supervisor(log_dir(base)) as supervisor, local_pair(base, supervisor, owner="bench") as live:
-            stage = Stage(live, supervisor)
+        with (
+            Supervisor(log_dir(base)) as supervisor,
+            local_servers(base, supervisor, owner="bench") as live,
+        ):
+            stage = ProcessRunner(live, supervisor)
             stage.prepare(
-                Manifest(generation="1", bundle="1", dimension=item_catalogue.D, created_ms=now_ms())
+                Manifest(
+                    generation="1", bundle="1", dimension=item_catalogue.D, created_ms=now_ms()
+                )
             )
             worker, address = stage.worker_child(snapshot_interval_s="0")
             supervisor.start(stage.ingest_child(), worker)

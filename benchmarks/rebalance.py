@@ -25,17 +25,17 @@ from kafka.errors import KafkaError
 
 from benchmarks.ingest_measures import Ingest, load
 from benchmarks.report import report, row
-from eddyline import kafka
-from eddyline.cli import replay
-from eddyline.demo import generated
-from eddyline.demo.stage import Stage, wait_until_applied
+from cli.commands import replay_file
 from eddyline.errors import Unavailable
-from eddyline.local.pair import local_pair, log_dir
-from eddyline.local.supervisor import Supervisor
-from eddyline.ports import Source
-from eddyline.settings import Settings
-from eddyline.settings import load as load_settings
+from eddyline.kafka import clients, topics
+from eddyline.settings.loader import Settings
+from eddyline.settings.loader import load as load_settings
 from eddyline.stores.redis import RedisStore
+from eddyline.stores.state_store import Source
+from sandbox.datasets import synthetic
+from sandbox.processes import ProcessRunner, wait_until_applied
+from sandbox.servers.local_servers import local_servers, log_dir
+from sandbox.servers.supervisor import Supervisor
 from tests import oracle
 from tests.chaos.scene import small_generation
 
@@ -99,12 +99,14 @@ class Watcher:
     def _run(self) -> None:
         store, looks = RedisStore(self._settings), self.looks
         partitions = range(self._settings.clicks_partitions)
-        consumer = KafkaConsumer(**kafka.client_options(self._settings), group_id=None)
-        at = [TopicPartition(self._settings.prefixed(kafka.CLICKS), p) for p in partitions]
+        consumer = KafkaConsumer(**clients.client_options(self._settings), group_id=None)
+        at = [TopicPartition(self._settings.prefixed(topics.CLICKS), p) for p in partitions]
         try:
             while not self._stop.wait(LOOK_S):
                 ends = consumer.end_offsets(at)
-                found = [store.fences(Source(kafka.CLICKS, p), [f"u{p}"])[f"u{p}"] for p in partitions]
+                found = [
+                    store.fences(Source(topics.CLICKS, p), [f"u{p}"])[f"u{p}"] for p in partitions
+                ]
                 looks.times.append(time.monotonic())
                 looks.fences.append([-1 if fence is None else fence.offset for fence in found])
                 looks.ends.append([ends[one] for one in at])
@@ -117,7 +119,7 @@ class Watcher:
 
 def owners(settings: Settings, admin: KafkaAdminClient) -> list[int]:
     """How many partitions of clicks each member of ingest's group owns now; members without one left out."""
-    group, topic = settings.prefixed("eddyline-ingest"), settings.prefixed(kafka.CLICKS)
+    group, topic = settings.prefixed("eddyline-ingest"), settings.prefixed(topics.CLICKS)
     try:
         members = admin.describe_groups([group])[group]["members"]
     except KafkaError:  # the group is being made
@@ -134,14 +136,16 @@ def owners(settings: Settings, admin: KafkaAdminClient) -> list[int]:
 def until_shared(settings: Settings, processes: int) -> float:
     """Return once so many processes own all the partitions; the seconds it took."""
     begun = time.monotonic()
-    admin = KafkaAdminClient(**kafka.client_options(settings))
+    admin = KafkaAdminClient(**clients.client_options(settings))
     try:
         while True:
             counts = owners(settings, admin)
             if len(counts) == processes and sum(counts) == settings.clicks_partitions:
                 return time.monotonic() - begun
             if time.monotonic() - begun > SHARED_S:
-                raise RuntimeError(f"{processes} processes ought to share the partitions, it is {counts}")
+                raise RuntimeError(
+                    f"{processes} processes ought to share the partitions, it is {counts}"
+                )
             time.sleep(0.1)
     finally:
         admin.close()
@@ -180,7 +184,13 @@ def change_hands(settings: Settings, steps: Steps, rate: int, phase_s: float) ->
             shared.append(until_shared(settings, len(running)))
             if sending is None:
                 sending = load(
-                    settings, tag="hands", count=count, rate=rate, users=USERS, item_prefix="f", items=300
+                    settings,
+                    tag="hands",
+                    count=count,
+                    rate=rate,
+                    users=USERS,
+                    item_prefix="f",
+                    items=300,
                 )
                 watcher = Watcher(settings)
                 time.sleep(2)  # the generator starts
@@ -224,14 +234,17 @@ STEPS = [
 def main() -> int:
     """Run and report; the exit code."""
     folder = Path(load_settings().data_dir) / "bench"
-    world = generated.generate(items=300, users=120, clicks=6_000, seed=7)
+    world = synthetic.generate(items=300, users=120, clicks=6_000, seed=7)
     with tempfile.TemporaryDirectory(prefix="eddyline-bench-") as home:
         base = Settings(data_dir=home, worker_port=0)
         manifest = small_generation(base.bundles, world)
-        with Supervisor(log_dir(base)) as supervisor, local_pair(base, supervisor, owner="bench") as servers:
+        with (
+            Supervisor(log_dir(base)) as supervisor,
+            local_servers(base, supervisor, owner="bench") as servers,
+        ):
             settings = msgspec.structs.replace(servers, namespace="hands")
-            Stage(settings, supervisor).prepare(manifest)
-            replay.send(settings, world.items)
+            ProcessRunner(settings, supervisor).prepare(manifest)
+            replay_file.send(settings, world.items)
             phases = change_hands(settings, STEPS, RATE, PHASE_S)
             found = oracle.compare(settings)
     rows = []
@@ -241,7 +254,13 @@ def main() -> int:
         rows.append(row("  until the partitions had their new owners", phase.shared_s, "s"))
     wrong = len(found.differences)
     rows.append(
-        row("lists, counts, embeddings, … that differ from the oracle's", wrong, "", "= 0", not wrong)
+        row(
+            "lists, counts, embeddings, … that differ from the oracle's",
+            wrong,
+            "",
+            "= 0",
+            not wrong,
+        )
     )
     rows.append(row("  compared", sum(found.counts.values()), "values"))
     for line in found.differences[:20]:

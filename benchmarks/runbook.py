@@ -24,9 +24,9 @@ import numpy as np
 
 from benchmarks.index import unit
 from benchmarks.report import report, row
-from eddyline.records import ItemRecord
-from eddyline.settings import load
-from index.hnsw import HnswIndex
+from eddyline.schema.item_record import ItemRecord
+from eddyline.settings.loader import load
+from index.factory import HnswIndex
 
 N = int(os.environ.get("N", "1000000" if os.environ.get("LONG") == "1" else "100000"))
 PHASES = int(os.environ.get("PHASES", "8"))
@@ -60,7 +60,9 @@ class Stream:
     def insert(self, count: int) -> None:
         """A cluster of clusters: near a direction of its own."""
         base = unit(self.rng.normal(size=(1, D)))
-        centres = unit(base + 0.7 * self.rng.normal(size=(max(5, count // 200), D)) / np.sqrt(D) * 2)
+        centres = unit(
+            base + 0.7 * self.rng.normal(size=(max(5, count // 200), D)) / np.sqrt(D) * 2
+        )
         around = centres[self.rng.integers(len(centres), size=count)]
         vectors = unit(around + self.rng.normal(size=(count, D)) * (SPREAD / np.sqrt(D)))
         first = sum(map(len, self.clusters))
@@ -92,7 +94,9 @@ class Stream:
             assert time.monotonic() < deadline, "no graph was built in time"
             time.sleep(0.05)
         items = list(self.live)
-        near = np.array([self.live[items[at]] for at in self.rng.integers(len(items), size=QUERIES)])
+        near = np.array(
+            [self.live[items[at]] for at in self.rng.integers(len(items), size=QUERIES)]
+        )
         queries = unit(near + self.rng.normal(size=near.shape) * (0.3 / np.sqrt(D)))
         found10 = found100 = 0
         took = []
@@ -106,7 +110,13 @@ class Stream:
         r10, r100 = found10 / (10 * QUERIES), found100 / (100 * QUERIES)
         stats = self.index.stats()
         return [
-            row(f"{step}: {len(items):,} live, recall@10", r10, "", f"≥ {RECALL_MIN}", r10 >= RECALL_MIN),
+            row(
+                f"{step}: {len(items):,} live, recall@10",
+                r10,
+                "",
+                f"≥ {RECALL_MIN}",
+                r10 >= RECALL_MIN,
+            ),
             row("  recall@100", r100, ""),
             row("  CPU of a query, p50", float(np.median(took)), "µs"),
             row("  in the graph; fresh; stale", stats.main, f"; {stats.fresh:,}; {stats.stale:,}"),
@@ -120,7 +130,9 @@ def main() -> int:
         stream.insert(N // PHASES)
         if phase >= 2:
             stream.delete(phase - 2)
-        rows += stream.search(f"phase {phase + 1}, a cluster came" + (", one went" if phase >= 2 else ""))
+        rows += stream.search(
+            f"phase {phase + 1}, a cluster came" + (", one went" if phase >= 2 else "")
+        )
         print(f"{rows[-4]['measure']}: {rows[-4]['value']}", flush=True)
     stream.turn()
     rows += stream.search("everything turned")

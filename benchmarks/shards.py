@@ -17,10 +17,10 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.report import report, row
-from eddyline.demo.opening import opened
-from eddyline.settings import load
-from serving.client import Client
+from cli.demo.bring_up import bring_up
+from eddyline.settings.loader import load
 from serving.proto.retrieval_pb2 import RetrieveResponse
+from serving.rpc.client import Client
 
 QUERIES = int(os.environ.get("N", "400"))
 SHARDS = int(os.environ.get("SHARDS", "4"))
@@ -36,7 +36,7 @@ def main() -> int:
     """Run and report; the exit code."""
     settings, rng = load(), random.Random(SEED)
     rows, same, asked = [], 0, 0
-    with opened(settings, os.environ.get("DATA", "movielens"), Console()) as system:
+    with bring_up(settings, os.environ.get("DATA", "movielens"), Console()) as system:
         children, _, address = system.stage.sharded_children(SHARDS)
         system.stage.supervisor.start(*children)
         users = sorted(system.world.profiles)
@@ -57,8 +57,12 @@ def main() -> int:
                 p50 = {name: float(np.percentile(values, 50)) for name, values in took.items()}
                 for name, values in took.items():
                     rows.append(row(f"k = {k}, {name}, p50", p50[name], "ms"))
-                    rows.append(row(f"k = {k}, {name}, p99", float(np.percentile(values, 99)), "ms"))
-                rows.append(row(f"k = {k}, added, p50", p50["coordinator"] - p50["one worker"], "ms"))
+                    rows.append(
+                        row(f"k = {k}, {name}, p99", float(np.percentile(values, 99)), "ms")
+                    )
+                rows.append(
+                    row(f"k = {k}, added, p50", p50["coordinator"] - p50["one worker"], "ms")
+                )
     rows.append(row("answers that are the same", 100 * same / asked, "%", "100", same == asked))
     folder = Path(settings.data_dir) / "bench"
     return report("shards", rows, folder, data=data, queries=QUERIES, shards=SHARDS, seed=SEED)

@@ -18,13 +18,13 @@ import numpy as np
 from rich.console import Console
 
 from benchmarks.report import report, row
-from eddyline import kafka
-from eddyline.cli.producers import now_ms, sent_to
-from eddyline.demo.opening import opened
-from eddyline.demo.trace import HOPS, trace
-from eddyline.events import Click
-from eddyline.settings import load
-from serving.client import Client
+from cli.demo.bring_up import bring_up
+from cli.demo.trace import HOPS, trace
+from eddyline.kafka import producers
+from eddyline.kafka.producers import now_ms, sent_to
+from eddyline.schema.events import Click
+from eddyline.settings.loader import load
+from serving.rpc.client import Client
 
 CLICKS = int(os.environ.get("N", "200"))
 SEED = 7
@@ -36,10 +36,10 @@ WARM_UP = 10
 def main() -> int:
     """Run and report; the exit code."""
     settings = load()
-    with opened(settings, os.environ.get("DATA", "movielens"), Console()) as system:
+    with bring_up(settings, os.environ.get("DATA", "movielens"), Console()) as system:
         live, rng = system.stage.settings, random.Random(SEED)
         users = rng.choices(sorted(system.world.profiles), k=CLICKS + WARM_UP)
-        producer = kafka.make_producer(live)
+        producer = producers.make_producer(live)
         traces, changed = [], 0
         with Client(system.address) as client:
             for n, user in enumerate(users):
@@ -51,7 +51,7 @@ def main() -> int:
                     at_ms=now_ms(),
                     kind="like",
                 )
-                token = sent_to(kafka.send_click(producer, live, click), live)
+                token = sent_to(producers.send_click(producer, live, click), live)
                 answer = client.retrieve(user, 10, after=token, wait_ms=2_000)
                 received_us = time.time_ns() // 1_000
                 if n >= WARM_UP:
@@ -65,7 +65,9 @@ def main() -> int:
     rows = [
         row("click visible, p50", p50, "ms", "< 100", bool(p50 < 100)),
         row("click visible, p99", p99, "ms"),
-        row("answers that changed", 100 * changed / len(traces), "%", "100", changed == len(traces)),
+        row(
+            "answers that changed", 100 * changed / len(traces), "%", "100", changed == len(traces)
+        ),
     ]
     for hop in HOPS:
         values = [t.hops[hop] for t in traces]

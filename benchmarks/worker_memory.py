@@ -20,16 +20,16 @@ import numpy as np
 
 from benchmarks import item_catalogue
 from benchmarks.report import report, row
-from eddyline.cli.producers import now_ms
-from eddyline.demo.stage import Stage
 from eddyline.generations import Manifest
-from eddyline.local.pair import local_pair, log_dir
-from eddyline.local.supervisor import Supervisor
-from eddyline.settings import Settings, load
-from serving import presence
-from serving.client import open_channel
+from eddyline.kafka.producers import now_ms
+from eddyline.settings.loader import Settings, load
+from sandbox.processes import ProcessRunner
+from sandbox.servers.local_servers import local_servers, log_dir
+from sandbox.servers.supervisor import Supervisor
+from serving import registry
 from serving.proto import retrieval_pb2 as pb
 from serving.proto.retrieval_pb2_grpc import RetrievalStub
+from serving.rpc.client import open_channel
 
 N = int(os.environ.get("N", "100000"))
 WORKERS, QUERIES, K, ANCHORS = 3, 2_000, 100, 50
@@ -61,18 +61,21 @@ def until(what: str, check: Callable[[], bool]) -> None:
         time.sleep(0.5)
 
 
-def measured(settings: Settings, addresses: list[str], each: int, name: str) -> list[dict[str, Any]]:
+def measured(
+    settings: Settings, addresses: list[str], each: int, name: str
+) -> list[dict[str, Any]]:
     """The rows of these workers, once all have a graph."""
 
     def ready() -> bool:
-        found = presence.running(settings)
+        found = registry.running(settings)
         return len(found) == WORKERS and all(
-            stub.Stats(pb.StatsRequest(), timeout=5).index.main >= 0.9 * N for stub in stubs(addresses, each)
+            stub.Stats(pb.StatsRequest(), timeout=5).index.main >= 0.9 * N
+            for stub in stubs(addresses, each)
         )
 
     until(f"{WORKERS} workers with a graph", ready)
     time.sleep(2)  # what the build left is given back
-    pids = [worker.pid for worker in presence.running(settings)]
+    pids = [worker.pid for worker in registry.running(settings)]
     before = memory_mb(pids)
     asked = stubs(addresses, each)
     for n in range(WORKERS * QUERIES):
@@ -80,10 +83,11 @@ def measured(settings: Settings, addresses: list[str], each: int, name: str) -> 
         asked[n % len(asked)].Retrieve(request, timeout=5)
     after = memory_mb(pids)
     return [
-        row(f"{name}: its own", float(before[0]), "MB"), row("  PSS", float(before[1]), "MB"),
+        row(f"{name}: its own", float(before[0]), "MB"),
+        row("  PSS", float(before[1]), "MB"),
         row(f"  its own after {QUERIES:,} queries of {K} items each", float(after[0]), "MB"),
         row("  PSS", float(after[1]), "MB"),
-    ]  # fmt: skip
+    ]
 
 
 def main() -> int:
@@ -92,23 +96,37 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="eddyline-bench-") as home:
         base = Settings(data_dir=home, worker_port=0, namespace="memory")
         item_catalogue.write(base.bundles / "1", N, ANCHORS)
-        with Supervisor(log_dir(base)) as servers, local_pair(base, servers, owner="bench") as live:
+        with (
+            Supervisor(log_dir(base)) as servers,
+            local_servers(base, servers, owner="bench") as live,
+        ):
             with Supervisor(log_dir(base)) as first:  # its last act is a snapshot
-                stage = Stage(live, first)
+                stage = ProcessRunner(live, first)
                 stage.prepare(
-                    Manifest(generation="1", bundle="1", dimension=item_catalogue.D, created_ms=now_ms())
+                    Manifest(
+                        generation="1", bundle="1", dimension=item_catalogue.D, created_ms=now_ms()
+                    )
                 )
                 first.start(stage.worker_child()[0])
             with Supervisor(log_dir(base)) as several:
-                made = [Stage(live, several).worker_child(f"worker-{n}") for n in range(WORKERS)]
+                made = [
+                    ProcessRunner(live, several).worker_child(f"worker-{n}") for n in range(WORKERS)
+                ]
                 several.start(*(child for child, _ in made))
                 rows = measured(live, [address for _, address in made], 1, "a worker of its own")
             with Supervisor(log_dir(base)) as forked:
-                child, address = Stage(live, forked).worker_child(worker_processes=str(WORKERS))
+                child, address = ProcessRunner(live, forked).worker_child(
+                    worker_processes=str(WORKERS)
+                )
                 forked.start(child)
                 rows += measured(live, [address], 8 * WORKERS, "a process of a forked worker")
     return report(
-        "worker_memory", rows, folder, items=N, workers=WORKERS, seconds=round(time.monotonic() - begun)
+        "worker_memory",
+        rows,
+        folder,
+        items=N,
+        workers=WORKERS,
+        seconds=round(time.monotonic() - begun),
     )
 
 

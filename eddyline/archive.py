@@ -23,10 +23,10 @@ from typing import Any
 import msgspec
 
 from eddyline.errors import SettingsError, Unavailable
-from eddyline.events import Click, Item, Merge, UserProfile
-from eddyline.kafka import CLICKS, ITEMS, USERS
-from eddyline.ports import LogId
-from eddyline.settings import Settings
+from eddyline.kafka.topics import CLICKS, ITEMS, USERS
+from eddyline.schema.events import Click, Item, Merge, UserProfile
+from eddyline.settings.loader import Settings
+from eddyline.stores.state_store import LogId
 
 HOUR_MS = 3_600_000
 # What `clicks` has besides clicks; the files lie beside those of the three topics.
@@ -100,20 +100,36 @@ def schema(topic: str) -> Any:
     place = [("partition", pa.int32()), ("offset", pa.int64()), ("appended_ms", pa.int64())]
     own: dict[str, list[tuple[str, Any]]] = {
         CLICKS: [
-            ("event_id", text), ("user_id", text), ("item_id", text), ("at_ms", pa.int64()), ("kind", text),
-            ("weight", pa.float64()), ("context", text), ("impression_id", text), ("produced_us", pa.int64()),
+            ("event_id", text),
+            ("user_id", text),
+            ("item_id", text),
+            ("at_ms", pa.int64()),
+            ("kind", text),
+            ("weight", pa.float64()),
+            ("context", text),
+            ("impression_id", text),
+            ("produced_us", pa.int64()),
         ],
         ITEMS: [
-            ("item_id", text), ("deleted", pa.bool_()), ("title", text), ("categories", pa.list_(text)),
-            ("tags", pa.list_(text)), ("attributes", text), ("available", pa.bool_()), ("at_ms", pa.int64()),
+            ("item_id", text),
+            ("deleted", pa.bool_()),
+            ("title", text),
+            ("categories", pa.list_(text)),
+            ("tags", pa.list_(text)),
+            ("attributes", text),
+            ("available", pa.bool_()),
+            ("at_ms", pa.int64()),
             ("vector", pa.list_(pa.float64())),
         ],
         USERS: [
-            ("user_id", text), ("deleted", pa.bool_()), ("attributes", text), ("at_ms", pa.int64()),
+            ("user_id", text),
+            ("deleted", pa.bool_()),
+            ("attributes", text),
+            ("at_ms", pa.int64()),
             ("forgotten_sha256", text),
         ],
         MERGES: [("user_id", text), ("merge_into", text), ("at_ms", pa.int64())],
-    }  # fmt: skip
+    }
     return pa.schema(place + own[topic])
 
 
@@ -122,14 +138,30 @@ def row(event: Archived) -> tuple[Any, ...]:
     place, found = (event.partition, event.offset, event.appended_ms), event.event
     if isinstance(found, Click):
         return (
-            *place, found.event_id, found.user_id, found.item_id, found.at_ms, found.kind, found.weight,
-            _json(found.context), found.impression_id, event.produced_us,
-        )  # fmt: skip
+            *place,
+            found.event_id,
+            found.user_id,
+            found.item_id,
+            found.at_ms,
+            found.kind,
+            found.weight,
+            _json(found.context),
+            found.impression_id,
+            event.produced_us,
+        )
     if isinstance(found, Item):
         return (
-            *place, found.item_id, False, found.title, found.categories, found.tags, _json(found.attributes),
-            found.available, found.at_ms, found.vector,
-        )  # fmt: skip
+            *place,
+            found.item_id,
+            False,
+            found.title,
+            found.categories,
+            found.tags,
+            _json(found.attributes),
+            found.available,
+            found.at_ms,
+            found.vector,
+        )
     if isinstance(found, UserProfile):
         return (*place, found.user_id, False, _json(found.attributes), found.at_ms, None)
     if isinstance(found, Merge):
@@ -174,11 +206,15 @@ class Archive:
             if match := _NAME.search(path):
                 hour = datetime.strptime(match[1], _HOUR).replace(tzinfo=UTC)
                 hour_ms = int(hour.timestamp()) * 1000
-                found.append(ArchiveFile(topic, int(match[2]), int(match[3]), int(match[4]), hour_ms, path))
+                found.append(
+                    ArchiveFile(topic, int(match[2]), int(match[3]), int(match[4]), hour_ms, path)
+                )
         wanted = (file for file in found if partition in (None, file.partition))
         return sorted(wanted, key=lambda file: (file.partition, file.first, file.last))
 
-    def read(self, topic: str, partition: int | None = None, *, first: int = 0) -> Iterator[Archived]:
+    def read(
+        self, topic: str, partition: int | None = None, *, first: int = 0
+    ) -> Iterator[Archived]:
         """Events in the order of the log, partition after partition, from offset `first` on, each once."""
         at = (-1, -1)
         for file in self.files(topic, partition):
@@ -251,7 +287,7 @@ class Archive:
         return self._local() / ".partial"
 
     def lock_path(self) -> Path:
-        """The file that whoever puts or rewrites a file holds locked, see `streams.archive.files`."""
+        """The file that whoever puts or rewrites a file holds locked, see `streams.archive.file_placement`."""
         return self._local() / ".lock"
 
     def _local(self) -> Path:
@@ -260,14 +296,19 @@ class Archive:
 
 def metadata_of(log_id: LogId, since: int) -> dict[bytes, bytes]:
     """What a file's schema carries besides its columns. since: see `Archive.since`."""
-    return {_LOG_KEY: f"{log_id.cluster_id}|{log_id.topic_id}".encode(), _SINCE_KEY: str(since).encode()}
+    return {
+        _LOG_KEY: f"{log_id.cluster_id}|{log_id.topic_id}".encode(),
+        _SINCE_KEY: str(since).encode(),
+    }
 
 
 def writer(path: Path, arrow_schema: Any) -> Any:
     """A pyarrow ParquetWriter as every file of the archive is written: the same rows, the same bytes."""
     import pyarrow.parquet as pq
 
-    return pq.ParquetWriter(path, arrow_schema, compression="zstd", compression_level=3, version="2.6")
+    return pq.ParquetWriter(
+        path, arrow_schema, compression="zstd", compression_level=3, version="2.6"
+    )
 
 
 def _json(attributes: object) -> str | None:
@@ -279,13 +320,30 @@ def _attributes(text: str | None) -> Any:
 
 
 def _click(found: tuple[Any, ...]) -> Archived:
-    p, offset, appended_ms, event_id, user, item_id, at_ms, kind, weight, context, impression, produced = (
-        found
-    )
+    (
+        p,
+        offset,
+        appended_ms,
+        event_id,
+        user,
+        item_id,
+        at_ms,
+        kind,
+        weight,
+        context,
+        impression,
+        produced,
+    ) = found
     event = Click(
-        user_id=user, item_id=item_id, at_ms=at_ms, kind=kind, event_id=event_id, weight=weight,
-        context=_attributes(context), impression_id=impression,
-    )  # fmt: skip
+        user_id=user,
+        item_id=item_id,
+        at_ms=at_ms,
+        kind=kind,
+        event_id=event_id,
+        weight=weight,
+        context=_attributes(context),
+        impression_id=impression,
+    )
     return Archived(p, offset, appended_ms, user, event, produced)
 
 
@@ -307,9 +365,15 @@ def _item(found: tuple[Any, ...]) -> Archived:
     if deleted:
         return Archived(p, offset, appended_ms, item_id, None)
     event = Item(
-        item_id=item_id, title=title, categories=categories, tags=tags, attributes=_attributes(attributes),
-        available=available, at_ms=at_ms, vector=vector,
-    )  # fmt: skip
+        item_id=item_id,
+        title=title,
+        categories=categories,
+        tags=tags,
+        attributes=_attributes(attributes),
+        available=available,
+        at_ms=at_ms,
+        vector=vector,
+    )
     return Archived(p, offset, appended_ms, item_id, event)
 
 
@@ -323,4 +387,6 @@ def _profile(found: tuple[Any, ...]) -> Archived:
 
 def _merge(found: tuple[Any, ...]) -> Archived:
     p, offset, appended_ms, user, into, at_ms = found
-    return Archived(p, offset, appended_ms, user, Merge(user_id=user, merge_into=into or "", at_ms=at_ms))
+    return Archived(
+        p, offset, appended_ms, user, Merge(user_id=user, merge_into=into or "", at_ms=at_ms)
+    )

@@ -10,15 +10,15 @@ EddylineError
 │   ├── StoreUnavailable
 │   ├── KafkaUnavailable
 │   ├── ArchiveUnavailable  the archive's files cannot be read or written (`eddyline.archive`)
-│   └── NoGeneration    nothing has been trained yet (`eddyline.start`)
+│   └── NoGeneration    nothing has been trained yet (`eddyline.process.lifecycle`)
 ├── KafkaRefused        Kafka answers, but refuses who we are, how we speak to it, or what we want to do
 ├── StoreRefused        Redis answers, but must not be used as it is set up
 ├── FenceMoved          a fenced write was refused: the fence is not the one that was read
 ├── LocalServerError    a local Kafka or Valkey cannot be installed or started
-├── WorldUnavailable    the demo's data cannot be had (`eddyline.demo.worlds`)
-├── NotShown            an answer of the demo did not change as it had to (`eddyline.demo.show`)
-├── PartitionLost       another process writes for this partition now (`streams.chunk`)
-└── CallFailed          a query worker gave no answer; has gRPC's code (`serving.client`)
+├── DatasetUnavailable    the demo's data cannot be had (`sandbox.datasets.catalogue`)
+├── ScenarioFailed            an answer of the demo did not change as it had to (`cli.demo.scenario`)
+├── PartitionLost       another process writes for this partition now (`streams.ports`)
+└── CallFailed          a query worker gave no answer; has gRPC's code (`serving.rpc.client`)
 """
 
 from __future__ import annotations

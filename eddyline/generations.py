@@ -12,9 +12,9 @@ import msgspec
 from kafka import KafkaConsumer, TopicPartition
 from kafka.errors import KafkaError
 
-from eddyline import kafka
-from eddyline.errors import BundleError, KafkaUnavailable
-from eddyline.settings import Settings
+from eddyline.errors import BundleError, KafkaUnavailable, Unavailable
+from eddyline.kafka import clients, producers, topics
+from eddyline.settings.loader import Settings
 
 _ACTIVE = b"active"
 
@@ -45,18 +45,20 @@ def publish(settings: Settings, manifest: Manifest, *, activate: bool = True) ->
     """
     if manifest.generation.encode() == _ACTIVE:
         raise BundleError("a generation cannot be called 'active'")
-    kafka.ensure_topics(settings, [kafka.GENERATIONS, kafka.item_vectors(manifest.generation)])
-    topic = settings.prefixed(kafka.GENERATIONS)
-    producer = kafka.make_producer(settings)
+    topics.ensure_topics(settings, [topics.GENERATIONS, topics.item_vectors(manifest.generation)])
+    topic = settings.prefixed(topics.GENERATIONS)
+    producer = producers.make_producer(settings)
     try:
-        sent = [producer.send(topic, msgspec.json.encode(manifest), key=manifest.generation.encode())]
+        sent = [
+            producer.send(topic, msgspec.json.encode(manifest), key=manifest.generation.encode())
+        ]
         if activate:
             active_ = msgspec.json.encode(_Active(manifest.generation))
             sent.append(producer.send(topic, active_, key=_ACTIVE))
         for future in sent:
             future.get(timeout=settings.kafka_timeout_ms / 1000)
     except KafkaError as error:
-        raise kafka.trouble(settings, error, f"topic {topic}") from None
+        raise clients.translate_error(settings, error, f"topic {topic}") from None
     finally:
         producer.close(timeout=settings.kafka_timeout_ms / 1000)
 
@@ -74,10 +76,12 @@ def active(settings: Settings, timeout_s: float | None = None) -> Manifest | Non
     try:
         generation = msgspec.json.decode(records[_ACTIVE], type=_Active).generation
         if generation.encode() not in records:
-            raise BundleError(f"generation {generation!r} is active but its manifest is not recorded")
+            raise BundleError(
+                f"generation {generation!r} is active but its manifest is not recorded"
+            )
         return msgspec.json.decode(records[generation.encode()], type=Manifest)
     except msgspec.DecodeError as error:
-        raise BundleError(f"topic {settings.prefixed(kafka.GENERATIONS)}: {error}") from None
+        raise BundleError(f"topic {settings.prefixed(topics.GENERATIONS)}: {error}") from None
 
 
 def known(settings: Settings, timeout_s: float | None = None) -> list[str]:
@@ -87,21 +91,23 @@ def known(settings: Settings, timeout_s: float | None = None) -> list[str]:
 
 
 def _read_all(settings: Settings, timeout_s: float) -> dict[bytes, bytes]:
-    at = TopicPartition(settings.prefixed(kafka.GENERATIONS), 0)
+    at = TopicPartition(settings.prefixed(topics.GENERATIONS), 0)
     deadline = time.monotonic() + timeout_s
     records: dict[bytes, bytes] = {}
     try:
-        consumer = kafka.connected(settings, KafkaConsumer, group_id=None, enable_auto_commit=False)
+        consumer = clients.connect(settings, KafkaConsumer, group_id=None, enable_auto_commit=False)
         try:
             if not consumer.partitions_for_topic(at.topic):
-                kafka.check_seen(settings, kafka.GENERATIONS)
+                topics.check_seen(settings, topics.GENERATIONS)
                 return {}
             consumer.assign([at])
             consumer.seek_to_beginning(at)
             end = consumer.end_offsets([at])[at]
             while consumer.position(at) < end:
                 if time.monotonic() > deadline:
-                    raise KafkaUnavailable(f"topic {at.topic} could not be read in {timeout_s:.1f} s")
+                    raise KafkaUnavailable(
+                        f"topic {at.topic} could not be read in {timeout_s:.1f} s"
+                    )
                 for batch in consumer.poll(timeout_ms=200).values():
                     for record in batch:
                         if record.value is None:
@@ -111,5 +117,17 @@ def _read_all(settings: Settings, timeout_s: float) -> dict[bytes, bytes]:
         finally:
             consumer.close()
     except (KafkaError, OSError) as error:
-        raise kafka.trouble(settings, error, f"topic {at.topic}") from None
+        raise clients.translate_error(settings, error, f"topic {at.topic}") from None
     return records
+
+
+class NoGeneration(Unavailable):
+    """There is no active generation yet; training makes one."""
+
+
+def active_generation(settings: Settings) -> Manifest:
+    """The active generation's manifest. Raises NoGeneration, KafkaUnavailable, BundleError."""
+    manifest = active(settings)
+    if manifest is None:
+        raise NoGeneration("there is no active generation yet; `eddyline train` makes one")
+    return manifest

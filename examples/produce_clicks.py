@@ -14,7 +14,12 @@ producer = KafkaProducer(
 )
 user, *items = sys.argv[1:]
 for item in items:
-    click = {"event_id": uuid.uuid4().hex, "user_id": user, "item_id": item, "at_ms": time.time_ns() // 10**6}
+    click = {
+        "event_id": uuid.uuid4().hex,
+        "user_id": user,
+        "item_id": item,
+        "at_ms": time.time_ns() // 10**6,
+    }
     sent = producer.send(topic, json.dumps(click).encode(), key=user.encode())  # keyed by the user
     at = sent.get(timeout=10)
     print(f"{item}: {at.topic}/{at.partition}/{at.offset}")

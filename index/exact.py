@@ -7,13 +7,13 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from eddyline.records import ItemRecord
+from eddyline.schema.item_record import ItemRecord
+from index.arrays import Vector
 from index.filters import Filter, matches
 from index.port import (
-    Found,
     Hit,
     IndexStats,
-    Vector,
+    SearchResult,
     Watermark,
     check_kinds,
     check_query,
@@ -73,23 +73,23 @@ class ExactIndex:
         return self.apply(records)
 
     def query(
-        self, vector: Vector, k: int, exclude: Collection[str] = (), asked: Filter | None = None
+        self, vector: Vector, k: int, exclude: Collection[str] = (), filters: Filter | None = None
     ) -> list[Hit]:
         """See `Index.query`."""
         check_query(vector, self._dimension)
         query = vector.astype(np.float64)
         scored = [
             _hit(record, float((record.vector.astype(np.float64) * query).sum()))
-            for record in self._live(exclude, asked)
+            for record in self._live(exclude, filters)
             if record.vector is not None
         ]
         return sorted(scored, key=lambda hit: (-hit.score, hit.item_id))[: max(k, 0)]
 
     def find(
-        self, vector: Vector, k: int, exclude: Collection[str] = (), asked: Filter | None = None
-    ) -> Found:
+        self, vector: Vector, k: int, exclude: Collection[str] = (), filters: Filter | None = None
+    ) -> SearchResult:
         """See `Index.find`."""
-        return Found.of(self.query(vector, k, exclude, asked))
+        return SearchResult.of(self.query(vector, k, exclude, filters))
 
     def vectors_of(self, item_ids: Sequence[str]) -> Vector:
         """See `Index.vectors_of`."""
@@ -98,15 +98,20 @@ class ExactIndex:
         vectors = [r.vector for r in found if r is not None and r.vector is not None]
         return np.array(vectors, np.float32).reshape(len(vectors), self._dimension)
 
-    def describe(self, item_ids: Sequence[str], asked: Filter | None = None) -> list[Hit | None]:
+    def describe(self, item_ids: Sequence[str], filters: Filter | None = None) -> list[Hit | None]:
         """See `Index.describe`."""
         with self._lock:
             found = [self._records.get(item_id) for item_id in item_ids]
-        return [None if r is None or r.retired or not _passes(r, asked) else _hit(r, 0.0) for r in found]
+        return [
+            None if r is None or r.retired or not _passes(r, filters) else _hit(r, 0.0)
+            for r in found
+        ]
 
-    def newest(self, k: int, exclude: Collection[str] = (), asked: Filter | None = None) -> list[Hit]:
+    def newest(
+        self, k: int, exclude: Collection[str] = (), filters: Filter | None = None
+    ) -> list[Hit]:
         """See `Index.newest`."""
-        hits = [_hit(record, 0.0) for record in self._live(exclude, asked)]
+        hits = [_hit(record, 0.0) for record in self._live(exclude, filters)]
         return sorted(hits, key=lambda hit: (-hit.at_ms, hit.item_id))[: max(k, 0)]
 
     def watermarks(self) -> Mapping[int, Watermark]:
@@ -129,15 +134,19 @@ class ExactIndex:
     def close(self) -> None:
         """Nothing runs in the background."""
 
-    def _live(self, exclude: Collection[str], asked: Filter | None) -> list[ItemRecord]:
-        left_out = set(exclude)
+    def _live(self, exclude: Collection[str], filters: Filter | None) -> list[ItemRecord]:
+        excluded = set(exclude)
         with self._lock:
             records = list(self._records.values())
-        return [r for r in records if not r.retired and r.item_id not in left_out and _passes(r, asked)]
+        return [
+            r
+            for r in records
+            if not r.retired and r.item_id not in excluded and _passes(r, filters)
+        ]
 
 
-def _passes(record: ItemRecord, asked: Filter | None) -> bool:
-    return asked is None or matches(asked, record.item_id, record.attributes)
+def _passes(record: ItemRecord, filters: Filter | None) -> bool:
+    return filters is None or matches(filters, record.item_id, record.attributes)
 
 
 def _hit(record: ItemRecord, score: float) -> Hit:

@@ -1,7 +1,7 @@
 """What a query may ask of items beside nearness: categories, tags, numeric ranges, lists of ids.
 
 `Filter` is the question, `matches` its meaning for one item (the oracle uses it as it stands),
-`index.columns` the fast form of it over all rows.
+`index.storage.columns` the fast form of it over all rows.
 """
 
 from __future__ import annotations
@@ -70,16 +70,17 @@ def numbers(attributes: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def matches(asked: Filter, item_id: str, attributes: Mapping[str, Any]) -> bool:
+def matches(filters: Filter, item_id: str, attributes: Mapping[str, Any]) -> bool:
     """Whether one item passes."""
-    if item_id in asked.deny or (asked.allow is not None and item_id not in asked.allow):
+    if item_id in filters.deny or (filters.allow is not None and item_id not in filters.allow):
         return False
-    if asked.categories and not asked.categories & texts(attributes, "categories"):
+    if filters.categories and not filters.categories & texts(attributes, "categories"):
         return False
     tags = texts(attributes, "tags")
-    if (asked.tags and not asked.tags & tags) or not asked.tags_all <= tags:
+    if (filters.tags and not filters.tags & tags) or not filters.tags_all <= tags:
         return False
     has = numbers(attributes)
     return all(
-        name in has and between.low <= has[name] <= between.high for name, between in asked.ranges.items()
+        name in has and between.low <= has[name] <= between.high
+        for name, between in filters.ranges.items()
     )

@@ -1,11 +1,11 @@
 """The live index: an immutable main graph, an exact fresh buffer beside it, one reference that readers read.
 
-Everything a query needs hangs on one immutable `State`, read once per query; a write publishes a new State by
+Everything a query needs hangs on one immutable `IndexVersion`, read once per query; a write publishes a new State by
 one assignment. The main graph is never mutated once published: an item that is new, or turned further than
 the gate since the graph was built, goes to the fresh buffer, which every query scans exactly; one that
 turned less stays where the graph has it. All candidates are rescored from the vector table, so every answer
 is by current vectors. A rebuild makes a new graph on its own thread and publishes it with whatever came
-meanwhile as fresh rows; where that takes long the fresh buffer becomes a small graph, too (`index.tiers`).
+meanwhile as fresh rows; where that takes long the fresh buffer becomes a small graph, too (`index.writing.merge_policy`).
 """
 
 from __future__ import annotations
@@ -17,17 +17,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from eddyline.errors import VectorRejected
-from eddyline.records import ItemRecord
-from index import batch, filtered, restore, tiers
-from index.columns import Columns
+from eddyline.schema.item_record import ItemRecord
+from index.arrays import Ints, Vector
 from index.filters import Filter
-from index.graphs import Fresh, Main
-from index.placement import Frozen, Placement
 from index.port import (
-    Found,
+    AnnIndex,
     Hit,
     IndexStats,
-    Vector,
+    SearchResult,
     Watermark,
     check_kinds,
     check_query,
@@ -35,20 +32,26 @@ from index.port import (
     stamps_of,
     watermarks_after,
 )
-from index.rebuild import Rebuilder
-from index.rows import CAPACITY_MIN, Ints, Rows
-from index.snapshot import Contents
-from index.state import State
-from index.versions import Versions
+from index.search import filtered
+from index.snapshot import restore
+from index.snapshot.format import Contents
+from index.storage.columns import Columns
+from index.storage.segments import FreshBuffer
+from index.storage.state import IndexVersion
+from index.storage.vector_table import CAPACITY_MIN, VectorTable
+from index.storage.versions import Versions
+from index.writing import batch, merge_policy
+from index.writing.placement import Frozen, Placement
+from index.writing.rebuilder import Rebuilder
 
 if TYPE_CHECKING:
-    from index.guard import RecallGuard
+    from index.recall_guard import RecallGuard
 
 # So many of the newest items are kept in order until the next write; a call that needs more sorts anew.
 NEWEST_KEPT = 512
 
 
-Build = Callable[[Ints, Vector, threading.Event], Main | None]
+Build = Callable[[Ints, Vector, threading.Event], AnnIndex | None]
 
 
 def _none(dimension: int) -> tuple[Vector, Ints]:
@@ -56,15 +59,21 @@ def _none(dimension: int) -> tuple[Vector, Ints]:
 
 
 class LiveIndex:
-    """The live index over any `Main`; see `index.port.Index` for the contract of every method.
+    """The live index over any `AnnIndex`; see `index.port.Index` for the contract of every method.
 
     Thread rule: any thread. Writers take one lock; readers take none.
     """
 
     def __init__(
-        self, dimension: int, build: Build, *, breadth: int, exact_below: int, fresh_max: int,
+        self,
+        dimension: int,
+        build: Build,
+        *,
+        breadth: int,
+        exact_below: int,
+        fresh_max: int,
         tier_above: int = 0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """An empty index.
 
         build:       makes a Main of (labels (n,), vectors (n, d), stop); None where it was stopped
@@ -75,7 +84,9 @@ class LiveIndex:
         """
         if dimension < 1 or breadth < 1 or exact_below < 0 or fresh_max < 1 or tier_above < 0:
             least = f"dimension {dimension}, breadth {breadth} and fresh_max {fresh_max} must be at least 1"
-            raise ValueError(f"{least}, exact_below {exact_below} and tier_above {tier_above} at least 0")
+            raise ValueError(
+                f"{least}, exact_below {exact_below} and tier_above {tier_above} at least 0"
+            )
         self._dimension = dimension
         self._build = build
         # The recall guard's: it may ask for more candidates, or for exact answers only.
@@ -93,14 +104,25 @@ class LiveIndex:
         # The writer's own: the version of each label, tombstones too, and where each stands.
         self._placement = Placement()
         self._applied = self._ignored = self._rejected = self._refused = 0
-        self._state = State(
-            ids=[], label_of={}, table=Rows(CAPACITY_MIN, dimension), used=0, seq=0, live=0,
-            row_of=np.full(CAPACITY_MIN, -1), names=np.full(CAPACITY_MIN, None), graphs=(), standing=(),
-            fresh=Fresh.of(1, *_none(dimension)), fresh_count=0, watermarks={}, columns=Columns(),
-        )  # fmt: skip
+        self._state = IndexVersion(
+            ids=[],
+            label_of={},
+            table=VectorTable(CAPACITY_MIN, dimension),
+            used=0,
+            seq=0,
+            live=0,
+            row_of=np.full(CAPACITY_MIN, -1),
+            names=np.full(CAPACITY_MIN, None),
+            graphs=(),
+            standing=(),
+            fresh=FreshBuffer.of(1, *_none(dimension)),
+            fresh_count=0,
+            watermarks={},
+            columns=Columns(),
+        )
         self._versions = Versions(self._state.ids, self._state.label_of, np.empty(0, np.int64))
         # The State that this order belongs to, and the order; replaced as one.
-        self._newest: tuple[State | None, list[Hit]] = (None, [])
+        self._newest: tuple[IndexVersion | None, list[Hit]] = (None, [])
 
     # ------------------------------------------------------------------ reading
 
@@ -110,36 +132,36 @@ class LiveIndex:
         return self._dimension
 
     def query(
-        self, vector: Vector, k: int, exclude: Collection[str] = (), asked: Filter | None = None
+        self, vector: Vector, k: int, exclude: Collection[str] = (), filters: Filter | None = None
     ) -> list[Hit]:
         """See `Index.query`."""
-        return self.find(vector, k, exclude, asked).hits()
+        return self.find(vector, k, exclude, filters).hits()
 
     def find(
-        self, vector: Vector, k: int, exclude: Collection[str] = (), asked: Filter | None = None
-    ) -> Found:
+        self, vector: Vector, k: int, exclude: Collection[str] = (), filters: Filter | None = None
+    ) -> SearchResult:
         """See `Index.find`. Up to `exact_below` items, or with much fresh, the scan is exact."""
         check_query(vector, self._dimension)
         state = self._state
         wanted = min(k, state.live)
         if wanted <= 0:
-            return Found.of(())
+            return SearchResult.of(())
         vector = np.ascontiguousarray(vector, np.float32)
-        left_out = exclude if isinstance(exclude, (set, frozenset)) else frozenset(exclude)
+        excluded = exclude if isinstance(exclude, (set, frozenset)) else frozenset(exclude)
         breadth, guard = self.breadth, self.guard
-        if asked is not None:
+        if filters is not None:
             graph = state.live > self._exact_below and not self.exact_only
-            return filtered.query(state, vector, wanted, left_out, asked, breadth if graph else 0)
-        if state.live > self._exact_below and state.searchable(wanted + len(left_out), breadth):
+            return filtered.query(state, vector, wanted, excluded, filters, breadth if graph else 0)
+        if state.live > self._exact_below and state.searchable(wanted + len(excluded), breadth):
             exact = self.exact_only
-            found = None if exact else state.search(vector, wanted, left_out, breadth)
+            found = None if exact else state.search(vector, wanted, excluded, breadth)
             self._refused += found is None and not exact
             if found is None:
-                found = state.scan(vector, wanted, left_out)
+                found = state.scan(vector, wanted, excluded)
             if guard is not None:
-                guard.offer(state, vector, wanted, left_out, found)
+                guard.offer(state, vector, wanted, excluded, found)
             return found
-        return state.scan(vector, wanted, left_out)
+        return state.scan(vector, wanted, excluded)
 
     def vectors_of(self, item_ids: Sequence[str]) -> Vector:
         """See `Index.vectors_of`."""
@@ -147,31 +169,33 @@ class LiveIndex:
         rows = state.rows(item_ids)
         return state.table.gather(rows[rows >= 0])
 
-    def describe(self, item_ids: Sequence[str], asked: Filter | None = None) -> list[Hit | None]:
+    def describe(self, item_ids: Sequence[str], filters: Filter | None = None) -> list[Hit | None]:
         """See `Index.describe`."""
         state = self._state
         rows = state.rows(item_ids)
-        if asked is not None:
-            rows = filtered.passing(state, rows, asked)
+        if filters is not None:
+            rows = filtered.passing(state, rows, filters)
         facts = state.table.facts[rows, 1:].tolist()
         return [
             None if row < 0 else Hit(item_id, 0.0, *of_item)
             for item_id, row, of_item in zip(item_ids, rows.tolist(), facts, strict=True)
         ]
 
-    def newest(self, k: int, exclude: Collection[str] = (), asked: Filter | None = None) -> list[Hit]:
+    def newest(
+        self, k: int, exclude: Collection[str] = (), filters: Filter | None = None
+    ) -> list[Hit]:
         """See `Index.newest`. O(n) after a write, then kept until the next one; with a filter always O(n)."""
         if k <= 0:
             return []
-        state, left_out = self._state, frozenset(exclude)
-        if asked is not None:
-            return state.newest(k, left_out | asked.deny, filtered.kept(state, asked))
+        state, excluded = self._state, frozenset(exclude)
+        if filters is not None:
+            return state.newest(k, excluded | filters.deny, filtered.kept(state, filters))
         known_of, known = self._newest
         if known_of is not state:
             known = state.newest(NEWEST_KEPT, frozenset())
             self._newest = (state, known)
-        found = [hit for hit in known if hit.item_id not in left_out][:k]
-        return found if len(found) == k or len(known) == state.live else state.newest(k, left_out)
+        found = [hit for hit in known if hit.item_id not in excluded][:k]
+        return found if len(found) == k or len(known) == state.live else state.newest(k, excluded)
 
     def watermarks(self) -> Mapping[int, Watermark]:
         """See `Index.watermarks`."""
@@ -225,24 +249,26 @@ class LiveIndex:
             except VectorRejected:
                 self._rejected += 1
                 raise
-            give_way = batch.give_way if len(records) > batch.AT_ONCE else batch.go_on
-            give_way()
+            yield_gil = batch.yield_gil if len(records) > batch.AT_ONCE else batch.without_yielding
+            yield_gil()
             stamps = stamps_of(records)
             after = watermarks_after(self._state.watermarks, stamps)
             if others:
                 after = watermarks_after(after, stamps_of(others))
             state = self._state._replace(watermarks=after)
-            labels, places = self._versions.newer([record.item_id for record in records], stamps[:, 3])
+            labels, places = self._versions.newer(
+                [record.item_id for record in records], stamps[:, 3]
+            )
             try:
-                give_way()
+                yield_gil()
                 if len(labels):
                     changes = batch.chosen(records, vectors, stamps, labels, places)
-                    state = batch.applied(state, self._placement, changes, give_way)
+                    state = batch.apply_changes(state, self._placement, changes, yield_gil)
                 self._state = state
             except BaseException:
                 self._versions.undo()
                 # Who stands where is not known any more: exact until the next rebuild, which is due now.
-                self._state = self._placement.without_graphs(batch.undone(self._state))
+                self._state = self._placement.without_graphs(batch.rollback_on_error(self._state))
                 raise
             self._applied += len(labels)
             self._ignored += len(records) - len(labels)
@@ -253,7 +279,7 @@ class LiveIndex:
         """All that it holds now, for a snapshot. Takes the write lock for a moment."""
         with self._lock:
             state, versions = self._state, self._versions.offsets.copy()
-        return restore.taken(state, versions)
+        return restore.export_state(state, versions)
 
     def restore(self, contents: Contents) -> None:
         """Become what a snapshot holds; queries are exact until the graph is built.
@@ -263,7 +289,7 @@ class LiveIndex:
         with self._lock:
             if self._state.ids or contents.vectors.shape[1] != self._dimension:
                 raise ValueError("only an empty index of the same dimension can be restored")
-            self._state, offsets = restore.given(self._state, contents)
+            self._state, offsets = restore.import_state(self._state, contents)
             self._versions = Versions(self._state.ids, self._state.label_of, offsets)
             self._placement.grow(len(self._state.row_of))
             self._wake()
@@ -338,7 +364,7 @@ class LiveIndex:
             state = self._state
             if not state.graphs:
                 return
-            replaced = tiers.replaced(state, self._placement)
+            replaced = merge_policy.segments_to_merge(state, self._placement)
             frozen = self._placement.freeze(state, replaced)
         if not len(frozen.labels):
             return
@@ -347,4 +373,6 @@ class LiveIndex:
             return
         with self._lock:
             if self._state.graphs:  # the graphs may have been let go meanwhile
-                self._state = self._placement.adopt(self._state, main, frozen, replaced, first=False)
+                self._state = self._placement.adopt(
+                    self._state, main, frozen, replaced, first=False
+                )

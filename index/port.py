@@ -1,6 +1,6 @@
 """The index's port: vectors of items in, nearest items out.
 
-Implemented by `index.exact` (the oracle) and `index.hnsw` (the live index); one contract suite runs over
+Implemented by `index.exact` (the oracle) and `index.backends.hnswlib` (the live index); one contract suite runs over
 both. Every write carries the item's source offset, its version: an older or equal one is a no-op, so that
 writes are idempotent and a delete wins for ever over whatever was written before it.
 """
@@ -18,10 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from eddyline.errors import VectorRejected
-from eddyline.records import ItemRecord
+from eddyline.schema.item_record import ItemRecord
+from index.arrays import Ints, Vector
 from index.filters import Filter
-
-Vector = npt.NDArray[np.float32]
 
 # float32 rounding of a normalised vector of 4,096 numbers stays below 1e-5; what is further off was not
 # normalised.
@@ -50,7 +49,7 @@ _shape_of = attrgetter("shape")
 _stamps_of = attrgetter("partition", "at_ms", "written_us", "offset")
 
 
-class Found:
+class SearchResult:
     """The answer of a query as columns: what most callers need of it costs no object for each item.
 
     ids:    best first; scores: float64 (n,), as `Hit.score`
@@ -59,15 +58,19 @@ class Found:
 
     __slots__ = ("facts", "ids", "scores")
 
-    def __init__(self, ids: list[str], scores: npt.NDArray[np.float64], facts: npt.NDArray[np.int64]) -> None:
+    def __init__(
+        self, ids: list[str], scores: npt.NDArray[np.float64], facts: npt.NDArray[np.int64]
+    ) -> None:
         """Over these columns, of the same length."""
         self.ids, self.scores, self.facts = ids, scores, facts
 
     @classmethod
-    def of(cls, hits: Sequence[Hit]) -> Found:
+    def of(cls, hits: Sequence[Hit]) -> SearchResult:
         """The columns of some hits."""
         facts = np.array([hit[2:] for hit in hits], np.int64).reshape(len(hits), 3)
-        return cls([hit.item_id for hit in hits], np.array([hit.score for hit in hits], np.float64), facts)
+        return cls(
+            [hit.item_id for hit in hits], np.array([hit.score for hit in hits], np.float64), facts
+        )
 
     def __len__(self) -> int:
         """How many items."""
@@ -95,8 +98,8 @@ class Watermark(NamedTuple):
 NO_WATERMARK = Watermark(-(2**63), -(2**63), -(2**63))
 
 
-class Recall(NamedTuple):
-    """What the recall guard knows (`index.guard`).
+class RecallEstimate(NamedTuple):
+    """What the recall guard knows (`index.recall_guard`).
 
     step:            "normal", or what is done about a recall that is too low: "wider", "rebuild", "exact"
     samples:         shadow queries that the estimate is made of; 0: the figures below mean nothing yet
@@ -126,7 +129,7 @@ class IndexStats:
     rows: rows of the vector table, dead ones included
     applied, ignored, rejected: records; refused: graph searches that had to be answered by an exact scan
     rebuild_error: what the last rebuild died of, "" where it went well; then the old graph is still in use
-    main_name, main_bytes: which main index (`index.mains`) and its memory; breadth: candidates of a search
+    main_name, main_bytes: which main index (`index.backends`) and its memory; breadth: candidates of a search
     recall: of the recall guard, None where there is none
     """
 
@@ -148,7 +151,7 @@ class IndexStats:
     main_name: str = ""
     main_bytes: int = 0
     breadth: int = 0
-    recall: Recall | None = None
+    recall: RecallEstimate | None = None
     tiers: int = 0
     tiered: int = 0
 
@@ -179,7 +182,7 @@ class Index(Protocol):
         """`apply` of records that all are deletes; raises ValueError where one is not."""
 
     def query(
-        self, vector: Vector, k: int, exclude: Collection[str] = (), asked: Filter | None = None
+        self, vector: Vector, k: int, exclude: Collection[str] = (), filters: Filter | None = None
     ) -> list[Hit]:
         """The live items of the highest inner product, best first, equal scores by item id.
 
@@ -190,17 +193,19 @@ class Index(Protocol):
         """
 
     def find(
-        self, vector: Vector, k: int, exclude: Collection[str] = (), asked: Filter | None = None
-    ) -> Found:
+        self, vector: Vector, k: int, exclude: Collection[str] = (), filters: Filter | None = None
+    ) -> SearchResult:
         """The same answer as `query`, as columns."""
 
     def vectors_of(self, item_ids: Sequence[str]) -> Vector:
         """float32 (h, d): the vectors of the live ones among the items, order and repeats kept."""
 
-    def describe(self, item_ids: Sequence[str], asked: Filter | None = None) -> list[Hit | None]:
+    def describe(self, item_ids: Sequence[str], filters: Filter | None = None) -> list[Hit | None]:
         """For each item its `Hit` with score 0.0, None where it is not live or does not pass the filter."""
 
-    def newest(self, k: int, exclude: Collection[str] = (), asked: Filter | None = None) -> list[Hit]:
+    def newest(
+        self, k: int, exclude: Collection[str] = (), filters: Filter | None = None
+    ) -> list[Hit]:
         """The live items of the largest `at_ms` that pass, newest first, equal ones by item id; score 0.0."""
 
     def watermarks(self) -> Mapping[int, Watermark]:
@@ -216,7 +221,9 @@ class Index(Protocol):
 def check_query(vector: Vector, dimension: int) -> None:
     """Raise VectorRejected where a query vector is not a finite float array (d,)."""
     if vector.shape != (dimension,):
-        raise VectorRejected(f"query vector: shape {vector.shape}, the index has dimension {dimension}")
+        raise VectorRejected(
+            f"query vector: shape {vector.shape}, the index has dimension {dimension}"
+        )
     wide = vector.astype(np.float64)  # squares of float32 may be too large for it
     # The sum of squares is finite where every number is; one product is cheaper than asking each.
     if not math.isfinite(wide.dot(wide)):
@@ -232,7 +239,9 @@ def stack_vectors(records: Sequence[ItemRecord], dimension: int) -> Vector:
     if shapes != {(dimension,)}:
         bad = next(r for r in records if r.vector is not None and r.vector.shape != (dimension,))
         found = getattr(bad.vector, "shape", None)
-        raise VectorRejected(f"item {bad.item_id!r}: shape {found}, the index has dimension {dimension}")
+        raise VectorRejected(
+            f"item {bad.item_id!r}: shape {found}, the index has dimension {dimension}"
+        )
     rows = np.concatenate(vectors).astype(np.float32, copy=False).reshape(len(vectors), dimension)
     squares = np.einsum("ij,ij->i", rows, rows)
     # A comparison with NaN is false, so this catches NaN and infinity as well.
@@ -282,3 +291,25 @@ def winners(records: Sequence[ItemRecord]) -> dict[str, ItemRecord]:
         if before is None or record.offset > before.offset:
             chosen[record.item_id] = record
     return chosen
+
+
+class AnnIndex(Protocol):
+    """An immutable index over the vectors of a moment; built once, searched by many threads."""
+
+    @property
+    def size(self) -> int:
+        """How many vectors it holds."""
+
+    @property
+    def name(self) -> str:
+        """Which one of `index.backends` it is."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """Its memory, vectors of its own included."""
+
+    def search(self, query: Vector, fetch: int, breadth: int = 0) -> Ints | None:
+        """The labels of about the `fetch` (<= size) best vectors, None where it cannot find so many.
+
+        breadth: the search is as wide as one for so many candidates, where that is more
+        """

@@ -19,32 +19,33 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from eddyline import kafka, logs, start
-from eddyline import settings as settings_
 from eddyline.errors import SettingsError
-from eddyline.local import endpoints
-from eddyline.settings import Settings
-from eddyline.start import Patience, Stopped
+from eddyline.kafka import topics
+from eddyline.process import discovery, lifecycle, logs
+from eddyline.process.retry import Patience, Stopped
+from eddyline.settings import loader
+from eddyline.settings.loader import Settings
 from eddyline.stores.redis import RedisStore
-from embeddings.bundle import Bundle
-from embeddings.user_tower import query_vector
-from index.guard import RecallGuard
+from embeddings.bundle.bundle import Bundle
+from embeddings.towers.user_tower import query_vector
+from index.backends.base import AnnBackend
+from index.backends.registry import make_backend
 from index.live import LiveIndex
-from index.mains.choose import main_index
-from index.mains.port import MainIndex
-from serving import metrics, presence, wiring
-from serving.forked import Forked, politely
-from serving.opened import Opened, open_index
-from serving.paths.popular import PopularPath
-from serving.paths.towers import TowersPath
-from serving.published import wait_until_published
-from serving.replica import Replica
-from serving.retrieve import Retriever
-from serving.server import PortTaken, SharedPort, WorkerServer
-from serving.service import OfShard, Ready, Service
-from serving.shard import Held, ShardService
-from serving.share import Share, share_of
-from serving.users import UserReader
+from index.recall_guard import RecallGuard
+from serving import dependencies, metrics, registry
+from serving.answer.retriever import Retriever
+from serving.answer.user_reader import UserReader
+from serving.recall.popular import PopularPath
+from serving.recall.towers import TowersPath
+from serving.rpc.backends import ShardBackend, WorkerBackend
+from serving.rpc.retrieval_service import RetrievalService
+from serving.rpc.server import PortTaken, SharedPort, WorkerServer
+from serving.rpc.shard_service import ShardService, ShardServicer
+from serving.sharding import ShardAssignment, shard_of
+from serving.worker.prefork import Prefork, run_niced
+from serving.worker.publish_barrier import wait_until_published
+from serving.worker.replica import Replica
+from serving.worker.startup import OpenedIndex, open_index
 
 log = logging.getLogger(__name__)
 
@@ -55,21 +56,21 @@ GRACE_S = 5.0
 def main() -> int:
     """Serve until SIGTERM or SIGINT. Returns the exit code."""
     stop = threading.Event()
-    start.stop_on_signals(stop)
+    lifecycle.stop_on_signals(stop)
     try:
-        loaded = settings_.load()
+        loaded = loader.load()
         logs.configure(loaded, "worker")
-        settings = endpoints.resolve(loaded)
-        main = main_index(
+        settings = discovery.resolve(loaded)
+        main = make_backend(
             settings.index_main,
             m=settings.index_m,
             ef_construction=settings.index_ef_construction,
             ef=settings.index_ef,
         )
-        share = share_of(settings)
+        share = shard_of(settings)
         if settings.worker_processes > 1:
-            return start.ended(_many(settings, main, share, stop))
-        service, shard = Service(settings), ShardService(share)
+            return lifecycle.run_until_exit(_many(settings, main, share, stop))
+        service, shard = RetrievalService(settings), ShardService(share)
         server = WorkerServer(settings, service, shard)
     except (SettingsError, PortTaken) as error:
         sys.stderr.write(f"{error}\n")
@@ -77,37 +78,46 @@ def main() -> int:
     _say(f"worker listens on {server.address}")
     patience = Patience(settings, stop, service.waiting_for)
     try:
-        return start.ended(
-            lambda: _run(settings, service, shard, patience, stop, lambda: server,
-                         lambda: open_index(settings, main, share, patience))
-        )  # fmt: skip
+        return lifecycle.run_until_exit(
+            lambda: _run(
+                settings,
+                service,
+                shard,
+                patience,
+                stop,
+                lambda: server,
+                lambda: open_index(settings, main, share, patience),
+            )
+        )
     finally:
         server.stop(GRACE_S)
 
 
-def _many(settings: Settings, main: MainIndex, share: Share, stop: threading.Event) -> Callable[[], int]:
-    """Runs the processes of a worker, see `serving.forked`. Raises SettingsError, PortTaken."""
+def _many(
+    settings: Settings, main: AnnBackend, share: ShardAssignment, stop: threading.Event
+) -> Callable[[], int]:
+    """Runs the processes of a worker, see `serving.worker.prefork`. Raises SettingsError, PortTaken."""
     port = SharedPort(settings)
     _say(f"{settings.worker_processes} worker processes listen on {port.address}")
     patience = Patience(settings, stop)
-    held: list[Opened] = []  # the one whose graph is being built; a stop ends the building
+    held: list[OpenedIndex] = []  # the one whose graph is being built; a stop ends the building
 
     def give_up() -> None:
         for opened in held:
             opened.index.close()
 
-    start.stop_on_signals(stop, give_up)
+    lifecycle.stop_on_signals(stop, give_up)
 
-    def opened() -> Opened:
+    def opened() -> OpenedIndex:
         held[:] = [open_index(settings, main, share, patience)]
         return held[0]
 
-    def built(opened: Opened) -> bool:
+    def built(opened: OpenedIndex) -> bool:
         large = opened.index.stats().live > settings.index_exact_below
-        return large and politely(opened.index.rebuild)
+        return large and run_niced(opened.index.rebuild)
 
-    def serve(opened: Opened, place: int, ready: Callable[[], None]) -> int:
-        service, shard = Service(settings), ShardService(share)
+    def serve(opened: OpenedIndex, place: int, ready: Callable[[], None]) -> int:
+        service, shard = RetrievalService(settings), ShardService(share)
         made: list[WorkerServer] = []
 
         def bind() -> WorkerServer:
@@ -115,37 +125,60 @@ def _many(settings: Settings, main: MainIndex, share: Share, stop: threading.Eve
             return made[0]
 
         try:
-            return start.ended(
-                lambda: _run(settings, service, shard, Patience(settings, stop), stop, bind, lambda: opened,
-                             place=place, ready=ready)
-            )  # fmt: skip
+            return lifecycle.run_until_exit(
+                lambda: _run(
+                    settings,
+                    service,
+                    shard,
+                    Patience(settings, stop),
+                    stop,
+                    bind,
+                    lambda: opened,
+                    place=place,
+                    ready=ready,
+                )
+            )
         finally:
             for server in made:
                 server.stop(GRACE_S)
 
-    keeper = Forked(
-        settings.worker_processes, opened, built, serve, stop,
-        renew_s=settings.worker_renew_s, backoff_s_max=settings.backoff_ms_max / 1000,
-    )  # fmt: skip
+    keeper = Prefork(
+        settings.worker_processes,
+        opened,
+        built,
+        serve,
+        stop,
+        renew_s=settings.worker_renew_s,
+        backoff_s_max=settings.backoff_ms_max / 1000,
+    )
     return keeper.run
 
 
 def _run(
-    settings: Settings, service: Service, shard: ShardService, patience: Patience, stop: threading.Event,
-    bind: Callable[[], WorkerServer], opening: Callable[[], Opened], *, place: int = 0,
+    settings: Settings,
+    service: RetrievalService,
+    shard: ShardService,
+    patience: Patience,
+    stop: threading.Event,
+    bind: Callable[[], WorkerServer],
+    opening: Callable[[], OpenedIndex],
+    *,
+    place: int = 0,
     ready: Callable[[], None] = lambda: None,
-) -> None:  # fmt: skip
+) -> None:
     """Serve what `opening` gives.
 
     place: which of several processes this is; the first one writes snapshots. ready: called once it serves
     """
     share = shard.share
     unmeasured = metrics.serve(settings, service, place)
-    store = wiring.open_store(settings, patience)
+    store = dependencies.open_store(settings, patience)
     opened = opening()
     generation, index, snapshots = opened.generation, opened.index, opened.snapshots
-    replica = Replica(settings, generation.generation, index, positions=opened.positions, share=share)
-    popular = wiring.popular_path(settings, store)
+    replica = Replica(
+        settings, generation.generation, index, positions=opened.positions, share=share
+    )
+    popular = dependencies.popular_path(settings, store)
     announced: Path | None = None
     try:
         _guard(settings, index)
@@ -161,17 +194,23 @@ def _run(
         while not replica.wait_caught_up(0.05):
             if stop.is_set():
                 raise Stopped
-        shard.serve(Held(generation.generation, index, replica.missing))
+        shard.serve(ShardServicer(generation.generation, index, replica.missing))
         if share.whole:
-            users = wiring.user_reader(settings, store, generation.generation, opened.logs[kafka.CLICKS])
+            users = dependencies.user_reader(
+                settings, store, generation.generation, opened.logs[topics.CLICKS]
+            )
             service.serve(_ready(settings, store, users, generation, index, replica, popular))
         else:
-            held = OfShard(generation.generation, share, index, replica.state, replica.missing)
+            held = ShardBackend(generation.generation, share, index, replica.state, replica.missing)
             service.serve(held)
         server = bind()
         server.set_serving(True)
-        announced = presence.announce(settings, _present(server.address, generation, share))
-        told = {"address": server.address, "items": index.stats().live, "holds": share.name or "all items"}
+        announced = registry.announce(settings, _present(server.address, generation, share))
+        told = {
+            "address": server.address,
+            "items": index.stats().live,
+            "holds": share.name or "all items",
+        }
         log.info("worker serves", extra=told)
         ready()
         while not stop.wait(60.0):
@@ -207,9 +246,14 @@ def _guard(settings: Settings, index: LiveIndex) -> None:
 
 
 def _ready(
-    settings: Settings, store: RedisStore, users: UserReader, generation: Bundle, index: LiveIndex,
-    replica: Replica, popular: PopularPath,
-) -> Ready:  # fmt: skip
+    settings: Settings,
+    store: RedisStore,
+    users: UserReader,
+    generation: Bundle,
+    index: LiveIndex,
+    replica: Replica,
+    popular: PopularPath,
+) -> WorkerBackend:
     retriever = Retriever(
         store=store,
         index=index,
@@ -219,15 +263,18 @@ def _ready(
         item_slots=settings.item_slots,
         index_missing=replica.missing,
     )
-    return Ready(generation.generation, retriever, index, popular, replica.state)
+    return WorkerBackend(generation.generation, retriever, index, popular, replica.state)
 
 
-def _present(address: str, generation: Bundle, share: Share) -> presence.Worker:
+def _present(address: str, generation: Bundle, share: ShardAssignment) -> registry.RegisteredWorker:
     now_ms = time.time_ns() // 1_000_000
-    return presence.Worker(
-        address=address, pid=os.getpid(), generation=generation.generation, started_ms=now_ms,
+    return registry.RegisteredWorker(
+        address=address,
+        pid=os.getpid(),
+        generation=generation.generation,
+        started_ms=now_ms,
         answers=share.whole,
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

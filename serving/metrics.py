@@ -16,10 +16,10 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from eddyline import metrics
-from eddyline.settings import Settings
+from eddyline.process import metrics
+from eddyline.settings.loader import Settings
 from serving.proto import retrieval_pb2 as pb
-from serving.service import BUCKETS_S, Service
+from serving.rpc.retrieval_service import BUCKETS_S, RetrievalService
 
 
 class WorkerCollector(Collector):
@@ -28,18 +28,22 @@ class WorkerCollector(Collector):
     own_index: whether it has one; a coordinator's figures are of whichever shards answer just now
     """
 
-    def __init__(self, service: Service, own_index: bool = True) -> None:
+    def __init__(self, service: RetrievalService, own_index: bool = True) -> None:
         self._service = service
         self._own_index = own_index
 
     def collect(self) -> Iterator[Metric]:
         """Every metric. Before the process is ready only those of queries."""
         stats = self._service.stats()
-        yield GaugeMetricFamily("eddyline_worker_ready", "Whether queries are answered", value=stats.ready)
+        yield GaugeMetricFamily(
+            "eddyline_worker_ready", "Whether queries are answered", value=stats.ready
+        )
         failed = {"failed": stats.queries_failed, "answered": stats.queries - stats.queries_failed}
         yield _by(CounterMetricFamily, "eddyline_worker_queries", "Queries", "outcome", failed)
         yield self._times()
-        yield GaugeMetricFamily("eddyline_worker_missing", "What answers lack now", value=len(stats.missing))
+        yield GaugeMetricFamily(
+            "eddyline_worker_missing", "What answers lack now", value=len(stats.missing)
+        )
         if stats.ready:
             yield _sizes(stats.index)
         if stats.ready and self._own_index:
@@ -57,20 +61,27 @@ class WorkerCollector(Collector):
         return HistogramMetricFamily("eddyline_worker_query_seconds", "Queries", buckets, total_s)
 
 
-def serve(settings: Settings, service: Service, place: int = 0, own_index: bool = True) -> Callable[[], None]:
+def serve(
+    settings: Settings, service: RetrievalService, place: int = 0, own_index: bool = True
+) -> Callable[[], None]:
     """Answer Prometheus at `worker_metrics_port`, where it is set. Returns what ends that.
 
     place: which of several processes of one worker; each has the next port
     own_index: see `WorkerCollector`
     """
     port = settings.worker_metrics_port
-    return metrics.serve(settings.metrics_host, port and port + place, WorkerCollector(service, own_index))
+    return metrics.serve(
+        settings.metrics_host, port and port + place, WorkerCollector(service, own_index)
+    )
 
 
 def _by(
     kind: type[CounterMetricFamily] | type[GaugeMetricFamily],
-    name: str, what: str, label: str, values: Mapping[str, float],
-) -> Metric:  # fmt: skip
+    name: str,
+    what: str,
+    label: str,
+    values: Mapping[str, float],
+) -> Metric:
     """One metric with a value for each value of its label."""
     family = kind(name, what, labels=[label])
     for value, number in values.items():
@@ -100,13 +111,19 @@ def _index(index: pb.IndexSizes) -> Iterator[Metric]:
         records,
     )
     rebuilds = {"done": index.rebuilds, "failed": index.rebuilds_failed}
-    yield _by(CounterMetricFamily, "eddyline_worker_index_rebuilds", "Graphs built", "outcome", rebuilds)
-    yield GaugeMetricFamily("eddyline_worker_index_rebuilding", "A rebuild goes on", value=index.rebuilding)
+    yield _by(
+        CounterMetricFamily, "eddyline_worker_index_rebuilds", "Graphs built", "outcome", rebuilds
+    )
+    yield GaugeMetricFamily(
+        "eddyline_worker_index_rebuilding", "A rebuild goes on", value=index.rebuilding
+    )
     seconds = "eddyline_worker_index_rebuild_seconds"
     yield GaugeMetricFamily(seconds, "What the last rebuild took", value=index.rebuild_s)
     exact = "eddyline_worker_index_exact"
     yield CounterMetricFamily(exact, "Searches answered by a scan instead", value=index.refused)
-    yield GaugeMetricFamily("eddyline_worker_index_breadth", "Candidates of a search", value=index.breadth)
+    yield GaugeMetricFamily(
+        "eddyline_worker_index_breadth", "Candidates of a search", value=index.breadth
+    )
 
 
 def _recall(recall: pb.RecallStatus) -> Iterator[Metric]:
@@ -119,21 +136,47 @@ def _recall(recall: pb.RecallStatus) -> Iterator[Metric]:
             "bound",
             bounds,
         )
-    yield GaugeMetricFamily("eddyline_worker_recall_samples", "Queries it is from", value=recall.samples)
+    yield GaugeMetricFamily(
+        "eddyline_worker_recall_samples", "Queries it is from", value=recall.samples
+    )
     steps = {step: float(step == recall.step) for step in ("normal", "wider", "rebuild", "exact")}
-    yield _by(GaugeMetricFamily, "eddyline_worker_recall_step", "What the recall guard does", "step", steps)
+    yield _by(
+        GaugeMetricFamily,
+        "eddyline_worker_recall_step",
+        "What the recall guard does",
+        "step",
+        steps,
+    )
     shadowed = {"compared": recall.shadowed, "skipped": recall.skipped}
-    yield _by(CounterMetricFamily, "eddyline_worker_recall_shadowed", "Sampled queries", "outcome", shadowed)
+    yield _by(
+        CounterMetricFamily,
+        "eddyline_worker_recall_shadowed",
+        "Sampled queries",
+        "outcome",
+        shadowed,
+    )
 
 
 def _tail(tail: pb.TailStatus) -> Iterator[Metric]:
     lag = "eddyline_worker_tail_lag_records"
-    yield GaugeMetricFamily(lag, "Item records not applied yet, as of the last look", value=tail.lag_records)
-    yield GaugeMetricFamily("eddyline_worker_tail_caught_up", "It has reached the end", value=tail.caught_up)
-    yield CounterMetricFamily("eddyline_worker_tail_records", "Item records read", value=tail.records)
+    yield GaugeMetricFamily(
+        lag, "Item records not applied yet, as of the last look", value=tail.lag_records
+    )
+    yield GaugeMetricFamily(
+        "eddyline_worker_tail_caught_up", "It has reached the end", value=tail.caught_up
+    )
+    yield CounterMetricFamily(
+        "eddyline_worker_tail_records", "Item records read", value=tail.records
+    )
     bad = {"undecodable": tail.undecodable, "rejected": tail.rejected}
     yield _by(
-        CounterMetricFamily, "eddyline_worker_tail_skipped", "Item records that are none", "reason", bad
+        CounterMetricFamily,
+        "eddyline_worker_tail_skipped",
+        "Item records that are none",
+        "reason",
+        bad,
     )
     away_s = max(0.0, time.time() - tail.away_since_ms / 1000) if tail.away_since_ms else 0.0
-    yield GaugeMetricFamily("eddyline_worker_kafka_away_seconds", "How long Kafka is away", value=away_s)
+    yield GaugeMetricFamily(
+        "eddyline_worker_kafka_away_seconds", "How long Kafka is away", value=away_s
+    )

@@ -28,25 +28,30 @@ from typing import NoReturn
 from aiokafka.errors import KafkaError
 from kafka import KafkaProducer
 
-from eddyline import alive, generations, kafka, logs, start
-from eddyline import settings as settings_
+from eddyline import generations
 from eddyline.errors import SettingsError
-from eddyline.local import endpoints
-from eddyline.ports import LogId
-from eddyline.settings import Settings
-from eddyline.start import Patience
+from eddyline.kafka import topics
+from eddyline.process import discovery, heartbeat, lifecycle, logs
+from eddyline.process.retry import Patience
+from eddyline.settings import loader
+from eddyline.settings.loader import Settings
+from eddyline.stores import layout
 from eddyline.stores.redis import RedisStore
-from embeddings import bundle
-from embeddings.bundle import Bundle
-from streams import clicks, item_cards, membership, metrics, refusals, users
+from eddyline.stores.state_store import LogId
+from embeddings.bundle import bundle
+from embeddings.bundle.bundle import Bundle
+from streams import metrics, static_membership, users
 from streams.app import IngestApp
-from streams.applying import Lane
-from streams.clicks import ClickIngest
+from streams.clicks import handler as clicks_handler
+from streams.clicks.handler import ClickIngest
+from streams.clicks.micro_steps import MicroSteps
+from streams.consumer import errors
 from streams.dead_letters import KafkaDeadLetters, KafkaForwarder, outlet_producer
-from streams.items import ItemIngest
-from streams.micro_steps import MicroSteps
-from streams.positions import Positions
-from streams.publisher import TransactionalPublisher
+from streams.dispatcher import TopicPipeline
+from streams.fences import PartitionFences
+from streams.items import metadata
+from streams.items.handler import ItemIngest
+from streams.items.publisher import TransactionalPublisher
 from streams.users import UserIngest
 
 log = logging.getLogger(__name__)
@@ -58,39 +63,46 @@ _GARBAGE = (50_000, 20, 100)
 _PART_MAX = 48
 # A stop that takes longer than this is no good stop: the fences make a hard one harmless.
 _STOP_S_MAX = 10.0
-_TALKATIVE = ("aiokafka", "aiokafka.consumer.fetcher", "aiokafka.consumer.group_coordinator", "aiokafka.conn")
+_TALKATIVE = (
+    "aiokafka",
+    "aiokafka.consumer.fetcher",
+    "aiokafka.consumer.group_coordinator",
+    "aiokafka.conn",
+)
 
 
 def main() -> int:
     """Run until SIGTERM or SIGINT. Returns the exit code."""
     signal.signal(signal.SIGTERM, _leave)  # until the event loop has its own handler
     try:
-        settings = endpoints.resolve(settings_.load())
+        settings = discovery.resolve(loader.load())
     except SettingsError as error:
         sys.stderr.write(f"{error}\n")
         return 2
     logs.configure(settings, "ingest")
     for handler in logging.getLogger().handlers:
-        handler.addFilter(refusals.Untraced())
+        handler.addFilter(errors.WithoutTraceback())
     for name in _TALKATIVE:
         logging.getLogger(name).addFilter(_Sparse())
-    return start.ended(lambda: _run(settings))
+    return lifecycle.run_until_exit(lambda: _run(settings))
 
 
 def _run(settings: Settings) -> None:
     patience = Patience(settings)
-    patience.until("Kafka", lambda: kafka.ensure_topics(settings))
+    patience.until("Kafka", lambda: topics.ensure_topics(settings))
     store = RedisStore(settings)
     patience.until("Redis", store.check)
-    patience.until("Redis", lambda: store.claim_layout(start.layout(settings)))
-    manifest = patience.until("an active generation", lambda: start.active_generation(settings))
-    topic = kafka.item_vectors(manifest.generation)
-    patience.until("Kafka", lambda: kafka.ensure_topics(settings, [topic]))
+    patience.until("Redis", lambda: store.claim_layout(layout.layout(settings)))
+    manifest = patience.until(
+        "an active generation", lambda: generations.active_generation(settings)
+    )
+    topic = topics.item_vectors(manifest.generation)
+    patience.until("Kafka", lambda: topics.ensure_topics(settings, [topic]))
     towers = bundle.recorded(settings, manifest)
     producer = patience.until("Kafka", lambda: outlet_producer(settings))
     publisher = TransactionalPublisher(settings, towers.generation)
     folder = Path(settings.data_dir) / "ingest"
-    member = membership.take(folder)
+    member = static_membership.take(folder)
     # Forgetting a user deletes his embeddings of every generation that was ever recorded.
     known = patience.until("Kafka", lambda: generations.known(settings))
     lanes = _lanes(settings, store, towers, known, producer, publisher)
@@ -106,26 +118,36 @@ def _run(settings: Settings) -> None:
         producer.close(timeout=1)
         store.close()
         member.close()
-        alive.end(settings, "ingest")
+        heartbeat.end(settings, "ingest")
 
 
-def _refuse_lost(settings: Settings, of_clicks: Lane) -> None:
+def _refuse_lost(settings: Settings, of_clicks: TopicPipeline) -> None:
     """Raise LogMismatch where retention removed clicks, of any partition, before they were applied."""
-    begins = kafka.beginning_offsets(settings, kafka.CLICKS)
+    begins = topics.beginning_offsets(settings, topics.CLICKS)
     # Their ends are looked at later: another ingest may be moving them.
-    of_clicks.ingest.positions.open({partition: (begin, 2**62) for partition, begin in begins.items()})
+    of_clicks.ingest.positions.open(
+        {partition: (begin, 2**62) for partition, begin in begins.items()}
+    )
 
 
 async def _serve(
-    settings: Settings, lanes: list[Lane], member: str, folder: Path, store: RedisStore,
+    settings: Settings,
+    lanes: list[TopicPipeline],
+    member: str,
+    folder: Path,
+    store: RedisStore,
     publisher: TransactionalPublisher,
-) -> None:  # fmt: skip
+) -> None:
     limit = threading.Timer(_STOP_S_MAX, os._exit, (1,))
     limit.daemon = True
     app = IngestApp(
-        settings, lanes, member, folder / "faust", stopping=limit.start,
-        claim=lambda: store.claim_layout(start.layout(settings)),
-    )  # fmt: skip
+        settings,
+        lanes,
+        member,
+        folder / "faust",
+        stopping=limit.start,
+        claim=lambda: store.claim_layout(layout.layout(settings)),
+    )
     caches = [lane.ingest.cache for lane in lanes if isinstance(lane.ingest, ClickIngest)]
     unmeasured = metrics.serve(settings, app, caches[0])
     loop = asyncio.get_running_loop()
@@ -140,12 +162,12 @@ async def _serve(
             "loop": type(loop).__module__,
         },
     )
-    watching = asyncio.create_task(refusals.watch(settings, lambda: app.thread))
+    watching = asyncio.create_task(errors.watch_consumer(settings, lambda: app.thread))
     watching.add_done_callback(lambda task: None if task.cancelled() else app.end(_reason(task)))
     try:
         await app.run()
     except KafkaError as error:
-        raise refusals.meant(settings, error) from error
+        raise errors.translate_error(settings, error) from error
     finally:
         watching.cancel()
         await publisher.leave()
@@ -158,41 +180,55 @@ def _reason(task: asyncio.Task[None]) -> Exception:
 
 
 def _lanes(
-    settings: Settings, store: RedisStore, towers: Bundle, known: list[str], producer: KafkaProducer,
+    settings: Settings,
+    store: RedisStore,
+    towers: Bundle,
+    known: list[str],
+    producer: KafkaProducer,
     publisher: TransactionalPublisher,
-) -> list[Lane]:  # fmt: skip
+) -> list[TopicPipeline]:
     """Clicks and users write the same slots, so they share a thread; a slow transaction delays no click."""
-    people = ThreadPoolExecutor(1, "people")
-    goods = ThreadPoolExecutor(1, "items")
+    user_executor = ThreadPoolExecutor(1, "user_executor")
+    item_executor = ThreadPoolExecutor(1, "items")
 
     def letters() -> KafkaDeadLetters:
         return KafkaDeadLetters(settings, producer)
 
     def log_id(name: str) -> Callable[[], LogId]:
-        return lambda: kafka.log_ids(settings, [name])[name]
+        return lambda: topics.log_ids(settings, [name])[name]
 
     def topic(name: str) -> str:
         return settings.prefixed(name)
 
-    of_clicks = Positions(
-        store, topic(kafka.CLICKS), lambda p: clicks.sources(settings, p), log_id(kafka.CLICKS)
-    )
-    of_users = Positions(store, topic(kafka.USERS), lambda p: users.sources(settings, p), log_id(kafka.USERS))
-    of_items = Positions(
+    of_clicks = PartitionFences(
         store,
-        topic(kafka.ITEMS),
-        lambda p: item_cards.sources(settings, towers.generation, p),
-        log_id(kafka.ITEMS),
+        topic(topics.CLICKS),
+        lambda p: clicks_handler.sources(settings, p),
+        log_id(topics.CLICKS),
+    )
+    of_users = PartitionFences(
+        store, topic(topics.USERS), lambda p: users.sources(settings, p), log_id(topics.USERS)
+    )
+    of_items = PartitionFences(
+        store,
+        topic(topics.ITEMS),
+        lambda p: metadata.sources(settings, towers.generation, p),
+        log_id(topics.ITEMS),
     )
     forwarder = KafkaForwarder(settings, producer)
     micro = MicroSteps(towers)
     by_clicks = ClickIngest(settings, store, of_clicks, letters(), forwarder, micro)
     by_users = UserIngest(
-        settings, store, of_users, letters(), known, by_clicks.profiles_written,
+        settings,
+        store,
+        of_users,
+        letters(),
+        known,
+        by_clicks.profiles_written,
         KafkaForwarder(settings, producer),
-    )  # fmt: skip
+    )
     by_items = ItemIngest(
-        settings, store, of_items, letters(), publisher, towers, _clock_us, item_cards.CARDS_S
+        settings, store, of_items, letters(), publisher, towers, _clock_us, metadata.METADATA_WAIT_S
     )
 
     def opened(partition: int) -> None:
@@ -200,21 +236,21 @@ def _lanes(
         publisher.open(partition)
 
     return [
-        Lane(
-            topic(kafka.CLICKS),
+        TopicPipeline(
+            topic(topics.CLICKS),
             by_clicks,
-            people,
+            user_executor,
             before_open=by_clicks.opened,
             deferred=by_clicks.counts,
             quick=True,
             many=by_clicks.ingest_many,
             part_max=_PART_MAX,
         ),
-        Lane(topic(kafka.USERS), by_users, people, quick=True),
-        Lane(
-            topic(kafka.ITEMS),
+        TopicPipeline(topic(topics.USERS), by_users, user_executor, quick=True),
+        TopicPipeline(
+            topic(topics.ITEMS),
             by_items,
-            goods,
+            item_executor,
             before_open=opened,
             deferred=by_items.cards,
             quick=True,

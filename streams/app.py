@@ -17,13 +17,13 @@ from typing import Any
 from aiokafka.errors import KafkaError
 from faust.types import TP
 
-from eddyline import alive
 from eddyline.errors import Unavailable
-from eddyline.settings import Settings
-from streams.applying import QUEUE_CHUNKS, SESSION_S, Applier, Lane, in_thread
+from eddyline.process import heartbeat
+from eddyline.settings.loader import Settings
+from streams.consumer.consumer import BatchApp, Bounds, RawSchema
+from streams.consumer.thread import ConsumerThread
 from streams.credentials import broker_credentials
-from streams.lane import Bounds, LaneApp, LaneSchema
-from streams.lane_thread import LaneThread
+from streams.dispatcher import QUEUE_CHUNKS, SESSION_S, BatchDispatcher, TopicPipeline, in_thread
 
 log = logging.getLogger(__name__)
 
@@ -55,13 +55,20 @@ class IngestApp:
     """
 
     def __init__(
-        self, settings: Settings, lanes: Sequence[Lane], member: str, folder: Path,
-        stopping: Callable[[], None], claim: Callable[[], None] = lambda: None,
-    ) -> None:  # fmt: skip
+        self,
+        settings: Settings,
+        lanes: Sequence[TopicPipeline],
+        member: str,
+        folder: Path,
+        stopping: Callable[[], None],
+        claim: Callable[[], None] = lambda: None,
+    ) -> None:
         self._settings = settings
         self._lanes = {lane.topic: lane for lane in lanes}
         self._turns = {lane.executor: threading.Lock() for lane in lanes}
-        self._quick_max = QUICK_RECORDS_MAX if settings.redis_timeout_ms <= _QUICK_TIMEOUT_MS_MAX else 0
+        self._quick_max = (
+            QUICK_RECORDS_MAX if settings.redis_timeout_ms <= _QUICK_TIMEOUT_MS_MAX else 0
+        )
         self._backoff_s_max = settings.backoff_ms_max / 1000
         self._ended: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
         self._told = 0.0
@@ -69,7 +76,7 @@ class IngestApp:
         self._claim = claim
         self._ends: dict[TP, int] = {}
         request_s = max(settings.kafka_timeout_ms / 1000, SESSION_S)
-        self._app = LaneApp(
+        self._app = BatchApp(
             settings.prefixed("eddyline-ingest"),
             positioner=self._position,
             chunk_records_max=settings.chunk_records_max,
@@ -107,7 +114,7 @@ class IngestApp:
             self._ended.set_result(error)
 
     @property
-    def lanes(self) -> list[Lane]:
+    def lanes(self) -> list[TopicPipeline]:
         """The lanes, with what they have done."""
         return list(self._lanes.values())
 
@@ -135,7 +142,7 @@ class IngestApp:
         return {lane.topic: self._app.lane.paused(lane.topic) for lane in self._lanes.values()}
 
     @property
-    def thread(self) -> LaneThread:
+    def thread(self) -> ConsumerThread:
         """The thread that owns the Kafka consumer."""
         return self._app.lane._thread
 
@@ -152,14 +159,18 @@ class IngestApp:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if not self._ended.done():
                 reason = self._app.crash_reason
-                self.end(reason if isinstance(reason, Exception) else RuntimeError(f"Faust: {reason!r}"))
+                self.end(
+                    reason if isinstance(reason, Exception) else RuntimeError(f"Faust: {reason!r}")
+                )
         finally:
             self._stopping()
             for task in (reports, watch, *settling, crashed):
                 task.cancel()
             await self._app.stop()
             started.cancel()
-            await asyncio.gather(started, crashed, reports, watch, *settling, return_exceptions=True)
+            await asyncio.gather(
+                started, crashed, reports, watch, *settling, return_exceptions=True
+            )
         error = self._ended.result()
         if error is not None:
             raise error
@@ -169,22 +180,26 @@ class IngestApp:
         if not task.cancelled() and (error := task.exception()) is not None:
             self.end(error if isinstance(error, Exception) else RuntimeError(repr(error)))
 
-    def _add_agent(self, lane: Lane) -> None:
+    def _add_agent(self, lane: TopicPipeline) -> None:
         if lane.quick and lane.in_loop is None and self._quick_max:
             self._app.handed.quick.add(lane.topic)
-        applier = Applier(self._app, lane, self._turns, self._quick_max, self._backoff_s_max, self.end)
+        applier = BatchDispatcher(
+            self._app, lane, self._turns, self._quick_max, self._backoff_s_max, self.end
+        )
 
         async def agent(stream: Any) -> None:
             await applier.run(stream)
 
-        topic = self._app.topic(lane.topic, schema=LaneSchema())
+        topic = self._app.topic(lane.topic, schema=RawSchema())
         self._app.agent(topic, name=f"ingest.{lane.topic}", concurrency=1)(agent)
 
     def _waiting(self, error: Exception, wait_s: float) -> None:
         """Say at most every ten seconds that a server is waited for."""
         if time.monotonic() - self._told >= _REPORT_S:
             self._told = time.monotonic()
-            log.warning("waiting for a server", extra={"reason": str(error), "wait_ms": int(wait_s * 1000)})
+            log.warning(
+                "waiting for a server", extra={"reason": str(error), "wait_ms": int(wait_s * 1000)}
+            )
 
     async def _position(self, bounds: Bounds) -> Mapping[TP, int]:
         by_topic: dict[str, dict[int, tuple[int, int]]] = {}
@@ -192,20 +207,26 @@ class IngestApp:
             by_topic.setdefault(at.topic, {})[at.partition] = ends
         begun = time.perf_counter()
         await asyncio.get_running_loop().run_in_executor(None, self._claim)
-        opened = await asyncio.gather(*(self._open(topic, ends) for topic, ends in by_topic.items()))
+        opened = await asyncio.gather(
+            *(self._open(topic, ends) for topic, ends in by_topic.items())
+        )
         found = {
             TP(topic, partition): offset
             for topic, offsets in zip(by_topic, opened, strict=True)
             for partition, offset in offsets.items()
         }
         took_ms = int((time.perf_counter() - begun) * 1000)
-        shown = " ".join(f"{at.topic}:{at.partition}@{offset}" for at, offset in sorted(found.items()))
+        shown = " ".join(
+            f"{at.topic}:{at.partition}@{offset}" for at, offset in sorted(found.items())
+        )
         log.info("reading from", extra={"positions": shown, "ms": took_ms})
         return found
 
     async def _open(self, topic: str, ends: Mapping[int, tuple[int, int]]) -> dict[int, int]:
         lane, committed = self._lanes[topic], self._app.lane.committed_of(topic)
-        return await in_thread(self._turns[lane.executor], lane.executor, lane.open, ends, committed)
+        return await in_thread(
+            self._turns[lane.executor], lane.executor, lane.open, ends, committed
+        )
 
     async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
         """End the process where this work ends unexpectedly."""
@@ -215,7 +236,7 @@ class IngestApp:
             log.exception("background work failed")
             self.end(error)
 
-    async def _settle(self, lane: Lane) -> None:
+    async def _settle(self, lane: TopicPipeline) -> None:
         """Let waiting effects of a lane go through when no chunk comes that would."""
         async for _ in _every(_SETTLE_S):
             if lane.deferred is None or not lane.deferred.due():
@@ -236,10 +257,12 @@ class IngestApp:
     async def _flush(self, limit_s: float) -> None:
         """Write what waits in every lane, as long as that takes no longer."""
 
-        async def flush(lane: Lane) -> None:
+        async def flush(lane: TopicPipeline) -> None:
             await in_thread(self._turns[lane.executor], lane.executor, lane.flush)
 
-        waiting = [lane for lane in self.lanes if lane.deferred is not None and lane.deferred.waiting()]
+        waiting = [
+            lane for lane in self.lanes if lane.deferred is not None and lane.deferred.waiting()
+        ]
         if waiting:
             tasks = [asyncio.create_task(self._guarded(flush(lane))) for lane in waiting]
             await asyncio.wait(tasks, timeout=limit_s)
@@ -249,20 +272,22 @@ class IngestApp:
         async for _ in _every(_WATCH_S):
             if self.thread.fetching_ended():
                 raise RuntimeError("aiokafka's fetcher ended: nothing more would be read")
-            alive.beat(self._settings, "ingest")
+            heartbeat.beat(self._settings, "ingest")
             await self._look_at_ends()
             for lane in self._lanes.values():
                 mine = self._app.lane.positioned(lane.topic)
                 try:
                     moved = await in_thread(
-                        self._turns[lane.executor], lane.executor, lane.moved_elsewhere, mine
+                        self._turns[lane.executor], lane.executor, lane.find_diverged, mine
                     )
                 except Unavailable as error:
                     self._waiting(error, _WATCH_S)
                     continue
                 if moved:
                     lane.rewinds += len(moved)
-                    log.warning("fences moved under an idle process", extra={"partitions": str(moved)})
+                    log.warning(
+                        "fences moved under an idle process", extra={"partitions": str(moved)}
+                    )
                     await self._app.lane.rewind({TP(lane.topic, partition) for partition in moved})
 
     async def _look_at_ends(self) -> None:

@@ -6,14 +6,14 @@ from typing import Any
 
 import faust
 
-from eddyline import kafka_security
-from eddyline.settings import Settings
+from eddyline.kafka import security
+from eddyline.settings.loader import Settings
 
 
 def broker_credentials(settings: Settings) -> Any:
     """Faust's setting `broker_credentials`, None for a Kafka that asks for nothing. Raises SettingsError."""
-    context = kafka_security.tls_context(settings)
-    if kafka_security.uses_sasl(settings):
+    context = security.tls_context(settings)
+    if security.uses_sasl(settings):
         return faust.SASLCredentials(
             username=settings.kafka_sasl_username,
             password=settings.kafka_sasl_password,

@@ -15,11 +15,13 @@ from typing import Any
 from kafka import KafkaProducer
 from kafka.errors import KafkaError, KafkaTimeoutError, RetriableError
 
-from eddyline import events
 from eddyline.errors import KafkaRefused, KafkaUnavailable, Rejected
-from eddyline.kafka import CLICKS, DEAD_LETTER_BYTES_MAX, DEAD_LETTERS, lacks_right, make_producer
-from eddyline.settings import Settings
-from streams.chunk import Record
+from eddyline.kafka.clients import lacks_right
+from eddyline.kafka.producers import make_producer
+from eddyline.kafka.topics import CLICKS, DEAD_LETTER_BYTES_MAX, DEAD_LETTERS
+from eddyline.schema import events
+from eddyline.settings.loader import Settings
+from streams.ports import Record
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +94,12 @@ class KafkaDeadLetters:
         self._delivery.send(self._topic, value, key=at.encode(), headers=headers)
         log.info(
             "record refused",
-            extra={"at": at, "reason": rejected.reason, "field": rejected.field, "detail": rejected.detail},
+            extra={
+                "at": at,
+                "reason": rejected.reason,
+                "field": rejected.field,
+                "detail": rejected.detail,
+            },
         )
 
     def flush(self) -> None:
@@ -130,7 +137,9 @@ class KafkaForwarder:
 def _translated(topic: str, error: KafkaError) -> Exception:
     """KafkaUnavailable for what waiting may heal, KafkaRefused for a missing right; others as they are."""
     if lacks_right(error):
-        return KafkaRefused(f"topic {topic}: {error}; docs/security.md lists the rights that Eddyline needs")
+        return KafkaRefused(
+            f"topic {topic}: {error}; docs/security.md lists the rights that Eddyline needs"
+        )
     if isinstance(error, RetriableError | KafkaTimeoutError) or getattr(error, "retriable", False):
         return KafkaUnavailable(f"topic {topic}: {type(error).__name__}: {error}")
     wrong: Exception = error

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from eddyline import metrics
-from eddyline.settings import Settings
+from eddyline.process import metrics
+from eddyline.settings.loader import Settings
 from streams.app import IngestApp
-from streams.user_cache import UserCache
+from streams.clicks.user_cache import UserCache
 
 
 class IngestCollector(Collector):
@@ -29,7 +29,9 @@ class IngestCollector(Collector):
             "eddyline_ingest_records", "Records by what became of them", labels=["topic", "outcome"]
         )
         lanes = {
-            "chunks": CounterMetricFamily("eddyline_ingest_chunks", "Chunks applied", labels=["topic"]),
+            "chunks": CounterMetricFamily(
+                "eddyline_ingest_chunks", "Chunks applied", labels=["topic"]
+            ),
             "seconds": CounterMetricFamily(
                 "eddyline_ingest_busy_seconds", "Time spent on applying", labels=["topic"]
             ),
@@ -53,14 +55,22 @@ class IngestCollector(Collector):
         yield from lanes.values()
         yield queued
         yield from self._standing()
-        yield CounterMetricFamily("eddyline_ingest_users_asked", "Users needed", value=self._cache.asked)
-        yield CounterMetricFamily("eddyline_ingest_users_cached", "Of those, known", value=self._cache.found)
+        yield CounterMetricFamily(
+            "eddyline_ingest_users_asked", "Users needed", value=self._cache.asked
+        )
+        yield CounterMetricFamily(
+            "eddyline_ingest_users_cached", "Of those, known", value=self._cache.found
+        )
         entries = "Behaviours kept in memory"
-        yield GaugeMetricFamily("eddyline_ingest_cached_entries", entries, value=self._cache.entries)
+        yield GaugeMetricFamily(
+            "eddyline_ingest_cached_entries", entries, value=self._cache.entries
+        )
 
     def _standing(self) -> Iterator[Metric]:
         paused = GaugeMetricFamily(
-            "eddyline_ingest_paused_partitions", "Partitions that wait for a server", labels=["topic"]
+            "eddyline_ingest_paused_partitions",
+            "Partitions that wait for a server",
+            labels=["topic"],
         )
         for topic, partitions in self._app.paused().items():
             paused.add_metric([topic], partitions)
@@ -75,4 +85,6 @@ class IngestCollector(Collector):
 
 def serve(settings: Settings, app: IngestApp, cache: UserCache) -> Callable[[], None]:
     """Answer Prometheus at `ingest_metrics_port`, where it is set. Returns what ends that."""
-    return metrics.serve(settings.metrics_host, settings.ingest_metrics_port, IngestCollector(app, cache))
+    return metrics.serve(
+        settings.metrics_host, settings.ingest_metrics_port, IngestCollector(app, cache)
+    )

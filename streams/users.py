@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from eddyline import accept
 from eddyline.errors import Rejected
-from eddyline.kafka import USERS
-from eddyline.ports import Fence, Source, StateStore
-from eddyline.settings import Settings
-from eddyline.slots import user_slot
-from streams.chunk import DeadLetterSink, ForgetSink, Outcome, Record
-from streams.positions import Positions
+from eddyline.kafka.topics import USERS
+from eddyline.schema import validation
+from eddyline.schema.partitioning import user_slot
+from eddyline.settings.loader import Settings
+from eddyline.stores.state_store import Fence, Source, StateStore
+from streams.fences import PartitionFences
+from streams.ports import DeadLetterSink, ForgetSink, Outcome, Record
 
 
 class UserIngest:
@@ -30,7 +30,7 @@ class UserIngest:
         self,
         settings: Settings,
         store: StateStore,
-        positions: Positions,
+        positions: PartitionFences,
         dead_letters: DeadLetterSink,
         generations: Sequence[str],
         written: Callable[[int, Fence | None, Fence, Collection[str]], None] = lambda *_: None,
@@ -55,10 +55,10 @@ class UserIngest:
         outcome = Outcome(records=len(records))
         profiles: dict[str, Mapping[str, object] | None] = {}
         until_ms: dict[str, int] = {}
-        sent = self.positions.sent_on(partition)
+        sent = self.positions.forwarded_up_to(partition)
         for record in records:
             try:
-                user_id, profile = accept.profile(
+                user_id, profile = validation.profile(
                     self._settings, partition, record.key, record.value, record.timestamp
                 )
             except Rejected as rejected:
@@ -80,14 +80,20 @@ class UserIngest:
         return outcome
 
     def _write(
-        self, source: Source, slot: str, profiles: dict[str, Mapping[str, object] | None],
-        until_ms: Mapping[str, int], offset: int,
-    ) -> None:  # fmt: skip
+        self,
+        source: Source,
+        slot: str,
+        profiles: dict[str, Mapping[str, object] | None],
+        until_ms: Mapping[str, int],
+        offset: int,
+    ) -> None:
         self._dead_letters.flush()
         if self._forgetting is not None:
             self._forgetting.flush()
         expected, new = self.positions.expected(source, slot), self.positions.fence(offset)
-        self._store.write_profiles(slot, source, expected, new, profiles, self._generations, until_ms)
+        self._store.write_profiles(
+            slot, source, expected, new, profiles, self._generations, until_ms
+        )
         self.positions.moved(source, slot, new)
         self._written(source.partition, expected, new, profiles)
 

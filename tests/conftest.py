@@ -17,9 +17,9 @@ import hypothesis
 import msgspec
 import pytest
 
-from eddyline.local.pair import local_pair, log_dir
-from eddyline.local.supervisor import Supervisor
-from eddyline.settings import Settings
+from eddyline.settings.loader import Settings
+from sandbox.servers.local_servers import local_servers, log_dir
+from sandbox.servers.supervisor import Supervisor
 from tests.integration.redis_servers import real_cluster
 
 # The same examples every time, so that a failure of CI is a failure everywhere; HYPOTHESIS_PROFILE=explore
@@ -38,15 +38,17 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
     """Settings that name a real Kafka and a real Redis. Small partition counts: tests read them all."""
     base = Settings(
         data_dir=str(tmp_path_factory.mktemp("servers")),
-        clicks_partitions=4, items_partitions=2, worker_port=0,
+        clicks_partitions=4,
+        items_partitions=2,
+        worker_port=0,
         kafka_bootstrap_servers=os.environ.get("KAFKA_BOOTSTRAP_SERVERS", ""),
         redis_url=os.environ.get("REDIS_URL", ""),
-    )  # fmt: skip
+    )
     with contextlib.ExitStack() as stack:
         if not (base.kafka_bootstrap_servers and base.redis_url) and engine_answers():
             base = stack.enter_context(containers(base))
         supervisor = stack.enter_context(Supervisor(log_dir(base)))
-        yield stack.enter_context(local_pair(base, supervisor, owner="the tests"))
+        yield stack.enter_context(local_servers(base, supervisor, owner="the tests"))
 
 
 def engine_answers() -> bool:
@@ -54,7 +56,9 @@ def engine_answers() -> bool:
     import docker
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # docker-py leaves its socket open where it fails
+        warnings.simplefilter(
+            "ignore", ResourceWarning
+        )  # docker-py leaves its socket open where it fails
         try:
             client = docker.from_env(timeout=2)
             client.ping()
@@ -92,4 +96,6 @@ def cluster_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setti
 @pytest.fixture
 def fresh_settings(servers: Settings, tmp_path: Path) -> Settings:
     """The servers' settings with a namespace and a data folder of this test's own."""
-    return msgspec.structs.replace(servers, namespace=f"t-{uuid.uuid4().hex[:12]}", data_dir=str(tmp_path))
+    return msgspec.structs.replace(
+        servers, namespace=f"t-{uuid.uuid4().hex[:12]}", data_dir=str(tmp_path)
+    )

@@ -20,23 +20,25 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from eddyline import kafka, start
 from eddyline.errors import EddylineError, Rejected
-from eddyline.ports import Fence, Source, UserRead
-from eddyline.records import ItemRecord, decode_record
-from eddyline.settings import Settings
-from eddyline.slots import partition_of
-from eddyline.stores import connect
+from eddyline.kafka import topics as kafka_topics
+from eddyline.schema.item_record import ItemRecord, decode_record
+from eddyline.schema.partitioning import partition_of
+from eddyline.settings.loader import Settings
+from eddyline.stores import layout, redis_client
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.redis import RedisStore
-from embeddings import bundle as bundles
-from embeddings.bundle import Bundle
-from streams import clicks, item_cards, users
-from streams.chunk import Record
-from streams.clicks import ClickIngest
-from streams.items import ItemIngest
-from streams.micro_steps import MicroSteps
-from streams.positions import Positions
+from eddyline.stores.state_store import Fence, Source, UserRead
+from embeddings.bundle import bundle as bundles
+from embeddings.bundle.bundle import Bundle
+from streams import users
+from streams.clicks import handler
+from streams.clicks.handler import ClickIngest
+from streams.clicks.micro_steps import MicroSteps
+from streams.fences import PartitionFences
+from streams.items import metadata
+from streams.items.handler import ItemIngest
+from streams.ports import Record
 from streams.users import UserIngest
 from tests.topics import Topics, counted_plainly
 
@@ -88,26 +90,30 @@ def truth(settings: Settings, topics: Topics, towers: Bundle, chunk: int = CHUNK
     """
     told = Truth()
 
-    def at(name: str, sources_of: Any) -> Positions:
-        positions = Positions(told.store, settings.prefixed(name), sources_of, lambda: topics.logs[name])
+    def at(name: str, sources_of: Any) -> PartitionFences:
+        positions = PartitionFences(
+            told.store, settings.prefixed(name), sources_of, lambda: topics.logs[name]
+        )
         ends = {p: (0, part[-1].offset + 1) for p, part in topics.by_partition(name).items()}
         positions.open(ends)
         return positions
 
-    of_clicks = at(kafka.CLICKS, lambda p: clicks.sources(settings, p))
-    of_users = at(kafka.USERS, lambda p: users.sources(settings, p))
-    of_items = at(kafka.ITEMS, lambda p: item_cards.sources(settings, towers.generation, p))
+    of_clicks = at(kafka_topics.CLICKS, lambda p: handler.sources(settings, p))
+    of_users = at(kafka_topics.USERS, lambda p: users.sources(settings, p))
+    of_items = at(kafka_topics.ITEMS, lambda p: metadata.sources(settings, towers.generation, p))
     by_clicks = ClickIngest(settings, told.store, of_clicks, told, told, MicroSteps(towers))
     ingests: dict[str, Any] = {
-        kafka.ITEMS: ItemIngest(settings, told.store, of_items, told, told, towers, lambda: 0),
-        kafka.USERS: UserIngest(settings, told.store, of_users, told, [towers.generation]),
-        kafka.CLICKS: by_clicks,
+        kafka_topics.ITEMS: ItemIngest(
+            settings, told.store, of_items, told, told, towers, lambda: 0
+        ),
+        kafka_topics.USERS: UserIngest(settings, told.store, of_users, told, [towers.generation]),
+        kafka_topics.CLICKS: by_clicks,
     }
     for name, ingest in ingests.items():
         for partition, records in topics.by_partition(name).items():
             for first in range(0, len(records), chunk):
                 ingest.ingest(partition, records[first : first + chunk], read_us=0)
-            if name == kafka.CLICKS:
+            if name == kafka_topics.CLICKS:
                 by_clicks.count(partition)
     return told
 
@@ -123,9 +129,13 @@ class Compared:
         """Note one comparison."""
         self.counts[what] = self.counts.get(what, 0) + 1
         if have != want:
-            self.differences.append(f"{what} {key}: Redis has {_short(have)}, the topic gives {_short(want)}")
+            self.differences.append(
+                f"{what} {key}: Redis has {_short(have)}, the topic gives {_short(want)}"
+            )
 
-    def same_maps(self, what: str, where: str, have: Mapping[Any, Any], want: Mapping[Any, Any]) -> None:
+    def same_maps(
+        self, what: str, where: str, have: Mapping[Any, Any], want: Mapping[Any, Any]
+    ) -> None:
         """Compare two maps, key by key, in both directions."""
         for key in sorted(have.keys() | want.keys(), key=str):
             self.same(what, f"{where}:{key}" if where else key, have.get(key), want.get(key))
@@ -157,16 +167,22 @@ def differences(settings: Settings, topics: Topics, told: Truth, generation: str
                 found.same_maps("count by hand", bucket, have[bucket], plain[bucket])
         ids = sorted(names.items)
         found.same_maps(
-            "card", "",
-            real.read_cards(ids, settings.item_slots), told.store.read_cards(ids, settings.item_slots),
-        )  # fmt: skip
-        if (stored := real.layout()) is not None:  # of an emptied Redis the next start of an ingest writes it
-            found.same("layout", "", stored, start.layout(settings))
+            "card",
+            "",
+            real.read_item_metadata(ids, settings.item_slots),
+            told.store.read_item_metadata(ids, settings.item_slots),
+        )
+        if (
+            stored := real.layout()
+        ) is not None:  # of an emptied Redis the next start of an ingest writes it
+            found.same("layout", "", stored, layout.layout(settings))
     finally:
         real.close()
     _keys(settings, told, generation, found)
-    _vectors(topics.records[kafka.item_vectors(generation)], told, found)
-    letters = {record.key.decode(): _reason(record) for record in topics.records[kafka.DEAD_LETTERS]}
+    _vectors(topics.records[kafka_topics.item_vectors(generation)], told, found)
+    letters = {
+        record.key.decode(): _reason(record) for record in topics.records[kafka_topics.DEAD_LETTERS]
+    }
     found.same_maps("dead letter", "", letters, told.refused)
     return found
 
@@ -183,7 +199,7 @@ class _Names:
     def of(cls, settings: Settings, topics: Topics, told: Truth) -> _Names:
         n = settings.clicks_partitions
         names = cls({p: set() for p in range(n)}, {p: set() for p in range(n)}, set())
-        for record in topics.records[kafka.CLICKS]:
+        for record in topics.records[kafka_topics.CLICKS]:
             try:
                 event = msgspec.json.decode(record.value or b"null")
             except msgspec.DecodeError:
@@ -194,19 +210,27 @@ class _Names:
                 names.users[partition_of(user, n)].add(user)
             if isinstance(event_id := event.get("event_id"), str):
                 names.events[record.partition].add(event_id)
-        for record in topics.records[kafka.USERS]:
+        for record in topics.records[kafka_topics.USERS]:
             user = record.key.decode()
             names.users[partition_of(user, n)].add(user)
-        names.items |= {record.key.decode() for record in topics.records[kafka.ITEMS] if record.key}
+        names.items |= {
+            record.key.decode() for record in topics.records[kafka_topics.ITEMS] if record.key
+        }
         return names
 
 
 def _fences(
     settings: Settings, generation: str, real: RedisStore, told: MemoryStore, found: Compared
 ) -> None:
-    parts = [(kafka.CLICKS, clicks.sources, settings.clicks_partitions)]
-    parts += [(kafka.USERS, users.sources, settings.clicks_partitions)]
-    parts += [(kafka.ITEMS, lambda s, p: item_cards.sources(s, generation, p), settings.items_partitions)]
+    parts = [(kafka_topics.CLICKS, handler.sources, settings.clicks_partitions)]
+    parts += [(kafka_topics.USERS, users.sources, settings.clicks_partitions)]
+    parts += [
+        (
+            kafka_topics.ITEMS,
+            lambda s, p: metadata.sources(s, generation, p),
+            settings.items_partitions,
+        )
+    ]
     for _name, sources_of, partitions in parts:
         for partition in range(partitions):
             for source, slots in sources_of(settings, partition).items():
@@ -217,15 +241,20 @@ def _fences(
 
 
 def _users(
-    settings: Settings, partition: int, names: _Names, generation: str,
-    stores: tuple[RedisStore, MemoryStore], found: Compared,
-) -> None:  # fmt: skip
-    slot, source = f"u{partition}", Source(kafka.CLICKS, partition)
+    settings: Settings,
+    partition: int,
+    names: _Names,
+    generation: str,
+    stores: tuple[RedisStore, MemoryStore],
+    found: Compared,
+) -> None:
+    slot, source = f"u{partition}", Source(kafka_topics.CLICKS, partition)
     fence = stores[1].fences(source, [slot])[slot]
     # Ids that lie lower can no longer be met; when they leave depends on where chunks end.
     floor = 0 if fence is None else fence.offset + 1 - settings.dedupe_window_events
     windows = [
-        s.read_users(slot, source, sorted(names.events[partition]), [], "").accepted_at for s in stores
+        s.read_users(slot, source, sorted(names.events[partition]), [], "").accepted_at
+        for s in stores
     ]
     kept = ({e: at for e, at in one.items() if at >= floor} for one in windows)
     found.same_maps("event id", slot, *kept)
@@ -234,7 +263,8 @@ def _users(
         have, want = reads
         # When ingest read an event is a stamp of this run, not of the log.
         lists = [
-            {u: msgspec.structs.replace(b, read_us=0) for u, b in one.behaviours.items()} for one in reads
+            {u: msgspec.structs.replace(b, read_us=0) for u, b in one.histories.items()}
+            for one in reads
         ]
         found.same_maps("list", slot, *lists)
         found.same_maps("embedding", f"{slot}:{generation}", have.embeddings, want.embeddings)
@@ -257,15 +287,17 @@ def _keys(settings: Settings, told: Truth, generation: str, found: Compared) -> 
     """Every key has to be one that the truth has; a kind that is not known is a difference."""
     state = told.store.snapshot()
     prefix = f"{settings.namespace}:" if settings.namespace else ""
-    lists = {f"{slot}:{user}" for slot, user in state.behaviours}
+    lists = {f"{slot}:{user}" for slot, user in state.histories}
     known = {
         "h": lists,
         "o": lists,
         "p": {f"{slot}:{user}" for slot, user in state.profiles},
         "c": set(state.cards),
-        f"e:{generation}": {f"{slot}:{user}" for slot, gen, user in state.embeddings if gen == generation},
+        f"e:{generation}": {
+            f"{slot}:{user}" for slot, gen, user in state.embeddings if gen == generation
+        },
     }
-    client = connect.client(settings, timeout_ms=30_000)
+    client = redis_client.client(settings, timeout_ms=30_000)
     try:
         for raw in client.scan_iter(match=f"{prefix}*", count=1_000):
             key = raw.decode().removeprefix(prefix)
@@ -277,7 +309,9 @@ def _keys(settings: Settings, told: Truth, generation: str, found: Compared) -> 
                 kind = parts["kind"] or f"e:{parts['generation']}"
                 if f"{parts['slot']}:{parts['id'] or parts['learner']}" not in known.get(kind, ()):
                     found.differences.append(f"key {key}: Redis has it, the topic does not give it")
-            elif parts["bucket"] and int(parts["bucket"]) not in state.buckets.get(parts["slot"], {}):
+            elif parts["bucket"] and int(parts["bucket"]) not in state.buckets.get(
+                parts["slot"], {}
+            ):
                 found.differences.append(f"key {key}: Redis has it, the topic does not give it")
     finally:
         client.close()
@@ -290,9 +324,11 @@ def _vectors(records: Iterable[Any], told: Truth, found: Compared) -> None:
         made = decode_record(record.key, record.value)
         last[made.item_id] = made
     found.same_maps(
-        "item vector", "",
-        {i: _bits(r) for i, r in last.items()}, {i: _bits(r) for i, r in told.published.items()},
-    )  # fmt: skip
+        "item vector",
+        "",
+        {i: _bits(r) for i, r in last.items()},
+        {i: _bits(r) for i, r in told.published.items()},
+    )
 
 
 def _bits(record: ItemRecord) -> tuple[Any, ...]:

@@ -14,9 +14,13 @@ TIMEOUT_S = 240
 
 def clean(*command: str) -> None:
     done = subprocess.run(
-        [str(BIN / command[0]), *command[1:]], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S,
+        [str(BIN / command[0]), *command[1:]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
         env={**os.environ, "NO_COLOR": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
 
 

@@ -17,14 +17,16 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("eddyline", "streams", "embeddings", "index", "serving")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 # Files that are not Python and that a process reads at run time.
-DATA = ("eddyline/local/kafka.lock", "serving/proto/retrieval.proto")
+DATA = ("sandbox/servers/kafka.lock", "serving/proto/retrieval.proto")
 
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_room_is_ours(room: str) -> None:
     module = importlib.import_module(room)
     owners = set(packages_distributions().get(room, []))  # empty when editable (.pth only)
-    assert owners <= {"eddyline"}, f"{owners - {'eddyline'}} also install a top-level package named {room}"
+    assert owners <= {"eddyline"}, (
+        f"{owners - {'eddyline'}} also install a top-level package named {room}"
+    )
     if not owners:
         assert module.__file__ and Path(module.__file__).is_relative_to(ROOT), (
             f"shadowed by {module.__file__}"
@@ -46,7 +48,9 @@ def test_no_init_under_tests() -> None:
 
 def tracked(*patterns: str) -> set[str]:
     """Files of the rooms, as paths from the root."""
-    files = (path for room in ROOMS for pattern in patterns for path in (ROOT / room).rglob(pattern))
+    files = (
+        path for room in ROOMS for pattern in patterns for path in (ROOT / room).rglob(pattern)
+    )
     return {path.relative_to(ROOT).as_posix() for path in files if "__pycache__" not in path.parts}
 
 
@@ -56,7 +60,11 @@ def test_the_wheel_holds_every_room_and_what_it_reads(tmp_path: Path) -> None:
     pytest.importorskip("hatchling")
     build = "import sys; from hatchling.build import build_wheel; sys.stdout.write(build_wheel(sys.argv[1]))"
     done = subprocess.run(
-        [sys.executable, "-c", build, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", build, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     wheel = tmp_path / done.stdout.splitlines()[-1]
@@ -64,7 +72,9 @@ def test_the_wheel_holds_every_room_and_what_it_reads(tmp_path: Path) -> None:
         names = set(archive.namelist())
     expected = tracked("*.py", "*.lua", "*.lock", "*.proto", "*.pyi") | set(DATA)
     assert expected <= names, f"not in the wheel: {sorted(expected - names)}"
-    assert any(name.endswith("_pb2.py") for name in names) and any(name.endswith(".lua") for name in names)
+    assert any(name.endswith("_pb2.py") for name in names) and any(
+        name.endswith(".lua") for name in names
+    )
     tops = {name.split("/")[0] for name in names}
     assert tops == {*ROOMS, f"eddyline-{eddyline.__version__}.dist-info"}
     assert f"eddyline-{eddyline.__version__}.dist-info/licenses/LICENSE" in names
@@ -76,7 +86,9 @@ def imported(module: str) -> set[str]:
     while ahead:
         name = ahead.pop()
         stem = ROOT / name.replace(".", "/")
-        path = next((p for p in (stem.with_suffix(".py"), stem / "__init__.py") if p.exists()), None)
+        path = next(
+            (p for p in (stem.with_suffix(".py"), stem / "__init__.py") if p.exists()), None
+        )
         if name in seen or path is None:
             continue
         seen.add(name)
@@ -117,7 +129,7 @@ def brought(texts: list[str]) -> set[str]:
         ("worker", "serving.__main__"),
         ("worker", "serving.coordinator.__main__"),
         ("archive", "streams.archive.__main__"),
-        ("archive", "eddyline.cli.refill"),
+        ("archive", "streams.operations.refill"),
         ("trainer", "embeddings.training.__main__"),
     ],
 )
@@ -141,7 +153,9 @@ def test_every_extra_is_locked() -> None:
     for line in lock.splitlines():
         if line[:1].isalnum():
             requirement = Requirement(line.rstrip(" \\"))
-            locked.setdefault(requirement.name, []).append(str(requirement.specifier).removeprefix("=="))
+            locked.setdefault(requirement.name, []).append(
+                str(requirement.specifier).removeprefix("==")
+            )
     extras = PROJECT["project"]["optional-dependencies"]
     for text in [
         *PROJECT["project"]["dependencies"],

@@ -9,11 +9,13 @@ from typing import Any
 
 from kafka import KafkaConsumer, TopicPartition
 
-from eddyline import events, kafka
 from eddyline.errors import Rejected
-from eddyline.events import Click
-from eddyline.settings import Settings
-from eddyline.slots import partition_of
+from eddyline.kafka import clients
+from eddyline.kafka import topics as kafka_topics
+from eddyline.schema import events
+from eddyline.schema.events import Click
+from eddyline.schema.partitioning import partition_of
+from eddyline.settings.loader import Settings
 
 READ_S = 180.0
 
@@ -31,9 +33,13 @@ class Topics:
     @classmethod
     def read(cls, settings: Settings, generation: str = "1", timeout_s: float = READ_S) -> Topics:
         """Read them all. Raises KafkaUnavailable, and TimeoutError where an end is not reached."""
-        names = [*kafka.SOURCES, kafka.DEAD_LETTERS, kafka.item_vectors(generation)]
+        names = [
+            *kafka_topics.SOURCES,
+            kafka_topics.DEAD_LETTERS,
+            kafka_topics.item_vectors(generation),
+        ]
         found = {name: read_all(settings, name, timeout_s) for name in names}
-        return cls(found, kafka.log_ids(settings, kafka.SOURCES))
+        return cls(found, kafka_topics.log_ids(settings, kafka_topics.SOURCES))
 
     def by_partition(self, name: str) -> dict[int, list[Any]]:
         """The records of one topic, oldest first."""
@@ -47,9 +53,12 @@ def read_all(settings: Settings, name: str, timeout_s: float = READ_S) -> list[A
     """Every committed record of a topic, by partition and offset."""
     topic = settings.prefixed(name)
     consumer = KafkaConsumer(
-        **kafka.client_options(settings), group_id=None, isolation_level="read_committed",
-        max_poll_records=5_000, max_partition_fetch_bytes=4 * 1024 * 1024,
-    )  # fmt: skip
+        **clients.client_options(settings),
+        group_id=None,
+        isolation_level="read_committed",
+        max_poll_records=5_000,
+        max_partition_fetch_bytes=4 * 1024 * 1024,
+    )
     try:
         at = [TopicPartition(topic, p) for p in consumer.partitions_for_topic(topic) or ()]
         consumer.assign(at)
@@ -68,12 +77,14 @@ def read_all(settings: Settings, name: str, timeout_s: float = READ_S) -> list[A
 def counted_plainly(settings: Settings, topics: Topics) -> dict[int, dict[str, int]]:
     """Popularity by bucket and item, counted event by event without any of ingest's functions."""
     buckets: dict[int, dict[str, int]] = {}
-    for partition, records in topics.by_partition(kafka.CLICKS).items():
+    for partition, records in topics.by_partition(kafka_topics.CLICKS).items():
         accepted_at: dict[str, int] = {}
         for record in records:
             try:
-                event = events.decode_behaviour(
-                    record.value, appended_ms=record.timestamp, far_future_ms_max=settings.far_future_ms_max
+                event = events.decode_user_event(
+                    record.value,
+                    appended_ms=record.timestamp,
+                    far_future_ms_max=settings.far_future_ms_max,
                 )
             except Rejected:
                 continue

@@ -10,13 +10,15 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from eddyline import behaviour
-from eddyline.behaviour import Behaviour
 from eddyline.errors import EddylineError, FenceMoved, StoreRefused, StoreUnavailable
-from eddyline.ports import (
-    Card,
-    CardWrite,
+from eddyline.schema import user_history
+from eddyline.schema.partitioning import item_slot
+from eddyline.schema.user_history import UserHistory
+from eddyline.stores.log_reset import Logs, decide, metadata_is_current
+from eddyline.stores.state_store import (
     Fence,
+    ItemMetadata,
+    ItemMetadataWrite,
     Layout,
     SlotRead,
     Source,
@@ -26,8 +28,6 @@ from eddyline.ports import (
     UserState,
     UserWrite,
 )
-from eddyline.slots import item_slot
-from eddyline.stores.acceptance import Logs, card_stands, judge
 
 
 @dataclass
@@ -35,11 +35,11 @@ class _State:
     layout: Layout | None = None
     fences: dict[tuple[str, Source], Fence] = field(default_factory=dict)
     window: dict[str, dict[str, int]] = field(default_factory=dict)
-    behaviours: dict[tuple[str, str], tuple[Behaviour, int]] = field(default_factory=dict)
+    histories: dict[tuple[str, str], tuple[UserHistory, int]] = field(default_factory=dict)
     embeddings: dict[tuple[str, str, str], tuple[int, bytes]] = field(default_factory=dict)
     profiles: dict[tuple[str, str], dict[str, object]] = field(default_factory=dict)
     buckets: dict[str, dict[int, dict[str, int]]] = field(default_factory=dict)
-    cards: dict[str, Card] = field(default_factory=dict)
+    cards: dict[str, ItemMetadata] = field(default_factory=dict)
 
 
 class MemoryStore:
@@ -84,9 +84,13 @@ class MemoryStore:
             return {slot: self._state.fences.get((slot, source)) for slot in slots}
 
     def read_users(
-        self, slot: str, source: Source, event_ids: Sequence[str], user_ids: Sequence[str],
+        self,
+        slot: str,
+        source: Source,
+        event_ids: Sequence[str],
+        user_ids: Sequence[str],
         generation: str,
-    ) -> UserRead:  # fmt: skip
+    ) -> UserRead:
         """See `StateStore.read_users`."""
         with self._lock:
             self._open()
@@ -94,15 +98,17 @@ class MemoryStore:
             return UserRead(
                 fence=state.fences.get((slot, source)),
                 accepted_at={e: window[e] for e in event_ids if e in window},
-                behaviours={
-                    u: state.behaviours[slot, u][0] for u in user_ids if (slot, u) in state.behaviours
+                histories={
+                    u: state.histories[slot, u][0] for u in user_ids if (slot, u) in state.histories
                 },
                 embeddings={
                     u: state.embeddings[slot, generation, u]
                     for u in user_ids
                     if generation and (slot, generation, u) in state.embeddings
                 },
-                profiles={u: state.profiles[slot, u] for u in user_ids if (slot, u) in state.profiles},
+                profiles={
+                    u: state.profiles[slot, u] for u in user_ids if (slot, u) in state.profiles
+                },
             )
 
     def write_users(
@@ -112,7 +118,9 @@ class MemoryStore:
         with self._lock:
             theirs = self._profiles_fence(slot, source)
             if effects.profiles not in (None, theirs):
-                raise FenceMoved(f"fence:{slot}:users:{source.partition}", effects.profiles or "", theirs)
+                raise FenceMoved(
+                    f"fence:{slot}:users:{source.partition}", effects.profiles or "", theirs
+                )
             self._move(slot, source, expected, new)
             state, applied_us = self._state, time.time_ns() // 1000
             window = state.window.setdefault(slot, {})
@@ -123,11 +131,11 @@ class MemoryStore:
                 for event_id in [e for e, at in window.items() if at < effects.window_floor]:
                     del window[event_id]
             for user in effects.emptied:
-                state.behaviours.pop((slot, user), None)
+                state.histories.pop((slot, user), None)
                 state.embeddings.pop((slot, effects.generation, user), None)
-            for user, behaviour_ in effects.behaviours.items():
+            for user, behaviour_ in effects.histories.items():
                 mine = msgspec.structs.replace(behaviour_, entries=tuple(behaviour_.entries))
-                state.behaviours[slot, user] = (mine, applied_us)
+                state.histories[slot, user] = (mine, applied_us)
             for user, embedding in effects.embeddings.items():
                 state.embeddings[slot, effects.generation, user] = embedding
             return applied_us
@@ -155,10 +163,15 @@ class MemoryStore:
         return answers
 
     def write_profiles(
-        self, slot: str, source: Source, expected: Fence | None, new: Fence,
-        profiles: Mapping[str, Mapping[str, object] | None], generations: Sequence[str],
+        self,
+        slot: str,
+        source: Source,
+        expected: Fence | None,
+        new: Fence,
+        profiles: Mapping[str, Mapping[str, object] | None],
+        generations: Sequence[str],
         until_ms: Mapping[str, int] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """See `StateStore.write_profiles`."""
         with self._lock:
             self._move(slot, source, expected, new)
@@ -167,44 +180,60 @@ class MemoryStore:
                     self._state.profiles[slot, user] = dict(profile)
                     continue
                 self._state.profiles.pop((slot, user), None)
-                listed = self._state.behaviours.get((slot, user))
+                listed = self._state.histories.get((slot, user))
                 limit = (until_ms or {}).get(user)
                 if listed is not None and limit is not None and listed[0].appended_ms > limit:
                     continue
-                self._state.behaviours.pop((slot, user), None)
+                self._state.histories.pop((slot, user), None)
                 for generation in generations:
                     self._state.embeddings.pop((slot, generation, user), None)
 
     def count_clicks(
-        self, slot: str, source: Source, expected: Fence | None, new: Fence,
-        counts: Mapping[int, Mapping[str, int]], buckets_kept: int, items_max: int = 1_000_000,
-    ) -> None:  # fmt: skip
+        self,
+        slot: str,
+        source: Source,
+        expected: Fence | None,
+        new: Fence,
+        counts: Mapping[int, Mapping[str, int]],
+        buckets_kept: int,
+        items_max: int = 1_000_000,
+    ) -> None:
         """See `StateStore.count_clicks`."""
         with self._lock:
             self._move(slot, source, expected, new)
             buckets = self._state.buckets.setdefault(slot, {})
             for bucket, items in counts.items():
                 counted = buckets.setdefault(bucket, {})
-                for item_id, thousandths in items.items():
-                    counted[item_id] = counted.get(item_id, 0) + thousandths
-                least = sorted(counted, key=lambda i: (counted[i], i)) if len(counted) > items_max else []
+                for item_id, milli_counts in items.items():
+                    counted[item_id] = counted.get(item_id, 0) + milli_counts
+                least = (
+                    sorted(counted, key=lambda i: (counted[i], i))
+                    if len(counted) > items_max
+                    else []
+                )
                 for item_id in least[: len(counted) - items_max]:
                     del counted[item_id]
             for bucket in [b for b in buckets if b <= max(buckets) - buckets_kept]:
                 del buckets[bucket]
 
-    def read_cards(self, item_ids: Sequence[str], item_slots: int) -> dict[str, Card]:
-        """See `StateStore.read_cards`."""
+    def read_item_metadata(
+        self, item_ids: Sequence[str], item_slots: int
+    ) -> dict[str, ItemMetadata]:
+        """See `StateStore.read_item_metadata`."""
         with self._lock:
             self._open()
             keys = {item_id: f"{item_slot(item_id, item_slots)}:{item_id}" for item_id in item_ids}
             return {i: self._state.cards[k] for i, k in keys.items() if k in self._state.cards}
 
-    def write_cards(
-        self, slot: str, source: Source, expected: Fence | None, new: Fence,
-        cards: Mapping[str, Card],
-    ) -> None:  # fmt: skip
-        """See `StateStore.write_cards`."""
+    def write_item_metadata(
+        self,
+        slot: str,
+        source: Source,
+        expected: Fence | None,
+        new: Fence,
+        cards: Mapping[str, ItemMetadata],
+    ) -> None:
+        """See `StateStore.write_item_metadata`."""
         with self._lock:
             self._move(slot, source, expected, new)
             for item_id, card in cards.items():
@@ -212,12 +241,14 @@ class MemoryStore:
                 if stored is None or stored.offset <= card.offset:
                     self._state.cards[f"{slot}:{item_id}"] = card
 
-    def write_cards_many(self, writes: Sequence[CardWrite]) -> list[EddylineError | None]:
-        """See `StateStore.write_cards_many`."""
+    def write_item_metadata_many(
+        self, writes: Sequence[ItemMetadataWrite]
+    ) -> list[EddylineError | None]:
+        """See `StateStore.write_item_metadata_many`."""
         answers: list[EddylineError | None] = []
         for w in writes:
             try:
-                self.write_cards(w.slot, w.source, w.expected, w.new, w.cards)
+                self.write_item_metadata(w.slot, w.source, w.expected, w.new, w.cards)
                 answers.append(None)
             except (FenceMoved, StoreUnavailable) as error:
                 answers.append(error)
@@ -228,10 +259,10 @@ class MemoryStore:
         with self._lock:
             self._open()
             state = self._state
-            seen, applied_us = state.behaviours.get((slot, user_id), (behaviour.EMPTY, 0))
+            seen, applied_us = state.histories.get((slot, user_id), (user_history.EMPTY, 0))
             return UserState(
                 fence=state.fences.get((slot, Source("clicks", partition))),
-                behaviour=seen,
+                history=seen,
                 applied_us=applied_us,
                 embedding=state.embeddings.get((slot, generation, user_id)),
                 profile=state.profiles.get((slot, user_id), {}),
@@ -253,23 +284,27 @@ class MemoryStore:
             self._open()
             changed, replaced, state = 0, False, self._state
             for (slot, source), fence in list(state.fences.items()):
-                verdict = judge(source.name, source.partition, fence, logs)
+                verdict = decide(source.name, source.partition, fence, logs)
                 replaced |= (
-                    source.name == "items" and verdict.becomes is None and fence.log != logs["items"][0]
+                    source.name == "items"
+                    and verdict.becomes is None
+                    and fence.log != logs["items"][0]
                 )
                 if not verdict.changed:
                     continue
                 changed += 1
                 if source.name == "clicks" and slot in state.window:
-                    kept = {e: at for e, at in state.window[slot].items() if at < verdict.windows_from}
+                    kept = {
+                        e: at for e, at in state.window[slot].items() if at < verdict.windows_from
+                    }
                     state.window[slot] = kept
                 if verdict.becomes is None:
                     del state.fences[slot, source]
                 else:
                     state.fences[slot, source] = verdict.becomes
             for key, card in state.cards.items():
-                if not card_stands(card.partition, card.offset, logs, replaced):
-                    state.cards[key] = Card(-1, -1, card.body)
+                if not metadata_is_current(card.partition, card.offset, logs, replaced):
+                    state.cards[key] = ItemMetadata(-1, -1, card.body)
             return changed
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ Key schema; `<ns>` is empty or the namespace and a colon, `{…}` is the slot ta
     <ns>layout                          JSON of `ports.Layout`
     <ns>fence:{u3}:clicks:3             "offset|cluster id|topic id" of the last record applied
     <ns>{u3}:window                     list of blobs: accepted event ids and their offsets, see `user_state`
-    <ns>{u3}:h:<user>                   the newest behaviours and their stamps, see `eddyline.behaviour`
+    <ns>{u3}:h:<user>                   the newest behaviours and their stamps, see `eddyline.schema.user_history`
     <ns>{u3}:o:<user>                   the older behaviours, of a list that is longer than that
     <ns>{u3}:e:<generation>:<user>      user-ID embedding: steps (uint32), float32[d], little-endian
     <ns>{u3}:p:<user>                   profile attributes, MessagePack map
@@ -13,7 +13,7 @@ Key schema; `<ns>` is empty or the namespace and a colon, `{…}` is the slot ta
     <ns>fence:{i0}:items:0, …:items@1:0 items applied to the cards; items published for generation 1
     <ns>{i0}:c:<item>                   card: partition (int32), offset (int64), the item as JSON or nothing
     <ns>{i0}:buckets                    sorted set of the popularity buckets kept
-    <ns>{i0}:popular:<bucket>           sorted set: item by thousandths of clicks in that bucket
+    <ns>{i0}:popular:<bucket>           sorted set: item by milli_counts of clicks in that bucket
 
 Every write is one Lua script that compares and moves the fence first: all of it or nothing.
 """
@@ -32,10 +32,16 @@ import msgspec
 from redis.exceptions import NoPermissionError, NoScriptError, RedisError
 
 from eddyline.errors import EddylineError, FenceMoved, StoreRefused, StoreUnavailable
-from eddyline.ports import (
-    Card,
-    CardWrite,
+from eddyline.schema.partitioning import item_slot
+from eddyline.settings.loader import Settings
+from eddyline.stores import redis_client, user_codec
+from eddyline.stores.log_reset import Logs, accept_in_redis
+from eddyline.stores.redis_errors import translate_error
+from eddyline.stores.redis_url import target
+from eddyline.stores.state_store import (
     Fence,
+    ItemMetadata,
+    ItemMetadataWrite,
     Layout,
     SlotRead,
     Source,
@@ -45,16 +51,10 @@ from eddyline.ports import (
     UserState,
     UserWrite,
 )
-from eddyline.settings import Settings
-from eddyline.slots import item_slot
-from eddyline.stores import connect, user_state
-from eddyline.stores.acceptance import Logs, accept_in_redis
-from eddyline.stores.address import target
-from eddyline.stores.refusals import translated
 
 _CARD = struct.Struct("<iq")
 _PAGE = 1_000  # blobs of a window read at once
-_SCRIPTS = ("write_users", "write_profiles", "count_clicks", "write_cards")
+_SCRIPTS = ("write_users", "write_profiles", "count_clicks", "write_item_metadata")
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -71,7 +71,7 @@ def _translated(
         try:
             return method(self, *args, **kwargs)
         except RedisError as error:
-            raise translated(error, self._target) from None
+            raise translate_error(error, self._target) from None
 
     return call
 
@@ -85,13 +85,13 @@ class RedisStore:
         self.address = self._target.shown
         self._closed = False
         self._ns = f"{settings.namespace}:" if settings.namespace else ""
-        self._redis = connect.client(settings)
-        self._scripts = {name: connect.Script(self._redis, _script(name)) for name in _SCRIPTS}
+        self._redis = redis_client.client(settings)
+        self._scripts = {name: redis_client.Script(self._redis, _script(name)) for name in _SCRIPTS}
 
     @_translated
     def check(self) -> None:
         """Raise StoreRefused where Redis, or any node of it, may drop keys or cannot be written to."""
-        connect.check_servers(self._redis, self._target)
+        redis_client.check_servers(self._redis, self._target)
 
     @_translated
     def claim_layout(self, layout: Layout) -> None:
@@ -108,8 +108,14 @@ class RedisStore:
             stored = self.layout()
         if stored != layout:
             older = stored is not None and stored.version != layout.version
-            way = ". Another version wrote it: empty it, ingest fills it again from Kafka" if older else ""
-            raise StoreRefused(f"Redis at {self.address} is laid out as {stored}, settings say {layout}{way}")
+            way = (
+                ". Another version wrote it: empty it, ingest fills it again from Kafka"
+                if older
+                else ""
+            )
+            raise StoreRefused(
+                f"Redis at {self.address} is laid out as {stored}, settings say {layout}{way}"
+            )
 
     @_translated
     def layout(self) -> Layout | None:
@@ -120,11 +126,19 @@ class RedisStore:
     @_translated
     def fences(self, source: Source, slots: Sequence[str]) -> dict[str, Fence | None]:
         """See `StateStore.fences`."""
-        return {s: _fence(cast("bytes | None", self._redis.get(self._fence_key(s, source)))) for s in slots}
+        return {
+            s: _fence(cast("bytes | None", self._redis.get(self._fence_key(s, source))))
+            for s in slots
+        }
 
     @_translated
     def read_users(
-        self, slot: str, source: Source, event_ids: Sequence[str], user_ids: Sequence[str], generation: str
+        self,
+        slot: str,
+        source: Source,
+        event_ids: Sequence[str],
+        user_ids: Sequence[str],
+        generation: str,
     ) -> UserRead:
         """See `StateStore.read_users`."""
         [read] = self.read_many([UserQuery(slot, source, user_ids, generation)])
@@ -132,7 +146,9 @@ class RedisStore:
             return read
         window = self.read_slot(slot, source)
         if window.fence != read.fence:
-            raise FenceMoved(self._fence_key(slot, source), str(read.fence or ""), str(window.fence or ""))
+            raise FenceMoved(
+                self._fence_key(slot, source), str(read.fence or ""), str(window.fence or "")
+            )
         found = {e: window.accepted[e] for e in event_ids if e in window.accepted}
         return dataclasses.replace(read, accepted_at=found)
 
@@ -142,13 +158,15 @@ class RedisStore:
         key, profiles = f"{self._ns}{{{slot}}}:window", Source("users", source.partition)
         before, theirs = (self._redis.get(self._fence_key(slot, s)) for s in (source, profiles))
         blobs: list[bytes] = []
-        while page := cast("list[bytes]", self._redis.lrange(key, len(blobs), len(blobs) + _PAGE - 1)):
+        while page := cast(
+            "list[bytes]", self._redis.lrange(key, len(blobs), len(blobs) + _PAGE - 1)
+        ):
             blobs += page
         after = self._redis.get(self._fence_key(slot, source))
         if after != before:
             raise FenceMoved(self._fence_key(slot, source), repr(before), repr(after))
         text = "" if theirs is None else cast(bytes, theirs).decode()
-        return SlotRead(_fence(cast("bytes | None", before)), text, user_state.accepted(blobs))
+        return SlotRead(_fence(cast("bytes | None", before)), text, user_codec.accepted(blobs))
 
     @_translated
     def read_many(self, queries: Sequence[UserQuery]) -> list[UserRead]:
@@ -156,11 +174,11 @@ class RedisStore:
         with self._redis.pipeline(transaction=False) as pipe:
             for query in queries:
                 tag = f"{self._ns}{{{query.slot}}}"
-                names = user_state.keys(tag, query.user_ids, query.generation)
+                names = user_codec.keys(tag, query.user_ids, query.generation)
                 pipe.mget([self._fence_key(query.slot, query.source), *names])
             answers = pipe.execute()
         return [
-            user_state.read(_fence(values[0]), query.user_ids, values[1:], {})
+            user_codec.read(_fence(values[0]), query.user_ids, values[1:], {})
             for query, values in zip(queries, answers, strict=True)
         ]
 
@@ -169,25 +187,36 @@ class RedisStore:
         self, slot: str, source: Source, expected: Fence | None, new: Fence, effects: UserEffects
     ) -> int:
         """See `StateStore.write_users`."""
-        return int(self._write("write_users", *self._users_written(slot, source, expected, new, effects)))
+        return int(
+            self._write("write_users", *self._users_written(slot, source, expected, new, effects))
+        )
 
     @_translated
     def write_many(self, writes: Sequence[UserWrite]) -> list[int | EddylineError]:
         """See `StateStore.write_many`."""
-        asked = [self._users_written(w.slot, w.source, w.expected, w.new, w.effects) for w in writes]
+        asked = [
+            self._users_written(w.slot, w.source, w.expected, w.new, w.effects) for w in writes
+        ]
         return [
-            end if isinstance(end, EddylineError) else int(end) for end in self._all("write_users", asked)
+            end if isinstance(end, EddylineError) else int(end)
+            for end in self._all("write_users", asked)
         ]
 
-    def _all(self, script: str, asked: Sequence[tuple[list[str], list[Any]]]) -> list[bytes | EddylineError]:
+    def _all(
+        self, script: str, asked: Sequence[tuple[list[str], list[Any]]]
+    ) -> list[bytes | EddylineError]:
         """What each of several calls of a script returned or raised, in one round trip."""
         with self._redis.pipeline(transaction=False) as pipe:
             for keys, args in asked:
                 pipe.evalsha(self._scripts[script].sha, len(keys), *keys, *args)
             answers = pipe.execute(raise_on_error=False)
-        return [self._settled(script, one, answer) for one, answer in zip(asked, answers, strict=True)]
+        return [
+            self._settled(script, one, answer) for one, answer in zip(asked, answers, strict=True)
+        ]
 
-    def _settled(self, script: str, asked: tuple[list[str], list[Any]], answer: Any) -> bytes | EddylineError:
+    def _settled(
+        self, script: str, asked: tuple[list[str], list[Any]], answer: Any
+    ) -> bytes | EddylineError:
         """What became of one write of several."""
         try:
             if isinstance(answer, NoScriptError):
@@ -209,7 +238,7 @@ class RedisStore:
     def _users_written(
         self, slot: str, source: Source, expected: Fence | None, new: Fence, effects: UserEffects
     ) -> tuple[list[str], list[Any]]:
-        keys, args = user_state.writing(f"{self._ns}{{{slot}}}", effects)
+        keys, args = user_codec.writing(f"{self._ns}{{{slot}}}", effects)
         theirs = "-" if effects.profiles is None else effects.profiles
         keys = [
             self._fence_key(slot, source),
@@ -220,25 +249,42 @@ class RedisStore:
 
     @_translated
     def write_profiles(
-        self, slot: str, source: Source, expected: Fence | None, new: Fence,
-        profiles: Mapping[str, Mapping[str, object] | None], generations: Sequence[str],
+        self,
+        slot: str,
+        source: Source,
+        expected: Fence | None,
+        new: Fence,
+        profiles: Mapping[str, Mapping[str, object] | None],
+        generations: Sequence[str],
         until_ms: Mapping[str, int] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """See `StateStore.write_profiles`."""
         tag = f"{self._ns}{{{slot}}}"
         kept = {user: profile for user, profile in profiles.items() if profile is not None}
         gone = [user for user, profile in profiles.items() if profile is None]
         kinds = ["p", "h", "o", *(f"e:{generation}" for generation in generations)]
-        keys = [f"{tag}:p:{user}" for user in kept] + [f"{tag}:{kind}:{u}" for u in gone for kind in kinds]
-        args: list[Any] = [len(kept), len(kinds), *(msgspec.msgpack.encode(p) for p in kept.values())]
+        keys = [f"{tag}:p:{user}" for user in kept] + [
+            f"{tag}:{kind}:{u}" for u in gone for kind in kinds
+        ]
+        args: list[Any] = [
+            len(kept),
+            len(kinds),
+            *(msgspec.msgpack.encode(p) for p in kept.values()),
+        ]
         args += [(until_ms or {}).get(user, "") for user in gone]
         self._write("write_profiles", *self._fenced(slot, source, expected, new, keys, args))
 
     @_translated
     def count_clicks(
-        self, slot: str, source: Source, expected: Fence | None, new: Fence,
-        counts: Mapping[int, Mapping[str, int]], buckets_kept: int, items_max: int = 1_000_000,
-    ) -> None:  # fmt: skip
+        self,
+        slot: str,
+        source: Source,
+        expected: Fence | None,
+        new: Fence,
+        counts: Mapping[int, Mapping[str, int]],
+        buckets_kept: int,
+        items_max: int = 1_000_000,
+    ) -> None:
         """See `StateStore.count_clicks`."""
         tag = f"{self._ns}{{{slot}}}"
         args: list[Any] = [buckets_kept, f"{tag}:popular:", items_max]
@@ -249,8 +295,10 @@ class RedisStore:
         self._write("count_clicks", *self._fenced(slot, source, expected, new, keys, args))
 
     @_translated
-    def read_cards(self, item_ids: Sequence[str], item_slots: int) -> dict[str, Card]:
-        """See `StateStore.read_cards`."""
+    def read_item_metadata(
+        self, item_ids: Sequence[str], item_slots: int
+    ) -> dict[str, ItemMetadata]:
+        """See `StateStore.read_item_metadata`."""
         with self._redis.pipeline(transaction=False) as pipe:
             for item_id in item_ids:
                 pipe.get(f"{self._ns}{{{item_slot(item_id, item_slots)}}}:c:{item_id}")
@@ -259,23 +307,33 @@ class RedisStore:
         for item_id, value in zip(item_ids, values, strict=True):
             if value is not None:
                 partition, offset = _CARD.unpack_from(value)
-                cards[item_id] = Card(partition, offset, value[_CARD.size :])
+                cards[item_id] = ItemMetadata(partition, offset, value[_CARD.size :])
         return cards
 
     @_translated
-    def write_cards(
-        self, slot: str, source: Source, expected: Fence | None, new: Fence, cards: Mapping[str, Card]
+    def write_item_metadata(
+        self,
+        slot: str,
+        source: Source,
+        expected: Fence | None,
+        new: Fence,
+        cards: Mapping[str, ItemMetadata],
     ) -> None:
-        """See `StateStore.write_cards`."""
-        self._write("write_cards", *self._cards_written(CardWrite(slot, source, expected, new, cards)))
+        """See `StateStore.write_item_metadata`."""
+        self._write(
+            "write_item_metadata",
+            *self._cards_written(ItemMetadataWrite(slot, source, expected, new, cards)),
+        )
 
     @_translated
-    def write_cards_many(self, writes: Sequence[CardWrite]) -> list[EddylineError | None]:
-        """See `StateStore.write_cards_many`."""
-        ends = self._all("write_cards", [self._cards_written(write) for write in writes])
+    def write_item_metadata_many(
+        self, writes: Sequence[ItemMetadataWrite]
+    ) -> list[EddylineError | None]:
+        """See `StateStore.write_item_metadata_many`."""
+        ends = self._all("write_item_metadata", [self._cards_written(write) for write in writes])
         return [end if isinstance(end, EddylineError) else None for end in ends]
 
-    def _cards_written(self, write: CardWrite) -> tuple[list[str], list[Any]]:
+    def _cards_written(self, write: ItemMetadataWrite) -> tuple[list[str], list[Any]]:
         args: list[Any] = []
         for card in write.cards.values():
             args += (card.offset, _CARD.pack(card.partition, card.offset) + card.body)
@@ -285,10 +343,10 @@ class RedisStore:
     @_translated
     def read_user(self, slot: str, partition: int, user_id: str, generation: str) -> UserState:
         """See `StateStore.read_user`."""
-        names = user_state.keys(f"{self._ns}{{{slot}}}", [user_id], generation or "-")
+        names = user_codec.keys(f"{self._ns}{{{slot}}}", [user_id], generation or "-")
         fence_key = self._fence_key(slot, Source("clicks", partition))
         fence, *values = cast("list[bytes | None]", self._redis.mget(fence_key, *names))
-        return user_state.state(_fence(fence), *values)
+        return user_codec.state(_fence(fence), *values)
 
     @_translated
     def popular(self, slot: str, limit: int) -> dict[int, dict[str, int]]:
@@ -316,10 +374,18 @@ class RedisStore:
         self._redis.close()
 
     def _write(self, script: str, keys: list[str], args: list[Any]) -> bytes:
-        return _stood(cast("tuple[int, bytes]", self._scripts[script](keys=keys, args=args)), keys, args)
+        return _stood(
+            cast("tuple[int, bytes]", self._scripts[script](keys=keys, args=args)), keys, args
+        )
 
     def _fenced(
-        self, slot: str, source: Source, expected: Fence | None, new: Fence, keys: list[str], args: list[Any]
+        self,
+        slot: str,
+        source: Source,
+        expected: Fence | None,
+        new: Fence,
+        keys: list[str],
+        args: list[Any],
     ) -> tuple[list[str], list[Any]]:
         return [self._fence_key(slot, source), *keys], [str(expected or ""), str(new), *args]
 

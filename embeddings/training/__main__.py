@@ -17,16 +17,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from eddyline import generations, kafka, logs, settings
+from eddyline import generations
 from eddyline.errors import EddylineError, KafkaRefused, LogMismatch, SettingsError
-from eddyline.events import Click
-from eddyline.local import endpoints
-from eddyline.settings import Settings
-from embeddings import bundle
-from embeddings.training import source
-from embeddings.training.dataset import TrainingData, split
-from embeddings.training.evaluate import evaluate
-from embeddings.training.train import Progress, Report, train
+from eddyline.kafka import topics
+from eddyline.process import discovery, logs
+from eddyline.schema.events import Click
+from eddyline.settings import loader
+from eddyline.settings.loader import Settings
+from embeddings.bundle import bundle
+from embeddings.data import sources
+from embeddings.data.examples import TrainingData, split
+from embeddings.evaluation.next_item import evaluate
+from embeddings.training.trainer import Progress, Report, train
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _arguments(argv)
     console = Console(stderr=True)
     try:
-        config = settings.load()
+        config = loader.load()
         if arguments.file is None or arguments.publish:
-            config = endpoints.resolve(config, redis=False)
+            config = discovery.resolve(config, redis=False)
         logs.configure(config, "trainer")
         report = _run(config, arguments, console)
     except (EddylineError, OSError) as error:
@@ -62,7 +64,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(config: Settings, arguments: argparse.Namespace, console: Console) -> Report:
     generation = arguments.generation or _next_name(config)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Bar(*columns, console=console) as bar:
         data = _read(config, arguments, bar)
         learned, held_out = split(data.clicks, 1.0 - arguments.holdout)
@@ -97,24 +104,31 @@ def _run(config: Settings, arguments: argparse.Namespace, console: Console) -> R
 
 def _read(config: Settings, arguments: argparse.Namespace, bar: Bar) -> TrainingData:
     if arguments.file is not None:
-        return source.from_file(config, arguments.file)
-    kafka.wait_until_up(config, arguments.wait_s)
-    kafka.ensure_topics(config)
-    tasks = {name: bar.add_task(f"reading {name}", total=None) for name in kafka.SOURCES}
+        return sources.from_file(config, arguments.file)
+    topics.wait_until_up(config, arguments.wait_s)
+    topics.ensure_topics(config)
+    tasks = {name: bar.add_task(f"reading {name}", total=None) for name in topics.SOURCES}
 
     def on_read(name: str, done: int, total: int) -> None:
         bar.update(tasks[name], completed=done, total=total)
 
-    from_archive = config.train_from == "archive" if arguments.archive is None else arguments.archive
-    read = source.from_archive if from_archive else source.from_kafka
+    from_archive = (
+        config.train_from == "archive" if arguments.archive is None else arguments.archive
+    )
+    read = sources.from_archive if from_archive else sources.from_kafka
     data = read(config, on_read=on_read)
-    log.info("read", extra={"archive": from_archive, "clicks": len(data.clicks), "items": len(data.items)})
+    log.info(
+        "read",
+        extra={"archive": from_archive, "clicks": len(data.clicks), "items": len(data.items)},
+    )
     if data.rejected:
         log.warning("records left out", extra=dict(data.rejected))
     return data
 
 
-def _judge(report: Report, data: TrainingData, learned: list[Click], held_out: list[Click], bar: Bar) -> None:
+def _judge(
+    report: Report, data: TrainingData, learned: list[Click], held_out: list[Click], bar: Bar
+) -> None:
     task = bar.add_task("judging by the clicks held out", total=None)
     judgement = evaluate(
         bundle.load(report.folder),
@@ -144,20 +158,32 @@ def _next_name(config: Settings) -> str:
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m embeddings.training", description=__doc__)
-    parser.add_argument("--file", type=Path, help="JSON lines to train from instead of the Kafka topics")
     parser.add_argument(
-        "--archive", action=argparse.BooleanOptionalAction,
+        "--file", type=Path, help="JSON lines to train from instead of the Kafka topics"
+    )
+    parser.add_argument(
+        "--archive",
+        action=argparse.BooleanOptionalAction,
         help="read the archive, then the topics beyond its end (by default the setting train_from)",
-    )  # fmt: skip
+    )
     parser.add_argument("--generation", help="the generation's name; by default the next number")
-    parser.add_argument("--epochs", type=_at_least(1), default=8, help="passes over the clicks (default 8)")
+    parser.add_argument(
+        "--epochs", type=_at_least(1), default=8, help="passes over the clicks (default 8)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=_at_least(1), default=1, help="torch threads (default 1)")
     parser.add_argument(
-        "--holdout", type=_share, default=0.0, help="share of the newest clicks to judge by, not to train on"
+        "--holdout",
+        type=_share,
+        default=0.0,
+        help="share of the newest clicks to judge by, not to train on",
     )
-    parser.add_argument("--wait-s", type=float, default=60.0, help="how long to wait for Kafka (default 60)")
-    parser.add_argument("--no-publish", dest="publish", action="store_false", help="only write the bundle")
+    parser.add_argument(
+        "--wait-s", type=float, default=60.0, help="how long to wait for Kafka (default 60)"
+    )
+    parser.add_argument(
+        "--no-publish", dest="publish", action="store_false", help="only write the bundle"
+    )
     parser.add_argument(
         "--no-activate", dest="activate", action="store_false", help="publish, do not switch to it"
     )

@@ -17,19 +17,19 @@ import threading
 import time
 from pathlib import Path
 
-from eddyline import kafka, logs, start
-from eddyline import settings as settings_
 from eddyline.errors import SettingsError
-from eddyline.local import endpoints
-from eddyline.settings import Settings
-from eddyline.start import Patience
-from embeddings.user_tower import query_vector
-from serving import metrics, presence, wiring
-from serving.coordinator.answers import OfAllShards
+from eddyline.kafka import topics
+from eddyline.process import discovery, lifecycle, logs
+from eddyline.process.retry import Patience
+from eddyline.settings import loader
+from eddyline.settings.loader import Settings
+from embeddings.towers.user_tower import query_vector
+from serving import dependencies, metrics, registry
+from serving.coordinator.backend import CoordinatorBackend
 from serving.coordinator.shards import Shards, parse
-from serving.paths.towers import TowersPath
-from serving.server import PortTaken, WorkerServer
-from serving.service import Service
+from serving.recall.towers import TowersPath
+from serving.rpc.retrieval_service import RetrievalService
+from serving.rpc.server import PortTaken, WorkerServer
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +40,13 @@ GRACE_S = 5.0
 def main() -> int:
     """Serve until SIGTERM or SIGINT. Returns the exit code."""
     stop = threading.Event()
-    start.stop_on_signals(stop)
+    lifecycle.stop_on_signals(stop)
     try:
-        loaded = settings_.load()
+        loaded = loader.load()
         logs.configure(loaded, "coordinator")
         addresses = parse(loaded.shard_addresses)
-        settings = endpoints.resolve(loaded)
-        service = Service(settings)
+        settings = discovery.resolve(loaded)
+        service = RetrievalService(settings)
         server = WorkerServer(settings, service, role="coordinator")
     except (SettingsError, PortTaken) as error:
         sys.stderr.write(f"{error}\n")
@@ -55,36 +55,44 @@ def main() -> int:
     sys.stdout.flush()
     unmeasured = metrics.serve(settings, service, own_index=False)
     try:
-        return start.ended(lambda: _run(settings, addresses, service, server, stop))
+        return lifecycle.run_until_exit(lambda: _run(settings, addresses, service, server, stop))
     finally:
         unmeasured()
         server.stop(GRACE_S)
 
 
 def _run(
-    settings: Settings, addresses: list[str], service: Service, server: WorkerServer, stop: threading.Event
+    settings: Settings,
+    addresses: list[str],
+    service: RetrievalService,
+    server: WorkerServer,
+    stop: threading.Event,
 ) -> None:
     patience = Patience(settings, stop, service.waiting_for)
-    store = wiring.open_store(settings, patience)
-    bundle = wiring.open_generation(settings, patience)
+    store = dependencies.open_store(settings, patience)
+    bundle = dependencies.open_generation(settings, patience)
     # The tower alone: item vectors are the shards' business.
     generation, dimension, tower = bundle.generation, bundle.dimension, bundle.user_tower
     del bundle
-    logs_now = patience.until("Kafka", lambda: kafka.log_ids(settings, [kafka.CLICKS]))
-    popular = wiring.popular_path(settings, store)
+    logs_now = patience.until("Kafka", lambda: topics.log_ids(settings, [topics.CLICKS]))
+    popular = dependencies.popular_path(settings, store)
     shards = Shards(
-        addresses, generation, timeout_ms=settings.shard_timeout_ms, backoff_ms_max=settings.backoff_ms_max,
-        threads=settings.worker_threads, changed=server.set_serving,
-    )  # fmt: skip
+        addresses,
+        generation,
+        timeout_ms=settings.shard_timeout_ms,
+        backoff_ms_max=settings.backoff_ms_max,
+        threads=settings.worker_threads,
+        changed=server.set_serving,
+    )
     announced: Path | None = None
     try:
         popular.start()
-        answers = OfAllShards(
+        answers = CoordinatorBackend(
             generation=generation,
             dimension=dimension,
             shards=shards,
             store=store,
-            users=wiring.user_reader(settings, store, generation, logs_now[kafka.CLICKS]),
+            users=dependencies.user_reader(settings, store, generation, logs_now[topics.CLICKS]),
             towers=TowersPath(tower, query_vector),
             popular=popular,
             item_slots=settings.item_slots,
@@ -92,11 +100,13 @@ def _run(
         service.waiting_for("the first look at the shards")
         shards.start()
         service.serve(answers)
-        worker = presence.Worker(
-            address=server.address, pid=os.getpid(), generation=generation,
+        worker = registry.RegisteredWorker(
+            address=server.address,
+            pid=os.getpid(),
+            generation=generation,
             started_ms=time.time_ns() // 1_000_000,
-        )  # fmt: skip
-        announced = presence.announce(settings, worker)
+        )
+        announced = registry.announce(settings, worker)
         told = {"address": server.address, "shards": len(addresses), "generation": generation}
         log.info("coordinator serves", extra=told)
         while not stop.wait(60.0):

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import grpc
 
 from eddyline.errors import SettingsError
-from serving.client import open_channel
 from serving.proto import retrieval_pb2 as pb
 from serving.proto import retrieval_pb2_grpc, shard_pb2, shard_pb2_grpc
+from serving.rpc.client import open_channel
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ _REASONS = {
 }
 
 
-class Why(NamedTuple):
+class ShardFailure(NamedTuple):
     """Why a shard gave no answer: the reason as in `MissingShard`, and one sentence."""
 
     reason: str
@@ -70,7 +70,9 @@ def parse(text: str) -> list[str]:
 class Connection:
     """One shard. Thread rule: any thread."""
 
-    def __init__(self, number: int, count: int, address: str, generation: str, backoff_s_max: float) -> None:
+    def __init__(
+        self, number: int, count: int, address: str, generation: str, backoff_s_max: float
+    ) -> None:
         """Connects at the first call; not used by queries until it was looked at."""
         self.number, self.address = number, address
         self.target = shard_pb2.Target(generation=generation, shard=number, shards=count)
@@ -80,7 +82,7 @@ class Connection:
         self._backoff_s_max = backoff_s_max
         self._pause_s = PAUSE_S
         self._late = 0
-        self._why: Why | None = Why("away", "it was not looked at yet")
+        self._why: ShardFailure | None = ShardFailure("away", "it was not looked at yet")
         self._lock = threading.Lock()
         # A shard that is back is found within half a second.
         more = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.min_reconnect_backoff_ms", 100)]
@@ -89,31 +91,39 @@ class Connection:
         self._stats = retrieval_pb2_grpc.RetrievalStub(self._channel).Stats  # type: ignore[no-untyped-call]
 
     @property
-    def why(self) -> Why | None:
+    def why(self) -> ShardFailure | None:
         """Why queries leave it out; None where they ask it."""
         return self._why
 
-    def ask(self, request: shard_pb2.VectorsRequest | shard_pb2.CandidatesRequest, until: float) -> Any:
+    def ask(
+        self, request: shard_pb2.VectorsRequest | shard_pb2.CandidatesRequest, until: float
+    ) -> Any:
         """The answer, by this time of the monotonic clock. Raises grpc.RpcError, TimeoutError."""
         timeout_s = until - time.monotonic()
         if timeout_s <= 0:
             raise TimeoutError
-        call = self._stub.Vectors if isinstance(request, shard_pb2.VectorsRequest) else self._stub.Candidates
+        call = (
+            self._stub.Vectors
+            if isinstance(request, shard_pb2.VectorsRequest)
+            else self._stub.Candidates
+        )
         return call(request, timeout=timeout_s)
 
     def answered(self) -> None:
         """A query's call was answered."""
         self._late = 0
 
-    def missed(self, error: Exception, timeout_s: float) -> Why:
+    def missed(self, error: Exception, timeout_s: float) -> ShardFailure:
         """A query's call was not: why, and from now on without it where that is more than chance."""
-        why = why_of(error, timeout_s)
+        why = failure_of(error, timeout_s)
         with self._lock:
             self.misses += 1
             self._late += why.reason == "late"
             if why.reason != "busy" and (why.reason != "late" or self._late >= LATE_MAX):
                 if self._why is None:
-                    log.warning("a shard is left out", extra={"shard": self.number, "reason": why.detail})
+                    log.warning(
+                        "a shard is left out", extra={"shard": self.number, "reason": why.detail}
+                    )
                 self._why = why
                 self.look_at = 0.0
         return why
@@ -128,7 +138,7 @@ class Connection:
             stats: pb.StatsResponse = call.result(timeout=2 * LOOK_TIMEOUT_S)
             why = self._judged(stats)
         except (grpc.RpcError, grpc.FutureTimeoutError) as error:
-            stats, why = self.last, why_of(error, LOOK_TIMEOUT_S)
+            stats, why = self.last, failure_of(error, LOOK_TIMEOUT_S)
         with self._lock:
             if self._why is not None and why is None:
                 log.info("a shard answers", extra={"shard": self.number, "address": self.address})
@@ -142,15 +152,17 @@ class Connection:
         """Let go of the connection."""
         self._channel.close()
 
-    def _judged(self, stats: pb.StatsResponse) -> Why | None:
+    def _judged(self, stats: pb.StatsResponse) -> ShardFailure | None:
         wanted, shards = self.target, max(1, stats.shards)
         if not stats.ready:
-            return Why("away", "; ".join(stats.missing) or "it is not ready")
+            return ShardFailure("away", "; ".join(stats.missing) or "it is not ready")
         if (stats.shard, shards) != (wanted.shard, wanted.shards):
             have = f"it holds shard {stats.shard} of {shards}"
-            return Why("refused", f"{have}, not shard {wanted.shard} of {wanted.shards}")
+            return ShardFailure("refused", f"{have}, not shard {wanted.shard} of {wanted.shards}")
         if stats.generation != wanted.generation:
-            return Why("refused", f"it has generation {stats.generation!r}, not {wanted.generation!r}")
+            return ShardFailure(
+                "refused", f"it has generation {stats.generation!r}, not {wanted.generation!r}"
+            )
         return None
 
 
@@ -158,9 +170,15 @@ class Shards:
     """All shards of one generation, and the thread that looks at them. Thread rule: any thread."""
 
     def __init__(
-        self, addresses: Sequence[str], generation: str, *, timeout_ms: int, backoff_ms_max: int,
-        threads: int, changed: Callable[[bool], None] = lambda _: None,
-    ) -> None:  # fmt: skip
+        self,
+        addresses: Sequence[str],
+        generation: str,
+        *,
+        timeout_ms: int,
+        backoff_ms_max: int,
+        threads: int,
+        changed: Callable[[bool], None] = lambda _: None,
+    ) -> None:
         """timeout_ms: of one call; changed: told whether any shard answers, first and whenever that changes.
 
         threads: queries that are answered at a time; each asks all shards at once
@@ -228,14 +246,14 @@ class Shards:
                 self._stop.wait(PAUSE_S)
 
 
-def why_of(error: Exception, timeout_s: float) -> Why:
+def failure_of(error: Exception, timeout_s: float) -> ShardFailure:
     """What a call that raised this says of its shard."""
     if isinstance(error, (grpc.FutureTimeoutError, TimeoutError)):
-        return Why("late", f"no answer within {timeout_s * 1000:.0f} ms")
+        return ShardFailure("late", f"no answer within {timeout_s * 1000:.0f} ms")
     code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
     reason = _REASONS.get(code, "failed")
     if reason == "late":
-        return Why(reason, f"no answer within {timeout_s * 1000:.0f} ms")
+        return ShardFailure(reason, f"no answer within {timeout_s * 1000:.0f} ms")
     told = (error.details() if isinstance(error, grpc.Call) else str(error)) or code.name
     detail = told if reason in ("away", "refused", "busy") else f"{code.name}: {told}"
-    return Why(reason, detail[:DETAIL_CHARACTERS_MAX])
+    return ShardFailure(reason, detail[:DETAIL_CHARACTERS_MAX])

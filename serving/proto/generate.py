@@ -26,16 +26,28 @@ def tools_python(folder: Path) -> Path:
     ready = folder / "ready"
     if not ready.exists():
         venv.create(folder, with_pip=True, clear=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", *TOOLS], check=True, timeout=TIMEOUT_S)
+        subprocess.run(
+            [python, "-m", "pip", "install", "-q", *TOOLS], check=True, timeout=TIMEOUT_S
+        )
         ready.touch()
     return python
 
 
 def generate(python: Path, out: Path) -> None:
     """Write <name>_pb2.py, its types and <name>_pb2_grpc.py of each under `out`/serving/proto."""
-    arguments = ["-I.", f"--python_out={out}", f"--pyi_out={out}", f"--grpc_python_out={out}", *PROTOS]
-    subprocess.run([python, "-m", "grpc_tools.protoc", *arguments], cwd=ROOT, check=True, timeout=TIMEOUT_S)
+    arguments = [
+        "-I.",
+        f"--python_out={out}",
+        f"--pyi_out={out}",
+        f"--grpc_python_out={out}",
+        *PROTOS,
+    ]
+    subprocess.run(
+        [python, "-m", "grpc_tools.protoc", *arguments], cwd=ROOT, check=True, timeout=TIMEOUT_S
+    )
 
 
 if __name__ == "__main__":
-    generate(Path(sys.argv[1]) if len(sys.argv) > 1 else tools_python(ROOT / ".cache" / "proto"), ROOT)
+    generate(
+        Path(sys.argv[1]) if len(sys.argv) > 1 else tools_python(ROOT / ".cache" / "proto"), ROOT
+    )

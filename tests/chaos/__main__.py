@@ -22,8 +22,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from eddyline.demo import generated
-from eddyline.local import jars, valkey
+from sandbox.datasets import synthetic
+from sandbox.servers import kafka_jars, valkey
 from tests.chaos import drive, scene
 from tests.chaos.schedule import KINDS
 
@@ -43,13 +43,21 @@ def main() -> int:
     console.print(
         f"seed {asked.seed}, {asked.faults} faults, {asked.rate:g} records a second; data in {home}"
     )
-    world = generated.generate(items=300, users=120, clicks=6_000, seed=7)
+    world = synthetic.generate(items=300, users=120, clicks=6_000, seed=7)
     manifest = scene.small_generation(home / "generations", world)
     result = drive.run(
-        home / "run", home / "generations", manifest, world, seed=asked.seed, count=asked.faults,
-        gap_s=(asked.gap * 2 / 3, asked.gap * 4 / 3), rate=asked.rate, ingests=asked.ingests,
-        returners=asked.returners, tell=console.print,
-    )  # fmt: skip
+        home / "run",
+        home / "generations",
+        manifest,
+        world,
+        seed=asked.seed,
+        count=asked.faults,
+        gap_s=(asked.gap * 2 / 3, asked.gap * 4 / 3),
+        rate=asked.rate,
+        ingests=asked.ingests,
+        returners=asked.returners,
+        tell=console.print,
+    )
     result.seconds["whole run"] = time.monotonic() - begun
     show(result)
     told = report(result, asked)
@@ -75,11 +83,17 @@ def arguments() -> argparse.Namespace:
     """What was asked for."""
     parser = argparse.ArgumentParser(prog="make chaos", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--faults", type=int, default=60, help="how many faults fall")
-    parser.add_argument("--seed", type=int, default=int(time.time()) % 100_000, help="draws faults and load")
-    parser.add_argument("--gap", type=float, default=3.0, help="seconds between faults, in the mean")
+    parser.add_argument(
+        "--seed", type=int, default=int(time.time()) % 100_000, help="draws faults and load"
+    )
+    parser.add_argument(
+        "--gap", type=float, default=3.0, help="seconds between faults, in the mean"
+    )
     parser.add_argument("--rate", type=float, default=200.0, help="records sent a second")
     parser.add_argument("--ingests", type=int, default=2, help="ingest processes")
-    parser.add_argument("--returners", action="store_true", help="users who are forgotten click again")
+    parser.add_argument(
+        "--returners", action="store_true", help="users who are forgotten click again"
+    )
     parser.add_argument("--keep", action="store_true", help="keep the data folder")
     parser.add_argument("--json", default=".eddyline/chaos/last.json", help="where the result goes")
     asked = parser.parse_args()
@@ -91,7 +105,9 @@ def arguments() -> argparse.Namespace:
 
 def show(result: drive.Result) -> None:
     """Print the tables."""
-    faults = Table("fault", "what it is", "fell", "met something", title=f"faults, seed {result.seed}")
+    faults = Table(
+        "fault", "what it is", "fell", "met something", title=f"faults, seed {result.seed}"
+    )
     for kind, (count, met) in result.by_kind().items():
         faults.add_row(kind, KINDS[kind], str(count), str(met))
     compared = Table("compared", "how many", title="the oracle")
@@ -100,27 +116,36 @@ def show(result: drive.Result) -> None:
     console.print(faults, compared)
     for name in ("sent", "failed_sends", "answers", "restarts", "records"):
         console.print(f"{name.replace('_', ' ')}: {dict(getattr(result, name))}")
-    console.print("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in result.seconds.items()))
+    console.print(
+        "seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in result.seconds.items())
+    )
 
 
 def report(result: drive.Result, asked: argparse.Namespace) -> dict[str, Any]:
     """The result as JSON."""
     servers = {
-        "broker": f"Apache Kafka {jars.VERSION}",
+        "broker": f"Apache Kafka {kafka_jars.VERSION}",
         "store": valkey.program()[1],
         "python": platform.python_version(),
     }
     return {
-        "seed": result.seed, "faults": asked.faults, "rate": asked.rate, "ingests": asked.ingests,
+        "seed": result.seed,
+        "faults": asked.faults,
+        "rate": asked.rate,
+        "ingests": asked.ingests,
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "versions": servers | {name: version(name) for name in LIBRARIES},
-        "by_kind": result.by_kind(), "compared": result.counts, "sent": dict(result.sent),
-        "failed_sends": dict(result.failed_sends), "answers": dict(result.answers),
-        "restarts": result.restarts, "records": result.records,
+        "by_kind": result.by_kind(),
+        "compared": result.counts,
+        "sent": dict(result.sent),
+        "failed_sends": dict(result.failed_sends),
+        "answers": dict(result.answers),
+        "restarts": result.restarts,
+        "records": result.records,
         "seconds": {name: round(value, 1) for name, value in result.seconds.items()},
         "differences": result.differences[:1_000],
         "met": [[str(fault), met] for fault, met in result.met],
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import msgspec
 
-from eddyline.demo.worlds import World
 from eddyline.errors import EddylineError
 from eddyline.generations import Manifest
-from eddyline.kafka import CLICKS
-from embeddings import bundle as bundles
-from serving.client import CallFailed, Client
+from eddyline.kafka.topics import CLICKS
+from embeddings.bundle import bundle as bundles
+from sandbox.datasets.dataset import Dataset
+from serving.rpc.client import CallFailed, Client
 from tests import oracle
 from tests.chaos.faults import Faults
 from tests.chaos.load import SHOPPERS, Load
@@ -86,7 +86,9 @@ class Asking:
                     self.answers["OK"] += 1
                     ids = [item.item_id for item in answer.items]
                     if len(set(ids)) != len(ids) or (len(ids) != k and not answer.short_because):
-                        self.wrong.append(f"the worker gave {user} {len(ids)} items for k = {k}: {ids}")
+                        self.wrong.append(
+                            f"the worker gave {user} {len(ids)} items for k = {k}: {ids}"
+                        )
                 except CallFailed as error:
                     self.answers[error.code] += 1
                     if error.code not in MAY_ANSWER:
@@ -96,10 +98,21 @@ class Asking:
 
 
 def run(
-    folder: Path, bundle_dir: Path, manifest: Manifest, world: World, *, seed: int, count: int,
-    gap_s: tuple[float, float], rate: float, ingests: int = 2, returners: bool = False,
-    short: bool = False, tell: Tell = lambda _: None, still_s: float = STILL_S,
-) -> Result:  # fmt: skip
+    folder: Path,
+    bundle_dir: Path,
+    manifest: Manifest,
+    world: Dataset,
+    *,
+    seed: int,
+    count: int,
+    gap_s: tuple[float, float],
+    rate: float,
+    ingests: int = 2,
+    returners: bool = False,
+    short: bool = False,
+    tell: Tell = lambda _: None,
+    still_s: float = STILL_S,
+) -> Result:
     """Run a plan on servers of its own below `folder`. Raises LocalServerError where they do not start."""
     result = Result(seed)
     faults = plan(seed, count, gap_s, ingests, short)
@@ -112,9 +125,13 @@ def run(
         result.seconds["start"] = time.monotonic() - begun
         settings = scene.settings
         load = Load(
-            settings, world.items, rate=rate, seed=seed, lateness_s=int(CUT["lateness_s_max"]),
+            settings,
+            world.items,
+            rate=rate,
+            seed=seed,
+            lateness_s=int(CUT["lateness_s_max"]),
             returners=returners,
-        )  # fmt: skip
+        )
         asking = Asking(scene.address, seed)
         load.start()
         try:
@@ -195,7 +212,9 @@ def _under_load(scene: Scene, load: Load, faults: list[Fault], result: Result, t
         try:
             met = making.fall(fault)
         except Exception as error:
-            result.differences.append(f"fault {fault.number} ({fault.kind}) could not be made: {error!r}")
+            result.differences.append(
+                f"fault {fault.number} ({fault.kind}) could not be made: {error!r}"
+            )
             met = ""
         result.met.append((fault, met))
 
@@ -206,9 +225,13 @@ def _under_load(scene: Scene, load: Load, faults: list[Fault], result: Result, t
                 scene.supervisor.check()
                 if time.monotonic() > next_tell:
                     next_tell += TELL_EVERY_S
-                    tell(f"{time.monotonic() - begun:6.0f} s  {sum(load.sent.values()):,} sent, "
-                         f"{len(result.met)} faults over, failed sends {dict(load.failed)}")  # fmt: skip
-            thread = threading.Thread(target=fall, args=(fault,), name=f"fault-{fault.number}", daemon=True)
+                    tell(
+                        f"{time.monotonic() - begun:6.0f} s  {sum(load.sent.values()):,} sent, "
+                        f"{len(result.met)} faults over, failed sends {dict(load.failed)}"
+                    )
+            thread = threading.Thread(
+                target=fall, args=(fault,), name=f"fault-{fault.number}", daemon=True
+            )
             thread.start()
             threads.append(thread)
         deadline = time.monotonic() + LAST_FAULTS_S

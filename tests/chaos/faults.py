@@ -46,9 +46,13 @@ class Faults:
         if kind == "kill ingest":
             return self._kill(str(fault.more["which"]))
         if kind.startswith("kill"):
-            return self._kill({"kill redis": "valkey", "kill broker": "kafka", "kill worker": "worker"}[kind])
+            return self._kill(
+                {"kill redis": "valkey", "kill broker": "kafka", "kill worker": "worker"}[kind]
+            )
         if kind.startswith("freeze"):
-            name = {"freeze redis": "valkey", "freeze broker": "kafka"}.get(kind) or str(fault.more["which"])
+            name = {"freeze redis": "valkey", "freeze broker": "kafka"}.get(kind) or str(
+                fault.more["which"]
+            )
             return self._freeze(name, float(fault.more["seconds"]))
         if kind == "older copy":
             copy = self._scene.copy_files(str(fault.number))

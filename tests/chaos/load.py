@@ -22,10 +22,11 @@ from typing import Any
 
 import msgspec
 
-from eddyline import events, kafka
-from eddyline.events import Click, Item, Merge, UserProfile
-from eddyline.settings import Settings
-from eddyline.slots import partition_of
+from eddyline.kafka import producers, topics
+from eddyline.schema import events
+from eddyline.schema.events import Click, Item, Merge, UserProfile
+from eddyline.schema.partitioning import partition_of
+from eddyline.settings.loader import Settings
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +55,15 @@ class Load:
     """
 
     def __init__(
-        self, settings: Settings, catalogue: Sequence[Item], *, rate: float, seed: int, lateness_s: int,
+        self,
+        settings: Settings,
+        catalogue: Sequence[Item],
+        *,
+        rate: float,
+        seed: int,
+        lateness_s: int,
         returners: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """returners: users who are forgotten and click again are among them."""
         self.sent: Counter[str] = Counter()
         self.acked: set[str] = set()
@@ -96,7 +103,7 @@ class Load:
         while not self._stop.is_set():
             try:
                 if self._producer is None:
-                    self._producer = kafka.make_producer(self._settings, linger_ms=5)
+                    self._producer = producers.make_producer(self._settings, linger_ms=5)
                 due = int((time.monotonic() - begun) * self._rate)
                 if due - made > BEHIND_S_MAX * self._rate:
                     made = due - int(BEHIND_S_MAX * self._rate)
@@ -107,7 +114,9 @@ class Load:
                     kind, count = self._bursts.get()
                     for _ in range(count):
                         getattr(self, f"_{kind}")()
-            except Exception as error:  # a producer that a dead broker has broken: a new one goes on
+            except (
+                Exception
+            ) as error:  # a producer that a dead broker has broken: a new one goes on
                 self.failed[type(error).__name__] += 1
                 log.info("the load takes a new producer: %r", error)
                 self._let_go(timeout_s=0)
@@ -165,21 +174,30 @@ class Load:
     def _made(self, user: str, item: str, back_ms: int = 0, anonymous: bool = False) -> Click:
         self._number += 1
         return Click(
-            user_id=user, item_id=item, at_ms=time.time_ns() // 1_000_000 - back_ms,
-            kind=self._rng.choice(KINDS), weight=self._rng.choice((1.0, 0.5, 2.0)),
+            user_id=user,
+            item_id=item,
+            at_ms=time.time_ns() // 1_000_000 - back_ms,
+            kind=self._rng.choice(KINDS),
+            weight=self._rng.choice((1.0, 0.5, 2.0)),
             event_id=None if anonymous else f"e{self._number}",
-        )  # fmt: skip
+        )
 
     def _click(self, user: str, item: str, back_ms: int = 0, anonymous: bool = False) -> None:
         click = self._made(user, item, back_ms, anonymous)
-        self._send("clicks", kafka.send_click(self._producer, self._settings, click), click.event_id)
+        self._send(
+            "clicks", producers.send_click(self._producer, self._settings, click), click.event_id
+        )
         if not anonymous:
             self._recent.append(click)
 
     def _duplicates(self) -> None:
         if self._recent:
             click = self._recent[self._rng.randrange(len(self._recent))]
-            self._send("duplicates", kafka.send_click(self._producer, self._settings, click), click.event_id)
+            self._send(
+                "duplicates",
+                producers.send_click(self._producer, self._settings, click),
+                click.event_id,
+            )
 
     def _reordered(self) -> None:
         back_ms = int(self._rng.random() * 2 * self._lateness_s * 1_000)
@@ -188,8 +206,10 @@ class Load:
 
     def _strays(self) -> None:
         """A click without a key, or one that lies in a partition that is not its own."""
-        click = self._made(f"s{self._below(SHOPPERS)}", self._item(), anonymous=self._rng.random() < 0.2)
-        topic, value = self._settings.prefixed(kafka.CLICKS), events.encode(click)
+        click = self._made(
+            f"s{self._below(SHOPPERS)}", self._item(), anonymous=self._rng.random() < 0.2
+        )
+        topic, value = self._settings.prefixed(topics.CLICKS), events.encode(click)
         if self._rng.random() < 0.5:
             sent = self._producer.send(topic, value)
         else:
@@ -200,40 +220,48 @@ class Load:
 
     def _merge(self) -> None:
         merge = Merge(
-            user_id=f"g{self._below(VISITORS)}", merge_into=f"s{self._below(SHOPPERS)}",
+            user_id=f"g{self._below(VISITORS)}",
+            merge_into=f"s{self._below(SHOPPERS)}",
             at_ms=time.time_ns() // 1_000_000,
-        )  # fmt: skip
-        self._send("merges", kafka.send_merge(self._producer, self._settings, merge))
+        )
+        self._send("merges", producers.send_merge(self._producer, self._settings, merge))
 
     def _malformed(self) -> None:
-        topic, value = self._rng.choice(kafka.SOURCES), self._rng.choice(MALFORMED)
-        self._send("malformed", self._producer.send(self._settings.prefixed(topic), value, key=b"x1"))
+        topic, value = self._rng.choice(topics.SOURCES), self._rng.choice(MALFORMED)
+        self._send(
+            "malformed", self._producer.send(self._settings.prefixed(topic), value, key=b"x1")
+        )
 
     def _catalogue(self) -> None:
         number = self._below(len(self._items))
         item, dice = self._items[number], self._rng.random()
         if dice < 0.3:
-            self._send("deletes", kafka.send_delete(self._producer, self._settings, item.item_id))
+            self._send(
+                "deletes", producers.send_delete(self._producer, self._settings, item.item_id)
+            )
             return
         changed = msgspec.structs.replace(
-            item, title=f"{item.title} {self._number}", available=dice < 0.9,
-            tags=[*item.tags, f"t{self._below(9)}"], at_ms=time.time_ns() // 1_000_000,
-        )  # fmt: skip
-        self._send("items", kafka.send_item(self._producer, self._settings, changed))
+            item,
+            title=f"{item.title} {self._number}",
+            available=dice < 0.9,
+            tags=[*item.tags, f"t{self._below(9)}"],
+            at_ms=time.time_ns() // 1_000_000,
+        )
+        self._send("items", producers.send_item(self._producer, self._settings, changed))
 
     def _profile(self) -> None:
         if self._returners and self._rng.random() < 0.25:
             user = f"r{self._below(RETURNERS)}"
-            self._send("forgotten", kafka.send_forget(self._producer, self._settings, user))
+            self._send("forgotten", producers.send_forget(self._producer, self._settings, user))
             return
         leaver = self._rng.random() < 0.5
         user = f"l{self._below(LEAVERS)}" if leaver else f"m{self._below(MEMBERS)}"
         if leaver and self._rng.random() < 0.4:
-            self._send("forgotten", kafka.send_forget(self._producer, self._settings, user))
+            self._send("forgotten", producers.send_forget(self._producer, self._settings, user))
             return
         self._number += 1
         profile = UserProfile(user_id=user, attributes={"age": self._below(90), "n": self._number})
-        self._send("profiles", kafka.send_profile(self._producer, self._settings, profile))
+        self._send("profiles", producers.send_profile(self._producer, self._settings, profile))
 
     def _send(self, what: str, future: Any, event_id: str | None = None) -> None:
         self.sent[what] += 1

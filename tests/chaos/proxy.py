@@ -132,7 +132,10 @@ class Proxy:
                     writer.transport.abort()
 
     async def _answer(
-        self, server: asyncio.StreamReader, client: asyncio.StreamWriter, replies: asyncio.Queue[_Reply]
+        self,
+        server: asyncio.StreamReader,
+        client: asyncio.StreamWriter,
+        replies: asyncio.Queue[_Reply],
     ) -> None:
         while True:
             reply = await replies.get()
@@ -150,9 +153,12 @@ class _Requests:
     """One connection's commands on their way to the server."""
 
     def __init__(
-        self, proxy: Proxy, client: asyncio.StreamReader, server: asyncio.StreamWriter,
+        self,
+        proxy: Proxy,
+        client: asyncio.StreamReader,
+        server: asyncio.StreamWriter,
         replies: asyncio.Queue[_Reply],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._proxy = proxy
         self._client = client
         self._server = server

@@ -15,17 +15,17 @@ from pathlib import Path
 
 import msgspec
 
-from eddyline import kafka
-from eddyline.cli import replay
-from eddyline.cli.producers import now_ms
-from eddyline.demo.stage import Stage, free_port, wait_until_applied
-from eddyline.demo.worlds import World
+from cli.commands import replay_file
 from eddyline.errors import LocalServerError, Unavailable
 from eddyline.generations import Manifest
-from eddyline.local import jars, ports, valkey
-from eddyline.local import kafka as broker
-from eddyline.local.supervisor import Child, Supervisor
-from eddyline.settings import Settings
+from eddyline.kafka import topics
+from eddyline.kafka.producers import now_ms
+from eddyline.settings.loader import Settings
+from sandbox.datasets.dataset import Dataset
+from sandbox.processes import ProcessRunner, free_port, wait_until_applied
+from sandbox.servers import free_ports, kafka_jars, valkey
+from sandbox.servers import kafka_broker as broker
+from sandbox.servers.supervisor import Child, Supervisor
 from tests.chaos.proxy import Proxy
 
 # Small, so that one shape of every limit is met: lists that are full, events that come too late.
@@ -57,7 +57,11 @@ class Scene:
         self.names = [f"ingest-{number}" for number in range(1, ingests + 1)]
         self.supervisor = Supervisor(folder / "logs")
         self.settings = Settings(
-            data_dir=str(folder), bundle_dir=str(bundle_dir), namespace="chaos", worker_port=0, **CUT
+            data_dir=str(folder),
+            bundle_dir=str(bundle_dir),
+            namespace="chaos",
+            worker_port=0,
+            **CUT,
         )
         self.proxy: Proxy
         self._manifest = manifest
@@ -65,13 +69,13 @@ class Scene:
         self._frozen: dict[int, int] = {}  # pid -> how many faults hold it
         self._lock = threading.Lock()
 
-    def start(self, world: World) -> None:
+    def start(self, world: Dataset) -> None:
         """Everything, with the world's items applied. Raises LocalServerError."""
-        chosen = ports.choose(self.folder / "run", ("kafka", "controller", "redis"))
+        chosen = free_ports.choose_port(self.folder / "run", ("kafka", "controller", "redis"))
         server, _ = valkey.program()
         redis = valkey.prepare(self.folder, chosen["redis"], server)
         redis = _with_argv(redis, ["sh", "-c", SWAP, "valkey", *redis.argv])
-        classpath = jars.fetch(lambda done, total: None)
+        classpath = kafka_jars.fetch(lambda done, total: None)
         self.supervisor.start(
             redis, broker.prepare(self.folder, chosen["kafka"], chosen["controller"], classpath)
         )
@@ -81,10 +85,12 @@ class Scene:
             kafka_bootstrap_servers=f"127.0.0.1:{chosen['kafka']}",
             redis_url=f"redis://127.0.0.1:{chosen['redis']}/0",
         )
-        through = msgspec.structs.replace(self.settings, redis_url=f"redis://127.0.0.1:{self.proxy.port}/0")
-        stage = Stage(through, self.supervisor)
+        through = msgspec.structs.replace(
+            self.settings, redis_url=f"redis://127.0.0.1:{self.proxy.port}/0"
+        )
+        stage = ProcessRunner(through, self.supervisor)
         stage.prepare(self._manifest)
-        replay.send(self.settings, world.items)
+        replay_file.send(self.settings, world.items)
         more = {name: str(value) for name, value in CUT.items()}
         worker, self.address = stage.worker_child(port=free_port(), **more)
         self.supervisor.start(*(stage.ingest_child(name, **more) for name in self.names), worker)
@@ -108,7 +114,7 @@ class Scene:
         while time.monotonic() < deadline:
             self.supervisor.check()
             try:
-                ends = {name: kafka.end_offsets(self.settings, name) for name in kafka.SOURCES}
+                ends = {name: topics.end_offsets(self.settings, name) for name in topics.SOURCES}
                 if ends == before:
                     return
                 wait_until_applied(
@@ -185,10 +191,10 @@ class Scene:
         return True
 
 
-def small_generation(folder: Path, world: World) -> Manifest:
+def small_generation(folder: Path, world: Dataset) -> Manifest:
     """Train generation 1 of the world's history, briefly, into `<folder>/1`."""
-    from embeddings.training.dataset import TrainingData
-    from embeddings.training.train import train
+    from embeddings.data.examples import TrainingData
+    from embeddings.training.trainer import train
 
     profiles = {user: dict(profile.attributes) for user, profile in world.profiles.items()}
     data = TrainingData(items=world.items, profiles=profiles, clicks=world.clicks)
@@ -198,6 +204,10 @@ def small_generation(folder: Path, world: World) -> Manifest:
 
 def _with_argv(child: Child, argv: list[str]) -> Child:
     return Child(
-        name=child.name, argv=argv, ready=child.ready, cwd=child.cwd,
-        ready_timeout_s=child.ready_timeout_s, stop_timeout_s=child.stop_timeout_s,
-    )  # fmt: skip
+        name=child.name,
+        argv=argv,
+        ready=child.ready,
+        cwd=child.cwd,
+        ready_timeout_s=child.ready_timeout_s,
+        stop_timeout_s=child.stop_timeout_s,
+    )

@@ -71,7 +71,9 @@ def plan(
         kind = turn.pop()
         more = _more(rng, kind, ingests)
         if short and kind != "freeze ingest":
-            more |= {name: min(more[name], SHORT_S) for name in ("seconds", "older_s") if name in more}
+            more |= {
+                name: min(more[name], SHORT_S) for name in ("seconds", "older_s") if name in more
+            }
         faults.append(Fault(number, round(at_s, 2), kind, more))
     return faults
 
@@ -79,7 +81,9 @@ def plan(
 def _more(rng: random.Random, kind: str, ingests: int) -> dict[str, Any]:
     if kind in ("kill ingest", "freeze ingest"):
         more: dict[str, Any] = {"which": f"ingest-{rng.randint(1, ingests)}"}
-        return more | ({"seconds": round(rng.uniform(*ZOMBIE_S), 1)} if kind == "freeze ingest" else {})
+        return more | (
+            {"seconds": round(rng.uniform(*ZOMBIE_S), 1)} if kind == "freeze ingest" else {}
+        )
     if kind == "freeze redis":
         return {"seconds": round(rng.uniform(0.5, 4.0), 1)}
     if kind == "freeze broker":

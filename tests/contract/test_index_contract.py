@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from eddyline.errors import VectorRejected
-from eddyline.records import ItemRecord
+from eddyline.schema.item_record import ItemRecord
+from index.backends.registry import NAMES, make_backend
 from index.exact import ExactIndex
-from index.hnsw import HnswIndex
+from index.factory import HnswIndex
 from index.live import LiveIndex
-from index.mains.choose import NAMES, main_index
-from index.port import Found, Hit, Index, Watermark
+from index.port import Hit, Index, SearchResult, Watermark
 
 D = 8
 
@@ -22,7 +22,9 @@ def unit(*numbers: float) -> np.ndarray:
     return vector / np.float32(np.linalg.norm(vector))
 
 
-def put(item_id: str, offset: int, *numbers: float, partition: int = 0, at_ms: int = 0) -> ItemRecord:
+def put(
+    item_id: str, offset: int, *numbers: float, partition: int = 0, at_ms: int = 0
+) -> ItemRecord:
     return ItemRecord(item_id, partition, offset, at_ms, 1_000 + offset, unit(*numbers))
 
 
@@ -34,7 +36,7 @@ class Built(LiveIndex):
     """A main index made after every write, so that it answers all that it can."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(D, main_index(name).build, breadth=200, exact_below=0, fresh_max=4_096)
+        super().__init__(D, make_backend(name).build, breadth=200, exact_below=0, fresh_max=4_096)
 
     def apply(self, records):  # type: ignore[no-untyped-def]
         counted = super().apply(records)
@@ -95,7 +97,7 @@ def test_find_is_the_same_answer_as_columns(index: Index) -> None:
         assert found.hits() == index.query(unit(1, 1), k, exclude)
         assert len(found) == len(found.ids) == len(found.scores) == len(found.facts)
         assert found.scores.dtype == np.float64 and found.facts.shape == (len(found), 3)
-    assert Found.of(found.hits()).hits() == found.hits()
+    assert SearchResult.of(found.hits()).hits() == found.hits()
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e18, 1e30, 3e38])
@@ -151,7 +153,10 @@ def test_a_delete_that_comes_before_its_item(index: Index) -> None:
 
 
 def test_within_a_batch_the_highest_offset_wins_in_any_order(index: Index) -> None:
-    assert index.apply([gone("a", 3), put("a", 2, 1), put("b", 9, 1), gone("b", 8), put("b", 9, 0, 1)]) == 2
+    assert (
+        index.apply([gone("a", 3), put("a", 2, 1), put("b", 9, 1), gone("b", 8), put("b", 9, 0, 1)])
+        == 2
+    )
     assert ids(index.query(unit(1), 5)) == ["b"]
     assert index.query(unit(1), 5)[0].score == 1.0
 
@@ -217,14 +222,20 @@ def test_vectors_of_keeps_order_and_repeats_and_leaves_out_what_is_not_live(inde
 
 
 def test_newest_goes_by_event_time(index: Index) -> None:
-    index.upsert([put("old", 1, 1, at_ms=10), put("new", 2, 1, at_ms=30), put("mid", 3, 1, at_ms=20)])
+    index.upsert(
+        [put("old", 1, 1, at_ms=10), put("new", 2, 1, at_ms=30), put("mid", 3, 1, at_ms=20)]
+    )
     assert ids(index.newest(2)) == ["new", "mid"]
     assert ids(index.newest(5, ["new"])) == ["mid", "old"]
 
 
 def test_watermarks_are_per_partition_and_never_go_back(index: Index) -> None:
     index.apply(
-        [put("a", 5, 1, partition=0, at_ms=9), put("b", 2, 1, partition=3), gone("c", 6, partition=3)]
+        [
+            put("a", 5, 1, partition=0, at_ms=9),
+            put("b", 2, 1, partition=3),
+            gone("c", 6, partition=3),
+        ]
     )
     assert index.watermarks() == {0: Watermark(5, 9, 1_005), 3: Watermark(6, 0, 1_006)}
     index.apply([put("z", 1, 1, partition=0, at_ms=4)])

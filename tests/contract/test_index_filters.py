@@ -8,12 +8,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from eddyline.records import ItemRecord
-from index import filtered
+from eddyline.schema.item_record import ItemRecord
 from index.exact import ExactIndex
+from index.factory import HnswIndex
 from index.filters import Filter, Range, matches
-from index.hnsw import HnswIndex
 from index.port import Hit, Index
+from index.search import filtered
 
 D = 8
 WORDS = ("a", "b", "c", "rare")
@@ -72,15 +72,24 @@ CATALOGUE = [
         tags=["long", "old"],
         attributes={"year": 1995, "stars": 4.5},
     ),
-    put("book", 2, 2, categories=["Drama"], tags=["old"], attributes={"year": 1870, "signed": True}),
-    put("song", 3, 3, categories=["Pop"], tags=["new"], attributes={"year": "1999", "stars": float("nan")}),
+    put(
+        "book", 2, 2, categories=["Drama"], tags=["old"], attributes={"year": 1870, "signed": True}
+    ),
+    put(
+        "song",
+        3,
+        3,
+        categories=["Pop"],
+        tags=["new"],
+        attributes={"year": "1999", "stars": float("nan")},
+    ),
     put("bare", 4, 4),
     put("odd", 5, 5, categories="Drama", tags=[1, None], attributes=["year"]),
 ]
 
 
 @pytest.mark.parametrize(
-    ("asked", "expected"),
+    ("filters", "expected"),
     [
         (Filter(), ["bare", "book", "film", "odd", "song"]),
         (Filter(categories=of("Drama")), ["book", "film"]),
@@ -103,15 +112,17 @@ CATALOGUE = [
         (Filter(categories=of("Drama"), tags=of("new")), []),
     ],
 )
-def test_what_passes(index: Index, asked: Filter, expected: list[str]) -> None:
+def test_what_passes(index: Index, filters: Filter, expected: list[str]) -> None:
     index.upsert(CATALOGUE)
-    assert ids(index.query(POOL[0], 9, (), asked)) == expected
-    assert ids(index.newest(9, (), asked)) == expected
+    assert ids(index.query(POOL[0], 9, (), filters)) == expected
+    assert ids(index.newest(9, (), filters)) == expected
     names = [record.item_id for record in CATALOGUE]
-    described = index.describe([*names, "unknown"], asked)
+    described = index.describe([*names, "unknown"], filters)
     assert sorted(hit.item_id for hit in described if hit) == expected
-    assert len(index.query(POOL[0], 2, (), asked)) == min(2, len(expected))
-    assert ids(index.query(POOL[0], 9, ["film"], asked)) == [name for name in expected if name != "film"]
+    assert len(index.query(POOL[0], 2, (), filters)) == min(2, len(expected))
+    assert ids(index.query(POOL[0], 9, ["film"], filters)) == [
+        name for name in expected if name != "film"
+    ]
 
 
 def test_the_filter_follows_the_newest_record_and_forgets_deleted_items(index: Index) -> None:
@@ -125,7 +136,9 @@ def test_the_filter_follows_the_newest_record_and_forgets_deleted_items(index: I
 
 
 def test_columns_survive_a_table_that_was_replaced(index: Index) -> None:
-    records = [put(f"i{n}", n, n % 64, tags=[WORDS[n % 3]], attributes={"n": n % 10}) for n in range(300)]
+    records = [
+        put(f"i{n}", n, n % 64, tags=[WORDS[n % 3]], attributes={"n": n % 10}) for n in range(300)
+    ]
     for turn in range(8):  # 2,400 rows: more than the first table holds
         index.upsert(
             [
@@ -133,33 +146,49 @@ def test_columns_survive_a_table_that_was_replaced(index: Index) -> None:
                 for n, r in enumerate(records)
             ]
         )
-        asked = Filter(tags=of("b"), ranges={"n": Range(3, 4)})
-        assert ids(index.query(POOL[0], 999, (), asked)) == sorted(
-            r.item_id for r in records if matches(asked, r.item_id, r.attributes)
+        filters = Filter(tags=of("b"), ranges={"n": Range(3, 4)})
+        assert ids(index.query(POOL[0], 999, (), filters)) == sorted(
+            r.item_id for r in records if matches(filters, r.item_id, r.attributes)
         )
 
 
 words = st.frozensets(st.sampled_from(WORDS), max_size=3)
 numbers = st.one_of(st.integers(-2, 6), st.floats(-2, 6, allow_nan=False))
 items = st.lists(
-    st.fixed_dictionaries({
-        "name": st.integers(0, 30), "at": st.integers(0, 63), "gone": st.integers(0, 5), "categories": words,
-        "tags": words, "numbers": st.dictionaries(st.sampled_from("xy"), numbers, max_size=2),
-    }),
+    st.fixed_dictionaries(
+        {
+            "name": st.integers(0, 30),
+            "at": st.integers(0, 63),
+            "gone": st.integers(0, 5),
+            "categories": words,
+            "tags": words,
+            "numbers": st.dictionaries(st.sampled_from("xy"), numbers, max_size=2),
+        }
+    ),
     max_size=60,
-)  # fmt: skip
+)
 ranges = st.tuples(numbers, numbers).map(lambda pair: Range(min(pair), max(pair)))
 names = st.frozensets(st.integers(0, 32).map("i{}".format), max_size=8)
 filters = st.builds(
-    Filter, categories=words, tags=words, tags_all=words, deny=names, allow=st.none() | names,
+    Filter,
+    categories=words,
+    tags=words,
+    tags_all=words,
+    deny=names,
+    allow=st.none() | names,
     ranges=st.dictionaries(st.sampled_from("xyz"), ranges, max_size=2),
-)  # fmt: skip
+)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(items, filters, st.integers(0, 40), names, st.sampled_from([0, 1, 25]), st.integers(0, 63))
 def test_any_filter_against_its_naive_meaning(
-    found: list[dict[str, Any]], asked: Filter, k: int, exclude: frozenset[str], cost: int, at: int
+    found: list[dict[str, Any]],
+    filters: Filter,
+    k: int,
+    exclude: frozenset[str],
+    cost: int,
+    at: int,
 ) -> None:
     records = []
     for offset, item in enumerate(found):
@@ -172,21 +201,26 @@ def test_any_filter_against_its_naive_meaning(
         records.append(ItemRecord(f"i{item['name']}", 0, offset, offset, 0, vector, parts))
     latest = {record.item_id: record for record in records}
     live = [r for r in latest.values() if r.vector is not None and r.item_id not in exclude]
-    passing = [r for r in live if matches(asked, r.item_id, r.attributes)]
+    passing = [r for r in live if matches(filters, r.item_id, r.attributes)]
     scored = [
         (-float((r.vector.astype(np.float64) * POOL[at].astype(np.float64)).sum()), r.item_id)
         for r in passing
     ]  # type: ignore[union-attr]
     expected = [name for _, name in sorted(scored)[:k]]
-    before, filtered.ROWS_A_CANDIDATE = filtered.ROWS_A_CANDIDATE, cost  # 0: the graph whatever it costs
+    before, filtered.ROWS_A_CANDIDATE = (
+        filtered.ROWS_A_CANDIDATE,
+        cost,
+    )  # 0: the graph whatever it costs
     try:
         for make in MAKERS.values():
             index = make()
             index.apply(records[: len(records) // 2])
             index.apply(records[len(records) // 2 :])
-            assert [hit.item_id for hit in index.query(POOL[at], k, exclude, asked)] == expected
+            assert [hit.item_id for hit in index.query(POOL[at], k, exclude, filters)] == expected
             newest = sorted(passing, key=lambda r: (-r.at_ms, r.item_id))[:k]
-            assert [hit.item_id for hit in index.newest(k, exclude, asked)] == [r.item_id for r in newest]
+            assert [hit.item_id for hit in index.newest(k, exclude, filters)] == [
+                r.item_id for r in newest
+            ]
             index.close()
     finally:
         filtered.ROWS_A_CANDIDATE = before

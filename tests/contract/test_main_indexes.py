@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from eddyline.errors import SettingsError
-from eddyline.records import ItemRecord
-from eddyline.settings import Settings
+from eddyline.schema.item_record import ItemRecord
+from eddyline.settings.loader import Settings
+from index.backends.base import AnnBackend
+from index.backends.faiss import FaissHnsw, FaissIvf
+from index.backends.registry import NAMES, make_backend
 from index.live import LiveIndex
-from index.mains.choose import NAMES, main_index
-from index.mains.faiss import FaissHnsw, FaissIvf
-from index.mains.port import MainIndex
 
 D, N, K = 16, 3_000, 20
 
@@ -29,11 +29,11 @@ def clustered(n: int, seed: int, dimension: int = D) -> np.ndarray:
 
 
 @pytest.fixture(params=NAMES)
-def main(request: pytest.FixtureRequest) -> MainIndex:
-    return main_index(request.param)
+def main(request: pytest.FixtureRequest) -> AnnBackend:
+    return make_backend(request.param)
 
 
-def live_on(main: MainIndex) -> LiveIndex:
+def live_on(main: AnnBackend) -> LiveIndex:
     return LiveIndex(D, main.build, breadth=200, exact_below=100, fresh_max=1_000_000)
 
 
@@ -54,7 +54,7 @@ def recall(index: LiveIndex, vectors: dict[str, np.ndarray], queries: np.ndarray
     return good / (K * len(queries))
 
 
-def test_found_fresh_turned_and_gone(main: MainIndex) -> None:
+def test_found_fresh_turned_and_gone(main: AnnBackend) -> None:
     """Built once; then new, moved and retired items, without another build: exact scores, no wrong item."""
     index = live_on(main)
     vectors, queries = clustered(N, 2), clustered(40, 3)
@@ -76,7 +76,7 @@ def test_found_fresh_turned_and_gone(main: MainIndex) -> None:
     index.close()
 
 
-def test_more_candidates_are_a_wider_search(main: MainIndex) -> None:
+def test_more_candidates_are_a_wider_search(main: AnnBackend) -> None:
     vectors = clustered(N, 6)
     built = main.build(np.arange(N) + 7, vectors, threading.Event())
     assert built is not None and built.size == N and built.name == main.name
@@ -92,7 +92,7 @@ def test_more_candidates_are_a_wider_search(main: MainIndex) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 38, 39, 40, 255, 256, 257, 624])
-def test_too_few_to_train_on_is_no_error(main: MainIndex, n: int) -> None:
+def test_too_few_to_train_on_is_no_error(main: AnnBackend, n: int) -> None:
     vectors = clustered(n, 8)
     built = main.build(np.arange(n), vectors, threading.Event())
     assert built is not None
@@ -102,22 +102,22 @@ def test_too_few_to_train_on_is_no_error(main: MainIndex, n: int) -> None:
 
 @pytest.mark.parametrize("dimension", [1, 2, 7, 12])
 def test_product_quantization_of_any_dimension(dimension: int) -> None:
-    from index.mains.faiss import PQ_VECTORS_MIN
+    from index.backends.faiss import PQ_VECTORS_MIN
 
     vectors = clustered(PQ_VECTORS_MIN, 9, dimension)
-    built = main_index("faiss-ivfpq").build(np.arange(len(vectors)), vectors, threading.Event())
+    built = make_backend("faiss-ivfpq").build(np.arange(len(vectors)), vectors, threading.Event())
     assert built is not None
     assert built.memory_bytes < len(vectors) * (4 * dimension + 16) + 4 * dimension * 1024
     assert built.search(vectors[0], 10) is not None
 
 
-def test_a_build_is_given_up(main: MainIndex) -> None:
+def test_a_build_is_given_up(main: AnnBackend) -> None:
     stop = threading.Event()
     stop.set()
     assert main.build(np.arange(50), clustered(50, 1), stop) is None
 
 
-def test_it_takes_one_core_at_most(main: MainIndex) -> None:
+def test_it_takes_one_core_at_most(main: AnnBackend) -> None:
     """The CPU time of all threads together, a library's own included, is at most the time that passed."""
     vectors = clustered(8_000, 10)
     spent: list[float] = []
@@ -138,7 +138,7 @@ def test_it_takes_one_core_at_most(main: MainIndex) -> None:
 
 def test_memory_of_a_forest_is_about_that_of_its_file(tmp_path: Path) -> None:
     vectors = clustered(4_000, 11)
-    built = main_index("annoy").build(np.arange(len(vectors)), vectors, threading.Event())
+    built = make_backend("annoy").build(np.arange(len(vectors)), vectors, threading.Event())
     assert built is not None
     forest = built._forest
     assert isinstance(forest, annoy.AnnoyIndex)
@@ -171,24 +171,24 @@ def test_a_library_that_is_not_there_is_named_with_its_extra(
             raise ModuleNotFoundError(f"No module named {module!r}", name=module)
         return real(module, globals, locals, names, level)
 
-    for module in ("index.hnsw", "index.mains.faiss", "index.mains.annoy"):
+    for module in ("index.backends.hnswlib", "index.backends.faiss", "index.backends.annoy"):
         monkeypatch.delitem(sys.modules, module, raising=False)
-    package = __import__("index.mains", fromlist=["mains"])
+    package = __import__("index.backends", fromlist=["mains"])
     for attribute in ("faiss", "annoy"):
         monkeypatch.delattr(package, attribute, raising=False)
     monkeypatch.setattr(builtins, "__import__", absent)
     with pytest.raises(SettingsError, match=rf"index_main is '{name}'.*eddyline\[{extra}\]"):
-        main_index(name)
+        make_backend(name)
 
 
 def test_names_and_senseless_settings_are_refused() -> None:
     assert Settings().index_main == NAMES[0] == "hnswlib"
     with pytest.raises(SettingsError, match="there are hnswlib, faiss-flat"):
-        main_index("scann")
+        make_backend("scann")
     for make in (
         lambda: FaissIvf(lists_per_root=0),
         lambda: FaissHnsw(m=0),
-        lambda: main_index("hnswlib", m=1),
+        lambda: make_backend("hnswlib", m=1),
     ):
         with pytest.raises(ValueError, match="must be at least"):
             make()

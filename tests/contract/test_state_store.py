@@ -10,12 +10,16 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
-from eddyline.behaviour import EMPTY, Behaviour, Entry, short
 from eddyline.errors import FenceMoved, StoreRefused, StoreUnavailable
-from eddyline.ports import (
-    Card,
-    CardWrite,
+from eddyline.schema.user_history import EMPTY, Entry, UserHistory, compact
+from eddyline.settings.loader import Settings
+from eddyline.stores import redis_client
+from eddyline.stores.memory import MemoryStore
+from eddyline.stores.redis import RedisStore
+from eddyline.stores.state_store import (
     Fence,
+    ItemMetadata,
+    ItemMetadataWrite,
     Layout,
     LogId,
     Source,
@@ -24,10 +28,6 @@ from eddyline.ports import (
     UserQuery,
     UserWrite,
 )
-from eddyline.settings import Settings
-from eddyline.stores import connect
-from eddyline.stores.memory import MemoryStore
-from eddyline.stores.redis import RedisStore
 
 LOG = LogId("cluster", "topic")
 CLICKS = Source("clicks", 3)
@@ -38,9 +38,9 @@ def at(offset: int) -> Fence:
     return Fence(offset, LOG)
 
 
-def seen(*items: str, **stamps: int) -> Behaviour:
+def seen(*items: str, **stamps: int) -> UserHistory:
     entries = tuple(Entry(item, at_ms=n, kind=0, weight=1.0) for n, item in enumerate(items))
-    return Behaviour(entries=entries[::-1], **stamps)
+    return UserHistory(entries=entries[::-1], **stamps)
 
 
 @pytest.fixture(params=["memory", "redis", "cluster"])
@@ -61,12 +61,12 @@ def test_an_empty_store_knows_nothing(store: StateStore) -> None:
     assert store.layout() is None
     assert store.fences(CLICKS, ["u3", "i0"]) == {"u3": None, "i0": None}
     read = store.read_users("u3", CLICKS, ["e1"], ["ana"], "1")
-    assert (read.fence, read.accepted_at, read.behaviours, read.embeddings) == (None, {}, {}, {})
+    assert (read.fence, read.accepted_at, read.histories, read.embeddings) == (None, {}, {}, {})
     assert store.read_users("u3", CLICKS, [], [], "").fence is None
-    assert store.read_cards(["a"], 1) == {}
+    assert store.read_item_metadata(["a"], 1) == {}
     assert store.popular("i0", 10) == {}
     state = store.read_user("u3", 3, "ana", "1")
-    assert (state.fence, state.behaviour, state.applied_us) == (None, EMPTY, 0)
+    assert (state.fence, state.history, state.applied_us) == (None, EMPTY, 0)
     assert (state.embedding, state.profile) == (None, {})
 
 
@@ -83,7 +83,7 @@ def test_the_layout_is_claimed_once(store: StateStore) -> None:
 def test_users_are_written_whole_and_read_in_one_go(store: StateStore) -> None:
     effects = UserEffects(
         accepted={"e1": 10, "e2": 11},
-        behaviours={"ana": seen("a", "b", offset=11, partition=3), "bé": seen("c")},
+        histories={"ana": seen("a", "b", offset=11, partition=3), "bé": seen("c")},
         generation="1",
         embeddings={"ana": (7, b"\x00\x01\xff\x80")},
     )
@@ -93,36 +93,40 @@ def test_users_are_written_whole_and_read_in_one_go(store: StateStore) -> None:
     read = store.read_users("u3", CLICKS, ["e1", "e2", "e3"], ["ana", "bé", "cy"], "1")
     assert read.fence == at(11)
     assert read.accepted_at == {"e1": 10, "e2": 11}
-    assert read.behaviours == effects.behaviours
+    assert read.histories == effects.histories
     assert read.embeddings == effects.embeddings
     state = store.read_user("u3", 3, "ana", "1")
-    assert (state.fence, state.behaviour) == (at(11), effects.behaviours["ana"])
+    assert (state.fence, state.history) == (at(11), effects.histories["ana"])
     assert (state.applied_us, state.embedding) == (applied_us, (7, b"\x00\x01\xff\x80"))
     assert store.read_user("u3", 3, "ana", "2").embedding is None
-    assert store.read_users("u4", CLICKS, ["e1"], ["ana"], "1").behaviours == {}
+    assert store.read_users("u4", CLICKS, ["e1"], ["ana"], "1").histories == {}
 
 
 @pytest.mark.parametrize("expected", [None, Fence(9, LOG), Fence(10, LogId("other", "topic"))])
-def test_a_write_against_another_fence_is_refused_whole(store: StateStore, expected: Fence | None) -> None:
-    store.write_users("u3", CLICKS, None, at(10), UserEffects(behaviours={"ana": seen("a")}))
+def test_a_write_against_another_fence_is_refused_whole(
+    store: StateStore, expected: Fence | None
+) -> None:
+    store.write_users("u3", CLICKS, None, at(10), UserEffects(histories={"ana": seen("a")}))
     with pytest.raises(FenceMoved) as refused:
-        late = UserEffects(accepted={"e9": 12}, behaviours={"ana": seen("x"), "bo": seen("y")})
+        late = UserEffects(accepted={"e9": 12}, histories={"ana": seen("x"), "bo": seen("y")})
         store.write_users("u3", CLICKS, expected, at(12), late)
     assert refused.value.found == str(at(10))
     read = store.read_users("u3", CLICKS, ["e9"], ["ana", "bo"], "")
-    assert (read.fence, read.accepted_at, read.behaviours) == (at(10), {}, {"ana": seen("a")})
+    assert (read.fence, read.accepted_at, read.histories) == (at(10), {}, {"ana": seen("a")})
 
 
 def test_a_write_is_refused_where_users_were_written_meanwhile(store: StateStore) -> None:
-    store.write_users("u3", CLICKS, None, at(1), UserEffects(behaviours={"ana": seen("a")}, profiles=""))
+    store.write_users(
+        "u3", CLICKS, None, at(1), UserEffects(histories={"ana": seen("a")}, profiles="")
+    )
     users = Source("users", 3)
     store.write_profiles("u3", users, None, at(7), {"ana": None}, ["1"])
-    effects = UserEffects(accepted={"e": 2}, behaviours={"ana": seen("a", "b")}, profiles="")
+    effects = UserEffects(accepted={"e": 2}, histories={"ana": seen("a", "b")}, profiles="")
     with pytest.raises(FenceMoved) as refused:
         store.write_users("u3", CLICKS, at(1), at(2), effects)
     assert refused.value.found == str(at(7))
     assert store.read_slot("u3", CLICKS).fence == at(1)
-    assert store.read_users("u3", CLICKS, [], ["ana"], "").behaviours == {}
+    assert store.read_users("u3", CLICKS, [], ["ana"], "").histories == {}
     effects.profiles = store.read_slot("u3", CLICKS).profiles
     store.write_users("u3", CLICKS, at(1), at(2), effects)
     assert store.read_slot("u3", CLICKS).accepted == {"e": 2}
@@ -131,14 +135,16 @@ def test_a_write_is_refused_where_users_were_written_meanwhile(store: StateStore
 def test_writes_of_several_slots_stand_or_fail_each_for_itself(store: StateStore) -> None:
     store.write_users("u4", Source("clicks", 4), None, at(5), UserEffects())
     writes = [
-        UserWrite(f"u{p}", Source("clicks", p), None, at(p), UserEffects(behaviours={"ana": seen(f"i{p}")}))
+        UserWrite(
+            f"u{p}", Source("clicks", p), None, at(p), UserEffects(histories={"ana": seen(f"i{p}")})
+        )
         for p in (3, 4, 5)
     ]
     ends = store.write_many(writes)
     assert isinstance(ends[0], int) and isinstance(ends[1], FenceMoved) and isinstance(ends[2], int)
     reads = store.read_many([UserQuery(w.slot, w.source, ["ana", "bo"], "1") for w in writes])
     assert [read.fence for read in reads] == [at(3), at(5), at(5)]
-    assert [list(read.behaviours) for read in reads] == [["ana"], [], ["ana"]]
+    assert [list(read.histories) for read in reads] == [["ana"], [], ["ana"]]
     assert store.write_many([]) == [] and store.read_many([]) == []
 
 
@@ -146,39 +152,55 @@ def test_a_list_that_was_lent_to_a_write_may_change_afterwards(store: StateStore
     whole = seen("a", "b")
     lent = list(whole.entries)
     mine = msgspec.structs.replace(whole, entries=lent)
-    store.write_users("u3", CLICKS, None, at(1), UserEffects(behaviours={"ana": mine}))
+    store.write_users("u3", CLICKS, None, at(1), UserEffects(histories={"ana": mine}))
     lent.clear()
-    assert store.read_users("u3", CLICKS, [], ["ana"], "").behaviours == {"ana": whole}
+    assert store.read_users("u3", CLICKS, [], ["ana"], "").histories == {"ana": whole}
 
 
 def test_a_long_list_is_written_in_two_parts_and_read_as_one(store: StateStore) -> None:
     whole = seen("a", "b", "c")
-    store.write_users("u3", CLICKS, None, at(1), UserEffects(behaviours={"ana": whole}))
+    store.write_users("u3", CLICKS, None, at(1), UserEffects(histories={"ana": whole}))
     longer = seen("a", "b", "c", "d", offset=2)
-    recent = {"ana": [short(longer.entries[0])]}
-    store.write_users("u3", CLICKS, at(1), at(2), UserEffects(behaviours={"ana": longer}, recent=recent))
-    assert store.read_users("u3", CLICKS, [], ["ana"], "").behaviours == {"ana": longer}
-    assert store.read_user("u3", 3, "ana", "1").behaviour == longer
+    recent = {"ana": [compact(longer.entries[0])]}
+    store.write_users(
+        "u3", CLICKS, at(1), at(2), UserEffects(histories={"ana": longer}, recent=recent)
+    )
+    assert store.read_users("u3", CLICKS, [], ["ana"], "").histories == {"ana": longer}
+    assert store.read_user("u3", 3, "ana", "1").history == longer
     store.write_users("u3", CLICKS, at(2), at(3), UserEffects(emptied=("ana",), generation="1"))
-    assert store.read_user("u3", 3, "ana", "1").behaviour == EMPTY
-    store.write_users("u3", CLICKS, at(3), at(4), UserEffects(behaviours={"ana": whole}))
+    assert store.read_user("u3", 3, "ana", "1").history == EMPTY
+    store.write_users("u3", CLICKS, at(3), at(4), UserEffects(histories={"ana": whole}))
     store.write_profiles("u3", Source("users", 3), None, at(1), {"ana": None}, ["1"])
-    anew = UserEffects(behaviours={"ana": seen("z")}, recent={"ana": [("z", 0)]})
+    anew = UserEffects(histories={"ana": seen("z")}, recent={"ana": [("z", 0)]})
     store.write_users("u3", CLICKS, at(4), at(5), anew)
-    assert store.read_user("u3", 3, "ana", "1").behaviour == seen("z")
+    assert store.read_user("u3", 3, "ana", "1").history == seen("z")
 
 
 @pytest.mark.parametrize(("until_ms", "stays"), [(49, True), (50, False), (51, False)])
-def test_forgetting_leaves_a_list_that_went_on_since(store: StateStore, until_ms: int, stays: bool) -> None:
-    effects = UserEffects(behaviours={"ana": seen("a", appended_ms=50)}, generation="1",
-                          embeddings={"ana": (1, b"1234")})  # fmt: skip
+def test_forgetting_leaves_a_list_that_went_on_since(
+    store: StateStore, until_ms: int, stays: bool
+) -> None:
+    effects = UserEffects(
+        histories={"ana": seen("a", appended_ms=50)},
+        generation="1",
+        embeddings={"ana": (1, b"1234")},
+    )
     store.write_users("u3", CLICKS, None, at(1), effects)
     users = Source("users", 3)
     store.write_profiles("u3", users, None, at(1), {"ana": {"age": 3}, "bo": {"age": 4}}, ["1"])
-    store.write_profiles("u3", users, at(1), at(2), {"ana": None, "bo": {"age": 5}, "cy": None}, ["1", "2"],
-                         {"ana": until_ms, "cy": 1})  # fmt: skip
+    store.write_profiles(
+        "u3",
+        users,
+        at(1),
+        at(2),
+        {"ana": None, "bo": {"age": 5}, "cy": None},
+        ["1", "2"],
+        {"ana": until_ms, "cy": 1},
+    )
     read = store.read_users("u3", CLICKS, [], ["ana", "bo", "cy"], "1")
-    assert (list(read.behaviours), list(read.embeddings)) == ((["ana"], ["ana"]) if stays else ([], []))
+    assert (list(read.histories), list(read.embeddings)) == (
+        (["ana"], ["ana"]) if stays else ([], [])
+    )
     assert read.profiles == {"bo": {"age": 5}}
 
 
@@ -199,36 +221,40 @@ def test_every_write_is_fenced(store: StateStore) -> None:
     for write in (
         lambda: store.write_profiles("u3", CLICKS, at(1), at(2), {"ana": {"age": 3}}, ["1"]),
         lambda: store.count_clicks("u3", CLICKS, at(1), at(2), {1: {"a": 1000}}, 4),
-        lambda: store.write_cards("u3", CLICKS, at(1), at(2), {"a": Card(0, 1, b"{}")}),
+        lambda: store.write_item_metadata(
+            "u3", CLICKS, at(1), at(2), {"a": ItemMetadata(0, 1, b"{}")}
+        ),
         lambda: store.write_users("u3", CLICKS, at(1), at(2), UserEffects()),
     ):
         with pytest.raises(FenceMoved):
             write()
     assert store.fences(CLICKS, ["u3"]) == {"u3": None}
-    assert store.read_cards(["a"], 1) == {} and store.popular("u3", 9) == {}
+    assert store.read_item_metadata(["a"], 1) == {} and store.popular("u3", 9) == {}
 
 
 def test_card_writes_of_several_slots_stand_or_fail_for_themselves(store: StateStore) -> None:
     items, published = Source("items", 0), Source("items@1", 0)
-    card = Card(0, 2, b"{}")
-    ends = store.write_cards_many(
+    card = ItemMetadata(0, 2, b"{}")
+    ends = store.write_item_metadata_many(
         [
-            CardWrite("i0", published, None, at(2), {}),
-            CardWrite("i0", items, at(1), at(2), {"refused": card}),
-            CardWrite("i0", Source("items", 1), None, at(2), {"a": card}),
+            ItemMetadataWrite("i0", published, None, at(2), {}),
+            ItemMetadataWrite("i0", items, at(1), at(2), {"refused": card}),
+            ItemMetadataWrite("i0", Source("items", 1), None, at(2), {"a": card}),
         ]
     )
     assert [type(end) for end in ends] == [type(None), FenceMoved, type(None)]
-    assert store.read_cards(["refused", "a"], 1) == {"a": card}
-    assert store.fences(published, ["i0"]) == {"i0": at(2)} and store.fences(items, ["i0"]) == {"i0": None}
-    assert store.write_cards_many([]) == []
+    assert store.read_item_metadata(["refused", "a"], 1) == {"a": card}
+    assert store.fences(published, ["i0"]) == {"i0": at(2)} and store.fences(items, ["i0"]) == {
+        "i0": None
+    }
+    assert store.write_item_metadata_many([]) == []
 
 
 def test_fences_are_kept_by_slot_source_and_partition(store: StateStore) -> None:
     store.write_users("u3", CLICKS, None, at(5), UserEffects())
     store.count_clicks("i0", CLICKS, None, at(4), {}, 4)
     store.count_clicks("i0", Source("clicks", 4), None, at(9), {}, 4)
-    store.write_cards("i0", Source("items@1", 0), None, at(2), {})
+    store.write_item_metadata("i0", Source("items@1", 0), None, at(2), {})
     assert store.fences(CLICKS, ["u3", "i0", "i1"]) == {"u3": at(5), "i0": at(4), "i1": None}
     assert store.fences(Source("items@1", 0), ["i0"]) == {"i0": at(2)}
     assert store.fences(Source("items", 0), ["i0"]) == {"i0": None}
@@ -242,12 +268,14 @@ def test_the_window_forgets_below_its_floor(store: StateStore) -> None:
 
 
 @pytest.mark.parametrize("floor", [4, 5, 6, 1_000])
-def test_a_chunk_whose_last_id_lies_below_the_floor_is_written_whole(store: StateStore, floor: int) -> None:
+def test_a_chunk_whose_last_id_lies_below_the_floor_is_written_whole(
+    store: StateStore, floor: int
+) -> None:
     """Offsets have gaps (aborted transactions), and not every event has an id."""
-    effects = UserEffects(accepted={"a": 5}, window_floor=floor, behaviours={"ana": seen("x")})
+    effects = UserEffects(accepted={"a": 5}, window_floor=floor, histories={"ana": seen("x")})
     store.write_users("u3", CLICKS, None, at(2_000), effects)
     read = store.read_users("u3", CLICKS, ["a"], ["ana"], "")
-    assert (read.fence, read.behaviours) == (at(2_000), {"ana": seen("x")})
+    assert (read.fence, read.histories) == (at(2_000), {"ana": seen("x")})
     assert read.accepted_at == ({"a": 5} if floor <= 5 else {})
 
 
@@ -255,13 +283,15 @@ def test_a_chunk_whose_last_id_lies_below_the_floor_is_written_whole(store: Stat
 def test_a_chunk_may_be_large(store: StateStore, n: int) -> None:
     accepted = {f"e{i}": i for i in range(n)}
     lists = {f"user {i}": seen("a") for i in range(n)}
-    store.write_users("u3", CLICKS, None, at(n), UserEffects(accepted=accepted, behaviours=lists))
+    store.write_users("u3", CLICKS, None, at(n), UserEffects(accepted=accepted, histories=lists))
     read = store.read_users("u3", CLICKS, list(accepted), list(lists), "1")
-    assert read.accepted_at == accepted and read.behaviours == lists
+    assert read.accepted_at == accepted and read.histories == lists
 
 
 def test_profiles_and_forgetting(store: StateStore) -> None:
-    ana = UserEffects(behaviours={"ana": seen("a")}, generation="1", embeddings={"ana": (1, b"1234")})
+    ana = UserEffects(
+        histories={"ana": seen("a")}, generation="1", embeddings={"ana": (1, b"1234")}
+    )
     store.write_users("u3", CLICKS, None, at(1), ana)
     users = Source("users", 3)
     profiles: dict[str, dict[str, object] | None] = {"ana": {"age": 31, "job": "é"}, "bo": {}}
@@ -270,7 +300,7 @@ def test_profiles_and_forgetting(store: StateStore) -> None:
     assert store.read_users("u3", CLICKS, [], ["ana", "bo"], "").profiles == profiles
     store.write_profiles("u3", users, at(1), at(2), {"ana": None}, ["1"])
     state = store.read_user("u3", 3, "ana", "1")
-    assert (state.behaviour, state.embedding, state.profile) == (EMPTY, None, {})
+    assert (state.history, state.embedding, state.profile) == (EMPTY, None, {})
     assert store.read_users("u3", CLICKS, [], ["ana", "bo"], "").profiles == {"bo": {}}
 
 
@@ -295,54 +325,71 @@ def test_a_bucket_keeps_its_most_counted_items(store: StateStore) -> None:
 
 def test_emptied_users_lose_list_and_embedding_and_may_begin_anew(store: StateStore) -> None:
     both = UserEffects(
-        behaviours={"ana": seen("a"), "bo": seen("b")}, generation="1",
+        histories={"ana": seen("a"), "bo": seen("b")},
+        generation="1",
         embeddings={"ana": (7, b"aaaa"), "bo": (8, b"bbbb")},
-    )  # fmt: skip
+    )
     store.write_users("u3", CLICKS, None, at(1), both)
     store.write_profiles("u3", Source("users", 3), None, at(1), {"ana": {"age": 1}}, ["1"])
     effects = UserEffects(emptied=("ana", "bo", "nobody"), generation="1")
-    effects.behaviours = {"bo": seen("new")}
+    effects.histories = {"bo": seen("new")}
     store.write_users("u3", CLICKS, at(1), at(2), effects)
     ana, bo = (store.read_user("u3", 3, user, "1") for user in ("ana", "bo"))
-    assert (ana.behaviour, ana.embedding, ana.profile) == (EMPTY, None, {"age": 1})
-    assert (bo.behaviour, bo.embedding) == (seen("new"), None)
+    assert (ana.history, ana.embedding, ana.profile) == (EMPTY, None, {"age": 1})
+    assert (bo.history, bo.embedding) == (seen("new"), None)
 
 
 def test_an_older_card_never_overrides_a_newer_one(store: StateStore) -> None:
-    newer, older = Card(0, 1 << 40, b""), Card(0, 5, b'{"item_id":"a"}')
-    store.write_cards("i0", ITEMS, None, at(8), {"a": newer, "b": older})
-    store.write_cards("i0", ITEMS, at(8), at(9), {"a": older, "b": Card(0, 6, b"{}")})
-    assert store.read_cards(["a", "b", "c"], 1) == {"a": newer, "b": Card(0, 6, b"{}")}
-    assert store.read_cards(["a"], 1)["a"].deleted
+    newer, older = ItemMetadata(0, 1 << 40, b""), ItemMetadata(0, 5, b'{"item_id":"a"}')
+    store.write_item_metadata("i0", ITEMS, None, at(8), {"a": newer, "b": older})
+    store.write_item_metadata(
+        "i0", ITEMS, at(8), at(9), {"a": older, "b": ItemMetadata(0, 6, b"{}")}
+    )
+    assert store.read_item_metadata(["a", "b", "c"], 1) == {
+        "a": newer,
+        "b": ItemMetadata(0, 6, b"{}"),
+    }
+    assert store.read_item_metadata(["a"], 1)["a"].deleted
 
 
 OTHER = LogId("cluster", "made anew")
 
 
 def test_accepting_a_new_items_log_leaves_the_clicks_alone(store: StateStore) -> None:
-    effects = UserEffects(accepted={"e": 9}, behaviours={"ana": seen("a")})
+    effects = UserEffects(accepted={"e": 9}, histories={"ana": seen("a")})
     store.write_users("u3", CLICKS, None, at(9), effects)
-    store.write_cards("i0", ITEMS, None, at(9), {"a": Card(0, 9, b"{}"), "gone": Card(0, 8, b"")})
-    store.write_cards("i0", Source("items@1", 0), None, at(9), {})
+    store.write_item_metadata(
+        "i0", ITEMS, None, at(9), {"a": ItemMetadata(0, 9, b"{}"), "gone": ItemMetadata(0, 8, b"")}
+    )
+    store.write_item_metadata("i0", Source("items@1", 0), None, at(9), {})
     assert store.accept_log({"clicks": (LOG, {3: 10}), "items": (OTHER, {0: 1})}) == 1
-    assert store.fences(CLICKS, ["u3"]) == {"u3": at(9)} and store.fences(ITEMS, ["i0"]) == {"i0": None}
-    assert store.fences(Source("items@1", 0), ["i0"]) == {"i0": at(9)}, "only a new generation goes on"
+    assert store.fences(CLICKS, ["u3"]) == {"u3": at(9)} and store.fences(ITEMS, ["i0"]) == {
+        "i0": None
+    }
+    assert store.fences(Source("items@1", 0), ["i0"]) == {"i0": at(9)}, (
+        "only a new generation goes on"
+    )
     read = store.read_users("u3", CLICKS, ["e"], ["ana"], "")
-    assert read.accepted_at == {"e": 9} and read.behaviours == {"ana": seen("a")}
-    assert store.read_cards(["a", "gone"], 1) == {"a": Card(-1, -1, b"{}"), "gone": Card(-1, -1, b"")}
-    store.write_cards("i0", ITEMS, None, Fence(0, OTHER), {"a": Card(0, 0, b'{"new":1}')})
-    assert store.read_cards(["a"], 1) == {"a": Card(0, 0, b'{"new":1}')}
+    assert read.accepted_at == {"e": 9} and read.histories == {"ana": seen("a")}
+    assert store.read_item_metadata(["a", "gone"], 1) == {
+        "a": ItemMetadata(-1, -1, b"{}"),
+        "gone": ItemMetadata(-1, -1, b""),
+    }
+    store.write_item_metadata(
+        "i0", ITEMS, None, Fence(0, OTHER), {"a": ItemMetadata(0, 0, b'{"new":1}')}
+    )
+    assert store.read_item_metadata(["a"], 1) == {"a": ItemMetadata(0, 0, b'{"new":1}')}
 
 
 def test_accepting_a_new_clicks_log_drops_its_fences_and_windows(store: StateStore) -> None:
     store.write_users("u3", CLICKS, None, at(9), UserEffects(accepted={"e": 9}))
     store.count_clicks("i0", CLICKS, None, at(9), {}, 4)
-    store.write_cards("i0", ITEMS, None, at(9), {"a": Card(0, 9, b"{}")})
+    store.write_item_metadata("i0", ITEMS, None, at(9), {"a": ItemMetadata(0, 9, b"{}")})
     assert store.accept_log({"clicks": (OTHER, {3: 0}), "items": (LOG, {0: 10})}) == 2
     assert store.fences(CLICKS, ["u3", "i0"]) == {"u3": None, "i0": None}
     assert store.read_users("u3", CLICKS, ["e"], [], "").accepted_at == {}
     assert store.fences(ITEMS, ["i0"]) == {"i0": at(9)}
-    assert store.read_cards(["a"], 1) == {"a": Card(0, 9, b"{}")}
+    assert store.read_item_metadata(["a"], 1) == {"a": ItemMetadata(0, 9, b"{}")}
 
 
 @pytest.mark.parametrize(("end", "left"), [(11, 10), (10, 9), (9, 8), (1, 0), (0, None)])
@@ -350,23 +397,25 @@ def test_accepting_a_log_that_lost_its_tail_goes_back_to_its_end(
     store: StateStore, end: int, left: int | None
 ) -> None:
     store.write_users("u3", CLICKS, None, at(10), UserEffects(accepted={"a": 0, "b": 8, "c": 10}))
-    store.write_cards("i0", ITEMS, None, at(10), {"a": Card(0, 8, b"{}"), "b": Card(0, 10, b"{}")})
+    store.write_item_metadata(
+        "i0", ITEMS, None, at(10), {"a": ItemMetadata(0, 8, b"{}"), "b": ItemMetadata(0, 10, b"{}")}
+    )
     changed = store.accept_log({"clicks": (LOG, {3: end}), "items": (LOG, {0: end})})
     assert changed == (0 if end > 10 else 2)
     fence = None if left is None else at(left)
     assert store.fences(CLICKS, ["u3"])["u3"] == store.fences(ITEMS, ["i0"])["i0"] == fence
     kept = store.read_users("u3", CLICKS, ["a", "b", "c"], [], "").accepted_at
     assert kept == {e: o for e, o in {"a": 0, "b": 8, "c": 10}.items() if o < end}
-    cards = store.read_cards(["a", "b"], 1)
+    cards = store.read_item_metadata(["a", "b"], 1)
     assert [cards["a"].offset, cards["b"].offset] == [o if o < end else -1 for o in (8, 10)]
 
 
 def test_a_user_whose_id_looks_like_a_key_is_left_alone(store: StateStore) -> None:
     names = ["bob}:window", "eve}:c:1", "{i0}:c:1", "fence:{u3}:clicks:3"]
     lists = {name: seen("a") for name in names}
-    store.write_users("u3", CLICKS, None, at(9), UserEffects(behaviours=lists))
+    store.write_users("u3", CLICKS, None, at(9), UserEffects(histories=lists))
     store.accept_log({"clicks": (OTHER, {3: 0}), "items": (OTHER, {0: 0})})
-    assert store.read_users("u3", CLICKS, [], names, "").behaviours == lists
+    assert store.read_users("u3", CLICKS, [], names, "").histories == lists
 
 
 def test_a_closed_store_is_unavailable(store: StateStore) -> None:
@@ -387,10 +436,15 @@ def test_redis_that_is_away_is_unavailable_in_time() -> None:
 @pytest.mark.parametrize(
     "value", [b"", b"short", b"\xc1garbage-12345678", b"\x05" + bytes(8), b"\x91\x05" + bytes(8)]
 )
-def test_a_list_that_cannot_be_read_is_forgotten_all_the_same(fresh_settings: Settings, value: bytes) -> None:
+def test_a_list_that_cannot_be_read_is_forgotten_all_the_same(
+    fresh_settings: Settings, value: bytes
+) -> None:
     store, users = RedisStore(fresh_settings), Source("users", 3)
     tag = f"{fresh_settings.namespace}:{{u3}}"
-    with contextlib.closing(store), contextlib.closing(connect.client(fresh_settings)) as client:
+    with (
+        contextlib.closing(store),
+        contextlib.closing(redis_client.client(fresh_settings)) as client,
+    ):
         for kind in ("h", "o", "e:1"):
             client.set(f"{tag}:{kind}:ana", value)
         store.write_profiles("u3", users, None, at(1), {"ana": None}, ["1"], {"ana": 5})

@@ -11,25 +11,27 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from eddyline import events, records
-from eddyline.demo import generated
 from eddyline.errors import EddylineError, Rejected
-from eddyline.events import KINDS, Click, Item, Merge, UserProfile
-from eddyline.kafka import CLICKS, ITEMS, USERS
-from eddyline.ports import LogId, Source, UserEffects
-from eddyline.records import ItemRecord
-from eddyline.settings import Settings
-from eddyline.stores import user_state
+from eddyline.kafka.topics import CLICKS, ITEMS, USERS
+from eddyline.schema import events, item_record
+from eddyline.schema.events import KINDS, Click, Item, Merge, UserProfile
+from eddyline.schema.item_record import ItemRecord
+from eddyline.settings.loader import Settings
+from eddyline.stores import user_codec
 from eddyline.stores.memory import MemoryStore
-from embeddings import bundle
-from embeddings.bundle import Bundle
-from embeddings.training.dataset import TrainingData
-from embeddings.training.train import train
-from streams import clicks, item_cards, users
-from streams.clicks import ClickIngest
-from streams.items import ItemIngest
-from streams.micro_steps import MicroSteps
-from streams.positions import Positions
+from eddyline.stores.state_store import LogId, Source, UserEffects
+from embeddings.bundle import bundle
+from embeddings.bundle.bundle import Bundle
+from embeddings.data.examples import TrainingData
+from embeddings.training.trainer import train
+from sandbox.datasets import synthetic
+from streams import users
+from streams.clicks import handler
+from streams.clicks.handler import ClickIngest
+from streams.clicks.micro_steps import MicroSteps
+from streams.fences import PartitionFences
+from streams.items import metadata
+from streams.items.handler import ItemIngest
 from streams.users import UserIngest
 from tests.simulation.test_ingest_faults import Rec
 
@@ -39,7 +41,7 @@ LOG = LogId("cluster", "topic")
 
 def towers(folder: Path) -> Bundle:
     """A small generation with real towers."""
-    world = generated.generate(items=60, users=20, clicks=600, seed=3)
+    world = synthetic.generate(items=60, users=20, clicks=600, seed=3)
     profiles = {user: dict(profile.attributes) for user, profile in world.profiles.items()}
     data = TrainingData(items=world.items, profiles=profiles, clicks=world.clicks)
     train(data, folder / "1", "1", epochs=1, seed=1, threads=1)
@@ -58,7 +60,7 @@ class Outside:
         self.letters.append((record, rejected))
 
     def forward(self, record: Any, key: bytes, value: bytes, partition: int) -> None:
-        events.decode_behaviour(value, appended_ms=NOW_MS, far_future_ms_max=10**6)
+        events.decode_user_event(value, appended_ms=NOW_MS, far_future_ms_max=10**6)
         self.forwarded.append((key, value))
 
     def flush(self) -> None:
@@ -83,15 +85,15 @@ class Harness:
         self.store, self.outside = MemoryStore(), Outside()
         self._offsets = dict.fromkeys((CLICKS, ITEMS, USERS), -1)
 
-        def at(name: str, sources: Any) -> Positions:
-            positions = Positions(self.store, name, sources, lambda: LOG)
+        def at(name: str, sources: Any) -> PartitionFences:
+            positions = PartitionFences(self.store, name, sources, lambda: LOG)
             positions.open({0: (0, 2**62)})
             return positions
 
         s, store, out = self.settings, self.store, self.outside
-        of_clicks = at(CLICKS, lambda p: clicks.sources(s, p))
+        of_clicks = at(CLICKS, lambda p: handler.sources(s, p))
         of_users = at(USERS, lambda p: users.sources(s, p))
-        of_items = at(ITEMS, lambda p: item_cards.sources(s, "1", p))
+        of_items = at(ITEMS, lambda p: metadata.sources(s, "1", p))
         by_clicks = ClickIngest(s, store, of_clicks, out, out, MicroSteps(made))
         self.ingests: dict[str, Any] = {
             CLICKS: by_clicks,
@@ -99,13 +101,19 @@ class Harness:
             ITEMS: ItemIngest(s, store, of_items, out, out, made, lambda: 5),
         }
 
-    def feed(self, topic: str, key: bytes | None, value: bytes | None, stamp: bytes | None = None) -> str:
+    def feed(
+        self, topic: str, key: bytes | None, value: bytes | None, stamp: bytes | None = None
+    ) -> str:
         """Ingest one record; what became of it. AssertionError where that is nothing, or two things."""
         offset = self._offsets[topic] = self._offsets[topic] + 1
         record = Rec(topic, 0, offset, NOW_MS, key, value, (("produced_us", stamp),))
         letters, forwarded = len(self.outside.letters), len(self.outside.forwarded)
         outcome = self.ingests[topic].ingest(0, [record], 7)
-        ends = {"applied": outcome.applied, "duplicate": outcome.duplicates, "rejected": outcome.rejected}
+        ends = {
+            "applied": outcome.applied,
+            "duplicate": outcome.duplicates,
+            "rejected": outcome.rejected,
+        }
         assert sum(ends.values()) == 1, ends
         refused = self.outside.letters[letters:]
         assert len(refused) == outcome.rejected
@@ -120,35 +128,41 @@ class Harness:
         """What was applied can be stored as bytes, and read again."""
         if topic == ITEMS:
             item_id = (record.key or b"").decode()
-            card = self.store.read_cards([item_id], 1)[item_id]
+            card = self.store.read_item_metadata([item_id], 1)[item_id]
             assert card.offset == record.offset
             published = self.outside.published[-1]
             assert published.item_id == item_id
-            again = records.decode_record(item_id.encode(), records.encode_record(published))
-            assert records.encode_record(again) == records.encode_record(published)
+            again = item_record.decode_record(
+                item_id.encode(), item_record.encode_record(published)
+            )
+            assert item_record.encode_record(again) == item_record.encode_record(published)
             assert published.vector is None or np.isfinite(published.vector).all()
             return
         if topic == USERS:
             user = (record.key or b"").decode()
         else:
-            user = events.decode_behaviour(record.value, appended_ms=NOW_MS, far_future_ms_max=10**6).user_id
+            user = events.decode_user_event(
+                record.value, appended_ms=NOW_MS, far_future_ms_max=10**6
+            ).user_id
         source = Source(CLICKS, 0)
         read = self.store.read_users("u0", source, [], [user], "1")
         effects = UserEffects(
-            behaviours=dict(read.behaviours), embeddings=dict(read.embeddings), generation="1"
+            histories=dict(read.histories), embeddings=dict(read.embeddings), generation="1"
         )
-        names, (_, _, lists, written, *values) = user_state.writing("t", effects)
+        names, (_, _, lists, written, *values) = user_codec.writing("t", effects)
         stored = dict(zip(names[1:written], values, strict=True))
         for name in names[1 : 1 + lists]:
             stored[name] += bytes(8)
         if user in read.profiles:
             stored[f"t:p:{user}"] = msgspec.msgpack.encode(read.profiles[user])
-        again = user_state.read(
-            read.fence, [user], [stored.get(n) for n in user_state.keys("t", [user], "1")], {}
+        again = user_codec.read(
+            read.fence, [user], [stored.get(n) for n in user_codec.keys("t", [user], "1")], {}
         )
-        assert (again.behaviours, again.embeddings, again.profiles) == (
-            read.behaviours, read.embeddings, read.profiles
-        )  # fmt: skip
+        assert (again.histories, again.embeddings, again.profiles) == (
+            read.histories,
+            read.embeddings,
+            read.profiles,
+        )
         if record.value is not None:
             name = user.encode()
             assert len(name) <= events.ID_BYTES_MAX
@@ -158,13 +172,17 @@ def seeds() -> list[tuple[str, bytes | None, bytes | None]]:
     """Good records of every kind, to begin from."""
     made: list[tuple[str, bytes | None, bytes | None]] = []
     for kind in KINDS:
-        click = Click(user_id="ana", item_id="f1", at_ms=NOW_MS, kind=kind, event_id=kind, weight=0.5)  # type: ignore[arg-type]
+        click = Click(
+            user_id="ana", item_id="f1", at_ms=NOW_MS, kind=kind, event_id=kind, weight=0.5
+        )  # type: ignore[arg-type]
         made.append((CLICKS, b"ana", events.encode(click)))
     made.append((CLICKS, b"bo", events.encode(Merge(user_id="bo", merge_into="ana", at_ms=NOW_MS))))
     context = {"dwell_ms": 1_500, "page": "home", "x": 1.5, "y": True}
     more = Click(user_id="é", item_id="f2", at_ms=NOW_MS, context=context, impression_id="i")
     made.append((CLICKS, "é".encode(), events.encode(more)))
-    item = Item(item_id="f1", title="Heat", categories=["Crime"], tags=["x"], attributes={"year": 1995})
+    item = Item(
+        item_id="f1", title="Heat", categories=["Crime"], tags=["x"], attributes={"year": 1995}
+    )
     made.append((ITEMS, b"f1", events.encode(item)))
     made.append((ITEMS, b"f1", None))
     made.append((USERS, b"ana", events.encode(UserProfile(user_id="ana", attributes={"age": 31}))))
@@ -175,9 +193,21 @@ def seeds() -> list[tuple[str, bytes | None, bytes | None]]:
 def mutated(rng: random.Random, value: bytes) -> bytes:
     """A few random changes of a good record: bytes, cuts, repeats, and words that parsers trip over."""
     words = [
-        b"null", b"NaN", b"1e999", b"-1", b"\\ud800", b"\x00", b'""', b"[" * 2_000, b"9" * 400, b"{}",
-        b'"\\u0000"', b"true", b"\xff\xfe", b'"' + b"x" * 300 + b'"',
-    ]  # fmt: skip
+        b"null",
+        b"NaN",
+        b"1e999",
+        b"-1",
+        b"\\ud800",
+        b"\x00",
+        b'""',
+        b"[" * 2_000,
+        b"9" * 400,
+        b"{}",
+        b'"\\u0000"',
+        b"true",
+        b"\xff\xfe",
+        b'"' + b"x" * 300 + b'"',
+    ]
     for _ in range(rng.randint(1, 4)):
         at, end = sorted(rng.randint(0, len(value)) for _ in range(2))
         match rng.randrange(5):

@@ -16,19 +16,20 @@ import msgspec
 import pytest
 from kafka import KafkaConsumer, TopicPartition
 
-from eddyline import kafka
-from eddyline.cli import replay
-from eddyline.cli.producers import now_ms, sent_to
-from eddyline.demo import generated, stage
-from eddyline.demo.stage import Stage
-from eddyline.demo.worlds import World
-from eddyline.events import Click, Item
+from cli.commands import replay_file
 from eddyline.generations import Manifest
-from eddyline.local.pair import local_pair, log_dir
-from eddyline.local.supervisor import Supervisor
-from eddyline.settings import Settings
+from eddyline.kafka import clients, producers
+from eddyline.kafka.producers import now_ms, sent_to
+from eddyline.schema.events import Click, Item
+from eddyline.settings.loader import Settings
 from eddyline.stores.redis import RedisStore
-from serving.client import Client
+from sandbox import processes
+from sandbox.datasets import synthetic
+from sandbox.datasets.dataset import Dataset
+from sandbox.processes import ProcessRunner
+from sandbox.servers.local_servers import local_servers, log_dir
+from sandbox.servers.supervisor import Supervisor
+from serving.rpc.client import Client
 
 
 @dataclass
@@ -36,8 +37,8 @@ class Live:
     """One namespace with its processes. Every wait in it ends."""
 
     settings: Settings
-    stage: Stage
-    world: World
+    processes: ProcessRunner
+    world: Dataset
     address: str = ""
     producer: Any = None
     opened: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -52,23 +53,26 @@ class Live:
     def click(self, user: str, item: str, **more: Any) -> tuple[int, int]:
         """Send one click; its token (partition, offset)."""
         click = Click(
-            **{"user_id": user, "item_id": item, "at_ms": now_ms(), "event_id": uuid.uuid4().hex} | more
+            **{"user_id": user, "item_id": item, "at_ms": now_ms(), "event_id": uuid.uuid4().hex}
+            | more
         )
-        return sent_to(kafka.send_click(self.producer, self.settings, click), self.settings)
+        return sent_to(producers.send_click(self.producer, self.settings, click), self.settings)
 
     def item(self, item: Item) -> tuple[int, int]:
-        return sent_to(kafka.send_item(self.producer, self.settings, item), self.settings)
+        return sent_to(producers.send_item(self.producer, self.settings, item), self.settings)
 
     def delete(self, item_id: str) -> tuple[int, int]:
-        return sent_to(kafka.send_delete(self.producer, self.settings, item_id), self.settings)
+        return sent_to(producers.send_delete(self.producer, self.settings, item_id), self.settings)
 
-    def raw(self, topic: str, value: bytes | None, key: bytes | None = None, **more: Any) -> tuple[int, int]:
+    def raw(
+        self, topic: str, value: bytes | None, key: bytes | None = None, **more: Any
+    ) -> tuple[int, int]:
         sent = self.producer.send(self.settings.prefixed(topic), value, key=key, **more)
         return sent_to(sent, self.settings)
 
     def applied(self, timeout_s: float = 30) -> None:
         """Wait until ingest has applied all that was sent."""
-        stage.wait_until_applied(self.settings, lambda *_: None, timeout_s=timeout_s)
+        processes.wait_until_applied(self.settings, lambda *_: None, timeout_s=timeout_s)
 
     def kill(self, name: str, sig: signal.Signals = signal.SIGKILL) -> int:
         pid = self.supervisor.pids()[name]
@@ -79,7 +83,7 @@ class Live:
         """Every committed record of a topic, by partition and offset."""
         name = self.settings.prefixed(topic)
         consumer = KafkaConsumer(
-            **kafka.client_options(self.settings), group_id=None, isolation_level="read_committed"
+            **clients.client_options(self.settings), group_id=None, isolation_level="read_committed"
         )
         try:
             at = [TopicPartition(name, p) for p in consumer.partitions_for_topic(name) or ()]
@@ -104,15 +108,15 @@ class Live:
 
 
 @pytest.fixture(scope="session")
-def world() -> World:
-    return generated.generate(items=300, users=120, clicks=6_000, seed=7)
+def world() -> Dataset:
+    return synthetic.generate(items=300, users=120, clicks=6_000, seed=7)
 
 
 @pytest.fixture(scope="session")
-def bundle(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
+def bundle(world: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
     """(the folder of bundles, generation 1): trained for real, if briefly."""
-    from embeddings.training.dataset import TrainingData
-    from embeddings.training.train import train
+    from embeddings.data.examples import TrainingData
+    from embeddings.training.trainer import train
 
     folder = tmp_path_factory.mktemp("generations")
     profiles = {user: dict(profile.attributes) for user, profile in world.profiles.items()}
@@ -124,7 +128,7 @@ def bundle(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
 @contextlib.contextmanager
 def living(
     settings: Settings,
-    world: World,
+    world: Dataset,
     bundle: tuple[Path, Manifest],
     *,
     with_items: bool = True,
@@ -137,18 +141,20 @@ def living(
     folder, manifest = bundle
     settings = msgspec.structs.replace(settings, bundle_dir=str(folder))
     supervisor = Supervisor(Path(settings.data_dir) / "logs")
-    live = Live(settings, Stage(settings, supervisor), world)
+    live = Live(settings, ProcessRunner(settings, supervisor), world)
     more = {
         "clicks_partitions": str(settings.clicks_partitions),
         "items_partitions": str(settings.items_partitions),
-        "redis_timeout_ms": "1000", "kafka_timeout_ms": "5000", "backoff_ms_max": "500",
-    }  # fmt: skip
+        "redis_timeout_ms": "1000",
+        "kafka_timeout_ms": "5000",
+        "backoff_ms_max": "500",
+    }
     try:
         live.stage.prepare(manifest)
-        live.producer = kafka.make_producer(settings)
+        live.producer = producers.make_producer(settings)
         live.opened.callback(live.producer.close, timeout=5)
         if with_items:
-            replay.send(settings, world.items)
+            replay_file.send(settings, world.items)
         worker, live.address = live.stage.worker_child(**more)
         supervisor.start(live.stage.ingest_child(**more, **ingest), worker)
         live.applied()
@@ -160,20 +166,25 @@ def living(
 
 @pytest.fixture(scope="session")
 def live(
-    servers: Settings, world: World, bundle: tuple[Path, Manifest], tmp_path_factory: pytest.TempPathFactory
+    servers: Settings,
+    world: Dataset,
+    bundle: tuple[Path, Manifest],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Live]:
     """One system for all tests that leave its processes alone; each uses users and items of its own."""
     folder = tmp_path_factory.mktemp("live")
-    settings = msgspec.structs.replace(servers, namespace=f"t-{uuid.uuid4().hex[:12]}", data_dir=str(folder))
+    settings = msgspec.structs.replace(
+        servers, namespace=f"t-{uuid.uuid4().hex[:12]}", data_dir=str(folder)
+    )
     with living(settings, world, bundle) as made:
-        replay.send(settings, replay.shifted(world.clicks, now_ms()))
+        replay_file.send(settings, replay_file.shifted(world.clicks, now_ms()))
         made.applied()
         yield made
 
 
 @pytest.fixture
 def make_live(
-    fresh_settings: Settings, world: World, bundle: tuple[Path, Manifest]
+    fresh_settings: Settings, world: Dataset, bundle: tuple[Path, Manifest]
 ) -> Iterator[Callable[..., Live]]:
     """A system of the test's own, to break."""
     with contextlib.ExitStack() as stack:
@@ -211,9 +222,11 @@ class OwnServers:
 @pytest.fixture
 def own_servers(tmp_path: Path) -> Iterator[OwnServers]:
     """Local servers whatever the environment names: this test kills them."""
-    base = Settings(data_dir=str(tmp_path / "own"), clicks_partitions=4, items_partitions=2, worker_port=0)
+    base = Settings(
+        data_dir=str(tmp_path / "own"), clicks_partitions=4, items_partitions=2, worker_port=0
+    )
     supervisor = Supervisor(log_dir(base))
-    with local_pair(base, supervisor, owner="a test") as settings:
+    with local_servers(base, supervisor, owner="a test") as settings:
         yield OwnServers(settings, supervisor)
 
 

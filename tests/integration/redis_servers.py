@@ -20,7 +20,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from eddyline.local import ports, supervisor, valkey
+from sandbox.servers import free_ports, supervisor, valkey
 
 # A node that is silent for so long is taken for dead by the others.
 NODE_TIMEOUT_MS = 2_000
@@ -31,16 +31,26 @@ SLOTS = 16_384
 class Server:
     """One server process on the loopback address. It dies with this process, too."""
 
-    def __init__(self, folder: Path, port: int, options: dict[str, str], program: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, port: int, options: dict[str, str], program: Path | None = None
+    ) -> None:
         self.port = port
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         program = program or valkey.program()[0]
         kept = {
-            "bind": "127.0.0.1", "port": str(port), "dir": str(folder), "save": "", "appendonly": "yes",
-            "appendfsync": "everysec", "maxmemory-policy": "noeviction",
-        }  # fmt: skip
-        self._argv = [str(program), *(a for k, v in (kept | options).items() for a in (f"--{k}", v))]
+            "bind": "127.0.0.1",
+            "port": str(port),
+            "dir": str(folder),
+            "save": "",
+            "appendonly": "yes",
+            "appendfsync": "everysec",
+            "maxmemory-policy": "noeviction",
+        }
+        self._argv = [
+            str(program),
+            *(a for k, v in (kept | options).items() for a in (f"--{k}", v)),
+        ]
         self._process: subprocess.Popen[bytes] | None = None
 
     def as_tls(self) -> None:
@@ -66,9 +76,12 @@ class Server:
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(supervisor.SHIM), str(os.getpid()), *self._argv],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder,
-            )  # fmt: skip
-        wait_for(f"{self.name} to listen", lambda: not ports.is_free(self.port))
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+            )
+        wait_for(f"{self.name} to listen", lambda: not free_ports.is_free(self.port))
 
     def kill(self) -> None:
         """kill -9."""
@@ -84,23 +97,29 @@ class Server:
 class RealCluster:
     """Several servers that form one cluster, the slots shared out evenly over the primaries."""
 
-    def __init__(self, folder: Path, primaries: int, replicas: int, options: dict[str, str]) -> None:
+    def __init__(
+        self, folder: Path, primaries: int, replicas: int, options: dict[str, str]
+    ) -> None:
         count = primaries * (1 + replicas)
         names = tuple(f"{kind}{n}" for n in range(count) for kind in ("node", "bus"))
-        chosen = ports.choose(folder, names)
+        chosen = free_ports.choose_port(folder, names)
         self.primaries = primaries
         self.servers = [
             Server(
                 folder / f"node{n}",
                 chosen[f"node{n}"],
                 {
-                    "cluster-enabled": "yes", "cluster-config-file": "nodes.conf",
-                    "cluster-port": str(chosen[f"bus{n}"]), "cluster-node-timeout": str(NODE_TIMEOUT_MS),
-                    "cluster-allow-replica-migration": "no", "repl-diskless-sync-delay": "0",
-                } | options,
+                    "cluster-enabled": "yes",
+                    "cluster-config-file": "nodes.conf",
+                    "cluster-port": str(chosen[f"bus{n}"]),
+                    "cluster-node-timeout": str(NODE_TIMEOUT_MS),
+                    "cluster-allow-replica-migration": "no",
+                    "repl-diskless-sync-delay": "0",
+                }
+                | options,
             )
             for n in range(count)
-        ]  # fmt: skip
+        ]
         self._buses = [chosen[f"bus{n}"] for n in range(count)]
 
     @property
@@ -199,7 +218,9 @@ def real_cluster(
     folder: Path, *, primaries: int = 3, replicas: int = 0, **options: str
 ) -> Iterator[RealCluster]:
     """A cluster on loopback; all of it ends with the block. options: as of the server, `_` for `-`."""
-    made = RealCluster(folder, primaries, replicas, {k.replace("_", "-"): v for k, v in options.items()})
+    made = RealCluster(
+        folder, primaries, replicas, {k.replace("_", "-"): v for k, v in options.items()}
+    )
     try:
         made.start()
         yield made
@@ -210,7 +231,7 @@ def real_cluster(
 @contextlib.contextmanager
 def real_server(folder: Path, **options: str) -> Iterator[Server]:
     """One server on loopback; it ends with the block."""
-    port = ports.choose(folder, ("server",))["server"]
+    port = free_ports.choose_port(folder, ("server",))["server"]
     made = Server(folder / "server", port, {k.replace("_", "-"): v for k, v in options.items()})
     try:
         made.start()
@@ -271,8 +292,11 @@ def tls_program() -> Path | None:
             continue
         asked = subprocess.run(
             [found, "--port", "0", "--tls-port", "1", "--tls-cert-file", "/none"],
-            capture_output=True, text=True, timeout=20, cwd="/",
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=20,
+            cwd="/",
+        )
         # Both end at once: one without TLS says "failed finding TLS support", one with it misses a file.
         if "Failed to configure TLS" in asked.stdout:
             return Path(found)

@@ -31,18 +31,25 @@ from kafka.admin import (
     ResourceType,
 )
 
-from eddyline.local import jars, kafka, ports
-from eddyline.local.supervisor import Child, Supervisor
-from eddyline.settings import Settings
+from eddyline.settings.loader import Settings
+from sandbox.servers import free_ports, kafka_broker, kafka_jars
+from sandbox.servers.supervisor import Child, Supervisor
 
 LISTENERS = {
-    "PLAINTEXT": "PLAINTEXT", "TLS": "SSL", "MTLS": "SSL", "LOGIN": "SASL_PLAINTEXT", "LOGINTLS": "SASL_SSL",
-}  # fmt: skip
+    "PLAINTEXT": "PLAINTEXT",
+    "TLS": "SSL",
+    "MTLS": "SSL",
+    "LOGIN": "SASL_PLAINTEXT",
+    "LOGINTLS": "SASL_SSL",
+}
 # Nothing else may hold these words, so that a search for them in logs finds what should not be there.
 PASSWORDS = {
-    "ingest": "Zwiebelfisch-7", "worker": "Hochzeit-2", "archive": "Spiess-4", "operator": "Jungfrau-6",
+    "ingest": "Zwiebelfisch-7",
+    "worker": "Hochzeit-2",
+    "archive": "Spiess-4",
+    "operator": "Jungfrau-6",
     "stranger": "Hurenkind-9",
-}  # fmt: skip
+}
 PLAIN_PASSWORDS = {"operator": "Schusterjunge-3"}
 WRONG_PASSWORD = "Fliegenkopf-5"
 KEY_PASSWORD = "Leiche-11"
@@ -54,7 +61,7 @@ class SecuredKafka:
     """The running broker, its addresses by listener, and the files of certificates."""
 
     folder: Path
-    ports: Mapping[str, int]
+    free_ports: Mapping[str, int]
     authority: trustme.CA = field(default_factory=trustme.CA)
     foreign: trustme.CA = field(default_factory=trustme.CA)
 
@@ -82,13 +89,16 @@ class SecuredKafka:
         values = {"kafka_security_protocol": LISTENERS[listener], **more}
         if "SSL" in LISTENERS[listener] and "kafka_ca_file" not in values:
             values["kafka_ca_file"] = self.ca()
-        return msgspec.structs.replace(settings, kafka_bootstrap_servers=self.address(listener), **values)
+        return msgspec.structs.replace(
+            settings, kafka_bootstrap_servers=self.address(listener), **values
+        )
 
     def scram(self, user: str = "operator", password: str = "") -> dict[str, str]:
         return {
-            "kafka_sasl_mechanism": "SCRAM-SHA-512", "kafka_sasl_username": user,
+            "kafka_sasl_mechanism": "SCRAM-SHA-512",
+            "kafka_sasl_username": user,
             "kafka_sasl_password": password or PASSWORDS[user],
-        }  # fmt: skip
+        }
 
     def allow(self, user: str, *rights: tuple[str, str, str]) -> None:
         """Give rights: (TOPIC, GROUP or TRANSACTIONAL_ID; a name, or its beginning and `*`; an operation)."""
@@ -96,10 +106,14 @@ class SecuredKafka:
         try:
             for kind, name, operation in rights:
                 pattern = (
-                    ACLResourcePatternType.PREFIXED if name.endswith("*") else ACLResourcePatternType.LITERAL
+                    ACLResourcePatternType.PREFIXED
+                    if name.endswith("*")
+                    else ACLResourcePatternType.LITERAL
                 )
                 resource = ResourcePattern(ResourceType[kind], name.removesuffix("*"), pattern)
-                granted = ACL(f"User:{user}", "*", ACLOperation[operation], ACLPermissionType.ALLOW, resource)
+                granted = ACL(
+                    f"User:{user}", "*", ACLOperation[operation], ACLPermissionType.ALLOW, resource
+                )
                 done: Any = admin.create_acls([granted])
                 assert not done["failed"], done
         finally:
@@ -111,27 +125,43 @@ def secured_kafka(folder: Path) -> Iterator[SecuredKafka]:
     """Run the broker until the block ends."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [name.lower() for name in LISTENERS]
-    chosen = ports.choose(folder / "run", (*names, "controller"))
+    chosen = free_ports.choose_port(folder / "run", (*names, "controller"))
     broker = SecuredKafka(folder, {name: chosen[name.lower()] for name in LISTENERS})
     properties = folder / "server.properties"
     properties.write_text(_properties(broker, chosen["controller"]))
-    program, _ = kafka.java()
-    classpath = ":".join(map(str, jars.fetch()))
-    command = [str(program), *kafka.JVM_FLAGS, *kafka.LOG_FLAGS, "-cp", classpath]
-    users = [f"SCRAM-SHA-512=[name={name},password={password}]" for name, password in PASSWORDS.items()]
+    program, _ = kafka_broker.java()
+    classpath = ":".join(map(str, kafka_jars.fetch()))
+    command = [str(program), *kafka_broker.JVM_FLAGS, *kafka_broker.LOG_FLAGS, "-cp", classpath]
+    users = [
+        f"SCRAM-SHA-512=[name={name},password={password}]" for name, password in PASSWORDS.items()
+    ]
     subprocess.run(
         [
-            *command, "kafka.tools.StorageTool", "format",
-            "-t", kafka.new_cluster_id(), "-c", str(properties),
+            *command,
+            "kafka.tools.StorageTool",
+            "format",
+            "-t",
+            kafka_broker.new_cluster_id(),
+            "-c",
+            str(properties),
             *(part for user in users for part in ("--add-scram", user)),
         ],
-        cwd=folder, check=True, capture_output=True, timeout=kafka.FORMAT_TIMEOUT_S,
-    )  # fmt: skip
+        cwd=folder,
+        check=True,
+        capture_output=True,
+        timeout=kafka_broker.FORMAT_TIMEOUT_S,
+    )
     with Supervisor(folder / "logs") as supervisor:
         argv = [*command, "kafka.Kafka", str(properties)]
         port = broker.ports["PLAINTEXT"]
         supervisor.start(
-            Child(name="kafka", argv=argv, ready=lambda: kafka.answers(port), cwd=folder, ready_timeout_s=60)
+            Child(
+                name="kafka",
+                argv=argv,
+                ready=lambda: kafka_broker.answers(port),
+                cwd=folder,
+                ready_timeout_s=60,
+            )
         )
         yield broker
 
@@ -147,7 +177,9 @@ def _properties(broker: SecuredKafka, controller: int) -> str:
     more = {
         "listeners": ",".join(f"{name}://127.0.0.1:{port}" for name, port in broker.ports.items())
         + f",CONTROLLER://127.0.0.1:{controller}",
-        "advertised.listeners": ",".join(f"{name}://127.0.0.1:{port}" for name, port in broker.ports.items()),
+        "advertised.listeners": ",".join(
+            f"{name}://127.0.0.1:{port}" for name, port in broker.ports.items()
+        ),
         "listener.security.protocol.map": "CONTROLLER:PLAINTEXT,"
         + ",".join(f"{name}:{protocol}" for name, protocol in LISTENERS.items()),
         "ssl.keystore.type": "PEM",
@@ -165,7 +197,7 @@ def _properties(broker: SecuredKafka, controller: int) -> str:
         "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
         "super.users": "User:ANONYMOUS",
     }
-    own = kafka.server_properties("log", broker.ports["PLAINTEXT"], controller)
+    own = kafka_broker.server_properties("log", broker.ports["PLAINTEXT"], controller)
     return own + "".join(f"{key}={value}\n" for key, value in more.items())
 
 
@@ -173,6 +205,8 @@ def _pkcs8(issued: trustme.LeafCert, password: str = "") -> bytes:
     """The private key in the only PEM form that Kafka reads."""
     key = serialization.load_pem_private_key(issued.private_key_pem.bytes(), None)
     how = (
-        serialization.BestAvailableEncryption(password.encode()) if password else serialization.NoEncryption()
+        serialization.BestAvailableEncryption(password.encode())
+        if password
+        else serialization.NoEncryption()
     )
     return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, how)

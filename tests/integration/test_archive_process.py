@@ -19,52 +19,58 @@ import pytest
 from kafka import KafkaAdminClient, TopicPartition
 from rich.progress import Progress
 
-from eddyline import alive, events, kafka
 from eddyline.archive import HOUR_MS, Archive
-from eddyline.cli.producers import now_ms
 from eddyline.errors import KafkaUnavailable, LogMismatch
-from eddyline.events import Click, Item, UserProfile
-from eddyline.ports import LogId
-from eddyline.settings import Settings
+from eddyline.kafka import clients, producers, topics
+from eddyline.kafka.producers import now_ms
+from eddyline.process import heartbeat
+from eddyline.schema import events
+from eddyline.schema.events import Click, Item, UserProfile
+from eddyline.settings.loader import Settings
+from eddyline.stores.state_store import LogId
+from embeddings.data import sources
+from embeddings.data.examples import TrainingData
 from embeddings.training import __main__ as trainer
-from embeddings.training import source
-from embeddings.training.dataset import TrainingData
-from streams import membership
-from streams.archive import consumer
-from streams.archive.consumer import Archiver
+from streams import static_membership
+from streams.archive import archiver as archive_archiver
+from streams.archive.archiver import Archiver
 
 pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture
 def settings(fresh_settings: Settings) -> Settings:
-    made = msgspec.structs.replace(fresh_settings, archive_file_offsets=300, dedupe_window_events=600)
-    kafka.ensure_topics(made)
+    made = msgspec.structs.replace(
+        fresh_settings, archive_file_offsets=300, dedupe_window_events=600
+    )
+    topics.ensure_topics(made)
     return made
 
 
 def send(settings: Settings, clicks: int, seed: int) -> None:
     """Clicks with re-sends, refused and stray ones, items with deletes, profiles."""
-    rng, producer = random.Random(seed), kafka.make_producer(settings, linger_ms=5)
+    rng, producer = random.Random(seed), producers.make_producer(settings, linger_ms=5)
     for n in range(clicks):
         user = f"user-{rng.randrange(40)}"
         event_id = f"{seed}-{n - rng.randrange(5) if rng.random() < 0.2 else n}"
         click = Click(user_id=user, item_id=f"i{n % 50}", at_ms=now_ms(), event_id=event_id)
-        kafka.send_click(producer, settings, click)
+        producers.send_click(producer, settings, click)
         if rng.random() < 0.02:
-            producer.send(settings.prefixed(kafka.CLICKS), b"{", key=user.encode())
-            producer.send(settings.prefixed(kafka.CLICKS), events.encode(click), partition=rng.randrange(4))
+            producer.send(settings.prefixed(topics.CLICKS), b"{", key=user.encode())
+            producer.send(
+                settings.prefixed(topics.CLICKS), events.encode(click), partition=rng.randrange(4)
+            )
     for n in range(100):
-        kafka.send_item(producer, settings, Item(item_id=f"i{n}", title=f"t{n}", at_ms=n))
-    kafka.send_delete(producer, settings, "i7")
-    kafka.send_profile(producer, settings, UserProfile(user_id="user-3", attributes={"age": 3}))
+        producers.send_item(producer, settings, Item(item_id=f"i{n}", title=f"t{n}", at_ms=n))
+    producers.send_delete(producer, settings, "i7")
+    producers.send_profile(producer, settings, UserProfile(user_id="user-3", attributes={"age": 3}))
     producer.flush(timeout=20)
     producer.close(timeout=5)
 
 
 def archive_all(settings: Settings, ahead_ms: int = 2 * HOUR_MS) -> None:
     """Archive in this process until all that lies in Kafka is in files: by its clock the hour is over."""
-    member = membership.take(Path(settings.data_dir) / "archiver")
+    member = static_membership.take(Path(settings.data_dir) / "archiver")
     archiver = Archiver(
         settings, Archive(settings), threading.Event(), member.name, lambda: now_ms() + ahead_ms
     )
@@ -88,16 +94,23 @@ def contents(settings: Settings) -> dict[str, bytes]:
     archive = Archive(settings)
     return {
         file.path.removeprefix(archive.root): Path(file.path).read_bytes()
-        for name in kafka.SOURCES
+        for name in topics.SOURCES
         for file in archive.files(name)
     }
 
 
 def environment(settings: Settings) -> dict[str, str]:
     wanted = (
-        "kafka_bootstrap_servers", "redis_url", "namespace", "data_dir", "archive_file_offsets",
-        "dedupe_window_events", "clicks_partitions", "items_partitions", "kafka_timeout_ms",
-    )  # fmt: skip
+        "kafka_bootstrap_servers",
+        "redis_url",
+        "namespace",
+        "data_dir",
+        "archive_file_offsets",
+        "dedupe_window_events",
+        "clicks_partitions",
+        "items_partitions",
+        "kafka_timeout_ms",
+    )
     env = {f"EDDYLINE_{name.upper()}": str(getattr(settings, name)) for name in wanted}
     return os.environ | env | {"EDDYLINE_BACKOFF_MS_MAX": "200"}
 
@@ -131,18 +144,20 @@ def test_killed_again_and_again_it_writes_what_one_run_writes(settings: Settings
     once = msgspec.structs.replace(settings, archive_url=str(Path(settings.data_dir) / "once"))
     archive_all(once)
     assert contents(settings) == contents(once) and len(contents(once)) > 15
-    mine, truth = source.from_archive(settings), source.from_kafka(settings)
+    mine, truth = sources.from_archive(settings), sources.from_kafka(settings)
     assert mine.clicks == truth.clicks and len(truth.clicks) > 4_000
     assert mine.items == truth.items and mine.versions == truth.versions and mine.cut == truth.cut
     assert mine.profiles == truth.profiles == {"user-3": {"age": 3}}
-    assert sum(mine.rejected.values()) < sum(truth.rejected.values()), "it holds accepted events only"
+    assert sum(mine.rejected.values()) < sum(truth.rejected.values()), (
+        "it holds accepted events only"
+    )
 
 
 def test_what_is_in_no_file_yet_comes_from_kafka(settings: Settings) -> None:
     send(settings, 1_500, seed=3)
     archive_all(settings, ahead_ms=0)
-    in_files = sum(1 for _ in Archive(settings).read(kafka.CLICKS))
-    mine, truth = source.from_archive(settings), source.from_kafka(settings)
+    in_files = sum(1 for _ in Archive(settings).read(topics.CLICKS))
+    mine, truth = sources.from_archive(settings), sources.from_kafka(settings)
     assert 0 < in_files < len(truth.clicks) and mine.clicks == truth.clicks
     assert mine.items == truth.items and mine.profiles == truth.profiles
 
@@ -152,12 +167,12 @@ def test_training_takes_from_the_archive_what_kafka_no_longer_has(
 ) -> None:
     send(settings, 900, seed=11)
     archive_all(settings)
-    ends = {p: end + 1 for p, end in Archive(settings).ends(kafka.CLICKS).items()}
+    ends = {p: end + 1 for p, end in Archive(settings).ends(topics.CLICKS).items()}
     send(settings, 300, seed=12)
-    truth = source.from_kafka(settings)
-    admin = KafkaAdminClient(**kafka.client_options(settings))
+    truth = sources.from_kafka(settings)
+    admin = KafkaAdminClient(**clients.client_options(settings))
     try:
-        topic = settings.prefixed(kafka.CLICKS)
+        topic = settings.prefixed(topics.CLICKS)
         admin.delete_records({TopicPartition(topic, p): end for p, end in ends.items()})
     finally:
         admin.close()
@@ -172,7 +187,7 @@ def test_training_takes_from_the_archive_what_kafka_no_longer_has(
     assert read(setting).clicks == truth.clicks
     rest = read(setting, "--no-archive").clicks
     assert rest == read(settings).clicks and 200 < len(rest) <= 300 < len(truth.clicks)
-    monkeypatch.setattr(kafka, "log_ids", lambda _, names: {n: LogId("c", "new") for n in names})
+    monkeypatch.setattr(topics, "log_ids", lambda _, names: {n: LogId("c", "new") for n in names})
     with pytest.raises(LogMismatch, match="--no-archive"):
         read(settings, "--archive")
 
@@ -180,15 +195,15 @@ def test_training_takes_from_the_archive_what_kafka_no_longer_has(
 def test_a_null_record_takes_the_user_out_of_every_file(settings: Settings) -> None:
     send(settings, 1_500, seed=4)
     archive_all(settings)
-    producer = kafka.make_producer(settings)
-    kafka.send_forget(producer, settings, "user-3").get(timeout=10)
+    producer = producers.make_producer(settings)
+    producers.send_forget(producer, settings, "user-3").get(timeout=10)
     time.sleep(0.01)
     again = Click(user_id="user-3", item_id="i1", at_ms=now_ms(), event_id="later")
-    kafka.send_click(producer, settings, again).get(timeout=10)
+    producers.send_click(producer, settings, again).get(timeout=10)
     producer.close(timeout=5)
     archive_all(settings)
     archive, rows = Archive(settings), []
-    for name in (kafka.CLICKS, kafka.USERS):
+    for name in (topics.CLICKS, topics.USERS):
         for file in archive.files(name):
             frame = pd.read_parquet(file.path)
             rows.append(frame[frame["user_id"] == "user-3"])
@@ -199,14 +214,17 @@ def test_the_command_rewrites_every_file_of_a_user(settings: Settings) -> None:
     send(settings, 1_200, seed=7)
     archive_all(settings)
     archive = Archive(settings)
-    before = [e for e in archive.read(kafka.CLICKS) if e.key != "user-5"]
-    assert len(before) < sum(1 for _ in archive.read(kafka.CLICKS))
+    before = [e for e in archive.read(topics.CLICKS) if e.key != "user-5"]
+    assert len(before) < sum(1 for _ in archive.read(topics.CLICKS))
     done = subprocess.run(
         [sys.executable, "-m", "eddyline", "archive", "forget", "user-5"],
-        env=environment(settings), capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        env=environment(settings),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0 and "rows removed" in done.stdout, done.stderr
-    assert list(archive.read(kafka.CLICKS)) == before
+    assert list(archive.read(topics.CLICKS)) == before
     assert not [path for path, raw in contents(settings).items() if b"user-5" in raw]
 
 
@@ -214,7 +232,7 @@ def test_two_processes_share_the_partitions(settings: Settings) -> None:
     stop, failed = threading.Event(), []
 
     def run() -> None:
-        member = membership.take(Path(settings.data_dir) / "archiver")
+        member = static_membership.take(Path(settings.data_dir) / "archiver")
         try:
             Archiver(settings, Archive(settings), stop, member.name).run_once()
         except Exception as error:
@@ -246,20 +264,25 @@ def test_the_group_says_how_far_the_archive_is(settings: Settings) -> None:
     archive_all(settings)
     from kafka import KafkaConsumer
 
-    group = settings.prefixed(consumer.GROUP)
-    told = KafkaConsumer(**kafka.client_options(settings), group_id=group)
+    group = settings.prefixed(archive_archiver.GROUP)
+    told = KafkaConsumer(**clients.client_options(settings), group_id=group)
     try:
-        at = {p: told.committed(TopicPartition(settings.prefixed(kafka.CLICKS), p)) or 0 for p in range(4)}
+        at = {
+            p: told.committed(TopicPartition(settings.prefixed(topics.CLICKS), p)) or 0
+            for p in range(4)
+        }
     finally:
         told.close()
-    assert at == {p: end + 1 for p, end in Archive(settings).ends(kafka.CLICKS).items()}
+    assert at == {p: end + 1 for p, end in Archive(settings).ends(topics.CLICKS).items()}
 
 
-def test_files_of_another_log_are_refused(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_another_log_are_refused(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     send(settings, 300, seed=6)
     archive_all(settings)
     before = contents(settings)
-    monkeypatch.setattr(kafka, "log_ids", lambda _, names: {n: LogId("c", "new") for n in names})
+    monkeypatch.setattr(topics, "log_ids", lambda _, names: {n: LogId("c", "new") for n in names})
     with pytest.raises(LogMismatch, match=r"EDDYLINE_ARCHIVE_URL"):
         archive_all(settings)
     assert contents(settings) == before
@@ -273,7 +296,7 @@ def test_without_kafka_it_waits_and_stops_when_told(fresh_settings: Settings) ->
         archive_all(settings)
     child = start(settings)
     try:
-        wait_for(lambda: alive.last_beat_s(settings, "archive") is not None)
+        wait_for(lambda: heartbeat.last_beat_s(settings, "archive") is not None)
         assert child.poll() is None
     finally:
         child.send_signal(signal.SIGTERM)

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.ingest_measures import cpu_s, rss_mb
-from eddyline.local import ports
+from sandbox.servers import free_ports
 from tests.integration.test_crashes import assert_same_state, send_history
 
 pytestmark = pytest.mark.timeout(240)
@@ -33,8 +33,10 @@ def quiet(found: dict[str, float]) -> bool:
     return found.get(LAG) == found[PAUSED] == 0
 
 
-def test_a_redis_that_hangs_stops_ingest_and_nothing_else(own_servers, make_live, tmp_path: Path) -> None:
-    port = ports.choose(tmp_path, ("metrics",))["metrics"]
+def test_a_redis_that_hangs_stops_ingest_and_nothing_else(
+    own_servers, make_live, tmp_path: Path
+) -> None:
+    port = free_ports.choose_port(tmp_path, ("metrics",))["metrics"]
     live = make_live(own_servers, ingest_metrics_port=str(port))
     send_history(live)
     live.applied(60)

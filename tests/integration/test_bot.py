@@ -10,10 +10,10 @@ import uuid
 import numpy as np
 import redis
 
-from eddyline import kafka
-from eddyline.cli.producers import now_ms
-from eddyline.events import Click
-from eddyline.slots import partition_of
+from eddyline.kafka import producers
+from eddyline.kafka.producers import now_ms
+from eddyline.schema.events import Click
+from eddyline.schema.partitioning import partition_of
 from eddyline.stores.redis import RedisStore
 
 BOT = "a-bot"
@@ -30,7 +30,7 @@ def behave(live) -> None:
             time.sleep(max(0.0, begun + n * SECONDS / EVENTS - time.monotonic()))
         item = live.world.items[n % 100].item_id
         click = Click(user_id=BOT, item_id=item, at_ms=now_ms(), event_id=uuid.uuid4().hex)
-        kafka.send_click(live.producer, live.settings, click)
+        producers.send_click(live.producer, live.settings, click)
     live.producer.flush(timeout=30)
 
 
@@ -61,7 +61,7 @@ def test_a_bot_neither_slows_his_neighbours_nor_grows(make_live) -> None:
         acting.join(60)
         live.applied(timeout_s=60)
         sizes.append(own_bytes(live))
-    found = store.read_user(f"u{partition}", partition, BOT, "1").behaviour
+    found = store.read_user(f"u{partition}", partition, BOT, "1").history
     store.close()
     assert len(found.entries) == live.settings.history_length_max
     assert sizes[1] <= 1.1 * sizes[0] and sizes[1] < 64 * 1024, sizes
@@ -70,4 +70,4 @@ def test_a_bot_neither_slows_his_neighbours_nor_grows(make_live) -> None:
 
 
 def _known(store: RedisStore, partition: int, user: str) -> bool:
-    return store.read_user(f"u{partition}", partition, user, "1").behaviour.offset >= 0
+    return store.read_user(f"u{partition}", partition, user, "1").history.offset >= 0

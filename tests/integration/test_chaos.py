@@ -12,14 +12,14 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from eddyline.cli import replay
-from eddyline.cli.producers import now_ms
-from eddyline.local import ports, valkey
-from eddyline.local.supervisor import Supervisor
-from eddyline.ports import Card, Source, UserEffects
-from eddyline.slots import partition_of
+from cli.commands import replay_file
+from eddyline.kafka.producers import now_ms
+from eddyline.schema.partitioning import partition_of
 from eddyline.stores.redis import RedisStore
-from embeddings import bundle as bundles
+from eddyline.stores.state_store import ItemMetadata, Source, UserEffects
+from embeddings.bundle import bundle as bundles
+from sandbox.servers import free_ports, valkey
+from sandbox.servers.supervisor import Supervisor
 from tests import oracle
 from tests.chaos import drive
 from tests.chaos.proxy import ERRORS, Proxy, Trouble
@@ -31,23 +31,42 @@ WRITE = "redis.call('SET', KEYS[1], ARGV[1]); return 'done'"
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_every_kind_of_fault_leaves_the_state_that_the_topics_give(tmp_path: Path, world, bundle) -> None:
+def test_every_kind_of_fault_leaves_the_state_that_the_topics_give(
+    tmp_path: Path, world, bundle
+) -> None:
     folder, manifest = bundle
     told: list[str] = []
     result = drive.run(
-        tmp_path / "chaos", folder, manifest, world,
-        seed=SEED, count=len(KINDS), gap_s=(0.4, 0.6), rate=120, short=True, tell=told.append,
-    )  # fmt: skip
+        tmp_path / "chaos",
+        folder,
+        manifest,
+        world,
+        seed=SEED,
+        count=len(KINDS),
+        gap_s=(0.4, 0.6),
+        rate=120,
+        short=True,
+        tell=told.append,
+    )
     assert result.differences == [], "\n".join([f"seed {SEED}", *told])
     assert {fault.kind for fault, met in result.met if met} == set(KINDS), result.met
     assert result.answers["OK"] > 0 and set(result.answers) <= drive.MAY_ANSWER
-    for what in ("list", "embedding", "event id", "count", "card", "item vector", "profile", "dead letter"):
+    for what in (
+        "list",
+        "embedding",
+        "event id",
+        "count",
+        "card",
+        "item vector",
+        "profile",
+        "dead letter",
+    ):
         assert result.counts[what] > 0, f"no {what} was compared"
 
 
 def test_the_oracle_names_what_was_damaged(make_live) -> None:
     live = make_live()
-    replay.send(live.settings, replay.shifted(live.world.clicks[:2_000], now_ms()))
+    replay_file.send(live.settings, replay_file.shifted(live.world.clicks[:2_000], now_ms()))
     live.applied(timeout_s=60)
     live.supervisor.stop()  # nobody mends it meanwhile
     topics = oracle.Topics.read(live.settings)
@@ -56,47 +75,62 @@ def test_the_oracle_names_what_was_damaged(make_live) -> None:
     store, client = RedisStore(live.settings), redis.Redis.from_url(live.settings.redis_url)
     user = live.world.clicks[0].user_id
     partition = partition_of(user, live.settings.clicks_partitions)
-    slot, source, prefix = f"u{partition}", Source("clicks", partition), f"{live.settings.namespace}:"
+    slot, source, prefix = (
+        f"u{partition}",
+        Source("clicks", partition),
+        f"{live.settings.namespace}:",
+    )
     read = store.read_users(slot, source, [], [user], "1")
-    mine, (steps, vector) = read.behaviours[user], read.embeddings[user]
+    mine, (steps, vector) = read.histories[user], read.embeddings[user]
     [(bucket, counted)] = list(store.popular("i0", 1).items())[-1:]
     [item] = counted
-    card = store.read_cards([item], 1)[item]
+    card = store.read_item_metadata([item], 1)[item]
 
     def damaged(*named: str) -> None:
         found = oracle.differences(live.settings, topics, told).differences
         assert found and all(any(name in line for line in found) for name in named), (named, found)
 
     def write(**effects) -> None:
-        store.write_users(slot, source, read.fence, read.fence, UserEffects(generation="1", **effects))
+        store.write_users(
+            slot, source, read.fence, read.fence, UserEffects(generation="1", **effects)
+        )
 
     try:
         client.zincrby(f"{prefix}{{i0}}:popular:{bucket}", 1, item)
-        damaged(f"count i0:{bucket}:{item}: Redis has {counted[item] + 1}, the topic gives {counted[item]}")
+        damaged(
+            f"count i0:{bucket}:{item}: Redis has {counted[item] + 1}, the topic gives {counted[item]}"
+        )
         client.zincrby(f"{prefix}{{i0}}:popular:{bucket}", -1, item)
         other = mine.entries[0].__class__("another-item", mine.entries[-1].at_ms)
         shorter = (*mine.entries[:-1], other)
-        write(behaviours={user: mine.__class__(**_fields(mine) | {"entries": shorter})})
+        write(histories={user: mine.__class__(**_fields(mine) | {"entries": shorter})})
         write(embeddings={user: (steps, bytes([vector[0] ^ 1]) + vector[1:])})
         damaged(f"list {slot}:{user}:", f"embedding {slot}:1:{user}:")
-        write(behaviours={user: mine}, embeddings={user: (steps, vector)})
+        write(histories={user: mine}, embeddings={user: (steps, vector)})
         fence = store.fences(Source("items", card.partition), ["i0"])["i0"]
-        store.write_cards(
-            "i0", Source("items", card.partition), fence, fence,
-            {item: Card(card.partition, card.offset, b"")},
-        )  # fmt: skip
+        store.write_item_metadata(
+            "i0",
+            Source("items", card.partition),
+            fence,
+            fence,
+            {item: ItemMetadata(card.partition, card.offset, b"")},
+        )
         client.set(f"{prefix}{{{slot}}}:p:{user}", b"\x80")
         client.set(f"{prefix}{{{slot}}}:somebody-elses", b"")
         client.delete(f"{prefix}fence:{{i0}}:clicks:{partition}")
-        damaged(f"card {item}:", f"profile {slot}:{user}", "somebody-elses: of a kind",
-                f"fence i0:clicks:{partition}: Redis has ''")  # fmt: skip
+        damaged(
+            f"card {item}:",
+            f"profile {slot}:{user}",
+            "somebody-elses: of a kind",
+            f"fence i0:clicks:{partition}: Redis has ''",
+        )
     finally:
         store.close()
         client.close()
 
 
-def _fields(behaviour) -> dict[str, object]:
-    return {name: getattr(behaviour, name) for name in behaviour.__struct_fields__}
+def _fields(history) -> dict[str, object]:
+    return {name: getattr(history, name) for name in history.__struct_fields__}
 
 
 def test_a_plan_has_every_kind_equally_often() -> None:
@@ -109,7 +143,7 @@ def test_a_plan_has_every_kind_equally_often() -> None:
 @pytest.fixture(scope="module")
 def own_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     folder = tmp_path_factory.mktemp("proxied")
-    port = ports.choose(folder / "run", ("redis",))["redis"]
+    port = free_ports.choose_port(folder / "run", ("redis",))["redis"]
     with Supervisor(folder / "logs") as supervisor:
         supervisor.start(valkey.prepare(folder, port, valkey.program()[0]))
         yield port
@@ -120,7 +154,10 @@ def proxied(own_redis: int) -> Iterator[tuple[Proxy, redis.Redis, redis.Redis]]:
     """(the proxy, a client through it, a client beside it), on an empty server."""
     proxy = Proxy(own_redis)
     options = {"host": "127.0.0.1", "socket_timeout": 0.5, "retry": Retry(NoBackoff(), 0)}
-    with redis.Redis(port=proxy.port, **options) as through, redis.Redis(port=own_redis, **options) as beside:
+    with (
+        redis.Redis(port=proxy.port, **options) as through,
+        redis.Redis(port=own_redis, **options) as beside,
+    ):
         beside.flushall()
         yield proxy, through, beside
     proxy.close()

@@ -17,13 +17,14 @@ import msgspec
 import pytest
 from kafka import KafkaAdminClient
 
-from eddyline import behaviour, kafka
-from eddyline.cli import replay
-from eddyline.cli.producers import now_ms
-from eddyline.demo.stage import answers
-from eddyline.local.supervisor import Supervisor
-from eddyline.ports import Source
+from cli.commands import replay_file
+from eddyline.kafka import clients, topics
+from eddyline.kafka.producers import now_ms
+from eddyline.schema import user_history
 from eddyline.stores.redis import RedisStore
+from eddyline.stores.state_store import Source
+from sandbox.processes import worker_is_ready
+from sandbox.servers.supervisor import Supervisor
 from tests import oracle
 
 pytestmark = pytest.mark.timeout(240)
@@ -39,10 +40,11 @@ def assert_same_state(live) -> int:
 
 def send_history(live, times: int = 1) -> int:
     """The world's clicks, `times` over with event ids of their own; how many."""
-    clicks = replay.shifted(live.world.clicks, now_ms())
+    clicks = replay_file.shifted(live.world.clicks, now_ms())
     for turn in range(times):
-        replay.send(
-            live.settings, [msgspec.structs.replace(c, event_id=f"{turn}-{c.event_id}") for c in clicks]
+        replay_file.send(
+            live.settings,
+            [msgspec.structs.replace(c, event_id=f"{turn}-{c.event_id}") for c in clicks],
         )
     return times * len(clicks)
 
@@ -62,7 +64,9 @@ def test_ingest_killed_in_mid_chunk(make_live) -> None:
 
 def test_two_ingest_processes_share_and_one_is_killed(make_live) -> None:
     live = make_live()
-    live.supervisor.start(live.stage.ingest_child("ingest-2", clicks_partitions="4", items_partitions="2"))
+    live.supervisor.start(
+        live.stage.ingest_child("ingest-2", clicks_partitions="4", items_partitions="2")
+    )
     time.sleep(4)
     send_history(live, times=2)
     live.kill("ingest-2")
@@ -90,7 +94,11 @@ def test_the_broker_killed_for_three_seconds(own_servers, make_live) -> None:
     send_history(live, times=2)
     assert_same_state(live)
     token = live.click("after-the-crash", live.world.items[0].item_id)
-    assert live.client().retrieve("after-the-crash", 5, after=token, wait_ms=2000).freshness.after.applied
+    assert (
+        live.client()
+        .retrieve("after-the-crash", 5, after=token, wait_ms=2000)
+        .freshness.after.applied
+    )
 
 
 def test_a_worker_killed_and_back_gives_the_same_answers(make_live) -> None:
@@ -110,7 +118,7 @@ def test_a_worker_killed_and_back_gives_the_same_answers(make_live) -> None:
     assert not any(live.world.items[0].item_id in items for items in before.values())
     live.kill("worker")
     live.supervisor.wait("worker", timeout_s=30)
-    live.wait_for("the worker to answer", lambda: answers(live.address))
+    live.wait_for("the worker to answer", lambda: worker_is_ready(live.address))
     live.wait_for("the same answers", lambda: ask() == before)
 
 
@@ -126,7 +134,9 @@ def test_without_redis_the_worker_answers_what_it_can(own_servers, make_live) ->
         assert {i.path for i in answer.items} <= {"popular", "newest"}
     finally:
         own_servers.resume("valkey")
-    live.wait_for("Redis to be used again", lambda: not live.client().retrieve(user, 5, timeout_s=10).missing)
+    live.wait_for(
+        "Redis to be used again", lambda: not live.client().retrieve(user, 5, timeout_s=10).missing
+    )
 
 
 def test_kafka_made_anew_under_an_old_redis_is_refused(make_live) -> None:
@@ -134,49 +144,60 @@ def test_kafka_made_anew_under_an_old_redis_is_refused(make_live) -> None:
     send_history(live)
     live.applied()
     live.supervisor.stop()
-    admin = KafkaAdminClient(**kafka.client_options(live.settings))
+    admin = KafkaAdminClient(**clients.client_options(live.settings))
     try:
-        admin.delete_topics([live.settings.prefixed(kafka.CLICKS)])
+        admin.delete_topics([live.settings.prefixed(topics.CLICKS)])
     finally:
         admin.close()
-    live.wait_for("the topic to go", lambda: gone(live, kafka.CLICKS))
-    kafka.ensure_topics(live.settings)
+    live.wait_for("the topic to go", lambda: gone(live, topics.CLICKS))
+    topics.ensure_topics(live.settings)
     child = live.stage.ingest_child("again", clicks_partitions="4", items_partitions="2")
     run = lambda: subprocess.run(  # noqa: E731
-        list(child.argv), env=os.environ | dict(child.env), capture_output=True, text=True, timeout=60
+        list(child.argv),
+        env=os.environ | dict(child.env),
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     done = run()
     assert done.returncode == 3, done.stderr[-2000:]
     assert "eddyline accept-log" in done.stderr and "topic id" in done.stderr
     accepted = subprocess.run(
         [sys.executable, "-m", "eddyline", "accept-log", "--yes"],
-        env=os.environ | dict(child.env), capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        env=os.environ | dict(child.env),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert accepted.returncode == 0, accepted.stderr
     store = RedisStore(live.settings)
     assert not any(store.fences(Source("clicks", p), [f"u{p}"])[f"u{p}"] for p in range(4))
     user = live.world.clicks[0].user_id
     slot = kafka_slot(live, user)
-    kept = store.read_user(f"u{slot}", slot, user, "1").behaviour
-    assert kept != behaviour.EMPTY, "lists are kept"
-    assert all(store.fences(Source("items", p), ["i0"])["i0"] for p in range(2)), "items are the same log"
+    kept = store.read_user(f"u{slot}", slot, user, "1").history
+    assert kept != user_history.EMPTY, "lists are kept"
+    assert all(store.fences(Source("items", p), ["i0"])["i0"] for p in range(2)), (
+        "items are the same log"
+    )
     with Supervisor(Path(live.settings.data_dir) / "again") as again:
         again.start(child)
         live.click(user, live.world.items[1].item_id)
         live.applied()
-        entries = store.read_user(f"u{slot}", slot, user, "1").behaviour.entries
-        assert entries[0].item_id == live.world.items[1].item_id and entries[1:] == kept.entries[:99]
+        entries = store.read_user(f"u{slot}", slot, user, "1").history.entries
+        assert (
+            entries[0].item_id == live.world.items[1].item_id and entries[1:] == kept.entries[:99]
+        )
     store.close()
 
 
 def kafka_slot(live, user: str) -> int:
-    from eddyline.slots import partition_of
+    from eddyline.schema.partitioning import partition_of
 
     return partition_of(user, live.settings.clicks_partitions)
 
 
 def gone(live, name: str) -> bool:
-    admin = KafkaAdminClient(**kafka.client_options(live.settings))
+    admin = KafkaAdminClient(**clients.client_options(live.settings))
     try:
         return live.settings.prefixed(name) not in admin.list_topics()
     finally:
@@ -206,14 +227,23 @@ runpy.run_module("streams", run_name="__main__")
 
 def test_a_process_that_would_read_nothing_more_ends(make_live) -> None:
     live = make_live()
-    fields = ("kafka_bootstrap_servers", "redis_url", "namespace", "bundle_dir", "clicks_partitions",
-              "items_partitions")  # fmt: skip
+    fields = (
+        "kafka_bootstrap_servers",
+        "redis_url",
+        "namespace",
+        "bundle_dir",
+        "clicks_partitions",
+        "items_partitions",
+    )
     values = {f"EDDYLINE_{name.upper()}": str(getattr(live.settings, name)) for name in fields}
     more = {"EDDYLINE_DATA_DIR": str(Path(live.settings.data_dir) / "second")}
     ended = subprocess.run(
-        [sys.executable, "-c", BROKEN_FETCHER], env=os.environ | values | more, capture_output=True,
-        text=True, timeout=60,
-    )  # fmt: skip
+        [sys.executable, "-c", BROKEN_FETCHER],
+        env=os.environ | values | more,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert ended.returncode == 1, ended.stderr
     assert "aiokafka's fetcher ended" in ended.stderr
     send_history(live)

@@ -13,26 +13,27 @@ import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from eddyline import events, kafka
-from eddyline.cli import dead_letters, topics
-from eddyline.cli.main import app
-from eddyline.cli.producers import now_ms, sent_to
+from cli.main import app
 from eddyline.errors import EddylineError, SettingsError
-from eddyline.events import Click, Item, UserProfile
-from eddyline.settings import Settings
-from eddyline.slots import partition_of
+from eddyline.kafka import producers, reading, topics
+from eddyline.kafka.producers import now_ms, sent_to
+from eddyline.schema import events
+from eddyline.schema.events import Click, Item, UserProfile
+from eddyline.schema.partitioning import partition_of
+from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
-from streams import clicks
-from streams.clicks import ClickIngest
+from streams.clicks import handler
+from streams.clicks.handler import ClickIngest
 from streams.dead_letters import KafkaDeadLetters, KafkaForwarder
-from streams.positions import Positions
+from streams.fences import PartitionFences
+from streams.operations import dead_letter_replay
 
 # Killed at a named moment of the transaction: before the commit, or just after it.
 KILLED = """
 import os, signal, sys
 from kafka import KafkaProducer
-from eddyline.cli import dead_letters
-from eddyline.settings import load
+from cli import dead_letters
+from eddyline.settings.loader import load
 commit = KafkaProducer.commit_transaction
 def killed(self):
     self.flush(timeout=10)
@@ -47,13 +48,13 @@ dead_letters.replay(load(), reason="far_future")
 @pytest.fixture
 def settings(fresh_settings: Settings) -> Settings:
     made = msgspec.structs.replace(fresh_settings, far_future_ms_max=60_000)
-    kafka.ensure_topics(made)
+    topics.ensure_topics(made)
     return made
 
 
 @pytest.fixture
 def producer(settings: Settings) -> Iterator[Any]:
-    made = kafka.make_producer(settings)
+    made = producers.make_producer(settings)
     yield made
     made.close(timeout=5)
 
@@ -71,11 +72,11 @@ def run(settings: Settings, *command: str, code: int = 0) -> str:
 
 
 def beginnings(settings: Settings, name: str) -> dict[int, int]:
-    return kafka.beginning_offsets(settings, name)
+    return topics.beginning_offsets(settings, name)
 
 
 def log_of(settings: Settings, name: str) -> list[Any]:
-    return list(topics.read(settings, name, beginnings(settings, name)))
+    return list(reading.read(settings, name, beginnings(settings, name)))
 
 
 class Ingesting:
@@ -83,19 +84,23 @@ class Ingesting:
 
     def __init__(self, settings: Settings, producer: Any) -> None:
         self.settings, self.store = settings, MemoryStore()
-        log_id = kafka.log_ids(settings, [kafka.CLICKS])[kafka.CLICKS]
-        self.positions = Positions(
-            self.store, "clicks", lambda p: clicks.sources(settings, p), lambda: log_id
+        log_id = topics.log_ids(settings, [topics.CLICKS])[topics.CLICKS]
+        self.positions = PartitionFences(
+            self.store, "clicks", lambda p: handler.sources(settings, p), lambda: log_id
         )
         self.ingest = ClickIngest(
-            settings, self.store, self.positions,
-            KafkaDeadLetters(settings, producer), KafkaForwarder(settings, producer), None,
-        )  # fmt: skip
+            settings,
+            self.store,
+            self.positions,
+            KafkaDeadLetters(settings, producer),
+            KafkaForwarder(settings, producer),
+            None,
+        )
 
     def catch_up(self) -> None:
-        ends = kafka.end_offsets(self.settings, kafka.CLICKS)
+        ends = topics.end_offsets(self.settings, topics.CLICKS)
         starts = self.positions.open({p: (0, end) for p, end in ends.items()})
-        records = list(topics.read(self.settings, kafka.CLICKS, starts))
+        records = list(reading.read(self.settings, topics.CLICKS, starts))
         for partition in ends:
             self.ingest.opened(partition)
             if chunk := [r for r in records if r.partition == partition]:
@@ -105,7 +110,8 @@ class Ingesting:
     def items(self, user: str) -> list[str]:
         partition = partition_of(user, self.settings.clicks_partitions)
         return [
-            e.item_id for e in self.store.read_user(f"u{partition}", partition, user, "").behaviour.entries
+            e.item_id
+            for e in self.store.read_user(f"u{partition}", partition, user, "").history.entries
         ]
 
     def counted(self, item: str) -> int:
@@ -119,23 +125,25 @@ def early(user: str, item: str, **more: Any) -> Click:
 
 def refuse(settings: Settings, producer: Any, *sent: Click) -> tuple[Ingesting, list[str]]:
     """Send them and let ingest refuse them; their coordinates."""
-    at = [sent_to(kafka.send_click(producer, settings, click), settings) for click in sent]
+    at = [sent_to(producers.send_click(producer, settings, click), settings) for click in sent]
     ingesting = Ingesting(settings, producer)
     ingesting.catch_up()
-    name = settings.prefixed(kafka.CLICKS)
+    name = settings.prefixed(topics.CLICKS)
     return ingesting, [f"{name}/{partition}/{offset}" for partition, offset in at]
 
 
 @pytest.mark.timeout(60)
 def test_letters_are_listed_shown_and_replayed_once(settings: Settings, producer: Any) -> None:
-    name = settings.prefixed(kafka.CLICKS)
+    name = settings.prefixed(topics.CLICKS)
     rubbish = sent_to(producer.send(name, b"\x1b[2J{\xff", key=b"k", partition=0), settings)
     ingesting, (first, second) = refuse(
         settings, producer, early("ana", "a"), early("bo", "b", event_id="mine")
     )
     bad = f"{name}/{rubbish[0]}/{rubbish[1]}"
     listed = run(settings, "list")
-    assert all(at in listed for at in (first, second, bad)) and "3 dead letters, 0 of them" in listed
+    assert (
+        all(at in listed for at in (first, second, bad)) and "3 dead letters, 0 of them" in listed
+    )
     assert "2 × far_future" in listed and "1 × malformed_json" in listed
     listed = run(settings, "list", "--reason", "malformed_json")
     assert bad in listed and first not in listed
@@ -143,7 +151,7 @@ def test_letters_are_listed_shown_and_replayed_once(settings: Settings, producer
     shown = run(settings, "show", bad)
     assert r"\x1b[2J{\xff" in shown and "malformed_json" in shown and "\x1b" not in shown
     with pytest.raises(SettingsError, match="no record"):
-        dead_letters.find(settings, "x/0/1")
+        dead_letter_replay.find(settings, "x/0/1")
     time.sleep(1.1)
     assert "1 replayed, 0 stay" in run(settings, "replay", first)
     assert "1 replayed, 0 stay" in run(settings, "replay", "--reason", "far_future")
@@ -154,45 +162,53 @@ def test_letters_are_listed_shown_and_replayed_once(settings: Settings, producer
     ingesting.catch_up()
     assert (ingesting.items("ana"), ingesting.items("bo")) == (["a"], ["b"])
     assert (ingesting.counted("a"), ingesting.counted("b")) == (1_000, 1_000)
-    again = [r for r in log_of(settings, kafka.CLICKS) if dict(r.headers).get("replayed_from")]
+    again = [r for r in log_of(settings, topics.CLICKS) if dict(r.headers).get("replayed_from")]
     values = {dict(r.headers)["replayed_from"].decode(): r for r in again}
     assert msgspec.json.decode(values[first].value)["event_id"] == first
     assert (values[first].key, values[second].key) == (b"ana", b"bo")
-    original = next(r for r in log_of(settings, kafka.CLICKS) if r.key == b"bo")
+    original = next(r for r in log_of(settings, topics.CLICKS) if r.key == b"bo")
     assert values[second].value == original.value  # it has an id of its own: byte for byte
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_replay_that_is_killed_counts_once(settings: Settings, producer: Any, moment: str) -> None:
+def test_a_replay_that_is_killed_counts_once(
+    settings: Settings, producer: Any, moment: str
+) -> None:
     ingesting, _ = refuse(settings, producer, early("ana", "a"), early("bo", "b", event_id="mine"))
     time.sleep(1.1)
-    environ = {k: v for k, v in os.environ.items() if not k.startswith("EDDYLINE_")} | environment(settings)
-    killed = subprocess.run([sys.executable, "-c", KILLED, moment], env=environ, timeout=30, check=False)
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("EDDYLINE_")} | environment(
+        settings
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, moment], env=environ, timeout=30, check=False
+    )
     assert killed.returncode == -9
-    done = dead_letters.replay(settings, reason="far_future")
+    done = dead_letter_replay.replay(settings, reason="far_future")
     assert len(done.sent) == (2 if moment == "before" else 0)
-    assert dead_letters.replay(settings, reason="far_future").sent == []
+    assert dead_letter_replay.replay(settings, reason="far_future").sent == []
     ingesting.catch_up()
     assert (ingesting.counted("a"), ingesting.counted("b")) == (1_000, 1_000)
     assert (ingesting.items("ana"), ingesting.items("bo")) == (["a"], ["b"])
 
 
 @pytest.mark.timeout(60)
-def test_a_second_replay_stops_the_first(settings: Settings, producer: Any, monkeypatch: Any) -> None:
+def test_a_second_replay_stops_the_first(
+    settings: Settings, producer: Any, monkeypatch: Any
+) -> None:
     ingesting, _ = refuse(settings, producer, early("ana", "a"))
     time.sleep(1.1)
-    real, others = dead_letters._marks, []
+    real, others = dead_letter_replay._marks, []
 
     def overtaken(settings: Settings) -> Any:
         marks = real(settings)
-        monkeypatch.setattr(dead_letters, "_marks", real)
-        others.append(dead_letters.replay(settings, reason="far_future"))
+        monkeypatch.setattr(dead_letter_replay, "_marks", real)
+        others.append(dead_letter_replay.replay(settings, reason="far_future"))
         return marks
 
-    monkeypatch.setattr(dead_letters, "_marks", overtaken)
+    monkeypatch.setattr(dead_letter_replay, "_marks", overtaken)
     with pytest.raises(EddylineError, match="another replay"):
-        dead_letters.replay(settings, reason="far_future")
+        dead_letter_replay.replay(settings, reason="far_future")
     assert len(others[0].sent) == 1
     ingesting.catch_up()
     assert ingesting.counted("a") == 1_000
@@ -201,43 +217,60 @@ def test_a_second_replay_stops_the_first(settings: Settings, producer: Any, monk
 @pytest.mark.timeout(60)
 def test_a_replayed_item_never_overrides_a_newer_one(settings: Settings, producer: Any) -> None:
     """Refused for their partition (another partitioner); one was replaced, one deleted, one is the newest."""
-    sink, name = KafkaDeadLetters(settings, producer), settings.prefixed(kafka.ITEMS)
+    sink, name = KafkaDeadLetters(settings, producer), settings.prefixed(topics.ITEMS)
     at = {}
     for item_id in ("replaced", "deleted", "newest"):
         wrong = 1 - partition_of(item_id, 2)
         value = events.encode(Item(item_id=item_id, title="old"))
-        at[item_id] = sent_to(producer.send(name, value, key=item_id.encode(), partition=wrong), settings)
-    for record in log_of(settings, kafka.ITEMS):
+        at[item_id] = sent_to(
+            producer.send(name, value, key=item_id.encode(), partition=wrong), settings
+        )
+    for record in log_of(settings, topics.ITEMS):
         sink.put(record, events.Rejected("wrong_partition", "key", "murmur2"))
-        sink.put(record, events.Rejected("wrong_partition", "key", "murmur2"))  # as after a chunk done again
+        sink.put(
+            record, events.Rejected("wrong_partition", "key", "murmur2")
+        )  # as after a chunk done again
     sink.flush()
     time.sleep(0.01)
-    kafka.send_item(producer, settings, Item(item_id="replaced", title="new"))
-    sent_to(kafka.send_delete(producer, settings, "deleted"), settings)
+    producers.send_item(producer, settings, Item(item_id="replaced", title="new"))
+    sent_to(producers.send_delete(producer, settings, "deleted"), settings)
     producer.flush(timeout=10)
-    done = dead_letters.replay(settings, reason="wrong_partition")
+    done = dead_letter_replay.replay(settings, reason="wrong_partition")
     newest = f"{name}/{at['newest'][0]}/{at['newest'][1]}"
     assert done.sent == [newest] and len(done.kept_back) == 2
     assert all("newer" in why for why in done.kept_back.values())
-    last = {r.key: r for r in sorted(log_of(settings, kafka.ITEMS), key=lambda r: (r.timestamp, r.offset))}
+    last = {
+        r.key: r
+        for r in sorted(log_of(settings, topics.ITEMS), key=lambda r: (r.timestamp, r.offset))
+    }
     assert last[b"newest"].partition == partition_of("newest", 2)
-    assert msgspec.json.decode(last[b"replaced"].value)["title"] == "new" and last[b"deleted"].value is None
+    assert (
+        msgspec.json.decode(last[b"replaced"].value)["title"] == "new"
+        and last[b"deleted"].value is None
+    )
 
 
 @pytest.mark.timeout(60)
-def test_a_profile_under_a_bad_key_stays_and_a_delete_is_replayed(settings: Settings, producer: Any) -> None:
-    sink, name = KafkaDeadLetters(settings, producer), settings.prefixed(kafka.USERS)
+def test_a_profile_under_a_bad_key_stays_and_a_delete_is_replayed(
+    settings: Settings, producer: Any
+) -> None:
+    sink, name = KafkaDeadLetters(settings, producer), settings.prefixed(topics.USERS)
     wrong = (partition_of("ana", 4) + 1) % 4
-    sent_to(producer.send(name, events.encode(UserProfile(user_id="x")), key=b"\xff", partition=0), settings)
+    sent_to(
+        producer.send(name, events.encode(UserProfile(user_id="x")), key=b"\xff", partition=0),
+        settings,
+    )
     sent_to(producer.send(name, None, key=b"ana", partition=wrong), settings)
-    for record in log_of(settings, kafka.USERS):
+    for record in log_of(settings, topics.USERS):
         sink.put(
             record,
-            events.Rejected("malformed_key" if record.key == b"\xff" else "wrong_partition", "key", ""),
+            events.Rejected(
+                "malformed_key" if record.key == b"\xff" else "wrong_partition", "key", ""
+            ),
         )
     sink.flush()
-    assert dead_letters.replay(settings, reason="malformed_key").sent == []
-    assert len(dead_letters.replay(settings, reason="wrong_partition").sent) == 1
-    assert [r.value for r in log_of(settings, kafka.USERS) if r.partition == partition_of("ana", 4)][
-        -1
-    ] is None
+    assert dead_letter_replay.replay(settings, reason="malformed_key").sent == []
+    assert len(dead_letter_replay.replay(settings, reason="wrong_partition").sent) == 1
+    assert [
+        r.value for r in log_of(settings, topics.USERS) if r.partition == partition_of("ana", 4)
+    ][-1] is None

@@ -6,34 +6,37 @@ import pytest
 import redis
 from kafka import KafkaAdminClient, TopicPartition
 
-from eddyline import events, kafka
-from eddyline.cli.producers import now_ms
-from eddyline.events import Click, Merge
-from eddyline.ports import Source
-from eddyline.settings import Settings
-from eddyline.slots import partition_of
+from eddyline.kafka import clients, producers, topics
+from eddyline.kafka.producers import now_ms
+from eddyline.schema import events
+from eddyline.schema.events import Click, Merge
+from eddyline.schema.partitioning import partition_of
+from eddyline.settings.loader import Settings
 from eddyline.stores.redis import RedisStore
+from eddyline.stores.state_store import Source
 
 pytestmark = pytest.mark.timeout(240)
 
 
 def listed(store: RedisStore, partitions: int, user: str) -> list[str]:
     partition = partition_of(user, partitions)
-    read = store.read_users(f"u{partition}", Source(kafka.CLICKS, partition), [], [user], "1")
-    found = read.behaviours.get(user)
+    read = store.read_users(f"u{partition}", Source(topics.CLICKS, partition), [], [user], "1")
+    found = read.histories.get(user)
     return [] if found is None else [entry.item_id for entry in found.entries]
 
 
 def committed(settings: Settings, topic: str) -> dict[int, int]:
     """What ingest's group has committed of all partitions."""
-    with kafka.connected(settings, KafkaAdminClient) as admin:
+    with clients.connect(settings, KafkaAdminClient) as admin:
         group, name = settings.prefixed("eddyline-ingest"), settings.prefixed(topic)
         places = [TopicPartition(name, p) for p in range(settings.clicks_partitions)]
         found = admin.list_group_offsets({group: places})[group]
     return {place.partition: max(0, found[place].offset) for place in places if place in found}
 
 
-def test_an_emptied_redis_brings_nobody_back_and_sends_nothing_on_again(own_servers, make_live) -> None:
+def test_an_emptied_redis_brings_nobody_back_and_sends_nothing_on_again(
+    own_servers, make_live
+) -> None:
     live = make_live(own_servers)
     settings, store = live.settings, RedisStore(live.settings)
     stays = [f"stays-{n}" for n in range(8)]
@@ -44,7 +47,7 @@ def test_an_emptied_redis_brings_nobody_back_and_sends_nothing_on_again(own_serv
             live.click(user, f"i{n}", at_ms=now_ms() - 60_000)
     live.applied(60)
     for user in goes + returns:
-        kafka.send_forget(live.producer, settings, user)
+        producers.send_forget(live.producer, settings, user)
     live.producer.flush(timeout=30)
     live.applied(60)
 
@@ -59,16 +62,22 @@ def test_an_emptied_redis_brings_nobody_back_and_sends_nothing_on_again(own_serv
     stray, visitor = stays[0], "visitor"
     wrong = (partition_of(stray, settings.clicks_partitions) + 1) % settings.clicks_partitions
     click = Click(user_id=stray, item_id="i1", at_ms=now_ms() - 70_000)
-    live.raw(kafka.CLICKS, events.encode(click), key=stray.encode(), partition=wrong)
+    live.raw(topics.CLICKS, events.encode(click), key=stray.encode(), partition=wrong)
     live.click(visitor, "i2", at_ms=now_ms() - 80_000)
     merge = Merge(user_id=visitor, merge_into=stays[1], at_ms=now_ms())
-    kafka.send_merge(live.producer, settings, merge).get(timeout=30)
-    live.wait_for("what is sent on", lambda: all(
-        len(listed(store, settings.clicks_partitions, user)) == 10 for user in stays[:2]))  # fmt: skip
+    producers.send_merge(live.producer, settings, merge).get(timeout=30)
+    live.wait_for(
+        "what is sent on",
+        lambda: all(
+            len(listed(store, settings.clicks_partitions, user)) == 10 for user in stays[:2]
+        ),
+    )
     live.applied(60)
-    for topic in (kafka.CLICKS, kafka.USERS):
-        live.wait_for("the commit", lambda t=topic: committed(settings, t) == kafka.end_offsets(settings, t))
-    ends = kafka.end_offsets(settings, kafka.CLICKS)
+    for topic in (topics.CLICKS, topics.USERS):
+        live.wait_for(
+            "the commit", lambda t=topic: committed(settings, t) == topics.end_offsets(settings, t)
+        )
+    ends = topics.end_offsets(settings, topics.CLICKS)
     with redis.Redis.from_url(settings.redis_url) as client:
         client.flushall()
 
@@ -80,6 +89,8 @@ def test_an_emptied_redis_brings_nobody_back_and_sends_nothing_on_again(own_serv
     live.wait_for("the layout", lambda: store.layout() is not None, timeout_s=30)
     live.applied(60)
     assert gone(goes)
-    assert kafka.end_offsets(settings, kafka.CLICKS) == ends, "strays, merges or forgets were sent on again"
+    assert topics.end_offsets(settings, topics.CLICKS) == ends, (
+        "strays, merges or forgets were sent on again"
+    )
     assert all(listed(store, settings.clicks_partitions, user) == ["again"] for user in returns)
     store.close()

@@ -15,14 +15,14 @@ from typing import TypeVar
 import msgspec
 import pytest
 
-from eddyline.demo.stage import Stage
-from eddyline.local import ports
-from eddyline.local.supervisor import Supervisor
-from eddyline.settings import Settings
-from serving import presence
-from serving.client import CallFailed, Client, open_channel
+from eddyline.settings.loader import Settings
+from sandbox.processes import ProcessRunner
+from sandbox.servers import free_ports
+from sandbox.servers.supervisor import Supervisor
+from serving import registry
 from serving.proto import retrieval_pb2 as pb
 from serving.proto.retrieval_pb2_grpc import RetrievalStub
+from serving.rpc.client import CallFailed, Client, open_channel
 
 PROCESSES = 3
 _R = TypeVar("_R")
@@ -48,13 +48,15 @@ class Group:
             return False
 
     def pids(self) -> set[int]:
-        return {worker.pid for worker in presence.running(self.settings)}
+        return {worker.pid for worker in registry.running(self.settings)}
 
     def keeper(self) -> int:
         return self.supervisor.pids()["worker"]
 
     def log(self) -> str:
-        return "".join(path.read_text() for path in (Path(self.settings.data_dir) / "logs").glob("worker*"))
+        return "".join(
+            path.read_text() for path in (Path(self.settings.data_dir) / "logs").glob("worker*")
+        )
 
     def each(self, call: Callable[[Client], _R]) -> list[_R]:
         """What the call gives over so many connections that every process is asked, almost surely."""
@@ -62,7 +64,9 @@ class Group:
         for _ in range(8 * PROCESSES):
             with Client(self.address) as client:
                 client._channel.close()
-                client._channel = open_channel(self.address, [("grpc.use_local_subchannel_pool", 1)])
+                client._channel = open_channel(
+                    self.address, [("grpc.use_local_subchannel_pool", 1)]
+                )
                 client._stub = RetrievalStub(client._channel)
                 found.append(call(client))
         return found
@@ -90,8 +94,8 @@ class Group:
 def neighbours(folder: Path, count: int) -> int:
     """The first of so many free ports, one after the other."""
     while True:
-        first = ports.choose(folder / str(random.random()), ("metrics",))["metrics"]
-        if all(ports.is_free(first + n) for n in range(count)):
+        first = free_ports.choose_port(folder / str(random.random()), ("metrics",))["metrics"]
+        if all(free_ports.is_free(first + n) for n in range(count)):
             return first
 
 
@@ -101,7 +105,7 @@ def group(live, tmp_path: Path) -> Iterator[Group]:
         live.settings, data_dir=str(tmp_path), bundle_dir=str(live.settings.bundles)
     )
     supervisor = Supervisor(tmp_path / "logs")
-    worker, address = Stage(settings, supervisor).worker_child(
+    worker, address = ProcessRunner(settings, supervisor).worker_child(
         worker_processes=str(PROCESSES),
         index_exact_below="50",
         backoff_ms_max="500",
@@ -135,7 +139,9 @@ def test_they_share_a_port_and_one_that_is_killed_is_replaced(group: Group) -> N
     live.wait_for("the item everywhere", lambda: group.have("forked-item"), 20)
     first = group.pids()
     os.kill(min(first), signal.SIGKILL)
-    live.wait_for("another one", lambda: len(group.pids()) == PROCESSES and group.pids() != first, 20)
+    live.wait_for(
+        "another one", lambda: len(group.pids()) == PROCESSES and group.pids() != first, 20
+    )
     assert group.have("forked-item") and group.have_graphs()
     # Whoever took a place has its port as well, once the one before him let go of it.
     live.wait_for("metrics of each", lambda: all(group.ready(n) for n in range(PROCESSES)), 20)
@@ -147,5 +153,9 @@ def test_they_end_with_a_keeper_that_is_killed(group: Group) -> None:
     pids = group.pids()
     os.kill(group.keeper(), signal.SIGKILL)
     # The supervisor starts another keeper; the old processes leave the port.
-    group.live.wait_for("others", lambda: len(group.pids()) == PROCESSES and not group.pids() & pids, 60)
-    assert all(len(answer.items) == 5 for answer in group.each(lambda client: client.retrieve("forked", 5)))
+    group.live.wait_for(
+        "others", lambda: len(group.pids()) == PROCESSES and not group.pids() & pids, 60
+    )
+    assert all(
+        len(answer.items) == 5 for answer in group.each(lambda client: client.retrieve("forked", 5))
+    )

@@ -19,21 +19,23 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from eddyline import generations, kafka
+from cli.commands import replay_file
+from eddyline import generations
 from eddyline.archive import Archive
-from eddyline.cli import replay, topics
-from eddyline.cli.producers import now_ms
-from eddyline.demo import generated, stage
-from eddyline.demo.stage import Stage
-from eddyline.demo.worlds import World
 from eddyline.errors import KafkaRefused
 from eddyline.generations import Manifest
-from eddyline.local import endpoints
-from eddyline.local.pair import local_pair
-from eddyline.local.supervisor import Supervisor
-from eddyline.settings import Settings
-from serving.client import Client
-from serving.vector_log import VectorLog
+from eddyline.kafka import producers, reading, topics
+from eddyline.kafka.producers import now_ms
+from eddyline.settings.loader import Settings
+from sandbox import processes
+from sandbox.datasets import synthetic
+from sandbox.datasets.dataset import Dataset
+from sandbox.processes import ProcessRunner
+from sandbox.servers import status
+from sandbox.servers.local_servers import local_servers
+from sandbox.servers.supervisor import Supervisor
+from serving.rpc.client import Client
+from serving.worker.item_vectors import ItemVectorLog
 from tests.integration.secured_kafka import (
     KEY_PASSWORD,
     PASSWORDS,
@@ -60,23 +62,33 @@ def base(broker: SecuredKafka, tmp_path_factory: pytest.TempPathFactory) -> Iter
     """Settings with a Redis, and with Kafka's port for everybody."""
     folder = tmp_path_factory.mktemp("eddyline")
     settings = Settings(
-        data_dir=str(folder), clicks_partitions=2, items_partitions=2, worker_port=0, kafka_timeout_ms=5_000,
-        kafka_bootstrap_servers=broker.address("PLAINTEXT"), redis_url=os.environ.get("REDIS_URL", ""),
-    )  # fmt: skip
-    with Supervisor(folder / "servers") as supervisor, local_pair(settings, supervisor, owner="t") as made:
+        data_dir=str(folder),
+        clicks_partitions=2,
+        items_partitions=2,
+        worker_port=0,
+        kafka_timeout_ms=5_000,
+        kafka_bootstrap_servers=broker.address("PLAINTEXT"),
+        redis_url=os.environ.get("REDIS_URL", ""),
+    )
+    with (
+        Supervisor(folder / "servers") as supervisor,
+        local_servers(settings, supervisor, owner="t") as made,
+    ):
         yield made
 
 
 @pytest.fixture(scope="module")
-def small_world() -> World:
-    return generated.generate(items=60, users=20, clicks=300, seed=7)
+def small_world() -> Dataset:
+    return synthetic.generate(items=60, users=20, clicks=300, seed=7)
 
 
 @pytest.fixture(scope="module")
-def generation(small_world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
+def generation(
+    small_world: Dataset, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Manifest]:
     """(the folder of bundles, generation 1): trained for real, in a second."""
-    from embeddings.training.dataset import TrainingData
-    from embeddings.training.train import train
+    from embeddings.data.examples import TrainingData
+    from embeddings.training.trainer import train
 
     folder = tmp_path_factory.mktemp("generations")
     profiles = {user: dict(profile.attributes) for user, profile in small_world.profiles.items()}
@@ -99,7 +111,9 @@ class System:
 
 
 @pytest.fixture(params=WAYS)
-def system(request: pytest.FixtureRequest, broker: SecuredKafka, base: Settings, tmp_path: Path) -> System:
+def system(
+    request: pytest.FixtureRequest, broker: SecuredKafka, base: Settings, tmp_path: Path
+) -> System:
     space = f"t-{uuid.uuid4().hex[:12]}"
     settings = msgspec.structs.replace(base, namespace=space, data_dir=str(tmp_path))
     for user in ("ingest", "worker", "archive", "operator"):
@@ -129,9 +143,12 @@ def environment(settings: Settings) -> dict[str, str]:
 def run(settings: Settings, *argv: str, timeout_s: float = 40) -> subprocess.CompletedProcess[str]:
     """A command of Eddyline as a user runs it."""
     done = subprocess.run(
-        [sys.executable, "-m", *argv], env=environment(settings), capture_output=True, text=True,
+        [sys.executable, "-m", *argv],
+        env=environment(settings),
+        capture_output=True,
+        text=True,
         timeout=timeout_s,
-    )  # fmt: skip
+    )
     keeps_secrets(done.stdout, done.stderr)
     return done
 
@@ -149,24 +166,28 @@ def eventually(check: Callable[[], object], timeout_s: float = 20) -> None:
 
 
 def test_everything_works_with_the_rights_in_the_docs(
-    system: System, small_world: World, generation: tuple[Path, Manifest]
+    system: System, small_world: Dataset, generation: tuple[Path, Manifest]
 ) -> None:
     folder, manifest = generation
-    system.base = msgspec.structs.replace(system.base, bundle_dir=str(folder), archive_file_offsets=8)
+    system.base = msgspec.structs.replace(
+        system.base, bundle_dir=str(folder), archive_file_offsets=8
+    )
     operator = system.settings("operator")
     logs = Path(system.base.data_dir) / "logs"
     with Supervisor(logs) as supervisor:
-        Stage(operator, supervisor).prepare(manifest)
-        replay.send(operator, small_world.items)
-        replay.send(operator, small_world.clicks)
+        ProcessRunner(operator, supervisor).prepare(manifest)
+        replay_file.send(operator, small_world.items)
+        replay_file.send(operator, small_world.clicks)
         cut = {"clicks_partitions": "2", "items_partitions": "2"}
-        ingest = Stage(system.settings("ingest"), supervisor).ingest_child(**cut)
-        worker, address = Stage(system.settings("worker"), supervisor).worker_child(**cut)
-        archiving = Stage(system.settings("archive"), supervisor).child(
+        ingest = ProcessRunner(system.settings("ingest"), supervisor).ingest_child(**cut)
+        worker, address = ProcessRunner(system.settings("worker"), supervisor).worker_child(**cut)
+        archiving = ProcessRunner(system.settings("archive"), supervisor).child(
             "archive", "streams.archive", lambda: True, archive_file_offsets="8", **cut
         )
         supervisor.start(ingest, worker, archiving)
-        stage.wait_until_applied(operator, lambda *_: None, timeout_s=30, check=supervisor.check)
+        processes.wait_until_applied(
+            operator, lambda *_: None, timeout_s=30, check=supervisor.check
+        )
 
         with Client(address) as client:
             before = [item.item_id for item in client.retrieve("ana", 10).items]
@@ -179,16 +200,16 @@ def test_everything_works_with_the_rights_in_the_docs(
         assert answer.freshness.user.offset == int(offset) and not answer.missing
 
         # A dead letter, and a click in a foreign partition: what else ingest writes.
-        producer = kafka.make_producer(operator)
-        clicks = operator.prefixed(kafka.CLICKS)
+        producer = producers.make_producer(operator)
+        clicks = operator.prefixed(topics.CLICKS)
         producer.send(clicks, b"no json", key=b"ana").get(timeout=5)
         producer.close(timeout=5)
-        eventually(lambda: list(topics.read(operator, kafka.DEAD_LETTERS, {0: 0})))
+        eventually(lambda: list(reading.read(operator, topics.DEAD_LETTERS, {0: 0})))
         done = run(operator, "eddyline", "dead-letters", "list")
         assert done.returncode == 0 and "malformed_json" in done.stdout, done.stderr
         done = run(operator, "eddyline", "stats", "--address", address)
         assert done.returncode == 0 and "clicks" in done.stdout, done.stderr
-        eventually(lambda: list(Archive(system.base).read(kafka.ITEMS)))
+        eventually(lambda: list(Archive(system.base).read(topics.ITEMS)))
         supervisor.check()
     written = {path.name: path.read_text() for path in logs.glob("*.log")}
     assert {"ingest.log", "worker.log", "archive.log"} <= set(written)
@@ -203,8 +224,11 @@ def test_plain_works_too_and_an_encrypted_key(broker: SecuredKafka, base: Settin
         "kafka_sasl_password": password,
     }
     locked = broker.client("operator", password=KEY_PASSWORD)
-    for settings in (broker.settings(base, "LOGIN", **plain), broker.settings(base, "MTLS", **locked)):
-        kafka.wait_until_up(settings, timeout_s=5)
+    for settings in (
+        broker.settings(base, "LOGIN", **plain),
+        broker.settings(base, "MTLS", **locked),
+    ):
+        topics.wait_until_up(settings, timeout_s=5)
 
 
 def wrong(broker: SecuredKafka, base: Settings) -> dict[str, tuple[Settings, list[str]]]:
@@ -214,7 +238,10 @@ def wrong(broker: SecuredKafka, base: Settings) -> dict[str, tuple[Settings, lis
     nobody = wrong_password | {"kafka_sasl_username": "nobody"}
     plain = wrong_password | {"kafka_sasl_mechanism": "PLAIN"}
     right = login | {"kafka_sasl_password": PASSWORDS["operator"]}
-    foreign, user = broker.ca(foreign=True), ["kafka_sasl_username = 'operator'", "kafka_sasl_password"]
+    foreign, user = (
+        broker.ca(foreign=True),
+        ["kafka_sasl_username = 'operator'", "kafka_sasl_password"],
+    )
     made = {
         "password": (broker.settings(base, "LOGINTLS", **wrong_password), user),
         "password in the clear": (broker.settings(base, "LOGIN", **wrong_password), user),
@@ -224,8 +251,14 @@ def wrong(broker: SecuredKafka, base: Settings) -> dict[str, tuple[Settings, lis
             broker.settings(base, "LOGINTLS", **plain),
             ["kafka_sasl_mechanism = 'PLAIN'", "it knows SCRAM-SHA-512"],
         ),
-        "authority": (broker.settings(base, "TLS", kafka_ca_file=foreign), ["kafka_ca_file", foreign]),
-        "no authority": (broker.settings(base, "TLS", kafka_ca_file=""), ["kafka_ca_file", "system's"]),
+        "authority": (
+            broker.settings(base, "TLS", kafka_ca_file=foreign),
+            ["kafka_ca_file", foreign],
+        ),
+        "no authority": (
+            broker.settings(base, "TLS", kafka_ca_file=""),
+            ["kafka_ca_file", "system's"],
+        ),
         "no certificate": (broker.settings(base, "MTLS"), ["kafka_cert_file", "kafka_key_file"]),
         "foreign certificate": (
             broker.settings(base, "MTLS", **broker.client("operator", foreign=True)),
@@ -233,11 +266,12 @@ def wrong(broker: SecuredKafka, base: Settings) -> dict[str, tuple[Settings, lis
         ),
         "name": (
             msgspec.structs.replace(
-                broker.settings(base, "TLS"), kafka_bootstrap_servers=broker.address("TLS", "localhost")
+                broker.settings(base, "TLS"),
+                kafka_bootstrap_servers=broker.address("TLS", "localhost"),
             ),
             ["kafka_bootstrap_servers", "localhost"],
         ),
-    }  # fmt: skip
+    }
     for ours, port, words in (
         ("PLAINTEXT", "TLS", ["speaks TLS", "kafka_security_protocol"]),
         ("PLAINTEXT", "LOGIN", ["SASL (PLAIN, SCRAM-SHA-512)", "kafka_security_protocol"]),
@@ -261,9 +295,11 @@ def test_what_is_wrong_is_told_at_once(broker: SecuredKafka, base: Settings) -> 
     for what, (settings, words) in wrong(broker, base).items():
         begun = time.monotonic()
         with pytest.raises(KafkaRefused) as refused:
-            kafka.wait_until_up(settings, timeout_s=30)
+            topics.wait_until_up(settings, timeout_s=30)
         sentence = str(refused.value)
-        missing = [word for word in (*words, settings.kafka_bootstrap_servers) if word not in sentence]
+        missing = [
+            word for word in (*words, settings.kafka_bootstrap_servers) if word not in sentence
+        ]
         assert missing == [] and "\n" not in sentence, (what, sentence)
         keeps_secrets(sentence, repr(settings))
         assert time.monotonic() - begun < 5, what
@@ -273,12 +309,12 @@ def test_what_is_wrong_is_told_at_once(broker: SecuredKafka, base: Settings) -> 
 def test_every_kind_of_client_is_told(what: str, broker: SecuredKafka, base: Settings) -> None:
     settings, words = wrong(broker, base)[what]
     for call in (
-        lambda: kafka.make_producer(settings),
-        lambda: kafka.end_offsets(settings, kafka.CLICKS),
-        lambda: VectorLog(settings, "1"),
+        lambda: producers.make_producer(settings),
+        lambda: topics.end_offsets(settings, topics.CLICKS),
+        lambda: ItemVectorLog(settings, "1"),
         lambda: generations.active(settings),
-        lambda: list(topics.read(settings, kafka.CLICKS, {0: 0})),
-        lambda: endpoints.where(settings),
+        lambda: list(reading.read(settings, topics.CLICKS, {0: 0})),
+        lambda: status.server_status(settings),
     ):
         try:
             told = str(call())
@@ -295,15 +331,19 @@ PROCESSES = (("eddyline", "click", "ana", "5"), ("streams",), ("serving",), ("st
     ("what", "argv"),
     [
         *(("password", argv) for argv in PROCESSES),
-        ("PLAINTEXT to TLS", PROCESSES[0]), ("no certificate", PROCESSES[1]), ("authority", PROCESSES[3]),
+        ("PLAINTEXT to TLS", PROCESSES[0]),
+        ("no certificate", PROCESSES[1]),
+        ("authority", PROCESSES[3]),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
-)  # fmt: skip
+)
 def test_a_process_that_is_refused_ends_with_one_sentence(
     what: str, argv: tuple[str, ...], broker: SecuredKafka, base: Settings, tmp_path: Path
 ) -> None:
     settings, words = wrong(broker, base)[what]
-    done = run(msgspec.structs.replace(settings, data_dir=str(tmp_path), namespace="t-refused"), *argv)
+    done = run(
+        msgspec.structs.replace(settings, data_dir=str(tmp_path), namespace="t-refused"), *argv
+    )
     assert done.returncode == 3, done.stderr
     assert len(done.stderr.splitlines()) == 1 and all(word in done.stderr for word in words)
 
@@ -324,7 +364,7 @@ def test_a_user_without_rights_is_told_which_one_is_missing(
     argv: tuple[str, ...], broker: SecuredKafka, base: Settings, tmp_path: Path
 ) -> None:
     space = msgspec.structs.replace(base, namespace="t-forbidden", data_dir=str(tmp_path))
-    kafka.ensure_topics(space)
+    topics.ensure_topics(space)
     done = run(broker.settings(space, "LOGINTLS", **broker.scram("stranger")), *argv)
     assert done.returncode == 3, done.stderr
     assert len(done.stderr.splitlines()) == 1
@@ -333,15 +373,24 @@ def test_a_user_without_rights_is_told_which_one_is_missing(
 
 @pytest.mark.parametrize("lacking", ["GROUP", "TRANSACTIONAL_ID"])
 def test_ingest_says_which_right_its_group_or_its_transactions_lack(
-    lacking: str, broker: SecuredKafka, base: Settings, generation: tuple[Path, Manifest], tmp_path: Path
+    lacking: str,
+    broker: SecuredKafka,
+    base: Settings,
+    generation: tuple[Path, Manifest],
+    tmp_path: Path,
 ) -> None:
     """aiokafka keeps a group's missing right to itself; without a look at it ingest would wait for ever."""
     folder, manifest = generation
     space = f"t-{uuid.uuid4().hex[:12]}"
-    settings = msgspec.structs.replace(base, namespace=space, data_dir=str(tmp_path), bundle_dir=str(folder))
+    settings = msgspec.structs.replace(
+        base, namespace=space, data_dir=str(tmp_path), bundle_dir=str(folder)
+    )
     with Supervisor(tmp_path / "logs") as supervisor:
-        Stage(settings, supervisor).prepare(manifest)
+        ProcessRunner(settings, supervisor).prepare(manifest)
     broker.allow("ingest", *(right for right in rights("ingest", space) if right[0] != lacking))
     done = run(broker.settings(settings, "LOGINTLS", **broker.scram("ingest")), "streams")
     assert done.returncode == 3, done.stderr
-    assert "Traceback" not in done.stderr and "user 'ingest' lacks a right" in done.stderr.splitlines()[-1]
+    assert (
+        "Traceback" not in done.stderr
+        and "user 'ingest' lacks a right" in done.stderr.splitlines()[-1]
+    )

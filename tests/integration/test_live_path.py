@@ -13,11 +13,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from eddyline import kafka
-from eddyline.cli.producers import now_ms, sent_to
-from eddyline.demo.trace import trace
-from eddyline.events import Item, UserProfile
-from eddyline.slots import partition_of
+from cli.demo.trace import trace
+from eddyline.kafka import producers, topics
+from eddyline.kafka.producers import now_ms, sent_to
+from eddyline.schema.events import Item, UserProfile
+from eddyline.schema.partitioning import partition_of
 from eddyline.stores.redis import RedisStore
 from serving.proto import retrieval_pb2 as pb
 
@@ -45,7 +45,9 @@ def test_a_click_changes_the_next_answer(live, user) -> None:
     answer = client.retrieve(user, 10, after=token, wait_ms=2000, with_cards=True)
     assert len(answer.items) == 10 and clicked not in ids(answer) and ids(answer) != ids(before)
     assert [i.rank for i in answer.items] == list(range(1, 11))
-    assert {i.path for i in answer.items} == {"towers"} and {i.generation for i in answer.items} == {"1"}
+    assert {i.path for i in answer.items} == {"towers"} and {
+        i.generation for i in answer.items
+    } == {"1"}
     assert all(i.age_ms >= 0 and i.card.title for i in answer.items)
     scores = [i.score for i in answer.items]
     assert scores == sorted(scores, reverse=True)
@@ -61,9 +63,17 @@ def test_every_answer_says_how_fresh_it_is(live, user) -> None:
     assert (fresh.user.known, fresh.user.partition, fresh.user.offset) == (True, partition, offset)
     assert partition == partition_of(user, live.settings.clicks_partitions)
     assert fresh.user.fence_offset >= offset
-    stamps = [began_us, fresh.user.produced_us, fresh.user.read_us, fresh.user.applied_us,
-              fresh.worker.user_read_us, fresh.worker.embedded_us, fresh.worker.searched_us,
-              fresh.worker.answered_us, time.time_ns() // 1000]  # fmt: skip
+    stamps = [
+        began_us,
+        fresh.user.produced_us,
+        fresh.user.read_us,
+        fresh.user.applied_us,
+        fresh.worker.user_read_us,
+        fresh.worker.embedded_us,
+        fresh.worker.searched_us,
+        fresh.worker.answered_us,
+        time.time_ns() // 1000,
+    ]
     assert stamps == sorted(stamps), "the hops are stamped in their order"
     assert abs(fresh.user.appended_ms - fresh.user.produced_us // 1000) < 5000
     assert trace(answer).total_ms < 2000
@@ -96,7 +106,12 @@ def test_an_item_is_found_changes_and_is_gone(live, user) -> None:
     def found():
         return item_id in ids(client.retrieve(user, everything))
 
-    item = Item(item_id=item_id, title="A new one", categories=live.world.items[0].categories, at_ms=now_ms())
+    item = Item(
+        item_id=item_id,
+        title="A new one",
+        categories=live.world.items[0].categories,
+        at_ms=now_ms(),
+    )
     live.item(item)
     live.wait_for("the new item", found)
     live.item(msgspec.structs.replace(item, available=False))
@@ -108,7 +123,7 @@ def test_an_item_is_found_changes_and_is_gone(live, user) -> None:
     store = RedisStore(live.settings)
 
     def card_of_deleted() -> bool:
-        card = store.read_cards([item_id], 1).get(item_id)
+        card = store.read_item_metadata([item_id], 1).get(item_id)
         return card is not None and card.deleted
 
     live.wait_for("the card, which comes a moment later", card_of_deleted)
@@ -152,17 +167,17 @@ BAD_ITEMS = {
 def test_bad_records_are_dead_letters_and_the_stream_goes_on(live, user) -> None:
     sent = {}
     for name, (value, reason) in BAD_CLICKS.items():
-        at = live.raw(kafka.CLICKS, value, key=b"u")
-        sent[f"{live.settings.prefixed(kafka.CLICKS)}/{at[0]}/{at[1]}"] = (name, value, reason)
+        at = live.raw(topics.CLICKS, value, key=b"u")
+        sent[f"{live.settings.prefixed(topics.CLICKS)}/{at[0]}/{at[1]}"] = (name, value, reason)
     for name, (value, reason) in BAD_ITEMS.items():
         key = f"bad-{uuid.uuid4().hex[:8]}"
         value = value.replace(b"KEY", key.encode())
-        at = live.raw(kafka.ITEMS, value, key=key.encode())
-        sent[f"{live.settings.prefixed(kafka.ITEMS)}/{at[0]}/{at[1]}"] = (name, value, reason)
+        at = live.raw(topics.ITEMS, value, key=key.encode())
+        sent[f"{live.settings.prefixed(topics.ITEMS)}/{at[0]}/{at[1]}"] = (name, value, reason)
     token = live.click(user, live.world.items[1].item_id)
     assert live.client().retrieve(user, 3, after=token, wait_ms=2000).freshness.after.applied
     live.applied()
-    letters = {r.key.decode(): r for r in live.read(kafka.DEAD_LETTERS)}
+    letters = {r.key.decode(): r for r in live.read(topics.DEAD_LETTERS)}
     for at, (name, value, reason) in sent.items():
         headers = {k: v.decode() for k, v in letters[at].headers}
         assert headers["reason"] == reason, name
@@ -172,17 +187,25 @@ def test_bad_records_are_dead_letters_and_the_stream_goes_on(live, user) -> None
 def test_a_click_in_a_wrong_partition_is_forwarded_and_counts_once(live, user, store) -> None:
     own = partition_of(user, live.settings.clicks_partitions)
     wrong = (own + 1) % live.settings.clicks_partitions
-    click = {"user_id": user, "item_id": live.world.items[2].item_id, "at_ms": now_ms(), "kind": "like"}
-    live.raw(kafka.CLICKS, msgspec.json.encode(click), partition=wrong)
+    click = {
+        "user_id": user,
+        "item_id": live.world.items[2].item_id,
+        "at_ms": now_ms(),
+        "kind": "like",
+    }
+    live.raw(topics.CLICKS, msgspec.json.encode(click), partition=wrong)
     live.raw(
-        kafka.CLICKS, msgspec.json.encode(click | {"event_id": uuid.uuid4().hex}), partition=wrong, key=b"x"
+        topics.CLICKS,
+        msgspec.json.encode(click | {"event_id": uuid.uuid4().hex}),
+        partition=wrong,
+        key=b"x",
     )
 
     def arrived():
-        return len(store.read_user(f"u{own}", own, user, "1").behaviour.entries) == 2
+        return len(store.read_user(f"u{own}", own, user, "1").history.entries) == 2
 
     live.wait_for("both clicks to be applied in their own partition", arrived)
-    assert not store.read_user(f"u{wrong}", wrong, user, "1").behaviour.entries
+    assert not store.read_user(f"u{wrong}", wrong, user, "1").history.entries
 
 
 def test_a_resent_event_counts_once(live, user, store) -> None:
@@ -190,18 +213,18 @@ def test_a_resent_event_counts_once(live, user, store) -> None:
     for _ in range(3):
         live.click(user, live.world.items[3].item_id, event_id=f"once-{user}")
     live.applied()
-    assert len(store.read_user(f"u{own}", own, user, "1").behaviour.entries) == 1
+    assert len(store.read_user(f"u{own}", own, user, "1").history.entries) == 1
 
 
 def test_a_profile_arrives_and_a_forgotten_user_is_gone(live, user, store) -> None:
     own = partition_of(user, live.settings.clicks_partitions)
     profile = UserProfile(user_id=user, attributes={"age": 31})
-    sent_to(kafka.send_profile(live.producer, live.settings, profile), live.settings)
+    sent_to(producers.send_profile(live.producer, live.settings, profile), live.settings)
     live.click(user, live.world.items[3].item_id)
     live.applied()
     state = store.read_user(f"u{own}", own, user, "1")
-    assert state.profile == {"age": 31} and state.behaviour.entries
-    sent_to(kafka.send_forget(live.producer, live.settings, user), live.settings)
+    assert state.profile == {"age": 31} and state.history.entries
+    sent_to(producers.send_forget(live.producer, live.settings, user), live.settings)
     live.applied()
     keys = [k for k in store._redis.scan_iter(match=f"{live.settings.namespace}:*", count=1000)]
     assert keys and not [k for k in keys if user.encode() in k]
@@ -212,15 +235,15 @@ def test_the_example_producer_works(live, user, store) -> None:
     items = [item.item_id for item in live.world.items[:2]]
     env = os.environ | {
         "KAFKA_BOOTSTRAP_SERVERS": live.settings.kafka_bootstrap_servers,
-        "CLICKS_TOPIC": live.settings.prefixed(kafka.CLICKS),
+        "CLICKS_TOPIC": live.settings.prefixed(topics.CLICKS),
     }
     command = [sys.executable, str(ROOT / "examples" / "produce_clicks.py"), user, *items]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(live.settings.prefixed(kafka.CLICKS)) == 2
+    assert done.stdout.count(live.settings.prefixed(topics.CLICKS)) == 2
     own = partition_of(user, live.settings.clicks_partitions)
     live.wait_for(
-        "both clicks", lambda: len(store.read_user(f"u{own}", own, user, "1").behaviour.entries) == 2
+        "both clicks", lambda: len(store.read_user(f"u{own}", own, user, "1").history.entries) == 2
     )
 
 
@@ -230,13 +253,18 @@ def test_the_command_line_works(live, user) -> None:
         "EDDYLINE_REDIS_URL": live.settings.redis_url,
         "EDDYLINE_NAMESPACE": live.settings.namespace,
         "EDDYLINE_DATA_DIR": live.settings.data_dir,
-        "EDDYLINE_CLICKS_PARTITIONS": "4", "EDDYLINE_ITEMS_PARTITIONS": "2",
+        "EDDYLINE_CLICKS_PARTITIONS": "4",
+        "EDDYLINE_ITEMS_PARTITIONS": "2",
         "COLUMNS": "200",
-    }  # fmt: skip
+    }
 
     def run(*words: str, code: int = 0) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "eddyline", *words], env=env, capture_output=True, text=True, timeout=60
+            [sys.executable, "-m", "eddyline", *words],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
@@ -248,7 +276,9 @@ def test_the_command_line_works(live, user) -> None:
     assert "towers" in shown and f"clicks/{token}" in shown
     assert '"item_id"' in run("query", user, "--json")
     assert "in the graph" in run("stats")
-    assert "items/" in run("item", f"cli-{user}", "--title", "Made here", "--attribute", "year=2026")
+    assert "items/" in run(
+        "item", f"cli-{user}", "--title", "Made here", "--attribute", "year=2026"
+    )
     assert "delete" in run("item", f"cli-{user}", "--delete")
     assert "kind" in run("click", user, item_id, "--kind", "stare", code=1)
     assert "worker_port" in run("settings")
@@ -274,6 +304,8 @@ def test_a_worker_that_has_the_bundle_alone_answers_a_filtered_query(make_live) 
     of_item = {item.item_id: item.categories for item in alone.world.items if item.available}
     wanted = Counter(name for names in of_item.values() for name in names).most_common(3)[-1][0]
     right = {item_id for item_id, names in of_item.items() if wanted in names}
-    answer = alone.client().retrieve("nobody", len(of_item), filters=pb.Filters(categories=[wanted]))
+    answer = alone.client().retrieve(
+        "nobody", len(of_item), filters=pb.Filters(categories=[wanted])
+    )
     assert set(ids(answer)) == right and 0 < len(right) < len(of_item)
     assert f"{len(right)} live items pass the filter" in answer.short_because

@@ -20,12 +20,12 @@ from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import NewTopic
 from rich.console import Console
 
-from eddyline.cli.servers import down, up
+from cli.commands.servers import down, up
 from eddyline.errors import LocalServerError, SettingsError
-from eddyline.local.endpoints import held, resolve, running, servers_file
-from eddyline.local.pair import local_pair, log_dir
-from eddyline.local.supervisor import Supervisor
-from eddyline.settings import Settings
+from eddyline.process.discovery import is_held, resolve, running, servers_file
+from eddyline.settings.loader import Settings
+from sandbox.servers.local_servers import local_servers, log_dir
+from sandbox.servers.supervisor import Supervisor
 
 TOPIC = TopicPartition("kept", 0)
 # kafka-python 3.0.12 does not close the socket of a connection that is refused.
@@ -46,7 +46,7 @@ def console() -> Console:
 def taken_down(settings: Settings) -> Iterator[None]:
     """Whatever the test leaves up is down after it."""
     yield
-    if held(settings):
+    if is_held(settings):
         down(settings, console=Console(file=io.StringIO()))
 
 
@@ -72,7 +72,9 @@ def gone(pid: int) -> bool:
 def make_topic(settings: Settings) -> None:
     admin = KafkaAdminClient(bootstrap_servers=settings.kafka_bootstrap_servers)
     big = {"max.message.bytes": "2097152"}
-    admin.create_topics([NewTopic("kept", num_partitions=1, replication_factor=1, topic_configs=big)])
+    admin.create_topics(
+        [NewTopic("kept", num_partitions=1, replication_factor=1, topic_configs=big)]
+    )
     admin.close()
 
 
@@ -87,7 +89,9 @@ def send(settings: Settings, *values: bytes) -> None:
 
 def read_all(settings: Settings, count: int) -> list[bytes]:
     consumer = KafkaConsumer(
-        bootstrap_servers=settings.kafka_bootstrap_servers, auto_offset_reset="earliest", group_id=None
+        bootstrap_servers=settings.kafka_bootstrap_servers,
+        auto_offset_reset="earliest",
+        group_id=None,
     )
     consumer.assign([TOPIC])
     found: list[bytes] = []
@@ -107,7 +111,7 @@ def test_killed_servers_come_back_with_their_data(settings: Settings) -> None:
     large = b"x" * 1_500_000
     with (
         Supervisor(log_dir(settings)) as supervisor,
-        local_pair(settings, supervisor, owner="the test") as found,
+        local_servers(settings, supervisor, owner="the test") as found,
     ):
         make_topic(found)
         send(found, b"one", large)
@@ -117,7 +121,9 @@ def test_killed_servers_come_back_with_their_data(settings: Settings) -> None:
         before = supervisor.pids()
         for pid in before.values():
             os.kill(pid, signal.SIGKILL)
-        eventually(lambda: all(supervisor.pids().get(name, pid) != pid for name, pid in before.items()))
+        eventually(
+            lambda: all(supervisor.pids().get(name, pid) != pid for name, pid in before.items())
+        )
         supervisor.wait("kafka", "valkey", timeout_s=40)
 
         send(found, b"two")
@@ -154,14 +160,16 @@ def test_up_down_and_up_again_on_another_port(settings: Settings, console: Conso
     with (
         Supervisor(log_dir(settings)) as other,
         pytest.raises(LocalServerError, match="another process"),
-        local_pair(settings, other, owner="a second one"),
+        local_servers(settings, other, owner="a second one"),
     ):
         pass
 
     pids = pids_of(settings).values()
     down(settings, console=console)
     assert all(gone(pid) for pid in pids)
-    eventually(lambda: gone(supervisor_pid), timeout_s=5)  # it has only its interpreter left to leave
+    eventually(
+        lambda: gone(supervisor_pid), timeout_s=5
+    )  # it has only its interpreter left to leave
     down(settings, console=console)
     assert "Nothing is up" in text(console)
 
@@ -190,7 +198,10 @@ def test_up_down_and_up_again_on_another_port(settings: Settings, console: Conso
 
 def test_only_what_the_settings_do_not_name_is_started(settings: Settings) -> None:
     named = msgspec.structs.replace(settings, kafka_bootstrap_servers="kafka.example:9092")
-    with Supervisor(log_dir(named)) as supervisor, local_pair(named, supervisor, owner="the test") as found:
+    with (
+        Supervisor(log_dir(named)) as supervisor,
+        local_servers(named, supervisor, owner="the test") as found,
+    ):
         assert list(supervisor.pids()) == ["valkey"]
         assert found.kafka_bootstrap_servers == "kafka.example:9092"
         with redis_of(found) as client:
@@ -200,19 +211,23 @@ def test_only_what_the_settings_do_not_name_is_started(settings: Settings) -> No
 def test_a_start_that_is_interrupted_and_a_deleted_folder_leave_nothing(
     settings: Settings, tmp_path: Path
 ) -> None:
-    environment = {**os.environ, "EDDYLINE_DATA_DIR": settings.data_dir, "KAFKA_BOOTSTRAP_SERVERS": "k:1"}
+    environment = {
+        **os.environ,
+        "EDDYLINE_DATA_DIR": settings.data_dir,
+        "KAFKA_BOOTSTRAP_SERVERS": "k:1",
+    }
     environment.pop("REDIS_URL", None)
 
     def supervisor() -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            [sys.executable, "-m", "eddyline.local"], env=environment, stderr=subprocess.DEVNULL
+            [sys.executable, "-m", "sandbox.servers"], env=environment, stderr=subprocess.DEVNULL
         )
 
     with supervisor() as process:
-        eventually(lambda: held(settings))
+        eventually(lambda: is_held(settings))
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
-    assert not held(settings)
+    assert not is_held(settings)
     with supervisor() as process:
         eventually(lambda: (found := running(settings)) is not None and found.state == "ready")
         pid = json.loads(servers_file(settings).read_bytes())["redis"]["pid"]

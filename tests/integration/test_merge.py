@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from eddyline.cli.main import app
-from eddyline.cli.producers import now_ms
-from eddyline.events import UserProfile
-from eddyline.kafka import send_profile
-from eddyline.slots import partition_of, user_slot
+from cli.main import app
+from eddyline.kafka.producers import now_ms, send_profile
+from eddyline.schema.events import UserProfile
+from eddyline.schema.partitioning import partition_of, user_slot
 from eddyline.stores.redis import RedisStore
 
 
@@ -30,7 +29,7 @@ def run(live: Any, *command: str, code: int = 0) -> str:
 
 def entries(store: RedisStore, live: Any, user: str) -> list[tuple[str, int, int, float]]:
     partition = partition_of(user, live.settings.clicks_partitions)
-    found = store.read_user(user_slot(partition), partition, user, "1").behaviour.entries
+    found = store.read_user(user_slot(partition), partition, user, "1").history.entries
     return [(e.item_id, e.at_ms, e.kind, e.weight) for e in found]
 
 
@@ -47,7 +46,9 @@ def pair() -> tuple[str, str]:
 
 
 @pytest.mark.timeout(120)
-def test_a_visitors_list_is_moved_once_by_time_and_he_is_forgotten(live: Any, store: RedisStore) -> None:
+def test_a_visitors_list_is_moved_once_by_time_and_he_is_forgotten(
+    live: Any, store: RedisStore
+) -> None:
     visitor, user = pair()
     now = now_ms() - 60_000
     items = [f"{visitor}-{n}" for n in range(7)]
@@ -72,9 +73,13 @@ def test_a_visitors_list_is_moved_once_by_time_and_he_is_forgotten(live: Any, st
     live.applied()
     assert entries(store, live, user) == expected
     assert store._redis.keys(f"*{visitor}*") == []
-    live.click(visitor, items[6], at_ms=now + 20)  # he goes on without logging in, and logs in again
+    live.click(
+        visitor, items[6], at_ms=now + 20
+    )  # he goes on without logging in, and logs in again
     assert "1 behaviours" in run(live, visitor, user) or entries(store, live, visitor) == []
-    live.wait_for("what came since", lambda: [e[0] for e in entries(store, live, user)][:1] == [items[6]])
+    live.wait_for(
+        "what came since", lambda: [e[0] for e in entries(store, live, user)][:1] == [items[6]]
+    )
 
 
 @pytest.mark.timeout(120)
@@ -93,18 +98,27 @@ def test_a_merge_survives_the_death_of_ingest(make_live: Any) -> None:
     for visitor, user in pairs:  # the same merges once more: nothing is left to move
         run_without_waiting(live, visitor, user)
     for visitor, user in pairs:
-        live.wait_for("the moved list", lambda v=visitor, u=user: (
-            len(entries(store, live, u)) == 5 and not entries(store, live, v)), timeout_s=40)  # fmt: skip
+        live.wait_for(
+            "the moved list",
+            lambda v=visitor, u=user: (
+                len(entries(store, live, u)) == 5 and not entries(store, live, v)
+            ),
+            timeout_s=40,
+        )
     live.applied(60)
     newest_first = [f"i{n}" for n in reversed(range(5))]
     assert [[e[0] for e in entries(store, live, user)] for _, user in pairs] == [newest_first] * 6
     prefix = f"{live.settings.namespace}:"
     for key in store._redis.scan_iter(match=f"{prefix}*", count=1_000):
-        if any(part in key for part in (b":h:", b":o:", b":window", b"fence:{u", b"fence:{i0}:clicks")):
+        if any(
+            part in key for part in (b":h:", b":o:", b":window", b"fence:{u", b"fence:{i0}:clicks")
+        ):
             store._redis.delete(key)
     live.kill("ingest", signal.SIGKILL)
     for _, user in pairs:
-        live.wait_for("the healed list", lambda u=user: len(entries(store, live, u)) == 5, timeout_s=40)
+        live.wait_for(
+            "the healed list", lambda u=user: len(entries(store, live, u)) == 5, timeout_s=40
+        )
     live.applied(60)
     assert [[e[0] for e in entries(store, live, user)] for _, user in pairs] == [newest_first] * 6
     assert all(entries(store, live, visitor) == [] for visitor, _ in pairs)
@@ -113,10 +127,12 @@ def test_a_merge_survives_the_death_of_ingest(make_live: Any) -> None:
 
 def run_without_waiting(live: Any, visitor: str, user: str) -> None:
     """Only the record, as a command that was killed right after it."""
-    from eddyline.events import Merge
-    from eddyline.kafka import send_merge
+    from eddyline.kafka.producers import send_merge
+    from eddyline.schema.events import Merge
 
-    send_merge(live.producer, live.settings, Merge(user_id=visitor, merge_into=user, at_ms=now_ms()))
+    send_merge(
+        live.producer, live.settings, Merge(user_id=visitor, merge_into=user, at_ms=now_ms())
+    )
     live.producer.flush(timeout=10)
 
 
@@ -124,9 +140,9 @@ def run_without_waiting(live: Any, visitor: str, user: str) -> None:
 def test_without_ingest_a_merge_says_so_and_nobody_merges_into_himself(fresh_settings: Any) -> None:
     from types import SimpleNamespace
 
-    from eddyline import kafka
+    from eddyline.kafka import topics
 
-    kafka.ensure_topics(fresh_settings)
+    topics.ensure_topics(fresh_settings)
     alone = SimpleNamespace(settings=fresh_settings)
     assert "will when it runs" in run(alone, "v", "u", "--wait-s", "0.1", code=1)
     assert "same_user" in run(alone, "u", "u", code=1)

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from eddyline import behaviour
-from eddyline.behaviour import Behaviour, Entry
-from eddyline.cli import plan
-from eddyline.cli.main import app
-from eddyline.cli.plan import Sizes, amount, redis_parts, worker_parts
+from cli.commands import capacity
+from cli.commands.capacity import Sizes, amount, redis_parts, worker_parts
+from cli.main import app
 from eddyline.errors import SettingsError
-from eddyline.local import ports, valkey
-from eddyline.local.supervisor import Supervisor
-from eddyline.ports import Card, Fence, LogId, Source, UserEffects
-from eddyline.settings import Settings
+from eddyline.schema import user_history
+from eddyline.schema.user_history import Entry, UserHistory
+from eddyline.settings.loader import Settings
 from eddyline.stores.redis import RedisStore
+from eddyline.stores.state_store import Fence, ItemMetadata, LogId, Source, UserEffects
+from sandbox.servers import free_ports, valkey
+from sandbox.servers.supervisor import Supervisor
 
 MS = 1_700_000_000_000
 LOG = LogId("c" * 22, "t" * 22)
@@ -29,11 +29,13 @@ LOG = LogId("c" * 22, "t" * 22)
 @pytest.fixture
 def store(tmp_path: Any) -> Any:
     """A Valkey of this test's own: nobody else may use memory of it."""
-    port = ports.choose(tmp_path, ("valkey",))["valkey"]
+    port = free_ports.choose_port(tmp_path, ("valkey",))["valkey"]
     supervisor = Supervisor(tmp_path / "logs")
     try:
         supervisor.start(valkey.prepare(tmp_path, port, valkey.program()[0]))
-        made = RedisStore(Settings(redis_url=f"redis://127.0.0.1:{port}/0", redis_timeout_ms=10_000))
+        made = RedisStore(
+            Settings(redis_url=f"redis://127.0.0.1:{port}/0", redis_timeout_ms=10_000)
+        )
         yield made
         made.close()
     finally:
@@ -62,7 +64,9 @@ def filled(store: RedisStore, settings: Settings, sizes: Sizes) -> int:
             ids = window[first : first + settings.chunk_records_max]
             after = Fence(first + 1, LOG)
             accepted = {event_id: first + n for n, event_id in enumerate(ids)}
-            store.write_users(slot, Source("clicks", partition), fence, after, UserEffects(accepted=accepted))
+            store.write_users(
+                slot, Source("clicks", partition), fence, after, UserEffects(accepted=accepted)
+            )
             fence = after
         for first in range(0, len(mine), 250):
             chunk = mine[first : first + 250]
@@ -71,38 +75,45 @@ def filled(store: RedisStore, settings: Settings, sizes: Sizes) -> int:
                 entries = tuple(
                     Entry(item_ids[n % sizes.items], MS - n, 1, 1.0) for n in range(sizes.history)
                 )
-                effects.behaviours[user] = Behaviour(
-                    partition=partition, offset=10**6, at_ms=MS, produced_us=MS * 1_000,
-                    appended_ms=MS, read_us=MS * 1_000, entries=entries,
-                )  # fmt: skip
-                if len(entries) <= behaviour.RECENT_MAX:
-                    effects.recent[user] = [behaviour.short(e) for e in entries]
+                effects.histories[user] = UserHistory(
+                    partition=partition,
+                    offset=10**6,
+                    at_ms=MS,
+                    produced_us=MS * 1_000,
+                    appended_ms=MS,
+                    read_us=MS * 1_000,
+                    entries=entries,
+                )
+                if len(entries) <= user_history.RECENT_MAX:
+                    effects.recent[user] = [user_history.compact(e) for e in entries]
                 effects.embeddings[user] = (9, np.ones(sizes.dimension, "<f4").tobytes())
             after = Fence(first + 10**6, LOG)
             store.write_users(slot, Source("clicks", partition), fence, after, effects)
             fence = after
             # Later: half as many new ones as there may be, beside the older ones.
             effects.embeddings = {}
-            some = behaviour.RECENT_MAX // 2
+            some = user_history.RECENT_MAX // 2
             effects.recent = {
-                user: [behaviour.short(e) for e in b.entries[:some]]
+                user: [user_history.compact(e) for e in b.entries[:some]]
                 if len(b.entries) > 2 * some
                 else effects.recent[user]
-                for user, b in effects.behaviours.items()
+                for user, b in effects.histories.items()
             }
             after = Fence(first + 10**6 + 1, LOG)
             store.write_users(slot, Source("clicks", partition), fence, after, effects)
             fence = after
         profiles = {user: {"p": "x" * (sizes.profile - 5)} for user in mine}
         store.write_profiles(slot, Source("users", partition), None, Fence(1, LOG), profiles, [])
-    cards = {item: Card(0, 1, b"x" * sizes.card) for item in item_ids}
-    store.write_cards("i0", Source("items", 0), None, Fence(1, LOG), cards)
+    cards = {item: ItemMetadata(0, 1, b"x" * sizes.card) for item in item_ids}
+    store.write_item_metadata("i0", Source("items", 0), None, Fence(1, LOG), cards)
     fence = None
     for first in range(0, sizes.items, 100):  # in pieces, as ingest does
         items = dict.fromkeys(item_ids[first : first + 100], 1_000)
         counts = dict.fromkeys(range(settings.popular_buckets), items)
         after = Fence(first, LOG)
-        store.count_clicks("i0", Source("clicks", 0), fence, after, counts, settings.popular_buckets)
+        store.count_clicks(
+            "i0", Source("clicks", 0), fence, after, counts, settings.popular_buckets
+        )
         fence = after
     return used(store) - empty
 
@@ -112,8 +123,25 @@ def filled(store: RedisStore, settings: Settings, sizes: Sizes) -> int:
     "sizes",
     [
         Sizes(users=4_000, items=3_000, history=50),
-        Sizes(users=6_000, items=500, history=5, dimension=32, user_id=36, item_id=8, event_id=36, card=900),
-        Sizes(users=500, items=8_000, history=100, item_id=24, profile=300, card=80, clicks_a_day=8_000),
+        Sizes(
+            users=6_000,
+            items=500,
+            history=5,
+            dimension=32,
+            user_id=36,
+            item_id=8,
+            event_id=36,
+            card=900,
+        ),
+        Sizes(
+            users=500,
+            items=8_000,
+            history=100,
+            item_id=24,
+            profile=300,
+            card=80,
+            clicks_a_day=8_000,
+        ),
     ],
 )
 def test_the_plan_is_within_ten_percent_of_what_redis_uses(store: RedisStore, sizes: Sizes) -> None:
@@ -131,8 +159,12 @@ def test_the_plan_grows_with_what_it_is_asked_for() -> None:
     assert 20e9 < sum(base.values()) < 40e9
     sizes = Sizes(users=10_000_000, items=1_000_000, history=1_000)
     longer = {part.what: part.size for part in redis_parts(settings, sizes)}
-    assert base["behaviour lists"] < longer["behaviour lists"] < 3 * base["behaviour lists"]  # 100 at most
-    assert plan.worker_parts(settings, Sizes(users=1, items=1_000, history=1))[2].size == 0  # no graph
+    assert (
+        base["behaviour lists"] < longer["behaviour lists"] < 3 * base["behaviour lists"]
+    )  # 100 at most
+    assert (
+        capacity.worker_parts(settings, Sizes(users=1, items=1_000, history=1))[2].size == 0
+    )  # no graph
     with pytest.raises(SettingsError, match="lots"):
         amount("lots")
 
@@ -140,8 +172,14 @@ def test_the_plan_grows_with_what_it_is_asked_for() -> None:
 def test_the_command_prints_the_sums_and_json() -> None:
     run = CliRunner().invoke
     shown = run(app, ["plan", "--users", "10M", "--items", "1M", "--history", "50"])
-    assert shown.exit_code == 0 and "10,000,000" in shown.output and "each query worker" in shown.output
+    assert (
+        shown.exit_code == 0
+        and "10,000,000" in shown.output
+        and "each query worker" in shown.output
+    )
     listed = json.loads(run(app, ["plan", "--users", "1k", "--items", "1k", "--json"]).output)
     assert {part["what"] for part in listed["Redis"]} >= {"behaviour lists", "fences"}
-    wanted = sum(p.size for p in worker_parts(Settings(), Sizes(users=1_000, items=1_000, history=50)))
+    wanted = sum(
+        p.size for p in worker_parts(Settings(), Sizes(users=1_000, items=1_000, history=50))
+    )
     assert sum(part["bytes"] for part in listed["each query worker"]) == wanted

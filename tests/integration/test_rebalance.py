@@ -6,11 +6,11 @@ import msgspec
 import pytest
 
 from benchmarks.rebalance import Looks, change_hands
-from eddyline.cli import replay
-from eddyline.demo.stage import Stage
-from eddyline.local.pair import log_dir
-from eddyline.local.supervisor import Supervisor
-from eddyline.settings import Settings
+from cli.commands import replay_file
+from eddyline.settings.loader import Settings
+from sandbox.processes import ProcessRunner
+from sandbox.servers.local_servers import log_dir
+from sandbox.servers.supervisor import Supervisor
 from tests import oracle
 
 STEPS = [("one", "start", 1), ("one more", "start", 1), ("one leaves", "term", 1)]
@@ -20,18 +20,22 @@ PAUSE_MS_MAX = 20_000
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-def test_partitions_change_hands_and_nothing_is_lost_or_doubled(fresh_settings, world, bundle) -> None:
+def test_partitions_change_hands_and_nothing_is_lost_or_doubled(
+    fresh_settings, world, bundle
+) -> None:
     folder, manifest = bundle
     ours = Settings()  # the processes are told of servers and folders alone
     settings = msgspec.structs.replace(
-        fresh_settings, clicks_partitions=ours.clicks_partitions, items_partitions=ours.items_partitions
+        fresh_settings,
+        clicks_partitions=ours.clicks_partitions,
+        items_partitions=ours.items_partitions,
     )
     settings.bundles.parent.mkdir(parents=True, exist_ok=True)
     settings.bundles.symlink_to(folder)
     log_dir(settings).mkdir(parents=True, exist_ok=True)
     with Supervisor(log_dir(settings)) as nobody:
-        Stage(settings, nobody).prepare(manifest)
-    replay.send(settings, world.items)
+        ProcessRunner(settings, nobody).prepare(manifest)
+    replay_file.send(settings, world.items)
     phases = change_hands(settings, STEPS, rate=150, phase_s=2)
     assert [phase.name for phase in phases] == [name for name, *_ in STEPS]
     assert all(0 <= pause <= PAUSE_MS_MAX for phase in phases for pause in phase.pauses_ms), phases

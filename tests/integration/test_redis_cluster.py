@@ -18,14 +18,24 @@ import msgspec
 import pytest
 import redis
 
-from eddyline.behaviour import Behaviour, Entry
 from eddyline.errors import FenceMoved, StoreRefused, StoreUnavailable, Unavailable
-from eddyline.ports import Card, Fence, Layout, LogId, Source, StateStore, UserEffects, UserQuery, UserWrite
-from eddyline.settings import Settings
-from eddyline.slots import item_slot
-from eddyline.stores import connect
-from eddyline.stores.cluster import Cluster
+from eddyline.schema.partitioning import item_slot
+from eddyline.schema.user_history import Entry, UserHistory
+from eddyline.settings.loader import Settings
+from eddyline.stores import redis_client
 from eddyline.stores.redis import RedisStore
+from eddyline.stores.redis_cluster import RedisCluster
+from eddyline.stores.state_store import (
+    Fence,
+    ItemMetadata,
+    Layout,
+    LogId,
+    Source,
+    StateStore,
+    UserEffects,
+    UserQuery,
+    UserWrite,
+)
 from tests.integration.redis_servers import RealCluster, Server, real_cluster, real_server, wait_for
 from tests.integration.test_crashes import assert_same_state, send_history
 
@@ -44,8 +54,10 @@ def clicks(slot: str) -> Source:
     return Source("clicks", int(slot[1:]))
 
 
-def seen(*items: str) -> Behaviour:
-    return Behaviour(entries=tuple(Entry(item, at_ms=n, kind=0, weight=1.0) for n, item in enumerate(items)))
+def seen(*items: str) -> UserHistory:
+    return UserHistory(
+        entries=tuple(Entry(item, at_ms=n, kind=0, weight=1.0) for n, item in enumerate(items))
+    )
 
 
 def settings_of(url: str, **more: object) -> Settings:
@@ -92,9 +104,11 @@ def test_one_address_is_enough_and_every_node_is_used(cluster: RealCluster) -> N
         store.check()
         store.claim_layout(Layout(1, 8, 4, 1))
         for slot in SLOTS:
-            store.write_users(slot, clicks(slot), None, at(3), UserEffects(behaviours={"ana": seen(slot)}))
+            store.write_users(
+                slot, clicks(slot), None, at(3), UserEffects(histories={"ana": seen(slot)})
+            )
         for slot in SLOTS:
-            assert store.read_user(slot, int(slot[1:]), "ana", "").behaviour == seen(slot)
+            assert store.read_user(slot, int(slot[1:]), "ana", "").history == seen(slot)
         ns = store._ns
         for server in cluster.servers:
             with server.client() as client:
@@ -103,7 +117,7 @@ def test_one_address_is_enough_and_every_node_is_used(cluster: RealCluster) -> N
 
 def test_reads_and_writes_of_many_slots_go_out_together(store: RedisStore) -> None:
     writes = [
-        UserWrite(slot, clicks(slot), None, at(5), UserEffects(behaviours={"ana": seen(slot)}))
+        UserWrite(slot, clicks(slot), None, at(5), UserEffects(histories={"ana": seen(slot)}))
         for slot in SLOTS
     ]
     assert all(isinstance(applied, int) for applied in store.write_many(writes))
@@ -111,17 +125,19 @@ def test_reads_and_writes_of_many_slots_go_out_together(store: RedisStore) -> No
     assert all(isinstance(refused, FenceMoved) for refused in again)
     reads = store.read_many([UserQuery(slot, clicks(slot), ["ana", "bo"], "") for slot in SLOTS])
     assert [read.fence for read in reads] == [at(5)] * len(SLOTS)
-    assert [dict(read.behaviours) for read in reads] == [{"ana": seen(slot)} for slot in SLOTS]
-    cards = {f"item-{n}": Card(0, n, b"{}") for n in range(200)}
-    by_slot: dict[str, dict[str, Card]] = {}
+    assert [dict(read.histories) for read in reads] == [{"ana": seen(slot)} for slot in SLOTS]
+    cards = {f"item-{n}": ItemMetadata(0, n, b"{}") for n in range(200)}
+    by_slot: dict[str, dict[str, ItemMetadata]] = {}
     for item, card in cards.items():
         by_slot.setdefault(item_slot(item, 16), {})[item] = card
     for slot, mine in by_slot.items():
-        store.write_cards(slot, Source("items", 0), None, at(9), mine)
-    assert len(by_slot) == 16 and store.read_cards([*cards, "none"], 16) == cards
+        store.write_item_metadata(slot, Source("items", 0), None, at(9), mine)
+    assert len(by_slot) == 16 and store.read_item_metadata([*cards, "none"], 16) == cards
 
 
-def test_a_node_that_forgot_the_scripts_gets_them_again(store: RedisStore, cluster: RealCluster) -> None:
+def test_a_node_that_forgot_the_scripts_gets_them_again(
+    store: RedisStore, cluster: RealCluster
+) -> None:
     for turn in range(2):
         before, new = (None, at(0)) if turn == 0 else (at(0), at(1))
         for server in cluster.servers:
@@ -133,12 +149,16 @@ def test_a_node_that_forgot_the_scripts_gets_them_again(store: RedisStore, clust
     assert store.popular("i0", 10) == {1: {"a": 1000}}
 
 
-def test_the_eviction_policy_of_every_node_is_looked_at(store: RedisStore, cluster: RealCluster) -> None:
+def test_the_eviction_policy_of_every_node_is_looked_at(
+    store: RedisStore, cluster: RealCluster
+) -> None:
     for server in cluster.servers:
         with server.client() as client:
             client.config_set("maxmemory-policy", "allkeys-lru")
             try:
-                with pytest.raises(StoreRefused, match=rf"{server.name} has maxmemory-policy allkeys-lru"):
+                with pytest.raises(
+                    StoreRefused, match=rf"{server.name} has maxmemory-policy allkeys-lru"
+                ):
                     store.check()
             finally:
                 client.config_set("maxmemory-policy", "noeviction")
@@ -161,9 +181,10 @@ def test_a_cluster_that_is_not_set_as_one_is_told_so(
 
 
 def test_a_node_without_a_cluster_yet_is_waited_for(tmp_path: Path) -> None:
-    with real_server(tmp_path, cluster_enabled="yes", cluster_port="0") as alone, opened(
-        f"redis://{alone.name}"
-    ) as store:  # fmt: skip
+    with (
+        real_server(tmp_path, cluster_enabled="yes", cluster_port="0") as alone,
+        opened(f"redis://{alone.name}") as store,
+    ):
         with pytest.raises(StoreUnavailable, match="serves no hash slot"):
             store.check()
         with alone.client() as client:
@@ -172,9 +193,13 @@ def test_a_node_without_a_cluster_yet_is_waited_for(tmp_path: Path) -> None:
             store.check()
 
 
-def test_a_killed_node_is_waited_for_and_has_lost_nothing(store: RedisStore, cluster: RealCluster) -> None:
+def test_a_killed_node_is_waited_for_and_has_lost_nothing(
+    store: RedisStore, cluster: RealCluster
+) -> None:
     for slot in SLOTS:
-        store.write_users(slot, clicks(slot), None, at(1), UserEffects(behaviours={"ana": seen("a")}))
+        store.write_users(
+            slot, clicks(slot), None, at(1), UserEffects(histories={"ana": seen("a")})
+        )
     dead = cluster.owner("u3")
     dead.kill()
     begun = time.monotonic()
@@ -182,7 +207,7 @@ def test_a_killed_node_is_waited_for_and_has_lost_nothing(store: RedisStore, clu
         store.read_user("u3", 3, "ana", "")
     assert time.monotonic() - begun < 4 * TIMEOUT_MS / 1000
     writes = [
-        UserWrite(slot, clicks(slot), at(1), at(2), UserEffects(behaviours={"ana": seen("b", "a")}))
+        UserWrite(slot, clicks(slot), at(1), at(2), UserEffects(histories={"ana": seen("b", "a")}))
         for slot in SLOTS
     ]
     answers = store.write_many(writes)
@@ -195,10 +220,12 @@ def test_a_killed_node_is_waited_for_and_has_lost_nothing(store: RedisStore, clu
     dead.start()
     for write in writes:
         with contextlib.suppress(FenceMoved):
-            until_applied(lambda w=write: store.write_users(w.slot, w.source, w.expected, w.new, w.effects))
+            until_applied(
+                lambda w=write: store.write_users(w.slot, w.source, w.expected, w.new, w.effects)
+            )
     for slot in SLOTS:
         found = until_applied(lambda slot=slot: store.read_user(slot, int(slot[1:]), "ana", ""))
-        assert (found.fence, found.behaviour) == (at(2), seen("b", "a")), slot  # type: ignore[attr-defined]
+        assert (found.fence, found.history) == (at(2), seen("b", "a")), slot  # type: ignore[attr-defined]
     cluster.wait_ok()
     store.check()
 
@@ -211,7 +238,9 @@ def down(store: RedisStore, slot: str) -> bool:
     return False
 
 
-def test_a_node_that_hangs_costs_two_time_outs_at_most(store: RedisStore, cluster: RealCluster) -> None:
+def test_a_node_that_hangs_costs_two_time_outs_at_most(
+    store: RedisStore, cluster: RealCluster
+) -> None:
     store.write_users("u3", clicks("u3"), None, at(1), UserEffects())
     hung = cluster.owner("u3")
     hung.signal(signal.SIGSTOP)
@@ -237,7 +266,9 @@ def test_all_nodes_away_is_said_with_their_addresses_and_no_password(tmp_path: P
     assert "127.0.0.1:1, 127.0.0.1:2" in str(told.value) and "s3cret" not in str(told.value)
 
 
-def test_many_threads_while_a_node_dies_and_comes_back(store: RedisStore, cluster: RealCluster) -> None:
+def test_many_threads_while_a_node_dies_and_comes_back(
+    store: RedisStore, cluster: RealCluster
+) -> None:
     """Eight threads count on fences of their own; every count is there once in the end."""
     stop, errors = threading.Event(), list[BaseException]()
     counted = dict.fromkeys(SLOTS, 0)
@@ -286,16 +317,20 @@ def test_a_replica_takes_over_and_the_fence_says_what_it_has(tmp_path: Path) -> 
         replica = six.servers[3]
         with replica.client() as client:
             client.config_set("maxmemory-policy", "volatile-ttl")
-            with pytest.raises(StoreRefused, match=f"{replica.name} has maxmemory-policy volatile-ttl"):
+            with pytest.raises(
+                StoreRefused, match=f"{replica.name} has maxmemory-policy volatile-ttl"
+            ):
                 store.check()
             client.config_set("maxmemory-policy", "noeviction")
         for slot in SLOTS:
-            store.write_users(slot, clicks(slot), None, at(1), UserEffects(behaviours={"ana": seen("a")}))
+            store.write_users(
+                slot, clicks(slot), None, at(1), UserEffects(histories={"ana": seen("a")})
+            )
         dead = six.owner("u3")
         with dead.client() as client:
             assert client.wait(1, 5_000) == 1
         dead.kill()
-        effects = UserEffects(behaviours={"ana": seen("b", "a")})
+        effects = UserEffects(histories={"ana": seen("b", "a")})
 
         def write() -> None:
             # As ingest: on from the fence that is found, which may be an older one on the replica.
@@ -303,7 +338,7 @@ def test_a_replica_takes_over_and_the_fence_says_what_it_has(tmp_path: Path) -> 
             store.write_users("u3", clicks("u3"), before, at(2), effects)
 
         until_applied(write)
-        assert store.read_user("u3", 3, "ana", "").behaviour == seen("b", "a")
+        assert store.read_user("u3", 3, "ana", "").history == seen("b", "a")
         assert six.owner("u3") is not dead
         store.check()
         dead.start()
@@ -355,7 +390,9 @@ def test_a_slot_that_moves_loses_and_doubles_nothing(
     way: str, store: RedisStore, cluster: RealCluster
 ) -> None:
     """Counts go on meanwhile: each of them is there once, and old buckets are gone, the latest at the end."""
-    store.count_clicks("i0", clicks("u0"), None, at(0), {bucket: {"a": 1000} for bucket in range(4)}, 4)
+    store.count_clicks(
+        "i0", clicks("u0"), None, at(0), {bucket: {"a": 1000} for bucket in range(4)}, 4
+    )
     stop, counted = threading.Event(), list[int]()
 
     def work() -> None:
@@ -395,25 +432,29 @@ def test_a_slot_that_moves_loses_and_doubles_nothing(
     assert len([*store._redis.scan_iter(match=f"{store._ns}*popular:*")]) == 4
 
 
-def test_a_script_on_a_split_slot_does_nothing_at_all(store: RedisStore, cluster: RealCluster) -> None:
+def test_a_script_on_a_split_slot_does_nothing_at_all(
+    store: RedisStore, cluster: RealCluster
+) -> None:
     users = {f"user-{n}": seen("a") for n in range(40)}
-    store.write_users("u3", clicks("u3"), None, at(0), UserEffects(behaviours=users))
+    store.write_users("u3", clicks("u3"), None, at(0), UserEffects(histories=users))
 
     def halfway() -> None:
         more = {user: seen("b", "a") for user in users}
         with pytest.raises(StoreUnavailable):
-            store.write_users("u3", clicks("u3"), at(0), at(1), UserEffects(behaviours=more))
+            store.write_users("u3", clicks("u3"), at(0), at(1), UserEffects(histories=more))
         with pytest.raises(StoreUnavailable):
             store.read_many([UserQuery("u3", clicks("u3"), [*users], "")])
 
     move(cluster, "u3", halfway)
     read = store.read_many([UserQuery("u3", clicks("u3"), [*users], "")])[0]
-    assert (read.fence, dict(read.behaviours)) == (at(0), users)
+    assert (read.fence, dict(read.histories)) == (at(0), users)
 
 
-def test_keys_are_not_looked_through_while_slots_move(store: RedisStore, cluster: RealCluster) -> None:
+def test_keys_are_not_looked_through_while_slots_move(
+    store: RedisStore, cluster: RealCluster
+) -> None:
     store.write_users("u3", clicks("u3"), None, at(9), UserEffects())
-    assert isinstance(store._redis, Cluster)
+    assert isinstance(store._redis, RedisCluster)
     found = store._redis.scan_iter(match=f"{store._ns}*")
     assert next(found)
     move(cluster, "u3", lambda: None)
@@ -423,10 +464,13 @@ def test_keys_are_not_looked_through_while_slots_move(store: RedisStore, cluster
 
 
 def test_a_namespace_is_removed_from_all_nodes(cluster: RealCluster) -> None:
-    from eddyline.cli.state_replay import _remove
+    from streams.operations.state_replay import _remove
 
     settings = settings_of(cluster.url)
-    with opened(cluster.url, namespace=settings.namespace) as store, connect.client(settings) as client:
+    with (
+        opened(cluster.url, namespace=settings.namespace) as store,
+        redis_client.client(settings) as client,
+    ):
         for slot in SLOTS:
             store.write_users(slot, clicks(slot), None, at(1), UserEffects(accepted={"e": 1}))
         assert len([*client.scan_iter(match=f"{settings.namespace}:*")]) == 2 * len(SLOTS)

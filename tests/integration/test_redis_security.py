@@ -30,15 +30,24 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from eddyline import kafka
-from eddyline.behaviour import Behaviour, Entry
-from eddyline.demo.stage import answers
 from eddyline.errors import EddylineError, SettingsError, StoreRefused, StoreUnavailable
-from eddyline.local import endpoints
-from eddyline.ports import Card, Fence, Layout, LogId, Source, UserEffects, UserQuery, UserWrite
-from eddyline.settings import Settings
-from eddyline.stores import connect
+from eddyline.kafka import topics
+from eddyline.process import discovery
+from eddyline.schema.user_history import Entry, UserHistory
+from eddyline.settings.loader import Settings
+from eddyline.stores import redis_client
 from eddyline.stores.redis import RedisStore
+from eddyline.stores.state_store import (
+    Fence,
+    ItemMetadata,
+    Layout,
+    LogId,
+    Source,
+    UserEffects,
+    UserQuery,
+    UserWrite,
+)
+from sandbox.processes import worker_is_ready
 from tests.integration.redis_servers import (
     Server,
     real_cluster,
@@ -145,24 +154,32 @@ def test_a_wrong_password_ends_a_process_with_a_sentence(
     asking: Server, namespace: str, fresh_settings: Settings
 ) -> None:
     """Real processes: exit code 3, the reason, no secret; at a command, too."""
-    kafka.ensure_topics(msgspec.structs.replace(fresh_settings, namespace=namespace))
+    topics.ensure_topics(msgspec.structs.replace(fresh_settings, namespace=namespace))
     env = {
-        **os.environ, "EDDYLINE_KAFKA_BOOTSTRAP_SERVERS": fresh_settings.kafka_bootstrap_servers,
-        "EDDYLINE_REDIS_URL": url("ingest", asking.port, WRONG), "EDDYLINE_NAMESPACE": namespace,
-        "EDDYLINE_DATA_DIR": fresh_settings.data_dir, "EDDYLINE_LOG_LEVEL": "debug",
-        "EDDYLINE_CLICKS_PARTITIONS": "4", "EDDYLINE_ITEMS_PARTITIONS": "2", "EDDYLINE_WORKER_PORT": "0",
-    }  # fmt: skip
+        **os.environ,
+        "EDDYLINE_KAFKA_BOOTSTRAP_SERVERS": fresh_settings.kafka_bootstrap_servers,
+        "EDDYLINE_REDIS_URL": url("ingest", asking.port, WRONG),
+        "EDDYLINE_NAMESPACE": namespace,
+        "EDDYLINE_DATA_DIR": fresh_settings.data_dir,
+        "EDDYLINE_LOG_LEVEL": "debug",
+        "EDDYLINE_CLICKS_PARTITIONS": "4",
+        "EDDYLINE_ITEMS_PARTITIONS": "2",
+        "EDDYLINE_WORKER_PORT": "0",
+    }
     commands = (["streams"], ["serving"], ["eddyline", "accept-log", "--yes"])
     with contextlib.ExitStack() as stack:
         running = [
             stack.enter_context(
                 subprocess.Popen(
                     [sys.executable, "-m", *words],
-                    env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                    env=env,
+                    text=True,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
                 )
             )
             for words in commands
-        ]  # fmt: skip
+        ]
         for process in running:
             stack.callback(process.kill)
         for process, words in zip(running, commands, strict=True):
@@ -173,14 +190,18 @@ def test_a_wrong_password_ends_a_process_with_a_sentence(
             assert process.returncode == 3, words
 
 
-def test_each_documented_user_may_do_what_it_needs_and_nothing_else(asking: Server, namespace: str) -> None:
+def test_each_documented_user_may_do_what_it_needs_and_nothing_else(
+    asking: Server, namespace: str
+) -> None:
     """Every command that the documentation gives to ingest and worker is used, and no other."""
     settings = Settings(namespace=namespace, redis_url=url("ingest", asking.port))
     for user, work in (("ingest", ingest_works), ("worker", worker_reads)):
         with asking.client(password=ADMIN) as client:
             client.script_flush("SYNC")
             client.config_resetstat()
-            with opened(msgspec.structs.replace(settings, redis_url=url(user, asking.port))) as store:
+            with opened(
+                msgspec.structs.replace(settings, redis_url=url(user, asking.port))
+            ) as store:
                 work(store)
             used = {
                 name.removeprefix("cmdstat_")
@@ -196,31 +217,38 @@ def ingest_works(store: RedisStore) -> None:
     store.check()
     store.claim_layout(Layout(1, 8, 4, 1))
     effects = UserEffects(
-        accepted={"e": 9}, behaviours={"ana": seen("a")}, generation="1", embeddings={"ana": (1, b"1234")},
+        accepted={"e": 9},
+        histories={"ana": seen("a")},
+        generation="1",
+        embeddings={"ana": (1, b"1234")},
         emptied=("bo",),
-    )  # fmt: skip
+    )
     store.write_users("u3", CLICKS, None, at(9), effects)
     later = UserEffects(accepted={"f": 10}, window_floor=10)
     assert store.write_many([UserWrite("u3", CLICKS, at(9), at(10), later)])
     assert store.read_many([UserQuery("u3", CLICKS, ["ana"], "1")])[0].fence == at(10)
     assert store.read_slot("u3", CLICKS).accepted == {"f": 10}
-    store.write_profiles("u3", Source("users", 3), None, at(1), {"ana": {"age": 1}, "bo": None}, ["1"])
+    store.write_profiles(
+        "u3", Source("users", 3), None, at(1), {"ana": {"age": 1}, "bo": None}, ["1"]
+    )
     store.count_clicks("i0", CLICKS, None, at(0), {1: {"a": 1, "b": 2}}, 2, 1)
     store.count_clicks("i0", CLICKS, at(0), at(1), {5: {"a": 1}}, 2, 1)
-    store.write_cards("i0", Source("items", 0), None, at(1), {"a": Card(0, 1, b"{}")})
-    assert store.read_cards(["a"], 1) and store.fences(CLICKS, ["u3"]) == {"u3": at(10)}
+    store.write_item_metadata(
+        "i0", Source("items", 0), None, at(1), {"a": ItemMetadata(0, 1, b"{}")}
+    )
+    assert store.read_item_metadata(["a"], 1) and store.fences(CLICKS, ["u3"]) == {"u3": at(10)}
 
 
 def worker_reads(store: RedisStore) -> None:
     """What a query worker does with what ingest left."""
     store.check()
     store.claim_layout(Layout(1, 8, 4, 1))
-    assert store.read_user("u3", 3, "ana", "1").behaviour == seen("a")
+    assert store.read_user("u3", 3, "ana", "1").history == seen("a")
     assert store.popular("i0", 10) == {5: {"a": 1}}
 
 
-def seen(item: str) -> Behaviour:
-    return Behaviour(entries=(Entry(item, at_ms=1, kind=0, weight=1.0),))
+def seen(item: str) -> UserHistory:
+    return UserHistory(entries=(Entry(item, at_ms=1, kind=0, weight=1.0),))
 
 
 def at(offset: int) -> Fence:
@@ -246,12 +274,17 @@ def test_what_a_user_may_not_do_is_refused_by_name(asking: Server, namespace: st
 
     assert "permissions to run the 'evalsha' command" in refusal(settings, write)
     other = msgspec.structs.replace(ingest, namespace="someone-else")
-    assert "permissions" in refusal(other, write) and "docs/security.md" in refusal(other, RedisStore.layout)
+    assert "permissions" in refusal(other, write) and "docs/security.md" in refusal(
+        other, RedisStore.layout
+    )
     with asking.client(password=ADMIN) as client:
         client.execute_command("ACL SETUSER", "ingest", "-mset")
-        told = refusal(ingest, lambda store: store.write_users(
-            "u3", CLICKS, None, at(0), UserEffects(behaviours={"ana": seen("a")})
-        ))  # fmt: skip
+        told = refusal(
+            ingest,
+            lambda store: store.write_users(
+                "u3", CLICKS, None, at(0), UserEffects(histories={"ana": seen("a")})
+            ),
+        )
         assert "docs/security.md" in told
 
 
@@ -264,23 +297,34 @@ def test_ingest_and_worker_run_with_the_documented_users(
         client.execute_command("ACL LOG", "RESET")
         with tls_terminator(asking.port, authority.server()) as port:
             settings = msgspec.structs.replace(
-                fresh_settings, redis_ca_file=authority.ca, redis_url=url("ingest", port, scheme="rediss")
+                fresh_settings,
+                redis_ca_file=authority.ca,
+                redis_url=url("ingest", port, scheme="rediss"),
             )
             live = make_live(SimpleNamespace(settings=settings))
             child, address = live.stage.worker_child(
-                "reader", redis_url=url("worker", port, scheme="rediss"), clicks_partitions="4",
+                "reader",
+                redis_url=url("worker", port, scheme="rediss"),
+                clicks_partitions="4",
                 items_partitions="2",
-            )  # fmt: skip
+            )
             live.supervisor.start(child)
-            wait_for("the reader", lambda: answers(address))
+            wait_for("the reader", lambda: worker_is_ready(address))
             token = live.click("ana", world.items[0].item_id)
             live.applied()
-            answer = live.client(address).retrieve("ana", 5, after=token, wait_ms=2_000, timeout_s=10)
+            answer = live.client(address).retrieve(
+                "ana", 5, after=token, wait_ms=2_000, timeout_s=10
+            )
             assert answer.freshness.after.applied and len(answer.items) == 5 and not answer.missing
             live.supervisor.stop()
-            logs = [live.supervisor.log_file(name).read_text() for name in ("ingest", "worker", "reader")]
+            logs = [
+                live.supervisor.log_file(name).read_text()
+                for name in ("ingest", "worker", "reader")
+            ]
         no_secret(*logs)
-        tried = {(entry["username"], entry["object"]) for entry in client.execute_command("ACL LOG")}
+        tried = {
+            (entry["username"], entry["object"]) for entry in client.execute_command("ACL LOG")
+        }
         # The other worker of the scene goes by ingest's name, and ingest reads no popular list.
         assert tried <= {("ingest", "zrange")}, "nothing was tried that is not allowed"
 
@@ -304,7 +348,9 @@ class Authority:
         """A certificate and its key as files, for the settings of a client or a server."""
         until = datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC) if expired else None
         before = datetime.datetime(2019, 1, 1, tzinfo=datetime.UTC) if expired else None
-        made = (self.foreign if foreign else self.mine).issue_cert(name, not_after=until, not_before=before)
+        made = (self.foreign if foreign else self.mine).issue_cert(
+            name, not_after=until, not_before=before
+        )
         stem = self.folder / uuid.uuid4().hex
         made.cert_chain_pems[0].write_to_path(f"{stem}.pem")
         made.private_key_pem.write_to_path(f"{stem}.key")
@@ -331,7 +377,11 @@ Behind = Callable[..., contextlib.AbstractContextManager[int]]
 
 @pytest.fixture(params=["terminator", "server"])
 def behind_tls(
-    request: pytest.FixtureRequest, asking: Server, authority: Authority, tmp_path: Path, namespace: str
+    request: pytest.FixtureRequest,
+    asking: Server,
+    authority: Authority,
+    tmp_path: Path,
+    namespace: str,
 ) -> Behind:
     """Opens a port that speaks TLS, with the documented users behind it."""
     program = tls_program() if request.param == "server" else None
@@ -349,12 +399,15 @@ def behind_tls(
             tmp_path / uuid.uuid4().hex,
             endpoints_port(tmp_path),
             {
-                "tls-cert-file": files["redis_cert_file"], "tls-key-file": files["redis_key_file"],
-                "tls-ca-cert-file": authority.ca, "tls-auth-clients": "yes" if ask else "no",
-                "requirepass": ADMIN, "unixsocket": str(tmp_path / "s"),
+                "tls-cert-file": files["redis_cert_file"],
+                "tls-key-file": files["redis_key_file"],
+                "tls-ca-cert-file": authority.ca,
+                "tls-auth-clients": "yes" if ask else "no",
+                "requirepass": ADMIN,
+                "unixsocket": str(tmp_path / "s"),
             },
             program,
-        )  # fmt: skip
+        )
         server.as_tls()
         try:
             server.start()
@@ -369,9 +422,9 @@ def behind_tls(
 
 
 def endpoints_port(folder: Path) -> int:
-    from eddyline.local import ports
+    from sandbox.servers import free_ports
 
-    return ports.choose(folder, ("tls",))["tls"]
+    return free_ports.choose_port(folder, ("tls",))["tls"]
 
 
 def secured(port: int, namespace: str, **more: object) -> Settings:
@@ -392,7 +445,9 @@ def test_tls_works_with_the_ca_that_signed_and_with_no_other(
             told = refusal(secured(port, namespace, redis_ca_file=ca))
             assert "certificate that is not trusted" in told and "redis_ca_file" in told
         wrong = secured(port, namespace, redis_ca_file=authority.ca)
-        wrong = msgspec.structs.replace(wrong, redis_url=url("ingest", port, WRONG, scheme="rediss"))
+        wrong = msgspec.structs.replace(
+            wrong, redis_url=url("ingest", port, WRONG, scheme="rediss")
+        )
         assert "refuses the user and the password" in refusal(wrong)
 
 
@@ -427,9 +482,10 @@ def test_tls_and_no_tls_do_not_meet_in_silence(
         # The server takes our hello for the begin of a command, and waits for its end.
         with pytest.raises(StoreUnavailable, match=r"the port may speak no TLS, redis://"):
             store.check()
-    with behind_tls() as port, opened(
-        Settings(redis_url=url("ingest", port), redis_timeout_ms=1_000)
-    ) as plain:  # fmt: skip
+    with (
+        behind_tls() as port,
+        opened(Settings(redis_url=url("ingest", port), redis_timeout_ms=1_000)) as plain,
+    ):
         with pytest.raises(EddylineError, match="rediss://") as refused:
             plain.check()
         no_secret(refused.value)
@@ -440,7 +496,9 @@ def test_files_that_cannot_be_used_are_named(authority: Authority, tmp_path: Pat
     locked = tmp_path / "locked.key"
     key = load_pem_private_key(Path(good["redis_key_file"]).read_bytes(), None)
     locked.write_bytes(
-        key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(WRONG.encode()))
+        key.private_bytes(
+            Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(WRONG.encode())
+        )
     )
     text = tmp_path / "text.pem"
     text.write_text("no certificate")
@@ -455,24 +513,24 @@ def test_files_that_cannot_be_used_are_named(authority: Authority, tmp_path: Pat
     ]
     for files, said in cases:
         settings = secured(1, "n", kafka_bootstrap_servers="localhost:1", **files)
-        for call in (connect.client, endpoints.resolve):
+        for call in (redis_client.client, discovery.resolve):
             with pytest.raises(SettingsError, match=said) as told:
                 call(settings)
             no_secret(told.value)
     with pytest.raises(SettingsError, match=r"redis_ca_file: set, but redis_url = .*rediss://"):
-        connect.check(Settings(redis_url="redis://127.0.0.1:1", redis_ca_file=authority.ca))
+        redis_client.check(Settings(redis_url="redis://127.0.0.1:1", redis_ca_file=authority.ca))
 
 
 def test_a_cluster_with_users_behind_tls(authority: Authority, tmp_path: Path) -> None:
     """Each node says the port of its own terminator, and shows a certificate for it."""
     with contextlib.ExitStack() as stack:
         nodes = stack.enter_context(real_cluster(tmp_path, cluster_node_timeout="15000"))
-        ports = []
+        free_ports = []
         for server in nodes.servers:
-            ports.append(stack.enter_context(tls_terminator(server.port, authority.server())))
+            free_ports.append(stack.enter_context(tls_terminator(server.port, authority.server())))
             with server.client() as client:
                 make_users(client, "t-cluster")
-                client.config_set("cluster-announce-port", ports[-1])
+                client.config_set("cluster-announce-port", free_ports[-1])
 
         def announced() -> bool:
             """Whether each node tells all of them: a client asks any."""
@@ -480,22 +538,31 @@ def test_a_cluster_with_users_behind_tls(authority: Authority, tmp_path: Path) -
             for server in nodes.servers:
                 with server.client() as client:
                     told.append({row[2][1] for row in client.execute_command("CLUSTER", "SLOTS")})
-            return all(ports_told == {*ports} for ports_told in told)
+            return all(ports_told == {*free_ports} for ports_told in told)
 
         wait_for("the nodes to tell each other their ports", announced)
-        settings = secured(ports[0], "t-cluster", redis_ca_file=authority.ca, redis_cluster=True)
+        settings = secured(
+            free_ports[0], "t-cluster", redis_ca_file=authority.ca, redis_cluster=True
+        )
         with opened(settings) as store:
             ingest_works(store)
             for slot in range(8):
-                store.write_users(f"u{slot}", Source("clicks", slot), store.fences(
-                    Source("clicks", slot), [f"u{slot}"])[f"u{slot}"], at(90), UserEffects())  # fmt: skip
+                store.write_users(
+                    f"u{slot}",
+                    Source("clicks", slot),
+                    store.fences(Source("clicks", slot), [f"u{slot}"])[f"u{slot}"],
+                    at(90),
+                    UserEffects(),
+                )
             assert len(store._redis.map().primaries) == 3  # type: ignore[attr-defined]
-        reader = url("worker", ports[1], scheme="rediss")
+        reader = url("worker", free_ports[1], scheme="rediss")
         with opened(msgspec.structs.replace(settings, redis_url=reader)) as store:
             worker_reads(store)
-        wrong = url("ingest", ports[2], WRONG, scheme="rediss")
+        wrong = url("ingest", free_ports[2], WRONG, scheme="rediss")
         assert "refuses the user" in refusal(msgspec.structs.replace(settings, redis_url=wrong))
-        assert "not trusted" in refusal(msgspec.structs.replace(settings, redis_ca_file=authority.foreign_ca))
+        assert "not trusted" in refusal(
+            msgspec.structs.replace(settings, redis_ca_file=authority.foreign_ca)
+        )
         for server in nodes.servers:
             with server.client() as client:
                 assert client.execute_command("ACL LOG") is not None

@@ -19,50 +19,67 @@ import pytest
 import redis
 from kafka import KafkaAdminClient, TopicPartition
 
-from eddyline import events, generations, kafka
+from cli.commands import replay_file as sending
+from eddyline import generations
 from eddyline.archive import HOUR_MS, Archive
-from eddyline.cli import gaps, refill, slicing, state_replay
-from eddyline.cli import replay as sending
-from eddyline.cli.producers import now_ms
-from eddyline.demo import stage
 from eddyline.errors import EddylineError, LogMismatch
-from eddyline.events import KINDS, Click, Merge, UserProfile
-from eddyline.kafka import CLICKS, USERS
-from eddyline.settings import Settings
-from eddyline.slots import partition_of
+from eddyline.kafka import clients, producers, topics
+from eddyline.kafka.producers import now_ms
+from eddyline.kafka.topics import CLICKS, USERS
+from eddyline.schema import events
+from eddyline.schema.events import KINDS, Click, Merge, UserProfile
+from eddyline.schema.partitioning import partition_of
+from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.redis import RedisStore
-from embeddings import bundle as bundles
-from streams import membership
-from streams.archive.consumer import Archiver
+from embeddings.bundle import bundle as bundles
+from sandbox import processes
+from streams import static_membership
+from streams.archive.archiver import Archiver
+from streams.operations import refill, retention_gaps, state_replay, topic_slices
 
 pytestmark = pytest.mark.timeout(240)
 WANTED = (
-    "kafka_bootstrap_servers", "redis_url", "namespace", "data_dir", "bundle_dir", "clicks_partitions",
-    "items_partitions", "chunk_records_max", "dedupe_window_events", "archive_file_offsets",
-)  # fmt: skip
+    "kafka_bootstrap_servers",
+    "redis_url",
+    "namespace",
+    "data_dir",
+    "bundle_dir",
+    "clicks_partitions",
+    "items_partitions",
+    "chunk_records_max",
+    "dedupe_window_events",
+    "archive_file_offsets",
+)
 
 
 @pytest.fixture
 def settings(fresh_settings: Settings, world: Any, bundle: Any) -> Settings:
     folder, manifest = bundle
     made = msgspec.structs.replace(
-        fresh_settings, bundle_dir=str(folder), chunk_records_max=64, dedupe_window_events=600,
+        fresh_settings,
+        bundle_dir=str(folder),
+        chunk_records_max=64,
+        dedupe_window_events=600,
         archive_file_offsets=300,
-    )  # fmt: skip
-    kafka.ensure_topics(made)
+    )
+    topics.ensure_topics(made)
     generations.publish(made, manifest)
     sending.send(made, world.items[:120])
     return made
 
 
 def environment(settings: Settings) -> dict[str, str]:
-    return os.environ | {f"EDDYLINE_{name.upper()}": str(getattr(settings, name)) for name in WANTED}
+    return os.environ | {
+        f"EDDYLINE_{name.upper()}": str(getattr(settings, name)) for name in WANTED
+    }
 
 
 def command(settings: Settings, *words: str) -> subprocess.CompletedProcess[str]:
     argv = [sys.executable, "-m", "eddyline", *words]
-    return subprocess.run(argv, env=environment(settings), capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        argv, env=environment(settings), capture_output=True, text=True, timeout=60
+    )
 
 
 @contextmanager
@@ -79,16 +96,16 @@ def ingesting(settings: Settings) -> Iterator[subprocess.Popen[str]]:
 def applied(settings: Settings) -> None:
     """Wait until ingest has applied all, what it forwards itself included."""
     for _ in range(3):
-        stage.wait_until_applied(settings, lambda *_: None, timeout_s=30)
-        before = kafka.end_offsets(settings, CLICKS)
+        processes.wait_until_applied(settings, lambda *_: None, timeout_s=30)
+        before = topics.end_offsets(settings, CLICKS)
         time.sleep(0.3)
-        if kafka.end_offsets(settings, CLICKS) == before:
+        if topics.end_offsets(settings, CLICKS) == before:
             return
 
 
 def archive_all(settings: Settings) -> None:
     """Archive in this process until all is in files: by its clock the hour is over."""
-    member = membership.take(Path(settings.data_dir) / "archiver")
+    member = static_membership.take(Path(settings.data_dir) / "archiver")
     clock = lambda: now_ms() + 2 * HOUR_MS  # noqa: E731
     archiver = Archiver(settings, Archive(settings), threading.Event(), member.name, clock)
     deadline = time.monotonic() + 30
@@ -110,17 +127,23 @@ def send_behaviour(
     settings: Settings, items: list[str], seed: int, n: int = 1_200, forwarded: bool = False
 ) -> None:
     """Clicks of every kind: sent again, without an id, refused, in a wrong partition; visitors who log in."""
-    rng, producer = random.Random(seed), kafka.make_producer(settings, linger_ms=5)
+    rng, producer = random.Random(seed), producers.make_producer(settings, linger_ms=5)
     start_ms, topic = now_ms() - 3_600_000, settings.prefixed(CLICKS)
     for number in range(n):
         user, draw = f"user-{rng.randrange(40)}", rng.random()
-        event_id = None if draw < 0.1 else f"{seed}-{number - rng.randrange(9) if draw < 0.3 else number}"
+        event_id = (
+            None if draw < 0.1 else f"{seed}-{number - rng.randrange(9) if draw < 0.3 else number}"
+        )
         click = Click(
-            user_id=user, item_id=rng.choice(items), at_ms=start_ms + number * 1_000 - rng.randrange(5_000),
-            event_id=event_id, kind=rng.choice(KINDS), weight=rng.choice([1.0, 2.5]),
+            user_id=user,
+            item_id=rng.choice(items),
+            at_ms=start_ms + number * 1_000 - rng.randrange(5_000),
+            event_id=event_id,
+            kind=rng.choice(KINDS),
+            weight=rng.choice([1.0, 2.5]),
             context={"page": number} if draw < 0.5 else None,
-        )  # fmt: skip
-        kafka.send_click(producer, settings, click)
+        )
+        producers.send_click(producer, settings, click)
         if draw < 0.03:
             producer.send(topic, b"{", key=user.encode())
         if forwarded and draw < 0.03:
@@ -129,42 +152,45 @@ def send_behaviour(
             into = f"user-{rng.randrange(40)}"
             if into != user:
                 merge = Merge(user_id=user, merge_into=into, at_ms=click.at_ms)
-                kafka.send_merge(producer, settings, merge)
+                producers.send_merge(producer, settings, merge)
     producer.flush(timeout=20)
     producer.close(timeout=5)
 
 
 def send_profiles(settings: Settings, age: int) -> None:
-    producer = kafka.make_producer(settings)
+    producer = producers.make_producer(settings)
     for number in range(0, 40, 3):
         profile = UserProfile(user_id=f"user-{number}", attributes={"age": age + number})
-        kafka.send_profile(producer, settings, profile)
+        producers.send_profile(producer, settings, profile)
     producer.flush(timeout=10)
     producer.close(timeout=5)
 
 
 def forget(settings: Settings, user: str) -> None:
-    producer = kafka.make_producer(settings)
-    kafka.send_forget(producer, settings, user).get(timeout=10)
+    producer = producers.make_producer(settings)
+    producers.send_forget(producer, settings, user).get(timeout=10)
     producer.close(timeout=5)
 
 
 def retention(settings: Settings, share: float) -> dict[int, int]:
     """Let Kafka remove this share of every partition's clicks; where the log begins now."""
     topic = settings.prefixed(CLICKS)
-    begins = {p: round(end * share) for p, end in kafka.end_offsets(settings, CLICKS).items()}
-    admin = KafkaAdminClient(**kafka.client_options(settings))
+    begins = {p: round(end * share) for p, end in topics.end_offsets(settings, CLICKS).items()}
+    admin = KafkaAdminClient(**clients.client_options(settings))
     try:
         admin.delete_records({TopicPartition(topic, p): begin for p, begin in begins.items()})
     finally:
         admin.close()
-    assert kafka.beginning_offsets(settings, CLICKS) == begins
+    assert topics.beginning_offsets(settings, CLICKS) == begins
     return begins
 
 
 def keys(settings: Settings) -> dict[bytes, bytes]:
     with redis.Redis.from_url(settings.redis_url) as client:
-        return {key: client.dump(key) for key in client.scan_iter(match=f"{settings.namespace}:*", count=999)}
+        return {
+            key: client.dump(key)
+            for key in client.scan_iter(match=f"{settings.namespace}:*", count=999)
+        }
 
 
 def put_back(settings: Settings, copy: dict[bytes, bytes]) -> None:
@@ -178,7 +204,10 @@ def put_back(settings: Settings, copy: dict[bytes, bytes]) -> None:
 
 def truth(settings: Settings) -> state_replay.Replayed:
     """The state that the topics give, by ingest's functions in memory, while Kafka still has all."""
-    towers, slices = bundles.load(settings.bundles / "1"), slicing.between(settings, "earliest", "latest")
+    towers, slices = (
+        bundles.load(settings.bundles / "1"),
+        topic_slices.between(settings, "earliest", "latest"),
+    )
     return state_replay.replay(settings, MemoryStore(), slices, towers, 97)
 
 
@@ -191,7 +220,10 @@ def state(settings: Settings, touched: state_replay.Replayed) -> str:
 
 
 def replay_into_redis(settings: Settings) -> None:
-    towers, slices = bundles.load(settings.bundles / "1"), slicing.between(settings, "earliest", "latest")
+    towers, slices = (
+        bundles.load(settings.bundles / "1"),
+        topic_slices.between(settings, "earliest", "latest"),
+    )
     store = RedisStore(settings)
     try:
         state_replay.replay(settings, store, slices, towers, 64)
@@ -199,7 +231,9 @@ def replay_into_redis(settings: Settings) -> None:
         store.close()
 
 
-def test_an_emptied_redis_is_filled_from_the_archive_to_the_same_bits(settings: Settings, world: Any) -> None:
+def test_an_emptied_redis_is_filled_from_the_archive_to_the_same_bits(
+    settings: Settings, world: Any
+) -> None:
     items = [item.item_id for item in world.items[:110]]
     with ingesting(settings):
         send_profiles(settings, 20)
@@ -212,7 +246,7 @@ def test_an_emptied_redis_is_filled_from_the_archive_to_the_same_bits(settings: 
         applied(settings)
         with pytest.raises(EddylineError, match="1 ingest processes"):
             refill.run(settings, skip_lost=False)
-    touched, ends = truth(settings), kafka.end_offsets(settings, CLICKS)
+    touched, ends = truth(settings), topics.end_offsets(settings, CLICKS)
     assert touched.outcomes[CLICKS].forwarded > 20 and touched.outcomes[CLICKS].rejected > 20
     assert touched.outcomes[CLICKS].duplicates > 50 and touched.outcomes[CLICKS].steps > 500
     assert state(settings, touched) == touched.hash, "the live state is the topics'"
@@ -240,8 +274,8 @@ def test_an_emptied_redis_is_filled_from_the_archive_to_the_same_bits(settings: 
 
     store = RedisStore(settings)
     try:  # a refill that is killed half-way
-        log = kafka.log_ids(settings, [CLICKS])[CLICKS]
-        found = gaps.find(settings, store, log)
+        log = topics.log_ids(settings, [CLICKS])[CLICKS]
+        found = retention_gaps.find(settings, store, log)
         assert (found[0].partition, found[0].first, found[0].last) == (0, 0, first - 1)
         outside: Any = refill.Outside(forwarder=None)  # type: ignore[arg-type]
         filling = refill.Filling(
@@ -249,22 +283,32 @@ def test_an_emptied_redis_is_filled_from_the_archive_to_the_same_bits(settings: 
         )
         with pytest.raises(Killed):
             filling.fill(found[0], kill)
-        users = store.fences(gaps.Source(CLICKS, 0), ["u0"])["u0"]
-        assert users is not None and first // 2 < users.offset < first, "the counts are further behind"
+        users = store.fences(retention_gaps.Source(CLICKS, 0), ["u0"])["u0"]
+        assert users is not None and first // 2 < users.offset < first, (
+            "the counts are further behind"
+        )
     finally:
         store.close()
 
     done = command(settings, "refill")
     assert done.returncode == 0, done.stderr
-    assert "sent on" not in done.stdout and "refused" not in done.stdout and "sent again" not in done.stdout
+    assert (
+        "sent on" not in done.stdout
+        and "refused" not in done.stdout
+        and "sent again" not in done.stdout
+    )
     assert "nothing is missing" in command(settings, "refill").stdout
     with ingesting(settings):
         applied(settings)
-    assert kafka.end_offsets(settings, CLICKS) == ends, "nothing was sent a second time"
-    assert state(settings, touched) == touched.hash, "lists, embeddings, windows, profiles, counters, fences"
+    assert topics.end_offsets(settings, CLICKS) == ends, "nothing was sent a second time"
+    assert state(settings, touched) == touched.hash, (
+        "lists, embeddings, windows, profiles, counters, fences"
+    )
 
 
-def test_an_older_copy_is_filled_and_who_was_forgotten_since_goes(settings: Settings, world: Any) -> None:
+def test_an_older_copy_is_filled_and_who_was_forgotten_since_goes(
+    settings: Settings, world: Any
+) -> None:
     items = [item.item_id for item in world.items[:110]]
     gone, partition = "user-3", partition_of("user-3", 4)
     send_profiles(settings, 20)
@@ -286,7 +330,7 @@ def test_an_older_copy_is_filled_and_who_was_forgotten_since_goes(settings: Sett
     try:
         mine = store.read_user(f"u{partition}", partition, gone, "1")
         # What he did after the null record is his; the profile, and what he did before, are gone.
-        assert mine.profile == {} and len(mine.behaviour.entries) <= counted
+        assert mine.profile == {} and len(mine.history.entries) <= counted
         with ingesting(settings):
             applied(settings)
         assert state_replay.state_hash(settings, store, others, "1") == others.hash
@@ -300,7 +344,7 @@ def test_what_the_archive_lacks_is_named_and_given_up_only_when_asked(
     items = [item.item_id for item in world.items[:110]]
     send_behaviour(settings, items, seed=5, n=400, forwarded=True)
     archive_all(settings)
-    ends = kafka.end_offsets(settings, CLICKS)
+    ends = topics.end_offsets(settings, CLICKS)
     send_behaviour(settings, items, seed=6, n=400)
     begins = retention(settings, 0.9)
     with pytest.raises(LogMismatch) as refused:
@@ -310,16 +354,21 @@ def test_what_the_archive_lacks_is_named_and_given_up_only_when_asked(
     assert "Nothing was applied" in str(refused.value) and keys(settings).keys() == {
         f"{settings.namespace}:layout".encode()
     }
-    before = kafka.end_offsets(settings, CLICKS)
+    before = topics.end_offsets(settings, CLICKS)
     refill.run(settings, skip_lost=True)
     # No ingest was ever here, so nothing that a merge moves has been sent on: this time it is.
-    sent = sum(kafka.end_offsets(settings, CLICKS).values()) - sum(before.values())
+    sent = sum(topics.end_offsets(settings, CLICKS).values()) - sum(before.values())
     assert sent > 5 and f"of merges: {sent} events sent on" in capsys.readouterr().out
     store = RedisStore(settings)
     try:
-        assert gaps.find(settings, store, kafka.log_ids(settings, [CLICKS])[CLICKS]) == []
+        assert (
+            retention_gaps.find(settings, store, topics.log_ids(settings, [CLICKS])[CLICKS]) == []
+        )
         rows = sum(1 for _ in Archive(settings).read(CLICKS))
-        window = sum(len(store.read_slot(f"u{p}", gaps.Source(CLICKS, p)).accepted) for p in range(4))
+        window = sum(
+            len(store.read_slot(f"u{p}", retention_gaps.Source(CLICKS, p)).accepted)
+            for p in range(4)
+        )
         assert 0 < window <= rows
     finally:
         store.close()

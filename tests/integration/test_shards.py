@@ -16,13 +16,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from eddyline.cli.producers import now_ms
-from eddyline.demo.stage import Stage
-from eddyline.events import Item
-from eddyline.local.supervisor import Supervisor
-from eddyline.slots import item_shard
-from serving.client import CallFailed, Client
+from eddyline.kafka.producers import now_ms
+from eddyline.schema.events import Item
+from eddyline.schema.partitioning import item_shard
+from sandbox.processes import ProcessRunner
+from sandbox.servers.supervisor import Supervisor
 from serving.proto import retrieval_pb2 as pb
+from serving.rpc.client import CallFailed, Client
 
 SHARDS = 4
 
@@ -32,7 +32,7 @@ class Sharded:
     """The processes of this file. Every wait in it ends."""
 
     live: object
-    stage: Stage
+    stage: ProcessRunner
     addresses: list[str]
     address: str
     coordinator: Client
@@ -46,7 +46,9 @@ class Sharded:
 
         def complete() -> bool:
             answer = self.coordinator.retrieve("nobody at all", 50)
-            return not answer.shards.missing and seen(answer) == seen(self.one.retrieve("nobody at all", 50))
+            return not answer.shards.missing and seen(answer) == seen(
+                self.one.retrieve("nobody at all", 50)
+            )
 
         self.live.wait_for("all shards to answer", complete, timeout_s)
 
@@ -57,13 +59,15 @@ def sharded(live, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sharded]
     settings = msgspec.structs.replace(
         live.settings, data_dir=str(folder), bundle_dir=str(live.settings.bundles)
     )
-    stage = Stage(settings, Supervisor(folder / "logs"))
+    stage = ProcessRunner(settings, Supervisor(folder / "logs"))
     more = {
         "clicks_partitions": str(settings.clicks_partitions),
         "items_partitions": str(settings.items_partitions),
-        "redis_timeout_ms": "1000", "kafka_timeout_ms": "5000", "backoff_ms_max": "500",
+        "redis_timeout_ms": "1000",
+        "kafka_timeout_ms": "5000",
+        "backoff_ms_max": "500",
         "shard_timeout_ms": "800",  # the machine that runs the tests may be busy
-    }  # fmt: skip
+    }
     children, addresses, address = stage.sharded_children(SHARDS, **more)
     try:
         stage.supervisor.start(*children)
@@ -86,7 +90,8 @@ def ids(answer: pb.RetrieveResponse) -> list[str]:
 def seen(response: pb.RetrieveResponse) -> tuple[object, ...]:
     """All of an answer that does not tell the time or the process."""
     items = [
-        (i.item_id, i.score, i.rank, i.path, i.path_rank, i.generation, i.card.title) for i in response.items
+        (i.item_id, i.score, i.rank, i.path, i.path_rank, i.generation, i.card.title)
+        for i in response.items
     ]
     paths = [(p.path, p.candidates, p.taken, p.why) for p in response.paths]
     marks = [(w.partition, w.offset, w.at_ms, w.written_us) for w in response.freshness.index]
@@ -127,7 +132,11 @@ def test_the_same_answers_as_one_worker(sharded, live) -> None:
         paths |= {item.path for item in one.items}
     assert compared >= 200 and paths == {"towers", "popular", "newest"}
     stats = sharded.coordinator.stats()
-    assert stats.index.live == sharded.one.stats().index.live == sum(shard.live for shard in stats.held)
+    assert (
+        stats.index.live
+        == sharded.one.stats().index.live
+        == sum(shard.live for shard in stats.held)
+    )
     assert all(0 < shard.live < stats.index.live for shard in stats.held)
 
 
@@ -140,7 +149,9 @@ def test_a_click_changes_the_next_answer(sharded, live, user) -> None:
     clicked = before.items[3].item_id
     token = live.click(user, clicked)
     answer = sharded.coordinator.retrieve(user, 10, after=token, wait_ms=2000)
-    assert answer.freshness.after.applied and clicked not in ids(answer) and ids(answer) != ids(before)
+    assert (
+        answer.freshness.after.applied and clicked not in ids(answer) and ids(answer) != ids(before)
+    )
     assert seen(answer) == seen(sharded.one.retrieve(user, 10))
 
 
@@ -159,7 +170,11 @@ def test_items_of_every_shard_come_change_and_go(sharded, live, user) -> None:
         return new & set(ids(sharded.coordinator.retrieve(user, everything)))
 
     for name in new:
-        live.item(Item(item_id=name, title=name, categories=live.world.items[0].categories, at_ms=now_ms()))
+        live.item(
+            Item(
+                item_id=name, title=name, categories=live.world.items[0].categories, at_ms=now_ms()
+            )
+        )
     live.wait_for("the new items", lambda: found() == new)
     for name in new:
         live.delete(name)
@@ -220,9 +235,10 @@ def test_the_command_line_speaks_to_the_coordinator(sharded, live) -> None:
         "EDDYLINE_REDIS_URL": live.settings.redis_url,
         "EDDYLINE_NAMESPACE": live.settings.namespace,
         "EDDYLINE_DATA_DIR": sharded.stage.settings.data_dir,
-        "EDDYLINE_CLICKS_PARTITIONS": "4", "EDDYLINE_ITEMS_PARTITIONS": "2",
+        "EDDYLINE_CLICKS_PARTITIONS": "4",
+        "EDDYLINE_ITEMS_PARTITIONS": "2",
         "COLUMNS": "200",
-    }  # fmt: skip
+    }
 
     def run(*words: str, code: int = 0, **more: str) -> str:
         done = subprocess.run(

@@ -13,16 +13,17 @@ import msgspec
 import pytest
 import redis
 
-from eddyline import generations, kafka
-from eddyline.cli import replay as sending
-from eddyline.cli import slicing, state_replay
-from eddyline.cli.producers import now_ms
+from cli.commands import replay_file as sending
+from eddyline import generations
 from eddyline.errors import SettingsError
-from eddyline.events import UserProfile
-from eddyline.settings import Settings
+from eddyline.kafka import producers, topics
+from eddyline.kafka.producers import now_ms
+from eddyline.schema.events import UserProfile
+from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.redis import RedisStore
-from embeddings import bundle as bundles
+from embeddings.bundle import bundle as bundles
+from streams.operations import state_replay, topic_slices
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -32,21 +33,26 @@ def logs(servers, world, bundle, tmp_path_factory) -> Iterator[Settings]:
     """Topics that nobody else reads: items, a delete, profiles, clicks, re-sends, nonsense."""
     folder, manifest = bundle
     settings = msgspec.structs.replace(
-        servers, namespace=f"t-{uuid.uuid4().hex[:12]}", bundle_dir=str(folder),
-        data_dir=str(tmp_path_factory.mktemp("replay")), chunk_records_max=64,
-    )  # fmt: skip
-    kafka.ensure_topics(settings)
+        servers,
+        namespace=f"t-{uuid.uuid4().hex[:12]}",
+        bundle_dir=str(folder),
+        data_dir=str(tmp_path_factory.mktemp("replay")),
+        chunk_records_max=64,
+    )
+    topics.ensure_topics(settings)
     generations.publish(settings, manifest)
     clicks = sending.shifted(world.clicks, now_ms())[-2_500:]
     sending.send(settings, [*world.items[:120], *clicks[:1_500]])
-    producer = kafka.make_producer(settings)
+    producer = producers.make_producer(settings)
     profiled = clicks[0].user_id
     gone = next(c.user_id for c in clicks if c.user_id != profiled)
-    kafka.send_profile(producer, settings, UserProfile(user_id=profiled, attributes={"b": 1, "a": "x"}))
-    kafka.send_forget(producer, settings, gone)
-    kafka.send_delete(producer, settings, world.items[0].item_id)
+    producers.send_profile(
+        producer, settings, UserProfile(user_id=profiled, attributes={"b": 1, "a": "x"})
+    )
+    producers.send_forget(producer, settings, gone)
+    producers.send_delete(producer, settings, world.items[0].item_id)
     for partition in range(4):
-        producer.send(settings.prefixed(kafka.CLICKS), b"{", key=b"x", partition=partition)
+        producer.send(settings.prefixed(topics.CLICKS), b"{", key=b"x", partition=partition)
     producer.flush(timeout=10)
     producer.close(timeout=5)
     time.sleep(0.02)
@@ -56,7 +62,9 @@ def logs(servers, world, bundle, tmp_path_factory) -> Iterator[Settings]:
 
 def replayed(settings: Settings, store, chunk: int, begin: str = "earliest", end: str = "latest"):
     towers = bundles.load(settings.bundles / "1")
-    return state_replay.replay(settings, store, slicing.between(settings, begin, end), towers, chunk)
+    return state_replay.replay(
+        settings, store, topic_slices.between(settings, begin, end), towers, chunk
+    )
 
 
 def test_one_slice_one_hash_in_both_stores_whatever_the_chunks(logs) -> None:
@@ -75,7 +83,7 @@ def test_what_is_in_the_state_is_in_the_hash(logs) -> None:
     done = replayed(logs, store, 256)
     before = store.snapshot()
     changes = {
-        "behaviours": lambda s: s.behaviours.popitem(),
+        "behaviours": lambda s: s.histories.popitem(),
         "embeddings": lambda s: s.embeddings.popitem(),
         "window": lambda s: next(iter(s.window.values())).popitem(),
         "profiles": lambda s: s.profiles.popitem(),
@@ -98,30 +106,42 @@ def test_what_is_in_the_state_is_in_the_hash(logs) -> None:
 
 
 def test_a_slice_by_offsets_and_by_time(logs) -> None:
-    ends = kafka.end_offsets(logs, kafka.CLICKS)
+    ends = topics.end_offsets(logs, topics.CLICKS)
     upto = ",".join(f"clicks:{p}={end - 10}" for p, end in ends.items())
     short = replayed(logs, MemoryStore(), 50, "clicks:0=5", upto)
     assert short.outcomes["clicks"].records == sum(ends.values()) - 5 - 10 * len(ends)
     assert short.outcomes["items"].records == 0, "topics that an end does not name are left out"
     assert replayed(logs, MemoryStore(), 3, "clicks:0=5", upto).hash == short.hash
     whole = replayed(logs, MemoryStore(), 256).hash
-    assert replayed(logs, MemoryStore(), 256, "0", str(now_ms() + 60_000)).hash == whole != short.hash
+    assert (
+        replayed(logs, MemoryStore(), 256, "0", str(now_ms() + 60_000)).hash == whole != short.hash
+    )
     assert replayed(logs, MemoryStore(), 256, "2020-01-01T00:00:00").hash == whole
     assert replayed(logs, MemoryStore(), 256, "latest").outcomes["clicks"].records == 0
 
 
-@pytest.mark.parametrize("text", ["yesterday", "clicks:0", "clicks:x=1", "clicks:99=1", "letters:0=1"])
+@pytest.mark.parametrize(
+    "text", ["yesterday", "clicks:0", "clicks:x=1", "clicks:99=1", "letters:0=1"]
+)
 def test_a_bound_that_is_none_is_a_sentence(logs, text: str) -> None:
     with pytest.raises(SettingsError, match="--from"):
-        slicing.between(logs, text, "latest")
+        topic_slices.between(logs, text, "latest")
 
 
 def test_the_command_prints_the_hash_and_leaves_nothing_in_redis(logs) -> None:
     env = {
         f"EDDYLINE_{name.upper()}": str(getattr(logs, name))
-        for name in ("kafka_bootstrap_servers", "redis_url", "namespace", "data_dir", "bundle_dir",
-                     "clicks_partitions", "items_partitions", "chunk_records_max")
-    }  # fmt: skip
+        for name in (
+            "kafka_bootstrap_servers",
+            "redis_url",
+            "namespace",
+            "data_dir",
+            "bundle_dir",
+            "clicks_partitions",
+            "items_partitions",
+            "chunk_records_max",
+        )
+    }
     argv = [sys.executable, "-m", "eddyline", "replay", "--into", "redis", "--chunk", "500"]
     done = subprocess.run(argv, env=os.environ | env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from aiokafka.consumer.fetcher import Fetcher
 
-from eddyline import kafka
 from eddyline.errors import KafkaUnavailable, Unavailable
-from eddyline.records import ItemRecord, encode_record
-from eddyline.settings import Settings
+from eddyline.kafka import producers, topics
+from eddyline.schema.item_record import ItemRecord, encode_record
+from eddyline.settings.loader import Settings
 from index.exact import ExactIndex
-from serving import vector_log
-from serving.replica import CLOSE_S, Replica
-from serving.vector_log import VectorLog
+from serving.worker import item_vectors
+from serving.worker.item_vectors import ItemVectorLog
+from serving.worker.replica import CLOSE_S, Replica
 from tests.integration.conftest import OwnServers
 
 pytestmark = pytest.mark.timeout(120)
@@ -36,7 +36,7 @@ def wait_until(check: Callable[[], Any], timeout_s: float = 30.0) -> None:
 
 @pytest.fixture
 def settings(fresh_settings: Settings) -> Settings:
-    kafka.ensure_topics(fresh_settings, [kafka.item_vectors("1")])
+    topics.ensure_topics(fresh_settings, [topics.item_vectors("1")])
     return fresh_settings
 
 
@@ -44,8 +44,10 @@ class Writer:
     """Writes item records to partition 0, a transaction for each call."""
 
     def __init__(self, settings: Settings) -> None:
-        self._topic = settings.prefixed(kafka.item_vectors("1"))
-        self._producer = kafka.make_producer(settings, transactional_id=f"{settings.namespace}-writer")
+        self._topic = settings.prefixed(topics.item_vectors("1"))
+        self._producer = producers.make_producer(
+            settings, transactional_id=f"{settings.namespace}-writer"
+        )
         self._producer.init_transactions()
 
     def put(self, *item_ids: str, aborted: bool = False) -> None:
@@ -71,13 +73,13 @@ def writer(settings: Settings) -> Iterator[Writer]:
 
 
 @pytest.fixture
-def log(settings: Settings) -> Iterator[VectorLog]:
-    made = VectorLog(settings, "1")
+def log(settings: Settings) -> Iterator[ItemVectorLog]:
+    made = ItemVectorLog(settings, "1")
     yield made
     made.close()
 
 
-def read(log: VectorLog) -> list[str]:
+def read(log: ItemVectorLog) -> list[str]:
     """All keys up to the end seen now."""
     found: list[str] = []
     ends, deadline = log.ends(), time.monotonic() + 20
@@ -87,7 +89,7 @@ def read(log: VectorLog) -> list[str]:
     return found
 
 
-def test_what_is_committed_is_read_and_marks_are_passed(log: VectorLog, writer: Writer) -> None:
+def test_what_is_committed_is_read_and_marks_are_passed(log: ItemVectorLog, writer: Writer) -> None:
     writer.put("a", "b")
     writer.put("never", aborted=True)
     writer.put("c")
@@ -103,7 +105,7 @@ def test_what_is_committed_is_read_and_marks_are_passed(log: VectorLog, writer: 
     ("position", "found"), [(1, ["b"]), (2, []), (3, []), (4, ["a", "b"]), (9_999, ["a", "b"])]
 )
 def test_it_begins_where_told_and_anew_where_that_is_gone(
-    position: int, found: list[str], log: VectorLog, writer: Writer
+    position: int, found: list[str], log: ItemVectorLog, writer: Writer
 ) -> None:
     """The log ends at 3: two records and their transaction's mark."""
     writer.put("a", "b")
@@ -113,9 +115,9 @@ def test_it_begins_where_told_and_anew_where_that_is_gone(
 
 
 def test_more_than_a_poll_takes_comes_in_several(
-    log: VectorLog, writer: Writer, monkeypatch: pytest.MonkeyPatch
+    log: ItemVectorLog, writer: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vector_log, "POLL_RECORDS", 3)
+    monkeypatch.setattr(item_vectors, "POLL_RECORDS", 3)
     names = [f"i{n}" for n in range(10)]
     writer.put(*names)
     log.begin({})
@@ -130,10 +132,10 @@ def test_more_than_a_poll_takes_comes_in_several(
 
 def test_a_topic_that_is_missing_is_named(fresh_settings: Settings) -> None:
     with pytest.raises(Unavailable, match=r"there is no topic .*item-vectors\.other"):
-        VectorLog(fresh_settings, "other")
+        ItemVectorLog(fresh_settings, "other")
 
 
-def test_fetches_that_ended_are_told(log: VectorLog) -> None:
+def test_fetches_that_ended_are_told(log: ItemVectorLog) -> None:
     """aiokafka only logs it; a poll would wait for ever. This asks one of its insides, so it is pinned."""
     assert version("aiokafka") == "0.14.0" and isinstance(Fetcher.error_future, property)
     log.begin({})
@@ -147,13 +149,15 @@ def test_nobody_there_is_told_in_time() -> None:
     settings = Settings(kafka_bootstrap_servers="127.0.0.1:1", kafka_timeout_ms=500)
     begun = time.monotonic()
     with pytest.raises(KafkaUnavailable, match=r"127\.0\.0\.1:1"):
-        VectorLog(settings, "1")
+        ItemVectorLog(settings, "1")
     assert time.monotonic() - begun < 6
 
 
 def test_the_tail_outlives_a_broker_that_hangs_and_one_that_dies(own_servers: OwnServers) -> None:
-    settings = msgspec.structs.replace(own_servers.settings, backoff_ms_max=200, kafka_timeout_ms=2_000)
-    kafka.ensure_topics(settings, [kafka.item_vectors("1")])
+    settings = msgspec.structs.replace(
+        own_servers.settings, backoff_ms_max=200, kafka_timeout_ms=2_000
+    )
+    topics.ensure_topics(settings, [topics.item_vectors("1")])
     index, threads = ExactIndex(2), set(threading.enumerate())
     writer = Writer(settings)
     replica = Replica(settings, "1", index)

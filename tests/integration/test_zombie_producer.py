@@ -10,13 +10,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from eddyline import kafka
-from eddyline.cli import topics
-from eddyline.records import ItemRecord, decode_record
-from eddyline.settings import Settings
-from streams import publisher
-from streams.chunk import PartitionLost
-from streams.publisher import TransactionalPublisher
+from eddyline.kafka import reading, topics
+from eddyline.schema.item_record import ItemRecord, decode_record
+from eddyline.settings.loader import Settings
+from streams.items import publisher
+from streams.items.publisher import TransactionalPublisher
+from streams.ports import PartitionLost
 
 pytestmark = pytest.mark.timeout(90)
 VECTOR = np.array([1, 0], np.float32)
@@ -24,7 +23,7 @@ VECTOR = np.array([1, 0], np.float32)
 
 @pytest.fixture
 def settings(fresh_settings: Settings) -> Settings:
-    kafka.ensure_topics(fresh_settings, [kafka.item_vectors("1")])
+    topics.ensure_topics(fresh_settings, [topics.item_vectors("1")])
     return fresh_settings
 
 
@@ -34,7 +33,7 @@ def change(offset: int, item_id: str = "film", *, deleted: bool = False) -> Item
 
 def published(settings: Settings) -> list[tuple[str, int, bool]]:
     """What a worker reads, committed records only: (item, version, whether it is retired), in this order."""
-    records = topics.read(settings, kafka.item_vectors("1"), {0: 0})
+    records = reading.read(settings, topics.item_vectors("1"), {0: 0})
     found = [decode_record(record.key, record.value) for record in records]
     return [(record.item_id, record.offset, record.retired) for record in found]
 
@@ -45,7 +44,9 @@ def publish(who: TransactionalPublisher, *changes: ItemRecord) -> None:
 
 
 @pytest.fixture(params=[0, 3_600], ids=["each in a transaction", "by epoch"])
-def pair(settings: Settings, request: pytest.FixtureRequest) -> Iterator[list[TransactionalPublisher]]:
+def pair(
+    settings: Settings, request: pytest.FixtureRequest
+) -> Iterator[list[TransactionalPublisher]]:
     """The zombie to be, and the owner after it."""
     yield from two(settings, request.param)
 
@@ -69,8 +70,11 @@ def test_a_zombie_that_wakes_up_later_is_refused(
         publish(zombie, change(6))
     publish(owner, change(8, "other"))
     assert published(settings) == [
-        ("film", 5, False), ("film", 6, False), ("film", 7, True), ("other", 8, False),
-    ]  # fmt: skip
+        ("film", 5, False),
+        ("film", 6, False),
+        ("film", 7, True),
+        ("other", 8, False),
+    ]
 
 
 def test_what_a_zombie_wrote_before_its_successor_lies_in_front(settings: Settings) -> None:
@@ -138,5 +142,11 @@ def test_a_zombie_in_the_middle_of_a_transaction_is_undone(settings: Settings) -
                 taken_over.set()
             with pytest.raises(PartitionLost):
                 waking.result(timeout=40)
-            assert published(settings) == [("film", 5, False), ("film", 6, False), ("film", 7, True)]
-            assert kafka.end_offsets(settings, kafka.item_vectors("1"))[0] > 6, "its records were in the log"
+            assert published(settings) == [
+                ("film", 5, False),
+                ("film", 6, False),
+                ("film", 7, True),
+            ]
+            assert topics.end_offsets(settings, topics.item_vectors("1"))[0] > 6, (
+                "its records were in the log"
+            )

@@ -18,24 +18,25 @@ import msgspec
 import numpy as np
 import pytest
 
-from eddyline import events
 from eddyline.errors import EddylineError, FenceMoved, KafkaUnavailable, Rejected, StoreUnavailable
-from eddyline.events import KINDS, MOVED, Click, Forget, Item, Merge
-from eddyline.ports import LogId, Source, UserEffects, UserQuery, UserRead
-from eddyline.records import ItemRecord
-from eddyline.settings import Settings
-from eddyline.slots import item_slot, partition_of
-from eddyline.stores import user_state
+from eddyline.schema import events
+from eddyline.schema.events import KINDS, MOVED, Click, Forget, Item, Merge
+from eddyline.schema.item_record import ItemRecord
+from eddyline.schema.partitioning import item_slot, partition_of
+from eddyline.settings.loader import Settings
+from eddyline.stores import user_codec
 from eddyline.stores.memory import MemoryStore
-from embeddings.features import learn_profiles
-from embeddings.micro import MicroSettings, MicroStep
-from embeddings.tiles import unit
-from embeddings.user_tower import UserTower
-from streams import clicks, item_cards
-from streams.clicks import ClickIngest
-from streams.items import ItemIngest
-from streams.micro_steps import MicroSteps
-from streams.positions import Positions
+from eddyline.stores.state_store import LogId, Source, UserEffects, UserQuery, UserRead
+from embeddings.towers.features import learn_profiles
+from embeddings.towers.micro_step import MicroSettings, MicroStep
+from embeddings.towers.numerics import unit
+from embeddings.towers.user_tower import UserTower
+from streams.clicks import handler
+from streams.clicks.handler import ClickIngest
+from streams.clicks.micro_steps import MicroSteps
+from streams.fences import PartitionFences
+from streams.items import metadata
+from streams.items.handler import ItemIngest
 
 LOG = LogId("cluster", "topic")
 PARTITIONS, D, WINDOW, HISTORY = 2, 4, 40, 6
@@ -77,7 +78,9 @@ class TinyMicro:
         items = World.item_vectors[list(targets)]
         draws = np.array([[sum(map(ord, key)) % 7] for key in event_keys], np.float32)
         return (
-            embedding * np.float32(0.9) + items * np.float32(0.1) + forward * draws * np.float32(0.01)
+            embedding * np.float32(0.9)
+            + items * np.float32(0.1)
+            + forward * draws * np.float32(0.01)
         ).astype(np.float32)
 
 
@@ -146,9 +149,11 @@ class Encoded(MemoryStore):
         super().__init__()
         self.values: dict[str, bytes] = {}
 
-    def write_users(self, slot: str, source: Source, expected: Any, new: Any, effects: UserEffects) -> int:
+    def write_users(
+        self, slot: str, source: Source, expected: Any, new: Any, effects: UserEffects
+    ) -> int:
         applied_us = super().write_users(slot, source, expected, new, effects)
-        names, (_, _, lists, written, *values) = user_state.writing(slot, effects)
+        names, (_, _, lists, written, *values) = user_codec.writing(slot, effects)
         for name in names[written:]:
             self.values.pop(name, None)
         for n, (name, value) in enumerate(zip(names[1:written], values, strict=True)):
@@ -158,9 +163,11 @@ class Encoded(MemoryStore):
     def read_many(self, queries: Sequence[UserQuery]) -> list[UserRead]:
         reads = []
         for q, kept in zip(queries, super().read_many(queries), strict=True):
-            found = [self.values.get(name) for name in user_state.keys(q.slot, q.user_ids, q.generation)]
-            read = user_state.read(kept.fence, q.user_ids, found, {})
-            assert (read.behaviours, read.embeddings) == (kept.behaviours, kept.embeddings)
+            found = [
+                self.values.get(name) for name in user_codec.keys(q.slot, q.user_ids, q.generation)
+            ]
+            read = user_codec.read(kept.fence, q.user_ids, found, {})
+            assert (read.histories, read.embeddings) == (kept.histories, kept.embeddings)
             reads.append(read)
         return reads
 
@@ -200,8 +207,8 @@ class Unsure(Encoded):
     def count_clicks(self, *args: Any) -> Any:
         return self._write("count_clicks", *args)
 
-    def write_cards(self, *args: Any) -> Any:
-        return self._write("write_cards", *args)
+    def write_item_metadata(self, *args: Any) -> Any:
+        return self._write("write_item_metadata", *args)
 
 
 FAULTS = ["", "", "before", "after", "die before", "die after"]
@@ -237,20 +244,29 @@ def clicks_log(rng: random.Random, length: int) -> dict[int, list[Rec]]:
             elif rng.random() < 0.02:
                 user = user_of(rng, partition)
                 until_ms = BASE_MS + 1_000 * (n // 2) - rng.choice([0, 3_000, 90_000_000])
-                value, key = events.encode(Forget(user_id=user, forget_until_ms=until_ms)), user.encode()
+                value, key = (
+                    events.encode(Forget(user_id=user, forget_until_ms=until_ms)),
+                    user.encode(),
+                )
             else:
                 stray = rng.random() < 0.05
                 user = user_of(rng, 1 - partition if stray else partition)
                 click = Click(
                     user_id=user,
                     item_id=f"i{rng.randrange(10)}",
-                    at_ms=BASE_MS + 1_000 * (n // 2) - rng.choice([0, 0, 3_000, 50_000_000, 90_000_000]),
+                    at_ms=BASE_MS
+                    + 1_000 * (n // 2)
+                    - rng.choice([0, 0, 3_000, 50_000_000, 90_000_000]),
                     kind=rng.choice(KINDS),  # type: ignore[arg-type]
                     event_id=f"e{partition}-{n}" if rng.random() < 0.8 else None,
                     weight=rng.choice([1.0, 0.5, 2.5]),
                 )
                 value, key = events.encode(click), None if rng.random() < 0.1 else user.encode()
-            stamp = (("produced_us", str(n).encode()),) if rng.random() < 0.9 else (("produced_us", b"x"),)
+            stamp = (
+                (("produced_us", str(n).encode()),)
+                if rng.random() < 0.9
+                else (("produced_us", b"x"),)
+            )
             records.append(Rec("clicks", partition, offset, BASE_MS + 1_000 * n, key, value, stamp))
         logs[partition] = records
     return logs
@@ -284,8 +300,10 @@ def oracle(settings: Settings, logs: dict[int, list[Rec]]) -> dict[str, Any]:
         seen = windows.setdefault(partition, {})
         for record in records:
             try:
-                click = events.decode_behaviour(
-                    record.value, appended_ms=record.timestamp, far_future_ms_max=settings.far_future_ms_max
+                click = events.decode_user_event(
+                    record.value,
+                    appended_ms=record.timestamp,
+                    far_future_ms_max=settings.far_future_ms_max,
                 )
             except Rejected:
                 continue
@@ -317,10 +335,12 @@ def oracle(settings: Settings, logs: dict[int, list[Rec]]) -> dict[str, Any]:
                     count, e = steps.get(user, (0, np.zeros(D, np.float32)))
                     if count >= 2:
                         liked = [
-                            x for n, x in enumerate(lists[user])
-                            if x[0] in world.rows and x[2] != "dislike"
+                            x
+                            for n, x in enumerate(lists[user])
+                            if x[0] in world.rows
+                            and x[2] != "dislike"
                             and all(y[0] != x[0] or y[2] != "dislike" for y in lists[user][:n])
-                        ]  # fmt: skip
+                        ]
                         rows = [world.rows[x[0]] for x in liked[:4]]
                         f = world.user_tower.encode(world.item_vectors, [rows], [{}])
                         key = click.event_id or f"{partition}/{record.offset}"
@@ -333,7 +353,12 @@ def oracle(settings: Settings, logs: dict[int, list[Rec]]) -> dict[str, Any]:
                 oldest = top - 1_000 * settings.history_age_s_max
                 lists[user] = [x for x in lists[user] if x[1] >= oldest]
             produced = record.headers[0][1]
-            marks[user] = (record.offset, top, int(produced) if produced.isdigit() else 0, record.timestamp)
+            marks[user] = (
+                record.offset,
+                top,
+                int(produced) if produced.isdigit() else 0,
+                record.timestamp,
+            )
     return finished(settings, lists, marks, steps, windows, counts, moved)
 
 
@@ -346,7 +371,9 @@ def finished(
         "marks": marks,
         "steps": {u: (n, e.tobytes()) for u, (n, e) in steps.items()},
         "windows": windows,
-        "counts": {b: dict(c) for b, c in counts.items() if b > newest_bucket - settings.popular_buckets},
+        "counts": {
+            b: dict(c) for b, c in counts.items() if b > newest_bucket - settings.popular_buckets
+        },
         "moved": moved,
     }
 
@@ -354,7 +381,7 @@ def finished(
 def found(settings: Settings, store: MemoryStore, logs: dict[int, list[Rec]]) -> dict[str, Any]:
     """The store's state in the oracle's form; windows are cut to what can still be met."""
     state = store.snapshot()
-    behaviours = {u: b for (_, u), (b, _) in state.behaviours.items()}
+    histories = {u: b for (_, u), (b, _) in state.histories.items()}
     counts: dict[int, dict[str, int]] = defaultdict(dict)
     for buckets in state.buckets.values():
         for bucket, counted in buckets.items():
@@ -362,9 +389,11 @@ def found(settings: Settings, store: MemoryStore, logs: dict[int, list[Rec]]) ->
     return {
         "lists": {
             u: [(e.item_id, e.at_ms, KINDS[e.kind], e.weight) for e in b.entries]
-            for u, b in behaviours.items()
+            for u, b in histories.items()
         },
-        "marks": {u: (b.offset, b.at_ms, b.produced_us, b.appended_ms) for u, b in behaviours.items()},
+        "marks": {
+            u: (b.offset, b.at_ms, b.produced_us, b.appended_ms) for u, b in histories.items()
+        },
         "steps": {u: e for (_, _, u), e in state.embeddings.items()},
         "windows": {p: state.window.get(f"u{p}", {}) for p in logs},
         "counts": {b: c for b, c in counts.items() if c},
@@ -394,23 +423,41 @@ def same(settings: Settings, store: MemoryStore, logs: dict[int, list[Rec]]) -> 
 
 def make_settings(item_slots: int = 1) -> Settings:
     return Settings(
-        clicks_partitions=PARTITIONS, items_partitions=PARTITIONS, item_slots=item_slots, chunk_records_max=8,
-        history_length_max=HISTORY, dedupe_window_events=WINDOW, popular_buckets=3,
-        history_age_s_max=15, lateness_s_max=86_400,
-    )  # fmt: skip
+        clicks_partitions=PARTITIONS,
+        items_partitions=PARTITIONS,
+        item_slots=item_slots,
+        chunk_records_max=8,
+        history_length_max=HISTORY,
+        dedupe_window_events=WINDOW,
+        popular_buckets=3,
+        history_age_s_max=15,
+        lateness_s_max=86_400,
+    )
 
 
 def make_clicks(settings: Settings, store: MemoryStore, outside: Outside) -> ClickIngest:
     ticks = iter(range(1_000_000))
-    positions = Positions(store, "clicks", lambda p: clicks.sources(settings, p), lambda: LOG)
+    positions = PartitionFences(
+        store, "clicks", lambda p: handler.sources(settings, p), lambda: LOG
+    )
     return ClickIngest(
-        settings, store, positions, outside, outside, MicroSteps(World()), lambda: next(ticks) * 0.03
+        settings,
+        store,
+        positions,
+        outside,
+        outside,
+        MicroSteps(World()),
+        lambda: next(ticks) * 0.03,
     )
 
 
-def make_items(settings: Settings, store: MemoryStore, outside: Outside, cards_s: float = 0.0) -> ItemIngest:
+def make_items(
+    settings: Settings, store: MemoryStore, outside: Outside, cards_s: float = 0.0
+) -> ItemIngest:
     ticks = iter(range(1_000_000))
-    positions = Positions(store, "items", lambda p: item_cards.sources(settings, "1", p), lambda: LOG)
+    positions = PartitionFences(
+        store, "items", lambda p: metadata.sources(settings, "1", p), lambda: LOG
+    )
     ingest = ItemIngest(settings, store, positions, outside, outside, World(), lambda: 5, cards_s)
     ingest.cards._clock_s = lambda: next(ticks) * 0.03
     return ingest
@@ -470,7 +517,7 @@ class Process:
         for _ in range(10_000):
             if [p for p in self.logs if self.turn(p, self.rng.randint(1, 8)) or self.settle(p)]:
                 continue
-            moved = self.ingest.positions.moved_elsewhere(
+            moved = self.ingest.positions.find_diverged(
                 list(self.logs)
             )  # as an idle process asks now and then
             if not moved:
@@ -515,13 +562,17 @@ def test_every_effect_exactly_once_whatever_fails(seed: int) -> None:
     assert process.deaths and process.rewinds
     same(settings, store, process.logs)
     assert moves(outside) == oracle(settings, process.logs)["moved"]
-    refused = {(r.partition, r.offset) for p in process.logs.values() for r in p if rubbish(settings, r)}
+    refused = {
+        (r.partition, r.offset) for p in process.logs.values() for r in p if rubbish(settings, r)
+    }
     assert {letter[:2] for letter in outside.letters} == refused
 
 
 def rubbish(settings: Settings, record: Rec) -> bool:
     try:
-        events.decode_behaviour(record.value, appended_ms=record.timestamp, far_future_ms_max=300_000)
+        events.decode_user_event(
+            record.value, appended_ms=record.timestamp, far_future_ms_max=300_000
+        )
     except Rejected:
         return True
     return False
@@ -579,7 +630,9 @@ def test_forwarded_clicks_count_once_in_their_own_partition(seed: int) -> None:
         again = Rec("clicks", partition, last.offset + 1, last.timestamp, key, value, STAMP)
         process.logs[partition].append(again)
     strays = len({v for _, _, v in outside.forwarded})
-    assert strays and all(partition_of(k.decode(), PARTITIONS) == p for p, k, _ in outside.forwarded)
+    assert strays and all(
+        partition_of(k.decode(), PARTITIONS) == p for p, k, _ in outside.forwarded
+    )
     forwarded_before = len(outside.forwarded)
     process.start()
     process.finish()
@@ -601,10 +654,17 @@ class RealWorld(World):
         space = learn_profiles([{"age": 20}, {"age": 50}])
         d = self.dimension
         arrays = {
-            "query": some(d, 2 * d), "query_bias": some(2 * d), "bias": some(2, 20), "value": some(2 * d, d),
-            "start": some(d), "profile": some(space.rows, d),
-            "w1": some(d, 32), "b1": some(32), "w2": some(32, d), "b2": some(d),
-        }  # fmt: skip
+            "query": some(d, 2 * d),
+            "query_bias": some(2 * d),
+            "bias": some(2, 20),
+            "value": some(2 * d, d),
+            "start": some(d),
+            "profile": some(space.rows, d),
+            "w1": some(d, 32),
+            "b1": some(32),
+            "w2": some(32, d),
+            "b2": some(d),
+        }
         self.item_vectors = unit(some(8, d))
         self.user_tower = UserTower(space, arrays)  # type: ignore[assignment]
         self.micro = MicroStep(self.item_vectors, MicroSettings())  # type: ignore[assignment]
@@ -615,7 +675,9 @@ def test_the_real_engines_give_the_same_bits_whatever_the_chunking() -> None:
     logs = clicks_log(random.Random(5), 500)
     for sizes in ([1], [500], [3, 64, 17]):
         store, outside = MemoryStore(), Outside(settings)
-        positions = Positions(store, "clicks", lambda p: clicks.sources(settings, p), lambda: LOG)
+        positions = PartitionFences(
+            store, "clicks", lambda p: handler.sources(settings, p), lambda: LOG
+        )
         ingest = ClickIngest(settings, store, positions, outside, outside, MicroSteps(RealWorld()))
         positions.open({p: (0, 10_000) for p in logs})
         steps = 0
@@ -627,10 +689,14 @@ def test_the_real_engines_give_the_same_bits_whatever_the_chunking() -> None:
                 at, turn = at + size, turn + 1
             ingest.count(partition)
         state = store.snapshot()
-        lists = {user: seen for user, (seen, _) in state.behaviours.items()}
+        lists = {user: seen for user, (seen, _) in state.histories.items()}
         floors = {f"u{p}": records[-1].offset + 1 - WINDOW for p, records in logs.items()}
-        window = {(s, e): o for s, ids in state.window.items() for e, o in ids.items() if o >= floors[s]}
-        found_bits.append((lists, state.embeddings, window, state.buckets, sorted(outside.forwarded)))
+        window = {
+            (s, e): o for s, ids in state.window.items() for e, o in ids.items() if o >= floors[s]
+        }
+        found_bits.append(
+            (lists, state.embeddings, window, state.buckets, sorted(outside.forwarded))
+        )
         assert steps > 30  # those of a user who is merged away in the same chunk are not taken
     assert found_bits[0] == found_bits[1] == found_bits[2]
 
@@ -649,8 +715,12 @@ def items_log(rng: random.Random, length: int) -> dict[int, list[Rec]]:
             )
             if rng.random() < 0.25:
                 item = None
-            value = b"rubbish" if rng.random() < 0.05 else None if item is None else events.encode(item)
-            records.append(Rec("items", partition, offset, BASE_MS + offset, item_id.encode(), value))
+            value = (
+                b"rubbish" if rng.random() < 0.05 else None if item is None else events.encode(item)
+            )
+            records.append(
+                Rec("items", partition, offset, BASE_MS + offset, item_id.encode(), value)
+            )
         logs[partition] = records
     return logs
 
@@ -686,7 +756,7 @@ def test_items_end_as_their_last_change(seed: int, cards_s: float) -> None:
     for record in outside.published:  # as a worker applies them: the highest version stands
         if record.item_id not in replica or record.offset >= replica[record.item_id].offset:
             replica[record.item_id] = record
-    cards = store.read_cards(list(last), settings.item_slots)
+    cards = store.read_item_metadata(list(last), settings.item_slots)
     assert set(cards) == set(last) == set(replica)
     for item_id, r in last.items():
         item = None if r.value is None else msgspec.json.decode(r.value, type=Item)
@@ -701,7 +771,9 @@ def test_items_end_as_their_last_change(seed: int, cards_s: float) -> None:
 
 @pytest.mark.parametrize("cards_s", [0.0, 10.0])
 @pytest.mark.parametrize("seed", range(12))
-def test_an_owner_who_froze_leaves_no_older_record_behind_a_newer_one(seed: int, cards_s: float) -> None:
+def test_an_owner_who_froze_leaves_no_older_record_behind_a_newer_one(
+    seed: int, cards_s: float
+) -> None:
     """He published, lost the partition, and wakes to write the fence under his successor's hands.
 
     The topic is compacted: what lies last of an item is what a new worker finds.
@@ -709,7 +781,10 @@ def test_an_owner_who_froze_leaves_no_older_record_behind_a_newer_one(seed: int,
     rng = random.Random(500 + seed)
     settings, store = make_settings(), MemoryStore()
     outside, log = Outside(settings), items_log(rng, 32)[0]
-    old, new = (make_items(settings, store, outside, 10.0), make_items(settings, store, outside, cards_s))
+    old, new = (
+        make_items(settings, store, outside, 10.0),
+        make_items(settings, store, outside, cards_s),
+    )
     at = 0
 
     def opened() -> int:
@@ -741,4 +816,4 @@ def test_an_owner_who_froze_leaves_no_older_record_behind_a_newer_one(seed: int,
         newest[record.item_id] = max(record.offset, newest.get(record.item_id, -1))
         last[record.item_id] = record.offset
     assert last == newest and new.positions.lowest(0) == len(log) - 1
-    assert new.cards.unproven(0) is None
+    assert new.cards.unconfirmed(0) is None

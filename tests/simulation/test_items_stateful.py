@@ -14,13 +14,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from eddyline import events
 from eddyline.errors import FenceMoved, KafkaUnavailable, StoreUnavailable
-from eddyline.events import Item
-from eddyline.records import ItemRecord
-from eddyline.slots import partition_of
+from eddyline.schema import events
+from eddyline.schema.events import Item
+from eddyline.schema.item_record import ItemRecord
+from eddyline.schema.partitioning import partition_of
 from index.exact import ExactIndex
-from streams.items import ItemIngest
+from streams.items.handler import ItemIngest
 from tests.simulation.test_ingest_faults import (
     BASE_MS,
     FAULTS,
@@ -55,14 +55,18 @@ class ItemsMachine(RuleBasedStateMachine):
         self.saved = 0
 
     @rule(
-        changes=st.lists(st.tuples(st.sampled_from(ITEMS), st.sampled_from(CHANGES)), min_size=1, max_size=12)
+        changes=st.lists(
+            st.tuples(st.sampled_from(ITEMS), st.sampled_from(CHANGES)), min_size=1, max_size=12
+        )
     )
     def produce(self, changes: list[tuple[str, str]]) -> None:
         for item_id, change in changes:
             partition = partition_of(item_id, PARTITIONS)
             offset = self.ends[partition]
             self.ends[partition] += 1
-            item = Item(item_id=item_id, title="t" * (offset % 50), available=change != "unavailable")
+            item = Item(
+                item_id=item_id, title="t" * (offset % 50), available=change != "unavailable"
+            )
             value = {"delete": None, "rubbish": b"rubbish"}.get(change, events.encode(item))
             # Without a key: under one, compaction would keep the rubbish and drop the item.
             key = None if change == "rubbish" else item_id.encode()
@@ -79,10 +83,15 @@ class ItemsMachine(RuleBasedStateMachine):
         self.logs[partition] = [r for r in log[:-3] if newest[r.key] == r.offset] + log[-3:]
 
     @rule(
-        partition=PARTITION, size=st.integers(1, 8), zombie=st.booleans(),
-        faults=st.lists(st.sampled_from(FAULTS), max_size=2), away=st.booleans(),
-    )  # fmt: skip
-    def ingest(self, partition: int, size: int, zombie: bool, faults: list[str], away: bool) -> None:
+        partition=PARTITION,
+        size=st.integers(1, 8),
+        zombie=st.booleans(),
+        faults=st.lists(st.sampled_from(FAULTS), max_size=2),
+        away=st.booleans(),
+    )
+    def ingest(
+        self, partition: int, size: int, zombie: bool, faults: list[str], away: bool
+    ) -> None:
         self.store.faults, self.outside.away = list(faults), int(away)
         process = self.zombie if zombie else self.owner
         try:
@@ -90,7 +99,10 @@ class ItemsMachine(RuleBasedStateMachine):
         except (FenceMoved, StoreUnavailable, KafkaUnavailable):
             process.positions.open({partition: (0, self.ends[partition])})
         except Died:
-            self.zombie, self.owner = self.owner, make_items(self.settings, self.store, self.outside)
+            self.zombie, self.owner = (
+                self.owner,
+                make_items(self.settings, self.store, self.outside),
+            )
         self.store.faults, self.outside.away = [], 0
 
     @rule()
@@ -142,7 +154,7 @@ class ItemsMachine(RuleBasedStateMachine):
                 self.owner.positions.open({partition: (0, self.ends[partition])})
                 while self._turn(self.owner, partition, 8):
                     pass
-        cards = self.store.read_cards(ITEMS, self.settings.item_slots)
+        cards = self.store.read_item_metadata(ITEMS, self.settings.item_slots)
         assert set(cards) == set(self.last)
         for item_id, record in self.last.items():
             assert cards[item_id].offset == record.offset

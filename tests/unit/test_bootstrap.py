@@ -126,14 +126,20 @@ def test_the_lock_without_cuda_keeps_everything_else(bootstrap: ModuleType) -> N
     assert {"torch", "triton"} < dropped
     assert all(name.startswith(("torch", "triton", "nvidia-", "cuda-")) for name in dropped)
     assert kept.count("--hash") == locked.count("--hash") - sum(
-        block.count("--hash") for block in re.split(r"\n(?=\S)", locked) if bootstrap.CUDA.match(block)
+        block.count("--hash")
+        for block in re.split(r"\n(?=\S)", locked)
+        if bootstrap.CUDA.match(block)
     )
 
 
 def test_a_failed_step_says_which_why_and_what_to_do(
     bootstrap: ModuleType, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    tool = [sys.executable, "-c", "import sys; print('a' * 9000); print('no space left'); sys.exit(28)"]
+    tool = [
+        sys.executable,
+        "-c",
+        "import sys; print('a' * 9000); print('no space left'); sys.exit(28)",
+    ]
     with pytest.raises(bootstrap.StepError) as caught:
         bootstrap._run("copying", tool, "free some space")
     said = str(caught.value)
@@ -145,7 +151,9 @@ def test_a_failed_step_says_which_why_and_what_to_do(
         bootstrap._run("looking", ["/nothing/here"], "install it")
 
 
-def test_a_missing_compiler_is_one_sentence(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_one_sentence(
+    bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(bootstrap.ROOT))
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(bootstrap.StepError, match=r"apt install g\+\+"):
@@ -178,14 +186,28 @@ def test_a_wrong_command_sets_nothing_up(
 def test_every_target_of_the_makefile_is_a_command(bootstrap: ModuleType) -> None:
     makefile = (ROOT / "Makefile").read_text()
     commands = set(re.findall(r"\$\(BOOTSTRAP\) ([a-z]+)", makefile))
-    assert {"setup", "demo", "test", "chaos", "soak", "fuzz", "up", "down", "lint", "bench"} == commands
+    assert {
+        "setup",
+        "demo",
+        "test",
+        "chaos",
+        "soak",
+        "fuzz",
+        "up",
+        "down",
+        "lint",
+        "bench",
+    } == commands
     assert bootstrap.__doc__ is not None
     assert all(re.search(rf"\b{command}\b", bootstrap.__doc__) for command in commands)
 
 
 def test_the_help_needs_no_set_up() -> None:
     said = subprocess.run(
-        [sys.executable, ROOT / "bootstrap.py", "--help"], capture_output=True, text=True, timeout=20
+        [sys.executable, ROOT / "bootstrap.py", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=20,
     )
     assert said.returncode == 0
     assert "TORCH_BACKEND=cpu" in said.stdout

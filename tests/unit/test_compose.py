@@ -16,7 +16,7 @@ import jsonschema
 import pytest
 import yaml
 
-from eddyline.settings import NOT_SETTINGS, load
+from eddyline.settings.loader import NOT_SETTINGS, load
 
 ROOT = Path(__file__).parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
@@ -25,7 +25,12 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 SCHEMA = json.loads((ROOT / "tests" / "data" / "compose-spec.json").read_text(encoding="utf-8"))
 OURS = ("ingest", "worker", "archive", "trainer")
 # What each image holds besides the kernel and the engines' room that all of them need.
-ROOMS = {"ingest": {"streams"}, "archive": {"streams"}, "worker": {"index", "serving"}, "trainer": set[str]()}
+ROOMS = {
+    "ingest": {"streams"},
+    "archive": {"streams"},
+    "worker": {"index", "serving"},
+    "trainer": set[str](),
+}
 
 
 def stages() -> dict[str, tuple[str, list[str]]]:
@@ -49,7 +54,10 @@ def lineage(target: str) -> list[str]:
 
 def errors(compose: dict[str, Any]) -> list[str]:
     validator = jsonschema.Draft201909Validator(SCHEMA)
-    return [f"{'.'.join(map(str, error.path))}: {error.message}" for error in validator.iter_errors(compose)]
+    return [
+        f"{'.'.join(map(str, error.path))}: {error.message}"
+        for error in validator.iter_errors(compose)
+    ]
 
 
 def test_the_file_fits_the_compose_schema() -> None:
@@ -58,9 +66,14 @@ def test_the_file_fits_the_compose_schema() -> None:
 
 @pytest.mark.parametrize(
     ("service", "change"),
-    [("kafka", {"imagee": "x"}), ("worker", {"healthcheck": {"tests": []}}),
-     ("ingest", {"depends_on": {"kafka": {}}}), ("worker", {"ports": "50051"}), ("valkey", {"restart": 5})],
-)  # fmt: skip
+    [
+        ("kafka", {"imagee": "x"}),
+        ("worker", {"healthcheck": {"tests": []}}),
+        ("ingest", {"depends_on": {"kafka": {}}}),
+        ("worker", {"ports": "50051"}),
+        ("valkey", {"restart": 5}),
+    ],
+)
 def test_the_schema_finds_mistakes(service: str, change: dict[str, Any]) -> None:
     broken = json.loads(json.dumps(COMPOSE))
     broken["services"][service].update(change)
@@ -71,7 +84,10 @@ def test_docker_compose_itself_takes_the_file() -> None:
     docker = shutil.which("docker")
     known = (
         docker
-        and subprocess.run([docker, "compose", "version"], capture_output=True, timeout=30).returncode == 0
+        and subprocess.run(
+            [docker, "compose", "version"], capture_output=True, timeout=30
+        ).returncode
+        == 0
     )
     if not docker or not known:
         pytest.skip("docker compose is not installed")
@@ -87,9 +103,13 @@ def test_the_services() -> None:
 @pytest.mark.parametrize("name", OURS)
 def test_every_variable_is_a_setting_and_its_value_is_taken(name: str, tmp_path: Path) -> None:
     environment = SERVICES[name]["environment"]
-    assert all(key.startswith("EDDYLINE_") for key in environment), "other variables steer nothing of ours"
+    assert all(key.startswith("EDDYLINE_") for key in environment), (
+        "other variables steer nothing of ours"
+    )
     assert not NOT_SETTINGS & set(environment)
-    assert all(isinstance(value, str) for value in environment.values()), "compose turns others into text"
+    assert all(isinstance(value, str) for value in environment.values()), (
+        "compose turns others into text"
+    )
     settings = load(environment, folder=tmp_path)
     assert settings.kafka_bootstrap_servers and settings.redis_url
     inside = [line for line in lineage(name) if line.startswith("ENV")]
@@ -101,7 +121,10 @@ def test_every_variable_is_a_setting_and_its_value_is_taken(name: str, tmp_path:
 def test_the_addresses_are_those_of_the_other_services(name: str) -> None:
     environment = SERVICES[name]["environment"]
     kafka = SERVICES["kafka"]["environment"]
-    assert f"://{environment['EDDYLINE_KAFKA_BOOTSTRAP_SERVERS']}" in kafka["KAFKA_ADVERTISED_LISTENERS"]
+    assert (
+        f"://{environment['EDDYLINE_KAFKA_BOOTSTRAP_SERVERS']}"
+        in kafka["KAFKA_ADVERTISED_LISTENERS"]
+    )
     assert environment["EDDYLINE_REDIS_URL"].startswith("redis://valkey:6379/")
 
 
@@ -109,7 +132,9 @@ def test_the_addresses_are_those_of_the_other_services(name: str) -> None:
 def test_every_build_target_is_a_stage_of_its_extra(name: str) -> None:
     build = SERVICES[name]["build"]
     assert build["context"] == "." and build["target"] == name
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     assert name in extras
     assert f"COPY --from=build-{name} /opt/venv /opt/venv" in stages()[name][1]
     install = " ".join(stages()[f"build-{name}"][1])
@@ -130,7 +155,9 @@ def test_an_image_holds_the_rooms_that_its_process_may_import(name: str) -> None
 @pytest.mark.parametrize("name", OURS)
 def test_every_command_is_a_module_of_ours(name: str) -> None:
     command = SERVICES[name]["command"]
-    assert command == json.loads(next(line[4:] for line in lineage(name)[::-1] if line.startswith("CMD ")))
+    assert command == json.loads(
+        next(line[4:] for line in lineage(name)[::-1] if line.startswith("CMD "))
+    )
     python, flag, module = command
     assert (python, flag) == ("python", "-m")
     assert find_spec(f"{module}.__main__"), f"{module} cannot be run"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from eddyline.kafka import CLICKS, ITEMS, USERS
+from eddyline.kafka.topics import CLICKS, ITEMS, USERS
 from tests.fuzz.harness import Harness, mutated, seeds, towers
 
 

@@ -1,0 +1,88 @@
+"""How `eddyline dead-letters` shows its findings. Bytes of strangers never reach the terminal raw."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+
+from eddyline.errors import EddylineError, SettingsError
+from eddyline.settings.loader import Settings
+from streams.operations import dead_letter_replay
+
+# What is shown of one value unless all of it is asked for.
+SHOWN_BYTES = 4_096
+
+console = Console(highlight=False, markup=False, soft_wrap=True)
+
+
+def show_list(settings: Settings, *, reason: str, limit: int) -> None:
+    """Print the newest letters, then how many there are of each reason."""
+    found = dead_letter_replay.summary(settings, reason=reason, limit=limit)
+    width = max((len(letter.at) for letter in found.letters), default=0)
+    for letter in found.letters:
+        why = letter.reason + (" (replayed)" if letter.at in found.replayed else "")
+        line = f"{letter.at:<{width}}  {_age(letter.timestamp_ms):>6}  {why}: {letter.field or 'record'}: "
+        console.print(printable((line + letter.detail).encode(), 500))
+    for name, count in found.reasons.most_common():
+        console.print(f"{count:,} × {printable(name.encode(), 80)}")
+    console.print(
+        f"{found.reasons.total():,} dead letters, {found.replayed_count:,} of them replayed"
+    )
+    if found.skipped:
+        console.print(f"{found.skipped:,} older records were not looked at")
+
+
+def show_one(settings: Settings, at: str, *, whole: bool) -> None:
+    """Print one letter: why it was refused, its key and its bytes, everything unprintable escaped."""
+    letter, replayed = dead_letter_replay.find(settings, at)
+    limit = len(letter.value or b"") if whole else SHOWN_BYTES
+    for name, value in (
+        ("record", letter.at),
+        ("reason", letter.reason),
+        ("field", letter.field or "(the whole record)"),
+        ("detail", letter.detail),
+        ("received", f"{letter.timestamp_ms} ms, {_age(letter.timestamp_ms)} ago"),
+        ("replayed", "yes" if replayed else "no"),
+    ):
+        console.print(f"{name:<9}{printable(value.encode(), 1_000)}")
+    console.print(f"{'key':<9}{_bytes(letter.key, 1_000)}")
+    console.print(f"{'value':<9}{_bytes(letter.value, limit)}")
+
+
+def replay(settings: Settings, at: str, *, reason: str, limit: int) -> None:
+    """Replay one letter or those of a reason, and say what became of each.
+
+    Raises EddylineError where none was sent for a reason.
+    """
+    if bool(at) == bool(reason):
+        raise SettingsError("name one record (topic/partition/offset) or --reason, not both")
+    done = dead_letter_replay.replay(settings, at=at, reason=reason, limit=limit)
+    for kept, why in done.kept_back.items():
+        console.print(f"stays: {printable(kept.encode(), 300)}: {printable(why.encode(), 300)}")
+    console.print(f"{len(done.sent):,} replayed, {len(done.kept_back):,} stay")
+    if done.kept_back and not done.sent:
+        raise EddylineError("nothing was replayed")
+
+
+def printable(data: bytes, limit: int) -> str:
+    r"""Bytes as text that cannot steer a terminal, cut to `limit` bytes.
+
+    >>> printable(b"a\x1b[2Jb\xff", 99)
+    'a\\x1b[2Jb\\xff'
+    """
+    text = data[:limit].decode("utf-8", "backslashreplace")
+    safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return safe + (f"… ({len(data) - limit:,} bytes more)" if len(data) > limit else "")
+
+
+def _bytes(data: bytes | None, limit: int) -> str:
+    return "(null)" if data is None else f"{printable(data, limit)}   [{len(data):,} bytes]"
+
+
+def _age(since_ms: int) -> str:
+    seconds = max(0, time.time_ns() // 1_000_000 - since_ms) // 1000
+    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"

@@ -1,0 +1,164 @@
+"""`eddyline query` and `eddyline stats`: what the query worker answers, for people or as JSON."""
+
+from __future__ import annotations
+
+from google.protobuf.json_format import MessageToJson
+from rich.console import Console
+from rich.table import Table
+
+from eddyline.errors import EddylineError, SettingsError
+from eddyline.kafka import topics
+from eddyline.process.discovery import resolve
+from eddyline.schema.partitioning import user_slot
+from eddyline.settings.loader import Settings
+from eddyline.stores.redis import RedisStore
+from eddyline.stores.state_store import Source
+from serving import registry
+from serving.proto.retrieval_pb2 import IndexSizes, RetrieveResponse, ShardStatus
+from serving.rpc.client import Client
+
+console = Console(highlight=False, markup=False)
+
+
+def query(
+    settings: Settings, user: str, *, k: int, after: str, wait_ms: int, address: str, as_json: bool
+) -> None:
+    """Print a user's items. after: `partition/offset` of a click that the answer must know."""
+    token = _token(after) if after else None
+    with Client(address or worker_address(settings)) as client:
+        answer = client.retrieve(
+            user, k, after=token, wait_ms=wait_ms if token else 0, with_cards=True
+        )
+    if as_json:
+        console.print(MessageToJson(answer, preserving_proto_field_name=True), soft_wrap=True)
+        return
+    console.print(answer_table(answer))
+    for line in remarks(answer):
+        console.print(line, soft_wrap=True)
+
+
+def stats(settings: Settings, *, address: str, as_json: bool) -> None:
+    """Print what the worker holds, and how far ingest is behind Kafka."""
+    with Client(address or worker_address(settings)) as client:
+        worker = client.stats()
+    if as_json:
+        console.print(MessageToJson(worker, preserving_proto_field_name=True), soft_wrap=True)
+        return
+    table = Table("what", "value", show_edge=False, pad_edge=False)
+    for what, value in (
+        ("generation", worker.generation),
+        ("queries", f"{worker.queries:,} ({worker.queries_failed:,} failed)"),
+        ("items in the index", f"{worker.index.live:,} live, {worker.index.main:,} in the graph"),
+        ("rebuilds", f"{worker.index.rebuilds:,} ({worker.index.rebuilds_failed:,} failed)"),
+        ("recall", recall_of(worker.index)),
+        ("item records read", f"{worker.tail.records:,}, {worker.tail.lag_records:,} behind"),
+        ("popular list", f"{worker.popular.items:,} items, {worker.popular.age_ms:,} ms old"),
+        ("missing", ", ".join(worker.missing) or "nothing"),
+        *((f"shard {shard.shard}", shard_line(shard)) for shard in worker.held),
+    ):
+        table.add_row(what, value)
+    console.print(table)
+    lag = _lag_table(resolve(settings))
+    if lag.row_count:
+        console.print(lag)
+    else:
+        space = resolve(settings).namespace or "(none)"
+        console.print(
+            f"there are no topics in the namespace {space}; EDDYLINE_NAMESPACE names another one"
+        )
+
+
+def recall_of(index: IndexSizes) -> str:
+    """What the recall guard found, in one line."""
+    if not index.HasField("recall"):
+        return "not watched"
+    recall = index.recall
+    told = "not enough compared yet"
+    if recall.samples:
+        told = f"{recall.estimate:.3f} ({recall.low:.3f} … {recall.high:.3f}) of {recall.samples:,} queries"
+    return f"{told}, {recall.step}, {index.breadth:,} candidates"
+
+
+def shard_line(shard: ShardStatus) -> str:
+    """A shard as its coordinator knows it, in one line."""
+    state = "answers" if shard.answers else f"{shard.reason}: {shard.detail}"
+    told = f"{shard.live:,} items, {shard.lag_records:,} behind, {shard.misses:,} misses"
+    return f"{shard.address}, {state}, {told}"
+
+
+def answer_table(answer: RetrieveResponse) -> Table:
+    """The items of an answer, a row each."""
+    table = Table("#", "item", "title", "path", "score", "age", show_edge=False, pad_edge=False)
+    for item in answer.items:
+        row = (item.item_id, item.card.title, f"{item.path} {item.path_rank}", f"{item.score:.3f}")
+        table.add_row(str(item.rank), *row, _ago(item.age_ms))
+    return table
+
+
+def remarks(answer: RetrieveResponse) -> list[str]:
+    """What there is to say about an answer: freshness, paths that gave nothing, what was missing."""
+    user, fresh = answer.freshness.user, answer.freshness
+    known = (
+        f"last click clicks/{user.partition}/{user.offset}"
+        if user.known
+        else "no click of this user yet"
+    )
+    lines = [f"generation {fresh.generation} · {known} · fence {user.fence_offset}"]
+    lines += [f"{path.path}: {path.why}" for path in answer.paths if path.why]
+    if answer.HasField("shards"):
+        lines.append(f"shards: {answer.shards.answered} of {answer.shards.asked} answered")
+    lines += [f"missing: {what}" for what in answer.missing]
+    if answer.short_because:
+        lines.append(f"fewer than asked for: {answer.short_because}")
+    if answer.freshness.after.why:
+        lines.append(f"after: {answer.freshness.after.why}")
+    return lines
+
+
+def worker_address(settings: Settings) -> str:
+    """The address of what was started last on this data folder and answers users (a query worker or a
+    coordinator of shards), else the one of the settings.
+    """
+    running = [worker for worker in registry.running(settings) if worker.answers]
+    if running:
+        return running[-1].address
+    if settings.worker_port == 0:
+        raise SettingsError(
+            "no query worker runs here: start one with `eddyline worker`, or give --address"
+        )
+    return f"{settings.worker_host}:{settings.worker_port}"
+
+
+def _lag_table(settings: Settings) -> Table:
+    table = Table("topic", "partition", "applied", "end", "behind", show_edge=False, pad_edge=False)
+    store = RedisStore(settings)
+    try:
+        for name in topics.SOURCES:
+            for partition, end in sorted(topics.end_offsets(settings, name).items()):
+                slot = "i0" if name == topics.ITEMS else user_slot(partition)
+                fence = store.fences(Source(name, partition), [slot])[slot]
+                applied = fence.offset + 1 if fence else 0
+                table.add_row(
+                    name, str(partition), f"{applied:,}", f"{end:,}", f"{end - applied:,}"
+                )
+    except EddylineError as error:
+        console.print(f"lag unknown: {error}")
+    finally:
+        store.close()
+    return table
+
+
+def _token(text: str) -> tuple[int, int]:
+    partition, slash, offset = text.removeprefix("clicks/").partition("/")
+    if not (slash and partition.isdigit() and offset.isdigit()):
+        raise SettingsError(
+            f"--after {text!r}: expected partition/offset, as `eddyline click` prints it"
+        )
+    return int(partition), int(offset)
+
+
+def _ago(age_ms: int) -> str:
+    for size, unit in ((86_400_000, "d"), (3_600_000, "h"), (60_000, "min"), (1_000, "s")):
+        if age_ms >= size:
+            return f"{age_ms / size:.0f} {unit}"
+    return f"{age_ms} ms"

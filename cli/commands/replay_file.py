@@ -1,0 +1,143 @@
+"""`eddyline replay`: a file of events into Kafka, with the gaps it was recorded with, or faster."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from kafka.errors import KafkaError
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from cli.console import console
+from eddyline.errors import Rejected, SettingsError
+from eddyline.kafka import clients, producers, topics
+from eddyline.kafka.producers import now_ms
+from eddyline.schema import events
+from eddyline.schema.events import Click, Item, UserProfile
+from eddyline.settings.loader import Settings
+
+Event = Click | Item | UserProfile
+# So many records may be on their way at a time: bounds the producer's memory and keeps Ctrl-C quick.
+IN_FLIGHT_MAX = 5_000
+_TYPES: dict[str, type[Event]] = {
+    topics.CLICKS: Click,
+    topics.ITEMS: Item,
+    topics.USERS: UserProfile,
+}
+
+
+def replay_file(
+    settings: Settings, file: Path, *, speed: float, topic: str, shift_to_now: bool
+) -> None:
+    """Send a file of JSON lines; every line is checked before the first one is sent.
+
+    speed: 1 keeps the gaps between the events' times, 10 is ten times faster, 0 waits for nothing
+    Raises Rejected with the line's number where the codec would refuse a line.
+    """
+    if topic not in _TYPES:
+        raise SettingsError(f"--topic {topic!r}: expected one of {', '.join(_TYPES)}")
+    if not speed >= 0:
+        raise SettingsError(f"--speed {speed}: must be 0 or above")
+    records = list(_read(settings, file, _TYPES[topic]))
+    if shift_to_now and records:
+        records = shifted(records, now_ms())
+    with progress_bar() as progress:
+        task = progress.add_task(f"replaying {file.name}", total=len(records))
+        took_s = send(
+            settings, records, speed=speed, on_sent=lambda n: progress.update(task, completed=n)
+        )
+    console.print(f"{len(records):,} records in {took_s:.1f} s into {settings.prefixed(topic)}")
+
+
+def progress_bar() -> Progress:
+    """A bar with counts and time, on standard error's console; silent where there is no terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=False,
+    )
+
+
+def shifted(records: list[Any], now: int) -> list[Any]:
+    """The same events, moved in time so that the last one is `now` (ms); gaps are kept."""
+    by = now - max(record.at_ms for record in records)
+    return [msgspec.structs.replace(record, at_ms=record.at_ms + by) for record in records]
+
+
+def send(
+    settings: Settings,
+    records: Iterable[Event],
+    *,
+    speed: float = 0,
+    on_sent: Callable[[int], None] = lambda _: None,
+) -> float:
+    """Send events in their order and return once the broker has them all; the seconds it took.
+
+    Raises KafkaUnavailable where one could not be delivered in `kafka_timeout_ms`.
+    """
+    producer = producers.make_producer(
+        settings, linger_ms=5 if speed == 0 else 0, batch_size=131_072
+    )
+    started, first_ms, n = time.monotonic(), None, 0
+    failed: list[Exception] = []
+    try:
+        for n, record in enumerate(records, 1):
+            if speed:
+                first_ms = record.at_ms if first_ms is None else first_ms
+                due = started + (record.at_ms - first_ms) / 1000 / speed
+                if due > (now := time.monotonic()):
+                    on_sent(n - 1)
+                    time.sleep(due - now)
+            last = _send_one(producer, settings, record).add_errback(failed.append)
+            if n % IN_FLIGHT_MAX == 0:
+                last.get(timeout=settings.kafka_timeout_ms / 1000)
+                on_sent(n)
+        producer.flush(timeout=max(10.0, settings.kafka_timeout_ms / 1000))
+        on_sent(n)
+    except KafkaError as error:
+        failed.append(error)
+    finally:
+        producer.close(timeout=settings.kafka_timeout_ms / 1000)
+    if failed:
+        first = failed[0]
+        raise clients.translate_error(settings, first, "not every record was delivered") from None
+    return time.monotonic() - started
+
+
+def _send_one(producer: Any, settings: Settings, record: Event) -> Any:
+    if isinstance(record, Click):
+        return producers.send_click(producer, settings, record)
+    if isinstance(record, Item):
+        return producers.send_item(producer, settings, record)
+    return producers.send_profile(producer, settings, record)
+
+
+def _read(settings: Settings, file: Path, kind: type[Event]) -> Iterator[Event]:
+    try:
+        lines = file.read_bytes().splitlines()
+    except OSError as error:
+        raise SettingsError(f"{file}: {error.strerror}") from None
+    limits = {"appended_ms": now_ms(), "far_future_ms_max": settings.far_future_ms_max}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            if kind is Click:
+                yield events.decode_click(line, **limits)
+                continue
+            key = str(msgspec.json.decode(line).get(f"{'item' if kind is Item else 'user'}_id"))
+            if kind is Item:
+                dimension = settings.item_vector_dimension
+                yield events.decode_item(line, key=key, vector_dimension=dimension, **limits)
+            else:
+                yield events.decode_profile(line, key=key, **limits)
+        except (msgspec.DecodeError, AttributeError) as error:
+            raise Rejected("malformed_json", f"line {number}", str(error)) from None
+        except Rejected as error:
+            raise Rejected(error.reason, f"line {number}: {error.field}", error.detail) from None

@@ -1,0 +1,175 @@
+"""`eddyline up` and `eddyline down`: the local Kafka and Valkey as a process in the background."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from eddyline.errors import LocalServerError
+from eddyline.process.discovery import LocalServers, is_held, running, servers_file
+from eddyline.settings.loader import Settings
+from sandbox.servers import kafka_jars
+from sandbox.servers.__main__ import run
+from sandbox.servers.local_servers import log_dir, needed
+from sandbox.servers.status import server_status
+from sandbox.servers.supervisor import open_log, tail
+
+OWNER = "eddyline up"
+# A broker that recovers a big log after a power cut.
+UP_TIMEOUT_S = 240.0
+# Both servers' own times to stop, and some.
+DOWN_TIMEOUT_S = 60.0
+POLL_S = 0.05
+
+
+def up(settings: Settings, foreground: bool = False, *, console: Console | None = None) -> None:
+    """Start what the settings do not name, wait until it answers, and print where it is.
+
+    foreground: run them in this process until Ctrl-C. Otherwise they stay in the background until `down`.
+    Raises LocalServerError with the step, the reason and what to do.
+    """
+    console = console or Console()
+    if not any(needed(settings)):
+        console.print("Nothing to start: the settings name Kafka and Redis.")
+        show(settings, console)
+        return
+    if is_held(settings) and (found := _wait_ready(settings, console, None)):
+        console.print(f"Already up (`{found.owner}`, pid {found.pid}).")
+        show(settings, console)
+        return
+    if needed(settings)[0]:
+        _fetch(console)
+    if foreground:
+        run(settings, owner=OWNER, tell=console.print)
+        return
+    process = _spawn(settings)
+    _wait_ready(settings, console, process)
+    show(settings, console)
+
+
+def down(settings: Settings, *, console: Console | None = None) -> None:
+    """Stop the servers that `up` started and wait until they are gone; says so where there are none.
+
+    Raises LocalServerError where something else than `eddyline up` runs them, or they do not stop.
+    """
+    console = console or Console()
+    if not is_held(settings):
+        console.print("Nothing is up here.")
+        return
+    deadline = time.monotonic() + DOWN_TIMEOUT_S
+    servers = running(settings)
+    while (
+        servers is None and is_held(settings) and time.monotonic() < deadline
+    ):  # it has only just begun
+        time.sleep(POLL_S)
+        servers = running(settings)
+    if servers is not None:
+        if servers.owner != OWNER:
+            raise LocalServerError(
+                f"the servers belong to `{servers.owner}` (pid {servers.pid}); stop that instead"
+            )
+        os.kill(servers.pid, signal.SIGTERM)
+    with console.status("stopping"):
+        while is_held(settings):
+            if time.monotonic() > deadline:
+                pid = servers.pid if servers else "unknown"
+                raise LocalServerError(
+                    f"stopping: the supervisor (pid {pid}) is still there after {DOWN_TIMEOUT_S:g} s; "
+                    f"see {_log(settings)}; `kill -9 {pid}` ends it and its servers, no data are lost"
+                )
+            time.sleep(POLL_S)
+    console.print("Down. The data are kept.")
+
+
+def show(settings: Settings, console: Console) -> None:
+    """Print both servers: version, address, why this one; for local ones log, pid and data folder."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("server", "address", "why"):
+        table.add_column(heading, overflow="fold")
+    for row in server_status(settings):
+        table.add_row(row.version, row.address, row.why)
+    console.print(table)
+    local = running(settings)
+    if local is None:
+        return
+    for server in (local.kafka, local.redis):
+        if server is not None:
+            console.print(
+                f"log of {server.version}: {server.log} (pid {server.pid})", soft_wrap=True
+            )
+    console.print(f"data: {local.data_dir}", soft_wrap=True)
+
+
+def _fetch(console: Console) -> None:
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("fetching Apache Kafka's jars", total=None, visible=False)
+        kafka_jars.fetch(
+            lambda done, total: progress.update(task, completed=done, total=total, visible=True)
+        )
+
+
+def _spawn(settings: Settings) -> subprocess.Popen[bytes]:
+    """The supervisor, in a session of its own: neither Ctrl-C nor a closed terminal reaches it."""
+    path = _log(settings)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    environment = {
+        **os.environ,
+        "EDDYLINE_DATA_DIR": str(Path(settings.data_dir).absolute()),
+        "EDDYLINE_KAFKA_BOOTSTRAP_SERVERS": settings.kafka_bootstrap_servers,
+        "EDDYLINE_REDIS_URL": settings.redis_url,
+    }
+    with open_log(path) as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "sandbox.servers"],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            start_new_session=True,
+        )
+
+
+def _wait_ready(
+    settings: Settings, console: Console, process: subprocess.Popen[bytes] | None
+) -> LocalServers | None:
+    """Wait for the servers, showing each step.
+
+    None where the process that ran them, not ours, went away meanwhile.
+    """
+    deadline = time.monotonic() + UP_TIMEOUT_S
+    with console.status("starting") as status:
+        while time.monotonic() < deadline:
+            ended = process is not None and process.poll() is not None
+            servers = running(settings)
+            if servers is not None and servers.state == "ready":
+                if process is not None:
+                    process.returncode = 0  # it outlives us on purpose; without this Popen warns
+                return servers
+            if ended and not is_held(
+                settings
+            ):  # held: another `up` was faster, its servers are as good
+                said = "\n".join(tail(_log(settings), 12))
+                raise LocalServerError(
+                    f"starting the local servers failed. The end of {_log(settings)}:\n{said}"
+                )
+            if process is None and not is_held(settings):
+                return None
+            status.update(servers.step if servers and servers.step else "starting")
+            time.sleep(POLL_S)
+    raise LocalServerError(
+        f"starting: the servers were not ready within {UP_TIMEOUT_S:g} s; see {_log(settings)} and "
+        f"{servers_file(settings)}; "
+        "`eddyline down` stops the attempt"
+    )
+
+
+def _log(settings: Settings) -> Path:
+    return log_dir(settings) / "supervisor.log"

@@ -1,0 +1,239 @@
+"""From nothing to a living system: servers, a world, a generation, processes, the history replayed."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from cli.commands import replay_file
+from eddyline import generations
+from eddyline.errors import BundleError, KafkaUnavailable, SettingsError
+from eddyline.generations import Manifest
+from eddyline.kafka import topics
+from eddyline.settings.loader import Settings
+from eddyline.stores.redis import RedisStore
+from sandbox import processes as staging
+from sandbox.datasets import catalogue
+from sandbox.datasets.dataset import Dataset, DatasetUnavailable
+from sandbox.processes import ProcessRunner
+from sandbox.servers import status
+from sandbox.servers.status import ServerStatus
+
+# The towers learn from the first 80% by time; the rest is new to them, as it is in life.
+TRAIN_SHARE = 0.8
+# Nothing applied for so long means that something is wrong, not slow.
+STALLED_S = 60.0
+
+
+@dataclass
+class RunningDemo:
+    """A living system with a world in it. took_s: what each step took, in order."""
+
+    stage: ProcessRunner
+    world: Dataset
+    address: str
+    where: list[ServerStatus]
+    took_s: dict[str, float] = field(default_factory=dict)
+
+
+class Steps:
+    """Progress on the terminal: a bar for what takes over a second, and the time of every step."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.took_s: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[Callable[[str, int, int], None]]:
+        """Yield tell(what, done, of); of = 0 where it is not known."""
+        started = time.monotonic()
+        if not self.console.is_terminal:
+            yield lambda *_: None
+            self._done(name, started)
+            return
+        columns = (
+            TextColumn("  {task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            task = progress.add_task(name, total=None)
+
+            def tell(what: str, done: int, of: int) -> None:
+                progress.update(task, description=what, completed=done, total=of or None)
+
+            yield tell
+        self._done(name, started)
+
+    def _done(self, name: str, started: float) -> None:
+        self.took_s[name] = time.monotonic() - started
+        if self.took_s[name] >= 1:
+            self.console.print(f"  [dim]{name}: {self.took_s[name]:.1f} s[/]")
+
+
+@contextlib.contextmanager
+def bring_up(settings: Settings, data: str, console: Console) -> Iterator[RunningDemo]:
+    """A living system with the world `data`; everything that was started here ends with the block."""
+    if data not in catalogue.NAMES:
+        raise SettingsError(f"DATA={data}: expected one of {', '.join(catalogue.NAMES)}")
+    steps = Steps(console)
+    world = _load_world(settings, data, steps)
+    console.print(
+        f"[bold]{world.name}[/]: {len(world.items):,} items, {len(world.profiles):,} users, "
+        f"{len(world.clicks):,} events"
+    )
+    if world.licence:
+        console.print(f"[dim]{' '.join(world.licence.split())}[/]")
+    settings = staging.with_namespace(settings, world)
+    with contextlib.ExitStack() as stack:
+        with steps.step("Kafka and Redis") as tell:
+            stage = stack.enter_context(
+                staging.running_servers(settings, lambda what: tell(what, 0, 0))
+            )
+        found = status.server_status(settings)
+        for where in found:
+            console.print(f"  {where.version} at {where.address} ({where.why})")
+            if "does not answer" in where.version:
+                raise KafkaUnavailable(f"{where.version} at {where.address}; {where.why}")
+        _check_store(stage.settings)
+        manifest = _generation(stage.settings, world, steps)
+        with steps.step("topics and generation"):
+            stage.prepare(manifest)
+        worker, address = stage.worker_child(k_max="10000")
+        with steps.step("ingest and worker"):
+            stage.supervisor.start(stage.ingest_child(), worker)
+        _replay_history(stage, world, steps)
+        yield RunningDemo(stage, world, address, found, steps.took_s)
+
+
+def _load_world(settings: Settings, data: str, steps: Steps) -> Dataset:
+    with steps.step("world") as tell:
+        try:
+            return catalogue.load(data, Path(settings.data_dir), tell)
+        except DatasetUnavailable as error:
+            steps.console.print(f"[yellow]{error}\nGoing on with a generated world.[/]")
+            return catalogue.load("generated", Path(settings.data_dir), tell)
+
+
+def _generation(settings: Settings, world: Dataset, steps: Steps) -> Manifest:
+    """The active generation where its bundle is at hand, else a new one, trained now."""
+    from embeddings.bundle import bundle
+
+    topics.ensure_topics(settings, [topics.GENERATIONS])
+    folder = settings.bundles / world.name
+    known = generations.active(settings)
+    ids = [int(f.name) for f in folder.glob("*") if f.name.isdigit()]
+    for generation in [known.generation] if known else [str(i) for i in sorted(ids, reverse=True)]:
+        try:
+            found = bundle.load(folder / generation)
+        except BundleError as error:
+            steps.console.print(f"[yellow]generation {generation} cannot be used: {error}[/]")
+            continue
+        steps.console.print(
+            f"  generation {generation}: {len(found.item_ids):,} items, trained before"
+        )
+        return _manifest(world, found.generation, found.dimension, found.created_ms)
+    generation = str(max([*ids, int(known.generation) if known else 0]) + 1)
+    return _train(folder / generation, generation, world, steps)
+
+
+def _train(folder: Path, generation: str, world: Dataset, steps: Steps) -> Manifest:
+    with steps.step("training") as tell:
+        tell("loading torch", 0, 0)
+        from embeddings.bundle import bundle
+        from embeddings.data.examples import TrainingData, split
+        from embeddings.evaluation.next_item import evaluate
+        from embeddings.training.trainer import train
+
+        profiles = {user: dict(profile.attributes) for user, profile in world.profiles.items()}
+        before, held_out = split(world.clicks, TRAIN_SHARE)
+        data = TrainingData(items=world.items, profiles=profiles, clicks=before)
+        report = train(
+            data,
+            folder,
+            generation,
+            on_progress=lambda at: tell(f"training, loss {at.loss:.2f}", at.step, at.steps),
+        )
+        found = bundle.load(folder)
+        judged = evaluate(
+            found,
+            profiles,
+            before,
+            held_out,
+            events_max=4_000,
+            on_progress=lambda done, of: tell("judging on the last 20%", done, of),
+        )
+    steps.console.print(
+        f"  generation {generation}: trained on {report.events:,} events in {report.wall_s:.0f} s; on the "
+        f"later 20% the clicked item is among the first ten in {judged.towers.hit_rate_10:.1%} "
+        f"(popularity: {judged.popularity.hit_rate_10:.1%})"
+    )
+    return _manifest(world, generation, found.dimension, found.created_ms)
+
+
+def _manifest(world: Dataset, generation: str, dimension: int, created_ms: int) -> Manifest:
+    bundle = f"{world.name}/{generation}"
+    return Manifest(
+        generation=generation, bundle=bundle, dimension=dimension, created_ms=created_ms
+    )
+
+
+class _ReplayedEvents(msgspec.Struct, frozen=True):
+    """Which history lies in which log already, so that a second start need not send it again."""
+
+    cluster_id: str
+    topic_id: str
+    world: str
+    clicks: int
+
+
+def _tell_sent(tell: Callable[[str, int, int], None], what: str, of: int, done: int) -> None:
+    tell(what, done, of)
+
+
+def _check_store(settings: Settings) -> None:
+    """Raise StoreRefused before anything is trained for a Redis that must not be used."""
+    store = RedisStore(settings)
+    try:
+        store.check()
+    finally:
+        store.close()
+
+
+def _replay_history(stage: ProcessRunner, world: Dataset, steps: Steps) -> None:
+    settings = stage.settings
+    log = topics.log_ids(settings, [topics.CLICKS])[topics.CLICKS]
+    this = _ReplayedEvents(log.cluster_id, log.topic_id, world.name, len(world.clicks))
+    note = Path(settings.data_dir) / "run" / f"replayed-{settings.namespace}.json"
+    if not (note.exists() and note.read_bytes() == msgspec.json.encode(this)):
+        clicks = catalogue.shifted_to_now(world.clicks, time.time_ns() // 1_000_000)
+        with steps.step("replay") as tell:
+            for what, events in (
+                ("items", world.items),
+                ("profiles", list(world.profiles.values())),
+                ("events", clicks),
+            ):
+                on_sent = functools.partial(_tell_sent, tell, f"sending {what}", len(events))
+                replay_file.send(settings, events, on_sent=on_sent)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_bytes(msgspec.json.encode(this))
+    else:
+        steps.console.print(
+            f"  the history lies in Kafka and Redis already ({len(world.clicks):,} events)"
+        )
+    with steps.step("ingest") as tell:
+        staging.wait_until_applied(
+            settings,
+            lambda n, of: tell("applying to Redis", n, of),
+            timeout_s=STALLED_S,
+            check=stage.supervisor.check,
+        )

@@ -1,0 +1,243 @@
+"""`make demo`: Ana's ten films, a click, her ten films again; a new item found, then deleted and gone."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import msgspec
+from kafka import KafkaProducer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cli.demo.bring_up import RunningDemo, bring_up
+from cli.demo.trace import trace
+from eddyline.errors import EddylineError
+from eddyline.kafka import producers
+from eddyline.kafka.producers import now_ms, sent_to
+from eddyline.process import discovery
+from eddyline.schema.events import Click
+from eddyline.settings.loader import Settings
+from eddyline.stores.redis_url import without_password
+from sandbox import processes as staging
+from serving.proto.retrieval_pb2 import RetrieveResponse
+from serving.rpc.client import Client
+
+ANA = "ana"
+NEW_ITEM = "eddyline-premiere"
+# A change that is not seen after this time is not coming.
+VISIBLE_S_MAX = 10.0
+FIRST_CLICKS = 5
+
+
+class ScenarioFailed(EddylineError):
+    """An answer did not change as it had to."""
+
+
+def run(settings: Settings, *, data: str, once: bool) -> int:
+    """The whole demo; the exit code. Stays up until Ctrl-C unless `once`."""
+    console, started = Console(highlight=False), time.monotonic()
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        with bring_up(settings, data, console) as system:
+            show = Scenario(system, console, started)
+            try:
+                result = show.all()
+            finally:
+                show.close()
+            if once:
+                console.print(msgspec.json.encode(result).decode(), soft_wrap=True, markup=False)
+                return 0
+            _print_what_next(system, settings, console)
+            while not stop.wait(1.0):
+                system.stage.supervisor.check()
+    except KeyboardInterrupt:
+        console.print("\nstopped")
+        return 0 if not once else 130
+    except ScenarioFailed as error:
+        console.print(f"[red]{escape(str(error))}[/]")
+        return 1
+    return 0
+
+
+class Scenario:
+    """The steps that people see. Each one raises ScenarioFailed where an answer did not change as it had to."""
+
+    def __init__(self, system: RunningDemo, console: Console, started: float) -> None:
+        self.system = system
+        self.settings = system.stage.settings
+        self.console = console
+        self.started = started
+        self.client = Client(system.address)
+        self.producer: KafkaProducer = producers.make_producer(self.settings)
+        self.titles = {item.item_id: item for item in system.world.items}
+
+    def close(self) -> None:
+        """Let go of connections."""
+        self.client.close()
+        self.producer.close(timeout=5)
+
+    def all(self) -> dict[str, object]:
+        """Everything; the figures of the demo's last line."""
+        first = self.meet_ana()
+        click_ms = self.click(first)
+        item_ms, delete_ms = self.item_comes_and_goes()
+        where = {w.name: w.version for w in self.system.where}
+        return {
+            "click_visible_ms": round(click_ms, 1),
+            "item_visible_ms": round(item_ms, 1),
+            "delete_visible_ms": round(delete_ms, 1),
+            "kafka": where["kafka"],
+            "redis": where["redis"],
+            "data": self.system.world.name,
+        }
+
+    def meet_ana(self) -> RetrieveResponse:
+        """A fresh Ana, who has clicked five things of one kind."""
+        sent_to(producers.send_forget(self.producer, self.settings, ANA), self.settings)
+        check = self.system.stage.supervisor.check
+        staging.wait_until_applied(
+            self.settings, lambda *_: None, timeout_s=VISIBLE_S_MAX, check=check
+        )
+        token = (0, 0)
+        taste, liked = self._taste()
+        for item_id in liked:
+            token = self._send_click(item_id)
+        answer = self.client.retrieve(ANA, 10, after=token, wait_ms=2_000, with_cards=True)
+        took = " · ".join(f"{name} {s:.1f}" for name, s in self.system.took_s.items() if s >= 0.05)
+        self.console.print(f"\n[dim]{time.monotonic() - self.started:.1f} s so far: {took}[/]")
+        films = escape(", ".join(map(self._title, liked)))
+        self.console.print(f"\nAna has clicked {FIRST_CLICKS} times, all {taste}: {films}.")
+        self._expect(len(answer.items) == 10, f"ten items for Ana, not {len(answer.items)}")
+        self._expect(
+            not set(liked) & {i.item_id for i in answer.items}, "what Ana has seen is left out"
+        )
+        self.console.print(self._table(answer, None))
+        return answer
+
+    def click(self, first: RetrieveResponse) -> float:
+        """Ana clicks what is least like what she clicked before; milliseconds until her answer knows it."""
+        known = Counter(c for item_id in self._taste()[1] for c in self.titles[item_id].categories)
+        chosen = min(
+            (i.item_id for i in first.items),
+            key=lambda item_id: sum(known[c] for c in self.titles[item_id].categories),
+        )
+        self.console.print(f"\nAna clicks [bold]{escape(self._title(chosen))}[/].")
+        token = self._send_click(chosen)
+        answer = self.client.retrieve(ANA, 10, after=token, wait_ms=2_000, with_cards=True)
+        seen = trace(answer)
+        ids = [i.item_id for i in answer.items]
+        self._expect(answer.freshness.after.applied, "the click is in the answer")
+        self._expect(
+            len(ids) == 10 and chosen not in ids, "the clicked item is gone, ten others are there"
+        )
+        self._expect(ids != [i.item_id for i in first.items], "the list has changed")
+        self.console.print(self._table(answer, first))
+        self.console.print(f"[bold green]{seen}[/]")
+        self.console.print(
+            "[dim]kafka: producer → ingest · ingest: → applied in Redis · wait: → the worker reads it · "
+            "tower: her vector · search: the index · answer: → here[/]"
+        )
+        return seen.total_ms
+
+    def item_comes_and_goes(self) -> tuple[float, float]:
+        """(milliseconds until a new item is found, until it is gone after its delete)."""
+        like = self.titles[self._taste()[1][0]]
+        item = msgspec.structs.replace(
+            like, item_id=NEW_ITEM, title=f"{like.title} II", at_ms=now_ms()
+        )
+        rank, found_ms = self._until(
+            lambda: producers.send_item(self.producer, self.settings, item), there=True
+        )
+        self.console.print(
+            f"\nA new item, [bold]{escape(item.title)}[/], that nobody has clicked yet: "
+            f"[bold green]found in {found_ms:.0f} ms[/], number {rank} of {len(self.titles):,} for Ana"
+        )
+        delete = lambda: producers.send_delete(self.producer, self.settings, NEW_ITEM)  # noqa: E731
+        _, gone_ms = self._until(delete, there=False)
+        self.console.print(f"Deleted: [bold green]gone in {gone_ms:.0f} ms[/]")
+        return found_ms, gone_ms
+
+    def _until(self, send: Callable[[], object], *, there: bool) -> tuple[int, float]:
+        """Send, then ask for the whole list until the towers name the item, or nothing does.
+
+        (its rank, milliseconds)
+        """
+        began = time.monotonic()
+        sent_to(send(), self.settings)
+        while time.monotonic() - began < VISIBLE_S_MAX:
+            answer = self.client.retrieve(ANA, len(self.titles) + 1, timeout_s=5)
+            # Where the item arrives between two paths of one answer, the last path names it first.
+            wanted = ("towers",) if there else ("towers", "popular", "newest")
+            ranks = [i.rank for i in answer.items if i.item_id == NEW_ITEM and i.path in wanted]
+            if bool(ranks) == there:
+                return (ranks or [0])[0], (time.monotonic() - began) * 1_000
+        what = "not found" if there else "still there"
+        raise ScenarioFailed(f"the new item is {what} after {VISIBLE_S_MAX:.0f} s")
+
+    def _send_click(self, item_id: str) -> tuple[int, int]:
+        click = Click(user_id=ANA, item_id=item_id, at_ms=now_ms(), kind="like")
+        return sent_to(producers.send_click(self.producer, self.settings, click), self.settings)
+
+    def _taste(self) -> tuple[str, list[str]]:
+        """(a category, its five most clicked items): the third most common category, not the commonest."""
+        counts = Counter(c for item in self.system.world.items for c in item.categories)
+        category = [c for c, _ in counts.most_common(8)][-1]
+        of_it = {i.item_id for i in self.system.world.items if category in i.categories}
+        liked = (c for c in self.system.world.clicks if c.item_id in of_it and c.kind != "dislike")
+        clicked = Counter(c.item_id for c in liked)
+        return category, [item_id for item_id, _ in clicked.most_common(FIRST_CLICKS)]
+
+    def _title(self, item_id: str) -> str:
+        return self.titles[item_id].title if item_id in self.titles else item_id
+
+    def _table(self, answer: RetrieveResponse, before: RetrieveResponse | None) -> Table:
+        ranks = {i.item_id: i.rank for i in before.items} if before else {}
+        table = Table(
+            "#", "film", "was" if before else "", "path", "score", show_edge=False, pad_edge=False
+        )
+        for item in answer.items:
+            moved = ""
+            if before:
+                was = ranks.get(item.item_id)
+                up = (was or 0) - item.rank
+                moved = (
+                    "[green]new[/]"
+                    if was is None
+                    else f"▲{up}"
+                    if up > 0
+                    else f"▼{-up}"
+                    if up
+                    else ""
+                )
+            row = (escape(self._title(item.item_id)), moved, item.path, f"{item.score:.3f}")
+            table.add_row(str(item.rank), *row)
+        return table
+
+    def _expect(self, holds: bool, what: str) -> None:
+        if not holds:
+            raise ScenarioFailed(f"expected: {what}")
+
+
+def _print_what_next(system: RunningDemo, settings: Settings, console: Console) -> None:
+    live = system.stage.settings
+    servers = f"Kafka {live.kafka_bootstrap_servers} · Redis {without_password(live.redis_url)}"
+    logs = system.stage.supervisor.log_dir
+    console.print(f"\n{servers} · worker {system.address} · logs in {logs}", soft_wrap=True)
+    local = discovery.running(settings)
+    space = (
+        ""
+        if local and local.namespace == live.namespace
+        else f"EDDYLINE_NAMESPACE={live.namespace} "
+    )
+    item_id = system.world.items[0].item_id
+    console.print("Play on, in another terminal of this folder:")
+    for command in (f"click {ANA} {item_id}", f"query {ANA}", "stats"):
+        console.print(f"  {space}.venv/bin/eddyline {command}", soft_wrap=True)
+    console.print("Ctrl-C stops it all.")

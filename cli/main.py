@@ -1,0 +1,381 @@
+"""`eddyline <verb>`: one typer command a verb; each loads only what it needs.
+
+Exit codes: 0 done, 1 it did not work, 2 the command line or a setting is wrong, 3 a person has to decide:
+Kafka is not the log that the fences in Redis were written for (`eddyline accept-log` resolves it), or it
+or Redis refuses us.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from eddyline import __version__
+from eddyline.errors import EddylineError, KafkaRefused, LogMismatch, SettingsError, StoreRefused
+from eddyline.settings.loader import Settings, data_folder, load
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Live retrieval for recommenders: a click changes the very next answer.",
+)
+
+User = Annotated[str, typer.Argument(help="The user's id.")]
+ItemId = Annotated[str, typer.Argument(help="The item's id.")]
+Address = Annotated[
+    str, typer.Option(help="The query worker's address; by default the one that runs here.")
+]
+
+
+def main() -> None:
+    """Run the command line; an error that Eddyline raises on purpose is one sentence, not a traceback."""
+    try:
+        app()
+    except SettingsError as error:
+        _fail(str(error), 2)
+    except (LogMismatch, KafkaRefused, StoreRefused) as error:
+        _fail(str(error), 3)
+    except EddylineError as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(sentence: str, code: int) -> None:
+    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(
+        f"eddyline: {sentence}"
+    )
+    sys.exit(code)
+
+
+def _settings() -> Settings:
+    from eddyline.process.discovery import resolve
+
+    return resolve(load())
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    Console().print(__version__, highlight=False)
+
+
+@app.command()
+def up(foreground: Annotated[bool, typer.Option(help="Stay in this terminal.")] = False) -> None:
+    """Start a local Kafka and Valkey that survive restarts; data lies in `data_dir`."""
+    from cli.commands import servers
+
+    settings = load()
+    data_folder(settings)
+    servers.up(settings, foreground=foreground)
+
+
+@app.command()
+def down() -> None:
+    """Stop the local Kafka and Valkey; the data stays."""
+    from cli.commands import servers
+
+    servers.down(load())
+
+
+@app.command()
+def demo(
+    data: Annotated[str, typer.Option(envvar="DATA", help="movielens or generated.")] = "movielens",
+    once: Annotated[
+        bool, typer.Option(envvar="ONCE", help="Exit after the show, 0 if it is right.")
+    ] = False,
+) -> None:
+    """Show a click change an answer, from nothing, on real Kafka and Redis; stays up until Ctrl-C."""
+    from cli.demo.scenario import run
+
+    settings = load()
+    data_folder(settings)
+    sys.exit(run(settings, data=data, once=once))
+
+
+@app.command()
+def ingest() -> None:
+    """Run an ingest process (as `python -m streams`)."""
+    runpy.run_module("streams", run_name="__main__", alter_sys=True)
+
+
+@app.command()
+def worker() -> None:
+    """Run a query worker (as `python -m serving`)."""
+    runpy.run_module("serving", run_name="__main__", alter_sys=True)
+
+
+@app.command()
+def coordinator() -> None:
+    """Run a coordinator of shards (as `python -m serving.coordinator`)."""
+    runpy.run_module("serving.coordinator", run_name="__main__", alter_sys=True)
+
+
+archiving = typer.Typer(help="Accepted events in Parquet files.")
+app.add_typer(archiving, name="archive")
+
+
+@archiving.callback(invoke_without_command=True)
+def archive(context: typer.Context) -> None:
+    """Run the archive process (as `python -m streams.archive`), or a command on its files."""
+    if context.invoked_subcommand is None:
+        runpy.run_module("streams.archive", run_name="__main__", alter_sys=True)
+
+
+@archiving.command("forget")
+def archive_forget(user: User) -> None:
+    """Rewrite every file of the archive that has events of this user, without them."""
+    from cli.commands import archive as commands_archive
+
+    commands_archive.forget(_settings(), user)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(context: typer.Context) -> None:
+    """Train a generation and activate it (as `python -m embeddings.training`; takes its options)."""
+    sys.argv = ["eddyline train", *context.args]
+    runpy.run_module("embeddings.training", run_name="__main__")
+
+
+@app.command()
+def click(
+    user: User,
+    item: ItemId,
+    kind: Annotated[
+        str, typer.Option(help="click, view, like, cart, purchase or dislike.")
+    ] = "click",
+    weight: Annotated[float, typer.Option(help="How much it counts.")] = 1.0,
+    event_id: Annotated[str, typer.Option(help="By default a new one.")] = "",
+) -> None:
+    """Send one click; prints the token that `eddyline query --after` takes."""
+    from cli.commands import send
+
+    send.click(_settings(), user, item, kind=kind, weight=weight, event_id=event_id)
+
+
+@app.command()
+def item(
+    item_id: ItemId,
+    title: Annotated[str, typer.Option(help="Its title.")] = "",
+    category: Annotated[list[str] | None, typer.Option(help="A category; may be repeated.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="A tag; may be repeated.")] = None,
+    attribute: Annotated[
+        list[str] | None, typer.Option(help="name=value; may be repeated.")
+    ] = None,
+    unavailable: Annotated[bool, typer.Option(help="Known, but in no answer.")] = False,
+    delete: Annotated[bool, typer.Option(help="Delete it.")] = False,
+) -> None:
+    """Add, change or delete one item (the whole item each time)."""
+    from cli.commands import send
+
+    if delete:
+        send.delete_item(_settings(), item_id)
+        return
+    send.item(
+        _settings(),
+        item_id,
+        title=title,
+        categories=category or [],
+        tags=tag or [],
+        attributes=attribute or [],
+        available=not unavailable,
+    )
+
+
+@app.command()
+def replay(
+    file: Annotated[
+        Path | None, typer.Argument(help="One JSON object a line: clicks, items or users.")
+    ] = None,
+    speed: Annotated[
+        float, typer.Option(help="1 keeps the gaps, 10 is ten times as fast, 0 has none.")
+    ] = 0,
+    topic: Annotated[str, typer.Option(help="clicks, items or users.")] = "clicks",
+    shift_to_now: Annotated[
+        bool, typer.Option(help="Move all times so that the last one is now.")
+    ] = False,
+    begin: Annotated[
+        str, typer.Option("--from", help="earliest, a time, or offsets: clicks:0=100,items:1=5.")
+    ] = "earliest",
+    end: Annotated[str, typer.Option("--to", help="The same; this one is left out.")] = "latest",
+    into: Annotated[
+        str, typer.Option(help="memory or redis: replay a slice of Kafka, no file.")
+    ] = "",
+    chunk: Annotated[int, typer.Option(help="With --into: so many records at a time.")] = 256,
+) -> None:
+    """Send the events of a file, at its own pace or faster; or, with --into, print the hash of the state
+    that a slice of Kafka's topics gives: the same each time, in memory and in Redis.
+    """
+    if into:
+        if file is not None:
+            raise SettingsError(
+                f"replay {file} --into {into}: name a file or a slice of Kafka, not both"
+            )
+        from streams.operations import state_replay
+
+        state_replay.run(_settings(), begin=begin, end=end, into=into, chunk=chunk)
+        return
+    if file is None:
+        raise SettingsError(
+            "replay needs a file to send, or --into memory|redis for a slice of Kafka"
+        )
+    from cli.commands import replay_file as replaying
+
+    replaying.replay_file(_settings(), file, speed=speed, topic=topic, shift_to_now=shift_to_now)
+
+
+@app.command()
+def query(
+    user: User,
+    k: Annotated[int, typer.Option("--k", "-k", help="How many items.")] = 10,
+    after: Annotated[str, typer.Option(help="Wait for this click, partition/offset.")] = "",
+    wait_ms: Annotated[int, typer.Option(help="How long to wait for it.")] = 1_000,
+    address: Address = "",
+    as_json: Annotated[bool, typer.Option("--json", help="The whole answer as JSON.")] = False,
+) -> None:
+    """Ask a query worker for a user's items; shows where each came from and how fresh the answer is."""
+    from cli.commands import query as commands_query
+
+    commands_query.query(
+        load(), user, k=k, after=after, wait_ms=wait_ms, address=address, as_json=as_json
+    )
+
+
+@app.command()
+def stats(
+    address: Address = "", as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False
+) -> None:
+    """Show what the worker and ingest have applied, and how far they are behind Kafka."""
+    from cli.commands import query as commands_query
+
+    commands_query.stats(load(), address=address, as_json=as_json)
+
+
+@app.command()
+def merge(
+    visitor: Annotated[str, typer.Argument(help="The visitor's id; forgotten afterwards.")],
+    user: Annotated[str, typer.Argument(help="The user he turned out to be.")],
+    wait_s: Annotated[float, typer.Option(min=0, max=600, help="How long ingest may take.")] = 30,
+) -> None:
+    """Move all that a visitor did into a user's list, once, whatever happens."""
+    from cli.commands import merge as merging
+
+    merging.merge(_settings(), visitor, user, wait_s=wait_s)
+
+
+@app.command()
+def plan(
+    users: Annotated[str, typer.Option(help="How many users: 300, 2.5k, 10M.")],
+    items: Annotated[str, typer.Option(help="How many items.")],
+    history: Annotated[int, typer.Option(min=0, help="Behaviours of a user.")] = 50,
+    dimension: Annotated[int, typer.Option(min=1, help="Length of the vectors.")] = 64,
+    item_bytes: Annotated[int, typer.Option(min=0, help="An item as JSON.")] = 300,
+    clicks_a_day: Annotated[str, typer.Option(help="By default one for each user.")] = "0",
+    allocator: Annotated[
+        str, typer.Option(help="jemalloc, or libc: INFO memory says it.")
+    ] = "jemalloc",
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, in bytes.")] = False,
+) -> None:
+    """Say how much memory Redis and a query worker need."""
+    from cli.commands import capacity as planning
+
+    if allocator not in ("jemalloc", "libc"):
+        raise SettingsError(f"--allocator {allocator!r}: expected jemalloc or libc")
+    sizes = planning.Sizes(
+        users=planning.amount(users),
+        items=planning.amount(items),
+        history=history,
+        dimension=dimension,
+        card=item_bytes,
+        clicks_a_day=planning.amount(clicks_a_day),
+    )
+    known: planning.Allocator = "libc" if allocator == "libc" else "jemalloc"
+    planning.show(load(), sizes, allocator=known, as_json=as_json)
+
+
+letters = typer.Typer(
+    no_args_is_help=True, help="What was refused, and why; replay it exactly once."
+)
+app.add_typer(letters, name="dead-letters")
+
+
+@letters.command("list")
+def letters_list(
+    reason: Annotated[str, typer.Option(help="Only this reason.")] = "",
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="The newest so many.")] = 20,
+) -> None:
+    """Show the newest refused records, and how many there are of each reason."""
+    from cli.commands import dead_letters
+
+    dead_letters.show_list(_settings(), reason=reason, limit=limit)
+
+
+@letters.command("show")
+def letters_show(
+    at: Annotated[str, typer.Argument(help="The refused record: topic/partition/offset.")],
+    whole: Annotated[bool, typer.Option("--all", help="All bytes of a long value.")] = False,
+) -> None:
+    """Show one refused record with its bytes."""
+    from cli.commands import dead_letters
+
+    dead_letters.show_one(_settings(), at, whole=whole)
+
+
+@letters.command("replay")
+def letters_replay(
+    at: Annotated[str, typer.Argument(help="The refused record: topic/partition/offset.")] = "",
+    reason: Annotated[str, typer.Option(help="All of this reason, the oldest first.")] = "",
+    limit: Annotated[int, typer.Option(min=1, max=1_000_000, help="At most so many.")] = 1_000,
+) -> None:
+    """Send refused records again to where they came from, each at most once, whatever happens."""
+    from cli.commands import dead_letters
+
+    dead_letters.replay(_settings(), at, reason=reason, limit=limit)
+
+
+@app.command()
+def refill(
+    skip_lost: Annotated[
+        bool, typer.Option("--skip-lost", help="Go on without what the archive lacks, too.")
+    ] = False,
+) -> None:
+    """Apply clicks that Kafka's retention removed before ingest had them, from the archive."""
+    from streams.operations import refill as refilling
+
+    refilling.run(_settings(), skip_lost=skip_lost)
+
+
+@app.command("accept-log")
+def accept_log(
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    skip_lost: Annotated[
+        bool,
+        typer.Option("--skip-lost", help="Give up clicks that retention removed unapplied, too."),
+    ] = False,
+) -> None:
+    """After Kafka was made anew or lost records: go on with its logs as they are now."""
+    from streams.operations import retention_gaps
+
+    settings = _settings()
+    if not yes:
+        typer.confirm(
+            "Fences of logs that are gone will be let go. Is no ingest running?", abort=True
+        )
+    retention_gaps.accept_log(settings, skip_lost=skip_lost)
+
+
+@app.command()
+def settings(
+    markdown: Annotated[bool, typer.Option(help="The page docs/configuration.md.")] = False,
+) -> None:
+    """Print every setting and its present value; secrets are hidden."""
+    from cli.commands.settings import show
+
+    show(load(), markdown=markdown)

@@ -1,1 +1,0 @@
-"""The command line: `eddyline <verb>`. Nothing imports it."""

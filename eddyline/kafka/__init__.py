@@ -1,0 +1,1 @@
+"""Kafka for everything but the Faust agents: topics, clients, producers, reading, security."""

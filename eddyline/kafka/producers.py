@@ -1,0 +1,97 @@
+"""Producers, and one function for each kind of record that a caller sends."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from kafka import KafkaProducer
+from kafka.errors import KafkaError
+
+from eddyline.kafka import clients
+from eddyline.kafka.clients import connect
+from eddyline.kafka.topics import CLICKS, ITEMS, USERS
+from eddyline.schema import events
+from eddyline.schema.events import Click, Item, Merge, UserProfile
+from eddyline.settings.loader import Settings
+
+
+def now_ms() -> int:
+    """This machine's clock, milliseconds since 1970."""
+    return time.time_ns() // 1_000_000
+
+
+def sent_to(future: object, settings: Settings) -> tuple[int, int]:
+    """(partition, offset) once the broker has the record. Raises KafkaUnavailable, KafkaRefused."""
+    try:
+        meta = future.get(timeout=settings.kafka_timeout_ms / 1000)  # type: ignore[attr-defined]
+    except KafkaError as error:
+        raise clients.translate_error(settings, error) from None
+    return meta.partition, meta.offset
+
+
+def make_producer(settings: Settings, **more: Any) -> KafkaProducer:
+    """An idempotent producer that waits for all replicas. Any option of kafka-python may be given."""
+    options = {"acks": "all", "enable_idempotence": True, "max_block_ms": settings.kafka_timeout_ms}
+    return connect(settings, KafkaProducer, **options | more)
+
+
+def in_time(call: Callable[[], object], timeout_s: float) -> None:
+    """Make a call of kafka-python that would wait for ever where Kafka is away (a transaction's end).
+
+    Raises what the call raises, and TimeoutError where it takes longer; it then goes on in its thread.
+    """
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="kafka-call", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if thread.is_alive():
+        raise TimeoutError(f"the transaction did not end in {timeout_s:.1f} s")
+    if failed:
+        raise failed[0]
+
+
+def send_click(producer: KafkaProducer, settings: Settings, click: Click) -> Any:
+    """Send a click under its user's id, stamped with this producer's clock. Returns kafka-python's future."""
+    stamp = [("produced_us", str(time.time_ns() // 1000).encode())]
+    key, value = click.user_id.encode(), events.encode(click)
+    return producer.send(settings.prefixed(CLICKS), value, key=key, headers=stamp)
+
+
+def send_merge(producer: KafkaProducer, settings: Settings, merge: Merge) -> Any:
+    """Move all that a visitor did so far into another user's list: a record among the visitor's clicks."""
+    stamp = [("produced_us", str(time.time_ns() // 1000).encode())]
+    key, value = merge.user_id.encode(), events.encode(merge)
+    return producer.send(settings.prefixed(CLICKS), value, key=key, headers=stamp)
+
+
+def send_item(producer: KafkaProducer, settings: Settings, item: Item) -> Any:
+    """Send a whole item under its id."""
+    stamp = [("produced_us", str(time.time_ns() // 1000).encode())]
+    key, value = item.item_id.encode(), events.encode(item)
+    return producer.send(settings.prefixed(ITEMS), value, key=key, headers=stamp)
+
+
+def send_delete(producer: KafkaProducer, settings: Settings, item_id: str) -> Any:
+    """Delete an item: a null record under its id."""
+    return producer.send(settings.prefixed(ITEMS), None, key=item_id.encode())
+
+
+def send_profile(producer: KafkaProducer, settings: Settings, profile: UserProfile) -> Any:
+    """Send a user's whole profile under his id."""
+    key, value = profile.user_id.encode(), events.encode(profile)
+    return producer.send(settings.prefixed(USERS), value, key=key)
+
+
+def send_forget(producer: KafkaProducer, settings: Settings, user_id: str) -> Any:
+    """Forget a user: a null record under his id."""
+    return producer.send(settings.prefixed(USERS), None, key=user_id.encode())

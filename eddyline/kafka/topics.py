@@ -1,0 +1,178 @@
+"""Kafka for everything but the Faust agents: topics, their identity, and producers, by kafka-python.
+
+Topics (a real name carries the namespace, `settings.prefixed(name)`):
+
+    clicks, items, users            from producers; time stamps are the broker's (LogAppendTime)
+    item-vectors.<generation>       the index's log, see `eddyline.schema.item_record`
+    generations                     manifests, and which one is active, see `eddyline.generations`
+    dead-letters                    rejected records with their reason
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
+from kafka.admin import NewTopic
+from kafka.errors import KafkaError, TopicAlreadyExistsError, TopicAuthorizationFailedError
+
+from eddyline.errors import KafkaUnavailable, LogMismatch
+from eddyline.kafka.clients import connect, translate_error
+from eddyline.settings.loader import Settings
+from eddyline.stores.state_store import LogId
+
+log = logging.getLogger(__name__)
+
+CLICKS, ITEMS, USERS = "clicks", "items", "users"
+DEAD_LETTERS, GENERATIONS = "dead-letters", "generations"
+SOURCES = (CLICKS, ITEMS, USERS)
+
+# A dead letter carries the whole rejected record (at most 1 MiB, the broker's default) and its headers.
+DEAD_LETTER_BYTES_MAX = 2 * 1024 * 1024
+_HOUR_MS = 3_600_000
+# How long a delete record stays after compaction: a snapshot or bundle older than this must not be used.
+_DELETE_RETENTION_MS = 7 * 24 * _HOUR_MS
+
+
+def item_vectors(generation: str) -> str:
+    """The name of the compacted topic of a generation's item vectors."""
+    return f"item-vectors.{generation}"
+
+
+def topic_configs(settings: Settings, name: str) -> tuple[int, dict[str, str]]:
+    """(partitions, configuration) of a topic. Append time: "far future" is measured by the broker's clock."""
+    compact = {"cleanup.policy": "compact", "delete.retention.ms": str(_DELETE_RETENTION_MS)}
+    append_time = {"message.timestamp.type": "LogAppendTime"}
+    if name == CLICKS:
+        keep = {"retention.ms": str(settings.clicks_retention_h * _HOUR_MS)}
+        return settings.clicks_partitions, append_time | keep
+    if name == USERS:
+        return settings.clicks_partitions, append_time | compact
+    if name == ITEMS:
+        return settings.items_partitions, append_time | compact
+    if name == DEAD_LETTERS:
+        keep = {"retention.ms": str(settings.dead_letters_retention_h * _HOUR_MS)}
+        return 1, keep | {"max.message.bytes": str(DEAD_LETTER_BYTES_MAX)}
+    if name == GENERATIONS:
+        return 1, compact
+    return settings.items_partitions, compact
+
+
+@contextmanager
+def _admin(settings: Settings) -> Iterator[KafkaAdminClient]:
+    admin = connect(settings, KafkaAdminClient)
+    try:
+        yield admin
+    except KafkaError as error:
+        raise translate_error(settings, error) from None
+    finally:
+        admin.close()
+
+
+def wait_until_up(settings: Settings, timeout_s: float) -> None:
+    """Return once Kafka answers; raise KafkaUnavailable after `timeout_s`."""
+    deadline, wait_s = time.monotonic() + timeout_s, 0.05
+    while True:
+        try:
+            with _admin(settings) as admin:
+                admin.describe_cluster()
+            return
+        except KafkaUnavailable as error:
+            if time.monotonic() + wait_s > deadline:
+                raise
+            log.info(
+                "waiting for Kafka", extra={"reason": str(error), "wait_ms": int(wait_s * 1000)}
+            )
+        time.sleep(wait_s)
+        wait_s = min(2 * wait_s, settings.backoff_ms_max / 1000)
+
+
+def ensure_topics(settings: Settings, names: Sequence[str] | None = None) -> None:
+    """Make the topics that are missing; raise LogMismatch where one has another number of partitions.
+
+    names: by default all but the item vectors, which belong to a generation
+    """
+    names = (*SOURCES, DEAD_LETTERS, GENERATIONS) if names is None else names
+    with _admin(settings) as admin:
+        existing = set(admin.list_topics())
+        # Kafka hides what one may not describe: then it would be made anew, in vain.
+        _described(
+            settings, admin, [t for n in names if (t := settings.prefixed(n)) not in existing]
+        )
+        for name in names:
+            if settings.prefixed(name) in existing:
+                continue
+            partitions, configs = topic_configs(settings, name)
+            copies, real = settings.replication_factor, settings.prefixed(name)
+            try:
+                topic = NewTopic(real, partitions, copies, topic_configs=configs)
+                admin.create_topics([topic], timeout_ms=settings.kafka_timeout_ms)
+            except TopicAlreadyExistsError:
+                continue  # another process was faster
+        admin.wait_for_topics(
+            [settings.prefixed(n) for n in names], timeout_ms=settings.kafka_timeout_ms
+        )
+        for described in _described(settings, admin, [settings.prefixed(n) for n in names]):
+            name = described["name"].removeprefix(settings.prefixed(""))
+            wanted, found = topic_configs(settings, name)[0], len(described["partitions"])
+            if wanted != found:
+                raise LogMismatch(
+                    f"topic {described['name']} has {found} partitions, the settings say {wanted}; "
+                    f"set EDDYLINE_{'ITEMS' if 'item' in name else 'CLICKS'}_PARTITIONS={found}"
+                )
+
+
+def _described(
+    settings: Settings, admin: KafkaAdminClient, topics: list[str]
+) -> list[dict[str, Any]]:
+    """What Kafka tells of these topics, of those that are not there as well. Raises KafkaRefused."""
+    found: list[dict[str, Any]] = admin.describe_topics(topics) if topics else []
+    for topic in found:
+        if topic["error_code"] == TopicAuthorizationFailedError.errno:
+            raise translate_error(settings, TopicAuthorizationFailedError(topic["name"]))
+    return found
+
+
+def check_seen(settings: Settings, name: str) -> None:
+    """Return where we may see the topic, be it there or not. Raises KafkaRefused, KafkaUnavailable."""
+    with _admin(settings) as admin:
+        _described(settings, admin, [settings.prefixed(name)])
+
+
+def log_ids(settings: Settings, names: Sequence[str]) -> dict[str, LogId]:
+    """The identity of each topic's log: cluster id and topic id. A topic made anew has another one."""
+    with _admin(settings) as admin:
+        cluster_id = str(admin.describe_cluster()["cluster_id"])
+        described = _described(settings, admin, [settings.prefixed(name) for name in names])
+        ids = {topic["name"]: str(topic["topic_id"]) for topic in described}
+    return {name: LogId(cluster_id, ids[settings.prefixed(name)]) for name in names}
+
+
+def end_offsets(settings: Settings, name: str) -> dict[int, int]:
+    """Partition -> the offset that the next record will get."""
+    return _offsets(settings, name, "end_offsets")
+
+
+def beginning_offsets(settings: Settings, name: str) -> dict[int, int]:
+    """Partition -> the offset of the oldest record that is still kept."""
+    return _offsets(settings, name, "beginning_offsets")
+
+
+def _offsets(settings: Settings, name: str, which: str) -> dict[int, int]:
+    topic = settings.prefixed(name)
+    try:
+        consumer = connect(settings, KafkaConsumer, group_id=None, enable_auto_commit=False)
+        try:
+            partitions = consumer.partitions_for_topic(topic)
+            if not partitions:
+                check_seen(settings, name)
+            found = getattr(consumer, which)([TopicPartition(topic, p) for p in partitions])
+            return {at.partition: offset for at, offset in found.items()}
+        finally:
+            consumer.close()
+    except (KafkaError, OSError) as error:
+        raise translate_error(settings, error) from None

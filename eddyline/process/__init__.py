@@ -1,0 +1,1 @@
+"""What every process needs: start, retry, stop, heartbeat, files, logs, metrics."""

@@ -1,0 +1,141 @@
+"""Which Kafka and which Redis: those of the settings, else the local ones that run on this data folder.
+
+`<data_dir>/run/servers.json` is written by whoever runs the local servers (pair.py), who holds a lock on
+`<data_dir>/run/lock` for as long as he lives. So a file left by a killed process is never believed, and no
+process id is taken for another's.
+"""
+
+from __future__ import annotations
+
+import fcntl
+from pathlib import Path
+from typing import IO, Literal
+
+import msgspec
+
+from eddyline.errors import LocalServerError, SettingsError
+from eddyline.process.files import read_if_exists
+from eddyline.settings.loader import Settings
+
+
+class LocalServer(msgspec.Struct, frozen=True, kw_only=True):
+    """One local server.
+
+    address: `host:port` of Kafka, `redis://host:port/0` of Redis; version: "Apache Kafka 4.3.0".
+    """
+
+    address: str
+    version: str
+    pid: int
+    log: str
+
+
+class LocalServers(msgspec.Struct, frozen=True, kw_only=True):
+    """What servers.json holds.
+
+    owner:     the command that runs them; step: what it does now, for whoever waits
+    namespace: the one its owner works in, so that commands beside a running demo need not name it
+    """
+
+    owner: str
+    pid: int
+    data_dir: str
+    state: Literal["starting", "ready"]
+    step: str = ""
+    namespace: str = ""
+    kafka: LocalServer | None = None
+    redis: LocalServer | None = None
+
+
+def run_dir(settings: Settings) -> Path:
+    """The folder of servers.json, ports.json and the lock."""
+    return Path(settings.data_dir).absolute() / "run"
+
+
+def servers_file(settings: Settings) -> Path:
+    """`<data_dir>/run/servers.json`."""
+    return run_dir(settings) / "servers.json"
+
+
+def try_lock(settings: Settings, *, shared: bool = False) -> IO[bytes] | None:
+    """The open lock file, locked until it is closed; None where another process holds it.
+
+    shared: only to look; any number may at once.
+    """
+    path = run_dir(settings) / "lock"
+    try:
+        if shared:
+            file: IO[bytes] = path.open("rb")
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("ab")
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError as error:
+        raise LocalServerError(
+            f"{path}: {error.strerror}; `data_dir` names another place"
+        ) from None
+    return file
+
+
+def is_held(settings: Settings) -> bool:
+    """Whether a living process runs, or is starting, the local servers of this data folder."""
+    if not (run_dir(settings) / "lock").exists():
+        return False
+    lock = try_lock(settings, shared=True)
+    if lock is None:
+        return True
+    lock.close()
+    return False
+
+
+def running(settings: Settings) -> LocalServers | None:
+    """The local servers of this data folder, ready or starting; None where nobody runs them."""
+    if not is_held(settings):
+        return None
+    content = read_if_exists(servers_file(settings))
+    if content is None:
+        return None
+    try:
+        return msgspec.json.decode(content, type=LocalServers)
+    except msgspec.DecodeError as error:
+        raise LocalServerError(
+            f"{servers_file(settings)}: {error}; `eddyline down`, then `eddyline up` writes it anew"
+        ) from None
+
+
+def resolve(settings: Settings, *, redis: bool = True) -> Settings:
+    """The settings with both addresses, and the namespace, filled in where they are empty.
+
+    redis: False for a process that uses none (archive, trainer): its address may stay empty then
+    Raises SettingsError, with what to do, where neither the settings nor local servers give one, and where
+    the settings of Redis cannot be right.
+    """
+    from eddyline.stores import redis_client
+
+    found = _resolve(settings, needs_redis=redis)
+    if redis:
+        redis_client.check(found)
+    return found
+
+
+def _resolve(settings: Settings, *, needs_redis: bool) -> Settings:
+    if settings.kafka_bootstrap_servers and settings.redis_url:
+        return settings
+    local = running(settings)
+    if local is not None and local.state != "ready":
+        local = None
+    kafka = settings.kafka_bootstrap_servers or (
+        local.kafka.address if local and local.kafka else ""
+    )
+    redis = settings.redis_url or (local.redis.address if local and local.redis else "")
+    if not kafka:
+        raise SettingsError("no Kafka: set KAFKA_BOOTSTRAP_SERVERS or run `eddyline up`")
+    if not redis and needs_redis:
+        raise SettingsError("no Redis: set REDIS_URL or run `eddyline up`")
+    namespace = settings.namespace or (local.namespace if local else "")
+    return msgspec.structs.replace(
+        settings, kafka_bootstrap_servers=kafka, redis_url=redis, namespace=namespace
+    )

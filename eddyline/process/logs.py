@@ -1,0 +1,81 @@
+"""Structured logs: one line per unit of work, a sentence and its values.
+
+    log = logging.getLogger(__name__)
+    log.info("chunk applied", extra={"partition": 3, "records": 256})
+
+For people: `12:00:01.123 info  ingest  chunk applied  partition=3 records=256`. For machines (`log_format =
+"json"`): one JSON object a line. Secrets are never values of a line; URLs are shown without their password.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+
+import msgspec
+
+from eddyline.settings.loader import Settings
+
+# What a LogRecord has by itself; everything else came in through `extra`.
+_OWN = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "data", "stack"}
+# These log every connection attempt while a server is away, kafka-python as an error each: the processes
+# say themselves, once, what they wait for.
+_QUIET = {
+    "kafka": logging.CRITICAL,
+    "aiokafka": logging.CRITICAL,
+    "faust": logging.WARNING,
+    "mode": logging.WARNING,
+    "asyncio": logging.WARNING,
+}
+
+
+def configure(settings: Settings, process: str) -> None:
+    """Send the logs of this process to its standard error, in the format the settings ask for."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Json(process) if settings.log_format == "json" else _Console(process))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(settings.log_level.upper())
+    for name, level in _QUIET.items():
+        logging.getLogger(name).setLevel(max(level, root.level))
+
+
+class _Console(logging.Formatter):
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self.process = process
+
+    def format(self, record: logging.LogRecord) -> str:
+        clock = time.strftime("%H:%M:%S", time.localtime(record.created))
+        values = "".join(f" {key}={value}" for key, value in _values(record).items())
+        line = f"{clock}.{int(record.msecs):03d} {record.levelname.lower():7} {self.process}  "
+        line += record.getMessage() + (" " + values if values else "")
+        return line + ("\n" + self.formatException(record.exc_info) if record.exc_info else "")
+
+
+class _Json(logging.Formatter):
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self.process = process
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "at_ms": int(record.created * 1000),
+            "level": record.levelname.lower(),
+            "process": self.process,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **{key: _plain(value) for key, value in _values(record).items()},
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(line).decode()
+
+
+def _values(record: logging.LogRecord) -> dict[str, object]:
+    return {key: value for key, value in vars(record).items() if key not in _OWN}
+
+
+def _plain(value: object) -> object:
+    return value if isinstance(value, str | int | float | bool | None) else str(value)

@@ -1,0 +1,108 @@
+"""What redis-py's errors mean: to be waited for, or for a person. No message shows a password."""
+
+from __future__ import annotations
+
+import re
+
+from redis.exceptions import (
+    AskError,
+    AuthenticationError,
+    AuthorizationError,
+    ClusterError,
+    InvalidResponse,
+    MovedError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TryAgainError,
+)
+
+from eddyline.errors import EddylineError, StoreRefused, StoreUnavailable
+from eddyline.stores.redis_url import Target
+
+# Answers that time may heal; any other refusal (a key of another type, an error in a script) stays one.
+_PASSING = (OutOfMemoryError, ReadOnlyError, ClusterError, TryAgainError)
+_PASSING_CODES = (
+    "OOM",
+    "LOADING",
+    "BUSY",
+    "MISCONF",
+    "READONLY",
+    "NOREPLICAS",
+    "CLUSTERDOWN",
+    "TRYAGAIN",
+)
+_TLS_REASON = re.compile(r"\[SSL: ([A-Z0-9_]+)\]")
+_NO_TLS_THERE = {
+    "WRONG_VERSION_NUMBER",
+    "RECORD_LAYER_FAILURE",
+    "PACKET_LENGTH_TOO_LONG",
+    "UNKNOWN_PROTOCOL",
+}
+# In front of the server's own words where a command of a pipeline failed.
+_IN_PIPELINE = re.compile(r"^Command # \d+ .*?caused error: ", re.DOTALL)
+
+
+def translate_error(error: RedisError, to: Target) -> EddylineError:
+    """An error of redis-py as StoreUnavailable or StoreRefused, with the address."""
+    at, text = f"Redis at {to.shown}", _IN_PIPELINE.sub("", str(error))
+    if isinstance(error, NoPermissionError) or text.startswith(("NOPERM", "ACL failure in script")):
+        return StoreRefused(f"{at}: {text}; docs/security.md lists what each process may do")
+    if isinstance(error, AuthenticationError | AuthorizationError):
+        if to.password:
+            return StoreRefused(f"{at} refuses the user and the password of redis_url: {text}")
+        return StoreRefused(f"{at} asks for a user and a password, and redis_url has none: {text}")
+    if found := _TLS_REASON.search(text):
+        return _of_tls(found[1], at, text)
+    if isinstance(error, InvalidResponse):
+        hint = "" if to.tls else "; where that is a port for TLS, redis_url begins with rediss://"
+        return StoreRefused(f"{at} does not speak as Redis does: {text}{hint}")
+    if isinstance(error, AskError):
+        if not to.cluster:
+            return is_cluster(to.shown)
+        what = "has been moved" if isinstance(error, MovedError) else "is being moved"
+        return StoreUnavailable(
+            f"{at}: hash slot {error.slot_id} {what} to {error.host}:{error.port}"
+        )
+    if isinstance(error, _PASSING) or text.startswith(_PASSING_CODES):
+        return StoreUnavailable(f"{at}: {text}")
+    if isinstance(error, ResponseError):
+        return StoreRefused(f"{at} refuses what it is asked: {text}")
+    return StoreUnavailable(f"{at}: {type(error).__name__}: {text}{_hint(text, to)}")
+
+
+def is_cluster(shown: str) -> StoreRefused:
+    """The refusal of a node of a cluster where a single server is expected."""
+    return StoreRefused(f"Redis at {shown} is a node of a Redis Cluster: set redis_cluster = true")
+
+
+def _of_tls(reason: str, at: str, text: str) -> EddylineError:
+    if reason == "CERTIFICATE_VERIFY_FAILED":
+        return StoreRefused(
+            f"{at} shows a certificate that is not trusted: {text}; redis_ca_file names the CA that signed "
+            "it, and it has to be made out to the host that is connected to"
+        )
+    if "ALERT" in reason and any(
+        what in reason for what in ("CERTIFICATE", "UNKNOWN_CA", "HANDSHAKE")
+    ):
+        return StoreRefused(
+            f"{at} asks for another certificate of ours (redis_cert_file, redis_key_file): {text}"
+        )
+    if reason in _NO_TLS_THERE:
+        return StoreRefused(
+            f"{at} speaks no TLS there; without it redis_url begins with redis://: {text}"
+        )
+    return StoreUnavailable(f"{at}: {text}")
+
+
+def _hint(text: str, to: Target) -> str:
+    """What else may be the reason where a server closes a connection at once, or does not shake hands."""
+    if to.tls and text.startswith("Timeout connecting"):
+        return " (where this goes on: the port may speak no TLS, redis://)"
+    if "closed by server" not in text.lower() and "reset by peer" not in text.lower():
+        return ""
+    if to.tls:
+        return " (where this goes on: it may ask for a certificate, redis_cert_file and redis_key_file)"
+    return " (where this goes on: it may be a port for TLS, rediss://)"

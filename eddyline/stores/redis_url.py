@@ -1,0 +1,174 @@
+"""What `redis_url` says, and the files of TLS beside it.
+
+It is read here and not by redis-py: a bad one is told without its password, a password may hold any
+character, and a cluster may be given by several addresses.
+"""
+
+from __future__ import annotations
+
+import re
+import ssl
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import unquote
+
+from eddyline.errors import SettingsError
+from eddyline.settings.loader import Settings
+from eddyline.stores.cluster_slots import Address
+
+# What a process of ours has to be told beside the address, where its settings come from no environment.
+NAMES = ("redis_cluster", "redis_ca_file", "redis_cert_file", "redis_key_file")
+_SCHEMES = ("redis", "rediss", "unix")
+_PORT = 6379
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where Redis is and who we are there.
+
+    shown:     the URL without its password
+    addresses: (host, port); several only of a cluster; none with a `path` (a Unix socket)
+    """
+
+    shown: str
+    addresses: tuple[Address, ...]
+    path: str
+    db: int
+    user: str
+    password: str = field(repr=False)
+    tls: bool
+    cluster: bool
+
+
+def target(settings: Settings) -> Target:
+    """`redis_url` and `redis_cluster`, read and checked. Raises SettingsError, which shows no password."""
+    shown = without_password(settings.redis_url)
+    scheme, found, rest = settings.redis_url.partition("://")
+    if not found or scheme not in _SCHEMES:
+        raise SettingsError(
+            f"redis_url = {shown!r}: expected redis://, rediss:// (TLS) or unix:// and an address"
+        )
+    # The last @ ends the password, so that one may hold any character; only % has to be written as %25.
+    credentials, _, place = rest.rpartition("@")
+    user, _, password = credentials.partition(":")
+    place, options, _ = place.partition("?")
+    if options:
+        raise SettingsError(
+            f"redis_url = {shown!r}: takes nothing after a '?'; the files of TLS are settings of their own"
+        )
+    at, _, name = place.partition("/") if scheme != "unix" else ("", "", "")
+    made = Target(
+        shown=shown,
+        addresses=()
+        if scheme == "unix"
+        else tuple(_address(part, shown) for part in at.split(",")),
+        path=place if scheme == "unix" else "",
+        db=_database(name, shown),
+        user=unquote(user),
+        password=unquote(password),
+        tls=scheme == "rediss",
+        cluster=settings.redis_cluster,
+    )
+    if made.cluster and (made.db or made.path):
+        what = f"database {made.db}" if made.db else "a Unix socket"
+        raise SettingsError(
+            f"redis_url = {shown!r}: {what} cannot be a cluster's; redis_cluster is set"
+        )
+    if len(made.addresses) > 1 and not made.cluster:
+        raise SettingsError(
+            f"redis_url = {shown!r}: several addresses are a cluster's: set redis_cluster"
+        )
+    return made
+
+
+def tls(settings: Settings, to: Target) -> ssl.SSLContext | None:
+    """How to speak TLS, None without it. Raises SettingsError, which names the setting."""
+    files = {name: getattr(settings, name) for name in NAMES[1:] if getattr(settings, name)}
+    if not to.tls:
+        if files:
+            raise SettingsError(
+                f"{', '.join(files)}: set, but redis_url = {to.shown!r} is not TLS, which is rediss://"
+            )
+        return None
+    for name, path in files.items():
+        try:
+            Path(path).read_bytes()
+        except OSError as error:
+            raise SettingsError(f"{name} = {path!r}: cannot be read: {error.strerror}") from None
+    if settings.redis_key_file and not settings.redis_cert_file:
+        raise SettingsError(
+            f"redis_key_file = {settings.redis_key_file!r}: set without redis_cert_file"
+        )
+    try:
+        # With a file of its own, only what that CA signed; without one, what this machine trusts.
+        context = ssl.create_default_context(cafile=settings.redis_ca_file or None)
+    except ssl.SSLError:
+        raise SettingsError(
+            f"redis_ca_file = {settings.redis_ca_file!r}: holds no certificate in PEM form"
+        ) from None
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if settings.redis_cert_file:
+        _load_own(context, settings)
+    return context
+
+
+def _load_own(context: ssl.SSLContext, settings: Settings) -> None:
+    certificate, key = settings.redis_cert_file, settings.redis_key_file
+
+    def asked() -> str:
+        raise SettingsError(
+            f"redis_key_file = {key or certificate!r}: the key has a pass phrase; it has to be without one"
+        )
+
+    try:
+        context.load_cert_chain(certificate, key or None, asked)
+    except ssl.SSLError as error:
+        raise SettingsError(
+            f"redis_cert_file = {certificate!r}, redis_key_file = {key!r}: not a certificate and its own key "
+            f"in PEM form ({error.reason or 'unreadable'})"
+        ) from None
+
+
+def _address(text: str, shown: str) -> Address:
+    """`host`, `host:port` or `[host]:port`."""
+    bracketed = re.fullmatch(r"\[([0-9A-Fa-f:.%]+)\](?::(\d{1,5}))?", text)
+    plain = re.fullmatch(r"([^:\[\]\s]*)(?::(\d{1,5}))?", text)
+    found = bracketed or plain
+    if found is None or not 1 <= int(found[2] or _PORT) <= 65_535:
+        raise SettingsError(f"redis_url = {shown!r}: expected host:port, the port from 1 to 65535")
+    return unquote(found[1]) or "localhost", int(found[2] or _PORT)
+
+
+def _database(name: str, shown: str) -> int:
+    if name and not re.fullmatch(r"\d{1,5}/?", name):
+        raise SettingsError(
+            f"redis_url = {shown!r}: behind the address only a database may follow, as /0"
+        )
+    return int(name.rstrip("/") or 0)
+
+
+# `host:port,…`, and whatever comes after a slash.
+_ADDRESSES = re.compile(
+    r"(?:\[[^\]]*\]|[^:,/]*)(?::\d+)?(?:,(?:\[[^\]]*\]|[^:,/]*)(?::\d+)?)*(?:/|\Z)"
+)
+
+
+def without_password(url: str) -> str:
+    """A URL for a log line.
+
+    >>> without_password("redis://ann:s3cret@127.0.0.1:6379/0")
+    'redis://ann:***@127.0.0.1:6379/0'
+    >>> without_password("redis://:s3/cr@t@host:6379/0"), without_password("redis://host/0?password=s3cret")
+    ('redis://:***@host:6379/0', 'redis://host/0?***')
+    >>> without_password("redis://:s3cret/0")  # the @ was forgotten
+    'redis://***'
+    """
+    scheme, found, rest = url.partition("://")
+    # All in front of the last @ may be a part of the password, whatever it looks like.
+    credentials, at, place = rest.rpartition("@")
+    shown = place.partition("?")[0]
+    if not found or not (at or scheme == "unix" or _ADDRESSES.match(shown)):
+        return f"{scheme}://***" if found else "***"
+    options = "?***" if "?" in place else ""
+    user = f"{credentials.partition(':')[0]}:***@" if ":" in credentials else f"{credentials}{at}"
+    return f"{scheme}://{user}{shown}{options}"

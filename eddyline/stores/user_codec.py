@@ -1,0 +1,144 @@
+"""Users in Redis: what is asked for and what is written, as keys, arguments and answers.
+
+The key schema is at the top of `stores.redis`, the layout of a list in `eddyline.schema.user_history`. The event-id
+window is a list of blobs, one for each write: int64 last offset, int64 floor (little-endian), then
+MessagePack of `[first offset, ids, offsets − first]`. What is below the newest blob's floor is not in it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from eddyline.errors import StoreRefused
+from eddyline.schema import user_history
+from eddyline.schema.user_history import Stored
+from eddyline.stores.state_store import Fence, UserEffects, UserRead, UserState
+
+_STEPS = struct.Struct("<I")
+_BLOB = struct.Struct("<qq")
+_pack = msgspec.msgpack.Encoder().encode
+_blob = msgspec.msgpack.Decoder(tuple[int, list[str], list[int]])
+_profile = msgspec.msgpack.Decoder(dict[str, object])
+
+
+def keys(tag: str, user_ids: Sequence[str], generation: str) -> list[str]:
+    """The keys of users, kind by kind: recent, older, profile and, with a generation, embedding."""
+    kinds = ["h", "o", "p", f"e:{generation}"] if generation else ["h", "o", "p"]
+    return [f"{tag}:{kind}:{user}" for kind in kinds for user in user_ids]
+
+
+def read(
+    fence: Fence | None,
+    user_ids: Sequence[str],
+    values: Sequence[bytes | None],
+    accepted_at: Mapping[str, int],
+) -> UserRead:
+    """What was found under `keys`. Raises StoreRefused on a value of another layout."""
+    n = len(user_ids)
+    histories, recent = {}, {}
+    for user, head, older in zip(user_ids, values, values[n:], strict=False):
+        if head is not None:
+            stored = list_of(head, older)
+            histories[user] = stored.history
+            recent[user] = [user_history.compact(entry) for entry in stored.recent]
+    profiles, vectors = values[2 * n : 3 * n], values[3 * n :]
+    return UserRead(
+        fence=fence,
+        accepted_at=accepted_at,
+        histories=histories,
+        embeddings={u: embedding(v) for u, v in zip(user_ids, vectors, strict=False) if v},
+        profiles={
+            u: _profile.decode(v) for u, v in zip(user_ids, profiles, strict=False) if v is not None
+        },
+        recent=recent,
+    )
+
+
+def state(
+    fence: Fence | None,
+    head: bytes | None,
+    older: bytes | None,
+    profile: bytes | None,
+    vector: bytes | None,
+) -> UserState:
+    """One user, for a query. Raises StoreRefused on a value of another layout."""
+    stored = None if head is None else list_of(head, older)
+    return UserState(
+        fence=fence,
+        history=user_history.EMPTY if stored is None else stored.history,
+        applied_us=0 if stored is None else stored.applied_us,
+        embedding=None if vector is None else embedding(vector),
+        profile={} if profile is None else _profile.decode(profile),
+    )
+
+
+def list_of(head: bytes, older: bytes | None) -> Stored:
+    """A stored list. Raises StoreRefused."""
+    try:
+        return user_history.decode(head, older)
+    except (ValueError, msgspec.MsgspecError) as error:
+        raise StoreRefused(
+            f"a user's list in Redis was written by another version ({error}); empty this Redis: ingest "
+            "fills it again from Kafka"
+        ) from None
+
+
+def embedding(value: bytes) -> tuple[int, bytes]:
+    """(steps, float32[d] as bytes)."""
+    return _STEPS.unpack_from(value)[0], value[_STEPS.size :]
+
+
+def writing(tag: str, effects: UserEffects) -> tuple[list[str], list[Any]]:
+    """Keys and arguments of `write_users.lua`, after those of the fences."""
+    recent = effects.recent
+    whole = [user for user in effects.histories if user not in recent]
+    names = [f"{tag}:window"]
+    names += [f"{tag}:h:{user}" for user in effects.histories]
+    names += [f"{tag}:o:{user}" for user in whole]
+    names += [f"{tag}:e:{effects.generation}:{user}" for user in effects.embeddings]
+    written = len(names)
+    names += [
+        f"{tag}:{kind}:{u}"
+        for u in effects.emptied
+        for kind in ("h", "o", f"e:{effects.generation}")
+    ]
+    args: list[Any] = [
+        effects.window_floor,
+        accepted_blob(effects.accepted, effects.window_floor),
+        len(effects.histories),
+        written,
+    ]
+    args += [
+        user_history.encode_recent(b, recent.get(user, ())) for user, b in effects.histories.items()
+    ]
+    args += [user_history.encode_older(effects.histories[user].entries) for user in whole]
+    args += [_STEPS.pack(steps) + vector for steps, vector in effects.embeddings.values()]
+    return names, args
+
+
+def accepted_blob(accepted: Mapping[str, int], floor: int) -> bytes:
+    """One blob of the window, b"" for no ids. accepted: by offset."""
+    if not accepted:
+        return b""
+    offsets = list(accepted.values())
+    first = offsets[0]
+    return _BLOB.pack(offsets[-1], floor) + _pack(
+        (first, list(accepted), [at - first for at in offsets])
+    )
+
+
+def accepted(blobs: Iterable[bytes]) -> dict[str, int]:
+    """Event id -> offset of a whole window, oldest first; what is below its floor left out."""
+    found: dict[str, int] = {}
+    floor = 0
+    for blob in blobs:
+        floor = _BLOB.unpack_from(blob)[1]
+        first, ids, more = _blob.decode(memoryview(blob)[_BLOB.size :])
+        for event_id, offset in zip(ids, more, strict=True):
+            found.pop(event_id, None)  # accepted anew: it stands where it came last
+            found[event_id] = first + offset
+    return {event_id: offset for event_id, offset in found.items() if offset >= floor}

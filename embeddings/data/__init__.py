@@ -1,0 +1,1 @@
+"""Training data: where events come from, and the examples made of them."""

@@ -1,0 +1,1 @@
+"""Models that are trained; torch is imported from here on."""

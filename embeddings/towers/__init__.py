@@ -1,0 +1,1 @@
+"""The towers at run time, in numpy alone."""

@@ -1,0 +1,212 @@
+"""From an item or a profile to rows of an embedding table, each with a weight.
+
+A feature space is learned at training time and travels in the bundle's manifest. Every feature is a row of
+one table, so a tower's input is one weighted sum of rows:
+
+    labels    categories, tags and `key=value` of text attributes: a vocabulary; unknown ones are left out
+    numbers   numeric attributes: quantile bins, learned at training time, one row a bin
+    title     letter trigrams of its words, hashed (Huang et al. 2013, "Learning deep structured semantic
+              models", section 3.2): a new title has rows at once
+
+The k rows of one group (all categories, all trigrams, …) weigh 1/√k each, so that a long title does
+not outweigh the rest. Hashes are CRC-32: the same in every process, unlike Python's own.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeGuard
+from zlib import crc32
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from eddyline.schema.events import Item
+
+# A label on fewer items says no more than the item's own ID embedding does.
+LABEL_ITEMS_MIN = 2
+# 20,000 rows of 64 float32 are 5 MB; rarer labels are left out.
+LABELS_MAX = 20_000
+# 16 bins tell a film's age to a few years; more bins had too few films each.
+BINS_MAX = 16
+# 9,742 film titles have about 5,400 different trigrams; 4,096 rows keep most collisions rare.
+TRIGRAM_ROWS = 4_096
+# A title of 1,000 characters has no more to say after so many trigrams.
+TRIGRAMS_MAX = 128
+
+_WORD = re.compile(r"\w+")
+
+
+class Numeric(msgspec.Struct, frozen=True):
+    """A numeric attribute. edges: ascending; bin i has the row `row + i`, there are len(edges) + 1."""
+
+    row: int
+    edges: list[float]
+
+
+class FeatureSpace(msgspec.Struct, frozen=True):
+    """What was learned about features. Thread rule: immutable, any thread.
+
+    labels:       label -> row, with the prefixes of `_labels`
+    numbers:      attribute -> its bins
+    trigram_row:  the first of `trigram_rows` rows of hashed trigrams
+    rows:         rows of the table
+    dense:        length of a given dense vector, 0 for none
+    """
+
+    labels: dict[str, int] = {}
+    numbers: dict[str, Numeric] = {}
+    trigram_row: int = 0
+    trigram_rows: int = 0
+    rows: int = 0
+    dense: int = 0
+
+    def of_item(self, item: Item) -> tuple[list[int], list[float]]:
+        """(rows, weights) of an item; both empty where nothing about it is known."""
+        rows: list[int] = []
+        weights: list[float] = []
+        labels = self.labels
+        for prefix, names in (("c:", item.categories), ("t:", item.tags)):
+            _add([labels[k] for n in names if (k := prefix + n) in labels], rows, weights)
+        self._attributes(item.attributes, rows, weights)
+        if self.trigram_rows and item.title:
+            hashed = [crc32(t.encode()) % self.trigram_rows for t in trigrams(item.title)]
+            _add([self.trigram_row + h for h in hashed], rows, weights)
+        return rows, weights
+
+    def of_profile(self, attributes: Mapping[str, object]) -> tuple[list[int], list[float]]:
+        """(rows, weights) of a user's profile."""
+        rows: list[int] = []
+        weights: list[float] = []
+        self._attributes(attributes, rows, weights)
+        return rows, weights
+
+    def _attributes(
+        self, attributes: Mapping[str, object], rows: list[int], weights: list[float]
+    ) -> None:
+        for key, value in attributes.items():
+            number = self.numbers.get(key)
+            if number is None:
+                row = self.labels.get(_label(key, value))
+            elif _is_number(value):
+                row = number.row + bisect_right(number.edges, value)
+            else:
+                row = None
+            if row is not None:
+                rows.append(row)
+                weights.append(1.0)
+
+
+def learn_items(items: Sequence[Item], *, dense: int = 0) -> FeatureSpace:
+    """The feature space of a catalogue.
+
+    >>> space = learn_items([Item(item_id=str(n), categories=["Drama"], title="Heat") for n in (1, 2)])
+    >>> len(space.of_item(Item(item_id="3", categories=["Drama", "unknown"], title="Heat"))[0])
+    5
+    """
+    counts = Counter("c:" + n for item in items for n in set(item.categories))
+    counts.update("t:" + n for item in items for n in set(item.tags))
+    return _learn(counts, (item.attributes for item in items), TRIGRAM_ROWS, dense)
+
+
+def learn_profiles(profiles: Iterable[Mapping[str, object]]) -> FeatureSpace:
+    """The feature space of users' profiles.
+
+    >>> space = learn_profiles([{"age": 20, "gender": "F"}, {"age": 50, "gender": "F"}])
+    >>> space.of_profile({"age": 70, "gender": "F", "shoe": 44})
+    ([2, 0], [1.0, 1.0])
+    """
+    return _learn(Counter(), profiles, 0, 0)
+
+
+def trigrams(title: str) -> list[str]:
+    """The letter trigrams of a title's words, each word between two marks, repeats kept.
+
+    >>> trigrams("Up, again")
+    ['#up', 'up#', '#ag', 'aga', 'gai', 'ain', 'in#']
+    """
+    found: list[str] = []
+    for word in _WORD.findall(unicodedata.normalize("NFKC", title).casefold()):
+        marked = f"#{word}#"
+        found.extend(marked[i : i + 3] for i in range(len(marked) - 2))
+        if len(found) >= TRIGRAMS_MAX:
+            break
+    return found[:TRIGRAMS_MAX]
+
+
+class Bags(msgspec.Struct, frozen=True):
+    """Rows and weights of many items, one after another (the trainer's form).
+
+    rows, weights: int64 and float32 (m,); offsets: int64 (n + 1,), bag i is [offsets[i], offsets[i + 1])
+    """
+
+    rows: npt.NDArray[np.int64]
+    weights: npt.NDArray[np.float32]
+    offsets: npt.NDArray[np.int64]
+
+
+def bags(features: Iterable[tuple[list[int], list[float]]]) -> Bags:
+    """Many (rows, weights) as flat arrays."""
+    rows: list[int] = []
+    weights: list[float] = []
+    offsets = [0]
+    for some_rows, some_weights in features:
+        rows.extend(some_rows)
+        weights.extend(some_weights)
+        offsets.append(len(rows))
+    return Bags(
+        np.asarray(rows, np.int64), np.asarray(weights, np.float32), np.asarray(offsets, np.int64)
+    )
+
+
+def _learn(
+    counts: Counter[str], attributes: Iterable[Mapping[str, object]], trigram_rows: int, dense: int
+) -> FeatureSpace:
+    values: dict[str, list[object]] = defaultdict(list)
+    for some in attributes:
+        for key, value in some.items():
+            values[key].append(value)
+    edges: dict[str, list[float]] = {}
+    for key in sorted(values):
+        numbers_of_key = [value for value in values[key] if _is_number(value)]
+        if len(numbers_of_key) == len(values[key]):
+            edges[key] = _edges(numbers_of_key)
+        else:
+            counts.update(_label(key, value) for value in values[key])
+    frequent = [name for name, n in counts.items() if n >= LABEL_ITEMS_MIN]
+    frequent.sort(key=lambda name: (-counts[name], name))
+    labels = {name: row for row, name in enumerate(frequent[:LABELS_MAX])}
+    rows = len(labels)
+    numbers = {}
+    for key, some_edges in edges.items():
+        numbers[key] = Numeric(rows, some_edges)
+        rows += len(some_edges) + 1
+    return FeatureSpace(labels, numbers, rows, trigram_rows, rows + trigram_rows, dense)
+
+
+def _edges(values: Sequence[float]) -> list[float]:
+    """Inner edges of at most 16 bins of equal counts; fewer where values repeat."""
+    shares = np.linspace(0, 1, BINS_MAX + 1)[1:-1]
+    found = np.unique(np.quantile(np.asarray(values, np.float64), shares, method="higher"))
+    # An edge at the smallest value would leave the bin below it empty.
+    return [float(e) for e in found if e > min(values)]
+
+
+def _label(key: str, value: object) -> str:
+    return f"a:{key}={value}"
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _add(group: list[int], rows: list[int], weights: list[float]) -> None:
+    if group:
+        rows += group
+        weights += [1.0 / math.sqrt(len(group))] * len(group)

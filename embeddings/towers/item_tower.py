@@ -1,0 +1,103 @@
+"""The item tower's forward pass in numpy: an item becomes a unit vector.
+
+    x = identity[item] + Σ weight · features[row] + dense · projection
+    v = unit(x + relu(x · w1 + b1) · w2 + b2)
+
+An item that training has not seen has no identity row. It gets a tiny vector drawn from a hash of its
+id instead: two new items about which nothing is known must not share one vector, because identical points
+make a graph index unreachable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from eddyline.errors import VectorRejected
+from eddyline.schema.events import Item
+from embeddings.towers.features import FeatureSpace
+from embeddings.towers.numerics import TILE, Floats, tiles, unit
+
+# Norm of the stand-in for an unknown identity: enough to tell two items apart in float32, and a
+# hundredth of what a learned identity row has.
+STAND_IN_NORM = 0.01
+
+
+class ItemTower:
+    """Items to vectors. Thread rule: any thread; it holds nothing that changes.
+
+    identities: item id -> row of `identity`
+    arrays:     float32 `identity` (m, d), `features` (space.rows, d), `projection` (space.dense, d),
+                `projection_bias` (d,), `w1` (d, h), `b1` (h,), `w2` (h, d), `b2` (d,)
+    """
+
+    ARRAYS = ("identity", "features", "projection", "projection_bias", "w1", "b1", "w2", "b2")
+
+    def __init__(
+        self, space: FeatureSpace, identities: Mapping[str, int], arrays: Mapping[str, Floats]
+    ):
+        self.space = space
+        self.identities = identities
+        self.arrays = {name: arrays[name] for name in self.ARRAYS}
+        self.dimension = int(arrays["w1"].shape[0])
+
+    def encode(self, items: Sequence[Item]) -> Floats:
+        """float32 (n, d), unit norm. The same item gives the same bits in any batch.
+
+        Raises VectorRejected where an item's own dense vector has another length than at training.
+        """
+        return self.blend(self.inputs(items))
+
+    def inputs(self, items: Sequence[Item]) -> Floats:
+        """x of the formula above, float32 (n, d)."""
+        x = np.empty((len(items), self.dimension), np.float32)
+        for i, item in enumerate(items):
+            x[i] = self._input(item)
+        return x
+
+    def blend(self, x: Floats) -> Floats:
+        """The residual layer and unit norm, float32 (n, d)."""
+        a = self.arrays
+        out = np.empty_like(x)
+        tile = np.zeros((TILE, self.dimension), np.float32)
+        for start, stop in tiles(len(x)):
+            n = stop - start
+            tile[:n] = x[start:stop]
+            tile[n:] = 0.0
+            hidden = np.maximum(tile @ a["w1"] + a["b1"], 0.0)
+            out[start:stop] = unit(tile + hidden @ a["w2"] + a["b2"])[:n]
+        return out
+
+    def _input(self, item: Item) -> Floats:
+        rows, weights = self.space.of_item(item)
+        row = self.identities.get(item.item_id)
+        x = stand_in(item.item_id, self.dimension) if row is None else self.arrays["identity"][row]
+        if rows:
+            picked = self.arrays["features"][rows]
+            x = x + np.add.reduce(picked * np.asarray(weights, np.float32)[:, None], axis=0)
+        if self.space.dense and item.vector is not None:
+            x = x + self._project(item)
+        result: Floats = x
+        return result
+
+    def _project(self, item: Item) -> Floats:
+        given = np.asarray(item.vector, np.float32)
+        if given.shape != (self.space.dense,):
+            detail = (
+                f"has {given.size} numbers, this generation was trained with {self.space.dense}"
+            )
+            raise VectorRejected(f"the vector of item {item.item_id!r} {detail}")
+        if not np.isfinite(given).all():
+            raise VectorRejected(f"the vector of item {item.item_id!r} holds NaN or infinity")
+        result: Floats = given @ self.arrays["projection"] + self.arrays["projection_bias"]
+        return result
+
+
+def stand_in(item_id: str, dimension: int) -> Floats:
+    """float32 (d,) of norm 0.01, drawn by a hash of the id: the same in every process."""
+    seed = hashlib.shake_128(item_id.encode()).digest(2 * dimension)
+    signs = np.frombuffer(seed, "<i2").astype(np.float32) + np.float32(0.5)  # never all zero
+    result: Floats = unit(signs[None, :])[0] * np.float32(STAND_IN_NORM)
+    return result

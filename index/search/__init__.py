@@ -1,0 +1,1 @@
+"""How one index version is searched."""

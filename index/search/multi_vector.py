@@ -1,0 +1,55 @@
+"""Several query vectors at once, for a user with several interests: one list from all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Literal
+
+import numpy as np
+
+from eddyline.errors import VectorRejected
+from index.arrays import Vector
+from index.filters import Filter
+from index.port import Hit, Index, check_query
+
+Merge = Literal["max", "sum"]
+# More interests than any model in the literature gives a user (4 to 8), and a bound on the work of one call.
+VECTORS_MAX = 32
+
+
+def query_multi(
+    index: Index,
+    vectors: Vector,
+    k: int,
+    exclude: Collection[str] = (),
+    filters: Filter | None = None,
+    *,
+    merge: Merge = "max",
+) -> list[Hit]:
+    """The k live items of the highest merged score, best first, equal scores by item id.
+
+    vectors: float32 (q, d), 1 … VECTORS_MAX of them, finite
+    merge:   "max": an item counts by the vector that it is nearest to; as exact as the single queries,
+             because each of the k best is among the k of its vector. "sum": by the sum of its inner products,
+             which is one query of the summed vectors
+    Raises VectorRejected where the vectors do not fit, ValueError for another merge.
+    """
+    if vectors.ndim != 2 or not 1 <= len(vectors) <= VECTORS_MAX:
+        raise VectorRejected(
+            f"query vectors: shape {vectors.shape}, 1 … {VECTORS_MAX} rows are allowed"
+        )
+    for vector in vectors:
+        check_query(vector, index.dimension)
+    if merge == "sum":
+        return index.query(
+            vectors.astype(np.float64).sum(axis=0).astype(np.float32), k, exclude, filters
+        )
+    if merge != "max":
+        raise ValueError(f"merge {merge!r} is neither 'max' nor 'sum'")
+    best: dict[str, Hit] = {}
+    for vector in vectors:
+        for hit in index.query(vector, k, exclude, filters):
+            before = best.get(hit.item_id)
+            if before is None or hit.score > before.score:
+                best[hit.item_id] = hit
+    return sorted(best.values(), key=lambda hit: (-hit.score, hit.item_id))[: max(k, 0)]

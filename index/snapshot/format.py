@@ -1,0 +1,265 @@
+"""A snapshot of a live index: one file that says what it is, checks itself and can be mapped.
+
+    offset  size  what, little-endian
+    0       8     magic b"EDDYSNAP"
+    8       4     version, 1 (uint32)
+    12      4     length h of the header (uint32)
+    16      32    SHA-256 of the header
+    48      h     header, JSON: `Header`; its `sections` name offset, bytes, dtype, shape and SHA-256 of each
+    …             the sections, each from a multiple of 4,096 on, zeros between
+
+    ids        MessagePack array of text: the live items, then the deleted ones whose version is kept
+    vectors    float32 (live, d), unit norm; mapped, not read into memory
+    facts      int64 (live, 3): at_ms, written_us, source offset
+    deleted    int64 (tombstones,): source offsets
+    columns    MessagePack array of [part, name, rows, has values]: the columns of `index.storage.columns`
+    rows       int64 (…,): the rows of all columns, one column after the other
+    values     float64 (…,): the values of those that have some
+
+It is written beside its place, synced and renamed, so a file of that name is whole. `load` trusts nothing: a
+flipped byte, a short or longer file, another version, generation, dimension, bundle or log each raise
+SnapshotRefused, which names the file and what does not fit. The item vectors' topic has everything again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from eddyline.errors import EddylineError
+from index.arrays import Ints, Vector
+from index.port import Watermark
+from index.storage.columns import Floats, Key
+
+MAGIC, VERSION = b"EDDYSNAP", 1
+_PREFIX = struct.Struct("<8sII32s")
+# A page: a section can be mapped by itself.
+ALIGN = 4_096
+# The sections' names and the positions of 1,024 partitions take 100 kB.
+HEADER_BYTES_MAX = 1 << 20
+_NAMES = ("ids", "vectors", "facts", "deleted", "columns", "rows", "values")
+
+
+class SnapshotRefused(EddylineError):
+    """A snapshot cannot be used; names the file and what does not fit."""
+
+
+class Section(msgspec.Struct, frozen=True):
+    """Where a section lies and what it must be; dtype "" for bytes."""
+
+    offset: int
+    size: int
+    sha256: str
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+
+
+class Origin(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a snapshot belongs to; all of it must be equal where it is loaded.
+
+    bundle_ms: when the generation's bundle was made; log: identity of the topic that the offsets belong to
+    part:      which shard of the items, as "1 of 4"; "" (and then not written) for all of them
+    """
+
+    generation: str
+    dimension: int
+    bundle_ms: int
+    log: str
+    part: str = ""
+
+
+class Header(msgspec.Struct, frozen=True, kw_only=True):
+    """positions: partition -> offset in the topic at which reading goes on; watermarks: see `Watermark`."""
+
+    origin: Origin
+    positions: dict[int, int]
+    created_ms: int
+    live: int
+    tombstones: int
+    watermarks: dict[int, tuple[int, int, int]]
+    sections: dict[str, Section]
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """All that an index holds at one moment.
+
+    ids: the live items, then the deleted ones; vectors float32 (live, d); facts int64 (live, 3): at_ms,
+    written_us, offset; deleted int64 (tombstones,): their offsets; columns: (key, rows, values) of each
+    """
+
+    ids: list[str]
+    vectors: Vector
+    facts: Ints
+    deleted: Ints
+    columns: list[tuple[Key, Ints, Floats | None]]
+    watermarks: dict[int, Watermark]
+
+
+def write(
+    path: Path, contents: Contents, origin: Origin, positions: dict[int, int], created_ms: int
+) -> None:
+    """Write a snapshot, replacing the one of that name. Raises OSError; then the old one is still there."""
+    parts = _parts(contents)
+    sections, offset = {}, 0
+    for name, data in parts.items():
+        if isinstance(data, bytes):
+            raw: bytes | memoryview = data
+            section = Section(offset, len(raw), hashlib.sha256(raw).hexdigest())
+        else:
+            raw = memoryview(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
+            digest = hashlib.sha256(raw).hexdigest()
+            section = Section(offset, len(raw), digest, data.dtype.str, data.shape)
+        sections[name] = (raw, section)
+        offset += -(-len(raw) // ALIGN) * ALIGN
+    header = Header(
+        origin=origin,
+        positions=positions,
+        created_ms=created_ms,
+        live=len(contents.vectors),
+        tombstones=len(contents.deleted),
+        watermarks={p: (*w,) for p, w in contents.watermarks.items()},
+        sections={name: section for name, (_, section) in sections.items()},
+    )
+    encoded = msgspec.json.encode(header)
+    # Offsets count from the first page after the header, so that the header's length does not hang on them.
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(_PREFIX.pack(MAGIC, VERSION, len(encoded), hashlib.sha256(encoded).digest()))
+            file.write(encoded)
+            for raw, _ in sections.values():
+                if len(raw):
+                    file.write(bytes(-file.tell() % ALIGN))
+                    file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def load(path: Path, origin: Origin, oldest_ms: int) -> tuple[Contents, Header]:
+    """A snapshot, every byte of it checked; its vectors are mapped read-only.
+
+    oldest_ms: one that is older is refused: delete records that came after it may be gone
+    Raises SnapshotRefused, FileNotFoundError where there is none.
+    """
+    try:
+        with path.open("rb") as file:
+            whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise SnapshotRefused(f"snapshot {path}: cannot be read: {error}") from None
+    try:
+        header, first = _header(whole)
+        for name, found, wanted in (
+            ("generation", header.origin.generation, origin.generation),
+            ("dimension", header.origin.dimension, origin.dimension),
+            ("bundle", header.origin.bundle_ms, origin.bundle_ms),
+            ("log", header.origin.log, origin.log),
+            ("part", header.origin.part, origin.part),
+        ):
+            if found != wanted:
+                raise ValueError(f"{name} {found!r}, wanted is {wanted!r}")
+        if header.created_ms < oldest_ms:
+            raise ValueError(
+                f"made at {header.created_ms} ms, delete records are kept since {oldest_ms} ms only"
+            )
+        return _contents(whole, header, first), header
+    except (ValueError, TypeError, KeyError, msgspec.MsgspecError) as error:
+        raise SnapshotRefused(f"snapshot {path}: {error}") from None
+
+
+def _header(whole: mmap.mmap) -> tuple[Header, int]:
+    """(the header, where the first section's page begins). Raises ValueError."""
+    if len(whole) < _PREFIX.size:
+        raise ValueError(f"{len(whole)} bytes, too short for a snapshot")
+    magic, version, length, digest = _PREFIX.unpack_from(whole)
+    if magic != MAGIC:
+        raise ValueError(f"begins with {magic!r}, not a snapshot")
+    if version != VERSION:
+        raise ValueError(f"version {version}, this reader knows {VERSION}")
+    end = _PREFIX.size + length
+    if length > HEADER_BYTES_MAX or end > len(whole):
+        raise ValueError(f"a header of {length} bytes in a file of {len(whole)}")
+    raw = whole[_PREFIX.size : end]
+    if hashlib.sha256(raw).digest() != digest:
+        raise ValueError("header: its checksum does not fit")
+    header = msgspec.json.decode(raw, type=Header)
+    first = -(-end // ALIGN) * ALIGN
+    last = max((first + s.offset + s.size for s in header.sections.values() if s.size), default=end)
+    if last != len(whole) or set(header.sections) != set(_NAMES):
+        raise ValueError(f"{len(whole)} bytes, its header says {last}")
+    for stop in (end, *(first + s.offset + s.size for s in header.sections.values())):
+        # A slice ends with the file.
+        if any(whole[stop : -(-stop // ALIGN) * ALIGN]):
+            raise ValueError(f"the bytes from {stop} on, between two sections, are not zero")
+    return header, first
+
+
+def _contents(whole: mmap.mmap, header: Header, first: int) -> Contents:
+    """The sections, checked. Raises ValueError and the like."""
+    view, found = memoryview(whole), dict[str, Any]()
+    for name, section in header.sections.items():
+        start = first + section.offset
+        raw = view[start : start + section.size]
+        if hashlib.sha256(raw).hexdigest() != section.sha256:
+            raise ValueError(f"section {name}: its checksum does not fit")
+        if section.dtype:
+            found[name] = np.frombuffer(raw, section.dtype).reshape(section.shape)
+        else:
+            found[name] = bytes(raw)
+    ids = msgspec.msgpack.decode(found["ids"], type=list[str])
+    named = msgspec.msgpack.decode(found["columns"], type=list[tuple[str, str, int, bool]])
+    vectors: npt.NDArray[np.float32] = found["vectors"]
+    live, dead = header.live, header.tombstones
+    shapes = (vectors.shape, found["facts"].shape, found["deleted"].shape, len(ids))
+    wanted = ((live, header.origin.dimension), (live, 3), (dead,), live + dead)
+    if shapes != wanted:
+        raise ValueError(
+            f"its sections have shapes {shapes} for {live} items and {dead} deleted ones"
+        )
+    columns: list[tuple[Key, Ints, Floats | None]] = []
+    row, value = 0, 0
+    for part, name, count, has_values in named:
+        rows = found["rows"][row : row + count].copy()
+        if len(rows) != count or (count and not 0 <= int(rows.min()) <= int(rows.max()) < live):
+            raise ValueError(f"column {name!r} names rows that are not there")
+        values = found["values"][value : value + count].copy() if has_values else None
+        columns.append(((part, name), rows, values))
+        row, value = row + count, value + (count if has_values else 0)
+    watermarks = {partition: Watermark(*three) for partition, three in header.watermarks.items()}
+    return Contents(ids, vectors, found["facts"], found["deleted"], columns, watermarks)
+
+
+def _parts(contents: Contents) -> dict[str, bytes | npt.NDArray[Any]]:
+    """The sections in the order of the file."""
+    named = [(*key, len(rows), values is not None) for key, rows, values in contents.columns]
+    rows = [rows for _, rows, _ in contents.columns]
+    values = [values for _, _, values in contents.columns if values is not None]
+    return {
+        "ids": msgspec.msgpack.encode(contents.ids),
+        "vectors": contents.vectors.astype("<f4", copy=False),
+        "facts": contents.facts.astype("<i8", copy=False),
+        "deleted": contents.deleted.astype("<i8", copy=False),
+        "columns": msgspec.msgpack.encode(named),
+        "rows": np.concatenate([*rows, np.empty(0, "<i8")]).astype("<i8", copy=False),
+        "values": np.concatenate([*values, np.empty(0, "<f8")]).astype("<f8", copy=False),
+    }

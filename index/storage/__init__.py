@@ -1,0 +1,1 @@
+"""What one index version holds."""

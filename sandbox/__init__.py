@@ -1,0 +1,1 @@
+"""Real servers, processes and data sets on one machine, for the demo, benchmarks and tests."""

@@ -1,0 +1,1 @@
+"""Data sets that the demo, benchmarks and tests run on."""

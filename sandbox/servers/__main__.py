@@ -1,0 +1,128 @@
+"""The supervisor of the local servers as a process of its own; `eddyline up` starts it.
+
+    python -m sandbox.servers              run Kafka and Valkey until SIGTERM or SIGINT
+    python -m sandbox.servers --fetch      only fetch Apache Kafka's jars (a step of the set-up)
+    python -m sandbox.servers --lock       write kafka.lock anew
+
+Exit code 0 after a clean stop, 1 with one sentence on stderr otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from eddyline.errors import EddylineError
+from eddyline.process.discovery import run_dir
+from eddyline.process.logs import configure
+from eddyline.settings.loader import Settings, load
+from sandbox.servers import kafka_jars
+from sandbox.servers.local_servers import local_servers, log_dir
+from sandbox.servers.supervisor import Supervisor
+
+# How soon a supervisor whose data folder was deleted notices, and goes.
+WATCH_S = 1.0
+
+
+def run(
+    settings: Settings, *, owner: str = "eddyline up", tell: Callable[[str], None] | None = None
+) -> None:
+    """Run what the settings do not name until SIGTERM or SIGINT, or until the data folder is deleted.
+
+    Thread rule: the main thread.
+    tell(step) is called before every step of the start, and once with "ready". Raises LocalServerError.
+    """
+    stop = threading.Event()
+    up = threading.Event()
+    with (
+        contextlib.suppress(_Stopped),
+        _signals(stop, up),
+        Supervisor(log_dir(settings)) as supervisor,
+        local_servers(settings, supervisor, owner=owner, tell=tell),
+    ):
+        up.set()
+        if tell:
+            tell("ready")
+        lock = run_dir(settings) / "lock"
+        inode = lock.stat().st_ino
+        while not stop.wait(WATCH_S) and _inode(lock) == inode:
+            pass
+
+
+class _Stopped(BaseException):
+    """A signal came during the start; unwinds it, so that a half-started pair is stopped in order."""
+
+
+@contextlib.contextmanager
+def _signals(stop: threading.Event, up: threading.Event) -> Iterator[None]:
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        first = not stop.is_set()
+        stop.set()
+        if (
+            first and not up.is_set()
+        ):  # later the loop looks; a second signal must not break the ordered stop off
+            raise _Stopped
+
+    before = {
+        number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _inode(path: Path) -> int:
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return 0
+
+
+def _fetch(out: IO[str]) -> None:
+    def progress(done: int, total: int) -> None:
+        end = "\n" if done == total else ""
+        if out.isatty():
+            out.write(f"\rApache Kafka {kafka_jars.VERSION}: {done} of {total} jars{end}")
+        elif end:
+            out.write(f"Apache Kafka {kafka_jars.VERSION}: {total} jars{end}")
+        out.flush()
+
+    kafka_jars.fetch(progress)
+
+
+def main() -> int:
+    """Read the command line and do it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sandbox.servers", description=__doc__.split("\n", 1)[0]
+    )
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--fetch", action="store_true", help="only fetch Apache Kafka's jars")
+    choice.add_argument("--lock", action="store_true", help="write kafka.lock anew")
+    arguments = parser.parse_args()
+    try:
+        settings = load()
+        configure(settings, "local")
+        if arguments.fetch:
+            _fetch(sys.stderr)
+        elif arguments.lock:
+            kafka_jars.LOCK.write_text(kafka_jars.resolve())
+        else:
+            run(settings, tell=logging.getLogger("sandbox.servers").info)
+    except EddylineError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

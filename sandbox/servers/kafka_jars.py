@@ -1,0 +1,179 @@
+"""Apache Kafka's jars: fetched once for all clones of this user, each checked against kafka.lock.
+
+kafka.lock lists one jar a line, `<sha-256>  <path in a Maven repository>`; `python -m sandbox.servers --lock`
+writes it anew from ENDPOINT. A fetch takes exactly these files, so it reads no POM. jgo 3.2 writes into the
+final file and takes whatever lies there for whole; here a file gets its name only after its sum was right, so
+a fetch may be killed at any time and goes on where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path, PurePosixPath
+
+from eddyline.errors import LocalServerError
+
+VERSION = "4.3.0"
+# slf4j-simple: Kafka logs through slf4j; with log4j's own binding among the coordinates jgo took
+# kafka-clients 3.8.0.
+ENDPOINT = f"org.apache.kafka:kafka_2.13:{VERSION}+org.slf4j:slf4j-simple:1.7.36"
+LOCK = Path(__file__).with_name("kafka.lock")
+
+# One file: seconds without a byte.
+TIMEOUT_S = 30
+TRIES = 3
+# Small files from one host: the round trips are what takes time.
+CONNECTIONS = 8
+# Waiting for another set-up of the same user that fetches the same files.
+WAIT_S = 300
+
+Progress = Callable[[int, int], None]
+
+
+def locked() -> dict[str, str]:
+    """{path in a Maven repository: sha-256} of every jar, in the order of kafka.lock."""
+    pairs = (line.split() for line in LOCK.read_text().splitlines() if line)
+    return {path: digest for digest, path in pairs}
+
+
+def folder() -> Path:
+    """Where the jars are kept: `eddyline/kafka-<version>` in XDG_CACHE_HOME, by default ~/.cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "eddyline" / f"kafka-{VERSION}"
+
+
+def missing(where: Path) -> dict[str, str]:
+    """The part of locked() that is not in the folder, or there with other bytes.
+
+    Reads every jar: 42 MB, about 0.1 s.
+    """
+    return {
+        path: digest
+        for path, digest in locked().items()
+        if _sum(where / PurePosixPath(path).name) != digest
+    }
+
+
+def fetch(progress: Progress | None = None) -> list[Path]:
+    """The jars, in the order of kafka.lock; those that are missing are fetched first.
+
+    progress(done, total) is called from this thread after each file.
+    Raises LocalServerError when a jar cannot be had.
+    """
+    where = folder()
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+        if missing(where):
+            with _alone(where / ".lock"):
+                _fetch(missing(where), where, progress or (lambda _done, _total: None))
+    except OSError as error:
+        raise LocalServerError(
+            f"fetching Apache Kafka: {where}: {error.strerror or error}. XDG_CACHE_HOME names another place."
+        ) from None
+    return [where / PurePosixPath(path).name for path in locked()]
+
+
+def resolve() -> str:
+    """The text of a fresh kafka.lock: what jgo finds for ENDPOINT now. Needs the registry; about 15 s."""
+    import jgo
+
+    with tempfile.TemporaryDirectory() as temporary:
+        files = jgo.build(ENDPOINT, cache_dir=Path(temporary)).all_jars
+        paths = {
+            a.filename: (a.component.path_prefix / a.filename).as_posix()
+            for a in jgo.resolve(ENDPOINT)
+        }
+        lines = sorted((paths[file.name], _sum(file)) for file in files)
+    return "".join(f"{digest}  {path}\n" for path, digest in lines)
+
+
+def _fetch(wanted: dict[str, str], where: Path, progress: Progress) -> None:
+    if not wanted:
+        return
+    try:
+        from jgo.config import GlobalSettings
+        from jgo.constants import MAVEN_CENTRAL_URL
+        from jgo.maven import MavenContext
+    except ImportError:
+        raise LocalServerError(
+            "fetching Apache Kafka: the package jgo is missing; install eddyline[local], or set "
+            "KAFKA_BOOTSTRAP_SERVERS"
+        ) from None
+
+    # A mirror in the user's jgo settings goes before Maven Central.
+    repositories = {**GlobalSettings.load().repositories, "central": MAVEN_CENTRAL_URL}
+    total = len(locked())
+    progress(total - len(wanted), total)
+    for left in where.glob(".fetch-*"):  # of a fetch that was killed; the lock is ours
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=where, prefix=".fetch-") as temporary:
+        context = MavenContext(
+            repo_cache=Path(temporary), remote_repos=repositories, timeout=TIMEOUT_S
+        )
+
+        def one(path: str, digest: str) -> None:
+            *group, artifact, version, _name = PurePosixPath(path).parts
+            jar = context.project(".".join(group), artifact).at_version(version).artifact()
+            for attempt in range(1, TRIES + 1):
+                try:
+                    file = jar.resolve()
+                    if (found := _sum(file)) != digest:
+                        raise RuntimeError(f"its SHA-256 is {found}, kafka.lock says {digest}")
+                    os.replace(file, where / file.name)
+                    return
+                except (
+                    Exception
+                ) as error:  # requests' and jgo's own: no common root below Exception
+                    shutil.rmtree(Path(temporary, *group, artifact), ignore_errors=True)
+                    if attempt == TRIES:
+                        raise LocalServerError(
+                            f"fetching Apache Kafka: {path}: {error}. Run it again when the registry can be "
+                            f"reached "
+                            "(what is here already is kept), or set KAFKA_BOOTSTRAP_SERVERS to a Kafka of "
+                            "your own."
+                        ) from None
+                    time.sleep(attempt)
+
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            jobs = [pool.submit(one, path, digest) for path, digest in wanted.items()]
+            try:
+                for done, job in enumerate(as_completed(jobs), start=total - len(wanted) + 1):
+                    job.result()
+                    progress(done, total)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+def _sum(file: Path) -> str:
+    try:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except FileNotFoundError:
+        return ""
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold the file's lock; wait for another process that does, up to WAIT_S."""
+    deadline = time.monotonic() + WAIT_S
+    with path.open("ab") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise LocalServerError(
+                        f"fetching Apache Kafka: another process has held {path} for {WAIT_S} s"
+                    ) from None
+                time.sleep(0.2)
+        yield

@@ -1,0 +1,269 @@
+"""What all shards hold, read for one query: each look-up goes to the shards that it needs, at once.
+
+Vectors of the user's items are remembered from query to query, which saves a look-up. The search tells each
+shard which of its items, in which versions, the query's vector was made of; where one has changed since,
+the shard searches nothing and the query is begun anew, without what was remembered.
+
+The k best of all items are among the k best of every shard, so the merged list is the one that a single index
+over all items would give, score for score. A shard that does not answer in time is left out for the rest of
+the query, and `status` says so.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import grpc
+import numpy as np
+
+from eddyline.schema.partitioning import item_shard
+from index.arrays import Vector
+from index.filters import Filter
+from index.port import Hit, IndexStats, Watermark, check_query
+from serving.answer.deadline import Deadline
+from serving.coordinator.shards import Connection, ShardFailure, Shards
+from serving.coordinator.vector_cache import Entry, VectorCache
+from serving.proto import retrieval_pb2 as pb
+from serving.proto import shard_pb2
+from serving.proto.shard_pb2 import (
+    CandidatesRequest,
+    CandidatesResponse,
+    VectorsRequest,
+    VectorsResponse,
+)
+from serving.rpc import converters
+from serving.rpc.shard_service import CHANGING
+
+# (item id, score, at_ms, written_us, offset): a Hit in the making
+_Row = tuple[str, float, int, int, int]
+
+
+class StaleShard(Exception):
+    """What the query's vector was made of has changed since it was remembered; begin anew without."""
+
+
+class ScatterGather:
+    """The items of all shards; a `CatalogueFeatures`, made anew for each query. Thread rule: one thread."""
+
+    def __init__(
+        self,
+        shards: Shards,
+        dimension: int,
+        deadline: Deadline,
+        remembered: VectorCache,
+        *,
+        fresh: bool = False,
+    ) -> None:
+        """deadline: the query's; one look-up takes at most half of what is left of it.
+
+        remembered: vectors of earlier queries; fresh: fetch all of them anew
+        """
+        self._shards = shards
+        self._remembered = remembered
+        self._fresh = fresh
+        self._made_of: dict[str, int] = {}
+        self._dimension = dimension
+        self._deadline = deadline
+        self._asked: set[int] = set()
+        self._missing: dict[int, ShardFailure] = {}
+        self._watermarks: dict[int, dict[int, Watermark]] = {}
+        self._behind: dict[int, str] = {}
+        self._live = {shard.number: shard.last.index.live for shard in shards.all}
+
+    @property
+    def dimension(self) -> int:
+        """The length of every vector."""
+        return self._dimension
+
+    def query(
+        self, vector: Vector, k: int, exclude: Collection[str] = (), filters: Filter | None = None
+    ) -> list[Hit]:
+        """See `Index.query`. Raises DeadlinePassed, Stale."""
+        check_query(vector, self._dimension)
+        raw = np.ascontiguousarray(vector, "<f4").tobytes()
+        requests = self._requests(exclude, filters)
+        for request in requests.values():
+            request.nearest.CopyFrom(shard_pb2.Nearest(vector=raw, k=max(0, k)))
+        for number, ids in self._routed(self._made_of).items():
+            if (
+                number not in requests
+            ):  # it has nothing that passes, but is asked whether its items still are
+                nearest = shard_pb2.Nearest(vector=raw, k=0)
+                requests[number] = CandidatesRequest(
+                    target=self._shards.all[number].target, nearest=nearest
+                )
+            requests[number].nearest.made_of.extend(ids)
+            requests[number].nearest.made_of_offsets.extend(
+                self._made_of[item_id] for item_id in ids
+            )
+        return _first(self._candidates(requests), k, lambda row: (-row[1], row[0]))
+
+    def newest(
+        self, k: int, exclude: Collection[str] = (), filters: Filter | None = None
+    ) -> list[Hit]:
+        """See `Index.newest`. Raises DeadlinePassed."""
+        requests = self._requests(exclude, filters)
+        for request in requests.values():
+            request.newest.k = max(0, k)
+        return _first(self._candidates(requests), k, lambda row: (-row[2], row[0]))
+
+    def describe(self, item_ids: Sequence[str], filters: Filter | None = None) -> list[Hit | None]:
+        """See `Index.describe`; items of a shard that does not answer are not live. Raises DeadlinePassed."""
+        routed = self._routed(item_ids)
+        requests = {n: r for n, r in self._requests((), filters).items() if n in routed}
+        for number, request in requests.items():
+            request.named.item_ids.extend(routed[number])
+        found = {
+            row[0]: Hit(*row) for answer in self._candidates(requests) for row in _rows(answer)
+        }
+        return [found.get(item_id) for item_id in item_ids]
+
+    def vectors_of(self, item_ids: Sequence[str]) -> Vector:
+        """See `Index.vectors_of`. Raises DeadlinePassed."""
+        known = {} if self._fresh else self._remembered.look_up(item_ids)
+        self._made_of |= {item_id: version for item_id, (version, _) in known.items()}
+        fetched = self._fetched([item_id for item_id in item_ids if item_id not in known])
+        self._remembered.keep({i: entry for i, entry in fetched.items() if entry[0] != CHANGING})
+        known |= fetched
+        found = [known[item_id][1] for item_id in item_ids if item_id in known]
+        return np.array(found, np.float32).reshape(len(found), self._dimension)
+
+    def _fetched(self, item_ids: Sequence[str]) -> dict[str, Entry]:
+        """Item -> its version and vector, of those that are live; without shards that did not answer."""
+        if not item_ids:
+            return {}
+        routed = self._routed(item_ids)
+        requests = {
+            n: VectorsRequest(target=self._shards.all[n].target, item_ids=ids)
+            for n, ids in routed.items()
+        }
+        answers: dict[int, VectorsResponse] = self._scatter(requests)
+        entries: dict[str, Entry] = {}
+        for number, answer in answers.items():
+            rows = np.frombuffer(answer.vectors, "<f4").reshape(-1, self._dimension)
+            for at, version, row in zip(answer.found, answer.offsets, rows, strict=True):
+                entries[routed[number][at]] = (version, row)
+        return entries
+
+    def watermarks(self) -> Mapping[int, Watermark]:
+        """The lowest of the shards that answered, for the partitions that all of them know."""
+        known = [marks for number, marks in self._watermarks.items() if number not in self._missing]
+        partitions = set.intersection(*(set(marks) for marks in known)) if known else set()
+        return {p: _lowest([marks[p] for marks in known]) for p in partitions}
+
+    def stats(self) -> IndexStats:
+        """How many items are live; of a shard that was not asked, as it said last."""
+        live = sum(count for number, count in self._live.items() if number not in self._missing)
+        return IndexStats(live=live)
+
+    def behind(self) -> str:
+        """Which shards may lag behind Kafka and why; "" where none does."""
+        return "; ".join(f"shard {number}: {why}" for number, why in sorted(self._behind.items()))
+
+    def status(self) -> pb.Shards:
+        """Which shards this query needed, and which of them are missing."""
+        made = pb.Shards(
+            count=len(self._shards.all),
+            asked=len(self._asked),
+            answered=len(self._asked) - len(self._missing),
+        )
+        for number, why in sorted(self._missing.items()):
+            address = self._shards.all[number].address
+            made.missing.add(shard=number, address=address, reason=why.reason, detail=why.detail)
+        return made
+
+    def _routed(self, item_ids: Iterable[str]) -> dict[int, list[str]]:
+        """Shard -> its items among these, each once, in their order."""
+        count = len(self._shards.all)
+        routed: dict[int, list[str]] = {}
+        for item_id in dict.fromkeys(item_ids):
+            routed.setdefault(item_shard(item_id, count), []).append(item_id)
+        return routed
+
+    def _requests(
+        self, exclude: Iterable[str], filters: Filter | None
+    ) -> dict[int, CandidatesRequest]:
+        """A request for each shard that can have an item that passes; each gets the ids of its own only."""
+        left_out = self._routed(exclude)
+        allow = None if filters is None or filters.allow is None else self._routed(filters.allow)
+        deny = self._routed(filters.deny) if filters is not None else {}
+        requests = {}
+        for shard in self._shards.all:
+            number = shard.number
+            if allow is not None and number not in allow:
+                continue
+            request = CandidatesRequest(target=shard.target, exclude=left_out.get(number, ()))
+            if filters is not None:
+                mine = () if allow is None else allow[number]
+                request.filters.CopyFrom(
+                    converters.filters_of(filters, allow=mine, deny=deny.get(number, ()))
+                )
+            requests[number] = request
+        return requests
+
+    def _candidates(self, requests: Mapping[int, CandidatesRequest]) -> list[CandidatesResponse]:
+        answers: dict[int, CandidatesResponse] = self._scatter(requests)
+        if any(answer.stale for answer in answers.values()):
+            raise StaleShard
+        for number, answer in answers.items():
+            marks = {
+                w.partition: Watermark(w.offset, w.at_ms, w.written_us) for w in answer.watermarks
+            }
+            # The first of several look-ups knew least.
+            self._watermarks.setdefault(number, marks)
+            if answer.behind:
+                self._behind[number] = answer.behind
+            if requests[number].HasField("newest"):
+                self._live[number] = answer.live
+        return list(answers.values())
+
+    def _scatter(self, requests: Mapping[int, Any]) -> dict[int, Any]:
+        """The answers by shard; who gives none is noted as missing and not asked again."""
+        self._deadline.check("the shards were asked")
+        timeout_s = min(self._shards.timeout_s, self._deadline.left_s() / 2)
+        until = time.monotonic() + timeout_s
+        calls: list[tuple[Connection, Callable[[], Any]]] = []
+        answers = {}
+        for number, request in requests.items():
+            shard = self._shards.all[number]
+            self._asked.add(number)
+            if number in self._missing:
+                continue
+            why = shard.why
+            if why is not None:
+                self._missing[number] = why
+            else:
+                calls.append((shard, partial(shard.ask, request, until)))
+        # The last one on this thread: that much less to hand over.
+        pooled = [(shard, self._shards.pool.submit(call).result) for shard, call in calls[:-1]]
+        for shard, result in (*calls[-1:], *pooled):
+            try:
+                answers[shard.number] = result()
+                shard.answered()
+            except (grpc.RpcError, TimeoutError) as error:
+                self._missing[shard.number] = shard.missed(error, timeout_s)
+                self._shards.soon()
+        return answers
+
+
+def _rows(answer: CandidatesResponse) -> Iterable[_Row]:
+    return zip(
+        answer.item_ids, answer.scores, answer.at_ms, answer.written_us, answer.offsets, strict=True
+    )
+
+
+def _first(
+    answers: Sequence[CandidatesResponse], k: int, order: Callable[[_Row], Any]
+) -> list[Hit]:
+    """The first k of lists that each are in this order."""
+    merged = heapq.merge(*map(_rows, answers), key=order)
+    return [Hit(*row) for row in islice(merged, max(0, k))]
+
+
+def _lowest(marks: Sequence[Watermark]) -> Watermark:
+    return Watermark(*(min(parts) for parts in zip(*marks, strict=True)))

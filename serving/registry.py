@@ -1,0 +1,65 @@
+"""Which workers and coordinators run on this data folder, one `<data_dir>/run/worker-<pid>.json` for each."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+
+from eddyline.settings.loader import Settings
+
+
+class RegisteredWorker(msgspec.Struct, frozen=True, kw_only=True):
+    """A worker that serves.
+
+    answers: whether it answers users; a worker of one shard leaves that to the coordinator
+    """
+
+    address: str
+    pid: int
+    generation: str
+    started_ms: int
+    answers: bool = True
+
+
+def announce(settings: Settings, worker: RegisteredWorker) -> Path:
+    """Write this worker's file; remove those of workers that were killed. Returns its path."""
+    folder = Path(settings.data_dir) / "run"
+    folder.mkdir(parents=True, exist_ok=True)
+    _look(folder, remove=True)
+    path = folder / f"worker-{worker.pid}.json"
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(msgspec.json.encode(worker))
+    partial.rename(path)
+    return path
+
+
+def running(settings: Settings) -> list[RegisteredWorker]:
+    """The workers that serve now, the longest running first."""
+    found = _look(Path(settings.data_dir) / "run", remove=False)
+    return sorted(found, key=lambda worker: (worker.started_ms, worker.pid))
+
+
+def _look(folder: Path, *, remove: bool) -> list[RegisteredWorker]:
+    found = []
+    for path in folder.glob("worker-*.json"):
+        try:
+            worker = msgspec.json.decode(path.read_bytes(), type=RegisteredWorker)
+        except (OSError, msgspec.DecodeError):
+            continue  # it ended just now
+        if _alive(worker.pid):
+            found.append(worker)
+        elif remove:
+            path.unlink(missing_ok=True)
+    return found
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,1 @@
+"""The gRPC edge: server, services, converters, client."""

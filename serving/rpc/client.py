@@ -1,0 +1,120 @@
+"""A small typed client of the query worker.
+
+with Client("127.0.0.1:50051") as client:
+    for item in client.retrieve("ana", 10).items:
+        ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+
+import grpc
+
+from eddyline.errors import EddylineError
+from serving.proto import retrieval_pb2 as pb
+from serving.proto import retrieval_pb2_grpc
+
+# 1,000 items with cards are about 200 kB.
+RESPONSE_BYTES_MAX = 64 * 1024 * 1024
+
+
+class CallFailed(EddylineError):
+    """A call got no answer. code: gRPC's name of the reason ("INVALID_ARGUMENT", …); detail: one sentence."""
+
+    def __init__(self, address: str, code: str, detail: str) -> None:
+        """`str()` is `worker at address: CODE: detail`."""
+        super().__init__(f"worker at {address}: {code}: {detail}")
+        self.code = code
+        self.detail = detail
+
+
+def open_channel(address: str, more: Sequence[tuple[str, int]] = ()) -> grpc.Channel:
+    """A channel to `host:port`; it connects at the first call and again whenever it has to."""
+    options = [
+        ("grpc.max_receive_message_length", RESPONSE_BYTES_MAX),
+        # A worker that was restarted is found again within a second.
+        ("grpc.max_reconnect_backoff_ms", 1_000),
+        # Loopback and internal addresses: never through a proxy of the environment.
+        ("grpc.enable_http_proxy", 0),
+    ]
+    return grpc.insecure_channel(address, options=[*options, *more])
+
+
+class Client:
+    """A connection to one worker; it connects at the first call and again whenever it has to.
+
+    Thread rule: any thread. Every call has a deadline.
+    """
+
+    def __init__(self, address: str) -> None:
+        """address: `host:port`."""
+        self.address = address
+        self._channel = open_channel(address)
+        self._stub = retrieval_pb2_grpc.RetrievalStub(self._channel)  # type: ignore[no-untyped-call]
+
+    def retrieve(
+        self,
+        user_id: str,
+        k: int,
+        *,
+        after: tuple[int, int] | None = None,
+        wait_ms: int = 0,
+        with_cards: bool = False,
+        filters: pb.Filters | None = None,
+        popularity_beta: float | None = None,
+        timeout_s: float = 5.0,
+    ) -> pb.RetrieveResponse:
+        """The answer. Raises CallFailed.
+
+        after:     (partition, offset) of a click that the answer should know; wait_ms: how long to wait
+        filters:   what every item of the answer has to pass
+        popularity_beta: how much popular items are held back; None: the worker's setting
+        timeout_s: the deadline of the call
+        """
+        request = pb.RetrieveRequest(
+            user_id=user_id,
+            k=k,
+            with_cards=with_cards,
+            filters=filters,
+            popularity_beta=popularity_beta,
+        )
+        if after is not None:
+            request.after.CopyFrom(pb.After(partition=after[0], offset=after[1], wait_ms=wait_ms))
+        try:
+            response: pb.RetrieveResponse = self._stub.Retrieve(request, timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise self._failed(error, timeout_s) from None
+        return response
+
+    def stats(self, *, timeout_s: float = 5.0) -> pb.StatsResponse:
+        """What the worker holds and how far it has come. Raises CallFailed."""
+        try:
+            response: pb.StatsResponse = self._stub.Stats(pb.StatsRequest(), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise self._failed(error, timeout_s) from None
+        return response
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        self._channel.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _failed(self, error: grpc.RpcError, timeout_s: float) -> CallFailed:
+        code, detail = error.code().name, error.details() or ""
+        if code == "DEADLINE_EXCEEDED" and "deadline passed" not in detail:
+            detail = f"the deadline of {timeout_s * 1000:.0f} ms passed before an answer came"
+        if code == "RESOURCE_EXHAUSTED" and "Concurrent" in detail:
+            detail = "too many calls wait already; try again, or start another worker"
+        return CallFailed(self.address, code, detail)

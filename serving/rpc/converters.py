@@ -1,0 +1,234 @@
+"""Between protobuf messages and the plain classes of this room; limits on requests are checked here."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Collection
+
+from eddyline.errors import EddylineError, Rejected
+from eddyline.schema.events import ID_BYTES_MAX, check_id, quote
+from eddyline.schema.partitioning import partition_of
+from eddyline.settings.loader import Settings
+from index.filters import LIST_IDS_MAX, RANGES_MAX, TERMS_MAX, Filter, Range
+from index.port import IndexStats
+from serving.answer.retriever import Answer, Query
+from serving.answer.user_reader import AfterToken
+from serving.proto import retrieval_pb2 as pb
+from serving.recall.index_reader import IndexReader
+from serving.worker.replica import TailState
+
+# Inner products of unit vectors end at 1; beyond this, popularity alone decides.
+BETA_MAX = 10.0
+
+
+class BadQuery(EddylineError):
+    """A field of a request is out of its limits. The message names the field, the value and the limit."""
+
+
+def query_of(request: pb.RetrieveRequest, settings: Settings) -> Query:
+    """The request, checked. Raises BadQuery."""
+    size = len(request.user_id.encode())
+    if not 1 <= size <= ID_BYTES_MAX:
+        raise BadQuery(
+            f"user_id: {quote(request.user_id)} has {size} bytes, allowed are 1 … {ID_BYTES_MAX}"
+        )
+    try:
+        check_id("user_id", request.user_id)
+    except Rejected as error:
+        raise BadQuery(f"user_id: {error.detail}") from None
+    if not 1 <= request.k <= settings.k_max:
+        raise BadQuery(f"k: {request.k}, allowed are 1 … {settings.k_max}")
+    after = _after_of(request, settings) if request.HasField("after") else None
+    filters = filter_of(request.filters) if request.HasField("filters") else None
+    beta = settings.popularity_beta
+    if request.HasField("popularity_beta"):
+        beta = request.popularity_beta
+        if not 0 <= beta <= BETA_MAX:
+            raise BadQuery(f"popularity_beta: {beta}, allowed are 0 … {BETA_MAX:g}")
+    return Query(request.user_id, request.k, after, request.with_cards, filters, beta)
+
+
+def filter_of(filters: pb.Filters) -> Filter | None:
+    """The filter, checked; None where it asks nothing. Raises BadQuery."""
+    for name in ("categories", "tags", "tags_all", "allow", "deny"):
+        texts = getattr(filters, name)
+        allowed = LIST_IDS_MAX if name in ("allow", "deny") else TERMS_MAX
+        if len(texts) > allowed:
+            raise BadQuery(f"filters.{name}: {len(texts)} values, allowed are 0 … {allowed}")
+        for text in texts:
+            if not 1 <= len(text.encode()) <= ID_BYTES_MAX:
+                size = len(text.encode())
+                raise BadQuery(
+                    f"filters.{name}: {quote(text)} has {size} bytes, allowed are 1 … {ID_BYTES_MAX}"
+                )
+    if len(filters.ranges) > RANGES_MAX:
+        raise BadQuery(
+            f"filters.ranges: {len(filters.ranges)} values, allowed are 0 … {RANGES_MAX}"
+        )
+    ranges: dict[str, Range] = {}
+    for one in filters.ranges:
+        name, between = _range_of(one)
+        if name in ranges:
+            raise BadQuery(f"filters.ranges: {quote(name)} is given twice")
+        ranges[name] = between
+    found = Filter(
+        categories=frozenset(filters.categories),
+        tags=frozenset(filters.tags),
+        tags_all=frozenset(filters.tags_all),
+        ranges=ranges,
+        allow=frozenset(filters.allow) if filters.allow else None,
+        deny=frozenset(filters.deny),
+    )
+    return None if found == Filter() else found
+
+
+def filters_of(filters: Filter, *, allow: Collection[str], deny: Collection[str]) -> pb.Filters:
+    """The reverse of `filter_of`, with these lists in place of its own; an empty `allow` allows all."""
+    made = pb.Filters(
+        categories=filters.categories,
+        tags=filters.tags,
+        tags_all=filters.tags_all,
+        allow=allow,
+        deny=deny,
+    )
+    for name, between in filters.ranges.items():
+        one = made.ranges.add(attribute=name)
+        if between.low > -math.inf:
+            one.min = between.low
+        if between.high < math.inf:
+            one.max = between.high
+    return made
+
+
+def _range_of(one: pb.Range) -> tuple[str, Range]:
+    size = len(one.attribute.encode())
+    if not 1 <= size <= ID_BYTES_MAX:
+        named = f"{quote(one.attribute)} has {size} bytes"
+        raise BadQuery(f"filters.ranges.attribute: {named}, allowed are 1 … {ID_BYTES_MAX}")
+    if not (one.HasField("min") or one.HasField("max")):
+        raise BadQuery(f"filters.ranges: {quote(one.attribute)} has neither min nor max")
+    low = one.min if one.HasField("min") else -math.inf
+    high = one.max if one.HasField("max") else math.inf
+    try:
+        return one.attribute, Range(low, high)
+    except ValueError as error:
+        raise BadQuery(f"filters.ranges: {quote(one.attribute)}: {error}") from None
+
+
+def _after_of(request: pb.RetrieveRequest, settings: Settings) -> AfterToken:
+    after = request.after
+    own = partition_of(request.user_id, settings.clicks_partitions)
+    if after.partition != own:
+        raise BadQuery(
+            f"after.partition: {after.partition}, but clicks of {quote(request.user_id)} lie in {own}"
+        )
+    if after.offset < 0:
+        raise BadQuery(f"after.offset: {after.offset}, must be at least 0")
+    if not 0 <= after.wait_ms <= settings.wait_ms_max:
+        raise BadQuery(f"after.wait_ms: {after.wait_ms}, allowed are 0 … {settings.wait_ms_max}")
+    return AfterToken(after.partition, after.offset, after.wait_ms)
+
+
+def response_of(answer: Answer, generation: str, index: IndexReader) -> pb.RetrieveResponse:
+    """An answer as it goes over the wire."""
+    now_us = time.time_ns() // 1000
+    response = pb.RetrieveResponse(
+        freshness=_freshness_of(answer, generation, index),
+        paths=[pb.PathSummary(path=p, candidates=n, taken=t, why=w) for p, n, t, w in answer.paths],
+        missing=answer.missing,
+        short_because=answer.short_because,
+    )
+    for rank, (hit, path, path_rank) in enumerate(answer.items, 1):
+        item = response.items.add(
+            item_id=hit.item_id,
+            score=hit.score,
+            rank=rank,
+            path=path,
+            path_rank=path_rank,
+            generation=generation,
+            age_ms=max(0, now_us - hit.written_us) // 1000,
+        )
+        card = answer.cards.get(hit.item_id)
+        if card is not None:
+            item.card.title = card.title
+            item.card.categories.extend(card.categories)
+    return response
+
+
+def _freshness_of(answer: Answer, generation: str, index: IndexReader) -> pb.Freshness:
+    history, stamps = answer.user.history, answer.stamps
+    freshness = pb.Freshness(
+        generation=generation,
+        user=pb.UserWatermark(
+            known=history.offset >= 0,
+            partition=answer.user_partition,
+            offset=history.offset,
+            at_ms=history.at_ms,
+            produced_us=history.produced_us,
+            appended_ms=history.appended_ms,
+            read_us=history.read_us,
+            applied_us=answer.user.applied_us,
+            fence_offset=-1 if answer.user.fence is None else answer.user.fence.offset,
+        ),
+        index=watermarks_of(index),
+        worker=pb.WorkerStamps(
+            received_us=stamps.received_us,
+            user_read_us=stamps.user_read_us,
+            embedded_us=stamps.embedded_us,
+            searched_us=stamps.searched_us,
+            answered_us=stamps.answered_us,
+        ),
+    )
+    if answer.after is not None:
+        status = answer.after
+        freshness.after.CopyFrom(
+            pb.AfterStatus(applied=status.applied, waited_ms=status.waited_ms, why=status.why)
+        )
+    return freshness
+
+
+def watermarks_of(index: IndexReader) -> list[pb.IndexWatermark]:
+    """The index's watermarks, by partition."""
+    return [
+        pb.IndexWatermark(partition=p, offset=w.offset, at_ms=w.at_ms, written_us=w.written_us)
+        for p, w in sorted(index.watermarks().items())
+    ]
+
+
+def sizes_of(stats: IndexStats, dimension: int) -> pb.IndexSizes:
+    """What the index holds."""
+    return pb.IndexSizes(
+        live=stats.live,
+        tombstones=stats.tombstones,
+        main=stats.main,
+        fresh=stats.fresh,
+        stale=stats.stale,
+        rows=stats.rows,
+        applied=stats.applied,
+        ignored=stats.ignored,
+        rejected=stats.rejected,
+        rebuilding=stats.rebuilding,
+        rebuilds=stats.rebuilds,
+        rebuilds_failed=stats.rebuilds_failed,
+        rebuild_s=stats.rebuild_s,
+        rebuild_error=stats.rebuild_error,
+        dimension=dimension,
+        refused=stats.refused,
+        main_name=stats.main_name,
+        main_bytes=stats.main_bytes,
+        breadth=stats.breadth,
+        recall=None if stats.recall is None else pb.RecallStatus(**stats.recall._asdict()),
+    )
+
+
+def tail_of(state: TailState) -> pb.TailStatus:
+    """How far the tail has come."""
+    return pb.TailStatus(
+        caught_up=state.caught_up,
+        lag_records=state.lag_records,
+        records=state.records,
+        undecodable=state.undecodable,
+        rejected=state.rejected,
+        away_since_ms=state.away_since_ms,
+    )

@@ -1,0 +1,153 @@
+"""The gRPC server around the service: threads, limits, health, reflection, its port."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from eddyline.errors import EddylineError
+from eddyline.settings.loader import Settings
+from serving.proto import retrieval_pb2, retrieval_pb2_grpc, shard_pb2, shard_pb2_grpc
+from serving.rpc.retrieval_service import RetrievalService
+from serving.rpc.shard_service import ShardService
+
+# A good request has about 300 bytes; a user id of 10 kB still gets a sentence, not a cut connection.
+REQUEST_BYTES_MAX = 64 * 1024
+# A coordinator names what an item list must leave out: 100,000 ids of 40 bytes.
+SHARD_REQUEST_BYTES_MAX = 4 * 1024 * 1024
+SHARD_NAME = shard_pb2.DESCRIPTOR.services_by_name["Shard"].full_name
+NAME = retrieval_pb2.DESCRIPTOR.services_by_name["Retrieval"].full_name
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class PortTaken(EddylineError):
+    """The address cannot be bound."""
+
+
+# The processes of a worker whose keeper was killed notice it in a second, and end with their running calls.
+LEAVE_S = 10.0
+
+
+class SharedPort:
+    """The worker's port, kept for several processes of one worker. Nobody listens on it here."""
+
+    def __init__(self, settings: Settings, wait_s: float = LEAVE_S) -> None:
+        """Raises PortTaken, also where other processes share it already and do not leave within `wait_s`."""
+        host, wanted = settings.worker_host, settings.worker_port
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                self._kept, port = _reserved(host, wanted)
+                break
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                    raise PortTaken(_taken(f"{host}:{wanted}", "worker")) from None
+            time.sleep(LEAVE_S / 50)
+        self.address = f"{host}:{port}"
+
+    def close(self) -> None:
+        """Give it up."""
+        self._kept.close()
+
+
+class WorkerServer:
+    """A started server; its health is NOT_SERVING until told otherwise. Thread rule: any thread."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        service: RetrievalService,
+        shard: ShardService | None = None,
+        *,
+        role: Literal["worker", "coordinator"] = "worker",
+        port: SharedPort | None = None,
+    ) -> None:
+        """Bind and start. Raises PortTaken.
+
+        shard: answers the coordinator, where there is one; role: whose host and port of the settings to take
+        port:  to be shared with other processes of this worker, instead of that of the settings
+        """
+        threads = settings.worker_threads
+        host: str = getattr(settings, f"{role}_host")
+        part = shard is not None and not shard.share.whole
+        # Who holds one shard only does not answer users, so Retrieval stays at NOT_SERVING.
+        self._served = ("", SHARD_NAME if part else NAME)
+        self._server = grpc.server(
+            ThreadPoolExecutor(threads, thread_name_prefix="query"),
+            # As many as are answered at a time may wait; whoever comes then gets RESOURCE_EXHAUSTED.
+            maximum_concurrent_rpcs=2 * threads,
+            options=[
+                # Off, or a second worker on the same port would take half of the first one's calls.
+                ("grpc.so_reuseport", int(port is not None)),
+                (
+                    "grpc.max_receive_message_length",
+                    SHARD_REQUEST_BYTES_MAX if part else REQUEST_BYTES_MAX,
+                ),
+            ],
+        )
+        # A health watch stays open; non-blocking, or each would hold one of the threads.
+        self._health = health.HealthServicer(
+            experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(1, "health")
+        )
+        add_service = retrieval_pb2_grpc.add_RetrievalServicer_to_server
+        add_service(service, self._server)  # type: ignore[no-untyped-call]
+        names = [NAME, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        if shard is not None:
+            add_shard = shard_pb2_grpc.add_ShardServicer_to_server
+            add_shard(shard, self._server)  # type: ignore[no-untyped-call]
+            names.append(SHARD_NAME)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection(names, self._server)
+        for name in {"", NAME, *self._served}:
+            self._health.set(name, NOT_SERVING)
+        wanted = f"{host}:{getattr(settings, f'{role}_port')}" if port is None else port.address
+        try:
+            bound = self._server.add_insecure_port(wanted)
+        except RuntimeError:
+            bound = 0
+        if not bound:
+            raise PortTaken(_taken(wanted, role))
+        self.address = f"{host}:{bound}"
+        self._server.start()
+
+    def set_serving(self, serving: bool) -> None:
+        """What the health service answers, for the server as a whole and for the service that it offers."""
+        for name in self._served:
+            self._health.set(name, SERVING if serving else NOT_SERVING)
+
+    def stop(self, grace_s: float) -> None:
+        """Take no more calls, let the running ones end, cut them after `grace_s`."""
+        self._health.enter_graceful_shutdown()
+        self._server.stop(grace_s).wait(grace_s + 1)
+
+
+def _reserved(host: str, port: int) -> tuple[socket.socket, int]:
+    """(a socket that keeps the port for whoever shares it, the port). Raises OSError where anybody has it."""
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind) as alone:
+        alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        alone.bind(address)
+        found = alone.getsockname()
+    kept = socket.socket(family, kind)
+    try:
+        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        kept.bind(found)
+    except BaseException:
+        kept.close()
+        raise
+    return kept, int(found[1])
+
+
+def _taken(address: str, role: str) -> str:
+    return (
+        f"{address} cannot be bound: another process listens there, or it is not this machine's; "
+        f"set EDDYLINE_{role.upper()}_PORT (0 takes a free one)"
+    )

@@ -1,0 +1,176 @@
+"""What a worker answers its coordinator: vectors and candidates of the items that it holds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import grpc
+import numpy as np
+
+from eddyline.errors import EddylineError, VectorRejected
+from index.filters import Filter
+from index.port import Hit, Index, check_query
+from serving.proto import retrieval_pb2 as pb
+from serving.proto import shard_pb2, shard_pb2_grpc
+from serving.rpc import converters
+from serving.sharding import ShardAssignment
+
+log = logging.getLogger(__name__)
+
+# In place of a version, which is -1 or more: an item that is not live, one that changed while it was read.
+NOT_LIVE, CHANGING = -2, -3
+
+
+class OtherTarget(EddylineError):
+    """A call is meant for another generation or shard than this worker has."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardServicer:
+    """What a worker holds, once it has caught up.
+
+    behind: why the index may lag behind Kafka, "" where it does not
+    """
+
+    generation: str
+    index: Index
+    behind: Callable[[], str]
+
+
+class ShardService(shard_pb2_grpc.ShardServicer):
+    """Answers Vectors and Candidates; see shard.proto. Thread rule: any thread."""
+
+    def __init__(self, share: ShardAssignment) -> None:
+        """Not ready: calls get UNAVAILABLE until `serve`. share: which items the worker holds."""
+        self.share = share
+        self._held: ShardServicer | None = None
+
+    def serve(self, held: ShardServicer) -> None:
+        """From now on, answer from this."""
+        self._held = held
+
+    def Vectors(
+        self, request: shard_pb2.VectorsRequest, context: grpc.ServicerContext
+    ) -> shard_pb2.VectorsResponse:
+        """See shard.proto."""
+        held = self._meant(request.target, context)
+        ids = list(request.item_ids)
+        # Versions only grow: one that is the same before and after is that of the vector read in between.
+        before = versions_of(held.index, ids)
+        # One by one, because an item that is not live leaves no gap.
+        found = [held.index.vectors_of([item_id]) for item_id in ids]
+        after = versions_of(held.index, ids)
+        live = [at for at, vector in enumerate(found) if len(vector)]
+        vectors = b"".join(found[at].astype("<f4", copy=False).tobytes() for at in live)
+        offsets = [after[at] if before[at] == after[at] else CHANGING for at in live]
+        return shard_pb2.VectorsResponse(found=live, vectors=vectors, offsets=offsets)
+
+    def Candidates(
+        self, request: shard_pb2.CandidatesRequest, context: grpc.ServicerContext
+    ) -> shard_pb2.CandidatesResponse:
+        """See shard.proto."""
+        held = self._meant(request.target, context)
+        try:
+            return _candidates(request, held)
+        except (converters.BadQuery, VectorRejected, ValueError) as error:
+            _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except Exception as error:
+            log.exception("a coordinator's call failed")
+            _abort(
+                context,
+                grpc.StatusCode.INTERNAL,
+                f"{type(error).__name__}; the worker's log has more",
+            )
+
+    def _meant(self, target: shard_pb2.Target, context: grpc.ServicerContext) -> ShardServicer:
+        """What it holds, where the call is meant for that; ends the call otherwise."""
+        held = self._held
+        if held is None:
+            _abort(context, grpc.StatusCode.UNAVAILABLE, "the worker is not ready")
+        left_s = context.time_remaining()
+        if left_s is not None and left_s <= 0:
+            _abort(
+                context,
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                "the deadline passed while the call waited",
+            )
+        wanted = (target.generation, target.shard, target.shards)
+        if wanted != (held.generation, *self.share):
+            what = (
+                "this worker holds generation {!r}, shard {} of {}; asked was {!r}, shard {} of {}"
+            )
+            sentence = what.format(held.generation, *self.share, *wanted)
+            _abort(context, grpc.StatusCode.FAILED_PRECONDITION, sentence)
+        return held
+
+
+def versions_of(index: Index, item_ids: list[str]) -> list[int]:
+    """The version of each item, NOT_LIVE where it is not live."""
+    return (
+        [NOT_LIVE if hit is None else hit.offset for hit in index.describe(item_ids)]
+        if item_ids
+        else []
+    )
+
+
+def _candidates(
+    request: shard_pb2.CandidatesRequest, held: ShardServicer
+) -> shard_pb2.CandidatesResponse:
+    """Raises BadQuery, VectorRejected, ValueError."""
+    index = held.index
+    # Before the search: the answer knows at least this.
+    watermarks, behind = converters.watermarks_of(index), held.behind()
+    filters: Filter | None = (
+        converters.filter_of(request.filters) if request.HasField("filters") else None
+    )
+    exclude = frozenset(request.exclude)
+    wanted = request.WhichOneof("wanted")
+    hits: list[Hit]
+    if wanted == "nearest":
+        if len(request.nearest.vector) != 4 * index.dimension:
+            size = len(request.nearest.vector)
+            raise VectorRejected(
+                f"nearest.vector: {size} bytes, the index has dimension {index.dimension}"
+            )
+        vector = np.frombuffer(request.nearest.vector, "<f4")
+        check_query(vector, index.dimension)
+        if versions_of(index, list(request.nearest.made_of)) != list(
+            request.nearest.made_of_offsets
+        ):
+            return shard_pb2.CandidatesResponse(stale=True)
+        hits = index.query(vector, request.nearest.k, exclude, filters)
+    elif wanted == "named":
+        hits = [
+            hit for hit in index.describe(list(request.named.item_ids), filters) if hit is not None
+        ]
+    elif wanted == "newest":
+        hits = index.newest(request.newest.k, exclude, filters)
+    else:
+        raise converters.BadQuery("wanted: is missing")
+    return _response(hits, watermarks, index.stats().live if wanted == "newest" else 0, behind)
+
+
+def _response(
+    hits: list[Hit], watermarks: list[pb.IndexWatermark], live: int, behind: str
+) -> shard_pb2.CandidatesResponse:
+    ids, scores, at_ms, written_us, offsets = (
+        zip(*hits, strict=True) if hits else ((), (), (), (), ())
+    )
+    return shard_pb2.CandidatesResponse(
+        item_ids=ids,
+        scores=scores,
+        at_ms=at_ms,
+        written_us=written_us,
+        offsets=offsets,
+        watermarks=watermarks,
+        live=live,
+        behind=behind,
+    )
+
+
+def _abort(context: Any, code: grpc.StatusCode, sentence: str) -> NoReturn:
+    context.abort(code, sentence)
+    raise AssertionError("abort returned")

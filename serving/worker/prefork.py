@@ -1,0 +1,259 @@
+"""Worker processes forked from one that has loaded the index, so that they share its memory.
+
+The keeper opens the index and forks the workers, which serve exactly at once; then it builds the graph and
+replaces them, one after the other, by workers that share it copy-on-write. A worker that rebuilds has a graph
+of its own from then on; so the keeper opens the newest snapshot, builds and replaces anew from time to time.
+All listen on one port, over which the kernel spreads connections. The keeper itself has no thread and no
+gRPC: what a fork copies is memory, and only the thread that forks.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, NoReturn, TypeVar
+
+from eddyline.errors import SettingsError
+from eddyline.process import lifecycle
+from eddyline.process.retry import Stopped
+
+log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+POLL_S = 0.1
+# A worker that ended is replaced at once, one that ends again and again after longer and longer pauses.
+BACKOFF_S = 0.1
+# A worker that lived so long ended for a new reason.
+SETTLED_S = 60.0
+# A worker catches up with the topic before it serves; one that takes longer is not waited for.
+READY_S = 120.0
+# After SIGTERM running calls end within seconds, and a last snapshot is written.
+END_S = 40.0
+TELL_S = 1.0
+ALONE_S = 1.0
+# As a rebuild in a worker: where cores are short, queries come first.
+NICE = 10
+# Exit codes that a restart does not heal.
+FINAL = (2, 3)
+
+
+@dataclass
+class Child:
+    """A forked worker. ready: the reading end of a pipe that it writes to once it serves."""
+
+    pid: int
+    ready: int
+    since: float
+    code: int | None = None
+
+    def ended(self) -> int | None:
+        """Its exit code, minus the signal's number where a signal ended it; None while it runs."""
+        if self.code is None:
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            if done:
+                self.code = os.waitstatus_to_exitcode(status)
+                os.close(self.ready)
+        return self.code
+
+    def tell_end(self) -> None:
+        """Ask it to end."""
+        if self.ended() is None:
+            os.kill(self.pid, signal.SIGTERM)
+
+    def end(self) -> None:
+        """Have it end in order; kill it where that takes too long."""
+        deadline, again_at = time.monotonic() + END_S, 0.0
+        while self.ended() is None:
+            if time.monotonic() >= again_at:
+                # More than once: Python drops a signal that comes while the child is being forked.
+                self.tell_end()
+                again_at = time.monotonic() + TELL_S
+            if time.monotonic() > deadline:
+                log.warning(
+                    "a worker process did not end in time and was killed", extra={"pid": self.pid}
+                )
+                os.kill(self.pid, signal.SIGKILL)
+                deadline = time.monotonic() + END_S
+            time.sleep(POLL_S / 10)
+
+
+class Prefork(Generic[_T]):
+    """The workers of one keeper, by place. Thread rule: the main thread, of a process that has no other.
+
+    opened:  gives what the workers share, without a graph
+    built:   builds the graph of it; False where there is none to build
+    serve:   runs a worker in the fork: (what it shares, its place, what it calls once it serves) -> exit code
+    renew_s: after this time what they share is opened and built anew
+    """
+
+    def __init__(
+        self,
+        processes: int,
+        opened: Callable[[], _T],
+        built: Callable[[_T], bool],
+        serve: Callable[[_T, int, Callable[[], None]], int],
+        stop: threading.Event,
+        *,
+        renew_s: float,
+        backoff_s_max: float,
+    ) -> None:
+        if sys.platform != "linux":
+            raise SettingsError(f"worker_processes = {processes}: above 1 it needs Linux")
+        self._opened, self._built, self._serve, self._stop = opened, built, serve, stop
+        self._renew_s, self._backoff_s_max = renew_s, backoff_s_max
+        self._due = dict.fromkeys(range(processes), 0.0)  # place -> when a worker may start there
+        self._pause_s = dict.fromkeys(range(processes), BACKOFF_S)
+        self._children: dict[int, Child] = {}
+        self._code = 0
+
+    def run(self) -> int:
+        """Keep the workers running until `stop` is set, or one ends for good. Returns the exit code."""
+        try:
+            held, since, shared = self._opened(), time.monotonic(), False
+            while self._goes_on():
+                self._fill(held)
+                if not shared:
+                    shared = True
+                    if self._built(held):
+                        self._replace_all(held)
+                elif time.monotonic() - since > self._renew_s:
+                    held, since = self._opened(), time.monotonic()
+                    self._built(held)
+                    self._replace_all(held)
+                self._stop.wait(POLL_S)
+            return self._code
+        except Stopped:
+            return self._code
+        finally:
+            for child in self._children.values():
+                child.tell_end()
+            for child in self._children.values():
+                child.end()
+
+    def _goes_on(self) -> bool:
+        """Note which workers ended. False where it is time to end."""
+        for place, child in list(self._children.items()):
+            code = child.ended()
+            if code is None:
+                continue
+            del self._children[place]
+            if code in FINAL:
+                self._code = code
+                continue
+            settled = time.monotonic() - child.since > SETTLED_S
+            pause_s = BACKOFF_S if settled else self._pause_s[place]
+            self._pause_s[place] = min(2 * pause_s, self._backoff_s_max)
+            self._due[place] = time.monotonic() + pause_s
+            if not self._stop.is_set():
+                what = {"pid": child.pid, "exit_code": code, "again_in_s": round(pause_s, 2)}
+                log.warning("a worker process ended; another takes its place", extra=what)
+        # Kept: it may be seen while the workers are being replaced, and has to end that and all.
+        return not self._code and not self._stop.is_set()
+
+    def _fill(self, held: _T) -> None:
+        """Start a worker wherever there is none."""
+        for place, at in list(self._due.items()):
+            if time.monotonic() >= at:
+                del self._due[place]
+                self._children[place] = self._fork(held, place)
+
+    def _replace_all(self, held: _T) -> None:
+        """Worker by worker: a new one first, the old one ends once the new one serves."""
+        for place in list(self._children):
+            if not self._goes_on() or place not in self._children:
+                continue
+            new, old = self._fork(held, place), self._children[place]
+            if self._wait_ready(new):
+                self._children[place] = new
+                old.end()
+            else:
+                log.warning(
+                    "a new worker process is not ready; the old one stays", extra={"pid": new.pid}
+                )
+                new.end()
+
+    def _wait_ready(self, child: Child) -> bool:
+        deadline = time.monotonic() + READY_S
+        while time.monotonic() < deadline and not self._stop.is_set():
+            if select.select([child.ready], [], [], POLL_S)[0]:
+                return os.read(child.ready, 1) != b""  # nothing: it ended
+        return False
+
+    def _fork(self, held: _T, place: int) -> Child:
+        _require_one_thread()
+        reading, writing = os.pipe()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Else the first collection of garbage in a worker writes to every object, and copies its page.
+        gc.freeze()
+        keeper, pid = os.getpid(), os.fork()
+        if pid:
+            os.close(writing)
+            return Child(pid, reading, time.monotonic())
+        os.close(reading)
+        self._be_child(held, place, writing, keeper)
+
+    def _be_child(self, held: _T, place: int, writing: int, keeper: int) -> NoReturn:
+        code = 1
+        try:
+            # The keeper's handlers were for the keeper.
+            lifecycle.stop_on_signals(self._stop)
+            threading.Thread(
+                target=self._outlive_nobody, args=(keeper,), name="keeper", daemon=True
+            ).start()
+            code = self._serve(held, place, lambda: _tell(writing))
+        except BaseException:
+            log.exception("a worker process failed")
+        finally:
+            logging.shutdown()
+            sys.stdout.flush()
+            os._exit(code)
+
+    def _outlive_nobody(self, keeper: int) -> None:
+        """Stop where the keeper was killed."""
+        while os.getppid() == keeper and not self._stop.wait(1.0):
+            pass
+        self._stop.set()
+
+
+def run_niced(call: Callable[[], bool]) -> bool:
+    """What the call returns; it runs in a thread of low priority, which has ended then."""
+    found = False
+
+    def run() -> None:
+        nonlocal found
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        found = call()
+
+    thread = threading.Thread(target=run, name="keeper-build")
+    thread.start()
+    thread.join()
+    return found
+
+
+def _tell(pipe: int) -> None:
+    os.write(pipe, b"1")
+
+
+def _require_one_thread() -> None:
+    """Raise RuntimeError where a fork would copy locks of threads that it does not copy."""
+    deadline = time.monotonic() + ALONE_S
+    # A thread that was joined may still be on its way out.
+    while (
+        tasks := len(list(Path("/proc/self/task").iterdir()))
+    ) > 1 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    if tasks > 1:
+        named = ", ".join(thread.name for thread in threading.enumerate()[1:]) or "of a library"
+        raise RuntimeError(
+            f"the keeper of forked workers has {tasks - 1} threads beside its own: {named}"
+        )

@@ -1,0 +1,246 @@
+"""The index's own copy of the items: bundle or snapshot, then the tail of `item-vectors.<generation>`.
+
+The topic is compacted and read from its beginning, or from where a snapshot stood; see `serving.worker.item_vectors`.
+Records that the bundle holds already are no-ops in the index. While Kafka is away the index goes on serving.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from eddyline.errors import KafkaRefused, Rejected, SettingsError, Unavailable, VectorRejected
+from eddyline.kafka import topics
+from eddyline.schema.item_record import ItemRecord, decode_record
+from eddyline.settings.loader import Settings
+from embeddings.bundle.bundle import Bundle
+from index.port import Index
+from serving.sharding import ALL, ShardAssignment
+from serving.worker.item_vectors import ItemVectorLog
+
+log = logging.getLogger(__name__)
+
+# Kafka is asked for its ends this often: it tells the lag, and an answer is the sign that Kafka is there.
+LOOK_S = 1.0
+# A poll returns as soon as there is a record; this is how long it waits where there is none.
+POLL_MS = 200
+# One batch of the index: about 2 ms, so that neither its lock nor the interpreter is held for long.
+APPLY_RECORDS = 256
+RETRY_S = 0.05
+CLOSE_S = 10.0
+# The first bad records are logged one by one, then every thousandth.
+LOGGED_BAD = 10
+
+
+def load_bundle(index: Index, bundle: Bundle, share: ShardAssignment = ALL) -> None:
+    """Put the share's items of the bundle into the index; their versions are their source offsets."""
+    written_us = bundle.created_ms * 1000
+    records = [
+        ItemRecord(item_id, partition, offset, 0, written_us, vector, attributes)
+        for item_id, partition, offset, vector, attributes in zip(
+            bundle.item_ids,
+            bundle.item_partitions.tolist(),
+            bundle.item_offsets.tolist(),
+            bundle.item_vectors,
+            bundle.item_attributes,
+            strict=True,
+        )
+    ]
+    mine, others = share.split(records)
+    index.apply(mine, others)
+
+
+@dataclass(frozen=True, slots=True)
+class TailState:
+    """How far the tail has come; see TailStatus in retrieval.proto."""
+
+    caught_up: bool = False
+    lag_records: int = 0
+    records: int = 0
+    undecodable: int = 0
+    rejected: int = 0
+    away_since_ms: int = 0
+
+
+class Replica:
+    """Tails the topic into the index, on a thread of its own. Thread rule: any thread may ask."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        generation: str,
+        index: Index,
+        *,
+        connect: Callable[[], Any] | None = None,
+        positions: Mapping[int, int] | None = None,
+        share: ShardAssignment = ALL,
+    ) -> None:
+        """connect: by default a ItemVectorLog of the generation.
+
+        positions: partition -> offset to begin at, of a snapshot that the index holds; else the beginning.
+                   One that the log no longer has leads back to the beginning as well.
+        share:     the items that go into the index; records of others move its watermarks only
+        """
+        self._settings = settings
+        self._topic = settings.prefixed(topics.item_vectors(generation))
+        self._index = index
+        self._share = share
+        self._connect = connect or (lambda: ItemVectorLog(settings, generation))
+        self._positions = dict(positions or {})
+        # The ends seen first: whoever has read up to them has seen all that was there when the worker
+        # started.
+        self._goal: dict[int, int] | None = None
+        self._caught_up = threading.Event()
+        self._stop = threading.Event()
+        self._away = ""
+        self._away_since_ms = 0
+        self._refused = False
+        self._lag = self._records = self._undecodable = self._rejected = 0
+        self._thread = threading.Thread(target=self._run, name="replica", daemon=True)
+
+    def start(self) -> None:
+        """Begin to tail."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop tailing."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(CLOSE_S)
+
+    def wait_caught_up(self, timeout_s: float) -> bool:
+        """Whether the ends seen at start have been reached, after waiting for it at most this long."""
+        return self._caught_up.wait(timeout_s)
+
+    def state(self) -> TailState:
+        """How far it has come."""
+        return TailState(
+            caught_up=self._caught_up.is_set(),
+            lag_records=self._lag,
+            records=self._records,
+            undecodable=self._undecodable,
+            rejected=self._rejected,
+            away_since_ms=self._away_since_ms,
+        )
+
+    def positions(self) -> dict[int, int]:
+        """Partition -> offset up to which all has been applied; {} until it has caught up once."""
+        if not self._caught_up.is_set():
+            return {}
+        return dict(self._positions)
+
+    def missing(self) -> str:
+        """Why the index may lag behind, and since when; "" where Kafka answers."""
+        since_ms, away = self._away_since_ms, self._away
+        if not since_ms:
+            return ""
+        return f"{away} (since {max(0.0, time.time() - since_ms / 1000):.1f} s); items stand as they were then"
+
+    def _run(self) -> None:
+        wait_s = RETRY_S
+        while not self._stop.is_set():
+            topic = None
+            try:
+                topic = self._connect()
+                self._tail(topic)
+            except KafkaRefused as error:
+                self._mark_away(str(error), refused=True)
+            except (Unavailable, SettingsError, OSError) as error:
+                wait_s = RETRY_S if not self._away_since_ms else wait_s
+                self._mark_away(f"{type(error).__name__}: {error}")
+            except Exception as error:
+                log.exception("the tail of the item vectors failed; it is begun anew")
+                self._mark_away(f"{type(error).__name__}: {error}")
+            finally:
+                if topic is not None:
+                    with contextlib.suppress(Exception):  # a close that fails must not end the tail
+                        topic.close()
+            self._stop.wait(wait_s)
+            wait_s = min(2 * wait_s, self._settings.backoff_ms_max / 1000)
+
+    def _tail(self, topic: Any) -> None:
+        topic.begin(self._positions)
+        self._positions = topic.positions()
+        look_at = 0.0
+        while not self._stop.is_set():
+            if time.monotonic() >= look_at:
+                self._look(topic.ends())
+                look_at = time.monotonic() + LOOK_S
+            polled = topic.poll(POLL_MS)
+            # Together: a batch for each partition would cost the index as many times what a batch costs.
+            self._apply([record for batch in polled.values() for record in batch])
+            for partition, batch in polled.items():
+                self._positions[partition] = batch[-1].offset + 1
+            if not (polled and self._caught_up.is_set()):
+                # Behind the last record there may be marks of transactions, which are skipped.
+                self._positions = topic.positions()
+            self._check_caught_up()
+
+    def _look(self, ends: dict[int, int]) -> None:
+        if self._goal is None:
+            self._goal = ends
+        self._lag = sum(max(0, end - self._positions.get(at, 0)) for at, end in ends.items())
+        if self._away_since_ms:
+            log.info("Kafka answers again", extra={"topic": self._topic})
+        self._away, self._away_since_ms = "", 0
+
+    def _check_caught_up(self) -> None:
+        if self._caught_up.is_set() or self._goal is None:
+            return
+        if all(self._positions.get(at, 0) >= end for at, end in self._goal.items()):
+            self._lag = 0
+            self._caught_up.set()
+
+    def _mark_away(self, reason: str, refused: bool = False) -> None:
+        """refused: by Kafka, which waiting does not heal; what is in the index is served nevertheless."""
+        was_away, was_refused = bool(self._away_since_ms), self._refused
+        self._away = (
+            reason if refused else f"Kafka at {self._settings.kafka_bootstrap_servers}: {reason}"
+        )
+        self._refused = refused
+        if not was_away:
+            self._away_since_ms = time.time_ns() // 1_000_000
+        if not was_away or (refused and not was_refused):
+            log.warning("the item vectors cannot be read", extra={"reason": self._away})
+
+    def _apply(self, batch: Sequence[Any]) -> None:
+        self._records += len(batch)
+        records: list[ItemRecord] = []
+        for record in batch:
+            try:
+                if record.key is None or record.value is None:
+                    raise Rejected("bad_record", "", "has no key or no value")
+                records.append(decode_record(record.key, record.value))
+            except Rejected as error:
+                self._undecodable += 1
+                self._tell_bad(self._undecodable, record, str(error))
+        for at in range(0, len(records), APPLY_RECORDS):
+            self._apply_some(records[at : at + APPLY_RECORDS])
+
+    def _apply_some(self, records: list[ItemRecord]) -> None:
+        mine, others = self._share.split(records)
+        try:
+            self._index.apply(mine, others)
+        except VectorRejected:
+            self._index.apply([], others)
+            for record in mine:
+                try:
+                    self._index.apply([record])
+                except VectorRejected as error:
+                    self._rejected += 1
+                    self._tell_bad(self._rejected, record, str(error))
+
+    def _tell_bad(self, count: int, record: Any, reason: str) -> None:
+        if count <= LOGGED_BAD or count % 1000 == 0:
+            where = {
+                "partition": record.partition,
+                "offset": record.offset,
+                "count": count,
+                "reason": reason,
+            }
+            log.warning("an item record was skipped", extra=where)

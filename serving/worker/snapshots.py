@@ -1,0 +1,154 @@
+"""The worker's snapshots: one to start from, a new one every some minutes and at the stop.
+
+A snapshot holds positions that were read before its contents were taken, so what it holds is at least what
+came before them; what comes twice is a no-op. Whatever is wrong with one is said in the log, and the worker
+starts from bundle and topic as if there were none.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+from eddyline.kafka import topics
+from eddyline.settings.loader import Settings
+from embeddings.bundle.bundle import Bundle
+from index.live import LiveIndex
+from index.snapshot import format
+from index.snapshot.format import Origin, SnapshotRefused
+from serving.sharding import ALL, ShardAssignment
+
+log = logging.getLogger(__name__)
+
+# Delete records stay in the topic for this long at least; an older snapshot could bring a deleted item back.
+AGE_MS_MAX = 7 * 24 * 3_600_000
+# Of this generation and of those before it, in case one of them becomes active again.
+KEPT_FILES = 3
+# What a writer that was killed left behind is removed after this time; no write takes as long.
+PARTIAL_S_MAX = 600.0
+CLOSE_S = 30.0
+
+
+class Snapshots:
+    """Loads and writes the snapshots of one worker. Thread rule: any thread; one write at a time."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        bundle: Bundle,
+        log_id: str,
+        index: LiveIndex,
+        clock: Callable[[], float] = time.time,
+        share: ShardAssignment = ALL,
+    ) -> None:
+        """log_id: identity of the item vectors' topic, which the positions belong to.
+
+        share: the items that the index holds; each shard has files of its own
+        """
+        self._interval_s = settings.snapshot_interval_s
+        self._prefix = settings.prefixed("item-vectors.")
+        self._share = share
+        self._origin = Origin(
+            generation=bundle.generation,
+            dimension=bundle.dimension,
+            bundle_ms=bundle.created_ms,
+            log=log_id,
+            part=share.name,
+        )
+        self._index = index
+        self._clock = clock
+        part = "" if share.whole else f".shard-{share.shard}-of-{share.shards}"
+        topic = settings.prefixed(topics.item_vectors(bundle.generation))
+        self.path = settings.snapshots / f"{topic}{part}.snapshot"
+        self._written: Mapping[int, int] = {}
+        self._one_at_a_time = threading.Lock()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def load(self) -> dict[int, int] | None:
+        """Fill the empty index; the positions from which on the topic is to be read. None: there is none."""
+        begun = time.monotonic()
+        try:
+            contents, header = format.load(
+                self.path, self._origin, int(self._clock() * 1000) - AGE_MS_MAX
+            )
+            self._index.restore(contents)
+        except FileNotFoundError:
+            return None
+        except (SnapshotRefused, ValueError) as error:
+            log.warning(
+                "the snapshot is not used; the topic is read from its beginning",
+                extra={"reason": str(error)},
+            )
+            return None
+        took_ms = round((time.monotonic() - begun) * 1000)
+        log.info(
+            "index restored",
+            extra={"items": header.live, "took_ms": took_ms, "from": self.path.name},
+        )
+        self._written = header.positions
+        return header.positions
+
+    def start(self, positions: Callable[[], Mapping[int, int]]) -> None:
+        """Write every `snapshot_interval_s` from now on, and once more at `close`; never where it is 0.
+
+        positions: partition -> offset up to which all has been applied; {} while that is not known
+        """
+        if self._interval_s and self._thread is None:
+            self._thread = threading.Thread(
+                target=self._run, args=(positions,), name="snapshots", daemon=True
+            )
+            self._thread.start()
+
+    def close(self) -> None:
+        """Write a last one where `start` was called, and stop."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(CLOSE_S)
+
+    def write(self, positions: Mapping[int, int]) -> bool:
+        """Write one now, unless nothing came since the last; False where it failed: the log says why."""
+        if not positions or positions == self._written:
+            return True
+        with self._one_at_a_time:
+            at = dict(positions)
+            try:
+                now_ms = int(self._clock() * 1000)
+                format.write(self.path, self._index.contents(), self._origin, at, now_ms)
+                self._prune()
+            except OSError as error:
+                log.warning(
+                    "no snapshot could be written; the old one stays",
+                    extra={"path": str(self.path), "reason": str(error)},
+                )
+                return False
+            self._written = at
+            return True
+
+    def _run(self, positions: Callable[[], Mapping[int, int]]) -> None:
+        stopped = False
+        while not stopped:
+            stopped = self._stop.wait(self._interval_s)
+            try:
+                self.write(positions())
+            except Exception:
+                log.exception("no snapshot could be written; the old one stays")
+
+    def _prune(self) -> None:
+        """Remove what old generations and killed writers left; the files of other shards are theirs."""
+        folder = self.path.parent
+        mine = "*.snapshot" if self._share.whole else f"*.shard-{self._share.shard}-of-*.snapshot"
+        found = [
+            path
+            for path in folder.glob(f"{self._prefix}{mine}")
+            if not (self._share.whole and ".shard-" in path.name)
+        ]
+        found.sort(key=lambda p: p.stat().st_mtime, reverse=True)
+        for path in found[KEPT_FILES:]:
+            if path != self.path:
+                path.unlink(missing_ok=True)
+        for path in folder.glob(f"{self._prefix}*.partial"):
+            if self._clock() - path.stat().st_mtime > PARTIAL_S_MAX:
+                path.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Kafka batches under Faust: the consumer, its thread, batching and fetch control."""

@@ -1,0 +1,1 @@
+"""Item changes in: metadata to Redis, vectors to Kafka."""

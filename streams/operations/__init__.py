@@ -1,0 +1,1 @@
+"""Operations on state and logs; they return results and print nothing."""

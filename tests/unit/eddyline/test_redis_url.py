@@ -1,0 +1,212 @@
+"""What `redis_url` may be, what is never shown of it, and what redis-py's errors become."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from redis import exceptions
+
+from eddyline.errors import SettingsError, StoreRefused, StoreUnavailable
+from eddyline.settings.loader import Settings
+from eddyline.stores import redis_client
+from eddyline.stores.redis_errors import translate_error
+from eddyline.stores.redis_url import Target, target, without_password
+
+
+def at(url: str, *, cluster: bool = False) -> Target:
+    return target(Settings(redis_url=url, redis_cluster=cluster))
+
+
+@pytest.mark.parametrize(
+    ("url", "addresses", "db", "user", "password", "tls"),
+    [
+        ("redis://host", (("host", 6379),), 0, "", "", False),
+        ("redis://host:1/", (("host", 1),), 0, "", "", False),
+        ("redis:///3", (("localhost", 6379),), 3, "", "", False),
+        ("rediss://:pw@host:65535/15", (("host", 65535),), 15, "", "pw", True),
+        ("redis://ann:p%25w%40@h/0", (("h", 6379),), 0, "ann", "p%w@", False),
+        ("redis://ann:a:b@c/d#e?f@h:7", (("h", 7),), 0, "ann", "a:b@c/d#e?f", False),
+        ("redis://[::1]:7000/1", (("::1", 7000),), 1, "", "", False),
+        ("redis://ann@[fe80::1]", (("fe80::1", 6379),), 0, "ann", "", False),
+    ],
+)
+def test_a_url_says_where_and_who(
+    url: str, addresses: tuple[tuple[str, int], ...], db: int, user: str, password: str, tls: bool
+) -> None:
+    found = at(url)
+    assert (found.addresses, found.db, found.user, found.password) == (
+        addresses,
+        db,
+        user,
+        password,
+    )
+    assert (found.tls, found.path, found.cluster) == (tls, "", False)
+    assert password == "" or password not in repr(found) + found.shown
+
+
+def test_a_unix_socket_and_a_cluster() -> None:
+    found = at("unix://ann:pw@/run/redis.sock")
+    assert (found.path, found.addresses, found.password) == ("/run/redis.sock", (), "pw")
+    assert found.shown == "unix://ann:***@/run/redis.sock"
+    several = at("rediss://ann:pw@a:1,b,[::1]:3/0", cluster=True)
+    assert (
+        several.addresses == (("a", 1), ("b", 6379), ("::1", 3)) and several.tls and several.cluster
+    )
+    assert several.shown == "rediss://ann:***@a:1,b,[::1]:3/0"
+
+
+@pytest.mark.parametrize(
+    ("url", "cluster", "said"),
+    [
+        ("", False, "expected redis://"),
+        ("host:6379", False, "expected redis://"),
+        ("http://:s3cret@host", False, "expected redis://"),
+        ("redis://:s3cret", False, "expected host:port"),
+        ("redis://:s3cret/0", False, "expected host:port"),
+        ("redis://ann:s3cret@host:0", False, "port from 1 to 65535"),
+        ("redis://ann:s3cret@host:65536", False, "port from 1 to 65535"),
+        ("redis://ann:s3cret@host:6379000", False, "port from 1 to 65535"),
+        ("redis://ann:s3cret@ho st", False, "expected host:port"),
+        ("redis://ann:s3cret@::1", False, "expected host:port"),
+        ("redis://host/0?password=s3cret", False, "takes nothing after a"),
+        ("redis://:s3cret@host/-1", False, "only a database"),
+        ("redis://:s3cret@host/1/2", False, "only a database"),
+        ("redis://:s3cret@host/999999", False, "only a database"),
+        ("redis://:s3cret@a,b", False, "several addresses are a cluster's"),
+        ("redis://:s3cret@a,b/1", True, "database 1 cannot be a cluster's"),
+        ("unix://:s3cret@/run/s", True, "a Unix socket cannot be a cluster's"),
+        ("redis://:s3cret@a,b:x", True, "expected host:port"),
+    ],
+)
+def test_a_bad_url_is_told_without_its_password(url: str, cluster: bool, said: str) -> None:
+    with pytest.raises(SettingsError, match=said) as told:
+        at(url, cluster=cluster)
+    assert "redis_url = " in str(told.value) and "s3cret" not in str(told.value)
+
+
+@given(
+    st.text(min_size=1, max_size=20), st.sampled_from(["host:1", "host:1/0", "a:1,b:2/0", "[::1]"])
+)
+@example("x@", "host:1")
+@example("se/cr#e?t", "host:1")
+@example("%41", "host:1")
+def test_whatever_the_password_is_it_is_read_and_not_shown(password: str, place: str) -> None:
+    written = password.replace("%", "%25")
+    found = at(f"redis://ann:{written}@{place}", cluster="," in place)
+    assert found.password == password and found.user == "ann"
+    # What is shown is the same for every password.
+    assert found.shown == without_password(f"redis://ann:x@{place}") == f"redis://ann:***@{place}"
+
+
+@given(st.text(max_size=60))
+@example("redis://:pw")
+@example("redis://")
+def test_no_text_breaks_the_reading(url: str) -> None:
+    try:
+        at(f"redis://{url}")
+    except SettingsError as told:
+        assert str(told).startswith("redis_url = ")
+
+
+def test_nothing_is_connected_before_the_first_command() -> None:
+    for url, cluster in (("redis://127.0.0.1:1", False), ("redis://127.0.0.1:1,127.0.0.1:2", True)):
+        client = redis_client.client(Settings(redis_url=url, redis_cluster=cluster))
+        with pytest.raises(exceptions.ConnectionError):
+            client.get("key")
+        client.close()
+
+
+def told(
+    error: exceptions.RedisError, url: str = "redis://ann:s3cret@h:1/0", cluster: bool = False
+) -> str:
+    made = translate_error(error, at(url, cluster=cluster))
+    assert "s3cret" not in str(made) and "Redis at " in str(made)
+    return f"{type(made).__name__} {made}"
+
+
+WAITED = StoreUnavailable.__name__
+REFUSED = StoreRefused.__name__
+
+
+@pytest.mark.parametrize(
+    ("error", "became", "said"),
+    [
+        (exceptions.ConnectionError("Error 111 connecting to h:1."), WAITED, "Error 111"),
+        (exceptions.TimeoutError("Timeout reading from h:1"), WAITED, "Timeout"),
+        (exceptions.BusyLoadingError("Redis is loading"), WAITED, "loading"),
+        (
+            exceptions.OutOfMemoryError("not allowed when used memory > 'maxmemory'."),
+            WAITED,
+            "memory",
+        ),
+        (
+            exceptions.ReadOnlyError("You can't write against a read only replica."),
+            WAITED,
+            "read only",
+        ),
+        (exceptions.ClusterDownError("The cluster is down"), WAITED, "cluster is down"),
+        (exceptions.MasterDownError("Link with MASTER is down"), WAITED, "MASTER"),
+        (
+            exceptions.TryAgainError("Multiple keys request during rehashing of slot"),
+            WAITED,
+            "rehashing",
+        ),
+        (exceptions.ResponseError("MISCONF Errors writing to the AOF file"), WAITED, "MISCONF"),
+        (exceptions.ResponseError("BUSY Redis is busy running a script"), WAITED, "BUSY"),
+        (exceptions.ResponseError("NOREPLICAS Not enough good replicas"), WAITED, "NOREPLICAS"),
+        (
+            exceptions.ResponseError("WRONGTYPE Operation against a key"),
+            REFUSED,
+            "refuses what it is asked",
+        ),
+        (
+            exceptions.AuthenticationError("invalid username-password pair"),
+            REFUSED,
+            "user and the password",
+        ),
+        (exceptions.NoPermissionError("User ann has no permissions"), REFUSED, "docs/security.md"),
+        (
+            exceptions.ResponseError("ACL failure in script: User ann …"),
+            REFUSED,
+            "docs/security.md",
+        ),
+        (exceptions.MovedError("1 h:2"), REFUSED, "set redis_cluster = true"),
+        (exceptions.InvalidResponse('Protocol error, got "H"'), REFUSED, "rediss://"),
+        (exceptions.ConnectionError("Connection closed by server."), WAITED, "rediss://"),
+        (
+            exceptions.ConnectionError("[SSL: CERTIFICATE_VERIFY_FAILED] x"),
+            REFUSED,
+            "redis_ca_file",
+        ),
+        (
+            exceptions.ConnectionError("[SSL: TLSV13_ALERT_CERTIFICATE_REQUIRED]"),
+            REFUSED,
+            "redis_cert_file",
+        ),
+        (exceptions.ConnectionError("[SSL: TLSV1_ALERT_UNKNOWN_CA] x"), REFUSED, "redis_cert_file"),
+        (exceptions.ConnectionError("[SSL: WRONG_VERSION_NUMBER] x"), REFUSED, "speaks no TLS"),
+        (
+            exceptions.ConnectionError("[SSL: UNEXPECTED_EOF_WHILE_READING] x"),
+            WAITED,
+            "UNEXPECTED_EOF",
+        ),
+    ],
+)
+def test_what_waiting_heals_is_waited_for_and_the_rest_refused(
+    error: exceptions.RedisError, became: str, said: str
+) -> None:
+    text = told(error)
+    assert text.startswith(became) and said in text
+    # As redis-py tells it of a command of a pipeline.
+    error.args = (f"Command # 1 (GET fence:{{u3}}:clicks:3) of pipeline caused error: {error}",)
+    assert told(error).startswith(became)
+
+
+def test_a_slot_that_moves_is_waited_for_in_a_cluster() -> None:
+    assert told(exceptions.AskError("7 h:2"), cluster=True) == (
+        f"{WAITED} Redis at redis://ann:***@h:1/0: hash slot 7 is being moved to h:2"
+    )
+    assert "asks for a user and a password" in told(
+        exceptions.AuthenticationError("x"), "redis://h:1"
+    )

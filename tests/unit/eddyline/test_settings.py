@@ -1,0 +1,211 @@
+"""Settings: sources and their order, errors that name key, value and source, limits, secrets."""
+
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import msgspec
+import pytest
+from msgspec import Meta
+
+from cli.commands import settings as commands_settings
+from eddyline.errors import SettingsError
+from eddyline.settings.loader import SECRETS, Settings, data_folder, describe, load
+
+DOCS = Path(__file__).parents[3] / "docs"
+HINTS = get_type_hints(Settings, include_extras=True)
+LIMITS = {
+    name: next(m for m in get_args(hint) if isinstance(m, Meta) and m.description)
+    for name, hint in HINTS.items()
+}
+
+
+def env(**settings: object) -> dict[str, str]:
+    return {f"EDDYLINE_{name.upper()}": str(value) for name, value in settings.items()}
+
+
+def refused(environ: dict[str, str], folder: Path) -> str:
+    with pytest.raises(SettingsError) as caught:
+        load(environ, folder=folder)
+    return str(caught.value)
+
+
+def test_defaults_are_valid_and_need_no_source(tmp_path: Path) -> None:
+    assert load({}, folder=tmp_path) == Settings()
+    for name, _, default, _ in describe():
+        msgspec.convert(default, HINTS[name])
+
+
+def test_a_later_source_wins(tmp_path: Path) -> None:
+    (tmp_path / "eddyline.toml").write_text(
+        'k_max = 5\nredis_url = "redis://file/0"\nnamespace = "file"\n'
+    )
+    environ = {"REDIS_URL": "redis://alias/0", **env(k_max=7)}
+    settings = load(environ, folder=tmp_path)
+    assert (settings.k_max, settings.redis_url, settings.namespace) == (
+        7,
+        "redis://alias/0",
+        "file",
+    )
+    assert (
+        load({**environ, **env(redis_url="redis://own/0")}, folder=tmp_path).redis_url
+        == "redis://own/0"
+    )
+
+
+def test_aliases_are_read_and_an_empty_one_is_no_value(tmp_path: Path) -> None:
+    settings = load({"KAFKA_BOOTSTRAP_SERVERS": "a:1,b:2", "REDIS_URL": ""}, folder=tmp_path)
+    assert (settings.kafka_bootstrap_servers, settings.redis_url) == ("a:1,b:2", "")
+
+
+def test_the_toml_file_may_be_named(tmp_path: Path) -> None:
+    path = tmp_path / "other.toml"
+    path.write_text("k_max = 9  # für alle\n", encoding="utf-8")
+    assert load({"EDDYLINE_CONFIG": str(path)}, folder=tmp_path).k_max == 9
+
+
+def test_a_named_toml_file_that_is_missing_is_an_error(tmp_path: Path) -> None:
+    sentence = refused({"EDDYLINE_CONFIG": str(tmp_path / "none.toml")}, tmp_path)
+    assert "EDDYLINE_CONFIG" in sentence and "none.toml" in sentence
+
+
+@pytest.mark.parametrize("content", [b"k_max = ", b"\xff\xfe", b"k_max 5"])
+def test_a_toml_file_that_cannot_be_read_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "eddyline.toml").write_bytes(content)
+    assert "eddyline.toml" in refused({}, tmp_path)
+
+
+def test_an_unknown_key_names_itself_and_its_source(tmp_path: Path) -> None:
+    sentence = refused(env(k_maxx=5), tmp_path)
+    assert "EDDYLINE_K_MAXX" in sentence and "'k_maxx'" in sentence
+    (tmp_path / "eddyline.toml").write_text("colour = 1\n")
+    sentence = refused({}, tmp_path)
+    assert "eddyline.toml" in sentence and "'colour'" in sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("k_max", "many"),
+        ("k_max", "1.5"),
+        ("k_max", ""),
+        ("log_level", "loud"),
+        ("namespace", "A b"),
+        ("namespace", "a\n"),
+        ("data_dir", ""),
+    ],
+)
+def test_a_bad_value_names_key_value_and_source(name: str, value: str, tmp_path: Path) -> None:
+    sentence = refused(env(**{name: value}), tmp_path)
+    assert f"EDDYLINE_{name.upper()}" in sentence and f"{name} = {value!r}" in sentence
+
+
+def test_toml_values_keep_their_types(tmp_path: Path) -> None:
+    (tmp_path / "eddyline.toml").write_text('k_max = "5"\n')
+    assert "k_max = '5'" in refused({}, tmp_path)
+    (tmp_path / "eddyline.toml").write_text("k_max = true\n")
+    assert "k_max = True" in refused({}, tmp_path)
+
+
+def test_secrets_are_hidden_wherever_settings_are_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert SECRETS <= set(HINTS)
+    secret = "redis://:hunter2@host:1/0"
+    settings = load({"REDIS_URL": secret}, folder=tmp_path)
+    assert settings.redis_url == secret
+    commands_settings.show(settings)
+    assert "hunter2" not in repr(settings) + str(settings) + capsys.readouterr().out
+    (tmp_path / "eddyline.toml").write_text("redis_url = ['hunter2']\n")
+    sentence = refused({}, tmp_path)
+    assert "redis_url" in sentence and "hunter2" not in sentence
+
+
+NUMBERS = [
+    name for name, limits in LIMITS.items() if limits.ge is not None or limits.le is not None
+]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_limit_of_a_number(name: str, tmp_path: Path) -> None:
+    low, high = LIMITS[name].ge, LIMITS[name].le
+    assert low is not None and high is not None, "every number has both limits"
+    step = 1 if isinstance(low, int) and isinstance(high, int) else (high - low) / 100
+    # The window and the chunk have a bound between them, too.
+    other = (
+        {"chunk_records_max": 1}
+        if name == "dedupe_window_events"
+        else {"dedupe_window_events": 10_000}
+    )
+    for inside in (low, low + step, high - step, high):
+        assert getattr(load(env(**other, **{name: inside}), folder=tmp_path), name) == inside
+    for outside in (low - step, high + step, high * 1_000, -(10**30), 10**30):
+        assert str(outside) in refused(env(**{name: outside}), tmp_path)
+
+
+def test_the_limit_of_the_namespace(tmp_path: Path) -> None:
+    for length in (39, 40):
+        assert load(env(namespace="n" * length), folder=tmp_path).namespace == "n" * length
+    for length in (41, 10_000):
+        assert "namespace" in refused(env(namespace="n" * length), tmp_path)
+
+
+def test_every_number_is_limited() -> None:
+    assert [n for n, hint in HINTS.items() if get_args(hint)[0] is int and n not in NUMBERS] == []
+
+
+def test_derived_values() -> None:
+    assert Settings(data_dir="d").bundles == Path("d/generations")
+    assert Settings(data_dir="d", bundle_dir="/b").bundles == Path("/b")
+    assert (Settings().prefixed("clicks"), Settings(namespace="n").prefixed("clicks")) == (
+        "clicks",
+        "n.clicks",
+    )
+
+
+def test_the_page_is_what_the_generator_makes() -> None:
+    page = (DOCS / "configuration.md").read_text(encoding="utf-8")
+    assert page == commands_settings.markdown(), (
+        "run: eddyline settings --markdown > docs/configuration.md"
+    )
+
+
+def test_the_page_has_every_setting_with_its_default_and_limits() -> None:
+    rows = [line for line in commands_settings.markdown().splitlines() if line.startswith("| `")]
+    assert [row.split("`")[1] for row in rows] == list(HINTS)
+    for row, (name, kind, default, about) in zip(rows, describe(), strict=True):
+        assert about in row and kind.split(",")[0].split(" |")[0] in row, name
+        assert str(default) in row, name
+
+
+def test_the_command_prints_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    commands_settings.show(Settings(), markdown=True)
+    assert capsys.readouterr().out == commands_settings.markdown()
+
+
+@pytest.mark.parametrize(
+    ("window", "fits"), [(511, False), (512, True), (513, True), (100_000, True)]
+)
+def test_the_window_is_twice_the_chunk_at_least(window: int, fits: bool) -> None:
+    environ = {"EDDYLINE_CHUNK_RECORDS_MAX": "256", "EDDYLINE_DEDUPE_WINDOW_EVENTS": str(window)}
+    if fits:
+        assert load(environ).dedupe_window_events == window
+    else:
+        with pytest.raises(SettingsError, match="dedupe_window_events = 511"):
+            load(environ)
+
+
+def test_every_process_of_a_worker_has_a_port_for_its_metrics() -> None:
+    for port, processes in ((65_535, 1), (65_532, 4), (0, 64)):
+        made = load(env(worker_metrics_port=port, worker_processes=processes))
+        assert made.worker_metrics_port == port
+    for port, processes in ((65_535, 2), (65_533, 4), (65_533, 64)):
+        with pytest.raises(SettingsError, match=f"worker_metrics_port = {port}"):
+            load(env(worker_metrics_port=port, worker_processes=processes))
+
+
+def test_a_data_folder_that_cannot_be_written_to_is_said_by_name(tmp_path: Path) -> None:
+    made = load({"EDDYLINE_DATA_DIR": str(tmp_path / "a" / "b")})
+    assert data_folder(made) == tmp_path / "a" / "b" and (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(SettingsError, match=r"data_dir = .*file.*cannot be written"):
+        data_folder(load({"EDDYLINE_DATA_DIR": str(tmp_path / "file")}))

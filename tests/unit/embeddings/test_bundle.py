@@ -1,0 +1,301 @@
+"""A bundle is whole or it is refused, and the refusal names the file."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from eddyline.errors import BundleError
+from eddyline.schema.events import Item
+from eddyline.schema.item_record import ATTRIBUTES_BYTES_MAX, attributes_of
+from embeddings.bundle import bundle
+from embeddings.bundle.bundle import Parts
+from embeddings.towers import features
+from embeddings.towers.micro_step import MicroSettings
+from embeddings.towers.numerics import unit
+
+D, H, LENGTH, N = 16, 24, 20, 30
+ITEMS = [Item(item_id=f"i{n}", title=f"Film {n}", attributes={"year": 1990 + n}) for n in range(N)]
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+
+
+def draw(*shape: int) -> np.ndarray:
+    return np.random.default_rng([1, *shape]).normal(0, 0.1, shape).astype(np.float32)
+
+
+def parts(**changes: object) -> Parts:
+    item_space = features.learn_items(ITEMS)
+    profile_space = features.learn_profiles([{"age": n} for n in range(40)])
+    whole = Parts(
+        generation="7",
+        created_ms=1_000,
+        item_space=item_space,
+        item_arrays={
+            "identity": draw(N, D),
+            "features": draw(item_space.rows, D),
+            "projection": draw(0, D),
+            "projection_bias": draw(D),
+            "w1": draw(D, H),
+            "b1": draw(H),
+            "w2": draw(H, D),
+            "b2": draw(D),
+        },
+        identity_ids=[item.item_id for item in ITEMS],
+        profile_space=profile_space,
+        user_arrays={
+            "query": draw(D, 2 * D),
+            "query_bias": draw(2 * D),
+            "bias": draw(2, LENGTH),
+            "value": draw(2 * D, D),
+            "start": draw(D),
+            "profile": draw(profile_space.rows, D),
+            "w1": draw(D, H),
+            "b1": draw(H),
+            "w2": draw(H, D),
+            "b2": draw(D),
+        },
+        micro=MicroSettings(rate=0.002),
+        item_ids=[item.item_id for item in ITEMS],
+        item_vectors=unit(draw(N, D)),
+        item_partitions=np.arange(N) % 4,
+        item_offsets=np.arange(N) - 1,
+        item_attributes=[attributes_of(item) if n % 3 else {} for n, item in enumerate(ITEMS)],
+        cut={"0": 12, "1": -1},
+        measured={"loss": 5.5},
+    )
+    return dataclasses.replace(whole, **changes)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    bundle.write(tmp_path / "g7", parts())
+    return tmp_path / "g7"
+
+
+def refused(folder: Path, name: str) -> str:
+    with pytest.raises(BundleError) as caught:
+        bundle.load(folder)
+    assert str(folder / name) in str(caught.value)
+    return str(caught.value)
+
+
+def restate(folder: Path, **changes: object) -> None:
+    """Change the manifest and make its checksum fit, as a wrong writer would."""
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    (folder / "manifest.sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def replace_array(folder: Path, name: str, array: np.ndarray) -> None:
+    """Another array under a manifest that fits it."""
+    np.save(folder / name, array)
+    raw = (folder / name).read_bytes()
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    files[name] = {
+        "sha256": hashlib.sha256(raw).hexdigest(),
+        "bytes": len(raw),
+        "dtype": array.dtype.str,
+        "shape": list(array.shape),
+    }
+    restate(folder, files=files)
+
+
+def test_what_is_written_is_loaded(folder: Path) -> None:
+    made, loaded = parts(), bundle.load(folder)
+    assert (loaded.generation, loaded.dimension, loaded.created_ms) == ("7", D, 1_000)
+    assert loaded.item_ids == list(made.item_ids)
+    np.testing.assert_array_equal(loaded.item_vectors, made.item_vectors)
+    assert loaded.item_partitions.dtype == np.int32
+    assert loaded.item_offsets.dtype == np.int64
+    np.testing.assert_array_equal(loaded.item_offsets, np.arange(N) - 1)
+    assert list(loaded.item_attributes) == made.item_attributes
+    assert (
+        loaded.item_attributes[4] == {"attributes": {"year": 1994}}
+        and loaded.item_attributes[-3] == {}
+    )
+    assert dict(loaded.cut) == {"0": 12, "1": -1}
+    assert dict(loaded.measured) == {"loss": 5.5}
+    assert (loaded.rows["i3"], loaded.rows.get("unknown")) == (3, None)
+    assert loaded.micro.settings == made.micro
+    assert loaded.user_tower.history_max == LENGTH
+    assert loaded.item_tower.encode(ITEMS).shape == (N, D)
+    np.testing.assert_allclose(
+        np.linalg.norm(loaded.user_tower.encode_one(draw(0, D), {"age": 3})), 1, atol=1e-6
+    )
+
+
+def test_vectors_are_mapped_and_read_only(folder: Path) -> None:
+    loaded = bundle.load(folder)
+    assert type(loaded.item_vectors) is np.ndarray
+    assert isinstance(loaded.item_vectors.base, np.memmap)
+    with pytest.raises(ValueError, match="read-only"):
+        loaded.item_vectors[0, 0] = 1
+
+
+def test_every_flipped_byte_is_found(folder: Path) -> None:
+    rng = np.random.default_rng(3)
+    for path in sorted(folder.iterdir()):
+        whole = path.read_bytes()
+        for at in {0, len(whole) // 2, int(rng.integers(len(whole)))}:
+            damaged = bytearray(whole)
+            damaged[at] ^= 0x10
+            path.write_bytes(damaged)
+            name = "manifest.json" if path.name == "manifest.sha256" and at < 64 else path.name
+            if path.name == "manifest.sha256" and at >= 64:
+                continue  # the file's name beside the sum, for sha256sum alone
+            assert "damaged" in refused(folder, name)
+        path.write_bytes(whole)
+    bundle.load(folder)
+
+
+def test_every_missing_and_every_short_file_is_found(folder: Path) -> None:
+    for path in sorted(folder.iterdir()):
+        whole = path.read_bytes()
+        path.unlink()
+        assert "is missing" in refused(folder, path.name)
+        path.write_bytes(whole[:-1] if path.name != "manifest.sha256" else b"")
+        name = "manifest.json" if path.name == "manifest.sha256" else path.name
+        refused(folder, name)
+        path.write_bytes(whole + b"\0" if path.suffix == ".npy" else whole)
+        if path.suffix == ".npy":
+            refused(folder, path.name)
+        path.write_bytes(whole)
+    shutil.rmtree(folder)
+    refused(folder, "manifest.json")
+
+
+def test_another_format_version_is_refused_by_its_number(folder: Path) -> None:
+    restate(folder, format_version=3)
+    assert "format version 3, this release reads 1 and 2" in refused(folder, "manifest.json")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_golden_bundles_of_every_version(tmp_path: Path, version: int) -> None:
+    with zipfile.ZipFile(GOLDEN / f"bundle-v{version}.zip") as packed:
+        packed.extractall(tmp_path / "g")
+    loaded = bundle.load(tmp_path / "g")
+    assert json.loads((tmp_path / "g" / "manifest.json").read_text())["format_version"] == version
+    assert (loaded.generation, loaded.item_ids) == ("golden", ["i0", "i1", "i2", "i3", "i4"])
+    assert loaded.item_offsets.tolist() == [-1, 0, 1, 2, 3]
+    filled = [
+        {},
+        *(
+            {"categories": ["Drama"], "attributes": {"year": 1990 + n}} if n % 2 else {}
+            for n in range(1, 5)
+        ),
+    ]
+    assert list(loaded.item_attributes) == ([{}] * 5 if version == 1 else filled)
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "sentence"),
+    [
+        ("item_attribute_ends.npy", np.zeros(N, np.int64), "does not cut"),
+        ("item_attribute_ends.npy", np.arange(N, dtype=np.int64)[::-1].copy(), "does not cut"),
+        ("item_attribute_ends.npy", np.zeros(N - 1, np.int64), "shape"),
+        ("item_attributes.npy", np.zeros(3, np.uint8), "does not cut"),
+    ],
+)
+def test_attributes_that_do_not_fit_are_refused(
+    folder: Path, name: str, array: np.ndarray, sentence: str
+) -> None:
+    replace_array(folder, name, array)
+    with pytest.raises(BundleError, match=sentence):
+        bundle.load(folder)
+
+
+def test_attributes_that_are_none_are_refused(folder: Path) -> None:
+    ends = np.load(folder / "item_attribute_ends.npy")
+    replace_array(folder, "item_attributes.npy", np.full(ends[-1], 0xC1, np.uint8))
+    refused(folder, "item_attributes.npy")
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1, 1_000_000])
+def test_attributes_have_a_limit(tmp_path: Path, more: int) -> None:
+    empty = len(msgspec.msgpack.encode({"tags": ["x" * 70_000]})) - 70_000
+    large = {"tags": ["x" * (ATTRIBUTES_BYTES_MAX - empty + more)]}
+    made = parts(item_attributes=[large, *({} for _ in range(N - 1))])
+    if more > 0:
+        with pytest.raises(BundleError, match="the largest item has"):
+            bundle.write(tmp_path / "g", made)
+        return
+    bundle.write(tmp_path / "g", made)
+    assert bundle.load(tmp_path / "g").item_attributes[0] == large
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "nonsense", '{"format_version": 1}'])
+def test_a_manifest_that_is_none_is_refused(folder: Path, text: str) -> None:
+    (folder / "manifest.json").write_text(text)
+    (folder / "manifest.sha256").write_text(hashlib.sha256(text.encode()).hexdigest())
+    refused(folder, "manifest.json")
+
+
+def test_another_dimension_is_refused(folder: Path) -> None:
+    restate(folder, dimension=D + 1)
+    assert f"expected ({N}, {D + 1})" in refused(folder, "item_vectors.npy")
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "sentence"),
+    [
+        ("item_vectors.npy", unit(draw(N, D)) * np.float32(1.01), "unit norm"),
+        ("item_vectors.npy", np.full((N, D), np.nan, np.float32), "NaN"),
+        ("item_vectors.npy", unit(draw(N, D)).astype(np.float64), "dtype"),
+        ("item_vectors.npy", unit(draw(N - 1, D)), "shape"),
+        ("item_offsets.npy", np.zeros(N, np.int32), "dtype"),
+        ("user.start.npy", np.full(D, np.inf, np.float32), "infinity"),
+        ("user.value.npy", draw(D, D), "shape"),
+        ("item.identity.npy", draw(N + 1, D), "shape"),
+        ("item.features.npy", draw(3, D), "shape"),
+    ],
+)
+def test_an_array_that_does_not_fit_is_refused(
+    folder: Path, name: str, array: np.ndarray, sentence: str
+) -> None:
+    replace_array(folder, name, array)
+    assert sentence in refused(folder, name)
+
+
+def test_a_pickle_is_never_opened(folder: Path) -> None:
+    replace_array(folder, "user.start.npy", np.array([print], dtype=object))
+    refused(folder, "user.start.npy")
+
+
+def test_nothing_is_overwritten(folder: Path) -> None:
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    with pytest.raises(BundleError, match="exists already"):
+        bundle.write(folder, parts(created_ms=2))
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"item_vectors": unit(draw(N, D)) * np.float32(2)},
+        {"item_ids": [f"i{n}" for n in range(N - 1)]},
+        {"item_ids": ["i1"] * N},
+        {"generation": "a/b"},
+        {"generation": ""},
+        {"generation": "g" * 65},
+    ],
+)
+def test_a_bad_bundle_is_never_put_in_place(tmp_path: Path, changes: dict) -> None:
+    with pytest.raises(BundleError):
+        bundle.write(tmp_path / "g", parts(**changes))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_rest_of_a_killed_writer_is_in_nobodys_way(tmp_path: Path) -> None:
+    left = tmp_path / ".g.partial"
+    left.mkdir()
+    (left / "manifest.json").write_text("{")
+    bundle.write(tmp_path / "g", parts())
+    assert [p.name for p in tmp_path.iterdir()] == ["g"]
+    bundle.load(tmp_path / "g")

@@ -1,0 +1,345 @@
+"""Training: the examples, determinism, learning, what it reads, and real ratings where they are."""
+
+import csv
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from eddyline.errors import BundleError, Rejected
+from eddyline.kafka import topics as kafka_topics
+from eddyline.schema import events
+from eddyline.schema.events import Click, Item, UserProfile
+from eddyline.schema.partitioning import partition_of
+from eddyline.settings.loader import Settings
+from embeddings.bundle import bundle
+from embeddings.data import sources
+from embeddings.data.examples import TrainingData, examples, split
+from embeddings.data.sources import SourceRecord
+from embeddings.evaluation.next_item import evaluate
+from embeddings.training.optimizer import Adam
+from embeddings.training.trainer import Progress, train
+
+MOVIELENS = Path(__file__).resolve().parents[4] / "shared" / "data" / "ml-latest-small"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def click(user: str, item: str, at_ms: int, **more: object) -> Click:
+    return Click(user_id=user, item_id=item, at_ms=at_ms, **more)
+
+
+def world(structure: float, *, users: int = 60, per_user: int = 30, seed: int = 1) -> TrainingData:
+    """structure: how often a user stays in the genre of his last item; 0 is noise."""
+    rng = np.random.default_rng(seed)
+    genres = ["Drama", "Comedy", "War", "Western"]
+    items = [
+        Item(item_id=f"i{n:03}", title=f"Film {n}", categories=[genres[n % 4]]) for n in range(120)
+    ]
+    clicks = []
+    for user in range(users):
+        genre = user % 4
+        for at in range(per_user):
+            if rng.random() >= structure:
+                genre = int(rng.integers(4))
+            item = genre + 4 * int(rng.integers(30))
+            clicks.append(
+                click(f"u{user:02}", f"i{item:03}", at * 1_000 + user, event_id=f"{user}-{at}")
+            )
+    return TrainingData(items, {f"u{n:02}": {"age": 20 + n} for n in range(0, users, 2)}, clicks)
+
+
+def test_history_is_strictly_before_and_newest_first() -> None:
+    rows = {"a": 0, "b": 1, "c": 2, "d": 3}
+    some = [
+        click("u", "c", 30),
+        click("u", "a", 10),
+        click("v", "d", 5),
+        click("u", "b", 20),
+        click("u", "d", 20),
+        click("u", "a", 25, kind="dislike"),
+        click("u", "gone", 26),
+        click("u", "b", 40),
+    ]
+    found = examples(some, rows)
+    histories, counts = found.histories(np.arange(len(found)), 3)
+    listed = [
+        (found.user_ids[u], int(t), h[:n].tolist())
+        for u, t, h, n in zip(found.users, found.targets, histories, counts, strict=True)
+    ]
+    assert listed == [
+        ("v", 3, []),
+        ("u", 0, []),
+        ("u", 1, [0]),
+        ("u", 3, [0]),
+        ("u", 2, [3, 1, 0]),
+        ("u", 1, [2, 3, 1]),
+    ]
+    assert (histories[0] == -1).all()
+
+
+def test_no_click_makes_no_example() -> None:
+    found = examples([click("u", "gone", 1)], {"a": 0})
+    assert len(found) == 0
+    assert found.histories(np.arange(0), 3)[0].shape == (0, 3)
+
+
+def test_split_is_by_time_then_user_then_position() -> None:
+    some = [click("b", "1", 5), click("a", "2", 5), click("a", "3", 5), click("c", "4", 1)]
+    first, rest = split(some, 0.5)
+    assert [c.item_id for c in first + rest] == ["4", "2", "3", "1"]
+    assert len(first) == 2
+    assert split(some, 1.0)[1] == []
+
+
+def test_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
+    data = world(0.8)
+    shuffled = dataclasses.replace(data, items=data.items[::-1])
+    for name, some, seed in (("a", data, 3), ("b", shuffled, 3), ("c", data, 4)):
+        train(some, tmp_path / name, "1", epochs=1, seed=seed)
+    for path in sorted((tmp_path / "a").glob("*.npy")):
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+    vectors = "item_vectors.npy"
+    assert (tmp_path / "a" / vectors).read_bytes() != (tmp_path / "c" / vectors).read_bytes()
+
+
+def test_adam_is_torchs_adam_with_a_cosine() -> None:
+    torch.manual_seed(1)
+    start, target = torch.randn(30, 4), torch.randn(30, 4)
+    ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
+    adam = Adam([ours], rate=0.05, steps=40)
+    reference = torch.optim.Adam([theirs], lr=0.05)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(reference, 40)
+    for _ in range(40):
+        ((ours - target) ** 4).sum().backward()
+        adam.step()
+        reference.zero_grad()
+        ((theirs - target) ** 4).sum().backward()
+        reference.step()
+        schedule.step()
+    np.testing.assert_allclose(ours.detach().numpy(), theirs.detach().numpy(), atol=2e-5)
+    assert not torch.allclose(ours, start, atol=0.1)
+
+
+def lift(folder: Path, structure: float) -> float:
+    """Hit rate at 10 of 120 items over what chance gives."""
+    data = world(structure)
+    learned, held_out = split(data.clicks, 0.8)
+    train(dataclasses.replace(data, clicks=learned), folder, "1", epochs=12)
+    judged = evaluate(bundle.load(folder), data.profiles, learned, held_out, micro=True)
+    assert judged.with_embedding is not None
+    assert judged.towers.events == judged.popularity.events == len(held_out)
+    return judged.towers.hit_rate_10
+
+
+def test_it_learns_structure(tmp_path: Path) -> None:
+    assert lift(tmp_path / "g", 0.95) > 0.2
+
+
+def test_it_finds_nothing_in_noise(tmp_path: Path) -> None:
+    # About 24 of the 120 items are seen and out: chance is 10/96 = 0.104, with ±0.032 (95 %) on 360 events.
+    assert lift(tmp_path / "g", 0.0) < 0.15
+
+
+def test_progress_report_and_bundle_agree(tmp_path: Path) -> None:
+    data = world(0.8)
+    unavailable = dataclasses.replace(
+        data,
+        items=[
+            *data.items[:-1],
+            Item(item_id="i119", title="Out", available=False),
+            Item(item_id="never clicked"),
+        ],
+        versions={"i003": (2, 17)},
+        cut={"0": 4, "2": 20},
+    )
+    seen: list[Progress] = []
+    report = train(unavailable, tmp_path / "g", "9", epochs=2, on_progress=seen.append)
+    assert [p.step for p in seen] == list(range(1, seen[0].steps + 1))
+    assert {p.epoch for p in seen} == {1, 2}
+    assert len(report.losses) == 2
+    loaded = bundle.load(tmp_path / "g")
+    assert (report.generation, loaded.generation, dict(loaded.cut)) == ("9", "9", {"0": 4, "2": 20})
+    assert report.items == len(loaded.item_ids) == 120
+    assert "i119" not in loaded.rows  # unavailable: it has weights, and no vector to be found by
+    assert "i119" in loaded.item_tower.identities
+    assert "never clicked" not in loaded.item_tower.identities
+    row = loaded.rows["i003"]
+    assert (loaded.item_partitions[row], loaded.item_offsets[row]) == (2, 17)
+    assert loaded.item_offsets[loaded.rows["i004"]] == -1
+
+
+def test_given_vectors_are_learned_from(tmp_path: Path) -> None:
+    data = world(0.8)
+    rng = np.random.default_rng(1)
+    items = [
+        Item(item_id=i.item_id, vector=(rng.normal(size=5) * 9 + 30).tolist() if n % 3 else None)
+        for n, i in enumerate(data.items)
+    ]
+    train(dataclasses.replace(data, items=items), tmp_path / "g", "1", epochs=1)
+    loaded = bundle.load(tmp_path / "g")
+    np.testing.assert_allclose(loaded.item_tower.encode(items), loaded.item_vectors, atol=1e-6)
+    moved = Item(item_id=items[1].item_id, vector=[0.0] * 5)
+    assert not np.allclose(loaded.item_tower.encode([moved])[0], loaded.item_vectors[1], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        TrainingData([], {}, []),
+        TrainingData([Item(item_id="a")], {}, []),
+        TrainingData([Item(item_id="a", available=False)], {}, [click("u", "a", 1)]),
+        TrainingData([Item(item_id="a")], {}, [click("u", "b", 1)]),
+    ],
+)
+def test_nothing_to_learn_from_is_said(tmp_path: Path, data: TrainingData) -> None:
+    with pytest.raises(BundleError, match="nothing to train on"):
+        train(data, tmp_path / "g", "1", epochs=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_item_and_one_click_are_enough(tmp_path: Path) -> None:
+    report = train(
+        TrainingData([Item(item_id="a")], {}, [click("u", "a", 1)]), tmp_path / "g", "1", epochs=1
+    )
+    assert (report.items, report.events) == (1, 1)
+
+
+SETTINGS = Settings(clicks_partitions=4, items_partitions=2, dedupe_window_events=3)
+NOW = 10_000
+
+
+def record(
+    offset: int, key: str | None, value: bytes | None, partition: int | None = None
+) -> SourceRecord:
+    place = partition_of(key or "", 4) if partition is None else partition
+    return SourceRecord(place, offset, None if key is None else key.encode(), value, NOW)
+
+
+def assembled(
+    clicks: list[SourceRecord] = [], items: list[SourceRecord] = [], users: list[SourceRecord] = []
+) -> TrainingData:
+    topics = {kafka_topics.CLICKS: clicks, kafka_topics.ITEMS: items, kafka_topics.USERS: users}
+    return sources.assemble(SETTINGS, topics, cut={"0": 9})
+
+
+def test_items_and_profiles_are_their_last_record() -> None:
+    def item(offset: int, item_id: str, title: str | None) -> SourceRecord:
+        value = None if title is None else events.encode(Item(item_id=item_id, title=title))
+        return record(offset, item_id, value, 1)
+
+    users = [
+        record(0, "u", events.encode(UserProfile(user_id="u", attributes={"age": 3}))),
+        record(1, "v", events.encode(UserProfile(user_id="v"))),
+        record(2, "v", None),
+    ]
+    data = assembled(
+        items=[
+            item(0, "a", "old"),
+            item(1, "b", "gone"),
+            item(2, "a", "new"),
+            item(3, "b", None),
+            item(4, "c", "c"),
+        ],
+        users=users,
+    )
+    assert [(i.item_id, i.title) for i in data.items] == [("a", "new"), ("c", "c")]
+    assert dict(data.versions) == {"a": (1, 2), "c": (1, 4)}
+    assert dict(data.profiles) == {"u": {"age": 3}}
+    assert dict(data.cut) == {"0": 9}
+
+
+def test_resent_misplaced_and_broken_clicks_are_counted_and_left_out() -> None:
+    def sent(offset: int, event_id: str | None, **more: int) -> SourceRecord:
+        return record(offset, "u", events.encode(click("u", "a", 5, event_id=event_id)), **more)
+
+    own = partition_of("u", 4)
+    clicks = [
+        sent(0, "e0"),
+        sent(1, None),
+        sent(2, "e0"),
+        sent(3, "e0"),
+        sent(4, "e0"),
+        sent(5, None),
+        record(6, "u", b"{"),
+        record(7, None, events.encode(click("u", "a", 5))),
+        record(8, "u", events.encode(click("u", "a", NOW + 10**9))),
+        sent(9, "e9", partition=(own + 1) % 4),
+    ]
+    data = assembled(clicks=clicks)
+    # The window is 3 offsets wide, so the fourth re-send is out of it and counts as new, as in ingest.
+    assert [c.event_id for c in data.clicks] == ["e0", f"{own}/1", "e0", f"{own}/5"]
+    assert dict(data.rejected) == {
+        "re-sent": 2,
+        "malformed_json": 1,
+        "missing_key": 1,
+        "far_future": 1,
+        "misplaced": 1,
+    }
+
+
+def test_what_a_user_did_before_he_was_forgotten_is_not_learned_from() -> None:
+    def sent(offset: int, user: str, at_ms: int) -> SourceRecord:
+        return record(offset, user, events.encode(click(user, "a", at_ms)))
+
+    forget = record(3, "u", events.encode(events.Forget(user_id="u", forget_until_ms=50)))
+    merge = record(4, "v", events.encode(events.Merge(user_id="v", merge_into="u", at_ms=55)))
+    clicks = [sent(0, "u", 49), sent(1, "u", 50), sent(2, "v", 40), forget, merge, sent(5, "u", 51)]
+    data = assembled(clicks=clicks)
+    assert sorted((c.user_id, c.at_ms) for c in data.clicks) == [("u", 51), ("v", 40)]
+    assert not data.rejected
+
+
+def test_of_a_long_log_the_newest_clicks_are_kept() -> None:
+    clicks = [record(n, "u", events.encode(click("u", "a", n))) for n in range(50)]
+    topics = {kafka_topics.CLICKS: clicks, kafka_topics.ITEMS: [], kafka_topics.USERS: []}
+    data = sources.assemble(SETTINGS, topics, cut={}, clicks_max=4 * 10)
+    assert [c.at_ms for c in data.clicks] == list(range(40, 50))
+
+
+def test_a_file_of_json_lines(tmp_path: Path) -> None:
+    path = tmp_path / "export.jsonl"
+    lines = [
+        b'{"topic": "items", "value": ' + events.encode(Item(item_id="a")) + b"}",
+        b'{"topic": "users", "value": ' + events.encode(UserProfile(user_id="u")) + b"}",
+        b'{"topic": "clicks", "value": ' + events.encode(click("u", "a", 5)) + b"}",
+        b'{"topic": "clicks", "value": {"user_id": "u"}}',
+    ]
+    path.write_bytes(b"\n".join(lines))
+    data = sources.from_file(SETTINGS, path)
+    assert ([i.item_id for i in data.items], list(data.profiles), len(data.clicks)) == (
+        ["a"],
+        ["u"],
+        1,
+    )
+    assert dict(data.rejected) == {"bad_field": 1}
+    assert (dict(data.versions), dict(data.cut)) == ({}, {})
+    path.write_text('{"topic": "answers", "value": {}}')
+    with pytest.raises(Rejected, match=r"export\.jsonl:1: topic 'answers'"):
+        sources.from_file(SETTINGS, path)
+
+
+@pytest.mark.slow
+def test_on_real_ratings_it_beats_popularity(tmp_path: Path) -> None:
+    if not MOVIELENS.exists():
+        pytest.skip(f"no {MOVIELENS}: the MovieLens files are not part of this repository")
+    with (MOVIELENS / "movies.csv").open(encoding="utf-8") as file:
+        items = [
+            Item(item_id=r["movieId"], title=r["title"], categories=r["genres"].split("|"))
+            for r in csv.DictReader(file)
+        ]
+    with (MOVIELENS / "ratings.csv").open(encoding="utf-8") as file:
+        clicks = [
+            click(r["userId"], r["movieId"], int(r["timestamp"]) * 1000)
+            for r in csv.DictReader(file)
+        ]
+    clicks = split(clicks, 0.4)[0]
+    learned, held_out = split(clicks, 0.9)
+    train(TrainingData(items, {}, learned), tmp_path / "g", "1", epochs=2)
+    judged = evaluate(bundle.load(tmp_path / "g"), {}, learned, held_out, events_max=1_000)
+    assert judged.towers.hit_rate_100 > judged.popularity.hit_rate_100

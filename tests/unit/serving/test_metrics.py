@@ -1,0 +1,196 @@
+"""What a query worker tells Prometheus, and that the page names all of it."""
+
+from __future__ import annotations
+
+import logging
+import re
+import socket
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import msgspec
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+
+from eddyline.process import metrics
+from eddyline.settings.loader import Settings
+from serving.metrics import WorkerCollector, serve
+from serving.proto import retrieval_pb2 as pb
+from serving.rpc.retrieval_service import BUCKETS_S, RetrievalService
+
+PAGE = Path(__file__).parents[3] / "docs" / "operations.md"
+
+
+class Holds:
+    """Answers nothing, and tells of an index."""
+
+    def retrieve(self, query: Any, deadline: Any, received_us: int) -> pb.RetrieveResponse:
+        return pb.RetrieveResponse()
+
+    def tell(self, response: pb.StatsResponse) -> None:
+        response.missing.append("kafka: away")
+        response.index.MergeFrom(pb.IndexSizes(live=9, fresh=2, refused=3, rebuilds=4))
+        found = pb.RecallStatus(
+            step="wider", samples=250, estimate=0.97, low=0.96, high=0.98, shadowed=250
+        )
+        response.index.recall.CopyFrom(found)
+        away_ms = int((time.time() - 60) * 1000)
+        response.tail.MergeFrom(pb.TailStatus(lag_records=7, rejected=1, away_since_ms=away_ms))
+
+
+class Call:
+    """What a servicer needs of a call."""
+
+    def time_remaining(self) -> None:
+        return None
+
+    def abort(self, code: grpc.StatusCode, sentence: str) -> None:
+        raise RuntimeError(f"{code}: {sentence}")
+
+
+def text(service: RetrievalService) -> str:
+    registry = CollectorRegistry()
+    registry.register(WorkerCollector(service))
+    return generate_latest(registry).decode()
+
+
+def names(told: str) -> set[str]:
+    return set(
+        re.findall(r"^(eddyline_worker_\w+?)(?:_bucket|_sum|_count)?[{ ]", told, re.MULTILINE)
+    )
+
+
+def test_the_page_names_every_metric_and_no_other() -> None:
+    service = RetrievalService(Settings())
+    assert "eddyline_worker_ready 0.0" in text(service)
+    assert names(text(service)) == {
+        "eddyline_worker_ready",
+        "eddyline_worker_queries_total",
+        "eddyline_worker_query_seconds",
+        "eddyline_worker_missing",
+    }
+    service.serve(Holds())
+    told = text(service)
+    assert names(told) == set(re.findall(r"eddyline_worker_\w+", PAGE.read_text(encoding="utf-8")))
+    for line in (
+        "eddyline_worker_ready 1.0",
+        "eddyline_worker_missing 1.0",
+        'eddyline_worker_index_items{part="live"} 9.0',
+        'eddyline_worker_index_rebuilds_total{outcome="done"} 4.0',
+        "eddyline_worker_index_exact_total 3.0",
+        'eddyline_worker_recall{bound="low"} 0.96',
+        'eddyline_worker_recall_step{step="wider"} 1.0',
+        'eddyline_worker_recall_step{step="exact"} 0.0',
+        "eddyline_worker_tail_lag_records 7.0",
+    ):
+        assert f"{line}\n" in told
+    [away] = re.findall(r"^eddyline_worker_kafka_away_seconds (\S+)", told, re.MULTILINE)
+    assert 60 <= float(away) < 90
+
+
+def test_a_coordinator_tells_no_counts_of_shards_that_come_and_go() -> None:
+    service, registry = RetrievalService(Settings()), CollectorRegistry()
+    service.serve(Holds())
+    registry.register(WorkerCollector(service, own_index=False))
+    assert names(generate_latest(registry).decode()) == {
+        "eddyline_worker_ready",
+        "eddyline_worker_queries_total",
+        "eddyline_worker_query_seconds",
+        "eddyline_worker_missing",
+        "eddyline_worker_index_items",
+    }
+
+
+def test_a_recall_that_is_not_known_yet_is_not_told() -> None:
+    class Young(Holds):
+        def tell(self, response: pb.StatsResponse) -> None:
+            response.index.recall.CopyFrom(pb.RecallStatus(step="normal"))
+
+    service = RetrievalService(Settings())
+    service.serve(Young())
+    told = text(service)
+    assert "eddyline_worker_recall_samples 0.0" in told and "eddyline_worker_recall{" not in told
+
+
+def test_queries_are_counted_by_outcome_and_time() -> None:
+    service, call = RetrievalService(Settings()), Call()
+    with pytest.raises(RuntimeError, match="UNAVAILABLE"):
+        service.Retrieve(pb.RetrieveRequest(user_id="u", k=1), call)  # type: ignore[arg-type]
+    assert 'queries_total{outcome="failed"} 0.0' in text(service), "nobody was served badly yet"
+    service.serve(Holds())
+    for _ in range(3):
+        service.Retrieve(pb.RetrieveRequest(user_id="u", k=1), call)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="INVALID_ARGUMENT"):
+        service.Retrieve(pb.RetrieveRequest(user_id="", k=1), call)  # type: ignore[arg-type]
+    told = text(service)
+    assert (
+        'queries_total{outcome="answered"} 3.0' in told
+        and 'queries_total{outcome="failed"} 1.0' in told
+    )
+    assert "eddyline_worker_query_seconds_count 4.0" in told
+    assert f'eddyline_worker_query_seconds_bucket{{le="{BUCKETS_S[-1]}"}} 4.0' in told
+    counts, total_s = service.times()
+    assert sum(counts) == 4 and len(counts) == len(BUCKETS_S) + 1 and 0 < total_s < 4
+    service._count(time.perf_counter() - 2 * BUCKETS_S[-1], failed=False)
+    assert service.times()[0][-1] == 1
+
+
+def until(check: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not check():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def answers(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=2) as answer:
+            return "eddyline_worker_ready" in answer.read().decode()
+    except OSError:
+        return False
+
+
+def test_a_port_that_is_taken_is_tried_again_and_an_error_in_time(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(metrics, "AGAIN_S", 0.02)
+    taken = socket.create_server(("127.0.0.1", 0))
+    port = taken.getsockname()[1]
+    settings = msgspec.structs.replace(Settings(), worker_metrics_port=port - 1)
+    with caplog.at_level(logging.INFO, "eddyline.process.metrics"):
+        end = serve(settings, RetrievalService(settings), place=1)
+        until(lambda: bool(caplog.records))
+        time.sleep(0.1)
+        assert [record.levelname for record in caplog.records] == ["INFO"]
+        monkeypatch.setattr(metrics, "TAKEN_S", 0.0)
+        until(lambda: len(caplog.records) > 1)
+        time.sleep(0.1)
+        assert [record.levelname for record in caplog.records] == ["INFO", "ERROR"]
+        taken.close()
+        until(lambda: answers(port))
+        end()
+    assert not answers(port)
+    assert [record.levelname for record in caplog.records] == ["INFO", "ERROR", "INFO"]
+
+
+def test_no_port_serves_nothing() -> None:
+    def serving() -> list[str]:
+        return [thread.name for thread in threading.enumerate() if thread.name == "metrics"]
+
+    end = serve(Settings(), RetrievalService(Settings()), place=3)
+    assert serving() == []
+    end()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        end = serve(
+            msgspec.structs.replace(Settings(), worker_metrics_port=port),
+            RetrievalService(Settings()),
+        )
+        assert serving() == ["metrics"]
+        end()
+    assert serving() == []

@@ -1,0 +1,780 @@
+"""Answers without gRPC, and the service behind a real gRPC server; stores and towers in memory."""
+
+import threading
+import time
+from collections.abc import Iterator, Mapping
+
+import grpc
+import numpy as np
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from eddyline.errors import StoreUnavailable
+from eddyline.schema import events
+from eddyline.schema.events import KINDS, Item
+from eddyline.schema.item_record import ItemRecord
+from eddyline.schema.partitioning import partition_of, user_slot
+from eddyline.schema.user_history import Entry, UserHistory
+from eddyline.settings.loader import Settings
+from eddyline.stores.memory import MemoryStore
+from eddyline.stores.state_store import Fence, ItemMetadata, LogId, Source, UserEffects, UserState
+from embeddings.towers.user_tower import query_vector
+from index.exact import ExactIndex
+from serving.answer import user_reader
+from serving.answer.deadline import Deadline, DeadlinePassed
+from serving.answer.retriever import Answer, Query, Retriever
+from serving.answer.user_reader import AfterToken, UserReader
+from serving.proto import retrieval_pb2 as pb
+from serving.recall import popular
+from serving.recall.popular import PopularPath
+from serving.recall.towers import TowersPath
+from serving.rpc import converters
+from serving.rpc.backends import WorkerBackend
+from serving.rpc.client import CallFailed, Client
+from serving.rpc.retrieval_service import RetrievalService
+from serving.rpc.server import NAME, NOT_SERVING, SERVING, PortTaken, WorkerServer
+from serving.worker.replica import TailState
+
+D, N = 4, 12
+LOG = LogId("cluster", "topic")
+SETTINGS = Settings(
+    worker_port=0, worker_threads=2, k_max=50, query_timeout_ms=400, wait_ms_max=300
+)
+
+
+class Store(MemoryStore):
+    """A store that can be away, or slow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.away = False
+        self.slow_s = 0.0
+        self.reads = 0
+
+    def read_user(self, slot: str, partition: int, user_id: str, generation: str) -> UserState:
+        self.reads += 1
+        time.sleep(self.slow_s)
+        self._look()
+        return super().read_user(slot, partition, user_id, generation)
+
+    def popular(self, slot: str, limit: int) -> dict[int, dict[str, int]]:
+        self._look()
+        return super().popular(slot, limit)
+
+    def read_item_metadata(self, item_ids, item_slots):  # type: ignore[no-untyped-def]
+        self._look()
+        return super().read_item_metadata(item_ids, item_slots)
+
+    def _look(self) -> None:
+        if self.away:
+            raise StoreUnavailable("Redis at redis://nowhere: ConnectionError")
+
+
+class Mean:
+    """A tower that is simple to foresee: the mean of the history."""
+
+    history_max = 3
+
+    def __init__(self) -> None:
+        self.filters: list[tuple[int, dict[str, object]]] = []
+
+    def encode_one(self, history: np.ndarray, profile: Mapping[str, object]) -> np.ndarray:
+        self.filters.append((len(history), dict(profile)))
+        mean = history.mean(axis=0)
+        return (mean / np.linalg.norm(mean)).astype(np.float32)
+
+
+class World:
+    """Twelve items around a circle: i0, i1, … each 8° and a little more further, at_ms growing."""
+
+    def __init__(self) -> None:
+        self.store, self.index, self.tower = Store(), ExactIndex(D), Mean()
+        self.index.upsert(
+            [
+                ItemRecord(f"i{n}", 0, n, n, time.time_ns() // 1000, angle(8 * n + n * n / 10))
+                for n in range(N)
+            ]
+        )
+        self.popular = PopularPath(
+            self.store,
+            slots=["i0"],
+            bucket_s=10,
+            half_life_s=10,
+            limit=100,
+            refresh_ms=50,
+            backoff_ms_max=100,
+        )
+        self.users = UserReader(self.store, clicks_partitions=8, generation="g1")
+        self.kafka_missing = ""
+        self.retriever = Retriever(
+            store=self.store,
+            index=self.index,
+            users=self.users,
+            by_towers=TowersPath(self.tower, query_vector),
+            by_popularity=self.popular,
+            item_slots=1,
+            index_missing=lambda: self.kafka_missing,
+        )
+
+    def user(
+        self, user_id: str, *items: str, kind: str = "click", offset: int = 7, e: object = None
+    ) -> None:
+        partition = partition_of(user_id, 8)
+        slot, source = user_slot(partition), Source("clicks", partition)
+        entries = tuple(Entry(item, 100 - n, KINDS.index(kind)) for n, item in enumerate(items))
+        history = UserHistory(
+            partition=partition,
+            offset=offset,
+            at_ms=100,
+            produced_us=1,
+            appended_ms=2,
+            read_us=3,
+            entries=entries,
+        )
+        effects = UserEffects(histories={user_id: history}, generation="g1")
+        if e is not None:
+            effects.embeddings[user_id] = (9, np.asarray(e, np.float32).tobytes())
+        expected = self.store.fences(source, [slot])[slot]
+        self.store.write_users(slot, source, expected, Fence(offset, LOG), effects)
+
+    def clicked(self, counts: Mapping[int, Mapping[str, int]]) -> None:
+        source = Source("clicks", 0)
+        expected = self.store.fences(source, ["i0"])["i0"]
+        new = Fence(expected.offset + 1 if expected else 0, LOG)
+        self.store.count_clicks("i0", source, expected, new, counts, 10)
+        assert self.popular.refresh()
+
+    def ask(self, user_id: str, k: int, **more: object) -> Answer:
+        return self.retriever.retrieve(Query(user_id, k, **more), Deadline(5.0))  # type: ignore[arg-type]
+
+
+def angle(degrees: float) -> np.ndarray:
+    return np.array([np.cos(np.radians(degrees)), np.sin(np.radians(degrees)), 0, 0], np.float32)
+
+
+def ids(answer: Answer) -> list[str]:
+    return [item.hit.item_id for item in answer.items]
+
+
+def whys(answer: Answer) -> dict[str, str]:
+    return {summary.path: summary.why for summary in answer.paths}
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+# ---------------------------------------------------------------- without gRPC
+
+
+def test_neighbours_of_what_was_clicked_without_what_was_clicked(world: World) -> None:
+    world.user("ana", "i3")
+    answer = world.ask("ana", 4)
+    assert ids(answer) == ["i2", "i4", "i1", "i5"]
+    assert {item.path for item in answer.items} == {"towers"}
+    assert [item.path_rank for item in answer.items] == [1, 2, 3, 4]
+    assert [summary.path for summary in answer.paths] == ["towers"]
+    assert (answer.missing, answer.short_because) == ([], "")
+    stamps = answer.stamps
+    assert 0 < stamps.user_read_us <= stamps.embedded_us <= stamps.searched_us <= stamps.answered_us
+
+
+def test_the_last_known_items_make_the_history(world: World) -> None:
+    world.user("ana", "gone", "i8", "i7", "never", "i6", "i1", "i1")
+    assert ids(world.ask("ana", 2)) == ["i5", "i9"]
+    assert world.tower.filters[0][0] == 3  # i8, i7, i6: history_max known ones, the newest
+
+
+def test_a_long_list_is_read_to_its_end_where_its_newest_items_are_gone(world: World) -> None:
+    world.user("ana", *(f"gone-{n}" for n in range(7)), "i8", "i7", "i6", "i1")
+    assert ids(world.ask("ana", 2)) == ["i5", "i9"]
+    world.user("bob", "i8", *(f"gone-{n}" for n in range(50)), "i7", "i6", "i1", offset=9)
+    assert ids(world.ask("bob", 2)) == ["i5", "i9"]
+    assert [size for size, _ in world.tower.filters] == [3, 3]
+
+
+def test_dislikes_are_seen_but_no_history(world: World) -> None:
+    world.user("ana", "i3", "i4", kind="dislike")
+    answer = world.ask("ana", 3)
+    assert ids(answer) == ["i11", "i10", "i9"]
+    assert whys(answer)["towers"] == "the user's list holds dislikes only"
+    assert "i3" not in ids(world.ask("ana", 50))
+
+
+def test_the_user_embedding_turns_the_query(world: World) -> None:
+    world.user("ana", "i3", e=10 * angle(88))
+    assert ids(world.ask("ana", 1)) == ["i9"]
+
+
+@pytest.mark.parametrize("e", [[1.0] * (D + 1), [float("nan")] * D, []])
+def test_an_embedding_that_does_not_fit_is_not_used(world: World, e: list[float]) -> None:
+    world.user("ana", "i3", e=e)
+    assert ids(world.ask("ana", 2)) == ["i2", "i4"]
+
+
+def test_an_unknown_user_gets_the_popular_ones_and_then_the_newest(world: World) -> None:
+    world.clicked({5: {"i2": 1000, "i7": 3000, "gone": 9000}, 6: {"i4": 600}})
+    answer = world.ask("nobody", 5)
+    assert ids(answer) == ["i7", "i4", "i2", "i11", "i10"]
+    assert [item.path for item in answer.items] == ["popular"] * 3 + ["newest"] * 2
+    assert answer.items[0].hit.score == pytest.approx(1.5)
+    assert whys(answer) == {
+        "towers": "nothing is known of this user",
+        "popular": "of 4 popular items 3 are live and unseen",
+        "newest": "",
+    }
+    assert answer.user.history.offset == -1
+
+
+def test_a_user_whose_items_are_all_unknown_gets_popular_with_the_reason(world: World) -> None:
+    world.clicked({1: {"i5": 1000}})
+    world.user("ana", "x", "y")
+    answer = world.ask("ana", 1)
+    assert ids(answer) == ["i5"]
+    assert whys(answer)["towers"] == "none of the 2 items of the user's list is in the index"
+
+
+@pytest.mark.parametrize("k", [N - 3, N - 2, N - 1, N, 10 * N])
+def test_as_many_as_there_are_and_why_not_more(world: World, k: int) -> None:
+    world.user("ana", "i0", "i1", "gone")
+    answer = world.ask("ana", k)
+    assert len(answer.items) == min(k, N - 2)
+    assert (answer.short_because == "") == (k <= N - 2)
+    if k > N - 2:
+        expected = f"{N - 2} of {k}: {N} items are live, 2 of them are in the user's list"
+        assert answer.short_because == expected
+
+
+def test_whoever_has_seen_everything_is_told_so(world: World) -> None:
+    world.user("ana", *(f"i{n}" for n in range(N)))
+    answer = world.ask("ana", 5)
+    assert ids(answer) == []
+    assert answer.short_because == "0 of 5: 12 items are live, 12 of them are in the user's list"
+
+
+def test_redis_away_the_last_known_popular_list_serves_and_the_answer_says_so(world: World) -> None:
+    world.user("ana", "i3")
+    world.clicked({1: {"i5": 1000}})
+    world.store.away = True
+    assert not world.popular.refresh()
+    answer = world.ask("ana", 2, with_cards=True)
+    assert ids(answer) == ["i5", "i11"]
+    assert whys(answer)["towers"] == "the user could not be read"
+    assert answer.missing[0] == "redis: Redis at redis://nowhere: ConnectionError"
+    assert answer.missing[1].startswith("redis: the popular list is 0.")
+    assert answer.stamps.user_read_us == 0
+    assert any("since" in line for line in world.retriever.missing())
+
+
+def test_while_redis_is_away_only_one_call_in_a_while_tries_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(user_reader, "PROBE_S", 0.1)
+    world.user("ana", "i3")
+    world.store.away = True
+    for _ in range(20):
+        assert world.ask("ana", 1).missing
+    assert world.store.reads == 1
+    world.store.away = False
+    time.sleep(0.11)
+    assert world.ask("ana", 1).missing == []
+    assert world.retriever.missing() == []
+
+
+def test_kafka_away_is_said(world: World) -> None:
+    world.user("ana", "i3")
+    world.kafka_missing = "no answer since 3 s"
+    assert world.ask("ana", 1).missing == ["kafka: no answer since 3 s"]
+
+
+def test_cards(world: World) -> None:
+    world.user("ana", "i3")
+    card = events.encode(Item(item_id="i2", title="Heat", categories=["Crime"]))
+    cards = {"i2": ItemMetadata(0, 1, card), "i4": ItemMetadata(0, 2, b"")}
+    world.store.write_item_metadata("i0", Source("items", 0), None, Fence(2, LOG), cards)
+    assert world.ask("ana", 3).cards == {}
+    found = world.ask("ana", 3, with_cards=True).cards
+    assert {item_id: item.title for item_id, item in found.items()} == {"i2": "Heat"}
+
+
+def test_a_click_that_is_in_needs_no_waiting(world: World) -> None:
+    world.user("ana", "i3", offset=7)
+    partition = partition_of("ana", 8)
+    for offset in (6, 7):
+        after = world.ask("ana", 1, after=AfterToken(partition, offset, 0)).after
+        assert after is not None and after.applied
+    after = world.ask("ana", 1, after=AfterToken(partition, 8, 30)).after
+    assert after is not None and not after.applied and 30 <= after.waited_ms < 300
+    assert after.why == f"partition {partition} is applied up to offset 7, not 8"
+
+
+def test_waiting_ends_as_soon_as_the_click_is_in(world: World) -> None:
+    world.user("ana", "i3", offset=7)
+    later = threading.Timer(0.05, lambda: world.user("ana", "i9", "i3", offset=8))
+    later.start()
+    answer = world.ask("ana", 1, after=AfterToken(partition_of("ana", 8), 8, 2_000))
+    later.join(5)
+    assert answer.after is not None and answer.after.applied
+    assert 30 <= answer.after.waited_ms < 1_000
+    assert answer.user.history.entries[0].item_id == "i9"
+
+
+def test_a_deadline_is_looked_at_before_every_step(world: World) -> None:
+    with pytest.raises(DeadlinePassed, match="before the user was read; 0 ms were given"):
+        world.retriever.retrieve(Query("ana", 1), Deadline(0.0))
+    with pytest.raises(DeadlinePassed, match="before the user was read"):
+        world.retriever.retrieve(Query("ana", 1), Deadline(-3.0))
+    world.store.slow_s = 0.03
+    with pytest.raises(DeadlinePassed, match="before the index was searched; 20 ms were given"):
+        world.retriever.retrieve(Query("ana", 1), Deadline(0.02))
+
+
+def test_popularity_is_decayed_against_the_newest_bucket_and_ties_go_by_id() -> None:
+    counts = {10: {"old": 4000, "b": 1000}, 12: {"a": 250, "new": 1000}}
+    ranked = popular.rank(counts, bucket_s=10, half_life_s=10, limit=9)
+    assert ranked == [("new", 1.0), ("old", 1.0), ("a", 0.25), ("b", 0.25)]
+    assert popular.rank(counts, bucket_s=10, half_life_s=10, limit=1) == [("new", 1.0)]
+    assert popular.rank({}, bucket_s=10, half_life_s=10, limit=9) == []
+
+
+def test_a_popular_list_is_read_to_its_end_where_few_of_it_are_live(world: World) -> None:
+    world.clicked(
+        {1: {f"gone-{n}": 9_000 for n in range(95)} | {"i5": 3_000, "i7": 2_000, "i1": 1_000}}
+    )
+    for k in (1, 2, 3):
+        found = world.popular.ask(world.index, k, ())
+        assert [hit.item_id for hit in found.hits] == ["i5", "i7", "i1"][:k] and not found.why
+    assert world.popular.ask(world.index, 4, ()).why == "of 98 popular items 3 are live and unseen"
+
+
+def test_the_popular_list_refreshes_itself_and_recovers(world: World) -> None:
+    world.popular.start()
+    try:
+        world.clicked({1: {"i5": 1000}})
+        world.store.away = True
+        deadline = time.monotonic() + 5
+        while not world.popular.missing():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert world.popular.ask(world.index, 1, ()).hits[0].item_id == "i5"
+        world.store.away = False
+        while world.popular.missing():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert 0 <= world.popular.age_ms() < 5_000
+    finally:
+        world.popular.close()
+
+
+def test_a_popular_list_that_was_never_read_says_so(world: World) -> None:
+    assert world.popular.ask(world.index, 3, ()).why == "the list was never read: not yet"
+    assert world.popular.age_ms() == -1
+    world.store.away = True
+    world.popular.refresh()
+    assert "ConnectionError" in world.popular.ask(world.index, 3, ()).why
+    assert world.popular.missing().startswith("there is no popular list")
+
+
+# ---------------------------------------------------------------- behind gRPC
+
+
+@pytest.fixture
+def service() -> RetrievalService:
+    return RetrievalService(SETTINGS)
+
+
+@pytest.fixture
+def server(service: RetrievalService) -> Iterator[WorkerServer]:
+    made = WorkerServer(SETTINGS, service)
+    yield made
+    made.stop(1.0)
+
+
+@pytest.fixture
+def client(server: WorkerServer, service: RetrievalService, world: World) -> Iterator[Client]:
+    tail = TailState(caught_up=True, lag_records=2, records=5, undecodable=1)
+    service.serve(WorkerBackend("g1", world.retriever, world.index, world.popular, lambda: tail))
+    with Client(server.address) as made:
+        yield made
+
+
+def test_an_answer_over_the_wire(client: Client, world: World) -> None:
+    world.user("ana", "i3")
+    before_us = time.time_ns() // 1000
+    response = client.retrieve("ana", 3, after=(partition_of("ana", 8), 7))
+    assert [(i.item_id, i.rank, i.path, i.path_rank, i.generation) for i in response.items] == [
+        ("i2", 1, "towers", 1, "g1"),
+        ("i4", 2, "towers", 2, "g1"),
+        ("i1", 3, "towers", 3, "g1"),
+    ]
+    assert all(0 <= item.age_ms < 60_000 for item in response.items)
+    fresh = response.freshness
+    assert fresh.generation == "g1"
+    user = fresh.user
+    assert (user.known, user.partition, user.offset, user.fence_offset) == (
+        True,
+        partition_of("ana", 8),
+        7,
+        7,
+    )
+    assert (user.produced_us, user.appended_ms, user.read_us, user.at_ms) == (1, 2, 3, 100)
+    assert abs(user.applied_us - before_us) < 60_000_000
+    assert [(w.partition, w.offset, w.at_ms) for w in fresh.index] == [(0, N - 1, N - 1)]
+    stamps = fresh.worker
+    assert before_us <= stamps.received_us <= stamps.user_read_us <= stamps.embedded_us
+    assert stamps.embedded_us <= stamps.searched_us <= stamps.answered_us
+    assert fresh.after.applied
+    assert not response.items[0].HasField("card")
+
+
+def test_an_unknown_user_over_the_wire(client: Client) -> None:
+    response = client.retrieve("nobody", 20)
+    assert len(response.items) == N
+    assert response.short_because == "12 of 20: 12 items are live, 0 of them are in the user's list"
+    assert not response.freshness.user.known
+    assert (response.freshness.user.offset, response.freshness.user.fence_offset) == (-1, -1)
+    assert [p.path for p in response.paths] == ["towers", "popular", "newest"]
+    assert not response.freshness.HasField("after")
+
+
+@pytest.mark.parametrize(
+    ("user_id", "k", "sentence"),
+    [
+        ("ana", 0, "k: 0, allowed are 1 … 50"),
+        ("ana", -1, "k: -1, allowed are 1 … 50"),
+        ("ana", 51, "k: 51, allowed are 1 … 50"),
+        ("ana", 10**9, "k: 1000000000, allowed are 1 … 50"),
+        ("", 5, "user_id: '' has 0 bytes, allowed are 1 … 256"),
+        ("u" * 257, 5, "has 257 bytes, allowed are 1 … 256"),
+        ("ü" * 129, 5, "has 258 bytes, allowed are 1 … 256"),
+        ("u" * 10_000, 5, "has 10000 bytes, allowed are 1 … 256"),
+        ("a\nb", 5, "user_id: 'a\\nb' has a control character"),
+    ],
+)
+def test_bad_input_gets_a_code_and_a_sentence(
+    client: Client, user_id: str, k: int, sentence: str
+) -> None:
+    with pytest.raises(CallFailed) as failed:
+        client.retrieve(user_id, k)
+    assert failed.value.code == "INVALID_ARGUMENT"
+    assert sentence in failed.value.detail
+    assert len(failed.value.detail) < 200
+
+
+@pytest.mark.parametrize(
+    ("user_id", "k"), [("ana", 1), ("ana", 50), ("u", 5), ("u" * 256, 5), ("ü" * 128, 5)]
+)
+def test_the_limits_themselves_are_good(client: Client, user_id: str, k: int) -> None:
+    assert client.retrieve(user_id, k).items
+
+
+@pytest.mark.parametrize(
+    ("partition", "offset", "wait_ms", "sentence"),
+    [
+        (-1, 5, 0, "after.partition: -1, but clicks of 'ana' lie in"),
+        (partition_of("ana", 8) + 1, 5, 0, "but clicks of 'ana' lie in"),
+        (partition_of("ana", 8), -1, 0, "after.offset: -1, must be at least 0"),
+        (partition_of("ana", 8), 5, -1, "after.wait_ms: -1, allowed are 0 … 300"),
+        (partition_of("ana", 8), 5, 301, "after.wait_ms: 301, allowed are 0 … 300"),
+    ],
+)
+def test_a_bad_token(
+    client: Client, partition: int, offset: int, wait_ms: int, sentence: str
+) -> None:
+    with pytest.raises(CallFailed, match="INVALID_ARGUMENT") as failed:
+        client.retrieve("ana", 5, after=(partition, offset), wait_ms=wait_ms)
+    assert sentence in failed.value.detail
+
+
+def test_waiting_for_a_click_stays_within_the_deadline(client: Client, world: World) -> None:
+    world.user("ana", "i3")
+    response = client.retrieve(
+        "ana", 5, after=(partition_of("ana", 8), 99), wait_ms=300, timeout_s=0.25
+    )
+    assert not response.freshness.after.applied
+    assert response.freshness.after.waited_ms < 250
+    assert len(response.items) == 5
+
+
+def test_a_request_that_is_far_too_large_is_refused(client: Client) -> None:
+    with pytest.raises(CallFailed, match="RESOURCE_EXHAUSTED"):
+        client.retrieve("u" * 100_000, 5)
+    assert client.retrieve("ana", 5).items
+
+
+@pytest.mark.parametrize("timeout_s", [0.0, -1.0, 0.02])
+def test_a_passed_deadline(client: Client, world: World, timeout_s: float) -> None:
+    world.store.slow_s = 0.1
+    with pytest.raises(CallFailed) as failed:
+        client.retrieve("ana", 5, timeout_s=timeout_s)
+    assert failed.value.code == "DEADLINE_EXCEEDED"
+    assert "deadline" in failed.value.detail
+
+
+def test_the_worker_has_a_deadline_for_calls_that_bring_none(client: Client, world: World) -> None:
+    world.store.slow_s = 0.5
+    with pytest.raises(grpc.RpcError) as failed:
+        client._stub.Retrieve(pb.RetrieveRequest(user_id="ana", k=5))
+    assert failed.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    assert failed.value.details() == (
+        "the deadline passed before the index was searched; 400 ms were given"
+    )
+
+
+def test_too_many_calls_at_a_time(client: Client, world: World) -> None:
+    world.store.slow_s = 0.3
+    codes: list[str] = []
+
+    def call() -> None:
+        try:
+            client.retrieve("ana", 5)
+            codes.append("OK")
+        except CallFailed as error:
+            codes.append(error.code)
+
+    threads = [threading.Thread(target=call) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert codes.count("RESOURCE_EXHAUSTED") == 4, codes
+    world.store.slow_s = 0.0
+    assert client.retrieve("ana", 5).items
+
+
+def test_not_ready(server: WorkerServer, service: RetrievalService) -> None:
+    service.waiting_for("Kafka and an active generation")
+    with Client(server.address) as client:
+        with pytest.raises(CallFailed) as failed:
+            client.retrieve("ana", 5)
+        assert failed.value.code == "UNAVAILABLE"
+        assert (
+            failed.value.detail
+            == "the worker is not ready: it waits for Kafka and an active generation"
+        )
+        stats = client.stats()
+        assert (stats.ready, list(stats.missing)) == (
+            False,
+            ["worker: waits for Kafka and an active generation"],
+        )
+
+
+def test_stats(client: Client, world: World) -> None:
+    world.clicked({1: {"i5": 1000}})
+    client.retrieve("ana", 5)
+    with pytest.raises(CallFailed):
+        client.retrieve("ana", 0)
+    stats = client.stats()
+    assert (stats.ready, stats.generation, stats.queries, stats.queries_failed) == (
+        True,
+        "g1",
+        2,
+        1,
+    )
+    assert (stats.index.live, stats.index.dimension) == (N, D)
+    assert [(w.partition, w.offset) for w in stats.watermarks] == [(0, N - 1)]
+    assert (stats.tail.caught_up, stats.tail.lag_records, stats.tail.undecodable) == (True, 2, 1)
+    assert stats.popular.items == 1 and 0 <= stats.popular.age_ms < 5_000
+    assert list(stats.missing) == []
+    world.store.away = True
+    client.retrieve("ana", 5)
+    assert [line.split(" (since")[0] for line in client.stats().missing] == [
+        "redis: Redis at redis://nowhere: ConnectionError"
+    ]
+
+
+def test_an_error_inside_is_an_answer_too(
+    client: Client, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("a secret")
+
+    monkeypatch.setattr(world.tower, "encode_one", broken)
+    world.user("ana", "i3")
+    with pytest.raises(CallFailed) as failed:
+        client.retrieve("ana", 5)
+    assert failed.value.code == "INTERNAL"
+    assert failed.value.detail == "ZeroDivisionError; the worker's log has more"
+
+
+def test_health_and_reflection(server: WorkerServer) -> None:
+    from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+    with grpc.insecure_channel(server.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        for name in ("", NAME):
+            assert (
+                stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=5).status
+                == NOT_SERVING
+            )
+        server.set_serving(True)
+        for name in ("", NAME):
+            assert (
+                stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=5).status == SERVING
+            )
+        reflect = reflection_pb2_grpc.ServerReflectionStub(channel)
+        question = reflection_pb2.ServerReflectionRequest(list_services="")
+        answer = next(reflect.ServerReflectionInfo(iter([question]), timeout=5))
+        names = {service.name for service in answer.list_services_response.service}
+        assert {"eddyline.retrieval.v1.Retrieval", "grpc.health.v1.Health"} <= names
+
+
+def test_a_port_that_is_taken(server: WorkerServer, service: RetrievalService) -> None:
+    port = int(server.address.rpartition(":")[2])
+    taken = Settings(worker_port=port)
+    with pytest.raises(PortTaken, match=f"127.0.0.1:{port} cannot be bound.*EDDYLINE_WORKER_PORT"):
+        WorkerServer(taken, service)
+
+
+def test_a_worker_that_is_not_there() -> None:
+    with Client("127.0.0.1:1") as client, pytest.raises(CallFailed) as failed:
+        client.retrieve("ana", 5, timeout_s=1.0)
+    assert failed.value.code in ("UNAVAILABLE", "DEADLINE_EXCEEDED")
+    assert "worker at 127.0.0.1:1" in str(failed.value)
+
+
+# ---------------------------------------------------------------- filters and popularity
+
+
+def tagged(world: World) -> None:
+    """Even items are short films of the year of their number, odd ones are books."""
+    world.index.upsert(
+        [
+            ItemRecord(
+                f"i{n}",
+                0,
+                100 + n,
+                n,
+                0,
+                angle(8 * n + n * n / 10),
+                {
+                    "categories": ["book" if n % 2 else "film"],
+                    "tags": ["short"],
+                    "attributes": {"year": n},
+                },
+            )
+            for n in range(N)
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        (pb.Filters(), {*range(N)}),
+        (pb.Filters(categories=["film"]), {0, 2, 4, 6, 8, 10}),
+        (pb.Filters(categories=["film", "book"], tags=["short"], tags_all=["short"]), {*range(N)}),
+        (pb.Filters(tags_all=["short", "long"]), set()),
+        (pb.Filters(ranges=[pb.Range(attribute="year", min=9)]), {9, 10, 11}),
+        (pb.Filters(ranges=[pb.Range(attribute="year", min=2, max=3)], deny=["i2"]), {3}),
+        (pb.Filters(allow=["i1", "i5", "x"]), {1, 5}),
+        (pb.Filters(deny=["i1", "i5", "x"]), {*range(N)} - {1, 5}),
+    ],
+)
+@pytest.mark.parametrize("user", ["ana", "nobody"])
+def test_every_path_respects_the_filter(
+    client: Client, world: World, filters: pb.Filters, expected: set[int], user: str
+) -> None:
+    tagged(world)
+    world.user("ana", "i3", "i4")
+    world.clicked({1: {"i5": 3000, "i6": 2000, "i2": 1000}})
+    expected = expected - {3, 4} if user == "ana" else expected
+    response = client.retrieve(user, N, filters=filters)
+    assert {item.item_id for item in response.items} == {f"i{n}" for n in expected}
+    few = client.retrieve(user, 2, filters=filters)
+    assert len(few.items) == min(2, len(expected))
+    if filters != pb.Filters() and len(expected) < N:
+        assert response.short_because.startswith(f"{len(expected)} of {N}: ")
+        assert "live items pass the filter, " in response.short_because
+        assert response.short_because.endswith("of them are in the user's list")
+
+
+def test_popular_and_newest_fill_within_the_filter(client: Client, world: World) -> None:
+    tagged(world)
+    world.clicked({1: {"i5": 3000, "i6": 2000, "i2": 1000}})
+    response = client.retrieve("nobody", 4, filters=pb.Filters(categories=["film"]))
+    assert [(item.item_id, item.path) for item in response.items] == [
+        ("i6", "popular"),
+        ("i2", "popular"),
+        ("i10", "newest"),
+        ("i8", "newest"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("filters", "sentence"),
+    [
+        (pb.Filters(categories=["a"] * 257), "filters.categories: 257 values, allowed are 0 … 256"),
+        (pb.Filters(tags=[""]), "filters.tags: '' has 0 bytes, allowed are 1 … 256"),
+        (pb.Filters(tags_all=["x" * 257]), "has 257 bytes, allowed are 1 … 256"),
+        (pb.Filters(deny=["d"] * 2_001), "filters.deny: 2001 values, allowed are 0 … 2000"),
+        (
+            pb.Filters(ranges=[pb.Range(attribute="year")]),
+            "filters.ranges: 'year' has neither min nor max",
+        ),
+        (pb.Filters(ranges=[pb.Range(min=1)]), "filters.ranges.attribute: '' has 0 bytes"),
+        (
+            pb.Filters(ranges=[pb.Range(attribute="year", min=2, max=1)]),
+            "filters.ranges: 'year': 2.0 … 1.0 holds no number",
+        ),
+        (
+            pb.Filters(ranges=[pb.Range(attribute="year", min=float("nan"))]),
+            "nan … inf holds no number",
+        ),
+        (
+            pb.Filters(ranges=[pb.Range(attribute="y", min=1)] * 2),
+            "filters.ranges: 'y' is given twice",
+        ),
+        (
+            pb.Filters(ranges=[pb.Range(attribute=f"y{n}", min=1) for n in range(17)]),
+            "filters.ranges: 17 values, allowed are 0 … 16",
+        ),
+    ],
+)
+def test_a_bad_filter_names_field_and_value(
+    client: Client, filters: pb.Filters, sentence: str
+) -> None:
+    with pytest.raises(CallFailed) as failed:
+        client.retrieve("ana", 5, filters=filters)
+    assert failed.value.code == "INVALID_ARGUMENT"
+    assert sentence in failed.value.detail
+
+
+def test_the_limits_of_a_filter_are_good(client: Client) -> None:
+    ranges = [pb.Range(attribute=f"y{n}", min=1) for n in range(16)]
+    most = pb.Filters(categories=["a"] * 256, deny=["d"] * 2_000, ranges=ranges)
+    assert not client.retrieve("ana", 5, filters=most).items
+
+
+def test_popularity_is_held_back(client: Client, world: World) -> None:
+    world.user("ana", "i3")
+    assert [i.item_id for i in client.retrieve("ana", 3).items] == ["i2", "i4", "i1"]
+    world.clicked({1: {"i2": 100_000, "i4": 1_000}})
+    response = client.retrieve("ana", 3, popularity_beta=0.2)
+    assert [i.item_id for i in response.items] == ["i1", "i5", "i0"]
+    # 101 clicks in all, two items on the list: an item without a click has one of 104.
+    nearness = float(np.cos(np.radians(8 * 3 + 0.9 - 8.1)))
+    assert response.items[0].score == pytest.approx(nearness + 0.2 * np.log(104), abs=1e-5)
+    assert [i.item_id for i in client.retrieve("ana", 3, popularity_beta=0.0).items] == [
+        "i2",
+        "i4",
+        "i1",
+    ]
+
+
+@pytest.mark.parametrize("beta", [-0.1, 10.1, float("nan"), float("inf")])
+def test_a_bad_beta(client: Client, beta: float) -> None:
+    with pytest.raises(
+        CallFailed, match=r"INVALID_ARGUMENT: popularity_beta: .*, allowed are 0 … 10"
+    ):
+        client.retrieve("ana", 5, popularity_beta=beta)
+
+
+def test_beta_comes_from_the_settings_where_the_request_has_none() -> None:
+    settings = Settings(popularity_beta=0.5)
+    assert (
+        converters.query_of(pb.RetrieveRequest(user_id="ana", k=1), settings).popularity_beta == 0.5
+    )
+    filters = pb.RetrieveRequest(user_id="ana", k=1, popularity_beta=0.0)
+    assert converters.query_of(filters, settings).popularity_beta == 0.0

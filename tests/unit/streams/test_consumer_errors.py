@@ -1,0 +1,107 @@
+"""What Kafka refuses while ingest runs: found in aiokafka's coordinator or by a knock, told at once."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+from aiokafka.consumer.group_coordinator import GroupCoordinator
+from aiokafka.errors import GroupAuthorizationFailedError, KafkaError
+
+from eddyline.errors import KafkaRefused, KafkaUnavailable
+from eddyline.kafka import diagnostics
+from eddyline.settings.loader import Settings
+from streams.consumer import errors
+
+SETTINGS = Settings(kafka_bootstrap_servers="127.0.0.1:1", kafka_timeout_ms=300)
+
+
+class Coordinator:
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+
+    def check_errors(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+class Thread:
+    """What `watch` asks of the lane's thread."""
+
+    def __init__(self, coordinator: Coordinator | None) -> None:
+        self._consumer: Any = type("Consumer", (), {"_coordinator": coordinator})()
+
+    async def call_thread(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        return await call(*arguments)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "_LOOK_S", 0.01)
+    monkeypatch.setattr(errors, "_KNOCK_S", 0.05)
+
+
+def watched(settings: Settings, thread: Thread, limit_s: float = 5.0) -> None:
+    async def within() -> None:
+        await asyncio.wait_for(errors.watch_consumer(settings, lambda: thread), limit_s)
+
+    asyncio.run(within())
+
+
+def test_what_is_leaned_on_is_there() -> None:
+    assert "self._pending_exception" in inspect.getsource(GroupCoordinator.check_errors)
+    pushed = inspect.getsource(GroupCoordinator._do_rejoin_group) + inspect.getsource(
+        GroupCoordinator
+    )
+    assert "_push_error_to_user" in pushed
+
+
+def test_a_missing_right_in_the_group_is_told() -> None:
+    with pytest.raises(KafkaRefused, match=r"lacks a right.*the-group"):
+        watched(SETTINGS, Thread(Coordinator(GroupAuthorizationFailedError("the-group"))))
+
+
+def test_another_error_of_the_coordinator_is_raised_as_it_is() -> None:
+    with pytest.raises(KafkaError, match="something else"):
+        watched(SETTINGS, Thread(Coordinator(KafkaError("something else"))))
+
+
+def test_before_there_is_a_consumer_or_a_coordinator_nothing_is_asked() -> None:
+    bare = Thread(None)
+    bare._consumer = None
+    for thread in (bare, Thread(None), Thread(Coordinator())):
+        with pytest.raises(TimeoutError):
+            watched(SETTINGS, thread, limit_s=0.2)
+
+
+def test_a_password_that_no_longer_holds_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Settings] = []
+
+    def knock(settings: Settings) -> None:
+        asked.append(settings)
+        raise KafkaUnavailable("away") if len(asked) < 3 else KafkaRefused("another password")
+
+    monkeypatch.setattr(diagnostics, "knock", knock)
+    secured = msgspec.structs.replace(SETTINGS, kafka_security_protocol="SSL")
+    with pytest.raises(KafkaRefused, match="another password"):
+        watched(secured, Thread(Coordinator()))
+    assert len(asked) == 3
+    with pytest.raises(TimeoutError):  # a Kafka that asks for nothing is not knocked at
+        watched(SETTINGS, Thread(Coordinator()), limit_s=0.2)
+    assert len(asked) == 3
+
+
+def test_only_the_stack_traces_of_missing_rights_are_dropped() -> None:
+    def record(error: Exception | None) -> logging.LogRecord:
+        exc_info = (type(error), error, None) if error else None
+        return logging.LogRecord("mode", logging.ERROR, "", 0, "crashed", None, exc_info)
+
+    keep = errors.WithoutTraceback().filter
+    assert not keep(record(GroupAuthorizationFailedError("g")))
+    assert not keep(record(KafkaRefused("topic t: [Error 29] TopicAuthorizationFailedError")))
+    assert keep(record(ValueError("x"))) and keep(record(None))
