@@ -14,9 +14,9 @@ import pytest
 from eddyline.settings.loader import describe
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("eddyline", "streams", "embeddings", "index", "serving")
-# "About 300": what is one idea need not be cut in two for twenty lines.
-FILE_LINES_MAX = 350
+ROOMS = ("eddyline", "streams", "embeddings", "index", "serving", "sandbox", "cli")
+# A file has one idea; what is one idea need not be cut in two for its size.
+FILE_LINES_MAX = 500
 FUNCTION_LINES_MAX = 70
 # A longer one is listed here with the reason; the list is meant to stay empty.
 LONG_FILES: dict[str, str] = {

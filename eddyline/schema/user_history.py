@@ -114,7 +114,7 @@ def encode_older(entries: Sequence[Entry]) -> bytes:
 def compact(entry: Entry) -> CompactEntry:
     """An entry as it is stored, without what is at its default at the end.
 
-    >>> short(Entry("a", 5)), short(Entry("a", 5, 2)), short(Entry("a", 5, 0, 0.5))
+    >>> compact(Entry("a", 5)), compact(Entry("a", 5, 2)), compact(Entry("a", 5, 0, 0.5))
     (('a', 5), ('a', 5, 2), ('a', 5, 0, 0.5))
     """
     if entry.weight != 1.0:
@@ -199,9 +199,9 @@ def insert_event(entries: list[Entry], newest_ms: int, entry: Entry, bounds: Bou
     newest_ms: the time of the user's newest event before this one
 
     >>> entries, bounds = [Entry("a", 90)], Bounds(length_max=9, age_ms_max=50, lateness_ms_max=20)
-    >>> place(entries, 100, Entry("too late", 79), bounds), place(entries, 100, Entry("late", 80), bounds)
+    >>> insert_event(entries, 100, Entry("too late", 79), bounds), insert_event(entries, 100, Entry("late", 80), bounds)
     (False, True)
-    >>> place(entries, 100, Entry("b", 135), bounds), [e.item_id for e in entries]
+    >>> insert_event(entries, 100, Entry("b", 135), bounds), [e.item_id for e in entries]
     (True, ['b', 'a'])
     """
     if bounds.lateness_ms_max and entry.at_ms < newest_ms - bounds.lateness_ms_max:
@@ -250,7 +250,7 @@ def positive_events(entries: Sequence[Entry]) -> Iterator[Entry]:
     A dislike takes the item's older entries out. They are older than it, so that none of them comes back when
     the dislike leaves the list by length or age.
 
-    >>> [e.at_ms for e in liked([Entry("a", 4), Entry("b", 3, DISLIKE), Entry("b", 2), Entry("a", 1)])]
+    >>> [e.at_ms for e in positive_events([Entry("a", 4), Entry("b", 3, DISLIKE), Entry("b", 2), Entry("a", 1)])]
     [4, 1]
     """
     disliked: set[str] = set()

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives import serialization
 from faust.transport.drivers.aiokafka import credentials_to_aiokafka_auth
 
 from eddyline.errors import KafkaRefused, KafkaUnavailable, SettingsError
-from eddyline.kafka import clients, diagnostics, security, topics
+from eddyline.kafka import clients, diagnostics, producers, security
 from eddyline.settings.loader import Settings, load
 from streams.credentials import broker_credentials
 
@@ -330,6 +330,6 @@ def test_the_password_is_in_no_log_line(caplog: pytest.LogCaptureFixture, tmp_pa
         settings = read(LOGIN | {"kafka_bootstrap_servers": at.kafka_bootstrap_servers}, tmp_path)
         with pytest.raises(KafkaUnavailable):
             clients.connect(
-                msgspec.structs.replace(settings, kafka_timeout_ms=300), topics.KafkaProducer
+                msgspec.structs.replace(settings, kafka_timeout_ms=300), producers.KafkaProducer
             )
     assert SECRET not in caplog.text

@@ -9,9 +9,9 @@ import time
 
 CODE = """
 import threading, time
-from eddyline import start
+from eddyline.process import lifecycle
 stop = threading.Event()
-start.stop_on_signals(stop, lambda: print("also", flush=True))
+lifecycle.stop_on_signals(stop, lambda: print("also", flush=True))
 print("ready", flush=True)
 while not stop.wait(0.0002):
     pass

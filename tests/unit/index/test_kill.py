@@ -42,15 +42,15 @@ PROCESS = (
     + """
 import sys, threading, time
 from pathlib import Path
-from index import snapshot
-from index.backends.hnswlib import HnswIndex
+from index.snapshot import format as snapshot
+from index.factory import HnswIndex
 path = Path(sys.argv[1])
 index = HnswIndex(16, m=8, ef_construction=60, exact_below=100, fresh_max=50, tier_above=100)
 origin = snapshot.Origin(generation="g1", dimension=16, bundle_ms=1, log="cluster/topic")
 position = 0
 try:
     contents, header = snapshot.load(path, origin, 0)
-    index.snapshot.restore(contents)
+    index.restore(contents)
     position = header.positions[0]
 except FileNotFoundError:
     pass

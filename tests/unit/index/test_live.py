@@ -288,7 +288,7 @@ def test_where_all_that_is_near_was_replaced_the_search_looks_wider() -> None:
 def test_a_large_batch_gives_way_to_readers(monkeypatch: pytest.MonkeyPatch, more: int) -> None:
     index = HnswIndex(D)
     pauses: list[float] = []
-    monkeypatch.setattr("index.batch.time.sleep", pauses.append)
+    monkeypatch.setattr("index.writing.batch.time.sleep", pauses.append)
     n = batch.AT_ONCE + more
     assert index.apply(records(units(n, D, 15))) == n
     assert len(pauses) == (3 if more > 0 else 0)

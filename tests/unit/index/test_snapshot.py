@@ -229,8 +229,8 @@ WRITER = """
 import sys, numpy as np
 from pathlib import Path
 from eddyline.schema.item_record import ItemRecord
-from index import snapshot
-from index.backends.hnswlib import HnswIndex
+from index.snapshot import format as snapshot
+from index.factory import HnswIndex
 vectors = np.eye(4, dtype=np.float32)[np.arange(20_000) % 4]
 index = HnswIndex(4, exact_below=10**6)
 origin = snapshot.Origin(generation="g1", dimension=4, bundle_ms=5, log="cluster/topic")

@@ -19,10 +19,10 @@ ROOT = Path(__file__).resolve().parents[3]
 KEEPER = """
 import os, signal, sys, threading, time
 from pathlib import Path
-from eddyline import start
-from serving import forked
+from eddyline.process import lifecycle
+from serving.worker import prefork
 log, stop = Path(sys.argv[1]), threading.Event()
-start.stop_on_signals(stop)
+lifecycle.stop_on_signals(stop)
 opens = []
 
 def opened():
@@ -39,7 +39,7 @@ def worker(held, place, ready):
     note(f"start {{held}} {{place}} {{os.getpid()}}")
     return serve(held, place, ready, stop)
 
-kept = forked.Forked(2, opened, built, worker, stop, renew_s={renew_s}, backoff_s_max=0.2)
+kept = prefork.Prefork(2, opened, built, worker, stop, renew_s={renew_s}, backoff_s_max=0.2)
 sys.exit(kept.run())
 """
 SERVE = """

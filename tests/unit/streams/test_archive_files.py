@@ -368,7 +368,7 @@ def test_kill_9_in_mid_write_leaves_whole_files_only(tmp_path: Path) -> None:
         from streams.archive import files, writer
         settings = Settings(data_dir=sys.argv[1], clicks_partitions=2, archive_file_offsets=700)
         archive, partition = Archive(settings), int(sys.argv[2])
-        files.remove_abandoned(archive)
+        file_placement.remove_abandoned(archive)
         log, shared = LogId("cluster-a", "topic-1"), defaultdict(writer.Forgetting)
         mine = writer.open_partition(settings, archive, "clicks", partition, log, 0, shared)
         print("ready", flush=True)

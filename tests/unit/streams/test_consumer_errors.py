@@ -86,7 +86,7 @@ def test_a_password_that_no_longer_holds_is_told(monkeypatch: pytest.MonkeyPatch
         asked.append(settings)
         raise KafkaUnavailable("away") if len(asked) < 3 else KafkaRefused("another password")
 
-    monkeypatch.setattr(diagnostics, "knock", knock)
+    monkeypatch.setattr(diagnostics, "check_connection", knock)
     secured = msgspec.structs.replace(SETTINGS, kafka_security_protocol="SSL")
     with pytest.raises(KafkaRefused, match="another password"):
         watched(secured, Thread(Coordinator()))

@@ -13,10 +13,10 @@ from aiokafka.consumer.fetcher import Fetcher, FetchResult
 from aiokafka.consumer.subscription_state import SubscriptionState
 from aiokafka.structs import TopicPartition
 from faust.transport.drivers import aiokafka as driver
-from tests.unit.streams.test_consumer import AT, FakeThread, in_a_loop, make_consumer, read, record
 
 from streams.consumer.fetch_control import TURNS_MAX, FetchGate, InFlightBatches
 from streams.consumer.thread import ConsumerThread
+from tests.unit.streams.test_consumer import AT, FakeThread, in_a_loop, make_consumer, read, record
 
 RESETS, BACKOFF_S = {1: ["clicks/3"]}, 0.25
 
