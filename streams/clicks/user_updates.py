@@ -121,8 +121,8 @@ class UserUpdates:
                 user_id=merge.merge_into,
                 item_id=entry.item_id,
                 at_ms=entry.at_ms,
-                kind=KINDS[entry.kind],
-                weight=entry.weight,  # type: ignore[arg-type]
+                kind=KINDS[entry.kind],  # type: ignore[arg-type]
+                weight=entry.weight,
                 event_id=f"merge/{record.partition}/{record.offset}/{number}",
                 context=dict(MOVED),
             )

@@ -365,12 +365,12 @@ def test_kill_9_in_mid_write_leaves_whole_files_only(tmp_path: Path) -> None:
         from eddyline.archive import Archive
         from eddyline.stores.state_store import LogId
         from eddyline.settings.loader import Settings
-        from streams.archive import files, writer
+        from streams.archive import file_placement, partition_writer
         settings = Settings(data_dir=sys.argv[1], clicks_partitions=2, archive_file_offsets=700)
         archive, partition = Archive(settings), int(sys.argv[2])
         file_placement.remove_abandoned(archive)
-        log, shared = LogId("cluster-a", "topic-1"), defaultdict(writer.Forgetting)
-        mine = writer.open_partition(settings, archive, "clicks", partition, log, 0, shared)
+        log, shared = LogId("cluster-a", "topic-1"), defaultdict(partition_writer.Forgetting)
+        mine = partition_writer.open_partition(settings, archive, "clicks", partition, log, 0, shared)
         print("ready", flush=True)
         value = b'{"user_id": "ana", "item_id": "i", "at_ms": 0}'
         for o in range(mine.written, 10**9):
