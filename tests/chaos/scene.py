@@ -88,12 +88,12 @@ class Scene:
         through = msgspec.structs.replace(
             self.settings, redis_url=f"redis://127.0.0.1:{self.proxy.port}/0"
         )
-        stage = ProcessRunner(through, self.supervisor)
-        stage.prepare(self._manifest)
+        runner = ProcessRunner(through, self.supervisor)
+        runner.prepare(self._manifest)
         replay_file.send(self.settings, world.items)
         more = {name: str(value) for name, value in CUT.items()}
-        worker, self.address = stage.worker_child(port=free_port(), **more)
-        self.supervisor.start(*(stage.ingest_child(name, **more) for name in self.names), worker)
+        worker, self.address = runner.worker_child(port=free_port(), **more)
+        self.supervisor.start(*(runner.ingest_child(name, **more) for name in self.names), worker)
         self.caught_up(60)
 
     def stop(self) -> None:

@@ -37,7 +37,7 @@ class Live:
     """One namespace with its processes. Every wait in it ends."""
 
     settings: Settings
-    processes: ProcessRunner
+    runner: ProcessRunner
     world: Dataset
     address: str = ""
     producer: Any = None
@@ -45,7 +45,7 @@ class Live:
 
     @property
     def supervisor(self) -> Supervisor:
-        return self.stage.supervisor
+        return self.runner.supervisor
 
     def client(self, address: str = "") -> Client:
         return self.opened.enter_context(Client(address or self.address))
@@ -150,13 +150,13 @@ def living(
         "backoff_ms_max": "500",
     }
     try:
-        live.stage.prepare(manifest)
+        live.runner.prepare(manifest)
         live.producer = producers.make_producer(settings)
         live.opened.callback(live.producer.close, timeout=5)
         if with_items:
             replay_file.send(settings, world.items)
-        worker, live.address = live.stage.worker_child(**more)
-        supervisor.start(live.stage.ingest_child(**more, **ingest), worker)
+        worker, live.address = live.runner.worker_child(**more)
+        supervisor.start(live.runner.ingest_child(**more, **ingest), worker)
         live.applied()
         yield live
     finally:

@@ -65,7 +65,7 @@ def test_ingest_killed_in_mid_chunk(make_live) -> None:
 def test_two_ingest_processes_share_and_one_is_killed(make_live) -> None:
     live = make_live()
     live.supervisor.start(
-        live.stage.ingest_child("ingest-2", clicks_partitions="4", items_partitions="2")
+        live.runner.ingest_child("ingest-2", clicks_partitions="4", items_partitions="2")
     )
     time.sleep(4)
     send_history(live, times=2)
@@ -151,7 +151,7 @@ def test_kafka_made_anew_under_an_old_redis_is_refused(make_live) -> None:
         admin.close()
     live.wait_for("the topic to go", lambda: gone(live, topics.CLICKS))
     topics.ensure_topics(live.settings)
-    child = live.stage.ingest_child("again", clicks_partitions="4", items_partitions="2")
+    child = live.runner.ingest_child("again", clicks_partitions="4", items_partitions="2")
     run = lambda: subprocess.run(  # noqa: E731
         list(child.argv),
         env=os.environ | dict(child.env),

@@ -130,7 +130,7 @@ def test_an_item_is_found_changes_and_is_gone(live, user) -> None:
 
 
 def test_a_second_worker_gives_the_same_answers(live) -> None:
-    child, address = live.stage.worker_child(
+    child, address = live.runner.worker_child(
         "second", clicks_partitions="4", items_partitions="2", redis_timeout_ms="1000"
     )
     live.supervisor.start(child)
@@ -294,7 +294,7 @@ def test_the_command_line_works(live, user) -> None:
 
 
 def test_ingest_runs_on_uvloop(live) -> None:
-    said = "".join(path.read_text() for path in live.stage.supervisor.log_dir.glob("*ingest*"))
+    said = "".join(path.read_text() for path in live.runner.supervisor.log_dir.glob("*ingest*"))
     assert "ingest starts" in said and "uvloop" in said.split("ingest starts", 1)[1].splitlines()[0]
 
 

@@ -302,7 +302,7 @@ def test_ingest_and_worker_run_with_the_documented_users(
                 redis_url=url("ingest", port, scheme="rediss"),
             )
             live = make_live(SimpleNamespace(settings=settings))
-            child, address = live.stage.worker_child(
+            child, address = live.runner.worker_child(
                 "reader",
                 redis_url=url("worker", port, scheme="rediss"),
                 clicks_partitions="4",

@@ -32,14 +32,14 @@ class Sharded:
     """The processes of this file. Every wait in it ends."""
 
     live: object
-    stage: ProcessRunner
+    runner: ProcessRunner
     addresses: list[str]
     address: str
     coordinator: Client
     one: Client
 
     def kill(self, shard: int, sig: signal.Signals = signal.SIGKILL) -> None:
-        os.kill(self.stage.supervisor.pids()[f"shard-{shard}"], sig)
+        os.kill(self.runner.supervisor.pids()[f"shard-{shard}"], sig)
 
     def whole(self, timeout_s: float = 30) -> None:
         """Wait until every shard answers and has what the one worker has."""
@@ -59,7 +59,7 @@ def sharded(live, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sharded]
     settings = msgspec.structs.replace(
         live.settings, data_dir=str(folder), bundle_dir=str(live.settings.bundles)
     )
-    stage = ProcessRunner(settings, Supervisor(folder / "logs"))
+    runner = ProcessRunner(settings, Supervisor(folder / "logs"))
     more = {
         "clicks_partitions": str(settings.clicks_partitions),
         "items_partitions": str(settings.items_partitions),
@@ -68,14 +68,14 @@ def sharded(live, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sharded]
         "backoff_ms_max": "500",
         "shard_timeout_ms": "800",  # the machine that runs the tests may be busy
     }
-    children, addresses, address = stage.sharded_children(SHARDS, **more)
+    children, addresses, address = runner.sharded_children(SHARDS, **more)
     try:
-        stage.supervisor.start(*children)
+        runner.supervisor.start(*children)
         with contextlib.ExitStack() as opened:
             coordinator, one = (opened.enter_context(Client(at)) for at in (address, live.address))
-            yield Sharded(live, stage, addresses, address, coordinator, one)
+            yield Sharded(live, runner, addresses, address, coordinator, one)
     finally:
-        stage.supervisor.stop()
+        runner.supervisor.stop()
 
 
 @pytest.fixture
@@ -234,7 +234,7 @@ def test_the_command_line_speaks_to_the_coordinator(sharded, live) -> None:
         "EDDYLINE_KAFKA_BOOTSTRAP_SERVERS": live.settings.kafka_bootstrap_servers,
         "EDDYLINE_REDIS_URL": live.settings.redis_url,
         "EDDYLINE_NAMESPACE": live.settings.namespace,
-        "EDDYLINE_DATA_DIR": sharded.stage.settings.data_dir,
+        "EDDYLINE_DATA_DIR": sharded.runner.settings.data_dir,
         "EDDYLINE_CLICKS_PARTITIONS": "4",
         "EDDYLINE_ITEMS_PARTITIONS": "2",
         "COLUMNS": "200",
@@ -271,9 +271,9 @@ def test_a_shard_alone_answers_no_user(sharded) -> None:
 def test_each_shard_keeps_a_snapshot_of_its_own(sharded) -> None:
     """The supervisor's child ends in good order, writes its snapshot and is started again from it."""
     sharded.whole()
-    folder = Path(sharded.stage.settings.data_dir) / "snapshots"
+    folder = Path(sharded.runner.settings.data_dir) / "snapshots"
     sharded.kill(0, signal.SIGTERM)
     sharded.live.wait_for("the snapshot", lambda: list(folder.glob("*.shard-0-of-4.snapshot")), 20)
-    log = sharded.stage.supervisor.log_file("shard-0")
+    log = sharded.runner.supervisor.log_file("shard-0")
     sharded.live.wait_for("its start", lambda: "index restored" in log.read_text(), 30)
     sharded.whole()

@@ -156,7 +156,7 @@ def test_the_command_prints_the_hash_and_leaves_nothing_in_redis(logs) -> None:
 def test_two_ingest_processes_come_to_the_same_state(make_live) -> None:
     live = make_live()
     shared = {"clicks_partitions": "4", "items_partitions": "2"}
-    live.supervisor.start(live.stage.ingest_child("ingest-2", **shared))
+    live.supervisor.start(live.runner.ingest_child("ingest-2", **shared))
     time.sleep(2)
     clicks = sending.shifted(live.world.clicks, now_ms())
     sending.send(live.settings, clicks)
