@@ -17,8 +17,11 @@ import numpy.typing as npt
 from eddyline.schema.events import Click
 from embeddings.bundle.bundle import Bundle
 from embeddings.data.examples import Examples, Ints, examples
-from embeddings.towers.numerics import TILE, Floats, tiles
+from embeddings.towers.numerics import Floats, blocks
 from embeddings.towers.user_tower import query_vector
+
+# Scores of all items are held for this many events at a time.
+_EVENTS_AT_ONCE = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +79,7 @@ def evaluate(
     with_embedding = np.empty(len(scored))
     replay = _Replay(bundle, events)
     counts = _Counts(events, len(rows))
-    for start, stop in tiles(len(scored)):
+    for start, stop in blocks(len(scored), _EVENTS_AT_ONCE):
         some = scored[start:stop]
         forward = _forward(bundle, profiles, events, some)
         scores = forward @ bundle.item_vectors.T
@@ -143,7 +146,6 @@ def _forward(
     bundle: Bundle, profiles: Mapping[str, Mapping[str, object]], events: Examples, some: Ints
 ) -> Floats:
     histories, counts = events.histories(some, bundle.user_tower.history_max)
-    assert len(some) <= TILE
     return bundle.user_tower.encode(
         bundle.item_vectors,
         [row[:n].tolist() for row, n in zip(histories, counts, strict=True)],

@@ -18,7 +18,7 @@ import numpy as np
 from eddyline.errors import VectorRejected
 from eddyline.schema.events import Item
 from embeddings.towers.features import FeatureSpace
-from embeddings.towers.numerics import TILE, Floats, tiles, unit
+from embeddings.towers.numerics import Floats, blocks, row_products, unit
 
 # Norm of the stand-in for an unknown identity: enough to tell two items apart in float32, and a
 # hundredth of what a learned identity row has.
@@ -61,13 +61,10 @@ class ItemTower:
         """The residual layer and unit norm, float32 (n, d)."""
         a = self.arrays
         out = np.empty_like(x)
-        tile = np.zeros((TILE, self.dimension), np.float32)
-        for start, stop in tiles(len(x)):
-            n = stop - start
-            tile[:n] = x[start:stop]
-            tile[n:] = 0.0
-            hidden = np.maximum(tile @ a["w1"] + a["b1"], 0.0)
-            out[start:stop] = unit(tile + hidden @ a["w2"] + a["b2"])[:n]
+        for start, stop in blocks(len(x)):
+            rows = x[start:stop]
+            hidden = np.maximum(row_products(rows, a["w1"]) + a["b1"], 0.0)
+            out[start:stop] = unit(rows + row_products(hidden, a["w2"]) + a["b2"])
         return out
 
     def _input(self, item: Item) -> Floats:

@@ -1,8 +1,8 @@
-"""Tiles of fixed shape, and unit norm: the two things that make the same row give the same bits.
+"""Row-wise products and unit norm: the same row gives the same bits in any batch.
 
-BLAS picks its kernel, and with it the order of its sums, by the shape of the matrices. A row that is computed
-alone, among 7 or among 64 others would differ in its last bits. So rows go through matrix products in tiles
-of exactly `TILE` rows, the last one padded.
+A BLAS matrix product picks its kernel, and with it the order of its sums, by the shape of the matrices, and on
+some processors (AMD Zen, Intel Haswell) by the position of the row in the matrix. So every row is a
+vector-matrix product of its own: its bits depend on the row and the matrix alone.
 """
 
 from __future__ import annotations
@@ -14,35 +14,33 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
 
-# 32 rows: at 64 dimensions the fastest of 8 … 256 per row, and a single row still costs well under 1 ms.
-TILE = 32
+# Rows are computed in blocks of this many, which bounds the memory of intermediate results.
+BLOCK = 256
 # A shorter vector has no direction that float32 could tell; it becomes the first unit vector.
 NORM_MIN = 1e-8
 
 
-def tiles(n: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of each tile over n rows.
+def blocks(n: int, size: int = BLOCK) -> Iterator[tuple[int, int]]:
+    """(start, stop) of each block over n rows.
 
-    >>> list(tiles(70))
-    [(0, 32), (32, 64), (64, 70)]
+    >>> list(blocks(600))
+    [(0, 256), (256, 512), (512, 600)]
     """
-    for start in range(0, n, TILE):
-        yield start, min(start + TILE, n)
+    for start in range(0, n, size):
+        yield start, min(start + size, n)
 
 
-def padded(rows: Floats) -> Floats:
-    """The rows as a whole tile, float32 (TILE, d), zeros at its end; the array itself where they are one.
+def row_products(rows: Floats, matrix: Floats) -> Floats:
+    """Each row times the matrix, as a product of its own: the same row gives the same bits in any batch.
 
-    rows: float32 (n, d), n ≤ TILE
+    rows: float32 (n, d); matrix: float32 (d, m); returns float32 (n, m)
 
-    >>> padded(np.ones((2, 64), np.float32)).shape
-    (32, 64)
+    >>> row_products(np.eye(2, dtype=np.float32), np.ones((2, 3), np.float32)).tolist()
+    [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
     """
-    if len(rows) == TILE:
-        return rows
-    tile = np.zeros((TILE, rows.shape[1]), np.float32)
-    tile[: len(rows)] = rows
-    return tile
+    # numpy computes a stack of (1, d) @ (d, m) with one BLAS matrix-vector product each.
+    result: Floats = np.matmul(rows[:, None, :], matrix)[:, 0]
+    return result
 
 
 def unit(rows: Floats) -> Floats:

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from embeddings.towers.features import FeatureSpace
-from embeddings.towers.numerics import NORM_MIN, Floats, padded, tiles, unit
+from embeddings.towers.numerics import NORM_MIN, Floats, blocks, row_products, unit
 
 # Added to the score of a place without an item: exp() of it is 0 in float32.
 _ABSENT = np.float32(-1e9)
@@ -69,7 +69,7 @@ class UserTower:
             flat += nothing[len(history) :]
         rows = np.array(flat, np.int64).reshape(n, length)
         sizes = np.array([min(len(history), length) for history in histories], np.int64)
-        for start, stop in tiles(n):
+        for start, stop in blocks(n):
             # A place without an item holds the table's first row: its weight is exactly 0.
             tokens = table.take(rows[start:stop], axis=0)
             tokens[sizes[start:stop] == 0, 0] = self._start
@@ -77,7 +77,7 @@ class UserTower:
             for at, profile in enumerate(profiles[start:stop]):
                 if profile:
                     self._add_profile(extra[at], profile)
-            out[start:stop] = self._tile(tokens, self._bias_of[sizes[start:stop]], extra)
+            out[start:stop] = self._block(tokens, self._bias_of[sizes[start:stop]], extra)
         return out
 
     def encode_one(self, history: Floats, profile: Mapping[str, object]) -> Floats:
@@ -98,20 +98,23 @@ class UserTower:
         result: Floats = unit(z[None, :])[0] if norm < NORM_MIN else z / norm
         return result
 
-    def _tile(self, tokens: Floats, bias: Floats, extra: Floats) -> Floats:
-        """f of at most `TILE` histories. Products of them all are padded; attention is a product each."""
+    def _block(self, tokens: Floats, bias: Floats, extra: Floats) -> Floats:
+        """f of one block of histories, float32 (n, d).
+
+        tokens: float32 (n, history_max, d); bias: float32 (n, heads, history_max); extra: float32 (n, d)
+        """
         a, n = self.arrays, len(tokens)
         newest = tokens[:, 0]
-        asked = (padded(newest) @ a["query"])[:n] + a["query_bias"]
-        weights = np.matmul(asked.reshape(n, self.heads, self.dimension), tokens.transpose(0, 2, 1))
+        query = row_products(newest, a["query"]) + a["query_bias"]
+        weights = np.matmul(query.reshape(n, self.heads, self.dimension), tokens.transpose(0, 2, 1))
         weights += bias
         weights -= weights.max(axis=2, keepdims=True)
         np.exp(weights, out=weights)
         weights /= np.add.reduce(weights, axis=2, keepdims=True)
         seen = np.matmul(weights, tokens).reshape(n, self.heads * self.dimension)
-        z = padded(newest * self._scale + extra) + padded(seen) @ a["value"]
-        hidden = z @ a["w1"] + a["b1"]
-        return unit((z + np.maximum(hidden, 0.0, out=hidden) @ a["w2"] + a["b2"])[:n])
+        z = newest * self._scale + extra + row_products(seen, a["value"])
+        hidden = row_products(z, a["w1"]) + a["b1"]
+        return unit(z + row_products(np.maximum(hidden, 0.0, out=hidden), a["w2"]) + a["b2"])
 
     def _add_profile(self, z: Floats, profile: Mapping[str, object]) -> None:
         rows, _ = self.space.of_profile(profile)  # its weights are all 1

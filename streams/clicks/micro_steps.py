@@ -2,7 +2,7 @@
 
 The towers' forward does not depend on the embeddings, so it runs once for all events of the chunk; then
 round r takes the r-th event of every user. So a chunk is a few large batches, and the result is that of one
-event at a time: the engines work in tiles of fixed shape, whose rows do not depend on each other.
+event at a time: the engines compute each row as a product of its own.
 """
 
 from __future__ import annotations

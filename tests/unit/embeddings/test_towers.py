@@ -10,7 +10,7 @@ from eddyline.schema.events import Item
 from embeddings.towers import features
 from embeddings.towers.features import TRIGRAM_ROWS, TRIGRAMS_MAX, trigrams
 from embeddings.towers.item_tower import STAND_IN_NORM, ItemTower, stand_in
-from embeddings.towers.numerics import unit
+from embeddings.towers.numerics import row_products, unit
 from embeddings.towers.user_tower import UserTower, query_vector
 
 D, H, LENGTH = 64, 128, 20
@@ -87,6 +87,17 @@ def test_an_event_has_the_same_bits_in_any_batch(user_tower: UserTower) -> None:
             assert part.tobytes() == together[at : at + size].tobytes(), (size, at)
 
 
+def test_a_row_product_does_not_depend_on_the_row_s_place() -> None:
+    """AMD Zen and Intel Haswell kernels sum the rows of one matrix product in different orders."""
+    matrix, row = draw(64, 128), draw(1, 64)
+    alone = row_products(row, matrix)[0].tobytes()
+    for rows in (2, 11, 12, 13, 32, 64, 257):
+        for place in (0, rows // 2, rows - 1):
+            batch = draw(rows, 64)
+            batch[place] = row
+            assert row_products(batch, matrix)[place].tobytes() == alone, (rows, place)
+
+
 def test_an_item_has_the_same_bits_in_any_batch(item_tower: ItemTower) -> None:
     together = item_tower.encode(ITEMS)
     for size in (1, 7, 33, 64):
@@ -114,7 +125,7 @@ def test_nothing_in_nothing_out(item_tower: ItemTower, user_tower: UserTower) ->
     assert user_tower.encode(TABLE, [], []).shape == (0, D)
 
 
-def test_one_user_alone_agrees_with_the_tiles(user_tower: UserTower) -> None:
+def test_one_user_alone_agrees_with_the_batch(user_tower: UserTower) -> None:
     some = histories(60)
     together = user_tower.encode(TABLE, some, PROFILES[:60])
     alone = [user_tower.encode_one(TABLE[h], p) for h, p in zip(some, PROFILES, strict=False)]
