@@ -253,13 +253,12 @@ def _users(
     # Ids that lie lower can no longer be met; when they leave depends on where chunks end.
     floor = 0 if fence is None else fence.offset + 1 - settings.dedupe_window_events
     windows = [
-        s.read_users(slot, source, sorted(names.events[partition]), [], "").accepted_at
-        for s in stores
+        s.read_users(slot, source, sorted(names.events[partition]), []).accepted_at for s in stores
     ]
     kept = ({e: at for e, at in one.items() if at >= floor} for one in windows)
     found.same_maps("event id", slot, *kept)
     for ids in _some(names.users[partition]):
-        reads: list[UserRead] = [s.read_users(slot, source, [], ids, generation) for s in stores]
+        reads: list[UserRead] = [s.read_users(slot, source, [], ids, [generation]) for s in stores]
         have, want = reads
         # When ingest read an event is a stamp of this run, not of the log.
         lists = [
@@ -267,7 +266,12 @@ def _users(
             for one in reads
         ]
         found.same_maps("list", slot, *lists)
-        found.same_maps("embedding", f"{slot}:{generation}", have.embeddings, want.embeddings)
+        found.same_maps(
+            "embedding",
+            f"{slot}:{generation}",
+            have.embeddings[generation],
+            want.embeddings[generation],
+        )
         found.same_maps("profile", slot, have.profiles, want.profiles)
         found.counts["list entry"] = found.counts.get("list entry", 0) + sum(
             len(b.entries) for b in lists[1].values()

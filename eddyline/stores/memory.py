@@ -89,7 +89,7 @@ class MemoryStore:
         source: Source,
         event_ids: Sequence[str],
         user_ids: Sequence[str],
-        generation: str,
+        generations: Sequence[str] = (),
     ) -> UserRead:
         """See `StateStore.read_users`."""
         with self._lock:
@@ -102,9 +102,12 @@ class MemoryStore:
                     u: state.histories[slot, u][0] for u in user_ids if (slot, u) in state.histories
                 },
                 embeddings={
-                    u: state.embeddings[slot, generation, u]
-                    for u in user_ids
-                    if generation and (slot, generation, u) in state.embeddings
+                    generation: {
+                        u: state.embeddings[slot, generation, u]
+                        for u in user_ids
+                        if (slot, generation, u) in state.embeddings
+                    }
+                    for generation in generations
                 },
                 profiles={
                     u: state.profiles[slot, u] for u in user_ids if (slot, u) in state.profiles
@@ -132,12 +135,14 @@ class MemoryStore:
                     del window[event_id]
             for user in effects.emptied:
                 state.histories.pop((slot, user), None)
-                state.embeddings.pop((slot, effects.generation, user), None)
+                for generation in effects.embeddings:
+                    state.embeddings.pop((slot, generation, user), None)
             for user, behaviour_ in effects.histories.items():
                 mine = msgspec.structs.replace(behaviour_, entries=tuple(behaviour_.entries))
                 state.histories[slot, user] = (mine, applied_us)
-            for user, embedding in effects.embeddings.items():
-                state.embeddings[slot, effects.generation, user] = embedding
+            for generation, of_users in effects.embeddings.items():
+                for user, embedding in of_users.items():
+                    state.embeddings[slot, generation, user] = embedding
             return applied_us
 
     def read_slot(self, slot: str, source: Source) -> SlotRead:
@@ -150,7 +155,7 @@ class MemoryStore:
 
     def read_many(self, queries: Sequence[UserQuery]) -> list[UserRead]:
         """See `StateStore.read_many`."""
-        return [self.read_users(q.slot, q.source, [], q.user_ids, q.generation) for q in queries]
+        return [self.read_users(q.slot, q.source, [], q.user_ids, q.generations) for q in queries]
 
     def write_many(self, writes: Sequence[UserWrite]) -> list[int | EddylineError]:
         """See `StateStore.write_many`."""

@@ -138,10 +138,10 @@ class RedisStore:
         source: Source,
         event_ids: Sequence[str],
         user_ids: Sequence[str],
-        generation: str,
+        generations: Sequence[str] = (),
     ) -> UserRead:
         """See `StateStore.read_users`."""
-        [read] = self.read_many([UserQuery(slot, source, user_ids, generation)])
+        [read] = self.read_many([UserQuery(slot, source, user_ids, generations)])
         if not event_ids:
             return read
         window = self.read_slot(slot, source)
@@ -174,11 +174,11 @@ class RedisStore:
         with self._redis.pipeline(transaction=False) as pipe:
             for query in queries:
                 tag = f"{self._ns}{{{query.slot}}}"
-                names = user_codec.keys(tag, query.user_ids, query.generation)
+                names = user_codec.keys(tag, query.user_ids, query.generations)
                 pipe.mget([self._fence_key(query.slot, query.source), *names])
             answers = pipe.execute()
         return [
-            user_codec.read(_fence(values[0]), query.user_ids, values[1:], {})
+            user_codec.read(_fence(values[0]), query.user_ids, query.generations, values[1:], {})
             for query, values in zip(queries, answers, strict=True)
         ]
 
@@ -343,7 +343,7 @@ class RedisStore:
     @_translated
     def read_user(self, slot: str, partition: int, user_id: str, generation: str) -> UserState:
         """See `StateStore.read_user`."""
-        names = user_codec.keys(f"{self._ns}{{{slot}}}", [user_id], generation or "-")
+        names = user_codec.keys(f"{self._ns}{{{slot}}}", [user_id], [generation or "-"])
         fence_key = self._fence_key(slot, Source("clicks", partition))
         fence, *values = cast("list[bytes | None]", self._redis.mget(fence_key, *names))
         return user_codec.state(_fence(fence), *values)

@@ -54,7 +54,7 @@ class UserRead:
     """What one chunk of clicks needs to be computed; see `StateStore.read_users`.
 
     accepted_at: event id -> the offset under which it was accepted; absent where it is new
-    embeddings:  user id -> (steps, bytes of float32[d]); absent where there is none yet
+    embeddings:  generation -> user id -> (steps, bytes of float32[d]); users without one are absent
     profiles:    user id -> attributes; absent where there is none
     recent:      user id -> the entries that a write of the newest few has to begin with; absent where the
                  whole list has to be written
@@ -63,7 +63,7 @@ class UserRead:
     fence: Fence | None
     accepted_at: Mapping[str, int]
     histories: Mapping[str, UserHistory]
-    embeddings: Mapping[str, tuple[int, bytes]]
+    embeddings: Mapping[str, Mapping[str, tuple[int, bytes]]]
     profiles: Mapping[str, Mapping[str, object]]
     recent: Mapping[str, Sequence[CompactEntry]] = field(default_factory=dict)
 
@@ -88,7 +88,7 @@ class UserQuery:
     slot: str
     source: Source
     user_ids: Sequence[str]
-    generation: str
+    generations: Sequence[str]
 
 
 @dataclass(slots=True)
@@ -100,8 +100,9 @@ class UserEffects:
     behaviours:   user id -> his whole new list; its entries may change once the write has ended
     recent:       user id -> the entries that are new since his list was last written whole; absent: write it
                   whole now
-    embeddings:   user id -> (steps, bytes of float32[d]) of `generation`
-    emptied:      users whose list and embedding (of `generation`) go, before those above are written
+    embeddings:   generation -> user id -> (steps, bytes of float32[d])
+    emptied:      users whose list goes, and their embeddings of every generation in `embeddings`, before
+                  those above are written
     profiles:     the fence of `users` that this was computed under, "" for none; another one refuses the
                   write, for it may have forgotten a user. None is not checked
     """
@@ -110,8 +111,7 @@ class UserEffects:
     window_floor: int = 0
     histories: dict[str, UserHistory] = field(default_factory=dict)
     recent: dict[str, Sequence[CompactEntry]] = field(default_factory=dict)
-    generation: str = ""
-    embeddings: dict[str, tuple[int, bytes]] = field(default_factory=dict)
+    embeddings: dict[str, dict[str, tuple[int, bytes]]] = field(default_factory=dict)
     emptied: tuple[str, ...] = ()
     profiles: str | None = None
 
@@ -207,9 +207,9 @@ class StateStore(Protocol):
         source: Source,
         event_ids: Sequence[str],
         user_ids: Sequence[str],
-        generation: str,
+        generations: Sequence[str] = (),
     ) -> UserRead:
-        """Everything a chunk needs, read at one instant. generation "" reads no embeddings."""
+        """All that a batch needs, read at one instant. generations: whose embeddings are read."""
 
     def write_users(
         self, slot: str, source: Source, expected: Fence | None, new: Fence, effects: UserEffects

@@ -25,15 +25,16 @@ _blob = msgspec.msgpack.Decoder(tuple[int, list[str], list[int]])
 _profile = msgspec.msgpack.Decoder(dict[str, object])
 
 
-def keys(tag: str, user_ids: Sequence[str], generation: str) -> list[str]:
-    """The keys of users, kind by kind: recent, older, profile and, with a generation, embedding."""
-    kinds = ["h", "o", "p", f"e:{generation}"] if generation else ["h", "o", "p"]
+def keys(tag: str, user_ids: Sequence[str], generations: Sequence[str]) -> list[str]:
+    """The keys of users, kind by kind: recent, older, profile, embedding of each generation."""
+    kinds = ["h", "o", "p", *(f"e:{generation}" for generation in generations)]
     return [f"{tag}:{kind}:{user}" for kind in kinds for user in user_ids]
 
 
 def read(
     fence: Fence | None,
     user_ids: Sequence[str],
+    generations: Sequence[str],
     values: Sequence[bytes | None],
     accepted_at: Mapping[str, int],
 ) -> UserRead:
@@ -45,12 +46,20 @@ def read(
             stored = list_of(head, older)
             histories[user] = stored.history
             recent[user] = [user_history.compact(entry) for entry in stored.recent]
-    profiles, vectors = values[2 * n : 3 * n], values[3 * n :]
+    profiles = values[2 * n : 3 * n]
+    embeddings = {
+        generation: {
+            user: embedding(value)
+            for user, value in zip(user_ids, values[at * n :], strict=False)
+            if value
+        }
+        for at, generation in enumerate(generations, 3)
+    }
     return UserRead(
         fence=fence,
         accepted_at=accepted_at,
         histories=histories,
-        embeddings={u: embedding(v) for u, v in zip(user_ids, vectors, strict=False) if v},
+        embeddings=embeddings,
         profiles={
             u: _profile.decode(v) for u, v in zip(user_ids, profiles, strict=False) if v is not None
         },
@@ -99,13 +108,14 @@ def writing(tag: str, effects: UserEffects) -> tuple[list[str], list[Any]]:
     names = [f"{tag}:window"]
     names += [f"{tag}:h:{user}" for user in effects.histories]
     names += [f"{tag}:o:{user}" for user in whole]
-    names += [f"{tag}:e:{effects.generation}:{user}" for user in effects.embeddings]
-    written = len(names)
     names += [
-        f"{tag}:{kind}:{u}"
-        for u in effects.emptied
-        for kind in ("h", "o", f"e:{effects.generation}")
+        f"{tag}:e:{generation}:{user}"
+        for generation, of_users in effects.embeddings.items()
+        for user in of_users
     ]
+    written = len(names)
+    kinds = ["h", "o", *(f"e:{generation}" for generation in effects.embeddings)]
+    names += [f"{tag}:{kind}:{user}" for user in effects.emptied for kind in kinds]
     args: list[Any] = [
         effects.window_floor,
         accepted_blob(effects.accepted, effects.window_floor),
@@ -116,7 +126,11 @@ def writing(tag: str, effects: UserEffects) -> tuple[list[str], list[Any]]:
         user_history.encode_recent(b, recent.get(user, ())) for user, b in effects.histories.items()
     ]
     args += [user_history.encode_older(effects.histories[user].entries) for user in whole]
-    args += [_STEPS.pack(steps) + vector for steps, vector in effects.embeddings.values()]
+    args += [
+        _STEPS.pack(steps) + vector
+        for of_users in effects.embeddings.values()
+        for steps, vector in of_users.values()
+    ]
     return names, args
 
 

@@ -124,7 +124,7 @@ class UserCache:
 
     def query(self, slot: str, source: Source, user_ids: Sequence[str]) -> UserQuery:
         """What reads these users."""
-        return UserQuery(slot, source, user_ids, self._generation)
+        return UserQuery(slot, source, user_ids, [self._generation] if self._generation else [])
 
     def take(
         self, looked: Mapping[str, CachedUser | None], read: UserRead | None
@@ -207,7 +207,7 @@ def _draft(user: str, read: UserRead | None) -> CachedUser:
         return CachedUser([], [], 0)
     before = read.histories.get(user, user_history.EMPTY)
     recent = list(read.recent[user]) if user in read.recent else None if before.entries else []
-    steps, vector = read.embeddings.get(user, (0, None))
+    steps, vector = next(iter(read.embeddings.values()), {}).get(user, (0, None))
     profile = read.profiles.get(user, {})
     more = _profile_entries(profile) if profile else 0
     return CachedUser(list(before.entries), recent, before.at_ms, steps, vector, profile, more=more)

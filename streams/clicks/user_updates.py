@@ -68,9 +68,9 @@ class UserUpdates:
             else:
                 draft.recent = []
         if self._micro is not None:
-            effects.generation = self._micro.generation
+            learned = effects.embeddings[self._micro.generation] = {}
             for user in self.counts():
-                steps, vector = effects.embeddings[user] = embeddings[user]
+                steps, vector = learned[user] = embeddings[user]
                 self.users[user].steps, self.users[user].vector = steps, vector
         return effects
 

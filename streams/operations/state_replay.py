@@ -174,12 +174,12 @@ def state_hash(settings: Settings, store: StateStore, touched: Replayed, generat
         )
         add("window", p, sorted((e, at) for e, at in window.accepted.items() if at >= floor))
         for user_ids in _batches(touched.users.get(p, ())):
-            read = store.read_users(slot, Source(CLICKS, p), [], user_ids, generation)
+            read = store.read_users(slot, Source(CLICKS, p), [], user_ids, [generation])
             for user in user_ids:
                 found = read.histories.get(user, user_history.EMPTY)
                 profile = msgspec.json.encode(read.profiles.get(user), order="sorted")
                 listed = user_history.encode(msgspec.structs.replace(found, read_us=0))
-                add("user", user, listed, read.embeddings.get(user), profile)
+                add("user", user, listed, read.embeddings[generation].get(user), profile)
     for p in range(settings.items_partitions):
         for source, slots in metadata.sources(settings, generation, p).items():
             for name, fence in sorted(store.fences(source, slots).items()):

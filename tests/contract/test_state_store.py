@@ -60,9 +60,10 @@ def test_an_empty_store_knows_nothing(store: StateStore) -> None:
     store.check()
     assert store.layout() is None
     assert store.fences(CLICKS, ["u3", "i0"]) == {"u3": None, "i0": None}
-    read = store.read_users("u3", CLICKS, ["e1"], ["ana"], "1")
-    assert (read.fence, read.accepted_at, read.histories, read.embeddings) == (None, {}, {}, {})
-    assert store.read_users("u3", CLICKS, [], [], "").fence is None
+    read = store.read_users("u3", CLICKS, ["e1"], ["ana"], ["1"])
+    assert (read.fence, read.accepted_at, read.histories) == (None, {}, {})
+    assert read.embeddings == {"1": {}}
+    assert store.read_users("u3", CLICKS, [], []).fence is None
     assert store.read_item_metadata(["a"], 1) == {}
     assert store.popular("i0", 10) == {}
     state = store.read_user("u3", 3, "ana", "1")
@@ -84,13 +85,12 @@ def test_users_are_written_whole_and_read_in_one_go(store: StateStore) -> None:
     effects = UserEffects(
         accepted={"e1": 10, "e2": 11},
         histories={"ana": seen("a", "b", offset=11, partition=3), "bé": seen("c")},
-        generation="1",
-        embeddings={"ana": (7, b"\x00\x01\xff\x80")},
+        embeddings={"1": {"ana": (7, b"\x00\x01\xff\x80")}},
     )
     before_us = time.time_ns() // 1000
     applied_us = store.write_users("u3", CLICKS, None, at(11), effects)
     assert before_us - 1_000_000 < applied_us < time.time_ns() // 1000 + 1_000_000
-    read = store.read_users("u3", CLICKS, ["e1", "e2", "e3"], ["ana", "bé", "cy"], "1")
+    read = store.read_users("u3", CLICKS, ["e1", "e2", "e3"], ["ana", "bé", "cy"], ["1"])
     assert read.fence == at(11)
     assert read.accepted_at == {"e1": 10, "e2": 11}
     assert read.histories == effects.histories
@@ -99,7 +99,7 @@ def test_users_are_written_whole_and_read_in_one_go(store: StateStore) -> None:
     assert (state.fence, state.history) == (at(11), effects.histories["ana"])
     assert (state.applied_us, state.embedding) == (applied_us, (7, b"\x00\x01\xff\x80"))
     assert store.read_user("u3", 3, "ana", "2").embedding is None
-    assert store.read_users("u4", CLICKS, ["e1"], ["ana"], "1").histories == {}
+    assert store.read_users("u4", CLICKS, ["e1"], ["ana"], ["1"]).histories == {}
 
 
 @pytest.mark.parametrize("expected", [None, Fence(9, LOG), Fence(10, LogId("other", "topic"))])
@@ -111,7 +111,7 @@ def test_a_write_against_another_fence_is_refused_whole(
         late = UserEffects(accepted={"e9": 12}, histories={"ana": seen("x"), "bo": seen("y")})
         store.write_users("u3", CLICKS, expected, at(12), late)
     assert refused.value.found == str(at(10))
-    read = store.read_users("u3", CLICKS, ["e9"], ["ana", "bo"], "")
+    read = store.read_users("u3", CLICKS, ["e9"], ["ana", "bo"])
     assert (read.fence, read.accepted_at, read.histories) == (at(10), {}, {"ana": seen("a")})
 
 
@@ -126,7 +126,7 @@ def test_a_write_is_refused_where_users_were_written_meanwhile(store: StateStore
         store.write_users("u3", CLICKS, at(1), at(2), effects)
     assert refused.value.found == str(at(7))
     assert store.read_slot("u3", CLICKS).fence == at(1)
-    assert store.read_users("u3", CLICKS, [], ["ana"], "").histories == {}
+    assert store.read_users("u3", CLICKS, [], ["ana"]).histories == {}
     effects.profiles = store.read_slot("u3", CLICKS).profiles
     store.write_users("u3", CLICKS, at(1), at(2), effects)
     assert store.read_slot("u3", CLICKS).accepted == {"e": 2}
@@ -142,7 +142,7 @@ def test_writes_of_several_slots_stand_or_fail_each_for_itself(store: StateStore
     ]
     ends = store.write_many(writes)
     assert isinstance(ends[0], int) and isinstance(ends[1], FenceMoved) and isinstance(ends[2], int)
-    reads = store.read_many([UserQuery(w.slot, w.source, ["ana", "bo"], "1") for w in writes])
+    reads = store.read_many([UserQuery(w.slot, w.source, ["ana", "bo"], ["1"]) for w in writes])
     assert [read.fence for read in reads] == [at(3), at(5), at(5)]
     assert [list(read.histories) for read in reads] == [["ana"], [], ["ana"]]
     assert store.write_many([]) == [] and store.read_many([]) == []
@@ -154,7 +154,7 @@ def test_a_list_that_was_lent_to_a_write_may_change_afterwards(store: StateStore
     mine = msgspec.structs.replace(whole, entries=lent)
     store.write_users("u3", CLICKS, None, at(1), UserEffects(histories={"ana": mine}))
     lent.clear()
-    assert store.read_users("u3", CLICKS, [], ["ana"], "").histories == {"ana": whole}
+    assert store.read_users("u3", CLICKS, [], ["ana"]).histories == {"ana": whole}
 
 
 def test_a_long_list_is_written_in_two_parts_and_read_as_one(store: StateStore) -> None:
@@ -165,9 +165,11 @@ def test_a_long_list_is_written_in_two_parts_and_read_as_one(store: StateStore) 
     store.write_users(
         "u3", CLICKS, at(1), at(2), UserEffects(histories={"ana": longer}, recent=recent)
     )
-    assert store.read_users("u3", CLICKS, [], ["ana"], "").histories == {"ana": longer}
+    assert store.read_users("u3", CLICKS, [], ["ana"]).histories == {"ana": longer}
     assert store.read_user("u3", 3, "ana", "1").history == longer
-    store.write_users("u3", CLICKS, at(2), at(3), UserEffects(emptied=("ana",), generation="1"))
+    store.write_users(
+        "u3", CLICKS, at(2), at(3), UserEffects(emptied=("ana",), embeddings={"1": {}})
+    )
     assert store.read_user("u3", 3, "ana", "1").history == EMPTY
     store.write_users("u3", CLICKS, at(3), at(4), UserEffects(histories={"ana": whole}))
     store.write_profiles("u3", Source("users", 3), None, at(1), {"ana": None}, ["1"])
@@ -181,9 +183,7 @@ def test_forgetting_leaves_a_list_that_went_on_since(
     store: StateStore, until_ms: int, stays: bool
 ) -> None:
     effects = UserEffects(
-        histories={"ana": seen("a", appended_ms=50)},
-        generation="1",
-        embeddings={"ana": (1, b"1234")},
+        histories={"ana": seen("a", appended_ms=50)}, embeddings={"1": {"ana": (1, b"1234")}}
     )
     store.write_users("u3", CLICKS, None, at(1), effects)
     users = Source("users", 3)
@@ -197,8 +197,8 @@ def test_forgetting_leaves_a_list_that_went_on_since(
         ["1", "2"],
         {"ana": until_ms, "cy": 1},
     )
-    read = store.read_users("u3", CLICKS, [], ["ana", "bo", "cy"], "1")
-    assert (list(read.histories), list(read.embeddings)) == (
+    read = store.read_users("u3", CLICKS, [], ["ana", "bo", "cy"], ["1"])
+    assert (list(read.histories), list(read.embeddings["1"])) == (
         (["ana"], ["ana"]) if stays else ([], [])
     )
     assert read.profiles == {"bo": {"age": 5}}
@@ -263,7 +263,7 @@ def test_fences_are_kept_by_slot_source_and_partition(store: StateStore) -> None
 def test_the_window_forgets_below_its_floor(store: StateStore) -> None:
     store.write_users("u3", CLICKS, None, at(2), UserEffects(accepted={"a": 0, "b": 1, "c": 2}))
     store.write_users("u3", CLICKS, at(2), at(3), UserEffects(accepted={"d": 3}, window_floor=2))
-    read = store.read_users("u3", CLICKS, ["a", "b", "c", "d"], [], "")
+    read = store.read_users("u3", CLICKS, ["a", "b", "c", "d"], [])
     assert read.accepted_at == {"c": 2, "d": 3}
 
 
@@ -274,7 +274,7 @@ def test_a_chunk_whose_last_id_lies_below_the_floor_is_written_whole(
     """Offsets have gaps (aborted transactions), and not every event has an id."""
     effects = UserEffects(accepted={"a": 5}, window_floor=floor, histories={"ana": seen("x")})
     store.write_users("u3", CLICKS, None, at(2_000), effects)
-    read = store.read_users("u3", CLICKS, ["a"], ["ana"], "")
+    read = store.read_users("u3", CLICKS, ["a"], ["ana"])
     assert (read.fence, read.histories) == (at(2_000), {"ana": seen("x")})
     assert read.accepted_at == ({"a": 5} if floor <= 5 else {})
 
@@ -284,24 +284,22 @@ def test_a_chunk_may_be_large(store: StateStore, n: int) -> None:
     accepted = {f"e{i}": i for i in range(n)}
     lists = {f"user {i}": seen("a") for i in range(n)}
     store.write_users("u3", CLICKS, None, at(n), UserEffects(accepted=accepted, histories=lists))
-    read = store.read_users("u3", CLICKS, list(accepted), list(lists), "1")
+    read = store.read_users("u3", CLICKS, list(accepted), list(lists), ["1"])
     assert read.accepted_at == accepted and read.histories == lists
 
 
 def test_profiles_and_forgetting(store: StateStore) -> None:
-    ana = UserEffects(
-        histories={"ana": seen("a")}, generation="1", embeddings={"ana": (1, b"1234")}
-    )
+    ana = UserEffects(histories={"ana": seen("a")}, embeddings={"1": {"ana": (1, b"1234")}})
     store.write_users("u3", CLICKS, None, at(1), ana)
     users = Source("users", 3)
     profiles: dict[str, dict[str, object] | None] = {"ana": {"age": 31, "job": "é"}, "bo": {}}
     store.write_profiles("u3", users, None, at(1), profiles, ["1"])
     assert store.read_user("u3", 3, "ana", "1").profile == {"age": 31, "job": "é"}
-    assert store.read_users("u3", CLICKS, [], ["ana", "bo"], "").profiles == profiles
+    assert store.read_users("u3", CLICKS, [], ["ana", "bo"]).profiles == profiles
     store.write_profiles("u3", users, at(1), at(2), {"ana": None}, ["1"])
     state = store.read_user("u3", 3, "ana", "1")
     assert (state.history, state.embedding, state.profile) == (EMPTY, None, {})
-    assert store.read_users("u3", CLICKS, [], ["ana", "bo"], "").profiles == {"bo": {}}
+    assert store.read_users("u3", CLICKS, [], ["ana", "bo"]).profiles == {"bo": {}}
 
 
 def test_counts_add_up_and_old_buckets_go(store: StateStore) -> None:
@@ -326,17 +324,33 @@ def test_a_bucket_keeps_its_most_counted_items(store: StateStore) -> None:
 def test_emptied_users_lose_list_and_embedding_and_may_begin_anew(store: StateStore) -> None:
     both = UserEffects(
         histories={"ana": seen("a"), "bo": seen("b")},
-        generation="1",
-        embeddings={"ana": (7, b"aaaa"), "bo": (8, b"bbbb")},
+        embeddings={"1": {"ana": (7, b"aaaa"), "bo": (8, b"bbbb")}},
     )
     store.write_users("u3", CLICKS, None, at(1), both)
     store.write_profiles("u3", Source("users", 3), None, at(1), {"ana": {"age": 1}}, ["1"])
-    effects = UserEffects(emptied=("ana", "bo", "nobody"), generation="1")
+    effects = UserEffects(emptied=("ana", "bo", "nobody"), embeddings={"1": {}})
     effects.histories = {"bo": seen("new")}
     store.write_users("u3", CLICKS, at(1), at(2), effects)
     ana, bo = (store.read_user("u3", 3, user, "1") for user in ("ana", "bo"))
     assert (ana.history, ana.embedding, ana.profile) == (EMPTY, None, {"age": 1})
     assert (bo.history, bo.embedding) == (seen("new"), None)
+
+
+def test_embeddings_of_two_generations_are_written_and_emptied_together(store: StateStore) -> None:
+    both = {"1": {"ana": (7, b"aaaa")}, "2": {"ana": (2, b"AAAAAA"), "bo": (3, b"BBBBBB")}}
+    effects = UserEffects(histories={"ana": seen("a")}, embeddings=both)
+    store.write_users("u3", CLICKS, None, at(1), effects)
+    read = store.read_users("u3", CLICKS, [], ["ana", "bo", "cy"], ["1", "2"])
+    assert read.embeddings == both and list(read.histories) == ["ana"]
+    assert store.read_users("u3", CLICKS, [], ["bo", "ana"], ["2"]).embeddings == {"2": both["2"]}
+    only_one = UserEffects(emptied=("ana",), embeddings={"1": {}})
+    store.write_users("u3", CLICKS, at(1), at(2), only_one)
+    left = store.read_users("u3", CLICKS, [], ["ana", "bo"], ["1", "2"]).embeddings
+    assert left == {"1": {}, "2": both["2"]}
+    emptied = UserEffects(emptied=("ana",), embeddings={"1": {}, "2": {}})
+    store.write_users("u3", CLICKS, at(2), at(3), emptied)
+    left = store.read_users("u3", CLICKS, [], ["ana", "bo"], ["1", "2"]).embeddings
+    assert left == {"1": {}, "2": {"bo": (3, b"BBBBBB")}}
 
 
 def test_an_older_card_never_overrides_a_newer_one(store: StateStore) -> None:
@@ -369,7 +383,7 @@ def test_accepting_a_new_items_log_leaves_the_clicks_alone(store: StateStore) ->
     assert store.fences(Source("items@1", 0), ["i0"]) == {"i0": at(9)}, (
         "only a new generation goes on"
     )
-    read = store.read_users("u3", CLICKS, ["e"], ["ana"], "")
+    read = store.read_users("u3", CLICKS, ["e"], ["ana"])
     assert read.accepted_at == {"e": 9} and read.histories == {"ana": seen("a")}
     assert store.read_item_metadata(["a", "gone"], 1) == {
         "a": ItemMetadata(-1, -1, b"{}"),
@@ -387,7 +401,7 @@ def test_accepting_a_new_clicks_log_drops_its_fences_and_windows(store: StateSto
     store.write_item_metadata("i0", ITEMS, None, at(9), {"a": ItemMetadata(0, 9, b"{}")})
     assert store.accept_log({"clicks": (OTHER, {3: 0}), "items": (LOG, {0: 10})}) == 2
     assert store.fences(CLICKS, ["u3", "i0"]) == {"u3": None, "i0": None}
-    assert store.read_users("u3", CLICKS, ["e"], [], "").accepted_at == {}
+    assert store.read_users("u3", CLICKS, ["e"], []).accepted_at == {}
     assert store.fences(ITEMS, ["i0"]) == {"i0": at(9)}
     assert store.read_item_metadata(["a"], 1) == {"a": ItemMetadata(0, 9, b"{}")}
 
@@ -404,7 +418,7 @@ def test_accepting_a_log_that_lost_its_tail_goes_back_to_its_end(
     assert changed == (0 if end > 10 else 2)
     fence = None if left is None else at(left)
     assert store.fences(CLICKS, ["u3"])["u3"] == store.fences(ITEMS, ["i0"])["i0"] == fence
-    kept = store.read_users("u3", CLICKS, ["a", "b", "c"], [], "").accepted_at
+    kept = store.read_users("u3", CLICKS, ["a", "b", "c"], []).accepted_at
     assert kept == {e: o for e, o in {"a": 0, "b": 8, "c": 10}.items() if o < end}
     cards = store.read_item_metadata(["a", "b"], 1)
     assert [cards["a"].offset, cards["b"].offset] == [o if o < end else -1 for o in (8, 10)]
@@ -415,7 +429,7 @@ def test_a_user_whose_id_looks_like_a_key_is_left_alone(store: StateStore) -> No
     lists = {name: seen("a") for name in names}
     store.write_users("u3", CLICKS, None, at(9), UserEffects(histories=lists))
     store.accept_log({"clicks": (OTHER, {3: 0}), "items": (OTHER, {0: 0})})
-    assert store.read_users("u3", CLICKS, [], names, "").histories == lists
+    assert store.read_users("u3", CLICKS, [], names).histories == lists
 
 
 def test_a_closed_store_is_unavailable(store: StateStore) -> None:

@@ -145,9 +145,9 @@ class Harness:
                 record.value, appended_ms=NOW_MS, far_future_ms_max=10**6
             ).user_id
         source = Source(CLICKS, 0)
-        read = self.store.read_users("u0", source, [], [user], "1")
+        read = self.store.read_users("u0", source, [], [user], ["1"])
         effects = UserEffects(
-            histories=dict(read.histories), embeddings=dict(read.embeddings), generation="1"
+            histories=dict(read.histories), embeddings={"1": dict(read.embeddings["1"])}
         )
         names, (_, _, lists, written, *values) = user_codec.writing("t", effects)
         stored = dict(zip(names[1:written], values, strict=True))
@@ -156,7 +156,11 @@ class Harness:
         if user in read.profiles:
             stored[f"t:p:{user}"] = msgspec.msgpack.encode(read.profiles[user])
         again = user_codec.read(
-            read.fence, [user], [stored.get(n) for n in user_codec.keys("t", [user], "1")], {}
+            read.fence,
+            [user],
+            ["1"],
+            [stored.get(n) for n in user_codec.keys("t", [user], ["1"])],
+            {},
         )
         assert (again.histories, again.embeddings, again.profiles) == (
             read.histories,

@@ -80,8 +80,8 @@ def test_the_oracle_names_what_was_damaged(make_live) -> None:
         Source("clicks", partition),
         f"{live.settings.namespace}:",
     )
-    read = store.read_users(slot, source, [], [user], "1")
-    mine, (steps, vector) = read.histories[user], read.embeddings[user]
+    read = store.read_users(slot, source, [], [user], ["1"])
+    mine, (steps, vector) = read.histories[user], read.embeddings["1"][user]
     [(bucket, counted)] = list(store.popular("i0", 1).items())[-1:]
     [item] = counted
     card = store.read_item_metadata([item], 1)[item]
@@ -91,9 +91,7 @@ def test_the_oracle_names_what_was_damaged(make_live) -> None:
         assert found and all(any(name in line for line in found) for name in named), (named, found)
 
     def write(**effects) -> None:
-        store.write_users(
-            slot, source, read.fence, read.fence, UserEffects(generation="1", **effects)
-        )
+        store.write_users(slot, source, read.fence, read.fence, UserEffects(**effects))
 
     try:
         client.zincrby(f"{prefix}{{i0}}:popular:{bucket}", 1, item)
@@ -104,9 +102,9 @@ def test_the_oracle_names_what_was_damaged(make_live) -> None:
         other = mine.entries[0].__class__("another-item", mine.entries[-1].at_ms)
         shorter = (*mine.entries[:-1], other)
         write(histories={user: mine.__class__(**_fields(mine) | {"entries": shorter})})
-        write(embeddings={user: (steps, bytes([vector[0] ^ 1]) + vector[1:])})
+        write(embeddings={"1": {user: (steps, bytes([vector[0] ^ 1]) + vector[1:])}})
         damaged(f"list {slot}:{user}:", f"embedding {slot}:1:{user}:")
-        write(histories={user: mine}, embeddings={user: (steps, vector)})
+        write(histories={user: mine}, embeddings={"1": {user: (steps, vector)}})
         fence = store.fences(Source("items", card.partition), ["i0"])["i0"]
         store.write_item_metadata(
             "i0",

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.timeout(240)
 
 def listed(store: RedisStore, partitions: int, user: str) -> list[str]:
     partition = partition_of(user, partitions)
-    read = store.read_users(f"u{partition}", Source(topics.CLICKS, partition), [], [user], "1")
+    read = store.read_users(f"u{partition}", Source(topics.CLICKS, partition), [], [user], ["1"])
     found = read.histories.get(user)
     return [] if found is None else [entry.item_id for entry in found.entries]
 

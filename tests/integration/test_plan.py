@@ -70,7 +70,7 @@ def filled(store: RedisStore, settings: Settings, sizes: Sizes) -> int:
             fence = after
         for first in range(0, len(mine), 250):
             chunk = mine[first : first + 250]
-            effects = UserEffects(generation="1")
+            effects = UserEffects(embeddings={"1": {}})
             for user in chunk:
                 entries = tuple(
                     Entry(item_ids[n % sizes.items], MS - n, 1, 1.0) for n in range(sizes.history)
@@ -86,7 +86,7 @@ def filled(store: RedisStore, settings: Settings, sizes: Sizes) -> int:
                 )
                 if len(entries) <= user_history.RECENT_MAX:
                     effects.recent[user] = [user_history.compact(e) for e in entries]
-                effects.embeddings[user] = (9, np.ones(sizes.dimension, "<f4").tobytes())
+                effects.embeddings["1"][user] = (9, np.ones(sizes.dimension, "<f4").tobytes())
             after = Fence(first + 10**6, LOG)
             store.write_users(slot, Source("clicks", partition), fence, after, effects)
             fence = after

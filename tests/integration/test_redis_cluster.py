@@ -123,7 +123,7 @@ def test_reads_and_writes_of_many_slots_go_out_together(store: RedisStore) -> No
     assert all(isinstance(applied, int) for applied in store.write_many(writes))
     again = store.write_many(writes)
     assert all(isinstance(refused, FenceMoved) for refused in again)
-    reads = store.read_many([UserQuery(slot, clicks(slot), ["ana", "bo"], "") for slot in SLOTS])
+    reads = store.read_many([UserQuery(slot, clicks(slot), ["ana", "bo"], []) for slot in SLOTS])
     assert [read.fence for read in reads] == [at(5)] * len(SLOTS)
     assert [dict(read.histories) for read in reads] == [{"ana": seen(slot)} for slot in SLOTS]
     cards = {f"item-{n}": ItemMetadata(0, n, b"{}") for n in range(200)}
@@ -249,7 +249,7 @@ def test_a_node_that_hangs_costs_two_time_outs_at_most(
         for _ in range(3):
             begun = time.monotonic()
             with pytest.raises(StoreUnavailable):
-                store.read_many([UserQuery(slot, clicks(slot), ["ana"], "") for slot in SLOTS])
+                store.read_many([UserQuery(slot, clicks(slot), ["ana"], []) for slot in SLOTS])
             slowest = max(slowest, time.monotonic() - begun)
         assert slowest < 2 * TIMEOUT_MS / 1000 + 0.5
     finally:
@@ -443,10 +443,10 @@ def test_a_script_on_a_split_slot_does_nothing_at_all(
         with pytest.raises(StoreUnavailable):
             store.write_users("u3", clicks("u3"), at(0), at(1), UserEffects(histories=more))
         with pytest.raises(StoreUnavailable):
-            store.read_many([UserQuery("u3", clicks("u3"), [*users], "")])
+            store.read_many([UserQuery("u3", clicks("u3"), [*users], [])])
 
     move(cluster, "u3", halfway)
-    read = store.read_many([UserQuery("u3", clicks("u3"), [*users], "")])[0]
+    read = store.read_many([UserQuery("u3", clicks("u3"), [*users], [])])[0]
     assert (read.fence, dict(read.histories)) == (at(0), users)
 
 

@@ -219,14 +219,13 @@ def ingest_works(store: RedisStore) -> None:
     effects = UserEffects(
         accepted={"e": 9},
         histories={"ana": seen("a")},
-        generation="1",
-        embeddings={"ana": (1, b"1234")},
+        embeddings={"1": {"ana": (1, b"1234")}},
         emptied=("bo",),
     )
     store.write_users("u3", CLICKS, None, at(9), effects)
     later = UserEffects(accepted={"f": 10}, window_floor=10)
     assert store.write_many([UserWrite("u3", CLICKS, at(9), at(10), later)])
-    assert store.read_many([UserQuery("u3", CLICKS, ["ana"], "1")])[0].fence == at(10)
+    assert store.read_many([UserQuery("u3", CLICKS, ["ana"], ["1"])])[0].fence == at(10)
     assert store.read_slot("u3", CLICKS).accepted == {"f": 10}
     store.write_profiles(
         "u3", Source("users", 3), None, at(1), {"ana": {"age": 1}, "bo": None}, ["1"]

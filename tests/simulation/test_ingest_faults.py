@@ -164,9 +164,9 @@ class Encoded(MemoryStore):
         reads = []
         for q, kept in zip(queries, super().read_many(queries), strict=True):
             found = [
-                self.values.get(name) for name in user_codec.keys(q.slot, q.user_ids, q.generation)
+                self.values.get(name) for name in user_codec.keys(q.slot, q.user_ids, q.generations)
             ]
-            read = user_codec.read(kept.fence, q.user_ids, found, {})
+            read = user_codec.read(kept.fence, q.user_ids, q.generations, found, {})
             assert (read.histories, read.embeddings) == (kept.histories, kept.embeddings)
             reads.append(read)
         return reads

@@ -215,7 +215,7 @@ class Plant:
         )
         expected = self.store.fences(source, [slot])[slot]
         offset = (expected.offset if expected else 6) + 1
-        effects = UserEffects(histories={user_id: history}, generation="g1")
+        effects = UserEffects(histories={user_id: history})
         self.store.write_users(slot, source, expected, Fence(offset, LOG), effects)
 
     def clicked(self, counts: dict[str, int]) -> None:

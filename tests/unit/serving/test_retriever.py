@@ -131,9 +131,9 @@ class World:
             read_us=3,
             entries=entries,
         )
-        effects = UserEffects(histories={user_id: history}, generation="g1")
+        effects = UserEffects(histories={user_id: history})
         if e is not None:
-            effects.embeddings[user_id] = (9, np.asarray(e, np.float32).tobytes())
+            effects.embeddings["g1"] = {user_id: (9, np.asarray(e, np.float32).tobytes())}
         expected = self.store.fences(source, [slot])[slot]
         self.store.write_users(slot, source, expected, Fence(offset, LOG), effects)
 

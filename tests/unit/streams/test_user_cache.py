@@ -148,7 +148,7 @@ def test_a_user_is_taken_as_he_was_read() -> None:
         None,
         {},
         {"ana": listed, "bo": listed},
-        {"ana": (3, b"1234")},
+        {"1": {"ana": (3, b"1234")}},
         {"ana": {"age": 3}},
         {"ana": [("a", 8)]},
     )
