@@ -19,7 +19,6 @@ from embeddings.data import sources
 from embeddings.data.examples import TrainingData, examples, split
 from embeddings.data.sources import SourceRecord
 from embeddings.evaluation.next_item import evaluate
-from embeddings.training.optimizer import Adam
 from embeddings.training.trainer import Progress, train
 
 MOVIELENS = Path(__file__).resolve().parents[4] / "shared" / "data" / "ml-latest-small"
@@ -106,24 +105,6 @@ def test_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
     vectors = "item_vectors.npy"
     assert (tmp_path / "a" / vectors).read_bytes() != (tmp_path / "c" / vectors).read_bytes()
-
-
-def test_adam_is_torchs_adam_with_a_cosine() -> None:
-    torch.manual_seed(1)
-    start, target = torch.randn(30, 4), torch.randn(30, 4)
-    ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
-    adam = Adam([ours], rate=0.05, steps=40)
-    reference = torch.optim.Adam([theirs], lr=0.05)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(reference, 40)
-    for _ in range(40):
-        ((ours - target) ** 4).sum().backward()
-        adam.step()
-        reference.zero_grad()
-        ((theirs - target) ** 4).sum().backward()
-        reference.step()
-        schedule.step()
-    np.testing.assert_allclose(ours.detach().numpy(), theirs.detach().numpy(), atol=2e-5)
-    assert not torch.allclose(ours, start, atol=0.1)
 
 
 def lift(folder: Path, structure: float) -> float:
