@@ -1,15 +1,16 @@
-"""From an item or a profile to rows of an embedding table, each with a weight.
+"""Maps an item or a profile to rows of an embedding table, each with a weight.
 
-A feature space is learned at training time and travels in the bundle's manifest. Every feature is a row of
-one table, so a tower's input is one weighted sum of rows:
+A feature space is learned at training time and stored in the bundle's manifest. Every feature is a
+row of one table, so a tower's input is one weighted sum of rows:
 
-    labels    categories, tags and `key=value` of text attributes: a vocabulary; unknown ones are left out
-    numbers   numeric attributes: quantile bins, learned at training time, one row a bin
-    title     letter trigrams of its words, hashed (Huang et al. 2013, "Learning deep structured semantic
-              models", section 3.2): a new title has rows at once
+    labels    categories, tags and `key=value` of text attributes: a vocabulary; others are ignored
+    numbers   numeric attributes: quantile bins, learned at training time, one row per bin
+    title     letter trigrams of its words, hashed (Huang et al. 2013, "Learning deep structured
+              semantic models", section 3.2): a new title has rows at once
 
-The k rows of one group (all categories, all trigrams, …) weigh 1/√k each, so that a long title does
-not outweigh the rest. Hashes are CRC-32: the same in every process, unlike Python's own.
+Each of the k rows of one group (all categories, all trigrams, …) weighs 1/√k, so that a long title
+does not outweigh the other groups. Hashes are CRC-32: equal in every process, unlike Python's
+`hash`.
 """
 
 from __future__ import annotations
@@ -29,35 +30,35 @@ import numpy.typing as npt
 
 from eddyline.schema.events import Item
 
-# A label on fewer items says no more than the item's own ID embedding does.
+# A label on one item carries no more information than the item's ID embedding.
 LABEL_ITEMS_MIN = 2
-# 20,000 rows of 64 float32 are 5 MB; rarer labels are left out.
+# 20,000 rows of 64 float32 are 5 MB; the rarest labels are ignored.
 LABELS_MAX = 20_000
-# 16 bins tell a film's age to a few years; more bins had too few films each.
+# 16 bins resolve a film's age to a few years; with more bins, each had too few films.
 BINS_MAX = 16
-# 9,742 film titles have about 5,400 different trigrams; 4,096 rows keep most collisions rare.
+# 9,742 film titles have about 5,400 distinct trigrams; 4,096 rows keep collisions rare.
 TRIGRAM_ROWS = 4_096
-# A title of 1,000 characters has no more to say after so many trigrams.
+# Further trigrams of a title of 1,000 characters add no information.
 TRIGRAMS_MAX = 128
 
 _WORD = re.compile(r"\w+")
 
 
 class Numeric(msgspec.Struct, frozen=True):
-    """A numeric attribute. edges: ascending; bin i has the row `row + i`, there are len(edges) + 1."""
+    """A numeric attribute. edges: ascending; bin i of len(edges) + 1 has the row `row + i`."""
 
     row: int
     edges: list[float]
 
 
 class FeatureSpace(msgspec.Struct, frozen=True):
-    """What was learned about features. Thread rule: immutable, any thread.
+    """The learned features. Thread rule: any thread; immutable.
 
-    labels:       label -> row, with the prefixes of `_labels`
+    labels:       label -> row; the prefixes are "c:" category, "t:" tag, "a:" attribute
     numbers:      attribute -> its bins
     trigram_row:  the first of `trigram_rows` rows of hashed trigrams
-    rows:         rows of the table
-    dense:        length of a given dense vector, 0 for none
+    rows:         number of rows of the table
+    dense:        length of an item's dense vector, 0 for none
     """
 
     labels: dict[str, int] = {}
@@ -68,7 +69,7 @@ class FeatureSpace(msgspec.Struct, frozen=True):
     dense: int = 0
 
     def of_item(self, item: Item) -> tuple[list[int], list[float]]:
-        """(rows, weights) of an item; both empty where nothing about it is known."""
+        """(rows, weights) of an item; both empty if it has no known feature."""
         rows: list[int] = []
         weights: list[float] = []
         labels = self.labels
@@ -106,7 +107,8 @@ class FeatureSpace(msgspec.Struct, frozen=True):
 def learn_items(items: Sequence[Item], *, dense: int = 0) -> FeatureSpace:
     """The feature space of a catalogue.
 
-    >>> space = learn_items([Item(item_id=str(n), categories=["Drama"], title="Heat") for n in (1, 2)])
+    >>> items = [Item(item_id=str(n), categories=["Drama"], title="Heat") for n in (1, 2)]
+    >>> space = learn_items(items)
     >>> len(space.of_item(Item(item_id="3", categories=["Drama", "unknown"], title="Heat"))[0])
     5
     """
@@ -116,7 +118,7 @@ def learn_items(items: Sequence[Item], *, dense: int = 0) -> FeatureSpace:
 
 
 def learn_profiles(profiles: Iterable[Mapping[str, object]]) -> FeatureSpace:
-    """The feature space of users' profiles.
+    """The feature space of user profiles.
 
     >>> space = learn_profiles([{"age": 20, "gender": "F"}, {"age": 50, "gender": "F"}])
     >>> space.of_profile({"age": 70, "gender": "F", "shoe": 44})
@@ -126,7 +128,7 @@ def learn_profiles(profiles: Iterable[Mapping[str, object]]) -> FeatureSpace:
 
 
 def trigrams(title: str) -> list[str]:
-    """The letter trigrams of a title's words, each word between two marks, repeats kept.
+    """The letter trigrams of a title's words, each word between two `#`; repeats are kept.
 
     >>> trigrams("Up, again")
     ['#up', 'up#', '#ag', 'aga', 'gai', 'ain', 'in#']
@@ -141,9 +143,10 @@ def trigrams(title: str) -> list[str]:
 
 
 class Bags(msgspec.Struct, frozen=True):
-    """Rows and weights of many items, one after another (the trainer's form).
+    """Rows and weights of n items in flat arrays, for training.
 
-    rows, weights: int64 and float32 (m,); offsets: int64 (n + 1,), bag i is [offsets[i], offsets[i + 1])
+    rows, weights: int64 and float32 (m,)
+    offsets:       int64 (n + 1,); bag i is [offsets[i], offsets[i + 1])
     """
 
     rows: npt.NDArray[np.int64]
@@ -152,7 +155,7 @@ class Bags(msgspec.Struct, frozen=True):
 
 
 def bags(features: Iterable[tuple[list[int], list[float]]]) -> Bags:
-    """Many (rows, weights) as flat arrays."""
+    """The flat arrays of many (rows, weights)."""
     rows: list[int] = []
     weights: list[float] = []
     offsets = [0]
@@ -191,7 +194,7 @@ def _learn(
 
 
 def _edges(values: Sequence[float]) -> list[float]:
-    """Inner edges of at most 16 bins of equal counts; fewer where values repeat."""
+    """The inner edges of at most 16 bins of equal counts; fewer if values repeat."""
     shares = np.linspace(0, 1, BINS_MAX + 1)[1:-1]
     found = np.unique(np.quantile(np.asarray(values, np.float64), shares, method="higher"))
     # An edge at the smallest value would leave the bin below it empty.

@@ -3,9 +3,9 @@
     x = identity[item] + Σ weight · features[row] + dense · projection
     v = unit(x + relu(x · w1 + b1) · w2 + b2)
 
-An item that training has not seen has no identity row. It gets a tiny vector drawn from a hash of its
-id instead: two new items about which nothing is known must not share one vector, because identical points
-make a graph index unreachable.
+An item that was not in the training data has no identity row. It gets a tiny vector derived from a
+hash of its id instead. Two new items without features must not share a vector, because a graph
+index cannot reach identical points.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from eddyline.schema.events import Item
 from embeddings.towers.features import FeatureSpace
 from embeddings.towers.numerics import Floats, blocks, row_products, unit
 
-# Norm of the stand-in for an unknown identity: enough to tell two items apart in float32, and a
-# hundredth of what a learned identity row has.
+# Norm of the placeholder for an unknown identity: float32 still distinguishes two items, and a
+# learned identity row has a hundred times this norm.
 STAND_IN_NORM = 0.01
 
 
 class ItemTower:
-    """Items to vectors. Thread rule: any thread; it holds nothing that changes.
+    """Maps items to vectors. Thread rule: any thread; immutable.
 
     identities: item id -> row of `identity`
-    arrays:     float32 `identity` (m, d), `features` (space.rows, d), `projection` (space.dense, d),
-                `projection_bias` (d,), `w1` (d, h), `b1` (h,), `w2` (h, d), `b2` (d,)
+    arrays:     float32 `identity` (m, d), `features` (space.rows, d),
+                `projection` (space.dense, d), `projection_bias` (d,),
+                `w1` (d, h), `b1` (h,), `w2` (h, d), `b2` (d,)
     """
 
     ARRAYS = ("identity", "features", "projection", "projection_bias", "w1", "b1", "w2", "b2")
@@ -44,21 +45,22 @@ class ItemTower:
         self.dimension = int(arrays["w1"].shape[0])
 
     def encode(self, items: Sequence[Item]) -> Floats:
-        """float32 (n, d), unit norm. The same item gives the same bits in any batch.
+        """The vectors of items, float32 (n, d), unit norm; the bits do not depend on the batch.
 
-        Raises VectorRejected where an item's own dense vector has another length than at training.
+        Raises VectorRejected if an item's dense vector is not finite or differs in length from the
+        training data.
         """
         return self.blend(self.inputs(items))
 
     def inputs(self, items: Sequence[Item]) -> Floats:
-        """x of the formula above, float32 (n, d)."""
+        """x of the module's formula, float32 (n, d)."""
         x = np.empty((len(items), self.dimension), np.float32)
         for i, item in enumerate(items):
             x[i] = self._input(item)
         return x
 
     def blend(self, x: Floats) -> Floats:
-        """The residual layer and unit norm, float32 (n, d)."""
+        """v of the module's formula: residual layer and unit norm, float32 (n, d)."""
         a = self.arrays
         out = np.empty_like(x)
         for start, stop in blocks(len(x)):
@@ -80,20 +82,20 @@ class ItemTower:
         return result
 
     def _project(self, item: Item) -> Floats:
-        given = np.asarray(item.vector, np.float32)
-        if given.shape != (self.space.dense,):
-            detail = (
-                f"has {given.size} numbers, this generation was trained with {self.space.dense}"
+        dense = np.asarray(item.vector, np.float32)
+        if dense.shape != (self.space.dense,):
+            raise VectorRejected(
+                f"the vector of item {item.item_id!r} has {dense.size} numbers, "
+                f"this generation was trained with {self.space.dense}"
             )
-            raise VectorRejected(f"the vector of item {item.item_id!r} {detail}")
-        if not np.isfinite(given).all():
+        if not np.isfinite(dense).all():
             raise VectorRejected(f"the vector of item {item.item_id!r} holds NaN or infinity")
-        result: Floats = given @ self.arrays["projection"] + self.arrays["projection_bias"]
+        result: Floats = dense @ self.arrays["projection"] + self.arrays["projection_bias"]
         return result
 
 
 def stand_in(item_id: str, dimension: int) -> Floats:
-    """float32 (d,) of norm 0.01, drawn by a hash of the id: the same in every process."""
+    """The placeholder of an unknown identity, float32 (d,), norm 0.01; equal in every process."""
     seed = hashlib.shake_128(item_id.encode()).digest(2 * dimension)
     signs = np.frombuffer(seed, "<i2").astype(np.float32) + np.float32(0.5)  # never all zero
     result: Floats = unit(signs[None, :])[0] * np.float32(STAND_IN_NORM)

@@ -1,8 +1,8 @@
 """Row-wise products and unit norm: the same row gives the same bits in any batch.
 
-A BLAS matrix product picks its kernel, and with it the order of its sums, by the shape of the matrices, and on
-some processors (AMD Zen, Intel Haswell) by the position of the row in the matrix. So every row is a
-vector-matrix product of its own: its bits depend on the row and the matrix alone.
+BLAS chooses the kernel of a matrix product, and so the order of its sums, by the shape of the
+matrices and, on some processors (AMD Zen, Intel Haswell), by the row's position. Therefore every
+row is a vector-matrix product of its own: its bits depend on the row and the matrix alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Floats = npt.NDArray[np.float32]
 
 # Rows are computed in blocks of this many, which bounds the memory of intermediate results.
 BLOCK = 256
-# A shorter vector has no direction that float32 could tell; it becomes the first unit vector.
+# float32 cannot express the direction of a shorter vector; `unit` returns the first unit vector.
 NORM_MIN = 1e-8
 
 
@@ -31,7 +31,7 @@ def blocks(n: int, size: int = BLOCK) -> Iterator[tuple[int, int]]:
 
 
 def row_products(rows: Floats, matrix: Floats) -> Floats:
-    """Each row times the matrix, as a product of its own: the same row gives the same bits in any batch.
+    """Each row times the matrix; the bits of a row do not depend on the batch.
 
     rows: float32 (n, d); matrix: float32 (d, m); returns float32 (n, m)
 
@@ -44,7 +44,9 @@ def row_products(rows: Floats, matrix: Floats) -> Floats:
 
 
 def unit(rows: Floats) -> Floats:
-    """The rows at unit norm, always finite for finite rows. rows: float32 (n, d); a new array.
+    """The rows scaled to unit norm, a new float32 (n, d); finite for finite rows.
+
+    rows: float32 (n, d)
 
     >>> unit(np.array([[3.0, 4.0], [0.0, 0.0]], np.float32)).tolist()
     [[0.6000000238418579, 0.800000011920929], [1.0, 0.0]]

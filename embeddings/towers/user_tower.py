@@ -1,16 +1,17 @@
 """The user tower's forward pass in numpy: a history and a profile become a unit vector.
 
-One causal attention layer, of which only the newest position is needed (the query is the newest item):
+The tower is one causal attention layer. Only its newest position is computed (the query is the
+newest item):
 
-    s_h  = X · (x₀ · query_h + query_bias_h) + bias_h         one score a head and item, X newest first
+    s_h  = X · (x₀ · query_h + query_bias_h) + bias_h    scores per head and item, X newest first
     c    = Σ_h softmax(s_h) · X · value_h
     z    = √d·x₀ + c + Σ weight · profile[row]
     f    = unit(z + relu(z · w1 + b1) · w2 + b2)
 
-The tokens X are the item tower's own output vectors, so keys and values depend on the item alone, and a
-new item works at once. `query_h` is W_q·W_kᵀ and `value_h` is W_v·W_o of the trained layer, multiplied out
-at export: for one query this is cheaper than keys and values of 20 items. An empty history is the one
-learned token `start`. `bias` is the relative-position bias.
+The tokens X are output vectors of the item tower. Keys and values therefore depend on the item
+alone, and a new item works at once. `query_h` is W_q·W_kᵀ and `value_h` is W_v·W_o of the trained
+layer, multiplied at export: for one query this is cheaper than the keys and values of 20 items. An
+empty history is replaced by one learned token, `start`. `bias` is the relative-position bias.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ import numpy as np
 from embeddings.towers.features import FeatureSpace
 from embeddings.towers.numerics import NORM_MIN, Floats, blocks, row_products, unit
 
-# Added to the score of a place without an item: exp() of it is 0 in float32.
+# Added to the score of an empty position: its exp() is 0 in float32.
 _ABSENT = np.float32(-1e9)
 
 
 class UserTower:
-    """Histories to vectors. Thread rule: any thread; it holds nothing that changes.
+    """Maps histories and profiles to vectors. Thread rule: any thread; immutable.
 
     arrays: float32 `query` (d, heads·d), `query_bias` (heads·d,), `bias` (heads, history_max),
             `value` (heads·d, d), `start` (d,), `profile` (space.rows, d),
@@ -43,8 +44,8 @@ class UserTower:
         self.dimension = int(arrays["start"].shape[0])
         self._scale = np.float32(np.sqrt(self.dimension))
         self._start = np.ascontiguousarray(arrays["start"]).reshape(1, -1)
-        # (history_max + 1, heads, history_max): what is added to the scores of a history of so many items; an
-        # empty one is the token `start`.
+        # (history_max + 1, heads, history_max), by history length: bias, plus the mask of empty
+        # positions. An empty history has the token `start` at position 0.
         seen = np.maximum(np.arange(self.history_max + 1), 1)[:, None] > np.arange(self.history_max)
         self._bias_of = arrays["bias"] + np.where(seen, np.float32(0.0), _ABSENT)[:, None, :]
 
@@ -54,11 +55,11 @@ class UserTower:
         histories: Sequence[Sequence[int]],
         profiles: Sequence[Mapping[str, object]],
     ) -> Floats:
-        """f, float32 (n, d), unit norm. The same user gives the same bits in any batch.
+        """f of the formula, float32 (n, d), unit norm; the bits do not depend on the batch.
 
         table:     float32 (m, d), m >= 1, unit norm: the items' vectors
         histories: rows of the table, newest first; the first `history_max` are used
-        profiles:  one mapping a user, empty where nothing is known
+        profiles:  one mapping per user, empty if unknown
         """
         n, length = len(histories), self.history_max
         out = np.empty((n, self.dimension), np.float32)
@@ -70,7 +71,7 @@ class UserTower:
         rows = np.array(flat, np.int64).reshape(n, length)
         sizes = np.array([min(len(history), length) for history in histories], np.int64)
         for start, stop in blocks(n):
-            # A place without an item holds the table's first row: its weight is exactly 0.
+            # An empty position holds the table's first row: its weight is exactly 0.
             tokens = table.take(rows[start:stop], axis=0)
             tokens[sizes[start:stop] == 0, 0] = self._start
             extra = np.zeros((stop - start, self.dimension), np.float32)
@@ -81,12 +82,16 @@ class UserTower:
         return out
 
     def encode_one(self, history: Floats, profile: Mapping[str, object]) -> Floats:
-        """f of one user, float32 (d,), unit norm: the query worker's path. Arguments as in `encode`."""
+        """f of one user, float32 (d,), unit norm, as the query worker computes it.
+
+        history: float32 (m, d), newest first: the items' vectors; the first `history_max` are used
+        profile: empty if unknown
+        """
         a = self.arrays
         tokens = history[: self.history_max] if len(history) else self._start
         newest = tokens[0]
-        asked = (newest.dot(a["query"]) + a["query_bias"]).reshape(self.heads, self.dimension)
-        scores = asked.dot(tokens.T) + a["bias"][:, : len(tokens)]
+        queries = (newest.dot(a["query"]) + a["query_bias"]).reshape(self.heads, self.dimension)
+        scores = queries.dot(tokens.T) + a["bias"][:, : len(tokens)]
         weights = np.exp(scores - scores.max(1, keepdims=True))
         weights /= np.add.reduce(weights, axis=1, keepdims=True)
         z = newest * self._scale + weights.dot(tokens).reshape(-1).dot(a["value"])
@@ -101,7 +106,9 @@ class UserTower:
     def _block(self, tokens: Floats, bias: Floats, extra: Floats) -> Floats:
         """f of one block of histories, float32 (n, d).
 
-        tokens: float32 (n, history_max, d); bias: float32 (n, heads, history_max); extra: float32 (n, d)
+        tokens: float32 (n, history_max, d)
+        bias:   float32 (n, heads, history_max)
+        extra:  float32 (n, d)
         """
         a, n = self.arrays, len(tokens)
         newest = tokens[:, 0]
@@ -111,21 +118,21 @@ class UserTower:
         weights -= weights.max(axis=2, keepdims=True)
         np.exp(weights, out=weights)
         weights /= np.add.reduce(weights, axis=2, keepdims=True)
-        seen = np.matmul(weights, tokens).reshape(n, self.heads * self.dimension)
-        z = newest * self._scale + extra + row_products(seen, a["value"])
+        attended = np.matmul(weights, tokens).reshape(n, self.heads * self.dimension)
+        z = newest * self._scale + extra + row_products(attended, a["value"])
         hidden = row_products(z, a["w1"]) + a["b1"]
         return unit(z + row_products(np.maximum(hidden, 0.0, out=hidden), a["w2"]) + a["b2"])
 
     def _add_profile(self, z: Floats, profile: Mapping[str, object]) -> None:
-        rows, _ = self.space.of_profile(profile)  # its weights are all 1
+        rows, _ = self.space.of_profile(profile)  # all weights of a profile are 1
         for row in rows:
             z += self.arrays["profile"][row]
 
 
 def query_vector(forward: Floats, embedding: Floats | None) -> Floats:
-    """unit(f + e): what an item's vector is multiplied with.
+    """unit(f + e): the vector that items are scored against by inner product.
 
-    forward, embedding: float32 (d,) or (n, d); None stands for an embedding of zeros
+    forward, embedding: float32 (d,) or (n, d); an embedding of None means zeros
 
     >>> query_vector(np.array([1, 0], np.float32), np.array([0, 1], np.float32)).round(3).tolist()
     [0.7070000171661377, 0.7070000171661377]
