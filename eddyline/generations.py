@@ -6,14 +6,11 @@ Towers, item vectors, id map and settings of one generation belong together and 
 
 from __future__ import annotations
 
-import time
-
 import msgspec
-from kafka import KafkaConsumer, TopicPartition
 from kafka.errors import KafkaError
 
-from eddyline.errors import BundleError, KafkaUnavailable, Unavailable
-from eddyline.kafka import clients, producers, topics
+from eddyline.errors import BundleError, Unavailable
+from eddyline.kafka import clients, producers, reading, topics
 from eddyline.settings.loader import Settings
 
 _ACTIVE = b"active"
@@ -69,7 +66,6 @@ def active(settings: Settings, timeout_s: float | None = None) -> Manifest | Non
     Raises KafkaUnavailable where the topic cannot be read to its end within `timeout_s` (by default
     `kafka_timeout_ms`), BundleError where what is recorded there does not fit together.
     """
-    timeout_s = settings.kafka_timeout_ms / 1000 if timeout_s is None else timeout_s
     records = _read_all(settings, timeout_s)
     if _ACTIVE not in records:
         return None
@@ -86,38 +82,17 @@ def active(settings: Settings, timeout_s: float | None = None) -> Manifest | Non
 
 def known(settings: Settings, timeout_s: float | None = None) -> list[str]:
     """The ids of all recorded generations, the active one included. Raises KafkaUnavailable."""
-    timeout_s = settings.kafka_timeout_ms / 1000 if timeout_s is None else timeout_s
     return sorted(key.decode() for key in _read_all(settings, timeout_s) if key != _ACTIVE)
 
 
-def _read_all(settings: Settings, timeout_s: float) -> dict[bytes, bytes]:
-    at = TopicPartition(settings.prefixed(topics.GENERATIONS), 0)
-    deadline = time.monotonic() + timeout_s
+def _read_all(settings: Settings, timeout_s: float | None) -> dict[bytes, bytes]:
+    """Key → value of the compacted topic."""
     records: dict[bytes, bytes] = {}
-    try:
-        consumer = clients.connect(settings, KafkaConsumer, group_id=None, enable_auto_commit=False)
-        try:
-            if not consumer.partitions_for_topic(at.topic):
-                topics.check_seen(settings, topics.GENERATIONS)
-                return {}
-            consumer.assign([at])
-            consumer.seek_to_beginning(at)
-            end = consumer.end_offsets([at])[at]
-            while consumer.position(at) < end:
-                if time.monotonic() > deadline:
-                    raise KafkaUnavailable(
-                        f"topic {at.topic} could not be read in {timeout_s:.1f} s"
-                    )
-                for batch in consumer.poll(timeout_ms=200).values():
-                    for record in batch:
-                        if record.value is None:
-                            records.pop(record.key, None)
-                        else:
-                            records[record.key] = record.value
-        finally:
-            consumer.close()
-    except (KafkaError, OSError) as error:
-        raise clients.translate_error(settings, error, f"topic {at.topic}") from None
+    for record in reading.read(settings, topics.GENERATIONS, stall_s=timeout_s):
+        if record.value is None:
+            records.pop(record.key, None)
+        else:
+            records[record.key] = record.value
     return records
 
 

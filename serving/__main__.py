@@ -22,7 +22,7 @@ from pathlib import Path
 from eddyline.errors import SettingsError
 from eddyline.kafka import topics
 from eddyline.process import discovery, lifecycle, logs
-from eddyline.process.retry import Patience, Stopped
+from eddyline.process.retry import Retry, Stopped
 from eddyline.settings import loader
 from eddyline.settings.loader import Settings
 from eddyline.stores.redis import RedisStore
@@ -76,17 +76,17 @@ def main() -> int:
         sys.stderr.write(f"{error}\n")
         return 2
     _say(f"worker listens on {server.address}")
-    patience = Patience(settings, stop, service.waiting_for)
+    retry = Retry(settings, stop, service.waiting_for)
     try:
         return lifecycle.run_until_exit(
             lambda: _run(
                 settings,
                 service,
                 shard,
-                patience,
+                retry,
                 stop,
                 lambda: server,
-                lambda: open_index(settings, main, share, patience),
+                lambda: open_index(settings, main, share, retry),
             )
         )
     finally:
@@ -99,7 +99,7 @@ def _many(
     """Runs the processes of a worker, see `serving.worker.prefork`. Raises SettingsError, PortTaken."""
     port = SharedPort(settings)
     _say(f"{settings.worker_processes} worker processes listen on {port.address}")
-    patience = Patience(settings, stop)
+    retry = Retry(settings, stop)
     held: list[OpenedIndex] = []  # the one whose graph is being built; a stop ends the building
 
     def give_up() -> None:
@@ -109,7 +109,7 @@ def _many(
     lifecycle.stop_on_signals(stop, give_up)
 
     def opened() -> OpenedIndex:
-        held[:] = [open_index(settings, main, share, patience)]
+        held[:] = [open_index(settings, main, share, retry)]
         return held[0]
 
     def built(opened: OpenedIndex) -> bool:
@@ -130,7 +130,7 @@ def _many(
                     settings,
                     service,
                     shard,
-                    Patience(settings, stop),
+                    Retry(settings, stop),
                     stop,
                     bind,
                     lambda: opened,
@@ -158,7 +158,7 @@ def _run(
     settings: Settings,
     service: RetrievalService,
     shard: ShardService,
-    patience: Patience,
+    retry: Retry,
     stop: threading.Event,
     bind: Callable[[], WorkerServer],
     opening: Callable[[], OpenedIndex],
@@ -172,7 +172,7 @@ def _run(
     """
     share = shard.share
     unmeasured = metrics.serve(settings, service, place)
-    store = dependencies.open_store(settings, patience)
+    store = dependencies.open_store(settings, retry)
     opened = opening()
     generation, index, snapshots = opened.generation, opened.index, opened.snapshots
     replica = Replica(

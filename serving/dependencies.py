@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from eddyline import generations
-from eddyline.process.retry import Patience
+from eddyline.process.retry import Retry
 from eddyline.settings.loader import Settings
 from eddyline.stores import layout
 from eddyline.stores.redis import RedisStore
@@ -16,19 +16,19 @@ from serving.answer.user_reader import UserReader
 from serving.recall.popular import PopularPath
 
 
-def open_store(settings: Settings, patience: Patience) -> RedisStore:
+def open_store(settings: Settings, retry: Retry) -> RedisStore:
     """Redis, once it answers, for calls that belong to a query. Raises StoreRefused, Stopped."""
     # Half of a query's time for Redis: where it hangs, the other half is enough to answer without it.
     timeout_ms = max(10, min(settings.redis_timeout_ms, settings.query_timeout_ms // 2))
     store = RedisStore(msgspec.structs.replace(settings, redis_timeout_ms=timeout_ms))
-    patience.until("Redis", store.check)
-    patience.until("Redis", lambda: store.claim_layout(layout.layout(settings)))
+    retry.wait_for("Redis", store.check)
+    retry.wait_for("Redis", lambda: store.claim_layout(layout.layout(settings)))
     return store
 
 
-def open_generation(settings: Settings, patience: Patience) -> Bundle:
+def open_generation(settings: Settings, retry: Retry) -> Bundle:
     """The active generation, once there is one. Raises BundleError, Stopped."""
-    manifest = patience.until(
+    manifest = retry.wait_for(
         "Kafka and an active generation", lambda: generations.active_generation(settings)
     )
     return bundle.recorded(settings, manifest)

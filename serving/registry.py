@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from eddyline.process.files import write_atomically
 from eddyline.settings.loader import Settings
 
 
@@ -26,12 +27,9 @@ class RegisteredWorker(msgspec.Struct, frozen=True, kw_only=True):
 def announce(settings: Settings, worker: RegisteredWorker) -> Path:
     """Write this worker's file; remove those of workers that were killed. Returns its path."""
     folder = Path(settings.data_dir) / "run"
-    folder.mkdir(parents=True, exist_ok=True)
     _look(folder, remove=True)
     path = folder / f"worker-{worker.pid}.json"
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(msgspec.json.encode(worker))
-    partial.rename(path)
+    write_atomically(path, msgspec.json.encode(worker), mode=0o644)
     return path
 
 

@@ -32,7 +32,7 @@ from eddyline import generations
 from eddyline.errors import SettingsError
 from eddyline.kafka import topics
 from eddyline.process import discovery, heartbeat, lifecycle, logs
-from eddyline.process.retry import Patience
+from eddyline.process.retry import Retry
 from eddyline.settings import loader
 from eddyline.settings.loader import Settings
 from eddyline.stores import layout
@@ -88,27 +88,27 @@ def main() -> int:
 
 
 def _run(settings: Settings) -> None:
-    patience = Patience(settings)
-    patience.until("Kafka", lambda: topics.ensure_topics(settings))
+    retry = Retry(settings)
+    retry.wait_for("Kafka", lambda: topics.ensure_topics(settings))
     store = RedisStore(settings)
-    patience.until("Redis", store.check)
-    patience.until("Redis", lambda: store.claim_layout(layout.layout(settings)))
-    manifest = patience.until(
+    retry.wait_for("Redis", store.check)
+    retry.wait_for("Redis", lambda: store.claim_layout(layout.layout(settings)))
+    manifest = retry.wait_for(
         "an active generation", lambda: generations.active_generation(settings)
     )
     topic = topics.item_vectors(manifest.generation)
-    patience.until("Kafka", lambda: topics.ensure_topics(settings, [topic]))
+    retry.wait_for("Kafka", lambda: topics.ensure_topics(settings, [topic]))
     towers = bundle.recorded(settings, manifest)
-    producer = patience.until("Kafka", lambda: outlet_producer(settings))
+    producer = retry.wait_for("Kafka", lambda: outlet_producer(settings))
     publisher = TransactionalPublisher(settings, towers.generation)
     folder = Path(settings.data_dir) / "ingest"
     member = static_membership.take(folder)
     # Forgetting a user deletes his embeddings of every generation that was ever recorded.
-    known = patience.until("Kafka", lambda: generations.known(settings))
+    known = retry.wait_for("Kafka", lambda: generations.known(settings))
     lanes = _lanes(settings, store, towers, known, producer, publisher)
     try:
         # Before anything is applied: profiles must not run ahead of clicks that the archive has to bring.
-        patience.until("Kafka", lambda: _refuse_lost(settings, lanes[0]))
+        retry.wait_for("Kafka", lambda: _refuse_lost(settings, lanes[0]))
         _tuned()
         asyncio.run(_serve(settings, lanes, member.name, folder, store, publisher))
     finally:

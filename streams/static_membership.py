@@ -7,10 +7,12 @@ locked for as long as a process lives: the first free one is taken, and two proc
 
 from __future__ import annotations
 
-import fcntl
 import uuid
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock
+
+from eddyline.process.locks import try_lock
 
 # More ingest processes than this on one data folder are no setup that anybody runs.
 MEMBERS_MAX = 256
@@ -22,30 +24,25 @@ class StaticMembership:
     name: the consumer group's `group.instance.id`
     """
 
-    def __init__(self, name: str, file: IO[str]) -> None:
+    def __init__(self, name: str, lock: FileLock) -> None:
         self.name = name
-        self._file = file
+        self._lock = lock
 
     def close(self) -> None:
         """Give the name back."""
-        self._file.close()
+        self._lock.release()
 
 
 def take(folder: Path) -> StaticMembership:
     """Take the first free name of this folder, making one where all are taken. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
     for number in range(MEMBERS_MAX):
-        file = (folder / f"member-{number}").open("a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
+        path = folder / f"member-{number}"
+        lock = try_lock(path)
+        if lock is None:
             continue
-        file.seek(0)
-        name = file.read().strip()
+        name = path.read_text(encoding="utf-8").strip()
         if not name:
             name = f"ingest-{uuid.uuid4()}"
-            file.write(name)
-            file.flush()
-        return StaticMembership(name, file)
+            path.write_text(name, encoding="utf-8")
+        return StaticMembership(name, lock)
     raise OSError(f"{folder}: all of {MEMBERS_MAX} member names are taken")

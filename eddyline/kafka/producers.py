@@ -10,6 +10,7 @@ from typing import Any
 from kafka import KafkaProducer
 from kafka.errors import KafkaError
 
+from eddyline.errors import KafkaUnavailable
 from eddyline.kafka import clients
 from eddyline.kafka.clients import connect
 from eddyline.kafka.topics import CLICKS, ITEMS, USERS
@@ -38,10 +39,11 @@ def make_producer(settings: Settings, **more: Any) -> KafkaProducer:
     return connect(settings, KafkaProducer, **options | more)
 
 
-def in_time(call: Callable[[], object], timeout_s: float) -> None:
-    """Make a call of kafka-python that would wait for ever where Kafka is away (a transaction's end).
+def in_time(settings: Settings, call: Callable[[], object]) -> None:
+    """Make a call of kafka-python that has no time-out of its own (the end of a transaction).
 
-    Raises what the call raises, and TimeoutError where it takes longer; it then goes on in its thread.
+    Raises what the call raises, and KafkaUnavailable after twice `kafka_timeout_ms`; the call then
+    goes on in its thread.
     """
     failed: list[BaseException] = []
 
@@ -51,11 +53,14 @@ def in_time(call: Callable[[], object], timeout_s: float) -> None:
         except BaseException as error:
             failed.append(error)
 
+    timeout_s = 2 * settings.kafka_timeout_ms / 1000
     thread = threading.Thread(target=run, name="kafka-call", daemon=True)
     thread.start()
     thread.join(timeout_s)
     if thread.is_alive():
-        raise TimeoutError(f"the transaction did not end in {timeout_s:.1f} s")
+        raise KafkaUnavailable(
+            f"the transaction did not end in {timeout_s:.1f} s; the next run will see whether it stands"
+        )
     if failed:
         raise failed[0]
 

@@ -1,4 +1,8 @@
-"""Topics read up to their present end, and transactions that end in time: for commands, not processes."""
+"""Read topics from given offsets to given ends. One reader for commands, the trainer and operations.
+
+Ends are offsets, and an offset need not hold a record: compaction and transactions leave gaps. So a
+read ends when the consumer's *position* reaches the end, not when the last record arrives.
+"""
 
 from __future__ import annotations
 
@@ -11,61 +15,120 @@ from kafka import KafkaConsumer, TopicPartition
 from kafka.errors import KafkaError
 
 from eddyline.errors import KafkaUnavailable
-from eddyline.kafka import clients, producers
+from eddyline.kafka import clients, topics
 from eddyline.settings.loader import Settings
 
+# Records fetched at a time, and how long one fetch waits for the first of them.
+_POLL_RECORDS = 5_000
+_POLL_MS = 200
 
-def read(settings: Settings, name: str, starts: Mapping[int, int]) -> Iterator[Any]:
-    """The committed records of a topic from these offsets (by partition) to its present end.
 
-    Raises KafkaUnavailable where nothing comes for `kafka_timeout_ms`.
+def read(
+    settings: Settings,
+    name: str,
+    starts: Mapping[int, int] | None = None,
+    ends: Mapping[int, int] | None = None,
+    *,
+    stall_s: float | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[Any]:
+    """The committed records of a topic, in the order of offsets within each partition.
+
+    name:        without the namespace
+    starts:      partition → first offset; default: the oldest kept offset of every partition. An offset
+                 below the oldest kept one starts there.
+    ends:        partition → the offset after the last, 0 if absent; default: the present ends
+    stall_s:     the longest time without progress; default: `kafka_timeout_ms`
+    on_progress: called after each fetch with the offsets passed so far and their total
+
+    Holds one fetch in memory. A topic that does not exist has no records. Close the iterator to stop
+    early. Raises KafkaUnavailable when nothing arrives for `stall_s`, KafkaRefused without the right.
     """
-    with _consumer(settings) as consumer:
-        at = {TopicPartition(settings.prefixed(name), p): start for p, start in starts.items()}
-        consumer.assign(list(at))
-        for partition, start in at.items():
-            consumer.seek(partition, start)
-        ends = consumer.end_offsets(list(at)) if at else {}
-        patience_s = settings.kafka_timeout_ms / 1000
-        deadline = time.monotonic() + patience_s
-        while any(consumer.position(p) < end for p, end in ends.items()):
-            if time.monotonic() > deadline:
-                raise KafkaUnavailable(f"topic {name} could not be read to its end in time")
-            for partition, records in consumer.poll(timeout_ms=200, max_records=5_000).items():
-                yield from (record for record in records if record.offset < ends[partition])
-                deadline = time.monotonic() + patience_s
+    topic = settings.prefixed(name)
+    with open_consumer(settings) as consumer:
+        if starts is None and not (partitions := consumer.partitions_for_topic(topic)):
+            topics.check_seen(settings, name)
+            return
+        places = [
+            TopicPartition(topic, p) for p in sorted(partitions if starts is None else starts)
+        ]
+        oldest = consumer.beginning_offsets(places) if places else {}
+        present = consumer.end_offsets(places) if places else {}
+        slices = {}
+        for place in places:
+            first = max((starts or {}).get(place.partition, 0), oldest[place])
+            end = present[place] if ends is None else ends.get(place.partition, 0)
+            slices[place] = (first, end)
+        stall_s = settings.kafka_timeout_ms / 1000 if stall_s is None else stall_s
+        yield from read_slices(consumer, slices, stall_s=stall_s, on_progress=on_progress)
 
 
-def offsets_at(
-    settings: Settings, name: str, partitions: Collection[int], since_ms: int
-) -> dict[int, int]:
-    """Where the records of that time (the broker's clock, ms) and later begin, by partition."""
-    with _consumer(settings) as consumer:
-        times = {TopicPartition(settings.prefixed(name), p): since_ms for p in partitions}
-        ends, found = consumer.end_offsets(list(times)), consumer.offsets_for_times(times)
-        return {p.partition: found[p].offset if found.get(p) else ends[p] for p in times}
+def read_slices(
+    consumer: KafkaConsumer,
+    slices: Mapping[TopicPartition, tuple[int, int]],
+    *,
+    stall_s: float,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[Any]:
+    """Records of an open consumer: partition → [first offset, offset after the last). See `read`.
 
-
-def in_time(settings: Settings, call: Callable[[], object]) -> None:
-    """Make a call of kafka-python that would wait for ever where Kafka is away. Raises what it raises."""
-    try:
-        producers.in_time(call, 2 * settings.kafka_timeout_ms / 1000)
-    except TimeoutError as error:
-        raise KafkaUnavailable(f"{error}; the next run will see whether it stands") from None
+    Replaces the consumer's assignment; a partition that reached its end is paused. kafka-python's own
+    errors pass through: `open_consumer` translates them.
+    """
+    positions = {place: first for place, (first, end) in slices.items() if first < end}
+    total = sum(slices[place][1] - first for place, first in positions.items())
+    consumer.assign(list(positions))
+    for place, first in positions.items():
+        consumer.seek(place, first)
+    waiting, progress_s = set(positions), time.monotonic()
+    while waiting:
+        fetched = consumer.poll(timeout_ms=_POLL_MS, max_records=_POLL_RECORDS)
+        for place, records in fetched.items():
+            end = slices[place][1]
+            yield from (record for record in records if record.offset < end)
+        moved = False
+        for place in list(waiting):
+            position = min(consumer.position(place), slices[place][1])
+            moved |= position > positions[place]
+            positions[place] = position
+            if position >= slices[place][1]:
+                waiting.remove(place)
+                consumer.pause(place)
+        if moved or fetched:
+            progress_s = time.monotonic()
+        elif time.monotonic() - progress_s > stall_s:
+            names = ", ".join(sorted(f"{place.topic}/{place.partition}" for place in waiting))
+            raise KafkaUnavailable(f"{names}: no records for {stall_s:g} s, before the end")
+        on_progress(total - sum(slices[p][1] - positions[p] for p in waiting), total)
 
 
 @contextmanager
-def _consumer(settings: Settings) -> Iterator[KafkaConsumer]:
+def open_consumer(settings: Settings) -> Iterator[KafkaConsumer]:
+    """A read-committed consumer outside of any group, closed at the end.
+
+    Translates kafka-python's errors into KafkaUnavailable and KafkaRefused.
+    """
     consumer = clients.connect(
         settings,
         KafkaConsumer,
         group_id=None,
         enable_auto_commit=False,
+        auto_offset_reset="earliest",  # where retention removes the next record during a read
         isolation_level="read_committed",
     )
     try:
         yield consumer
-    except KafkaError as error:
+    except (KafkaError, OSError) as error:
         raise clients.translate_error(settings, error) from None
     finally:
         consumer.close()
+
+
+def offsets_at(
+    settings: Settings, name: str, partitions: Collection[int], since_ms: int
+) -> dict[int, int]:
+    """Partition → first offset appended at or after a time (the broker's clock, ms); else its end."""
+    with open_consumer(settings) as consumer:
+        times = {TopicPartition(settings.prefixed(name), p): since_ms for p in partitions}
+        ends, found = consumer.end_offsets(list(times)), consumer.offsets_for_times(times)
+        return {p.partition: found[p].offset if found.get(p) else ends[p] for p in times}

@@ -7,14 +7,14 @@ process id is taken for another's.
 
 from __future__ import annotations
 
-import fcntl
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 import msgspec
 
 from eddyline.errors import LocalServerError, SettingsError
 from eddyline.process.files import read_if_exists
+from eddyline.process.locks import is_locked
 from eddyline.settings.loader import Settings
 
 
@@ -57,38 +57,19 @@ def servers_file(settings: Settings) -> Path:
     return run_dir(settings) / "servers.json"
 
 
-def try_lock(settings: Settings, *, shared: bool = False) -> IO[bytes] | None:
-    """The open lock file, locked until it is closed; None where another process holds it.
-
-    shared: only to look; any number may at once.
-    """
-    path = run_dir(settings) / "lock"
-    try:
-        if shared:
-            file: IO[bytes] = path.open("rb")
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("ab")
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    except OSError as error:
-        raise LocalServerError(
-            f"{path}: {error.strerror}; `data_dir` names another place"
-        ) from None
-    return file
+def lock_file(settings: Settings) -> Path:
+    """`<data_dir>/run/lock`, which the process that runs the local servers holds locked."""
+    return run_dir(settings) / "lock"
 
 
 def is_held(settings: Settings) -> bool:
-    """Whether a living process runs, or is starting, the local servers of this data folder."""
-    if not (run_dir(settings) / "lock").exists():
-        return False
-    lock = try_lock(settings, shared=True)
-    if lock is None:
-        return True
-    lock.close()
-    return False
+    """Whether a living process runs, or starts, the local servers of this data folder."""
+    try:
+        return is_locked(lock_file(settings))
+    except OSError as error:
+        raise LocalServerError(
+            f"{lock_file(settings)}: {error.strerror}; `data_dir` names another place"
+        ) from None
 
 
 def running(settings: Settings) -> LocalServers | None:

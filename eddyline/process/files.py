@@ -1,29 +1,58 @@
-"""Small files that another process reads while they are written: whole or not at all."""
+"""Files that other processes read while they are written: whole or not there."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace the file in one step; readable for its owner only. Makes the folder."""
+def write_atomically(path: Path, content: bytes, *, mode: int = 0o600) -> None:
+    """Replace the file in one step. Makes the folder. Raises OSError. See `replacing`."""
+    with replacing(path, mode=mode) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: Path, *, mode: int = 0o600) -> Iterator[IO[bytes]]:
+    """A file to write, `<name>.<random>.partial` beside `path`; it replaces `path` after the block.
+
+    mode: the file's permissions, less the umask; by default only its owner reads it
+
+    Makes the folder. An exception in the block removes the partial file and leaves `path` as it was;
+    kill -9 leaves a partial file. Raises OSError.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(
-            FileNotFoundError
-        ):  # a signal's exception may come when it is renamed already
-            os.unlink(temporary)
-        raise
+            yield file
+        move(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def move(partial: Path, path: Path) -> None:
+    """Rename a complete file, within one file system, once its content is on the disk.
+
+    Replaces a file that is there; a folder is moved likewise, to a free name. The new name is on the disk when this returns. Raises OSError.
+    """
+    sync(partial)
+    os.replace(partial, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Write a file's content, or a folder's names, to the disk. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read_if_exists(path: Path) -> bytes | None:

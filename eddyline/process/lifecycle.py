@@ -1,14 +1,18 @@
-"""What every process does before it works: wait for servers, agree on the layout, find the generation."""
+"""The shape of every process: settings, logs, signals, its work, an exit code."""
 
 from __future__ import annotations
 
 import logging
 import signal
+import sys
 import threading
 from collections.abc import Callable
 
 from eddyline.errors import BundleError, KafkaRefused, LogMismatch, SettingsError, StoreRefused
+from eddyline.process import discovery, logs
 from eddyline.process.retry import Stopped
+from eddyline.settings import loader
+from eddyline.settings.loader import Settings
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +32,32 @@ def stop_on_signals(stop: threading.Event, also: Callable[[], None] = lambda: No
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
+
+
+def run(
+    process: str,
+    main: Callable[[Settings, threading.Event], int | None],
+    *,
+    needs_redis: bool = True,
+) -> int:
+    """Run a process from settings to exit code: load, logs, signals, `main`. The main thread calls it.
+
+    process:     its name in log lines
+    main:        called with the settings and an event that SIGTERM and SIGINT set
+    needs_redis: False if the process uses no Redis; its address may be empty then
+
+    Returns the exit code of `run_until_exit`.
+    """
+    stop = threading.Event()
+    stop_on_signals(stop)
+    try:
+        settings = loader.load()
+        logs.configure(settings, process)
+        settings = discovery.resolve(settings, redis=needs_redis)
+    except SettingsError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    return run_until_exit(lambda: main(settings, stop))
 
 
 def run_until_exit(run: Callable[[], int | None]) -> int:

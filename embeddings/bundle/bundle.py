@@ -18,7 +18,6 @@ whatever does not fit raises BundleError and names the file.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -32,6 +31,7 @@ import numpy.typing as npt
 
 from eddyline import generations
 from eddyline.errors import BundleError
+from eddyline.process.files import move, sync
 from eddyline.settings.loader import Settings
 from embeddings.bundle import filter_attributes
 from embeddings.bundle.filter_attributes import FilterAttributes
@@ -129,9 +129,7 @@ def write(folder: Path, parts: Parts) -> None:
     try:
         _write_files(partial, parts)
         load(partial)
-        _sync(partial)
-        partial.rename(folder)
-        _sync(folder.parent)
+        move(partial, folder)
     except OSError as error:
         raise BundleError(f"{folder}: cannot be written: {error}") from None
     finally:
@@ -273,12 +271,4 @@ def _write_files(folder: Path, parts: Parts) -> None:
     (folder / MANIFEST).write_bytes(raw)
     (folder / CHECKSUM).write_text(f"{hashlib.sha256(raw).hexdigest()}  {MANIFEST}\n")
     for path in folder.iterdir():
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync(path)

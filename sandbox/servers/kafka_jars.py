@@ -9,7 +9,6 @@ a fetch may be killed at any time and goes on where it was.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import shutil
@@ -19,7 +18,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path, PurePosixPath
 
+from filelock import FileLock, Timeout
+
 from eddyline.errors import LocalServerError
+from eddyline.process.files import move
 
 VERSION = "4.3.0"
 # slf4j-simple: Kafka logs through slf4j; with log4j's own binding among the coordinates jgo took
@@ -127,7 +129,7 @@ def _fetch(wanted: dict[str, str], where: Path, progress: Progress) -> None:
                     file = jar.resolve()
                     if (found := _sum(file)) != digest:
                         raise RuntimeError(f"its SHA-256 is {found}, kafka.lock says {digest}")
-                    os.replace(file, where / file.name)
+                    move(file, where / file.name)
                     return
                 except (
                     Exception
@@ -164,16 +166,11 @@ def _sum(file: Path) -> str:
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """Hold the file's lock; wait for another process that does, up to WAIT_S."""
-    deadline = time.monotonic() + WAIT_S
-    with path.open("ab") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise LocalServerError(
-                        f"fetching Apache Kafka: another process has held {path} for {WAIT_S} s"
-                    ) from None
-                time.sleep(0.2)
+    try:
+        held = FileLock(path, WAIT_S, poll_interval=0.2, fallback_to_soft=False).acquire()
+    except Timeout:
+        raise LocalServerError(
+            f"fetching Apache Kafka: another process has held {path} for {WAIT_S} s"
+        ) from None
+    with held:
         yield

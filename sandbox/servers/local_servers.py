@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
 
 import msgspec
+from filelock import FileLock, Timeout
 
 from eddyline.errors import LocalServerError
-from eddyline.process.discovery import LocalServer, LocalServers, run_dir, servers_file, try_lock
+from eddyline.process.discovery import LocalServer, LocalServers, lock_file, run_dir, servers_file
 from eddyline.process.files import write_atomically
 from eddyline.settings.loader import Settings
 from sandbox.servers import free_ports, kafka_broker, kafka_jars, valkey
@@ -61,7 +60,7 @@ def local_servers(
     finally:
         supervisor.stop()
         servers_file(settings).unlink(missing_ok=True)
-        lock.close()
+        lock.release()
 
 
 class _Record:
@@ -144,14 +143,19 @@ class _Record:
         )
 
 
-def _locked(settings: Settings) -> IO[bytes]:
-    deadline = time.monotonic() + LOCK_PATIENCE_S
-    while (lock := try_lock(settings)) is None:
-        if time.monotonic() > deadline:
-            raise LocalServerError(
-                f"another process runs the local servers of {settings.data_dir}; stop it (`eddyline down`, "
-                f"or Ctrl-C in the demo), "
-                "or name another folder with EDDYLINE_DATA_DIR"
-            )
-        time.sleep(0.05)
+def _locked(settings: Settings) -> FileLock:
+    path = lock_file(settings)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path, LOCK_PATIENCE_S, thread_local=False, fallback_to_soft=False)
+        lock.acquire()
+    except Timeout:
+        raise LocalServerError(
+            f"another process runs the local servers of {settings.data_dir}; stop it (`eddyline "
+            "down`, or Ctrl-C in the demo), or name another folder with EDDYLINE_DATA_DIR"
+        ) from None
+    except OSError as error:
+        raise LocalServerError(
+            f"{path}: {error.strerror}; `data_dir` names another place"
+        ) from None
     return lock

@@ -20,7 +20,7 @@ from pathlib import Path
 from eddyline.errors import SettingsError
 from eddyline.kafka import topics
 from eddyline.process import discovery, lifecycle, logs
-from eddyline.process.retry import Patience
+from eddyline.process.retry import Retry
 from eddyline.settings import loader
 from eddyline.settings.loader import Settings
 from embeddings.towers.user_tower import query_vector
@@ -68,13 +68,13 @@ def _run(
     server: WorkerServer,
     stop: threading.Event,
 ) -> None:
-    patience = Patience(settings, stop, service.waiting_for)
-    store = dependencies.open_store(settings, patience)
-    bundle = dependencies.open_generation(settings, patience)
+    retry = Retry(settings, stop, service.waiting_for)
+    store = dependencies.open_store(settings, retry)
+    bundle = dependencies.open_generation(settings, retry)
     # The tower alone: item vectors are the shards' business.
     generation, dimension, tower = bundle.generation, bundle.dimension, bundle.user_tower
     del bundle
-    logs_now = patience.until("Kafka", lambda: topics.log_ids(settings, [topics.CLICKS]))
+    logs_now = retry.wait_for("Kafka", lambda: topics.log_ids(settings, [topics.CLICKS]))
     popular = dependencies.popular_path(settings, store)
     shards = Shards(
         addresses,

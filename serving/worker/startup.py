@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from eddyline.kafka import topics
-from eddyline.process.retry import Patience
+from eddyline.process.retry import Retry
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import LogId
 from embeddings.bundle.bundle import Bundle
@@ -34,16 +34,16 @@ class OpenedIndex:
 
 
 def open_index(
-    settings: Settings, main: AnnBackend, share: ShardAssignment, patience: Patience
+    settings: Settings, main: AnnBackend, share: ShardAssignment, retry: Retry
 ) -> OpenedIndex:
     """Open the active generation. Its graph is built from `LiveIndex.begin` on, or by hand.
 
     Raises BundleError, KafkaRefused, Stopped.
     """
-    generation = dependencies.open_generation(settings, patience)
+    generation = dependencies.open_generation(settings, retry)
     topic = topics.item_vectors(generation.generation)
-    patience.until("Kafka", lambda: topics.ensure_topics(settings, [*topics.SOURCES, topic]))
-    logs = patience.until("Kafka", lambda: topics.log_ids(settings, [topic, topics.CLICKS]))
+    retry.wait_for("Kafka", lambda: topics.ensure_topics(settings, [*topics.SOURCES, topic]))
+    logs = retry.wait_for("Kafka", lambda: topics.log_ids(settings, [topic, topics.CLICKS]))
     index = LiveIndex(
         generation.dimension,
         main.build,

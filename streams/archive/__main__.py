@@ -15,7 +15,7 @@ from eddyline.archive import Archive
 from eddyline.errors import SettingsError, Unavailable
 from eddyline.kafka import topics
 from eddyline.process import discovery, heartbeat, lifecycle, logs
-from eddyline.process.retry import Patience
+from eddyline.process.retry import Retry
 from eddyline.settings import loader
 from eddyline.settings.loader import Settings
 from streams import static_membership
@@ -46,7 +46,7 @@ def _run(settings: Settings, archive: Archive, stop: threading.Event) -> None:
         heartbeat.beat(settings, "archive")
         topics.ensure_topics(settings)
 
-    Patience(settings, stop).until("Kafka", reach)
+    Retry(settings, stop).wait_for("Kafka", reach)
     file_placement.remove_abandoned(archive)
     member = static_membership.take(Path(settings.data_dir) / "archiver")
     archiver, wait_s = Archiver(settings, archive, stop, member.name), _BACKOFF_S

@@ -8,7 +8,6 @@ read again.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 import time
@@ -16,8 +15,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from eddyline.archive import MERGES, Archive, ArchiveFile, Forgotten
 from eddyline.kafka.topics import CLICKS, USERS
+from eddyline.process.files import move
 from streams.archive.erasure import without
 
 # What a process of another machine left half-written this long ago is nobody's any more.
@@ -56,18 +58,12 @@ def locked(archive: Archive, timeout_s: float = LOCK_S_MAX) -> Iterator[None]:
     """Be the only one on this machine who puts or rewrites files. Raises TimeoutError (an OSError)."""
     path = archive.lock_path()
     path.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + timeout_s
-    with path.open("a") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise TimeoutError(
-                        f"{path}: held by another process for {timeout_s:g} s"
-                    ) from None
-            time.sleep(_LOCK_POLL_S)
+    lock = FileLock(path, timeout_s, poll_interval=_LOCK_POLL_S, fallback_to_soft=False)
+    try:
+        held = lock.acquire()
+    except Timeout:
+        raise TimeoutError(f"{path}: held by another process for {timeout_s:g} s") from None
+    with held:
         yield
 
 
@@ -88,11 +84,8 @@ def _place(archive: Archive, partial: Path, path: str) -> None:
         archive.fs.put_file(str(partial), path)
         partial.unlink()
         return
-    folder = os.path.dirname(path)
-    os.makedirs(folder, exist_ok=True)
-    _sync(str(partial))
-    os.replace(partial, path)
-    _sync(folder)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    move(partial, Path(path))
 
 
 def forget(
@@ -180,11 +173,3 @@ def _has(
 def _lives(pid: int) -> bool:
     """Whether another process of this machine has this number; our own is of before, if we just started."""
     return pid != os.getpid() and Path("/proc", str(pid)).exists()
-
-
-def _sync(path: str) -> None:
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

@@ -162,7 +162,7 @@ def replay(settings: Settings, *, at: str = "", reason: str = "", limit: int = 1
     done = Replayed()
     try:
         # First: what a killed command left open is aborted, and what it committed can be read.
-        reading.in_time(settings, producer.init_transactions)
+        producers.in_time(settings, producer.init_transactions)
         marks = _marks(settings)
         due: list[Letter] = []
         for letter in _due(settings, marks, at, reason, limit):
@@ -226,7 +226,7 @@ def _replay(
     done.kept_back |= dict.fromkeys(newer, "there is a newer one under this key by now")
     fit = [letter for letter in fit if letter.at not in newer]
     if fit:
-        reading.in_time(settings, lambda: _send(settings, producer, fit))
+        producers.in_time(settings, lambda: _send(settings, producer, fit))
         done.sent += [letter.at for letter in fit]
 
 

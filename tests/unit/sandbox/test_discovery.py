@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -11,6 +13,7 @@ from eddyline.errors import LocalServerError, SettingsError
 from eddyline.process import discovery
 from eddyline.process.discovery import LocalServer, LocalServers
 from eddyline.process.files import write_atomically
+from eddyline.process.locks import try_lock
 from eddyline.settings.loader import Settings
 from sandbox.servers import status
 
@@ -18,6 +21,14 @@ from sandbox.servers import status
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     return Settings(data_dir=str(tmp_path))
+
+
+@contextmanager
+def held(settings: Settings) -> Iterator[None]:
+    lock = try_lock(discovery.lock_file(settings))
+    assert lock is not None
+    yield
+    lock.release()
 
 
 def servers(tmp_path: Path, **more: object) -> LocalServers:
@@ -48,7 +59,7 @@ def test_who_uses_no_redis_needs_no_address_of_one(settings: Settings, tmp_path:
     assert discovery.resolve(alone, redis=False) == alone
     with pytest.raises(SettingsError, match="no Kafka"):
         discovery.resolve(settings, redis=False)
-    with discovery.try_lock(settings):  # type: ignore[union-attr]
+    with held(settings):
         write_atomically(
             discovery.servers_file(settings),
             msgspec.json.encode(servers(tmp_path, namespace="demo")),
@@ -58,24 +69,24 @@ def test_who_uses_no_redis_needs_no_address_of_one(settings: Settings, tmp_path:
 
 
 def test_a_file_counts_only_while_its_writer_lives(settings: Settings, tmp_path: Path) -> None:
-    lock = discovery.try_lock(settings)
+    lock = try_lock(discovery.lock_file(settings))
     assert lock is not None
     write_atomically(discovery.servers_file(settings), msgspec.json.encode(servers(tmp_path)))
     assert discovery.is_held(settings)
-    assert discovery.try_lock(settings) is None
+    assert try_lock(discovery.lock_file(settings)) is None
     found = discovery.resolve(settings)
     assert (found.kafka_bootstrap_servers, found.redis_url) == (
         "127.0.0.1:1",
         "redis://127.0.0.1:2/0",
     )
-    lock.close()  # as the kernel does when the writer is killed
+    lock.release()  # as the kernel does when the writer is killed
     assert not discovery.is_held(settings)
     with pytest.raises(SettingsError, match="no Kafka"):
         discovery.resolve(settings)
 
 
 def test_servers_that_are_starting_are_not_used_yet(settings: Settings, tmp_path: Path) -> None:
-    with discovery.try_lock(settings):  # type: ignore[union-attr]
+    with held(settings):
         write_atomically(
             discovery.servers_file(settings),
             msgspec.json.encode(servers(tmp_path, state="starting")),
@@ -86,7 +97,7 @@ def test_servers_that_are_starting_are_not_used_yet(settings: Settings, tmp_path
 
 
 def test_a_file_of_another_shape_is_named(settings: Settings) -> None:
-    with discovery.try_lock(settings):  # type: ignore[union-attr]
+    with held(settings):
         assert discovery.running(settings) is None
         write_atomically(discovery.servers_file(settings), b'{"owner": 3}')
         with pytest.raises(LocalServerError, match=r"servers\.json"):
@@ -95,7 +106,7 @@ def test_a_file_of_another_shape_is_named(settings: Settings) -> None:
 
 def test_where_says_why_and_hides_the_password(settings: Settings, tmp_path: Path) -> None:
     mixed = msgspec.structs.replace(settings, redis_url="redis://app:secret@127.0.0.1:1/0")
-    with discovery.try_lock(settings):  # type: ignore[union-attr]
+    with held(settings):
         write_atomically(discovery.servers_file(settings), msgspec.json.encode(servers(tmp_path)))
         kafka, redis = status.server_status(mixed)
     assert kafka.version == "Apache Kafka 4.3.0" and "started by `test`" in kafka.why
