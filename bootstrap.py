@@ -387,9 +387,9 @@ def main(arguments):
     if command == "setup":
         _say("Ready. `make demo` shows it, `make test` checks it.")
     elif command in ("demo", "up", "down"):
-        _become(PYTHON, "-m", "eddyline", command, *rest)
+        _become(PYTHON, "-m", "cli", command, *rest)
     elif command == "run":
-        _become(PYTHON, "-m", "eddyline", *rest)
+        _become(PYTHON, "-m", "cli", *rest)
     elif command == "test":
         _become(PYTHON, "-m", "pytest", *rest)
     elif command == "chaos":

@@ -24,7 +24,7 @@ from eddyline.generations import Manifest
 from eddyline.kafka.producers import now_ms
 from eddyline.settings.loader import Settings
 from eddyline.settings.loader import load as load_settings
-from sandbox.processes import ProcessRunner
+from sandbox.processes import Deployment
 from sandbox.servers.local_servers import local_servers, log_dir
 from sandbox.servers.supervisor import Supervisor
 
@@ -242,7 +242,7 @@ def main() -> int:
                 msgspec.structs.replace(servers, namespace=name) for name in ("cost", "live")
             )
             for one in (cost, live):
-                ProcessRunner(one, supervisor).prepare(
+                Deployment(one, supervisor).prepare(
                     Manifest(generation="1", bundle="1", dimension=64, created_ms=now_ms())
                 )
             rows += costs(cost)

@@ -20,7 +20,7 @@ from eddyline.generations import Manifest
 from eddyline.kafka.producers import now_ms
 from eddyline.settings.loader import Settings
 from eddyline.settings.loader import load as load_settings
-from sandbox.processes import ProcessRunner
+from sandbox.processes import Deployment
 from sandbox.servers.local_servers import local_servers, log_dir
 from sandbox.servers.supervisor import Supervisor
 
@@ -59,7 +59,7 @@ def main() -> int:
             Supervisor(log_dir(base)) as supervisor,
             local_servers(base, supervisor, owner="bench") as live,
         ):
-            ProcessRunner(live, supervisor).prepare(
+            Deployment(live, supervisor).prepare(
                 Manifest(generation="1", bundle="1", dimension=64, created_ms=now_ms())
             )
             seen = grown(live)

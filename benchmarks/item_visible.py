@@ -38,10 +38,10 @@ from eddyline.schema.events import Click, Item
 from eddyline.schema.item_record import decode_record
 from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings, load
-from sandbox.processes import ProcessRunner, wait_until_applied
+from sandbox.processes import Deployment, wait_until_applied
 from sandbox.servers.local_servers import local_servers, log_dir
 from sandbox.servers.supervisor import Supervisor
-from serving.rpc.client import Client
+from serving.rpc.client import Client, is_ready
 
 N = int(os.environ.get("N", "100000"))
 RATE = float(os.environ.get("RATE", "500"))
@@ -339,19 +339,19 @@ def main() -> int:
             Supervisor(log_dir(base)) as supervisor,
             local_servers(base, supervisor, owner="bench") as live,
         ):
-            stage = ProcessRunner(live, supervisor)
-            stage.prepare(
+            deployment = Deployment(live, supervisor)
+            deployment.prepare(
                 Manifest(
                     generation="1", bundle="1", dimension=item_catalogue.D, created_ms=now_ms()
                 )
             )
-            worker, address = stage.worker_child(snapshot_interval_s="0")
-            supervisor.start(stage.ingest_child(), worker)
+            worker, address = deployment.worker_child(is_ready, snapshot_interval_s="0")
+            supervisor.start(deployment.ingest_child(), worker)
             supervisor.wait("worker", timeout_s=120)
             prober = Prober(live, address)
             with Client(address) as client:
                 prober.click_anchors()
-                wait_until_applied(live, lambda *_: None, timeout_s=60)
+                wait_until_applied(live, timeout_s=60)
                 built(client, N)
                 rows = measured(prober, live, supervisor.pids() | {"bench": os.getpid()}, client)
             prober.close()

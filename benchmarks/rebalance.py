@@ -33,7 +33,7 @@ from eddyline.settings.loader import load as load_settings
 from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import Source
 from sandbox.datasets import synthetic
-from sandbox.processes import ProcessRunner, wait_until_applied
+from sandbox.processes import Deployment, wait_until_applied
 from sandbox.servers.local_servers import local_servers, log_dir
 from sandbox.servers.supervisor import Supervisor
 from tests import oracle
@@ -215,7 +215,7 @@ def _applied(settings: Settings) -> None:
     deadline = time.monotonic() + APPLIED_S
     while True:
         try:
-            wait_until_applied(settings, lambda *_: None, timeout_s=APPLIED_S)
+            wait_until_applied(settings, timeout_s=APPLIED_S)
             return
         except Unavailable:
             if time.monotonic() > deadline:
@@ -243,7 +243,7 @@ def main() -> int:
             local_servers(base, supervisor, owner="bench") as servers,
         ):
             settings = msgspec.structs.replace(servers, namespace="hands")
-            ProcessRunner(settings, supervisor).prepare(manifest)
+            Deployment(settings, supervisor).prepare(manifest)
             replay_file.send(settings, world.items)
             phases = change_hands(settings, STEPS, RATE, PHASE_S)
             found = oracle.compare(settings)

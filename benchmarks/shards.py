@@ -20,7 +20,7 @@ from benchmarks.report import report, row
 from cli.demo.bring_up import bring_up
 from eddyline.settings.loader import load
 from serving.proto.retrieval_pb2 import RetrieveResponse
-from serving.rpc.client import Client
+from serving.rpc.client import Client, is_ready
 
 QUERIES = int(os.environ.get("N", "400"))
 SHARDS = int(os.environ.get("SHARDS", "4"))
@@ -37,8 +37,8 @@ def main() -> int:
     settings, rng = load(), random.Random(SEED)
     rows, same, asked = [], 0, 0
     with bring_up(settings, os.environ.get("DATA", "movielens"), Console()) as system:
-        children, _, address = system.stage.sharded_children(SHARDS)
-        system.stage.supervisor.start(*children)
+        children, _, address = system.deployment.sharded_children(SHARDS, is_ready)
+        system.deployment.supervisor.start(*children)
         users = sorted(system.world.profiles)
         data = system.world.name
         with Client(system.address) as one, Client(address) as many:

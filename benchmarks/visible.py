@@ -37,7 +37,7 @@ def main() -> int:
     """Run and report; the exit code."""
     settings = load()
     with bring_up(settings, os.environ.get("DATA", "movielens"), Console()) as system:
-        live, rng = system.stage.settings, random.Random(SEED)
+        live, rng = system.deployment.settings, random.Random(SEED)
         users = rng.choices(sorted(system.world.profiles), k=CLICKS + WARM_UP)
         producer = producers.make_producer(live)
         traces, changed = [], 0

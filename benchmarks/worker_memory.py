@@ -23,13 +23,13 @@ from benchmarks.report import report, row
 from eddyline.generations import Manifest
 from eddyline.kafka.producers import now_ms
 from eddyline.settings.loader import Settings, load
-from sandbox.processes import ProcessRunner
+from sandbox.processes import Deployment
 from sandbox.servers.local_servers import local_servers, log_dir
 from sandbox.servers.supervisor import Supervisor
 from serving import registry
 from serving.proto import retrieval_pb2 as pb
 from serving.proto.retrieval_pb2_grpc import RetrievalStub
-from serving.rpc.client import open_channel
+from serving.rpc.client import is_ready, open_channel
 
 N = int(os.environ.get("N", "100000"))
 WORKERS, QUERIES, K, ANCHORS = 3, 2_000, 100, 50
@@ -101,22 +101,23 @@ def main() -> int:
             local_servers(base, servers, owner="bench") as live,
         ):
             with Supervisor(log_dir(base)) as first:  # its last act is a snapshot
-                stage = ProcessRunner(live, first)
-                stage.prepare(
+                deployment = Deployment(live, first)
+                deployment.prepare(
                     Manifest(
                         generation="1", bundle="1", dimension=item_catalogue.D, created_ms=now_ms()
                     )
                 )
-                first.start(stage.worker_child()[0])
+                first.start(deployment.worker_child(is_ready)[0])
             with Supervisor(log_dir(base)) as several:
                 made = [
-                    ProcessRunner(live, several).worker_child(f"worker-{n}") for n in range(WORKERS)
+                    Deployment(live, several).worker_child(is_ready, f"worker-{n}")
+                    for n in range(WORKERS)
                 ]
                 several.start(*(child for child, _ in made))
                 rows = measured(live, [address for _, address in made], 1, "a worker of its own")
             with Supervisor(log_dir(base)) as forked:
-                child, address = ProcessRunner(live, forked).worker_child(
-                    worker_processes=str(WORKERS)
+                child, address = Deployment(live, forked).worker_child(
+                    is_ready, worker_processes=str(WORKERS)
                 )
                 forked.start(child)
                 rows += measured(live, [address], 8 * WORKERS, "a process of a forked worker")

@@ -1,4 +1,4 @@
-"""`python -m eddyline` is the command line."""
+"""`python -m cli` is the command line."""
 
 from cli.main import main
 

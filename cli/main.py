@@ -218,9 +218,9 @@ def replay(
             raise SettingsError(
                 f"replay {file} --into {into}: name a file or a slice of Kafka, not both"
             )
-        from streams.operations import state_replay
+        from cli.commands import state_replay
 
-        state_replay.run(_settings(), begin=begin, end=end, into=into, chunk=chunk)
+        state_replay.replay(_settings(), begin=begin, end=end, into=into, batch=chunk)
         return
     if file is None:
         raise SettingsError(
@@ -347,9 +347,9 @@ def refill(
     ] = False,
 ) -> None:
     """Apply clicks that Kafka's retention removed before ingest had them, from the archive."""
-    from streams.operations import refill as refilling
+    from cli.commands import refill as commands_refill
 
-    refilling.run(_settings(), skip_lost=skip_lost)
+    commands_refill.refill(_settings(), skip_lost=skip_lost)
 
 
 @app.command("accept-log")
@@ -361,14 +361,12 @@ def accept_log(
     ] = False,
 ) -> None:
     """After Kafka was made anew or lost records: go on with its logs as they are now."""
-    from streams.operations import retention_gaps
+    from cli.commands import accept_log as commands_accept_log
 
     settings = _settings()
     if not yes:
-        typer.confirm(
-            "Fences of logs that are gone will be let go. Is no ingest running?", abort=True
-        )
-    retention_gaps.accept_log(settings, skip_lost=skip_lost)
+        typer.confirm("Fences of logs that are gone are dropped. Is no ingest running?", abort=True)
+    commands_accept_log.accept_log(settings, skip_lost=skip_lost)
 
 
 @app.command()

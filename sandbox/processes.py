@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -28,7 +29,6 @@ from eddyline.stores.state_store import LogId, Source, StateStore
 from sandbox.datasets.dataset import Dataset
 from sandbox.servers.local_servers import local_servers, log_dir
 from sandbox.servers.supervisor import Child, Supervisor
-from serving.rpc.client import CallFailed, Client
 
 Tell = Callable[[str], None]
 # A worker waits for Kafka, Redis and the end of the item vectors before it is ready.
@@ -40,7 +40,7 @@ OTHERS_READY_S = 90.0
 
 
 @dataclass
-class ProcessRunner:
+class Deployment:
     """Running servers and the processes on them.
 
     settings: with both addresses and the namespace; log files lie in `supervisor.log_dir`
@@ -77,39 +77,38 @@ class ProcessRunner:
         """An ingest process. It is ready at once: what waits for it asks the fences, and `check`."""
         return self.child(name, "streams", lambda: True, **more)
 
-    def worker_child(self, name: str = "worker", port: int = 0, **more: str) -> tuple[Child, str]:
-        """(a query worker, its address); ready when it answers."""
+    def worker_child(
+        self, is_ready: Callable[[str], bool], name: str = "worker", port: int = 0, **more: str
+    ) -> tuple[Child, str]:
+        """(a query worker, its address). is_ready: given the address, whether the worker answers."""
         port = port or free_port()
         address = f"127.0.0.1:{port}"
-        return self.child(
-            name, "serving", lambda: worker_is_ready(address), worker_port=str(port), **more
-        ), address
+        ready = partial(is_ready, address)
+        return self.child(name, "serving", ready, worker_port=str(port), **more), address
 
-    def sharded_children(self, count: int, **more: str) -> tuple[list[Child], list[str], str]:
+    def sharded_children(
+        self, count: int, is_ready: Callable[[str], bool], **more: str
+    ) -> tuple[list[Child], list[str], str]:
         """(`count` workers of one shard each and their coordinator, the shards' addresses, its address).
 
-        The coordinator is ready when every shard answers it.
+        is_ready: as for `worker_child`; asked for each shard and for the coordinator
         """
-        of = {"shards": str(count)} | more
-        made = [self.worker_child(f"shard-{n}", 0, shard=str(n), **of) for n in range(count)]
-        addresses = [address for _, address in made]
+        workers = [
+            self.worker_child(is_ready, f"shard-{n}", 0, shard=str(n), shards=str(count), **more)
+            for n in range(count)
+        ]
+        addresses = [address for _, address in workers]
         port = free_port()
         address = f"127.0.0.1:{port}"
-
-        def ready() -> bool:
-            with Client(address) as client:
-                held = client.stats(timeout_s=0.5).held
-                return bool(held) and all(shard.answers for shard in held)
-
         coordinator = self.child(
             "coordinator",
             "serving.coordinator",
-            ready,
+            partial(is_ready, address),
             coordinator_port=str(port),
             shard_addresses=",".join(addresses),
             **more,
         )
-        return [*(child for child, _ in made), coordinator], addresses, address
+        return [*(child for child, _ in workers), coordinator], addresses, address
 
     def prepare(self, manifest: Manifest) -> None:
         """Make the topics, and the generation the active one where it is not."""
@@ -119,15 +118,15 @@ class ProcessRunner:
 
 
 @contextlib.contextmanager
-def running_servers(settings: Settings, tell: Tell) -> Iterator[ProcessRunner]:
+def running_servers(settings: Settings, tell: Tell) -> Iterator[Deployment]:
     """Servers of the settings, else those that run here already, else new ones; all new ones end with it."""
     supervisor = Supervisor(log_dir(settings))
     try:
         if _wait_for_running_servers(settings, tell):
-            yield ProcessRunner(discovery.resolve(settings), supervisor)
+            yield Deployment(discovery.resolve(settings), supervisor)
             return
         with local_servers(settings, supervisor, owner="eddyline demo", tell=tell) as resolved:
-            yield ProcessRunner(resolved, supervisor)
+            yield Deployment(resolved, supervisor)
     finally:
         supervisor.stop()
 
@@ -153,25 +152,16 @@ def free_port() -> int:
         return port
 
 
-def worker_is_ready(address: str) -> bool:
-    """Whether a query worker answers there and has caught up."""
-    try:
-        with Client(address) as client:
-            return bool(client.stats(timeout_s=0.5).ready)
-    except CallFailed:
-        return False
-
-
 def wait_until_applied(
     settings: Settings,
-    tell: Callable[[int, int], None],
     *,
     timeout_s: float,
+    on_progress: Callable[[int, int], None] = lambda applied, total: None,
     check: Callable[[], None] = lambda: None,
 ) -> None:
     """Return once ingest has applied all that lies in `clicks`, `items` and `users` now.
 
-    tell(applied, of) is called while it goes on; check() may raise, where ingest has ended for good.
+    check: may raise where ingest has ended for good
     Raises LocalServerError where nothing moves for `timeout_s`.
     """
     mine = RedisStore(settings)
@@ -185,7 +175,7 @@ def wait_until_applied(
             applied = sum(
                 min(_applied(mine, name, p, logs[name]), end) for (name, p), end in ends.items()
             )
-            tell(applied, sum(ends.values()))
+            on_progress(applied, sum(ends.values()))
             if applied == sum(ends.values()):
                 return
             if applied != last:

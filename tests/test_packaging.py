@@ -130,6 +130,7 @@ def brought(texts: list[str]) -> set[str]:
         ("worker", "serving.coordinator.__main__"),
         ("archive", "streams.archive.__main__"),
         ("archive", "streams.operations.refill"),
+        ("archive", "cli.commands.refill"),
         ("trainer", "embeddings.training.__main__"),
     ],
 )

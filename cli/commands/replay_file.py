@@ -9,9 +9,8 @@ from typing import Any
 
 import msgspec
 from kafka.errors import KafkaError
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from cli.console import console
+from cli.console import console, progress_bar
 from eddyline.errors import Rejected, SettingsError
 from eddyline.kafka import clients, producers, topics
 from eddyline.kafka.producers import now_ms
@@ -44,24 +43,12 @@ def replay_file(
     records = list(_read(settings, file, _TYPES[topic]))
     if shift_to_now and records:
         records = shifted(records, now_ms())
-    with progress_bar() as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task(f"replaying {file.name}", total=len(records))
         took_s = send(
             settings, records, speed=speed, on_sent=lambda n: progress.update(task, completed=n)
         )
     console.print(f"{len(records):,} records in {took_s:.1f} s into {settings.prefixed(topic)}")
-
-
-def progress_bar() -> Progress:
-    """A bar with counts and time, on standard error's console; silent where there is no terminal."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=False,
-    )
 
 
 def shifted(records: list[Any], now: int) -> list[Any]:

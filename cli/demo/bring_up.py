@@ -20,12 +20,13 @@ from eddyline.generations import Manifest
 from eddyline.kafka import topics
 from eddyline.settings.loader import Settings
 from eddyline.stores.redis import RedisStore
-from sandbox import processes as staging
+from sandbox import processes
 from sandbox.datasets import catalogue
 from sandbox.datasets.dataset import Dataset, DatasetUnavailable
-from sandbox.processes import ProcessRunner
+from sandbox.processes import Deployment
 from sandbox.servers import status
 from sandbox.servers.status import ServerStatus
+from serving.rpc.client import is_ready
 
 # The towers learn from the first 80% by time; the rest is new to them, as it is in life.
 TRAIN_SHARE = 0.8
@@ -37,7 +38,7 @@ STALLED_S = 60.0
 class RunningDemo:
     """A living system with a world in it. took_s: what each step took, in order."""
 
-    stage: ProcessRunner
+    deployment: Deployment
     world: Dataset
     address: str
     where: list[ServerStatus]
@@ -93,26 +94,26 @@ def bring_up(settings: Settings, data: str, console: Console) -> Iterator[Runnin
     )
     if world.licence:
         console.print(f"[dim]{' '.join(world.licence.split())}[/]")
-    settings = staging.with_namespace(settings, world)
+    settings = processes.with_namespace(settings, world)
     with contextlib.ExitStack() as stack:
         with steps.step("Kafka and Redis") as tell:
-            stage = stack.enter_context(
-                staging.running_servers(settings, lambda what: tell(what, 0, 0))
+            deployment = stack.enter_context(
+                processes.running_servers(settings, lambda what: tell(what, 0, 0))
             )
         found = status.server_status(settings)
         for where in found:
             console.print(f"  {where.version} at {where.address} ({where.why})")
             if "does not answer" in where.version:
                 raise KafkaUnavailable(f"{where.version} at {where.address}; {where.why}")
-        _check_store(stage.settings)
-        manifest = _generation(stage.settings, world, steps)
+        _check_store(deployment.settings)
+        manifest = _generation(deployment.settings, world, steps)
         with steps.step("topics and generation"):
-            stage.prepare(manifest)
-        worker, address = stage.worker_child(k_max="10000")
+            deployment.prepare(manifest)
+        worker, address = deployment.worker_child(is_ready, k_max="10000")
         with steps.step("ingest and worker"):
-            stage.supervisor.start(stage.ingest_child(), worker)
-        _replay_history(stage, world, steps)
-        yield RunningDemo(stage, world, address, found, steps.took_s)
+            deployment.supervisor.start(deployment.ingest_child(), worker)
+        _replay_history(deployment, world, steps)
+        yield RunningDemo(deployment, world, address, found, steps.took_s)
 
 
 def _load_world(settings: Settings, data: str, steps: Steps) -> Dataset:
@@ -209,8 +210,8 @@ def _check_store(settings: Settings) -> None:
         store.close()
 
 
-def _replay_history(stage: ProcessRunner, world: Dataset, steps: Steps) -> None:
-    settings = stage.settings
+def _replay_history(deployment: Deployment, world: Dataset, steps: Steps) -> None:
+    settings = deployment.settings
     log = topics.log_ids(settings, [topics.CLICKS])[topics.CLICKS]
     this = _ReplayedEvents(log.cluster_id, log.topic_id, world.name, len(world.clicks))
     note = Path(settings.data_dir) / "run" / f"replayed-{settings.namespace}.json"
@@ -231,9 +232,9 @@ def _replay_history(stage: ProcessRunner, world: Dataset, steps: Steps) -> None:
             f"  the history lies in Kafka and Redis already ({len(world.clicks):,} events)"
         )
     with steps.step("ingest") as tell:
-        staging.wait_until_applied(
+        processes.wait_until_applied(
             settings,
-            lambda n, of: tell("applying to Redis", n, of),
             timeout_s=STALLED_S,
-            check=stage.supervisor.check,
+            on_progress=lambda n, of: tell("applying to Redis", n, of),
+            check=deployment.supervisor.check,
         )

@@ -23,7 +23,7 @@ from eddyline.process import discovery
 from eddyline.schema.events import Click
 from eddyline.settings.loader import Settings
 from eddyline.stores.redis_url import without_password
-from sandbox import processes as staging
+from sandbox import processes
 from serving.proto.retrieval_pb2 import RetrieveResponse
 from serving.rpc.client import Client
 
@@ -56,7 +56,7 @@ def run(settings: Settings, *, data: str, once: bool) -> int:
                 return 0
             _print_what_next(system, settings, console)
             while not stop.wait(1.0):
-                system.stage.supervisor.check()
+                system.deployment.supervisor.check()
     except KeyboardInterrupt:
         console.print("\nstopped")
         return 0 if not once else 130
@@ -71,7 +71,7 @@ class Scenario:
 
     def __init__(self, system: RunningDemo, console: Console, started: float) -> None:
         self.system = system
-        self.settings = system.stage.settings
+        self.settings = system.deployment.settings
         self.console = console
         self.started = started
         self.client = Client(system.address)
@@ -101,10 +101,8 @@ class Scenario:
     def meet_ana(self) -> RetrieveResponse:
         """A fresh Ana, who has clicked five things of one kind."""
         sent_to(producers.send_forget(self.producer, self.settings, ANA), self.settings)
-        check = self.system.stage.supervisor.check
-        staging.wait_until_applied(
-            self.settings, lambda *_: None, timeout_s=VISIBLE_S_MAX, check=check
-        )
+        check = self.system.deployment.supervisor.check
+        processes.wait_until_applied(self.settings, timeout_s=VISIBLE_S_MAX, check=check)
         token = (0, 0)
         taste, liked = self._taste()
         for item_id in liked:
@@ -226,9 +224,9 @@ class Scenario:
 
 
 def _print_what_next(system: RunningDemo, settings: Settings, console: Console) -> None:
-    live = system.stage.settings
+    live = system.deployment.settings
     servers = f"Kafka {live.kafka_bootstrap_servers} · Redis {without_password(live.redis_url)}"
-    logs = system.stage.supervisor.log_dir
+    logs = system.deployment.supervisor.log_dir
     console.print(f"\n{servers} · worker {system.address} · logs in {logs}", soft_wrap=True)
     local = discovery.running(settings)
     space = (

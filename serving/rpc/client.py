@@ -118,3 +118,13 @@ class Client:
         if code == "RESOURCE_EXHAUSTED" and "Concurrent" in detail:
             detail = "too many calls wait already; try again, or start another worker"
         return CallFailed(self.address, code, detail)
+
+
+def is_ready(address: str) -> bool:
+    """Whether the worker there answers queries; of a coordinator, whether all its shards answer."""
+    try:
+        with Client(address) as client:
+            stats = client.stats(timeout_s=0.5)
+    except CallFailed:
+        return False
+    return stats.ready and all(shard.answers for shard in stats.held)

@@ -1,9 +1,9 @@
-"""`eddyline refill`: clicks that Kafka no longer has, and that were never applied, out of the archive.
+"""Apply clicks from the archive that Kafka no longer has and that ingest never applied.
 
-The archive's events go through ingest's own functions, each under the offset that it had, behind the same
-fences, a chunk in memory at a time. So it may be killed and given again, and what it leaves is the state that
-ingest would have made of the topic. Profiles and forgotten users, of the archive and of Kafka, take effect
-at their own time of appending. Afterwards ingest goes on with what Kafka has.
+The archive's events go through ingest's own handlers, each under its old offset and behind the same
+fences, one batch in memory at a time. So a killed refill may be run again, and the resulting state is
+the one that ingest would have made. Profiles and forgotten users, of the archive and of Kafka, take
+effect at their append time. Ingest goes on afterwards with what Kafka has.
 """
 
 from __future__ import annotations
@@ -15,10 +15,6 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import groupby, islice, takewhile
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-from cli.console import console
 from eddyline import generations
 from eddyline.archive import MERGES, Archive, ArchiveUnavailable
 from eddyline.errors import EddylineError, FenceMoved, LogMismatch, Rejected
@@ -37,49 +33,73 @@ from streams.clicks.micro_steps import MicroSteps
 from streams.dead_letters import KafkaForwarder, outlet_producer
 from streams.fences import PartitionFences
 from streams.operations import retention_gaps
-from streams.operations.refill_records import People, as_sent
+from streams.operations.refill_records import ProfileRecords, as_sent
 from streams.operations.retention_gaps import Gap
 from streams.ports import Forwarder, Outcome, Record
 from streams.users import UserIngest
 
 # Ranges of offsets that an error names; there may be one for every hour.
 _NAMED_MAX = 20
-# So often in a row may another process' write refuse ours before we say so.
+# Refused writes in a row before the refill gives up: another process is writing.
 _TRIES = 5
-OnProgress = Callable[[int], None]
+# (offsets done, offsets of all gaps)
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(slots=True)
+class RefillReport:
+    """What a refill did.
+
+    gaps:    what was missing; when empty, nothing was done
+    lost:    which offsets the archive lacks, as a sentence; "" for none
+    files_without_merges: archive files from before merges were archived: those users keep their history
+    clicks, profiles: counts of the records that were applied
+    refused: events that the present settings refuse, by reason
+    forwarded: events that merges moved to another user
+    """
+
+    gaps: Sequence[Gap]
+    lost: str = ""
+    files_without_merges: int = 0
+    clicks: Outcome = field(default_factory=Outcome)
+    profiles: Outcome = field(default_factory=Outcome)
+    refused: dict[str, int] = field(default_factory=dict)
+    forwarded: int = 0
 
 
 @dataclass
-class Outside:
-    """Where ingest's outputs go here.
+class RefillSinks:
+    """Where the outputs of ingest's handlers go during a refill: refused events are only counted.
 
-    refused: events by reason; moved: events of merges that were sent on
+    refused: events by reason; forwarded: how many events of merges were sent
     """
 
     forwarder: Forwarder
     refused: dict[str, int] = field(default_factory=dict)
-    moved: int = 0
+    forwarded: int = 0
 
     def put(self, record: Record, rejected: Rejected) -> None:
         """Count an event that was accepted once and is refused by the present settings."""
         self.refused[rejected.reason] = self.refused.get(rejected.reason, 0) + 1
 
     def forward(self, record: Record, key: bytes, value: bytes, partition: int) -> None:
-        """Send an event that a merge moves, unless nobody is left to get it."""
-        if not getattr(record, "to_nobody", False):
+        """Send an event that a merge moves, unless the merge's target was forgotten."""
+        if not getattr(record, "target_forgotten", False):
             self.forwarder.forward(record, key, value, partition)
-            self.moved += 1
+            self.forwarded += 1
 
     def flush(self) -> None:
         """Return once everything that was sent is stored."""
-        if self.moved:
+        if self.forwarded:
             self.forwarder.flush()
 
 
-def run(settings: Settings, *, skip_lost: bool) -> None:
-    """Fill every gap and say what was done.
+def run(
+    settings: Settings, *, skip_lost: bool, on_progress: OnProgress = lambda done, total: None
+) -> RefillReport:
+    """Fill every gap.
 
-    skip_lost: go on without offsets that the archive lacks, too; else nothing is done and they are named
+    skip_lost: skip offsets that the archive lacks; otherwise they are an error, and nothing is applied
     Raises LogMismatch, Unavailable, StoreRefused, BundleError, and EddylineError while an ingest runs.
     """
     topics.ensure_topics(settings)
@@ -89,93 +109,79 @@ def run(settings: Settings, *, skip_lost: bool) -> None:
         store.check()
         store.claim_layout(layout.layout(settings))
         log = topics.log_ids(settings, [CLICKS])[CLICKS]
-        found = retention_gaps.find(settings, store, log)
-        if not found:
-            console.print("nothing is missing: Kafka has all that was not applied yet")
-            return
-        archive = Archive(settings)
-        try:
-            _look(archive, found, log, skip_lost=skip_lost)
-            _fill_all(settings, archive, store, found)
-        except OSError as error:
-            raise ArchiveUnavailable(f"archive at {archive.url}: {error}") from None
+        report = RefillReport(retention_gaps.find(settings, store, log))
+        if report.gaps:
+            archive = Archive(settings)
+            try:
+                _check_archive(archive, log, report, skip_lost=skip_lost)
+                _fill_all(settings, archive, store, report, on_progress)
+            except OSError as error:
+                raise ArchiveUnavailable(f"archive at {archive.url}: {error}") from None
+        return report
     finally:
         store.close()
 
 
-def _look(archive: Archive, found: Sequence[Gap], log: LogId, *, skip_lost: bool) -> None:
-    """Refuse an archive of another log, or one that lacks offsets; say what an old file cannot tell."""
+def _check_archive(archive: Archive, log: LogId, report: RefillReport, *, skip_lost: bool) -> None:
+    """Refuse an archive of another log, or one that lacks offsets; note both kinds of loss."""
     lacking: list[str] = []
-    records = old = 0
-    for gap in found:
-        mine = [
-            f
-            for f in archive.files(CLICKS, gap.partition)
-            if gap.first <= f.last and f.first <= gap.last
+    records = 0
+    for gap in report.gaps:
+        files = [
+            file
+            for file in archive.files(CLICKS, gap.partition)
+            if gap.first <= file.last and file.first <= gap.last
         ]
-        old += sum(archive.since(file) is None for file in mine)
-        if mine and archive.log_id(mine[-1]) != log:
+        report.files_without_merges += sum(archive.since(file) is None for file in files)
+        if files and archive.log_id(files[-1]) != log:
             raise LogMismatch(
                 f"the archive at {archive.url} is not of this log (cluster {log.cluster_id}, topic id "
-                f"{log.topic_id}): its offsets are other events. Set EDDYLINE_ARCHIVE_URL to the one that is"
+                f"{log.topic_id}): its offsets are other events. Set EDDYLINE_ARCHIVE_URL to the one "
+                "that is"
             )
         for first, last in archive.lacking(CLICKS, gap.partition, gap.first, gap.last):
             lacking.append(f"{CLICKS}/{gap.partition} offsets {first} to {last}")
             records += last - first + 1
-    if lacking:
-        more = f" and {len(lacking) - _NAMED_MAX} more" if len(lacking) > _NAMED_MAX else ""
-        told = f"the archive at {archive.url} lacks {records:,}: {'; '.join(lacking[:_NAMED_MAX])}{more}"
-        if not skip_lost:
-            raise LogMismatch(
-                f"{told}. Nothing was applied. `eddyline refill --skip-lost` applies what is there and goes "
-                "on without the rest"
-            )
-        console.print(told)
-    if old:
-        console.print(
-            f"{old:,} files were written before merges were archived: who was merged then keeps his list"
+    if not lacking:
+        return
+    more = f" and {len(lacking) - _NAMED_MAX} more" if len(lacking) > _NAMED_MAX else ""
+    named = "; ".join(lacking[:_NAMED_MAX])
+    report.lost = f"the archive at {archive.url} lacks {records:,}: {named}{more}"
+    if not skip_lost:
+        raise LogMismatch(
+            f"{report.lost}. Nothing was applied. `eddyline refill --skip-lost` applies what is there "
+            "and goes on without the rest"
         )
 
 
 def _fill_all(
-    settings: Settings, archive: Archive, store: StateStore, found: Sequence[Gap]
+    settings: Settings,
+    archive: Archive,
+    store: StateStore,
+    report: RefillReport,
+    on_progress: OnProgress,
 ) -> None:
     towers = bundles.recorded(settings, generations.active_generation(settings))
     producer = outlet_producer(settings)
-    outside = Outside(KafkaForwarder(settings, producer))
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
+    sinks = RefillSinks(KafkaForwarder(settings, producer))
     try:
-        filling = Filling(settings, archive, store, towers, generations.known(settings), outside)
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task("offsets", total=sum(gap.last - gap.first + 1 for gap in found))
-            for gap in found:
-                filling.fill(gap, lambda offsets: bar.advance(task, offsets))
+        filler = GapFiller(settings, archive, store, towers, generations.known(settings), sinks)
+        done, total = 0, sum(gap.last - gap.first + 1 for gap in report.gaps)
+        for gap in report.gaps:
+            for offsets in filler.fill(gap):
+                done += offsets
+                on_progress(done, total)
     finally:
         producer.close(timeout=settings.kafka_timeout_ms / 1000)
-    done = filling.outcome
-    console.print(
-        f"{done.applied:,} events applied, {filling.people.applied:,} profiles, {done.steps:,} steps"
-    )
-    if done.duplicates:
-        console.print(
-            f"{done.duplicates:,} dropped as sent again: dedupe_window_events was smaller then"
-        )
-    for reason, count in sorted(outside.refused.items()):
-        console.print(f"{count:,} refused by the present settings: {reason}")
-    if outside.moved:
-        console.print(f"of merges: {outside.moved:,} events sent on")
-    console.print("ingest can start")
+    report.clicks, report.profiles = filler.clicks, filler.profiles
+    report.refused, report.forwarded = sinks.refused, sinks.forwarded
 
 
-class Filling:
+class GapFiller:
     """Fills gaps one after the other. Thread rule: one thread.
 
-    known: all generations, whose embeddings go with a forgotten user
+    known:            all generations: their embeddings are deleted with a forgotten user
+    clicks, profiles: counts of what was applied so far
     """
 
     def __init__(
@@ -185,19 +191,18 @@ class Filling:
         store: StateStore,
         towers: Bundle,
         known: Sequence[str],
-        outside: Outside,
+        sinks: RefillSinks,
     ) -> None:
         ids = topics.log_ids(settings, [CLICKS, USERS])
-        self.outcome, self.people = Outcome(), Outcome()
-        self._settings, self._archive, self._store, self._log = (
-            settings,
-            archive,
-            store,
-            ids[CLICKS],
-        )
-        self._told = retention_gaps.read_upto(settings)
-        self._people = People(settings, archive, store)
-        self._ends = topics.end_offsets(settings, USERS)
+        self.clicks = Outcome()
+        self.profiles = Outcome()
+        self._settings = settings
+        self._archive = archive
+        self._store = store
+        self._log = ids[CLICKS]
+        self._committed = retention_gaps.committed_offsets(settings)
+        self._profile_records = ProfileRecords(settings, archive, store)
+        self._user_ends = topics.end_offsets(settings, USERS)
         of_clicks = PartitionFences(
             store,
             settings.prefixed(CLICKS),
@@ -210,24 +215,22 @@ class Filling:
             lambda p: users.sources(settings, p),
             lambda: ids[USERS],
         )
-        self._by_clicks = ClickIngest(
-            settings, store, of_clicks, outside, outside, MicroSteps(towers)
+        self._by_clicks = ClickIngest(settings, store, of_clicks, sinks, sinks, MicroSteps(towers))
+        self._by_users = UserIngest(
+            settings, store, of_users, sinks, known, self._by_clicks.profiles_written
         )
-        told = self._by_clicks.profiles_written
-        self._by_users = UserIngest(settings, store, of_users, outside, known, told)
 
-    def fill(self, gap: Gap, on_progress: OnProgress = lambda _: None) -> None:
-        """Apply what the archive has of the gap, then close it.
+    def fill(self, gap: Gap) -> Iterator[int]:
+        """Apply what the archive has of the gap, then close it; yields how many offsets each step passed.
 
-        on_progress: told how many offsets were passed
         Raises EddylineError where another process writes all the time, Unavailable, OSError.
         """
         at, tries = gap.first, 0
-        self._people.reset(gap.partition)
+        self._profile_records.reset(gap.partition)
         while True:
             try:
                 for record in self._apply(gap):
-                    on_progress(max(0, record.offset + 1 - at))
+                    yield max(0, record.offset + 1 - at)
                     at, tries = max(at, record.offset + 1), 0
                 retention_gaps.close(self._settings, self._store, self._log, gap)
                 break
@@ -237,53 +240,53 @@ class Filling:
                     raise EddylineError(
                         f"another process writes, an ingest perhaps: {error}"
                     ) from None
-        on_progress(max(0, gap.last + 1 - at))
+        yield max(0, gap.last + 1 - at)
 
     def _apply(self, gap: Gap) -> Iterator[Record]:
-        """Apply from the fences on; the last click of every chunk that was applied."""
+        """Apply from the fences on; yields the last click of every applied batch."""
         partition, clicks_topic = gap.partition, self._settings.prefixed(CLICKS)
         self._by_clicks.opened(partition)
-        first = self._by_clicks.positions.open({partition: (0, gap.end)}, self._told)[partition]
-        self._by_users.positions.open({partition: (0, self._ends[partition])})
+        next_offsets = self._by_clicks.positions.open({partition: (0, gap.end)}, self._committed)
+        self._by_users.positions.open({partition: (0, self._user_ends[partition])})
         last_ms = self._last_ms(gap)
         if last_ms is None:
             return
-        first_user = self._people.next(USERS, partition)
-        in_kafka = self._people.in_kafka(partition, first_user)
+        first_user = self._profile_records.next_offset(USERS, partition)
+        in_kafka = self._profile_records.in_kafka(partition, first_user)
         with closing(in_kafka):
-            people = takewhile(
-                lambda r: r.timestamp <= last_ms, self._people.of(partition, first_user, in_kafka)
+            profiles = takewhile(
+                lambda record: record.timestamp <= last_ms,
+                self._profile_records.merged(partition, first_user, in_kafka),
             )
-            mine = self._clicks(partition, first, gap.last)
-            merged = heapq.merge(people, mine, key=lambda record: record.timestamp)
+            clicks = self._clicks(partition, next_offsets[partition], gap.last)
+            merged = heapq.merge(profiles, clicks, key=lambda record: record.timestamp)
             for topic, run_ in groupby(merged, key=lambda record: record.topic):
-                while part := list(islice(run_, self._settings.chunk_records_max)):
+                while batch := list(islice(run_, self._settings.chunk_records_max)):
                     if topic == clicks_topic:
-                        self.outcome.add(
-                            self._by_clicks.ingest(partition, part, time.time_ns() // 1_000)
-                        )
-                        yield part[-1]
+                        read_us = time.time_ns() // 1_000
+                        self.clicks.add(self._by_clicks.ingest(partition, batch, read_us))
+                        yield batch[-1]
                     else:
-                        self.people.add(self._by_users.ingest(partition, part, 0))
+                        self.profiles.add(self._by_users.ingest(partition, batch, 0))
         self._by_clicks.counts.write(partition)
 
     def _last_ms(self, gap: Gap) -> int | None:
-        """When the last click of the gap that the archive has was appended; None where it has none."""
-        last_ms = None
+        """Append time of the gap's last click that the archive has; None where it has none."""
         for file in reversed(self._archive.files(CLICKS, gap.partition)):
             if file.first <= gap.last and file.last >= gap.first:
+                last_ms = None
                 for event in self._archive.events(file):
                     if gap.first <= event.offset <= gap.last:
                         last_ms = event.appended_ms
                 if last_ms is not None:
-                    break
-        return last_ms
+                    return last_ms
+        return None
 
     def _clicks(self, partition: int, first: int, last: int) -> Iterator[Record]:
         """The archive's clicks and merges of a partition, by offset."""
         parts = (self._archive.read(topic, partition, first=first) for topic in (CLICKS, MERGES))
         topic = self._settings.prefixed(CLICKS)
-        for found in heapq.merge(*parts, key=lambda event: event.offset):
-            if found.offset > last:
+        for event in heapq.merge(*parts, key=lambda event: event.offset):
+            if event.offset > last:
                 return
-            yield as_sent(topic, found)
+            yield as_sent(topic, event)

@@ -1,4 +1,4 @@
-"""The archive's events as the records that they were; profiles from archive and Kafka as one stream."""
+"""The archive's events as the records they were; profiles of archive and Kafka as one stream."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from streams.ports import Headers, Record
 
 
 @dataclass(frozen=True, slots=True)
-class Refilled:
-    """An event of the archive as the record that it was.
+class ArchivedRecord:
+    """An event of the archive as the record it was.
 
-    to_nobody: a merge whose target was forgotten: what it moves goes nowhere
+    target_forgotten: a merge whose target was forgotten: the moved events are dropped
     """
 
     topic: str
@@ -33,34 +33,41 @@ class Refilled:
     key: bytes | None
     value: bytes | None
     headers: Headers = ()
-    to_nobody: bool = False
+    target_forgotten: bool = False
 
 
-def as_sent(topic: str, found: Archived) -> Refilled:
+def as_sent(topic: str, archived: Archived) -> ArchivedRecord:
     """The record that an archived event was."""
-    event, headers = found.event, []
-    to_nobody = isinstance(event, Merge) and not event.merge_into
-    if isinstance(event, Merge) and to_nobody:
-        # Into whom is forgotten with him. The visitor's list ends all the same.
+    event, headers = archived.event, []
+    target_forgotten = isinstance(event, Merge) and not event.merge_into
+    if isinstance(event, Merge) and target_forgotten:
+        # The target's id was erased with the target. The visitor's history ends all the same.
         event = Merge(user_id=event.user_id, merge_into="forgotten since", at_ms=event.at_ms)
-    if found.produced_us:
-        headers = [("produced_us", str(found.produced_us).encode())]
-    value = None if event is None else events.encode(event)
-    key = None if found.key is None else found.key.encode()
-    return Refilled(
-        topic, found.partition, found.offset, found.appended_ms, key, value, headers, to_nobody
+    if archived.produced_us:
+        headers = [("produced_us", str(archived.produced_us).encode())]
+    return ArchivedRecord(
+        topic,
+        archived.partition,
+        archived.offset,
+        archived.appended_ms,
+        key=None if archived.key is None else archived.key.encode(),
+        value=None if event is None else events.encode(event),
+        headers=headers,
+        target_forgotten=target_forgotten,
     )
 
 
-class People:
-    """Profiles and null records of `users`. Thread rule: one thread."""
+class ProfileRecords:
+    """Profiles and null records of `users`, from the archive and from Kafka. Thread rule: one thread."""
 
     def __init__(self, settings: Settings, archive: Archive, store: StateStore) -> None:
-        self._settings, self._archive, self._store = settings, archive, store
+        self._settings = settings
+        self._archive = archive
+        self._store = store
         self._begins = topics.beginning_offsets(settings, USERS)
 
-    def of(self, partition: int, first: int, in_kafka: Iterator[Record]) -> Iterator[Record]:
-        """Profiles and null records of a partition, by offset: of the archive and of Kafka, each once.
+    def merged(self, partition: int, first: int, in_kafka: Iterator[Record]) -> Iterator[Record]:
+        """The partition's records of both sources from offset `first` on, by offset, each once.
 
         The archive has what compaction removed, Kafka what is older or newer than the archive.
         """
@@ -72,9 +79,29 @@ class People:
                 yield record
 
     def in_kafka(self, partition: int, first: int) -> Generator[Record, None, None]:
-        """What Kafka has of them, up to its present end; to be closed."""
+        """Kafka's records of the partition up to its present end. The caller closes the generator."""
         begin = max(first, self._begins.get(partition, 0))
         yield from reading.read(self._settings, USERS, {partition: begin})
+
+    def next_offset(self, name: str, partition: int) -> int:
+        """The offset after the fence of the user slot; 0 where there is no fence."""
+        slot = user_slot(partition)
+        fence = self._store.fences(Source(name, partition), [slot])[slot]
+        return 0 if fence is None else fence.offset + 1
+
+    def reset(self, partition: int) -> None:
+        """Delete the partition's profiles where no click was ever applied: profiles must not be ahead.
+
+        An ingest that ran when Redis was emptied may have applied some before it met the gap.
+        """
+        if self.next_offset(CLICKS, partition) or not self.next_offset(USERS, partition):
+            return
+        slot = user_slot(partition)
+        with redis_client.client(self._settings) as client:
+            # The fence first: what is left of the profiles is then read again.
+            client.delete(f"{self._prefix}fence:{{{slot}}}:{USERS}:{partition}")
+            for key in client.scan_iter(match=f"{self._prefix}{{{slot}}}:p:*", count=1_000):
+                client.delete(key)
 
     def _archived(self, partition: int, first: int) -> Iterator[Record]:
         ids: dict[str, bytes] | None = None
@@ -84,43 +111,23 @@ class People:
                 yield as_sent(topic, found)
                 continue
             if ids is None:
-                ids = self._by_digest(partition)
+                ids = self._ids_by_digest(partition)
             if found.digest in ids:
-                yield Refilled(
+                yield ArchivedRecord(
                     topic, partition, found.offset, found.appended_ms, ids[found.digest], None
                 )
 
-    def next(self, name: str, partition: int) -> int:
-        """From which offset on a user slot has not got the records of clicks or users."""
-        slot = user_slot(partition)
-        fence = self._store.fences(Source(name, partition), [slot])[slot]
-        return 0 if fence is None else fence.offset + 1
-
-    def reset(self, partition: int) -> None:
-        """Where no click was ever applied, let profiles begin anew, too: they must not be ahead.
-
-        An ingest that was running when Redis was emptied may have read some, before it met the gap.
-        """
-        if self.next(CLICKS, partition) or not self.next(USERS, partition):
-            return
-        ns, slot = self._ns, user_slot(partition)
-        with redis_client.client(self._settings) as client:
-            client.delete(
-                f"{ns}fence:{{{slot}}}:{USERS}:{partition}"
-            )  # first: what is left is then read anew
-            for key in client.scan_iter(match=f"{ns}{{{slot}}}:p:*", count=1_000):
-                client.delete(key)
-
     @property
-    def _ns(self) -> str:
+    def _prefix(self) -> str:
         return f"{self._settings.namespace}:" if self._settings.namespace else ""
 
-    def _by_digest(self, partition: int) -> dict[str, bytes]:
-        """Users that the store has now, by digest: of who was forgotten the archive knows no more."""
+    def _ids_by_digest(self, partition: int) -> dict[str, bytes]:
+        """The store's present users by digest: the archive keeps only digests of forgotten users."""
         found: dict[str, bytes] = {}
         with redis_client.client(self._settings) as client:
             for kind in ("h", "p"):
-                head = f"{self._ns}{{{user_slot(partition)}}}:{kind}:".encode()
+                head = f"{self._prefix}{{{user_slot(partition)}}}:{kind}:".encode()
                 for key in client.scan_iter(match=head.decode() + "*", count=1_000):
-                    found[layout.digest(key.removeprefix(head).decode())] = key.removeprefix(head)
+                    user_id = key.removeprefix(head)
+                    found[layout.digest(user_id.decode())] = user_id
         return found

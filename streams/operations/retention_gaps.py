@@ -1,4 +1,4 @@
-"""Clicks that Kafka's retention removed before they were applied: which they are, and going on without them.
+"""Clicks that Kafka's retention removed before ingest applied them: find them, or go on without them.
 
 Ingest does not start over such a gap (`streams.fences`). `eddyline refill` closes it from the archive,
 `eddyline accept-log --skip-lost` gives the records up.
@@ -7,14 +7,13 @@ Ingest does not start over such a gap (`streams.fences`). `eddyline refill` clos
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from kafka import KafkaAdminClient, TopicPartition
 from kafka.errors import CoordinatorNotAvailableError, KafkaError
 
-from cli.console import console
 from eddyline.errors import EddylineError
 from eddyline.kafka import clients, topics
 from eddyline.kafka.topics import CLICKS
@@ -25,7 +24,7 @@ from streams.clicks import handler
 from streams.fences import PartitionFences
 
 GROUP = "eddyline-ingest"
-_ASK_AGAIN_S = 0.1
+_COORDINATOR_POLL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,40 +40,42 @@ class Gap:
     end: int
 
 
+@dataclass(frozen=True, slots=True)
+class AcceptedLog:
+    """What `accept_log` changed. given_up: the gaps that will never be applied."""
+
+    fences_changed: int
+    given_up: Sequence[Gap]
+
+
 def find(settings: Settings, store: StateStore, log: LogId) -> list[Gap]:
-    """The gaps of all partitions. Raises LogMismatch where fences are of another log than this one."""
+    """The gaps of all partitions. Raises LogMismatch where fences belong to another log."""
     begins, ends = topics.beginning_offsets(settings, CLICKS), topics.end_offsets(settings, CLICKS)
-    positions = PartitionFences(
+    fences = PartitionFences(
         store, settings.prefixed(CLICKS), lambda p: handler.sources(settings, p), lambda: log
     )
-    # Asked as if the log still began with 0: the answer is where the fences say to go on.
-    next_ones = positions.open({partition: (0, end) for partition, end in ends.items()})
+    # Opened as if the log still began with 0: the result is the next offset by the fences.
+    next_offsets = fences.open({partition: (0, end) for partition, end in ends.items()})
     return [
         Gap(partition, first, begins[partition] - 1, ends[partition])
-        for partition, first in sorted(next_ones.items())
+        for partition, first in sorted(next_offsets.items())
         if first < begins[partition]
     ]
 
 
-def close(settings: Settings, store: StateStore, log: LogId, gap: Gap) -> int:
-    """Say that everything up to the gap's end has been applied; how many fences were behind it.
-
-    Raises FenceMoved where another process writes.
-    """
-    behind = 0
+def close(settings: Settings, store: StateStore, log: LogId, gap: Gap) -> None:
+    """Move every fence that is behind the gap's end up to it. Raises FenceMoved where another process writes."""
+    target = Fence(gap.last, log)
     for source, slots in handler.sources(settings, gap.partition).items():
         for slot, fence in store.fences(source, slots).items():
-            if fence is not None and fence.offset >= gap.last:
-                continue
-            behind += 1
-            _move(settings, store, slot, source, fence, Fence(gap.last, log))
-    return behind
+            if fence is None or fence.offset < gap.last:
+                _move(settings, store, slot, source, fence, target)
 
 
-def accept_log(settings: Settings, *, skip_lost: bool) -> None:
-    """Take Kafka's present logs for the truth, and say what was changed.
+def accept_log(settings: Settings, *, skip_lost: bool) -> AcceptedLog:
+    """Accept Kafka's present logs as the ones that the fences continue.
 
-    skip_lost: give up what is in the gaps, too
+    skip_lost: give up the records of all gaps, too
     """
     topics.ensure_topics(settings)
     ids = topics.log_ids(settings, topics.SOURCES)
@@ -83,18 +84,16 @@ def accept_log(settings: Settings, *, skip_lost: bool) -> None:
         changed = store.accept_log(
             {name: (ids[name], topics.end_offsets(settings, name)) for name in ids}
         )
-        console.print(
-            f"{changed} fences changed; logs that are new are read from their beginning, others go on"
-        )
-        for gap in find(settings, store, ids[CLICKS]) if skip_lost else ():
+        gaps = find(settings, store, ids[CLICKS]) if skip_lost else []
+        for gap in gaps:
             close(settings, store, ids[CLICKS], gap)
-            console.print(f"given up: {CLICKS}/{gap.partition} offsets {gap.first} to {gap.last}")
+        return AcceptedLog(changed, gaps)
     finally:
         store.close()
 
 
-def members(settings: Settings) -> int:
-    """How many ingest processes are in their consumer group. One that was killed counts for some seconds."""
+def ingest_members(settings: Settings) -> int:
+    """How many ingest processes are in their consumer group. A killed one counts for some seconds."""
     group = settings.prefixed(GROUP)
     deadline = time.monotonic() + settings.kafka_timeout_ms / 1000
     with _admin(settings) as admin:
@@ -102,22 +101,31 @@ def members(settings: Settings) -> int:
             try:
                 return len(admin.describe_groups([group])[group]["members"])
             except CoordinatorNotAvailableError:
-                # A Kafka that never had a group makes their topic when it is asked for the first time.
+                # Kafka makes the topic of groups when it is first asked for one.
                 if time.monotonic() > deadline:
                     raise
-            time.sleep(_ASK_AGAIN_S)
+            time.sleep(_COORDINATOR_POLL_S)
 
 
-def read_upto(settings: Settings) -> Mapping[int, int]:
-    """By partition of clicks, below which offset ingest once had everything, as it told Kafka; 0 unknown.
+def committed_offsets(settings: Settings) -> Mapping[int, int]:
+    """The ingest group's committed offset of each clicks partition; 0 where there is none.
 
-    Told after the effects, so it is at most behind, by a second.
+    Ingest commits after the effects, so the offset is at most a second behind.
     """
     group, topic = settings.prefixed(GROUP), settings.prefixed(CLICKS)
-    places = [TopicPartition(topic, p) for p in range(settings.clicks_partitions)]
+    partitions = [TopicPartition(topic, p) for p in range(settings.clicks_partitions)]
     with _admin(settings) as admin:
-        found = admin.list_group_offsets({group: places})[group]
-    return {p.partition: max(0, found[p].offset) if p in found else 0 for p in places}
+        found = admin.list_group_offsets({group: partitions})[group]
+    return {p.partition: max(0, found[p].offset) if p in found else 0 for p in partitions}
+
+
+def require_no_ingest(settings: Settings) -> None:
+    """Raise EddylineError while an ingest process runs. The fences would keep both right, but slow."""
+    if found := ingest_members(settings):
+        raise EddylineError(
+            f"{found} ingest processes are in the consumer group {settings.prefixed(GROUP)}: stop them "
+            "first (a killed one leaves the group after six seconds)"
+        )
 
 
 @contextmanager
@@ -139,12 +147,3 @@ def _move(
     else:
         limits = settings.popular_buckets, settings.popular_items_max
         store.count_clicks(slot, source, old, new, {}, *limits)
-
-
-def require_no_ingest(settings: Settings) -> None:
-    """Raise EddylineError while an ingest process runs. The fences would keep both right, but not quick."""
-    if found := members(settings):
-        raise EddylineError(
-            f"{found} ingest processes are in the consumer group {settings.prefixed(GROUP)}: stop them first "
-            "(one that was killed leaves the group after six seconds)"
-        )

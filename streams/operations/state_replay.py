@@ -1,8 +1,8 @@
-"""`eddyline replay --from … --to … --into memory|redis`: a hash of the state that a slice of Kafka gives.
+"""Replay a slice of Kafka's topics into an empty store and hash the resulting state.
 
-The slice goes through ingest's own functions into a store of its own; Kafka is only read. The same slice
-gives the same hash, in either store, whatever the chunks. Order: items first, then each partition's clicks
-and users together, by the broker's append time, users first where equal.
+The slice goes through ingest's own handlers into a store of its own; Kafka is only read. The same
+slice gives the same hash, in either store, whatever the batches. Order: items first, then each
+partition's clicks and users together, by the broker's append time, users first where equal.
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from itertools import groupby, islice
 from typing import Any
 
 import msgspec
-from kafka import TopicPartition
 
-from cli.console import console
 from eddyline import generations
 from eddyline.errors import EddylineError, Rejected, SettingsError
 from eddyline.kafka import topics
@@ -45,16 +43,20 @@ from streams.operations.topic_slices import Slices
 from streams.ports import Outcome, Record
 from streams.users import UserIngest
 
-_IDS_AT_A_TIME = 1_000
+_IDS_PER_READ = 1_000
+_KEYS_PER_SCAN = 1_000
 # More than any bucket of popularity counts can hold.
 _ALL = 2**31 - 1
 
 
 @dataclass
-class Replayed:
-    """What a slice gave. hash: of the whole state; the ids are those that the slice touched.
+class ReplayResult:
+    """What a slice gave.
 
-    published: digest of the last item record of each item"""
+    hash:      of the whole state of the users and items that the slice touched
+    outcomes:  by topic; users: ids by partition; items: ids
+    published: item id -> digest of the item's last record in the item vectors
+    """
 
     hash: str = ""
     outcomes: dict[str, Outcome] = field(default_factory=dict)
@@ -63,8 +65,8 @@ class Replayed:
     published: dict[str, bytes] = field(default_factory=dict)
 
 
-class _Outside:
-    """Where ingest's outputs go here: refused and stray records nowhere, item records into a digest each."""
+class _ReplaySinks:
+    """The outputs of ingest's handlers: item records become digests, all others are dropped."""
 
     def __init__(self, published: dict[str, bytes]) -> None:
         self.published = published
@@ -82,80 +84,82 @@ class _Outside:
         pass
 
     def publish(self, published: Mapping[int, Sequence[ItemRecord]]) -> dict[int, EddylineError]:
-        for record in (record for some in published.values() for record in some):
-            self.published[record.item_id] = hashlib.sha256(
-                item_record.encode_record(record)
-            ).digest()
+        for records in published.values():
+            for record in records:
+                encoded = item_record.encode_record(record)
+                self.published[record.item_id] = hashlib.sha256(encoded).digest()
         return {}
 
 
-def run(settings: Settings, *, begin: str, end: str, into: str, chunk: int) -> None:
-    """Replay a slice and print the hash of its state.
+def run(settings: Settings, *, begin: str, end: str, into: str, batch: int) -> ReplayResult:
+    """Replay a slice into a new store and remove what it wrote.
 
-    begin, end: `earliest`, `latest`, a time (ISO 8601, or milliseconds since 1970; the broker's append time),
-                or offsets by partition, `clicks:0=100,items:1=5`; of topics that are not named: all, or none
-                for an end
-    into:       memory, or redis: there under a namespace of its own, which is removed after it
+    begin, end: `earliest`, `latest`, a time (ISO 8601, or milliseconds since 1970; the broker's
+                append time), or offsets by partition, `clicks:0=100,items:1=5`; topics that are not
+                named: all, or nothing for an end
+    into:       memory, or redis: there under a namespace of its own
+    batch:      records applied at once, at most
     Raises SettingsError, Unavailable, BundleError.
     """
     if into not in ("memory", "redis"):
         raise SettingsError(f"--into {into!r}: expected memory or redis")
-    if chunk < 1:
-        raise SettingsError(f"--chunk {chunk}: must be 1 or above")
+    if batch < 1:
+        raise SettingsError(f"--chunk {batch}: must be 1 or above")
     towers = bundles.recorded(settings, generations.active_generation(settings))
     slices = topic_slices.between(settings, begin, end)
-    with _store(settings, into) as store:
-        done = replay(settings, store, slices, towers, chunk)
-    for name, outcome in done.outcomes.items():
-        counts = (f"{value:,} {what}" for what, value in outcome.counts().items() if value)
-        console.print(f"{name}: {', '.join(counts) or 'nothing'}")
-    console.print(f"state {done.hash}")
+    with temporary_store(settings, into) as store:
+        return replay(settings, store, slices, towers, batch)
 
 
 def replay(
-    settings: Settings, store: StateStore, slices: Slices, towers: Bundle, chunk: int
-) -> Replayed:
-    """Apply slices of the topics to an empty store, `chunk` records at a time. Raises KafkaUnavailable."""
-    done = Replayed()
-    outside = _Outside(done.published)
+    settings: Settings, store: StateStore, slices: Slices, towers: Bundle, batch_records: int
+) -> ReplayResult:
+    """Apply slices of the topics to an empty store, `batch_records` at a time.
+
+    Raises KafkaUnavailable.
+    """
+    result = ReplayResult()
+    sinks = _ReplaySinks(result.published)
     ids = topics.log_ids(settings, topics.SOURCES)
-    micro = MicroSteps(towers)
 
-    def at(name: str, sources_of: Any) -> PartitionFences:
-        positions = PartitionFences(store, settings.prefixed(name), sources_of, lambda: ids[name])
+    def fences(name: str, sources_of: Any) -> PartitionFences:
+        topic = settings.prefixed(name)
+        opened = PartitionFences(store, topic, sources_of, lambda: ids[name])
         # From 0 on: what lies before the slice is left out on purpose, not lost.
-        ends = {p.partition: end for p, (_, end) in slices.items() if _name(settings, p) == name}
-        positions.open({partition: (0, end) for partition, end in ends.items()})
-        return positions
+        opened.open({p.partition: (0, end) for p, (_, end) in slices.items() if p.topic == topic})
+        return opened
 
-    of_clicks = at(CLICKS, lambda p: handler.sources(settings, p))
-    of_users = at(USERS, lambda p: users.sources(settings, p))
-    of_items = at(ITEMS, lambda p: metadata.sources(settings, towers.generation, p))
-    by_clicks = ClickIngest(settings, store, of_clicks, outside, outside, micro)
+    of_clicks = fences(CLICKS, lambda p: handler.sources(settings, p))
+    of_users = fences(USERS, lambda p: users.sources(settings, p))
+    of_items = fences(ITEMS, lambda p: metadata.sources(settings, towers.generation, p))
+    by_clicks = ClickIngest(settings, store, of_clicks, sinks, sinks, MicroSteps(towers))
     ingests: dict[str, Any] = {
-        ITEMS: ItemIngest(settings, store, of_items, outside, outside, towers, lambda: 0),
+        ITEMS: ItemIngest(settings, store, of_items, sinks, sinks, towers, lambda: 0),
         USERS: UserIngest(
-            settings, store, of_users, outside, [towers.generation], by_clicks.profiles_written
+            settings, store, of_users, sinks, [towers.generation], by_clicks.profiles_written
         ),
         CLICKS: by_clicks,
     }
-    done.outcomes = {name: Outcome() for name in ingests}
+    result.outcomes = {name: Outcome() for name in ingests}
     for partition, merged in topic_slices.merged(settings, slices):
         for topic, run_ in groupby(merged, key=lambda record: record.topic):
             name = topic.removeprefix(settings.prefixed(""))
-            while part := list(islice(run_, chunk)):
-                _note(done, name, partition, part, settings)
-                done.outcomes[name].add(ingests[name].ingest(partition, part, 0))
+            while batch := list(islice(run_, batch_records)):
+                _note_ids(result, name, partition, batch)
+                result.outcomes[name].add(ingests[name].ingest(partition, batch, 0))
         by_clicks.count(partition)
-    done.hash = state_hash(settings, store, done, towers.generation)
-    return done
+    result.hash = state_hash(settings, store, result, towers.generation)
+    return result
 
 
-def state_hash(settings: Settings, store: StateStore, touched: Replayed, generation: str) -> str:
+def state_hash(
+    settings: Settings, store: StateStore, touched: ReplayResult, generation: str
+) -> str:
     """SHA-256 of all state of the touched users and items, in a fixed order.
 
-    Fences' offsets, event-id windows, lists, embeddings' bits, profiles, popularity counts, cards, and the
-    last item record published. Left out: `read_us` and `applied_us`, stamps of this run, and the log's id.
+    Covers fences' offsets, event-id windows, histories, embeddings' bits, profiles, popularity counts,
+    item metadata and the last published item records. Leaves out `read_us` and `applied_us`, stamps of
+    this run, and the log's id.
     """
     state = hashlib.sha256()
 
@@ -167,7 +171,7 @@ def state_hash(settings: Settings, store: StateStore, touched: Replayed, generat
         for source, slots in {**handler.sources(settings, p), **users.sources(settings, p)}.items():
             for name, fence in sorted(store.fences(source, slots).items()):
                 add("fence", source.name, p, name, -1 if fence is None else fence.offset)
-        # The ids that can still be met; how many older ones are there yet depends on the chunks.
+        # Ids that can still be met; how many older ones are kept depends on the batches.
         window = store.read_slot(slot, Source(CLICKS, p))
         floor = (
             0 if window.fence is None else window.fence.offset + 1 - settings.dedupe_window_events
@@ -176,19 +180,19 @@ def state_hash(settings: Settings, store: StateStore, touched: Replayed, generat
         for user_ids in _batches(touched.users.get(p, ())):
             read = store.read_users(slot, Source(CLICKS, p), [], user_ids, [generation])
             for user in user_ids:
-                found = read.histories.get(user, user_history.EMPTY)
+                history = read.histories.get(user, user_history.EMPTY)
+                encoded = user_history.encode(msgspec.structs.replace(history, read_us=0))
                 profile = msgspec.json.encode(read.profiles.get(user), order="sorted")
-                listed = user_history.encode(msgspec.structs.replace(found, read_us=0))
-                add("user", user, listed, read.embeddings[generation].get(user), profile)
+                add("user", user, encoded, read.embeddings[generation].get(user), profile)
     for p in range(settings.items_partitions):
         for source, slots in metadata.sources(settings, generation, p).items():
             for name, fence in sorted(store.fences(source, slots).items()):
                 add("fence", source.name, p, name, -1 if fence is None else fence.offset)
     for item_ids in _batches(touched.items):
-        cards = store.read_item_metadata(item_ids, settings.item_slots)
+        found = store.read_item_metadata(item_ids, settings.item_slots)
         for item_id in item_ids:
-            card = cards.get(item_id)
-            place = None if card is None else (card.partition, card.offset, card.body)
+            item = found.get(item_id)
+            place = None if item is None else (item.partition, item.offset, item.body)
             add("item", item_id, place, touched.published.get(item_id))
     for shard in range(settings.item_slots):
         for bucket, counts in sorted(store.popular(f"i{shard}", _ALL).items()):
@@ -197,7 +201,8 @@ def state_hash(settings: Settings, store: StateStore, touched: Replayed, generat
 
 
 @contextmanager
-def _store(settings: Settings, into: str) -> Iterator[StateStore]:
+def temporary_store(settings: Settings, into: str) -> Iterator[StateStore]:
+    """An empty store: in memory, or in Redis under a namespace that is removed with the block."""
     if into == "memory":
         yield MemoryStore()
         return
@@ -208,49 +213,42 @@ def _store(settings: Settings, into: str) -> Iterator[StateStore]:
         yield store
     finally:
         store.close()
-        _remove(settings, namespace)
+        remove_namespace(settings, namespace)
 
 
-def _remove(settings: Settings, namespace: str) -> None:
+def remove_namespace(settings: Settings, namespace: str) -> None:
+    """Delete every key of a namespace."""
     with redis_client.client(settings) as client:
-        keys = client.scan_iter(match=f"{namespace}:*", count=1_000)
-        while some := list(islice(keys, 1_000)):
+        keys = client.scan_iter(match=f"{namespace}:*", count=_KEYS_PER_SCAN)
+        while found := list(islice(keys, _KEYS_PER_SCAN)):
             with client.pipeline(transaction=False) as pipe:
-                for key in some:
+                for key in found:
                     pipe.unlink(key)
                 pipe.execute()
 
 
-def _note(
-    done: Replayed, name: str, partition: int, part: Sequence[Any], settings: Settings
-) -> None:
-    """Remember whom the records are about: the ids under which state may lie now."""
-    keys = {(r.key or b"").decode(errors="replace") for r in part}
+def _note_ids(result: ReplayResult, name: str, partition: int, batch: Sequence[Record]) -> None:
+    """Note the ids of the records' users and items: state may lie under them now."""
+    keys = {(record.key or b"").decode(errors="replace") for record in batch}
     if name == ITEMS:
-        done.items |= keys
+        result.items |= keys
         return
-    people = done.users.setdefault(partition, set())
+    user_ids = result.users.setdefault(partition, set())
     if name == USERS:
-        people |= keys
+        user_ids |= keys
         return
-    for record in part:
+    for record in batch:
         try:
-            found = msgspec.json.decode(record.value or b"", type=_Ids)
+            user_ids.add(msgspec.json.decode(record.value or b"", type=_UserId).user_id)
         except msgspec.DecodeError:
             continue
-        people.add(found.user_id)
 
 
-class _Ids(msgspec.Struct):
+class _UserId(msgspec.Struct):
     user_id: str
 
 
 def _batches(ids: Iterable[str]) -> Iterator[list[str]]:
-    """Sorted, a thousand at a time."""
     ordered = sorted(ids)
-    for at in range(0, len(ordered), _IDS_AT_A_TIME):
-        yield ordered[at : at + _IDS_AT_A_TIME]
-
-
-def _name(settings: Settings, place: TopicPartition) -> str:
-    return str(place.topic).removeprefix(settings.prefixed(""))
+    for at in range(0, len(ordered), _IDS_PER_READ):
+        yield ordered[at : at + _IDS_PER_READ]

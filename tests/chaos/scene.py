@@ -22,10 +22,11 @@ from eddyline.kafka import topics
 from eddyline.kafka.producers import now_ms
 from eddyline.settings.loader import Settings
 from sandbox.datasets.dataset import Dataset
-from sandbox.processes import ProcessRunner, free_port, wait_until_applied
+from sandbox.processes import Deployment, free_port, wait_until_applied
 from sandbox.servers import free_ports, kafka_jars, valkey
 from sandbox.servers import kafka_broker as broker
 from sandbox.servers.supervisor import Child, Supervisor
+from serving.rpc.client import is_ready
 from tests.chaos.proxy import Proxy
 
 # Small, so that one shape of every limit is met: lists that are full, events that come too late.
@@ -88,12 +89,14 @@ class Scene:
         through = msgspec.structs.replace(
             self.settings, redis_url=f"redis://127.0.0.1:{self.proxy.port}/0"
         )
-        runner = ProcessRunner(through, self.supervisor)
-        runner.prepare(self._manifest)
+        deployment = Deployment(through, self.supervisor)
+        deployment.prepare(self._manifest)
         replay_file.send(self.settings, world.items)
         more = {name: str(value) for name, value in CUT.items()}
-        worker, self.address = runner.worker_child(port=free_port(), **more)
-        self.supervisor.start(*(runner.ingest_child(name, **more) for name in self.names), worker)
+        worker, self.address = deployment.worker_child(is_ready, port=free_port(), **more)
+        self.supervisor.start(
+            *(deployment.ingest_child(name, **more) for name in self.names), worker
+        )
         self.caught_up(60)
 
     def stop(self) -> None:
@@ -117,9 +120,7 @@ class Scene:
                 ends = {name: topics.end_offsets(self.settings, name) for name in topics.SOURCES}
                 if ends == before:
                     return
-                wait_until_applied(
-                    self.settings, lambda *_: None, timeout_s=timeout_s, check=self.supervisor.check
-                )
+                wait_until_applied(self.settings, timeout_s=timeout_s, check=self.supervisor.check)
                 before = ends
             except Unavailable:
                 time.sleep(0.2)

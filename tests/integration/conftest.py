@@ -26,10 +26,10 @@ from eddyline.stores.redis import RedisStore
 from sandbox import processes
 from sandbox.datasets import synthetic
 from sandbox.datasets.dataset import Dataset
-from sandbox.processes import ProcessRunner
+from sandbox.processes import Deployment
 from sandbox.servers.local_servers import local_servers, log_dir
 from sandbox.servers.supervisor import Supervisor
-from serving.rpc.client import Client
+from serving.rpc.client import Client, is_ready
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Live:
     """One namespace with its processes. Every wait in it ends."""
 
     settings: Settings
-    runner: ProcessRunner
+    deployment: Deployment
     world: Dataset
     address: str = ""
     producer: Any = None
@@ -45,7 +45,7 @@ class Live:
 
     @property
     def supervisor(self) -> Supervisor:
-        return self.runner.supervisor
+        return self.deployment.supervisor
 
     def client(self, address: str = "") -> Client:
         return self.opened.enter_context(Client(address or self.address))
@@ -72,7 +72,7 @@ class Live:
 
     def applied(self, timeout_s: float = 30) -> None:
         """Wait until ingest has applied all that was sent."""
-        processes.wait_until_applied(self.settings, lambda *_: None, timeout_s=timeout_s)
+        processes.wait_until_applied(self.settings, timeout_s=timeout_s)
 
     def kill(self, name: str, sig: signal.Signals = signal.SIGKILL) -> int:
         pid = self.supervisor.pids()[name]
@@ -141,7 +141,7 @@ def living(
     folder, manifest = bundle
     settings = msgspec.structs.replace(settings, bundle_dir=str(folder))
     supervisor = Supervisor(Path(settings.data_dir) / "logs")
-    live = Live(settings, ProcessRunner(settings, supervisor), world)
+    live = Live(settings, Deployment(settings, supervisor), world)
     more = {
         "clicks_partitions": str(settings.clicks_partitions),
         "items_partitions": str(settings.items_partitions),
@@ -150,13 +150,13 @@ def living(
         "backoff_ms_max": "500",
     }
     try:
-        live.runner.prepare(manifest)
+        live.deployment.prepare(manifest)
         live.producer = producers.make_producer(settings)
         live.opened.callback(live.producer.close, timeout=5)
         if with_items:
             replay_file.send(settings, world.items)
-        worker, live.address = live.runner.worker_child(**more)
-        supervisor.start(live.runner.ingest_child(**more, **ingest), worker)
+        worker, live.address = live.deployment.worker_child(is_ready, **more)
+        supervisor.start(live.deployment.ingest_child(**more, **ingest), worker)
         live.applied()
         yield live
     finally:

@@ -116,7 +116,7 @@ def environment(settings: Settings) -> dict[str, str]:
 
 
 def start(settings: Settings) -> subprocess.Popen[bytes]:
-    argv = [sys.executable, "-m", "eddyline", "archive"]
+    argv = [sys.executable, "-m", "cli", "archive"]
     return subprocess.Popen(argv, env=environment(settings), stderr=subprocess.PIPE)
 
 
@@ -217,7 +217,7 @@ def test_the_command_rewrites_every_file_of_a_user(settings: Settings) -> None:
     before = [e for e in archive.read(topics.CLICKS) if e.key != "user-5"]
     assert len(before) < sum(1 for _ in archive.read(topics.CLICKS))
     done = subprocess.run(
-        [sys.executable, "-m", "eddyline", "archive", "forget", "user-5"],
+        [sys.executable, "-m", "cli", "archive", "forget", "user-5"],
         env=environment(settings),
         capture_output=True,
         text=True,

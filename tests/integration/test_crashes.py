@@ -23,8 +23,8 @@ from eddyline.kafka.producers import now_ms
 from eddyline.schema import user_history
 from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import Source
-from sandbox.processes import worker_is_ready
 from sandbox.servers.supervisor import Supervisor
+from serving.rpc.client import is_ready
 from tests import oracle
 
 pytestmark = pytest.mark.timeout(240)
@@ -65,7 +65,7 @@ def test_ingest_killed_in_mid_chunk(make_live) -> None:
 def test_two_ingest_processes_share_and_one_is_killed(make_live) -> None:
     live = make_live()
     live.supervisor.start(
-        live.runner.ingest_child("ingest-2", clicks_partitions="4", items_partitions="2")
+        live.deployment.ingest_child("ingest-2", clicks_partitions="4", items_partitions="2")
     )
     time.sleep(4)
     send_history(live, times=2)
@@ -118,7 +118,7 @@ def test_a_worker_killed_and_back_gives_the_same_answers(make_live) -> None:
     assert not any(live.world.items[0].item_id in items for items in before.values())
     live.kill("worker")
     live.supervisor.wait("worker", timeout_s=30)
-    live.wait_for("the worker to answer", lambda: worker_is_ready(live.address))
+    live.wait_for("the worker to answer", lambda: is_ready(live.address))
     live.wait_for("the same answers", lambda: ask() == before)
 
 
@@ -151,7 +151,7 @@ def test_kafka_made_anew_under_an_old_redis_is_refused(make_live) -> None:
         admin.close()
     live.wait_for("the topic to go", lambda: gone(live, topics.CLICKS))
     topics.ensure_topics(live.settings)
-    child = live.runner.ingest_child("again", clicks_partitions="4", items_partitions="2")
+    child = live.deployment.ingest_child("again", clicks_partitions="4", items_partitions="2")
     run = lambda: subprocess.run(  # noqa: E731
         list(child.argv),
         env=os.environ | dict(child.env),
@@ -163,7 +163,7 @@ def test_kafka_made_anew_under_an_old_redis_is_refused(make_live) -> None:
     assert done.returncode == 3, done.stderr[-2000:]
     assert "eddyline accept-log" in done.stderr and "topic id" in done.stderr
     accepted = subprocess.run(
-        [sys.executable, "-m", "eddyline", "accept-log", "--yes"],
+        [sys.executable, "-m", "cli", "accept-log", "--yes"],
         env=os.environ | dict(child.env),
         capture_output=True,
         text=True,

@@ -16,13 +16,13 @@ import msgspec
 import pytest
 
 from eddyline.settings.loader import Settings
-from sandbox.processes import ProcessRunner
+from sandbox.processes import Deployment
 from sandbox.servers import free_ports
 from sandbox.servers.supervisor import Supervisor
 from serving import registry
 from serving.proto import retrieval_pb2 as pb
 from serving.proto.retrieval_pb2_grpc import RetrievalStub
-from serving.rpc.client import CallFailed, Client, open_channel
+from serving.rpc.client import CallFailed, Client, is_ready, open_channel
 
 PROCESSES = 3
 _R = TypeVar("_R")
@@ -105,7 +105,8 @@ def group(live, tmp_path: Path) -> Iterator[Group]:
         live.settings, data_dir=str(tmp_path), bundle_dir=str(live.settings.bundles)
     )
     supervisor = Supervisor(tmp_path / "logs")
-    worker, address = ProcessRunner(settings, supervisor).worker_child(
+    worker, address = Deployment(settings, supervisor).worker_child(
+        is_ready,
         worker_processes=str(PROCESSES),
         index_exact_below="50",
         backoff_ms_max="500",

@@ -30,11 +30,11 @@ from eddyline.settings.loader import Settings
 from sandbox import processes
 from sandbox.datasets import synthetic
 from sandbox.datasets.dataset import Dataset
-from sandbox.processes import ProcessRunner
+from sandbox.processes import Deployment
 from sandbox.servers import status
 from sandbox.servers.local_servers import local_servers
 from sandbox.servers.supervisor import Supervisor
-from serving.rpc.client import Client
+from serving.rpc.client import Client, is_ready
 from serving.worker.item_vectors import ItemVectorLog
 from tests.integration.secured_kafka import (
     KEY_PASSWORD,
@@ -175,23 +175,23 @@ def test_everything_works_with_the_rights_in_the_docs(
     operator = system.settings("operator")
     logs = Path(system.base.data_dir) / "logs"
     with Supervisor(logs) as supervisor:
-        ProcessRunner(operator, supervisor).prepare(manifest)
+        Deployment(operator, supervisor).prepare(manifest)
         replay_file.send(operator, small_world.items)
         replay_file.send(operator, small_world.clicks)
         cut = {"clicks_partitions": "2", "items_partitions": "2"}
-        ingest = ProcessRunner(system.settings("ingest"), supervisor).ingest_child(**cut)
-        worker, address = ProcessRunner(system.settings("worker"), supervisor).worker_child(**cut)
-        archiving = ProcessRunner(system.settings("archive"), supervisor).child(
+        ingest = Deployment(system.settings("ingest"), supervisor).ingest_child(**cut)
+        worker, address = Deployment(system.settings("worker"), supervisor).worker_child(
+            is_ready, **cut
+        )
+        archiving = Deployment(system.settings("archive"), supervisor).child(
             "archive", "streams.archive", lambda: True, archive_file_offsets="8", **cut
         )
         supervisor.start(ingest, worker, archiving)
-        processes.wait_until_applied(
-            operator, lambda *_: None, timeout_s=30, check=supervisor.check
-        )
+        processes.wait_until_applied(operator, timeout_s=30, check=supervisor.check)
 
         with Client(address) as client:
             before = [item.item_id for item in client.retrieve("ana", 10).items]
-            done = run(operator, "eddyline", "click", "ana", before[0])
+            done = run(operator, "cli", "click", "ana", before[0])
             assert done.returncode == 0, done.stderr
             partition, offset = re.search(r"sent: clicks/(\d+)/(\d+)", done.stdout).groups()  # type: ignore[union-attr]
             answer = client.retrieve("ana", 10, after=(int(partition), int(offset)), wait_ms=2_000)
@@ -205,9 +205,9 @@ def test_everything_works_with_the_rights_in_the_docs(
         producer.send(clicks, b"no json", key=b"ana").get(timeout=5)
         producer.close(timeout=5)
         eventually(lambda: list(reading.read(operator, topics.DEAD_LETTERS, {0: 0})))
-        done = run(operator, "eddyline", "dead-letters", "list")
+        done = run(operator, "cli", "dead-letters", "list")
         assert done.returncode == 0 and "malformed_json" in done.stdout, done.stderr
-        done = run(operator, "eddyline", "stats", "--address", address)
+        done = run(operator, "cli", "stats", "--address", address)
         assert done.returncode == 0 and "clicks" in done.stdout, done.stderr
         eventually(lambda: list(Archive(system.base).read(topics.ITEMS)))
         supervisor.check()
@@ -324,7 +324,7 @@ def test_every_kind_of_client_is_told(what: str, broker: SecuredKafka, base: Set
         keeps_secrets(told)
 
 
-PROCESSES = (("eddyline", "click", "ana", "5"), ("streams",), ("serving",), ("streams.archive",))
+PROCESSES = (("cli", "click", "ana", "5"), ("streams",), ("serving",), ("streams.archive",))
 
 
 @pytest.mark.parametrize(
@@ -386,7 +386,7 @@ def test_ingest_says_which_right_its_group_or_its_transactions_lack(
         base, namespace=space, data_dir=str(tmp_path), bundle_dir=str(folder)
     )
     with Supervisor(tmp_path / "logs") as supervisor:
-        ProcessRunner(settings, supervisor).prepare(manifest)
+        Deployment(settings, supervisor).prepare(manifest)
     broker.allow("ingest", *(right for right in rights("ingest", space) if right[0] != lacking))
     done = run(broker.settings(settings, "LOGINTLS", **broker.scram("ingest")), "streams")
     assert done.returncode == 3, done.stderr

@@ -20,6 +20,7 @@ from eddyline.schema.events import Item, UserProfile
 from eddyline.schema.partitioning import partition_of
 from eddyline.stores.redis import RedisStore
 from serving.proto import retrieval_pb2 as pb
+from serving.rpc.client import is_ready
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -130,8 +131,8 @@ def test_an_item_is_found_changes_and_is_gone(live, user) -> None:
 
 
 def test_a_second_worker_gives_the_same_answers(live) -> None:
-    child, address = live.runner.worker_child(
-        "second", clicks_partitions="4", items_partitions="2", redis_timeout_ms="1000"
+    child, address = live.deployment.worker_child(
+        is_ready, "second", clicks_partitions="4", items_partitions="2", redis_timeout_ms="1000"
     )
     live.supervisor.start(child)
     first, second = live.client(), live.client(address)
@@ -260,7 +261,7 @@ def test_the_command_line_works(live, user) -> None:
 
     def run(*words: str, code: int = 0) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "eddyline", *words],
+            [sys.executable, "-m", "cli", *words],
             env=env,
             capture_output=True,
             text=True,
@@ -294,7 +295,7 @@ def test_the_command_line_works(live, user) -> None:
 
 
 def test_ingest_runs_on_uvloop(live) -> None:
-    said = "".join(path.read_text() for path in live.runner.supervisor.log_dir.glob("*ingest*"))
+    said = "".join(path.read_text() for path in live.deployment.supervisor.log_dir.glob("*ingest*"))
     assert "ingest starts" in said and "uvloop" in said.split("ingest starts", 1)[1].splitlines()[0]
 
 

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.rebalance import Looks, change_hands
 from cli.commands import replay_file
 from eddyline.settings.loader import Settings
-from sandbox.processes import ProcessRunner
+from sandbox.processes import Deployment
 from sandbox.servers.local_servers import log_dir
 from sandbox.servers.supervisor import Supervisor
 from tests import oracle
@@ -34,7 +34,7 @@ def test_partitions_change_hands_and_nothing_is_lost_or_doubled(
     settings.bundles.symlink_to(folder)
     log_dir(settings).mkdir(parents=True, exist_ok=True)
     with Supervisor(log_dir(settings)) as nobody:
-        ProcessRunner(settings, nobody).prepare(manifest)
+        Deployment(settings, nobody).prepare(manifest)
     replay_file.send(settings, world.items)
     phases = change_hands(settings, STEPS, rate=150, phase_s=2)
     assert [phase.name for phase in phases] == [name for name, *_ in STEPS]

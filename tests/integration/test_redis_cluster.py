@@ -464,7 +464,7 @@ def test_keys_are_not_looked_through_while_slots_move(
 
 
 def test_a_namespace_is_removed_from_all_nodes(cluster: RealCluster) -> None:
-    from streams.operations.state_replay import _remove
+    from streams.operations.state_replay import remove_namespace
 
     settings = settings_of(cluster.url)
     with (
@@ -474,7 +474,7 @@ def test_a_namespace_is_removed_from_all_nodes(cluster: RealCluster) -> None:
         for slot in SLOTS:
             store.write_users(slot, clicks(slot), None, at(1), UserEffects(accepted={"e": 1}))
         assert len([*client.scan_iter(match=f"{settings.namespace}:*")]) == 2 * len(SLOTS)
-        _remove(settings, settings.namespace)
+        remove_namespace(settings, settings.namespace)
         assert [*client.scan_iter(match=f"{settings.namespace}:*")] == []
 
 

@@ -47,7 +47,7 @@ from eddyline.stores.state_store import (
     UserQuery,
     UserWrite,
 )
-from sandbox.processes import worker_is_ready
+from serving.rpc.client import is_ready
 from tests.integration.redis_servers import (
     Server,
     real_cluster,
@@ -166,7 +166,7 @@ def test_a_wrong_password_ends_a_process_with_a_sentence(
         "EDDYLINE_ITEMS_PARTITIONS": "2",
         "EDDYLINE_WORKER_PORT": "0",
     }
-    commands = (["streams"], ["serving"], ["eddyline", "accept-log", "--yes"])
+    commands = (["streams"], ["serving"], ["cli", "accept-log", "--yes"])
     with contextlib.ExitStack() as stack:
         running = [
             stack.enter_context(
@@ -301,14 +301,15 @@ def test_ingest_and_worker_run_with_the_documented_users(
                 redis_url=url("ingest", port, scheme="rediss"),
             )
             live = make_live(SimpleNamespace(settings=settings))
-            child, address = live.runner.worker_child(
+            child, address = live.deployment.worker_child(
+                is_ready,
                 "reader",
                 redis_url=url("worker", port, scheme="rediss"),
                 clicks_partitions="4",
                 items_partitions="2",
             )
             live.supervisor.start(child)
-            wait_for("the reader", lambda: worker_is_ready(address))
+            wait_for("the reader", lambda: is_ready(address))
             token = live.click("ana", world.items[0].item_id)
             live.applied()
             answer = live.client(address).retrieve(

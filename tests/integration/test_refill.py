@@ -19,6 +19,7 @@ import pytest
 import redis
 from kafka import KafkaAdminClient, TopicPartition
 
+from cli.commands import refill as commands_refill
 from cli.commands import replay_file as sending
 from eddyline import generations
 from eddyline.archive import HOUR_MS, Archive
@@ -76,7 +77,7 @@ def environment(settings: Settings) -> dict[str, str]:
 
 
 def command(settings: Settings, *words: str) -> subprocess.CompletedProcess[str]:
-    argv = [sys.executable, "-m", "eddyline", *words]
+    argv = [sys.executable, "-m", "cli", *words]
     return subprocess.run(
         argv, env=environment(settings), capture_output=True, text=True, timeout=60
     )
@@ -84,7 +85,7 @@ def command(settings: Settings, *words: str) -> subprocess.CompletedProcess[str]
 
 @contextmanager
 def ingesting(settings: Settings) -> Iterator[subprocess.Popen[str]]:
-    argv = [sys.executable, "-m", "eddyline", "ingest"]
+    argv = [sys.executable, "-m", "cli", "ingest"]
     child = subprocess.Popen(argv, env=environment(settings), stderr=subprocess.PIPE, text=True)
     try:
         yield child
@@ -96,7 +97,7 @@ def ingesting(settings: Settings) -> Iterator[subprocess.Popen[str]]:
 def applied(settings: Settings) -> None:
     """Wait until ingest has applied all, what it forwards itself included."""
     for _ in range(3):
-        processes.wait_until_applied(settings, lambda *_: None, timeout_s=30)
+        processes.wait_until_applied(settings, timeout_s=30)
         before = topics.end_offsets(settings, CLICKS)
         time.sleep(0.3)
         if topics.end_offsets(settings, CLICKS) == before:
@@ -202,7 +203,7 @@ def put_back(settings: Settings, copy: dict[bytes, bytes]) -> None:
             client.restore(key, 0, value)
 
 
-def truth(settings: Settings) -> state_replay.Replayed:
+def truth(settings: Settings) -> state_replay.ReplayResult:
     """The state that the topics give, by ingest's functions in memory, while Kafka still has all."""
     towers, slices = (
         bundles.load(settings.bundles / "1"),
@@ -211,7 +212,7 @@ def truth(settings: Settings) -> state_replay.Replayed:
     return state_replay.replay(settings, MemoryStore(), slices, towers, 97)
 
 
-def state(settings: Settings, touched: state_replay.Replayed) -> str:
+def state(settings: Settings, touched: state_replay.ReplayResult) -> str:
     store = RedisStore(settings)
     try:
         return state_replay.state_hash(settings, store, touched, "1")
@@ -265,24 +266,21 @@ def test_an_emptied_redis_is_filled_from_the_archive_to_the_same_bits(
         pass
 
     first = begins[0]
-    passed: list[int] = []
-
-    def kill(offsets: int) -> None:
-        passed.append(offsets)
-        if sum(passed) > first // 2:
-            raise Killed
-
+    passed = 0
     store = RedisStore(settings)
     try:  # a refill that is killed half-way
         log = topics.log_ids(settings, [CLICKS])[CLICKS]
         found = retention_gaps.find(settings, store, log)
         assert (found[0].partition, found[0].first, found[0].last) == (0, 0, first - 1)
-        outside: Any = refill.Outside(forwarder=None)  # type: ignore[arg-type]
-        filling = refill.Filling(
-            settings, Archive(settings), store, bundles.load(settings.bundles / "1"), ["1"], outside
+        sinks: Any = refill.RefillSinks(forwarder=None)  # type: ignore[arg-type]
+        filler = refill.GapFiller(
+            settings, Archive(settings), store, bundles.load(settings.bundles / "1"), ["1"], sinks
         )
         with pytest.raises(Killed):
-            filling.fill(found[0], kill)
+            for offsets in filler.fill(found[0]):
+                passed += offsets
+                if passed > first // 2:
+                    raise Killed
         users = store.fences(retention_gaps.Source(CLICKS, 0), ["u0"])["u0"]
         assert users is not None and first // 2 < users.offset < first, (
             "the counts are further behind"
@@ -355,7 +353,7 @@ def test_what_the_archive_lacks_is_named_and_given_up_only_when_asked(
         f"{settings.namespace}:layout".encode()
     }
     before = topics.end_offsets(settings, CLICKS)
-    refill.run(settings, skip_lost=True)
+    commands_refill.refill(settings, skip_lost=True)
     # No ingest was ever here, so nothing that a merge moves has been sent on: this time it is.
     sent = sum(topics.end_offsets(settings, CLICKS).values()) - sum(before.values())
     assert sent > 5 and f"of merges: {sent} events sent on" in capsys.readouterr().out

@@ -19,10 +19,10 @@ import pytest
 from eddyline.kafka.producers import now_ms
 from eddyline.schema.events import Item
 from eddyline.schema.partitioning import item_shard
-from sandbox.processes import ProcessRunner
+from sandbox.processes import Deployment
 from sandbox.servers.supervisor import Supervisor
 from serving.proto import retrieval_pb2 as pb
-from serving.rpc.client import CallFailed, Client
+from serving.rpc.client import CallFailed, Client, is_ready
 
 SHARDS = 4
 
@@ -32,14 +32,14 @@ class Sharded:
     """The processes of this file. Every wait in it ends."""
 
     live: object
-    runner: ProcessRunner
+    deployment: Deployment
     addresses: list[str]
     address: str
     coordinator: Client
     one: Client
 
     def kill(self, shard: int, sig: signal.Signals = signal.SIGKILL) -> None:
-        os.kill(self.runner.supervisor.pids()[f"shard-{shard}"], sig)
+        os.kill(self.deployment.supervisor.pids()[f"shard-{shard}"], sig)
 
     def whole(self, timeout_s: float = 30) -> None:
         """Wait until every shard answers and has what the one worker has."""
@@ -59,7 +59,7 @@ def sharded(live, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sharded]
     settings = msgspec.structs.replace(
         live.settings, data_dir=str(folder), bundle_dir=str(live.settings.bundles)
     )
-    runner = ProcessRunner(settings, Supervisor(folder / "logs"))
+    deployment = Deployment(settings, Supervisor(folder / "logs"))
     more = {
         "clicks_partitions": str(settings.clicks_partitions),
         "items_partitions": str(settings.items_partitions),
@@ -68,14 +68,14 @@ def sharded(live, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sharded]
         "backoff_ms_max": "500",
         "shard_timeout_ms": "800",  # the machine that runs the tests may be busy
     }
-    children, addresses, address = runner.sharded_children(SHARDS, **more)
+    children, addresses, address = deployment.sharded_children(SHARDS, is_ready, **more)
     try:
-        runner.supervisor.start(*children)
+        deployment.supervisor.start(*children)
         with contextlib.ExitStack() as opened:
             coordinator, one = (opened.enter_context(Client(at)) for at in (address, live.address))
-            yield Sharded(live, runner, addresses, address, coordinator, one)
+            yield Sharded(live, deployment, addresses, address, coordinator, one)
     finally:
-        runner.supervisor.stop()
+        deployment.supervisor.stop()
 
 
 @pytest.fixture
@@ -234,7 +234,7 @@ def test_the_command_line_speaks_to_the_coordinator(sharded, live) -> None:
         "EDDYLINE_KAFKA_BOOTSTRAP_SERVERS": live.settings.kafka_bootstrap_servers,
         "EDDYLINE_REDIS_URL": live.settings.redis_url,
         "EDDYLINE_NAMESPACE": live.settings.namespace,
-        "EDDYLINE_DATA_DIR": sharded.runner.settings.data_dir,
+        "EDDYLINE_DATA_DIR": sharded.deployment.settings.data_dir,
         "EDDYLINE_CLICKS_PARTITIONS": "4",
         "EDDYLINE_ITEMS_PARTITIONS": "2",
         "COLUMNS": "200",
@@ -242,7 +242,7 @@ def test_the_command_line_speaks_to_the_coordinator(sharded, live) -> None:
 
     def run(*words: str, code: int = 0, **more: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "eddyline", *words],
+            [sys.executable, "-m", "cli", *words],
             env=env | more,
             capture_output=True,
             text=True,
@@ -271,9 +271,9 @@ def test_a_shard_alone_answers_no_user(sharded) -> None:
 def test_each_shard_keeps_a_snapshot_of_its_own(sharded) -> None:
     """The supervisor's child ends in good order, writes its snapshot and is started again from it."""
     sharded.whole()
-    folder = Path(sharded.runner.settings.data_dir) / "snapshots"
+    folder = Path(sharded.deployment.settings.data_dir) / "snapshots"
     sharded.kill(0, signal.SIGTERM)
     sharded.live.wait_for("the snapshot", lambda: list(folder.glob("*.shard-0-of-4.snapshot")), 20)
-    log = sharded.runner.supervisor.log_file("shard-0")
+    log = sharded.deployment.supervisor.log_file("shard-0")
     sharded.live.wait_for("its start", lambda: "index restored" in log.read_text(), 30)
     sharded.whole()

@@ -70,7 +70,7 @@ def replayed(settings: Settings, store, chunk: int, begin: str = "earliest", end
 def test_one_slice_one_hash_in_both_stores_whatever_the_chunks(logs) -> None:
     first = replayed(logs, MemoryStore(), 256)
     assert replayed(logs, MemoryStore(), 7).hash == first.hash
-    with state_replay._store(logs, "redis") as store:
+    with state_replay.temporary_store(logs, "redis") as store:
         assert replayed(logs, store, 97).hash == first.hash
     totals = {name: outcome.counts() for name, outcome in first.outcomes.items()}
     assert totals["clicks"]["applied"] == 2_500 and totals["clicks"]["duplicates"] == 200
@@ -142,7 +142,7 @@ def test_the_command_prints_the_hash_and_leaves_nothing_in_redis(logs) -> None:
             "chunk_records_max",
         )
     }
-    argv = [sys.executable, "-m", "eddyline", "replay", "--into", "redis", "--chunk", "500"]
+    argv = [sys.executable, "-m", "cli", "replay", "--into", "redis", "--chunk", "500"]
     done = subprocess.run(argv, env=os.environ | env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert f"state {replayed(logs, MemoryStore(), 256).hash}" in done.stdout
@@ -156,7 +156,7 @@ def test_the_command_prints_the_hash_and_leaves_nothing_in_redis(logs) -> None:
 def test_two_ingest_processes_come_to_the_same_state(make_live) -> None:
     live = make_live()
     shared = {"clicks_partitions": "4", "items_partitions": "2"}
-    live.supervisor.start(live.runner.ingest_child("ingest-2", **shared))
+    live.supervisor.start(live.deployment.ingest_child("ingest-2", **shared))
     time.sleep(2)
     clicks = sending.shifted(live.world.clicks, now_ms())
     sending.send(live.settings, clicks)

@@ -27,7 +27,7 @@ OURS = ("ingest", "worker", "archive", "trainer")
 # What each image holds besides the kernel and the engines' room that all of them need.
 ROOMS = {
     "ingest": {"streams"},
-    "archive": {"streams"},
+    "archive": {"streams", "cli"},
     "worker": {"index", "serving"},
     "trainer": set[str](),
 }
