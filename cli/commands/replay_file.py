@@ -14,18 +14,13 @@ from cli.console import console, progress_bar
 from eddyline.errors import Rejected, SettingsError
 from eddyline.kafka import clients, producers, topics
 from eddyline.kafka.producers import now_ms
-from eddyline.schema import events
+from eddyline.schema import validation
 from eddyline.schema.events import Click, Item, UserProfile
 from eddyline.settings.loader import Settings
 
 Event = Click | Item | UserProfile
 # So many records may be on their way at a time: bounds the producer's memory and keeps Ctrl-C quick.
 IN_FLIGHT_MAX = 5_000
-_TYPES: dict[str, type[Event]] = {
-    topics.CLICKS: Click,
-    topics.ITEMS: Item,
-    topics.USERS: UserProfile,
-}
 
 
 def replay_file(
@@ -36,11 +31,11 @@ def replay_file(
     speed: 1 keeps the gaps between the events' times, 10 is ten times faster, 0 waits for nothing
     Raises Rejected with the line's number where the codec would refuse a line.
     """
-    if topic not in _TYPES:
-        raise SettingsError(f"--topic {topic!r}: expected one of {', '.join(_TYPES)}")
+    if topic not in topics.SOURCES:
+        raise SettingsError(f"--topic {topic!r}: expected one of {', '.join(topics.SOURCES)}")
     if not speed >= 0:
         raise SettingsError(f"--speed {speed}: must be 0 or above")
-    records = list(_read(settings, file, _TYPES[topic]))
+    records = list(_read(settings, file, topic))
     if shift_to_now and records:
         records = shifted(records, now_ms())
     with progress_bar(console) as progress:
@@ -105,26 +100,24 @@ def _send_one(producer: Any, settings: Settings, record: Event) -> Any:
     return producers.send_profile(producer, settings, record)
 
 
-def _read(settings: Settings, file: Path, kind: type[Event]) -> Iterator[Event]:
+def _read(settings: Settings, file: Path, topic: str) -> Iterator[Event]:
     try:
         lines = file.read_bytes().splitlines()
     except OSError as error:
         raise SettingsError(f"{file}: {error.strerror}") from None
-    limits = {"appended_ms": now_ms(), "far_future_ms_max": settings.far_future_ms_max}
+    id_field = "item_id" if topic == topics.ITEMS else "user_id"
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            if kind is Click:
-                yield events.decode_click(line, **limits)
-                continue
-            key = str(msgspec.json.decode(line).get(f"{'item' if kind is Item else 'user'}_id"))
-            if kind is Item:
-                dimension = settings.item_vector_dimension
-                yield events.decode_item(line, key=key, vector_dimension=dimension, **limits)
-            else:
-                yield events.decode_profile(line, key=key, **limits)
-        except (msgspec.DecodeError, AttributeError) as error:
+            key = None
+            if topic != topics.CLICKS:
+                key = str(msgspec.json.decode(line).get(id_field)).encode()
+            event, _ = validation.unsent(settings, topic, key, line)
+        except (msgspec.DecodeError, AttributeError, UnicodeError) as error:
             raise Rejected("malformed_json", f"line {number}", str(error)) from None
         except Rejected as error:
             raise Rejected(error.reason, f"line {number}: {error.field}", error.detail) from None
+        if not isinstance(event, Event):
+            raise Rejected("other_event", f"line {number}", "is a merge or a forget, not a click")
+        yield event

@@ -1,46 +1,54 @@
-"""Which events are re-sends: a function of one partition's log alone.
+"""Deduplication of clicks: one rule for ingest, the archive and the trainer.
 
-An event is a re-send where its `event_id` was accepted at a lower offset of the same partition, at most
-`dedupe_window_events` offsets back. A re-send does not extend the window. Ingest keeps the window in Redis;
-the archive and the trainer, which read a partition in its order, keep it here.
+An event is a duplicate if its `event_id` was accepted at a lower offset of the same partition, at most
+`dedupe_window_events` offsets back. A duplicate does not extend the window. The result depends on the
+partition's log alone.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
+from types import MappingProxyType
+
+_NONE: Mapping[str, int] = MappingProxyType({})
 
 
-def is_resend(accepted_at: int | None, offset: int, window: int) -> bool:
-    """Whether the event at `offset` is a re-send of the one that was accepted at `accepted_at`.
+class DedupeWindow:
+    """The accepted event ids of one partition, read in the order of its log. Thread rule: one thread.
 
-    >>> is_resend(None, 9, 5), is_resend(4, 9, 5), is_resend(3, 9, 5)
-    (False, True, False)
-    """
-    return accepted_at is not None and offset - accepted_at <= window
+    size:     width of the window in offsets (`dedupe_window_events`)
+    known:    event id -> offset, accepted before this run; ingest keeps these in Redis. Not modified
+    done:     offset up to which records were applied before; for these `known` holds the decision
+    accepted: event id -> offset, accepted in this run, by offset; at most `size` ids
 
+    The decision for records up to `done` is exact while no slot lags by more than `size` offsets.
 
-class ResendWindow:
-    """The accepted event ids of one partition, read in the order of its log. Holds at most `window` ids.
-
-    Thread rule: one thread.
-
-    >>> seen = ResendWindow(3)
-    >>> [seen.accept("a", offset) for offset in (0, 2, 3, 4)]
+    >>> window = DedupeWindow(3)
+    >>> [window.accept("a", offset) for offset in (0, 2, 3, 4)]
     [True, False, False, True]
     """
 
-    def __init__(self, window: int) -> None:
-        self._window = window
-        self._accepted: OrderedDict[str, int] = OrderedDict()
+    def __init__(self, size: int, known: Mapping[str, int] = _NONE, done: int = -1) -> None:
+        self.accepted: OrderedDict[str, int] = OrderedDict()
+        self._size = size
+        self._known = known
+        self._done = done
 
     def accept(self, event_id: str | None, offset: int) -> bool:
-        """Whether the event counts; it is remembered then. Offsets only grow. None always counts."""
-        accepted = self._accepted
-        while accepted and offset - next(iter(accepted.values())) > self._window:
-            accepted.popitem(last=False)
+        """Whether the event at `offset` counts. Offsets must grow. An event without an id always counts."""
         if event_id is None:
             return True
-        if is_resend(accepted.get(event_id), offset, self._window):
+        accepted = self.accepted
+        before = accepted.get(event_id)
+        if before is None:
+            before = self._known.get(event_id)
+        if offset <= self._done:
+            return before == offset
+        if before is not None and offset - before <= self._size:
             return False
+        accepted.pop(event_id, None)
         accepted[event_id] = offset
+        while offset - next(iter(accepted.values())) > self._size:
+            accepted.popitem(last=False)
         return True

@@ -1,9 +1,12 @@
-"""Which records of clicks, items and users are accepted: the codec, and the place where a record may lie.
+"""Validation of records of `clicks`, `items` and `users`: the codec, and the partition of a record.
 
-One rule for whoever reads a topic. Whether an accepted click is a re-send is for `eddyline.schema.deduplication`.
+One rule for ingest, the archive, the trainer, the replay of dead letters and `eddyline replay`.
+Deduplication of valid clicks is `eddyline.schema.deduplication`.
 """
 
 from __future__ import annotations
+
+import time
 
 from eddyline.errors import Rejected
 from eddyline.schema import events
@@ -11,64 +14,88 @@ from eddyline.schema.events import Click, Forget, Item, Merge, UserProfile
 from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
 
+UserEvent = Click | Merge | Forget
+
 
 def user_event(
     settings: Settings, partition: int, value: bytes | None, appended_ms: int
-) -> Click | Merge | None:
-    """The click or merge, or None where it is stray: ingest forwards it, and it counts in its own partition.
+) -> tuple[UserEvent, bool]:
+    """(event, whether it lies in its user's partition). Raises Rejected.
 
-    None, too, where it says that a user was forgotten: who reads `users` knows.
-    appended_ms: the broker's time stamp. Raises Rejected.
+    An event outside its user's partition is stray: ingest forwards it, and it counts in its own
+    partition. The key of the record is not read. appended_ms: the broker's time stamp.
     """
-    found = events.decode_user_event(
+    event = events.decode_user_event(
         value, appended_ms=appended_ms, far_future_ms_max=settings.far_future_ms_max
     )
-    if (
-        isinstance(found, Forget)
-        or partition_of(found.user_id, settings.clicks_partitions) != partition
-    ):
-        return None
-    return found
+    return event, partition_of(event.user_id, settings.clicks_partitions) == partition
 
 
 def item(
-    settings: Settings, partition: int, key: bytes | None, value: bytes | None, appended_ms: int
+    settings: Settings,
+    partition: int | None,
+    key: bytes | None,
+    value: bytes | None,
+    appended_ms: int,
 ) -> tuple[str, Item | None]:
-    """(item id, the whole item; None deletes it). Raises Rejected."""
-    item_id = _placed(key, "item", partition, settings.items_partitions)
+    """(item id, item; None deletes the item). Raises Rejected.
+
+    partition: of the record, None before it is sent; appended_ms: the broker's time stamp
+    """
+    item_id = _id_of("item", key, partition, settings.items_partitions)
     if value is None:
         events.check_id("item_id", item_id)
         return item_id, None
-    found = events.decode_item(
+    return item_id, events.decode_item(
         value,
         key=item_id,
         appended_ms=appended_ms,
         far_future_ms_max=settings.far_future_ms_max,
         vector_dimension=settings.item_vector_dimension,
     )
-    return item_id, found
 
 
 def profile(
-    settings: Settings, partition: int, key: bytes | None, value: bytes | None, appended_ms: int
+    settings: Settings,
+    partition: int | None,
+    key: bytes | None,
+    value: bytes | None,
+    appended_ms: int,
 ) -> tuple[str, UserProfile | None]:
-    """(user id, his whole profile; None forgets him). Raises Rejected."""
-    user_id = _placed(key, "user", partition, settings.clicks_partitions)
+    """(user id, profile; None forgets the user). Arguments and errors as for `item`."""
+    user_id = _id_of("user", key, partition, settings.clicks_partitions)
     if value is None:
         events.check_id("user_id", user_id)
         return user_id, None
-    found = events.decode_profile(
+    return user_id, events.decode_profile(
         value, key=user_id, appended_ms=appended_ms, far_future_ms_max=settings.far_future_ms_max
     )
-    return user_id, found
 
 
-def _placed(key: bytes | None, kind: str, partition: int, partitions: int) -> str:
+def unsent(
+    settings: Settings, topic: str, key: bytes | None, value: bytes | None
+) -> tuple[UserEvent | Item | UserProfile | None, int]:
+    """(event, its partition) of a record to be sent now; None is a delete. Raises Rejected.
+
+    topic: `clicks`, `items` or `users`, without prefix
+    """
+    now_ms = time.time_ns() // 1_000_000
+    if topic == "clicks":
+        event, _ = user_event(settings, -1, value, now_ms)
+        return event, partition_of(event.user_id, settings.clicks_partitions)
+    if topic == "items":
+        item_id, found = item(settings, None, key, value, now_ms)
+        return found, partition_of(item_id, settings.items_partitions)
+    user_id, user = profile(settings, None, key, value, now_ms)
+    return user, partition_of(user_id, settings.clicks_partitions)
+
+
+def _id_of(kind: str, key: bytes | None, partition: int | None, partitions: int) -> str:
     found = events.decode_key(key)
     if found is None:
         raise Rejected("no_key", "key", f"the record needs its {kind}'s id as key")
     own = partition_of(found, partitions)
-    if own != partition:
+    if partition is not None and partition != own:
         detail = (
             f"{events.quote(found)} belongs to partition {own}: use Kafka's murmur2 partitioner"
         )

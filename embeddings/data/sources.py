@@ -26,7 +26,8 @@ from eddyline.archive import Archive, ArchiveUnavailable
 from eddyline.errors import KafkaUnavailable, LogMismatch, Rejected
 from eddyline.kafka import clients
 from eddyline.kafka import topics as kafka_topics
-from eddyline.schema import events
+from eddyline.schema import events, validation
+from eddyline.schema.deduplication import DedupeWindow
 from eddyline.schema.events import AT_MS_MAX, Click, Forget, Item
 from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
@@ -134,38 +135,27 @@ def assemble(
     """
     rejected: Counter[str] = Counter()
     items: dict[str, tuple[Item, int, int]] = {}
-    for record in topics[kafka_topics.ITEMS]:
+    for r in topics[kafka_topics.ITEMS]:
         try:
-            key = _key(record)
-            if record.value is None:
-                items.pop(key, None)
-                continue
-            item = events.decode_item(
-                record.value,
-                key=key,
-                appended_ms=record.appended_ms,
-                far_future_ms_max=settings.far_future_ms_max,
-                vector_dimension=settings.item_vector_dimension,
-            )
-            items[item.item_id] = (item, record.partition, record.offset)
+            item_id, item = validation.item(settings, r.partition, r.key, r.value, r.appended_ms)
         except Rejected as error:
             rejected[error.reason] += 1
+            continue
+        if item is None:
+            items.pop(item_id, None)
+        else:
+            items[item_id] = (item, r.partition, r.offset)
     profiles: dict[str, Mapping[str, object]] = {}
-    for record in topics[kafka_topics.USERS]:
+    for r in topics[kafka_topics.USERS]:
         try:
-            key = _key(record)
-            if record.value is None:
-                profiles.pop(key, None)
-                continue
-            profile = events.decode_profile(
-                record.value,
-                key=key,
-                appended_ms=record.appended_ms,
-                far_future_ms_max=settings.far_future_ms_max,
-            )
-            profiles[profile.user_id] = profile.attributes
+            user, profile = validation.profile(settings, r.partition, r.key, r.value, r.appended_ms)
         except Rejected as error:
             rejected[error.reason] += 1
+            continue
+        if profile is None:
+            profiles.pop(user, None)
+        else:
+            profiles[user] = profile.attributes
     clicks = _clicks(settings, topics[kafka_topics.CLICKS], clicks_max, rejected)
     return TrainingData(
         items=[item for item, _, _ in items.values()],
@@ -198,7 +188,9 @@ def from_file(settings: Settings, path: Path) -> TrainingData:
                 raise Rejected("malformed_line", f"{path}:{number}", str(error)) from None
             if line.topic not in found:
                 raise Rejected("malformed_line", f"{path}:{number}", f"topic {line.topic!r}")
-            partition = partition_of(str(key), settings.clicks_partitions)
+            items = line.topic == kafka_topics.ITEMS
+            partitions = settings.items_partitions if items else settings.clicks_partitions
+            partition = partition_of(str(key), partitions)
             record = SourceRecord(
                 partition, number, str(key).encode(), bytes(line.value), AT_MS_MAX
             )
@@ -215,55 +207,34 @@ class _Line(msgspec.Struct):
 def _clicks(
     settings: Settings, records: Iterable[SourceRecord], clicks_max: int, rejected: Counter[str]
 ) -> list[Click]:
-    """Clicks without the re-sends, by ingest's own rule, and without what users did before they were
-    forgotten: a function of the partition's log alone.
-    """
+    """Clicks that ingest counts, less those that a later `Forget` of their user covers."""
     forgotten: dict[str, int] = {}
     kept: dict[int, OrderedDict[int, Click]] = {}
-    accepted: dict[int, OrderedDict[str, int]] = {}
+    windows: dict[int, DedupeWindow] = {}
     per_partition = max(1, clicks_max // settings.clicks_partitions)
-    for record in records:
+    for r in records:
         try:
-            key = _key(record)
-            click = events.decode_user_event(
-                record.value,
-                appended_ms=record.appended_ms,
-                far_future_ms_max=settings.far_future_ms_max,
-            )
+            event, own = validation.user_event(settings, r.partition, r.value, r.appended_ms)
         except Rejected as error:
             rejected[error.reason] += 1
             continue
-        if isinstance(click, Forget):
-            forgotten[click.user_id] = max(forgotten.get(click.user_id, -1), click.forget_until_ms)
-        if not isinstance(click, Click):
+        if not own:
+            rejected["misplaced"] += 1  # ingest forwards it to its own partition
             continue
-        own = partition_of(click.user_id, settings.clicks_partitions)
-        if key != click.user_id or own != record.partition:
-            rejected["misplaced"] += 1  # ingest forwards it to where it belongs; it is read there
-            continue
-        window = accepted.setdefault(record.partition, OrderedDict())
-        while (
-            window and record.offset - next(iter(window.values())) > settings.dedupe_window_events
-        ):
-            window.popitem(last=False)
-        event_id = click.event_id or f"{record.partition}/{record.offset}"
-        if event_id in window:
+        if r.partition not in windows:
+            windows[r.partition] = DedupeWindow(settings.dedupe_window_events)
+        if not windows[r.partition].accept(event.event_id, r.offset):
             rejected["re-sent"] += 1
-            continue
-        window[event_id] = record.offset
-        mine = kept.setdefault(record.partition, OrderedDict())
-        mine[record.offset] = msgspec.structs.replace(click, event_id=event_id)
-        if len(mine) > per_partition:
-            mine.popitem(last=False)
+        elif isinstance(event, Forget):
+            forgotten[event.user_id] = max(forgotten.get(event.user_id, -1), event.forget_until_ms)
+        elif isinstance(event, Click):
+            mine = kept.setdefault(r.partition, OrderedDict())
+            event_id = event.event_id or f"{r.partition}/{r.offset}"
+            mine[r.offset] = msgspec.structs.replace(event, event_id=event_id)
+            if len(mine) > per_partition:
+                mine.popitem(last=False)
     clicks = (click for partition in sorted(kept) for click in kept[partition].values())
     return [click for click in clicks if click.at_ms > forgotten.get(click.user_id, -1)]
-
-
-def _key(record: SourceRecord) -> str:
-    key = events.decode_key(record.key)
-    if not key:
-        raise Rejected("missing_key", "key", "the record has no key")
-    return key
 
 
 def _archived(archive: Archive, name: str, ends: Mapping[int, int]) -> Iterator[SourceRecord]:

@@ -29,8 +29,8 @@ from eddyline.archive import (
 from eddyline.errors import Rejected
 from eddyline.kafka.topics import CLICKS, ITEMS, USERS
 from eddyline.schema import events, validation
-from eddyline.schema.deduplication import ResendWindow
-from eddyline.schema.events import Merge
+from eddyline.schema.deduplication import DedupeWindow
+from eddyline.schema.events import Forget, Merge
 from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import LogId
@@ -135,7 +135,7 @@ class PartitionWriter:
         partition: int,
         log_id: LogId,
         position: int,
-        window: ResendWindow,
+        window: DedupeWindow,
         forgetting: Forgetting,
     ) -> None:
         self.written = position
@@ -263,8 +263,11 @@ class PartitionWriter:
         settings, partition, at_ms = self._settings, self._partition, record.timestamp
         try:
             if self._topic == CLICKS:
-                event = validation.user_event(settings, partition, record.value, at_ms)
-                if event is None or not self._window.accept(event.event_id, record.offset):
+                event, own = validation.user_event(settings, partition, record.value, at_ms)
+                counts = own and self._window.accept(event.event_id, record.offset)
+                if not counts or isinstance(
+                    event, Forget
+                ):  # files of `users` say who was forgotten
                     self.left_out += 1
                     return None
                 stamp = events.produced_us(record.headers)
@@ -318,7 +321,7 @@ def open_partition(
             "records between the archive's end and the log's beginning are gone by retention",
             extra={"topic": topic, "partition": partition, "records": begin - last - 1},
         )
-    window = ResendWindow(settings.dedupe_window_events)
+    window = DedupeWindow(settings.dedupe_window_events)
     if topic == CLICKS:
         floor = max(0, last + 1 - settings.dedupe_window_events)
         for event in archive.read(CLICKS, partition, first=floor):

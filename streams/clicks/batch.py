@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from eddyline.errors import Rejected
-from eddyline.schema import events
-from eddyline.schema.deduplication import is_resend
+from eddyline.schema import validation
+from eddyline.schema.deduplication import DedupeWindow
 from eddyline.schema.events import Merge
-from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import Fence, Source
 from streams.clicks.popularity import Event
@@ -73,16 +72,14 @@ class ClickBatch:
 def decode(settings: Settings, partition: int, records: Sequence[Record]) -> DecodedBatch:
     """Decode a chunk's records and say what becomes of each."""
     found = DecodedBatch()
-    partitions, future_ms = settings.clicks_partitions, settings.far_future_ms_max
     for record in records:
         try:
-            event = events.decode_user_event(
-                record.value, appended_ms=record.timestamp, far_future_ms_max=future_ms
+            event, right = validation.user_event(
+                settings, partition, record.value, record.timestamp
             )
         except Rejected as rejected:
             found.rejected.append((record, rejected))
             continue
-        right = partition_of(event.user_id, partitions) == partition
         if not right and len(record.value or b"") > FORWARD_BYTES_MAX:
             detail = "lies in a wrong partition and is too large to be forwarded with its origin"
             found.rejected.append((record, Rejected("too_large", "", detail)))
@@ -94,30 +91,9 @@ def decode(settings: Settings, partition: int, records: Sequence[Record]) -> Dec
 def deduplicate(
     window: int, found: Sequence[Event], known: Mapping[str, int], done: int
 ) -> tuple[list[Event], dict[str, int]]:
-    """(events that count, ids that enter the window).
-
-    window: how many offsets back a re-send is dropped; known: the ids in it before this chunk
-    done:   records up to this offset were applied before
-
-    After `done` an event is a re-send where its id was accepted at most the window's width before.
-    Up to `done` the window holds the decision: the id was accepted under this very offset, or not at all.
-    That is exact for as long as an item slot is no further behind than the window is wide.
-    """
-    counts = []
-    entering: dict[str, int] = {}
-    for record, event in found:
-        event_id, offset = event.event_id, record.offset
-        if event_id is not None:
-            before = entering.get(event_id)
-            if before is None:
-                before = known.get(event_id)
-            if offset <= done:
-                if before != offset:
-                    continue
-            elif is_resend(before, offset, window):
-                continue
-            else:
-                entering.pop(event_id, None)
-                entering[event_id] = offset
-        counts.append((record, event))
-    return counts, entering
+    """(events that count, ids that enter the window). Arguments as for `DedupeWindow`."""
+    deduped = DedupeWindow(window, known, done)
+    counts = [
+        (record, event) for record, event in found if deduped.accept(event.event_id, record.offset)
+    ]
+    return counts, deduped.accepted

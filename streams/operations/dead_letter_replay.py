@@ -9,7 +9,6 @@ behind. The reasons are in docs/adr/0005-lists-merges-and-dead-letters.md.
 from __future__ import annotations
 
 import hashlib
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +20,8 @@ from kafka.errors import KafkaError
 
 from eddyline.errors import EddylineError, Rejected, SettingsError
 from eddyline.kafka import clients, producers, reading, topics
-from eddyline.schema import events
-from eddyline.schema.partitioning import partition_of
+from eddyline.schema import events, validation
+from eddyline.schema.events import Click
 from eddyline.settings.loader import Settings
 
 # One digest is kept of each letter, to tell repeats and marks: at most some 200 MB.
@@ -242,31 +241,15 @@ def _keep_back(settings: Settings, letter: Letter, done: Replayed) -> bool:
 
 def checked(settings: Settings, letter: Letter) -> tuple[bytes | None, int]:
     """(the value to send, the partition it belongs in). Raises Rejected as ingest would today."""
-    topic, now_ms = letter.source[0], time.time_ns() // 1_000_000
-    limits = {"appended_ms": now_ms, "far_future_ms_max": settings.far_future_ms_max}
-    if topic == settings.prefixed(topics.CLICKS):
-        click = events.decode_click(letter.value, **limits)
-        value = letter.value
-        if click.event_id is None:
-            # The coordinates stand for the id, as for a click that is forwarded.
-            value = events.encode(msgspec.structs.replace(click, event_id=letter.at))
-        return value, partition_of(click.user_id, settings.clicks_partitions)
-    names = {settings.prefixed(name): name for name in (topics.ITEMS, topics.USERS)}
+    topic = letter.source[0]
+    names = {settings.prefixed(name): name for name in topics.SOURCES}
     if topic not in names:
         raise Rejected("other_topic", "", f"{events.quote(topic)} is no topic of this namespace")
-    key = events.decode_key(letter.key)
-    if key is None:
-        raise Rejected("no_key", "key", "without its key it belongs to nothing")
-    if letter.value is None:
-        events.check_id("key", key)
-    elif names[topic] == topics.ITEMS:
-        dimension = settings.item_vector_dimension
-        events.decode_item(letter.value, key=key, vector_dimension=dimension, **limits)
-    else:
-        events.decode_profile(letter.value, key=key, **limits)
-    items = names[topic] == topics.ITEMS
-    partitions = settings.items_partitions if items else settings.clicks_partitions
-    return letter.value, partition_of(key, partitions)
+    event, partition = validation.unsent(settings, names[topic], letter.key, letter.value)
+    if isinstance(event, Click) and event.event_id is None:
+        # The coordinates are the id, as for a click that is forwarded.
+        return events.encode(msgspec.structs.replace(event, event_id=letter.at)), partition
+    return letter.value, partition
 
 
 def newer_than(settings: Settings, letters: Sequence[Letter], ledger: _Ledger) -> set[str]:
