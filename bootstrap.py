@@ -2,7 +2,7 @@
 
     python3 bootstrap.py setup           only set up
     python3 bootstrap.py demo [OPTION]   set up, then the demo (environment: ONCE=1, DATA=generated)
-    python3 bootstrap.py test [OPTION]   set up, then every test; options go to pytest
+    python3 bootstrap.py test [OPTION]   set up, then every test, in two processes; options go to pytest
     python3 bootstrap.py chaos [OPTION]  set up, then faults under load and an oracle (docs/chaos.md)
     python3 bootstrap.py soak            set up, then the index's race test for SOAK_S seconds, 60 by default
     python3 bootstrap.py fuzz [OPTION]   set up, then fuzzing of ingest; options go to libFuzzer
@@ -348,8 +348,30 @@ def _say(text):
 def _become(*command):
     sys.stdout.flush()
     os.chdir(ROOT)
+    _keep_bytecode()
     os.environ["PATH"] = f"{VENV / 'bin'}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     os.execv(command[0], [str(part) for part in command])
+
+
+def _keep_bytecode():
+    """Keep compiled modules in .cache where the environment forbids them elsewhere.
+
+    Without them each of the many processes compiles its imports anew, which doubles its start.
+    """
+    if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
+        os.environ.setdefault("PYTHONPYCACHEPREFIX", str(ROOT / ".cache" / "bytecode"))
+
+
+def _test_workers(arguments):
+    """Options that run the tests in two processes; none where a file or a test is named.
+
+    A file stays in one process, which starts its servers once. tests/conftest.py sorts the files.
+    """
+    alone = {"-n", "--numprocesses", "--dist", "--pdb", "-k", "-m", "--collect-only", "--co"}
+    names = (word for word in arguments if not word.startswith("-"))
+    if alone & set(arguments) or not all((ROOT / name).is_dir() for name in names):
+        return []
+    return ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
 
 
 def _lint():
@@ -391,7 +413,7 @@ def main(arguments):
     elif command == "run":
         _become(PYTHON, "-m", "cli", *rest)
     elif command == "test":
-        _become(PYTHON, "-m", "pytest", *rest)
+        _become(PYTHON, "-m", "pytest", *_test_workers(rest), *rest)
     elif command == "chaos":
         _become(PYTHON, "-m", "tests.chaos", *rest)
     elif command == "soak":

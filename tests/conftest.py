@@ -33,6 +33,21 @@ for _name in [n for n in os.environ if n.startswith("EDDYLINE_")]:
     del os.environ[_name]
 
 
+# The files that wait most come first, so that two processes end at about the same time.
+ORDER = ("integration", "test_lint", "contract", "simulation")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort the files of tests/ for processes that share them: pytest -n 2 --dist loadfile."""
+
+    def rank(item: pytest.Item) -> int:
+        path = item.path.as_posix()
+        return next((n for n, part in enumerate(ORDER) if f"/tests/{part}" in path), len(ORDER))
+
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=rank)
+
+
 @pytest.fixture(scope="session")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
     """Settings that name a real Kafka and a real Redis. Small partition counts: tests read them all."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -200,6 +201,41 @@ def test_every_target_of_the_makefile_is_a_command(bootstrap: ModuleType) -> Non
     } == commands
     assert bootstrap.__doc__ is not None
     assert all(re.search(rf"\b{command}\b", bootstrap.__doc__) for command in commands)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parallel"),
+    [
+        ([], True),
+        (["-x", "--maxfail=2"], True),
+        (["tests/unit", "-q"], True),
+        (["tests/unit/test_compose.py"], False),
+        (["tests/unit/test_compose.py::test_one", "-x"], False),
+        (["tests/unit", "-k", "compose"], False),
+        (["-n", "4"], False),
+        (["--pdb"], False),
+    ],
+)
+def test_two_processes_unless_a_test_is_named(
+    bootstrap: ModuleType, arguments: list[str], parallel: bool
+) -> None:
+    (bootstrap.ROOT / "tests" / "unit").mkdir(parents=True)
+    (bootstrap.ROOT / "tests" / "unit" / "test_compose.py").touch()
+    assert bool(bootstrap._test_workers(arguments)) == parallel
+
+
+def test_compiled_modules_are_kept_in_the_cache_where_the_environment_forbids_them(
+    bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONPYCACHEPREFIX", raising=False)
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    bootstrap._keep_bytecode()
+    assert "PYTHONPYCACHEPREFIX" not in os.environ
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    bootstrap._keep_bytecode()
+    assert "PYTHONDONTWRITEBYTECODE" not in os.environ
+    assert os.environ["PYTHONPYCACHEPREFIX"] == str(bootstrap.ROOT / ".cache" / "bytecode")
+    monkeypatch.delenv("PYTHONPYCACHEPREFIX")
 
 
 def test_the_help_needs_no_set_up() -> None:
