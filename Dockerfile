@@ -52,6 +52,7 @@ RUN if [ -n "$TORCH_INDEX_URL" ]; then \
 FROM base AS runtime
 ENV PATH=/opt/venv/bin:$PATH EDDYLINE_DATA_DIR=/var/lib/eddyline
 WORKDIR /app
+COPY cli cli
 COPY eddyline eddyline
 COPY embeddings embeddings
 USER eddyline

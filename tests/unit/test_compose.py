@@ -147,7 +147,7 @@ def test_every_build_target_is_a_stage_of_its_extra(name: str) -> None:
 @pytest.mark.parametrize("name", OURS)
 def test_an_image_holds_the_rooms_that_its_process_may_import(name: str) -> None:
     copied = {line.split()[1] for line in lineage(name) if re.match(r"COPY (?!--from)", line)}
-    assert copied == {"eddyline", "embeddings"} | ROOMS[name]
+    assert copied == {"cli", "eddyline", "embeddings"} | ROOMS[name]
     ignored = (ROOT / ".dockerignore").read_text().splitlines()
     assert all(f"!{path}" in ignored and (ROOT / path).is_dir() for path in copied)
 
