@@ -39,9 +39,9 @@ ITEMS = 2_000
 
 def prepare(folder: Path) -> Bundle:
     """A generation over the generated world, trained briefly: its cost does not depend on how well."""
-    world = synthetic.generate(items=ITEMS, users=200, clicks=8_000, seed=SEED)
-    profiles = {user: dict(profile.attributes) for user, profile in world.profiles.items()}
-    data = TrainingData(items=world.items, profiles=profiles, clicks=world.clicks)
+    dataset = synthetic.generate(items=ITEMS, users=200, clicks=8_000, seed=SEED)
+    profiles = {user: dict(profile.attributes) for user, profile in dataset.profiles.items()}
+    data = TrainingData(items=dataset.items, profiles=profiles, clicks=dataset.clicks)
     train(data, folder / "1", "1", epochs=1, seed=SEED, threads=1)
     return bundle.load(folder / "1")
 

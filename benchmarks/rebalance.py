@@ -234,17 +234,17 @@ STEPS = [
 def main() -> int:
     """Run and report; the exit code."""
     folder = Path(load_settings().data_dir) / "bench"
-    world = synthetic.generate(items=300, users=120, clicks=6_000, seed=7)
+    dataset = synthetic.generate(items=300, users=120, clicks=6_000, seed=7)
     with tempfile.TemporaryDirectory(prefix="eddyline-bench-") as home:
         base = Settings(data_dir=home, worker_port=0)
-        manifest = small_generation(base.bundles, world)
+        manifest = small_generation(base.bundles, dataset)
         with (
             Supervisor(log_dir(base)) as supervisor,
             local_servers(base, supervisor, owner="bench") as servers,
         ):
             settings = msgspec.structs.replace(servers, namespace="hands")
             Deployment(settings, supervisor).prepare(manifest)
-            replay_file.send(settings, world.items)
+            replay_file.send(settings, dataset.items)
             phases = change_hands(settings, STEPS, RATE, PHASE_S)
             found = oracle.compare(settings)
     rows = []

@@ -39,8 +39,8 @@ def main() -> int:
     with bring_up(settings, os.environ.get("DATA", "movielens"), Console()) as system:
         children, _, address = system.deployment.sharded_children(SHARDS, is_ready)
         system.deployment.supervisor.start(*children)
-        users = sorted(system.world.profiles)
-        data = system.world.name
+        users = sorted(system.dataset.profiles)
+        data = system.dataset.name
         with Client(system.address) as one, Client(address) as many:
             for k in (10, 100):
                 took: dict[str, list[float]] = {"one worker": [], "coordinator": []}

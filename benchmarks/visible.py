@@ -38,7 +38,7 @@ def main() -> int:
     settings = load()
     with bring_up(settings, os.environ.get("DATA", "movielens"), Console()) as system:
         live, rng = system.deployment.settings, random.Random(SEED)
-        users = rng.choices(sorted(system.world.profiles), k=CLICKS + WARM_UP)
+        users = rng.choices(sorted(system.dataset.profiles), k=CLICKS + WARM_UP)
         producer = producers.make_producer(live)
         traces, changed = [], 0
         with Client(system.address) as client:
@@ -59,7 +59,7 @@ def main() -> int:
                     changed += [item.item_id for item in answer.items] != before
                 time.sleep(PAUSE_S)
         producer.close(timeout=5)
-        data = system.world.name
+        data = system.dataset.name
     total = np.array([t.total_ms for t in traces])
     p50, p99 = np.percentile(total, [50, 99])
     rows = [

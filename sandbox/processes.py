@@ -197,8 +197,8 @@ def _applied(store: StateStore, name: str, partition: int, log: LogId) -> int:
     return min(fence.offset + 1 if fence and fence.log == log else 0 for fence in fences)
 
 
-def with_namespace(settings: Settings, world: Dataset) -> Settings:
-    """The settings with a namespace of the world's own, so that worlds never mix on one pair of servers."""
+def with_namespace(settings: Settings, dataset: Dataset) -> Settings:
+    """The settings with a namespace of the data set's own: data sets do not mix on the same servers."""
     if settings.namespace:
         return settings
-    return msgspec.structs.replace(settings, namespace=f"demo-{world.name}")
+    return msgspec.structs.replace(settings, namespace=f"demo-{dataset.name}")

@@ -17,6 +17,7 @@ from eddyline.kafka.producers import now_ms
 from eddyline.schema import validation
 from eddyline.schema.events import Click, Item, UserProfile
 from eddyline.settings.loader import Settings
+from sandbox.datasets.catalogue import shifted_to_now
 
 Event = Click | Item | UserProfile
 # So many records may be on their way at a time: bounds the producer's memory and keeps Ctrl-C quick.
@@ -36,20 +37,14 @@ def replay_file(
     if not speed >= 0:
         raise SettingsError(f"--speed {speed}: must be 0 or above")
     records = list(_read(settings, file, topic))
-    if shift_to_now and records:
-        records = shifted(records, now_ms())
+    if shift_to_now:
+        records = shifted_to_now(records, now_ms())
     with progress_bar(console) as progress:
         task = progress.add_task(f"replaying {file.name}", total=len(records))
         took_s = send(
             settings, records, speed=speed, on_sent=lambda n: progress.update(task, completed=n)
         )
     console.print(f"{len(records):,} records in {took_s:.1f} s into {settings.prefixed(topic)}")
-
-
-def shifted(records: list[Any], now: int) -> list[Any]:
-    """The same events, moved in time so that the last one is `now` (ms); gaps are kept."""
-    by = now - max(record.at_ms for record in records)
-    return [msgspec.structs.replace(record, at_ms=record.at_ms + by) for record in records]
 
 
 def send(

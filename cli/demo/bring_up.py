@@ -39,7 +39,7 @@ class RunningDemo:
     """A living system with a world in it. took_s: what each step took, in order."""
 
     deployment: Deployment
-    world: Dataset
+    dataset: Dataset
     address: str
     where: list[ServerStatus]
     took_s: dict[str, float] = field(default_factory=dict)
@@ -87,14 +87,14 @@ def bring_up(settings: Settings, data: str, console: Console) -> Iterator[Runnin
     if data not in catalogue.NAMES:
         raise SettingsError(f"DATA={data}: expected one of {', '.join(catalogue.NAMES)}")
     steps = Steps(console)
-    world = _load_world(settings, data, steps)
+    dataset = _load_dataset(settings, data, steps)
     console.print(
-        f"[bold]{world.name}[/]: {len(world.items):,} items, {len(world.profiles):,} users, "
-        f"{len(world.clicks):,} events"
+        f"[bold]{dataset.name}[/]: {len(dataset.items):,} items, {len(dataset.profiles):,} users, "
+        f"{len(dataset.clicks):,} events"
     )
-    if world.licence:
-        console.print(f"[dim]{' '.join(world.licence.split())}[/]")
-    settings = processes.with_namespace(settings, world)
+    if dataset.licence:
+        console.print(f"[dim]{' '.join(dataset.licence.split())}[/]")
+    settings = processes.with_namespace(settings, dataset)
     with contextlib.ExitStack() as stack:
         with steps.step("Kafka and Redis") as tell:
             deployment = stack.enter_context(
@@ -106,17 +106,17 @@ def bring_up(settings: Settings, data: str, console: Console) -> Iterator[Runnin
             if "does not answer" in where.version:
                 raise KafkaUnavailable(f"{where.version} at {where.address}; {where.why}")
         _check_store(deployment.settings)
-        manifest = _generation(deployment.settings, world, steps)
+        manifest = _generation(deployment.settings, dataset, steps)
         with steps.step("topics and generation"):
             deployment.prepare(manifest)
         worker, address = deployment.worker_child(is_ready, k_max="10000")
         with steps.step("ingest and worker"):
             deployment.supervisor.start(deployment.ingest_child(), worker)
-        _replay_history(deployment, world, steps)
-        yield RunningDemo(deployment, world, address, found, steps.took_s)
+        _replay_history(deployment, dataset, steps)
+        yield RunningDemo(deployment, dataset, address, found, steps.took_s)
 
 
-def _load_world(settings: Settings, data: str, steps: Steps) -> Dataset:
+def _load_dataset(settings: Settings, data: str, steps: Steps) -> Dataset:
     with steps.step("world") as tell:
         try:
             return catalogue.load(data, Path(settings.data_dir), tell)
@@ -125,12 +125,12 @@ def _load_world(settings: Settings, data: str, steps: Steps) -> Dataset:
             return catalogue.load("generated", Path(settings.data_dir), tell)
 
 
-def _generation(settings: Settings, world: Dataset, steps: Steps) -> Manifest:
+def _generation(settings: Settings, dataset: Dataset, steps: Steps) -> Manifest:
     """The active generation where its bundle is at hand, else a new one, trained now."""
     from embeddings.bundle import bundle
 
     topics.ensure_topics(settings, [topics.GENERATIONS])
-    folder = settings.bundles / world.name
+    folder = settings.bundles / dataset.name
     known = generations.active(settings)
     ids = [int(f.name) for f in folder.glob("*") if f.name.isdigit()]
     for generation in [known.generation] if known else [str(i) for i in sorted(ids, reverse=True)]:
@@ -142,12 +142,12 @@ def _generation(settings: Settings, world: Dataset, steps: Steps) -> Manifest:
         steps.console.print(
             f"  generation {generation}: {len(found.item_ids):,} items, trained before"
         )
-        return _manifest(world, found.generation, found.dimension, found.created_ms)
+        return _manifest(dataset, found.generation, found.dimension, found.created_ms)
     generation = str(max([*ids, int(known.generation) if known else 0]) + 1)
-    return _train(folder / generation, generation, world, steps)
+    return _train(folder / generation, generation, dataset, steps)
 
 
-def _train(folder: Path, generation: str, world: Dataset, steps: Steps) -> Manifest:
+def _train(folder: Path, generation: str, dataset: Dataset, steps: Steps) -> Manifest:
     with steps.step("training") as tell:
         tell("loading torch", 0, 0)
         from embeddings.bundle import bundle
@@ -155,9 +155,9 @@ def _train(folder: Path, generation: str, world: Dataset, steps: Steps) -> Manif
         from embeddings.evaluation.next_item import evaluate
         from embeddings.training.trainer import train
 
-        profiles = {user: dict(profile.attributes) for user, profile in world.profiles.items()}
-        before, held_out = split(world.clicks, TRAIN_SHARE)
-        data = TrainingData(items=world.items, profiles=profiles, clicks=before)
+        profiles = {user: dict(profile.attributes) for user, profile in dataset.profiles.items()}
+        before, held_out = split(dataset.clicks, TRAIN_SHARE)
+        data = TrainingData(items=dataset.items, profiles=profiles, clicks=before)
         report = train(
             data,
             folder,
@@ -178,22 +178,22 @@ def _train(folder: Path, generation: str, world: Dataset, steps: Steps) -> Manif
         f"later 20% the clicked item is among the first ten in {judged.towers.hit_rate_10:.1%} "
         f"(popularity: {judged.popularity.hit_rate_10:.1%})"
     )
-    return _manifest(world, generation, found.dimension, found.created_ms)
+    return _manifest(dataset, generation, found.dimension, found.created_ms)
 
 
-def _manifest(world: Dataset, generation: str, dimension: int, created_ms: int) -> Manifest:
-    bundle = f"{world.name}/{generation}"
+def _manifest(dataset: Dataset, generation: str, dimension: int, created_ms: int) -> Manifest:
+    bundle = f"{dataset.name}/{generation}"
     return Manifest(
         generation=generation, bundle=bundle, dimension=dimension, created_ms=created_ms
     )
 
 
-class _ReplayedEvents(msgspec.Struct, frozen=True):
-    """Which history lies in which log already, so that a second start need not send it again."""
+class _ReplayedEvents(msgspec.Struct, frozen=True, rename={"dataset": "world"}):
+    """Which history is already in which log: a second start does not send it again."""
 
     cluster_id: str
     topic_id: str
-    world: str
+    dataset: str
     clicks: int
 
 
@@ -210,17 +210,17 @@ def _check_store(settings: Settings) -> None:
         store.close()
 
 
-def _replay_history(deployment: Deployment, world: Dataset, steps: Steps) -> None:
+def _replay_history(deployment: Deployment, dataset: Dataset, steps: Steps) -> None:
     settings = deployment.settings
     log = topics.log_ids(settings, [topics.CLICKS])[topics.CLICKS]
-    this = _ReplayedEvents(log.cluster_id, log.topic_id, world.name, len(world.clicks))
+    this = _ReplayedEvents(log.cluster_id, log.topic_id, dataset.name, len(dataset.clicks))
     note = Path(settings.data_dir) / "run" / f"replayed-{settings.namespace}.json"
     if not (note.exists() and note.read_bytes() == msgspec.json.encode(this)):
-        clicks = catalogue.shifted_to_now(world.clicks, time.time_ns() // 1_000_000)
+        clicks = catalogue.shifted_to_now(dataset.clicks, time.time_ns() // 1_000_000)
         with steps.step("replay") as tell:
             for what, events in (
-                ("items", world.items),
-                ("profiles", list(world.profiles.values())),
+                ("items", dataset.items),
+                ("profiles", list(dataset.profiles.values())),
                 ("events", clicks),
             ):
                 on_sent = functools.partial(_tell_sent, tell, f"sending {what}", len(events))
@@ -229,7 +229,7 @@ def _replay_history(deployment: Deployment, world: Dataset, steps: Steps) -> Non
         note.write_bytes(msgspec.json.encode(this))
     else:
         steps.console.print(
-            f"  the history lies in Kafka and Redis already ({len(world.clicks):,} events)"
+            f"  the history lies in Kafka and Redis already ({len(dataset.clicks):,} events)"
         )
     with steps.step("ingest") as tell:
         processes.wait_until_applied(

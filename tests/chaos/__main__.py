@@ -43,13 +43,13 @@ def main() -> int:
     console.print(
         f"seed {asked.seed}, {asked.faults} faults, {asked.rate:g} records a second; data in {home}"
     )
-    world = synthetic.generate(items=300, users=120, clicks=6_000, seed=7)
-    manifest = scene.small_generation(home / "generations", world)
+    dataset = synthetic.generate(items=300, users=120, clicks=6_000, seed=7)
+    manifest = scene.small_generation(home / "generations", dataset)
     result = drive.run(
         home / "run",
         home / "generations",
         manifest,
-        world,
+        dataset,
         seed=asked.seed,
         count=asked.faults,
         gap_s=(asked.gap * 2 / 3, asked.gap * 4 / 3),

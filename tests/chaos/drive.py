@@ -101,7 +101,7 @@ def run(
     folder: Path,
     bundle_dir: Path,
     manifest: Manifest,
-    world: Dataset,
+    dataset: Dataset,
     *,
     seed: int,
     count: int,
@@ -121,12 +121,12 @@ def run(
     scene = Scene(folder, bundle_dir, manifest, ingests)
     try:
         begun = time.monotonic()
-        scene.start(world)
+        scene.start(dataset)
         result.seconds["start"] = time.monotonic() - begun
         settings = scene.settings
         load = Load(
             settings,
-            world.items,
+            dataset.items,
             rate=rate,
             seed=seed,
             lateness_s=int(CUT["lateness_s_max"]),

@@ -70,8 +70,8 @@ class Scene:
         self._frozen: dict[int, int] = {}  # pid -> how many faults hold it
         self._lock = threading.Lock()
 
-    def start(self, world: Dataset) -> None:
-        """Everything, with the world's items applied. Raises LocalServerError."""
+    def start(self, dataset: Dataset) -> None:
+        """Start everything and apply the data set's items. Raises LocalServerError."""
         chosen = free_ports.choose_port(self.folder / "run", ("kafka", "controller", "redis"))
         server, _ = valkey.program()
         redis = valkey.prepare(self.folder, chosen["redis"], server)
@@ -91,7 +91,7 @@ class Scene:
         )
         deployment = Deployment(through, self.supervisor)
         deployment.prepare(self._manifest)
-        replay_file.send(self.settings, world.items)
+        replay_file.send(self.settings, dataset.items)
         more = {name: str(value) for name, value in CUT.items()}
         worker, self.address = deployment.worker_child(is_ready, port=free_port(), **more)
         self.supervisor.start(
@@ -192,13 +192,13 @@ class Scene:
         return True
 
 
-def small_generation(folder: Path, world: Dataset) -> Manifest:
-    """Train generation 1 of the world's history, briefly, into `<folder>/1`."""
+def small_generation(folder: Path, dataset: Dataset) -> Manifest:
+    """Train generation 1 of the data set's history, briefly, into `<folder>/1`."""
     from embeddings.data.examples import TrainingData
     from embeddings.training.trainer import train
 
-    profiles = {user: dict(profile.attributes) for user, profile in world.profiles.items()}
-    data = TrainingData(items=world.items, profiles=profiles, clicks=world.clicks)
+    profiles = {user: dict(profile.attributes) for user, profile in dataset.profiles.items()}
+    data = TrainingData(items=dataset.items, profiles=profiles, clicks=dataset.clicks)
     train(data, folder / "1", "1", epochs=2, seed=1, threads=2)
     return Manifest(generation="1", bundle="1", dimension=64, created_ms=now_ms())
 

@@ -41,9 +41,9 @@ LOG = LogId("cluster", "topic")
 
 def towers(folder: Path) -> Bundle:
     """A small generation with real towers."""
-    world = synthetic.generate(items=60, users=20, clicks=600, seed=3)
-    profiles = {user: dict(profile.attributes) for user, profile in world.profiles.items()}
-    data = TrainingData(items=world.items, profiles=profiles, clicks=world.clicks)
+    dataset = synthetic.generate(items=60, users=20, clicks=600, seed=3)
+    profiles = {user: dict(profile.attributes) for user, profile in dataset.profiles.items()}
+    data = TrainingData(items=dataset.items, profiles=profiles, clicks=dataset.clicks)
     train(data, folder / "1", "1", epochs=1, seed=1, threads=1)
     return bundle.load(folder / "1")
 

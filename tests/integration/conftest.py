@@ -25,6 +25,7 @@ from eddyline.settings.loader import Settings
 from eddyline.stores.redis import RedisStore
 from sandbox import processes
 from sandbox.datasets import synthetic
+from sandbox.datasets.catalogue import shifted_to_now
 from sandbox.datasets.dataset import Dataset
 from sandbox.processes import Deployment
 from sandbox.servers.local_servers import local_servers, log_dir
@@ -38,7 +39,7 @@ class Live:
 
     settings: Settings
     deployment: Deployment
-    world: Dataset
+    dataset: Dataset
     address: str = ""
     producer: Any = None
     opened: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -108,19 +109,19 @@ class Live:
 
 
 @pytest.fixture(scope="session")
-def world() -> Dataset:
+def dataset() -> Dataset:
     return synthetic.generate(items=300, users=120, clicks=6_000, seed=7)
 
 
 @pytest.fixture(scope="session")
-def bundle(world: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
+def bundle(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
     """(the folder of bundles, generation 1): trained for real, if briefly."""
     from embeddings.data.examples import TrainingData
     from embeddings.training.trainer import train
 
     folder = tmp_path_factory.mktemp("generations")
-    profiles = {user: dict(profile.attributes) for user, profile in world.profiles.items()}
-    data = TrainingData(items=world.items, profiles=profiles, clicks=world.clicks)
+    profiles = {user: dict(profile.attributes) for user, profile in dataset.profiles.items()}
+    data = TrainingData(items=dataset.items, profiles=profiles, clicks=dataset.clicks)
     train(data, folder / "1", "1", epochs=2, seed=1, threads=2)
     return folder, Manifest(generation="1", bundle="1", dimension=64, created_ms=now_ms())
 
@@ -128,7 +129,7 @@ def bundle(world: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 @contextlib.contextmanager
 def living(
     settings: Settings,
-    world: Dataset,
+    dataset: Dataset,
     bundle: tuple[Path, Manifest],
     *,
     with_items: bool = True,
@@ -141,7 +142,7 @@ def living(
     folder, manifest = bundle
     settings = msgspec.structs.replace(settings, bundle_dir=str(folder))
     supervisor = Supervisor(Path(settings.data_dir) / "logs")
-    live = Live(settings, Deployment(settings, supervisor), world)
+    live = Live(settings, Deployment(settings, supervisor), dataset)
     more = {
         "clicks_partitions": str(settings.clicks_partitions),
         "items_partitions": str(settings.items_partitions),
@@ -154,7 +155,7 @@ def living(
         live.producer = producers.make_producer(settings)
         live.opened.callback(live.producer.close, timeout=5)
         if with_items:
-            replay_file.send(settings, world.items)
+            replay_file.send(settings, dataset.items)
         worker, live.address = live.deployment.worker_child(is_ready, **more)
         supervisor.start(live.deployment.ingest_child(**more, **ingest), worker)
         live.applied()
@@ -167,7 +168,7 @@ def living(
 @pytest.fixture(scope="session")
 def live(
     servers: Settings,
-    world: Dataset,
+    dataset: Dataset,
     bundle: tuple[Path, Manifest],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Live]:
@@ -176,22 +177,22 @@ def live(
     settings = msgspec.structs.replace(
         servers, namespace=f"t-{uuid.uuid4().hex[:12]}", data_dir=str(folder)
     )
-    with living(settings, world, bundle) as made:
-        replay_file.send(settings, replay_file.shifted(world.clicks, now_ms()))
+    with living(settings, dataset, bundle) as made:
+        replay_file.send(settings, shifted_to_now(dataset.clicks, now_ms()))
         made.applied()
         yield made
 
 
 @pytest.fixture
 def make_live(
-    fresh_settings: Settings, world: Dataset, bundle: tuple[Path, Manifest]
+    fresh_settings: Settings, dataset: Dataset, bundle: tuple[Path, Manifest]
 ) -> Iterator[Callable[..., Live]]:
     """A system of the test's own, to break."""
     with contextlib.ExitStack() as stack:
 
         def make(servers: OwnServers | None = None, **ingest: str) -> Live:
             settings = servers.settings if servers else fresh_settings
-            return stack.enter_context(living(settings, world, bundle, **ingest))
+            return stack.enter_context(living(settings, dataset, bundle, **ingest))
 
         yield make
 

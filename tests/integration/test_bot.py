@@ -28,7 +28,7 @@ def behave(live) -> None:
     for n in range(EVENTS):
         if n % 50 == 0:
             time.sleep(max(0.0, begun + n * SECONDS / EVENTS - time.monotonic()))
-        item = live.world.items[n % 100].item_id
+        item = live.dataset.items[n % 100].item_id
         click = Click(user_id=BOT, item_id=item, at_ms=now_ms(), event_id=uuid.uuid4().hex)
         producers.send_click(live.producer, live.settings, click)
     live.producer.flush(timeout=30)
@@ -54,7 +54,7 @@ def test_a_bot_neither_slows_his_neighbours_nor_grows(make_live) -> None:
         acting.start()
         while acting.is_alive():
             name, begun = next(neighbours), time.perf_counter()
-            live.click(name, live.world.items[5].item_id)
+            live.click(name, live.dataset.items[5].item_id)
             live.wait_for("his list", lambda name=name: _known(store, partition, name), 20)
             took_ms.append((time.perf_counter() - begun) * 1_000)
             time.sleep(0.1)

@@ -18,6 +18,7 @@ from eddyline.schema.partitioning import partition_of
 from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import ItemMetadata, Source, UserEffects
 from embeddings.bundle import bundle as bundles
+from sandbox.datasets.catalogue import shifted_to_now
 from sandbox.servers import free_ports, valkey
 from sandbox.servers.supervisor import Supervisor
 from tests import oracle
@@ -32,7 +33,7 @@ WRITE = "redis.call('SET', KEYS[1], ARGV[1]); return 'done'"
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_every_kind_of_fault_leaves_the_state_that_the_topics_give(
-    tmp_path: Path, world, bundle
+    tmp_path: Path, dataset, bundle
 ) -> None:
     folder, manifest = bundle
     told: list[str] = []
@@ -40,7 +41,7 @@ def test_every_kind_of_fault_leaves_the_state_that_the_topics_give(
         tmp_path / "chaos",
         folder,
         manifest,
-        world,
+        dataset,
         seed=SEED,
         count=len(KINDS),
         gap_s=(0.4, 0.6),
@@ -66,14 +67,14 @@ def test_every_kind_of_fault_leaves_the_state_that_the_topics_give(
 
 def test_the_oracle_names_what_was_damaged(make_live) -> None:
     live = make_live()
-    replay_file.send(live.settings, replay_file.shifted(live.world.clicks[:2_000], now_ms()))
+    replay_file.send(live.settings, shifted_to_now(live.dataset.clicks[:2_000], now_ms()))
     live.applied(timeout_s=60)
     live.supervisor.stop()  # nobody mends it meanwhile
     topics = oracle.Topics.read(live.settings)
     told = oracle.truth(live.settings, topics, bundles.load(live.settings.bundles / "1"))
     assert oracle.differences(live.settings, topics, told).differences == []
     store, client = RedisStore(live.settings), redis.Redis.from_url(live.settings.redis_url)
-    user = live.world.clicks[0].user_id
+    user = live.dataset.clicks[0].user_id
     partition = partition_of(user, live.settings.clicks_partitions)
     slot, source, prefix = (
         f"u{partition}",

@@ -23,6 +23,7 @@ from eddyline.kafka.producers import now_ms
 from eddyline.schema import user_history
 from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import Source
+from sandbox.datasets.catalogue import shifted_to_now
 from sandbox.servers.supervisor import Supervisor
 from serving.rpc.client import is_ready
 from tests import oracle
@@ -39,8 +40,8 @@ def assert_same_state(live) -> int:
 
 
 def send_history(live, times: int = 1) -> int:
-    """The world's clicks, `times` over with event ids of their own; how many."""
-    clicks = replay_file.shifted(live.world.clicks, now_ms())
+    """Send the data set's clicks `times` times, each time with new event ids; returns how many."""
+    clicks = shifted_to_now(live.dataset.clicks, now_ms())
     for turn in range(times):
         replay_file.send(
             live.settings,
@@ -89,11 +90,11 @@ def test_the_broker_killed_for_three_seconds(own_servers, make_live) -> None:
     os.kill(own_servers.pid("kafka"), signal.SIGKILL)
     time.sleep(3)
     live.wait_for("Kafka to be back", lambda: own_servers.up("kafka"), timeout_s=40)
-    answer = live.client().retrieve(live.world.clicks[0].user_id, 5)
+    answer = live.client().retrieve(live.dataset.clicks[0].user_id, 5)
     assert len(answer.items) == 5, "the worker answers all the time"
     send_history(live, times=2)
     assert_same_state(live)
-    token = live.click("after-the-crash", live.world.items[0].item_id)
+    token = live.click("after-the-crash", live.dataset.items[0].item_id)
     assert (
         live.client()
         .retrieve("after-the-crash", 5, after=token, wait_ms=2000)
@@ -105,9 +106,9 @@ def test_a_worker_killed_and_back_gives_the_same_answers(make_live) -> None:
     live = make_live()
     send_history(live)
     live.applied()
-    live.delete(live.world.items[0].item_id)
+    live.delete(live.dataset.items[0].item_id)
     live.applied()
-    users = sorted({c.user_id for c in live.world.clicks})[:30]
+    users = sorted({c.user_id for c in live.dataset.clicks})[:30]
     time.sleep(1.0)  # the popular list is read twice a second
 
     def ask():
@@ -115,7 +116,7 @@ def test_a_worker_killed_and_back_gives_the_same_answers(make_live) -> None:
         return {u: [i.item_id for i in with_client.retrieve(u, 20).items] for u in users}
 
     before = ask()
-    assert not any(live.world.items[0].item_id in items for items in before.values())
+    assert not any(live.dataset.items[0].item_id in items for items in before.values())
     live.kill("worker")
     live.supervisor.wait("worker", timeout_s=30)
     live.wait_for("the worker to answer", lambda: is_ready(live.address))
@@ -126,7 +127,7 @@ def test_without_redis_the_worker_answers_what_it_can(own_servers, make_live) ->
     live = make_live(own_servers)
     send_history(live)
     live.applied()
-    user = live.world.clicks[0].user_id
+    user = live.dataset.clicks[0].user_id
     own_servers.pause("valkey")
     try:
         answer = live.client().retrieve(user, 5, timeout_s=10)
@@ -172,7 +173,7 @@ def test_kafka_made_anew_under_an_old_redis_is_refused(make_live) -> None:
     assert accepted.returncode == 0, accepted.stderr
     store = RedisStore(live.settings)
     assert not any(store.fences(Source("clicks", p), [f"u{p}"])[f"u{p}"] for p in range(4))
-    user = live.world.clicks[0].user_id
+    user = live.dataset.clicks[0].user_id
     slot = kafka_slot(live, user)
     kept = store.read_user(f"u{slot}", slot, user, "1").history
     assert kept != user_history.EMPTY, "lists are kept"
@@ -181,11 +182,11 @@ def test_kafka_made_anew_under_an_old_redis_is_refused(make_live) -> None:
     )
     with Supervisor(Path(live.settings.data_dir) / "again") as again:
         again.start(child)
-        live.click(user, live.world.items[1].item_id)
+        live.click(user, live.dataset.items[1].item_id)
         live.applied()
         entries = store.read_user(f"u{slot}", slot, user, "1").history.entries
         assert (
-            entries[0].item_id == live.world.items[1].item_id and entries[1:] == kept.entries[:99]
+            entries[0].item_id == live.dataset.items[1].item_id and entries[1:] == kept.entries[:99]
         )
     store.close()
 

@@ -131,8 +131,8 @@ def test_they_share_a_port_and_one_that_is_killed_is_replaced(group: Group) -> N
     assert group.keeper() not in group.pids()
     live.wait_for("all of them to answer", group.all_answer, 20)
     # A click and an item are seen by each of them.
-    token = live.click("forked", live.world.items[3].item_id)
-    live.item(msgspec.structs.replace(live.world.items[0], item_id="forked-item", title="Forked"))
+    token = live.click("forked", live.dataset.items[3].item_id)
+    live.item(msgspec.structs.replace(live.dataset.items[0], item_id="forked-item", title="Forked"))
     live.applied()
     answers = group.each(lambda client: client.retrieve("forked", 10, after=token, wait_ms=2_000))
     assert {answer.freshness.after.why for answer in answers} == {""}

@@ -78,21 +78,21 @@ def base(broker: SecuredKafka, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 @pytest.fixture(scope="module")
-def small_world() -> Dataset:
+def small_dataset() -> Dataset:
     return synthetic.generate(items=60, users=20, clicks=300, seed=7)
 
 
 @pytest.fixture(scope="module")
 def generation(
-    small_world: Dataset, tmp_path_factory: pytest.TempPathFactory
+    small_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Manifest]:
     """(the folder of bundles, generation 1): trained for real, in a second."""
     from embeddings.data.examples import TrainingData
     from embeddings.training.trainer import train
 
     folder = tmp_path_factory.mktemp("generations")
-    profiles = {user: dict(profile.attributes) for user, profile in small_world.profiles.items()}
-    data = TrainingData(items=small_world.items, profiles=profiles, clicks=small_world.clicks)
+    profiles = {user: dict(profile.attributes) for user, profile in small_dataset.profiles.items()}
+    data = TrainingData(items=small_dataset.items, profiles=profiles, clicks=small_dataset.clicks)
     train(data, folder / "1", "1", epochs=1, seed=1, threads=1)
     return folder, Manifest(generation="1", bundle="1", dimension=64, created_ms=now_ms())
 
@@ -166,7 +166,7 @@ def eventually(check: Callable[[], object], timeout_s: float = 20) -> None:
 
 
 def test_everything_works_with_the_rights_in_the_docs(
-    system: System, small_world: Dataset, generation: tuple[Path, Manifest]
+    system: System, small_dataset: Dataset, generation: tuple[Path, Manifest]
 ) -> None:
     folder, manifest = generation
     system.base = msgspec.structs.replace(
@@ -176,8 +176,8 @@ def test_everything_works_with_the_rights_in_the_docs(
     logs = Path(system.base.data_dir) / "logs"
     with Supervisor(logs) as supervisor:
         Deployment(operator, supervisor).prepare(manifest)
-        replay_file.send(operator, small_world.items)
-        replay_file.send(operator, small_world.clicks)
+        replay_file.send(operator, small_dataset.items)
+        replay_file.send(operator, small_dataset.clicks)
         cut = {"clicks_partitions": "2", "items_partitions": "2"}
         ingest = Deployment(system.settings("ingest"), supervisor).ingest_child(**cut)
         worker, address = Deployment(system.settings("worker"), supervisor).worker_child(

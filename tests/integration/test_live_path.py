@@ -36,7 +36,7 @@ def user() -> str:
 
 def test_a_click_changes_the_next_answer(live, user) -> None:
     client = live.client()
-    likes = [item.item_id for item in live.world.items if item.available][:4]
+    likes = [item.item_id for item in live.dataset.items if item.available][:4]
     for item_id in likes[:3]:
         token = live.click(user, item_id)
     before = client.retrieve(user, 10, after=token, wait_ms=2000)
@@ -57,7 +57,7 @@ def test_a_click_changes_the_next_answer(live, user) -> None:
 def test_every_answer_says_how_fresh_it_is(live, user) -> None:
     client = live.client()
     began_us = time.time_ns() // 1000
-    partition, offset = live.click(user, live.world.items[5].item_id)
+    partition, offset = live.click(user, live.dataset.items[5].item_id)
     answer = client.retrieve(user, 5, after=(partition, offset), wait_ms=2000)
     fresh = answer.freshness
     assert fresh.generation == "1"
@@ -100,8 +100,8 @@ def test_an_unknown_user_gets_the_popular_items_and_the_reason(live, user) -> No
 
 def test_an_item_is_found_changes_and_is_gone(live, user) -> None:
     client, item_id = live.client(), f"item-{uuid.uuid4().hex[:10]}"
-    token = live.click(user, live.world.items[0].item_id)
-    everything = len(live.world.items) + 50
+    token = live.click(user, live.dataset.items[0].item_id)
+    everything = len(live.dataset.items) + 50
     client.retrieve(user, 1, after=token, wait_ms=2000)
 
     def found():
@@ -110,7 +110,7 @@ def test_an_item_is_found_changes_and_is_gone(live, user) -> None:
     item = Item(
         item_id=item_id,
         title="A new one",
-        categories=live.world.items[0].categories,
+        categories=live.dataset.items[0].categories,
         at_ms=now_ms(),
     )
     live.item(item)
@@ -136,7 +136,7 @@ def test_a_second_worker_gives_the_same_answers(live) -> None:
     )
     live.supervisor.start(child)
     first, second = live.client(), live.client(address)
-    users = list(live.world.profiles)[:40]
+    users = list(live.dataset.profiles)[:40]
 
     def differences():
         return [u for u in users if ids(first.retrieve(u, 20)) != ids(second.retrieve(u, 20))]
@@ -175,7 +175,7 @@ def test_bad_records_are_dead_letters_and_the_stream_goes_on(live, user) -> None
         value = value.replace(b"KEY", key.encode())
         at = live.raw(topics.ITEMS, value, key=key.encode())
         sent[f"{live.settings.prefixed(topics.ITEMS)}/{at[0]}/{at[1]}"] = (name, value, reason)
-    token = live.click(user, live.world.items[1].item_id)
+    token = live.click(user, live.dataset.items[1].item_id)
     assert live.client().retrieve(user, 3, after=token, wait_ms=2000).freshness.after.applied
     live.applied()
     letters = {r.key.decode(): r for r in live.read(topics.DEAD_LETTERS)}
@@ -190,7 +190,7 @@ def test_a_click_in_a_wrong_partition_is_forwarded_and_counts_once(live, user, s
     wrong = (own + 1) % live.settings.clicks_partitions
     click = {
         "user_id": user,
-        "item_id": live.world.items[2].item_id,
+        "item_id": live.dataset.items[2].item_id,
         "at_ms": now_ms(),
         "kind": "like",
     }
@@ -212,7 +212,7 @@ def test_a_click_in_a_wrong_partition_is_forwarded_and_counts_once(live, user, s
 def test_a_resent_event_counts_once(live, user, store) -> None:
     own = partition_of(user, live.settings.clicks_partitions)
     for _ in range(3):
-        live.click(user, live.world.items[3].item_id, event_id=f"once-{user}")
+        live.click(user, live.dataset.items[3].item_id, event_id=f"once-{user}")
     live.applied()
     assert len(store.read_user(f"u{own}", own, user, "1").history.entries) == 1
 
@@ -221,7 +221,7 @@ def test_a_profile_arrives_and_a_forgotten_user_is_gone(live, user, store) -> No
     own = partition_of(user, live.settings.clicks_partitions)
     profile = UserProfile(user_id=user, attributes={"age": 31})
     sent_to(producers.send_profile(live.producer, live.settings, profile), live.settings)
-    live.click(user, live.world.items[3].item_id)
+    live.click(user, live.dataset.items[3].item_id)
     live.applied()
     state = store.read_user(f"u{own}", own, user, "1")
     assert state.profile == {"age": 31} and state.history.entries
@@ -233,7 +233,7 @@ def test_a_profile_arrives_and_a_forgotten_user_is_gone(live, user, store) -> No
 
 
 def test_the_example_producer_works(live, user, store) -> None:
-    items = [item.item_id for item in live.world.items[:2]]
+    items = [item.item_id for item in live.dataset.items[:2]]
     env = os.environ | {
         "KAFKA_BOOTSTRAP_SERVERS": live.settings.kafka_bootstrap_servers,
         "CLICKS_TOPIC": live.settings.prefixed(topics.CLICKS),
@@ -270,7 +270,7 @@ def test_the_command_line_works(live, user) -> None:
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    item_id = live.world.items[7].item_id
+    item_id = live.dataset.items[7].item_id
     said = run("click", user, item_id, "--kind", "like")
     token = said.split("--after ")[1].split()[0]
     shown = run("query", user, "--after", token, "-k", "5")
@@ -285,7 +285,7 @@ def test_the_command_line_works(live, user) -> None:
     assert "worker_port" in run("settings")
     lines = [
         {"user_id": user, "item_id": i.item_id, "at_ms": 1_000 * n}
-        for n, i in enumerate(live.world.items[:20])
+        for n, i in enumerate(live.dataset.items[:20])
     ]
     file = Path(live.settings.data_dir) / f"{user}.jsonl"
     file.write_bytes(b"\n".join(map(msgspec.json.encode, lines)))
@@ -302,7 +302,7 @@ def test_ingest_runs_on_uvloop(live) -> None:
 def test_a_worker_that_has_the_bundle_alone_answers_a_filtered_query(make_live) -> None:
     """No item was ever sent to Kafka: what filters need is in the bundle."""
     alone = make_live(with_items=False)
-    of_item = {item.item_id: item.categories for item in alone.world.items if item.available}
+    of_item = {item.item_id: item.categories for item in alone.dataset.items if item.available}
     wanted = Counter(name for names in of_item.values() for name in names).most_common(3)[-1][0]
     right = {item_id for item_id, names in of_item.items() if wanted in names}
     answer = alone.client().retrieve(

@@ -21,7 +21,7 @@ PAUSE_MS_MAX = 20_000
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_partitions_change_hands_and_nothing_is_lost_or_doubled(
-    fresh_settings, world, bundle
+    fresh_settings, dataset, bundle
 ) -> None:
     folder, manifest = bundle
     ours = Settings()  # the processes are told of servers and folders alone
@@ -35,7 +35,7 @@ def test_partitions_change_hands_and_nothing_is_lost_or_doubled(
     log_dir(settings).mkdir(parents=True, exist_ok=True)
     with Supervisor(log_dir(settings)) as nobody:
         Deployment(settings, nobody).prepare(manifest)
-    replay_file.send(settings, world.items)
+    replay_file.send(settings, dataset.items)
     phases = change_hands(settings, STEPS, rate=150, phase_s=2)
     assert [phase.name for phase in phases] == [name for name, *_ in STEPS]
     assert all(0 <= pause <= PAUSE_MS_MAX for phase in phases for pause in phase.pauses_ms), phases

@@ -479,15 +479,15 @@ def test_a_namespace_is_removed_from_all_nodes(cluster: RealCluster) -> None:
 
 
 def test_ingest_and_worker_on_a_cluster_whose_node_is_killed(
-    fresh_settings: Settings, cluster: RealCluster, make_live, world
+    fresh_settings: Settings, cluster: RealCluster, make_live, dataset
 ) -> None:
     """Real processes: clicks under way, kill -9 of a node, its restart; the oracle finds no difference."""
     cluster.wait_ok()
     settings = msgspec.structs.replace(fresh_settings, redis_url=cluster.url, redis_cluster=True)
     live = make_live(SimpleNamespace(settings=settings))
     send_history(live)
-    user = world.clicks[0].user_id
-    dead = cluster.owner(f"u{live.click(user, world.items[0].item_id)[0]}")
+    user = dataset.clicks[0].user_id
+    dead = cluster.owner(f"u{live.click(user, dataset.items[0].item_id)[0]}")
     dead.kill()
     send_history(live)
     answer = live.client().retrieve(user, 5, timeout_s=10)
@@ -498,6 +498,6 @@ def test_ingest_and_worker_on_a_cluster_whose_node_is_killed(
     cluster.wait_ok()
     assert assert_same_state(live) > 0
     assert live.supervisor.states()["ingest"] == ("ready", 0), "it waited, and was not restarted"
-    token = live.click(user, world.items[1].item_id)
+    token = live.click(user, dataset.items[1].item_id)
     fresh = live.client().retrieve(user, 5, after=token, wait_ms=2_000)
     assert fresh.freshness.after.applied and not fresh.missing

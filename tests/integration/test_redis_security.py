@@ -288,7 +288,7 @@ def test_what_a_user_may_not_do_is_refused_by_name(asking: Server, namespace: st
 
 
 def test_ingest_and_worker_run_with_the_documented_users(
-    asking: Server, fresh_settings: Settings, make_live, authority: Authority, world
+    asking: Server, fresh_settings: Settings, make_live, authority: Authority, dataset
 ) -> None:
     """Real processes over TLS, ingest with its user and a worker with one that can only read."""
     with asking.client(password=ADMIN) as client:
@@ -310,7 +310,7 @@ def test_ingest_and_worker_run_with_the_documented_users(
             )
             live.supervisor.start(child)
             wait_for("the reader", lambda: is_ready(address))
-            token = live.click("ana", world.items[0].item_id)
+            token = live.click("ana", dataset.items[0].item_id)
             live.applied()
             answer = live.client(address).retrieve(
                 "ana", 5, after=token, wait_ms=2_000, timeout_s=10

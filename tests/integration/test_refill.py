@@ -55,7 +55,7 @@ WANTED = (
 
 
 @pytest.fixture
-def settings(fresh_settings: Settings, world: Any, bundle: Any) -> Settings:
+def settings(fresh_settings: Settings, dataset: Any, bundle: Any) -> Settings:
     folder, manifest = bundle
     made = msgspec.structs.replace(
         fresh_settings,
@@ -66,7 +66,7 @@ def settings(fresh_settings: Settings, world: Any, bundle: Any) -> Settings:
     )
     topics.ensure_topics(made)
     generations.publish(made, manifest)
-    sending.send(made, world.items[:120])
+    sending.send(made, dataset.items[:120])
     return made
 
 
@@ -233,9 +233,9 @@ def replay_into_redis(settings: Settings) -> None:
 
 
 def test_an_emptied_redis_is_filled_from_the_archive_to_the_same_bits(
-    settings: Settings, world: Any
+    settings: Settings, dataset: Any
 ) -> None:
-    items = [item.item_id for item in world.items[:110]]
+    items = [item.item_id for item in dataset.items[:110]]
     with ingesting(settings):
         send_profiles(settings, 20)
         applied(settings)
@@ -305,9 +305,9 @@ def test_an_emptied_redis_is_filled_from_the_archive_to_the_same_bits(
 
 
 def test_an_older_copy_is_filled_and_who_was_forgotten_since_goes(
-    settings: Settings, world: Any
+    settings: Settings, dataset: Any
 ) -> None:
-    items = [item.item_id for item in world.items[:110]]
+    items = [item.item_id for item in dataset.items[:110]]
     gone, partition = "user-3", partition_of("user-3", 4)
     send_profiles(settings, 20)
     send_behaviour(settings, items, seed=3, n=600)
@@ -337,9 +337,9 @@ def test_an_older_copy_is_filled_and_who_was_forgotten_since_goes(
 
 
 def test_what_the_archive_lacks_is_named_and_given_up_only_when_asked(
-    settings: Settings, world: Any, capsys: pytest.CaptureFixture[str]
+    settings: Settings, dataset: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    items = [item.item_id for item in world.items[:110]]
+    items = [item.item_id for item in dataset.items[:110]]
     send_behaviour(settings, items, seed=5, n=400, forwarded=True)
     archive_all(settings)
     ends = topics.end_offsets(settings, CLICKS)
@@ -373,9 +373,9 @@ def test_what_the_archive_lacks_is_named_and_given_up_only_when_asked(
 
 
 def test_a_first_start_on_an_old_topic_is_refused_until_it_is_accepted(
-    settings: Settings, world: Any
+    settings: Settings, dataset: Any
 ) -> None:
-    items = [item.item_id for item in world.items[:110]]
+    items = [item.item_id for item in dataset.items[:110]]
     send_behaviour(settings, items, seed=7, n=300)
     begins = retention(settings, 0.5)
     lacks = command(settings, "refill")
@@ -396,9 +396,9 @@ def test_a_first_start_on_an_old_topic_is_refused_until_it_is_accepted(
 
 
 def test_an_archive_of_another_log_is_refused(
-    settings: Settings, world: Any, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, dataset: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    send_behaviour(settings, [world.items[0].item_id], seed=10, n=100)
+    send_behaviour(settings, [dataset.items[0].item_id], seed=10, n=100)
     archive_all(settings)
     retention(settings, 1.0)
     monkeypatch.setattr(Archive, "log_id", lambda *_: None)

@@ -101,9 +101,9 @@ def seen(response: pb.RetrieveResponse) -> tuple[object, ...]:
 
 def requests(live) -> Iterator[tuple[str, int, dict[str, object]]]:
     """(user, k, what else is asked) of many kinds."""
-    known = list(live.world.profiles)[:40]
-    items = [item.item_id for item in live.world.items]
-    categories = sorted({name for item in live.world.items for name in item.categories})
+    known = list(live.dataset.profiles)[:40]
+    items = [item.item_id for item in live.dataset.items]
+    categories = sorted({name for item in live.dataset.items for name in item.categories})
     kinds: list[dict[str, object]] = [
         {},
         {"with_cards": True},
@@ -142,7 +142,7 @@ def test_the_same_answers_as_one_worker(sharded, live) -> None:
 
 def test_a_click_changes_the_next_answer(sharded, live, user) -> None:
     sharded.whole()
-    for item in [item.item_id for item in live.world.items if item.available][:3]:
+    for item in [item.item_id for item in live.dataset.items if item.available][:3]:
         token = live.click(user, item)
     before = sharded.coordinator.retrieve(user, 10, after=token, wait_ms=2000)
     assert before.freshness.after.applied and {item.path for item in before.items} == {"towers"}
@@ -157,14 +157,14 @@ def test_a_click_changes_the_next_answer(sharded, live, user) -> None:
 
 def test_items_of_every_shard_come_change_and_go(sharded, live, user) -> None:
     sharded.whole()
-    token = live.click(user, live.world.items[0].item_id)
+    token = live.click(user, live.dataset.items[0].item_id)
     sharded.coordinator.retrieve(user, 1, after=token, wait_ms=2000)
     names: dict[int, str] = {}
     while len(names) < SHARDS:
         name = f"item-{uuid.uuid4().hex[:10]}"
         names.setdefault(item_shard(name, SHARDS), name)
     new = set(names.values())
-    everything = len(live.world.items) + 50
+    everything = len(live.dataset.items) + 50
 
     def found() -> set[str]:
         return new & set(ids(sharded.coordinator.retrieve(user, everything)))
@@ -172,7 +172,10 @@ def test_items_of_every_shard_come_change_and_go(sharded, live, user) -> None:
     for name in new:
         live.item(
             Item(
-                item_id=name, title=name, categories=live.world.items[0].categories, at_ms=now_ms()
+                item_id=name,
+                title=name,
+                categories=live.dataset.items[0].categories,
+                at_ms=now_ms(),
             )
         )
     live.wait_for("the new items", lambda: found() == new)
@@ -184,7 +187,7 @@ def test_items_of_every_shard_come_change_and_go(sharded, live, user) -> None:
 
 def test_a_shard_is_killed_and_comes_back(sharded, live) -> None:
     sharded.whole()
-    who = next(iter(live.world.profiles))
+    who = next(iter(live.dataset.profiles))
     before = sharded.coordinator.retrieve(who, 20)
     sharded.kill(2)
     partial = 0
@@ -215,7 +218,7 @@ def test_a_shard_is_killed_and_comes_back(sharded, live) -> None:
 
 def test_a_shard_that_hangs_is_left_out_in_time(sharded, live) -> None:
     sharded.whole()
-    who = list(live.world.profiles)[1]
+    who = list(live.dataset.profiles)[1]
     sharded.kill(1, signal.SIGSTOP)
     try:
         for _ in range(5):
@@ -251,7 +254,7 @@ def test_the_command_line_speaks_to_the_coordinator(sharded, live) -> None:
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    shown = run("query", next(iter(live.world.profiles)), "-k", "5")
+    shown = run("query", next(iter(live.dataset.profiles)), "-k", "5")
     assert "shards: 4 of 4 answered" in shown and "towers" in shown
     shown = run("stats")
     for n in range(SHARDS):

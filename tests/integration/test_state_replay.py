@@ -23,13 +23,14 @@ from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.redis import RedisStore
 from embeddings.bundle import bundle as bundles
+from sandbox.datasets.catalogue import shifted_to_now
 from streams.operations import state_replay, topic_slices
 
 pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture(scope="module")
-def logs(servers, world, bundle, tmp_path_factory) -> Iterator[Settings]:
+def logs(servers, dataset, bundle, tmp_path_factory) -> Iterator[Settings]:
     """Topics that nobody else reads: items, a delete, profiles, clicks, re-sends, nonsense."""
     folder, manifest = bundle
     settings = msgspec.structs.replace(
@@ -41,8 +42,8 @@ def logs(servers, world, bundle, tmp_path_factory) -> Iterator[Settings]:
     )
     topics.ensure_topics(settings)
     generations.publish(settings, manifest)
-    clicks = sending.shifted(world.clicks, now_ms())[-2_500:]
-    sending.send(settings, [*world.items[:120], *clicks[:1_500]])
+    clicks = shifted_to_now(dataset.clicks, now_ms())[-2_500:]
+    sending.send(settings, [*dataset.items[:120], *clicks[:1_500]])
     producer = producers.make_producer(settings)
     profiled = clicks[0].user_id
     gone = next(c.user_id for c in clicks if c.user_id != profiled)
@@ -50,13 +51,13 @@ def logs(servers, world, bundle, tmp_path_factory) -> Iterator[Settings]:
         producer, settings, UserProfile(user_id=profiled, attributes={"b": 1, "a": "x"})
     )
     producers.send_forget(producer, settings, gone)
-    producers.send_delete(producer, settings, world.items[0].item_id)
+    producers.send_delete(producer, settings, dataset.items[0].item_id)
     for partition in range(4):
         producer.send(settings.prefixed(topics.CLICKS), b"{", key=b"x", partition=partition)
     producer.flush(timeout=10)
     producer.close(timeout=5)
     time.sleep(0.02)
-    sending.send(settings, [*clicks[1_300:], *world.items[5:40]])
+    sending.send(settings, [*clicks[1_300:], *dataset.items[5:40]])
     yield settings
 
 
@@ -158,7 +159,7 @@ def test_two_ingest_processes_come_to_the_same_state(make_live) -> None:
     shared = {"clicks_partitions": "4", "items_partitions": "2"}
     live.supervisor.start(live.deployment.ingest_child("ingest-2", **shared))
     time.sleep(2)
-    clicks = sending.shifted(live.world.clicks, now_ms())
+    clicks = shifted_to_now(live.dataset.clicks, now_ms())
     sending.send(live.settings, clicks)
     live.applied()
     done = replayed(live.settings, MemoryStore(), 256)

