@@ -19,9 +19,10 @@ import msgspec
 from eddyline import generations
 from eddyline.errors import LocalServerError
 from eddyline.generations import Manifest
-from eddyline.kafka import security, topics
+from eddyline.kafka import topics
 from eddyline.process import discovery
 from eddyline.schema.partitioning import user_slot
+from eddyline.settings.kafka import SECURITY_NAMES
 from eddyline.settings.loader import Settings
 from eddyline.stores.redis import RedisStore
 from eddyline.stores.redis_url import NAMES as REDIS_NAMES
@@ -58,7 +59,7 @@ class Deployment:
             "EDDYLINE_DATA_DIR": str(Path(self.settings.data_dir).absolute()),
             "EDDYLINE_BUNDLE_DIR": str(self.settings.bundles.absolute()),
         }
-        env |= {f"EDDYLINE_{name.upper()}": getattr(self.settings, name) for name in security.NAMES}
+        env |= {f"EDDYLINE_{name.upper()}": getattr(self.settings, name) for name in SECURITY_NAMES}
         env |= {
             f"EDDYLINE_{name.upper()}": str(getattr(self.settings, name)) for name in REDIS_NAMES
         }

@@ -7,13 +7,14 @@ from typing import Any
 import faust
 
 from eddyline.kafka import security
+from eddyline.settings.kafka import uses_sasl
 from eddyline.settings.loader import Settings
 
 
 def broker_credentials(settings: Settings) -> Any:
     """Faust's setting `broker_credentials`, None for a Kafka that asks for nothing. Raises SettingsError."""
     context = security.tls_context(settings)
-    if security.uses_sasl(settings):
+    if uses_sasl(settings):
         return faust.SASLCredentials(
             username=settings.kafka_sasl_username,
             password=settings.kafka_sasl_password,

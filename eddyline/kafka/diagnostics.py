@@ -20,6 +20,7 @@ from kafka.net.sasl import get_sasl_mechanism
 
 from eddyline.errors import KafkaRefused, KafkaUnavailable
 from eddyline.kafka import security
+from eddyline.settings.kafka import uses_sasl, uses_tls
 from eddyline.settings.loader import Settings
 
 # One knock, all addresses together, and never longer than a call to Kafka may take.
@@ -85,7 +86,7 @@ class BrokerProbe:
         wanted = self.settings.kafka_sasl_mechanism
         answer = _Answer(_ask(wire, _SASL_HANDSHAKE, _text((wanted or "PLAIN").encode())))
         error, offered = answer.int16(), ", ".join(answer.texts())
-        sasl = security.uses_sasl(self.settings)
+        sasl = uses_sasl(self.settings)
         if not sasl and error in (0, _UNSUPPORTED_MECHANISM):
             raise self._refused(
                 f"it asks for a login by SASL ({offered}); set kafka_security_protocol to "
@@ -183,7 +184,7 @@ class BrokerProbe:
 
     @property
     def _tls(self) -> bool:
-        return security.uses_tls(self.settings)
+        return uses_tls(self.settings)
 
     def _host_port(self) -> tuple[str, int]:
         host, colon, port = self.address.rpartition(":")

@@ -13,6 +13,7 @@ from typing import Literal
 import msgspec
 
 from eddyline.errors import LocalServerError, SettingsError
+from eddyline.kafka import security
 from eddyline.process.files import read_if_exists
 from eddyline.process.locks import is_locked
 from eddyline.settings.loader import Settings
@@ -94,10 +95,12 @@ def resolve(settings: Settings, *, redis: bool = True) -> Settings:
     Raises SettingsError, with what to do, where neither the settings nor local servers give one, and where
     the settings of Redis cannot be right.
     """
-    from eddyline.stores import redis_client
-
     found = _resolve(settings, needs_redis=redis)
+    security.tls_context(found)
     if redis:
+        # redis takes 0.1 s to import, and archive and trainer do without it.
+        from eddyline.stores import redis_client
+
         redis_client.check(found)
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import get_args
 
 from eddyline.errors import SettingsError
-from eddyline.settings.loader import MainName
+from eddyline.settings.index import MainName
 from index.backends.base import AnnBackend
 
 NAMES: tuple[str, ...] = get_args(MainName)

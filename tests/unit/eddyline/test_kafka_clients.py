@@ -62,9 +62,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def read(values: dict[str, str], folder: Path) -> Settings:
-    return load(
-        {f"EDDYLINE_{name.upper()}": value for name, value in values.items()}, folder=folder
-    )
+    environ = {f"EDDYLINE_{name.upper()}": value for name, value in values.items()}
+    settings = load(environ, folder=folder)
+    security.tls_context(settings)
+    return settings
 
 
 def refused(values: dict[str, str], folder: Path) -> str:

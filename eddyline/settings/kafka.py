@@ -1,0 +1,144 @@
+"""Settings of Kafka: addresses, security, topics."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from eddyline.errors import SettingsError
+from eddyline.settings.field import about
+
+KafkaProtocol = Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"]
+KafkaMechanism = Literal["", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"]
+
+_SASL = ("SASL_PLAINTEXT", "SASL_SSL")
+_TLS = ("SSL", "SASL_SSL")
+_SASL_NAMES = ("kafka_sasl_mechanism", "kafka_sasl_username", "kafka_sasl_password")
+_TLS_NAMES = ("kafka_ca_file", "kafka_cert_file", "kafka_key_file", "kafka_key_password")
+# The settings of security. A process that is started without our environment needs them passed on.
+SECURITY_NAMES = ("kafka_security_protocol", *_SASL_NAMES, *_TLS_NAMES)
+
+
+class KafkaSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Kafka, as every process uses it."""
+
+    kafka_bootstrap_servers: Annotated[
+        str,
+        about(
+            "Kafka's addresses, `host:port,…`. Empty: the local Kafka that `eddyline up` or the"
+            " demo started."
+        ),
+    ] = ""
+    kafka_timeout_ms: Annotated[
+        int, about("How long one call to Kafka may take.", 100, 600_000)
+    ] = 10_000
+
+    # Security: docs/security.md
+    kafka_security_protocol: Annotated[
+        KafkaProtocol,
+        about(
+            "The protocol of connections to Kafka: `SSL` is TLS, `SASL_…` logs in by name and "
+            "password."
+        ),
+    ] = "PLAINTEXT"
+    kafka_sasl_mechanism: Annotated[
+        KafkaMechanism, about("The login mechanism; only with `SASL_…`.")
+    ] = ""
+    kafka_sasl_username: Annotated[
+        str, about("The user's name at Kafka.", pattern=r"^[^\x00-\x1f\x7f]*\Z", max_length=1_000)
+    ] = ""
+    kafka_sasl_password: Annotated[
+        str,
+        about("The user's password at Kafka.", pattern=r"^[^\x00-\x1f\x7f]*\Z", max_length=1_000),
+    ] = ""
+    kafka_ca_file: Annotated[
+        str,
+        about(
+            "PEM file of the authorities that may sign Kafka's certificate. Empty: those of the"
+            " system."
+        ),
+    ] = ""
+    kafka_cert_file: Annotated[
+        str, about("PEM file of our own certificate, if Kafka asks for one (mTLS).")
+    ] = ""
+    kafka_key_file: Annotated[
+        str, about("PEM file of its private key. Empty: the key is in `kafka_cert_file`.")
+    ] = ""
+    kafka_key_password: Annotated[
+        str, about("Password of the private key. Empty: it is not encrypted.", max_length=1_000)
+    ] = ""
+
+    # Topics: partitions are fixed when the topics are made
+    clicks_partitions: Annotated[
+        int,
+        about(
+            "Partitions of `clicks` and `users`: the most ingest processes that can share the "
+            "clicks. Fixed when the topics are made.",
+            1,
+            4_096,
+        ),
+    ] = 8
+    items_partitions: Annotated[
+        int,
+        about(
+            "Partitions of `items` and of `item-vectors`. Fixed when the topics are made.", 1, 1_024
+        ),
+    ] = 4
+    replication_factor: Annotated[int, about("Copies of each topic that Eddyline makes.", 1, 9)] = 1
+    clicks_retention_h: Annotated[int, about("How long Kafka keeps clicks.", 1, 87_600)] = 168
+    dead_letters_retention_h: Annotated[
+        int, about("How long Kafka keeps dead letters.", 1, 87_600)
+    ] = 720
+
+
+def uses_sasl(settings: KafkaSettings) -> bool:
+    """Whether clients log in with a name and a password."""
+    return settings.kafka_security_protocol in _SASL
+
+
+def uses_tls(settings: KafkaSettings) -> bool:
+    """Whether connections are encrypted and the broker has a certificate."""
+    return settings.kafka_security_protocol in _TLS
+
+
+def check(settings: KafkaSettings) -> None:
+    """Raise SettingsError if the settings of security contradict each other.
+
+    The message names the settings, never a password. `kafka.security.tls_context` checks the files.
+    """
+    protocol = f"kafka_security_protocol = {settings.kafka_security_protocol!r}"
+    if settings.kafka_security_protocol != "PLAINTEXT" and not settings.kafka_bootstrap_servers:
+        raise SettingsError(
+            f"{protocol}: needs kafka_bootstrap_servers; the local Kafka speaks PLAINTEXT"
+        )
+    if uses_sasl(settings):
+        missing = [name for name in _SASL_NAMES if not getattr(settings, name)]
+        if missing:
+            raise SettingsError(f"{protocol}: needs {' and '.join(missing)}")
+        scram = settings.kafka_sasl_mechanism.startswith("SCRAM")
+        if scram and any(sign in settings.kafka_sasl_username for sign in ",="):
+            # RFC 5802, section 5.1: the name would have to be escaped, which neither client does.
+            raise SettingsError(
+                f"kafka_sasl_username = {settings.kafka_sasl_username!r}: with "
+                f"{settings.kafka_sasl_mechanism} a name must have neither ',' nor '='"
+            )
+    else:
+        _check_unused(settings, _SASL_NAMES, _SASL)
+    if not uses_tls(settings):
+        _check_unused(settings, _TLS_NAMES, _TLS)
+    if settings.kafka_key_file and not settings.kafka_cert_file:
+        raise SettingsError(f"kafka_key_file = {settings.kafka_key_file!r}: needs kafka_cert_file")
+    if settings.kafka_key_password and not settings.kafka_cert_file:
+        raise SettingsError("kafka_key_password: needs kafka_cert_file, and its key")
+
+
+def _check_unused(
+    settings: KafkaSettings, names: tuple[str, ...], protocols: tuple[str, str]
+) -> None:
+    for name in names:
+        if getattr(settings, name):
+            raise SettingsError(
+                f"{name} is set: needs kafka_security_protocol {' or '.join(protocols)}; "
+                f"kafka_security_protocol = {settings.kafka_security_protocol!r}"
+            )
