@@ -22,6 +22,7 @@ from kafka.errors import KafkaError, TopicAlreadyExistsError, TopicAuthorization
 
 from eddyline.errors import KafkaUnavailable, LogMismatch
 from eddyline.kafka.clients import connect, translate_error
+from eddyline.process.retry import Backoff
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import LogId
 
@@ -75,8 +76,9 @@ def _admin(settings: Settings) -> Iterator[KafkaAdminClient]:
 
 def wait_until_up(settings: Settings, timeout_s: float) -> None:
     """Return once Kafka answers; raise KafkaUnavailable after `timeout_s`."""
-    deadline, wait_s = time.monotonic() + timeout_s, 0.05
+    deadline, backoff = time.monotonic() + timeout_s, Backoff(0.05, settings.backoff_ms_max / 1000)
     while True:
+        wait_s = backoff.next_s()
         try:
             with _admin(settings) as admin:
                 admin.describe_cluster()
@@ -88,7 +90,6 @@ def wait_until_up(settings: Settings, timeout_s: float) -> None:
                 "waiting for Kafka", extra={"reason": str(error), "wait_ms": int(wait_s * 1000)}
             )
         time.sleep(wait_s)
-        wait_s = min(2 * wait_s, settings.backoff_ms_max / 1000)
 
 
 def ensure_topics(settings: Settings, names: Sequence[str] | None = None) -> None:

@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 
-from eddyline.errors import BundleError, KafkaRefused, LogMismatch, SettingsError, StoreRefused
+from eddyline.errors import EddylineError, KafkaRefused, LogMismatch, SettingsError, StoreRefused
 from eddyline.process import discovery, logs
 from eddyline.process.retry import Stopped
 from eddyline.settings import loader
@@ -18,16 +18,19 @@ log = logging.getLogger(__name__)
 
 
 def stop_on_signals(stop: threading.Event, also: Callable[[], None] = lambda: None) -> None:
-    """Set `stop` at SIGTERM or SIGINT; the main thread calls it. also: done first, at the first signal."""
-    asked = False
+    """Set `stop` at SIGTERM or SIGINT. The main thread calls this.
+
+    also: called before, at the first signal only
+    """
+    requested = False
 
     def on_signal(*_: object) -> None:
-        nonlocal asked
-        if not asked:
-            asked = True
+        nonlocal requested
+        if not requested:
+            requested = True
             also()
-            # In a thread of its own: the signal may have interrupted this handler, or a wait of the main
-            # thread, while it held the event's lock.
+            # In a thread of its own: the signal may have interrupted this handler, or a wait of the
+            # main thread, while it held the event's lock.
             threading.Thread(target=stop.set, name="stop", daemon=True).start()
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -38,46 +41,48 @@ def run(
     process: str,
     main: Callable[[Settings, threading.Event], int | None],
     *,
+    needs_kafka: bool = True,
     needs_redis: bool = True,
+    stops_in_order: bool = True,
 ) -> int:
-    """Run a process from settings to exit code: load, logs, signals, `main`. The main thread calls it.
+    """Run a process from its settings to its exit code. The main thread calls this.
 
-    process:     its name in log lines
-    main:        called with the settings and an event that SIGTERM and SIGINT set
-    needs_redis: False if the process uses no Redis; its address may be empty then
+    process:        its name in log lines
+    main:           called with the settings and an event that SIGTERM and SIGINT set
+    needs_kafka:    False: the process uses neither server, and no address is looked up
+    needs_redis:    False: the address of Redis may be empty
+    stops_in_order: False for a job that a signal may end at any point; it leaves the event unset
 
     Returns the exit code of `run_until_exit`.
     """
     stop = threading.Event()
-    stop_on_signals(stop)
+    if stops_in_order:
+        stop_on_signals(stop)
     try:
         settings = loader.load()
         logs.configure(settings, process)
-        settings = discovery.resolve(settings, redis=needs_redis)
+        if needs_kafka:
+            settings = discovery.resolve(settings, redis=needs_redis)
     except SettingsError as error:
         sys.stderr.write(f"{error}\n")
         return 2
     return run_until_exit(lambda: main(settings, stop))
 
 
-def run_until_exit(run: Callable[[], int | None]) -> int:
-    """Run a process until it is to stop, log what ends it otherwise, and return the exit code.
+def run_until_exit(main: Callable[[], int | None]) -> int:
+    """Call `main`, log the error that ends it, and return the exit code of the process.
 
-    0 a wanted stop · 1 an error that a restart may heal · 2 a bad setting · 3 a person has to decide
+    0 a requested stop · 1 an error that a restart may heal · 2 a bad setting · 3 an operator has to
+    decide. Other exceptions than Eddyline's own pass through.
     """
-    code = 0
     try:
-        code = run() or 0
+        code = main() or 0
     except (Stopped, KeyboardInterrupt):
-        pass
-    except (LogMismatch, StoreRefused, KafkaRefused) as error:
+        code = 0
+    except EddylineError as error:
         log.error(str(error))
-        return 3
-    except SettingsError as error:
-        log.error(str(error))
-        return 2
-    except BundleError as error:
-        log.error(str(error))
-        return 1
+        if isinstance(error, LogMismatch | StoreRefused | KafkaRefused):
+            return 3
+        return 2 if isinstance(error, SettingsError) else 1
     log.info("stopped")
     return code

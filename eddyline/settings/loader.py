@@ -2,7 +2,8 @@
 
 Sources, a later one wins: the default in the section → the TOML file (`EDDYLINE_CONFIG`, else
 `eddyline.toml` in the working directory if it exists) → the environment (`EDDYLINE_<NAME>` in
-capitals). `KAFKA_BOOTSTRAP_SERVERS` and `REDIS_URL` rank below their `EDDYLINE_` forms. or a bad value raises SettingsError, which names the key, the value and the source.
+capitals). `KAFKA_BOOTSTRAP_SERVERS` and `REDIS_URL` rank below their `EDDYLINE_` forms. An unknown
+key or a bad value raises SettingsError, which names the key, the value and the source.
 `docs/configuration.md` is generated: `eddyline settings --markdown`.
 """
 

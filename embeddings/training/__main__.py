@@ -18,11 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from eddyline import generations
-from eddyline.errors import EddylineError, KafkaRefused, LogMismatch, SettingsError
 from eddyline.kafka import topics
-from eddyline.process import discovery, logs
+from eddyline.process import lifecycle
 from eddyline.schema.events import Click
-from eddyline.settings import loader
 from eddyline.settings.loader import Settings
 from embeddings.bundle import bundle
 from embeddings.data import sources
@@ -34,20 +32,25 @@ log = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train one generation. Returns the exit code, with a sentence on standard error where it is not 0."""
+    """Train one generation. Returns the exit code, with a sentence on standard error if it is not 0."""
     arguments = _arguments(argv)
-    console = Console(stderr=True)
+    return lifecycle.run(
+        "trainer",
+        lambda settings, _: _main(settings, arguments),
+        needs_kafka=arguments.file is None or arguments.publish,
+        needs_redis=False,
+        stops_in_order=False,
+    )
+
+
+def _main(settings: Settings, arguments: argparse.Namespace) -> int:
     try:
-        config = loader.load()
-        if arguments.file is None or arguments.publish:
-            config = discovery.resolve(config, redis=False)
-        logs.configure(config, "trainer")
-        report = _run(config, arguments, console)
-    except (EddylineError, OSError) as error:
-        console.print("trainer:", error, highlight=False, markup=False, soft_wrap=True)
-        if isinstance(error, KafkaRefused | LogMismatch):
-            return 3
-        return 2 if isinstance(error, SettingsError) else 1
+        report = _run(settings, arguments, Console(stderr=True))
+    except OSError as error:
+        log.error(str(error))
+        return 1
+    except KeyboardInterrupt:
+        return 130
     log.info(
         "generation trained",
         extra={

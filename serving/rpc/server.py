@@ -12,7 +12,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from eddyline.errors import EddylineError
+from eddyline.errors import SettingsError
 from eddyline.settings.loader import Settings
 from serving.proto import retrieval_pb2, retrieval_pb2_grpc, shard_pb2, shard_pb2_grpc
 from serving.rpc.retrieval_service import RetrievalService
@@ -28,8 +28,8 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-class PortTaken(EddylineError):
-    """The address cannot be bound."""
+class PortTaken(SettingsError):
+    """The address of the settings cannot be bound."""
 
 
 # The processes of a worker whose keeper was killed notice it in a second, and end with their running calls.

@@ -1,7 +1,7 @@
 """The archive process, wired together: `python -m streams.archive`, `eddyline archive`.
 
-Exit codes: 0 a wanted stop · 2 a bad setting · 3 a person has to decide (the files are of another log, or
-Kafka refuses us).
+Exit codes: 0 a requested stop · 2 a bad setting · 3 an operator has to decide (the files are of
+another log, or Kafka refuses us).
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ import threading
 from pathlib import Path
 
 from eddyline.archive import Archive
-from eddyline.errors import SettingsError, Unavailable
+from eddyline.errors import Unavailable
 from eddyline.kafka import topics
-from eddyline.process import discovery, heartbeat, lifecycle, logs
-from eddyline.process.retry import Retry
-from eddyline.settings import loader
+from eddyline.process import heartbeat, lifecycle
+from eddyline.process.retry import Backoff, Retry
 from eddyline.settings.loader import Settings
 from streams import static_membership
 from streams.archive import file_placement
@@ -29,19 +28,12 @@ _BACKOFF_S = 0.2
 
 def main() -> int:
     """Run until SIGTERM or SIGINT. Returns the exit code."""
-    stop = threading.Event()
-    lifecycle.stop_on_signals(stop)
-    try:
-        settings = discovery.resolve(loader.load(), redis=False)
-        archive = Archive(settings)
-    except SettingsError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    logs.configure(settings, "archive")
-    return lifecycle.run_until_exit(lambda: _run(settings, archive, stop))
+    return lifecycle.run("archive", _run, needs_redis=False)
 
 
-def _run(settings: Settings, archive: Archive, stop: threading.Event) -> None:
+def _run(settings: Settings, stop: threading.Event) -> None:
+    archive = Archive(settings)
+
     def reach() -> None:
         heartbeat.beat(settings, "archive")
         topics.ensure_topics(settings)
@@ -49,7 +41,8 @@ def _run(settings: Settings, archive: Archive, stop: threading.Event) -> None:
     Retry(settings, stop).wait_for("Kafka", reach)
     file_placement.remove_abandoned(archive)
     member = static_membership.take(Path(settings.data_dir) / "archiver")
-    archiver, wait_s = Archiver(settings, archive, stop, member.name), _BACKOFF_S
+    archiver = Archiver(settings, archive, stop, member.name)
+    backoff = Backoff(_BACKOFF_S, settings.backoff_ms_max / 1000)
     log.info(
         "archive starts", extra={"kafka": settings.kafka_bootstrap_servers, "url": archive.url}
     )
@@ -58,14 +51,10 @@ def _run(settings: Settings, archive: Archive, stop: threading.Event) -> None:
         try:
             archiver.run_once()
         except (Unavailable, OSError) as error:
-            wait_s = (
-                _BACKOFF_S
-                if archiver.rows > rows
-                else min(2 * wait_s, settings.backoff_ms_max / 1000)
-            )
-            log.warning(
-                "starting again", extra={"reason": str(error), "wait_ms": int(wait_s * 1000)}
-            )
+            if archiver.rows > rows:
+                backoff.reset()
+            wait_s = backoff.next_s()
+            log.warning("restarting", extra={"reason": str(error), "wait_ms": int(wait_s * 1000)})
             heartbeat.beat(settings, "archive")
             stop.wait(wait_s)
     member.close()

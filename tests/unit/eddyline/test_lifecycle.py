@@ -1,11 +1,27 @@
-"""Signals that ask a process to stop: any number of them, at any moment, and it stops once."""
+"""The shape of a process: its settings, signals that stop it once, its exit code."""
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+
+import pytest
+
+from eddyline.errors import (
+    BundleError,
+    KafkaRefused,
+    KafkaUnavailable,
+    LogMismatch,
+    SettingsError,
+    StoreRefused,
+)
+from eddyline.process import lifecycle
+from eddyline.process.retry import Stopped
 
 CODE = """
 import threading, time
@@ -29,3 +45,68 @@ def test_many_signals_at_once_stop_it_once() -> None:
             time.sleep(0.0001)
         out, _ = child.communicate(timeout=20)
         assert (child.returncode, out) == (0, "also\nstopped\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (Stopped(), 0),
+        (BundleError("torn"), 1),
+        (KafkaUnavailable("away"), 1),
+        (SettingsError("k_max"), 2),
+        (StoreRefused("layout"), 3),
+        (KafkaRefused("password"), 3),
+        (LogMismatch("another log"), 3),
+    ],
+)
+def test_an_error_is_one_log_line_and_an_exit_code(
+    error: Exception, code: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    def main() -> None:
+        raise error
+
+    with caplog.at_level(logging.INFO):
+        assert lifecycle.run_until_exit(main) == code
+    (line,) = caplog.records
+    assert line.getMessage() == (str(error) if code else "stopped") and not line.exc_info
+
+
+@pytest.mark.parametrize("returned", [None, 0, 5])
+def test_the_exit_code_of_a_process_that_ends_by_itself(returned: int | None) -> None:
+    assert lifecycle.run_until_exit(lambda: returned) == (returned or 0)
+
+
+RUN = """
+import sys
+from eddyline.process import lifecycle
+def main(settings, stop):
+    print(settings.redis_url, settings.log_level, flush=True)
+    stop.wait(20)
+sys.exit(lifecycle.run("test", main))
+"""
+
+
+def started(**environ: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | environ,
+    )
+
+
+def test_a_process_has_its_settings_and_stops_at_a_signal(tmp_path: Path) -> None:
+    servers = {"KAFKA_BOOTSTRAP_SERVERS": "k:1", "REDIS_URL": "redis://r:1/0"}
+    with started(**servers, EDDYLINE_LOG_LEVEL="info") as child:
+        assert child.stdout is not None and child.stdout.readline() == "redis://r:1/0 info\n"
+        child.terminate()
+        _, logged = child.communicate(timeout=20)
+        assert child.returncode == 0 and "info    test  stopped" in logged
+
+
+def test_a_bad_setting_is_a_sentence_on_standard_error(tmp_path: Path) -> None:
+    with started(EDDYLINE_K_MAX="many") as child:
+        out, said = child.communicate(timeout=20)
+    assert (child.returncode, out) == (2, "") and "k_max = 'many'" in said
+    assert "Traceback" not in said
