@@ -61,7 +61,7 @@ class SecuredKafka:
     """The running broker, its addresses by listener, and the files of certificates."""
 
     folder: Path
-    free_ports: Mapping[str, int]
+    ports: Mapping[str, int]
     authority: trustme.CA = field(default_factory=trustme.CA)
     foreign: trustme.CA = field(default_factory=trustme.CA)
 
