@@ -92,7 +92,7 @@ def set_up():
         _packages(backend)
         _project()
         _jars()
-        STAMP.write_text(wanted)
+        STAMP.write_text(wanted, encoding="utf-8")
         _say(f"Set up in {time.monotonic() - started:.0f} s")
 
 
@@ -198,12 +198,12 @@ def _packages(backend):
     step = "installing the packages of requirements.lock"
     again = "run this again (what was downloaded is kept); can the registry be reached, and is the disk not full?"
     _say(f"· {step}; " + ("torch without CUDA" if backend == "cpu" else CUDA_NOTE))
-    (VENV / "eddyline.torch").write_text(backend)
+    (VENV / "eddyline.torch").write_text(backend, encoding="utf-8")
     locked = LOCK
     if backend == "cpu":
-        kept, torch = without_cuda(LOCK.read_text())
+        kept, torch = without_cuda(LOCK.read_text(encoding="utf-8"))
         locked = VENV / "requirements-cpu.lock"
-        locked.write_text(kept)
+        locked.write_text(kept, encoding="utf-8")
     arguments = ["pip", "sync", "--require-hashes", str(locked)]
     if backend != "cpu" and any(VENV.glob("lib/python*/site-packages/torch-*+cpu.dist-info")):
         arguments += ["--reinstall-package", "torch"]  # for uv 2.13.0+cpu is as good as 2.13.0
@@ -310,7 +310,7 @@ def _alone():
     """One set-up at a time in this folder."""
     folder = ROOT / ".cache"
     folder.mkdir(exist_ok=True)
-    with (folder / "bootstrap.lock").open("a") as file:
+    with (folder / "bootstrap.lock").open("a", encoding="utf-8") as file:
         deadline = time.monotonic() + WAIT_S
         told = False
         while True:
@@ -333,7 +333,7 @@ def _alone():
 
 def _read(path):
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         return None
 

@@ -51,7 +51,7 @@ def memory_mb() -> np.ndarray:
     """(private, PSS) of this process, in MB."""
     kb = {
         line.split(":")[0]: int(line.split()[1])
-        for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
+        for line in Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").splitlines()[1:]
     }
     return np.array([kb["Private_Clean"] + kb["Private_Dirty"], kb["Pss"]]) * 1.024e-3
 

@@ -40,14 +40,16 @@ def _end_children() -> None:
 
 def cpu_s(pid: int) -> float:
     """User and system CPU seconds of a process so far, all its threads."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICK
 
 
 def rss_mb(pid: int) -> float:
     """Resident memory."""
     return (
-        int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
+        int(Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1])
+        * os.sysconf("SC_PAGESIZE")
+        / 2**20
     )
 
 
@@ -97,7 +99,11 @@ class Ingest:
     """An ingest process, as a user starts it; what it says goes to `<data_dir>/logs`."""
 
     def __init__(self, settings: Settings) -> None:
-        with log_dir(settings).joinpath(f"ingest-{settings.namespace}.log").open("a") as log:
+        with (
+            log_dir(settings)
+            .joinpath(f"ingest-{settings.namespace}.log")
+            .open("a", encoding="utf-8") as log
+        ):
             argv = [sys.executable, "-m", "streams"]
             self._process = subprocess.Popen(
                 argv, env=environment(settings), stdout=log, stderr=log

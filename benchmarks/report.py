@@ -51,7 +51,7 @@ def report(name: str, rows: list[dict[str, Any]], folder: Path, **more: Any) -> 
         **more,
         "rows": rows,
     }
-    (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     table = Table("measure", "value", "must be", "holds", title=f"{name} · {machine}")
     for one in rows:
         holds = ("yes" if one["holds"] else "NO") if one["must_be"] else ""

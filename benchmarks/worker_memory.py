@@ -40,7 +40,7 @@ def memory_mb(pids: list[int]) -> np.ndarray:
     """(private, PSS) of these processes in MB, the mean."""
     found = []
     for pid in pids:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines()[1:]
         kb = {line.split(":")[0]: int(line.split()[1]) for line in lines}
         found.append((kb["Private_Clean"] + kb["Private_Dirty"], kb["Pss"]))
     return np.mean(found, axis=0) * 1.024e-3

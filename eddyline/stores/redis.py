@@ -396,7 +396,7 @@ class RedisStore:
 def _script(name: str) -> str:
     folder = files("eddyline.stores") / "scripts"
     parts = ["users_fence", "fence", name] if name == "write_users" else ["fence", name]
-    return "".join((folder / f"{part}.lua").read_text() for part in parts)
+    return "".join((folder / f"{part}.lua").read_text(encoding="utf-8") for part in parts)
 
 
 def _stood(answer: tuple[int, bytes], keys: list[str], args: list[Any]) -> bytes:

@@ -269,6 +269,8 @@ def _write_files(folder: Path, parts: Parts) -> None:
     )
     raw = msgspec.json.format(msgspec.json.encode(contents), indent=1)
     (folder / MANIFEST).write_bytes(raw)
-    (folder / CHECKSUM).write_text(f"{hashlib.sha256(raw).hexdigest()}  {MANIFEST}\n")
+    (folder / CHECKSUM).write_text(
+        f"{hashlib.sha256(raw).hexdigest()}  {MANIFEST}\n", encoding="utf-8"
+    )
     for path in folder.iterdir():
         sync(path)

@@ -115,7 +115,7 @@ def main() -> int:
         if arguments.fetch:
             _fetch(sys.stderr)
         elif arguments.lock:
-            kafka_jars.LOCK.write_text(kafka_jars.resolve())
+            kafka_jars.LOCK.write_text(kafka_jars.resolve(), encoding="utf-8")
         else:
             run(settings, tell=logging.getLogger("sandbox.servers").info)
     except EddylineError as error:

@@ -86,7 +86,9 @@ def _new(taken: set[int]) -> int:
 
 def _ephemeral_from() -> int:
     try:
-        low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+        low = int(
+            Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="utf-8").split()[0]
+        )
     except (OSError, ValueError, IndexError):
         return EPHEMERAL_DEFAULT
     return low if low > 4_096 else EPHEMERAL_DEFAULT

@@ -127,7 +127,7 @@ def prepare(data_dir: Path, port: int, controller_port: int, classpath: Sequence
     command = [str(program), *JVM_FLAGS, *LOG_FLAGS, "-cp", ":".join(map(str, classpath))]
     if not (data / "meta.properties").exists():
         _format(home, data, command, port, controller_port)
-    properties.write_text(server_properties(data.name, port, controller_port))
+    properties.write_text(server_properties(data.name, port, controller_port), encoding="utf-8")
     return Child(
         name="kafka",
         argv=[*command, "kafka.Kafka", str(properties)],
@@ -180,7 +180,7 @@ def _format(
         )
     beside.mkdir(parents=True)
     properties = home / "format.properties"
-    properties.write_text(server_properties(beside.name, port, controller_port))
+    properties.write_text(server_properties(beside.name, port, controller_port), encoding="utf-8")
     arguments = ["kafka.tools.StorageTool", "format", "-t", new_cluster_id(), "-c", str(properties)]
     try:
         subprocess.run(

@@ -42,7 +42,7 @@ Progress = Callable[[int, int], None]
 
 def locked() -> dict[str, str]:
     """{path in a Maven repository: sha-256} of every jar, in the order of kafka.lock."""
-    pairs = (line.split() for line in LOCK.read_text().splitlines() if line)
+    pairs = (line.split() for line in LOCK.read_text(encoding="utf-8").splitlines() if line)
     return {path: digest for digest, path in pairs}
 
 

@@ -62,7 +62,7 @@ def main() -> int:
     show(result)
     told = report(result, asked)
     Path(asked.json).parent.mkdir(parents=True, exist_ok=True)
-    Path(asked.json).write_text(json.dumps(told, indent=2) + "\n")
+    Path(asked.json).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     console.print(f"written to {asked.json}")
     if result.differences:
         console.print(

@@ -128,7 +128,7 @@ def secured_kafka(folder: Path) -> Iterator[SecuredKafka]:
     chosen = free_ports.choose_port(folder / "run", (*names, "controller"))
     broker = SecuredKafka(folder, {name: chosen[name.lower()] for name in LISTENERS})
     properties = folder / "server.properties"
-    properties.write_text(_properties(broker, chosen["controller"]))
+    properties.write_text(_properties(broker, chosen["controller"]), encoding="utf-8")
     program, _ = kafka_broker.java()
     classpath = ":".join(map(str, kafka_jars.fetch()))
     command = [str(program), *kafka_broker.JVM_FLAGS, *kafka_broker.LOG_FLAGS, "-cp", classpath]

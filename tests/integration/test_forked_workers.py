@@ -55,7 +55,8 @@ class Group:
 
     def log(self) -> str:
         return "".join(
-            path.read_text() for path in (Path(self.settings.data_dir) / "logs").glob("worker*")
+            path.read_text(encoding="utf-8")
+            for path in (Path(self.settings.data_dir) / "logs").glob("worker*")
         )
 
     def each(self, call: Callable[[Client], _R]) -> list[_R]:

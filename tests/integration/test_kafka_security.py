@@ -211,9 +211,11 @@ def test_everything_works_with_the_rights_in_the_docs(
         assert done.returncode == 0 and "clicks" in done.stdout, done.stderr
         eventually(lambda: list(Archive(system.base).read(topics.ITEMS)))
         supervisor.check()
-    written = {path.name: path.read_text() for path in logs.glob("*.log")}
+    written = {path.name: path.read_text(encoding="utf-8") for path in logs.glob("*.log")}
     assert {"ingest.log", "worker.log", "archive.log"} <= set(written)
-    keeps_secrets(*written.values(), (system.broker.folder / "logs" / "kafka.log").read_text())
+    keeps_secrets(
+        *written.values(), (system.broker.folder / "logs" / "kafka.log").read_text(encoding="utf-8")
+    )
 
 
 def test_plain_works_too_and_an_encrypted_key(broker: SecuredKafka, base: Settings) -> None:

@@ -295,7 +295,10 @@ def test_the_command_line_works(live, user) -> None:
 
 
 def test_ingest_runs_on_uvloop(live) -> None:
-    said = "".join(path.read_text() for path in live.deployment.supervisor.log_dir.glob("*ingest*"))
+    said = "".join(
+        path.read_text(encoding="utf-8")
+        for path in live.deployment.supervisor.log_dir.glob("*ingest*")
+    )
     assert "ingest starts" in said and "uvloop" in said.split("ingest starts", 1)[1].splitlines()[0]
 
 

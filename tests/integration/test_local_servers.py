@@ -64,7 +64,10 @@ def eventually(condition: Callable[[], bool], timeout_s: float = 20) -> None:
 
 def gone(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+            == "Z"
+        )
     except FileNotFoundError:
         return True
 

@@ -318,7 +318,7 @@ def test_ingest_and_worker_run_with_the_documented_users(
             assert answer.freshness.after.applied and len(answer.items) == 5 and not answer.missing
             live.supervisor.stop()
             logs = [
-                live.supervisor.log_file(name).read_text()
+                live.supervisor.log_file(name).read_text(encoding="utf-8")
                 for name in ("ingest", "worker", "reader")
             ]
         no_secret(*logs)
@@ -501,7 +501,7 @@ def test_files_that_cannot_be_used_are_named(authority: Authority, tmp_path: Pat
         )
     )
     text = tmp_path / "text.pem"
-    text.write_text("no certificate")
+    text.write_text("no certificate", encoding="utf-8")
     cases: list[tuple[dict[str, str], str]] = [
         ({"redis_ca_file": str(tmp_path / "none")}, "redis_ca_file = .*none.*No such file"),
         ({"redis_ca_file": str(tmp_path)}, "redis_ca_file = .*cannot be read"),

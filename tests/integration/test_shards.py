@@ -278,5 +278,7 @@ def test_each_shard_keeps_a_snapshot_of_its_own(sharded) -> None:
     sharded.kill(0, signal.SIGTERM)
     sharded.live.wait_for("the snapshot", lambda: list(folder.glob("*.shard-0-of-4.snapshot")), 20)
     log = sharded.deployment.supervisor.log_file("shard-0")
-    sharded.live.wait_for("its start", lambda: "index restored" in log.read_text(), 30)
+    sharded.live.wait_for(
+        "its start", lambda: "index restored" in log.read_text(encoding="utf-8"), 30
+    )
     sharded.whole()

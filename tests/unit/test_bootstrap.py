@@ -33,8 +33,10 @@ def bootstrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     }
     for name, place in places.items():
         monkeypatch.setattr(module, name, place)
-    (tmp_path / "requirements.lock").write_text("torch==1 \\\n    --hash=sha256:00\n")
-    (tmp_path / "pyproject.toml").write_text("[project]\n")
+    (tmp_path / "requirements.lock").write_text(
+        "torch==1 \\\n    --hash=sha256:00\n", encoding="utf-8"
+    )
+    (tmp_path / "pyproject.toml").write_text("[project]\n", encoding="utf-8")
     monkeypatch.delenv("TORCH_BACKEND", raising=False)
     return module
 
@@ -67,7 +69,7 @@ def test_a_second_set_up_does_nothing_until_something_changes(
     bootstrap.set_up()
     assert steps == []
     for changed in ("requirements.lock", "pyproject.toml"):
-        with (bootstrap.ROOT / changed).open("a") as file:
+        with (bootstrap.ROOT / changed).open("a", encoding="utf-8") as file:
             file.write("# changed\n")
         bootstrap.set_up()
         assert len(steps) == 6
@@ -81,7 +83,7 @@ def test_an_interrupted_set_up_leaves_no_stamp(
     bootstrap: ModuleType, steps: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bootstrap.set_up()
-    (bootstrap.ROOT / "requirements.lock").write_text("other")
+    (bootstrap.ROOT / "requirements.lock").write_text("other", encoding="utf-8")
 
     def interrupted(_backend: str) -> None:
         raise KeyboardInterrupt
@@ -104,7 +106,7 @@ def test_the_build_of_torch_is_remembered(
     steps.clear()
     monkeypatch.setenv("TORCH_BACKEND", "cpu")
     bootstrap.set_up()
-    (bootstrap.VENV / "eddyline.torch").write_text("cpu")  # as _packages does
+    (bootstrap.VENV / "eddyline.torch").write_text("cpu", encoding="utf-8")  # as _packages does
     assert len(steps) == 6
     steps.clear()
     monkeypatch.delenv("TORCH_BACKEND")
@@ -116,7 +118,7 @@ def test_the_build_of_torch_is_remembered(
 
 
 def test_the_lock_without_cuda_keeps_everything_else(bootstrap: ModuleType) -> None:
-    locked = (ROOT / "requirements.lock").read_text()
+    locked = (ROOT / "requirements.lock").read_text(encoding="utf-8")
     kept, torch = bootstrap.without_cuda(locked)
     assert re.fullmatch(r"torch==[0-9.]+", torch)
 
@@ -185,7 +187,7 @@ def test_a_wrong_command_sets_nothing_up(
 
 
 def test_every_target_of_the_makefile_is_a_command(bootstrap: ModuleType) -> None:
-    makefile = (ROOT / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     commands = set(re.findall(r"\$\(BOOTSTRAP\) ([a-z]+)", makefile))
     assert {
         "setup",

@@ -132,7 +132,7 @@ def test_the_addresses_are_those_of_the_other_services(name: str) -> None:
 def test_every_build_target_is_a_stage_of_its_extra(name: str) -> None:
     build = SERVICES[name]["build"]
     assert build["context"] == "." and build["target"] == name
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
         "optional-dependencies"
     ]
     assert name in extras
@@ -148,7 +148,7 @@ def test_every_build_target_is_a_stage_of_its_extra(name: str) -> None:
 def test_an_image_holds_the_rooms_that_its_process_may_import(name: str) -> None:
     copied = {line.split()[1] for line in lineage(name) if re.match(r"COPY (?!--from)", line)}
     assert copied == {"cli", "eddyline", "embeddings"} | ROOMS[name]
-    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     assert all(f"!{path}" in ignored and (ROOT / path).is_dir() for path in copied)
 
 

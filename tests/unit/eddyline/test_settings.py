@@ -37,7 +37,7 @@ def test_defaults_are_valid_and_need_no_source(tmp_path: Path) -> None:
 
 def test_a_later_source_wins(tmp_path: Path) -> None:
     (tmp_path / "eddyline.toml").write_text(
-        'k_max = 5\nredis_url = "redis://file/0"\nnamespace = "file"\n'
+        'k_max = 5\nredis_url = "redis://file/0"\nnamespace = "file"\n', encoding="utf-8"
     )
     environ = {"REDIS_URL": "redis://alias/0", **env(k_max=7)}
     settings = load(environ, folder=tmp_path)
@@ -77,7 +77,7 @@ def test_a_toml_file_that_cannot_be_read_is_named(content: bytes, tmp_path: Path
 def test_an_unknown_key_names_itself_and_its_source(tmp_path: Path) -> None:
     sentence = refused(env(k_maxx=5), tmp_path)
     assert "EDDYLINE_K_MAXX" in sentence and "'k_maxx'" in sentence
-    (tmp_path / "eddyline.toml").write_text("colour = 1\n")
+    (tmp_path / "eddyline.toml").write_text("colour = 1\n", encoding="utf-8")
     sentence = refused({}, tmp_path)
     assert "eddyline.toml" in sentence and "'colour'" in sentence
 
@@ -100,9 +100,9 @@ def test_a_bad_value_names_key_value_and_source(name: str, value: str, tmp_path:
 
 
 def test_toml_values_keep_their_types(tmp_path: Path) -> None:
-    (tmp_path / "eddyline.toml").write_text('k_max = "5"\n')
+    (tmp_path / "eddyline.toml").write_text('k_max = "5"\n', encoding="utf-8")
     assert "k_max = '5'" in refused({}, tmp_path)
-    (tmp_path / "eddyline.toml").write_text("k_max = true\n")
+    (tmp_path / "eddyline.toml").write_text("k_max = true\n", encoding="utf-8")
     assert "k_max = True" in refused({}, tmp_path)
 
 
@@ -115,7 +115,7 @@ def test_secrets_are_hidden_wherever_settings_are_shown(
     assert settings.redis_url == secret
     commands_settings.show(settings)
     assert "hunter2" not in repr(settings) + str(settings) + capsys.readouterr().out
-    (tmp_path / "eddyline.toml").write_text("redis_url = ['hunter2']\n")
+    (tmp_path / "eddyline.toml").write_text("redis_url = ['hunter2']\n", encoding="utf-8")
     sentence = refused({}, tmp_path)
     assert "redis_url" in sentence and "hunter2" not in sentence
 

@@ -89,15 +89,19 @@ def refused(folder: Path, name: str) -> str:
 def restate(folder: Path, **changes: object) -> None:
     """Change the manifest and make its checksum fit, as a wrong writer would."""
     path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    (folder / "manifest.sha256").write_text(hashlib.sha256(path.read_bytes()).hexdigest())
+    path.write_text(
+        json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8"
+    )
+    (folder / "manifest.sha256").write_text(
+        hashlib.sha256(path.read_bytes()).hexdigest(), encoding="utf-8"
+    )
 
 
 def replace_array(folder: Path, name: str, array: np.ndarray) -> None:
     """Another array under a manifest that fits it."""
     np.save(folder / name, array)
     raw = (folder / name).read_bytes()
-    files = json.loads((folder / "manifest.json").read_text())["files"]
+    files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
     files[name] = {
         "sha256": hashlib.sha256(raw).hexdigest(),
         "bytes": len(raw),
@@ -181,7 +185,10 @@ def test_golden_bundles_of_every_version(tmp_path: Path, version: int) -> None:
     with zipfile.ZipFile(GOLDEN / f"bundle-v{version}.zip") as packed:
         packed.extractall(tmp_path / "g")
     loaded = bundle.load(tmp_path / "g")
-    assert json.loads((tmp_path / "g" / "manifest.json").read_text())["format_version"] == version
+    assert (
+        json.loads((tmp_path / "g" / "manifest.json").read_text(encoding="utf-8"))["format_version"]
+        == version
+    )
     assert (loaded.generation, loaded.item_ids) == ("golden", ["i0", "i1", "i2", "i3", "i4"])
     assert loaded.item_offsets.tolist() == [-1, 0, 1, 2, 3]
     filled = [
@@ -232,8 +239,10 @@ def test_attributes_have_a_limit(tmp_path: Path, more: int) -> None:
 
 @pytest.mark.parametrize("text", ["[]", "{}", "nonsense", '{"format_version": 1}'])
 def test_a_manifest_that_is_none_is_refused(folder: Path, text: str) -> None:
-    (folder / "manifest.json").write_text(text)
-    (folder / "manifest.sha256").write_text(hashlib.sha256(text.encode()).hexdigest())
+    (folder / "manifest.json").write_text(text, encoding="utf-8")
+    (folder / "manifest.sha256").write_text(
+        hashlib.sha256(text.encode()).hexdigest(), encoding="utf-8"
+    )
     refused(folder, "manifest.json")
 
 
@@ -295,7 +304,7 @@ def test_a_bad_bundle_is_never_put_in_place(tmp_path: Path, changes: dict) -> No
 def test_the_rest_of_a_killed_writer_is_in_nobodys_way(tmp_path: Path) -> None:
     left = tmp_path / ".g.partial"
     left.mkdir()
-    (left / "manifest.json").write_text("{")
+    (left / "manifest.json").write_text("{", encoding="utf-8")
     bundle.write(tmp_path / "g", parts())
     assert [p.name for p in tmp_path.iterdir()] == ["g"]
     bundle.load(tmp_path / "g")

@@ -299,7 +299,7 @@ def test_a_file_of_json_lines(tmp_path: Path) -> None:
     )
     assert dict(data.rejected) == {"bad_field": 1}
     assert (dict(data.versions), dict(data.cut)) == ({}, {})
-    path.write_text('{"topic": "answers", "value": {}}')
+    path.write_text('{"topic": "answers", "value": {}}', encoding="utf-8")
     with pytest.raises(Rejected, match=r"export\.jsonl:1: topic 'answers'"):
         sources.from_file(SETTINGS, path)
 

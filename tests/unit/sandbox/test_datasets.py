@@ -122,7 +122,7 @@ def test_an_interrupted_download_leaves_nothing_half_and_is_made_good(tmp_path: 
 @pytest.mark.parametrize("name", FILES)
 def test_a_kept_file_that_was_torn_is_fetched_again(name: str, tmp_path: Path) -> None:
     first = movielens.load(tmp_path, quiet, Fetch(FILES))
-    (tmp_path / "data" / "ml-100k" / name).write_text(FILES[name][:-5])
+    (tmp_path / "data" / "ml-100k" / name).write_text(FILES[name][:-5], encoding="utf-8")
     assert movielens.load(tmp_path, quiet, Fetch(FILES)) == first
 
 

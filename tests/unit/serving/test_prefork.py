@@ -61,7 +61,7 @@ class Keeper:
         )
 
     def lines(self, word: str) -> list[list[str]]:
-        found = self.log.read_text().split("\n") if self.log.exists() else []
+        found = self.log.read_text(encoding="utf-8").split("\n") if self.log.exists() else []
         return [line.split()[1:] for line in found if line.startswith(word)]
 
     def started(self, count: int) -> list[list[str]]:
@@ -82,7 +82,7 @@ def gone(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
-    return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+    return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").split()[2] == "Z"
 
 
 def wait_gone(pids: list[int]) -> None:

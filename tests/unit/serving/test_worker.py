@@ -271,7 +271,7 @@ def test_workers_announce_themselves_and_the_dead_are_forgotten(tmp_path: Path) 
     assert registry.running(settings) == []
     second = registry.announce(settings, mine)
     assert not first.exists() and second.exists()
-    (tmp_path / "run" / "worker-1.json").write_text("{torn")
+    (tmp_path / "run" / "worker-1.json").write_text("{torn", encoding="utf-8")
     assert registry.running(settings) == [mine]
 
 
