@@ -1,4 +1,4 @@
-"""`eddyline archive forget`: a user's events out of the archive's files."""
+"""`eddyline archive forget`: erase a user's events from the archive's files."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from streams.archive import file_placement
 
 
 def forget(settings: Settings, user_id: str) -> None:
-    """Rewrite the files that have rows of this user and say how many. A file is replaced at once, or stays.
+    """Rewrite the files that have rows of this user and print how many. Each file is replaced in one step.
 
-    Raises Rejected for what can be no user's id, ArchiveUnavailable where a file cannot be read or written;
-    then the command can be given again.
+    Raises Rejected for an invalid id, and ArchiveUnavailable if a file cannot be read or written: run
+    the command again then.
     """
     events.check_id("user_id", user_id)
     try:
         archive = Archive(settings)
         partition = partition_of(user_id, settings.clicks_partitions)
-        done, rows = file_placement.forget(archive, {user_id: EVERYTHING}, partition)
+        files, rows = file_placement.forget(archive, {user_id: EVERYTHING}, partition)
     except OSError as error:
         raise ArchiveUnavailable(
             f"archive at {settings.archive_url or 'data_dir'}: {error}"
         ) from None
-    console.print(f"{rows:,} rows removed, {done:,} files of {archive.url} rewritten")
+    console.print(f"{rows:,} rows removed, {files:,} files of {archive.url} rewritten")
     console.print(
-        "Events that are still in Kafka alone follow when his null record in `users` is archived."
+        "Events that are only in Kafka so far are left out once the user's null record in `users` is "
+        "archived."
     )

@@ -57,11 +57,11 @@ def replay(settings: Settings, at: str, *, reason: str, limit: int) -> None:
     """
     if bool(at) == bool(reason):
         raise SettingsError("name one record (topic/partition/offset) or --reason, not both")
-    done = dead_letter_replay.replay(settings, at=at, reason=reason, limit=limit)
-    for kept, why in done.kept_back.items():
-        console.print(f"stays: {printable(kept.encode(), 300)}: {printable(why.encode(), 300)}")
-    console.print(f"{len(done.sent):,} replayed, {len(done.kept_back):,} stay")
-    if done.kept_back and not done.sent:
+    report = dead_letter_replay.replay(settings, at=at, reason=reason, limit=limit)
+    for letter, why in report.not_sent.items():
+        console.print(f"stays: {printable(letter.encode(), 300)}: {printable(why.encode(), 300)}")
+    console.print(f"{len(report.sent):,} replayed, {len(report.not_sent):,} stay")
+    if report.not_sent and not report.sent:
         raise EddylineError("nothing was replayed")
 
 

@@ -1,7 +1,7 @@
-"""From Kafka into files: a consumer group of its own, whose positions are what the files say.
+"""Archive the topics: a consumer group of its own, whose positions come from the archive's files.
 
-An error of Kafka or of the file system ends `run_once`; whoever calls it waits and calls it again, and what
-was not in complete files is read again. The committed offset only tells others how far the archive is.
+An error of Kafka or of the file system ends `run_once`; the caller waits and calls it again, and records
+that were not in complete files are read again. The committed offset only reports progress.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from kafka.consumer.subscription_state import ConsumerRebalanceListener
 from kafka.coordinator.assignors.range import RangePartitionAssignor
 from kafka.errors import KafkaError
 from kafka.structs import OffsetAndMetadata
+from typing_extensions import override
 
 from eddyline.archive import Archive
 from eddyline.errors import LogMismatch
@@ -26,26 +27,28 @@ from eddyline.kafka import topics as kafka_topics
 from eddyline.process import heartbeat
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import LogId
-from streams.archive.partition_writer import Forgetting, PartitionWriter, open_partition
+from streams.archive.partition_writer import ForgottenUsers, PartitionWriter, open_partition
 
 log = logging.getLogger(__name__)
 
 GROUP = "archive"
-# An hour's file is completed this long after the hour, if no record of a later hour has shown its end: the
-# broker's clock may be behind ours by so much.
+# An hour's file is completed this long after the hour if no record of a later hour came: the broker's
+# clock may be behind ours by as much.
 GRACE_MS = 60_000
 _POLL_MS = 500
 _POLL_RECORDS = 4_000
-_LOOK_S = 1.0
-# The shortest that Kafka's defaults allow; a process that is started again does not wait for it.
+# How often hours that are over are looked for.
+_HOURS_CHECK_S = 1.0
+# The shortest that Kafka's defaults allow: a dead process's partitions move after it.
 _SESSION_MS = 6_000
 
 
 class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
-    """The archive process' loop. Thread rule: one thread; `stop` may be set by any.
+    """The archive process's loop. Thread rule: one thread; any thread may set `stop`.
 
-    member: a name in the group that outlives a crash, see `streams.static_membership`
-    now_ms: this machine's clock; it only says when to look whether an hour is over
+    member: a name in the group that survives a crash, see `streams.static_membership`
+    now_ms: this machine's clock; it only decides when to check whether an hour is over
+    rows:   events archived so far
     """
 
     def __init__(
@@ -64,12 +67,12 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
         self._now_ms = now_ms
         self._consumer: Any = None
         self._writers: dict[TopicPartition, PartitionWriter] = {}
-        self._new: set[TopicPartition] = set()
+        self._unopened: set[TopicPartition] = set()
         self._committed: dict[TopicPartition, int] = {}
-        self._looked_s = 0.0
+        self._hours_checked_s = 0.0
 
     def run_once(self, idle: Callable[[], bool] = lambda: False) -> None:
-        """Archive until `stop`, or until everything was read and `idle` says so.
+        """Archive until `stop` is set or `idle`, asked after each poll, returns True.
 
         Raises KafkaUnavailable, OSError (both: call again), KafkaRefused and LogMismatch.
         """
@@ -89,56 +92,54 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
             topics = [self._settings.prefixed(name) for name in kafka_topics.SOURCES]
             self._consumer.subscribe(topics=topics, listener=self)
             while not self._stop.is_set():
-                self._turn()
+                self._poll()
                 if idle():
                     self._commit()
                     return
         except KafkaError as error:
             raise clients.translate_error(self._settings, error) from None
         finally:
-            self._let_go(list(self._writers))
-            self._new.clear()
+            self._discard(list(self._writers))
+            self._unopened.clear()
             self._close()
 
     def caught_up(self) -> bool:
-        """Whether every record that lay in the topics when this was asked has been taken."""
-        places = list(self._consumer.assignment())
-        if not places or self._new:
-            return False
-        return not self._behind(places)
+        """Whether every record that is in the topics now has been read."""
+        assigned = list(self._consumer.assignment())
+        return bool(assigned) and not self._unopened and not self._behind(assigned)
 
+    @override
     def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
-        """Nothing is read of a partition before its files were looked at."""
-        self._new = set(assigned)
-        self._consumer.pause(*self._new)
+        self._unopened = set(assigned)
+        self._consumer.pause(*self._unopened)  # until their positions are known
 
+    @override
     def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
-        """What is not complete is read again by the next owner."""
-        self._let_go(revoked)
-        self._new -= set(revoked)
+        self._discard(revoked)
+        self._unopened -= set(revoked)
 
-    def _turn(self) -> None:
+    def _poll(self) -> None:
         heartbeat.beat(self._settings, "archive")
         batches = self._consumer.poll(
-            timeout_ms=0 if self._new else _POLL_MS, max_records=_POLL_RECORDS
+            timeout_ms=0 if self._unopened else _POLL_MS, max_records=_POLL_RECORDS
         )
         for place, records in batches.items():
             if place in self._writers:
                 writer = self._writers[place]
                 before = writer.rows
                 if records[0].offset > writer.last_read + 1:
-                    self._look_for_lost(place, writer)
+                    self._check_for_loss(place, writer)
                 writer.append(records)
                 self.rows += writer.rows - before
-        if self._new:
+        if self._unopened:
             self._open()
-        if time.monotonic() - self._looked_s >= _LOOK_S:
+        if time.monotonic() - self._hours_checked_s >= _HOURS_CHECK_S:
             self._complete_past_hours()
-            self._looked_s = time.monotonic()
+            self._hours_checked_s = time.monotonic()
         self._commit()
 
-    def _look_for_lost(self, place: TopicPartition, writer: PartitionWriter) -> None:
-        """Offsets are missing: markers of transactions, as a rule. Or retention was faster than we are."""
+    def _check_for_loss(self, place: TopicPartition, writer: PartitionWriter) -> None:
+        """Offsets are missing: usually markers of transactions, or retention overtook the archive."""
         begin = self._consumer.beginning_offsets([place])[place]
         if begin > writer.last_read + 1:
             log.error(
@@ -153,19 +154,16 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
             writer.skip_to(begin)
 
     def _open(self) -> None:
-        """Find the position of each new partition in its files, and begin to read there."""
-        places = sorted(self._new)
+        """Seek each new partition to the end of its files and start reading it."""
+        places = sorted(self._unopened)
+        names = {self._settings.prefixed(name): name for name in kafka_topics.SOURCES}
         ids = kafka_topics.log_ids(self._settings, kafka_topics.SOURCES)
         begins, ends = self._consumer.beginning_offsets(places), self._consumer.end_offsets(places)
-        forgetting: defaultdict[int, Forgetting] = defaultdict(Forgetting)
+        forgotten: defaultdict[int, ForgottenUsers] = defaultdict(ForgottenUsers)
         for place in places:
             heartbeat.beat(self._settings, "archive")
-            topic = next(
-                name
-                for name in kafka_topics.SOURCES
-                if self._settings.prefixed(name) == place.topic
-            )
-            self._check(topic, place, ids[topic], ends[place])
+            topic = names[place.topic]
+            self._check_log(topic, place, ids[topic], ends[place])
             writer = open_partition(
                 self._settings,
                 self._archive,
@@ -173,20 +171,20 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
                 place.partition,
                 ids[topic],
                 begins[place],
-                forgetting,
+                forgotten,
             )
             self._writers[place] = writer
             self._consumer.seek(place, writer.written)
         self._consumer.resume(*places)
-        self._new.clear()
+        self._unopened.clear()
         log.info("archiving", extra={"partitions": len(places), "url": self._archive.url})
 
-    def _check(self, topic: str, place: TopicPartition, now: LogId, end: int) -> None:
-        """Refuse files of another log, or of one that has lost records: offsets would mean other events."""
-        mine = self._archive.files(topic, place.partition)
-        if not mine:
+    def _check_log(self, topic: str, place: TopicPartition, now: LogId, end: int) -> None:
+        """Refuse files of another log, or of a log that lost records: offsets would mean other events."""
+        files = self._archive.files(topic, place.partition)
+        if not files:
             return
-        found, last = self._archive.log_id(mine[-1]), mine[-1].last
+        found, last = self._archive.log_id(files[-1]), files[-1].last
         if found == now and last < end:
             return
         was = (
@@ -195,13 +193,14 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
             else "of no known log"
         )
         raise LogMismatch(
-            f"topic {place.topic}, partition {place.partition}: the archive at {self._archive.url} ends with "
-            f"offset {last} and is {was}; this is cluster {now.cluster_id}, topic id {now.topic_id}, and "
-            f"ends before offset {end}. Keep that archive and set EDDYLINE_ARCHIVE_URL to a new place."
+            f"topic {place.topic}, partition {place.partition}: the archive at {self._archive.url} ends "
+            f"with offset {last} and is {was}; this is cluster {now.cluster_id}, topic id "
+            f"{now.topic_id}, and ends before offset {end}. Keep that archive and set "
+            "EDDYLINE_ARCHIVE_URL to a new place."
         )
 
     def _complete_past_hours(self) -> None:
-        """Complete files whose hour is over, if all that the broker appended in it has been read."""
+        """Complete files whose hour is over once all records of the hour have been read."""
         now_ms = self._now_ms()
         over = [
             place
@@ -220,19 +219,19 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
 
     def _commit(self) -> None:
         written = {place: writer.written for place, writer in self._writers.items()}
-        news = {p: at for p, at in written.items() if at > self._committed.get(p, 0)}
-        if not news:
+        moved = {p: at for p, at in written.items() if at > self._committed.get(p, 0)}
+        if not moved:
             return
         try:
-            self._consumer.commit({p: OffsetAndMetadata(at, "", -1) for p, at in news.items()})
+            self._consumer.commit({p: OffsetAndMetadata(at, "", -1) for p, at in moved.items()})
         except KafkaError as error:
             log.info(
-                "the position could not be told",
+                "offsets could not be committed",
                 extra={"reason": f"{type(error).__name__}: {error}"},
             )
-        self._committed |= news
+        self._committed |= moved
 
-    def _let_go(self, places: Iterable[TopicPartition]) -> None:
+    def _discard(self, places: Iterable[TopicPartition]) -> None:
         for place in places:
             self._committed.pop(place, None)
             if (writer := self._writers.pop(place, None)) is not None:

@@ -1,15 +1,16 @@
-"""One partition into files whose boundaries the log alone decides.
+"""Write one partition into files whose boundaries depend on the log alone.
 
-A file ends where the next record was appended in another hour, or where the next offset is in another run of
-`archive_file_offsets` offsets. Its rows are the accepted events. So whoever reads the partition from a file's
-beginning writes the same file, byte for byte. What is not complete lies in `.partial` and counts for nothing.
-The merges among a file's records go into a file of their own under the same name, which gets its place first.
+A file ends where the next record was appended in another hour, or where the next offset is in another
+run of `archive_file_offsets` offsets. Its rows are the accepted events. So every process that reads the
+partition from a file's beginning writes the same file, byte for byte. Incomplete files are in `.partial`
+and count for nothing. The merges among a file's records go into a file of their own with the same name,
+which is placed first.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,39 +36,39 @@ from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import LogId
 from streams.archive import file_placement
-from streams.archive.erasure import without
+from streams.archive.erasure import ForgottenOf, copy_without
 from streams.ports import Record
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class Forgetting:
-    """Who of one partition was forgotten, shared by its clicks and users. By digest: ids are not kept.
+class ForgottenUsers:
+    """The forgotten users of a partition, shared by its clicks and users. By digest: ids are not kept.
 
-    Removed from a file that is written after the null record was read; files before are rewritten.
+    Their rows are erased from each file that is completed later; earlier files are rewritten.
     """
 
     by_digest: dict[str, Forgotten] = field(default_factory=dict)
 
-    def note(self, digest: str, forgotten: Forgotten) -> None:
-        """Remember a null record."""
+    def add(self, digest: str, forgotten: Forgotten) -> None:
+        """Add the user of a null record."""
         self.by_digest[digest] = forgotten
 
     def of(self, user_id: str) -> Forgotten | None:
-        """Up to where the user's rows go."""
+        """Up to which point the user's rows are erased; None for a user who was not forgotten."""
         return self.by_digest.get(layout.digest(user_id))
 
     def drop_before(self, appended_ms: int) -> None:
-        """Let go of null records older than any click that is still to be written."""
+        """Drop null records older than any click that is still to be written."""
         self.by_digest = {d: f for d, f in self.by_digest.items() if f.appended_ms >= appended_ms}
 
 
 class _OpenFile:
-    """Rows of one file to be. Full row groups are on disk already: memory holds one at most.
+    """A file being written. Full row groups are on disk: memory holds one at most.
 
-    since: from which offset on the partition was read without a break
-    gone:  who is forgotten by a record in it; into: who visitors became by a merge in it
+    since:         the partition was read without a break from this offset on
+    forgotten:     users whose null record is in the file; merge_targets: of the merges in it
     """
 
     def __init__(
@@ -76,8 +77,8 @@ class _OpenFile:
         self.first = self.last = record.offset
         self.hour = record.timestamp // HOUR_MS
         self.rows = 0
-        self.gone: dict[str, Forgotten] = {}
-        self.into: set[str] = set()
+        self.forgotten: dict[str, Forgotten] = {}
+        self.merge_targets: set[str] = set()
         self.partial = file_placement.partial_path(
             archive, f"{topic}-{record.partition}-{self.first}"
         )
@@ -93,7 +94,7 @@ class _OpenFile:
             self._flush()
 
     def finish(self) -> Path:
-        """The complete file, still in its partial place."""
+        """Complete the file; returns its partial path."""
         self._flush()
         self._writer.close()
         return self.partial
@@ -121,10 +122,10 @@ class _OpenFile:
 class PartitionWriter:
     """Archives one partition from `position` on. Thread rule: one thread.
 
-    window:     what was accepted before the position; clicks only
-    forgetting: shared by clicks and users of the partition
-    written:    everything below this offset is in complete files
-    rows, left_out: records accepted; refused, stray or sent again
+    window:    event ids accepted before the position; clicks only
+    forgotten: shared by clicks and users of the partition
+    written:   everything below this offset is in complete files
+    rows:      records accepted; skipped: records refused, stray or sent again
     """
 
     def __init__(
@@ -136,25 +137,25 @@ class PartitionWriter:
         log_id: LogId,
         position: int,
         window: DedupeWindow,
-        forgetting: Forgetting,
+        forgotten: ForgottenUsers,
     ) -> None:
         self.written = position
         self.last_read = position - 1
-        self.rows = self.left_out = 0
+        self.rows = self.skipped = 0
         self._settings = settings
         self._archive = archive
         self._topic = topic
         self._partition = partition
         self._log_id = log_id
         self._window = window
-        self._forgetting = forgetting
+        self._forgotten = forgotten
         self._file: _OpenFile | None = None
         self._merges: _OpenFile | None = None
 
     def append(self, records: Sequence[Record]) -> None:
-        """Take consecutive records, oldest first; completes every file whose end is among them.
+        """Write consecutive records, oldest first; completes every file whose end is among them.
 
-        Raises OSError where a file cannot be written; then this object is of no more use.
+        Raises OSError if a file cannot be written; the writer is unusable then.
         """
         run = self._settings.archive_file_offsets
         for record in records:
@@ -175,46 +176,46 @@ class PartitionWriter:
                 continue
             if isinstance(event.event, Merge):
                 file = self._merges = self._merges or self._begin(MERGES, record)
-                file.into.add(event.event.merge_into)
+                file.merge_targets.add(event.event.merge_into)
             file.add(layout.row(event), len(record.value or b""))
 
     def skip_to(self, offset: int) -> None:
-        """Go on behind records that Kafka no longer has. What was read before them gets its place now."""
+        """Go on after records that Kafka no longer has; first completes the open file."""
         self.complete()
         self.written, self.last_read = offset, offset - 1
 
     def hour_over_ms(self) -> int | None:
-        """When the open file's hour ends, milliseconds since 1970; None where no file is open."""
+        """When the open file's hour ends, milliseconds since 1970; None if no file is open."""
         return None if self._file is None else (self._file.hour + 1) * HOUR_MS
 
     def complete(self) -> None:
-        """Give the open file its place. Only at a boundary: the caller knows that its last record is in.
+        """Place the open file. Only at a boundary: the caller knows that its last record was read.
 
-        Users who were forgotten in it are taken out of all files first: once it is there, they are gone.
+        Users forgotten in it are erased from all files first: once the file is placed, they are gone.
         """
         file = self._file
         if file is None:
             return
         partial = file.finish()
-        if file.gone:
-            done, rows = file_placement.forget(self._archive, file.gone, self._partition)
-            log.info(
-                "users forgotten", extra={"users": len(file.gone), "files": done, "rows": rows}
-            )
-        if self._forgetting.by_digest and self._topic in (CLICKS, USERS):
-            _leave_out(partial, self._topic, self._forgetting.of)
+        if file.forgotten:
+            files, rows = file_placement.forget(self._archive, file.forgotten, self._partition)
+            counts = {"users": len(file.forgotten), "files": files, "rows": rows}
+            log.info("users forgotten", extra=counts)
+        if self._forgotten.by_digest and self._topic in (CLICKS, USERS):
+            _erase(partial, self._topic, self._forgotten.of)
         if self._merges is not None:
             self._complete_merges(file, self._merges)
         hour_ms = file.hour * HOUR_MS
         path = self._archive.path(self._topic, hour_ms, self._partition, file.first, file.last)
         with file_placement.locked(self._archive):
-            if file.gone:  # once more: a process that completes merges sees this file from here on
-                file_placement.forget_merges(self._archive, file.gone, held=True)
-            file_placement.put(self._archive, partial, path)
+            if file.forgotten:
+                # Again, for merges that were placed since: processes see this file only from here on.
+                file_placement.forget_merges(self._archive, file.forgotten, lock_held=True)
+            file_placement.place(self._archive, partial, path)
         self._file, self.written = None, file.last + 1
         if self._topic == CLICKS:
             # An hour to spare for a broker whose clock was set back.
-            self._forgetting.drop_before(hour_ms - HOUR_MS)
+            self._forgotten.drop_before(hour_ms - HOUR_MS)
         about = {
             "topic": self._topic,
             "partition": self._partition,
@@ -224,7 +225,7 @@ class PartitionWriter:
         log.info("archived", extra=about | {"rows": file.rows, "path": path})
 
     def discard(self) -> None:
-        """Let go of what is not complete: it is read again by whoever owns the partition next."""
+        """Drop the incomplete file: the partition's next owner reads its records again."""
         for file in (self._file, self._merges):
             if file is not None:
                 file.discard()
@@ -234,24 +235,25 @@ class PartitionWriter:
         return _OpenFile(self._archive, topic, self._log_id, record, self.written)
 
     def _complete_merges(self, clicks: _OpenFile, merges: _OpenFile) -> None:
-        """Give the merges among these clicks their place, without the users who were forgotten since.
+        """Place the merges among these clicks, without users who were forgotten since.
 
-        A visitor's null record lies in his own partition; that of the user in the user's, whose files say it.
+        The visitor's null record is in this partition; the target's is in the target's partition, and
+        the files of that partition tell.
         """
         partial = merges.finish()
-        _leave_out(partial, MERGES, self._forgetting.of)
+        _erase(partial, MERGES, self._forgotten.of)
         path = self._archive.path(
             MERGES, clicks.hour * HOUR_MS, self._partition, clicks.first, clicks.last
         )
         with file_placement.locked(self._archive):
             # An hour to spare for a broker whose clock was set back.
-            gone = self._forgotten_elsewhere(merges.into, (clicks.hour - 1) * HOUR_MS)
-            _leave_out(partial, MERGES, gone.get)
-            file_placement.put(self._archive, partial, path)
+            targets = self._forgotten_targets(merges.merge_targets, (clicks.hour - 1) * HOUR_MS)
+            _erase(partial, MERGES, targets.get)
+            file_placement.place(self._archive, partial, path)
         self._merges = None
 
-    def _forgotten_elsewhere(self, users: set[str], since_ms: int) -> dict[str, Forgotten]:
-        """Which of these users were forgotten, by the files that are there. since_ms: their earliest hour."""
+    def _forgotten_targets(self, users: set[str], since_ms: int) -> dict[str, Forgotten]:
+        """Which of these users were forgotten, by files of the hour `since_ms` and later."""
         found: dict[str, Forgotten] = {}
         for partition in {partition_of(user, self._settings.clicks_partitions) for user in users}:
             digests = dict(_digests(self._archive, partition, since_ms))
@@ -259,16 +261,15 @@ class PartitionWriter:
         return found
 
     def _accept(self, file: _OpenFile, record: Record) -> Archived | None:
-        """The event as it is archived; None where the record is refused, stray or a re-send."""
+        """The event as it is archived; None if the record is refused, stray or sent again."""
         settings, partition, at_ms = self._settings, self._partition, record.timestamp
         try:
             if self._topic == CLICKS:
                 event, own = validation.user_event(settings, partition, record.value, at_ms)
                 counts = own and self._window.accept(event.event_id, record.offset)
-                if not counts or isinstance(
-                    event, Forget
-                ):  # files of `users` say who was forgotten
-                    self.left_out += 1
+                # The files of `users` hold the null records; `Forget` only repeats them.
+                if not counts or isinstance(event, Forget):
+                    self.skipped += 1
                     return None
                 stamp = events.produced_us(record.headers)
                 found = Archived(partition, record.offset, at_ms, event.user_id, event, stamp)
@@ -280,19 +281,19 @@ class PartitionWriter:
                     settings, partition, record.key, record.value, at_ms
                 )
                 if profile is None:
-                    return self._forgotten(file, record, user)
+                    return self._accept_null(file, record, user)
                 found = Archived(partition, record.offset, at_ms, user, profile)
         except Rejected:
-            self.left_out += 1
+            self.skipped += 1
             return None
         self.rows += 1
         return found
 
-    def _forgotten(self, file: _OpenFile, record: Record, user_id: str) -> Archived:
+    def _accept_null(self, file: _OpenFile, record: Record, user_id: str) -> Archived:
         limit = Forgotten(record.timestamp, record.offset)
-        file.gone[user_id] = limit
+        file.forgotten[user_id] = limit
         digest = layout.digest(user_id)
-        self._forgetting.note(digest, limit)
+        self._forgotten.add(digest, limit)
         self.rows += 1
         return Archived(
             record.partition, record.offset, record.timestamp, None, None, digest=digest
@@ -306,17 +307,18 @@ def open_partition(
     partition: int,
     log_id: LogId,
     begin: int,
-    forgetting: Mapping[int, Forgetting],
+    forgotten: Mapping[int, ForgottenUsers],
 ) -> PartitionWriter:
-    """Where the files of a partition end, and what must be known to go on: window and forgotten users.
+    """A writer that goes on where the partition's files end, with their window and forgotten users.
 
-    begin: offset of the oldest record that Kafka keeps
-    The window is read from the files, not from the log before the position: which events were accepted there
-    depends on what lay before those, and so on to the log's beginning. The files have the answer.
+    begin:     offset of the oldest record that Kafka keeps
+    forgotten: by partition; gains the forgotten users of this one
+    The window is read from the files, not from the log before the position: which events were accepted
+    there depends on earlier ones, back to the log's beginning. The files hold the outcome.
     """
-    mine = archive.files(topic, partition)
-    last = max((file.last for file in mine), default=-1)
-    if mine and last + 1 < begin:
+    files = archive.files(topic, partition)
+    last = max((file.last for file in files), default=-1)
+    if files and last + 1 < begin:
         log.error(
             "records between the archive's end and the log's beginning are gone by retention",
             extra={"topic": topic, "partition": partition, "records": begin - last - 1},
@@ -327,17 +329,17 @@ def open_partition(
         for event in archive.read(CLICKS, partition, first=floor):
             if event.event is not None:
                 window.accept(getattr(event.event, "event_id", None), event.offset)
-        since_ms = max((file.hour_ms for file in mine), default=0) - HOUR_MS
-        for found, limit in _digests(archive, partition, since_ms):
-            forgetting[partition].note(found, limit)
+        since_ms = max((file.hour_ms for file in files), default=0) - HOUR_MS
+        for digest, limit in _digests(archive, partition, since_ms):
+            forgotten[partition].add(digest, limit)
     position = max(last + 1, begin)
     return PartitionWriter(
-        settings, archive, topic, partition, log_id, position, window, forgetting[partition]
+        settings, archive, topic, partition, log_id, position, window, forgotten[partition]
     )
 
 
 def _digests(archive: Archive, partition: int, since_ms: int) -> Iterator[tuple[str, Forgotten]]:
-    """Who was forgotten by the files of `users` of this hour and later: (digest, up to where his rows go)."""
+    """(digest, limit) of each user forgotten in the files of `users` of this hour and later."""
     for file in archive.files(USERS, partition):
         if file.hour_ms >= since_ms:
             for event in archive.events(file):
@@ -345,8 +347,8 @@ def _digests(archive: Archive, partition: int, since_ms: int) -> Iterator[tuple[
                     yield event.digest, Forgotten(event.appended_ms, event.offset)
 
 
-def _leave_out(partial: Path, topic: str, forgotten: Callable[[str], Forgotten | None]) -> None:
-    """Take forgotten users out of a file that has no place yet."""
+def _erase(partial: Path, topic: str, forgotten: ForgottenOf) -> None:
+    """Erase forgotten users from a file that is not placed yet."""
     kept = partial.with_name(f"{partial.name}-kept")
-    without(partial, kept, topic, forgotten)
+    copy_without(partial, kept, topic, forgotten)
     kept.replace(partial)

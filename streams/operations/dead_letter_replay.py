@@ -1,9 +1,9 @@
-"""`eddyline dead-letters`: what was refused and why, and sending it again once the reason is gone.
+"""List dead letters, and send refused records again once the reason is gone.
 
-A replay is exactly-once: the record and the mark "this letter was replayed" (a record of `dead-letters`
-itself, under the same key, header `replayed`) go into Kafka in one transaction. Its transactional id belongs
-to the namespace, so a second command fences the first, and one that was killed half-way leaves nothing
-behind. The reasons are in docs/adr/0005-lists-merges-and-dead-letters.md.
+A replay is exactly-once: the record and its replay mark (a record of `dead-letters` under the same
+key, header `replayed`) go into Kafka in one transaction. The transactional id belongs to the
+namespace, so a second command fences the first, and a killed command leaves nothing behind. The
+reasons are in docs/adr/0005-lists-merges-and-dead-letters.md.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import msgspec
@@ -24,21 +25,22 @@ from eddyline.schema import events, validation
 from eddyline.schema.events import Click
 from eddyline.settings.loader import Settings
 
-# One digest is kept of each letter, to tell repeats and marks: at most some 200 MB.
+# A scan keeps one digest of each letter, to recognise repeats and marks: about 200 MB at most.
 SCAN_RECORDS_MAX = 2_000_000
-# So many letters go in one transaction: all of them or none.
+# Letters in one transaction.
 BATCH_LETTERS = 100
-# Kafka aborts the transaction of a killed command after this time; readers wait for it that long.
+# Kafka aborts the transaction of a killed command after this time; readers wait until then.
 _TRANSACTION_TIMEOUT_MS = 15_000
 
 
 @dataclass(frozen=True, slots=True)
 class Letter:
-    """One dead letter. key, value: as they were sent, None for null.
+    """One dead letter.
 
     at:           `topic/partition/offset` of the refused record
-    timestamp_ms: when the broker got that record
-    offset:       the letter's own, in `dead-letters`
+    key, value:   as they were sent, None for null
+    timestamp_ms: append time of the refused record
+    offset:       of the letter itself, in `dead-letters`
     """
 
     at: str
@@ -61,9 +63,11 @@ class Letter:
 class Summary:
     """What `dead-letters` holds. Counts are of distinct refused records.
 
-    letters:  the newest ones that were asked for, oldest first
-    reasons:  how many there are of each reason; replayed: how many of all were sent again
-    skipped:  records of the topic that were too old to be looked at (`SCAN_RECORDS_MAX`)
+    letters:        the newest ones that match, oldest first
+    reasons:        count by reason
+    replayed:       `at` of the replayed ones among `letters`
+    replayed_count: of all letters
+    skipped:        records of the topic that are too old to be scanned (`SCAN_RECORDS_MAX`)
     """
 
     letters: list[Letter] = field(default_factory=list)
@@ -74,15 +78,15 @@ class Summary:
 
 
 @dataclass(slots=True)
-class Replayed:
-    """What became of a replay: letters that were sent, and `at` → why the others were not."""
+class ReplayReport:
+    """The result of a replay. sent: `at` of sent letters; not_sent: `at` → reason."""
 
     sent: list[str] = field(default_factory=list)
-    kept_back: dict[str, str] = field(default_factory=dict)
+    not_sent: dict[str, str] = field(default_factory=dict)
 
 
-class _Ledger:
-    """Reads `dead-letters` from its beginning to its end: distinct letters, and which were replayed."""
+class _Scan:
+    """One pass over `dead-letters`: the distinct letters, and which of them were replayed."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -91,7 +95,7 @@ class _Ledger:
         self.skipped = 0
 
     def read(self) -> Iterator[Letter]:
-        """Every letter that is the first one of its record. Marks are known once this is at its end."""
+        """The first letter of every refused record. The marks are complete at the end of the pass."""
         name = topics.DEAD_LETTERS
         begins = topics.beginning_offsets(self._settings, name)
         ends = topics.end_offsets(self._settings, name)
@@ -106,11 +110,11 @@ class _Ledger:
                 yield _letter(key, headers, record)
 
     def replayed(self, at: str) -> bool:
-        """Whether a mark says that this record was sent again."""
+        """Whether a mark says that this record was replayed."""
         return _digest(at) in self._replayed
 
     def refused(self, at: str) -> bool:
-        """Whether this record lies in `dead-letters`, and there alone."""
+        """Whether this record has a letter and no mark."""
         return _digest(at) in self._seen and not self.replayed(at)
 
     @property
@@ -121,36 +125,38 @@ class _Ledger:
 
 def summary(settings: Settings, *, reason: str = "", limit: int = 20) -> Summary:
     """The newest `limit` letters (of one reason), and counts of all. Raises KafkaUnavailable."""
-    ledger, found = _Ledger(settings), Summary()
-    for letter in ledger.read():
+    scan, found = _Scan(settings), Summary()
+    for letter in scan.read():
         found.reasons[letter.reason] += 1
         if not reason or letter.reason == reason:
             found.letters.append(letter)
             del found.letters[:-limit]
-    found.replayed = {letter.at for letter in found.letters if ledger.replayed(letter.at)}
-    found.replayed_count, found.skipped = ledger.replayed_count, ledger.skipped
+    found.replayed = {letter.at for letter in found.letters if scan.replayed(letter.at)}
+    found.replayed_count, found.skipped = scan.replayed_count, scan.skipped
     return found
 
 
 def find(settings: Settings, at: str) -> tuple[Letter, bool]:
-    """(the letter of one refused record, whether it was replayed). Raises SettingsError for none."""
-    ledger, found = _Ledger(settings), None
-    for letter in ledger.read():
+    """(the letter of a refused record, whether it was replayed). Raises SettingsError if none."""
+    scan, found = _Scan(settings), None
+    for letter in scan.read():
         if letter.at == at:
             found = letter
     if found is None:
         raise SettingsError(
             f"dead-letters has no record {at!r}: `eddyline dead-letters list` shows them"
         )
-    return found, ledger.replayed(at)
+    return found, scan.replayed(at)
 
 
-def replay(settings: Settings, *, at: str = "", reason: str = "", limit: int = 1_000) -> Replayed:
-    """Send refused records again, under their own key, each at most once whatever happens.
+def replay(
+    settings: Settings, *, at: str = "", reason: str = "", limit: int = 1_000
+) -> ReplayReport:
+    """Send refused records again, under their own keys, each at most once.
 
-    at: one record, `topic/partition/offset`; else the oldest `limit` of a reason that were not replayed yet
-    A record that the codec would refuse again stays, and so does an item or a profile of which there is a
-    newer one by now. Raises KafkaUnavailable, and EddylineError where another replay took over.
+    at: one record, `topic/partition/offset`; else the oldest `limit` of a reason without a mark
+    Does not send a record that the codec would refuse again, nor an item or profile of which a newer
+    one exists. Raises KafkaUnavailable, and EddylineError if another replay took over.
     """
     producer = producers.make_producer(
         settings,
@@ -158,89 +164,79 @@ def replay(settings: Settings, *, at: str = "", reason: str = "", limit: int = 1
         transaction_timeout_ms=_TRANSACTION_TIMEOUT_MS,
         max_request_size=topics.DEAD_LETTER_BYTES_MAX,
     )
-    done = Replayed()
+    report = ReplayReport()
     try:
-        # First: what a killed command left open is aborted, and what it committed can be read.
+        # First, so that the transaction of a killed command is aborted or readable.
         producers.in_time(settings, producer.init_transactions)
         marks = _marks(settings)
-        due: list[Letter] = []
-        for letter in _due(settings, marks, at, reason, limit):
-            due.append(letter)
-            if len(due) == BATCH_LETTERS:
-                _replay(settings, producer, marks, due, done)
-                due = []
-        _replay(settings, producer, marks, due, done)
+        due = _due(settings, marks, at, reason, limit)
+        while batch := list(islice(due, BATCH_LETTERS)):
+            _replay(settings, producer, marks, batch, report)
     except KafkaError as error:
-        # kafka-python wraps it where the send comes after the answer that told of it.
-        if any(
-            sign in f"{type(error).__name__} {error}" for sign in ("Fenced", "InvalidProducerEpoch")
-        ):
+        # kafka-python wraps the error of a send that follows the one that was fenced.
+        text = f"{type(error).__name__} {error}"
+        if "Fenced" in text or "InvalidProducerEpoch" in text:
             raise EddylineError(
                 "another replay has begun; this one stopped, nothing is sent twice"
             ) from None
         raise clients.translate_error(settings, error) from None
     finally:
         producer.close(timeout=1)
-    if at and not (done.sent or done.kept_back):
-        done.kept_back[at] = (
+    if at and not (report.sent or report.not_sent):
+        report.not_sent[at] = (
             "replayed before" if marks.replayed(at) else "dead-letters has no such record"
         )
-    return done
+    return report
 
 
-def _marks(settings: Settings) -> _Ledger:
-    """Everything that is known of what was replayed. Raises EddylineError where that is not all."""
-    marks = _Ledger(settings)
+def _marks(settings: Settings) -> _Scan:
+    """A complete scan. Raises EddylineError if the topic is too long for one."""
+    marks = _Scan(settings)
     for _ in marks.read():
         pass
     if marks.skipped:
         raise EddylineError(
-            f"dead-letters has {marks.skipped:,} records more than a replay can look through, so whether "
-            "they were replayed cannot be told; let retention take them (dead_letters_retention_h)"
+            f"dead-letters has {marks.skipped:,} records more than a replay can scan, so it is unknown "
+            "whether they were replayed; let retention remove them (dead_letters_retention_h)"
         )
     return marks
 
 
-def _due(settings: Settings, marks: _Ledger, at: str, reason: str, limit: int) -> Iterator[Letter]:
+def _due(settings: Settings, marks: _Scan, at: str, reason: str, limit: int) -> Iterator[Letter]:
     """The letters to replay, oldest first."""
-    found = 0
-    for letter in _Ledger(settings).read():
-        if marks.refused(letter.at) and (letter.at == at if at else letter.reason == reason):
-            yield letter
-            found += 1
-            if found == limit:
-                return
+    due = (
+        letter
+        for letter in _Scan(settings).read()
+        if marks.refused(letter.at) and (letter.at == at if at else letter.reason == reason)
+    )
+    return islice(due, limit)
 
 
 def _replay(
     settings: Settings,
     producer: KafkaProducer,
-    marks: _Ledger,
-    due: Sequence[Letter],
-    done: Replayed,
+    marks: _Scan,
+    batch: Sequence[Letter],
+    report: ReplayReport,
 ) -> None:
-    """Send a batch but for what has to stay."""
-    fit = [letter for letter in due if not _keep_back(settings, letter, done)]
-    newer = newer_than(settings, fit, marks)
-    done.kept_back |= dict.fromkeys(newer, "there is a newer one under this key by now")
-    fit = [letter for letter in fit if letter.at not in newer]
-    if fit:
-        producers.in_time(settings, lambda: _send(settings, producer, fit))
-        done.sent += [letter.at for letter in fit]
-
-
-def _keep_back(settings: Settings, letter: Letter, done: Replayed) -> bool:
-    """Whether the codec would refuse it again; then its reason is noted."""
-    try:
-        checked(settings, letter)
-    except Rejected as refused:
-        done.kept_back[letter.at] = str(refused)
-        return True
-    return False
+    """Send the letters of a batch that are still valid and the newest of their key."""
+    valid = []
+    for letter in batch:
+        try:
+            checked(settings, letter)
+            valid.append(letter)
+        except Rejected as rejected:
+            report.not_sent[letter.at] = str(rejected)
+    newer = newer_than(settings, valid, marks)
+    report.not_sent |= dict.fromkeys(newer, "there is a newer one under this key by now")
+    valid = [letter for letter in valid if letter.at not in newer]
+    if valid:
+        producers.in_time(settings, lambda: _send(settings, producer, valid))
+        report.sent += [letter.at for letter in valid]
 
 
 def checked(settings: Settings, letter: Letter) -> tuple[bytes | None, int]:
-    """(the value to send, the partition it belongs in). Raises Rejected as ingest would today."""
+    """(the value to send, its partition). Raises Rejected as ingest would today."""
     topic = letter.source[0]
     names = {settings.prefixed(name): name for name in topics.SOURCES}
     if topic not in names:
@@ -252,8 +248,8 @@ def checked(settings: Settings, letter: Letter) -> tuple[bytes | None, int]:
     return letter.value, partition
 
 
-def newer_than(settings: Settings, letters: Sequence[Letter], ledger: _Ledger) -> set[str]:
-    """Those of the letters (`at`) whose key has got a newer item or profile, which must stand."""
+def newer_than(settings: Settings, letters: Sequence[Letter], marks: _Scan) -> set[str]:
+    """The letters (`at`) whose key has a newer item or profile, which must not be overwritten."""
     newer: set[str] = set()
     for name in (topics.ITEMS, topics.USERS):
         topic = settings.prefixed(name)
@@ -264,18 +260,18 @@ def newer_than(settings: Settings, letters: Sequence[Letter], ledger: _Ledger) -
         if not by_key:
             continue
         since_ms = min(letter.timestamp_ms for group in by_key.values() for letter in group)
-        wanted = {checked(settings, group[0])[1] for group in by_key.values()}
-        for record in reading.read(
-            settings, name, reading.offsets_at(settings, name, wanted, since_ms)
-        ):
+        partitions = {checked(settings, group[0])[1] for group in by_key.values()}
+        starts = reading.offsets_at(settings, name, partitions, since_ms)
+        for record in reading.read(settings, name, starts):
+            at = f"{record.topic}/{record.partition}/{record.offset}"
             for letter in by_key.get(record.key or b"", ()):
-                if _after(letter, record) and not ledger.refused(_at(record)):
+                if _after(letter, record) and not marks.refused(at):
                     newer.add(letter.at)
     return newer
 
 
 def _after(letter: Letter, record: Any) -> bool:
-    """Whether the record was appended after the refused one: by offset, or by time in another partition."""
+    """Whether the record came after the refused one: by offset, or by time across partitions."""
     _, partition, offset = letter.source
     if record.partition == partition:
         return bool(record.offset > offset)
@@ -283,7 +279,7 @@ def _after(letter: Letter, record: Any) -> bool:
 
 
 def _send(settings: Settings, producer: KafkaProducer, batch: Sequence[Letter]) -> None:
-    """One transaction: the records, each with its mark."""
+    """Send the records, each with its mark, in one transaction."""
     producer.begin_transaction()
     letters = settings.prefixed(topics.DEAD_LETTERS)
     for letter in batch:
@@ -293,10 +289,6 @@ def _send(settings: Settings, producer: KafkaProducer, batch: Sequence[Letter]) 
         producer.send(letter.source[0], value, key=letter.key, partition=partition, headers=headers)
         producer.send(letters, b"", key=at, headers=[("replayed", b"1")])
     producer.commit_transaction()
-
-
-def _at(record: Any) -> str:
-    return f"{record.topic}/{record.partition}/{record.offset}"
 
 
 def _digest(at: str) -> bytes:

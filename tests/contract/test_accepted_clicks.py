@@ -29,7 +29,7 @@ from eddyline.stores.memory import MemoryStore
 from eddyline.stores.state_store import Fence, LogId, Source, UserEffects
 from embeddings.data import sources
 from embeddings.data.sources import SourceRecord
-from streams.archive.partition_writer import Forgetting, open_partition
+from streams.archive.partition_writer import ForgottenUsers, open_partition
 from streams.clicks.batch import decode, deduplicate
 from streams.operations import dead_letter_replay
 from streams.operations.dead_letter_replay import Letter
@@ -119,10 +119,10 @@ def accepted_by_ingest(settings: Settings, records: Sequence[Any], size: int) ->
 def accepted_by_archive(settings: Settings, records: Sequence[Any], size: int) -> list[str]:
     archive = Archive(settings)
     for batch in batches(records, size):  # a restart after every batch; files end after two
-        writer = open_partition(settings, archive, CLICKS, P, LOG, 0, defaultdict(Forgetting))
+        writer = open_partition(settings, archive, CLICKS, P, LOG, 0, defaultdict(ForgottenUsers))
         writer.append([r for r in records if writer.written <= r.offset <= batch[-1].offset])
         writer.complete() if batch[0] is records[0] else writer.discard()
-    writer = open_partition(settings, archive, CLICKS, P, LOG, 0, defaultdict(Forgetting))
+    writer = open_partition(settings, archive, CLICKS, P, LOG, 0, defaultdict(ForgottenUsers))
     writer.append([r for r in records if r.offset >= writer.written])
     writer.complete()
     rows = [found.event for found in archive.read(CLICKS)]

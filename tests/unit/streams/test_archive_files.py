@@ -30,7 +30,7 @@ from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.state_store import LogId
 from streams.archive import erasure, file_placement
-from streams.archive.partition_writer import Forgetting, open_partition
+from streams.archive.partition_writer import ForgottenUsers, open_partition
 from streams.clicks import handler as clicks_
 from streams.clicks.handler import ClickIngest
 from streams.fences import PartitionFences
@@ -91,7 +91,7 @@ class Runner:
         self.settings, self.archive = settings, Archive(settings)
 
     def open(self, topic: str = CLICKS, forgetting: Any = None) -> Any:
-        shared = defaultdict(Forgetting) if forgetting is None else forgetting
+        shared = defaultdict(ForgottenUsers) if forgetting is None else forgetting
         return open_partition(self.settings, self.archive, topic, P, LOG, 0, shared)
 
     def run(self, records: list[Any], chunk: int, topic: str = CLICKS, end: bool = True) -> Any:
@@ -219,7 +219,7 @@ def test_items_and_profiles_keep_every_field(tmp_path: Path) -> None:
     assert msgspec.json.encode(found[0].event) == events.encode(item), (
         "1 and 1.0 stay what they are"
     )
-    assert (writer.rows, writer.left_out) == (3, 1)
+    assert (writer.rows, writer.skipped) == (3, 1)
     profile = UserProfile(user_id="ana", attributes={"age": 30}, at_ms=9)
     runner.run([record(0, events.encode(profile), b"ana")], 1, USERS)
     assert [e.event for e in runner.archive.read(USERS)] == [profile]
@@ -330,7 +330,7 @@ def test_a_null_record_forgets_whatever_is_written_first(
 
 
 def test_a_null_record_is_seen_by_the_open_file_of_clicks(tmp_path: Path) -> None:
-    runner, shared = Runner(settings_of(tmp_path)), defaultdict(Forgetting)
+    runner, shared = Runner(settings_of(tmp_path)), defaultdict(ForgottenUsers)
     writer, people = runner.open(CLICKS, shared), runner.open(USERS, shared)
     writer.append([click(o, MS + o) for o in range(10)])
     people.append([record(0, None, b"ana", MS + 4)])
@@ -369,7 +369,7 @@ def test_kill_9_in_mid_write_leaves_whole_files_only(tmp_path: Path) -> None:
         settings = Settings(data_dir=sys.argv[1], clicks_partitions=2, archive_file_offsets=700)
         archive, partition = Archive(settings), int(sys.argv[2])
         file_placement.remove_abandoned(archive)
-        log, shared = LogId("cluster-a", "topic-1"), defaultdict(partition_writer.Forgetting)
+        log, shared = LogId("cluster-a", "topic-1"), defaultdict(partition_writer.ForgottenUsers)
         mine = partition_writer.open_partition(settings, archive, "clicks", partition, log, 0, shared)
         print("ready", flush=True)
         value = b'{"user_id": "ana", "item_id": "i", "at_ms": 0}'

@@ -25,7 +25,7 @@ from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import LogId
 from streams.archive import file_placement
 from streams.archive.archiver import Archiver
-from streams.archive.partition_writer import Forgetting, open_partition
+from streams.archive.partition_writer import ForgottenUsers, open_partition
 
 LOG = LogId("cluster-a", "topic-1")
 MS = 472_222 * HOUR_MS
@@ -70,7 +70,7 @@ def write(
 ) -> None:
     archive = Archive(settings)
     writer = open_partition(
-        settings, archive, topic, partition, LOG, begin, defaultdict(Forgetting)
+        settings, archive, topic, partition, LOG, begin, defaultdict(ForgottenUsers)
     )
     writer.append(records)
     writer.complete()
@@ -191,14 +191,14 @@ def test_a_file_of_before_this_was_kept_covers_its_own_records_only(tmp_path: Pa
 
 def test_retention_that_overtakes_the_archive_leaves_a_gap_that_is_known(tmp_path: Path) -> None:
     settings, archive = settings_of(tmp_path), Archive(settings_of(tmp_path))
-    writer = open_partition(settings, archive, CLICKS, P, LOG, 0, defaultdict(Forgetting))
+    writer = open_partition(settings, archive, CLICKS, P, LOG, 0, defaultdict(ForgottenUsers))
     place: Any = TopicPartition(CLICKS, P)
     for begin, offset in [(0, 3), (2, 9), (40, 41)]:
         consumer: Any = SimpleNamespace(
             beginning_offsets=lambda _, at=begin: defaultdict(lambda: at)
         )
         if offset > writer.last_read + 1:
-            Archiver._look_for_lost(SimpleNamespace(_consumer=consumer), place, writer)  # type: ignore[arg-type]
+            Archiver._check_for_loss(SimpleNamespace(_consumer=consumer), place, writer)  # type: ignore[arg-type]
         writer.append([click(offset)])
     writer.complete()
     assert [e.offset for e in archive.read(CLICKS)] == [3, 9, 41], "what was read before it is kept"
@@ -227,7 +227,7 @@ def test_a_writer_that_comes_late_does_not_bring_forgotten_users_back(
 ) -> None:
     settings, archive = settings_of(tmp_path), Archive(settings_of(tmp_path))
     log = [click(o, HERE[o % 2]) for o in range(50)]
-    zombie = open_partition(settings, archive, CLICKS, P, LOG, 0, defaultdict(Forgetting))
+    zombie = open_partition(settings, archive, CLICKS, P, LOG, 0, defaultdict(ForgottenUsers))
     zombie.append(log)
     monkeypatch.setattr(
         "socket.gethostname", lambda: "another"
@@ -245,7 +245,7 @@ def test_between_machines_a_file_that_changed_meanwhile_is_read_again(
     settings = settings_of(tmp_path, archive_url=f"memory://{tmp_path.name}/archive")
     write(settings, [click(o, HERE[o % 3]) for o in range(60)])
     archive = Archive(settings)
-    plain, turns = file_placement.without, []
+    plain, turns = file_placement.copy_without, []
 
     def another_machine_is_faster(source: Any, target: Path, topic: str, forgotten: Any) -> int:
         changed = plain(source, target, topic, forgotten)
@@ -258,7 +258,7 @@ def test_between_machines_a_file_that_changed_meanwhile_is_read_again(
             archive.fs.put_file(str(theirs), file.path)
         return changed
 
-    monkeypatch.setattr(file_placement, "without", another_machine_is_faster)
+    monkeypatch.setattr(file_placement, "copy_without", another_machine_is_faster)
     file_placement.forget(archive, {HERE[0]: EVERYTHING}, P)
     assert {e.key for e in archive.read(CLICKS)} == {HERE[2]}
 
