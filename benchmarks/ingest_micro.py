@@ -26,6 +26,7 @@ from eddyline.schema.user_history import Entry
 from embeddings.bundle import bundle
 from embeddings.bundle.bundle import Bundle
 from embeddings.data.examples import TrainingData
+from embeddings.models.base import Recipe
 from embeddings.models.two_tower import UserModel
 from embeddings.training.trainer import train
 from sandbox.datasets import synthetic
@@ -42,7 +43,7 @@ def prepare(folder: Path) -> Bundle:
     dataset = synthetic.generate(items=ITEMS, users=200, clicks=8_000, seed=SEED)
     profiles = {user: dict(profile.attributes) for user, profile in dataset.profiles.items()}
     data = TrainingData(items=dataset.items, profiles=profiles, clicks=dataset.clicks)
-    train(data, folder / "1", "1", epochs=1, seed=SEED, threads=1)
+    train(data, folder / "1", "1", recipe=Recipe(epochs=1, seed=SEED, threads=1))
     return bundle.load(folder / "1")
 
 

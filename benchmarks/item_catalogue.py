@@ -16,12 +16,13 @@ from eddyline.kafka.producers import now_ms
 from eddyline.schema.events import Item
 from eddyline.schema.item_record import attributes_of
 from embeddings.bundle import bundle
-from embeddings.bundle.bundle import Parts
+from embeddings.bundle.bundle import NewBundle
 from embeddings.towers import features
+from embeddings.towers.base import TrainedModel
 from embeddings.towers.features import FeatureSpace
-from embeddings.towers.item_tower import ItemTower
 from embeddings.towers.micro_step import MicroSettings
 from embeddings.towers.numerics import Floats
+from embeddings.towers.two_tower import KIND, VERSION, TwoTowerRuntime
 
 D, HIDDEN, HISTORY = 64, 128, 20
 CATEGORIES = [f"category {n}" for n in range(40)]
@@ -73,23 +74,29 @@ def write(folder: Path, count: int, anchors: int) -> None:
     known = [item(n) for n in range(count)]
     everything = [*known, *(anchor(n) for n in range(anchors))]
     space = features.learn_items(known)
-    arrays = _item_arrays(rng, count, space)
-    ids = [one.item_id for one in known]
-    tower = ItemTower(space, {item_id: row for row, item_id in enumerate(ids)}, arrays)
+    model = TrainedModel(
+        kind=KIND,
+        version=VERSION,
+        dimension=D,
+        history_max=HISTORY,
+        item_space=space,
+        profile_space=features.learn_profiles([{"age": 1}, {"age": 2}]),
+        identity_ids=[one.item_id for one in known],
+        arrays={
+            **{f"item.{name}": a for name, a in _item_arrays(rng, count, space).items()},
+            **{f"user.{name}": a for name, a in _user_arrays().items()},
+        },
+        micro=MicroSettings(),
+    )
     n = len(everything)
     bundle.write(
         folder,
-        Parts(
+        NewBundle(
             generation="1",
             created_ms=now_ms(),
-            item_space=space,
-            item_arrays=arrays,
-            identity_ids=ids,
-            profile_space=features.learn_profiles([{"age": 1}, {"age": 2}]),
-            user_arrays=_user_arrays(),
-            micro=MicroSettings(),
+            model=model,
             item_ids=[one.item_id for one in everything],
-            item_vectors=tower.encode(everything),
+            item_vectors=TwoTowerRuntime().item_tower(model).encode(everything),
             item_partitions=np.zeros(n, np.int32),
             item_offsets=np.full(n, -1),
             item_attributes=[attributes_of(one) for one in everything],

@@ -1,18 +1,18 @@
-"""A generation's bundle: towers, micro-step settings, catalogue and item vectors in one folder.
+"""A generation's bundle: model, item catalogue and item vectors in one folder.
 
-    manifest.json        format, generation, dimension, settings; of every other file its sha256, bytes, dtype
-                         and shape
-    manifest.sha256      the manifest's own checksum, in the form of `sha256sum`
-    item_ids.json        the catalogue's ids: row i of `item_vectors.npy` is the item `item_ids[i]`
-    identity_ids.json    ids with an ID embedding: row i of `item.identity.npy`
+    manifest.json        format, generation, dimension, model kind and settings; for every other
+                         file its SHA-256, size, dtype and shape
+    manifest.sha256      the manifest's own checksum, in the format of `sha256sum`
+    item_ids.json        the ids of the catalogue: row i of `item_vectors.npy` is item `item_ids[i]`
+    identity_ids.json    the items with an ID embedding, in the order of its rows
     item_vectors.npy     float32 (n, d), unit norm; opened by mmap
     item_partitions.npy, item_offsets.npy   the source version of each vector
-    item_attributes.npy, item_attribute_ends.npy   what filters need of each item: MessagePack maps one after
-                         another, and where each of them ends (from format version 2 on)
-    item.*.npy, user.*.npy                  the weights of the towers
+    item_attributes.npy, item_attribute_ends.npy   what filters need of each item, from format
+                         version 2 on: MessagePack maps, concatenated, and the end of each
+    <array>.npy          the arrays of the model, by the names in the manifest
 
-It is written beside its place, synced and renamed, so a folder of that name is whole. `load` trusts nothing:
-whatever does not fit raises BundleError and names the file.
+A bundle is written to a temporary folder, synced and renamed, so a folder with the final name is
+complete. `load` checks everything; a mismatch raises BundleError with the path of the file.
 """
 
 from __future__ import annotations
@@ -39,33 +39,33 @@ from embeddings.bundle.manifest import (
     CHECKSUM,
     FORMAT_VERSION,
     MANIFEST,
-    Contents,
+    BundleManifest,
     FileEntry,
+    ModelEntry,
     Reader,
     digest,
     fail,
     read_manifest,
 )
-from embeddings.towers.features import FeatureSpace
-from embeddings.towers.item_tower import ItemTower
-from embeddings.towers.micro_step import MicroSettings, MicroStep
+from embeddings.towers import registry
+from embeddings.towers.base import ItemEncoder, ModelRuntime, TrainedModel, UserEncoder
+from embeddings.towers.micro_step import MicroStep
 from embeddings.towers.numerics import Floats
-from embeddings.towers.user_tower import UserTower
 
-# A generation's name becomes part of a topic's name and of a folder's.
+# A generation's name is part of a topic name and of a folder name.
 GENERATION = re.compile(r"[A-Za-z0-9_-]{1,64}")
-# float32 unit vectors of 64 numbers lie within 1e-6 of norm 1.
+# The norm of a float32 unit vector of 64 numbers is within 1e-6 of 1.
 _NORM_TOLERANCE = 1e-3
 _ITEM_IDS, _IDENTITY_IDS = "item_ids.json", "identity_ids.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Bundle:
-    """One generation, loaded. Thread rule: any thread; nothing in it changes.
+    """One loaded generation. Thread rule: any thread; immutable.
 
     item_vectors:    float32 (n, d), unit norm, read-only, mapped from the file
-    item_partitions: int32 (n,): the partition of `items` that the item came from
-    item_offsets:    int64 (n,): its offset there, the item's version; -1 where it came from a file
+    item_partitions: int32 (n,): partition of `items` that holds the item's record
+    item_offsets:    int64 (n,): offset of that record, the item's version; -1 if from a file
     item_attributes: what filters need of each item, see `FilterAttributes`
     rows:            item id -> its row in `item_vectors`, for the items of this catalogue
     """
@@ -73,8 +73,9 @@ class Bundle:
     generation: str
     dimension: int
     created_ms: int
-    item_tower: ItemTower
-    user_tower: UserTower
+    model: TrainedModel
+    item_tower: ItemEncoder
+    user_tower: UserEncoder
     micro: MicroStep
     item_ids: list[str]
     item_vectors: Floats
@@ -87,21 +88,15 @@ class Bundle:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
-    """What `write` needs; the fields are those of `Bundle` and `Contents`.
+class NewBundle:
+    """The input of `write`; the fields are those of `Bundle`.
 
-    identity_ids: ids in the order of the rows of item_arrays["identity"]
     item_attributes: what filters need of each item, `eddyline.schema.item_record.attributes_of`
     """
 
     generation: str
     created_ms: int
-    item_space: FeatureSpace
-    item_arrays: Mapping[str, Floats]
-    identity_ids: Sequence[str]
-    profile_space: FeatureSpace
-    user_arrays: Mapping[str, Floats]
-    micro: MicroSettings
+    model: TrainedModel
     item_ids: Sequence[str]
     item_vectors: Floats
     item_partitions: npt.NDArray[np.int32]
@@ -111,23 +106,24 @@ class Parts:
     measured: Mapping[str, float]
 
 
-def write(folder: Path, parts: Parts) -> None:
-    """Write a bundle: all of it appears at `folder` at once, or nothing does.
+def write(folder: Path, new: NewBundle) -> None:
+    """Write a bundle atomically: `folder` is complete or absent.
 
-    Raises BundleError where something is there already, or where the parts do not fit together.
+    Raises BundleError if `folder` exists, if the fields do not match each other, or if it cannot be
+    written.
     """
     folder = Path(folder)
-    if not GENERATION.fullmatch(parts.generation):
+    if not GENERATION.fullmatch(new.generation):
         raise BundleError(
-            f"generation {parts.generation!r}: letters, digits, _ and -, at most 64 of them"
+            f"generation {new.generation!r}: use 1 to 64 letters, digits, '_' and '-'"
         )
     if folder.exists():
         raise BundleError(f"{folder} exists already; a generation is never overwritten")
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a writer that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed writer
     partial.mkdir(parents=True)
     try:
-        _write_files(partial, parts)
+        _write_files(partial, new)
         load(partial)
         move(partial, folder)
     except OSError as error:
@@ -137,7 +133,10 @@ def write(folder: Path, parts: Parts) -> None:
 
 
 def recorded(settings: Settings, manifest: generations.Manifest) -> Bundle:
-    """The bundle of a generation that Kafka has a record of. Raises BundleError, also where it is another."""
+    """The bundle of a published generation.
+
+    Raises BundleError if it cannot be loaded or holds another generation.
+    """
     found = load(settings.bundles / manifest.bundle)
     if found.generation != manifest.generation:
         raise BundleError(
@@ -147,14 +146,18 @@ def recorded(settings: Settings, manifest: generations.Manifest) -> Bundle:
 
 
 def load(folder: Path) -> Bundle:
-    """A bundle, checked: every checksum, shape and dtype, finite weights, unit vectors.
+    """Load a bundle and check every checksum, shape and dtype, finite weights and unit vectors.
 
-    Raises BundleError naming the file at fault.
+    Raises BundleError with the path of the file that is at fault.
     """
     folder = Path(folder)
-    contents = read_manifest(folder)
-    reader = Reader(folder, contents.files)
-    d = contents.dimension
+    manifest = read_manifest(folder)
+    try:
+        runtime = registry.runtime(manifest.model.kind, manifest.model.version)
+    except BundleError as error:
+        fail(folder / MANIFEST, str(error))
+    reader = Reader(folder, manifest.files)
+    d = manifest.dimension
     item_ids, identity_ids = reader.ids(_ITEM_IDS), reader.ids(_IDENTITY_IDS)
     n = len(item_ids)
     if not n:
@@ -163,90 +166,65 @@ def load(folder: Path) -> Bundle:
     squares = np.einsum("nd,nd->n", vectors, vectors)
     if np.abs(squares - 1.0).max() > 2 * _NORM_TOLERANCE:
         fail(folder / "item_vectors.npy", "holds vectors that are not of unit norm")
-    item_space, profile_space = contents.item_space, contents.profile_space
-    item_arrays = {name: reader.array(f"item.{name}.npy", np.float32) for name in ItemTower.ARRAYS}
-    user_arrays = {name: reader.array(f"user.{name}.npy", np.float32) for name in UserTower.ARRAYS}
-    _check_item(folder, item_arrays, (len(identity_ids), item_space.rows, item_space.dense, d))
-    _check_user(folder, user_arrays, (profile_space.rows, contents.history_max, d))
-    rows = {item_id: row for row, item_id in enumerate(item_ids)}
+    model = _model(folder, manifest, runtime, identity_ids, reader)
     return Bundle(
-        generation=contents.generation,
+        generation=manifest.generation,
         dimension=d,
-        created_ms=contents.created_ms,
-        item_tower=ItemTower(
-            item_space, {i: row for row, i in enumerate(identity_ids)}, item_arrays
-        ),
-        user_tower=UserTower(profile_space, user_arrays),
-        micro=MicroStep(vectors, contents.micro),
+        created_ms=manifest.created_ms,
+        model=model,
+        item_tower=runtime.item_tower(model),
+        user_tower=runtime.user_tower(model),
+        micro=runtime.micro_step(model, vectors),
         item_ids=item_ids,
         item_vectors=vectors,
         item_partitions=reader.array("item_partitions.npy", np.int32, (n,)),
         item_offsets=reader.array("item_offsets.npy", np.int64, (n,)),
-        item_attributes=filter_attributes.read(folder, reader, n, contents.format_version),
-        cut=contents.cut,
-        measured=contents.measured,
-        rows=rows,
+        item_attributes=filter_attributes.read(folder, reader, n, manifest.format_version),
+        cut=manifest.cut,
+        measured=manifest.measured,
+        rows={item_id: row for row, item_id in enumerate(item_ids)},
     )
 
 
-def _check_item(folder: Path, a: Mapping[str, Floats], sizes: tuple[int, int, int, int]) -> None:
-    identities, rows, dense, d = sizes
-    h = a["b1"].size
-    shapes = {
-        "identity": (identities, d),
-        "features": (rows, d),
-        "projection": (dense, d),
-        "projection_bias": (d,),
-        "w1": (d, h),
-        "b1": (h,),
-        "w2": (h, d),
-        "b2": (d,),
-    }
-    _check_shapes(folder, "item", a, shapes)
+def _model(
+    folder: Path,
+    manifest: BundleManifest,
+    runtime: ModelRuntime,
+    identity_ids: list[str],
+    reader: Reader,
+) -> TrainedModel:
+    """The model's arrays, with the names and shapes that its runtime needs."""
+    entry = manifest.model
+    if missing := set(runtime.arrays).difference(entry.arrays):
+        fail(folder / MANIFEST, f"lists no array {min(missing)!r} for model {entry.kind}")
+    model = TrainedModel(
+        kind=entry.kind,
+        version=entry.version,
+        dimension=manifest.dimension,
+        history_max=manifest.history_max,
+        item_space=manifest.item_space,
+        profile_space=manifest.profile_space,
+        identity_ids=identity_ids,
+        arrays={name: reader.array(f"{name}.npy", np.float32) for name in runtime.arrays},
+        micro=manifest.micro,
+    )
+    for name, shape in runtime.shapes(model).items():
+        if model.arrays[name].shape != shape:
+            fail(folder / f"{name}.npy", f"has shape {model.arrays[name].shape}, expected {shape}")
+    return model
 
 
-def _check_user(folder: Path, a: Mapping[str, Floats], sizes: tuple[int, int, int]) -> None:
-    rows, history_max, d = sizes
-    h, heads = a["b1"].size, len(np.atleast_1d(a["bias"]))
-    shapes = {
-        "query": (d, heads * d),
-        "query_bias": (heads * d,),
-        "bias": (heads, history_max),
-        "value": (heads * d, d),
-        "start": (d,),
-        "profile": (rows, d),
-        "w1": (d, h),
-        "b1": (h,),
-        "w2": (h, d),
-        "b2": (d,),
-    }
-    _check_shapes(folder, "user", a, shapes)
-
-
-def _check_shapes(
-    folder: Path, tower: str, arrays: Mapping[str, Floats], shapes: Mapping[str, tuple[int, ...]]
-) -> None:
-    for name, shape in shapes.items():
-        if arrays[name].shape != shape:
-            fail(
-                folder / f"{tower}.{name}.npy", f"has shape {arrays[name].shape}, expected {shape}"
-            )
-
-
-def _write_files(folder: Path, parts: Parts) -> None:
+def _write_files(folder: Path, new: NewBundle) -> None:
+    model = new.model
     arrays: dict[str, npt.NDArray[Any]] = {
-        "item_vectors.npy": np.ascontiguousarray(parts.item_vectors, np.float32),
-        "item_partitions.npy": np.asarray(parts.item_partitions, np.int32),
-        "item_offsets.npy": np.asarray(parts.item_offsets, np.int64),
-        **filter_attributes.arrays(parts.item_attributes),
+        "item_vectors.npy": np.ascontiguousarray(new.item_vectors, np.float32),
+        "item_partitions.npy": np.asarray(new.item_partitions, np.int32),
+        "item_offsets.npy": np.asarray(new.item_offsets, np.int64),
+        **filter_attributes.arrays(new.item_attributes),
+        **{f"{n}.npy": np.ascontiguousarray(a, np.float32) for n, a in model.arrays.items()},
     }
-    for tower, some, names in (
-        ("item", parts.item_arrays, ItemTower.ARRAYS),
-        ("user", parts.user_arrays, UserTower.ARRAYS),
-    ):
-        arrays |= {f"{tower}.{n}.npy": np.ascontiguousarray(some[n], np.float32) for n in names}
     files: dict[str, FileEntry] = {}
-    for name, ids in ((_ITEM_IDS, parts.item_ids), (_IDENTITY_IDS, parts.identity_ids)):
+    for name, ids in ((_ITEM_IDS, new.item_ids), (_IDENTITY_IDS, model.identity_ids)):
         (folder / name).write_bytes(msgspec.json.encode(list(ids)))
         size, sha256 = digest(folder / name)
         files[name] = FileEntry(sha256, size)
@@ -254,23 +232,23 @@ def _write_files(folder: Path, parts: Parts) -> None:
         np.save(folder / name, array, allow_pickle=False)
         size, sha256 = digest(folder / name)
         files[name] = FileEntry(sha256, size, array.dtype.str, list(array.shape))
-    contents = Contents(
+    manifest = BundleManifest(
         format_version=FORMAT_VERSION,
-        generation=parts.generation,
-        dimension=int(parts.item_vectors.shape[1]),
-        created_ms=parts.created_ms,
-        history_max=int(parts.user_arrays["bias"].shape[1]),
-        item_space=parts.item_space,
-        profile_space=parts.profile_space,
-        micro=parts.micro,
-        cut=dict(parts.cut),
-        measured=dict(parts.measured),
+        generation=new.generation,
+        dimension=model.dimension,
+        created_ms=new.created_ms,
+        model=ModelEntry(model.kind, model.version, list(model.arrays)),
+        history_max=model.history_max,
+        item_space=model.item_space,
+        profile_space=model.profile_space,
+        micro=model.micro,
+        cut=dict(new.cut),
+        measured=dict(new.measured),
         files=files,
     )
-    raw = msgspec.json.format(msgspec.json.encode(contents), indent=1)
+    raw = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
     (folder / MANIFEST).write_bytes(raw)
-    (folder / CHECKSUM).write_text(
-        f"{hashlib.sha256(raw).hexdigest()}  {MANIFEST}\n", encoding="utf-8"
-    )
+    checksum = f"{hashlib.sha256(raw).hexdigest()}  {MANIFEST}\n"
+    (folder / CHECKSUM).write_text(checksum, encoding="utf-8")
     for path in folder.iterdir():
         sync(path)

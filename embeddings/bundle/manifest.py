@@ -1,6 +1,6 @@
-"""The manifest of a bundle, and reading files against it: checksum, size, dtype, shape, finite.
+"""The manifest of a bundle, and reading files that match it: checksum, size, dtype, shape, finite.
 
-Everything that does not fit raises BundleError and names the file.
+Every mismatch raises BundleError with the path of the file.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ import numpy.typing as npt
 from eddyline.errors import BundleError
 from embeddings.towers.features import FeatureSpace
 from embeddings.towers.micro_step import MicroSettings
+from embeddings.towers.two_tower import ARRAYS
 
-# Version 2 added what filters need of each item; a bundle of version 1 is read as one without.
-FORMAT_VERSION = 2
-READ_VERSIONS = (1, 2)
+# Version 2 added the filter attributes of items; a bundle of version 1 is read without them.
+# Version 3 added the kind of the model; bundles of versions 1 and 2 hold a two-tower model.
+FORMAT_VERSION = 3
+_MODEL_BEFORE_3 = {"kind": "two_tower", "version": 1, "arrays": list(ARRAYS)}
 MANIFEST, CHECKSUM = "manifest.json", "manifest.sha256"
 _T = TypeVar("_T")
 
 
 class FileEntry(msgspec.Struct, frozen=True):
-    """What the manifest knows of a file. dtype "" and an empty shape for a file that is no array."""
+    """A file's entry. dtype is "" and shape is empty for a file that is not an array."""
 
     sha256: str
     bytes: int
@@ -34,7 +36,15 @@ class FileEntry(msgspec.Struct, frozen=True):
     shape: list[int] = []
 
 
-class Contents(msgspec.Struct, frozen=True, kw_only=True):
+class ModelEntry(msgspec.Struct, frozen=True):
+    """The model's kind, the version of its array layout, and the names of its arrays."""
+
+    kind: str
+    version: int
+    arrays: list[str]
+
+
+class BundleManifest(msgspec.Struct, frozen=True, kw_only=True):
     """The manifest. cut: partition of `items` as text -> offset of the last record contained.
 
     measured: figures of the training, by name, for people
@@ -44,6 +54,7 @@ class Contents(msgspec.Struct, frozen=True, kw_only=True):
     generation: str
     dimension: int
     created_ms: int
+    model: ModelEntry
     history_max: int
     item_space: FeatureSpace
     profile_space: FeatureSpace
@@ -54,7 +65,7 @@ class Contents(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Reader:
-    """Files of one folder, each compared with its entry in the manifest."""
+    """Reads files of one folder and compares each with its entry in the manifest."""
 
     def __init__(self, folder: Path, entries: Mapping[str, FileEntry]) -> None:
         self._folder, self._entries = folder, entries
@@ -72,7 +83,7 @@ class Reader:
         return path, entry
 
     def ids(self, name: str) -> list[str]:
-        """A list of ids without repeats."""
+        """A list of distinct ids."""
         path, _ = self._checked(name)
         try:
             ids = msgspec.json.decode(_io(path, Path.read_bytes), type=list[str])
@@ -90,14 +101,14 @@ class Reader:
         *,
         mmap: bool = False,
     ) -> npt.NDArray[Any]:
-        """A read-only array of this dtype and, where given, this shape; finite."""
+        """A read-only, finite array of this dtype and, if not None, this shape."""
         path, entry = self._checked(name)
         try:
             array: npt.NDArray[Any] = np.load(
                 path, mmap_mode="r" if mmap else None, allow_pickle=False
             )
         except (ValueError, OSError, EOFError) as error:
-            fail(path, f"is no array: {error}")
+            fail(path, f"is not an array: {error}")
         if array.dtype != np.dtype(dtype) or array.dtype.str != entry.dtype:
             fail(path, f"has dtype {array.dtype}, expected {np.dtype(dtype)}")
         if list(array.shape) != entry.shape or (shape is not None and array.shape != shape):
@@ -109,25 +120,31 @@ class Reader:
         return array.view(np.ndarray)
 
 
-def read_manifest(folder: Path) -> Contents:
-    """The manifest of a folder, compared with its own checksum."""
+def read_manifest(folder: Path) -> BundleManifest:
+    """The manifest of a folder, checked against its checksum."""
     path = folder / MANIFEST
     raw = _io(path, Path.read_bytes)
     stated = _io(folder / CHECKSUM, Path.read_bytes).split()
     if not stated or stated[0] != hashlib.sha256(raw).hexdigest().encode():
         fail(path, f"is damaged: its SHA-256 is not the one in {CHECKSUM}")
     try:
-        version = msgspec.json.decode(raw).get("format_version")
-        if version not in READ_VERSIONS:
-            read = " and ".join(map(str, READ_VERSIONS))
-            fail(path, f"has format version {version!r}, this release reads {read}")
-        return msgspec.json.decode(raw, type=Contents)
-    except (msgspec.DecodeError, AttributeError) as error:
+        manifest = msgspec.json.decode(raw, type=dict[str, Any])
+        version = manifest.get("format_version", 0)
+        if version not in range(1, FORMAT_VERSION + 1):
+            fail(
+                path,
+                f"has format version {version!r}, this release reads 1 to {FORMAT_VERSION}; "
+                "upgrade Eddyline or train a new generation",
+            )
+        if version < 3:
+            manifest["model"] = _MODEL_BEFORE_3
+        return msgspec.convert(manifest, BundleManifest)
+    except msgspec.MsgspecError as error:
         fail(path, str(error))
 
 
 def digest(path: Path) -> tuple[int, str]:
-    """(bytes, SHA-256 in hex) of a file."""
+    """(size in bytes, SHA-256 in hex) of a file."""
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
         return file.tell(), found

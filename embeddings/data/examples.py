@@ -1,8 +1,8 @@
-"""Clicks as training examples: each event with the history that lay strictly before it.
+"""Clicks as training examples: each event with the history strictly before it.
 
-Events are sorted by (time, user, position). Events of one user at the same millisecond are one basket: none
-of them is in the history of another. Dislikes are neither targets nor history, and clicks on items outside
-the catalogue are left out: that is what the live path does too.
+Events are sorted by (time, user, position). Events of one user at the same millisecond are one
+basket: none of them is in the history of another. As in the live path, dislikes are neither targets
+nor history, and clicks on items outside the catalogue are ignored.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -19,16 +20,16 @@ from eddyline.schema.events import Click, Item
 Ints = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TrainingData:
-    """What a training sees.
+    """The input of a training.
 
-    items:    the catalogue as it is now; unavailable items may be in it, deleted ones are not
+    items:    the current catalogue, with unavailable items, without deleted ones
     profiles: user id -> attributes
-    clicks:   in the order of their log; the order breaks ties of time
-    versions: item id -> (partition, offset) of the record of `items` that it came from; absent from a file
-    cut:      partition of `items` -> the last offset that is contained, -1 none; empty from a file
-    rejected: reason -> number of records left out
+    clicks:   in log order, which breaks ties of time
+    versions: item id -> (partition, offset) of its record in `items`; empty if from a file
+    cut:      partition of `items` -> last offset contained, -1 for none; empty if from a file
+    rejected: reason -> number of records that were skipped
     """
 
     items: list[Item]
@@ -38,15 +39,28 @@ class TrainingData:
     cut: Mapping[str, int] = field(default_factory=dict)
     rejected: Mapping[str, int] = field(default_factory=Counter)
 
+    @cached_property
+    def catalogue(self) -> list[Item]:
+        """The items by id, independent of the order of reading; of equal ids the last one."""
+        latest = {item.item_id: item for item in self.items}
+        return [latest[item_id] for item_id in sorted(latest)]
+
+    @cached_property
+    def examples(self) -> Examples:
+        """The examples of all clicks; targets are rows of `catalogue`."""
+        return make_examples(
+            self.clicks, {item.item_id: row for row, item in enumerate(self.catalogue)}
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """Events in time order. All arrays int64 (n,) unless said.
+    """Events in time order. All arrays are int64 (n,).
 
-    users, targets, at_ms: the event; users and targets are rows of `user_ids` and of the catalogue
-    starts, ends:          its history is `log[starts:ends]`, oldest first
-    log:                   int64 (m,): the items of all events, user by user, in time order
-    keys:                  a key of each event that stays the same at every replay of the same data
+    users, targets, at_ms: the event; users are rows of `user_ids`, targets rows of the catalogue
+    starts, ends:          the event's history is `log[starts:ends]`, oldest first
+    log:                   the items of all events, user by user, in time order
+    keys:                  a key of each event that is equal in every replay of the same data
     """
 
     user_ids: list[str]
@@ -65,15 +79,15 @@ class Examples:
     def histories(self, events: Ints, length: int) -> tuple[Ints, Ints]:
         """The newest `length` items before each event, newest first.
 
-        Returns (rows int64 (n, length) with -1 where there is none, counts int64 (n,)).
+        Returns (rows int64 (n, length), -1 beyond the history; counts int64 (n,)).
         """
-        places = self.ends[events, None] - 1 - np.arange(length)
-        there = places >= self.starts[events, None]
-        rows = np.where(there, self.log[np.maximum(places, 0)] if len(self.log) else -1, -1)
+        positions = self.ends[events, None] - 1 - np.arange(length)
+        inside = positions >= self.starts[events, None]
+        rows = np.where(inside, self.log[np.maximum(positions, 0)] if len(self.log) else -1, -1)
         return rows, np.minimum(self.ends[events] - self.starts[events], length)
 
 
-def examples(clicks: list[Click], rows: Mapping[str, int]) -> Examples:
+def make_examples(clicks: list[Click], rows: Mapping[str, int]) -> Examples:
     """The examples of all clicks. rows: item id -> its row in the catalogue."""
     kept = [(i, c) for i, c in enumerate(clicks) if c.kind != "dislike" and c.item_id in rows]
     user_ids = sorted({c.user_id for _, c in kept})
@@ -87,12 +101,12 @@ def examples(clicks: list[Click], rows: Mapping[str, int]) -> Examples:
 
     by_user = np.argsort(users, kind="stable")
     log, sorted_users, sorted_at = targets[by_user], users[by_user], at_ms[by_user]
-    places = np.arange(len(kept))
+    positions = np.arange(len(kept))
     new_user = np.diff(sorted_users, prepend=-1) != 0
     new_basket = new_user | (np.diff(sorted_at, prepend=-1) != 0)
-    starts, ends = np.empty_like(places), np.empty_like(places)
-    starts[by_user] = np.maximum.accumulate(np.where(new_user, places, 0))
-    ends[by_user] = np.maximum.accumulate(np.where(new_basket, places, 0))
+    starts, ends = np.empty_like(positions), np.empty_like(positions)
+    starts[by_user] = np.maximum.accumulate(np.where(new_user, positions, 0))
+    ends[by_user] = np.maximum.accumulate(np.where(new_basket, positions, 0))
     return Examples(user_ids, users, targets, at_ms, starts, ends, log, keys)
 
 

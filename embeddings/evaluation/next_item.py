@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from eddyline.schema.events import Click
 from embeddings.bundle.bundle import Bundle
-from embeddings.data.examples import Examples, Ints, examples
+from embeddings.data.examples import Examples, Ints, make_examples
 from embeddings.towers.numerics import Floats, blocks
 from embeddings.towers.user_tower import query_vector
 
@@ -67,8 +67,8 @@ def evaluate(
     on_progress: called with (events done, events)
     """
     rows = {item_id: row for row, item_id in enumerate(bundle.item_ids)}
-    events = examples(before + held_out, rows)
-    first = len(examples(before, rows))
+    events = make_examples(before + held_out, rows)
+    first = len(make_examples(before, rows))
     scored = np.arange(first, len(events))
     if not len(scored):
         raise ValueError("there is no held-out click on an item of the catalogue")

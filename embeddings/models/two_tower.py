@@ -1,27 +1,148 @@
-"""The towers in torch: the same maths as `embeddings.towers.item_tower` and `embeddings.towers.user_tower`.
+"""The two-tower model in torch: the formulas of `embeddings.towers.item_tower` and `user_tower`.
 
-Histories are rows of a table of the item tower's output vectors, so gradients flow through keys and values
-into the item tower. `export` multiplies the attention's matrices out in float64 for the numpy forward.
+Histories are rows of a table of the item tower's output vectors, so gradients flow through keys and
+values into the item tower. `export` multiplies the matrices of the attention in float64 for the
+numpy forward.
+
+Loss: softmax over 512 in-batch targets and 512 uniformly drawn items, at temperature 0.07. The
+logarithm of the mixture's probability is subtracted from every score (Yi et al. 2019,
+"Sampling-bias-corrected neural modeling"; Yang et al. 2020, "Mixed negative sampling"). Other
+occurrences of the positive are masked.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
-from embeddings.towers.features import Bags
-
-Floats = npt.NDArray[np.float32]
+from eddyline.errors import BundleError
+from eddyline.schema.events import Item
+from embeddings.data.examples import Examples, Ints, TrainingData
+from embeddings.models.base import Model, OnProgress, Recipe
+from embeddings.models.optimization import minimize
+from embeddings.towers import features
+from embeddings.towers.base import TrainedModel
+from embeddings.towers.features import Bags, FeatureSpace
+from embeddings.towers.numerics import Floats
+from embeddings.towers.two_tower import KIND, VERSION
 
 HEADS = 2
-# Start of embedding rows: a sum of four groups then has about the norm that unit vectors need.
+# Initial deviation of embedding rows: a sum of four groups then has a norm of about 1.
 ROW_STD = 0.1
+
+
+class TwoTower(Model):
+    """The default model: item tower and user tower, trained together."""
+
+    kind = KIND
+
+    @override
+    def fit(
+        self, data: TrainingData, recipe: Recipe, on_progress: OnProgress | None = None
+    ) -> TrainedModel:
+        items, examples = data.catalogue, data.examples
+        item_space = features.learn_items(items, dense=_dense_length(items))
+        profile_space = features.learn_profiles(data.profiles.values())
+        counts = np.bincount(examples.targets, minlength=len(items))
+        catalogue = CatalogueFeatures.of(items, item_space, counts)
+        # An item without a click has no ID embedding: it would be trained as a negative alone.
+        identity_ids = [item.item_id for item, n in zip(items, counts, strict=True) if n > 0]
+        item_model = ItemModel(
+            len(identity_ids),
+            item_space.rows,
+            item_space.dense,
+            dimension=recipe.dimension,
+            hidden=recipe.hidden,
+            dropout=recipe.dropout,
+        )
+        user_model = UserModel(
+            profile_space.rows,
+            dimension=recipe.dimension,
+            hidden=recipe.hidden,
+            history_max=recipe.history_max,
+        )
+        profiles = _profile_bags(profile_space, data.profiles, examples.user_ids)
+        rng = np.random.default_rng(recipe.seed)
+        loss = _Loss(item_model, user_model, catalogue, profiles, examples, recipe, rng)
+        losses = minimize(
+            loss,
+            [*item_model.parameters(), *user_model.parameters()],
+            examples=len(examples),
+            recipe=recipe,
+            rng=rng,
+            on_progress=on_progress,
+        )
+        item_arrays = catalogue.unscale(item_model.eval().export())
+        user_arrays = user_model.eval().export()
+        return TrainedModel(
+            kind=KIND,
+            version=VERSION,
+            dimension=recipe.dimension,
+            history_max=recipe.history_max,
+            item_space=item_space,
+            profile_space=profile_space,
+            identity_ids=identity_ids,
+            arrays={
+                **{f"item.{name}": array for name, array in item_arrays.items()},
+                **{f"user.{name}": array for name, array in user_arrays.items()},
+            },
+            micro=recipe.micro,
+            losses=losses,
+        )
+
+
+class _Loss:
+    """The loss of a batch, with new negatives at every call."""
+
+    def __init__(
+        self,
+        item_model: ItemModel,
+        user_model: UserModel,
+        catalogue: CatalogueFeatures,
+        profiles: TorchBags,
+        examples: Examples,
+        recipe: Recipe,
+        rng: np.random.Generator,
+    ) -> None:
+        self._item_model, self._user_model = item_model, user_model
+        self._catalogue, self._profiles = catalogue, profiles
+        self._examples, self._recipe, self._rng = examples, recipe, rng
+        self._items = len(catalogue.identities)
+        share = np.bincount(examples.targets, minlength=self._items) / len(examples)
+        in_batch = recipe.batch / (recipe.batch + recipe.uniform)
+        mixture = in_batch * share + (1 - in_batch) / self._items
+        self._log_q = torch.from_numpy(np.log(mixture)).float()
+
+    def __call__(self, batch: Ints) -> Tensor:
+        """The mean loss of some examples, a scalar. batch: int64 (b,)."""
+        examples, recipe = self._examples, self._recipe
+        histories, counts = examples.histories(batch, recipe.history_max)
+        targets = torch.from_numpy(examples.targets[batch])
+        drawn = torch.from_numpy(self._rng.integers(0, self._items, recipe.uniform))
+        candidates = torch.cat([targets, drawn])
+        shown = torch.from_numpy(histories).clamp(min=0).flatten()
+        unique, places = torch.unique(torch.cat([candidates, shown]), return_inverse=True)
+        vectors = self._item_model(self._catalogue, unique)
+        users = torch.from_numpy(examples.users[batch])
+        forward = self._user_model(
+            vectors,
+            places[len(candidates) :].view(histories.shape),
+            torch.from_numpy(counts),
+            pick_bags(self._profiles, users),
+        )
+        scores = forward @ vectors[places[: len(candidates)]].T / recipe.temperature
+        scores = scores - self._log_q[candidates]
+        same = candidates[None, :] == targets[:, None]
+        own = torch.arange(len(targets))
+        same[own, own] = False
+        return F.cross_entropy(scores.masked_fill(same, -1e9), own)
 
 
 class ItemModel(nn.Module):
@@ -42,11 +163,11 @@ class ItemModel(nn.Module):
         self.layer_2 = nn.Linear(hidden, dimension)
 
     def forward(self, catalogue: CatalogueFeatures, rows: Tensor) -> Tensor:
-        """Unit vectors float32 (n, d) of some rows of the catalogue, int64 (n,), unique."""
+        """The vectors of items, float32 (n, d), unit norm. rows: int64 (n,), unique, catalogue."""
         return self.blend(self.inputs(catalogue, rows))
 
     def inputs(self, catalogue: CatalogueFeatures, rows: Tensor) -> Tensor:
-        """The sums before the residual layer. In training an identity is zero with p = dropout."""
+        """The input of the residual layer. In training, p = dropout zeroes an ID embedding."""
         identity_rows = catalogue.identities[rows]
         keep = identity_rows >= 0
         if self.training and self.dropout > 0:
@@ -55,22 +176,14 @@ class ItemModel(nn.Module):
         if len(self.identity):
             x = F.embedding(identity_rows.clamp(min=0), self.identity) * keep[:, None]
         if len(self.features):
-            places, offsets, weights = catalogue.bags_of(rows)
-            x = x + F.embedding_bag(
-                places,
-                self.features,
-                offsets,
-                mode="sum",
-                per_sample_weights=weights,
-                include_last_offset=True,
-            )
+            x = x + _weighted_sum(self.features, pick_bags(catalogue.bags, rows))
         if catalogue.dense is not None:
-            given = catalogue.dense_given[rows, None]
-            x = x + (catalogue.dense[rows] @ self.projection + self.projection_bias) * given
+            has_dense = catalogue.has_dense[rows, None]
+            x = x + (catalogue.dense[rows] @ self.projection + self.projection_bias) * has_dense
         return x
 
     def blend(self, x: Tensor) -> Tensor:
-        """The residual layer and unit norm."""
+        """The residual layer and unit norm, float32 (n, d)."""
         return F.normalize(x + cast(Tensor, self.layer_2(F.relu(self.layer_1(x)))), dim=1)
 
     def export(self) -> dict[str, Floats]:
@@ -80,15 +193,12 @@ class ItemModel(nn.Module):
             "features": _array(self.features),
             "projection": _array(self.projection),
             "projection_bias": _array(self.projection_bias),
-            "w1": _array(self.layer_1.weight.T),
-            "b1": _array(self.layer_1.bias),
-            "w2": _array(self.layer_2.weight.T),
-            "b2": _array(self.layer_2.bias),
+            **_residual(self.layer_1, self.layer_2),
         }
 
 
 class UserModel(nn.Module):
-    """The user tower: the newest item attends to the history; profile, residual layer, unit norm."""
+    """The user tower: attention of the newest item to the history, profile, residual layer."""
 
     def __init__(self, profile_rows: int, *, dimension: int, hidden: int, history_max: int):
         super().__init__()
@@ -104,46 +214,34 @@ class UserModel(nn.Module):
         self.layer_2 = nn.Linear(hidden, dimension)
 
     def forward(
-        self,
-        vectors: Tensor,
-        places: Tensor,
-        counts: Tensor,
-        profiles: tuple[Tensor, Tensor, Tensor],
+        self, vectors: Tensor, histories: Tensor, counts: Tensor, profiles: TorchBags
     ) -> Tensor:
-        """f, unit norm, float32 (n, d).
+        """f, float32 (n, d), unit norm.
 
-        vectors:  float32 (m, d): the item tower's output
-        places:   int64 (n, history_max): rows of `vectors`, newest first, anything beyond counts
-        counts:   int64 (n,), 0 for an empty history
-        profiles: rows, offsets (n + 1,) and weights of the users' profile features
+        vectors:   float32 (m, d): output of the item tower
+        histories: int64 (n, history_max): rows of `vectors`, newest first, any row beyond counts
+        counts:    int64 (n,), 0 for an empty history
+        profiles:  n bags: the profile features of the users
         """
-        n, length = places.shape
+        n, length = histories.shape
         d = self.dimension
-        places = places.clone()
-        places[:, 0] = torch.where(counts == 0, len(vectors), places[:, 0])
-        tokens = F.embedding(places, torch.cat([vectors, self.start[None]]))
+        histories = histories.clone()
+        histories[:, 0] = torch.where(counts == 0, len(vectors), histories[:, 0])
+        tokens = F.embedding(histories, torch.cat([vectors, self.start[None]]))
         newest = tokens[:, 0] * math.sqrt(d)
         size = d // HEADS
         q = self.query(newest).view(n, HEADS, size)
-        # Scores by (x·W_k)·q = x·(W_k·q): one small product a user in place of keys of all his items.
-        asked = torch.einsum("nhs,hsd->nhd", q, self.key.weight.view(HEADS, size, d))
-        asked = asked * (math.sqrt(d) / math.sqrt(size))
-        scores = torch.matmul(asked, tokens.transpose(1, 2)) + self.bias
+        # (x·W_k)·q = x·(W_k·q): one small product per user instead of the keys of all items.
+        queries = torch.einsum("nhs,hsd->nhd", q, self.key.weight.view(HEADS, size, d))
+        queries = queries * (math.sqrt(d) / math.sqrt(size))
+        scores = torch.matmul(queries, tokens.transpose(1, 2)) + self.bias
         beyond = torch.arange(length) >= counts.clamp(min=1)[:, None]
         weights = scores.masked_fill(beyond[:, None], -1e9).softmax(dim=2)
-        seen = torch.matmul(weights, tokens) * math.sqrt(d)
-        heads = torch.einsum("nhd,hsd->nhs", seen, self.value.weight.view(HEADS, size, d))
+        attended = torch.matmul(weights, tokens) * math.sqrt(d)
+        heads = torch.einsum("nhd,hsd->nhs", attended, self.value.weight.view(HEADS, size, d))
         z = newest + cast(Tensor, self.output(heads.reshape(n, d)))
         if len(self.profile):
-            rows, offsets, row_weights = profiles
-            z = z + F.embedding_bag(
-                rows,
-                self.profile,
-                offsets,
-                mode="sum",
-                per_sample_weights=row_weights,
-                include_last_offset=True,
-            )
+            z = z + _weighted_sum(self.profile, profiles)
         return F.normalize(z + cast(Tensor, self.layer_2(F.relu(self.layer_1(z)))), dim=1)
 
     def export(self) -> dict[str, Floats]:
@@ -170,46 +268,107 @@ class UserModel(nn.Module):
             "bias": _array(self.bias),
             "start": _array(self.start),
             "profile": _array(self.profile),
-            "w1": _array(self.layer_1.weight.T),
-            "b1": _array(self.layer_1.bias),
-            "w2": _array(self.layer_2.weight.T),
-            "b2": _array(self.layer_2.bias),
+            **_residual(self.layer_1, self.layer_2),
         }
 
 
+# (rows int64 (m,), offsets int64 (n + 1,), weights float32 (m,)): the form of `features.Bags`.
+TorchBags = tuple[Tensor, Tensor, Tensor]
+
+
 class CatalogueFeatures:
-    """The features of all items as tensors. identities: row of the ID embedding, -1 for none."""
+    """The features of all items as tensors.
+
+    bags:       the feature rows of n items
+    identities: int64 (n,): row of the ID embedding, -1 for none
+    dense:      float32 (n, dense), scaled to mean 0 and deviation 1; None if the items have none
+    has_dense:  float32 (n,): 1 where an item has a dense vector, else 0
+    """
 
     def __init__(
-        self,
-        bags: Bags,
-        identities: npt.NDArray[np.int64],
-        dense: Floats | None,
-        given: Floats | None,
-    ):
+        self, bags: Bags, identities: Ints, dense: Floats | None, has_dense: Floats | None
+    ) -> None:
+        self.bags = torch_bags(bags)
         self.identities = torch.from_numpy(identities)
         self.dense = None if dense is None else torch.from_numpy(dense)
-        self.dense_given = (
-            torch.zeros(len(identities)) if given is None else torch.from_numpy(given)
+        self.has_dense = (
+            torch.zeros(len(identities)) if has_dense is None else torch.from_numpy(has_dense)
         )
-        self._rows, self._weights = torch.from_numpy(bags.rows), torch.from_numpy(bags.weights)
-        self._offsets = torch.from_numpy(bags.offsets)
+        self._mean_and_deviation: tuple[Floats, Floats] | None = None
 
-    def bags_of(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(feature rows, offsets (n + 1,), weights) of some items."""
-        return pick_bags(self._rows, self._offsets, self._weights, rows)
+    @classmethod
+    def of(cls, items: Sequence[Item], space: FeatureSpace, counts: Ints) -> CatalogueFeatures:
+        """The features of items; those with counts > 0 get an ID embedding, in their order."""
+        identities = np.where(counts > 0, np.cumsum(counts > 0) - 1, -1)
+        bags = features.bags(space.of_item(item) for item in items)
+        if not space.dense:
+            return cls(bags, identities, None, None)
+        has_dense = np.array([item.vector is not None for item in items], np.float32)
+        raw = np.array([item.vector or [0.0] * space.dense for item in items], np.float32)
+        mean = raw[has_dense > 0].mean(axis=0)
+        deviation = np.maximum(raw[has_dense > 0].std(axis=0), np.float32(1e-3))
+        catalogue = cls(bags, identities, (raw - mean) / deviation, has_dense)
+        catalogue._mean_and_deviation = mean, deviation
+        return catalogue
+
+    def unscale(self, arrays: Mapping[str, Floats]) -> dict[str, Floats]:
+        """The item tower's arrays with a projection of raw instead of scaled dense vectors."""
+        if self._mean_and_deviation is None:
+            return dict(arrays)
+        mean, deviation = self._mean_and_deviation
+        projection = arrays["projection"] / deviation[:, None]
+        bias = arrays["projection_bias"] - mean @ projection
+        return {**arrays, "projection": projection, "projection_bias": bias}
 
 
-def pick_bags(
-    flat: Tensor, offsets: Tensor, weights: Tensor, bags: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(rows, offsets (n + 1,), weights) of some bags out of many."""
-    starts = offsets[bags]
-    sizes = offsets[bags + 1] - starts
-    ends = torch.zeros(len(bags) + 1, dtype=torch.int64)
+def torch_bags(bags: Bags) -> TorchBags:
+    """The bags as tensors that share their memory."""
+    return (
+        torch.from_numpy(bags.rows),
+        torch.from_numpy(bags.offsets),
+        torch.from_numpy(bags.weights),
+    )
+
+
+def pick_bags(bags: TorchBags, chosen: Tensor) -> TorchBags:
+    """Some of the bags. chosen: int64 (k,)."""
+    rows, offsets, weights = bags
+    starts = offsets[chosen]
+    sizes = offsets[chosen + 1] - starts
+    ends = torch.zeros(len(chosen) + 1, dtype=torch.int64)
     torch.cumsum(sizes, 0, out=ends[1:])
     places = torch.arange(int(ends[-1])) + torch.repeat_interleave(starts - ends[:-1], sizes)
-    return flat[places], ends, weights[places]
+    return rows[places], ends, weights[places]
+
+
+def _profile_bags(
+    space: FeatureSpace, profiles: Mapping[str, Mapping[str, object]], user_ids: Sequence[str]
+) -> TorchBags:
+    return torch_bags(features.bags(space.of_profile(profiles.get(u, {})) for u in user_ids))
+
+
+def _dense_length(items: Sequence[Item]) -> int:
+    lengths = {len(item.vector) for item in items if item.vector is not None}
+    if len(lengths) > 1:
+        raise BundleError(f"items have vectors of different lengths: {sorted(lengths)}")
+    return lengths.pop() if lengths else 0
+
+
+def _weighted_sum(table: Tensor, bags: TorchBags) -> Tensor:
+    """The weighted sum of each bag's rows of the table, float32 (n, d)."""
+    rows, offsets, weights = bags
+    return F.embedding_bag(
+        rows, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )
+
+
+def _residual(layer_1: nn.Linear, layer_2: nn.Linear) -> dict[str, Floats]:
+    return {
+        "w1": _array(layer_1.weight.T),
+        "b1": _array(layer_1.bias),
+        "w2": _array(layer_2.weight.T),
+        "b2": _array(layer_2.bias),
+    }
 
 
 def _array(tensor: Tensor) -> Floats:

@@ -14,9 +14,11 @@ import hashlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from typing_extensions import override
 
 from eddyline.errors import VectorRejected
 from eddyline.schema.events import Item
+from embeddings.towers.base import ItemEncoder
 from embeddings.towers.features import FeatureSpace
 from embeddings.towers.numerics import Floats, blocks, row_products, unit
 
@@ -25,7 +27,7 @@ from embeddings.towers.numerics import Floats, blocks, row_products, unit
 STAND_IN_NORM = 0.01
 
 
-class ItemTower:
+class ItemTower(ItemEncoder):
     """Maps items to vectors. Thread rule: any thread; immutable.
 
     identities: item id -> row of `identity`
@@ -44,12 +46,8 @@ class ItemTower:
         self.arrays = {name: arrays[name] for name in self.ARRAYS}
         self.dimension = int(arrays["w1"].shape[0])
 
+    @override
     def encode(self, items: Sequence[Item]) -> Floats:
-        """The vectors of items, float32 (n, d), unit norm; the bits do not depend on the batch.
-
-        Raises VectorRejected if an item's dense vector is not finite or differs in length from the
-        training data.
-        """
         return self.blend(self.inputs(items))
 
     def inputs(self, items: Sequence[Item]) -> Floats:

@@ -19,7 +19,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from typing_extensions import override
 
+from embeddings.towers.base import UserEncoder
 from embeddings.towers.features import FeatureSpace
 from embeddings.towers.numerics import NORM_MIN, Floats, blocks, row_products, unit
 
@@ -27,7 +29,7 @@ from embeddings.towers.numerics import NORM_MIN, Floats, blocks, row_products, u
 _ABSENT = np.float32(-1e9)
 
 
-class UserTower:
+class UserTower(UserEncoder):
     """Maps histories and profiles to vectors. Thread rule: any thread; immutable.
 
     arrays: float32 `query` (d, heads·d), `query_bias` (heads·d,), `bias` (heads, history_max),
@@ -49,18 +51,13 @@ class UserTower:
         seen = np.maximum(np.arange(self.history_max + 1), 1)[:, None] > np.arange(self.history_max)
         self._bias_of = arrays["bias"] + np.where(seen, np.float32(0.0), _ABSENT)[:, None, :]
 
+    @override
     def encode(
         self,
         table: Floats,
         histories: Sequence[Sequence[int]],
         profiles: Sequence[Mapping[str, object]],
     ) -> Floats:
-        """f of the formula, float32 (n, d), unit norm; the bits do not depend on the batch.
-
-        table:     float32 (m, d), m >= 1, unit norm: the items' vectors
-        histories: rows of the table, newest first; the first `history_max` are used
-        profiles:  one mapping per user, empty if unknown
-        """
         n, length = len(histories), self.history_max
         out = np.empty((n, self.dimension), np.float32)
         flat: list[int] = []
@@ -81,12 +78,8 @@ class UserTower:
             out[start:stop] = self._block(tokens, self._bias_of[sizes[start:stop]], extra)
         return out
 
+    @override
     def encode_one(self, history: Floats, profile: Mapping[str, object]) -> Floats:
-        """f of one user, float32 (d,), unit norm, as the query worker computes it.
-
-        history: float32 (m, d), newest first: the items' vectors; the first `history_max` are used
-        profile: empty if unknown
-        """
         a = self.arrays
         tokens = history[: self.history_max] if len(history) else self._start
         newest = tokens[0]
@@ -102,6 +95,10 @@ class UserTower:
         norm = np.sqrt(z.dot(z))
         result: Floats = unit(z[None, :])[0] if norm < NORM_MIN else z / norm
         return result
+
+    @override
+    def combine(self, forward: Floats, embedding: Floats | None) -> Floats:
+        return query_vector(forward, embedding)
 
     def _block(self, tokens: Floats, bias: Floats, extra: Floats) -> Floats:
         """f of one block of histories, float32 (n, d).

@@ -26,7 +26,9 @@ from embeddings.bundle import bundle
 from embeddings.data import sources
 from embeddings.data.examples import TrainingData, split
 from embeddings.evaluation.next_item import evaluate
-from embeddings.training.trainer import Progress, Report, train
+from embeddings.models.base import Progress, Recipe
+from embeddings.models.registry import DEFAULT, MODELS
+from embeddings.training.trainer import Report, train
 
 log = logging.getLogger(__name__)
 
@@ -86,9 +88,8 @@ def _run(config: Settings, arguments: argparse.Namespace, console: Console) -> R
             dataclasses.replace(data, clicks=learned),
             config.bundles / generation,
             generation,
-            epochs=arguments.epochs,
-            seed=arguments.seed,
-            threads=arguments.threads,
+            recipe=Recipe(epochs=arguments.epochs, seed=arguments.seed, threads=arguments.threads),
+            model=MODELS[arguments.model],
             on_progress=on_progress,
         )
         if held_out:
@@ -170,6 +171,12 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         help="read the archive, then the topics beyond its end (by default the setting train_from)",
     )
     parser.add_argument("--generation", help="the generation's name; by default the next number")
+    parser.add_argument(
+        "--model",
+        choices=sorted(MODELS),
+        default=DEFAULT,
+        help="kind of the model (default %(default)s)",
+    )
     parser.add_argument(
         "--epochs", type=_at_least(1), default=8, help="passes over the clicks (default 8)"
     )

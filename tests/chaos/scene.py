@@ -195,11 +195,12 @@ class Scene:
 def small_generation(folder: Path, dataset: Dataset) -> Manifest:
     """Train generation 1 of the data set's history, briefly, into `<folder>/1`."""
     from embeddings.data.examples import TrainingData
+    from embeddings.models.base import Recipe
     from embeddings.training.trainer import train
 
     profiles = {user: dict(profile.attributes) for user, profile in dataset.profiles.items()}
     data = TrainingData(items=dataset.items, profiles=profiles, clicks=dataset.clicks)
-    train(data, folder / "1", "1", epochs=2, seed=1, threads=2)
+    train(data, folder / "1", "1", recipe=Recipe(epochs=2, seed=1, threads=2))
     return Manifest(generation="1", bundle="1", dimension=64, created_ms=now_ms())
 
 

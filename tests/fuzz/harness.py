@@ -23,6 +23,7 @@ from eddyline.stores.state_store import LogId, Source, UserEffects
 from embeddings.bundle import bundle
 from embeddings.bundle.bundle import Bundle
 from embeddings.data.examples import TrainingData
+from embeddings.models.base import Recipe
 from embeddings.training.trainer import train
 from sandbox.datasets import synthetic
 from streams import users
@@ -44,7 +45,7 @@ def towers(folder: Path) -> Bundle:
     dataset = synthetic.generate(items=60, users=20, clicks=600, seed=3)
     profiles = {user: dict(profile.attributes) for user, profile in dataset.profiles.items()}
     data = TrainingData(items=dataset.items, profiles=profiles, clicks=dataset.clicks)
-    train(data, folder / "1", "1", epochs=1, seed=1, threads=1)
+    train(data, folder / "1", "1", recipe=Recipe(epochs=1, seed=1, threads=1))
     return bundle.load(folder / "1")
 
 

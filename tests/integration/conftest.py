@@ -117,12 +117,13 @@ def dataset() -> Dataset:
 def bundle(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
     """(the folder of bundles, generation 1): trained for real, if briefly."""
     from embeddings.data.examples import TrainingData
+    from embeddings.models.base import Recipe
     from embeddings.training.trainer import train
 
     folder = tmp_path_factory.mktemp("generations")
     profiles = {user: dict(profile.attributes) for user, profile in dataset.profiles.items()}
     data = TrainingData(items=dataset.items, profiles=profiles, clicks=dataset.clicks)
-    train(data, folder / "1", "1", epochs=2, seed=1, threads=2)
+    train(data, folder / "1", "1", recipe=Recipe(epochs=2, seed=1, threads=2))
     return folder, Manifest(generation="1", bundle="1", dimension=64, created_ms=now_ms())
 
 

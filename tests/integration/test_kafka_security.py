@@ -88,12 +88,13 @@ def generation(
 ) -> tuple[Path, Manifest]:
     """(the folder of bundles, generation 1): trained for real, in a second."""
     from embeddings.data.examples import TrainingData
+    from embeddings.models.base import Recipe
     from embeddings.training.trainer import train
 
     folder = tmp_path_factory.mktemp("generations")
     profiles = {user: dict(profile.attributes) for user, profile in small_dataset.profiles.items()}
     data = TrainingData(items=small_dataset.items, profiles=profiles, clicks=small_dataset.clicks)
-    train(data, folder / "1", "1", epochs=1, seed=1, threads=1)
+    train(data, folder / "1", "1", recipe=Recipe(epochs=1, seed=1, threads=1))
     return folder, Manifest(generation="1", bundle="1", dimension=64, created_ms=now_ms())
 
 

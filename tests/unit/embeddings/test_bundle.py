@@ -15,8 +15,9 @@ from eddyline.errors import BundleError
 from eddyline.schema.events import Item
 from eddyline.schema.item_record import ATTRIBUTES_BYTES_MAX, attributes_of
 from embeddings.bundle import bundle
-from embeddings.bundle.bundle import Parts
+from embeddings.bundle.bundle import NewBundle
 from embeddings.towers import features
+from embeddings.towers.base import TrainedModel
 from embeddings.towers.micro_step import MicroSettings
 from embeddings.towers.numerics import unit
 
@@ -30,38 +31,46 @@ def draw(*shape: int) -> np.ndarray:
     return np.random.default_rng([1, *shape]).normal(0, 0.1, shape).astype(np.float32)
 
 
-def parts(**changes: object) -> Parts:
+def two_tower() -> TrainedModel:
     item_space = features.learn_items(ITEMS)
     profile_space = features.learn_profiles([{"age": n} for n in range(40)])
-    whole = Parts(
-        generation="7",
-        created_ms=1_000,
+    return TrainedModel(
+        kind="two_tower",
+        version=1,
+        dimension=D,
+        history_max=LENGTH,
         item_space=item_space,
-        item_arrays={
-            "identity": draw(N, D),
-            "features": draw(item_space.rows, D),
-            "projection": draw(0, D),
-            "projection_bias": draw(D),
-            "w1": draw(D, H),
-            "b1": draw(H),
-            "w2": draw(H, D),
-            "b2": draw(D),
-        },
-        identity_ids=[item.item_id for item in ITEMS],
         profile_space=profile_space,
-        user_arrays={
-            "query": draw(D, 2 * D),
-            "query_bias": draw(2 * D),
-            "bias": draw(2, LENGTH),
-            "value": draw(2 * D, D),
-            "start": draw(D),
-            "profile": draw(profile_space.rows, D),
-            "w1": draw(D, H),
-            "b1": draw(H),
-            "w2": draw(H, D),
-            "b2": draw(D),
+        identity_ids=[item.item_id for item in ITEMS],
+        arrays={
+            "item.identity": draw(N, D),
+            "item.features": draw(item_space.rows, D),
+            "item.projection": draw(0, D),
+            "item.projection_bias": draw(D),
+            "item.w1": draw(D, H),
+            "item.b1": draw(H),
+            "item.w2": draw(H, D),
+            "item.b2": draw(D),
+            "user.query": draw(D, 2 * D),
+            "user.query_bias": draw(2 * D),
+            "user.bias": draw(2, LENGTH),
+            "user.value": draw(2 * D, D),
+            "user.start": draw(D),
+            "user.profile": draw(profile_space.rows, D),
+            "user.w1": draw(D, H),
+            "user.b1": draw(H),
+            "user.w2": draw(H, D),
+            "user.b2": draw(D),
         },
         micro=MicroSettings(rate=0.002),
+    )
+
+
+def new_bundle(**changes: object) -> NewBundle:
+    complete = NewBundle(
+        generation="7",
+        created_ms=1_000,
+        model=two_tower(),
         item_ids=[item.item_id for item in ITEMS],
         item_vectors=unit(draw(N, D)),
         item_partitions=np.arange(N) % 4,
@@ -70,12 +79,12 @@ def parts(**changes: object) -> Parts:
         cut={"0": 12, "1": -1},
         measured={"loss": 5.5},
     )
-    return dataclasses.replace(whole, **changes)
+    return dataclasses.replace(complete, **changes)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    bundle.write(tmp_path / "g7", parts())
+    bundle.write(tmp_path / "g7", new_bundle())
     return tmp_path / "g7"
 
 
@@ -112,7 +121,7 @@ def replace_array(folder: Path, name: str, array: np.ndarray) -> None:
 
 
 def test_what_is_written_is_loaded(folder: Path) -> None:
-    made, loaded = parts(), bundle.load(folder)
+    made, loaded = new_bundle(), bundle.load(folder)
     assert (loaded.generation, loaded.dimension, loaded.created_ms) == ("7", D, 1_000)
     assert loaded.item_ids == list(made.item_ids)
     np.testing.assert_array_equal(loaded.item_vectors, made.item_vectors)
@@ -127,7 +136,7 @@ def test_what_is_written_is_loaded(folder: Path) -> None:
     assert dict(loaded.cut) == {"0": 12, "1": -1}
     assert dict(loaded.measured) == {"loss": 5.5}
     assert (loaded.rows["i3"], loaded.rows.get("unknown")) == (3, None)
-    assert loaded.micro.settings == made.micro
+    assert loaded.micro.settings == made.model.micro
     assert loaded.user_tower.history_max == LENGTH
     assert loaded.item_tower.encode(ITEMS).shape == (N, D)
     np.testing.assert_allclose(
@@ -176,19 +185,51 @@ def test_every_missing_and_every_short_file_is_found(folder: Path) -> None:
 
 
 def test_another_format_version_is_refused_by_its_number(folder: Path) -> None:
-    restate(folder, format_version=3)
-    assert "format version 3, this release reads 1 and 2" in refused(folder, "manifest.json")
+    restate(folder, format_version=4)
+    message = refused(folder, "manifest.json")
+    assert "format version 4, this release reads 1 to 3" in message
+    assert "upgrade Eddyline or train a new generation" in message
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(
+    ("change", "sentence", "advice"),
+    [
+        ({"kind": "sasrec"}, "model kind 'sasrec' is unknown", "activate a generation of a known"),
+        ({"version": 2}, "version 2, this release reads 1 to 1", "train a new generation"),
+        ({"version": 0}, "version 0, this release reads 1 to 1", "train a new generation"),
+        ({"arrays": ["item.identity"]}, "lists no array 'item.b1'", "for model two_tower"),
+    ],
+)
+def test_a_model_of_another_release_is_refused(
+    folder: Path, change: dict, sentence: str, advice: str
+) -> None:
+    model = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["model"]
+    assert model == {"kind": "two_tower", "version": 1, "arrays": list(two_tower().arrays)}
+    restate(folder, model=model | change)
+    message = refused(folder, "manifest.json")
+    assert sentence in message
+    assert advice in message
+
+
+def test_format_3_names_its_model(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    del manifest["model"]
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    (folder / "manifest.sha256").write_text(digest, encoding="utf-8")
+    assert "model" in refused(folder, "manifest.json")
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_golden_bundles_of_every_version(tmp_path: Path, version: int) -> None:
     with zipfile.ZipFile(GOLDEN / f"bundle-v{version}.zip") as packed:
         packed.extractall(tmp_path / "g")
     loaded = bundle.load(tmp_path / "g")
-    assert (
-        json.loads((tmp_path / "g" / "manifest.json").read_text(encoding="utf-8"))["format_version"]
-        == version
-    )
+    manifest = json.loads((tmp_path / "g" / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["format_version"] == version
+    assert ("model" in manifest) == (version == 3)
+    assert (loaded.model.kind, loaded.model.version) == ("two_tower", 1)
     assert (loaded.generation, loaded.item_ids) == ("golden", ["i0", "i1", "i2", "i3", "i4"])
     assert loaded.item_offsets.tolist() == [-1, 0, 1, 2, 3]
     filled = [
@@ -199,6 +240,26 @@ def test_golden_bundles_of_every_version(tmp_path: Path, version: int) -> None:
         ),
     ]
     assert list(loaded.item_attributes) == ([{}] * 5 if version == 1 else filled)
+
+
+def test_golden_bundles_of_formats_2_and_3_hold_the_same_model(tmp_path: Path) -> None:
+    loaded = []
+    for version in (2, 3):
+        with zipfile.ZipFile(GOLDEN / f"bundle-v{version}.zip") as packed:
+            packed.extractall(tmp_path / str(version))
+        loaded.append(bundle.load(tmp_path / str(version)))
+    old, new = loaded
+    assert list(old.model.arrays) == list(new.model.arrays)
+    for name, array in old.model.arrays.items():
+        assert array.tobytes() == new.model.arrays[name].tobytes(), name
+    assert old.item_vectors.tobytes() == new.item_vectors.tobytes()
+    items = [Item(item_id="i1"), Item(item_id="new", title="Film")]
+    assert old.item_tower.encode(items).tobytes() == new.item_tower.encode(items).tobytes()
+    assert (old.micro.settings, old.cut, old.measured) == (
+        new.micro.settings,
+        new.cut,
+        new.measured,
+    )
 
 
 @pytest.mark.parametrize(
@@ -228,9 +289,9 @@ def test_attributes_that_are_none_are_refused(folder: Path) -> None:
 def test_attributes_have_a_limit(tmp_path: Path, more: int) -> None:
     empty = len(msgspec.msgpack.encode({"tags": ["x" * 70_000]})) - 70_000
     large = {"tags": ["x" * (ATTRIBUTES_BYTES_MAX - empty + more)]}
-    made = parts(item_attributes=[large, *({} for _ in range(N - 1))])
+    made = new_bundle(item_attributes=[large, *({} for _ in range(N - 1))])
     if more > 0:
-        with pytest.raises(BundleError, match="the largest item has"):
+        with pytest.raises(BundleError, match="the limit is"):
             bundle.write(tmp_path / "g", made)
         return
     bundle.write(tmp_path / "g", made)
@@ -280,7 +341,7 @@ def test_a_pickle_is_never_opened(folder: Path) -> None:
 def test_nothing_is_overwritten(folder: Path) -> None:
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     with pytest.raises(BundleError, match="exists already"):
-        bundle.write(folder, parts(created_ms=2))
+        bundle.write(folder, new_bundle(created_ms=2))
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
@@ -297,7 +358,7 @@ def test_nothing_is_overwritten(folder: Path) -> None:
 )
 def test_a_bad_bundle_is_never_put_in_place(tmp_path: Path, changes: dict) -> None:
     with pytest.raises(BundleError):
-        bundle.write(tmp_path / "g", parts(**changes))
+        bundle.write(tmp_path / "g", new_bundle(**changes))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -305,6 +366,6 @@ def test_the_rest_of_a_killed_writer_is_in_nobodys_way(tmp_path: Path) -> None:
     left = tmp_path / ".g.partial"
     left.mkdir()
     (left / "manifest.json").write_text("{", encoding="utf-8")
-    bundle.write(tmp_path / "g", parts())
+    bundle.write(tmp_path / "g", new_bundle())
     assert [p.name for p in tmp_path.iterdir()] == ["g"]
     bundle.load(tmp_path / "g")

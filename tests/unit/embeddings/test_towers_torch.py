@@ -5,7 +5,13 @@ import pytest
 import torch
 
 from eddyline.schema.events import Item
-from embeddings.models.two_tower import CatalogueFeatures, ItemModel, UserModel, pick_bags
+from embeddings.models.two_tower import (
+    CatalogueFeatures,
+    ItemModel,
+    UserModel,
+    pick_bags,
+    torch_bags,
+)
 from embeddings.towers import features
 from embeddings.towers.item_tower import ItemTower
 from embeddings.towers.numerics import unit
@@ -95,8 +101,7 @@ def test_user_tower() -> None:
     places = rng.integers(0, 300, (90, LENGTH))
     counts = np.concatenate([[0, 0, 1, 2, 19, 20], rng.integers(0, 21, 84)])
     bags = features.bags(space.of_profile(p) for p in profiles)
-    flat = (torch.from_numpy(part) for part in (bags.rows, bags.offsets, bags.weights))
-    picked = pick_bags(*flat, torch.arange(90))
+    picked = pick_bags(torch_bags(bags), torch.arange(90))
     expected = model(*(torch.from_numpy(part) for part in (vectors, places, counts)), picked)
     tower = UserTower(space, model.export())
     rows = [row[:n].tolist() for row, n in zip(places, counts, strict=True)]

@@ -16,10 +16,11 @@ from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
 from embeddings.bundle import bundle
 from embeddings.data import sources
-from embeddings.data.examples import TrainingData, examples, split
+from embeddings.data.examples import TrainingData, make_examples, split
 from embeddings.data.sources import SourceRecord
 from embeddings.evaluation.next_item import evaluate
-from embeddings.training.trainer import Progress, train
+from embeddings.models.base import Progress, Recipe
+from embeddings.training.trainer import train
 
 MOVIELENS = Path(__file__).resolve().parents[4] / "shared" / "data" / "ml-latest-small"
 
@@ -65,7 +66,7 @@ def test_history_is_strictly_before_and_newest_first() -> None:
         click("u", "gone", 26),
         click("u", "b", 40),
     ]
-    found = examples(some, rows)
+    found = make_examples(some, rows)
     histories, counts = found.histories(np.arange(len(found)), 3)
     listed = [
         (found.user_ids[u], int(t), h[:n].tolist())
@@ -83,7 +84,7 @@ def test_history_is_strictly_before_and_newest_first() -> None:
 
 
 def test_no_click_makes_no_example() -> None:
-    found = examples([click("u", "gone", 1)], {"a": 0})
+    found = make_examples([click("u", "gone", 1)], {"a": 0})
     assert len(found) == 0
     assert found.histories(np.arange(0), 3)[0].shape == (0, 3)
 
@@ -100,7 +101,7 @@ def test_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
     data = world(0.8)
     shuffled = dataclasses.replace(data, items=data.items[::-1])
     for name, some, seed in (("a", data, 3), ("b", shuffled, 3), ("c", data, 4)):
-        train(some, tmp_path / name, "1", epochs=1, seed=seed)
+        train(some, tmp_path / name, "1", recipe=Recipe(epochs=1, seed=seed))
     for path in sorted((tmp_path / "a").glob("*.npy")):
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
     vectors = "item_vectors.npy"
@@ -111,7 +112,7 @@ def lift(folder: Path, structure: float) -> float:
     """Hit rate at 10 of 120 items over what chance gives."""
     data = world(structure)
     learned, held_out = split(data.clicks, 0.8)
-    train(dataclasses.replace(data, clicks=learned), folder, "1", epochs=12)
+    train(dataclasses.replace(data, clicks=learned), folder, "1", recipe=Recipe(epochs=12))
     judged = evaluate(bundle.load(folder), data.profiles, learned, held_out, micro=True)
     assert judged.with_embedding is not None
     assert judged.towers.events == judged.popularity.events == len(held_out)
@@ -140,7 +141,9 @@ def test_progress_report_and_bundle_agree(tmp_path: Path) -> None:
         cut={"0": 4, "2": 20},
     )
     seen: list[Progress] = []
-    report = train(unavailable, tmp_path / "g", "9", epochs=2, on_progress=seen.append)
+    report = train(
+        unavailable, tmp_path / "g", "9", recipe=Recipe(epochs=2), on_progress=seen.append
+    )
     assert [p.step for p in seen] == list(range(1, seen[0].steps + 1))
     assert {p.epoch for p in seen} == {1, 2}
     assert len(report.losses) == 2
@@ -162,7 +165,7 @@ def test_given_vectors_are_learned_from(tmp_path: Path) -> None:
         Item(item_id=i.item_id, vector=(rng.normal(size=5) * 9 + 30).tolist() if n % 3 else None)
         for n, i in enumerate(data.items)
     ]
-    train(dataclasses.replace(data, items=items), tmp_path / "g", "1", epochs=1)
+    train(dataclasses.replace(data, items=items), tmp_path / "g", "1", recipe=Recipe(epochs=1))
     loaded = bundle.load(tmp_path / "g")
     np.testing.assert_allclose(loaded.item_tower.encode(items), loaded.item_vectors, atol=1e-6)
     moved = Item(item_id=items[1].item_id, vector=[0.0] * 5)
@@ -180,13 +183,16 @@ def test_given_vectors_are_learned_from(tmp_path: Path) -> None:
 )
 def test_nothing_to_learn_from_is_said(tmp_path: Path, data: TrainingData) -> None:
     with pytest.raises(BundleError, match="nothing to train on"):
-        train(data, tmp_path / "g", "1", epochs=1)
+        train(data, tmp_path / "g", "1", recipe=Recipe(epochs=1))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_one_item_and_one_click_are_enough(tmp_path: Path) -> None:
     report = train(
-        TrainingData([Item(item_id="a")], {}, [click("u", "a", 1)]), tmp_path / "g", "1", epochs=1
+        TrainingData([Item(item_id="a")], {}, [click("u", "a", 1)]),
+        tmp_path / "g",
+        "1",
+        recipe=Recipe(epochs=1),
     )
     assert (report.items, report.events) == (1, 1)
 
@@ -320,6 +326,6 @@ def test_on_real_ratings_it_beats_popularity(tmp_path: Path) -> None:
         ]
     clicks = split(clicks, 0.4)[0]
     learned, held_out = split(clicks, 0.9)
-    train(TrainingData(items, {}, learned), tmp_path / "g", "1", epochs=2)
+    train(TrainingData(items, {}, learned), tmp_path / "g", "1", recipe=Recipe(epochs=2))
     judged = evaluate(bundle.load(tmp_path / "g"), {}, learned, held_out, events_max=1_000)
     assert judged.towers.hit_rate_100 > judged.popularity.hit_rate_100

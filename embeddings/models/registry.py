@@ -1,0 +1,12 @@
+"""The models that can be trained, by kind. A new model is one file and one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from embeddings.models.base import Model
+from embeddings.models.two_tower import TwoTower
+
+DEFAULT = TwoTower.kind
+_ALL: tuple[Model, ...] = (TwoTower(),)
+MODELS: Mapping[str, Model] = {model.kind: model for model in _ALL}
