@@ -296,7 +296,7 @@ def _keys(settings: Settings, told: Truth, generation: str, found: Compared) -> 
         "h": lists,
         "o": lists,
         "p": {f"{slot}:{user}" for slot, user in state.profiles},
-        "c": set(state.cards),
+        "c": set(state.items),
         f"e:{generation}": {
             f"{slot}:{user}" for slot, gen, user in state.embeddings if gen == generation
         },

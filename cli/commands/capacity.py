@@ -178,7 +178,7 @@ def list_bytes(history: int, item_id: int) -> tuple[int, int]:
 def window_bytes(settings: Settings, event_id: int, allocator: Allocator) -> int:
     """One event-id window: a list of blobs, each with a chunk's ids; smaller and more at low rates."""
     ids = [f"{n:0{event_id}d}" for n in range(settings.chunk_records_max)]
-    blob = len(user_codec.accepted_blob({e: n for n, e in enumerate(ids)}, 0))
+    blob = len(user_codec.encode_accepted({e: n for n, e in enumerate(ids)}, 0))
     return round(
         settings.dedupe_window_events / len(ids) * (allocated(blob, allocator) + _LIST_NODE)
     )

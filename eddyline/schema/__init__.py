@@ -1,1 +1,1 @@
-"""Events and records: their fields, their validation, and what a user history is made of."""
+"""Events and records: fields, validation, deduplication, user histories, partitions."""

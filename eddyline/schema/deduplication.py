@@ -1,8 +1,8 @@
 """Deduplication of clicks: one rule for ingest, the archive and the trainer.
 
-An event is a duplicate if its `event_id` was accepted at a lower offset of the same partition, at most
-`dedupe_window_events` offsets back. A duplicate does not extend the window. The result depends on the
-partition's log alone.
+An event is a duplicate if its `event_id` was accepted at a lower offset of the same partition, at
+most `dedupe_window_events` offsets back. A duplicate does not extend the window. The result depends
+on the partition's log alone.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ _NONE: Mapping[str, int] = MappingProxyType({})
 
 
 class DedupeWindow:
-    """The accepted event ids of one partition, read in the order of its log. Thread rule: one thread.
+    """The accepted event ids of one partition, read in log order. Thread rule: one thread.
 
     size:     width of the window in offsets (`dedupe_window_events`)
-    known:    event id -> offset, accepted before this run; ingest keeps these in Redis. Not modified
+    known:    event id -> offset, accepted before this run; ingest keeps these in Redis. Not
+              modified
     done:     offset up to which records were applied before; for these `known` holds the decision
     accepted: event id -> offset, accepted in this run, by offset; at most `size` ids
 
@@ -36,7 +37,7 @@ class DedupeWindow:
         self._done = done
 
     def accept(self, event_id: str | None, offset: int) -> bool:
-        """Whether the event at `offset` counts. Offsets must grow. An event without an id always counts."""
+        """Whether the event at `offset` counts; always without an id. Offsets must grow."""
         if event_id is None:
             return True
         accepted = self.accepted

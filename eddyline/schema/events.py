@@ -1,8 +1,8 @@
-"""The wire format of what producers send: clicks, items and user profiles, as JSON.
+"""Wire format of clicks, items and user profiles, as JSON.
 
-One codec for every reader. It rejects, it never repairs: a record that does not fit raises `Rejected`
-with a reason, a field and the value, and goes to the dead-letters topic. Unknown fields are ignored, so a
-newer producer can talk to an older reader.
+One codec for every reader. It rejects and never repairs: an invalid record raises `Rejected` with
+reason, field and value, and goes to the dead-letters topic. Unknown fields are ignored: an older
+reader accepts records of a newer producer.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ TITLE_CHARS_MAX = 1_000
 LABELS_MAX = 64
 ATTRIBUTES_MAX = 64
 TEXT_CHARS_MAX = 256
-# The text of an attribute: the address of an image, a subtitle, a long name.
+# The text of an attribute: an image URL, a subtitle, a long name.
 VALUE_CHARS_MAX = 1_000
 VECTOR_LENGTH_MAX = 4_096
-# The last millisecond of the year 9999: later values are seconds or microseconds taken for milliseconds.
+# The last millisecond of the year 9999; larger values are microseconds.
 AT_MS_MAX = 253_402_300_799_999
-# A value quoted in a reason is cut: dead-letter headers and log lines stay short.
+# Quoted values are cut: dead-letter headers and log lines stay short.
 QUOTE_CHARS_MAX = 80
 
 Id = Annotated[str, Meta(min_length=1, max_length=ID_BYTES_MAX)]
 Text = Annotated[str, Meta(max_length=TEXT_CHARS_MAX)]
 Label = Annotated[str, Meta(min_length=1, max_length=TEXT_CHARS_MAX)]
 AtMs = Annotated[int, Meta(ge=0, le=AT_MS_MAX)]
-# MessagePack, in which profiles and item records are stored, ends at 64 bits; JSON does not.
+# Profiles and item records are stored as MessagePack, which ends at 64 bits.
 Integer = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Scalar = str | int | float | bool
 Value = Annotated[str, Meta(max_length=VALUE_CHARS_MAX)] | Integer | float | bool
@@ -49,11 +49,11 @@ Labels = Annotated[list[Label], Meta(max_length=LABELS_MAX)]
 
 
 class Click(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """One behaviour of one user on one item.
+    """One event of one user on one item.
 
-    event_id: the producer's own id, the same when it re-sends; left out, the coordinates stand for it
-    at_ms:    when it happened, milliseconds since 1970 UTC (event time)
-    weight:   how much it counts, above 0 and at most 100; 1 where left out
+    event_id: the producer's id, equal in re-sends; if absent, the coordinates are the id
+    at_ms:    event time, milliseconds since 1970 UTC
+    weight:   above 0 and at most 100
     """
 
     user_id: Id
@@ -67,9 +67,9 @@ class Click(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 
 
 class Merge(msgspec.Struct, frozen=True, kw_only=True):
-    """In `clicks`, under the visitor's key: from here on all that he did is the other user's.
+    """In `clicks`, under the visitor's key: the visitor's history moves to another user.
 
-    user_id: the visitor; merge_into: who he turned out to be
+    user_id: the visitor; merge_into: the user that the visitor turned out to be
     """
 
     user_id: Id
@@ -78,18 +78,17 @@ class Merge(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def event_id(self) -> None:
-        """Merging twice moves nothing twice, so that its coordinates are all the id it needs."""
+        """None: a merge is idempotent, its coordinates are its id."""
         return None
 
 
 class Forget(msgspec.Struct, frozen=True, kw_only=True):
-    """In `clicks`, under the user's key: whatever he did until then is nothing that he did.
+    """Tombstone in `clicks`: ignore this user's events up to `forget_until_ms`.
 
-    Ingest writes it where a null record in `users` forgets him: between `users` and `clicks` there is no
-    order, so that clicks which are read again (an emptied Redis) would bring him back. Applying it twice is
-    applying it once.
+    Ingest writes it for a null record in `users`. The two topics have no common order, so reading
+    `clicks` again (after Redis was emptied) would restore the user. Idempotent.
 
-    forget_until_ms: event time, the broker's time stamp of that null record
+    forget_until_ms: event time; the broker's time stamp of the null record
     """
 
     user_id: Id
@@ -97,19 +96,19 @@ class Forget(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def event_id(self) -> None:
-        """Its coordinates are all the id it needs."""
+        """None: a tombstone is idempotent, its coordinates are its id."""
         return None
 
 
-# The context of a click that was another user's: it is put into the list, and counts nowhere else again.
+# Context of a click moved by a merge: it enters the history and has no other effect.
 MOVED = {"eddyline.moved": True}
 
 
 class Item(msgspec.Struct, frozen=True, kw_only=True):
-    """A whole item, as a change feed's after-image (no patches).
+    """A whole item: the after-image of a change feed, no patches.
 
-    vector: given dense features (an image or sentence embedding) for the item tower; its length is the
-            setting `item_vector_dimension`, 0 by default: then no item may carry one
+    vector: optional dense features (an image or sentence embedding) for the item tower. Its length
+            is the setting `item_vector_dimension`; at 0, the default, no item may have one
     """
 
     item_id: Id
@@ -123,7 +122,7 @@ class Item(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class UserProfile(msgspec.Struct, frozen=True, kw_only=True):
-    """A user's whole profile; a null record forgets the user."""
+    """The whole profile of a user; a null record forgets the user."""
 
     user_id: Id
     attributes: Attributes = {}
@@ -139,24 +138,24 @@ _profile = msgspec.json.Decoder(UserProfile)
 _encoder = msgspec.json.Encoder()
 _WHERE = re.compile(r" - at `\$\.?([^`]*)`")
 _MISSING = re.compile(r"missing required field `([^`]*)`")
-# A cheap first look; only a string that has one of these is looked at by category.
+# Cheap pre-check: only strings that match are checked by Unicode category.
 _SUSPECT = re.compile(r"[^\x20-\x7e]")
 
 
 def encode(record: Click | Merge | Forget | Item | UserProfile) -> bytes:
-    """The record as JSON, as a producer sends it. Fields at their default are written too."""
+    """The record as JSON, defaults included."""
     return _encoder.encode(record)
 
 
 def decode_click(value: bytes | None, *, appended_ms: int, far_future_ms_max: int) -> Click:
-    """A click from a record's value.
+    """Decode the value of a record.
 
-    appended_ms: the broker's own time stamp of the record; `at_ms` may lie at most `far_future_ms_max`
-                 after it (never measured against this machine's clock, so that a replay decides alike)
+    appended_ms: the broker's time stamp of the record. `at_ms` may be at most `far_future_ms_max`
+                 later. The local clock is not used, so a replay decides alike
     Raises Rejected.
     """
     click: Click = _decode(_click, value)
-    # ASCII without an escape: JSON itself allows no control character then, and a character is a byte.
+    # In ASCII without escapes JSON allows no control character, and a character is one byte.
     if value is None or not value.isascii() or b"\\" in value or b"\x7f" in value:
         check_id("user_id", click.user_id)
         check_id("item_id", click.item_id)
@@ -170,7 +169,7 @@ def decode_click(value: bytes | None, *, appended_ms: int, far_future_ms_max: in
 def decode_user_event(
     value: bytes | None, *, appended_ms: int, far_future_ms_max: int
 ) -> Click | Merge | Forget:
-    """Whatever may lie in `clicks`. Raises Rejected, as `decode_click` does."""
+    """Decode any record of `clicks`; arguments and errors as for `decode_click`."""
     try:
         return decode_click(value, appended_ms=appended_ms, far_future_ms_max=far_future_ms_max)
     except Rejected:
@@ -187,7 +186,7 @@ def decode_user_event(
     check_time(merge.at_ms, appended_ms, far_future_ms_max)
     if merge.user_id == merge.merge_into:
         raise Rejected(
-            "same_user", "merge_into", f"{quote(merge.user_id)} cannot be merged into himself"
+            "same_user", "merge_into", f"{quote(merge.user_id)} cannot be merged into itself"
         )
     return merge
 
@@ -200,9 +199,9 @@ def decode_item(
     far_future_ms_max: int,
     vector_dimension: int,
 ) -> Item:
-    """An item from a record's value; its key must be its id, or compaction would mix items up.
+    """Decode an item. The key must be its id, or compaction mixes items up. Raises Rejected.
 
-    Raises Rejected. A null value is a delete and is the caller's business (`check_id` on its key).
+    The caller handles a null value, which is a delete (`check_id` on the key).
     """
     item: Item = _decode(_item, value)
     check_id("item_id", item.item_id)
@@ -213,7 +212,7 @@ def decode_item(
         if len(item.vector) != vector_dimension:
             detail = f"has {len(item.vector)} numbers, item_vector_dimension is {vector_dimension}"
             raise Rejected("wrong_vector_length", "vector", detail)
-        # The square root of the largest float32: beyond it, products of the item tower are not finite.
+        # The square root of the largest float32: larger values overflow in the item tower.
         if not all(math.isfinite(x) and abs(x) <= 1e19 for x in item.vector):
             raise Rejected("not_finite", "vector", "holds NaN, infinity or a number above 1e19")
     return item
@@ -222,7 +221,7 @@ def decode_item(
 def decode_profile(
     value: bytes, *, key: str | None, appended_ms: int, far_future_ms_max: int
 ) -> UserProfile:
-    """A user's profile from a record's value; its key must be the user's id. Raises Rejected."""
+    """Decode a user profile. The key must be the user id. Raises Rejected."""
     profile: UserProfile = _decode(_profile, value)
     check_id("user_id", profile.user_id)
     if key != profile.user_id:
@@ -234,7 +233,7 @@ def decode_profile(
 
 
 def decode_key(key: bytes | None) -> str | None:
-    """A record's key as text. Raises Rejected where it is not UTF-8."""
+    """The key as text. Raises Rejected if it is not UTF-8."""
     if key is None:
         return None
     try:
@@ -244,10 +243,10 @@ def decode_key(key: bytes | None) -> str | None:
 
 
 def check_id(field: str, value: str) -> None:
-    """Raise Rejected where an id is empty, longer than 256 bytes of UTF-8, or has control characters."""
+    """Raise Rejected if an id is empty, over 256 bytes of UTF-8, or has control characters."""
     if not value:
         raise Rejected("empty_id", field, "is empty")
-    # Half a surrogate pair cannot be encoded at all; it is refused below.
+    # A lone surrogate cannot be encoded; the category check below refuses it.
     if len(value) > ID_BYTES_MAX or len(value.encode(errors="replace")) > ID_BYTES_MAX:
         raise Rejected("id_too_long", field, f"{quote(value)} has more than {ID_BYTES_MAX} bytes")
     if _SUSPECT.search(value) and any(unicodedata.category(c) in ("Cc", "Cs") for c in value):
@@ -255,15 +254,15 @@ def check_id(field: str, value: str) -> None:
 
 
 def check_time(at_ms: int, appended_ms: int, far_future_ms_max: int, field: str = "at_ms") -> None:
-    """Raise Rejected where an event claims to lie further in the future than the broker's clock allows."""
+    """Raise Rejected if an event time is too far after the broker's time stamp."""
     if at_ms > appended_ms + far_future_ms_max:
         ahead = at_ms - appended_ms
-        detail = f"{at_ms} lies {ahead} ms after the broker's time stamp, allowed are {far_future_ms_max}"
+        detail = f"{at_ms} lies {ahead} ms after the broker's time stamp, over {far_future_ms_max}"
         raise Rejected("far_future", field, detail)
 
 
 def quote(value: object) -> str:
-    """A value for a sentence, cut to 80 characters."""
+    """The repr of a value, cut to 80 characters."""
     text = repr(value)
     return text if len(text) <= QUOTE_CHARS_MAX else text[: QUOTE_CHARS_MAX - 1] + "…"
 
@@ -284,7 +283,7 @@ def _decode(decoder: msgspec.json.Decoder[_T], value: bytes | None) -> _T:
 
 
 def produced_us(headers: Sequence[tuple[str, bytes | None]]) -> int:
-    """The producer's stamp, 0 where it has none or one that is no number of a sensible size."""
+    """The producer's time stamp, microseconds; 0 if missing or malformed."""
     for name, value in headers:
         if name == "produced_us" and value is not None and value.isdigit() and len(value) <= 18:
             return int(value)

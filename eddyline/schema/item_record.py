@@ -1,4 +1,4 @@
-"""The wire format of `item-vectors.<generation>`, the compacted topic that is the index's log.
+"""Wire format of `item-vectors.<generation>`, the compacted topic that workers index.
 
 Key: the item id, UTF-8. Value, little-endian, 40 bytes and the parts:
 
@@ -16,7 +16,7 @@ Key: the item id, UTF-8. Value, little-endian, 40 bytes and the parts:
     40     4·d   float32[d], unit norm
     …      n     MessagePack map: the attributes that filters need (categories, tags, attributes)
 
-A delete is a flagged record and not null, so that compaction keeps it and every replica learns of it.
+A delete is a flagged record, not null: compaction keeps it and every replica reads it.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _MAGIC = b"EV"
 _VERSION = 1
 _RETIRED = 1
 DIMENSION_MAX = 4_096
-# The largest item that events.py takes (64 each of categories, tags and attributes, every text at its limit
-# and of four-byte characters) has 454,000.
+# The largest valid item (64 each of categories, tags and attributes, every text at its limit,
+# four-byte characters) takes 454,000 bytes.
 ATTRIBUTES_BYTES_MAX = 524_288
 
 
 @dataclass(frozen=True, slots=True)
 class ItemRecord:
-    """One item as workers see it. vector: float32 (d,), unit norm; None where the item is retired."""
+    """One item of the index. vector: float32 (d,), unit norm; None if the item is retired."""
 
     item_id: str
     partition: int
@@ -56,18 +56,18 @@ class ItemRecord:
 
     @property
     def retired(self) -> bool:
-        """Deleted or unavailable: no query may return it."""
+        """Deleted or unavailable: no query returns it."""
         return self.vector is None
 
 
 def attributes_of(item: Item) -> dict[str, Any]:
-    """What filters need of an item; empty parts are left out."""
+    """The fields of an item that filters read, without empty ones."""
     parts = {"categories": item.categories, "tags": item.tags, "attributes": item.attributes}
     return {name: part for name, part in parts.items() if part}
 
 
 def encode_record(record: ItemRecord) -> bytes:
-    """The value of the record; its key is `record.item_id` in UTF-8."""
+    """The value of the Kafka record; its key is `record.item_id` in UTF-8."""
     vector = b"" if record.vector is None else np.ascontiguousarray(record.vector, "<f4").tobytes()
     attributes = msgspec.msgpack.encode(record.attributes) if record.attributes else b""
     header = _HEADER.pack(
@@ -86,7 +86,7 @@ def encode_record(record: ItemRecord) -> bytes:
 
 
 def decode_record(key: bytes, value: bytes) -> ItemRecord:
-    """The record, its vector a read-only view into `value`. Raises Rejected where it does not fit."""
+    """The item; its vector is a read-only view into `value`. Raises Rejected if malformed."""
     if len(value) < _HEADER.size or value[:2] != _MAGIC:
         raise Rejected("bad_record", "magic", f"{len(value)} bytes, not an item record")
     _, version, flags, partition, offset, at_ms, written_us, d, _, n = _HEADER.unpack_from(value)

@@ -1,7 +1,8 @@
-"""Where a key lives: the Kafka partition of a key, the Redis slot tag of a user or an item, an item's shard.
+"""The Kafka partition of a key, the Redis slot tag of a user or an item, the shard of an item.
 
-The partition is the Java client's (murmur2, positive, modulo): kafka-python and aiokafka agree with it,
-librdkafka needs `partitioner=murmur2_random`. A worker derives a user's slot from it.
+Partitions are those of the Java client (murmur2, positive, modulo). kafka-python and aiokafka use
+the same; librdkafka needs `partitioner=murmur2_random`. The slot of a user is the partition of the
+user's clicks.
 """
 
 from __future__ import annotations
@@ -33,23 +34,23 @@ def murmur2(data: bytes) -> int:
 
 @lru_cache(maxsize=65536)
 def partition_of(key: str, partitions: int) -> int:
-    """The partition that every Java-compatible producer picks for this key."""
+    """The partition of a key, as every Java-compatible producer computes it."""
     return (murmur2(key.encode()) & 0x7FFFFFFF) % partitions
 
 
 def user_slot(partition: int) -> str:
-    """The slot tag of the users whose clicks lie in this partition: `u3`."""
+    """The slot tag of the users of a clicks partition: `u3`."""
     return f"u{partition}"
 
 
 def item_slot(item_id: str, slots: int) -> str:
-    """The slot tag of an item: `i0` … by a hash of its id; one slot by default."""
+    """The slot tag of an item by a hash of its id: `i0` …; one slot by default."""
     return f"i{partition_of(item_id, slots) if slots > 1 else 0}"
 
 
 @lru_cache(maxsize=65536)
 def item_shard(item_id: str, shards: int) -> int:
-    """The shard, 0 … shards - 1, whose worker holds this item: by a hash of its id, for ever the same.
+    """The shard of an item, 0 … shards - 1, by a hash of its id. It never changes.
 
     >>> [item_shard(item_id, 4) for item_id in ("50", "heat", "ü")]
     [3, 0, 2]

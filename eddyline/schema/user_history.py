@@ -1,18 +1,19 @@
-"""A user's behaviour list: what he did last, newest first, and how the newest of it got here.
+"""A user's history: the last events, newest first, and the stamps of the newest.
 
-Binary layout in Redis, two values, so that an event writes little of a long list:
+Binary layout in Redis. Two values, so that an event rewrites only a short one:
 
-* `{u…}:h:<user>`, *recent*: MessagePack of the array `[version, partition, offset, at_ms, produced_us,
-  appended_ms, read_us, length, entries]`, then 8 bytes, little-endian signed: `applied_us`, Redis' own clock
-  when the write script ran. entries: at most `RECENT_MAX` that were placed since *older* was written.
-* `{u…}:o:<user>`, *older*: MessagePack of the array of entries as the list was then; absent on a short list.
+* `{u…}:h:<user>`, *recent*: MessagePack of the array `[version, partition, offset, at_ms,
+  produced_us, appended_ms, read_us, length, entries]`, then 8 bytes, little-endian signed:
+  `applied_us`, Redis' clock at the write. entries: at most `RECENT_MAX`, inserted since *older* was
+  written.
+* `{u…}:o:<user>`, *older*: MessagePack of the array of all entries at that time; absent if the
+  history is short.
 
-An entry is `[item_id, at_ms, kind, weight]`, without what is at its default at the end (kind 0, weight 1);
-newest first by `at_ms`, a later offset before an earlier one where equal. The list is the first `length` of
-both in that order, recent before older where equal.
+An entry is `[item_id, at_ms, kind, weight]`, trailing defaults omitted (kind 0, weight 1). Entries
+are newest first by `at_ms`; at equal times the later offset is first. The history is the first
+`length` entries of both values in that order, recent before older at equal times.
 
-Every rule here is a function of the user's events in the order of the log: time is event time, "newest" is
-his own newest event, and no clock is asked.
+Every rule is a function of the user's events in log order. Time is event time; no clock is read.
 """
 
 from __future__ import annotations
@@ -28,15 +29,19 @@ import msgspec
 from eddyline.schema.events import KINDS, Click
 
 LAYOUT_VERSION = 2
-# What one event writes of its user's list, at most. 8 entries are about 150 bytes; 4 and 16 cost as much.
+# Entries of *recent*. 8 entries are about 150 bytes; measured cost is the same with 4 and 16.
 RECENT_MAX = 8
 
+DISLIKE = KINDS.index("dislike")
+# A user who left at once has still seen the item.
+DWELL_FACTOR_MIN = 0.001
 
+# `Entry` in stored form, see `compact`.
 CompactEntry = tuple[str | int | float, ...]
 
 
 class Entry(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """One behaviour. kind is an index into `events.KINDS`; weight is the event's own, see `strength`."""
+    """One event. kind: index into `events.KINDS`; weight: see `strength`."""
 
     item_id: str
     at_ms: int
@@ -45,12 +50,12 @@ class Entry(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class UserHistory(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
-    """A user's list and his own watermark: the last event applied to it, with its stamps.
+    """A user's entries and the last event applied to them, with its stamps.
 
-    partition, offset: the coordinates (token) of the last event applied
-    at_ms:             the largest event time seen
-    produced_us, appended_ms, read_us: stamps of that event by producer, broker and ingest; 0 is unknown
-    entries:           newest first; a tuple in whatever was read, ingest lends its own list to a write
+    partition, offset: coordinates (token) of the last event applied
+    at_ms:             largest event time seen
+    produced_us, appended_ms, read_us: stamps of that event by producer, broker, ingest; 0: unknown
+    entries:           newest first; a tuple when read, a list of ingest when written
     """
 
     version: int = LAYOUT_VERSION
@@ -64,7 +69,7 @@ class UserHistory(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
 
 
 class _Recent(msgspec.Struct, array_like=True, frozen=True):
-    """*recent* as it is stored."""
+    """The stored form of *recent*."""
 
     version: int
     partition: int
@@ -84,35 +89,34 @@ _older = msgspec.msgpack.Decoder(list[Entry])
 
 
 def encode(history: UserHistory) -> bytes:
-    """The list whole and its stamps, in one canonical form; two equal lists are equal in it."""
+    """The whole history in one canonical form: equal histories have equal bytes."""
     return _encoder.encode(history)
 
 
 def encode_recent(history: UserHistory, recent: Sequence[CompactEntry]) -> bytes:
-    """*recent* without its last 8 bytes, which the write script appends.
-
-    recent: in the order of the list
-    """
-    b = history
-    stamps = (
-        LAYOUT_VERSION,
-        b.partition,
-        b.offset,
-        b.at_ms,
-        b.produced_us,
-        b.appended_ms,
-        b.read_us,
+    """*recent* without its last 8 bytes, which the write script appends. recent: newest first."""
+    return _encoder.encode(
+        (
+            LAYOUT_VERSION,
+            history.partition,
+            history.offset,
+            history.at_ms,
+            history.produced_us,
+            history.appended_ms,
+            history.read_us,
+            len(history.entries),
+            recent,
+        )
     )
-    return _encoder.encode((*stamps, len(b.entries), recent))
 
 
 def encode_older(entries: Sequence[Entry]) -> bytes:
-    """*older*, of the whole list."""
+    """*older*, from all entries."""
     return _encoder.encode([compact(e) for e in entries])
 
 
 def compact(entry: Entry) -> CompactEntry:
-    """An entry as it is stored, without what is at its default at the end.
+    """The stored form of an entry, trailing defaults omitted.
 
     >>> compact(Entry("a", 5)), compact(Entry("a", 5, 2)), compact(Entry("a", 5, 0, 0.5))
     (('a', 5), ('a', 5, 2), ('a', 5, 0, 0.5))
@@ -123,7 +127,7 @@ def compact(entry: Entry) -> CompactEntry:
 
 
 def insert_compact(entries: list[CompactEntry], entry: CompactEntry) -> None:
-    """As `insert`, for stored entries; one more than `RECENT_MAX` stays, to show that there are too many."""
+    """`insert` for stored entries. Keeps `RECENT_MAX` + 1 entries, so that overflow is visible."""
     at_ms = cast(int, entry[1])
     if not entries or cast(int, entries[0][1]) <= at_ms:
         entries.insert(0, entry)
@@ -133,25 +137,25 @@ def insert_compact(entries: list[CompactEntry], entry: CompactEntry) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """A list as it was read. recent: what is stored beside *older*."""
+class StoredHistory:
+    """A decoded history. recent: the entries of *recent* alone."""
 
     history: UserHistory
     applied_us: int
     recent: list[Entry]
 
 
-def decode(recent: bytes, older: bytes | None = None) -> Stored:
-    """Both stored values together. Raises msgspec.MsgspecError, ValueError on a layout of another version."""
+def decode(recent: bytes, older: bytes | None = None) -> StoredHistory:
+    """Decode both values. Raises msgspec.MsgspecError; ValueError for another layout version."""
     head = _recent.decode(memoryview(recent)[:-8])
     if head.version != LAYOUT_VERSION:
-        raise ValueError(f"behaviour list of layout {head.version}, not {LAYOUT_VERSION}")
+        raise ValueError(f"history of layout {head.version}, not {LAYOUT_VERSION}")
     entries = head.entries
     if older is not None:
         before = _older.decode(older)
         entries = head.entries + before
         if before and head.entries and head.entries[-1].at_ms < before[0].at_ms:
-            entries.sort(key=lambda e: -e.at_ms)  # stable: recent before older where equal
+            entries.sort(key=lambda e: -e.at_ms)  # stable: recent before older at equal times
     history = UserHistory(
         partition=head.partition,
         offset=head.offset,
@@ -162,13 +166,13 @@ def decode(recent: bytes, older: bytes | None = None) -> Stored:
         entries=tuple(entries[: head.length]),
     )
     applied_us = int.from_bytes(recent[-8:], "little", signed=True)
-    return Stored(history, applied_us, head.entries)
+    return StoredHistory(history, applied_us, head.entries)
 
 
 def insert(entries: list[Entry], entry: Entry, length_max: int) -> None:
-    """Put an entry in its place by time, in place; the oldest one falls off beyond `length_max`.
+    """Insert an entry by time, in place; the oldest entry is removed beyond `length_max`.
 
-    An entry goes before those of the same time: entries arrive in the order of their offsets.
+    An entry goes before entries of the same time: entries arrive in offset order.
 
     >>> entries = [Entry("b", 20), Entry("a", 10)]
     >>> insert(entries, Entry("c", 20), 3); [e.item_id for e in entries]
@@ -186,7 +190,7 @@ def insert(entries: list[Entry], entry: Entry, length_max: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What a list may hold. age_ms_max, lateness_ms_max: 0 is no limit."""
+    """Limits of a history. age_ms_max, lateness_ms_max: 0 is no limit."""
 
     length_max: int
     age_ms_max: int = 0
@@ -194,13 +198,13 @@ class Bounds:
 
 
 def insert_event(entries: list[Entry], newest_ms: int, entry: Entry, bounds: Bounds) -> bool:
-    """Put an entry in its place, in place, and cut the list to its bounds; False where it came too late.
+    """Insert an entry and apply the bounds, in place; False if the entry is too late.
 
-    newest_ms: the time of the user's newest event before this one
+    newest_ms: largest event time of the user before this event
 
     >>> entries, bounds = [Entry("a", 90)], Bounds(length_max=9, age_ms_max=50, lateness_ms_max=20)
-    >>> insert_event(entries, 100, Entry("too late", 79), bounds), insert_event(entries, 100, Entry("late", 80), bounds)
-    (False, True)
+    >>> [insert_event(entries, 100, Entry("late", at_ms), bounds) for at_ms in (79, 80)]
+    [False, True]
     >>> insert_event(entries, 100, Entry("b", 135), bounds), [e.item_id for e in entries]
     (True, ['b', 'a'])
     """
@@ -215,7 +219,7 @@ def insert_event(entries: list[Entry], newest_ms: int, entry: Entry, bounds: Bou
 
 
 def insert_moved(entries: list[Entry], newest_ms: int, entry: Entry, bounds: Bounds) -> bool:
-    """As `place`, for an entry that comes from another user's list: never late, and never there twice."""
+    """`insert_event` for an entry of a merged user: never too late, and inserted once."""
     first = bisect_left(entries, -entry.at_ms, key=lambda e: -e.at_ms)
     for other in entries[first:]:
         if other.at_ms != entry.at_ms:
@@ -226,7 +230,7 @@ def insert_moved(entries: list[Entry], newest_ms: int, entry: Entry, bounds: Bou
 
 
 def strength(click: Click, dwell_ms_full: int) -> float:
-    """The weight of one event: its own, less where the user left before `dwell_ms_full` (0 asks for none).
+    """Weight of an event, reduced if the dwell time is below `dwell_ms_full` (0: never reduced).
 
     >>> strength(Click(user_id="u", item_id="i", at_ms=0, context={"dwell_ms": 500}), 2_000)
     0.25
@@ -239,18 +243,13 @@ def strength(click: Click, dwell_ms_full: int) -> float:
     return click.weight * min(1.0, max(dwell / dwell_ms_full, DWELL_FACTOR_MIN))
 
 
-DISLIKE = KINDS.index("dislike")
-# Who left at once has seen the item all the same.
-DWELL_FACTOR_MIN = 0.001
-
-
 def positive_events(entries: Sequence[Entry]) -> Iterator[Entry]:
-    """The entries that count as liking, newest first: no dislikes, and nothing of an item disliked since.
+    """Entries newest first, without dislikes and without older entries of a disliked item.
 
-    A dislike takes the item's older entries out. They are older than it, so that none of them comes back when
-    the dislike leaves the list by length or age.
+    Older entries leave the history before their dislike does, so they never count again.
 
-    >>> [e.at_ms for e in positive_events([Entry("a", 4), Entry("b", 3, DISLIKE), Entry("b", 2), Entry("a", 1)])]
+    >>> entries = [Entry("a", 4), Entry("b", 3, DISLIKE), Entry("b", 2), Entry("a", 1)]
+    >>> [entry.at_ms for entry in positive_events(entries)]
     [4, 1]
     """
     disliked: set[str] = set()
@@ -262,5 +261,5 @@ def positive_events(entries: Sequence[Entry]) -> Iterator[Entry]:
 
 
 def positive_items(entries: Sequence[Entry], limit: int) -> list[str]:
-    """The item ids of the first `limit` entries of `liked`, repeats kept."""
+    """Item ids of the first `limit` positive events, repeats kept."""
     return [e.item_id for e in islice(positive_events(entries), limit)]

@@ -1,1 +1,1 @@
-"""Adapters of `ports.StateStore`, one file each."""
+"""Adapters of `state_store.StateStore`, one file each, and their parts."""

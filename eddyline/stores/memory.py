@@ -1,4 +1,4 @@
-"""State in this process: for simulations and tests. The same contract suite as for Redis."""
+"""State in a dictionary, for simulations and tests. It passes the same contract suite as Redis."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
+from typing_extensions import override
 
 from eddyline.errors import EddylineError, FenceMoved, StoreRefused, StoreUnavailable
 from eddyline.schema import user_history
 from eddyline.schema.partitioning import item_slot
 from eddyline.schema.user_history import UserHistory
-from eddyline.stores.log_reset import Logs, decide, metadata_is_current
+from eddyline.stores.log_reset import Logs, decide, metadata_is_current, was_replaced
 from eddyline.stores.state_store import (
     Fence,
     ItemMetadata,
@@ -22,6 +23,7 @@ from eddyline.stores.state_store import (
     Layout,
     SlotRead,
     Source,
+    StateStore,
     UserEffects,
     UserQuery,
     UserRead,
@@ -39,11 +41,11 @@ class _State:
     embeddings: dict[tuple[str, str, str], tuple[int, bytes]] = field(default_factory=dict)
     profiles: dict[tuple[str, str], dict[str, object]] = field(default_factory=dict)
     buckets: dict[str, dict[int, dict[str, int]]] = field(default_factory=dict)
-    cards: dict[str, ItemMetadata] = field(default_factory=dict)
+    items: dict[str, ItemMetadata] = field(default_factory=dict)
 
 
-class MemoryStore:
-    """A `StateStore` in a dictionary. Thread rule: any thread; one lock over every call."""
+class MemoryStore(StateStore):
+    """A `StateStore` in a dictionary. Thread rule: any thread; one lock for every call."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -56,33 +58,34 @@ class MemoryStore:
             return copy.deepcopy(self._state)
 
     def restore(self, state: _State) -> None:
-        """Go back in time, as a Redis does that lost its last second."""
+        """Return to a snapshot, as a Redis that lost its last second does."""
         with self._lock:
             self._state = copy.deepcopy(state)
 
+    @override
     def check(self) -> None:
-        """Nothing to refuse: this store drops no keys."""
         self._open()
 
+    @override
     def claim_layout(self, layout: Layout) -> None:
-        """See `StateStore.claim_layout`."""
         with self._lock:
             self._open()
             if self._state.layout not in (None, layout):
                 raise StoreRefused(f"the store is laid out as {self._state.layout}, not {layout}")
             self._state.layout = layout
 
+    @override
     def layout(self) -> Layout | None:
-        """See `StateStore.layout`."""
         self._open()
         return self._state.layout
 
+    @override
     def fences(self, source: Source, slots: Sequence[str]) -> dict[str, Fence | None]:
-        """See `StateStore.fences`."""
         with self._lock:
             self._open()
             return {slot: self._state.fences.get((slot, source)) for slot in slots}
 
+    @override
     def read_users(
         self,
         slot: str,
@@ -91,7 +94,6 @@ class MemoryStore:
         user_ids: Sequence[str],
         generations: Sequence[str] = (),
     ) -> UserRead:
-        """See `StateStore.read_users`."""
         with self._lock:
             self._open()
             state, window = self._state, self._state.window.get(slot, {})
@@ -114,21 +116,20 @@ class MemoryStore:
                 },
             )
 
+    @override
     def write_users(
         self, slot: str, source: Source, expected: Fence | None, new: Fence, effects: UserEffects
     ) -> int:
-        """See `StateStore.write_users`."""
         with self._lock:
-            theirs = self._profiles_fence(slot, source)
-            if effects.profiles not in (None, theirs):
-                raise FenceMoved(
-                    f"fence:{slot}:users:{source.partition}", effects.profiles or "", theirs
-                )
+            users_fence = self._users_fence(slot, source)
+            if effects.profiles not in (None, users_fence):
+                key = f"fence:{slot}:users:{source.partition}"
+                raise FenceMoved(key, effects.profiles or "", users_fence)
             self._move(slot, source, expected, new)
             state, applied_us = self._state, time.time_ns() // 1000
             window = state.window.setdefault(slot, {})
             for event_id, offset in effects.accepted.items():
-                window.pop(event_id, None)  # accepted anew: it stands where it came last
+                window.pop(event_id, None)  # accepted again: it moves to the end
                 window[event_id] = offset
             if effects.accepted:
                 for event_id in [e for e, at in window.items() if at < effects.window_floor]:
@@ -137,28 +138,28 @@ class MemoryStore:
                 state.histories.pop((slot, user), None)
                 for generation in effects.embeddings:
                     state.embeddings.pop((slot, generation, user), None)
-            for user, behaviour_ in effects.histories.items():
-                mine = msgspec.structs.replace(behaviour_, entries=tuple(behaviour_.entries))
-                state.histories[slot, user] = (mine, applied_us)
-            for generation, of_users in effects.embeddings.items():
-                for user, embedding in of_users.items():
+            for user, history in effects.histories.items():
+                stored = msgspec.structs.replace(history, entries=tuple(history.entries))
+                state.histories[slot, user] = (stored, applied_us)
+            for generation, embeddings in effects.embeddings.items():
+                for user, embedding in embeddings.items():
                     state.embeddings[slot, generation, user] = embedding
             return applied_us
 
+    @override
     def read_slot(self, slot: str, source: Source) -> SlotRead:
-        """See `StateStore.read_slot`."""
         with self._lock:
             self._open()
             accepted = dict(self._state.window.get(slot, {}))
             fence = self._state.fences.get((slot, source))
-            return SlotRead(fence, self._profiles_fence(slot, source), accepted)
+            return SlotRead(fence, self._users_fence(slot, source), accepted)
 
+    @override
     def read_many(self, queries: Sequence[UserQuery]) -> list[UserRead]:
-        """See `StateStore.read_many`."""
         return [self.read_users(q.slot, q.source, [], q.user_ids, q.generations) for q in queries]
 
+    @override
     def write_many(self, writes: Sequence[UserWrite]) -> list[int | EddylineError]:
-        """See `StateStore.write_many`."""
         answers: list[int | EddylineError] = []
         for w in writes:
             try:
@@ -167,6 +168,7 @@ class MemoryStore:
                 answers.append(error)
         return answers
 
+    @override
     def write_profiles(
         self,
         slot: str,
@@ -177,7 +179,6 @@ class MemoryStore:
         generations: Sequence[str],
         until_ms: Mapping[str, int] | None = None,
     ) -> None:
-        """See `StateStore.write_profiles`."""
         with self._lock:
             self._move(slot, source, expected, new)
             for user, profile in profiles.items():
@@ -193,6 +194,7 @@ class MemoryStore:
                 for generation in generations:
                     self._state.embeddings.pop((slot, generation, user), None)
 
+    @override
     def count_clicks(
         self,
         slot: str,
@@ -203,7 +205,6 @@ class MemoryStore:
         buckets_kept: int,
         items_max: int = 1_000_000,
     ) -> None:
-        """See `StateStore.count_clicks`."""
         with self._lock:
             self._move(slot, source, expected, new)
             buckets = self._state.buckets.setdefault(slot, {})
@@ -211,70 +212,67 @@ class MemoryStore:
                 counted = buckets.setdefault(bucket, {})
                 for item_id, milli_counts in items.items():
                     counted[item_id] = counted.get(item_id, 0) + milli_counts
-                least = (
-                    sorted(counted, key=lambda i: (counted[i], i))
-                    if len(counted) > items_max
-                    else []
-                )
-                for item_id in least[: len(counted) - items_max]:
-                    del counted[item_id]
+                if len(counted) > items_max:
+                    least = sorted(counted, key=lambda i: (counted[i], i))
+                    for item_id in least[: len(counted) - items_max]:
+                        del counted[item_id]
             for bucket in [b for b in buckets if b <= max(buckets) - buckets_kept]:
                 del buckets[bucket]
 
+    @override
     def read_item_metadata(
         self, item_ids: Sequence[str], item_slots: int
     ) -> dict[str, ItemMetadata]:
-        """See `StateStore.read_item_metadata`."""
         with self._lock:
             self._open()
             keys = {item_id: f"{item_slot(item_id, item_slots)}:{item_id}" for item_id in item_ids}
-            return {i: self._state.cards[k] for i, k in keys.items() if k in self._state.cards}
+            return {i: self._state.items[k] for i, k in keys.items() if k in self._state.items}
 
+    @override
     def write_item_metadata(
         self,
         slot: str,
         source: Source,
         expected: Fence | None,
         new: Fence,
-        cards: Mapping[str, ItemMetadata],
+        metadata: Mapping[str, ItemMetadata],
     ) -> None:
-        """See `StateStore.write_item_metadata`."""
         with self._lock:
             self._move(slot, source, expected, new)
-            for item_id, card in cards.items():
-                stored = self._state.cards.get(f"{slot}:{item_id}")
-                if stored is None or stored.offset <= card.offset:
-                    self._state.cards[f"{slot}:{item_id}"] = card
+            for item_id, item in metadata.items():
+                stored = self._state.items.get(f"{slot}:{item_id}")
+                if stored is None or stored.offset <= item.offset:
+                    self._state.items[f"{slot}:{item_id}"] = item
 
+    @override
     def write_item_metadata_many(
         self, writes: Sequence[ItemMetadataWrite]
     ) -> list[EddylineError | None]:
-        """See `StateStore.write_item_metadata_many`."""
         answers: list[EddylineError | None] = []
         for w in writes:
             try:
-                self.write_item_metadata(w.slot, w.source, w.expected, w.new, w.cards)
+                self.write_item_metadata(w.slot, w.source, w.expected, w.new, w.metadata)
                 answers.append(None)
             except (FenceMoved, StoreUnavailable) as error:
                 answers.append(error)
         return answers
 
+    @override
     def read_user(self, slot: str, partition: int, user_id: str, generation: str) -> UserState:
-        """See `StateStore.read_user`."""
         with self._lock:
             self._open()
             state = self._state
-            seen, applied_us = state.histories.get((slot, user_id), (user_history.EMPTY, 0))
+            history, applied_us = state.histories.get((slot, user_id), (user_history.EMPTY, 0))
             return UserState(
                 fence=state.fences.get((slot, Source("clicks", partition))),
-                history=seen,
+                history=history,
                 applied_us=applied_us,
                 embedding=state.embeddings.get((slot, generation, user_id)),
                 profile=state.profiles.get((slot, user_id), {}),
             )
 
+    @override
     def popular(self, slot: str, limit: int) -> dict[int, dict[str, int]]:
-        """See `StateStore.popular`."""
         with self._lock:
             self._open()
             buckets = self._state.buckets.get(slot, {})
@@ -283,44 +281,40 @@ class MemoryStore:
                 for b, items in buckets.items()
             }
 
+    @override
     def accept_log(self, logs: Logs) -> int:
-        """See `StateStore.accept_log`."""
         with self._lock:
             self._open()
             changed, replaced, state = 0, False, self._state
             for (slot, source), fence in list(state.fences.items()):
-                verdict = decide(source.name, source.partition, fence, logs)
-                replaced |= (
-                    source.name == "items"
-                    and verdict.becomes is None
-                    and fence.log != logs["items"][0]
-                )
-                if not verdict.changed:
+                decision = decide(source.name, source.partition, fence, logs)
+                replaced |= was_replaced(source.name, fence, logs)
+                if not decision.changed:
                     continue
                 changed += 1
                 if source.name == "clicks" and slot in state.window:
-                    kept = {
-                        e: at for e, at in state.window[slot].items() if at < verdict.windows_from
+                    window = state.window[slot]
+                    state.window[slot] = {
+                        e: at for e, at in window.items() if at < decision.window_end
                     }
-                    state.window[slot] = kept
-                if verdict.becomes is None:
+                if decision.fence is None:
                     del state.fences[slot, source]
                 else:
-                    state.fences[slot, source] = verdict.becomes
-            for key, card in state.cards.items():
-                if not metadata_is_current(card.partition, card.offset, logs, replaced):
-                    state.cards[key] = ItemMetadata(-1, -1, card.body)
+                    state.fences[slot, source] = decision.fence
+            for key, item in state.items.items():
+                if not metadata_is_current(item.partition, item.offset, logs, replaced):
+                    state.items[key] = ItemMetadata(-1, -1, item.body)
             return changed
 
+    @override
     def close(self) -> None:
-        """See `StateStore.close`."""
         self._closed = True
 
     def _open(self) -> None:
         if self._closed:
             raise StoreUnavailable("the store is closed")
 
-    def _profiles_fence(self, slot: str, source: Source) -> str:
+    def _users_fence(self, slot: str, source: Source) -> str:
         return str(self._state.fences.get((slot, Source("users", source.partition))) or "")
 
     def _move(self, slot: str, source: Source, expected: Fence | None, new: Fence) -> None:

@@ -1,21 +1,24 @@
 """State in Redis (or Valkey), behind fences.
 
-Key schema; `<ns>` is empty or the namespace and a colon, `{…}` is the slot tag (Redis Cluster's hash tag):
+Key schema. `<ns>` is empty or the namespace and a colon; `{…}` is the slot tag, a cluster's hash
+tag:
 
-    <ns>layout                          JSON of `ports.Layout`
+    <ns>layout                          JSON of `state_store.Layout`
     <ns>fence:{u3}:clicks:3             "offset|cluster id|topic id" of the last record applied
-    <ns>{u3}:window                     list of blobs: accepted event ids and their offsets, see `user_state`
-    <ns>{u3}:h:<user>                   the newest behaviours and their stamps, see `eddyline.schema.user_history`
-    <ns>{u3}:o:<user>                   the older behaviours, of a list that is longer than that
+    <ns>{u3}:window                     list of blobs: accepted event ids, see `user_codec`
+    <ns>{u3}:h:<user>                   *recent* history and stamps, see `schema.user_history`
+    <ns>{u3}:o:<user>                   *older* history, absent if the history is short
     <ns>{u3}:e:<generation>:<user>      user-ID embedding: steps (uint32), float32[d], little-endian
     <ns>{u3}:p:<user>                   profile attributes, MessagePack map
-    <ns>fence:{i0}:clicks:3             the same partition's fence for the popularity counts
-    <ns>fence:{i0}:items:0, …:items@1:0 items applied to the cards; items published for generation 1
-    <ns>{i0}:c:<item>                   card: partition (int32), offset (int64), the item as JSON or nothing
-    <ns>{i0}:buckets                    sorted set of the popularity buckets kept
-    <ns>{i0}:popular:<bucket>           sorted set: item by milli_counts of clicks in that bucket
+    <ns>fence:{i0}:clicks:3             fence of the same partition for the popularity counts
+    <ns>fence:{i0}:items:0              fence of the item metadata
+    <ns>fence:{i0}:items@1:0            fence of the item vectors published for generation 1
+    <ns>{i0}:c:<item>                   partition (int32), offset (int64), JSON of the item or b""
+    <ns>{i0}:buckets                    sorted set of the kept popularity buckets
+    <ns>{i0}:popular:<bucket>           sorted set: item by thousandths of clicks in that bucket
 
-Every write is one Lua script that compares and moves the fence first: all of it or nothing.
+Every write is one Lua script. It compares and moves the fence first: it applies whole or not at
+all.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import msgspec
 from redis.exceptions import NoPermissionError, NoScriptError, RedisError
+from typing_extensions import override
 
 from eddyline.errors import EddylineError, FenceMoved, StoreRefused, StoreUnavailable
 from eddyline.schema.partitioning import item_slot
@@ -45,6 +49,7 @@ from eddyline.stores.state_store import (
     Layout,
     SlotRead,
     Source,
+    StateStore,
     UserEffects,
     UserQuery,
     UserRead,
@@ -52,8 +57,8 @@ from eddyline.stores.state_store import (
     UserWrite,
 )
 
-_CARD = struct.Struct("<iq")
-_PAGE = 1_000  # blobs of a window read at once
+_VERSION = struct.Struct("<iq")
+_PAGE = 1_000  # blobs of a window per read
 _SCRIPTS = ("write_users", "write_profiles", "count_clicks", "write_item_metadata")
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -62,7 +67,7 @@ _R = TypeVar("_R")
 def _translated(
     method: Callable[Concatenate[RedisStore, _P], _R],
 ) -> Callable[Concatenate[RedisStore, _P], _R]:
-    """Raise Redis' errors as ours; the address is named, the password never."""
+    """Raise redis-py's errors as ours. Messages name the address, never the password."""
 
     @functools.wraps(method)
     def call(self: RedisStore, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -76,11 +81,11 @@ def _translated(
     return call
 
 
-class RedisStore:
-    """A `StateStore` in Redis. Thread rule: any thread; each call takes a connection of the pool."""
+class RedisStore(StateStore):
+    """A `StateStore` in Redis. Thread rule: any thread; each call takes a pooled connection."""
 
     def __init__(self, settings: Settings) -> None:
-        """Connects when it is first used. Raises SettingsError."""
+        """Connects on first use. Raises SettingsError."""
         self._target = target(settings)
         self.address = self._target.shown
         self._closed = False
@@ -88,49 +93,42 @@ class RedisStore:
         self._redis = redis_client.client(settings)
         self._scripts = {name: redis_client.Script(self._redis, _script(name)) for name in _SCRIPTS}
 
+    @override
     @_translated
     def check(self) -> None:
-        """Raise StoreRefused where Redis, or any node of it, may drop keys or cannot be written to."""
         redis_client.check_servers(self._redis, self._target)
 
+    @override
     @_translated
     def claim_layout(self, layout: Layout) -> None:
-        """See `StateStore.claim_layout`."""
-        key, mine = f"{self._ns}layout", msgspec.json.encode(layout)
         stored = self.layout()
         if stored is None:
             try:
-                self._redis.set(key, mine, nx=True)
+                self._redis.set(f"{self._ns}layout", msgspec.json.encode(layout), nx=True)
             except NoPermissionError:  # a query worker that may only read
                 raise StoreUnavailable(
-                    f"Redis at {self.address} has no layout yet, which ingest writes, and this user may not"
+                    f"Redis at {self.address} has no layout yet, which ingest writes; "
+                    "this user may only read"
                 ) from None
             stored = self.layout()
         if stored != layout:
-            older = stored is not None and stored.version != layout.version
-            way = (
-                ". Another version wrote it: empty it, ingest fills it again from Kafka"
-                if older
-                else ""
-            )
-            raise StoreRefused(
-                f"Redis at {self.address} is laid out as {stored}, settings say {layout}{way}"
-            )
+            message = f"Redis at {self.address} is laid out as {stored}, settings say {layout}"
+            if stored is not None and stored.version != layout.version:
+                message += ". Another version wrote it: empty it, ingest fills it again from Kafka"
+            raise StoreRefused(message)
 
+    @override
     @_translated
     def layout(self) -> Layout | None:
-        """See `StateStore.layout`."""
         stored = cast("bytes | None", self._redis.get(f"{self._ns}layout"))
         return None if stored is None else msgspec.json.decode(stored, type=Layout)
 
+    @override
     @_translated
     def fences(self, source: Source, slots: Sequence[str]) -> dict[str, Fence | None]:
-        """See `StateStore.fences`."""
-        return {
-            s: _fence(cast("bytes | None", self._redis.get(self._fence_key(s, source))))
-            for s in slots
-        }
+        return {slot: _fence(self._redis.get(self._fence_key(slot, source))) for slot in slots}
 
+    @override
     @_translated
     def read_users(
         self,
@@ -140,7 +138,6 @@ class RedisStore:
         user_ids: Sequence[str],
         generations: Sequence[str] = (),
     ) -> UserRead:
-        """See `StateStore.read_users`."""
         [read] = self.read_many([UserQuery(slot, source, user_ids, generations)])
         if not event_ids:
             return read
@@ -152,11 +149,12 @@ class RedisStore:
         found = {e: window.accepted[e] for e in event_ids if e in window.accepted}
         return dataclasses.replace(read, accepted_at=found)
 
+    @override
     @_translated
     def read_slot(self, slot: str, source: Source) -> SlotRead:
-        """See `StateStore.read_slot`. Page by page: only the owner of the fence writes to the window."""
-        key, profiles = f"{self._ns}{{{slot}}}:window", Source("users", source.partition)
-        before, theirs = (self._redis.get(self._fence_key(slot, s)) for s in (source, profiles))
+        # Reading page by page is exact: only the owner of the fence writes to the window.
+        key, users = f"{self._ns}{{{slot}}}:window", Source("users", source.partition)
+        before, users_fence = (self._redis.get(self._fence_key(slot, s)) for s in (source, users))
         blobs: list[bytes] = []
         while page := cast(
             "list[bytes]", self._redis.lrange(key, len(blobs), len(blobs) + _PAGE - 1)
@@ -165,88 +163,75 @@ class RedisStore:
         after = self._redis.get(self._fence_key(slot, source))
         if after != before:
             raise FenceMoved(self._fence_key(slot, source), repr(before), repr(after))
-        text = "" if theirs is None else cast(bytes, theirs).decode()
-        return SlotRead(_fence(cast("bytes | None", before)), text, user_codec.accepted(blobs))
+        text = "" if users_fence is None else cast(bytes, users_fence).decode()
+        return SlotRead(_fence(before), text, user_codec.decode_accepted(blobs))
 
+    @override
     @_translated
     def read_many(self, queries: Sequence[UserQuery]) -> list[UserRead]:
-        """See `StateStore.read_many`."""
         with self._redis.pipeline(transaction=False) as pipe:
             for query in queries:
                 tag = f"{self._ns}{{{query.slot}}}"
-                names = user_codec.keys(tag, query.user_ids, query.generations)
+                names = user_codec.user_keys(tag, query.user_ids, query.generations)
                 pipe.mget([self._fence_key(query.slot, query.source), *names])
             answers = pipe.execute()
         return [
-            user_codec.read(_fence(values[0]), query.user_ids, query.generations, values[1:], {})
-            for query, values in zip(queries, answers, strict=True)
+            user_codec.decode_users(_fence(fence), query.user_ids, query.generations, values)
+            for query, (fence, *values) in zip(queries, answers, strict=True)
         ]
 
+    @override
     @_translated
     def write_users(
         self, slot: str, source: Source, expected: Fence | None, new: Fence, effects: UserEffects
     ) -> int:
-        """See `StateStore.write_users`."""
-        return int(
-            self._write("write_users", *self._users_written(slot, source, expected, new, effects))
-        )
+        keys, args = self._users_call(UserWrite(slot, source, expected, new, effects))
+        return int(self._write("write_users", keys, args))
 
+    @override
     @_translated
     def write_many(self, writes: Sequence[UserWrite]) -> list[int | EddylineError]:
-        """See `StateStore.write_many`."""
-        asked = [
-            self._users_written(w.slot, w.source, w.expected, w.new, w.effects) for w in writes
-        ]
-        return [
-            end if isinstance(end, EddylineError) else int(end)
-            for end in self._all("write_users", asked)
-        ]
+        results = self._write_all("write_users", [self._users_call(write) for write in writes])
+        return [r if isinstance(r, EddylineError) else int(r) for r in results]
 
-    def _all(
-        self, script: str, asked: Sequence[tuple[list[str], list[Any]]]
+    def _write_all(
+        self, script: str, calls: Sequence[tuple[list[str], list[Any]]]
     ) -> list[bytes | EddylineError]:
-        """What each of several calls of a script returned or raised, in one round trip."""
+        """The result or the error of each call of a script; all calls take one round trip."""
         with self._redis.pipeline(transaction=False) as pipe:
-            for keys, args in asked:
+            for keys, args in calls:
                 pipe.evalsha(self._scripts[script].sha, len(keys), *keys, *args)
             answers = pipe.execute(raise_on_error=False)
-        return [
-            self._settled(script, one, answer) for one, answer in zip(asked, answers, strict=True)
-        ]
-
-    def _settled(
-        self, script: str, asked: tuple[list[str], list[Any]], answer: Any
-    ) -> bytes | EddylineError:
-        """What became of one write of several."""
-        try:
-            if isinstance(answer, NoScriptError):
-                return self._again(script, asked)
-            if isinstance(answer, Exception):
-                self._raise(answer)
-            return _stood(answer, *asked)
-        except (FenceMoved, StoreUnavailable) as error:
-            return error
+        results: list[bytes | EddylineError] = []
+        for (keys, args), answer in zip(calls, answers, strict=True):
+            try:
+                results.append(self._result(script, keys, args, answer))
+            except (FenceMoved, StoreUnavailable) as error:
+                results.append(error)
+        return results
 
     @_translated
-    def _again(self, script: str, asked: tuple[list[str], list[Any]]) -> bytes:
-        return self._write(script, *asked)
+    def _result(self, script: str, keys: list[str], args: list[Any], answer: Any) -> bytes:
+        if isinstance(answer, NoScriptError):
+            return self._write(script, keys, args)
+        if isinstance(answer, Exception):
+            raise answer
+        return _check_fence(answer, keys, args)
 
-    @_translated
-    def _raise(self, error: Exception) -> None:
-        raise error
+    def _users_call(self, write: UserWrite) -> tuple[list[str], list[Any]]:
+        keys, args = user_codec.encode_users(f"{self._ns}{{{write.slot}}}", write.effects)
+        users_fence = self._fence_key(write.slot, Source("users", write.source.partition))
+        expected = "-" if write.effects.profiles is None else write.effects.profiles
+        return self._fenced(
+            write.slot,
+            write.source,
+            write.expected,
+            write.new,
+            [users_fence, *keys],
+            [expected, *args],
+        )
 
-    def _users_written(
-        self, slot: str, source: Source, expected: Fence | None, new: Fence, effects: UserEffects
-    ) -> tuple[list[str], list[Any]]:
-        keys, args = user_codec.writing(f"{self._ns}{{{slot}}}", effects)
-        theirs = "-" if effects.profiles is None else effects.profiles
-        keys = [
-            self._fence_key(slot, source),
-            self._fence_key(slot, Source("users", source.partition)),
-            *keys,
-        ]
-        return keys, [str(expected or ""), str(new), theirs, *args]
-
+    @override
     @_translated
     def write_profiles(
         self,
@@ -258,7 +243,6 @@ class RedisStore:
         generations: Sequence[str],
         until_ms: Mapping[str, int] | None = None,
     ) -> None:
-        """See `StateStore.write_profiles`."""
         tag = f"{self._ns}{{{slot}}}"
         kept = {user: profile for user, profile in profiles.items() if profile is not None}
         gone = [user for user, profile in profiles.items() if profile is None]
@@ -266,14 +250,11 @@ class RedisStore:
         keys = [f"{tag}:p:{user}" for user in kept] + [
             f"{tag}:{kind}:{u}" for u in gone for kind in kinds
         ]
-        args: list[Any] = [
-            len(kept),
-            len(kinds),
-            *(msgspec.msgpack.encode(p) for p in kept.values()),
-        ]
+        args: list[Any] = [len(kept), len(kinds), *map(msgspec.msgpack.encode, kept.values())]
         args += [(until_ms or {}).get(user, "") for user in gone]
         self._write("write_profiles", *self._fenced(slot, source, expected, new, keys, args))
 
+    @override
     @_translated
     def count_clicks(
         self,
@@ -285,31 +266,32 @@ class RedisStore:
         buckets_kept: int,
         items_max: int = 1_000_000,
     ) -> None:
-        """See `StateStore.count_clicks`."""
         tag = f"{self._ns}{{{slot}}}"
         args: list[Any] = [buckets_kept, f"{tag}:popular:", items_max]
         for bucket, items in counts.items():
             args += (bucket, len(items), *chain.from_iterable(items.items()))
-        # Every key that is added to is named: a cluster that moves the slot then refuses the whole script.
+        # KEYS names every key that grows: while a cluster moves the slot it refuses the whole
+        # script.
         keys = [f"{tag}:buckets", *(f"{tag}:popular:{bucket}" for bucket in counts)]
         self._write("count_clicks", *self._fenced(slot, source, expected, new, keys, args))
 
+    @override
     @_translated
     def read_item_metadata(
         self, item_ids: Sequence[str], item_slots: int
     ) -> dict[str, ItemMetadata]:
-        """See `StateStore.read_item_metadata`."""
         with self._redis.pipeline(transaction=False) as pipe:
             for item_id in item_ids:
                 pipe.get(f"{self._ns}{{{item_slot(item_id, item_slots)}}}:c:{item_id}")
             values = pipe.execute()
-        cards = {}
+        found = {}
         for item_id, value in zip(item_ids, values, strict=True):
             if value is not None:
-                partition, offset = _CARD.unpack_from(value)
-                cards[item_id] = ItemMetadata(partition, offset, value[_CARD.size :])
-        return cards
+                partition, offset = _VERSION.unpack_from(value)
+                found[item_id] = ItemMetadata(partition, offset, value[_VERSION.size :])
+        return found
 
+    @override
     @_translated
     def write_item_metadata(
         self,
@@ -317,40 +299,38 @@ class RedisStore:
         source: Source,
         expected: Fence | None,
         new: Fence,
-        cards: Mapping[str, ItemMetadata],
+        metadata: Mapping[str, ItemMetadata],
     ) -> None:
-        """See `StateStore.write_item_metadata`."""
-        self._write(
-            "write_item_metadata",
-            *self._cards_written(ItemMetadataWrite(slot, source, expected, new, cards)),
-        )
+        call = self._items_call(ItemMetadataWrite(slot, source, expected, new, metadata))
+        self._write("write_item_metadata", *call)
 
+    @override
     @_translated
     def write_item_metadata_many(
         self, writes: Sequence[ItemMetadataWrite]
     ) -> list[EddylineError | None]:
-        """See `StateStore.write_item_metadata_many`."""
-        ends = self._all("write_item_metadata", [self._cards_written(write) for write in writes])
-        return [end if isinstance(end, EddylineError) else None for end in ends]
+        calls = [self._items_call(write) for write in writes]
+        results = self._write_all("write_item_metadata", calls)
+        return [r if isinstance(r, EddylineError) else None for r in results]
 
-    def _cards_written(self, write: ItemMetadataWrite) -> tuple[list[str], list[Any]]:
+    def _items_call(self, write: ItemMetadataWrite) -> tuple[list[str], list[Any]]:
         args: list[Any] = []
-        for card in write.cards.values():
-            args += (card.offset, _CARD.pack(card.partition, card.offset) + card.body)
-        keys = [f"{self._ns}{{{write.slot}}}:c:{item_id}" for item_id in write.cards]
+        for item in write.metadata.values():
+            args += (item.offset, _VERSION.pack(item.partition, item.offset) + item.body)
+        keys = [f"{self._ns}{{{write.slot}}}:c:{item_id}" for item_id in write.metadata]
         return self._fenced(write.slot, write.source, write.expected, write.new, keys, args)
 
+    @override
     @_translated
     def read_user(self, slot: str, partition: int, user_id: str, generation: str) -> UserState:
-        """See `StateStore.read_user`."""
-        names = user_codec.keys(f"{self._ns}{{{slot}}}", [user_id], [generation or "-"])
+        names = user_codec.user_keys(f"{self._ns}{{{slot}}}", [user_id], [generation or "-"])
         fence_key = self._fence_key(slot, Source("clicks", partition))
         fence, *values = cast("list[bytes | None]", self._redis.mget(fence_key, *names))
-        return user_codec.state(_fence(fence), *values)
+        return user_codec.decode_user(_fence(fence), *values)
 
+    @override
     @_translated
     def popular(self, slot: str, limit: int) -> dict[int, dict[str, int]]:
-        """See `StateStore.popular`."""
         tag = f"{self._ns}{{{slot}}}"
         buckets = [int(b) for b in cast("list[bytes]", self._redis.zrange(f"{tag}:buckets", 0, -1))]
         with self._redis.pipeline(transaction=False) as pipe:
@@ -363,20 +343,18 @@ class RedisStore:
             if counted
         }
 
+    @override
     @_translated
     def accept_log(self, logs: Logs) -> int:
-        """See `StateStore.accept_log`."""
-        return accept_in_redis(self._redis, self._ns, _CARD, logs)
+        return accept_in_redis(self._redis, self._ns, _VERSION, logs)
 
+    @override
     def close(self) -> None:
-        """See `StateStore.close`."""
         self._closed = True
         self._redis.close()
 
     def _write(self, script: str, keys: list[str], args: list[Any]) -> bytes:
-        return _stood(
-            cast("tuple[int, bytes]", self._scripts[script](keys=keys, args=args)), keys, args
-        )
+        return _check_fence(self._scripts[script](keys=keys, args=args), keys, args)
 
     def _fenced(
         self,
@@ -399,12 +377,12 @@ def _script(name: str) -> str:
     return "".join((folder / f"{part}.lua").read_text(encoding="utf-8") for part in parts)
 
 
-def _stood(answer: tuple[int, bytes], keys: list[str], args: list[Any]) -> bytes:
-    """What a script returned. Raises FenceMoved where it refused."""
+def _check_fence(answer: tuple[int, bytes], keys: list[str], args: list[Any]) -> bytes:
+    """The value that a script returned. Raises FenceMoved if the stored fence differed."""
     if not answer[0]:
         raise FenceMoved(keys[0], args[0], answer[1].decode())
     return answer[1]
 
 
-def _fence(value: bytes | None) -> Fence | None:
+def _fence(value: Any) -> Fence | None:
     return None if value is None else Fence.parse(value.decode())

@@ -1,8 +1,8 @@
-"""The ports: what the rooms ask of state. One file; one adapter per file under `eddyline/stores/`.
+"""The port to state: `StateStore` and its data classes. Adapters: `stores.memory`, `stores.redis`.
 
-Every write is fenced: it names the fence that was read, and is refused whole (`FenceMoved`) where the
-stored one differs. A fence is kept per (slot, source, partition); a source is a topic, or a topic seen by one
-generation (`items@1`). The position of a partition is the lowest of its fences, plus one.
+Every write is fenced: it names the fence that its caller read, and fails whole (`FenceMoved`) if
+the stored fence differs. There is one fence per (slot, source, partition). A source is a topic, or
+a topic as read by one generation (`items@1`). A partition's position is its lowest fence plus one.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class LogId:
 
 @dataclass(frozen=True, slots=True)
 class Fence:
-    """Everything of the partition up to and with `offset` has been applied."""
+    """Records of the partition up to and including `offset` are applied."""
 
     offset: int
     log: LogId
 
     def __str__(self) -> str:
-        """As it is stored: `offset|cluster id|topic id`."""
+        """The stored form: `offset|cluster id|topic id`."""
         return f"{self.offset}|{self.log.cluster_id}|{self.log.topic_id}"
 
     @classmethod
@@ -51,13 +51,13 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class UserRead:
-    """What one chunk of clicks needs to be computed; see `StateStore.read_users`.
+    """The state that a batch of clicks reads; see `StateStore.read_users`.
 
-    accepted_at: event id -> the offset under which it was accepted; absent where it is new
+    accepted_at: event id -> offset at which it was accepted; new ids are absent
     embeddings:  generation -> user id -> (steps, bytes of float32[d]); users without one are absent
-    profiles:    user id -> attributes; absent where there is none
-    recent:      user id -> the entries that a write of the newest few has to begin with; absent where the
-                 whole list has to be written
+    profiles:    user id -> attributes; users without a profile are absent
+    recent:      user id -> stored *recent* entries, to extend on the next write; if absent, the
+                 next write stores the whole history
     """
 
     fence: Fence | None
@@ -70,10 +70,11 @@ class UserRead:
 
 @dataclass(frozen=True, slots=True)
 class SlotRead:
-    """What is read of a user slot when its partition is taken over; see `StateStore.read_slot`.
+    """State of a user slot, read once by the new owner of its partition.
 
-    fence:    of clicks; profiles: of users, as text, "" for none
-    accepted: event id -> offset, of all ids in the window, by offset
+    fence:    fence of `clicks`
+    profiles: fence of `users`, as text; "" for none
+    accepted: event id -> offset, every id of the window, by offset
     """
 
     fence: Fence | None
@@ -93,18 +94,18 @@ class UserQuery:
 
 @dataclass(slots=True)
 class UserEffects:
-    """All effects of one chunk of clicks on one user slot.
+    """All effects of one batch of clicks on one user slot.
 
-    accepted:     event id -> offset, for the events that are new, by offset
-    window_floor: accepted ids with a lower offset leave the window (once there are accepted ones)
-    behaviours:   user id -> his whole new list; its entries may change once the write has ended
-    recent:       user id -> the entries that are new since his list was last written whole; absent: write it
-                  whole now
+    accepted:     event id -> offset, new events, by offset
+    window_floor: ids with a lower offset leave the window; applies only if `accepted` is not empty
+    histories:    user id -> the whole new history; its entries may change after the write
+    recent:       user id -> entries since the last whole write; if absent, the history is written
+                  whole
     embeddings:   generation -> user id -> (steps, bytes of float32[d])
-    emptied:      users whose list goes, and their embeddings of every generation in `embeddings`, before
-                  those above are written
-    profiles:     the fence of `users` that this was computed under, "" for none; another one refuses the
-                  write, for it may have forgotten a user. None is not checked
+    emptied:      users whose history, and embeddings of each generation in `embeddings`, are
+                  deleted first
+    profiles:     expected fence of `users`, "" for none. If the stored fence differs the write
+                  fails: a user may have been forgotten since. None skips the check
     """
 
     accepted: dict[str, int] = field(default_factory=dict)
@@ -129,9 +130,10 @@ class UserWrite:
 
 @dataclass(frozen=True, slots=True)
 class ItemMetadata:
-    """What is stored of an item. A deleted one keeps its version, so that a delete wins for ever.
+    """Metadata of an item. A deleted item keeps its version: no older record can revive it.
 
-    body: the item as JSON (`events.encode`), b"" where it is deleted
+    partition, offset: source record in `items`; the offset is the version
+    body:              the item as JSON (`events.encode`); b"" if deleted
     """
 
     partition: int
@@ -140,7 +142,7 @@ class ItemMetadata:
 
     @property
     def deleted(self) -> bool:
-        """Whether the last change of this item was a delete."""
+        """Whether the last change of the item was a delete."""
         return not self.body
 
 
@@ -152,17 +154,17 @@ class ItemMetadataWrite:
     source: Source
     expected: Fence | None
     new: Fence
-    cards: Mapping[str, ItemMetadata]
+    metadata: Mapping[str, ItemMetadata]
 
 
 @dataclass(frozen=True, slots=True)
 class UserState:
-    """All that one query needs of one user, read in one round trip.
+    """State of one user for one query, read in one round trip.
 
-    fence:      the clicks fence of the user's slot; None where nothing was ever applied there
-    behaviour:  `behaviour.EMPTY` for an unknown user
-    applied_us: Redis' clock when the list was last written, 0 for an unknown user
-    embedding:  (steps, bytes of float32[d]) of the generation asked for
+    fence:      fence of `clicks` of the user's slot; None if nothing was applied there
+    history:    `user_history.EMPTY` for an unknown user
+    applied_us: server clock of the last write of the history, microseconds; 0 for an unknown user
+    embedding:  (steps, bytes of float32[d]) of the requested generation
     """
 
     fence: Fence | None
@@ -174,7 +176,7 @@ class UserState:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How state is cut; written once, refused where a process comes with another one."""
+    """Partition and slot counts of the state. Written once; other layouts are refused."""
 
     version: int
     clicks_partitions: int
@@ -183,20 +185,20 @@ class Layout:
 
 
 class StateStore(Protocol):
-    """State behind fences. Implemented by `stores.memory` and `stores.redis`; one contract suite.
+    """State behind fences. One contract suite tests every adapter.
 
-    Thread rule: any thread. Every call has a time-out and raises StoreUnavailable where the server
-    does not answer in time; the caller waits with back-off.
+    Thread rule: any thread. Every call has a time-out and raises StoreUnavailable if the server
+    does not answer in time; the caller retries with back-off.
     """
 
     def check(self) -> None:
-        """Raise StoreRefused where the server may drop keys (its eviction policy) or is not writable."""
+        """Raise StoreRefused if the server may evict keys or is not writable."""
 
     def claim_layout(self, layout: Layout) -> None:
-        """Write the layout where there is none; raise StoreRefused where another one is stored."""
+        """Store the layout if there is none; raise StoreRefused if another one is stored."""
 
     def layout(self) -> Layout | None:
-        """The stored layout, None on a new store."""
+        """The stored layout; None on a new store."""
 
     def fences(self, source: Source, slots: Sequence[str]) -> dict[str, Fence | None]:
         """The fence of each slot for one partition of a source."""
@@ -209,12 +211,12 @@ class StateStore(Protocol):
         user_ids: Sequence[str],
         generations: Sequence[str] = (),
     ) -> UserRead:
-        """All that a batch needs, read at one instant. generations: whose embeddings are read."""
+        """State for a batch, read at one instant, with the embeddings of `generations`."""
 
     def write_users(
         self, slot: str, source: Source, expected: Fence | None, new: Fence, effects: UserEffects
     ) -> int:
-        """Apply all effects and move the fence, or raise FenceMoved. Returns applied_us (server clock)."""
+        """Apply all effects and move the fence, or raise FenceMoved. Returns server time, µs."""
 
     def read_slot(self, slot: str, source: Source) -> SlotRead:
         """The fences and the event-id window of a user slot. source: the partition of clicks."""
@@ -223,9 +225,9 @@ class StateStore(Protocol):
         """`read_users` of several slots in one round trip, without event ids."""
 
     def write_many(self, writes: Sequence[UserWrite]) -> list[int | EddylineError]:
-        """`write_users` of several slots in one round trip; each stands or fails for itself.
+        """`write_users` of several slots in one round trip; each succeeds or fails on its own.
 
-        What one of them would raise is in its place: FenceMoved, StoreUnavailable (it may have been applied).
+        A failed write returns its error: FenceMoved, or StoreUnavailable (then it may be applied).
         """
 
     def write_profiles(
@@ -240,9 +242,10 @@ class StateStore(Protocol):
     ) -> None:
         """Set profiles and move the fence, or raise FenceMoved.
 
-        None forgets the user: profile, list and the embeddings of all `generations` are deleted. Where
-        `until_ms` has him (the broker's clock when that was said), only a profile is deleted of a user who
-        was appended to the log since: `events.Forget` takes the older ones out of his list.
+        A profile of None forgets the user: profile, history and the embeddings of all `generations`
+        are deleted. until_ms: user id -> broker's time stamp of the null record, ms. If the history
+        has an event appended after it, only the profile is deleted; `events.Forget` removes the
+        older events.
         """
 
     def count_clicks(
@@ -257,15 +260,16 @@ class StateStore(Protocol):
     ) -> None:
         """Add clicks to the popularity buckets and move the fence, or raise FenceMoved.
 
-        counts: bucket number -> item id -> milli_counts of a click (integers, so that sums of many writers
-                are exact in any order); buckets older than the newest `buckets_kept` are dropped
-        items_max: a bucket that has more items loses the least counted ones; only below this are sums exact
+        counts:    bucket number -> item id -> thousandths of a click; integers, so sums of many
+                   writers are exact in any order. Only the newest `buckets_kept` buckets are kept
+        items_max: items of a bucket; beyond it the least counted items are dropped and sums are not
+                   exact
         """
 
     def read_item_metadata(
         self, item_ids: Sequence[str], item_slots: int
     ) -> dict[str, ItemMetadata]:
-        """The cards that exist, deleted ones included, by item id."""
+        """Metadata by item id, deleted items included; unknown items are absent."""
 
     def write_item_metadata(
         self,
@@ -273,32 +277,31 @@ class StateStore(Protocol):
         source: Source,
         expected: Fence | None,
         new: Fence,
-        cards: Mapping[str, ItemMetadata],
+        metadata: Mapping[str, ItemMetadata],
     ) -> None:
-        """Store cards (a card with a lower source offset than the stored one is skipped) and move the
-        fence, or raise FenceMoved. With no cards it only moves the fence.
+        """Store metadata by item id and move the fence, or raise FenceMoved.
+
+        Metadata with a lower offset than the stored one is skipped. Empty metadata moves the fence
+        only.
         """
 
     def write_item_metadata_many(
         self, writes: Sequence[ItemMetadataWrite]
     ) -> list[EddylineError | None]:
-        """`write_item_metadata` of several slots in one round trip; each stands or fails for itself.
-
-        What one of them would raise is in its place: FenceMoved, StoreUnavailable (it may have been applied).
-        """
+        """`write_item_metadata` of several slots in one round trip; errors as for `write_many`."""
 
     def read_user(self, slot: str, partition: int, user_id: str, generation: str) -> UserState:
-        """All that a query needs of a user, in one round trip."""
+        """State of one user for a query, in one round trip."""
 
     def popular(self, slot: str, limit: int) -> dict[int, dict[str, int]]:
-        """The `limit` most counted items of each kept bucket: bucket number -> item id -> milli_counts."""
+        """The `limit` top items of each bucket: bucket number -> item id -> milli-clicks."""
 
     def accept_log(self, logs: Mapping[str, tuple[LogId, Mapping[int, int]]]) -> int:
-        """Take Kafka's present logs for the truth; see `stores.acceptance` for what becomes of a fence.
+        """Adopt Kafka's present logs; returns how many fences `stores.log_reset` changed.
 
-        logs: topic -> (its log, partition -> end offset). Lists, embeddings and counts stay. Only while no
-        ingest runs. Returns how many fences were changed.
+        logs: topic -> (its log, partition -> end offset)
+        Histories, embeddings and counts stay. No ingest process may run meanwhile.
         """
 
     def close(self) -> None:
-        """Let go of connections. Calls after it raise StoreUnavailable."""
+        """Close all connections. Later calls raise StoreUnavailable."""

@@ -1,8 +1,9 @@
-"""Users in Redis: what is asked for and what is written, as keys, arguments and answers.
+"""Users in Redis: keys of reads and writes, arguments of `write_users.lua`, decoding of answers.
 
-The key schema is at the top of `stores.redis`, the layout of a list in `eddyline.schema.user_history`. The event-id
-window is a list of blobs, one for each write: int64 last offset, int64 floor (little-endian), then
-MessagePack of `[first offset, ids, offsets − first]`. What is below the newest blob's floor is not in it.
+The key schema is in `stores.redis`, the layout of a history in `schema.user_history`. The
+event-id window is a list of blobs, one blob a write: int64 last offset, int64 floor
+(little-endian), then MessagePack of `[first offset, ids, offsets − first]`. Ids below the floor of
+the newest blob are not in the window.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import msgspec
 
 from eddyline.errors import StoreRefused
 from eddyline.schema import user_history
-from eddyline.schema.user_history import Stored
+from eddyline.schema.user_history import StoredHistory
 from eddyline.stores.state_store import Fence, UserEffects, UserRead, UserState
 
 _STEPS = struct.Struct("<I")
@@ -25,31 +26,30 @@ _blob = msgspec.msgpack.Decoder(tuple[int, list[str], list[int]])
 _profile = msgspec.msgpack.Decoder(dict[str, object])
 
 
-def keys(tag: str, user_ids: Sequence[str], generations: Sequence[str]) -> list[str]:
+def user_keys(tag: str, user_ids: Sequence[str], generations: Sequence[str]) -> list[str]:
     """The keys of users, kind by kind: recent, older, profile, embedding of each generation."""
     kinds = ["h", "o", "p", *(f"e:{generation}" for generation in generations)]
     return [f"{tag}:{kind}:{user}" for kind in kinds for user in user_ids]
 
 
-def read(
+def decode_users(
     fence: Fence | None,
     user_ids: Sequence[str],
     generations: Sequence[str],
     values: Sequence[bytes | None],
-    accepted_at: Mapping[str, int],
 ) -> UserRead:
-    """What was found under `keys`. Raises StoreRefused on a value of another layout."""
+    """The values of `user_keys`, without `accepted_at`. Raises StoreRefused for another layout."""
     n = len(user_ids)
     histories, recent = {}, {}
     for user, head, older in zip(user_ids, values, values[n:], strict=False):
         if head is not None:
-            stored = list_of(head, older)
+            stored = decode_history(head, older)
             histories[user] = stored.history
             recent[user] = [user_history.compact(entry) for entry in stored.recent]
     profiles = values[2 * n : 3 * n]
     embeddings = {
         generation: {
-            user: embedding(value)
+            user: decode_embedding(value)
             for user, value in zip(user_ids, values[at * n :], strict=False)
             if value
         }
@@ -57,7 +57,7 @@ def read(
     }
     return UserRead(
         fence=fence,
-        accepted_at=accepted_at,
+        accepted_at={},
         histories=histories,
         embeddings=embeddings,
         profiles={
@@ -67,42 +67,42 @@ def read(
     )
 
 
-def state(
+def decode_user(
     fence: Fence | None,
     head: bytes | None,
     older: bytes | None,
     profile: bytes | None,
     vector: bytes | None,
 ) -> UserState:
-    """One user, for a query. Raises StoreRefused on a value of another layout."""
-    stored = None if head is None else list_of(head, older)
+    """One user, for a query. Raises StoreRefused for another layout."""
+    stored = None if head is None else decode_history(head, older)
     return UserState(
         fence=fence,
         history=user_history.EMPTY if stored is None else stored.history,
         applied_us=0 if stored is None else stored.applied_us,
-        embedding=None if vector is None else embedding(vector),
+        embedding=None if vector is None else decode_embedding(vector),
         profile={} if profile is None else _profile.decode(profile),
     )
 
 
-def list_of(head: bytes, older: bytes | None) -> Stored:
-    """A stored list. Raises StoreRefused."""
+def decode_history(head: bytes, older: bytes | None) -> StoredHistory:
+    """A stored history. Raises StoreRefused for another layout."""
     try:
         return user_history.decode(head, older)
     except (ValueError, msgspec.MsgspecError) as error:
         raise StoreRefused(
-            f"a user's list in Redis was written by another version ({error}); empty this Redis: ingest "
-            "fills it again from Kafka"
+            f"a user's history in Redis was written by another version ({error}); "
+            "empty this Redis: ingest fills it again from Kafka"
         ) from None
 
 
-def embedding(value: bytes) -> tuple[int, bytes]:
+def decode_embedding(value: bytes) -> tuple[int, bytes]:
     """(steps, float32[d] as bytes)."""
     return _STEPS.unpack_from(value)[0], value[_STEPS.size :]
 
 
-def writing(tag: str, effects: UserEffects) -> tuple[list[str], list[Any]]:
-    """Keys and arguments of `write_users.lua`, after those of the fences."""
+def encode_users(tag: str, effects: UserEffects) -> tuple[list[str], list[Any]]:
+    """KEYS and ARGV of `write_users.lua`, after those of the fences."""
     recent = effects.recent
     whole = [user for user in effects.histories if user not in recent]
     names = [f"{tag}:window"]
@@ -118,12 +118,13 @@ def writing(tag: str, effects: UserEffects) -> tuple[list[str], list[Any]]:
     names += [f"{tag}:{kind}:{user}" for user in effects.emptied for kind in kinds]
     args: list[Any] = [
         effects.window_floor,
-        accepted_blob(effects.accepted, effects.window_floor),
+        encode_accepted(effects.accepted, effects.window_floor),
         len(effects.histories),
         written,
     ]
     args += [
-        user_history.encode_recent(b, recent.get(user, ())) for user, b in effects.histories.items()
+        user_history.encode_recent(history, recent.get(user, ()))
+        for user, history in effects.histories.items()
     ]
     args += [user_history.encode_older(effects.histories[user].entries) for user in whole]
     args += [
@@ -134,8 +135,8 @@ def writing(tag: str, effects: UserEffects) -> tuple[list[str], list[Any]]:
     return names, args
 
 
-def accepted_blob(accepted: Mapping[str, int], floor: int) -> bytes:
-    """One blob of the window, b"" for no ids. accepted: by offset."""
+def encode_accepted(accepted: Mapping[str, int], floor: int) -> bytes:
+    """One blob of the window; b"" for no ids. accepted: event id -> offset, by offset."""
     if not accepted:
         return b""
     offsets = list(accepted.values())
@@ -145,14 +146,14 @@ def accepted_blob(accepted: Mapping[str, int], floor: int) -> bytes:
     )
 
 
-def accepted(blobs: Iterable[bytes]) -> dict[str, int]:
-    """Event id -> offset of a whole window, oldest first; what is below its floor left out."""
+def decode_accepted(blobs: Iterable[bytes]) -> dict[str, int]:
+    """Event id -> offset of a whole window, oldest first, without ids below its floor."""
     found: dict[str, int] = {}
     floor = 0
     for blob in blobs:
         floor = _BLOB.unpack_from(blob)[1]
         first, ids, more = _blob.decode(memoryview(blob)[_BLOB.size :])
         for event_id, offset in zip(ids, more, strict=True):
-            found.pop(event_id, None)  # accepted anew: it stands where it came last
+            found.pop(event_id, None)  # accepted again: it moves to the end
             found[event_id] = first + offset
     return {event_id: offset for event_id, offset in found.items() if offset >= floor}

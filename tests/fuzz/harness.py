@@ -150,18 +150,17 @@ class Harness:
         effects = UserEffects(
             histories=dict(read.histories), embeddings={"1": dict(read.embeddings["1"])}
         )
-        names, (_, _, lists, written, *values) = user_codec.writing("t", effects)
+        names, (_, _, lists, written, *values) = user_codec.encode_users("t", effects)
         stored = dict(zip(names[1:written], values, strict=True))
         for name in names[1 : 1 + lists]:
             stored[name] += bytes(8)
         if user in read.profiles:
             stored[f"t:p:{user}"] = msgspec.msgpack.encode(read.profiles[user])
-        again = user_codec.read(
+        again = user_codec.decode_users(
             read.fence,
             [user],
             ["1"],
-            [stored.get(n) for n in user_codec.keys("t", [user], ["1"])],
-            {},
+            [stored.get(n) for n in user_codec.user_keys("t", [user], ["1"])],
         )
         assert (again.histories, again.embeddings, again.profiles) == (
             read.histories,

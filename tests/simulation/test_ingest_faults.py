@@ -153,7 +153,7 @@ class Encoded(MemoryStore):
         self, slot: str, source: Source, expected: Any, new: Any, effects: UserEffects
     ) -> int:
         applied_us = super().write_users(slot, source, expected, new, effects)
-        names, (_, _, lists, written, *values) = user_codec.writing(slot, effects)
+        names, (_, _, lists, written, *values) = user_codec.encode_users(slot, effects)
         for name in names[written:]:
             self.values.pop(name, None)
         for n, (name, value) in enumerate(zip(names[1:written], values, strict=True)):
@@ -164,9 +164,10 @@ class Encoded(MemoryStore):
         reads = []
         for q, kept in zip(queries, super().read_many(queries), strict=True):
             found = [
-                self.values.get(name) for name in user_codec.keys(q.slot, q.user_ids, q.generations)
+                self.values.get(name)
+                for name in user_codec.user_keys(q.slot, q.user_ids, q.generations)
             ]
-            read = user_codec.read(kept.fence, q.user_ids, q.generations, found, {})
+            read = user_codec.decode_users(kept.fence, q.user_ids, q.generations, found)
             assert (read.histories, read.embeddings) == (kept.histories, kept.embeddings)
             reads.append(read)
         return reads

@@ -13,7 +13,7 @@ from eddyline.schema.user_history import (
     Bounds,
     CompactEntry,
     Entry,
-    Stored,
+    StoredHistory,
     UserHistory,
     compact,
     decode,
@@ -108,7 +108,7 @@ def test_golden_bytes() -> None:
     older = bytes.fromhex("92" + "92a16204" + "94a1630100cb3fe0000000000000")
     assert encode_recent(history, [("a", 5, 2)]) == recent[:-8]
     assert encode_older(history.entries[1:]) == older
-    assert decode(recent, older) == Stored(history, 9, [Entry("a", 5, 2)])
+    assert decode(recent, older) == StoredHistory(history, 9, [Entry("a", 5, 2)])
 
 
 def test_another_layout_is_named() -> None:
@@ -118,7 +118,7 @@ def test_another_layout_is_named() -> None:
 
 def test_empty_has_no_coordinates() -> None:
     assert (EMPTY.partition, EMPTY.offset, EMPTY.entries) == (-1, -1, ())
-    assert decode(encode_recent(EMPTY, []) + bytes(8)) == Stored(EMPTY, 0, [])
+    assert decode(encode_recent(EMPTY, []) + bytes(8)) == StoredHistory(EMPTY, 0, [])
 
 
 @patient
