@@ -31,6 +31,7 @@ from benchmarks.report import report, row
 from eddyline.schema.item_record import ItemRecord
 from eddyline.settings.loader import load
 from index.factory import HnswIndex
+from index.search import nearest
 
 LONG = os.environ.get("LONG") == "1"
 N = int(os.environ.get("N", "50000"))
@@ -76,7 +77,7 @@ class World:
         )
         assert self.index.rebuild(), self.index.stats().rebuild_error
         self.build_s = self.index.stats().rebuild_s
-        main = self.index._state.main
+        main = self.index._version.main
         assert main is not None
         self.graph = main._graph  # type: ignore[attr-defined]
 
@@ -197,7 +198,7 @@ def against_static(
                 assert world.index.rebuild()
             stop.wait(0.05)
 
-    ids = world.index._state.ids
+    ids = world.index._version.ids
 
     def fixed(query: np.ndarray) -> list[tuple[str, float]]:
         labels, distances = world.graph.knn_query(query, k=K, num_threads=1)
@@ -308,12 +309,14 @@ def crossing() -> list[dict[str, Any]]:
     rows = []
     for n in (3_000, 6_000, 12_000, 24_000):
         world = World(n, exact_below=0)
-        state = world.index._state
+        version = world.index._version
         scan = statistics.median(
-            timed(lambda q, s=state: s.scan(q, K, frozenset()), world.queries, 0.7, 0)
+            timed(lambda q, v=version: nearest.scan(v, q, K, frozenset()), world.queries, 0.7, 0)
         )
         graph = statistics.median(
-            timed(lambda q, s=state: s.search(q, K, frozenset(), EF), world.queries, 0.7, 0)
+            timed(
+                lambda q, v=version: nearest.search(v, q, K, frozenset(), EF), world.queries, 0.7, 0
+            )
         )
         rows.append(row(f"exact scan against graph, n = {n:,}", scan / graph, "×"))
         rows.append(row("  exact", scan, "ms"))

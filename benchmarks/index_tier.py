@@ -28,7 +28,8 @@ import numpy as np
 from benchmarks.index import EF, JUDGED, REBUILD_NICE, K, World, background, recall_of, timed
 from benchmarks.report import report, row
 from eddyline.settings.loader import load
-from index.storage.state import IndexVersion
+from index.search import nearest
+from index.storage.index_version import IndexVersion
 
 N = int(os.environ.get("N", "100000"))
 FRESH = [int(n) for n in os.environ.get("FRESH", "4000,8000,16000,32000,48000,64000").split(",")]
@@ -42,9 +43,9 @@ SECONDS = float(os.environ.get("SECONDS", "20"))
 def answer(state: IndexVersion, query: np.ndarray) -> Any:
     """As the live index answers."""
     found = None
-    if state.searchable(K, EF):
-        found = state.search(query, K, frozenset(), EF)
-    return found or state.scan(query, K, frozenset())
+    if nearest.searchable(state, K, EF):
+        found = nearest.search(state, query, K, frozenset(), EF)
+    return found or nearest.scan(state, query, K, frozenset())
 
 
 def cpu_us(states: tuple[IndexVersion, IndexVersion], queries: np.ndarray) -> list[float]:
@@ -86,7 +87,7 @@ def under_updates(world: World, tier: bool) -> tuple[list[float], list[float], f
         nonlocal built_s
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), REBUILD_NICE)
         if tier:
-            assert world.index.build_tier()
+            assert world.index.flush()
             built_s = time.perf_counter() - begun
 
     built_s = 0.0
@@ -128,8 +129,8 @@ def live() -> int:
             row(f"{name}: p99", float(np.percentile(after, 99)), "ms"),
             row("  updates applied", per_s, "/s"),
             row("  in the buffer at the end", stats.fresh, "entries"),
-            row("  in tiers at the end", stats.tiered, "items"),
-            row("  recall@100 right after", recall(world.index._state, world), ""),
+            row("  in tiers at the end", stats.small_segment_items, "items"),
+            row("  recall@100 right after", recall(world.index._version, world), ""),
         ]
         world.index.close()
     return report(
@@ -153,26 +154,26 @@ def main() -> int:
         for at in range(moved, fresh, 500):
             world.index.apply(world.update(0, small=False, at=order[at : min(fresh, at + 500)]))
         moved = fresh
-        plain = world.index._state
+        plain = world.index._version
         placement = copy.deepcopy(world.index._placement)
         begun = time.thread_time()
-        assert world.index.build_tier()
+        assert world.index.flush()
         built_s = time.thread_time() - begun
-        tiered = world.index._state
-        buffer_us, tier_us = cpu_us((plain, tiered), world.queries)
+        flushed = world.index._version
+        buffer_us, tier_us = cpu_us((plain, flushed), world.queries)
         rows += [
             row(f"{fresh:,} fresh of {N:,}: tier against plain buffer", tier_us / buffer_us, "×"),
             row("  plain buffer, CPU of a query", buffer_us, "µs"),
             row("  tier, CPU of a query", tier_us, "µs"),
             row("  building the tier, CPU", built_s, "s"),
             row("  recall@100, plain", recall(plain, world), ""),
-            row("  recall@100, tier", recall(tiered, world), ""),
+            row("  recall@100, tier", recall(flushed, world), ""),
         ]
         print(f"{fresh:,}: {buffer_us:.0f} µs plain, {tier_us:.0f} µs with a tier", flush=True)
         if tier_us < buffer_us and not crossing:
             crossing = fresh
         # Back to the plain buffer; nobody wrote meanwhile.
-        world.index._state, world.index._placement = plain, placement
+        world.index._version, world.index._placement = plain, placement
     world.index.close()
     rows.append(row("the first step at which the tier was cheaper", crossing, "fresh items"))
     return report("index_tier", rows, Path(load().data_dir) / "bench", n=N, fresh=FRESH)

@@ -6,32 +6,23 @@ import threading
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
+from typing_extensions import override
 
 from eddyline.schema.item_record import ItemRecord
 from index.arrays import Vector
 from index.filters import Filter, matches
-from index.port import (
-    Hit,
-    IndexStats,
-    SearchResult,
-    Watermark,
-    check_kinds,
-    check_query,
-    stack_vectors,
-    stamps_of,
-    watermarks_after,
-    winners,
-)
+from index.port import Hit, Index, IndexStats, SearchResult, Watermark
+from index.records import check_kinds, check_query, stack_vectors, stamps_of, watermarks_after
 
 
-class ExactIndex:
-    """A dict of records behind one lock. O(n·d) a query; see `index.port.Index` for the contract.
+class ExactIndex(Index):
+    """A dict of records behind one lock; a query is O(n·d).
 
-    Thread rule: any thread; here readers take the lock as well.
+    Thread rule: any thread; readers take the lock too.
     """
 
     def __init__(self, dimension: int) -> None:
-        """dimension: the length of every vector."""
+        """dimension: length of every vector."""
         self._dimension = dimension
         self._lock = threading.Lock()
         self._records: dict[str, ItemRecord] = {}
@@ -39,43 +30,43 @@ class ExactIndex:
         self._applied = self._ignored = self._rejected = 0
 
     @property
+    @override
     def dimension(self) -> int:
-        """The length of every vector."""
         return self._dimension
 
+    @override
     def apply(self, records: Sequence[ItemRecord], others: Sequence[ItemRecord] = ()) -> int:
-        """See `Index.apply`."""
         with self._lock:
             try:
-                stack_vectors([r for r in records if not r.retired], self._dimension)
+                stack_vectors(records, self._dimension)
             except Exception:
                 self._rejected += 1
                 raise
-            counted = 0
-            for item_id, record in winners(records).items():
+            applied = 0
+            for item_id, record in _newest_of_each(records).items():
                 before = self._records.get(item_id)
                 if before is None or record.offset > before.offset:
                     self._records[item_id] = record
-                    counted += 1
+                    applied += 1
             self._watermarks = watermarks_after(self._watermarks, stamps_of([*records, *others]))
-            self._applied += counted
-            self._ignored += len(records) - counted
-            return counted
+            self._applied += applied
+            self._ignored += len(records) - applied
+            return applied
 
+    @override
     def upsert(self, records: Sequence[ItemRecord]) -> int:
-        """See `Index.upsert`."""
         check_kinds(records, retired=False)
         return self.apply(records)
 
+    @override
     def retire(self, records: Sequence[ItemRecord]) -> int:
-        """See `Index.retire`."""
         check_kinds(records, retired=True)
         return self.apply(records)
 
+    @override
     def query(
         self, vector: Vector, k: int, exclude: Collection[str] = (), filters: Filter | None = None
     ) -> list[Hit]:
-        """See `Index.query`."""
         check_query(vector, self._dimension)
         query = vector.astype(np.float64)
         scored = [
@@ -85,41 +76,41 @@ class ExactIndex:
         ]
         return sorted(scored, key=lambda hit: (-hit.score, hit.item_id))[: max(k, 0)]
 
+    @override
     def find(
         self, vector: Vector, k: int, exclude: Collection[str] = (), filters: Filter | None = None
     ) -> SearchResult:
-        """See `Index.find`."""
         return SearchResult.of(self.query(vector, k, exclude, filters))
 
+    @override
     def vectors_of(self, item_ids: Sequence[str]) -> Vector:
-        """See `Index.vectors_of`."""
         with self._lock:
-            found = [self._records.get(item_id) for item_id in item_ids]
-        vectors = [r.vector for r in found if r is not None and r.vector is not None]
+            records = [self._records.get(item_id) for item_id in item_ids]
+        vectors = [r.vector for r in records if r is not None and r.vector is not None]
         return np.array(vectors, np.float32).reshape(len(vectors), self._dimension)
 
+    @override
     def describe(self, item_ids: Sequence[str], filters: Filter | None = None) -> list[Hit | None]:
-        """See `Index.describe`."""
         with self._lock:
-            found = [self._records.get(item_id) for item_id in item_ids]
+            records = [self._records.get(item_id) for item_id in item_ids]
         return [
             None if r is None or r.retired or not _passes(r, filters) else _hit(r, 0.0)
-            for r in found
+            for r in records
         ]
 
+    @override
     def newest(
         self, k: int, exclude: Collection[str] = (), filters: Filter | None = None
     ) -> list[Hit]:
-        """See `Index.newest`."""
         hits = [_hit(record, 0.0) for record in self._live(exclude, filters)]
         return sorted(hits, key=lambda hit: (-hit.at_ms, hit.item_id))[: max(k, 0)]
 
+    @override
     def watermarks(self) -> Mapping[int, Watermark]:
-        """See `Index.watermarks`."""
         return self._watermarks
 
+    @override
     def stats(self) -> IndexStats:
-        """See `Index.stats`."""
         with self._lock:
             live = sum(not record.retired for record in self._records.values())
             return IndexStats(
@@ -131,8 +122,9 @@ class ExactIndex:
                 rejected=self._rejected,
             )
 
+    @override
     def close(self) -> None:
-        """Nothing runs in the background."""
+        pass
 
     def _live(self, exclude: Collection[str], filters: Filter | None) -> list[ItemRecord]:
         excluded = set(exclude)
@@ -143,6 +135,16 @@ class ExactIndex:
             for r in records
             if not r.retired and r.item_id not in excluded and _passes(r, filters)
         ]
+
+
+def _newest_of_each(records: Sequence[ItemRecord]) -> dict[str, ItemRecord]:
+    """Item id -> its record with the highest offset, the first one of equals."""
+    newest: dict[str, ItemRecord] = {}
+    for record in records:
+        before = newest.get(record.item_id)
+        if before is None or record.offset > before.offset:
+            newest[record.item_id] = record
+    return newest
 
 
 def _passes(record: ItemRecord, filters: Filter | None) -> bool:

@@ -1,10 +1,10 @@
-"""The recall guard: a few real queries are answered exactly as well, and what is too low is raised.
+"""The recall guard: samples real queries, compares with the exact answer, raises what is too low.
 
-A share of the queries that the main index answered is compared, on a thread of its own, with the exact
-answer on the very State they read. Recall@k is the share of the exact answer that was found. Where it is
-surely below the floor, each query does more work, one step at a time: more candidates (twice as many each
-time), then a new main index, then exact answers only. Where it is surely good again, the steps are gone back.
-While answers are exact the main index is measured in their shadow, so that the way back is seen.
+A thread of its own compares a share of the answers from segments with the exact answer of the same
+IndexVersion. Recall@k is the share of the exact answer that was found. While it is surely below
+the floor, each query does more work, one step at a time: more candidates (twice as many each time),
+then a rebuild of the main segment, then exact answers only. Once recall is surely good again, the
+guard steps back. While answers are exact it compares segment searches with them.
 """
 
 from __future__ import annotations
@@ -16,43 +16,45 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+from typing_extensions import override
 
 from eddyline.statistics import interval
 from index.arrays import Vector
+from index.live import LiveIndex, RecallMonitor
 from index.port import RecallEstimate, SearchResult
-from index.storage.state import IndexVersion
-
-if TYPE_CHECKING:
-    from index.live import LiveIndex
+from index.search import nearest
+from index.storage.index_version import IndexVersion
 
 log = logging.getLogger(__name__)
 
-# So long between two steps back, and until an index that stays bad is rebuilt again: twice as long each time
-# that a step back had to be undone or a rebuild did not help, so that nothing swings.
+# Time between two steps back, and until a bad index is rebuilt again. It doubles, up to the
+# maximum, when a step back has to be undone or a rebuild did not help, to prevent oscillation.
 HOLD_S = 60.0
 HOLD_S_MAX = 3_600.0
-# After an error in the guard itself.
+# Pause after an error of the guard itself.
 PAUSE_S = 60.0
-# The thread is woken by queries; this only bounds how long it takes to see that it was closed.
-LOOK_S = 5.0
+# Queries wake the thread; this bounds how long it takes to notice `close`.
+POLL_S = 5.0
 
 
-class Shadow(NamedTuple):
-    """One query to compare: what it read, what it asked, what it was told, and under which step."""
+class Sample(NamedTuple):
+    """One answered query to compare; epoch: number of steps at that time."""
 
-    state: IndexVersion
+    version: IndexVersion
     vector: Vector
-    wanted: int
+    k: int
     excluded: Collection[str]
-    found: SearchResult
+    result: SearchResult
     epoch: int
 
 
-class RecallGuard:
-    """Watches one live index. Thread rule: any thread; `offer` returns at once.
+class RecallGuard(RecallMonitor):
+    """Watches one live index.
 
-    One shadow query at a time, and of the guard's time at most `cpu_share` is spent in them.
+    Thread rule: any thread; `offer` returns at once. The guard compares one sample at a time and
+    spends at most `cpu_share` of one core.
     """
 
     def __init__(
@@ -68,50 +70,55 @@ class RecallGuard:
         clock: Callable[[], float] = time.monotonic,
         seed: int | None = None,
     ) -> None:
-        """Begin to watch; the index closes it.
+        """A guard of this index; set it as `index.guard`, and the index closes it.
 
-        share:       of the queries to compare, 0 … 1; cpu_share: of one core, above 0 and at most 1
-        floor:       the recall to hold, 0 … 1; samples: the fewest queries to judge by
-        breadth_max: the most candidates to ask for
+        share:       of the queries to sample, 0 … 1; cpu_share: of one core, above 0, at most 1
+        floor:       recall to hold, 0 … 1; samples: fewest compared queries to judge by
+        breadth_max: most candidates to ask for
         """
         if not (0 <= share <= 1 and 0 <= floor <= 1 and samples >= 2 and 0 < cpu_share <= 1):
             raise ValueError(
-                f"share {share} and floor {floor} must be within 0 … 1, samples {samples} at least 2, "
-                f"cpu_share {cpu_share} above 0 and at most 1"
+                f"share {share} and floor {floor} must be within 0 … 1, samples {samples} at "
+                f"least 2, cpu_share {cpu_share} above 0 and at most 1"
             )
         self._index = index
-        self._share, self._floor, self._samples, self._cpu_share = share, floor, samples, cpu_share
+        self._share = share
+        self._floor = floor
+        self._samples = samples
+        self._cpu_share = cpu_share
         self._breadths = [index.breadth]
         while self._breadths[-1] < breadth_max:
             self._breadths.append(min(breadth_max, 2 * self._breadths[-1]))
         self._clock = clock
-        self._draw = random.Random(seed).random
+        self._random = random.Random(seed).random
+        # Held from the offer of a sample until the thread has compared it.
         self._busy = threading.Lock()
-        self._job: Shadow | None = None
+        self._sample: Sample | None = None
         self._wake, self._stop = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
         self._not_before = -math.inf
-        # From here on the guard's thread alone writes.
+        # Below: written by the guard's thread alone, `_skipped` excepted.
         self._window: deque[tuple[float, int]] = deque(maxlen=2 * samples)
-        self._epoch = self._width = 0
+        self._epoch = 0
+        self._width = 0  # position in `_breadths`
         self._rebuilt = self._lowered_last = False
-        self._awaited: int | None = None
+        self._awaited: int | None = None  # number of finished rebuilds to wait for
         self._hold_s_min = self._hold_s = hold_s
         self._since = clock()
         self._shadowed = self._skipped = self._raised = self._lowered = 0
-        self._recall = self._told(0, 0.0, 0.0, 1.0)
-        index.guard = self
+        self._recall = self._estimate()
 
+    @override
     def offer(
         self,
-        state: IndexVersion,
+        version: IndexVersion,
         vector: Vector,
-        wanted: int,
+        k: int,
         excluded: Collection[str],
-        found: SearchResult,
+        result: SearchResult,
     ) -> None:
-        """Perhaps compare one query that was just answered, later; see `LiveIndex.query`."""
-        if self._draw() >= self._share or not len(found):
+        """Perhaps sample this query, to compare it later."""
+        if self._random() >= self._share or not len(result):
             return
         if (
             self._clock() < self._not_before
@@ -120,77 +127,77 @@ class RecallGuard:
         ):
             self._skipped += 1
             return
-        # Who holds `busy` is alone here until the thread lets go of it.
-        self._job = Shadow(state, vector.copy(), wanted, excluded, found, self._epoch)
+        self._sample = Sample(version, vector.copy(), k, excluded, result, self._epoch)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="recall-guard", daemon=True)
             self._thread.start()
         self._wake.set()
 
+    @override
     def recall(self) -> RecallEstimate:
-        """What was found so far."""
         return self._recall._replace(shadowed=self._shadowed, skipped=self._skipped)
 
+    @override
     def close(self) -> None:
-        """Stop watching; what was raised stays raised."""
+        """Stop watching; the current step stays."""
         self._stop.set()
         self._wake.set()
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(2 * LOOK_S)
+            self._thread.join(2 * POLL_S)
 
     # ------------------------------------------------------------------ comparing
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            if not self._wake.wait(LOOK_S):
+            if not self._wake.wait(POLL_S):
                 continue
             self._wake.clear()
-            job, self._job = self._job, None
-            if job is None:
+            sample, self._sample = self._sample, None
+            if sample is None:
                 continue
-            begun, pause = self._clock(), 0.0
+            started, pause = self._clock(), 0.0
             try:
-                self._one(job)
+                self._compare(sample)
             except Exception:
                 pause = PAUSE_S
                 log.exception("the recall guard could not compare a query; it pauses")
             finally:
-                # Without the reference a State that was replaced can go while nothing is sampled.
-                del job
-                took = self._clock() - begun
-                self._not_before = begun + max(pause, took / self._cpu_share)
+                # The reference would keep a replaced IndexVersion alive until the next sample.
+                del sample
+                took = self._clock() - started
+                self._not_before = started + max(pause, took / self._cpu_share)
                 self._busy.release()
 
-    def _one(self, job: Shadow) -> None:
-        """Compare one query, then judge."""
+    def _compare(self, sample: Sample) -> None:
+        """Compare one answer with the exact one, then judge."""
         if self._awaited is not None:
-            self._look_at_rebuild()
-        # An answer from before the last step says nothing about what is now.
-        if self._awaited is not None or job.epoch != self._epoch:
+            self._check_rebuild()
+        # An answer from before the last step does not count.
+        if self._awaited is not None or sample.epoch != self._epoch:
             return
-        found, exact = job.found, job.found
+        version, vector, k, excluded, answered, _ = sample
+        found = exact = answered
         if self._index.exact_only:
             breadth = self._index.breadth
-            # A search that finds too little is answered by the scan, and so is none the worse.
-            found = job.state.search(job.vector, job.wanted, job.excluded, breadth) or job.found
+            # The scan answers where a search finds too few, so such a query loses no recall.
+            found = nearest.search(version, vector, k, excluded, breadth) or answered
         else:
-            exact = job.state.scan(job.vector, job.wanted, job.excluded)
+            exact = nearest.scan(version, vector, k, excluded)
         self._shadowed += 1
         if len(exact):
-            # By scores, not by names: of equal ones any is right.
+            # By scores, not by ids: of equal scores any item is right.
             good = int((found.scores >= exact.scores[-1]).sum())
             self._window.append((min(1.0, good / len(exact)), len(exact)))
-            self._judge(job.wanted + len(job.excluded))
+            self._judge(k + len(excluded))
 
     def _judge(self, need: int) -> None:
-        estimate, low, high = interval(self._window)
-        now, count = self._clock(), len(self._window)
-        self._recall = self._told(count, estimate, low, high)
-        if count < self._samples:
+        """Take a step if the interval is surely below or above the floor."""
+        recall = self._recall = self._estimate()
+        if recall.samples < self._samples:
             return
-        if high < self._floor:
+        if recall.high < self._floor:
             self._raise(need)
-        elif low >= self._floor and now - self._since >= self._hold_s:
+        elif recall.low >= self._floor and self._clock() - self._since >= self._hold_s:
             if self._width or self._index.exact_only:
                 self._lower()
             else:
@@ -199,13 +206,13 @@ class RecallGuard:
     # ------------------------------------------------------------------ steps
 
     def _raise(self, need: int) -> None:
-        """The next step towards more work for each query; need: what the queries ask for anyway."""
+        """Take the next step towards more work per query. need: candidates of a query anyway."""
         index = self._index
         if index.exact_only:
             if self._clock() - self._since < self._hold_s:
                 return
             self._hold_s = min(HOLD_S_MAX, 2 * self._hold_s)
-            self._await_rebuild()
+            self._request_rebuild()
         elif self._width + 1 < len(self._breadths):
             self._width += 1
             while self._width + 1 < len(self._breadths) and self._breadths[self._width] <= need:
@@ -213,17 +220,17 @@ class RecallGuard:
             index.breadth = self._breadths[self._width]
         elif not self._rebuilt:
             self._rebuilt = True
-            self._await_rebuild()
+            self._request_rebuild()
         else:
             index.exact_only = True
         if self._lowered_last:
             self._hold_s = min(HOLD_S_MAX, 2 * self._hold_s)
         self._lowered_last = False
         self._raised += 1
-        self._stepped("recall is below its floor: more work for each query", logging.WARNING)
+        self._restart("recall is below its floor: more work for each query", logging.WARNING)
 
     def _lower(self) -> None:
-        """One step back."""
+        """Take one step back."""
         if self._index.exact_only:
             self._index.exact_only = False
         else:
@@ -232,34 +239,33 @@ class RecallGuard:
         self._rebuilt = False
         self._lowered_last = True
         self._lowered += 1
-        self._stepped("recall is good again: one step back", logging.INFO)
+        self._restart("recall is good again: one step back", logging.INFO)
 
-    def _await_rebuild(self) -> None:
-        """Ask for a rebuild. One that runs already began with what is there now, so it does not count."""
+    def _request_rebuild(self) -> None:
+        """Request a rebuild and wait for it; a running one started too early to count."""
         stats = self._index.stats()
         self._awaited = stats.rebuilds + stats.rebuilds_failed + (2 if stats.rebuilding else 1)
-        self._index.rebuild_soon()
+        self._index.request_rebuild()
 
-    def _look_at_rebuild(self) -> None:
+    def _check_rebuild(self) -> None:
         stats = self._index.stats()
         if self._awaited is not None and stats.rebuilds + stats.rebuilds_failed >= self._awaited:
             self._awaited = None
             if stats.rebuild_error:
                 self._index.exact_only = True
-            self._stepped(
-                f"rebuilt for recall's sake: {stats.rebuild_error or 'done'}", logging.WARNING
-            )
+            outcome = stats.rebuild_error or "done"
+            self._restart(f"rebuild because of low recall: {outcome}", logging.WARNING)
 
-    def _stepped(self, what: str, level: int) -> None:
-        """Log the step; judge by new samples only."""
+    def _restart(self, message: str, level: int) -> None:
+        """Log the step and start a new window of samples."""
         before = self._recall
         self._window.clear()
         self._epoch += 1
         self._since = self._clock()
-        self._recall = self._told(0, 0.0, 0.0, 1.0)
+        self._recall = self._estimate()
         log.log(
             level,
-            what,
+            message,
             extra={
                 "step": self._recall.step,
                 "breadth": self._index.breadth,
@@ -271,7 +277,7 @@ class RecallGuard:
             },
         )
 
-    def _told(self, count: int, estimate: float, low: float, high: float) -> RecallEstimate:
+    def _estimate(self) -> RecallEstimate:
         if self._awaited is not None:
             step = "rebuild"
         elif self._index.exact_only:
@@ -280,10 +286,8 @@ class RecallGuard:
             step = "wider" if self._width else "normal"
         return RecallEstimate(
             step,
-            count,
-            estimate,
-            low,
-            high,
+            len(self._window),
+            *interval(self._window),
             self._shadowed,
             self._skipped,
             self._raised,

@@ -29,9 +29,8 @@ from eddyline.stores.redis import RedisStore
 from embeddings.bundle.bundle import Bundle
 from embeddings.towers.user_tower import query_vector
 from index.backends.base import AnnBackend
-from index.backends.registry import make_backend
+from index.factory import ann_backend, guard_recall
 from index.live import LiveIndex
-from index.recall_guard import RecallGuard
 from serving import dependencies, metrics, registry
 from serving.answer.retriever import Retriever
 from serving.answer.user_reader import UserReader
@@ -61,15 +60,10 @@ def main() -> int:
         loaded = loader.load()
         logs.configure(loaded, "worker")
         settings = discovery.resolve(loaded)
-        main = make_backend(
-            settings.index_main,
-            m=settings.index_m,
-            ef_construction=settings.index_ef_construction,
-            ef=settings.index_ef,
-        )
+        backend = ann_backend(settings)
         share = shard_of(settings)
         if settings.worker_processes > 1:
-            return lifecycle.run_until_exit(_many(settings, main, share, stop))
+            return lifecycle.run_until_exit(_many(settings, backend, share, stop))
         service, shard = RetrievalService(settings), ShardService(share)
         server = WorkerServer(settings, service, shard)
     except (SettingsError, PortTaken) as error:
@@ -86,7 +80,7 @@ def main() -> int:
                 retry,
                 stop,
                 lambda: server,
-                lambda: open_index(settings, main, share, retry),
+                lambda: open_index(settings, backend, share, retry),
             )
         )
     finally:
@@ -94,7 +88,7 @@ def main() -> int:
 
 
 def _many(
-    settings: Settings, main: AnnBackend, share: ShardAssignment, stop: threading.Event
+    settings: Settings, backend: AnnBackend, share: ShardAssignment, stop: threading.Event
 ) -> Callable[[], int]:
     """Runs the processes of a worker, see `serving.worker.prefork`. Raises SettingsError, PortTaken."""
     port = SharedPort(settings)
@@ -109,7 +103,7 @@ def _many(
     lifecycle.stop_on_signals(stop, give_up)
 
     def opened() -> OpenedIndex:
-        held[:] = [open_index(settings, main, share, retry)]
+        held[:] = [open_index(settings, backend, share, retry)]
         return held[0]
 
     def built(opened: OpenedIndex) -> bool:
@@ -181,7 +175,7 @@ def _run(
     popular = dependencies.popular_path(settings, store)
     announced: Path | None = None
     try:
-        _guard(settings, index)
+        guard_recall(settings, index)
         index.begin()
         service.waiting_for("ingest to publish the last changes of items")
         wait_until_published(settings, store, generation.generation, stop)
@@ -231,18 +225,6 @@ def _run(
 def _say(what: str) -> None:
     sys.stdout.write(f"{what}\n")
     sys.stdout.flush()
-
-
-def _guard(settings: Settings, index: LiveIndex) -> None:
-    if settings.index_recall_share:
-        RecallGuard(
-            index,
-            share=settings.index_recall_share,
-            floor=settings.index_recall_floor,
-            samples=settings.index_recall_samples,
-            breadth_max=settings.index_ef_max,
-            cpu_share=settings.index_recall_cpu_percent_max / 100,
-        )
 
 
 def _ready(

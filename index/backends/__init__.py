@@ -1,1 +1,1 @@
-"""Main indexes: what the live index puts its fresh buffer, its mask and its rescoring around."""
+"""ANN libraries behind the live index."""

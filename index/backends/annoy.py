@@ -1,83 +1,78 @@
-"""AnnoyBackend's forest of random splits as main index. The only file that imports annoy.
+"""Annoy's forest of random splits as ANN backend. Only this file imports annoy.
 
-AnnoyBackend cannot add to a finished forest; here it does not have to. It makes room for the largest item number, so
-its numbers are places in our array of labels, not the labels themselves.
+Annoy cannot add to a finished forest; the live index never asks it to. Annoy allocates space up
+to the largest item number, so its numbers are positions in our array of labels.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 
 import annoy
 import numpy as np
+from typing_extensions import override
 
 from index.arrays import Ints, Vector
-from index.port import AnnIndex
+from index.backends.base import AnnBackend, AnnIndex
 
 SEED = 100
-# Adding holds the interpreter, a few microseconds an item; between two pieces a rebuild can be given up.
-PIECE = 1_024
-# Before its vector a node has 12 bytes; an inner node has a vector, too, and random splits fill the leaves to
-# about two thirds. A test compares it with the size of a saved forest.
+# Vectors added between two checks of `stop`; adding holds the interpreter lock, microseconds each.
+CHUNK = 1_024
+# A node has 12 bytes before its vector. Inner nodes have a vector too, and random splits fill the
+# leaves to about two thirds. A test compares the estimate with the size of a saved forest.
 NODE_BYTES = 12
 LEAF_FILL = 0.66
 
 
-class AnnoyGraph:
-    """One finished forest. Thread rule: any thread may search."""
+class AnnoyForest(AnnIndex):
+    """One finished forest."""
 
     name = "annoy"
 
-    def __init__(self, forest: annoy.AnnoyIndex, labels: Ints, width: int, dimension: int) -> None:
-        """forest: built; labels: int64 (n,); width: nodes to look at for each candidate asked for."""
+    def __init__(
+        self, forest: annoy.AnnoyIndex, labels: Ints, nodes_per_candidate: int, dimension: int
+    ) -> None:
+        """forest: built; labels: int64 (n,), by Annoy's item number."""
         self._forest = forest
         self._labels = labels
-        self._width = width
-        node = NODE_BYTES + 4 * dimension
+        self._nodes_per_candidate = nodes_per_candidate
+        node_bytes = NODE_BYTES + 4 * dimension
         per_leaf = LEAF_FILL * (dimension + 2)
         inner = forest.get_n_trees() * 2.0 * len(labels) / per_leaf
-        self.memory_bytes = int(node * (len(labels) + inner)) + labels.nbytes
+        self.size = len(labels)
+        self.memory_bytes = int(node_bytes * (len(labels) + inner)) + labels.nbytes
 
-    @property
-    def size(self) -> int:
-        """How many vectors it holds."""
-        return len(self._labels)
-
+    @override
     def search(self, query: Vector, fetch: int, breadth: int = 0) -> Ints | None:
-        """See `graphs.AnnIndex.search`; releases the interpreter while it searches."""
-        # Reading the numbers of a list is several times faster than those of an array.
-        places = self._forest.get_nns_by_vector(
-            query.tolist(), fetch, max(fetch, breadth) * self._width
-        )
-        return self._labels[places] if places else None
+        """As in the port; releases the interpreter lock while it searches."""
+        nodes = max(fetch, breadth) * self._nodes_per_candidate
+        # Annoy reads a list several times faster than an array.
+        found = self._forest.get_nns_by_vector(query.tolist(), fetch, nodes)
+        return self._labels[found] if found else None
 
 
-class AnnoyBackend:
-    """Builds AnnoyBackend forests; see `index.backends.base.AnnBackend`."""
+class AnnoyBackend(AnnBackend):
+    """Builds Annoy forests."""
 
     name = "annoy"
 
     def __init__(self, *, trees: int = 32, width: int = 24) -> None:
-        """trees: more find more and take more memory; width: nodes looked at for each candidate asked for."""
+        """trees: more trees find more and take more memory; width: nodes visited per candidate."""
         if trees < 1 or width < 1:
             raise ValueError(f"trees {trees} and width {width} must be at least 1")
-        self._trees, self._width = trees, width
+        self.settings = {"trees": trees, "width": width}
 
-    @property
-    def settings(self) -> Mapping[str, int]:
-        """See `AnnBackend.settings`."""
-        return {"trees": self._trees, "width": self._width}
-
+    @override
     def build(self, labels: Ints, vectors: Vector, stop: threading.Event) -> AnnIndex | None:
-        """See `AnnBackend.build`. Stops while adding; growing the trees cannot be interrupted."""
+        """As in the port; `stop` interrupts the adding, not the growing of the trees."""
         # On unit vectors the order by angle is the order by inner product.
-        forest = annoy.AnnoyIndex(vectors.shape[1], "angular")
+        dimension = vectors.shape[1]
+        forest = annoy.AnnoyIndex(dimension, "angular")
         forest.set_seed(SEED)
-        for at in range(0, len(labels), PIECE):
+        for at in range(0, len(labels), CHUNK):
             if stop.is_set():
                 return None
-            for place, vector in enumerate(vectors[at : at + PIECE].tolist(), at):
-                forest.add_item(place, vector)
-        forest.build(self._trees, n_jobs=1)
-        return AnnoyGraph(forest, np.array(labels, np.int64), self._width, vectors.shape[1])
+            for number, vector in enumerate(vectors[at : at + CHUNK].tolist(), at):
+                forest.add_item(number, vector)
+        forest.build(self.settings["trees"], n_jobs=1)
+        return AnnoyForest(forest, np.array(labels, np.int64), self.settings["width"], dimension)

@@ -1,8 +1,8 @@
-"""The port of a main index: it is trained and built once from the vectors of a moment, then only searched.
+"""The port of an ANN library: an index is built once from given vectors, then only searched.
 
-Freshness, deletes and exact scores are the live index's (`index.live`): a main only has to name candidates,
-by label, in any order. So an index that can only be built, as AnnoyBackend's, is live as well, and one with rounded
-scores, as product quantization, answers with exact ones.
+The live index (`index.live`) adds freshness, deletes and exact scores. A backend only names
+candidates by label, in any order. So a library that cannot add to a built index (Annoy) is live
+too, and one with rounded scores (product quantization) answers with exact ones.
 """
 
 from __future__ import annotations
@@ -12,29 +12,40 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from index.arrays import Ints, Vector
-from index.port import AnnIndex
+
+
+class AnnIndex(Protocol):
+    """An immutable approximate index. Thread rule: any thread may search.
+
+    name: backend name, as in the setting `index_main`; size: number of vectors
+    memory_bytes: its memory, its own copy of the vectors included
+    """
+
+    name: str
+    size: int
+    memory_bytes: int
+
+    def search(self, query: Vector, fetch: int, breadth: int = 0) -> Ints | None:
+        """Labels of about the `fetch` (<= size) best vectors; None if it cannot find that many.
+
+        query:   float32 (d,)
+        breadth: search at least as widely as for this many candidates (ef, nprobe, search_k);
+                 a larger breadth finds more
+        """
 
 
 class AnnBackend(Protocol):
-    """How one kind of main index is built. Thread rule: any thread; `build` runs on the rebuild thread.
+    """Builds indexes of one kind. Thread rule: any thread; the rebuild thread calls `build`.
 
-    name:     as in the setting `index_main`
-    settings: what it is built and searched with
+    name: as in the setting `index_main`; settings: parameters of building and searching
     """
 
-    @property
-    def name(self) -> str:
-        """As in the setting `index_main`."""
-
-    @property
-    def settings(self) -> Mapping[str, int]:
-        """What it is built and searched with."""
+    name: str
+    settings: Mapping[str, int]
 
     def build(self, labels: Ints, vectors: Vector, stop: threading.Event) -> AnnIndex | None:
-        """Train and fill one.
+        """Train and fill an index; None if `stop` was set meanwhile.
 
-        labels:  int64 (n,), n >= 1, unique; vectors: float32 (n, d), unit norm, in the same order
-        Returns None where `stop` was set meanwhile. Where n is too small to train what is set, less is
-        trained. The `AnnIndex` keeps one rule more than `search` says: a larger `breadth` is a wider search and
-        finds more, be it called ef, nprobe or search_k.
+        labels:  int64 (n,), n >= 1, unique; vectors: float32 (n, d), unit norm, same order
+        Trains less if n is too small for the settings.
         """

@@ -1,4 +1,4 @@
-"""The main index that the setting `index_main` names; its library is imported here and no earlier."""
+"""The ANN backends by name; a library is imported when its backend is made."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ NAMES: tuple[str, ...] = get_args(MainName)
 def make_backend(
     name: str, *, m: int = 16, ef_construction: int = 200, ef: int = 200
 ) -> AnnBackend:
-    """How the main index of this name is built.
+    """The backend of this name.
 
-    m, ef_construction: of the graphs; ef: how many candidates a search asks for, of all of them
-    Raises SettingsError where its library is not installed, naming the extra, and for any other name.
+    m, ef_construction: of the graph kinds; ef: candidates a search asks for, of all kinds
+    Raises SettingsError for an unknown name, and, naming the extra, if the library is missing.
     """
     try:
         if name == "hnswlib":
@@ -29,18 +29,19 @@ def make_backend(
 
             return AnnoyBackend()
         if name in NAMES:
-            from index.backends import faiss as faiss_
+            from index.backends import faiss
 
             if name == "faiss-hnsw":
-                return faiss_.FaissHnsw(m=m, ef_construction=ef_construction, ef=ef)
+                return faiss.FaissHnsw(m=m, ef_construction=ef_construction, ef=ef)
             if name == "faiss-ivf":
-                return faiss_.FaissIvf(breadth=ef)
-            return faiss_.FaissIvfPq(breadth=ef) if name == "faiss-ivfpq" else faiss_.FaissFlat()
+                return faiss.FaissIvf(breadth=ef)
+            return faiss.FaissIvfPq(breadth=ef) if name == "faiss-ivfpq" else faiss.FaissFlat()
     except ModuleNotFoundError as error:
-        extra = "worker" if name == "hnswlib" else name.partition("-")[0]
         if error.name not in ("hnswlib", "annoy", "faiss"):
             raise
+        extra = "worker" if name == "hnswlib" else error.name
         raise SettingsError(
-            f"index_main is {name!r}, but {error.name} is not installed: pip install 'eddyline[{extra}]'"
+            f"index_main is {name!r}, but {error.name} is not installed: "
+            f"pip install 'eddyline[{extra}]'"
         ) from None
     raise SettingsError(f"index_main is {name!r}; there are {', '.join(NAMES)}")

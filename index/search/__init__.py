@@ -1,1 +1,1 @@
-"""How one index version is searched."""
+"""Searching one index version."""

@@ -1,4 +1,4 @@
-"""Several query vectors at once, for a user with several interests: one list from all of them."""
+"""Several query vectors, for a user with several interests, merged into one list."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import numpy as np
 from eddyline.errors import VectorRejected
 from index.arrays import Vector
 from index.filters import Filter
-from index.port import Hit, Index, check_query
+from index.port import Hit, Index
+from index.records import check_query
 
 Merge = Literal["max", "sum"]
-# More interests than any model in the literature gives a user (4 to 8), and a bound on the work of one call.
+# Bounds the work of one call; models in the literature give a user 4 to 8 interests.
 VECTORS_MAX = 32
 
 
@@ -29,21 +30,20 @@ def query_multi(
     """The k live items of the highest merged score, best first, equal scores by item id.
 
     vectors: float32 (q, d), 1 … VECTORS_MAX of them, finite
-    merge:   "max": an item counts by the vector that it is nearest to; as exact as the single queries,
-             because each of the k best is among the k of its vector. "sum": by the sum of its inner products,
-             which is one query of the summed vectors
-    Raises VectorRejected where the vectors do not fit, ValueError for another merge.
+    merge:   "max": an item's score for its nearest vector. As exact as single queries, because
+             each of the k best is among the k best of its vector.
+             "sum": the sum of an item's inner products, from one query of the summed vectors
+    Raises VectorRejected if the vectors do not fit, ValueError for an unknown merge.
     """
     if vectors.ndim != 2 or not 1 <= len(vectors) <= VECTORS_MAX:
         raise VectorRejected(
-            f"query vectors: shape {vectors.shape}, 1 … {VECTORS_MAX} rows are allowed"
+            f"query vectors: shape {vectors.shape}, must be 1 … {VECTORS_MAX} rows"
         )
     for vector in vectors:
         check_query(vector, index.dimension)
     if merge == "sum":
-        return index.query(
-            vectors.astype(np.float64).sum(axis=0).astype(np.float32), k, exclude, filters
-        )
+        total = vectors.astype(np.float64).sum(axis=0).astype(np.float32)
+        return index.query(total, k, exclude, filters)
     if merge != "max":
         raise ValueError(f"merge {merge!r} is neither 'max' nor 'sum'")
     best: dict[str, Hit] = {}

@@ -1,24 +1,25 @@
-"""A snapshot of a live index: one file that says what it is, checks itself and can be mapped.
+"""The file format of index snapshots: one file, self-describing, checksummed, made for mapping.
 
-    offset  size  what, little-endian
+    offset  size  content, little-endian
     0       8     magic b"EDDYSNAP"
     8       4     version, 1 (uint32)
     12      4     length h of the header (uint32)
     16      32    SHA-256 of the header
-    48      h     header, JSON: `Header`; its `sections` name offset, bytes, dtype, shape and SHA-256 of each
+    48      h     header, JSON: `Header`; for each section offset, bytes, dtype, shape and SHA-256
     …             the sections, each from a multiple of 4,096 on, zeros between
 
-    ids        MessagePack array of text: the live items, then the deleted ones whose version is kept
+    ids        MessagePack array of text: the live items, then the deleted ones whose offset is kept
     vectors    float32 (live, d), unit norm; mapped, not read into memory
     facts      int64 (live, 3): at_ms, written_us, source offset
     deleted    int64 (tombstones,): source offsets
-    columns    MessagePack array of [part, name, rows, has values]: the columns of `index.storage.columns`
+    columns    MessagePack array of [field, name, rows, has values], see `index.storage.columns`
     rows       int64 (…,): the rows of all columns, one column after the other
-    values     float64 (…,): the values of those that have some
+    values     float64 (…,): the values of those columns that have some
 
-It is written beside its place, synced and renamed, so a file of that name is whole. `load` trusts nothing: a
-flipped byte, a short or longer file, another version, generation, dimension, bundle or log each raise
-SnapshotRefused, which names the file and what does not fit. The item vectors' topic has everything again.
+The writer writes a temporary file, syncs it and renames it, so a file of that name is complete.
+`load` checks everything: a flipped byte, a wrong length, another version, generation, dimension,
+bundle or log each raise SnapshotRefused. A refused snapshot loses nothing: the item vectors' topic
+has everything again.
 """
 
 from __future__ import annotations
@@ -36,25 +37,28 @@ import numpy.typing as npt
 
 from eddyline.errors import EddylineError
 from eddyline.process.files import replacing
-from index.arrays import Ints, Vector
+from index.arrays import Floats, Ints, Vector
 from index.port import Watermark
-from index.storage.columns import Floats, Key
+from index.storage.columns import Key
 
 MAGIC, VERSION = b"EDDYSNAP", 1
 _PREFIX = struct.Struct("<8sII32s")
-# A page: a section can be mapped by itself.
+# A page, so that a section can be mapped by itself.
 ALIGN = 4_096
-# The sections' names and the positions of 1,024 partitions take 100 kB.
+# The section names and the positions of 1,024 partitions take 100 kB.
 HEADER_BYTES_MAX = 1 << 20
-_NAMES = ("ids", "vectors", "facts", "deleted", "columns", "rows", "values")
+_SECTIONS = ("ids", "vectors", "facts", "deleted", "columns", "rows", "values")
 
 
 class SnapshotRefused(EddylineError):
-    """A snapshot cannot be used; names the file and what does not fit."""
+    """A snapshot cannot be used; the message names the file and the mismatch."""
 
 
 class Section(msgspec.Struct, frozen=True):
-    """Where a section lies and what it must be; dtype "" for bytes."""
+    """Position and checksum of a section; dtype "" for raw bytes.
+
+    offset: from the first page after the header, so it does not depend on the header's length
+    """
 
     offset: int
     size: int
@@ -64,10 +68,11 @@ class Section(msgspec.Struct, frozen=True):
 
 
 class Origin(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a snapshot belongs to; all of it must be equal where it is loaded.
+    """What a snapshot belongs to; the loader must expect exactly this.
 
-    bundle_ms: when the generation's bundle was made; log: identity of the topic that the offsets belong to
-    part:      which shard of the items, as "1 of 4"; "" (and then not written) for all of them
+    bundle_ms: creation time of the generation's bundle
+    log:       identity of the topic that the offsets refer to
+    part:      shard of the items, as "1 of 4"; "" (not written) for all items
     """
 
     generation: str
@@ -78,7 +83,10 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):
-    """positions: partition -> offset in the topic at which reading goes on; watermarks: see `Watermark`."""
+    """The header of the file.
+
+    positions: partition -> offset at which reading the topic continues; watermarks: as `Watermark`
+    """
 
     origin: Origin
     positions: dict[int, int]
@@ -93,8 +101,9 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
 class Contents:
     """All that an index holds at one moment.
 
-    ids: the live items, then the deleted ones; vectors float32 (live, d); facts int64 (live, 3): at_ms,
-    written_us, offset; deleted int64 (tombstones,): their offsets; columns: (key, rows, values) of each
+    ids:     the live items, then the deleted ones
+    vectors: float32 (live, d); facts: int64 (live, 3): at_ms, written_us, offset
+    deleted: int64 (tombstones,): offsets; columns: (key, rows, values) of each
     """
 
     ids: list[str]
@@ -108,10 +117,9 @@ class Contents:
 def write(
     path: Path, contents: Contents, origin: Origin, positions: dict[int, int], created_ms: int
 ) -> None:
-    """Write a snapshot, replacing the one of that name. Raises OSError; then the old one is still there."""
-    parts = _parts(contents)
-    sections, offset = {}, 0
-    for name, data in parts.items():
+    """Write a snapshot in place of an older one. Raises OSError; then the older one remains."""
+    sections, raws, offset = dict[str, Section](), list[bytes | memoryview](), 0
+    for name, data in _section_data(contents).items():
         if isinstance(data, bytes):
             raw: bytes | memoryview = data
             section = Section(offset, len(raw), hashlib.sha256(raw).hexdigest())
@@ -119,8 +127,9 @@ def write(
             raw = memoryview(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
             digest = hashlib.sha256(raw).hexdigest()
             section = Section(offset, len(raw), digest, data.dtype.str, data.shape)
-        sections[name] = (raw, section)
-        offset += -(-len(raw) // ALIGN) * ALIGN
+        sections[name] = section
+        raws.append(raw)
+        offset += _aligned(len(raw))
     header = Header(
         origin=origin,
         positions=positions,
@@ -128,24 +137,23 @@ def write(
         live=len(contents.vectors),
         tombstones=len(contents.deleted),
         watermarks={p: (*w,) for p, w in contents.watermarks.items()},
-        sections={name: section for name, (_, section) in sections.items()},
+        sections=sections,
     )
     encoded = msgspec.json.encode(header)
-    # Offsets count from the first page after the header, so that the header's length does not hang on them.
     with replacing(path, mode=0o644) as file:
         file.write(_PREFIX.pack(MAGIC, VERSION, len(encoded), hashlib.sha256(encoded).digest()))
         file.write(encoded)
-        for raw, _ in sections.values():
+        for raw in raws:
             if len(raw):
                 file.write(bytes(-file.tell() % ALIGN))
                 file.write(raw)
 
 
 def load(path: Path, origin: Origin, oldest_ms: int) -> tuple[Contents, Header]:
-    """A snapshot, every byte of it checked; its vectors are mapped read-only.
+    """A snapshot, every byte checked; its vectors are mapped read-only.
 
-    oldest_ms: one that is older is refused: delete records that came after it may be gone
-    Raises SnapshotRefused, FileNotFoundError where there is none.
+    oldest_ms: an older snapshot is refused, because delete records after it may have expired
+    Raises SnapshotRefused; FileNotFoundError if there is no file.
     """
     try:
         with path.open("rb") as file:
@@ -156,15 +164,10 @@ def load(path: Path, origin: Origin, oldest_ms: int) -> tuple[Contents, Header]:
         raise SnapshotRefused(f"snapshot {path}: cannot be read: {error}") from None
     try:
         header, first = _header(whole)
-        for name, found, wanted in (
-            ("generation", header.origin.generation, origin.generation),
-            ("dimension", header.origin.dimension, origin.dimension),
-            ("bundle", header.origin.bundle_ms, origin.bundle_ms),
-            ("log", header.origin.log, origin.log),
-            ("part", header.origin.part, origin.part),
-        ):
-            if found != wanted:
-                raise ValueError(f"{name} {found!r}, wanted is {wanted!r}")
+        for field in origin.__struct_fields__:
+            found, expected = getattr(header.origin, field), getattr(origin, field)
+            if found != expected:
+                raise ValueError(f"{field} {found!r}, expected {expected!r}")
         if header.created_ms < oldest_ms:
             raise ValueError(
                 f"made at {header.created_ms} ms, delete records are kept since {oldest_ms} ms only"
@@ -175,40 +178,39 @@ def load(path: Path, origin: Origin, oldest_ms: int) -> tuple[Contents, Header]:
 
 
 def _header(whole: mmap.mmap) -> tuple[Header, int]:
-    """(the header, where the first section's page begins). Raises ValueError."""
+    """(the header, position of the page of the first section). Raises ValueError."""
     if len(whole) < _PREFIX.size:
         raise ValueError(f"{len(whole)} bytes, too short for a snapshot")
     magic, version, length, digest = _PREFIX.unpack_from(whole)
     if magic != MAGIC:
-        raise ValueError(f"begins with {magic!r}, not a snapshot")
+        raise ValueError(f"starts with {magic!r}, not a snapshot")
     if version != VERSION:
-        raise ValueError(f"version {version}, this reader knows {VERSION}")
+        raise ValueError(f"version {version}, this reader reads {VERSION}")
     end = _PREFIX.size + length
     if length > HEADER_BYTES_MAX or end > len(whole):
         raise ValueError(f"a header of {length} bytes in a file of {len(whole)}")
     raw = whole[_PREFIX.size : end]
     if hashlib.sha256(raw).digest() != digest:
-        raise ValueError("header: its checksum does not fit")
+        raise ValueError("header: wrong checksum")
     header = msgspec.json.decode(raw, type=Header)
-    first = -(-end // ALIGN) * ALIGN
+    first = _aligned(end)
     last = max((first + s.offset + s.size for s in header.sections.values() if s.size), default=end)
-    if last != len(whole) or set(header.sections) != set(_NAMES):
+    if last != len(whole) or set(header.sections) != set(_SECTIONS):
         raise ValueError(f"{len(whole)} bytes, its header says {last}")
     for stop in (end, *(first + s.offset + s.size for s in header.sections.values())):
-        # A slice ends with the file.
-        if any(whole[stop : -(-stop // ALIGN) * ALIGN]):
-            raise ValueError(f"the bytes from {stop} on, between two sections, are not zero")
+        if any(whole[stop : _aligned(stop)]):  # the last slice ends with the file
+            raise ValueError(f"the padding from byte {stop} on is not zero")
     return header, first
 
 
 def _contents(whole: mmap.mmap, header: Header, first: int) -> Contents:
-    """The sections, checked. Raises ValueError and the like."""
+    """The sections, checked. Raises ValueError, TypeError, KeyError, MsgspecError."""
     view, found = memoryview(whole), dict[str, Any]()
     for name, section in header.sections.items():
         start = first + section.offset
         raw = view[start : start + section.size]
         if hashlib.sha256(raw).hexdigest() != section.sha256:
-            raise ValueError(f"section {name}: its checksum does not fit")
+            raise ValueError(f"section {name}: wrong checksum")
         if section.dtype:
             found[name] = np.frombuffer(raw, section.dtype).reshape(section.shape)
         else:
@@ -216,27 +218,26 @@ def _contents(whole: mmap.mmap, header: Header, first: int) -> Contents:
     ids = msgspec.msgpack.decode(found["ids"], type=list[str])
     named = msgspec.msgpack.decode(found["columns"], type=list[tuple[str, str, int, bool]])
     vectors: npt.NDArray[np.float32] = found["vectors"]
-    live, dead = header.live, header.tombstones
+    live, deleted = header.live, header.tombstones
     shapes = (vectors.shape, found["facts"].shape, found["deleted"].shape, len(ids))
-    wanted = ((live, header.origin.dimension), (live, 3), (dead,), live + dead)
-    if shapes != wanted:
+    if shapes != ((live, header.origin.dimension), (live, 3), (deleted,), live + deleted):
         raise ValueError(
-            f"its sections have shapes {shapes} for {live} items and {dead} deleted ones"
+            f"its sections have shapes {shapes} for {live} items and {deleted} deleted ones"
         )
     columns: list[tuple[Key, Ints, Floats | None]] = []
     row, value = 0, 0
-    for part, name, count, has_values in named:
+    for field_name, name, count, has_values in named:
         rows = found["rows"][row : row + count].copy()
         if len(rows) != count or (count and not 0 <= int(rows.min()) <= int(rows.max()) < live):
-            raise ValueError(f"column {name!r} names rows that are not there")
+            raise ValueError(f"column {name!r} names rows that do not exist")
         values = found["values"][value : value + count].copy() if has_values else None
-        columns.append(((part, name), rows, values))
+        columns.append(((field_name, name), rows, values))
         row, value = row + count, value + (count if has_values else 0)
-    watermarks = {partition: Watermark(*three) for partition, three in header.watermarks.items()}
+    watermarks = {p: Watermark(*of_partition) for p, of_partition in header.watermarks.items()}
     return Contents(ids, vectors, found["facts"], found["deleted"], columns, watermarks)
 
 
-def _parts(contents: Contents) -> dict[str, bytes | npt.NDArray[Any]]:
+def _section_data(contents: Contents) -> dict[str, bytes | npt.NDArray[Any]]:
     """The sections in the order of the file."""
     named = [(*key, len(rows), values is not None) for key, rows, values in contents.columns]
     rows = [rows for _, rows, _ in contents.columns]
@@ -250,3 +251,8 @@ def _parts(contents: Contents) -> dict[str, bytes | npt.NDArray[Any]]:
         "rows": np.concatenate([*rows, np.empty(0, "<i8")]).astype("<i8", copy=False),
         "values": np.concatenate([*values, np.empty(0, "<f8")]).astype("<f8", copy=False),
     }
+
+
+def _aligned(size: int) -> int:
+    """The next multiple of ALIGN."""
+    return -(-size // ALIGN) * ALIGN

@@ -1,1 +1,1 @@
-"""What one index version holds."""
+"""The data of one index version."""

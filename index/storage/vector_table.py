@@ -1,10 +1,10 @@
 """Append-only rows of vectors that readers scan without a lock.
 
-A row is written once, before the State that counts it is published, and never changed: an item's new vector
-is a new row, which names the row it replaces. The old row dies at a sequence number; a reader that holds the
-State of sequence s sees the rows that were born at or before s and had not died by s, so it sees whole
-batches whatever the writer does meanwhile. A full buffer is not moved under its readers: the writer copies
-the live rows into a new one and publishes that.
+The writer fills a row before it publishes the IndexVersion that counts the row, and never changes
+it: a new vector of an item is a new row, which names the row it replaces. The old row dies at a
+sequence number. A reader of the IndexVersion with sequence number s sees the rows that existed at
+s and had not died by s, so it sees whole batches at any time. A full table stays where its readers
+are: the writer copies the live rows into a new table and publishes that.
 """
 
 from __future__ import annotations
@@ -13,97 +13,98 @@ import math
 
 import numpy as np
 
-from index.arrays import Ints, Kept, Vector, Wide
+from index.arrays import Floats, Ints, Mask, Vector
 
 NEVER = np.iinfo(np.int64).max
-# float32 dot products of unit vectors differ by less than this from the float64 ones that decide the order,
-# whatever the BLAS and the row's place in the buffer: candidates within it of the cut are kept, so the order
+# float32 products of unit vectors differ by less than this from the float64 products that decide
+# the order, with any BLAS and at any row. Candidates this close to the cut are kept, so the order
 # is exact.
 ROUNDING = 1e-5
 CAPACITY_MIN = 1_024
-# Where a mapped base lies below, a copy of the rest still costs a pass over the facts of all rows.
+# Room behind a mapped base, as a share of its rows: a copy still reads the facts of all rows.
 ROOM_SHARE = 8
 
 
-def slack(query: Vector | Wide) -> float:
-    """How far a float32 product with this query may be off."""
-    wide = query.astype(np.float64, copy=False)  # squares of float32 may be too large for it
+def score_error(query: Vector | Floats) -> float:
+    """Upper bound of the error of a float32 product of this query and a unit vector."""
+    wide = query.astype(np.float64, copy=False)  # squares may overflow float32
     return ROUNDING * max(1.0, math.sqrt(wide.dot(wide)))
 
 
 class VectorTable:
-    """A buffer of rows; the count of rows in use is kept in the State, not here.
+    """The rows; the IndexVersion, not the table, holds the count of rows in use.
 
-    base:    float32 (b, d), the vectors of the first rows, all in use from the beginning; may be read-only
-             and mapped, then every process that maps the file shares it. Never written, never copied while
-             half of its rows live
-    own:     float32 (capacity - b, d), the vectors of the rows behind them
-    facts:   int64 (capacity, 4), the label, at_ms, written_us and offset of a row side by side, so that a hit
-             costs one miss of the cache and not four; the arrays of these names are views of it
-    before:  int64 (capacity,), the row that a row replaced, -1 is none
-    died_at: int64 (capacity + 1,); the last one is 0, so that row -1, which is none, is always dead
-    written: how many rows the writer has begun to write; a reader whose State counts as many can meet no
-             newer one
-    Thread rule: one writer at a time; any number of readers, each with the count and sequence of its State.
+    base:     float32 (b, d), vectors of the first rows, all in use from the start. May be mapped
+              read-only, which shares it between processes. Never written, and never copied while
+              half of its rows live
+    own:      float32 (capacity - b, d), vectors of the rows behind the base
+    facts:    int64 (capacity, 4), label, at_ms, written_us and offset of a row, adjacent so that a
+              hit costs one cache miss, not four; the arrays of these names are views of it
+    replaced: int64 (capacity,), the row that a row replaced, -1 if none
+    died_at:  int64 (capacity + 1,), sequence number; the last entry is 0, so row -1 is always dead
+    written:  rows that the writer has begun to write; a reader whose IndexVersion counts as many
+              meets no newer row
+    Thread rule: one writer; any number of readers, each with its IndexVersion's count and seq.
     """
 
     __slots__ = (
         "at_ms",
         "base",
-        "before",
         "died_at",
         "facts",
         "labels",
         "offsets",
         "own",
+        "replaced",
         "written",
         "written_us",
     )
 
     def __init__(self, capacity: int, dimension: int, base: Vector | None = None) -> None:
-        """Room for `capacity` rows behind those of the base."""
+        """capacity: number of rows behind the base."""
         self.base: Vector = np.empty((0, dimension), np.float32) if base is None else base
         self.own: Vector = np.zeros((capacity, dimension), np.float32)
         total = len(self.base) + capacity
         self.facts: Ints = np.zeros((total, 4), np.int64)
         self.labels, self.at_ms, self.written_us, self.offsets = self.facts.T
-        self.before: Ints = np.full(total, -1)
+        self.replaced: Ints = np.full(total, -1)
         self.died_at: Ints = np.full(total + 1, NEVER)
         self.died_at[-1] = 0
         self.written = 0
 
     @property
     def capacity(self) -> int:
-        """How many rows fit."""
+        """Number of rows that fit, the base included."""
         return len(self.facts)
 
-    def room_for(self, count: int, more: int) -> bool:
+    def has_room(self, count: int, more: int) -> bool:
         """Whether `more` rows fit behind the first `count`."""
         return count + more <= self.capacity
 
-    def alive(self, count: int, seq: int) -> Ints:
-        """The numbers of the rows that live at this sequence number, ascending."""
+    def live_rows(self, count: int, seq: int) -> Ints:
+        """Of the first `count` rows those that live at this sequence number, ascending."""
         return np.flatnonzero(self.died_at[:count] > seq)
 
     def gather(self, rows: Ints) -> Vector:
-        """float32 (n, d): the vectors of these rows, none of them -1."""
+        """float32 (n, d): vectors of these rows, none of which is -1."""
         first = len(self.base)
         if not first:
             return self.own.take(rows, axis=0)
-        below = rows < first
-        if below.all():
+        in_base = rows < first
+        if in_base.all():
             return self.base.take(rows, axis=0)
-        found = np.empty((len(rows), self.own.shape[1]), np.float32)
-        found[below] = self.base.take(rows[below], axis=0)
-        found[~below] = self.own.take(rows[~below] - first, axis=0)
-        return found
+        vectors = np.empty((len(rows), self.own.shape[1]), np.float32)
+        vectors[in_base] = self.base.take(rows[in_base], axis=0)
+        vectors[~in_base] = self.own.take(rows[~in_base] - first, axis=0)
+        return vectors
 
-    def scan(self, query: Vector, count: int, seq: int, need: int, kept: Kept = None) -> Ints:
-        """Row numbers among which the `need` best ones of the first `count` are; some more where scores are
-        close.
+    def scan(
+        self, query: Vector, count: int, seq: int, need: int, mask: Mask | None = None
+    ) -> Ints:
+        """Live rows of the first `count` that include the `need` best, unordered.
 
-        query: float32 (d,); kept: bool (count,), which rows may be named
-        In no order; fewer where fewer live.
+        query: float32 (d,); mask: bool (count,), rows to consider
+        Returns more than `need` rows if scores are close, fewer if fewer live.
         """
         if count == 0:
             return np.empty(0, np.int64)
@@ -115,44 +116,45 @@ class VectorTable:
         else:
             scores = self.own[:count] @ query
         scores[self.died_at[:count] <= seq] = -np.inf
-        if kept is not None:
-            scores[~kept] = -np.inf
-        floor = np.float32(-np.inf)
+        if mask is not None:
+            scores[~mask] = -np.inf
         if need < count:
-            floor = np.partition(scores, count - need)[count - need]
-            floor = np.float32(floor - slack(query))
-        return (
-            np.flatnonzero(scores >= floor) if floor > -np.inf else np.flatnonzero(scores > floor)
-        )
+            cut = np.partition(scores, count - need)[count - need]
+            floor = np.float32(cut - score_error(query))
+            if floor > -np.inf:
+                return np.flatnonzero(scores >= floor)
+        return np.flatnonzero(scores > -np.inf)
 
-    def write(self, start: int, vectors: Vector, labels: Ints, stamps: Ints, before: Ints) -> None:
-        """Fill the rows `start`, `start` + 1, …, which no State counts yet.
+    def write(
+        self, start: int, vectors: Vector, labels: Ints, stamps: Ints, replaced: Ints
+    ) -> None:
+        """Fill the rows `start`, `start` + 1, …, which no IndexVersion counts yet.
 
-        stamps: int64 (n, 4), as of `port.stamps_of`; the others: see the arrays of these names
+        stamps: int64 (n, 4), as `records.stamps_of`; labels, replaced: see the arrays
         """
         end, first = start + len(vectors), len(self.base)
-        # Before anything that a reader looks at names one of these rows.
+        # First, so that it counts every row that a reader can meet.
         self.written = end
         self.own[start - first : end - first] = vectors
         facts = self.facts[start:end]
-        facts[:] = stamps  # the partition of a record is not kept
-        facts[:, 0] = labels
-        self.before[start:end] = before
+        facts[:] = stamps
+        facts[:, 0] = labels  # the partition is not kept
+        self.replaced[start:end] = replaced
 
-    def compacted(self, count: int, seq: int, room: int) -> tuple[VectorTable, Ints]:
-        """(a new buffer with the live rows and at least as much room again, their old numbers ascending).
+    def compact(self, count: int, seq: int, room: int) -> tuple[VectorTable, Ints]:
+        """(a new table of the live rows with room for `room` more, their old rows ascending).
 
-        The dead rows of a base stay with it while at least half of its rows live.
+        The base stays, its dead rows included, while at least half of its rows live.
         """
-        kept, base = self.alive(count, seq), None
-        living = int(np.searchsorted(kept, len(self.base)))
-        if living and 2 * living >= len(self.base):
+        kept, base = self.live_rows(count, seq), None
+        live_in_base = int(np.searchsorted(kept, len(self.base)))
+        if live_in_base and 2 * live_in_base >= len(self.base):
             base = self.base
-            kept = np.concatenate((np.arange(len(base)), kept[living:]))
+            kept = np.concatenate((np.arange(len(base)), kept[live_in_base:]))
         first = 0 if base is None else len(base)
         capacity = max(CAPACITY_MIN, 2 * (len(kept) - first + room), first // ROOM_SHARE)
-        after = VectorTable(capacity, self.own.shape[1], base)
-        after.own[: len(kept) - first] = self.gather(kept[first:])
-        after.facts[: len(kept)] = self.facts[kept]
-        after.died_at[: len(kept)] = self.died_at[kept]
-        return after, kept
+        table = VectorTable(capacity, self.own.shape[1], base)
+        table.own[: len(kept) - first] = self.gather(kept[first:])
+        table.facts[: len(kept)] = self.facts[kept]
+        table.died_at[: len(kept)] = self.died_at[kept]
+        return table, kept

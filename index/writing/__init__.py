@@ -1,1 +1,1 @@
-"""How a batch becomes the next index version."""
+"""From a batch of records, or a rebuild, to the next index version."""

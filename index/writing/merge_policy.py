@@ -1,28 +1,29 @@
-"""The second tier: while the main index is long in building, fresh items get small graphs of their own.
+"""Which small segments a new one takes in.
 
-As in a log-structured merge tree: where the fresh buffer is full it becomes a tier, and tiers that are not
-much larger than what is built anyway are built into it, so that there are few, and an item is built again
-only a few times. A new main index takes in all that it knows; what a tier alone knows stays there.
+As in a log-structured merge tree, the fresh buffer becomes a small segment while a rebuild of the
+main segment runs long, and merges with segments that are not much larger. So small segments stay
+few, and an item is rebuilt only a few times. A new main segment takes in every item that it knows
+and leaves the others in the small segments.
 """
 
 from __future__ import annotations
 
-from index.storage.state import IndexVersion
+from index.storage.index_version import IndexVersion
 from index.writing.placement import Placement
 
-# A tier up to so many times larger than what is merged is merged, too: the sizes of those that stay grow at
-# least by this factor, so an item is built log3(n / fresh) times at most, on the average half of it.
+# A segment of up to this many times the merged size is merged too. The sizes of the others grow at
+# least by this factor, so an item is built at most log3(n / fresh) times, on average half of that.
 MERGE_RATIO = 2
 
 
-def segments_to_merge(state: IndexVersion, place: Placement) -> list[int]:
-    """The numbers of the tiers that a new one takes in, the youngest first."""
-    numbers, total = [], state.fresh_count
-    for graph in reversed(state.graphs[1:]):
-        standing = place.built[graph.number].standing
-        # One that mostly does not count is a search for little.
-        if standing > MERGE_RATIO * total and 2 * standing > graph.main.size:
+def segments_to_merge(version: IndexVersion, placement: Placement) -> list[int]:
+    """Numbers of the small segments that the next one takes in, the youngest first."""
+    numbers, total = [], version.fresh_count
+    for segment in reversed(version.segments[1:]):
+        live = placement.segments[segment.number].live
+        # A mostly dead segment costs a search for little, so it is merged at any size.
+        if live > MERGE_RATIO * total and 2 * live > segment.index.size:
             break
-        numbers.append(graph.number)
-        total += standing
+        numbers.append(segment.number)
+        total += live
     return numbers

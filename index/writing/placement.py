@@ -1,7 +1,8 @@
-"""Where each item stands, in a graph or in the fresh buffer: the writer's side of it.
+"""The writer's record of where each item's entry is: in a segment or in the fresh buffer.
 
-An item that is new, or turned further than the gate since its graph was built, moves to the fresh buffer; one
-that turned less stays where the graph has it. One that was retired leaves: when it comes back it is fresh.
+An item moves to the fresh buffer if it is new, or if it has turned further than the gate since its
+segment was built; after a smaller turn its entry stays in the segment. A retired item has no entry,
+and is fresh when it comes back.
 """
 
 from __future__ import annotations
@@ -14,226 +15,237 @@ from typing import NamedTuple
 import numpy as np
 
 from index.arrays import Ints, Vector
-from index.port import AnnIndex
+from index.backends.base import AnnIndex
+from index.storage.index_version import IndexVersion
 from index.storage.segments import FreshBuffer, Segment
-from index.storage.state import IndexVersion
 from index.storage.vector_table import CAPACITY_MIN
 
-# An item that turned less than this since the graph was built is still found through its old place:
-# measured, recall never fell below a fresh build's.
+# An item that turned by less since its segment was built is still found through its old position:
+# measured recall never fell below that of a fresh build.
 GATE_COSINE = math.cos(math.radians(8.0))
 
-NOWHERE, FRESH, FIRST_GRAPH = 0, 1, 2
+# Values of `Placement.home`; segment numbers start at the last one.
+NOWHERE, FRESH, FIRST_SEGMENT = 0, 1, 2
 
 
-class Frozen(NamedTuple):
-    """What a graph is built from: labels (n,), ascending; vectors (n, d); versions (n,) of its items then."""
+class BuildInput(NamedTuple):
+    """What a segment is built from.
 
-    labels: Ints
-    vectors: Vector
-    versions: Ints
-
-
-@dataclass(slots=True)
-class Built:
-    """What only the writer knows of one graph.
-
-    labels:   entry -> label; standing: how many of the entries count
-    drift_at: entry -> its place in `drifted`, the vectors that entries were built with and no longer have; -1
-              where the row that the entry stands for still has it
+    labels (n,), ascending; vectors (n, d) and offsets (n,) of these items at that moment
     """
 
     labels: Ints
-    standing: int
+    vectors: Vector
+    offsets: Ints
+
+
+@dataclass(slots=True)
+class SegmentEntries:
+    """What only the writer knows of one segment.
+
+    labels:   entry -> label; live: number of live entries
+    drift_at: entry -> its place in `drifted`, the vectors that entries were built with and no
+              longer have; -1 if the entry's row still has it. drifts: places of `drifted` in use
+    """
+
+    labels: Ints
+    live: int
     drift_at: Ints
     drifted: Vector
     drifts: int = 0
 
-    def vectors(self, state: IndexVersion, graph: Segment, entries: Ints) -> Vector:
-        """The vectors that some entries which count were built with."""
+    def built_vectors(self, version: IndexVersion, segment: Segment, entries: Ints) -> Vector:
+        """float32 (n, d): the vectors that these live entries were built with."""
         at = self.drift_at[entries]
-        kept = at >= 0
-        if not kept.any():
-            return state.table.gather(graph.rows[entries])
-        found = self.drifted[at]
-        found[~kept] = state.table.gather(graph.rows[entries[~kept]])
-        return found
+        drifted = at >= 0
+        if not drifted.any():
+            return version.table.gather(segment.rows[entries])
+        vectors = self.drifted[at]
+        vectors[~drifted] = version.table.gather(segment.rows[entries[~drifted]])
+        return vectors
 
-    def remember(self, entries: Ints, then: Vector, now: Vector) -> None:
-        """Keep the vectors that some entries were built with, where they turn now for the first time."""
+    def keep_built(self, entries: Ints, built: Vector, current: Vector) -> None:
+        """Keep the built vectors of those entries that turn for the first time."""
         first = (self.drift_at[entries] < 0).nonzero()[0]
         if not len(first):
             return
-        then = then[first]
-        turned = (then != now[first]).any(axis=1)
-        entries, then = entries[first[turned]], then[turned]
+        built = built[first]
+        turned = (built != current[first]).any(axis=1)
+        entries, built = entries[first[turned]], built[turned]
         n = len(entries)
         if not n:
             return
-        if self.drifts + n > len(self.drifted):
-            room = max(CAPACITY_MIN, self.drifts + n)
-            self.drifted = np.concatenate(
-                (self.drifted, np.empty((room, self.drifted.shape[1]), np.float32))
-            )
-        self.drift_at[entries] = np.arange(self.drifts, self.drifts + n)
-        self.drifted[self.drifts : self.drifts + n] = then
-        self.drifts += n
+        end = self.drifts + n
+        if end > len(self.drifted):
+            room = np.empty((max(CAPACITY_MIN, end), self.drifted.shape[1]), np.float32)
+            self.drifted = np.concatenate((self.drifted, room))
+        self.drift_at[entries] = np.arange(self.drifts, end)
+        self.drifted[self.drifts : end] = built
+        self.drifts = end
 
 
 class Placement:
-    """What only the writer knows of graphs and fresh buffer. Thread rule: under the write lock.
+    """Where the entry of each item is. Thread rule: under the write lock.
 
-    home:  label -> NOWHERE (not live, or there is no graph), FRESH, or the number of the graph it stands in
-    entry: label -> its entry there
-    built: number of a graph -> what else is known of it
+    home:     label -> NOWHERE (not live, or no segment exists), FRESH, or a segment number
+    entry:    label -> its entry there
+    segments: segment number -> its entries
     """
 
     def __init__(self) -> None:
-        """Nothing is anywhere."""
         self.home: Ints = np.full(CAPACITY_MIN, NOWHERE)
         self.entry: Ints = np.zeros(CAPACITY_MIN, np.int64)
-        self.built: dict[int, Built] = {}
-        self._next = FIRST_GRAPH
+        self.segments: dict[int, SegmentEntries] = {}
+        self._next_number = FIRST_SEGMENT
 
     def grow(self, labels: int) -> None:
-        """Have room for so many labels, as `IndexVersion.row_of`; a batch that broke off may have made more."""
+        """Resize to this many labels, as `row_of`; a failed batch may have left more."""
         kept, more = self.home[:labels], labels - min(labels, len(self.home))
         self.home = np.concatenate((kept, np.full(more, NOWHERE)))
         self.entry = np.concatenate((self.entry[:labels], np.zeros(more, np.int64)))
 
-    def with_room(self, state: IndexVersion, more: int) -> IndexVersion:
-        """The State with room for `more` fresh entries; a full buffer is replaced by a copy."""
-        if not state.graphs or state.fresh.room_for(state.fresh_count, more):
-            return state
-        rows = state.fresh.rows[: state.fresh_count]
-        kept = np.flatnonzero(state.table.died_at[rows] > state.seq)
+    def reserve(self, version: IndexVersion, more: int) -> IndexVersion:
+        """The version with room for `more` fresh entries; a full buffer becomes a copy."""
+        fresh = version.fresh
+        if not version.segments or fresh.has_room(version.fresh_count, more):
+            return version
+        rows = fresh.rows[: version.fresh_count]
+        kept = np.flatnonzero(version.table.died_at[rows] > version.seq)
         n = len(kept)
-        fresh = FreshBuffer.of(
-            max(CAPACITY_MIN, 2 * (n + more)), state.fresh.vectors[kept], rows[kept]
-        )
-        self.entry[state.table.labels[rows[kept]]] = np.arange(n)
-        return state._replace(fresh=fresh, fresh_count=n)
+        rows = rows[kept]
+        self.entry[version.table.labels[rows]] = np.arange(n)
+        copy = FreshBuffer.of(max(CAPACITY_MIN, 2 * (n + more)), fresh.vectors[kept], rows)
+        return version._replace(fresh=copy, fresh_count=n)
 
-    def renumbered(self, state: IndexVersion, new_row: Ints) -> IndexVersion:
-        """The State with every entry's row renumbered. new_row: old row -> new row; behind the last, -1."""
-        return state._replace(
-            graphs=tuple(replace(graph, rows=new_row[graph.rows]) for graph in state.graphs),
-            fresh=FreshBuffer(state.fresh.vectors, new_row[state.fresh.rows]),
+    def renumber_rows(self, version: IndexVersion, new_row: Ints) -> IndexVersion:
+        """The version with renumbered rows of all entries. new_row: old row -> new row, or -1."""
+        return version._replace(
+            segments=tuple(replace(s, rows=new_row[s.rows]) for s in version.segments),
+            fresh=FreshBuffer(version.fresh.vectors, new_row[version.fresh.rows]),
         )
 
-    def place(self, state: IndexVersion, labels: Ints, new: Vector, rows: Ints) -> int:
-        """Stand each label for its new row, written already; returns the fresh buffer's new count."""
+    def place(self, version: IndexVersion, labels: Ints, vectors: Vector, rows: Ints) -> int:
+        """Point the entries of these labels to new rows, written already.
+
+        vectors (n, d), rows (n,): of the labels. Returns the new count of the fresh buffer.
+        """
         home = self.home[labels]
         moving = np.ones(len(labels), bool)
-        for graph in state.graphs:
-            mine = (home == graph.number).nonzero()[0]
-            if len(mine):
-                built, entries, now = self.built[graph.number], self.entry[labels[mine]], new[mine]
-                then = built.vectors(state, graph, entries)
-                close = np.einsum("ij,ij->i", then, now) >= GATE_COSINE
+        for segment in version.segments:
+            here = (home == segment.number).nonzero()[0]
+            if len(here):
+                mine, entries = self.segments[segment.number], self.entry[labels[here]]
+                built, current = mine.built_vectors(version, segment, entries), vectors[here]
+                close = np.einsum("ij,ij->i", built, current) >= GATE_COSINE
                 left = len(close) - int(np.count_nonzero(close))
                 if left:
-                    built.standing -= left
-                    mine, entries, now, then = mine[close], entries[close], now[close], then[close]
-                built.remember(entries, then, now)
-                graph.rows[entries] = rows[mine]
-                moving[mine] = False
-        fresh, count = state.fresh, state.fresh_count
+                    mine.live -= left
+                    here, entries = here[close], entries[close]
+                    built, current = built[close], current[close]
+                mine.keep_built(entries, built, current)
+                segment.rows[entries] = rows[here]
+                moving[here] = False
+        fresh, count = version.fresh, version.fresh_count
         in_fresh = (home == FRESH).nonzero()[0]
         if len(in_fresh):
             entries = self.entry[labels[in_fresh]]
-            same = (fresh.vectors[entries] == new[in_fresh]).all(axis=1)
+            same = (fresh.vectors[entries] == vectors[in_fresh]).all(axis=1)
             fresh.rows[entries[same]] = rows[in_fresh[same]]
             moving[in_fresh[same]] = False
         at = moving.nonzero()[0]
         end = count + len(at)
         if len(at):
-            fresh.vectors[count:end] = new[at]
+            fresh.vectors[count:end] = vectors[at]
             fresh.rows[count:end] = rows[at]
             self.home[labels[at]] = FRESH
             self.entry[labels[at]] = np.arange(count, end)
         return end
 
-    def leave(self, labels: Ints) -> None:
-        """Take retired labels out of wherever they stand."""
+    def remove(self, labels: Ints) -> None:
+        """Drop the entries of retired labels."""
         home = self.home[labels]
-        for number, built in self.built.items():
-            built.standing -= int(np.count_nonzero(home == number))
+        for number, entries in self.segments.items():
+            entries.live -= int(np.count_nonzero(home == number))
         self.home[labels] = NOWHERE
 
-    def standing(self, state: IndexVersion) -> tuple[int, ...]:
-        """Of each graph, how many of its entries count."""
-        return tuple(self.built[graph.number].standing for graph in state.graphs)
+    def live_entries(self, version: IndexVersion) -> tuple[int, ...]:
+        """Number of live entries of each segment."""
+        return tuple(self.segments[segment.number].live for segment in version.segments)
 
-    def freeze(self, state: IndexVersion, replaced: Collection[int]) -> Frozen:
-        """What a tier is built from: the fresh items, and those of the tiers that it replaces."""
-        labels = np.flatnonzero(np.isin(self.home, [FRESH, *replaced]))
-        rows = state.row_of[labels]
-        return Frozen(labels, state.table.gather(rows), state.table.offsets[rows])
+    def flush_input(self, version: IndexVersion, merged: Collection[int]) -> BuildInput:
+        """Input of a small segment: the fresh items and those of the segments that it takes in."""
+        labels = np.flatnonzero(np.isin(self.home, [FRESH, *merged]))
+        rows = version.row_of[labels]
+        return BuildInput(labels, version.table.gather(rows), version.table.offsets[rows])
 
-    def without_graphs(self, state: IndexVersion) -> IndexVersion:
-        """The State with nothing but the table."""
-        self.grow(len(state.row_of))
+    def without_segments(self, version: IndexVersion) -> IndexVersion:
+        """The version with the table alone, so every query is an exact scan."""
+        self.grow(len(version.row_of))
         self.home[:] = NOWHERE
-        self.built.clear()
-        empty = FreshBuffer.of(1, state.table.own[:0], state.row_of[:0])
-        return state._replace(graphs=(), standing=(), fresh=empty, fresh_count=0)
+        self.segments.clear()
+        fresh = FreshBuffer.of(1, version.table.own[:0], version.row_of[:0])
+        return version._replace(segments=(), live_entries=(), fresh=fresh, fresh_count=0)
 
     def adopt(
         self,
-        state: IndexVersion,
-        main: AnnIndex,
-        frozen: Frozen,
+        version: IndexVersion,
+        index: AnnIndex,
+        built: BuildInput,
         replaced: Collection[int],
-        first: bool,
+        *,
+        main: bool,
     ) -> IndexVersion:
-        """The State with a new graph; what changed since it was frozen, and is in no other graph, is fresh.
+        """The version with a new segment; items that no segment holds afterwards are fresh.
 
-        replaced: numbers of the graphs that go
-        first:    it is the main index and takes every item it may stand for; a tier takes those of the fresh
-                  buffer and of the graphs that go
+        replaced: numbers of the segments that go
+        main:     a main segment takes every item of its input that has turned little since; a small
+                  one takes only those of the fresh buffer and of the replaced segments
         """
-        number, labels = self._next, frozen.labels
-        alive = state.table.died_at[state.row_of] > state.seq
+        number, labels = self._next_number, built.labels
+        alive = version.table.died_at[version.row_of] > version.seq
         home = np.where(np.isin(self.home, list(replaced)), NOWHERE, self.home)
-        rows = np.where(alive[labels] & (first | (home[labels] <= FRESH)), state.row_of[labels], -1)
-        changed = np.flatnonzero((rows >= 0) & (state.table.offsets[rows] != frozen.versions))
-        now, then = state.table.gather(rows[changed]), frozen.vectors[changed]
-        close = np.einsum("ij,ij->i", now, then) >= GATE_COSINE
+        takes = alive[labels] & (main | (home[labels] <= FRESH))
+        rows = np.where(takes, version.row_of[labels], -1)
+        changed = np.flatnonzero((rows >= 0) & (version.table.offsets[rows] != built.offsets))
+        current, before = version.table.gather(rows[changed]), built.vectors[changed]
+        close = np.einsum("ij,ij->i", current, before) >= GATE_COSINE
         rows[changed[~close]] = -1
-        stands = np.flatnonzero(rows >= 0)
-        new = Built(labels, len(stands), np.full(len(labels), -1), frozen.vectors[:0].copy())
-        new.remember(changed[close], then[close], now[close])
-        home[labels[stands]] = number
-        old = [
-            self._without_moved(graph, home)
-            for graph in state.graphs
-            if graph.number not in replaced
+        taken = np.flatnonzero(rows >= 0)
+        new = SegmentEntries(
+            labels, len(taken), np.full(len(labels), -1), np.empty_like(built.vectors[:0])
+        )
+        new.keep_built(changed[close], before[close], current[close])
+        home[labels[taken]] = number
+        kept = [
+            self._without_moved(segment, home)
+            for segment in version.segments
+            if segment.number not in replaced
         ]
-        kept = [(graph, built) for graph, built in old if built.standing or not first]
-        at = 0 if first else len(kept)
-        pairs = [*kept[:at], (Segment(number, main, rows), new), *kept[at:]]
+        if main:
+            kept = [(segment, entries) for segment, entries in kept if entries.live]
+        at = 0 if main else len(kept)
+        kept.insert(at, (Segment(number, index, rows), new))
         left = np.flatnonzero(alive & (home <= FRESH))
         home[~alive], home[left] = NOWHERE, FRESH
         entry = self.entry.copy()
-        entry[labels[stands]], entry[left] = stands, np.arange(len(left))
-        vectors = state.table.gather(state.row_of[left])
-        fresh = FreshBuffer.of(max(CAPACITY_MIN, 2 * len(left)), vectors, state.row_of[left])
-        # Nothing was changed so far, so an error above leaves all as it was.
-        self._next, self.home, self.entry = number + 1, home, entry
-        self.built = {graph.number: built for graph, built in pairs}
-        state = state._replace(
-            graphs=tuple(graph for graph, _ in pairs), fresh=fresh, fresh_count=len(left)
-        )
-        return state._replace(standing=self.standing(state))
+        entry[labels[taken]], entry[left] = taken, np.arange(len(left))
+        left_rows = version.row_of[left]
+        vectors = version.table.gather(left_rows)
+        fresh = FreshBuffer.of(max(CAPACITY_MIN, 2 * len(left)), vectors, left_rows)
+        # Nothing has changed so far, so an error above leaves everything as it was.
+        self._next_number, self.home, self.entry = number + 1, home, entry
+        self.segments = {segment.number: entries for segment, entries in kept}
+        segments = tuple(segment for segment, _ in kept)
+        version = version._replace(segments=segments, fresh=fresh, fresh_count=len(left))
+        return version._replace(live_entries=self.live_entries(version))
 
-    def _without_moved(self, graph: Segment, home: Ints) -> tuple[Segment, Built]:
-        """A graph without the entries of labels that another one took."""
-        built = self.built[graph.number]
-        stays = home[built.labels] == graph.number
-        standing = int(np.count_nonzero(stays))
-        if standing == built.standing:
-            return graph, built
-        # A copy: readers of older States go on with theirs.
-        graph = replace(graph, rows=np.where(stays, graph.rows, -1))
-        return graph, replace(built, standing=standing)
+    def _without_moved(self, segment: Segment, home: Ints) -> tuple[Segment, SegmentEntries]:
+        """The segment without the entries of labels that the new one took."""
+        entries = self.segments[segment.number]
+        stays = home[entries.labels] == segment.number
+        live = int(np.count_nonzero(stays))
+        if live == entries.live:
+            return segment, entries
+        # A copy: readers of older versions keep the original.
+        rows = np.where(stays, segment.rows, -1)
+        return replace(segment, rows=rows), replace(entries, live=live)

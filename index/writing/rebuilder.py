@@ -1,4 +1,4 @@
-"""The thread that rebuilds the main index in the background, and what became of its rebuilds."""
+"""The thread that builds segments in the background, and the outcomes of its builds."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from collections.abc import Callable
 
 log = logging.getLogger(__name__)
 
-# After a rebuild that failed the next try waits 1 s, then twice as long each time, up to a minute: a cause
-# that stays (no memory) must not eat a core.
+# Pause after a failed build, doubled up to the maximum: a lasting cause (no memory) must not take
+# a core.
 BACKOFF_S = 1.0
 BACKOFF_S_MAX = 60.0
-# The thread is woken by the writer; this only bounds how long a lost wake-up could go unseen.
-LOOK_S = 30.0
+# The writer wakes the thread; this bounds how long a lost wake-up goes unnoticed.
+POLL_S = 30.0
 CLOSE_S = 30.0
-# Where cores are short, queries and writes come first: a niceness of 10 is about a tenth of their weight.
+# Queries and writes come first on busy cores: niceness 10 has about a tenth of their weight.
 NICE = 10
 
 
 class Rebuilder:
-    """Calls `rebuild(stop)` on its own thread whenever it is woken and `due()`.
+    """Calls `rebuild(stop)` on its own thread when woken, for as long as `due()`.
 
-    rebuild: runs off the lock, looks at `stop` now and then, publishes its result itself
-    Thread rule: any thread. The thread starts with the first `wake` and ends with `close`.
+    rebuild: runs without the write lock, checks `stop` regularly, publishes its result itself
+    Thread rule: any thread. The first `wake` starts the thread, `close` ends it.
     """
 
     def __init__(
@@ -35,13 +35,13 @@ class Rebuilder:
         rebuild: Callable[[threading.Event], None],
         name: str = "index-rebuild",
     ) -> None:
-        """Nothing runs yet. name: of the thread."""
+        """name: of the thread, which does not run yet."""
         self._name = name
         self._due = due
         self._rebuild = rebuild
         self._stop = threading.Event()
         self._wake = threading.Event()
-        self._asked = threading.Event()
+        self._requested = threading.Event()
         self._one_at_a_time = threading.Lock()
         self._thread: threading.Thread | None = None
         self._failed_in_a_row = 0
@@ -52,53 +52,53 @@ class Rebuilder:
         self.last_error = ""
 
     def wake(self) -> None:
-        """Look soon whether a rebuild is due. The caller holds the write lock."""
+        """Check soon whether a rebuild is due. The caller holds the write lock."""
         if self._thread is None and not self._stop.is_set():
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._thread.start()
         self._wake.set()
 
-    def ask(self) -> None:
-        """Rebuild soon, due or not; one that runs already does not count. The caller holds the write lock."""
-        self._asked.set()
+    def request(self) -> None:
+        """Rebuild soon, due or not, even if a rebuild runs. The caller holds the write lock."""
+        self._requested.set()
         self.wake()
 
-    def now(self) -> bool:
-        """Rebuild on the calling thread, due or not; False where it failed (see `last_error`)."""
+    def run_now(self) -> bool:
+        """Rebuild on the calling thread, due or not; False on failure (see `last_error`)."""
         with self._one_at_a_time:
             self.running = True
-            self._asked.clear()
-            begun = time.monotonic()
+            self._requested.clear()
+            started = time.monotonic()
             try:
                 self._rebuild(self._stop)
             except Exception as error:
                 self.failed += 1
                 self._failed_in_a_row += 1
                 self.last_error = f"{type(error).__name__}: {error}"
-                log.exception("the index could not be rebuilt; the old graph goes on serving")
+                log.exception("building an index segment failed; the old segments go on serving")
                 return False
             finally:
                 self.running = False
-                self.last_s = time.monotonic() - begun
+                self.last_s = time.monotonic() - started
             self.done += 1
             self._failed_in_a_row = 0
             self.last_error = ""
             return True
 
     def close(self) -> None:
-        """Stop; a rebuild in progress is given up at its next look at `stop`."""
+        """Stop; a running rebuild ends at its next check of `stop`."""
         self._stop.set()
         self._wake.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(CLOSE_S)
 
     def _run(self) -> None:
-        if sys.platform == "linux":  # elsewhere the niceness is the process's
+        if sys.platform == "linux":  # elsewhere niceness belongs to the process
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         while not self._stop.is_set():
-            self._wake.wait(LOOK_S)
+            self._wake.wait(POLL_S)
             self._wake.clear()
-            while not self._stop.is_set() and (self._asked.is_set() or self._due()):
-                if not self.now():
+            while not self._stop.is_set() and (self._requested.is_set() or self._due()):
+                if not self.run_now():
                     pause = min(BACKOFF_S_MAX, BACKOFF_S * 2.0 ** (self._failed_in_a_row - 1))
                     self._stop.wait(pause)

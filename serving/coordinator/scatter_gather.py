@@ -24,7 +24,8 @@ import numpy as np
 from eddyline.schema.partitioning import item_shard
 from index.arrays import Vector
 from index.filters import Filter
-from index.port import Hit, IndexStats, Watermark, check_query
+from index.port import Hit, IndexStats, Watermark
+from index.records import check_query
 from serving.answer.deadline import Deadline
 from serving.coordinator.shards import Connection, ShardFailure, Shards
 from serving.coordinator.vector_cache import Entry, VectorCache

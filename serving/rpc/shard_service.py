@@ -12,7 +12,8 @@ import numpy as np
 
 from eddyline.errors import EddylineError, VectorRejected
 from index.filters import Filter
-from index.port import Hit, Index, check_query
+from index.port import Hit, Index
+from index.records import check_query
 from serving.proto import retrieval_pb2 as pb
 from serving.proto import shard_pb2, shard_pb2_grpc
 from serving.rpc import converters

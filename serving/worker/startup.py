@@ -11,6 +11,7 @@ from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import LogId
 from embeddings.bundle.bundle import Bundle
 from index.backends.base import AnnBackend
+from index.factory import live_index
 from index.live import LiveIndex
 from serving import dependencies
 from serving.sharding import ShardAssignment
@@ -34,7 +35,7 @@ class OpenedIndex:
 
 
 def open_index(
-    settings: Settings, main: AnnBackend, share: ShardAssignment, retry: Retry
+    settings: Settings, backend: AnnBackend, share: ShardAssignment, retry: Retry
 ) -> OpenedIndex:
     """Open the active generation. Its graph is built from `LiveIndex.begin` on, or by hand.
 
@@ -44,14 +45,7 @@ def open_index(
     topic = topics.item_vectors(generation.generation)
     retry.wait_for("Kafka", lambda: topics.ensure_topics(settings, [*topics.SOURCES, topic]))
     logs = retry.wait_for("Kafka", lambda: topics.log_ids(settings, [topic, topics.CLICKS]))
-    index = LiveIndex(
-        generation.dimension,
-        main.build,
-        breadth=settings.index_ef,
-        exact_below=settings.index_exact_below,
-        fresh_max=settings.index_fresh_max,
-        tier_above=settings.index_tier_above,
-    )
+    index = live_index(settings, backend, generation.dimension)
     index.background = False
     of_log = f"{logs[topic].cluster_id}/{logs[topic].topic_id}"
     snapshots = Snapshots(settings, generation, of_log, index, share=share)

@@ -1,4 +1,4 @@
-"""Every main index behind the live one: recall, freshness, few vectors, one core, and what it says."""
+"""Every ANN backend behind the live index: recall, freshness, few vectors, one core, errors."""
 
 import builtins
 import sys
@@ -29,12 +29,12 @@ def clustered(n: int, seed: int, dimension: int = D) -> np.ndarray:
 
 
 @pytest.fixture(params=NAMES)
-def main(request: pytest.FixtureRequest) -> AnnBackend:
+def backend(request: pytest.FixtureRequest) -> AnnBackend:
     return make_backend(request.param)
 
 
-def live_on(main: AnnBackend) -> LiveIndex:
-    return LiveIndex(D, main.build, breadth=200, exact_below=100, fresh_max=1_000_000)
+def live_on(backend: AnnBackend) -> LiveIndex:
+    return LiveIndex(D, backend, breadth=200, exact_below=100, fresh_max=1_000_000)
 
 
 def records(vectors: np.ndarray, first: int = 0, names: str = "i") -> list[ItemRecord]:
@@ -54,9 +54,9 @@ def recall(index: LiveIndex, vectors: dict[str, np.ndarray], queries: np.ndarray
     return good / (K * len(queries))
 
 
-def test_found_fresh_turned_and_gone(main: AnnBackend) -> None:
-    """Built once; then new, moved and retired items, without another build: exact scores, no wrong item."""
-    index = live_on(main)
+def test_new_turned_and_retired_items_without_a_rebuild(backend: AnnBackend) -> None:
+    """Built once; new, turned and retired items follow: exact scores, no wrong item."""
+    index = live_on(backend)
     vectors, queries = clustered(N, 2), clustered(40, 3)
     index.upsert(records(vectors))
     assert index.rebuild()
@@ -72,29 +72,29 @@ def test_found_fresh_turned_and_gone(main: AnnBackend) -> None:
         del current[f"i{n}"]
     assert recall(index, current, queries) >= 0.97
     stats = index.stats()
-    assert (stats.main, stats.main_name, stats.fresh, stats.refused) == (N, main.name, 300, 0)
+    assert (stats.main, stats.main_name, stats.fresh, stats.refused) == (N, backend.name, 300, 0)
     index.close()
 
 
-def test_more_candidates_are_a_wider_search(main: AnnBackend) -> None:
+def test_more_candidates_are_a_wider_search(backend: AnnBackend) -> None:
     vectors = clustered(N, 6)
-    built = main.build(np.arange(N) + 7, vectors, threading.Event())
-    assert built is not None and built.size == N and built.name == main.name
+    built = backend.build(np.arange(N) + 7, vectors, threading.Event())
+    assert built is not None and built.size == N and built.name == backend.name
     for fetch in (1, 50, 400):
         found = built.search(vectors[5], fetch)
         assert found is not None and found.dtype == np.int64
         assert fetch <= len(found) <= 2 * fetch
         assert len(set(found.tolist())) == len(found) and 7 <= found.min() and found.max() < N + 7
         assert 12 in found
-    # All of them, or an honest None: then the scan answers.
+    # All of them, or None, and then the scan answers.
     everything = built.search(vectors[5], N)
     assert everything is None or len(everything) <= N
 
 
 @pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 38, 39, 40, 255, 256, 257, 624])
-def test_too_few_to_train_on_is_no_error(main: AnnBackend, n: int) -> None:
+def test_too_few_vectors_to_train_on_are_no_error(backend: AnnBackend, n: int) -> None:
     vectors = clustered(n, 8)
-    built = main.build(np.arange(n), vectors, threading.Event())
+    built = backend.build(np.arange(n), vectors, threading.Event())
     assert built is not None
     found = built.search(vectors[n // 2], min(n, 10))
     assert found is not None and n // 2 in found
@@ -111,20 +111,20 @@ def test_product_quantization_of_any_dimension(dimension: int) -> None:
     assert built.search(vectors[0], 10) is not None
 
 
-def test_a_build_is_given_up(main: AnnBackend) -> None:
+def test_a_build_stops(backend: AnnBackend) -> None:
     stop = threading.Event()
     stop.set()
-    assert main.build(np.arange(50), clustered(50, 1), stop) is None
+    assert backend.build(np.arange(50), clustered(50, 1), stop) is None
 
 
-def test_it_takes_one_core_at_most(main: AnnBackend) -> None:
-    """The CPU time of all threads together, a library's own included, is at most the time that passed."""
+def test_a_backend_takes_one_core_at_most(backend: AnnBackend) -> None:
+    """The CPU time of all threads, the library's included, is at most the wall time."""
     vectors = clustered(8_000, 10)
     spent: list[float] = []
 
     def run() -> None:
         cpu, wall = time.process_time(), time.perf_counter()
-        built = main.build(np.arange(len(vectors)), vectors, threading.Event())
+        built = backend.build(np.arange(len(vectors)), vectors, threading.Event())
         assert built is not None
         for query in vectors[:100]:
             built.search(query, 200)
@@ -136,7 +136,7 @@ def test_it_takes_one_core_at_most(main: AnnBackend) -> None:
     assert spent and spent[0] < 1.2 * spent[1] + 0.05
 
 
-def test_memory_of_a_forest_is_about_that_of_its_file(tmp_path: Path) -> None:
+def test_the_memory_of_a_forest_is_about_the_size_of_its_file(tmp_path: Path) -> None:
     vectors = clustered(4_000, 11)
     built = make_backend("annoy").build(np.arange(len(vectors)), vectors, threading.Event())
     assert built is not None
@@ -147,9 +147,9 @@ def test_memory_of_a_forest_is_about_that_of_its_file(tmp_path: Path) -> None:
     assert built.memory_bytes == pytest.approx(file.stat().st_size + 8 * len(vectors), rel=0.15)
 
 
-def test_faiss_graph_of_equal_vectors_says_that_it_cannot_reach_them() -> None:
-    """Identical vectors make points unreachable; then the scan answers, and every item is found."""
-    index = LiveIndex(D, FaissHnsw().build, breadth=60, exact_below=0, fresh_max=100)
+def test_a_faiss_graph_of_equal_vectors_reports_that_it_misses_some() -> None:
+    """Equal vectors make points unreachable; the scan answers instead and finds every item."""
+    index = LiveIndex(D, FaissHnsw(), breadth=60, exact_below=0, fresh_max=100)
     index.upsert(records(np.repeat(clustered(1, 1), 60, axis=0)))
     assert index.rebuild()
     assert len(index.query(clustered(1, 2)[0], 60)) == 60
@@ -160,7 +160,7 @@ def test_faiss_graph_of_equal_vectors_says_that_it_cannot_reach_them() -> None:
 @pytest.mark.parametrize(
     ("name", "extra"), [("annoy", "annoy"), ("faiss-flat", "faiss"), ("hnswlib", "worker")]
 )
-def test_a_library_that_is_not_there_is_named_with_its_extra(
+def test_a_missing_library_is_named_with_its_extra(
     name: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library = name.partition("-")[0]
@@ -173,7 +173,7 @@ def test_a_library_that_is_not_there_is_named_with_its_extra(
 
     for module in ("index.backends.hnswlib", "index.backends.faiss", "index.backends.annoy"):
         monkeypatch.delitem(sys.modules, module, raising=False)
-    package = __import__("index.backends", fromlist=["mains"])
+    package = __import__("index.backends", fromlist=["backends"])
     for attribute in ("faiss", "annoy"):
         monkeypatch.delattr(package, attribute, raising=False)
     monkeypatch.setattr(builtins, "__import__", absent)
@@ -181,7 +181,7 @@ def test_a_library_that_is_not_there_is_named_with_its_extra(
         make_backend(name)
 
 
-def test_names_and_senseless_settings_are_refused() -> None:
+def test_unknown_names_and_bad_parameters_are_refused() -> None:
     assert Settings().index_main == NAMES[0] == "hnswlib"
     with pytest.raises(SettingsError, match="there are hnswlib, faiss-flat"):
         make_backend("scann")

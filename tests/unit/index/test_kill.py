@@ -1,6 +1,6 @@
-"""kill -9 of a real process in the midst of a snapshot and of a rebuild: what is left is right, or refused.
+"""kill -9 of a process during a snapshot or a rebuild: the files it leaves are right or refused.
 
-The log is a function of the offset, so every process, and the oracle, read the same one.
+The log is a function of the offset, so all processes and the oracle read the same log.
 """
 
 import subprocess
@@ -19,8 +19,8 @@ from index.snapshot.format import Origin, SnapshotRefused
 
 ROOT = Path(__file__).resolve().parents[3]
 D, ITEMS = 16, 2_000
-# Read behind what the snapshot holds, as a tail does.
-BEHIND = 200
+# Records of the log after those in the snapshot.
+AFTER = 200
 ORIGIN = Origin(generation="g1", dimension=D, bundle_ms=1, log="cluster/topic")
 KILLS = 3
 
@@ -36,7 +36,7 @@ def change(offset, D=16, ITEMS=2_000):
         return ItemRecord(f"i{item}", 0, offset, offset, offset, None)
     return ItemRecord(f"i{item}", 0, offset, offset, offset, vector / np.linalg.norm(vector), tags)
 """
-# Starts as a worker does, then writes, rebuilds and snapshots at the same time until it is killed.
+# Starts as a worker does; then writes, rebuilds and writes snapshots concurrently until killed.
 PROCESS = (
     LOG
     + """
@@ -45,7 +45,7 @@ from pathlib import Path
 from index.snapshot import format as snapshot
 from index.factory import HnswIndex
 path = Path(sys.argv[1])
-index = HnswIndex(16, m=8, ef_construction=60, exact_below=100, fresh_max=50, tier_above=100)
+index = HnswIndex(16, m=8, ef_construction=60, exact_below=100, fresh_max=50, flush_above=100)
 origin = snapshot.Origin(generation="g1", dimension=16, bundle_ms=1, log="cluster/topic")
 position = 0
 try:
@@ -54,11 +54,11 @@ try:
     position = header.positions[0]
 except FileNotFoundError:
     pass
-build = index._build
-def told(*arguments):
+build = index._backend.build
+def announced(*arguments):
     print("building", flush=True)
     return build(*arguments)
-index._build = told
+index._backend.build = announced
 def snapshots():
     while True:
         at = position
@@ -80,7 +80,7 @@ def log(first: int, end: int) -> list[ItemRecord]:
 
 
 class Oracle(ExactIndex):
-    """Knows the log up to `end`."""
+    """Holds the log up to `end`."""
 
     def __init__(self) -> None:
         super().__init__(D)
@@ -91,10 +91,10 @@ class Oracle(ExactIndex):
         self.end = max(self.end, end)
 
 
-def killed(path: Path, said: bytes, partial: bool) -> bool:
-    """Run the process until it said something twice, and perhaps is in the midst of a snapshot; kill it.
+def kill_after(path: Path, line: bytes, partial: bool) -> bool:
+    """Run the process until it printed this line twice, and kill it.
 
-    Returns whether a snapshot was cut off.
+    partial: kill it only while it writes a snapshot. Returns whether a snapshot was cut off.
     """
     for left in path.parent.glob("*.partial"):
         left.unlink()
@@ -103,10 +103,10 @@ def killed(path: Path, said: bytes, partial: bool) -> bool:
     )
     try:
         assert process.stdout is not None
-        heard, deadline = 0, time.monotonic() + 60
-        while heard < 2:
+        printed, deadline = 0, time.monotonic() + 60
+        while printed < 2:
             assert time.monotonic() < deadline and process.poll() is None
-            heard += process.stdout.readline().strip() == said
+            printed += process.stdout.readline().strip() == line
         while partial and not list(path.parent.glob("*.partial")):
             assert time.monotonic() < deadline
     finally:
@@ -115,20 +115,20 @@ def killed(path: Path, said: bytes, partial: bool) -> bool:
     return bool(list(path.parent.glob("*.partial")))
 
 
-def healed(path: Path, oracle: Oracle) -> HnswIndex:
-    """An index as the next worker has it: the snapshot, then the log from its position to some way behind."""
+def recovered(path: Path, oracle: Oracle) -> HnswIndex:
+    """The index of the next worker: the snapshot, then the log from its position on."""
     index = HnswIndex(D, m=8, ef_construction=60, exact_below=100, fresh_max=10**6)
     position = 0
     try:
         contents, header = format.load(path, ORIGIN, 0)
         index.restore(contents)
         position = header.positions[0]
-        # It may hold more than its position says, never less; the very first one may hold nothing yet.
+        # It holds at least what its position says; the very first one may be empty.
         applied = header.watermarks[0][0] + 1 if header.watermarks else 0
         assert position <= applied
-        oracle.read_to(applied + BEHIND)
+        oracle.read_to(applied + AFTER)
     except (FileNotFoundError, SnapshotRefused):
-        oracle.read_to(ITEMS + BEHIND)
+        oracle.read_to(ITEMS + AFTER)
     index.apply(log(position, oracle.end))
     return index
 
@@ -144,27 +144,27 @@ def same(index: HnswIndex, oracle: Oracle) -> None:
     assert (live.live, live.tombstones) == (exact.live, exact.tombstones)
 
 
-@pytest.mark.parametrize(("said", "partial"), [(b"written", True), (b"building", False)])
-def test_killed_in_the_midst(tmp_path: Path, said: bytes, partial: bool) -> None:
+@pytest.mark.parametrize(("line", "partial"), [(b"written", True), (b"building", False)])
+def test_a_kill_during_a_snapshot_or_a_build(tmp_path: Path, line: bytes, partial: bool) -> None:
     path, oracle = tmp_path / "x.snapshot", Oracle()
     cut_off = 0
     for _ in range(KILLS):
-        cut_off += killed(path, said, partial)
+        cut_off += kill_after(path, line, partial)
         if path.exists():
-            format.load(path, ORIGIN, 0)  # whole
-        same(healed(path, oracle), oracle)
+            format.load(path, ORIGIN, 0)  # no error: it is complete
+        same(recovered(path, oracle), oracle)
     assert cut_off or not partial
 
 
-def test_a_damaged_snapshot_is_refused_and_healed_from_the_log(tmp_path: Path) -> None:
+def test_a_damaged_snapshot_is_refused_and_the_log_replaces_it(tmp_path: Path) -> None:
     path, oracle = tmp_path / "x.snapshot", Oracle()
     index = HnswIndex(D)
     index.apply(log(0, ITEMS + 500))
     format.write(path, index.contents(), ORIGIN, {0: ITEMS + 500}, 1_000)
-    same(healed(path, oracle), oracle)
+    same(recovered(path, oracle), oracle)
     whole = bytearray(path.read_bytes())
     whole[len(whole) // 2] ^= 4
     path.write_bytes(whole)
     with pytest.raises(SnapshotRefused, match="checksum"):
         format.load(path, ORIGIN, 0)
-    same(healed(path, oracle), oracle)
+    same(recovered(path, oracle), oracle)

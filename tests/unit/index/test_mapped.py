@@ -1,4 +1,4 @@
-"""The vectors of a snapshot stay where they lie: shared by who maps them, whatever is written afterwards."""
+"""The mapped vectors of a snapshot stay in place, shared between processes, under all writes."""
 
 from pathlib import Path
 
@@ -11,18 +11,14 @@ from index.factory import HnswIndex
 from index.snapshot import format
 from index.snapshot.format import Origin
 from index.storage.vector_table import CAPACITY_MIN, VectorTable
+from tests.unit.index.helpers import units
 
 D, N = 8, 1_200
 ORIGIN = Origin(generation="g1", dimension=D, bundle_ms=1, log="cluster/topic")
 
 
-def units(n: int, seed: int) -> np.ndarray:
-    vectors = np.random.default_rng(seed).normal(size=(n, D)).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
-def turn(step: int, items: range, *, retire: int = 0) -> list[ItemRecord]:
-    vectors = units(len(items), step)
+def changes(step: int, items: range, *, retire: int = 0) -> list[ItemRecord]:
+    vectors = units(len(items), D, step)
     return [
         ItemRecord(
             f"i{n}",
@@ -41,20 +37,20 @@ def both(tmp_path: Path) -> tuple[HnswIndex, ExactIndex]:
     """An index restored from a file, and the oracle."""
     first, oracle = HnswIndex(D, exact_below=10**6), ExactIndex(D)
     for each in (first, oracle):
-        each.apply(turn(1, range(N)))
-        each.apply(turn(2, range(0, 100), retire=50))
+        each.apply(changes(1, range(N)))
+        each.apply(changes(2, range(0, 100), retire=50))
     format.write(tmp_path / "x", first.contents(), ORIGIN, {}, 1)
     contents, _ = format.load(tmp_path / "x", ORIGIN, 0)
     index = HnswIndex(D, m=8, ef_construction=40, exact_below=200, fresh_max=10**6)
     index._due = lambda: False  # type: ignore[method-assign]
     index.restore(contents)
-    assert index._state.table.base is contents.vectors
+    assert index._version.table.base is contents.vectors
     return index, oracle
 
 
 def same(index: HnswIndex, oracle: ExactIndex) -> None:
     assert index.stats().live == oracle.stats().live
-    for query in units(3, 99):
+    for query in units(3, D, 99):
         assert index.query(query, 60) == oracle.query(query, 60)
     names = [f"i{n}" for n in range(0, N, 37)]
     assert index.describe(names) == oracle.describe(names)
@@ -62,24 +58,24 @@ def same(index: HnswIndex, oracle: ExactIndex) -> None:
 
 
 @pytest.mark.parametrize("graph", [False, True])
-def test_writes_leave_the_mapped_vectors_where_they_are(tmp_path: Path, graph: bool) -> None:
+def test_writes_leave_the_mapped_vectors_in_place(tmp_path: Path, graph: bool) -> None:
     index, oracle = both(tmp_path)
-    base = index._state.table.base
+    base = index._version.table.base
     same(index, oracle)
     if graph:
         assert index.rebuild()
-    # The same 500 items ever again: the rows of its own are full several times.
+    # The same 500 items repeatedly: the own rows fill up several times.
     for step in range(3, 11):
         for each in (index, oracle):
-            each.apply(turn(step, range(100, 600), retire=step))
+            each.apply(changes(step, range(100, 600), retire=step))
         same(index, oracle)
         if graph and step % 5 == 4:
-            assert index.build_tier() if step == 4 else index.rebuild()
+            assert index.flush() if step == 4 else index.rebuild()
             same(index, oracle)
-    table = index._state.table
+    table = index._version.table
     assert table.base is base and not base.flags.writeable
     assert len(table.own) <= 2 * (500 + 500) + CAPACITY_MIN
-    # What was kept goes into the next snapshot, whole.
+    # The next snapshot is complete.
     format.write(tmp_path / "y", index.contents(), ORIGIN, {}, 1)
     contents, _ = format.load(tmp_path / "y", ORIGIN, 0)
     again = HnswIndex(D, exact_below=10**6)
@@ -87,35 +83,35 @@ def test_writes_leave_the_mapped_vectors_where_they_are(tmp_path: Path, graph: b
     same(again, oracle)
 
 
-def test_a_base_of_which_less_than_half_lives_is_given_up(tmp_path: Path) -> None:
+def test_a_base_is_dropped_once_less_than_half_of_it_lives(tmp_path: Path) -> None:
     index, oracle = both(tmp_path)
     for each in (index, oracle):
         for step in range(3, 9):
-            each.apply(turn(step, range(N // 2 + 100)))
-    assert len(index._state.table.base) == 0
+            each.apply(changes(step, range(N // 2 + 100)))
+    assert len(index._version.table.base) == 0
     same(index, oracle)
 
 
 @pytest.mark.parametrize(("dead", "kept"), [(4, True), (5, True), (6, False), (10, False)])
 def test_the_limit_of_half(dead: int, kept: bool) -> None:
-    base = units(10, 1)
-    rows = VectorTable(4, D, base)
-    rows.write(10, units(2, 2), np.ones(2, np.int64), np.ones((2, 4), np.int64), np.full(2, -1))
-    rows.died_at[:dead] = 1
-    after, old = rows.compacted(12, 1, 3)
+    base = units(10, D, 1)
+    table = VectorTable(4, D, base)
+    table.write(10, units(2, D, 2), np.ones(2, np.int64), np.ones((2, 4), np.int64), np.full(2, -1))
+    table.died_at[:dead] = 1
+    after, old = table.compact(12, 1, 3)
     assert (after.base is base) == kept
     assert old.tolist() == [*(range(10) if kept else range(dead, 10)), 10, 11]
-    alive = after.alive(len(old), 1)
-    np.testing.assert_array_equal(after.gather(alive), rows.gather(old[alive]))
-    assert after.room_for(len(old), 3)
+    live = after.live_rows(len(old), 1)
+    np.testing.assert_array_equal(after.gather(live), table.gather(old[live]))
+    assert after.has_room(len(old), 3)
 
 
-def test_rows_scan_base_and_own_as_one() -> None:
-    vectors, query = units(50, 3), units(1, 4)[0]
+def test_a_scan_treats_base_and_own_rows_as_one_table() -> None:
+    vectors, query = units(50, D, 3), units(1, D, 4)[0]
     whole, split = VectorTable(50, D), VectorTable(20, D, vectors[:30])
     whole.own[:], split.own[:] = vectors, vectors[30:]
-    for rows in (whole, split):
-        rows.died_at[[3, 35]] = 2
+    for table in (whole, split):
+        table.died_at[[3, 35]] = 2
     for count in (30, 31, 50):
         for need in (1, 5, 60):
             assert (

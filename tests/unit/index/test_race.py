@@ -1,4 +1,4 @@
-"""8 readers, 2 writers, graphs and tiers built without end: no error, no wrong id, no item after its retire.
+"""8 readers and 2 writers race with rebuilds and flushes: no error, wrong id or retired item.
 
 5 s here; `make soak` runs it for SOAK_S seconds, 60 by default there.
 """
@@ -14,19 +14,11 @@ import pytest
 from eddyline.schema.item_record import ItemRecord
 from index.factory import HnswIndex
 from index.port import Hit
+from tests.unit.index.helpers import records, units
 
 SECONDS = float(os.environ.get("SOAK_S", "5"))
 READERS, WRITERS = 8, 2
 N, D, K = 1_500, 16, 30
-
-
-def units(n: int, dimension: int, seed: int) -> np.ndarray:
-    vectors = np.random.default_rng(seed).normal(size=(n, dimension)).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
-def records(vectors: np.ndarray) -> list[ItemRecord]:
-    return [ItemRecord(f"i{n}", 0, n, 0, 0, v) for n, v in enumerate(vectors)]
 
 
 def wrong(
@@ -48,22 +40,22 @@ def wrong(
 
 
 class Race:
-    """One index, and who works on it. Writer w owns the items n with n % WRITERS == w.
+    """One index and the threads that use it. Writer w owns the items n with n % WRITERS == w.
 
-    gone_since: since when a retired item is gone; versions: the last one of each item
+    gone_since: item id -> when its retire was acknowledged; offsets: the last one of each item
     """
 
     def __init__(self) -> None:
         self.vectors = units(N, D, 12)
         self.index = HnswIndex(
-            D, m=8, ef_construction=40, ef=60, exact_below=200, fresh_max=60, tier_above=100
+            D, m=8, ef_construction=40, ef=60, exact_below=200, fresh_max=60, flush_above=100
         )
         self.index.upsert(records(self.vectors))
         self.stop = threading.Event()
-        self.asked, self.tiers = [0] * READERS, 0
+        self.queries, self.small_segments = [0] * READERS, 0
         self.failures: list[str] = []
         self.gone_since: dict[str, float] = {}
-        self.versions = list(range(N))
+        self.offsets = list(range(N))
 
     def write(self, mine: int) -> None:
         rng = np.random.default_rng(mine)
@@ -71,22 +63,22 @@ class Race:
         while not self.stop.is_set():
             offset += 1
             chosen = [int(c) for c in rng.choice(np.arange(mine, N, WRITERS), 20, replace=False)]
-            back, out = chosen[:15], chosen[15:17]
-            # Some go far away, some turn a little, and some were retired before.
+            upserted, retired = chosen[:15], chosen[15:17]
+            # Some vectors turn a lot, some a little, and some items were retired before.
             turned = units(15, D, offset * 2 + mine)
-            turned[:5] = self.vectors[back[:5]] + 0.1 * turned[:5]
+            turned[:5] = self.vectors[upserted[:5]] + 0.1 * turned[:5]
             turned /= np.linalg.norm(turned, axis=1, keepdims=True)
-            for c in back:
-                self.versions[c] = offset
+            for c in upserted:
+                self.offsets[c] = offset
                 self.gone_since.pop(f"i{c}", None)
             self.index.upsert(
                 [
                     ItemRecord(f"i{c}", mine, offset, 0, 0, v)
-                    for c, v in zip(back, turned, strict=True)
+                    for c, v in zip(upserted, turned, strict=True)
                 ]
             )
-            self.index.retire([ItemRecord(f"i{c}", mine, offset + 1, 0, 0, None) for c in out])
-            for c in out:
+            self.index.retire([ItemRecord(f"i{c}", mine, offset + 1, 0, 0, None) for c in retired])
+            for c in retired:
                 self.gone_since[f"i{c}"] = time.monotonic()
             offset += 1
             time.sleep(0.001)
@@ -103,18 +95,19 @@ class Race:
             found = self.index.describe([name])[0]
             if found is not None and self.gone_since.get(name, begun) < begun:
                 self.failures.append(f"{name} described after its retire was acknowledged")
-            self.asked[seed] = at
+            self.queries[seed] = at
 
     def rebuild(self, _: int) -> None:
         while not self.stop.is_set():
             assert self.index.rebuild(), self.index.stats().rebuild_error
 
-    def tier(self, _: int) -> None:
+    def flush(self, _: int) -> None:
         while not self.stop.wait(0.01):
-            assert self.index.build_tier()
-            self.tiers = max(self.tiers, self.index.stats().tiers)
+            assert self.index.flush()
+            found = self.index.stats().small_segments
+            self.small_segments = max(self.small_segments, found)
 
-    def guarded(self, run: Callable[[int], None], number: int) -> None:
+    def catching_errors(self, run: Callable[[int], None], number: int) -> None:
         try:
             run(number)
         except BaseException as error:
@@ -124,10 +117,10 @@ class Race:
 @pytest.mark.timeout(SECONDS + 120)
 def test_race_of_readers_writers_rebuilds_and_tiers() -> None:
     race = Race()
-    kinds = [(race.read, READERS), (race.write, WRITERS), (race.rebuild, 1), (race.tier, 1)]
+    roles = [(race.read, READERS), (race.write, WRITERS), (race.rebuild, 1), (race.flush, 1)]
     threads = [
-        threading.Thread(target=race.guarded, args=(run, n))
-        for run, count in kinds
+        threading.Thread(target=race.catching_errors, args=(run, n))
+        for run, count in roles
         for n in range(count)
     ]
     try:
@@ -144,10 +137,10 @@ def test_race_of_readers_writers_rebuilds_and_tiers() -> None:
         race.index.close()
     assert not race.failures, race.failures[:5]
     assert not any(thread.is_alive() for thread in threads)
-    # Every reader read; graphs and tiers came and went.
-    assert min(race.asked) > 2 and stats.rebuilds >= 2 and race.tiers >= 1
+    # Every reader read; main and small segments came and went.
+    assert min(race.queries) > 2 and stats.rebuilds >= 2 and race.small_segments >= 1
     assert stats.rebuilds_failed == stats.rejected == 0
-    # The writers are done: what lives is all that was not retired last, each in its last version.
+    # Live are all items but those retired last, each with its last offset.
     hits = race.index.query(race.vectors[0], N)
     assert {hit.item_id for hit in hits} == {f"i{c}" for c in range(N)} - set(race.gone_since)
-    assert all(hit.offset == race.versions[int(hit.item_id[1:])] for hit in hits)
+    assert all(hit.offset == race.offsets[int(hit.item_id[1:])] for hit in hits)

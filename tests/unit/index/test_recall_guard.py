@@ -1,38 +1,35 @@
-"""The recall guard: damage done on purpose is seen, answered step by step, let go; its cost is bounded."""
+"""The recall guard: it notices damage, takes steps, steps back; its cost is bounded."""
 
 import logging
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import MappingProxyType
 
 import numpy as np
 import pytest
 
 from cli.commands.query import recall_of
-from eddyline.schema.item_record import ItemRecord
 from eddyline.statistics import interval
 from index.arrays import Ints
+from index.backends.base import AnnBackend, AnnIndex
 from index.backends.hnswlib import HnswBackend
 from index.factory import HnswIndex
 from index.live import LiveIndex
 from index.recall_guard import RecallGuard
 from serving.rpc.converters import sizes_of
+from tests.unit.index.helpers import records, units, wait_until
 
 D, N, K = 16, 3_000, 20
 
 
-def units(n: int, seed: int) -> np.ndarray:
-    vectors = np.random.default_rng(seed).normal(size=(n, D)).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+VECTORS, QUERIES = units(N, D, 1), units(500, D, 2)
+RECORDS = records(VECTORS)
 
 
-VECTORS, QUERIES = units(N, 1), units(500, 2)
-RECORDS = [ItemRecord(f"i{n}", 0, n, 0, 0, v) for n, v in enumerate(VECTORS)]
-
-
-class Half:
-    """A main index that knows every second item only, until it is built well."""
+class Half(AnnIndex):
+    """An ANN index that knows every `step`-th item only."""
 
     name, memory_bytes, size = "half", 0, N
 
@@ -43,23 +40,31 @@ class Half:
         return self.labels[np.argsort(-(self.vectors @ query))[: max(fetch, breadth)]]
 
 
-class Damaged(LiveIndex):
-    """Builds damaged mains for as long as `bad` says so; small breadth."""
+class HalfBackend(AnnBackend):
+    """Builds an index without every second item if `bad(number of the build)`."""
+
+    name, settings = "half", MappingProxyType({})
 
     def __init__(self, bad: Callable[[int], bool]) -> None:
-        self.builds = 0
+        self.bad, self.builds = bad, 0
 
-        def build(labels: Ints, vectors: np.ndarray, stop: threading.Event) -> Half:
-            self.builds += 1
-            return Half(vectors, labels, 2 if bad(self.builds) else 1)
+    def build(self, labels: Ints, vectors: np.ndarray, stop: threading.Event) -> Half:
+        self.builds += 1
+        return Half(vectors, labels, 2 if self.bad(self.builds) else 1)
 
-        super().__init__(D, build, breadth=30, exact_below=100, fresh_max=1_000_000)
+
+class Damaged(LiveIndex):
+    """A filled index on `HalfBackend` with a small breadth."""
+
+    def __init__(self, bad: Callable[[int], bool]) -> None:
+        self.half = HalfBackend(bad)
+        super().__init__(D, self.half, breadth=30, exact_below=100, fresh_max=1_000_000)
         self.apply(RECORDS)
         wait_until(lambda: self.stats().rebuilds == 1)
 
 
 class Clock:
-    """Real time, and what a test adds to it."""
+    """Real time plus what a test adds."""
 
     def __init__(self) -> None:
         self.ahead_s = 0.0
@@ -68,17 +73,10 @@ class Clock:
         return time.monotonic() + self.ahead_s
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.002)
-
-
-def ask_until(
+def query_until(
     index: LiveIndex, condition: Callable[[], bool], timeout_s: float = 20.0
 ) -> list[str]:
-    """Ask until the condition holds; the steps that were seen on the way, each once in a row."""
+    """Query until the condition holds; the steps of the guard on the way, without repeats."""
     steps: list[str] = []
     deadline, at = time.monotonic() + timeout_s, 0
     while not condition():
@@ -102,7 +100,8 @@ def guarded(index: LiveIndex, **more: object) -> RecallGuard:
         "cpu_share": 1.0,
         "hold_s": 0.0,
     }
-    return RecallGuard(index, **(options | more))  # type: ignore[arg-type]
+    guard = index.guard = RecallGuard(index, **(options | more))  # type: ignore[arg-type]
+    return guard
 
 
 @pytest.fixture
@@ -116,7 +115,7 @@ def made() -> Iterator[list[LiveIndex]]:
     ]
 
 
-def truly(index: LiveIndex) -> float:
+def true_recall(index: LiveIndex) -> float:
     good = 0
     for query in QUERIES[:100]:
         cut = np.sort(VECTORS @ query)[-K]
@@ -124,13 +123,13 @@ def truly(index: LiveIndex) -> float:
     return good / (100 * K)
 
 
-def test_good_recall_changes_nothing_and_is_told(made: list[LiveIndex]) -> None:
+def test_good_recall_is_reported_and_changes_nothing(made: list[LiveIndex]) -> None:
     index = HnswIndex(D, exact_below=100)
     made.append(index)
     index.apply(RECORDS)
     wait_until(lambda: index.stats().rebuilds == 1)
     guard = guarded(index)
-    assert ask_until(index, lambda: guard.recall().samples >= 40) == ["normal"]
+    assert query_until(index, lambda: guard.recall().samples >= 40) == ["normal"]
     recall = index.stats().recall
     assert (
         recall is not None
@@ -144,39 +143,43 @@ def test_good_recall_changes_nothing_and_is_told(made: list[LiveIndex]) -> None:
 def test_a_search_with_too_few_candidates_is_widened(
     made: list[LiveIndex], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """hnswlib with a thin graph and ef 1: its recall is lost, and comes back with more candidates alone."""
-    main = HnswBackend(m=4, ef_construction=20, ef=1)
-    index = LiveIndex(D, main.build, breadth=1, exact_below=100, fresh_max=1_000_000)
+    """hnswlib with a thin graph and ef 1: more candidates alone restore its recall."""
+    backend = HnswBackend(m=4, ef_construction=20, ef=1)
+    index = LiveIndex(D, backend, breadth=1, exact_below=100, fresh_max=1_000_000)
     made.append(index)
     index.apply(RECORDS)
     wait_until(lambda: index.stats().rebuilds == 1)
-    assert truly(index) < 0.85
+    assert true_recall(index) < 0.85
     guard = guarded(index, breadth_max=2_048, hold_s=3_600.0)
     with caplog.at_level(logging.WARNING):
-        steps = ask_until(index, lambda: guard.recall().raised > 0 and guard.recall().samples >= 40)
+        steps = query_until(
+            index, lambda: guard.recall().raised > 0 and guard.recall().samples >= 40
+        )
     assert steps[:2] == ["normal", "wider"] and "exact" not in steps
-    assert truly(index) >= 0.93 and index.breadth >= 64
+    assert true_recall(index) >= 0.93 and index.breadth >= 64
     record = caplog.records[0]
     assert "below its floor" in record.message
     assert (record.step, record.breadth) == ("wider", 32)  # type: ignore[attr-defined]
     assert record.recall < record.recall_high < record.recall_floor == 0.95  # type: ignore[attr-defined]
 
 
-def test_what_more_candidates_do_not_heal_is_rebuilt_and_the_steps_are_gone_back(
+def test_a_rebuild_follows_if_more_candidates_do_not_help_and_then_the_steps_back(
     made: list[LiveIndex],
 ) -> None:
     index = Damaged(lambda build: build == 1)
     made.append(index)
-    assert truly(index) < 0.6
+    assert true_recall(index) < 0.6
     guard = guarded(index)
-    steps = ask_until(index, lambda: guard.recall().step == "normal" and guard.recall().lowered > 0)
-    # The last step ends the asking, so it may not be among what was seen.
+    steps = query_until(
+        index, lambda: guard.recall().step == "normal" and guard.recall().lowered > 0
+    )
+    # The last step ends the queries, so it may be missing here.
     assert steps[:4] == ["normal", "wider", "rebuild", "wider"]
-    assert index.builds == 2 and index.breadth == 30 and not index.exact_only
-    assert truly(index) == 1.0
+    assert index.half.builds == 2 and index.breadth == 30 and not index.exact_only
+    assert true_recall(index) == 1.0
 
 
-def test_what_a_rebuild_does_not_heal_is_answered_exactly_until_it_is_good_again(
+def test_answers_are_exact_if_a_rebuild_does_not_help_until_recall_is_good_again(
     made: list[LiveIndex], caplog: pytest.LogCaptureFixture
 ) -> None:
     broken = True
@@ -185,29 +188,31 @@ def test_what_a_rebuild_does_not_heal_is_answered_exactly_until_it_is_good_again
     clock = Clock()
     guard = guarded(index, hold_s=60.0, clock=clock)
     with caplog.at_level(logging.INFO, "index.recall_guard"):
-        steps = ask_until(index, lambda: index.exact_only)
+        steps = query_until(index, lambda: index.exact_only)
         assert [step for step in steps if step != "exact"] == [
             "normal",
             "wider",
             "rebuild",
             "wider",
         ]
-        assert truly(index) == 1.0 and index.builds == 2
-        # The shadow goes on measuring the main index, which is still bad; the hold is not over yet.
-        ask_until(index, lambda: guard.recall().samples >= 40)
-        assert guard.recall().step == "exact" and guard.recall().high < 0.7 and index.builds == 2
+        assert true_recall(index) == 1.0 and index.half.builds == 2
+        # The guard goes on comparing the segment, which is still bad, and holds the step.
+        query_until(index, lambda: guard.recall().samples >= 40)
+        assert (
+            guard.recall().step == "exact" and guard.recall().high < 0.7 and index.half.builds == 2
+        )
         broken = False
         clock.ahead_s += 61.0
-        ask_until(index, lambda: index.builds == 3 and guard.recall().step == "exact")
+        query_until(index, lambda: index.half.builds == 3 and guard.recall().step == "exact")
         clock.ahead_s += 121.0
-        ask_until(index, lambda: guard.recall().samples >= 20 or not index.exact_only)
+        query_until(index, lambda: guard.recall().samples >= 20 or not index.exact_only)
         while guard.recall().step != "normal":
             clock.ahead_s += 121.0
             lowered = guard.recall().lowered
-            ask_until(index, lambda: guard.recall().lowered > lowered)
-    assert not index.exact_only and index.breadth == 30 and truly(index) == 1.0
+            query_until(index, lambda: guard.recall().lowered > lowered)
+    assert not index.exact_only and index.breadth == 30 and true_recall(index) == 1.0
     logged = [(record.step, record.breadth) for record in caplog.records]  # type: ignore[attr-defined]
-    # 30 … 240, rebuilt in vain, exact, rebuilt again, and all the way back.
+    # Up to 240, a rebuild in vain, exact answers, another rebuild, all the way back.
     assert logged == [
         ("wider", 60),
         ("wider", 120),
@@ -224,7 +229,7 @@ def test_what_a_rebuild_does_not_heal_is_answered_exactly_until_it_is_good_again
     ]
 
 
-def test_a_rebuild_that_fails_is_followed_by_exact_answers_at_once(made: list[LiveIndex]) -> None:
+def test_exact_answers_follow_a_failed_rebuild_at_once(made: list[LiveIndex]) -> None:
     def bad(build: int) -> bool:
         if build > 1:
             raise MemoryError("no room")
@@ -233,16 +238,16 @@ def test_a_rebuild_that_fails_is_followed_by_exact_answers_at_once(made: list[Li
     index = Damaged(bad)
     made.append(index)
     guard = guarded(index, breadth_max=30, hold_s=3_600.0)
-    ask_until(index, lambda: index.exact_only)
-    assert truly(index) == 1.0 and guard.recall().raised == 1
+    query_until(index, lambda: index.exact_only)
+    assert true_recall(index) == 1.0 and guard.recall().raised == 1
     assert "no room" in index.stats().rebuild_error
 
 
-def test_a_step_back_that_was_wrong_waits_longer_the_next_time(made: list[LiveIndex]) -> None:
-    """With 30 candidates it is bad, with 60 it is good: it settles on 60, and tries 30 ever more rarely."""
+def test_a_step_back_that_was_undone_waits_longer_the_next_time(made: list[LiveIndex]) -> None:
+    """30 candidates are bad, 60 are good: it settles on 60 and tries 30 ever more rarely."""
     index = Damaged(lambda _: False)
     made.append(index)
-    main = index._state.main
+    main = index._version.main
     assert isinstance(main, Half)
     wide, narrow = main.search, Half(VECTORS, np.arange(N), 2).search
     main.search = lambda query, fetch, breadth=0: (  # type: ignore[method-assign]
@@ -250,39 +255,39 @@ def test_a_step_back_that_was_wrong_waits_longer_the_next_time(made: list[LiveIn
     )(query, fetch, breadth)
     clock = Clock()
     guard = guarded(index, breadth_max=60, hold_s=60.0, clock=clock)
-    ask_until(index, lambda: index.breadth == 60)
+    query_until(index, lambda: index.breadth == 60)
     waits = []
     for _ in range(3):
         waited, lowered = 0.0, guard.recall().lowered
         while guard.recall().lowered == lowered:
             clock.ahead_s += 20.0
             waited += 20.0
-            seen = guard.recall().shadowed
-            ask_until(index, lambda seen=seen: guard.recall().shadowed >= seen + 21)
+            compared = guard.recall().shadowed + 21
+            query_until(index, lambda compared=compared: guard.recall().shadowed >= compared)
         waits.append(waited)
-        ask_until(index, lambda: index.breadth == 60)
+        query_until(index, lambda: index.breadth == 60)
     assert waits[0] >= 60 and waits[1] >= 1.5 * waits[0] and waits[2] >= 1.5 * waits[1]
 
 
 def test_its_cost_is_bounded(made: list[LiveIndex]) -> None:
-    """Every query is offered; one shadow at a time, and a tenth of the time at most."""
+    """Every query is sampled; one comparison at a time, for a tenth of the time at most."""
     index = Damaged(lambda _: False)
     made.append(index)
     running, most, times = 0, 0, list[float]()
     guard = guarded(index, cpu_share=0.1)
-    one = guard._one
+    compare = guard._compare
 
-    def slow(job: object) -> None:
+    def slow(sample: object) -> None:
         nonlocal running, most
         running += 1
         most = max(most, running)
         begun = time.monotonic()
         time.sleep(0.01)
-        one(job)  # type: ignore[arg-type]
+        compare(sample)  # type: ignore[arg-type]
         times.append(time.monotonic() - begun)
         running -= 1
 
-    guard._one = slow  # type: ignore[method-assign]
+    guard._compare = slow  # type: ignore[method-assign]
     begun = time.monotonic()
     threads = [
         threading.Thread(target=lambda: [index.query(q, K) for _ in range(2) for q in QUERIES])
@@ -295,7 +300,7 @@ def test_its_cost_is_bounded(made: list[LiveIndex]) -> None:
     took = time.monotonic() - begun
     recall = guard.recall()
     assert most == 1 and recall.shadowed >= 1
-    # The last one may have begun just before the end.
+    # The last comparison may have started just before the end.
     assert sum(times) <= 0.1 * took + max(times) + 0.03
     assert recall.shadowed + recall.skipped >= 2 * 3 * len(QUERIES) - 1
 
@@ -315,7 +320,7 @@ def test_the_share_of_queries(made: list[LiveIndex], share: float, low: int, hig
     assert low <= recall.shadowed + recall.skipped <= high
 
 
-def test_answers_that_the_main_index_has_no_part_in_are_not_sampled(made: list[LiveIndex]) -> None:
+def test_exact_scans_are_not_sampled(made: list[LiveIndex]) -> None:
     index = HnswIndex(D, exact_below=N)
     made.append(index)
     index.apply(RECORDS)
@@ -326,7 +331,7 @@ def test_answers_that_the_main_index_has_no_part_in_are_not_sampled(made: list[L
     assert guard.recall()[:5] == ("normal", 0, 0.0, 0.0, 1.0)
 
 
-def test_the_stats_call_and_the_command_line_tell_it(made: list[LiveIndex]) -> None:
+def test_the_stats_call_and_the_command_line_report_it(made: list[LiveIndex]) -> None:
     index = HnswIndex(D, exact_below=100)
     made.append(index)
     index.apply(RECORDS)
@@ -336,7 +341,7 @@ def test_the_stats_call_and_the_command_line_tell_it(made: list[LiveIndex]) -> N
     assert (
         recall_of(sizes_of(index.stats(), D)) == "not enough compared yet, normal, 200 candidates"
     )
-    ask_until(index, lambda: guard.recall().samples >= 25)
+    query_until(index, lambda: guard.recall().samples >= 25)
     sizes = sizes_of(index.stats(), D)
     assert (sizes.main_name, sizes.breadth, sizes.recall.step) == ("hnswlib", 200, "normal")
     assert sizes.main_bytes > N * 4 * D and sizes.recall.shadowed == sizes.recall.samples
@@ -345,33 +350,33 @@ def test_the_stats_call_and_the_command_line_tell_it(made: list[LiveIndex]) -> N
     )
 
 
-def test_an_error_of_the_guard_hurts_no_query(
+def test_an_error_of_the_guard_affects_no_query(
     made: list[LiveIndex], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     index = Damaged(lambda _: False)
     made.append(index)
     clock = Clock()
     guard = guarded(index, clock=clock)
-    monkeypatch.setattr(guard, "_one", lambda job: 1 / 0)
+    monkeypatch.setattr(guard, "_compare", lambda sample: 1 / 0)
     for query in QUERIES[:100]:
         assert len(index.query(query, K)) == K
     wait_until(lambda: "could not compare" in caplog.text)
     assert caplog.text.count("could not compare") == 1
     monkeypatch.undo()
     clock.ahead_s += 61.0
-    ask_until(index, lambda: guard.recall().shadowed > 0)
+    query_until(index, lambda: guard.recall().shadowed > 0)
 
 
 @pytest.mark.parametrize(
     "bad", [{"share": 1.1}, {"share": -0.1}, {"floor": 1.1}, {"samples": 1}, {"cpu_share": 0.0}]
 )
-def test_senseless_numbers_are_refused(bad: dict[str, float]) -> None:
+def test_bad_parameters_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must be within 0 … 1"):
         guarded(HnswIndex(D), **bad)
 
 
-def test_the_interval_covers_the_truth_where_misses_come_together() -> None:
-    """k items of one query are not k trials: 95% intervals hold the true recall about 95 times in 100."""
+def test_the_interval_covers_the_truth_if_misses_cluster() -> None:
+    """The k items of a query are not k trials: 95% intervals hold the truth 95 in 100 times."""
     rng = np.random.default_rng(4)
     covered = 0
     for _ in range(400):

@@ -1,4 +1,4 @@
-"""Snapshots: what comes back, golden bytes, damage refused by name, writers that die or run out of disk."""
+"""Snapshots: round trip, golden bytes, refusal of damaged files, killed writers, full disks."""
 
 import os
 import resource
@@ -16,6 +16,7 @@ from index.factory import HnswIndex
 from index.filters import Filter, Range
 from index.snapshot import format
 from index.snapshot.format import Header, Origin, SnapshotRefused
+from tests.unit.index.helpers import units, wait_until
 
 D = 4
 ROOT = Path(__file__).resolve().parents[3]
@@ -72,38 +73,27 @@ def same(left: HnswIndex, right: HnswIndex) -> None:
         Filter(ranges={"year": Range(1900)}),
         Filter(categories=frozenset({"War"}), deny=frozenset({"film"})),
     ):
-        assert left.query(unit(1, 2, 3), 9, (), filters) == right.query(
-            unit(1, 2, 3), 9, (), filters
-        )
+        query = unit(1, 2, 3)
+        assert left.query(query, 9, (), filters) == right.query(query, 9, (), filters)
         assert left.newest(9, (), filters) == right.newest(9, (), filters)
     assert left.watermarks() == right.watermarks()
-    assert (left.stats().live, left.stats().tombstones) == (
-        right.stats().live,
-        right.stats().tombstones,
-    )
+    assert left.stats().live == right.stats().live
+    assert left.stats().tombstones == right.stats().tombstones
 
 
-def test_what_comes_back_is_what_was_there(tmp_path: Path) -> None:
+def test_a_snapshot_restores_what_it_was_written_from(tmp_path: Path) -> None:
     index, header = restored(written(tmp_path / "x.snapshot"))
-    assert (header.positions, header.created_ms, header.live, header.tombstones) == (
-        POSITIONS,
-        1_000,
-        3,
-        1,
-    )
+    assert (header.positions, header.created_ms) == (POSITIONS, 1_000)
+    assert (header.live, header.tombstones) == (3, 1)
     other = filled()
     same(index, other)
     assert [path.name for path in tmp_path.iterdir()] == ["x.snapshot"]
-    # Versions came along: what was known is a no-op, a delete wins, and the index goes on.
+    # Offsets are restored: known records are no-ops, a delete outlasts older records.
     for one in (index, other):
         assert one.apply(RECORDS) == 0
         assert one.apply([ItemRecord("gone", 0, 2, 0, 0, unit(1))]) == 0
-        assert (
-            one.apply(
-                [ItemRecord("gone", 0, 9, 0, 0, unit(0, 0, 1), {"tags": ["old"]}), RECORDS[1]]
-            )
-            == 1
-        )
+        back = ItemRecord("gone", 0, 9, 0, 0, unit(0, 0, 1), {"tags": ["old"]})
+        assert one.apply([back, RECORDS[1]]) == 1
         assert one.apply([ItemRecord("song", 0, 10, 0, 0, None)]) == 1
     same(index, other)
 
@@ -119,9 +109,8 @@ def test_an_empty_index_and_a_second_restore(tmp_path: Path) -> None:
         index.restore(contents)
 
 
-def test_a_large_one_is_mapped_and_builds_its_graph(tmp_path: Path) -> None:
-    vectors = np.random.default_rng(3).normal(size=(3_000, D)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+def test_a_large_snapshot_is_mapped_and_its_main_segment_is_built(tmp_path: Path) -> None:
+    vectors = units(3_000, D, 3)
     index = HnswIndex(D, exact_below=10**6)
     for turn in range(2):  # half of the rows are dead
         index.apply(
@@ -137,10 +126,7 @@ def test_a_large_one_is_mapped_and_builds_its_graph(tmp_path: Path) -> None:
     other.restore(contents)
     try:
         assert other.query(vectors[5], 20) == index.query(vectors[5], 20)
-        deadline = time.monotonic() + 20
-        while not other.stats().main:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: other.stats().main > 0)
         tagged = Filter(tags=frozenset({"t3"}))
         assert other.query(vectors[5], 20, (), tagged) == index.query(vectors[5], 20, (), tagged)
     finally:
@@ -182,10 +168,10 @@ def test_a_file_of_another_length_is_refused(tmp_path: Path, size: int) -> None:
 @pytest.mark.parametrize(
     ("origin", "sentence"),
     [
-        ({"generation": "g2"}, "generation 'g1', wanted is 'g2'"),
-        ({"dimension": 8}, "dimension 4, wanted is 8"),
-        ({"bundle_ms": 6}, "bundle 5, wanted is 6"),
-        ({"log": "cluster/other"}, "log 'cluster/topic', wanted is 'cluster/other'"),
+        ({"generation": "g2"}, "generation 'g1', expected 'g2'"),
+        ({"dimension": 8}, "dimension 4, expected 8"),
+        ({"bundle_ms": 6}, "bundle_ms 5, expected 6"),
+        ({"log": "cluster/other"}, "log 'cluster/topic', expected 'cluster/other'"),
     ],
 )
 def test_a_snapshot_of_something_else_is_refused(origin: dict[str, object], sentence: str) -> None:
@@ -207,11 +193,11 @@ def test_another_version_says_so(tmp_path: Path) -> None:
     whole = bytearray(GOLDEN.read_bytes())
     whole[8] = 2
     (tmp_path / "x").write_bytes(whole)
-    with pytest.raises(SnapshotRefused, match="version 2, this reader knows 1"):
+    with pytest.raises(SnapshotRefused, match="version 2, this reader reads 1"):
         format.load(tmp_path / "x", ORIGIN, 0)
 
 
-def test_a_full_disk_leaves_the_old_one(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_old_snapshot(tmp_path: Path) -> None:
     path = written(tmp_path / "x.snapshot")
     before = path.read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -241,7 +227,7 @@ for turn in range(10**6):
 """
 
 
-def test_a_writer_that_is_killed_leaves_a_whole_snapshot(tmp_path: Path) -> None:
+def test_a_killed_writer_leaves_a_complete_snapshot(tmp_path: Path) -> None:
     path = tmp_path / "x.snapshot"
     rng = np.random.default_rng(11)
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""The live index against the oracle under any interleaving, bit for bit; States that were long replaced."""
+"""The live index against the oracle, bit for bit, in any interleaving; also replaced versions."""
 
 import sys
 import tempfile
@@ -15,28 +15,24 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from eddyline.schema.item_record import ItemRecord
-from index import live
 from index.exact import ExactIndex
 from index.factory import HnswIndex
 from index.filters import Filter
 from index.port import Hit
+from index.search import nearest
 from index.snapshot import format, restore
 from index.snapshot.format import Origin, SnapshotRefused
-from index.storage import vector_table
+from index.storage import index_version, vector_table
 from index.storage.columns import Columns
-from index.storage.state import IndexVersion
+from index.storage.index_version import IndexVersion
 from index.writing import batch, placement
+from tests.unit.index.helpers import each_live_item_has_one_entry, units
 
 D = 6
-# So small that every buffer is full now and then.
+# So small that buffers fill up often.
 CAPACITY = 4
-MODULES = (batch, live, placement, restore, vector_table)
-KEPT_STATES = 4
-
-
-def units(n: int, dimension: int, seed: int) -> np.ndarray:
-    vectors = np.random.default_rng(seed).normal(size=(n, dimension)).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+MODULES = (batch, index_version, placement, restore, vector_table)
+KEPT_VERSIONS = 4
 
 
 POOL = units(64, D, 1)
@@ -44,7 +40,7 @@ NAMES = st.integers(0, 24).map("i{}".format)
 PLACES = st.integers(0, len(POOL) - 1)
 
 
-def made() -> HnswIndex:
+def empty_index() -> HnswIndex:
     return HnswIndex(D, m=8, ef_construction=50, ef=4, exact_below=5, fresh_max=1_000)
 
 
@@ -53,7 +49,7 @@ def origin(generation: int) -> Origin:
 
 
 class LiveAgainstExact(RuleBasedStateMachine):
-    """Every answer of the live index equals the oracle's; tiny limits so that all modes run."""
+    """Every answer equals the oracle's; tiny limits exercise all modes of the live index."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,10 +58,10 @@ class LiveAgainstExact(RuleBasedStateMachine):
             patch.start()
         self.folder = tempfile.TemporaryDirectory()
         self.path = Path(self.folder.name) / "x.snapshot"
-        self.exact, self.live = ExactIndex(D), made()
+        self.exact, self.live = ExactIndex(D), empty_index()
         self.offset, self.generation = 0, 0
         self.written: int | None = None
-        # States that were replaced since, a question, and the answer of then.
+        # Replaced versions, each with a query, its k and the answer at that time.
         self.old: list[tuple[IndexVersion, np.ndarray, int, list[Hit]]] = []
 
     def teardown(self) -> None:
@@ -114,8 +110,8 @@ class LiveAgainstExact(RuleBasedStateMachine):
         assert self.live.rebuild()
 
     @rule()
-    def second_tier(self) -> None:
-        assert self.live.build_tier()
+    def flush(self) -> None:
+        assert self.live.flush()
 
     @rule()
     def snapshot(self) -> None:
@@ -126,21 +122,21 @@ class LiveAgainstExact(RuleBasedStateMachine):
     @precondition(lambda self: self.written == self.generation)
     @rule()
     def restart_from_the_snapshot(self) -> None:
-        """What was applied since is applied again from the log, here the oracle's records."""
+        """Later records are applied again from the log, here the oracle's records."""
         self.live.close()
         ignored = self.live._ignored
-        self.live = made()
+        self.live = empty_index()
         contents, header = format.load(self.path, origin(self.generation), 0)
         self.live.restore(contents)
         assert not len(contents.vectors) or not contents.vectors.flags.writeable
         assert header.positions == {0: header.positions[0]}
         self.live.apply(list(self.exact._records.values()))
-        self.live._ignored = ignored  # counters are the process's own
-        self.live._state = self.live._state._replace(watermarks=self.exact.watermarks())
+        self.live._ignored = ignored  # a snapshot has no counters
+        self.live._version = self.live._version._replace(watermarks=self.exact.watermarks())
 
     @rule(shift=st.integers(1, 9))
     def switch_generation(self, shift: int) -> None:
-        """All items have other vectors, in an index of their own; the old one's snapshot is refused."""
+        """All items get other vectors in a new index, which refuses the old snapshot."""
         self.generation += 1
         if self.written is not None:
             with pytest.raises(SnapshotRefused, match="generation 'g"):
@@ -157,7 +153,7 @@ class LiveAgainstExact(RuleBasedStateMachine):
             for n, r in enumerate(self.exact._records.values())
         ]
         self.live.close()
-        self.exact, self.live = ExactIndex(D), made()
+        self.exact, self.live = ExactIndex(D), empty_index()
         self.both(records)
 
     @rule(place=PLACES, k=st.integers(-1, 30), exclude=st.frozensets(NAMES, max_size=10))
@@ -171,20 +167,20 @@ class LiveAgainstExact(RuleBasedStateMachine):
         np.testing.assert_array_equal(self.live.vectors_of(names), self.exact.vectors_of(names))
 
     @rule(place=PLACES, k=st.integers(1, 30))
-    def keep_the_state(self, place: int, k: int) -> None:
-        self.old.append((self.live._state, POOL[place], k, self.exact.query(POOL[place], k)))
-        del self.old[:-KEPT_STATES]
+    def keep_the_version(self, place: int, k: int) -> None:
+        self.old.append((self.live._version, POOL[place], k, self.exact.query(POOL[place], k)))
+        del self.old[:-KEPT_VERSIONS]
 
     @invariant()
-    def a_reader_of_an_old_state_sees_what_it_saw(self) -> None:
-        for state, query, k, expected in self.old:
-            wanted = min(k, state.live)
-            if not wanted:
-                continue  # the index looks no further
-            assert state.scan(query, wanted, frozenset()).hits() == expected
-            if state.searchable(wanted, 4):
-                found = state.search(query, wanted, frozenset(), 4)
-                assert found is None or found.hits() == expected
+    def a_reader_of_an_old_version_sees_what_it_saw(self) -> None:
+        for version, query, k, expected in self.old:
+            k = min(k, version.live)
+            if not k:
+                continue  # `LiveIndex.find` answers without a search
+            assert nearest.scan(version, query, k, frozenset()).hits() == expected
+            if nearest.searchable(version, k, 4):
+                result = nearest.search(version, query, k, frozenset(), 4)
+                assert result is None or result.hits() == expected
 
     @invariant()
     def same_sizes(self) -> None:
@@ -195,21 +191,11 @@ class LiveAgainstExact(RuleBasedStateMachine):
             exact.ignored,
         )
         assert self.live.watermarks() == self.exact.watermarks()
-        state = self.live._state
-        gone = [r.item_id for r in self.exact._records.values() if r.retired]
-        assert (state.rows(gone) < 0).all()
-        if state.graphs:
-            everyone_stands_once(state)
-
-
-def everyone_stands_once(state: IndexVersion) -> None:
-    """Of graphs and fresh buffer, what counts are the live rows, each once."""
-    entries = [graph.rows for graph in state.graphs] + [state.fresh.rows[: state.fresh_count]]
-    counting = [
-        vector_table[state.table.died_at[vector_table] > state.seq] for vector_table in entries
-    ]
-    assert sorted(np.concatenate(counting)) == state.table.alive(state.used, state.seq).tolist()
-    assert [len(vector_table) for vector_table in counting[:-1]] == list(state.standing)
+        version = self.live._version
+        retired = [r.item_id for r in self.exact._records.values() if r.retired]
+        assert (version.rows_of(retired) < 0).all()
+        if version.segments:
+            each_live_item_has_one_entry(version)
 
 
 TestLiveAgainstExact = LiveAgainstExact.TestCase
@@ -219,7 +205,7 @@ TestLiveAgainstExact.settings = settings(
 
 
 class AtEveryLine:
-    """Calls `look` before every line that this thread runs in index/, but not within `look` itself."""
+    """Calls `look` before every line of index/ that this thread runs, except within `look`."""
 
     def __init__(self, look: Callable[[], None]) -> None:
         self.look, self.looking = look, False
@@ -244,9 +230,9 @@ class AtEveryLine:
         sys.settrace(self.before)
 
 
-@pytest.mark.parametrize("tiers", [0, 1])
-def test_in_the_midst_of_a_batch_the_graph_answers_as_before_it(tiers: int) -> None:
-    """A query between any two lines of a write: the answer from before the batch or after, never another."""
+@pytest.mark.parametrize("small_segments", [0, 1])
+def test_a_query_in_the_middle_of_a_batch_sees_all_or_nothing(small_segments: int) -> None:
+    """A query between any two lines of a write gives the answer from before or after the batch."""
     rng = np.random.default_rng(4)
     with mock.patch.multiple(vector_table, CAPACITY_MIN=CAPACITY):
         index, oracle = HnswIndex(D, exact_below=5, fresh_max=10**6), ExactIndex(D)
@@ -288,15 +274,16 @@ def test_in_the_midst_of_a_batch_the_graph_answers_as_before_it(tiers: int) -> N
                 index.apply(records)
             assert len(seen) > 50 and seen == sorted(seen) and {*seen} == {True, False}
             assert (index.query(query, 20, exclude), index.describe(names)) == after
-            if tiers and step % 4 == 3:
-                assert index.build_tier()
-        assert index.stats().refused == 0 and index.stats().tiers == tiers
-        everyone_stands_once(index._state)
+            if small_segments and step % 4 == 3:
+                assert index.flush()
+        assert index.stats().refused == 0
+        assert index.stats().small_segments == small_segments
+        each_live_item_has_one_entry(index._version)
         index.close()
 
 
-@pytest.mark.parametrize("where", ["batch.write", "place", "standing", "append"])
-def test_a_batch_that_breaks_off_leaves_all_as_it_was(
+@pytest.mark.parametrize("where", ["batch.write", "place", "live_entries", "append"])
+def test_a_failed_batch_leaves_everything_as_it_was(
     monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     for module in MODULES:
@@ -328,16 +315,16 @@ def test_a_batch_that_breaks_off_leaves_all_as_it_was(
             patch.setattr(batch, "write", broken)
         else:
             patch.setattr(placement.Placement, where, broken)
-        # More of them first, so that what was made room for is too large the next time.
+        # Larger than the batch of the retry, so that the reserved room is too large for it.
         more = [ItemRecord(f"j{n}", 0, 600 + n, n, n, v) for n, v in enumerate(units(900, D, 7))]
         with pytest.raises(MemoryError):
             index.apply([*second, *more])
-    for again in ([], second):  # as if it had not been, and then once more
+    for again in ([], second):  # as if the batch had never come, then a retry
         assert index.apply(again) == oracle.apply(again)
         for query in POOL[:10]:
             assert index.query(query, 300) == oracle.query(query, 300)
             tagged = Filter(tags=frozenset({"u"}))
             assert index.query(query, 300, (), tagged) == oracle.query(query, 300, (), tagged)
         assert index.rebuild()
-        everyone_stands_once(index._state)
+        each_live_item_has_one_entry(index._version)
     index.close()

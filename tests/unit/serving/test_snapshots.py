@@ -287,7 +287,7 @@ def test_a_snapshot_of_another_shard_or_count_is_refused(
         healed = Worker(tmp_path, topic, share=mine)
     healed.stop()
     reason = caplog.records[0].reason  # type: ignore[attr-defined]
-    assert f"part {other.name!r}, wanted is 'shard 1 of 4'" in reason
+    assert f"part {other.name!r}, expected 'shard 1 of 4'" in reason
     assert healed.positions is None and healed.ids() == {
         f"i{n}" for n in range(8) if mine.holds(f"i{n}")
     }

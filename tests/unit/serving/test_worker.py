@@ -290,7 +290,7 @@ def python(code: str, **environ: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_worker_loads_neither_torch_nor_faust() -> None:
-    code = "import serving.__main__ as worker, sys; worker.make_backend('hnswlib'); print(*sys.modules)"
+    code = "import serving.__main__ as worker, sys; worker.ann_backend(worker.Settings()); print(*sys.modules)"
     loaded = python(f"-c {code}")
     names = {name.partition(".")[0] for name in loaded.stdout.split()}
     assert {"serving", "grpc", "hnswlib", "numpy"} <= names, loaded.stderr

@@ -1,0 +1,84 @@
+"""The newest source offset of each item: a record with an older or equal offset is a no-op."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from index.arrays import Ints
+from index.storage.vector_table import CAPACITY_MIN
+
+# Below every offset of a record.
+UNKNOWN = np.iinfo(np.int64).min
+
+
+class ItemOffsets:
+    """Label -> offset of its newest record, deletes included. Thread rule: under the write lock.
+
+    ids, label_of: shared with the IndexVersions; a new label is appended before a version counts it
+    """
+
+    def __init__(self, ids: list[str], label_of: dict[str, int], offsets: Ints) -> None:
+        """offsets: int64 (n,), of the existing labels."""
+        self.ids = ids
+        self.label_of = label_of
+        self._offsets = offsets
+        # For `undo`: the number of labels before the last `advance`, and the offsets that it set.
+        self._known = len(ids)
+        self._previous: tuple[Ints, Ints] = (offsets[:0], offsets[:0])
+
+    @property
+    def offsets(self) -> Ints:
+        """int64 (n,): offset of every label; read it under the lock."""
+        return self._offsets[: len(self.ids)]
+
+    def advance(self, item_ids: Sequence[str], offsets: Ints) -> tuple[Ints, Ints]:
+        """(labels, positions) of the records that are newest for their item, by position.
+
+        item_ids, offsets (n,): of the records; no-ops are left out
+        """
+        self._known = len(self.ids)
+        found = list(map(self.label_of.get, item_ids))
+        if None in found:
+            self._add_labels(found, item_ids)
+        labels = np.array(found, np.int64)
+        before = self._offsets[labels]
+        positions = (offsets > before).nonzero()[0]
+        if len(set(found)) < len(found):
+            positions = _newest_of_each(labels, offsets, positions)
+        labels = labels[positions]
+        self._previous = (labels, before[positions])
+        self._offsets[labels] = offsets[positions]
+        return labels, positions
+
+    def undo(self) -> None:
+        """Revert the last `advance`: its records were not written and must not count as old."""
+        labels, before = self._previous
+        self._offsets[labels] = before
+        for item_id in self.ids[self._known :]:
+            del self.label_of[item_id]
+        del self.ids[self._known :]
+
+    def _add_labels(self, found: list[int | None], item_ids: Sequence[str]) -> None:
+        """Set a label for every item of `found` that has none."""
+        for at, label in enumerate(found):
+            if label is None:
+                item_id, new = item_ids[at], len(self.ids)
+                # A batch may name the item twice.
+                found[at] = self.label_of.get(item_id, new)
+                if found[at] == new:
+                    self.ids.append(item_id)
+                    self.label_of[item_id] = new
+        if len(self.ids) > len(self._offsets):
+            room = np.full(max(CAPACITY_MIN, 2 * len(self.ids)) - self._known, UNKNOWN)
+            self._offsets = np.concatenate((self._offsets[: self._known], room))
+        self._offsets[self._known : len(self.ids)] = UNKNOWN
+
+
+def _newest_of_each(labels: Ints, offsets: Ints, positions: Ints) -> Ints:
+    """Of these positions one per label: the highest offset, the first one of equals."""
+    order = positions[np.lexsort((positions, -offsets[positions], labels[positions]))]
+    first = np.ones(len(order), bool)
+    first[1:] = labels[order[1:]] != labels[order[:-1]]
+    return np.sort(order[first])
