@@ -1,1 +1,1 @@
-"""The towers: how items and users become vectors. Per event and per query it is numpy alone."""
+"""Embedding models: how items and users become vectors. Numpy only per event and per query."""

@@ -1,1 +1,1 @@
-"""A generation on disk."""
+"""The bundle: a generation on disk."""

@@ -1,1 +1,1 @@
-"""Training data: where events come from, and the examples made of them."""
+"""Training data: its sources, and the examples made from it."""

@@ -1,1 +1,1 @@
-"""How good a generation is."""
+"""Offline evaluation of a generation."""

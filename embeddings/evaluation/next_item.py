@@ -1,9 +1,9 @@
-"""How often the clicked item is among the first k, with the history as it was just before each click.
+"""Next-item evaluation: the rank of the clicked item, given the history just before each click.
 
-The protocol: events in the order of time; the query is formed from events strictly before (one basket of the
-same user and millisecond sees the same history); every item of the catalogue is scored; items that the user
-already had are left out, as the product does; rank = 1 + items scored higher + half the ties. Popularity,
-counted up to each event's time, is ranked on the same events.
+Events are in time order. The query uses only events strictly before; events of one user at the same
+millisecond see the same history. Every item of the catalogue is scored, except the items that the
+user already had, which the product excludes too. Popularity, counted up to each event's time, is
+ranked on the same events.
 """
 
 from __future__ import annotations
@@ -12,37 +12,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from eddyline.schema.events import Click
 from embeddings.bundle.bundle import Bundle
 from embeddings.data.examples import Examples, Ints, make_examples
+from embeddings.evaluation.metrics import Quality, quality, rank
 from embeddings.towers.numerics import Floats, blocks
-from embeddings.towers.user_tower import query_vector
 
 # Scores of all items are held for this many events at a time.
 _EVENTS_AT_ONCE = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Quality:
-    """Shares in 0 … 1 over `events`, of which `unseen` are from users without an event in training."""
-
-    events: int
-    hit_rate_10: float
-    hit_rate_50: float
-    hit_rate_100: float
-    mrr: float
-    ndcg_10: float
-    hit_rate_10_seen_users: float
-    hit_rate_10_unseen_users: float
-
-
-@dataclass(frozen=True, slots=True)
 class EvaluationResult:
-    """The towers with the live history, the same with the micro-step's embedding, and popularity.
+    """The quality of the towers, of the towers with the micro-step's embedding, and of popularity.
 
-    with_embedding is None where it was not asked for.
+    with_embedding: None without `micro`
     """
 
     towers: Quality
@@ -60,49 +45,48 @@ def evaluate(
     micro: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> EvaluationResult:
-    """Judge a bundle that was trained on `before` by the clicks after it.
+    """Evaluate a bundle that was trained on `before` by the later clicks `held_out`.
 
-    events_max:  above it, every n-th event is scored; the history is complete all the same
-    micro:       also replay the micro-step over the held-out clicks (one row after another: slower)
+    events_max:  if there are more, every n-th event is scored; the histories stay complete
+    micro:       also replay the micro-step over the held-out clicks, one event at a time
     on_progress: called with (events done, events)
+    Raises ValueError if no held-out click is on an item of the catalogue.
     """
-    rows = {item_id: row for row, item_id in enumerate(bundle.item_ids)}
-    events = make_examples(before + held_out, rows)
-    first = len(make_examples(before, rows))
+    events = make_examples(before + held_out, bundle.rows)
+    first = len(make_examples(before, bundle.rows))
     scored = np.arange(first, len(events))
     if not len(scored):
         raise ValueError("there is no held-out click on an item of the catalogue")
     if not micro:
         scored = scored[:: -(-len(scored) // events_max)]
     seen_users = np.isin(events.users[scored], events.users[:first])
-    ranks, popular = np.empty(len(scored)), np.empty(len(scored))
-    with_embedding = np.empty(len(scored))
+    ranks, popularity, with_embedding = np.empty((3, len(scored)))
     replay = _Replay(bundle, events)
-    counts = _Counts(events, len(rows))
+    counts = _Counts(events, len(bundle.rows))
     for start, stop in blocks(len(scored), _EVENTS_AT_ONCE):
         some = scored[start:stop]
         forward = _forward(bundle, profiles, events, some)
         scores = forward @ bundle.item_vectors.T
-        wanted = events.targets[some]
+        targets = events.targets[some]
         for i, event in enumerate(some):
             had = events.log[events.starts[event] : events.ends[event]]
-            ranks[start + i] = _rank(scores[i], had, wanted[i])
-            popular[start + i] = _rank(counts.before(event), had, wanted[i])
+            ranks[start + i] = rank(scores[i], had, targets[i])
+            popularity[start + i] = rank(counts.before(event), had, targets[i])
             if micro:
-                own = bundle.item_vectors @ query_vector(forward[i], replay.embedding(event))
-                with_embedding[start + i] = _rank(own, had, wanted[i])
+                query = bundle.user_tower.combine(forward[i], replay.embedding(event))
+                with_embedding[start + i] = rank(bundle.item_vectors @ query, had, targets[i])
                 replay.step(event, forward[i])
         if on_progress is not None:
             on_progress(stop, len(scored))
     return EvaluationResult(
-        _quality(ranks, seen_users),
-        _quality(with_embedding, seen_users) if micro else None,
-        _quality(popular, seen_users),
+        quality(ranks, seen_users),
+        quality(with_embedding, seen_users) if micro else None,
+        quality(popularity, seen_users),
     )
 
 
 class _Counts:
-    """Clicks of each item strictly before an event's time; events come in order."""
+    """Clicks of each item strictly before an event's time, for events in time order."""
 
     def __init__(self, events: Examples, items: int) -> None:
         self._events, self._counts = events, np.zeros(items, np.float32)
@@ -117,14 +101,13 @@ class _Counts:
 
 
 class _Replay:
-    """The users' ID embeddings over the held-out events; within a basket all see the one before it."""
+    """The users' ID embeddings over the held-out events; a basket sees the embedding before it."""
 
     def __init__(self, bundle: Bundle, events: Examples) -> None:
         self._bundle, self._events = bundle, events
         self._zero = np.zeros(bundle.dimension, np.float32)
-        self._state: dict[
-            int, tuple[int, int, Floats, Floats]
-        ] = {}  # steps, at_ms, before the basket, now
+        # User -> (steps, at_ms, embedding before the basket, embedding now).
+        self._state: dict[int, tuple[int, int, Floats, Floats]] = {}
 
     def embedding(self, event: int) -> Floats:
         user = int(self._events.users[event])
@@ -150,29 +133,4 @@ def _forward(
         bundle.item_vectors,
         [row[:n].tolist() for row, n in zip(histories, counts, strict=True)],
         [profiles.get(events.user_ids[u], {}) for u in events.users[some]],
-    )
-
-
-def _rank(scores: Floats, had: Ints, wanted: int) -> float:
-    own = scores[wanted]
-    # Items that the user had do not compete; the wanted one itself may be among them.
-    others = np.unique(had)
-    others = others[others != wanted]
-    higher = np.count_nonzero(scores > own) - np.count_nonzero(scores[others] > own)
-    ties = np.count_nonzero(scores == own) - 1 - np.count_nonzero(scores[others] == own)
-    return 1 + higher + ties / 2
-
-
-def _quality(ranks: npt.NDArray[np.float64], seen: npt.NDArray[np.bool_]) -> Quality:
-    hits = ranks <= 10
-    gain = np.where(hits, 1 / np.log2(ranks + 1), 0.0)
-    return Quality(
-        len(ranks),
-        float(hits.mean()),
-        float((ranks <= 50).mean()),
-        float((ranks <= 100).mean()),
-        float((1 / ranks).mean()),
-        float(gain.mean()),
-        float(hits[seen].mean()) if seen.any() else 0.0,
-        float(hits[~seen].mean()) if not seen.all() else 0.0,
     )

@@ -1,1 +1,1 @@
-"""Models that are trained; torch is imported from here on."""
+"""Models that can be trained; the implementations import torch."""

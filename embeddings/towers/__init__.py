@@ -1,1 +1,1 @@
-"""The towers at run time, in numpy alone."""
+"""Models at run time: towers, micro-step and the registry of kinds, in numpy only."""

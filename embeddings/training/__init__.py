@@ -1,1 +1,1 @@
-"""Training of the towers. The only place that knows torch; nobody but the trainer imports it."""
+"""The trainer process; no other process imports torch."""

@@ -1,7 +1,7 @@
-"""The trainer process: read topics, archive or a file, train, write the bundle, publish the generation.
+"""The trainer process: reads the data, trains, writes the bundle and publishes the generation.
 
-Exit codes: 0 done · 1 an error that another try may heal · 2 a bad setting or option · 3 a person has to
-decide (the archive is of another log, or Kafka refuses us).
+Exit codes: 0 done · 1 an error that a retry may solve · 2 a bad setting or option · 3 an operator
+has to decide (the archive belongs to another log, or Kafka refuses access).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train one generation. Returns the exit code, with a sentence on standard error if it is not 0."""
+    """Train one generation. Returns the exit code; an error is a sentence on standard error."""
     arguments = _arguments(argv)
     return lifecycle.run(
         "trainer",
@@ -67,8 +67,8 @@ def _main(settings: Settings, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _run(config: Settings, arguments: argparse.Namespace, console: Console) -> Report:
-    generation = arguments.generation or _next_name(config)
+def _run(settings: Settings, arguments: argparse.Namespace, console: Console) -> Report:
+    generation = arguments.generation or _next_name(settings)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -76,8 +76,8 @@ def _run(config: Settings, arguments: argparse.Namespace, console: Console) -> R
         TimeElapsedColumn(),
     )
     with Bar(*columns, console=console) as bar:
-        data = _read(config, arguments, bar)
-        learned, held_out = split(data.clicks, 1.0 - arguments.holdout)
+        data = _read(settings, arguments, bar)
+        training_clicks, held_out = split(data.clicks, 1.0 - arguments.holdout)
         task = bar.add_task("training", total=None)
 
         def on_progress(p: Progress) -> None:
@@ -85,15 +85,15 @@ def _run(config: Settings, arguments: argparse.Namespace, console: Console) -> R
             bar.update(task, description=text, completed=p.step, total=p.steps)
 
         report = train(
-            dataclasses.replace(data, clicks=learned),
-            config.bundles / generation,
+            dataclasses.replace(data, clicks=training_clicks),
+            settings.bundles / generation,
             generation,
             recipe=Recipe(epochs=arguments.epochs, seed=arguments.seed, threads=arguments.threads),
             model=MODELS[arguments.model],
             on_progress=on_progress,
         )
         if held_out:
-            _judge(report, data, learned, held_out, bar)
+            _evaluate(report, data, training_clicks, held_out, bar)
     if arguments.publish:
         manifest = generations.Manifest(
             generation=generation,
@@ -102,48 +102,52 @@ def _run(config: Settings, arguments: argparse.Namespace, console: Console) -> R
             created_ms=report.created_ms,
             cut=dict(report.cut),
         )
-        generations.publish(config, manifest, activate=arguments.activate)
+        generations.publish(settings, manifest, activate=arguments.activate)
     return report
 
 
-def _read(config: Settings, arguments: argparse.Namespace, bar: Bar) -> TrainingData:
+def _read(settings: Settings, arguments: argparse.Namespace, bar: Bar) -> TrainingData:
     if arguments.file is not None:
-        return sources.from_file(config, arguments.file)
-    topics.wait_until_up(config, arguments.wait_s)
-    topics.ensure_topics(config)
+        return sources.from_file(settings, arguments.file)
+    topics.wait_until_up(settings, arguments.wait_s)
+    topics.ensure_topics(settings)
     tasks = {name: bar.add_task(f"reading {name}", total=None) for name in topics.SOURCES}
 
     def on_read(name: str, done: int, total: int) -> None:
         bar.update(tasks[name], completed=done, total=total)
 
     from_archive = (
-        config.train_from == "archive" if arguments.archive is None else arguments.archive
+        settings.train_from == "archive" if arguments.archive is None else arguments.archive
     )
     read = sources.from_archive if from_archive else sources.from_kafka
-    data = read(config, on_read=on_read)
+    data = read(settings, on_read=on_read)
     log.info(
         "read",
         extra={"archive": from_archive, "clicks": len(data.clicks), "items": len(data.items)},
     )
     if data.rejected:
-        log.warning("records left out", extra=dict(data.rejected))
+        log.warning("records skipped", extra=dict(data.rejected))
     return data
 
 
-def _judge(
-    report: Report, data: TrainingData, learned: list[Click], held_out: list[Click], bar: Bar
+def _evaluate(
+    report: Report,
+    data: TrainingData,
+    training_clicks: list[Click],
+    held_out: list[Click],
+    bar: Bar,
 ) -> None:
-    task = bar.add_task("judging by the clicks held out", total=None)
-    judgement = evaluate(
+    task = bar.add_task("evaluating on held-out clicks", total=None)
+    result = evaluate(
         bundle.load(report.folder),
         data.profiles,
-        learned,
+        training_clicks,
         held_out,
         on_progress=lambda done, total: bar.update(task, completed=done, total=total),
     )
-    for name, quality in (("towers", judgement.towers), ("popularity", judgement.popularity)):
+    for name, quality in (("towers", result.towers), ("popularity", result.popularity)):
         log.info(
-            "judged on the clicks held out",
+            "evaluated on held-out clicks",
             extra={
                 "path": name,
                 "events": quality.events,
@@ -154,10 +158,12 @@ def _judge(
         )
 
 
-def _next_name(config: Settings) -> str:
-    """One above the highest number among the bundles that are there; 1 for the first."""
-    there = [int(f.name) for f in config.bundles.glob("*") if f.name.isascii() and f.name.isdigit()]
-    return str(max(there, default=0) + 1)
+def _next_name(settings: Settings) -> str:
+    """One above the highest number among the existing bundles; 1 for the first."""
+    numbers = [
+        int(f.name) for f in settings.bundles.glob("*") if f.name.isascii() and f.name.isdigit()
+    ]
+    return str(max(numbers, default=0) + 1)
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -186,7 +192,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "--holdout",
         type=_share,
         default=0.0,
-        help="share of the newest clicks to judge by, not to train on",
+        help="share of the newest clicks to evaluate on instead of training on them",
     )
     parser.add_argument(
         "--wait-s", type=float, default=60.0, help="how long to wait for Kafka (default 60)"
