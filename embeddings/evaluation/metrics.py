@@ -39,11 +39,11 @@ def rank(scores: Floats, excluded: Ints, target: int) -> float:
     own = scores[target]
     higher = np.count_nonzero(scores > own) - np.count_nonzero(scores[others] > own)
     ties = np.count_nonzero(scores == own) - 1 - np.count_nonzero(scores[others] == own)
-    return 1 + higher + ties / 2
+    return float(1 + higher + ties / 2)
 
 
 def quality(ranks: npt.NDArray[np.float64], seen: npt.NDArray[np.bool_]) -> Quality:
-    """The metrics of n >= 1 events. ranks: float64 (n,); seen: bool (n,), from a seen user or not."""
+    """The metrics of n >= 1 events. ranks: float64 (n,); seen: bool (n,), of a seen user."""
     hits = ranks <= 10
     gain = np.where(hits, 1 / np.log2(ranks + 1), 0.0)
     return Quality(
