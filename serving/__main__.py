@@ -1,14 +1,14 @@
 """The query worker, wired together: `python -m serving`.
 
-Exit codes: 0 a wanted stop · 1 an error that a restart may heal · 2 a bad setting, or the port is taken · 3 a
-person has to decide (the store refuses to be used, or Kafka refuses us).
+Exit codes: 0 a wanted stop · 1 an error that a restart may heal · 2 a bad setting, or the port is taken ·
+3 a person has to decide (the store refuses to be used, or Kafka refuses us).
 """
 
 from __future__ import annotations
 
 import os
 
-# Before numpy: queries run side by side already, and one product is too small to be worth more threads.
+# Before numpy: queries already run in parallel, and one product is too small to be worth more threads.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 
@@ -17,34 +17,23 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import ExitStack
 
-from eddyline.errors import SettingsError
-from eddyline.kafka import topics
-from eddyline.process import discovery, lifecycle, logs
-from eddyline.process.retry import Retry, Stopped
-from eddyline.settings import loader
+from typing_extensions import override
+
+from eddyline.process import lifecycle
+from eddyline.process.retry import Retry
 from eddyline.settings.loader import Settings
-from eddyline.stores.redis import RedisStore
-from embeddings.bundle.bundle import Bundle
-from embeddings.towers.user_tower import query_vector
 from index.backends.base import AnnBackend
-from index.factory import ann_backend, guard_recall
-from index.live import LiveIndex
+from index.factory import ann_backend
 from serving import dependencies, metrics, registry
-from serving.answer.retriever import Retriever
-from serving.answer.user_reader import UserReader
-from serving.recall.popular import PopularPath
-from serving.recall.towers import TowersPath
-from serving.rpc.backends import ShardBackend, WorkerBackend
 from serving.rpc.retrieval_service import RetrievalService
-from serving.rpc.server import PortTaken, SharedPort, WorkerServer
-from serving.rpc.shard_service import ShardService, ShardServicer
+from serving.rpc.server import SharedPort, WorkerServer
+from serving.rpc.shard_service import ShardService
 from serving.sharding import ShardAssignment, shard_of
-from serving.worker.prefork import Prefork, run_niced
+from serving.worker.generation import GenerationRuntime
+from serving.worker.prefork import ForkedWork, Prefork, run_niced
 from serving.worker.publish_barrier import wait_until_published
-from serving.worker.replica import Replica
-from serving.worker.startup import OpenedIndex, open_index
 
 log = logging.getLogger(__name__)
 
@@ -54,209 +43,158 @@ GRACE_S = 5.0
 
 def main() -> int:
     """Serve until SIGTERM or SIGINT. Returns the exit code."""
-    stop = threading.Event()
-    lifecycle.stop_on_signals(stop)
-    try:
-        loaded = loader.load()
-        logs.configure(loaded, "worker")
-        settings = discovery.resolve(loaded)
-        backend = ann_backend(settings)
-        share = shard_of(settings)
-        if settings.worker_processes > 1:
-            return lifecycle.run_until_exit(_many(settings, backend, share, stop))
-        service, shard = RetrievalService(settings), ShardService(share)
-        server = WorkerServer(settings, service, shard)
-    except (SettingsError, PortTaken) as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    _say(f"worker listens on {server.address}")
-    retry = Retry(settings, stop, service.waiting_for)
-    try:
-        return lifecycle.run_until_exit(
-            lambda: _run(
-                settings,
-                service,
-                shard,
-                retry,
-                stop,
-                lambda: server,
-                lambda: open_index(settings, backend, share, retry),
-            )
+    return lifecycle.run("worker", _serve)
+
+
+def _serve(settings: Settings, stop: threading.Event) -> int:
+    ann = ann_backend(settings)
+    assignment = shard_of(settings)
+    if settings.worker_processes > 1:
+        processes = WorkerProcesses(settings, ann, assignment, stop)
+        lifecycle.stop_on_signals(stop, processes.give_up)
+        return Prefork(settings, processes, stop).run()
+    worker = Worker(settings, ann, assignment, stop)
+    worker.listen()
+    return worker.run()
+
+
+class Worker:
+    """One serving process: its gRPC server, and the generation that it answers from."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        ann: AnnBackend,
+        assignment: ShardAssignment,
+        stop: threading.Event,
+        *,
+        place: int = 0,
+        port: SharedPort | None = None,
+    ) -> None:
+        """place: number of this process in its worker; port: shared with the other processes."""
+        self._settings = settings
+        self._ann = ann
+        self._assignment = assignment
+        self._stop = stop
+        self._place = place
+        self._port = port
+        self._service, self._shard = RetrievalService(settings), ShardService(assignment)
+        self._server: WorkerServer | None = None
+
+    def listen(self) -> WorkerServer:
+        """Bind the port; calls get UNAVAILABLE until the worker is ready. Raises PortTaken."""
+        self._server = WorkerServer(self._settings, self._service, self._shard, port=self._port)
+        if self._port is None:
+            _say(f"worker listens on {self._server.address}")
+        return self._server
+
+    def run(
+        self, runtime: GenerationRuntime | None = None, ready: Callable[[], None] | None = None
+    ) -> int:
+        """Serve until the stop. Returns the exit code.
+
+        runtime: opened already; None: the active generation is opened. ready: called once it serves
+        """
+        settings, service, stop = self._settings, self._service, self._stop
+        retry = Retry(settings, stop, service.waiting_for)
+        with ExitStack() as closing:
+            closing.callback(self._stop_server)
+            closing.callback(metrics.serve(settings, service, self._place))
+            store = dependencies.open_store(settings, retry)
+            closing.callback(store.close)
+            if runtime is None:
+                runtime = GenerationRuntime.open(settings, self._ann, self._assignment, retry)
+            closing.callback(runtime.close)
+            runtime.build_graph()
+            service.waiting_for("ingest to publish the last changes of items")
+            wait_until_published(settings, store, runtime.generation, stop)
+            backend = runtime.start(store, write_snapshots=self._place == 0)
+            service.waiting_for("the end of the item vectors")
+            runtime.wait_caught_up(stop)
+            self._shard.serve(backend.held)
+            service.serve(backend)
+            server = self._server or self.listen()
+            server.set_serving(True)
+            announced = registry.announce(settings, self._registered(server, runtime))
+            closing.callback(announced.unlink, missing_ok=True)
+            serves = {
+                "address": server.address,
+                "items": runtime.index.stats().live,
+                "holds": self._assignment.name or "all items",
+            }
+            log.info("worker serves", extra=serves)
+            if ready is not None:
+                ready()
+            while not stop.wait(60.0):
+                pass
+            self._stop_server()
+        return 0
+
+    def _stop_server(self) -> None:
+        """End the running calls, before what answers them is closed; again: does nothing."""
+        server, self._server = self._server, None
+        if server is not None:
+            server.set_serving(False)
+            server.stop(GRACE_S)
+
+    def _registered(
+        self, server: WorkerServer, runtime: GenerationRuntime
+    ) -> registry.RegisteredWorker:
+        return registry.RegisteredWorker(
+            address=server.address,
+            pid=os.getpid(),
+            generation=runtime.generation,
+            started_ms=time.time_ns() // 1_000_000,
+            answers=self._assignment.whole,
         )
-    finally:
-        server.stop(GRACE_S)
 
 
-def _many(
-    settings: Settings, backend: AnnBackend, share: ShardAssignment, stop: threading.Event
-) -> Callable[[], int]:
-    """Runs the processes of a worker, see `serving.worker.prefork`. Raises SettingsError, PortTaken."""
-    port = SharedPort(settings)
-    _say(f"{settings.worker_processes} worker processes listen on {port.address}")
-    retry = Retry(settings, stop)
-    held: list[OpenedIndex] = []  # the one whose graph is being built; a stop ends the building
+class WorkerProcesses(ForkedWork[GenerationRuntime]):
+    """The processes of one worker; they share the memory of the generation that the keeper opened."""
 
-    def give_up() -> None:
-        for opened in held:
-            opened.index.close()
+    def __init__(
+        self,
+        settings: Settings,
+        ann: AnnBackend,
+        assignment: ShardAssignment,
+        stop: threading.Event,
+    ) -> None:
+        """Reserve the port. Raises PortTaken."""
+        self._settings = settings
+        self._ann = ann
+        self._assignment = assignment
+        self._stop = stop
+        self._port = SharedPort(settings)
+        self._opened: GenerationRuntime | None = None
+        _say(f"{settings.worker_processes} worker processes listen on {self._port.address}")
 
-    lifecycle.stop_on_signals(stop, give_up)
+    def give_up(self) -> None:
+        """End the building of the graph."""
+        if self._opened is not None:
+            self._opened.index.close()
 
-    def opened() -> OpenedIndex:
-        held[:] = [open_index(settings, backend, share, retry)]
-        return held[0]
+    @override
+    def open(self) -> GenerationRuntime:
+        retry = Retry(self._settings, self._stop)
+        self._opened = GenerationRuntime.open(self._settings, self._ann, self._assignment, retry)
+        return self._opened
 
-    def built(opened: OpenedIndex) -> bool:
-        large = opened.index.stats().live > settings.index_exact_below
-        return large and run_niced(opened.index.rebuild)
+    @override
+    def build(self, shared: GenerationRuntime) -> bool:
+        large = shared.index.stats().live > self._settings.index_exact_below
+        return large and run_niced(shared.index.rebuild)
 
-    def serve(opened: OpenedIndex, place: int, ready: Callable[[], None]) -> int:
-        service, shard = RetrievalService(settings), ShardService(share)
-        made: list[WorkerServer] = []
-
-        def bind() -> WorkerServer:
-            made.append(WorkerServer(settings, service, shard, port=port))
-            return made[0]
-
-        try:
-            return lifecycle.run_until_exit(
-                lambda: _run(
-                    settings,
-                    service,
-                    shard,
-                    Retry(settings, stop),
-                    stop,
-                    bind,
-                    lambda: opened,
-                    place=place,
-                    ready=ready,
-                )
-            )
-        finally:
-            for server in made:
-                server.stop(GRACE_S)
-
-    keeper = Prefork(
-        settings.worker_processes,
-        opened,
-        built,
-        serve,
-        stop,
-        renew_s=settings.worker_renew_s,
-        backoff_s_max=settings.backoff_ms_max / 1000,
-    )
-    return keeper.run
-
-
-def _run(
-    settings: Settings,
-    service: RetrievalService,
-    shard: ShardService,
-    retry: Retry,
-    stop: threading.Event,
-    bind: Callable[[], WorkerServer],
-    opening: Callable[[], OpenedIndex],
-    *,
-    place: int = 0,
-    ready: Callable[[], None] = lambda: None,
-) -> None:
-    """Serve what `opening` gives.
-
-    place: which of several processes this is; the first one writes snapshots. ready: called once it serves
-    """
-    share = shard.share
-    unmeasured = metrics.serve(settings, service, place)
-    store = dependencies.open_store(settings, retry)
-    opened = opening()
-    generation, index, snapshots = opened.generation, opened.index, opened.snapshots
-    replica = Replica(
-        settings, generation.generation, index, positions=opened.positions, share=share
-    )
-    popular = dependencies.popular_path(settings, store)
-    announced: Path | None = None
-    try:
-        guard_recall(settings, index)
-        index.begin()
-        service.waiting_for("ingest to publish the last changes of items")
-        wait_until_published(settings, store, generation.generation, stop)
-        replica.start()
-        if place == 0:
-            snapshots.start(replica.positions)
-        if share.whole:
-            popular.start()
-        service.waiting_for("the end of the item vectors")
-        while not replica.wait_caught_up(0.05):
-            if stop.is_set():
-                raise Stopped
-        shard.serve(ShardServicer(generation.generation, index, replica.missing))
-        if share.whole:
-            users = dependencies.user_reader(
-                settings, store, generation.generation, opened.logs[topics.CLICKS]
-            )
-            service.serve(_ready(settings, store, users, generation, index, replica, popular))
-        else:
-            held = ShardBackend(generation.generation, share, index, replica.state, replica.missing)
-            service.serve(held)
-        server = bind()
-        server.set_serving(True)
-        announced = registry.announce(settings, _present(server.address, generation, share))
-        told = {
-            "address": server.address,
-            "items": index.stats().live,
-            "holds": share.name or "all items",
-        }
-        log.info("worker serves", extra=told)
-        ready()
-        while not stop.wait(60.0):
-            pass
-        server.set_serving(False)
-        server.stop(GRACE_S)
-    finally:
-        if announced is not None:
-            announced.unlink(missing_ok=True)
-        replica.close()
-        snapshots.close()
-        popular.close()
-        index.close()
-        store.close()
-        unmeasured()
+    @override
+    def serve(self, shared: GenerationRuntime, place: int, ready: Callable[[], None]) -> int:
+        worker = Worker(
+            self._settings, self._ann, self._assignment, self._stop, place=place, port=self._port
+        )
+        return lifecycle.run_until_exit(lambda: worker.run(shared, ready))
 
 
 def _say(what: str) -> None:
     sys.stdout.write(f"{what}\n")
     sys.stdout.flush()
-
-
-def _ready(
-    settings: Settings,
-    store: RedisStore,
-    users: UserReader,
-    generation: Bundle,
-    index: LiveIndex,
-    replica: Replica,
-    popular: PopularPath,
-) -> WorkerBackend:
-    retriever = Retriever(
-        store=store,
-        index=index,
-        users=users,
-        by_towers=TowersPath(generation.user_tower, query_vector),
-        by_popularity=popular,
-        item_slots=settings.item_slots,
-        index_missing=replica.missing,
-    )
-    return WorkerBackend(generation.generation, retriever, index, popular, replica.state)
-
-
-def _present(address: str, generation: Bundle, share: ShardAssignment) -> registry.RegisteredWorker:
-    now_ms = time.time_ns() // 1_000_000
-    return registry.RegisteredWorker(
-        address=address,
-        pid=os.getpid(),
-        generation=generation.generation,
-        started_ms=now_ms,
-        answers=share.whole,
-    )
 
 
 if __name__ == "__main__":

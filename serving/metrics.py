@@ -1,12 +1,13 @@
-"""What a query worker or a coordinator tells Prometheus: queries, the index, its recall, its lag.
+"""The Prometheus metrics of a query worker or a coordinator: queries, recall paths, index, recall, lag.
 
-Read when it is asked for, from what `Stats` answers; a query pays for its place in the histogram.
+Collected from the service's counters and its `Stats` at each scrape.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -19,30 +20,31 @@ from prometheus_client.registry import Collector
 from eddyline.process import metrics
 from eddyline.settings.loader import Settings
 from serving.proto import retrieval_pb2 as pb
-from serving.rpc.retrieval_service import BUCKETS_S, RetrievalService
+from serving.rpc.retrieval_service import BUCKETS_S, QueryCounts, RetrievalService
 
 
 class WorkerCollector(Collector):
-    """The metrics of one process. Thread rule: any thread; the figures may be some queries apart.
-
-    own_index: whether it has one; a coordinator's figures are of whichever shards answer just now
-    """
+    """The metrics of one process. Thread rule: any thread; the figures may be some queries apart."""
 
     def __init__(self, service: RetrievalService, own_index: bool = True) -> None:
+        """own_index: False for a coordinator, whose counters would jump as shards come and go."""
         self._service = service
         self._own_index = own_index
 
     def collect(self) -> Iterator[Metric]:
-        """Every metric. Before the process is ready only those of queries."""
-        stats = self._service.stats()
+        """Every metric; before the process is ready only those of queries."""
+        stats, counts = self._service.stats(), self._service.counts()
         yield GaugeMetricFamily(
             "eddyline_worker_ready", "Whether queries are answered", value=stats.ready
         )
-        failed = {"failed": stats.queries_failed, "answered": stats.queries - stats.queries_failed}
-        yield _by(CounterMetricFamily, "eddyline_worker_queries", "Queries", "outcome", failed)
-        yield self._times()
+        queries = {"failed": counts.failed, "answered": counts.queries - counts.failed}
+        yield _by(CounterMetricFamily, "eddyline_worker_queries", "Queries", "outcome", queries)
+        yield _times(counts)
+        yield from _paths(counts)
         yield GaugeMetricFamily(
-            "eddyline_worker_missing", "What answers lack now", value=len(stats.missing)
+            "eddyline_worker_missing",
+            "Servers and shards that answers lack now",
+            value=len(stats.missing),
         )
         if stats.ready:
             yield _sizes(stats.index)
@@ -52,21 +54,13 @@ class WorkerCollector(Collector):
                 yield from _recall(stats.index.recall)
             yield from _tail(stats.tail)
 
-    def _times(self) -> Metric:
-        counts, total_s = self._service.times()
-        buckets, below = [], 0
-        for bound, count in zip((*map(str, BUCKETS_S), "+Inf"), counts, strict=True):
-            below += count
-            buckets.append((bound, below))
-        return HistogramMetricFamily("eddyline_worker_query_seconds", "Queries", buckets, total_s)
-
 
 def serve(
     settings: Settings, service: RetrievalService, place: int = 0, own_index: bool = True
 ) -> Callable[[], None]:
-    """Answer Prometheus at `worker_metrics_port`, where it is set. Returns what ends that.
+    """Serve the metrics at `worker_metrics_port`, if it is set. Returns what ends that.
 
-    place: which of several processes of one worker; each has the next port
+    place:     number of this process in its worker; its port is `worker_metrics_port` + place
     own_index: see `WorkerCollector`
     """
     port = settings.worker_metrics_port
@@ -87,6 +81,22 @@ def _by(
     for value, number in values.items():
         family.add_metric([value], number)
     return family
+
+
+def _times(counts: QueryCounts) -> Metric:
+    bounds = (*map(str, BUCKETS_S), "+Inf")
+    buckets = list(zip(bounds, accumulate(counts.times), strict=True))
+    name = "eddyline_worker_query_seconds"
+    return HistogramMetricFamily(name, "Queries", buckets, counts.total_s)
+
+
+def _paths(counts: QueryCounts) -> Iterator[Metric]:
+    queries = {path: of_path.queries for path, of_path in counts.paths.items()}
+    name, what = "eddyline_worker_path_queries", "Queries that called a recall path"
+    yield _by(CounterMetricFamily, name, what, "path", queries)
+    items = {path: of_path.items for path, of_path in counts.paths.items()}
+    name, what = "eddyline_worker_path_items", "Items of answers by their recall path"
+    yield _by(CounterMetricFamily, name, what, "path", items)
 
 
 def _sizes(index: pb.IndexSizes) -> Metric:

@@ -1,50 +1,71 @@
-"""From several paths to one answer: a cascade, each path fills what those before it left open."""
+"""From several recall paths to one answer."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from typing_extensions import override
 
 from index.port import Hit
-from serving.recall.base import RecallPath
+from serving.recall.base import Candidates, RecallPath, RecallRequest
+from serving.recall.index_reader import IndexReader
 
 
 class Recommendation(NamedTuple):
-    """One item of the answer and where it came from: its path and its rank there, 1 the best."""
+    """One item of the answer, its recall path, and its rank there (1 is the best)."""
 
     hit: Hit
     path: str
     path_rank: int
 
 
-class PathSummary(NamedTuple):
-    """What one path did: how many it named, how many are in the answer, and why not more."""
+class PathResult(NamedTuple):
+    """What one recall path returned, and how many of its candidates are in the answer."""
 
     path: str
-    candidates: int
+    candidates: Candidates
     taken: int
-    why: str
 
 
-def cascade(
-    paths: Sequence[RecallPath], k: int, seen: Collection[str]
-) -> tuple[list[Recommendation], list[PathSummary]]:
-    """The first k items over all paths in their order, each once, seen ones left out.
+class Fusion(Protocol):
+    """Chooses the answer's items from the candidates of the recall paths.
 
-    A path is asked only for what is still open, so one that is not needed costs nothing and is not listed.
+    It calls the paths itself: what it asks of one may depend on what the ones before it returned.
     """
-    chosen: list[Recommendation] = []
-    summaries: list[PathSummary] = []
-    excluded = set(seen)
-    for path in paths:
-        open_ = k - len(chosen)
-        if open_ <= 0:
-            break
-        named = path.ask(open_, frozenset(excluded))
-        before = len(chosen)
-        for rank, hit in enumerate(named.hits, 1):
-            if hit.item_id not in excluded and len(chosen) < k:
-                excluded.add(hit.item_id)
-                chosen.append(Recommendation(hit, path.name, rank))
-        summaries.append(PathSummary(path.name, len(named.hits), len(chosen) - before, named.why))
-    return chosen, summaries
+
+    def fuse(
+        self, paths: Sequence[RecallPath], request: RecallRequest, index: IndexReader
+    ) -> tuple[list[Recommendation], list[PathResult]]:
+        """(at most `request.k` items, best first; the results of the paths that were called)."""
+
+
+class Cascade(Fusion):
+    """The first k items over all paths in their order, each once, without excluded ones.
+
+    A path is asked only for what the paths before it left open. A path that is not needed is not
+    called and not listed.
+    """
+
+    @override
+    def fuse(
+        self, paths: Sequence[RecallPath], request: RecallRequest, index: IndexReader
+    ) -> tuple[list[Recommendation], list[PathResult]]:
+        items: list[Recommendation] = []
+        results: list[PathResult] = []
+        excluded = set(request.excluded)
+        for path in paths:
+            before = len(items)
+            if before >= request.k:
+                break
+            if before:
+                rest = request._replace(k=request.k - before, excluded=frozenset(excluded))
+            else:
+                rest = request
+            candidates = path.recall(rest, index)
+            for rank, hit in enumerate(candidates.hits, 1):
+                if hit.item_id not in excluded and len(items) < request.k:
+                    excluded.add(hit.item_id)
+                    items.append(Recommendation(hit, path.name, rank))
+            results.append(PathResult(path.name, candidates, len(items) - before))
+        return items, results

@@ -1,10 +1,11 @@
-"""One answer: read the user, ask the paths, fuse, say how fresh it is. Knows no gRPC."""
+"""One answer: read the user, recall candidates, fuse them, report how fresh it all is. Knows no gRPC."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 
@@ -13,25 +14,22 @@ from eddyline.schema.events import Item
 from eddyline.schema.user_history import EMPTY
 from eddyline.stores.state_store import StateStore, UserState
 from index.filters import Filter
-from index.port import Hit
 from serving.answer.deadline import Deadline
-from serving.answer.fusion import PathSummary, Recommendation, cascade
+from serving.answer.fusion import Cascade, Fusion, PathResult, Recommendation
 from serving.answer.user_reader import AfterStatus, AfterToken, UserReader
-from serving.recall import newest, popular, towers
-from serving.recall.base import Candidates, RecallPath
+from serving.recall.base import RecallPath, RecallRequest
 from serving.recall.index_reader import IndexReader
-from serving.recall.popular import PopularPath
-from serving.recall.towers import StageTimings, TowersPath
+from serving.recall.popularity import Popularity
 
-_NOBODY = UserState(fence=None, history=EMPTY, applied_us=0, embedding=None, profile={})
-_card = msgspec.json.Decoder(Item)
+_UNKNOWN_USER = UserState(fence=None, history=EMPTY, applied_us=0, embedding=None, profile={})
+_item_decoder = msgspec.json.Decoder(Item)
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A request, checked.
+    """A checked request.
 
-    asked: the filter that every item of the answer passes; popularity_beta: see `PopularPath.correct`
+    filters: every item of the answer passes them; popularity_beta: see `Popularity.debias`
     """
 
     user_id: str
@@ -44,7 +42,7 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Stamps:
-    """The worker's own clock after each step, microseconds since 1970; 0 where it was not taken."""
+    """The worker's own clock after each step, microseconds since 1970; 0: the step did not run."""
 
     received_us: int
     user_read_us: int
@@ -55,101 +53,76 @@ class Stamps:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """All that an answer says.
+    """The items of an answer, where they come from, and what is missing.
 
-    user:    as he was read; nobody's state where Redis is away or he is unknown
-    missing: what it had to do without, each `server: reason`
-    cards:   item id -> card, where asked for and there is one
+    user:    the state that was read; an empty one if Redis is away or the user is unknown
+    missing: what the answer had to do without, each `server: reason`
+    cards:   item id -> metadata, if requested and stored
     """
 
     items: Sequence[Recommendation]
-    paths: Sequence[PathSummary]
+    paths: Sequence[PathResult]
     user: UserState
     user_partition: int
     after: AfterStatus | None
     stamps: Stamps
-    missing: Sequence[str]
+    missing: list[str]
     short_because: str
-    cards: dict[str, Item] = field(default_factory=dict)
+    cards: dict[str, Item]
+
+
+class _UserRead(NamedTuple):
+    """The user; `missing` is why it could not be read, else ""."""
+
+    user: UserState
+    after: AfterStatus | None
+    missing: str = ""
 
 
 class Retriever:
-    """Answers queries of one generation: towers, then the popular list, then what is newest.
-
-    Thread rule: any thread.
-    """
+    """Answers the queries of one generation. Thread rule: any thread."""
 
     def __init__(
         self,
         *,
         store: StateStore,
-        index: IndexReader,
         users: UserReader,
-        by_towers: TowersPath,
-        by_popularity: PopularPath,
+        popularity: Popularity,
+        paths: Sequence[RecallPath],
         item_slots: int,
-        index_missing: Callable[[], str],
+        fusion: Fusion | None = None,
     ) -> None:
-        """index_missing: why the index may lag behind the items topic, "" where it does not."""
+        """paths: in the order in which the fusion asks them; fusion: a `Cascade` by default."""
+        self.popularity = popularity
         self._store = store
-        self._index = index
         self._users = users
-        self._towers = by_towers
-        self._popular = by_popularity
+        self._paths = paths
         self._item_slots = item_slots
-        self._index_missing = index_missing
+        self._fusion = fusion or Cascade()
 
-    def retrieve(self, query: Query, deadline: Deadline, received_us: int = 0) -> Answer:
-        """k items the user has not seen, as long as there are k; what is missing is said, not raised.
+    def retrieve(
+        self, query: Query, index: IndexReader, deadline: Deadline, received_us: int = 0
+    ) -> Answer:
+        """k items that the user has not seen, or all there are. Reports what is missing in the answer.
 
-        Raises DeadlinePassed, before the step for which there was no time left.
+        Raises DeadlinePassed, before the step for which no time is left.
         """
-        missing: list[str] = []
         deadline.check("the user was read")
-        user, after = self._read(query, deadline, missing)
-        user_read_us = 0 if missing else time.time_ns() // 1000
-        marks = StageTimings()
+        user, after, unread = self._read(query, deadline)
+        user_read_us = 0 if unread else time.time_ns() // 1000
         seen = {entry.item_id for entry in user.history.entries}
-
-        def by_towers(k: int, exclude: Collection[str]) -> Candidates:
-            deadline.check("the index was searched")
-            if missing:
-                return Candidates((), "the user could not be read")
-            return self._towers.ask(
-                self._index,
-                user,
-                k,
-                exclude,
-                marks,
-                filters=query.filters,
-                correct=correct if query.popularity_beta else None,
-            )
-
-        def correct(hits: Sequence[Hit], k: int) -> Sequence[Hit]:
-            return self._popular.correct(hits, k, query.popularity_beta)
-
-        def by_popularity(k: int, exclude: Collection[str]) -> Candidates:
-            deadline.check("the popular list was asked")
-            return self._popular.ask(self._index, k, exclude, query.filters)
-
-        items, paths = cascade(
-            (
-                RecallPath(towers.NAME, by_towers),
-                RecallPath(popular.NAME, by_popularity),
-                RecallPath(
-                    newest.NAME,
-                    lambda k, exclude: newest.recall(self._index, k, exclude, query.filters),
-                ),
-            ),
-            query.k,
-            seen,
+        request = RecallRequest(
+            user=None if unread else user,
+            k=query.k,
+            excluded=seen,
+            filters=query.filters,
+            popularity_beta=query.popularity_beta,
+            deadline=deadline,
         )
-        short = "" if len(items) == query.k else self._short(query, len(items), seen)
-        cards = self._cards(items, deadline, missing) if query.with_cards else {}
-        if any(summary.path == popular.NAME for summary in paths) and self._popular.missing():
-            missing.append(f"redis: {self._popular.missing()}")
-        if self._index_missing():
-            missing.append(f"kafka: {self._index_missing()}")
+        items, paths = self._fusion.fuse(self._paths, request, index)
+        short = "" if len(items) == query.k else _short_because(query, len(items), seen, index)
+        cards, no_cards = self._cards(query, items, deadline, unread)
+        degradations = [path.candidates.degradation for path in paths]
         deadline.check("the answer was sent")
         return Answer(
             items=items,
@@ -160,54 +133,56 @@ class Retriever:
             stamps=Stamps(
                 received_us,
                 user_read_us,
-                marks.embedded_us,
-                marks.searched_us,
+                max((path.candidates.timings.embedded_us for path in paths), default=0),
+                max((path.candidates.timings.searched_us for path in paths), default=0),
                 time.time_ns() // 1000,
             ),
-            missing=missing,
+            missing=[reason for reason in (unread, no_cards, *degradations) if reason],
             short_because=short,
             cards=cards,
         )
 
     def missing(self) -> list[str]:
-        """What answers have to do without right now."""
-        found = (("redis", self._users.missing()), ("redis", self._popular.missing()))
-        return [
-            f"{server}: {why}" for server, why in (*found, ("kafka", self._index_missing())) if why
-        ]
+        """What answers have to do without now, each `server: reason`."""
+        users = self._users.missing()
+        found = [f"redis: {users}"] if users else []
+        return found + [reason for path in self._paths if (reason := path.degradation())]
 
-    def _read(
-        self, query: Query, deadline: Deadline, missing: list[str]
-    ) -> tuple[UserState, AfterStatus | None]:
+    def _read(self, query: Query, deadline: Deadline) -> _UserRead:
         try:
             if query.after is None:
-                return self._users.read(query.user_id), None
-            return self._users.read_after(query.user_id, query.after, deadline)
+                return _UserRead(self._users.read(query.user_id), None)
+            return _UserRead(*self._users.read_after(query.user_id, query.after, deadline))
         except StoreUnavailable as error:
-            missing.append(f"redis: {error}")
             unread = AfterStatus(False, 0, "the user could not be read")
-            return _NOBODY, unread if query.after else None
-
-    def _short(self, query: Query, found: int, seen: set[str]) -> str:
-        seen_live = sum(hit is not None for hit in self._index.describe(list(seen), query.filters))
-        which = f"{self._index.stats().live} items are live"
-        if query.filters is not None:
-            which = f"{found + seen_live} live items pass the filter"
-        return f"{found} of {query.k}: {which}, {seen_live} of them are in the user's list"
+            return _UserRead(_UNKNOWN_USER, unread if query.after else None, f"redis: {error}")
 
     def _cards(
-        self, items: Sequence[Recommendation], deadline: Deadline, missing: list[str]
-    ) -> dict[str, Item]:
+        self, query: Query, items: Sequence[Recommendation], deadline: Deadline, unread: str
+    ) -> tuple[dict[str, Item], str]:
+        """(item id -> metadata, why there is none)."""
+        if not query.with_cards:
+            return {}, ""
         deadline.check("the cards were read")
-        if missing:
-            return {}  # Redis was away a moment ago; the answer says so already
+        if unread:
+            return {}, ""  # Redis was away a moment ago; the answer reports that already
         try:
             stored = self._store.read_item_metadata(
                 [item.hit.item_id for item in items], self._item_slots
             )
             return {
-                item_id: _card.decode(card.body) for item_id, card in stored.items() if card.body
-            }
+                item_id: _item_decoder.decode(card.body)
+                for item_id, card in stored.items()
+                if card.body
+            }, ""
         except (EddylineError, msgspec.MsgspecError) as error:
-            missing.append(f"redis: no cards: {error}")
-            return {}
+            return {}, f"redis: no cards: {error}"
+
+
+def _short_because(query: Query, found: int, seen: Collection[str], index: IndexReader) -> str:
+    """Why the answer has fewer than k items."""
+    seen_live = sum(hit is not None for hit in index.describe(list(seen), query.filters))
+    which = f"{index.stats().live} items are live"
+    if query.filters is not None:
+        which = f"{found + seen_live} live items pass the filter"
+    return f"{found} of {query.k}: {which}, {seen_live} of them are in the user's list"

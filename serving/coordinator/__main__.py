@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-# Before numpy: queries run in parallel already, and one product is too small for more threads.
+# Before numpy: queries already run in parallel, and one product is too small to be worth more threads.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 
@@ -21,11 +21,9 @@ from eddyline.kafka import topics
 from eddyline.process import lifecycle
 from eddyline.process.retry import Retry
 from eddyline.settings.loader import Settings
-from embeddings.towers.user_tower import query_vector
 from serving import dependencies, metrics, registry
 from serving.coordinator.backend import CoordinatorBackend
 from serving.coordinator.shards import Shards, parse
-from serving.recall.towers import TowersPath
 from serving.rpc.retrieval_service import RetrievalService
 from serving.rpc.server import WorkerServer
 
@@ -37,61 +35,49 @@ GRACE_S = 5.0
 
 def main() -> int:
     """Serve until SIGTERM or SIGINT. Returns the exit code."""
-    return lifecycle.run("coordinator", _run)
+    return lifecycle.run("coordinator", _serve)
 
 
-def _run(settings: Settings, stop: threading.Event) -> None:
+def _serve(settings: Settings, stop: threading.Event) -> None:
     addresses = parse(settings.shard_addresses)
     service = RetrievalService(settings)
     server = WorkerServer(settings, service, role="coordinator")
     sys.stdout.write(f"coordinator listens on {server.address}\n")
     sys.stdout.flush()
+    retry = Retry(settings, stop, service.waiting_for)
     with ExitStack() as closing:
         closing.callback(server.stop, GRACE_S)
         closing.callback(metrics.serve(settings, service, own_index=False))
-        retry = Retry(settings, stop, service.waiting_for)
         store = dependencies.open_store(settings, retry)
         closing.callback(store.close)
-        bundle = dependencies.open_generation(settings, retry)
-        # The tower alone: the shards hold the item vectors.
+        bundle = dependencies.open_bundle(settings, retry)
+        # The tower alone: the item vectors are in the shards.
         generation, dimension, tower = bundle.generation, bundle.dimension, bundle.user_tower
         del bundle
         log_ids = retry.wait_for("Kafka", lambda: topics.log_ids(settings, [topics.CLICKS]))
-        popular = dependencies.popular_path(settings, store)
-        popular.start()
-        closing.callback(popular.close)
-        shards = Shards(
-            addresses,
-            generation,
-            timeout_ms=settings.shard_timeout_ms,
-            backoff_ms_max=settings.backoff_ms_max,
-            threads=settings.worker_threads,
-            changed=server.set_serving,
-        )
-        closing.callback(shards.close)
-        backend = CoordinatorBackend(
+        retriever = dependencies.start_retriever(
+            settings,
+            store,
             generation=generation,
-            dimension=dimension,
-            shards=shards,
-            store=store,
-            users=dependencies.user_reader(settings, store, generation, log_ids[topics.CLICKS]),
-            towers=TowersPath(tower, query_vector),
-            popular=popular,
-            item_slots=settings.item_slots,
+            tower=tower,
+            clicks=log_ids[topics.CLICKS],
+            closing=closing,
         )
-        service.waiting_for("the first look at the shards")
+        shards = Shards(settings, addresses, generation, server)
+        closing.callback(shards.close)
+        service.waiting_for("the first check of the shards")
         shards.start()
-        service.serve(backend)
+        service.serve(CoordinatorBackend(generation, dimension, shards, retriever))
         worker = registry.RegisteredWorker(
             address=server.address,
             pid=os.getpid(),
             generation=generation,
             started_ms=time.time_ns() // 1_000_000,
         )
-        registered = registry.announce(settings, worker)
-        closing.callback(registered.unlink, missing_ok=True)
-        values = {"address": server.address, "shards": len(addresses), "generation": generation}
-        log.info("coordinator serves", extra=values)
+        announced = registry.announce(settings, worker)
+        closing.callback(announced.unlink, missing_ok=True)
+        serves = {"address": server.address, "shards": len(addresses), "generation": generation}
+        log.info("coordinator serves", extra=serves)
         while not stop.wait(60.0):
             pass
         server.stop(GRACE_S)

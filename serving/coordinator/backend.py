@@ -1,70 +1,49 @@
-"""Answers from all shards: the worker's own retrieval, over what the shards hold."""
+"""Answers from all shards: the same `Retriever` as in a worker, over a `ScatterGather`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from eddyline.stores.state_store import StateStore
+from typing_extensions import override
+
 from serving.answer.deadline import Deadline
 from serving.answer.retriever import Query, Retriever
-from serving.answer.user_reader import UserReader
-from serving.coordinator.scatter_gather import ScatterGather, StaleShard
+from serving.coordinator.scatter_gather import ScatterGather, StaleVectors
 from serving.coordinator.shards import Connection, Shards
 from serving.coordinator.vector_cache import VectorCache
 from serving.proto import retrieval_pb2 as pb
-from serving.recall.popular import PopularPath
-from serving.recall.towers import TowersPath
 from serving.rpc import converters
-from serving.rpc.backends import NoShardAnswers
+from serving.rpc.backends import NoShardAnswers, RetrievalBackend
 
-# So many shards are named in an error's sentence.
+# An error message names this many shards.
 NAMED_MAX = 4
 _SUMS = (
-    "live",
-    "tombstones",
-    "main",
-    "fresh",
-    "stale",
-    "rows",
-    "applied",
-    "ignored",
-    "rejected",
-    "rebuilds",
-    "rebuilds_failed",
-    "refused",
-    "main_bytes",
-)
+    "live tombstones main fresh stale rows applied ignored rejected "
+    "rebuilds rebuilds_failed refused main_bytes"
+).split()
 
 
 @dataclass(frozen=True, slots=True)
-class CoordinatorBackend:
-    """What a coordinator answers from; see `serving.rpc.retrieval_service.RetrievalBackend`. Thread rule: any thread.
+class CoordinatorBackend(RetrievalBackend):
+    """Answers from all shards. Thread rule: any thread.
 
-    The user is read once, and one query vector is made, here; the shards see that vector alone.
+    The coordinator reads the user once and makes one query vector; the shards see that vector alone.
     """
 
     generation: str
     dimension: int
     shards: Shards
-    store: StateStore
-    users: UserReader
-    towers: TowersPath
-    popular: PopularPath
-    item_slots: int
-    remembered: VectorCache = field(default_factory=VectorCache)
+    retriever: Retriever
+    vectors: VectorCache = field(default_factory=VectorCache)
 
+    @override
     def retrieve(self, query: Query, deadline: Deadline, received_us: int) -> pb.RetrieveResponse:
-        """See `RetrievalBackend`; an answer without some shards says which and why."""
+        items = ScatterGather(self.shards, self.dimension, deadline, self.vectors)
         try:
-            items = ScatterGather(self.shards, self.dimension, deadline, self.remembered)
-            answer = self._retriever(items).retrieve(query, deadline, received_us)
-        except (
-            StaleShard
-        ):  # seldom: an item of the user's list has changed since anyone last used it
-            items = ScatterGather(
-                self.shards, self.dimension, deadline, self.remembered, fresh=True
-            )
-            answer = self._retriever(items).retrieve(query, deadline, received_us)
+            answer = self.retriever.retrieve(query, items, deadline, received_us)
+        except StaleVectors:  # rare: an item of the user's list changed since it was cached
+            items = ScatterGather(self.shards, self.dimension, deadline, self.vectors, fresh=True)
+            answer = self.retriever.retrieve(query, items, deadline, received_us)
         status = items.status()
         missing = [
             f"shard {m.shard} at {m.address}: {m.reason}: {m.detail}" for m in status.missing
@@ -72,53 +51,41 @@ class CoordinatorBackend:
         if status.asked and not status.answered:
             more = f"; and {len(missing) - NAMED_MAX} more" if len(missing) > NAMED_MAX else ""
             raise NoShardAnswers(f"no shard answers: {'; '.join(missing[:NAMED_MAX])}{more}")
-        response = converters.response_of(answer, self.generation, items)
+        response = converters.response_of(answer, self.generation, items, items.behind())
         response.shards.CopyFrom(status)
         response.missing.extend(missing)
         return response
 
-    def _retriever(self, items: ScatterGather) -> Retriever:
-        return Retriever(
-            store=self.store,
-            index=items,
-            users=self.users,
-            by_towers=self.towers,
-            by_popularity=self.popular,
-            item_slots=self.item_slots,
-            index_missing=items.behind,
-        )
-
-    def tell(self, response: pb.StatsResponse) -> None:
-        """See `RetrievalBackend`: sums over the shards that answer, the tail of the one that is furthest behind."""
-        shards = [shard for shard in self.shards.all if shard.why is None]
-        response.ready = bool(shards)
+    @override
+    def fill_stats(self, response: pb.StatsResponse) -> None:
+        """Sums over the shards that answer; the tail is that of the shard furthest behind."""
+        answering = [shard for shard in self.shards.all if shard.failure is None]
+        response.ready = bool(answering)
         response.generation = self.generation
         response.shards = 1
         response.held.extend(_status_of(shard) for shard in self.shards.all)
-        response.popular.items = self.popular.size()
-        response.popular.age_ms = self.popular.age_ms()
-        for server in (self.users.missing(), self.popular.missing()):
-            if server:
-                response.missing.append(f"redis: {server}")
+        response.popular.items = len(self.retriever.popularity.ranked)
+        response.popular.age_ms = self.retriever.popularity.age_ms()
+        response.missing.extend(self.retriever.missing())
         for shard in self.shards.all:
-            why = shard.why
-            told = [f"{why.reason}: {why.detail}"] if why else list(shard.last.missing)
+            failure = shard.failure
+            reasons = [f"{failure.reason}: {failure.detail}"] if failure else shard.last.missing
             response.missing.extend(
-                f"shard {shard.number} at {shard.address}: {what}" for what in told
+                f"shard {shard.number} at {shard.address}: {reason}" for reason in reasons
             )
-        if shards:
-            _sum_up(response, [shard.last for shard in shards])
+        if answering:
+            _sum_up(response, [shard.last for shard in answering])
 
 
 def _status_of(shard: Connection) -> pb.ShardStatus:
-    why, last = shard.why, shard.last
+    failure, last = shard.failure, shard.last
     return pb.ShardStatus(
         shard=shard.number,
         address=shard.address,
-        answers=why is None,
+        answers=failure is None,
         generation=last.generation,
-        reason=why.reason if why else "",
-        detail=why.detail if why else "",
+        reason=failure.reason if failure else "",
+        detail=failure.detail if failure else "",
         live=last.index.live,
         lag_records=last.tail.lag_records,
         misses=shard.misses,
@@ -137,9 +104,9 @@ def _sum_up(response: pb.StatsResponse, parts: list[pb.StatsResponse]) -> None:
     response.index.rebuild_error = next(
         (size.rebuild_error for size in sizes if size.rebuild_error), ""
     )
-    watched = [size.recall for size in sizes if size.HasField("recall")]
-    if watched:  # the worst one, those that know nothing yet last
-        worst = min(watched, key=lambda recall: (not recall.samples, recall.estimate))
+    estimates = [size.recall for size in sizes if size.HasField("recall")]
+    if estimates:  # the worst one; those without samples come last
+        worst = min(estimates, key=lambda recall: (not recall.samples, recall.estimate))
         response.index.recall.CopyFrom(worst)
     slowest = max(parts, key=lambda part: (not part.tail.caught_up, part.tail.lag_records))
     response.tail.CopyFrom(slowest.tail)

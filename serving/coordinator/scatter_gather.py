@@ -44,7 +44,7 @@ from serving.rpc.shard_service import CHANGING
 _Row = tuple[str, float, int, int, int]
 
 
-class StaleShard(Exception):
+class StaleVectors(Exception):
     """What the query's vector was made of has changed since it was remembered; begin anew without."""
 
 
@@ -56,7 +56,7 @@ class ScatterGather:
         shards: Shards,
         dimension: int,
         deadline: Deadline,
-        remembered: VectorCache,
+        cache: VectorCache,
         *,
         fresh: bool = False,
     ) -> None:
@@ -65,12 +65,12 @@ class ScatterGather:
         remembered: vectors of earlier queries; fresh: fetch all of them anew
         """
         self._shards = shards
-        self._remembered = remembered
+        self._cache = cache
         self._fresh = fresh
         self._made_of: dict[str, int] = {}
         self._dimension = dimension
         self._deadline = deadline
-        self._asked: set[int] = set()
+        self._called: set[int] = set()
         self._missing: dict[int, ShardFailure] = {}
         self._watermarks: dict[int, dict[int, Watermark]] = {}
         self._behind: dict[int, str] = {}
@@ -126,10 +126,10 @@ class ScatterGather:
 
     def vectors_of(self, item_ids: Sequence[str]) -> Vector:
         """See `Index.vectors_of`. Raises DeadlinePassed."""
-        known = {} if self._fresh else self._remembered.look_up(item_ids)
+        known = {} if self._fresh else self._cache.look_up(item_ids)
         self._made_of |= {item_id: version for item_id, (version, _) in known.items()}
         fetched = self._fetched([item_id for item_id in item_ids if item_id not in known])
-        self._remembered.keep({i: entry for i, entry in fetched.items() if entry[0] != CHANGING})
+        self._cache.keep({i: entry for i, entry in fetched.items() if entry[0] != CHANGING})
         known |= fetched
         found = [known[item_id][1] for item_id in item_ids if item_id in known]
         return np.array(found, np.float32).reshape(len(found), self._dimension)
@@ -170,12 +170,14 @@ class ScatterGather:
         """Which shards this query needed, and which of them are missing."""
         made = pb.Shards(
             count=len(self._shards.all),
-            asked=len(self._asked),
-            answered=len(self._asked) - len(self._missing),
+            asked=len(self._called),
+            answered=len(self._called) - len(self._missing),
         )
-        for number, why in sorted(self._missing.items()):
+        for number, failure in sorted(self._missing.items()):
             address = self._shards.all[number].address
-            made.missing.add(shard=number, address=address, reason=why.reason, detail=why.detail)
+            made.missing.add(
+                shard=number, address=address, reason=failure.reason, detail=failure.detail
+            )
         return made
 
     def _routed(self, item_ids: Iterable[str]) -> dict[int, list[str]]:
@@ -210,7 +212,7 @@ class ScatterGather:
     def _candidates(self, requests: Mapping[int, CandidatesRequest]) -> list[CandidatesResponse]:
         answers: dict[int, CandidatesResponse] = self._scatter(requests)
         if any(answer.stale for answer in answers.values()):
-            raise StaleShard
+            raise StaleVectors
         for number, answer in answers.items():
             marks = {
                 w.partition: Watermark(w.offset, w.at_ms, w.written_us) for w in answer.watermarks
@@ -232,14 +234,14 @@ class ScatterGather:
         answers = {}
         for number, request in requests.items():
             shard = self._shards.all[number]
-            self._asked.add(number)
+            self._called.add(number)
             if number in self._missing:
                 continue
-            why = shard.why
-            if why is not None:
-                self._missing[number] = why
+            failure = shard.failure
+            if failure is not None:
+                self._missing[number] = failure
             else:
-                calls.append((shard, partial(shard.ask, request, until)))
+                calls.append((shard, partial(shard.call, request, until)))
         # The last one on this thread: that much less to hand over.
         pooled = [(shard, self._shards.pool.submit(call).result) for shard, call in calls[:-1]]
         for shard, result in (*calls[-1:], *pooled):
@@ -248,7 +250,7 @@ class ScatterGather:
                 shard.answered()
             except (grpc.RpcError, TimeoutError) as error:
                 self._missing[shard.number] = shard.missed(error, timeout_s)
-                self._shards.soon()
+                self._shards.check_soon()
         return answers
 
 

@@ -10,23 +10,25 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import grpc
 
 from eddyline.errors import SettingsError
+from eddyline.settings.loader import Settings
 from serving.proto import retrieval_pb2 as pb
 from serving.proto import retrieval_pb2_grpc, shard_pb2, shard_pb2_grpc
 from serving.rpc.client import open_channel
+from serving.rpc.server import WorkerServer
 
 log = logging.getLogger(__name__)
 
 SHARDS_MAX = 256
 # So often a shard that answers is looked at: what `Stats` tells is not older, and one that died is noticed.
-LOOK_S = 0.5
-LOOK_TIMEOUT_S = 0.5
+CHECK_S = 0.5
+CHECK_TIMEOUT_S = 0.5
 # The first pause before a shard that is away is looked at again; it doubles up to `backoff_ms_max`.
 PAUSE_S = 0.1
 # Late so often in a row, and queries stop waiting for it: a single late answer is chance, not a fault.
@@ -78,11 +80,11 @@ class Connection:
         self.target = shard_pb2.Target(generation=generation, shard=number, shards=count)
         self.last = pb.StatsResponse()
         self.misses = 0
-        self.look_at = 0.0
+        self.check_at = 0.0
         self._backoff_s_max = backoff_s_max
         self._pause_s = PAUSE_S
         self._late = 0
-        self._why: ShardFailure | None = ShardFailure("away", "it was not looked at yet")
+        self._failure: ShardFailure | None = ShardFailure("away", "it was not looked at yet")
         self._lock = threading.Lock()
         # A shard that is back is found within half a second.
         more = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.min_reconnect_backoff_ms", 100)]
@@ -91,11 +93,11 @@ class Connection:
         self._stats = retrieval_pb2_grpc.RetrievalStub(self._channel).Stats  # type: ignore[no-untyped-call]
 
     @property
-    def why(self) -> ShardFailure | None:
+    def failure(self) -> ShardFailure | None:
         """Why queries leave it out; None where they ask it."""
-        return self._why
+        return self._failure
 
-    def ask(
+    def call(
         self, request: shard_pb2.VectorsRequest | shard_pb2.CandidatesRequest, until: float
     ) -> Any:
         """The answer, by this time of the monotonic clock. Raises grpc.RpcError, TimeoutError."""
@@ -115,44 +117,47 @@ class Connection:
 
     def missed(self, error: Exception, timeout_s: float) -> ShardFailure:
         """A query's call was not: why, and from now on without it where that is more than chance."""
-        why = failure_of(error, timeout_s)
+        failure = failure_of(error, timeout_s)
         with self._lock:
             self.misses += 1
-            self._late += why.reason == "late"
-            if why.reason != "busy" and (why.reason != "late" or self._late >= LATE_MAX):
-                if self._why is None:
+            self._late += failure.reason == "late"
+            if failure.reason != "busy" and (failure.reason != "late" or self._late >= LATE_MAX):
+                if self._failure is None:
                     log.warning(
-                        "a shard is left out", extra={"shard": self.number, "reason": why.detail}
+                        "a shard is left out",
+                        extra={"shard": self.number, "reason": failure.detail},
                     )
-                self._why = why
-                self.look_at = 0.0
-        return why
+                self._failure = failure
+                self.check_at = 0.0
+        return failure
 
-    def begin_look(self) -> Any:
+    def begin_check(self) -> Any:
         """`Stats`, begun."""
-        return self._stats.future(pb.StatsRequest(), timeout=LOOK_TIMEOUT_S)
+        return self._stats.future(pb.StatsRequest(), timeout=CHECK_TIMEOUT_S)
 
-    def end_look(self, call: Any) -> None:
+    def end_check(self, call: Any) -> None:
         """Take up what the look has found."""
         try:
-            stats: pb.StatsResponse = call.result(timeout=2 * LOOK_TIMEOUT_S)
-            why = self._judged(stats)
+            stats: pb.StatsResponse = call.result(timeout=2 * CHECK_TIMEOUT_S)
+            failure = self._failure_in(stats)
         except (grpc.RpcError, grpc.FutureTimeoutError) as error:
-            stats, why = self.last, failure_of(error, LOOK_TIMEOUT_S)
+            stats, failure = self.last, failure_of(error, CHECK_TIMEOUT_S)
         with self._lock:
-            if self._why is not None and why is None:
+            if self._failure is not None and failure is None:
                 log.info("a shard answers", extra={"shard": self.number, "address": self.address})
-            if why is None:
+            if failure is None:
                 self._late = 0
-            self.last, self._why = stats, why
-            self._pause_s = PAUSE_S if why is None else min(2 * self._pause_s, self._backoff_s_max)
-            self.look_at = time.monotonic() + (LOOK_S if why is None else self._pause_s)
+            self.last, self._failure = stats, failure
+            self._pause_s = (
+                PAUSE_S if failure is None else min(2 * self._pause_s, self._backoff_s_max)
+            )
+            self.check_at = time.monotonic() + (CHECK_S if failure is None else self._pause_s)
 
     def close(self) -> None:
         """Let go of the connection."""
         self._channel.close()
 
-    def _judged(self, stats: pb.StatsResponse) -> ShardFailure | None:
+    def _failure_in(self, stats: pb.StatsResponse) -> ShardFailure | None:
         wanted, shards = self.target, max(1, stats.shards)
         if not stats.ready:
             return ShardFailure("away", "; ".join(stats.missing) or "it is not ready")
@@ -171,57 +176,46 @@ class Shards:
 
     def __init__(
         self,
+        settings: Settings,
         addresses: Sequence[str],
         generation: str,
-        *,
-        timeout_ms: int,
-        backoff_ms_max: int,
-        threads: int,
-        changed: Callable[[bool], None] = lambda _: None,
+        server: WorkerServer | None = None,
     ) -> None:
-        """timeout_ms: of one call; changed: told whether any shard answers, first and whenever that changes.
-
-        threads: queries that are answered at a time; each asks all shards at once
-        """
-        backoff_s_max = max(PAUSE_S, backoff_ms_max / 1000)
+        """server: its health says whether any shard answers."""
+        backoff_s_max = max(PAUSE_S, settings.backoff_ms_max / 1000)
         self.all = [
             Connection(number, len(addresses), address, generation, backoff_s_max)
             for number, address in enumerate(addresses)
         ]
-        self.timeout_s = timeout_ms / 1000
+        self.timeout_s = settings.shard_timeout_ms / 1000
         # Threads with blocking calls: gRPC's futures took twice the CPU and 1.6 times the time.
-        calls_max = max(1, min(CALLS_MAX, threads * (len(addresses) - 1)))
+        calls_max = max(1, min(CALLS_MAX, settings.worker_threads * (len(addresses) - 1)))
         self.pool = ThreadPoolExecutor(calls_max, thread_name_prefix="shard")
-        self._changed = changed
-        self._told: bool | None = None
+        self._server = server
+        self._serving: bool | None = None
         self._stop = threading.Event()
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="shards", daemon=True)
 
     def start(self) -> None:
         """Look at every shard once, then go on looking in the background."""
-        self.look()
+        self.check()
         self._thread.start()
 
-    def look(self) -> None:
+    def check(self) -> None:
         """Look at every shard whose time has come."""
         now = time.monotonic()
-        due = [(shard, shard.begin_look()) for shard in self.all if shard.look_at <= now]
+        due = [(shard, shard.begin_check()) for shard in self.all if shard.check_at <= now]
         for shard, call in due:
-            shard.end_look(call)
-        answering = self.answering
-        if answering != self._told:
-            self._told = answering
-            self._changed(answering)
+            shard.end_check(call)
+        answering = any(shard.failure is None for shard in self.all)
+        if self._server is not None and answering != self._serving:
+            self._server.set_serving(answering)
+            self._serving = answering
 
-    def soon(self) -> None:
+    def check_soon(self) -> None:
         """Have the shards that just failed looked at now."""
         self._wake.set()
-
-    @property
-    def answering(self) -> bool:
-        """Whether at least one shard answers."""
-        return any(shard.why is None for shard in self.all)
 
     def close(self) -> None:
         """Stop looking; let go of all connections."""
@@ -235,12 +229,12 @@ class Shards:
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            next_s = min(shard.look_at for shard in self.all) - time.monotonic()
+            next_s = min(shard.check_at for shard in self.all) - time.monotonic()
             self._wake.wait(max(0.01, next_s))
             self._wake.clear()
             try:
                 if not self._stop.is_set():
-                    self.look()
+                    self.check()
             except Exception:  # without looks a shard that is back would stay left out
                 log.exception("a look at the shards failed")
                 self._stop.wait(PAUSE_S)

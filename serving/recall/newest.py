@@ -1,20 +1,25 @@
-"""The last fill: what is new in the catalogue, for whoever nothing else could be found."""
+"""Fallback recall path: the newest items, if the other paths return too few."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from typing_extensions import override
 
-from index.filters import Filter
-from serving.recall.base import Candidates
+from serving.recall.base import Candidates, RecallContext, RecallPath, RecallRequest
 from serving.recall.index_reader import IndexReader
 
-NAME = "newest"
 
+class NewestPath(RecallPath):
+    """The live items of the largest `at_ms`, newest first."""
 
-def recall(
-    items: IndexReader, k: int, exclude: Collection[str], filters: Filter | None = None
-) -> Candidates:
-    """The k newest live items by their own time that pass the filter and are not excluded."""
-    hits = items.newest(k, exclude, filters)
-    which = "live items" if filters is None else "live items that pass the filter"
-    return Candidates(hits, "" if len(hits) == k else f"only {len(hits)} {which} are left")
+    name = "newest"
+
+    def __init__(self, context: RecallContext) -> None:
+        """Needs nothing but the index."""
+
+    @override
+    def recall(self, request: RecallRequest, index: IndexReader) -> Candidates:
+        hits = index.newest(request.k, request.excluded, request.filters)
+        if len(hits) == request.k:
+            return Candidates(hits)
+        which = "live items" if request.filters is None else "live items that pass the filter"
+        return Candidates(hits, f"only {len(hits)} {which} are left")

@@ -1,28 +1,28 @@
-"""What a service answers from: a whole index, or one shard."""
+"""What the services of a worker answer from: a whole index, or one shard of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
+
+from typing_extensions import override
 
 from eddyline.errors import EddylineError
 from index.port import Index
 from serving.answer.deadline import Deadline
 from serving.answer.retriever import Query, Retriever
 from serving.proto import retrieval_pb2 as pb
-from serving.recall.popular import PopularPath
 from serving.rpc import converters
 from serving.sharding import ShardAssignment
-from serving.worker.replica import TailState
+from serving.worker.replica import Replica
 
 
 class NoShardAnswers(EddylineError):
-    """No shard answered; the message says why, shard by shard."""
+    """No shard answered; the message gives the reason of each."""
 
 
 class HoldsOneShard(EddylineError):
-    """This worker holds one shard of the items; answers come from its coordinator."""
+    """This worker holds one shard of the items; its coordinator answers users."""
 
 
 class RetrievalBackend(Protocol):
@@ -31,66 +31,65 @@ class RetrievalBackend(Protocol):
     def retrieve(self, query: Query, deadline: Deadline, received_us: int) -> pb.RetrieveResponse:
         """The answer. Raises DeadlinePassed, NoShardAnswers, HoldsOneShard."""
 
-    def tell(self, response: pb.StatsResponse) -> None:
-        """Fill in what it holds and how far it has come."""
+    def fill_stats(self, response: pb.StatsResponse) -> None:
+        """Fill in what the backend holds and how far it has come."""
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerBackend:
-    """All that a worker answers from; handed over once it can."""
+class LocalIndex:
+    """One generation's index in this process and the replica that feeds it."""
 
     generation: str
+    index: Index
+    replica: Replica
+
+    def fill_index_stats(self, response: pb.StatsResponse) -> None:
+        """Fill in sizes, watermarks and the replica's state."""
+        response.generation = self.generation
+        response.index.CopyFrom(converters.sizes_of(self.index.stats(), self.index.dimension))
+        response.watermarks.extend(converters.watermarks_of(self.index))
+        response.tail.CopyFrom(converters.tail_of(self.replica.state()))
+        if behind := self.replica.missing():
+            response.missing.append(f"kafka: {behind}")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerBackend(RetrievalBackend):
+    """Answers from all items."""
+
+    held: LocalIndex
     retriever: Retriever
-    index: Index
-    popular: PopularPath
-    tail: Callable[[], TailState]
 
+    @override
     def retrieve(self, query: Query, deadline: Deadline, received_us: int) -> pb.RetrieveResponse:
-        """See `RetrievalBackend`."""
-        answer = self.retriever.retrieve(query, deadline, received_us)
-        return converters.response_of(answer, self.generation, self.index)
+        held = self.held
+        answer = self.retriever.retrieve(query, held.index, deadline, received_us)
+        behind = held.replica.missing()
+        return converters.response_of(answer, held.generation, held.index, behind)
 
-    def tell(self, response: pb.StatsResponse) -> None:
-        """See `RetrievalBackend`."""
-        _fill_index_stats(response, self.generation, self.index, self.tail())
+    @override
+    def fill_stats(self, response: pb.StatsResponse) -> None:
         response.shards = 1
-        response.popular.items = self.popular.size()
-        response.popular.age_ms = self.popular.age_ms()
+        response.popular.items = len(self.retriever.popularity.ranked)
+        response.popular.age_ms = self.retriever.popularity.age_ms()
         response.missing.extend(self.retriever.missing())
+        self.held.fill_index_stats(response)
 
 
 @dataclass(frozen=True, slots=True)
-class ShardBackend:
-    """What a worker of one shard has; answers to users are its coordinator's business.
+class ShardBackend(RetrievalBackend):
+    """Holds one shard; the coordinator answers users."""
 
-    behind: why the index may lag behind Kafka, "" where it does not
-    """
+    held: LocalIndex
+    assignment: ShardAssignment
 
-    generation: str
-    share: ShardAssignment
-    index: Index
-    tail: Callable[[], TailState]
-    behind: Callable[[], str]
-
+    @override
     def retrieve(self, query: Query, deadline: Deadline, received_us: int) -> pb.RetrieveResponse:
-        """See `RetrievalBackend`; never answers."""
-        raise HoldsOneShard(
-            f"this worker holds {self.share.name} only; ask the coordinator of the shards"
-        )
+        name = self.assignment.name
+        raise HoldsOneShard(f"this worker holds {name} only; ask the coordinator of the shards")
 
-    def tell(self, response: pb.StatsResponse) -> None:
-        """See `RetrievalBackend`."""
-        _fill_index_stats(response, self.generation, self.index, self.tail())
-        response.shard, response.shards = self.share
+    @override
+    def fill_stats(self, response: pb.StatsResponse) -> None:
+        response.shard, response.shards = self.assignment
         response.popular.age_ms = -1
-        if self.behind():
-            response.missing.append(f"kafka: {self.behind()}")
-
-
-def _fill_index_stats(
-    response: pb.StatsResponse, generation: str, index: Index, tail: TailState
-) -> None:
-    response.generation = generation
-    response.index.CopyFrom(converters.sizes_of(index.stats(), index.dimension))
-    response.watermarks.extend(converters.watermarks_of(index))
-    response.tail.CopyFrom(converters.tail_of(tail))
+        self.held.fill_index_stats(response)

@@ -130,13 +130,18 @@ def _after_of(request: pb.RetrieveRequest, settings: Settings) -> AfterToken:
     return AfterToken(after.partition, after.offset, after.wait_ms)
 
 
-def response_of(answer: Answer, generation: str, index: IndexReader) -> pb.RetrieveResponse:
-    """An answer as it goes over the wire."""
+def response_of(
+    answer: Answer, generation: str, index: IndexReader, behind: str
+) -> pb.RetrieveResponse:
+    """An answer as it goes over the wire; behind: why the index may lag behind Kafka, "" if not."""
     now_us = time.time_ns() // 1000
     response = pb.RetrieveResponse(
         freshness=_freshness_of(answer, generation, index),
-        paths=[pb.PathSummary(path=p, candidates=n, taken=t, why=w) for p, n, t, w in answer.paths],
-        missing=answer.missing,
+        paths=[
+            pb.PathSummary(path=path, candidates=len(found.hits), taken=taken, why=found.why)
+            for path, found, taken in answer.paths
+        ],
+        missing=[*answer.missing, f"kafka: {behind}"] if behind else answer.missing,
         short_because=answer.short_because,
     )
     for rank, (hit, path, path_rank) in enumerate(answer.items, 1):

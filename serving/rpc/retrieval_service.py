@@ -1,7 +1,7 @@
-"""The gRPC service: checks a request, has it answered, turns errors into codes with a sentence.
+"""The gRPC service: checks a request, has a backend answer it, turns errors into status codes.
 
-What answers is an `RetrievalBackend`: `WorkerBackend` from a worker's own index, `ShardBackend` where that holds one shard only,
-`serving.coordinator.backend.CoordinatorBackend` from all shards.
+The `RetrievalBackend` is a `WorkerBackend` (all items), a `ShardBackend` (one shard) or a
+`serving.coordinator.backend.CoordinatorBackend` (all shards).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from bisect import bisect_left
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import grpc
 
@@ -23,23 +23,39 @@ from serving.rpc.backends import HoldsOneShard, NoShardAnswers, RetrievalBackend
 
 log = logging.getLogger(__name__)
 
-# Queries are counted by their time, up to so many seconds.
-BUCKETS_S = (
-    0.0005,
-    0.001,
-    0.002,
-    0.003,
-    0.005,
-    0.0075,
-    0.01,
-    0.015,
-    0.025,
-    0.05,
-    0.1,
-    0.25,
-    0.5,
-    1.0,
-)
+# Upper bounds of the histogram of query times, seconds.
+_BUCKETS_MS = (0.5, 1, 2, 3, 5, 7.5, 10, 15, 25, 50, 100, 250, 500, 1_000)
+BUCKETS_S = tuple(ms / 1000 for ms in _BUCKETS_MS)
+_CODES: dict[type[Exception], grpc.StatusCode] = {
+    converters.BadQuery: grpc.StatusCode.INVALID_ARGUMENT,
+    DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
+    HoldsOneShard: grpc.StatusCode.FAILED_PRECONDITION,
+    NoShardAnswers: grpc.StatusCode.UNAVAILABLE,
+}
+
+
+class PathCounts(NamedTuple):
+    """A recall path since the start: queries that called it, its items in answers."""
+
+    queries: int = 0
+    items: int = 0
+
+
+_NOT_CALLED = PathCounts()
+
+
+class QueryCounts(NamedTuple):
+    """Queries since the start.
+
+    times: queries by how long they took, one entry for each of `BUCKETS_S` and one for longer ones
+    paths: recall path -> its counts, for paths that were called
+    """
+
+    queries: int
+    failed: int
+    times: list[int]
+    total_s: float
+    paths: dict[str, PathCounts]
 
 
 class RetrievalService(retrieval_pb2_grpc.RetrievalServicer):
@@ -48,20 +64,21 @@ class RetrievalService(retrieval_pb2_grpc.RetrievalServicer):
     def __init__(self, settings: Settings) -> None:
         """Not ready: calls get UNAVAILABLE until `serve`."""
         self._settings = settings
-        self._ready: RetrievalBackend | None = None
+        self._backend: RetrievalBackend | None = None
         self._waiting_for = "its start"
         self._started_ms = time.time_ns() // 1_000_000
         self._lock = threading.Lock()
         self._queries = self._failed = 0
         self._times, self._total_s = [0] * (len(BUCKETS_S) + 1), 0.0
+        self._paths: dict[str, PathCounts] = {}
 
     def waiting_for(self, what: str) -> None:
-        """What the worker waits for, said to whoever calls too early."""
+        """Name what the worker waits for; callers that are too early get it in the error."""
         self._waiting_for = what
 
-    def serve(self, ready: RetrievalBackend) -> None:
-        """From now on, answer from this."""
-        self._ready = ready
+    def serve(self, backend: RetrievalBackend) -> None:
+        """From now on, answer from this backend; running calls end on the one before."""
+        self._backend = backend
 
     def Retrieve(
         self, request: pb.RetrieveRequest, context: grpc.ServicerContext
@@ -71,73 +88,66 @@ class RetrievalService(retrieval_pb2_grpc.RetrievalServicer):
         deadline = Deadline.of_call(context.time_remaining(), self._settings.query_timeout_ms)
         try:
             response = self._answer(request, deadline, received_us)
-        except converters.BadQuery as error:
-            self._count(begun, failed=True)
-            _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        except DeadlinePassed as error:
-            self._count(begun, failed=True)
-            _abort(context, grpc.StatusCode.DEADLINE_EXCEEDED, str(error))
-        except HoldsOneShard as error:
-            self._count(begun, failed=True)
-            _abort(context, grpc.StatusCode.FAILED_PRECONDITION, str(error))
-        except NoShardAnswers as error:
-            self._count(begun, failed=True)
-            _abort(context, grpc.StatusCode.UNAVAILABLE, str(error))
         except _NotReady as error:
             _abort(context, grpc.StatusCode.UNAVAILABLE, str(error))
+        except tuple(_CODES) as error:
+            self._count(begun, None)
+            _abort(context, _CODES[type(error)], str(error))
         except Exception as error:
-            self._count(begun, failed=True)
+            self._count(begun, None)
             log.exception("a query failed")
-            _abort(
-                context,
-                grpc.StatusCode.INTERNAL,
-                f"{type(error).__name__}; the worker's log has more",
-            )
-        self._count(begun, failed=False)
+            detail = f"{type(error).__name__}; the worker's log has more"
+            _abort(context, grpc.StatusCode.INTERNAL, detail)
+        self._count(begun, response)
         return response
 
     def Stats(self, request: pb.StatsRequest, context: grpc.ServicerContext) -> pb.StatsResponse:
-        """See retrieval.proto. Answers before the worker is ready, too."""
+        """See retrieval.proto. Answers also before the worker is ready."""
         return self.stats()
 
     def stats(self) -> pb.StatsResponse:
         """What `Stats` answers."""
-        ready = self._ready
-        with self._lock:
-            queries, failed = self._queries, self._failed
+        backend, counts = self._backend, self.counts()
         response = pb.StatsResponse(
-            ready=ready is not None,
+            ready=backend is not None,
             started_ms=self._started_ms,
-            queries=queries,
-            queries_failed=failed,
+            queries=counts.queries,
+            queries_failed=counts.failed,
         )
-        if ready is None:
+        if backend is None:
             response.missing.append(f"worker: waits for {self._waiting_for}")
-            return response
-        ready.tell(response)
+        else:
+            backend.fill_stats(response)
         return response
 
-    def times(self) -> tuple[list[int], float]:
-        """(queries by how long they took, see `BUCKETS_S`, and longer ones; seconds of all of them)."""
+    def counts(self) -> QueryCounts:
+        """The counters now."""
         with self._lock:
-            return list(self._times), self._total_s
+            return QueryCounts(
+                self._queries, self._failed, list(self._times), self._total_s, dict(self._paths)
+            )
 
     def _answer(
         self, request: pb.RetrieveRequest, deadline: Deadline, received_us: int
     ) -> pb.RetrieveResponse:
         query = converters.query_of(request, self._settings)
-        ready = self._ready
-        if ready is None:
+        backend = self._backend
+        if backend is None:
             raise _NotReady(f"the worker is not ready: it waits for {self._waiting_for}")
-        return ready.retrieve(query, deadline, received_us)
+        return backend.retrieve(query, deadline, received_us)
 
-    def _count(self, begun: float, *, failed: bool) -> None:
+    def _count(self, begun: float, response: pb.RetrieveResponse | None) -> None:
+        """Count one query; response: None for a failed one."""
         took_s = time.perf_counter() - begun
+        paths = [(path.path, path.taken) for path in response.paths] if response else []
         with self._lock:
             self._queries += 1
-            self._failed += failed
+            self._failed += response is None
             self._times[bisect_left(BUCKETS_S, took_s)] += 1
             self._total_s += took_s
+            for path, items in paths:
+                before = self._paths.get(path, _NOT_CALLED)
+                self._paths[path] = PathCounts(before.queries + 1, before.items + items)
 
 
 class _NotReady(Exception):

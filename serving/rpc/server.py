@@ -77,7 +77,7 @@ class WorkerServer:
         """
         threads = settings.worker_threads
         host: str = getattr(settings, f"{role}_host")
-        part = shard is not None and not shard.share.whole
+        part = shard is not None and not shard.assignment.whole
         # Who holds one shard only does not answer users, so Retrieval stays at NOT_SERVING.
         self._served = ("", SHARD_NAME if part else NAME)
         self._server = grpc.server(

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import grpc
 import numpy as np
 
-from eddyline.errors import EddylineError, VectorRejected
+from eddyline.errors import VectorRejected
 from index.filters import Filter
 from index.port import Hit, Index
 from index.records import check_query
 from serving.proto import retrieval_pb2 as pb
 from serving.proto import shard_pb2, shard_pb2_grpc
 from serving.rpc import converters
+from serving.rpc.backends import LocalIndex
 from serving.sharding import ShardAssignment
 
 log = logging.getLogger(__name__)
@@ -25,31 +24,15 @@ log = logging.getLogger(__name__)
 NOT_LIVE, CHANGING = -2, -3
 
 
-class OtherTarget(EddylineError):
-    """A call is meant for another generation or shard than this worker has."""
-
-
-@dataclass(frozen=True, slots=True)
-class ShardServicer:
-    """What a worker holds, once it has caught up.
-
-    behind: why the index may lag behind Kafka, "" where it does not
-    """
-
-    generation: str
-    index: Index
-    behind: Callable[[], str]
-
-
 class ShardService(shard_pb2_grpc.ShardServicer):
     """Answers Vectors and Candidates; see shard.proto. Thread rule: any thread."""
 
-    def __init__(self, share: ShardAssignment) -> None:
+    def __init__(self, assignment: ShardAssignment) -> None:
         """Not ready: calls get UNAVAILABLE until `serve`. share: which items the worker holds."""
-        self.share = share
-        self._held: ShardServicer | None = None
+        self.assignment = assignment
+        self._held: LocalIndex | None = None
 
-    def serve(self, held: ShardServicer) -> None:
+    def serve(self, held: LocalIndex) -> None:
         """From now on, answer from this."""
         self._held = held
 
@@ -86,7 +69,7 @@ class ShardService(shard_pb2_grpc.ShardServicer):
                 f"{type(error).__name__}; the worker's log has more",
             )
 
-    def _meant(self, target: shard_pb2.Target, context: grpc.ServicerContext) -> ShardServicer:
+    def _meant(self, target: shard_pb2.Target, context: grpc.ServicerContext) -> LocalIndex:
         """What it holds, where the call is meant for that; ends the call otherwise."""
         held = self._held
         if held is None:
@@ -99,11 +82,11 @@ class ShardService(shard_pb2_grpc.ShardServicer):
                 "the deadline passed while the call waited",
             )
         wanted = (target.generation, target.shard, target.shards)
-        if wanted != (held.generation, *self.share):
+        if wanted != (held.generation, *self.assignment):
             what = (
                 "this worker holds generation {!r}, shard {} of {}; asked was {!r}, shard {} of {}"
             )
-            sentence = what.format(held.generation, *self.share, *wanted)
+            sentence = what.format(held.generation, *self.assignment, *wanted)
             _abort(context, grpc.StatusCode.FAILED_PRECONDITION, sentence)
         return held
 
@@ -118,12 +101,12 @@ def versions_of(index: Index, item_ids: list[str]) -> list[int]:
 
 
 def _candidates(
-    request: shard_pb2.CandidatesRequest, held: ShardServicer
+    request: shard_pb2.CandidatesRequest, held: LocalIndex
 ) -> shard_pb2.CandidatesResponse:
     """Raises BadQuery, VectorRejected, ValueError."""
     index = held.index
     # Before the search: the answer knows at least this.
-    watermarks, behind = converters.watermarks_of(index), held.behind()
+    watermarks, behind = converters.watermarks_of(index), held.replica.missing()
     filters: Filter | None = (
         converters.filter_of(request.filters) if request.HasField("filters") else None
     )

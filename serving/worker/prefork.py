@@ -20,11 +20,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, NoReturn, TypeVar
+from typing import Generic, NoReturn, Protocol, TypeVar
 
 from eddyline.errors import SettingsError
 from eddyline.process import lifecycle
 from eddyline.process.retry import Stopped
+from eddyline.settings.loader import Settings
 
 log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -86,30 +87,34 @@ class Child:
             time.sleep(POLL_S / 10)
 
 
-class Prefork(Generic[_T]):
-    """The workers of one keeper, by place. Thread rule: the main thread, of a process that has no other.
+class ForkedWork(Protocol[_T]):
+    """What the keeper and its forked workers do."""
 
-    opened:  gives what the workers share, without a graph
-    built:   builds the graph of it; False where there is none to build
-    serve:   runs a worker in the fork: (what it shares, its place, what it calls once it serves) -> exit code
-    renew_s: after this time what they share is opened and built anew
+    def open(self) -> _T:
+        """What the workers share, without a graph. Runs in the keeper; starts no thread."""
+
+    def build(self, shared: _T) -> bool:
+        """Build the graph of it in the keeper; False if there is none to build."""
+
+    def serve(self, shared: _T, place: int, ready: Callable[[], None]) -> int:
+        """Serve in a fork, call `ready` once it does. Returns the exit code."""
+
+
+class Prefork(Generic[_T]):
+    """The keeper of a worker's processes, each at its place, 0 … `worker_processes` - 1.
+
+    Every `worker_renew_s` it opens and builds anew what they share.
+    Thread rule: the main thread of a process without other threads.
     """
 
-    def __init__(
-        self,
-        processes: int,
-        opened: Callable[[], _T],
-        built: Callable[[_T], bool],
-        serve: Callable[[_T, int, Callable[[], None]], int],
-        stop: threading.Event,
-        *,
-        renew_s: float,
-        backoff_s_max: float,
-    ) -> None:
+    def __init__(self, settings: Settings, work: ForkedWork[_T], stop: threading.Event) -> None:
+        """Raises SettingsError on a platform other than Linux."""
+        processes = settings.worker_processes
         if sys.platform != "linux":
             raise SettingsError(f"worker_processes = {processes}: above 1 it needs Linux")
-        self._opened, self._built, self._serve, self._stop = opened, built, serve, stop
-        self._renew_s, self._backoff_s_max = renew_s, backoff_s_max
+        self._work, self._stop = work, stop
+        self._renew_s = settings.worker_renew_s
+        self._backoff_s_max = settings.backoff_ms_max / 1000
         self._due = dict.fromkeys(range(processes), 0.0)  # place -> when a worker may start there
         self._pause_s = dict.fromkeys(range(processes), BACKOFF_S)
         self._children: dict[int, Child] = {}
@@ -118,16 +123,16 @@ class Prefork(Generic[_T]):
     def run(self) -> int:
         """Keep the workers running until `stop` is set, or one ends for good. Returns the exit code."""
         try:
-            held, since, shared = self._opened(), time.monotonic(), False
+            held, since, shared = self._work.open(), time.monotonic(), False
             while self._goes_on():
                 self._fill(held)
                 if not shared:
                     shared = True
-                    if self._built(held):
+                    if self._work.build(held):
                         self._replace_all(held)
                 elif time.monotonic() - since > self._renew_s:
-                    held, since = self._opened(), time.monotonic()
-                    self._built(held)
+                    held, since = self._work.open(), time.monotonic()
+                    self._work.build(held)
                     self._replace_all(held)
                 self._stop.wait(POLL_S)
             return self._code
@@ -210,7 +215,7 @@ class Prefork(Generic[_T]):
             threading.Thread(
                 target=self._outlive_nobody, args=(keeper,), name="keeper", daemon=True
             ).start()
-            code = self._serve(held, place, lambda: _tell(writing))
+            code = self._work.serve(held, place, lambda: _tell(writing))
         except BaseException:
             log.exception("a worker process failed")
         finally:

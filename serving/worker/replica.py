@@ -10,7 +10,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ CLOSE_S = 10.0
 LOGGED_BAD = 10
 
 
-def load_bundle(index: Index, bundle: Bundle, share: ShardAssignment = ALL) -> None:
+def load_bundle(index: Index, bundle: Bundle, assignment: ShardAssignment = ALL) -> None:
     """Put the share's items of the bundle into the index; their versions are their source offsets."""
     written_us = bundle.created_ms * 1000
     records = [
@@ -51,7 +51,7 @@ def load_bundle(index: Index, bundle: Bundle, share: ShardAssignment = ALL) -> N
             strict=True,
         )
     ]
-    mine, others = share.split(records)
+    mine, others = assignment.split(records)
     index.apply(mine, others)
 
 
@@ -76,21 +76,19 @@ class Replica:
         generation: str,
         index: Index,
         *,
-        connect: Callable[[], Any] | None = None,
         positions: Mapping[int, int] | None = None,
-        share: ShardAssignment = ALL,
+        assignment: ShardAssignment = ALL,
     ) -> None:
-        """connect: by default a ItemVectorLog of the generation.
+        """positions: partition -> offset to begin at, from the snapshot in the index.
 
-        positions: partition -> offset to begin at, of a snapshot that the index holds; else the beginning.
-                   One that the log no longer has leads back to the beginning as well.
-        share:     the items that go into the index; records of others move its watermarks only
+        A partition without one, or with one that the log no longer has, is read from its beginning.
+        assignment: the items that go into the index; records of others move its watermarks only
         """
         self._settings = settings
         self._topic = settings.prefixed(topics.item_vectors(generation))
         self._index = index
-        self._share = share
-        self._connect = connect or (lambda: ItemVectorLog(settings, generation))
+        self._assignment = assignment
+        self._generation = generation
         self._positions = dict(positions or {})
         # The ends seen first: whoever has read up to them has seen all that was there when the worker
         # started.
@@ -144,9 +142,9 @@ class Replica:
     def _run(self) -> None:
         wait_s = RETRY_S
         while not self._stop.is_set():
-            topic = None
+            topic: ItemVectorLog | None = None
             try:
-                topic = self._connect()
+                topic = ItemVectorLog(self._settings, self._generation)
                 self._tail(topic)
             except KafkaRefused as error:
                 self._mark_away(str(error), refused=True)
@@ -163,7 +161,7 @@ class Replica:
             self._stop.wait(wait_s)
             wait_s = min(2 * wait_s, self._settings.backoff_ms_max / 1000)
 
-    def _tail(self, topic: Any) -> None:
+    def _tail(self, topic: ItemVectorLog) -> None:
         topic.begin(self._positions)
         self._positions = topic.positions()
         look_at = 0.0
@@ -223,7 +221,7 @@ class Replica:
             self._apply_some(records[at : at + APPLY_RECORDS])
 
     def _apply_some(self, records: list[ItemRecord]) -> None:
-        mine, others = self._share.split(records)
+        mine, others = self._assignment.split(records)
         try:
             self._index.apply(mine, others)
         except VectorRejected:

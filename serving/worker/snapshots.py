@@ -19,6 +19,7 @@ from index.live import LiveIndex
 from index.snapshot import format
 from index.snapshot.format import Origin, SnapshotRefused
 from serving.sharding import ALL, ShardAssignment
+from serving.worker.replica import Replica
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class Snapshots:
         log_id: str,
         index: LiveIndex,
         clock: Callable[[], float] = time.time,
-        share: ShardAssignment = ALL,
+        assignment: ShardAssignment = ALL,
     ) -> None:
         """log_id: identity of the item vectors' topic, which the positions belong to.
 
@@ -49,17 +50,17 @@ class Snapshots:
         """
         self._interval_s = settings.snapshot_interval_s
         self._prefix = settings.prefixed("item-vectors.")
-        self._share = share
+        self._assignment = assignment
         self._origin = Origin(
             generation=bundle.generation,
             dimension=bundle.dimension,
             bundle_ms=bundle.created_ms,
             log=log_id,
-            part=share.name,
+            part=assignment.name,
         )
         self._index = index
         self._clock = clock
-        part = "" if share.whole else f".shard-{share.shard}-of-{share.shards}"
+        part = "" if assignment.whole else f".shard-{assignment.shard}-of-{assignment.shards}"
         topic = settings.prefixed(topics.item_vectors(bundle.generation))
         self.path = settings.snapshots / f"{topic}{part}.snapshot"
         self._written: Mapping[int, int] = {}
@@ -91,14 +92,14 @@ class Snapshots:
         self._written = header.positions
         return header.positions
 
-    def start(self, positions: Callable[[], Mapping[int, int]]) -> None:
-        """Write every `snapshot_interval_s` from now on, and once more at `close`; never where it is 0.
+    def start(self, replica: Replica) -> None:
+        """Write every `snapshot_interval_s` and at `close`; never if the interval is 0.
 
-        positions: partition -> offset up to which all has been applied; {} while that is not known
+        replica: feeds the index; its positions go into the snapshot
         """
         if self._interval_s and self._thread is None:
             self._thread = threading.Thread(
-                target=self._run, args=(positions,), name="snapshots", daemon=True
+                target=self._run, args=(replica,), name="snapshots", daemon=True
             )
             self._thread.start()
 
@@ -127,23 +128,27 @@ class Snapshots:
             self._written = at
             return True
 
-    def _run(self, positions: Callable[[], Mapping[int, int]]) -> None:
+    def _run(self, replica: Replica) -> None:
         stopped = False
         while not stopped:
             stopped = self._stop.wait(self._interval_s)
             try:
-                self.write(positions())
+                self.write(replica.positions())
             except Exception:
                 log.exception("no snapshot could be written; the old one stays")
 
     def _prune(self) -> None:
         """Remove what old generations and killed writers left; the files of other shards are theirs."""
         folder = self.path.parent
-        mine = "*.snapshot" if self._share.whole else f"*.shard-{self._share.shard}-of-*.snapshot"
+        mine = (
+            "*.snapshot"
+            if self._assignment.whole
+            else f"*.shard-{self._assignment.shard}-of-*.snapshot"
+        )
         found = [
             path
             for path in folder.glob(f"{self._prefix}{mine}")
-            if not (self._share.whole and ".shard-" in path.name)
+            if not (self._assignment.whole and ".shard-" in path.name)
         ]
         found.sort(key=lambda p: p.stat().st_mtime, reverse=True)
         for path in found[KEPT_FILES:]:

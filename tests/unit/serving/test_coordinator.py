@@ -3,6 +3,8 @@
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from types import SimpleNamespace
 
 import grpc
 import numpy as np
@@ -16,7 +18,6 @@ from eddyline.schema.user_history import Entry, UserHistory
 from eddyline.settings.loader import Settings, load
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.state_store import Fence, LogId, Source, UserEffects
-from embeddings.towers.user_tower import query_vector
 from index.arrays import Vector
 from index.exact import ExactIndex
 from index.factory import HnswIndex
@@ -33,19 +34,33 @@ from serving.coordinator.shards import LATE_MAX, SHARDS_MAX, Shards, parse
 from serving.coordinator.vector_cache import VectorCache
 from serving.proto import retrieval_pb2 as pb
 from serving.proto import shard_pb2, shard_pb2_grpc
-from serving.recall.popular import PopularPath
-from serving.recall.towers import TowersPath
-from serving.rpc.backends import ShardBackend, WorkerBackend
+from serving.recall.base import RecallContext
+from serving.recall.popularity import Popularity
+from serving.recall.registry import make_paths
+from serving.rpc.backends import LocalIndex, ShardBackend, WorkerBackend
 from serving.rpc.client import CallFailed, Client, open_channel
 from serving.rpc.retrieval_service import RetrievalService
 from serving.rpc.server import NAME, NOT_SERVING, SERVING, SHARD_NAME, PortTaken, WorkerServer
-from serving.rpc.shard_service import ShardService, ShardServicer
+from serving.rpc.shard_service import ShardService
 from serving.sharding import ShardAssignment, shard_of
 from serving.worker.replica import TailState
 
 D, N, SEED = 16, 600, 11
 LOG = LogId("cluster", "topic")
-SETTINGS = Settings(worker_port=0, coordinator_port=0, worker_threads=4, query_timeout_ms=2_000)
+SETTINGS = Settings(
+    worker_port=0,
+    coordinator_port=0,
+    worker_threads=4,
+    query_timeout_ms=2_000,
+    shard_timeout_ms=1_500,
+    clicks_partitions=8,
+    item_slots=1,
+    popular_bucket_s=10,
+    popular_half_life_s=10,
+    popular_limit=100,
+    popular_refresh_ms=50,
+    backoff_ms_max=200,
+)
 
 
 def unit(rows: Vector) -> Vector:
@@ -99,13 +114,19 @@ class OneShard:
 
     def up(self, port: int) -> None:
         service, shard = RetrievalService(SETTINGS), _Slow(self)
-        held = ShardBackend(self.generation, self.share, self.index, TailState, lambda: self.behind)
-        service.serve(held)
-        shard.serve(ShardServicer(self.generation, self.index, lambda: self.behind))
+        held = LocalIndex(self.generation, self.index, self)  # type: ignore[arg-type]
+        service.serve(ShardBackend(held, self.share))
+        shard.serve(held)
         settings = Settings(worker_port=port, worker_threads=4)
         self.server = WorkerServer(settings, service, shard)
         self.server.set_serving(True)
         self.address = self.server.address
+
+    def state(self) -> TailState:
+        return TailState()
+
+    def missing(self) -> str:
+        return self.behind
 
     def down(self) -> int:
         """Stop at once; its port."""
@@ -135,13 +156,7 @@ class _Slow(ShardService):
 class Plant:
     """Shards, a coordinator in front of them, and one index with everything."""
 
-    def __init__(
-        self,
-        count: int,
-        records: Sequence[ItemRecord],
-        settings: Settings = SETTINGS,
-        **limits: int,
-    ):
+    def __init__(self, count: int, records: Sequence[ItemRecord]) -> None:
         self.whole: Index = ExactIndex(D)
         self.shards = []
         for number in range(count):
@@ -152,53 +167,31 @@ class Plant:
         self.whole.apply(records)
         self.store = MemoryStore()
         self.users = UserReader(self.store, clicks_partitions=8, generation="g1")
-        self.popular = PopularPath(
-            self.store,
-            slots=["i0"],
-            bucket_s=10,
-            half_life_s=10,
-            limit=100,
-            refresh_ms=50,
-            backoff_ms_max=100,
-        )
-        self.towers = TowersPath(Mean(), query_vector)
-        self.service = RetrievalService(settings)
-        self.server = WorkerServer(settings, self.service, role="coordinator")
-        limits = {"timeout_ms": 1_500, "backoff_ms_max": 200, "threads": 4} | limits
-        self.links = Shards(
-            [shard.address for shard in self.shards],
-            "g1",
-            changed=self.server.set_serving,
-            **limits,
-        )
-        self.answers = CoordinatorBackend(
-            generation="g1",
-            dimension=D,
-            shards=self.links,
-            store=self.store,
-            users=self.users,
-            towers=self.towers,
-            popular=self.popular,
-            item_slots=1,
-        )
-        self.service.serve(self.answers)
-        self.links.start()
-        self.alone = RetrievalService(settings)
-        self.alone_server = WorkerServer(settings, self.alone)
+        self.popularity = Popularity(SETTINGS, self.store)
+        context = RecallContext(SETTINGS, self.store, Mean(), self.popularity, ExitStack())
         retriever = Retriever(
             store=self.store,
-            index=self.whole,
             users=self.users,
-            by_towers=self.towers,
-            by_popularity=self.popular,
+            popularity=self.popularity,
+            paths=make_paths(context),
             item_slots=1,
-            index_missing=lambda: "",
         )
-        self.alone.serve(WorkerBackend("g1", retriever, self.whole, self.popular, TailState))
+        self.service = RetrievalService(SETTINGS)
+        self.server = WorkerServer(SETTINGS, self.service, role="coordinator")
+        addresses = [shard.address for shard in self.shards]
+        self.links = Shards(SETTINGS, addresses, "g1", self.server)
+        self.backend = CoordinatorBackend("g1", D, self.links, retriever)
+        self.service.serve(self.backend)
+        self.links.start()
+        self.alone = RetrievalService(SETTINGS)
+        self.alone_server = WorkerServer(SETTINGS, self.alone)
+        tail = SimpleNamespace(state=TailState, missing=str)
+        held = LocalIndex("g1", self.whole, tail)  # type: ignore[arg-type]
+        self.alone.serve(WorkerBackend(held, retriever))
         self.client, self.one = Client(self.server.address), Client(self.alone_server.address)
 
     def gathered(self, seconds: float = 5.0) -> ScatterGather:
-        return ScatterGather(self.links, D, Deadline(seconds), self.answers.remembered)
+        return ScatterGather(self.links, D, Deadline(seconds), self.backend.vectors)
 
     def user(self, user_id: str, *items: str) -> None:
         partition = partition_of(user_id, 8)
@@ -221,7 +214,7 @@ class Plant:
     def clicked(self, counts: dict[str, int]) -> None:
         expected = self.store.fences(Source("clicks", 0), ["i0"])["i0"]
         self.store.count_clicks("i0", Source("clicks", 0), expected, Fence(0, LOG), {1: counts}, 10)
-        assert self.popular.refresh()
+        assert self.popularity.refresh()
 
     def close(self) -> None:
         self.client.close()
@@ -244,7 +237,7 @@ def plant() -> Iterator[Plant]:
 @pytest.fixture
 def frail(monkeypatch: pytest.MonkeyPatch) -> Iterator[Plant]:
     """Three shards to harm."""
-    monkeypatch.setattr(shards_, "LOOK_S", 0.1)
+    monkeypatch.setattr(shards_, "CHECK_S", 0.1)
     monkeypatch.setattr(shards_, "PAUSE_S", 0.05)
     made = Plant(3, catalogue(90))
     yield made
@@ -455,20 +448,20 @@ def test_what_is_remembered_is_never_stale(frail: Plant) -> None:
             answer = frail.client.retrieve("ana", 10, filters=filters_)
             assert seen(answer) == seen(frail.one.retrieve("ana", 10, filters=filters_)), n
             assert not answer.shards.missing
-    assert 1 <= len(frail.answers.remembered) <= 6
+    assert 1 <= len(frail.backend.vectors) <= 6
 
 
 def test_a_second_query_needs_one_look_up(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     plant.user("bob", *(f"item-{n}" for n in range(100, 130)))
     plant.client.retrieve("bob", 10)
     asked: list[object] = []
-    ask = shards_.Connection.ask
+    ask = shards_.Connection.call
 
     def noted(self: shards_.Connection, request: object, until: float) -> object:
         asked.append(request)
         return ask(self, request, until)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(shards_.Connection, "ask", noted)
+    monkeypatch.setattr(shards_.Connection, "call", noted)
     plant.client.retrieve("bob", 10)
     assert [type(request) for request in asked] == 4 * [shard_pb2.CandidatesRequest]
 
@@ -485,9 +478,9 @@ def test_a_version_that_changes_while_it_is_read_is_not_kept() -> None:
     index = Turning(D)
     index.apply([ItemRecord("a", 0, 1, 0, 0, unit(np.ones(D)))])
     shard = OneShard(ShardAssignment(), index)
-    links = Shards([shard.address], "g1", timeout_ms=2_000, backoff_ms_max=200, threads=1)
+    links = Shards(SETTINGS, [shard.address], "g1")
     try:
-        links.look()
+        links.check()
         remembered = VectorCache()
         assert len(ScatterGather(links, D, Deadline(5.0), remembered).vectors_of(["a", "b"])) == 1
         assert len(remembered) == 0
@@ -722,7 +715,7 @@ def test_a_late_shard_costs_no_more_than_half_of_what_is_left(frail: Plant) -> N
         answer.shards.missing[0].detail.removeprefix("no answer within ").removesuffix(" ms")
     )
     assert 100 < waited_ms <= 400
-    assert frail.links.all[2].why is None, "one late answer is chance"
+    assert frail.links.all[2].failure is None, "one late answer is chance"
     for _ in range(LATE_MAX):
         frail.client.retrieve("ana", 10, timeout_s=0.8)
     frail.shards[2].slow_s = 0.0
@@ -733,7 +726,7 @@ def test_a_shard_that_hangs_is_soon_left_out_at_once(
     frail: Plant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     frail.shards[2].slow_s = 1.0
-    monkeypatch.setattr(shards_.Connection, "end_look", lambda *_: None)  # nor does a look help it
+    monkeypatch.setattr(shards_.Connection, "end_check", lambda *_: None)  # nor does a look help it
     for _ in range(LATE_MAX):
         frail.client.retrieve("nobody", 10, timeout_s=0.3)
     began = time.monotonic()
@@ -749,10 +742,12 @@ def test_a_shard_of_another_generation_or_place_is_never_asked(frail: Plant) -> 
     frail.shards[1].share = ShardAssignment(2, 3)
     frail.shards[1].up(port)
     wait_until(
-        "a look", lambda: frail.links.all[1].why and frail.links.all[1].why.reason == "refused"
+        "a look",
+        lambda: frail.links.all[1].failure and frail.links.all[1].failure.reason == "refused",
     )
     wait_until(
-        "a look", lambda: frail.links.all[0].why and frail.links.all[0].why.reason == "refused"
+        "a look",
+        lambda: frail.links.all[0].failure and frail.links.all[0].failure.reason == "refused",
     )
     missing = frail.client.retrieve("nobody", 10).shards.missing
     assert [(m.shard, m.reason, m.detail) for m in missing] == [
@@ -765,10 +760,10 @@ def test_a_call_that_is_refused_says_so_at_once(
     frail: Plant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between two looks a shard can change its generation."""
-    monkeypatch.setattr(shards_, "LOOK_S", 60.0)
+    monkeypatch.setattr(shards_, "CHECK_S", 60.0)
     wait_until(
         "the last look",
-        lambda: all(link.look_at > time.monotonic() + 30 for link in frail.links.all),
+        lambda: all(link.check_at > time.monotonic() + 30 for link in frail.links.all),
     )
     port = frail.shards[0].down()
     frail.shards[0].generation = "g2"

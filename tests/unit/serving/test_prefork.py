@@ -20,26 +20,32 @@ KEEPER = """
 import os, signal, sys, threading, time
 from pathlib import Path
 from eddyline.process import lifecycle
+from eddyline.settings.loader import Settings
 from serving.worker import prefork
 log, stop = Path(sys.argv[1]), threading.Event()
 lifecycle.stop_on_signals(stop)
-opens = []
-
-def opened():
-    opens.append(0)
-    return len(opens)
-
 def note(what):
     with log.open("a") as file:
         file.write(what + "\\n")
 
 {body}
 
-def worker(held, place, ready):
-    note(f"start {{held}} {{place}} {{os.getpid()}}")
-    return serve(held, place, ready, stop)
+class Work(prefork.ForkedWork):
+    opened = 0
 
-kept = prefork.Prefork(2, opened, built, worker, stop, renew_s={renew_s}, backoff_s_max=0.2)
+    def open(self):
+        self.opened += 1
+        return self.opened
+
+    def build(self, held):
+        return built(held)
+
+    def serve(self, held, place, ready):
+        note(f"start {{held}} {{place}} {{os.getpid()}}")
+        return serve(held, place, ready, stop)
+
+settings = Settings(worker_processes=2, worker_renew_s={renew_s}, backoff_ms_max=200)
+kept = prefork.Prefork(settings, Work(), stop)
 sys.exit(kept.run())
 """
 SERVE = """

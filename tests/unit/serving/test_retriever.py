@@ -3,11 +3,13 @@
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 
 import grpc
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client import CollectorRegistry, generate_latest
 
 from eddyline.errors import StoreUnavailable
 from eddyline.schema import events
@@ -18,18 +20,20 @@ from eddyline.schema.user_history import Entry, UserHistory
 from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.state_store import Fence, ItemMetadata, LogId, Source, UserEffects, UserState
-from embeddings.towers.user_tower import query_vector
 from index.exact import ExactIndex
 from serving.answer import user_reader
 from serving.answer.deadline import Deadline, DeadlinePassed
 from serving.answer.retriever import Answer, Query, Retriever
 from serving.answer.user_reader import AfterToken, UserReader
+from serving.metrics import WorkerCollector
 from serving.proto import retrieval_pb2 as pb
-from serving.recall import popular
-from serving.recall.popular import PopularPath
-from serving.recall.towers import TowersPath
+from serving.recall import registry
+from serving.recall.base import Candidates, RecallContext, RecallPath, RecallRequest
+from serving.recall.index_reader import IndexReader
+from serving.recall.popularity import Popularity, rank
+from serving.recall.registry import make_paths
 from serving.rpc import converters
-from serving.rpc.backends import WorkerBackend
+from serving.rpc.backends import LocalIndex, WorkerBackend
 from serving.rpc.client import CallFailed, Client
 from serving.rpc.retrieval_service import RetrievalService
 from serving.rpc.server import NAME, NOT_SERVING, SERVING, PortTaken, WorkerServer
@@ -38,7 +42,18 @@ from serving.worker.replica import TailState
 D, N = 4, 12
 LOG = LogId("cluster", "topic")
 SETTINGS = Settings(
-    worker_port=0, worker_threads=2, k_max=50, query_timeout_ms=400, wait_ms_max=300
+    worker_port=0,
+    worker_threads=2,
+    k_max=50,
+    query_timeout_ms=400,
+    wait_ms_max=300,
+    clicks_partitions=8,
+    item_slots=1,
+    popular_bucket_s=10,
+    popular_half_life_s=10,
+    popular_limit=100,
+    popular_refresh_ms=50,
+    backoff_ms_max=100,
 )
 
 
@@ -84,6 +99,19 @@ class Mean:
         return (mean / np.linalg.norm(mean)).astype(np.float32)
 
 
+class Tail:
+    """The state of a replica."""
+
+    def __init__(self) -> None:
+        self.away = ""
+
+    def state(self) -> TailState:
+        return TailState(caught_up=True, lag_records=2, records=5, undecodable=1)
+
+    def missing(self) -> str:
+        return self.away
+
+
 class World:
     """Twelve items around a circle: i0, i1, … each 8° and a little more further, at_ms growing."""
 
@@ -95,26 +123,20 @@ class World:
                 for n in range(N)
             ]
         )
-        self.popular = PopularPath(
-            self.store,
-            slots=["i0"],
-            bucket_s=10,
-            half_life_s=10,
-            limit=100,
-            refresh_ms=50,
-            backoff_ms_max=100,
-        )
+        self.popularity = Popularity(SETTINGS, self.store)
         self.users = UserReader(self.store, clicks_partitions=8, generation="g1")
-        self.kafka_missing = ""
+        self.replica = Tail()
+        context = RecallContext(SETTINGS, self.store, self.tower, self.popularity, ExitStack())
+        self.paths = make_paths(context)
         self.retriever = Retriever(
             store=self.store,
-            index=self.index,
             users=self.users,
-            by_towers=TowersPath(self.tower, query_vector),
-            by_popularity=self.popular,
+            popularity=self.popularity,
+            paths=self.paths,
             item_slots=1,
-            index_missing=lambda: self.kafka_missing,
         )
+        held = LocalIndex("g1", self.index, self.replica)  # type: ignore[arg-type]
+        self.backend = WorkerBackend(held, self.retriever)
 
     def user(
         self, user_id: str, *items: str, kind: str = "click", offset: int = 7, e: object = None
@@ -142,10 +164,10 @@ class World:
         expected = self.store.fences(source, ["i0"])["i0"]
         new = Fence(expected.offset + 1 if expected else 0, LOG)
         self.store.count_clicks("i0", source, expected, new, counts, 10)
-        assert self.popular.refresh()
+        assert self.popularity.refresh()
 
     def ask(self, user_id: str, k: int, **more: object) -> Answer:
-        return self.retriever.retrieve(Query(user_id, k, **more), Deadline(5.0))  # type: ignore[arg-type]
+        return self.retriever.retrieve(Query(user_id, k, **more), self.index, Deadline(5.0))  # type: ignore[arg-type]
 
 
 def angle(degrees: float) -> np.ndarray:
@@ -156,8 +178,13 @@ def ids(answer: Answer) -> list[str]:
     return [item.hit.item_id for item in answer.items]
 
 
+def popular(world: World, k: int) -> Candidates:
+    request = RecallRequest(None, k, (), None, 0.0, Deadline(5.0))
+    return world.paths[1].recall(request, world.index)
+
+
 def whys(answer: Answer) -> dict[str, str]:
-    return {summary.path: summary.why for summary in answer.paths}
+    return {result.path: result.candidates.why for result in answer.paths}
 
 
 @pytest.fixture
@@ -257,7 +284,7 @@ def test_redis_away_the_last_known_popular_list_serves_and_the_answer_says_so(wo
     world.user("ana", "i3")
     world.clicked({1: {"i5": 1000}})
     world.store.away = True
-    assert not world.popular.refresh()
+    assert not world.popularity.refresh()
     answer = world.ask("ana", 2, with_cards=True)
     assert ids(answer) == ["i5", "i11"]
     assert whys(answer)["towers"] == "the user could not be read"
@@ -284,8 +311,12 @@ def test_while_redis_is_away_only_one_call_in_a_while_tries_it(
 
 def test_kafka_away_is_said(world: World) -> None:
     world.user("ana", "i3")
-    world.kafka_missing = "no answer since 3 s"
-    assert world.ask("ana", 1).missing == ["kafka: no answer since 3 s"]
+    world.replica.away = "no answer since 3 s"
+    response = world.backend.retrieve(Query("ana", 1), Deadline(5.0), 0)
+    assert list(response.missing) == ["kafka: no answer since 3 s"]
+    stats = pb.StatsResponse()
+    world.backend.fill_stats(stats)
+    assert list(stats.missing) == ["kafka: no answer since 3 s"]
 
 
 def test_cards(world: World) -> None:
@@ -322,20 +353,20 @@ def test_waiting_ends_as_soon_as_the_click_is_in(world: World) -> None:
 
 def test_a_deadline_is_looked_at_before_every_step(world: World) -> None:
     with pytest.raises(DeadlinePassed, match="before the user was read; 0 ms were given"):
-        world.retriever.retrieve(Query("ana", 1), Deadline(0.0))
+        world.retriever.retrieve(Query("ana", 1), world.index, Deadline(0.0))
     with pytest.raises(DeadlinePassed, match="before the user was read"):
-        world.retriever.retrieve(Query("ana", 1), Deadline(-3.0))
+        world.retriever.retrieve(Query("ana", 1), world.index, Deadline(-3.0))
     world.store.slow_s = 0.03
     with pytest.raises(DeadlinePassed, match="before the index was searched; 20 ms were given"):
-        world.retriever.retrieve(Query("ana", 1), Deadline(0.02))
+        world.retriever.retrieve(Query("ana", 1), world.index, Deadline(0.02))
 
 
 def test_popularity_is_decayed_against_the_newest_bucket_and_ties_go_by_id() -> None:
     counts = {10: {"old": 4000, "b": 1000}, 12: {"a": 250, "new": 1000}}
-    ranked = popular.rank(counts, bucket_s=10, half_life_s=10, limit=9)
+    ranked = rank(counts, bucket_s=10, half_life_s=10, limit=9)
     assert ranked == [("new", 1.0), ("old", 1.0), ("a", 0.25), ("b", 0.25)]
-    assert popular.rank(counts, bucket_s=10, half_life_s=10, limit=1) == [("new", 1.0)]
-    assert popular.rank({}, bucket_s=10, half_life_s=10, limit=9) == []
+    assert rank(counts, bucket_s=10, half_life_s=10, limit=1) == [("new", 1.0)]
+    assert rank({}, bucket_s=10, half_life_s=10, limit=9) == []
 
 
 def test_a_popular_list_is_read_to_its_end_where_few_of_it_are_live(world: World) -> None:
@@ -343,37 +374,37 @@ def test_a_popular_list_is_read_to_its_end_where_few_of_it_are_live(world: World
         {1: {f"gone-{n}": 9_000 for n in range(95)} | {"i5": 3_000, "i7": 2_000, "i1": 1_000}}
     )
     for k in (1, 2, 3):
-        found = world.popular.ask(world.index, k, ())
+        found = popular(world, k)
         assert [hit.item_id for hit in found.hits] == ["i5", "i7", "i1"][:k] and not found.why
-    assert world.popular.ask(world.index, 4, ()).why == "of 98 popular items 3 are live and unseen"
+    assert popular(world, 4).why == "of 98 popular items 3 are live and unseen"
 
 
 def test_the_popular_list_refreshes_itself_and_recovers(world: World) -> None:
-    world.popular.start()
+    world.popularity.start()
     try:
         world.clicked({1: {"i5": 1000}})
         world.store.away = True
         deadline = time.monotonic() + 5
-        while not world.popular.missing():
+        while not world.popularity.missing():
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        assert world.popular.ask(world.index, 1, ()).hits[0].item_id == "i5"
+        assert popular(world, 1).hits[0].item_id == "i5"
         world.store.away = False
-        while world.popular.missing():
+        while world.popularity.missing():
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        assert 0 <= world.popular.age_ms() < 5_000
+        assert 0 <= world.popularity.age_ms() < 5_000
     finally:
-        world.popular.close()
+        world.popularity.close()
 
 
 def test_a_popular_list_that_was_never_read_says_so(world: World) -> None:
-    assert world.popular.ask(world.index, 3, ()).why == "the list was never read: not yet"
-    assert world.popular.age_ms() == -1
+    assert popular(world, 3).why == "the list was never read: not yet"
+    assert world.popularity.age_ms() == -1
     world.store.away = True
-    world.popular.refresh()
-    assert "ConnectionError" in world.popular.ask(world.index, 3, ()).why
-    assert world.popular.missing().startswith("there is no popular list")
+    world.popularity.refresh()
+    assert "ConnectionError" in popular(world, 3).why
+    assert world.popularity.missing().startswith("there is no popular list")
 
 
 # ---------------------------------------------------------------- behind gRPC
@@ -393,8 +424,7 @@ def server(service: RetrievalService) -> Iterator[WorkerServer]:
 
 @pytest.fixture
 def client(server: WorkerServer, service: RetrievalService, world: World) -> Iterator[Client]:
-    tail = TailState(caught_up=True, lag_records=2, records=5, undecodable=1)
-    service.serve(WorkerBackend("g1", world.retriever, world.index, world.popular, lambda: tail))
+    service.serve(world.backend)
     with Client(server.address) as made:
         yield made
 
@@ -778,3 +808,49 @@ def test_beta_comes_from_the_settings_where_the_request_has_none() -> None:
     )
     filters = pb.RetrieveRequest(user_id="ana", k=1, popularity_beta=0.0)
     assert converters.query_of(filters, settings).popularity_beta == 0.0
+
+
+# ---------------------------------------------------------------- a recall path of one file
+
+
+class ToyPath(RecallPath):
+    """What a new file in serving/recall/ holds; it always returns i9."""
+
+    name = "toy"
+
+    def __init__(self, context: RecallContext) -> None: ...
+
+    def recall(self, request: RecallRequest, index: IndexReader) -> Candidates:
+        hits = [hit for hit in index.describe(["i9"], request.filters) if hit]
+        return Candidates(hits, "it knows i9 only", degradation=self.degradation())
+
+    def degradation(self) -> str:
+        return "toy: its data are a day old"
+
+
+def test_a_path_that_is_one_line_in_the_registry_is_seen_everywhere(
+    server: WorkerServer, service: RetrievalService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "PATHS", (ToyPath, *registry.PATHS))
+    world = World()
+    service.serve(world.backend)
+    world.user("ana", "i3")
+    with Client(server.address) as client:
+        response = client.retrieve("ana", 3)
+        assert [(i.item_id, i.path, i.path_rank) for i in response.items] == [
+            ("i9", "toy", 1),
+            ("i2", "towers", 1),
+            ("i4", "towers", 2),
+        ]
+        assert [(p.path, p.candidates, p.taken, p.why) for p in response.paths] == [
+            ("toy", 1, 1, "it knows i9 only"),
+            ("towers", 2, 2, ""),
+        ]
+        assert list(response.missing) == ["toy: its data are a day old"]
+        assert list(client.stats().missing) == ["toy: its data are a day old"]
+    told = CollectorRegistry()
+    told.register(WorkerCollector(service))
+    metrics = generate_latest(told).decode()
+    assert 'eddyline_worker_path_queries_total{path="toy"} 1.0' in metrics
+    assert 'eddyline_worker_path_items_total{path="toy"} 1.0' in metrics
+    assert 'eddyline_worker_path_items_total{path="towers"} 2.0' in metrics

@@ -86,11 +86,13 @@ class Worker:
         self.snapshots = Snapshots(settings, BUNDLE, log_id, self.index, clock, share)  # type: ignore[arg-type]
         self.positions = self.snapshots.load()
         self.replica = Replica(
-            settings, "g1", self.index, connect=lambda: topic, positions=self.positions, share=share
+            settings, "g1", self.index, positions=self.positions, assignment=share
         )
-        self.replica.start()
-        self.snapshots.start(self.replica.positions)
-        assert self.replica.wait_caught_up(10)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(replica, "ItemVectorLog", lambda *_: topic)
+            self.replica.start()
+            self.snapshots.start(self.replica)
+            assert self.replica.wait_caught_up(10)
 
     def stop(self) -> None:
         self.replica.close()
@@ -204,7 +206,7 @@ def test_written_every_interval_and_only_where_something_came(tmp_path: Path) ->
     snapshots = Snapshots(settings, BUNDLE, "c/t", index)  # type: ignore[arg-type]
     snapshots._interval_s = 0.02  # type: ignore[assignment]
     at: dict[int, int] = {}
-    snapshots.start(lambda: at)
+    snapshots.start(SimpleNamespace(positions=lambda: at))  # type: ignore[arg-type]
     time.sleep(0.1)
     assert not snapshots.path.exists()  # it has not caught up
     at[0] = 1
@@ -224,7 +226,7 @@ def test_never_where_the_interval_is_0(tmp_path: Path) -> None:
     snapshots = Snapshots(
         Settings(data_dir=str(tmp_path), snapshot_interval_s=0), BUNDLE, "c/t", index
     )  # type: ignore[arg-type]
-    snapshots.start(lambda: {0: 1})
+    snapshots.start(SimpleNamespace(positions=lambda: {0: 1}))  # type: ignore[arg-type]
     snapshots.close()
     assert not snapshots.path.exists()
 
@@ -307,7 +309,7 @@ def test_a_shard_leaves_the_files_of_others_alone(tmp_path: Path) -> None:
         (folder / name).touch()
         os.utime(folder / name, (at, at))
     settings = Settings(data_dir=str(tmp_path))
-    shard = Snapshots(settings, BUNDLE, "c/t", index, share=ShardAssignment(1, 4))  # type: ignore[arg-type]
+    shard = Snapshots(settings, BUNDLE, "c/t", index, assignment=ShardAssignment(1, 4))  # type: ignore[arg-type]
     assert shard.write({0: 1})
     left = {path.name for path in folder.iterdir()}
     assert left == {*others, *own[-KEPT_FILES + 1 :], shard.path.name}

@@ -65,7 +65,7 @@ class Log:
         log = self.records[partition]
         log.append(Record(partition, len(log), key, value))
 
-    def connect(self) -> "Consumer":
+    def connect(self, settings: Settings, generation: str) -> "Consumer":
         self.connects += 1
         if self.away:
             raise KafkaUnavailable("nobody there")
@@ -109,11 +109,13 @@ class Consumer:
 def log(monkeypatch: pytest.MonkeyPatch) -> Log:
     monkeypatch.setattr(replica, "LOOK_S", 0.02)
     monkeypatch.setattr(replica, "POLL_MS", 10)
-    return Log()
+    made = Log()
+    monkeypatch.setattr(replica, "ItemVectorLog", made.connect)
+    return made
 
 
 def tail(log: Log, index: ExactIndex) -> Replica:
-    made = Replica(SETTINGS, "g1", index, connect=log.connect)
+    made = Replica(SETTINGS, "g1", index)
     made.start()
     return made
 
@@ -177,17 +179,20 @@ def test_kafka_away_the_index_goes_on_and_says_since_when(log: Log) -> None:
         made.close()
 
 
-def test_an_empty_topic_is_caught_up_and_a_missing_one_is_not(log: Log) -> None:
+def test_an_empty_topic_is_caught_up_and_a_missing_one_is_not(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = tail(log, ExactIndex(D))
     try:
         assert made.wait_caught_up(10)
     finally:
         made.close()
 
-    def nothing() -> None:
-        raise Unavailable("there is no topic t.item-vectors.g2")
+    def nothing(settings: Settings, generation: str) -> None:
+        raise Unavailable(f"there is no topic t.item-vectors.{generation}")
 
-    other = Replica(SETTINGS, "g2", ExactIndex(D), connect=nothing)
+    monkeypatch.setattr(replica, "ItemVectorLog", nothing)
+    other = Replica(SETTINGS, "g2", ExactIndex(D))
     other.start()
     try:
         wait_until(lambda: "there is no topic t.item-vectors.g2" in other.missing())
@@ -246,7 +251,7 @@ def test_a_shard_skips_records_of_others_and_a_bad_one_of_its_own(log: Log) -> N
     log.put(0, others[0], 12, 2 * unit(0))  # nobody's business here
     log.put(0, others[1], 13, None)
     index = ExactIndex(D)
-    made = Replica(SETTINGS, "g1", index, connect=log.connect, share=share)
+    made = Replica(SETTINGS, "g1", index, assignment=share)
     made.start()
     try:
         assert made.wait_caught_up(10)

@@ -27,12 +27,13 @@ PAGE = Path(__file__).parents[3] / "docs" / "operations.md"
 
 
 class Holds:
-    """Answers nothing, and tells of an index."""
+    """Answers with one item of one path, and has figures of an index."""
 
     def retrieve(self, query: Any, deadline: Any, received_us: int) -> pb.RetrieveResponse:
-        return pb.RetrieveResponse()
+        paths = [pb.PathSummary(path="towers"), pb.PathSummary(path="newest", taken=1)]
+        return pb.RetrieveResponse(paths=paths)
 
-    def tell(self, response: pb.StatsResponse) -> None:
+    def fill_stats(self, response: pb.StatsResponse) -> None:
         response.missing.append("kafka: away")
         response.index.MergeFrom(pb.IndexSizes(live=9, fresh=2, refused=3, rebuilds=4))
         found = pb.RecallStatus(
@@ -75,11 +76,15 @@ def test_the_page_names_every_metric_and_no_other() -> None:
         "eddyline_worker_missing",
     }
     service.serve(Holds())
+    service.Retrieve(pb.RetrieveRequest(user_id="u", k=1), Call())  # type: ignore[arg-type]
     told = text(service)
     assert names(told) == set(re.findall(r"eddyline_worker_\w+", PAGE.read_text(encoding="utf-8")))
     for line in (
         "eddyline_worker_ready 1.0",
         "eddyline_worker_missing 1.0",
+        'eddyline_worker_path_queries_total{path="towers"} 1.0',
+        'eddyline_worker_path_items_total{path="towers"} 0.0',
+        'eddyline_worker_path_items_total{path="newest"} 1.0',
         'eddyline_worker_index_items{part="live"} 9.0',
         'eddyline_worker_index_rebuilds_total{outcome="done"} 4.0',
         "eddyline_worker_index_exact_total 3.0",
@@ -108,7 +113,7 @@ def test_a_coordinator_tells_no_counts_of_shards_that_come_and_go() -> None:
 
 def test_a_recall_that_is_not_known_yet_is_not_told() -> None:
     class Young(Holds):
-        def tell(self, response: pb.StatsResponse) -> None:
+        def fill_stats(self, response: pb.StatsResponse) -> None:
             response.index.recall.CopyFrom(pb.RecallStatus(step="normal"))
 
     service = RetrievalService(Settings())
@@ -134,10 +139,11 @@ def test_queries_are_counted_by_outcome_and_time() -> None:
     )
     assert "eddyline_worker_query_seconds_count 4.0" in told
     assert f'eddyline_worker_query_seconds_bucket{{le="{BUCKETS_S[-1]}"}} 4.0' in told
-    counts, total_s = service.times()
-    assert sum(counts) == 4 and len(counts) == len(BUCKETS_S) + 1 and 0 < total_s < 4
-    service._count(time.perf_counter() - 2 * BUCKETS_S[-1], failed=False)
-    assert service.times()[0][-1] == 1
+    counts = service.counts()
+    assert sum(counts.times) == 4 and len(counts.times) == len(BUCKETS_S) + 1
+    assert 0 < counts.total_s < 4
+    service._count(time.perf_counter() - 2 * BUCKETS_S[-1], pb.RetrieveResponse())
+    assert service.counts().times[-1] == 1
 
 
 def until(check: Callable[[], bool]) -> None:
