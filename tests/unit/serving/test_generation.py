@@ -18,8 +18,9 @@ from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.state_store import Fence, LogId, Source, UserEffects
 from embeddings.bundle import bundle
-from embeddings.bundle.bundle import Bundle, Parts
+from embeddings.bundle.bundle import Bundle, NewBundle
 from embeddings.towers import features
+from embeddings.towers.base import TrainedModel
 from embeddings.towers.micro_step import MicroSettings
 from embeddings.towers.numerics import unit
 from embeddings.towers.user_tower import query_vector
@@ -79,35 +80,40 @@ def make_bundle(folder: Path, generation: str) -> Bundle:
 
     empty = features.learn_profiles([])
     ids = [f"i{n}" for n in range(N)]
-    parts = Parts(
-        generation=generation,
-        created_ms=1_000,
+    model = TrainedModel(
+        kind="two_tower",
+        version=1,
+        dimension=d,
+        history_max=5,
         item_space=empty,
-        item_arrays={
-            "identity": draw(N, d),
-            "features": draw(empty.rows, d),
-            "projection": draw(0, d),
-            "projection_bias": draw(d),
-            "w1": draw(d, d),
-            "b1": draw(d),
-            "w2": draw(d, d),
-            "b2": draw(d),
-        },
-        identity_ids=ids,
         profile_space=empty,
-        user_arrays={
-            "query": draw(d, 2 * d),
-            "query_bias": draw(2 * d),
-            "bias": draw(2, 5),
-            "value": draw(2 * d, d),
-            "start": draw(d),
-            "profile": draw(empty.rows, d),
-            "w1": draw(d, d),
-            "b1": draw(d),
-            "w2": draw(d, d),
-            "b2": draw(d),
+        identity_ids=ids,
+        arrays={
+            "item.identity": draw(N, d),
+            "item.features": draw(empty.rows, d),
+            "item.projection": draw(0, d),
+            "item.projection_bias": draw(d),
+            "item.w1": draw(d, d),
+            "item.b1": draw(d),
+            "item.w2": draw(d, d),
+            "item.b2": draw(d),
+            "user.query": draw(d, 2 * d),
+            "user.query_bias": draw(2 * d),
+            "user.bias": draw(2, 5),
+            "user.value": draw(2 * d, d),
+            "user.start": draw(d),
+            "user.profile": draw(empty.rows, d),
+            "user.w1": draw(d, d),
+            "user.b1": draw(d),
+            "user.w2": draw(d, d),
+            "user.b2": draw(d),
         },
         micro=MicroSettings(rate=0.002),
+    )
+    new = NewBundle(
+        generation=generation,
+        created_ms=1_000,
+        model=model,
         item_ids=ids,
         item_vectors=unit(draw(N, d)),
         item_partitions=np.zeros(N, np.int32),
@@ -116,7 +122,7 @@ def make_bundle(folder: Path, generation: str) -> Bundle:
         cut={"0": N},
         measured={},
     )
-    bundle.write(folder / generation, parts)
+    bundle.write(folder / generation, new)
     return bundle.load(folder / generation)
 
 
