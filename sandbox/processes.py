@@ -1,6 +1,7 @@
-"""What the demo, the benchmarks and the tests stand on: servers, topics, a generation, processes.
+"""Eddyline's processes on real servers, for the demo, the benchmarks and the tests.
 
-All real: the processes are started as a user starts them, and spoken to through Kafka and gRPC alone.
+The processes are started as a user starts them and are reached through Kafka and gRPC alone. This
+room imports no serving: callers pass the check that says whether a worker is ready.
 """
 
 from __future__ import annotations
@@ -31,68 +32,63 @@ from sandbox.datasets.dataset import Dataset
 from sandbox.servers.local_servers import local_servers, log_dir
 from sandbox.servers.supervisor import Child, Supervisor
 
-Tell = Callable[[str], None]
+# Given a worker's address, whether it answers queries.
+IsReady = Callable[[str], bool]
 # A worker waits for Kafka, Redis and the end of the item vectors before it is ready.
 READY_S = 60.0
-# Exit codes of ingest and worker after which a person has to decide (docs/operations.md).
+# Exit codes after which a person has to decide (docs/operations.md): no restart.
 FINAL_CODES = frozenset({2, 3})
-# Another process of this folder may be starting the servers just now.
-OTHERS_READY_S = 90.0
+# Another process of this data folder may be starting the servers now.
+SERVERS_READY_S = 90.0
+# Settings that every child gets from the deployment, besides the folders.
+_PASSED_ON = ("kafka_bootstrap_servers", "redis_url", "namespace", *SECURITY_NAMES, *REDIS_NAMES)
 
 
 @dataclass
 class Deployment:
-    """Running servers and the processes on them.
+    """Running servers, and Eddyline's processes on them as children of one supervisor.
 
-    settings: with both addresses and the namespace; log files lie in `supervisor.log_dir`
+    settings: with both addresses and the namespace; log files are in `supervisor.log_dir`
     """
 
     settings: Settings
     supervisor: Supervisor
 
     def child(self, name: str, module: str, ready: Callable[[], bool], **more: str) -> Child:
-        """A process of ours, told where its servers are by its environment."""
-        env = {
-            "EDDYLINE_KAFKA_BOOTSTRAP_SERVERS": self.settings.kafka_bootstrap_servers,
-            "EDDYLINE_REDIS_URL": self.settings.redis_url,
-            "EDDYLINE_NAMESPACE": self.settings.namespace,
-            "EDDYLINE_DATA_DIR": str(Path(self.settings.data_dir).absolute()),
-            "EDDYLINE_BUNDLE_DIR": str(self.settings.bundles.absolute()),
+        """`python -m module` on these servers. more: settings of this process alone."""
+        values = {setting: str(getattr(self.settings, setting)) for setting in _PASSED_ON} | {
+            "data_dir": str(Path(self.settings.data_dir).absolute()),
+            "bundle_dir": str(self.settings.bundles.absolute()),
         }
-        env |= {f"EDDYLINE_{name.upper()}": getattr(self.settings, name) for name in SECURITY_NAMES}
-        env |= {
-            f"EDDYLINE_{name.upper()}": str(getattr(self.settings, name)) for name in REDIS_NAMES
-        }
-        env |= {f"EDDYLINE_{key.upper()}": value for key, value in more.items()}
-        argv = [sys.executable, "-m", module]
         return Child(
             name=name,
-            argv=argv,
-            env=env,
+            argv=[sys.executable, "-m", module],
+            env={f"EDDYLINE_{key.upper()}": value for key, value in (values | more).items()},
             ready=ready,
             ready_timeout_s=READY_S,
             final_codes=FINAL_CODES,
         )
 
     def ingest_child(self, name: str = "ingest", **more: str) -> Child:
-        """An ingest process. It is ready at once: what waits for it asks the fences, and `check`."""
+        """An ingest process. It is ready at once: `wait_until_applied` waits for its work."""
         return self.child(name, "streams", lambda: True, **more)
 
     def worker_child(
-        self, is_ready: Callable[[str], bool], name: str = "worker", port: int = 0, **more: str
+        self, is_ready: IsReady, name: str = "worker", port: int = 0, **more: str
     ) -> tuple[Child, str]:
-        """(a query worker, its address). is_ready: given the address, whether the worker answers."""
+        """(a query worker, its address)."""
         port = port or free_port()
         address = f"127.0.0.1:{port}"
         ready = partial(is_ready, address)
         return self.child(name, "serving", ready, worker_port=str(port), **more), address
 
     def sharded_children(
-        self, count: int, is_ready: Callable[[str], bool], **more: str
+        self, count: int, is_ready: IsReady, **more: str
     ) -> tuple[list[Child], list[str], str]:
-        """(`count` workers of one shard each and their coordinator, the shards' addresses, its address).
+        """(`count` workers of one shard each and their coordinator, the shards' addresses, its
+        address).
 
-        is_ready: as for `worker_child`; asked for each shard and for the coordinator
+        is_ready: also called for the coordinator
         """
         workers = [
             self.worker_child(is_ready, f"shard-{n}", 0, shard=str(n), shards=str(count), **more)
@@ -112,41 +108,44 @@ class Deployment:
         return [*(child for child, _ in workers), coordinator], addresses, address
 
     def prepare(self, manifest: Manifest) -> None:
-        """Make the topics, and the generation the active one where it is not."""
+        """Create the topics, and activate the generation if it is not active."""
         topics.ensure_topics(self.settings)
         if generations.active(self.settings) != manifest:
             generations.publish(self.settings, manifest)
 
 
 @contextlib.contextmanager
-def running_servers(settings: Settings, tell: Tell) -> Iterator[Deployment]:
-    """Servers of the settings, else those that run here already, else new ones; all new ones end with it."""
+def running_servers(settings: Settings, on_step: Callable[[str], None]) -> Iterator[Deployment]:
+    """A deployment on the servers of the settings, on those that run here, or on new ones.
+
+    New servers and all children end with the block.
+    """
     supervisor = Supervisor(log_dir(settings))
     try:
-        if _wait_for_running_servers(settings, tell):
+        if _wait_for_running_servers(settings, on_step):
             yield Deployment(discovery.resolve(settings), supervisor)
             return
-        with local_servers(settings, supervisor, owner="eddyline demo", tell=tell) as resolved:
-            yield Deployment(resolved, supervisor)
+        with local_servers(settings, supervisor, owner="eddyline demo", on_step=on_step) as made:
+            yield Deployment(made, supervisor)
     finally:
         supervisor.stop()
 
 
-def _wait_for_running_servers(settings: Settings, tell: Tell) -> bool:
-    """Whether another process runs this folder's servers; waits until they are ready."""
-    deadline = time.monotonic() + OTHERS_READY_S
+def _wait_for_running_servers(settings: Settings, on_step: Callable[[str], None]) -> bool:
+    """Whether another process runs this data folder's servers; waits until they are ready."""
+    deadline = time.monotonic() + SERVERS_READY_S
     while (found := discovery.running(settings)) is not None:
         if found.state == "ready":
             return True
         if time.monotonic() > deadline:
             raise LocalServerError(f"`{found.owner}` (pid {found.pid}) is still at: {found.step}")
-        tell(f"waiting for `{found.owner}`, which is {found.step or 'starting'}")
+        on_step(f"waiting for `{found.owner}`, which is {found.step or 'starting'}")
         time.sleep(0.1)
     return False
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody listens on now."""
+    """A free port of the loopback interface."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -160,35 +159,35 @@ def wait_until_applied(
     on_progress: Callable[[int, int], None] = lambda applied, total: None,
     check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Return once ingest has applied all that lies in `clicks`, `items` and `users` now.
+    """Return once ingest has applied every record that is in `clicks`, `items` and `users` now.
 
-    check: may raise where ingest has ended for good
-    Raises LocalServerError where nothing moves for `timeout_s`.
+    check: called at each turn; raises to end the wait, as `Supervisor.check` does
+    Raises LocalServerError if nothing is applied for `timeout_s`.
     """
-    mine = RedisStore(settings)
+    store = RedisStore(settings)
     logs = topics.log_ids(settings, topics.SOURCES)
-    names = {name: topics.end_offsets(settings, name) for name in topics.SOURCES}
-    ends = {(name, p): end for name, offsets in names.items() for p, end in offsets.items() if end}
-    last, since = -1, time.monotonic()
+    by_topic = {name: topics.end_offsets(settings, name) for name in topics.SOURCES}
+    ends = {(name, p): end for name, found in by_topic.items() for p, end in found.items() if end}
+    total, last, progress_s = sum(ends.values()), -1, time.monotonic()
     try:
         while True:
             check()
             applied = sum(
-                min(_applied(mine, name, p, logs[name]), end) for (name, p), end in ends.items()
+                min(_applied(store, name, p, logs[name]), end) for (name, p), end in ends.items()
             )
-            on_progress(applied, sum(ends.values()))
-            if applied == sum(ends.values()):
+            on_progress(applied, total)
+            if applied == total:
                 return
             if applied != last:
-                last, since = applied, time.monotonic()
-            if time.monotonic() - since > timeout_s:
+                last, progress_s = applied, time.monotonic()
+            if time.monotonic() - progress_s > timeout_s:
                 raise LocalServerError(
-                    f"ingest has applied {applied:,} of {sum(ends.values()):,} records and does not move; "
+                    f"ingest has applied {applied:,} of {total:,} records and makes no progress; "
                     f"see {log_dir(settings) / 'ingest.log'}"
                 )
             time.sleep(0.02)
     finally:
-        mine.close()
+        store.close()
 
 
 def _applied(store: StateStore, name: str, partition: int, log: LogId) -> int:
@@ -199,7 +198,7 @@ def _applied(store: StateStore, name: str, partition: int, log: LogId) -> int:
 
 
 def with_namespace(settings: Settings, dataset: Dataset) -> Settings:
-    """The settings with a namespace of the data set's own: data sets do not mix on the same servers."""
+    """The settings with the data set's own namespace, unless one is set: data sets do not mix."""
     if settings.namespace:
         return settings
     return msgspec.structs.replace(settings, namespace=f"demo-{dataset.name}")

@@ -48,7 +48,7 @@ def up(settings: Settings, foreground: bool = False, *, console: Console | None 
     if needed(settings)[0]:
         _fetch(console)
     if foreground:
-        run(settings, owner=OWNER, tell=console.print)
+        run(settings, owner=OWNER, on_step=console.print)
         return
     process = _spawn(settings)
     _wait_ready(settings, console, process)

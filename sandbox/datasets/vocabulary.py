@@ -1,4 +1,4 @@
-"""The words of the generated world: genres, moods, occupations, and titles made of them."""
+"""The vocabulary of the generated data set: genres, moods, occupations, and their titles."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Genre:
-    """A genre, the one it borders on, and the nouns and places that its titles are made of."""
+    """A genre, its neighbouring genre, and the nouns and places of its titles."""
 
     name: str
     neighbour: str
@@ -18,7 +18,7 @@ class Genre:
 
 @dataclass(frozen=True, slots=True)
 class Mood:
-    """A mood, its adjectives, and the years its films are from (first, one past the last)."""
+    """A mood, its adjectives, and the years of its films (first, one after the last)."""
 
     name: str
     adjectives: tuple[str, ...]
@@ -122,7 +122,7 @@ _NAMES = _words("Clara Hugo Mina Oscar Ines Victor Alma Felix Rosa Emil Nora Ant
 
 
 def make_title(draw: Callable[[], float], genre: Genre, mood: Mood, taken: set[str]) -> str:
-    """Make a title that is not taken yet, which it then is; sequels get a number.
+    """Make a title that is not in `titles` and add it; sequels get a number.
 
     draw: a uniform number from 0 to below 1 at each call
     """

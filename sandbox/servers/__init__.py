@@ -1,1 +1,1 @@
-"""Real Apache Kafka and Valkey on this machine, without Docker and root, kept alive by one supervisor."""
+"""Apache Kafka and Valkey on this machine, without Docker and root, under one supervisor."""

@@ -1,8 +1,8 @@
-"""The supervisor of the local servers as a process of its own; `eddyline up` starts it.
+"""The supervisor of the local servers as a process; `eddyline up` starts it.
 
     python -m sandbox.servers              run Kafka and Valkey until SIGTERM or SIGINT
-    python -m sandbox.servers --fetch      only fetch Apache Kafka's jars (a step of the set-up)
-    python -m sandbox.servers --lock       write kafka.lock anew
+    python -m sandbox.servers --fetch      only download Apache Kafka's jars (a step of the set-up)
+    python -m sandbox.servers --lock       rewrite kafka.lock
 
 Exit code 0 after a clean stop, 1 with one sentence on stderr otherwise.
 """
@@ -28,17 +28,16 @@ from sandbox.servers import kafka_jars
 from sandbox.servers.local_servers import local_servers, log_dir
 from sandbox.servers.supervisor import Supervisor
 
-# How soon a supervisor whose data folder was deleted notices, and goes.
+# How often the supervisor checks whether its data folder was deleted, and then stops.
 WATCH_S = 1.0
 
 
-def run(
-    settings: Settings, *, owner: str = "eddyline up", tell: Callable[[str], None] | None = None
-) -> None:
-    """Run what the settings do not name until SIGTERM or SIGINT, or until the data folder is deleted.
+def run(settings: Settings, *, on_step: Callable[[str], None], owner: str = "eddyline up") -> None:
+    """Run the servers that the settings do not name until SIGTERM or SIGINT.
 
-    Thread rule: the main thread.
-    tell(step) is called before every step of the start, and once with "ready". Raises LocalServerError.
+    Also ends when the data folder is deleted. Thread rule: the main thread.
+    on_step: called before every step of the start, and once with "ready"
+    Raises LocalServerError.
     """
     stop = threading.Event()
     up = threading.Event()
@@ -46,11 +45,10 @@ def run(
         contextlib.suppress(_Stopped),
         _signals(stop, up),
         Supervisor(log_dir(settings)) as supervisor,
-        local_servers(settings, supervisor, owner=owner, tell=tell),
+        local_servers(settings, supervisor, owner=owner, on_step=on_step),
     ):
         up.set()
-        if tell:
-            tell("ready")
+        on_step("ready")
         lock = run_dir(settings) / "lock"
         inode = lock.stat().st_ino
         while not stop.wait(WATCH_S) and _inode(lock) == inode:
@@ -58,7 +56,7 @@ def run(
 
 
 class _Stopped(BaseException):
-    """A signal came during the start; unwinds it, so that a half-started pair is stopped in order."""
+    """A signal came during the start: unwind it, so that started servers are stopped in order."""
 
 
 @contextlib.contextmanager
@@ -66,9 +64,8 @@ def _signals(stop: threading.Event, up: threading.Event) -> Iterator[None]:
     def on_signal(_number: int, _frame: FrameType | None) -> None:
         first = not stop.is_set()
         stop.set()
-        if (
-            first and not up.is_set()
-        ):  # later the loop looks; a second signal must not break the ordered stop off
+        # Once up, the loop sees the event; a second signal must not interrupt the orderly stop.
+        if first and not up.is_set():
             raise _Stopped
 
     before = {
@@ -101,13 +98,13 @@ def _fetch(out: IO[str]) -> None:
 
 
 def main() -> int:
-    """Read the command line and do it."""
+    """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m sandbox.servers", description=__doc__.split("\n", 1)[0]
     )
     choice = parser.add_mutually_exclusive_group()
-    choice.add_argument("--fetch", action="store_true", help="only fetch Apache Kafka's jars")
-    choice.add_argument("--lock", action="store_true", help="write kafka.lock anew")
+    choice.add_argument("--fetch", action="store_true", help="only download Apache Kafka's jars")
+    choice.add_argument("--lock", action="store_true", help="rewrite kafka.lock")
     arguments = parser.parse_args()
     try:
         settings = load()
@@ -117,7 +114,7 @@ def main() -> int:
         elif arguments.lock:
             kafka_jars.LOCK.write_text(kafka_jars.resolve(), encoding="utf-8")
         else:
-            run(settings, tell=logging.getLogger("sandbox.servers").info)
+            run(settings, on_step=logging.getLogger("sandbox.servers").info)
     except EddylineError as error:
         sys.stderr.write(f"{error}\n")
         return 1

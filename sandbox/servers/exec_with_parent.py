@@ -2,10 +2,11 @@
 
     python -I -S exec_with_parent.py PARENT_PID PROGRAM [ARGUMENT …]
 
-It asks the kernel for SIGKILL at the parent's death (prctl(2), PR_SET_PDEATHSIG) and then becomes PROGRAM:
-same pid, and the wish outlives exec. A file of its own, run by path, because a `preexec_fn` is not safe in a
-process with threads. The kernel means the *thread* that forked: Supervisor therefore starts every child from
-one thread that ends last. Where there is no prctl (not Linux) the program is run without this guard.
+It asks the kernel for SIGKILL at the parent's death (prctl(2), PR_SET_PDEATHSIG) and then becomes
+PROGRAM under the same pid; the request survives exec. It is a file of its own, run by path, because
+a `preexec_fn` is not safe in a process with threads. For the kernel the parent is the *thread* that
+forked, so Supervisor starts every child from one thread that ends last. Without prctl (not Linux)
+the program runs without this guard.
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ import sys
 
 # From <linux/prctl.h>.
 PR_SET_PDEATHSIG = 1
-# What a shell answers for a program that cannot be run.
+# The exit code of a shell for a program that cannot be run.
 NOT_FOUND = 127
 
 
 def main(arguments: list[str]) -> None:
-    """Arm the signal, then become the program.
+    """Set the signal, then become the program.
 
-    Returns never; exits with 127 where the program cannot be run.
+    Never returns; exits with 127 if it cannot be run.
     """
     parent, *argv = arguments
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
             sys.exit(f"prctl: {os.strerror(ctypes.get_errno())}")
-        if os.getppid() != int(parent):  # it died before the signal was armed
+        if os.getppid() != int(parent):  # it died before the signal was set
             sys.exit("the supervisor is gone")
     try:
         os.execvp(argv[0], argv)

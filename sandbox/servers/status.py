@@ -1,4 +1,4 @@
-"""Which Kafka and which Redis are used, and why: for people."""
+"""Which Kafka and which Redis are used, and why: to show to the user."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from eddyline.stores.redis_url import without_password
 
 
 class ServerStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One server for people: what it is, its address (without password), and why this one."""
+    """A server as shown to the user: version, address (without password), and why this one."""
 
     name: Literal["kafka", "redis"]
     version: str
@@ -23,10 +23,11 @@ class ServerStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def server_status(settings: Settings) -> list[ServerStatus]:
-    """Kafka and Redis as people want to see them.
+    """Kafka and Redis, to show to the user.
 
-    Asks servers that the settings name for their version, two seconds at most each.
-    settings: as loaded, not as resolved. Raises SettingsError as resolve() does.
+    settings: as loaded, not as resolved
+    Asks the servers that the settings name for their version, two seconds at most each. Raises
+    SettingsError as `discovery.resolve` does.
     """
     resolved = resolve(settings)
     local = running(settings)

@@ -1,18 +1,17 @@
-"""Keep a set of child processes alive, and leave none behind.
+"""Run child processes: restart those that end, and leave none behind.
 
-    supervisor = Supervisor(Path(".eddyline/logs"))
-    supervisor.start(kafka, valkey)      # both at once; returns when both are ready, else LocalServerError
-    supervisor.start(worker)
-    supervisor.pids()                    # {"kafka": 4711, …}
-    supervisor.stop()                    # worker, valkey, kafka; safe to call twice
+    supervisor = Supervisor(Path(".eddyline/logs")) supervisor.start(kafka, valkey)      # both at
+    once; returns when both are ready, else LocalServerError supervisor.start(worker)
+    supervisor.pids()                    # {"kafka": 4711, …} supervisor.stop()                    #
+    worker, valkey, kafka; safe to call twice
 
-A child that ends is started again, after a back-off that doubles and is forgotten once the child has been
-ready for a while. Children run in process groups of their own, so Ctrl-C in the terminal reaches only the
-supervisor, which then stops them in order. If the supervisor itself is killed with -9, the kernel kills its
-children (exec_with_parent.py); what *they* started is their business.
+A child that ends is restarted after a back-off that doubles, and starts over once the child has
+been ready for a while. Children run in process groups of their own, so Ctrl-C in the terminal
+reaches only the supervisor, which then stops them in order. If the supervisor itself is killed with
+-9, the kernel kills its children (exec_with_parent.py), but not the children's own children.
 
-Thread rule: every method from any thread. One thread of the supervisor forks, probes and reaps; it ends only
-in stop().
+Thread rule: every method from any thread. One thread of the supervisor forks, checks and reaps; it
+ends only in stop().
 """
 
 from __future__ import annotations
@@ -36,17 +35,18 @@ log = logging.getLogger(__name__)
 
 State = Literal["starting", "ready", "waiting", "failed", "stopped"]
 
-# A child's first restart comes at once for a human, the later ones do not eat the machine.
+# The first restart is at once for a person; later ones leave the machine idle.
 BACKOFF_S_FIRST = 0.2
 BACKOFF_S_MAX = 10.0
-# Ready for so long, and a crash counts as the first one again.
+# Ready for this long: the next crash counts as the first one again.
 HEALTHY_S = 10.0
-# How often ends are looked for: short while somebody waits for a start, else short against a restart.
+# How often children are checked: short while a start is awaited, else short against a restart.
 TICK_S_STARTING = 0.05
 TICK_S_READY = 0.2
-# So often a child may end before it was ever ready; then the set-up is wrong, and trying on hides it.
+# Ends before a child was ever ready: after this many the set-up is wrong, and retries would hide
+# it.
 FIRST_TRIES = 3
-# A log above this is put aside (`.1`, one is kept) when its child starts.
+# A larger log is renamed (`.1`, one is kept) when its child starts.
 LOG_BYTES_MAX = 8 * 1024 * 1024
 LOG_LINES_SHOWN = 8
 
@@ -55,17 +55,18 @@ SHIM = Path(__file__).with_name("exec_with_parent.py")
 
 @dataclass(frozen=True, kw_only=True)
 class Child:
-    """What to run and how to tell that it works.
+    """A program to run, and the check that says whether it is ready.
 
     name:            also the log's name, `<log_dir>/<name>.log`
     argv:            the program and its arguments
-    ready:           asked every 50 ms until it is True; takes a second at most; an error counts as False
+    ready:           called every 50 ms until True; takes a second at most; an error counts as False
     env:             added to the supervisor's own environment
-    cwd:             by default the supervisor's
-    ready_timeout_s: not ready after this long: killed; given up at its first start, later like a crash
-    stop_signal:     what stop() sends first
-    stop_timeout_s:  still there after this long: SIGKILL to its whole process group
-    final_codes:     exit codes after which a restart is no use: the child has failed, and `check` says so
+    cwd:             default: the supervisor's
+    ready_timeout_s: a child that is not ready by then is killed; at its first start it has failed,
+                     later it counts as a crash
+    stop_signal:     the first signal of stop()
+    stop_timeout_s:  after this time its whole process group gets SIGKILL
+    final_codes:     exit codes that no restart heals: the child has failed, and `check` raises
     """
 
     name: str
@@ -81,30 +82,30 @@ class Child:
 
 @dataclass
 class _Run:
-    """One child's present life; changed by the supervisor's thread only, under its lock."""
+    """A child's present state; only the supervisor's thread changes it, under the lock."""
 
     child: Child
     state: State = "starting"
     process: subprocess.Popen[bytes] | None = None
     since: float = 0.0
-    ends: int = 0  # in a row, without having been ready for HEALTHY_S
+    ends_in_a_row: int = 0  # without having been ready for HEALTHY_S
     restarts: int = 0
     was_ready: bool = False
     why: str = ""
 
 
 class Supervisor:
-    """Starts children, restarts those that end, stops all in reverse order."""
+    """Starts children, restarts those that end, and stops all in reverse order."""
 
     def __init__(self, log_dir: Path) -> None:
-        """log_dir: is made; every child appends what it prints to `<log_dir>/<name>.log`."""
+        """log_dir: created here; every child appends its output to `<log_dir>/<name>.log`."""
         self.log_dir = log_dir.absolute()
         self.log_dir.mkdir(parents=True, exist_ok=True)
         self._runs: dict[str, _Run] = {}
         self._changed = threading.Condition()
         self._listeners: list[Callable[[], None]] = []
         self._stopping = False
-        self._thread = threading.Thread(target=self._keep, name="supervisor", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="supervisor", daemon=True)
         self._thread.start()
 
     def __enter__(self) -> Supervisor:
@@ -114,17 +115,17 @@ class Supervisor:
         self.stop()
 
     def start(self, *children: Child) -> None:
-        """Start all at once and return when every one is ready.
+        """Start all at once and return when all are ready.
 
-        Raises LocalServerError, with the last lines of the log, for a child that was not ready in time or
-        ended three times before it was ever ready. The others keep running: call stop().
+        Raises LocalServerError, with the last lines of the log, for a child that was not ready in
+        time or ended three times before it was ever ready. The others keep running: call stop().
         """
         with self._changed:
             if self._stopping:
                 raise LocalServerError("the supervisor has been stopped")
             for child in children:
                 if child.name in self._runs:
-                    raise ValueError(f"there is a child {child.name!r} already")
+                    raise ValueError(f"a child {child.name!r} exists already")
                 self._runs[child.name] = _Run(child)
             self._changed.notify_all()
         if not children:
@@ -135,7 +136,7 @@ class Supervisor:
     def wait(self, *names: str, timeout_s: float) -> None:
         """Return when the named children are ready (again).
 
-        Raises LocalServerError when one is not in time.
+        Raises LocalServerError if one is late.
         """
         deadline = time.monotonic() + timeout_s
         with self._changed:
@@ -143,49 +144,49 @@ class Supervisor:
                 runs = [self._runs[name] for name in names]
                 for run in runs:
                     if run.state in ("failed", "stopped"):
-                        raise LocalServerError(self._told(run, run.why))
+                        raise LocalServerError(self._failure(run, run.why))
                 if all(run.state == "ready" for run in runs):
                     return
                 left = deadline - time.monotonic()
                 if left <= 0:
                     late = next(run for run in runs if run.state != "ready")
                     raise LocalServerError(
-                        self._told(late, f"was not ready within {timeout_s:g} s")
+                        self._failure(late, f"was not ready within {timeout_s:g} s")
                     )
                 self._changed.wait(left)
 
     def check(self) -> None:
-        """Raise LocalServerError, with the last lines of its log, where a child has failed for good."""
+        """Raise LocalServerError, with the end of the log, if a child has failed for good."""
         with self._changed:
             failed = [run for run in self._runs.values() if run.state == "failed"]
         if failed:
-            raise LocalServerError(self._told(failed[0], failed[0].why))
+            raise LocalServerError(self._failure(failed[0], failed[0].why))
 
     def pids(self) -> dict[str, int]:
-        """Process ids by name, of the children that run now."""
+        """Process ids of the running children, by name."""
         with self._changed:
             return {
                 name: run.process.pid for name, run in self._runs.items() if run.process is not None
             }
 
     def states(self) -> dict[str, tuple[State, int]]:
-        """(state, number of restarts so far) by name."""
+        """(state, restarts so far) by name."""
         with self._changed:
             return {name: (run.state, run.restarts) for name, run in self._runs.items()}
 
     def listen(self, callback: Callable[[], None]) -> None:
-        """Call back, from the supervisor's thread, whenever a child has become ready or has ended."""
+        """Call `callback`, in the supervisor's thread, when a child becomes ready or ends."""
         with self._changed:
             self._listeners.append(callback)
 
     def log_file(self, name: str) -> Path:
-        """Where the child's output goes."""
+        """The file of the child's output."""
         return self.log_dir / f"{name}.log"
 
     def stop(self) -> None:
-        """Stop all, the last started first, each within its stop_timeout_s and then by SIGKILL.
+        """Stop all, the last started first; after its stop_timeout_s a child gets SIGKILL.
 
-        Never raises; may be called twice.
+        Never raises; safe to call twice.
         """
         with self._changed:
             self._stopping = True
@@ -196,7 +197,7 @@ class Supervisor:
 
     # ---- the supervisor's own thread
 
-    def _keep(self) -> None:
+    def _run(self) -> None:
         while True:
             with self._changed:
                 if self._stopping:
@@ -204,13 +205,13 @@ class Supervisor:
                 waiting = any(run.state in ("starting", "waiting") for run in self._runs.values())
                 self._changed.wait(TICK_S_STARTING if waiting else TICK_S_READY)
                 runs = [] if self._stopping else list(self._runs.values())
-            if any([self._tend(run) for run in runs]):
-                self._tell()
+            if any([self._step(run) for run in runs]):
+                self._notify_listeners()
         for run in reversed(self._runs.values()):
-            self._end(run)
+            self._stop_child(run)
 
-    def _tend(self, run: _Run) -> bool:
-        """Take one child one step further; True where listeners should know."""
+    def _step(self, run: _Run) -> bool:
+        """Check one child and act on its state; True if it became ready or ended."""
         now = time.monotonic()
         if run.state == "failed":
             return False
@@ -224,7 +225,7 @@ class Supervisor:
             self._ended(run, f"ended with {_exit_text(code)}", give_up=final)
             return True
         if run.state == "starting":
-            if _answers(run.child):
+            if _is_ready(run.child):
                 self._set(run, "ready")
                 run.was_ready = True
                 log.info("child is ready", extra={"child": run.child.name, "pid": run.process.pid})
@@ -234,8 +235,8 @@ class Supervisor:
                 late = f"was not ready within {run.child.ready_timeout_s:g} s"
                 self._ended(run, late, give_up=not run.was_ready)
                 return True
-        elif run.ends and now - run.since > HEALTHY_S:
-            run.ends = 0
+        elif run.ends_in_a_row and now - run.since > HEALTHY_S:
+            run.ends_in_a_row = 0
         return False
 
     def _launch(self, run: _Run) -> None:
@@ -249,8 +250,8 @@ class Supervisor:
                     stderr=output,
                     env={**os.environ, **child.env},
                     cwd=child.cwd,
-                    # Out of the terminal's reach, but of our session: where the kernel groups by session
-                    # (sched_autogroup), a niced thread gives way to processes of its own session only.
+                    # Out of the terminal's reach, but in our session: if the kernel schedules by
+                    # session (sched_autogroup), a niced thread yields only within its own session.
                     process_group=0,
                 )
         except OSError as error:
@@ -261,17 +262,17 @@ class Supervisor:
         self._set(run, "starting")
 
     def _ended(self, run: _Run, why: str, give_up: bool = False) -> None:
-        """Note an end and when to try again, or give up: it never was ready, or said that it is no use."""
-        run.ends += 1
-        backoff_s = min(BACKOFF_S_FIRST * 2 ** (run.ends - 1), BACKOFF_S_MAX)
+        """Schedule a restart; give up a child that never was ready or had a final exit code."""
+        run.ends_in_a_row += 1
+        backoff_s = min(BACKOFF_S_FIRST * 2 ** (run.ends_in_a_row - 1), BACKOFF_S_MAX)
         with self._changed:
             run.process = None
             run.why = why
-        if give_up or (not run.was_ready and run.ends >= FIRST_TRIES):
+        if give_up or (not run.was_ready and run.ends_in_a_row >= FIRST_TRIES):
             self._set(run, "failed")
             return
         log.warning(
-            "%s %s and is started again in %.1f s; its log is %s",
+            "%s %s and is restarted in %.1f s; its log is %s",
             run.child.name,
             why,
             backoff_s,
@@ -281,7 +282,7 @@ class Supervisor:
             run.restarts += 1
         self._set(run, "waiting", time.monotonic() + backoff_s)
 
-    def _end(self, run: _Run) -> None:
+    def _stop_child(self, run: _Run) -> None:
         process = run.process
         if process is not None and process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
@@ -289,7 +290,7 @@ class Supervisor:
             try:
                 process.wait(run.child.stop_timeout_s)
             except subprocess.TimeoutExpired:
-                log.warning("child does not stop, killing it", extra={"child": run.child.name})
+                log.warning("child does not stop and is killed", extra={"child": run.child.name})
                 _kill(process)
         with self._changed:
             run.process = None
@@ -302,18 +303,16 @@ class Supervisor:
             run.since = time.monotonic() if since is None else since
             self._changed.notify_all()
 
-    def _tell(self) -> None:
+    def _notify_listeners(self) -> None:
         with self._changed:
             listeners = list(self._listeners)
         for listener in listeners:
             try:
                 listener()
-            except (
-                Exception
-            ):  # a listener's fault must not end the thread that keeps the children alive
+            except Exception:  # must not end the thread that keeps the children running
                 log.exception("a listener failed")
 
-    def _told(self, run: _Run, why: str) -> str:
+    def _failure(self, run: _Run, why: str) -> str:
         path = self.log_file(run.child.name)
         lines = tail(path, LOG_LINES_SHOWN)
         shown = "\n".join(f"    {line}" for line in lines) or "    (it printed nothing)"
@@ -321,7 +320,7 @@ class Supervisor:
 
 
 def tail(path: Path, lines: int) -> list[str]:
-    """The last lines of a text file, [] where there is none; reads 64 KB at most."""
+    """The last lines of a text file, [] if there is none; reads 64 KB at most."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 65_536))
@@ -331,22 +330,22 @@ def tail(path: Path, lines: int) -> list[str]:
 
 
 def open_log(path: Path) -> IO[bytes]:
-    """A log to append to; one above LOG_BYTES_MAX is put aside first."""
+    """A log to append to; one above LOG_BYTES_MAX is renamed first."""
     if path.exists() and path.stat().st_size > LOG_BYTES_MAX:
         path.replace(path.with_name(path.name + ".1"))
     return path.open("ab", buffering=0)
 
 
-def _answers(child: Child) -> bool:
+def _is_ready(child: Child) -> bool:
     try:
         return child.ready()
-    except Exception as error:  # whatever a half-started server answers must not end the supervisor
+    except Exception as error:  # of any kind: the server is only half started
         log.debug("not ready", extra={"child": child.name, "reason": str(error)})
         return False
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to the child's whole group, which it leads, then reap it."""
+    """Send SIGKILL to the child's process group, then reap the child."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):

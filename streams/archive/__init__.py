@@ -1,1 +1,1 @@
-"""The archive process: accepted events of clicks, items and users into Parquet files, exactly once."""
+"""The archive process: writes accepted events into Parquet files, exactly once."""

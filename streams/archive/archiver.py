@@ -1,7 +1,7 @@
 """Archive the topics: a consumer group of its own, whose positions come from the archive's files.
 
-An error of Kafka or of the file system ends `run_once`; the caller waits and calls it again, and records
-that were not in complete files are read again. The committed offset only reports progress.
+An error of Kafka or of the file system ends `run_once`; the caller waits and calls it again, and
+records that were not in complete files are read again. The committed offset only reports progress.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from streams.archive.partition_writer import ForgottenUsers, PartitionWriter, op
 log = logging.getLogger(__name__)
 
 GROUP = "archive"
-# An hour's file is completed this long after the hour if no record of a later hour came: the broker's
-# clock may be behind ours by as much.
+# An hour's file is completed this long after the hour if no record of a later hour came: the
+# broker's clock may be behind ours by as much.
 GRACE_MS = 60_000
 _POLL_MS = 500
 _POLL_RECORDS = 4_000
@@ -139,7 +139,7 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
         self._commit()
 
     def _check_for_loss(self, place: TopicPartition, writer: PartitionWriter) -> None:
-        """Offsets are missing: usually markers of transactions, or retention overtook the archive."""
+        """Find out why offsets are missing: transaction markers, or retention was faster."""
         begin = self._consumer.beginning_offsets([place])[place]
         if begin > writer.last_read + 1:
             log.error(
@@ -180,7 +180,7 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
         log.info("archiving", extra={"partitions": len(places), "url": self._archive.url})
 
     def _check_log(self, topic: str, place: TopicPartition, now: LogId, end: int) -> None:
-        """Refuse files of another log, or of a log that lost records: offsets would mean other events."""
+        """Refuse files of another log, or of one that lost records: the offsets differ."""
         files = self._archive.files(topic, place.partition)
         if not files:
             return
@@ -193,8 +193,8 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
             else "of no known log"
         )
         raise LogMismatch(
-            f"topic {place.topic}, partition {place.partition}: the archive at {self._archive.url} ends "
-            f"with offset {last} and is {was}; this is cluster {now.cluster_id}, topic id "
+            f"topic {place.topic}, partition {place.partition}: the archive at {self._archive.url} "
+            f"ends with offset {last} and is {was}; this is cluster {now.cluster_id}, topic id "
             f"{now.topic_id}, and ends before offset {end}. Keep that archive and set "
             "EDDYLINE_ARCHIVE_URL to a new place."
         )

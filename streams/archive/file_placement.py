@@ -1,9 +1,9 @@
 """Place complete files into the archive, and erase users from files that are placed.
 
-A file is placed once: a later process with the same file finds it there, perhaps rewritten, and leaves
-it. Files are rewritten under the archive's lock, so that two erasures at once do not undo each other.
-The lock works between the processes of one machine; in an object store, a file that another machine
-changed meanwhile is read again.
+A file is placed once: a later process with the same file finds it there, perhaps rewritten, and
+leaves it. Files are rewritten under the archive's lock, so that two erasures at once do not undo
+each other. The lock works between the processes of one machine; in an object store, a file that
+another machine changed meanwhile is read again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _ABANDONED_S = 2 * 86_400
 # The lock is held while one file is written, of at most a few hundred thousand rows: seconds.
 LOCK_S_MAX = 60.0
 _LOCK_POLL_S = 0.01
-# Another machine would have to rewrite the same file as often, each time between our read and write.
+# Another machine would have to rewrite the file as often, each time between our read and write.
 _TRIES = 5
 
 
@@ -39,7 +39,10 @@ def partial_path(archive: Archive, name: str) -> Path:
 
 
 def remove_abandoned(archive: Archive) -> int:
-    """Remove partial files of dead processes; how many. Call it before the first file is written."""
+    """Remove partial files of dead processes; how many.
+
+    Call it before the first file is written.
+    """
     removed, host = 0, socket.gethostname()
     for path in archive.partials().glob("*@*@*"):
         owner, pid, _ = path.name.split("@", 2)
@@ -55,7 +58,10 @@ def remove_abandoned(archive: Archive) -> int:
 
 @contextmanager
 def locked(archive: Archive, timeout_s: float = LOCK_S_MAX) -> Iterator[None]:
-    """Hold the archive's lock on this machine, to place or rewrite files. Raises TimeoutError (an OSError)."""
+    """Hold the archive's lock on this machine, to place or rewrite files.
+
+    Raises TimeoutError (an OSError).
+    """
     path = archive.lock_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path, timeout_s, poll_interval=_LOCK_POLL_S, fallback_to_soft=False)
@@ -90,8 +96,9 @@ def _replace(archive: Archive, partial: Path, path: str) -> None:
 
 
 def forget(archive: Archive, forgotten: Mapping[str, Forgotten], partition: int) -> tuple[int, int]:
-    """Rewrite each file that has rows of these users of a partition; (files rewritten, rows changed).
+    """Rewrite each file that has rows of these users of a partition.
 
+    Returns (files rewritten, rows changed).
     forgotten: user id -> up to which point the user's rows are erased
     A file keeps its name. Raises OSError; each file is then either as before or rewritten.
     """
@@ -109,7 +116,7 @@ def forget(archive: Archive, forgotten: Mapping[str, Forgotten], partition: int)
 def forget_merges(
     archive: Archive, forgotten: Mapping[str, Forgotten], *, lock_held: bool = False
 ) -> tuple[int, int]:
-    """As `forget`, for the merges of all partitions: visitors of any partition may have been merged.
+    """As `forget`, for the merges of all partitions: these users may be targets in any of them.
 
     lock_held: the caller holds the lock
     """

@@ -1,10 +1,10 @@
 """Write one partition into files whose boundaries depend on the log alone.
 
-A file ends where the next record was appended in another hour, or where the next offset is in another
-run of `archive_file_offsets` offsets. Its rows are the accepted events. So every process that reads the
-partition from a file's beginning writes the same file, byte for byte. Incomplete files are in `.partial`
-and count for nothing. The merges among a file's records go into a file of their own with the same name,
-which is placed first.
+A file ends where the next record was appended in another hour, or where the next offset is in
+another run of `archive_file_offsets` offsets. Its rows are the accepted events. So every process
+that reads the partition from a file's beginning writes the same file, byte for byte. Incomplete
+files are in `.partial` and count for nothing. The merges among a file's records go into a file of
+their own with the same name, which is placed first.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class ForgottenUsers:
-    """The forgotten users of a partition, shared by its clicks and users. By digest: ids are not kept.
+    """The forgotten users of a partition, by digest of their ids; shared by its clicks and users.
 
     Their rows are erased from each file that is completed later; earlier files are rewritten.
     """
@@ -191,7 +191,7 @@ class PartitionWriter:
     def complete(self) -> None:
         """Place the open file. Only at a boundary: the caller knows that its last record was read.
 
-        Users forgotten in it are erased from all files first: once the file is placed, they are gone.
+        Users forgotten in it are erased from all files first.
         """
         file = self._file
         if file is None:
@@ -209,7 +209,8 @@ class PartitionWriter:
         path = self._archive.path(self._topic, hour_ms, self._partition, file.first, file.last)
         with file_placement.locked(self._archive):
             if file.forgotten:
-                # Again, for merges that were placed since: processes see this file only from here on.
+                # Again, for merges that were placed since: processes see this file only from here
+                # on.
                 file_placement.forget_merges(self._archive, file.forgotten, lock_held=True)
             file_placement.place(self._archive, partial, path)
         self._file, self.written = None, file.last + 1
@@ -237,8 +238,8 @@ class PartitionWriter:
     def _complete_merges(self, clicks: _OpenFile, merges: _OpenFile) -> None:
         """Place the merges among these clicks, without users who were forgotten since.
 
-        The visitor's null record is in this partition; the target's is in the target's partition, and
-        the files of that partition tell.
+        The visitor's null record is in this partition; the target's is in the target's partition,
+        and the files of that partition tell.
         """
         partial = merges.finish()
         _erase(partial, MERGES, self._forgotten.of)
@@ -313,8 +314,8 @@ def open_partition(
 
     begin:     offset of the oldest record that Kafka keeps
     forgotten: by partition; gains the forgotten users of this one
-    The window is read from the files, not from the log before the position: which events were accepted
-    there depends on earlier ones, back to the log's beginning. The files hold the outcome.
+    The window is read from the files, not from the log before the position: which events were
+    accepted there depends on earlier ones, back to the log's beginning. The files hold the outcome.
     """
     files = archive.files(topic, partition)
     last = max((file.last for file in files), default=-1)

@@ -95,7 +95,10 @@ class _Scan:
         self.skipped = 0
 
     def read(self) -> Iterator[Letter]:
-        """The first letter of every refused record. The marks are complete at the end of the pass."""
+        """The first letter of every refused record.
+
+        The marks are complete at the end of the pass.
+        """
         name = topics.DEAD_LETTERS
         begins = topics.beginning_offsets(self._settings, name)
         ends = topics.end_offsets(self._settings, name)
@@ -155,8 +158,8 @@ def replay(
     """Send refused records again, under their own keys, each at most once.
 
     at: one record, `topic/partition/offset`; else the oldest `limit` of a reason without a mark
-    Does not send a record that the codec would refuse again, nor an item or profile of which a newer
-    one exists. Raises KafkaUnavailable, and EddylineError if another replay took over.
+    Does not send a record that the codec would refuse again, nor an item or profile of which a
+    newer one exists. Raises KafkaUnavailable, and EddylineError if another replay took over.
     """
     producer = producers.make_producer(
         settings,
@@ -196,8 +199,9 @@ def _marks(settings: Settings) -> _Scan:
         pass
     if marks.skipped:
         raise EddylineError(
-            f"dead-letters has {marks.skipped:,} records more than a replay can scan, so it is unknown "
-            "whether they were replayed; let retention remove them (dead_letters_retention_h)"
+            f"dead-letters has {marks.skipped:,} records more than a replay can scan, so it is "
+            "unknown whether they were replayed; let retention remove them "
+            "(dead_letters_retention_h)"
         )
     return marks
 

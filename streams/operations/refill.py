@@ -1,9 +1,9 @@
 """Apply clicks from the archive that Kafka no longer has and that ingest never applied.
 
 The archive's events go through ingest's own handlers, each under its old offset and behind the same
-fences, one batch in memory at a time. So a killed refill may be run again, and the resulting state is
-the one that ingest would have made. Profiles and forgotten users, of the archive and of Kafka, take
-effect at their append time. Ingest goes on afterwards with what Kafka has.
+fences, one batch in memory at a time. So a killed refill may be run again, and the resulting state
+is the one that ingest would have made. Profiles and forgotten users, of the archive and of Kafka,
+take effect at their append time. Ingest goes on afterwards with what Kafka has.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class RefillReport:
 
     gaps:    what was missing; when empty, nothing was done
     lost:    which offsets the archive lacks, as a sentence; "" for none
-    files_without_merges: archive files from before merges were archived: those users keep their history
+    files_without_merges: archive files from before merges were archived: those users keep their
+                          history
     clicks, profiles: counts of the records that were applied
     refused: events that the present settings refuse, by reason
     forwarded: events that merges moved to another user
@@ -99,8 +100,10 @@ def run(
 ) -> RefillReport:
     """Fill every gap.
 
-    skip_lost: skip offsets that the archive lacks; otherwise they are an error, and nothing is applied
-    Raises LogMismatch, Unavailable, StoreRefused, BundleError, and EddylineError while an ingest runs.
+    skip_lost: skip offsets that the archive lacks; otherwise they are an error, and nothing is
+               applied
+    Raises LogMismatch, Unavailable, StoreRefused, BundleError, and EddylineError while an ingest
+    runs.
     """
     topics.ensure_topics(settings)
     retention_gaps.require_no_ingest(settings)
@@ -135,9 +138,9 @@ def _check_archive(archive: Archive, log: LogId, report: RefillReport, *, skip_l
         report.files_without_merges += sum(archive.since(file) is None for file in files)
         if files and archive.log_id(files[-1]) != log:
             raise LogMismatch(
-                f"the archive at {archive.url} is not of this log (cluster {log.cluster_id}, topic id "
-                f"{log.topic_id}): its offsets are other events. Set EDDYLINE_ARCHIVE_URL to the one "
-                "that is"
+                f"the archive at {archive.url} is not of this log (cluster {log.cluster_id}, topic "
+                f"id {log.topic_id}): its offsets are other events. Set EDDYLINE_ARCHIVE_URL to "
+                "the one that is"
             )
         for first, last in archive.lacking(CLICKS, gap.partition, gap.first, gap.last):
             lacking.append(f"{CLICKS}/{gap.partition} offsets {first} to {last}")
@@ -149,8 +152,8 @@ def _check_archive(archive: Archive, log: LogId, report: RefillReport, *, skip_l
     report.lost = f"the archive at {archive.url} lacks {records:,}: {named}{more}"
     if not skip_lost:
         raise LogMismatch(
-            f"{report.lost}. Nothing was applied. `eddyline refill --skip-lost` applies what is there "
-            "and goes on without the rest"
+            f"{report.lost}. Nothing was applied. `eddyline refill --skip-lost` applies what is "
+            "there and goes on without the rest"
         )
 
 
@@ -221,7 +224,8 @@ class GapFiller:
         )
 
     def fill(self, gap: Gap) -> Iterator[int]:
-        """Apply what the archive has of the gap, then close it; yields how many offsets each step passed.
+        """Apply what the archive has of the gap, then close it; yields how many offsets each step
+        passed.
 
         Raises EddylineError where another process writes all the time, Unavailable, OSError.
         """

@@ -58,7 +58,10 @@ def as_sent(topic: str, archived: Archived) -> ArchivedRecord:
 
 
 class ProfileRecords:
-    """Profiles and null records of `users`, from the archive and from Kafka. Thread rule: one thread."""
+    """Profiles and null records of `users`, from the archive and from Kafka.
+
+    Thread rule: one thread.
+    """
 
     def __init__(self, settings: Settings, archive: Archive, store: StateStore) -> None:
         self._settings = settings
@@ -79,7 +82,10 @@ class ProfileRecords:
                 yield record
 
     def in_kafka(self, partition: int, first: int) -> Generator[Record, None, None]:
-        """Kafka's records of the partition up to its present end. The caller closes the generator."""
+        """Kafka's records of the partition up to its present end.
+
+        The caller closes the generator.
+        """
         begin = max(first, self._begins.get(partition, 0))
         yield from reading.read(self._settings, USERS, {partition: begin})
 
@@ -90,7 +96,8 @@ class ProfileRecords:
         return 0 if fence is None else fence.offset + 1
 
     def reset(self, partition: int) -> None:
-        """Delete the partition's profiles where no click was ever applied: profiles must not be ahead.
+        """Delete the partition's profiles where no click was ever applied: profiles must not be
+        ahead.
 
         An ingest that ran when Redis was emptied may have applied some before it met the gap.
         """
@@ -122,7 +129,7 @@ class ProfileRecords:
         return f"{self._settings.namespace}:" if self._settings.namespace else ""
 
     def _ids_by_digest(self, partition: int) -> dict[str, bytes]:
-        """The store's present users by digest: the archive keeps only digests of forgotten users."""
+        """The store's users by digest: the archive has only digests of forgotten users."""
         found: dict[str, bytes] = {}
         with redis_client.client(self._settings) as client:
             for kind in ("h", "p"):

@@ -1,7 +1,8 @@
-"""Clicks that Kafka's retention removed before ingest applied them: find them, or go on without them.
+"""Clicks that Kafka's retention removed before ingest applied them: find them, or go on without
+them.
 
-Ingest does not start over such a gap (`streams.fences`). `eddyline refill` closes it from the archive,
-`eddyline accept-log --skip-lost` gives the records up.
+Ingest does not start over such a gap (`streams.fences`). `eddyline refill` closes it from the
+archive, `eddyline accept-log --skip-lost` gives the records up.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ _COORDINATOR_POLL_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """Offsets of a clicks partition, first and last included, that are neither applied nor in Kafka.
+    """Offsets of a clicks partition, first and last included, that are neither applied nor in
+    Kafka.
 
     end: the offset that the partition's next record will get
     """
@@ -64,7 +66,10 @@ def find(settings: Settings, store: StateStore, log: LogId) -> list[Gap]:
 
 
 def close(settings: Settings, store: StateStore, log: LogId, gap: Gap) -> None:
-    """Move every fence that is behind the gap's end up to it. Raises FenceMoved where another process writes."""
+    """Move every fence that is behind the gap's end up to it.
+
+    Raises FenceMoved where another process writes.
+    """
     target = Fence(gap.last, log)
     for source, slots in handler.sources(settings, gap.partition).items():
         for slot, fence in store.fences(source, slots).items():
@@ -93,7 +98,10 @@ def accept_log(settings: Settings, *, skip_lost: bool) -> AcceptedLog:
 
 
 def ingest_members(settings: Settings) -> int:
-    """How many ingest processes are in their consumer group. A killed one counts for some seconds."""
+    """How many ingest processes are in their consumer group.
+
+    A killed one counts for some seconds.
+    """
     group = settings.prefixed(GROUP)
     deadline = time.monotonic() + settings.kafka_timeout_ms / 1000
     with _admin(settings) as admin:
@@ -120,11 +128,14 @@ def committed_offsets(settings: Settings) -> Mapping[int, int]:
 
 
 def require_no_ingest(settings: Settings) -> None:
-    """Raise EddylineError while an ingest process runs. The fences would keep both right, but slow."""
+    """Raise EddylineError while an ingest process runs.
+
+    The fences would keep both right, but slow.
+    """
     if found := ingest_members(settings):
         raise EddylineError(
-            f"{found} ingest processes are in the consumer group {settings.prefixed(GROUP)}: stop them "
-            "first (a killed one leaves the group after six seconds)"
+            f"{found} ingest processes are in the consumer group {settings.prefixed(GROUP)}: stop "
+            "them first (a killed one leaves the group after six seconds)"
         )
 
 

@@ -157,9 +157,9 @@ def state_hash(
 ) -> str:
     """SHA-256 of all state of the touched users and items, in a fixed order.
 
-    Covers fences' offsets, event-id windows, histories, embeddings' bits, profiles, popularity counts,
-    item metadata and the last published item records. Leaves out `read_us` and `applied_us`, stamps of
-    this run, and the log's id.
+    Covers fences' offsets, event-id windows, histories, embeddings' bits, profiles, popularity
+    counts, item metadata and the last published item records. Leaves out `read_us` and
+    `applied_us`, stamps of this run, and the log's id.
     """
     state = hashlib.sha256()
 

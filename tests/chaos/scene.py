@@ -72,11 +72,11 @@ class Scene:
 
     def start(self, dataset: Dataset) -> None:
         """Start everything and apply the data set's items. Raises LocalServerError."""
-        chosen = free_ports.choose_port(self.folder / "run", ("kafka", "controller", "redis"))
+        chosen = free_ports.choose_ports(self.folder / "run", ("kafka", "controller", "redis"))
         server, _ = valkey.program()
         redis = valkey.prepare(self.folder, chosen["redis"], server)
         redis = _with_argv(redis, ["sh", "-c", SWAP, "valkey", *redis.argv])
-        classpath = kafka_jars.fetch(lambda done, total: None)
+        classpath = kafka_jars.fetch()
         self.supervisor.start(
             redis, broker.prepare(self.folder, chosen["kafka"], chosen["controller"], classpath)
         )

@@ -102,7 +102,7 @@ class RealCluster:
     ) -> None:
         count = primaries * (1 + replicas)
         names = tuple(f"{kind}{n}" for n in range(count) for kind in ("node", "bus"))
-        chosen = free_ports.choose_port(folder, names)
+        chosen = free_ports.choose_ports(folder, names)
         self.primaries = primaries
         self.servers = [
             Server(
@@ -231,7 +231,7 @@ def real_cluster(
 @contextlib.contextmanager
 def real_server(folder: Path, **options: str) -> Iterator[Server]:
     """One server on loopback; it ends with the block."""
-    port = free_ports.choose_port(folder, ("server",))["server"]
+    port = free_ports.choose_ports(folder, ("server",))["server"]
     made = Server(folder / "server", port, {k.replace("_", "-"): v for k, v in options.items()})
     try:
         made.start()

@@ -125,7 +125,7 @@ def secured_kafka(folder: Path) -> Iterator[SecuredKafka]:
     """Run the broker until the block ends."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [name.lower() for name in LISTENERS]
-    chosen = free_ports.choose_port(folder / "run", (*names, "controller"))
+    chosen = free_ports.choose_ports(folder / "run", (*names, "controller"))
     broker = SecuredKafka(folder, {name: chosen[name.lower()] for name in LISTENERS})
     properties = folder / "server.properties"
     properties.write_text(_properties(broker, chosen["controller"]), encoding="utf-8")

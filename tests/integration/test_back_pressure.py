@@ -36,7 +36,7 @@ def quiet(found: dict[str, float]) -> bool:
 def test_a_redis_that_hangs_stops_ingest_and_nothing_else(
     own_servers, make_live, tmp_path: Path
 ) -> None:
-    port = free_ports.choose_port(tmp_path, ("metrics",))["metrics"]
+    port = free_ports.choose_ports(tmp_path, ("metrics",))["metrics"]
     live = make_live(own_servers, ingest_metrics_port=str(port))
     send_history(live)
     live.applied(60)

@@ -142,7 +142,7 @@ def test_a_plan_has_every_kind_equally_often() -> None:
 @pytest.fixture(scope="module")
 def own_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     folder = tmp_path_factory.mktemp("proxied")
-    port = free_ports.choose_port(folder / "run", ("redis",))["redis"]
+    port = free_ports.choose_ports(folder / "run", ("redis",))["redis"]
     with Supervisor(folder / "logs") as supervisor:
         supervisor.start(valkey.prepare(folder, port, valkey.program()[0]))
         yield port

@@ -95,7 +95,7 @@ class Group:
 def neighbours(folder: Path, count: int) -> int:
     """The first of so many free ports, one after the other."""
     while True:
-        first = free_ports.choose_port(folder / str(random.random()), ("metrics",))["metrics"]
+        first = free_ports.choose_ports(folder / str(random.random()), ("metrics",))["metrics"]
         if all(free_ports.is_free(first + n) for n in range(count)):
             return first
 

@@ -29,7 +29,7 @@ LOG = LogId("c" * 22, "t" * 22)
 @pytest.fixture
 def store(tmp_path: Any) -> Any:
     """A Valkey of this test's own: nobody else may use memory of it."""
-    port = free_ports.choose_port(tmp_path, ("valkey",))["valkey"]
+    port = free_ports.choose_ports(tmp_path, ("valkey",))["valkey"]
     supervisor = Supervisor(tmp_path / "logs")
     try:
         supervisor.start(valkey.prepare(tmp_path, port, valkey.program()[0]))

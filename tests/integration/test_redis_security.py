@@ -424,7 +424,7 @@ def behind_tls(
 def endpoints_port(folder: Path) -> int:
     from sandbox.servers import free_ports
 
-    return free_ports.choose_port(folder, ("tls",))["tls"]
+    return free_ports.choose_ports(folder, ("tls",))["tls"]
 
 
 def secured(port: int, namespace: str, **more: object) -> Settings:
