@@ -145,6 +145,29 @@ def test_an_extra_brings_what_its_process_imports(extra: str, module: str) -> No
     assert not lacking, f"the extra {extra} does not bring {lacking}, which {module} imports"
 
 
+@pytest.mark.parametrize(
+    ("module", "forbidden"),
+    [
+        ("streams.__main__", {"torch", "grpc", "hnswlib"}),
+        ("serving.__main__", {"torch", "faust"}),
+        ("serving.coordinator.__main__", {"torch", "faust", "hnswlib"}),
+        ("embeddings.bundle.bundle", {"torch", "faust", "grpc", "hnswlib"}),
+    ],
+)
+def test_a_process_loads_no_framework_of_another(module: str, forbidden: set[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import {module}, sys; print(*sys.modules)"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "numpy" in loaded
+    assert not loaded & forbidden
+
+
 def test_every_extra_is_locked() -> None:
     """Each requirement of each extra has a version with hashes in requirements.lock."""
     from packaging.requirements import Requirement

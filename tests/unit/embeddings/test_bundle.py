@@ -1,4 +1,4 @@
-"""A bundle is whole or it is refused, and the refusal names the file."""
+"""A bundle loads completely or is refused with the path of the file at fault."""
 
 import dataclasses
 import hashlib
@@ -96,7 +96,7 @@ def refused(folder: Path, name: str) -> str:
 
 
 def restate(folder: Path, **changes: object) -> None:
-    """Change the manifest and make its checksum fit, as a wrong writer would."""
+    """Change the manifest and its checksum, as a faulty writer would."""
     path = folder / "manifest.json"
     path.write_text(
         json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8"
@@ -107,7 +107,7 @@ def restate(folder: Path, **changes: object) -> None:
 
 
 def replace_array(folder: Path, name: str, array: np.ndarray) -> None:
-    """Another array under a manifest that fits it."""
+    """Replace an array and its entry in the manifest."""
     np.save(folder / name, array)
     raw = (folder / name).read_bytes()
     files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
@@ -120,7 +120,7 @@ def replace_array(folder: Path, name: str, array: np.ndarray) -> None:
     restate(folder, files=files)
 
 
-def test_what_is_written_is_loaded(folder: Path) -> None:
+def test_a_written_bundle_loads_unchanged(folder: Path) -> None:
     made, loaded = new_bundle(), bundle.load(folder)
     assert (loaded.generation, loaded.dimension, loaded.created_ms) == ("7", D, 1_000)
     assert loaded.item_ids == list(made.item_ids)
@@ -162,7 +162,7 @@ def test_every_flipped_byte_is_found(folder: Path) -> None:
             path.write_bytes(damaged)
             name = "manifest.json" if path.name == "manifest.sha256" and at < 64 else path.name
             if path.name == "manifest.sha256" and at >= 64:
-                continue  # the file's name beside the sum, for sha256sum alone
+                continue  # the file name after the checksum; only sha256sum reads it
             assert "damaged" in refused(folder, name)
         path.write_bytes(whole)
     bundle.load(folder)
@@ -279,7 +279,7 @@ def test_attributes_that_do_not_fit_are_refused(
         bundle.load(folder)
 
 
-def test_attributes_that_are_none_are_refused(folder: Path) -> None:
+def test_attributes_that_are_not_msgpack_are_refused(folder: Path) -> None:
     ends = np.load(folder / "item_attribute_ends.npy")
     replace_array(folder, "item_attributes.npy", np.full(ends[-1], 0xC1, np.uint8))
     refused(folder, "item_attributes.npy")
@@ -299,7 +299,7 @@ def test_attributes_have_a_limit(tmp_path: Path, more: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", "nonsense", '{"format_version": 1}'])
-def test_a_manifest_that_is_none_is_refused(folder: Path, text: str) -> None:
+def test_a_malformed_manifest_is_refused(folder: Path, text: str) -> None:
     (folder / "manifest.json").write_text(text, encoding="utf-8")
     (folder / "manifest.sha256").write_text(
         hashlib.sha256(text.encode()).hexdigest(), encoding="utf-8"
@@ -362,7 +362,7 @@ def test_a_bad_bundle_is_never_put_in_place(tmp_path: Path, changes: dict) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_rest_of_a_killed_writer_is_in_nobodys_way(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_writer_are_replaced(tmp_path: Path) -> None:
     left = tmp_path / ".g.partial"
     left.mkdir()
     (left / "manifest.json").write_text("{", encoding="utf-8")

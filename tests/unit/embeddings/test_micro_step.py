@@ -1,4 +1,4 @@
-"""The micro-step: the gradient of its loss, its bounds, and that it learns structure and not noise."""
+"""The micro-step: the gradient of its loss, its bounds, and learning of structure but not noise."""
 
 from zlib import crc32
 
@@ -34,22 +34,24 @@ def test_it_is_one_step_of_autograd(temperature: float, rate: float) -> None:
     chosen = MicroSettings(temperature=temperature, rate=rate, norm_max=9.0)
     micro = MicroStep(CATALOGUE, chosen)
     n = 40
-    f, e, wanted = vectors(n, 2), vectors(n, 3) * np.float32(0.3), np.arange(n)
+    f, e, targets = vectors(n, 2), vectors(n, 3) * np.float32(0.3), np.arange(n)
     drawn = micro.draw(keys(n))
     drawn_f64 = torch.from_numpy(CATALOGUE[drawn]).double()
     e64 = torch.from_numpy(e).double().requires_grad_()
     u = torch.nn.functional.normalize(torch.from_numpy(f).double() + e64, dim=1)
-    positive = (u * torch.from_numpy(CATALOGUE[wanted]).double()).sum(1, keepdim=True) / temperature
+    positive = (u * torch.from_numpy(CATALOGUE[targets]).double()).sum(
+        1, keepdim=True
+    ) / temperature
     negative = torch.einsum("nkd,nd->nk", drawn_f64, u) / temperature
-    negative = negative.masked_fill(torch.from_numpy(drawn == wanted[:, None]), -torch.inf)
+    negative = negative.masked_fill(torch.from_numpy(drawn == targets[:, None]), -torch.inf)
     loss = torch.nn.functional.cross_entropy(
         torch.cat([positive, negative], 1), torch.zeros(n, dtype=torch.long), reduction="sum"
     )
     loss.backward()
     expected = e64.detach() * (1 - chosen.decay) - rate * e64.grad
-    found = micro.step(f, e, wanted.tolist(), keys(n))
+    found = micro.step(f, e, targets.tolist(), keys(n))
     np.testing.assert_allclose(found, expected.numpy(), atol=2e-4)
-    # The step itself, not only its sum with what was there.
+    # The step itself, not only its sum with the previous embedding.
     moved = np.linalg.norm(found - e * (1 - chosen.decay) + rate * e64.grad.numpy(), axis=1)
     assert (moved <= 2e-3 * rate * np.linalg.norm(e64.grad.numpy(), axis=1) + 1e-6).all()
 
@@ -78,7 +80,7 @@ def mixed(z: int) -> int:
 
 
 def negatives_of(key: str, n: int, pool: int, negatives: int) -> list[int]:
-    """Those of one event over n items, item by item."""
+    """The negatives of one event over n items, computed item by item."""
     ring = sorted(range(n), key=mixed)[:pool]
     start = (mixed(crc32(key.encode())) >> 32) * len(ring) >> 32
     return [ring[(start + at) % len(ring)] for at in range(min(negatives, len(ring)))]
@@ -111,13 +113,13 @@ def test_negatives_are_drawn_evenly() -> None:
     counts = np.bincount(micro.draw(keys(80_000)).ravel(), minlength=800)
     chi_square = ((counts - 100) ** 2 / 100).sum()
     assert chi_square < 970  # 799 degrees of freedom: p = 3e-5
-    # Neighbours in the pool are no neighbours in the catalogue, which may lie in an order of its own.
+    # Neighbours in the pool are not neighbours in the catalogue, whose order may carry meaning.
     apart = np.abs(np.diff(MicroStep(CATALOGUE, DEFAULT).draw(["x"])[0]))
     assert 200 < apart.mean() < 330
 
 
 @pytest.mark.parametrize("pool", [300, 16_384])
-def test_the_own_item_is_no_negative(pool: int) -> None:
+def test_the_target_is_not_a_negative(pool: int) -> None:
     """Against the formula in float64, one event at a time."""
     chosen = MicroSettings(pool=pool)
     f, e = vectors(800, 2), vectors(800, 3) * np.float32(0.3)
@@ -188,9 +190,9 @@ def test_the_items_of_the_events_rise() -> None:
 
 
 def learned(taste: float, *, events: int = 150, users: int = 40) -> float:
-    """How far a user's own cluster rises in the query above the others after his events.
+    """How much the query gains towards the user's own cluster, relative to the other clusters.
 
-    taste: share of his events that are in his own cluster beyond chance; 0 is noise
+    taste: share of events in the user's own cluster beyond chance; 0 is noise
     """
     rng = np.random.default_rng(7)
     centres = vectors(8, 11)

@@ -1,4 +1,4 @@
-"""The towers' numpy forward: unit norm, the same bits in any batch, features that mean the same anywhere."""
+"""The towers in numpy: unit norm, bits independent of the batch, features equal in any process."""
 
 import numpy as np
 import pytest

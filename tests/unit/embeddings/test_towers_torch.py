@@ -46,18 +46,20 @@ def shaken(model: torch.nn.Module) -> None:
 @pytest.mark.parametrize("dense", [0, 8])
 def test_item_tower(dense: int) -> None:
     rng = np.random.default_rng(1)
-    given = rng.normal(size=(len(ITEMS), dense)).astype(np.float32)
-    there = (np.arange(len(ITEMS)) % 3 > 0).astype(np.float32) if dense else None
+    dense_vectors = rng.normal(size=(len(ITEMS), dense)).astype(np.float32)
+    has_dense = (np.arange(len(ITEMS)) % 3 > 0).astype(np.float32) if dense else None
     items = [
         Item(
             **{f: getattr(item, f) for f in item.__struct_fields__ if f != "vector"},
-            vector=given[n].tolist() if dense and n % 3 else None,
+            vector=dense_vectors[n].tolist() if dense and n % 3 else None,
         )
         for n, item in enumerate(ITEMS)
     ]
     space = features.learn_items(items, dense=dense)
     bags = features.bags(space.of_item(item) for item in items)
-    catalogue = CatalogueFeatures(bags, np.arange(len(items)), given if dense else None, there)
+    catalogue = CatalogueFeatures(
+        bags, np.arange(len(items)), dense_vectors if dense else None, has_dense
+    )
     model = ItemModel(len(items), space.rows, dense, dimension=D, hidden=H, dropout=0.5).eval()
     shaken(model)
     rows = torch.randperm(len(items))

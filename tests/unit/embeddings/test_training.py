@@ -1,4 +1,4 @@
-"""Training: the examples, determinism, learning, what it reads, and real ratings where they are."""
+"""Training: examples, determinism, learning, data sources, and real ratings if present."""
 
 import csv
 import dataclasses
@@ -34,8 +34,10 @@ def click(user: str, item: str, at_ms: int, **more: object) -> Click:
     return Click(user_id=user, item_id=item, at_ms=at_ms, **more)
 
 
-def world(structure: float, *, users: int = 60, per_user: int = 30, seed: int = 1) -> TrainingData:
-    """structure: how often a user stays in the genre of his last item; 0 is noise."""
+def clicks_in_genres(
+    structure: float, *, users: int = 60, per_user: int = 30, seed: int = 1
+) -> TrainingData:
+    """structure: probability that a user stays in the genre of their last item; 0 is noise."""
     rng = np.random.default_rng(seed)
     genres = ["Drama", "Comedy", "War", "Western"]
     items = [
@@ -98,7 +100,7 @@ def test_split_is_by_time_then_user_then_position() -> None:
 
 
 def test_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
-    data = world(0.8)
+    data = clicks_in_genres(0.8)
     shuffled = dataclasses.replace(data, items=data.items[::-1])
     for name, some, seed in (("a", data, 3), ("b", shuffled, 3), ("c", data, 4)):
         train(some, tmp_path / name, "1", recipe=Recipe(epochs=1, seed=seed))
@@ -109,14 +111,14 @@ def test_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
 
 
 def lift(folder: Path, structure: float) -> float:
-    """Hit rate at 10 of 120 items over what chance gives."""
-    data = world(structure)
-    learned, held_out = split(data.clicks, 0.8)
-    train(dataclasses.replace(data, clicks=learned), folder, "1", recipe=Recipe(epochs=12))
-    judged = evaluate(bundle.load(folder), data.profiles, learned, held_out, micro=True)
-    assert judged.with_embedding is not None
-    assert judged.towers.events == judged.popularity.events == len(held_out)
-    return judged.towers.hit_rate_10
+    """The hit rate at 10 on held-out clicks, over 120 items."""
+    data = clicks_in_genres(structure)
+    before, held_out = split(data.clicks, 0.8)
+    train(dataclasses.replace(data, clicks=before), folder, "1", recipe=Recipe(epochs=12))
+    result = evaluate(bundle.load(folder), data.profiles, before, held_out, micro=True)
+    assert result.with_embedding is not None
+    assert result.towers.events == result.popularity.events == len(held_out)
+    return result.towers.hit_rate_10
 
 
 def test_it_learns_structure(tmp_path: Path) -> None:
@@ -124,13 +126,14 @@ def test_it_learns_structure(tmp_path: Path) -> None:
 
 
 def test_it_finds_nothing_in_noise(tmp_path: Path) -> None:
-    # About 24 of the 120 items are seen and out: chance is 10/96 = 0.104, with ±0.032 (95 %) on 360 events.
+    # About 24 of the 120 items are excluded as seen. Chance is 10/96 = 0.104 ± 0.032 (95 %, 360
+    # events).
     assert lift(tmp_path / "g", 0.0) < 0.15
 
 
 def test_progress_report_and_bundle_agree(tmp_path: Path) -> None:
-    data = world(0.8)
-    unavailable = dataclasses.replace(
+    data = clicks_in_genres(0.8)
+    with_unavailable = dataclasses.replace(
         data,
         items=[
             *data.items[:-1],
@@ -142,7 +145,7 @@ def test_progress_report_and_bundle_agree(tmp_path: Path) -> None:
     )
     seen: list[Progress] = []
     report = train(
-        unavailable, tmp_path / "g", "9", recipe=Recipe(epochs=2), on_progress=seen.append
+        with_unavailable, tmp_path / "g", "9", recipe=Recipe(epochs=2), on_progress=seen.append
     )
     assert [p.step for p in seen] == list(range(1, seen[0].steps + 1))
     assert {p.epoch for p in seen} == {1, 2}
@@ -150,7 +153,7 @@ def test_progress_report_and_bundle_agree(tmp_path: Path) -> None:
     loaded = bundle.load(tmp_path / "g")
     assert (report.generation, loaded.generation, dict(loaded.cut)) == ("9", "9", {"0": 4, "2": 20})
     assert report.items == len(loaded.item_ids) == 120
-    assert "i119" not in loaded.rows  # unavailable: it has weights, and no vector to be found by
+    assert "i119" not in loaded.rows  # unavailable: weights, but no vector in the index
     assert "i119" in loaded.item_tower.identities
     assert "never clicked" not in loaded.item_tower.identities
     row = loaded.rows["i003"]
@@ -158,8 +161,8 @@ def test_progress_report_and_bundle_agree(tmp_path: Path) -> None:
     assert loaded.item_offsets[loaded.rows["i004"]] == -1
 
 
-def test_given_vectors_are_learned_from(tmp_path: Path) -> None:
-    data = world(0.8)
+def test_dense_vectors_of_items_are_learned_from(tmp_path: Path) -> None:
+    data = clicks_in_genres(0.8)
     rng = np.random.default_rng(1)
     items = [
         Item(item_id=i.item_id, vector=(rng.normal(size=5) * 9 + 30).tolist() if n % 3 else None)
@@ -181,7 +184,7 @@ def test_given_vectors_are_learned_from(tmp_path: Path) -> None:
         TrainingData([Item(item_id="a")], {}, [click("u", "b", 1)]),
     ],
 )
-def test_nothing_to_learn_from_is_said(tmp_path: Path, data: TrainingData) -> None:
+def test_training_without_data_is_refused(tmp_path: Path, data: TrainingData) -> None:
     with pytest.raises(BundleError, match="nothing to train on"):
         train(data, tmp_path / "g", "1", recipe=Recipe(epochs=1))
     assert list(tmp_path.iterdir()) == []
@@ -204,8 +207,8 @@ NOW = 10_000
 def record(
     offset: int, key: str | None, value: bytes | None, partition: int | None = None
 ) -> SourceRecord:
-    place = partition_of(key or "", 4) if partition is None else partition
-    return SourceRecord(place, offset, None if key is None else key.encode(), value, NOW)
+    partition = partition_of(key or "", 4) if partition is None else partition
+    return SourceRecord(partition, offset, None if key is None else key.encode(), value, NOW)
 
 
 def assembled(
@@ -241,7 +244,7 @@ def test_items_and_profiles_are_their_last_record() -> None:
     assert dict(data.cut) == {"0": 9}
 
 
-def test_resent_misplaced_and_broken_clicks_are_counted_and_left_out() -> None:
+def test_resent_misplaced_and_broken_clicks_are_counted_and_skipped() -> None:
     def sent(offset: int, event_id: str | None, **more: int) -> SourceRecord:
         return record(offset, "u", events.encode(click("u", "a", 5, event_id=event_id)), **more)
 
@@ -259,7 +262,7 @@ def test_resent_misplaced_and_broken_clicks_are_counted_and_left_out() -> None:
         sent(9, "e9", partition=(own + 1) % 4),
     ]
     data = assembled(clicks=clicks)
-    # The window is 3 offsets wide, so the fourth re-send is out of it and counts as new, as in ingest.
+    # The window is 3 offsets wide: the fourth re-send lies outside and is accepted, as in ingest.
     assert [c.event_id for c in data.clicks] == ["e0", f"{own}/1", "e0", f"{own}/5", f"{own}/7"]
     assert dict(data.rejected) == {
         "re-sent": 2,
@@ -269,7 +272,7 @@ def test_resent_misplaced_and_broken_clicks_are_counted_and_left_out() -> None:
     }
 
 
-def test_what_a_user_did_before_he_was_forgotten_is_not_learned_from() -> None:
+def test_clicks_before_a_forget_are_not_learned_from() -> None:
     def sent(offset: int, user: str, at_ms: int) -> SourceRecord:
         return record(offset, user, events.encode(click(user, "a", at_ms)))
 
@@ -325,7 +328,7 @@ def test_on_real_ratings_it_beats_popularity(tmp_path: Path) -> None:
             for r in csv.DictReader(file)
         ]
     clicks = split(clicks, 0.4)[0]
-    learned, held_out = split(clicks, 0.9)
-    train(TrainingData(items, {}, learned), tmp_path / "g", "1", recipe=Recipe(epochs=2))
-    judged = evaluate(bundle.load(tmp_path / "g"), {}, learned, held_out, events_max=1_000)
-    assert judged.towers.hit_rate_100 > judged.popularity.hit_rate_100
+    before, held_out = split(clicks, 0.9)
+    train(TrainingData(items, {}, before), tmp_path / "g", "1", recipe=Recipe(epochs=2))
+    result = evaluate(bundle.load(tmp_path / "g"), {}, before, held_out, events_max=1_000)
+    assert result.towers.hit_rate_100 > result.popularity.hit_rate_100
