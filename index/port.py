@@ -136,30 +136,15 @@ class IndexStats:
     small_segment_items: int = 0
 
 
-class Index(Protocol):
-    """Items by vector.
+class IndexReader(Protocol):
+    """The reading half of `Index`: what a query needs. Thread rule: as the implementation's.
 
-    Thread rule: every method from any thread. Writers wait for each other; queries wait for
-    nothing and see whole batches only. Once a write has returned, every later query sees it.
+    A worker reads its own index; a coordinator reads the shards through `ScatterGather`.
     """
 
     @property
     def dimension(self) -> int:
         """Length of every vector."""
-
-    def apply(self, records: Sequence[ItemRecord], others: Sequence[ItemRecord] = ()) -> int:
-        """Apply upserts and retires as one batch; returns how many records took effect.
-
-        others: records of items that another shard holds; they only move the watermarks
-        Of several records of one item the one with the highest offset counts, in any order.
-        Raises VectorRejected, naming the item, if a vector does not fit; then nothing is written.
-        """
-
-    def upsert(self, records: Sequence[ItemRecord]) -> int:
-        """`apply` for records with vectors; raises ValueError if one has none."""
-
-    def retire(self, records: Sequence[ItemRecord]) -> int:
-        """`apply` for deletes; raises ValueError if a record is not a delete."""
 
     def query(
         self, vector: Vector, k: int, exclude: Collection[str] = (), filters: Filter | None = None
@@ -171,11 +156,6 @@ class Index(Protocol):
         exclude: item ids to leave out; filters: only items that pass
         Raises VectorRejected if the vector does not fit.
         """
-
-    def find(
-        self, vector: Vector, k: int, exclude: Collection[str] = (), filters: Filter | None = None
-    ) -> SearchResult:
-        """The answer of `query` as columns."""
 
     def vectors_of(self, item_ids: Sequence[str]) -> Vector:
         """float32 (n, d): vectors of those items that are live, order and repeats kept."""
@@ -193,6 +173,33 @@ class Index(Protocol):
 
     def stats(self) -> IndexStats:
         """Sizes and counters now."""
+
+
+class Index(IndexReader, Protocol):
+    """Items by vector.
+
+    Thread rule: every method from any thread. Writers wait for each other; queries wait for
+    nothing and see whole batches only. Once a write has returned, every later query sees it.
+    """
+
+    def apply(self, records: Sequence[ItemRecord], others: Sequence[ItemRecord] = ()) -> int:
+        """Apply upserts and retires as one batch; returns how many records took effect.
+
+        others: records of items that another shard holds; they only move the watermarks
+        Of several records of one item the one with the highest offset counts, in any order.
+        Raises VectorRejected, naming the item, if a vector does not fit; then nothing is written.
+        """
+
+    def upsert(self, records: Sequence[ItemRecord]) -> int:
+        """`apply` for records with vectors; raises ValueError if one has none."""
+
+    def retire(self, records: Sequence[ItemRecord]) -> int:
+        """`apply` for deletes; raises ValueError if a record is not a delete."""
+
+    def find(
+        self, vector: Vector, k: int, exclude: Collection[str] = (), filters: Filter | None = None
+    ) -> SearchResult:
+        """The answer of `query` as columns."""
 
     def close(self) -> None:
         """Stop background work; queries go on."""

@@ -14,10 +14,11 @@ from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import LogId, StateStore
 from embeddings.bundle import bundle
 from embeddings.bundle.bundle import Bundle
+from embeddings.towers.base import UserEncoder
 from serving.answer.retriever import Retriever
 from serving.answer.user_reader import UserReader
 from serving.recall import registry
-from serving.recall.base import RecallContext, Tower
+from serving.recall.base import RecallContext
 from serving.recall.popularity import Popularity
 
 
@@ -44,7 +45,7 @@ def start_retriever(
     store: StateStore,
     *,
     generation: str,
-    tower: Tower,
+    tower: UserEncoder,
     clicks: LogId,
     closing: ExitStack,
 ) -> Retriever:

@@ -7,9 +7,8 @@ from typing import NamedTuple, Protocol
 
 from typing_extensions import override
 
-from index.port import Hit
+from index.port import Hit, IndexReader
 from serving.recall.base import Candidates, RecallPath, RecallRequest
-from serving.recall.index_reader import IndexReader
 
 
 class Recommendation(NamedTuple):

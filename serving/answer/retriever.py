@@ -14,11 +14,11 @@ from eddyline.schema.events import Item
 from eddyline.schema.user_history import EMPTY
 from eddyline.stores.state_store import StateStore, UserState
 from index.filters import Filter
+from index.port import IndexReader
 from serving.answer.deadline import Deadline
 from serving.answer.fusion import Cascade, Fusion, PathResult, Recommendation
 from serving.answer.user_reader import AfterStatus, AfterToken, UserReader
 from serving.recall.base import RecallPath, RecallRequest
-from serving.recall.index_reader import IndexReader
 from serving.recall.popularity import Popularity
 
 _UNKNOWN_USER = UserState(fence=None, history=EMPTY, applied_us=0, embedding=None, profile={})

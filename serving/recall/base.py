@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import StateStore, UserState
-from index.arrays import Vector
+from embeddings.towers.base import UserEncoder
 from index.filters import Filter
-from index.port import Hit
+from index.port import Hit, IndexReader
 from serving.answer.deadline import Deadline
-from serving.recall.index_reader import IndexReader
 from serving.recall.popularity import Popularity
 
 
@@ -60,7 +59,7 @@ class Candidates(NamedTuple):
 
 
 class RecallPath(Protocol):
-    """One way to find candidates for a user. `registry.PATHS` lists all. Thread rule: any thread."""
+    """One way to find candidates for a user; `registry` lists all. Thread rule: any thread."""
 
     name: str
 
@@ -72,15 +71,6 @@ class RecallPath(Protocol):
         return ""
 
 
-class Tower(Protocol):
-    """The user tower of a generation; `embeddings.towers.user_tower.UserTower` is one."""
-
-    history_max: int
-
-    def encode_one(self, history: Vector, profile: Mapping[str, object]) -> Vector:
-        """float32 (h, d) newest first, and attributes -> float32 (d,), unit norm."""
-
-
 @dataclass(frozen=True, slots=True)
 class RecallContext:
     """What the recall paths of one generation are built from.
@@ -90,6 +80,6 @@ class RecallContext:
 
     settings: Settings
     store: StateStore
-    tower: Tower
+    tower: UserEncoder
     popularity: Popularity
     closing: ExitStack

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing_extensions import override
 
+from index.port import IndexReader
 from serving.recall.base import Candidates, RecallContext, RecallPath, RecallRequest
-from serving.recall.index_reader import IndexReader
 
 
 class NewestPath(RecallPath):

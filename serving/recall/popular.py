@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing_extensions import override
 
-from index.port import Hit
+from index.port import Hit, IndexReader
 from serving.recall.base import Candidates, RecallContext, RecallPath, RecallRequest
-from serving.recall.index_reader import IndexReader
 
 # Most of the list is live and unseen, so the first look-up has about `k` items. Each further one has
 # twice as many, up to PIECE_MAX: a look-up may be a call to other processes.

@@ -1,4 +1,4 @@
-"""Recall path of the two towers: the user's last items become a vector, the index finds its neighbours."""
+"""Recall path of the two towers: the items nearest to the vector of the user's last items."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from typing_extensions import override
 
 from eddyline.schema.user_history import positive_items
 from eddyline.stores.state_store import UserState
-from embeddings.towers.user_tower import query_vector
 from index.arrays import Vector
-from index.port import Hit
+from index.port import Hit, IndexReader
 from serving.recall.base import Candidates, RecallContext, RecallPath, RecallRequest, StageTimings
-from serving.recall.index_reader import IndexReader
 
 # The popularity correction moves an item by some places, so this many times k candidates are fetched.
 OVER_FETCH = 3
@@ -65,7 +63,7 @@ class TowersPath(RecallPath):
         if not len(history):
             return None, f"none of the {len(positive)} items of the user's list is in the index"
         forward = self._tower.encode_one(history[:needed], user.profile)
-        return query_vector(forward, _embedding(user, index.dimension)), ""
+        return self._tower.combine(forward, _embedding(user, index.dimension)), ""
 
 
 def _embedding(user: UserState, dimension: int) -> Vector | None:

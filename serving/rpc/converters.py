@@ -11,11 +11,10 @@ from eddyline.schema.events import ID_BYTES_MAX, check_id, quote
 from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
 from index.filters import LIST_IDS_MAX, RANGES_MAX, TERMS_MAX, Filter, Range
-from index.port import IndexStats
+from index.port import IndexReader, IndexStats
 from serving.answer.retriever import Answer, Query
 from serving.answer.user_reader import AfterToken
 from serving.proto import retrieval_pb2 as pb
-from serving.recall.index_reader import IndexReader
 from serving.worker.replica import TailState
 
 # Inner products of unit vectors end at 1; beyond this, popularity alone decides.

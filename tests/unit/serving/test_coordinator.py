@@ -18,6 +18,7 @@ from eddyline.schema.user_history import Entry, UserHistory
 from eddyline.settings.loader import Settings, load
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.state_store import Fence, LogId, Source, UserEffects
+from embeddings.towers.user_tower import query_vector
 from index.arrays import Vector
 from index.exact import ExactIndex
 from index.factory import HnswIndex
@@ -98,6 +99,9 @@ class Mean:
     def encode_one(self, history: Vector, profile: object) -> Vector:
         mean: Vector = unit(history.mean(axis=0))
         return mean
+
+    def combine(self, forward: np.ndarray, embedding: np.ndarray | None) -> np.ndarray:
+        return query_vector(forward, embedding)
 
 
 class OneShard:

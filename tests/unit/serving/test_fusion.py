@@ -3,11 +3,10 @@
 from collections.abc import Collection
 
 from index.exact import ExactIndex
-from index.port import Hit
+from index.port import Hit, IndexReader
 from serving.answer.deadline import Deadline
 from serving.answer.fusion import Cascade, PathResult, Recommendation
 from serving.recall.base import Candidates, RecallPath, RecallRequest
-from serving.recall.index_reader import IndexReader
 
 INDEX = ExactIndex(4)
 

@@ -20,7 +20,9 @@ from eddyline.schema.user_history import Entry, UserHistory
 from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.state_store import Fence, ItemMetadata, LogId, Source, UserEffects, UserState
+from embeddings.towers.user_tower import query_vector
 from index.exact import ExactIndex
+from index.port import IndexReader
 from serving.answer import user_reader
 from serving.answer.deadline import Deadline, DeadlinePassed
 from serving.answer.retriever import Answer, Query, Retriever
@@ -29,7 +31,6 @@ from serving.metrics import WorkerCollector
 from serving.proto import retrieval_pb2 as pb
 from serving.recall import registry
 from serving.recall.base import Candidates, RecallContext, RecallPath, RecallRequest
-from serving.recall.index_reader import IndexReader
 from serving.recall.popularity import Popularity, rank
 from serving.recall.registry import make_paths
 from serving.rpc import converters
@@ -97,6 +98,9 @@ class Mean:
         self.filters.append((len(history), dict(profile)))
         mean = history.mean(axis=0)
         return (mean / np.linalg.norm(mean)).astype(np.float32)
+
+    def combine(self, forward: np.ndarray, embedding: np.ndarray | None) -> np.ndarray:
+        return query_vector(forward, embedding)
 
 
 class Tail:
