@@ -1,1 +1,1 @@
-"""The command line, one file a command; nothing imports it."""
+"""The command line; nothing below imports it."""

@@ -1,4 +1,4 @@
-"""`python -m cli` is the command line."""
+"""`python -m cli`: the command line."""
 
 from cli.main import main
 

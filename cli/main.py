@@ -1,9 +1,11 @@
-"""`eddyline <verb>`: one typer command a verb; each loads only what it needs.
+"""`eddyline <verb>`: the commands and their options; each command is a file in `cli.commands`.
 
-Exit codes: 0 done, 1 it did not work, 2 the command line or a setting is wrong, 3 a person has to decide:
-Kafka is not the log that the fences in Redis were written for (`eddyline accept-log` resolves it), or it
-or Redis refuses us.
+Exit codes: 0 done · 1 failed · 2 a wrong command line or setting · 3 an operator has to decide:
+Kafka is not the log that the fences in Redis belong to (`eddyline accept-log` resolves it), or
+Kafka or Redis refuses us.
 """
+
+# Imports inside the functions: every command starts fast and loads only what it needs.
 
 from __future__ import annotations
 
@@ -30,12 +32,12 @@ app = typer.Typer(
 User = Annotated[str, typer.Argument(help="The user's id.")]
 ItemId = Annotated[str, typer.Argument(help="The item's id.")]
 Address = Annotated[
-    str, typer.Option(help="The query worker's address; by default the one that runs here.")
+    str, typer.Option(help="The query worker's address; default: the one that runs here.")
 ]
 
 
 def main() -> None:
-    """Run the command line; an error that Eddyline raises on purpose is one sentence, not a traceback."""
+    """Run the command line; prints Eddyline's own errors as one sentence, without traceback."""
     try:
         app()
     except SettingsError as error:
@@ -48,9 +50,9 @@ def main() -> None:
         sys.exit(130)
 
 
-def _fail(sentence: str, code: int) -> None:
+def _fail(message: str, code: int) -> None:
     Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(
-        f"eddyline: {sentence}"
+        f"eddyline: {message}"
     )
     sys.exit(code)
 
@@ -69,7 +71,7 @@ def version() -> None:
 
 @app.command()
 def up(foreground: Annotated[bool, typer.Option(help="Stay in this terminal.")] = False) -> None:
-    """Start a local Kafka and Valkey that survive restarts; data lies in `data_dir`."""
+    """Start a local Kafka and Valkey in the background; their data is in `data_dir`."""
     from cli.commands import servers
 
     settings = load()
@@ -89,10 +91,10 @@ def down() -> None:
 def demo(
     data: Annotated[str, typer.Option(envvar="DATA", help="movielens or generated.")] = "movielens",
     once: Annotated[
-        bool, typer.Option(envvar="ONCE", help="Exit after the show, 0 if it is right.")
+        bool, typer.Option(envvar="ONCE", help="Exit after the demo, 0 if every step passed.")
     ] = False,
 ) -> None:
-    """Show a click change an answer, from nothing, on real Kafka and Redis; stays up until Ctrl-C."""
+    """Show how a click changes an answer, on real Kafka and Redis; runs until Ctrl-C."""
     from cli.demo.scenario import run
 
     settings = load()
@@ -118,20 +120,20 @@ def coordinator() -> None:
     runpy.run_module("serving.coordinator", run_name="__main__", alter_sys=True)
 
 
-archiving = typer.Typer(help="Accepted events in Parquet files.")
-app.add_typer(archiving, name="archive")
+archive_app = typer.Typer(help="Accepted events in Parquet files.")
+app.add_typer(archive_app, name="archive")
 
 
-@archiving.callback(invoke_without_command=True)
+@archive_app.callback(invoke_without_command=True)
 def archive(context: typer.Context) -> None:
     """Run the archive process (as `python -m streams.archive`), or a command on its files."""
     if context.invoked_subcommand is None:
         runpy.run_module("streams.archive", run_name="__main__", alter_sys=True)
 
 
-@archiving.command("forget")
+@archive_app.command("forget")
 def archive_forget(user: User) -> None:
-    """Rewrite every file of the archive that has events of this user, without them."""
+    """Erase this user's events from every file of the archive."""
     from cli.commands import archive as commands_archive
 
     commands_archive.forget(_settings(), user)
@@ -139,7 +141,7 @@ def archive_forget(user: User) -> None:
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train(context: typer.Context) -> None:
-    """Train a generation and activate it (as `python -m embeddings.training`; takes its options)."""
+    """Train and activate a generation (as `python -m embeddings.training`, with its options)."""
     sys.argv = ["eddyline train", *context.args]
     runpy.run_module("embeddings.training", run_name="__main__")
 
@@ -151,8 +153,8 @@ def click(
     kind: Annotated[
         str, typer.Option(help="click, view, like, cart, purchase or dislike.")
     ] = "click",
-    weight: Annotated[float, typer.Option(help="How much it counts.")] = 1.0,
-    event_id: Annotated[str, typer.Option(help="By default a new one.")] = "",
+    weight: Annotated[float, typer.Option(help="Its weight.")] = 1.0,
+    event_id: Annotated[str, typer.Option(help="Default: a new one.")] = "",
 ) -> None:
     """Send one click; prints the token that `eddyline query --after` takes."""
     from cli.commands import send
@@ -169,10 +171,10 @@ def item(
     attribute: Annotated[
         list[str] | None, typer.Option(help="name=value; may be repeated.")
     ] = None,
-    unavailable: Annotated[bool, typer.Option(help="Known, but in no answer.")] = False,
+    unavailable: Annotated[bool, typer.Option(help="Keep it, but in no answer.")] = False,
     delete: Annotated[bool, typer.Option(help="Delete it.")] = False,
 ) -> None:
-    """Add, change or delete one item (the whole item each time)."""
+    """Add, replace or delete one item."""
     from cli.commands import send
 
     if delete:
@@ -195,23 +197,25 @@ def replay(
         Path | None, typer.Argument(help="One JSON object a line: clicks, items or users.")
     ] = None,
     speed: Annotated[
-        float, typer.Option(help="1 keeps the gaps, 10 is ten times as fast, 0 has none.")
+        float, typer.Option(help="1 keeps the gaps, 10 is ten times as fast, 0 has no gaps.")
     ] = 0,
     topic: Annotated[str, typer.Option(help="clicks, items or users.")] = "clicks",
     shift_to_now: Annotated[
-        bool, typer.Option(help="Move all times so that the last one is now.")
+        bool, typer.Option(help="Move all times so that the last event is now.")
     ] = False,
     begin: Annotated[
         str, typer.Option("--from", help="earliest, a time, or offsets: clicks:0=100,items:1=5.")
     ] = "earliest",
-    end: Annotated[str, typer.Option("--to", help="The same; this one is left out.")] = "latest",
+    end: Annotated[str, typer.Option("--to", help="As --from; the end is exclusive.")] = "latest",
     into: Annotated[
         str, typer.Option(help="memory or redis: replay a slice of Kafka, no file.")
     ] = "",
-    chunk: Annotated[int, typer.Option(help="With --into: so many records at a time.")] = 256,
+    chunk: Annotated[int, typer.Option(help="With --into: records in one batch.")] = 256,
 ) -> None:
-    """Send the events of a file, at its own pace or faster; or, with --into, print the hash of the state
-    that a slice of Kafka's topics gives: the same each time, in memory and in Redis.
+    """Send the events of a file, with their gaps or faster.
+
+    With --into, replay a slice of Kafka's topics and print the hash of the resulting state: the
+    same each time, in memory and in Redis.
     """
     if into:
         if file is not None:
@@ -226,9 +230,9 @@ def replay(
         raise SettingsError(
             "replay needs a file to send, or --into memory|redis for a slice of Kafka"
         )
-    from cli.commands import replay_file as replaying
+    from cli.commands import replay_file
 
-    replaying.replay_file(_settings(), file, speed=speed, topic=topic, shift_to_now=shift_to_now)
+    replay_file.replay_file(_settings(), file, speed=speed, topic=topic, shift_to_now=shift_to_now)
 
 
 @app.command()
@@ -236,11 +240,11 @@ def query(
     user: User,
     k: Annotated[int, typer.Option("--k", "-k", help="How many items.")] = 10,
     after: Annotated[str, typer.Option(help="Wait for this click, partition/offset.")] = "",
-    wait_ms: Annotated[int, typer.Option(help="How long to wait for it.")] = 1_000,
+    wait_ms: Annotated[int, typer.Option(help="How long to wait for the click.")] = 1_000,
     address: Address = "",
     as_json: Annotated[bool, typer.Option("--json", help="The whole answer as JSON.")] = False,
 ) -> None:
-    """Ask a query worker for a user's items; shows where each came from and how fresh the answer is."""
+    """Show a user's items, the recall path of each, and how fresh the answer is."""
     from cli.commands import query as commands_query
 
     commands_query.query(
@@ -252,7 +256,7 @@ def query(
 def stats(
     address: Address = "", as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False
 ) -> None:
-    """Show what the worker and ingest have applied, and how far they are behind Kafka."""
+    """Show the worker's state and how far ingest is behind Kafka."""
     from cli.commands import query as commands_query
 
     commands_query.stats(load(), address=address, as_json=as_json)
@@ -261,13 +265,13 @@ def stats(
 @app.command()
 def merge(
     visitor: Annotated[str, typer.Argument(help="The visitor's id; forgotten afterwards.")],
-    user: Annotated[str, typer.Argument(help="The user he turned out to be.")],
+    user: Annotated[str, typer.Argument(help="The user that the visitor is.")],
     wait_s: Annotated[float, typer.Option(min=0, max=600, help="How long ingest may take.")] = 30,
 ) -> None:
-    """Move all that a visitor did into a user's list, once, whatever happens."""
-    from cli.commands import merge as merging
+    """Move a visitor's history into a user's history, exactly once."""
+    from cli.commands import merge as commands_merge
 
-    merging.merge(_settings(), visitor, user, wait_s=wait_s)
+    commands_merge.merge(_settings(), visitor, user, wait_s=wait_s)
 
 
 @app.command()
@@ -300,24 +304,24 @@ def plan(
     planning.show(load(), sizes, allocator=known, as_json=as_json)
 
 
-letters = typer.Typer(
-    no_args_is_help=True, help="What was refused, and why; replay it exactly once."
+letters_app = typer.Typer(
+    no_args_is_help=True, help="Refused records: list them, and replay them exactly once."
 )
-app.add_typer(letters, name="dead-letters")
+app.add_typer(letters_app, name="dead-letters")
 
 
-@letters.command("list")
+@letters_app.command("list")
 def letters_list(
     reason: Annotated[str, typer.Option(help="Only this reason.")] = "",
-    limit: Annotated[int, typer.Option(min=1, max=10_000, help="The newest so many.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="How many, the newest.")] = 20,
 ) -> None:
-    """Show the newest refused records, and how many there are of each reason."""
+    """Show the newest refused records, and the count of each reason."""
     from cli.commands import dead_letters
 
     dead_letters.show_list(_settings(), reason=reason, limit=limit)
 
 
-@letters.command("show")
+@letters_app.command("show")
 def letters_show(
     at: Annotated[str, typer.Argument(help="The refused record: topic/partition/offset.")],
     whole: Annotated[bool, typer.Option("--all", help="All bytes of a long value.")] = False,
@@ -328,13 +332,13 @@ def letters_show(
     dead_letters.show_one(_settings(), at, whole=whole)
 
 
-@letters.command("replay")
+@letters_app.command("replay")
 def letters_replay(
     at: Annotated[str, typer.Argument(help="The refused record: topic/partition/offset.")] = "",
     reason: Annotated[str, typer.Option(help="All of this reason, the oldest first.")] = "",
-    limit: Annotated[int, typer.Option(min=1, max=1_000_000, help="At most so many.")] = 1_000,
+    limit: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many at most.")] = 1_000,
 ) -> None:
-    """Send refused records again to where they came from, each at most once, whatever happens."""
+    """Send refused records to their topics again, each at most once."""
     from cli.commands import dead_letters
 
     dead_letters.replay(_settings(), at, reason=reason, limit=limit)
@@ -343,7 +347,7 @@ def letters_replay(
 @app.command()
 def refill(
     skip_lost: Annotated[
-        bool, typer.Option("--skip-lost", help="Go on without what the archive lacks, too.")
+        bool, typer.Option("--skip-lost", help="Skip offsets that the archive lacks.")
     ] = False,
 ) -> None:
     """Apply clicks that Kafka's retention removed before ingest had them, from the archive."""
@@ -356,11 +360,10 @@ def refill(
 def accept_log(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     skip_lost: Annotated[
-        bool,
-        typer.Option("--skip-lost", help="Give up clicks that retention removed unapplied, too."),
+        bool, typer.Option("--skip-lost", help="Also skip clicks that retention removed unapplied.")
     ] = False,
 ) -> None:
-    """After Kafka was made anew or lost records: go on with its logs as they are now."""
+    """Go on with Kafka's present logs, after Kafka was recreated or lost records."""
     from cli.commands import accept_log as commands_accept_log
 
     settings = _settings()
@@ -373,7 +376,7 @@ def accept_log(
 def settings(
     markdown: Annotated[bool, typer.Option(help="The page docs/configuration.md.")] = False,
 ) -> None:
-    """Print every setting and its present value; secrets are hidden."""
+    """Print every setting and its value; secrets are hidden."""
     from cli.commands.settings import show
 
     show(load(), markdown=markdown)

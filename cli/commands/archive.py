@@ -11,10 +11,11 @@ from streams.archive import file_placement
 
 
 def forget(settings: Settings, user_id: str) -> None:
-    """Rewrite the files that have rows of this user and print how many. Each file is replaced in one step.
+    """Rewrite the files that have rows of this user and print how many. Each file is replaced in
+    one step.
 
-    Raises Rejected for an invalid id, and ArchiveUnavailable if a file cannot be read or written: run
-    the command again then.
+    Raises Rejected for an invalid id, and ArchiveUnavailable if a file cannot be read or written:
+    run the command again then.
     """
     events.check_id("user_id", user_id)
     try:
@@ -27,6 +28,6 @@ def forget(settings: Settings, user_id: str) -> None:
         ) from None
     console.print(f"{rows:,} rows removed, {files:,} files of {archive.url} rewritten")
     console.print(
-        "Events that are only in Kafka so far are left out once the user's null record in `users` is "
-        "archived."
+        "Events that are only in Kafka so far are left out once the user's null record in `users` "
+        "is archived."
     )

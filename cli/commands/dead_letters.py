@@ -1,40 +1,38 @@
-"""How `eddyline dead-letters` shows its findings. Bytes of strangers never reach the terminal raw."""
+"""`eddyline dead-letters`. Bytes of refused records are escaped before they are printed."""
 
 from __future__ import annotations
 
 import time
 
-from rich.console import Console
-
+from cli.console import console
 from eddyline.errors import EddylineError, SettingsError
 from eddyline.settings.loader import Settings
 from streams.operations import dead_letter_replay
 
-# What is shown of one value unless all of it is asked for.
+# The shown part of one value, unless --all.
 SHOWN_BYTES = 4_096
-
-console = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 def show_list(settings: Settings, *, reason: str, limit: int) -> None:
-    """Print the newest letters, then how many there are of each reason."""
+    """Print the newest letters, then the count of each reason."""
     found = dead_letter_replay.summary(settings, reason=reason, limit=limit)
     width = max((len(letter.at) for letter in found.letters), default=0)
     for letter in found.letters:
-        why = letter.reason + (" (replayed)" if letter.at in found.replayed else "")
-        line = f"{letter.at:<{width}}  {_age(letter.timestamp_ms):>6}  {why}: {letter.field or 'record'}: "
-        console.print(printable((line + letter.detail).encode(), 500))
+        reason = letter.reason + (" (replayed)" if letter.at in found.replayed else "")
+        head = f"{letter.at:<{width}}  {_age(letter.timestamp_ms):>6}  {reason}"
+        line = f"{head}: {letter.field or 'record'}: {letter.detail}"
+        console.print(printable(line.encode(), 500))
     for name, count in found.reasons.most_common():
         console.print(f"{count:,} × {printable(name.encode(), 80)}")
     console.print(
         f"{found.reasons.total():,} dead letters, {found.replayed_count:,} of them replayed"
     )
     if found.skipped:
-        console.print(f"{found.skipped:,} older records were not looked at")
+        console.print(f"{found.skipped:,} older records were not scanned")
 
 
 def show_one(settings: Settings, at: str, *, whole: bool) -> None:
-    """Print one letter: why it was refused, its key and its bytes, everything unprintable escaped."""
+    """Print one letter: its reason, key and bytes, unprintable ones escaped."""
     letter, replayed = dead_letter_replay.find(settings, at)
     limit = len(letter.value or b"") if whole else SHOWN_BYTES
     for name, value in (
@@ -51,9 +49,9 @@ def show_one(settings: Settings, at: str, *, whole: bool) -> None:
 
 
 def replay(settings: Settings, at: str, *, reason: str, limit: int) -> None:
-    """Replay one letter or those of a reason, and say what became of each.
+    """Replay one letter or those of a reason, and print the result of each.
 
-    Raises EddylineError where none was sent for a reason.
+    Raises EddylineError if letters were found and none was sent.
     """
     if bool(at) == bool(reason):
         raise SettingsError("name one record (topic/partition/offset) or --reason, not both")

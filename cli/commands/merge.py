@@ -1,7 +1,7 @@
-"""`eddyline merge`: what a visitor did becomes part of the list of the user he turned out to be.
+"""`eddyline merge`: move a visitor's history into the history of a known user.
 
-The command only sends a record into the visitor's own clicks; ingest moves the list at exactly that point of
-the log. So it may be killed or run twice: whatever has been moved is no longer there to be moved again.
+The command sends a record into the visitor's own clicks; ingest moves the history at exactly that
+point of the log. So the command may be killed or run twice: moved events are gone from the visitor.
 """
 
 from __future__ import annotations
@@ -23,23 +23,24 @@ _POLL_S = 0.02
 
 
 def merge(settings: Settings, visitor: str, user: str, *, wait_s: float) -> None:
-    """Move the visitor's list into the user's, then forget the visitor; prints the token of the merge.
+    """Move the visitor's history, then forget the visitor; prints the token of the merge.
 
-    wait_s: how long ingest may take to apply it; the visitor's profile is forgotten only after that
-    Raises Rejected for a bad id, and EddylineError where ingest took longer: the list is moved when it runs.
+    wait_s: how long ingest may take to apply the merge; only then is the visitor forgotten
+    Raises Rejected for a bad id, and EddylineError if ingest takes longer: it applies the merge
+    once it runs.
     """
-    made = Merge(user_id=visitor, merge_into=user, at_ms=now_ms())
-    events.decode_user_event(events.encode(made), appended_ms=made.at_ms, far_future_ms_max=0)
+    record = Merge(user_id=visitor, merge_into=user, at_ms=now_ms())
+    events.decode_user_event(events.encode(record), appended_ms=record.at_ms, far_future_ms_max=0)
     partition = partition_of(visitor, settings.clicks_partitions)
     store = RedisStore(settings)
     producer = producers.make_producer(settings)
     try:
-        found = store.read_user(user_slot(partition), partition, visitor, "").history.entries
-        at = sent_to(producers.send_merge(producer, settings, made), settings)
+        entries = store.read_user(user_slot(partition), partition, visitor, "").history.entries
+        at = sent_to(producers.send_merge(producer, settings, record), settings)
         console.print(
-            f"sent: {topics.CLICKS}/{at[0]}/{at[1]}, {len(found)} behaviours of {visitor} so far"
+            f"sent: {topics.CLICKS}/{at[0]}/{at[1]}, {len(entries)} events of {visitor} so far"
         )
-        _await(store, Source(topics.CLICKS, at[0]), at[1], wait_s)
+        _wait_for_fence(store, Source(topics.CLICKS, at[0]), at[1], wait_s)
         sent_to(producers.send_forget(producer, settings, visitor), settings)
         console.print(f"moved to {user}; {visitor} is forgotten")
     finally:
@@ -47,13 +48,13 @@ def merge(settings: Settings, visitor: str, user: str, *, wait_s: float) -> None
         store.close()
 
 
-def _await(store: RedisStore, source: Source, offset: int, wait_s: float) -> None:
-    """Return once the fence has passed the offset."""
+def _wait_for_fence(store: RedisStore, source: Source, offset: int, wait_s: float) -> None:
+    """Return once the fence has reached the offset."""
     slot, deadline = user_slot(source.partition), time.monotonic() + wait_s
     while (fence := store.fences(source, [slot])[slot]) is None or fence.offset < offset:
         if time.monotonic() > deadline:
             raise EddylineError(
-                f"ingest has not applied the merge in {wait_s:g} s; it will when it runs. Run the same "
-                "command again then: it moves what came since, and forgets the visitor"
+                f"ingest has not applied the merge in {wait_s:g} s; it will once it runs. Then run "
+                "the same command again: it moves later events and forgets the visitor"
             )
         time.sleep(_POLL_S)

@@ -1,4 +1,4 @@
-"""`eddyline query` and `eddyline stats`: what the query worker answers, for people or as JSON."""
+"""`eddyline query` and `eddyline stats`: the query worker's answers as tables or as JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ console = Console(highlight=False, markup=False)
 def query(
     settings: Settings, user: str, *, k: int, after: str, wait_ms: int, address: str, as_json: bool
 ) -> None:
-    """Print a user's items. after: `partition/offset` of a click that the answer must know."""
+    """Print a user's items. after: `partition/offset` of a click that the answer must include."""
     token = _token(after) if after else None
     with Client(address or worker_address(settings)) as client:
         answer = client.retrieve(
@@ -38,7 +38,7 @@ def query(
 
 
 def stats(settings: Settings, *, address: str, as_json: bool) -> None:
-    """Print what the worker holds, and how far ingest is behind Kafka."""
+    """Print the worker's state, and how far ingest is behind Kafka."""
     with Client(address or worker_address(settings)) as client:
         worker = client.stats()
     if as_json:
@@ -69,25 +69,26 @@ def stats(settings: Settings, *, address: str, as_json: bool) -> None:
 
 
 def recall_of(index: IndexSizes) -> str:
-    """What the recall guard found, in one line."""
+    """The recall guard's estimate, in one line."""
     if not index.HasField("recall"):
         return "not watched"
     recall = index.recall
-    told = "not enough compared yet"
+    estimate = "not enough compared yet"
     if recall.samples:
-        told = f"{recall.estimate:.3f} ({recall.low:.3f} … {recall.high:.3f}) of {recall.samples:,} queries"
-    return f"{told}, {recall.step}, {index.breadth:,} candidates"
+        interval = f"{recall.low:.3f} … {recall.high:.3f}"
+        estimate = f"{recall.estimate:.3f} ({interval}) of {recall.samples:,} queries"
+    return f"{estimate}, {recall.step}, {index.breadth:,} candidates"
 
 
 def shard_line(shard: ShardStatus) -> str:
-    """A shard as its coordinator knows it, in one line."""
+    """A shard's state by its coordinator, in one line."""
     state = "answers" if shard.answers else f"{shard.reason}: {shard.detail}"
-    told = f"{shard.live:,} items, {shard.lag_records:,} behind, {shard.misses:,} misses"
-    return f"{shard.address}, {state}, {told}"
+    counts = f"{shard.live:,} items, {shard.lag_records:,} behind, {shard.misses:,} misses"
+    return f"{shard.address}, {state}, {counts}"
 
 
 def answer_table(answer: RetrieveResponse) -> Table:
-    """The items of an answer, a row each."""
+    """The items of an answer, one per row."""
     table = Table("#", "item", "title", "path", "score", "age", show_edge=False, pad_edge=False)
     for item in answer.items:
         row = (item.item_id, item.card.title, f"{item.path} {item.path_rank}", f"{item.score:.3f}")
@@ -96,7 +97,7 @@ def answer_table(answer: RetrieveResponse) -> Table:
 
 
 def remarks(answer: RetrieveResponse) -> list[str]:
-    """What there is to say about an answer: freshness, paths that gave nothing, what was missing."""
+    """Lines about an answer: freshness, recall paths without candidates, what was missing."""
     user, fresh = answer.freshness.user, answer.freshness
     known = (
         f"last click clicks/{user.partition}/{user.offset}"
@@ -116,8 +117,9 @@ def remarks(answer: RetrieveResponse) -> list[str]:
 
 
 def worker_address(settings: Settings) -> str:
-    """The address of what was started last on this data folder and answers users (a query worker or a
-    coordinator of shards), else the one of the settings.
+    """The address of the worker or coordinator that was started last on this data folder.
+
+    Without one, the address of the settings. Raises SettingsError if that has no port.
     """
     running = [worker for worker in registry.running(settings) if worker.answers]
     if running:

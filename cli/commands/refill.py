@@ -33,8 +33,8 @@ def show(report: RefillReport) -> None:
         console.print(report.lost)
     if report.files_without_merges:
         console.print(
-            f"{report.files_without_merges:,} files are from before merges were archived: users who "
-            "were merged then keep their history"
+            f"{report.files_without_merges:,} files are from before merges were archived: users "
+            "who were merged then keep their history"
         )
     console.print(
         f"{report.clicks.applied:,} events applied, {report.profiles.applied:,} profiles, "
@@ -42,7 +42,8 @@ def show(report: RefillReport) -> None:
     )
     if report.clicks.duplicates:
         console.print(
-            f"{report.clicks.duplicates:,} dropped as sent again: dedupe_window_events was smaller then"
+            f"{report.clicks.duplicates:,} dropped as sent again: dedupe_window_events was smaller "
+            "then"
         )
     for reason, count in sorted(report.refused.items()):
         console.print(f"{count:,} refused by the present settings: {reason}")

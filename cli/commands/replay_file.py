@@ -1,4 +1,4 @@
-"""`eddyline replay`: a file of events into Kafka, with the gaps it was recorded with, or faster."""
+"""`eddyline replay FILE`: send a file of events, with their recorded gaps or faster."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from eddyline.settings.loader import Settings
 from sandbox.datasets.catalogue import shifted_to_now
 
 Event = Click | Item | UserProfile
-# So many records may be on their way at a time: bounds the producer's memory and keeps Ctrl-C quick.
+# Records in flight at most: bounds the producer's memory and keeps Ctrl-C quick.
 IN_FLIGHT_MAX = 5_000
 
 
 def replay_file(
     settings: Settings, file: Path, *, speed: float, topic: str, shift_to_now: bool
 ) -> None:
-    """Send a file of JSON lines; every line is checked before the first one is sent.
+    """Send a file of JSON lines; checks every line before it sends the first one.
 
-    speed: 1 keeps the gaps between the events' times, 10 is ten times faster, 0 waits for nothing
-    Raises Rejected with the line's number where the codec would refuse a line.
+    speed: 1 keeps the gaps between the events' times, 10 is ten times faster, 0 has no gaps
+    Raises Rejected with the line's number if the codec refuses a line.
     """
     if topic not in topics.SOURCES:
         raise SettingsError(f"--topic {topic!r}: expected one of {', '.join(topics.SOURCES)}")
@@ -54,9 +54,10 @@ def send(
     speed: float = 0,
     on_sent: Callable[[int], None] = lambda _: None,
 ) -> float:
-    """Send events in their order and return once the broker has them all; the seconds it took.
+    """Send events in order and return once the broker has them all; returns the seconds it took.
 
-    Raises KafkaUnavailable where one could not be delivered in `kafka_timeout_ms`.
+    on_sent: called now and then with the number of events sent
+    Raises KafkaUnavailable if one could not be delivered in `kafka_timeout_ms`.
     """
     producer = producers.make_producer(
         settings, linger_ms=5 if speed == 0 else 0, batch_size=131_072

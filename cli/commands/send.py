@@ -1,11 +1,12 @@
-"""`eddyline click` and `eddyline item`: one record into Kafka, checked by the codec before it is sent."""
+"""`eddyline click` and `eddyline item`: send one record, checked by the codec first."""
 
 from __future__ import annotations
 
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import msgspec
 from kafka import KafkaProducer
 from kafka.errors import KafkaTimeoutError
 
@@ -30,7 +31,9 @@ def click(
         "event_id": event_id or uuid.uuid4().hex,
         "at_ms": now_ms(),
     }
-    checked = events.decode_click(_json(fields), appended_ms=now_ms(), far_future_ms_max=60_000)
+    checked = events.decode_click(
+        msgspec.json.encode(fields), appended_ms=now_ms(), far_future_ms_max=60_000
+    )
     partition, offset = _send(
         settings, lambda producer: producers.send_click(producer, settings, checked)
     )
@@ -59,7 +62,7 @@ def item(
         "at_ms": now_ms(),
     }
     checked: Item = events.decode_item(
-        _json(fields),
+        msgspec.json.encode(fields),
         key=item_id,
         appended_ms=now_ms(),
         far_future_ms_max=60_000,
@@ -80,24 +83,18 @@ def delete_item(settings: Settings, item_id: str) -> None:
     console.print(f"sent: {topics.ITEMS}/{partition}/{offset} (delete)")
 
 
-def _send(settings: Settings, send: object) -> tuple[int, int]:
-    producer: KafkaProducer = producers.make_producer(settings)
+def _send(settings: Settings, send: Callable[[KafkaProducer], object]) -> tuple[int, int]:
+    producer = producers.make_producer(settings)
     try:
-        return sent_to(send(producer), settings)  # type: ignore[operator]
+        return sent_to(send(producer), settings)
     except KafkaTimeoutError:
-        space = settings.namespace or "(none)"
         raise KafkaUnavailable(
-            f"Kafka at {settings.kafka_bootstrap_servers} has no topics in the namespace {space}: start "
-            "`eddyline ingest` or the demo first, or set EDDYLINE_NAMESPACE"
+            f"Kafka at {settings.kafka_bootstrap_servers} has no topics in the namespace "
+            f"{settings.namespace or '(none)'}: start `eddyline ingest` or the demo first, or set "
+            "EDDYLINE_NAMESPACE"
         ) from None
     finally:
         producer.close(timeout=settings.kafka_timeout_ms / 1000)
-
-
-def _json(fields: dict[str, object]) -> bytes:
-    import msgspec
-
-    return msgspec.json.encode(fields)
 
 
 def _attribute(text: str) -> tuple[str, Scalar]:

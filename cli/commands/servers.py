@@ -1,4 +1,4 @@
-"""`eddyline up` and `eddyline down`: the local Kafka and Valkey as a process in the background."""
+"""`eddyline up` and `eddyline down`: the local Kafka and Valkey, run in the background."""
 
 from __future__ import annotations
 
@@ -23,17 +23,19 @@ from sandbox.servers.status import server_status
 from sandbox.servers.supervisor import open_log, tail
 
 OWNER = "eddyline up"
-# A broker that recovers a big log after a power cut.
+# A broker may have to recover a large log after a power cut.
 UP_TIMEOUT_S = 240.0
-# Both servers' own times to stop, and some.
+# More than the time that both servers may take to stop.
 DOWN_TIMEOUT_S = 60.0
 POLL_S = 0.05
 
 
 def up(settings: Settings, foreground: bool = False, *, console: Console | None = None) -> None:
-    """Start what the settings do not name, wait until it answers, and print where it is.
+    """Start the servers that the settings do not name, wait until they answer, print their
+    addresses.
 
-    foreground: run them in this process until Ctrl-C. Otherwise they stay in the background until `down`.
+    foreground: run them in this process until Ctrl-C; otherwise they run in the background until
+                `down`
     Raises LocalServerError with the step, the reason and what to do.
     """
     console = console or Console()
@@ -56,9 +58,9 @@ def up(settings: Settings, foreground: bool = False, *, console: Console | None 
 
 
 def down(settings: Settings, *, console: Console | None = None) -> None:
-    """Stop the servers that `up` started and wait until they are gone; says so where there are none.
+    """Stop the servers that `up` started and wait until they are gone.
 
-    Raises LocalServerError where something else than `eddyline up` runs them, or they do not stop.
+    Raises LocalServerError if another command than `eddyline up` runs them, or if they do not stop.
     """
     console = console or Console()
     if not is_held(settings):
@@ -66,9 +68,8 @@ def down(settings: Settings, *, console: Console | None = None) -> None:
         return
     deadline = time.monotonic() + DOWN_TIMEOUT_S
     servers = running(settings)
-    while (
-        servers is None and is_held(settings) and time.monotonic() < deadline
-    ):  # it has only just begun
+    # Right after its start the supervisor holds the lock and has no servers.json yet.
+    while servers is None and is_held(settings) and time.monotonic() < deadline:
         time.sleep(POLL_S)
         servers = running(settings)
     if servers is not None:
@@ -82,15 +83,16 @@ def down(settings: Settings, *, console: Console | None = None) -> None:
             if time.monotonic() > deadline:
                 pid = servers.pid if servers else "unknown"
                 raise LocalServerError(
-                    f"stopping: the supervisor (pid {pid}) is still there after {DOWN_TIMEOUT_S:g} s; "
-                    f"see {_log(settings)}; `kill -9 {pid}` ends it and its servers, no data are lost"
+                    f"stopping: the supervisor (pid {pid}) is still there after {DOWN_TIMEOUT_S:g} "
+                    f"s; see {_log(settings)}; `kill -9 {pid}` ends it and its servers, without "
+                    "data loss"
                 )
             time.sleep(POLL_S)
     console.print("Down. The data are kept.")
 
 
 def show(settings: Settings, console: Console) -> None:
-    """Print both servers: version, address, why this one; for local ones log, pid and data folder."""
+    """Print version, address and reason of both servers; of local ones also log, pid and data."""
     table = Table(box=None, pad_edge=False)
     for heading in ("server", "address", "why"):
         table.add_column(heading, overflow="fold")
@@ -117,7 +119,7 @@ def _fetch(console: Console) -> None:
 
 
 def _spawn(settings: Settings) -> subprocess.Popen[bytes]:
-    """The supervisor, in a session of its own: neither Ctrl-C nor a closed terminal reaches it."""
+    """The supervisor in its own session: neither Ctrl-C nor a closed terminal reaches it."""
     path = _log(settings)
     path.parent.mkdir(parents=True, exist_ok=True)
     environment = {
@@ -140,9 +142,10 @@ def _spawn(settings: Settings) -> subprocess.Popen[bytes]:
 def _wait_ready(
     settings: Settings, console: Console, process: subprocess.Popen[bytes] | None
 ) -> LocalServers | None:
-    """Wait for the servers, showing each step.
+    """Wait for the servers and show each step.
 
-    None where the process that ran them, not ours, went away meanwhile.
+    process: the supervisor that we started; None: another command's. Returns None if that one
+             ended.
     """
     deadline = time.monotonic() + UP_TIMEOUT_S
     with console.status("starting") as status:
@@ -151,14 +154,13 @@ def _wait_ready(
             servers = running(settings)
             if servers is not None and servers.state == "ready":
                 if process is not None:
-                    process.returncode = 0  # it outlives us on purpose; without this Popen warns
+                    process.returncode = 0  # it outlives us on purpose: without this Popen warns
                 return servers
-            if ended and not is_held(
-                settings
-            ):  # held: another `up` was faster, its servers are as good
-                said = "\n".join(tail(_log(settings), 12))
+            # Held although ours ended: another `up` was faster, and its servers will do.
+            if ended and not is_held(settings):
+                last = "\n".join(tail(_log(settings), 12))
                 raise LocalServerError(
-                    f"starting the local servers failed. The end of {_log(settings)}:\n{said}"
+                    f"starting the local servers failed. The end of {_log(settings)}:\n{last}"
                 )
             if process is None and not is_held(settings):
                 return None
@@ -166,8 +168,7 @@ def _wait_ready(
             time.sleep(POLL_S)
     raise LocalServerError(
         f"starting: the servers were not ready within {UP_TIMEOUT_S:g} s; see {_log(settings)} and "
-        f"{servers_file(settings)}; "
-        "`eddyline down` stops the attempt"
+        f"{servers_file(settings)}; `eddyline down` stops the attempt"
     )
 
 

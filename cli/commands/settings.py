@@ -1,4 +1,4 @@
-"""`eddyline settings`: the settings of this process, or docs/configuration.md made of all of them."""
+"""`eddyline settings`: the settings of this process, or the page docs/configuration.md."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ Every setting has a default. A later source wins over an earlier one:
 3. the environment: {", ".join(f"`{name}`" for name in ALIASES)};
 4. the environment: `{PREFIX}` and the setting's name in capitals, `k_max` is `{PREFIX}K_MAX`.
 
-A key that is not in the table, or a bad value, stops the process at its start with a sentence that names the
-key, the value and the source. Secret ones ({", ".join(f"`{name}`" for name in sorted(SECRETS))}) are
-never shown or logged.
-`eddyline settings` prints the values in force. A duration is in the unit that ends its name.
+A key that is not in the table, or a bad value, stops the process at its start with a sentence that
+names the key, the value and the source. Secret ones ({
+    ", ".join(f"`{name}`" for name in sorted(SECRETS))
+}) are never shown or logged. `eddyline settings` prints the values in force. A
+duration is in the unit that ends its name.
 
 This page is generated: `eddyline settings --markdown > docs/configuration.md`.
 
@@ -29,7 +30,7 @@ This page is generated: `eddyline settings --markdown > docs/configuration.md`.
 
 
 def markdown() -> str:
-    """The whole text of docs/configuration.md."""
+    """The text of docs/configuration.md."""
     rows = (
         f"| `{name}` | {kind.replace('|', chr(92) + '|')} | {_shown(default)} | {about} |\n"
         for name, kind, default, about in describe()

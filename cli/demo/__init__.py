@@ -1,1 +1,1 @@
-"""The demo: a world to show, and the steps that show a click change an answer."""
+"""The demo: a running system, and the steps that show how a click changes an answer."""

@@ -1,13 +1,14 @@
-"""From nothing to a living system: servers, a world, a generation, processes, the history replayed."""
+"""Start a running system: servers, data set, generation, processes, replayed history."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 from rich.console import Console
@@ -28,54 +29,55 @@ from sandbox.servers import status
 from sandbox.servers.status import ServerStatus
 from serving.rpc.client import is_ready
 
-# The towers learn from the first 80% by time; the rest is new to them, as it is in life.
+# The towers learn from the first 80% by time; the rest is new to them, as in production.
 TRAIN_SHARE = 0.8
-# Nothing applied for so long means that something is wrong, not slow.
+# Nothing applied for this long: ingest is broken, not slow.
 STALLED_S = 60.0
 
 
 @dataclass
 class RunningDemo:
-    """A living system with a world in it. took_s: what each step took, in order."""
+    """A running system with a data set. took_s: seconds of each step, in order."""
 
     deployment: Deployment
     dataset: Dataset
     address: str
-    where: list[ServerStatus]
+    servers: list[ServerStatus]
     took_s: dict[str, float] = field(default_factory=dict)
 
 
+class OnProgress(Protocol):
+    """Shows progress; a total of 0 is unknown."""
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """what: a few words."""
+
+
 class Steps:
-    """Progress on the terminal: a bar for what takes over a second, and the time of every step."""
+    """Progress on the terminal: a bar for steps over a second, and the time of every step."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.took_s: dict[str, float] = {}
 
     @contextlib.contextmanager
-    def step(self, name: str) -> Iterator[Callable[[str, int, int], None]]:
-        """Yield tell(what, done, of); of = 0 where it is not known."""
+    def step(self, name: str) -> Iterator[OnProgress]:
+        """Time a step and show its progress."""
         started = time.monotonic()
-        if not self.console.is_terminal:
-            yield lambda *_: None
-            self._done(name, started)
-            return
         columns = (
             TextColumn("  {task.description}"),
             BarColumn(),
             TaskProgressColumn(),
             TimeElapsedColumn(),
         )
-        with Progress(*columns, console=self.console, transient=True) as progress:
+        hidden = not self.console.is_terminal
+        with Progress(*columns, console=self.console, transient=True, disable=hidden) as progress:
             task = progress.add_task(name, total=None)
 
-            def tell(what: str, done: int, of: int) -> None:
-                progress.update(task, description=what, completed=done, total=of or None)
+            def on_progress(what: str, done: int, total: int) -> None:
+                progress.update(task, description=what, completed=done, total=total or None)
 
-            yield tell
-        self._done(name, started)
-
-    def _done(self, name: str, started: float) -> None:
+            yield on_progress
         self.took_s[name] = time.monotonic() - started
         if self.took_s[name] >= 1:
             self.console.print(f"  [dim]{name}: {self.took_s[name]:.1f} s[/]")
@@ -83,7 +85,7 @@ class Steps:
 
 @contextlib.contextmanager
 def bring_up(settings: Settings, data: str, console: Console) -> Iterator[RunningDemo]:
-    """A living system with the world `data`; everything that was started here ends with the block."""
+    """A running system with the data set `data`; all that is started here ends with the block."""
     if data not in catalogue.NAMES:
         raise SettingsError(f"DATA={data}: expected one of {', '.join(catalogue.NAMES)}")
     steps = Steps(console)
@@ -96,15 +98,15 @@ def bring_up(settings: Settings, data: str, console: Console) -> Iterator[Runnin
         console.print(f"[dim]{' '.join(dataset.licence.split())}[/]")
     settings = processes.with_namespace(settings, dataset)
     with contextlib.ExitStack() as stack:
-        with steps.step("Kafka and Redis") as tell:
+        with steps.step("Kafka and Redis") as on_progress:
             deployment = stack.enter_context(
-                processes.running_servers(settings, lambda what: tell(what, 0, 0))
+                processes.running_servers(settings, lambda what: on_progress(what, 0, 0))
             )
-        found = status.server_status(settings)
-        for where in found:
-            console.print(f"  {where.version} at {where.address} ({where.why})")
-            if "does not answer" in where.version:
-                raise KafkaUnavailable(f"{where.version} at {where.address}; {where.why}")
+        servers = status.server_status(settings)
+        for server in servers:
+            console.print(f"  {server.version} at {server.address} ({server.why})")
+            if "does not answer" in server.version:
+                raise KafkaUnavailable(f"{server.version} at {server.address}; {server.why}")
         _check_store(deployment.settings)
         manifest = _generation(deployment.settings, dataset, steps)
         with steps.step("topics and generation"):
@@ -113,20 +115,20 @@ def bring_up(settings: Settings, data: str, console: Console) -> Iterator[Runnin
         with steps.step("ingest and worker"):
             deployment.supervisor.start(deployment.ingest_child(), worker)
         _replay_history(deployment, dataset, steps)
-        yield RunningDemo(deployment, dataset, address, found, steps.took_s)
+        yield RunningDemo(deployment, dataset, address, servers, steps.took_s)
 
 
 def _load_dataset(settings: Settings, data: str, steps: Steps) -> Dataset:
-    with steps.step("world") as tell:
+    with steps.step("data set") as on_progress:
         try:
-            return catalogue.load(data, Path(settings.data_dir), tell)
+            return catalogue.load(data, Path(settings.data_dir), on_progress)
         except DatasetUnavailable as error:
-            steps.console.print(f"[yellow]{error}\nGoing on with a generated world.[/]")
-            return catalogue.load("generated", Path(settings.data_dir), tell)
+            steps.console.print(f"[yellow]{error}\nUsing the generated data set instead.[/]")
+            return catalogue.load("generated", Path(settings.data_dir), on_progress)
 
 
 def _generation(settings: Settings, dataset: Dataset, steps: Steps) -> Manifest:
-    """The active generation where its bundle is at hand, else a new one, trained now."""
+    """The active generation if its bundle is here, else a new one, trained now."""
     from embeddings.bundle import bundle
 
     topics.ensure_topics(settings, [topics.GENERATIONS])
@@ -148,8 +150,8 @@ def _generation(settings: Settings, dataset: Dataset, steps: Steps) -> Manifest:
 
 
 def _train(folder: Path, generation: str, dataset: Dataset, steps: Steps) -> Manifest:
-    with steps.step("training") as tell:
-        tell("loading torch", 0, 0)
+    with steps.step("training") as on_progress:
+        on_progress("loading torch", 0, 0)
         from embeddings.bundle import bundle
         from embeddings.data.examples import TrainingData, split
         from embeddings.evaluation.next_item import evaluate
@@ -162,21 +164,21 @@ def _train(folder: Path, generation: str, dataset: Dataset, steps: Steps) -> Man
             data,
             folder,
             generation,
-            on_progress=lambda at: tell(f"training, loss {at.loss:.2f}", at.step, at.steps),
+            on_progress=lambda at: on_progress(f"training, loss {at.loss:.2f}", at.step, at.steps),
         )
         found = bundle.load(folder)
-        judged = evaluate(
+        evaluation = evaluate(
             found,
             profiles,
             before,
             held_out,
             events_max=4_000,
-            on_progress=lambda done, of: tell("judging on the last 20%", done, of),
+            on_progress=lambda done, total: on_progress("evaluating on the last 20%", done, total),
         )
     steps.console.print(
-        f"  generation {generation}: trained on {report.events:,} events in {report.wall_s:.0f} s; on the "
-        f"later 20% the clicked item is among the first ten in {judged.towers.hit_rate_10:.1%} "
-        f"(popularity: {judged.popularity.hit_rate_10:.1%})"
+        f"  generation {generation}: trained on {report.events:,} events in {report.wall_s:.0f} s; "
+        "on the later 20% the clicked item is among the first ten in "
+        f"{evaluation.towers.hit_rate_10:.1%} (popularity: {evaluation.popularity.hit_rate_10:.1%})"
     )
     return _manifest(dataset, generation, found.dimension, found.created_ms)
 
@@ -197,12 +199,8 @@ class _ReplayedEvents(msgspec.Struct, frozen=True, rename={"dataset": "world"}):
     clicks: int
 
 
-def _tell_sent(tell: Callable[[str, int, int], None], what: str, of: int, done: int) -> None:
-    tell(what, done, of)
-
-
 def _check_store(settings: Settings) -> None:
-    """Raise StoreRefused before anything is trained for a Redis that must not be used."""
+    """Raise StoreRefused for a Redis that must not be used, before anything is trained."""
     store = RedisStore(settings)
     try:
         store.check()
@@ -217,24 +215,24 @@ def _replay_history(deployment: Deployment, dataset: Dataset, steps: Steps) -> N
     note = Path(settings.data_dir) / "run" / f"replayed-{settings.namespace}.json"
     if not (note.exists() and note.read_bytes() == msgspec.json.encode(this)):
         clicks = catalogue.shifted_to_now(dataset.clicks, time.time_ns() // 1_000_000)
-        with steps.step("replay") as tell:
+        with steps.step("replay") as on_progress:
             for what, events in (
                 ("items", dataset.items),
                 ("profiles", list(dataset.profiles.values())),
                 ("events", clicks),
             ):
-                on_sent = functools.partial(_tell_sent, tell, f"sending {what}", len(events))
-                replay_file.send(settings, events, on_sent=on_sent)
+                show = functools.partial(on_progress, f"sending {what}", total=len(events))
+                replay_file.send(settings, events, on_sent=show)
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_bytes(msgspec.json.encode(this))
     else:
         steps.console.print(
-            f"  the history lies in Kafka and Redis already ({len(dataset.clicks):,} events)"
+            f"  the history is in Kafka and Redis already ({len(dataset.clicks):,} events)"
         )
-    with steps.step("ingest") as tell:
+    with steps.step("ingest") as on_progress:
         processes.wait_until_applied(
             settings,
             timeout_s=STALLED_S,
-            on_progress=lambda n, of: tell("applying to Redis", n, of),
+            on_progress=lambda done, total: on_progress("applying to Redis", done, total),
             check=deployment.supervisor.check,
         )

@@ -1,4 +1,4 @@
-"""`make demo`: Ana's ten films, a click, her ten films again; a new item found, then deleted and gone."""
+"""`make demo`: a user's ten films before and after a click; a new item appears and is deleted."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 
 import msgspec
 from kafka import KafkaProducer
@@ -29,28 +28,28 @@ from serving.rpc.client import Client
 
 ANA = "ana"
 NEW_ITEM = "eddyline-premiere"
-# A change that is not seen after this time is not coming.
+# A change that is not visible after this time has failed.
 VISIBLE_S_MAX = 10.0
 FIRST_CLICKS = 5
 
 
 class ScenarioFailed(EddylineError):
-    """An answer did not change as it had to."""
+    """An answer did not change as expected."""
 
 
 def run(settings: Settings, *, data: str, once: bool) -> int:
-    """The whole demo; the exit code. Stays up until Ctrl-C unless `once`."""
+    """Run the demo; returns the exit code. Runs until Ctrl-C unless `once`."""
     console, started = Console(highlight=False), time.monotonic()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.default_int_handler)
     try:
         with bring_up(settings, data, console) as system:
-            show = Scenario(system, console, started)
+            scenario = Scenario(system, console, started)
             try:
-                result = show.all()
+                result = scenario.run()
             finally:
-                show.close()
+                scenario.close()
             if once:
                 console.print(msgspec.json.encode(result).decode(), soft_wrap=True, markup=False)
                 return 0
@@ -67,7 +66,10 @@ def run(settings: Settings, *, data: str, once: bool) -> int:
 
 
 class Scenario:
-    """The steps that people see. Each one raises ScenarioFailed where an answer did not change as it had to."""
+    """The steps of the demo.
+
+    Each raises ScenarioFailed if an answer does not change as expected.
+    """
 
     def __init__(self, system: RunningDemo, console: Console, started: float) -> None:
         self.system = system
@@ -79,27 +81,27 @@ class Scenario:
         self.titles = {item.item_id: item for item in system.dataset.items}
 
     def close(self) -> None:
-        """Let go of connections."""
+        """Close the connections."""
         self.client.close()
         self.producer.close(timeout=5)
 
-    def all(self) -> dict[str, object]:
-        """Everything; the figures of the demo's last line."""
-        first = self.meet_ana()
+    def run(self) -> dict[str, object]:
+        """Run every step; returns the figures of the demo's last line."""
+        first = self.first_answer()
         click_ms = self.click(first)
-        item_ms, delete_ms = self.item_comes_and_goes()
-        where = {w.name: w.version for w in self.system.where}
+        item_ms, delete_ms = self.add_and_delete_item()
+        versions = {server.name: server.version for server in self.system.servers}
         return {
             "click_visible_ms": round(click_ms, 1),
             "item_visible_ms": round(item_ms, 1),
             "delete_visible_ms": round(delete_ms, 1),
-            "kafka": where["kafka"],
-            "redis": where["redis"],
+            "kafka": versions["kafka"],
+            "redis": versions["redis"],
             "data": self.system.dataset.name,
         }
 
-    def meet_ana(self) -> RetrieveResponse:
-        """A fresh Ana, who has clicked five things of one kind."""
+    def first_answer(self) -> RetrieveResponse:
+        """The answer for a new user after five clicks in one category."""
         sent_to(producers.send_forget(self.producer, self.settings, ANA), self.settings)
         check = self.system.deployment.supervisor.check
         processes.wait_until_applied(self.settings, timeout_s=VISIBLE_S_MAX, check=check)
@@ -114,13 +116,13 @@ class Scenario:
         self.console.print(f"\nAna has clicked {FIRST_CLICKS} times, all {taste}: {films}.")
         self._expect(len(answer.items) == 10, f"ten items for Ana, not {len(answer.items)}")
         self._expect(
-            not set(liked) & {i.item_id for i in answer.items}, "what Ana has seen is left out"
+            not set(liked) & {i.item_id for i in answer.items}, "no film that Ana has seen"
         )
         self.console.print(self._table(answer, None))
         return answer
 
     def click(self, first: RetrieveResponse) -> float:
-        """Ana clicks what is least like what she clicked before; milliseconds until her answer knows it."""
+        """Click the film least like the earlier ones; milliseconds until the answer has the click."""
         known = Counter(c for item_id in self._taste()[1] for c in self.titles[item_id].categories)
         chosen = min(
             (i.item_id for i in first.items),
@@ -129,54 +131,53 @@ class Scenario:
         self.console.print(f"\nAna clicks [bold]{escape(self._title(chosen))}[/].")
         token = self._send_click(chosen)
         answer = self.client.retrieve(ANA, 10, after=token, wait_ms=2_000, with_cards=True)
-        seen = trace(answer)
+        click_trace = trace(answer)
         ids = [i.item_id for i in answer.items]
         self._expect(answer.freshness.after.applied, "the click is in the answer")
-        self._expect(
-            len(ids) == 10 and chosen not in ids, "the clicked item is gone, ten others are there"
-        )
+        self._expect(len(ids) == 10 and chosen not in ids, "ten items without the clicked one")
         self._expect(ids != [i.item_id for i in first.items], "the list has changed")
         self.console.print(self._table(answer, first))
-        self.console.print(f"[bold green]{seen}[/]")
+        self.console.print(f"[bold green]{click_trace}[/]")
         self.console.print(
-            "[dim]kafka: producer → ingest · ingest: → applied in Redis · wait: → the worker reads it · "
-            "tower: her vector · search: the index · answer: → here[/]"
+            "[dim]kafka: producer → ingest · ingest: → applied in Redis · wait: → read by the "
+            "worker · tower: the user's vector · search: the index · answer: → here[/]"
         )
-        return seen.total_ms
+        return click_trace.total_ms
 
-    def item_comes_and_goes(self) -> tuple[float, float]:
+    def add_and_delete_item(self) -> tuple[float, float]:
         """(milliseconds until a new item is found, until it is gone after its delete)."""
         like = self.titles[self._taste()[1][0]]
         item = msgspec.structs.replace(
             like, item_id=NEW_ITEM, title=f"{like.title} II", at_ms=now_ms()
         )
-        rank, found_ms = self._until(
-            lambda: producers.send_item(self.producer, self.settings, item), there=True
-        )
+        sent = producers.send_item(self.producer, self.settings, item)
+        rank, found_ms = self._wait_for_item(sent, found=True)
         self.console.print(
             f"\nA new item, [bold]{escape(item.title)}[/], that nobody has clicked yet: "
-            f"[bold green]found in {found_ms:.0f} ms[/], number {rank} of {len(self.titles):,} for Ana"
+            f"[bold green]found in {found_ms:.0f} ms[/], number {rank} of {len(self.titles):,} for "
+            "Ana"
         )
-        delete = lambda: producers.send_delete(self.producer, self.settings, NEW_ITEM)  # noqa: E731
-        _, gone_ms = self._until(delete, there=False)
+        sent = producers.send_delete(self.producer, self.settings, NEW_ITEM)
+        _, gone_ms = self._wait_for_item(sent, found=False)
         self.console.print(f"Deleted: [bold green]gone in {gone_ms:.0f} ms[/]")
         return found_ms, gone_ms
 
-    def _until(self, send: Callable[[], object], *, there: bool) -> tuple[int, float]:
-        """Send, then ask for the whole list until the towers name the item, or nothing does.
+    def _wait_for_item(self, sent: object, *, found: bool) -> tuple[int, float]:
+        """Query all items until the towers recall the new item, or no path does.
 
-        (its rank, milliseconds)
+        sent: the record's future. Returns (the item's rank or 0, milliseconds).
         """
         began = time.monotonic()
-        sent_to(send(), self.settings)
+        sent_to(sent, self.settings)
         while time.monotonic() - began < VISIBLE_S_MAX:
             answer = self.client.retrieve(ANA, len(self.titles) + 1, timeout_s=5)
-            # Where the item arrives between two paths of one answer, the last path names it first.
-            wanted = ("towers",) if there else ("towers", "popular", "newest")
-            ranks = [i.rank for i in answer.items if i.item_id == NEW_ITEM and i.path in wanted]
-            if bool(ranks) == there:
+            # An item that arrives between two paths of one answer is first recalled by the last
+            # path.
+            paths = ("towers",) if found else ("towers", "popular", "newest")
+            ranks = [i.rank for i in answer.items if i.item_id == NEW_ITEM and i.path in paths]
+            if bool(ranks) == found:
                 return (ranks or [0])[0], (time.monotonic() - began) * 1_000
-        what = "not found" if there else "still there"
+        what = "not found" if found else "still there"
         raise ScenarioFailed(f"the new item is {what} after {VISIBLE_S_MAX:.0f} s")
 
     def _send_click(self, item_id: str) -> tuple[int, int]:
@@ -184,7 +185,10 @@ class Scenario:
         return sent_to(producers.send_click(self.producer, self.settings, click), self.settings)
 
     def _taste(self) -> tuple[str, list[str]]:
-        """(a category, its five most clicked items): the third most common category, not the commonest."""
+        """(a category, its five most clicked items).
+
+        Of the eight most common categories the last one.
+        """
         counts = Counter(c for item in self.system.dataset.items for c in item.categories)
         category = [c for c, _ in counts.most_common(8)][-1]
         of_it = {i.item_id for i in self.system.dataset.items if category in i.categories}
@@ -205,17 +209,7 @@ class Scenario:
         for item in answer.items:
             moved = ""
             if before:
-                was = ranks.get(item.item_id)
-                up = (was or 0) - item.rank
-                moved = (
-                    "[green]new[/]"
-                    if was is None
-                    else f"▲{up}"
-                    if up > 0
-                    else f"▼{-up}"
-                    if up
-                    else ""
-                )
+                moved = _moved(ranks.get(item.item_id), item.rank)
             row = (escape(self._title(item.item_id)), moved, item.path, f"{item.score:.3f}")
             table.add_row(str(item.rank), *row)
         return table
@@ -225,19 +219,24 @@ class Scenario:
             raise ScenarioFailed(f"expected: {what}")
 
 
+def _moved(before: int | None, after: int) -> str:
+    if before is None:
+        return "[green]new[/]"
+    if after == before:
+        return ""
+    return f"▲{before - after}" if after < before else f"▼{after - before}"
+
+
 def _print_what_next(system: RunningDemo, settings: Settings, console: Console) -> None:
     live = system.deployment.settings
     servers = f"Kafka {live.kafka_bootstrap_servers} · Redis {without_password(live.redis_url)}"
     logs = system.deployment.supervisor.log_dir
     console.print(f"\n{servers} · worker {system.address} · logs in {logs}", soft_wrap=True)
     local = discovery.running(settings)
-    space = (
-        ""
-        if local and local.namespace == live.namespace
-        else f"EDDYLINE_NAMESPACE={live.namespace} "
-    )
+    same = local is not None and local.namespace == live.namespace
+    prefix = "" if same else f"EDDYLINE_NAMESPACE={live.namespace} "
     item_id = system.dataset.items[0].item_id
-    console.print("Play on, in another terminal of this folder:")
+    console.print("To continue in another terminal of this folder:")
     for command in (f"click {ANA} {item_id}", f"query {ANA}", "stats"):
-        console.print(f"  {space}.venv/bin/eddyline {command}", soft_wrap=True)
+        console.print(f"  {prefix}.venv/bin/eddyline {command}", soft_wrap=True)
     console.print("Ctrl-C stops it all.")

@@ -1,10 +1,10 @@
-"""How long a click took to change an answer, hop by hop. Every stamp was set by the process that did the hop.
+"""How long a click took to change an answer, by hop. Each process stamps its own hop.
 
-kafka   produced by the producer → read by ingest (the broker in between)
-ingest  read → Redis' own clock in the write script: decode, read the state, micro-step, write
-wait    applied → the query worker has read the user (polling, or the next call)
+kafka   produced by the producer → read by ingest, through the broker
+ingest  read → written, by Redis' clock: decode, read the state, micro-step, write
+wait    applied → the query worker has read the user, by polling or at the next call
 tower   the user's vector computed
-search  the paths asked
+search  the recall paths
 answer  fused, sent, and received by the caller
 """
 
@@ -37,9 +37,9 @@ class Trace:
 
 
 def trace(answer: RetrieveResponse, received_us: int | None = None) -> Trace:
-    """The trace of the user's last click that the answer knows.
+    """The trace of the user's last click that the answer includes.
 
-    received_us: when the caller had the answer, by his clock; now where left out
+    received_us: when the caller got the answer, by its own clock; default: now
     """
     received_us = time.time_ns() // 1_000 if received_us is None else received_us
     user, worker = answer.freshness.user, answer.freshness.worker

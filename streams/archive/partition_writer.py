@@ -239,7 +239,7 @@ class PartitionWriter:
         """Place the merges among these clicks, without users who were forgotten since.
 
         The visitor's null record is in this partition; the target's is in the target's partition,
-        and the files of that partition tell.
+        and in the files of that partition.
         """
         partial = merges.finish()
         _erase(partial, MERGES, self._forgotten.of)
