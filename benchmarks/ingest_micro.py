@@ -26,6 +26,7 @@ from eddyline.schema.user_history import Entry
 from embeddings.bundle import bundle
 from embeddings.bundle.bundle import Bundle
 from embeddings.data.examples import TrainingData
+from embeddings.models.bags import make_bags
 from embeddings.models.base import Recipe
 from embeddings.models.two_tower import UserModel
 from embeddings.training.trainer import train
@@ -87,11 +88,7 @@ def by_torch(towers: Bundle, size: int, batch: int) -> Callable[[], object]:
         towers.user_tower.space.rows, dimension=towers.dimension, hidden=hidden, history_max=length
     )
     vectors, s = torch.from_numpy(towers.item_vectors.copy()), towers.micro.settings
-    none = (
-        torch.zeros(0, dtype=torch.long),
-        torch.zeros(batch + 1, dtype=torch.long),
-        torch.zeros(0),
-    )
+    none = make_bags(([], []) for _ in range(batch))
     micro = MicroSteps(towers)
 
     def one(at: int) -> dict[str, tuple[int, bytes]]:

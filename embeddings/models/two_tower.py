@@ -25,11 +25,12 @@ from typing_extensions import override
 from eddyline.errors import BundleError
 from eddyline.schema.events import Item
 from embeddings.data.examples import Examples, Ints, TrainingData
+from embeddings.models.bags import Bags, make_bags
 from embeddings.models.base import Model, OnProgress, Recipe
 from embeddings.models.optimization import minimize
 from embeddings.towers import features
 from embeddings.towers.base import TrainedModel
-from embeddings.towers.features import Bags, FeatureSpace
+from embeddings.towers.features import FeatureSpace
 from embeddings.towers.numerics import Floats
 from embeddings.towers.two_tower import KIND, VERSION
 
@@ -68,7 +69,10 @@ class TwoTower(Model):
             hidden=recipe.hidden,
             history_max=recipe.history_max,
         )
-        profiles = _profile_bags(profile_space, data.profiles, examples.user_ids)
+        profiles = make_bags(
+            profile_space.of_profile(data.profiles.get(user_id, {}))
+            for user_id in examples.user_ids
+        )
         rng = np.random.default_rng(recipe.seed)
         loss = _Loss(item_model, user_model, catalogue, profiles, examples, recipe, rng)
         losses = minimize(
@@ -106,7 +110,7 @@ class _Loss:
         item_model: ItemModel,
         user_model: UserModel,
         catalogue: CatalogueFeatures,
-        profiles: TorchBags,
+        profiles: Bags,
         examples: Examples,
         recipe: Recipe,
         rng: np.random.Generator,
@@ -135,7 +139,7 @@ class _Loss:
             vectors,
             places[len(candidates) :].view(histories.shape),
             torch.from_numpy(counts),
-            pick_bags(self._profiles, users),
+            self._profiles.pick(users),
         )
         scores = forward @ vectors[places[: len(candidates)]].T / recipe.temperature
         scores = scores - self._log_q[candidates]
@@ -176,7 +180,7 @@ class ItemModel(nn.Module):
         if len(self.identity):
             x = F.embedding(identity_rows.clamp(min=0), self.identity) * keep[:, None]
         if len(self.features):
-            x = x + _weighted_sum(self.features, pick_bags(catalogue.bags, rows))
+            x = x + catalogue.bags.pick(rows).sums(self.features)
         if catalogue.dense is not None:
             has_dense = catalogue.has_dense[rows, None]
             x = x + (catalogue.dense[rows] @ self.projection + self.projection_bias) * has_dense
@@ -213,9 +217,7 @@ class UserModel(nn.Module):
         self.layer_1 = nn.Linear(dimension, hidden)
         self.layer_2 = nn.Linear(hidden, dimension)
 
-    def forward(
-        self, vectors: Tensor, histories: Tensor, counts: Tensor, profiles: TorchBags
-    ) -> Tensor:
+    def forward(self, vectors: Tensor, histories: Tensor, counts: Tensor, profiles: Bags) -> Tensor:
         """f, float32 (n, d), unit norm.
 
         vectors:   float32 (m, d): output of the item tower
@@ -241,7 +243,7 @@ class UserModel(nn.Module):
         heads = torch.einsum("nhd,hsd->nhs", attended, self.value.weight.view(HEADS, size, d))
         z = newest + cast(Tensor, self.output(heads.reshape(n, d)))
         if len(self.profile):
-            z = z + _weighted_sum(self.profile, profiles)
+            z = z + profiles.sums(self.profile)
         return F.normalize(z + cast(Tensor, self.layer_2(F.relu(self.layer_1(z)))), dim=1)
 
     def export(self) -> dict[str, Floats]:
@@ -272,10 +274,6 @@ class UserModel(nn.Module):
         }
 
 
-# (rows int64 (m,), offsets int64 (n + 1,), weights float32 (m,)): the form of `features.Bags`.
-TorchBags = tuple[Tensor, Tensor, Tensor]
-
-
 class CatalogueFeatures:
     """The features of all items as tensors.
 
@@ -288,7 +286,7 @@ class CatalogueFeatures:
     def __init__(
         self, bags: Bags, identities: Ints, dense: Floats | None, has_dense: Floats | None
     ) -> None:
-        self.bags = torch_bags(bags)
+        self.bags = bags
         self.identities = torch.from_numpy(identities)
         self.dense = None if dense is None else torch.from_numpy(dense)
         self.has_dense = (
@@ -300,7 +298,7 @@ class CatalogueFeatures:
     def of(cls, items: Sequence[Item], space: FeatureSpace, counts: Ints) -> CatalogueFeatures:
         """The features of items; those with counts > 0 get an ID embedding, in their order."""
         identities = np.where(counts > 0, np.cumsum(counts > 0) - 1, -1)
-        bags = features.bags(space.of_item(item) for item in items)
+        bags = make_bags(space.of_item(item) for item in items)
         if not space.dense:
             return cls(bags, identities, None, None)
         has_dense = np.array([item.vector is not None for item in items], np.float32)
@@ -321,45 +319,11 @@ class CatalogueFeatures:
         return {**arrays, "projection": projection, "projection_bias": bias}
 
 
-def torch_bags(bags: Bags) -> TorchBags:
-    """The bags as tensors that share their memory."""
-    return (
-        torch.from_numpy(bags.rows),
-        torch.from_numpy(bags.offsets),
-        torch.from_numpy(bags.weights),
-    )
-
-
-def pick_bags(bags: TorchBags, chosen: Tensor) -> TorchBags:
-    """Some of the bags. chosen: int64 (k,)."""
-    rows, offsets, weights = bags
-    starts = offsets[chosen]
-    sizes = offsets[chosen + 1] - starts
-    ends = torch.zeros(len(chosen) + 1, dtype=torch.int64)
-    torch.cumsum(sizes, 0, out=ends[1:])
-    places = torch.arange(int(ends[-1])) + torch.repeat_interleave(starts - ends[:-1], sizes)
-    return rows[places], ends, weights[places]
-
-
-def _profile_bags(
-    space: FeatureSpace, profiles: Mapping[str, Mapping[str, object]], user_ids: Sequence[str]
-) -> TorchBags:
-    return torch_bags(features.bags(space.of_profile(profiles.get(u, {})) for u in user_ids))
-
-
 def _dense_length(items: Sequence[Item]) -> int:
     lengths = {len(item.vector) for item in items if item.vector is not None}
     if len(lengths) > 1:
         raise BundleError(f"items have vectors of different lengths: {sorted(lengths)}")
     return lengths.pop() if lengths else 0
-
-
-def _weighted_sum(table: Tensor, bags: TorchBags) -> Tensor:
-    """The weighted sum of each bag's rows of the table, float32 (n, d)."""
-    rows, offsets, weights = bags
-    return F.embedding_bag(
-        rows, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
-    )
 
 
 def _residual(layer_1: nn.Linear, layer_2: nn.Linear) -> dict[str, Floats]:

@@ -26,7 +26,6 @@ from zlib import crc32
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from eddyline.schema.events import Item
 
@@ -140,32 +139,6 @@ def trigrams(title: str) -> list[str]:
         if len(found) >= TRIGRAMS_MAX:
             break
     return found[:TRIGRAMS_MAX]
-
-
-class Bags(msgspec.Struct, frozen=True):
-    """Rows and weights of n items in flat arrays, for training.
-
-    rows, weights: int64 and float32 (m,)
-    offsets:       int64 (n + 1,); bag i is [offsets[i], offsets[i + 1])
-    """
-
-    rows: npt.NDArray[np.int64]
-    weights: npt.NDArray[np.float32]
-    offsets: npt.NDArray[np.int64]
-
-
-def bags(features: Iterable[tuple[list[int], list[float]]]) -> Bags:
-    """The flat arrays of many (rows, weights)."""
-    rows: list[int] = []
-    weights: list[float] = []
-    offsets = [0]
-    for some_rows, some_weights in features:
-        rows.extend(some_rows)
-        weights.extend(some_weights)
-        offsets.append(len(rows))
-    return Bags(
-        np.asarray(rows, np.int64), np.asarray(weights, np.float32), np.asarray(offsets, np.int64)
-    )
 
 
 def _learn(

@@ -5,13 +5,8 @@ import pytest
 import torch
 
 from eddyline.schema.events import Item
-from embeddings.models.two_tower import (
-    CatalogueFeatures,
-    ItemModel,
-    UserModel,
-    pick_bags,
-    torch_bags,
-)
+from embeddings.models.bags import Bags, make_bags
+from embeddings.models.two_tower import CatalogueFeatures, ItemModel, UserModel
 from embeddings.towers import features
 from embeddings.towers.item_tower import ItemTower
 from embeddings.towers.numerics import unit
@@ -56,7 +51,7 @@ def test_item_tower(dense: int) -> None:
         for n, item in enumerate(ITEMS)
     ]
     space = features.learn_items(items, dense=dense)
-    bags = features.bags(space.of_item(item) for item in items)
+    bags = make_bags(space.of_item(item) for item in items)
     catalogue = CatalogueFeatures(
         bags, np.arange(len(items)), dense_vectors if dense else None, has_dense
     )
@@ -77,7 +72,7 @@ def test_item_tower(dense: int) -> None:
 def test_identity_dropout_is_for_training_alone() -> None:
     space = features.learn_items(ITEMS)
     catalogue = CatalogueFeatures(
-        features.bags(space.of_item(i) for i in ITEMS), np.arange(len(ITEMS)), None, None
+        make_bags(space.of_item(i) for i in ITEMS), np.arange(len(ITEMS)), None, None
     )
     model = ItemModel(len(ITEMS), space.rows, 0, dimension=D, hidden=H, dropout=0.5)
     rows = torch.arange(len(ITEMS))
@@ -89,8 +84,8 @@ def test_identity_dropout_is_for_training_alone() -> None:
     assert (model.eval().inputs(catalogue, rows) == content).all(dim=1).sum().item() == 0
 
 
-def catalogue_bags(space: features.FeatureSpace) -> features.Bags:
-    return features.bags(space.of_item(item) for item in ITEMS)
+def catalogue_bags(space: features.FeatureSpace) -> Bags:
+    return make_bags(space.of_item(item) for item in ITEMS)
 
 
 def test_user_tower() -> None:
@@ -102,8 +97,8 @@ def test_user_tower() -> None:
     vectors = unit(rng.normal(size=(300, D)).astype(np.float32))
     places = rng.integers(0, 300, (90, LENGTH))
     counts = np.concatenate([[0, 0, 1, 2, 19, 20], rng.integers(0, 21, 84)])
-    bags = features.bags(space.of_profile(p) for p in profiles)
-    picked = pick_bags(torch_bags(bags), torch.arange(90))
+    bags = make_bags(space.of_profile(p) for p in profiles)
+    picked = bags.pick(torch.arange(90))
     expected = model(*(torch.from_numpy(part) for part in (vectors, places, counts)), picked)
     tower = UserTower(space, model.export())
     rows = [row[:n].tolist() for row, n in zip(places, counts, strict=True)]
