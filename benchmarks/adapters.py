@@ -32,7 +32,7 @@ from eddyline.schema.item_record import ItemRecord
 from eddyline.settings.loader import load
 from index.backends.registry import NAMES, make_backend
 from index.live import LiveIndex
-from index.search import nearest
+from index.search.nearest import NearestSearch
 
 N = int(os.environ.get("N", "50000"))
 SECONDS = float(os.environ.get("SECONDS", "14"))
@@ -89,7 +89,7 @@ def recalls(index: LiveIndex, queries: np.ndarray) -> tuple[float, float]:
     """(recall@10, recall@100) on what the index holds now; nobody writes meanwhile."""
     found10 = found100 = 0
     for query in queries:
-        best = nearest.scan(index._version, query, K, frozenset()).ids
+        best = NearestSearch(index._version, query, K, frozenset()).scan().ids
         got = index.find(query, K).ids
         found10 += len(set(best[:10]) & set(got[:10]))
         found100 += len(set(best) & set(got))

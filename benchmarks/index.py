@@ -31,7 +31,7 @@ from benchmarks.report import report, row
 from eddyline.schema.item_record import ItemRecord
 from eddyline.settings.loader import load
 from index.factory import HnswIndex
-from index.search import nearest
+from index.search.nearest import NearestSearch
 
 LONG = os.environ.get("LONG") == "1"
 N = int(os.environ.get("N", "50000"))
@@ -311,11 +311,19 @@ def crossing() -> list[dict[str, Any]]:
         world = World(n, exact_below=0)
         version = world.index._version
         scan = statistics.median(
-            timed(lambda q, v=version: nearest.scan(v, q, K, frozenset()), world.queries, 0.7, 0)
+            timed(
+                lambda q, v=version: NearestSearch(v, q, K, frozenset()).scan(),
+                world.queries,
+                0.7,
+                0,
+            )
         )
         graph = statistics.median(
             timed(
-                lambda q, v=version: nearest.search(v, q, K, frozenset(), EF), world.queries, 0.7, 0
+                lambda q, v=version: NearestSearch(v, q, K, frozenset()).by_segments(EF),
+                world.queries,
+                0.7,
+                0,
             )
         )
         rows.append(row(f"exact scan against graph, n = {n:,}", scan / graph, "×"))

@@ -28,7 +28,7 @@ import numpy as np
 from benchmarks.index import EF, JUDGED, REBUILD_NICE, K, World, background, recall_of, timed
 from benchmarks.report import report, row
 from eddyline.settings.loader import load
-from index.search import nearest
+from index.search.nearest import NearestSearch
 from index.storage.index_version import IndexVersion
 
 N = int(os.environ.get("N", "100000"))
@@ -42,10 +42,9 @@ SECONDS = float(os.environ.get("SECONDS", "20"))
 
 def answer(state: IndexVersion, query: np.ndarray) -> Any:
     """As the live index answers."""
-    found = None
-    if nearest.searchable(state, K, EF):
-        found = nearest.search(state, query, K, frozenset(), EF)
-    return found or nearest.scan(state, query, K, frozenset())
+    search = NearestSearch(state, query, K, frozenset())
+    found = search.by_segments(EF) if search.segments_pay(EF) else None
+    return found or search.scan()
 
 
 def cpu_us(states: tuple[IndexVersion, IndexVersion], queries: np.ndarray) -> list[float]:

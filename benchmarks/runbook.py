@@ -27,7 +27,7 @@ from benchmarks.report import report, row
 from eddyline.schema.item_record import ItemRecord
 from eddyline.settings.loader import load
 from index.factory import HnswIndex
-from index.search import nearest
+from index.search.nearest import NearestSearch
 
 N = int(os.environ.get("N", "1000000" if os.environ.get("LONG") == "1" else "100000"))
 PHASES = int(os.environ.get("PHASES", "8"))
@@ -102,7 +102,7 @@ class Stream:
         found10 = found100 = 0
         took = []
         for query in queries:
-            truth = nearest.scan(self.index._version, query, 100, frozenset()).ids
+            truth = NearestSearch(self.index._version, query, 100, frozenset()).scan().ids
             begun = time.thread_time()
             got = self.index.find(query, 100).ids
             took.append((time.thread_time() - begun) * 1e6)

@@ -12,7 +12,7 @@ from eddyline.schema.item_record import ItemRecord
 from index.arrays import Vector
 from index.filters import Filter, matches
 from index.port import Hit, Index, IndexStats, SearchResult, Watermark
-from index.records import check_kinds, check_query, stack_vectors, stamps_of, watermarks_after
+from index.records import check_query, stack_vectors, stamps_of, watermarks_after
 
 
 class ExactIndex(Index):
@@ -23,22 +23,17 @@ class ExactIndex(Index):
 
     def __init__(self, dimension: int) -> None:
         """dimension: length of every vector."""
-        self._dimension = dimension
+        self.dimension = dimension
         self._lock = threading.Lock()
         self._records: dict[str, ItemRecord] = {}
         self._watermarks: dict[int, Watermark] = {}
         self._applied = self._ignored = self._rejected = 0
 
-    @property
-    @override
-    def dimension(self) -> int:
-        return self._dimension
-
     @override
     def apply(self, records: Sequence[ItemRecord], others: Sequence[ItemRecord] = ()) -> int:
         with self._lock:
             try:
-                stack_vectors(records, self._dimension)
+                stack_vectors(records, self.dimension)
             except Exception:
                 self._rejected += 1
                 raise
@@ -54,20 +49,10 @@ class ExactIndex(Index):
             return applied
 
     @override
-    def upsert(self, records: Sequence[ItemRecord]) -> int:
-        check_kinds(records, retired=False)
-        return self.apply(records)
-
-    @override
-    def retire(self, records: Sequence[ItemRecord]) -> int:
-        check_kinds(records, retired=True)
-        return self.apply(records)
-
-    @override
     def query(
         self, vector: Vector, k: int, exclude: Collection[str] = (), filters: Filter | None = None
     ) -> list[Hit]:
-        check_query(vector, self._dimension)
+        check_query(vector, self.dimension)
         query = vector.astype(np.float64)
         scored = [
             _hit(record, float((record.vector.astype(np.float64) * query).sum()))
@@ -87,7 +72,7 @@ class ExactIndex(Index):
         with self._lock:
             records = [self._records.get(item_id) for item_id in item_ids]
         vectors = [r.vector for r in records if r is not None and r.vector is not None]
-        return np.array(vectors, np.float32).reshape(len(vectors), self._dimension)
+        return np.array(vectors, np.float32).reshape(len(vectors), self.dimension)
 
     @override
     def describe(self, item_ids: Sequence[str], filters: Filter | None = None) -> list[Hit | None]:

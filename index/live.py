@@ -24,8 +24,9 @@ from index.arrays import Vector
 from index.backends.base import AnnBackend
 from index.filters import Filter
 from index.port import Hit, Index, IndexStats, RecallEstimate, SearchResult, Watermark
-from index.records import check_kinds, check_query, stack_vectors, stamps_of, watermarks_after
-from index.search import filtered, nearest
+from index.records import check_query, stack_vectors, stamps_of, watermarks_after
+from index.search import filtered
+from index.search.nearest import NearestSearch, newest
 from index.snapshot import restore
 from index.snapshot.format import Contents
 from index.storage.index_version import IndexVersion
@@ -43,15 +44,8 @@ DROP_SHARE = 0.8
 class RecallMonitor(Protocol):
     """Watches the answers of a live index, as `index.recall_guard` does."""
 
-    def offer(
-        self,
-        version: IndexVersion,
-        vector: Vector,
-        k: int,
-        excluded: Collection[str],
-        result: SearchResult,
-    ) -> None:
-        """One query and its answer, from the query's thread; returns at once."""
+    def offer(self, search: NearestSearch, result: SearchResult) -> None:
+        """A query and its answer, from the query's thread; returns at once."""
 
     def recall(self) -> RecallEstimate:
         """The estimate now."""
@@ -92,7 +86,7 @@ class LiveIndex(Index):
                 f"dimension {dimension}, breadth {breadth} and fresh_max {fresh_max} must be at "
                 f"least 1, exact_below {exact_below} and flush_above {flush_above} at least 0"
             )
-        self._dimension = dimension
+        self.dimension = dimension
         self._backend = backend
         self.breadth = breadth
         self.exact_only = False
@@ -116,11 +110,6 @@ class LiveIndex(Index):
 
     # ------------------------------------------------------------------ reading
 
-    @property
-    @override
-    def dimension(self) -> int:
-        return self._dimension
-
     @override
     def query(
         self, vector: Vector, k: int, exclude: Collection[str] = (), filters: Filter | None = None
@@ -132,7 +121,7 @@ class LiveIndex(Index):
         self, vector: Vector, k: int, exclude: Collection[str] = (), filters: Filter | None = None
     ) -> SearchResult:
         """As `Index.find`. Exact up to `exact_below` items, and while much is fresh."""
-        check_query(vector, self._dimension)
+        check_query(vector, self.dimension)
         version = self._version
         k = min(k, version.live)
         if k <= 0:
@@ -143,17 +132,16 @@ class LiveIndex(Index):
         if filters is not None:
             exact = self.exact_only or version.live <= self._exact_below
             return filtered.query(version, vector, k, excluded, filters, 0 if exact else breadth)
-        if version.live <= self._exact_below or not nearest.searchable(
-            version, k + len(excluded), breadth
-        ):
-            return nearest.scan(version, vector, k, excluded)
+        search = NearestSearch(version, vector, k, excluded)
+        if version.live <= self._exact_below or not search.segments_pay(breadth):
+            return search.scan()
         exact = self.exact_only
-        result = None if exact else nearest.search(version, vector, k, excluded, breadth)
+        result = None if exact else search.by_segments(breadth)
         self._refused += result is None and not exact
         if result is None:
-            result = nearest.scan(version, vector, k, excluded)
+            result = search.scan()
         if guard is not None:
-            guard.offer(version, vector, k, excluded, result)
+            guard.offer(search, result)
         return result
 
     @override
@@ -184,15 +172,15 @@ class LiveIndex(Index):
         version, excluded = self._version, frozenset(exclude)
         if filters is not None:
             mask = filtered.passing_mask(version, filters)
-            return nearest.newest(version, k, excluded | filters.deny, mask)
+            return newest(version, k, excluded | filters.deny, mask)
         cached_for, cached = self._newest
         if cached_for is not version:
-            cached = nearest.newest(version, NEWEST_KEPT, frozenset())
+            cached = newest(version, NEWEST_KEPT, frozenset())
             self._newest = (version, cached)
         hits = [hit for hit in cached if hit.item_id not in excluded][:k]
         if len(hits) == k or len(cached) == version.live:
             return hits
-        return nearest.newest(version, k, excluded)
+        return newest(version, k, excluded)
 
     @override
     def watermarks(self) -> Mapping[int, Watermark]:
@@ -228,20 +216,10 @@ class LiveIndex(Index):
     # ------------------------------------------------------------------ writing
 
     @override
-    def upsert(self, records: Sequence[ItemRecord]) -> int:
-        check_kinds(records, retired=False)
-        return self.apply(records)
-
-    @override
-    def retire(self, records: Sequence[ItemRecord]) -> int:
-        check_kinds(records, retired=True)
-        return self.apply(records)
-
-    @override
     def apply(self, records: Sequence[ItemRecord], others: Sequence[ItemRecord] = ()) -> int:
         with self._lock:
             try:
-                vectors = stack_vectors(records, self._dimension)
+                vectors = stack_vectors(records, self.dimension)
             except VectorRejected:
                 self._rejected += 1
                 raise
@@ -282,7 +260,7 @@ class LiveIndex(Index):
         Raises ValueError if the index is not empty or has another dimension.
         """
         with self._lock:
-            if self._version.ids or contents.vectors.shape[1] != self._dimension:
+            if self._version.ids or contents.vectors.shape[1] != self.dimension:
                 raise ValueError("only an empty index of the same dimension can be restored")
             self._version, offsets = restore.import_state(self._version, contents)
             self._offsets = ItemOffsets(self._version.ids, self._version.label_of, offsets)

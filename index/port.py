@@ -140,11 +140,11 @@ class IndexReader(Protocol):
     """The reading half of `Index`: what a query needs. Thread rule: as the implementation's.
 
     A worker reads its own index; a coordinator reads the shards through `ScatterGather`.
+
+    dimension: length of every vector
     """
 
-    @property
-    def dimension(self) -> int:
-        """Length of every vector."""
+    dimension: int
 
     def query(
         self, vector: Vector, k: int, exclude: Collection[str] = (), filters: Filter | None = None
@@ -192,9 +192,17 @@ class Index(IndexReader, Protocol):
 
     def upsert(self, records: Sequence[ItemRecord]) -> int:
         """`apply` for records with vectors; raises ValueError if one has none."""
+        for record in records:
+            if record.retired:
+                raise ValueError(f"item {record.item_id!r} is a delete")
+        return self.apply(records)
 
     def retire(self, records: Sequence[ItemRecord]) -> int:
         """`apply` for deletes; raises ValueError if a record is not a delete."""
+        for record in records:
+            if not record.retired:
+                raise ValueError(f"item {record.item_id!r} carries a vector")
+        return self.apply(records)
 
     def find(
         self, vector: Vector, k: int, exclude: Collection[str] = (), filters: Filter | None = None

@@ -15,17 +15,15 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import NamedTuple
 
 from typing_extensions import override
 
 from eddyline.statistics import interval
-from index.arrays import Vector
 from index.live import LiveIndex, RecallMonitor
 from index.port import RecallEstimate, SearchResult
-from index.search import nearest
-from index.storage.index_version import IndexVersion
+from index.search.nearest import NearestSearch
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +40,7 @@ POLL_S = 5.0
 class Sample(NamedTuple):
     """One answered query to compare; epoch: number of steps at that time."""
 
-    version: IndexVersion
-    vector: Vector
-    k: int
-    excluded: Collection[str]
+    search: NearestSearch
     result: SearchResult
     epoch: int
 
@@ -109,14 +104,7 @@ class RecallGuard(RecallMonitor):
         self._recall = self._estimate()
 
     @override
-    def offer(
-        self,
-        version: IndexVersion,
-        vector: Vector,
-        k: int,
-        excluded: Collection[str],
-        result: SearchResult,
-    ) -> None:
+    def offer(self, search: NearestSearch, result: SearchResult) -> None:
         """Perhaps sample this query, to compare it later."""
         if self._random() >= self._share or not len(result):
             return
@@ -127,7 +115,10 @@ class RecallGuard(RecallMonitor):
         ):
             self._skipped += 1
             return
-        self._sample = Sample(version, vector.copy(), k, excluded, result, self._epoch)
+        # A copy of the query: the caller may reuse its array.
+        query = search.query.copy()
+        search = NearestSearch(search.version, query, search.k, search.excluded)
+        self._sample = Sample(search, result, self._epoch)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="recall-guard", daemon=True)
             self._thread.start()
@@ -175,20 +166,19 @@ class RecallGuard(RecallMonitor):
         # An answer from before the last step does not count.
         if self._awaited is not None or sample.epoch != self._epoch:
             return
-        version, vector, k, excluded, answered, _ = sample
-        found = exact = answered
+        search = sample.search
+        found = exact = sample.result
         if self._index.exact_only:
-            breadth = self._index.breadth
-            # The scan answers where a search finds too few, so such a query loses no recall.
-            found = nearest.search(version, vector, k, excluded, breadth) or answered
+            # The scan answers if a search finds too few, so such a query loses no recall.
+            found = search.by_segments(self._index.breadth) or found
         else:
-            exact = nearest.scan(version, vector, k, excluded)
+            exact = search.scan()
         self._shadowed += 1
         if len(exact):
             # By scores, not by ids: of equal scores any item is right.
             good = int((found.scores >= exact.scores[-1]).sum())
             self._window.append((min(1.0, good / len(exact)), len(exact)))
-            self._judge(k + len(excluded))
+            self._judge(search.need)
 
     def _judge(self, need: int) -> None:
         """Take a step if the interval is surely below or above the floor."""

@@ -35,14 +35,6 @@ def check_query(vector: Vector, dimension: int) -> None:
         raise VectorRejected("query vector: holds NaN or infinity")
 
 
-def check_kinds(records: Sequence[ItemRecord], *, retired: bool) -> None:
-    """Raise ValueError if a record is a delete among upserts, or the reverse."""
-    for record in records:
-        if record.retired != retired:
-            what = "carries a vector" if retired else "is a delete"
-            raise ValueError(f"item {record.item_id!r} {what}")
-
-
 def stack_vectors(records: Sequence[ItemRecord], dimension: int) -> Vector:
     """float32 (n, d): vectors of the records that carry one.
 

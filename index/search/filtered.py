@@ -9,7 +9,7 @@ import numpy as np
 from index.arrays import Ints, Mask, Vector
 from index.filters import Filter
 from index.port import SearchResult
-from index.search import nearest
+from index.search.nearest import FRESH_SHARE_MAX, NearestSearch
 from index.storage.index_version import IndexVersion
 from index.storage.vector_table import score_error
 
@@ -59,53 +59,37 @@ def query(
     """The k best items that pass. breadth: of the segment search, 0 for an exact scan."""
     mask = passing_mask(version, filters)
     n = int(np.count_nonzero(mask))
-    excluded = frozenset(excluded) | filters.deny
     k = min(k, n)
     if k == 0:
         return SearchResult.of(())
-    if breadth and filters.allow is None and version.main is not None:
-        need = k + len(excluded)
-        fetch = max(breadth, int(OVERFETCH * need * version.live / n))
-        if fetch <= version.main.size and fetch * ROWS_A_CANDIDATE < n:
-            result = _search(version, vector, k, excluded, filters, fetch)
-            if result is not None:
-                return result
-    return _scan(version, vector, mask, n, k, excluded)
-
-
-def _search(
-    version: IndexVersion,
-    vector: Vector,
-    k: int,
-    excluded: Collection[str],
-    filters: Filter,
-    fetch: int,
-) -> SearchResult | None:
-    """The answer from segments and fresh buffer; None if fewer than k candidates pass."""
-    if version.fresh_count > nearest.FRESH_SHARE_MAX * version.used:
-        return None
 
     def passes(rows: Ints) -> Mask:
         return version.columns.passing(filters, rows)
 
-    found = nearest.candidates(version, vector, k + len(excluded), fetch, fetch, passes)
-    if found is None:
-        return None
-    result = nearest.rank(version, found, k, excluded)
-    return result if len(result) == k else None
+    search = NearestSearch(version, vector, k, frozenset(excluded) | filters.deny, passes)
+    if breadth and filters.allow is None and version.main is not None:
+        fetch = max(breadth, int(OVERFETCH * search.need * version.live / n))
+        if (
+            fetch <= version.main.size
+            and fetch * ROWS_A_CANDIDATE < n
+            and version.fresh_count <= FRESH_SHARE_MAX * version.used
+        ):
+            found = search.candidates(fetch, fetch)
+            if found is not None:
+                result = search.rank(found)
+                if len(result) == k:
+                    return result
+    return search.rank_rows(_best_rows(search, mask, n))
 
 
-def _scan(
-    version: IndexVersion, vector: Vector, mask: Mask, n: int, k: int, excluded: Collection[str]
-) -> SearchResult:
-    """The exact answer, from the n rows of the mask."""
-    table, need = version.table, k + len(excluded)
+def _best_rows(search: NearestSearch, mask: Mask, n: int) -> Ints:
+    """Of the n rows of the mask some that include the `need` best."""
+    version, table, need = search.version, search.version.table, search.need
     if n > GATHER_SHARE_MAX * version.used:
-        rows = table.scan(vector, version.used, version.seq, need, mask)
-    else:
-        rows = np.flatnonzero(mask)
-        if need < n:
-            scores = table.gather(rows) @ vector
-            cut = np.partition(scores, n - need)[n - need]
-            rows = rows[scores >= cut - score_error(vector)]
-    return nearest.rank_rows(version, rows, vector, k, excluded)
+        return table.scan(search.query, version.used, version.seq, need, mask)
+    rows = np.flatnonzero(mask)
+    if need < n:
+        scores = table.gather(rows) @ search.query
+        cut = np.partition(scores, n - need)[n - need]
+        rows = rows[scores >= cut - score_error(search.query)]
+    return rows

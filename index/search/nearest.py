@@ -32,8 +32,6 @@ OVERFETCH_MIN = 30
 # can rank among the best before the float64 rescoring.
 PREFILTER_ABOVE = 100
 
-Passes = Callable[[Ints], Mask]
-
 
 class Candidates(NamedTuple):
     """Live rows (n,) and their exact scores (n,)."""
@@ -42,72 +40,154 @@ class Candidates(NamedTuple):
     scores: Floats
 
 
-def searchable(version: IndexVersion, need: int, breadth: int) -> bool:
-    """Whether segments and fresh buffer are cheaper than a scan of all rows."""
-    return (
-        len(version.segments) > 0
-        and version.fresh_count <= FRESH_SHARE_MAX * version.used
-        and (need <= breadth or need <= SEARCH_SHARE_MAX * version.segments[0].index.size)
-    )
+class NearestSearch:
+    """One query over one IndexVersion. Thread rule: one thread.
 
-
-def scan(version: IndexVersion, query: Vector, k: int, excluded: Collection[str]) -> SearchResult:
-    """The exact answer, from all rows."""
-    rows = version.table.scan(query, version.used, version.seq, k + len(excluded))
-    return rank_rows(version, rows, query, k, excluded)
-
-
-def search(
-    version: IndexVersion, query: Vector, k: int, excluded: Collection[str], breadth: int
-) -> SearchResult | None:
-    """The answer from segments and fresh buffer; None if they yield fewer items than there are."""
-    need = k + len(excluded)
-    fetch, largest = max(breadth, need), max(s.index.size for s in version.segments)
-    few = min(fetch, need + max(OVERFETCH_MIN, int(OVERFETCH * need)))
-    retry = RETRY_FACTOR * fetch
-    for count, wide in ((few, fetch), (fetch, fetch), (retry, retry)):
-        found = candidates(version, query, need, count, wide)
-        if found is None:
-            return None
-        result = rank(version, found, k, excluded)
-        # If no candidate scores below the last result, items that were cut off may tie with it.
-        tied = count < wide and len(result) and np.minimum.reduce(found.scores) >= result.scores[-1]
-        if (len(result) == k and not tied) or count >= largest:
-            break
-    if len(result) < k:
-        excluded_live = int(np.count_nonzero(version.rows_of(list(excluded)) >= 0))
-        if len(result) < min(k, version.live - excluded_live):
-            return None
-    return result
-
-
-def candidates(
-    version: IndexVersion,
-    query: Vector,
-    need: int,
-    few: int,
-    fetch: int,
-    passes: Passes | None = None,
-) -> Candidates | None:
-    """About `few` rows of each segment (search breadth `fetch`), and fresh rows that could rank.
-
-    passes: which of some rows to keep; need: only fresh rows that could be in the top `need`
-    Returns None if the search of a segment fails.
+    query: float32 (d,), contiguous; k: <= the live items; excluded: item ids to leave out
+    need:  candidates that surely hold the answer; wide: the query in float64
+    passes: which of some rows are candidates of segments or fresh buffer; None: all
     """
-    parts = []
-    for segment, live_entries in zip(version.segments, version.live_entries, strict=True):
-        found = _of_segment(version, segment, live_entries, query, need, few, fetch)
-        if found is None:
-            return None
-        parts.append(found)
-    rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    if passes is not None:
-        rows = rows[passes(rows)]
-    wide = query.astype(np.float64)
-    scored = _scored(version, rows, query, wide, need)
-    return (
-        _with_fresh(version, scored, query, wide, need, passes) if version.fresh_count else scored
-    )
+
+    __slots__ = ("excluded", "k", "need", "passes", "query", "version", "wide")
+
+    def __init__(
+        self,
+        version: IndexVersion,
+        query: Vector,
+        k: int,
+        excluded: Collection[str],
+        passes: Callable[[Ints], Mask] | None = None,
+    ) -> None:
+        self.version = version
+        self.query = query
+        self.k = k
+        self.excluded = excluded
+        self.passes = passes
+        self.need = k + len(excluded)
+        self.wide = query.astype(np.float64)
+
+    def segments_pay(self, breadth: int) -> bool:
+        """Whether segments and fresh buffer are cheaper than a scan of all rows."""
+        version, need = self.version, self.need
+        return (
+            len(version.segments) > 0
+            and version.fresh_count <= FRESH_SHARE_MAX * version.used
+            and (need <= breadth or need <= SEARCH_SHARE_MAX * version.segments[0].index.size)
+        )
+
+    def scan(self) -> SearchResult:
+        """The exact answer, from all rows."""
+        version = self.version
+        return self.rank_rows(version.table.scan(self.query, version.used, version.seq, self.need))
+
+    def by_segments(self, breadth: int) -> SearchResult | None:
+        """The answer from segments and fresh buffer; None if they yield too few items."""
+        version, need = self.version, self.need
+        fetch, largest = max(breadth, need), max(s.index.size for s in version.segments)
+        few = min(fetch, need + max(OVERFETCH_MIN, int(OVERFETCH * need)))
+        retry = RETRY_FACTOR * fetch
+        for count, wide in ((few, fetch), (fetch, fetch), (retry, retry)):
+            found = self.candidates(count, wide)
+            if found is None:
+                return None
+            result = self.rank(found)
+            # If no candidate scores below the last result, items that were cut off may tie with it.
+            tied = (
+                count < wide
+                and len(result)
+                and np.minimum.reduce(found.scores) >= result.scores[-1]
+            )
+            if (len(result) == self.k and not tied) or count >= largest:
+                break
+        if len(result) < self.k:
+            excluded_live = int(np.count_nonzero(version.rows_of(list(self.excluded)) >= 0))
+            if len(result) < min(self.k, version.live - excluded_live):
+                return None
+        return result
+
+    def candidates(self, few: int, fetch: int) -> Candidates | None:
+        """About `few` rows per segment (search breadth `fetch`), and fresh rows that could rank.
+
+        Returns None if the search of a segment fails.
+        """
+        version = self.version
+        parts = []
+        for segment, live_entries in zip(version.segments, version.live_entries, strict=True):
+            found = self._of_segment(segment, live_entries, few, fetch)
+            if found is None:
+                return None
+            parts.append(found)
+        rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if self.passes is not None:
+            rows = rows[self.passes(rows)]
+        scored = self._scored(rows)
+        return self._with_fresh(scored) if version.fresh_count else scored
+
+    def rank_rows(self, rows: Ints) -> SearchResult:
+        """The k best of these live rows."""
+        return self.rank(self._scored(rows))
+
+    def rank(self, found: Candidates) -> SearchResult:
+        """The k best candidates, equal scores by id."""
+        version, (rows, scores) = self.version, found
+        order = (-scores).argsort(kind="stable")
+        ranked = scores.take(order)
+        tied = np.count_nonzero(ranked[1:] == ranked[:-1])
+        if not tied and not self.excluded:
+            return _result(version, rows.take(order[: self.k]), ranked[: self.k])
+        names = version.names[version.table.labels.take(rows.take(order))].tolist()
+        places = list(range(len(order)))
+        if tied:
+            places.sort(key=lambda n: (-ranked[n], names[n]))
+        excluded = self.excluded
+        kept = [n for n in places if names[n] not in excluded][: self.k]
+        chosen = order.take(np.array(kept, np.int64))
+        return _result(version, rows.take(chosen), scores.take(chosen))
+
+    def _of_segment(self, segment: Segment, live_entries: int, few: int, fetch: int) -> Ints | None:
+        """About `few` live rows of a segment; if those are too few, of all `fetch` entries."""
+        version, size = self.version, segment.index.size
+        fetch = min(size, fetch)
+        count = min(fetch, few * size // max(1, live_entries))
+        while (entries := segment.index.search(self.query, count, fetch)) is not None:
+            rows = segment.rows.take(entries)
+            rows = version.seen(rows) if live_entries == size else version.living(rows)
+            if count == fetch or len(rows) >= min(self.need, live_entries):
+                return rows
+            count = fetch
+        return None
+
+    def _scored(self, rows: Ints) -> Candidates:
+        """These live rows with scores; of many rows only those that could be in the top `need`."""
+        vectors = self.version.table.gather(rows)
+        if len(rows) > PREFILTER_ABOVE + 4 * self.need:
+            rough = vectors @ self.query
+            # Twice: both scores of a comparison may be off.
+            floor = _floor(rough, self.need, 2 * score_error(self.wide))
+            at = (rough >= floor).nonzero()[0]
+            rows, vectors = rows.take(at), vectors.take(at, axis=0)
+        return Candidates(rows, _exact_scores(vectors, self.wide))
+
+    def _with_fresh(self, found: Candidates) -> Candidates:
+        """The candidates of the segments plus fresh rows that could rank in the top `need`."""
+        version, fresh, count = self.version, self.version.fresh, self.version.fresh_count
+        if self.need <= len(found.scores):
+            rough = fresh.vectors[:count] @ self.query
+            floor = _floor(found.scores, self.need, score_error(self.wide))
+            at = (rough >= floor).nonzero()[0]
+        else:
+            at = np.arange(count)
+        rows = version.seen(fresh.rows.take(at))
+        good = version.table.died_at.take(rows) > version.seq
+        if self.passes is not None:
+            good[good] = self.passes(rows[good])
+        kept = good.nonzero()[0]
+        if not len(kept):
+            return found
+        scores = _exact_scores(fresh.vectors.take(at.take(kept), axis=0), self.wide)
+        return Candidates(
+            np.concatenate((found.rows, rows.take(kept))), np.concatenate((found.scores, scores))
+        )
 
 
 def newest(
@@ -131,96 +211,6 @@ def newest(
     ranked = sorted(zip((-times).tolist(), names, rows.tolist(), strict=True))
     chosen = [row for _, name, row in ranked if name not in excluded][:k]
     return _result(version, np.array(chosen, np.int64), np.zeros(len(chosen))).hits()
-
-
-def rank_rows(
-    version: IndexVersion, rows: Ints, query: Vector, k: int, excluded: Collection[str]
-) -> SearchResult:
-    """The k best of these live rows."""
-    scored = _scored(version, rows, query, query.astype(np.float64), k + len(excluded))
-    return rank(version, scored, k, excluded)
-
-
-def rank(
-    version: IndexVersion, found: Candidates, k: int, excluded: Collection[str]
-) -> SearchResult:
-    """The k best candidates, equal scores by id."""
-    rows, scores = found
-    order = (-scores).argsort(kind="stable")
-    ranked = scores.take(order)
-    tied = np.count_nonzero(ranked[1:] == ranked[:-1])
-    if not tied and not excluded:
-        return _result(version, rows.take(order[:k]), ranked[:k])
-    names = version.names[version.table.labels.take(rows.take(order))].tolist()
-    places = list(range(len(order)))
-    if tied:
-        places.sort(key=lambda n: (-ranked[n], names[n]))
-    kept = [n for n in places if names[n] not in excluded][:k]
-    chosen = order.take(np.array(kept, np.int64))
-    return _result(version, rows.take(chosen), scores.take(chosen))
-
-
-def _of_segment(
-    version: IndexVersion,
-    segment: Segment,
-    live_entries: int,
-    query: Vector,
-    need: int,
-    few: int,
-    fetch: int,
-) -> Ints | None:
-    """About `few` live rows of a segment; if those are too few, of all `fetch` entries."""
-    size, search = segment.index.size, segment.index.search
-    fetch = min(size, fetch)
-    count = min(fetch, few * size // max(1, live_entries))
-    while (entries := search(query, count, fetch)) is not None:
-        rows = segment.rows.take(entries)
-        rows = version.seen(rows) if live_entries == size else version.living(rows)
-        if count == fetch or len(rows) >= min(need, live_entries):
-            return rows
-        count = fetch
-    return None
-
-
-def _scored(
-    version: IndexVersion, rows: Ints, query: Vector, wide: Floats, need: int
-) -> Candidates:
-    """These live rows with scores; of many rows only those that could be in the top `need`."""
-    vectors = version.table.gather(rows)
-    if len(rows) > PREFILTER_ABOVE + 4 * need:
-        rough = vectors @ query
-        # Twice: both scores of a comparison may be off.
-        at = (rough >= _floor(rough, need, 2 * score_error(wide))).nonzero()[0]
-        rows, vectors = rows.take(at), vectors.take(at, axis=0)
-    return Candidates(rows, _exact_scores(vectors, wide))
-
-
-def _with_fresh(
-    version: IndexVersion,
-    found: Candidates,
-    query: Vector,
-    wide: Floats,
-    need: int,
-    passes: Passes | None,
-) -> Candidates:
-    """The candidates of the segments plus fresh rows that could rank in the top `need`."""
-    fresh, count = version.fresh, version.fresh_count
-    if need <= len(found.scores):
-        rough = fresh.vectors[:count] @ query
-        at = (rough >= _floor(found.scores, need, score_error(wide))).nonzero()[0]
-    else:
-        at = np.arange(count)
-    rows = version.seen(fresh.rows.take(at))
-    good = version.table.died_at.take(rows) > version.seq
-    if passes is not None:
-        good[good] = passes(rows[good])
-    kept = good.nonzero()[0]
-    if not len(kept):
-        return found
-    scores = _exact_scores(fresh.vectors.take(at.take(kept), axis=0), wide)
-    return Candidates(
-        np.concatenate((found.rows, rows.take(kept))), np.concatenate((found.scores, scores))
-    )
 
 
 def _result(version: IndexVersion, rows: Ints, scores: Floats) -> SearchResult:

@@ -68,7 +68,7 @@ class ScatterGather:
         self._cache = cache
         self._fresh = fresh
         self._made_of: dict[str, int] = {}
-        self._dimension = dimension
+        self.dimension = dimension
         self._deadline = deadline
         self._called: set[int] = set()
         self._missing: dict[int, ShardFailure] = {}
@@ -76,16 +76,11 @@ class ScatterGather:
         self._behind: dict[int, str] = {}
         self._live = {shard.number: shard.last.index.live for shard in shards.all}
 
-    @property
-    def dimension(self) -> int:
-        """The length of every vector."""
-        return self._dimension
-
     def query(
         self, vector: Vector, k: int, exclude: Collection[str] = (), filters: Filter | None = None
     ) -> list[Hit]:
         """See `Index.query`. Raises DeadlinePassed, Stale."""
-        check_query(vector, self._dimension)
+        check_query(vector, self.dimension)
         raw = np.ascontiguousarray(vector, "<f4").tobytes()
         requests = self._requests(exclude, filters)
         for request in requests.values():
@@ -132,7 +127,7 @@ class ScatterGather:
         self._cache.keep({i: entry for i, entry in fetched.items() if entry[0] != CHANGING})
         known |= fetched
         found = [known[item_id][1] for item_id in item_ids if item_id in known]
-        return np.array(found, np.float32).reshape(len(found), self._dimension)
+        return np.array(found, np.float32).reshape(len(found), self.dimension)
 
     def _fetched(self, item_ids: Sequence[str]) -> dict[str, Entry]:
         """Item -> its version and vector, of those that are live; without shards that did not answer."""
@@ -146,7 +141,7 @@ class ScatterGather:
         answers: dict[int, VectorsResponse] = self._scatter(requests)
         entries: dict[str, Entry] = {}
         for number, answer in answers.items():
-            rows = np.frombuffer(answer.vectors, "<f4").reshape(-1, self._dimension)
+            rows = np.frombuffer(answer.vectors, "<f4").reshape(-1, self.dimension)
             for at, version, row in zip(answer.found, answer.offsets, rows, strict=True):
                 entries[routed[number][at]] = (version, row)
         return entries

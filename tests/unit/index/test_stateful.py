@@ -19,7 +19,7 @@ from index.exact import ExactIndex
 from index.factory import HnswIndex
 from index.filters import Filter
 from index.port import Hit
-from index.search import nearest
+from index.search.nearest import NearestSearch
 from index.snapshot import format, restore
 from index.snapshot.format import Origin, SnapshotRefused
 from index.storage import index_version, vector_table
@@ -177,9 +177,10 @@ class LiveAgainstExact(RuleBasedStateMachine):
             k = min(k, version.live)
             if not k:
                 continue  # `LiveIndex.find` answers without a search
-            assert nearest.scan(version, query, k, frozenset()).hits() == expected
-            if nearest.searchable(version, k, 4):
-                result = nearest.search(version, query, k, frozenset(), 4)
+            search = NearestSearch(version, query, k, frozenset())
+            assert search.scan().hits() == expected
+            if search.segments_pay(4):
+                result = search.by_segments(4)
                 assert result is None or result.hits() == expected
 
     @invariant()
