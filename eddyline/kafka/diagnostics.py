@@ -1,9 +1,11 @@
-"""Why Kafka does not let us in: one connection, spoken to by hand, and a sentence that names the settings.
+"""Why Kafka refuses a client: one connection of our own, and a sentence that names the settings.
 
-A Kafka client that is refused tries again until its time is over and reports that time, not the reason. So
-before a process' first client, and after each one that failed, `knock` does what the client would: TLS, which
-versions there are, SASL. It tells what waiting does not heal (KafkaRefused) from what it may
-(KafkaUnavailable). Requests are in the oldest versions that say enough, so every broker since 1.0 knows them.
+A refused Kafka client tries again until its time is over, and then reports the time-out, not the
+reason. So before a process' first client, and after each client that failed, `check_connection` does
+what a client does: TLS, versions, SASL. It separates what waiting does not heal (KafkaRefused) from
+what it may heal (KafkaUnavailable). kafka-python encodes and decodes; the socket is ours, because an
+alert of TLS must be seen. Request versions are the oldest that say enough: every broker since 1.0
+knows them.
 """
 
 from __future__ import annotations
@@ -15,47 +17,56 @@ import struct
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+from kafka.errors import (
+    IllegalSaslStateError,
+    KafkaError,
+    NoError,
+    SaslAuthenticationFailedError,
+    UnsupportedSaslMechanismError,
+    for_code,
+)
 from kafka.net.sasl import get_sasl_mechanism
+from kafka.protocol.metadata import ApiVersionsRequest
+from kafka.protocol.parser import KafkaProtocol
+from kafka.protocol.sasl import SaslAuthenticateRequest, SaslHandshakeRequest
 
 from eddyline.errors import KafkaRefused, KafkaUnavailable
 from eddyline.kafka import security
 from eddyline.settings.kafka import uses_sasl, uses_tls
 from eddyline.settings.loader import Settings
 
-# One knock, all addresses together, and never longer than a call to Kafka may take.
-KNOCK_S_MAX = 2.0
-# Kafka's answers here have some hundred bytes; what claims more is no Kafka.
+# The longest check, all addresses together; it is never longer than a call to Kafka may take.
+CHECK_S_MAX = 2.0
+# Kafka's answers here have some hundred bytes; a server that announces more is no Kafka.
 _ANSWER_BYTES_MAX = 64 * 1024
+_RECEIVE_BYTES = 16 * 1024
 _PORT = 9092
-_CLIENT_ID = b"eddyline"
-# The protocol's numbers of requests (key, version) and of errors.
-_SASL_HANDSHAKE, _API_VERSIONS, _SASL_AUTHENTICATE = (17, 1), (18, 0), (36, 0)
-_UNSUPPORTED_MECHANISM, _ILLEGAL_SASL_STATE, _SASL_FAILED = 33, 34, 58
-# OpenSSL's numbers for a certificate that is for another host or address.
+# OpenSSL's numbers for a certificate of another host or address.
 _OTHER_NAME = (62, 64)
 
 
 class _NotKafka(Exception):
-    """The other end closed the connection, or its answer is none of Kafka's."""
+    """The other end closed the connection, or its answer is not Kafka's."""
 
 
 def check_connection(settings: Settings) -> None:
-    """Return where one of the brokers lets us in. Thread rule: any thread.
+    """Return if one of the brokers accepts us. Thread rule: any thread.
 
-    Raises KafkaRefused with the reason and the settings to look at, KafkaUnavailable where none answers in
-    time, SettingsError where a file of certificates cannot be used.
+    Raises KafkaRefused with the reason and the settings to look at, KafkaUnavailable if no broker
+    answers in time, SettingsError if a file of certificates cannot be used.
     """
-    deadline = time.monotonic() + min(KNOCK_S_MAX, settings.kafka_timeout_ms / 1000)
+    deadline = time.monotonic() + min(CHECK_S_MAX, settings.kafka_timeout_ms / 1000)
     refused: KafkaRefused | None = None
     away = "no address"
     for address in settings.kafka_bootstrap_servers.split(","):
         try:
-            BrokerProbe(settings, address.strip(), deadline).enter()
+            BrokerProbe(settings, address.strip(), deadline).check()
             return
         except KafkaRefused as error:
             refused = refused or error
-        except (_NotKafka, OSError, ValueError, struct.error) as error:
+        except (_NotKafka, OSError, ValueError) as error:
             away = f"{address}: {error}"
     if refused is not None:
         raise refused
@@ -64,17 +75,18 @@ def check_connection(settings: Settings) -> None:
 
 @dataclass(frozen=True)
 class BrokerProbe:
-    """One address of one broker."""
+    """One address of one broker, and the time until which to try it (`time.monotonic`)."""
 
     settings: Settings
     address: str
     deadline: float
 
-    def enter(self) -> None:
-        """Connect as the settings say. Raises KafkaRefused, _NoKafka, OSError, ValueError."""
+    def check(self) -> None:
+        """Connect as the settings say. Raises KafkaRefused, _NotKafka, OSError, ValueError."""
         try:
-            with self._connected() as plain, self._encrypted(plain) as wire:
-                _ask(wire, _API_VERSIONS, b"")
+            with self._connect() as plain, self._encrypt(plain) as connection:
+                wire = Wire(connection)
+                wire.call(ApiVersionsRequest(version=0))
                 self._log_in(wire)
         except ssl.SSLCertVerificationError as error:
             raise self._distrusted(error) from None
@@ -82,100 +94,99 @@ class BrokerProbe:
             self._explain(error)
             raise
 
-    def _log_in(self, wire: socket.socket) -> None:
-        wanted = self.settings.kafka_sasl_mechanism
-        answer = _Answer(_ask(wire, _SASL_HANDSHAKE, _text((wanted or "PLAIN").encode())))
-        error, offered = answer.int16(), ", ".join(answer.texts())
-        sasl = uses_sasl(self.settings)
-        if not sasl and error in (0, _UNSUPPORTED_MECHANISM):
+    def _log_in(self, wire: Wire) -> None:
+        """Log in with SASL; without it, find out whether the broker demands it."""
+        mechanism = self.settings.kafka_sasl_mechanism
+        answer = wire.call(SaslHandshakeRequest(version=1, mechanism=mechanism or "PLAIN"))
+        error, offered = for_code(answer.error_code), ", ".join(answer.mechanisms)
+        if not uses_sasl(self.settings):
+            if error in (NoError, UnsupportedSaslMechanismError):
+                raise self._refused(
+                    f"it asks for a login by SASL ({offered}); set kafka_security_protocol to "
+                    f"{'SASL_SSL' if self._tls else 'SASL_PLAINTEXT'}, kafka_sasl_mechanism, "
+                    "kafka_sasl_username and kafka_sasl_password"
+                )
+        elif error is IllegalSaslStateError:
             raise self._refused(
-                f"it asks for a login by SASL ({offered}); set kafka_security_protocol to "
-                f"{'SASL_SSL' if self._tls else 'SASL_PLAINTEXT'}, kafka_sasl_mechanism, kafka_sasl_username "
-                "and kafka_sasl_password"
+                "this port knows no login by SASL; look at the port in kafka_bootstrap_servers, or "
+                f"set kafka_security_protocol to {'SSL' if self._tls else 'PLAINTEXT'}"
             )
-        if not sasl:
-            return
-        if error == _ILLEGAL_SASL_STATE:
+        elif error is UnsupportedSaslMechanismError:
             raise self._refused(
-                "this port knows no login by SASL; look at the port in kafka_bootstrap_servers, or set "
-                f"kafka_security_protocol to {'SSL' if self._tls else 'PLAINTEXT'}"
+                f"it knows {offered}; kafka_sasl_mechanism = {mechanism!r} is none of these"
             )
-        if error == _UNSUPPORTED_MECHANISM:
-            raise self._refused(
-                f"it knows {offered}; kafka_sasl_mechanism = {wanted!r} is none of these"
-            )
-        if error == 0:
-            self._prove(wire)
+        elif error is NoError:
+            self._authenticate(wire)
 
-    def _prove(self, wire: socket.socket) -> None:
+    def _authenticate(self, wire: Wire) -> None:
         options = security.client_options(self.settings)
         login = get_sasl_mechanism(options["sasl_mechanism"])(host=self._host_port()[0], **options)
         user = f"kafka_sasl_username = {self.settings.kafka_sasl_username!r}"
         while not login.is_done():
-            token = login.auth_bytes()
-            answer = _Answer(_ask(wire, _SASL_AUTHENTICATE, struct.pack(">i", len(token)) + token))
-            error = answer.int16()
-            if error == _SASL_FAILED:
+            request = SaslAuthenticateRequest(version=0, auth_bytes=login.auth_bytes())
+            answer = wire.call(request)
+            error = for_code(answer.error_code)
+            if error is SaslAuthenticationFailedError:
                 raise self._refused(
-                    f"it does not know this user, or the password is another one; look at {user}, "
-                    f"kafka_sasl_password and kafka_sasl_mechanism = {self.settings.kafka_sasl_mechanism!r}"
+                    "it does not know this user, or the password is wrong; look at "
+                    f"{user}, kafka_sasl_password and kafka_sasl_mechanism = "
+                    f"{self.settings.kafka_sasl_mechanism!r}"
                 )
-            if error:
-                raise _NotKafka(f"error {error} during the login")
-            answer.text()
+            if error is not NoError:
+                raise _NotKafka(f"{error.__name__} during the login")
             try:
-                login.receive(answer.data())
+                login.receive(answer.auth_bytes)
             except (ValueError, KeyError):
                 raise self._refused(
-                    f"it could not prove that it knows our password, so it may be another server; look at "
-                    f"kafka_bootstrap_servers and {user}"
+                    "it could not prove that it knows our password, so it may be another server; "
+                    f"look at kafka_bootstrap_servers and {user}"
                 ) from None
 
     def _explain(self, error: Exception) -> None:
-        """Raise KafkaRefused where a second look shows why the connection ended; else return."""
+        """Raise KafkaRefused if a second look shows why the connection ended; else return."""
         if isinstance(error, ConnectionRefusedError | TimeoutError | socket.gaierror):
             return
         if isinstance(error, ssl.SSLError) and (alert := _alert(error)):
-            raise self._not_welcome(alert) from None
+            raise self._certificate_refused(alert) from None
         if not self._tls:
             if self._speaks_tls():
                 raise self._refused(
-                    "this port speaks TLS and we do not; set kafka_security_protocol to SSL or SASL_SSL, and "
-                    "kafka_ca_file"
+                    "this port speaks TLS and we do not; set kafka_security_protocol to SSL or "
+                    "SASL_SSL, and kafka_ca_file"
                 ) from None
-        elif self._speaks_plainly():
+        elif self._speaks_plaintext():
             raise self._refused(
                 "this port speaks no TLS; look at the port in kafka_bootstrap_servers, or set "
                 "kafka_security_protocol to PLAINTEXT or SASL_PLAINTEXT"
             ) from None
         elif alert := self._alert_after_handshake():
-            raise self._not_welcome(alert) from None
+            raise self._certificate_refused(alert) from None
 
     def _speaks_tls(self) -> bool:
-        context = ssl.SSLContext(
-            ssl.PROTOCOL_TLS_CLIENT
-        )  # nothing is sent over it, so it trusts anyone
+        # Nothing is sent over this connection, so any certificate will do.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         try:
-            with self._connected() as plain, context.wrap_socket(plain):
+            with self._connect() as plain, context.wrap_socket(plain):
                 return True
         except ssl.SSLError as error:
             return bool(_alert(error))
         except OSError:
             return False
 
-    def _speaks_plainly(self) -> bool:
+    def _speaks_plaintext(self) -> bool:
         try:
-            with self._connected() as plain:
-                return len(_ask(plain, _API_VERSIONS, b"")) > 2
-        except (_NotKafka, OSError, struct.error):
+            with self._connect() as plain:
+                Wire(plain).call(ApiVersionsRequest(version=0))
+        except (_NotKafka, OSError):
             return False
+        return True
 
     def _alert_after_handshake(self) -> str:
-        """Under TLS 1.3 the verdict on our certificate comes later, and is lost if we have sent something."""
+        """With TLS 1.3 the alert about our certificate comes late, and is lost after we sent."""
         try:
-            with self._connected() as plain, self._encrypted(plain) as wire:
-                wire.recv(1)
+            with self._connect() as plain, self._encrypt(plain) as connection:
+                connection.recv(1)
         except ssl.SSLError as error:
             return _alert(error)
         except OSError:
@@ -199,13 +210,13 @@ class BrokerProbe:
             raise TimeoutError("no time left")
         return left
 
-    def _connected(self) -> socket.socket:
+    def _connect(self) -> socket.socket:
         connection = socket.create_connection(self._host_port(), timeout=self._left_s())
         connection.settimeout(self._left_s())
         return connection
 
     @contextlib.contextmanager
-    def _encrypted(self, plain: socket.socket) -> Iterator[socket.socket]:
+    def _encrypt(self, plain: socket.socket) -> Iterator[socket.socket]:
         context = security.tls_context(self.settings)
         if context is None:
             yield plain
@@ -222,86 +233,49 @@ class BrokerProbe:
             look = "kafka_bootstrap_servers must use a name that is in it"
         else:
             ca = self.settings.kafka_ca_file
-            look = (
-                f"kafka_ca_file = {ca!r}"
-                if ca
-                else "kafka_ca_file, which is empty: the system's authorities"
-            )
-            look += " must hold the authority that signed it"
+            named = f" = {ca!r}" if ca else ", which is empty: the system's authorities"
+            look = f"kafka_ca_file{named} must hold the authority that signed it"
         return KafkaRefused(
             f"Kafka at {self.address}: its certificate is not trusted ({why}); {look}"
         )
 
-    def _not_welcome(self, alert: str) -> KafkaRefused:
-        mine = self.settings.kafka_cert_file
-        own = (
-            f"kafka_cert_file = {mine!r}, which its authority must have signed"
-            if mine
-            else (
-                "kafka_cert_file and kafka_key_file, which are empty: it may ask for a certificate of ours"
-            )
+    def _certificate_refused(self, alert: str) -> KafkaRefused:
+        own = self.settings.kafka_cert_file
+        look = (
+            f"kafka_cert_file = {own!r}, which its authority must have signed"
+            if own
+            else "kafka_cert_file and kafka_key_file, which are empty: it may ask for a certificate "
+            "of ours"
         )
-        return self._refused(f"it ended the TLS connection ({alert}); look at {own}")
+        return self._refused(f"it ended the TLS connection ({alert}); look at {look}")
 
 
-class _Answer:
-    """The fields of an answer, in their order."""
+class Wire:
+    """Kafka's protocol over a connected socket: one request, one answer."""
 
-    def __init__(self, content: bytes) -> None:
-        self._content, self._at = content, 0
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._protocol = KafkaProtocol(
+            client_id="eddyline", receive_message_max_bytes=_ANSWER_BYTES_MAX
+        )
 
-    def int16(self) -> int:
-        return int(self._number(">h"))
-
-    def text(self) -> str:
-        return self._bytes(self.int16()).decode("utf-8", "replace")
-
-    def texts(self) -> list[str]:
-        count = self._number(">i")
-        return [self.text() for _ in range(min(count, len(self._content)))]
-
-    def data(self) -> bytes:
-        return self._bytes(self._number(">i"))
-
-    def _number(self, form: str) -> int:
-        (value,) = struct.unpack_from(form, self._content, self._at)
-        self._at += struct.calcsize(form)
-        return int(value)
-
-    def _bytes(self, length: int) -> bytes:
-        start = self._at
-        self._at += max(0, length)
-        if self._at > len(self._content):
-            raise _NotKafka("an answer is shorter than it says")
-        return self._content[start : self._at]
-
-
-def _ask(wire: socket.socket, request: tuple[int, int], body: bytes) -> bytes:
-    """Send one request; its answer after the correlation id. Raises _NoKafka and OSError."""
-    message = struct.pack(">hhi", *request, 0) + _text(_CLIENT_ID) + body
-    wire.sendall(struct.pack(">i", len(message)) + message)
-    (size,) = struct.unpack(">i", _exactly(wire, 4))
-    if not 4 <= size <= _ANSWER_BYTES_MAX:
-        raise _NotKafka("the answer is none of Kafka's")
-    return _exactly(wire, size)[4:]
-
-
-def _exactly(wire: socket.socket, size: int) -> bytes:
-    content = b""
-    while len(content) < size:
-        part = wire.recv(size - len(content))
-        if not part:
-            raise _NotKafka("the connection was closed")
-        content += part
-    return content
-
-
-def _text(content: bytes) -> bytes:
-    return struct.pack(">h", len(content)) + content
+    def call(self, request: Any) -> Any:
+        """The answer to a request, both kafka-python's. Raises _NotKafka and OSError."""
+        try:
+            self._protocol.send_request(request)
+            self._connection.sendall(self._protocol.send_bytes())
+            while True:
+                content = self._connection.recv(_RECEIVE_BYTES)
+                if not content:
+                    raise _NotKafka("the connection was closed")
+                if answers := self._protocol.receive_bytes(content):
+                    return answers[0][1]
+        except (KafkaError, ValueError, LookupError, struct.error) as error:
+            raise _NotKafka(f"the answer is not Kafka's ({type(error).__name__})") from None
 
 
 def _alert(error: ssl.SSLError) -> str:
-    """The other end's TLS alert in words, "" where the error is none: only TLS speakers send them."""
+    """The other end's TLS alert in words, "" if the error is none. Only TLS speakers send alerts."""
     reason = str(getattr(error, "reason", None) or "")
     _, found, name = reason.partition("ALERT_")
     return name.lower().replace("_", " ") if found else ""

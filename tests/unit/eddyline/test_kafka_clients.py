@@ -19,6 +19,7 @@ import pytest
 import trustme
 from cryptography.hazmat.primitives import serialization
 from faust.transport.drivers.aiokafka import credentials_to_aiokafka_auth
+from kafka.protocol.metadata import ApiVersionsRequest
 
 from eddyline.errors import KafkaRefused, KafkaUnavailable, SettingsError
 from eddyline.kafka import clients, diagnostics, producers, security
@@ -279,16 +280,14 @@ def test_the_limit_of_an_answer() -> None:
         with ours, theirs:
             ours.settimeout(5)
             theirs.settimeout(5)
-            content = b"\0" * min(size, limit)
-            sender = threading.Thread(
-                target=theirs.sendall, args=(struct.pack(">i", size) + content,)
-            )
+            answer = struct.pack(">ii", size, 1) + b"\0" * (min(size, limit) - 4)
+            sender = threading.Thread(target=theirs.sendall, args=(answer,))
             sender.start()
             if taken:
-                assert len(diagnostics._ask(ours, (18, 0), b"")) == size - 4
+                assert diagnostics.Wire(ours).call(ApiVersionsRequest(version=0)).error_code == 0
             else:
                 with pytest.raises(diagnostics._NotKafka):
-                    diagnostics._ask(ours, (18, 0), b"")
+                    diagnostics.Wire(ours).call(ApiVersionsRequest(version=0))
                 ours.recv(limit, socket.MSG_WAITALL)
             sender.join(5)
 
@@ -302,11 +301,11 @@ def test_addresses_without_a_host_or_a_good_port_are_no_refusal() -> None:
 
 
 def test_one_broker_that_lets_us_in_is_enough() -> None:
-    versions = frame(struct.pack(">ihi", 0, 0, 0))
-    state = frame(struct.pack(">ihi", 0, 34, 0))
+    versions, state = struct.pack(">hi", 0, 0), struct.pack(">hi", 34, 0)
 
     def broker(said: bytes) -> bytes:
-        return versions if said[4:6] == b"\0\x12" else state
+        correlation_id = said[8:12]
+        return frame(correlation_id + (versions if said[4:6] == b"\0\x12" else state))
 
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
