@@ -1,12 +1,12 @@
-"""The archive of accepted events: Parquet files in a folder or an object store. Names, columns, reading.
+"""The archive of accepted events, Parquet in a folder or an object store: names, columns, reading.
 
     <archive_url>/<topic>/hour=2026-11-22T05/0003-00000000000000065536-00000000000000131071.parquet
-                           append time, UTC  partition, first and last offset that the file was made of
+                           append time, UTC  partition, first and last offset of its records
 
-The offsets of a name are those of the first and the last *record*; a refused or re-sent record has no row. A
-file is complete or absent. Merges are records of `clicks`, but lie in files of their own, `merges`: they are
-rare and about two users. docs/archive.md has the columns. pyarrow and fsspec (extra `archive`) are imported
-when an archive is opened.
+The offsets of a name are those of the first and the last *record*; a rejected or re-sent record has
+no row. A file is complete or absent. Merges are records of `clicks` with files of their own,
+`merges`: they are rare and about two users. docs/archive.md has the columns. pyarrow and fsspec are
+imported late, because the processes without the extra `archive` import the names in this file.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +30,38 @@ from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import LogId
 
 HOUR_MS = 3_600_000
-# What `clicks` has besides clicks; the files lie beside those of the three topics.
+# The folder of the merges in `clicks`, next to those of the three topics.
 MERGES = "merges"
-# Rows of a row group and of what a reader holds at a time; with `ROW_GROUP_BYTES` it bounds both.
+# Rows of a row group, which a reader holds at a time. ROW_GROUP_BYTES limits it as well.
 ROW_GROUP_ROWS = 8_192
-# So many bytes of values end a row group early: item vectors are long.
+# A row group ends early with this many bytes of values: item vectors are long.
 ROW_GROUP_BYTES = 8 * 1024 * 1024
 _LOG_KEY = b"eddyline.log"
-# From which offset on a file's records were read without a break; it is below `first` where markers lie.
+# The offset from which on the file has every event; below `first` if markers precede it.
 _SINCE_KEY = b"eddyline.since"
 _NAME = re.compile(r"hour=(\d{4}-\d\d-\d\dT\d\d)/(\d+)-(\d+)-(\d+)\.parquet\Z")
 _HOUR = "%Y-%m-%dT%H"
+# partition, offset, appended_ms
+Place = tuple[int, int, int]
+# The columns after these three.
+_COLUMNS = {
+    CLICKS: "event_id user_id item_id at_ms kind weight context impression_id produced_us",
+    ITEMS: "item_id deleted title categories tags attributes available at_ms vector",
+    USERS: "user_id deleted attributes at_ms forgotten_sha256",
+    MERGES: "user_id merge_into at_ms",
+}
+_CLICK_FIELDS = attrgetter("event_id", "user_id", "item_id", "at_ms", "kind", "weight")
+_ITEM_TEXTS = attrgetter("title", "categories", "tags")
+_ITEM_REST = attrgetter("available", "at_ms", "vector")
 
 
 @dataclass(frozen=True, slots=True)
 class ArchiveFile:
-    """A file by its name. first, last: offsets of the records it was made of; hour_ms: its hour's begin."""
+    """A file by its name.
+
+    first, last: offsets of its first and last record
+    hour_ms:     the begin of its hour
+    """
 
     topic: str
     partition: int
@@ -56,10 +73,12 @@ class ArchiveFile:
 
 @dataclass(frozen=True, slots=True)
 class Archived:
-    """One accepted event and where it lay. event: None for an item's delete and for a user forgotten.
+    """One accepted event and its place in the log.
 
-    key: the item or user id; None for a user forgotten, of whom only `digest` is kept
-    A merge into a user who was forgotten since has "" in place of his id.
+    event:  None for a deleted item and for a forgotten user
+    key:    the item or user id; None for a forgotten user, of whom only `digest` is kept
+
+    A merge into a user who was forgotten later has "" as `merge_into`.
     """
 
     partition: int
@@ -73,21 +92,21 @@ class Archived:
 
 @dataclass(frozen=True, slots=True)
 class Forgotten:
-    """Up to where a user's rows go: clicks appended at or before, profiles below the offset."""
+    """A user's rows to remove: clicks appended at or before a time, profiles below an offset."""
 
     appended_ms: int
     offset: int
 
 
 class ArchiveUnavailable(Unavailable):
-    """The archive's files cannot be read or written now, or one of them is no Parquet file."""
+    """The files cannot be read or written now, or one of them is no Parquet file."""
 
 
 EVERYTHING = Forgotten(2**62, 2**62)
 
 
 def digest(user_id: str) -> str:
-    """What the archive keeps of a forgotten user's id: SHA-256, in hexadecimal."""
+    """What the archive keeps of a forgotten user's id: its SHA-256, in hexadecimal."""
     return hashlib.sha256(user_id.encode()).hexdigest()
 
 
@@ -96,86 +115,37 @@ def schema(topic: str) -> Any:
     """The pyarrow schema of a topic's files."""
     import pyarrow as pa
 
-    text = pa.string()
-    place = [("partition", pa.int32()), ("offset", pa.int64()), ("appended_ms", pa.int64())]
-    own: dict[str, list[tuple[str, Any]]] = {
-        CLICKS: [
-            ("event_id", text),
-            ("user_id", text),
-            ("item_id", text),
-            ("at_ms", pa.int64()),
-            ("kind", text),
-            ("weight", pa.float64()),
-            ("context", text),
-            ("impression_id", text),
-            ("produced_us", pa.int64()),
-        ],
-        ITEMS: [
-            ("item_id", text),
-            ("deleted", pa.bool_()),
-            ("title", text),
-            ("categories", pa.list_(text)),
-            ("tags", pa.list_(text)),
-            ("attributes", text),
-            ("available", pa.bool_()),
-            ("at_ms", pa.int64()),
-            ("vector", pa.list_(pa.float64())),
-        ],
-        USERS: [
-            ("user_id", text),
-            ("deleted", pa.bool_()),
-            ("attributes", text),
-            ("at_ms", pa.int64()),
-            ("forgotten_sha256", text),
-        ],
-        MERGES: [("user_id", text), ("merge_into", text), ("at_ms", pa.int64())],
-    }
-    return pa.schema(place + own[topic])
+    text, integer, boolean, number = pa.string(), pa.int64(), pa.bool_(), pa.float64()
+    types = {"event_id": text, "weight": number, "at_ms": integer, "produced_us": integer}
+    types |= {"deleted": boolean, "available": boolean, "vector": pa.list_(number)}
+    types |= {"categories": pa.list_(text), "tags": pa.list_(text)}
+    place = [("partition", pa.int32()), ("offset", integer), ("appended_ms", integer)]
+    return pa.schema([*place, *((name, types.get(name, text)) for name in _COLUMNS[topic].split())])
 
 
 def row(event: Archived) -> tuple[Any, ...]:
     """An event as a row, in the order of its topic's columns."""
     place, found = (event.partition, event.offset, event.appended_ms), event.event
     if isinstance(found, Click):
-        return (
-            *place,
-            found.event_id,
-            found.user_id,
-            found.item_id,
-            found.at_ms,
-            found.kind,
-            found.weight,
-            _json(found.context),
-            found.impression_id,
-            event.produced_us,
-        )
+        rest = _json(found.context), found.impression_id, event.produced_us
+        return (*place, *_CLICK_FIELDS(found), *rest)
     if isinstance(found, Item):
-        return (
-            *place,
-            found.item_id,
-            False,
-            found.title,
-            found.categories,
-            found.tags,
-            _json(found.attributes),
-            found.available,
-            found.at_ms,
-            found.vector,
-        )
+        texts, attributes = _ITEM_TEXTS(found), _json(found.attributes)
+        return (*place, found.item_id, False, *texts, attributes, *_ITEM_REST(found))
     if isinstance(found, UserProfile):
         return (*place, found.user_id, False, _json(found.attributes), found.at_ms, None)
     if isinstance(found, Merge):
         return (*place, found.user_id, found.merge_into, found.at_ms)
     if event.digest is not None:
         return (*place, None, True, None, None, event.digest)
-    return (*place, event.key, True, None, None, None, None, None, None, None)
+    return (*place, event.key, True, *(7 * (None,)))
 
 
 class Archive:
-    """Files of one archive. Thread rule: any thread; no state but the connection to an object store.
+    """The files of one archive. Thread rule: any thread; the only state is the store's connection.
 
-    Raises SettingsError for an `archive_url` that names no file system that is installed, and OSError where
-    the store does not answer.
+    Raises SettingsError if no file system for `archive_url` is installed, OSError if the store does
+    not answer.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -192,7 +162,7 @@ class Archive:
         self.is_local = isinstance(self.fs, LocalFileSystem)
 
     def path(self, topic: str, hour_ms: int, partition: int, first: int, last: int) -> str:
-        """Where the file of these offsets lies."""
+        """The path of the file with these offsets."""
         hour = datetime.fromtimestamp(hour_ms / 1000, UTC).strftime(_HOUR)
         name = f"{partition:04d}-{first:020d}-{last:020d}.parquet"
         return f"{self.root}/{self.settings.prefixed(topic)}/hour={hour}/{name}"
@@ -215,7 +185,7 @@ class Archive:
     def read(
         self, topic: str, partition: int | None = None, *, first: int = 0
     ) -> Iterator[Archived]:
-        """Events in the order of the log, partition after partition, from offset `first` on, each once."""
+        """Events from offset `first` on, each once, by partition and offset."""
         at = (-1, -1)
         for file in self.files(topic, partition):
             if file.last < first:
@@ -232,30 +202,30 @@ class Archive:
         make = {CLICKS: _click, ITEMS: _item, USERS: _profile, MERGES: _merge}[file.topic]
         with self.fs.open(file.path, "rb") as opened, pq.ParquetFile(opened) as parquet:
             for batch in parquet.iter_batches(batch_size=ROW_GROUP_ROWS):
-                for found in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                    yield make(found)
+                for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                    yield make(values[:3], values[3:])
 
     def ends(self, topic: str) -> dict[int, int]:
-        """The last offset that each partition's files were made of; the position is the one after it."""
+        """Partition → the last archived offset. Partitions without files are absent."""
         last: dict[int, int] = {}
         for file in self.files(topic):
             last[file.partition] = max(file.last, last.get(file.partition, -1))
         return last
 
     def log_id(self, file: ArchiveFile) -> LogId | None:
-        """Which log a file was made of."""
+        """The log that a file was made of; None if the file does not say."""
         text = self._metadata(file).get(_LOG_KEY, b"").decode()
         return LogId(*text.split("|")) if text else None
 
     def since(self, file: ArchiveFile) -> int | None:
-        """From which offset on a file has every event; None for a file that is older than this mark."""
+        """The offset from which on a file has every event; None for a file of an older version."""
         text = self._metadata(file).get(_SINCE_KEY, b"")
         return int(text) if text else None
 
     def lacking(self, topic: str, partition: int, first: int, last: int) -> list[tuple[int, int]]:
-        """The ranges of offsets within [first, last] that no file was made of, both ends contained.
+        """The ranges of offsets within [first, last] that no file has, both ends included.
 
-        They were lost before the archive read them, or are not archived yet.
+        Their records were lost before the archive read them, or are not archived yet.
         """
         lacking, at = [], first
         for file in self.files(topic, partition):
@@ -272,7 +242,7 @@ class Archive:
         return [*lacking, (at, last)] if at <= last else lacking
 
     def version(self, file: ArchiveFile) -> str:
-        """Another one whenever the file was written again, as far as the store tells (etag, size, time)."""
+        """Changes when the file is rewritten, as far as the store shows it (etag, size, time)."""
         self.fs.invalidate_cache(file.path.rsplit("/", 1)[0])
         return str(self.fs.ukey(file.path))
 
@@ -283,11 +253,11 @@ class Archive:
             return pq.read_metadata(opened).metadata or {}
 
     def partials(self) -> Path:
-        """The local folder of files being written; in a local archive, so that a rename is enough."""
+        """The local folder of unfinished files; in a local archive, so that a rename suffices."""
         return self._local() / ".partial"
 
     def lock_path(self) -> Path:
-        """The file that whoever puts or rewrites a file holds locked, see `streams.archive.file_placement`."""
+        """The lock of processes that place or rewrite files (`streams.archive.file_placement`)."""
         return self._local() / ".lock"
 
     def _local(self) -> Path:
@@ -295,7 +265,7 @@ class Archive:
 
 
 def metadata_of(log_id: LogId, since: int) -> dict[bytes, bytes]:
-    """What a file's schema carries besides its columns. since: see `Archive.since`."""
+    """The metadata in a file's schema. since: see `Archive.since`."""
     return {
         _LOG_KEY: f"{log_id.cluster_id}|{log_id.topic_id}".encode(),
         _SINCE_KEY: str(since).encode(),
@@ -303,7 +273,7 @@ def metadata_of(log_id: LogId, since: int) -> dict[bytes, bytes]:
 
 
 def writer(path: Path, arrow_schema: Any) -> Any:
-    """A pyarrow ParquetWriter as every file of the archive is written: the same rows, the same bytes."""
+    """A pyarrow ParquetWriter with the options of the archive: equal rows make equal bytes."""
     import pyarrow.parquet as pq
 
     return pq.ParquetWriter(
@@ -319,24 +289,11 @@ def _attributes(text: str | None) -> Any:
     return None if text is None else msgspec.json.decode(text)
 
 
-def _click(found: tuple[Any, ...]) -> Archived:
-    (
-        p,
-        offset,
-        appended_ms,
-        event_id,
-        user,
-        item_id,
-        at_ms,
-        kind,
-        weight,
-        context,
-        impression,
-        produced,
-    ) = found
+def _click(place: Place, values: Any) -> Archived:
+    event_id, user, item, at_ms, kind, weight, context, impression, produced_us = values
     event = Click(
         user_id=user,
-        item_id=item_id,
+        item_id=item,
         at_ms=at_ms,
         kind=kind,
         event_id=event_id,
@@ -344,28 +301,15 @@ def _click(found: tuple[Any, ...]) -> Archived:
         context=_attributes(context),
         impression_id=impression,
     )
-    return Archived(p, offset, appended_ms, user, event, produced)
+    return Archived(*place, user, event, produced_us)
 
 
-def _item(found: tuple[Any, ...]) -> Archived:
-    (
-        p,
-        offset,
-        appended_ms,
-        item_id,
-        deleted,
-        title,
-        categories,
-        tags,
-        attributes,
-        available,
-        at_ms,
-        vector,
-    ) = found
+def _item(place: Place, values: Any) -> Archived:
+    item, deleted, title, categories, tags, attributes, available, at_ms, vector = values
     if deleted:
-        return Archived(p, offset, appended_ms, item_id, None)
+        return Archived(*place, item, None)
     event = Item(
-        item_id=item_id,
+        item_id=item,
         title=title,
         categories=categories,
         tags=tags,
@@ -374,19 +318,17 @@ def _item(found: tuple[Any, ...]) -> Archived:
         at_ms=at_ms,
         vector=vector,
     )
-    return Archived(p, offset, appended_ms, item_id, event)
+    return Archived(*place, item, event)
 
 
-def _profile(found: tuple[Any, ...]) -> Archived:
-    p, offset, appended_ms, user, deleted, attributes, at_ms, forgotten = found
+def _profile(place: Place, values: Any) -> Archived:
+    user, deleted, attributes, at_ms, forgotten = values
     if deleted:
-        return Archived(p, offset, appended_ms, None, None, digest=forgotten)
+        return Archived(*place, None, None, digest=forgotten)
     event = UserProfile(user_id=user, attributes=_attributes(attributes), at_ms=at_ms)
-    return Archived(p, offset, appended_ms, user, event)
+    return Archived(*place, user, event)
 
 
-def _merge(found: tuple[Any, ...]) -> Archived:
-    p, offset, appended_ms, user, into, at_ms = found
-    return Archived(
-        p, offset, appended_ms, user, Merge(user_id=user, merge_into=into or "", at_ms=at_ms)
-    )
+def _merge(place: Place, values: Any) -> Archived:
+    user, into, at_ms = values
+    return Archived(*place, user, Merge(user_id=user, merge_into=into or "", at_ms=at_ms))

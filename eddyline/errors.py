@@ -4,28 +4,28 @@ EddylineError
 ├── SettingsError       a setting is unknown or bad; names the key, the value and its source
 ├── Rejected            a record is refused; goes to dead-letters with its reason
 ├── VectorRejected      a vector is of the wrong length, not finite or not of unit norm
-├── BundleError         a generation bundle is missing, torn or of another shape
+├── BundleError         a generation's bundle is missing, incomplete or of another shape
 ├── LogMismatch         Kafka is not the log that the fences in Redis were written for
 ├── Unavailable         a server does not answer; the caller waits with back-off and tries again
 │   ├── StoreUnavailable
 │   ├── KafkaUnavailable
 │   ├── ArchiveUnavailable  the archive's files cannot be read or written (`eddyline.archive`)
-│   └── NoGeneration    nothing has been trained yet (`eddyline.process.lifecycle`)
-├── KafkaRefused        Kafka answers, but refuses who we are, how we speak to it, or what we want to do
+│   └── NoGeneration    nothing has been trained yet (`eddyline.generations`)
+├── KafkaRefused        Kafka answers, but refuses the login, the protocol or the operation
 ├── StoreRefused        Redis answers, but must not be used as it is set up
 ├── FenceMoved          a fenced write was refused: the fence is not the one that was read
 ├── LocalServerError    a local Kafka or Valkey cannot be installed or started
-├── DatasetUnavailable    the demo's data cannot be had (`sandbox.datasets.catalogue`)
-├── ScenarioFailed            an answer of the demo did not change as it had to (`cli.demo.scenario`)
+├── DatasetUnavailable  the demo's data cannot be fetched (`sandbox.datasets.dataset`)
+├── ScenarioFailed      an answer of the demo did not change as expected (`cli.demo.scenario`)
 ├── PartitionLost       another process writes for this partition now (`streams.ports`)
-└── CallFailed          a query worker gave no answer; has gRPC's code (`serving.rpc.client`)
+└── CallFailed          a query worker did not answer; has gRPC's code (`serving.rpc.client`)
 """
 
 from __future__ import annotations
 
 
 class EddylineError(Exception):
-    """The root: catch this to catch everything that Eddyline raises on purpose."""
+    """The root of all errors that Eddyline raises on purpose."""
 
 
 class SettingsError(EddylineError):
@@ -33,7 +33,7 @@ class SettingsError(EddylineError):
 
 
 class Rejected(EddylineError):
-    """A record is refused, never repaired.
+    """A record is rejected; records are never repaired.
 
     reason: a short stable code ("malformed_json", "bad_field", "far_future", …)
     field:  the field at fault, "" for the whole record
@@ -53,7 +53,7 @@ class VectorRejected(EddylineError):
 
 
 class BundleError(EddylineError):
-    """A generation bundle is missing, torn, or does not fit its manifest."""
+    """A generation's bundle is missing, incomplete, or does not fit its manifest."""
 
 
 class LogMismatch(EddylineError):
@@ -73,18 +73,18 @@ class KafkaUnavailable(Unavailable):
 
 
 class KafkaRefused(EddylineError):
-    """Kafka answers and refuses us: wrong credentials, other TLS, a missing right. Waiting is of no use.
+    """Kafka refuses us: wrong credentials, other TLS, a missing right. Waiting does not help.
 
-    The message names the settings to look at, and never a password.
+    The message names the settings to look at, never a password.
     """
 
 
 class StoreRefused(EddylineError):
-    """Redis answers but must not be used: it may drop keys, or holds another layout."""
+    """Redis answers but must not be used: it may evict keys, or holds another layout."""
 
 
 class FenceMoved(EddylineError):
-    """A fenced write was refused whole, because the fence is not the one that was read."""
+    """A fenced write was refused as a whole: the fence is not the one that was read."""
 
     def __init__(self, key: str, expected: str, found: str) -> None:
         """key: the fence's key; expected, found: its value as written, "" for absent."""
@@ -95,4 +95,4 @@ class FenceMoved(EddylineError):
 
 
 class LocalServerError(EddylineError):
-    """A local server cannot be installed or started. Says which step, why and what to do."""
+    """A local server cannot be installed or started. The message has the step and a remedy."""

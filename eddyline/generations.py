@@ -1,7 +1,7 @@
-"""Which generation is active, and where its bundle lies: the compacted topic `generations`.
+"""The active generation and the place of its bundle: the compacted topic `generations`.
 
-Key `active` holds `{"generation": "<id>"}`, key `<id>` holds that generation's manifest, both as JSON.
-Towers, item vectors, id map and settings of one generation belong together and never mix with another's.
+Key `active` holds `{"generation": "<id>"}`, key `<id>` that generation's manifest, both as JSON.
+The towers, item vectors and id map of one generation are used together, never with another's.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ _ACTIVE = b"active"
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """What processes must know of a generation before they load it.
+    """What a process needs to know of a generation before it loads the bundle.
 
     bundle: the bundle's folder, relative to the setting `bundle_dir` unless it is absolute
-    cut:    partition of `items`, as text -> offset of the last item change that the bundle's vectors hold;
-            −1 or absent for none: the item vectors of the topic begin right after it
+    cut:    partition of `items`, as text → offset of the last item change in the bundle's vectors;
+            −1 or absent for none. The topic of item vectors goes on after it.
     """
 
     generation: str
@@ -36,9 +36,10 @@ class _Active(msgspec.Struct, frozen=True):
 
 
 def publish(settings: Settings, manifest: Manifest, *, activate: bool = True) -> None:
-    """Record a generation and, by default, make it the active one. Makes its item-vectors topic.
+    """Record a generation, create its item-vectors topic and, by default, activate it.
 
-    Raises BundleError for the id `active`, which is the key of the record that names the active one.
+    Raises BundleError for the id `active`, which is the key of the active generation's record, and
+    KafkaUnavailable, KafkaRefused.
     """
     if manifest.generation.encode() == _ACTIVE:
         raise BundleError("a generation cannot be called 'active'")
@@ -61,10 +62,10 @@ def publish(settings: Settings, manifest: Manifest, *, activate: bool = True) ->
 
 
 def active(settings: Settings, timeout_s: float | None = None) -> Manifest | None:
-    """The active generation's manifest, None where there is none yet.
+    """The active generation's manifest, None if there is none yet.
 
-    Raises KafkaUnavailable where the topic cannot be read to its end within `timeout_s` (by default
-    `kafka_timeout_ms`), BundleError where what is recorded there does not fit together.
+    Raises KafkaUnavailable if the topic gives nothing for `timeout_s` (default:
+    `kafka_timeout_ms`), BundleError if its records contradict each other.
     """
     records = _read_all(settings, timeout_s)
     if _ACTIVE not in records:

@@ -1,19 +1,19 @@
-"""Intervals of estimates."""
+"""Confidence intervals of estimates."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection
 
-# 95% of a normal distribution lie within so many standard deviations.
+# 95 % of a normal distribution lie within this many standard deviations.
 Z = 1.96
 
 
 def interval(found: Collection[tuple[float, int]]) -> tuple[float, float, float]:
-    """(mean recall, low, high): Wilson's score interval at 95%, over (recall of a query, its k).
+    """(mean recall, low, high): Wilson's score interval at 95 %, over (recall of a query, its k).
 
-    The k items of one query hit or miss together, so they are not k independent trials: the number of trials
-    is what the spread between queries says, from the number of queries up to that of all items.
+    The k items of one query hit or miss together, so they are not k independent trials. The spread
+    between queries gives the number of trials, between the number of queries and that of all items.
 
     >>> [round(x, 3) for x in interval([(1.0, 10)] * 100)]
     [1.0, 0.996, 1.0]

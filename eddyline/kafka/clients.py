@@ -17,9 +17,9 @@ _T = TypeVar("_T")
 
 
 def client_options(settings: Settings) -> dict[str, Any]:
-    """What every kafka-python client is made with: addresses, time-outs that do end, and who we are.
+    """Options of every kafka-python client: addresses, security, and time-outs that end.
 
-    Raises SettingsError where a file of certificates cannot be used.
+    Raises SettingsError if a file of certificates cannot be used.
     """
     return security.client_options(settings) | {
         "bootstrap_servers": settings.kafka_bootstrap_servers.split(","),
@@ -30,9 +30,10 @@ def client_options(settings: Settings) -> dict[str, Any]:
 
 
 def connect(settings: Settings, make: Callable[..., _T], **more: Any) -> _T:
-    """A client of kafka-python, made with `client_options` and more. Raises KafkaRefused, KafkaUnavailable.
+    """A client of kafka-python, made with `client_options` and more.
 
-    The first one of a process that uses TLS or SASL knocks before, so that a wrong password is told at once.
+    With TLS or SASL the first client of a process checks the connection before, so that a wrong
+    password is reported at once. Raises KafkaRefused, KafkaUnavailable.
     """
     if settings.kafka_security_protocol != "PLAINTEXT":
         with suppress(KafkaUnavailable):
@@ -45,14 +46,16 @@ def connect(settings: Settings, make: Callable[..., _T], **more: Any) -> _T:
 
 @lru_cache(maxsize=4)
 def _checked_once(settings: Settings) -> None:
-    """Knock until once let in."""
+    """Check the connection; skipped after the first success in this process."""
     diagnostics.check_connection(settings)
 
 
 def translate_error(settings: Settings, error: Exception, at: str = "") -> EddylineError:
-    """What an error of kafka-python means: KafkaRefused where a person has to decide, else KafkaUnavailable.
+    """KafkaRefused if an operator has to decide, else KafkaUnavailable.
 
-    at: what was spoken to, by default the servers. Asks Kafka itself, which takes two seconds at most.
+    at: names what was called, for the message; default: the servers
+
+    Checks the connection to find out, which takes two seconds at most.
     """
     where = at or f"Kafka at {settings.kafka_bootstrap_servers}"
     if lacks_right(error):
@@ -70,5 +73,5 @@ def translate_error(settings: Settings, error: Exception, at: str = "") -> Eddyl
 
 
 def lacks_right(error: Exception) -> bool:
-    """Whether Kafka says so; kafka-python wraps some of these errors into others, so the words count."""
+    """Whether Kafka denied a right. kafka-python wraps some errors, so the text decides."""
     return "AuthorizationFailed" in f"{type(error).__name__} {error}"

@@ -1,11 +1,12 @@
 """Why Kafka refuses a client: one connection of our own, and a sentence that names the settings.
 
 A refused Kafka client tries again until its time is over, and then reports the time-out, not the
-reason. So before a process' first client, and after each client that failed, `check_connection` does
-what a client does: TLS, versions, SASL. It separates what waiting does not heal (KafkaRefused) from
-what it may heal (KafkaUnavailable). kafka-python encodes and decodes; the socket is ours, because an
-alert of TLS must be seen. Request versions are the oldest that say enough: every broker since 1.0
-knows them.
+reason. So `check_connection` does what a client does: TLS, versions, SASL. It runs before the first
+client of a process and after each client that failed. It separates what waiting does not heal
+(KafkaRefused) from what it may heal (KafkaUnavailable).
+
+kafka-python encodes and decodes. The socket is ours: its clients hide the alert that ends TLS.
+Requests have the oldest versions that say enough; every broker since 1.0 knows them.
 """
 
 from __future__ import annotations
@@ -244,8 +245,8 @@ class BrokerProbe:
         look = (
             f"kafka_cert_file = {own!r}, which its authority must have signed"
             if own
-            else "kafka_cert_file and kafka_key_file, which are empty: it may ask for a certificate "
-            "of ours"
+            else "kafka_cert_file and kafka_key_file, which are empty: it may ask for a "
+            "certificate of ours"
         )
         return self._refused(f"it ended the TLS connection ({alert}); look at {look}")
 
@@ -275,7 +276,7 @@ class Wire:
 
 
 def _alert(error: ssl.SSLError) -> str:
-    """The other end's TLS alert in words, "" if the error is none. Only TLS speakers send alerts."""
+    """The other end's TLS alert in words, "" if the error is none. Only TLS sends alerts."""
     reason = str(getattr(error, "reason", None) or "")
     _, found, name = reason.partition("ALERT_")
     return name.lower().replace("_", " ") if found else ""

@@ -20,7 +20,7 @@ from eddyline.settings.loader import Settings
 
 
 def now_ms() -> int:
-    """This machine's clock, milliseconds since 1970."""
+    """The clock of this machine, in milliseconds since 1970."""
     return time.time_ns() // 1_000_000
 
 
@@ -34,7 +34,7 @@ def sent_to(future: object, settings: Settings) -> tuple[int, int]:
 
 
 def make_producer(settings: Settings, **more: Any) -> KafkaProducer:
-    """An idempotent producer that waits for all replicas. Any option of kafka-python may be given."""
+    """An idempotent producer that waits for all replicas. more: options of kafka-python."""
     options = {"acks": "all", "enable_idempotence": True, "max_block_ms": settings.kafka_timeout_ms}
     return connect(settings, KafkaProducer, **options | more)
 
@@ -59,31 +59,29 @@ def in_time(settings: Settings, call: Callable[[], object]) -> None:
     thread.join(timeout_s)
     if thread.is_alive():
         raise KafkaUnavailable(
-            f"the transaction did not end in {timeout_s:.1f} s; the next run will see whether it stands"
+            f"the transaction did not end in {timeout_s:.1f} s; the next run will see whether it "
+            "stands"
         )
     if failed:
         raise failed[0]
 
 
 def send_click(producer: KafkaProducer, settings: Settings, click: Click) -> Any:
-    """Send a click under its user's id, stamped with this producer's clock. Returns kafka-python's future."""
-    stamp = [("produced_us", str(time.time_ns() // 1000).encode())]
+    """Send a click under its user's id, with the clock of this producer. Returns a future."""
     key, value = click.user_id.encode(), events.encode(click)
-    return producer.send(settings.prefixed(CLICKS), value, key=key, headers=stamp)
+    return producer.send(settings.prefixed(CLICKS), value, key=key, headers=_stamp())
 
 
 def send_merge(producer: KafkaProducer, settings: Settings, merge: Merge) -> Any:
-    """Move all that a visitor did so far into another user's list: a record among the visitor's clicks."""
-    stamp = [("produced_us", str(time.time_ns() // 1000).encode())]
+    """Merge a visitor's history into another user's: a record among the visitor's clicks."""
     key, value = merge.user_id.encode(), events.encode(merge)
-    return producer.send(settings.prefixed(CLICKS), value, key=key, headers=stamp)
+    return producer.send(settings.prefixed(CLICKS), value, key=key, headers=_stamp())
 
 
 def send_item(producer: KafkaProducer, settings: Settings, item: Item) -> Any:
     """Send a whole item under its id."""
-    stamp = [("produced_us", str(time.time_ns() // 1000).encode())]
     key, value = item.item_id.encode(), events.encode(item)
-    return producer.send(settings.prefixed(ITEMS), value, key=key, headers=stamp)
+    return producer.send(settings.prefixed(ITEMS), value, key=key, headers=_stamp())
 
 
 def send_delete(producer: KafkaProducer, settings: Settings, item_id: str) -> Any:
@@ -92,11 +90,16 @@ def send_delete(producer: KafkaProducer, settings: Settings, item_id: str) -> An
 
 
 def send_profile(producer: KafkaProducer, settings: Settings, profile: UserProfile) -> Any:
-    """Send a user's whole profile under his id."""
+    """Send a user's whole profile under the user's id."""
     key, value = profile.user_id.encode(), events.encode(profile)
     return producer.send(settings.prefixed(USERS), value, key=key)
 
 
 def send_forget(producer: KafkaProducer, settings: Settings, user_id: str) -> Any:
-    """Forget a user: a null record under his id."""
+    """Forget a user: a null record under the user's id."""
     return producer.send(settings.prefixed(USERS), None, key=user_id.encode())
+
+
+def _stamp() -> list[tuple[str, bytes]]:
+    """The header with the producer's clock, in microseconds since 1970."""
+    return [("produced_us", str(time.time_ns() // 1000).encode())]

@@ -1,4 +1,4 @@
-"""Read topics from given offsets to given ends. One reader for commands, the trainer and operations.
+"""Read topics between offsets: one reader for commands, trainer and operations.
 
 Ends are offsets, and an offset need not hold a record: compaction and transactions leave gaps. So a
 read ends when the consumer's *position* reaches the end, not when the last record arrives.
@@ -32,17 +32,18 @@ def read(
     stall_s: float | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Any]:
-    """The committed records of a topic, in the order of offsets within each partition.
+    """The committed records of a topic, by offset within each partition.
 
     name:        without the namespace
-    starts:      partition → first offset; default: the oldest kept offset of every partition. An offset
-                 below the oldest kept one starts there.
+    starts:      partition → first offset, at least the oldest kept one; default: the oldest kept
+                 offsets of all partitions
     ends:        partition → the offset after the last, 0 if absent; default: the present ends
     stall_s:     the longest time without progress; default: `kafka_timeout_ms`
     on_progress: called after each fetch with the offsets passed so far and their total
 
-    Holds one fetch in memory. A topic that does not exist has no records. Close the iterator to stop
-    early. Raises KafkaUnavailable when nothing arrives for `stall_s`, KafkaRefused without the right.
+    Holds one fetch in memory. A topic that does not exist has no records. Close the iterator to
+    stop early. Raises KafkaUnavailable if nothing arrives for `stall_s`, KafkaRefused if we lack
+    the right.
     """
     topic = settings.prefixed(name)
     with open_consumer(settings) as consumer:
@@ -70,14 +71,17 @@ def read_slices(
     stall_s: float,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Any]:
-    """Records of an open consumer: partition → [first offset, offset after the last). See `read`.
+    """The records of an open consumer between offsets. See `read`.
 
-    Replaces the consumer's assignment; a partition that reached its end is paused. kafka-python's own
-    errors pass through: `open_consumer` translates them.
+    slices: partition → (first offset, offset after the last)
+
+    Replaces the consumer's assignment; pauses a partition at its end. kafka-python's own errors
+    pass through: `open_consumer` translates them.
     """
     positions = {place: first for place, (first, end) in slices.items() if first < end}
     total = sum(slices[place][1] - first for place, first in positions.items())
     consumer.assign(list(positions))
+    consumer.resume(*positions)  # an earlier read of this consumer may have paused it
     for place, first in positions.items():
         consumer.seek(place, first)
     waiting, progress_s = set(positions), time.monotonic()
@@ -127,7 +131,10 @@ def open_consumer(settings: Settings) -> Iterator[KafkaConsumer]:
 def offsets_at(
     settings: Settings, name: str, partitions: Collection[int], since_ms: int
 ) -> dict[int, int]:
-    """Partition → first offset appended at or after a time (the broker's clock, ms); else its end."""
+    """Partition → the first offset appended at or after a time, else its end.
+
+    since_ms: the broker's clock, in milliseconds since 1970
+    """
     with open_consumer(settings) as consumer:
         times = {TopicPartition(settings.prefixed(name), p): since_ms for p in partitions}
         ends, found = consumer.end_offsets(list(times)), consumer.offsets_for_times(times)

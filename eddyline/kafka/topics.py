@@ -1,10 +1,10 @@
-"""Kafka for everything but the Faust agents: topics, their identity, and producers, by kafka-python.
+"""Topics: their names, configuration, identity and offsets, by kafka-python.
 
-Topics (a real name carries the namespace, `settings.prefixed(name)`):
+A name in Kafka has the namespace in front, `settings.prefixed(name)`:
 
     clicks, items, users            from producers; time stamps are the broker's (LogAppendTime)
-    item-vectors.<generation>       the index's log, see `eddyline.schema.item_record`
-    generations                     manifests, and which one is active, see `eddyline.generations`
+    item-vectors.<generation>       the log of the index, see `eddyline.schema.item_record`
+    generations                     manifests and the active generation, see `eddyline.generations`
     dead-letters                    rejected records with their reason
 """
 
@@ -32,10 +32,10 @@ CLICKS, ITEMS, USERS = "clicks", "items", "users"
 DEAD_LETTERS, GENERATIONS = "dead-letters", "generations"
 SOURCES = (CLICKS, ITEMS, USERS)
 
-# A dead letter carries the whole rejected record (at most 1 MiB, the broker's default) and its headers.
+# A dead letter holds the whole rejected record (at most 1 MiB, the broker's default) and headers.
 DEAD_LETTER_BYTES_MAX = 2 * 1024 * 1024
 _HOUR_MS = 3_600_000
-# How long a delete record stays after compaction: a snapshot or bundle older than this must not be used.
+# Compaction keeps a delete record this long: an older snapshot or bundle must not be used.
 _DELETE_RETENTION_MS = 7 * 24 * _HOUR_MS
 
 
@@ -45,7 +45,10 @@ def item_vectors(generation: str) -> str:
 
 
 def topic_configs(settings: Settings, name: str) -> tuple[int, dict[str, str]]:
-    """(partitions, configuration) of a topic. Append time: "far future" is measured by the broker's clock."""
+    """(partitions, configuration) of a topic.
+
+    Append time, because the broker's clock decides what lies in the far future.
+    """
     compact = {"cleanup.policy": "compact", "delete.retention.ms": str(_DELETE_RETENTION_MS)}
     append_time = {"message.timestamp.type": "LogAppendTime"}
     if name == CLICKS:
@@ -75,7 +78,7 @@ def _admin(settings: Settings) -> Iterator[KafkaAdminClient]:
 
 
 def wait_until_up(settings: Settings, timeout_s: float) -> None:
-    """Return once Kafka answers; raise KafkaUnavailable after `timeout_s`."""
+    """Return when Kafka answers. Raises KafkaUnavailable after `timeout_s`, KafkaRefused."""
     deadline, backoff = time.monotonic() + timeout_s, Backoff(0.05, settings.backoff_ms_max / 1000)
     while True:
         wait_s = backoff.next_s()
@@ -93,14 +96,16 @@ def wait_until_up(settings: Settings, timeout_s: float) -> None:
 
 
 def ensure_topics(settings: Settings, names: Sequence[str] | None = None) -> None:
-    """Make the topics that are missing; raise LogMismatch where one has another number of partitions.
+    """Create the topics that are missing.
 
-    names: by default all but the item vectors, which belong to a generation
+    names: default: all but the item vectors, which belong to a generation
+
+    Raises LogMismatch if a topic has another number of partitions than the settings.
     """
     names = (*SOURCES, DEAD_LETTERS, GENERATIONS) if names is None else names
     with _admin(settings) as admin:
         existing = set(admin.list_topics())
-        # Kafka hides what one may not describe: then it would be made anew, in vain.
+        # Kafka hides a topic that we may not describe, and creating it would fail.
         _described(
             settings, admin, [t for n in names if (t := settings.prefixed(n)) not in existing]
         )
@@ -113,7 +118,7 @@ def ensure_topics(settings: Settings, names: Sequence[str] | None = None) -> Non
                 topic = NewTopic(real, partitions, copies, topic_configs=configs)
                 admin.create_topics([topic], timeout_ms=settings.kafka_timeout_ms)
             except TopicAlreadyExistsError:
-                continue  # another process was faster
+                continue  # another process created it
         admin.wait_for_topics(
             [settings.prefixed(n) for n in names], timeout_ms=settings.kafka_timeout_ms
         )
@@ -130,7 +135,7 @@ def ensure_topics(settings: Settings, names: Sequence[str] | None = None) -> Non
 def _described(
     settings: Settings, admin: KafkaAdminClient, topics: list[str]
 ) -> list[dict[str, Any]]:
-    """What Kafka tells of these topics, of those that are not there as well. Raises KafkaRefused."""
+    """Kafka's description of topics, also of those that do not exist. Raises KafkaRefused."""
     found: list[dict[str, Any]] = admin.describe_topics(topics) if topics else []
     for topic in found:
         if topic["error_code"] == TopicAuthorizationFailedError.errno:
@@ -139,13 +144,13 @@ def _described(
 
 
 def check_seen(settings: Settings, name: str) -> None:
-    """Return where we may see the topic, be it there or not. Raises KafkaRefused, KafkaUnavailable."""
+    """Raise KafkaRefused if we may not describe the topic, whether it exists or not."""
     with _admin(settings) as admin:
         _described(settings, admin, [settings.prefixed(name)])
 
 
 def log_ids(settings: Settings, names: Sequence[str]) -> dict[str, LogId]:
-    """The identity of each topic's log: cluster id and topic id. A topic made anew has another one."""
+    """The identity of each topic's log: cluster id and topic id. A recreated topic has another."""
     with _admin(settings) as admin:
         cluster_id = str(admin.describe_cluster()["cluster_id"])
         described = _described(settings, admin, [settings.prefixed(name) for name in names])
@@ -154,12 +159,12 @@ def log_ids(settings: Settings, names: Sequence[str]) -> dict[str, LogId]:
 
 
 def end_offsets(settings: Settings, name: str) -> dict[int, int]:
-    """Partition -> the offset that the next record will get."""
+    """Partition → the offset that the next record will get."""
     return _offsets(settings, name, "end_offsets")
 
 
 def beginning_offsets(settings: Settings, name: str) -> dict[int, int]:
-    """Partition -> the offset of the oldest record that is still kept."""
+    """Partition → the offset of the oldest record that is still kept."""
     return _offsets(settings, name, "beginning_offsets")
 
 

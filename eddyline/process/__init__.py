@@ -1,1 +1,1 @@
-"""What every process needs: start, retry, stop, heartbeat, files, logs, metrics."""
+"""What every process needs: lifecycle, retry, locks, files, heartbeat, logs, metrics."""

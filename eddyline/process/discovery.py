@@ -1,8 +1,8 @@
-"""Which Kafka and which Redis: those of the settings, else the local ones that run on this data folder.
+"""The addresses of Kafka and Redis: those of the settings, else of the local servers.
 
-`<data_dir>/run/servers.json` is written by whoever runs the local servers (pair.py), who holds a lock on
-`<data_dir>/run/lock` for as long as he lives. So a file left by a killed process is never believed, and no
-process id is taken for another's.
+The process that runs the local servers (`sandbox.servers.local_servers`) writes
+`<data_dir>/run/servers.json` and holds `<data_dir>/run/lock` locked while it lives. So the file of
+a killed process is never believed, and a reused process id does no harm.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ class LocalServer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LocalServers(msgspec.Struct, frozen=True, kw_only=True):
-    """What servers.json holds.
+    """The content of servers.json.
 
-    owner:     the command that runs them; step: what it does now, for whoever waits
-    namespace: the one its owner works in, so that commands beside a running demo need not name it
+    owner:     the command that runs the servers
+    step:      what it does now, for a process that waits
+    namespace: its namespace, so that commands beside a running demo need not name it
     """
 
     owner: str
@@ -74,7 +75,7 @@ def is_held(settings: Settings) -> bool:
 
 
 def running(settings: Settings) -> LocalServers | None:
-    """The local servers of this data folder, ready or starting; None where nobody runs them."""
+    """The local servers of this data folder, ready or starting; None if no process runs them."""
     if not is_held(settings):
         return None
     content = read_if_exists(servers_file(settings))
@@ -89,11 +90,12 @@ def running(settings: Settings) -> LocalServers | None:
 
 
 def resolve(settings: Settings, *, redis: bool = True) -> Settings:
-    """The settings with both addresses, and the namespace, filled in where they are empty.
+    """The settings, with the addresses and the namespace of the local servers where they are empty.
 
-    redis: False for a process that uses none (archive, trainer): its address may stay empty then
-    Raises SettingsError, with what to do, where neither the settings nor local servers give one, and where
-    the settings of Redis cannot be right.
+    redis: False for a process without Redis (archive, trainer): its address may stay empty
+
+    Raises SettingsError, which says what to do, if an address is missing, if a file of certificates
+    cannot be used, and if the settings of Redis contradict each other.
     """
     found = _resolve(settings, needs_redis=redis)
     security.tls_context(found)

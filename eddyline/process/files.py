@@ -11,19 +11,19 @@ from typing import IO
 
 
 def write_atomically(path: Path, content: bytes, *, mode: int = 0o600) -> None:
-    """Replace the file in one step. Makes the folder. Raises OSError. See `replacing`."""
+    """Replace the file in one step, see `replacing`. Raises OSError."""
     with replacing(path, mode=mode) as file:
         file.write(content)
 
 
 @contextmanager
 def replacing(path: Path, *, mode: int = 0o600) -> Iterator[IO[bytes]]:
-    """A file to write, `<name>.<random>.partial` beside `path`; it replaces `path` after the block.
+    """A file to write, `<name>.<random>.partial`, which replaces `path` after the block.
 
     mode: the file's permissions, less the umask; by default only its owner reads it
 
-    Makes the folder. An exception in the block removes the partial file and leaves `path` as it was;
-    kill -9 leaves a partial file. Raises OSError.
+    Makes the folder. An exception in the block removes the partial file and leaves `path` as it
+    was; kill -9 leaves a partial file. Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
@@ -39,7 +39,8 @@ def replacing(path: Path, *, mode: int = 0o600) -> Iterator[IO[bytes]]:
 def move(partial: Path, path: Path) -> None:
     """Rename a complete file, within one file system, once its content is on the disk.
 
-    Replaces a file that is there; a folder is moved likewise, to a free name. The new name is on the disk when this returns. Raises OSError.
+    Replaces a file that is there; a folder is moved likewise, to a free name. The new name is on
+    the disk when this returns. Raises OSError.
     """
     sync(partial)
     os.replace(partial, path)

@@ -1,8 +1,8 @@
-"""A process' sign of life for whoever watches it from outside: a file that it touches as it works.
+"""Heartbeats of processes without a port: a file that the process touches as it works.
 
-A process without a port of its own (ingest) calls `beat` from the loop that does its work, so
-a loop that hangs stops beating. `python -m eddyline.process.heartbeat ingest` exits with 0 where a beat of this kind of
-process is fresh, with 1 and a sentence otherwise; it is the health check of docker-compose.yml.
+Such a process (ingest, archive) calls `beat` from its main loop: a loop that hangs stops beating.
+`python -m eddyline.process.heartbeat ingest` exits with 0 if a heartbeat of this kind of process is
+fresh, else with 1 and a sentence. It is the health check of docker-compose.yml.
 """
 
 from __future__ import annotations
@@ -14,36 +14,35 @@ from pathlib import Path
 
 from eddyline.settings.loader import Settings, load
 
-# Beats come every two seconds, and may wait for a Redis that takes its time to fail.
+# A process beats every two seconds, or later if a call to Redis fails slowly.
 FRESH_S = 30.0
-# Files of processes that ended long ago are removed by the next one that starts beating.
+# The next process that starts to beat removes files older than this.
 FORGOTTEN_S = 3_600.0
 
 
 def beat(settings: Settings, process: str) -> None:
-    """Say that this process is alive; call it every second or two. Costs some 20 µs.
+    """Show that this process is alive; call it every second or two. Takes about 20 µs.
 
-    process: its kind, as "ingest"; the file is `run/<process>-<pid>.alive` in `data_dir`
+    process: its kind, such as "ingest"; the file is `run/<process>-<pid>.alive` in `data_dir`
     """
     path = _folder(settings) / f"{process}-{os.getpid()}.alive"
     try:
         os.utime(path)
     except FileNotFoundError:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _forget_the_dead(path.parent)
+        _remove_old(path.parent)
         path.touch()
 
 
 def end(settings: Settings, process: str) -> None:
-    """Take this process' sign of life away, after a stop in good order."""
+    """Remove this process' heartbeat, after an orderly stop."""
     (_folder(settings) / f"{process}-{os.getpid()}.alive").unlink(missing_ok=True)
 
 
 def last_beat_s(settings: Settings, process: str) -> float | None:
-    """Seconds since the last beat of any process of this kind on this machine; None where there is none."""
-    times = [
-        beaten for path in _folder(settings).glob(f"{process}-*.alive") if (beaten := _beaten(path))
-    ]
+    """Seconds since the last heartbeat of this kind of process, on this machine; None without."""
+    files = _folder(settings).glob(f"{process}-*.alive")
+    times = [time_s for path in files if (time_s := _modified_s(path))]
     return max(0.0, time.time() - max(times)) if times else None
 
 
@@ -55,7 +54,7 @@ def main(arguments: list[str]) -> int:
     ago_s = last_beat_s(load(), arguments[0])
     if ago_s is not None and ago_s <= FRESH_S:
         return 0
-    found = "no sign of life" if ago_s is None else f"last sign of life {ago_s:.0f} s ago"
+    found = "no heartbeat" if ago_s is None else f"last heartbeat {ago_s:.0f} s ago"
     sys.stderr.write(f"{arguments[0]}: {found}\n")
     return 1
 
@@ -64,17 +63,17 @@ def _folder(settings: Settings) -> Path:
     return Path(settings.data_dir) / "run"
 
 
-def _beaten(path: Path) -> float | None:
+def _modified_s(path: Path) -> float | None:
     try:
         return path.stat().st_mtime
-    except FileNotFoundError:  # its process removed it just now
+    except FileNotFoundError:  # its process just removed it
         return None
 
 
-def _forget_the_dead(folder: Path) -> None:
+def _remove_old(folder: Path) -> None:
     for path in folder.glob("*.alive"):
-        beaten = _beaten(path)
-        if beaten is not None and time.time() - beaten > FORGOTTEN_S:
+        time_s = _modified_s(path)
+        if time_s is not None and time.time() - time_s > FORGOTTEN_S:
             path.unlink(missing_ok=True)
 
 

@@ -1,10 +1,10 @@
 """Structured logs: one line per unit of work, a sentence and its values.
 
     log = logging.getLogger(__name__)
-    log.info("chunk applied", extra={"partition": 3, "records": 256})
+    log.info("batch applied", extra={"partition": 3, "records": 256})
 
-For people: `12:00:01.123 info  ingest  chunk applied  partition=3 records=256`. For machines (`log_format =
-"json"`): one JSON object a line. Secrets are never values of a line; URLs are shown without their password.
+For people: `12:00:01.123 info  ingest  batch applied  partition=3 records=256`. For machines
+(`log_format = "json"`): one JSON object a line. Values are never secrets; URLs lack their password.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import msgspec
 
 from eddyline.settings.loader import Settings
 
-# What a LogRecord has by itself; everything else came in through `extra`.
+# The attributes of every LogRecord; all others come from `extra`.
 _OWN = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "data", "stack"}
-# These log every connection attempt while a server is away, kafka-python as an error each: the processes
-# say themselves, once, what they wait for.
+# These log every connection attempt while a server is away, kafka-python as an error. Our processes
+# log once what they wait for.
 _QUIET = {
     "kafka": logging.CRITICAL,
     "aiokafka": logging.CRITICAL,
@@ -31,7 +31,7 @@ _QUIET = {
 
 
 def configure(settings: Settings, process: str) -> None:
-    """Send the logs of this process to its standard error, in the format the settings ask for."""
+    """Write the logs of this process to standard error, in the format of the settings."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json(process) if settings.log_format == "json" else _Console(process))
     root = logging.getLogger()

@@ -1,4 +1,4 @@
-"""Where Prometheus asks a process what it does: plain HTTP, of what the process keeps anyway."""
+"""The metrics endpoint of a process, for Prometheus: plain HTTP."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from prometheus_client.registry import Collector
 
 log = logging.getLogger(__name__)
 
-# A process that is being replaced still has the port of the one that takes its place.
+# While a process is replaced, its predecessor still holds the port.
 AGAIN_S = 0.5
-# Where it still is taken after this time, a person has to look.
+# A port that is still taken after this time is logged as an error.
 TAKEN_S = 60.0
 _JOIN_S = 5.0
 
 
 def serve(host: str, port: int, collector: Collector) -> Callable[[], None]:
-    """Answer at host:port; 0 answers nowhere. Returns what ends that.
+    """Serve metrics at host:port; port 0 serves none. Returns a function that stops it.
 
-    A port that is taken is tried again, and an error in the log after a minute: the work is worth more than
-    its figures.
+    A taken port does not stop the process: it is tried again, and logged as an error in time.
     """
     if not port:
         return lambda: None
@@ -46,19 +45,19 @@ def serve(host: str, port: int, collector: Collector) -> Callable[[], None]:
 
 
 def _serve(host: str, port: int, registry: CollectorRegistry, stop: threading.Event) -> None:
-    where, begun, told = f"{host}:{port}", time.monotonic(), set[int]()
+    address, begun_s, logged = f"{host}:{port}", time.monotonic(), set[int]()
     while not stop.is_set():
         try:
             server, thread = start_http_server(port, host, registry)
         except OSError as error:
-            level = logging.ERROR if time.monotonic() - begun >= TAKEN_S else logging.INFO
-            if level not in told:
-                said = {"address": where, "reason": str(error)}
-                log.log(level, "no metrics yet: the address cannot be had", extra=said)
-            told.add(level)
+            level = logging.ERROR if time.monotonic() - begun_s >= TAKEN_S else logging.INFO
+            if level not in logged:
+                values = {"address": address, "reason": str(error)}
+                log.log(level, "no metrics yet: the address cannot be bound", extra=values)
+            logged.add(level)
             stop.wait(AGAIN_S)
             continue
-        log.info("metrics", extra={"address": f"http://{where}/metrics"})
+        log.info("metrics", extra={"address": f"http://{address}/metrics"})
         stop.wait()
         server.shutdown()
         server.server_close()

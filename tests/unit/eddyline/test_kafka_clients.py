@@ -1,4 +1,4 @@
-"""Kafka's security settings: which fit together, what the clients get, what a strange server's answers do."""
+"""Kafka's security: settings that fit together, options of clients, answers of strange servers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TLS = SERVERS | {"kafka_security_protocol": "SSL"}
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """An authority, a certificate of it, its key as it is and encrypted, another key, and no certificate."""
+    """An authority, a certificate, its key in the clear and encrypted, another key, other text."""
     folder, authority = tmp_path_factory.mktemp("certificates"), trustme.CA()
     mine, other = authority.issue_cert("ann@example.org"), authority.issue_cert("bob@example.org")
     key = serialization.load_pem_private_key(mine.private_key_pem.bytes(), None)

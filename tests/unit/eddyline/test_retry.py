@@ -2,6 +2,7 @@
 
 import threading
 import time
+from itertools import pairwise
 
 import pytest
 
@@ -17,7 +18,7 @@ def test_pauses_double_up_to_the_limit(max_s: float) -> None:
     backoff = Backoff(0.1, max_s)
     pauses = [backoff.next_s() for _ in range(20)]
     assert pauses[:2] == [0.1, 0.2] and pauses[-1] == min(max_s, 0.1 * 2**19)
-    assert all(b == min(2 * a, max_s) for a, b in zip(pauses, pauses[1:], strict=False))
+    assert all(b == min(2 * a, max_s) for a, b in pairwise(pauses))
     backoff.reset()
     assert backoff.next_s() == 0.1
 
