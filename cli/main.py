@@ -282,16 +282,11 @@ def plan(
     dimension: Annotated[int, typer.Option(min=1, help="Length of the vectors.")] = 64,
     item_bytes: Annotated[int, typer.Option(min=0, help="An item as JSON.")] = 300,
     clicks_a_day: Annotated[str, typer.Option(help="By default one for each user.")] = "0",
-    allocator: Annotated[
-        str, typer.Option(help="jemalloc, or libc: INFO memory says it.")
-    ] = "jemalloc",
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, in bytes.")] = False,
 ) -> None:
-    """Say how much memory Redis and a query worker need."""
+    """Say how much memory Redis and a query worker need; a running Redis measures it."""
     from cli.commands import capacity as planning
 
-    if allocator not in ("jemalloc", "libc"):
-        raise SettingsError(f"--allocator {allocator!r}: expected jemalloc or libc")
     sizes = planning.Sizes(
         users=planning.amount(users),
         items=planning.amount(items),
@@ -300,8 +295,7 @@ def plan(
         card=item_bytes,
         clicks_a_day=planning.amount(clicks_a_day),
     )
-    known: planning.Allocator = "libc" if allocator == "libc" else "jemalloc"
-    planning.show(load(), sizes, allocator=known, as_json=as_json)
+    planning.show(_settings(), sizes, as_json=as_json)
 
 
 letters_app = typer.Typer(

@@ -6,6 +6,7 @@ import json
 import time
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 from cli.commands import capacity
 from cli.commands.capacity import Sizes, amount, redis_parts, worker_parts
 from cli.main import app
-from eddyline.errors import SettingsError
+from eddyline.errors import SettingsError, StoreUnavailable
 from eddyline.schema import user_history
 from eddyline.schema.user_history import Entry, UserHistory
 from eddyline.settings.loader import Settings
@@ -146,21 +147,23 @@ def filled(store: RedisStore, settings: Settings, sizes: Sizes) -> int:
 )
 def test_the_plan_is_within_ten_percent_of_what_redis_uses(store: RedisStore, sizes: Sizes) -> None:
     settings = Settings(clicks_partitions=4, dedupe_window_events=3_000, popular_buckets=5)
-    taken = filled(store, settings, sizes)
-    allocator = "jemalloc" if "jemalloc" in store._redis.info("memory")["mem_allocator"] else "libc"
-    parts = redis_parts(settings, sizes, allocator)  # type: ignore[arg-type]
+    settings = msgspec.structs.replace(settings, redis_url=store.address)
+    before = store._redis.dbsize()
+    parts = redis_parts(settings, sizes)
+    assert store._redis.dbsize() == before, "samples are deleted"
     planned = sum(part.size for part in parts if part.what != "scripts and connections")
-    assert planned == pytest.approx(taken, rel=0.10)
+    assert planned == pytest.approx(filled(store, settings, sizes), rel=0.10)
 
 
-def test_the_plan_grows_with_what_it_is_asked_for() -> None:
-    settings, sizes = Settings(), Sizes(users=10_000_000, items=1_000_000, history=50)
+def test_the_plan_grows_with_what_it_is_asked_for(servers: Settings) -> None:
+    settings = Settings(redis_url=servers.redis_url)
+    sizes = Sizes(users=10_000_000, items=1_000_000, history=50)
     base = {part.what: part.size for part in redis_parts(settings, sizes)}
     assert 20e9 < sum(base.values()) < 40e9
     sizes = Sizes(users=10_000_000, items=1_000_000, history=1_000)
     longer = {part.what: part.size for part in redis_parts(settings, sizes)}
     assert (
-        base["behaviour lists"] < longer["behaviour lists"] < 3 * base["behaviour lists"]
+        base["user histories"] < longer["user histories"] < 3 * base["user histories"]
     )  # 100 at most
     assert (
         capacity.worker_parts(settings, Sizes(users=1, items=1_000, history=1))[2].size == 0
@@ -169,7 +172,10 @@ def test_the_plan_grows_with_what_it_is_asked_for() -> None:
         amount("lots")
 
 
-def test_the_command_prints_the_sums_and_json() -> None:
+def test_the_command_prints_the_sums_and_json(
+    servers: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDDYLINE_REDIS_URL", servers.redis_url)
     run = CliRunner().invoke
     shown = run(app, ["plan", "--users", "10M", "--items", "1M", "--history", "50"])
     assert (
@@ -178,8 +184,13 @@ def test_the_command_prints_the_sums_and_json() -> None:
         and "each query worker" in shown.output
     )
     listed = json.loads(run(app, ["plan", "--users", "1k", "--items", "1k", "--json"]).output)
-    assert {part["what"] for part in listed["Redis"]} >= {"behaviour lists", "fences"}
+    assert {part["what"] for part in listed["Redis"]} >= {"user histories", "fences"}
     wanted = sum(
         p.size for p in worker_parts(Settings(), Sizes(users=1_000, items=1_000, history=50))
     )
     assert sum(part["bytes"] for part in listed["each query worker"]) == wanted
+
+
+def test_without_a_redis_the_plan_says_where_it_looked() -> None:
+    with pytest.raises(StoreUnavailable, match=r"127\.0\.0\.1:1"):
+        redis_parts(Settings(redis_url="redis://127.0.0.1:1/0"), Sizes(1, 1, 1))

@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from cli.commands.capacity import Sizes, redis_parts
 from eddyline.errors import EddylineError, SettingsError, StoreRefused, StoreUnavailable
 from eddyline.kafka import topics
 from eddyline.process import discovery
@@ -210,6 +211,15 @@ def test_each_documented_user_may_do_what_it_needs_and_nothing_else(
             } - {"auth", "config|resetstat", "script|flush"}
         given = {rule[1:] for rule in documented()[user] if rule.startswith("+")}
         assert used == given - {"cluster|slots", "asking"}, user
+
+
+def test_the_documented_operator_may_plan(asking: Server, namespace: str) -> None:
+    settings = Settings(namespace=namespace, redis_url=url("operator", asking.port))
+    assert redis_parts(settings, Sizes(users=9, items=9, history=9))
+    with pytest.raises(StoreRefused, match="docs/security.md"):
+        redis_parts(
+            msgspec.structs.replace(settings, redis_url=url("worker", asking.port)), Sizes(9, 9, 9)
+        )
 
 
 def ingest_works(store: RedisStore) -> None:
