@@ -1,4 +1,5 @@
-"""`make chaos`: real servers and processes, faults by a seed, and an oracle that compares everything.
+"""`make chaos`: real servers and processes, faults by a seed, and an oracle that compares
+everything.
 
 make chaos                                  60 faults, three minutes of them
 make chaos ARGS="--faults 200 --seed 7"     the long run; the same seed gives the same plan again
@@ -34,14 +35,15 @@ SHOWN = 20
 
 def main() -> int:
     """Run and report; 0 where nothing differs."""
-    asked = arguments()
+    options = arguments()
     logging.basicConfig(level=logging.ERROR)
-    # Kafka's clients tell of every try while the broker is away, on purpose.
+    # Kafka's clients log every attempt while the broker is away, on purpose.
     logging.getLogger("kafka").setLevel(logging.CRITICAL)
     begun = time.monotonic()
     home = Path(tempfile.mkdtemp(prefix="eddyline-chaos-"))
     console.print(
-        f"seed {asked.seed}, {asked.faults} faults, {asked.rate:g} records a second; data in {home}"
+        f"seed {options.seed}, {options.faults} faults, {options.rate:g} records a second; data in "
+        f"{home}"
     )
     dataset = synthetic.generate(items=300, users=120, clicks=6_000, seed=7)
     manifest = scene.small_generation(home / "generations", dataset)
@@ -50,23 +52,24 @@ def main() -> int:
         home / "generations",
         manifest,
         dataset,
-        seed=asked.seed,
-        count=asked.faults,
-        gap_s=(asked.gap * 2 / 3, asked.gap * 4 / 3),
-        rate=asked.rate,
-        ingests=asked.ingests,
-        returners=asked.returners,
-        tell=console.print,
+        seed=options.seed,
+        count=options.faults,
+        gap_s=(options.gap * 2 / 3, options.gap * 4 / 3),
+        rate=options.rate,
+        ingests=options.ingests,
+        returners=options.returners,
+        on_progress=console.print,
     )
     result.seconds["whole run"] = time.monotonic() - begun
     show(result)
-    told = report(result, asked)
-    Path(asked.json).parent.mkdir(parents=True, exist_ok=True)
-    Path(asked.json).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-    console.print(f"written to {asked.json}")
+    summary = report(result, options)
+    Path(options.json).parent.mkdir(parents=True, exist_ok=True)
+    Path(options.json).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    console.print(f"written to {options.json}")
     if result.differences:
         console.print(
-            f"[bold]{len(result.differences)} DIFFERENCES[/], seed {asked.seed}; data kept in {home}"
+            f"[bold]{len(result.differences)} DIFFERENCES[/], seed {options.seed}; data kept in "
+            f"{home}"
         )
         for fault, met in result.met:
             console.print(f"{fault}  → {met or 'nothing met'}")
@@ -74,13 +77,13 @@ def main() -> int:
             console.print(f"  {line}", markup=False)
         return 1
     console.print("nothing differs")
-    if not asked.keep:
+    if not options.keep:
         shutil.rmtree(home, ignore_errors=True)
     return 0
 
 
 def arguments() -> argparse.Namespace:
-    """What was asked for."""
+    """The parsed command line."""
     parser = argparse.ArgumentParser(prog="make chaos", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--faults", type=int, default=60, help="how many faults fall")
     parser.add_argument(
@@ -96,11 +99,11 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--keep", action="store_true", help="keep the data folder")
     parser.add_argument("--json", default=".eddyline/chaos/last.json", help="where the result goes")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     for name in ("faults", "gap", "rate", "ingests"):
-        if not getattr(asked, name) > 0:
-            parser.error(f"--{name} {getattr(asked, name)}: must be above 0")
-    return asked
+        if not getattr(options, name) > 0:
+            parser.error(f"--{name} {getattr(options, name)}: must be above 0")
+    return options
 
 
 def show(result: drive.Result) -> None:
@@ -121,7 +124,7 @@ def show(result: drive.Result) -> None:
     )
 
 
-def report(result: drive.Result, asked: argparse.Namespace) -> dict[str, Any]:
+def report(result: drive.Result, options: argparse.Namespace) -> dict[str, Any]:
     """The result as JSON."""
     servers = {
         "broker": f"Apache Kafka {kafka_jars.VERSION}",
@@ -130,9 +133,9 @@ def report(result: drive.Result, asked: argparse.Namespace) -> dict[str, Any]:
     }
     return {
         "seed": result.seed,
-        "faults": asked.faults,
-        "rate": asked.rate,
-        "ingests": asked.ingests,
+        "faults": options.faults,
+        "rate": options.rate,
+        "ingests": options.ingests,
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "versions": servers | {name: version(name) for name in LIBRARIES},
         "by_kind": result.by_kind(),

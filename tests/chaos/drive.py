@@ -1,4 +1,4 @@
-"""One chaos run: the load, the faults of a plan, a query worker that is asked all the while, the oracle."""
+"""One chaos run: the load, the faults of a plan, constant queries, and the oracle."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ from tests.chaos.load import SHOPPERS, Load
 from tests.chaos.scene import CUT, Scene
 from tests.chaos.schedule import Fault, plan
 
-# What a worker may answer while the servers around it come and go. INTERNAL and UNKNOWN are its own faults.
+# Codes that a worker may answer while its servers come and go. INTERNAL and UNKNOWN are its own
+# faults.
 MAY_ANSWER = {"OK", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"}
-ASK_EVERY_S = 0.05
+QUERY_EVERY_S = 0.05
 LAST_FAULTS_S = 120.0
-# Ingest may take this long without any step forward: a session's end, a broker's start, back-off.
-STILL_S = 60.0
+# Ingest may take this long without progress: a session's end, a broker's start, back-off.
+STALLED_S = 60.0
 CONVERGE_S = 30.0
-TELL_EVERY_S = 10.0
+REPORT_EVERY_S = 10.0
 
-Tell = Callable[[str], None]
+OnProgress = Callable[[str], None]
 
 
 @dataclass
 class Result:
-    """What a run came to. met: (fault, what it met); differences: [] is what has to be."""
+    """The result of a run. met: (fault, what it met); differences: must be empty."""
 
     seed: int
     met: list[tuple[Fault, str]] = field(default_factory=list)
@@ -60,8 +61,8 @@ class Result:
         return dict(sorted(counted.items()))
 
 
-class Asking:
-    """Asks the query worker all the time, and counts its answers by status code."""
+class QueryLoop:
+    """Queries the worker all the time and counts the answers by status code."""
 
     def __init__(self, address: str, seed: int) -> None:
         self.answers: Counter[str] = Counter()
@@ -73,13 +74,13 @@ class Asking:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ask no more."""
+        """Stop the queries."""
         self._stop.set()
         self._thread.join(10)
 
     def _run(self) -> None:
         with Client(self._address) as client:
-            while not self._stop.wait(ASK_EVERY_S):
+            while not self._stop.wait(QUERY_EVERY_S):
                 user, k = f"s{self._rng.randrange(SHOPPERS)}", self._rng.choice((1, 10, 50))
                 try:
                     answer = client.retrieve(user, k, timeout_s=2)
@@ -110,14 +111,14 @@ def run(
     ingests: int = 2,
     returners: bool = False,
     short: bool = False,
-    tell: Tell = lambda _: None,
-    still_s: float = STILL_S,
+    on_progress: OnProgress = lambda _: None,
+    stalled_s: float = STALLED_S,
 ) -> Result:
-    """Run a plan on servers of its own below `folder`. Raises LocalServerError where they do not start."""
+    """Run a plan on its own servers in `folder`. Raises LocalServerError if they do not start."""
     result = Result(seed)
     faults = plan(seed, count, gap_s, ingests, short)
     for fault in faults:
-        tell(str(fault))
+        on_progress(str(fault))
     scene = Scene(folder, bundle_dir, manifest, ingests)
     try:
         begun = time.monotonic()
@@ -132,24 +133,24 @@ def run(
             lateness_s=int(CUT["lateness_s_max"]),
             returners=returners,
         )
-        asking = Asking(scene.address, seed)
+        queries = QueryLoop(scene.address, seed)
         load.start()
         try:
-            _under_load(scene, load, faults, result, tell)
+            _under_load(scene, load, faults, result, on_progress)
         finally:
             begun = time.monotonic()
-            scene.proxy.calm()
+            scene.proxy.clear()
             scene.wake_all()
             load.stop()
-            asking.stop()
-        result.sent, result.failed_sends, result.answers = load.sent, load.failed, asking.answers
-        result.differences += asking.wrong
-        tell(f"{sum(load.sent.values()):,} records sent; waiting until all of it is applied")
-        scene.caught_up(still_s)
+            queries.stop()
+        result.sent, result.failed_sends, result.answers = load.sent, load.failed, queries.answers
+        result.differences += queries.wrong
+        on_progress(f"{sum(load.sent.values()):,} records sent; waiting until all of it is applied")
+        scene.caught_up(stalled_s)
         result.seconds["catch-up"] = time.monotonic() - begun
-        tell("applied; the oracle recomputes everything")
+        on_progress("applied; the oracle recomputes everything")
         begun = time.monotonic()
-        result.differences += judged(scene, load, result)
+        result.differences += find_differences(scene, load, result)
         result.seconds["oracle"] = time.monotonic() - begun
     except EddylineError as error:
         result.differences.append(f"{type(error).__name__}: {error}")
@@ -159,18 +160,18 @@ def run(
     return result
 
 
-def judged(scene: Scene, load: Load, result: Result) -> list[str]:
-    """What differs from the oracle's state, anywhere."""
+def find_differences(scene: Scene, load: Load, result: Result) -> list[str]:
+    """Every difference from the oracle's state."""
     settings = scene.settings
     topics = oracle.Topics.read(settings)
     result.records = {name: len(records) for name, records in topics.records.items()}
-    told = oracle.truth(settings, topics, bundles.load(settings.bundles / "1"))
-    found = oracle.differences(settings, topics, told)
+    expected = oracle.truth(settings, topics, bundles.load(settings.bundles / "1"))
+    found = oracle.differences(settings, topics, expected)
     result.counts = found.counts
     there = {_event_id(record.value) for record in topics.records[CLICKS]}
     lost = sorted(load.acked - there)
     differences = [f"event {e}: acknowledged by Kafka, not in the topic" for e in lost[:20]]
-    live = {item_id for item_id, record in told.published.items() if record.vector is not None}
+    live = {item_id for item_id, record in expected.published.items() if record.vector is not None}
     return differences + found.differences + _worker(scene, live, result)
 
 
@@ -184,36 +185,39 @@ def _event_id(value: bytes | None) -> str | None:
 
 
 def _worker(scene: Scene, live: set[str], result: Result) -> list[str]:
-    """The worker's index against the items that are live: asked by a user who has seen nothing, for all."""
+    """Compare the worker's index with the live items, by a query of a new user for all items."""
     deadline, why = time.monotonic() + CONVERGE_S, ""
     with Client(scene.address) as client:
         while time.monotonic() < deadline:
             try:
                 answer = client.retrieve("nobody", scene.settings.k_max, timeout_s=5)
-                given = {item.item_id for item in answer.items}
-                if given == live and not answer.missing:
+                found = {item.item_id for item in answer.items}
+                if found == live and not answer.missing:
                     result.counts["item in the worker's index"] = len(live)
                     return []
-                why = f"lacks {sorted(live - given)[:9]}, has {sorted(given - live)[:9]}, {answer.missing}"
+                lacks, extra = sorted(live - found)[:9], sorted(found - live)[:9]
+                why = f"lacks {lacks}, has {extra}, {answer.missing}"
             except CallFailed as error:
                 why = str(error)
             time.sleep(0.2)
     return [f"the worker's index {why}"]
 
 
-def _under_load(scene: Scene, load: Load, faults: list[Fault], result: Result, tell: Tell) -> None:
+def _under_load(
+    scene: Scene, load: Load, faults: list[Fault], result: Result, on_progress: OnProgress
+) -> None:
     begun = time.monotonic()
     stop = threading.Event()
-    making = Faults(scene, load, stop)
+    injector = Faults(scene, load, stop)
     threads: list[threading.Thread] = []
-    next_tell = begun + TELL_EVERY_S
+    next_report = begun + REPORT_EVERY_S
 
-    def fall(fault: Fault) -> None:
+    def inject(fault: Fault) -> None:
         try:
-            met = making.fall(fault)
+            met = injector.inject(fault)
         except Exception as error:
             result.differences.append(
-                f"fault {fault.number} ({fault.kind}) could not be made: {error!r}"
+                f"fault {fault.number} ({fault.kind}) could not be injected: {error!r}"
             )
             met = ""
         result.met.append((fault, met))
@@ -223,14 +227,14 @@ def _under_load(scene: Scene, load: Load, faults: list[Fault], result: Result, t
             while (left := begun + fault.at_s - time.monotonic()) > 0:
                 time.sleep(min(left, 0.25))
                 scene.supervisor.check()
-                if time.monotonic() > next_tell:
-                    next_tell += TELL_EVERY_S
-                    tell(
+                if time.monotonic() > next_report:
+                    next_report += REPORT_EVERY_S
+                    on_progress(
                         f"{time.monotonic() - begun:6.0f} s  {sum(load.sent.values()):,} sent, "
                         f"{len(result.met)} faults over, failed sends {dict(load.failed)}"
                     )
             thread = threading.Thread(
-                target=fall, args=(fault,), name=f"fault-{fault.number}", daemon=True
+                target=inject, args=(fault,), name=f"fault-{fault.number}", daemon=True
             )
             thread.start()
             threads.append(thread)

@@ -1,4 +1,4 @@
-"""What each kind of fault does. A fault returns what it met, in words; "" where it found nothing to break."""
+"""What each kind of fault does. A fault returns what it met, in words; "" for nothing."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import time
 import redis
 
 from tests.chaos.load import Load
-from tests.chaos.proxy import Kind, Trouble
+from tests.chaos.proxy import Kind, ProxyFault
 from tests.chaos.scene import Scene
 from tests.chaos.schedule import Fault
 
-# So much later than the time-out come slow answers.
+# Slow answers come this late, after the client's time-out.
 SLOW_S = 0.9
 FLUSH_S = 5.0
-# A process that was killed a moment ago is back within this.
+# A killed process is back within this time.
 BACK_S = 10.0
-# A trouble waits so long for a command to meet: other faults may hold everybody just then.
+# A proxy fault waits this long for a command: other faults may hold every client.
 MEET_S = 40.0
-_TROUBLE: dict[str, Kind] = {
+_PROXY_FAULTS: dict[str, Kind] = {
     "error": "error",
     "slow": "slow",
     "cut before": "cut before",
@@ -28,7 +28,7 @@ _TROUBLE: dict[str, Kind] = {
 
 
 class Faults:
-    """Makes faults fall on a scene. Thread rule: any thread; faults overlap on purpose.
+    """Injects faults into a scene. Thread rule: any thread; faults overlap on purpose.
 
     stop: ends waits early
     """
@@ -37,11 +37,11 @@ class Faults:
         self._scene = scene
         self._load = load
         self._stop = stop
-        # One trouble at a time: two would hide each other.
+        # One fault of the proxy at a time: two would hide each other.
         self._proxy_turn = threading.Lock()
 
-    def fall(self, fault: Fault) -> str:
-        """Make it fall, and wait until it is over. Returns what it met."""
+    def inject(self, fault: Fault) -> str:
+        """Inject the fault and wait until it is over. Returns what it met."""
         kind = fault.kind
         if kind == "kill ingest":
             return self._kill(str(fault.more["which"]))
@@ -64,11 +64,11 @@ class Faults:
         if kind in ("duplicates", "reordered", "strays"):
             self._load.burst(kind, int(fault.more["events"]))
             return f"{fault.more['events']} events"
-        return self._trouble(kind, float(fault.more["seconds"]))
+        return self._proxy_fault(kind, float(fault.more["seconds"]))
 
     def _kill(self, name: str) -> str:
         deadline = time.monotonic() + BACK_S
-        while not self._scene.kill(name):  # another fault has just killed it
+        while not self._scene.kill(name):  # another fault just killed it
             if time.monotonic() > deadline or self._stop.wait(0.1):
                 return ""
         return "killed"
@@ -84,27 +84,29 @@ class Faults:
             try:
                 client.flushall()
                 return "flushed"
-            except redis.RedisError:  # another fault holds Valkey; then the files go
+            except redis.RedisError:  # another fault holds Valkey: remove the files
                 pass
             finally:
                 client.close()
         self._scene.swap_files(None)
         return "files gone"
 
-    def _trouble(self, kind: str, seconds: float) -> str:
+    def _proxy_fault(self, kind: str, seconds: float) -> str:
         what, _, code = kind.partition(" ")
-        trouble = _TROUBLE[what if what in _TROUBLE else kind]
+        proxy_fault = _PROXY_FAULTS[what if what in _PROXY_FAULTS else kind]
         with self._proxy_turn:
             proxy = self._scene.proxy
             before = proxy.hits.total()
-            # Seconds in which nothing came by would be no fault: it goes on until something did.
+            # A fault that met no command is none: it goes on until one comes.
             deadline = time.monotonic() + MEET_S
             while True:
                 until_s = time.monotonic() + seconds
-                proxy.make(Trouble(trouble, until_s, code if trouble == "error" else "", SLOW_S))
+                proxy.inject(
+                    ProxyFault(proxy_fault, until_s, code if proxy_fault == "error" else "", SLOW_S)
+                )
                 self._stop.wait(seconds)
                 met = proxy.hits.total() - before
                 if met or time.monotonic() > deadline or self._stop.is_set():
                     break
-            proxy.calm()
+            proxy.clear()
         return f"{met} commands" if met else ""

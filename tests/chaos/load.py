@@ -1,12 +1,12 @@
-"""The load of a chaos run: clicks, items and profiles at a steady rate, some of them crooked, and a ledger.
+"""The load of a chaos run: clicks, items and profiles at a steady rate, some of them invalid.
 
-Whatever is sent is drawn from the seed. What the broker acknowledged is kept by event id: all of it has to be
-in the topic at the end; what the topic makes of it is the oracle's business.
+Every record is drawn from the seed. The event ids that the broker acknowledged are kept: all of
+them have to be in the topic at the end; the oracle checks their effects.
 
-Who does what is cut so that the state is a function of each topic alone: shoppers click what the generation
-knows and have no profile, members have profiles and click what it does not know, leavers have profiles, are
-forgotten, and click nothing; returners have no profile, click, are forgotten, and click again. A profile
-counts in a micro-step, and between two topics there is no order.
+The groups of users make the state a function of each topic alone: shoppers click items of the
+generation and have no profile; members have profiles and click unknown items; leavers have
+profiles, are forgotten, and click nothing; returners have no profile, click, are forgotten, and
+click again. A profile counts in a micro-step, and between two topics there is no order.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ log = logging.getLogger(__name__)
 
 SHOPPERS, VISITORS, MEMBERS, LEAVERS, RETURNERS = 300, 60, 40, 20, 30
 UNKNOWN_ITEMS = 40
-# Re-sends come out of the last so many events: far inside the window of every partition.
-REMEMBERED = 2_000
+# Re-sends repeat one of this many last events: far inside the window of every partition.
+RECENT_MAX = 2_000
 TICK_S = 0.02
-# After a stall the load does not catch up in one blow.
+# After a stall the load catches up at most this much at once.
 BEHIND_S_MAX = 2.0
 KINDS = ("click", "click", "click", "view", "view", "like", "cart", "purchase", "dislike")
 MALFORMED = (
@@ -50,7 +50,7 @@ MALFORMED = (
 class Load:
     """A thread that sends until it is stopped.
 
-    sent:  records handed to the producer, by what they are
+    sent:  records given to the producer, by kind
     acked: event ids that the broker has acknowledged
     """
 
@@ -64,7 +64,7 @@ class Load:
         lateness_s: int,
         returners: bool = False,
     ) -> None:
-        """returners: users who are forgotten and click again are among them."""
+        """returners: include users who are forgotten and click again."""
         self.sent: Counter[str] = Counter()
         self.acked: set[str] = set()
         self.failed: Counter[str] = Counter()
@@ -75,22 +75,22 @@ class Load:
         self._lateness_s = lateness_s
         self._returners = returners
         self._bursts: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
-        self._recent: deque[Click] = deque(maxlen=REMEMBERED)
+        self._recent: deque[Click] = deque(maxlen=RECENT_MAX)
         self._number = 0
         self._stop = threading.Event()
         self._producer: Any = None
         self._thread = threading.Thread(target=self._run, name="load", daemon=True)
 
     def start(self) -> None:
-        """Begin to send."""
+        """Start sending."""
         self._thread.start()
 
     def burst(self, kind: str, count: int) -> None:
-        """Send so many `duplicates`, `reordered` or `strays` as soon as can be."""
+        """Send this many `duplicates`, `reordered` or `strays` as soon as possible."""
         self._bursts.put((kind, count))
 
     def stop(self, timeout_s: float = 60) -> None:
-        """Stop sending, and return once the broker has all. Raises TimeoutError."""
+        """Stop sending; returns once the broker has every record. Raises TimeoutError."""
         self._stop.set()
         self._thread.join(timeout_s)
         if self._thread.is_alive():
@@ -109,22 +109,20 @@ class Load:
                     made = due - int(BEHIND_S_MAX * self._rate)
                 for _ in range(due - made):
                     made += 1
-                    self._one()
+                    self._send_one()
                 while not self._bursts.empty():
                     kind, count = self._bursts.get()
                     for _ in range(count):
                         getattr(self, f"_{kind}")()
-            except (
-                Exception
-            ) as error:  # a producer that a dead broker has broken: a new one goes on
+            except Exception as error:  # a dead broker broke the producer: go on with a new one
                 self.failed[type(error).__name__] += 1
-                log.info("the load takes a new producer: %r", error)
-                self._let_go(timeout_s=0)
+                log.info("the load opens a new producer: %r", error)
+                self._close_producer(timeout_s=0)
                 self._stop.wait(0.2)
             self._stop.wait(TICK_S)
-        self._let_go(timeout_s=30)
+        self._close_producer(timeout_s=30)
 
-    def _let_go(self, timeout_s: float) -> None:
+    def _close_producer(self, timeout_s: float) -> None:
         producer, self._producer = self._producer, None
         if producer is None:
             return
@@ -135,7 +133,7 @@ class Load:
         except Exception as error:
             self.failed[type(error).__name__] += 1
 
-    def _one(self) -> None:
+    def _send_one(self) -> None:
         dice = self._rng.random()
         if dice < 0.90:
             self._shopper()
@@ -157,7 +155,7 @@ class Load:
             self._malformed()
 
     def _below(self, n: int) -> int:
-        """A number below n, the small ones more often."""
+        """A number below n, small ones more often."""
         return int(n * self._rng.random() ** 2)
 
     def _shopper(self) -> None:
@@ -165,13 +163,13 @@ class Load:
         user = f"g{self._below(VISITORS)}" if dice < 0.1 else f"s{self._below(SHOPPERS)}"
         if self._returners and dice > 0.9:
             user = f"r{self._below(RETURNERS)}"
-        # One in a hundred gives no event id: its coordinates stand for it.
+        # One in a hundred has no event id: ingest uses its coordinates.
         self._click(user, self._item(), anonymous=self._rng.random() < 0.01)
 
     def _item(self) -> str:
         return self._items[self._below(len(self._items))].item_id
 
-    def _made(self, user: str, item: str, back_ms: int = 0, anonymous: bool = False) -> Click:
+    def _new_click(self, user: str, item: str, back_ms: int = 0, anonymous: bool = False) -> Click:
         self._number += 1
         return Click(
             user_id=user,
@@ -183,7 +181,7 @@ class Load:
         )
 
     def _click(self, user: str, item: str, back_ms: int = 0, anonymous: bool = False) -> None:
-        click = self._made(user, item, back_ms, anonymous)
+        click = self._new_click(user, item, back_ms, anonymous)
         self._send(
             "clicks", producers.send_click(self._producer, self._settings, click), click.event_id
         )
@@ -205,8 +203,8 @@ class Load:
         self._click(f"s{self._below(SHOPPERS)}", self._item(), back_ms)
 
     def _strays(self) -> None:
-        """A click without a key, or one that lies in a partition that is not its own."""
-        click = self._made(
+        """A click without a key, or in a wrong partition."""
+        click = self._new_click(
             f"s{self._below(SHOPPERS)}", self._item(), anonymous=self._rng.random() < 0.2
         )
         topic, value = self._settings.prefixed(topics.CLICKS), events.encode(click)

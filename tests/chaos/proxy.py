@@ -1,7 +1,7 @@
-"""A TCP proxy before Redis that makes trouble on request: error answers, slow answers, cut connections.
+"""A TCP proxy before Redis that injects faults: error answers, slow answers, cut connections.
 
-It reads the protocol, so that an error takes the place of exactly one answer, and a cut falls exactly before
-Redis gets a write, or after Redis has done it and before the client knows.
+It reads the protocol: an error replaces exactly one answer, and a cut happens exactly before Redis
+gets a write, or after Redis has done it and before the client knows.
 """
 
 from __future__ import annotations
@@ -16,25 +16,27 @@ from typing import Literal
 
 Kind = Literal["error", "slow", "cut before", "cut after"]
 
-# As Valkey words them.
+# In Valkey's words.
 ERRORS = {
     "LOADING": b"-LOADING Valkey is loading the dataset in memory\r\n",
-    "BUSY": b"-BUSY Valkey is busy running a script. You can only call SCRIPT KILL or SHUTDOWN NOSAVE.\r\n",
-    "OOM": b"-OOM command not allowed when used memory > 'maxmemory'. script: on @user_script:7.\r\n",
+    "BUSY": b"-BUSY Valkey is busy running a script. "
+    b"You can only call SCRIPT KILL or SHUTDOWN NOSAVE.\r\n",
+    "OOM": b"-OOM command not allowed when used memory > 'maxmemory'. "
+    b"script: on @user_script:7.\r\n",
     "MISCONF": b"-MISCONF Errors writing to the AOF file: No space left on device\r\n",
 }
-# A server that is full, or cannot write its file, still answers reads.
+# A server that is full or cannot write its file still answers reads.
 WRITES_ONLY = {"OOM", "MISCONF"}
 WRITES = {b"EVALSHA", b"EVAL", b"SET"}
-# What a server answers even while it loads or is busy.
+# Commands that a server answers even while it loads or is busy.
 ALWAYS = {b"HELLO", b"AUTH", b"SELECT", b"CLIENT", b"MULTI", b"DISCARD"}
 ABORTED = b"-EXECABORT Transaction discarded because of previous errors.\r\n"
 START_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Trouble:
-    """What to do, and until when (time.monotonic). code: of an error; delay_s: of a slow answer."""
+class ProxyFault:
+    """A kind of fault and its end (time.monotonic). code: of an error; delay_s: of a slow answer."""
 
     kind: Kind
     until_s: float
@@ -44,7 +46,7 @@ class Trouble:
 
 @dataclass(slots=True)
 class _Reply:
-    """What the client gets for one command. instead: in place of the server's answer, where there is one."""
+    """The client's answer to one command. instead: replaces the server's answer."""
 
     from_server: bool = True
     instead: bytes = b""
@@ -55,14 +57,14 @@ class _Reply:
 class Proxy:
     """Listens on a free port of the loopback interface, in a thread of its own.
 
-    hits: how many commands each kind of trouble has met so far
+    hits: commands that each kind of fault has met so far
     """
 
     def __init__(self, upstream_port: int) -> None:
         self.hits: Counter[str] = Counter()
         self.port = 0
         self._upstream = upstream_port
-        self._trouble: Trouble | None = None
+        self._proxy_fault: ProxyFault | None = None
         self._loop = asyncio.new_event_loop()
         self._up = threading.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -71,13 +73,13 @@ class Proxy:
         if not self._up.wait(START_S):
             raise TimeoutError("the proxy did not start")
 
-    def make(self, trouble: Trouble) -> None:
-        """Make this trouble until it is over; it takes the place of the one before."""
-        self._trouble = trouble
+    def inject(self, proxy_fault: ProxyFault) -> None:
+        """Inject this fault until it ends; it replaces the one before."""
+        self._proxy_fault = proxy_fault
 
-    def calm(self) -> None:
-        """Make no more trouble."""
-        self._trouble = None
+    def clear(self) -> None:
+        """Inject no more faults."""
+        self._proxy_fault = None
 
     def close(self) -> None:
         """Stop listening and cut every connection."""
@@ -98,11 +100,11 @@ class Proxy:
         self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         self._loop.close()
 
-    def _now(self) -> Trouble | None:
-        trouble = self._trouble
-        if trouble is not None and time.monotonic() > trouble.until_s:
-            self._trouble = trouble = None
-        return trouble
+    def _now(self) -> ProxyFault | None:
+        proxy_fault = self._proxy_fault
+        if proxy_fault is not None and time.monotonic() > proxy_fault.until_s:
+            self._proxy_fault = proxy_fault = None
+        return proxy_fault
 
     async def _serve(self, client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -169,35 +171,35 @@ class _Requests:
         """Forward commands until the client hangs up, or is cut off."""
         while True:
             name, raw = await _command(self._client)
-            trouble = self._proxy._now()
-            if trouble is not None and trouble.kind == "cut before" and name in WRITES:
+            proxy_fault = self._proxy._now()
+            if proxy_fault is not None and proxy_fault.kind == "cut before" and name in WRITES:
                 self._proxy.hits["cut before"] += 1
                 return
-            reply = self._decide(name, trouble)
+            reply = self._decide(name, proxy_fault)
             if reply.from_server:
                 self._server.write(b"*1\r\n$7\r\nDISCARD\r\n" if reply.instead else raw)
                 await self._server.drain()
             await self._replies.put(reply)
 
-    def _decide(self, name: bytes, trouble: Trouble | None) -> _Reply:
+    def _decide(self, name: bytes, proxy_fault: ProxyFault | None) -> _Reply:
         if name == b"MULTI":
             self._spoilt = False
         if name == b"EXEC" and self._spoilt:
             self._spoilt = False
             return _Reply(instead=ABORTED)
-        if trouble is None:
+        if proxy_fault is None:
             return _Reply()
-        if trouble.kind == "error":
-            allowed = name in ALWAYS or (trouble.code in WRITES_ONLY and name not in WRITES)
+        if proxy_fault.kind == "error":
+            allowed = name in ALWAYS or (proxy_fault.code in WRITES_ONLY and name not in WRITES)
             if allowed or name == b"EXEC":
                 return _Reply()
-            self._proxy.hits[f"error {trouble.code}"] += 1
+            self._proxy.hits[f"error {proxy_fault.code}"] += 1
             self._spoilt = True
-            return _Reply(from_server=False, instead=ERRORS[trouble.code])
-        if trouble.kind == "slow" and name not in ALWAYS:
+            return _Reply(from_server=False, instead=ERRORS[proxy_fault.code])
+        if proxy_fault.kind == "slow" and name not in ALWAYS:
             self._proxy.hits["slow"] += 1
-            return _Reply(delay_s=trouble.delay_s)
-        if trouble.kind == "cut after" and name in WRITES:
+            return _Reply(delay_s=proxy_fault.delay_s)
+        if proxy_fault.kind == "cut after" and name in WRITES:
             self._proxy.hits["cut after"] += 1
             return _Reply(cut=True)
         return _Reply()
@@ -211,7 +213,7 @@ async def _line(reader: asyncio.StreamReader) -> bytes:
 
 
 async def _command(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
-    """(its name in capitals, all its bytes) of the next command; clients send arrays of bulk strings."""
+    """(name in capitals, all bytes) of the next command, an array of bulk strings."""
     head = await _line(reader)
     parts, name = [head], b""
     for number in range(int(head[1:])):

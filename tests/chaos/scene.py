@@ -1,5 +1,5 @@
-"""A whole Eddyline to break: a Kafka and a Valkey of its own, ingest processes, a query worker, and the proxy
-that all of them reach Redis through.
+"""A whole Eddyline to break: its own Kafka and Valkey, ingest processes, a query worker, and the
+proxy between them and Redis.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sandbox.servers.supervisor import Child, Supervisor
 from serving.rpc.client import is_ready
 from tests.chaos.proxy import Proxy
 
-# Small, so that one shape of every limit is met: lists that are full, events that come too late.
+# Small limits, so that the run reaches each: full histories, events that come too late.
 CUT = {
     "clicks_partitions": 4,
     "items_partitions": 2,
@@ -40,15 +40,15 @@ CUT = {
     "backoff_ms_max": 500,
     "snapshot_interval_s": 20,
 }
-# Valkey's start: where a folder `next` lies ready, it takes the place of the files. So the swap falls between
-# the death of one server and the birth of the next, however fast its supervisor is.
+# Valkey's start command: a folder `next` replaces the files. So the swap happens between the end of
+# one server and the start of the next, however fast the supervisor is.
 SWAP = 'if [ -d next ]; then rm -rf appendonlydir && mv next appendonlydir; fi; exec "$@"'
 
 
 class Scene:
     """Thread rule: the faults' threads may call everything but `start` and `stop`.
 
-    settings: for whoever looks from outside: straight to Redis
+    settings: with the address of Redis itself, not of the proxy
     """
 
     def __init__(self, folder: Path, bundle_dir: Path, manifest: Manifest, ingests: int) -> None:
@@ -100,18 +100,18 @@ class Scene:
         self.caught_up(60)
 
     def stop(self) -> None:
-        """End all processes."""
+        """Stop all processes."""
         with contextlib.suppress(AttributeError):
-            self.proxy.calm()
+            self.proxy.clear()
         self.wake_all()
         self.supervisor.stop()
         with contextlib.suppress(AttributeError):
             self.proxy.close()
 
     def caught_up(self, timeout_s: float) -> None:
-        """Return once everything in the topics is applied, what is forwarded meanwhile included.
+        """Return once everything in the topics is applied, records forwarded meanwhile included.
 
-        Raises LocalServerError where nothing moves for `timeout_s`, or where a process has given up.
+        Raises LocalServerError if nothing is applied for `timeout_s`, or if a process has failed.
         """
         before, deadline = None, time.monotonic() + 10 * timeout_s
         while time.monotonic() < deadline:
@@ -126,15 +126,15 @@ class Scene:
                 time.sleep(0.2)
         raise LocalServerError(f"the topics did not come to rest in {10 * timeout_s:.0f} s")
 
-    # ---- what faults are made of
+    # ---- building blocks of faults
 
     def kill(self, name: str) -> bool:
-        """kill -9; False where it is not there just now."""
+        """kill -9; False if the process is not running."""
         return self._signal(self._pid(name), signal.SIGKILL)
 
     @contextlib.contextmanager
     def frozen(self, name: str) -> Iterator[bool]:
-        """SIGSTOP, then SIGCONT unless another fault still holds it; False where it is not there."""
+        """SIGSTOP, then SIGCONT unless another fault still holds it; False if it is not running."""
         pid = self._pid(name)
         with self._lock:
             stopped = self._signal(pid, signal.SIGSTOP)
@@ -148,7 +148,7 @@ class Scene:
                     self._signal(pid, signal.SIGCONT)
 
     def wake_all(self) -> None:
-        """SIGCONT to whatever may be frozen still."""
+        """Send SIGCONT to all processes."""
         for pid in self.supervisor.pids().values():
             self._signal(pid, signal.SIGCONT)
 
@@ -160,13 +160,13 @@ class Scene:
                 try:
                     shutil.copytree(self._home / "appendonlydir", copy, dirs_exist_ok=True)
                     return copy
-                except (OSError, shutil.Error):  # a server is just being replaced; look again
+                except (OSError, shutil.Error):  # the server is just being replaced: try again
                     shutil.rmtree(copy, ignore_errors=True)
                     time.sleep(0.1)
         raise LocalServerError("Valkey's append-only files could not be copied")
 
     def swap_files(self, copy: Path | None) -> None:
-        """kill -9 of Valkey; it comes back with the copy, or with nothing."""
+        """kill -9 of Valkey; it restarts with the copy, or with nothing."""
         ready = self._home / "ready"
         with self._lock:
             shutil.rmtree(ready, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The plan of a run: which fault falls when. A function of the seed alone."""
+"""The plan of a run: which fault comes when. A function of the seed alone."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-# Every kind, with what it does. The long run has each of them equally often, to within one.
+# Every kind and its effect. A run has each equally often, to within one.
 KINDS = {
     "kill ingest": "kill -9 of an ingest process",
     "kill redis": "kill -9 of Valkey",
     "kill broker": "kill -9 of the Kafka broker",
     "kill worker": "kill -9 of the query worker",
-    "freeze ingest": "SIGSTOP of an ingest process for longer than its session, then SIGCONT: a zombie",
+    "freeze ingest": "SIGSTOP of an ingest process beyond its session, then SIGCONT: a zombie",
     "freeze redis": "SIGSTOP of Valkey, then SIGCONT",
     "freeze broker": "SIGSTOP of the broker, then SIGCONT",
     "older copy": "Valkey is killed and comes back with an older copy of its append-only files",
@@ -25,7 +25,7 @@ KINDS = {
     "cut before": "connections are cut before a write reaches Redis",
     "cut after": "connections are cut after Redis did a write and before its answer",
     "duplicates": "a burst of events that were sent before, under their event ids, at new offsets",
-    "reordered": "a burst of events that happened long before, within and beyond the allowed lateness",
+    "reordered": "a burst of old events, within and beyond the allowed lateness",
     "strays": "a burst of clicks without a key, or in a wrong partition",
 }
 # Ingest's session ends after 6 s.
@@ -35,7 +35,7 @@ SHORT_S = 0.8
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One fault. at_s: after the load began; more: what its kind needs, drawn with it."""
+    """One fault. at_s: after the start of the load; more: parameters of its kind."""
 
     number: int
     at_s: float
@@ -43,7 +43,7 @@ class Fault:
     more: dict[str, Any]
 
     def __str__(self) -> str:
-        """As it is printed."""
+        """One line of the printed plan."""
         details = ", ".join(f"{name} {value}" for name, value in self.more.items())
         return f"{self.number:4d}  {self.at_s:7.1f} s  {self.kind:15s} {details}"
 
@@ -53,7 +53,7 @@ def plan(
 ) -> list[Fault]:
     """`count` faults, one every `gap_s` seconds; each round of kinds in an order of its own.
 
-    short: no fault but a zombie's sleep takes longer than SHORT_S
+    short: no fault takes longer than SHORT_S, except a zombie's sleep
 
     >>> plan(7, 40, (2, 4)) == plan(7, 40, (2, 4)) != plan(8, 40, (2, 4))
     True

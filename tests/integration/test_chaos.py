@@ -23,7 +23,7 @@ from sandbox.servers import free_ports, valkey
 from sandbox.servers.supervisor import Supervisor
 from tests import oracle
 from tests.chaos import drive
-from tests.chaos.proxy import ERRORS, Proxy, Trouble
+from tests.chaos.proxy import ERRORS, Proxy, ProxyFault
 from tests.chaos.schedule import KINDS, plan
 
 SEED = 11
@@ -36,7 +36,7 @@ def test_every_kind_of_fault_leaves_the_state_that_the_topics_give(
     tmp_path: Path, dataset, bundle
 ) -> None:
     folder, manifest = bundle
-    told: list[str] = []
+    expected: list[str] = []
     result = drive.run(
         tmp_path / "chaos",
         folder,
@@ -47,9 +47,9 @@ def test_every_kind_of_fault_leaves_the_state_that_the_topics_give(
         gap_s=(0.4, 0.6),
         rate=120,
         short=True,
-        tell=told.append,
+        on_progress=expected.append,
     )
-    assert result.differences == [], "\n".join([f"seed {SEED}", *told])
+    assert result.differences == [], "\n".join([f"seed {SEED}", *expected])
     assert {fault.kind for fault, met in result.met if met} == set(KINDS), result.met
     assert result.answers["OK"] > 0 and set(result.answers) <= drive.MAY_ANSWER
     for what in (
@@ -71,8 +71,8 @@ def test_the_oracle_names_what_was_damaged(make_live) -> None:
     live.applied(timeout_s=60)
     live.supervisor.stop()  # nobody mends it meanwhile
     topics = oracle.Topics.read(live.settings)
-    told = oracle.truth(live.settings, topics, bundles.load(live.settings.bundles / "1"))
-    assert oracle.differences(live.settings, topics, told).differences == []
+    expected = oracle.truth(live.settings, topics, bundles.load(live.settings.bundles / "1"))
+    assert oracle.differences(live.settings, topics, expected).differences == []
     store, client = RedisStore(live.settings), redis.Redis.from_url(live.settings.redis_url)
     user = live.dataset.clicks[0].user_id
     partition = partition_of(user, live.settings.clicks_partitions)
@@ -88,7 +88,7 @@ def test_the_oracle_names_what_was_damaged(make_live) -> None:
     card = store.read_item_metadata([item], 1)[item]
 
     def damaged(*named: str) -> None:
-        found = oracle.differences(live.settings, topics, told).differences
+        found = oracle.differences(live.settings, topics, expected).differences
         assert found and all(any(name in line for line in found) for name in named), (named, found)
 
     def write(**effects) -> None:
@@ -180,7 +180,7 @@ def test_the_proxy_hands_everything_through(proxied) -> None:
 @pytest.mark.parametrize("code", ERRORS)
 def test_an_error_takes_the_place_of_one_answer(proxied, code: str) -> None:
     proxy, through, beside = proxied
-    proxy.make(Trouble("error", soon(), code))
+    proxy.inject(ProxyFault("error", soon(), code))
     with pytest.raises(redis.RedisError):
         through.eval(WRITE, 1, "a", "b")
     assert beside.get("a") is None, "the command did not get through"
@@ -191,7 +191,7 @@ def test_an_error_takes_the_place_of_one_answer(proxied, code: str) -> None:
         else:
             with pytest.raises(redis.RedisError):
                 pipe.execute()
-    proxy.calm()
+    proxy.clear()
     assert through.eval(WRITE, 1, "a", "b") == b"done", "the connection is as good as before"
     with through.pipeline(transaction=True) as pipe:
         assert pipe.get("a").execute() == [b"b"]
@@ -199,11 +199,11 @@ def test_an_error_takes_the_place_of_one_answer(proxied, code: str) -> None:
 
 def test_a_cut_falls_before_or_after_the_write(proxied) -> None:
     proxy, through, beside = proxied
-    proxy.make(Trouble("cut before", soon()))
+    proxy.inject(ProxyFault("cut before", soon()))
     with pytest.raises(redis.ConnectionError):
         through.eval(WRITE, 1, "before", "b")
     assert through.get("before") is None and beside.get("before") is None
-    proxy.make(Trouble("cut after", soon()))
+    proxy.inject(ProxyFault("cut after", soon()))
     with pytest.raises(redis.ConnectionError):
         through.eval(WRITE, 1, "after", "b")
     assert beside.get("after") == b"b", "Redis did it, and the client does not know"
@@ -212,9 +212,9 @@ def test_a_cut_falls_before_or_after_the_write(proxied) -> None:
 
 def test_a_slow_answer_comes_after_the_time_out(proxied) -> None:
     proxy, through, beside = proxied
-    proxy.make(Trouble("slow", soon(), delay_s=0.7))
+    proxy.inject(ProxyFault("slow", soon(), delay_s=0.7))
     with pytest.raises(redis.TimeoutError):
         through.eval(WRITE, 1, "a", "b")
     assert beside.get("a") == b"b"
-    proxy.make(Trouble("slow", time.monotonic() - 1, delay_s=0.7))
+    proxy.inject(ProxyFault("slow", time.monotonic() - 1, delay_s=0.7))
     assert through.get("a") == b"b", "trouble ends by itself"
