@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import grpc
 
 from eddyline.errors import SettingsError
+from eddyline.process.retry import Backoff
 from eddyline.settings.loader import Settings
 from serving.proto import retrieval_pb2 as pb
 from serving.proto import retrieval_pb2_grpc, shard_pb2, shard_pb2_grpc
@@ -81,8 +82,7 @@ class Connection:
         self.last = pb.StatsResponse()
         self.misses = 0
         self.check_at = 0.0
-        self._backoff_s_max = backoff_s_max
-        self._pause_s = PAUSE_S
+        self._backoff = Backoff(PAUSE_S, backoff_s_max)
         self._late = 0
         self._failure: ShardFailure | None = ShardFailure("away", "it was not looked at yet")
         self._lock = threading.Lock()
@@ -147,11 +147,10 @@ class Connection:
                 log.info("a shard answers", extra={"shard": self.number, "address": self.address})
             if failure is None:
                 self._late = 0
+                self._backoff.reset()
             self.last, self._failure = stats, failure
-            self._pause_s = (
-                PAUSE_S if failure is None else min(2 * self._pause_s, self._backoff_s_max)
-            )
-            self.check_at = time.monotonic() + (CHECK_S if failure is None else self._pause_s)
+            pause_s = CHECK_S if failure is None else self._backoff.next_s()
+            self.check_at = time.monotonic() + pause_s
 
     def close(self) -> None:
         """Let go of the connection."""

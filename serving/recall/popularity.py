@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from eddyline.errors import EddylineError
+from eddyline.process.retry import Backoff
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import StateStore
 from index.port import Hit
@@ -144,7 +145,8 @@ class Popularity:
 
     def _run(self) -> None:
         refresh_s = self._settings.popular_refresh_ms / 1000
-        wait_s, wait_s_max = refresh_s, max(refresh_s, self._settings.backoff_ms_max / 1000)
+        backoff = Backoff(refresh_s, max(refresh_s, self._settings.backoff_ms_max / 1000))
         while not self._stop.is_set():
-            wait_s = refresh_s if self.refresh() else min(2 * wait_s, wait_s_max)
-            self._stop.wait(wait_s)
+            if self.refresh():
+                backoff.reset()
+            self._stop.wait(backoff.next_s())

@@ -24,7 +24,7 @@ from typing import Generic, NoReturn, Protocol, TypeVar
 
 from eddyline.errors import SettingsError
 from eddyline.process import lifecycle
-from eddyline.process.retry import Stopped
+from eddyline.process.retry import Backoff, Stopped
 from eddyline.settings.loader import Settings
 
 log = logging.getLogger(__name__)
@@ -114,9 +114,10 @@ class Prefork(Generic[_T]):
             raise SettingsError(f"worker_processes = {processes}: above 1 it needs Linux")
         self._work, self._stop = work, stop
         self._renew_s = settings.worker_renew_s
-        self._backoff_s_max = settings.backoff_ms_max / 1000
         self._due = dict.fromkeys(range(processes), 0.0)  # place -> when a worker may start there
-        self._pause_s = dict.fromkeys(range(processes), BACKOFF_S)
+        self._backoff = [
+            Backoff(BACKOFF_S, settings.backoff_ms_max / 1000) for _ in range(processes)
+        ]
         self._children: dict[int, Child] = {}
         self._code = 0
 
@@ -154,9 +155,9 @@ class Prefork(Generic[_T]):
             if code in FINAL:
                 self._code = code
                 continue
-            settled = time.monotonic() - child.since > SETTLED_S
-            pause_s = BACKOFF_S if settled else self._pause_s[place]
-            self._pause_s[place] = min(2 * pause_s, self._backoff_s_max)
+            if time.monotonic() - child.since > SETTLED_S:
+                self._backoff[place].reset()
+            pause_s = self._backoff[place].next_s()
             self._due[place] = time.monotonic() + pause_s
             if not self._stop.is_set():
                 what = {"pid": child.pid, "exit_code": code, "again_in_s": round(pause_s, 2)}

@@ -16,6 +16,7 @@ from typing import Any
 
 from eddyline.errors import KafkaRefused, Rejected, SettingsError, Unavailable, VectorRejected
 from eddyline.kafka import topics
+from eddyline.process.retry import Backoff
 from eddyline.schema.item_record import ItemRecord, decode_record
 from eddyline.settings.loader import Settings
 from embeddings.bundle.bundle import Bundle
@@ -140,7 +141,7 @@ class Replica:
         return f"{away} (since {max(0.0, time.time() - since_ms / 1000):.1f} s); items stand as they were then"
 
     def _run(self) -> None:
-        wait_s = RETRY_S
+        backoff = Backoff(RETRY_S, self._settings.backoff_ms_max / 1000)
         while not self._stop.is_set():
             topic: ItemVectorLog | None = None
             try:
@@ -149,7 +150,8 @@ class Replica:
             except KafkaRefused as error:
                 self._mark_away(str(error), refused=True)
             except (Unavailable, SettingsError, OSError) as error:
-                wait_s = RETRY_S if not self._away_since_ms else wait_s
+                if not self._away_since_ms:
+                    backoff.reset()
                 self._mark_away(f"{type(error).__name__}: {error}")
             except Exception as error:
                 log.exception("the tail of the item vectors failed; it is begun anew")
@@ -158,8 +160,7 @@ class Replica:
                 if topic is not None:
                     with contextlib.suppress(Exception):  # a close that fails must not end the tail
                         topic.close()
-            self._stop.wait(wait_s)
-            wait_s = min(2 * wait_s, self._settings.backoff_ms_max / 1000)
+            self._stop.wait(backoff.next_s())
 
     def _tail(self, topic: ItemVectorLog) -> None:
         topic.begin(self._positions)
