@@ -1,4 +1,4 @@
-"""Several query vectors at once: merged scores against sums and maxima over all items."""
+"""Several query vectors in one query: merged scores against sums and maxima over all items."""
 
 import numpy as np
 import pytest
@@ -24,11 +24,11 @@ EVEN = {"tags": ["even"]}
 RECORDS = [ItemRecord(f"i{n}", 0, n, 0, 0, VECTORS[n], {} if n % 2 else EVEN) for n in range(N)]
 
 
-@pytest.fixture(params=["exact", "scan", "graph"])
+@pytest.fixture(params=["exact", "scan", "segments"])
 def index(request: pytest.FixtureRequest) -> Index:
     made: Index = ExactIndex(D)
     if request.param != "exact":
-        made = HnswIndex(D, exact_below=0 if request.param == "graph" else N)
+        made = HnswIndex(D, exact_below=0 if request.param == "segments" else N)
     made.apply(RECORDS)
     if isinstance(made, HnswIndex):
         assert made.rebuild()
