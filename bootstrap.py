@@ -1,26 +1,28 @@
-"""Set Eddyline up in `.venv` next to this file and run it; needs Python 3.11 or newer and nothing else.
+"""Set Eddyline up in `.venv` next to this file and run it; needs Python 3.11 or newer and nothing
+else.
 
     python3 bootstrap.py setup           only set up
     python3 bootstrap.py demo [OPTION]   set up, then the demo (environment: ONCE=1, DATA=generated)
-    python3 bootstrap.py test [OPTION]   set up, then every test, in two processes; options go to pytest
-    python3 bootstrap.py chaos [OPTION]  set up, then faults under load and an oracle (docs/chaos.md)
-    python3 bootstrap.py soak            set up, then the index's race test for SOAK_S seconds, 60 by default
-    python3 bootstrap.py fuzz [OPTION]   set up, then fuzzing of ingest; options go to libFuzzer
-    python3 bootstrap.py up | down       the local Kafka and Valkey in the background
-    python3 bootstrap.py lint            ruff, mypy and import-linter alone
-    python3 bootstrap.py bench NAME      one benchmark of benchmarks/
-    python3 bootstrap.py run ARGUMENT    any other `eddyline` command
+    python3 bootstrap.py test [OPTION]   set up, then every test, in two processes; options go to
+    pytest python3 bootstrap.py chaos [OPTION]  set up, then faults under load and an oracle
+    (docs/chaos.md) python3 bootstrap.py soak            set up, then the index's race test for
+    SOAK_S seconds, 60 by default python3 bootstrap.py fuzz [OPTION]   set up, then fuzzing of
+    ingest; options go to libFuzzer python3 bootstrap.py up | down       the local Kafka and Valkey
+    in the background python3 bootstrap.py lint            ruff, mypy and import-linter alone
+    python3 bootstrap.py bench NAME      one benchmark of benchmarks/ python3 bootstrap.py run
+    ARGUMENT    any other `eddyline` command
 
 Environment:
 
     TORCH_BACKEND=cpu      takes torch's build without CUDA; remembered until another value is set
     TORCH_BACKEND=default  goes back to what pip would give
 
-A set-up that was interrupted goes on where it was. Nothing is written outside this folder but package caches.
+A set-up that was interrupted goes on where it was. Nothing is written outside this folder but
+package caches.
 """
 
-# Standard library only, and no syntax newer than Python 3.8: an old Python must reach the sentence in
-# check_python.
+# Standard library only, and no syntax newer than Python 3.8: an old Python must reach the sentence
+# in check_python.
 import contextlib
 import fcntl
 import hashlib
@@ -181,8 +183,8 @@ def _compiler():
         raise StepError(
             step,
             "there is no c++, g++ or clang++ on the PATH",
-            "install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; Alpine: apk add "
-            "g++), then run this again",
+            "install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; "
+            "Alpine: apk add g++), then run this again",
         )
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         version = f"{sys.version_info[0]}.{sys.version_info[1]}"
@@ -196,7 +198,10 @@ def _compiler():
 
 def _packages(backend):
     step = "installing the packages of requirements.lock"
-    again = "run this again (what was downloaded is kept); can the registry be reached, and is the disk not full?"
+    again = (
+        "run this again (downloads are kept); can the registry be reached, "
+        "and is the disk not full?"
+    )
     _say(f"· {step}; " + ("torch without CUDA" if backend == "cpu" else CUDA_NOTE))
     (VENV / "eddyline.torch").write_text(backend, encoding="utf-8")
     locked = LOCK
@@ -211,12 +216,12 @@ def _packages(backend):
     if backend == "cpu":
         # From PyTorch's own index, so without the lock's hash; its dependencies are in the lock.
         arguments = ["pip", "install", "--no-deps", "--torch-backend", "cpu", torch]
-        what = "can torch's own package index be reached? else TORCH_BACKEND=default takes the default build"
+        what = "can torch's package index be reached? TORCH_BACKEND=default takes the default build"
         _uv("installing torch without CUDA", arguments, what)
 
 
 def without_cuda(locked):
-    """(text of the lock without torch and what only its CUDA build needs, torch's own requirement)."""
+    """(the lock's text without torch and the packages of its CUDA build, torch's requirement)."""
     kept, torch = [], ""
     for block in re.split(r"\n(?=\S)", locked.strip()):
         if block.startswith("torch=="):
@@ -239,7 +244,7 @@ def _jars():
         return
     step = "fetching Apache Kafka's jars (42 MB, once for all clones)"
     _say(f"· {step}")
-    what = "run this again: what was fetched is kept; or set KAFKA_BOOTSTRAP_SERVERS to a Kafka of your own"
+    what = "run this again: fetched jars are kept; or set KAFKA_BOOTSTRAP_SERVERS to your Kafka"
     _run(step, [str(PYTHON), "-m", "sandbox.servers", "--fetch"], what)
 
 
@@ -396,7 +401,7 @@ def _bench(name=""):
 
 
 def main(arguments):
-    """Do what the command line says; returns the exit code where nothing takes this process' place."""
+    """Run the command; returns the exit code unless another program replaces this process."""
     check_python()
     command, *rest = arguments or ["--help"]
     if command in ("-h", "--help", "help"):

@@ -1,9 +1,11 @@
-"""Which main index when? `make bench-adapters`: every one behind the same live index, on the same vectors.
+"""Which main index when? `make bench-adapters`: every one behind the same live index, on the same
+vectors.
 
-N × 64 unit vectors around cluster centres, k=100, one query thread; quiet first, then for SECONDS with 500
-updates a second, each to another place, and rebuilds one after the other at low priority. Recall is that of
-the live index against the exact answer on what it holds at that moment. Each main index has a process of its
-own, so none inherits the memory of the one before. exact-scan is the live index without any.
+N × 64 unit vectors around cluster centres, k=100, one query thread; quiet first, then for SECONDS
+with 500 updates a second, each to another place, and rebuilds one after the other at low priority.
+Recall is that of the live index against the exact answer on what it holds at that moment. Each main
+index has a process of its own, so none inherits the memory of the one before. exact-scan is the
+live index without any.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ SECONDS = float(os.environ.get("SECONDS", "14"))
 UPDATES_PER_S = int(os.environ.get("UPDATES", "500"))
 D, K, EF, SEED = 64, 100, 200, 7
 QUERIES, JUDGED = 1_000, 150
-# So wide that a fresh hnswlib graph misses a few of the hundred nearest: an easier set hides what is lost.
+# So wide that a fresh hnswlib graph misses a few of the hundred nearest: an easier set hides what
+# is lost.
 SPREAD = 0.95
 BATCH = 10
 NICE = 10
@@ -50,7 +53,7 @@ WHEN = {
     EXACT: "up to about 12,000 items, or where every answer must be exact",
     "hnswlib": "the default: fast, and its recall depends least on how the vectors lie",
     "faiss-flat": "to compare with: exact as exact-scan, but the vectors are there twice",
-    "faiss-ivf": "items change so fast that no graph is built in time; vectors that cluster, as these do",
+    "faiss-ivf": "items change too fast for a graph to be built; vectors that cluster, as these do",
     "faiss-ivfpq": "memory is short: a seventh of a graph's; longer training than faiss-ivf",
     "faiss-hnsw": "a graph where hnswlib cannot be compiled: Faiss comes as a wheel",
     "annoy": "one small dependency, a build of seconds; slower, finds less, takes the most memory",
@@ -108,7 +111,9 @@ def timed(index: LiveIndex, queries: np.ndarray, seconds: float) -> list[float]:
 def under_updates(
     index: LiveIndex, world: World, main_at_work: bool
 ) -> tuple[list[float], float, int]:
-    """(milliseconds of each query, updates a second that were applied, rebuilds that were finished)."""
+    """(milliseconds of each query, updates a second that were applied, rebuilds that were
+    finished).
+    """
     stop = threading.Event()
     applied = 0
 

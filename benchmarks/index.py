@@ -1,11 +1,13 @@
-"""Does a query feel the writes? `make bench-index`: the live index against a static graph in one process.
+"""Does a query feel the writes? `make bench-index`: the live index against a static graph in one
+process.
 
 Static and live are asked in turns, so that both see the same machine. The static side is the raw
-`knn_query` of the very graph that the live index began with. Both answer with (id, score) of the K best, the
-live index by `find`; the rescoring and the fresh buffer are on the live side. Clustered unit vectors, d=64,
-M 16, efConstruction 200, ef 200, k=100, one query thread; updates by a second thread, rebuilds one after the
-other on a third. N, LARGE, SECONDS, CHURN_N set the sizes; LONG=1 runs the churn at full size, and a million
-vectors (HUGE sets how many) quiet and with 500 updates a second, without a rebuild, which takes too long.
+`knn_query` of the very graph that the live index began with. Both answer with (id, score) of the K
+best, the live index by `find`; the rescoring and the fresh buffer are on the live side. Clustered
+unit vectors, d=64, M 16, efConstruction 200, ef 200, k=100, one query thread; updates by a second
+thread, rebuilds one after the other on a third. N, LARGE, SECONDS, CHURN_N set the sizes; LONG=1
+runs the churn at full size, and a million vectors (HUGE sets how many) quiet and with 500 updates a
+second, without a rebuild, which takes too long.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ CHURN = 5
 TURN_S = 0.5
 QUERIES = 2_000
 JUDGED = 200
-# So wide that a fresh graph of 100k finds 97 to 98% of the hundred nearest: an easier set hides what is lost.
+# So wide that a fresh graph of 100k finds 97 to 98% of the hundred nearest: an easier set hides
+# what is lost.
 SPREAD = 0.95
 # The rebuild thread of a worker is as polite.
 REBUILD_NICE = 10
@@ -95,7 +98,8 @@ class World:
         return graph
 
     def drawn(self, count: int, small: bool, of: np.ndarray, at: np.ndarray | None = None) -> Batch:
-        """An update of `count` items, or of those at these places: turned a little, or somewhere else.
+        """An update of `count` items, or of those at these places: turned a little, or somewhere
+        else.
 
         of: all vectors as they are, and then with these
         """
@@ -152,7 +156,9 @@ def timed(
     at: int,
     cpu: list[float] | None = None,
 ) -> list[float]:
-    """Milliseconds of each call, back to back for so long. cpu: gets this thread's own CPU time of each."""
+    """Milliseconds of each call, back to back for so long. cpu: gets this thread's own CPU time of
+    each.
+    """
     took, end = [], time.perf_counter() + seconds
     while (begun := time.perf_counter()) < end:
         cpu_begun = time.thread_time()
@@ -169,8 +175,8 @@ def against_static(
     """p50 and p99 of live under writes and rebuilds over those of the static graph, in turns."""
     on = threading.Event()
     batch = max(1, per_s // 50)
-    # Drawn before the clock runs: drawing them takes the interpreter longer than applying them, and a worker
-    # does not do it.
+    # Drawn before the clock runs: drawing them takes the interpreter longer than applying them, and
+    # a worker does not do it.
     scratch = world.vectors.copy()
     waiting = [
         world.drawn(batch, small, scratch) for _ in range(int(1.2 * per_s * seconds) // batch)
@@ -333,7 +339,9 @@ def crossing() -> list[dict[str, Any]]:
 
 
 def churn() -> list[dict[str, Any]]:
-    """Up to 5 times as many changes as items: recall against a graph built afresh of the same vectors."""
+    """Up to 5 times as many changes as items: recall against a graph built afresh of the same
+    vectors.
+    """
     world = World(CHURN_N)
     worst = 0.0
     rows = []

@@ -1,10 +1,11 @@
-"""What does one more worker on the same machine cost? `make bench-index_memory`: memory of real processes.
+"""What does one more worker on the same machine cost? `make bench-index_memory`: memory of real
+processes.
 
-N × 64 from one snapshot, WORKERS processes at once, each after 2,000 queries: once with vectors of its own,
-once with those of the mapped file, once forked from a process that had built the graph; of the forked ones
-once more after 5,000 updates, and of one after a rebuild of its own. Told is what a worker has for itself
-alone, which is what one more costs, and its PSS, where a shared page counts by its share; the mean of the
-WORKERS. N and REBUILD=0 make it shorter.
+N × 64 from one snapshot, WORKERS processes at once, each after 2,000 queries: once with vectors of
+its own, once with those of the mapped file, once forked from a process that had built the graph; of
+the forked ones once more after 5,000 updates, and of one after a rebuild of its own. Told is what a
+worker has for itself alone, which is what one more costs, and its PSS, where a shared page counts
+by its share; the mean of the WORKERS. N and REBUILD=0 make it shorter.
 """
 
 from __future__ import annotations

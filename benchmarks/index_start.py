@@ -1,8 +1,9 @@
-"""How soon does a worker answer rightly? `make bench-index_start`: a snapshot of N items, then 5,000 records.
+"""How soon does a worker answer rightly? `make bench-index_start`: a snapshot of N items, then
+5,000 records.
 
-With the imports behind it: load and check the snapshot, restore the index, one exact query against the answer
-of the index that was written; then 5,000 records as the topic has them, decoded and applied. Kafka's part,
-which the broker decides, is not in it.
+With the imports behind it: load and check the snapshot, restore the index, one exact query against
+the answer of the index that was written; then 5,000 records as the topic has them, decoded and
+applied. Kafka's part, which the broker decides, is not in it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""What a click costs and how long it takes to be applied: `make bench-ingest`, the write side in figures.
+"""What a click costs and how long it takes to be applied: `make bench-ingest`, the write side in
+figures.
 
-A Kafka and a Valkey of its own in a temporary folder; ingest, load generator and every peer are processes of
-their own. Costs are CPU seconds, Redis' included, from a warm start on: a busy machine changes them little.
-Latencies are wall clock, all processes on the same cores. N is the number of events of the cost runs, STOP_S
-the length of the outage. LONG=1: ten million events, an outage of 60 s; an hour.
+A Kafka and a Valkey of its own in a temporary folder; ingest, load generator and every peer are
+processes of their own. Costs are CPU seconds, Redis' included, from a warm start on: a busy machine
+changes them little. Latencies are wall clock, all processes on the same cores. N is the number of
+events of the cost runs, STOP_S the length of the outage. LONG=1: ten million events, an outage of
+60 s; an hour.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ STOP_S = float(os.environ.get("STOP_S", "60" if LONG else "15"))
 RATES = (200, 2_000)
 LATENCY_S = 30.0 if LONG else 10.0
 USERS = 10_000
-# Every user beyond the events that only count (`min_steps_before`), so that each click takes a micro-step.
+# Every user beyond the events that only count (`min_steps_before`), so that each click takes a
+# micro-step.
 WARM_EVENTS = 7
 LAG_MS_MAX = 100
 WAIT_S = 7_200.0
@@ -45,7 +48,9 @@ Rows = list[dict[str, Any]]
 
 
 def costs(settings: Settings) -> Rows:
-    """Events per CPU second: the lane against getmany, ingest without micro-steps against the two peers."""
+    """Events per CPU second: the lane against getmany, ingest without micro-steps against the two
+    peers.
+    """
     filling = load(settings, tag="cost", count=N, users=USERS)
     if N == PEER_N:
         filling.result(WAIT_S)
@@ -93,7 +98,9 @@ def costs(settings: Settings) -> Rows:
 
 
 def _ingested(settings: Settings, watch: Watch) -> tuple[dict[str, float], float]:
-    """(CPU of ingest and Redis from a fifth of the events on, growth of memory over the second half in %)."""
+    """(CPU of ingest and Redis from a fifth of the events on, growth of memory over the second half
+    in %).
+    """
     seen: dict[str, Any] = {}
     watch.reset_scripts()
     ingest = Ingest(settings)

@@ -1,8 +1,9 @@
 """The load of `make bench-ingest`, in a process of its own: clicks as fast as they go, or paced.
 
-By librdkafka, which takes a tenth of kafka-python's CPU: on two cores the load must not be what is measured.
-One argument, a `Load` as JSON; the servers come from the environment as for every process. It prints one JSON
-line at its end: how many were sent, how long that took, and its CPU time.
+By librdkafka, which takes a tenth of kafka-python's CPU: on two cores the load must not be what is
+measured. One argument, a `Load` as JSON; the servers come from the environment as for every
+process. It prints one JSON line at its end: how many were sent, how long that took, and its CPU
+time.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from eddyline.schema.events import Click
 from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import load
 
-# From this rate on a producer gathers records for a millisecond: one request for each would cost this process
-# and the broker more than all of ingest.
+# From this rate on a producer gathers records for a millisecond: one request for each would cost
+# this process and the broker more than all of ingest.
 LINGER_RATE = 1_000
 # Where the generator was held up it catches up in steps of this many events, not in one burst.
 BURST_MAX = 64

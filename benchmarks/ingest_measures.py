@@ -1,4 +1,6 @@
-"""What `make bench-ingest` looks at from outside: CPU, memory, Redis' clock, fences, stamps in lists."""
+"""What `make bench-ingest` looks at from outside: CPU, memory, Redis' clock, fences, stamps in
+lists.
+"""
 
 from __future__ import annotations
 
@@ -123,7 +125,9 @@ def load(settings: Settings, **what: Any) -> Running:
 
 
 class Watch:
-    """The clicks of one namespace, from outside: how far the log is, how far the fences of its users."""
+    """The clicks of one namespace, from outside: how far the log is, how far the fences of its
+    users.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings

@@ -1,4 +1,5 @@
-"""Does ingest grow? `make bench-ingest_memory`: ten million events, micro-steps and all; some 15 minutes.
+"""Does ingest grow? `make bench-ingest_memory`: ten million events, micro-steps and all; some 15
+minutes.
 
 More users than the cache of users has room for, so that it is full from the first tenth on.
 N is the number of events.

@@ -1,9 +1,10 @@
 """The micro-step alone, against torch: `python -m benchmarks.ingest_micro FOLDER`.
 
-A chunk as ingest meets it: different users, each with a full history of rows, his embedding as bytes, an
-event key; out come the new bytes. Tower forward, draw of the negatives, step and packing are in the figure on
-both sides. torch runs the training model's forward and autograd on the whole chunk at once, and once more
-event by event. CPU time of one thread. The generation that was made for it is left in FOLDER.
+A chunk as ingest meets it: different users, each with a full history of rows, his embedding as
+bytes, an event key; out come the new bytes. Tower forward, draw of the negatives, step and packing
+are in the figure on both sides. torch runs the training model's forward and autograd on the whole
+chunk at once, and once more event by event. CPU time of one thread. The generation that was made
+for it is left in FOLDER.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ ITEMS = 2_000
 
 
 def prepare(folder: Path) -> Bundle:
-    """A generation over the generated world, trained briefly: its cost does not depend on how well."""
+    """A generation over the generated data set, trained briefly: its quality costs nothing."""
     dataset = synthetic.generate(items=ITEMS, users=200, clicks=8_000, seed=SEED)
     profiles = {user: dict(profile.attributes) for user, profile in dataset.profiles.items()}
     data = TrainingData(items=dataset.items, profiles=profiles, clicks=dataset.clicks)

@@ -1,15 +1,16 @@
-"""What ingest is measured against: `python -m benchmarks.ingest_peers NAME WARM COUNT`, one in a process.
+"""What ingest is measured against: `python -m benchmarks.ingest_peers NAME WARM COUNT`, one in a
+process.
 
     raw     aiokafka's getmany and the validated decode, no Faust, no effects
     lane    the chunk lane of the product with the same decode, no effects
     faust   a plain Faust agent, all effects, one pipeline an event
     loop    an asyncio loop by hand, no Faust, all effects, one pipeline per 500 events, no fence
 
-All effects: the newest 100 behaviours of the user with the stamps of the event, the event-id window,
-popularity by day. The peers keep a list by LPUSH and LTRIM, in the order of arrival, which is cheaper than
-the product's order by event time; the loop drops re-sends, the Faust agent does not even look, for one
-pipeline cannot. Both forget what a crash interrupts. Each counts CPU, its own and Redis', from event WARM to
-event COUNT.
+All effects: the newest 100 behaviours of the user with the stamps of the event, the event-id
+window, popularity by day. The peers keep a list by LPUSH and LTRIM, in the order of arrival, which
+is cheaper than the product's order by event time; the loop drops re-sends, the Faust agent does not
+even look, for one pipeline cannot. Both forget what a crash interrupts. Each counts CPU, its own
+and Redis', from event WARM to event COUNT.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ _pack = msgspec.msgpack.Encoder().encode
 
 
 class Meter:
-    """CPU seconds of this process and of Redis between two counts of events, as the last thing it says."""
+    """CPU seconds of this process and of Redis between two counts of events, as the last thing it
+    says.
+    """
 
     def __init__(self, settings: Settings, warm: int, count: int) -> None:
         self._redis = redis.Redis.from_url(settings.redis_url)

@@ -1,8 +1,10 @@
-"""The items of `make bench-item_visible`, and a generation over them whose answers are known beforehand.
+"""The items of `make bench-item_visible`, and a generation over them whose answers are known
+beforehand.
 
-The item tower is that of every generation, with weights drawn by chance: what an item is about (title,
-categories, year) says where it lies. The user tower is the simplest there is: a user's vector is that of the
-item he clicked last. So whoever clicked an anchor is answered with what lies nearest to it.
+The item tower is that of every generation, with weights drawn by chance: what an item is about
+(title, categories, year) says where it lies. The user tower is the simplest there is: a user's
+vector is that of the item he clicked last. So whoever clicked an anchor is answered with what lies
+nearest to it.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ _SYLLABLES = "ka lo mi ru te sa no vi pe du ba ze ri fo ghi ju wa ly co ne".spli
 
 
 def item(number: int, about: int = 0, price: int = 0) -> Item:
-    """Item `i<number>`. Another `about` is another title, categories and year; the tower sees no price."""
+    """Item `i<number>`. Another `about` is another title, categories and year; the tower sees no
+    price.
+    """
     drawn = random.Random(f"{number}/{about}")
     words = ["".join(drawn.choices(_SYLLABLES, k=3)) for _ in range(3)]
     attributes: dict[str, str | float | bool] = {"year": drawn.randrange(1950, 2026)}

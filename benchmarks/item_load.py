@@ -1,7 +1,8 @@
 """The load of `make bench-item_visible`, in a process of its own: item changes at a steady rate.
 
-By librdkafka, as `benchmarks.ingest_load`. Every change is a whole item; every other one is about something
-else than before, so it gets another vector. One argument, a `Load` as JSON; one JSON line at the end.
+By librdkafka, as `benchmarks.ingest_load`. Every change is a whole item; every other one is about
+something else than before, so it gets another vector. One argument, a `Load` as JSON; one JSON line
+at the end.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ FLUSH_S = 60
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
-    """What to send: `rate` changes a second for `seconds`, of the items with the numbers 0 … items - 1."""
+    """What to send: `rate` changes a second for `seconds`, of the items with the numbers 0 … items
+    - 1.
+    """
 
     rate: float
     seconds: float

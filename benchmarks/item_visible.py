@@ -1,11 +1,13 @@
-"""How long until a changed item is in an answer? `make bench-item_visible`; N=100000 items by default.
+"""How long until a changed item is in an answer? `make bench-item_visible`; N=100000 items by
+default.
 
-A Kafka and a Valkey of its own; one ingest, one worker whose graph is built and is rebuilt as changes come, a
-load process that changes RATE items a second, every other one to another vector, and QUERIES calls a second.
-Beside that, five times a second, one item is put where a user's next answer must have it: in turn a new one
-and one that was somewhere else. Once a consumer of librdkafka has seen its record committed, that user's
-Retrieve is called until it is in (produced → the answer is here). Then the item is deleted, and the same
-until it is gone. To call before the record is committed would only take CPU from those at work on it.
+A Kafka and a Valkey of its own; one ingest, one worker whose graph is built and is rebuilt as
+changes come, a load process that changes RATE items a second, every other one to another vector,
+and QUERIES calls a second. Beside that, five times a second, one item is put where a user's next
+answer must have it: in turn a new one and one that was somewhere else. Once a consumer of
+librdkafka has seen its record committed, that user's Retrieve is called until it is in (produced →
+the answer is here). Then the item is deleted, and the same until it is gone. To call before the
+record is committed would only take CPU from those at work on it.
 """
 
 from __future__ import annotations
@@ -82,7 +84,9 @@ class Seen:
         return (self.answered - self.produced) / 1000
 
     def hops(self) -> dict[str, float]:
-        """Milliseconds of each step. ingest: until its record is made; replica: and until a query had it."""
+        """Milliseconds of each step. ingest: until its record is made; replica: and until a query
+        had it.
+        """
         at = (self.produced, self.written, self.committed, self.received, self.answered)
         return {hop: (b - a) / 1000 for hop, a, b in zip(HOPS, at, at[1:], strict=False)}
 
@@ -110,7 +114,9 @@ class Tail:
         self._thread.start()
 
     def wait(self, item_id: str, offset: int, timeout_s: float) -> tuple[int, int]:
-        """(written, committed) of an item's record of this version. Raises RuntimeError where none comes."""
+        """(written, committed) of an item's record of this version. Raises RuntimeError where none
+        comes.
+        """
         with self._came:
             if not self._came.wait_for(lambda: (item_id, offset) in self._seen, timeout_s):
                 raise RuntimeError(f"{item_id} was not published within {timeout_s:.0f} s")
@@ -240,7 +246,9 @@ class Queries:
 
 
 def built(client: Client, items: int) -> None:
-    """Return once the graph holds what the bundle brought. Raises RuntimeError where that takes too long."""
+    """Return once the graph holds what the bundle brought. Raises RuntimeError where that takes too
+    long.
+    """
     deadline = time.monotonic() + BUILT_S
     while True:
         sizes = client.stats().index

@@ -1,9 +1,9 @@
 """How long does a partition wait when ingest processes come and go? `make bench-rebalance`.
 
-A Kafka and a Valkey of its own, a load at a steady rate; 1 ingest process, then 4, then 2 (SIGTERM), then one
-of them killed with -9. A partition's pause is the longest time in which records waited and none was applied,
-by its fence, looked at every 20 ms. At the end the tests' oracle recomputes all state from the topics:
-nothing lost, nothing doubled.
+A Kafka and a Valkey of its own, a load at a steady rate; 1 ingest process, then 4, then 2
+(SIGTERM), then one of them killed with -9. A partition's pause is the longest time in which records
+waited and none was applied, by its fence, looked at every 20 ms. At the end the tests' oracle
+recomputes all state from the topics: nothing lost, nothing doubled.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ USERS = 2_000
 
 @dataclass
 class Looks:
-    """What was seen of the clicks: at which time, and per partition the last applied offset and the end."""
+    """What was seen of the clicks: at which time, and per partition the last applied offset and the
+    end.
+    """
 
     times: list[float] = field(default_factory=list)
     fences: list[list[int]] = field(default_factory=list)
@@ -118,7 +120,9 @@ class Watcher:
 
 
 def owners(settings: Settings, admin: KafkaAdminClient) -> list[int]:
-    """How many partitions of clicks each member of ingest's group owns now; members without one left out."""
+    """How many partitions of clicks each member of ingest's group owns now; members without one
+    left out.
+    """
     group, topic = settings.prefixed("eddyline-ingest"), settings.prefixed(topics.CLICKS)
     try:
         members = admin.describe_groups([group])[group]["members"]

@@ -1,4 +1,6 @@
-"""How a benchmark reports: a table, `.eddyline/bench/NAME.json`, exit code 1 where a row does not hold."""
+"""How a benchmark reports: a table, `.eddyline/bench/NAME.json`, exit code 1 where a row does not
+hold.
+"""
 
 from __future__ import annotations
 

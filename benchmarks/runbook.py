@@ -1,12 +1,13 @@
-"""Insert, search, delete, in phases: `make bench-runbook`, as the NeurIPS'23 big-ANN streaming track does.
+"""Insert, search, delete, in phases: `make bench-runbook`, as the NeurIPS'23 big-ANN streaming
+track does.
 
-N items are in PHASES clusters that come one after the other, as the track's clustered runbook has them: each
-phase inserts a new cluster, and from the third on deletes most of the one from two phases before, which moves
-what the data look like all the time; a last part turns every item that is left. After each phase the same
-queries, drawn from what is live, are compared with the exact answer on the same State: recall@10 is the
-track's measure, @100 stands beside it. The index is left to itself, its own thread rebuilds when it is due; a
-search only waits for the first graph, because before it every answer is exact.
-N, PHASES and QUERIES set the sizes; LONG=1 takes a million.
+N items are in PHASES clusters that come one after the other, as the track's clustered runbook has
+them: each phase inserts a new cluster, and from the third on deletes most of the one from two
+phases before, which moves what the data look like all the time; a last part turns every item that
+is left. After each phase the same queries, drawn from what is live, are compared with the exact
+answer on the same State: recall@10 is the track's measure, @100 stands beside it. The index is left
+to itself, its own thread rebuilds when it is due; a search only waits for the first graph, because
+before it every answer is exact. N, PHASES and QUERIES set the sizes; LONG=1 takes a million.
 """
 
 from __future__ import annotations

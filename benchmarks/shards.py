@@ -1,8 +1,9 @@
 """What does a coordinator cost? `make bench-shards`; N=400 queries of each by default, SHARDS=4.
 
-On the demo's living system: one worker with all items, and beside it the same items cut into shards with a
-coordinator, on the same Kafka and Redis. The two are asked in turn, one query at a time, for the same user;
-an answer that differs in an item, its place, its score or its path counts against it.
+On the demo's living system: one worker with all items, and beside it the same items cut into shards
+with a coordinator, on the same Kafka and Redis. The two are asked in turn, one query at a time, for
+the same user; an answer that differs in an item, its place, its score or its path counts against
+it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""What does one more query process cost in memory? `make bench-worker_memory`; N=100000 items by default.
+"""What does one more query process cost in memory? `make bench-worker_memory`; N=100000 items by
+default.
 
-Real query workers, gRPC and tail included, from one snapshot, each with a graph: WORKERS of their own, then
-the WORKERS processes of one (`worker_processes`), which share it. Told is what a process has for itself alone
-(the mean), which is what one more costs, before and after QUERIES answers each, and its PSS, where a shared
-page counts by its share.
+Real query workers, gRPC and tail included, from one snapshot, each with a graph: WORKERS of their
+own, then the WORKERS processes of one (`worker_processes`), which share it. Told is what a process
+has for itself alone (the mean), which is what one more costs, before and after QUERIES answers
+each, and its PSS, where a shared page counts by its share.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def memory_mb(pids: list[int]) -> np.ndarray:
 
 
 def stubs(addresses: list[str], each: int) -> list[Any]:
-    """Over connections of their own: of the processes of one address the kernel takes one by chance."""
+    """Over connections of their own: of the processes of one address the kernel takes one by
+    chance.
+    """
     own = [("grpc.use_local_subchannel_pool", 1)]
     return [RetrievalStub(open_channel(a, own)) for a in addresses for _ in range(each)]  # type: ignore[no-untyped-call]
 

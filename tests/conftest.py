@@ -1,4 +1,5 @@
-"""Servers for the tests: those of the environment, else containers where an engine answers, else local ones.
+"""Servers for the tests: those of the environment, else containers where an engine answers, else
+local ones.
 
 One Kafka and one Redis a run; each test takes a namespace of its own on them.
 """
@@ -10,20 +11,22 @@ import gc
 import os
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
 import msgspec
 import pytest
+from filelock import FileLock
 
 from eddyline.settings.loader import Settings
 from sandbox.servers.local_servers import local_servers, log_dir
 from sandbox.servers.supervisor import Supervisor
 from tests.integration.redis_servers import real_cluster
 
-# The same examples every time, so that a failure of CI is a failure everywhere; HYPOTHESIS_PROFILE=explore
-# goes on looking. Before the test modules are imported: their own settings are made on top of this one.
+# The same examples every time, so that a failure of CI is a failure everywhere;
+# HYPOTHESIS_PROFILE=explore goes on looking. Before the test modules are imported: their own
+# settings are made on top of this one.
 hypothesis.settings.register_profile("ci", derandomize=True, database=None)
 hypothesis.settings.register_profile("explore", derandomize=False)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
@@ -33,6 +36,8 @@ for _name in [n for n in os.environ if n.startswith("EDDYLINE_")]:
     del os.environ[_name]
 
 
+# A slow machine's time for the longest of what the processes of a run share: a training.
+ONCE_S = 100
 # The files that wait most come first, so that two processes end at about the same time.
 ORDER = ("integration", "test_lint", "contract", "simulation")
 
@@ -48,9 +53,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         items.sort(key=rank)
 
 
+def once_per_run(
+    tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]
+) -> Path:
+    """A folder that all processes of one test run share; the first one to ask fills it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock", timeout=ONCE_S):
+        if not folder.exists():
+            unfinished = folder.with_suffix(".unfinished")
+            make(unfinished)
+            unfinished.rename(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
-    """Settings that name a real Kafka and a real Redis. Small partition counts: tests read them all."""
+    """Settings that name a real Kafka and a real Redis. Small partition counts: tests read them
+    all.
+    """
     base = Settings(
         data_dir=str(tmp_path_factory.mktemp("servers")),
         clicks_partitions=4,

@@ -1,13 +1,15 @@
-"""The oracle: the state that the topics give, whatever happened on the way; all of it is compared with Redis.
+"""The oracle: the state that the topics give, whatever happened on the way; all of it is compared
+with Redis.
 
-`Topics.read` reads clicks, items, users, dead letters and item vectors to their ends. `truth` applies the
-first three, in chunks of another size than ingest's, through ingest's own functions to a store in memory.
-`differences` then compares every fence, event-id window, list, embedding, profile, count and card, the last
-record of every item in the item vectors, every dead letter, and looks for keys that should not be there. The
-popularity counts are also made once more by hand, event by event.
+`Topics.read` reads clicks, items, users, dead letters and item vectors to their ends. `truth`
+applies the first three, in chunks of another size than ingest's, through ingest's own functions to
+a store in memory. `differences` then compares every fence, event-id window, list, embedding,
+profile, count and card, the last record of every item in the item vectors, every dead letter, and
+looks for keys that should not be there. The popularity counts are also made once more by hand,
+event by event.
 
-A store in memory and chunks of 97 have their own tests against Redis; what the oracle does not share with a
-running system are its processes, its scripts, its retries and its faults.
+A store in memory and chunks of 97 have their own tests against Redis; what the oracle does not
+share with a running system are its processes, its scripts, its retries and its faults.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ from tests.topics import Topics, counted_plainly
 
 # Not a divisor of ingest's 256, so that no chunk of the oracle's ends where one of ingest's does.
 CHUNK = 97
-# Users in one read. Event ids go all at once: a store may have to read its whole window for any of them.
+# Users in one read. Event ids go all at once: a store may have to read its whole window for any of
+# them.
 AT_A_TIME = 500
 # More than any bucket of popularity counts holds.
 ALL = 2**31 - 1
@@ -85,7 +88,8 @@ class Truth:
 def truth(settings: Settings, topics: Topics, towers: Bundle, chunk: int = CHUNK) -> Truth:
     """Apply the topics to an empty store in memory, `chunk` records at a time.
 
-    Users come before clicks. That is exact where no user whose clicks take micro-steps has a profile that
+    Users come before clicks. That is exact where no user whose clicks take micro-steps has a
+    profile that
     changes: between two topics there is no order that a second reading would find again.
     """
     told = Truth()
@@ -142,7 +146,7 @@ class Compared:
 
 
 def compare(settings: Settings, generation: str = "1", chunk: int = CHUNK) -> Compared:
-    """Read the topics, recompute everything, and compare all of it with what Redis and Kafka hold."""
+    """Read the topics, recompute the state and compare all of it with Redis and Kafka."""
     topics = Topics.read(settings, generation)
     towers = bundles.load(settings.bundles / generation)
     return differences(settings, topics, truth(settings, topics, towers, chunk), generation)
@@ -278,7 +282,8 @@ def _users(
         )
 
 
-# The key schema at the top of `eddyline/stores/redis.py`: the layout, a fence, what is behind a slot's tag.
+# The key schema at the top of `eddyline/stores/redis.py`: the layout, a fence, what is behind a
+# slot's tag.
 _KEY = re.compile(
     r"(?:(?P<layout>layout)|fence:\{(?P<fence>[ui]\d+)\}:[^:]+:\d+|\{(?P<slot>[ui]\d+)\}:"
     r"(?:(?P<whole>window|buckets)|popular:(?P<bucket>\d+)|(?P<kind>[hopc]):(?P<id>.+)"

@@ -56,9 +56,14 @@ def tracked(*patterns: str) -> set[str]:
 
 @pytest.mark.slow
 def test_the_wheel_holds_every_room_and_what_it_reads(tmp_path: Path) -> None:
-    """Built with hatchling's own hook: no isolation and so no network, where hatchling is installed."""
+    """Built with hatchling's own hook: no isolation and so no network, where hatchling is
+    installed.
+    """
     pytest.importorskip("hatchling")
-    build = "import sys; from hatchling.build import build_wheel; sys.stdout.write(build_wheel(sys.argv[1]))"
+    build = (
+        "import sys; from hatchling.build import build_wheel; "
+        "sys.stdout.write(build_wheel(sys.argv[1]))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", build, str(tmp_path)],
         cwd=ROOT,
@@ -81,7 +86,7 @@ def test_the_wheel_holds_every_room_and_what_it_reads(tmp_path: Path) -> None:
 
 
 def imported(module: str) -> set[str]:
-    """Packages of others that this module and what it imports of ours cannot be imported without."""
+    """Third-party packages that the import of this module needs, directly or through ours."""
     seen, ahead, found = set[str](), [module], set[str]()
     while ahead:
         name = ahead.pop()

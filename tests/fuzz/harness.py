@@ -1,4 +1,6 @@
-"""One record after another through the real ingest functions: each is applied, dropped or dead-lettered."""
+"""One record after another through the real ingest functions: each is applied, dropped or
+dead-lettered.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +107,9 @@ class Harness:
     def feed(
         self, topic: str, key: bytes | None, value: bytes | None, stamp: bytes | None = None
     ) -> str:
-        """Ingest one record; what became of it. AssertionError where that is nothing, or two things."""
+        """Ingest one record; what became of it. AssertionError where that is nothing, or two
+        things.
+        """
         offset = self._offsets[topic] = self._offsets[topic] + 1
         record = Rec(topic, 0, offset, NOW_MS, key, value, (("produced_us", stamp),))
         letters, forwarded = len(self.outside.letters), len(self.outside.forwarded)
@@ -195,7 +199,9 @@ def seeds() -> list[tuple[str, bytes | None, bytes | None]]:
 
 
 def mutated(rng: random.Random, value: bytes) -> bytes:
-    """A few random changes of a good record: bytes, cuts, repeats, and words that parsers trip over."""
+    """A few random changes of a good record: bytes, cuts, repeats, and words that parsers trip
+    over.
+    """
     words = [
         b"null",
         b"NaN",

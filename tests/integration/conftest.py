@@ -1,9 +1,12 @@
-"""A whole Eddyline for the integration tests: real servers, real processes, a tiny trained generation."""
+"""A whole Eddyline for the integration tests: real servers, real processes, a tiny trained
+generation.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import time
 import uuid
@@ -31,6 +34,7 @@ from sandbox.processes import Deployment
 from sandbox.servers.local_servers import local_servers, log_dir
 from sandbox.servers.supervisor import Supervisor
 from serving.rpc.client import Client, is_ready
+from tests.conftest import once_per_run
 
 
 @dataclass
@@ -75,6 +79,11 @@ class Live:
         """Wait until ingest has applied all that was sent."""
         processes.wait_until_applied(self.settings, timeout_s=timeout_s)
 
+    def reads_clicks(self, name: str) -> bool:
+        """Whether this ingest process has opened partitions of `clicks`."""
+        log = self.supervisor.log_file(name).read_text(encoding="utf-8")
+        return re.search(r"reading from.*clicks:\d", log) is not None
+
     def kill(self, name: str, sig: signal.Signals = signal.SIGKILL) -> int:
         pid = self.supervisor.pids()[name]
         os.kill(pid, sig)
@@ -116,14 +125,17 @@ def dataset() -> Dataset:
 @pytest.fixture(scope="session")
 def bundle(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
     """(the folder of bundles, generation 1): trained for real, if briefly."""
-    from embeddings.data.examples import TrainingData
-    from embeddings.models.base import Recipe
-    from embeddings.training.trainer import train
 
-    folder = tmp_path_factory.mktemp("generations")
-    profiles = {user: dict(profile.attributes) for user, profile in dataset.profiles.items()}
-    data = TrainingData(items=dataset.items, profiles=profiles, clicks=dataset.clicks)
-    train(data, folder / "1", "1", recipe=Recipe(epochs=2, seed=1, threads=2))
+    def make(folder: Path) -> None:
+        from embeddings.data.examples import TrainingData
+        from embeddings.models.base import Recipe
+        from embeddings.training.trainer import train
+
+        profiles = {user: dict(profile.attributes) for user, profile in dataset.profiles.items()}
+        data = TrainingData(items=dataset.items, profiles=profiles, clicks=dataset.clicks)
+        train(data, folder / "1", "1", recipe=Recipe(epochs=2, seed=1, threads=2))
+
+    folder = once_per_run(tmp_path_factory, "generations", make)
     return folder, Manifest(generation="1", bundle="1", dimension=64, created_ms=now_ms())
 
 
@@ -136,7 +148,8 @@ def living(
     with_items: bool = True,
     **ingest: str,
 ) -> Iterator[Live]:
-    """Topics, generation, ingest and one worker in a namespace of their own; all ends with the block.
+    """Topics, generation, ingest and one worker in a namespace of their own; all ends with the
+    block.
 
     ingest: more settings of the ingest process
     """
@@ -173,7 +186,9 @@ def live(
     bundle: tuple[Path, Manifest],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Live]:
-    """One system for all tests that leave its processes alone; each uses users and items of its own."""
+    """One system for all tests that leave its processes alone; each uses users and items of its
+    own.
+    """
     folder = tmp_path_factory.mktemp("live")
     settings = msgspec.structs.replace(
         servers, namespace=f"t-{uuid.uuid4().hex[:12]}", data_dir=str(folder)
@@ -199,7 +214,7 @@ def make_live(
 
 
 class OwnServers:
-    """A Kafka and a Redis of one test's own, to kill."""
+    """Servers of one test's own, to kill."""
 
     def __init__(self, settings: Settings, supervisor: Supervisor) -> None:
         self.settings = settings
@@ -221,15 +236,29 @@ class OwnServers:
         return self.supervisor.states()[name][0] == "ready"
 
 
+@contextlib.contextmanager
+def started(settings: Settings, folder: Path) -> Iterator[OwnServers]:
+    """Local servers for what the settings do not name."""
+    base = msgspec.structs.replace(settings, data_dir=str(folder))
+    supervisor = Supervisor(log_dir(base))
+    with local_servers(base, supervisor, owner="a test") as found:
+        yield OwnServers(found, supervisor)
+
+
 @pytest.fixture
 def own_servers(tmp_path: Path) -> Iterator[OwnServers]:
-    """Local servers whatever the environment names: this test kills them."""
-    base = Settings(
-        data_dir=str(tmp_path / "own"), clicks_partitions=4, items_partitions=2, worker_port=0
-    )
-    supervisor = Supervisor(log_dir(base))
-    with local_servers(base, supervisor, owner="a test") as settings:
-        yield OwnServers(settings, supervisor)
+    """A Kafka and a Redis, whatever the environment names: this test kills Kafka."""
+    base = Settings(clicks_partitions=4, items_partitions=2, worker_port=0)
+    with started(base, tmp_path / "own") as made:
+        yield made
+
+
+@pytest.fixture
+def own_valkey(fresh_settings: Settings, tmp_path: Path) -> Iterator[OwnServers]:
+    """The shared Kafka and a Redis, whatever the environment names: this test kills Redis alone."""
+    base = msgspec.structs.replace(fresh_settings, redis_url="")
+    with started(base, tmp_path / "own") as made:
+        yield made
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
-"""Real servers that a test sets up itself: a cluster of Valkey processes, one with users, one behind TLS."""
+"""Real servers that a test sets up itself: a cluster of Valkey processes, one with users, one
+behind TLS.
+"""
 
 from __future__ import annotations
 
@@ -139,7 +141,9 @@ class RealCluster:
         met_at = 0.0
 
         def met() -> bool:
-            """Introduce everybody to everybody; again after a while, for a busy machine may miss one."""
+            """Introduce everybody to everybody; again after a while, for a busy machine may miss
+            one.
+            """
             nonlocal met_at
             if all(map(self._known, clients)):
                 return True
@@ -217,7 +221,7 @@ def wait_for(what: str, check: Callable[[], object], timeout_s: float = 20) -> N
 def real_cluster(
     folder: Path, *, primaries: int = 3, replicas: int = 0, **options: str
 ) -> Iterator[RealCluster]:
-    """A cluster on loopback; all of it ends with the block. options: as of the server, `_` for `-`."""
+    """A cluster on loopback that ends with the block. options: the server's, `_` for `-`."""
     made = RealCluster(
         folder, primaries, replicas, {k.replace("_", "-"): v for k, v in options.items()}
     )
@@ -243,7 +247,8 @@ def real_server(folder: Path, **options: str) -> Iterator[Server]:
 
 @contextlib.contextmanager
 def tls_terminator(port: int, context: ssl.SSLContext) -> Iterator[int]:
-    """A port on loopback that speaks TLS and hands what is inside to a server that was built without it.
+    """A port on loopback that speaks TLS and hands what is inside to a server that was built
+    without it.
 
     Certificates, keys and handshakes are real; the bundled server is such a one.
     """
@@ -297,7 +302,8 @@ def tls_program() -> Path | None:
             timeout=20,
             cwd="/",
         )
-        # Both end at once: one without TLS says "failed finding TLS support", one with it misses a file.
+        # Both end at once: one without TLS says "failed finding TLS support", one with it misses a
+        # file.
         if "Failed to configure TLS" in asked.stdout:
             return Path(found)
     return None

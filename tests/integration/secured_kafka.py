@@ -1,4 +1,5 @@
-"""A real Kafka that asks who one is: one listener each for TLS, mTLS, SASL and SASL over TLS, and rights.
+"""A real Kafka that asks who one is: one listener each for TLS, mTLS, SASL and SASL over TLS, and
+rights.
 
     PLAINTEXT  everybody; for the broker itself, and to set things up
     TLS        anybody who trusts the broker's certificate
@@ -6,7 +7,8 @@
     LOGIN      PLAIN and SCRAM-SHA-512, unencrypted
     LOGINTLS   SCRAM-SHA-512 over TLS
 
-Who is nobody (PLAINTEXT, TLS) may do everything; named users may do what `allow` gives them, and no more.
+Who is nobody (PLAINTEXT, TLS) may do everything; named users may do what `allow` gives them, and no
+more.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ LISTENERS = {
     "LOGIN": "SASL_PLAINTEXT",
     "LOGINTLS": "SASL_SSL",
 }
-# Nothing else may hold these words, so that a search for them in logs finds what should not be there.
+# Nothing else may hold these words, so that a search for them in logs finds what should not be
+# there.
 PASSWORDS = {
     "ingest": "Zwiebelfisch-7",
     "worker": "Hochzeit-2",
@@ -74,7 +77,7 @@ class SecuredKafka:
         return str(path)
 
     def client(self, name: str, *, foreign: bool = False, password: str = "") -> dict[str, str]:
-        """The settings of a client's certificate; its key is encrypted where there is a password."""
+        """The settings of a client's certificate; a password encrypts its key."""
         issuer = self.foreign if foreign else self.authority
         issued = issuer.issue_cert(f"{name}@example.org", common_name=name)
         stem = self.folder / f"{name}{'-foreign' * foreign}{'-locked' * bool(password)}"
@@ -101,7 +104,9 @@ class SecuredKafka:
         }
 
     def allow(self, user: str, *rights: tuple[str, str, str]) -> None:
-        """Give rights: (TOPIC, GROUP or TRANSACTIONAL_ID; a name, or its beginning and `*`; an operation)."""
+        """Give rights: (TOPIC, GROUP or TRANSACTIONAL_ID; a name, or its beginning and `*`; an
+        operation).
+        """
         admin = KafkaAdminClient(bootstrap_servers=self.address("PLAINTEXT"))
         try:
             for kind, name, operation in rights:
@@ -173,6 +178,7 @@ def _properties(broker: SecuredKafka, controller: int) -> str:
     keys.write_bytes(_pkcs8(server) + b"".join(part.bytes() for part in server.cert_chain_pems))
     login = "org.apache.kafka.common.security"
     known = " ".join(f'user_{name}="{password}"' for name, password in PLAIN_PASSWORDS.items())
+    plain = f"{login}.plain.PlainLoginModule required {known};"
     scram = f"{login}.scram.ScramLoginModule required;"
     more = {
         "listeners": ",".join(f"{name}://127.0.0.1:{port}" for name, port in broker.ports.items())
@@ -191,7 +197,7 @@ def _properties(broker: SecuredKafka, controller: int) -> str:
         "sasl.enabled.mechanisms": "PLAIN,SCRAM-SHA-512",
         "listener.name.login.sasl.enabled.mechanisms": "PLAIN,SCRAM-SHA-512",
         "listener.name.logintls.sasl.enabled.mechanisms": "SCRAM-SHA-512",
-        "listener.name.login.plain.sasl.jaas.config": f"{login}.plain.PlainLoginModule required {known};",
+        "listener.name.login.plain.sasl.jaas.config": plain,
         "listener.name.login.scram-sha-512.sasl.jaas.config": scram,
         "listener.name.logintls.scram-sha-512.sasl.jaas.config": scram,
         "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",

@@ -69,7 +69,9 @@ def send(settings: Settings, clicks: int, seed: int) -> None:
 
 
 def archive_all(settings: Settings, ahead_ms: int = 2 * HOUR_MS) -> None:
-    """Archive in this process until all that lies in Kafka is in files: by its clock the hour is over."""
+    """Archive in this process until all that lies in Kafka is in files: by its clock the hour is
+    over.
+    """
     member = static_membership.take(Path(settings.data_dir) / "archiver")
     archiver = Archiver(
         settings, Archive(settings), threading.Event(), member.name, lambda: now_ms() + ahead_ms

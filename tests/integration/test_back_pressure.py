@@ -1,4 +1,6 @@
-"""Redis hangs under load: ingest stands still in bounded memory, says so, burns no CPU, and catches up."""
+"""Redis hangs under load: ingest stands still in bounded memory, says so, burns no CPU, and catches
+up.
+"""
 
 from __future__ import annotations
 
@@ -34,17 +36,17 @@ def quiet(found: dict[str, float]) -> bool:
 
 
 def test_a_redis_that_hangs_stops_ingest_and_nothing_else(
-    own_servers, make_live, tmp_path: Path
+    own_valkey, make_live, tmp_path: Path
 ) -> None:
     port = free_ports.choose_ports(tmp_path, ("metrics",))["metrics"]
-    live = make_live(own_servers, ingest_metrics_port=str(port))
+    live = make_live(own_valkey, ingest_metrics_port=str(port))
     send_history(live)
     live.applied(60)
     pid = live.supervisor.pids()["ingest"]
     # A partition's lag is told from its first fetch on.
     live.wait_for("quiet metrics", lambda: quiet(metrics(port)), timeout_s=30)
     before = rss_mb(pid)
-    own_servers.pause("valkey")
+    own_valkey.pause("valkey")
     try:
         sent = send_history(live, times=3)
         live.wait_for("a pause in the metrics", lambda: metrics(port)[PAUSED], timeout_s=30)
@@ -56,7 +58,7 @@ def test_a_redis_that_hangs_stops_ingest_and_nothing_else(
         assert cpu_s(pid) - used < 0.5 * STOP_S, "a busy loop"
         assert rss_mb(pid) < before + 150
     finally:
-        own_servers.resume("valkey")
+        own_valkey.resume("valkey")
     live.applied(90)
     live.wait_for("quiet metrics", lambda: quiet(metrics(port)), timeout_s=30)
     assert assert_same_state(live) > 0

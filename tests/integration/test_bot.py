@@ -1,4 +1,4 @@
-"""One user with ten thousand events: his neighbours do not wait for him, and nothing of his grows."""
+"""One user sends ten thousand events: other users do not wait, and the user's state stays small."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Chaos in short: every kind of fault once, under load, and all state compared; the oracle can fail."""
+"""Chaos in short: every kind of fault once, under load, and all state compared; the oracle can
+fail.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +99,8 @@ def test_the_oracle_names_what_was_damaged(make_live) -> None:
     try:
         client.zincrby(f"{prefix}{{i0}}:popular:{bucket}", 1, item)
         damaged(
-            f"count i0:{bucket}:{item}: Redis has {counted[item] + 1}, the topic gives {counted[item]}"
+            f"count i0:{bucket}:{item}: "
+            f"Redis has {counted[item] + 1}, the topic gives {counted[item]}"
         )
         client.zincrby(f"{prefix}{{i0}}:popular:{bucket}", -1, item)
         other = mine.entries[0].__class__("another-item", mine.entries[-1].at_ms)

@@ -1,7 +1,8 @@
 """kill -9 of one process at a time, on real parts: every effect is there exactly once.
 
-The oracle (`tests/oracle.py`) reads the topics and applies them, in chunks of another size, to a store in
-memory; then everything is compared: lists, windows, embeddings and counts, cards and vectors of all.
+The oracle (`tests/oracle.py`) reads the topics and applies them, in chunks of another size, to a
+store in memory; then everything is compared: lists, windows, embeddings and counts, cards and
+vectors of all.
 """
 
 from __future__ import annotations
@@ -50,14 +51,29 @@ def send_history(live, times: int = 1) -> int:
     return times * len(clicks)
 
 
+def clicks_applied(live) -> int:
+    """How many records of `clicks` the fences say are applied."""
+    store = RedisStore(live.settings)
+    try:
+        fences = [store.fences(Source("clicks", p), [f"u{p}"])[f"u{p}"] for p in range(4)]
+    finally:
+        store.close()
+    return sum(fence.offset + 1 for fence in fences if fence)
+
+
 def test_ingest_killed_in_mid_chunk(make_live) -> None:
     live = make_live()
     sent = send_history(live, times=3)
-    for _ in range(4):
-        time.sleep(0.4)
+    for turn in range(4):
+        before = clicks_applied(live)
+        live.wait_for(
+            "more clicks to be applied",
+            lambda before=before: before < clicks_applied(live) or clicks_applied(live) == sent,
+            timeout_s=30,
+        )
+        time.sleep(0.05 * turn)
         live.kill("ingest")
         live.supervisor.wait("ingest", timeout_s=30)
-        time.sleep(3)
     total = assert_same_state(live)
     assert live.supervisor.states()["ingest"][1] >= 4, "it was killed and restarted"
     assert 0 < total <= sent
@@ -68,18 +84,18 @@ def test_two_ingest_processes_share_and_one_is_killed(make_live) -> None:
     live.supervisor.start(
         live.deployment.ingest_child("ingest-2", clicks_partitions="4", items_partitions="2")
     )
-    time.sleep(4)
+    live.wait_for("the second process to read", lambda: live.reads_clicks("ingest-2"), timeout_s=30)
     send_history(live, times=2)
     live.kill("ingest-2")
     send_history(live)  # the same events again: re-sends, to be dropped
     assert_same_state(live)
 
 
-def test_redis_killed_heals_from_kafka(own_servers, make_live) -> None:
-    live = make_live(own_servers)
+def test_redis_killed_heals_from_kafka(own_valkey, make_live) -> None:
+    live = make_live(own_valkey)
     send_history(live)
     time.sleep(0.5)
-    own_servers.kill("valkey")
+    own_valkey.kill("valkey")
     send_history(live, times=2)
     assert_same_state(live)
 
@@ -123,18 +139,18 @@ def test_a_worker_killed_and_back_gives_the_same_answers(make_live) -> None:
     live.wait_for("the same answers", lambda: ask() == before)
 
 
-def test_without_redis_the_worker_answers_what_it_can(own_servers, make_live) -> None:
-    live = make_live(own_servers)
+def test_without_redis_the_worker_answers_what_it_can(own_valkey, make_live) -> None:
+    live = make_live(own_valkey)
     send_history(live)
     live.applied()
     user = live.dataset.clicks[0].user_id
-    own_servers.pause("valkey")
+    own_valkey.pause("valkey")
     try:
         answer = live.client().retrieve(user, 5, timeout_s=10)
         assert len(answer.items) == 5 and any("redis" in m.lower() for m in answer.missing)
         assert {i.path for i in answer.items} <= {"popular", "newest"}
     finally:
-        own_servers.resume("valkey")
+        own_valkey.resume("valkey")
     live.wait_for(
         "Redis to be used again", lambda: not live.client().retrieve(user, 5, timeout_s=10).missing
     )

@@ -1,4 +1,6 @@
-"""`eddyline dead-letters` on a real Kafka: what it shows, and that a replay counts once whatever happens."""
+"""`eddyline dead-letters` on a real Kafka: what it shows, and that a replay counts once whatever
+happens.
+"""
 
 from __future__ import annotations
 
@@ -216,7 +218,9 @@ def test_a_second_replay_stops_the_first(
 
 @pytest.mark.timeout(60)
 def test_a_replayed_item_never_overrides_a_newer_one(settings: Settings, producer: Any) -> None:
-    """Refused for their partition (another partitioner); one was replaced, one deleted, one is the newest."""
+    """Refused for their partition (another partitioner); one was replaced, one deleted, one is the
+    newest.
+    """
     sink, name = KafkaDeadLetters(settings, producer), settings.prefixed(topics.ITEMS)
     at = {}
     for item_id in ("replaced", "deleted", "newest"):

@@ -1,4 +1,6 @@
-"""Redis is emptied and all is read again: who was forgotten stays so, nothing is sent on a second time."""
+"""Redis is emptied and all is read again: who was forgotten stays so, nothing is sent on a second
+time.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +37,9 @@ def committed(settings: Settings, topic: str) -> dict[int, int]:
 
 
 def test_an_emptied_redis_brings_nobody_back_and_sends_nothing_on_again(
-    own_servers, make_live
+    own_valkey, make_live
 ) -> None:
-    live = make_live(own_servers)
+    live = make_live(own_valkey)
     settings, store = live.settings, RedisStore(live.settings)
     stays = [f"stays-{n}" for n in range(8)]
     goes = [f"goes-{n}" for n in range(8)]

@@ -60,7 +60,7 @@ class Group:
         )
 
     def each(self, call: Callable[[Client], _R]) -> list[_R]:
-        """What the call gives over so many connections that every process is asked, almost surely."""
+        """Results over so many connections that the call almost surely reaches every process."""
         found = []
         for _ in range(8 * PROCESSES):
             with Client(self.address) as client:
@@ -76,7 +76,8 @@ class Group:
         try:
             return all(self.each(lambda client: client.stats().index.main))
         except CallFailed:
-            # Exact ones are being replaced: who has just connected to one that ends has to call again.
+            # Exact ones are being replaced: who has just connected to one that ends has to call
+            # again.
             return False
 
     def all_answer(self) -> bool:

@@ -1,7 +1,7 @@
 """Kafka with TLS, mTLS, SASL and rights: who fits is let in; who does not is told why, at once.
 
-The broker is a real one with a listener for each way (`secured_kafka.py`). Every process of Eddyline logs in
-as a user of its own with exactly the rights that docs/security.md gives it.
+The broker is a real one with a listener for each way (`secured_kafka.py`). Every process of
+Eddyline logs in as a user of its own with exactly the rights that docs/security.md gives it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from eddyline.archive import Archive
 from eddyline.errors import KafkaRefused
 from eddyline.generations import Manifest
 from eddyline.kafka import producers, reading, topics
-from eddyline.kafka.producers import now_ms
 from eddyline.settings.loader import Settings
 from sandbox import processes
 from sandbox.datasets import synthetic
@@ -80,22 +79,6 @@ def base(broker: SecuredKafka, tmp_path_factory: pytest.TempPathFactory) -> Iter
 @pytest.fixture(scope="module")
 def small_dataset() -> Dataset:
     return synthetic.generate(items=60, users=20, clicks=300, seed=7)
-
-
-@pytest.fixture(scope="module")
-def generation(
-    small_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Manifest]:
-    """(the folder of bundles, generation 1): trained for real, in a second."""
-    from embeddings.data.examples import TrainingData
-    from embeddings.models.base import Recipe
-    from embeddings.training.trainer import train
-
-    folder = tmp_path_factory.mktemp("generations")
-    profiles = {user: dict(profile.attributes) for user, profile in small_dataset.profiles.items()}
-    data = TrainingData(items=small_dataset.items, profiles=profiles, clicks=small_dataset.clicks)
-    train(data, folder / "1", "1", recipe=Recipe(epochs=1, seed=1, threads=1))
-    return folder, Manifest(generation="1", bundle="1", dimension=64, created_ms=now_ms())
 
 
 @dataclass
@@ -167,9 +150,9 @@ def eventually(check: Callable[[], object], timeout_s: float = 20) -> None:
 
 
 def test_everything_works_with_the_rights_in_the_docs(
-    system: System, small_dataset: Dataset, generation: tuple[Path, Manifest]
+    system: System, small_dataset: Dataset, bundle: tuple[Path, Manifest]
 ) -> None:
-    folder, manifest = generation
+    folder, manifest = bundle
     system.base = msgspec.structs.replace(
         system.base, bundle_dir=str(folder), archive_file_offsets=8
     )
@@ -379,11 +362,13 @@ def test_ingest_says_which_right_its_group_or_its_transactions_lack(
     lacking: str,
     broker: SecuredKafka,
     base: Settings,
-    generation: tuple[Path, Manifest],
+    bundle: tuple[Path, Manifest],
     tmp_path: Path,
 ) -> None:
-    """aiokafka keeps a group's missing right to itself; without a look at it ingest would wait for ever."""
-    folder, manifest = generation
+    """aiokafka keeps a group's missing right to itself; without a look at it ingest would wait for
+    ever.
+    """
+    folder, manifest = bundle
     space = f"t-{uuid.uuid4().hex[:12]}"
     settings = msgspec.structs.replace(
         base, namespace=space, data_dir=str(tmp_path), bundle_dir=str(folder)

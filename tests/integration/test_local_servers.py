@@ -1,4 +1,4 @@
-"""Real Apache Kafka and Valkey: back after kill -9 with their data, and gone when they should be."""
+"""Real Apache Kafka and Valkey: they survive kill -9 with their data and end when asked to."""
 
 from __future__ import annotations
 

@@ -84,7 +84,9 @@ def test_a_visitors_list_is_moved_once_by_time_and_he_is_forgotten(
 
 @pytest.mark.timeout(120)
 def test_a_merge_survives_the_death_of_ingest(make_live: Any) -> None:
-    """Killed while merges are under way, and Redis put back to nothing for both: each click is there once."""
+    """Killed while merges are under way, and Redis put back to nothing for both: each click is
+    there once.
+    """
     live = make_live()
     store = RedisStore(live.settings)
     pairs = [pair() for _ in range(6)]

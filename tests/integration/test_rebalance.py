@@ -1,4 +1,6 @@
-"""Ingest processes come and go under load, in short: nothing lost, nothing doubled, the pause measured."""
+"""Ingest processes come and go under load, in short: nothing lost, nothing doubled, the pause
+measured.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,8 @@ def test_a_pause_is_the_time_in_which_records_waited_and_none_was_applied() -> N
     looks = Looks(times=[0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
     looks.fences = [[9, 9], [9, 9], [9, 9], [11, 9], [11, 9], [12, 9], [12, 9]]
     looks.ends = [[10, 10], [11, 10], [12, 10], [13, 10], [13, 11], [13, 12], [13, 12]]
-    # Of the first: record 10 waits from 1.0 to 3.0, the next one from 3.0 to 5.0. Of the second: to the end.
+    # Of the first: record 10 waits from 1.0 to 3.0, the next one from 3.0 to 5.0. Of the second: to
+    # the end.
     assert looks.pauses_ms(0, 6) == [2_000, 2_000]
     assert looks.pauses_ms(4, 6) == [1_000, 2_000]
     assert looks.pauses_ms(0, 1) == [0, 0]

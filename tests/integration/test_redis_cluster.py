@@ -1,4 +1,5 @@
-"""A real Redis Cluster of processes on loopback: routing, nodes that die, hang or hand over, slots that move.
+"""A real Redis Cluster of processes on loopback: routing, nodes that die, hang or hand over, slots
+that move.
 
 The contract suite runs against a cluster, too (tests/contract/test_state_store.py).
 """
@@ -298,7 +299,9 @@ def test_many_threads_while_a_node_dies_and_comes_back(
 
 
 def count_one(store: StateStore, slot: str, done: int) -> int:
-    """Count one thousandth under the fence `done`, wherever the last try has left it; the new number."""
+    """Count one thousandth under the fence `done`, wherever the last try has left it; the new
+    number.
+    """
     source = clicks(slot)
 
     def once() -> int:
@@ -389,7 +392,9 @@ def move_at_once(cluster: RealCluster, tag: str) -> Server:
 def test_a_slot_that_moves_loses_and_doubles_nothing(
     way: str, store: RedisStore, cluster: RealCluster
 ) -> None:
-    """Counts go on meanwhile: each of them is there once, and old buckets are gone, the latest at the end."""
+    """Counts go on meanwhile: each of them is there once, and old buckets are gone, the latest at
+    the end.
+    """
     store.count_clicks(
         "i0", clicks("u0"), None, at(0), {bucket: {"a": 1000} for bucket in range(4)}, 4
     )
@@ -481,7 +486,9 @@ def test_a_namespace_is_removed_from_all_nodes(cluster: RealCluster) -> None:
 def test_ingest_and_worker_on_a_cluster_whose_node_is_killed(
     fresh_settings: Settings, cluster: RealCluster, make_live, dataset
 ) -> None:
-    """Real processes: clicks under way, kill -9 of a node, its restart; the oracle finds no difference."""
+    """Real processes: clicks under way, kill -9 of a node, its restart; the oracle finds no
+    difference.
+    """
     cluster.wait_ok()
     settings = msgspec.structs.replace(fresh_settings, redis_url=cluster.url, redis_cluster=True)
     live = make_live(SimpleNamespace(settings=settings))

@@ -1,8 +1,8 @@
 """Redis' users and TLS: the right credentials work; others are refused, and no secret is shown.
 
-The users are those of docs/security.md, to the letter. TLS runs with real certificates against a terminator
-in front of the bundled server, which is built without TLS, and against a server with TLS where the PATH has
-one.
+The users are those of docs/security.md, to the letter. TLS runs with real certificates against a
+terminator in front of the bundled server, which is built without TLS, and against a server with TLS
+where the PATH has one.
 """
 
 from __future__ import annotations

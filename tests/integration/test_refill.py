@@ -1,4 +1,6 @@
-"""`eddyline refill`: what Kafka no longer has comes out of the archive; the state is the same to the bit."""
+"""`eddyline refill`: what Kafka no longer has comes out of the archive; the state is the same to
+the bit.
+"""
 
 from __future__ import annotations
 
@@ -127,7 +129,9 @@ def archive_all(settings: Settings) -> None:
 def send_behaviour(
     settings: Settings, items: list[str], seed: int, n: int = 1_200, forwarded: bool = False
 ) -> None:
-    """Clicks of every kind: sent again, without an id, refused, in a wrong partition; visitors who log in."""
+    """Clicks of every kind: sent again, without an id, refused, in a wrong partition; visitors who
+    log in.
+    """
     rng, producer = random.Random(seed), producers.make_producer(settings, linger_ms=5)
     start_ms, topic = now_ms() - 3_600_000, settings.prefixed(CLICKS)
     for number in range(n):
@@ -204,7 +208,7 @@ def put_back(settings: Settings, copy: dict[bytes, bytes]) -> None:
 
 
 def truth(settings: Settings) -> state_replay.ReplayResult:
-    """The state that the topics give, by ingest's functions in memory, while Kafka still has all."""
+    """The state of the topics, by ingest's functions in memory, while Kafka still has all."""
     towers, slices = (
         bundles.load(settings.bundles / "1"),
         topic_slices.between(settings, "earliest", "latest"),

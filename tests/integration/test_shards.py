@@ -272,7 +272,7 @@ def test_a_shard_alone_answers_no_user(sharded) -> None:
 
 
 def test_each_shard_keeps_a_snapshot_of_its_own(sharded) -> None:
-    """The supervisor's child ends in good order, writes its snapshot and is started again from it."""
+    """The supervisor's child ends in good order, writes its snapshot and restarts from it."""
     sharded.whole()
     folder = Path(sharded.deployment.settings.data_dir) / "snapshots"
     sharded.kill(0, signal.SIGTERM)

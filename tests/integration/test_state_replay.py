@@ -158,7 +158,7 @@ def test_two_ingest_processes_come_to_the_same_state(make_live) -> None:
     live = make_live()
     shared = {"clicks_partitions": "4", "items_partitions": "2"}
     live.supervisor.start(live.deployment.ingest_child("ingest-2", **shared))
-    time.sleep(2)
+    live.wait_for("the second process to read", lambda: live.reads_clicks("ingest-2"), timeout_s=30)
     clicks = shifted_to_now(live.dataset.clicks, now_ms())
     sending.send(live.settings, clicks)
     live.applied()

@@ -1,4 +1,6 @@
-"""The worker's connection to the item vectors, and the tail over it, on a real Kafka that goes away."""
+"""The worker's connection to the item vectors, and the tail over it, on a real Kafka that goes
+away.
+"""
 
 from __future__ import annotations
 
@@ -136,7 +138,9 @@ def test_a_topic_that_is_missing_is_named(fresh_settings: Settings) -> None:
 
 
 def test_fetches_that_ended_are_told(log: ItemVectorLog) -> None:
-    """aiokafka only logs it; a poll would wait for ever. This asks one of its insides, so it is pinned."""
+    """aiokafka only logs it; a poll would wait for ever. This asks one of its insides, so it is
+    pinned.
+    """
     assert version("aiokafka") == "0.14.0" and isinstance(Fetcher.error_future, property)
     log.begin({})
     log._consumer._fetcher.error_future.cancel()

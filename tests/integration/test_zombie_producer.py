@@ -1,4 +1,4 @@
-"""A process that lost its partition without noticing publishes nothing older behind what is newer."""
+"""A process that lost its partition unnoticed publishes no old record behind a newer one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def change(offset: int, item_id: str = "film", *, deleted: bool = False) -> Item
 
 
 def published(settings: Settings) -> list[tuple[str, int, bool]]:
-    """What a worker reads, committed records only: (item, version, whether it is retired), in this order."""
+    """What a worker reads, committed records only: (item, version, whether it is retired), in this
+    order.
+    """
     records = reading.read(settings, topics.item_vectors("1"), {0: 0})
     found = [decode_record(record.key, record.value) for record in records]
     return [(record.item_id, record.offset, record.retired) for record in found]
@@ -96,7 +98,7 @@ def test_what_a_zombie_wrote_before_its_successor_lies_in_front(settings: Settin
 def test_a_producer_that_has_not_proved_itself_for_long_does_it_again(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even where its successor has written nothing yet, and so the partition knows no other epoch."""
+    """Even if its successor has written nothing yet: the partition knows no other epoch."""
     now_s = 1_000.0
     monkeypatch.setattr(publisher, "_since_boot_s", lambda: now_s)
     for zombie, owner in two(settings, 60):
@@ -115,7 +117,9 @@ def test_a_producer_that_has_not_proved_itself_for_long_does_it_again(
 
 
 def test_a_zombie_in_the_middle_of_a_transaction_is_undone(settings: Settings) -> None:
-    """It has sent its records and stands still before the commit, while another takes over and deletes."""
+    """It has sent its records and stands still before the commit, while another takes over and
+    deletes.
+    """
     sent, taken_over = threading.Event(), threading.Event()
 
     def be_the_zombie(zombie: TransactionalPublisher) -> None:

@@ -1,7 +1,8 @@
 """The ingest functions under faults, on the memory store: whatever happens, the state is the log's.
 
-Faults are items of the stream. An oracle applies the same log event by event, without chunks, fences or
-drafts, and everything is compared: lists, stamps, windows, counters, embeddings, cards, published records.
+Faults are items of the stream. An oracle applies the same log event by event, without chunks,
+fences or drafts, and everything is compared: lists, stamps, windows, counters, embeddings, cards,
+published records.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class Died(BaseException):
     """kill -9."""
 
 
-# --- a small world: towers whose rows do not depend on their batch -----------------------------------
+# --- a small world: towers whose rows do not depend on their batch
+# -----------------------------------
 
 
 class TinyUserTower:
@@ -105,7 +107,7 @@ class World:
 
 @dataclass
 class Outside:
-    """Dead letters, forwarded clicks and published records, as Kafka would have them; may be away."""
+    """Dead letters, forwarded clicks and published records, as in Kafka; may be away."""
 
     settings: Settings
     letters: list[tuple[int, int, str]] = field(default_factory=list)
@@ -183,7 +185,7 @@ class Encoded(MemoryStore):
 
 
 class Unsure(Encoded):
-    """A store whose calls fail as told: before or after the effect, or by a rival's write between."""
+    """A store whose calls fail on a plan: before or after the effect, or by a rival's write."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,7 +217,8 @@ class Unsure(Encoded):
 FAULTS = ["", "", "before", "after", "die before", "die after"]
 
 
-# --- logs ------------------------------------------------------------------------------------------------
+# --- logs
+# ------------------------------------------------------------------------------------------------
 
 
 def user_of(rng: random.Random, partition: int) -> str:
@@ -226,7 +229,7 @@ def user_of(rng: random.Random, partition: int) -> str:
 
 
 def clicks_log(rng: random.Random, length: int) -> dict[int, list[Rec]]:
-    """Re-sends near and far, late and equal times, rubbish, strays and merges; gaps in the offsets."""
+    """Re-sends near and far, late and equal times, rubbish, strays, merges; gaps in offsets."""
     logs: dict[int, list[Rec]] = {}
     for partition in range(PARTITIONS):
         records: list[Rec] = []
@@ -419,7 +422,8 @@ def same(settings: Settings, store: MemoryStore, logs: dict[int, list[Rec]]) -> 
         assert got[part] == wanted[part], part
 
 
-# --- running -----------------------------------------------------------------------------------------------
+# --- running
+# -----------------------------------------------------------------------------------------------
 
 
 def make_settings(item_slots: int = 1) -> Settings:
@@ -702,7 +706,8 @@ def test_the_real_engines_give_the_same_bits_whatever_the_chunking() -> None:
     assert found_bits[0] == found_bits[1] == found_bits[2]
 
 
-# --- items -------------------------------------------------------------------------------------------------
+# --- items
+# -------------------------------------------------------------------------------------------------
 
 
 def items_log(rng: random.Random, length: int) -> dict[int, list[Rec]]:

@@ -1,7 +1,9 @@
-"""Any interleaving of item changes, crashes, zombies, lost Redis and compaction ends as the last changes do.
+"""Any interleaving of item changes, crashes, zombies, lost Redis and compaction ends as the last
+changes do.
 
-The oracle is one dictionary. Compared are the cards, and a replica of the index that takes what was published
-in any order, and twice, and starts anew from what it once had (`test_index_stateful` has its snapshots).
+The oracle is one dictionary. Compared are the cards, and a replica of the index that takes what was
+published in any order, and twice, and starts anew from what it once had (`test_index_stateful` has
+its snapshots).
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ PARTITION = st.integers(0, PARTITIONS - 1)
 
 
 class ItemsMachine(RuleBasedStateMachine):
-    """Two processes at most: the owner, and a zombie that does not know that it is none any more."""
+    """Two processes at most: the owner, and a zombie that has not noticed its loss."""
 
     @initialize(slots=st.sampled_from([1, 3]))
     def begin(self, slots: int) -> None:
@@ -119,7 +121,7 @@ class ItemsMachine(RuleBasedStateMachine):
 
     @rule(upto=st.integers(0, 40), order=st.randoms(use_true_random=False))
     def replica_reads(self, upto: int, order: Any) -> None:
-        """A batch in any order, with some of it twice: applying is monotone by the item's version."""
+        """A batch in any order, some of it twice: applying is monotone in the item's version."""
         batch = self.outside.published[self.taken : self.taken + upto]
         self.taken += len(batch)
         batch += batch[: len(batch) // 2]

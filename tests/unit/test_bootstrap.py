@@ -1,4 +1,6 @@
-"""The set-up: what it says where something is missing, and what it does again after an interruption."""
+"""The set-up: what it says where something is missing, and what it does again after an
+interruption.
+"""
 
 from __future__ import annotations
 

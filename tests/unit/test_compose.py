@@ -34,7 +34,7 @@ ROOMS = {
 
 
 def stages() -> dict[str, tuple[str, list[str]]]:
-    """Every stage of the Dockerfile by name: (the stage or image it starts from, its instructions)."""
+    """The Dockerfile's stages by name: (the stage or image it starts from, its instructions)."""
     found: dict[str, tuple[str, list[str]]] = {}
     lines: list[str] = []
     for line in re.sub(r"\\\n", " ", DOCKERFILE).splitlines():
