@@ -72,8 +72,11 @@ def test_ingest_killed_in_mid_chunk(make_live) -> None:
             timeout_s=30,
         )
         time.sleep(0.05 * turn)
-        live.kill("ingest")
-        live.supervisor.wait("ingest", timeout_s=30)
+        killed = live.kill("ingest")
+        live.wait_for(
+            "another ingest process",
+            lambda killed=killed: live.supervisor.pids().get("ingest", killed) != killed,
+        )
     total = assert_same_state(live)
     assert live.supervisor.states()["ingest"][1] >= 4, "it was killed and restarted"
     assert 0 < total <= sent
