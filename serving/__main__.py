@@ -1,14 +1,14 @@
 """The query worker, wired together: `python -m serving`.
 
-Exit codes: 0 a wanted stop · 1 an error that a restart may heal · 2 a bad setting, or the port is taken ·
-3 a person has to decide (the store refuses to be used, or Kafka refuses us).
+Exit codes: 0 a requested stop · 1 an error that a restart may heal · 2 a bad setting, or the port
+is taken · 3 an operator has to decide (the store or Kafka refuses the worker).
 """
 
 from __future__ import annotations
 
 import os
 
-# Before numpy: queries already run in parallel, and one product is too small to be worth more threads.
+# Before numpy: queries run in parallel already, and one product is too small for more threads.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 
@@ -150,7 +150,7 @@ class Worker:
 
 
 class WorkerProcesses(ForkedWork[GenerationRuntime]):
-    """The processes of one worker; they share the memory of the generation that the keeper opened."""
+    """The processes of one worker; they share the memory of the keeper's generation."""
 
     def __init__(
         self,

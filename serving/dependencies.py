@@ -1,4 +1,4 @@
-"""What a query worker and a coordinator open alike."""
+"""The dependencies that a query worker and a coordinator share: store, bundle, retriever."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def start_retriever(
     clicks: LogId,
     closing: ExitStack,
 ) -> Retriever:
-    """What answers the queries of one generation; its popular list refreshes until `closing` closes.
+    """The retriever of one generation; its popular list refreshes until `closing` closes.
 
     clicks: the log that read-your-click tokens belong to
     """

@@ -1,4 +1,4 @@
-"""The Prometheus metrics of a query worker or a coordinator: queries, recall paths, index, recall, lag.
+"""The Prometheus metrics of a query worker or a coordinator: queries, paths, index, recall, lag.
 
 Collected from the service's counters and its `Stats` at each scrape.
 """
@@ -24,7 +24,7 @@ from serving.rpc.retrieval_service import BUCKETS_S, QueryCounts, RetrievalServi
 
 
 class WorkerCollector(Collector):
-    """The metrics of one process. Thread rule: any thread; the figures may be some queries apart."""
+    """The metrics of one process. Thread rule: any thread; figures may be some queries apart."""
 
     def __init__(self, service: RetrievalService, own_index: bool = True) -> None:
         """own_index: False for a coordinator, whose counters would jump as shards come and go."""

@@ -1,4 +1,4 @@
-"""Which workers and coordinators run on this data folder, one `<data_dir>/run/worker-<pid>.json` for each."""
+"""The workers and coordinators on this data folder: one `<data_dir>/run/worker-<pid>.json` each."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from eddyline.settings.loader import Settings
 
 
 class RegisteredWorker(msgspec.Struct, frozen=True, kw_only=True):
-    """A worker that serves.
+    """A serving worker.
 
-    answers: whether it answers users; a worker of one shard leaves that to the coordinator
+    answers: whether it answers users; a worker of one shard does not
     """
 
     address: str
@@ -25,27 +25,27 @@ class RegisteredWorker(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def announce(settings: Settings, worker: RegisteredWorker) -> Path:
-    """Write this worker's file; remove those of workers that were killed. Returns its path."""
+    """Write this worker's file; remove the files of killed workers. Returns the path."""
     folder = Path(settings.data_dir) / "run"
-    _look(folder, remove=True)
+    _read(folder, remove=True)
     path = folder / f"worker-{worker.pid}.json"
     write_atomically(path, msgspec.json.encode(worker), mode=0o644)
     return path
 
 
 def running(settings: Settings) -> list[RegisteredWorker]:
-    """The workers that serve now, the longest running first."""
-    found = _look(Path(settings.data_dir) / "run", remove=False)
+    """The workers that serve now, by start time."""
+    found = _read(Path(settings.data_dir) / "run", remove=False)
     return sorted(found, key=lambda worker: (worker.started_ms, worker.pid))
 
 
-def _look(folder: Path, *, remove: bool) -> list[RegisteredWorker]:
+def _read(folder: Path, *, remove: bool) -> list[RegisteredWorker]:
     found = []
     for path in folder.glob("worker-*.json"):
         try:
             worker = msgspec.json.decode(path.read_bytes(), type=RegisteredWorker)
         except (OSError, msgspec.DecodeError):
-            continue  # it ended just now
+            continue  # the worker ended just now
         if _alive(worker.pid):
             found.append(worker)
         elif remove:

@@ -12,7 +12,7 @@ from eddyline.settings.loader import Settings
 
 
 class ShardAssignment(NamedTuple):
-    """The items whose ids hash to shard number `shard`, 0 … shards - 1."""
+    """The items whose ids hash to the shard `shard` of 0 … shards - 1."""
 
     shard: int = 0
     shards: int = 1
@@ -24,7 +24,7 @@ class ShardAssignment(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As people count them, "shard 0 of 4"; "" for all items."""
+        """For messages, as "shard 0 of 4"; "" for all items."""
         return "" if self.whole else f"shard {self.shard} of {self.shards}"
 
     def holds(self, item_id: str) -> bool:
@@ -32,7 +32,7 @@ class ShardAssignment(NamedTuple):
         return self.shards == 1 or item_shard(item_id, self.shards) == self.shard
 
     def split(self, records: Sequence[ItemRecord]) -> tuple[list[ItemRecord], list[ItemRecord]]:
-        """(those of its own items, those of others), each in the order given."""
+        """(records of its own items, records of other items), each in their order."""
         mine: list[ItemRecord] = []
         others: list[ItemRecord] = []
         for record in records:
@@ -44,7 +44,7 @@ ALL = ShardAssignment()
 
 
 def shard_of(settings: Settings) -> ShardAssignment:
-    """What the settings say that a worker holds. Raises SettingsError."""
+    """The items that a worker holds by its settings. Raises SettingsError."""
     if settings.shard >= settings.shards:
         raise SettingsError(
             f"shard = {settings.shard}: must be less than shards = {settings.shards}"

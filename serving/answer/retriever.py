@@ -1,4 +1,4 @@
-"""One answer: read the user, recall candidates, fuse them, report how fresh it all is. Knows no gRPC."""
+"""One answer: read the user, recall candidates, fuse them, report the freshness. No gRPC here."""
 
 from __future__ import annotations
 
@@ -103,9 +103,9 @@ class Retriever:
     def retrieve(
         self, query: Query, index: IndexReader, deadline: Deadline, received_us: int = 0
     ) -> Answer:
-        """k items that the user has not seen, or all there are. Reports what is missing in the answer.
+        """k items that the user has not seen, or all there are; the answer reports what is missing.
 
-        Raises DeadlinePassed, before the step for which no time is left.
+        Raises DeadlinePassed before the step for which no time is left.
         """
         deadline.check("the user was read")
         user, after, unread = self._read(query, deadline)

@@ -1,4 +1,4 @@
-"""Reading one user, in one round trip, from a Redis that may be away."""
+"""Reads one user in one round trip from a Redis that may be away."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from eddyline.schema.partitioning import partition_of, user_slot
 from eddyline.stores.state_store import LogId, StateStore, UserState
 from serving.answer.deadline import Deadline
 
-# While Redis is away one call in this time tries it again; all others answer without it at once, so that a
-# Redis that hangs does not hold every thread for its time-out.
+# While Redis is away one call per this time tries it; all others answer without it at once, so that
+# a Redis that hangs does not hold every thread for its time-out.
 PROBE_S = 0.2
-# Polling for a click: ingest applies one in some milliseconds, and a read takes about 0.2 ms.
+# Polling for a click: ingest applies one in a few milliseconds, and a read takes about 0.2 ms.
 POLL_S = 0.002
 POLL_S_MAX = 0.02
 # A call that waits for a click keeps this much of its deadline for the answer itself.
@@ -25,7 +25,7 @@ ANSWER_S = 0.05
 
 @dataclass(frozen=True, slots=True)
 class AfterToken:
-    """The click that an answer must know, by its coordinates, and how long to wait for it."""
+    """The click that the answer must include, by its coordinates, and how long to wait for it."""
 
     partition: int
     offset: int
@@ -34,7 +34,7 @@ class AfterToken:
 
 @dataclass(frozen=True, slots=True)
 class AfterStatus:
-    """Whether the click is in the answer; if not, why."""
+    """Whether the answer includes the click; if not, why."""
 
     applied: bool
     waited_ms: int
@@ -42,7 +42,7 @@ class AfterStatus:
 
 
 class UserReader:
-    """Reads users of one generation. Thread rule: any thread."""
+    """Reads users with their embeddings of one generation. Thread rule: any thread."""
 
     def __init__(
         self,
@@ -52,9 +52,9 @@ class UserReader:
         generation: str,
         log: LogId | None = None,
     ) -> None:
-        """clicks_partitions: as the topic has; a user's slot follows from it.
+        """clicks_partitions: of the topic; a user's slot follows from it.
 
-        log: the log that tokens belong to; state of another one has not got their clicks. None: not checked
+        log: the log that tokens belong to; state of another log lacks their clicks. None: unchecked
         """
         self._store = store
         self._log = log
@@ -70,7 +70,7 @@ class UserReader:
         return partition_of(user_id, self._partitions)
 
     def read(self, user_id: str) -> UserState:
-        """All that a query needs of this user. Raises StoreUnavailable, at once where Redis is away."""
+        """What a query needs of this user. Raises StoreUnavailable, at once if Redis is away."""
         with self._lock:
             now = time.monotonic()
             if self._away and now < self._probe_at:
@@ -95,7 +95,7 @@ class UserReader:
     def read_after(
         self, user_id: str, after: AfterToken, deadline: Deadline
     ) -> tuple[UserState, AfterStatus]:
-        """The user once `after` is applied, or as he is when the wait is over. Raises StoreUnavailable."""
+        """The user once `after` is applied, or at the end of the wait. Raises StoreUnavailable."""
         begun = time.monotonic()
         until = begun + min(after.wait_ms / 1000, deadline.left_s() - ANSWER_S)
         pause = POLL_S
@@ -104,19 +104,20 @@ class UserReader:
             reached = -1 if state.fence is None else state.fence.offset
             now = time.monotonic()
             waited_ms = int((now - begun) * 1000)
-            strange = state.fence is not None and self._log not in (None, state.fence.log)
-            if reached >= after.offset and not strange:
+            other_log = state.fence is not None and self._log not in (None, state.fence.log)
+            if reached >= after.offset and not other_log:
                 return state, AfterStatus(True, waited_ms, "")
-            if strange:
+            if other_log:
                 why = "the state was written for another log of clicks; see `eddyline accept-log`"
                 return state, AfterStatus(False, waited_ms, why)
             if now >= until:
-                why = f"partition {after.partition} is applied up to offset {reached}, not {after.offset}"
+                applied = f"partition {after.partition} is applied up to offset {reached}"
+                why = f"{applied}, not {after.offset}"
                 return state, AfterStatus(False, waited_ms, why)
             time.sleep(min(pause, until - now))
             pause = min(2 * pause, POLL_S_MAX)
 
     def missing(self) -> str:
-        """Why Redis cannot be used right now and since when, "" where it can."""
+        """Why Redis cannot be used now, and since when; "" if it can."""
         away = self._away
         return f"{away} (since {time.monotonic() - self._away_since:.1f} s)" if away else ""

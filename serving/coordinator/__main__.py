@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-# Before numpy: queries already run in parallel, and one product is too small to be worth more threads.
+# Before numpy: queries run in parallel already, and one product is too small for more threads.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 

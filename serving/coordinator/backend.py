@@ -27,7 +27,7 @@ _SUMS = (
 class CoordinatorBackend(RetrievalBackend):
     """Answers from all shards. Thread rule: any thread.
 
-    The coordinator reads the user once and makes one query vector; the shards see that vector alone.
+    The coordinator reads the user and makes the query vector; the shards see that vector alone.
     """
 
     generation: str

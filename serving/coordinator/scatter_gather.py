@@ -1,12 +1,12 @@
-"""What all shards hold, read for one query: each look-up goes to the shards that it needs, at once.
+"""The items of all shards as one index: each look-up calls the shards that it needs in parallel.
 
-Vectors of the user's items are remembered from query to query, which saves a look-up. The search tells each
-shard which of its items, in which versions, the query's vector was made of; where one has changed since,
-the shard searches nothing and the query is begun anew, without what was remembered.
+A cache keeps the vectors of the user's items, which saves a look-up. The search names to each shard
+the items and versions that the query vector was made of. If one of them has changed, the shard
+reports the request as stale, and the query starts again without the cache.
 
-The k best of all items are among the k best of every shard, so the merged list is the one that a single index
-over all items would give, score for score. A shard that does not answer in time is left out for the rest of
-the query, and `status` says so.
+The k best of all items are among the k best of every shard, so the merged list equals that of a
+single index over all items, score for score. A shard that does not answer in time is left out for
+the rest of the query; `status` names it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from typing import Any
 
 import grpc
 import numpy as np
+from typing_extensions import override
 
 from eddyline.schema.partitioning import item_shard
 from index.arrays import Vector
 from index.filters import Filter
-from index.port import Hit, IndexStats, Watermark
+from index.port import Hit, IndexReader, IndexStats, Watermark
 from index.records import check_query
 from serving.answer.deadline import Deadline
 from serving.coordinator.shards import Connection, ShardFailure, Shards
@@ -40,16 +41,16 @@ from serving.proto.shard_pb2 import (
 from serving.rpc import converters
 from serving.rpc.shard_service import CHANGING
 
-# (item id, score, at_ms, written_us, offset): a Hit in the making
+# (item id, score, at_ms, written_us, offset): the fields of a Hit
 _Row = tuple[str, float, int, int, int]
 
 
 class StaleVectors(Exception):
-    """What the query's vector was made of has changed since it was remembered; begin anew without."""
+    """A cached vector that the query vector was made of has changed; retry without the cache."""
 
 
-class ScatterGather:
-    """The items of all shards; a `CatalogueFeatures`, made anew for each query. Thread rule: one thread."""
+class ScatterGather(IndexReader):
+    """The items of all shards, for one query. Thread rule: one thread."""
 
     def __init__(
         self,
@@ -60,9 +61,9 @@ class ScatterGather:
         *,
         fresh: bool = False,
     ) -> None:
-        """deadline: the query's; one look-up takes at most half of what is left of it.
+        """deadline: of the query; one look-up takes at most half of the time left.
 
-        remembered: vectors of earlier queries; fresh: fetch all of them anew
+        cache: vectors of earlier queries; fresh: do not read from it
         """
         self._shards = shards
         self._cache = cache
@@ -76,19 +77,19 @@ class ScatterGather:
         self._behind: dict[int, str] = {}
         self._live = {shard.number: shard.last.index.live for shard in shards.all}
 
+    @override
     def query(
         self, vector: Vector, k: int, exclude: Collection[str] = (), filters: Filter | None = None
     ) -> list[Hit]:
-        """See `Index.query`. Raises DeadlinePassed, Stale."""
+        """Also raises DeadlinePassed, StaleVectors."""
         check_query(vector, self.dimension)
         raw = np.ascontiguousarray(vector, "<f4").tobytes()
         requests = self._requests(exclude, filters)
         for request in requests.values():
             request.nearest.CopyFrom(shard_pb2.Nearest(vector=raw, k=max(0, k)))
         for number, ids in self._routed(self._made_of).items():
-            if (
-                number not in requests
-            ):  # it has nothing that passes, but is asked whether its items still are
+            if number not in requests:
+                # No item of this shard can pass, but it has to check the versions of its items.
                 nearest = shard_pb2.Nearest(vector=raw, k=0)
                 requests[number] = CandidatesRequest(
                     target=self._shards.all[number].target, nearest=nearest
@@ -99,17 +100,19 @@ class ScatterGather:
             )
         return _first(self._candidates(requests), k, lambda row: (-row[1], row[0]))
 
+    @override
     def newest(
         self, k: int, exclude: Collection[str] = (), filters: Filter | None = None
     ) -> list[Hit]:
-        """See `Index.newest`. Raises DeadlinePassed."""
+        """Also raises DeadlinePassed."""
         requests = self._requests(exclude, filters)
         for request in requests.values():
             request.newest.k = max(0, k)
         return _first(self._candidates(requests), k, lambda row: (-row[2], row[0]))
 
+    @override
     def describe(self, item_ids: Sequence[str], filters: Filter | None = None) -> list[Hit | None]:
-        """See `Index.describe`; items of a shard that does not answer are not live. Raises DeadlinePassed."""
+        """Items of a shard that does not answer count as not live. Raises DeadlinePassed."""
         routed = self._routed(item_ids)
         requests = {n: r for n, r in self._requests((), filters).items() if n in routed}
         for number, request in requests.items():
@@ -119,8 +122,9 @@ class ScatterGather:
         }
         return [found.get(item_id) for item_id in item_ids]
 
+    @override
     def vectors_of(self, item_ids: Sequence[str]) -> Vector:
-        """See `Index.vectors_of`. Raises DeadlinePassed."""
+        """Also raises DeadlinePassed."""
         known = {} if self._fresh else self._cache.look_up(item_ids)
         self._made_of |= {item_id: version for item_id, (version, _) in known.items()}
         fetched = self._fetched([item_id for item_id in item_ids if item_id not in known])
@@ -130,7 +134,7 @@ class ScatterGather:
         return np.array(found, np.float32).reshape(len(found), self.dimension)
 
     def _fetched(self, item_ids: Sequence[str]) -> dict[str, Entry]:
-        """Item -> its version and vector, of those that are live; without shards that did not answer."""
+        """Item -> version and vector, for live items of shards that answer."""
         if not item_ids:
             return {}
         routed = self._routed(item_ids)
@@ -146,23 +150,25 @@ class ScatterGather:
                 entries[routed[number][at]] = (version, row)
         return entries
 
+    @override
     def watermarks(self) -> Mapping[int, Watermark]:
-        """The lowest of the shards that answered, for the partitions that all of them know."""
+        """The lowest of the shards that answered, for partitions that all of them know."""
         known = [marks for number, marks in self._watermarks.items() if number not in self._missing]
         partitions = set.intersection(*(set(marks) for marks in known)) if known else set()
         return {p: _lowest([marks[p] for marks in known]) for p in partitions}
 
+    @override
     def stats(self) -> IndexStats:
-        """How many items are live; of a shard that was not asked, as it said last."""
+        """Only `live`; for a shard that was not called, as of its last check."""
         live = sum(count for number, count in self._live.items() if number not in self._missing)
         return IndexStats(live=live)
 
     def behind(self) -> str:
-        """Which shards may lag behind Kafka and why; "" where none does."""
+        """Which shards may lag behind Kafka and why; "" if none does."""
         return "; ".join(f"shard {number}: {why}" for number, why in sorted(self._behind.items()))
 
     def status(self) -> pb.Shards:
-        """Which shards this query needed, and which of them are missing."""
+        """The shards that this query needed, and those of them that are missing."""
         made = pb.Shards(
             count=len(self._shards.all),
             asked=len(self._called),
@@ -176,7 +182,7 @@ class ScatterGather:
         return made
 
     def _routed(self, item_ids: Iterable[str]) -> dict[int, list[str]]:
-        """Shard -> its items among these, each once, in their order."""
+        """Shard -> its items among these, each once, order kept."""
         count = len(self._shards.all)
         routed: dict[int, list[str]] = {}
         for item_id in dict.fromkeys(item_ids):
@@ -186,8 +192,8 @@ class ScatterGather:
     def _requests(
         self, exclude: Iterable[str], filters: Filter | None
     ) -> dict[int, CandidatesRequest]:
-        """A request for each shard that can have an item that passes; each gets the ids of its own only."""
-        left_out = self._routed(exclude)
+        """A request per shard that can have a passing item; it names ids of that shard only."""
+        excluded = self._routed(exclude)
         allow = None if filters is None or filters.allow is None else self._routed(filters.allow)
         deny = self._routed(filters.deny) if filters is not None else {}
         requests = {}
@@ -195,7 +201,7 @@ class ScatterGather:
             number = shard.number
             if allow is not None and number not in allow:
                 continue
-            request = CandidatesRequest(target=shard.target, exclude=left_out.get(number, ()))
+            request = CandidatesRequest(target=shard.target, exclude=excluded.get(number, ()))
             if filters is not None:
                 mine = () if allow is None else allow[number]
                 request.filters.CopyFrom(
@@ -212,7 +218,7 @@ class ScatterGather:
             marks = {
                 w.partition: Watermark(w.offset, w.at_ms, w.written_us) for w in answer.watermarks
             }
-            # The first of several look-ups knew least.
+            # The first of several look-ups has the lowest watermarks.
             self._watermarks.setdefault(number, marks)
             if answer.behind:
                 self._behind[number] = answer.behind
@@ -221,8 +227,8 @@ class ScatterGather:
         return list(answers.values())
 
     def _scatter(self, requests: Mapping[int, Any]) -> dict[int, Any]:
-        """The answers by shard; who gives none is noted as missing and not asked again."""
-        self._deadline.check("the shards were asked")
+        """Shard -> answer; a shard that gives none is missing for the rest of the query."""
+        self._deadline.check("the shards were called")
         timeout_s = min(self._shards.timeout_s, self._deadline.left_s() / 2)
         until = time.monotonic() + timeout_s
         calls: list[tuple[Connection, Callable[[], Any]]] = []
@@ -237,7 +243,7 @@ class ScatterGather:
                 self._missing[number] = failure
             else:
                 calls.append((shard, partial(shard.call, request, until)))
-        # The last one on this thread: that much less to hand over.
+        # The last call runs on this thread: one hand-over less.
         pooled = [(shard, self._shards.pool.submit(call).result) for shard, call in calls[:-1]]
         for shard, result in (*calls[-1:], *pooled):
             try:
@@ -258,7 +264,7 @@ def _rows(answer: CandidatesResponse) -> Iterable[_Row]:
 def _first(
     answers: Sequence[CandidatesResponse], k: int, order: Callable[[_Row], Any]
 ) -> list[Hit]:
-    """The first k of lists that each are in this order."""
+    """The first k of several lists that are sorted by `order`."""
     merged = heapq.merge(*map(_rows, answers), key=order)
     return [Hit(*row) for row in islice(merged, max(0, k))]
 

@@ -1,8 +1,8 @@
-"""The shards as a coordinator reaches them: who answers, who is away and when he is tried again.
+"""The connections to the shards: which answer, which are away, and when those are tried again.
 
-A shard that nobody answers for, that refuses, or that was late several times in a row is left out at once
-by every query, until a look at its `Stats` says that it is ready and is the one that it should be. Looks are
-made by one thread: often while all is well, with growing pauses at a shard that is away.
+Queries leave out a shard that is away, refuses, or was late several times in a row, until its
+`Stats` shows that it is ready and holds the right shard and generation. One thread checks the
+shards: often while they answer, with growing pauses while one is away.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from serving.rpc.server import WorkerServer
 log = logging.getLogger(__name__)
 
 SHARDS_MAX = 256
-# So often a shard that answers is looked at: what `Stats` tells is not older, and one that died is noticed.
+# Interval of checks of a shard that answers: its `Stats` are at most this old.
 CHECK_S = 0.5
 CHECK_TIMEOUT_S = 0.5
-# The first pause before a shard that is away is looked at again; it doubles up to `backoff_ms_max`.
+# First pause before the next check of a shard that is away; it doubles up to `backoff_ms_max`.
 PAUSE_S = 0.1
-# Late so often in a row, and queries stop waiting for it: a single late answer is chance, not a fault.
+# After this many late answers in a row queries leave a shard out; a single one is chance.
 LATE_MAX = 3
-# Calls under way at a time, besides one on each query's own thread: more would only wait for this machine.
+# Most calls at a time besides one on each query's own thread; more would wait for CPU.
 CALLS_MAX = 256
 DETAIL_CHARACTERS_MAX = 200
 CLOSE_S = 5.0
@@ -54,12 +54,13 @@ class ShardFailure(NamedTuple):
 
 
 def parse(text: str) -> list[str]:
-    """The addresses of `shard_addresses`, the first shard's first. Raises SettingsError."""
+    """The addresses of `shard_addresses`, by shard. Raises SettingsError."""
     addresses = [part.strip() for part in text.split(",")] if text.strip() else []
     if not 1 <= len(addresses) <= SHARDS_MAX:
         raise SettingsError(
-            f"shard_addresses = {text!r}: {len(addresses)} addresses, allowed are 1 … {SHARDS_MAX}; "
-            "set EDDYLINE_SHARD_ADDRESSES to host:port of each shard's worker, in the order of their shards"
+            f"shard_addresses = {text!r}: {len(addresses)} addresses, allowed are "
+            f"1 … {SHARDS_MAX}; set EDDYLINE_SHARD_ADDRESSES to host:port of each shard's "
+            "worker, in the order of shards"
         )
     for address in addresses:
         host, _, port = address.rpartition(":")
@@ -76,7 +77,7 @@ class Connection:
     def __init__(
         self, number: int, count: int, address: str, generation: str, backoff_s_max: float
     ) -> None:
-        """Connects at the first call; not used by queries until it was looked at."""
+        """Connects at the first call; queries use it after its first successful check."""
         self.number, self.address = number, address
         self.target = shard_pb2.Target(generation=generation, shard=number, shards=count)
         self.last = pb.StatsResponse()
@@ -84,9 +85,9 @@ class Connection:
         self.check_at = 0.0
         self._backoff = Backoff(PAUSE_S, backoff_s_max)
         self._late = 0
-        self._failure: ShardFailure | None = ShardFailure("away", "it was not looked at yet")
+        self._failure: ShardFailure | None = ShardFailure("away", "it was not checked yet")
         self._lock = threading.Lock()
-        # A shard that is back is found within half a second.
+        # Reconnects within half a second.
         more = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.min_reconnect_backoff_ms", 100)]
         self._channel = open_channel(address, more)
         self._stub = shard_pb2_grpc.ShardStub(self._channel)  # type: ignore[no-untyped-call]
@@ -94,13 +95,13 @@ class Connection:
 
     @property
     def failure(self) -> ShardFailure | None:
-        """Why queries leave it out; None where they ask it."""
+        """Why queries leave it out; None if they call it."""
         return self._failure
 
     def call(
         self, request: shard_pb2.VectorsRequest | shard_pb2.CandidatesRequest, until: float
     ) -> Any:
-        """The answer, by this time of the monotonic clock. Raises grpc.RpcError, TimeoutError."""
+        """The answer; until: monotonic time limit. Raises grpc.RpcError, TimeoutError."""
         timeout_s = until - time.monotonic()
         if timeout_s <= 0:
             raise TimeoutError
@@ -112,11 +113,11 @@ class Connection:
         return call(request, timeout=timeout_s)
 
     def answered(self) -> None:
-        """A query's call was answered."""
+        """Note that a query's call was answered."""
         self._late = 0
 
     def missed(self, error: Exception, timeout_s: float) -> ShardFailure:
-        """A query's call was not: why, and from now on without it where that is more than chance."""
+        """Note that a query's call failed; leave the shard out if that is more than chance."""
         failure = failure_of(error, timeout_s)
         with self._lock:
             self.misses += 1
@@ -132,11 +133,11 @@ class Connection:
         return failure
 
     def begin_check(self) -> Any:
-        """`Stats`, begun."""
+        """Start a `Stats` call."""
         return self._stats.future(pb.StatsRequest(), timeout=CHECK_TIMEOUT_S)
 
     def end_check(self, call: Any) -> None:
-        """Take up what the look has found."""
+        """Wait for the `Stats` call and use its result."""
         try:
             stats: pb.StatsResponse = call.result(timeout=2 * CHECK_TIMEOUT_S)
             failure = self._failure_in(stats)
@@ -153,25 +154,25 @@ class Connection:
             self.check_at = time.monotonic() + pause_s
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
         self._channel.close()
 
     def _failure_in(self, stats: pb.StatsResponse) -> ShardFailure | None:
-        wanted, shards = self.target, max(1, stats.shards)
+        target, shards = self.target, max(1, stats.shards)
         if not stats.ready:
             return ShardFailure("away", "; ".join(stats.missing) or "it is not ready")
-        if (stats.shard, shards) != (wanted.shard, wanted.shards):
+        if (stats.shard, shards) != (target.shard, target.shards):
             have = f"it holds shard {stats.shard} of {shards}"
-            return ShardFailure("refused", f"{have}, not shard {wanted.shard} of {wanted.shards}")
-        if stats.generation != wanted.generation:
+            return ShardFailure("refused", f"{have}, not shard {target.shard} of {target.shards}")
+        if stats.generation != target.generation:
             return ShardFailure(
-                "refused", f"it has generation {stats.generation!r}, not {wanted.generation!r}"
+                "refused", f"it has generation {stats.generation!r}, not {target.generation!r}"
             )
         return None
 
 
 class Shards:
-    """All shards of one generation, and the thread that looks at them. Thread rule: any thread."""
+    """All shards of one generation, and the thread that checks them. Thread rule: any thread."""
 
     def __init__(
         self,
@@ -180,7 +181,7 @@ class Shards:
         generation: str,
         server: WorkerServer | None = None,
     ) -> None:
-        """server: its health says whether any shard answers."""
+        """server: its health becomes SERVING while at least one shard answers."""
         backoff_s_max = max(PAUSE_S, settings.backoff_ms_max / 1000)
         self.all = [
             Connection(number, len(addresses), address, generation, backoff_s_max)
@@ -197,12 +198,12 @@ class Shards:
         self._thread = threading.Thread(target=self._run, name="shards", daemon=True)
 
     def start(self) -> None:
-        """Look at every shard once, then go on looking in the background."""
+        """Check every shard once, then go on in the background."""
         self.check()
         self._thread.start()
 
     def check(self) -> None:
-        """Look at every shard whose time has come."""
+        """Check every shard that is due."""
         now = time.monotonic()
         due = [(shard, shard.begin_check()) for shard in self.all if shard.check_at <= now]
         for shard, call in due:
@@ -213,11 +214,11 @@ class Shards:
             self._serving = answering
 
     def check_soon(self) -> None:
-        """Have the shards that just failed looked at now."""
+        """Check the shards that just failed now."""
         self._wake.set()
 
     def close(self) -> None:
-        """Stop looking; let go of all connections."""
+        """Stop the checks; close all connections."""
         self._stop.set()
         self._wake.set()
         if self._thread.is_alive():
@@ -234,19 +235,19 @@ class Shards:
             try:
                 if not self._stop.is_set():
                     self.check()
-            except Exception:  # without looks a shard that is back would stay left out
-                log.exception("a look at the shards failed")
+            except Exception:  # without checks a recovered shard would stay left out
+                log.exception("the check of the shards failed")
                 self._stop.wait(PAUSE_S)
 
 
 def failure_of(error: Exception, timeout_s: float) -> ShardFailure:
-    """What a call that raised this says of its shard."""
+    """The failure of a shard whose call raised this."""
     if isinstance(error, (grpc.FutureTimeoutError, TimeoutError)):
         return ShardFailure("late", f"no answer within {timeout_s * 1000:.0f} ms")
     code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
     reason = _REASONS.get(code, "failed")
     if reason == "late":
         return ShardFailure(reason, f"no answer within {timeout_s * 1000:.0f} ms")
-    told = (error.details() if isinstance(error, grpc.Call) else str(error)) or code.name
-    detail = told if reason in ("away", "refused", "busy") else f"{code.name}: {told}"
+    text = (error.details() if isinstance(error, grpc.Call) else str(error)) or code.name
+    detail = text if reason in ("away", "refused", "busy") else f"{code.name}: {text}"
     return ShardFailure(reason, detail[:DETAIL_CHARACTERS_MAX])

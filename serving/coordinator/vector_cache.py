@@ -1,4 +1,4 @@
-"""Vectors that a coordinator remembers, with their versions; whoever uses one has the version checked."""
+"""A coordinator's cache of item vectors with their versions; the shards check the versions."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from collections.abc import Iterable, Mapping
 
 from index.arrays import Vector
 
-# With 64 numbers each about 25 MB; a user's next query finds the items of his last one.
+# With 64 numbers each about 25 MB; a user's next query finds the items of the last one.
 ITEMS_MAX = 50_000
 # (version, vector)
 Entry = tuple[int, Vector]
 
 
 class VectorCache:
-    """The items used last, of one generation. Thread rule: any thread."""
+    """The vectors used last, of one generation. Thread rule: any thread."""
 
     def __init__(self, items_max: int = ITEMS_MAX) -> None:
-        """items_max: those that were not used for longest go first."""
+        """items_max: beyond it, the least recently used go first."""
         self._items_max = items_max
         self._entries: OrderedDict[str, Entry] = OrderedDict()
         self._lock = threading.Lock()
 
     def look_up(self, item_ids: Iterable[str]) -> dict[str, Entry]:
-        """Those of the items that are remembered."""
+        """The cached ones of these items."""
         found: dict[str, Entry] = {}
         with self._lock:
             for item_id in item_ids:
@@ -35,7 +35,7 @@ class VectorCache:
         return found
 
     def keep(self, entries: Mapping[str, Entry]) -> None:
-        """Remember these in place of what was known of the items."""
+        """Cache these, in place of older versions."""
         copies = {item_id: (version, row.copy()) for item_id, (version, row) in entries.items()}
         with self._lock:
             self._entries.update(copies)
@@ -45,5 +45,5 @@ class VectorCache:
                 self._entries.popitem(last=False)
 
     def __len__(self) -> int:
-        """How many items are remembered."""
+        """Number of cached items."""
         return len(self._entries)

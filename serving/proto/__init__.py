@@ -1,1 +1,1 @@
-"""The wire format of the query worker: `retrieval.proto`, `shard.proto` and the code generated from them."""
+"""The wire format of the query worker: `*.proto` and the code that `make proto` generates."""

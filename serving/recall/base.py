@@ -1,4 +1,4 @@
-"""The port of recall paths: what a path is built from, what it gets for a query, what it returns."""
+"""The port of recall paths: what a path is built from, its request and its result."""
 
 from __future__ import annotations
 

@@ -7,13 +7,13 @@ from typing_extensions import override
 from index.port import Hit, IndexReader
 from serving.recall.base import Candidates, RecallContext, RecallPath, RecallRequest
 
-# Most of the list is live and unseen, so the first look-up has about `k` items. Each further one has
-# twice as many, up to PIECE_MAX: a look-up may be a call to other processes.
+# Most of the list is live and unseen, so the first look-up has about `k` items. Each further one
+# has twice as many, up to PIECE_MAX: a look-up may be a call to other processes.
 PIECE_MIN, PIECE_MAX = 16, 1_024
 
 
 class PopularPath(RecallPath):
-    """The most popular live items, most popular first; the score is the number of decayed clicks."""
+    """The live items with the most clicks, most first; the score is the decayed clicks."""
 
     name = "popular"
 

@@ -1,4 +1,4 @@
-"""The popular list of a worker or coordinator: decayed clicks of all items, read anew every moment."""
+"""The popular list of a worker or coordinator: decayed clicks of items, refreshed all the time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def rank(
     """(item id, decayed clicks), most first, equal ones by id; at most `limit`.
 
     buckets: bucket number -> item id -> clicks in thousandths. A click loses half its weight every
-             `half_life_s`, measured against the newest bucket and never against this machine's clock.
+             `half_life_s`, measured against the newest bucket, never against the local clock.
 
     >>> rank({7: {"a": 1000}, 8: {"b": 600}}, bucket_s=10, half_life_s=10, limit=9)
     [('b', 0.6), ('a', 0.5)]

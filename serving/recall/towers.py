@@ -14,7 +14,7 @@ from index.arrays import Vector
 from index.port import Hit, IndexReader
 from serving.recall.base import Candidates, RecallContext, RecallPath, RecallRequest, StageTimings
 
-# The popularity correction moves an item by some places, so this many times k candidates are fetched.
+# The popularity correction moves an item by some places: this many times k candidates are fetched.
 OVER_FETCH = 3
 
 

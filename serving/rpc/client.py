@@ -21,7 +21,10 @@ RESPONSE_BYTES_MAX = 64 * 1024 * 1024
 
 
 class CallFailed(EddylineError):
-    """A call got no answer. code: gRPC's name of the reason ("INVALID_ARGUMENT", …); detail: one sentence."""
+    """A call got no answer.
+
+    code: gRPC's name of the status ("INVALID_ARGUMENT", …); detail: one sentence
+    """
 
     def __init__(self, address: str, code: str, detail: str) -> None:
         """`str()` is `worker at address: CODE: detail`."""
@@ -31,19 +34,19 @@ class CallFailed(EddylineError):
 
 
 def open_channel(address: str, more: Sequence[tuple[str, int]] = ()) -> grpc.Channel:
-    """A channel to `host:port`; it connects at the first call and again whenever it has to."""
+    """A channel to `host:port`; it connects at the first call, and again after a loss."""
     options = [
         ("grpc.max_receive_message_length", RESPONSE_BYTES_MAX),
-        # A worker that was restarted is found again within a second.
+        # The client reconnects to a restarted worker within a second.
         ("grpc.max_reconnect_backoff_ms", 1_000),
-        # Loopback and internal addresses: never through a proxy of the environment.
+        # Addresses are internal: never through a proxy of the environment.
         ("grpc.enable_http_proxy", 0),
     ]
     return grpc.insecure_channel(address, options=[*options, *more])
 
 
 class Client:
-    """A connection to one worker; it connects at the first call and again whenever it has to.
+    """A connection to one worker; see `open_channel`.
 
     Thread rule: any thread. Every call has a deadline.
     """
@@ -68,9 +71,10 @@ class Client:
     ) -> pb.RetrieveResponse:
         """The answer. Raises CallFailed.
 
-        after:     (partition, offset) of a click that the answer should know; wait_ms: how long to wait
-        filters:   what every item of the answer has to pass
-        popularity_beta: how much popular items are held back; None: the worker's setting
+        after:     (partition, offset) of a click that the answer should include
+        wait_ms:   how long to wait for that click
+        filters:   every item of the answer passes them
+        popularity_beta: strength of the popularity correction; None: the worker's setting
         timeout_s: the deadline of the call
         """
         request = pb.RetrieveRequest(
@@ -89,7 +93,7 @@ class Client:
         return response
 
     def stats(self, *, timeout_s: float = 5.0) -> pb.StatsResponse:
-        """What the worker holds and how far it has come. Raises CallFailed."""
+        """What the worker holds, and its progress. Raises CallFailed."""
         try:
             response: pb.StatsResponse = self._stub.Stats(pb.StatsRequest(), timeout=timeout_s)
         except grpc.RpcError as error:
@@ -97,7 +101,7 @@ class Client:
         return response
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
         self._channel.close()
 
     def __enter__(self) -> Client:

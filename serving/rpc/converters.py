@@ -1,4 +1,4 @@
-"""Between protobuf messages and the plain classes of this room; limits on requests are checked here."""
+"""Converts between protobuf messages and the classes of this package; checks request limits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BETA_MAX = 10.0
 
 
 class BadQuery(EddylineError):
-    """A field of a request is out of its limits. The message names the field, the value and the limit."""
+    """A field of a request is out of its limits; the message names field, value and limit."""
 
 
 def query_of(request: pb.RetrieveRequest, settings: Settings) -> Query:
@@ -49,18 +49,17 @@ def query_of(request: pb.RetrieveRequest, settings: Settings) -> Query:
 
 
 def filter_of(filters: pb.Filters) -> Filter | None:
-    """The filter, checked; None where it asks nothing. Raises BadQuery."""
+    """The filter, checked; None if it has no part. Raises BadQuery."""
     for name in ("categories", "tags", "tags_all", "allow", "deny"):
         texts = getattr(filters, name)
-        allowed = LIST_IDS_MAX if name in ("allow", "deny") else TERMS_MAX
-        if len(texts) > allowed:
-            raise BadQuery(f"filters.{name}: {len(texts)} values, allowed are 0 … {allowed}")
+        most = LIST_IDS_MAX if name in ("allow", "deny") else TERMS_MAX
+        if len(texts) > most:
+            raise BadQuery(f"filters.{name}: {len(texts)} values, allowed are 0 … {most}")
         for text in texts:
             if not 1 <= len(text.encode()) <= ID_BYTES_MAX:
                 size = len(text.encode())
-                raise BadQuery(
-                    f"filters.{name}: {quote(text)} has {size} bytes, allowed are 1 … {ID_BYTES_MAX}"
-                )
+                allowed = f"allowed are 1 … {ID_BYTES_MAX}"
+                raise BadQuery(f"filters.{name}: {quote(text)} has {size} bytes, {allowed}")
     if len(filters.ranges) > RANGES_MAX:
         raise BadQuery(
             f"filters.ranges: {len(filters.ranges)} values, allowed are 0 … {RANGES_MAX}"
@@ -83,7 +82,7 @@ def filter_of(filters: pb.Filters) -> Filter | None:
 
 
 def filters_of(filters: Filter, *, allow: Collection[str], deny: Collection[str]) -> pb.Filters:
-    """The reverse of `filter_of`, with these lists in place of its own; an empty `allow` allows all."""
+    """The reverse of `filter_of` with these lists of ids; an empty `allow` allows all."""
     made = pb.Filters(
         categories=filters.categories,
         tags=filters.tags,
@@ -119,9 +118,8 @@ def _after_of(request: pb.RetrieveRequest, settings: Settings) -> AfterToken:
     after = request.after
     own = partition_of(request.user_id, settings.clicks_partitions)
     if after.partition != own:
-        raise BadQuery(
-            f"after.partition: {after.partition}, but clicks of {quote(request.user_id)} lie in {own}"
-        )
+        user = quote(request.user_id)
+        raise BadQuery(f"after.partition: {after.partition}, but clicks of {user} lie in {own}")
     if after.offset < 0:
         raise BadQuery(f"after.offset: {after.offset}, must be at least 0")
     if not 0 <= after.wait_ms <= settings.wait_ms_max:
@@ -132,7 +130,7 @@ def _after_of(request: pb.RetrieveRequest, settings: Settings) -> AfterToken:
 def response_of(
     answer: Answer, generation: str, index: IndexReader, behind: str
 ) -> pb.RetrieveResponse:
-    """An answer as it goes over the wire; behind: why the index may lag behind Kafka, "" if not."""
+    """The answer's message; behind: why the index may lag behind Kafka, "" if it does not."""
     now_us = time.time_ns() // 1000
     response = pb.RetrieveResponse(
         freshness=_freshness_of(answer, generation, index),
@@ -201,7 +199,7 @@ def watermarks_of(index: IndexReader) -> list[pb.IndexWatermark]:
 
 
 def sizes_of(stats: IndexStats, dimension: int) -> pb.IndexSizes:
-    """What the index holds."""
+    """The sizes and counters of the index."""
     return pb.IndexSizes(
         live=stats.live,
         tombstones=stats.tombstones,
@@ -227,7 +225,7 @@ def sizes_of(stats: IndexStats, dimension: int) -> pb.IndexSizes:
 
 
 def tail_of(state: TailState) -> pb.TailStatus:
-    """How far the tail has come."""
+    """The progress of the tail."""
     return pb.TailStatus(
         caught_up=state.caught_up,
         lag_records=state.lag_records,

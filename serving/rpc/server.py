@@ -1,4 +1,4 @@
-"""The gRPC server around the service: threads, limits, health, reflection, its port."""
+"""The gRPC server around the services: threads, limits, health, reflection, port."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from serving.proto import retrieval_pb2, retrieval_pb2_grpc, shard_pb2, shard_pb
 from serving.rpc.retrieval_service import RetrievalService
 from serving.rpc.shard_service import ShardService
 
-# A good request has about 300 bytes; a user id of 10 kB still gets a sentence, not a cut connection.
+# A good request has about 300 bytes; one with a user id of 10 kB still gets an error message.
 REQUEST_BYTES_MAX = 64 * 1024
-# A coordinator names what an item list must leave out: 100,000 ids of 40 bytes.
+# A coordinator names the items to exclude: 100,000 ids of 40 bytes.
 SHARD_REQUEST_BYTES_MAX = 4 * 1024 * 1024
 SHARD_NAME = shard_pb2.DESCRIPTOR.services_by_name["Shard"].full_name
 NAME = retrieval_pb2.DESCRIPTOR.services_by_name["Retrieval"].full_name
@@ -32,34 +32,34 @@ class PortTaken(SettingsError):
     """The address of the settings cannot be bound."""
 
 
-# The processes of a worker whose keeper was killed notice it in a second, and end with their running calls.
+# The processes of a killed keeper notice it within a second, and end with their running calls.
 LEAVE_S = 10.0
 
 
 class SharedPort:
-    """The worker's port, kept for several processes of one worker. Nobody listens on it here."""
+    """The worker's port, reserved for the processes of one worker; this one does not listen."""
 
     def __init__(self, settings: Settings, wait_s: float = LEAVE_S) -> None:
-        """Raises PortTaken, also where other processes share it already and do not leave within `wait_s`."""
-        host, wanted = settings.worker_host, settings.worker_port
+        """Raises PortTaken, also if other processes share it and do not leave within `wait_s`."""
+        host, number = settings.worker_host, settings.worker_port
         deadline = time.monotonic() + wait_s
         while True:
             try:
-                self._kept, port = _reserved(host, wanted)
+                self._socket, port = _reserve(host, number)
                 break
             except OSError as error:
                 if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
-                    raise PortTaken(_taken(f"{host}:{wanted}", "worker")) from None
+                    raise PortTaken(_taken(f"{host}:{number}", "worker")) from None
             time.sleep(LEAVE_S / 50)
         self.address = f"{host}:{port}"
 
     def close(self) -> None:
-        """Give it up."""
-        self._kept.close()
+        """Release the port."""
+        self._socket.close()
 
 
 class WorkerServer:
-    """A started server; its health is NOT_SERVING until told otherwise. Thread rule: any thread."""
+    """A started server; its health is NOT_SERVING until `set_serving`. Thread rule: any thread."""
 
     def __init__(
         self,
@@ -72,20 +72,21 @@ class WorkerServer:
     ) -> None:
         """Bind and start. Raises PortTaken.
 
-        shard: answers the coordinator, where there is one; role: whose host and port of the settings to take
-        port:  to be shared with other processes of this worker, instead of that of the settings
+        shard: answers the coordinator; None in a coordinator
+        role:  whose host and port of the settings to bind
+        port:  shared with the other processes of this worker, instead of the one of the settings
         """
         threads = settings.worker_threads
         host: str = getattr(settings, f"{role}_host")
         part = shard is not None and not shard.assignment.whole
-        # Who holds one shard only does not answer users, so Retrieval stays at NOT_SERVING.
+        # A worker of one shard does not answer users: its Retrieval stays NOT_SERVING.
         self._served = ("", SHARD_NAME if part else NAME)
         self._server = grpc.server(
             ThreadPoolExecutor(threads, thread_name_prefix="query"),
-            # As many as are answered at a time may wait; whoever comes then gets RESOURCE_EXHAUSTED.
+            # As many calls may wait as run at a time; further ones get RESOURCE_EXHAUSTED.
             maximum_concurrent_rpcs=2 * threads,
             options=[
-                # Off, or a second worker on the same port would take half of the first one's calls.
+                # Off for one process: a second worker on this port would take half of the calls.
                 ("grpc.so_reuseport", int(port is not None)),
                 (
                     "grpc.max_receive_message_length",
@@ -93,7 +94,7 @@ class WorkerServer:
                 ),
             ],
         )
-        # A health watch stays open; non-blocking, or each would hold one of the threads.
+        # Non-blocking: a health watch stays open, and would hold one of the threads.
         self._health = health.HealthServicer(
             experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(1, "health")
         )
@@ -108,29 +109,29 @@ class WorkerServer:
         reflection.enable_server_reflection(names, self._server)
         for name in {"", NAME, *self._served}:
             self._health.set(name, NOT_SERVING)
-        wanted = f"{host}:{getattr(settings, f'{role}_port')}" if port is None else port.address
+        address = f"{host}:{getattr(settings, f'{role}_port')}" if port is None else port.address
         try:
-            bound = self._server.add_insecure_port(wanted)
+            bound = self._server.add_insecure_port(address)
         except RuntimeError:
             bound = 0
         if not bound:
-            raise PortTaken(_taken(wanted, role))
+            raise PortTaken(_taken(address, role))
         self.address = f"{host}:{bound}"
         self._server.start()
 
     def set_serving(self, serving: bool) -> None:
-        """What the health service answers, for the server as a whole and for the service that it offers."""
+        """Set the health of the server as a whole and of the service that it offers."""
         for name in self._served:
             self._health.set(name, SERVING if serving else NOT_SERVING)
 
     def stop(self, grace_s: float) -> None:
-        """Take no more calls, let the running ones end, cut them after `grace_s`."""
+        """Refuse new calls, let the running ones end, cancel them after `grace_s`."""
         self._health.enter_graceful_shutdown()
         self._server.stop(grace_s).wait(grace_s + 1)
 
 
-def _reserved(host: str, port: int) -> tuple[socket.socket, int]:
-    """(a socket that keeps the port for whoever shares it, the port). Raises OSError where anybody has it."""
+def _reserve(host: str, port: int) -> tuple[socket.socket, int]:
+    """(a socket that reserves the port for all that share it, its number). Raises OSError."""
     family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     with socket.socket(family, kind) as alone:
         alone.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

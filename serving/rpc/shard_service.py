@@ -1,4 +1,4 @@
-"""What a worker answers its coordinator: vectors and candidates of the items that it holds."""
+"""The gRPC service for the coordinator: vectors and candidates of the items in this worker."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from serving.sharding import ShardAssignment
 
 log = logging.getLogger(__name__)
 
-# In place of a version, which is -1 or more: an item that is not live, one that changed while it was read.
+# In place of a version (-1 or more): the item is not live; it changed while it was read.
 NOT_LIVE, CHANGING = -2, -3
 
 
@@ -28,23 +28,23 @@ class ShardService(shard_pb2_grpc.ShardServicer):
     """Answers Vectors and Candidates; see shard.proto. Thread rule: any thread."""
 
     def __init__(self, assignment: ShardAssignment) -> None:
-        """Not ready: calls get UNAVAILABLE until `serve`. share: which items the worker holds."""
+        """Not ready: calls get UNAVAILABLE until `serve`. assignment: items of the worker."""
         self.assignment = assignment
         self._held: LocalIndex | None = None
 
     def serve(self, held: LocalIndex) -> None:
-        """From now on, answer from this."""
+        """From now on, answer from this index."""
         self._held = held
 
     def Vectors(
         self, request: shard_pb2.VectorsRequest, context: grpc.ServicerContext
     ) -> shard_pb2.VectorsResponse:
         """See shard.proto."""
-        held = self._meant(request.target, context)
+        held = self._checked(request.target, context)
         ids = list(request.item_ids)
-        # Versions only grow: one that is the same before and after is that of the vector read in between.
+        # Versions only grow: if it is equal before and after, it is the version of the vector.
         before = versions_of(held.index, ids)
-        # One by one, because an item that is not live leaves no gap.
+        # One by one: `vectors_of` leaves no gap for an item that is not live.
         found = [held.index.vectors_of([item_id]) for item_id in ids]
         after = versions_of(held.index, ids)
         live = [at for at, vector in enumerate(found) if len(vector)]
@@ -56,7 +56,7 @@ class ShardService(shard_pb2_grpc.ShardServicer):
         self, request: shard_pb2.CandidatesRequest, context: grpc.ServicerContext
     ) -> shard_pb2.CandidatesResponse:
         """See shard.proto."""
-        held = self._meant(request.target, context)
+        held = self._checked(request.target, context)
         try:
             return _candidates(request, held)
         except (converters.BadQuery, VectorRejected, ValueError) as error:
@@ -69,8 +69,8 @@ class ShardService(shard_pb2_grpc.ShardServicer):
                 f"{type(error).__name__}; the worker's log has more",
             )
 
-    def _meant(self, target: shard_pb2.Target, context: grpc.ServicerContext) -> LocalIndex:
-        """What it holds, where the call is meant for that; ends the call otherwise."""
+    def _checked(self, target: shard_pb2.Target, context: grpc.ServicerContext) -> LocalIndex:
+        """The index, if the call is for its generation and shard; aborts the call otherwise."""
         held = self._held
         if held is None:
             _abort(context, grpc.StatusCode.UNAVAILABLE, "the worker is not ready")
@@ -81,18 +81,18 @@ class ShardService(shard_pb2_grpc.ShardServicer):
                 grpc.StatusCode.DEADLINE_EXCEEDED,
                 "the deadline passed while the call waited",
             )
-        wanted = (target.generation, target.shard, target.shards)
-        if wanted != (held.generation, *self.assignment):
+        requested = (target.generation, target.shard, target.shards)
+        if requested != (held.generation, *self.assignment):
             what = (
                 "this worker holds generation {!r}, shard {} of {}; asked was {!r}, shard {} of {}"
             )
-            sentence = what.format(held.generation, *self.assignment, *wanted)
+            sentence = what.format(held.generation, *self.assignment, *requested)
             _abort(context, grpc.StatusCode.FAILED_PRECONDITION, sentence)
         return held
 
 
 def versions_of(index: Index, item_ids: list[str]) -> list[int]:
-    """The version of each item, NOT_LIVE where it is not live."""
+    """The version of each item; NOT_LIVE if it is not live."""
     return (
         [NOT_LIVE if hit is None else hit.offset for hit in index.describe(item_ids)]
         if item_ids
@@ -105,7 +105,7 @@ def _candidates(
 ) -> shard_pb2.CandidatesResponse:
     """Raises BadQuery, VectorRejected, ValueError."""
     index = held.index
-    # Before the search: the answer knows at least this.
+    # Read before the search: the answer includes at least these records.
     watermarks, behind = converters.watermarks_of(index), held.replica.missing()
     filters: Filter | None = (
         converters.filter_of(request.filters) if request.HasField("filters") else None

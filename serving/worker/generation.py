@@ -96,7 +96,7 @@ class GenerationRuntime:
         return WorkerBackend(held, retriever)
 
     def wait_caught_up(self, stop: threading.Event) -> None:
-        """Return once the replica has read all records that were there at `start`. Raises Stopped."""
+        """Return once the replica has read all records from before `start`. Raises Stopped."""
         while not self.replica.wait_caught_up(0.05):
             if stop.is_set():
                 raise Stopped

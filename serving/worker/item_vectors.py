@@ -1,8 +1,8 @@
-"""`item-vectors.<generation>` as the replica reads it: aiokafka's consumer, spoken to from one thread.
+"""`item-vectors.<generation>` as the replica reads it: aiokafka's consumer, used from one thread.
 
-No consumer group, committed records only. The event loop runs while a call waits and not in between: nothing
-here has to go on by itself, and a record is applied on the thread that fetched it. kafka-python does the
-same with a thread of its own and parses each record in Python: twice the CPU (docs/LOG.md).
+No consumer group; committed records only. The event loop runs only while a call waits: nothing
+here works in the background, and a record is applied on the thread that fetched it. kafka-python
+does the same with its own thread and parses each record in Python, for twice the CPU (docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from eddyline.errors import EddylineError, KafkaUnavailable, Unavailable
 from eddyline.kafka import clients, security, topics
 from eddyline.settings.loader import Settings
 
-# How long Kafka may take for an answer: connecting, the ends, where to begin.
+# Time limit of an answer of Kafka: connecting, the ends, the positions.
 ANSWER_S = 2.0
-# A fetch returns as soon as there is a record; this is how long the broker holds one where there is none.
+# The broker holds a fetch this long if there is no record.
 _FETCH_WAIT_MS = 500
-# At most so many records come at once: some ten milliseconds of applying, then Kafka is looked at again.
+# Most records of one poll: applying them takes about ten milliseconds.
 POLL_RECORDS = 2_000
 _T = TypeVar("_T")
 
@@ -33,7 +33,7 @@ class ItemVectorLog:
     """A connection to the topic's partitions. Thread rule: one thread, also for `close`."""
 
     def __init__(self, settings: Settings, generation: str) -> None:
-        """Connects. Raises KafkaRefused, Unavailable where Kafka or the topic is not there, SettingsError."""
+        """Connect. Raises KafkaRefused, SettingsError; Unavailable without Kafka or the topic."""
         self._settings = settings
         self._topic = settings.prefixed(topics.item_vectors(generation))
         self._partitions = [
@@ -51,48 +51,48 @@ class ItemVectorLog:
             raise
 
     def begin(self, positions: Mapping[int, int]) -> None:
-        """Go to these offsets, and to the beginning of the other partitions.
+        """Seek to these offsets, and to the beginning of the other partitions.
 
-        A position that the log no longer has leads to the beginning as well.
+        A position that the log no longer has is replaced by the beginning.
         """
 
-        async def sought() -> None:
+        async def seek() -> None:
             consumer = self._consumer
             consumer.assign(self._partitions)
             first = await consumer.beginning_offsets(self._partitions)
             ends = await consumer.end_offsets(self._partitions)
             for at in self._partitions:
                 offset = positions.get(at.partition, first[at])
-                # Looked at here: until the first fetch is refused, a position is taken for reached.
+                # Checked here: the consumer takes a position as valid until its first fetch fails.
                 consumer.seek(at, offset if first[at] <= offset <= ends[at] else first[at])
 
-        self._answer(sought)
+        self._answer(seek)
 
     def poll(self, timeout_ms: int) -> dict[int, Sequence[Any]]:
         """Partition -> its next records, each with `partition`, `offset`, `key` and `value`.
 
-        Returns once there is one; {} after the time, or while Kafka is away, which `ends` tells.
+        Returns once there is a record; {} after the time-out or while Kafka is away (see `ends`).
         """
-        if self._consumer._fetcher.error_future.done():  # it would be silent for ever
+        if self._consumer._fetcher.error_future.done():  # no fetch would ever return again
             raise KafkaUnavailable("the fetches ended")
         found = self._run(self._consumer.getmany(timeout_ms=timeout_ms, max_records=POLL_RECORDS))
         return {at.partition: records for at, records in found.items()}
 
     def positions(self) -> dict[int, int]:
-        """Partition -> where the next record is looked for: behind all that was polled and marks after it."""
+        """Partition -> offset of the next fetch: behind polled records and transaction markers."""
 
-        async def asked() -> dict[int, int]:
+        async def read() -> dict[int, int]:
             return {at.partition: await self._consumer.position(at) for at in self._partitions}
 
-        return self._answer(asked)
+        return self._answer(read)
 
     def ends(self) -> dict[int, int]:
-        """Partition -> the end of what is committed. Raises KafkaUnavailable where no answer comes."""
+        """Partition -> end of the committed records. Raises KafkaUnavailable without an answer."""
         found = self._answer(lambda: self._consumer.end_offsets(self._partitions))
         return {at.partition: offset for at, offset in found.items()}
 
     def close(self) -> None:
-        """Let go of the connection; a fetch under way is given up."""
+        """Close the connection; a running fetch is dropped."""
         try:
             with contextlib.suppress(EddylineError, OSError):
                 if self._consumer is not None:
@@ -101,11 +101,9 @@ class ItemVectorLog:
             self._runner.close()
 
     def _connected(self, **_: Any) -> Any:
-        """A consumer that Kafka has answered. kafka-python's options, which `kafka.connected` brings, are not
-        aiokafka's.
-        """
+        """A started consumer. Ignores kafka-python's options, which aiokafka does not know."""
 
-        async def started() -> Any:
+        async def start() -> Any:
             consumer = AIOKafkaConsumer(
                 **security.client_options(self._settings),
                 bootstrap_servers=self._settings.kafka_bootstrap_servers.split(","),
@@ -125,12 +123,12 @@ class ItemVectorLog:
             return consumer
 
         try:
-            return self._runner.run(started())
+            return self._runner.run(start())
         except (KafkaError, TimeoutError) as error:
             raise clients.translate_error(self._settings, error) from None
 
     def _answer(self, call: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
-        """What Kafka answers, in time."""
+        """Kafka's answer, within `ANSWER_S`."""
 
         async def in_time() -> _T:
             async with asyncio.timeout(ANSWER_S):
@@ -143,7 +141,9 @@ class ItemVectorLog:
             return self._runner.run(coroutine)
         except TimeoutError:
             raise KafkaUnavailable(f"no answer in {ANSWER_S:.0f} s") from None
-        except asyncio.CancelledError:  # nobody here cancels: one of aiokafka's own tasks ended so
+        except (
+            asyncio.CancelledError
+        ):  # by one of aiokafka's own tasks; this module cancels nothing
             raise KafkaUnavailable("the connection was given up") from None
         except KafkaError as error:
             if clients.lacks_right(error):

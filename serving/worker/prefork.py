@@ -1,10 +1,11 @@
-"""Worker processes forked from one that has loaded the index, so that they share its memory.
+"""Worker processes forked from a keeper that has loaded the index, so that they share its memory.
 
-The keeper opens the index and forks the workers, which serve exactly at once; then it builds the graph and
-replaces them, one after the other, by workers that share it copy-on-write. A worker that rebuilds has a graph
-of its own from then on; so the keeper opens the newest snapshot, builds and replaces anew from time to time.
-All listen on one port, over which the kernel spreads connections. The keeper itself has no thread and no
-gRPC: what a fork copies is memory, and only the thread that forks.
+The keeper opens the index and forks the workers, which scan it exactly at first. Then it builds the
+graph and replaces the workers one by one with workers that share the graph copy-on-write. A worker
+that rebuilds has its own graph from then on; so the keeper opens the newest snapshot, builds and
+replaces again every `worker_renew_s`. All workers listen on one port; the kernel spreads
+connections. The keeper has no other thread and no gRPC: a fork copies memory, but only the thread
+that forks.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 POLL_S = 0.1
-# A worker that ended is replaced at once, one that ends again and again after longer and longer pauses.
+# First pause before a worker that ended is replaced; doubles up to `backoff_ms_max`.
 BACKOFF_S = 0.1
-# A worker that lived so long ended for a new reason.
+# After this run time a worker ended for a new reason: the pauses begin anew.
 SETTLED_S = 60.0
-# A worker catches up with the topic before it serves; one that takes longer is not waited for.
+# A worker reads the topic to its end before it serves; the keeper gives up on a slower one.
 READY_S = 120.0
-# After SIGTERM running calls end within seconds, and a last snapshot is written.
+# After SIGTERM running calls end within seconds, and the last snapshot is written.
 END_S = 40.0
-TELL_S = 1.0
-ALONE_S = 1.0
-# As a rebuild in a worker: where cores are short, queries come first.
+TERM_AGAIN_S = 1.0
+ONE_THREAD_S = 1.0
+# As a rebuild in a worker: if cores are short, queries come first.
 NICE = 10
 # Exit codes that a restart does not heal.
 FINAL = (2, 3)
@@ -49,7 +50,7 @@ FINAL = (2, 3)
 
 @dataclass
 class Child:
-    """A forked worker. ready: the reading end of a pipe that it writes to once it serves."""
+    """A forked worker. ready: the reading end of a pipe; the worker writes to it once it serves."""
 
     pid: int
     ready: int
@@ -57,7 +58,7 @@ class Child:
     code: int | None = None
 
     def ended(self) -> int | None:
-        """Its exit code, minus the signal's number where a signal ended it; None while it runs."""
+        """The exit code, minus the signal's number if a signal ended it; None while it runs."""
         if self.code is None:
             done, status = os.waitpid(self.pid, os.WNOHANG)
             if done:
@@ -65,19 +66,19 @@ class Child:
                 os.close(self.ready)
         return self.code
 
-    def tell_end(self) -> None:
-        """Ask it to end."""
+    def terminate(self) -> None:
+        """Send SIGTERM."""
         if self.ended() is None:
             os.kill(self.pid, signal.SIGTERM)
 
     def end(self) -> None:
-        """Have it end in order; kill it where that takes too long."""
+        """Terminate it and wait; kill it if that takes too long."""
         deadline, again_at = time.monotonic() + END_S, 0.0
         while self.ended() is None:
             if time.monotonic() >= again_at:
                 # More than once: Python drops a signal that comes while the child is being forked.
-                self.tell_end()
-                again_at = time.monotonic() + TELL_S
+                self.terminate()
+                again_at = time.monotonic() + TERM_AGAIN_S
             if time.monotonic() > deadline:
                 log.warning(
                     "a worker process did not end in time and was killed", extra={"pid": self.pid}
@@ -122,10 +123,13 @@ class Prefork(Generic[_T]):
         self._code = 0
 
     def run(self) -> int:
-        """Keep the workers running until `stop` is set, or one ends for good. Returns the exit code."""
+        """Keep the workers running until `stop`, or until one ends with a code of `FINAL`.
+
+        Returns the exit code.
+        """
         try:
             held, since, shared = self._work.open(), time.monotonic(), False
-            while self._goes_on():
+            while self._keep_running():
                 self._fill(held)
                 if not shared:
                     shared = True
@@ -141,12 +145,12 @@ class Prefork(Generic[_T]):
             return self._code
         finally:
             for child in self._children.values():
-                child.tell_end()
+                child.terminate()
             for child in self._children.values():
                 child.end()
 
-    def _goes_on(self) -> bool:
-        """Note which workers ended. False where it is time to end."""
+    def _keep_running(self) -> bool:
+        """Note which workers ended. False if the keeper has to end."""
         for place, child in list(self._children.items()):
             code = child.ended()
             if code is None:
@@ -162,20 +166,20 @@ class Prefork(Generic[_T]):
             if not self._stop.is_set():
                 what = {"pid": child.pid, "exit_code": code, "again_in_s": round(pause_s, 2)}
                 log.warning("a worker process ended; another takes its place", extra=what)
-        # Kept: it may be seen while the workers are being replaced, and has to end that and all.
+        # `_code` stays set: seen during a replacement, it ends that and the keeper.
         return not self._code and not self._stop.is_set()
 
     def _fill(self, held: _T) -> None:
-        """Start a worker wherever there is none."""
+        """Start a worker at every place that has none and is due."""
         for place, at in list(self._due.items()):
             if time.monotonic() >= at:
                 del self._due[place]
                 self._children[place] = self._fork(held, place)
 
     def _replace_all(self, held: _T) -> None:
-        """Worker by worker: a new one first, the old one ends once the new one serves."""
+        """Replace worker by worker; the old one ends once the new one serves."""
         for place in list(self._children):
-            if not self._goes_on() or place not in self._children:
+            if not self._keep_running() or place not in self._children:
                 continue
             new, old = self._fork(held, place), self._children[place]
             if self._wait_ready(new):
@@ -191,7 +195,7 @@ class Prefork(Generic[_T]):
         deadline = time.monotonic() + READY_S
         while time.monotonic() < deadline and not self._stop.is_set():
             if select.select([child.ready], [], [], POLL_S)[0]:
-                return os.read(child.ready, 1) != b""  # nothing: it ended
+                return os.read(child.ready, 1) != b""  # empty: the worker ended
         return False
 
     def _fork(self, held: _T, place: int) -> Child:
@@ -199,7 +203,7 @@ class Prefork(Generic[_T]):
         reading, writing = os.pipe()
         sys.stdout.flush()
         sys.stderr.flush()
-        # Else the first collection of garbage in a worker writes to every object, and copies its page.
+        # Otherwise a worker's first garbage collection writes to every object and copies its page.
         gc.freeze()
         keeper, pid = os.getpid(), os.fork()
         if pid:
@@ -211,12 +215,12 @@ class Prefork(Generic[_T]):
     def _be_child(self, held: _T, place: int, writing: int, keeper: int) -> NoReturn:
         code = 1
         try:
-            # The keeper's handlers were for the keeper.
+            # The inherited handlers belong to the keeper.
             lifecycle.stop_on_signals(self._stop)
             threading.Thread(
-                target=self._outlive_nobody, args=(keeper,), name="keeper", daemon=True
+                target=self._stop_with_keeper, args=(keeper,), name="keeper", daemon=True
             ).start()
-            code = self._work.serve(held, place, lambda: _tell(writing))
+            code = self._work.serve(held, place, lambda: _report_ready(writing))
         except BaseException:
             log.exception("a worker process failed")
         finally:
@@ -224,15 +228,15 @@ class Prefork(Generic[_T]):
             sys.stdout.flush()
             os._exit(code)
 
-    def _outlive_nobody(self, keeper: int) -> None:
-        """Stop where the keeper was killed."""
+    def _stop_with_keeper(self, keeper: int) -> None:
+        """Stop if the keeper was killed."""
         while os.getppid() == keeper and not self._stop.wait(1.0):
             pass
         self._stop.set()
 
 
 def run_niced(call: Callable[[], bool]) -> bool:
-    """What the call returns; it runs in a thread of low priority, which has ended then."""
+    """The result of the call, made in a thread of low priority that has ended on return."""
     found = False
 
     def run() -> None:
@@ -246,14 +250,14 @@ def run_niced(call: Callable[[], bool]) -> bool:
     return found
 
 
-def _tell(pipe: int) -> None:
+def _report_ready(pipe: int) -> None:
     os.write(pipe, b"1")
 
 
 def _require_one_thread() -> None:
-    """Raise RuntimeError where a fork would copy locks of threads that it does not copy."""
-    deadline = time.monotonic() + ALONE_S
-    # A thread that was joined may still be on its way out.
+    """Raise RuntimeError if there are other threads: a fork copies their locks, but not them."""
+    deadline = time.monotonic() + ONE_THREAD_S
+    # The kernel may list a joined thread for a moment.
     while (
         tasks := len(list(Path("/proc/self/task").iterdir()))
     ) > 1 and time.monotonic() < deadline:

@@ -1,8 +1,8 @@
-"""Before a worker serves a generation: has ingest published what happened to items since the bundle's cut?
+"""A worker that starts waits until ingest has published all item changes since the bundle's cut.
 
-A bundle holds the items as they were at its cut. One that was deleted since is in it still, and leaves only
-by the record that ingest publishes. So a worker that starts on a new generation waits until the generation's
-fences have reached the ends that `items` has now; for a limited time, because ingest may be down.
+The bundle holds the items as of its cut, later deleted ones included; they leave the index only by
+the records that ingest publishes. So the worker waits until the fences of the generation have
+reached the present ends of `items`; for a limited time, because ingest may be down.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from eddyline.stores.state_store import Source, StateStore
 
 log = logging.getLogger(__name__)
 
-# Encoding and publishing 100,000 items takes about this long; a worker that waits longer helps nobody.
+# Encoding and publishing 100,000 items takes about this long.
 WAIT_S = 20.0
 POLL_S = 0.05
 
@@ -30,9 +30,9 @@ def wait_until_published(
     stop: threading.Event,
     limit_s: float = WAIT_S,
 ) -> int:
-    """Return once the item changes that lie in `items` now are published; how many are missing, 0 for none.
+    """Wait until all present records of `items` are published. Returns how many are missing.
 
-    Returns early where `stop` is set, and after `limit_s`.
+    Returns early if `stop` is set, and after `limit_s`.
     """
     deadline = time.monotonic() + limit_s
     try:
@@ -40,19 +40,19 @@ def wait_until_published(
         while (behind := _behind(store, generation, ends)) and not stop.wait(POLL_S):
             if time.monotonic() > deadline:
                 log.warning(
-                    "items are served as the bundle has them: ingest has not published their last changes",
+                    "items are served as of the bundle: ingest has not published all changes",
                     extra={"generation": generation, "records": behind},
                 )
                 return behind
     except Unavailable as error:
         log.warning(
-            "served without knowing what ingest has published", extra={"reason": str(error)}
+            "it is unknown what ingest has published; serving starts", extra={"reason": str(error)}
         )
     return 0
 
 
 def _behind(store: StateStore, generation: str, ends: dict[int, int]) -> int:
-    """How many records of `items` lie between the generation's fences and these ends."""
+    """Number of records of `items` between the fences of the generation and these ends."""
     total = 0
     for partition, end in ends.items():
         fence = store.fences(Source(f"{topics.ITEMS}@{generation}", partition), ["i0"])["i0"]

@@ -1,7 +1,8 @@
-"""The index's own copy of the items: bundle or snapshot, then the tail of `item-vectors.<generation>`.
+"""Keeps the index up to date: bundle or snapshot, then the tail of `item-vectors.<generation>`.
 
-The topic is compacted and read from its beginning, or from where a snapshot stood; see `serving.worker.item_vectors`.
-Records that the bundle holds already are no-ops in the index. While Kafka is away the index goes on serving.
+The topic is compacted; the replica reads it from its beginning, or from the snapshot's positions
+(`serving.worker.item_vectors`). Records that the bundle holds already are no-ops in the index.
+While Kafka is away the index goes on serving.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from serving.worker.item_vectors import ItemVectorLog
 
 log = logging.getLogger(__name__)
 
-# Kafka is asked for its ends this often: it tells the lag, and an answer is the sign that Kafka is there.
-LOOK_S = 1.0
-# A poll returns as soon as there is a record; this is how long it waits where there is none.
+# How often the ends of the topic are read: they give the lag, and show that Kafka answers.
+ENDS_S = 1.0
+# A poll returns as soon as there is a record, and after this time without one.
 POLL_MS = 200
-# One batch of the index: about 2 ms, so that neither its lock nor the interpreter is held for long.
+# One batch takes the index about 2 ms: neither its lock nor the interpreter is held for long.
 APPLY_RECORDS = 256
 RETRY_S = 0.05
 CLOSE_S = 10.0
@@ -39,7 +40,7 @@ LOGGED_BAD = 10
 
 
 def load_bundle(index: Index, bundle: Bundle, assignment: ShardAssignment = ALL) -> None:
-    """Put the share's items of the bundle into the index; their versions are their source offsets."""
+    """Put the assigned items of the bundle into the index; their versions are source offsets."""
     written_us = bundle.created_ms * 1000
     records = [
         ItemRecord(item_id, partition, offset, 0, written_us, vector, attributes)
@@ -58,7 +59,7 @@ def load_bundle(index: Index, bundle: Bundle, assignment: ShardAssignment = ALL)
 
 @dataclass(frozen=True, slots=True)
 class TailState:
-    """How far the tail has come; see TailStatus in retrieval.proto."""
+    """Progress of the tail; see TailStatus in retrieval.proto."""
 
     caught_up: bool = False
     lag_records: int = 0
@@ -69,7 +70,7 @@ class TailState:
 
 
 class Replica:
-    """Tails the topic into the index, on a thread of its own. Thread rule: any thread may ask."""
+    """Tails the topic into the index on its own thread. Thread rule: any thread."""
 
     def __init__(
         self,
@@ -91,8 +92,7 @@ class Replica:
         self._assignment = assignment
         self._generation = generation
         self._positions = dict(positions or {})
-        # The ends seen first: whoever has read up to them has seen all that was there when the worker
-        # started.
+        # The first ends seen; read up to them, the replica has all records from before the start.
         self._goal: dict[int, int] | None = None
         self._caught_up = threading.Event()
         self._stop = threading.Event()
@@ -103,7 +103,7 @@ class Replica:
         self._thread = threading.Thread(target=self._run, name="replica", daemon=True)
 
     def start(self) -> None:
-        """Begin to tail."""
+        """Start to tail the topic."""
         self._thread.start()
 
     def close(self) -> None:
@@ -113,11 +113,11 @@ class Replica:
             self._thread.join(CLOSE_S)
 
     def wait_caught_up(self, timeout_s: float) -> bool:
-        """Whether the ends seen at start have been reached, after waiting for it at most this long."""
+        """Whether the ends seen at start have been reached; waits at most `timeout_s`."""
         return self._caught_up.wait(timeout_s)
 
     def state(self) -> TailState:
-        """How far it has come."""
+        """Progress now."""
         return TailState(
             caught_up=self._caught_up.is_set(),
             lag_records=self._lag,
@@ -134,11 +134,12 @@ class Replica:
         return dict(self._positions)
 
     def missing(self) -> str:
-        """Why the index may lag behind, and since when; "" where Kafka answers."""
+        """Why the index may lag behind, and since when; "" if Kafka answers."""
         since_ms, away = self._away_since_ms, self._away
         if not since_ms:
             return ""
-        return f"{away} (since {max(0.0, time.time() - since_ms / 1000):.1f} s); items stand as they were then"
+        since_s = max(0.0, time.time() - since_ms / 1000)
+        return f"{away} (since {since_s:.1f} s); items stand as they were then"
 
     def _run(self) -> None:
         backoff = Backoff(RETRY_S, self._settings.backoff_ms_max / 1000)
@@ -154,33 +155,33 @@ class Replica:
                     backoff.reset()
                 self._mark_away(f"{type(error).__name__}: {error}")
             except Exception as error:
-                log.exception("the tail of the item vectors failed; it is begun anew")
+                log.exception("the tail of the item vectors failed; it restarts")
                 self._mark_away(f"{type(error).__name__}: {error}")
             finally:
                 if topic is not None:
-                    with contextlib.suppress(Exception):  # a close that fails must not end the tail
+                    with contextlib.suppress(Exception):  # a failed close must not end the tail
                         topic.close()
             self._stop.wait(backoff.next_s())
 
     def _tail(self, topic: ItemVectorLog) -> None:
         topic.begin(self._positions)
         self._positions = topic.positions()
-        look_at = 0.0
+        ends_at = 0.0
         while not self._stop.is_set():
-            if time.monotonic() >= look_at:
-                self._look(topic.ends())
-                look_at = time.monotonic() + LOOK_S
+            if time.monotonic() >= ends_at:
+                self._update_lag(topic.ends())
+                ends_at = time.monotonic() + ENDS_S
             polled = topic.poll(POLL_MS)
-            # Together: a batch for each partition would cost the index as many times what a batch costs.
+            # One batch for all partitions: what a batch costs the index grows little with its size.
             self._apply([record for batch in polled.values() for record in batch])
             for partition, batch in polled.items():
                 self._positions[partition] = batch[-1].offset + 1
             if not (polled and self._caught_up.is_set()):
-                # Behind the last record there may be marks of transactions, which are skipped.
+                # Transaction markers may follow the last record; the consumer skips them.
                 self._positions = topic.positions()
             self._check_caught_up()
 
-    def _look(self, ends: dict[int, int]) -> None:
+    def _update_lag(self, ends: dict[int, int]) -> None:
         if self._goal is None:
             self._goal = ends
         self._lag = sum(max(0, end - self._positions.get(at, 0)) for at, end in ends.items())
@@ -196,7 +197,7 @@ class Replica:
             self._caught_up.set()
 
     def _mark_away(self, reason: str, refused: bool = False) -> None:
-        """refused: by Kafka, which waiting does not heal; what is in the index is served nevertheless."""
+        """refused: Kafka denies access, which no retry heals; the index goes on serving."""
         was_away, was_refused = bool(self._away_since_ms), self._refused
         self._away = (
             reason if refused else f"Kafka at {self._settings.kafka_bootstrap_servers}: {reason}"
@@ -217,7 +218,7 @@ class Replica:
                 records.append(decode_record(record.key, record.value))
             except Rejected as error:
                 self._undecodable += 1
-                self._tell_bad(self._undecodable, record, str(error))
+                self._log_bad(self._undecodable, record, str(error))
         for at in range(0, len(records), APPLY_RECORDS):
             self._apply_some(records[at : at + APPLY_RECORDS])
 
@@ -232,9 +233,9 @@ class Replica:
                     self._index.apply([record])
                 except VectorRejected as error:
                     self._rejected += 1
-                    self._tell_bad(self._rejected, record, str(error))
+                    self._log_bad(self._rejected, record, str(error))
 
-    def _tell_bad(self, count: int, record: Any, reason: str) -> None:
+    def _log_bad(self, count: int, record: Any, reason: str) -> None:
         if count <= LOGGED_BAD or count % 1000 == 0:
             where = {
                 "partition": record.partition,

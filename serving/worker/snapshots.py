@@ -1,8 +1,8 @@
-"""The worker's snapshots: one to start from, a new one every some minutes and at the stop.
+"""The worker's snapshots: one to start from, a new one every few minutes and at the stop.
 
-A snapshot holds positions that were read before its contents were taken, so what it holds is at least what
-came before them; what comes twice is a no-op. Whatever is wrong with one is said in the log, and the worker
-starts from bundle and topic as if there were none.
+The positions of a snapshot are read before its contents, so the contents include every record
+before them; a record that is applied twice is a no-op. If a snapshot cannot be used, the log names
+the reason and the worker starts from bundle and topic.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from serving.worker.replica import Replica
 
 log = logging.getLogger(__name__)
 
-# Delete records stay in the topic for this long at least; an older snapshot could bring a deleted item back.
+# The topic keeps delete records at least this long; an older snapshot could restore a deleted item.
 AGE_MS_MAX = 7 * 24 * 3_600_000
-# Of this generation and of those before it, in case one of them becomes active again.
+# This generation's file and those of earlier generations, which may become active again.
 KEPT_FILES = 3
-# What a writer that was killed left behind is removed after this time; no write takes as long.
+# A partial file of a killed writer is removed after this time; no write takes as long.
 PARTIAL_S_MAX = 600.0
 CLOSE_S = 30.0
 
 
 class Snapshots:
-    """Loads and writes the snapshots of one worker. Thread rule: any thread; one write at a time."""
+    """The snapshots of one generation. Thread rule: any thread; one write at a time."""
 
     def __init__(
         self,
@@ -44,9 +44,9 @@ class Snapshots:
         clock: Callable[[], float] = time.time,
         assignment: ShardAssignment = ALL,
     ) -> None:
-        """log_id: identity of the item vectors' topic, which the positions belong to.
+        """log_id: identity of the item vectors' topic, to which the positions belong.
 
-        share: the items that the index holds; each shard has files of its own
+        assignment: the items that the index holds; each shard has its own files
         """
         self._interval_s = settings.snapshot_interval_s
         self._prefix = settings.prefixed("item-vectors.")
@@ -69,7 +69,7 @@ class Snapshots:
         self._thread: threading.Thread | None = None
 
     def load(self) -> dict[int, int] | None:
-        """Fill the empty index; the positions from which on the topic is to be read. None: there is none."""
+        """Fill the empty index. Returns the positions to read the topic from, if any."""
         begun = time.monotonic()
         try:
             contents, header = format.load(
@@ -104,13 +104,13 @@ class Snapshots:
             self._thread.start()
 
     def close(self) -> None:
-        """Write a last one where `start` was called, and stop."""
+        """Write the last one if `start` was called, and stop."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join(CLOSE_S)
 
     def write(self, positions: Mapping[int, int]) -> bool:
-        """Write one now, unless nothing came since the last; False where it failed: the log says why."""
+        """Write one now if records came since the last one; False if it failed (see the log)."""
         if not positions or positions == self._written:
             return True
         with self._one_at_a_time:
@@ -138,7 +138,7 @@ class Snapshots:
                 log.exception("no snapshot could be written; the old one stays")
 
     def _prune(self) -> None:
-        """Remove what old generations and killed writers left; the files of other shards are theirs."""
+        """Remove files of old generations and killed writers, but no file of another shard."""
         folder = self.path.parent
         mine = (
             "*.snapshot"

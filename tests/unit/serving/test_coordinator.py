@@ -803,7 +803,7 @@ def test_the_watermark_is_the_lowest(frail: Plant) -> None:
 
 
 def test_a_passed_deadline(frail: Plant) -> None:
-    with pytest.raises(DeadlinePassed, match="before the shards were asked"):
+    with pytest.raises(DeadlinePassed, match="before the shards were called"):
         frail.gathered(0.0).newest(3)
     with pytest.raises(CallFailed, match="DEADLINE_EXCEEDED"):
         frail.client.retrieve("nobody", 3, timeout_s=0.0)

@@ -196,7 +196,7 @@ class Plant:
 def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plant]:
     made = Plant(tmp_path)
     monkeypatch.setattr(replica, "POLL_MS", 10)
-    monkeypatch.setattr(replica, "LOOK_S", 0.02)
+    monkeypatch.setattr(replica, "ENDS_S", 0.02)
     monkeypatch.setattr(replica, "ItemVectorLog", lambda _, generation: made.topics[generation])
     yield made
 

@@ -106,7 +106,7 @@ class Worker:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replica, "POLL_MS", 10)
-    monkeypatch.setattr(replica, "LOOK_S", 0.02)
+    monkeypatch.setattr(replica, "ENDS_S", 0.02)
 
 
 @pytest.fixture

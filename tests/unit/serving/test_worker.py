@@ -107,7 +107,7 @@ class Consumer:
 
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> Log:
-    monkeypatch.setattr(replica, "LOOK_S", 0.02)
+    monkeypatch.setattr(replica, "ENDS_S", 0.02)
     monkeypatch.setattr(replica, "POLL_MS", 10)
     made = Log()
     monkeypatch.setattr(replica, "ItemVectorLog", made.connect)
