@@ -179,8 +179,8 @@ class Archive:
                 found.append(
                     ArchiveFile(topic, int(match[2]), int(match[3]), int(match[4]), hour_ms, path)
                 )
-        wanted = (file for file in found if partition in (None, file.partition))
-        return sorted(wanted, key=lambda file: (file.partition, file.first, file.last))
+        chosen = (file for file in found if partition in (None, file.partition))
+        return sorted(chosen, key=lambda file: (file.partition, file.first, file.last))
 
     def read(
         self, topic: str, partition: int | None = None, *, first: int = 0

@@ -2,7 +2,7 @@
 
 EddylineError
 ├── SettingsError       a setting is unknown or bad; names the key, the value and its source
-├── Rejected            a record is refused; goes to dead-letters with its reason
+├── Rejected            a record is invalid; it goes to dead-letters with its reason
 ├── VectorRejected      a vector is of the wrong length, not finite or not of unit norm
 ├── BundleError         a generation's bundle is missing, incomplete or of another shape
 ├── LogMismatch         Kafka is not the log that the fences in Redis were written for

@@ -103,7 +103,7 @@ class BrokerProbe:
         if not uses_sasl(self.settings):
             if error in (NoError, UnsupportedSaslMechanismError):
                 raise self._refused(
-                    f"it asks for a login by SASL ({offered}); set kafka_security_protocol to "
+                    f"it demands a login by SASL ({offered}); set kafka_security_protocol to "
                     f"{'SASL_SSL' if self._tls else 'SASL_PLAINTEXT'}, kafka_sasl_mechanism, "
                     "kafka_sasl_username and kafka_sasl_password"
                 )
@@ -245,7 +245,7 @@ class BrokerProbe:
         look = (
             f"kafka_cert_file = {own!r}, which its authority must have signed"
             if own
-            else "kafka_cert_file and kafka_key_file, which are empty: it may ask for a "
+            else "kafka_cert_file and kafka_key_file, which are empty: it may demand a "
             "certificate of ours"
         )
         return self._refused(f"it ended the TLS connection ({alert}); look at {look}")

@@ -124,10 +124,10 @@ def ensure_topics(settings: Settings, names: Sequence[str] | None = None) -> Non
         )
         for described in _described(settings, admin, [settings.prefixed(n) for n in names]):
             name = described["name"].removeprefix(settings.prefixed(""))
-            wanted, found = topic_configs(settings, name)[0], len(described["partitions"])
-            if wanted != found:
+            expected, found = topic_configs(settings, name)[0], len(described["partitions"])
+            if expected != found:
                 raise LogMismatch(
-                    f"topic {described['name']} has {found} partitions, the settings say {wanted}; "
+                    f"topic {described['name']} has {found} partitions, the settings {expected}; "
                     f"set EDDYLINE_{'ITEMS' if 'item' in name else 'CLICKS'}_PARTITIONS={found}"
                 )
 

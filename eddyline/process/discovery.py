@@ -85,7 +85,7 @@ def running(settings: Settings) -> LocalServers | None:
         return msgspec.json.decode(content, type=LocalServers)
     except msgspec.DecodeError as error:
         raise LocalServerError(
-            f"{servers_file(settings)}: {error}; `eddyline down`, then `eddyline up` writes it anew"
+            f"{servers_file(settings)}: {error}; `eddyline down`, then `eddyline up` replaces it"
         ) from None
 
 

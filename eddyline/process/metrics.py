@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 # While a process is replaced, its predecessor still holds the port.
 AGAIN_S = 0.5
-# A port that is still taken after this time is logged as an error.
+# A port that is in use for longer is logged as an error.
 TAKEN_S = 60.0
 _JOIN_S = 5.0
 
@@ -23,7 +23,7 @@ _JOIN_S = 5.0
 def serve(host: str, port: int, collector: Collector) -> Callable[[], None]:
     """Serve metrics at host:port; port 0 serves none. Returns a function that stops it.
 
-    A taken port does not stop the process: it is tried again, and logged as an error in time.
+    A port in use does not stop the process: it is tried again, and logged as an error in time.
     """
     if not port:
         return lambda: None

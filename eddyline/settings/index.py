@@ -8,14 +8,14 @@ import msgspec
 
 from eddyline.settings.field import about
 
-MainName = Literal["hnswlib", "faiss-flat", "faiss-ivf", "faiss-ivfpq", "faiss-hnsw", "annoy"]
+BackendName = Literal["hnswlib", "faiss-flat", "faiss-ivf", "faiss-ivfpq", "faiss-hnsw", "annoy"]
 
 
 class IndexSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The index of a query worker."""
 
     index_main: Annotated[
-        MainName,
+        BackendName,
         about(
             "The library of the main index; `faiss-…` and `annoy` need their extra. Which one "
             "when: docs/benchmarks.md."

@@ -60,7 +60,7 @@ class KafkaSettings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = ""
     kafka_cert_file: Annotated[
-        str, about("PEM file of our own certificate, if Kafka asks for one (mTLS).")
+        str, about("PEM file of our own certificate, if Kafka demands one (mTLS).")
     ] = ""
     kafka_key_file: Annotated[
         str, about("PEM file of its private key. Empty: the key is in `kafka_cert_file`.")

@@ -34,7 +34,7 @@ class RedisSettings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ] = ""
     redis_cert_file: Annotated[
-        str, about("PEM file of our own certificate, if Redis asks for one.")
+        str, about("PEM file of our own certificate, if Redis demands one.")
     ] = ""
     redis_key_file: Annotated[
         str, about("PEM file of its key, without a pass phrase. Empty: it is in `redis_cert_file`.")

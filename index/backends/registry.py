@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import get_args
 
 from eddyline.errors import SettingsError
-from eddyline.settings.index import MainName
+from eddyline.settings.index import BackendName
 from index.backends.base import AnnBackend
 
-NAMES: tuple[str, ...] = get_args(MainName)
+NAMES: tuple[str, ...] = get_args(BackendName)
 
 
 def make_backend(

@@ -191,14 +191,14 @@ def test_faust_gets_what_kafka_python_gets(
 def test_a_missing_right_is_known_in_all_its_forms() -> None:
     from kafka import errors
 
-    told = (
+    denied = (
         errors.TopicAuthorizationFailedError("clicks"),
         errors.GroupAuthorizationFailedError("g"),
         errors.TransactionalIdAuthorizationFailedError(),
         errors.KafkaError("Unexpected error in …: [Error 31] ClusterAuthorizationFailedError"),
     )
     settings = Settings(kafka_bootstrap_servers="127.0.0.1:1", kafka_sasl_username="ann")
-    for error in told:
+    for error in denied:
         assert isinstance(clients.translate_error(settings, error), KafkaRefused)
     away = clients.translate_error(settings, errors.KafkaTimeoutError("slow"), "topic t")
     assert isinstance(away, KafkaUnavailable) and str(away).startswith("topic t: KafkaTimeoutError")
@@ -217,11 +217,11 @@ def server(answer: Callable[[bytes], bytes | None]) -> Iterator[Settings]:
             with contextlib.suppress(OSError):
                 while True:
                     connection, _ = listening.accept()
-                    said = answer(connection.recv(65_536))
-                    if said is None:
+                    sent = answer(connection.recv(65_536))
+                    if sent is None:
                         kept.append(connection)
                         continue
-                    connection.sendall(said)
+                    connection.sendall(sent)
                     connection.close()
 
         thread = threading.Thread(target=serve, daemon=True)
@@ -244,7 +244,7 @@ def frame(content: bytes) -> bytes:
 
 @pytest.mark.parametrize("protocol", ["PLAINTEXT", "SSL"])
 @pytest.mark.parametrize(
-    "said",
+    "sent",
     [
         b"",
         b"\0",
@@ -254,8 +254,8 @@ def frame(content: bytes) -> bytes:
         b"\xff" * 60_000,
     ],
 )
-def test_an_answer_that_is_none_of_kafkas_is_no_refusal(said: bytes, protocol: Any) -> None:
-    with server(lambda _: said) as settings, pytest.raises(KafkaUnavailable):
+def test_an_answer_that_is_none_of_kafkas_is_no_refusal(sent: bytes, protocol: Any) -> None:
+    with server(lambda _: sent) as settings, pytest.raises(KafkaUnavailable):
         diagnostics.check_connection(
             msgspec.structs.replace(settings, kafka_security_protocol=protocol)
         )
@@ -275,7 +275,12 @@ def test_a_server_that_keeps_silent_is_waited_for_no_longer_than_a_call_may_take
 
 def test_the_limit_of_an_answer() -> None:
     limit = diagnostics._ANSWER_BYTES_MAX
-    for size, taken in ((limit - 1, True), (limit, True), (limit + 1, False), (2**31 - 1, False)):
+    for size, accepted in (
+        (limit - 1, True),
+        (limit, True),
+        (limit + 1, False),
+        (2**31 - 1, False),
+    ):
         ours, theirs = socket.socketpair()
         with ours, theirs:
             ours.settimeout(5)
@@ -283,7 +288,7 @@ def test_the_limit_of_an_answer() -> None:
             answer = struct.pack(">ii", size, 1) + b"\0" * (min(size, limit) - 4)
             sender = threading.Thread(target=theirs.sendall, args=(answer,))
             sender.start()
-            if taken:
+            if accepted:
                 assert diagnostics.Wire(ours).call(ApiVersionsRequest(version=0)).error_code == 0
             else:
                 with pytest.raises(diagnostics._NotKafka):
@@ -303,9 +308,9 @@ def test_addresses_without_a_host_or_a_good_port_are_no_refusal() -> None:
 def test_one_broker_that_lets_us_in_is_enough() -> None:
     versions, state = struct.pack(">hi", 0, 0), struct.pack(">hi", 34, 0)
 
-    def broker(said: bytes) -> bytes:
-        correlation_id = said[8:12]
-        return frame(correlation_id + (versions if said[4:6] == b"\0\x12" else state))
+    def broker(sent: bytes) -> bytes:
+        correlation_id = sent[8:12]
+        return frame(correlation_id + (versions if sent[4:6] == b"\0\x12" else state))
 
     with socket.create_server(("127.0.0.1", 0)) as listening:
 

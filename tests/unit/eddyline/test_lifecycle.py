@@ -107,6 +107,6 @@ def test_a_process_has_its_settings_and_stops_at_a_signal(tmp_path: Path) -> Non
 
 def test_a_bad_setting_is_a_sentence_on_standard_error(tmp_path: Path) -> None:
     with started(EDDYLINE_K_MAX="many") as child:
-        out, said = child.communicate(timeout=20)
-    assert (child.returncode, out) == (2, "") and "k_max = 'many'" in said
-    assert "Traceback" not in said
+        out, stderr = child.communicate(timeout=20)
+    assert (child.returncode, out) == (2, "") and "k_max = 'many'" in stderr
+    assert "Traceback" not in stderr
