@@ -1,4 +1,4 @@
-"""Which node of a Redis Cluster serves which hash slot, and the hash slot of a command."""
+"""The slot map of a Redis Cluster, and the hash slot of a command."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from redis.exceptions import ClusterDownError
 Address = tuple[str, int]
 # Commands whose first key is their third argument.
 _KEY_THIRD = {"EVAL", "EVALSHA"}
-# Commands about a server, not about a key.
+# Commands without a key.
 _KEYLESS = {"PING", "INFO", "CONFIG", "CLUSTER", "TIME", "DBSIZE", "COMMAND", "ACL", "SCRIPT"}
 
 
 @dataclass(frozen=True)
 class SlotMap:
-    """Which node serves which hash slot; as one node told it, replaced whole.
+    """Hash slots and nodes, as reported by one node. Replaced as a whole.
 
-    owners: by hash slot, None where no node serves it
+    owners: primary by hash slot; None if no node serves the slot
     """
 
     owners: tuple[Address | None, ...]
@@ -28,7 +28,7 @@ class SlotMap:
     replicas: tuple[Address, ...]
 
     def owner(self, slot: int) -> Address:
-        """The primary of a hash slot. Raises ClusterDownError where there is none."""
+        """The primary of a hash slot. Raises ClusterDownError if there is none."""
         found = self.owners[slot]
         if found is None:
             raise ClusterDownError(f"hash slot {slot} is served by no node")
@@ -36,23 +36,24 @@ class SlotMap:
 
     @property
     def uncovered(self) -> int:
-        """How many hash slots no node serves."""
+        """Number of hash slots without a node."""
         return self.owners.count(None)
 
 
-def parse_slots(rows: Sequence[Sequence[Any]], asked: Address) -> SlotMap:
-    """The answer to CLUSTER SLOTS, as raw lists.
+def parse_slots(rows: Sequence[Sequence[Any]], source: Address) -> SlotMap:
+    """The slot map from the raw answer of `source` to CLUSTER SLOTS.
 
-    A node that does not know its own address leaves it out; it is the one that was asked then.
+    A node that does not know its own host leaves it out; then it is the host of `source`.
 
-    >>> parse_slots([[0, 1, [b"10.0.0.1", 7000, b"id"], [b"", 7001, b"id"]]], ("here", 7000)).replicas
+    >>> rows = [[0, 1, [b"10.0.0.1", 7000, b"id"], [b"", 7001, b"id"]]]
+    >>> parse_slots(rows, ("here", 7000)).replicas
     (('here', 7001),)
     """
     owners: list[Address | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
     primaries: dict[Address, None] = {}
     replicas: dict[Address, None] = {}
     for first, last, *nodes in rows:
-        found = [address_of(node[0], int(node[1]), asked) for node in nodes]
+        found = [address_of(node[0], int(node[1]), source) for node in nodes]
         primaries[found[0]] = None
         replicas |= dict.fromkeys(found[1:])
         owners[first : last + 1] = [found[0]] * (last + 1 - first)
@@ -60,16 +61,17 @@ def parse_slots(rows: Sequence[Sequence[Any]], asked: Address) -> SlotMap:
 
 
 def named(address: Address) -> str:
-    """`host:port`, a host with colons in brackets."""
+    """`host:port`; a host with colons is in brackets."""
     host, port = address
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def slot_of(args: Sequence[Any]) -> int | None:
-    """The hash slot of a command's first key, None for a command about a server.
+    """The hash slot of a command's first key; None for a command without a key.
 
-    >>> slot_of(("GET", "a{u3}b")) == slot_of(("EVALSHA", "sha", 1, "{u3}:window")), slot_of(("INFO",))
-    (True, None)
+    >>> slot_of(("GET", "a{u3}b")) == slot_of(("EVALSHA", "sha", 1, "{u3}:window"))
+    True
+    >>> slot_of(("INFO",))
     """
     name = str(args[0]).partition(" ")[0].upper()
     if name in _KEYLESS:
@@ -78,7 +80,7 @@ def slot_of(args: Sequence[Any]) -> int | None:
     return key_slot(key if isinstance(key, bytes) else str(key).encode())
 
 
-def address_of(host: Any, port: int, asked: Address) -> Address:
-    """An address as a node tells it; the host of the node that was `asked` where it leaves that out."""
+def address_of(host: Any, port: int, source: Address) -> Address:
+    """An address that `source` reported; its own host if it left the host out."""
     text = host.decode() if isinstance(host, bytes) else str(host or "")
-    return (asked[0] if text in ("", "?") else text, port)
+    return (source[0] if text in ("", "?") else text, port)

@@ -1,4 +1,4 @@
-"""The one place that makes a client of Redis from settings: a single server or a cluster, user, TLS."""
+"""Clients of Redis from settings (single server or cluster, user, TLS); the check of servers."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ from eddyline.errors import StoreRefused, StoreUnavailable
 from eddyline.settings.loader import Settings
 from eddyline.stores.cluster_slots import Address, named
 from eddyline.stores.redis_cluster import RedisCluster
-from eddyline.stores.redis_errors import is_cluster
+from eddyline.stores.redis_errors import cluster_not_set
 from eddyline.stores.redis_url import Target, target, tls
 
-# Servers send a ticket at once; for one that sends none, each new connection takes so much longer.
-_VERDICT_MS = 30
+# Servers send a session ticket at once. With one that sends none, each new connection takes so much
+# longer.
+_ALERT_WAIT_MS = 30
 
 
 def check(settings: Settings) -> None:
-    """Raise SettingsError where the settings of Redis cannot be right; asks no server."""
+    """Check the Redis settings without a server. Raises SettingsError."""
     tls(settings, target(settings))
 
 
 def client(settings: Settings, *, timeout_ms: int | None = None) -> redis.Redis:
-    """A client that connects when it is first used; a `RedisCluster` where `redis_cluster` is set.
+    """A client that connects on first use; a `RedisCluster` if `redis_cluster` is set.
 
-    timeout_ms: how long one call may take, by default `redis_timeout_ms`
+    timeout_ms: time-out of one call; default `redis_timeout_ms`
     Raises SettingsError. Thread rule: any thread.
     """
     to = target(settings)
@@ -45,10 +46,11 @@ def client(settings: Settings, *, timeout_ms: int | None = None) -> redis.Redis:
         "password": to.password or None,
         "db": to.db,
         "socket_timeout": timeout_s,
-        # One retry, at once, and only where the connection broke: a pooled connection that died with the
-        # server. A fenced write that was applied before its answer was lost is then refused, never doubled.
+        # One immediate retry, only if the connection broke: a pooled connection that died with the
+        # server. If a fenced write was applied and its answer lost, the retry is refused, never
+        # applied twice.
         "retry": Retry(NoBackoff(), 1, supported_errors=(ConnectionError,)),
-        # The same answers of every version of redis-py, and the fewest words to the server at the start.
+        # RESP2: the same answers in every version of redis-py, and the shortest handshake.
         "protocol": 2,
     }
     if to.path:
@@ -66,17 +68,17 @@ def client(settings: Settings, *, timeout_ms: int | None = None) -> redis.Redis:
 
 
 def check_servers(store: redis.Redis, to: Target) -> None:
-    """Raise StoreRefused where a server may drop keys, cannot be written to or is not what was set.
+    """Raise StoreRefused if a server may evict keys, is read-only, or is of another kind than set.
 
-    Of a cluster every node is looked at, a replica too: it may be a primary tomorrow. A replica that is away
-    is left out. Raises redis-py's errors where another server does not answer, and StoreUnavailable
-    while hash slots are served by no node.
+    In a cluster every node is checked, replicas too: one may become a primary. A replica that does
+    not answer is skipped. Raises redis-py's errors if another server does not answer, and
+    StoreUnavailable if hash slots have no node.
     """
     if not isinstance(store, RedisCluster):
         info = _info(store)
         _check_one(info, to.shown, primary=True)
         if int(info.get("cluster_enabled", 0)):
-            raise is_cluster(to.shown)
+            raise cluster_not_set(to.shown)
         return
     known = store.map(fresh=True)
     if known.uncovered:
@@ -91,9 +93,9 @@ def check_servers(store: redis.Redis, to: Target) -> None:
 
 
 class Script:
-    """A Lua script, sent by its digest; whole where the node that answers does not know it (any more).
+    """A Lua script, sent by digest; sent whole if the node does not have it.
 
-    redis-py's own would load it into a server first, which may be another node than the one that runs it.
+    redis-py's `Script` loads it into a server first, which may not be the node that runs it.
     Thread rule: any thread.
     """
 
@@ -111,7 +113,7 @@ class Script:
 
 
 class _TlsConnection(SSLConnection):
-    """redis-py's, with one context for all connections instead of one that is made anew for each."""
+    """redis-py's `SSLConnection` with one context for all connections."""
 
     def __init__(self, *, context: ssl.SSLContext, **options: Any) -> None:
         super().__init__(**options)
@@ -121,27 +123,27 @@ class _TlsConnection(SSLConnection):
         made = self._context.wrap_socket(sock, server_hostname=self.host)
         try:
             if made.version() == "TLSv1.3":
-                self._await_verdict(made)
+                self._await_alert(made)
         except OSError:
             made.close()
             raise
         return made
 
-    def _await_verdict(self, made: ssl.SSLSocket) -> None:
-        """Raise OSError where the server does not accept our certificate, or our having none.
+    def _await_alert(self, made: ssl.SSLSocket) -> None:
+        """Raise OSError if the server refuses our certificate, or requires one.
 
-        In TLS 1.3 it judges after our side of the handshake: it sends a ticket, or an alert and ends. Whoever
-        writes meanwhile loses the alert, and with it the reason.
+        In TLS 1.3 the server verifies after our side of the handshake: it sends a session ticket,
+        or an alert and closes. A write before that loses the alert, and with it the reason.
         """
         poll = select.poll()
         poll.register(made, select.POLLIN)
-        if not poll.poll(_VERDICT_MS):
+        if not poll.poll(_ALERT_WAIT_MS):
             return
         made.setblocking(False)
         try:
             if not made.recv(1):
                 raise ConnectionResetError("connection closed by server")
-        except ssl.SSLWantReadError:  # a ticket, and nothing else
+        except ssl.SSLWantReadError:  # only a session ticket
             pass
         finally:
             made.settimeout(self.socket_timeout)

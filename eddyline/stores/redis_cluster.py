@@ -1,8 +1,8 @@
-"""A Redis Cluster with redis-py's own commands: each goes to the node that serves its key.
+"""A client of Redis Cluster: redis-py's commands, each sent to the node that serves its key.
 
-redis-py's `RedisCluster` connects while it is made, and sends the commands of a pipeline that broke again
-one by one, each with a time-out of its own. Here nothing is asked before the first command, and one that
-meets a node that hangs takes two time-outs at most: one to learn which node serves what, one itself.
+It connects at the first command. A command takes at most two time-outs when a node hangs: one to
+read the slot map, one for itself. Why redis-py's own `RedisCluster` does not do:
+docs/adr/0015-redis-cluster-client.md.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from eddyline.errors import StoreRefused
 from eddyline.stores.cluster_slots import Address, SlotMap, address_of, named, parse_slots, slot_of
 
 _T = TypeVar("_T")
-# A command and its options, not sent yet.
+# A queued command: arguments and options.
 _Queued = tuple[tuple[Any, ...], dict[str, Any]]
-# A slot that moves gives one redirection, two where it moves on at once; more is a cluster in disagreement.
+# A moving slot gives one redirection, or two if it moves on at once; more means the nodes disagree.
 _TRIES = 5
 _REDIRECTED = (AskError, TryAgainError)
 
@@ -44,23 +44,24 @@ _REDIRECTED = (AskError, TryAgainError)
 class RedisCluster(redis.Redis):
     """All nodes of one cluster. Thread rule: any thread.
 
-    A command that names no key of ours goes to any node; `pipeline(transaction=True)` takes keys of one slot
-    tag, any other pipeline is split by nodes. Errors are redis-py's.
+    A command without a key goes to any node. `pipeline(transaction=True)` takes keys of one slot
+    tag; other pipelines are split by node. Raises redis-py's errors.
     """
 
     def __init__(
         self, seeds: Sequence[Address], make: Callable[[Address], redis.Redis], timeout_s: float
     ) -> None:
-        """seeds: nodes that are asked first; make: a client of one node, not connected yet.
+        """seeds: nodes to ask first for the slot map; make: the client of a node, unconnected.
 
-        timeout_s: how long to look for a node that knows the cluster, beyond the first one's own time-out
+        timeout_s: limit for the search of a node that answers, beyond the time-out of the first
+                   node
         """
         self._seeds = tuple(seeds)
         self._make = make
         self._timeout_s = timeout_s
         self._nodes = {address: make(address) for address in self._seeds}
         self._lock = threading.Lock()
-        self._asking = threading.Lock()
+        self._refreshing = threading.Lock()
         self._map: SlotMap | None = None
         self._stale = False
         self._fell: dict[Address, float] = {}
@@ -68,38 +69,38 @@ class RedisCluster(redis.Redis):
         super().__init__(connection_pool=self._nodes[self._seeds[0]].connection_pool)
 
     def execute_command(self, *args: Any, **options: Any) -> Any:
-        """Run one command where its key lies."""
+        """Run one command on the node of its key."""
         slot = slot_of(args)
         if slot is None:
             return self._anywhere(lambda node: _run(node, *args, **options))
 
-        def asked(node: redis.Redis) -> Any:
+        def with_asking(node: redis.Redis) -> Any:
             with node.pipeline(transaction=False) as pipe:
                 _run(pipe, "ASKING")
                 _run(pipe, *args, **options)
                 return pipe.execute()[1]
 
-        return self.on_slot(slot, lambda node: _run(node, *args, **options), asked)
+        return self.on_slot(slot, lambda node: _run(node, *args, **options), with_asking)
 
     def pipeline(self, transaction: bool = True, shard_hint: Any = None) -> Pipeline:
-        """Commands that are sent together. transaction: read or written at one instant, of one slot tag."""
+        """A pipeline. transaction: MULTI/EXEC; all keys have one slot tag."""
         return _Pipe(self, transaction)
 
     def on_slot(
         self,
         slot: int,
         call: Callable[[redis.Redis], _T],
-        asked: Callable[[redis.Redis], _T] | None = None,
+        with_asking: Callable[[redis.Redis], _T] | None = None,
     ) -> _T:
-        """Call with the client of the node that serves the slot, wherever it has moved.
+        """Call with the client of the node that serves the slot, following redirections.
 
-        asked: the same on a node that is just taking the slot over; None where that cannot be done
+        with_asking: the call for a node that is importing the slot; None if it cannot be split off
         """
         seen = self.map()
         if seen.owners[slot] is None:
             seen = self._refresh(seen)
         target = seen.owner(slot)
-        again = True
+        retry = True
         for _ in range(_TRIES):
             try:
                 return call(self.node(target))
@@ -107,16 +108,16 @@ class RedisCluster(redis.Redis):
                 target = address_of(moved.host, moved.port, target)
                 seen = self._refresh(seen, first=target)
             except AskError as ask:
-                if asked is None:
+                if with_asking is None:
                     raise
-                return asked(self.node(address_of(ask.host, ask.port, target)))
+                return with_asking(self.node(address_of(ask.host, ask.port, target)))
             except (AuthenticationError, AuthorizationError):
                 raise
             except ConnectionError:
                 self._fell[target] = time.monotonic()
-                if not again:
+                if not retry:
                     raise
-                again = False
+                retry = False
                 seen = self._refresh(seen)
                 target = seen.owner(slot)
             except TimeoutError:
@@ -126,10 +127,10 @@ class RedisCluster(redis.Redis):
             except (ClusterDownError, ReadOnlyError):
                 self._stale = True
                 raise
-        raise ClusterError(f"hash slot {slot} was moved {_TRIES} times while it was asked for")
+        raise ClusterError(f"hash slot {slot} was moved {_TRIES} times during one command")
 
     def map(self, *, fresh: bool = False) -> SlotMap:
-        """Which node serves what; asked for at the first call and after an error. fresh: asked for now."""
+        """The slot map; read at the first call, after an error, and if `fresh`."""
         known = self._map
         if known is None or self._stale or fresh:
             return self._refresh(known)
@@ -145,18 +146,16 @@ class RedisCluster(redis.Redis):
     def scan_iter(self, *args: Any, **options: Any) -> Iterator[Any]:
         """All keys of all primaries, as redis-py's `scan_iter`.
 
-        Raises ConnectionError at the end where slots moved meanwhile: keys may have been missed.
+        Raises ConnectionError at the end if slots moved meanwhile: keys may be missing.
         """
         before = self.map(fresh=True)
         for address in before.primaries:
             yield from self.node(address).scan_iter(*args, **options)
         if self.map(fresh=True).owners != before.owners:
-            raise ConnectionError(
-                "hash slots moved while all keys were looked through; do it again"
-            )
+            raise ConnectionError("hash slots moved during a scan of all keys; do it again")
 
     def close(self) -> None:
-        """Let go of all connections."""
+        """Close all connections."""
         for node in list(getattr(self, "_nodes", {}).values()):
             node.close()
 
@@ -171,14 +170,12 @@ class RedisCluster(redis.Redis):
         raise ConnectionError("no primary of the cluster answers")
 
     def _refresh(self, seen: SlotMap | None, first: Address | None = None) -> SlotMap:
-        """The map as a node tells it now; another thread's where that one has replaced `seen` meanwhile."""
-        asked_at = time.monotonic()
-        with self._asking:
+        """Read the slot map, or take the one that another thread read meanwhile."""
+        started_s = time.monotonic()
+        with self._refreshing:
             if self._map is not None and self._map is not seen:
                 return self._map
-            if (
-                self._failed[0] > asked_at
-            ):  # another thread has just asked them all, while this one waited
+            if self._failed[0] > started_s:  # another thread tried all nodes while this one waited
                 raise ConnectionError(self._failed[1])
             try:
                 found = self._ask(seen, first)
@@ -190,18 +187,18 @@ class RedisCluster(redis.Redis):
             return found
 
     def _ask(self, seen: SlotMap | None, first: Address | None) -> SlotMap:
-        """Ask one node after the other for the map, those that failed last at the end."""
+        """Ask one node after the other, those that failed last at the end."""
         known = (*seen.primaries, *seen.replicas) if seen else ()
         candidates = dict.fromkeys((*known, *self._seeds))
         order = sorted(candidates, key=lambda address: self._fell.get(address, 0.0))
         if first is not None:
             order = [first, *(address for address in order if address != first)]
         until, tried = time.monotonic() + self._timeout_s, list[str]()
-        last: RedisError = ConnectionError("none was asked")
+        last: RedisError = ConnectionError("no node was tried")
         for address in order:
             tried.append(named(address))
             try:
-                # As two words: the answer is left as it is, whatever redis-py makes of it otherwise.
+                # As two arguments: then redis-py leaves the answer raw.
                 found = parse_slots(_run(self.node(address), "CLUSTER", "SLOTS"), address)
                 if found.primaries:
                     return found
@@ -234,40 +231,38 @@ class RedisCluster(redis.Redis):
 
 
 class _Pipe(Pipeline):
-    """Commands kept until `execute`, then sent to the nodes that they belong to. Thread rule: one thread."""
+    """Queues commands until `execute`, then sends them to their nodes. Thread rule: one thread."""
 
     def __init__(self, cluster: RedisCluster, transaction: bool) -> None:
         super().__init__(cluster.connection_pool, cluster.response_callbacks, transaction, None)
         self._cluster = cluster
-        self._at_once = transaction
+        self._transaction = transaction
         self._queued: list[_Queued] = []
 
     def __len__(self) -> int:
         return len(self._queued)
 
     def execute_command(self, *args: Any, **options: Any) -> Any:
-        """Keep a command for later."""
+        """Queue a command."""
         if slot_of(args) is None:
-            raise ResponseError(
-                f"{args[0]} names no key: it has no place in a pipeline to a cluster"
-            )
+            raise ResponseError(f"{args[0]} names no key: a pipeline of a cluster cannot route it")
         self._queued.append((args, options))
         return self
 
     def reset(self) -> None:  # type: ignore[override]
-        """Forget what was kept."""
+        """Drop the queued commands."""
         self._queued = []
 
     def execute(self, raise_on_error: bool = True) -> list[Any]:
         """All answers, in the order of the commands.
 
-        raise_on_error: raise the first error among them; else an error stands where the answer would
+        raise_on_error: raise the first error; if False, an error is in the place of its answer
         """
         queued, self._queued = self._queued, []
         if not queued:
             return []
         slots = [slot_of(args) or 0 for args, _ in queued]
-        if self._at_once:
+        if self._transaction:
             if len({*slots}) > 1:
                 raise ResponseError("a transaction of a cluster takes keys of one slot tag")
             return self._cluster.on_slot(
@@ -276,7 +271,7 @@ class _Pipe(Pipeline):
         answers: list[Any] = [None] * len(queued)
         for slot, places in self._by_node(slots):
             mine = [queued[at] for at in places]
-            for at, answer in zip(places, self._sent(slot, mine), strict=True):
+            for at, answer in zip(places, self._answers(slot, mine), strict=True):
                 answers[at] = answer
         for at, (args, options) in enumerate(queued):
             if isinstance(answers[at], _REDIRECTED):
@@ -290,14 +285,14 @@ class _Pipe(Pipeline):
         return answers
 
     def _by_node(self, slots: Sequence[int]) -> list[tuple[int, list[int]]]:
-        """For each node: one hash slot of it, and the places of the commands that it gets."""
+        """For each node: one of its hash slots, and the positions of its commands."""
         owners, found = self._cluster.map().owners, dict[Address | None, tuple[int, list[int]]]()
         for at, slot in enumerate(slots):
             found.setdefault(owners[slot], (slot, []))[1].append(at)
         return list(found.values())
 
-    def _sent(self, slot: int, mine: list[_Queued]) -> list[Any]:
-        """One node's answers. A slot that moved away meanwhile is answered by a redirection."""
+    def _answers(self, slot: int, mine: list[_Queued]) -> list[Any]:
+        """Answers of one node; errors, redirections included, are in the place of an answer."""
         try:
             return self._cluster.on_slot(slot, lambda node: _send(node, mine))
         except RedisError as error:
@@ -309,7 +304,7 @@ def _run(node: redis.Redis, *args: Any, **options: Any) -> Any:
 
 
 def _send(node: redis.Redis, queued: Sequence[_Queued], *, transaction: bool = False) -> list[Any]:
-    """Send commands to one node. An error among the answers stays one of them, but in a transaction."""
+    """Send commands to one node. Errors are returned in place; a transaction raises them."""
     with node.pipeline(transaction=transaction) as pipe:
         for args, options in queued:
             _run(pipe, *args, **options)

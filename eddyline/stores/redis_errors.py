@@ -1,4 +1,7 @@
-"""What redis-py's errors mean: to be waited for, or for a person. No message shows a password."""
+"""redis-py's errors as StoreUnavailable (retry) or StoreRefused (a person must act).
+
+No message shows a password.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,9 @@ from redis.exceptions import (
 from eddyline.errors import EddylineError, StoreRefused, StoreUnavailable
 from eddyline.stores.redis_url import Target
 
-# Answers that time may heal; any other refusal (a key of another type, an error in a script) stays one.
-_PASSING = (OutOfMemoryError, ReadOnlyError, ClusterError, TryAgainError)
-_PASSING_CODES = (
+# Temporary errors. Any other error answer (wrong key type, an error in a script) is permanent.
+_TEMPORARY = (OutOfMemoryError, ReadOnlyError, ClusterError, TryAgainError)
+_TEMPORARY_CODES = (
     "OOM",
     "LOADING",
     "BUSY",
@@ -41,7 +44,7 @@ _NO_TLS_THERE = {
     "PACKET_LENGTH_TOO_LONG",
     "UNKNOWN_PROTOCOL",
 }
-# In front of the server's own words where a command of a pipeline failed.
+# redis-py's prefix to the server's message if a command of a pipeline failed.
 _IN_PIPELINE = re.compile(r"^Command # \d+ .*?caused error: ", re.DOTALL)
 
 
@@ -55,34 +58,34 @@ def translate_error(error: RedisError, to: Target) -> EddylineError:
             return StoreRefused(f"{at} refuses the user and the password of redis_url: {text}")
         return StoreRefused(f"{at} asks for a user and a password, and redis_url has none: {text}")
     if found := _TLS_REASON.search(text):
-        return _of_tls(found[1], at, text)
+        return _translate_tls(found[1], at, text)
     if isinstance(error, InvalidResponse):
         hint = "" if to.tls else "; where that is a port for TLS, redis_url begins with rediss://"
         return StoreRefused(f"{at} does not speak as Redis does: {text}{hint}")
     if isinstance(error, AskError):
         if not to.cluster:
-            return is_cluster(to.shown)
+            return cluster_not_set(to.shown)
         what = "has been moved" if isinstance(error, MovedError) else "is being moved"
         return StoreUnavailable(
             f"{at}: hash slot {error.slot_id} {what} to {error.host}:{error.port}"
         )
-    if isinstance(error, _PASSING) or text.startswith(_PASSING_CODES):
+    if isinstance(error, _TEMPORARY) or text.startswith(_TEMPORARY_CODES):
         return StoreUnavailable(f"{at}: {text}")
     if isinstance(error, ResponseError):
-        return StoreRefused(f"{at} refuses what it is asked: {text}")
+        return StoreRefused(f"{at} refuses a command: {text}")
     return StoreUnavailable(f"{at}: {type(error).__name__}: {text}{_hint(text, to)}")
 
 
-def is_cluster(shown: str) -> StoreRefused:
-    """The refusal of a node of a cluster where a single server is expected."""
+def cluster_not_set(shown: str) -> StoreRefused:
+    """The error for a cluster node where the settings say a single server."""
     return StoreRefused(f"Redis at {shown} is a node of a Redis Cluster: set redis_cluster = true")
 
 
-def _of_tls(reason: str, at: str, text: str) -> EddylineError:
+def _translate_tls(reason: str, at: str, text: str) -> EddylineError:
     if reason == "CERTIFICATE_VERIFY_FAILED":
         return StoreRefused(
-            f"{at} shows a certificate that is not trusted: {text}; redis_ca_file names the CA that signed "
-            "it, and it has to be made out to the host that is connected to"
+            f"{at} shows a certificate that is not trusted: {text}; redis_ca_file names the CA of "
+            "the certificate, which must name the host in redis_url"
         )
     if "ALERT" in reason and any(
         what in reason for what in ("CERTIFICATE", "UNKNOWN_CA", "HANDSHAKE")
@@ -98,11 +101,11 @@ def _of_tls(reason: str, at: str, text: str) -> EddylineError:
 
 
 def _hint(text: str, to: Target) -> str:
-    """What else may be the reason where a server closes a connection at once, or does not shake hands."""
+    """Another possible reason if a server closes at once or does not finish the handshake."""
     if to.tls and text.startswith("Timeout connecting"):
-        return " (where this goes on: the port may speak no TLS, redis://)"
+        return " (if this persists: the port may speak no TLS, redis://)"
     if "closed by server" not in text.lower() and "reset by peer" not in text.lower():
         return ""
     if to.tls:
-        return " (where this goes on: it may ask for a certificate, redis_cert_file and redis_key_file)"
-    return " (where this goes on: it may be a port for TLS, rediss://)"
+        return " (if this persists: it may ask for redis_cert_file and redis_key_file)"
+    return " (if this persists: it may be a port for TLS, rediss://)"

@@ -1,7 +1,7 @@
-"""What `redis_url` says, and the files of TLS beside it.
+"""Parsing of `redis_url`, and the TLS files of the settings.
 
-It is read here and not by redis-py: a bad one is told without its password, a password may hold any
-character, and a cluster may be given by several addresses.
+Not redis-py's parser: errors show no password, a password may have any character, and a cluster may
+have several addresses.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from eddyline.errors import SettingsError
 from eddyline.settings.loader import Settings
 from eddyline.stores.cluster_slots import Address
 
-# What a process of ours has to be told beside the address, where its settings come from no environment.
+# The settings that belong to the address, for a child process that gets its settings by
+# environment.
 NAMES = ("redis_cluster", "redis_ca_file", "redis_cert_file", "redis_key_file")
 _SCHEMES = ("redis", "rediss", "unix")
 _PORT = 6379
@@ -24,10 +25,10 @@ _PORT = 6379
 
 @dataclass(frozen=True)
 class Target:
-    """Where Redis is and who we are there.
+    """Address and credentials of Redis.
 
     shown:     the URL without its password
-    addresses: (host, port); several only of a cluster; none with a `path` (a Unix socket)
+    addresses: (host, port); several only for a cluster; none with a `path` (a Unix socket)
     """
 
     shown: str
@@ -41,20 +42,20 @@ class Target:
 
 
 def target(settings: Settings) -> Target:
-    """`redis_url` and `redis_cluster`, read and checked. Raises SettingsError, which shows no password."""
+    """Parse and check `redis_url`. Raises SettingsError, which shows no password."""
     shown = without_password(settings.redis_url)
     scheme, found, rest = settings.redis_url.partition("://")
     if not found or scheme not in _SCHEMES:
         raise SettingsError(
             f"redis_url = {shown!r}: expected redis://, rediss:// (TLS) or unix:// and an address"
         )
-    # The last @ ends the password, so that one may hold any character; only % has to be written as %25.
+    # The last @ ends the password, which may have any character; only % is written as %25.
     credentials, _, place = rest.rpartition("@")
     user, _, password = credentials.partition(":")
     place, options, _ = place.partition("?")
     if options:
         raise SettingsError(
-            f"redis_url = {shown!r}: takes nothing after a '?'; the files of TLS are settings of their own"
+            f"redis_url = {shown!r}: takes nothing after a '?'; TLS files are settings of their own"
         )
     at, _, name = place.partition("/") if scheme != "unix" else ("", "", "")
     made = Target(
@@ -82,12 +83,12 @@ def target(settings: Settings) -> Target:
 
 
 def tls(settings: Settings, to: Target) -> ssl.SSLContext | None:
-    """How to speak TLS, None without it. Raises SettingsError, which names the setting."""
+    """The TLS context; None without TLS. Raises SettingsError, which names the setting."""
     files = {name: getattr(settings, name) for name in NAMES[1:] if getattr(settings, name)}
     if not to.tls:
         if files:
             raise SettingsError(
-                f"{', '.join(files)}: set, but redis_url = {to.shown!r} is not TLS, which is rediss://"
+                f"{', '.join(files)}: set, but redis_url = {to.shown!r} is not rediss:// (TLS)"
             )
         return None
     for name, path in files.items():
@@ -100,7 +101,7 @@ def tls(settings: Settings, to: Target) -> ssl.SSLContext | None:
             f"redis_key_file = {settings.redis_key_file!r}: set without redis_cert_file"
         )
     try:
-        # With a file of its own, only what that CA signed; without one, what this machine trusts.
+        # With a CA file only its certificates are trusted, without one those of the system.
         context = ssl.create_default_context(cafile=settings.redis_ca_file or None)
     except ssl.SSLError:
         raise SettingsError(
@@ -115,17 +116,17 @@ def tls(settings: Settings, to: Target) -> ssl.SSLContext | None:
 def _load_own(context: ssl.SSLContext, settings: Settings) -> None:
     certificate, key = settings.redis_cert_file, settings.redis_key_file
 
-    def asked() -> str:
+    def no_pass_phrase() -> str:
         raise SettingsError(
-            f"redis_key_file = {key or certificate!r}: the key has a pass phrase; it has to be without one"
+            f"redis_key_file = {key or certificate!r}: the key must not have a pass phrase"
         )
 
     try:
-        context.load_cert_chain(certificate, key or None, asked)
+        context.load_cert_chain(certificate, key or None, no_pass_phrase)
     except ssl.SSLError as error:
         raise SettingsError(
-            f"redis_cert_file = {certificate!r}, redis_key_file = {key!r}: not a certificate and its own key "
-            f"in PEM form ({error.reason or 'unreadable'})"
+            f"redis_cert_file = {certificate!r}, redis_key_file = {key!r}: not a certificate and "
+            f"its own key in PEM form ({error.reason or 'unreadable'})"
         ) from None
 
 
@@ -147,7 +148,7 @@ def _database(name: str, shown: str) -> int:
     return int(name.rstrip("/") or 0)
 
 
-# `host:port,…`, and whatever comes after a slash.
+# `host:port,…`, up to a slash.
 _ADDRESSES = re.compile(
     r"(?:\[[^\]]*\]|[^:,/]*)(?::\d+)?(?:,(?:\[[^\]]*\]|[^:,/]*)(?::\d+)?)*(?:/|\Z)"
 )
@@ -158,13 +159,15 @@ def without_password(url: str) -> str:
 
     >>> without_password("redis://ann:s3cret@127.0.0.1:6379/0")
     'redis://ann:***@127.0.0.1:6379/0'
-    >>> without_password("redis://:s3/cr@t@host:6379/0"), without_password("redis://host/0?password=s3cret")
-    ('redis://:***@host:6379/0', 'redis://host/0?***')
-    >>> without_password("redis://:s3cret/0")  # the @ was forgotten
+    >>> without_password("redis://:s3/cr@t@host:6379/0")
+    'redis://:***@host:6379/0'
+    >>> without_password("redis://host/0?password=s3cret")
+    'redis://host/0?***'
+    >>> without_password("redis://:s3cret/0")  # the @ is missing
     'redis://***'
     """
     scheme, found, rest = url.partition("://")
-    # All in front of the last @ may be a part of the password, whatever it looks like.
+    # Everything before the last @ may be part of the password.
     credentials, at, place = rest.rpartition("@")
     shown = place.partition("?")[0]
     if not found or not (at or scheme == "unix" or _ADDRESSES.match(shown)):

@@ -1,6 +1,6 @@
--- KEYS[2]: the buckets' index (bucket numbers by themselves), then the buckets that are added to. ARGV[3]:
--- buckets kept, ARGV[4]: the prefix of a bucket's key, ARGV[5]: the most items of a bucket; then of each bucket
--- its number, how many items, and as many pairs (item id, thousandths).
+-- KEYS[2]: the index of buckets (sorted set, number by number), KEYS[3] …: the buckets that grow.
+-- ARGV[3]: buckets kept, ARGV[4]: key prefix of a bucket, ARGV[5]: items of a bucket at most; then
+-- for each bucket: its number, n items, n pairs (item id, thousandths of a click).
 local items_max, i = tonumber(ARGV[5]), 6
 while i <= #ARGV do
   local bucket, last = ARGV[4] .. ARGV[i], i + 1 + 2 * tonumber(ARGV[i + 1])
@@ -18,7 +18,8 @@ local newest = redis.call('ZREVRANGE', KEYS[2], 0, 0)[1]
 if newest then
   local last_gone = string.format('%.0f', newest - ARGV[3])
   for _, bucket in ipairs(redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', last_gone)) do
-    -- Its key was not named: where a cluster just moves the slot it may be elsewhere, and goes the next time.
+    -- KEYS does not name it: while a cluster moves the slot it may be on the other node; the next
+    -- call deletes it then.
     if type(redis.pcall('UNLINK', ARGV[4] .. bucket)) == 'number' then
       redis.call('ZREM', KEYS[2], bucket)
     end

@@ -1,5 +1,6 @@
--- Put before every write script. KEYS[1]: the fence. ARGV[1]: the fence that was read ("" for absent),
--- ARGV[2]: the new one. A fence that differs refuses the whole write and returns what was found.
+-- Head of every write script. KEYS[1]: the fence. ARGV[1]: the expected fence ("" for none),
+-- ARGV[2]: the new fence. If the stored fence differs, nothing is written and the stored fence is
+-- returned.
 local found = redis.call('GET', KEYS[1]) or ''
 if found ~= ARGV[1] then
   return {0, found}

@@ -1,8 +1,9 @@
--- Put before fence.lua where KEYS[2] is the fence of `users` and ARGV[3] what it must be ("-": anything): who
--- wrote there since may have forgotten a user whose list this write would bring back.
+-- Head of write_users.lua. KEYS[2]: the fence of `users`, ARGV[3]: its expected value ("-": not
+-- checked). If it differs, a user may have been forgotten since, and this write would restore the
+-- user's history.
 if ARGV[3] ~= '-' then
-  local theirs = redis.call('GET', KEYS[2]) or ''
-  if theirs ~= ARGV[3] then
-    return {0, theirs}
+  local found = redis.call('GET', KEYS[2]) or ''
+  if found ~= ARGV[3] then
+    return {0, found}
   end
 end

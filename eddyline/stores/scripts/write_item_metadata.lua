@@ -1,4 +1,4 @@
--- KEYS[2] …: the cards' keys. ARGV[3] …: pairs (source offset, value); a card of a lower offset never
+-- KEYS[2] …: keys of item metadata. ARGV[3] …: pairs (source offset, value). A lower offset never
 -- overrides a stored one.
 for i = 2, #KEYS do
   local head = redis.call('GETRANGE', KEYS[i], 4, 11)

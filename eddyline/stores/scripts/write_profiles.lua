@@ -1,6 +1,7 @@
--- ARGV[3]: n profiles, ARGV[4]: g keys of a forgotten user; KEYS[2] …: n profile keys, then g keys for each
--- forgotten one: profile, recent list, older list, embeddings. ARGV[5] …: n profile values, then for each
--- forgotten one the time (broker's clock, ms) up to which he is, or nothing for whatever there is.
+-- ARGV[3]: n profiles, ARGV[4]: g keys of a forgotten user. KEYS[2] …: n profile keys, then g keys
+-- for each forgotten user: profile, recent history, older history, embeddings. ARGV[5] …: n
+-- profiles, then for each forgotten user the time of the null record (broker's clock, ms), or "" to
+-- delete in any case.
 local n, g = tonumber(ARGV[3]), tonumber(ARGV[4])
 for i = 1, n do
   redis.call('SET', KEYS[1 + i], ARGV[4 + i])
@@ -11,8 +12,8 @@ for i = 5 + n, #ARGV do
   local recent = ARGV[i] ~= '' and redis.call('GET', KEYS[at + 2])
   local read, list = pcall(cmsgpack.unpack, recent and string.sub(recent, 1, -9) or '')
   local appended_ms = read and type(list) == 'table' and tonumber(list[6])
-  -- A list that has gone on since stays: `clicks` says at which place in it he was forgotten. One that cannot
-  -- be read goes: an error here would leave the fence moved and him remembered.
+  -- A history with a later event stays: a Forget in `clicks` removes its older events. A history
+  -- that cannot be decoded is deleted: an error here would move the fence and keep the user.
   if not appended_ms or appended_ms <= tonumber(ARGV[i]) then
     for k = 2, g do
       redis.call('DEL', KEYS[at + k])

@@ -1,4 +1,4 @@
-"""The item record: roundtrip, golden bytes of every version, and no byte string that breaks the reader."""
+"""The item record: round trip, golden bytes of every version, arbitrary bytes are rejected."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from eddyline.schema.item_record import (
 )
 
 patient = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-GOLDEN = Path(__file__).parents[2] / "golden"
+GOLDEN = Path(__file__).parents[3] / "golden"
 values = (
     st.none()
     | st.booleans()

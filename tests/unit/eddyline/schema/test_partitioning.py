@@ -1,4 +1,4 @@
-"""The partition of a key: the same as other clients', and as it was in every earlier version."""
+"""The partition of a key equals that of other clients and of every earlier version."""
 
 import pytest
 from aiokafka.partitioner import murmur2 as aiokafka_murmur2
@@ -9,7 +9,7 @@ from kafka.partitioner.default import murmur2 as kafka_python_murmur2
 from eddyline.schema.partitioning import item_slot, murmur2, partition_of, user_slot
 
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-# The first seven are the vectors of Apache Kafka's own test of its murmur2 (as signed integers there).
+# The first seven are from Apache Kafka's own test of murmur2 (as signed integers there).
 GOLDEN = {
     b"21": -973932308,
     b"foobar": -790332482,

@@ -1,4 +1,4 @@
-"""The behaviour list: its bytes, and the order of inserted entries against a plain sort."""
+"""The user history: its bytes, and the order of inserted entries against a plain sort."""
 
 import msgspec
 import pytest
