@@ -44,11 +44,11 @@ class NearestSearch:
     """One query over one IndexVersion. Thread rule: one thread.
 
     query: float32 (d,), contiguous; k: <= the live items; excluded: item ids to leave out
-    need:  candidates that surely hold the answer; wide: the query in float64
+    need:  the best `need` items hold the answer; query64: the query in float64
     passes: which of some rows are candidates of segments or fresh buffer; None: all
     """
 
-    __slots__ = ("excluded", "k", "need", "passes", "query", "version", "wide")
+    __slots__ = ("excluded", "k", "need", "passes", "query", "query64", "version")
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class NearestSearch:
         self.excluded = excluded
         self.passes = passes
         self.need = k + len(excluded)
-        self.wide = query.astype(np.float64)
+        self.query64 = query.astype(np.float64)
 
     def segments_pay(self, breadth: int) -> bool:
         """Whether segments and fresh buffer are cheaper than a scan of all rows."""
@@ -86,14 +86,14 @@ class NearestSearch:
         fetch, largest = max(breadth, need), max(s.index.size for s in version.segments)
         few = min(fetch, need + max(OVERFETCH_MIN, int(OVERFETCH * need)))
         retry = RETRY_FACTOR * fetch
-        for count, wide in ((few, fetch), (fetch, fetch), (retry, retry)):
-            found = self.candidates(count, wide)
+        for count, width in ((few, fetch), (fetch, fetch), (retry, retry)):
+            found = self.candidates(count, width)
             if found is None:
                 return None
             result = self.rank(found)
             # If no candidate scores below the last result, items that were cut off may tie with it.
             tied = (
-                count < wide
+                count < width
                 and len(result)
                 and np.minimum.reduce(found.scores) >= result.scores[-1]
             )
@@ -163,17 +163,17 @@ class NearestSearch:
         if len(rows) > PREFILTER_ABOVE + 4 * self.need:
             rough = vectors @ self.query
             # Twice: both scores of a comparison may be off.
-            floor = _floor(rough, self.need, 2 * score_error(self.wide))
+            floor = _floor(rough, self.need, 2 * score_error(self.query64))
             at = (rough >= floor).nonzero()[0]
             rows, vectors = rows.take(at), vectors.take(at, axis=0)
-        return Candidates(rows, _exact_scores(vectors, self.wide))
+        return Candidates(rows, _exact_scores(vectors, self.query64))
 
     def _with_fresh(self, found: Candidates) -> Candidates:
         """The candidates of the segments plus fresh rows that could rank in the top `need`."""
         version, fresh, count = self.version, self.version.fresh, self.version.fresh_count
         if self.need <= len(found.scores):
             rough = fresh.vectors[:count] @ self.query
-            floor = _floor(found.scores, self.need, score_error(self.wide))
+            floor = _floor(found.scores, self.need, score_error(self.query64))
             at = (rough >= floor).nonzero()[0]
         else:
             at = np.arange(count)
@@ -184,7 +184,7 @@ class NearestSearch:
         kept = good.nonzero()[0]
         if not len(kept):
             return found
-        scores = _exact_scores(fresh.vectors.take(at.take(kept), axis=0), self.wide)
+        scores = _exact_scores(fresh.vectors.take(at.take(kept), axis=0), self.query64)
         return Candidates(
             np.concatenate((found.rows, rows.take(kept))), np.concatenate((found.scores, scores))
         )
@@ -218,10 +218,10 @@ def _result(version: IndexVersion, rows: Ints, scores: Floats) -> SearchResult:
     return SearchResult(version.names[facts[:, 0]].tolist(), scores, facts[:, 1:])
 
 
-def _exact_scores(vectors: Vector, wide: Floats) -> Floats:
+def _exact_scores(vectors: Vector, query64: Floats) -> Floats:
     """Products with the query, summed in float64 row by row: the same bits wherever a row lies."""
     products = vectors.astype(np.float64)
-    products *= wide
+    products *= query64
     sums: Floats = np.add.reduce(products, axis=1)
     return sums
 

@@ -22,8 +22,6 @@ from serving.rpc.converters import sizes_of
 from tests.unit.index.helpers import records, units, wait_until
 
 D, N, K = 16, 3_000, 20
-
-
 VECTORS, QUERIES = units(N, D, 1), units(500, D, 2)
 RECORDS = records(VECTORS)
 
