@@ -160,8 +160,19 @@ def test_an_extra_brings_what_its_process_imports(extra: str, module: str) -> No
     ],
 )
 def test_a_process_loads_no_framework_of_another(module: str, forbidden: set[str]) -> None:
+    assert not loaded_by(module) & forbidden
+
+
+def test_the_kernel_loads_no_framework() -> None:
+    names = [name.removesuffix(".py").replace("/", ".") for name in tracked("*.py")]
+    kernel = [name for name in names if name.startswith("eddyline.") and "__init__" not in name]
+    assert not loaded_by(*kernel) & {"annoy", "faiss", "faust", "grpc", "hnswlib", "torch"}
+
+
+def loaded_by(*modules: str) -> set[str]:
+    """The top-level packages in a process that imports these modules."""
     done = subprocess.run(
-        [sys.executable, "-c", f"import {module}, sys; print(*sys.modules)"],
+        [sys.executable, "-c", f"import {', '.join(modules)}, sys; print(*sys.modules)"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -170,7 +181,7 @@ def test_a_process_loads_no_framework_of_another(module: str, forbidden: set[str
     assert done.returncode == 0, done.stderr
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert "numpy" in loaded
-    assert not loaded & forbidden
+    return loaded
 
 
 def test_every_extra_is_locked() -> None:
