@@ -53,7 +53,7 @@ WHEN = {
     EXACT: "up to about 12,000 items, or where every answer must be exact",
     "hnswlib": "the default: fast, and its recall depends least on how the vectors lie",
     "faiss-flat": "to compare with: exact as exact-scan, but the vectors are there twice",
-    "faiss-ivf": "items change too fast for a graph to be built; vectors that cluster, as these do",
+    "faiss-ivf": "items change too fast for any graph to be built in time; clustered vectors",
     "faiss-ivfpq": "memory is short: a seventh of a graph's; longer training than faiss-ivf",
     "faiss-hnsw": "a graph where hnswlib cannot be compiled: Faiss comes as a wheel",
     "annoy": "one small dependency, a build of seconds; slower, finds less, takes the most memory",
@@ -64,7 +64,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
-class World:
+class VectorStream:
     """Vectors around cluster centres, and updates of them."""
 
     def __init__(self) -> None:
@@ -100,7 +100,7 @@ def recalls(index: LiveIndex, queries: np.ndarray) -> tuple[float, float]:
 
 
 def timed(index: LiveIndex, queries: np.ndarray, seconds: float) -> list[float]:
-    """Milliseconds of each query, asked back to back for so long."""
+    """Milliseconds of each query, back to back for `seconds`."""
     took, end = [], time.perf_counter() + seconds
     while (begun := time.perf_counter()) < end:
         index.query(queries[len(took) % len(queries)], K)
@@ -109,11 +109,9 @@ def timed(index: LiveIndex, queries: np.ndarray, seconds: float) -> list[float]:
 
 
 def under_updates(
-    index: LiveIndex, world: World, main_at_work: bool
+    index: LiveIndex, stream: VectorStream, main_at_work: bool
 ) -> tuple[list[float], float, int]:
-    """(milliseconds of each query, updates a second that were applied, rebuilds that were
-    finished).
-    """
+    """(milliseconds of each query, updates applied a second, finished rebuilds)."""
     stop = threading.Event()
     applied = 0
 
@@ -121,7 +119,7 @@ def under_updates(
         nonlocal applied
         due = time.perf_counter()
         while not stop.is_set():
-            index.apply(world.update())
+            index.apply(stream.update())
             applied += BATCH
             due = max(due + BATCH / UPDATES_PER_S, time.perf_counter() - 0.2)
             stop.wait(max(0.0, due - time.perf_counter()))
@@ -136,34 +134,34 @@ def under_updates(
     threads = threads if main_at_work else threads[:1]
     for thread in threads:
         thread.start()
-    took = timed(index, world.queries, SECONDS)
+    took = timed(index, stream.queries, SECONDS)
     rebuilds = index.stats().rebuilds - before
     stop.set()
-    index.close()  # a rebuild in progress is given up
-    for thread in threads:  # none may be in a library when the process ends
+    index.close()  # cancels a rebuild in progress
+    for thread in threads:  # no thread may be in a library when the process ends
         thread.join(TIMEOUT_S)
     return took, applied / SECONDS, rebuilds
 
 
 def measure(name: str) -> dict[str, Any]:
     """All figures of one main index."""
-    world = World()
+    stream = VectorStream()
     exact_below = 10**9 if name == EXACT else 0
     main = make_backend("hnswlib" if name == EXACT else name, ef=EF)
     # No rebuild starts by itself: the benchmark says when.
     index = LiveIndex(D, main, breadth=EF, exact_below=exact_below, fresh_max=10**9)
     index._due = lambda: False  # type: ignore[method-assign]
-    index.apply([ItemRecord(f"i{n}", 0, n, 0, 0, v) for n, v in enumerate(world.vectors)])
+    index.apply([ItemRecord(f"i{n}", 0, n, 0, 0, v) for n, v in enumerate(stream.vectors)])
     gc.collect()
     begun, cpu = time.perf_counter(), time.process_time()
     assert index.rebuild(), index.stats().rebuild_error
     build_s, build_cpu_s = time.perf_counter() - begun, time.process_time() - cpu
     stats = index.stats()
-    r10, r100 = recalls(index, world.queries[:JUDGED])
-    timed(index, world.queries, 0.3)
-    quiet = timed(index, world.queries, SECONDS / 2)
-    busy, per_s, rebuilds = under_updates(index, world, name != EXACT)
-    busy10, busy100 = recalls(index, world.queries[:JUDGED])
+    r10, r100 = recalls(index, stream.queries[:JUDGED])
+    timed(index, stream.queries, 0.3)
+    quiet = timed(index, stream.queries, SECONDS / 2)
+    busy, per_s, rebuilds = under_updates(index, stream, name != EXACT)
+    busy10, busy100 = recalls(index, stream.queries[:JUDGED])
     return {
         "name": name,
         "settings": dict(main.settings) if name != EXACT else {},

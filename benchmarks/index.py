@@ -1,7 +1,7 @@
 """Does a query feel the writes? `make bench-index`: the live index against a static graph in one
 process.
 
-Static and live are asked in turns, so that both see the same machine. The static side is the raw
+Static and live are queried in turns, so that both see the same machine. The static side is the raw
 `knn_query` of the very graph that the live index began with. Both answer with (id, score) of the K
 best, the live index by `find`; the rescoring and the fresh buffer are on the live side. Clustered
 unit vectors, d=64, M 16, efConstruction 200, ef 200, k=100, one query thread; updates by a second
@@ -63,7 +63,7 @@ class Batch(NamedTuple):
     records: list[ItemRecord]
 
 
-class World:
+class IndexFixture:
     """Vectors around cluster centres, and the live index over them."""
 
     def __init__(self, n: int, **options: Any) -> None:
@@ -156,9 +156,7 @@ def timed(
     at: int,
     cpu: list[float] | None = None,
 ) -> list[float]:
-    """Milliseconds of each call, back to back for so long. cpu: gets this thread's own CPU time of
-    each.
-    """
+    """Milliseconds of each call, back to back. cpu: gets this thread's CPU time of each."""
     took, end = [], time.perf_counter() + seconds
     while (begun := time.perf_counter()) < end:
         cpu_begun = time.thread_time()
@@ -170,16 +168,16 @@ def timed(
 
 
 def against_static(
-    world: World, per_s: int, *, small: bool, seconds: float, rebuilds: bool = True
+    fixture: IndexFixture, per_s: int, *, small: bool, seconds: float, rebuilds: bool = True
 ) -> dict[str, float]:
     """p50 and p99 of live under writes and rebuilds over those of the static graph, in turns."""
     on = threading.Event()
     batch = max(1, per_s // 50)
     # Drawn before the clock runs: drawing them takes the interpreter longer than applying them, and
     # a worker does not do it.
-    scratch = world.vectors.copy()
+    scratch = fixture.vectors.copy()
     waiting = [
-        world.drawn(batch, small, scratch) for _ in range(int(1.2 * per_s * seconds) // batch)
+        fixture.drawn(batch, small, scratch) for _ in range(int(1.2 * per_s * seconds) // batch)
     ]
     done: list[Batch] = []
 
@@ -193,7 +191,7 @@ def against_static(
                 due = time.perf_counter()
                 continue
             done.append(waiting.pop())
-            world.index.apply(done[-1].records)
+            fixture.index.apply(done[-1].records)
             due = max(due + batch / per_s, time.perf_counter() - 0.1)
             time.sleep(max(0.0, due - time.perf_counter()))
 
@@ -201,19 +199,19 @@ def against_static(
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), REBUILD_NICE)
         while not stop.is_set():
             if rebuilds and not small:
-                assert world.index.rebuild()
+                assert fixture.index.rebuild()
             stop.wait(0.05)
 
-    ids = world.index._version.ids
+    ids = fixture.index._version.ids
 
     def fixed(query: np.ndarray) -> list[tuple[str, float]]:
-        labels, distances = world.graph.knn_query(query, k=K, num_threads=1)
+        labels, distances = fixture.graph.knn_query(query, k=K, num_threads=1)
         return list(
             zip(map(ids.__getitem__, labels[0].tolist()), (1 - distances[0]).tolist(), strict=True)
         )
 
     def found(query: np.ndarray) -> list[tuple[str, float]]:
-        columns = world.index.find(query, K)
+        columns = fixture.index.find(query, K)
         return list(zip(columns.ids, columns.scores.tolist(), strict=True))
 
     static: list[float] = []
@@ -221,27 +219,23 @@ def against_static(
     static_cpu: list[float] = []
     live_cpu: list[float] = []
     busy_s = 0.0
-    timed(found, world.queries, 0.3, 0)
+    timed(found, fixture.queries, 0.3, 0)
     with background(write), background(rebuild):
         while busy_s < seconds:
             on.clear()
-            static += timed(fixed, world.queries, TURN_S, len(static), static_cpu)
+            static += timed(fixed, fixture.queries, TURN_S, len(static), static_cpu)
             on.set()
-            live += timed(found, world.queries, TURN_S, len(live), live_cpu)
+            live += timed(found, fixture.queries, TURN_S, len(live), live_cpu)
             busy_s += TURN_S
         on.clear()  # a rebuild may go on for a while
     for some in done:
-        world.vectors[some.at] = some.new
-    return {
-        "static_p50": float(np.percentile(static, 50)),
-        "static_p99": float(np.percentile(static, 99)),
-        "live_p50": float(np.percentile(live, 50)),
-        "live_p99": float(np.percentile(live, 99)),
-        "cpu_p50": float(np.percentile(live_cpu, 50) / np.percentile(static_cpu, 50)),
-        "cpu_p99": float(np.percentile(live_cpu, 99) / np.percentile(static_cpu, 99)),
-        "per_s": len(done) * batch / busy_s,
-        "fresh": world.index.stats().fresh,
-    }
+        fixture.vectors[some.at] = some.new
+    figures = {"per_s": len(done) * batch / busy_s, "fresh": fixture.index.stats().fresh}
+    for q in (50, 99):
+        figures[f"static_p{q}"] = float(np.percentile(static, q))
+        figures[f"live_p{q}"] = float(np.percentile(live, q))
+        figures[f"cpu_p{q}"] = float(np.percentile(live_cpu, q) / np.percentile(static_cpu, q))
+    return figures
 
 
 def recall_of(found: list[list[int]], vectors: np.ndarray, queries: np.ndarray) -> float:
@@ -253,10 +247,10 @@ def recall_of(found: list[list[int]], vectors: np.ndarray, queries: np.ndarray) 
     return hits / (K * len(queries))
 
 
-def live_recall(world: World) -> float:
-    queries = world.queries[:JUDGED]
-    found = [[int(hit.item_id[1:]) for hit in world.index.query(query, K)] for query in queries]
-    return recall_of(found, world.vectors, queries)
+def live_recall(fixture: IndexFixture) -> float:
+    queries = fixture.queries[:JUDGED]
+    found = [[int(hit.item_id[1:]) for hit in fixture.index.query(query, K)] for query in queries]
+    return recall_of(found, fixture.vectors, queries)
 
 
 def graph_recall(graph: Any, vectors: np.ndarray, queries: np.ndarray) -> float:
@@ -265,7 +259,7 @@ def graph_recall(graph: Any, vectors: np.ndarray, queries: np.ndarray) -> float:
 
 
 def speed(
-    world: World,
+    fixture: IndexFixture,
     name: str,
     per_s: int,
     bounds: tuple[float, float],
@@ -273,7 +267,7 @@ def speed(
     small: bool = False,
     seconds: float,
 ) -> list[dict[str, Any]]:
-    got = against_static(world, per_s, small=small, seconds=seconds)
+    got = against_static(fixture, per_s, small=small, seconds=seconds)
     p50, p99 = got["live_p50"] / got["static_p50"], got["live_p99"] / got["static_p99"]
     return [
         row(f"{name}: p50 against static", p50, "×", f"≤ {bounds[0]}", p50 <= bounds[0]),
@@ -291,19 +285,19 @@ def speed(
             f"≥ {0.9 * per_s:.0f}",
             got["per_s"] >= 0.9 * per_s,
         ),
-        row("  recall@100 of the live index right after", live_recall(world), ""),
+        row("  recall@100 of the live index right after", live_recall(fixture), ""),
     ]
 
 
-def apply_cost(world: World) -> list[dict[str, Any]]:
+def apply_cost(fixture: IndexFixture) -> list[dict[str, Any]]:
     """CPU of `apply` for an item, in batches of 50."""
     rows = []
     for small, what in ((False, "somewhere else"), (True, "turned a little")):
         cost = []
         for _ in range(60):
-            batch = world.update(50, small)
+            batch = fixture.update(50, small)
             begun = time.thread_time()
-            world.index.apply(batch)
+            fixture.index.apply(batch)
             cost.append((time.thread_time() - begun) / 50 * 1e6)
         at = statistics.median(cost)
         rows.append(row(f"apply, an item, batch of 50, {what}", at, "µs CPU", "≤ 5", at <= 5))
@@ -314,12 +308,12 @@ def crossing() -> list[dict[str, Any]]:
     """Exact scan against graph by size, and filters by what they keep."""
     rows = []
     for n in (3_000, 6_000, 12_000, 24_000):
-        world = World(n, exact_below=0)
-        version = world.index._version
+        fixture = IndexFixture(n, exact_below=0)
+        version = fixture.index._version
         scan = statistics.median(
             timed(
                 lambda q, v=version: NearestSearch(v, q, K, frozenset()).scan(),
-                world.queries,
+                fixture.queries,
                 0.7,
                 0,
             )
@@ -327,36 +321,34 @@ def crossing() -> list[dict[str, Any]]:
         graph = statistics.median(
             timed(
                 lambda q, v=version: NearestSearch(v, q, K, frozenset()).by_segments(EF),
-                world.queries,
+                fixture.queries,
                 0.7,
                 0,
             )
         )
         rows.append(row(f"exact scan against graph, n = {n:,}", scan / graph, "×"))
         rows.append(row("  exact", scan, "ms"))
-        world.index.close()
+        fixture.index.close()
     return rows
 
 
 def churn() -> list[dict[str, Any]]:
-    """Up to 5 times as many changes as items: recall against a graph built afresh of the same
-    vectors.
-    """
-    world = World(CHURN_N)
+    """Up to 5 changes per item: recall against a new graph of the same vectors."""
+    fixture = IndexFixture(CHURN_N)
     worst = 0.0
     rows = []
     for turn in range(1, CHURN + 1):
         for part in range(4):
             for _ in range(CHURN_N // 4 // 500):
-                world.index.apply(world.update(500, small=bool(part % 2)))
+                fixture.index.apply(fixture.update(500, small=bool(part % 2)))
             if part % 2:
-                assert world.index.rebuild()
-        live = live_recall(world)
-        fresh = World.fresh_graph(world.vectors)
-        fresh_recall = graph_recall(fresh, world.vectors, world.queries[:JUDGED])
+                assert fixture.index.rebuild()
+        live = live_recall(fixture)
+        fresh = IndexFixture.fresh_graph(fixture.vectors)
+        fresh_recall = graph_recall(fresh, fixture.vectors, fixture.queries[:JUDGED])
         worst = max(worst, fresh_recall - live)
         rows.append(row(f"  recall@100 after {turn}× churn, n = {CHURN_N:,}", live, ""))
-    world.index.close()
+    fixture.index.close()
     return [
         row("recall@100 below a fresh build, at most", worst, "", "≤ 0.005", worst <= 0.005),
         *rows,
@@ -372,25 +364,25 @@ def resident_bytes() -> int:
 def huge() -> list[dict[str, Any]]:
     """A million: memory, build time, quiet and with updates that no rebuild takes in, recall."""
     before = resident_bytes()
-    world = World(HUGE)
+    fixture = IndexFixture(HUGE)
     # What the benchmark itself holds of them is not the index's.
-    bytes_each = (resident_bytes() - before - world.vectors.nbytes) / HUGE
+    bytes_each = (resident_bytes() - before - fixture.vectors.nbytes) / HUGE
     name = f"{HUGE:,} × {D}"
     rows = [
         row(f"{name}: memory a vector, ids and all", bytes_each, "bytes"),
-        row("  of which the graph", world.index.stats().main_bytes / HUGE, "bytes"),
-        row("  build, one core", world.build_s, "s"),
-        row("  recall@100", live_recall(world), ""),
+        row("  of which the graph", fixture.index.stats().main_bytes / HUGE, "bytes"),
+        row("  build, one core", fixture.build_s, "s"),
+        row("  recall@100", live_recall(fixture), ""),
     ]
     for per_s, what in ((0, "quiet"), (500, "500 updates/s")):
-        got = against_static(world, per_s, small=False, seconds=SECONDS, rebuilds=False)
+        got = against_static(fixture, per_s, small=False, seconds=SECONDS, rebuilds=False)
         rows += [
             row(f"  {what}: p50", got["live_p50"], "ms"),
             row(f"  {what}: p99", got["live_p99"], "ms"),
             row(f"  {what}: p50 against static", got["live_p50"] / got["static_p50"], "×"),
-            row(f"  {what}: recall@100 right after", live_recall(world), ""),
+            row(f"  {what}: recall@100 right after", live_recall(fixture), ""),
         ]
-    world.index.close()
+    fixture.index.close()
     return rows
 
 
@@ -399,38 +391,48 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     # First, so that no memory that was freed before is counted out.
     million = huge() if LONG else []
-    world = World(N)
+    fixture = IndexFixture(N)
     k = N // 1000
-    print(f"n = {N:,}: graph built in {world.build_s:.1f} s", flush=True)
-    rows += speed(world, f"500 updates/s, rebuilding, n = {k}k", 500, (1.4, 1.5), seconds=SECONDS)
+    print(f"n = {N:,}: graph built in {fixture.build_s:.1f} s", flush=True)
+    rows += speed(fixture, f"500 updates/s, rebuilding, n = {k}k", 500, (1.4, 1.5), seconds=SECONDS)
     rows += speed(
-        world, f"1,000 updates/s, rebuilding, n = {k}k", 1_000, (1.7, 1.8), seconds=SECONDS
+        fixture, f"1,000 updates/s, rebuilding, n = {k}k", 1_000, (1.7, 1.8), seconds=SECONDS
     )
-    world.index.close()
-    world = World(N)
+    fixture.index.close()
+    fixture = IndexFixture(N)
     rows += speed(
-        world, f"5,000 small turns/s, n = {k}k", 5_000, (1.1, 1.3), small=True, seconds=SECONDS / 2
+        fixture,
+        f"5,000 small turns/s, n = {k}k",
+        5_000,
+        (1.1, 1.3),
+        small=True,
+        seconds=SECONDS / 2,
     )
-    world.index.close()
-    world, k = World(LARGE), LARGE // 1000
-    print(f"n = {LARGE:,}: graph built in {world.build_s:.1f} s", flush=True)
-    recall = live_recall(world)
+    fixture.index.close()
+    fixture, k = IndexFixture(LARGE), LARGE // 1000
+    print(f"n = {LARGE:,}: graph built in {fixture.build_s:.1f} s", flush=True)
+    recall = live_recall(fixture)
     rows.append(row(f"recall@100, n = {k}k, ef 200", recall, "", "≥ 0.970", recall >= 0.970))
     rows.append(
         row(
             "  of the static graph",
-            graph_recall(world.graph, world.vectors, world.queries[:JUDGED]),
+            graph_recall(fixture.graph, fixture.vectors, fixture.queries[:JUDGED]),
             "",
         )
     )
     rows += speed(
-        world, f"5,000 small turns/s, n = {k}k", 5_000, (1.1, 1.3), small=True, seconds=SECONDS / 2
+        fixture,
+        f"5,000 small turns/s, n = {k}k",
+        5_000,
+        (1.1, 1.3),
+        small=True,
+        seconds=SECONDS / 2,
     )
-    rows += apply_cost(world)
+    rows += apply_cost(fixture)
     rows += speed(
-        world, f"500 updates/s, rebuilding, n = {k}k", 500, (1.5, 1.7), seconds=2 * SECONDS
+        fixture, f"500 updates/s, rebuilding, n = {k}k", 500, (1.5, 1.7), seconds=2 * SECONDS
     )
-    world.index.close()
+    fixture.index.close()
     rows += churn()
     rows += crossing()
     rows += million

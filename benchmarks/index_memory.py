@@ -3,9 +3,9 @@ processes.
 
 N × 64 from one snapshot, WORKERS processes at once, each after 2,000 queries: once with vectors of
 its own, once with those of the mapped file, once forked from a process that had built the graph; of
-the forked ones once more after 5,000 updates, and of one after a rebuild of its own. Told is what a
-worker has for itself alone, which is what one more costs, and its PSS, where a shared page counts
-by its share; the mean of the WORKERS. N and REBUILD=0 make it shorter.
+the forked ones once more after 5,000 updates, and of one after a rebuild of its own. Reported: a
+worker's private memory, which is what one more worker costs, and its PSS, where a shared page
+counts by its share; the mean of the WORKERS. N and REBUILD=0 make it shorter.
 """
 
 from __future__ import annotations
@@ -81,19 +81,19 @@ def rebuild(index: HnswIndex) -> None:
 
 
 def worker(make: Callable[[], HnswIndex], pipe: Connection) -> None:
-    """Does what it is told, and says its PSS when told to."""
+    """Executes the commands of the pipe; answers `memory` with its PSS."""
     index = make()
     works: dict[str, Callable[[HnswIndex], None]] = {
         "ask": ask,
         "update": update,
         "rebuild": rebuild,
     }
-    while (told := pipe.recv()) != "end":
-        if told == "memory":
+    while (command := pipe.recv()) != "end":
+        if command == "memory":
             gc.collect()
             pipe.send(memory_mb())
         else:
-            works[told](index)
+            works[command](index)
             pipe.send(None)
     os._exit(0)  # as a fork of a larger program it runs no exit handler of its parent
 
@@ -112,7 +112,7 @@ class Pool:
             self.pipes.append(here)
             self.processes.append(process)
 
-    def tell(self, what: str, count: int = WORKERS) -> list[Any]:
+    def send(self, what: str, count: int = WORKERS) -> list[Any]:
         for pipe in self.pipes[:count]:
             pipe.send(what)
         answers = []
@@ -123,7 +123,7 @@ class Pool:
 
     def mean_mb(self, count: int = WORKERS) -> np.ndarray:
         """Of one of the first ones; they have done the same."""
-        return np.mean(self.tell("memory", count), axis=0)
+        return np.mean(self.send("memory", count), axis=0)
 
     def end(self) -> None:
         for pipe, process in zip(self.pipes, self.processes, strict=True):
@@ -137,7 +137,7 @@ def both(what: str, mb: np.ndarray) -> list[dict[str, Any]]:
 
 def from_file(path: Path, copied: bool) -> np.ndarray:
     pool = Pool(lambda: restored(path, copied))
-    pool.tell("ask")
+    pool.send("ask")
     mb = pool.mean_mb()
     pool.end()
     return mb
@@ -153,9 +153,9 @@ def forked(path: Path) -> list[dict[str, Any]]:
     gc.freeze()  # or the first collection of garbage writes to every object
     pool = Pool(lambda: index)
     first = pool.mean_mb()
-    pool.tell("ask")
+    pool.send("ask")
     filters = pool.mean_mb()
-    pool.tell("update")
+    pool.send("update")
     updated = pool.mean_mb()
     rows = [
         row("index with graph, one process", float(alone), "MB"),
@@ -164,7 +164,7 @@ def forked(path: Path) -> list[dict[str, Any]]:
         *both(f"forked, and {UPDATES:,} updates", updated),
     ]
     if REBUILD:
-        pool.tell("rebuild", 1)
+        pool.send("rebuild", 1)
         rows += both("forked, and a rebuild of its own", pool.mean_mb(1))
     pool.end()
     return rows

@@ -61,7 +61,7 @@ def main() -> int:
     index = HnswIndex(D, exact_below=10**9)
     index.apply(items(0, N, rng, 0))
     query = rng.normal(size=D).astype(np.float32)
-    wanted = index.query(query, 10)
+    expected = index.query(query, 10)
     # Half of them new vectors of known items, half new items.
     behind = items(0, BEHIND // 2, rng, N) + items(N, BEHIND // 2, rng, N + BEHIND)
     raw = [(record.item_id.encode(), encode_record(record)) for record in behind]
@@ -76,7 +76,7 @@ def main() -> int:
             contents, _ = format.load(path, ORIGIN, 0)
             fresh = HnswIndex(D, exact_below=10**9)
             fresh.restore(contents)
-            assert fresh.query(query, 10) == wanted
+            assert fresh.query(query, 10) == expected
             first.append(time.perf_counter() - begun)
             for at in range(0, BEHIND, APPLY_RECORDS):
                 fresh.apply(

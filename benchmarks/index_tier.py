@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.index import EF, JUDGED, REBUILD_NICE, K, World, background, recall_of, timed
+from benchmarks.index import EF, JUDGED, REBUILD_NICE, IndexFixture, K, background, recall_of, timed
 from benchmarks.report import report, row
 from eddyline.settings.loader import load
 from index.search.nearest import NearestSearch
@@ -49,7 +49,7 @@ def answer(state: IndexVersion, query: np.ndarray) -> Any:
 
 
 def cpu_us(states: tuple[IndexVersion, IndexVersion], queries: np.ndarray) -> list[float]:
-    """The median CPU time of a query of each, asked in turns."""
+    """The median CPU time of a query of each, in turns."""
     took: list[list[float]] = [[], []]
     at = 0
     for _ in range(TURNS):
@@ -62,26 +62,26 @@ def cpu_us(states: tuple[IndexVersion, IndexVersion], queries: np.ndarray) -> li
     return [float(np.median(some)) for some in took]
 
 
-def recall(state: IndexVersion, world: World) -> float:
-    queries = world.queries[:JUDGED]
+def recall(state: IndexVersion, fixture: IndexFixture) -> float:
+    queries = fixture.queries[:JUDGED]
     found = [[int(name[1:]) for name in answer(state, query).ids] for query in queries]
-    return recall_of(found, world.vectors, queries)
+    return recall_of(found, fixture.vectors, queries)
 
 
-def under_updates(world: World, tier: bool) -> tuple[list[float], list[float], float, float]:
-    """(ms of each query before the tier was there, and after, seconds until it was, updates a
-    second).
-    """
+def under_updates(
+    fixture: IndexFixture, tier: bool
+) -> tuple[list[float], list[float], float, float]:
+    """(ms of each query before the tier, and with it, seconds to build it, updates a second)."""
     batch = max(1, UPDATES // 50)
-    scratch = world.vectors.copy()
-    waiting = [world.drawn(batch, False, scratch) for _ in range(int(SECONDS * UPDATES) // batch)]
+    scratch = fixture.vectors.copy()
+    waiting = [fixture.drawn(batch, False, scratch) for _ in range(int(SECONDS * UPDATES) // batch)]
     done = 0
     begun = time.perf_counter()
 
     def write(stop: threading.Event) -> None:
         nonlocal done
         while not stop.is_set() and done < len(waiting):
-            world.index.apply(waiting[done].records)
+            fixture.index.apply(waiting[done].records)
             done += 1
             time.sleep(max(0.0, begun + done * batch / UPDATES - time.perf_counter()))
 
@@ -89,19 +89,21 @@ def under_updates(world: World, tier: bool) -> tuple[list[float], list[float], f
         nonlocal built_s
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), REBUILD_NICE)
         if tier:
-            assert world.index.flush()
+            assert fixture.index.flush()
             built_s = time.perf_counter() - begun
 
     built_s = 0.0
     before, after = list[float](), list[float]()
-    timed(lambda query: world.index.find(query, K), world.queries, 0.3, 0)
+    timed(lambda query: fixture.index.find(query, K), fixture.queries, 0.3, 0)
     with background(write), background(build):
         while time.perf_counter() - begun < SECONDS:
             some = before if tier and not built_s else after
-            some += timed(lambda query: world.index.find(query, K), world.queries, 0.1, len(some))
+            some += timed(
+                lambda query: fixture.index.find(query, K), fixture.queries, 0.1, len(some)
+            )
     per_s = done * batch / (time.perf_counter() - begun)
     for batch_ in waiting[:done]:
-        world.vectors[batch_.at] = batch_.new
+        fixture.vectors[batch_.at] = batch_.new
     return before, after, built_s, per_s
 
 
@@ -109,14 +111,14 @@ def live() -> int:
     """Tier off, then on, with as many fresh items at the beginning; the exit code."""
     rows = []
     for tier in (False, True):
-        world = World(N)
-        order = world.rng.permutation(N)
+        fixture = IndexFixture(N)
+        order = fixture.rng.permutation(N)
         for at in range(0, LIVE_FRESH, 500):
-            world.index.apply(
-                world.update(0, small=False, at=order[at : min(LIVE_FRESH, at + 500)])
+            fixture.index.apply(
+                fixture.update(0, small=False, at=order[at : min(LIVE_FRESH, at + 500)])
             )
-        before, after, built_s, per_s = under_updates(world, tier)
-        stats = world.index.stats()
+        before, after, built_s, per_s = under_updates(fixture, tier)
+        stats = fixture.index.stats()
         name = "tier on" if tier else "tier off"
         if tier:
             rows.append(
@@ -132,9 +134,9 @@ def live() -> int:
             row("  updates applied", per_s, "/s"),
             row("  in the buffer at the end", stats.fresh, "entries"),
             row("  in tiers at the end", stats.small_segment_items, "items"),
-            row("  recall@100 right after", recall(world.index._version, world), ""),
+            row("  recall@100 right after", recall(fixture.index._version, fixture), ""),
         ]
-        world.index.close()
+        fixture.index.close()
     return report(
         "index_tier_live",
         rows,
@@ -149,34 +151,34 @@ def main() -> int:
     """Run and report; the exit code."""
     if LIVE:
         return live()
-    world = World(N)
-    order = world.rng.permutation(N)
+    fixture = IndexFixture(N)
+    order = fixture.rng.permutation(N)
     rows, moved, crossing = [], 0, 0
     for fresh in FRESH:
         for at in range(moved, fresh, 500):
-            world.index.apply(world.update(0, small=False, at=order[at : min(fresh, at + 500)]))
+            fixture.index.apply(fixture.update(0, small=False, at=order[at : min(fresh, at + 500)]))
         moved = fresh
-        plain = world.index._version
-        placement = copy.deepcopy(world.index._placement)
+        plain = fixture.index._version
+        placement = copy.deepcopy(fixture.index._placement)
         begun = time.thread_time()
-        assert world.index.flush()
+        assert fixture.index.flush()
         built_s = time.thread_time() - begun
-        flushed = world.index._version
-        buffer_us, tier_us = cpu_us((plain, flushed), world.queries)
+        flushed = fixture.index._version
+        buffer_us, tier_us = cpu_us((plain, flushed), fixture.queries)
         rows += [
             row(f"{fresh:,} fresh of {N:,}: tier against plain buffer", tier_us / buffer_us, "×"),
             row("  plain buffer, CPU of a query", buffer_us, "µs"),
             row("  tier, CPU of a query", tier_us, "µs"),
             row("  building the tier, CPU", built_s, "s"),
-            row("  recall@100, plain", recall(plain, world), ""),
-            row("  recall@100, tier", recall(flushed, world), ""),
+            row("  recall@100, plain", recall(plain, fixture), ""),
+            row("  recall@100, tier", recall(flushed, fixture), ""),
         ]
         print(f"{fresh:,}: {buffer_us:.0f} µs plain, {tier_us:.0f} µs with a tier", flush=True)
         if tier_us < buffer_us and not crossing:
             crossing = fresh
         # Back to the plain buffer; nobody wrote meanwhile.
-        world.index._version, world.index._placement = plain, placement
-    world.index.close()
+        fixture.index._version, fixture.index._placement = plain, placement
+    fixture.index.close()
     rows.append(row("the first step at which the tier was cheaper", crossing, "fresh items"))
     return report("index_tier", rows, Path(load().data_dir) / "bench", n=N, fresh=FRESH)
 

@@ -48,9 +48,7 @@ Rows = list[dict[str, Any]]
 
 
 def costs(settings: Settings) -> Rows:
-    """Events per CPU second: the lane against getmany, ingest without micro-steps against the two
-    peers.
-    """
+    """Events per CPU second: the consumer against getmany, ingest against the two peers."""
     filling = load(settings, tag="cost", count=N, users=USERS)
     if N == PEER_N:
         filling.result(WAIT_S)
@@ -60,16 +58,16 @@ def costs(settings: Settings) -> Rows:
     cost = {}
     for name, warm, count in (
         ("raw", PEER_N // 5, PEER_N),
-        ("lane", PEER_N // 5, PEER_N),
+        ("consumer", PEER_N // 5, PEER_N),
         ("faust", FAUST_N // 5, FAUST_N),
         ("loop", PEER_N // 5, PEER_N),
     ):
         cost[name] = Running(
             settings, "benchmarks.ingest_peers", name, str(warm), str(count)
         ).result(600)
-    told = [_cost_row(name, one) for name, one in cost.items()]
+    costs = [_cost_row(name, one) for name, one in cost.items()]
     cost["ingest"], memory = _ingested(settings, watch)
-    told.append(_cost_row("ingest", cost["ingest"]))
+    costs.append(_cost_row("ingest", cost["ingest"]))
     script = watch.script_ms()
     watch.close()
     if N != PEER_N:
@@ -79,28 +77,26 @@ def costs(settings: Settings) -> Rows:
         one = cost[name]
         return float((one["cpu_s"] + one["redis_s"]) / one["events"] * 1e6)
 
-    lane = (
+    consumer_ratio = (
         cost["raw"]["cpu_s"]
         / cost["raw"]["events"]
-        / (cost["lane"]["cpu_s"] / cost["lane"]["events"])
+        / (cost["consumer"]["cpu_s"] / cost["consumer"]["events"])
     )
     ratios = [
-        ("lane against aiokafka getmany, decoded", lane, 0.6),
+        ("consumer against aiokafka getmany, decoded", consumer_ratio, 0.6),
         ("ingest against plain Faust", us("faust") / us("ingest"), 15),
         ("ingest against an asyncio loop", us("loop") / us("ingest"), 1.5),
     ]
     rows = [row(name, value, "×", f"≥ {least}", value >= least) for name, value, least in ratios]
     p99 = script["p99"]
-    rows.append(row("one script in Redis, chunks of 256, p99", p99, "ms", "≤ 2", p99 <= 2))
+    rows.append(row("one script in Redis, batches of 256, p99", p99, "ms", "≤ 2", p99 <= 2))
     rows.append(row("  p50", script["p50"], "ms"))
     rows.append(row(f"memory, second half of {N:,} events", memory, "%", "≤ 5", memory <= 5))
-    return rows + told
+    return rows + costs
 
 
 def _ingested(settings: Settings, watch: Watch) -> tuple[dict[str, float], float]:
-    """(CPU of ingest and Redis from a fifth of the events on, growth of memory over the second half
-    in %).
-    """
+    """(CPU of ingest and Redis after a fifth of the events, memory growth in the later half, %)."""
     seen: dict[str, Any] = {}
     watch.reset_scripts()
     ingest = Ingest(settings)
@@ -138,11 +134,11 @@ def micro_steps(found: dict[str, float]) -> Rows:
     for size in (32, 256):
         mine, theirs = found[f"numpy_{size}"], found[f"torch_{size}"]
         rows.append(
-            row(f"micro-step with forward, chunk of {size}", mine, "µs/event", "≤ 60", mine <= 60)
+            row(f"micro-step with forward, batch of {size}", mine, "µs/event", "≤ 60", mine <= 60)
         )
         rows.append(
             row(
-                f"  against autograd on the whole chunk of {size}",
+                f"  against autograd on the whole batch of {size}",
                 theirs / mine,
                 "×",
                 "≥ 5",
@@ -150,7 +146,7 @@ def micro_steps(found: dict[str, float]) -> Rows:
             )
         )
     one = found["torch_one"]
-    rows.append(row("  chunk of 32 against autograd event by event", one / found["numpy_32"], "×"))
+    rows.append(row("  batch of 32 against autograd event by event", one / found["numpy_32"], "×"))
     return rows
 
 
@@ -226,8 +222,8 @@ def catch_up(settings: Settings) -> Rows:
             f"catch-up after {STOP_S:.0f} s at {rate:,}/s", times, "× real time", "≥ 5", times >= 5
         ),
         row("  lag when it was over", lag_ms, "ms", f"< {LAG_MS_MAX}", lag_ms < LAG_MS_MAX),
-        row("  from the first chunk to no lag", took, "s"),
-        row("  from the start of the process to the first chunk", begun - started, "s"),
+        row("  from the first batch to no lag", took, "s"),
+        row("  from the start of the process to the first batch", begun - started, "s"),
         row("  one script in Redis, micro-steps on, p99", p99, "ms", "≤ 2", p99 <= 2),
         row("    p50", script["p50"], "ms"),
     ]

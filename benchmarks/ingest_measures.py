@@ -1,6 +1,4 @@
-"""What `make bench-ingest` looks at from outside: CPU, memory, Redis' clock, fences, stamps in
-lists.
-"""
+"""What `make bench-ingest` measures: CPU, memory, Redis' clock, fences, stamps in histories."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ from sandbox.servers.local_servers import log_dir
 
 POLL_S = 0.05
 STALL_S = 60.0
-# What was started here ends with this process.
+# Processes started here end with this process.
 _children: list[subprocess.Popen[Any]] = []
 _TICK = os.sysconf("SC_CLK_TCK")
 
@@ -84,15 +82,15 @@ class Running:
     def result(self, timeout_s: float) -> dict[str, Any]:
         """Wait for its end. Raises RuntimeError with what it said where that is no JSON."""
         try:
-            out, told = self._process.communicate(timeout=timeout_s)
+            out, errors = self._process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            out, told = self._process.communicate()
+            out, errors = self._process.communicate()
             raise RuntimeError(
-                f"{self.name}: no end after {timeout_s:.0f} s: {told[-2000:]}"
+                f"{self.name}: no end after {timeout_s:.0f} s: {errors[-2000:]}"
             ) from None
         if self._process.returncode:
-            raise RuntimeError(f"{self.name}: exit {self._process.returncode}: {told[-2000:]}")
+            raise RuntimeError(f"{self.name}: exit {self._process.returncode}: {errors[-2000:]}")
         found: dict[str, Any] = json.loads(out.splitlines()[-1])
         return found
 
@@ -125,9 +123,7 @@ def load(settings: Settings, **what: Any) -> Running:
 
 
 class Watch:
-    """The clicks of one namespace, from outside: how far the log is, how far the fences of its
-    users.
-    """
+    """The clicks of a namespace: the ends of the log and the fences of its users."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings

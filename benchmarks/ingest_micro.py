@@ -41,7 +41,7 @@ ITEMS = 2_000
 
 
 def prepare(folder: Path) -> Bundle:
-    """A generation over the generated data set, trained briefly: its quality costs nothing."""
+    """A generation over the generated data set, trained briefly: quality does not change cost."""
     dataset = synthetic.generate(items=ITEMS, users=200, clicks=8_000, seed=SEED)
     profiles = {user: dict(profile.attributes) for user, profile in dataset.profiles.items()}
     data = TrainingData(items=dataset.items, profiles=profiles, clicks=dataset.clicks)
@@ -49,7 +49,7 @@ def prepare(folder: Path) -> Bundle:
     return bundle.load(folder / "1")
 
 
-def chunk(
+def batch(
     towers: Bundle, size: int
 ) -> tuple[list[list[Entry]], list[tuple[str, int, str]], dict[str, tuple[int, bytes]]]:
     """(lists, (user, target row, key) and stored embeddings of `size` users)."""
@@ -67,7 +67,7 @@ def chunk(
 
 def by_numpy(towers: Bundle, size: int) -> Callable[[], object]:
     """As ingest does it, from the lists on."""
-    micro, (lists, events, stored) = MicroSteps(towers), chunk(towers, size)
+    micro, (lists, events, stored) = MicroSteps(towers), batch(towers, size)
     counts = {user: 10 for user, _, _ in events}
 
     def step() -> object:
@@ -83,7 +83,7 @@ def by_numpy(towers: Bundle, size: int) -> Callable[[], object]:
 def by_torch(towers: Bundle, size: int, batch: int) -> Callable[[], object]:
     """The same, by the training model and autograd, in batches of `batch`."""
     torch.set_num_threads(1)
-    lists, events, stored = chunk(towers, size)
+    lists, events, stored = batch(towers, size)
     hidden, length = towers.user_tower.arrays["w1"].shape[1], towers.user_tower.history_max
     model = UserModel(
         towers.user_tower.space.rows, dimension=towers.dimension, hidden=hidden, history_max=length
@@ -105,11 +105,11 @@ def by_torch(towers: Bundle, size: int, batch: int) -> Callable[[], object]:
         before = np.frombuffer(packed, "<f4").reshape(batch, -1).copy()
         e = torch.from_numpy(before).requires_grad_()
         drawn = torch.from_numpy(towers.micro.draw([key for _, _, key in mine]))
-        wanted = torch.tensor([row for _, row, _ in mine])
+        targets = torch.tensor([row for _, row, _ in mine])
         u = F.normalize(f + e, dim=1)
-        positive = (u * vectors[wanted]).sum(1, keepdim=True)
+        positive = (u * vectors[targets]).sum(1, keepdim=True)
         negative = torch.matmul(vectors[drawn], u[:, :, None])[:, :, 0]
-        negative = negative.masked_fill(drawn == wanted[:, None], -torch.inf)
+        negative = negative.masked_fill(drawn == targets[:, None], -torch.inf)
         logits = torch.cat([positive, negative], 1) / s.temperature
         F.cross_entropy(logits, torch.zeros(batch, dtype=torch.long), reduction="sum").backward()
         with torch.no_grad():

@@ -2,7 +2,7 @@
 process.
 
     raw     aiokafka's getmany and the validated decode, no Faust, no effects
-    lane    the chunk lane of the product with the same decode, no effects
+    consumer  the batch consumer of the product with the same decode, no effects
     faust   a plain Faust agent, all effects, one pipeline an event
     loop    an asyncio loop by hand, no Faust, all effects, one pipeline per 500 events, no fence
 
@@ -48,9 +48,7 @@ _pack = msgspec.msgpack.Encoder().encode
 
 
 class Meter:
-    """CPU seconds of this process and of Redis between two counts of events, as the last thing it
-    says.
-    """
+    """CPU seconds of this process and Redis between two counts of events; printed at the end."""
 
     def __init__(self, settings: Settings, warm: int, count: int) -> None:
         self._redis = redis.Redis.from_url(settings.redis_url)
@@ -142,16 +140,18 @@ class _Decode:
         return Outcome(records=len(records))
 
 
-async def lane(settings: Settings, meter: Meter) -> None:
+async def consumer(settings: Settings, meter: Meter) -> None:
     made = TopicPipeline(
         settings.prefixed(topics.CLICKS), _Decode(settings, meter), ThreadPoolExecutor(1)
     )
     with tempfile.TemporaryDirectory() as folder:
-        await IngestApp(settings, [made], "bench-lane", Path(folder), stopping=lambda: None).run()
+        await IngestApp(
+            settings, [made], "bench-consumer", Path(folder), stopping=lambda: None
+        ).run()
 
 
 def keys(settings: Settings, user: str) -> tuple[str, str, int]:
-    """(a user's list, his partition's window, his partition)."""
+    """(a user's history, the window of the user's partition, that partition)."""
     partition = partition_of(user, settings.clicks_partitions)
     return f"peer:{{u{partition}}}:h:{user}", f"peer:{{u{partition}}}:window", partition
 
@@ -252,7 +252,7 @@ async def loop(settings: Settings, meter: Meter) -> None:
         meter.add(len(clicks))
 
 
-PEERS = {"raw": raw, "lane": lane, "faust": plain_faust, "loop": loop}
+PEERS = {"raw": raw, "consumer": consumer, "faust": plain_faust, "loop": loop}
 
 
 def main() -> None:

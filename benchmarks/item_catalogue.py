@@ -32,8 +32,9 @@ _SYLLABLES = "ka lo mi ru te sa no vi pe du ba ze ri fo ghi ju wa ly co ne".spli
 
 
 def item(number: int, about: int = 0, price: int = 0) -> Item:
-    """Item `i<number>`. Another `about` is another title, categories and year; the tower sees no
-    price.
+    """Item `i<number>`.
+
+    Another `about` is another title, categories and year; the tower sees no price.
     """
     drawn = random.Random(f"{number}/{about}")
     words = ["".join(drawn.choices(_SYLLABLES, k=3)) for _ in range(3)]
@@ -60,7 +61,7 @@ def anchor(number: int) -> Item:
     )
 
 
-def beside(number: int, item_id: str) -> Item:
+def near(number: int, item_id: str) -> Item:
     """An item about the very same as an anchor, so it lies where the anchor lies."""
     like = anchor(number)
     return Item(

@@ -26,9 +26,7 @@ FLUSH_S = 60
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True):
-    """What to send: `rate` changes a second for `seconds`, of the items with the numbers 0 … items
-    - 1.
-    """
+    """What to send: `rate` changes a second for `seconds`, of items 0 … items - 1."""
 
     rate: float
     seconds: float

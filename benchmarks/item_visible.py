@@ -84,9 +84,7 @@ class Seen:
         return (self.answered - self.produced) / 1000
 
     def hops(self) -> dict[str, float]:
-        """Milliseconds of each step. ingest: until its record is made; replica: and until a query
-        had it.
-        """
+        """Milliseconds of each step. ingest: until its record; replica: until it is found."""
         at = (self.produced, self.written, self.committed, self.received, self.answered)
         return {hop: (b - a) / 1000 for hop, a, b in zip(HOPS, at, at[1:], strict=False)}
 
@@ -114,8 +112,9 @@ class Tail:
         self._thread.start()
 
     def wait(self, item_id: str, offset: int, timeout_s: float) -> tuple[int, int]:
-        """(written, committed) of an item's record of this version. Raises RuntimeError where none
-        comes.
+        """(written, committed) of an item's record of this version.
+
+        Raises RuntimeError where none comes.
         """
         with self._came:
             if not self._came.wait_for(lambda: (item_id, offset) in self._seen, timeout_s):
@@ -142,7 +141,7 @@ class Tail:
 
 
 class Prober:
-    """Puts items beside anchors and asks for them."""
+    """Puts items near anchors and queries for them."""
 
     def __init__(self, settings: Settings, address: str) -> None:
         self._settings = settings
@@ -171,9 +170,9 @@ class Prober:
         self._producer.flush(30)
 
     def put(self, number: int, item_id: str) -> Seen:
-        """An item beside the anchor `number`, and how long until its user was answered with it."""
-        seen = self._sent(item_id, item_catalogue.beside(number, item_id))
-        return self._until(number, item_id, seen, wanted=True)
+        """Put an item near the anchor `number`; how long until the anchor's user gets it."""
+        seen = self._sent(item_id, item_catalogue.near(number, item_id))
+        return self._until(number, item_id, seen, found_expected=True)
 
     def away(self, item_id: str) -> None:
         """Put an item somewhere else, so that its next change is no first one."""
@@ -181,7 +180,7 @@ class Prober:
 
     def delete(self, number: int, item_id: str) -> Seen:
         """Delete it, and how long until it was gone."""
-        return self._until(number, item_id, self._sent(item_id, None), wanted=False)
+        return self._until(number, item_id, self._sent(item_id, None), found_expected=False)
 
     def _sent(self, item_id: str, item: Item | None) -> Seen:
         value = None if item is None else events.encode(item)
@@ -198,17 +197,17 @@ class Prober:
         self._producer.flush(GIVE_UP_S)
         return seen
 
-    def _until(self, number: int, item_id: str, seen: Seen, *, wanted: bool) -> Seen:
+    def _until(self, number: int, item_id: str, seen: Seen, *, found_expected: bool) -> Seen:
         seen.written, seen.committed = self._tail.wait(item_id, seen.offset, GIVE_UP_S)
         deadline = time.monotonic() + GIVE_UP_S
         while True:
             answer = self._client.retrieve(f"user-{number}", K)
             now_us = _now_us()
             found = [item for item in answer.items if item.item_id == item_id]
-            if bool(found) == wanted:
+            if bool(found) == found_expected:
                 break
             if time.monotonic() > deadline:
-                raise RuntimeError(f"{item_id} after {GIVE_UP_S:.0f} s: wanted {wanted}, not so")
+                raise RuntimeError(f"{item_id} after {GIVE_UP_S:.0f} s: found is {bool(found)}")
             time.sleep(POLL_S)
         seen.received, seen.answered = answer.freshness.worker.received_us, now_us
         if found:
@@ -239,15 +238,16 @@ class Queries:
         begun, n = time.monotonic(), 0
         with Client(self._address) as client:
             while not self._stop.wait(max(0.0, begun + n / QUERIES - time.monotonic())):
-                asked = time.perf_counter()
+                began = time.perf_counter()
                 client.retrieve(f"user-{n % ANCHORS}", K)
-                self.times_ms.append(1000 * (time.perf_counter() - asked))
+                self.times_ms.append(1000 * (time.perf_counter() - began))
                 n += 1
 
 
 def built(client: Client, items: int) -> None:
-    """Return once the graph holds what the bundle brought. Raises RuntimeError where that takes too
-    long.
+    """Return once the graph holds what the bundle brought.
+
+    Raises RuntimeError where that takes too long.
     """
     deadline = time.monotonic() + BUILT_S
     while True:
@@ -309,14 +309,14 @@ def measured(
     rows.append(row("answers by the path towers", named, "%", "100", named == 100))
     for q in (50, 99):
         rows.append(
-            row(f"  a query beside it, p{q}", float(np.percentile(queries.times_ms, q)), "ms")
+            row(f"  a query meanwhile, p{q}", float(np.percentile(queries.times_ms, q)), "ms")
         )
     applied, least = (after.applied - before.applied) / took, 0.95 * RATE
     enough = applied >= least
     rows.append(row("  changes applied by the worker", applied, "/s", f"≥ {least:,.0f}", enough))
     rebuilds = after.rebuilds - before.rebuilds + after.rebuilding / 2
     rows.append(row("  rebuilds, one under way counts half", rebuilds, ""))
-    rows.append(row("  items in the graph", after.main, f"+ {after.fresh:,} beside it"))
+    rows.append(row("  items in the graph", after.main, f"+ {after.fresh:,} in the fresh buffer"))
     rows.append(row("  records behind at the end", lag, ""))
     rows.append(row("  load: CPU", 100 * sent["cpu_s"] / sent["seconds"], "% of a core"))
     rows += [row(f"  {name}: CPU", 100 * value, "% of a core") for name, value in share.items()]

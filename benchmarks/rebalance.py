@@ -51,9 +51,7 @@ USERS = 2_000
 
 @dataclass
 class Looks:
-    """What was seen of the clicks: at which time, and per partition the last applied offset and the
-    end.
-    """
+    """Observations of the clicks: time, and per partition the last applied offset and the end."""
 
     times: list[float] = field(default_factory=list)
     fences: list[list[int]] = field(default_factory=list)
@@ -81,7 +79,7 @@ class Looks:
 
 
 class Watcher:
-    """Looks at fences and ends of `clicks` every 20 ms, in a thread of its own."""
+    """Reads fences and ends of `clicks` every 20 ms, in a thread of its own."""
 
     def __init__(self, settings: Settings) -> None:
         self.looks = Looks()
@@ -120,9 +118,7 @@ class Watcher:
 
 
 def owners(settings: Settings, admin: KafkaAdminClient) -> list[int]:
-    """How many partitions of clicks each member of ingest's group owns now; members without one
-    left out.
-    """
+    """How many partitions of clicks each member of ingest's group owns now; not members without."""
     group, topic = settings.prefixed("eddyline-ingest"), settings.prefixed(topics.CLICKS)
     try:
         members = admin.describe_groups([group])[group]["members"]

@@ -1,6 +1,4 @@
-"""How a benchmark reports: a table, `.eddyline/bench/NAME.json`, exit code 1 where a row does not
-hold.
-"""
+"""Reports of benchmarks: a table, `.eddyline/bench/NAME.json`, exit code 1 if a row fails."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ LIBRARIES = (
 def row(
     measure: str, value: float, unit: str, must_be: str = "", holds: bool = True
 ) -> dict[str, Any]:
-    """One measured figure. must_be: the bound in words, "" where it is only told."""
+    """One measured figure. must_be: the bound in words, "" if there is none."""
     return {
         "measure": measure,
         "value": round(value, 3),

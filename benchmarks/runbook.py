@@ -36,7 +36,7 @@ QUERIES = int(os.environ.get("QUERIES", "200"))
 D, EF, BATCH, SEED, SPREAD = 64, 200, 500, 7, 0.95
 # So much of a cluster goes.
 DELETED = 0.8
-# The track asks for 0.9 at ten; a step that falls below is told as one that does not hold.
+# The track asks for 0.9 at ten; a step that falls below is reported as one that does not hold.
 RECALL_MIN = 0.9
 GRAPH_S_MAX = 3_600.0
 

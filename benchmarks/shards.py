@@ -1,9 +1,8 @@
 """What does a coordinator cost? `make bench-shards`; N=400 queries of each by default, SHARDS=4.
 
-On the demo's living system: one worker with all items, and beside it the same items cut into shards
-with a coordinator, on the same Kafka and Redis. The two are asked in turn, one query at a time, for
-the same user; an answer that differs in an item, its place, its score or its path counts against
-it.
+On the demo's living system: one worker with all items, and the same items cut into shards with a
+coordinator, on the same Kafka and Redis. The two are queried in turn, one query at a time, for the
+same user; an answer that differs in an item, its place, its score or its path counts against it.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def said(answer: RetrieveResponse) -> list[tuple[str, float, str]]:
 def main() -> int:
     """Run and report; the exit code."""
     settings, rng = load(), random.Random(SEED)
-    rows, same, asked = [], 0, 0
+    rows, same, queries = [], 0, 0
     with bring_up(settings, os.environ.get("DATA", "movielens"), Console()) as system:
         children, _, address = system.deployment.sharded_children(SHARDS, is_ready)
         system.deployment.supervisor.start(*children)
@@ -54,7 +53,7 @@ def main() -> int:
                         if n >= WARM_UP:
                             took[name].append(1_000 * (time.perf_counter() - began))
                     same += said(answers[0]) == said(answers[1])
-                    asked += 1
+                    queries += 1
                 p50 = {name: float(np.percentile(values, 50)) for name, values in took.items()}
                 for name, values in took.items():
                     rows.append(row(f"k = {k}, {name}, p50", p50[name], "ms"))
@@ -64,7 +63,7 @@ def main() -> int:
                 rows.append(
                     row(f"k = {k}, added, p50", p50["coordinator"] - p50["one worker"], "ms")
                 )
-    rows.append(row("answers that are the same", 100 * same / asked, "%", "100", same == asked))
+    rows.append(row("answers that are the same", 100 * same / queries, "%", "100", same == queries))
     folder = Path(settings.data_dir) / "bench"
     return report("shards", rows, folder, data=data, queries=QUERIES, shards=SHARDS, seed=SEED)
 

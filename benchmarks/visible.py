@@ -1,9 +1,9 @@
 """How long does a click take to change an answer? `make bench-visible`; N=200 clicks by default.
 
-On the demo's living system: real Kafka and Redis, one ingest, one worker, its world's history
-behind it. Every click is of a user of that world on an item of his present answer; the next query
-names it (read your click) and is answered as soon as it is in. The hops are stamped by the
-processes that did them.
+On the demo's running system: real Kafka and Redis, one ingest, one worker, with the data set's
+history. Every click is of a user of the data set on an item of the user's present answer; the next
+query names it (read your click) and is answered as soon as the click is in. Each process stamps its
+own hops.
 """
 
 from __future__ import annotations

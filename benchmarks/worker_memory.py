@@ -48,11 +48,10 @@ def memory_mb(pids: list[int]) -> np.ndarray:
 
 
 def stubs(addresses: list[str], each: int) -> list[Any]:
-    """Over connections of their own: of the processes of one address the kernel takes one by
-    chance.
-    """
+    """Stubs with connections of their own: the kernel spreads connections over the processes."""
     own = [("grpc.use_local_subchannel_pool", 1)]
-    return [RetrievalStub(open_channel(a, own)) for a in addresses for _ in range(each)]  # type: ignore[no-untyped-call]
+    channels = (open_channel(a, own) for a in addresses for _ in range(each))
+    return [RetrievalStub(channel) for channel in channels]  # type: ignore[no-untyped-call]
 
 
 def until(what: str, check: Callable[[], bool]) -> None:
@@ -77,13 +76,13 @@ def measured(
         )
 
     until(f"{WORKERS} workers with a graph", ready)
-    time.sleep(2)  # what the build left is given back
+    time.sleep(2)  # the memory of the build is freed
     pids = [worker.pid for worker in registry.running(settings)]
     before = memory_mb(pids)
-    asked = stubs(addresses, each)
+    workers = stubs(addresses, each)
     for n in range(WORKERS * QUERIES):
         request = pb.RetrieveRequest(user_id=f"user-{n % ANCHORS}", k=K)
-        asked[n % len(asked)].Retrieve(request, timeout=5)
+        workers[n % len(workers)].Retrieve(request, timeout=5)
     after = memory_mb(pids)
     return [
         row(f"{name}: its own", float(before[0]), "MB"),

@@ -36,7 +36,7 @@ START_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class ProxyFault:
-    """A kind of fault and its end (time.monotonic). code: of an error; delay_s: of a slow answer."""
+    """A kind of fault and its end (time.monotonic). code: of an error; delay_s: of an answer."""
 
     kind: Kind
     until_s: float
