@@ -30,7 +30,7 @@ class PathResult(NamedTuple):
 class Fusion(Protocol):
     """Chooses the answer's items from the candidates of the recall paths.
 
-    It calls the paths itself: what it asks of one may depend on what the ones before it returned.
+    It calls the paths itself: a request may depend on what earlier paths returned.
     """
 
     def fuse(
@@ -42,8 +42,8 @@ class Fusion(Protocol):
 class Cascade(Fusion):
     """The first k items over all paths in their order, each once, without excluded ones.
 
-    A path is asked only for what the paths before it left open. A path that is not needed is not
-    called and not listed.
+    A path is called only for what the paths before it left open; one that is not needed is neither
+    called nor listed.
     """
 
     @override

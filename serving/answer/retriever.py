@@ -92,7 +92,7 @@ class Retriever:
         item_slots: int,
         fusion: Fusion | None = None,
     ) -> None:
-        """paths: in the order in which the fusion asks them; fusion: a `Cascade` by default."""
+        """paths: in the order in which the fusion calls them; fusion: a `Cascade` by default."""
         self.popularity = popularity
         self._store = store
         self._users = users

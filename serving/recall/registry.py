@@ -1,4 +1,4 @@
-"""The recall paths, in the order in which the cascade asks them. A new path is one line here."""
+"""The recall paths, in the order in which the cascade calls them. A new path is one line here."""
 
 from __future__ import annotations
 

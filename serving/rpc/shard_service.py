@@ -84,7 +84,7 @@ class ShardService(shard_pb2_grpc.ShardServicer):
         requested = (target.generation, target.shard, target.shards)
         if requested != (held.generation, *self.assignment):
             what = (
-                "this worker holds generation {!r}, shard {} of {}; asked was {!r}, shard {} of {}"
+                "this worker holds generation {!r}, shard {} of {}; requested {!r}, shard {} of {}"
             )
             sentence = what.format(held.generation, *self.assignment, *requested)
             _abort(context, grpc.StatusCode.FAILED_PRECONDITION, sentence)

@@ -34,7 +34,7 @@ _T = TypeVar("_T")
 POLL_S = 0.1
 # First pause before a worker that ended is replaced; doubles up to `backoff_ms_max`.
 BACKOFF_S = 0.1
-# After this run time a worker ended for a new reason: the pauses begin anew.
+# After this run time a worker ended for a new reason: the pauses start again.
 SETTLED_S = 60.0
 # A worker reads the topic to its end before it serves; the keeper gives up on a slower one.
 READY_S = 120.0
@@ -104,7 +104,7 @@ class ForkedWork(Protocol[_T]):
 class Prefork(Generic[_T]):
     """The keeper of a worker's processes, each at its place, 0 … `worker_processes` - 1.
 
-    Every `worker_renew_s` it opens and builds anew what they share.
+    Every `worker_renew_s` it opens and builds again what they share.
     Thread rule: the main thread of a process without other threads.
     """
 
@@ -264,6 +264,4 @@ def _require_one_thread() -> None:
         time.sleep(0.001)
     if tasks > 1:
         named = ", ".join(thread.name for thread in threading.enumerate()[1:]) or "of a library"
-        raise RuntimeError(
-            f"the keeper of forked workers has {tasks - 1} threads beside its own: {named}"
-        )
+        raise RuntimeError(f"the keeper of forked workers has {tasks - 1} other threads: {named}")

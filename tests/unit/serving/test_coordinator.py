@@ -1,4 +1,4 @@
-"""Shards behind real gRPC servers on the loopback; the coordinator's answers against those of one index."""
+"""Shards behind real gRPC servers; the coordinator's answers against those of one index."""
 
 import threading
 import time
@@ -194,7 +194,7 @@ class Plant:
         self.alone.serve(WorkerBackend(held, retriever))
         self.client, self.one = Client(self.server.address), Client(self.alone_server.address)
 
-    def gathered(self, seconds: float = 5.0) -> ScatterGather:
+    def index(self, seconds: float = 5.0) -> ScatterGather:
         return ScatterGather(self.links, D, Deadline(seconds), self.backend.vectors)
 
     def user(self, user_id: str, *items: str) -> None:
@@ -362,20 +362,20 @@ def filters(rng: np.random.Generator) -> Filter | None:
 def test_every_look_up_gives_what_one_index_gives(plant: Plant) -> None:
     rng = np.random.default_rng(5)
     for _ in range(60):
-        items, asked = plant.gathered(), filters(rng)
+        items, passing = plant.index(), filters(rng)
         vector = unit(rng.normal(size=D))
         k = int(rng.choice([-1, 0, 1, 2, 10, 100, N - 1, N, N + 1, 10 * N]))
         exclude = [f"item-{n}" for n in rng.integers(N + 20, size=int(rng.choice([0, 1, 30])))]
-        assert items.query(vector, k, exclude, asked) == plant.whole.query(
-            vector, k, exclude, asked
+        assert items.query(vector, k, exclude, passing) == plant.whole.query(
+            vector, k, exclude, passing
         )
-        assert items.newest(k, exclude, asked) == plant.whole.newest(k, exclude, asked)
+        assert items.newest(k, exclude, passing) == plant.whole.newest(k, exclude, passing)
         names = [f"item-{n}" for n in rng.integers(N + 50, size=25)]
-        assert items.describe(names, asked) == plant.whole.describe(names, asked)
+        assert items.describe(names, passing) == plant.whole.describe(names, passing)
         assert np.array_equal(items.vectors_of(names), plant.whole.vectors_of(names))
         assert not items.status().missing
-    assert plant.gathered().describe([]) == []
-    assert plant.gathered().vectors_of([]).shape == (0, D)
+    assert plant.index().describe([]) == []
+    assert plant.index().vectors_of([]).shape == (0, D)
 
 
 def test_several_vectors_at_once(plant: Plant) -> None:
@@ -383,7 +383,7 @@ def test_several_vectors_at_once(plant: Plant) -> None:
     for merge in ("max", "sum"):
         vectors = unit(rng.normal(size=(4, D)))
         expected = query_multi(plant.whole, vectors, 20, ["item-3"], merge=merge)
-        assert query_multi(plant.gathered(), vectors, 20, ["item-3"], merge=merge) == expected  # type: ignore[arg-type]
+        assert query_multi(plant.index(), vectors, 20, ["item-3"], merge=merge) == expected  # type: ignore[arg-type]
 
 
 def test_the_same_answers_as_one_worker(plant: Plant) -> None:
@@ -397,7 +397,7 @@ def test_the_same_answers_as_one_worker(plant: Plant) -> None:
         plant.user(
             users[-1], *(f"item-{i}" for i in rng.integers(N + 30, size=int(rng.integers(1, 12))))
         )
-    asked = [
+    choices = [
         None,
         pb.Filters(categories=["c2"]),
         pb.Filters(tags=["odd"], deny=["item-1", "item-3"]),
@@ -411,10 +411,10 @@ def test_the_same_answers_as_one_worker(plant: Plant) -> None:
             k = int(rng.choice([1, 5, 20, N, N + 5]))
             beta = [None, 0.0, 0.3][n % 3]
             one = plant.one.retrieve(
-                user, min(k, 1_000), filters=asked[n % 6], popularity_beta=beta
+                user, min(k, 1_000), filters=choices[n % 6], popularity_beta=beta
             )
             answer = plant.client.retrieve(
-                user, min(k, 1_000), filters=asked[n % 6], popularity_beta=beta
+                user, min(k, 1_000), filters=choices[n % 6], popularity_beta=beta
             )
             assert seen(answer) == seen(one)
             assert answer.shards.count == 4 and answer.shards.answered == answer.shards.asked
@@ -435,11 +435,11 @@ def test_one_shard_is_all_items() -> None:
 
 
 def test_what_is_remembered_is_never_stale(frail: Plant) -> None:
-    """Items of the user's list turn, go and come back between queries; each answer is by what is there."""
+    """Items of the user's list change, go and return; each answer is by the present ones."""
     rng, version = np.random.default_rng(9), 1_000
     listed = [f"item-{n}" for n in range(6)]
     frail.user("ana", *listed)
-    asked = [None, pb.Filters(allow=["item-50"]), pb.Filters(categories=["c1"])]
+    choices = [None, pb.Filters(allow=["item-50"]), pb.Filters(categories=["c1"])]
     for n in range(40):
         version += 1
         item = listed[int(rng.integers(6))]
@@ -448,7 +448,7 @@ def test_what_is_remembered_is_never_stale(frail: Plant) -> None:
         frail.whole.apply(new)
         for shard in frail.shards:
             shard.index.apply(*shard.share.split(new))
-        for filters_ in (asked[n % 3], None):
+        for filters_ in (choices[n % 3], None):
             answer = frail.client.retrieve("ana", 10, filters=filters_)
             assert seen(answer) == seen(frail.one.retrieve("ana", 10, filters=filters_)), n
             assert not answer.shards.missing
@@ -458,16 +458,16 @@ def test_what_is_remembered_is_never_stale(frail: Plant) -> None:
 def test_a_second_query_needs_one_look_up(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     plant.user("bob", *(f"item-{n}" for n in range(100, 130)))
     plant.client.retrieve("bob", 10)
-    asked: list[object] = []
+    calls: list[object] = []
     ask = shards_.Connection.call
 
     def noted(self: shards_.Connection, request: object, until: float) -> object:
-        asked.append(request)
+        calls.append(request)
         return ask(self, request, until)  # type: ignore[arg-type]
 
     monkeypatch.setattr(shards_.Connection, "call", noted)
     plant.client.retrieve("bob", 10)
-    assert [type(request) for request in asked] == 4 * [shard_pb2.CandidatesRequest]
+    assert [type(request) for request in calls] == 4 * [shard_pb2.CandidatesRequest]
 
 
 def test_a_version_that_changes_while_it_is_read_is_not_kept() -> None:
@@ -526,7 +526,7 @@ def test_graphs_find_as_much_as_one_graph(frail: Plant) -> None:
     for query in unit(
         rng.normal(size=(60, D))[rng.integers(60, size=50)] + 0.4 * rng.normal(size=(50, D))
     ):
-        items = frail.gathered()
+        items = frail.index()
         many = {hit.item_id for hit in items.query(query, 100)}
         assert not items.status().missing
         one = {hit.item_id for hit in whole.query(query, 100)}
@@ -573,8 +573,11 @@ def test_what_is_meant_for_another_is_refused(
         with pytest.raises(grpc.RpcError) as failed:
             call(request, timeout=5)
         assert failed.value.code() == grpc.StatusCode.FAILED_PRECONDITION
-        asked = f"asked was {generation!r}, shard {shard} of {shards}"
-        assert failed.value.details() == f"this worker holds generation 'g1', shard 1 of 4; {asked}"
+        requested = f"requested {generation!r}, shard {shard} of {shards}"
+        assert (
+            failed.value.details()
+            == f"this worker holds generation 'g1', shard 1 of 4; {requested}"
+        )
 
 
 @pytest.mark.parametrize(
@@ -627,11 +630,11 @@ def test_a_shard_leaves_users_to_the_coordinator(plant: Plant) -> None:
     )
     with open_channel(plant.shards[2].address) as channel:
         check = health_pb2_grpc.HealthStub(channel).Check
-        told = {
+        found = {
             n: check(health_pb2.HealthCheckRequest(service=n), timeout=5).status
             for n in ("", SHARD_NAME, NAME)
         }
-    assert told == {"": SERVING, SHARD_NAME: SERVING, NAME: NOT_SERVING}
+    assert found == {"": SERVING, SHARD_NAME: SERVING, NAME: NOT_SERVING}
 
 
 def test_a_shard_that_is_not_ready() -> None:
@@ -804,7 +807,7 @@ def test_the_watermark_is_the_lowest(frail: Plant) -> None:
 
 def test_a_passed_deadline(frail: Plant) -> None:
     with pytest.raises(DeadlinePassed, match="before the shards were called"):
-        frail.gathered(0.0).newest(3)
+        frail.index(0.0).newest(3)
     with pytest.raises(CallFailed, match="DEADLINE_EXCEEDED"):
         frail.client.retrieve("nobody", 3, timeout_s=0.0)
 

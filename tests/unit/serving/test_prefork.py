@@ -1,4 +1,4 @@
-"""Forked workers: who ends is replaced, what cannot be healed ends all, nobody outlives the keeper."""
+"""Forked workers: one that ends is replaced, a final code ends all, none outlives the keeper."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-# The keeper may have no other thread, so it runs in a process of its own. What a worker does is given as
+# The keeper may have no other thread, so it runs in its own process. A test gives `built(held)` and
 # `serve(held, place, ready, stop) -> exit code`; every start is a line of the file `log`.
 KEEPER = """
 import os, signal, sys, threading, time
@@ -79,8 +79,8 @@ class Keeper:
         return found
 
     def ends(self, timeout_s: float = 20) -> tuple[int, str]:
-        _, told = self.process.communicate(timeout=timeout_s)
-        return self.process.returncode, told
+        _, log_text = self.process.communicate(timeout=timeout_s)
+        return self.process.returncode, log_text
 
 
 def gone(pid: int) -> bool:
@@ -180,9 +180,7 @@ def serve(held, place, ready, stop):
 def test_once_the_graph_is_built_every_worker_is_replaced_by_one_that_shares_it(make: Make) -> None:
     body = SERVE + "def built(held):\n    note('built')\n    return True\n"
     keeper = make(body, renew_s=1.0)
-    started = keeper.started(
-        8
-    )  # exact, with the graph, and both once more from what was opened anew
+    started = keeper.started(8)  # exact, with the graph, and both again from what was opened later
     assert [held for held, _, _ in started[:6]] == ["1"] * 4 + ["2"] * 2
     keeper.process.terminate()
     assert keeper.ends()[0] == 0
@@ -207,8 +205,8 @@ def serve(held, place, ready, stop):
     time.sleep(0.5)
     assert keeper.lines("end") == []
     keeper.process.terminate()
-    code, told = keeper.ends()
-    assert code == 0 and told.count("is not ready; the old one stays") == 2
+    code, log_text = keeper.ends()
+    assert code == 0 and log_text.count("is not ready; the old one stays") == 2
     assert len(keeper.lines("end")) == 2
 
 
@@ -246,6 +244,6 @@ def test_a_keeper_with_another_thread_does_not_fork(make: Make) -> None:
         + NOTHING_BUILT
         + "threading.Thread(target=time.sleep, args=(9,), name='lost', daemon=True).start()\n"
     )
-    code, told = make(body).ends()
+    code, log_text = make(body).ends()
     assert code == 1
-    assert "1 threads beside its own: lost" in told
+    assert "1 other threads: lost" in log_text

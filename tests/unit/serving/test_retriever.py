@@ -852,9 +852,9 @@ def test_a_path_that_is_one_line_in_the_registry_is_seen_everywhere(
         ]
         assert list(response.missing) == ["toy: its data are a day old"]
         assert list(client.stats().missing) == ["toy: its data are a day old"]
-    told = CollectorRegistry()
-    told.register(WorkerCollector(service))
-    metrics = generate_latest(told).decode()
+    collectors = CollectorRegistry()
+    collectors.register(WorkerCollector(service))
+    metrics = generate_latest(collectors).decode()
     assert 'eddyline_worker_path_queries_total{path="toy"} 1.0' in metrics
     assert 'eddyline_worker_path_items_total{path="toy"} 1.0' in metrics
     assert 'eddyline_worker_path_items_total{path="towers"} 2.0' in metrics

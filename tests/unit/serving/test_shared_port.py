@@ -1,4 +1,4 @@
-"""The port that the processes of one worker share: kept, never taken from somebody else."""
+"""The port that the processes of one worker share: reserved, never taken from another process."""
 
 from __future__ import annotations
 

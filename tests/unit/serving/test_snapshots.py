@@ -1,4 +1,4 @@
-"""The worker's snapshots: written on time and at the stop, healed from the topic where one cannot be used."""
+"""The worker's snapshots: written on time and at the stop; the topic heals an unusable one."""
 
 import logging
 import os
@@ -35,7 +35,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
 
 
 class Topic:
-    """One partition of item vectors and a consumer of it; `asked` is where reading began."""
+    """One partition of item vectors and a consumer of it; `begins` is where reading began."""
 
     def __init__(self) -> None:
         self.records: list[SimpleNamespace] = []
@@ -127,7 +127,7 @@ def test_a_worker_starts_where_the_last_one_stopped(tmp_path: Path, topic: Topic
     try:
         assert (second.positions, topic.begins) == ({0: 8}, [0, 8])
         assert second.replica.state().records == 2
-        # Deleted while nobody ran: the tail is read before the worker serves.
+        # Deleted while no worker ran: the tail is read before the worker serves.
         assert second.ids() == {*(f"i{n}" for n in range(8)), "new"} - {"i3"}
     finally:
         second.stop()
@@ -153,7 +153,7 @@ def test_a_snapshot_that_cannot_be_used_is_healed_from_the_topic(
     elif damage == "older":
         more = {"clock": lambda: time.time() + AGE_MS_MAX / 1000 + 60}
     elif damage == "log":
-        more = {"log_id": "c/made anew"}
+        more = {"log_id": "c/another"}
     else:
         contents, header = format.load(path, first.snapshots._origin, 0)
         other = format.Origin(generation="g1", dimension=D, bundle_ms=6, log="c/t")

@@ -1,4 +1,4 @@
-"""The worker's tail on a consumer of its own making, what the process loads, and its files and exit codes."""
+"""The worker's tail on a fake consumer, the modules it loads, its files and exit codes."""
 
 import os
 import subprocess
@@ -68,7 +68,7 @@ class Log:
     def connect(self, settings: Settings, generation: str) -> "Consumer":
         self.connects += 1
         if self.away:
-            raise KafkaUnavailable("nobody there")
+            raise KafkaUnavailable("no server")
         return Consumer(self)
 
 
@@ -166,7 +166,7 @@ def test_kafka_away_the_index_goes_on_and_says_since_when(log: Log) -> None:
         assert made.wait_caught_up(10)
         log.away = True
         wait_until(lambda: log.connects >= 3)
-        assert "no answer" in made.missing() or "nobody there" in made.missing()
+        assert "no answer" in made.missing() or "no server" in made.missing()
         assert "(since 0." in made.missing() and made.missing().startswith("Kafka at nowhere:9092")
         assert made.state().away_since_ms > 0
         assert index.query(unit(0), 1)[0].item_id == "a"
@@ -248,7 +248,7 @@ def test_a_shard_skips_records_of_others_and_a_bad_one_of_its_own(log: Log) -> N
         log.put(0, item_id, n, unit(n))
     log.put(0, mine[0], 10, 2 * unit(0))  # not of unit norm: refused, alone
     log.put(0, mine[1], 11, None)
-    log.put(0, others[0], 12, 2 * unit(0))  # nobody's business here
+    log.put(0, others[0], 12, 2 * unit(0))  # not of this shard: ignored
     log.put(0, others[1], 13, None)
     index = ExactIndex(D)
     made = Replica(SETTINGS, "g1", index, assignment=share)
@@ -295,7 +295,10 @@ def python(code: str, **environ: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_worker_loads_neither_torch_nor_faust() -> None:
-    code = "import serving.__main__ as worker, sys; worker.ann_backend(worker.Settings()); print(*sys.modules)"
+    code = (
+        "import serving.__main__ as worker, sys; "
+        "worker.ann_backend(worker.Settings()); print(*sys.modules)"
+    )
     loaded = python(f"-c {code}")
     names = {name.partition(".")[0] for name in loaded.stdout.split()}
     assert {"serving", "grpc", "hnswlib", "numpy"} <= names, loaded.stderr

@@ -1,4 +1,4 @@
-"""What a query worker tells Prometheus, and that the page names all of it."""
+"""The metrics of a query worker, and that the page names all of them."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def text(service: RetrievalService) -> str:
     return generate_latest(registry).decode()
 
 
-def names(told: str) -> set[str]:
+def names(found: str) -> set[str]:
     return set(
-        re.findall(r"^(eddyline_worker_\w+?)(?:_bucket|_sum|_count)?[{ ]", told, re.MULTILINE)
+        re.findall(r"^(eddyline_worker_\w+?)(?:_bucket|_sum|_count)?[{ ]", found, re.MULTILINE)
     )
 
 
@@ -77,8 +77,8 @@ def test_the_page_names_every_metric_and_no_other() -> None:
     }
     service.serve(Holds())
     service.Retrieve(pb.RetrieveRequest(user_id="u", k=1), Call())  # type: ignore[arg-type]
-    told = text(service)
-    assert names(told) == set(re.findall(r"eddyline_worker_\w+", PAGE.read_text(encoding="utf-8")))
+    found = text(service)
+    assert names(found) == set(re.findall(r"eddyline_worker_\w+", PAGE.read_text(encoding="utf-8")))
     for line in (
         "eddyline_worker_ready 1.0",
         "eddyline_worker_missing 1.0",
@@ -93,8 +93,8 @@ def test_the_page_names_every_metric_and_no_other() -> None:
         'eddyline_worker_recall_step{step="exact"} 0.0',
         "eddyline_worker_tail_lag_records 7.0",
     ):
-        assert f"{line}\n" in told
-    [away] = re.findall(r"^eddyline_worker_kafka_away_seconds (\S+)", told, re.MULTILINE)
+        assert f"{line}\n" in found
+    [away] = re.findall(r"^eddyline_worker_kafka_away_seconds (\S+)", found, re.MULTILINE)
     assert 60 <= float(away) < 90
 
 
@@ -111,34 +111,36 @@ def test_a_coordinator_tells_no_counts_of_shards_that_come_and_go() -> None:
     }
 
 
-def test_a_recall_that_is_not_known_yet_is_not_told() -> None:
+def test_a_recall_that_is_not_known_yet_is_not_reported() -> None:
     class Young(Holds):
         def fill_stats(self, response: pb.StatsResponse) -> None:
             response.index.recall.CopyFrom(pb.RecallStatus(step="normal"))
 
     service = RetrievalService(Settings())
     service.serve(Young())
-    told = text(service)
-    assert "eddyline_worker_recall_samples 0.0" in told and "eddyline_worker_recall{" not in told
+    found = text(service)
+    assert "eddyline_worker_recall_samples 0.0" in found and "eddyline_worker_recall{" not in found
 
 
 def test_queries_are_counted_by_outcome_and_time() -> None:
     service, call = RetrievalService(Settings()), Call()
     with pytest.raises(RuntimeError, match="UNAVAILABLE"):
         service.Retrieve(pb.RetrieveRequest(user_id="u", k=1), call)  # type: ignore[arg-type]
-    assert 'queries_total{outcome="failed"} 0.0' in text(service), "nobody was served badly yet"
+    assert 'queries_total{outcome="failed"} 0.0' in text(service), (
+        "a worker that is not ready has no failed query"
+    )
     service.serve(Holds())
     for _ in range(3):
         service.Retrieve(pb.RetrieveRequest(user_id="u", k=1), call)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="INVALID_ARGUMENT"):
         service.Retrieve(pb.RetrieveRequest(user_id="", k=1), call)  # type: ignore[arg-type]
-    told = text(service)
+    found = text(service)
     assert (
-        'queries_total{outcome="answered"} 3.0' in told
-        and 'queries_total{outcome="failed"} 1.0' in told
+        'queries_total{outcome="answered"} 3.0' in found
+        and 'queries_total{outcome="failed"} 1.0' in found
     )
-    assert "eddyline_worker_query_seconds_count 4.0" in told
-    assert f'eddyline_worker_query_seconds_bucket{{le="{BUCKETS_S[-1]}"}} 4.0' in told
+    assert "eddyline_worker_query_seconds_count 4.0" in found
+    assert f'eddyline_worker_query_seconds_bucket{{le="{BUCKETS_S[-1]}"}} 4.0' in found
     counts = service.counts()
     assert sum(counts.times) == 4 and len(counts.times) == len(BUCKETS_S) + 1
     assert 0 < counts.total_s < 4
