@@ -7,147 +7,74 @@ from typing import Annotated, Literal
 import msgspec
 
 from eddyline.errors import SettingsError
-from eddyline.settings.field import about
+from eddyline.settings.field import within
 
 
 class IngestSettings(msgspec.Struct, frozen=True, kw_only=True):
     """What becomes of records: users' histories, popularity, the archive, training data."""
 
-    chunk_records_max: Annotated[
-        int,
-        about(
-            "The most records of one batch; of one partition, clicks go 48 at a time at most.",
-            1,
-            5_000,
-        ),
-    ] = 256
-    items_fence_s: Annotated[
-        int,
-        about(
-            "Item records are written in a transaction at the start of a partition and at this "
-            "interval; between them the epoch refuses a producer that lost its partition. 0: "
-            "every batch in its own transaction, which is slower.",
-            0,
-            43_200,
-        ),
-    ] = 3_600
-    dedupe_window_events: Annotated[
-        int,
-        about(
-            "A re-sent `event_id` is dropped if its first record is at most this many offsets "
-            "back in the partition.",
-            2,
-            10_000_000,
-        ),
-    ] = 65_536
-    far_future_ms_max: Annotated[
-        int,
-        about(
-            "A record is rejected if its `at_ms` is more than this after the broker's time stamp.",
-            0,
-            86_400_000,
-        ),
-    ] = 300_000
-    item_vector_dimension: Annotated[
-        int,
-        about(
-            "Length of the dense features that an item may carry in `vector`; 0 rejects them.",
-            0,
-            4_096,
-        ),
-    ] = 0
+    chunk_records_max: Annotated[int, within(1, 5_000)] = 256
+    """The most records of one batch; of one partition, clicks go 48 at a time at most."""
+    items_fence_s: Annotated[int, within(0, 43_200)] = 3_600
+    """Item records are written in a transaction at the start of a partition and at this interval;
+    between them the epoch refuses a producer that lost its partition. 0: every batch in its own
+    transaction, which is slower."""
+    dedupe_window_events: Annotated[int, within(2, 10_000_000)] = 65_536
+    """A re-sent `event_id` is dropped if its first record is at most this many offsets back in the
+    partition."""
+    far_future_ms_max: Annotated[int, within(0, 86_400_000)] = 300_000
+    """A record is rejected if its `at_ms` is more than this after the broker's time stamp."""
+    item_vector_dimension: Annotated[int, within(0, 4_096)] = 0
+    """Length of the dense features that an item may carry in `vector`; 0 rejects them."""
 
     # Users' histories
-    history_length_max: Annotated[int, about("The most events kept for a user.", 1, 1_000)] = 100
-    history_cache_entries_max: Annotated[
-        int,
-        about(
-            "The most events that an ingest process caches, to read Redis less; about 150 bytes"
-            " each.",
-            0,
-            100_000_000,
-        ),
-    ] = 400_000
-    history_age_s_max: Annotated[
-        int,
-        about(
-            "Events this much older than a user's newest one leave the user's history (event "
-            "time); 0 is no limit.",
-            0,
-            3_153_600_000,
-        ),
-    ] = 0
-    lateness_s_max: Annotated[
-        int,
-        about(
-            "An event this much older than the user's newest one is too late for the user's "
-            "history (event time); 0 is no limit.",
-            0,
-            3_153_600_000,
-        ),
-    ] = 604_800
+    history_length_max: Annotated[int, within(1, 1_000)] = 100
+    """The most events kept for a user."""
+    history_cache_entries_max: Annotated[int, within(0, 100_000_000)] = 400_000
+    """The most events that an ingest process caches, to read Redis less; about 150 bytes each."""
+    history_age_s_max: Annotated[int, within(0, 3_153_600_000)] = 0
+    """Events this much older than a user's newest one leave the user's history (event time); 0 is
+    no limit."""
+    lateness_s_max: Annotated[int, within(0, 3_153_600_000)] = 604_800
+    """An event this much older than the user's newest one is too late for the user's history (event
+    time); 0 is no limit."""
 
     # Popularity
-    weight_view: Annotated[float, about("How much a `view` counts for popularity.", 0, 100)] = 0.5
-    weight_click: Annotated[float, about("How much a `click` counts.", 0, 100)] = 1.0
-    weight_like: Annotated[float, about("How much a `like` counts.", 0, 100)] = 2.0
-    weight_cart: Annotated[float, about("How much a `cart` counts.", 0, 100)] = 3.0
-    weight_purchase: Annotated[float, about("How much a `purchase` counts.", 0, 100)] = 5.0
-    dwell_ms_full: Annotated[
-        int,
-        about(
-            "A shorter `dwell_ms` in a click's context reduces its weight in proportion; 0 "
-            "ignores dwell time.",
-            0,
-            86_400_000,
-        ),
-    ] = 0
-    popular_bucket_s: Annotated[
-        int, about("Width of one bucket of the popularity counts, in event time.", 1, 31_536_000)
-    ] = 86_400
-    popular_buckets: Annotated[
-        int, about("Buckets of popularity counts kept; older clicks no longer count.", 1, 1_000)
-    ] = 28
-    popular_items_max: Annotated[
-        int,
-        about(
-            "The most items counted in one popularity bucket; those with the lowest counts are "
-            "dropped first.",
-            1,
-            100_000_000,
-        ),
-    ] = 1_000_000
-    popular_half_life_s: Annotated[
-        int, about("After this time a click counts half for popularity.", 1, 315_360_000)
-    ] = 604_800
+    weight_view: Annotated[float, within(0, 100)] = 0.5
+    """How much a `view` counts for popularity."""
+    weight_click: Annotated[float, within(0, 100)] = 1.0
+    """How much a `click` counts."""
+    weight_like: Annotated[float, within(0, 100)] = 2.0
+    """How much a `like` counts."""
+    weight_cart: Annotated[float, within(0, 100)] = 3.0
+    """How much a `cart` counts."""
+    weight_purchase: Annotated[float, within(0, 100)] = 5.0
+    """How much a `purchase` counts."""
+    dwell_ms_full: Annotated[int, within(0, 86_400_000)] = 0
+    """A shorter `dwell_ms` in a click's context reduces its weight in proportion; 0 ignores dwell
+    time."""
+    popular_bucket_s: Annotated[int, within(1, 31_536_000)] = 86_400
+    """Width of one bucket of the popularity counts, in event time."""
+    popular_buckets: Annotated[int, within(1, 1_000)] = 28
+    """Buckets of popularity counts kept; older clicks no longer count."""
+    popular_items_max: Annotated[int, within(1, 100_000_000)] = 1_000_000
+    """The most items counted in one popularity bucket; those with the lowest counts are dropped
+    first."""
+    popular_half_life_s: Annotated[int, within(1, 315_360_000)] = 604_800
+    """After this time a click counts half for popularity."""
 
     # Archive and training
-    archive_url: Annotated[
-        str,
-        about(
-            "Folder or object store (fsspec URL) of the archive. Empty: `archive` in `data_dir`."
-        ),
-    ] = ""
-    archive_file_offsets: Annotated[
-        int,
-        about(
-            "A file of the archive ends at the hour, or at a multiple of this many offsets.",
-            1,
-            100_000_000,
-        ),
-    ] = 262_144
-    train_from: Annotated[
-        Literal["kafka", "archive"],
-        about(
-            "What a training reads: the topics, or the archive and then the part of the topics "
-            "after its end."
-        ),
-    ] = "kafka"
+    archive_url: str = ""
+    """Folder or object store (fsspec URL) of the archive. Empty: `archive` in `data_dir`."""
+    archive_file_offsets: Annotated[int, within(1, 100_000_000)] = 262_144
+    """A file of the archive ends at the hour, or at a multiple of this many offsets."""
+    train_from: Literal["kafka", "archive"] = "kafka"
+    """What a training reads: the topics, or the archive and then the part of the topics after its
+    end."""
 
     # Metrics
-    ingest_metrics_port: Annotated[
-        int, about("Port of an ingest process's Prometheus metrics; 0 serves none.", 0, 65_535)
-    ] = 0
+    ingest_metrics_port: Annotated[int, within(0, 65_535)] = 0
+    """Port of an ingest process's Prometheus metrics; 0 serves none."""
 
 
 def check(settings: IngestSettings) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
 from eddyline.errors import SettingsError
-from eddyline.settings.field import about
+from eddyline.settings.field import within
 
 KafkaProtocol = Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"]
 KafkaMechanism = Literal["", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"]
@@ -23,73 +24,46 @@ SECURITY_NAMES = ("kafka_security_protocol", *_SASL_NAMES, *_TLS_NAMES)
 class KafkaSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Kafka, as every process uses it."""
 
-    kafka_bootstrap_servers: Annotated[
-        str,
-        about(
-            "Kafka's addresses, `host:port,…`. Empty: the local Kafka that `eddyline up` or the"
-            " demo started."
-        ),
-    ] = ""
-    kafka_timeout_ms: Annotated[
-        int, about("How long one call to Kafka may take.", 100, 600_000)
-    ] = 10_000
+    kafka_bootstrap_servers: str = ""
+    """Kafka's addresses, `host:port,…`. Empty: the local Kafka that `eddyline up` or the demo
+    started."""
+    kafka_timeout_ms: Annotated[int, within(100, 600_000)] = 10_000
+    """How long one call to Kafka may take."""
 
     # Security: docs/security.md
-    kafka_security_protocol: Annotated[
-        KafkaProtocol,
-        about(
-            "The protocol of connections to Kafka: `SSL` is TLS, `SASL_…` logs in by name and "
-            "password."
-        ),
-    ] = "PLAINTEXT"
-    kafka_sasl_mechanism: Annotated[
-        KafkaMechanism, about("The login mechanism; only with `SASL_…`.")
-    ] = ""
-    kafka_sasl_username: Annotated[
-        str, about("The user's name at Kafka.", pattern=r"^[^\x00-\x1f\x7f]*\Z", max_length=1_000)
-    ] = ""
-    kafka_sasl_password: Annotated[
-        str,
-        about("The user's password at Kafka.", pattern=r"^[^\x00-\x1f\x7f]*\Z", max_length=1_000),
-    ] = ""
-    kafka_ca_file: Annotated[
-        str,
-        about(
-            "PEM file of the authorities that may sign Kafka's certificate. Empty: those of the"
-            " system."
-        ),
-    ] = ""
-    kafka_cert_file: Annotated[
-        str, about("PEM file of our own certificate, if Kafka demands one (mTLS).")
-    ] = ""
-    kafka_key_file: Annotated[
-        str, about("PEM file of its private key. Empty: the key is in `kafka_cert_file`.")
-    ] = ""
-    kafka_key_password: Annotated[
-        str, about("Password of the private key. Empty: it is not encrypted.", max_length=1_000)
-    ] = ""
+    kafka_security_protocol: KafkaProtocol = "PLAINTEXT"
+    """The protocol of connections to Kafka: `SSL` is TLS, `SASL_…` logs in by name and password."""
+    kafka_sasl_mechanism: KafkaMechanism = ""
+    """The login mechanism; only with `SASL_…`."""
+    kafka_sasl_username: Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]*\Z", max_length=1_000)] = (
+        ""
+    )
+    """The user's name at Kafka."""
+    kafka_sasl_password: Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]*\Z", max_length=1_000)] = (
+        ""
+    )
+    """The user's password at Kafka."""
+    kafka_ca_file: str = ""
+    """PEM file of the authorities that may sign Kafka's certificate. Empty: those of the system."""
+    kafka_cert_file: str = ""
+    """PEM file of our own certificate, if Kafka demands one (mTLS)."""
+    kafka_key_file: str = ""
+    """PEM file of its private key. Empty: the key is in `kafka_cert_file`."""
+    kafka_key_password: Annotated[str, Meta(max_length=1_000)] = ""
+    """Password of the private key. Empty: it is not encrypted."""
 
     # Topics: partitions are fixed when the topics are made
-    clicks_partitions: Annotated[
-        int,
-        about(
-            "Partitions of `clicks` and `users`: the most ingest processes that can share the "
-            "clicks. Fixed when the topics are made.",
-            1,
-            4_096,
-        ),
-    ] = 8
-    items_partitions: Annotated[
-        int,
-        about(
-            "Partitions of `items` and of `item-vectors`. Fixed when the topics are made.", 1, 1_024
-        ),
-    ] = 4
-    replication_factor: Annotated[int, about("Copies of each topic that Eddyline makes.", 1, 9)] = 1
-    clicks_retention_h: Annotated[int, about("How long Kafka keeps clicks.", 1, 87_600)] = 168
-    dead_letters_retention_h: Annotated[
-        int, about("How long Kafka keeps dead letters.", 1, 87_600)
-    ] = 720
+    clicks_partitions: Annotated[int, within(1, 4_096)] = 8
+    """Partitions of `clicks` and `users`: the most ingest processes that can share the clicks.
+    Fixed when the topics are made."""
+    items_partitions: Annotated[int, within(1, 1_024)] = 4
+    """Partitions of `items` and of `item-vectors`. Fixed when the topics are made."""
+    replication_factor: Annotated[int, within(1, 9)] = 1
+    """Copies of each topic that Eddyline makes."""
+    clicks_retention_h: Annotated[int, within(1, 87_600)] = 168
+    """How long Kafka keeps clicks."""
+    dead_letters_retention_h: Annotated[int, within(1, 87_600)] = 720
+    """How long Kafka keeps dead letters."""
 
 
 def uses_sasl(settings: KafkaSettings) -> bool:

@@ -21,7 +21,7 @@ from msgspec import Meta
 
 from eddyline.errors import SettingsError
 from eddyline.settings import ingest, kafka, worker
-from eddyline.settings.field import about
+from eddyline.settings.field import descriptions, within
 from eddyline.settings.index import IndexSettings
 from eddyline.settings.ingest import IngestSettings
 from eddyline.settings.kafka import KafkaSettings
@@ -36,9 +36,18 @@ NOT_SETTINGS = {"EDDYLINE_CONFIG"}
 SECRETS = {"redis_url", "kafka_sasl_password", "kafka_key_password"}
 WEIGHED_KINDS = ("view", "click", "like", "cart", "purchase")
 
+_SECTIONS = (
+    KafkaSettings,
+    RedisSettings,
+    IngestSettings,
+    WorkerSettings,
+    IndexSettings,
+    ObservabilitySettings,
+)
+
 if TYPE_CHECKING:
 
-    class _Sections(
+    class _AllSections(
         KafkaSettings,
         RedisSettings,
         IngestSettings,
@@ -52,18 +61,11 @@ if TYPE_CHECKING:
 
 else:
     # A msgspec struct inherits from one struct only: the fields are copied from the sections.
-    _Sections = msgspec.defstruct(
-        "_Sections",
+    _AllSections = msgspec.defstruct(
+        "_AllSections",
         [
             (field.name, hints[field.name], field.default)
-            for section in (
-                KafkaSettings,
-                RedisSettings,
-                IngestSettings,
-                WorkerSettings,
-                IndexSettings,
-                ObservabilitySettings,
-            )
+            for section in _SECTIONS
             for hints in [get_type_hints(section, include_extras=True)]
             for field in msgspec.structs.fields(section)
         ],
@@ -72,29 +74,18 @@ else:
     )
 
 
-class Settings(_Sections, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Settings(_AllSections, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All settings, checked. A duration is in the unit that ends its name."""
 
-    namespace: Annotated[
-        str,
-        about(
-            "Prefix of every topic, Redis key, consumer group and transactional id: several "
-            "Eddylines share one Kafka and Redis.",
-            pattern=r"^[a-z0-9-]*\Z",
-            max_length=40,
-        ),
-    ] = ""
-    data_dir: Annotated[
-        str,
-        about("Where the local servers, the demo and the bundles keep their files.", min_length=1),
-    ] = ".eddyline"
-    bundle_dir: Annotated[
-        str, about("Folder of the generation bundles. Empty: `generations` in `data_dir`.")
-    ] = ""
-    backoff_ms_max: Annotated[
-        int,
-        about("The longest pause between two attempts to reach a server that is away.", 10, 60_000),
-    ] = 2_000
+    namespace: Annotated[str, Meta(pattern=r"^[a-z0-9-]*\Z", max_length=40)] = ""
+    """Prefix of every topic, Redis key, consumer group and transactional id: several Eddylines
+    share one Kafka and Redis."""
+    data_dir: Annotated[str, Meta(min_length=1)] = ".eddyline"
+    """Where the local servers, the demo and the bundles keep their files."""
+    bundle_dir: str = ""
+    """Folder of the generation bundles. Empty: `generations` in `data_dir`."""
+    backoff_ms_max: Annotated[int, within(10, 60_000)] = 2_000
+    """The longest pause between two attempts to reach a server that is away."""
 
     def __repr__(self) -> str:
         """All settings, the secret ones hidden: logs and tracebacks may show it."""
@@ -176,24 +167,17 @@ def data_folder(settings: Settings) -> Path:
 def describe() -> Iterator[tuple[str, str, Any, str]]:
     """(name, type with its limits, default, what it does) of every setting, by section."""
     hints = get_type_hints(Settings, include_extras=True)
+    texts: dict[str, str] = {}
+    for section in (*_SECTIONS, Settings):
+        texts |= descriptions(section)
     for info in msgspec.structs.fields(Settings):
-        base, *metas = get_args(hints[info.name])
-        described = next(m for m in metas if isinstance(m, Meta) and m.description)
-        kind = (
-            " | ".join(value or "empty" for value in get_args(base))
-            if get_args(base)
-            else base.__name__
-        )
-        limits = [
-            str(described.ge) if described.ge is not None else "",
-            str(described.le) if described.le is not None else "",
-        ]
-        yield (
-            info.name,
-            kind + (f", {limits[0]} … {limits[1]}" if any(limits) else ""),
-            info.default,
-            described.description or "",
-        )
+        base, *metas = get_args(hints[info.name]) or (hints[info.name],)
+        if isinstance(base, str):  # the values of a Literal
+            base, metas = hints[info.name], []
+        values = " | ".join(value or "empty" for value in get_args(base))
+        limits = [f", {m.ge} … {m.le}" for m in metas if m.ge is not None]
+        kind = (values or base.__name__) + "".join(limits)
+        yield info.name, kind, info.default, texts[info.name]
 
 
 def _from_file(environ: Mapping[str, str], folder: Path) -> Iterator[tuple[str, Any, str]]:
