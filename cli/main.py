@@ -292,10 +292,11 @@ def plan(
         items=planning.amount(items),
         history=history,
         dimension=dimension,
-        card=item_bytes,
+        item_json=item_bytes,
         clicks_a_day=planning.amount(clicks_a_day),
     )
-    planning.show(_settings(), sizes, as_json=as_json)
+    settings = load()  # needs no Kafka
+    planning.show(settings if settings.redis_url else _settings(), sizes, as_json=as_json)
 
 
 letters_app = typer.Typer(

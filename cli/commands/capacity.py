@@ -46,7 +46,7 @@ _MS = 1_700_000_000_000
 class Sizes:
     """The state to plan for; lengths in bytes.
 
-    history: events of a user; profile, card: encoded size; clicks_a_day: 0 is one for each user
+    history: events of a user; profile, item_json: encoded size; clicks_a_day: 0: one a user
     """
 
     users: int
@@ -57,7 +57,7 @@ class Sizes:
     item_id: int = 12
     event_id: int = 32
     profile: int = 64
-    card: int = 300
+    item_json: int = 300
     clicks_a_day: int = 0
     generations: int = 1
 
@@ -152,7 +152,7 @@ def _redis_parts(settings: Settings, sizes: Sizes, meter: Meter) -> list[Part]:
     lists = meter.string(user_key, recent) + (meter.string(user_key, older) if older else 0)
     embedding = meter.string(user_key + 2, bytes(4 + 4 * sizes.dimension))
     profile = meter.string(user_key, bytes(sizes.profile)) if sizes.profile else 0
-    metadata = meter.string(item_key, bytes(12 + sizes.card))
+    metadata = meter.string(item_key, bytes(12 + sizes.item_json))
     ids = [f"{n:0{sizes.event_id}d}" for n in range(settings.chunk_records_max)]
     blob = user_codec.encode_accepted({event_id: n for n, event_id in enumerate(ids)}, 0)
     keys = users * (1 + bool(older) + bool(sizes.profile)) + vectors + items + fences

@@ -232,18 +232,18 @@ def test_every_write_is_fenced(store: StateStore) -> None:
     assert store.read_item_metadata(["a"], 1) == {} and store.popular("u3", 9) == {}
 
 
-def test_card_writes_of_several_slots_stand_or_fail_for_themselves(store: StateStore) -> None:
+def test_metadata_writes_of_several_slots_stand_or_fail_for_themselves(store: StateStore) -> None:
     items, published = Source("items", 0), Source("items@1", 0)
-    card = ItemMetadata(0, 2, b"{}")
+    item = ItemMetadata(0, 2, b"{}")
     ends = store.write_item_metadata_many(
         [
             ItemMetadataWrite("i0", published, None, at(2), {}),
-            ItemMetadataWrite("i0", items, at(1), at(2), {"refused": card}),
-            ItemMetadataWrite("i0", Source("items", 1), None, at(2), {"a": card}),
+            ItemMetadataWrite("i0", items, at(1), at(2), {"refused": item}),
+            ItemMetadataWrite("i0", Source("items", 1), None, at(2), {"a": item}),
         ]
     )
     assert [type(end) for end in ends] == [type(None), FenceMoved, type(None)]
-    assert store.read_item_metadata(["refused", "a"], 1) == {"a": card}
+    assert store.read_item_metadata(["refused", "a"], 1) == {"a": item}
     assert store.fences(published, ["i0"]) == {"i0": at(2)} and store.fences(items, ["i0"]) == {
         "i0": None
     }
@@ -353,7 +353,7 @@ def test_embeddings_of_two_generations_are_written_and_emptied_together(store: S
     assert left == {"1": {}, "2": {"bo": (3, b"BBBBBB")}}
 
 
-def test_an_older_card_never_overrides_a_newer_one(store: StateStore) -> None:
+def test_an_older_metadata_never_overrides_a_newer_one(store: StateStore) -> None:
     newer, older = ItemMetadata(0, 1 << 40, b""), ItemMetadata(0, 5, b'{"item_id":"a"}')
     store.write_item_metadata("i0", ITEMS, None, at(8), {"a": newer, "b": older})
     store.write_item_metadata(
@@ -420,8 +420,8 @@ def test_accepting_a_log_that_lost_its_tail_goes_back_to_its_end(
     assert store.fences(CLICKS, ["u3"])["u3"] == store.fences(ITEMS, ["i0"])["i0"] == fence
     kept = store.read_users("u3", CLICKS, ["a", "b", "c"], []).accepted_at
     assert kept == {e: o for e, o in {"a": 0, "b": 8, "c": 10}.items() if o < end}
-    cards = store.read_item_metadata(["a", "b"], 1)
-    assert [cards["a"].offset, cards["b"].offset] == [o if o < end else -1 for o in (8, 10)]
+    metadata = store.read_item_metadata(["a", "b"], 1)
+    assert [metadata["a"].offset, metadata["b"].offset] == [o if o < end else -1 for o in (8, 10)]
 
 
 def test_a_user_whose_id_looks_like_a_key_is_left_alone(store: StateStore) -> None:

@@ -105,8 +105,8 @@ def filled(store: RedisStore, settings: Settings, sizes: Sizes) -> int:
             fence = after
         profiles = {user: {"p": "x" * (sizes.profile - 5)} for user in mine}
         store.write_profiles(slot, Source("users", partition), None, Fence(1, LOG), profiles, [])
-    cards = {item: ItemMetadata(0, 1, b"x" * sizes.card) for item in item_ids}
-    store.write_item_metadata("i0", Source("items", 0), None, Fence(1, LOG), cards)
+    metadata = {item: ItemMetadata(0, 1, b"x" * sizes.item_json) for item in item_ids}
+    store.write_item_metadata("i0", Source("items", 0), None, Fence(1, LOG), metadata)
     fence = None
     for first in range(0, sizes.items, 100):  # in pieces, as ingest does
         items = dict.fromkeys(item_ids[first : first + 100], 1_000)
@@ -132,7 +132,7 @@ def filled(store: RedisStore, settings: Settings, sizes: Sizes) -> int:
             user_id=36,
             item_id=8,
             event_id=36,
-            card=900,
+            item_json=900,
         ),
         Sizes(
             users=500,
@@ -140,7 +140,7 @@ def filled(store: RedisStore, settings: Settings, sizes: Sizes) -> int:
             history=100,
             item_id=24,
             profile=300,
-            card=80,
+            item_json=80,
             clicks_a_day=8_000,
         ),
     ],

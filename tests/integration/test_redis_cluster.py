@@ -127,13 +127,13 @@ def test_reads_and_writes_of_many_slots_go_out_together(store: RedisStore) -> No
     reads = store.read_many([UserQuery(slot, clicks(slot), ["ana", "bo"], []) for slot in SLOTS])
     assert [read.fence for read in reads] == [at(5)] * len(SLOTS)
     assert [dict(read.histories) for read in reads] == [{"ana": seen(slot)} for slot in SLOTS]
-    cards = {f"item-{n}": ItemMetadata(0, n, b"{}") for n in range(200)}
+    metadata = {f"item-{n}": ItemMetadata(0, n, b"{}") for n in range(200)}
     by_slot: dict[str, dict[str, ItemMetadata]] = {}
-    for item, card in cards.items():
-        by_slot.setdefault(item_slot(item, 16), {})[item] = card
+    for item, found in metadata.items():
+        by_slot.setdefault(item_slot(item, 16), {})[item] = found
     for slot, mine in by_slot.items():
         store.write_item_metadata(slot, Source("items", 0), None, at(9), mine)
-    assert len(by_slot) == 16 and store.read_item_metadata([*cards, "none"], 16) == cards
+    assert len(by_slot) == 16 and store.read_item_metadata([*metadata, "none"], 16) == metadata
 
 
 def test_a_node_that_forgot_the_scripts_gets_them_again(
@@ -261,10 +261,10 @@ def test_a_node_that_hangs_costs_two_time_outs_at_most(
 def test_all_nodes_away_is_said_with_their_addresses_and_no_password(tmp_path: Path) -> None:
     with opened("redis://ann:s3cret@127.0.0.1:1,127.0.0.1:2/0") as store:
         begun = time.monotonic()
-        with pytest.raises(StoreUnavailable) as told:
+        with pytest.raises(StoreUnavailable) as raised:
             store.check()
     assert time.monotonic() - begun < 3
-    assert "127.0.0.1:1, 127.0.0.1:2" in str(told.value) and "s3cret" not in str(told.value)
+    assert "127.0.0.1:1, 127.0.0.1:2" in str(raised.value) and "s3cret" not in str(raised.value)
 
 
 def test_many_threads_while_a_node_dies_and_comes_back(

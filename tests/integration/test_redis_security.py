@@ -107,10 +107,12 @@ def opened(settings: Settings) -> Iterator[RedisStore]:
 def refusal(settings: Settings, call: Callable[[RedisStore], object] = RedisStore.check) -> str:
     """How a store with these settings is refused."""
     with opened(settings) as store:
-        with pytest.raises(StoreRefused) as told:
+        with pytest.raises(StoreRefused) as raised:
             call(store)
-        no_secret(told.value, repr(told.value), repr(store._redis), repr(store._target), settings)
-        return str(told.value)
+        no_secret(
+            raised.value, repr(raised.value), repr(store._redis), repr(store._target), settings
+        )
+        return str(raised.value)
 
 
 @pytest.fixture(scope="module")
@@ -288,13 +290,13 @@ def test_what_a_user_may_not_do_is_refused_by_name(asking: Server, namespace: st
     )
     with asking.client(password=ADMIN) as client:
         client.execute_command("ACL SETUSER", "ingest", "-mset")
-        told = refusal(
+        message = refusal(
             ingest,
             lambda store: store.write_users(
                 "u3", CLICKS, None, at(0), UserEffects(histories={"ana": seen("a")})
             ),
         )
-        assert "docs/security.md" in told
+        assert "docs/security.md" in message
 
 
 def test_ingest_and_worker_run_with_the_documented_users(
@@ -452,8 +454,8 @@ def test_tls_works_with_the_ca_that_signed_and_with_no_other(
             ingest_works(store)
             no_secret(repr(store._redis), repr(store._target))
         for ca in ("", authority.foreign_ca):
-            told = refusal(secured(port, namespace, redis_ca_file=ca))
-            assert "certificate that is not trusted" in told and "redis_ca_file" in told
+            message = refusal(secured(port, namespace, redis_ca_file=ca))
+            assert "certificate that is not trusted" in message and "redis_ca_file" in message
         wrong = secured(port, namespace, redis_ca_file=authority.ca)
         wrong = msgspec.structs.replace(
             wrong, redis_url=url("ingest", port, WRONG, scheme="rediss")
@@ -468,8 +470,8 @@ def test_a_certificate_of_another_host_or_time_is_refused(
     behind_tls: Behind, authority: Authority, namespace: str, more: dict[str, object], said: str
 ) -> None:
     with behind_tls(**more) as port:
-        told = refusal(secured(port, namespace, redis_ca_file=authority.ca))
-        assert "certificate that is not trusted" in told and said in told
+        message = refusal(secured(port, namespace, redis_ca_file=authority.ca))
+        assert "certificate that is not trusted" in message and said in message
 
 
 def test_a_server_that_asks_for_our_certificate_gets_the_right_one_only(
@@ -480,8 +482,10 @@ def test_a_server_that_asks_for_our_certificate_gets_the_right_one_only(
         with opened(msgspec.structs.replace(mine, **authority.files("ingest"))) as store:
             store.check()
         for bad in ({}, authority.files("ingest", foreign=True)):
-            told = refusal(msgspec.structs.replace(mine, **bad))
-            assert "asks for another certificate of ours" in told and "redis_cert_file" in told
+            message = refusal(msgspec.structs.replace(mine, **bad))
+            assert (
+                "asks for another certificate of ours" in message and "redis_cert_file" in message
+            )
 
 
 def test_tls_and_no_tls_do_not_meet_in_silence(
@@ -524,9 +528,9 @@ def test_files_that_cannot_be_used_are_named(authority: Authority, tmp_path: Pat
     for files, said in cases:
         settings = secured(1, "n", kafka_bootstrap_servers="localhost:1", **files)
         for call in (redis_client.client, discovery.resolve):
-            with pytest.raises(SettingsError, match=said) as told:
+            with pytest.raises(SettingsError, match=said) as raised:
                 call(settings)
-            no_secret(told.value)
+            no_secret(raised.value)
     with pytest.raises(SettingsError, match=r"redis_ca_file: set, but redis_url = .*rediss://"):
         redis_client.check(Settings(redis_url="redis://127.0.0.1:1", redis_ca_file=authority.ca))
 
@@ -544,11 +548,13 @@ def test_a_cluster_with_users_behind_tls(authority: Authority, tmp_path: Path) -
 
         def announced() -> bool:
             """Whether each node tells all of them: a client asks any."""
-            told = []
+            reported = []
             for server in nodes.servers:
                 with server.client() as client:
-                    told.append({row[2][1] for row in client.execute_command("CLUSTER", "SLOTS")})
-            return all(ports_told == {*free_ports} for ports_told in told)
+                    reported.append(
+                        {row[2][1] for row in client.execute_command("CLUSTER", "SLOTS")}
+                    )
+            return all(ports == {*free_ports} for ports in reported)
 
         wait_for("the nodes to tell each other their ports", announced)
         settings = secured(

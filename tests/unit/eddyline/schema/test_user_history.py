@@ -190,10 +190,10 @@ def test_a_moved_entry_is_never_late_and_never_there_twice() -> None:
     for _ in range(2):
         assert insert_moved(entries, 90, Entry("c", 50), bounds)
     assert [e.item_id for e in entries] == ["c", "b", "a"]
-    insert_moved(entries, 90, Entry("a", 50, DISLIKE), bounds)  # not the same behaviour
+    insert_moved(entries, 90, Entry("a", 50, DISLIKE), bounds)  # another kind
     assert [e.item_id for e in entries] == ["a", "c", "b"]
     insert_moved(entries, 90, Entry("a", 50), Bounds(4, age_ms_max=10))
-    assert entries == []  # too old for the list, whoever did it
+    assert entries == []  # too old, also for a moved entry
 
 
 @pytest.mark.parametrize(

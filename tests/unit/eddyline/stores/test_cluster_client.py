@@ -33,13 +33,13 @@ def cluster(answer: Callable[..., Any], *seeds: Address) -> RedisCluster:
 
 
 def test_commands_go_to_the_node_of_their_key_and_follow_redirections() -> None:
-    asked: list[Address] = []
+    tried: list[Address] = []
     moves: Iterator[Exception | bytes] = iter(())
 
     def answer(address: Address, *args: Any) -> Any:
         if args[:2] == ("CLUSTER", "SLOTS"):
             return ROWS
-        asked.append(address)
+        tried.append(address)
         found = next(moves, b"OK")
         if isinstance(found, Exception):
             raise found
@@ -47,25 +47,25 @@ def test_commands_go_to_the_node_of_their_key_and_follow_redirections() -> None:
 
     made = cluster(answer)
     low = next(f"k{n}" for n in range(99) if slot_of(("GET", f"k{n}")) < 8_192)  # type: ignore[operator]
-    assert made.get(low) == b"OK" and asked == [A]
+    assert made.get(low) == b"OK" and tried == [A]
     moves = iter([exceptions.MovedError("5 b:2"), exceptions.MovedError("5 :3")])
-    asked.clear()
-    assert made.get(low) == b"OK" and asked == [A, B, ("b", 3)]
+    tried.clear()
+    assert made.get(low) == b"OK" and tried == [A, B, ("b", 3)]
     moves = iter([exceptions.MovedError("5 b:2")] * 5)
-    asked.clear()
+    tried.clear()
     with pytest.raises(exceptions.ClusterError, match="moved 5 times"):
         made.get(low)
-    assert len(asked) == 5
+    assert len(tried) == 5
     moves = iter([exceptions.ConnectionError("gone"), exceptions.ConnectionError("gone")])
-    asked.clear()
+    tried.clear()
     with pytest.raises(exceptions.ConnectionError):
         made.get(low)
-    assert len(asked) == 2, "once more where a connection breaks"
+    assert len(tried) == 2, "one retry if the connection breaks"
     moves = iter([exceptions.TimeoutError("late")])
-    asked.clear()
+    tried.clear()
     with pytest.raises(exceptions.TimeoutError):
         made.get(low)
-    assert len(asked) == 1, "never where it took its whole time"
+    assert len(tried) == 1, "no retry after a time-out"
 
 
 def test_nodes_that_know_nothing_are_passed_over() -> None:

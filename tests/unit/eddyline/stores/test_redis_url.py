@@ -77,9 +77,9 @@ def test_a_unix_socket_and_a_cluster() -> None:
     ],
 )
 def test_a_bad_url_is_told_without_its_password(url: str, cluster: bool, said: str) -> None:
-    with pytest.raises(SettingsError, match=said) as told:
+    with pytest.raises(SettingsError, match=said) as raised:
         at(url, cluster=cluster)
-    assert "redis_url = " in str(told.value) and "s3cret" not in str(told.value)
+    assert "redis_url = " in str(raised.value) and "s3cret" not in str(raised.value)
 
 
 @given(
@@ -102,5 +102,5 @@ def test_whatever_the_password_is_it_is_read_and_not_shown(password: str, place:
 def test_no_text_breaks_the_reading(url: str) -> None:
     try:
         at(f"redis://{url}")
-    except SettingsError as told:
-        assert str(told).startswith("redis_url = ")
+    except SettingsError as raised:
+        assert str(raised).startswith("redis_url = ")
