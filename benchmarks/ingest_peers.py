@@ -2,7 +2,7 @@
 process.
 
     raw     aiokafka's getmany and the validated decode, no Faust, no effects
-    consumer  the batch consumer of the product with the same decode, no effects
+    lane    the chunk lane of the product with the same decode, no effects
     faust   a plain Faust agent, all effects, one pipeline an event
     loop    an asyncio loop by hand, no Faust, all effects, one pipeline per 500 events, no fence
 
@@ -22,8 +22,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +36,11 @@ from eddyline.kafka import topics
 from eddyline.schema.events import Click, decode_click
 from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings, load
+from eddyline.stores.memory import MemoryStore
 from streams.app import IngestApp
-from streams.dispatcher import TopicPipeline
-from streams.ports import Outcome, Record
+from streams.dispatcher import HandlerThread, TopicPipeline
+from streams.fences import PartitionFences
+from streams.ports import Handler, Outcome, RecordBatch
 
 BATCH = 500
 LIST_MAX = 100
@@ -48,7 +49,9 @@ _pack = msgspec.msgpack.Encoder().encode
 
 
 class Meter:
-    """CPU seconds of this process and Redis between two counts of events; printed at the end."""
+    """CPU seconds of this process and of Redis between two counts of events, as the last thing it
+    says.
+    """
 
     def __init__(self, settings: Settings, warm: int, count: int) -> None:
         self._redis = redis.Redis.from_url(settings.redis_url)
@@ -114,44 +117,55 @@ async def raw(settings: Settings, meter: Meter) -> None:
             meter.add(len(records))
 
 
-class _Begins:
-    """Positions of a function without effects: every partition from its beginning."""
+class _Begins(PartitionFences):
+    """Positions of a handler without effects: every partition from its beginning."""
 
-    def open(self, bounds: Mapping[int, tuple[int, int]], _: Mapping[int, int]) -> dict[int, int]:
+    def __init__(self) -> None:
+        pass
+
+    def open(
+        self, bounds: Mapping[int, tuple[int, int]], committed: Mapping[int, int] | None = None
+    ) -> dict[int, int]:
         return {partition: begin for partition, (begin, _) in bounds.items()}
 
-    def find_diverged(self, _: set[int]) -> list[int]:
+    def find_diverged(self, partitions: Collection[int]) -> list[int]:
         return []
 
 
-class _Decode:
-    """An ingest function that only decodes."""
+class _Decode(Handler):
+    """A handler that only decodes."""
+
+    awaits_kafka = False
 
     def __init__(self, settings: Settings, meter: Meter) -> None:
-        self.positions: Any = _Begins()
+        self.fences = _Begins()
         self._settings, self._meter = settings, meter
 
-    def ingest(self, partition: int, records: Sequence[Record], read_us: int) -> Outcome:
-        settings = self._settings
-        for record in records:
-            click = decoded(settings, record.value, record.timestamp)
-            assert click.user_id
-        self._meter.add(len(records))
-        return Outcome(records=len(records))
+    def open(self, partition: int) -> None:
+        pass
+
+    def apply(self, batches: Sequence[RecordBatch]) -> list[Outcome | Exception]:
+        outcomes: list[Outcome | Exception] = []
+        for batch in batches:
+            for record in batch.records:
+                click = decoded(self._settings, record.value, record.timestamp)
+                assert click.user_id
+            self._meter.add(len(batch.records))
+            outcomes.append(Outcome(records=len(batch.records)))
+        return outcomes
 
 
-async def consumer(settings: Settings, meter: Meter) -> None:
-    made = TopicPipeline(
-        settings.prefixed(topics.CLICKS), _Decode(settings, meter), ThreadPoolExecutor(1)
+async def lane(settings: Settings, meter: Meter) -> None:
+    pipeline = TopicPipeline(
+        settings.prefixed(topics.CLICKS), _Decode(settings, meter), HandlerThread("decode")
     )
     with tempfile.TemporaryDirectory() as folder:
-        await IngestApp(
-            settings, [made], "bench-consumer", Path(folder), stopping=lambda: None
-        ).run()
+        app = IngestApp(settings, [pipeline], MemoryStore(), "bench-lane", Path(folder))
+        await app.run()
 
 
 def keys(settings: Settings, user: str) -> tuple[str, str, int]:
-    """(a user's history, the window of the user's partition, that partition)."""
+    """(a user's list, his partition's window, his partition)."""
     partition = partition_of(user, settings.clicks_partitions)
     return f"peer:{{u{partition}}}:h:{user}", f"peer:{{u{partition}}}:window", partition
 
@@ -252,7 +266,7 @@ async def loop(settings: Settings, meter: Meter) -> None:
         meter.add(len(clicks))
 
 
-PEERS = {"raw": raw, "consumer": consumer, "faust": plain_faust, "loop": loop}
+PEERS = {"raw": raw, "lane": lane, "faust": plain_faust, "loop": loop}
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
-"""Where records go that are not applied here: dead letters, and clicks that lie in a foreign partition.
+"""Outputs to Kafka besides item records: dead letters, forwarded clicks, forgotten users.
 
-A dead letter has the key `topic/partition/offset`, the original bytes as its value, and headers that say
-why: `reason`, `field`, `detail`, `key` (the original key, where there was one), `timestamp_ms`. A record that
-had no value at all carries the header `no_value`, since a null would delete; one above the limit is cut, and
-carries `truncated_from_bytes` and `sha256`.
+A dead letter has the key `topic/partition/offset`, the original bytes as its value, and these
+headers: `reason`, `field`, `detail`, `key` (the original key, if any), `timestamp_ms`. A null
+record has the header `no_value`, as a null value would delete; a value above the limit is cut, and
+the headers `truncated_from_bytes` and `sha256` are added.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from kafka import KafkaProducer
 from kafka.errors import KafkaError, KafkaTimeoutError, RetriableError
+from typing_extensions import override
 
 from eddyline.errors import KafkaRefused, KafkaUnavailable, Rejected
 from eddyline.kafka.clients import lacks_right
@@ -21,23 +22,23 @@ from eddyline.kafka.producers import make_producer
 from eddyline.kafka.topics import CLICKS, DEAD_LETTER_BYTES_MAX, DEAD_LETTERS
 from eddyline.schema import events
 from eddyline.settings.loader import Settings
-from streams.ports import Record
+from streams.ports import DeadLetterSink, ForgetSink, Forwarder, Record
 
 log = logging.getLogger(__name__)
 
-# The rest of a dead letter is for its key and headers.
+# The difference is for the key and the headers.
 VALUE_BYTES_MAX = DEAD_LETTER_BYTES_MAX - 64 * 1024
-# The broker's own limit for a record of `clicks` is 1 MiB; what is forwarded grows by key and `origin`.
+# The broker's limit for a record of `clicks` is 1 MiB; forwarding adds the key and `origin`.
 FORWARD_BYTES_MAX = 1024 * 1024 - 16 * 1024
 
 
 def outlet_producer(settings: Settings) -> KafkaProducer:
-    """The producer of this process's dead letters and forwarded records: sends at once, in order."""
+    """The producer of dead letters and forwarded records: sends at once, in order."""
     return make_producer(settings, linger_ms=0, max_request_size=DEAD_LETTER_BYTES_MAX)
 
 
 class Delivery:
-    """Sends, and makes sure of it. Thread rule: one chunk at a time; the producer may be shared."""
+    """Sends records and confirms them. Thread rule: one batch at a time; the producer may be shared."""
 
     def __init__(self, producer: KafkaProducer, timeout_s: float) -> None:
         self._producer = producer
@@ -45,15 +46,15 @@ class Delivery:
         self._sent: list[Any] = []
 
     def send(self, topic: str, value: bytes, **more: Any) -> None:
-        """Queue a record. Raises KafkaUnavailable where Kafka does not even take the metadata request."""
+        """Queue a record. Raises KafkaUnavailable where Kafka does not answer the metadata request."""
         try:
             self._sent.append(self._producer.send(topic, value, **more))
         except KafkaError as error:
             self._sent.clear()
-            raise _translated(topic, error) from error
+            raise _translate(topic, error) from error
 
     def flush(self) -> None:
-        """Return once every queued record is stored by Kafka; else raise, and the chunk is done again."""
+        """Return once Kafka has stored every queued record. An error means: apply the batch again."""
         sent, self._sent = self._sent, []
         if not sent:
             return
@@ -62,18 +63,18 @@ class Delivery:
             for future in sent:
                 future.get(timeout=self._timeout_s)
         except KafkaError as error:
-            raise _translated("of dead letters or forwarded clicks", error) from error
+            raise _translate("of dead letters or forwarded clicks", error) from error
 
 
-class KafkaDeadLetters:
-    """A `DeadLetterSink` in the topic `dead-letters`."""
+class KafkaDeadLetters(DeadLetterSink):
+    """Writes to the topic `dead-letters`."""
 
     def __init__(self, settings: Settings, producer: KafkaProducer) -> None:
         self._topic = settings.prefixed(DEAD_LETTERS)
         self._delivery = Delivery(producer, settings.kafka_timeout_ms / 1000)
 
+    @override
     def put(self, record: Record, rejected: Rejected) -> None:
-        """See `DeadLetterSink.put`."""
         at = f"{record.topic}/{record.partition}/{record.offset}"
         headers = [
             ("reason", rejected.reason.encode()),
@@ -87,7 +88,8 @@ class KafkaDeadLetters:
             headers.append(("no_value", b"1"))
         value = record.value or b""
         if len(value) > VALUE_BYTES_MAX:
-            # A broker limits what is sent compressed, not what it becomes: the rest is told by its checksum.
+            # A broker limits the compressed size, not the value itself; the checksum identifies the
+            # rest.
             headers.append(("truncated_from_bytes", str(len(value)).encode()))
             headers.append(("sha256", hashlib.sha256(value).hexdigest().encode()))
             value = value[:VALUE_BYTES_MAX]
@@ -102,45 +104,46 @@ class KafkaDeadLetters:
             },
         )
 
+    @override
     def flush(self) -> None:
-        """See `DeadLetterSink.flush`."""
         self._delivery.flush()
 
 
-class KafkaForwarder:
-    """A `Forwarder` within the record's own topic, and a `ForgetSink`."""
+class KafkaForwarder(Forwarder, ForgetSink):
+    """Writes to the record's own topic, and forgotten users to `clicks`."""
 
     def __init__(self, settings: Settings, producer: KafkaProducer) -> None:
         self._clicks = settings.prefixed(CLICKS)
         self._delivery = Delivery(producer, settings.kafka_timeout_ms / 1000)
 
+    @override
     def forward(self, record: Record, key: bytes, value: bytes, partition: int) -> None:
-        """See `Forwarder.forward`."""
         at = f"{record.topic}/{record.partition}/{record.offset}"
         headers = [(n, bytes(v)) for n, v in record.headers if n != "origin" and v is not None]
         headers.append(("origin", at.encode()))
         self._delivery.send(record.topic, value, key=key, partition=partition, headers=headers)
 
+    @override
     def forget(self, record: Record, user_id: str) -> None:
-        """See `ForgetSink.forget`. A user's clicks lie in the partition that his profile lies in."""
+        """A user's clicks and profile lie in the same partition number."""
         value = events.encode(events.Forget(user_id=user_id, forget_until_ms=record.timestamp))
         origin = [("origin", f"{record.topic}/{record.partition}/{record.offset}".encode())]
         self._delivery.send(
             self._clicks, value, key=user_id.encode(), partition=record.partition, headers=origin
         )
 
+    @override
     def flush(self) -> None:
-        """See `Forwarder.flush`."""
         self._delivery.flush()
 
 
-def _translated(topic: str, error: KafkaError) -> Exception:
-    """KafkaUnavailable for what waiting may heal, KafkaRefused for a missing right; others as they are."""
+def _translate(topic: str, error: KafkaError) -> Exception:
+    """KafkaUnavailable for errors that a retry may resolve, KafkaRefused for a missing right; others as is."""
     if lacks_right(error):
         return KafkaRefused(
             f"topic {topic}: {error}; docs/security.md lists the rights that Eddyline needs"
         )
     if isinstance(error, RetriableError | KafkaTimeoutError) or getattr(error, "retriable", False):
         return KafkaUnavailable(f"topic {topic}: {type(error).__name__}: {error}")
-    wrong: Exception = error
-    return wrong
+    other: Exception = error
+    return other

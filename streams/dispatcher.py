@@ -1,9 +1,9 @@
-"""What an agent does with its chunks: hand them to the ingest function, await it, acknowledge.
+"""The way of batches from a Faust agent to their handler, and what their results lead to.
 
-The function runs in a thread of its own, so that heartbeats go on. While it is at work more chunks come in;
-then all of them go together, joined by partition, and share round trips and numpy work. A server that is
-away is waited for; a refused write sends its partition back to the lowest fence; anything else ends the
-process before the chunk is acknowledged.
+A handler runs in a thread of its own, so that the app's loop goes on. Batches that arrive while it
+is busy are applied together afterwards and share round trips and numpy work. Where a server is
+away, the dispatcher waits; a refused write sends its partition back to the lowest fence; any other
+error ends the process, and the batch is not acknowledged.
 """
 
 from __future__ import annotations
@@ -12,326 +12,277 @@ import asyncio
 import logging
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar
 
 from faust.types import TP
 
 from eddyline.errors import FenceMoved, Unavailable
-from streams.consumer.batching import Chunk
+from streams.consumer.batching import choose, place_of
 from streams.consumer.consumer import BatchApp
-from streams.fences import PartitionFences
-from streams.ports import Outcome, PartitionLost, Record, RecordBatch
-from streams.write_behind import WriteBehind, flush, flush_due
+from streams.ports import Handler, Outcome, PartitionLost, RecordBatch
 
 log = logging.getLogger(__name__)
 _R = TypeVar("_R")
 
-# The shortest session that Kafka's default settings allow: a dead process's partitions move after it.
+# The shortest session that Kafka's default settings allow: a dead process's partitions move after
+# it.
 SESSION_S = 6.0
 BACKOFF_S = 0.05
-# Chunks that wait beside the one in work; and as many in Faust's own queue. Enough to keep the function busy.
-QUEUE_CHUNKS = 16
+# Batches in a pipeline's queue; as many groups of them in Faust's own. Enough to keep a handler
+# busy.
+QUEUE_BATCHES = 16
 
 
-class Ingest(Protocol):
-    """An ingest function and the positions it works from."""
+class HandlerThread:
+    """The thread of one or more handlers, and the lock that every use of them holds.
 
-    positions: PartitionFences
+    Small batches run in the event loop, under the same lock.
+    """
 
-    def ingest(self, partition: int, records: Sequence[Record], read_us: int) -> Outcome:
-        """Apply a chunk."""
+    def __init__(self, name: str) -> None:
+        self._executor = ThreadPoolExecutor(1, name)
+        self.lock = threading.Lock()
+
+    async def run(self, call: Callable[..., _R], *arguments: Any) -> _R:
+        """Call in the thread, holding the lock."""
+
+        def locked() -> _R:
+            with self.lock:
+                return call(*arguments)
+
+        return await asyncio.get_running_loop().run_in_executor(self._executor, locked)
+
+    def close(self) -> None:
+        """Drop waiting calls; a running one ends with the process."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What a pipeline has done. seconds: spent on applying; rewinds: partitions sent back to their fence."""
+
+    batches: int = 0
+    rewinds: int = 0
+    seconds: float = 0.0
+    outcome: Outcome = field(default_factory=Outcome)
 
 
 @dataclass
 class TopicPipeline:
-    """One topic: its function, the thread it runs in, and what it has done so far.
+    """One topic: its handler, the handler's thread, its queue, and its counters.
 
-    before_open: called with each partition before its fences are read
-    deferred:    effects that may wait for those of more chunks
-    quick:       small chunks take some milliseconds, so they may run in the event loop itself
-    many:        applies chunks of several partitions together; what `ingest` would raise is in its place
-    in_loop:     `many` for small chunks in the event loop, where it has to wait for more than Redis
-    part_max:    so many records of one partition are applied at once at most; None: as many as a chunk has
-    seconds:     spent on applying; waits: how often a server was waited for, wait_s: how long next time
-    queued:      chunks that wait for this lane's turn
+    topic:   the name in Kafka, prefix included
+    queue:   fetched batches; held: batches from the queue that were not applied yet
+    batches, rewinds, seconds, outcome: see `Totals`
+    waits:   how often a server was waited for; wait_s: the next pause
     """
 
     topic: str
-    ingest: Ingest
-    executor: ThreadPoolExecutor
-    before_open: Callable[[int], None] | None = None
-    deferred: WriteBehind | None = None
-    quick: bool = False
-    many: Callable[[Sequence[RecordBatch]], list[Outcome | Exception]] | None = None
-    in_loop: (
-        Callable[[Sequence[RecordBatch]], Coroutine[Any, Any, list[Outcome | Exception]]] | None
-    ) = None
-    part_max: int | None = None
+    handler: Handler
+    thread: HandlerThread
+    queue: asyncio.Queue[RecordBatch] = field(
+        default_factory=lambda: asyncio.Queue(QUEUE_BATCHES), repr=False
+    )
+    held: list[RecordBatch] = field(default_factory=list, repr=False)
     outcome: Outcome = field(default_factory=Outcome)
-    chunks: int = 0
+    batches: int = 0
     rewinds: int = 0
     seconds: float = 0.0
     waits: int = 0
     wait_s: float = BACKOFF_S
-    queued: Callable[[], int] = lambda: 0
-    _told: tuple[int, int, float, Outcome] = field(default_factory=lambda: (0, 0, 0.0, Outcome()))
+    _reported: Totals = field(default_factory=Totals, repr=False)
 
-    def begin(self) -> None:
-        """From here on `since_begin` counts."""
+    def since_report(self) -> Totals:
+        """What was done since the last call."""
         total = Outcome()
         total.add(self.outcome)
-        self._told = self.chunks, self.rewinds, self.seconds, total
-
-    def since_begin(self) -> tuple[int, int, float, Outcome]:
-        """(chunks, rewinds, seconds, outcome) since `begin`."""
-        chunks, rewinds, seconds, outcome = self._told
-        more = self.outcome.less(outcome)
-        return self.chunks - chunks, self.rewinds - rewinds, self.seconds - seconds, more
-
-    def open(
-        self, bounds: Mapping[int, tuple[int, int]], committed: Mapping[int, int]
-    ) -> dict[int, int]:
-        """Where to read on, by partition, see `PartitionFences.open`. Runs in the lane's thread."""
-        if self.before_open is not None:
-            for partition in bounds:
-                self.before_open(partition)
-        return self.ingest.positions.open(bounds, committed)
-
-    def apply(self, parts: Sequence[RecordBatch]) -> list[Outcome | Exception]:
-        """Apply one chunk each of different partitions."""
-        if self.many is not None:
-            return self.many(parts)
-        ends: list[Outcome | Exception] = []
-        for part in parts:
-            try:
-                ends.append(self.ingest.ingest(part.partition, part.records, part.read_us))
-            except (FenceMoved, Unavailable, PartitionLost) as error:
-                ends.append(error)
-        return ends
-
-    def settle(self, mine: set[int]) -> int | None:
-        """See `deferred.settle`. Runs in the lane's thread."""
-        return (
-            None if self.deferred is None else flush_due(self.deferred, self.ingest.positions, mine)
+        before, self._reported = (
+            self._reported,
+            Totals(self.batches, self.rewinds, self.seconds, total),
+        )
+        return Totals(
+            self.batches - before.batches,
+            self.rewinds - before.rewinds,
+            self.seconds - before.seconds,
+            total.less(before.outcome),
         )
 
-    def flush(self) -> None:
-        """See `deferred.flush`. Runs in the lane's thread."""
-        if self.deferred is not None:
-            flush(self.deferred)
+    def queued(self) -> int:
+        """Batches that were fetched and not applied. Any thread."""
+        return self.queue.qsize() + len(self.held)
 
-    def find_diverged(self, mine: set[int]) -> list[int]:
-        """Which of these partitions have other fences than expected. Runs in the lane's thread."""
-        return self.ingest.positions.find_diverged(mine)
+    async def open(
+        self, bounds: Mapping[int, tuple[int, int]], committed: Mapping[int, int]
+    ) -> dict[int, int]:
+        """Open partitions; where to read on. Arguments and errors as of `PartitionFences.open`."""
+        return await self.thread.run(self._open, bounds, committed)
 
-
-async def in_thread(
-    turn: threading.Lock, executor: ThreadPoolExecutor, call: Callable[..., _R], *arguments: Any
-) -> _R:
-    """Run in a lane's thread. Whoever applies a chunk or reads fences holds its executor's turn."""
-
-    def run() -> _R:
-        with turn:
-            return call(*arguments)
-
-    return await asyncio.get_running_loop().run_in_executor(executor, run)
+    def _open(
+        self, bounds: Mapping[int, tuple[int, int]], committed: Mapping[int, int]
+    ) -> dict[int, int]:
+        for partition in bounds:
+            self.handler.open(partition)
+        return self.handler.fences.open(bounds, committed)
 
 
 class BatchDispatcher:
-    """Applies the chunks of one lane. Runs in the app's event loop.
+    """Applies the batches of one pipeline. Runs in the app's event loop.
 
-    turns:     one lock for each executor, held by whoever works in its place
-    quick_max: so many records at most are applied in the event loop itself
-    end:       told of an error that ends the process
+    in_loop_max: up to so many records are applied in the event loop itself; 0: none
     """
 
     def __init__(
-        self,
-        app: BatchApp,
-        lane: TopicPipeline,
-        turns: Mapping[ThreadPoolExecutor, threading.Lock],
-        quick_max: int,
-        backoff_s_max: float,
-        end: Callable[[Exception], None],
+        self, app: BatchApp, pipeline: TopicPipeline, in_loop_max: int, backoff_s_max: float
     ) -> None:
         self._app = app
-        self._lane = lane
-        self._turn = turns[lane.executor]
-        self._quick_max = quick_max
+        self._pipeline = pipeline
+        self._in_loop_max = in_loop_max
         self._backoff_s_max = backoff_s_max
-        self._end = end
-        self._queue: asyncio.Queue[Chunk] = asyncio.Queue(QUEUE_CHUNKS)
-        self._held: list[Chunk] = []
-        self._dropped: dict[
-            TP, int
-        ] = {}  # partition -> the epoch of the last chunk that was dropped
-        lane.queued = lambda: self._queue.qsize() + len(self._held)
+        # By partition: the epoch of the last batch that was dropped.
+        self._dropped: dict[TP, int] = {}
 
     async def run(self, stream: Any) -> None:
-        """The agent: queue what comes; what is queued is applied beside it."""
-        work = asyncio.create_task(self._work())
+        """The Faust agent: queue the batches of each event; another task applies them."""
+        work = asyncio.create_task(self.work())
         try:
-            async for haul in stream.noack():
-                for chunk in haul:
-                    await self._queue.put(chunk)
+            async for batches in stream.noack():
+                for batch in batches:
+                    await self._pipeline.queue.put(batch)
         finally:
             work.cancel()
             await asyncio.gather(work, return_exceptions=True)
 
-    async def _work(self) -> None:
+    async def work(self) -> None:
+        """Apply queued batches, until cancelled; an error ends the process."""
+        pipeline = self._pipeline
         try:
             while True:
-                if not self._held:
-                    self._held.append(await self._queue.get())
-                taken = self.take()
-                if taken:
-                    await self._apply(taken)
-                self._app.handed.applied(self._lane.topic)
+                if not pipeline.held:
+                    pipeline.held.append(await pipeline.queue.get())
+                batches = self.take()
+                if batches:
+                    await self.dispatch(batches)
+                self._app.in_flight.applied(pipeline.topic)
         except Exception as error:
-            log.exception("chunks could not be applied")
-            self._end(error)
+            log.exception("batches could not be applied")
+            self._app.owner.end(error)
         except asyncio.CancelledError:
             task = asyncio.current_task()
-            if task is None or not task.cancelling():  # nobody wanted this to end
-                self._end(RuntimeError("the work on chunks was cancelled from inside"))
+            if task is None or not task.cancelling():  # not cancelled by us
+                self._app.owner.end(RuntimeError("the work on batches was cancelled from inside"))
             raise
 
-    def take(self) -> list[list[Chunk]]:
-        """The chunks to apply now, by partition, in order; together no more records than one may have.
-
-        Nor more of one partition than the lane's `part_max`.
-        """
-        while len(self._held) < 2 * QUEUE_CHUNKS and not self._queue.empty():
-            self._held.append(self._queue.get_nowait())
-        taken: dict[TP, list[Chunk]] = {}
-        rest: list[Chunk] = []
-        full: set[TP] = set()
-        whole = room = self._app.chunk_records_max
-        rooms: defaultdict[TP, int] = defaultdict(lambda: self._lane.part_max or whole)
-        for chunk in self._held:
-            # What comes after a dropped chunk goes with it, though the partition may be ours again by now.
-            if chunk.epoch <= self._dropped.get(chunk.at, -1) or not self._app.lane.is_current(
-                chunk
-            ):
-                self._drop(chunk)
-                continue  # it is read again after a seek, or was lost
-            size = len(chunk.records)
-            if (
-                chunk.at in full
-                or (taken and size > room)
-                or (chunk.at in taken and size > rooms[chunk.at])
-            ):
-                rest.append(chunk)
-                full.add(chunk.at)
+    def take(self) -> list[RecordBatch]:
+        """The batches to apply now, one of each partition; stale ones are dropped."""
+        pipeline, current = self._pipeline, []
+        while len(pipeline.held) < 2 * QUEUE_BATCHES and not pipeline.queue.empty():
+            pipeline.held.append(pipeline.queue.get_nowait())
+        for batch in pipeline.held:
+            # What follows a dropped batch is dropped too, though the partition may be ours again by
+            # now.
+            dropped = batch.epoch <= self._dropped.get(place_of(batch), -1)
+            if dropped or not self._app.batches.is_current(batch):
+                self._drop(batch)  # it is read again after a seek, or was lost
             else:
-                taken.setdefault(chunk.at, []).append(chunk)
-                room -= size
-                rooms[chunk.at] -= size
-        self._held = rest
-        return list(taken.values())
+                current.append(batch)
+        partition_max = pipeline.handler.partition_max
+        batches, pipeline.held = choose(current, self._app.chunk_records_max, partition_max)
+        return batches
 
-    def _drop(self, chunk: Chunk) -> None:
-        self._dropped[chunk.at] = max(chunk.epoch, self._dropped.get(chunk.at, -1))
+    def _drop(self, batch: RecordBatch) -> None:
+        at = place_of(batch)
+        self._dropped[at] = max(batch.epoch, self._dropped.get(at, -1))
 
-    async def _apply(self, taken: Sequence[Sequence[Chunk]]) -> None:
-        lane, chunks = self._lane, [_joined(parts) for parts in taken]
+    async def dispatch(self, batches: Sequence[RecordBatch]) -> None:
+        """Apply the batches, and acknowledge, wait or rewind by their results."""
+        pipeline, consumer = self._pipeline, self._app.batches
         begun = time.perf_counter()
         try:
-            ends = await self._ingest(
-                [RecordBatch(c.at.partition, c.records, c.read_us) for c in chunks]
-            )
+            results = await self.apply(batches)
         except Exception as error:
-            await self._give_up(chunks[0], error)
+            await self._give_up(batches[0], error)
             return
         except BaseException:
-            # Cancelled: what follows would leave a gap, until all is read again from the fence.
-            for chunk in chunks:
-                self._drop(chunk)
-            self._app.lane.unread({chunk.at: chunk.epoch for chunk in chunks})
+            # Cancelled. What follows would leave a gap, until all is read again from the fence.
+            for batch in batches:
+                self._drop(batch)
+            consumer.unread({place_of(batch): batch.epoch for batch in batches})
             raise
-        lane.seconds += time.perf_counter() - begun
-        waits = [end for end in ends if isinstance(end, Unavailable)]
-        if waits:
-            await self._wait(waits[0])
+        pipeline.seconds += time.perf_counter() - begun
+        unavailable = [result for result in results if isinstance(result, Unavailable)]
+        if unavailable:
+            await self._wait(unavailable[0])
         else:
-            lane.wait_s = BACKOFF_S
+            pipeline.wait_s = BACKOFF_S
         back: set[TP] = set()
-        for chunk, end in zip(chunks, ends, strict=True):
-            if isinstance(end, Outcome):
-                lane.chunks += 1
-                lane.outcome.add(end)
-                if self._app.lane.is_current(chunk):
-                    self._app.lane.applied(chunk)
-            elif isinstance(end, FenceMoved):
-                lane.rewinds += 1
-                log.info("write refused, going back to the fence", extra=_where(chunk, end))
-                back.add(chunk.at)
-            elif isinstance(end, Unavailable):
-                back.add(chunk.at)
-            elif isinstance(end, PartitionLost):
+        for batch, result in zip(batches, results, strict=True):
+            if isinstance(result, Outcome):
+                pipeline.batches += 1
+                pipeline.outcome.add(result)
+                if consumer.is_current(batch):
+                    consumer.applied(batch)
+            elif isinstance(result, FenceMoved):
+                pipeline.rewinds += 1
+                log.info("write refused, going back to the fence", extra=_where(batch, result))
+                back.add(place_of(batch))
+            elif isinstance(result, Unavailable):
+                back.add(place_of(batch))
+            elif isinstance(result, PartitionLost):
                 log.warning(
-                    "another process writes for this partition now", extra=_where(chunk, end)
+                    "another process writes for this partition now", extra=_where(batch, result)
                 )
-                await self._await_loss(chunk)
+                await self._await_loss(batch)
             else:
-                await self._give_up(chunk, end)
+                await self._give_up(batch, result)
         if back:
-            await self._app.lane.rewind(back)
+            await consumer.rewind(back)
 
-    async def _give_up(self, chunk: Chunk, error: Exception) -> None:
+    async def apply(self, batches: Sequence[RecordBatch]) -> list[Outcome | Exception]:
+        """Apply in the handler's thread; small batches in this loop where the thread is idle.
+
+        Not in this loop after an error: a call to a server that is away would block it.
+        """
+        handler, thread = self._pipeline.handler, self._pipeline.thread
+        small = sum(len(batch.records) for batch in batches) <= self._in_loop_max
+        if small and self._pipeline.wait_s == BACKOFF_S and thread.lock.acquire(blocking=False):
+            try:
+                if handler.awaits_kafka:
+                    return await self._app.track(handler.apply_in_loop(batches))
+                return handler.apply(batches)
+            finally:
+                thread.lock.release()
+        return await self._app.track(thread.run(handler.apply, batches))
+
+    async def _give_up(self, batch: RecordBatch, error: Exception) -> None:
         """End the process; nothing more is acknowledged."""
-        log.error("a chunk could not be applied", extra=_where(chunk, error), exc_info=error)
-        self._end(error)
+        log.error("a batch could not be applied", extra=_where(batch, error), exc_info=error)
+        self._app.owner.end(error)
         await asyncio.Event().wait()
 
-    async def _ingest(self, parts: Sequence[RecordBatch]) -> list[Outcome | Exception]:
-        """Apply in the lane's thread; small chunks at once where that thread does nothing."""
-        lane = self._lane
-        small = lane.quick and sum(len(part.records) for part in parts) <= self._quick_max
-        if small and lane.wait_s == BACKOFF_S and self._turn.acquire(blocking=False):
-            try:
-                if lane.in_loop is not None:
-                    return cast(
-                        list[Outcome | Exception], await self._app.work(lane.in_loop(parts))
-                    )
-                return lane.apply(parts)
-            finally:
-                self._turn.release()
-        ends: list[Outcome | Exception] = await self._app.work(
-            in_thread(self._turn, lane.executor, lane.apply, parts)
-        )
-        return ends
-
-    async def _await_loss(self, chunk: Chunk) -> None:
-        """Wait for the rebalance that takes the partition; claim it anew where none comes."""
+    async def _await_loss(self, batch: RecordBatch) -> None:
+        """Wait for the rebalance that takes the partition; open it again where none comes."""
         clock = asyncio.get_running_loop().time
         deadline = clock() + 2 * SESSION_S
-        while self._app.lane.is_current(chunk):
+        while self._app.batches.is_current(batch):
             if clock() > deadline:
-                await self._app.lane.rewind({chunk.at})
+                await self._app.batches.rewind({place_of(batch)})
                 return
             await asyncio.sleep(0.1)
 
     async def _wait(self, error: Exception) -> None:
-        self._lane.waits += 1
-        self._app.waiting(error, self._lane.wait_s)
-        await asyncio.sleep(self._lane.wait_s)
-        self._lane.wait_s = min(2 * self._lane.wait_s, self._backoff_s_max)
+        pipeline = self._pipeline
+        pipeline.waits += 1
+        self._app.owner.report_wait(error, pipeline.wait_s)
+        await asyncio.sleep(pipeline.wait_s)
+        pipeline.wait_s = min(2 * pipeline.wait_s, self._backoff_s_max)
 
 
-def _joined(chunks: Sequence[Chunk]) -> Chunk:
-    """Chunks of one partition that follow each other, as one; it was read when the last of them was."""
-    if len(chunks) == 1:
-        return chunks[0]
-    records = [record for chunk in chunks for record in chunk.records]
-    return Chunk(chunks[0].at, records, chunks[-1].epoch, chunks[-1].read_us)
-
-
-def _where(chunk: Chunk, error: Exception) -> dict[str, Any]:
-    first, last = chunk.records[0].offset, chunk.records[-1].offset
-    at = f"{chunk.at.topic}:{chunk.at.partition}"
-    return {"at": at, "offsets": f"{first}–{last}", "reason": str(error)}
+def _where(batch: RecordBatch, error: Exception) -> dict[str, Any]:
+    return {
+        "at": f"{batch.topic}:{batch.partition}",
+        "offsets": f"{batch.first}–{batch.last}",
+        "reason": str(error),
+    }

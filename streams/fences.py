@@ -1,132 +1,188 @@
-"""The fence is the position: where reading a partition goes on, and the fences this process expects.
+"""Fences as positions: where reading a partition continues, and which fences this process expects.
 
-A partition goes on after the lowest of its fences. A fence that was written for another log is never
-skipped over: Kafka made anew under an old Redis, or another cluster, raises LogMismatch. So do clicks that
-retention removed before they were applied. Compacted topics (items, users) lose nothing that counts: there
-the oldest record that is kept is good enough.
+Reading continues after the lowest fence of a partition. `open` raises LogMismatch where a fence
+belongs to another log (a topic that was created again, another cluster), and where retention
+removed clicks before they were applied. Compacted topics (items, users) may begin later: their
+oldest kept record is sufficient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol
 
 from eddyline.errors import FenceMoved, LogMismatch
-from eddyline.kafka.topics import CLICKS
+from eddyline.kafka import topics
+from eddyline.kafka.topics import CLICKS, ITEMS, USERS
+from eddyline.schema.partitioning import user_slot
+from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import Fence, LogId, Source, StateStore
 
 # No log is so long.
 _NO_RECORD_BEYOND = 2**63 - 1
+# The item slot that holds the fence of published records, however many item slots there are.
+PUBLISHED_SLOT = "i0"
+
+
+class LogIds(Protocol):
+    """The id of each topic's log, by the topic's name without prefix."""
+
+    def __getitem__(self, topic: str, /) -> LogId:
+        """The log's id. May raise KafkaUnavailable."""
+
+
+class KafkaLogIds:
+    """The `LogIds` of Kafka, looked up at every access."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def __getitem__(self, topic: str, /) -> LogId:
+        """The log's id now. Raises KafkaUnavailable."""
+        return topics.log_ids(self._settings, [topic])[topic]
+
+
+def published_source(generation: str, partition: int) -> Source:
+    """The source of the item records that one generation has published."""
+    return Source(f"{ITEMS}@{generation}", partition)
+
+
+def sources(
+    settings: Settings, topic: str, partition: int, generations: Sequence[str] = ()
+) -> dict[Source, list[str]]:
+    """The sources of a partition, each with the slots that have a fence of it, in the order of
+    writing.
+
+    generations: those that publish items; only for ITEMS
+    """
+    item_slots = [f"i{shard}" for shard in range(settings.item_slots)]
+    if topic == CLICKS:
+        return {Source(CLICKS, partition): [user_slot(partition), *item_slots]}
+    if topic == USERS:
+        return {Source(USERS, partition): [user_slot(partition)]}
+    published = {published_source(name, partition): [PUBLISHED_SLOT] for name in generations}
+    return {**published, Source(ITEMS, partition): item_slots}
 
 
 class PartitionFences:
     """The fences of one topic's partitions, as this process last read or wrote them.
 
-    store:      where the fences are
-    topic:      the real name of the topic, for messages
-    sources_of: partition -> its sources, each with the slots that have a fence of it
-    log_id:     asks Kafka which log the topic is now; may raise KafkaUnavailable
-
-    Thread rule: one thread, the one that applies the topic's chunks.
+    topic:       its name without prefix
+    generations: those that publish items; only for ITEMS
+    Thread rule: one thread, the one that applies the topic's batches.
     """
 
     def __init__(
         self,
+        settings: Settings,
         store: StateStore,
         topic: str,
-        sources_of: Callable[[int], Mapping[Source, Sequence[str]]],
-        log_id: Callable[[], LogId],
+        logs: LogIds,
+        generations: Sequence[str] = (),
     ) -> None:
+        self._settings = settings
         self._store = store
-        self._topic = topic
-        self._sources_of = sources_of
-        self._log_id = log_id
+        self._name = topic
+        self._topic = settings.prefixed(topic)
+        self._logs = logs
+        self._generations = generations
         self._log: LogId | None = None
         self._expected: dict[int, dict[tuple[Source, str], Fence | None]] = {}
-        self._read: dict[int, int] = {}  # partition -> the last offset that a chunk brought
-        self._told: dict[int, int] = {}
-        self._again: dict[
-            int, int
-        ] = {}  # partition -> an offset that is read again when it is opened
+        self._last_read: dict[int, int] = {}  # the last offset that a batch had
+        self._committed: dict[int, int] = {}
+        self._replay_from: dict[int, int] = {}
 
     def replay_from(self, partition: int, first: int) -> None:
-        """When the partition is opened next, read it from `first` on although its fences are beyond."""
-        self._again[partition] = first
+        """At the next `open`, read from the offset `first` on, although the fences are beyond it."""
+        self._replay_from[partition] = min(first, self._replay_from.get(partition, first))
 
     def open(
-        self, bounds: Mapping[int, tuple[int, int]], told: Mapping[int, int] | None = None
+        self, bounds: Mapping[int, tuple[int, int]], committed: Mapping[int, int] | None = None
     ) -> dict[int, int]:
-        """Read the fences anew and return where to read on, by partition.
+        """Read the fences and return the offset to read from, by partition.
 
-        bounds: partition -> (offset of the oldest record kept, offset the next record will get)
-        told:   partition -> what the consumer group committed, see `sent_on`
-        Raises LogMismatch (also for clicks that are gone by retention), StoreUnavailable, KafkaUnavailable.
+        bounds:    partition -> (offset of the oldest record kept, offset the next record will get)
+        committed: partition -> offset that the consumer group committed, see `forwarded_up_to`
+        Raises LogMismatch (also for clicks that retention removed), StoreUnavailable,
+        KafkaUnavailable.
         """
-        self._log = self._log_id()
-        self._told |= {p: min(end, (told or {}).get(p, 0)) for p, (_, end) in bounds.items()}
+        self._log = self._logs[self._name]
+        for partition, (_, end) in bounds.items():
+            self._committed[partition] = min(end, (committed or {}).get(partition, 0))
         return {
             partition: self._open(partition, begin, end, self._log)
             for partition, (begin, end) in bounds.items()
         }
 
     def expected(self, source: Source, slot: str) -> Fence | None:
-        """The fence that the store must have; None where nothing was ever applied."""
-        return self._of(source.partition)[source, slot]
+        """The fence that the store must have; None where no batch was ever applied."""
+        return self._fences_of(source.partition)[source, slot]
+
+    def done(self, source: Source, slot: str) -> int:
+        """The offset up to which the slot has everything; −1 for none."""
+        fence = self.expected(source, slot)
+        return -1 if fence is None else fence.offset
 
     def lowest(self, partition: int) -> int:
         """The offset up to which every slot has everything; −1 for none."""
-        return _lowest(self._of(partition))
+        return _lowest(self._fences_of(partition))
 
     def forwarded_up_to(self, partition: int) -> int:
-        """What records up to this offset send on was sent by whoever applied them first; −1 for none.
+        """Last offset whose forwarded records a previous owner already sent; −1 if none.
 
-        Offsets are committed after the effects. Reading such records anew (Redis was emptied, or went back)
-        sends nothing again: beyond the event-id window it would count a second time.
+        Offsets are committed after the effects. Records that are read again (Redis was emptied, or
+        went back) forward nothing: beyond the event-id window a forwarded event would count twice.
         """
-        return self._told.get(partition, 0) - 1
+        return self._committed.get(partition, 0) - 1
 
     def fence(self, offset: int) -> Fence:
-        """The fence that says: everything up to and with `offset`, of the log that was opened."""
+        """The fence "everything up to and with `offset`" of the log that `open` found."""
         if self._log is None:
             raise LookupError(f"topic {self._topic} has not been opened")
         return Fence(offset, self._log)
 
     def moved(self, source: Source, slot: str, fence: Fence) -> None:
-        """Remember a fence that was just written."""
-        self._of(source.partition)[source, slot] = fence
+        """Expect a fence that was just written."""
+        self._fences_of(source.partition)[source, slot] = fence
 
     def find_diverged(self, partitions: Collection[int]) -> list[int]:
         """Those of these partitions whose stored fences are not the expected ones.
 
-        The store went back in time, or another process wrote. A write would be refused; this is for
-        partitions that have nothing to write. Raises StoreUnavailable.
+        The store went back in time, or another process wrote. This finds it for partitions that
+        have nothing to write; a write would be refused. Raises StoreUnavailable.
         """
-        moved = []
+        diverged = []
         for partition in self._expected.keys() & partitions:
             expected = self._expected[partition]
-            for source, slots in self._sources_of(partition).items():
+            for source, slots in self._sources(partition).items():
                 found = self._store.fences(source, slots)
                 if any(expected[source, slot] != found[slot] for slot in slots):
-                    moved.append(partition)
+                    diverged.append(partition)
                     break
-        return moved
+        return diverged
 
     def begin(self, partition: int, first: int, last: int) -> None:
-        """Note that a chunk is taken up. Raises FenceMoved where it does not lie after the one before.
+        """Start a batch. Raises FenceMoved where its offsets do not follow those of the batch
+        before.
 
-        Then the log itself went back: the topic was made anew, for one. `open` says what is the matter.
+        Then the log itself went back: the topic was created again, for example. `open` finds the
+        reason.
         """
-        before = self._read[partition]
+        before = self._last_read[partition]
         if first <= before:
             raise FenceMoved(
                 f"{self._topic}:{partition}", f"a record after {before}", f"record {first}"
             )
-        self._read[partition] = last
+        self._last_read[partition] = last
 
     def invalidate(self, partition: int) -> None:
-        """Refuse the partition's chunks from here on (FenceMoved), until it is opened anew."""
-        self._read[partition] = _NO_RECORD_BEYOND
+        """Refuse the partition's batches (FenceMoved) until the next `open`."""
+        self._last_read[partition] = _NO_RECORD_BEYOND
 
-    def _of(self, partition: int) -> dict[tuple[Source, str], Fence | None]:
+    def _sources(self, partition: int) -> dict[Source, list[str]]:
+        return sources(self._settings, self._name, partition, self._generations)
+
+    def _fences_of(self, partition: int) -> dict[tuple[Source, str], Fence | None]:
         try:
             return self._expected[partition]
         except KeyError:
@@ -136,16 +192,16 @@ class PartitionFences:
 
     def _open(self, partition: int, begin: int, end: int, now: LogId) -> int:
         found: dict[tuple[Source, str], Fence | None] = {}
-        for source, slots in self._sources_of(partition).items():
+        for source, slots in self._sources(partition).items():
             for slot, fence in self._store.fences(source, slots).items():
                 self._check(source, slot, fence, end, now)
                 found[source, slot] = fence
         self._expected[partition] = found
         lowest = _lowest(found)
-        if lowest + 1 < begin and any(source.name == CLICKS for source, _ in found):
+        if self._name == CLICKS and lowest + 1 < begin:
             raise self._lost(partition, lowest + 1, begin - 1, begin, applied=lowest >= 0)
-        position = max(min(lowest + 1, self._again.pop(partition, lowest + 1)), begin)
-        self._read[partition] = position - 1
+        position = max(min(lowest + 1, self._replay_from.pop(partition, lowest + 1)), begin)
+        self._last_read[partition] = position - 1
         return position
 
     def _lost(
@@ -157,10 +213,11 @@ class PartitionFences:
             else "the state has nothing"
         )
         return LogMismatch(
-            f"topic {self._topic}, partition {partition}: {state}, but the log begins with offset {begin}: "
-            f"Kafka's retention removed offsets {first} to {last} ({last - first + 1:,}) before they were "
-            "applied here. Stop every ingest and run `eddyline refill`, which applies them from the archive; "
-            "or `eddyline accept-log --skip-lost` to go on without them, as on a first start on an old topic."
+            f"topic {self._topic}, partition {partition}: {state}, but the log begins with offset "
+            f"{begin}: Kafka's retention removed offsets {first} to {last} ({last - first + 1:,}) before "
+            "they were applied here. Stop every ingest and run `eddyline refill`, which applies them from "
+            "the archive; or `eddyline accept-log --skip-lost` to go on without them, as on a first start "
+            "on an old topic."
         )
 
     def _check(self, source: Source, slot: str, fence: Fence | None, end: int, now: LogId) -> None:
@@ -168,8 +225,8 @@ class PartitionFences:
             return
         at = f"topic {self._topic}, partition {source.partition} (fence of {source.name} in slot {slot})"
         way_out = (
-            "If the log is meant to go on as it is now, stop every ingest and run `eddyline accept-log`: it "
-            "lets go of the fences of logs that are gone; a new log is then read from its beginning."
+            "If the log is to go on as it is now, stop every ingest and run `eddyline accept-log`: it "
+            "removes the fences of logs that no longer exist; a new log is then read from its beginning."
         )
         if "@" in source.name:
             way_out = (

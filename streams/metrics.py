@@ -1,6 +1,6 @@
-"""What an ingest process tells Prometheus: lag, pauses, what became of records, the cache.
+"""Prometheus metrics of an ingest process: lag, pauses, outcomes of records, the user cache.
 
-Read when it is asked for, from what the lanes keep anyway; a record costs nothing for it.
+Collected at a scrape from the pipelines' counters; a record costs nothing.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from typing_extensions import override
 
 from eddyline.process import metrics
 from eddyline.settings.loader import Settings
@@ -17,59 +18,59 @@ from streams.clicks.user_cache import UserCache
 
 
 class IngestCollector(Collector):
-    """The metrics of one process. Thread rule: any thread; the figures may be some records apart."""
+    """The metrics of one process. Thread rule: any thread; figures may differ by some records."""
 
     def __init__(self, app: IngestApp, cache: UserCache) -> None:
         self._app = app
         self._cache = cache
 
+    @override
     def collect(self) -> Iterator[Metric]:
-        """Every metric, by topic."""
         records = CounterMetricFamily(
-            "eddyline_ingest_records", "Records by what became of them", labels=["topic", "outcome"]
+            "eddyline_ingest_records", "Records by outcome", labels=["topic", "outcome"]
         )
-        lanes = {
-            "chunks": CounterMetricFamily(
-                "eddyline_ingest_chunks", "Chunks applied", labels=["topic"]
+        counters = {
+            "batches": CounterMetricFamily(
+                "eddyline_ingest_chunks", "Batches applied", labels=["topic"]
             ),
             "seconds": CounterMetricFamily(
-                "eddyline_ingest_busy_seconds", "Time spent on applying", labels=["topic"]
+                "eddyline_ingest_busy_seconds", "Time spent applying batches", labels=["topic"]
             ),
             "rewinds": CounterMetricFamily(
                 "eddyline_ingest_rewinds", "Partitions sent back to their fence", labels=["topic"]
             ),
             "waits": CounterMetricFamily(
-                "eddyline_ingest_waits", "Waits for a server that was away", labels=["topic"]
+                "eddyline_ingest_waits", "Waits for an unavailable server", labels=["topic"]
             ),
         }
         queued = GaugeMetricFamily(
-            "eddyline_ingest_queued_chunks", "Chunks read, not applied", labels=["topic"]
+            "eddyline_ingest_queued_chunks", "Batches fetched, not applied", labels=["topic"]
         )
-        for lane in self._app.lanes:
-            for outcome, count in lane.outcome.counts().items():
-                records.add_metric([lane.topic, outcome], count)
-            for name, family in lanes.items():
-                family.add_metric([lane.topic], getattr(lane, name))
-            queued.add_metric([lane.topic], lane.queued())
+        for pipeline in self._app.pipelines:
+            for outcome, count in pipeline.outcome.counts().items():
+                records.add_metric([pipeline.topic, outcome], count)
+            for name, family in counters.items():
+                family.add_metric([pipeline.topic], getattr(pipeline, name))
+            queued.add_metric([pipeline.topic], pipeline.queued())
         yield records
-        yield from lanes.values()
+        yield from counters.values()
         yield queued
-        yield from self._standing()
+        yield from self._partitions()
         yield CounterMetricFamily(
-            "eddyline_ingest_users_asked", "Users needed", value=self._cache.asked
+            "eddyline_ingest_users_asked", "Users looked up", value=self._cache.requested
         )
         yield CounterMetricFamily(
-            "eddyline_ingest_users_cached", "Of those, known", value=self._cache.found
+            "eddyline_ingest_users_cached", "Users found in the cache", value=self._cache.found
         )
-        entries = "Behaviours kept in memory"
+        entries = "History entries in the cache"
         yield GaugeMetricFamily(
             "eddyline_ingest_cached_entries", entries, value=self._cache.entries
         )
 
-    def _standing(self) -> Iterator[Metric]:
+    def _partitions(self) -> Iterator[Metric]:
         paused = GaugeMetricFamily(
             "eddyline_ingest_paused_partitions",
-            "Partitions that wait for a server",
+            "Partitions that wait for a server or their position",
             labels=["topic"],
         )
         for topic, partitions in self._app.paused().items():
@@ -84,7 +85,7 @@ class IngestCollector(Collector):
 
 
 def serve(settings: Settings, app: IngestApp, cache: UserCache) -> Callable[[], None]:
-    """Answer Prometheus at `ingest_metrics_port`, where it is set. Returns what ends that."""
+    """Serve Prometheus at `ingest_metrics_port`, if set. Returns the function that stops it."""
     return metrics.serve(
         settings.metrics_host, settings.ingest_metrics_port, IngestCollector(app, cache)
     )

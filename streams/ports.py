@@ -1,11 +1,9 @@
-"""What the ingest functions take and give: records, outcomes, and the ports to Kafka.
-
-A chunk is a run of consecutive records of one partition. Its effects on one slot are one fenced write.
-"""
+"""The ports of ingest: records and batches in, outcomes out, and the outputs to Kafka."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -15,6 +13,8 @@ import numpy.typing as npt
 from eddyline.errors import EddylineError, Rejected
 from eddyline.schema.events import Item
 from eddyline.schema.item_record import ItemRecord
+from streams.fences import PartitionFences
+from streams.write_behind import WriteBehind
 
 # Kafka allows a header without a value.
 Headers = Sequence[tuple[str, bytes | None]]
@@ -22,107 +22,236 @@ Vectors = npt.NDArray[np.float32]
 
 
 class Record(Protocol):
-    """One record of a log, as aiokafka hands it over. timestamp: the broker's clock, milliseconds."""
+    """One record of a topic, as aiokafka returns it."""
 
     @property
     def topic(self) -> str:
-        """The real name of its topic."""
+        """The topic's name in Kafka, prefix included."""
 
     @property
     def partition(self) -> int:
-        """Its partition."""
+        """The partition that holds the record."""
 
     @property
     def offset(self) -> int:
-        """Its offset."""
+        """The record's offset in its partition."""
 
     @property
     def timestamp(self) -> int:
-        """The broker's clock when it was appended, milliseconds."""
+        """The broker's clock at the append, milliseconds since 1970."""
 
     @property
     def key(self) -> bytes | None:
-        """Its key as sent."""
+        """The key, as sent."""
 
     @property
     def value(self) -> bytes | None:
-        """Its value as sent; null is None."""
+        """The value, as sent; None for a null record."""
 
     @property
     def headers(self) -> Headers:
-        """Names and bytes; None is allowed for a value."""
+        """Names and values; a value may be None."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecordBatch:
-    """One chunk, as an ingest function takes it. read_us: when it was read, microseconds since 1970."""
+    """Consecutive records of one partition, oldest first. Its effects on one slot are one fenced
+    write.
 
+    topic:   the topic's name in Kafka, prefix included
+    records: at least one
+    read_us: when the consumer fetched them, microseconds since 1970
+    epoch:   the partition's seek count at the fetch; the next seek makes the batch stale
+    """
+
+    topic: str
     partition: int
     records: Sequence[Record]
     read_us: int
+    epoch: int = 0
+
+    @property
+    def first(self) -> int:
+        """The first record's offset."""
+        return self.records[0].offset
+
+    @property
+    def last(self) -> int:
+        """The last record's offset."""
+        return self.records[-1].offset
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How the records of a batch ended, in numbers of records.
+
+    records:    in the batch
+    applied:    accepted and written (clicks, items or profiles)
+    duplicates: re-sent events that were dropped
+    rejected:   sent to dead-letters
+    forwarded:  sent to their own partition: strays, and what a merge moves (one for each event
+                moved)
+    steps:      micro-steps taken
+    late:       applied, but too late for their user's list
+    repeated:   at or below a fence: applied before, skipped for that slot
+    """
+
+    records: int = 0
+    applied: int = 0
+    duplicates: int = 0
+    rejected: int = 0
+    forwarded: int = 0
+    steps: int = 0
+    late: int = 0
+    repeated: int = 0
+
+    def add(self, other: Outcome) -> None:
+        """Add the counts of another batch."""
+        for name in _COUNTS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def less(self, other: Outcome) -> Outcome:
+        """The difference to an earlier total."""
+        return Outcome(**{name: getattr(self, name) - getattr(other, name) for name in _COUNTS})
+
+    def counts(self) -> dict[str, int]:
+        """The counts by name."""
+        return {name: getattr(self, name) for name in _COUNTS}
+
+
+_COUNTS = tuple(f.name for f in fields(Outcome))
 
 
 class PartitionLost(EddylineError):
     """Another process has taken over this partition's transactional id: stop writing, do not retry."""
 
 
+class Handler(Protocol):
+    """Applies the batches of one topic to the store.
+
+    fences:        the fences of the topic's partitions
+    write_behind:  effects that are written together with those of later batches; None for none
+    awaits_kafka:  whether `apply_in_loop` awaits Kafka; else it blocks until the batches are
+                   applied
+    partition_max: the most records of one partition in a batch; None: `chunk_records_max`
+    Thread rule: one thread at a time.
+    """
+
+    fences: PartitionFences
+    write_behind: WriteBehind[Any] | None = None
+    awaits_kafka: bool = False
+    partition_max: int | None = None
+
+    def open(self, partition: int) -> None:
+        """Discard what is kept of a partition: reading starts again after its lowest fence.
+
+        Raises KafkaUnavailable, KafkaRefused where a publisher has to be opened.
+        """
+
+    def apply(self, batches: Sequence[RecordBatch]) -> list[Outcome | Exception]:
+        """Apply one batch each of different partitions; no effect is written twice.
+
+        Returns one result per batch, in their order. An error concerns its batch alone: FenceMoved
+        (read the partition again from its lowest fence), StoreUnavailable or KafkaUnavailable (do
+        so later), and PartitionLost (another process publishes for the partition).
+        """
+
+    async def apply_in_loop(self, batches: Sequence[RecordBatch]) -> list[Outcome | Exception]:
+        """`apply` in the app's event loop, for small batches."""
+        return self.apply(batches)
+
+    def apply_one(self, batch: RecordBatch) -> Outcome:
+        """Apply one batch. Raises what `apply` returns."""
+        [result] = self.apply([batch])
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def flush_due(self, owned: Set[int]) -> int | None:
+        """See `WriteBehind.flush_due`."""
+        return None if self.write_behind is None else self.write_behind.flush_due(owned)
+
+    def flush(self) -> None:
+        """See `WriteBehind.flush`."""
+        if self.write_behind is not None:
+            self.write_behind.flush()
+
+
 class DeadLetterSink(Protocol):
-    """Where refused records go. Thread rule: one chunk at a time."""
+    """The topic of refused records. Thread rule: one batch at a time."""
 
     def put(self, record: Record, rejected: Rejected) -> None:
         """Queue a refused record with its reason."""
 
     def flush(self) -> None:
-        """Return once everything queued is stored; raise KafkaUnavailable where that takes too long."""
+        """Return once Kafka has stored every queued record. Raises KafkaUnavailable after a time-out."""
 
 
 class Forwarder(Protocol):
-    """Sends a record that lies in the wrong partition to its own. Thread rule: one chunk at a time."""
+    """Sends a record that lies in a wrong partition to its own. Thread rule: one batch at a time."""
 
     def forward(self, record: Record, key: bytes, value: bytes, partition: int) -> None:
         """Queue the record for `partition` of its own topic, with the header `origin`."""
 
     def flush(self) -> None:
-        """Return once everything queued is stored; raise KafkaUnavailable where that takes too long."""
+        """Return once Kafka has stored every queued record. Raises KafkaUnavailable after a time-out."""
 
 
 class ForgetSink(Protocol):
-    """Tells `clicks` of forgotten users. Thread rule: one chunk at a time."""
+    """Appends forgotten users to `clicks`. Thread rule: one batch at a time."""
 
     def forget(self, record: Record, user_id: str) -> None:
         """Queue an `events.Forget` for the user's partition. record: the null record of `users`."""
 
     def flush(self) -> None:
-        """Return once everything queued is stored; raise KafkaUnavailable where that takes too long."""
+        """Return once Kafka has stored every queued record. Raises KafkaUnavailable after a time-out."""
 
 
 class RecordPublisher(Protocol):
-    """Publishes item records to the topic that query workers follow."""
+    """Publishes the item records of one generation to the topic that query workers follow."""
 
     def open(self, partition: int) -> None:
-        """Become the one writer of this partition; an older one is refused from here on."""
+        """Become the only writer of this partition; Kafka refuses earlier ones from here on."""
 
     def publish(self, records: Mapping[int, Sequence[ItemRecord]]) -> Mapping[int, EddylineError]:
-        """Publish those of each partition, all or none of them.
+        """Publish the records of each partition, all or none of them.
 
-        Returns why not, by partition, where they were not: KafkaUnavailable, KafkaRefused, or PartitionLost
-        where another one is the writer.
+        Returns errors by partition: KafkaUnavailable, KafkaRefused, or PartitionLost where another
+        process is the writer.
         """
+
+    async def publish_async(
+        self, records: Mapping[int, Sequence[ItemRecord]]
+    ) -> Mapping[int, EddylineError]:
+        """`publish`, for tasks of the event loop that `attach` named."""
+        return self.publish(records)
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Use this event loop from here on; call it before `open`."""
+        return None
+
+    async def detach(self) -> None:
+        """Close all producers, in the event loop that `attach` named; later calls are refused."""
+        return None
+
+    def close(self) -> None:
+        """Close all producers."""
+        return None
 
 
 class ItemEncoder(Protocol):
-    """The item tower. known or cold, an item gets a unit vector."""
+    """The item tower: a unit vector for every item, known or cold."""
 
     def encode(self, items: Sequence[Item]) -> Vectors:
         """float32 (n, d), unit norm."""
 
 
 class UserEncoder(Protocol):
-    """The user tower: what a user did, and who he is, as a vector."""
+    """The user tower: a vector of a user's history and profile."""
 
     @property
     def history_max(self) -> int:
-        """How many of the newest items it looks at."""
+        """How many of the newest items of a history it uses."""
 
     def encode(
         self,
@@ -138,7 +267,7 @@ class Stepper(Protocol):
 
     @property
     def min_steps_before(self) -> int:
-        """A user's first so many events only count."""
+        """How many events of a user are only counted before the first step."""
 
     def step(
         self,
@@ -151,7 +280,7 @@ class Stepper(Protocol):
 
 
 class Towers(Protocol):
-    """What ingest needs of a generation bundle; `embeddings.bundle.bundle.Bundle` has it."""
+    """The parts of a generation bundle that ingest uses; see `embeddings.bundle.bundle.Bundle`."""
 
     @property
     def generation(self) -> str:
@@ -180,43 +309,3 @@ class Towers(Protocol):
     @property
     def rows(self) -> Mapping[str, int]:
         """Item id -> the item's row in `item_vectors`."""
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What became of a chunk. Counts are of records.
-
-    records:    handed in
-    applied:    accepted and written (clicks, items or profiles)
-    duplicates: re-sent events that were dropped
-    rejected:   gone to dead-letters
-    forwarded:  sent on to their own partition: strays, and what a merge moves (one for each event moved)
-    steps:      micro-steps taken
-    late:       applied, but too late for their user's list
-    repeated:   at or below a fence: applied before, skipped for that slot
-    """
-
-    records: int = 0
-    applied: int = 0
-    duplicates: int = 0
-    rejected: int = 0
-    forwarded: int = 0
-    steps: int = 0
-    late: int = 0
-    repeated: int = 0
-
-    def add(self, other: Outcome) -> None:
-        """Add another chunk's counts to these."""
-        for name in _COUNTS:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
-    def less(self, other: Outcome) -> Outcome:
-        """What has come since these were `other`."""
-        return Outcome(**{name: getattr(self, name) - getattr(other, name) for name in _COUNTS})
-
-    def counts(self) -> dict[str, Any]:
-        """The counts by name, for a log line."""
-        return {name: getattr(self, name) for name in _COUNTS}
-
-
-_COUNTS = tuple(f.name for f in fields(Outcome))

@@ -1,8 +1,8 @@
 """A name in the consumer group that outlives a crash.
 
-A process that was killed and is started again takes the same name, so Kafka hands it its partitions at once
-instead of waiting until the dead member's session is over. The names lie in the data folder, one file each,
-locked for as long as a process lives: the first free one is taken, and two processes never share one.
+A process that restarts after a crash uses the same name, so Kafka assigns its partitions at once
+instead of waiting for the end of the dead member's session. The data folder has one file for each
+name. A process locks the first free one for its lifetime, so two processes never share a name.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from filelock import FileLock
 
 from eddyline.process.locks import try_lock
 
-# More ingest processes than this on one data folder are no setup that anybody runs.
+# No installation runs more ingest processes on one data folder.
 MEMBERS_MAX = 256
 
 
 class StaticMembership:
-    """A held name. Keep the object for as long as the process is a member.
+    """A locked name. Keep the object while the process is a member.
 
     name: the consumer group's `group.instance.id`
     """
@@ -29,12 +29,12 @@ class StaticMembership:
         self._lock = lock
 
     def close(self) -> None:
-        """Give the name back."""
+        """Release the name."""
         self._lock.release()
 
 
 def take(folder: Path) -> StaticMembership:
-    """Take the first free name of this folder, making one where all are taken. Raises OSError."""
+    """Lock the first free name of this folder; make one where none is free. Raises OSError."""
     for number in range(MEMBERS_MAX):
         path = folder / f"member-{number}"
         lock = try_lock(path)

@@ -1,61 +1,74 @@
 """User profiles in: a whole profile replaces the stored one, a null record forgets the user.
 
-Forgetting deletes at once, and is told to `clicks` as well (`events.Forget`), before the fence moves: clicks
-that are read again, because Redis was emptied or went back, forget him at the same place once more.
+Forgetting deletes at once and appends an `events.Forget` to `clicks` before the fence moves: clicks
+that are read again (Redis was emptied, or went back) forget the user at the same place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from eddyline.errors import Rejected
+from typing_extensions import override
+
+from eddyline.errors import FenceMoved, Rejected, Unavailable
 from eddyline.kafka.topics import USERS
 from eddyline.schema import validation
 from eddyline.schema.partitioning import user_slot
 from eddyline.settings.loader import Settings
-from eddyline.stores.state_store import Fence, Source, StateStore
+from eddyline.stores.state_store import Source, StateStore
+from streams.clicks.user_cache import UserCache
 from streams.fences import PartitionFences
-from streams.ports import DeadLetterSink, ForgetSink, Outcome, Record
+from streams.ports import DeadLetterSink, ForgetSink, Handler, Outcome, RecordBatch
 
 
-class UserIngest:
-    """Applies chunks of user profiles. Thread rule: one thread, the same as its `positions`.
+class UserHandler(Handler):
+    """Applies batches of user profiles. Thread rule: one thread, that of the `user_cache`.
 
     generations: whose embeddings are deleted with a forgotten user
-    written:     told of every write, in the same thread: the partition, its fence before and after, the users
-    forgetting:  tells `clicks` of forgotten users; None where nobody will read them from there
+    user_cache:  the cache of the clicks handler, which learns of every write
+    forgets:     appends forgotten users to `clicks`; None where no ingest reads them from there
     """
 
     def __init__(
         self,
         settings: Settings,
         store: StateStore,
-        positions: PartitionFences,
+        fences: PartitionFences,
         dead_letters: DeadLetterSink,
         generations: Sequence[str],
-        written: Callable[[int, Fence | None, Fence, Collection[str]], None] = lambda *_: None,
-        forgetting: ForgetSink | None = None,
+        user_cache: UserCache,
+        forgets: ForgetSink | None = None,
     ) -> None:
-        self.positions = positions
+        self.fences = fences
         self._settings = settings
         self._store = store
         self._dead_letters = dead_letters
         self._generations = generations
-        self._written = written
-        self._forgetting = forgetting
+        self._user_cache = user_cache
+        self._forgets = forgets
 
-    def ingest(self, partition: int, records: Sequence[Record], read_us: int) -> Outcome:
-        """Apply consecutive records of one partition, oldest first; the last of each user stands.
+    @override
+    def open(self, partition: int) -> None:
+        pass
 
-        read_us: not used; the same for every kind of chunk
-        Raises FenceMoved, StoreUnavailable and KafkaUnavailable, as `ClickIngest.ingest` does.
-        """
-        self.positions.begin(partition, records[0].offset, records[-1].offset)
-        source, slot = Source(USERS, partition), user_slot(partition)
+    @override
+    def apply(self, batches: Sequence[RecordBatch]) -> list[Outcome | Exception]:
+        results: list[Outcome | Exception] = []
+        for batch in batches:
+            try:
+                results.append(self._apply(batch))
+            except (FenceMoved, Unavailable) as error:
+                results.append(error)
+        return results
+
+    def _apply(self, batch: RecordBatch) -> Outcome:
+        """The last profile of each user is written."""
+        partition, records = batch.partition, batch.records
+        self.fences.begin(partition, batch.first, batch.last)
         outcome = Outcome(records=len(records))
         profiles: dict[str, Mapping[str, object] | None] = {}
         until_ms: dict[str, int] = {}
-        sent = self.positions.forwarded_up_to(partition)
+        sent = self.fences.forwarded_up_to(partition)
         for record in records:
             try:
                 user_id, profile = validation.profile(
@@ -66,38 +79,33 @@ class UserIngest:
                 outcome.rejected += 1
                 continue
             attributes = None if profile is None else profile.attributes
-            if profile is None and self._forgetting is not None and record.offset > sent:
-                self._forgetting.forget(record, user_id)
+            if profile is None and self._forgets is not None and record.offset > sent:
+                self._forgets.forget(record, user_id)
             forgotten_before = user_id in profiles and profiles[user_id] is None
             if forgotten_before and attributes is not None:
-                # The new profile must not hide that list and embedding have to go.
-                self._write(source, slot, profiles, until_ms, record.offset - 1)
+                # The new profile must not hide that the list and the embedding are to be deleted.
+                self._write(partition, profiles, until_ms, record.offset - 1)
                 profiles = {}
             profiles[user_id] = attributes
             until_ms[user_id] = record.timestamp
             outcome.applied += 1
-        self._write(source, slot, profiles, until_ms, records[-1].offset)
+        self._write(partition, profiles, until_ms, batch.last)
         return outcome
 
     def _write(
         self,
-        source: Source,
-        slot: str,
+        partition: int,
         profiles: dict[str, Mapping[str, object] | None],
         until_ms: Mapping[str, int],
         offset: int,
     ) -> None:
         self._dead_letters.flush()
-        if self._forgetting is not None:
-            self._forgetting.flush()
-        expected, new = self.positions.expected(source, slot), self.positions.fence(offset)
+        if self._forgets is not None:
+            self._forgets.flush()
+        source, slot = Source(USERS, partition), user_slot(partition)
+        expected, new = self.fences.expected(source, slot), self.fences.fence(offset)
         self._store.write_profiles(
             slot, source, expected, new, profiles, self._generations, until_ms
         )
-        self.positions.moved(source, slot, new)
-        self._written(source.partition, expected, new, profiles)
-
-
-def sources(settings: Settings, partition: int) -> dict[Source, list[str]]:
-    """The sources of a users partition, each with the slots that have a fence of it."""
-    return {Source(USERS, partition): [user_slot(partition)]}
+        self.fences.moved(source, slot, new)
+        self._user_cache.profiles_written(slot, expected, new, profiles)

@@ -1,13 +1,16 @@
-"""Effects of chunks that wait for those of more chunks, behind fences of their own.
+"""Write-behind effects: written together with those of later batches, behind fences of their own.
 
-Popularity counts and cards of items are such: one write for many chunks costs little more than one for each.
+Popularity counts and item metadata are such: one write for many batches costs little more than one
+for each.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Set
-from typing import Protocol
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Set
+from typing import Generic, Protocol, TypeVar
 
 from eddyline.errors import FenceMoved, Unavailable
 from streams.fences import PartitionFences
@@ -15,55 +18,81 @@ from streams.fences import PartitionFences
 log = logging.getLogger(__name__)
 
 
-class WriteBehind(Protocol):
-    """Effects of chunks that wait for those of more, behind fences of their own. Thread rule: the lane's."""
+class _Pending(Protocol):
+    """Effects of one partition. since_s: when the first of them was added."""
+
+    since_s: float
+
+
+_P = TypeVar("_P", bound=_Pending)
+
+
+class WriteBehind(ABC, Generic[_P]):
+    """Pending effects by partition.
+
+    wait_s:  how long effects wait for those of more batches, 0 for not at all
+    clock_s: decides only when effects are due; no effect depends on it
+    Thread rule: the thread that applies the topic's batches, but for `due` and `pending`.
+    """
+
+    def __init__(
+        self, fences: PartitionFences, wait_s: float, clock_s: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._fences = fences
+        self._wait_s = wait_s
+        self._clock_s = clock_s
+        self._pending: dict[int, _P] = {}
+
+    @abstractmethod
+    def write(self, partition: int) -> None:
+        """Write the partition's pending effects now. Raises FenceMoved, Unavailable."""
 
     def due(self) -> list[int]:
-        """The partitions whose effects have waited long enough. Any thread may ask."""
+        """The partitions whose effects have waited `wait_s`. Any thread."""
+        now = self._clock_s()
+        return [p for p, one in list(self._pending.items()) if now - one.since_s >= self._wait_s]
 
-    def waiting(self) -> list[int]:
-        """The partitions that have any."""
+    def pending(self) -> list[int]:
+        """The partitions that have pending effects. Any thread."""
+        return list(self._pending)
 
-    def write(self, partition: int) -> None:
-        """Write them now. Raises FenceMoved, Unavailable."""
+    def reset(self, partition: int) -> None:
+        """Discard the pending effects: the partition is read again from its lowest fence."""
+        self._pending.pop(partition, None)
 
-    def opened(self, partition: int) -> None:
-        """Forget them: the partition is read again from its lowest fence."""
+    def flush_due(self, owned: Set[int]) -> int | None:
+        """Write the due effects. Returns a partition whose write was refused: read it again.
 
+        owned: the partitions that are assigned to this process and positioned; others are skipped
+        """
+        for partition in sorted(owned & set(self.due())):
+            error = self._flush(partition)
+            if error is None:
+                continue
+            if isinstance(error, Unavailable):
+                # Its fence may not have moved: until the next `open` no batch may move it beyond
+                # these.
+                self._fences.invalidate(partition)
+            return partition
+        return None
 
-def flush_due(deferred: WriteBehind, positions: PartitionFences, mine: Set[int]) -> int | None:
-    """Write what has waited long enough. A partition where that was refused, to be read again.
+    def flush(self) -> None:
+        """Write all pending effects, before partitions are revoked; refused ones are discarded.
 
-    mine: the partitions that are ours and whose position is known; of others nothing is written any more
-    """
-    for partition in sorted(mine & set(deferred.due())):
-        error = _refused(deferred, partition)
-        if error is None:
-            continue
-        if isinstance(error, Unavailable):
-            # Its fence may not have moved: what comes before it is read again must not go beyond these.
-            positions.invalidate(partition)
-        return partition
-    return None
+        A later write would meet the next owner's. Discarding is what a crash does.
+        """
+        for partition in self.pending():
+            self._flush(partition)
 
-
-def flush(deferred: WriteBehind) -> None:
-    """Write all that waits, before partitions are given up: written later it would meet their next owner.
-
-    What is refused is forgotten, as with a process that died.
-    """
-    for partition in deferred.waiting():
-        _refused(deferred, partition)
-
-
-def _refused(deferred: WriteBehind, partition: int) -> Exception | None:
-    """Write what waits of a partition. Why not, where it was not; then it is forgotten."""
-    try:
-        deferred.write(partition)
-    except (FenceMoved, Unavailable) as error:
-        log.info(
-            "what had waited was not written", extra={"partition": partition, "reason": str(error)}
-        )
-        deferred.opened(partition)
-        return error
-    return None
+    def _flush(self, partition: int) -> Exception | None:
+        """Write, and discard what was refused. Returns the error."""
+        try:
+            self.write(partition)
+        except (FenceMoved, Unavailable) as error:
+            log.info(
+                "pending effects were not written",
+                extra={"partition": partition, "reason": str(error)},
+            )
+            self.reset(partition)
+            return error
+        return None

@@ -1,15 +1,13 @@
-"""The oracle: the state that the topics give, whatever happened on the way; all of it is compared
-with Redis.
+"""The oracle: the state that the topics give, whatever happened on the way; all of it is compared with Redis.
 
-`Topics.read` reads clicks, items, users, dead letters and item vectors to their ends. `truth`
-applies the first three, in chunks of another size than ingest's, through ingest's own functions to
-a store in memory. `differences` then compares every fence, event-id window, list, embedding,
-profile, count and card, the last record of every item in the item vectors, every dead letter, and
-looks for keys that should not be there. The popularity counts are also made once more by hand,
-event by event.
+`Topics.read` reads clicks, items, users, dead letters and item vectors to their ends. `truth` applies the
+first three, in chunks of another size than ingest's, through ingest's own functions to a store in memory.
+`differences` then compares every fence, event-id window, list, embedding, profile, count and card, the last
+record of every item in the item vectors, every dead letter, and looks for keys that should not be there. The
+popularity counts are also made once more by hand, event by event.
 
-A store in memory and chunks of 97 have their own tests against Redis; what the oracle does not
-share with a running system are its processes, its scripts, its retries and its faults.
+A store in memory and chunks of 97 have their own tests against Redis; what the oracle does not share with a
+running system are its processes, its scripts, its retries and its faults.
 """
 
 from __future__ import annotations
@@ -33,21 +31,16 @@ from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import Fence, Source, UserRead
 from embeddings.bundle import bundle as bundles
 from embeddings.bundle.bundle import Bundle
-from streams import users
-from streams.clicks import handler
-from streams.clicks.handler import ClickIngest
-from streams.clicks.micro_steps import MicroSteps
-from streams.fences import PartitionFences
-from streams.items import metadata
-from streams.items.handler import ItemIngest
+from streams.fences import sources
+from streams.generation import Generation
+from streams.handlers import Handlers, Outputs
 from streams.ports import Record
-from streams.users import UserIngest
+from tests.applying import ingest
 from tests.topics import Topics, counted_plainly
 
 # Not a divisor of ingest's 256, so that no chunk of the oracle's ends where one of ingest's does.
-CHUNK = 97
-# Users in one read. Event ids go all at once: a store may have to read its whole window for any of
-# them.
+BATCH = 97
+# Users in one read. Event ids go all at once: a store may have to read its whole window for any of them.
 AT_A_TIME = 500
 # More than any bucket of popularity counts holds.
 ALL = 2**31 - 1
@@ -79,47 +72,41 @@ class Truth:
     def open(self, partition: int) -> None:
         """There is no other writer."""
 
+    def close(self) -> None:
+        """Nothing is open."""
+
     def publish(self, records: Mapping[int, Sequence[ItemRecord]]) -> dict[int, EddylineError]:
         for some in records.values():
             self.published.update({record.item_id: record for record in some})
         return {}
 
 
-def truth(settings: Settings, topics: Topics, towers: Bundle, chunk: int = CHUNK) -> Truth:
-    """Apply the topics to an empty store in memory, `chunk` records at a time.
+def truth(settings: Settings, topics: Topics, towers: Bundle, batch: int = BATCH) -> Truth:
+    """Apply the topics to an empty store in memory, `batch` records at a time.
 
-    Users come before clicks. That is exact where no user whose clicks take micro-steps has a
-    profile that
+    Users come before clicks. That is exact where no user whose clicks take micro-steps has a profile that
     changes: between two topics there is no order that a second reading would find again.
     """
-    told = Truth()
-
-    def at(name: str, sources_of: Any) -> PartitionFences:
-        positions = PartitionFences(
-            told.store, settings.prefixed(name), sources_of, lambda: topics.logs[name]
-        )
-        ends = {p: (0, part[-1].offset + 1) for p, part in topics.by_partition(name).items()}
-        positions.open(ends)
-        return positions
-
-    of_clicks = at(kafka_topics.CLICKS, lambda p: handler.sources(settings, p))
-    of_users = at(kafka_topics.USERS, lambda p: users.sources(settings, p))
-    of_items = at(kafka_topics.ITEMS, lambda p: metadata.sources(settings, towers.generation, p))
-    by_clicks = ClickIngest(settings, told.store, of_clicks, told, told, MicroSteps(towers))
-    ingests: dict[str, Any] = {
-        kafka_topics.ITEMS: ItemIngest(
-            settings, told.store, of_items, told, told, towers, lambda: 0
-        ),
-        kafka_topics.USERS: UserIngest(settings, told.store, of_users, told, [towers.generation]),
-        kafka_topics.CLICKS: by_clicks,
-    }
-    for name, ingest in ingests.items():
-        for partition, records in topics.by_partition(name).items():
-            for first in range(0, len(records), chunk):
-                ingest.ingest(partition, records[first : first + chunk], read_us=0)
-            if name == kafka_topics.CLICKS:
-                by_clicks.count(partition)
-    return told
+    found = Truth()
+    handlers = Handlers(
+        settings,
+        found.store,
+        topics.logs,
+        [Generation(towers, found)],
+        Outputs.to_sink(found),
+        [towers.generation],
+        items_wait_s=0.0,
+        clock_us=lambda: 0,
+    )
+    for name in (kafka_topics.ITEMS, kafka_topics.USERS, kafka_topics.CLICKS):
+        handler, by_partition = handlers.of(name), topics.by_partition(name)
+        handler.fences.open({p: (0, part[-1].offset + 1) for p, part in by_partition.items()})
+        for partition, records in by_partition.items():
+            for first in range(0, len(records), batch):
+                ingest(handler, partition, records[first : first + batch])
+            if handler is handlers.clicks:
+                handlers.clicks.popularity.write(partition)
+    return found
 
 
 @dataclass
@@ -145,23 +132,25 @@ class Compared:
             self.same(what, f"{where}:{key}" if where else key, have.get(key), want.get(key))
 
 
-def compare(settings: Settings, generation: str = "1", chunk: int = CHUNK) -> Compared:
-    """Read the topics, recompute the state and compare all of it with Redis and Kafka."""
+def compare(settings: Settings, generation: str = "1", batch: int = BATCH) -> Compared:
+    """Read the topics, recompute everything, and compare all of it with what Redis and Kafka hold."""
     topics = Topics.read(settings, generation)
     towers = bundles.load(settings.bundles / generation)
-    return differences(settings, topics, truth(settings, topics, towers, chunk), generation)
+    return differences(settings, topics, truth(settings, topics, towers, batch), generation)
 
 
-def differences(settings: Settings, topics: Topics, told: Truth, generation: str = "1") -> Compared:
+def differences(
+    settings: Settings, topics: Topics, expected: Truth, generation: str = "1"
+) -> Compared:
     """Compare all that ingest wrote with the truth."""
     found, real = Compared(), RedisStore(settings)
     try:
-        names = _Names.of(settings, topics, told)
-        _fences(settings, generation, real, told.store, found)
+        names = _Names.of(settings, topics, expected)
+        _fences(settings, generation, real, expected.store, found)
         for partition in range(settings.clicks_partitions):
-            _users(settings, partition, names, generation, (real, told.store), found)
+            _users(settings, partition, names, generation, (real, expected.store), found)
         for slot in (f"i{shard}" for shard in range(settings.item_slots)):
-            have, want = real.popular(slot, ALL), told.store.popular(slot, ALL)
+            have, want = real.popular(slot, ALL), expected.store.popular(slot, ALL)
             found.same_maps("bucket", slot, {b: len(n) for b, n in have.items()}, _sizes(want))
             for bucket in have.keys() & want.keys():
                 found.same_maps("count", f"{slot}:{bucket}", have[bucket], want[bucket])
@@ -174,7 +163,7 @@ def differences(settings: Settings, topics: Topics, told: Truth, generation: str
             "card",
             "",
             real.read_item_metadata(ids, settings.item_slots),
-            told.store.read_item_metadata(ids, settings.item_slots),
+            expected.store.read_item_metadata(ids, settings.item_slots),
         )
         if (
             stored := real.layout()
@@ -182,12 +171,12 @@ def differences(settings: Settings, topics: Topics, told: Truth, generation: str
             found.same("layout", "", stored, layout.layout(settings))
     finally:
         real.close()
-    _keys(settings, told, generation, found)
-    _vectors(topics.records[kafka_topics.item_vectors(generation)], told, found)
+    _keys(settings, expected, generation, found)
+    _vectors(topics.records[kafka_topics.item_vectors(generation)], expected, found)
     letters = {
         record.key.decode(): _reason(record) for record in topics.records[kafka_topics.DEAD_LETTERS]
     }
-    found.same_maps("dead letter", "", letters, told.refused)
+    found.same_maps("dead letter", "", letters, expected.refused)
     return found
 
 
@@ -200,7 +189,7 @@ class _Names:
     items: set[str]
 
     @classmethod
-    def of(cls, settings: Settings, topics: Topics, told: Truth) -> _Names:
+    def of(cls, settings: Settings, topics: Topics, expected: Truth) -> _Names:
         n = settings.clicks_partitions
         names = cls({p: set() for p in range(n)}, {p: set() for p in range(n)}, set())
         for record in topics.records[kafka_topics.CLICKS]:
@@ -224,21 +213,17 @@ class _Names:
 
 
 def _fences(
-    settings: Settings, generation: str, real: RedisStore, told: MemoryStore, found: Compared
+    settings: Settings, generation: str, real: RedisStore, expected: MemoryStore, found: Compared
 ) -> None:
-    parts = [(kafka_topics.CLICKS, handler.sources, settings.clicks_partitions)]
-    parts += [(kafka_topics.USERS, users.sources, settings.clicks_partitions)]
-    parts += [
-        (
-            kafka_topics.ITEMS,
-            lambda s, p: metadata.sources(s, generation, p),
-            settings.items_partitions,
-        )
-    ]
-    for _name, sources_of, partitions in parts:
+    topics = {
+        kafka_topics.CLICKS: settings.clicks_partitions,
+        kafka_topics.USERS: settings.clicks_partitions,
+        kafka_topics.ITEMS: settings.items_partitions,
+    }
+    for name, partitions in topics.items():
         for partition in range(partitions):
-            for source, slots in sources_of(settings, partition).items():
-                have, want = real.fences(source, slots), told.fences(source, slots)
+            for source, slots in sources(settings, name, partition, [generation]).items():
+                have, want = real.fences(source, slots), expected.fences(source, slots)
                 for slot in slots:
                     key = f"{slot}:{source.name}:{source.partition}"
                     found.same("fence", key, _shown(have[slot]), _shown(want[slot]))
@@ -282,8 +267,7 @@ def _users(
         )
 
 
-# The key schema at the top of `eddyline/stores/redis.py`: the layout, a fence, what is behind a
-# slot's tag.
+# The key schema at the top of `eddyline/stores/redis.py`: the layout, a fence, what is behind a slot's tag.
 _KEY = re.compile(
     r"(?:(?P<layout>layout)|fence:\{(?P<fence>[ui]\d+)\}:[^:]+:\d+|\{(?P<slot>[ui]\d+)\}:"
     r"(?:(?P<whole>window|buckets)|popular:(?P<bucket>\d+)|(?P<kind>[hopc]):(?P<id>.+)"
@@ -292,9 +276,9 @@ _KEY = re.compile(
 )
 
 
-def _keys(settings: Settings, told: Truth, generation: str, found: Compared) -> None:
+def _keys(settings: Settings, expected: Truth, generation: str, found: Compared) -> None:
     """Every key has to be one that the truth has; a kind that is not known is a difference."""
-    state = told.store.snapshot()
+    state = expected.store.snapshot()
     prefix = f"{settings.namespace}:" if settings.namespace else ""
     lists = {f"{slot}:{user}" for slot, user in state.histories}
     known = {
@@ -326,7 +310,7 @@ def _keys(settings: Settings, told: Truth, generation: str, found: Compared) -> 
         client.close()
 
 
-def _vectors(records: Iterable[Any], told: Truth, found: Compared) -> None:
+def _vectors(records: Iterable[Any], expected: Truth, found: Compared) -> None:
     """The last record of every item, to the bit; when it was written is a stamp of this run."""
     last: dict[str, ItemRecord] = {}
     for record in records:
@@ -336,7 +320,7 @@ def _vectors(records: Iterable[Any], told: Truth, found: Compared) -> None:
         "item vector",
         "",
         {i: _bits(r) for i, r in last.items()},
-        {i: _bits(r) for i, r in told.published.items()},
+        {i: _bits(r) for i, r in expected.published.items()},
     )
 
 

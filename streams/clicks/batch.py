@@ -1,4 +1,4 @@
-"""A chunk of clicks on its way: what its records are, and which of its events count."""
+"""A batch of clicks: its decoded events, and which of them count."""
 
 from __future__ import annotations
 
@@ -6,94 +6,106 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from eddyline.errors import Rejected
+from eddyline.kafka.topics import CLICKS
 from eddyline.schema import validation
 from eddyline.schema.deduplication import DedupeWindow
 from eddyline.schema.events import Merge
+from eddyline.schema.partitioning import user_slot
 from eddyline.settings.loader import Settings
-from eddyline.stores.state_store import Fence, Source
+from eddyline.stores.state_store import Fence, Source, UserRead
 from streams.clicks.popularity import Event
 from streams.clicks.user_cache import CachedUser
 from streams.clicks.user_updates import UserUpdates
 from streams.dead_letters import FORWARD_BYTES_MAX
-from streams.ports import Outcome, Record
+from streams.ports import Outcome, Record, RecordBatch
 
 
 @dataclass(slots=True)
-class DecodedBatch:
-    """A chunk's records by what becomes of them; events in the order of the log."""
+class DecodedEvents:
+    """The records of a batch by their kind; events in the order of the log.
+
+    events: those of this partition; stray: those of another one
+    """
 
     events: list[Event] = field(default_factory=list)
-    rejected: list[tuple[Record, Rejected]] = field(default_factory=list)
     stray: list[Event] = field(default_factory=list)
+    rejected: list[tuple[Record, Rejected]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class ClickBatch:
-    """One chunk on its way.
+    """One batch while it is applied.
 
-    fence:    under which all is computed; records up to `done` were applied to the users before
-    accepted: the events that count, those up to `done` included; entering: the ids that enter the window
-    users:    those of the events beyond `done`; missing: those of them that have to be read
+    source, slot: the partition of clicks, and its user slot
+    fence:    the user slot's fence before the batch: records up to `done` were applied to the users
+    profiles: the fence of `users` under which the cached users were read
+    accepted: the events that count, those up to `done` included; entering: ids that enter the
+              window
+    users:    users of the events beyond `done`, None for those that have to be read, who are in
+              `missing`
+    read:     the users in `missing`; None where nothing had to be read
+    updates:  the users with the events applied
+    error:    the error that ended the batch; `outcome` is meaningless then
     """
 
-    number: int
+    batch: RecordBatch
     source: Source
     slot: str
-    read_us: int
-    fence: Fence | None
-    last: Fence
-    found: DecodedBatch
-    profiles: str
-    accepted: list[Event]
-    entering: dict[str, int]
-    users: dict[str, CachedUser | None]
-    missing: list[str]
-    outcome: Outcome
-    drafts: UserUpdates | None = None
+    fence: Fence | None = None
+    decoded: DecodedEvents = field(default_factory=DecodedEvents)
+    profiles: str = ""
+    accepted: list[Event] = field(default_factory=list)
+    entering: dict[str, int] = field(default_factory=dict)
+    users: dict[str, CachedUser | None] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    read: UserRead | None = None
+    updates: UserUpdates | None = None
+    outcome: Outcome = field(default_factory=Outcome)
+    error: Exception | None = None
+
+    @classmethod
+    def of(cls, batch: RecordBatch) -> ClickBatch:
+        """A batch before anything is known of it."""
+        return cls(batch, Source(CLICKS, batch.partition), user_slot(batch.partition))
 
     @property
     def done(self) -> int:
-        """The offset up to which users have everything."""
+        """The offset up to which the users have every event; −1 for none."""
         return -1 if self.fence is None else self.fence.offset
 
     @property
-    def is_new(self) -> bool:
-        """Whether there is anything to write to the users."""
-        return self.last.offset > self.done
-
-    @property
-    def sends_on(self) -> bool:
-        """Whether anything may go elsewhere before the fence moves."""
-        return bool(self.found.rejected or self.found.stray) or any(
+    def forwards(self) -> bool:
+        """Whether any record may go to another topic or partition before the fence moves."""
+        return bool(self.decoded.rejected or self.decoded.stray) or any(
             isinstance(event, Merge) for _, event in self.accepted
         )
 
 
-def decode(settings: Settings, partition: int, records: Sequence[Record]) -> DecodedBatch:
-    """Decode a chunk's records and say what becomes of each."""
-    found = DecodedBatch()
-    for record in records:
+def decode(settings: Settings, batch: RecordBatch) -> DecodedEvents:
+    """Decode the records of a batch and sort them by kind."""
+    decoded = DecodedEvents()
+    for record in batch.records:
         try:
-            event, right = validation.user_event(
-                settings, partition, record.value, record.timestamp
+            event, here = validation.user_event(
+                settings, batch.partition, record.value, record.timestamp
             )
         except Rejected as rejected:
-            found.rejected.append((record, rejected))
+            decoded.rejected.append((record, rejected))
             continue
-        if not right and len(record.value or b"") > FORWARD_BYTES_MAX:
+        if here:
+            decoded.events.append((record, event))
+        elif len(record.value or b"") > FORWARD_BYTES_MAX:
             detail = "lies in a wrong partition and is too large to be forwarded with its origin"
-            found.rejected.append((record, Rejected("too_large", "", detail)))
-            continue
-        (found.events if right else found.stray).append((record, event))
-    return found
+            decoded.rejected.append((record, Rejected("too_large", "", detail)))
+        else:
+            decoded.stray.append((record, event))
+    return decoded
 
 
 def deduplicate(
-    window: int, found: Sequence[Event], known: Mapping[str, int], done: int
+    window: int, decoded: Sequence[Event], known: Mapping[str, int], done: int
 ) -> tuple[list[Event], dict[str, int]]:
-    """(events that count, ids that enter the window). Arguments as for `DedupeWindow`."""
+    """Return (events that count, ids that enter the window). Arguments as for `DedupeWindow`."""
     deduped = DedupeWindow(window, known, done)
-    counts = [
-        (record, event) for record, event in found if deduped.accept(event.event_id, record.offset)
-    ]
+    counts = [(r, event) for r, event in decoded if deduped.accept(event.event_id, r.offset)]
     return counts, deduped.accepted

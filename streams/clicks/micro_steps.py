@@ -1,8 +1,9 @@
-"""The micro-steps of one chunk: rounds of different users, each user's events in order.
+"""The micro-steps of a batch: rounds of different users, each user's events in order.
 
-The towers' forward does not depend on the embeddings, so it runs once for all events of the chunk; then
-round r takes the r-th event of every user. So a chunk is a few large batches, and the result is that of one
-event at a time: the engines compute each row as a product of its own.
+The towers' forward does not depend on the embeddings, so it runs once for all events of the batch;
+then round r takes the r-th event of every user. So a batch is a few large numpy calls, and the
+result is that of one event at a time: the engines work in tiles of fixed shape, whose rows do not
+depend on each other.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class Step(NamedTuple):
 
     history: rows of the bundle's item vectors, newest first, as they were just before the event
     target:  the row of the event's item
-    key:     draws the negatives: the event id, or the coordinates where it has none
+    key:     seeds the draw of the negatives: the event id, or the coordinates where it has none
     """
 
     user_id: str
@@ -32,7 +33,7 @@ class Step(NamedTuple):
 
 
 class MicroSteps:
-    """Takes the steps of one generation. Thread rule: one thread."""
+    """The micro-steps of one generation. Thread rule: one thread."""
 
     def __init__(self, towers: Towers) -> None:
         self.generation = towers.generation
@@ -42,9 +43,9 @@ class MicroSteps:
         self._zero = np.zeros(towers.dimension, dtype="<f4").tobytes()
 
     def history(self, entries: Sequence[Entry]) -> tuple[int, ...]:
-        """The rows of the newest items of a list that the bundle has; what is disliked is left out."""
+        """The rows of a list's newest items that the bundle has, without disliked ones."""
         row_of, limit = self.row, self._towers.user_tower.history_max
-        # Mostly nothing is disliked and the bundle has all: then these are the rows.
+        # Mostly nothing is disliked and the bundle has all items: then these are the rows.
         newest = [row_of(e.item_id) for e in entries[:limit] if e.kind != DISLIKE]
         if len(newest) == min(limit, len(entries)) and None not in newest:
             return tuple(cast("list[int]", newest))
@@ -58,11 +59,11 @@ class MicroSteps:
         stored: Mapping[str, tuple[int, bytes]],
         profiles: Mapping[str, Mapping[str, object]],
     ) -> dict[str, tuple[int, bytes]]:
-        """The new (steps, float32[d] bytes) of every user in `counts`.
+        """Return the new (steps, float32[d] bytes) of every user in `counts`.
 
         steps:  in the order of the log
-        counts: user id -> how many events he has now counted
-        stored: user id -> as it was before the chunk; absent users start at zero
+        counts: user id -> the user's number of counted events after the batch
+        stored: user id -> the embedding before the batch; absent users start at zero
         """
         vectors = {u: stored[u][1] if u in stored else self._zero for u in counts}
         if steps:

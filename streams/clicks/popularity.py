@@ -1,7 +1,9 @@
-"""How popular clicks make their items: counted in Redis, a moment after the clicks were applied.
+"""Popularity: clicks counted for their items in Redis, a moment after they were applied to the
+users.
 
-Counts of small chunks wait a moment and go in one write to each item slot, behind a fence of their own: it
-stays behind until then, so nothing is lost with the process, and nothing is counted twice.
+The counts of small batches are written together, one write to each item slot, behind a fence of
+their own. It stays behind until then, so no count is lost with the process, and none is written
+twice.
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+
+from typing_extensions import override
 
 from eddyline.kafka.topics import CLICKS
 from eddyline.schema import user_history
@@ -19,113 +23,98 @@ from eddyline.stores.state_store import Fence, Source, StateStore
 from streams.clicks.user_updates import is_moved
 from streams.fences import PartitionFences
 from streams.ports import Record
+from streams.write_behind import WriteBehind
 
 # Popularity may lag by this much; query workers read the popular list less often than this.
 COUNT_S = 0.25
-# So many events of a partition are not left waiting: their script takes 0.8 ms, where that of 1,024 took 2.
+# Above so many pending events of a partition the counts are written: their script takes 0.8 ms,
+# where that of 1,024 events took 2.
 COUNTED_MAX = 256
 Event = tuple[Record, Click | Merge | Forget]
 
 
 @dataclass(slots=True)
-class _Tally:
-    """Events of one partition that wait to be counted.
+class _Counts:
+    """The pending counts of one partition.
 
-    since_s: when the first of them came
-    last:    all up to this fence are in here
-    done:    item slot -> the offset up to which it has been counted already
+    last: all events up to this fence are counted in here
+    done: item slot -> the offset up to which its counts are written already
+    milli_counts: item slot -> bucket -> item id -> thousandths of a click
     """
 
     since_s: float
-    last: Fence | None = None
-    done: dict[str, int] = field(default_factory=dict)
-    counts: dict[str, dict[int, dict[str, int]]] = field(default_factory=dict)
+    last: Fence
+    done: dict[str, int]
+    milli_counts: dict[str, dict[int, dict[str, int]]] = field(default_factory=dict)
 
 
-class PopularityCounts:
-    """The counts of all partitions. Thread rule: one thread, but for `due`.
-
-    clock_s: only says when waiting counts are due; no effect depends on it
-    """
+class PopularityCounts(WriteBehind[_Counts]):
+    """The pending counts of all partitions."""
 
     def __init__(
         self,
         settings: Settings,
         store: StateStore,
-        positions: PartitionFences,
+        fences: PartitionFences,
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
+        super().__init__(fences, COUNT_S, clock_s)
         self._settings = settings
         self._store = store
-        self._positions = positions
-        self._clock_s = clock_s
-        self._tallies: dict[int, _Tally] = {}
-        # Far less than the window: the decisions of all that is still to be counted must be in it.
+        # Far less than the window, which must hold the decisions of all events that are not counted
+        # yet.
         self._behind_max = min(COUNTED_MAX, settings.dedupe_window_events // 2)
         self._item_slots = [f"i{shard}" for shard in range(settings.item_slots)]
         self._weights = settings.kind_weights
         self._dwell_ms_full = settings.dwell_ms_full
 
-    def opened(self, partition: int) -> None:
-        """Forget what was not counted yet: the partition is read again from its lowest fence."""
-        self._tallies.pop(partition, None)
-
-    def due(self) -> list[int]:
-        """The partitions whose events have waited long enough to be counted. Any thread may ask."""
-        now = self._clock_s()
-        return [p for p, tally in list(self._tallies.items()) if now - tally.since_s >= COUNT_S]
-
-    def waiting(self) -> list[int]:
-        """The partitions that have events to be counted."""
-        return list(self._tallies)
-
+    @override
     def write(self, partition: int) -> None:
-        """Count now what waits. Raises FenceMoved, StoreUnavailable."""
-        if partition in self._tallies:
-            self._write(Source(CLICKS, partition), self._tallies[partition])
+        if partition in self._pending:
+            self._write(Source(CLICKS, partition), self._pending[partition])
 
     def add(self, source: Source, last: Fence, accepted: Sequence[Event]) -> None:
-        """Add the events up to `last`; count once there is enough of it, or time to. Raises as `write`."""
-        tally = self._tallies.get(source.partition)
-        if tally is None:
-            tally = self._tallies[source.partition] = _Tally(self._clock_s())
-            for slot in self._item_slots:
-                fence = self._positions.expected(source, slot)
-                tally.done[slot] = -1 if fence is None else fence.offset
+        """Add the events up to `last`; write once there are enough, or they are due. Raises as `write`."""
+        pending = self._pending.get(source.partition)
+        if pending is None:
+            done = {slot: self._fences.done(source, slot) for slot in self._item_slots}
+            pending = _Counts(self._clock_s(), last, done)
+            self._pending[source.partition] = pending
         shards, bucket_ms = self._settings.item_slots, self._settings.popular_bucket_s * 1_000
         for record, click in accepted:
             if not isinstance(click, Click):
                 continue
             item_id = click.item_id
             slot = item_slot(item_id, shards) if shards > 1 else "i0"
-            if record.offset > tally.done[slot] and (more := self._thousandths(click)):
-                of_slot = tally.counts.setdefault(slot, {})
+            if record.offset > pending.done[slot] and (more := self._milli_count(click)):
+                of_slot = pending.milli_counts.setdefault(slot, {})
                 bucket = click.at_ms // bucket_ms
-                counted = of_slot.get(bucket)
-                if counted is None:
-                    counted = of_slot[bucket] = {}
-                counted[item_id] = counted.get(item_id, 0) + more
-        tally.last = last
-        behind = last.offset - min(tally.done.values())
-        if behind >= self._behind_max or self._clock_s() - tally.since_s >= COUNT_S:
-            self._write(source, tally)
+                counts = of_slot.get(bucket)
+                if counts is None:
+                    counts = of_slot[bucket] = {}
+                counts[item_id] = counts.get(item_id, 0) + more
+        pending.last = last
+        behind = last.offset - min(pending.done.values())
+        if behind >= self._behind_max or self._clock_s() - pending.since_s >= COUNT_S:
+            self._write(source, pending)
 
-    def _thousandths(self, click: Click) -> int:
-        """How much the event makes its item popular; nothing for a dislike, or where it counted before."""
+    def _milli_count(self, click: Click) -> int:
+        """The event's weight in thousandths; 0 for a dislike, and for a moved event, counted before."""
         if is_moved(click):
             return 0
         return round(
             1_000 * user_history.strength(click, self._dwell_ms_full) * self._weights[click.kind]
         )
 
-    def _write(self, source: Source, tally: _Tally) -> None:
-        """One write to each item slot that has not got these events."""
+    def _write(self, source: Source, pending: _Counts) -> None:
+        """One write to each item slot that lacks these events."""
         for slot in self._item_slots:
-            if tally.last is None or tally.done[slot] >= tally.last.offset:
+            if pending.done[slot] >= pending.last.offset:
                 continue
-            expected, counts = self._positions.expected(source, slot), tally.counts.get(slot, {})
+            expected = self._fences.expected(source, slot)
+            counts = pending.milli_counts.get(slot, {})
             limits = self._settings.popular_buckets, self._settings.popular_items_max
-            self._store.count_clicks(slot, source, expected, tally.last, counts, *limits)
-            self._positions.moved(source, slot, tally.last)
-            tally.done[slot] = tally.last.offset
-        del self._tallies[source.partition]
+            self._store.count_clicks(slot, source, expected, pending.last, counts, *limits)
+            self._fences.moved(source, slot, pending.last)
+            pending.done[slot] = pending.last.offset
+        del self._pending[source.partition]

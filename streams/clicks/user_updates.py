@@ -1,12 +1,13 @@
-"""The users of one chunk while its events are applied to them, one after the other, in the order of the log.
+"""The users of one batch while its events are applied, one after the other, in the order of the
+log.
 
-What comes out is a function of the state that was read and of the events; where the chunk begins and ends
-makes no difference.
+The result is a function of the state that was read and of the events; batch boundaries make no
+difference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from eddyline.schema import events, user_history
 from eddyline.schema.events import KINDS, MOVED, Click, Forget, Merge
@@ -14,28 +15,28 @@ from eddyline.schema.user_history import Bounds, Entry, UserHistory
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import UserEffects
 from streams.clicks.micro_steps import MicroSteps, Step
-from streams.clicks.user_cache import CachedUser
+from streams.clicks.user_cache import CachedUser, UserEmbedding
 from streams.ports import Record
 
 _KIND_NUMBER = {kind: number for number, kind in enumerate(KINDS)}
 
 
 class UserUpdates:
-    """Lists and embeddings of the users of one chunk. Thread rule: one thread.
+    """Histories and embeddings of the users of one batch. Thread rule: one thread.
 
-    users: their state before the chunk; changed in place
-    micro: the generation that learns; None leaves embeddings alone
-    moved: (record, click) of what merges send elsewhere: to be delivered before the fence moves
-    late:  events that came too late for their list
-    steps: micro-steps to take, in the order of the log
+    micro: the micro-steps of each live generation; empty leaves embeddings alone
+    users: their state before the batch; changed in place
+    moved: (record, click) of what merges move to other users: delivered before the fence moves
+    late:  events that came too late for their user's list
+    steps: by generation: micro-steps to take, in the order of the log
     """
 
     def __init__(
-        self, settings: Settings, micro: MicroSteps | None, users: dict[str, CachedUser]
+        self, settings: Settings, micro: Sequence[MicroSteps], users: dict[str, CachedUser]
     ) -> None:
         self.moved: list[tuple[Record, Click]] = []
         self.late = 0
-        self.steps: list[Step] = []
+        self.steps: list[list[Step]] = [[] for _ in micro]
         self.users = users
         self._micro = micro
         self._dwell_ms_full = settings.dwell_ms_full
@@ -43,80 +44,91 @@ class UserUpdates:
         self._emptied: dict[str, None] = {}
 
     def apply(self, record: Record, event: Click | Merge | Forget) -> None:
-        """Apply one event that counts."""
-        draft = self.users[event.user_id]
+        """Apply one accepted event."""
+        user = self.users[event.user_id]
         if isinstance(event, Merge):
-            self._merge(draft, record, event)
+            self._merge(user, record, event)
         elif isinstance(event, Forget):
-            self._forget(draft, record, event)
+            self._forget(user, record, event)
         else:
-            self._click(draft, record, event)
+            self._click(user, record, event)
 
-    def counts(self) -> dict[str, int]:
-        """User id -> events counted, of those whose count moved: they get a new embedding."""
-        return {user: draft.steps for user, draft in self.users.items() if draft.counted}
+    def learners(self, generation: int) -> Iterator[tuple[str, CachedUser]]:
+        """The users whose counted events changed in this generation: they get a new embedding."""
+        for user_id, user in self.users.items():
+            if user.embeddings[generation].counted:
+                yield user_id, user
 
-    def effects(self, read_us: int, embeddings: Mapping[str, tuple[int, bytes]]) -> UserEffects:
-        """Lists and embeddings after all events. read_us: when the chunk was read."""
+    def effects(
+        self, read_us: int, embeddings: Sequence[Mapping[str, tuple[int, bytes]]]
+    ) -> UserEffects:
+        """Histories and embeddings after all events.
+
+        read_us: when the batch was read; embeddings: by generation, of the learners
+        """
         effects = UserEffects(emptied=tuple(self._emptied))
-        for user, draft in self.users.items():
-            if draft.last is None:
+        for user_id, user in self.users.items():
+            if user.last is None:
                 continue
-            effects.histories[user] = _behaviour(draft, draft.last, read_us)
-            if draft.recent is not None and len(draft.recent) <= user_history.RECENT_MAX:
-                effects.recent[user] = draft.recent
+            effects.histories[user_id] = _history(user, user.last, read_us)
+            if user.recent is not None and len(user.recent) <= user_history.RECENT_MAX:
+                effects.recent[user_id] = user.recent
             else:
-                draft.recent = []
-        if self._micro is not None:
-            learned = effects.embeddings[self._micro.generation] = {}
-            for user in self.counts():
-                steps, vector = learned[user] = embeddings[user]
-                self.users[user].steps, self.users[user].vector = steps, vector
+                user.recent = []
+        for number, micro in enumerate(self._micro):
+            learned = effects.embeddings[micro.generation] = {}
+            for user_id, user in self.learners(number):
+                learned[user_id] = steps, vector = embeddings[number][user_id]
+                user.embeddings[number].steps = steps
+                user.embeddings[number].vector = vector
         return effects
 
-    def _click(self, draft: CachedUser, record: Record, click: Click) -> None:
+    def _click(self, user: CachedUser, record: Record, click: Click) -> None:
         weight = user_history.strength(click, self._dwell_ms_full)
         entry = Entry(click.item_id, click.at_ms, _KIND_NUMBER[click.kind], weight)
         if is_moved(click):
-            user_history.insert_moved(draft.entries, draft.at_ms, entry, self._bounds)
-            draft.recent = None
+            user_history.insert_moved(user.entries, user.at_ms, entry, self._bounds)
+            user.recent = None
         else:
-            # The history of a step is what was known just before its event.
-            step = self._step(draft, record, click)
-            if not user_history.insert_event(draft.entries, draft.at_ms, entry, self._bounds):
+            # The history of a step is the list just before its event.
+            steps = self._next_steps(user, record, click)
+            if not user_history.insert_event(user.entries, user.at_ms, entry, self._bounds):
                 self.late += 1
             else:
-                _note(draft, entry)
-                if step is not None:
-                    self._learn(draft, step)
-        if click.at_ms > draft.at_ms:
-            draft.at_ms = click.at_ms
-        draft.last = record
+                if user.recent is not None:
+                    user_history.insert_compact(user.recent, user_history.compact(entry))
+                for number, step in steps:
+                    self._learn(number, user.embeddings[number], step)
+        if click.at_ms > user.at_ms:
+            user.at_ms = click.at_ms
+        user.last = record
 
-    def _step(self, draft: CachedUser, record: Record, click: Click) -> Step | None:
-        """The step to take for this event, with an empty history where it is only to be counted."""
-        if (
-            self._micro is None
-            or click.kind == "dislike"
-            or (row := self._micro.row(click.item_id)) is None
-        ):
-            return None
-        enough = draft.steps >= self._micro.min_steps_before
-        history = self._micro.history(draft.entries) if enough else ()
-        return Step(
-            click.user_id, history, row, click.event_id or f"{record.partition}/{record.offset}"
-        )
+    def _next_steps(
+        self, user: CachedUser, record: Record, click: Click
+    ) -> Sequence[tuple[int, Step]]:
+        """The event's step in each generation that has the item; without a history while only counting."""
+        if click.kind == "dislike":
+            return ()
+        steps = []
+        for number, micro in enumerate(self._micro):
+            row = micro.row(click.item_id)
+            if row is not None:
+                enough = user.embeddings[number].steps >= micro.min_steps_before
+                history = micro.history(user.entries) if enough else ()
+                key = click.event_id or f"{record.partition}/{record.offset}"
+                steps.append((number, Step(click.user_id, history, row, key)))
+        return steps
 
-    def _learn(self, draft: CachedUser, step: Step) -> None:
-        """Count the event; take its step, once enough were counted."""
-        if self._micro is not None and draft.steps >= self._micro.min_steps_before:
-            self.steps.append(step)
-        draft.steps += 1
-        draft.counted = True
+    def _learn(self, number: int, embedding: UserEmbedding, step: Step) -> None:
+        """Count the event; take its step once enough events were counted."""
+        if embedding.steps >= self._micro[number].min_steps_before:
+            self.steps[number].append(step)
+        embedding.steps += 1
+        embedding.counted = True
 
-    def _merge(self, draft: CachedUser, record: Record, merge: Merge) -> None:
-        """Send his list on, the oldest first, and let him begin anew."""
-        for number, entry in enumerate(reversed(draft.entries)):
+    def _merge(self, user: CachedUser, record: Record, merge: Merge) -> None:
+        """Move the user's list to the other user, oldest entry first, and start an empty one."""
+        for number, entry in enumerate(reversed(user.entries)):
             click = Click(
                 user_id=merge.merge_into,
                 item_id=entry.item_id,
@@ -127,49 +139,45 @@ class UserUpdates:
                 context=dict(MOVED),
             )
             self.moved.append((record, click))
-        self._empty(draft, merge.user_id)
+        self._empty(user, merge.user_id)
 
-    def _forget(self, draft: CachedUser, record: Record, forget: Forget) -> None:
-        """Take out what he did until then; what was learned goes with it, whole."""
-        kept = [entry for entry in draft.entries if entry.at_ms > forget.forget_until_ms]
-        if kept and len(kept) == len(draft.entries):
+    def _forget(self, user: CachedUser, record: Record, forget: Forget) -> None:
+        """Remove the user's entries up to `forget_until_ms`, and the whole embedding."""
+        kept = [entry for entry in user.entries if entry.at_ms > forget.forget_until_ms]
+        if kept and len(kept) == len(user.entries):
             return
-        anew = self._empty(draft, forget.user_id)
+        anew = self._empty(user, forget.user_id)
         if kept:
-            anew.entries, anew.recent, anew.at_ms, anew.last = kept, None, draft.at_ms, record
+            anew.entries, anew.recent, anew.at_ms, anew.last = kept, None, user.at_ms, record
 
-    def _empty(self, draft: CachedUser, user_id: str) -> CachedUser:
-        """His list and embedding begin anew."""
-        self.steps = [step for step in self.steps if step.user_id != user_id]
+    def _empty(self, user: CachedUser, user_id: str) -> CachedUser:
+        """Start an empty list and embedding."""
+        self.steps = [[s for s in steps if s.user_id != user_id] for steps in self.steps]
         self._emptied[user_id] = None
-        anew = self.users[user_id] = CachedUser([], [], 0, profile=draft.profile, more=draft.more)
+        embeddings = tuple(UserEmbedding() for _ in self._micro)
+        anew = CachedUser([], [], 0, embeddings, user.profile, more=user.more)
+        self.users[user_id] = anew
         return anew
 
 
 def bounds(settings: Settings) -> Bounds:
-    """What a behaviour list may hold, by the settings."""
+    """The limits of a history, by the settings."""
     age_ms, lateness_ms = settings.history_age_s_max * 1_000, settings.lateness_s_max * 1_000
     return Bounds(settings.history_length_max, age_ms, lateness_ms)
 
 
 def is_moved(click: Click) -> bool:
-    """Whether it was another user's before a merge, and has counted there."""
+    """Whether a merge moved the event here from another user, for whom it was counted."""
     return click.context is not None and MOVED.items() <= click.context.items()
 
 
-def _note(draft: CachedUser, entry: Entry) -> None:
-    """Remember that an entry is new since the list was last written whole."""
-    if draft.recent is not None:
-        user_history.insert_compact(draft.recent, user_history.compact(entry))
-
-
-def _behaviour(draft: CachedUser, last: Record, read_us: int) -> UserHistory:
+def _history(user: CachedUser, last: Record, read_us: int) -> UserHistory:
     return UserHistory(
         partition=last.partition,
         offset=last.offset,
-        at_ms=draft.at_ms,
+        at_ms=user.at_ms,
         produced_us=events.produced_us(last.headers),
         appended_ms=last.timestamp,
         read_us=read_us,
-        entries=draft.entries,
+        entries=user.entries,
     )

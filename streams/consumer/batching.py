@@ -1,61 +1,87 @@
-"""What a fetch brings, and how it goes on: chunks of one partition each, and the hauls that they go in.
+"""Batches of what one fetch returned, and which of the queued batches are applied together.
 
-Pure: nothing here knows a consumer. See `streams/consumer/consumer.py`.
+Pure functions: nothing here knows a consumer. See `streams/consumer/consumer.py`.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from faust.types import TP
 
-from streams.ports import Record
+from streams.ports import Record, RecordBatch
 
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Consecutive records of one partition, as they were read after one seek.
-
-    read_us: when they were taken from the fetcher, microseconds since 1970
-    """
-
-    at: TP
-    records: Sequence[Record]
-    epoch: int
-    read_us: int
-
-
-# Chunks of one topic from one fetch; together no more records than one chunk may have, or one chunk.
-Haul = tuple[Chunk, ...]
 # By partition: the epoch of the records, and the records.
 Fetched = Mapping[Any, tuple[int, Sequence[Record]]]
 
 
-def split_fetched(
-    fetched: Fetched, size: int, part_max: Mapping[str, int], read_us: int
-) -> Iterator[list[Chunk]]:
-    """What was fetched, by topic and in chunks of at most `size` records, small ones together.
+def place_of(batch: RecordBatch) -> TP:
+    """The batch's partition."""
+    return TP(batch.topic, batch.partition)
 
-    In turns, so that no partition waits for all of another.
-    part_max: topic -> the most records of a chunk of it, where that is less than `size`
+
+def split_fetched(
+    fetched: Fetched, size: int, partition_max: Mapping[str, int], read_us: int
+) -> Iterator[list[RecordBatch]]:
+    """Make the batches of one fetch, in groups of one topic with at most `size` records.
+
+    The first batches of all partitions come first, so that no partition waits for all of another.
+    partition_max: topic -> the most records of a batch of it, where that is less than `size`
     """
-    chunks = []
+    batches = []
     for at, (epoch, records) in fetched.items():
-        most = min(size, part_max.get(at[0], size))
-        chunks += [
-            (start, at[0], Chunk(TP(*at), records[start : start + most], epoch, read_us))
+        topic, partition = at
+        most = min(size, partition_max.get(topic, size))
+        batches += [
+            (start, RecordBatch(topic, partition, records[start : start + most], read_us, epoch))
             for start in range(0, len(records), most)
         ]
-    chunks.sort(key=lambda each: each[:2])
-    haul: list[Chunk] = []
+    batches.sort(key=lambda one: (one[0], one[1].topic))
+    group: list[RecordBatch] = []
     room = size
-    for _, topic, chunk in chunks:
-        if haul and (len(chunk.records) > room or haul[0].at.topic != topic):
-            yield haul
-            haul, room = [], size
-        haul.append(chunk)
-        room -= len(chunk.records)
-    if haul:
-        yield haul
+    for _, batch in batches:
+        if group and (len(batch.records) > room or group[0].topic != batch.topic):
+            yield group
+            group, room = [], size
+        group.append(batch)
+        room -= len(batch.records)
+    if group:
+        yield group
+
+
+def choose(
+    queued: Sequence[RecordBatch], size: int, partition_max: int | None
+) -> tuple[list[RecordBatch], list[RecordBatch]]:
+    """Return (the batches to apply now, one of each partition; those that stay queued).
+
+    Queued batches of one partition that follow each other become one: under load many small fetches
+    are applied together. queued: of one topic, in the order of their fetches
+    size: the most records in all, partition_max: the same of one partition; a larger batch goes
+          alone
+    """
+    chosen: dict[int, list[RecordBatch]] = {}
+    rest: list[RecordBatch] = []
+    full: set[int] = set()
+    room, rooms = size, defaultdict[int, int](lambda: partition_max or size)
+    for batch in queued:
+        count, partition = len(batch.records), batch.partition
+        too_large = count > room or (partition in chosen and count > rooms[partition])
+        if partition in full or (chosen and too_large):
+            rest.append(batch)
+            full.add(partition)
+        else:
+            chosen.setdefault(partition, []).append(batch)
+            room -= count
+            rooms[partition] -= count
+    return [_merged(batches) for batches in chosen.values()], rest
+
+
+def _merged(batches: Sequence[RecordBatch]) -> RecordBatch:
+    """Batches of one partition that follow each other, as one; `read_us` is that of the last."""
+    if len(batches) == 1:
+        return batches[0]
+    records = [record for batch in batches for record in batch.records]
+    last = batches[-1]
+    return RecordBatch(last.topic, last.partition, records, last.read_us, last.epoch)

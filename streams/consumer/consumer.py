@@ -1,14 +1,15 @@
-"""The chunk lane: Faust with one event for the chunks of a fetch, and the fence as the position.
+"""Faust with one event for the batches of a fetch, and the fence as the position.
 
-Faust keeps membership, rebalance and commits; what it costs per message (some 100 µs of asyncio work) is
-paid once a fetch and topic, whose runs of records by partition, the chunks, go together as a *haul*. What
-leans on Faust's and aiokafka's insides is in this file and in `lane_thread.py`; both are pinned, and
-`tests/unit/test_lane.py` names what is leaned on.
+Faust keeps membership, rebalance and commits. Its cost per message (some 100 µs of asyncio work) is
+paid once per fetch and topic: one message carries a group of batches. All uses of Faust's private
+members are in this file, those of aiokafka's in `thread.py`; both are pinned, and
+`tests/unit/streams/test_consumer.py` names what is used.
 
-How a chunk stays true: whenever a partition is sought anew, in the consumer's thread, its *epoch* goes up in
-the same step; records are marked with the epoch in the step that takes them from the fetcher. So whoever
-holds a chunk knows whether its records come from before or after the seek, and drops an older one unacked.
-Committed offsets are for watching lag, and say what was sent on before; no position is read from them.
+Whenever a partition is sought, in the consumer's thread, its *epoch* increases in the same step;
+records carry the epoch of the step that takes them from the fetcher. So the epoch of a batch shows
+whether its records come from before or after the seek; older ones are dropped without an ack.
+Committed offsets show the lag, and up to where records were forwarded; no position is read from
+them.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from typing import Any, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import faust
 from aiokafka.errors import KafkaError
@@ -27,52 +28,74 @@ from faust.transport.consumer import ensure_TPset
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
 from mode import get_logger
+from typing_extensions import override
 
 from eddyline.errors import LogMismatch, Unavailable
-from streams.consumer.batching import Chunk, Fetched, Haul, split_fetched
+from streams.consumer.batching import Fetched, place_of, split_fetched
 from streams.consumer.fetch_control import InFlightBatches
 from streams.consumer.thread import ConsumerThread
+from streams.ports import RecordBatch
 
 # Faust's services log under this name: quiet where everything of Faust is.
-_logger = get_logger("faust.lane")
+_logger = get_logger("faust.batches")
 FAUST_VERSION, AIOKAFKA_VERSION = "0.15.3", "0.14.0"
 _POLL_S = 0.25
-# The same while a topic stands still because its queue is full: it may go on before another one has records.
+# The same while a topic's queue is full: it may have room again before another topic has records.
 _FULL_POLL_S = 0.01
-# The first wait before a position is asked for again; it doubles up to the setting `backoff_ms_max`.
+# The first pause before a position is looked up again; it doubles up to the setting
+# `backoff_ms_max`.
 _BACKOFF_S = 0.05
 
 Bounds = Mapping[TP, tuple[int, int]]
-Positioner = Callable[[Bounds], Awaitable[Mapping[TP, int]]]
+_T = TypeVar("_T")
+
+
+class ConsumerOwner(Protocol):
+    """What the consumer needs of its process; `streams.app.IngestApp` is one. In the app's loop."""
+
+    async def position(self, bounds: Bounds) -> Mapping[TP, int]:
+        """Where to read on. bounds: (begin, end) of partitions. May raise Unavailable, LogMismatch."""
+
+    def report_wait(self, error: Exception, wait_s: float) -> None:
+        """The consumer or a dispatcher waits for a server."""
+
+    def end(self, error: Exception | None) -> None:
+        """End the process: None for an intended stop, else the error."""
+
+    async def flush(self, limit_s: float) -> None:
+        """Write all pending effects within the limit: partitions are about to be revoked."""
 
 
 class RawSchema(faust.Schema[Any, Any]):
-    """Hands a haul through as it is: decoding is the ingest functions' business."""
+    """Passes the batches through unchanged: the handlers decode."""
 
+    @override
     def loads_key(self, app: Any, message: Any, **_: Any) -> Any:
-        """No key: a haul has many."""
         return None
 
+    @override
     def loads_value(self, app: Any, message: Any, **_: Any) -> Any:
-        """The `Haul`."""
         return message.value
 
 
 class _NotKept(dict[TP, int | None]):
-    """Faust's read offsets, switched off: they would drop what is read again after a seek back."""
+    """Faust's read offsets, switched off: Faust would drop records that are read again after a seek back."""
 
+    @override
     def __getitem__(self, key: TP) -> int | None:
         return None
 
+    @override
     def __setitem__(self, key: TP, value: int | None) -> None:
         pass
 
+    @override
     def pop(self, key: TP, default: Any = None) -> Any:
         return default
 
 
 class BatchConsumer(driver.Consumer):
-    """Yields chunks; seeks to where the app's positioner says."""
+    """Yields groups of batches; seeks to the owner's positions."""
 
     logger = _logger
     app: BatchApp
@@ -80,92 +103,98 @@ class BatchConsumer(driver.Consumer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.epochs: defaultdict[TP, int] = defaultdict(int)
-        self._shut: set[TP] = set()  # partitions whose position is being found out
+        self.committed: dict[TP, int] = {}  # the highest offset that the group has committed
+        self._unpositioned: set[TP] = set()
         self._rewinding: defaultdict[TP, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self.committed: dict[TP, int] = {}  # the highest offset that the group was told
         super().__init__(*args, **kwargs)
+        self.small_max = self.app.small_max
         self._read_offset = _NotKept()
 
+    @override
     def _new_consumer_thread(self) -> ConsumerThread:
         return ConsumerThread(self, loop=self.loop, beacon=self.beacon)
 
-    def is_current(self, chunk: Chunk) -> bool:
-        """Whether the partition is still ours and was not sought anew since the chunk was read."""
-        at = chunk.at
-        fresh = at not in self._shut and self.epochs[at] == chunk.epoch
-        return fresh and self._thread.owns(at)
+    # --- what is owned, and where it stands
 
-    def unread(self, taken: Mapping[TP, int]) -> None:
-        """Records of these partitions and epochs were fetched for nobody: go back to the fence."""
-        lost = {at for at, epoch in taken.items() if self.epochs[at] == epoch}
-        if lost and not self.should_stop:
-            self.add_future(self.rewind(lost))
+    def is_current(self, batch: RecordBatch) -> bool:
+        """Whether the partition is still assigned and was not sought since the batch was read."""
+        at = place_of(batch)
+        positioned = at not in self._unpositioned and self.epochs[at] == batch.epoch
+        return positioned and self._thread.owns(at)
 
     def positioned(self, topic: str) -> set[int]:
-        """The partitions of a topic that are ours and whose position is known."""
-        if self.app.rebalancing or self._thread._consumer is None:
+        """The partitions of a topic that are assigned to this process and have a position."""
+        if self.app.rebalancing or not self._thread.has_consumer():
             return set()
-        return {at.partition for at in self.assignment() - self._shut if at.topic == topic}
+        return {at.partition for at in self.assignment() - self._unpositioned if at.topic == topic}
 
     def assigned(self) -> set[TP]:
-        """All partitions that are ours; any thread. None before the consumer's thread has started."""
-        return set() if self._thread._consumer is None else self.assignment()
+        """All assigned partitions; none before the thread has started. Any thread."""
+        return self.assignment() if self._thread.has_consumer() else set()
 
     def paused(self, topic: str) -> int:
-        """How many of this topic's partitions stand still until their position is known."""
-        return sum(1 for at in list(self._shut) if at.topic == topic)
+        """How many partitions of this topic stand still until their position is known."""
+        return sum(1 for at in list(self._unpositioned) if at.topic == topic)
 
     def highwater_seen(self, at: TP) -> int | None:
-        """The offset that the partition's next record had at the last fetch; None before the first one."""
+        """See `ConsumerThread.highwater_seen`."""
         return self._thread.highwater_seen(at)
 
-    def sought(self, at: TP) -> None:
-        """Called by the thread in the step that seeks."""
-        self.epochs[at] += 1
-        self._acked.pop(at, None)
-        self._committed_offset[at] = None
-        self._shut.discard(at)
+    def committed_of(self, topic: str) -> dict[int, int]:
+        """By partition, the offset that the group has committed."""
+        return {at.partition: offset for at, offset in self.committed.items() if at.topic == topic}
 
+    def fetching_ended(self) -> bool:
+        """See `ConsumerThread.fetching_ended`."""
+        return self._thread.fetching_ended()
+
+    async def check_group(self) -> None:
+        """See `ConsumerThread.check_group`."""
+        await self._thread.check_group()
+
+    # --- fetching
+
+    @override
     async def getmany(self, timeout: float) -> AsyncIterator[tuple[TP, Any]]:
-        """Fetch, and yield a message for as many chunks as have the records of one chunk together."""
+        """Fetch, and yield one message for each group of batches."""
         if not self.flow_active:
             await self.wait(self.can_resume_flow.wait())
-        active = self._get_active_partitions() - self._shut
+        active = self._get_active_partitions() - self._unpositioned
         if not active or self.should_stop:
             await self.sleep(0.02)
             return
-        await self.app.handed.all_applied()
+        await self.app.in_flight.wait()
         limit_s = _FULL_POLL_S if self._buffered_partitions else _POLL_S
         fetched = await self._getmany(active_partitions=active, timeout=min(timeout, limit_s))
         generation, read_us = self.app.consumer_generation_id, time.time_ns() // 1_000
-        for chunks in split_fetched(
-            cast(Fetched, fetched), self.app.chunk_records_max, self.app.part_max, read_us
+        for batches in split_fetched(
+            cast(Fetched, fetched), self.app.chunk_records_max, self.app.partition_max, read_us
         ):
             if not self.flow_active or self.should_stop:
                 return
             if self.app.consumer_generation_id != generation:
                 return
-            if current := tuple(chunk for chunk in chunks if self.is_current(chunk)):
+            if current := [batch for batch in batches if self.is_current(batch)]:
                 message = self._message(current)
-                self.app.handed.over(message.topic)
+                self.app.in_flight.sent(message.topic)
                 yield message.tp, message
 
-    def _message(self, haul: Haul) -> ConsumerMessage:
-        """A message for the whole haul. Its coordinates say nothing: chunks are acknowledged by `applied`.
+    def _message(self, batches: Sequence[RecordBatch]) -> ConsumerMessage:
+        """A message with all batches. Its coordinates mean nothing: `applied` acknowledges batches.
 
-        All messages of a topic are of the same partition: Faust stops what fills its queue by partition.
+        All messages of a topic name the same partition: Faust limits its queue by partition.
         """
-        topic = haul[0].at.topic
-        at = min(self._of_topic(topic), default=haul[0].at)
+        topic, partition = batches[0].topic, batches[0].partition
+        at = min(self._of_topic(topic), default=TP(topic, partition))
         return ConsumerMessage(
             at.topic,
             at.partition,
             0,
-            haul[0].read_us / 1e6,
+            batches[0].read_us / 1e6,
             1,
             [],
             None,
-            cast(bytes, haul),
+            cast(bytes, batches),
             None,
             None,
             None,
@@ -173,28 +202,34 @@ class BatchConsumer(driver.Consumer):
             generation_id=self.app.consumer_generation_id,
         )
 
-    def applied(self, chunk: Chunk) -> None:
-        """All effects of the chunk are written: what is up to its end may be committed. In the app's loop."""
-        self._acked[chunk.at] = [chunk.records[-1].offset]
-
+    @override
     def on_buffer_full(self, tp: TP) -> None:
         """Faust's queue for the topic is full: fetch no partition of it."""
         for at in self._of_topic(tp.topic):
             super().on_buffer_full(at)
 
+    @override
     def on_buffer_drop(self, tp: TP) -> None:
-        """There is room again."""
+        """The queue has room again."""
         for at in self._of_topic(tp.topic):
             super().on_buffer_drop(at)
 
     def _of_topic(self, topic: str) -> list[TP]:
         return [at for at in ensure_TPset(self.assignment()) if at.topic == topic]
 
-    async def _add_gap(self, tp: TP, offset_from: int, offset_to: int) -> None:
-        """No gaps: chunks of a partition are acked in order, and a chunk stands for all its offsets."""
+    # --- acknowledging
 
+    def applied(self, batch: RecordBatch) -> None:
+        """All effects of the batch are written: its end may be committed. In the app's loop."""
+        self._acked[place_of(batch)] = [batch.last]
+
+    @override
+    async def _add_gap(self, tp: TP, offset_from: int, offset_to: int) -> None:
+        """No gaps: batches of a partition are acknowledged in order, each with all its offsets."""
+
+    @override
     def _new_offset(self, tp: TP) -> int | None:
-        """What may be committed: one after the last ack, for acks come in order."""
+        """The offset to commit: one after the last ack, as acks come in order."""
         acked = self._acked[tp]
         if not acked:
             return None
@@ -202,17 +237,22 @@ class BatchConsumer(driver.Consumer):
         acked.clear()
         return last + 1
 
+    @override
     def verify_event_path(self, now: float, tp: TP) -> None:
-        """Faust's watchdog takes an idle topic for a hanging one; the ingest log line tells more."""
+        """Faust's watchdog takes an idle topic for a hanging one; the ingest log line says more."""
 
+    # --- positions
+
+    @override
     async def on_partitions_assigned(self, assigned: set[TP], generation_id: int = 0) -> None:
-        """Nothing is handed out before each partition's position is known."""
-        self._shut = set(assigned)
+        """No partition is read before its position is known."""
+        self._unpositioned = set(assigned)
         self._buffered_partitions.clear()  # queues are cleared as well
         await super().on_partitions_assigned(assigned, generation_id)
 
+    @override
     async def perform_seek(self) -> None:
-        """After a rebalance: find out every position; in the background, so that Redis may be away.
+        """After a rebalance: find every position; in the background, as Redis may be away.
 
         Topic by topic, so that clicks do not wait for the transactional producers of items.
         """
@@ -221,45 +261,42 @@ class BatchConsumer(driver.Consumer):
             self.add_future(self.rewind({at for at in mine if at.topic == topic}))
 
     async def rewind(self, partitions: set[TP]) -> None:
-        """Read on at the lowest fence + 1. Waits for Redis and Kafka; ends where partitions are lost.
+        """Read on at the lowest fence + 1. Waits for Redis and Kafka; returns where partitions are
+        lost.
 
-        One at a time for each partition. The seek of one would else open the partition between another's look
-        at the fences and its seek, and what is read there does not follow the fences that were looked at: its
-        effects on one slot would be written over a gap.
+        One at a time for each partition. Otherwise the seek of one would open the partition between
+        another's reading of the fences and its seek. The batches read there do not follow those
+        fences: their effects on one slot would be written over a gap.
         """
-        self._shut |= partitions
-        async with AsyncExitStack() as turns:
+        self._unpositioned |= partitions
+        async with AsyncExitStack() as locks:
             for at in sorted(partitions):
-                await turns.enter_async_context(self._rewinding[at])
-            self._shut |= partitions
+                await locks.enter_async_context(self._rewinding[at])
+            self._unpositioned |= partitions
             await self._rewind(partitions)
 
     async def _rewind(self, partitions: set[TP]) -> None:
-        generation, wait_s, doubted = self.app.consumer_generation_id, _BACKOFF_S, False
+        generation, wait_s, mismatches = self.app.consumer_generation_id, _BACKOFF_S, 0
         while not self.should_stop and self.app.consumer_generation_id == generation:
             mine = {at for at in partitions if at in self.assignment()}
             if not mine:
                 return
             try:
-                await self._thread.seek_lane(await self._positions(mine))
+                await self._thread.seek_to(await self._positions(mine))
                 return
             except (Unavailable, KafkaError, TimeoutError) as error:
-                self.app.waiting(error, wait_s)
+                self.app.owner.report_wait(error, wait_s)
             except LogMismatch as error:
-                # The owner before us may have moved a fence beyond the end that was asked for before it.
-                if doubted:
-                    self.app.fail(error)
+                # The previous owner may have moved a fence beyond the end that was read before it.
+                mismatches += 1
+                if mismatches > 1:
+                    self.app.owner.end(error)
                     return
-                doubted = True
             except Exception as error:
-                self.app.fail(error)
+                self.app.owner.end(error)
                 return
             await self.sleep(wait_s)
             wait_s = min(2 * wait_s, self.app.backoff_s_max)
-
-    def committed_of(self, topic: str) -> dict[int, int]:
-        """By partition, below which offset the group has told that everything is applied."""
-        return {at.partition: offset for at, offset in self.committed.items() if at.topic == topic}
 
     async def _positions(self, partitions: set[TP]) -> Mapping[TP, int]:
         limit_s = self.app.conf.broker_request_timeout
@@ -268,8 +305,20 @@ class BatchConsumer(driver.Consumer):
             self.committed[at] = max(offset, self.committed.get(at, 0))
         begins = await asyncio.wait_for(self.earliest_offsets(*partitions), limit_s)
         ends = await asyncio.wait_for(self.highwaters(*partitions), limit_s)
-        positioner: Positioner = self.app.positioner
-        return await positioner({at: (begins[at], ends[at]) for at in partitions})
+        return await self.app.owner.position({at: (begins[at], ends[at]) for at in partitions})
+
+    def sought(self, at: TP) -> None:
+        """See `ThreadOwner.sought`."""
+        self.epochs[at] += 1
+        self._acked.pop(at, None)
+        self._committed_offset[at] = None
+        self._unpositioned.discard(at)
+
+    def unread(self, taken: Mapping[TP, int]) -> None:
+        """See `ThreadOwner.unread`: go back to the fence."""
+        lost = {at for at, epoch in taken.items() if self.epochs[at] == epoch}
+        if lost and not self.should_stop:
+            self.add_future(self.rewind(lost))
 
 
 class BatchTransport(driver.Transport):
@@ -279,28 +328,24 @@ class BatchTransport(driver.Transport):
 
 
 class NoTables(TableManager):
-    """Faust's tables, of which there are none: without the second that it waits for them at every start."""
+    """Faust's tables, of which there are none, without the second that Faust waits for them at a start."""
 
     logger = _logger
 
+    @override
     async def on_start(self) -> None:
-        """Go on at once."""
         await self._update_channels()
         await self.recovery.start()
 
 
 class BatchApp(faust.App):
-    """A Faust app on the chunk lane.
+    """A Faust app whose events are groups of batches.
 
-    positioner:        (begin, end) of partitions -> where to read on; may raise Unavailable
-    chunk_records_max: the most records of a chunk
-    part_max:          topic -> the same for its chunks, where it is less
-    backoff_s_max:     the longest wait for a server that is away
-    small_max:         after a fetch of more records the next one is sent at once
-    handed:            what is fetched next waits for it
-    waiting:           told of every wait: the error and the seconds
-    fail:              told of an error that ends the process
-    giving_up:         called after the last chunk in work, before partitions are given up; takes a limit in s
+    chunk_records_max: the most records that are applied together
+    partition_max:     topic -> the same for one partition, where it is less
+    backoff_s_max:     the longest pause before a server is asked again
+    small_max:         after a fetch of more records aiokafka reads ahead
+    in_flight:         small batches that the next fetch waits for
     """
 
     logger = _logger
@@ -308,54 +353,61 @@ class BatchApp(faust.App):
     def __init__(
         self,
         *args: Any,
-        positioner: Positioner,
+        owner: ConsumerOwner,
         chunk_records_max: int,
-        part_max: Mapping[str, int],
+        partition_max: Mapping[str, int],
         backoff_s_max: float,
         small_max: int,
-        waiting: Callable[[Exception, float], None],
-        fail: Callable[[Exception], None],
-        giving_up: Callable[[float], Awaitable[None]],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, TableManager=NoTables, **kwargs)
-        self.positioner = positioner
+        self.owner = owner
         self.chunk_records_max = chunk_records_max
-        self.part_max = part_max
+        self.partition_max = partition_max
         self.backoff_s_max = backoff_s_max
         self.small_max = small_max
-        self.handed = InFlightBatches()
-        self.waiting = waiting
-        self.fail = fail
-        self.giving_up = giving_up
-        self._chunks_in_work = 0
+        self.in_flight = InFlightBatches()
+        self._tracked = 0
 
     @property
-    def lane(self) -> BatchConsumer:
+    def batches(self) -> BatchConsumer:
         """The consumer."""
         return cast(BatchConsumer, self.consumer)
 
+    @property
+    def has_consumer(self) -> bool:
+        """Whether the consumer was made; `batches` would make it, in the calling thread."""
+        return self._consumer is not None
+
+    async def wait_crashed(self) -> Exception:
+        """Wait until a service of Faust's crashes. Returns the error."""
+        await self._crashed.wait()
+        reason = self.crash_reason
+        return reason if isinstance(reason, Exception) else RuntimeError(f"Faust: {reason!r}")
+
+    async def track(self, work: Awaitable[_T]) -> _T:
+        """Await the application of batches; a stop and a rebalance wait for it."""
+        self._tracked += 1
+        try:
+            return await work
+        finally:
+            self._tracked -= 1
+
+    async def wait_idle(self, limit_s: float) -> None:
+        """Wait until no batch is being applied, at most so long. Queued batches are cleared before."""
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + limit_s
+        while self._tracked and clock() < deadline:
+            await asyncio.sleep(0.005)
+
+    @override
     def _new_transport(self) -> BatchTransport:
         return BatchTransport(self.conf.broker_consumer, self)
 
-    async def work(self, chunk: Awaitable[Any]) -> Any:
-        """Await a chunk's work so that a stop or a rebalance waits for it."""
-        self._chunks_in_work += 1
-        try:
-            return await chunk
-        finally:
-            self._chunks_in_work -= 1
-
-    async def settle(self, limit_s: float) -> None:
-        """Wait until no chunk is in work, at most so long. Queued chunks have to be cleared before."""
-        clock = asyncio.get_running_loop().time
-        deadline = clock() + limit_s
-        while self._chunks_in_work and clock() < deadline:
-            await asyncio.sleep(0.005)
-
+    @override
     async def _consumer_wait_empty(self, consumer: Any, logger: Any) -> None:
-        """Called with queues cleared, before partitions are given up: the chunk in work ends first."""
+        """Finish the running batches before partitions are revoked, then flush; queues are cleared."""
         clock = asyncio.get_running_loop().time
         deadline = clock() + self.conf.broker_session_timeout / 2
-        await self.settle(deadline - clock())
-        await self.giving_up(max(0.0, deadline - clock()))
+        await self.wait_idle(deadline - clock())
+        await self.owner.flush(max(0.0, deadline - clock()))

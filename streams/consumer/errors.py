@@ -1,63 +1,56 @@
-"""What Kafka refuses while ingest runs: aiokafka keeps it to itself or raises it deep inside Faust.
+"""Errors that Kafka refuses us with while ingest runs.
 
-`watch` looks for it, `meant` says what it means, `WithoutTraceback` keeps its stack traces out of the log, for the
-process ends with one sentence. Leans on aiokafka's group coordinator, see `tests/unit/test_refusals.py`.
+aiokafka keeps them to itself, or raises them deep inside Faust. `watch_consumer` finds them,
+`translate_error` says what they mean, and `WithoutTraceback` keeps their stack traces out of the
+log, as the process ends with one sentence.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 from aiokafka.errors import KafkaError
+from typing_extensions import override
 
 from eddyline.errors import KafkaUnavailable
 from eddyline.kafka import clients, diagnostics
 from eddyline.settings.loader import Settings
 
-# A missing right in the group is told within this.
-_LOOK_S = 1.0
-# A password that no longer holds is told within this; a knock is one login.
-_KNOCK_S = 10.0
+# A missing right in the group is found within this.
+_GROUP_CHECK_S = 1.0
+# A password that is no longer valid is found within this; a check is one login.
+_CONNECTION_CHECK_S = 10.0
 
 
 class Watched(Protocol):
-    """The thread of the consumer, `streams.consumer.thread.ConsumerThread`."""
+    """What is watched; `streams.app.IngestApp` is one."""
 
-    _consumer: Any
-
-    async def call_thread(self, fun: Any, /, *args: Any) -> Any:
-        """Await the call in the thread's own loop."""
+    async def check_group(self) -> None:
+        """Raise the KafkaError that ended the work in the consumer group, if any."""
 
 
-async def watch_consumer(settings: Settings, thread_of: Callable[[], Watched]) -> None:
-    """Raise what Kafka refuses: KafkaRefused, or what else ended the work in the group. Never returns.
+async def watch_consumer(settings: Settings, watched: Watched) -> None:
+    """Raise KafkaRefused, or another error that ended the work in the group. Never returns.
 
-    Where TLS or SASL is used, knocks every ten seconds: connections that are open stay so when a password
-    changes, but nothing could be opened anew.
+    Where TLS or SASL is used, checks a new connection every ten seconds: open connections survive a
+    change of the password, but no new one could be made.
     """
     clock = asyncio.get_running_loop().time
-    knock_at = clock() + _KNOCK_S
+    check_at = clock() + _CONNECTION_CHECK_S
     while True:
-        await asyncio.sleep(_LOOK_S)
-        thread = thread_of()
-        if thread._consumer is not None and thread._consumer._coordinator is not None:
-            try:
-                await thread.call_thread(_check, thread._consumer._coordinator)
-            except KafkaError as error:
-                raise translate_error(settings, error) from None
-        if settings.kafka_security_protocol != "PLAINTEXT" and clock() >= knock_at:
+        await asyncio.sleep(_GROUP_CHECK_S)
+        try:
+            await watched.check_group()
+        except KafkaError as error:
+            raise translate_error(settings, error) from None
+        if settings.kafka_security_protocol != "PLAINTEXT" and clock() >= check_at:
             try:
                 await asyncio.to_thread(diagnostics.check_connection, settings)
             except KafkaUnavailable:
-                pass  # it is waited for elsewhere
-            knock_at = clock() + _KNOCK_S
-
-
-async def _check(coordinator: Any) -> None:
-    coordinator.check_errors()
+                pass  # the consumer waits for Kafka
+            check_at = clock() + _CONNECTION_CHECK_S
 
 
 def translate_error(settings: Settings, error: Exception) -> Exception:
@@ -66,9 +59,9 @@ def translate_error(settings: Settings, error: Exception) -> Exception:
 
 
 class WithoutTraceback(logging.Filter):
-    """Drops log records that bring the stack trace of a missing right."""
+    """Drops log records with the stack trace of a missing right."""
 
+    @override
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record is to be written."""
         error = record.exc_info[1] if record.exc_info else None
         return not (isinstance(error, Exception) and clients.lacks_right(error))

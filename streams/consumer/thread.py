@@ -1,15 +1,18 @@
-"""The consumer's thread of the chunk lane: it owns aiokafka's consumer, fetches, seeks and commits.
+"""The consumer's thread: it owns aiokafka's consumer, fetches, seeks and commits.
 
-Part of `lane.py`, whose first lines say how a chunk stays true. The consumer has an event loop of its own, so
-heartbeats go on whatever the loop of the app does.
+All uses of aiokafka's private members for reading are in this file; its version is pinned, and
+`tests/unit/streams/test_consumer.py` names what is used. The thread has an event loop of its own,
+so heartbeats continue whatever the app's loop does. `streams/consumer/consumer.py` explains epochs.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+from aiokafka import AIOKafkaConsumer
+from aiokafka.consumer.fetcher import Fetcher
 from aiokafka.coordinator.assignors.range import RangePartitionAssignor
 from aiokafka.errors import KafkaError, NoOffsetForPartitionError, OffsetOutOfRangeError
 from aiokafka.structs import OffsetAndMetadata
@@ -17,35 +20,96 @@ from faust.transport.consumer import ensure_TPset
 from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
 from mode import get_logger
+from typing_extensions import override
 
-from streams.consumer.fetch_control import FetchGate
-
-if TYPE_CHECKING:
-    from streams.consumer.consumer import BatchConsumer
-
-_logger = get_logger("faust.lane")
-# How long one fetch waits for the first record. A seek waits for the fetch under way, so it is short.
+_logger = get_logger("faust.batches")
+# How long one fetch waits for the first record. A seek waits for the running fetch, so it is short.
 _FETCH_WAIT_MS = 250
+
+
+class ThreadOwner(Protocol):
+    """What the thread uses of its consumer, `streams.consumer.consumer.BatchConsumer`.
+
+    epochs:    by partition, the number of seeks; changes in the thread's loop only
+    committed: by partition, the highest offset that the group has committed
+    small_max: after a fetch of more records aiokafka reads ahead
+    """
+
+    epochs: dict[TP, int]
+    committed: dict[TP, int]
+    small_max: int
+
+    def sought(self, at: TP) -> None:
+        """The thread has just sought this partition."""
+
+    def unread(self, taken: Mapping[TP, int]) -> None:
+        """Records of these partitions and epochs were fetched and lost; in the app's loop."""
+
+
+class FetchGate:
+    """Holds back the next fetch of aiokafka's fetcher. Thread rule: the loop of the consumer."""
+
+    def __init__(self, fetcher: Fetcher) -> None:
+        self.fetcher = fetcher
+        self._held = False
+        self._actions = fetcher._get_actions_per_node
+        fetcher._get_actions_per_node = self._gated
+
+    def hold(self) -> None:
+        """Send no fetch from here on; call it in the step that takes records."""
+        self._held = True
+
+    def open(self) -> None:
+        """Fetch."""
+        if self._held:
+            self._held = False
+            self.fetcher._notify(self.fetcher._wait_consume_future)
+
+    def _gated(self, assignment: Any) -> tuple[Any, ...]:
+        requests, *others = self._actions(assignment)
+        return ([] if self._held else requests, *others)
 
 
 class ConsumerThread(driver.AIOKafkaConsumerThread):
     """The thread that owns the aiokafka consumer. Seeks and epochs change in its loop only."""
 
     logger = _logger
-    consumer: BatchConsumer
+    consumer: ThreadOwner  # type: ignore[assignment]  # a port, not the consumer: no circle
     _gate: FetchGate | None = None
 
-    def _create_worker_consumer(self, transport: Any) -> Any:
-        consumer = super()._create_worker_consumer(transport)
-        # Range gives partition p of clicks and of users to one process: one writer of the slot `u{p}`.
-        consumer._partition_assignment_strategy = (RangePartitionAssignor,)
-        consumer._fetch_max_wait_ms = _FETCH_WAIT_MS
-        # A producer's aborted transaction is nothing that happened (a dead letter's replay that was killed).
-        consumer._isolation_level = "read_committed"
-        # Retention that overtakes us, or a log that lost its end: the fences say what that means.
-        consumer._auto_offset_reset = "none"
-        return consumer
+    @override
+    def _create_worker_consumer(self, transport: Any) -> AIOKafkaConsumer:
+        conf = self.app.conf
+        return AIOKafkaConsumer(
+            client_id=conf.broker_client_id,
+            group_id=conf.id,
+            group_instance_id=conf.consumer_group_instance_id,
+            bootstrap_servers=driver.server_list(transport.url, transport.default_port),
+            # Range gives partition p of clicks and of users to one process: one writer of the slot
+            # `u{p}`.
+            partition_assignment_strategy=[RangePartitionAssignor],
+            enable_auto_commit=False,
+            # Retention that overtakes us, or a log that lost its end: the fences decide what that
+            # means.
+            auto_offset_reset="none",
+            # Records of an aborted transaction do not exist (a dead letter's replay that was
+            # killed).
+            isolation_level="read_committed",
+            fetch_max_wait_ms=_FETCH_WAIT_MS,
+            max_poll_records=conf.broker_max_poll_records,
+            max_poll_interval_ms=int((conf.broker_max_poll_interval or 0) * 1000),
+            max_partition_fetch_bytes=conf.consumer_max_fetch_size,
+            check_crcs=conf.broker_check_crcs,
+            request_timeout_ms=int(conf.broker_request_timeout * 1000),
+            session_timeout_ms=int(conf.broker_session_timeout * 1000),
+            rebalance_timeout_ms=int(conf.broker_rebalance_timeout * 1000),
+            heartbeat_interval_ms=int(conf.broker_heartbeat_interval * 1000),
+            metadata_max_age_ms=conf.consumer_metadata_max_age_ms,
+            connections_max_idle_ms=conf.consumer_connections_max_idle_ms,
+            **driver.credentials_to_aiokafka_auth(conf.broker_credentials, conf.ssl_context),
+        )
 
+    @override
     async def _fetch_records(
         self,
         consumer: Any,
@@ -69,12 +133,13 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
             }
             self.parent_loop.call_soon_threadsafe(self.consumer.unread, lost)
             return {}
-        if records and sum(map(len, records.values())) <= self.consumer.app.small_max:
+        if records and sum(map(len, records.values())) <= self.consumer.small_max:
             gate.hold()
         return {at: (epochs[at], taken) for at, taken in records.items()}
 
+    @override
     async def getmany(self, active_partitions: Any, timeout: float) -> Any:
-        """Fetch, straight in the thread's loop: Faust's queue of calls costs more than the fetch itself."""
+        """Fetch in the thread's loop directly: Faust's queue of calls costs more than the fetch itself."""
         answer = self.parent_loop.create_future()
         consumer = self._ensure_consumer()
 
@@ -90,7 +155,7 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         return await answer
 
     def _answer(self, answer: asyncio.Future[Any], task: asyncio.Task[Any]) -> None:
-        """In the app's loop: hand over what was fetched, or have it read again where nobody waits."""
+        """Return what was fetched; read it again where the caller is gone. In the app's loop."""
         if task.cancelled():
             answer.cancel()
         elif (error := task.exception()) is not None:
@@ -101,12 +166,16 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         else:
             self.consumer.unread({TP(*at): epoch for at, (epoch, _) in task.result().items()})
 
+    def has_consumer(self) -> bool:
+        """Whether the thread has made its consumer. Any thread."""
+        return self._consumer is not None
+
     def owns(self, at: TP) -> bool:
-        """Whether the partition is assigned to this process; any thread."""
+        """Whether the partition is assigned to this process. Any thread."""
         return at in self._ensure_consumer().assignment()  # a named tuple equals aiokafka's
 
     def highwater_seen(self, at: TP) -> int | None:
-        """The partition's end as the last fetch saw it; any thread. None where it is not ours or unknown."""
+        """The partition's end at the last fetch; None where it is not assigned or unknown. Any thread."""
         state = self._ensure_consumer()._subscription.subscription
         assignment = None if state is None else state.assignment
         if assignment is None or at not in assignment.tps:
@@ -115,15 +184,23 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         return found
 
     def fetching_ended(self) -> bool:
-        """Whether aiokafka fetches no more: an error of its own ends that without a word; any thread."""
+        """Whether aiokafka has stopped to fetch: an error of its own ends that silently. Any thread."""
         fetcher = None if self._consumer is None else self._consumer._fetcher
         return fetcher is not None and fetcher._fetch_task.done()
 
-    async def seek_lane(self, offsets: Mapping[TP, int]) -> None:
-        """Read on at these offsets; partitions that were lost meanwhile are left out."""
-        await self.call_thread(self._seek_lane, offsets)
+    async def check_group(self) -> None:
+        """Raise the KafkaError that ended the work in the consumer group, if any."""
+        if self._consumer is not None and self._consumer._coordinator is not None:
+            await self.call_thread(self._check_group, self._consumer._coordinator)
 
-    async def _seek_lane(self, offsets: Mapping[TP, int]) -> None:
+    async def _check_group(self, coordinator: Any) -> None:
+        coordinator.check_errors()
+
+    async def seek_to(self, offsets: Mapping[TP, int]) -> None:
+        """Read on at these offsets; partitions that were lost meanwhile are skipped."""
+        await self.call_thread(self._seek_to, offsets)
+
+    async def _seek_to(self, offsets: Mapping[TP, int]) -> None:
         consumer = self._ensure_consumer()
         mine = ensure_TPset(consumer.assignment())
         for at, offset in offsets.items():
@@ -132,44 +209,47 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
                 self.consumer.sought(at)
 
     async def read_committed(self, partitions: Collection[TP]) -> dict[TP, int]:
-        """What the group has committed of these partitions; those without an offset are left out."""
+        """The offsets that the group has committed; partitions without one are absent."""
         found: dict[TP, int] = await self.call_thread(self._read_committed, partitions)
         return found
 
     async def _read_committed(self, partitions: Collection[TP]) -> dict[TP, int]:
-        asked = [driver.ensure_aiokafka_TP(at) for at in partitions]
-        found = await self._ensure_consumer()._coordinator.fetch_committed_offsets(asked)
-        return {TP(*at): told.offset for at, told in found.items() if told.offset >= 0}
+        places = [driver.ensure_aiokafka_TP(at) for at in partitions]
+        found = await self._ensure_consumer()._coordinator.fetch_committed_offsets(places)
+        return {TP(*at): stored.offset for at, stored in found.items() if stored.offset >= 0}
 
+    @override
     async def _commit(self, offsets: Mapping[TP, int]) -> bool:
-        """Commit for whoever watches the lag; a failure is no reason to stop.
+        """Commit, for those who observe the lag; a failure does not stop the process.
 
-        Never back: what is read anew, for Redis was emptied, has been sent on before.
+        An offset never goes back: records that are read again, as Redis was emptied, were forwarded
+        before.
         """
         mine, before = self.assignment(), self.consumer.committed
-        news = {
+        higher = {
             at: offset
             for at, offset in offsets.items()
             if at in mine and offset > before.get(at, -1)
         }
-        wanted = {
-            driver.ensure_aiokafka_TP(at): OffsetAndMetadata(offset, "")
-            for at, offset in news.items()
-        }
-        if not wanted:
+        if not higher:
             return True
+        commits = {
+            driver.ensure_aiokafka_TP(at): OffsetAndMetadata(offset, "")
+            for at, offset in higher.items()
+        }
         try:
             await asyncio.wait_for(
-                self._ensure_consumer().commit(wanted), self.app.conf.broker_request_timeout
+                self._ensure_consumer().commit(commits), self.app.conf.broker_request_timeout
             )
         except (KafkaError, TimeoutError) as error:
             self.log.info("offsets not committed, the fences stand: %r", error)
             return False
-        before.update(news)
+        before.update(higher)
         return True
 
+    @override
     async def on_thread_stop(self) -> None:
-        """Leave the group, so that others take over at once; a static member would not by itself."""
+        """Leave the group, so that others take over at once; a static member does not leave by itself."""
         if self._consumer is not None and self._consumer._coordinator is not None:
             self._consumer._coordinator._group_instance_id = None
         await super().on_thread_stop()

@@ -1,256 +1,257 @@
-"""Items in: encode by the item tower, publish for the query workers, keep a card.
+"""Items in: encode by the item tower, publish for the query workers, store metadata.
 
-An item's version is the offset of its change in `items`. Within a chunk only the last change of an item is
-worth writing. Records are published before their fence moves, cards have a fence of their own (`item_cards`);
-both are safe to repeat, because whoever reads them takes the highest version.
+An item's version is the offset of its change in `items`. Of a batch, only the last change of an
+item is written. Records are published before their fence moves; metadata has a fence of its own
+(`metadata`). Both may be repeated, because readers keep the highest version. Every live generation
+encodes and publishes for itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
-from eddyline.errors import EddylineError, FenceMoved, Rejected, Unavailable, VectorRejected
-from eddyline.kafka.topics import ITEMS
+from eddyline.errors import FenceMoved, Rejected, Unavailable, VectorRejected
 from eddyline.schema import validation
 from eddyline.schema.events import Item
 from eddyline.schema.item_record import ItemRecord, attributes_of
 from eddyline.settings.loader import Settings
-from eddyline.stores.state_store import Source, StateStore
-from streams.fences import PartitionFences
-from streams.items.metadata import PUBLISHED_SLOT, ItemChange, ItemMetadataWriter
+from eddyline.stores.state_store import StateStore
+from streams.fences import PUBLISHED_SLOT, PartitionFences, published_source
+from streams.generation import Generation
+from streams.items.metadata import METADATA_WAIT_S, ItemChange, ItemMetadataWriter
 from streams.ports import (
     DeadLetterSink,
+    Handler,
+    ItemEncoder,
     Outcome,
     PartitionLost,
-    Record,
     RecordBatch,
-    RecordPublisher,
-    Towers,
     Vectors,
 )
 
-# By partition: what is to be published, and why some was not.
+# The item records to publish, by partition.
 Records = dict[int, list[ItemRecord]]
-Publishing = Callable[[Mapping[int, Sequence[ItemRecord]]], Awaitable[dict[int, EddylineError]]]
+# The vectors of changes, by id() of the change; an error where the tower gives no unit vector.
+Encoded = dict[int, Vectors | VectorRejected]
 
-# A float32 vector of unit norm is this close to it; NaN is close to nothing.
+# The norm of a float32 unit vector is this close to 1; NaN is close to nothing.
 NORM_SLACK = 1e-3
 
 
 @dataclass(slots=True)
-class _ItemBatch:
-    """One chunk on its way.
+class ItemBatch:
+    """One batch while it is applied.
 
-    published: the source whose fence says what was published; last: the chunk's last offset
-    changes:   item id -> its last change; fresh: those of them that were not published yet
-    error:     what ended it; then `outcome` means nothing
+    changes:     item id -> its last change
+    unpublished: by generation: those of the changes that are not published yet
+    error:       the error that ended the batch; `outcome` is meaningless then
     """
 
-    part: RecordBatch
-    published: Source
-    last: int = -1
+    batch: RecordBatch
     changes: dict[str, ItemChange] = field(default_factory=dict)
-    fresh: dict[str, ItemChange] = field(default_factory=dict)
+    unpublished: list[dict[str, ItemChange]] = field(default_factory=list)
     outcome: Outcome = field(default_factory=Outcome)
     error: Exception | None = None
 
     @contextmanager
-    def ending(self) -> Iterator[None]:
-        """Of what waiting or reading again heals, this chunk ends and the others go on."""
+    def guard(self) -> Iterator[None]:
+        """An error that a retry or a second reading resolves ends this batch only."""
         try:
             yield
         except (FenceMoved, Unavailable, PartitionLost) as error:
             self.error = error
 
 
-class ItemIngest:
-    """Applies chunks of item changes. Thread rule: one thread, the same as its `positions`.
+class ItemHandler(Handler):
+    """Applies batches of item changes. Thread rule: one thread.
 
-    clock_us: this process's clock in microseconds, stamped into the published records
-    cards_s:  how long cards and fences wait for those of more chunks
+    generations: the live ones, each with its item tower and publisher
+    clock_us:    this process's clock, microseconds since 1970, stamped into the published records
+    wait_s:      how long metadata and fences wait for those of more batches
     """
+
+    awaits_kafka = True
 
     def __init__(
         self,
         settings: Settings,
         store: StateStore,
-        positions: PartitionFences,
+        fences: PartitionFences,
         dead_letters: DeadLetterSink,
-        publisher: RecordPublisher,
-        towers: Towers,
-        clock_us: Callable[[], int],
-        cards_s: float = 0.0,
+        generations: Sequence[Generation],
+        wait_s: float = METADATA_WAIT_S,
+        clock_us: Callable[[], int] = lambda: time.time_ns() // 1_000,
     ) -> None:
-        self.positions = positions
-        self.cards = ItemMetadataWriter(settings, towers.generation, store, positions, cards_s)
+        self.fences = fences
+        names = [generation.name for generation in generations]
+        self.write_behind = self.metadata = ItemMetadataWriter(
+            settings, names, store, fences, wait_s
+        )
         self._settings = settings
         self._dead_letters = dead_letters
-        self._publisher = publisher
-        self._towers = towers
+        self._generations = generations
         self._clock_us = clock_us
 
-    def ingest(self, partition: int, records: Sequence[Record], read_us: int) -> Outcome:
-        """Apply consecutive records of one partition, oldest first.
+    @override
+    def open(self, partition: int) -> None:
+        """Reading also starts no later than what this process published and no fence has confirmed."""
+        self.metadata.reset(partition)
+        for generation in self._generations:
+            first = self.metadata.unconfirmed(published_source(generation.name, partition))
+            if first is not None:
+                self.fences.replay_from(partition, first)
+            generation.publisher.open(partition)
 
-        Raises FenceMoved, StoreUnavailable and KafkaUnavailable as `ClickIngest.ingest` does, and
-        PartitionLost where another process publishes for this partition now.
-        """
-        [outcome] = self.ingest_many([RecordBatch(partition, records, read_us)])
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
+    @override
+    def apply(self, batches: Sequence[RecordBatch]) -> list[Outcome | Exception]:
+        items = [ItemBatch(batch) for batch in batches]
+        for generation, records in self._prepare(items):
+            _fail(items, generation.publisher.publish(records))
+        return self._finish(items)
 
-    def ingest_many(self, parts: Sequence[RecordBatch]) -> list[Outcome | Exception]:
-        """Apply one chunk each of different partitions. What `ingest` would raise is in the chunk's place."""
-        works, records = self._encoded(parts)
-        failed = self._publisher.publish(records) if records else {}
-        return self._published(works, failed)
+    @override
+    async def apply_in_loop(self, batches: Sequence[RecordBatch]) -> list[Outcome | Exception]:
+        """`apply` in the publishers' event loop, which goes on while Kafka stores the records."""
+        items = [ItemBatch(batch) for batch in batches]
+        for generation, records in self._prepare(items):
+            _fail(items, await generation.publisher.publish_async(records))
+        return self._finish(items)
 
-    def opened(self, partition: int) -> None:
-        """Forget what is known of a partition: it is read again from its lowest fence.
+    def _prepare(self, items: Sequence[ItemBatch]) -> list[tuple[Generation, Records]]:
+        """Decode and encode all batches together; the records that each generation has to publish."""
+        for one in items:
+            with one.guard():
+                self._decode(one)
+        alive = [one for one in items if one.error is None]
+        vectors = [self._encode(number, alive) for number in range(len(self._generations))]
+        for one in alive:
+            with one.guard():
+                self._refuse(one, vectors)
+        prepared = []
+        for number, generation in enumerate(self._generations):
+            records: Records = {}
+            for one in alive:
+                if one.error is None and one.unpublished[number]:
+                    partition = one.batch.partition
+                    records[partition] = self._records(one, number, vectors[number])
+                    source = published_source(generation.name, partition)
+                    self.metadata.publishing(source, one.batch.first)
+            if records:
+                prepared.append((generation, records))
+        return prepared
 
-        Or from what was published by this process and no fence of its own has proven in order.
-        """
-        self.cards.opened(partition)
-        if (first := self.cards.unconfirmed(partition)) is not None:
-            self.positions.replay_from(partition, first)
+    def _finish(self, items: Sequence[ItemBatch]) -> list[Outcome | Exception]:
+        """Store the metadata of what was published."""
+        published = {
+            one.batch.partition: (one.batch.last, one.changes) for one in items if one.error is None
+        }
+        _fail(items, self.metadata.add(published))
+        return [one.error or one.outcome for one in items]
 
-    def count(self, partition: int) -> None:
-        """Write the cards that wait. Raises as `ingest` does."""
-        self.cards.write(partition)
-
-    async def ingest_in_loop(
-        self, parts: Sequence[RecordBatch], publishing: Publishing
-    ) -> list[Outcome | Exception]:
-        """`ingest_many` in the event loop of the publisher, which goes on while Kafka has the records."""
-        works, records = self._encoded(parts)
-        failed = await publishing(records) if records else {}
-        return self._published(works, failed)
-
-    def _encoded(self, parts: Sequence[RecordBatch]) -> tuple[list[_ItemBatch], Records]:
-        works = [
-            _ItemBatch(part, Source(f"{ITEMS}@{self._towers.generation}", part.partition))
-            for part in parts
-        ]
-        for work in works:
-            with work.ending():
-                self._decode(work)
-        records = self._to_publish([work for work in works if work.error is None])
-        for work in works:
-            if work.part.partition in records:
-                self.cards.publishing(work.part.partition, work.part.records[0].offset)
-        return works, records
-
-    def _published(
-        self, works: Sequence[_ItemBatch], failed: Mapping[int, EddylineError]
-    ) -> list[Outcome | Exception]:
-        for work in works:
-            work.error = work.error or failed.get(work.part.partition)
-        done = [work for work in works if work.error is None]
-        refused = self.cards.add({work.part.partition: (work.last, work.changes) for work in done})
-        for work in done:
-            work.error = refused.get(work.part.partition)
-        return [work.outcome if work.error is None else work.error for work in works]
-
-    def _decode(self, work: _ItemBatch) -> None:
-        partition, records = work.part.partition, work.part.records
-        self.positions.begin(partition, records[0].offset, records[-1].offset)
-        outcome = work.outcome = Outcome(records=len(records))
-        for record in records:
+    def _decode(self, one: ItemBatch) -> None:
+        batch = one.batch
+        self.fences.begin(batch.partition, batch.first, batch.last)
+        outcome = one.outcome = Outcome(records=len(batch.records))
+        for record in batch.records:
             try:
                 item_id, item = validation.item(
-                    self._settings, partition, record.key, record.value, record.timestamp
+                    self._settings, batch.partition, record.key, record.value, record.timestamp
                 )
             except Rejected as rejected:
                 self._dead_letters.put(record, rejected)
                 outcome.rejected += 1
                 continue
             at_ms = record.timestamp if item is None else item.at_ms
-            work.changes[item_id] = ItemChange(record, at_ms, item)
+            one.changes[item_id] = ItemChange(record, at_ms, item)
             outcome.applied += 1
         if outcome.rejected:
             self._dead_letters.flush()
-        work.last = records[-1].offset
-        expected = self.positions.expected(work.published, PUBLISHED_SLOT)
-        done = -1 if expected is None else expected.offset
-        if (first := self.cards.unconfirmed(partition)) is not None:
-            done = min(done, first - 1)
-        work.fresh = {i: c for i, c in work.changes.items() if c.offset > done}
+        for generation in self._generations:
+            source = published_source(generation.name, batch.partition)
+            done = self.fences.done(source, PUBLISHED_SLOT)
+            if (first := self.metadata.unconfirmed(source)) is not None:
+                done = min(done, first - 1)
+            one.unpublished.append({i: c for i, c in one.changes.items() if c.offset > done})
 
-    def _to_publish(self, works: Sequence[_ItemBatch]) -> Records:
-        """Encode the changes of all partitions together: numpy is asked once, and Kafka will be."""
-        vectors = self._encode([change for work in works for change in work.fresh.values()])
-        for work in works:
-            with work.ending():
-                self._refuse(work, vectors)
+    def _encode(self, number: int, items: Sequence[ItemBatch]) -> Encoded:
+        """Encode the available items that a generation has not published, in one numpy call."""
+        tower = self._generations[number].towers.item_tower
+        available = [
+            (change, change.item)
+            for one in items
+            for change in one.unpublished[number].values()
+            if change.item is not None and change.item.available
+        ]
+        vectors: Sequence[Vectors | VectorRejected]
+        try:
+            vectors = list(tower.encode([item for _, item in available])) if available else []
+        except VectorRejected:
+            vectors = [_encode_one(tower, item) for _, item in available]
         return {
-            work.part.partition: self._records(work, vectors)
-            for work in works
-            if work.error is None and work.fresh
+            id(change): _checked(item.item_id, vector)
+            for (change, item), vector in zip(available, vectors, strict=True)
         }
 
-    def _refuse(self, work: _ItemBatch, vectors: Mapping[int, Vectors | VectorRejected]) -> None:
-        """An item that cannot be placed is refused, never repaired: it stays as it was."""
+    def _refuse(self, one: ItemBatch, vectors: Sequence[Encoded]) -> None:
+        """Do not publish an item without a vector; where no generation has one, the item stays as it was."""
         refused = False
-        for item_id, change in list(work.fresh.items()):
-            error = vectors.get(id(change))
-            if isinstance(error, VectorRejected):
-                self._dead_letters.put(change.record, Rejected("bad_vector", "vector", str(error)))
-                del work.fresh[item_id], work.changes[item_id]
-                work.outcome.rejected += 1
-                work.outcome.applied -= 1
-                refused = True
+        for item_id, change in list(one.changes.items()):
+            errors = {
+                number: error
+                for number, encoded in enumerate(vectors)
+                if isinstance(error := encoded.get(id(change)), VectorRejected)
+            }
+            if not errors:
+                continue
+            refused = True
+            detail = str(next(iter(errors.values())))
+            self._dead_letters.put(change.record, Rejected("bad_vector", "vector", detail))
+            for number in errors:
+                del one.unpublished[number][item_id]
+            if len(errors) == len(vectors):
+                del one.changes[item_id]
+                one.outcome.applied -= 1
+                one.outcome.rejected += 1
         if refused:
             self._dead_letters.flush()
 
-    def _encode(self, changes: Sequence[ItemChange]) -> dict[int, Vectors | VectorRejected]:
-        """id() of each change that has a vector -> it; an error where the tower gives no unit vector."""
-        live = [
-            (change, change.item) for change in changes if change.item and change.item.available
-        ]
-        items = [item for _, item in live]
-        encoded: Sequence[Vectors | VectorRejected]
-        try:
-            encoded = list(self._towers.item_tower.encode(items)) if items else []
-        except VectorRejected:
-            encoded = [self._encode_one(item) for item in items]
-        return {
-            id(change): self._checked(item.item_id, vector)
-            for (change, item), vector in zip(live, encoded, strict=True)
-        }
-
-    def _encode_one(self, item: Item) -> Vectors | VectorRejected:
-        try:
-            vector: Vectors = self._towers.item_tower.encode([item])[0]
-            return vector
-        except VectorRejected as error:
-            return error
-
-    @staticmethod
-    def _checked(item_id: str, vector: Vectors | VectorRejected) -> Vectors | VectorRejected:
-        if (
-            isinstance(vector, VectorRejected)
-            or abs(float(np.dot(vector, vector)) - 1) < NORM_SLACK
-        ):
-            return vector
-        return VectorRejected(f"the item tower gives item {item_id!r} no vector of unit norm")
-
-    def _records(self, work: _ItemBatch, vectors: Mapping[int, Any]) -> list[ItemRecord]:
-        partition, written_us = work.part.partition, self._clock_us()
-        return [
-            ItemRecord(
-                item_id,
-                partition,
-                change.offset,
-                change.at_ms,
-                written_us,
-                vectors.get(id(change)),
-                {} if change.item is None else attributes_of(change.item),
+    def _records(self, one: ItemBatch, number: int, vectors: Encoded) -> list[ItemRecord]:
+        partition, written_us = one.batch.partition, self._clock_us()
+        records = []
+        for item_id, change in one.unpublished[number].items():
+            vector = vectors.get(id(change))
+            if isinstance(vector, VectorRejected):
+                raise LookupError(f"item {item_id} was not refused")
+            attributes = {} if change.item is None else attributes_of(change.item)
+            records.append(
+                ItemRecord(
+                    item_id, partition, change.offset, change.at_ms, written_us, vector, attributes
+                )
             )
-            for item_id, change in work.fresh.items()
-        ]
+        return records
+
+
+def _encode_one(tower: ItemEncoder, item: Item) -> Vectors | VectorRejected:
+    try:
+        vector: Vectors = tower.encode([item])[0]
+        return vector
+    except VectorRejected as error:
+        return error
+
+
+def _checked(item_id: str, vector: Vectors | VectorRejected) -> Vectors | VectorRejected:
+    if isinstance(vector, VectorRejected) or abs(float(np.dot(vector, vector)) - 1) < NORM_SLACK:
+        return vector
+    return VectorRejected(f"the item tower gives item {item_id!r} no vector of unit norm")
+
+
+def _fail(items: Sequence[ItemBatch], errors: Mapping[int, Exception]) -> None:
+    """End the batches of the partitions that have an error."""
+    for one in items:
+        one.error = one.error or errors.get(one.batch.partition)

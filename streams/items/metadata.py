@@ -1,8 +1,9 @@
-"""Cards of published items, and the fences that say so: written a moment after the records were published.
+"""Metadata of published items, and the fences of publishing: written a moment after the records
+were published.
 
-Chunks of changes come with a record or two, and their two scripts in Redis cost as much as publishing them.
-So cards and fences wait for those of more chunks. Until then both fences stay behind: nothing is lost with
-the process, and what is published again by the next one does no harm.
+A batch of changes has a record or two, and its two scripts in Redis cost as much as publishing it.
+So metadata and fences are written together with those of later batches. Until then both fences stay
+behind: nothing is lost with the process, and publishing the same records again is harmless.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from typing_extensions import override
+
 from eddyline.errors import FenceMoved, Unavailable
 from eddyline.kafka.topics import ITEMS
 from eddyline.schema import events
@@ -18,20 +21,19 @@ from eddyline.schema.events import Item
 from eddyline.schema.partitioning import item_slot
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import Fence, ItemMetadata, ItemMetadataWrite, Source, StateStore
-from streams.fences import PartitionFences
+from streams.fences import PartitionFences, sources
 from streams.ports import Record
+from streams.write_behind import WriteBehind
 
-# Fences may stay behind by this much: so much is published once more after a crash.
+# Fences may stay behind by this much; after a crash so much is published again.
 METADATA_WAIT_S = 0.1
-# So many changed items of a partition are not left waiting.
+# Above so many pending changes of a partition the metadata is written.
 METADATA_BATCH_MAX = 256
-# The fence of what has been published for a generation lies in this item slot, however many there are.
-PUBLISHED_SLOT = "i0"
 
 
 @dataclass(frozen=True, slots=True)
 class ItemChange:
-    """The last change of one item in a chunk. item: None where it is deleted."""
+    """The last change of one item in a batch. item: None where it is deleted."""
 
     record: Record
     at_ms: int
@@ -44,136 +46,114 @@ class ItemChange:
 
 
 @dataclass(slots=True)
-class _Tally:
-    """Changes of one partition, up to the fence `last`, that wait to be written. since_s: the first did."""
+class _Changes:
+    """Pending changes of one partition, up to the fence `last`."""
 
     since_s: float
     last: Fence
     changes: dict[str, ItemChange] = field(default_factory=dict)
 
 
-class ItemMetadataWriter:
-    """The cards and fences of all partitions. Thread rule: one thread, but for `due`.
+class ItemMetadataWriter(WriteBehind[_Changes]):
+    """The pending metadata and fences of all partitions.
 
-    wait_s:  how long they wait for more, 0 for not at all
-    clock_s: only says when they are due; no effect depends on it
+    generations: those that publish items
     """
 
     def __init__(
         self,
         settings: Settings,
-        generation: str,
+        generations: Sequence[str],
         store: StateStore,
-        positions: PartitionFences,
+        fences: PartitionFences,
         wait_s: float,
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
+        super().__init__(fences, wait_s, clock_s)
         self._settings = settings
-        self._generation = generation
+        self._generations = generations
         self._store = store
-        self._positions = positions
-        self._wait_s = wait_s
-        self._clock_s = clock_s
-        self._tallies: dict[int, _Tally] = {}
-        self._unproven: dict[int, int] = {}
+        self._unconfirmed: dict[Source, int] = {}
 
-    def opened(self, partition: int) -> None:
-        """Forget what was not written yet: the partition is read again from its lowest fence."""
-        self._tallies.pop(partition, None)
+    def publishing(self, source: Source, first: int) -> None:
+        """Records of changes from the offset `first` on are about to be published for a generation."""
+        self._unconfirmed[source] = min(first, self._unconfirmed.get(source, first))
 
-    def publishing(self, partition: int, first: int) -> None:
-        """Records of changes from the offset `first` on are about to be published."""
-        self._unproven[partition] = min(first, self._unproven.get(partition, first))
+    def unconfirmed(self, source: Source) -> int | None:
+        """The first offset published since this process last wrote the fence of publishing; None
+        for none.
 
-    def unconfirmed(self, partition: int) -> int | None:
-        """From which offset on records were published since a fence of this process was last written.
-
-        Until the next one is, another process may have moved the fence over them: it published before us, and
-        froze. Then its records lie in front of ours, newer in front of older, and all of ours are due again.
+        Until the next write, another process may have moved the fence over them: it published
+        before us, and froze. Then its records, newer ones too, lie in front of ours, and ours have
+        to be published again.
         """
-        return self._unproven.get(partition)
+        return self._unconfirmed.get(source)
 
-    def due(self) -> list[int]:
-        """The partitions whose cards have waited long enough. Any thread may ask."""
-        now = self._clock_s()
-        return [
-            p for p, tally in list(self._tallies.items()) if now - tally.since_s >= self._wait_s
-        ]
-
-    def waiting(self) -> list[int]:
-        """The partitions that have cards to be written."""
-        return list(self._tallies)
-
+    @override
     def write(self, partition: int) -> None:
-        """Write now what waits. Raises FenceMoved, StoreUnavailable."""
         for error in self._write([partition]).values():
             raise error
 
     def add(
         self, changed: Mapping[int, tuple[int, Mapping[str, ItemChange]]]
     ) -> dict[int, Exception]:
-        """Add published changes; write those of the partitions that have enough of them, or have waited.
+        """Add published changes; write those of the partitions that have enough of them, or are
+        due.
 
-        changed: partition -> (the last offset of its chunk, item id -> change)
-        Returns FenceMoved or Unavailable by partition, where that failed; then all of it is to be read again.
+        changed: partition -> (the last offset of its batch, item id -> change)
+        Returns FenceMoved or Unavailable by partition, where the write failed: read the partition
+        again.
         """
         now, enough = self._clock_s(), []
         for partition, (last, changes) in changed.items():
-            fence, tally = self._positions.fence(last), self._tallies.get(partition)
-            if tally is None:
-                tally = self._tallies[partition] = _Tally(now, fence)
-            tally.last = fence
-            tally.changes.update(changes)
-            if now - tally.since_s >= self._wait_s or len(tally.changes) >= METADATA_BATCH_MAX:
+            fence, pending = self._fences.fence(last), self._pending.get(partition)
+            if pending is None:
+                pending = self._pending[partition] = _Changes(now, fence)
+            pending.last = fence
+            pending.changes.update(changes)
+            waited = now - pending.since_s >= self._wait_s
+            if waited or len(pending.changes) >= METADATA_BATCH_MAX:
                 enough.append(partition)
         return self._write(enough)
 
     def _write(self, partitions: Sequence[int]) -> dict[int, Exception]:
-        """The fence of what is published first, then the cards with theirs."""
-        tallies = {p: self._tallies.pop(p) for p in partitions if p in self._tallies}
-        asked = [(p, write) for p, tally in tallies.items() for write in self._writes(p, tally)]
-        if not asked:
+        """Write the fences of publishing, then metadata with its fences. Returns errors by partition."""
+        pending = {p: self._pending.pop(p) for p in partitions if p in self._pending}
+        writes = [(p, write) for p, one in pending.items() for write in self._writes(p, one)]
+        if not writes:
             return {}
         try:
-            ends = self._store.write_item_metadata_many([write for _, write in asked])
+            results = self._store.write_item_metadata_many([write for _, write in writes])
         except Unavailable as error:
-            return dict.fromkeys(tallies, error)
+            return dict.fromkeys(pending, error)
         failed: dict[int, Exception] = {}
-        for (partition, write), end in zip(asked, ends, strict=True):
-            if end is None:
-                self._positions.moved(write.source, write.slot, write.new)
+        for (partition, write), result in zip(writes, results, strict=True):
+            if result is None:
+                self._fences.moved(write.source, write.slot, write.new)
                 if write.source.name != ITEMS:
-                    self._unproven.pop(partition, None)
-            elif isinstance(end, FenceMoved | Unavailable):
-                failed.setdefault(partition, end)
+                    self._unconfirmed.pop(write.source, None)
+            elif isinstance(result, FenceMoved | Unavailable):
+                failed.setdefault(partition, result)
             else:
-                raise end
+                raise result
         return failed
 
-    def _writes(self, partition: int, tally: _Tally) -> Iterator[ItemMetadataWrite]:
-        """What is to be written for a partition: nothing where it was written before."""
+    def _writes(self, partition: int, pending: _Changes) -> Iterator[ItemMetadataWrite]:
+        """The writes of a partition's changes, without those that were made before."""
         slots = self._settings.item_slots
-        for source, named in sources(self._settings, self._generation, partition).items():
+        for source, named in sources(self._settings, ITEMS, partition, self._generations).items():
             for slot in named:
-                expected = self._positions.expected(source, slot)
-                done = -1 if expected is None else expected.offset
-                if done >= tally.last.offset:
+                done = self._fences.done(source, slot)
+                if done >= pending.last.offset:
                     continue
-                cards = {
+                metadata = {
                     item_id: ItemMetadata(
                         partition, c.offset, events.encode(c.item) if c.item else b""
                     )
-                    for item_id, c in tally.changes.items()
+                    for item_id, c in pending.changes.items()
                     if source.name == ITEMS
                     and c.offset > done
                     and item_slot(item_id, slots) == slot
                 }
-                yield ItemMetadataWrite(slot, source, expected, tally.last, cards)
-
-
-def sources(settings: Settings, generation: str, partition: int) -> dict[Source, list[str]]:
-    """The sources of an items partition, each with the slots that have a fence of it."""
-    return {
-        Source(f"{ITEMS}@{generation}", partition): [PUBLISHED_SLOT],
-        Source(ITEMS, partition): [f"i{shard}" for shard in range(settings.item_slots)],
-    }
+                expected = self._fences.expected(source, slot)
+                yield ItemMetadataWrite(slot, source, expected, pending.last, metadata)

@@ -26,17 +26,13 @@ from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import LogId, StateStore
 from embeddings.bundle import bundle as bundles
 from embeddings.bundle.bundle import Bundle
-from streams import users
-from streams.clicks import handler
-from streams.clicks.handler import ClickIngest
-from streams.clicks.micro_steps import MicroSteps
 from streams.dead_letters import KafkaForwarder, outlet_producer
-from streams.fences import PartitionFences
+from streams.generation import Generation
+from streams.handlers import Handlers, Outputs
 from streams.operations import retention_gaps
 from streams.operations.refill_records import ProfileRecords, as_sent
 from streams.operations.retention_gaps import Gap
-from streams.ports import Forwarder, Outcome, Record
-from streams.users import UserIngest
+from streams.ports import Forwarder, Outcome, Record, RecordBatch
 
 # Ranges of offsets that an error names; there may be one for every hour.
 _NAMED_MAX = 20
@@ -206,22 +202,8 @@ class GapFiller:
         self._committed = retention_gaps.committed_offsets(settings)
         self._profile_records = ProfileRecords(settings, archive, store)
         self._user_ends = topics.end_offsets(settings, USERS)
-        of_clicks = PartitionFences(
-            store,
-            settings.prefixed(CLICKS),
-            lambda p: handler.sources(settings, p),
-            lambda: ids[CLICKS],
-        )
-        of_users = PartitionFences(
-            store,
-            settings.prefixed(USERS),
-            lambda p: users.sources(settings, p),
-            lambda: ids[USERS],
-        )
-        self._by_clicks = ClickIngest(settings, store, of_clicks, sinks, sinks, MicroSteps(towers))
-        self._by_users = UserIngest(
-            settings, store, of_users, sinks, known, self._by_clicks.profiles_written
-        )
+        outputs = Outputs.to_sink(sinks)
+        self._handlers = Handlers(settings, store, ids, [Generation(towers)], outputs, known)
 
     def fill(self, gap: Gap) -> Iterator[int]:
         """Apply what the archive has of the gap, then close it; yields how many offsets each step
@@ -249,9 +231,10 @@ class GapFiller:
     def _apply(self, gap: Gap) -> Iterator[Record]:
         """Apply from the fences on; yields the last click of every applied batch."""
         partition, clicks_topic = gap.partition, self._settings.prefixed(CLICKS)
-        self._by_clicks.opened(partition)
-        next_offsets = self._by_clicks.positions.open({partition: (0, gap.end)}, self._committed)
-        self._by_users.positions.open({partition: (0, self._user_ends[partition])})
+        by_clicks, by_users = self._handlers.clicks, self._handlers.users
+        by_clicks.open(partition)
+        next_offsets = by_clicks.fences.open({partition: (0, gap.end)}, self._committed)
+        by_users.fences.open({partition: (0, self._user_ends[partition])})
         last_ms = self._last_ms(gap)
         if last_ms is None:
             return
@@ -265,14 +248,14 @@ class GapFiller:
             clicks = self._clicks(partition, next_offsets[partition], gap.last)
             merged = heapq.merge(profiles, clicks, key=lambda record: record.timestamp)
             for topic, run_ in groupby(merged, key=lambda record: record.topic):
-                while batch := list(islice(run_, self._settings.chunk_records_max)):
+                while records := list(islice(run_, self._settings.chunk_records_max)):
+                    batch = RecordBatch(topic, partition, records, time.time_ns() // 1_000)
                     if topic == clicks_topic:
-                        read_us = time.time_ns() // 1_000
-                        self.clicks.add(self._by_clicks.ingest(partition, batch, read_us))
-                        yield batch[-1]
+                        self.clicks.add(by_clicks.apply_one(batch))
+                        yield records[-1]
                     else:
-                        self.profiles.add(self._by_users.ingest(partition, batch, 0))
-        self._by_clicks.counts.write(partition)
+                        self.profiles.add(by_users.apply_one(batch))
+        by_clicks.popularity.write(partition)
 
     def _last_ms(self, gap: Gap) -> int | None:
         """Append time of the gap's last click that the archive has; None where it has none."""

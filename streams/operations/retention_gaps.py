@@ -21,8 +21,7 @@ from eddyline.kafka.topics import CLICKS
 from eddyline.settings.loader import Settings
 from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import Fence, LogId, Source, StateStore, UserEffects
-from streams.clicks import handler
-from streams.fences import PartitionFences
+from streams.fences import PartitionFences, sources
 
 GROUP = "eddyline-ingest"
 _COORDINATOR_POLL_S = 0.1
@@ -53,9 +52,7 @@ class AcceptedLog:
 def find(settings: Settings, store: StateStore, log: LogId) -> list[Gap]:
     """The gaps of all partitions. Raises LogMismatch where fences belong to another log."""
     begins, ends = topics.beginning_offsets(settings, CLICKS), topics.end_offsets(settings, CLICKS)
-    fences = PartitionFences(
-        store, settings.prefixed(CLICKS), lambda p: handler.sources(settings, p), lambda: log
-    )
+    fences = PartitionFences(settings, store, CLICKS, {CLICKS: log})
     # Opened as if the log still began with 0: the result is the next offset by the fences.
     next_offsets = fences.open({partition: (0, end) for partition, end in ends.items()})
     return [
@@ -71,7 +68,7 @@ def close(settings: Settings, store: StateStore, log: LogId, gap: Gap) -> None:
     Raises FenceMoved where another process writes.
     """
     target = Fence(gap.last, log)
-    for source, slots in handler.sources(settings, gap.partition).items():
+    for source, slots in sources(settings, CLICKS, gap.partition).items():
         for slot, fence in store.fences(source, slots).items():
             if fence is None or fence.offset < gap.last:
                 _move(settings, store, slot, source, fence, target)

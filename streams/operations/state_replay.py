@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby, islice
-from typing import Any
 
 import msgspec
 
@@ -31,17 +30,12 @@ from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import Source, StateStore
 from embeddings.bundle import bundle as bundles
 from embeddings.bundle.bundle import Bundle
-from streams import users
-from streams.clicks import handler
-from streams.clicks.handler import ClickIngest
-from streams.clicks.micro_steps import MicroSteps
-from streams.fences import PartitionFences
-from streams.items import metadata
-from streams.items.handler import ItemIngest
+from streams.fences import sources
+from streams.generation import Generation
+from streams.handlers import Handlers, Outputs
 from streams.operations import topic_slices
 from streams.operations.topic_slices import Slices
-from streams.ports import Outcome, Record
-from streams.users import UserIngest
+from streams.ports import Outcome, Record, RecordBatch, RecordPublisher
 
 _IDS_PER_READ = 1_000
 _KEYS_PER_SCAN = 1_000
@@ -65,7 +59,7 @@ class ReplayResult:
     published: dict[str, bytes] = field(default_factory=dict)
 
 
-class _ReplaySinks:
+class _ReplaySinks(RecordPublisher):
     """The outputs of ingest's handlers: item records become digests, all others are dropped."""
 
     def __init__(self, published: dict[str, bytes]) -> None:
@@ -122,32 +116,30 @@ def replay(
     sinks = _ReplaySinks(result.published)
     ids = topics.log_ids(settings, topics.SOURCES)
 
-    def fences(name: str, sources_of: Any) -> PartitionFences:
-        topic = settings.prefixed(name)
-        opened = PartitionFences(store, topic, sources_of, lambda: ids[name])
+    handlers = Handlers(
+        settings,
+        store,
+        ids,
+        [Generation(towers, sinks)],
+        Outputs.to_sink(sinks),
+        [towers.generation],
+        items_wait_s=0.0,
+        clock_us=lambda: 0,
+    )
+    for name in (ITEMS, USERS, CLICKS):
         # From 0 on: what lies before the slice is left out on purpose, not lost.
-        opened.open({p.partition: (0, end) for p, (_, end) in slices.items() if p.topic == topic})
-        return opened
-
-    of_clicks = fences(CLICKS, lambda p: handler.sources(settings, p))
-    of_users = fences(USERS, lambda p: users.sources(settings, p))
-    of_items = fences(ITEMS, lambda p: metadata.sources(settings, towers.generation, p))
-    by_clicks = ClickIngest(settings, store, of_clicks, sinks, sinks, MicroSteps(towers))
-    ingests: dict[str, Any] = {
-        ITEMS: ItemIngest(settings, store, of_items, sinks, sinks, towers, lambda: 0),
-        USERS: UserIngest(
-            settings, store, of_users, sinks, [towers.generation], by_clicks.profiles_written
-        ),
-        CLICKS: by_clicks,
-    }
-    result.outcomes = {name: Outcome() for name in ingests}
+        topic = settings.prefixed(name)
+        ends = {p.partition: end for p, (_, end) in slices.items() if p.topic == topic}
+        handlers.of(name).fences.open({partition: (0, end) for partition, end in ends.items()})
+        result.outcomes[name] = Outcome()
     for partition, merged in topic_slices.merged(settings, slices):
         for topic, run_ in groupby(merged, key=lambda record: record.topic):
             name = topic.removeprefix(settings.prefixed(""))
-            while batch := list(islice(run_, batch_records)):
-                _note_ids(result, name, partition, batch)
-                result.outcomes[name].add(ingests[name].ingest(partition, batch, 0))
-        by_clicks.count(partition)
+            while records := list(islice(run_, batch_records)):
+                _note_ids(result, name, partition, records)
+                batch = RecordBatch(topic, partition, records, read_us=0)
+                result.outcomes[name].add(handlers.of(name).apply_one(batch))
+        handlers.clicks.popularity.write(partition)
     result.hash = state_hash(settings, store, result, towers.generation)
     return result
 
@@ -168,7 +160,8 @@ def state_hash(
 
     for p in range(settings.clicks_partitions):
         slot = user_slot(p)
-        for source, slots in {**handler.sources(settings, p), **users.sources(settings, p)}.items():
+        of_users = sources(settings, CLICKS, p) | sources(settings, USERS, p)
+        for source, slots in of_users.items():
             for name, fence in sorted(store.fences(source, slots).items()):
                 add("fence", source.name, p, name, -1 if fence is None else fence.offset)
         # Ids that can still be met; how many older ones are kept depends on the batches.
@@ -185,7 +178,7 @@ def state_hash(
                 profile = msgspec.json.encode(read.profiles.get(user), order="sorted")
                 add("user", user, encoded, read.embeddings[generation].get(user), profile)
     for p in range(settings.items_partitions):
-        for source, slots in metadata.sources(settings, generation, p).items():
+        for source, slots in sources(settings, ITEMS, p, [generation]).items():
             for name, fence in sorted(store.fences(source, slots).items()):
                 add("fence", source.name, p, name, -1 if fence is None else fence.offset)
     for item_ids in _batches(touched.items):

@@ -28,14 +28,9 @@ from embeddings.data.examples import TrainingData
 from embeddings.models.base import Recipe
 from embeddings.training.trainer import train
 from sandbox.datasets import synthetic
-from streams import users
-from streams.clicks import handler
-from streams.clicks.handler import ClickIngest
-from streams.clicks.micro_steps import MicroSteps
-from streams.fences import PartitionFences
-from streams.items import metadata
-from streams.items.handler import ItemIngest
-from streams.users import UserIngest
+from streams.generation import Generation
+from streams.handlers import Handlers, Outputs
+from tests.applying import ingest
 from tests.simulation.test_ingest_faults import Rec
 
 NOW_MS = 1_700_000_000_000
@@ -72,6 +67,9 @@ class Outside:
     def open(self, partition: int) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
     def publish(self, published: Mapping[int, Sequence[ItemRecord]]) -> dict[int, EddylineError]:
         for some in published.values():
             self.published += some
@@ -88,21 +86,18 @@ class Harness:
         self.store, self.outside = MemoryStore(), Outside()
         self._offsets = dict.fromkeys((CLICKS, ITEMS, USERS), -1)
 
-        def at(name: str, sources: Any) -> PartitionFences:
-            positions = PartitionFences(self.store, name, sources, lambda: LOG)
-            positions.open({0: (0, 2**62)})
-            return positions
-
-        s, store, out = self.settings, self.store, self.outside
-        of_clicks = at(CLICKS, lambda p: handler.sources(s, p))
-        of_users = at(USERS, lambda p: users.sources(s, p))
-        of_items = at(ITEMS, lambda p: metadata.sources(s, "1", p))
-        by_clicks = ClickIngest(s, store, of_clicks, out, out, MicroSteps(made))
-        self.ingests: dict[str, Any] = {
-            CLICKS: by_clicks,
-            USERS: UserIngest(s, store, of_users, out, ["1"], by_clicks.profiles_written),
-            ITEMS: ItemIngest(s, store, of_items, out, out, made, lambda: 5),
-        }
+        self.handlers = Handlers(
+            self.settings,
+            self.store,
+            {CLICKS: LOG, USERS: LOG, ITEMS: LOG},
+            [Generation(made, self.outside)],
+            Outputs.to_sink(self.outside),
+            ["1"],
+            items_wait_s=0.0,
+            clock_us=lambda: 5,
+        )
+        for name in (CLICKS, USERS, ITEMS):
+            self.handlers.of(name).fences.open({0: (0, 2**62)})
 
     def feed(
         self, topic: str, key: bytes | None, value: bytes | None, stamp: bytes | None = None
@@ -113,7 +108,7 @@ class Harness:
         offset = self._offsets[topic] = self._offsets[topic] + 1
         record = Rec(topic, 0, offset, NOW_MS, key, value, (("produced_us", stamp),))
         letters, forwarded = len(self.outside.letters), len(self.outside.forwarded)
-        outcome = self.ingests[topic].ingest(0, [record], 7)
+        outcome = ingest(self.handlers.of(topic), 0, [record], 7)
         ends = {
             "applied": outcome.applied,
             "duplicate": outcome.duplicates,

@@ -24,11 +24,11 @@ from eddyline.schema.events import Click, Item, UserProfile
 from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
-from streams.clicks import handler
-from streams.clicks.handler import ClickIngest
+from streams.clicks.handler import ClickHandler
 from streams.dead_letters import KafkaDeadLetters, KafkaForwarder
 from streams.fences import PartitionFences
 from streams.operations import dead_letter_replay
+from tests.applying import ingest
 
 # Killed at a named moment of the transaction: before the commit, or just after it.
 KILLED = """
@@ -87,27 +87,25 @@ class Ingesting:
     def __init__(self, settings: Settings, producer: Any) -> None:
         self.settings, self.store = settings, MemoryStore()
         log_id = topics.log_ids(settings, [topics.CLICKS])[topics.CLICKS]
-        self.positions = PartitionFences(
-            self.store, "clicks", lambda p: handler.sources(settings, p), lambda: log_id
-        )
-        self.ingest = ClickIngest(
+        self.fences = PartitionFences(settings, self.store, topics.CLICKS, {topics.CLICKS: log_id})
+        self.handler = ClickHandler(
             settings,
             self.store,
-            self.positions,
+            self.fences,
             KafkaDeadLetters(settings, producer),
             KafkaForwarder(settings, producer),
-            None,
+            [],
         )
 
     def catch_up(self) -> None:
         ends = topics.end_offsets(self.settings, topics.CLICKS)
-        starts = self.positions.open({p: (0, end) for p, end in ends.items()})
+        starts = self.fences.open({p: (0, end) for p, end in ends.items()})
         records = list(reading.read(self.settings, topics.CLICKS, starts))
         for partition in ends:
-            self.ingest.opened(partition)
-            if chunk := [r for r in records if r.partition == partition]:
-                self.ingest.ingest(partition, chunk, 0)
-                self.ingest.count(partition)
+            self.handler.open(partition)
+            if mine := [r for r in records if r.partition == partition]:
+                ingest(self.handler, partition, mine)
+                self.handler.popularity.write(partition)
 
     def items(self, user: str) -> list[str]:
         partition = partition_of(user, self.settings.clicks_partitions)

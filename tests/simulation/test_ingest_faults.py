@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from eddyline.errors import EddylineError, FenceMoved, KafkaUnavailable, Rejected, StoreUnavailable
+from eddyline.kafka.topics import CLICKS, ITEMS
 from eddyline.schema import events
 from eddyline.schema.events import KINDS, MOVED, Click, Forget, Item, Merge
 from eddyline.schema.item_record import ItemRecord
@@ -32,12 +33,12 @@ from embeddings.towers.features import learn_profiles
 from embeddings.towers.micro_step import MicroSettings, MicroStep
 from embeddings.towers.numerics import unit
 from embeddings.towers.user_tower import UserTower
-from streams.clicks import handler
-from streams.clicks.handler import ClickIngest
+from streams.clicks.handler import ClickHandler
 from streams.clicks.micro_steps import MicroSteps
-from streams.fences import PartitionFences
-from streams.items import metadata
-from streams.items.handler import ItemIngest
+from streams.fences import PartitionFences, published_source
+from streams.generation import Generation
+from streams.items.handler import ItemHandler
+from tests.applying import ingest
 
 LOG = LogId("cluster", "topic")
 PARTITIONS, D, WINDOW, HISTORY = 2, 4, 40, 6
@@ -131,6 +132,9 @@ class Outside:
             where.append(what)
 
     def open(self, partition: int) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
     def publish(self, records: Mapping[int, Sequence[ItemRecord]]) -> dict[int, EddylineError]:
@@ -440,32 +444,26 @@ def make_settings(item_slots: int = 1) -> Settings:
     )
 
 
-def make_clicks(settings: Settings, store: MemoryStore, outside: Outside) -> ClickIngest:
+def make_clicks(
+    settings: Settings, store: MemoryStore, outside: Outside, *worlds: Any
+) -> ClickHandler:
     ticks = iter(range(1_000_000))
-    positions = PartitionFences(
-        store, "clicks", lambda p: handler.sources(settings, p), lambda: LOG
-    )
-    return ClickIngest(
-        settings,
-        store,
-        positions,
-        outside,
-        outside,
-        MicroSteps(World()),
-        lambda: next(ticks) * 0.03,
+    fences = PartitionFences(settings, store, CLICKS, {CLICKS: LOG})
+    micro = [MicroSteps(world) for world in worlds or [World()]]
+    return ClickHandler(
+        settings, store, fences, outside, outside, micro, lambda: next(ticks) * 0.03
     )
 
 
 def make_items(
-    settings: Settings, store: MemoryStore, outside: Outside, cards_s: float = 0.0
-) -> ItemIngest:
+    settings: Settings, store: MemoryStore, outside: Outside, wait_s: float = 0.0
+) -> ItemHandler:
     ticks = iter(range(1_000_000))
-    positions = PartitionFences(
-        store, "items", lambda p: metadata.sources(settings, "1", p), lambda: LOG
-    )
-    ingest = ItemIngest(settings, store, positions, outside, outside, World(), lambda: 5, cards_s)
-    ingest.cards._clock_s = lambda: next(ticks) * 0.03
-    return ingest
+    fences = PartitionFences(settings, store, ITEMS, {ITEMS: LOG}, ["1"])
+    generations = [Generation(World(), outside)]
+    handler = ItemHandler(settings, store, fences, outside, generations, wait_s, lambda: 5)
+    handler.metadata._clock_s = lambda: next(ticks) * 0.03
+    return handler
 
 
 @dataclass
@@ -475,21 +473,21 @@ class Process:
     make: Any
     logs: dict[int, list[Rec]]
     rng: random.Random
-    ingest: Any = None
+    handler: Any = None
     at: dict[int, int] = field(default_factory=dict)
     deaths: int = 0
     rewinds: int = 0
 
     def start(self) -> None:
-        self.ingest = self.make()
+        self.handler = self.make()
         self.at = {}
         for partition in self.logs:
             self.open(partition)
 
     def open(self, partition: int) -> None:
-        self.ingest.opened(partition)
+        self.handler.open(partition)
         end = self.logs[partition][-1].offset + 1
-        self.at |= self.ingest.positions.open({partition: (0, end)})
+        self.at |= self.handler.fences.open({partition: (0, end)})
 
     def turn(self, partition: int, size: int) -> bool:
         """One chunk; False at the end of the log."""
@@ -497,7 +495,7 @@ class Process:
         if not chunk:
             return False
         try:
-            self.ingest.ingest(partition, chunk, 0)
+            ingest(self.handler, partition, chunk)
             self.at[partition] = chunk[-1].offset + 1
         except FenceMoved:
             self.rewinds += 1
@@ -512,7 +510,7 @@ class Process:
     def settle(self, partition: int) -> bool:
         """Counts and cards that waited for more; True where they have to be done again."""
         try:
-            self.ingest.count(partition)
+            self.handler.write_behind.write(partition)
         except FenceMoved:
             self.open(partition)
             return True
@@ -522,7 +520,7 @@ class Process:
         for _ in range(10_000):
             if [p for p in self.logs if self.turn(p, self.rng.randint(1, 8)) or self.settle(p)]:
                 continue
-            moved = self.ingest.positions.find_diverged(
+            moved = self.handler.fences.find_diverged(
                 list(self.logs)
             )  # as an idle process asks now and then
             if not moved:
@@ -610,7 +608,7 @@ def test_what_was_sent_on_before_is_not_sent_again_by_an_emptied_redis() -> None
         process.start()
         for partition in logs:
             end = logs[partition][-1].offset + 1
-            process.ingest.positions.open({partition: (0, end)}, {partition: sent})
+            process.handler.fences.open({partition: (0, end)}, {partition: sent})
         process.finish()
         same(settings, store, logs)
         forwarded.append(len(outside.forwarded))
@@ -680,19 +678,16 @@ def test_the_real_engines_give_the_same_bits_whatever_the_chunking() -> None:
     logs = clicks_log(random.Random(5), 500)
     for sizes in ([1], [500], [3, 64, 17]):
         store, outside = MemoryStore(), Outside(settings)
-        positions = PartitionFences(
-            store, "clicks", lambda p: handler.sources(settings, p), lambda: LOG
-        )
-        ingest = ClickIngest(settings, store, positions, outside, outside, MicroSteps(RealWorld()))
-        positions.open({p: (0, 10_000) for p in logs})
+        handler = make_clicks(settings, store, outside, RealWorld())
+        handler.fences.open({p: (0, 10_000) for p in logs})
         steps = 0
         for partition, records in logs.items():
             at, turn = 0, 0
             while at < len(records):
                 size = sizes[turn % len(sizes)]
-                steps += ingest.ingest(partition, records[at : at + size], 0).steps
+                steps += ingest(handler, partition, records[at : at + size]).steps
                 at, turn = at + size, turn + 1
-            ingest.count(partition)
+            handler.popularity.write(partition)
         state = store.snapshot()
         lists = {user: seen for user, (seen, _) in state.histories.items()}
         floors = {f"u{p}": records[-1].offset + 1 - WINDOW for p, records in logs.items()}
@@ -731,14 +726,14 @@ def items_log(rng: random.Random, length: int) -> dict[int, list[Rec]]:
     return logs
 
 
-@pytest.mark.parametrize("cards_s", [0.0, 0.1])
+@pytest.mark.parametrize("wait_s", [0.0, 0.1])
 @pytest.mark.parametrize("seed", range(10))
-def test_items_end_as_their_last_change(seed: int, cards_s: float) -> None:
+def test_items_end_as_their_last_change(seed: int, wait_s: float) -> None:
     rng = random.Random(400 + seed)
     settings = make_settings(item_slots=rng.choice([1, 3]))
     store, outside = Unsure(), Outside(settings)
     logs = items_log(rng, 80)
-    process = Process(lambda: make_items(settings, store, outside, cards_s), logs, rng)
+    process = Process(lambda: make_items(settings, store, outside, wait_s), logs, rng)
     process.start()
     old = store.snapshot()
     for _ in range(200):
@@ -775,10 +770,10 @@ def test_items_end_as_their_last_change(seed: int, cards_s: float) -> None:
     assert item_slot("i1", 1) == "i0"
 
 
-@pytest.mark.parametrize("cards_s", [0.0, 10.0])
+@pytest.mark.parametrize("wait_s", [0.0, 10.0])
 @pytest.mark.parametrize("seed", range(12))
 def test_an_owner_who_froze_leaves_no_older_record_behind_a_newer_one(
-    seed: int, cards_s: float
+    seed: int, wait_s: float
 ) -> None:
     """He published, lost the partition, and wakes to write the fence under his successor's hands.
 
@@ -789,30 +784,30 @@ def test_an_owner_who_froze_leaves_no_older_record_behind_a_newer_one(
     outside, log = Outside(settings), items_log(rng, 32)[0]
     old, new = (
         make_items(settings, store, outside, 10.0),
-        make_items(settings, store, outside, cards_s),
+        make_items(settings, store, outside, wait_s),
     )
     at = 0
 
     def opened() -> int:
-        new.opened(0)
-        return new.positions.open({0: (0, len(log))})[0]
+        new.open(0)
+        return new.fences.open({0: (0, len(log))})[0]
 
-    old.positions.open({0: (0, len(log))})
+    old.fences.open({0: (0, len(log))})
     for start in range(0, 30, 10):
-        old.ingest(0, log[start : start + 10], 0)
+        ingest(old, 0, log[start : start + 10])
     at = opened()
     wakes = rng.randint(1, 4)
     for turn in range(200):
         if turn == wakes:
             with contextlib.suppress(FenceMoved):  # he may be too late
-                old.count(0)
+                old.metadata.write(0)
         chunk = log[at : at + rng.randint(1, 8)]
         try:
             if chunk:
-                new.ingest(0, chunk, 0)
+                ingest(new, 0, chunk)
                 at = chunk[-1].offset + 1
             if rng.random() < 0.4 or not chunk:
-                new.count(0)  # as the clock has it
+                new.metadata.write(0)  # as the clock has it
             if not chunk and turn > wakes:
                 break
         except FenceMoved:
@@ -821,5 +816,5 @@ def test_an_owner_who_froze_leaves_no_older_record_behind_a_newer_one(
     for record in outside.published:
         newest[record.item_id] = max(record.offset, newest.get(record.item_id, -1))
         last[record.item_id] = record.offset
-    assert last == newest and new.positions.lowest(0) == len(log) - 1
-    assert new.cards.unconfirmed(0) is None
+    assert last == newest and new.fences.lowest(0) == len(log) - 1
+    assert new.metadata.unconfirmed(published_source("1", 0)) is None

@@ -22,7 +22,8 @@ from eddyline.schema.events import Item
 from eddyline.schema.item_record import ItemRecord
 from eddyline.schema.partitioning import partition_of
 from index.exact import ExactIndex
-from streams.items.handler import ItemIngest
+from streams.items.handler import ItemHandler
+from tests.applying import ingest
 from tests.simulation.test_ingest_faults import (
     BASE_MS,
     FAULTS,
@@ -99,7 +100,7 @@ class ItemsMachine(RuleBasedStateMachine):
         try:
             self._turn(process, partition, size)
         except (FenceMoved, StoreUnavailable, KafkaUnavailable):
-            process.positions.open({partition: (0, self.ends[partition])})
+            process.fences.open({partition: (0, self.ends[partition])})
         except Died:
             self.zombie, self.owner = (
                 self.owner,
@@ -153,7 +154,7 @@ class ItemsMachine(RuleBasedStateMachine):
             return
         for partition in self.logs:
             for _ in range(3):  # a zombie's write may send the owner back
-                self.owner.positions.open({partition: (0, self.ends[partition])})
+                self.owner.fences.open({partition: (0, self.ends[partition])})
                 while self._turn(self.owner, partition, 8):
                     pass
         cards = self.store.read_item_metadata(ITEMS, self.settings.item_slots)
@@ -171,15 +172,15 @@ class ItemsMachine(RuleBasedStateMachine):
             self.index.apply(anyhow[start : start + 5])
         assert self._found() == alive
 
-    def _turn(self, process: ItemIngest, partition: int, size: int) -> bool:
+    def _turn(self, process: ItemHandler, partition: int, size: int) -> bool:
         try:
-            at = process.positions.lowest(partition) + 1
+            at = process.fences.lowest(partition) + 1
         except LookupError:
-            process.positions.open({partition: (0, self.ends[partition])})
-            at = process.positions.lowest(partition) + 1
+            process.fences.open({partition: (0, self.ends[partition])})
+            at = process.fences.lowest(partition) + 1
         chunk = [r for r in self.logs[partition] if r.offset >= at][:size]
         if chunk:
-            process.ingest(partition, chunk, 0)
+            ingest(process, partition, chunk)
         return bool(chunk)
 
     def _found(self) -> set[str]:

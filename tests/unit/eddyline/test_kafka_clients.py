@@ -24,7 +24,7 @@ from kafka.protocol.metadata import ApiVersionsRequest
 from eddyline.errors import KafkaRefused, KafkaUnavailable, SettingsError
 from eddyline.kafka import clients, diagnostics, producers, security
 from eddyline.settings.loader import Settings, load
-from streams.credentials import broker_credentials
+from streams.app import broker_credentials
 
 SECRET = "Zwiebelfisch-7"
 SERVERS = {"kafka_bootstrap_servers": "127.0.0.1:9094"}

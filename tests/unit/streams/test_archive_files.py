@@ -31,9 +31,9 @@ from eddyline.stores.memory import MemoryStore
 from eddyline.stores.state_store import LogId
 from streams.archive import erasure, file_placement
 from streams.archive.partition_writer import ForgottenUsers, open_partition
-from streams.clicks import handler as clicks_
-from streams.clicks.handler import ClickIngest
+from streams.clicks.handler import ClickHandler
 from streams.fences import PartitionFences
+from tests.applying import ingest
 
 LOG = LogId("cluster-a", "topic-1")
 MS = 472_222 * HOUR_MS  # a whole hour
@@ -115,10 +115,10 @@ def accepted_by_ingest(settings: Settings, records: list[Any]) -> list[str]:
     """The items of the clicks that ingest counts, in order."""
     store = MemoryStore()
     outside: Any = SimpleNamespace(put=lambda *_: None, forward=lambda *_: None, flush=lambda: None)
-    at = PartitionFences(store, CLICKS, lambda p: clicks_.sources(settings, p), lambda: LOG)
+    at = PartitionFences(settings, store, CLICKS, {CLICKS: LOG})
     at.open({P: (0, records[-1].offset + 1)})
-    ingest = ClickIngest(settings, store, at, outside, outside, None)
-    done = [one for one in records if ingest.ingest(P, [one], 0).applied]
+    handler = ClickHandler(settings, store, at, outside, outside, [])
+    done = [one for one in records if ingest(handler, P, [one]).applied]
     return [msgspec.json.decode(one.value)["item_id"] for one in done]
 
 

@@ -1,4 +1,4 @@
-"""What the chunk lane leans on in Faust and aiokafka, and what it makes of it."""
+"""The consumer of batches, and the private members of Faust and aiokafka that it uses."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import faust
 import pytest
 from aiokafka.consumer.fetcher import Fetcher
 from aiokafka.consumer.group_coordinator import GroupCoordinator
+from aiokafka.coordinator.assignors.range import RangePartitionAssignor
 from aiokafka.structs import ConsumerRecord
 from faust.tables.manager import TableManager
 from faust.tables.recovery import Recovery
@@ -25,9 +26,11 @@ from faust.types import TP
 
 from eddyline.errors import StoreUnavailable
 from streams.consumer import consumer as consumer_consumer
-from streams.consumer.batching import Chunk, split_fetched
+from streams.consumer.batching import split_fetched
 from streams.consumer.consumer import BatchApp, BatchConsumer, RawSchema
 from streams.consumer.thread import ConsumerThread
+from streams.ports import RecordBatch
+from tests.applying import batch_of
 
 AT = TP("clicks", 0)
 
@@ -52,11 +55,14 @@ class FakeThread:
         self.consumer = consumer
         self.fetched: dict[TP, list[ConsumerRecord]] = {}
         self.sought: list[dict[TP, int]] = []
-        self.told: dict[TP, int] = {}
+        self.committed: dict[TP, int] = {}
         self.mine = {AT, TP("clicks", 1)}
 
     async def getmany(self, active: set[TP], timeout: float) -> Any:
         return {at: (self.consumer.epochs[at], r) for at, r in self.fetched.items() if at in active}
+
+    def has_consumer(self) -> bool:
+        return True
 
     def assignment(self) -> set[TP]:
         return self.mine
@@ -64,13 +70,13 @@ class FakeThread:
     def owns(self, at: TP) -> bool:
         return at in self.mine
 
-    async def seek_lane(self, offsets: dict[TP, int]) -> None:
+    async def seek_to(self, offsets: dict[TP, int]) -> None:
         self.sought.append(dict(offsets))
         for at in offsets:
             self.consumer.sought(at)
 
     async def read_committed(self, partitions: set[TP]) -> dict[TP, int]:
-        return {at: self.told[at] for at in partitions if at in self.told}
+        return {at: self.committed[at] for at in partitions if at in self.committed}
 
     async def earliest_offsets(self, *tps: TP) -> dict[TP, int]:
         return dict.fromkeys(tps, 0)
@@ -83,25 +89,36 @@ async def no_positions(bounds: Any) -> Any:
     return {at: 7 for at in bounds}
 
 
-async def given_up(limit_s: float) -> None:
-    """Nothing waits."""
+class Owner:
+    """The process of the consumer. reported: waits in seconds, and errors"""
+
+    def __init__(self, position: Any, reported: list[Any] | None) -> None:
+        self.position = position
+        self.reported = [] if reported is None else reported
+        self.limits_s: list[float] = []
+
+    def report_wait(self, error: Exception, wait_s: float) -> None:
+        self.reported.append(wait_s)
+
+    def end(self, error: Exception | None) -> None:
+        self.reported.append(error)
+
+    async def flush(self, limit_s: float) -> None:
+        self.limits_s.append(limit_s)
 
 
 def make_consumer(
-    positioner: Any = no_positions,
-    told: list[Any] | None = None,
-    part_max: Mapping[str, int] | None = None,
+    position: Any = no_positions,
+    reported: list[Any] | None = None,
+    partition_max: Mapping[str, int] | None = None,
 ) -> BatchConsumer:
     app = BatchApp(
-        "lane-test",
-        positioner=positioner,
+        "consumer-test",
+        owner=Owner(position, reported),
         chunk_records_max=3,
-        part_max=part_max or {},
+        partition_max=partition_max or {},
         backoff_s_max=0.01,
         small_max=2,
-        waiting=lambda error, wait_s: told.append(wait_s) if told is not None else None,
-        fail=lambda error: told.append(error) if told is not None else None,
-        giving_up=given_up,
         broker="kafka://127.0.0.1:1",
         web_enabled=False,
         datadir=tempfile.gettempdir(),
@@ -116,8 +133,8 @@ def make_consumer(
 
 
 async def read(consumer: BatchConsumer) -> list[Any]:
-    """The chunks of all messages."""
-    return [chunk async for _, message in consumer.getmany(0.1) for chunk in message.value]
+    """The batches of all messages."""
+    return [batch async for _, message in consumer.getmany(0.1) for batch in message.value]
 
 
 def test_versions_are_the_ones_that_were_read() -> None:
@@ -156,7 +173,7 @@ def test_what_is_overridden_or_called_is_there(owner: type, name: str) -> None:
     assert hasattr(owner, name)
 
 
-def test_faust_calls_what_the_lane_overrides() -> None:
+def test_faust_calls_what_is_overridden() -> None:
     drain = inspect.getsource(Consumer._drain_messages)
     assert "getmany = self.getmany" in drain
     assert "self._read_offset.__getitem__" in drain
@@ -168,10 +185,14 @@ def test_faust_calls_what_the_lane_overrides() -> None:
     assert "stream_wait_empty" in inspect.getsource(Consumer.on_stop)
 
 
-def test_aiokafka_takes_what_the_lane_sets() -> None:
+def test_aiokafka_takes_what_is_set() -> None:
     start = inspect.getsource(aiokafka.AIOKafkaConsumer.start)
     assert "fetch_max_wait_ms=self._fetch_max_wait_ms" in start
     assert "assignors=self._partition_assignment_strategy" in start
+    made = asyncio.run(made_consumer())
+    assert made._partition_assignment_strategy == [RangePartitionAssignor]
+    assert (made._fetch_max_wait_ms, made._isolation_level) == (250, "read_committed")
+    assert (made._auto_offset_reset, made._enable_auto_commit) == ("none", False)
     assert "self._group_instance_id is None" in inspect.getsource(
         GroupCoordinator._maybe_leave_group
     )
@@ -181,7 +202,29 @@ def test_aiokafka_takes_what_the_lane_sets() -> None:
     assert "del self._records[tp]" in inspect.getsource(Fetcher.seek_to)
 
 
-def test_the_thread_is_asked_for_records_where_the_lane_answers() -> None:
+async def made_consumer() -> Any:
+    """aiokafka's consumer as the thread makes it; never started."""
+    app = make_consumer().app
+    thread: Any = ConsumerThread.__new__(ConsumerThread)
+    thread.consumer = SimpleNamespace(app=app)
+    thread.app = app
+    made = thread._create_worker_consumer(app.transport)
+    # The same options as Faust's own consumer, but for those that are set on purpose.
+    thread.consumer.in_transaction = False
+    ours = {"_partition_assignment_strategy", "_fetch_max_wait_ms", "_isolation_level"}
+    ours |= {"_auto_offset_reset", "_client", "_subscription", "_loop", "_source_traceback"}
+    theirs = driver.AIOKafkaConsumerThread._create_worker_consumer(thread, app.transport)
+    for name, value in vars(theirs).items():
+        if name not in ours:
+            assert vars(made)[name] == value, name
+    made._closed = theirs._closed = True  # there is nothing to close
+    assert vars(made._client).keys() == vars(theirs._client).keys()
+    for name in ("_bootstrap_servers", "_client_id", "_request_timeout_ms", "_metadata_max_age_ms"):
+        assert getattr(made._client, name) == getattr(theirs._client, name), name
+    return made
+
+
+def test_the_thread_is_asked_for_records_where_ours_answers() -> None:
     assert "self._thread.getmany(" in inspect.getsource(driver.Consumer._getmany)
     original = inspect.getsource(driver.AIOKafkaConsumerThread.getmany)
     assert (
@@ -192,7 +235,7 @@ def test_the_thread_is_asked_for_records_where_the_lane_answers() -> None:
 
 
 @in_a_loop
-async def test_records_that_were_fetched_for_nobody_are_read_again() -> None:
+async def test_records_whose_fetch_was_cancelled_are_read_again() -> None:
     consumer = make_consumer()
     thread: Any = ConsumerThread.__new__(ConsumerThread)
     thread.consumer = consumer
@@ -215,7 +258,7 @@ async def test_records_that_were_fetched_for_nobody_are_read_again() -> None:
 
 
 @in_a_loop
-async def test_a_failed_fetch_is_told() -> None:
+async def test_a_failed_fetch_is_raised() -> None:
     thread: Any = ConsumerThread.__new__(ConsumerThread)
 
     async def failing() -> None:
@@ -232,7 +275,7 @@ async def test_a_failed_fetch_is_told() -> None:
 def test_seeks_and_epochs_change_together_in_the_threads_loop() -> None:
     assert not any(
         line.strip().startswith("await")
-        for line in inspect.getsourcelines(ConsumerThread._seek_lane)[0]
+        for line in inspect.getsourcelines(ConsumerThread._seek_to)[0]
     )
 
 
@@ -251,10 +294,10 @@ def fetched(sizes: dict[TP, int]) -> dict[TP, list[ConsumerRecord]]:
         ([7, 7], [[(0, 0, 3)], [(1, 0, 3)], [(0, 3, 3)], [(1, 3, 3)], [(0, 6, 1), (1, 6, 1)]]),
     ],
 )
-def test_chunks_of_a_fetch_go_together_up_to_the_records_of_one(
+def test_batches_of_a_fetch_go_together_up_to_the_records_of_one(
     sizes: list[int], expected: list[list[tuple[int, int, int]]]
 ) -> None:
-    """(partition, first offset, records) of each chunk of each haul; a chunk has 3 records at most."""
+    """(partition, first offset, records) of each batch of each group; a group has 3 records at most."""
     consumer = make_consumer()
     consumer._thread.fetched = fetched({TP("clicks", p): size for p, size in enumerate(sizes)})  # type: ignore[attr-defined]
 
@@ -262,9 +305,9 @@ def test_chunks_of_a_fetch_go_together_up_to_the_records_of_one(
         return [message.value async for _, message in consumer.getmany(0.1)]
 
     found = asyncio.run(messages())
-    seen = [[(c.at.partition, c.records[0].offset, len(c.records)) for c in haul] for haul in found]
+    seen = [[(b.partition, b.first, len(b.records)) for b in group] for group in found]
     assert seen == expected
-    assert all(consumer.is_current(chunk) for haul in found for chunk in haul)
+    assert all(consumer.is_current(batch) for group in found for batch in group)
 
 
 @pytest.mark.parametrize(
@@ -278,31 +321,32 @@ def test_chunks_of_a_fetch_go_together_up_to_the_records_of_one(
         (99, 200, [60, 39]),
     ],
 )
-def test_a_topic_may_have_smaller_chunks_that_follow_each_other(
+def test_a_topic_may_have_smaller_batches_that_follow_each_other(
     records: int, most: int | None, cut: list[int]
 ) -> None:
     """Of at most 60 records without its own limit, and never of more."""
     limits = {} if most is None else {AT.topic: most}
     whole = [record(offset) for offset in range(records)]
-    chunks = [chunk for haul in split_fetched({AT: (5, whole)}, 60, limits, 9) for chunk in haul]
-    assert [len(chunk.records) for chunk in chunks] == cut
-    assert [r for chunk in chunks for r in chunk.records] == whole
-    assert all((chunk.at, chunk.epoch, chunk.read_us) == (AT, 5, 9) for chunk in chunks)
+    groups = split_fetched({AT: (5, whole)}, 60, limits, 9)
+    batches = [batch for group in groups for batch in group]
+    assert [len(batch.records) for batch in batches] == cut
+    assert [r for batch in batches for r in batch.records] == whole
+    assert all((b.topic, b.partition, b.epoch, b.read_us) == (*AT, 5, 9) for b in batches)
 
 
-def test_the_consumer_hands_out_a_topic_in_its_own_chunks() -> None:
-    consumer = make_consumer(part_max={"clicks": 1})
+def test_the_consumer_yields_a_topic_in_its_own_batches() -> None:
+    consumer = make_consumer(partition_max={"clicks": 1})
     consumer._thread.fetched = fetched({AT: 2, TP("clicks", 1): 2})  # type: ignore[attr-defined]
-    chunks = asyncio.run(read(consumer))
-    seen = [(chunk.at.partition, chunk.records[0].offset, len(chunk.records)) for chunk in chunks]
+    batches = asyncio.run(read(consumer))
+    seen = [(batch.partition, batch.first, len(batch.records)) for batch in batches]
     assert seen == [(0, 0, 1), (1, 0, 1), (0, 1, 1), (1, 1, 1)]
 
 
-def test_small_chunks_of_all_partitions_go_side_by_side() -> None:
-    """As many of each partition as may be applied at once, so that a haul is one step of all of them."""
+def test_small_batches_of_all_partitions_go_together() -> None:
+    """As many of each partition as may be applied at once, so that a group is one step of all."""
     fetch = {TP("clicks", p): (0, [record(offset) for offset in range(9)]) for p in range(3)}
     found = split_fetched(fetch, 12, {"clicks": 4}, 9)
-    assert [[(c.at.partition, len(c.records)) for c in haul] for haul in found] == [
+    assert [[(b.partition, len(b.records)) for b in group] for group in found] == [
         [(0, 4), (1, 4), (2, 4)],
         [(0, 4), (1, 4), (2, 4)],
         [(0, 1), (1, 1), (2, 1)],
@@ -311,8 +355,8 @@ def test_small_chunks_of_all_partitions_go_side_by_side() -> None:
 
 def test_topics_go_apart() -> None:
     found = split_fetched({AT: (0, [record(0)]), TP("items", 1): (4, [record(0)])}, 3, {}, 9)
-    chunks = [[(chunk.at, chunk.epoch, chunk.read_us) for chunk in haul] for haul in found]
-    assert chunks == [[(AT, 0, 9)], [(TP("items", 1), 4, 9)]]
+    seen = [[(b.topic, b.partition, b.epoch, b.read_us) for b in group] for group in found]
+    assert seen == [[(*AT, 0, 9)], [("items", 1, 4, 9)]]
 
 
 @in_a_loop
@@ -333,22 +377,22 @@ async def test_a_full_queue_stops_its_whole_topic() -> None:
 
 
 @in_a_loop
-async def test_chunks_from_before_a_seek_are_not_handed_out() -> None:
+async def test_batches_from_before_a_seek_are_not_yielded() -> None:
     consumer = make_consumer()
     consumer._thread.fetched = fetched({AT: 6})  # type: ignore[attr-defined]
-    handed = consumer.getmany(0.1)
-    _, message = await anext(handed)
+    yielded = consumer.getmany(0.1)
+    _, message = await anext(yielded)
     [first] = message.value
     assert consumer.is_current(first)
     await consumer.rewind({AT})
     assert not consumer.is_current(first)
     with pytest.raises(StopAsyncIteration):
-        await anext(handed)
+        await anext(yielded)
     assert consumer._thread.sought == [{AT: 7}]  # type: ignore[attr-defined]
 
 
 @in_a_loop
-async def test_nothing_is_handed_out_while_a_position_is_found_out() -> None:
+async def test_nothing_is_yielded_while_a_position_is_looked_up() -> None:
     waiting = asyncio.Event()
 
     async def slow(bounds: Any) -> Any:
@@ -359,15 +403,15 @@ async def test_nothing_is_handed_out_while_a_position_is_found_out() -> None:
     consumer._thread.fetched = {AT: [record(0)], TP("clicks", 1): [record(0, 1)]}  # type: ignore[attr-defined]
     rewinding = asyncio.create_task(consumer.rewind({AT}))
     await asyncio.sleep(0)
-    assert [c.at.partition for c in await read(consumer)] == [1]
+    assert [b.partition for b in await read(consumer)] == [1]
     waiting.set()
     await asyncio.wait_for(rewinding, 5)
-    assert [c.at.partition for c in await read(consumer)] == [0, 1]
+    assert [b.partition for b in await read(consumer)] == [0, 1]
 
 
 @in_a_loop
 async def test_a_rewind_waits_for_the_store_and_gives_up_lost_partitions() -> None:
-    told: list[Any] = []
+    reported: list[Any] = []
     answers = [StoreUnavailable("away"), StoreUnavailable("away"), None]
 
     async def away(bounds: Any) -> Any:
@@ -375,10 +419,10 @@ async def test_a_rewind_waits_for_the_store_and_gives_up_lost_partitions() -> No
             raise error
         return {at: 1 for at in bounds}
 
-    consumer = make_consumer(away, told)
+    consumer = make_consumer(away, reported)
     await asyncio.wait_for(consumer.rewind({AT, TP("clicks", 5)}), 5)
     assert consumer._thread.sought == [{AT: 1}]  # type: ignore[attr-defined]
-    assert (len(told) == 2 and told[0] < told[1]) or told[1] == 0.01
+    assert (len(reported) == 2 and reported[0] < reported[1]) or reported[1] == 0.01
     consumer._thread.mine = set()  # type: ignore[attr-defined]
     await asyncio.wait_for(consumer.rewind({AT}), 5)
     assert len(consumer._thread.sought) == 1  # type: ignore[attr-defined]
@@ -388,13 +432,13 @@ async def test_a_rewind_waits_for_the_store_and_gives_up_lost_partitions() -> No
 async def test_two_rewinds_of_a_partition_do_not_overlap() -> None:
     """What is read between one's look at the fences and its seek would not follow what it saw."""
     order: list[str] = []
-    handed_out: list[Any] = []
+    yielded: list[Any] = []
 
     async def looks(bounds: Any) -> Any:
         order.append(f"look {len(order)}")
         for _ in range(5):
             await asyncio.sleep(0.01)
-            handed_out.extend(await read(consumer))
+            yielded.extend(await read(consumer))
         order.append(f"looked {len(order)}")
         return {at: 7 for at in bounds}
 
@@ -403,31 +447,31 @@ async def test_two_rewinds_of_a_partition_do_not_overlap() -> None:
     both = [asyncio.create_task(consumer.rewind({AT})), asyncio.create_task(consumer.rewind({AT}))]
     await asyncio.wait_for(asyncio.gather(*both), 5)
     assert order == ["look 0", "looked 1", "look 2", "looked 3"]
-    assert handed_out == []
-    assert [c.at for c in await read(consumer)] == [AT]
+    assert yielded == []
+    assert [(b.topic, b.partition) for b in await read(consumer)] == [AT]
 
 
 @in_a_loop
 async def test_an_unexpected_error_while_positioning_ends_the_process() -> None:
-    told: list[Any] = []
+    reported: list[Any] = []
 
     async def wrong(bounds: Any) -> Any:
         raise LookupError("no")
 
-    consumer = make_consumer(wrong, told)
+    consumer = make_consumer(wrong, reported)
     await asyncio.wait_for(consumer.rewind({AT}), 5)
-    assert [type(t) for t in told] == [LookupError]
+    assert [type(error) for error in reported] == [LookupError]
 
 
 @in_a_loop
 async def test_commits_follow_the_acks_and_start_anew_after_a_seek() -> None:
     consumer = make_consumer()
     for last in (4, 9):
-        consumer.applied(Chunk(AT, [record(3), record(last)], 0, 0))
+        consumer.applied(batch_of([record(3), record(last)]))
     assert list(consumer._filter_tps_with_pending_acks()) == [AT]
     assert consumer._new_offset(AT) == 10
     assert consumer._new_offset(AT) is None
-    consumer.applied(Chunk(AT, [record(20)], 0, 0))
+    consumer.applied(batch_of([record(20)]))
     consumer._committed_offset[AT] = 10
     consumer.sought(AT)
     assert consumer._new_offset(AT) is None
@@ -444,14 +488,14 @@ async def test_faust_does_not_drop_what_is_read_again() -> None:
 
 
 def test_values_go_through_raw() -> None:
-    haul = (Chunk(AT, [record(1)], 0, 0),)
-    message: Any = SimpleNamespace(value=haul, key=None)
-    assert RawSchema().loads_value(None, message) is haul
+    group: list[RecordBatch] = [batch_of([record(1)])]
+    message: Any = SimpleNamespace(value=group, key=None)
+    assert RawSchema().loads_value(None, message) is group
     assert RawSchema().loads_key(None, message) is None
 
 
 @in_a_loop
-async def test_a_stop_waits_for_the_chunk_in_work() -> None:
+async def test_a_stop_waits_for_the_running_batch() -> None:
     app = make_consumer().app
     done: list[int] = []
 
@@ -459,43 +503,43 @@ async def test_a_stop_waits_for_the_chunk_in_work() -> None:
         await asyncio.sleep(0.05)
         done.append(1)
 
-    task = asyncio.create_task(app.work(work()))
+    task = asyncio.create_task(app.track(work()))
     await asyncio.sleep(0)
-    await app.settle(5)
+    await app.wait_idle(5)
     assert done == [1]
     await task
 
 
 @in_a_loop
-async def test_before_partitions_are_given_up_the_chunk_in_work_ends_and_then_what_waits_is_written() -> (
+async def test_before_a_revocation_the_running_batch_ends_and_then_pending_effects_are_flushed() -> (
     None
 ):
     consumer, order = make_consumer(), list[Any]()
     app = consumer.app
 
-    async def chunk() -> None:
+    async def batch() -> None:
         await asyncio.sleep(0.05)
-        order.append("chunk")
+        order.append("batch")
 
-    async def written(limit_s: float) -> None:
+    async def flush(limit_s: float) -> None:
         order.append(limit_s)
 
-    app.giving_up = written
-    task = asyncio.create_task(app.work(chunk()))
+    app.owner.flush = flush  # type: ignore[method-assign]
+    task = asyncio.create_task(app.track(batch()))
     await asyncio.sleep(0)
     await app._consumer_wait_empty(consumer, app.log)
     await task
     limit_s = app.conf.broker_session_timeout / 2
-    assert order[0] == "chunk" and limit_s - 1 < order[1] <= limit_s - 0.05
+    assert order[0] == "batch" and limit_s - 1 < order[1] <= limit_s - 0.05
 
 
 @in_a_loop
-async def test_what_the_group_was_told_is_known_after_a_rewind_and_never_goes_back() -> None:
+async def test_committed_offsets_are_known_after_a_rewind_and_never_go_back() -> None:
     consumer = make_consumer()
-    consumer._thread.told = {AT: 7}  # type: ignore[attr-defined]
+    consumer._thread.committed = {AT: 7}  # type: ignore[attr-defined]
     await consumer.rewind({AT})
     assert consumer.committed_of(AT.topic) == {AT.partition: 7}
-    consumer._thread.told = {AT: 3}  # type: ignore[attr-defined]
+    consumer._thread.committed = {AT: 3}  # type: ignore[attr-defined]
     await consumer.rewind({AT})
     assert (
         consumer.committed_of(AT.topic) == {AT.partition: 7}

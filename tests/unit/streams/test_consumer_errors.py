@@ -1,4 +1,4 @@
-"""What Kafka refuses while ingest runs: found in aiokafka's coordinator or by a knock, told at once."""
+"""Errors of Kafka while ingest runs: found in the consumer group, or by a connection check."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from eddyline.errors import KafkaRefused, KafkaUnavailable
 from eddyline.kafka import diagnostics
 from eddyline.settings.loader import Settings
 from streams.consumer import errors
+from streams.consumer.thread import ConsumerThread
 
 SETTINGS = Settings(kafka_bootstrap_servers="127.0.0.1:1", kafka_timeout_ms=300)
 
@@ -30,8 +31,8 @@ class Coordinator:
             raise self.error
 
 
-class Thread:
-    """What `watch` asks of the lane's thread."""
+class Thread(ConsumerThread):
+    """The consumer's thread, without its loop."""
 
     def __init__(self, coordinator: Coordinator | None) -> None:
         self._consumer: Any = type("Consumer", (), {"_coordinator": coordinator})()
@@ -42,18 +43,18 @@ class Thread:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(errors, "_LOOK_S", 0.01)
-    monkeypatch.setattr(errors, "_KNOCK_S", 0.05)
+    monkeypatch.setattr(errors, "_GROUP_CHECK_S", 0.01)
+    monkeypatch.setattr(errors, "_CONNECTION_CHECK_S", 0.05)
 
 
 def watched(settings: Settings, thread: Thread, limit_s: float = 5.0) -> None:
     async def within() -> None:
-        await asyncio.wait_for(errors.watch_consumer(settings, lambda: thread), limit_s)
+        await asyncio.wait_for(errors.watch_consumer(settings, thread), limit_s)
 
     asyncio.run(within())
 
 
-def test_what_is_leaned_on_is_there() -> None:
+def test_what_is_used_of_aiokafka_is_there() -> None:
     assert "self._pending_exception" in inspect.getsource(GroupCoordinator.check_errors)
     pushed = inspect.getsource(GroupCoordinator._do_rejoin_group) + inspect.getsource(
         GroupCoordinator
@@ -61,7 +62,7 @@ def test_what_is_leaned_on_is_there() -> None:
     assert "_push_error_to_user" in pushed
 
 
-def test_a_missing_right_in_the_group_is_told() -> None:
+def test_a_missing_right_in_the_group_is_raised() -> None:
     with pytest.raises(KafkaRefused, match=r"lacks a right.*the-group"):
         watched(SETTINGS, Thread(Coordinator(GroupAuthorizationFailedError("the-group"))))
 
@@ -71,7 +72,7 @@ def test_another_error_of_the_coordinator_is_raised_as_it_is() -> None:
         watched(SETTINGS, Thread(Coordinator(KafkaError("something else"))))
 
 
-def test_before_there_is_a_consumer_or_a_coordinator_nothing_is_asked() -> None:
+def test_without_a_consumer_or_a_coordinator_nothing_is_checked() -> None:
     bare = Thread(None)
     bare._consumer = None
     for thread in (bare, Thread(None), Thread(Coordinator())):
@@ -79,21 +80,21 @@ def test_before_there_is_a_consumer_or_a_coordinator_nothing_is_asked() -> None:
             watched(SETTINGS, thread, limit_s=0.2)
 
 
-def test_a_password_that_no_longer_holds_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Settings] = []
+def test_a_password_that_is_no_longer_valid_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[Settings] = []
 
-    def knock(settings: Settings) -> None:
-        asked.append(settings)
-        raise KafkaUnavailable("away") if len(asked) < 3 else KafkaRefused("another password")
+    def check(settings: Settings) -> None:
+        checked.append(settings)
+        raise KafkaUnavailable("away") if len(checked) < 3 else KafkaRefused("another password")
 
-    monkeypatch.setattr(diagnostics, "check_connection", knock)
+    monkeypatch.setattr(diagnostics, "check_connection", check)
     secured = msgspec.structs.replace(SETTINGS, kafka_security_protocol="SSL")
     with pytest.raises(KafkaRefused, match="another password"):
         watched(secured, Thread(Coordinator()))
-    assert len(asked) == 3
-    with pytest.raises(TimeoutError):  # a Kafka that asks for nothing is not knocked at
+    assert len(checked) == 3
+    with pytest.raises(TimeoutError):  # a plain connection is not checked
         watched(SETTINGS, Thread(Coordinator()), limit_s=0.2)
-    assert len(asked) == 3
+    assert len(checked) == 3
 
 
 def test_only_the_stack_traces_of_missing_rights_are_dropped() -> None:

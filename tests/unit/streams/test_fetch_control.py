@@ -1,4 +1,4 @@
-"""When the lane fetches: after small chunks are applied, and ahead where there is much to read."""
+"""When to fetch: after small batches are applied, and ahead where there is much to read."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from aiokafka.consumer.subscription_state import SubscriptionState
 from aiokafka.structs import TopicPartition
 from faust.transport.drivers import aiokafka as driver
 
-from streams.consumer.fetch_control import TURNS_MAX, FetchGate, InFlightBatches
-from streams.consumer.thread import ConsumerThread
+from streams.consumer.fetch_control import TURNS_MAX, InFlightBatches
+from streams.consumer.thread import ConsumerThread, FetchGate
 from tests.unit.streams.test_consumer import AT, FakeThread, in_a_loop, make_consumer, read, record
 
 RESETS, BACKOFF_S = {1: ["clicks/3"]}, 0.25
@@ -63,10 +63,8 @@ def taken(size: int) -> FetchResult:
 def thread_of(small_max: int) -> Any:
     """A consumer's thread that is not started."""
     thread: Any = ConsumerThread.__new__(ConsumerThread)
-    app = SimpleNamespace(small_max=small_max)
-    thread.consumer = SimpleNamespace(
-        epochs={AT._replace(partition=n): 7 for n in range(4)}, app=app, flow_active=True
-    )
+    epochs = {AT._replace(partition=n): 7 for n in range(4)}
+    thread.consumer = SimpleNamespace(epochs=epochs, small_max=small_max, flow_active=True)
     return thread
 
 
@@ -76,7 +74,7 @@ async def test_a_held_fetcher_sends_no_fetch_and_does_all_else() -> None:
     gate = FetchGate(fetcher)
     assert fetcher._get_actions_per_node(None)[0] == [("a", "fetch")]
     gate.open()
-    assert not fetcher._wait_consume_future.done()  # it was never held: nobody is to be woken
+    assert not fetcher._wait_consume_future.done()  # it was never held: no task waits
     gate.hold()
     assert fetcher._get_actions_per_node(None) == ([], RESETS, BACKOFF_S, False, [])
     gate.open()
@@ -127,7 +125,7 @@ async def test_a_fetcher_that_was_made_anew_gets_its_own_gate() -> None:
         assert fetcher._get_actions_per_node(None)[0] == []
 
 
-def test_what_is_leaned_on_is_there() -> None:
+def test_what_is_used_of_aiokafka_is_there() -> None:
     routine = inspect.getsource(Fetcher._fetch_requests_routine)
     assert ") = self._get_actions_per_node(assignment)" in routine
     assert (
@@ -145,38 +143,38 @@ def test_what_is_leaned_on_is_there() -> None:
 
 
 @pytest.mark.parametrize("turns", [0, 1, TURNS_MAX - 1, TURNS_MAX, TURNS_MAX + 1, 10 * TURNS_MAX])
-def test_lanes_get_their_turn_but_not_for_ever(turns: int) -> None:
+def test_pipelines_get_their_turn_but_not_for_ever(turns: int) -> None:
     @in_a_loop
     async def run() -> None:
-        handed, waited = InFlightBatches(), itertools.count()
-        handed.quick = {"clicks"}
-        handed.over("clicks")
-        handed.over("items")  # applied elsewhere
+        in_flight, waited = InFlightBatches(), itertools.count()
+        in_flight.topics = {"clicks"}
+        in_flight.sent("clicks")
+        in_flight.sent("items")  # applied elsewhere
 
-        async def lane() -> None:
+        async def pipeline() -> None:
             for _ in range(turns):
                 await asyncio.sleep(0)
                 next(waited)
-            handed.applied("clicks")
+            in_flight.applied("clicks")
 
-        working = asyncio.create_task(lane())
+        working = asyncio.create_task(pipeline())
         await asyncio.sleep(0)
         async with asyncio.timeout(5):
-            await handed.all_applied()
+            await in_flight.wait()
         assert next(waited) <= min(turns, TURNS_MAX)
-        assert ("clicks" in handed._waiting) is (turns > TURNS_MAX)
+        assert ("clicks" in in_flight._in_flight) is (turns > TURNS_MAX)
         await working
         before = asyncio.get_running_loop().time()
-        await handed.all_applied()
+        await in_flight.wait()
         assert asyncio.get_running_loop().time() - before < 1
 
     run()
 
 
 @in_a_loop
-async def test_the_next_fetch_is_asked_for_once_small_chunks_are_applied() -> None:
+async def test_the_next_fetch_is_sent_once_small_batches_are_applied() -> None:
     consumer, order = make_consumer(), list[str]()
-    consumer.app.handed.quick = {"clicks"}
+    consumer.app.in_flight.topics = {"clicks"}
     thread: Any = consumer._thread
     thread.fetched = {AT: [record(1), record(2)]}
     fetch = FakeThread.getmany
@@ -185,15 +183,15 @@ async def test_the_next_fetch_is_asked_for_once_small_chunks_are_applied() -> No
         order.append("fetch")
         return await fetch(thread, active, timeout)
 
-    async def lane() -> None:
+    async def pipeline() -> None:
         for _ in range(3):
             await asyncio.sleep(0)
         order.append("apply")
-        consumer.app.handed.applied("clicks")
+        consumer.app.in_flight.applied("clicks")
 
     thread.getmany = getmany
     for _ in range(2):
-        assert [len(chunk.records) for chunk in await read(consumer)] == [2]
-        await asyncio.gather(lane(), read(consumer))
-        consumer.app.handed.applied("clicks")
+        assert [len(batch.records) for batch in await read(consumer)] == [2]
+        await asyncio.gather(pipeline(), read(consumer))
+        consumer.app.in_flight.applied("clicks")
     assert order == ["fetch", "apply", "fetch"] * 2

@@ -1,9 +1,8 @@
-"""Every metric of ingest is in the page that tells what to watch, and the page names no other."""
+"""The page on operations names every metric of ingest, and no other."""
 
 from __future__ import annotations
 
 import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +13,7 @@ from prometheus_client.exposition import generate_latest
 
 from eddyline.stores.memory import MemoryStore
 from streams.clicks.user_cache import UserCache
-from streams.dispatcher import TopicPipeline
+from streams.dispatcher import HandlerThread, TopicPipeline
 from streams.metrics import IngestCollector
 from streams.ports import Outcome
 
@@ -22,17 +21,19 @@ PAGE = Path(__file__).parents[3] / "docs" / "operations.md"
 
 
 def test_the_page_names_every_metric_and_no_other() -> None:
-    function: Any = None
-    lane = TopicPipeline(
-        "shop.clicks", function, ThreadPoolExecutor(1), outcome=Outcome(records=3, applied=2)
+    handler: Any = None
+    pipeline = TopicPipeline(
+        "shop.clicks", handler, HandlerThread("clicks"), outcome=Outcome(records=3, applied=2)
     )
     app: Any = SimpleNamespace(
-        lanes=[lane], paused=lambda: {"shop.clicks": 1}, lag=lambda: {TP("shop.clicks", 3): 7}
+        pipelines=[pipeline],
+        paused=lambda: {"shop.clicks": 1},
+        lag=lambda: {TP("shop.clicks", 3): 7},
     )
     registry = CollectorRegistry()
-    registry.register(IngestCollector(app, UserCache(MemoryStore(), "1", 10)))
+    registry.register(IngestCollector(app, UserCache(MemoryStore(), ["1"], 10)))
     text = generate_latest(registry).decode()
-    lane.executor.shutdown()
+    pipeline.thread.close()
     served = set(re.findall(r"^(eddyline_\w+)", text, re.MULTILINE))
     assert served == set(re.findall(r"eddyline_ingest_\w+", PAGE.read_text(encoding="utf-8")))
     assert 'eddyline_ingest_lag_records{partition="3",topic="shop.clicks"} 7.0' in text

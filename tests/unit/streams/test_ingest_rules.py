@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +25,7 @@ from eddyline.errors import (
     StoreUnavailable,
     VectorRejected,
 )
+from eddyline.kafka.topics import CLICKS, ITEMS, USERS
 from eddyline.schema import events
 from eddyline.schema.events import MOVED, Click, Item, Merge, UserProfile
 from eddyline.schema.item_record import ItemRecord
@@ -33,16 +33,16 @@ from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.state_store import Fence, LogId, Source
-from streams import dead_letters, static_membership, users
-from streams.clicks import handler
-from streams.clicks.handler import ClickIngest
+from streams import dead_letters, static_membership
+from streams.clicks.handler import ClickHandler
 from streams.dead_letters import KafkaDeadLetters, KafkaForwarder
-from streams.dispatcher import TopicPipeline
 from streams.fences import PartitionFences
-from streams.items import metadata
-from streams.items.handler import ItemIngest
+from streams.generation import Generation
+from streams.handlers import Handlers, Outputs
+from streams.items.handler import ItemHandler
 from streams.ports import Outcome
-from streams.users import UserIngest
+from streams.users import UserHandler
+from tests.applying import ingest
 
 LOG = LogId("cluster-a", "topic-1")
 MS = 1_700_000_000_000
@@ -90,6 +90,9 @@ class Outside:
             self.published += some
         return {}
 
+    def close(self) -> None:
+        pass
+
 
 class OneTower:
     def encode(self, items: Sequence[Item]) -> Any:
@@ -99,42 +102,37 @@ class OneTower:
 class Rig:
     """A store, what lies outside, and the three functions, opened at offset 0."""
 
-    def __init__(self, end: int = 1_000, micro: Any = None, **more: Any) -> None:
+    def __init__(self, end: int = 1_000, **more: Any) -> None:
         settings = msgspec.structs.replace(SETTINGS, **more)
         self.store, self.out = MemoryStore(), Outside()
         self.end = end
         self.now_s = 0.0
-        towers: Any = SimpleNamespace(generation="g", item_tower=OneTower())
-        self.clicks = ClickIngest(
+        logs = {CLICKS: LOG, USERS: LOG, ITEMS: LOG}
+        towers: Any = SimpleNamespace(
+            generation="g",
+            dimension=2,
+            item_tower=OneTower(),
+            micro=SimpleNamespace(min_steps_before=0),
+            rows={},
+        )
+        self.generation = Generation(towers, self.out)
+        outputs = Outputs.to_sink(self.out)
+        handlers = Handlers(
+            settings, self.store, logs, [self.generation], outputs, ["g"], 0.0, lambda: 9
+        )
+        self.users, self.items = handlers.users, handlers.items
+        # Without micro-steps: of clicks, only lists and counts are looked at here.
+        self.clicks = ClickHandler(
             settings,
             self.store,
-            self._at("clicks", lambda p: handler.sources(settings, p)),
+            PartitionFences(settings, self.store, CLICKS, logs),
             self.out,
             self.out,
-            micro,
+            [],
             lambda: self.now_s,
         )
-        self.users = UserIngest(
-            SETTINGS,
-            self.store,
-            self._at("users", lambda p: users.sources(SETTINGS, p)),
-            self.out,
-            ["g"],
-        )
-        self.items = ItemIngest(
-            SETTINGS,
-            self.store,
-            self._at("items", lambda p: metadata.sources(SETTINGS, "g", p)),
-            self.out,
-            self.out,
-            towers,
-            lambda: 9,
-        )
-
-    def _at(self, topic: str, sources_of: Any) -> PartitionFences:
-        positions = PartitionFences(self.store, topic, sources_of, lambda: LOG)
-        positions.open({HERE: (0, self.end)})
-        return positions
+        for handler in (self.clicks, self.users, self.items):
+            handler.fences.open({HERE: (0, self.end)})
 
     def entries(self, user: str = ANA) -> list[str]:
         state = self.store.read_user(f"u{HERE}", HERE, user, "g")
@@ -145,14 +143,14 @@ def test_a_list_is_by_time_bounded_and_keeps_the_last_events_stamps() -> None:
     rig = Rig()
     late = click(3, "late", at_ms=MS + 1)
     late.headers = (("produced_us", b"55"),)
-    rig.clicks.ingest(HERE, [click(1, "a"), click(2, "b"), late], 77)
+    ingest(rig.clicks, HERE, [click(1, "a"), click(2, "b"), late], 77)
     assert rig.entries() == ["b", "late", "a"]
     state = rig.store.read_user(f"u{HERE}", HERE, ANA, "")
     seen = state.history
     assert (seen.partition, seen.offset, seen.at_ms) == (HERE, 3, MS + 2)
     assert (seen.produced_us, seen.appended_ms, seen.read_us) == (55, MS, 77)
     assert state.fence == Fence(3, LOG)
-    rig.clicks.ingest(HERE, [click(4, "c"), click(5, "d")], 0)
+    ingest(rig.clicks, HERE, [click(4, "c"), click(5, "d")], 0)
     assert rig.entries() == ["d", "c", "b"]
 
 
@@ -162,28 +160,29 @@ def test_a_re_send_is_dropped_inside_the_window_only(distance: int, counts: bool
         rig, outcome = Rig(), Outcome()
         log = [click(5, event_id="e"), click(5 + distance, event_id="e")]
         for a, b in pairwise(chunks):
-            outcome.add(rig.clicks.ingest(HERE, log[a:b], 0))
+            outcome.add(ingest(rig.clicks, HERE, log[a:b], 0))
         assert len(rig.entries()) == 1 + counts
         assert (outcome.applied, outcome.duplicates) == (1 + counts, 1 - counts)
 
 
 def test_clicks_without_an_event_id_are_never_re_sends() -> None:
     rig = Rig()
-    rig.clicks.ingest(HERE, [click(1), click(2)], 0)
+    ingest(rig.clicks, HERE, [click(1), click(2)], 0)
     assert rig.entries() == ["i1", "i1"]
 
 
 def test_popularity_counts_thousandths_and_no_dislikes() -> None:
     rig = Rig()
-    rig.clicks.ingest(
+    ingest(
+        rig.clicks,
         HERE,
         [click(0, weight=0.0005), click(1, weight=2.5), click(2, kind="dislike"), click(3, "x")],
         0,
     )
     assert rig.store.popular("i0", 9) == {}
     rig.now_s = 0.3
-    assert rig.clicks.counts.due() == [HERE]
-    rig.clicks.count(HERE)
+    assert rig.clicks.popularity.due() == [HERE]
+    rig.clicks.popularity.write(HERE)
     bucket = MS // (SETTINGS.popular_bucket_s * 1_000)
     assert rig.store.popular("i0", 9) == {bucket: {"i1": 2_500, "x": 1_000}}
 
@@ -198,8 +197,8 @@ def test_kinds_and_dwell_time_weigh_for_popularity_and_zero_counts_nothing() -> 
         click(4, "c", kind="cart"),
         click(5, "d", kind="dislike"),
     ]
-    rig.clicks.ingest(HERE, log, 0)
-    rig.clicks.count(HERE)
+    ingest(rig.clicks, HERE, log, 0)
+    rig.clicks.popularity.write(HERE)
     (counted,) = rig.store.popular("i0", 9).values()
     assert counted == {"a": 500 + 2_000 + 2 * 5_000, "b": 250}
 
@@ -212,12 +211,12 @@ def test_an_event_beyond_the_lateness_is_counted_and_not_listed() -> None:
         click(2, at_ms=MS - 10_001),
     ]
     resent = click(3, "late", at_ms=MS - 60_000, event_id="e")
-    outcome = rig.clicks.ingest(HERE, [*log, resent], 0)
+    outcome = ingest(rig.clicks, HERE, [*log, resent], 0)
     assert rig.entries() == ["new", "late"]
     assert (outcome.applied, outcome.late, outcome.duplicates) == (4, 2, 0)
     again = click(4, "late", at_ms=MS - 60_000, event_id="e")
-    assert rig.clicks.ingest(HERE, [again], 0).duplicates == 1
-    rig.clicks.count(HERE)
+    assert ingest(rig.clicks, HERE, [again], 0).duplicates == 1
+    rig.clicks.popularity.write(HERE)
     (counted,) = rig.store.popular("i0", 9).values()
     assert counted == {"new": 1_000, "late": 2_000, "i1": 1_000}
     seen = rig.store.read_user(f"u{HERE}", HERE, ANA, "g").history
@@ -226,9 +225,9 @@ def test_an_event_beyond_the_lateness_is_counted_and_not_listed() -> None:
 
 def test_behaviours_leave_a_list_by_age_against_the_users_own_newest_event() -> None:
     rig = Rig(history_age_s_max=10, lateness_s_max=0)
-    rig.clicks.ingest(HERE, [click(0, "a", at_ms=5_000), click(1, "b", at_ms=9_000)], 0)
+    ingest(rig.clicks, HERE, [click(0, "a", at_ms=5_000), click(1, "b", at_ms=9_000)], 0)
     assert rig.entries() == ["b", "a"]  # 1970: no clock is asked
-    rig.clicks.ingest(HERE, [click(2, "c", at_ms=16_000), click(3, "old", at_ms=5_999)], 0)
+    ingest(rig.clicks, HERE, [click(2, "c", at_ms=16_000), click(3, "old", at_ms=5_999)], 0)
     assert rig.entries() == ["c", "b"]
 
 
@@ -248,8 +247,8 @@ def test_a_merge_sends_the_list_on_and_begins_it_anew(chunks: list[int]) -> None
         click(5, "d", user_id=other),
     ]
     for a, b in pairwise(chunks):
-        rig.clicks.ingest(HERE, log[a:b], 0)
-    rig.clicks.count(HERE)
+        ingest(rig.clicks, HERE, log[a:b], 0)
+    rig.clicks.popularity.write(HERE)
     assert rig.entries() == ["c"]
     sent = [
         events.decode_click(v, appended_ms=MS, far_future_ms_max=9_000)
@@ -273,8 +272,8 @@ def test_moved_clicks_enter_the_list_by_time_once_and_count_nowhere_again() -> N
         click(n, "moved", at_ms=MS + 5, kind="like", event_id="merge/0/3/0", context=dict(MOVED))
         for n in (3, 4, 4 + 50)
     ]  # inside the window, and far outside of it: the list of a merge that was done again
-    rig.clicks.ingest(HERE, [*own, *moved], 0)
-    rig.clicks.count(HERE)
+    ingest(rig.clicks, HERE, [*own, *moved], 0)
+    rig.clicks.popularity.write(HERE)
     assert rig.entries() == ["newer", "moved", "own"]
     (counted,) = rig.store.popular("i0", 9).values()
     assert counted == {"own": 1_000, "newer": 1_000}
@@ -282,8 +281,8 @@ def test_moved_clicks_enter_the_list_by_time_once_and_count_nowhere_again() -> N
 
 def test_a_merge_is_refused_into_himself_and_forwarded_where_it_is_stray() -> None:
     rig = Rig()
-    outcome = rig.clicks.ingest(
-        HERE, [merge(1, into=ANA), merge(2, THERE, ANA), rec(3, b'"merge_into"')], 0
+    outcome = ingest(
+        rig.clicks, HERE, [merge(1, into=ANA), merge(2, THERE, ANA), rec(3, b'"merge_into"')], 0
     )
     assert rig.out.letters == [(1, "same_user"), (3, "bad_field")]
     assert rig.out.forwarded == [(THERE.encode(), merge(2, THERE, ANA).value, 1 - HERE)]
@@ -305,8 +304,8 @@ def test_a_user_with_ten_thousand_events_takes_no_more_than_many_users() -> None
         log = [rec_of(here[n % len(here)] if many else 0, n) for n in range(10_000)]
         begun = time.process_time()
         for first in range(0, len(log), 250):
-            rig.clicks.ingest(HERE, log[first : first + 250], 0)
-        rig.clicks.count(HERE)
+            ingest(rig.clicks, HERE, log[first : first + 250], 0)
+        rig.clicks.popularity.write(HERE)
         took.append(time.process_time() - begun)
         state = rig.store.snapshot()
         assert len(state.window[f"u{HERE}"]) == 1_000
@@ -326,23 +325,23 @@ def test_rubbish_is_delivered_before_the_fence_moves() -> None:
     rig.out.flush = fail  # type: ignore[method-assign]
     log = [rec(1, b"{"), rec(2, None), click(3), rec(4, b'{"user_id":"ana"}')]
     with pytest.raises(KafkaUnavailable):
-        rig.clicks.ingest(HERE, log, 0)
+        ingest(rig.clicks, HERE, log, 0)
     assert rig.store.fences(Source("clicks", HERE), [f"u{HERE}"]) == {f"u{HERE}": None}
     rig.out.flush = away  # type: ignore[method-assign]
     rig.out.letters.clear()
-    rig.clicks.positions.open({HERE: (0, 9)})
-    outcome = rig.clicks.ingest(HERE, log, 0)
+    rig.clicks.fences.open({HERE: (0, 9)})
+    outcome = ingest(rig.clicks, HERE, log, 0)
     assert rig.out.letters == [(1, "malformed_json"), (2, "no_value"), (4, "bad_field")]
     assert (outcome.rejected, outcome.applied) == (3, 1)
-    rig.clicks.ingest(HERE, [rec(5, b"{")], 0)  # nothing but rubbish moves the fences as well
-    rig.clicks.count(HERE)
-    assert rig.clicks.positions.lowest(HERE) == 5
+    ingest(rig.clicks, HERE, [rec(5, b"{")], 0)  # nothing but rubbish moves the fences as well
+    rig.clicks.popularity.write(HERE)
+    assert rig.clicks.fences.lowest(HERE) == 5
 
 
 def test_a_stray_click_is_forwarded_under_its_origin_and_not_applied() -> None:
     rig = Rig()
     stray = [click(1, user_id=THERE), click(2, user_id=THERE, event_id="e")]
-    outcome = rig.clicks.ingest(HERE, stray, 0)
+    outcome = ingest(rig.clicks, HERE, stray, 0)
     assert outcome.forwarded == 2 and outcome.applied == 0 and rig.out.flushes
     first, second = rig.out.forwarded
     assert first[0] == THERE.encode() and first[2] == 1 - HERE
@@ -356,27 +355,27 @@ def test_a_click_without_a_key_in_its_own_partition_is_applied() -> None:
     rig = Rig()
     lost = click(1)
     lost.key = None
-    assert rig.clicks.ingest(HERE, [lost], 0).applied == 1
+    assert ingest(rig.clicks, HERE, [lost], 0).applied == 1
 
 
 def test_a_chunk_at_or_below_the_fences_is_refused_not_skipped() -> None:
     rig = Rig()
-    rig.clicks.ingest(HERE, [click(1), click(2)], 0)
+    ingest(rig.clicks, HERE, [click(1), click(2)], 0)
     with pytest.raises(FenceMoved, match="record 2"):
-        rig.clicks.ingest(HERE, [click(2), click(3)], 0)
+        ingest(rig.clicks, HERE, [click(2), click(3)], 0)
 
 
 def test_a_store_that_went_back_is_noticed_by_read_write_and_when_idle() -> None:
     rig = Rig()
     before = rig.store.snapshot()
-    rig.clicks.ingest(HERE, [click(1)], 0)
-    assert rig.clicks.positions.find_diverged([HERE]) == []
+    ingest(rig.clicks, HERE, [click(1)], 0)
+    assert rig.clicks.fences.find_diverged([HERE]) == []
     rig.store.restore(before)
-    assert rig.clicks.positions.find_diverged([HERE]) == [HERE]
+    assert rig.clicks.fences.find_diverged([HERE]) == [HERE]
     with pytest.raises(FenceMoved):
-        rig.clicks.ingest(HERE, [click(2)], 0)
-    assert rig.clicks.positions.open({HERE: (0, 10)}) == {HERE: 0}
-    rig.clicks.ingest(HERE, [click(1), click(2)], 0)
+        ingest(rig.clicks, HERE, [click(2)], 0)
+    assert rig.clicks.fences.open({HERE: (0, 10)}) == {HERE: 0}
+    ingest(rig.clicks, HERE, [click(1), click(2)], 0)
     assert len(rig.entries()) == 2
 
 
@@ -391,67 +390,64 @@ def profile(offset: int, attributes: dict[str, Any] | None, user: str = ANA) -> 
 
 def test_the_last_profile_stands_and_null_forgets() -> None:
     rig = Rig()
-    rig.clicks.ingest(HERE, [click(1)], 0)
-    rig.users.ingest(HERE, [profile(1, {"age": 1}), profile(2, {"age": 2})], 0)
+    ingest(rig.clicks, HERE, [click(1)], 0)
+    ingest(rig.users, HERE, [profile(1, {"age": 1}), profile(2, {"age": 2})], 0)
     assert rig.store.read_user(f"u{HERE}", HERE, ANA, "g").profile == {"age": 2}
-    rig.users.ingest(HERE, [profile(3, None)], 0)
+    ingest(rig.users, HERE, [profile(3, None)], 0)
     assert rig.store.read_user(f"u{HERE}", HERE, ANA, "g").profile == {}
     assert rig.entries() == []
 
 
 def test_forgotten_and_told_anew_in_one_chunk_forgets_the_list() -> None:
     rig = Rig()
-    rig.clicks.ingest(HERE, [click(1)], 0)
-    outcome = rig.users.ingest(
-        HERE, [profile(1, None), rec(2, b"{", ANA.encode()), profile(3, {"age": 3})], 0
+    ingest(rig.clicks, HERE, [click(1)], 0)
+    outcome = ingest(
+        rig.users, HERE, [profile(1, None), rec(2, b"{", ANA.encode()), profile(3, {"age": 3})], 0
     )
     assert rig.entries() == [] and rig.out.letters == [(2, "malformed_json")]
     assert rig.store.read_user(f"u{HERE}", HERE, ANA, "g").profile == {"age": 3}
-    assert (outcome.applied, outcome.rejected, rig.users.positions.lowest(HERE)) == (2, 1, 3)
+    assert (outcome.applied, outcome.rejected, rig.users.fences.lowest(HERE)) == (2, 1, 3)
 
 
 def test_a_forgetting_whose_answer_was_lost_is_not_undone_by_what_ingest_remembers() -> None:
     rig = Rig()
-    rig.users = UserIngest(
-        SETTINGS, rig.store, rig.users.positions, rig.out, ["g"], rig.clicks.profiles_written
-    )
+    rig.users = UserHandler(SETTINGS, rig.store, rig.users.fences, rig.out, ["g"], rig.clicks.cache)
     bo = next(f"b{n}" for n in range(50) if partition_of(f"b{n}", 2) == HERE)
-    rig.clicks.ingest(HERE, [click(1, "before")], 0)
+    ingest(rig.clicks, HERE, [click(1, "before")], 0)
     # Redis has forgotten her, but the connection broke: nobody told the clicks.
     profiles, slot = {ANA: None}, f"u{HERE}"
     rig.store.write_profiles(slot, Source("users", HERE), None, Fence(0, LOG), profiles, ["g"])
     with pytest.raises(FenceMoved):
-        rig.users.ingest(HERE, [rec(0, None, ANA.encode(), "users")], 0)
-    rig.users.positions.open({HERE: (0, 9)})
+        ingest(rig.users, HERE, [rec(0, None, ANA.encode(), "users")], 0)
+    rig.users.fences.open({HERE: (0, 9)})
     bos = events.encode(UserProfile(user_id=bo))
-    rig.users.ingest(HERE, [rec(1, bos, bo.encode(), "users")], 0)
-    rig.clicks.ingest(HERE, [click(2, "after")], 0)
+    ingest(rig.users, HERE, [rec(1, bos, bo.encode(), "users")], 0)
+    ingest(rig.clicks, HERE, [click(2, "after")], 0)
     assert rig.entries() == ["after"]
 
 
 def test_counts_that_could_not_be_written_are_not_skipped_by_the_next_chunk() -> None:
     rig = Rig(dedupe_window_events=20)
-    lane = TopicPipeline("clicks", rig.clicks, ThreadPoolExecutor(1), deferred=rig.clicks.counts)
-    rig.clicks.ingest(HERE, [click(0, "a")], 0)
+    ingest(rig.clicks, HERE, [click(0, "a")], 0)
     rig.now_s = 0.3
     write, away = rig.store.count_clicks, StoreUnavailable("away")
     rig.store.count_clicks = Mock(side_effect=away)  # type: ignore[method-assign]
-    assert lane.settle({HERE}) == HERE
+    assert rig.clicks.flush_due({HERE}) == HERE
     rig.store.count_clicks = write  # type: ignore[method-assign]
     more = [click(n, "b") for n in range(1, 12)]  # so many that they are counted at once
     with pytest.raises(FenceMoved):
-        rig.clicks.ingest(HERE, more, 0)
-    rig.clicks.opened(HERE)
-    assert rig.clicks.positions.open({HERE: (0, 99)}) == {HERE: 0}
-    rig.clicks.ingest(HERE, [click(0, "a"), *more], 0)
-    rig.clicks.count(HERE)
+        ingest(rig.clicks, HERE, more, 0)
+    rig.clicks.open(HERE)
+    assert rig.clicks.fences.open({HERE: (0, 99)}) == {HERE: 0}
+    ingest(rig.clicks, HERE, [click(0, "a"), *more], 0)
+    rig.clicks.popularity.write(HERE)
     assert list(rig.store.popular("i0", 9).values()) == [{"a": 1_000, "b": 11_000}]
 
 
 def test_profiles_need_a_key_and_their_own_partition() -> None:
     rig = Rig()
     log = [rec(1, b"{}", None, "users"), profile(2, {}, THERE), rec(3, b"{}", b"\xff", "users")]
-    rig.users.ingest(HERE, log, 0)
+    ingest(rig.users, HERE, log, 0)
     assert rig.out.letters == [(1, "no_key"), (2, "wrong_partition"), (3, "malformed_key")]
 
 
@@ -465,8 +461,8 @@ def item(offset: int, available: bool = True, **more: Any) -> Any:
 
 def test_an_item_is_published_once_a_chunk_with_its_source_offset() -> None:
     rig = Rig()
-    rig.items.ingest(
-        HERE, [item(1, title="old"), item(2, tags=["new"], attributes={"year": 1999})], 0
+    ingest(
+        rig.items, HERE, [item(1, title="old"), item(2, tags=["new"], attributes={"year": 1999})], 0
     )
     (record,) = rig.out.published
     assert (record.item_id, record.partition, record.offset, record.at_ms, record.written_us) == (
@@ -483,11 +479,11 @@ def test_an_item_is_published_once_a_chunk_with_its_source_offset() -> None:
 
 def test_unavailable_is_retired_but_keeps_its_card_and_null_deletes() -> None:
     rig = Rig()
-    rig.items.ingest(HERE, [item(1, available=False)], 0)
+    ingest(rig.items, HERE, [item(1, available=False)], 0)
     assert (
         rig.out.published[0].retired and not rig.store.read_item_metadata([FILM], 1)[FILM].deleted
     )
-    rig.items.ingest(HERE, [rec(2, None, FILM.encode(), "items")], 0)
+    ingest(rig.items, HERE, [rec(2, None, FILM.encode(), "items")], 0)
     assert rig.out.published[1].retired and rig.store.read_item_metadata([FILM], 1)[FILM].deleted
     assert rig.out.published[1].at_ms == MS
 
@@ -504,14 +500,13 @@ def test_what_is_published_but_has_no_cards_yet_is_not_published_again() -> None
 
     rig.store.write_item_metadata = dies  # type: ignore[method-assign]
     with pytest.raises(RuntimeError):
-        rig.items.ingest(HERE, [item(1)], 0)
+        ingest(rig.items, HERE, [item(1)], 0)
     assert calls == ["items@g", "items"]
     rig.store.write_item_metadata = write  # type: ignore[method-assign]
-    positions = rig._at("items", lambda p: metadata.sources(SETTINGS, "g", p))
-    assert positions.open({HERE: (0, 10)}) == {HERE: 0}
-    towers = rig.items._towers
-    after = ItemIngest(SETTINGS, rig.store, positions, rig.out, rig.out, towers, lambda: 9)
-    after.ingest(HERE, [item(1)], 0)
+    fences = PartitionFences(SETTINGS, rig.store, ITEMS, {ITEMS: LOG}, ["g"])
+    assert fences.open({HERE: (0, 10)}) == {HERE: 0}
+    after = ItemHandler(SETTINGS, rig.store, fences, rig.out, [rig.generation], 0.0)
+    ingest(after, HERE, [item(1)], 0)
     assert len(rig.out.published) == 1 and FILM in rig.store.read_item_metadata([FILM], 1)
 
 
@@ -523,19 +518,17 @@ def test_items_of_wrong_keys_and_partitions_are_refused() -> None:
         rec(2, None, other.encode(), "items"),
         rec(3, events.encode(Item(item_id="x")), FILM.encode(), "items"),
     ]
-    rig.items.ingest(HERE, log, 0)
+    ingest(rig.items, HERE, log, 0)
     assert [reason for _, reason in rig.out.letters] == ["no_key", "wrong_partition", "wrong_key"]
-    assert rig.out.published == [] and rig.items.positions.lowest(HERE) == 3
+    assert rig.out.published == [] and rig.items.fences.lowest(HERE) == 3
 
 
 # --- positions
 
 
 def opened(store: MemoryStore, begin: int, end: int, log: LogId = LOG) -> int:
-    positions = PartitionFences(
-        store, "clicks", lambda p: handler.sources(SETTINGS, p), lambda: log
-    )
-    return positions.open({0: (begin, end)})[0]
+    fences = PartitionFences(SETTINGS, store, CLICKS, {CLICKS: log})
+    return fences.open({0: (begin, end)})[0]
 
 
 def test_the_position_is_the_lowest_fence_plus_one() -> None:
@@ -570,12 +563,9 @@ def test_clicks_that_retention_took_are_refused_with_the_ways_out(applied: int |
 
 def test_compacted_topics_are_read_from_their_beginning() -> None:
     store = MemoryStore()
-    for name, sources_of in (
-        ("items", lambda p: metadata.sources(SETTINGS, "1", p)),
-        ("users", lambda p: users.sources(SETTINGS, p)),
-    ):
-        positions = PartitionFences(store, name, sources_of, lambda: LOG)
-        assert positions.open({0: (7, 9)}) == {0: 7}
+    for name in (ITEMS, USERS):
+        fences = PartitionFences(SETTINGS, store, name, {name: LOG}, ["1"])
+        assert fences.open({0: (7, 9)}) == {0: 7}
 
 
 def test_another_log_is_refused_with_both_ids_and_the_way_out() -> None:
@@ -725,12 +715,12 @@ def test_an_item_that_the_tower_cannot_place_is_a_dead_letter_and_the_others_go_
                 [[np.nan, 0] if i.item_id == strange else [1, 0] for i in items], np.float32
             )
 
-    rig.items._towers.item_tower = Tower()  # type: ignore[misc]
+    rig.generation.towers.item_tower = Tower()  # type: ignore[misc]
     log = [
         rec(n, events.encode(Item(item_id=item_id)), item_id.encode(), "items")
         for n, item_id in enumerate((good, bad, strange))
     ]
-    outcome = rig.items.ingest(HERE, log, 0)
+    outcome = ingest(rig.items, HERE, log, 0)
     assert (outcome.applied, outcome.rejected) == (1, 2)
     assert [record.item_id for record in rig.out.published] == [good]
     assert [reason for _, reason in rig.out.letters] == ["bad_vector", "bad_vector"]

@@ -63,7 +63,7 @@ def made(settings: Settings, *producers: FakeProducer) -> TransactionalPublisher
     result = TransactionalPublisher(settings, "g")
     for partition, producer in enumerate(producers):
         result._producers[partition] = producer
-        result._proven_s[partition] = publisher._since_boot_s()
+        result._confirmed_s[partition] = publisher._since_boot_s()
     return result
 
 
@@ -119,14 +119,14 @@ def test_in_a_loop_that_runs_anyway_tasks_and_other_threads_publish_by_the_same_
     async def run() -> None:
         producer = FakeProducer()
         out = made(SETTINGS, producer)
-        out.live_in(asyncio.get_running_loop())
+        out.attach(asyncio.get_running_loop())
         async with asyncio.timeout(5):
-            assert await out.publishing({0: [RECORD]}) == {}
+            assert await out.publish_async({0: [RECORD]}) == {}
             assert await asyncio.to_thread(out.publish, {0: [RECORD, RECORD]}) == {}
             assert producer.calls == [("send", "item-vectors.g", 0)] * 3
             with pytest.raises(KafkaUnavailable):
                 await asyncio.to_thread(out.open, 1)
-            await out.leave()
+            await out.detach()
         assert producer.calls[-1] == "stop" and not out._producers
         out.close()
 
@@ -151,13 +151,13 @@ def test_a_producer_that_was_cancelled_in_the_midst_of_something_is_let_go() -> 
     async def run() -> None:
         producer = Hangs()
         out = made(SETTINGS, producer)
-        out.live_in(asyncio.get_running_loop())
-        publishing = asyncio.create_task(out.publishing({0: [RECORD]}))
+        out.attach(asyncio.get_running_loop())
+        publishing = asyncio.create_task(out.publish_async({0: [RECORD]}))
         await asked(producer)
         publishing.cancel()
         await asyncio.gather(publishing, return_exceptions=True)
         assert publishing.cancelled()
-        await out.leave()
+        await out.detach()
         assert producer.calls[-1] == "stop" and not out._producers
         out.close()
 
@@ -178,7 +178,7 @@ def test_a_connection_that_was_given_up_inside_is_kafka_that_is_away() -> None:
 
 
 def test_no_thread_waits_for_a_loop_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publisher, "_LOOK_S", 0.05)
+    monkeypatch.setattr(publisher, "_LOOP_CHECK_S", 0.05)
     producer = Hangs()
     out = made(msgspec.structs.replace(SETTINGS, kafka_timeout_ms=60_000), producer)
     ends: list[BaseException] = []
@@ -190,12 +190,12 @@ def test_no_thread_waits_for_a_loop_that_ends(monkeypatch: pytest.MonkeyPatch) -
             ends.append(error)
 
     loop = asyncio.new_event_loop()
-    out.live_in(loop)
+    out.attach(loop)
     threads = [threading.Thread(target=publish, daemon=True) for _ in range(3)]
     threads[0].start()
     loop.run_until_complete(asked(producer))
     # Its call is left unanswered, as what comes in while a loop ends.
-    out._left = True
+    out._detached = True
     threads[0].join(5)
     threads[1].start()
     threads[1].join(5)
@@ -213,7 +213,7 @@ def test_what_it_needs_of_aiokafka_is_there() -> None:
     """A new version: read `Sender`, `TransactionManager` and `MessageAccumulator` before this is changed."""
     assert version("aiokafka") == "0.14.0"
     TransactionalPublisher(SETTINGS, "g").close()
-    assert sender.BACKOFF_OVERRIDE == publisher._AGAIN_S
+    assert sender.BACKOFF_OVERRIDE == publisher._CONCURRENT_RETRY_S
     assert "return BACKOFF_OVERRIDE" in inspect.getsource(sender.AddPartitionsToTxnHandler)
     assert "self._txn_manager = TransactionManager(" in inspect.getsource(AIOKafkaProducer.__init__)
     assert "if self.transactional_id is None:\n            return" in inspect.getsource(

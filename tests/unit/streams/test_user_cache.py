@@ -21,7 +21,7 @@ def missing(cache: UserCache, slot: str, users: list[str]) -> list[str]:
 def take(
     cache: UserCache, slot: str, users: list[str], read: UserRead | None = None
 ) -> dict[str, CachedUser]:
-    return cache.take(cache.look(slot, users)[0], read)
+    return cache.complete(cache.look(slot, users)[0], read)
 
 
 def draft(entries: int) -> CachedUser:
@@ -34,42 +34,42 @@ def draft(entries: int) -> CachedUser:
 def test_no_more_entries_are_kept_than_allowed_and_the_least_used_go(
     entries_max: int, kept: int
 ) -> None:
-    cache = UserCache(MemoryStore(), "1", entries_max)
+    cache = UserCache(MemoryStore(), ["1"], entries_max)
     for user in ("a", "b", "c"):
-        cache.give_back("u3", {user: draft(10)})
+        cache.keep("u3", {user: draft(10)})
     assert missing(cache, "u3", ["c", "b", "a"]) == ["c", "b", "a"][kept:]
 
 
 def test_a_user_that_grows_is_counted_anew() -> None:
-    cache = UserCache(MemoryStore(), "1", 30)
-    cache.give_back("u3", {"a": draft(5), "b": draft(5)})
+    cache = UserCache(MemoryStore(), ["1"], 30)
+    cache.keep("u3", {"a": draft(5), "b": draft(5)})
     drafts = take(cache, "u3", ["a"])
     drafts["a"].entries += [Entry("more", 1)] * 15
-    cache.give_back("u3", drafts)
+    cache.keep("u3", drafts)
     assert missing(cache, "u3", ["a", "b"]) == ["b"]  # 24 + 9 are too many
-    cache.give_back("u3", {"b": draft(2)})
+    cache.keep("u3", {"b": draft(2)})
     assert missing(cache, "u3", ["a", "b"]) == []
 
 
 def test_who_is_needed_again_stays_and_who_is_not_leaves_first() -> None:
-    cache = UserCache(MemoryStore(), "1", 42)
+    cache = UserCache(MemoryStore(), ["1"], 42)
     for user in ("a", "b", "c"):
-        cache.give_back("u3", {user: draft(10)})
-    cache.give_back("u3", take(cache, "u3", ["a", "b"]))
-    cache.give_back("u3", {"d": draft(10)})
+        cache.keep("u3", {user: draft(10)})
+    cache.keep("u3", take(cache, "u3", ["a", "b"]))
+    cache.keep("u3", {"d": draft(10)})
     assert missing(cache, "u3", ["a", "b", "c", "d"]) == ["c"]
     # Passed over once: now the two that came first are as good as anybody.
-    cache.give_back("u3", {"e": draft(10)})
+    cache.keep("u3", {"e": draft(10)})
     assert missing(cache, "u3", ["a", "b", "d", "e"]) == ["d"]
-    cache.give_back("u3", {"f": draft(10)})
+    cache.keep("u3", {"f": draft(10)})
     assert missing(cache, "u3", ["a", "b", "e", "f"]) == ["a"] and cache.entries == 42
 
 
 def test_a_user_that_begins_anew_takes_the_place_of_the_one_he_was() -> None:
-    cache = UserCache(MemoryStore(), "1", 100)
-    cache.give_back("u3", {"a": draft(10)})
+    cache = UserCache(MemoryStore(), ["1"], 100)
+    cache.keep("u3", {"a": draft(10)})
     before = take(cache, "u3", ["a"])["a"]
-    cache.give_back("u3", {"a": draft(2)})
+    cache.keep("u3", {"a": draft(2)})
     assert (
         cache.entries == 6
         and not before.kept
@@ -79,32 +79,32 @@ def test_a_user_that_begins_anew_takes_the_place_of_the_one_he_was() -> None:
 
 @pytest.mark.parametrize("users", [255, 256, 257, 2_000])
 def test_making_room_passes_over_a_limited_number_at_once(users: int) -> None:
-    cache = UserCache(MemoryStore(), "1", 5 * users)
+    cache = UserCache(MemoryStore(), ["1"], 5 * users)
     everybody = {str(n): draft(1) for n in range(users)}
-    cache.give_back("u3", everybody)
-    cache.give_back("u3", take(cache, "u3", list(everybody)))
-    cache.give_back("u3", {"one more": draft(1)})
+    cache.keep("u3", everybody)
+    cache.keep("u3", take(cache, "u3", list(everybody)))
+    cache.keep("u3", {"one more": draft(1)})
     passed_over = sum(not d.used for d in cache._users.values()) - 1
     assert passed_over == min(users, 256) - (users <= 256) and cache.entries == 5 * users
 
 
 def test_a_large_profile_counts_like_the_behaviours_that_it_takes_the_room_of() -> None:
-    cache = UserCache(MemoryStore(), "1", 600)
+    cache = UserCache(MemoryStore(), ["1"], 600)
     profiles = {"a": {f"n{n}": "x" * 1_000 for n in range(64)}, "b": {"age": 3}}
-    cache.give_back("u3", take(cache, "u3", ["a", "b"], UserRead(None, {}, {}, {}, profiles)))
+    cache.keep("u3", take(cache, "u3", ["a", "b"], UserRead(None, {}, {}, {"1": {}}, profiles)))
     assert 4 + 4 + 64_000 // 150 <= cache.entries <= 600
-    cache.give_back("u3", {"c": draft(200)})
+    cache.keep("u3", {"c": draft(200)})
     assert missing(cache, "u3", ["a", "b", "c"]) == ["a"]
 
 
 def test_a_dropped_slot_is_read_again_and_other_slots_stay() -> None:
     store = MemoryStore()
     store.write_users("u3", CLICKS, None, Fence(4, LOG), UserEffects(accepted={"e": 4}))
-    cache = UserCache(store, "1", 100)
+    cache = UserCache(store, ["1"], 100)
     known = cache.slot("u3", CLICKS, Fence(4, LOG))
     assert known.window.known == {"e": 4} and cache.slot("u3", CLICKS, None) is known
-    cache.give_back("u3", {"a": draft(1)})
-    cache.give_back("u4", {"a": draft(1)})
+    cache.keep("u3", {"a": draft(1)})
+    cache.keep("u4", {"a": draft(1)})
     cache.drop("u3")
     assert missing(cache, "u3", ["a"]) == ["a"] and missing(cache, "u4", ["a"]) == []
     with pytest.raises(FenceMoved):
@@ -113,9 +113,9 @@ def test_a_dropped_slot_is_read_again_and_other_slots_stay() -> None:
 
 def test_users_whose_profile_was_written_are_read_again_under_its_fence() -> None:
     store = MemoryStore()
-    cache = UserCache(store, "1", 100)
+    cache = UserCache(store, ["1"], 100)
     known = cache.slot("u3", CLICKS, None)
-    cache.give_back("u3", {"a": draft(1), "b": draft(1)})
+    cache.keep("u3", {"a": draft(1), "b": draft(1)})
     cache.profiles_written("u3", None, Fence(9, LOG), ["a", "x"])
     assert missing(cache, "u3", ["a", "b"]) == ["a"]
     assert known.profiles == str(Fence(9, LOG))
@@ -123,26 +123,26 @@ def test_users_whose_profile_was_written_are_read_again_under_its_fence() -> Non
 
 
 def test_a_write_of_profiles_that_nobody_told_of_makes_all_users_unknown() -> None:
-    cache = UserCache(MemoryStore(), "1", 100)
+    cache = UserCache(MemoryStore(), ["1"], 100)
     cache.slot("u3", CLICKS, None)
-    cache.give_back("u3", {"a": draft(1), "b": draft(1)})
+    cache.keep("u3", {"a": draft(1), "b": draft(1)})
     cache.profiles_written("u3", Fence(8, LOG), Fence(9, LOG), ["a"])  # that of 8 was never told of
     assert missing(cache, "u3", ["a", "b"]) == ["a", "b"] and cache.entries == 0
 
 
 def test_users_that_leave_while_they_are_taken_are_counted_once_when_they_return() -> None:
-    cache = UserCache(MemoryStore(), "1", 28)
-    cache.give_back("u4", {"b": draft(10)})
+    cache = UserCache(MemoryStore(), ["1"], 28)
+    cache.keep("u4", {"b": draft(10)})
     for _ in range(3):
         taken = {slot: take(cache, slot, [user]) for slot, user in (("u3", "a"), ("u4", "b"))}
-        cache.give_back("u3", {"a": draft(20)})  # b leaves
-        cache.give_back("u4", taken["u4"])
+        cache.keep("u3", {"a": draft(20)})  # b leaves
+        cache.keep("u4", taken["u4"])
         kept = [draft_.size for draft_ in cache._users.values()]
         assert cache.entries == sum(kept) <= 28
 
 
 def test_a_user_is_taken_as_he_was_read() -> None:
-    cache = UserCache(MemoryStore(), "1", 100)
+    cache = UserCache(MemoryStore(), ["1"], 100)
     listed = UserHistory(at_ms=8, entries=(Entry("a", 8),))
     read = UserRead(
         None,
@@ -155,7 +155,8 @@ def test_a_user_is_taken_as_he_was_read() -> None:
     users = take(cache, "u3", ["ana", "bo", "new"], read)
     ana = users["ana"]
     assert (ana.entries, ana.recent, ana.at_ms) == ([Entry("a", 8)], [("a", 8)], 8)
-    assert (ana.steps, ana.vector, ana.profile) == (3, b"1234", {"age": 3})
+    assert (ana.embeddings[0].steps, ana.embeddings[0].vector) == (3, b"1234")
+    assert ana.profile == {"age": 3}
     assert users["bo"].recent is None  # nobody knows what is stored: write it whole
     assert (users["new"].entries, users["new"].recent) == ([], [])
 
