@@ -49,9 +49,7 @@ _pack = msgspec.msgpack.Encoder().encode
 
 
 class Meter:
-    """CPU seconds of this process and of Redis between two counts of events, as the last thing it
-    says.
-    """
+    """Prints the CPU seconds of this process and of Redis between two counts of events."""
 
     def __init__(self, settings: Settings, warm: int, count: int) -> None:
         self._redis = redis.Redis.from_url(settings.redis_url)

@@ -119,7 +119,7 @@ def _run(settings: Settings) -> None:
 
 
 def _refuse_lost(settings: Settings, clicks: ClickHandler) -> None:
-    """Raise LogMismatch where retention removed clicks, of any partition, before they were applied."""
+    """Raise LogMismatch where retention removed clicks of any partition that were not applied."""
     begins = topics.beginning_offsets(settings, CLICKS)
     # The ends are read later: another ingest may be moving them.
     clicks.fences.open({partition: (begin, 2**62) for partition, begin in begins.items()})

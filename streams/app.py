@@ -149,7 +149,10 @@ class IngestApp(ConsumerOwner):
             await self._app.batches.check_group()
 
     async def run(self) -> None:
-        """Run until `end`, then finish and commit the running batches. Raises the error of `end`."""
+        """Run until `end`, then finish and commit the running batches.
+
+        Raises the error of `end`.
+        """
         started = asyncio.create_task(self._app.start())
         started.add_done_callback(self._started)
         crashed = asyncio.create_task(self._app.wait_crashed())
@@ -301,7 +304,7 @@ class IngestApp(ConsumerOwner):
                     await consumer.rewind({TP(pipeline.topic, p) for p in diverged})
 
     async def _read_ends(self) -> None:
-        """Read where the logs end, for the lag: a partition that stands still is not fetched either."""
+        """Read where the logs end, for the lag: paused partitions are not fetched."""
         mine = {at for at in self._app.batches.assignment() if at.topic in self._pipelines}
         try:
             async with asyncio.timeout(_WATCH_S):

@@ -38,7 +38,10 @@ def outlet_producer(settings: Settings) -> KafkaProducer:
 
 
 class Delivery:
-    """Sends records and confirms them. Thread rule: one batch at a time; the producer may be shared."""
+    """Sends records and confirms them.
+
+    Thread rule: one batch at a time; the producer may be shared.
+    """
 
     def __init__(self, producer: KafkaProducer, timeout_s: float) -> None:
         self._producer = producer
@@ -46,7 +49,10 @@ class Delivery:
         self._sent: list[Any] = []
 
     def send(self, topic: str, value: bytes, **more: Any) -> None:
-        """Queue a record. Raises KafkaUnavailable where Kafka does not answer the metadata request."""
+        """Queue a record.
+
+        Raises KafkaUnavailable where Kafka does not answer the metadata request.
+        """
         try:
             self._sent.append(self._producer.send(topic, value, **more))
         except KafkaError as error:
@@ -54,7 +60,10 @@ class Delivery:
             raise _translate(topic, error) from error
 
     def flush(self) -> None:
-        """Return once Kafka has stored every queued record. An error means: apply the batch again."""
+        """Return once Kafka has stored every queued record.
+
+        An error means: apply the batch again.
+        """
         sent, self._sent = self._sent, []
         if not sent:
             return
@@ -138,7 +147,7 @@ class KafkaForwarder(Forwarder, ForgetSink):
 
 
 def _translate(topic: str, error: KafkaError) -> Exception:
-    """KafkaUnavailable for errors that a retry may resolve, KafkaRefused for a missing right; others as is."""
+    """KafkaUnavailable where a retry may help, KafkaRefused for a missing right, else as it is."""
     if lacks_right(error):
         return KafkaRefused(
             f"topic {topic}: {error}; docs/security.md lists the rights that Eddyline needs"

@@ -62,7 +62,10 @@ class HandlerThread:
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What a pipeline has done. seconds: spent on applying; rewinds: partitions sent back to their fence."""
+    """What a pipeline has done.
+
+    seconds: spent on applying; rewinds: partitions sent back to their fence.
+    """
 
     batches: int = 0
     rewinds: int = 0

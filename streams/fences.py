@@ -93,7 +93,7 @@ class PartitionFences:
         self._replay_from: dict[int, int] = {}
 
     def replay_from(self, partition: int, first: int) -> None:
-        """At the next `open`, read from the offset `first` on, although the fences are beyond it."""
+        """At the next `open`, read from the offset `first` on, although fences are beyond it."""
         self._replay_from[partition] = min(first, self._replay_from.get(partition, first))
 
     def open(
@@ -214,24 +214,28 @@ class PartitionFences:
         )
         return LogMismatch(
             f"topic {self._topic}, partition {partition}: {state}, but the log begins with offset "
-            f"{begin}: Kafka's retention removed offsets {first} to {last} ({last - first + 1:,}) before "
-            "they were applied here. Stop every ingest and run `eddyline refill`, which applies them from "
-            "the archive; or `eddyline accept-log --skip-lost` to go on without them, as on a first start "
-            "on an old topic."
+            f"{begin}: Kafka's retention removed offsets {first} to {last} "
+            f"({last - first + 1:,}) before they were applied here. Stop every ingest and run "
+            "`eddyline refill`, which applies them from the archive; or `eddyline accept-log "
+            "--skip-lost` to go on without them, as on a first start on an old topic."
         )
 
     def _check(self, source: Source, slot: str, fence: Fence | None, end: int, now: LogId) -> None:
         if fence is None or (fence.log == now and fence.offset < end):
             return
-        at = f"topic {self._topic}, partition {source.partition} (fence of {source.name} in slot {slot})"
+        at = (
+            f"topic {self._topic}, partition {source.partition} (fence of {source.name} in slot "
+            f"{slot})"
+        )
         way_out = (
-            "If the log is to go on as it is now, stop every ingest and run `eddyline accept-log`: it "
-            "removes the fences of logs that no longer exist; a new log is then read from its beginning."
+            "If the log is to go on as it is now, stop every ingest and run `eddyline accept-log`: "
+            "it removes the fences of logs that no longer exist; a new log is then read from its "
+            "beginning."
         )
         if "@" in source.name:
             way_out = (
-                f"Item vectors of generation {source.name.partition('@')[2]} are versioned by the old log: "
-                "train and activate a new generation with `eddyline train`."
+                f"Item vectors of generation {source.name.partition('@')[2]} are versioned by the "
+                "old log: train and activate a new generation with `eddyline train`."
             )
         if fence.log != now:
             raise LogMismatch(
@@ -240,8 +244,9 @@ class PartitionFences:
                 f"{now.topic_id}. {way_out}"
             )
         raise LogMismatch(
-            f"{at}: the state has everything up to offset {fence.offset}, but the log ends before {end} "
-            f"(cluster {now.cluster_id}, topic id {now.topic_id}): Kafka lost records. {way_out}"
+            f"{at}: the state has everything up to offset {fence.offset}, but the log ends before "
+            f"{end} (cluster {now.cluster_id}, topic id {now.topic_id}): Kafka lost records. "
+            f"{way_out}"
         )
 
 

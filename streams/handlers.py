@@ -101,7 +101,10 @@ class Handlers:
 
     @cached_property
     def users(self) -> UserHandler:
-        """The handler of `users`. It writes the slots of `clicks`, so both share a thread and a cache."""
+        """The handler of `users`.
+
+        It writes the slots of `clicks`, so both share a thread and a cache.
+        """
         return UserHandler(
             self._settings,
             self._store,

@@ -123,7 +123,7 @@ _COUNTS = tuple(f.name for f in fields(Outcome))
 
 
 class PartitionLost(EddylineError):
-    """Another process has taken over this partition's transactional id: stop writing, do not retry."""
+    """Another process has taken over this partition's transactional id: do not retry."""
 
 
 class Handler(Protocol):
@@ -184,17 +184,26 @@ class DeadLetterSink(Protocol):
         """Queue a refused record with its reason."""
 
     def flush(self) -> None:
-        """Return once Kafka has stored every queued record. Raises KafkaUnavailable after a time-out."""
+        """Return once Kafka has stored every queued record.
+
+        Raises KafkaUnavailable after a time-out.
+        """
 
 
 class Forwarder(Protocol):
-    """Sends a record that lies in a wrong partition to its own. Thread rule: one batch at a time."""
+    """Sends a record that lies in a wrong partition to its own.
+
+    Thread rule: one batch at a time.
+    """
 
     def forward(self, record: Record, key: bytes, value: bytes, partition: int) -> None:
         """Queue the record for `partition` of its own topic, with the header `origin`."""
 
     def flush(self) -> None:
-        """Return once Kafka has stored every queued record. Raises KafkaUnavailable after a time-out."""
+        """Return once Kafka has stored every queued record.
+
+        Raises KafkaUnavailable after a time-out.
+        """
 
 
 class ForgetSink(Protocol):
@@ -204,7 +213,10 @@ class ForgetSink(Protocol):
         """Queue an `events.Forget` for the user's partition. record: the null record of `users`."""
 
     def flush(self) -> None:
-        """Return once Kafka has stored every queued record. Raises KafkaUnavailable after a time-out."""
+        """Return once Kafka has stored every queued record.
+
+        Raises KafkaUnavailable after a time-out.
+        """
 
 
 class RecordPublisher(Protocol):
@@ -276,7 +288,7 @@ class Stepper(Protocol):
         targets: Sequence[int],
         event_keys: Sequence[str],
     ) -> Vectors:
-        """The new embeddings, float32 (n, d), of n different users; targets are rows of the catalogue."""
+        """New embeddings, float32 (n, d), of n different users; targets: rows of the catalogue."""
 
 
 class Towers(Protocol):

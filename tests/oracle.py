@@ -1,13 +1,15 @@
-"""The oracle: the state that the topics give, whatever happened on the way; all of it is compared with Redis.
+"""The oracle: the state that the topics give, whatever happened on the way; all of it is compared
+with Redis.
 
-`Topics.read` reads clicks, items, users, dead letters and item vectors to their ends. `truth` applies the
-first three, in chunks of another size than ingest's, through ingest's own functions to a store in memory.
-`differences` then compares every fence, event-id window, list, embedding, profile, count and card, the last
-record of every item in the item vectors, every dead letter, and looks for keys that should not be there. The
-popularity counts are also made once more by hand, event by event.
+`Topics.read` reads clicks, items, users, dead letters and item vectors to their ends. `truth`
+applies the first three, in batches of another size than ingest's, through the handlers of ingest to
+a store in memory. `differences` then compares every fence, event-id window, list, embedding,
+profile, count and card, the last record of every item in the item vectors, every dead letter, and
+looks for keys that should not be there. The popularity counts are also counted by hand,
+event by event.
 
-A store in memory and chunks of 97 have their own tests against Redis; what the oracle does not share with a
-running system are its processes, its scripts, its retries and its faults.
+A store in memory and batches of 97 have their own tests against Redis; what the oracle does not
+share with a running system are its processes, its scripts, its retries and its faults.
 """
 
 from __future__ import annotations
@@ -38,9 +40,10 @@ from streams.ports import Record
 from tests.applying import ingest
 from tests.topics import Topics, counted_plainly
 
-# Not a divisor of ingest's 256, so that no chunk of the oracle's ends where one of ingest's does.
+# Not a divisor of ingest's 256, so that no batch of the oracle ends where one of ingest does.
 BATCH = 97
-# Users in one read. Event ids go all at once: a store may have to read its whole window for any of them.
+# Users in one read. Event ids go all at once: a store may have to read its whole window for any of
+# them.
 AT_A_TIME = 500
 # More than any bucket of popularity counts holds.
 ALL = 2**31 - 1
@@ -58,7 +61,7 @@ class Truth:
     published: dict[str, ItemRecord] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
 
-    # The ports to Kafka, as ingest's functions need them.
+    # The ports to Kafka, as the handlers need them.
 
     def put(self, record: Record, rejected: Rejected) -> None:
         self.refused[f"{record.topic}/{record.partition}/{record.offset}"] = rejected.reason
@@ -84,7 +87,8 @@ class Truth:
 def truth(settings: Settings, topics: Topics, towers: Bundle, batch: int = BATCH) -> Truth:
     """Apply the topics to an empty store in memory, `batch` records at a time.
 
-    Users come before clicks. That is exact where no user whose clicks take micro-steps has a profile that
+    Users come before clicks. That is exact where no user whose clicks take micro-steps has a
+    profile that
     changes: between two topics there is no order that a second reading would find again.
     """
     found = Truth()
@@ -133,7 +137,7 @@ class Compared:
 
 
 def compare(settings: Settings, generation: str = "1", batch: int = BATCH) -> Compared:
-    """Read the topics, recompute everything, and compare all of it with what Redis and Kafka hold."""
+    """Read the topics, recompute everything, and compare it with what Redis and Kafka hold."""
     topics = Topics.read(settings, generation)
     towers = bundles.load(settings.bundles / generation)
     return differences(settings, topics, truth(settings, topics, towers, batch), generation)
@@ -239,7 +243,7 @@ def _users(
 ) -> None:
     slot, source = f"u{partition}", Source(kafka_topics.CLICKS, partition)
     fence = stores[1].fences(source, [slot])[slot]
-    # Ids that lie lower can no longer be met; when they leave depends on where chunks end.
+    # Ids that lie lower can no longer be met; when they leave depends on where batches end.
     floor = 0 if fence is None else fence.offset + 1 - settings.dedupe_window_events
     windows = [
         s.read_users(slot, source, sorted(names.events[partition]), []).accepted_at for s in stores
@@ -267,7 +271,8 @@ def _users(
         )
 
 
-# The key schema at the top of `eddyline/stores/redis.py`: the layout, a fence, what is behind a slot's tag.
+# The key schema at the top of `eddyline/stores/redis.py`: the layout, a fence, what is behind a
+# slot's tag.
 _KEY = re.compile(
     r"(?:(?P<layout>layout)|fence:\{(?P<fence>[ui]\d+)\}:[^:]+:\d+|\{(?P<slot>[ui]\d+)\}:"
     r"(?:(?P<whole>window|buckets)|popular:(?P<bucket>\d+)|(?P<kind>[hopc]):(?P<id>.+)"

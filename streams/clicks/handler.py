@@ -201,8 +201,8 @@ class ClickHandler(Handler):
                     # The origin serves as the id, so that forwarding twice counts once.
                     value = events.encode(msgspec.structs.replace(event, event_id=at))
                 log.warning(
-                    "click in a wrong partition forwarded; its producer needs a key and Kafka's murmur2 "
-                    "partitioner",
+                    "click in a wrong partition forwarded; its producer needs a key and Kafka's "
+                    "murmur2 partitioner",
                     extra={"at": at},
                 )
                 self._forward_event(record, event.user_id, value, one.outcome)
@@ -233,7 +233,7 @@ class ClickHandler(Handler):
 
     @contextmanager
     def _guard(self, clicks: Sequence[ClickBatch]) -> Iterator[None]:
-        """An error in the body drops the cached slots; FenceMoved and Unavailable end these batches only."""
+        """An error drops the cached slots; FenceMoved and Unavailable end these batches only."""
         try:
             yield
         except BaseException as error:

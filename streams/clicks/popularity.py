@@ -74,7 +74,10 @@ class PopularityCounts(WriteBehind[_Counts]):
             self._write(Source(CLICKS, partition), self._pending[partition])
 
     def add(self, source: Source, last: Fence, accepted: Sequence[Event]) -> None:
-        """Add the events up to `last`; write once there are enough, or they are due. Raises as `write`."""
+        """Add the events up to `last`; write once there are enough, or they are due.
+
+        Raises as `write`.
+        """
         pending = self._pending.get(source.partition)
         if pending is None:
             done = {slot: self._fences.done(source, slot) for slot in self._item_slots}
@@ -99,7 +102,7 @@ class PopularityCounts(WriteBehind[_Counts]):
             self._write(source, pending)
 
     def _milli_count(self, click: Click) -> int:
-        """The event's weight in thousandths; 0 for a dislike, and for a moved event, counted before."""
+        """The event's weight in thousandths; 0 for a dislike and for a moved event."""
         if is_moved(click):
             return 0
         return round(

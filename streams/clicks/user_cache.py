@@ -63,7 +63,7 @@ class CachedUser:
 
 
 class Window:
-    """The accepted event ids of one partition: id -> offset; at least those that can still match."""
+    """The accepted event ids of one partition, id -> offset: all that can still match."""
 
     def __init__(self, accepted: dict[str, int]) -> None:
         self.known = accepted
@@ -115,7 +115,10 @@ class UserCache:
         self.found = 0
 
     def slot(self, slot: str, source: Source, fence: Fence | None) -> Slot:
-        """The slot, read where it is not cached. Raises FenceMoved where its fence is not `fence`."""
+        """The slot, read where it is not cached.
+
+        Raises FenceMoved where its fence is not `fence`.
+        """
         known = self._slots.get(slot)
         if known is None:
             read = self._store.read_slot(slot, source)
@@ -150,7 +153,7 @@ class UserCache:
             user.last = None
             for embedding in user.embeddings:
                 embedding.counted = False
-            # The user may have been evicted since `look`, for users of another slot, or begun anew.
+            # The user may have been evicted since `look`, for users of another slot, or emptied.
             if user.kept:
                 user.used = True
             else:
@@ -182,7 +185,7 @@ class UserCache:
             self._evict((slot, user_id))
 
     def drop(self, slot: str) -> None:
-        """Discard a slot and its users: its partition was lost or is read again, or a write failed."""
+        """Discard a slot and its users: its partition is read again, or a write failed."""
         if self._slots.pop(slot, None) is None:
             return
         for key in [key for key in self._users if key[0] == slot]:

@@ -106,7 +106,7 @@ class UserUpdates:
     def _next_steps(
         self, user: CachedUser, record: Record, click: Click
     ) -> Sequence[tuple[int, Step]]:
-        """The event's step in each generation that has the item; without a history while only counting."""
+        """The event's step in each generation that has the item; no history while only counting."""
         if click.kind == "dislike":
             return ()
         steps = []
@@ -146,18 +146,18 @@ class UserUpdates:
         kept = [entry for entry in user.entries if entry.at_ms > forget.forget_until_ms]
         if kept and len(kept) == len(user.entries):
             return
-        anew = self._empty(user, forget.user_id)
+        fresh = self._empty(user, forget.user_id)
         if kept:
-            anew.entries, anew.recent, anew.at_ms, anew.last = kept, None, user.at_ms, record
+            fresh.entries, fresh.recent, fresh.at_ms, fresh.last = kept, None, user.at_ms, record
 
     def _empty(self, user: CachedUser, user_id: str) -> CachedUser:
         """Start an empty list and embedding."""
         self.steps = [[s for s in steps if s.user_id != user_id] for steps in self.steps]
         self._emptied[user_id] = None
         embeddings = tuple(UserEmbedding() for _ in self._micro)
-        anew = CachedUser([], [], 0, embeddings, user.profile, more=user.more)
-        self.users[user_id] = anew
-        return anew
+        fresh = CachedUser([], [], 0, embeddings, user.profile, more=user.more)
+        self.users[user_id] = fresh
+        return fresh
 
 
 def bounds(settings: Settings) -> Bounds:

@@ -54,7 +54,10 @@ class ConsumerOwner(Protocol):
     """What the consumer needs of its process; `streams.app.IngestApp` is one. In the app's loop."""
 
     async def position(self, bounds: Bounds) -> Mapping[TP, int]:
-        """Where to read on. bounds: (begin, end) of partitions. May raise Unavailable, LogMismatch."""
+        """Where to read on.
+
+        bounds: (begin, end) of partitions. May raise Unavailable, LogMismatch.
+        """
 
     def report_wait(self, error: Exception, wait_s: float) -> None:
         """The consumer or a dispatcher waits for a server."""
@@ -79,7 +82,7 @@ class RawSchema(faust.Schema[Any, Any]):
 
 
 class _NotKept(dict[TP, int | None]):
-    """Faust's read offsets, switched off: Faust would drop records that are read again after a seek back."""
+    """Faust's read offsets, switched off: Faust would drop records that are read again."""
 
     @override
     def __getitem__(self, key: TP) -> int | None:
@@ -328,7 +331,7 @@ class BatchTransport(driver.Transport):
 
 
 class NoTables(TableManager):
-    """Faust's tables, of which there are none, without the second that Faust waits for them at a start."""
+    """No tables: without the second that Faust waits for them at every start."""
 
     logger = _logger
 
@@ -343,7 +346,7 @@ class BatchApp(faust.App):
 
     chunk_records_max: the most records that are applied together
     partition_max:     topic -> the same for one partition, where it is less
-    backoff_s_max:     the longest pause before a server is asked again
+    backoff_s_max:     the longest pause before a retry
     small_max:         after a fetch of more records aiokafka reads ahead
     in_flight:         small batches that the next fetch waits for
     """
@@ -394,7 +397,10 @@ class BatchApp(faust.App):
             self._tracked -= 1
 
     async def wait_idle(self, limit_s: float) -> None:
-        """Wait until no batch is being applied, at most so long. Queued batches are cleared before."""
+        """Wait until no batch is being applied, at most so long.
+
+        Queued batches are cleared before.
+        """
         clock = asyncio.get_running_loop().time
         deadline = clock() + limit_s
         while self._tracked and clock() < deadline:
@@ -406,7 +412,7 @@ class BatchApp(faust.App):
 
     @override
     async def _consumer_wait_empty(self, consumer: Any, logger: Any) -> None:
-        """Finish the running batches before partitions are revoked, then flush; queues are cleared."""
+        """Finish the running batches, then flush, before partitions are revoked."""
         clock = asyncio.get_running_loop().time
         deadline = clock() + self.conf.broker_session_timeout / 2
         await self.wait_idle(deadline - clock())

@@ -139,7 +139,7 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
 
     @override
     async def getmany(self, active_partitions: Any, timeout: float) -> Any:
-        """Fetch in the thread's loop directly: Faust's queue of calls costs more than the fetch itself."""
+        """Fetch in the thread's loop directly: Faust's queue of calls costs more than the fetch."""
         answer = self.parent_loop.create_future()
         consumer = self._ensure_consumer()
 
@@ -175,7 +175,10 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         return at in self._ensure_consumer().assignment()  # a named tuple equals aiokafka's
 
     def highwater_seen(self, at: TP) -> int | None:
-        """The partition's end at the last fetch; None where it is not assigned or unknown. Any thread."""
+        """The partition's end at the last fetch; None where it is not assigned or unknown.
+
+        Any thread.
+        """
         state = self._ensure_consumer()._subscription.subscription
         assignment = None if state is None else state.assignment
         if assignment is None or at not in assignment.tps:
@@ -184,7 +187,10 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         return found
 
     def fetching_ended(self) -> bool:
-        """Whether aiokafka has stopped to fetch: an error of its own ends that silently. Any thread."""
+        """Whether aiokafka has stopped to fetch: an error of its own ends that silently.
+
+        Any thread.
+        """
         fetcher = None if self._consumer is None else self._consumer._fetcher
         return fetcher is not None and fetcher._fetch_task.done()
 
@@ -249,7 +255,7 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
 
     @override
     async def on_thread_stop(self) -> None:
-        """Leave the group, so that others take over at once; a static member does not leave by itself."""
+        """Leave the group, so that others take over at once; a static member would not."""
         if self._consumer is not None and self._consumer._coordinator is not None:
             self._consumer._coordinator._group_instance_id = None
         await super().on_thread_stop()

@@ -100,7 +100,7 @@ class ItemHandler(Handler):
 
     @override
     def open(self, partition: int) -> None:
-        """Reading also starts no later than what this process published and no fence has confirmed."""
+        """Reading also starts no later than the first unconfirmed record of this process."""
         self.metadata.reset(partition)
         for generation in self._generations:
             first = self.metadata.unconfirmed(published_source(generation.name, partition))
@@ -124,7 +124,7 @@ class ItemHandler(Handler):
         return self._finish(items)
 
     def _prepare(self, items: Sequence[ItemBatch]) -> list[tuple[Generation, Records]]:
-        """Decode and encode all batches together; the records that each generation has to publish."""
+        """Decode and encode all batches. Returns the records that each generation publishes."""
         for one in items:
             with one.guard():
                 self._decode(one)
@@ -199,7 +199,7 @@ class ItemHandler(Handler):
         }
 
     def _refuse(self, one: ItemBatch, vectors: Sequence[Encoded]) -> None:
-        """Do not publish an item without a vector; where no generation has one, the item stays as it was."""
+        """Refuse items without a vector; an item that no generation can place stays as it was."""
         refused = False
         for item_id, change in list(one.changes.items()):
             errors = {

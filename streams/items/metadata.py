@@ -76,7 +76,7 @@ class ItemMetadataWriter(WriteBehind[_Changes]):
         self._unconfirmed: dict[Source, int] = {}
 
     def publishing(self, source: Source, first: int) -> None:
-        """Records of changes from the offset `first` on are about to be published for a generation."""
+        """Changes from the offset `first` on are about to be published for a generation."""
         self._unconfirmed[source] = min(first, self._unconfirmed.get(source, first))
 
     def unconfirmed(self, source: Source) -> int | None:
@@ -117,7 +117,10 @@ class ItemMetadataWriter(WriteBehind[_Changes]):
         return self._write(enough)
 
     def _write(self, partitions: Sequence[int]) -> dict[int, Exception]:
-        """Write the fences of publishing, then metadata with its fences. Returns errors by partition."""
+        """Write the fences of publishing, then metadata with its fences.
+
+        Returns errors by partition.
+        """
         pending = {p: self._pending.pop(p) for p in partitions if p in self._pending}
         writes = [(p, write) for p, one in pending.items() for write in self._writes(p, one)]
         if not writes:

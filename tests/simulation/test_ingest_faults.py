@@ -1,8 +1,8 @@
-"""The ingest functions under faults, on the memory store: whatever happens, the state is the log's.
+"""The handlers under faults, on the memory store: whatever happens, the state is the log's.
 
 Faults are items of the stream. An oracle applies the same log event by event, without chunks,
-fences or drafts, and everything is compared: lists, stamps, windows, counters, embeddings, cards,
-published records.
+fences or caches, and everything is compared: lists, stamps, windows, counters, embeddings,
+metadata, published records.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class World:
 
 @dataclass
 class Outside:
-    """Dead letters, forwarded clicks and published records, as in Kafka; may be away."""
+    """Dead letters, forwarded clicks and published records, as Kafka has them; may be away."""
 
     settings: Settings
     letters: list[tuple[int, int, str]] = field(default_factory=list)
@@ -149,7 +149,7 @@ class Outside:
 
 
 class Encoded(MemoryStore):
-    """A store that keeps users as bytes beside, as Redis does, and reads them from there."""
+    """A store that also keeps users as bytes, as Redis does, and reads them from there."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ class Encoded(MemoryStore):
 
 
 class Unsure(Encoded):
-    """A store whose calls fail on a plan: before or after the effect, or by a rival's write."""
+    """A store whose calls fail as `faults` says: before or after the effect."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -233,7 +233,7 @@ def user_of(rng: random.Random, partition: int) -> str:
 
 
 def clicks_log(rng: random.Random, length: int) -> dict[int, list[Rec]]:
-    """Re-sends near and far, late and equal times, rubbish, strays, merges; gaps in offsets."""
+    """Re-sends near and far, late and equal times, rubbish, strays, merges; offsets with gaps."""
     logs: dict[int, list[Rec]] = {}
     for partition in range(PARTITIONS):
         records: list[Rec] = []
@@ -409,7 +409,7 @@ def found(settings: Settings, store: MemoryStore, logs: dict[int, list[Rec]]) ->
 
 
 def moves(outside: Outside) -> set[tuple[str, str, int, str, float, str]]:
-    """What merges sent on, in the oracle's form."""
+    """What merges forwarded, in the oracle's form."""
     values = [value for _, _, value in outside.forwarded if b"merge/" in value]
     sent = [msgspec.json.decode(value, type=Click) for value in values]
     return {(c.user_id, c.item_id, c.at_ms, c.kind, c.weight, str(c.event_id)) for c in sent}
@@ -490,13 +490,13 @@ class Process:
         self.at |= self.handler.fences.open({partition: (0, end)})
 
     def turn(self, partition: int, size: int) -> bool:
-        """One chunk; False at the end of the log."""
-        chunk = [r for r in self.logs[partition] if r.offset >= self.at[partition]][:size]
-        if not chunk:
+        """One batch; False at the end of the log."""
+        records = [r for r in self.logs[partition] if r.offset >= self.at[partition]][:size]
+        if not records:
             return False
         try:
-            ingest(self.handler, partition, chunk)
-            self.at[partition] = chunk[-1].offset + 1
+            ingest(self.handler, partition, records)
+            self.at[partition] = records[-1].offset + 1
         except FenceMoved:
             self.rewinds += 1
             self.open(partition)
@@ -507,8 +507,8 @@ class Process:
             self.start()
         return True
 
-    def settle(self, partition: int) -> bool:
-        """Counts and cards that waited for more; True where they have to be done again."""
+    def write_pending(self, partition: int) -> bool:
+        """Counts and metadata that waited for more; True where they have to be done again."""
         try:
             self.handler.write_behind.write(partition)
         except FenceMoved:
@@ -518,7 +518,11 @@ class Process:
 
     def finish(self) -> None:
         for _ in range(10_000):
-            if [p for p in self.logs if self.turn(p, self.rng.randint(1, 8)) or self.settle(p)]:
+            if [
+                p
+                for p in self.logs
+                if self.turn(p, self.rng.randint(1, 8)) or self.write_pending(p)
+            ]:
                 continue
             moved = self.handler.fences.find_diverged(
                 list(self.logs)
@@ -531,7 +535,7 @@ class Process:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_any_chunking_gives_the_state_of_the_log(seed: int) -> None:
+def test_any_batching_gives_the_state_of_the_log(seed: int) -> None:
     rng = random.Random(seed)
     settings = make_settings(item_slots=rng.choice([1, 3]))
     store, outside = Encoded(), Outside(settings)
@@ -583,7 +587,7 @@ def rubbish(settings: Settings, record: Rec) -> bool:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_two_processes_on_one_partition_do_not_double(seed: int) -> None:
-    """A zombie and the new owner in turns: each chunk of one is refused to the other."""
+    """A zombie and the new owner in turns: each batch of one is refused to the other."""
     rng = random.Random(200 + seed)
     settings, store = make_settings(), MemoryStore()
     outside = Outside(settings)
@@ -673,7 +677,7 @@ class RealWorld(World):
         self.micro = MicroStep(self.item_vectors, MicroSettings())  # type: ignore[assignment]
 
 
-def test_the_real_engines_give_the_same_bits_whatever_the_chunking() -> None:
+def test_the_real_engines_give_the_same_bits_whatever_the_batching() -> None:
     settings, found_bits = make_settings(), []
     logs = clicks_log(random.Random(5), 500)
     for sizes in ([1], [500], [3, 64, 17]):
@@ -697,7 +701,7 @@ def test_the_real_engines_give_the_same_bits_whatever_the_chunking() -> None:
         found_bits.append(
             (lists, state.embeddings, window, state.buckets, sorted(outside.forwarded))
         )
-        assert steps > 30  # those of a user who is merged away in the same chunk are not taken
+        assert steps > 30  # those of a user who is merged away in the same batch are not taken
     assert found_bits[0] == found_bits[1] == found_bits[2]
 
 
@@ -750,19 +754,20 @@ def test_items_end_as_their_last_change(seed: int, wait_s: float) -> None:
     last: dict[str, Rec] = {}
     for partition, records in logs.items():
         for r in records:
-            right = partition_of(r.key.decode(), PARTITIONS) == partition  # type: ignore[union-attr]
+            item_id = r.key.decode()  # type: ignore[union-attr]
+            right = partition_of(item_id, PARTITIONS) == partition
             if right and r.value != b"rubbish":
-                last[r.key.decode()] = r  # type: ignore[union-attr]
+                last[item_id] = r
     replica: dict[str, ItemRecord] = {}
     for record in outside.published:  # as a worker applies them: the highest version stands
         if record.item_id not in replica or record.offset >= replica[record.item_id].offset:
             replica[record.item_id] = record
-    cards = store.read_item_metadata(list(last), settings.item_slots)
-    assert set(cards) == set(last) == set(replica)
+    metadata = store.read_item_metadata(list(last), settings.item_slots)
+    assert set(metadata) == set(last) == set(replica)
     for item_id, r in last.items():
         item = None if r.value is None else msgspec.json.decode(r.value, type=Item)
-        assert (cards[item_id].partition, cards[item_id].offset) == (r.partition, r.offset)
-        assert cards[item_id].body == (b"" if item is None else events.encode(item))
+        assert (metadata[item_id].partition, metadata[item_id].offset) == (r.partition, r.offset)
+        assert metadata[item_id].body == (b"" if item is None else events.encode(item))
         assert (replica[item_id].partition, replica[item_id].offset) == (r.partition, r.offset)
         assert replica[item_id].retired == (item is None or not item.available)
         if item is not None and item.available:
@@ -775,7 +780,7 @@ def test_items_end_as_their_last_change(seed: int, wait_s: float) -> None:
 def test_an_owner_who_froze_leaves_no_older_record_behind_a_newer_one(
     seed: int, wait_s: float
 ) -> None:
-    """He published, lost the partition, and wakes to write the fence under his successor's hands.
+    """It published, lost the partition, and wakes to write the fence that its successor expects.
 
     The topic is compacted: what lies last of an item is what a new worker finds.
     """
@@ -799,16 +804,16 @@ def test_an_owner_who_froze_leaves_no_older_record_behind_a_newer_one(
     wakes = rng.randint(1, 4)
     for turn in range(200):
         if turn == wakes:
-            with contextlib.suppress(FenceMoved):  # he may be too late
+            with contextlib.suppress(FenceMoved):  # it may be too late
                 old.metadata.write(0)
-        chunk = log[at : at + rng.randint(1, 8)]
+        records = log[at : at + rng.randint(1, 8)]
         try:
-            if chunk:
-                ingest(new, 0, chunk)
-                at = chunk[-1].offset + 1
-            if rng.random() < 0.4 or not chunk:
+            if records:
+                ingest(new, 0, records)
+                at = records[-1].offset + 1
+            if rng.random() < 0.4 or not records:
                 new.metadata.write(0)  # as the clock has it
-            if not chunk and turn > wakes:
+            if not records and turn > wakes:
                 break
         except FenceMoved:
             at = opened()

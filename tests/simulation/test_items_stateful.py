@@ -1,8 +1,8 @@
 """Any interleaving of item changes, crashes, zombies, lost Redis and compaction ends as the last
 changes do.
 
-The oracle is one dictionary. Compared are the cards, and a replica of the index that takes what was
-published in any order, and twice, and starts anew from what it once had (`test_index_stateful` has
+The oracle is one dictionary. Compared are the metadata, and a replica of the index that takes what
+was published in any order, and twice, and restarts from an earlier copy (`test_index_stateful` has
 its snapshots).
 """
 
@@ -43,7 +43,7 @@ PARTITION = st.integers(0, PARTITIONS - 1)
 
 
 class ItemsMachine(RuleBasedStateMachine):
-    """Two processes at most: the owner, and a zombie that has not noticed its loss."""
+    """Two processes at most: the owner, and a zombie that still takes itself for it."""
 
     @initialize(slots=st.sampled_from([1, 3]))
     def begin(self, slots: int) -> None:
@@ -122,7 +122,7 @@ class ItemsMachine(RuleBasedStateMachine):
 
     @rule(upto=st.integers(0, 40), order=st.randoms(use_true_random=False))
     def replica_reads(self, upto: int, order: Any) -> None:
-        """A batch in any order, some of it twice: applying is monotone in the item's version."""
+        """A batch in any order, with some of it twice: the highest version wins."""
         batch = self.outside.published[self.taken : self.taken + upto]
         self.taken += len(batch)
         batch += batch[: len(batch) // 2]
@@ -157,11 +157,11 @@ class ItemsMachine(RuleBasedStateMachine):
                 self.owner.fences.open({partition: (0, self.ends[partition])})
                 while self._turn(self.owner, partition, 8):
                     pass
-        cards = self.store.read_item_metadata(ITEMS, self.settings.item_slots)
-        assert set(cards) == set(self.last)
+        metadata = self.store.read_item_metadata(ITEMS, self.settings.item_slots)
+        assert set(metadata) == set(self.last)
         for item_id, record in self.last.items():
-            assert cards[item_id].offset == record.offset
-            assert cards[item_id].body == (record.value or b"")
+            assert metadata[item_id].offset == record.offset
+            assert metadata[item_id].body == (record.value or b"")
         self.index.apply(self.outside.published[self.taken :])
         alive = {i for i, r in self.last.items() if r.value and b'"available":true' in r.value}
         assert self._found() == alive
@@ -178,10 +178,10 @@ class ItemsMachine(RuleBasedStateMachine):
         except LookupError:
             process.fences.open({partition: (0, self.ends[partition])})
             at = process.fences.lowest(partition) + 1
-        chunk = [r for r in self.logs[partition] if r.offset >= at][:size]
-        if chunk:
-            ingest(process, partition, chunk)
-        return bool(chunk)
+        records = [r for r in self.logs[partition] if r.offset >= at][:size]
+        if records:
+            ingest(process, partition, records)
+        return bool(records)
 
     def _found(self) -> set[str]:
         hits = self.index.query(np.ones(D, np.float32) / np.float32(D**0.5), len(ITEMS) + 3)

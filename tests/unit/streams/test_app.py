@@ -1,4 +1,4 @@
-"""Where a batch is applied: in the event loop where it is small and its thread is idle, else in the thread."""
+"""Where a batch is applied: small ones in the event loop if the thread is idle, else in it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ class Consumer:
 
 
 class Works:
-    """What a dispatcher uses of the Faust app and of its owner. errors: those that end the process"""
+    """What a dispatcher uses of the Faust app and of its owner.
+
+    errors: those that end the process
+    """
 
     chunk_records_max = 10
 
@@ -280,7 +283,7 @@ def test_a_partition_whose_batch_has_no_room_waits_with_its_later_ones() -> None
 def test_no_more_of_one_partition_is_applied_than_its_handler_says(
     sizes: list[int], now: int, later: int
 ) -> None:
-    """With a `partition_max` of 4; another partition is not held up, and a larger batch goes alone."""
+    """With a `partition_max` of 4: other partitions go on, and a larger batch goes alone."""
     mine, other = [batch(0, size) for size in sizes], batch(1, 1)
     assert taken([*mine, other], partition_max=4) == ([mine[:now], [other]], mine[now:])
     assert len(mine[now:]) == later

@@ -254,7 +254,8 @@ async def test_records_whose_fetch_was_cancelled_are_read_again() -> None:
     async with asyncio.timeout(5):
         while not consumer._thread.sought:  # type: ignore[attr-defined]
             await asyncio.sleep(0)
-    assert consumer._thread.sought == [{AT: 7}]  # type: ignore[attr-defined]  # the other was sought anew since
+    # The other partition was sought since.
+    assert consumer._thread.sought == [{AT: 7}]  # type: ignore[attr-defined]
 
 
 @in_a_loop
@@ -297,9 +298,10 @@ def fetched(sizes: dict[TP, int]) -> dict[TP, list[ConsumerRecord]]:
 def test_batches_of_a_fetch_go_together_up_to_the_records_of_one(
     sizes: list[int], expected: list[list[tuple[int, int, int]]]
 ) -> None:
-    """(partition, first offset, records) of each batch of each group; a group has 3 records at most."""
+    """(partition, first offset, records) of each batch of each group of at most 3 records."""
     consumer = make_consumer()
-    consumer._thread.fetched = fetched({TP("clicks", p): size for p, size in enumerate(sizes)})  # type: ignore[attr-defined]
+    thread: Any = consumer._thread
+    thread.fetched = fetched({TP("clicks", p): size for p, size in enumerate(sizes)})
 
     async def messages() -> list[Any]:
         return [message.value async for _, message in consumer.getmany(0.1)]
@@ -400,7 +402,8 @@ async def test_nothing_is_yielded_while_a_position_is_looked_up() -> None:
         return {at: 3 for at in bounds}
 
     consumer = make_consumer(slow)
-    consumer._thread.fetched = {AT: [record(0)], TP("clicks", 1): [record(0, 1)]}  # type: ignore[attr-defined]
+    thread: Any = consumer._thread
+    thread.fetched = {AT: [record(0)], TP("clicks", 1): [record(0, 1)]}
     rewinding = asyncio.create_task(consumer.rewind({AT}))
     await asyncio.sleep(0)
     assert [b.partition for b in await read(consumer)] == [1]
@@ -464,7 +467,7 @@ async def test_an_unexpected_error_while_positioning_ends_the_process() -> None:
 
 
 @in_a_loop
-async def test_commits_follow_the_acks_and_start_anew_after_a_seek() -> None:
+async def test_commits_follow_the_acks_and_restart_after_a_seek() -> None:
     consumer = make_consumer()
     for last in (4, 9):
         consumer.applied(batch_of([record(3), record(last)]))
@@ -511,7 +514,7 @@ async def test_a_stop_waits_for_the_running_batch() -> None:
 
 
 @in_a_loop
-async def test_before_a_revocation_the_running_batch_ends_and_then_pending_effects_are_flushed() -> (
+async def test_before_a_revocation_the_running_batch_ends_then_pending_effects_are_flushed() -> (
     None
 ):
     consumer, order = make_consumer(), list[Any]()

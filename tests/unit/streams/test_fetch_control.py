@@ -109,7 +109,7 @@ def test_the_next_fetch_waits_after_a_small_one(sizes: tuple[int, ...], held: bo
         fetcher._wait_consume_future = asyncio.get_running_loop().create_future()
         await thread._fetch_records(
             consumer, set(), 0, 4_096
-        )  # asked again: from here on it may fetch
+        )  # the next call: from here on it may fetch
         assert fetcher._get_actions_per_node(None)[0]
         assert fetcher._wait_consume_future.done() is held
 
@@ -117,7 +117,7 @@ def test_the_next_fetch_waits_after_a_small_one(sizes: tuple[int, ...], held: bo
 
 
 @in_a_loop
-async def test_a_fetcher_that_was_made_anew_gets_its_own_gate() -> None:
+async def test_a_new_fetcher_gets_its_own_gate() -> None:
     thread = thread_of(small_max=4)
     for _ in range(2):
         fetcher = TakesAtOnce(1)

@@ -1,4 +1,4 @@
-"""The rules of the ingest functions, one by one, on the memory store."""
+"""The rules of the handlers, one by one, on the memory store."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def click(offset: int, item_id: str = "i1", **more: Any) -> Any:
     return rec(offset, events.encode(Click(**fields)), fields["user_id"].encode())
 
 
-class Outside:
+class FakeOutputs:
     def __init__(self) -> None:
         self.letters: list[tuple[int, str]] = []
         self.forwarded: list[tuple[bytes, bytes, int]] = []
@@ -100,11 +100,11 @@ class OneTower:
 
 
 class Rig:
-    """A store, what lies outside, and the three functions, opened at offset 0."""
+    """A store, the outputs, and the three handlers, opened at offset 0."""
 
     def __init__(self, end: int = 1_000, **more: Any) -> None:
         settings = msgspec.structs.replace(SETTINGS, **more)
-        self.store, self.out = MemoryStore(), Outside()
+        self.store, self.out = MemoryStore(), FakeOutputs()
         self.end = end
         self.now_s = 0.0
         logs = {CLICKS: LOG, USERS: LOG, ITEMS: LOG}
@@ -226,7 +226,7 @@ def test_an_event_beyond_the_lateness_is_counted_and_not_listed() -> None:
 def test_behaviours_leave_a_list_by_age_against_the_users_own_newest_event() -> None:
     rig = Rig(history_age_s_max=10, lateness_s_max=0)
     ingest(rig.clicks, HERE, [click(0, "a", at_ms=5_000), click(1, "b", at_ms=9_000)], 0)
-    assert rig.entries() == ["b", "a"]  # 1970: no clock is asked
+    assert rig.entries() == ["b", "a"]  # 1970: no clock is read
     ingest(rig.clicks, HERE, [click(2, "c", at_ms=16_000), click(3, "old", at_ms=5_999)], 0)
     assert rig.entries() == ["c", "b"]
 
@@ -236,7 +236,7 @@ def merge(offset: int, user: str = ANA, into: str = THERE) -> Any:
 
 
 @pytest.mark.parametrize("chunks", [[0, 5], [0, 2, 3, 5], [0, 1, 2, 3, 4, 5]])
-def test_a_merge_sends_the_list_on_and_begins_it_anew(chunks: list[int]) -> None:
+def test_a_merge_forwards_the_list_and_empties_it(chunks: list[int]) -> None:
     rig = Rig()
     other = next(u for u in map(str, range(99)) if partition_of(u, 2) == HERE)
     log = [
@@ -279,7 +279,7 @@ def test_moved_clicks_enter_the_list_by_time_once_and_count_nowhere_again() -> N
     assert counted == {"own": 1_000, "newer": 1_000}
 
 
-def test_a_merge_is_refused_into_himself_and_forwarded_where_it_is_stray() -> None:
+def test_a_merge_into_the_same_user_is_refused_and_a_stray_one_is_forwarded() -> None:
     rig = Rig()
     outcome = ingest(
         rig.clicks, HERE, [merge(1, into=ANA), merge(2, THERE, ANA), rec(3, b'"merge_into"')], 0
@@ -290,7 +290,7 @@ def test_a_merge_is_refused_into_himself_and_forwarded_where_it_is_stray() -> No
 
 
 def test_a_user_with_ten_thousand_events_takes_no_more_than_many_users() -> None:
-    """One user's chunk against a chunk of as many users: time, and all that is kept of him."""
+    """A batch of one user against a batch of as many users: time, and what is kept."""
 
     def rec_of(user: int, n: int) -> Any:
         return click(n, f"i{n % 2_000}", user_id=ANA if user == 0 else f"u{user}", event_id=f"e{n}")
@@ -358,7 +358,7 @@ def test_a_click_without_a_key_in_its_own_partition_is_applied() -> None:
     assert ingest(rig.clicks, HERE, [lost], 0).applied == 1
 
 
-def test_a_chunk_at_or_below_the_fences_is_refused_not_skipped() -> None:
+def test_a_batch_at_or_below_the_fences_is_refused_not_skipped() -> None:
     rig = Rig()
     ingest(rig.clicks, HERE, [click(1), click(2)], 0)
     with pytest.raises(FenceMoved, match="record 2"):
@@ -398,7 +398,7 @@ def test_the_last_profile_stands_and_null_forgets() -> None:
     assert rig.entries() == []
 
 
-def test_forgotten_and_told_anew_in_one_chunk_forgets_the_list() -> None:
+def test_forgotten_and_set_again_in_one_batch_forgets_the_list() -> None:
     rig = Rig()
     ingest(rig.clicks, HERE, [click(1)], 0)
     outcome = ingest(
@@ -409,12 +409,12 @@ def test_forgotten_and_told_anew_in_one_chunk_forgets_the_list() -> None:
     assert (outcome.applied, outcome.rejected, rig.users.fences.lowest(HERE)) == (2, 1, 3)
 
 
-def test_a_forgetting_whose_answer_was_lost_is_not_undone_by_what_ingest_remembers() -> None:
+def test_a_forgetting_whose_answer_was_lost_is_not_undone_by_the_cache() -> None:
     rig = Rig()
     rig.users = UserHandler(SETTINGS, rig.store, rig.users.fences, rig.out, ["g"], rig.clicks.cache)
     bo = next(f"b{n}" for n in range(50) if partition_of(f"b{n}", 2) == HERE)
     ingest(rig.clicks, HERE, [click(1, "before")], 0)
-    # Redis has forgotten her, but the connection broke: nobody told the clicks.
+    # Redis has forgotten the user, but the connection broke: the clicks did not learn of it.
     profiles, slot = {ANA: None}, f"u{HERE}"
     rig.store.write_profiles(slot, Source("users", HERE), None, Fence(0, LOG), profiles, ["g"])
     with pytest.raises(FenceMoved):
@@ -426,7 +426,7 @@ def test_a_forgetting_whose_answer_was_lost_is_not_undone_by_what_ingest_remembe
     assert rig.entries() == ["after"]
 
 
-def test_counts_that_could_not_be_written_are_not_skipped_by_the_next_chunk() -> None:
+def test_counts_that_could_not_be_written_are_not_skipped_by_the_next_batch() -> None:
     rig = Rig(dedupe_window_events=20)
     ingest(rig.clicks, HERE, [click(0, "a")], 0)
     rig.now_s = 0.3
@@ -459,7 +459,7 @@ def item(offset: int, available: bool = True, **more: Any) -> Any:
     return rec(offset, value, FILM.encode(), "items")
 
 
-def test_an_item_is_published_once_a_chunk_with_its_source_offset() -> None:
+def test_an_item_is_published_once_a_batch_with_its_source_offset() -> None:
     rig = Rig()
     ingest(
         rig.items, HERE, [item(1, title="old"), item(2, tags=["new"], attributes={"year": 1999})], 0
@@ -477,7 +477,7 @@ def test_an_item_is_published_once_a_chunk_with_its_source_offset() -> None:
     assert (card.offset, events._item.decode(card.body).tags) == (2, ["new"])
 
 
-def test_unavailable_is_retired_but_keeps_its_card_and_null_deletes() -> None:
+def test_unavailable_is_retired_but_keeps_its_metadata_and_null_deletes() -> None:
     rig = Rig()
     ingest(rig.items, HERE, [item(1, available=False)], 0)
     assert (
@@ -488,7 +488,7 @@ def test_unavailable_is_retired_but_keeps_its_card_and_null_deletes() -> None:
     assert rig.out.published[1].at_ms == MS
 
 
-def test_what_is_published_but_has_no_cards_yet_is_not_published_again() -> None:
+def test_what_is_published_but_has_no_metadata_yet_is_not_published_again() -> None:
     rig = Rig()
     write, calls = rig.store.write_item_metadata, []
 
@@ -656,7 +656,7 @@ def test_a_forwarded_record_names_its_origin_and_keeps_its_stamp() -> None:
         (MessageSizeTooLargeError("m"), MessageSizeTooLargeError),
     ],
 )
-def test_what_waiting_may_heal_is_told_from_what_it_cannot(
+def test_errors_that_a_retry_may_resolve_are_unavailable_others_are_not(
     error: Exception, raised: type[Exception]
 ) -> None:
     producer: Any = FakeProducer(error)
@@ -664,7 +664,7 @@ def test_what_waiting_may_heal_is_told_from_what_it_cannot(
     sink.put(rec(4, b"x"), Rejected("r", "", "d"))
     with pytest.raises(raised):
         sink.flush()
-    sink.flush()  # nothing is left over for the next chunk
+    sink.flush()  # nothing is left for the next batch
 
 
 def test_a_name_outlives_its_process_and_is_never_shared(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Cards and fences of items that wait for those of more chunks."""
+"""Metadata and fences of items, written together with those of later batches."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_they_wait_and_go_in_one_write_when_they_are_due() -> None:
     )
     assert rig.fences.lowest(0) == 3
     rig.metadata.write(0)  # nothing waits
-    # The next one waits anew; the one that comes when it has waited takes it along.
+    # The next change waits again; a change that comes after the wait is written with it.
     assert rig.add(4) == {} and rig.offsets() == {3}
     rig.clock.now_s = 2 * METADATA_WAIT_S
     assert rig.add(7) == {} and rig.offsets() == {7} and rig.kept(9) >= {"i4", "i7"}
@@ -125,7 +125,7 @@ def test_enough_of_them_do_not_wait(count: int, waits: bool) -> None:
     assert (rig.offsets() == {-1}) is waits
 
 
-def test_without_a_wait_each_chunk_is_written() -> None:
+def test_without_a_wait_each_batch_is_written() -> None:
     rig = Rig(wait_s=0.0)
     rig.add(0, 1)
     assert rig.offsets() == {1} and rig.kept(3) == {"i0", "i1"}
@@ -174,7 +174,7 @@ def test_what_waits_is_written_for_partitions_that_are_ours_alone() -> None:
 
 @pytest.mark.parametrize("away", [False, True])
 def test_a_refused_partition_is_to_be_read_again(away: bool) -> None:
-    """Where another one moved the fence, all of ours are refused; where Redis is away, later ones are not."""
+    """Another process moved the fence: all writes are refused. Redis is away: later ones pass."""
 
     class Away(MemoryStore):
         def write_item_metadata_many(self, writes: object) -> list[None]:
@@ -201,13 +201,13 @@ def test_a_fence_is_of_the_log_that_was_read() -> None:
     rig.add(3)
     rig.fences._log = LogId(
         "another", "log"
-    )  # the topic was made anew, and another partition opened
+    )  # the topic was created again, and another partition opened
     rig.metadata.write(0)
     found = rig.store.fences(PUBLISHED, ["i0"])["i0"]
     assert found == Fence(3, LOG)
 
 
-def test_another_owner_is_told_of_and_of_his_partition_alone() -> None:
+def test_another_owner_is_reported_for_its_partition_alone() -> None:
     rig = Rig()
     rig.add(0)
     rig.add(0, partition=1)
@@ -221,7 +221,7 @@ def test_another_owner_is_told_of_and_of_his_partition_alone() -> None:
         rig.metadata.write(0)
 
 
-def test_a_store_that_is_away_is_told_of_for_each() -> None:
+def test_a_store_that_is_away_is_reported_for_each() -> None:
     class Away(MemoryStore):
         def write_item_metadata_many(self, writes: object) -> list[None]:
             raise StoreUnavailable("away")

@@ -1,4 +1,4 @@
-"""Item records on their way out: what is a transaction, what errors mean, what it needs of aiokafka."""
+"""Publishing item records: transactions, errors, and the private members of aiokafka in use."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SETTINGS = Settings(kafka_bootstrap_servers="127.0.0.1:1", kafka_timeout_ms=1_00
 
 
 class FakeProducer:
-    """Notes what is asked of it. error: of every record's delivery"""
+    """Notes its calls. error: the result of every record's delivery"""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error, self.calls = error, list[Any]()
@@ -90,7 +90,7 @@ def test_records_are_sent_under_the_epoch_and_now_and_then_in_a_transaction(
     assert producer.calls[-1] == "stop"
 
 
-def test_each_chunk_may_have_a_transaction_of_its_own() -> None:
+def test_each_batch_may_have_a_transaction_of_its_own() -> None:
     producer = FakeProducer()
     out = made(msgspec.structs.replace(SETTINGS, items_fence_s=0), producer)
     for _ in range(2):
@@ -137,13 +137,13 @@ class Hangs(FakeProducer):
     """Delivers nothing."""
 
     async def send(self, topic: str, value: Any, key: bytes, partition: int) -> Any:
-        self.calls.append("asked")
+        self.calls.append("sending")
         return asyncio.get_running_loop().create_future()
 
 
-async def asked(producer: FakeProducer) -> None:
+async def sending(producer: FakeProducer) -> None:
     async with asyncio.timeout(5):
-        while "asked" not in producer.calls:
+        while "sending" not in producer.calls:
             await asyncio.sleep(0.001)
 
 
@@ -153,7 +153,7 @@ def test_a_producer_that_was_cancelled_in_the_midst_of_something_is_let_go() -> 
         out = made(SETTINGS, producer)
         out.attach(asyncio.get_running_loop())
         publishing = asyncio.create_task(out.publish_async({0: [RECORD]}))
-        await asked(producer)
+        await sending(producer)
         publishing.cancel()
         await asyncio.gather(publishing, return_exceptions=True)
         assert publishing.cancelled()
@@ -193,7 +193,7 @@ def test_no_thread_waits_for_a_loop_that_ends(monkeypatch: pytest.MonkeyPatch) -
     out.attach(loop)
     threads = [threading.Thread(target=publish, daemon=True) for _ in range(3)]
     threads[0].start()
-    loop.run_until_complete(asked(producer))
+    loop.run_until_complete(sending(producer))
     # Its call is left unanswered, as what comes in while a loop ends.
     out._detached = True
     threads[0].join(5)
@@ -210,7 +210,7 @@ def test_no_thread_waits_for_a_loop_that_ends(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_it_needs_of_aiokafka_is_there() -> None:
-    """A new version: read `Sender`, `TransactionManager` and `MessageAccumulator` before this is changed."""
+    """Before a new version: read `Sender`, `TransactionManager` and `MessageAccumulator`."""
     assert version("aiokafka") == "0.14.0"
     TransactionalPublisher(SETTINGS, "g").close()
     assert sender.BACKOFF_OVERRIDE == publisher._CONCURRENT_RETRY_S
