@@ -102,7 +102,7 @@ def contents(settings: Settings) -> dict[str, bytes]:
 
 
 def environment(settings: Settings) -> dict[str, str]:
-    wanted = (
+    names = (
         "kafka_bootstrap_servers",
         "redis_url",
         "namespace",
@@ -113,7 +113,7 @@ def environment(settings: Settings) -> dict[str, str]:
         "items_partitions",
         "kafka_timeout_ms",
     )
-    env = {f"EDDYLINE_{name.upper()}": str(getattr(settings, name)) for name in wanted}
+    env = {f"EDDYLINE_{name.upper()}": str(getattr(settings, name)) for name in names}
     return os.environ | env | {"EDDYLINE_BACKOFF_MS_MAX": "200"}
 
 
@@ -209,7 +209,7 @@ def test_a_null_record_takes_the_user_out_of_every_file(settings: Settings) -> N
         for file in archive.files(name):
             frame = pd.read_parquet(file.path)
             rows.append(frame[frame["user_id"] == "user-3"])
-    assert list(pd.concat(rows)["event_id"]) == ["later"], "what he did after it is there"
+    assert list(pd.concat(rows)["event_id"]) == ["later"], "later events stay"
 
 
 def test_the_command_rewrites_every_file_of_a_user(settings: Settings) -> None:
@@ -267,14 +267,14 @@ def test_the_group_says_how_far_the_archive_is(settings: Settings) -> None:
     from kafka import KafkaConsumer
 
     group = settings.prefixed(archive_archiver.GROUP)
-    told = KafkaConsumer(**clients.client_options(settings), group_id=group)
+    consumer = KafkaConsumer(**clients.client_options(settings), group_id=group)
     try:
         at = {
-            p: told.committed(TopicPartition(settings.prefixed(topics.CLICKS), p)) or 0
+            p: consumer.committed(TopicPartition(settings.prefixed(topics.CLICKS), p)) or 0
             for p in range(4)
         }
     finally:
-        told.close()
+        consumer.close()
     assert at == {p: end + 1 for p, end in Archive(settings).ends(topics.CLICKS).items()}
 
 

@@ -153,15 +153,15 @@ def own_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 
 @pytest.fixture
 def proxied(own_redis: int) -> Iterator[tuple[Proxy, redis.Redis, redis.Redis]]:
-    """(the proxy, a client through it, a client beside it), on an empty server."""
+    """(the proxy, a client through it, a client of Redis itself), on an empty server."""
     proxy = Proxy(own_redis)
     options = {"host": "127.0.0.1", "socket_timeout": 0.5, "retry": Retry(NoBackoff(), 0)}
     with (
         redis.Redis(port=proxy.port, **options) as through,
-        redis.Redis(port=own_redis, **options) as beside,
+        redis.Redis(port=own_redis, **options) as direct,
     ):
-        beside.flushall()
-        yield proxy, through, beside
+        direct.flushall()
+        yield proxy, through, direct
     proxy.close()
 
 
@@ -182,11 +182,11 @@ def test_the_proxy_hands_everything_through(proxied) -> None:
 
 @pytest.mark.parametrize("code", ERRORS)
 def test_an_error_takes_the_place_of_one_answer(proxied, code: str) -> None:
-    proxy, through, beside = proxied
+    proxy, through, direct = proxied
     proxy.inject(ProxyFault("error", soon(), code))
     with pytest.raises(redis.RedisError):
         through.eval(WRITE, 1, "a", "b")
-    assert beside.get("a") is None, "the command did not get through"
+    assert direct.get("a") is None, "the command did not get through"
     with through.pipeline(transaction=True) as pipe:
         pipe.get("a").get("b")
         if code in ("OOM", "MISCONF"):
@@ -201,23 +201,23 @@ def test_an_error_takes_the_place_of_one_answer(proxied, code: str) -> None:
 
 
 def test_a_cut_falls_before_or_after_the_write(proxied) -> None:
-    proxy, through, beside = proxied
+    proxy, through, direct = proxied
     proxy.inject(ProxyFault("cut before", soon()))
     with pytest.raises(redis.ConnectionError):
         through.eval(WRITE, 1, "before", "b")
-    assert through.get("before") is None and beside.get("before") is None
+    assert through.get("before") is None and direct.get("before") is None
     proxy.inject(ProxyFault("cut after", soon()))
     with pytest.raises(redis.ConnectionError):
         through.eval(WRITE, 1, "after", "b")
-    assert beside.get("after") == b"b", "Redis did it, and the client does not know"
+    assert direct.get("after") == b"b", "Redis did it, and the client does not know"
     assert proxy.hits == {"cut before": 1, "cut after": 1}
 
 
 def test_a_slow_answer_comes_after_the_time_out(proxied) -> None:
-    proxy, through, beside = proxied
+    proxy, through, direct = proxied
     proxy.inject(ProxyFault("slow", soon(), delay_s=0.7))
     with pytest.raises(redis.TimeoutError):
         through.eval(WRITE, 1, "a", "b")
-    assert beside.get("a") == b"b"
+    assert direct.get("a") == b"b"
     proxy.inject(ProxyFault("slow", time.monotonic() - 1, delay_s=0.7))
     assert through.get("a") == b"b", "trouble ends by itself"

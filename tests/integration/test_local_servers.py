@@ -1,4 +1,4 @@
-"""Real Apache Kafka and Valkey: they survive kill -9 with their data and end when asked to."""
+"""Real Apache Kafka and Valkey: they survive kill -9 with their data and stop on request."""
 
 from __future__ import annotations
 

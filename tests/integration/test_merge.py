@@ -64,19 +64,18 @@ def test_a_visitors_list_is_moved_once_by_time_and_he_is_forgotten(
         sorted(entries(store, live, visitor) + entries(store, live, user), key=lambda e: -e[1]),
     )
     assert len(expected) == 7 and expected[0][0] == items[0]
-    assert "4 events of" in run(live, visitor, user)
-    live.wait_for("the history to arrive", lambda: entries(store, live, user) == expected)
+    assert "4 events" in run(live, visitor, user)
+    live.wait_for("the list to arrive", lambda: entries(store, live, user) == expected)
     live.applied()
     assert entries(store, live, visitor) == []
     assert counts(store, items) == before  # moved, not clicked again
-    assert "0 events of" in run(live, visitor, user)
+    assert "0 events" in run(live, visitor, user)
     live.applied()
     assert entries(store, live, user) == expected
     assert store._redis.keys(f"*{visitor}*") == []
-    live.click(
-        visitor, items[6], at_ms=now + 20
-    )  # the visitor clicks without logging in, and logs in again
-    assert "1 events of" in run(live, visitor, user) or entries(store, live, visitor) == []
+    # The visitor goes on without logging in, and logs in again.
+    live.click(visitor, items[6], at_ms=now + 20)
+    assert "1 events" in run(live, visitor, user) or entries(store, live, visitor) == []
     live.wait_for(
         "the later event", lambda: [e[0] for e in entries(store, live, user)][:1] == [items[6]]
     )

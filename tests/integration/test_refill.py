@@ -261,10 +261,10 @@ def test_an_emptied_redis_is_filled_from_the_archive_to_the_same_bits(
     put_back(settings, {})
 
     with ingesting(settings) as refused:
-        _, told = refused.communicate(timeout=40)
-    assert refused.returncode == 3, told
-    assert "`eddyline refill`" in told
-    assert any(f"removed offsets 0 to {begin - 1}" in told for begin in begins.values())
+        _, errors = refused.communicate(timeout=40)
+    assert refused.returncode == 3, errors
+    assert "`eddyline refill`" in errors
+    assert any(f"removed offsets 0 to {begin - 1}" in errors for begin in begins.values())
 
     class Killed(Exception):
         pass
@@ -331,7 +331,7 @@ def test_an_older_copy_is_filled_and_who_was_forgotten_since_goes(
     store = RedisStore(settings)
     try:
         mine = store.read_user(f"u{partition}", partition, gone, "1")
-        # What he did after the null record is his; the profile, and what he did before, are gone.
+        # Events after the null record stay; the profile and earlier events are gone.
         assert mine.profile == {} and len(mine.history.entries) <= counted
         with ingesting(settings):
             applied(settings)
@@ -395,8 +395,8 @@ def test_a_first_start_on_an_old_topic_is_refused_until_it_is_accepted(
         send_behaviour(settings, items, seed=9, n=300)
         retention(settings, 1.0)
         child.send_signal(signal.SIGCONT)
-        _, told = child.communicate(timeout=40)
-    assert child.returncode == 3 and "Kafka's retention removed offsets" in told
+        _, errors = child.communicate(timeout=40)
+    assert child.returncode == 3 and "Kafka's retention removed offsets" in errors
 
 
 def test_an_archive_of_another_log_is_refused(

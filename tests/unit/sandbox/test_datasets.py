@@ -199,7 +199,7 @@ def test_an_environment_without_pip_uses_the_base_pythons(
 
 
 @pytest.mark.parametrize(
-    ("catalogue", "people"),
+    ("catalogue", "readable"),
     [
         ("Toy Story", "Toy Story"),
         ("Godfather: Part II, The", "The Godfather: Part II"),
@@ -210,8 +210,8 @@ def test_an_environment_without_pip_uses_the_base_pythons(
         ("Die xue shuang xiong (Killer, The)", "Die xue shuang xiong (The Killer)"),
     ],
 )
-def test_readable_titles(catalogue: str, people: str) -> None:
-    assert readable_title(catalogue) == people
+def test_readable_titles(catalogue: str, readable: str) -> None:
+    assert readable_title(catalogue) == readable
 
 
 def check_dataset(dataset: Dataset) -> None:

@@ -35,7 +35,8 @@ def servers(tmp_path: Path, **more: object) -> LocalServers:
     fields = {"owner": "test", "pid": 1, "data_dir": str(tmp_path), "state": "ready"}
     kafka = LocalServer(address="127.0.0.1:1", version="Apache Kafka 4.3.0", pid=2, log="k")
     redis = LocalServer(address="redis://127.0.0.1:2/0", version="Valkey 9", pid=3, log="v")
-    return LocalServers(**{**fields, "kafka": kafka, "redis": redis, **more})  # type: ignore[arg-type]
+    servers = {"kafka": kafka, "redis": redis}
+    return LocalServers(**{**fields, **servers, **more})  # type: ignore[arg-type]
 
 
 def test_what_the_settings_name_wins(settings: Settings) -> None:

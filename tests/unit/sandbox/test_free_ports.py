@@ -1,4 +1,4 @@
-"""Ports are kept, and chosen anew where somebody else has one."""
+"""Ports are kept; a port in use is replaced."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def test_the_lock_holds_one_kafka_of_one_version() -> None:
 
 
 class _Registry:
-    """Stands in for a Maven repository: serves what the test's lock names, some of it broken at first."""
+    """A Maven repository that serves the files of the test's lock, some broken at first."""
 
     def __init__(self, broken: dict[str, list[bytes]]) -> None:
         self.broken = broken

@@ -29,7 +29,8 @@ def child(tmp_path: Path, name: str = "one", code: str = "", **more: object) -> 
     ready = tmp_path / f"{name}.ready"
     text = f"""
         import os, pathlib, signal, sys, time
-        with open({str(tmp_path / name)!r} + ".starts", "a") as file: file.write(f"{{os.getpid()}}\\n")
+        with open({str(tmp_path / name)!r} + ".starts", "a") as file:
+            file.write(f"{{os.getpid()}}\\n")
         {code}
         pathlib.Path({str(ready)!r}).touch()
         time.sleep(60)
@@ -155,7 +156,10 @@ def test_a_program_that_is_not_there_says_so(tmp_path: Path, supervisor: Supervi
 
 def test_stop_goes_backwards_and_kills_what_does_not_go(tmp_path: Path) -> None:
     order = tmp_path / "order"
-    note = f"""signal.signal(signal.SIGTERM, lambda *_: (open({str(order)!r}, "a").write(NAME), sys.exit(0)))"""
+    note = (
+        "signal.signal(signal.SIGTERM, lambda *_: "
+        f"(open({str(order)!r}, 'a').write(NAME), sys.exit(0)))"
+    )
     deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
     supervisor = Supervisor(tmp_path / "logs")
     supervisor.start(child(tmp_path, "a", note.replace("NAME", "'a'")))

@@ -280,7 +280,7 @@ def test_an_address_of_an_unknown_kind_is_a_sentence() -> None:
 
 
 def holds(runner: Runner, word: str) -> list[str]:
-    """Where a word is found: in the bytes of a file, statistics included, or in a value of its rows."""
+    """The files that contain a word: in their bytes, statistics included, or in a value."""
     found = []
     for topic in (CLICKS, USERS):
         for file in runner.archive.files(topic):
@@ -314,15 +314,15 @@ def test_forgetting_takes_a_user_out_of_every_file(tmp_path: Path) -> None:
 def test_a_null_record_forgets_whatever_is_written_first(
     tmp_path: Path, clicks_first: bool
 ) -> None:
-    """A user's clicks before his null record go, those after it stay; also after a crash between the two."""
+    """Clicks before the null record go, later ones stay; also after a crash between the two."""
     runner = Runner(settings_of(tmp_path))
     log = [click(o, MS + o) for o in range(40)]
-    people = [
+    profiles = [
         record(0, events.encode(UserProfile(user_id="ana")), b"ana", MS),
         record(1, None, b"ana", MS + 20),
         record(2, events.encode(UserProfile(user_id="ana", at_ms=1)), b"ana", MS + 20),
     ]
-    for topic, records in [(CLICKS, log), (USERS, people)][:: 1 if clicks_first else -1]:
+    for topic, records in [(CLICKS, log), (USERS, profiles)][:: 1 if clicks_first else -1]:
         runner.run(records, 7, topic)
     assert [e.offset for e in runner.archive.read(CLICKS)] == list(range(21, 40))
     profiles = [(e.key, e.digest) for e in runner.archive.read(USERS)]
@@ -331,17 +331,17 @@ def test_a_null_record_forgets_whatever_is_written_first(
 
 def test_a_null_record_is_seen_by_the_open_file_of_clicks(tmp_path: Path) -> None:
     runner, shared = Runner(settings_of(tmp_path)), defaultdict(ForgottenUsers)
-    writer, people = runner.open(CLICKS, shared), runner.open(USERS, shared)
+    writer, profiles = runner.open(CLICKS, shared), runner.open(USERS, shared)
     writer.append([click(o, MS + o) for o in range(10)])
-    people.append([record(0, None, b"ana", MS + 4)])
-    people.complete()
+    profiles.append([record(0, None, b"ana", MS + 4)])
+    profiles.complete()
     writer.complete()
     assert [e.offset for e in runner.archive.read(CLICKS)] == [5, 6, 7, 8, 9]
     assert not holds(Runner(settings_of(tmp_path)), '"ana"')
     later = [click(200, MS + 9 * HOUR_MS)]
     writer.append(later)
     writer.complete()
-    assert shared[P].by_digest == {}, "old null records are let go of"
+    assert shared[P].by_digest == {}, "old null records are dropped"
 
 
 def test_limits_of_forgetting_are_exact() -> None:
@@ -357,7 +357,7 @@ def test_limits_of_forgetting_are_exact() -> None:
 
 
 def test_kill_9_in_mid_write_leaves_whole_files_only(tmp_path: Path) -> None:
-    """A process archives until it is killed, again and again; what is there is always readable and right."""
+    """A process archives until it is killed, repeatedly; every file is readable and right."""
     program = textwrap.dedent("""
         import sys
         from collections import defaultdict
@@ -370,12 +370,13 @@ def test_kill_9_in_mid_write_leaves_whole_files_only(tmp_path: Path) -> None:
         archive, partition = Archive(settings), int(sys.argv[2])
         file_placement.remove_abandoned(archive)
         log, shared = LogId("cluster-a", "topic-1"), defaultdict(partition_writer.ForgottenUsers)
-        mine = partition_writer.open_partition(settings, archive, "clicks", partition, log, 0, shared)
+        mine = partition_writer.open_partition(
+            settings, archive, "clicks", partition, log, 0, shared)
         print("ready", flush=True)
         value = b'{"user_id": "ana", "item_id": "i", "at_ms": 0}'
         for o in range(mine.written, 10**9):
-            mine.append([SimpleNamespace(offset=o, value=value, key=b"ana", timestamp=0, partition=partition,
-                                         headers=[])])
+            mine.append([SimpleNamespace(offset=o, value=value, key=b"ana", timestamp=0,
+                                         partition=partition, headers=[])])
     """)
     runner = Runner(settings_of(tmp_path, archive_file_offsets=700))
     for turn in range(2):

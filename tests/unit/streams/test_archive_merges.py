@@ -102,7 +102,8 @@ def test_merges_lie_in_files_of_their_own_under_the_same_name(tmp_path: Path) ->
     )
     frame = pd.read_parquet(mine.path)
     assert list(frame["merge_into"]) == [HERE[0], ELSEWHERE[0]]
-    query = f"SELECT count(*) FROM read_parquet('{archive.root}/merges/*/*.parquet', hive_partitioning=true)"
+    files = f"'{archive.root}/merges/*/*.parquet', hive_partitioning=true"
+    query = f"SELECT count(*) FROM read_parquet({files})"
     assert duckdb.sql(query).fetchall() == [(2,)]
 
 
@@ -149,13 +150,13 @@ def test_a_null_record_in_another_partition_reaches_merges_in_either_order(
 ) -> None:
     settings, into = settings_of(tmp_path), ELSEWHERE[0]
     other = partition_of(into, 2)
-    people = [
+    profiles = [
         record(0, events.encode(UserProfile(user_id=into)), into, MS, other),
         record(1, None, into, MS + 30, other),
     ]
     turns = [
         lambda: write(settings, [merge(0, "ana", into, MS + 10), merge(1, "ana", into, MS + 40)]),
-        lambda: write(settings, people, USERS, partition=other),
+        lambda: write(settings, profiles, USERS, partition=other),
     ]
     for turn in turns if merges_first else turns[::-1]:
         turn()
@@ -206,8 +207,8 @@ def test_retention_that_overtakes_the_archive_leaves_a_gap_that_is_known(tmp_pat
 
 
 def test_two_that_forget_do_not_undo_each_other(tmp_path: Path) -> None:
-    settings, people, started = settings_of(tmp_path), HERE[:10], threading.Barrier(2)
-    write(settings, [click(o, (*people, "ana")[o % 11]) for o in range(1_980)])
+    settings, profiles, started = settings_of(tmp_path), HERE[:10], threading.Barrier(2)
+    write(settings, [click(o, (*profiles, "ana")[o % 11]) for o in range(1_980)])
 
     def forget(users: list[str]) -> None:
         archive = Archive(settings)
@@ -216,7 +217,7 @@ def test_two_that_forget_do_not_undo_each_other(tmp_path: Path) -> None:
             file_placement.forget(archive, {user: EVERYTHING}, P)
 
     with ThreadPoolExecutor(2) as threads:
-        for done in [threads.submit(forget, people[n::2]) for n in range(2)]:
+        for done in [threads.submit(forget, profiles[n::2]) for n in range(2)]:
             done.result(timeout=60)
     assert {e.key for e in Archive(settings).read(CLICKS)} == {"ana"}
     assert not list(Archive(settings).partials().iterdir())
