@@ -1,15 +1,16 @@
 # syntax=docker/dockerfile:1
 # One image per process: `docker build --target ingest|worker|archive|trainer .`
-# Compilers are in the build stages only; what runs is not root and holds only the rooms its process imports.
+# Compilers are in the build stages only; a process runs as no root, with the rooms it imports.
 
 FROM python:3.11-slim-bookworm AS base
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 RUN groupadd --system --gid 10001 eddyline \
  && useradd --system --uid 10001 --gid eddyline --home-dir /app --shell /usr/sbin/nologin eddyline \
- && install -d -o eddyline -g eddyline /app /var/lib/eddyline /var/lib/eddyline/generations /var/lib/eddyline/archive
+ && install -d -o eddyline -g eddyline /app /var/lib/eddyline /var/lib/eddyline/generations \
+    /var/lib/eddyline/archive
 
-# Every package, at the version and with one of the hashes of requirements.lock; only what the extra asks for.
-# pip 24.0, which this Python image brings, refuses hashes that come from a constraints file; 26.3 takes them.
+# The packages of the extra, at the versions and with the hashes of requirements.lock.
+# pip 24.0 of this Python image refuses hashes from a constraints file; 26.3 takes them.
 FROM python:3.11-slim-bookworm AS build
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends g++ \
@@ -30,24 +31,29 @@ SCRIPT
 
 FROM build AS build-ingest
 RUN python wanted.py ingest > wanted.txt \
- && /opt/venv/bin/pip install --require-hashes --constraint requirements.lock --requirement wanted.txt
+ && /opt/venv/bin/pip install --require-hashes --constraint requirements.lock \
+    --requirement wanted.txt
 
 FROM build AS build-worker
 RUN python wanted.py worker > wanted.txt \
- && /opt/venv/bin/pip install --require-hashes --constraint requirements.lock --requirement wanted.txt
+ && /opt/venv/bin/pip install --require-hashes --constraint requirements.lock \
+    --requirement wanted.txt
 
 FROM build AS build-archive
 RUN python wanted.py archive > wanted.txt \
- && /opt/venv/bin/pip install --require-hashes --constraint requirements.lock --requirement wanted.txt
+ && /opt/venv/bin/pip install --require-hashes --constraint requirements.lock \
+    --requirement wanted.txt
 
 FROM build AS build-trainer
-# Given, torch (and what it needs) comes from this index first, its hashes unchecked: a CPU-only build saves 4 GB.
+# If given, torch comes from this index first, its hashes unchecked: a CPU-only build saves 4 GB.
 ARG TORCH_INDEX_URL=""
 RUN if [ -n "$TORCH_INDEX_URL" ]; then \
-      /opt/venv/bin/pip install --index-url "$TORCH_INDEX_URL" "$(python wanted.py trainer | grep '^torch==')"; \
+      /opt/venv/bin/pip install --index-url "$TORCH_INDEX_URL" \
+        "$(python wanted.py trainer | grep '^torch==')"; \
     fi \
  && python wanted.py trainer > wanted.txt \
- && /opt/venv/bin/pip install --require-hashes --constraint requirements.lock --requirement wanted.txt
+ && /opt/venv/bin/pip install --require-hashes --constraint requirements.lock \
+    --requirement wanted.txt
 
 FROM base AS runtime
 ENV PATH=/opt/venv/bin:$PATH EDDYLINE_DATA_DIR=/var/lib/eddyline

@@ -18,10 +18,10 @@ setup:  ## the environment in .venv, Apache Kafka's jars in the user's cache
 demo:  ## a click changes an answer; ONCE=1 ends by itself, DATA=generated needs no data set
 	@$(BOOTSTRAP) demo $(ARGS)
 
-test:  ## every test, in two processes; ARGS="tests/unit -x" goes to pytest, a file or a test runs in one
+test:  ## every test, in two processes; ARGS="tests/unit -x" goes to pytest
 	@$(BOOTSTRAP) test $(ARGS)
 
-chaos:  ## kill, freeze and rob everything under load, then compare all state; ARGS="--faults 200 --seed 7"
+chaos:  ## faults under load, then compare all state; ARGS="--faults 200 --seed 7"
 	@$(BOOTSTRAP) chaos $(ARGS)
 
 soak:  ## the index's race test for a minute; SOAK_S=600 for ten
@@ -39,21 +39,24 @@ down:  ## stop them; the data stay
 lint:  ## ruff, mypy, import-linter
 	@$(BOOTSTRAP) lint
 
-# The oldest grpcio-tools that is supported: what it generates runs under every newer grpcio and protobuf. From the
+# The oldest supported grpcio-tools: its code runs under every newer grpcio and protobuf. From the
 # repository root: only then the generated import reads `from serving.proto import …`.
 proto: setup  ## generate serving/proto/*_pb2*
 	.venv/bin/uv venv --quiet --clear --python .venv/bin/python .cache/proto
-	.venv/bin/uv pip install --quiet --python .cache/proto/bin/python "grpcio-tools==1.66.2" "setuptools<81"
-	.cache/proto/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. serving/proto/*.proto
+	.venv/bin/uv pip install --quiet --python .cache/proto/bin/python \
+		"grpcio-tools==1.66.2" "setuptools<81"
+	.cache/proto/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. \
+		--grpc_python_out=. serving/proto/*.proto
 
 bench-%:  ## one benchmark: make bench-visible
 	@$(BOOTSTRAP) bench $* $(ARGS)
 
 lock: setup  ## write requirements.lock anew
-	.venv/bin/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes \
-		--no-emit-index-url --no-header --no-annotate --quiet -o requirements.lock
+	.venv/bin/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
+		--generate-hashes --no-emit-index-url --no-header --no-annotate --quiet -o requirements.lock
 
 clean:  ## remove the environment, all local data and caches
 	@if [ -x .venv/bin/eddyline ]; then .venv/bin/eddyline down; fi
-	rm -rf .venv .eddyline .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .eddyline .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache \
+		.hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -14,7 +14,7 @@ else.
 
 Environment:
 
-    TORCH_BACKEND=cpu      takes torch's build without CUDA; remembered until another value is set
+    TORCH_BACKEND=cpu      takes torch's build without CUDA; kept until another value is set
     TORCH_BACKEND=default  goes back to what pip would give
 
 A set-up that was interrupted goes on where it was. Nothing is written outside this folder but

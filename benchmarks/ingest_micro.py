@@ -1,6 +1,6 @@
 """The micro-step alone, against torch: `python -m benchmarks.ingest_micro FOLDER`.
 
-A chunk as ingest meets it: different users, each with a full history of rows, his embedding as
+A chunk as ingest meets it: different users, each with a full history of rows, an embedding as
 bytes, an event key; out come the new bytes. Tower forward, draw of the negatives, step and packing
 are in the figure on both sides. torch runs the training model's forward and autograd on the whole
 chunk at once, and once more event by event. CPU time of one thread. The generation that was made

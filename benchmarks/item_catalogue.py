@@ -3,7 +3,7 @@ beforehand.
 
 The item tower is that of every generation, with weights drawn by chance: what an item is about
 (title, categories, year) says where it lies. The user tower is the simplest there is: a user's
-vector is that of the item he clicked last. So whoever clicked an anchor is answered with what lies
+vector is that of the item the user clicked last. So a user who clicked an anchor gets what lies
 nearest to it.
 """
 

@@ -1,6 +1,6 @@
 """The rooms as a graph of files: no import runs up.
 
-Imports under TYPE_CHECKING and inside functions count as well, which import-linter's contracts leave out in part.
+Imports under TYPE_CHECKING and inside functions count as well.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def imported_names(module: str, tree: ast.AST) -> set[str]:
 
 @cache
 def graph() -> dict[str, set[str]]:
-    """Module -> the modules of the rooms that it imports; `from package import module` means the module."""
+    """Module -> the modules of the rooms that it imports."""
     found: dict[str, set[str]] = {}
     for module, path in modules().items():
         names = imported_names(module, ast.parse(path.read_text(encoding="utf-8")))

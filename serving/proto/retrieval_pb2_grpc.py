@@ -50,12 +50,14 @@ class RetrievalServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Retrieve(self, request, context):
-        """The best items for one user, by what he did up to this very moment.
+        """The best items for one user, by the events up to this very moment.
 
         INVALID_ARGUMENT: a field is out of its limits; the message names field, value and limit
         DEADLINE_EXCEEDED: the deadline passed; RESOURCE_EXHAUSTED: too many calls wait already
-        UNAVAILABLE: the worker is not ready yet, and the message says what it waits for; or no shard of a coordinator answers
-        FAILED_PRECONDITION: the worker holds one shard of the items only; its coordinator is to be asked
+        UNAVAILABLE: the worker is not ready yet, and the message says what it waits for; or no shard
+        of a coordinator answers
+        FAILED_PRECONDITION: the worker holds one shard of the items only; its coordinator is to be
+        asked
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

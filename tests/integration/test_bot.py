@@ -35,14 +35,14 @@ def behave(live) -> None:
 
 
 def own_bytes(live) -> int:
-    """What Redis holds under his name."""
+    """The size of the user's keys in Redis."""
     with redis.Redis.from_url(live.settings.redis_url) as client:
         found = list(client.scan_iter(match=f"{live.settings.namespace}:*:{BOT}", count=1_000))
         assert len(found) >= 2, "a list and an embedding"
         return sum(client.memory_usage(key) for key in found)
 
 
-def test_a_bot_neither_slows_his_neighbours_nor_grows(make_live) -> None:
+def test_a_bot_neither_slows_other_users_nor_grows(make_live) -> None:
     live = make_live()
     store, partitions = RedisStore(live.settings), live.settings.clicks_partitions
     partition = partition_of(BOT, partitions)
@@ -55,7 +55,7 @@ def test_a_bot_neither_slows_his_neighbours_nor_grows(make_live) -> None:
         while acting.is_alive():
             name, begun = next(neighbours), time.perf_counter()
             live.click(name, live.dataset.items[5].item_id)
-            live.wait_for("his list", lambda name=name: _known(store, partition, name), 20)
+            live.wait_for("the list", lambda name=name: _known(store, partition, name), 20)
             took_ms.append((time.perf_counter() - begun) * 1_000)
             time.sleep(0.1)
         acting.join(60)

@@ -146,7 +146,7 @@ def test_they_share_a_port_and_one_that_is_killed_is_replaced(group: Group) -> N
         "another one", lambda: len(group.pids()) == PROCESSES and group.pids() != first, 20
     )
     assert group.have("forked-item") and group.have_graphs()
-    # Whoever took a place has its port as well, once the one before him let go of it.
+    # A new worker in a place has its port as well, once the old one released it.
     live.wait_for("metrics of each", lambda: all(group.ready(n) for n in range(PROCESSES)), 20)
     assert "Traceback" not in group.log()
 

@@ -101,7 +101,7 @@ def test_an_interrupted_set_up_leaves_no_stamp(
     assert len(steps) == 6
 
 
-def test_the_build_of_torch_is_remembered(
+def test_the_build_of_torch_is_kept(
     bootstrap: ModuleType, steps: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bootstrap.set_up()

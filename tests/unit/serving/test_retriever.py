@@ -277,7 +277,7 @@ def test_as_many_as_there_are_and_why_not_more(world: World, k: int) -> None:
         assert answer.short_because == expected
 
 
-def test_whoever_has_seen_everything_is_told_so(world: World) -> None:
+def test_a_user_who_has_seen_everything_gets_the_reason(world: World) -> None:
     world.user("ana", *(f"i{n}" for n in range(N)))
     answer = world.ask("ana", 5)
     assert ids(answer) == []

@@ -36,7 +36,7 @@ def test_it_is_kept_and_others_may_listen_who_share_it() -> None:
 
 
 @pytest.mark.parametrize("shared", [0, 1])
-def test_a_port_of_somebody_else_is_refused_whether_he_shares_it_or_not(shared: int) -> None:
+def test_a_port_of_another_program_is_refused_shared_or_not(shared: int) -> None:
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, shared)
         other.bind(("127.0.0.1", 0))
