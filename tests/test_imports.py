@@ -1,4 +1,4 @@
-"""The rooms as a graph of files: no import runs up.
+"""The rooms as a graph of files: no circle, and no import runs up.
 
 Imports under TYPE_CHECKING and inside functions count as well.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +50,13 @@ def graph() -> dict[str, set[str]]:
         targets = {n if n in modules() else n.rpartition(".")[0] for n in names}
         found[module] = targets & modules().keys()
     return found
+
+
+def test_no_circle_between_files() -> None:
+    try:
+        tuple(TopologicalSorter(graph()).static_order())
+    except CycleError as error:
+        raise AssertionError(" imported by ".join(error.args[1])) from None
 
 
 def test_no_import_runs_up() -> None:

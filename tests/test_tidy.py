@@ -1,4 +1,6 @@
-"""Style that can be counted: sizes, names, docstrings, leftovers, and docs that keep up with the code."""
+"""Style that can be counted: sizes, names, docstrings, leftovers, and docs that keep up with the
+code.
+"""
 
 import ast
 import re
@@ -25,7 +27,8 @@ LONG_FUNCTIONS: dict[str, str] = {}
 # Put together, so that this file does not hold the words it looks for.
 LEFTOVERS = re.compile("|".join(("TO" + "DO", "FIX" + "ME", "XX" + "X", "HA" + "CK")))
 NAMES = re.compile(r"(^|_)(utils?|commons?|helpers?|misc|v\d+)(_|$)")
-# A version in the name of a package that a protocol promises to keep is no second try at the same thing.
+# A version in the name of a package that a protocol promises to keep is no second try at the same
+# thing.
 NAMED_BY_PROTOCOL = ("serving/proto/",)
 MACHINE_PATH = re.compile(r"(?<![\w.$}])/(?:home|root|work|Users|tmp)/\w")
 # People read what these print; everything else logs.

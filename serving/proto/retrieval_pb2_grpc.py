@@ -50,14 +50,13 @@ class RetrievalServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Retrieve(self, request, context):
-        """The best items for one user, by the events up to this very moment.
+        """The best items for one user, by all events up to this moment.
 
         INVALID_ARGUMENT: a field is out of its limits; the message names field, value and limit
         DEADLINE_EXCEEDED: the deadline passed; RESOURCE_EXHAUSTED: too many calls wait already
         UNAVAILABLE: the worker is not ready yet, and the message says what it waits for; or no shard
         of a coordinator answers
-        FAILED_PRECONDITION: the worker holds one shard of the items only; its coordinator is to be
-        asked
+        FAILED_PRECONDITION: the worker holds one shard of the items only; call its coordinator
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
