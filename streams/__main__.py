@@ -20,22 +20,20 @@ import gc
 import logging
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
-from typing import NoReturn
 
 from aiokafka.errors import KafkaError
 from typing_extensions import override
 
 from eddyline import generations
-from eddyline.errors import SettingsError
 from eddyline.kafka import topics
 from eddyline.kafka.topics import CLICKS, ITEMS, USERS
-from eddyline.process import discovery, heartbeat, lifecycle, logs
+from eddyline.process import heartbeat, lifecycle
 from eddyline.process.retry import Retry
-from eddyline.settings import loader
 from eddyline.settings.loader import Settings
 from eddyline.stores import layout
 from eddyline.stores.redis import RedisStore
@@ -54,6 +52,7 @@ log = logging.getLogger(__name__)
 # Batches consist of many small objects without cycles; with the usual (700, 10, 10) the collector
 # runs often.
 _GARBAGE = (50_000, 20, 100)
+_STOP_CHECK_S = 1.0
 _TALKATIVE = (
     "aiokafka",
     "aiokafka.consumer.fetcher",
@@ -64,22 +63,15 @@ _TALKATIVE = (
 
 def main() -> int:
     """Run until SIGTERM or SIGINT. Returns the exit code."""
-    signal.signal(signal.SIGTERM, _leave)  # until the event loop has its own handler
-    try:
-        settings = discovery.resolve(loader.load())
-    except SettingsError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
-    logs.configure(settings, "ingest")
+    return lifecycle.run("ingest", _run)
+
+
+def _run(settings: Settings, stop: threading.Event) -> None:
     for handler in logging.getLogger().handlers:
         handler.addFilter(errors.WithoutTraceback())
     for name in _TALKATIVE:
         logging.getLogger(name).addFilter(_RateLimit())
-    return lifecycle.run_until_exit(lambda: _run(settings))
-
-
-def _run(settings: Settings) -> None:
-    retry = Retry(settings)
+    retry = Retry(settings, stop)
     retry.wait_for("Kafka", lambda: topics.ensure_topics(settings))
     with ExitStack() as closes:
         closes.callback(heartbeat.end, settings, "ingest")
@@ -115,7 +107,7 @@ def _run(settings: Settings) -> None:
             TopicPipeline(settings.prefixed(ITEMS), handlers.items, item_thread),
         ]
         _tune()
-        asyncio.run(_serve(settings, handlers, pipelines, live, store, member.name, folder))
+        asyncio.run(_serve(settings, stop, handlers, pipelines, live, store, member.name, folder))
 
 
 def _refuse_lost(settings: Settings, clicks: ClickHandler) -> None:
@@ -127,6 +119,7 @@ def _refuse_lost(settings: Settings, clicks: ClickHandler) -> None:
 
 async def _serve(
     settings: Settings,
+    stop: threading.Event,
     handlers: Handlers,
     pipelines: Sequence[TopicPipeline],
     live: Sequence[Generation],
@@ -139,6 +132,8 @@ async def _serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, app.end, None)
+    # A signal that came before these handlers has set the event, or does so at once.
+    loop.call_later(_STOP_CHECK_S, lambda: app.end(None) if stop.is_set() else None)
     log.info(
         "ingest starts",
         extra={
@@ -191,10 +186,6 @@ class _RateLimit(logging.Filter):
             return False
         self._next[record.msg] = now + 10
         return True
-
-
-def _leave(_number: int, _frame: object) -> NoReturn:
-    raise SystemExit(0)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from mode import get_logger
 from typing_extensions import override
 
 from eddyline.errors import LogMismatch, Unavailable
+from eddyline.process.retry import Backoff
 from streams.consumer.batching import Fetched, place_of, split_fetched
 from streams.consumer.fetch_control import InFlightBatches
 from streams.consumer.thread import ConsumerThread
@@ -279,11 +280,13 @@ class BatchConsumer(driver.Consumer):
             await self._rewind(partitions)
 
     async def _rewind(self, partitions: set[TP]) -> None:
-        generation, wait_s, mismatches = self.app.consumer_generation_id, _BACKOFF_S, 0
+        generation, mismatches = self.app.consumer_generation_id, 0
+        backoff = Backoff(_BACKOFF_S, self.app.backoff_s_max)
         while not self.should_stop and self.app.consumer_generation_id == generation:
             mine = {at for at in partitions if at in self.assignment()}
             if not mine:
                 return
+            wait_s = backoff.next_s()
             try:
                 await self._thread.seek_to(await self._positions(mine))
                 return
@@ -299,7 +302,6 @@ class BatchConsumer(driver.Consumer):
                 self.app.owner.end(error)
                 return
             await self.sleep(wait_s)
-            wait_s = min(2 * wait_s, self.app.backoff_s_max)
 
     async def _positions(self, partitions: set[TP]) -> Mapping[TP, int]:
         limit_s = self.app.conf.broker_request_timeout
