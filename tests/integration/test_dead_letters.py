@@ -34,7 +34,7 @@ from tests.applying import ingest
 KILLED = """
 import os, signal, sys
 from kafka import KafkaProducer
-from cli import dead_letters
+from streams.operations import dead_letter_replay
 from eddyline.settings.loader import load
 commit = KafkaProducer.commit_transaction
 def killed(self):
@@ -43,7 +43,7 @@ def killed(self):
         commit(self)
     os.kill(os.getpid(), signal.SIGKILL)
 KafkaProducer.commit_transaction = killed
-dead_letters.replay(load(), reason="far_future")
+dead_letter_replay.replay(load(), reason="far_future")
 """
 
 
