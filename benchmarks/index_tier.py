@@ -1,10 +1,10 @@
 """From how many fresh items on does a second tier pay? `make bench-index_tier`.
 
-N items in the main graph, of which more and more go somewhere else; the same State is asked as it
-is, with the plain fresh buffer, and with a tier built of that buffer, in turns. Where the index
-would answer by an exact scan (over 35% of the rows fresh) the scan is timed. CPU of the query
-thread, because the median of it is worth something on busy cores, too; recall@100 beside it. N sets
-the size, FRESH the steps.
+N items in the main graph, of which more and more go somewhere else; the same IndexVersion is
+queried as it is, with the plain fresh buffer, and with a tier built of that buffer, in turns. Where
+the index would answer by an exact scan (over 35% of the rows fresh) the scan is timed. CPU of the
+query thread, because the median of it is worth something on busy cores, too; recall@100 beside it.
+N sets the size, FRESH the steps.
 
 LIVE=1 measures it live instead: LIVE_FRESH items have moved and no rebuild has taken them in yet,
 UPDATES a second go on moving, and one query thread asks for SECONDS, with the tier off and then on,

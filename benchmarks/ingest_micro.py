@@ -1,9 +1,9 @@
 """The micro-step alone, against torch: `python -m benchmarks.ingest_micro FOLDER`.
 
-A chunk as ingest meets it: different users, each with a full history of rows, an embedding as
-bytes, an event key; out come the new bytes. Tower forward, draw of the negatives, step and packing
+A batch as in ingest: different users, each with a full history of rows, an embedding as bytes and
+an event key; the results are the new bytes. Tower forward, draw of the negatives, step and packing
 are in the figure on both sides. torch runs the training model's forward and autograd on the whole
-chunk at once, and once more event by event. CPU time of one thread. The generation that was made
+batch at once, and then event by event. CPU time of one thread. The generation that was made
 for it is left in FOLDER.
 """
 

@@ -2,7 +2,7 @@
 process.
 
     raw     aiokafka's getmany and the validated decode, no Faust, no effects
-    lane    the chunk lane of the product with the same decode, no effects
+    consumer  the batch consumer of the product with the same decode, no effects
     faust   a plain Faust agent, all effects, one pipeline an event
     loop    an asyncio loop by hand, no Faust, all effects, one pipeline per 500 events, no fence
 
@@ -153,17 +153,17 @@ class _Decode(Handler):
         return outcomes
 
 
-async def lane(settings: Settings, meter: Meter) -> None:
+async def consumer(settings: Settings, meter: Meter) -> None:
     pipeline = TopicPipeline(
         settings.prefixed(topics.CLICKS), _Decode(settings, meter), HandlerThread("decode")
     )
     with tempfile.TemporaryDirectory() as folder:
-        app = IngestApp(settings, [pipeline], MemoryStore(), "bench-lane", Path(folder))
+        app = IngestApp(settings, [pipeline], MemoryStore(), "bench-consumer", Path(folder))
         await app.run()
 
 
 def keys(settings: Settings, user: str) -> tuple[str, str, int]:
-    """(a user's list, his partition's window, his partition)."""
+    """(a user's history, the window of the user's partition, that partition)."""
     partition = partition_of(user, settings.clicks_partitions)
     return f"peer:{{u{partition}}}:h:{user}", f"peer:{{u{partition}}}:window", partition
 
@@ -264,7 +264,7 @@ async def loop(settings: Settings, meter: Meter) -> None:
         meter.add(len(clicks))
 
 
-PEERS = {"raw": raw, "lane": lane, "faust": plain_faust, "loop": loop}
+PEERS = {"raw": raw, "consumer": consumer, "faust": plain_faust, "loop": loop}
 
 
 def main() -> None:

@@ -3,8 +3,8 @@ beforehand.
 
 The item tower is that of every generation, with weights drawn by chance: what an item is about
 (title, categories, year) says where it lies. The user tower is the simplest there is: a user's
-vector is that of the item the user clicked last. So a user who clicked an anchor gets what lies
-nearest to it.
+vector is that of the item clicked last. So a user who clicked an anchor gets the items nearest to
+it.
 """
 
 from __future__ import annotations
