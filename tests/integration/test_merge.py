@@ -145,7 +145,7 @@ def test_without_ingest_a_merge_says_so_and_nobody_merges_into_himself(fresh_set
 
     topics.ensure_topics(fresh_settings)
     alone = SimpleNamespace(settings=fresh_settings)
-    assert "will when it runs" in run(alone, "v", "u", "--wait-s", "0.1", code=1)
+    assert "it will once it runs" in run(alone, "v", "u", "--wait-s", "0.1", code=1)
     assert "same_user" in run(alone, "u", "u", code=1)
     assert "control" in run(alone, "v\n", "u", code=1)
     assert os.environ.get("EDDYLINE_NAMESPACE") is None
