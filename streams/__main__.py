@@ -30,6 +30,7 @@ from aiokafka.errors import KafkaError
 from typing_extensions import override
 
 from eddyline import generations
+from eddyline.generations import Manifest
 from eddyline.kafka import topics
 from eddyline.kafka.topics import CLICKS, ITEMS, USERS
 from eddyline.process import heartbeat, lifecycle
@@ -37,6 +38,7 @@ from eddyline.process.retry import Retry
 from eddyline.settings.loader import Settings
 from eddyline.stores import layout
 from eddyline.stores.redis import RedisStore
+from embeddings.bundle import bundle
 from streams import metrics, static_membership
 from streams.app import IngestApp
 from streams.clicks.handler import ClickHandler
@@ -46,6 +48,7 @@ from streams.dispatcher import HandlerThread, TopicPipeline
 from streams.fences import KafkaLogIds
 from streams.generation import Generation
 from streams.handlers import Handlers, Outputs
+from streams.items.publisher import TransactionalPublisher
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +90,7 @@ def _run(settings: Settings, stop: threading.Event) -> None:
         )
         producer = retry.wait_for("Kafka", lambda: outlet_producer(settings))
         closes.callback(producer.close, timeout=1)
-        live = [retry.wait_for("Kafka", lambda: Generation.open(settings, manifest))]
+        live = [retry.wait_for("Kafka", lambda: _open_generation(settings, manifest))]
         for generation in live:
             closes.callback(generation.close)
         # Forgetting a user deletes the embeddings of every generation that was ever recorded.
@@ -108,6 +111,16 @@ def _run(settings: Settings, stop: threading.Event) -> None:
         ]
         _tune()
         asyncio.run(_serve(settings, stop, handlers, pipelines, live, store, member.name, folder))
+
+
+def _open_generation(settings: Settings, manifest: Manifest) -> Generation:
+    """Load the bundle of a recorded generation and publish to its topic, which is made if need be.
+
+    Raises BundleError, KafkaUnavailable, KafkaRefused.
+    """
+    topics.ensure_topics(settings, [topics.item_vectors(manifest.generation)])
+    towers = bundle.recorded(settings, manifest)
+    return Generation(towers, TransactionalPublisher(settings, towers.generation))
 
 
 def _refuse_lost(settings: Settings, clicks: ClickHandler) -> None:

@@ -14,13 +14,8 @@ from contextlib import ExitStack
 from typing_extensions import override
 
 from eddyline.errors import EddylineError
-from eddyline.generations import Manifest
-from eddyline.kafka import topics
 from eddyline.schema.item_record import ItemRecord
-from eddyline.settings.loader import Settings
-from embeddings.bundle import bundle
 from streams.clicks.micro_steps import MicroSteps
-from streams.items.publisher import TransactionalPublisher
 from streams.ports import RecordPublisher, Towers
 
 
@@ -50,17 +45,6 @@ class Generation:
         self.publisher = publisher or NoPublisher()
         self._closes = ExitStack()
         self._closes.callback(self.publisher.close)
-
-    @classmethod
-    def open(cls, settings: Settings, manifest: Manifest) -> Generation:
-        """Load the bundle and make the publisher of a recorded generation; make its topic if need
-        be.
-
-        Raises BundleError, KafkaUnavailable, KafkaRefused.
-        """
-        topics.ensure_topics(settings, [topics.item_vectors(manifest.generation)])
-        towers = bundle.recorded(settings, manifest)
-        return cls(towers, TransactionalPublisher(settings, towers.generation))
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         """Publish in this event loop from here on; before the handlers open a partition."""

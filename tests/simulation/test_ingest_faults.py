@@ -295,6 +295,18 @@ def forgotten(event: Forget, record: Rec, lists: Any, marks: Any, steps: Any) ->
         marks[user] = (record.offset, mark[1], stamp, record.timestamp)
 
 
+def liked_rows(world: World, entries: list[Any]) -> list[int]:
+    """The rows of the newest four items that the bundle has and that no newer event dislikes."""
+    liked = [
+        x
+        for n, x in enumerate(entries)
+        if x[0] in world.rows
+        and x[2] != "dislike"
+        and all(y[0] != x[0] or y[2] != "dislike" for y in entries[:n])
+    ]
+    return [world.rows[x[0]] for x in liked[:4]]
+
+
 def oracle(settings: Settings, logs: dict[int, list[Rec]]) -> dict[str, Any]:
     """The state by the rules, one event at a time, all in plain dictionaries."""
     lists: dict[str, list[Any]] = defaultdict(list)
@@ -342,14 +354,7 @@ def oracle(settings: Settings, logs: dict[int, list[Rec]]) -> dict[str, Any]:
                 if target is not None and not late:
                     count, e = steps.get(user, (0, np.zeros(D, np.float32)))
                     if count >= 2:
-                        liked = [
-                            x
-                            for n, x in enumerate(lists[user])
-                            if x[0] in world.rows
-                            and x[2] != "dislike"
-                            and all(y[0] != x[0] or y[2] != "dislike" for y in lists[user][:n])
-                        ]
-                        rows = [world.rows[x[0]] for x in liked[:4]]
+                        rows = liked_rows(world, lists[user])
                         f = world.user_tower.encode(world.item_vectors, [rows], [{}])
                         key = click.event_id or f"{partition}/{record.offset}"
                         e = world.micro.step(f, e[None], [target], [key])[0]
