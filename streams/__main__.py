@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-# Before numpy: the tiles are too small to be worth a second thread, and results must be
+# Before numpy: the products are too small to be worth a second thread, and results must be
 # deterministic.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -107,8 +108,9 @@ class _Faiss(AnnBackend):
             plan.index.add(vectors[at : at + CHUNK])
         return FaissIndex(self.name, plan, np.array(labels, np.int64))
 
+    @abstractmethod
     def _plan(self, vectors: Vector) -> FaissPlan:
-        raise NotImplementedError
+        """The empty Faiss index of this kind for these vectors, float32 (n, d)."""
 
 
 class FaissFlat(_Faiss):

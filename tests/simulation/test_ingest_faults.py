@@ -330,10 +330,7 @@ def oracle(settings: Settings, logs: dict[int, list[Rec]]) -> dict[str, Any]:
             if partition_of(click.user_id, PARTITIONS) != partition:
                 continue
             if isinstance(click, Merge):
-                for n, x in enumerate(reversed(lists.pop(click.user_id, []))):
-                    moved.add((click.merge_into, *x[:4], f"merge/{partition}/{record.offset}/{n}"))
-                for part in (marks, steps):
-                    part.pop(click.user_id, None)
+                moved |= merged(click, f"merge/{partition}/{record.offset}", lists, marks, steps)
                 continue
             if isinstance(click, Forget):
                 forgotten(click, record, lists, marks, steps)
@@ -373,6 +370,20 @@ def oracle(settings: Settings, logs: dict[int, list[Rec]]) -> dict[str, Any]:
                 record.timestamp,
             )
     return finished(settings, lists, marks, steps, windows, counts, moved)
+
+
+def merged(
+    merge: Merge,
+    key: str,
+    lists: dict[str, list[Any]],
+    marks: dict[str, Any],
+    steps: dict[str, tuple[int, Any]],
+) -> set[tuple[str, str, int, str, float, str]]:
+    """The clicks that a merge sends on; the visitor's state is gone afterwards."""
+    entries = reversed(lists.pop(merge.user_id, []))
+    for part in (marks, steps):
+        part.pop(merge.user_id, None)
+    return {(merge.merge_into, *x[:4], f"{key}/{n}") for n, x in enumerate(entries)}
 
 
 def finished(

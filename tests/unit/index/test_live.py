@@ -14,7 +14,7 @@ from index.live import LiveIndex
 from index.storage.vector_table import VectorTable
 from index.writing import batch
 from index.writing.rebuilder import Rebuilder
-from tests.unit.index.helpers import records, units, wait_until
+from tests.unit.index.item_records import records, units, wait_until
 
 D = 6
 

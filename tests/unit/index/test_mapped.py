@@ -11,7 +11,7 @@ from index.factory import HnswIndex
 from index.snapshot import format
 from index.snapshot.format import Origin
 from index.storage.vector_table import CAPACITY_MIN, VectorTable
-from tests.unit.index.helpers import units
+from tests.unit.index.item_records import units
 
 D, N = 8, 1_200
 ORIGIN = Origin(generation="g1", dimension=D, bundle_ms=1, log="cluster/topic")

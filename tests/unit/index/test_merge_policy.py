@@ -9,7 +9,7 @@ from eddyline.schema.item_record import ItemRecord
 from index.exact import ExactIndex
 from index.factory import HnswIndex
 from index.writing import merge_policy
-from tests.unit.index.helpers import each_live_item_has_one_entry, records, units, wait_until
+from tests.unit.index.item_records import each_live_item_has_one_entry, records, units, wait_until
 
 D = 16
 

@@ -14,7 +14,7 @@ import pytest
 from eddyline.schema.item_record import ItemRecord
 from index.factory import HnswIndex
 from index.port import Hit
-from tests.unit.index.helpers import records, units
+from tests.unit.index.item_records import records, units
 
 SECONDS = float(os.environ.get("SOAK_S", "5"))
 READERS, WRITERS = 8, 2

@@ -19,7 +19,7 @@ from index.factory import HnswIndex
 from index.live import LiveIndex
 from index.recall_guard import RecallGuard
 from serving.rpc.converters import sizes_of
-from tests.unit.index.helpers import records, units, wait_until
+from tests.unit.index.item_records import records, units, wait_until
 
 D, N, K = 16, 3_000, 20
 VECTORS, QUERIES = units(N, D, 1), units(500, D, 2)

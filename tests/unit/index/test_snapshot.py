@@ -16,7 +16,7 @@ from index.factory import HnswIndex
 from index.filters import Filter, Range
 from index.snapshot import format
 from index.snapshot.format import Header, Origin, SnapshotRefused
-from tests.unit.index.helpers import units, wait_until
+from tests.unit.index.item_records import units, wait_until
 
 D = 4
 ROOT = Path(__file__).resolve().parents[3]

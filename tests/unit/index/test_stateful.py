@@ -26,7 +26,7 @@ from index.storage import index_version, vector_table
 from index.storage.columns import Columns
 from index.storage.index_version import IndexVersion
 from index.writing import batch, placement
-from tests.unit.index.helpers import each_live_item_has_one_entry, units
+from tests.unit.index.item_records import each_live_item_has_one_entry, units
 
 D = 6
 # So small that buffers fill up often.
