@@ -30,6 +30,19 @@ NAMES = re.compile(r"(^|_)(utils?|commons?|helpers?|misc|v\d+)(_|$)")
 # A version in the name of a package that a protocol promises to keep is no second try at the same
 # thing.
 NAMED_BY_PROTOCOL = ("serving/proto/",)
+# A user is "the user" or "they", and what is named here has the name of its field instead.
+BANNED_WORDS = frozenset(
+    "he him himself his she whoever whomever draft drafts gathered haul hauls knock knocked knocks "
+    "lane lanes patience politely remembered resend resends unproven".split()
+)
+BANNED_NAMES = re.compile(
+    r"\b(Answering|OfShard|click_chunks|cluster_map|give_way|item_cards|moved_elsewhere|sent_on)\b"
+)
+# What has happened is told in the words of its time.
+HISTORY = ("CHANGELOG.md", "LOG.md")
+COLUMNS_MAX = 100
+# Neither a link nor what a linter reads at the end of a line can be wrapped.
+LONG_PARTS = re.compile(r"https?://\S+|  # (type: ignore|noqa).*")
 MACHINE_PATH = re.compile(r"(?<![\w.$}])/(?:home|root|work|Users|tmp)/\w")
 # People read what these print; everything else logs.
 MAY_PRINT = ("benchmarks/", "examples/", "bootstrap.py")
@@ -102,7 +115,8 @@ def test_names_say_what_a_thing_is() -> None:
 
 def names_no_encoding(call: ast.Call) -> bool:
     """Whether the call opens a file as text and leaves the encoding to the machine's locale."""
-    function, arguments = call.func, [*call.args, *(word.value for word in call.keywords)]
+    modes_given = [word.value for word in call.keywords if word.arg == "mode"]
+    function, arguments = call.func, [*call.args, *modes_given]
     name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
     if any(word.arg == "encoding" for word in call.keywords):
         return False
@@ -185,6 +199,37 @@ def test_no_path_of_one_machine() -> None:
         if MACHINE_PATH.search(line)
     ]
     assert found == []
+
+
+def prose() -> Iterator[tuple[Path, int, str]]:
+    """(file, line number, line) of everything that people wrote, this file left out."""
+    for path in files():
+        written = path.suffix in TEXT and path.suffix != ".lock" and "_pb2" not in path.name
+        if written and path.name not in ("LICENSE", *HISTORY) and path != Path(__file__):
+            for number, line in enumerate(lines(path), 1):
+                yield path, number, line
+
+
+def test_the_words_are_those_of_the_field() -> None:
+    found = []
+    for path, number, line in prose():
+        line = line.replace("Draft201909Validator", "")  # jsonschema's
+        words = {word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+(?![a-z])", line)}
+        bad = sorted(words & BANNED_WORDS) + BANNED_NAMES.findall(line)
+        found += [f"{name_of(path)}:{number}: {word}" for word in bad]
+    assert found == [], "\n".join(found)
+
+
+def test_lines_fit() -> None:
+    """Tables and code cannot be wrapped in a page."""
+    found, fenced = [], False
+    for path, number, line in prose():
+        page = path.suffix == ".md"
+        fenced = page and fenced != line.lstrip().startswith("```")
+        unwrapped = page and (fenced or line.startswith("|"))
+        if len(LONG_PARTS.sub("", line)) > COLUMNS_MAX and not unwrapped:
+            found.append(f"{name_of(path)}:{number}")
+    assert found == [], "\n".join(found)
 
 
 def test_only_what_people_read_is_printed() -> None:

@@ -17,10 +17,9 @@ Every setting has a default. A later source wins over an earlier one:
 4. the environment: `{PREFIX}` and the setting's name in capitals, `k_max` is `{PREFIX}K_MAX`.
 
 A key that is not in the table, or a bad value, stops the process at its start with a sentence that
-names the key, the value and the source. Secret ones ({
-    ", ".join(f"`{name}`" for name in sorted(SECRETS))
-}) are never shown or logged. `eddyline settings` prints the values in force. A
-duration is in the unit that ends its name.
+names the key, the value and the source. Never shown or logged are the secret ones:
+{", ".join(f"`{name}`" for name in sorted(SECRETS))}.
+`eddyline settings` prints the values in force. A duration is in the unit that ends its name.
 
 This page is generated: `eddyline settings --markdown > docs/configuration.md`.
 

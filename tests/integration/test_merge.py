@@ -46,9 +46,7 @@ def pair() -> tuple[str, str]:
 
 
 @pytest.mark.timeout(120)
-def test_a_visitors_list_is_moved_once_by_time_and_he_is_forgotten(
-    live: Any, store: RedisStore
-) -> None:
+def test_a_visitors_list_is_moved_once_by_time_and_forgotten(live: Any, store: RedisStore) -> None:
     visitor, user = pair()
     now = now_ms() - 60_000
     items = [f"{visitor}-{n}" for n in range(7)]
@@ -138,7 +136,7 @@ def run_without_waiting(live: Any, visitor: str, user: str) -> None:
 
 
 @pytest.mark.timeout(60)
-def test_without_ingest_a_merge_says_so_and_nobody_merges_into_himself(fresh_settings: Any) -> None:
+def test_without_ingest_a_merge_says_so_and_no_user_merges_into_itself(fresh_settings: Any) -> None:
     from types import SimpleNamespace
 
     from eddyline.kafka import topics

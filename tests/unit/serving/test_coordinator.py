@@ -434,7 +434,7 @@ def test_one_shard_is_all_items() -> None:
         made.close()
 
 
-def test_what_is_remembered_is_never_stale(frail: Plant) -> None:
+def test_cached_vectors_are_never_stale(frail: Plant) -> None:
     """Items of the user's list change, go and return; each answer is by the present ones."""
     rng, version = np.random.default_rng(9), 1_000
     listed = [f"item-{n}" for n in range(6)]
@@ -485,22 +485,22 @@ def test_a_version_that_changes_while_it_is_read_is_not_kept() -> None:
     links = Shards(SETTINGS, [shard.address], "g1")
     try:
         links.check()
-        remembered = VectorCache()
-        assert len(ScatterGather(links, D, Deadline(5.0), remembered).vectors_of(["a", "b"])) == 1
-        assert len(remembered) == 0
+        cache = VectorCache()
+        assert len(ScatterGather(links, D, Deadline(5.0), cache).vectors_of(["a", "b"])) == 1
+        assert len(cache) == 0
     finally:
         links.close()
         shard.down()
 
 
 @pytest.mark.parametrize(("used", "kept"), [(2, 2), (3, 3), (4, 3), (300, 3)])
-def test_what_is_remembered_is_bounded(used: int, kept: int) -> None:
-    remembered = VectorCache(3)
+def test_cached_vectors_are_bounded(used: int, kept: int) -> None:
+    cache = VectorCache(3)
     for n in range(used):
-        remembered.keep({f"i{n}": (n, np.ones(D, np.float32))})
-        remembered.look_up(["i0"])
-    assert len(remembered) == kept and "i0" in remembered.look_up(["i0"])
-    assert remembered.look_up([f"i{used - 1}"]).keys() == {f"i{used - 1}"}
+        cache.keep({f"i{n}": (n, np.ones(D, np.float32))})
+        cache.look_up(["i0"])
+    assert len(cache) == kept and "i0" in cache.look_up(["i0"])
+    assert cache.look_up([f"i{used - 1}"]).keys() == {f"i{used - 1}"}
 
 
 def test_graphs_find_as_much_as_one_graph(frail: Plant) -> None:

@@ -256,11 +256,11 @@ def test_two_generations_answer_side_by_side_and_one_closes_alone(plant: Plant) 
 
 def test_a_generation_that_was_closed_is_opened_again_from_its_snapshot(plant: Plant) -> None:
     plant.topics["a"].put("i5", N + 1, None)
-    first = plant.open("a")
+    first = plant.open(name="a")
     plant.start(first)
     first.close()
     assert plant.topics["a"].at == 1
-    again = plant.open("a")
+    again = plant.open(name="a")
     try:
         assert again.index.stats().live == N - 1
         backend = plant.start(again)
@@ -271,7 +271,7 @@ def test_a_generation_that_was_closed_is_opened_again_from_its_snapshot(plant: P
 
 
 def test_one_that_was_opened_and_never_started_closes(plant: Plant) -> None:
-    plant.open("a").close()
+    plant.open(name="a").close()
     assert not plant.settings.snapshots.exists()
 
 
@@ -279,7 +279,7 @@ def test_a_stop_ends_the_wait_for_the_end_of_the_topic(
     plant: Plant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Topic, "ends", lambda _: {0: 9})
-    runtime, stop = plant.open("a"), threading.Event()
+    runtime, stop = plant.open(name="a"), threading.Event()
     try:
         runtime.start(plant.store, write_snapshots=False)
         stop.set()
@@ -291,7 +291,7 @@ def test_a_stop_ends_the_wait_for_the_end_of_the_topic(
 
 def test_a_shard_has_no_recall_paths(plant: Plant) -> None:
     share = ShardAssignment(1, 3)
-    runtime = plant.open("a", share)
+    runtime = plant.open(name="a", share)
     try:
         backend = runtime.start(plant.store, write_snapshots=False)
         assert isinstance(backend, ShardBackend)

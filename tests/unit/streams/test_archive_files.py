@@ -154,7 +154,7 @@ def test_a_file_ends_at_the_hour_and_at_a_run_of_offsets(tmp_path: Path) -> None
     assert path.endswith(f"clicks/hour=2023-11-14T22/000{P}-{90:020d}-{98:020d}.parquet")
 
 
-def test_a_chain_of_resends_is_decided_alike_after_a_restart(tmp_path: Path) -> None:
+def test_a_chain_of_duplicates_is_decided_alike_after_a_restart(tmp_path: Path) -> None:
     # Accepted at 0; dropped at 8; accepted at 16 because 0 is too far back, though 8 is not.
     log = [click(o, event_id="again" if o % 8 == 0 else f"e{o}") for o in range(33)]
     whole = Runner(settings_of(tmp_path / "a", archive_file_offsets=4))
