@@ -122,7 +122,7 @@ class Scenario:
         return answer
 
     def click(self, first: RetrieveResponse) -> float:
-        """Click the film least like the earlier ones; milliseconds until the answer has the click."""
+        """Click the film least like earlier ones; milliseconds until the answer has the click."""
         known = Counter(c for item_id in self._taste()[1] for c in self.titles[item_id].categories)
         chosen = min(
             (i.item_id for i in first.items),

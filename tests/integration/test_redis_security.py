@@ -218,7 +218,7 @@ def test_each_documented_user_may_do_what_it_needs_and_nothing_else(
 def test_the_documented_operator_may_plan(asking: Server, namespace: str) -> None:
     settings = Settings(namespace=namespace, redis_url=url("operator", asking.port))
     assert redis_parts(settings, Sizes(users=9, items=9, history=9))
-    with pytest.raises(StoreRefused, match="docs/security.md"):
+    with pytest.raises(StoreRefused, match=r"docs/security\.md"):
         redis_parts(
             msgspec.structs.replace(settings, redis_url=url("worker", asking.port)), Sizes(9, 9, 9)
         )

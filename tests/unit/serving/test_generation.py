@@ -291,7 +291,7 @@ def test_a_stop_ends_the_wait_for_the_end_of_the_topic(
 
 def test_a_shard_has_no_recall_paths(plant: Plant) -> None:
     share = ShardAssignment(1, 3)
-    runtime = plant.open(name="a", share)
+    runtime = plant.open(name="a", assignment=share)
     try:
         backend = runtime.start(plant.store, write_snapshots=False)
         assert isinstance(backend, ShardBackend)
