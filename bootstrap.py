@@ -1,5 +1,4 @@
-"""Set Eddyline up in `.venv` next to this file and run it; needs Python 3.11 or newer and nothing
-else.
+"""Set Eddyline up in `.venv` next to this file and run it; needs nothing but Python 3.11 or newer.
 
     python3 bootstrap.py setup           only set up
     python3 bootstrap.py demo [OPTION]   set up, then the demo (environment: ONCE=1, DATA=generated)

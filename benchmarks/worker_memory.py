@@ -27,7 +27,7 @@ from eddyline.settings.loader import Settings, load
 from sandbox.processes import Deployment
 from sandbox.servers.local_servers import local_servers, log_dir
 from sandbox.servers.supervisor import Supervisor
-from serving import registry
+from serving import running_workers
 from serving.proto import retrieval_pb2 as pb
 from serving.proto.retrieval_pb2_grpc import RetrievalStub
 from serving.rpc.client import is_ready, open_channel
@@ -69,7 +69,7 @@ def measured(
     """The rows of these workers, once all have a graph."""
 
     def ready() -> bool:
-        found = registry.running(settings)
+        found = running_workers.running(settings)
         return len(found) == WORKERS and all(
             stub.Stats(pb.StatsRequest(), timeout=5).index.main >= 0.9 * N
             for stub in stubs(addresses, each)
@@ -77,7 +77,7 @@ def measured(
 
     until(f"{WORKERS} workers with a graph", ready)
     time.sleep(2)  # the memory of the build is freed
-    pids = [worker.pid for worker in registry.running(settings)]
+    pids = [worker.pid for worker in running_workers.running(settings)]
     before = memory_mb(pids)
     workers = stubs(addresses, each)
     for n in range(WORKERS * QUERIES):

@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from eddyline import __version__
-from eddyline.errors import EddylineError, KafkaRefused, LogMismatch, SettingsError, StoreRefused
+from eddyline.errors import EddylineError, SettingsError
 from eddyline.settings.loader import Settings, data_folder, load
 
 app = typer.Typer(
@@ -40,12 +40,10 @@ def main() -> None:
     """Run the command line; prints Eddyline's own errors as one sentence, without traceback."""
     try:
         app()
-    except SettingsError as error:
-        _fail(str(error), 2)
-    except (LogMismatch, KafkaRefused, StoreRefused) as error:
-        _fail(str(error), 3)
     except EddylineError as error:
-        _fail(str(error), 1)
+        from eddyline.process.lifecycle import exit_code
+
+        _fail(str(error), exit_code(error))
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -6,7 +6,8 @@ its segment was built, goes to the fresh buffer, which every query scans exactly
 turn it stays in its segment. Every candidate is rescored from the vector table, so answers use
 current vectors. A rebuild builds a new main segment on its own thread; items that change meanwhile
 are fresh. If a rebuild runs long, the fresh buffer becomes a small segment
-(`index.writing.merge_policy`).
+(`index.writing.merge_policy`). A delete marks its row as dead in `index.writing.batch`; no later
+version shows a dead row.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from eddyline.process.retry import Retry
 from eddyline.settings.loader import Settings
 from index.backends.base import AnnBackend
 from index.factory import ann_backend
-from serving import dependencies, metrics, registry
+from serving import dependencies, metrics, running_workers
 from serving.rpc.retrieval_service import RetrievalService
 from serving.rpc.server import SharedPort, WorkerServer
 from serving.rpc.shard_service import ShardService
@@ -115,7 +115,7 @@ class Worker:
             service.serve(backend)
             server = self._server or self.listen()
             server.set_serving(True)
-            announced = registry.announce(settings, self._registered(server, runtime))
+            announced = running_workers.announce(settings, self._registered(server, runtime))
             closing.callback(announced.unlink, missing_ok=True)
             serves = {
                 "address": server.address,
@@ -139,8 +139,8 @@ class Worker:
 
     def _registered(
         self, server: WorkerServer, runtime: GenerationRuntime
-    ) -> registry.RegisteredWorker:
-        return registry.RegisteredWorker(
+    ) -> running_workers.RegisteredWorker:
+        return running_workers.RegisteredWorker(
             address=server.address,
             pid=os.getpid(),
             generation=runtime.generation,

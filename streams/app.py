@@ -1,5 +1,4 @@
-"""The ingest process around its pipelines: the Faust app, positions, idle partitions, reports, the
-end.
+"""The ingest process around its pipelines: Faust app, positions, idle partitions, reports, stop.
 
 `dispatcher` applies the batches.
 """

@@ -1,4 +1,4 @@
-"""Fences as positions: where reading a partition continues, and which fences this process expects.
+"""Fences: from which offset each partition is read on, and which fences this process expects.
 
 Reading continues after the lowest fence of a partition. `open` raises LogMismatch where a fence
 belongs to another log (a topic that was created again, another cluster), and where retention

@@ -1,5 +1,4 @@
-"""One generation in an ingest process: its towers, its micro-steps, and the publisher of its item
-vectors.
+"""One generation in an ingest process: its towers, micro-steps and item-vector publisher.
 
 Several may live in one process. Each has its own towers, embeddings (`e:<generation>`), item topic
 and fence (`items@<generation>`); closing one leaves the others as they are.

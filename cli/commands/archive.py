@@ -7,7 +7,7 @@ from eddyline.archive import EVERYTHING, Archive, ArchiveUnavailable
 from eddyline.schema import events
 from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
-from streams.archive import file_placement
+from streams.archive import erasure
 
 
 def forget(settings: Settings, user_id: str) -> None:
@@ -21,7 +21,7 @@ def forget(settings: Settings, user_id: str) -> None:
     try:
         archive = Archive(settings)
         partition = partition_of(user_id, settings.clicks_partitions)
-        files, rows = file_placement.forget(archive, {user_id: EVERYTHING}, partition)
+        files, rows = erasure.forget(archive, {user_id: EVERYTHING}, partition)
     except OSError as error:
         raise ArchiveUnavailable(
             f"archive at {settings.archive_url or 'data_dir'}: {error}"

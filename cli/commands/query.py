@@ -13,7 +13,7 @@ from eddyline.schema.partitioning import user_slot
 from eddyline.settings.loader import Settings
 from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import Source
-from serving import registry
+from serving import running_workers
 from serving.proto.retrieval_pb2 import IndexSizes, RetrieveResponse, ShardStatus
 from serving.rpc.client import Client
 
@@ -121,7 +121,7 @@ def worker_address(settings: Settings) -> str:
 
     Without one, the address of the settings. Raises SettingsError if that has no port.
     """
-    running = [worker for worker in registry.running(settings) if worker.answers]
+    running = [worker for worker in running_workers.running(settings) if worker.answers]
     if running:
         return running[-1].address
     if settings.worker_port == 0:

@@ -1,4 +1,4 @@
-"""The shape of every process: settings, logs, signals, its work, an exit code."""
+"""The shape of every process: settings, logs, signals, its work, and the exit code of an error."""
 
 from __future__ import annotations
 
@@ -69,6 +69,13 @@ def run(
     return run_until_exit(lambda: main(settings, stop))
 
 
+def exit_code(error: EddylineError) -> int:
+    """3: an operator has to decide · 2: a bad setting · 1: a restart may heal it."""
+    if isinstance(error, LogMismatch | StoreRefused | KafkaRefused):
+        return 3
+    return 2 if isinstance(error, SettingsError) else 1
+
+
 def run_until_exit(main: Callable[[], int | None]) -> int:
     """Call `main`, log the error that ends it, and return the exit code of the process.
 
@@ -81,8 +88,6 @@ def run_until_exit(main: Callable[[], int | None]) -> int:
         code = 0
     except EddylineError as error:
         log.error(str(error))
-        if isinstance(error, LogMismatch | StoreRefused | KafkaRefused):
-            return 3
-        return 2 if isinstance(error, SettingsError) else 1
+        return exit_code(error)
     log.info("stopped")
     return code

@@ -1,4 +1,4 @@
-"""A user's history: the last events, newest first, and the stamps of the newest.
+"""A user's history: the last events, newest first; a late event finds its place here or is refused.
 
 Binary layout in Redis. Two values, so that an event rewrites only a short one:
 

@@ -1,13 +1,11 @@
 """Adopting Kafka's present logs after a topic was recreated or lost its tail.
 
 * The log is the same and reaches the fence: the fence and its event-id window stay. Dropping them
-would
-  apply the log a second time to the stored histories.
+  would apply the log a second time to the stored histories.
 * The log is the same but ends before the fence: the fence moves back to the last record.
 * The log is another one: the fence is dropped. Exception: the fence of published item vectors
-(`items@1`)
-  stays, because versions in that topic are offsets of the old `items` log; only a new generation
-  helps.
+  (`items@1`) stays, because versions in that topic are offsets of the old `items` log; only a new
+  generation helps.
 """
 
 from __future__ import annotations

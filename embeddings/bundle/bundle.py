@@ -47,7 +47,7 @@ from embeddings.bundle.manifest import (
     fail,
     read_manifest,
 )
-from embeddings.towers import registry
+from embeddings.towers import runtimes
 from embeddings.towers.base import ItemEncoder, ModelRuntime, TrainedModel, UserEncoder
 from embeddings.towers.micro_step import MicroStep
 from embeddings.towers.numerics import Floats
@@ -153,7 +153,7 @@ def load(folder: Path) -> Bundle:
     folder = Path(folder)
     manifest = read_manifest(folder)
     try:
-        runtime = registry.runtime(manifest.model.kind, manifest.model.version)
+        runtime = runtimes.runtime(manifest.model.kind, manifest.model.version)
     except BundleError as error:
         fail(folder / MANIFEST, str(error))
     reader = Reader(folder, manifest.files)

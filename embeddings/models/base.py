@@ -54,7 +54,7 @@ OnProgress = Callable[[Progress], None]
 class Model(Protocol):
     """One kind of model. Thread rule: one thread per `fit`.
 
-    kind: the name in the bundle; `embeddings.towers.registry` has the runtime of the same kind
+    kind: the name in the bundle; `embeddings.towers.runtimes` has the runtime of the same kind
     """
 
     kind: str

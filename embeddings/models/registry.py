@@ -1,4 +1,8 @@
-"""The models that can be trained, by kind. A new model is one file and one line here."""
+"""The models that can be trained, by kind.
+
+A new model is a file and a line here (training), and a file and a line in
+`embeddings.towers.runtimes` (run time).
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A trained model as a bundle stores it, and the ports of a model at run time; numpy only.
 
-A bundle names the kind of its model. `embeddings.towers.registry` maps the kind to a
+A bundle names the kind of its model. `embeddings.towers.runtimes` maps the kind to a
 `ModelRuntime`, which builds the item tower, the user tower and the micro-step from the arrays.
 """
 

@@ -17,7 +17,7 @@ from embeddings.bundle.bundle import NewBundle
 from embeddings.data.examples import TrainingData
 from embeddings.models.base import Model, OnProgress, Recipe
 from embeddings.models.registry import DEFAULT, MODELS
-from embeddings.towers import registry
+from embeddings.towers import runtimes
 from embeddings.towers.base import TrainedModel
 
 
@@ -97,7 +97,7 @@ def _new_bundle(
     trained: TrainedModel, data: TrainingData, recipe: Recipe, generation: str, created_ms: int
 ) -> NewBundle:
     """The bundle's content; the run-time item tower computes its item vectors."""
-    item_tower = registry.runtime(trained.kind, trained.version).item_tower(trained)
+    item_tower = runtimes.runtime(trained.kind, trained.version).item_tower(trained)
     available = [item for item in data.catalogue if item.available]
     versions = [data.versions.get(item.item_id, (0, -1)) for item in available]
     measured = {"events": float(len(data.examples)), "epochs": float(recipe.epochs)}

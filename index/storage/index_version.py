@@ -1,4 +1,4 @@
-"""The immutable state that one query reads, and which rows live in it."""
+"""The immutable state that one query reads; it hides dead rows, those of deleted items."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Append-only rows of vectors that readers scan without a lock.
+"""Append-only rows of vectors that readers scan without a lock; deleted items have dead rows.
 
 The writer fills a row before it publishes the IndexVersion that counts the row, and never changes
 it: a new vector of an item is a new row, which names the row it replaces. The old row dies at a

@@ -1,4 +1,4 @@
-"""From several recall paths to one answer."""
+"""From several recall paths to one answer, filled up to k items."""
 
 from __future__ import annotations
 

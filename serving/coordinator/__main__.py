@@ -21,7 +21,7 @@ from eddyline.kafka import topics
 from eddyline.process import lifecycle
 from eddyline.process.retry import Retry
 from eddyline.settings.loader import Settings
-from serving import dependencies, metrics, registry
+from serving import dependencies, metrics, running_workers
 from serving.coordinator.backend import CoordinatorBackend
 from serving.coordinator.shards import Shards, parse
 from serving.rpc.retrieval_service import RetrievalService
@@ -68,13 +68,13 @@ def _serve(settings: Settings, stop: threading.Event) -> None:
         service.waiting_for("the first check of the shards")
         shards.start()
         service.serve(CoordinatorBackend(generation, dimension, shards, retriever))
-        worker = registry.RegisteredWorker(
+        worker = running_workers.RegisteredWorker(
             address=server.address,
             pid=os.getpid(),
             generation=generation,
             started_ms=time.time_ns() // 1_000_000,
         )
-        announced = registry.announce(settings, worker)
+        announced = running_workers.announce(settings, worker)
         closing.callback(announced.unlink, missing_ok=True)
         serves = {"address": server.address, "shards": len(addresses), "generation": generation}
         log.info("coordinator serves", extra=serves)

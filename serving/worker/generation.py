@@ -1,4 +1,7 @@
-"""One generation in a query worker, from its bundle to its answers."""
+"""One generation in a query worker, from its bundle to its answers.
+
+`eddyline.generations` knows which generation is active.
+"""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ from eddyline.schema.events import Forget, Merge
 from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import LogId
-from streams.archive import file_placement
+from streams.archive import erasure, file_placement
 from streams.archive.erasure import ForgottenOf, copy_without
 from streams.ports import Record
 
@@ -198,7 +198,7 @@ class PartitionWriter:
             return
         partial = file.finish()
         if file.forgotten:
-            files, rows = file_placement.forget(self._archive, file.forgotten, self._partition)
+            files, rows = erasure.forget(self._archive, file.forgotten, self._partition)
             counts = {"users": len(file.forgotten), "files": files, "rows": rows}
             log.info("users forgotten", extra=counts)
         if self._forgotten.by_digest and self._topic in (CLICKS, USERS):
@@ -211,7 +211,7 @@ class PartitionWriter:
             if file.forgotten:
                 # Again, for merges that were placed since: processes see this file only from here
                 # on.
-                file_placement.forget_merges(self._archive, file.forgotten, lock_held=True)
+                erasure.forget_merges(self._archive, file.forgotten, lock_held=True)
             file_placement.place(self._archive, partial, path)
         self._file, self.written = None, file.last + 1
         if self._topic == CLICKS:

@@ -1,4 +1,4 @@
-"""A batch of clicks: its decoded events, and which of them count."""
+"""A batch of clicks: its decoded events, and which of them count (re-sent ones do not)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Popularity: clicks counted for their items in Redis, a moment after they were applied to the
-users.
+"""Popularity: clicks are counted for their items, a moment after they are applied to the users.
 
 The counts of small batches are written together, one write to each item slot, behind a fence of
 their own. It stays behind until then, so no count is lost with the process, and none is written

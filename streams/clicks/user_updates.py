@@ -1,5 +1,4 @@
-"""The users of one batch while its events are applied, one after the other, in the order of the
-log.
+"""The users of one batch while its events are applied one by one, in the order of the log.
 
 The result is a function of the state that was read and of the events; batch boundaries make no
 difference.

@@ -33,7 +33,7 @@ from typing_extensions import override
 from eddyline.errors import LogMismatch, Unavailable
 from eddyline.process.retry import Backoff
 from streams.consumer.batching import Fetched, place_of, split_fetched
-from streams.consumer.fetch_control import InFlightBatches
+from streams.consumer.in_flight import InFlightBatches
 from streams.consumer.thread import ConsumerThread
 from streams.ports import RecordBatch
 

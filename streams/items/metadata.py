@@ -1,5 +1,4 @@
-"""Metadata of published items, and the fences of publishing: written a moment after the records
-were published.
+"""Metadata of published items and the fences of publishing, written a moment after the records.
 
 A batch of changes has a record or two, and its two scripts in Redis cost as much as publishing it.
 So metadata and fences are written together with those of later batches. Until then both fences stay

@@ -1,5 +1,4 @@
-"""Clicks that Kafka's retention removed before ingest applied them: find them, or go on without
-them.
+"""Clicks that Kafka's retention removed before ingest applied them: find them, or skip them.
 
 Ingest does not start over such a gap (`streams.fences`). `eddyline refill` closes it from the
 archive, `eddyline accept-log --skip-lost` gives the records up.

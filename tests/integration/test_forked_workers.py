@@ -19,7 +19,7 @@ from eddyline.settings.loader import Settings
 from sandbox.processes import Deployment
 from sandbox.servers import free_ports
 from sandbox.servers.supervisor import Supervisor
-from serving import registry
+from serving import running_workers
 from serving.proto import retrieval_pb2 as pb
 from serving.proto.retrieval_pb2_grpc import RetrievalStub
 from serving.rpc.client import CallFailed, Client, is_ready, open_channel
@@ -48,7 +48,7 @@ class Group:
             return False
 
     def pids(self) -> set[int]:
-        return {worker.pid for worker in registry.running(self.settings)}
+        return {worker.pid for worker in running_workers.running(self.settings)}
 
     def keeper(self) -> int:
         return self.supervisor.pids()["worker"]

@@ -12,7 +12,7 @@ from embeddings.bundle import bundle
 from embeddings.data.examples import TrainingData
 from embeddings.models.base import Model, OnProgress, Recipe
 from embeddings.models.registry import MODELS
-from embeddings.towers import registry
+from embeddings.towers import runtimes
 from embeddings.towers.base import ItemEncoder, ModelRuntime, TrainedModel, UserEncoder
 from embeddings.towers.features import FeatureSpace
 from embeddings.towers.micro_step import MicroSettings, MicroStep
@@ -98,7 +98,7 @@ DATA = TrainingData(ITEMS, {}, [Click(user_id="u", item_id="i1", at_ms=1)])
 def test_a_second_model_is_trained_stored_and_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(registry.RUNTIMES, "table", TableRuntime())
+    monkeypatch.setitem(runtimes.RUNTIMES, "table", TableRuntime())
     report = train(DATA, tmp_path / "g", "1", model=Table(), recipe=Recipe(seed=5))
     assert (report.items, report.events, list(report.losses)) == (6, 1, [])
     loaded = bundle.load(tmp_path / "g")
@@ -118,7 +118,7 @@ def test_a_release_without_its_runtime_refuses_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setitem(registry.RUNTIMES, "table", TableRuntime())
+        patched.setitem(runtimes.RUNTIMES, "table", TableRuntime())
         train(DATA, tmp_path / "g", "1", model=Table())
     with pytest.raises(BundleError, match="model kind 'table' is unknown, this release reads"):
         bundle.load(tmp_path / "g")
@@ -126,4 +126,4 @@ def test_a_release_without_its_runtime_refuses_it(
 
 @pytest.mark.parametrize("kind", sorted(MODELS))
 def test_every_model_has_a_runtime_of_its_kind(kind: str) -> None:
-    assert MODELS[kind].kind == registry.RUNTIMES[kind].kind == kind
+    assert MODELS[kind].kind == runtimes.RUNTIMES[kind].kind == kind

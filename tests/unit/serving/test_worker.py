@@ -18,7 +18,7 @@ from eddyline.schema.item_record import ItemRecord, encode_record
 from eddyline.settings.loader import Settings
 from index.exact import ExactIndex
 from index.filters import Filter, Range
-from serving import registry
+from serving import running_workers
 from serving.sharding import ShardAssignment
 from serving.worker import replica
 from serving.worker.replica import Replica, load_bundle
@@ -264,20 +264,22 @@ def test_a_shard_skips_records_of_others_and_a_bad_one_of_its_own(log: Log) -> N
 
 def test_workers_announce_themselves_and_the_dead_are_forgotten(tmp_path: Path) -> None:
     settings = Settings(data_dir=str(tmp_path))
-    assert registry.running(settings) == []
+    assert running_workers.running(settings) == []
     gone = subprocess.run(
         [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, timeout=30
     )
-    dead = registry.RegisteredWorker(
+    dead = running_workers.RegisteredWorker(
         address="h:1", pid=int(gone.stdout), generation="g1", started_ms=1
     )
-    mine = registry.RegisteredWorker(address="h:2", pid=os.getpid(), generation="g1", started_ms=2)
-    first = registry.announce(settings, dead)
-    assert registry.running(settings) == []
-    second = registry.announce(settings, mine)
+    mine = running_workers.RegisteredWorker(
+        address="h:2", pid=os.getpid(), generation="g1", started_ms=2
+    )
+    first = running_workers.announce(settings, dead)
+    assert running_workers.running(settings) == []
+    second = running_workers.announce(settings, mine)
     assert not first.exists() and second.exists()
     (tmp_path / "run" / "worker-1.json").write_text("{torn", encoding="utf-8")
-    assert registry.running(settings) == [mine]
+    assert running_workers.running(settings) == [mine]
 
 
 def python(code: str, **environ: str) -> subprocess.CompletedProcess[str]:

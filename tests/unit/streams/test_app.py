@@ -17,7 +17,7 @@ from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
 from streams.app import IngestApp
 from streams.consumer.batching import place_of
-from streams.consumer.fetch_control import InFlightBatches
+from streams.consumer.in_flight import InFlightBatches
 from streams.dispatcher import QUEUE_BATCHES, BatchDispatcher, HandlerThread, TopicPipeline
 from streams.ports import Handler, Outcome, RecordBatch
 

@@ -269,7 +269,7 @@ def test_an_object_store_gets_whole_objects(tmp_path: Path) -> None:
     there.run(log, 40)
     assert there.bytes() == local.bytes() and not there.archive.is_local
     assert not list(there.archive.partials().iterdir()), "nothing is left where it was written"
-    file_placement.forget(there.archive, {USERS_HERE[0]: layout.EVERYTHING}, P)
+    erasure.forget(there.archive, {USERS_HERE[0]: layout.EVERYTHING}, P)
     kept = {e.event.user_id for e in there.archive.read(CLICKS)}
     assert USERS_HERE[0] not in kept and USERS_HERE[1] in kept
 
@@ -300,13 +300,13 @@ def test_forgetting_takes_a_user_out_of_every_file(tmp_path: Path) -> None:
     before = [(e.offset, e.event) for e in runner.archive.read(CLICKS)]
     names, holding = set(runner.bytes()), holds(runner, gone)
     assert len(holding) > 3
-    done, rows = file_placement.forget(runner.archive, {gone: layout.EVERYTHING}, P)
+    done, rows = erasure.forget(runner.archive, {gone: layout.EVERYTHING}, P)
     assert done == len(holding) and rows == sum(e.user_id == gone for _, e in before) + 1
     assert holds(runner, gone) == []
     assert set(runner.bytes()) == names, "files keep their names"
     rest = [(o, e) for o, e in before if e.user_id != gone]
     assert [(e.offset, e.event) for e in runner.archive.read(CLICKS)] == rest
-    assert file_placement.forget(runner.archive, {gone: layout.EVERYTHING}, P) == (0, 0)
+    assert erasure.forget(runner.archive, {gone: layout.EVERYTHING}, P) == (0, 0)
     assert runner.open().written == log[-1].offset + 1, "the position stays"
 
 

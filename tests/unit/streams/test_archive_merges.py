@@ -23,7 +23,7 @@ from eddyline.schema.events import Click, Merge, UserProfile
 from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import LogId
-from streams.archive import file_placement
+from streams.archive import erasure, file_placement
 from streams.archive.archiver import Archiver
 from streams.archive.partition_writer import ForgottenUsers, open_partition
 
@@ -125,22 +125,22 @@ def test_forgetting_takes_either_user_out_of_merges(tmp_path: Path) -> None:
     write(settings, log)
     archive = Archive(settings)
     partition = partition_of(into, 2)
-    assert file_placement.forget(archive, {into: EVERYTHING}, partition) == (1, 2)
+    assert erasure.forget(archive, {into: EVERYTHING}, partition) == (1, 2)
     assert merges(settings) == [(0, "ana", ""), (1, HERE[0], ""), (2, HERE[1], HERE[2])], (
         "the list ended there"
     )
-    assert file_placement.forget(archive, {"ana": EVERYTHING}, P) == (2, 2), "a merge and a click"
+    assert erasure.forget(archive, {"ana": EVERYTHING}, P) == (2, 2), "a merge and a click"
     assert [key for _, key, _ in merges(settings)] == [HERE[0], HERE[1]]
     raw = b"".join(Path(file.path).read_bytes() for file in archive.files(MERGES))
     assert into.encode() not in raw and b"ana" not in raw
-    assert file_placement.forget(archive, {into: EVERYTHING}, partition) == (0, 0)
+    assert erasure.forget(archive, {into: EVERYTHING}, partition) == (0, 0)
 
 
 def test_a_merge_after_the_null_record_is_of_the_new_user(tmp_path: Path) -> None:
     settings, into = settings_of(tmp_path), ELSEWHERE[0]
     write(settings, [merge(0, "ana", into, MS + 10), merge(1, "ana", into, MS + 20)])
     limit = {into: Forgotten(MS + 10, 0)}
-    file_placement.forget(Archive(settings), limit, partition_of(into, 2))
+    erasure.forget(Archive(settings), limit, partition_of(into, 2))
     assert merges(settings) == [(0, "ana", ""), (1, "ana", into)]
 
 
@@ -214,7 +214,7 @@ def test_two_that_forget_do_not_undo_each_other(tmp_path: Path) -> None:
         archive = Archive(settings)
         started.wait(20)
         for user in users:
-            file_placement.forget(archive, {user: EVERYTHING}, P)
+            erasure.forget(archive, {user: EVERYTHING}, P)
 
     with ThreadPoolExecutor(2) as threads:
         for done in [threads.submit(forget, profiles[n::2]) for n in range(2)]:
@@ -234,7 +234,7 @@ def test_a_writer_that_comes_late_does_not_bring_forgotten_users_back(
         "socket.gethostname", lambda: "another"
     )  # a process of its own writes elsewhere
     write(settings, log)
-    file_placement.forget(archive, {HERE[0]: EVERYTHING}, P)
+    erasure.forget(archive, {HERE[0]: EVERYTHING}, P)
     zombie.complete()
     assert {e.key for e in archive.read(CLICKS)} == {HERE[1]}
     assert not list(archive.partials().iterdir())
@@ -246,7 +246,7 @@ def test_between_machines_a_file_that_changed_meanwhile_is_read_again(
     settings = settings_of(tmp_path, archive_url=f"memory://{tmp_path.name}/archive")
     write(settings, [click(o, HERE[o % 3]) for o in range(60)])
     archive = Archive(settings)
-    plain, turns = file_placement.copy_without, []
+    plain, turns = erasure.copy_without, []
 
     def another_machine_is_faster(source: Any, target: Path, topic: str, forgotten: Any) -> int:
         changed = plain(source, target, topic, forgotten)
@@ -259,8 +259,8 @@ def test_between_machines_a_file_that_changed_meanwhile_is_read_again(
             archive.fs.put_file(str(theirs), file.path)
         return changed
 
-    monkeypatch.setattr(file_placement, "copy_without", another_machine_is_faster)
-    file_placement.forget(archive, {HERE[0]: EVERYTHING}, P)
+    monkeypatch.setattr(erasure, "copy_without", another_machine_is_faster)
+    erasure.forget(archive, {HERE[0]: EVERYTHING}, P)
     assert {e.key for e in archive.read(CLICKS)} == {HERE[2]}
 
 

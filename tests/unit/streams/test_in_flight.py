@@ -14,7 +14,7 @@ from aiokafka.consumer.subscription_state import SubscriptionState
 from aiokafka.structs import TopicPartition
 from faust.transport.drivers import aiokafka as driver
 
-from streams.consumer.fetch_control import TURNS_MAX, InFlightBatches
+from streams.consumer.in_flight import TURNS_MAX, InFlightBatches
 from streams.consumer.thread import ConsumerThread, FetchGate
 from tests.unit.streams.test_consumer import AT, FakeThread, in_a_loop, make_consumer, read, record
 

@@ -1,4 +1,8 @@
-"""Which runtime reads which kind of model. A new kind is one file and one line here."""
+"""Which runtime reads which kind of model.
+
+A new kind is a file and a line here (run time), and a file and a line in
+`embeddings.models.registry` (training).
+"""
 
 from __future__ import annotations
 
