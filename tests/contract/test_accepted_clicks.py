@@ -33,6 +33,7 @@ from streams.archive.partition_writer import ForgottenUsers, open_partition
 from streams.clicks.batch import decode, deduplicate
 from streams.operations import dead_letter_replay
 from streams.operations.dead_letter_replay import Letter
+from streams.ports import RecordBatch
 
 LOG = LogId("cluster", "topic")
 P = 1
@@ -102,7 +103,7 @@ def accepted_by_ingest(settings: Settings, records: Sequence[Any], size: int) ->
     accepted: list[str] = []
     for batch in batches(records, size):
         before = store.read_slot(f"u{P}", source)
-        found = decode(settings, P, batch).events
+        found = decode(settings, RecordBatch(CLICKS, P, batch, 0)).events
         done = -1 if before.fence is None else before.fence.offset
         counts, entering = deduplicate(window, found, before.accepted, done)
         last = batch[-1].offset
@@ -155,7 +156,7 @@ def test_ingest_archive_and_trainer_accept_the_same_clicks(
 def test_dead_letters_and_import_refuse_what_ingest_refuses(log: list[Sent]) -> None:
     settings = Settings(clicks_partitions=2, items_partitions=2)
     for record in records_of(log):
-        refused = bool(decode(settings, P, [record]).rejected)
+        refused = bool(decode(settings, RecordBatch(CLICKS, P, [record], 0)).rejected)
         letter = Letter(f"{CLICKS}/{P}/{record.offset}", "", "", "", record.key, record.value, 0, 0)
         assert refused == rejects(lambda at=letter: dead_letter_replay.checked(settings, at))
         if record.value is None:
