@@ -61,13 +61,13 @@ def publish(settings: Settings, manifest: Manifest, *, activate: bool = True) ->
         producer.close(timeout=settings.kafka_timeout_ms / 1000)
 
 
-def active(settings: Settings, timeout_s: float | None = None) -> Manifest | None:
+def active(settings: Settings) -> Manifest | None:
     """The active generation's manifest, None if there is none yet.
 
-    Raises KafkaUnavailable if the topic gives nothing for `timeout_s` (default:
-    `kafka_timeout_ms`), BundleError if its records contradict each other.
+    Raises KafkaUnavailable if the topic gives nothing for `kafka_timeout_ms`, BundleError if its
+    records contradict each other.
     """
-    records = _read_all(settings, timeout_s)
+    records = _read_all(settings)
     if _ACTIVE not in records:
         return None
     try:
@@ -81,15 +81,15 @@ def active(settings: Settings, timeout_s: float | None = None) -> Manifest | Non
         raise BundleError(f"topic {settings.prefixed(topics.GENERATIONS)}: {error}") from None
 
 
-def known(settings: Settings, timeout_s: float | None = None) -> list[str]:
+def known(settings: Settings) -> list[str]:
     """The ids of all recorded generations, the active one included. Raises KafkaUnavailable."""
-    return sorted(key.decode() for key in _read_all(settings, timeout_s) if key != _ACTIVE)
+    return sorted(key.decode() for key in _read_all(settings) if key != _ACTIVE)
 
 
-def _read_all(settings: Settings, timeout_s: float | None) -> dict[bytes, bytes]:
+def _read_all(settings: Settings) -> dict[bytes, bytes]:
     """Key → value of the compacted topic."""
     records: dict[bytes, bytes] = {}
-    for record in reading.read(settings, topics.GENERATIONS, stall_s=timeout_s):
+    for record in reading.read(settings, topics.GENERATIONS):
         if record.value is None:
             records.pop(record.key, None)
         else:

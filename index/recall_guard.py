@@ -105,7 +105,6 @@ class RecallGuard(RecallMonitor):
 
     @override
     def offer(self, search: NearestSearch, result: SearchResult) -> None:
-        """Perhaps sample this query, to compare it later."""
         if self._random() >= self._share or not len(result):
             return
         if (
@@ -130,7 +129,6 @@ class RecallGuard(RecallMonitor):
 
     @override
     def close(self) -> None:
-        """Stop watching; the current step stays."""
         self._stop.set()
         self._wake.set()
         if self._thread is not None and self._thread is not threading.current_thread():

@@ -22,7 +22,7 @@ from eddyline.kafka.producers import make_producer
 from eddyline.kafka.topics import CLICKS, DEAD_LETTER_BYTES_MAX, DEAD_LETTERS
 from eddyline.schema import events
 from eddyline.settings.loader import Settings
-from streams.ports import DeadLetterSink, ForgetSink, Forwarder, Record
+from streams.ports import DeadLetterSink, ForgetSink, Forwarder, Record, coordinates
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class KafkaDeadLetters(DeadLetterSink):
 
     @override
     def put(self, record: Record, rejected: Rejected) -> None:
-        at = f"{record.topic}/{record.partition}/{record.offset}"
+        at = coordinates(record)
         headers = [
             ("reason", rejected.reason.encode()),
             ("field", rejected.field.encode("utf-8", "replace")),
@@ -127,16 +127,15 @@ class KafkaForwarder(Forwarder, ForgetSink):
 
     @override
     def forward(self, record: Record, key: bytes, value: bytes, partition: int) -> None:
-        at = f"{record.topic}/{record.partition}/{record.offset}"
         headers = [(n, bytes(v)) for n, v in record.headers if n != "origin" and v is not None]
-        headers.append(("origin", at.encode()))
+        headers.append(("origin", coordinates(record).encode()))
         self._delivery.send(record.topic, value, key=key, partition=partition, headers=headers)
 
     @override
     def forget(self, record: Record, user_id: str) -> None:
         """A user's clicks and profile lie in the same partition number."""
         value = events.encode(events.Forget(user_id=user_id, forget_until_ms=record.timestamp))
-        origin = [("origin", f"{record.topic}/{record.partition}/{record.offset}".encode())]
+        origin = [("origin", coordinates(record).encode())]
         self._delivery.send(
             self._clicks, value, key=user_id.encode(), partition=record.partition, headers=origin
         )

@@ -31,8 +31,8 @@ _R = TypeVar("_R")
 # it.
 SESSION_S = 6.0
 BACKOFF_S = 0.05
-# Back-pressure: a topic is paused while its pipeline's queue holds this many batches, or Faust's own
-# queue as many groups of batches. Enough to keep a handler busy.
+# Back-pressure: a topic is paused while its pipeline's queue holds this many batches, or Faust's
+# own queue as many groups of batches. Enough to keep a handler busy.
 QUEUE_BATCHES = 16
 
 

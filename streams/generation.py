@@ -14,8 +14,9 @@ from typing_extensions import override
 
 from eddyline.errors import EddylineError
 from eddyline.schema.item_record import ItemRecord
+from embeddings.bundle.bundle import Bundle
 from streams.clicks.micro_steps import MicroSteps
-from streams.ports import RecordPublisher, Towers
+from streams.ports import RecordPublisher
 
 
 class NoPublisher(RecordPublisher):
@@ -37,7 +38,7 @@ class Generation:
     publisher: where its item records go
     """
 
-    def __init__(self, towers: Towers, publisher: RecordPublisher | None = None) -> None:
+    def __init__(self, towers: Bundle, publisher: RecordPublisher | None = None) -> None:
         self.name = towers.generation
         self.towers = towers
         self.micro = MicroSteps(towers)

@@ -7,18 +7,13 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from eddyline.errors import EddylineError, Rejected
-from eddyline.schema.events import Item
 from eddyline.schema.item_record import ItemRecord
 from streams.fences import PartitionFences
 from streams.write_behind import WriteBehind
 
 # Kafka allows a header without a value.
 Headers = Sequence[tuple[str, bytes | None]]
-Vectors = npt.NDArray[np.float32]
 
 
 class Record(Protocol):
@@ -51,6 +46,11 @@ class Record(Protocol):
     @property
     def headers(self) -> Headers:
         """Names and values; a value may be None."""
+
+
+def coordinates(record: Record) -> str:
+    """The record's `topic/partition/offset`: its name in headers, messages and dead letters."""
+    return f"{record.topic}/{record.partition}/{record.offset}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,75 +249,3 @@ class RecordPublisher(Protocol):
     def close(self) -> None:
         """Close all producers."""
         return None
-
-
-class ItemEncoder(Protocol):
-    """The item tower: a unit vector for every item, known or cold."""
-
-    def encode(self, items: Sequence[Item]) -> Vectors:
-        """float32 (n, d), unit norm."""
-
-
-class UserEncoder(Protocol):
-    """The user tower: a vector of a user's history and profile."""
-
-    @property
-    def history_max(self) -> int:
-        """How many of the newest items of a history it uses."""
-
-    def encode(
-        self,
-        table: Vectors,
-        histories: Sequence[Sequence[int]],
-        profiles: Sequence[Mapping[str, object]],
-    ) -> Vectors:
-        """float32 (n, d) of n histories, each of rows of the table, newest first."""
-
-
-class Stepper(Protocol):
-    """The micro-step of user-ID embeddings."""
-
-    @property
-    def min_steps_before(self) -> int:
-        """How many events of a user are only counted before the first step."""
-
-    def step(
-        self,
-        forward: Vectors,
-        embedding: Vectors,
-        targets: Sequence[int],
-        event_keys: Sequence[str],
-    ) -> Vectors:
-        """New embeddings, float32 (n, d), of n different users; targets: rows of the catalogue."""
-
-
-class Towers(Protocol):
-    """The parts of a generation bundle that ingest uses; see `embeddings.bundle.bundle.Bundle`."""
-
-    @property
-    def generation(self) -> str:
-        """The generation's id."""
-
-    @property
-    def dimension(self) -> int:
-        """d, the length of every vector."""
-
-    @property
-    def item_tower(self) -> ItemEncoder:
-        """Items to vectors."""
-
-    @property
-    def user_tower(self) -> UserEncoder:
-        """Users to vectors."""
-
-    @property
-    def micro(self) -> Stepper:
-        """The micro-step."""
-
-    @property
-    def item_vectors(self) -> Vectors:
-        """float32 (n, d), unit norm: the catalogue."""
-
-    @property
-    def rows(self) -> Mapping[str, int]:
-        """Item id -> the item's row in `item_vectors`."""

@@ -110,7 +110,7 @@ def remarks(answer: RetrieveResponse) -> list[str]:
         lines.append(f"shards: {answer.shards.answered} of {answer.shards.asked} answered")
     lines += [f"missing: {what}" for what in answer.missing]
     if answer.short_because:
-        lines.append(f"fewer than asked for: {answer.short_because}")
+        lines.append(f"fewer than requested: {answer.short_because}")
     if answer.freshness.after.why:
         lines.append(f"after: {answer.freshness.after.why}")
     return lines

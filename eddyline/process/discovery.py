@@ -36,7 +36,7 @@ class LocalServers(msgspec.Struct, frozen=True, kw_only=True):
 
     owner:     the command that runs the servers
     step:      what it does now, for a process that waits
-    namespace: its namespace, so that commands beside a running demo need not name it
+    namespace: its namespace, which commands use while the demo runs
     """
 
     owner: str

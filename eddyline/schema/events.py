@@ -37,7 +37,6 @@ AT_MS_MAX = 253_402_300_799_999
 QUOTE_CHARS_MAX = 80
 
 Id = Annotated[str, Meta(min_length=1, max_length=ID_BYTES_MAX)]
-Text = Annotated[str, Meta(max_length=TEXT_CHARS_MAX)]
 Label = Annotated[str, Meta(min_length=1, max_length=TEXT_CHARS_MAX)]
 AtMs = Annotated[int, Meta(ge=0, le=AT_MS_MAX)]
 # Profiles and item records are stored as MessagePack, which ends at 64 bits.

@@ -105,7 +105,7 @@ class Settings(_AllSections, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     @property
     def kind_weights(self) -> dict[str, float]:
-        """How much each kind of behaviour counts; a dislike counts nothing, it excludes."""
+        """How much each kind of event counts; a dislike counts nothing, it excludes."""
         weights = {kind: getattr(self, f"weight_{kind}") for kind in WEIGHED_KINDS}
         return weights | {"dislike": 0.0}
 

@@ -53,9 +53,7 @@ class SourceRecord:
     appended_ms: int
 
 
-def from_kafka(
-    settings: Settings, *, clicks_max: int = CLICKS_MAX, on_read: OnRead | None = None
-) -> TrainingData:
+def from_kafka(settings: Settings, *, on_read: OnRead | None = None) -> TrainingData:
     """The clicks, items and users up to the topics' ends at the time of the call.
 
     on_read: called after each fetch with (topic, offsets read, offsets in total)
@@ -66,13 +64,10 @@ def from_kafka(
         settings,
         {name: _read(settings, name, ends[name], on_read) for name in kafka_topics.SOURCES},
         cut={str(p): end - 1 for p, end in ends[kafka_topics.ITEMS].items()},
-        clicks_max=clicks_max,
     )
 
 
-def from_archive(
-    settings: Settings, *, clicks_max: int = CLICKS_MAX, on_read: OnRead | None = None
-) -> TrainingData:
+def from_archive(settings: Settings, *, on_read: OnRead | None = None) -> TrainingData:
     """The archive's files, and Kafka's records from their ends up to the time of the call.
 
     The history is as long as the archive and includes the last hour, which is in no file yet.
@@ -95,7 +90,7 @@ def from_archive(
         for name in kafka_topics.SOURCES
     }
     cut = {str(p): end - 1 for p, end in ends[kafka_topics.ITEMS].items()}
-    return assemble(settings, topics, cut=cut, clicks_max=clicks_max)
+    return assemble(settings, topics, cut=cut)
 
 
 def _check_join(

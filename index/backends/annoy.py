@@ -17,7 +17,7 @@ from index.backends.base import AnnBackend, AnnIndex
 
 SEED = 100
 # Vectors added between two checks of `stop`; adding holds the interpreter lock, microseconds each.
-CHUNK = 1_024
+BATCH = 1_024
 # A node has 12 bytes before its vector. Inner nodes have a vector too, and random splits fill the
 # leaves to about two thirds. A test compares the estimate with the size of a saved forest.
 NODE_BYTES = 12
@@ -69,10 +69,10 @@ class AnnoyBackend(AnnBackend):
         dimension = vectors.shape[1]
         forest = annoy.AnnoyIndex(dimension, "angular")
         forest.set_seed(SEED)
-        for at in range(0, len(labels), CHUNK):
+        for at in range(0, len(labels), BATCH):
             if stop.is_set():
                 return None
-            for number, vector in enumerate(vectors[at : at + CHUNK].tolist(), at):
+            for number, vector in enumerate(vectors[at : at + BATCH].tolist(), at):
                 forest.add_item(number, vector)
         forest.build(self.settings["trees"], n_jobs=1)
         return AnnoyForest(forest, np.array(labels, np.int64), self.settings["width"], dimension)

@@ -26,7 +26,7 @@ from index.backends.base import AnnBackend, AnnIndex
 faiss: Any = library
 
 # Vectors added between two checks of `stop`.
-CHUNK = 1_024
+BATCH = 1_024
 # k-means needs this many vectors per centroid; more than the maximum only add time.
 TRAIN_MIN, TRAIN_MAX = 39, 64
 # Further rounds of k-means change recall by less than 0.001 and take most of the training time.
@@ -102,10 +102,10 @@ class _Faiss(AnnBackend):
             return None
         if not plan.index.is_trained:
             plan.index.train(vectors)
-        for at in range(0, len(vectors), CHUNK):
+        for at in range(0, len(vectors), BATCH):
             if stop.is_set():
                 return None
-            plan.index.add(vectors[at : at + CHUNK])
+            plan.index.add(vectors[at : at + BATCH])
         return FaissIndex(self.name, plan, np.array(labels, np.int64))
 
     @abstractmethod

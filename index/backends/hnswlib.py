@@ -17,7 +17,7 @@ from index.arrays import Ints, Vector
 from index.backends.base import AnnBackend, AnnIndex
 
 # Vectors added between two checks of `stop`, about 100 ms of building.
-CHUNK = 512
+BATCH = 512
 # hnswlib draws levels from it: the same vectors in the same order give the same graph.
 SEED = 100
 
@@ -77,8 +77,8 @@ class HnswBackend(AnnBackend):
         )
         # A saved graph does not keep ef, so it is set here only.
         graph.set_ef(self.settings["ef"])
-        for at in range(0, len(labels), CHUNK):
+        for at in range(0, len(labels), BATCH):
             if stop.is_set():
                 return None
-            graph.add_items(vectors[at : at + CHUNK], labels[at : at + CHUNK], num_threads=1)
+            graph.add_items(vectors[at : at + BATCH], labels[at : at + BATCH], num_threads=1)
         return HnswGraph(graph, len(labels))

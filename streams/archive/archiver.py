@@ -72,7 +72,7 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
         self._hours_checked_s = 0.0
 
     def run_once(self, idle: Callable[[], bool] = lambda: False) -> None:
-        """Archive until `stop` is set or `idle`, asked after each poll, returns True.
+        """Archive until `stop` is set or `idle`, called after each poll, returns True.
 
         Raises KafkaUnavailable, OSError (both: call again), KafkaRefused and LogMismatch.
         """

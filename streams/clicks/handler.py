@@ -29,7 +29,15 @@ from streams.clicks.popularity import PopularityCounts
 from streams.clicks.user_cache import UserCache, check
 from streams.clicks.user_updates import UserUpdates
 from streams.fences import PartitionFences
-from streams.ports import DeadLetterSink, Forwarder, Handler, Outcome, Record, RecordBatch
+from streams.ports import (
+    DeadLetterSink,
+    Forwarder,
+    Handler,
+    Outcome,
+    Record,
+    RecordBatch,
+    coordinates,
+)
 
 log = logging.getLogger(__name__)
 
@@ -195,7 +203,7 @@ class ClickHandler(Handler):
         sent = max(one.done, self.fences.forwarded_up_to(one.batch.partition))
         for record, event in one.decoded.stray:
             if record.offset > sent:
-                at = f"{record.topic}/{record.partition}/{record.offset}"
+                at = coordinates(record)
                 value = record.value or b""
                 if isinstance(event, Click) and event.event_id is None:
                     # The origin serves as the id, so that forwarding twice counts once.

@@ -15,7 +15,8 @@ from typing import NamedTuple, cast
 import numpy as np
 
 from eddyline.schema.user_history import DISLIKE, Entry, positive_events
-from streams.ports import Towers, Vectors
+from embeddings.bundle.bundle import Bundle
+from embeddings.towers.numerics import Floats
 
 
 class Step(NamedTuple):
@@ -35,7 +36,7 @@ class Step(NamedTuple):
 class MicroSteps:
     """The micro-steps of one generation. Thread rule: one thread."""
 
-    def __init__(self, towers: Towers) -> None:
+    def __init__(self, towers: Bundle) -> None:
         self.generation = towers.generation
         self.min_steps_before = towers.micro.min_steps_before
         self.row = towers.rows.get
@@ -74,7 +75,7 @@ class MicroSteps:
 
     def _forward(
         self, steps: Sequence[Step], profiles: Mapping[str, Mapping[str, object]]
-    ) -> Vectors:
+    ) -> Floats:
         towers, nothing = self._towers, dict[str, object]()
         known = [profiles.get(step.user_id, nothing) for step in steps]
         return towers.user_tower.encode(
@@ -82,7 +83,7 @@ class MicroSteps:
         )
 
     def _round(
-        self, steps: Sequence[Step], numbers: list[int], forward: Vectors, vectors: dict[str, bytes]
+        self, steps: Sequence[Step], numbers: list[int], forward: Floats, vectors: dict[str, bytes]
     ) -> None:
         chosen = [steps[n] for n in numbers]
         before = np.frombuffer(b"".join(vectors[s.user_id] for s in chosen), dtype="<f4")

@@ -22,23 +22,17 @@ from eddyline.schema.events import Item
 from eddyline.schema.item_record import ItemRecord, attributes_of
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import StateStore
+from embeddings.towers.base import ItemEncoder
+from embeddings.towers.numerics import Floats
 from streams.fences import PUBLISHED_SLOT, PartitionFences, published_source
 from streams.generation import Generation
 from streams.items.metadata import METADATA_WAIT_S, ItemChange, ItemMetadataWriter
-from streams.ports import (
-    DeadLetterSink,
-    Handler,
-    ItemEncoder,
-    Outcome,
-    PartitionLost,
-    RecordBatch,
-    Vectors,
-)
+from streams.ports import DeadLetterSink, Handler, Outcome, PartitionLost, RecordBatch
 
 # The item records to publish, by partition.
 Records = dict[int, list[ItemRecord]]
 # The vectors of changes, by id() of the change; an error where the tower gives no unit vector.
-Encoded = dict[int, Vectors | VectorRejected]
+Encoded = dict[int, Floats | VectorRejected]
 
 # The norm of a float32 unit vector is this close to 1; NaN is close to nothing.
 NORM_SLACK = 1e-3
@@ -188,7 +182,7 @@ class ItemHandler(Handler):
             for change in one.unpublished[number].values()
             if change.item is not None and change.item.available
         ]
-        vectors: Sequence[Vectors | VectorRejected]
+        vectors: Sequence[Floats | VectorRejected]
         try:
             vectors = list(tower.encode([item for _, item in available])) if available else []
         except VectorRejected:
@@ -237,15 +231,15 @@ class ItemHandler(Handler):
         return records
 
 
-def _encode_one(tower: ItemEncoder, item: Item) -> Vectors | VectorRejected:
+def _encode_one(tower: ItemEncoder, item: Item) -> Floats | VectorRejected:
     try:
-        vector: Vectors = tower.encode([item])[0]
+        vector: Floats = tower.encode([item])[0]
         return vector
     except VectorRejected as error:
         return error
 
 
-def _checked(item_id: str, vector: Vectors | VectorRejected) -> Vectors | VectorRejected:
+def _checked(item_id: str, vector: Floats | VectorRejected) -> Floats | VectorRejected:
     if isinstance(vector, VectorRejected) or abs(float(np.dot(vector, vector)) - 1) < NORM_SLACK:
         return vector
     return VectorRejected(f"the item tower gives item {item_id!r} no vector of unit norm")

@@ -24,6 +24,7 @@ from eddyline.kafka import clients, producers, reading, topics
 from eddyline.schema import events, validation
 from eddyline.schema.events import Click
 from eddyline.settings.loader import Settings
+from streams.ports import coordinates
 
 # A scan keeps one digest of each letter, to recognise repeats and marks: about 200 MB at most.
 SCAN_RECORDS_MAX = 2_000_000
@@ -267,7 +268,7 @@ def newer_than(settings: Settings, letters: Sequence[Letter], marks: _Scan) -> s
         partitions = {checked(settings, group[0])[1] for group in by_key.values()}
         starts = reading.offsets_at(settings, name, partitions, since_ms)
         for record in reading.read(settings, name, starts):
-            at = f"{record.topic}/{record.partition}/{record.offset}"
+            at = coordinates(record)
             for letter in by_key.get(record.key or b"", ()):
                 if _after(letter, record) and not marks.refused(at):
                     newer.add(letter.at)

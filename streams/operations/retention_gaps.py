@@ -105,7 +105,7 @@ def ingest_members(settings: Settings) -> int:
             try:
                 return len(admin.describe_groups([group])[group]["members"])
             except CoordinatorNotAvailableError:
-                # Kafka makes the topic of groups when it is first asked for one.
+                # Kafka creates the topic of groups at the first request for one.
                 if time.monotonic() > deadline:
                     raise
             time.sleep(_COORDINATOR_POLL_S)
