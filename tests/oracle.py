@@ -30,7 +30,7 @@ from eddyline.settings.loader import Settings
 from eddyline.stores import layout, redis_client
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.redis import RedisStore
-from eddyline.stores.state_store import Fence, Source, UserRead
+from eddyline.stores.state_store import Fence, Source, UserQuery, UserRead
 from embeddings.bundle import bundle as bundles
 from embeddings.bundle.bundle import Bundle
 from streams.fences import sources
@@ -245,13 +245,13 @@ def _users(
     fence = stores[1].fences(source, [slot])[slot]
     # Ids that lie lower can no longer be met; when they leave depends on where batches end.
     floor = 0 if fence is None else fence.offset + 1 - settings.dedupe_window_events
-    windows = [
-        s.read_users(slot, source, sorted(names.events[partition]), []).accepted_at for s in stores
-    ]
-    kept = ({e: at for e, at in one.items() if at >= floor} for one in windows)
+    known = names.events[partition]
+    windows = [s.read_slot(slot, source).accepted for s in stores]
+    kept = ({e: at for e, at in one.items() if at >= floor and e in known} for one in windows)
     found.same_maps("event id", slot, *kept)
     for ids in _some(names.users[partition]):
-        reads: list[UserRead] = [s.read_users(slot, source, [], ids, [generation]) for s in stores]
+        query = UserQuery(slot, source, ids, [generation])
+        reads: list[UserRead] = [s.read_many([query])[0] for s in stores]
         have, want = reads
         # When ingest read an event is a stamp of this run, not of the log.
         lists = [

@@ -86,37 +86,6 @@ class MemoryStore(StateStore):
             return {slot: self._state.fences.get((slot, source)) for slot in slots}
 
     @override
-    def read_users(
-        self,
-        slot: str,
-        source: Source,
-        event_ids: Sequence[str],
-        user_ids: Sequence[str],
-        generations: Sequence[str] = (),
-    ) -> UserRead:
-        with self._lock:
-            self._open()
-            state, window = self._state, self._state.window.get(slot, {})
-            return UserRead(
-                fence=state.fences.get((slot, source)),
-                accepted_at={e: window[e] for e in event_ids if e in window},
-                histories={
-                    u: state.histories[slot, u][0] for u in user_ids if (slot, u) in state.histories
-                },
-                embeddings={
-                    generation: {
-                        u: state.embeddings[slot, generation, u]
-                        for u in user_ids
-                        if (slot, generation, u) in state.embeddings
-                    }
-                    for generation in generations
-                },
-                profiles={
-                    u: state.profiles[slot, u] for u in user_ids if (slot, u) in state.profiles
-                },
-            )
-
-    @override
     def write_users(
         self, slot: str, source: Source, expected: Fence | None, new: Fence, effects: UserEffects
     ) -> int:
@@ -156,7 +125,9 @@ class MemoryStore(StateStore):
 
     @override
     def read_many(self, queries: Sequence[UserQuery]) -> list[UserRead]:
-        return [self.read_users(q.slot, q.source, [], q.user_ids, q.generations) for q in queries]
+        with self._lock:
+            self._open()
+            return [self._read_users(query) for query in queries]
 
     @override
     def write_many(self, writes: Sequence[UserWrite]) -> list[int | EddylineError]:
@@ -313,6 +284,24 @@ class MemoryStore(StateStore):
     def _open(self) -> None:
         if self._closed:
             raise StoreUnavailable("the store is closed")
+
+    def _read_users(self, query: UserQuery) -> UserRead:
+        state, slot, user_ids = self._state, query.slot, query.user_ids
+        return UserRead(
+            fence=state.fences.get((slot, query.source)),
+            histories={
+                u: state.histories[slot, u][0] for u in user_ids if (slot, u) in state.histories
+            },
+            embeddings={
+                generation: {
+                    u: state.embeddings[slot, generation, u]
+                    for u in user_ids
+                    if (slot, generation, u) in state.embeddings
+                }
+                for generation in query.generations
+            },
+            profiles={u: state.profiles[slot, u] for u in user_ids if (slot, u) in state.profiles},
+        )
 
     def _users_fence(self, slot: str, source: Source) -> str:
         return str(self._state.fences.get((slot, Source("users", source.partition))) or "")

@@ -23,7 +23,6 @@ all.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -127,27 +126,6 @@ class RedisStore(StateStore):
     @_translated
     def fences(self, source: Source, slots: Sequence[str]) -> dict[str, Fence | None]:
         return {slot: _fence(self._redis.get(self._fence_key(slot, source))) for slot in slots}
-
-    @override
-    @_translated
-    def read_users(
-        self,
-        slot: str,
-        source: Source,
-        event_ids: Sequence[str],
-        user_ids: Sequence[str],
-        generations: Sequence[str] = (),
-    ) -> UserRead:
-        [read] = self.read_many([UserQuery(slot, source, user_ids, generations)])
-        if not event_ids:
-            return read
-        window = self.read_slot(slot, source)
-        if window.fence != read.fence:
-            raise FenceMoved(
-                self._fence_key(slot, source), str(read.fence or ""), str(window.fence or "")
-            )
-        found = {e: window.accepted[e] for e in event_ids if e in window.accepted}
-        return dataclasses.replace(read, accepted_at=found)
 
     @override
     @_translated

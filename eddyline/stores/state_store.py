@@ -51,9 +51,8 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class UserRead:
-    """The state that a batch of clicks reads; see `StateStore.read_users`.
+    """The state that a batch of clicks reads; see `StateStore.read_many`.
 
-    accepted_at: event id -> offset at which it was accepted; new ids are absent
     embeddings:  generation -> user id -> (steps, bytes of float32[d]); users without one are absent
     profiles:    user id -> attributes; users without a profile are absent
     recent:      user id -> stored *recent* entries, to extend on the next write; if absent, the
@@ -61,7 +60,6 @@ class UserRead:
     """
 
     fence: Fence | None
-    accepted_at: Mapping[str, int]
     histories: Mapping[str, UserHistory]
     embeddings: Mapping[str, Mapping[str, tuple[int, bytes]]]
     profiles: Mapping[str, Mapping[str, object]]
@@ -84,7 +82,7 @@ class SlotRead:
 
 @dataclass(frozen=True, slots=True)
 class UserQuery:
-    """One slot of `StateStore.read_many`; see `read_users`."""
+    """The users of one slot to read, with their embeddings of `generations`."""
 
     slot: str
     source: Source
@@ -203,16 +201,6 @@ class StateStore(Protocol):
     def fences(self, source: Source, slots: Sequence[str]) -> dict[str, Fence | None]:
         """The fence of each slot for one partition of a source."""
 
-    def read_users(
-        self,
-        slot: str,
-        source: Source,
-        event_ids: Sequence[str],
-        user_ids: Sequence[str],
-        generations: Sequence[str] = (),
-    ) -> UserRead:
-        """State for a batch, read at one instant, with the embeddings of `generations`."""
-
     def write_users(
         self, slot: str, source: Source, expected: Fence | None, new: Fence, effects: UserEffects
     ) -> int:
@@ -222,7 +210,7 @@ class StateStore(Protocol):
         """The fences and the event-id window of a user slot. source: the partition of clicks."""
 
     def read_many(self, queries: Sequence[UserQuery]) -> list[UserRead]:
-        """`read_users` of several slots in one round trip, without event ids."""
+        """The state of users of several slots, in one round trip; each slot at one instant."""
 
     def write_many(self, writes: Sequence[UserWrite]) -> list[int | EddylineError]:
         """`write_users` of several slots in one round trip; each succeeds or fails on its own.

@@ -38,7 +38,7 @@ def decode_users(
     generations: Sequence[str],
     values: Sequence[bytes | None],
 ) -> UserRead:
-    """The values of `user_keys`, without `accepted_at`. Raises StoreRefused for another layout."""
+    """The values of `user_keys`. Raises StoreRefused for another layout."""
     n = len(user_ids)
     histories, recent = {}, {}
     for user, head, older in zip(user_ids, values, values[n:], strict=False):
@@ -57,7 +57,6 @@ def decode_users(
     }
     return UserRead(
         fence=fence,
-        accepted_at={},
         histories=histories,
         embeddings=embeddings,
         profiles={

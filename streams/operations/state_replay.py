@@ -27,7 +27,7 @@ from eddyline.settings.loader import Settings
 from eddyline.stores import redis_client
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.redis import RedisStore
-from eddyline.stores.state_store import Source, StateStore
+from eddyline.stores.state_store import Source, StateStore, UserQuery
 from embeddings.bundle import bundle as bundles
 from embeddings.bundle.bundle import Bundle
 from streams.fences import sources
@@ -171,7 +171,8 @@ def state_hash(
         )
         add("window", p, sorted((e, at) for e, at in window.accepted.items() if at >= floor))
         for user_ids in _batches(touched.users.get(p, ())):
-            read = store.read_users(slot, Source(CLICKS, p), [], user_ids, [generation])
+            query = UserQuery(slot, Source(CLICKS, p), user_ids, [generation])
+            [read] = store.read_many([query])
             for user in user_ids:
                 history = read.histories.get(user, user_history.EMPTY)
                 encoded = user_history.encode(msgspec.structs.replace(history, read_us=0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import msgspec
 import pytest
@@ -26,6 +26,7 @@ from eddyline.stores.state_store import (
     StateStore,
     UserEffects,
     UserQuery,
+    UserRead,
     UserWrite,
 )
 
@@ -41,6 +42,18 @@ def at(offset: int) -> Fence:
 def seen(*items: str, **stamps: int) -> UserHistory:
     entries = tuple(Entry(item, at_ms=n, kind=0, weight=1.0) for n, item in enumerate(items))
     return UserHistory(entries=entries[::-1], **stamps)
+
+
+def users_of(
+    store: StateStore, slot: str, user_ids: Sequence[str], generations: Sequence[str] = ()
+) -> UserRead:
+    [read] = store.read_many([UserQuery(slot, CLICKS, user_ids, generations)])
+    return read
+
+
+def accepted_ids(store: StateStore) -> dict[str, int]:
+    """The event-id window of slot u3."""
+    return store.read_slot("u3", CLICKS).accepted
 
 
 @pytest.fixture(params=["memory", "redis", "cluster"])
@@ -60,10 +73,10 @@ def test_an_empty_store_knows_nothing(store: StateStore) -> None:
     store.check()
     assert store.layout() is None
     assert store.fences(CLICKS, ["u3", "i0"]) == {"u3": None, "i0": None}
-    read = store.read_users("u3", CLICKS, ["e1"], ["ana"], ["1"])
-    assert (read.fence, read.accepted_at, read.histories) == (None, {}, {})
+    read = users_of(store, "u3", ["ana"], ["1"])
+    assert (read.fence, accepted_ids(store), read.histories) == (None, {}, {})
     assert read.embeddings == {"1": {}}
-    assert store.read_users("u3", CLICKS, [], []).fence is None
+    assert users_of(store, "u3", []).fence is None
     assert store.read_item_metadata(["a"], 1) == {}
     assert store.popular("i0", 10) == {}
     state = store.read_user("u3", 3, "ana", "1")
@@ -90,16 +103,16 @@ def test_users_are_written_whole_and_read_in_one_go(store: StateStore) -> None:
     before_us = time.time_ns() // 1000
     applied_us = store.write_users("u3", CLICKS, None, at(11), effects)
     assert before_us - 1_000_000 < applied_us < time.time_ns() // 1000 + 1_000_000
-    read = store.read_users("u3", CLICKS, ["e1", "e2", "e3"], ["ana", "bé", "cy"], ["1"])
+    read = users_of(store, "u3", ["ana", "bé", "cy"], ["1"])
     assert read.fence == at(11)
-    assert read.accepted_at == {"e1": 10, "e2": 11}
+    assert accepted_ids(store) == {"e1": 10, "e2": 11}
     assert read.histories == effects.histories
     assert read.embeddings == effects.embeddings
     state = store.read_user("u3", 3, "ana", "1")
     assert (state.fence, state.history) == (at(11), effects.histories["ana"])
     assert (state.applied_us, state.embedding) == (applied_us, (7, b"\x00\x01\xff\x80"))
     assert store.read_user("u3", 3, "ana", "2").embedding is None
-    assert store.read_users("u4", CLICKS, ["e1"], ["ana"], ["1"]).histories == {}
+    assert users_of(store, "u4", ["ana"], ["1"]).histories == {}
 
 
 @pytest.mark.parametrize("expected", [None, Fence(9, LOG), Fence(10, LogId("other", "topic"))])
@@ -111,8 +124,8 @@ def test_a_write_against_another_fence_is_refused_whole(
         late = UserEffects(accepted={"e9": 12}, histories={"ana": seen("x"), "bo": seen("y")})
         store.write_users("u3", CLICKS, expected, at(12), late)
     assert refused.value.found == str(at(10))
-    read = store.read_users("u3", CLICKS, ["e9"], ["ana", "bo"])
-    assert (read.fence, read.accepted_at, read.histories) == (at(10), {}, {"ana": seen("a")})
+    read = users_of(store, "u3", ["ana", "bo"])
+    assert (read.fence, accepted_ids(store), read.histories) == (at(10), {}, {"ana": seen("a")})
 
 
 def test_a_write_is_refused_where_users_were_written_meanwhile(store: StateStore) -> None:
@@ -126,10 +139,10 @@ def test_a_write_is_refused_where_users_were_written_meanwhile(store: StateStore
         store.write_users("u3", CLICKS, at(1), at(2), effects)
     assert refused.value.found == str(at(7))
     assert store.read_slot("u3", CLICKS).fence == at(1)
-    assert store.read_users("u3", CLICKS, [], ["ana"]).histories == {}
+    assert users_of(store, "u3", ["ana"]).histories == {}
     effects.profiles = store.read_slot("u3", CLICKS).profiles
     store.write_users("u3", CLICKS, at(1), at(2), effects)
-    assert store.read_slot("u3", CLICKS).accepted == {"e": 2}
+    assert accepted_ids(store) == {"e": 2}
 
 
 def test_writes_of_several_slots_stand_or_fail_each_for_itself(store: StateStore) -> None:
@@ -154,7 +167,7 @@ def test_a_list_that_was_lent_to_a_write_may_change_afterwards(store: StateStore
     mine = msgspec.structs.replace(whole, entries=lent)
     store.write_users("u3", CLICKS, None, at(1), UserEffects(histories={"ana": mine}))
     lent.clear()
-    assert store.read_users("u3", CLICKS, [], ["ana"]).histories == {"ana": whole}
+    assert users_of(store, "u3", ["ana"]).histories == {"ana": whole}
 
 
 def test_a_long_list_is_written_in_two_parts_and_read_as_one(store: StateStore) -> None:
@@ -165,7 +178,7 @@ def test_a_long_list_is_written_in_two_parts_and_read_as_one(store: StateStore) 
     store.write_users(
         "u3", CLICKS, at(1), at(2), UserEffects(histories={"ana": longer}, recent=recent)
     )
-    assert store.read_users("u3", CLICKS, [], ["ana"]).histories == {"ana": longer}
+    assert users_of(store, "u3", ["ana"]).histories == {"ana": longer}
     assert store.read_user("u3", 3, "ana", "1").history == longer
     store.write_users(
         "u3", CLICKS, at(2), at(3), UserEffects(emptied=("ana",), embeddings={"1": {}})
@@ -197,7 +210,7 @@ def test_forgetting_leaves_a_list_that_went_on_since(
         ["1", "2"],
         {"ana": until_ms, "cy": 1},
     )
-    read = store.read_users("u3", CLICKS, [], ["ana", "bo", "cy"], ["1"])
+    read = users_of(store, "u3", ["ana", "bo", "cy"], ["1"])
     assert (list(read.histories), list(read.embeddings["1"])) == (
         (["ana"], ["ana"]) if stays else ([], [])
     )
@@ -214,7 +227,7 @@ def test_a_window_of_many_small_writes_is_read_whole_and_forgets_by_writes(
         store.write_users("u3", CLICKS, fence, at(n), effects)
         fence = at(n)
     first = max(0, writes - 1_501)
-    assert store.read_slot("u3", CLICKS).accepted == {f"e{n}": n for n in range(first, writes)}
+    assert accepted_ids(store) == {f"e{n}": n for n in range(first, writes)}
 
 
 def test_every_write_is_fenced(store: StateStore) -> None:
@@ -263,8 +276,7 @@ def test_fences_are_kept_by_slot_source_and_partition(store: StateStore) -> None
 def test_the_window_forgets_below_its_floor(store: StateStore) -> None:
     store.write_users("u3", CLICKS, None, at(2), UserEffects(accepted={"a": 0, "b": 1, "c": 2}))
     store.write_users("u3", CLICKS, at(2), at(3), UserEffects(accepted={"d": 3}, window_floor=2))
-    read = store.read_users("u3", CLICKS, ["a", "b", "c", "d"], [])
-    assert read.accepted_at == {"c": 2, "d": 3}
+    assert accepted_ids(store) == {"c": 2, "d": 3}
 
 
 @pytest.mark.parametrize("floor", [4, 5, 6, 1_000])
@@ -274,9 +286,9 @@ def test_a_chunk_whose_last_id_lies_below_the_floor_is_written_whole(
     """Offsets have gaps (aborted transactions), and not every event has an id."""
     effects = UserEffects(accepted={"a": 5}, window_floor=floor, histories={"ana": seen("x")})
     store.write_users("u3", CLICKS, None, at(2_000), effects)
-    read = store.read_users("u3", CLICKS, ["a"], ["ana"])
+    read = users_of(store, "u3", ["ana"])
     assert (read.fence, read.histories) == (at(2_000), {"ana": seen("x")})
-    assert read.accepted_at == ({"a": 5} if floor <= 5 else {})
+    assert accepted_ids(store) == ({"a": 5} if floor <= 5 else {})
 
 
 @pytest.mark.parametrize("n", [1, 499, 500, 501, 5000])
@@ -284,8 +296,8 @@ def test_a_chunk_may_be_large(store: StateStore, n: int) -> None:
     accepted = {f"e{i}": i for i in range(n)}
     lists = {f"user {i}": seen("a") for i in range(n)}
     store.write_users("u3", CLICKS, None, at(n), UserEffects(accepted=accepted, histories=lists))
-    read = store.read_users("u3", CLICKS, list(accepted), list(lists), ["1"])
-    assert read.accepted_at == accepted and read.histories == lists
+    read = users_of(store, "u3", list(lists), ["1"])
+    assert accepted_ids(store) == accepted and read.histories == lists
 
 
 def test_profiles_and_forgetting(store: StateStore) -> None:
@@ -295,11 +307,11 @@ def test_profiles_and_forgetting(store: StateStore) -> None:
     profiles: dict[str, dict[str, object] | None] = {"ana": {"age": 31, "job": "é"}, "bo": {}}
     store.write_profiles("u3", users, None, at(1), profiles, ["1"])
     assert store.read_user("u3", 3, "ana", "1").profile == {"age": 31, "job": "é"}
-    assert store.read_users("u3", CLICKS, [], ["ana", "bo"]).profiles == profiles
+    assert users_of(store, "u3", ["ana", "bo"]).profiles == profiles
     store.write_profiles("u3", users, at(1), at(2), {"ana": None}, ["1"])
     state = store.read_user("u3", 3, "ana", "1")
     assert (state.history, state.embedding, state.profile) == (EMPTY, None, {})
-    assert store.read_users("u3", CLICKS, [], ["ana", "bo"]).profiles == {"bo": {}}
+    assert users_of(store, "u3", ["ana", "bo"]).profiles == {"bo": {}}
 
 
 def test_counts_add_up_and_old_buckets_go(store: StateStore) -> None:
@@ -340,16 +352,16 @@ def test_embeddings_of_two_generations_are_written_and_emptied_together(store: S
     both = {"1": {"ana": (7, b"aaaa")}, "2": {"ana": (2, b"AAAAAA"), "bo": (3, b"BBBBBB")}}
     effects = UserEffects(histories={"ana": seen("a")}, embeddings=both)
     store.write_users("u3", CLICKS, None, at(1), effects)
-    read = store.read_users("u3", CLICKS, [], ["ana", "bo", "cy"], ["1", "2"])
+    read = users_of(store, "u3", ["ana", "bo", "cy"], ["1", "2"])
     assert read.embeddings == both and list(read.histories) == ["ana"]
-    assert store.read_users("u3", CLICKS, [], ["bo", "ana"], ["2"]).embeddings == {"2": both["2"]}
+    assert users_of(store, "u3", ["bo", "ana"], ["2"]).embeddings == {"2": both["2"]}
     only_one = UserEffects(emptied=("ana",), embeddings={"1": {}})
     store.write_users("u3", CLICKS, at(1), at(2), only_one)
-    left = store.read_users("u3", CLICKS, [], ["ana", "bo"], ["1", "2"]).embeddings
+    left = users_of(store, "u3", ["ana", "bo"], ["1", "2"]).embeddings
     assert left == {"1": {}, "2": both["2"]}
     emptied = UserEffects(emptied=("ana",), embeddings={"1": {}, "2": {}})
     store.write_users("u3", CLICKS, at(2), at(3), emptied)
-    left = store.read_users("u3", CLICKS, [], ["ana", "bo"], ["1", "2"]).embeddings
+    left = users_of(store, "u3", ["ana", "bo"], ["1", "2"]).embeddings
     assert left == {"1": {}, "2": {"bo": (3, b"BBBBBB")}}
 
 
@@ -383,8 +395,8 @@ def test_accepting_a_new_items_log_leaves_the_clicks_alone(store: StateStore) ->
     assert store.fences(Source("items@1", 0), ["i0"]) == {"i0": at(9)}, (
         "only a new generation goes on"
     )
-    read = store.read_users("u3", CLICKS, ["e"], ["ana"])
-    assert read.accepted_at == {"e": 9} and read.histories == {"ana": seen("a")}
+    read = users_of(store, "u3", ["ana"])
+    assert accepted_ids(store) == {"e": 9} and read.histories == {"ana": seen("a")}
     assert store.read_item_metadata(["a", "gone"], 1) == {
         "a": ItemMetadata(-1, -1, b"{}"),
         "gone": ItemMetadata(-1, -1, b""),
@@ -401,7 +413,7 @@ def test_accepting_a_new_clicks_log_drops_its_fences_and_windows(store: StateSto
     store.write_item_metadata("i0", ITEMS, None, at(9), {"a": ItemMetadata(0, 9, b"{}")})
     assert store.accept_log({"clicks": (OTHER, {3: 0}), "items": (LOG, {0: 10})}) == 2
     assert store.fences(CLICKS, ["u3", "i0"]) == {"u3": None, "i0": None}
-    assert store.read_users("u3", CLICKS, ["e"], []).accepted_at == {}
+    assert accepted_ids(store) == {}
     assert store.fences(ITEMS, ["i0"]) == {"i0": at(9)}
     assert store.read_item_metadata(["a"], 1) == {"a": ItemMetadata(0, 9, b"{}")}
 
@@ -418,7 +430,7 @@ def test_accepting_a_log_that_lost_its_tail_goes_back_to_its_end(
     assert changed == (0 if end > 10 else 2)
     fence = None if left is None else at(left)
     assert store.fences(CLICKS, ["u3"])["u3"] == store.fences(ITEMS, ["i0"])["i0"] == fence
-    kept = store.read_users("u3", CLICKS, ["a", "b", "c"], []).accepted_at
+    kept = accepted_ids(store)
     assert kept == {e: o for e, o in {"a": 0, "b": 8, "c": 10}.items() if o < end}
     metadata = store.read_item_metadata(["a", "b"], 1)
     assert [metadata["a"].offset, metadata["b"].offset] == [o if o < end else -1 for o in (8, 10)]
@@ -429,7 +441,7 @@ def test_a_user_whose_id_looks_like_a_key_is_left_alone(store: StateStore) -> No
     lists = {name: seen("a") for name in names}
     store.write_users("u3", CLICKS, None, at(9), UserEffects(histories=lists))
     store.accept_log({"clicks": (OTHER, {3: 0}), "items": (OTHER, {0: 0})})
-    assert store.read_users("u3", CLICKS, [], names).histories == lists
+    assert users_of(store, "u3", names).histories == lists
 
 
 def test_a_closed_store_is_unavailable(store: StateStore) -> None:

@@ -21,7 +21,7 @@ from eddyline.schema.item_record import ItemRecord
 from eddyline.settings.loader import Settings
 from eddyline.stores import user_codec
 from eddyline.stores.memory import MemoryStore
-from eddyline.stores.state_store import LogId, Source, UserEffects
+from eddyline.stores.state_store import LogId, Source, UserEffects, UserQuery
 from embeddings.bundle import bundle
 from embeddings.bundle.bundle import Bundle
 from embeddings.data.examples import TrainingData
@@ -145,7 +145,7 @@ class Harness:
                 record.value, appended_ms=NOW_MS, far_future_ms_max=10**6
             ).user_id
         source = Source(CLICKS, 0)
-        read = self.store.read_users("u0", source, [], [user], ["1"])
+        [read] = self.store.read_many([UserQuery("u0", source, [user], ["1"])])
         effects = UserEffects(
             histories=dict(read.histories), embeddings={"1": dict(read.embeddings["1"])}
         )

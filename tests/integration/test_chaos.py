@@ -18,7 +18,7 @@ from cli.commands import replay_file
 from eddyline.kafka.producers import now_ms
 from eddyline.schema.partitioning import partition_of
 from eddyline.stores.redis import RedisStore
-from eddyline.stores.state_store import ItemMetadata, Source, UserEffects
+from eddyline.stores.state_store import ItemMetadata, Source, UserEffects, UserQuery
 from embeddings.bundle import bundle as bundles
 from sandbox.datasets.catalogue import shifted_to_now
 from sandbox.servers import free_ports, valkey
@@ -83,7 +83,7 @@ def test_the_oracle_names_what_was_damaged(make_live) -> None:
         Source("clicks", partition),
         f"{live.settings.namespace}:",
     )
-    read = store.read_users(slot, source, [], [user], ["1"])
+    [read] = store.read_many([UserQuery(slot, source, [user], ["1"])])
     mine, (steps, vector) = read.histories[user], read.embeddings["1"][user]
     [(bucket, counted)] = list(store.popular("i0", 1).items())[-1:]
     [item] = counted

@@ -15,14 +15,15 @@ from eddyline.schema.events import Click, Merge
 from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
 from eddyline.stores.redis import RedisStore
-from eddyline.stores.state_store import Source
+from eddyline.stores.state_store import Source, UserQuery
 
 pytestmark = pytest.mark.timeout(240)
 
 
 def listed(store: RedisStore, partitions: int, user: str) -> list[str]:
     partition = partition_of(user, partitions)
-    read = store.read_users(f"u{partition}", Source(topics.CLICKS, partition), [], [user], ["1"])
+    source = Source(topics.CLICKS, partition)
+    [read] = store.read_many([UserQuery(f"u{partition}", source, [user], ["1"])])
     found = read.histories.get(user)
     return [] if found is None else [entry.item_id for entry in found.entries]
 
