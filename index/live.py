@@ -77,7 +77,7 @@ class LiveIndex(Index):
         """An empty index.
 
         backend:     builds the segments
-        breadth:     candidates that a segment search asks for at least
+        breadth:     fewest candidates that a segment search requests
         exact_below: up to this many live items every query is an exact scan, without segments
         fresh_max:   more fresh entries, or more dead ones of the main segment, start a rebuild
         flush_above: while that runs, more fresh entries become a small segment; 0: never

@@ -109,7 +109,7 @@ class IndexStats:
     refused: segment searches that an exact scan had to replace
     rebuild_error: error of the last rebuild, "" on success; after an error the old segment serves
     main_name, main_bytes: ANN backend of the main segment and its memory
-    breadth: candidates a search asks for at least; recall: None without a recall guard
+    breadth: fewest candidates that a search requests; recall: None without a recall guard
     small_segments, small_segment_items: segments behind the main one and their live entries
     """
 

@@ -68,8 +68,8 @@ class RecallGuard(RecallMonitor):
         """A guard of this index; set it as `index.guard`, and the index closes it.
 
         share:       of the queries to sample, 0 … 1; cpu_share: of one core, above 0, at most 1
-        floor:       recall to hold, 0 … 1; samples: fewest compared queries to judge by
-        breadth_max: most candidates to ask for
+        floor:       recall to hold, 0 … 1; samples: fewest compared queries to decide by
+        breadth_max: most candidates to request
         """
         if not (0 <= share <= 1 and 0 <= floor <= 1 and samples >= 2 and 0 < cpu_share <= 1):
             raise ValueError(
@@ -158,7 +158,7 @@ class RecallGuard(RecallMonitor):
                 self._busy.release()
 
     def _compare(self, sample: Sample) -> None:
-        """Compare one answer with the exact one, then judge."""
+        """Compare one answer with the exact one, then adapt the breadth."""
         if self._awaited is not None:
             self._check_rebuild()
         # An answer from before the last step does not count.
@@ -176,9 +176,9 @@ class RecallGuard(RecallMonitor):
             # By scores, not by ids: of equal scores any item is right.
             good = int((found.scores >= exact.scores[-1]).sum())
             self._window.append((min(1.0, good / len(exact)), len(exact)))
-            self._judge(search.need)
+            self._adapt_breadth(search.need)
 
-    def _judge(self, need: int) -> None:
+    def _adapt_breadth(self, need: int) -> None:
         """Take a step if the interval is surely below or above the floor."""
         recall = self._recall = self._estimate()
         if recall.samples < self._samples:

@@ -57,6 +57,7 @@ class Outputs:
         return cls(sink, sink, sink, sink)
 
 
+@dataclass(eq=False)
 class Handlers:
     """The handlers of one process, made at first use, on one store.
 
@@ -67,36 +68,25 @@ class Handlers:
     clock_us:     see `ItemHandler`
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        store: StateStore,
-        logs: LogIds,
-        generations: Sequence[Generation],
-        outputs: Outputs,
-        known: Sequence[str],
-        items_wait_s: float = METADATA_WAIT_S,
-        clock_us: Callable[[], int] = lambda: time.time_ns() // 1_000,
-    ) -> None:
-        self._settings = settings
-        self._store = store
-        self._logs = logs
-        self._generations = generations
-        self._outputs = outputs
-        self._known = known
-        self._items_wait_s = items_wait_s
-        self._clock_us = clock_us
+    settings: Settings
+    store: StateStore
+    logs: LogIds
+    generations: Sequence[Generation]
+    outputs: Outputs
+    known: Sequence[str]
+    items_wait_s: float = METADATA_WAIT_S
+    clock_us: Callable[[], int] = lambda: time.time_ns() // 1_000
 
     @cached_property
     def clicks(self) -> ClickHandler:
         """The handler of `clicks`."""
         return ClickHandler(
-            self._settings,
-            self._store,
-            PartitionFences(self._settings, self._store, CLICKS, self._logs),
-            self._outputs.click_letters,
-            self._outputs.forwarder,
-            [generation.micro for generation in self._generations],
+            self.settings,
+            self.store,
+            PartitionFences(self.settings, self.store, CLICKS, self.logs),
+            self.outputs.click_letters,
+            self.outputs.forwarder,
+            [generation.micro for generation in self.generations],
         )
 
     @cached_property
@@ -106,27 +96,27 @@ class Handlers:
         It writes the slots of `clicks`, so both share a thread and a cache.
         """
         return UserHandler(
-            self._settings,
-            self._store,
-            PartitionFences(self._settings, self._store, USERS, self._logs),
-            self._outputs.user_letters,
-            self._known,
+            self.settings,
+            self.store,
+            PartitionFences(self.settings, self.store, USERS, self.logs),
+            self.outputs.user_letters,
+            self.known,
             self.clicks.cache,
-            self._outputs.forgets,
+            self.outputs.forgets,
         )
 
     @cached_property
     def items(self) -> ItemHandler:
         """The handler of `items`."""
-        names = [generation.name for generation in self._generations]
+        names = [generation.name for generation in self.generations]
         return ItemHandler(
-            self._settings,
-            self._store,
-            PartitionFences(self._settings, self._store, ITEMS, self._logs, names),
-            self._outputs.item_letters,
-            self._generations,
-            self._items_wait_s,
-            self._clock_us,
+            self.settings,
+            self.store,
+            PartitionFences(self.settings, self.store, ITEMS, self.logs, names),
+            self.outputs.item_letters,
+            self.generations,
+            self.items_wait_s,
+            self.clock_us,
         )
 
     def of(self, topic: str) -> Handler:

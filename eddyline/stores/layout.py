@@ -10,7 +10,7 @@ LAYOUT_VERSION = 2
 
 
 def layout(settings: Settings) -> Layout:
-    """The layout that these settings ask for."""
+    """The layout of these settings."""
     return Layout(
         LAYOUT_VERSION, settings.clicks_partitions, settings.items_partitions, settings.item_slots
     )

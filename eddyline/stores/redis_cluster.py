@@ -51,7 +51,7 @@ class RedisCluster(redis.Redis):
     def __init__(
         self, seeds: Sequence[Address], make: Callable[[Address], redis.Redis], timeout_s: float
     ) -> None:
-        """seeds: nodes to ask first for the slot map; make: the client of a node, unconnected.
+        """seeds: the first nodes to read the slot map from; make: the client of a node, unconnected.
 
         timeout_s: limit for the search of a node that answers, beyond the time-out of the first
                    node

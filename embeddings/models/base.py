@@ -45,7 +45,6 @@ class Progress:
     epoch: int
     epochs: int
     loss: float
-    elapsed_s: float
 
 
 OnProgress = Callable[[Progress], None]

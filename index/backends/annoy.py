@@ -1,6 +1,6 @@
 """Annoy's forest of random splits as ANN backend. Only this file imports annoy.
 
-Annoy cannot add to a finished forest; the live index never asks it to. Annoy allocates space up
+Annoy cannot add to a finished forest; the live index never does. Annoy allocates space up
 to the largest item number, so its numbers are positions in our array of labels.
 """
 

@@ -16,7 +16,7 @@ def make_backend(
 ) -> AnnBackend:
     """The backend of this name.
 
-    m, ef_construction: of the graph kinds; ef: candidates a search asks for, of all kinds
+    m, ef_construction: of the graph kinds; ef: candidates that a search requests, of all kinds
     Raises SettingsError for an unknown name, and, naming the extra, if the library is missing.
     """
     try:

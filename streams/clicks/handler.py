@@ -86,17 +86,17 @@ class ClickHandler(Handler):
         for one in clicks:
             with self._guard([one]):
                 self._decode(one)
-        new = [one for one in _alive(clicks) if one.batch.last > one.done]
+        new = [one for one in _without_error(clicks) if one.batch.last > one.done]
         self._read_users(new)
-        for one in _alive(new):
+        for one in _without_error(new):
             with self._guard([one]):
                 self._update(one)
-        new = _alive(new)
+        new = _without_error(new)
         embeddings = self._step(new)
         writes = [self._user_write(one, embeddings) for one in new]
         self._forward(new)
         self._write([(one, w) for one, w in zip(new, writes, strict=True) if one.error is None])
-        for one in _alive(clicks):
+        for one in _without_error(clicks):
             with self._guard([one]):
                 self.popularity.add(one.source, self.fences.fence(one.batch.last), one.accepted)
         return [one.error or one.outcome for one in clicks]
@@ -253,5 +253,5 @@ class ClickHandler(Handler):
                 one.error = error
 
 
-def _alive(clicks: Sequence[ClickBatch]) -> list[ClickBatch]:
+def _without_error(clicks: Sequence[ClickBatch]) -> list[ClickBatch]:
     return [one for one in clicks if one.error is None]
