@@ -6,7 +6,7 @@ Collected from the service's counters and its `Stats` at each scrape.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 
 from prometheus_client.core import (
@@ -18,6 +18,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from eddyline.process import metrics
+from eddyline.process.metrics import labelled
 from eddyline.settings.loader import Settings
 from serving.proto import retrieval_pb2 as pb
 from serving.rpc.retrieval_service import BUCKETS_S, QueryCounts, RetrievalService
@@ -38,13 +39,13 @@ class WorkerCollector(Collector):
             "eddyline_worker_ready", "Whether queries are answered", value=stats.ready
         )
         queries = {"failed": counts.failed, "answered": counts.queries - counts.failed}
-        yield _by(CounterMetricFamily, "eddyline_worker_queries", "Queries", "outcome", queries)
+        yield labelled(
+            CounterMetricFamily, "eddyline_worker_queries", "Queries", "outcome", queries
+        )
         yield _times(counts)
         yield from _paths(counts)
         yield GaugeMetricFamily(
-            "eddyline_worker_missing",
-            "Servers and shards that answers lack now",
-            value=len(stats.missing),
+            "eddyline_worker_missing", "Missing servers and shards", value=len(stats.missing)
         )
         if stats.ready:
             yield _sizes(stats.index)
@@ -69,20 +70,6 @@ def serve(
     )
 
 
-def _by(
-    kind: type[CounterMetricFamily] | type[GaugeMetricFamily],
-    name: str,
-    what: str,
-    label: str,
-    values: Mapping[str, float],
-) -> Metric:
-    """One metric with a value for each value of its label."""
-    family = kind(name, what, labels=[label])
-    for value, number in values.items():
-        family.add_metric([value], number)
-    return family
-
-
 def _times(counts: QueryCounts) -> Metric:
     bounds = (*map(str, BUCKETS_S), "+Inf")
     buckets = list(zip(bounds, accumulate(counts.times), strict=True))
@@ -93,19 +80,19 @@ def _times(counts: QueryCounts) -> Metric:
 def _paths(counts: QueryCounts) -> Iterator[Metric]:
     queries = {path: of_path.queries for path, of_path in counts.paths.items()}
     name, what = "eddyline_worker_path_queries", "Queries that called a recall path"
-    yield _by(CounterMetricFamily, name, what, "path", queries)
+    yield labelled(CounterMetricFamily, name, what, "path", queries)
     items = {path: of_path.items for path, of_path in counts.paths.items()}
     name, what = "eddyline_worker_path_items", "Items of answers by their recall path"
-    yield _by(CounterMetricFamily, name, what, "path", items)
+    yield labelled(CounterMetricFamily, name, what, "path", items)
 
 
 def _sizes(index: pb.IndexSizes) -> Metric:
     parts = ("live", "tombstones", "main", "fresh", "stale", "rows")
     sizes = {part: getattr(index, part) for part in parts}
-    return _by(
+    return labelled(
         GaugeMetricFamily,
         "eddyline_worker_index_items",
-        "Items of the index, by what they are",
+        "Items of the index by part",
         "part",
         sizes,
     )
@@ -113,22 +100,22 @@ def _sizes(index: pb.IndexSizes) -> Metric:
 
 def _index(index: pb.IndexSizes) -> Iterator[Metric]:
     records = {what: getattr(index, what) for what in ("applied", "ignored", "rejected")}
-    yield _by(
+    yield labelled(
         CounterMetricFamily,
         "eddyline_worker_index_records",
-        "Records by what became of them",
+        "Item records by outcome",
         "outcome",
         records,
     )
     rebuilds = {"done": index.rebuilds, "failed": index.rebuilds_failed}
-    yield _by(
+    yield labelled(
         CounterMetricFamily, "eddyline_worker_index_rebuilds", "Graphs built", "outcome", rebuilds
     )
     yield GaugeMetricFamily(
-        "eddyline_worker_index_rebuilding", "A rebuild goes on", value=index.rebuilding
+        "eddyline_worker_index_rebuilding", "Whether a rebuild runs", value=index.rebuilding
     )
     seconds = "eddyline_worker_index_rebuild_seconds"
-    yield GaugeMetricFamily(seconds, "What the last rebuild took", value=index.rebuild_s)
+    yield GaugeMetricFamily(seconds, "Duration of the last rebuild", value=index.rebuild_s)
     exact = "eddyline_worker_index_exact"
     yield CounterMetricFamily(exact, "Searches answered by a scan instead", value=index.refused)
     yield GaugeMetricFamily(
@@ -139,7 +126,7 @@ def _index(index: pb.IndexSizes) -> Iterator[Metric]:
 def _recall(recall: pb.RecallStatus) -> Iterator[Metric]:
     if recall.samples:
         bounds = {"estimate": recall.estimate, "low": recall.low, "high": recall.high}
-        yield _by(
+        yield labelled(
             GaugeMetricFamily,
             "eddyline_worker_recall",
             "Share of the exact answer that was found",
@@ -147,18 +134,14 @@ def _recall(recall: pb.RecallStatus) -> Iterator[Metric]:
             bounds,
         )
     yield GaugeMetricFamily(
-        "eddyline_worker_recall_samples", "Queries it is from", value=recall.samples
+        "eddyline_worker_recall_samples", "Queries behind the estimate", value=recall.samples
     )
     steps = {step: float(step == recall.step) for step in ("normal", "wider", "rebuild", "exact")}
-    yield _by(
-        GaugeMetricFamily,
-        "eddyline_worker_recall_step",
-        "What the recall guard does",
-        "step",
-        steps,
+    yield labelled(
+        GaugeMetricFamily, "eddyline_worker_recall_step", "Step of the recall guard", "step", steps
     )
     shadowed = {"compared": recall.shadowed, "skipped": recall.skipped}
-    yield _by(
+    yield labelled(
         CounterMetricFamily,
         "eddyline_worker_recall_shadowed",
         "Sampled queries",
@@ -169,24 +152,20 @@ def _recall(recall: pb.RecallStatus) -> Iterator[Metric]:
 
 def _tail(tail: pb.TailStatus) -> Iterator[Metric]:
     lag = "eddyline_worker_tail_lag_records"
+    yield GaugeMetricFamily(lag, "Item records not applied yet", value=tail.lag_records)
     yield GaugeMetricFamily(
-        lag, "Item records not applied yet, as of the last look", value=tail.lag_records
-    )
-    yield GaugeMetricFamily(
-        "eddyline_worker_tail_caught_up", "It has reached the end", value=tail.caught_up
+        "eddyline_worker_tail_caught_up",
+        "Whether the index has reached the topic's end",
+        value=tail.caught_up,
     )
     yield CounterMetricFamily(
         "eddyline_worker_tail_records", "Item records read", value=tail.records
     )
     bad = {"undecodable": tail.undecodable, "rejected": tail.rejected}
-    yield _by(
-        CounterMetricFamily,
-        "eddyline_worker_tail_skipped",
-        "Item records that are none",
-        "reason",
-        bad,
+    yield labelled(
+        CounterMetricFamily, "eddyline_worker_tail_skipped", "Item records skipped", "reason", bad
     )
     away_s = max(0.0, time.time() - tail.away_since_ms / 1000) if tail.away_since_ms else 0.0
     yield GaugeMetricFamily(
-        "eddyline_worker_kafka_away_seconds", "How long Kafka is away", value=away_s
+        "eddyline_worker_kafka_away_seconds", "How long Kafka has been unavailable", value=away_s
     )

@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 from typing_extensions import override
 
 from eddyline.process import metrics
+from eddyline.process.metrics import labelled
 from eddyline.settings.loader import Settings
 from streams.app import IngestApp
 from streams.clicks.user_cache import UserCache
@@ -26,35 +27,29 @@ class IngestCollector(Collector):
 
     @override
     def collect(self) -> Iterator[Metric]:
+        pipelines = self._app.pipelines
         records = CounterMetricFamily(
             "eddyline_ingest_records", "Records by outcome", labels=["topic", "outcome"]
         )
-        counters = {
-            "batches": CounterMetricFamily(
-                "eddyline_ingest_chunks", "Batches applied", labels=["topic"]
-            ),
-            "seconds": CounterMetricFamily(
-                "eddyline_ingest_busy_seconds", "Time spent applying batches", labels=["topic"]
-            ),
-            "rewinds": CounterMetricFamily(
-                "eddyline_ingest_rewinds", "Partitions sent back to their fence", labels=["topic"]
-            ),
-            "waits": CounterMetricFamily(
-                "eddyline_ingest_waits", "Waits for an unavailable server", labels=["topic"]
-            ),
-        }
-        queued = GaugeMetricFamily(
-            "eddyline_ingest_queued_chunks", "Batches fetched, not applied", labels=["topic"]
-        )
-        for pipeline in self._app.pipelines:
+        for pipeline in pipelines:
             for outcome, count in pipeline.outcome.counts().items():
                 records.add_metric([pipeline.topic, outcome], count)
-            for name, family in counters.items():
-                family.add_metric([pipeline.topic], getattr(pipeline, name))
-            queued.add_metric([pipeline.topic], pipeline.queued())
         yield records
-        yield from counters.values()
-        yield queued
+        for name, what, counter in (
+            ("chunks", "Batches applied", "batches"),
+            ("busy_seconds", "Time spent applying batches", "seconds"),
+            ("rewinds", "Partitions sent back to their fence", "rewinds"),
+            ("waits", "Waits for an unavailable server", "waits"),
+        ):
+            counts = {pipeline.topic: getattr(pipeline, counter) for pipeline in pipelines}
+            yield labelled(CounterMetricFamily, f"eddyline_ingest_{name}", what, "topic", counts)
+        yield labelled(
+            GaugeMetricFamily,
+            "eddyline_ingest_queued_chunks",
+            "Batches fetched, not applied",
+            "topic",
+            {pipeline.topic: pipeline.queued() for pipeline in pipelines},
+        )
         yield from self._partitions()
         yield CounterMetricFamily(
             "eddyline_ingest_users_asked", "Users looked up", value=self._cache.requested
@@ -68,14 +63,13 @@ class IngestCollector(Collector):
         )
 
     def _partitions(self) -> Iterator[Metric]:
-        paused = GaugeMetricFamily(
+        yield labelled(
+            GaugeMetricFamily,
             "eddyline_ingest_paused_partitions",
             "Partitions that wait for a server or their position",
-            labels=["topic"],
+            "topic",
+            self._app.paused(),
         )
-        for topic, partitions in self._app.paused().items():
-            paused.add_metric([topic], partitions)
-        yield paused
         lag = GaugeMetricFamily(
             "eddyline_ingest_lag_records", "Records not applied yet", labels=["topic", "partition"]
         )

@@ -1,13 +1,14 @@
-"""The metrics endpoint of a process, for Prometheus: plain HTTP."""
+"""Metrics of a process for Prometheus: labelled metrics, and the endpoint in plain HTTP."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import start_http_server
 from prometheus_client.registry import Collector
 
@@ -18,6 +19,20 @@ AGAIN_S = 0.5
 # A port that is in use for longer is logged as an error.
 TAKEN_S = 60.0
 _JOIN_S = 5.0
+
+
+def labelled(
+    kind: type[CounterMetricFamily] | type[GaugeMetricFamily],
+    name: str,
+    what: str,
+    label: str,
+    values: Mapping[str, float],
+) -> Metric:
+    """One metric with a value for each value of its label. what: its help text."""
+    family = kind(name, what, labels=[label])
+    for value, number in values.items():
+        family.add_metric([value], number)
+    return family
 
 
 def serve(host: str, port: int, collector: Collector) -> Callable[[], None]:

@@ -51,8 +51,8 @@ class RedisCluster(redis.Redis):
     def __init__(
         self, seeds: Sequence[Address], make: Callable[[Address], redis.Redis], timeout_s: float
     ) -> None:
-        """seeds: the first nodes to read the slot map from; make: the client of a node, unconnected.
-
+        """seeds:     the first nodes to read the slot map from
+        make:      the client of a node, unconnected
         timeout_s: limit for the search of a node that answers, beyond the time-out of the first
                    node
         """
@@ -64,7 +64,7 @@ class RedisCluster(redis.Redis):
         self._refreshing = threading.Lock()
         self._map: SlotMap | None = None
         self._stale = False
-        self._fell: dict[Address, float] = {}
+        self._failed_s: dict[Address, float] = {}
         self._failed: tuple[float, str] = (0.0, "")
         super().__init__(connection_pool=self._nodes[self._seeds[0]].connection_pool)
 
@@ -114,14 +114,14 @@ class RedisCluster(redis.Redis):
             except (AuthenticationError, AuthorizationError):
                 raise
             except ConnectionError:
-                self._fell[target] = time.monotonic()
+                self._failed_s[target] = time.monotonic()
                 if not retry:
                     raise
                 retry = False
                 seen = self._refresh(seen)
                 target = seen.owner(slot)
             except TimeoutError:
-                self._fell[target] = time.monotonic()
+                self._failed_s[target] = time.monotonic()
                 self._stale = True
                 raise
             except (ClusterDownError, ReadOnlyError):
@@ -166,7 +166,7 @@ class RedisCluster(redis.Redis):
             except (AuthenticationError, AuthorizationError):
                 raise
             except ConnectionError:
-                self._fell[address] = time.monotonic()
+                self._failed_s[address] = time.monotonic()
         raise ConnectionError("no primary of the cluster answers")
 
     def _refresh(self, seen: SlotMap | None, first: Address | None = None) -> SlotMap:
@@ -178,7 +178,7 @@ class RedisCluster(redis.Redis):
             if self._failed[0] > started_s:  # another thread tried all nodes while this one waited
                 raise ConnectionError(self._failed[1])
             try:
-                found = self._ask(seen, first)
+                found = self._read_map(seen, first)
             except RedisError as error:
                 self._failed = (time.monotonic(), str(error))
                 raise
@@ -186,11 +186,11 @@ class RedisCluster(redis.Redis):
             self._forget({*self._seeds, *found.primaries, *found.replicas})
             return found
 
-    def _ask(self, seen: SlotMap | None, first: Address | None) -> SlotMap:
-        """Ask one node after the other, those that failed last at the end."""
+    def _read_map(self, seen: SlotMap | None, first: Address | None) -> SlotMap:
+        """Read the map from the first node that answers; nodes that failed last come last."""
         known = (*seen.primaries, *seen.replicas) if seen else ()
         candidates = dict.fromkeys((*known, *self._seeds))
-        order = sorted(candidates, key=lambda address: self._fell.get(address, 0.0))
+        order = sorted(candidates, key=lambda address: self._failed_s.get(address, 0.0))
         if first is not None:
             order = [first, *(address for address in order if address != first)]
         until, tried = time.monotonic() + self._timeout_s, list[str]()
@@ -212,7 +212,7 @@ class RedisCluster(redis.Redis):
                     ) from None
                 last = error
             except RedisError as error:
-                self._fell[address], last = time.monotonic(), error
+                self._failed_s[address], last = time.monotonic(), error
             if time.monotonic() > until:
                 break
         raise ConnectionError(
@@ -223,9 +223,9 @@ class RedisCluster(redis.Redis):
         """Close the clients of nodes that left the cluster."""
         with self._lock:
             gone = [self._nodes.pop(address) for address in [*self._nodes] if address not in kept]
-        for address in [*self._fell]:
+        for address in [*self._failed_s]:
             if address not in kept:
-                self._fell.pop(address, None)
+                self._failed_s.pop(address, None)
         for node in gone:
             node.close()
 

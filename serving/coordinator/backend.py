@@ -13,7 +13,7 @@ from serving.coordinator.shards import Connection, Shards
 from serving.coordinator.vector_cache import VectorCache
 from serving.proto import retrieval_pb2 as pb
 from serving.rpc import converters
-from serving.rpc.backends import NoShardAnswers, RetrievalBackend
+from serving.rpc.backends import NoShardAnswers, RetrievalBackend, fill_retriever_stats
 
 # An error message names this many shards.
 NAMED_MAX = 4
@@ -64,9 +64,7 @@ class CoordinatorBackend(RetrievalBackend):
         response.generation = self.generation
         response.shards = 1
         response.held.extend(_status_of(shard) for shard in self.shards.all)
-        response.popular.items = len(self.retriever.popularity.ranked)
-        response.popular.age_ms = self.retriever.popularity.age_ms()
-        response.missing.extend(self.retriever.missing())
+        fill_retriever_stats(response, self.retriever)
         for shard in self.shards.all:
             failure = shard.failure
             reasons = [f"{failure.reason}: {failure.detail}"] if failure else shard.last.missing

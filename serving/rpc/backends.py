@@ -53,6 +53,13 @@ class LocalIndex:
             response.missing.append(f"kafka: {behind}")
 
 
+def fill_retriever_stats(response: pb.StatsResponse, retriever: Retriever) -> None:
+    """Fill in the popular list's state, and what the retriever lacks."""
+    response.popular.items = len(retriever.popularity.ranked)
+    response.popular.age_ms = retriever.popularity.age_ms()
+    response.missing.extend(retriever.missing())
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerBackend(RetrievalBackend):
     """Answers from all items."""
@@ -70,9 +77,7 @@ class WorkerBackend(RetrievalBackend):
     @override
     def fill_stats(self, response: pb.StatsResponse) -> None:
         response.shards = 1
-        response.popular.items = len(self.retriever.popularity.ranked)
-        response.popular.age_ms = self.retriever.popularity.age_ms()
-        response.missing.extend(self.retriever.missing())
+        fill_retriever_stats(response, self.retriever)
         self.held.fill_index_stats(response)
 
 
