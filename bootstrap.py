@@ -2,14 +2,15 @@
 
     python3 bootstrap.py setup           only set up
     python3 bootstrap.py demo [OPTION]   set up, then the demo (environment: ONCE=1, DATA=generated)
-    python3 bootstrap.py test [OPTION]   set up, then every test, in two processes; options go to
-    pytest python3 bootstrap.py chaos [OPTION]  set up, then faults under load and an oracle
-    (docs/chaos.md) python3 bootstrap.py soak            set up, then the index's race test for
-    SOAK_S seconds, 60 by default python3 bootstrap.py fuzz [OPTION]   set up, then fuzzing of
-    ingest; options go to libFuzzer python3 bootstrap.py up | down       the local Kafka and Valkey
-    in the background python3 bootstrap.py lint            ruff, mypy and import-linter alone
-    python3 bootstrap.py bench NAME      one benchmark of benchmarks/ python3 bootstrap.py run
-    ARGUMENT    any other `eddyline` command
+    python3 bootstrap.py test [OPTION]   set up, then every test in two processes, with pytest's
+                                         options
+    python3 bootstrap.py chaos [OPTION]  set up, then faults under load (docs/chaos.md)
+    python3 bootstrap.py soak            set up, then the index's race test (SOAK_S seconds, or 60)
+    python3 bootstrap.py fuzz [OPTION]   set up, then fuzzing of ingest, with libFuzzer's options
+    python3 bootstrap.py up | down       the local Kafka and Valkey in the background
+    python3 bootstrap.py lint            ruff, mypy and import-linter alone
+    python3 bootstrap.py bench NAME      one benchmark of benchmarks/
+    python3 bootstrap.py run ARGUMENT    any other `eddyline` command
 
 Environment:
 

@@ -2,8 +2,7 @@
 
     with Supervisor(log_dir(settings)) as supervisor:
         with local_servers(settings, supervisor, owner="eddyline demo") as settings:
-            ...       # settings have both addresses; other processes find them by
-            discovery.resolve()
+            ...  # settings have both addresses; other processes call discovery.resolve()
 
 A server that the settings name is not started. The data survive. One process at a time may run the
 servers of a data folder.

@@ -1,9 +1,10 @@
 """Run child processes: restart those that end, and leave none behind.
 
-    supervisor = Supervisor(Path(".eddyline/logs")) supervisor.start(kafka, valkey)      # both at
-    once; returns when both are ready, else LocalServerError supervisor.start(worker)
-    supervisor.pids()                    # {"kafka": 4711, …} supervisor.stop()                    #
-    worker, valkey, kafka; safe to call twice
+    supervisor = Supervisor(Path(".eddyline/logs"))
+    supervisor.start(kafka, valkey)  # returns when both are ready, else LocalServerError
+    supervisor.start(worker)
+    supervisor.pids()  # {"kafka": 4711, …}
+    supervisor.stop()  # worker, valkey, kafka; safe to call twice
 
 A child that ends is restarted after a back-off that doubles, and starts over once the child has
 been ready for a while. Children run in process groups of their own, so Ctrl-C in the terminal
