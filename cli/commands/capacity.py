@@ -91,8 +91,7 @@ class Meter:
         """Connects on first use. Raises SettingsError."""
         self._target = target(settings)
         self._redis = redis_client.client(settings)
-        ns = f"{settings.namespace}:" if settings.namespace else ""
-        self._name = f"{ns}{{u}}:plan{uuid.uuid4().hex[:8]}"
+        self._name = f"{settings.key_prefix}{{u}}:plan{uuid.uuid4().hex[:8]}"
 
     def string(self, key: int, value: bytes) -> int:
         """Bytes of one key of that length with a string value."""
@@ -139,7 +138,7 @@ def redis_parts(settings: Settings, sizes: Sizes) -> list[Part]:
 
 
 def _redis_parts(settings: Settings, sizes: Sizes, meter: Meter) -> list[Part]:
-    prefix = len(f"{settings.namespace}:" if settings.namespace else "") + len("{u00}:h:")
+    prefix = len(settings.key_prefix) + len("{u00}:h:")
     user_key, item_key = prefix + sizes.user_id, prefix + sizes.item_id
     users, items, vectors = sizes.users, sizes.items, sizes.users * sizes.generations
     window = settings.dedupe_window_events * settings.clicks_partitions

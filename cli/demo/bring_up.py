@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 from rich.console import Console
@@ -23,7 +22,7 @@ from eddyline.settings.loader import Settings
 from eddyline.stores.redis import RedisStore
 from sandbox import processes
 from sandbox.datasets import catalogue
-from sandbox.datasets.dataset import Dataset, DatasetUnavailable
+from sandbox.datasets.dataset import Dataset, DatasetUnavailable, OnProgress
 from sandbox.processes import Deployment
 from sandbox.servers import status
 from sandbox.servers.status import ServerStatus
@@ -44,13 +43,6 @@ class RunningDemo:
     address: str
     servers: list[ServerStatus]
     took_s: dict[str, float] = field(default_factory=dict)
-
-
-class OnProgress(Protocol):
-    """Shows progress; a total of 0 is unknown."""
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        """what: a few words."""
 
 
 class Steps:

@@ -67,7 +67,8 @@ def topic_configs(settings: Settings, name: str) -> tuple[int, dict[str, str]]:
 
 
 @contextmanager
-def _admin(settings: Settings) -> Iterator[KafkaAdminClient]:
+def open_admin(settings: Settings) -> Iterator[KafkaAdminClient]:
+    """An admin client, closed with the block. Raises KafkaUnavailable, KafkaRefused."""
     admin = connect(settings, KafkaAdminClient)
     try:
         yield admin
@@ -83,7 +84,7 @@ def wait_until_up(settings: Settings, timeout_s: float) -> None:
     while True:
         wait_s = backoff.next_s()
         try:
-            with _admin(settings) as admin:
+            with open_admin(settings) as admin:
                 admin.describe_cluster()
             return
         except KafkaUnavailable as error:
@@ -103,7 +104,7 @@ def ensure_topics(settings: Settings, names: Sequence[str] | None = None) -> Non
     Raises LogMismatch if a topic has another number of partitions than the settings.
     """
     names = (*SOURCES, DEAD_LETTERS, GENERATIONS) if names is None else names
-    with _admin(settings) as admin:
+    with open_admin(settings) as admin:
         existing = set(admin.list_topics())
         # Kafka hides a topic that we may not describe, and creating it would fail.
         _described(
@@ -145,13 +146,13 @@ def _described(
 
 def check_seen(settings: Settings, name: str) -> None:
     """Raise KafkaRefused if we may not describe the topic, whether it exists or not."""
-    with _admin(settings) as admin:
+    with open_admin(settings) as admin:
         _described(settings, admin, [settings.prefixed(name)])
 
 
 def log_ids(settings: Settings, names: Sequence[str]) -> dict[str, LogId]:
     """The identity of each topic's log: cluster id and topic id. A recreated topic has another."""
-    with _admin(settings) as admin:
+    with open_admin(settings) as admin:
         cluster_id = str(admin.describe_cluster()["cluster_id"])
         described = _described(settings, admin, [settings.prefixed(name) for name in names])
         ids = {topic["name"]: str(topic["topic_id"]) for topic in described}

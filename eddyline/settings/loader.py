@@ -114,6 +114,11 @@ class Settings(_AllSections, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """Folder of the query workers' snapshots."""
         return Path(self.data_dir) / "snapshots"
 
+    @property
+    def key_prefix(self) -> str:
+        """The beginning of every key in Redis: `<namespace>:`, or nothing."""
+        return f"{self.namespace}:" if self.namespace else ""
+
     def prefixed(self, name: str) -> str:
         """A topic, group or transactional id inside the namespace."""
         return f"{self.namespace}.{name}" if self.namespace else name

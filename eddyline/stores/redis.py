@@ -88,7 +88,7 @@ class RedisStore(StateStore):
         self._target = target(settings)
         self.address = self._target.shown
         self._closed = False
-        self._ns = f"{settings.namespace}:" if settings.namespace else ""
+        self._ns = settings.key_prefix
         self._redis = redis_client.client(settings)
         self._scripts = {name: redis_client.Script(self._redis, _script(name)) for name in _SCRIPTS}
 

@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import logging
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -184,10 +183,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         help="kind of the model (default %(default)s)",
     )
     parser.add_argument(
-        "--epochs", type=_at_least(1), default=8, help="passes over the clicks (default 8)"
+        "--epochs", type=_positive, default=8, help="passes over the clicks (default 8)"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=_at_least(1), default=1, help="torch threads (default 1)")
+    parser.add_argument("--threads", type=_positive, default=1, help="torch threads (default 1)")
     parser.add_argument(
         "--holdout",
         type=_share,
@@ -206,14 +205,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _at_least(low: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        value = int(text)
-        if value < low:
-            raise argparse.ArgumentTypeError(f"must be at least {low}")
-        return value
-
-    return parse
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
 
 
 def _share(text: str) -> float:

@@ -14,13 +14,13 @@ import msgspec
 
 from eddyline.schema.events import Click, Item, UserProfile
 from sandbox.datasets import movielens, synthetic
-from sandbox.datasets.dataset import Dataset, Progress
+from sandbox.datasets.dataset import Dataset, OnProgress
 
 NAMES = ("movielens", "generated")
 _Event = TypeVar("_Event", bound=Click | Item | UserProfile)
 
 
-def load(name: str, data_dir: Path, on_progress: Progress) -> Dataset:
+def load(name: str, data_dir: Path, on_progress: OnProgress) -> Dataset:
     """The data set of this name: "movielens", or "generated" with its default seed and size.
 
     data_dir: downloaded files are kept in its folder `data/`; the generated data set needs none

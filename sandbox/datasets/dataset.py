@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from eddyline.errors import EddylineError
 from eddyline.schema.events import Click, Item, UserProfile
 
-# (what is being done, done so far, total); a total of 0 is unknown.
-Progress = Callable[[str, int, int], None]
+
+class OnProgress(Protocol):
+    """Shows progress; a total of 0 is unknown."""
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """what: a few words."""
 
 
 class DatasetUnavailable(EddylineError):

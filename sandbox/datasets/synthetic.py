@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 from eddyline.schema.events import Click, Item, Kind, UserProfile
-from sandbox.datasets.dataset import Dataset, Progress
+from sandbox.datasets.dataset import Dataset, OnProgress
 from sandbox.datasets.vocabulary import GENRES, MOODS, OCCUPATIONS, Genre, Mood, make_title
 
 LICENCE = ""
@@ -56,7 +56,7 @@ def generate(
     users: int = 1_000,
     clicks: int = 60_000,
     randomness: float = 0.0,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Dataset:
     """A data set of these sizes.
 

@@ -121,7 +121,7 @@ OCCUPATIONS = ("student", "engineer", "teacher", "nurse", "writer", "cook", "law
 _NAMES = _words("Clara Hugo Mina Oscar Ines Victor Alma Felix Rosa Emil Nora Anton")
 
 
-def make_title(draw: Callable[[], float], genre: Genre, mood: Mood, taken: set[str]) -> str:
+def make_title(draw: Callable[[], float], genre: Genre, mood: Mood, titles: set[str]) -> str:
     """Make a title that is not in `titles` and add it; sequels get a number.
 
     draw: a uniform number from 0 to below 1 at each call
@@ -142,8 +142,8 @@ def make_title(draw: Callable[[], float], genre: Genre, mood: Mood, taken: set[s
     else:
         title = f"{pick(genre.nouns)} in {pick(genre.places)}"
     numbered, part = title, 1
-    while numbered in taken:
+    while numbered in titles:
         part += 1
         numbered = f"{title} {part}"
-    taken.add(numbered)
+    titles.add(numbered)
     return numbered

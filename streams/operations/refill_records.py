@@ -106,8 +106,10 @@ class ProfileRecords:
         slot = user_slot(partition)
         with redis_client.client(self._settings) as client:
             # The fence first: what is left of the profiles is then read again.
-            client.delete(f"{self._prefix}fence:{{{slot}}}:{USERS}:{partition}")
-            for key in client.scan_iter(match=f"{self._prefix}{{{slot}}}:p:*", count=1_000):
+            client.delete(f"{self._settings.key_prefix}fence:{{{slot}}}:{USERS}:{partition}")
+            for key in client.scan_iter(
+                match=f"{self._settings.key_prefix}{{{slot}}}:p:*", count=1_000
+            ):
                 client.delete(key)
 
     def _archived(self, partition: int, first: int) -> Iterator[Record]:
@@ -124,16 +126,12 @@ class ProfileRecords:
                     topic, partition, found.offset, found.appended_ms, ids[found.digest], None
                 )
 
-    @property
-    def _prefix(self) -> str:
-        return f"{self._settings.namespace}:" if self._settings.namespace else ""
-
     def _ids_by_digest(self, partition: int) -> dict[str, bytes]:
         """The store's users by digest: the archive has only digests of forgotten users."""
         found: dict[str, bytes] = {}
         with redis_client.client(self._settings) as client:
             for kind in ("h", "p"):
-                head = f"{self._prefix}{{{user_slot(partition)}}}:{kind}:".encode()
+                head = f"{self._settings.key_prefix}{{{user_slot(partition)}}}:{kind}:".encode()
                 for key in client.scan_iter(match=head.decode() + "*", count=1_000):
                     user_id = key.removeprefix(head)
                     found[layout.digest(user_id.decode())] = user_id

@@ -7,15 +7,14 @@ archive, `eddyline accept-log --skip-lost` gives the records up.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kafka import KafkaAdminClient, TopicPartition
-from kafka.errors import CoordinatorNotAvailableError, KafkaError
+from kafka import TopicPartition
+from kafka.errors import CoordinatorNotAvailableError
 
 from eddyline.errors import EddylineError
-from eddyline.kafka import clients, topics
+from eddyline.kafka import topics
 from eddyline.kafka.topics import CLICKS
 from eddyline.settings.loader import Settings
 from eddyline.stores.redis import RedisStore
@@ -100,7 +99,7 @@ def ingest_members(settings: Settings) -> int:
     """
     group = settings.prefixed(GROUP)
     deadline = time.monotonic() + settings.kafka_timeout_ms / 1000
-    with _admin(settings) as admin:
+    with topics.open_admin(settings) as admin:
         while True:
             try:
                 return len(admin.describe_groups([group])[group]["members"])
@@ -118,7 +117,7 @@ def committed_offsets(settings: Settings) -> Mapping[int, int]:
     """
     group, topic = settings.prefixed(GROUP), settings.prefixed(CLICKS)
     partitions = [TopicPartition(topic, p) for p in range(settings.clicks_partitions)]
-    with _admin(settings) as admin:
+    with topics.open_admin(settings) as admin:
         found = admin.list_group_offsets({group: partitions})[group]
     return {p.partition: max(0, found[p].offset) if p in found else 0 for p in partitions}
 
@@ -133,17 +132,6 @@ def require_no_ingest(settings: Settings) -> None:
             f"{found} ingest processes are in the consumer group {settings.prefixed(GROUP)}: stop "
             "them first (a killed one leaves the group after six seconds)"
         )
-
-
-@contextmanager
-def _admin(settings: Settings) -> Iterator[KafkaAdminClient]:
-    admin = clients.connect(settings, KafkaAdminClient)
-    try:
-        yield admin
-    except KafkaError as error:
-        raise clients.translate_error(settings, error) from None
-    finally:
-        admin.close()
 
 
 def _move(
