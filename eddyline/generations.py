@@ -21,7 +21,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     bundle: the bundle's folder, relative to the setting `bundle_dir` unless it is absolute
     cut:    partition of `items`, as text → offset of the last item change in the bundle's vectors;
-            −1 or absent for none. The topic of item vectors goes on after it.
+            −1 or absent for none. The topic of item vectors continues after it.
     """
 
     generation: str

@@ -291,7 +291,7 @@ class LiveIndex(Index):
 
     @override
     def close(self) -> None:
-        """Stop guard and builds. Queries and writes go on."""
+        """Stop guard and builds. Queries and writes continue."""
         if self.guard is not None:
             self.guard.close()
         self._rebuilder.close()

@@ -210,4 +210,4 @@ class Index(IndexReader, Protocol):
         """The answer of `query` as columns."""
 
     def close(self) -> None:
-        """Stop background work; queries go on."""
+        """Stop background work; queries continue."""

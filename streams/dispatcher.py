@@ -1,6 +1,6 @@
 """The way of batches from a Faust agent to their handler, and what their results lead to.
 
-A handler runs in a thread of its own, so that the app's loop goes on. Batches that arrive while it
+A handler runs in a thread of its own, so the app's loop stays free. Batches that arrive while it
 is busy are applied together afterwards and share round trips and numpy work. Where a server is
 away, the dispatcher waits; a refused write sends its partition back to the lowest fence; any other
 error ends the process, and the batch is not acknowledged.

@@ -43,7 +43,7 @@ def in_time(settings: Settings, call: Callable[[], object]) -> None:
     """Make a call of kafka-python that has no time-out of its own (the end of a transaction).
 
     Raises what the call raises, and KafkaUnavailable after twice `kafka_timeout_ms`; the call then
-    goes on in its thread.
+    continues in its thread.
     """
     failed: list[BaseException] = []
 

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import ssl
-from pathlib import Path
 from typing import Any
 
 from eddyline.errors import SettingsError
+from eddyline.process.files import check_readable
 from eddyline.settings.kafka import KafkaSettings, uses_sasl, uses_tls
 
 
@@ -22,7 +22,7 @@ def tls_context(settings: KafkaSettings) -> ssl.SSLContext | None:
     if not uses_tls(settings):
         return None
     for name in ("kafka_ca_file", "kafka_cert_file", "kafka_key_file"):
-        _check_readable(name, getattr(settings, name))
+        check_readable(name, getattr(settings, name))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if settings.kafka_ca_file:
@@ -85,16 +85,6 @@ def _load_certificate(context: ssl.SSLContext, settings: KafkaSettings) -> None:
             f"{named}: no certificate with its private key in PEM form, or kafka_key_password is "
             f"not the key's ({_reason(error)})"
         ) from None
-
-
-def _check_readable(name: str, path: str) -> None:
-    if not path:
-        return
-    try:
-        with Path(path).open("rb"):
-            pass
-    except OSError as error:
-        raise SettingsError(f"{name} = {path!r}: cannot be read: {error.strerror}") from None
 
 
 def _reason(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Files that other processes read while they are written: whole or not there."""
+"""Files that are written whole or not at all, and checks of files that settings name."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from eddyline.errors import SettingsError
 
 
 def write_atomically(path: Path, content: bytes, *, mode: int = 0o600) -> None:
@@ -62,3 +64,14 @@ def read_if_exists(path: Path) -> bytes | None:
         return path.read_bytes()
     except FileNotFoundError:
         return None
+
+
+def check_readable(name: str, path: str) -> None:
+    """Raise SettingsError unless the file that the setting `name` names, if any, can be read."""
+    if not path:
+        return
+    try:
+        with Path(path).open("rb"):
+            pass
+    except OSError as error:
+        raise SettingsError(f"{name} = {path!r}: cannot be read: {error.strerror}") from None

@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 import ssl
 from dataclasses import dataclass, field
-from pathlib import Path
 from urllib.parse import unquote
 
 from eddyline.errors import SettingsError
+from eddyline.process.files import check_readable
 from eddyline.settings.loader import Settings
 from eddyline.stores.cluster_slots import Address
 
@@ -92,10 +92,7 @@ def tls(settings: Settings, to: Target) -> ssl.SSLContext | None:
             )
         return None
     for name, path in files.items():
-        try:
-            Path(path).read_bytes()
-        except OSError as error:
-            raise SettingsError(f"{name} = {path!r}: cannot be read: {error.strerror}") from None
+        check_readable(name, path)
     if settings.redis_key_file and not settings.redis_cert_file:
         raise SettingsError(
             f"redis_key_file = {settings.redis_key_file!r}: set without redis_cert_file"

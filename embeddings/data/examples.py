@@ -13,11 +13,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
 from eddyline.schema.events import Click, Item
-
-Ints = npt.NDArray[np.int64]
+from embeddings.towers.numerics import Ints
 
 
 @dataclass(frozen=True)

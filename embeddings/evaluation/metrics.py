@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from embeddings.data.examples import Ints
-from embeddings.towers.numerics import Floats
+from embeddings.towers.numerics import Floats, Ints
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

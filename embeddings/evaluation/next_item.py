@@ -15,9 +15,9 @@ import numpy as np
 
 from eddyline.schema.events import Click
 from embeddings.bundle.bundle import Bundle
-from embeddings.data.examples import Examples, Ints, make_examples
+from embeddings.data.examples import Examples, make_examples
 from embeddings.evaluation.metrics import Quality, quality, rank
-from embeddings.towers.numerics import Floats, blocks
+from embeddings.towers.numerics import Floats, Ints, blocks
 
 # Scores of all items are held for this many events at a time.
 _EVENTS_AT_ONCE = 32

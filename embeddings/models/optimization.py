@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embeddings.data.examples import Ints
 from embeddings.models.base import OnProgress, Progress, Recipe
+from embeddings.towers.numerics import Ints
 
 
 def minimize(

@@ -24,14 +24,14 @@ from typing_extensions import override
 
 from eddyline.errors import BundleError
 from eddyline.schema.events import Item
-from embeddings.data.examples import Examples, Ints, TrainingData
+from embeddings.data.examples import Examples, TrainingData
 from embeddings.models.bags import Bags, make_bags
 from embeddings.models.base import Model, OnProgress, Recipe
 from embeddings.models.optimization import minimize
 from embeddings.towers import features
 from embeddings.towers.base import TrainedModel
 from embeddings.towers.features import FeatureSpace
-from embeddings.towers.numerics import Floats
+from embeddings.towers.numerics import Floats, Ints
 from embeddings.towers.two_tower import KIND, VERSION
 
 HEADS = 2

@@ -23,9 +23,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from embeddings.towers.numerics import Floats
+from embeddings.towers.numerics import Floats, Ints
 
-Ints = npt.NDArray[np.int64]
 Hashes = npt.NDArray[np.uint64]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
 
 # Rows are computed in blocks of this many, which bounds the memory of intermediate results.
 BLOCK = 256

@@ -3,7 +3,7 @@
 kafka.lock lists one jar a line, `<sha-256>  <path in a Maven repository>`; `python -m
 sandbox.servers --lock` rewrites it from ENDPOINT. A download takes exactly these files, so it reads
 no POM. jgo 3.2 writes into the final file and takes any file there for complete; here a file gets
-its name only after its checksum was right, so a killed download goes on where it stopped.
+its name only after its checksum was right, so a killed download resumes where it stopped.
 """
 
 from __future__ import annotations

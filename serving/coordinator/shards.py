@@ -198,7 +198,7 @@ class Shards:
         self._thread = threading.Thread(target=self._run, name="shards", daemon=True)
 
     def start(self) -> None:
-        """Check every shard once, then go on in the background."""
+        """Check every shard once, then continue in the background."""
         self.check()
         self._thread.start()
 

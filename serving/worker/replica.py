@@ -2,7 +2,7 @@
 
 The topic is compacted; the replica reads it from its beginning, or from the snapshot's positions
 (`serving.worker.item_vectors`). Records that the bundle holds already are no-ops in the index.
-While Kafka is away the index goes on serving.
+While Kafka is unavailable, the index keeps serving.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ class Replica:
             self._caught_up.set()
 
     def _mark_away(self, reason: str, refused: bool = False) -> None:
-        """refused: Kafka denies access, which no retry heals; the index goes on serving."""
+        """refused: Kafka denies access, which no retry heals; the index keeps serving."""
         was_away, was_refused = bool(self._away_since_ms), self._refused
         self._away = (
             reason if refused else f"Kafka at {self._settings.kafka_bootstrap_servers}: {reason}"

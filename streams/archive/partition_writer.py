@@ -180,7 +180,7 @@ class PartitionWriter:
             file.add(layout.row(event), len(record.value or b""))
 
     def skip_to(self, offset: int) -> None:
-        """Go on after records that Kafka no longer has; first completes the open file."""
+        """Continue after records that Kafka no longer has; first completes the open file."""
         self.complete()
         self.written, self.last_read = offset, offset - 1
 
@@ -310,7 +310,7 @@ def open_partition(
     begin: int,
     forgotten: Mapping[int, ForgottenUsers],
 ) -> PartitionWriter:
-    """A writer that goes on where the partition's files end, with their window and forgotten users.
+    """A writer that continues at the end of the partition's files.
 
     begin:     offset of the oldest record that Kafka keeps
     forgotten: by partition; gains the forgotten users of this one

@@ -3,7 +3,7 @@
 The archive's events go through ingest's own handlers, each under its old offset and behind the same
 fences, one batch in memory at a time. So a killed refill may be run again, and the resulting state
 is the one that ingest would have made. Profiles and forgotten users, of the archive and of Kafka,
-take effect at their append time. Ingest goes on afterwards with what Kafka has.
+take effect at their append time. Ingest continues afterwards with what Kafka has.
 """
 
 from __future__ import annotations
