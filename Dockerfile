@@ -78,8 +78,6 @@ CMD ["python", "-m", "serving"]
 FROM runtime AS archive
 COPY --from=build-archive /opt/venv /opt/venv
 COPY streams streams
-# For `python -m cli refill`.
-COPY cli cli
 CMD ["python", "-m", "streams.archive"]
 
 FROM runtime AS trainer

@@ -56,6 +56,9 @@ log = logging.getLogger(__name__)
 # runs often.
 _GARBAGE = (50_000, 20, 100)
 _STOP_CHECK_S = 1.0
+# A start that a signal ends may be in a call that waits for a server; nothing is applied yet. The
+# app has a limit of its own.
+_START_STOP_S_MAX = 5.0
 _TALKATIVE = (
     "aiokafka",
     "aiokafka.consumer.fetcher",
@@ -66,7 +69,7 @@ _TALKATIVE = (
 
 def main() -> int:
     """Run until SIGTERM or SIGINT. Returns the exit code."""
-    return lifecycle.run("ingest", _run)
+    return lifecycle.run("ingest", _run, stop_limit_s=_START_STOP_S_MAX)
 
 
 def _run(settings: Settings, stop: threading.Event) -> None:

@@ -20,17 +20,16 @@ def refill(settings: Settings, *, skip_lost: bool) -> None:
             on_progress=lambda done, total: bar.update(
                 task, completed=done, total=total, visible=True
             ),
+            on_lost=console.print,
         )
     show(report)
 
 
 def show(report: RefillReport) -> None:
-    """Print the counts of a refill, and what could not be filled."""
+    """Print the counts of a refill."""
     if not report.gaps:
         console.print("nothing is missing: Kafka has all that was not applied yet")
         return
-    if report.lost:
-        console.print(report.lost)
     if report.files_without_merges:
         console.print(
             f"{report.files_without_merges:,} files are from before merges were archived: users "

@@ -15,9 +15,8 @@ from eddyline.errors import Rejected, SettingsError
 from eddyline.kafka import clients, producers, topics
 from eddyline.kafka.producers import now_ms
 from eddyline.schema import validation
-from eddyline.schema.events import Click, Item, UserProfile
+from eddyline.schema.events import Click, Item, UserProfile, shifted_to_now
 from eddyline.settings.loader import Settings
-from sandbox.datasets.catalogue import shifted_to_now
 
 Event = Click | Item | UserProfile
 # Records in flight at most: bounds the producer's memory and keeps Ctrl-C quick.

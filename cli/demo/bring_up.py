@@ -18,6 +18,7 @@ from eddyline import generations
 from eddyline.errors import BundleError, KafkaUnavailable, SettingsError
 from eddyline.generations import Manifest
 from eddyline.kafka import topics
+from eddyline.schema.events import shifted_to_now
 from eddyline.settings.loader import Settings
 from eddyline.stores.redis import RedisStore
 from sandbox import processes
@@ -206,7 +207,7 @@ def _replay_history(deployment: Deployment, dataset: Dataset, steps: Steps) -> N
     this = _ReplayedEvents(log.cluster_id, log.topic_id, dataset.name, len(dataset.clicks))
     note = Path(settings.data_dir) / "run" / f"replayed-{settings.namespace}.json"
     if not (note.exists() and note.read_bytes() == msgspec.json.encode(this)):
-        clicks = catalogue.shifted_to_now(dataset.clicks, time.time_ns() // 1_000_000)
+        clicks = shifted_to_now(dataset.clicks, time.time_ns() // 1_000_000)
         with steps.step("replay") as on_progress:
             for what, events in (
                 ("items", dataset.items),

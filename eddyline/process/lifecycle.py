@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -44,6 +45,7 @@ def run(
     needs_kafka: bool = True,
     needs_redis: bool = True,
     stops_in_order: bool = True,
+    stop_limit_s: float | None = None,
 ) -> int:
     """Run a process from its settings to its exit code. The main thread calls this.
 
@@ -52,12 +54,13 @@ def run(
     needs_kafka:    False: the process uses neither server, and no address is looked up
     needs_redis:    False: the address of Redis may be empty
     stops_in_order: False for a job that a signal may end at any point; it leaves the event unset
+    stop_limit_s:   the process ends this long after the signal, with code 0, in whatever call it is
 
     Returns the exit code of `run_until_exit`.
     """
     stop = threading.Event()
     if stops_in_order:
-        stop_on_signals(stop)
+        stop_on_signals(stop, lambda: _end_after(stop_limit_s))
     try:
         settings = loader.load()
         logs.configure(settings, process)
@@ -67,6 +70,13 @@ def run(
         sys.stderr.write(f"{error}\n")
         return 2
     return run_until_exit(lambda: main(settings, stop))
+
+
+def _end_after(limit_s: float | None) -> None:
+    if limit_s is not None:
+        timer = threading.Timer(limit_s, os._exit, (0,))
+        timer.daemon = True
+        timer.start()
 
 
 def exit_code(error: EddylineError) -> int:

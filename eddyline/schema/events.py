@@ -287,3 +287,19 @@ def produced_us(headers: Sequence[tuple[str, bytes | None]]) -> int:
         if name == "produced_us" and value is not None and value.isdigit() and len(value) <= 18:
             return int(value)
     return 0
+
+
+_Timed = TypeVar("_Timed", bound=Click | Item | UserProfile)
+
+
+def shifted_to_now(events: Sequence[_Timed], now_ms: int) -> list[_Timed]:
+    """The same events, moved in time so that the last one happens at `now_ms`; every gap is kept.
+
+    >>> clicks = [Click(user_id="u", item_id=i, at_ms=t) for i, t in (("a", 10), ("b", 25))]
+    >>> [c.at_ms for c in shifted_to_now(clicks, 1_000)]
+    [985, 1000]
+    """
+    if not events:
+        return []
+    shift_ms = now_ms - max(event.at_ms for event in events)
+    return [msgspec.structs.replace(event, at_ms=event.at_ms + shift_ms) for event in events]

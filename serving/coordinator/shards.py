@@ -195,11 +195,12 @@ class Shards:
         self._serving: bool | None = None
         self._stop = threading.Event()
         self._wake = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="shards", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Check every shard once, then continue in the background."""
         self.check()
+        self._thread = threading.Thread(target=self._run, name="shards", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
@@ -221,7 +222,7 @@ class Shards:
         """Stop the checks; close all connections."""
         self._stop.set()
         self._wake.set()
-        if self._thread.is_alive():
+        if self._thread is not None:
             self._thread.join(CLOSE_S)
         self.pool.shutdown(wait=False, cancel_futures=True)
         for shard in self.all:

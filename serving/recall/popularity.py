@@ -66,16 +66,17 @@ class Popularity:
         self._read_at: float | None = None
         self._away = ""
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="popular", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin to refresh in the background."""
+        self._thread = threading.Thread(target=self._run, name="popular", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Stop refreshing; the list stays as it is."""
         self._stop.set()
-        if self._thread.is_alive():
+        if self._thread is not None:
             self._thread.join(CLOSE_S)
 
     def refresh(self) -> bool:

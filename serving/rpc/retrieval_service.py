@@ -92,7 +92,8 @@ class RetrievalService(retrieval_pb2_grpc.RetrievalServicer):
             _abort(context, grpc.StatusCode.UNAVAILABLE, str(error))
         except tuple(_CODES) as error:
             self._count(begun, None)
-            _abort(context, _CODES[type(error)], str(error))
+            code = next(code for kind, code in _CODES.items() if isinstance(error, kind))
+            _abort(context, code, str(error))
         except Exception as error:
             self._count(begun, None)
             log.exception("a query failed")

@@ -100,16 +100,18 @@ class Replica:
         self._away_since_ms = 0
         self._refused = False
         self._lag = self._records = self._undecodable = self._rejected = 0
-        self._thread = threading.Thread(target=self._run, name="replica", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Start to tail the topic."""
+        # Made here: Python counts a thread from before a fork as stopped, even if it never ran.
+        self._thread = threading.Thread(target=self._run, name="replica", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Stop tailing."""
         self._stop.set()
-        if self._thread.is_alive():
+        if self._thread is not None:
             self._thread.join(CLOSE_S)
 
     def wait_caught_up(self, timeout_s: float) -> bool:

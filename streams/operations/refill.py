@@ -92,12 +92,17 @@ class RefillSinks:
 
 
 def run(
-    settings: Settings, *, skip_lost: bool, on_progress: OnProgress = lambda done, total: None
+    settings: Settings,
+    *,
+    skip_lost: bool,
+    on_progress: OnProgress = lambda done, total: None,
+    on_lost: Callable[[str], None] = lambda sentence: None,
 ) -> RefillReport:
     """Fill every gap.
 
     skip_lost: skip offsets that the archive lacks; otherwise they are an error, and nothing is
                applied
+    on_lost:   called with the skipped offsets, before anything is applied
     Raises LogMismatch, Unavailable, StoreRefused, BundleError, and EddylineError while an ingest
     runs.
     """
@@ -113,6 +118,8 @@ def run(
             archive = Archive(settings)
             try:
                 _check_archive(archive, log, report, skip_lost=skip_lost)
+                if report.lost:
+                    on_lost(report.lost)
                 _fill_all(settings, archive, store, report, on_progress)
             except OSError as error:
                 raise ArchiveUnavailable(f"archive at {archive.url}: {error}") from None

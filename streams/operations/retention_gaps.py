@@ -7,8 +7,9 @@ archive, `eddyline accept-log --skip-lost` gives the records up.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from kafka import TopicPartition
 from kafka.errors import CoordinatorNotAvailableError
@@ -39,12 +40,14 @@ class Gap:
     end: int
 
 
-@dataclass(frozen=True, slots=True)
-class AcceptedLog:
-    """What `accept_log` changed. given_up: the gaps that will never be applied."""
+class AcceptObserver(Protocol):
+    """Learns of each change of `accept_log` once it is made, so that an error hides none."""
 
-    fences_changed: int
-    given_up: Sequence[Gap]
+    def fences_changed(self, count: int) -> None:
+        """So many fences follow Kafka's present logs."""
+
+    def given_up(self, gap: Gap) -> None:
+        """The records of this gap will never be applied."""
 
 
 def find(settings: Settings, store: StateStore, log: LogId) -> list[Gap]:
@@ -72,7 +75,7 @@ def close(settings: Settings, store: StateStore, log: LogId, gap: Gap) -> None:
                 _move(settings, store, slot, source, fence, target)
 
 
-def accept_log(settings: Settings, *, skip_lost: bool) -> AcceptedLog:
+def accept_log(settings: Settings, observer: AcceptObserver, *, skip_lost: bool) -> None:
     """Accept Kafka's present logs as the ones that the fences continue.
 
     skip_lost: give up the records of all gaps, too
@@ -84,10 +87,10 @@ def accept_log(settings: Settings, *, skip_lost: bool) -> AcceptedLog:
         changed = store.accept_log(
             {name: (ids[name], topics.end_offsets(settings, name)) for name in ids}
         )
-        gaps = find(settings, store, ids[CLICKS]) if skip_lost else []
-        for gap in gaps:
+        observer.fences_changed(changed)
+        for gap in find(settings, store, ids[CLICKS]) if skip_lost else ():
             close(settings, store, ids[CLICKS], gap)
-        return AcceptedLog(changed, gaps)
+            observer.given_up(gap)
     finally:
         store.close()
 

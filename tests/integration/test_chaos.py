@@ -16,11 +16,11 @@ from redis.retry import Retry
 
 from cli.commands import replay_file
 from eddyline.kafka.producers import now_ms
+from eddyline.schema.events import shifted_to_now
 from eddyline.schema.partitioning import partition_of
 from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import ItemMetadata, Source, UserEffects, UserQuery
 from embeddings.bundle import bundle as bundles
-from sandbox.datasets.catalogue import shifted_to_now
 from sandbox.servers import free_ports, valkey
 from sandbox.servers.supervisor import Supervisor
 from tests import oracle

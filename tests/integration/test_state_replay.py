@@ -18,12 +18,11 @@ from eddyline import generations
 from eddyline.errors import SettingsError
 from eddyline.kafka import producers, topics
 from eddyline.kafka.producers import now_ms
-from eddyline.schema.events import UserProfile
+from eddyline.schema.events import UserProfile, shifted_to_now
 from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.redis import RedisStore
 from embeddings.bundle import bundle as bundles
-from sandbox.datasets.catalogue import shifted_to_now
 from streams.operations import state_replay, topic_slices
 
 pytestmark = pytest.mark.timeout(120)

@@ -9,9 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from eddyline.schema.events import Click, Item, decode_click, decode_item, decode_profile, encode
+from eddyline.schema.events import (
+    Click,
+    Item,
+    decode_click,
+    decode_item,
+    decode_profile,
+    encode,
+    shifted_to_now,
+)
 from sandbox.datasets import catalogue, movielens
-from sandbox.datasets.catalogue import shifted_to_now
 from sandbox.datasets.dataset import Dataset, DatasetUnavailable
 from sandbox.datasets.movielens import readable_title
 from sandbox.datasets.synthetic import SPAN_MS, START_MS, generate

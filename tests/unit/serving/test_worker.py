@@ -208,6 +208,26 @@ def test_no_thread_is_left_behind(log: Log) -> None:
     assert "replica" not in {thread.name for thread in threading.enumerate()}
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="workers fork on Linux only")
+def test_a_replica_from_before_a_fork_runs_and_ends_in_the_child(log: Log) -> None:
+    """The keeper of several worker processes opens the generation, its children start the tail."""
+    made = Replica(SETTINGS, "g1", ExactIndex(D))
+    log.put(0, "a", 0, unit(0))
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            made.start()
+            caught_up = made.wait_caught_up(10)
+            made.close()
+            alive = [thread for thread in threading.enumerate() if thread.name == "replica"]
+            code = 0 if caught_up and not alive else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    made.close()  # never started here
+
+
 def test_the_bundle_is_older_than_the_tail() -> None:
     index = ExactIndex(D)
     bundle = SimpleNamespace(
