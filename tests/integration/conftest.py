@@ -23,12 +23,11 @@ from cli.commands import replay_file
 from eddyline.generations import Manifest
 from eddyline.kafka import clients, producers
 from eddyline.kafka.producers import now_ms, sent_to
-from eddyline.schema.events import Click, Item
+from eddyline.schema.events import Click, Item, shifted_to_now
 from eddyline.settings.loader import Settings
 from eddyline.stores.redis import RedisStore
 from sandbox import processes
 from sandbox.datasets import synthetic
-from sandbox.datasets.catalogue import shifted_to_now
 from sandbox.datasets.dataset import Dataset
 from sandbox.processes import Deployment
 from sandbox.servers.local_servers import local_servers, log_dir

@@ -22,9 +22,9 @@ from cli.commands import replay_file
 from eddyline.kafka import clients, topics
 from eddyline.kafka.producers import now_ms
 from eddyline.schema import user_history
+from eddyline.schema.events import shifted_to_now
 from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import Source
-from sandbox.datasets.catalogue import shifted_to_now
 from sandbox.servers.supervisor import Supervisor
 from serving.rpc.client import is_ready
 from tests import oracle
