@@ -49,7 +49,7 @@ def prepare(folder: Path) -> Bundle:
     return bundle.load(folder / "1")
 
 
-def batch(
+def make_batch(
     towers: Bundle, size: int
 ) -> tuple[list[list[Entry]], list[tuple[str, int, str]], dict[str, tuple[int, bytes]]]:
     """(lists, (user, target row, key) and stored embeddings of `size` users)."""
@@ -67,7 +67,7 @@ def batch(
 
 def by_numpy(towers: Bundle, size: int) -> Callable[[], object]:
     """As ingest does it, from the lists on."""
-    micro, (lists, events, stored) = MicroSteps(towers), batch(towers, size)
+    micro, (lists, events, stored) = MicroSteps(towers), make_batch(towers, size)
     counts = {user: 10 for user, _, _ in events}
 
     def step() -> object:
@@ -83,7 +83,7 @@ def by_numpy(towers: Bundle, size: int) -> Callable[[], object]:
 def by_torch(towers: Bundle, size: int, batch: int) -> Callable[[], object]:
     """The same, by the training model and autograd, in batches of `batch`."""
     torch.set_num_threads(1)
-    lists, events, stored = batch(towers, size)
+    lists, events, stored = make_batch(towers, size)
     hidden, length = towers.user_tower.arrays["w1"].shape[1], towers.user_tower.history_max
     model = UserModel(
         towers.user_tower.space.rows, dimension=towers.dimension, hidden=hidden, history_max=length
