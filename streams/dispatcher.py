@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from faust.types import TP
 
 from eddyline.errors import FenceMoved, Unavailable
+from eddyline.process.retry import Backoff
 from streams.consumer.batching import choose, place_of
 from streams.consumer.consumer import BatchApp
 from streams.ports import Handler, Outcome, PartitionLost, RecordBatch
@@ -80,7 +81,7 @@ class TopicPipeline:
     topic:   the name in Kafka, prefix included
     queue:   fetched batches; held: batches from the queue that were not applied yet
     batches, rewinds, seconds, outcome: see `Totals`
-    waits:   how often a server was waited for; wait_s: the next pause
+    waits:   how often a server was waited for; away: whether the last call found it away
     """
 
     topic: str
@@ -95,7 +96,7 @@ class TopicPipeline:
     rewinds: int = 0
     seconds: float = 0.0
     waits: int = 0
-    wait_s: float = BACKOFF_S
+    away: bool = False
     _reported: Totals = field(default_factory=Totals, repr=False)
 
     def since_report(self) -> Totals:
@@ -143,7 +144,7 @@ class BatchDispatcher:
         self._app = app
         self._pipeline = pipeline
         self._in_loop_max = in_loop_max
-        self._backoff_s_max = backoff_s_max
+        self._backoff = Backoff(BACKOFF_S, backoff_s_max)
         # By partition: the epoch of the last batch that was dropped.
         self._dropped: dict[TP, int] = {}
 
@@ -219,7 +220,8 @@ class BatchDispatcher:
         if unavailable:
             await self._wait(unavailable[0])
         else:
-            pipeline.wait_s = BACKOFF_S
+            pipeline.away = False
+            self._backoff.reset()
         back: set[TP] = set()
         for batch, result in zip(batches, results, strict=True):
             if isinstance(result, Outcome):
@@ -250,7 +252,7 @@ class BatchDispatcher:
         """
         handler, thread = self._pipeline.handler, self._pipeline.thread
         small = sum(len(batch.records) for batch in batches) <= self._in_loop_max
-        if small and self._pipeline.wait_s == BACKOFF_S and thread.lock.acquire(blocking=False):
+        if small and not self._pipeline.away and thread.lock.acquire(blocking=False):
             try:
                 if handler.awaits_kafka:
                     return await self._app.track(handler.apply_in_loop(batches))
@@ -278,9 +280,10 @@ class BatchDispatcher:
     async def _wait(self, error: Exception) -> None:
         pipeline = self._pipeline
         pipeline.waits += 1
-        self._app.owner.report_wait(error, pipeline.wait_s)
-        await asyncio.sleep(pipeline.wait_s)
-        pipeline.wait_s = min(2 * pipeline.wait_s, self._backoff_s_max)
+        pipeline.away = True
+        pause_s = self._backoff.next_s()
+        self._app.owner.report_wait(error, pause_s)
+        await asyncio.sleep(pause_s)
 
 
 def _where(batch: RecordBatch, error: Exception) -> dict[str, Any]:
