@@ -1,6 +1,7 @@
--- Runs after the heads users_fence.lua and fence.lua. KEYS[3]: the event-id window; then the keys to write: m recent histories, older histories,
--- embeddings; then the keys to delete first. ARGV[4]: floor of the window, ARGV[5]: blob of
--- accepted ids or "", ARGV[6]: m, ARGV[7]: 1 + keys to write; then their values.
+-- Runs after the heads users_fence.lua and fence.lua. KEYS[3]: the event-id window; then the keys to
+-- write: m recent histories, older histories, embeddings; then the keys to delete first.
+-- ARGV[4]: floor of the window, ARGV[5]: blob of accepted ids or "", ARGV[6]: m,
+-- ARGV[7]: 1 + keys to write; then their values.
 local now = redis.call('TIME')
 local us = now[1] * 1000000 + now[2]
 local stamp = struct.pack('<i8', us)

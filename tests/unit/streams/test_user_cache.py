@@ -91,7 +91,7 @@ def test_making_room_passes_over_a_limited_number_at_once(users: int) -> None:
 def test_a_large_profile_counts_like_the_behaviours_that_it_takes_the_room_of() -> None:
     cache = UserCache(MemoryStore(), ["1"], 600)
     profiles = {"a": {f"n{n}": "x" * 1_000 for n in range(64)}, "b": {"age": 3}}
-    cache.keep("u3", take(cache, "u3", ["a", "b"], UserRead(None, {}, {}, {"1": {}}, profiles)))
+    cache.keep("u3", take(cache, "u3", ["a", "b"], UserRead(None, {}, {"1": {}}, profiles)))
     assert 4 + 4 + 64_000 // 150 <= cache.entries <= 600
     cache.keep("u3", {"c": user_with(200)})
     assert missing(cache, "u3", ["a", "b", "c"]) == ["a"]
@@ -148,7 +148,6 @@ def test_a_user_is_cached_as_read() -> None:
     listed = UserHistory(at_ms=8, entries=(Entry("a", 8),))
     read = UserRead(
         None,
-        {},
         {"ana": listed, "bo": listed},
         {"1": {"ana": (3, b"1234")}},
         {"ana": {"age": 3}},
