@@ -1,5 +1,5 @@
--- Runs after the heads users_fence.lua and fence.lua. KEYS[3]: the event-id window; then the keys to
--- write: m recent histories, older histories, embeddings; then the keys to delete first.
+-- Runs after the heads users_fence.lua and fence.lua. KEYS[3]: the event-id window; then the keys
+-- to write: m recent histories, older histories, embeddings; then the keys to delete first.
 -- ARGV[4]: floor of the window, ARGV[5]: blob of accepted ids or "", ARGV[6]: m,
 -- ARGV[7]: 1 + keys to write; then their values.
 local now = redis.call('TIME')
