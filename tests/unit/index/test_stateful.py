@@ -15,9 +15,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from eddyline.schema.item_record import ItemRecord
+from index.backends.base import AnnBackend
+from index.backends.faiss import FaissFlat
+from index.backends.hnswlib import HnswBackend
 from index.exact import ExactIndex
 from index.factory import HnswIndex
 from index.filters import Filter
+from index.live import LiveIndex
 from index.port import Hit
 from index.search.nearest import NearestSearch
 from index.snapshot import format, restore
@@ -40,16 +44,25 @@ NAMES = st.integers(0, 24).map("i{}".format)
 PLACES = st.integers(0, len(POOL) - 1)
 
 
-def empty_index() -> HnswIndex:
-    return HnswIndex(D, m=8, ef_construction=50, ef=4, exact_below=5, fresh_max=1_000)
-
-
 def origin(generation: int) -> Origin:
     return Origin(generation=f"g{generation}", dimension=D, bundle_ms=1, log="cluster/topic")
 
 
 class LiveAgainstExact(RuleBasedStateMachine):
-    """Every answer equals the oracle's; tiny limits exercise all modes of the live index."""
+    """Every answer equals the oracle's; tiny limits exercise all modes of the live index.
+
+    A search of a segment has to be exact for that. hnswlib's is, if its breadth covers a whole
+    segment: with a breadth of 4 it misses one of the four nearest in 5 % of graphs of this size.
+    `NarrowAgainstExact` has an exact backend instead, and a breadth of 4.
+    """
+
+    BREADTH = 50
+
+    def backend(self) -> AnnBackend:
+        return HnswBackend(m=8, ef_construction=50, ef=self.BREADTH)
+
+    def empty_index(self) -> LiveIndex:
+        return LiveIndex(D, self.backend(), breadth=self.BREADTH, exact_below=5, fresh_max=1_000)
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +71,7 @@ class LiveAgainstExact(RuleBasedStateMachine):
             patch.start()
         self.folder = tempfile.TemporaryDirectory()
         self.path = Path(self.folder.name) / "x.snapshot"
-        self.exact, self.live = ExactIndex(D), empty_index()
+        self.exact, self.live = ExactIndex(D), self.empty_index()
         self.offset, self.generation = 0, 0
         self.written: int | None = None
         # Replaced versions, each with a query, its k and the answer at that time.
@@ -125,14 +138,16 @@ class LiveAgainstExact(RuleBasedStateMachine):
         """Later records are applied again from the log, here the oracle's records."""
         self.live.close()
         ignored = self.live._ignored
-        self.live = empty_index()
+        self.live = self.empty_index()
         contents, header = format.load(self.path, origin(self.generation), 0)
         self.live.restore(contents)
         assert not len(contents.vectors) or not contents.vectors.flags.writeable
         assert header.positions == {0: header.positions[0]}
         self.live.apply(list(self.exact._records.values()))
         self.live._ignored = ignored  # a snapshot has no counters
-        self.live._version = self.live._version._replace(watermarks=self.exact.watermarks())
+        with self.live._lock:  # a rebuild may publish its version at any time
+            version = self.live._version
+            self.live._version = version._replace(watermarks=self.exact.watermarks())
 
     @rule(shift=st.integers(1, 9))
     def switch_generation(self, shift: int) -> None:
@@ -153,7 +168,7 @@ class LiveAgainstExact(RuleBasedStateMachine):
             for n, r in enumerate(self.exact._records.values())
         ]
         self.live.close()
-        self.exact, self.live = ExactIndex(D), empty_index()
+        self.exact, self.live = ExactIndex(D), self.empty_index()
         self.both(records)
 
     @rule(place=PLACES, k=st.integers(-1, 30), exclude=st.frozensets(NAMES, max_size=10))
@@ -179,8 +194,8 @@ class LiveAgainstExact(RuleBasedStateMachine):
                 continue  # `LiveIndex.find` answers without a search
             search = NearestSearch(version, query, k, frozenset())
             assert search.scan().hits() == expected
-            if search.segments_pay(4):
-                result = search.by_segments(4)
+            if search.segments_pay(self.BREADTH):
+                result = search.by_segments(self.BREADTH)
                 assert result is None or result.hits() == expected
 
     @invariant()
@@ -199,10 +214,22 @@ class LiveAgainstExact(RuleBasedStateMachine):
             each_live_item_has_one_entry(version)
 
 
-TestLiveAgainstExact = LiveAgainstExact.TestCase
-TestLiveAgainstExact.settings = settings(
+class NarrowAgainstExact(LiveAgainstExact):
+    """A narrow search by an exact backend: stale entries and cut-off ties force retries, scans."""
+
+    BREADTH = 4
+
+    def backend(self) -> AnnBackend:
+        return FaissFlat()
+
+
+STEPS = settings(
     max_examples=60, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
 )
+TestLiveAgainstExact = LiveAgainstExact.TestCase
+TestLiveAgainstExact.settings = STEPS
+TestNarrowAgainstExact = NarrowAgainstExact.TestCase
+TestNarrowAgainstExact.settings = STEPS
 
 
 class AtEveryLine:
