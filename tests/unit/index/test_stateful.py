@@ -215,7 +215,7 @@ class LiveAgainstExact(RuleBasedStateMachine):
 
 
 class NarrowAgainstExact(LiveAgainstExact):
-    """A narrow search by an exact backend: stale entries and cut-off ties force retries, scans."""
+    """A narrow search by an exact backend: stale entries force retries and scans."""
 
     BREADTH = 4
 
