@@ -82,7 +82,7 @@ def accept_in_redis(client: Any, ns: str, version: struct.Struct, logs: Logs) ->
             continue
         changed += 1
         if source == "clicks" and slot.startswith("u"):
-            _cut_window(client, f"{ns}{{{slot}}}:window", decision.window_end)
+            _cut_window(client, f"{ns}{{{slot}}}:window", fence.offset, decision.window_end)
         if decision.fence is None:
             client.delete(key)
         else:
@@ -98,12 +98,11 @@ def accept_in_redis(client: Any, ns: str, version: struct.Struct, logs: Logs) ->
     return changed
 
 
-def _cut_window(client: Any, key: str, end: int) -> None:
-    """Remove the ids accepted at offset `end` or later."""
-    accepted = user_codec.decode_accepted(cast("list[bytes]", client.lrange(key, 0, -1)))
+def _cut_window(client: Any, key: str, done: int, end: int) -> None:
+    """Remove the ids accepted at offset `end` or later. done: the fence's offset so far."""
+    blobs = cast("list[bytes]", client.lrange(key, 0, -1))
+    accepted = user_codec.decode_accepted(blobs, done)
     kept = {event_id: offset for event_id, offset in accepted.items() if offset < end}
-    if len(kept) == len(accepted):
-        return
     with client.pipeline(transaction=True) as pipe:
         pipe.delete(key)
         if kept:

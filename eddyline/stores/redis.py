@@ -17,8 +17,7 @@ tag:
     <ns>{i0}:buckets                    sorted set of the kept popularity buckets
     <ns>{i0}:popular:<bucket>           sorted set: item by thousandths of clicks in that bucket
 
-Every write is one Lua script. It compares and moves the fence first: it applies whole or not at
-all.
+Every write is one Lua script, see `write_scripts`: it applies whole or not at all.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from importlib.resources import files
 from itertools import chain
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
@@ -37,7 +35,7 @@ from typing_extensions import override
 from eddyline.errors import EddylineError, FenceMoved, StoreRefused, StoreUnavailable
 from eddyline.schema.partitioning import item_slot
 from eddyline.settings.loader import Settings
-from eddyline.stores import redis_client, user_codec
+from eddyline.stores import redis_client, user_codec, write_scripts
 from eddyline.stores.log_reset import Logs, accept_in_redis
 from eddyline.stores.redis_errors import translate_error
 from eddyline.stores.redis_url import target
@@ -58,7 +56,6 @@ from eddyline.stores.state_store import (
 
 _VERSION = struct.Struct("<iq")
 _PAGE = 1_000  # blobs of a window per read
-_SCRIPTS = ("write_users", "write_profiles", "count_clicks", "write_item_metadata")
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -90,7 +87,10 @@ class RedisStore(StateStore):
         self._closed = False
         self._ns = settings.key_prefix
         self._redis = redis_client.client(settings)
-        self._scripts = {name: redis_client.Script(self._redis, _script(name)) for name in _SCRIPTS}
+        self._scripts = {
+            name: redis_client.Script(self._redis, write_scripts.text(name))
+            for name in write_scripts.NAMES
+        }
 
     @override
     @_translated
@@ -142,7 +142,9 @@ class RedisStore(StateStore):
         if after != before:
             raise FenceMoved(self._fence_key(slot, source), repr(before), repr(after))
         text = "" if users_fence is None else cast(bytes, users_fence).decode()
-        return SlotRead(_fence(before), text, user_codec.decode_accepted(blobs))
+        fence = _fence(before)
+        done = -1 if fence is None else fence.offset
+        return SlotRead(fence, text, user_codec.decode_accepted(blobs, done))
 
     @override
     @_translated
@@ -347,12 +349,6 @@ class RedisStore(StateStore):
 
     def _fence_key(self, slot: str, source: Source) -> str:
         return f"{self._ns}fence:{{{slot}}}:{source.name}:{source.partition}"
-
-
-def _script(name: str) -> str:
-    folder = files("eddyline.stores") / "scripts"
-    parts = ["users_fence", "fence", name] if name == "write_users" else ["fence", name]
-    return "".join((folder / f"{part}.lua").read_text(encoding="utf-8") for part in parts)
 
 
 def _check_fence(answer: tuple[int, bytes], keys: list[str], args: list[Any]) -> bytes:

@@ -114,7 +114,8 @@ def encode_users(tag: str, effects: UserEffects) -> tuple[list[str], list[Any]]:
     ]
     written = len(names)
     kinds = ["h", "o", *(f"e:{generation}" for generation in effects.embeddings)]
-    names += [f"{tag}:{kind}:{user}" for user in effects.emptied for kind in kinds]
+    emptied = (f"{tag}:{kind}:{user}" for user in effects.emptied for kind in kinds)
+    names += sorted(set(emptied).difference(names))
     args: list[Any] = [
         effects.window_floor,
         encode_accepted(effects.accepted, effects.window_floor),
@@ -145,12 +146,18 @@ def encode_accepted(accepted: Mapping[str, int], floor: int) -> bytes:
     )
 
 
-def decode_accepted(blobs: Iterable[bytes]) -> dict[str, int]:
-    """Event id -> offset of a whole window, oldest first, without ids below its floor."""
+def decode_accepted(blobs: Iterable[bytes], done: int) -> dict[str, int]:
+    """Event id -> offset of a whole window, oldest first, without ids below its floor.
+
+    done: the fence's offset; a blob that ends above it is of a write that failed
+    """
     found: dict[str, int] = {}
     floor = 0
     for blob in blobs:
-        floor = _BLOB.unpack_from(blob)[1]
+        last, its_floor = _BLOB.unpack_from(blob)
+        if last > done:
+            continue
+        floor = its_floor
         first, ids, more = _blob.decode(memoryview(blob)[_BLOB.size :])
         for event_id, offset in zip(ids, more, strict=True):
             found.pop(event_id, None)  # accepted again: it moves to the end

@@ -3,22 +3,26 @@
 -- profiles, then for each forgotten user the time of the null record (broker's clock, ms), or "" to
 -- delete in any case.
 local n, g = tonumber(ARGV[3]), tonumber(ARGV[4])
-for i = 1, n do
-  redis.call('SET', KEYS[1 + i], ARGV[4 + i])
-end
-local at = 1 + n
+local gone, at = {}, 1 + n
 for i = 5 + n, #ARGV do
-  redis.call('DEL', KEYS[at + 1])
+  gone[#gone + 1] = KEYS[at + 1]
   local recent = ARGV[i] ~= '' and redis.call('GET', KEYS[at + 2])
   local read, list = pcall(cmsgpack.unpack, recent and string.sub(recent, 1, -9) or '')
   local appended_ms = read and type(list) == 'table' and tonumber(list[6])
   -- A history with a later event stays: a Forget in `clicks` removes its older events. A history
-  -- that cannot be decoded is deleted: an error here would move the fence and keep the user.
+  -- that cannot be decoded is deleted.
   if not appended_ms or appended_ms <= tonumber(ARGV[i]) then
     for k = 2, g do
-      redis.call('DEL', KEYS[at + k])
+      gone[#gone + 1] = KEYS[at + k]
     end
   end
   at = at + g
 end
+for i = 1, n do
+  redis.call('SET', KEYS[1 + i], ARGV[4 + i])
+end
+for _, key in ipairs(gone) do
+  redis.call('DEL', key)
+end
+redis.call('SET', KEYS[1], ARGV[2])
 return {1, ''}

@@ -1,0 +1,47 @@
+"""The Lua scripts of `stores.redis`, and the commands that each of them runs.
+
+Redis does not undo what a script wrote before it failed. So every script compares the fence, checks
+the user's rights, reads every key whose type or value could be wrong, writes, and moves the fence
+last. A write that failed left nothing, and succeeds once the cause is gone. Redis looks at
+`maxmemory` before the first write only, so a script that has begun to write runs to its end.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from importlib.resources import files
+
+NAMES = ("write_users", "write_profiles", "count_clicks", "write_item_metadata")
+_CALL = re.compile(r"redis\.p?call\('([A-Z]+)'")
+# Redis before 7.0 has no `acl_check_cmd`; there `check_writes` alone finds a missing right.
+_RIGHTS = """
+for _, command in ipairs({{{commands}}}) do
+  if redis.acl_check_cmd and not redis.acl_check_cmd(command, KEYS[1]) then
+    return redis.error_reply("NOPERM this user has no permissions to run the '" .. command
+      .. "' command, which a write needs")
+  end
+end
+"""
+
+
+@lru_cache
+def text(name: str) -> str:
+    """A script with its heads."""
+    heads = ["users_fence", "fence"] if name == "write_users" else ["fence"]
+    fences, body = "".join(map(_read, heads)), _read(name)
+    return fences + _RIGHTS.format(commands=_quoted(_CALL.findall(fences + body))) + body
+
+
+@lru_cache
+def commands(name: str) -> frozenset[str]:
+    """The commands that a script runs, in lower case."""
+    return frozenset(command.lower() for command in _CALL.findall(text(name)))
+
+
+def _quoted(names: list[str]) -> str:
+    return ", ".join(f"'{name.lower()}'" for name in sorted(set(names)))
+
+
+def _read(name: str) -> str:
+    return (files("eddyline.stores") / "scripts" / f"{name}.lua").read_text(encoding="utf-8")
