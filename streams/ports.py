@@ -197,7 +197,12 @@ class Forwarder(Protocol):
     """
 
     def forward(self, record: Record, key: bytes, value: bytes, partition: int) -> None:
-        """Queue the record for `partition` of its own topic, with the header `origin`."""
+        """Queue the record for `partition` of its own topic, with the header `origin`.
+
+        Its other headers are left out where it would be too large with them. Raises Rejected
+        (`too_large`) where it is so without them. Where the broker refuses the size later, the
+        record goes to `dead-letters`.
+        """
 
     def flush(self) -> None:
         """Return once Kafka has stored every queued record.

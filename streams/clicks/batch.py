@@ -16,7 +16,6 @@ from eddyline.stores.state_store import Fence, Source, UserRead
 from streams.clicks.popularity import Event
 from streams.clicks.user_cache import CachedUser
 from streams.clicks.user_updates import UserUpdates
-from streams.dead_letters import FORWARD_BYTES_MAX
 from streams.ports import Outcome, Record, RecordBatch
 
 
@@ -94,9 +93,6 @@ def decode(settings: Settings, batch: RecordBatch) -> DecodedEvents:
             continue
         if here:
             decoded.events.append((record, event))
-        elif len(record.value or b"") > FORWARD_BYTES_MAX:
-            detail = "lies in a wrong partition and is too large to be forwarded with its origin"
-            decoded.rejected.append((record, Rejected("too_large", "", detail)))
         else:
             decoded.stray.append((record, event))
     return decoded

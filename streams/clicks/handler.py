@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import msgspec
 from typing_extensions import override
 
-from eddyline.errors import FenceMoved, Unavailable
+from eddyline.errors import FenceMoved, Rejected, Unavailable
 from eddyline.schema import events
 from eddyline.schema.events import Click
 from eddyline.schema.partitioning import partition_of, user_slot
@@ -220,8 +220,13 @@ class ClickHandler(Handler):
 
     def _forward_event(self, record: Record, user_id: str, value: bytes, outcome: Outcome) -> None:
         partition = partition_of(user_id, self._settings.clicks_partitions)
-        self._forwarder.forward(record, user_id.encode(), value, partition)
-        outcome.forwarded += 1
+        try:
+            self._forwarder.forward(record, user_id.encode(), value, partition)
+        except Rejected as rejected:
+            self._dead_letters.put(record, rejected)
+            outcome.rejected += 1
+        else:
+            outcome.forwarded += 1
 
     def _write(self, writes: Sequence[tuple[ClickBatch, UserWrite]]) -> None:
         """One fenced write to each slot, all in one round trip."""

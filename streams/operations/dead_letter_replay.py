@@ -24,6 +24,7 @@ from eddyline.kafka import clients, producers, reading, topics
 from eddyline.schema import events, validation
 from eddyline.schema.events import Click
 from eddyline.settings.loader import Settings
+from streams.dead_letters import FORWARD_BYTES_MAX, record_bytes
 from streams.ports import coordinates
 
 # A scan keeps one digest of each letter, to recognise repeats and marks: about 200 MB at most.
@@ -228,7 +229,11 @@ def _replay(
     valid = []
     for letter in batch:
         try:
-            checked(settings, letter)
+            value, _ = checked(settings, letter)
+            headers = [("replayed_from", letter.at.encode())]
+            size = record_bytes(letter.key, value or b"", headers)
+            if size > FORWARD_BYTES_MAX:
+                raise Rejected("too_large", "", f"has {size:,} bytes as a record")
             valid.append(letter)
         except Rejected as rejected:
             report.not_sent[letter.at] = str(rejected)
