@@ -150,6 +150,31 @@ def test_an_extra_brings_what_its_process_imports(extra: str, module: str) -> No
     assert not lacking, f"the extra {extra} does not bring {lacking}, which {module} imports"
 
 
+READERS_OF_KAFKA = [
+    extra
+    for extra, wanted in PROJECT["project"]["optional-dependencies"].items()
+    if any(text.startswith(("kafka-python", "aiokafka")) for text in wanted)
+]
+
+
+@pytest.mark.parametrize("extra", READERS_OF_KAFKA)
+def test_an_extra_that_reads_kafka_brings_all_codecs(extra: str) -> None:
+    wanted = PROJECT["project"]["optional-dependencies"][extra]
+    codecs = {"kafka-python": {"lz4", "python-snappy", "zstandard"}, "aiokafka": {"cramjam"}}
+    there = brought(wanted)
+    for client, needed in codecs.items():
+        assert client not in there or needed <= there, f"{client}: {needed - there}"
+
+
+def test_both_kafka_clients_have_all_codecs() -> None:
+    import aiokafka.codec
+    import kafka.codec
+
+    for client in (aiokafka.codec, kafka.codec):
+        for codec in ("gzip", "snappy", "lz4", "zstd"):
+            assert getattr(client, f"has_{codec}")(), f"{client.__name__}: {codec}"
+
+
 @pytest.mark.parametrize(
     ("module", "forbidden"),
     [
