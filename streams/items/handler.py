@@ -1,9 +1,9 @@
 """Items in: encode by the item tower, publish for the query workers, store metadata.
 
 An item's version is the offset of its change in `items`. Of a batch, only the last change of an
-item is written. Records are published before their fence moves; metadata has a fence of its own
-(`metadata`). Both may be repeated, because readers keep the highest version. Every live generation
-encodes and publishes for itself.
+item that its tower accepts is written. Records are published before their fence moves; metadata has
+a fence of its own (`metadata`). Both may be repeated, because readers keep the highest version.
+Every live generation encodes and publishes for itself.
 """
 
 from __future__ import annotations
@@ -42,12 +42,14 @@ NORM_SLACK = 1e-3
 class ItemBatch:
     """One batch while it is applied.
 
-    changes:     item id -> its last change
-    unpublished: by generation: those of the changes that are not published yet
+    decoded:     all changes, in the order of the log, each with its item id
+    changes:     item id -> its last change that some generation accepts
+    unpublished: by generation: item id -> its last accepted change, if not published yet
     error:       the error that ended the batch; `outcome` is meaningless then
     """
 
     batch: RecordBatch
+    decoded: list[tuple[str, ItemChange]] = field(default_factory=list)
     changes: dict[str, ItemChange] = field(default_factory=dict)
     unpublished: list[dict[str, ItemChange]] = field(default_factory=list)
     outcome: Outcome = field(default_factory=Outcome)
@@ -162,24 +164,21 @@ class ItemHandler(Handler):
                 outcome.rejected += 1
                 continue
             at_ms = record.timestamp if item is None else item.at_ms
-            one.changes[item_id] = ItemChange(record, at_ms, item)
+            one.decoded.append((item_id, ItemChange(record, at_ms, item)))
             outcome.applied += 1
         if outcome.rejected:
             self._dead_letters.flush()
-        for generation in self._generations:
-            source = published_source(generation.name, batch.partition)
-            done = self.fences.done(source, PUBLISHED_SLOT)
-            if (first := self.metadata.unconfirmed(source)) is not None:
-                done = min(done, first - 1)
-            one.unpublished.append({i: c for i, c in one.changes.items() if c.offset > done})
 
     def _encode(self, number: int, items: Sequence[ItemBatch]) -> Encoded:
-        """Encode the available items that a generation has not published, in one numpy call."""
+        """Encode the available items of all changes, in one numpy call.
+
+        Published ones too: whether a generation refuses them decides on the metadata.
+        """
         tower = self._generations[number].towers.item_tower
         available = [
             (change, change.item)
             for one in items
-            for change in one.unpublished[number].values()
+            for _, change in one.decoded
             if change.item is not None and change.item.available
         ]
         vectors: Sequence[Floats | VectorRejected]
@@ -193,27 +192,35 @@ class ItemHandler(Handler):
         }
 
     def _refuse(self, one: ItemBatch, vectors: Sequence[Encoded]) -> None:
-        """Refuse items without a vector; an item that no generation can place stays as it was."""
+        """Refuse changes without a vector; what no generation can place changes nothing."""
         refused = False
-        for item_id, change in list(one.changes.items()):
+        accepted: list[dict[str, ItemChange]] = [{} for _ in vectors]
+        for item_id, change in one.decoded:
             errors = {
                 number: error
                 for number, encoded in enumerate(vectors)
                 if isinstance(error := encoded.get(id(change)), VectorRejected)
             }
-            if not errors:
-                continue
-            refused = True
-            detail = str(next(iter(errors.values())))
-            self._dead_letters.put(change.record, Rejected("bad_vector", "vector", detail))
-            for number in errors:
-                del one.unpublished[number][item_id]
-            if len(errors) == len(vectors):
-                del one.changes[item_id]
+            for number, of_generation in enumerate(accepted):
+                if number not in errors:
+                    of_generation[item_id] = change
+            if len(errors) < len(vectors) or not vectors:
+                one.changes[item_id] = change
+            else:
                 one.outcome.applied -= 1
                 one.outcome.rejected += 1
+            if errors:
+                refused = True
+                detail = str(next(iter(errors.values())))
+                self._dead_letters.put(change.record, Rejected("bad_vector", "vector", detail))
         if refused:
             self._dead_letters.flush()
+        for generation, of_generation in zip(self._generations, accepted, strict=True):
+            source = published_source(generation.name, one.batch.partition)
+            done = self.fences.done(source, PUBLISHED_SLOT)
+            if (first := self.metadata.unconfirmed(source)) is not None:
+                done = min(done, first - 1)
+            one.unpublished.append({i: c for i, c in of_generation.items() if c.offset > done})
 
     def _records(self, one: ItemBatch, number: int, vectors: Encoded) -> list[ItemRecord]:
         partition, written_us = one.batch.partition, self._clock_us()
