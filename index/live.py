@@ -231,8 +231,8 @@ class LiveIndex(Index):
                 after = watermarks_after(after, stamps_of(others))
             version = self._version._replace(watermarks=after)
             item_ids = [record.item_id for record in records]
-            labels, positions = self._offsets.advance(item_ids, stamps[:, 3])
             try:
+                labels, positions = self._offsets.advance(item_ids, stamps[:, 3])
                 batch.yield_gil(len(records))
                 if len(labels):
                     changes = batch.select_changes(records, vectors, stamps, labels, positions)

@@ -38,7 +38,7 @@ class ItemOffsets:
 
         item_ids, offsets (n,): of the records; no-ops are left out
         """
-        self._known = len(self.ids)
+        self._known, self._previous = len(self.ids), (self._offsets[:0], self._offsets[:0])
         found = list(map(self.label_of.get, item_ids))
         if None in found:
             self._add_labels(found, item_ids)
@@ -53,11 +53,14 @@ class ItemOffsets:
         return labels, positions
 
     def undo(self) -> None:
-        """Revert the last `advance`: its records were not written and must not count as old."""
+        """Revert the last `advance`: its records were not written and must not count as old.
+
+        `advance` itself may have failed at any point.
+        """
         labels, before = self._previous
         self._offsets[labels] = before
         for item_id in self.ids[self._known :]:
-            del self.label_of[item_id]
+            self.label_of.pop(item_id, None)
         del self.ids[self._known :]
 
     def _add_labels(self, found: list[int | None], item_ids: Sequence[str]) -> None:

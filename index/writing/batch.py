@@ -124,9 +124,15 @@ def write(version: IndexVersion, placement: Placement, changes: Changes) -> Inde
 
 
 def rollback_on_error(version: IndexVersion) -> IndexVersion:
-    """The version without what a failed batch has written into its arrays."""
-    died_at = version.table.died_at
+    """The version without what a failed batch has written into its arrays.
+
+    The rows of the batch stay dead and are never written again: a reader that has met one still
+    follows it to the row that it replaced.
+    """
+    table = version.table
+    died_at = table.died_at
     died_at[(died_at > version.seq) & (died_at < NEVER)] = NEVER
     version.row_of[:] = version.seen(version.row_of)
-    columns = version.columns.compact(np.arange(version.used), version.used)
-    return version._replace(columns=columns)
+    used = max(version.used, table.written)
+    died_at[version.used : used] = 0
+    return version._replace(used=used)
