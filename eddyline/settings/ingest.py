@@ -54,7 +54,8 @@ class IngestSettings(msgspec.Struct, frozen=True, kw_only=True):
     """A shorter `dwell_ms` in a click's context reduces its weight in proportion; 0 ignores dwell
     time."""
     popular_bucket_s: Annotated[int, within(1, 31_536_000)] = 86_400
-    """Width of one bucket of the popularity counts, in event time."""
+    """Width of one bucket of the popularity counts, in event time. Fixed when state is first
+    written."""
     popular_buckets: Annotated[int, within(1, 1_000)] = 28
     """Buckets of popularity counts kept; older clicks no longer count."""
     popular_items_max: Annotated[int, within(1, 100_000_000)] = 1_000_000

@@ -1,4 +1,4 @@
-"""The layout of the state: partition and slot counts, and the version of its format."""
+"""The layout of the state: what its numbers and names mean, and the version of its format."""
 
 from __future__ import annotations
 
@@ -12,5 +12,9 @@ LAYOUT_VERSION = 2
 def layout(settings: Settings) -> Layout:
     """The layout of these settings."""
     return Layout(
-        LAYOUT_VERSION, settings.clicks_partitions, settings.items_partitions, settings.item_slots
+        LAYOUT_VERSION,
+        settings.clicks_partitions,
+        settings.items_partitions,
+        settings.item_slots,
+        settings.popular_bucket_s,
     )

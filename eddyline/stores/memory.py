@@ -70,8 +70,9 @@ class MemoryStore(StateStore):
     def claim_layout(self, layout: Layout) -> None:
         with self._lock:
             self._open()
-            if self._state.layout not in (None, layout):
-                raise StoreRefused(f"the store is laid out as {self._state.layout}, not {layout}")
+            stored = self._state.layout
+            if stored is not None and stored != layout and not stored.adopts(layout):
+                raise StoreRefused(f"the store {stored.refusal(layout)}")
             self._state.layout = layout
 
     @override

@@ -22,6 +22,7 @@ Every write is one Lua script, see `write_scripts`: it applies whole or not at a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -110,11 +111,15 @@ class RedisStore(StateStore):
                     "this user may only read"
                 ) from None
             stored = self.layout()
+        elif stored.adopts(layout):
+            # A user that may only read leaves it to ingest.
+            with contextlib.suppress(NoPermissionError):
+                self._redis.set(f"{self._ns}layout", msgspec.json.encode(layout), xx=True)
+            return
+        if stored is None:
+            raise StoreUnavailable(f"Redis at {self.address} lost its layout while it was written")
         if stored != layout:
-            message = f"Redis at {self.address} is laid out as {stored}, settings say {layout}"
-            if stored is not None and stored.version != layout.version:
-                message += ". Another version wrote it: empty it, ingest fills it again from Kafka"
-            raise StoreRefused(message)
+            raise StoreRefused(f"Redis at {self.address} {stored.refusal(layout)}")
 
     @override
     @_translated

@@ -8,7 +8,7 @@ a topic as read by one generation (`items@1`). A partition's position is its low
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from eddyline.errors import EddylineError
@@ -174,12 +174,36 @@ class UserState:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Partition and slot counts of the state. Written once; other layouts are refused."""
+    """What the numbers and names in the state mean. Written once; other layouts are refused.
+
+    popular_bucket_s: width of a popularity bucket, seconds; 0 in a layout from before it was
+                      stored: then the width of the next ingest is adopted
+    """
 
     version: int
     clicks_partitions: int
     items_partitions: int
     item_slots: int
+    popular_bucket_s: int = 0
+
+    def adopts(self, claimed: Layout) -> bool:
+        """Whether only the width is missing here, and `claimed` supplies it."""
+        return self.popular_bucket_s == 0 and claimed == replace(
+            self, popular_bucket_s=claimed.popular_bucket_s
+        )
+
+    def refusal(self, claimed: Layout) -> str:
+        """Why `claimed` is refused, with the way out."""
+        said = f"is laid out as {self}, settings say {claimed}"
+        if self.version != claimed.version:
+            return f"{said}. Another version wrote it: empty it, ingest fills it again from Kafka"
+        if claimed == replace(self, popular_bucket_s=claimed.popular_bucket_s):
+            return (
+                f"{said}. Buckets of another width cannot be counted together: set "
+                f"popular_bucket_s = {self.popular_bucket_s}, or empty it, and ingest fills it "
+                "again from Kafka"
+            )
+        return said
 
 
 class StateStore(Protocol):

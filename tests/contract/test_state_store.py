@@ -94,6 +94,30 @@ def test_the_layout_is_claimed_once(store: StateStore) -> None:
     assert store.layout() == layout
 
 
+def test_the_width_of_buckets_is_part_of_the_layout(store: StateStore) -> None:
+    """Buckets are numbered by their width: those of a larger one count as old, and vanish."""
+    hours = Layout(1, 8, 4, 1, popular_bucket_s=3_600)
+    days = Layout(1, 8, 4, 1, popular_bucket_s=86_400)
+    store.claim_layout(hours)
+    store.count_clicks("i0", CLICKS, None, at(0), {472_222: {"a": 1_000}}, 28)
+    with pytest.raises(StoreRefused, match=r"popular_bucket_s = 3600, or empty it"):
+        store.claim_layout(days)
+    assert store.layout() == hours
+    store.claim_layout(hours)
+    store.count_clicks("i0", CLICKS, at(0), at(1), {472_222: {"b": 500}}, 28)
+    assert store.popular("i0", 9) == {472_222: {"a": 1_000, "b": 500}}
+
+
+def test_a_layout_without_the_width_adopts_it(store: StateStore) -> None:
+    store.claim_layout(Layout(1, 8, 4, 1))
+    with pytest.raises(StoreRefused, match="16"):
+        store.claim_layout(Layout(1, 16, 4, 1, popular_bucket_s=60))
+    store.claim_layout(Layout(1, 8, 4, 1, popular_bucket_s=60))
+    assert store.layout() == Layout(1, 8, 4, 1, popular_bucket_s=60)
+    with pytest.raises(StoreRefused, match="popular_bucket_s = 60"):
+        store.claim_layout(Layout(1, 8, 4, 1, popular_bucket_s=61))
+
+
 def test_users_are_written_whole_and_read_in_one_go(store: StateStore) -> None:
     effects = UserEffects(
         accepted={"e1": 10, "e2": 11},
