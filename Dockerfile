@@ -7,7 +7,7 @@ ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 RUN groupadd --system --gid 10001 eddyline \
  && useradd --system --uid 10001 --gid eddyline --home-dir /app --shell /usr/sbin/nologin eddyline \
  && install -d -o eddyline -g eddyline /app /var/lib/eddyline /var/lib/eddyline/generations \
-    /var/lib/eddyline/archive
+    /var/lib/eddyline/archive /var/lib/eddyline/snapshots
 
 # The packages of the extra, at the versions and with the hashes of requirements.lock.
 # pip 24.0 of this Python image refuses hashes from a constraints file; 26.3 takes them.

@@ -19,11 +19,15 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
+import msgspec
 from typing_extensions import override
 
+from eddyline.generations import Manifest
 from eddyline.process import lifecycle
 from eddyline.process.retry import Retry
 from eddyline.settings.loader import Settings
+from eddyline.stores.state_store import LogId
+from embeddings.bundle import bundle
 from index.backends.base import AnnBackend
 from index.factory import ann_backend
 from serving import dependencies, metrics, running_workers
@@ -89,11 +93,16 @@ class Worker:
         return self._server
 
     def run(
-        self, runtime: GenerationRuntime | None = None, ready: Callable[[], None] | None = None
+        self,
+        runtime: GenerationRuntime | None = None,
+        ready: Callable[[], None] | None = None,
+        *,
+        may_build: bool = True,
     ) -> int:
         """Serve until the stop. Returns the exit code.
 
         runtime: opened already; None: the active generation is opened. ready: called once it serves
+        may_build: False: no graph is built in this process
         """
         settings, service, stop = self._settings, self._service, self._stop
         retry = Retry(settings, stop, service.waiting_for)
@@ -105,7 +114,8 @@ class Worker:
             if runtime is None:
                 runtime = GenerationRuntime.open(settings, self._ann, self._assignment, retry)
             closing.callback(runtime.close)
-            runtime.build_graph()
+            if may_build:
+                runtime.build_graph()
             service.waiting_for("ingest to publish the last changes of items")
             wait_until_published(settings, store, runtime.generation, stop)
             backend = runtime.start(store, write_snapshots=self._place == 0)
@@ -149,6 +159,13 @@ class Worker:
         )
 
 
+class _Checked(msgspec.Struct, frozen=True):
+    """What the keeper opens, as Kafka names it."""
+
+    manifest: Manifest
+    logs: dict[str, LogId]
+
+
 class WorkerProcesses(ForkedWork[GenerationRuntime]):
     """The processes of one worker; they share the memory of the keeper's generation."""
 
@@ -174,22 +191,42 @@ class WorkerProcesses(ForkedWork[GenerationRuntime]):
             self._opened.index.close()
 
     @override
-    def open(self) -> GenerationRuntime:
+    def check(self) -> bytes:
         retry = Retry(self._settings, self._stop)
-        self._opened = GenerationRuntime.open(self._settings, self._ann, self._assignment, retry)
+        manifest = dependencies.active_manifest(self._settings, retry)
+        opened = bundle.recorded(self._settings, manifest)
+        return msgspec.json.encode(
+            _Checked(manifest, GenerationRuntime.logs_of(self._settings, opened, retry))
+        )
+
+    @override
+    def open(self, checked: bytes) -> GenerationRuntime:
+        found = msgspec.json.decode(checked, type=_Checked)
+        opened = bundle.recorded(self._settings, found.manifest)
+        self._opened = GenerationRuntime(
+            self._settings, opened, found.logs, self._ann, self._assignment
+        )
         return self._opened
 
     @override
-    def build(self, shared: GenerationRuntime) -> bool:
-        large = shared.index.stats().live > self._settings.index_exact_below
-        return large and run_niced(shared.index.rebuild)
+    def build(self, shared: GenerationRuntime) -> bool | None:
+        if not self._large(shared):
+            return None
+        return run_niced(shared.index.rebuild)
 
     @override
-    def serve(self, shared: GenerationRuntime, place: int, ready: Callable[[], None]) -> int:
+    def serve(
+        self, shared: GenerationRuntime, place: int, ready: Callable[[], None], *, may_build: bool
+    ) -> int:
         worker = Worker(
             self._settings, self._ann, self._assignment, self._stop, place=place, port=self._port
         )
-        return lifecycle.run_until_exit(lambda: worker.run(shared, ready))
+        # Without a graph to come a worker builds one if its index outgrows exact search.
+        builds = may_build or not self._large(shared)
+        return lifecycle.run_until_exit(lambda: worker.run(shared, ready, may_build=builds))
+
+    def _large(self, shared: GenerationRuntime) -> bool:
+        return shared.index.stats().live > self._settings.index_exact_below
 
 
 def _say(what: str) -> None:

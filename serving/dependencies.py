@@ -7,6 +7,7 @@ from contextlib import ExitStack
 import msgspec
 
 from eddyline import generations
+from eddyline.generations import Manifest
 from eddyline.process.retry import Retry
 from eddyline.settings.loader import Settings
 from eddyline.stores import layout
@@ -34,10 +35,14 @@ def open_store(settings: Settings, retry: Retry) -> RedisStore:
 
 def open_bundle(settings: Settings, retry: Retry) -> Bundle:
     """The bundle of the active generation, once there is one. Raises BundleError, Stopped."""
-    manifest = retry.wait_for(
+    return bundle.recorded(settings, active_manifest(settings, retry))
+
+
+def active_manifest(settings: Settings, retry: Retry) -> Manifest:
+    """The manifest of the active generation, once there is one. Raises BundleError, Stopped."""
+    return retry.wait_for(
         "Kafka and an active generation", lambda: generations.active_generation(settings)
     )
-    return bundle.recorded(settings, manifest)
 
 
 def start_retriever(

@@ -70,10 +70,14 @@ class GenerationRuntime:
     ) -> GenerationRuntime:
         """The active generation, once there is one. Raises BundleError, KafkaRefused, Stopped."""
         bundle = dependencies.open_bundle(settings, retry)
+        return cls(settings, bundle, cls.logs_of(settings, bundle, retry), ann, assignment)
+
+    @staticmethod
+    def logs_of(settings: Settings, bundle: Bundle, retry: Retry) -> dict[str, LogId]:
+        """The `logs` of a generation; missing topics are created. Raises KafkaRefused, Stopped."""
         topic = topics.item_vectors(bundle.generation)
         retry.wait_for("Kafka", lambda: topics.ensure_topics(settings, [*topics.SOURCES, topic]))
-        logs = retry.wait_for("Kafka", lambda: topics.log_ids(settings, [topic, topics.CLICKS]))
-        return cls(settings, bundle, logs, ann, assignment)
+        return retry.wait_for("Kafka", lambda: topics.log_ids(settings, [topic, topics.CLICKS]))
 
     def build_graph(self) -> None:
         """Build the graph in the background, and have the recall guard watch it."""

@@ -17,6 +17,9 @@ import pytest
 import yaml
 
 from eddyline.settings.loader import NOT_SETTINGS, load
+from serving.__main__ import GRACE_S
+from serving.recall import popularity
+from serving.worker import prefork, replica, snapshots
 
 ROOT = Path(__file__).parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
@@ -209,7 +212,10 @@ def test_state_is_in_volumes_and_bundles_are_shared() -> None:
     folder = bundles.pop()
     bundles_at = folder
     assert mounts["trainer"][0] == f"generations:{folder}"
-    assert mounts["ingest"] == mounts["worker"] == [f"generations:{folder}:ro"]
+    assert mounts["ingest"] == [f"generations:{folder}:ro"]
+    kept = load(SERVICES["worker"]["environment"]).snapshots
+    assert mounts["worker"] == [f"snapshots:{kept}", f"generations:{folder}:ro"]
+    assert any(str(kept) in line and "-o eddyline" in line for line in lineage("worker"))
     assert any(folder in line and "-o eddyline" in line for line in lineage("trainer"))
     kafka = SERVICES["kafka"]["environment"]["KAFKA_LOG_DIRS"]
     assert mounts["kafka"] == [f"kafka:{kafka}"] and mounts["valkey"] == ["valkey:/data"]
@@ -219,7 +225,7 @@ def test_state_is_in_volumes_and_bundles_are_shared() -> None:
     assert SERVICES["trainer"]["environment"]["EDDYLINE_ARCHIVE_URL"] == folder
     assert SERVICES["trainer"]["environment"]["EDDYLINE_TRAIN_FROM"] == "archive"
     assert any(folder in line and "-o eddyline" in line for line in lineage("archive"))
-    assert set(COMPOSE["volumes"]) == {"kafka", "valkey", "generations", "archive"}
+    assert set(COMPOSE["volumes"]) == {"kafka", "valkey", "generations", "archive", "snapshots"}
 
 
 def test_valkey_keeps_what_it_was_told_and_drops_no_key() -> None:
@@ -232,3 +238,9 @@ def test_kafka_makes_no_topic_by_itself() -> None:
     environment = SERVICES["kafka"]["environment"]
     assert environment["KAFKA_AUTO_CREATE_TOPICS_ENABLE"] == "false"
     assert all(isinstance(value, str) for value in environment.values())
+
+
+def test_a_worker_has_the_time_to_stop_and_to_write_its_last_snapshot() -> None:
+    grace_s = float(SERVICES["worker"]["stop_grace_period"].removesuffix("s"))
+    one = GRACE_S + replica.CLOSE_S + snapshots.CLOSE_S + popularity.CLOSE_S
+    assert grace_s >= max(prefork.END_S + 10, one)
