@@ -87,6 +87,7 @@ def _run(settings: Settings, stop: threading.Event) -> None:
         store = RedisStore(settings)
         closes.callback(store.close)
         retry.wait_for("Redis", store.check)
+        retry.wait_for("Redis", store.check_rights)
         retry.wait_for("Redis", lambda: store.claim_layout(layout.layout(settings)))
         manifest = retry.wait_for(
             "an active generation", lambda: generations.active_generation(settings)

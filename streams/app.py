@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import threading
@@ -200,6 +201,7 @@ class IngestApp(ConsumerOwner):
         for at, ends in bounds.items():
             by_topic.setdefault(at.topic, {})[at.partition] = ends
         begun = time.perf_counter()
+        await self._check_eviction()
         claimed = layout.layout(self._settings)
         await asyncio.get_running_loop().run_in_executor(None, self._store.claim_layout, claimed)
         opened = await asyncio.gather(
@@ -279,6 +281,11 @@ class IngestApp(ConsumerOwner):
                 pipeline.rewinds += 1
                 await consumer.rewind({at})
 
+    async def _check_eviction(self) -> None:
+        """Raise StoreRefused if Redis may evict keys by now. If it is away, others report it."""
+        with contextlib.suppress(Unavailable):
+            await asyncio.get_running_loop().run_in_executor(None, self._store.check_eviction)
+
     async def _watch(self) -> None:
         """Check the fences of idle partitions; busy ones find a change by themselves."""
         async for _ in _every(_WATCH_S):
@@ -287,6 +294,7 @@ class IngestApp(ConsumerOwner):
                 raise RuntimeError("aiokafka's fetcher ended: nothing more would be read")
             heartbeat.beat(self._settings, "ingest")
             await self._read_ends()
+            await self._check_eviction()
             for pipeline in self.pipelines:
                 try:
                     diverged = await pipeline.thread.run(

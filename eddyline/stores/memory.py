@@ -67,6 +67,14 @@ class MemoryStore(StateStore):
         self._open()
 
     @override
+    def check_eviction(self) -> None:
+        self._open()
+
+    @override
+    def check_rights(self) -> None:
+        self._open()
+
+    @override
     def claim_layout(self, layout: Layout) -> None:
         with self._lock:
             self._open()

@@ -56,6 +56,7 @@ from eddyline.stores.state_store import (
 )
 
 _VERSION = struct.Struct("<iq")
+_COMMANDS = sorted(frozenset().union(*map(write_scripts.commands, write_scripts.NAMES)))
 _PAGE = 1_000  # blobs of a window per read
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -97,6 +98,24 @@ class RedisStore(StateStore):
     @_translated
     def check(self) -> None:
         redis_client.check_servers(self._redis, self._target)
+
+    @override
+    @_translated
+    def check_eviction(self) -> None:
+        redis_client.check_eviction(self._redis, self._target)
+
+    @override
+    @_translated
+    def check_rights(self) -> None:
+        key = self._fence_key("u0", Source("clicks", 0))
+        for node in redis_client.primaries(self._redis):
+            denied = cast("list[bytes]", node.eval(write_scripts.DENIED, 0, key, *_COMMANDS))
+            if denied:
+                raise StoreRefused(
+                    f"Redis at {self.address}: this user has no permissions to run "
+                    f"{', '.join(repr(name.decode()) for name in denied)}; "
+                    "docs/security.md lists what each process may do"
+                )
 
     @override
     @_translated

@@ -92,6 +92,24 @@ def check_servers(store: redis.Redis, to: Target) -> None:
             _check_one(_info(store.node(address)), named(address), primary=False)
 
 
+def check_eviction(store: redis.Redis, to: Target) -> None:
+    """Raise StoreRefused if a server may evict keys. Cluster nodes that are away are skipped."""
+    if not isinstance(store, RedisCluster):
+        _check_one(_info(store), to.shown, primary=False)
+        return
+    known = store.map()
+    for address in {*known.primaries, *known.replicas}:
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            _check_one(_info(store.node(address)), named(address), primary=False)
+
+
+def primaries(store: redis.Redis) -> list[redis.Redis]:
+    """The clients of all servers that are written to."""
+    if not isinstance(store, RedisCluster):
+        return [store]
+    return [store.node(address) for address in store.map().primaries]
+
+
 class Script:
     """A Lua script, sent by digest; sent whole if the node does not have it.
 

@@ -216,6 +216,12 @@ class StateStore(Protocol):
     def check(self) -> None:
         """Raise StoreRefused if the server may evict keys or is not writable."""
 
+    def check_eviction(self) -> None:
+        """Raise StoreRefused if a server may evict keys: its configuration may have changed."""
+
+    def check_rights(self) -> None:
+        """Raise StoreRefused, naming the commands, if writes need a right that is missing."""
+
     def claim_layout(self, layout: Layout) -> None:
         """Store the layout if there is none; raise StoreRefused if another one is stored."""
 

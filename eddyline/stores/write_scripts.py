@@ -14,7 +14,17 @@ from importlib.resources import files
 
 NAMES = ("write_users", "write_profiles", "count_clicks", "write_item_metadata")
 _CALL = re.compile(r"redis\.p?call\('([A-Z]+)'")
-# Redis before 7.0 has no `acl_check_cmd`; there `check_writes` alone finds a missing right.
+# ARGV[1]: a key that may be written, then commands. Returns those that this user may not run.
+DENIED = """
+local denied = {}
+for i = 2, #ARGV do
+  if redis.acl_check_cmd and not redis.acl_check_cmd(ARGV[i], ARGV[1]) then
+    denied[#denied + 1] = ARGV[i]
+  end
+end
+return denied
+"""
+# Redis before 7.0 has no `acl_check_cmd`: there a missing right shows at the first write only.
 _RIGHTS = """
 for _, command in ipairs({{{commands}}}) do
   if redis.acl_check_cmd and not redis.acl_check_cmd(command, KEYS[1]) then

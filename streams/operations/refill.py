@@ -111,6 +111,7 @@ def run(
     store = RedisStore(settings)
     try:
         store.check()
+        store.check_rights()
         store.claim_layout(layout.layout(settings))
         log = topics.log_ids(settings, [CLICKS])[CLICKS]
         report = RefillReport(retention_gaps.find(settings, store, log))

@@ -508,7 +508,10 @@ def test_redis_that_may_drop_keys_is_refused(fresh_settings: Settings) -> None:
     try:
         with pytest.raises(StoreRefused, match=r"allkeys-lru.*noeviction"):
             store.check()
+        with pytest.raises(StoreRefused, match=r"allkeys-lru.*noeviction"):
+            store.check_eviction()
     finally:
         store._redis.config_set("maxmemory-policy", "noeviction")
     store.check()
+    store.check_eviction()
     store.close()

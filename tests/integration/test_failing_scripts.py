@@ -298,3 +298,17 @@ def test_ids_beyond_the_fence_are_not_in_the_window(make_place: Callable[[str], 
     other.write()
     place.admin.rpush(key, *place.admin.lrange(f"{other.settings.key_prefix}{{u3}}:window", 0, -1))
     assert place.store.read_slot("u3", CLICKS).accepted == {"e7": 7}
+
+
+ALL = sorted({command for _, command in COMMANDS})
+
+
+@pytest.mark.parametrize("command", ALL)
+def test_a_missing_right_is_found_before_the_first_write(
+    command: str, make_place: Callable[[str], Place], admin: redis.Redis
+) -> None:
+    place = make_place("write_users")
+    place.store.check_rights()
+    admin.execute_command("ACL SETUSER", INGEST, f"-{command}")
+    with pytest.raises(StoreRefused, match=rf"permissions to run '{command}'; docs/security\.md"):
+        place.store.check_rights()

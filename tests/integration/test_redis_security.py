@@ -227,6 +227,7 @@ def test_the_documented_operator_may_plan(asking: Server, namespace: str) -> Non
 def ingest_works(store: RedisStore) -> None:
     """One of each of the things that ingest does."""
     store.check()
+    store.check_rights()
     store.claim_layout(Layout(1, 8, 4, 1))
     effects = UserEffects(
         accepted={"e": 9},
