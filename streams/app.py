@@ -20,7 +20,7 @@ from aiokafka.errors import KafkaError
 from faust.types import TP
 from typing_extensions import override
 
-from eddyline.errors import Unavailable
+from eddyline.errors import FenceMoved, Unavailable
 from eddyline.kafka import security
 from eddyline.process import heartbeat
 from eddyline.settings.kafka import uses_sasl
@@ -28,6 +28,7 @@ from eddyline.settings.loader import Settings
 from eddyline.stores import layout
 from eddyline.stores.state_store import StateStore
 from streams.consumer.consumer import BatchApp, Bounds, ConsumerOwner, RawSchema
+from streams.consumer.thread import EmptyTail
 from streams.dispatcher import QUEUE_BATCHES, SESSION_S, BatchDispatcher, TopicPipeline
 
 log = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ class IngestApp(ConsumerOwner):
         self._ended: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
         self._wait_reported_s = 0.0
         self._ends: dict[TP, int] = {}
+        self._tails: dict[TP, EmptyTail] = {}
         partition_max = {
             pipeline.topic: pipeline.handler.partition_max
             for pipeline in pipelines
@@ -297,6 +299,7 @@ class IngestApp(ConsumerOwner):
             await self._check_eviction()
             for pipeline in self.pipelines:
                 try:
+                    await self._skip_empty(pipeline)
                     diverged = await pipeline.thread.run(
                         pipeline.handler.fences.find_diverged, consumer.positioned(pipeline.topic)
                     )
@@ -309,6 +312,25 @@ class IngestApp(ConsumerOwner):
                         "fences moved under an idle process", extra={"partitions": str(diverged)}
                     )
                     await consumer.rewind({TP(pipeline.topic, p) for p in diverged})
+
+    async def _skip_empty(self, pipeline: TopicPipeline) -> None:
+        """Move the fences of idle partitions over offsets without a record at their end.
+
+        Only what two looks in a row found alike is skipped. Raises Unavailable.
+        """
+        consumer, topic = self._app.batches, pipeline.topic
+        tails = await consumer.empty_tails(topic)
+        before = {at.partition: tail for at, tail in self._tails.items() if at.topic == topic}
+        self._tails |= {TP(topic, partition): tail for partition, tail in tails.items()}
+        for partition in [p for p, tail in tails.items() if before.get(p) == tail]:
+            tail = tails[partition]
+            skip = pipeline.handler.skip_empty, partition, tail.taken, tail.position - 1
+            try:
+                skipped = await pipeline.thread.run(*skip)
+            except FenceMoved:
+                continue  # `find_diverged` opens the partition again
+            if skipped:
+                consumer.skipped(TP(topic, partition), tail)
 
     async def _read_ends(self) -> None:
         """Read where the logs end, for the lag: paused partitions are not fetched."""

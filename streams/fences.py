@@ -1,6 +1,8 @@
 """Fences: from which offset each partition is read on, and which fences this process expects.
 
-Reading continues after the lowest fence of a partition. `open` raises LogMismatch where a fence
+Reading continues after the lowest fence of a partition. Offsets are not records: transaction
+markers, aborts and compaction leave offsets without one. Where a partition ends with such offsets,
+the fences pass them once it is idle (`Handler.skip_empty`). `open` raises LogMismatch where a fence
 belongs to another log (a topic that was created again, another cluster), and where retention
 removed clicks before they were applied. Compacted topics (items, users) may begin later: their
 oldest kept record is sufficient.
@@ -174,6 +176,15 @@ class PartitionFences:
                 f"{self._topic}:{partition}", f"a record after {before}", f"record {first}"
             )
         self._last_read[partition] = last
+
+    def can_skip(self, partition: int, taken: int, last: int) -> bool:
+        """Whether every fence may move to `last`, as no record lies after `taken` up to there.
+
+        So it is where all records up to `taken` are applied and no later batch has begun.
+        """
+        if self._last_read.get(partition, _NO_RECORD_BEYOND) > last:
+            return False
+        return taken <= self.lowest(partition) < last
 
     def invalidate(self, partition: int) -> None:
         """Refuse the partition's batches (FenceMoved) until the next `open`."""

@@ -167,6 +167,23 @@ class Handler(Protocol):
             raise result
         return result
 
+    def move_fences(self, partition: int, offset: int) -> None:
+        """Move every fence of the partition to `offset`: there is no record up to there.
+
+        Raises FenceMoved, Unavailable.
+        """
+
+    def skip_empty(self, partition: int, taken: int, last: int) -> bool:
+        """Move the fences over offsets without a record; False where a fence is not ready for it.
+
+        taken: offset of the last record before them; last: the last of them
+        Raises FenceMoved, Unavailable: the partition has to be opened again.
+        """
+        if not self.fences.can_skip(partition, taken, last):
+            return False
+        self.move_fences(partition, last)
+        return True
+
     def flush_due(self, owned: Set[int]) -> int | None:
         """See `WriteBehind.flush_due`."""
         return None if self.write_behind is None else self.write_behind.flush_due(owned)

@@ -52,6 +52,10 @@ class UserHandler(Handler):
         pass
 
     @override
+    def move_fences(self, partition: int, offset: int) -> None:
+        self._write(partition, {}, {}, offset)
+
+    @override
     def apply(self, batches: Sequence[RecordBatch]) -> list[Outcome | Exception]:
         results: list[Outcome | Exception] = []
         for batch in batches:

@@ -18,11 +18,12 @@ import msgspec
 from typing_extensions import override
 
 from eddyline.errors import FenceMoved, Rejected, Unavailable
+from eddyline.kafka.topics import CLICKS
 from eddyline.schema import events
 from eddyline.schema.events import Click
 from eddyline.schema.partitioning import partition_of, user_slot
 from eddyline.settings.loader import Settings
-from eddyline.stores.state_store import StateStore, UserQuery, UserWrite
+from eddyline.stores.state_store import Source, StateStore, UserEffects, UserQuery, UserWrite
 from streams.clicks.batch import ClickBatch, decode, deduplicate
 from streams.clicks.micro_steps import MicroSteps, Step
 from streams.clicks.popularity import PopularityCounts
@@ -79,6 +80,15 @@ class ClickHandler(Handler):
     def open(self, partition: int) -> None:
         self.popularity.reset(partition)
         self.cache.drop(user_slot(partition))
+
+    @override
+    def move_fences(self, partition: int, offset: int) -> None:
+        source, slot = Source(CLICKS, partition), user_slot(partition)
+        expected, new = self.fences.expected(source, slot), self.fences.fence(offset)
+        self._store.write_users(slot, source, expected, new, UserEffects())
+        self.fences.moved(source, slot, new)
+        self.popularity.add(source, new, [])
+        self.popularity.write(partition)
 
     @override
     def apply(self, batches: Sequence[RecordBatch]) -> list[Outcome | Exception]:

@@ -34,7 +34,7 @@ from eddyline.errors import LogMismatch, Unavailable
 from eddyline.process.retry import Backoff
 from streams.consumer.batching import Fetched, place_of, split_fetched
 from streams.consumer.in_flight import InFlightBatches
-from streams.consumer.thread import ConsumerThread
+from streams.consumer.thread import ConsumerThread, EmptyTail
 from streams.ports import RecordBatch
 
 # Faust's services log under this name: quiet where everything of Faust is.
@@ -107,6 +107,7 @@ class BatchConsumer(driver.Consumer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.epochs: defaultdict[TP, int] = defaultdict(int)
+        self.taken: dict[TP, int] = {}
         self.committed: dict[TP, int] = {}  # the highest offset that the group has committed
         self._unpositioned: set[TP] = set()
         self._rewinding: defaultdict[TP, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -151,6 +152,15 @@ class BatchConsumer(driver.Consumer):
     def fetching_ended(self) -> bool:
         """See `ConsumerThread.fetching_ended`."""
         return self._thread.fetching_ended()
+
+    async def empty_tails(self, topic: str) -> dict[int, EmptyTail]:
+        """By partition of a topic that has a position: the offsets at its end without a record."""
+        mine, tails = self.positioned(topic), await self._thread.read_empty_tails()
+        return {
+            at.partition: tail
+            for at, tail in tails.items()
+            if at.topic == topic and at.partition in mine and tail.epoch == self.epochs[at]
+        }
 
     async def check_group(self) -> None:
         """See `ConsumerThread.check_group`."""
@@ -226,6 +236,11 @@ class BatchConsumer(driver.Consumer):
     def applied(self, batch: RecordBatch) -> None:
         """All effects of the batch are written: its end may be committed. In the app's loop."""
         self._acked[place_of(batch)] = [batch.last]
+
+    def skipped(self, at: TP, tail: EmptyTail) -> None:
+        """The fences have passed the empty tail: its end may be committed. In the app's loop."""
+        if self.epochs[at] == tail.epoch:
+            self._acked[at] = [tail.position - 1]
 
     @override
     async def _add_gap(self, tp: TP, offset_from: int, offset_to: int) -> None:

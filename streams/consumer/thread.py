@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from aiokafka import AIOKafkaConsumer
@@ -27,15 +28,32 @@ _logger = get_logger("faust.batches")
 _FETCH_WAIT_MS = 250
 
 
+@dataclass(frozen=True, slots=True)
+class EmptyTail:
+    """Offsets without a record: transaction markers, or what compaction or an abort removed.
+
+    epoch:    the partition's seek count
+    taken:    offset of the last record that was taken since that seek; before the first one, the
+              sought offset minus one
+    position: the next offset to fetch; no record lies between `taken` and it
+    """
+
+    epoch: int
+    taken: int
+    position: int
+
+
 class ThreadOwner(Protocol):
     """What the thread uses of its consumer, `streams.consumer.consumer.BatchConsumer`.
 
     epochs:    by partition, the number of seeks; changes in the thread's loop only
     committed: by partition, the highest offset that the group has committed
+    taken:     by partition, see `EmptyTail`; changes in the thread's loop only
     small_max: after a fetch of more records aiokafka reads ahead
     """
 
     epochs: dict[TP, int]
+    taken: dict[TP, int]
     committed: dict[TP, int]
     small_max: int
 
@@ -133,6 +151,8 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
             }
             self.parent_loop.call_soon_threadsafe(self.consumer.unread, lost)
             return {}
+        for at, fetched in records.items():
+            self.consumer.taken[TP(*at)] = fetched[-1].offset
         if records and sum(map(len, records.values())) <= self.consumer.small_max:
             gate.hold()
         return {at: (epochs[at], taken) for at, taken in records.items()}
@@ -212,7 +232,28 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         for at, offset in offsets.items():
             if at in mine:
                 consumer.seek(driver.ensure_aiokafka_TP(at), offset)
+                self.consumer.taken[at] = offset - 1
                 self.consumer.sought(at)
+
+    async def read_empty_tails(self) -> dict[TP, EmptyTail]:
+        """The partitions whose position is more than one offset after the last record taken."""
+        found: dict[TP, EmptyTail] = await self.call_thread(self._read_empty_tails)
+        return found
+
+    async def _read_empty_tails(self) -> dict[TP, EmptyTail]:
+        state = self._ensure_consumer()._subscription.subscription
+        assignment = None if state is None else state.assignment
+        tails: dict[TP, EmptyTail] = {}
+        if assignment is None:
+            return tails
+        for named in assignment.tps:
+            at, of_partition = TP(*named), assignment.state_value(named)
+            taken = self.consumer.taken.get(at)
+            if taken is None or of_partition is None or not of_partition.has_valid_position:
+                continue
+            if of_partition.position > taken + 1:
+                tails[at] = EmptyTail(self.consumer.epochs[at], taken, of_partition.position)
+        return tails
 
     async def read_committed(self, partitions: Collection[TP]) -> dict[TP, int]:
         """The offsets that the group has committed; partitions without one are absent."""

@@ -105,6 +105,12 @@ class ItemHandler(Handler):
             generation.publisher.open(partition)
 
     @override
+    def move_fences(self, partition: int, offset: int) -> None:
+        for error in self.metadata.add({partition: (offset, {})}).values():
+            raise error
+        self.metadata.write(partition)
+
+    @override
     def apply(self, batches: Sequence[RecordBatch]) -> list[Outcome | Exception]:
         items = [ItemBatch(batch) for batch in batches]
         for generation, records in self._prepare(items):

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kafka import TopicPartition
-from kafka.errors import CoordinatorNotAvailableError
+from kafka.errors import CoordinatorNotAvailableError, NoError
+from kafka.structs import OffsetAndMetadata
 
 from eddyline.errors import EddylineError
 from eddyline.kafka import topics
@@ -79,14 +80,17 @@ def accept_log(settings: Settings, observer: AcceptObserver, *, skip_lost: bool)
     """Accept Kafka's present logs as the ones that the fences continue.
 
     skip_lost: give up the records of all gaps, too
+    Raises EddylineError while an ingest runs.
     """
     topics.ensure_topics(settings)
     ids = topics.log_ids(settings, topics.SOURCES)
     store = RedisStore(settings)
     try:
-        changed = store.accept_log(
-            {name: (ids[name], topics.end_offsets(settings, name)) for name in ids}
-        )
+        ends = {name: topics.end_offsets(settings, name) for name in ids}
+        # First: with a fence that moved back and an old committed offset, ingest would take new
+        # records for ones that it forwarded before.
+        reset_committed(settings, ends)
+        changed = store.accept_log({name: (ids[name], ends[name]) for name in ids})
         observer.fences_changed(changed)
         for gap in find(settings, store, ids[CLICKS]) if skip_lost else ():
             close(settings, store, ids[CLICKS], gap)
@@ -113,13 +117,42 @@ def ingest_members(settings: Settings) -> int:
             time.sleep(_COORDINATOR_POLL_S)
 
 
-def committed_offsets(settings: Settings) -> Mapping[int, int]:
-    """The ingest group's committed offset of each clicks partition; 0 where there is none.
+def reset_committed(settings: Settings, ends: Mapping[str, Mapping[int, int]]) -> None:
+    """Set the ingest group's committed offsets that are beyond a log's end back to the end.
 
+    ends: topic without prefix -> partition -> the offset that the next record will get
+    Raises EddylineError while an ingest runs.
+    """
+    beyond = {
+        TopicPartition(settings.prefixed(name), partition): OffsetAndMetadata(of[partition], "", -1)
+        for name, of in ends.items()
+        for partition, offset in committed_offsets(settings, name, len(of)).items()
+        if offset > of[partition]
+    }
+    if not beyond:
+        return
+    with topics.open_admin(settings) as admin:
+        results = admin.alter_group_offsets(settings.prefixed(GROUP), beyond)
+    for place, error in results.items():
+        if error is not NoError:
+            raise EddylineError(
+                f"the committed offset of {place.topic}:{place.partition} could not be set back "
+                f"({error.__name__}): stop every ingest first (a killed one leaves the group after "
+                "six seconds)"
+            )
+
+
+def committed_offsets(
+    settings: Settings, name: str = CLICKS, count: int | None = None
+) -> Mapping[int, int]:
+    """The ingest group's committed offset of each partition of a topic; 0 where there is none.
+
+    count: of the topic's partitions; default: that of `clicks`
     Ingest commits after the effects, so the offset is at most a second behind.
     """
-    group, topic = settings.prefixed(GROUP), settings.prefixed(CLICKS)
-    partitions = [TopicPartition(topic, p) for p in range(settings.clicks_partitions)]
+    group, topic = settings.prefixed(GROUP), settings.prefixed(name)
+    count = settings.clicks_partitions if count is None else count
+    partitions = [TopicPartition(topic, p) for p in range(count)]
     with topics.open_admin(settings) as admin:
         found = admin.list_group_offsets({group: partitions})[group]
     return {p.partition: max(0, found[p].offset) if p in found else 0 for p in partitions}

@@ -64,7 +64,9 @@ def thread_of(small_max: int) -> Any:
     """A consumer's thread that is not started."""
     thread: Any = ConsumerThread.__new__(ConsumerThread)
     epochs = {AT._replace(partition=n): 7 for n in range(4)}
-    thread.consumer = SimpleNamespace(epochs=epochs, small_max=small_max, flow_active=True)
+    thread.consumer = SimpleNamespace(
+        epochs=epochs, taken={}, small_max=small_max, flow_active=True
+    )
     return thread
 
 
