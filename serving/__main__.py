@@ -37,7 +37,6 @@ from serving.rpc.shard_service import ShardService
 from serving.sharding import ShardAssignment, shard_of
 from serving.worker.generation import GenerationRuntime
 from serving.worker.prefork import ForkedWork, Prefork, run_niced
-from serving.worker.publish_barrier import wait_until_published
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +116,7 @@ class Worker:
             if may_build:
                 runtime.build_graph()
             service.waiting_for("ingest to publish the last changes of items")
-            wait_until_published(settings, store, runtime.generation, stop)
+            runtime.wait_published(store, stop)
             backend = runtime.start(store, write_snapshots=self._place == 0)
             service.waiting_for("the end of the item vectors")
             runtime.wait_caught_up(stop)

@@ -14,6 +14,7 @@ from serving.answer.retriever import Query, Retriever
 from serving.proto import retrieval_pb2 as pb
 from serving.rpc import converters
 from serving.sharding import ShardAssignment
+from serving.worker.publish_barrier import PublishBarrier
 from serving.worker.replica import Replica
 
 
@@ -42,6 +43,12 @@ class LocalIndex:
     generation: str
     index: Index
     replica: Replica
+    barrier: PublishBarrier | None = None
+
+    def missing(self) -> str:
+        """Why the index may lack changes of items; "" if it has all."""
+        published = self.barrier.missing() if self.barrier else ""
+        return "; ".join(why for why in (self.replica.missing(), published) if why)
 
     def fill_index_stats(self, response: pb.StatsResponse) -> None:
         """Fill in sizes, watermarks and the replica's state."""
@@ -49,7 +56,7 @@ class LocalIndex:
         response.index.CopyFrom(converters.sizes_of(self.index.stats(), self.index.dimension))
         response.watermarks.extend(converters.watermarks_of(self.index))
         response.tail.CopyFrom(converters.tail_of(self.replica.state()))
-        if behind := self.replica.missing():
+        if behind := self.missing():
             response.missing.append(f"kafka: {behind}")
 
 
@@ -71,7 +78,7 @@ class WorkerBackend(RetrievalBackend):
     def retrieve(self, query: Query, deadline: Deadline, received_us: int) -> pb.RetrieveResponse:
         held = self.held
         answer = self.retriever.retrieve(query, held.index, deadline, received_us)
-        behind = held.replica.missing()
+        behind = held.missing()
         return converters.response_of(answer, held.generation, held.index, behind)
 
     @override

@@ -106,7 +106,7 @@ def _candidates(
     """Raises BadQuery, VectorRejected, ValueError."""
     index = held.index
     # Read before the search: the answer includes at least these records.
-    watermarks, behind = converters.watermarks_of(index), held.replica.missing()
+    watermarks, behind = converters.watermarks_of(index), held.missing()
     filters: Filter | None = (
         converters.filter_of(request.filters) if request.HasField("filters") else None
     )

@@ -19,6 +19,7 @@ from index.factory import guard_recall, live_index
 from serving import dependencies
 from serving.rpc.backends import LocalIndex, ShardBackend, WorkerBackend
 from serving.sharding import ALL, ShardAssignment
+from serving.worker.publish_barrier import PublishBarrier
 from serving.worker.replica import Replica, load_bundle
 from serving.worker.snapshots import Snapshots
 
@@ -59,6 +60,7 @@ class GenerationRuntime:
         self.replica = Replica(
             settings, bundle.generation, self.index, positions=positions, assignment=assignment
         )
+        self._barrier: PublishBarrier | None = None
         self._closing = ExitStack()
         # In reverse: the replica stops, the last snapshot is written, the index ends its work.
         for part in (self.index, self._snapshots, self.replica):
@@ -84,12 +86,20 @@ class GenerationRuntime:
         guard_recall(self._settings, self.index)
         self.index.begin()
 
+    def wait_published(self, store: StateStore, stop: threading.Event) -> None:
+        """Wait for a limited time until ingest has published the last changes of items."""
+        self._barrier = PublishBarrier(self._settings, store, self.generation)
+        self._closing.callback(self._barrier.close)
+        self._barrier.wait(stop)
+
     def start(self, store: StateStore, *, write_snapshots: bool) -> WorkerBackend | ShardBackend:
         """Tail the item vectors. Returns what answers; it is complete after `wait_caught_up`."""
         self.replica.start()
         if write_snapshots:
             self._snapshots.start(self.replica)
-        held = LocalIndex(self.generation, self.index, self.replica)
+        if self._barrier is not None:
+            self._barrier.start(self.replica)
+        held = LocalIndex(self.generation, self.index, self.replica, self._barrier)
         if not self._assignment.whole:
             return ShardBackend(held, self._assignment)
         retriever = dependencies.start_retriever(

@@ -2,7 +2,8 @@
 
 The bundle holds the items as of its cut, later deleted ones included; they leave the index only by
 the records that ingest publishes. So the worker waits until the fences of the generation have
-reached the present ends of `items`; for a limited time, because ingest may be down.
+reached the present ends of `items`; for a limited time, because ingest may be down. After that it
+serves, and answers say how many records are missing until there are none.
 """
 
 from __future__ import annotations
@@ -11,44 +12,98 @@ import logging
 import threading
 import time
 
-from eddyline.errors import Unavailable
+from eddyline.errors import EddylineError
 from eddyline.kafka import topics
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import Source, StateStore
+from serving.worker.replica import Replica
 
 log = logging.getLogger(__name__)
 
 # Encoding and publishing 100,000 items takes about this long.
 WAIT_S = 20.0
 POLL_S = 0.05
+# While something is missing, answers say so, and this often it is asked for again.
+AGAIN_S = 1.0
+CLOSE_S = 5.0
 
 
-def wait_until_published(
-    settings: Settings,
-    store: StateStore,
-    generation: str,
-    stop: threading.Event,
-    limit_s: float = WAIT_S,
-) -> int:
-    """Wait until all present records of `items` are published. Returns how many are missing.
+class PublishBarrier:
+    """How many records of `items` from before the start ingest has still to publish.
 
-    Returns early if `stop` is set, and after `limit_s`.
+    Thread rule: any thread; `wait`, then `start`, once each.
     """
-    deadline = time.monotonic() + limit_s
-    try:
-        ends = {p: end for p, end in topics.end_offsets(settings, topics.ITEMS).items() if end}
-        while (behind := _behind(store, generation, ends)) and not stop.wait(POLL_S):
-            if time.monotonic() > deadline:
-                log.warning(
-                    "items are served as of the bundle: ingest has not published all changes",
-                    extra={"generation": generation, "records": behind},
-                )
-                return behind
-    except Unavailable as error:
-        log.warning(
-            "it is unknown what ingest has published; serving starts", extra={"reason": str(error)}
+
+    def __init__(self, settings: Settings, store: StateStore, generation: str) -> None:
+        self._settings = settings
+        self._store = store
+        self._generation = generation
+        self._ends: dict[int, int] | None = None
+        self._missing = ""
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def wait(self, stop: threading.Event, limit_s: float = WAIT_S) -> int:
+        """Wait until all present records of `items` are published. Returns how many are missing.
+
+        Returns early if `stop` is set or a server is away, and after `limit_s`.
+        """
+        deadline = time.monotonic() + limit_s
+        behind = self._ask()
+        while behind and time.monotonic() <= deadline and not stop.wait(POLL_S):
+            behind = self._ask()
+        if self._missing:
+            log.warning("serving starts without all items", extra={"reason": self._missing})
+        return behind or 0
+
+    def start(self, replica: Replica) -> None:
+        """Ask again once a second until nothing is missing and the replica has read it."""
+        if self._missing:
+            self._thread = threading.Thread(
+                target=self._run, args=(replica,), name="publish-barrier", daemon=True
+            )
+            self._thread.start()
+
+    def missing(self) -> str:
+        """What ingest has still to publish; "" if nothing."""
+        return self._missing
+
+    def close(self) -> None:
+        """Stop asking."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(CLOSE_S)
+
+    def _run(self, replica: Replica) -> None:
+        published_s: float | None = None
+        while not self._stop.wait(AGAIN_S):
+            if published_s is None:
+                before = self._missing
+                if self._ask() != 0:
+                    continue
+                published_s, self._missing = time.monotonic(), before
+            if replica.reached_s > published_s:
+                self._missing = ""
+                log.info("ingest has published all changes of items from before the start")
+                return
+
+    def _ask(self) -> int | None:
+        """How many records are missing; None if that is unknown. Sets `missing`."""
+        try:
+            if self._ends is None:
+                ends = topics.end_offsets(self._settings, topics.ITEMS)
+                self._ends = {p: end for p, end in ends.items() if end}
+            behind = _behind(self._store, self._generation, self._ends)
+        except EddylineError as error:
+            self._missing = f"it is unknown which items ingest has still to publish: {error}"
+            return None
+        self._missing = (
+            f"ingest has not published {behind} records of items; changed and deleted items are "
+            "served as before"
+            if behind
+            else ""
         )
-    return 0
+        return behind
 
 
 def _behind(store: StateStore, generation: str, ends: dict[int, int]) -> int:

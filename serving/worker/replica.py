@@ -94,6 +94,9 @@ class Replica:
         self._positions = dict(positions or {})
         # The first ends seen; read up to them, the replica has all records from before the start.
         self._goal: dict[int, int] | None = None
+        # When some ends were read, and these ends; the next ones are noted once these are reached.
+        self._next_goal: tuple[float, dict[int, int]] | None = None
+        self._reached_s = float("-inf")
         self._caught_up = threading.Event()
         self._stop = threading.Event()
         self._away = ""
@@ -117,6 +120,11 @@ class Replica:
     def wait_caught_up(self, timeout_s: float) -> bool:
         """Whether the ends seen at start have been reached; waits at most `timeout_s`."""
         return self._caught_up.wait(timeout_s)
+
+    @property
+    def reached_s(self) -> float:
+        """All records from before this time are applied; monotonic clock."""
+        return self._reached_s
 
     def state(self) -> TailState:
         """Progress now."""
@@ -171,7 +179,10 @@ class Replica:
         ends_at = 0.0
         while not self._stop.is_set():
             if time.monotonic() >= ends_at:
-                self._update_lag(topic.ends())
+                asked_s = time.monotonic()
+                ends = topic.ends()
+                self._next_goal = self._next_goal or (asked_s, ends)
+                self._update_lag(ends)
                 ends_at = time.monotonic() + ENDS_S
             polled = topic.poll(POLL_MS)
             # One batch for all partitions: what a batch costs the index grows little with its size.
@@ -192,6 +203,10 @@ class Replica:
         self._away, self._away_since_ms = "", 0
 
     def _check_caught_up(self) -> None:
+        if self._next_goal is not None:
+            asked_s, ends = self._next_goal
+            if all(self._positions.get(at, 0) >= end for at, end in ends.items()):
+                self._reached_s, self._next_goal = asked_s, None
         if self._caught_up.is_set() or self._goal is None:
             return
         if all(self._positions.get(at, 0) >= end for at, end in self._goal.items()):
