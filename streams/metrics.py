@@ -35,6 +35,15 @@ class IngestCollector(Collector):
             for outcome, count in pipeline.outcome.counts().items():
                 records.add_metric([pipeline.topic, outcome], count)
         yield records
+        omitted = CounterMetricFamily(
+            "eddyline_ingest_omitted_parts",
+            "Bad optional parts that were left out of accepted records",
+            labels=["topic", "part", "reason"],
+        )
+        for pipeline in pipelines:
+            for (part, reason), count in list(pipeline.handler.omitted.items()):
+                omitted.add_metric([pipeline.topic, part, reason], count)
+        yield omitted
         for name, what, counter in (
             ("chunks", "Batches applied", "batches"),
             ("busy_seconds", "Time spent applying batches", "seconds"),

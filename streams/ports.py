@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from eddyline.errors import EddylineError, Rejected
 from eddyline.schema.item_record import ItemRecord
+from eddyline.schema.partial import Omitted
 from streams.fences import PartitionFences
 from streams.write_behind import WriteBehind
 
@@ -134,6 +135,8 @@ class Handler(Protocol):
     awaits_kafka:  whether `apply_in_loop` awaits Kafka; else it blocks until the batches are
                    applied
     partition_max: the most records of one partition in a batch; None: `chunk_records_max`
+    omitted:       the bad optional parts that were left out of accepted records; a repeated batch
+                   counts again
     Thread rule: one thread at a time.
     """
 
@@ -141,6 +144,7 @@ class Handler(Protocol):
     write_behind: WriteBehind[Any] | None = None
     awaits_kafka: bool = False
     partition_max: int | None = None
+    omitted: Omitted
 
     def open(self, partition: int) -> None:
         """Discard what is kept of a partition: reading starts again after its lowest fence.

@@ -13,6 +13,7 @@ from typing_extensions import override
 from eddyline.errors import FenceMoved, Rejected, Unavailable
 from eddyline.kafka.topics import USERS
 from eddyline.schema import validation
+from eddyline.schema.partial import Omitted
 from eddyline.schema.partitioning import user_slot
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import Source, StateStore
@@ -40,6 +41,7 @@ class UserHandler(Handler):
         forgets: ForgetSink | None = None,
     ) -> None:
         self.fences = fences
+        self.omitted = Omitted()
         self._settings = settings
         self._store = store
         self._dead_letters = dead_letters
@@ -76,7 +78,12 @@ class UserHandler(Handler):
         for record in records:
             try:
                 user_id, profile = validation.profile(
-                    self._settings, partition, record.key, record.value, record.timestamp
+                    self._settings,
+                    partition,
+                    record.key,
+                    record.value,
+                    record.timestamp,
+                    self.omitted,
                 )
             except Rejected as rejected:
                 self._dead_letters.put(record, rejected)

@@ -7,10 +7,12 @@ Deduplication of valid clicks is `eddyline.schema.deduplication`.
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from eddyline.errors import Rejected
-from eddyline.schema import events
+from eddyline.schema import events, partial
 from eddyline.schema.events import Click, Forget, Item, Merge, UserProfile
+from eddyline.schema.partial import Omitted
 from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
 
@@ -37,22 +39,30 @@ def item(
     key: bytes | None,
     value: bytes | None,
     appended_ms: int,
+    omitted: Omitted | None = None,
 ) -> tuple[str, Item | None]:
     """(item id, item; None deletes the item). Raises Rejected.
 
     partition: of the record, None before it is sent; appended_ms: the broker's time stamp
+    omitted:   gets the bad optional parts, which are left out
     """
     item_id = _id_of("item", key, partition, settings.items_partitions)
     if value is None:
         events.check_id("item_id", item_id)
         return item_id, None
-    return item_id, events.decode_item(
-        value,
-        key=item_id,
-        appended_ms=appended_ms,
-        far_future_ms_max=settings.far_future_ms_max,
-        vector_dimension=settings.item_vector_dimension,
-    )
+    limits: dict[str, Any] = {
+        "key": item_id,
+        "appended_ms": appended_ms,
+        "far_future_ms_max": settings.far_future_ms_max,
+        "vector_dimension": settings.item_vector_dimension,
+    }
+    try:
+        return item_id, events.decode_item(value, **limits)
+    except Rejected as first:
+        if first.reason not in partial.CURABLE:
+            raise
+        counts = Omitted() if omitted is None else omitted
+        return item_id, partial.item(value, first, counts, **limits)
 
 
 def profile(
@@ -61,15 +71,25 @@ def profile(
     key: bytes | None,
     value: bytes | None,
     appended_ms: int,
+    omitted: Omitted | None = None,
 ) -> tuple[str, UserProfile | None]:
     """(user id, profile; None forgets the user). Arguments and errors as for `item`."""
     user_id = _id_of("user", key, partition, settings.clicks_partitions)
     if value is None:
         events.check_id("user_id", user_id)
         return user_id, None
-    return user_id, events.decode_profile(
-        value, key=user_id, appended_ms=appended_ms, far_future_ms_max=settings.far_future_ms_max
-    )
+    limits: dict[str, Any] = {
+        "key": user_id,
+        "appended_ms": appended_ms,
+        "far_future_ms_max": settings.far_future_ms_max,
+    }
+    try:
+        return user_id, events.decode_profile(value, **limits)
+    except Rejected as first:
+        if first.reason not in partial.CURABLE:
+            raise
+        counts = Omitted() if omitted is None else omitted
+        return user_id, partial.profile(value, first, counts, **limits)
 
 
 def unsent(

@@ -21,6 +21,7 @@ from eddyline.errors import FenceMoved, Rejected, Unavailable
 from eddyline.kafka.topics import CLICKS
 from eddyline.schema import events
 from eddyline.schema.events import Click
+from eddyline.schema.partial import Omitted
 from eddyline.schema.partitioning import partition_of, user_slot
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import Source, StateStore, UserEffects, UserQuery, UserWrite
@@ -67,6 +68,7 @@ class ClickHandler(Handler):
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.fences = fences
+        self.omitted = Omitted()
         self.write_behind = self.popularity = PopularityCounts(settings, store, fences, clock_s)
         self._generations = [one.generation for one in micro]
         self.cache = UserCache(store, self._generations, settings.history_cache_entries_max)

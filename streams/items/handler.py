@@ -20,6 +20,7 @@ from eddyline.errors import FenceMoved, Rejected, Unavailable, VectorRejected
 from eddyline.schema import validation
 from eddyline.schema.events import Item
 from eddyline.schema.item_record import ItemRecord, attributes_of
+from eddyline.schema.partial import Omitted
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import StateStore
 from embeddings.towers.base import ItemEncoder
@@ -85,6 +86,7 @@ class ItemHandler(Handler):
         clock_us: Callable[[], int] = lambda: time.time_ns() // 1_000,
     ) -> None:
         self.fences = fences
+        self.omitted = Omitted()
         names = [generation.name for generation in generations]
         self.write_behind = self.metadata = ItemMetadataWriter(
             settings, names, store, fences, wait_s
@@ -163,7 +165,12 @@ class ItemHandler(Handler):
         for record in batch.records:
             try:
                 item_id, item = validation.item(
-                    self._settings, batch.partition, record.key, record.value, record.timestamp
+                    self._settings,
+                    batch.partition,
+                    record.key,
+                    record.value,
+                    record.timestamp,
+                    self.omitted,
                 )
             except Rejected as rejected:
                 self._dead_letters.put(record, rejected)

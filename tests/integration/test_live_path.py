@@ -159,8 +159,8 @@ BAD_CLICKS = {
 }
 BAD_ITEMS = {
     "not JSON": (b"nonsense", "malformed_json"),
-    "1 MB title": (msgspec.json.encode({"item_id": "KEY", "title": "x" * 1_000_000}), "bad_field"),
-    "wrong vector length": (b'{"item_id":"KEY","vector":[1.0,2.0]}', "wrong_vector_length"),
+    "no availability": (b'{"item_id":"KEY","available":null}', "bad_field"),
+    "no time": (b'{"item_id":"KEY","at_ms":"today"}', "bad_field"),
     "another key": (b'{"item_id":"other"}', "wrong_key"),
 }
 
@@ -183,6 +183,27 @@ def test_bad_records_are_dead_letters_and_the_stream_goes_on(live, user) -> None
         headers = {k: v.decode() for k, v in letters[at].headers}
         assert headers["reason"] == reason, name
         assert (letters[at].value or None) == value, name
+
+
+SOLD_OUT = {
+    "null price": b'{"item_id":"KEY","available":false,"attributes":{"price":null}}',
+    "NaN price": b'{"item_id":"KEY","available":false,"attributes":{"price":NaN}}',
+    "wrong vector length": b'{"item_id":"KEY","available":false,"vector":[1.0,2.0]}',
+    "1 MB title": b'{"item_id":"KEY","available":false,"title":"' + b"x" * 1_000_000 + b'"}',
+}
+
+
+@pytest.mark.parametrize("name", SOLD_OUT)
+def test_an_item_with_a_bad_optional_part_is_taken_off_the_answers(live, name) -> None:
+    item_id = f"sold-{uuid.uuid4().hex[:8]}"
+    only = pb.Filters(allow=[item_id])
+    client = live.client()
+    live.item(Item(item_id=item_id, title="t", attributes={"price": 3}, at_ms=now_ms()))
+    live.wait_for("the item to be found", lambda: client.retrieve("nobody", 3, filters=only).items)
+    live.raw(topics.ITEMS, SOLD_OUT[name].replace(b"KEY", item_id.encode()), key=item_id.encode())
+    live.wait_for(
+        "the sold-out item to go", lambda: not client.retrieve("nobody", 3, filters=only).items
+    )
 
 
 def test_a_click_in_a_wrong_partition_is_forwarded_and_counts_once(live, user, store) -> None:

@@ -11,6 +11,7 @@ from faust.types import TP
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 
+from eddyline.schema.partial import Omitted
 from eddyline.stores.memory import MemoryStore
 from streams.clicks.user_cache import UserCache
 from streams.dispatcher import HandlerThread, TopicPipeline
@@ -21,7 +22,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "operations.md"
 
 
 def test_the_page_names_every_metric_and_no_other() -> None:
-    handler: Any = None
+    handler: Any = SimpleNamespace(omitted=Omitted({("attributes", "null"): 4}))
     pipeline = TopicPipeline(
         "shop.clicks", handler, HandlerThread("clicks"), outcome=Outcome(records=3, applied=2)
     )
@@ -39,3 +40,5 @@ def test_the_page_names_every_metric_and_no_other() -> None:
     assert 'eddyline_ingest_lag_records{partition="3",topic="shop.clicks"} 7.0' in text
     assert 'eddyline_ingest_records_total{outcome="applied",topic="shop.clicks"} 2.0' in text
     assert 'eddyline_ingest_paused_partitions{topic="shop.clicks"} 1.0' in text
+    left_out = 'eddyline_ingest_omitted_parts_total{part="attributes",reason="null",topic='
+    assert f'{left_out}"shop.clicks"}} 4.0' in text

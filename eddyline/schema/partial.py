@@ -1,0 +1,216 @@
+"""Items and profiles with a bad optional part: the part is left out, the rest applies.
+
+A null price must not keep a sold-out item in the answers. `validation` calls this after the strict
+decoder of `events` has refused a record, so a good record costs nothing. What identifies a record,
+its time and its availability are never left out: where they cannot be read the record is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from eddyline.errors import Rejected
+from eddyline.schema import events
+from eddyline.schema.events import Item, UserProfile
+
+# (part, reason) -> how many of them were left out. part: a field of an item or a profile.
+Omitted = Counter[tuple[str, str]]
+
+# Reasons of the strict decoder that an optional part may have caused.
+CURABLE = frozenset({"bad_field", "malformed_json", "wrong_vector_length", "not_finite"})
+# Every reason why a part is left out.
+REASONS = (
+    "null",
+    "wrong_type",
+    "empty",
+    "too_long",
+    "too_many",
+    "too_large",
+    "not_finite",
+    "not_unicode",
+    "wrong_length",
+)
+# As in `events.decode_item`: larger numbers overflow in the item tower.
+_VECTOR_MAX = 1e19
+
+
+def item(
+    value: bytes,
+    first: Rejected,
+    omitted: Omitted,
+    *,
+    key: str,
+    appended_ms: int,
+    far_future_ms_max: int,
+    vector_dimension: int,
+) -> Item:
+    """The item without its bad optional parts. Other arguments as of `events.decode_item`.
+
+    first: why the strict decoder refused the record; omitted: gets the parts that were left out
+    Raises Rejected where more than optional parts is bad.
+    """
+    left_out = Omitted()
+    found = _object(value, first)
+    _check(found, left_out, "title", _title)
+    for labels in ("categories", "tags"):
+        _check(found, left_out, labels, _labels)
+    _check(found, left_out, "attributes", _attributes)
+    if found.get("vector") is not None:  # null is the strict decoder's default
+        _check(found, left_out, "vector", lambda one, _: _vector(one, vector_dimension))
+    made = events.decode_item(
+        _encoded(found, first),
+        key=key,
+        appended_ms=appended_ms,
+        far_future_ms_max=far_future_ms_max,
+        vector_dimension=vector_dimension,
+    )
+    omitted.update(left_out)
+    return made
+
+
+def profile(
+    value: bytes,
+    first: Rejected,
+    omitted: Omitted,
+    *,
+    key: str,
+    appended_ms: int,
+    far_future_ms_max: int,
+) -> UserProfile:
+    """The profile without its bad attributes. Arguments and errors as of `item`."""
+    left_out = Omitted()
+    found = _object(value, first)
+    _check(found, left_out, "attributes", _attributes)
+    made = events.decode_profile(
+        _encoded(found, first),
+        key=key,
+        appended_ms=appended_ms,
+        far_future_ms_max=far_future_ms_max,
+    )
+    omitted.update(left_out)
+    return made
+
+
+class _Bad(Exception):
+    """A part is left out; the argument is one of `REASONS`."""
+
+
+# The good rest of a part; `note` gets the reason of each element that is left out. Raises _Bad.
+_Checker = Callable[[Any, Callable[[str], None]], Any]
+
+
+def _check(found: dict[str, Any], omitted: Omitted, part: str, checker: _Checker) -> None:
+    if part not in found:
+        return
+
+    def note(reason: str) -> None:
+        omitted[part, reason] += 1
+
+    try:
+        found[part] = checker(found[part], note)
+    except _Bad as bad:
+        note(str(bad))
+        del found[part]
+
+
+def _object(value: bytes, first: Rejected) -> dict[str, Any]:
+    """The JSON object; NaN and Infinity are read, as some producers write them."""
+    try:
+        found = json.loads(value.decode())
+    except (ValueError, RecursionError):
+        raise first from None
+    if not isinstance(found, dict):
+        raise first
+    return found
+
+
+def _encoded(found: Mapping[str, Any], first: Rejected) -> bytes:
+    try:
+        return msgspec.json.encode(found)
+    except (ValueError, OverflowError, TypeError, RecursionError):
+        raise first from None
+
+
+def _text(one: Any, chars_max: int, *, may_be_empty: bool) -> str:
+    if one is None:
+        raise _Bad("null")
+    if not isinstance(one, str):
+        raise _Bad("wrong_type")
+    if not one and not may_be_empty:
+        raise _Bad("empty")
+    if len(one) > chars_max:
+        raise _Bad("too_long")
+    try:
+        one.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        raise _Bad("not_unicode") from None
+    return one
+
+
+def _title(one: Any, _: Callable[[str], None]) -> str:
+    return _text(one, events.TITLE_CHARS_MAX, may_be_empty=True)
+
+
+def _labels(one: Any, note: Callable[[str], None]) -> list[str]:
+    if one is None:
+        raise _Bad("null")
+    if not isinstance(one, list):
+        raise _Bad("wrong_type")
+    good = []
+    for label in one:
+        try:
+            good.append(_text(label, events.TEXT_CHARS_MAX, may_be_empty=False))
+        except _Bad as bad:
+            note(str(bad))
+    for _ in good[events.LABELS_MAX :]:
+        note("too_many")
+    return good[: events.LABELS_MAX]
+
+
+def _attributes(one: Any, note: Callable[[str], None]) -> dict[str, Any]:
+    if one is None:
+        raise _Bad("null")
+    if not isinstance(one, dict):
+        raise _Bad("wrong_type")
+    good: dict[str, Any] = {}
+    for name, value in one.items():
+        try:
+            key, checked = _text(name, events.TEXT_CHARS_MAX, may_be_empty=False), _scalar(value)
+            if len(good) == events.ATTRIBUTES_MAX:
+                raise _Bad("too_many")
+            good[key] = checked
+        except _Bad as bad:
+            note(str(bad))
+    return good
+
+
+def _scalar(one: Any) -> events.Scalar:
+    if isinstance(one, bool):
+        return one
+    if isinstance(one, int):
+        if not -(2**63) <= one < 2**63:
+            raise _Bad("too_large")
+        return one
+    if isinstance(one, float):
+        if not math.isfinite(one):
+            raise _Bad("not_finite")
+        return one
+    return _text(one, events.VALUE_CHARS_MAX, may_be_empty=True)
+
+
+def _vector(one: Any, dimension: int) -> list[float]:
+    if not isinstance(one, list):
+        raise _Bad("wrong_type")
+    if len(one) != dimension:
+        raise _Bad("wrong_length")
+    if not all(isinstance(x, int | float) and not isinstance(x, bool) for x in one):
+        raise _Bad("wrong_type")
+    if not all(abs(x) <= _VECTOR_MAX for x in one):  # NaN compares false
+        raise _Bad("not_finite")
+    return one
