@@ -68,6 +68,10 @@ class StoreUnavailable(Unavailable):
     """Redis does not answer, or is still loading."""
 
 
+class SlotUnavailable(StoreUnavailable):
+    """One hash slot of a cluster cannot be used now: it is being moved, or has no node."""
+
+
 class KafkaUnavailable(Unavailable):
     """Kafka does not answer."""
 

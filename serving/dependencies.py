@@ -64,7 +64,12 @@ def start_retriever(
     return Retriever(
         store=store,
         users=UserReader(
-            store, clicks_partitions=settings.clicks_partitions, generation=generation, log=clicks
+            store,
+            clicks_partitions=settings.clicks_partitions,
+            generation=generation,
+            log=clicks,
+            # The other half of the threads answers calls that need not wait.
+            waiters_max=max(1, settings.worker_threads // 2),
         ),
         popularity=popularity,
         paths=registry.make_paths(RecallContext(settings, store, tower, popularity, closing)),

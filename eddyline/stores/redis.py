@@ -38,6 +38,7 @@ from eddyline.schema.partitioning import item_slot
 from eddyline.settings.loader import Settings
 from eddyline.stores import redis_client, user_codec, write_scripts
 from eddyline.stores.log_reset import Logs, accept_in_redis
+from eddyline.stores.redis_cluster import RedisCluster
 from eddyline.stores.redis_errors import translate_error
 from eddyline.stores.redis_url import target
 from eddyline.stores.state_store import (
@@ -331,6 +332,12 @@ class RedisStore(StateStore):
         fence_key = self._fence_key(slot, Source("clicks", partition))
         fence, *values = cast("list[bytes | None]", self._redis.mget(fence_key, *names))
         return user_codec.decode_user(_fence(fence), *values)
+
+    @override
+    def server_of(self, slot: str) -> str:
+        if isinstance(self._redis, RedisCluster):
+            return self._redis.server_of(f"{self._ns}{{{slot}}}")
+        return ""
 
     @override
     @_translated

@@ -143,6 +143,12 @@ class RedisCluster(redis.Redis):
                 self._nodes[address] = self._make(address)
             return self._nodes[address]
 
+    def server_of(self, key: str) -> str:
+        """`host:port` of the node that serves the key, by the last slot map; "" if unknown."""
+        known = self._map
+        owner = None if known is None else known.owners[slot_of(("GET", key)) or 0]
+        return "" if owner is None else named(owner)
+
     def scan_iter(self, *args: Any, **options: Any) -> Iterator[Any]:
         """All keys of all primaries, as redis-py's `scan_iter`.
 

@@ -22,7 +22,7 @@ from redis.exceptions import (
     TryAgainError,
 )
 
-from eddyline.errors import EddylineError, StoreRefused, StoreUnavailable
+from eddyline.errors import EddylineError, SlotUnavailable, StoreRefused, StoreUnavailable
 from eddyline.stores.redis_url import Target
 
 # Temporary errors. Any other error answer (wrong key type, an error in a script) is permanent.
@@ -37,6 +37,8 @@ _TEMPORARY_CODES = (
     "CLUSTERDOWN",
     "TRYAGAIN",
 )
+# Errors of one hash slot: the node answers at once, and its other slots may be well.
+_OF_ONE_SLOT = ("hash slot", "tryagain")
 _TLS_REASON = re.compile(r"\[SSL: ([A-Z0-9_]+)\]")
 _NO_TLS_THERE = {
     "WRONG_VERSION_NUMBER",
@@ -66,9 +68,11 @@ def translate_error(error: RedisError, to: Target) -> EddylineError:
         if not to.cluster:
             return cluster_not_set(to.shown)
         what = "has been moved" if isinstance(error, MovedError) else "is being moved"
-        return StoreUnavailable(
+        return SlotUnavailable(
             f"{at}: hash slot {error.slot_id} {what} to {error.host}:{error.port}"
         )
+    if any(what in text.lower() for what in _OF_ONE_SLOT) or isinstance(error, TryAgainError):
+        return SlotUnavailable(f"{at}: {text}")
     if isinstance(error, _TEMPORARY) or text.startswith(_TEMPORARY_CODES):
         return StoreUnavailable(f"{at}: {text}")
     if isinstance(error, ResponseError):

@@ -311,6 +311,13 @@ class StateStore(Protocol):
     def read_user(self, slot: str, partition: int, user_id: str, generation: str) -> UserState:
         """State of one user for a query, in one round trip."""
 
+    def server_of(self, slot: str) -> str:
+        """The server that holds this slot; slots of one server fail together. "" for the only one.
+
+        Makes no call.
+        """
+        return ""
+
     def popular(self, slot: str, limit: int) -> dict[int, dict[str, int]]:
         """The `limit` top items of each bucket: bucket number -> item id -> milli-clicks."""
 

@@ -170,13 +170,17 @@ class Retriever:
             stored = self._store.read_item_metadata(
                 [item.hit.item_id for item in items], self._item_slots
             )
-            return {
-                item_id: _item_decoder.decode(card.body)
-                for item_id, card in stored.items()
-                if card.body
-            }, ""
-        except (EddylineError, msgspec.MsgspecError) as error:
+        except EddylineError as error:
             return {}, f"redis: no cards: {error}"
+        cards, unusable = {}, list[str]()
+        for item_id, card in stored.items():
+            try:
+                if card.body:
+                    cards[item_id] = _item_decoder.decode(card.body)
+            except msgspec.MsgspecError:
+                unusable.append(item_id)
+        which = f"{len(unusable)} cards cannot be read, such as {unusable[0]!r}" if unusable else ""
+        return cards, which and f"redis: {which}"
 
 
 def _short_because(query: Query, found: int, seen: Collection[str], index: IndexReader) -> str:

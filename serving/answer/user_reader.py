@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
-from eddyline.errors import EddylineError, StoreUnavailable
+from eddyline.errors import EddylineError, SlotUnavailable, StoreUnavailable
 from eddyline.schema.partitioning import partition_of, user_slot
 from eddyline.stores.state_store import LogId, StateStore, UserState
 from serving.answer.deadline import Deadline
 
-# While Redis is away one call per this time tries it; all others answer without it at once, so that
-# a Redis that hangs does not hold every thread for its time-out.
+# While a server of Redis (or one slot of it) is away, one call per this time tries it; all others
+# answer without it at once, so that one that hangs does not hold every thread for its time-out.
 PROBE_S = 0.2
 # Polling for a click: ingest applies one in a few milliseconds, and a read takes about 0.2 ms.
 POLL_S = 0.002
@@ -41,6 +41,19 @@ class AfterStatus:
     why: str
 
 
+@dataclass(slots=True)
+class _Outage:
+    """A server or a slot that does not answer.
+
+    since, probe_at: monotonic; slots: those that were refused, any of which ends it
+    """
+
+    reason: str
+    since: float
+    probe_at: float
+    slots: set[str] = field(default_factory=set)
+
+
 class UserReader:
     """Reads users with their embeddings of one generation. Thread rule: any thread."""
 
@@ -51,73 +64,126 @@ class UserReader:
         clicks_partitions: int,
         generation: str,
         log: LogId | None = None,
+        waiters_max: int = 4,
     ) -> None:
         """clicks_partitions: of the topic; a user's slot follows from it.
 
         log: the log that tokens belong to; state of another log lacks their clicks. None: unchecked
+        waiters_max: calls that may wait for a click at a time; each holds a thread
         """
         self._store = store
         self._log = log
         self._partitions = clicks_partitions
         self._generation = generation
+        self._waiters = threading.BoundedSemaphore(waiters_max)
+        self._waiters_max = waiters_max
         self._lock = threading.Lock()
-        self._away = ""
-        self._away_since = 0.0
-        self._probe_at = 0.0
+        # Key of `_keys` -> its outage.
+        self._outages: dict[str, _Outage] = {}
 
     def partition_of(self, user_id: str) -> int:
         """The partition of `clicks` that holds this user's events."""
         return partition_of(user_id, self._partitions)
 
     def read(self, user_id: str) -> UserState:
-        """What a query needs of this user. Raises StoreUnavailable, at once if Redis is away."""
-        with self._lock:
-            now = time.monotonic()
-            if self._away and now < self._probe_at:
-                raise StoreUnavailable(self._away)
-            self._probe_at = now + PROBE_S
+        """What a query needs of this user.
+
+        Raises StoreUnavailable; at once if the server or the slot of this user is away.
+        """
         partition = self.partition_of(user_id)
+        slot = user_slot(partition)
+        self._check_away(slot)
         try:
-            state = self._store.read_user(
-                user_slot(partition), partition, user_id, self._generation
-            )
+            state = self._store.read_user(slot, partition, user_id, self._generation)
         except StoreUnavailable as error:
-            with self._lock:
-                self._away_since = self._away_since if self._away else time.monotonic()
-                self._away = str(error)
-                self._probe_at = time.monotonic() + PROBE_S
+            self._note_away(slot, error)
             raise
         except (EddylineError, msgspec.MsgspecError) as error:
             raise StoreUnavailable(f"the user's state cannot be used: {error}") from None
-        self._away = ""
+        if self._outages:
+            with self._lock:
+                self._outages = {k: o for k, o in self._outages.items() if slot not in o.slots}
         return state
+
+    def _check_away(self, slot: str) -> None:
+        """Raise StoreUnavailable if the slot is away, unless it is time to try it again."""
+        if not self._outages:
+            return
+        with self._lock:
+            now = time.monotonic()
+            found = [
+                self._outages[key]
+                for key in (_slot_key(slot), self._server_key(slot))
+                if key in self._outages
+            ]
+            for outage in found:
+                if now < outage.probe_at:
+                    raise StoreUnavailable(outage.reason)
+            for outage in found:
+                outage.probe_at = now + PROBE_S
+
+    def _note_away(self, slot: str, error: StoreUnavailable) -> None:
+        key = _slot_key(slot) if isinstance(error, SlotUnavailable) else self._server_key(slot)
+        with self._lock:
+            now = time.monotonic()
+            outage = self._outages.setdefault(key, _Outage(str(error), now, now))
+            outage.reason, outage.probe_at = str(error), now + PROBE_S
+            outage.slots.add(slot)
+
+    def _server_key(self, slot: str) -> str:
+        return f"server {self._store.server_of(slot)}"
 
     def read_after(
         self, user_id: str, after: AfterToken, deadline: Deadline
     ) -> tuple[UserState, AfterStatus]:
-        """The user once `after` is applied, or at the end of the wait. Raises StoreUnavailable."""
+        """The user once `after` is applied, or at the end of the wait.
+
+        Does not wait if `waiters_max` calls do already. Raises StoreUnavailable.
+        """
+        waits = False
         begun = time.monotonic()
         until = begun + min(after.wait_ms / 1000, deadline.left_s() - ANSWER_S)
         pause = POLL_S
-        while True:
-            state = self.read(user_id)
-            reached = -1 if state.fence is None else state.fence.offset
-            now = time.monotonic()
-            waited_ms = int((now - begun) * 1000)
-            other_log = state.fence is not None and self._log not in (None, state.fence.log)
-            if reached >= after.offset and not other_log:
-                return state, AfterStatus(True, waited_ms, "")
-            if other_log:
-                why = "the state was written for another log of clicks; see `eddyline accept-log`"
-                return state, AfterStatus(False, waited_ms, why)
-            if now >= until:
-                applied = f"partition {after.partition} is applied up to offset {reached}"
-                why = f"{applied}, not {after.offset}"
-                return state, AfterStatus(False, waited_ms, why)
-            time.sleep(min(pause, until - now))
-            pause = min(2 * pause, POLL_S_MAX)
+        try:
+            while True:
+                state = self.read(user_id)
+                now = time.monotonic()
+                waited_ms = int((now - begun) * 1000)
+                why = self._why_not_applied(state, after)
+                # Another log does not become the right one by waiting.
+                if not why or self._of_other_log(state) or now >= until:
+                    return state, AfterStatus(not why, waited_ms, why)
+                if not waits:
+                    waits = self._waiters.acquire(blocking=False)
+                if not waits:
+                    why = f"too many wait already: {self._waiters_max} calls; {why}"
+                    return state, AfterStatus(False, waited_ms, why)
+                time.sleep(min(pause, until - now))
+                pause = min(2 * pause, POLL_S_MAX)
+        finally:
+            if waits:
+                self._waiters.release()
+
+    def _of_other_log(self, state: UserState) -> bool:
+        return state.fence is not None and self._log not in (None, state.fence.log)
+
+    def _why_not_applied(self, state: UserState, after: AfterToken) -> str:
+        """Why the state does not include the click; "" if it does."""
+        if self._of_other_log(state):
+            return "the state was written for another log of clicks; see `eddyline accept-log`"
+        reached = -1 if state.fence is None else state.fence.offset
+        if reached >= after.offset:
+            return ""
+        applied = f"partition {after.partition} is applied up to offset {reached}"
+        return f"{applied}, not {after.offset}"
 
     def missing(self) -> str:
-        """Why Redis cannot be used now, and since when; "" if it can."""
-        away = self._away
-        return f"{away} (since {time.monotonic() - self._away_since:.1f} s)" if away else ""
+        """What of Redis cannot be used now, why, and since when; "" if all can."""
+        with self._lock:
+            outages = list(self._outages.values())
+        now = time.monotonic()
+        return "; ".join(f"{o.reason} (since {now - o.since:.1f} s)" for o in outages)
+
+
+def _slot_key(slot: str) -> str:
+    return f"slot {slot}"

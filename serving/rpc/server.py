@@ -10,18 +10,31 @@ from typing import Literal
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from eddyline.errors import SettingsError
+from eddyline.schema.events import ID_BYTES_MAX
 from eddyline.settings.loader import Settings
+from index.filters import LIST_IDS_MAX, RANGES_MAX, TERMS_MAX
 from serving.proto import retrieval_pb2, retrieval_pb2_grpc, shard_pb2, shard_pb2_grpc
+from serving.rpc import rooms
 from serving.rpc.retrieval_service import RetrievalService
+from serving.rpc.rooms import Room, Rooms
 from serving.rpc.shard_service import ShardService
 
-# A good request has about 300 bytes; one with a user id of 10 kB still gets an error message.
-REQUEST_BYTES_MAX = 64 * 1024
+# An id or a name on the wire: tag, length and two bytes of bounds around it.
+_TEXT_BYTES = ID_BYTES_MAX + 8
+# The largest request whose fields are all within their limits, and room for an error message about
+# one that is not: two lists of ids, three of terms, the ranges and the user.
+REQUEST_BYTES_MAX = (
+    (2 * LIST_IDS_MAX + 3 * TERMS_MAX) * _TEXT_BYTES + RANGES_MAX * (_TEXT_BYTES + 32) + 64 * 1024
+)
 # A coordinator names the items to exclude: 100,000 ids of 40 bytes.
-SHARD_REQUEST_BYTES_MAX = 4 * 1024 * 1024
+SHARD_REQUEST_BYTES_MAX = 4 * 1024 * 1024 + REQUEST_BYTES_MAX
+# Health and Stats are short; so many may wait.
+CONTROL_CALLS_MAX = 64
+# An idle connection is asked whether it lives, and ended if it does not answer.
+KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS = 60_000, 20_000
 SHARD_NAME = shard_pb2.DESCRIPTOR.services_by_name["Shard"].full_name
 NAME = retrieval_pb2.DESCRIPTOR.services_by_name["Retrieval"].full_name
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -81,11 +94,15 @@ class WorkerServer:
         part = shard is not None and not shard.assignment.whole
         # A worker of one shard does not answer users: its Retrieval stays NOT_SERVING.
         self._served = ("", SHARD_NAME if part else NAME)
+        # As many calls may wait as run at a time; further ones get RESOURCE_EXHAUSTED.
+        queries = Room("query", threads, 2 * threads)
+        self._rooms = Rooms(queries, _other_rooms())
         self._server = grpc.server(
-            ThreadPoolExecutor(threads, thread_name_prefix="query"),
-            # As many calls may wait as run at a time; further ones get RESOURCE_EXHAUSTED.
-            maximum_concurrent_rpcs=2 * threads,
+            queries,
+            interceptors=[self._rooms],
             options=[
+                ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+                ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
                 # Off for one process: a second worker on this port would take half of the calls.
                 ("grpc.so_reuseport", int(port is not None)),
                 (
@@ -106,7 +123,8 @@ class WorkerServer:
             add_shard(shard, self._server)  # type: ignore[no-untyped-call]
             names.append(SHARD_NAME)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection(names, self._server)
+        bounded = rooms.BoundedReflection(names, rooms.REFLECTION_IDLE_S, rooms.REFLECTION_S_MAX)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(bounded, self._server)
         for name in {"", NAME, *self._served}:
             self._health.set(name, NOT_SERVING)
         address = f"{host}:{getattr(settings, f'{role}_port')}" if port is None else port.address
@@ -128,6 +146,18 @@ class WorkerServer:
         """Refuse new calls, let the running ones end, cancel them after `grace_s`."""
         self._health.enter_graceful_shutdown()
         self._server.stop(grace_s).wait(grace_s + 1)
+        self._rooms.close()
+
+
+def _other_rooms() -> dict[str, Room]:
+    """Full method name -> its room, for calls that must not use a query's thread."""
+    control = Room("health", 1, CONTROL_CALLS_MAX)
+    streams = rooms.REFLECTION_STREAMS_MAX
+    return {
+        f"/{health.SERVICE_NAME}/Check": control,
+        f"/{NAME}/Stats": Room("stats", 1, CONTROL_CALLS_MAX),
+        f"/{reflection.SERVICE_NAME}/ServerReflectionInfo": Room("reflection", streams, streams),
+    }
 
 
 def _reserve(host: str, port: int) -> tuple[socket.socket, int]:

@@ -533,7 +533,7 @@ def test_waiting_for_a_click_stays_within_the_deadline(client: Client, world: Wo
 
 def test_a_request_that_is_far_too_large_is_refused(client: Client) -> None:
     with pytest.raises(CallFailed, match="RESOURCE_EXHAUSTED"):
-        client.retrieve("u" * 100_000, 5)
+        client.retrieve("u" * 4_000_000, 5)
     assert client.retrieve("ana", 5).items
 
 

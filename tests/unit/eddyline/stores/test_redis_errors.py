@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from redis import exceptions
 
-from eddyline.errors import StoreRefused, StoreUnavailable
+from eddyline.errors import SlotUnavailable, StoreRefused, StoreUnavailable
 from eddyline.settings.loader import Settings
 from eddyline.stores.redis_errors import translate_error
 from eddyline.stores.redis_url import target
@@ -20,6 +20,7 @@ def translated(
 
 
 WAITED = StoreUnavailable.__name__
+OF_ONE_SLOT = SlotUnavailable.__name__
 REFUSED = StoreRefused.__name__
 
 
@@ -43,7 +44,7 @@ REFUSED = StoreRefused.__name__
         (exceptions.MasterDownError("Link with MASTER is down"), WAITED, "MASTER"),
         (
             exceptions.TryAgainError("Multiple keys request during rehashing of slot"),
-            WAITED,
+            OF_ONE_SLOT,
             "rehashing",
         ),
         (exceptions.ResponseError("MISCONF Errors writing to the AOF file"), WAITED, "MISCONF"),
@@ -99,7 +100,7 @@ def test_what_waiting_heals_is_waited_for_and_the_rest_refused(
 
 def test_a_slot_that_moves_is_waited_for_in_a_cluster() -> None:
     assert translated(exceptions.AskError("7 h:2"), cluster=True) == (
-        f"{WAITED} Redis at redis://ann:***@h:1/0: hash slot 7 is being moved to h:2"
+        f"{OF_ONE_SLOT} Redis at redis://ann:***@h:1/0: hash slot 7 is being moved to h:2"
     )
     assert "asks for a user and a password" in translated(
         exceptions.AuthenticationError("x"), "redis://h:1"
