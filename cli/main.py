@@ -280,6 +280,7 @@ def plan(
     dimension: Annotated[int, typer.Option(min=1, help="Length of the vectors.")] = 64,
     item_bytes: Annotated[int, typer.Option(min=0, help="An item as JSON.")] = 300,
     clicks_a_day: Annotated[str, typer.Option(help="By default one for each user.")] = "0",
+    forgotten_a_day: Annotated[str, typer.Option(help="Merged visitors included.")] = "0",
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, in bytes.")] = False,
 ) -> None:
     """Say how much memory Redis and a query worker need; a running Redis measures it."""
@@ -292,6 +293,7 @@ def plan(
         dimension=dimension,
         item_json=item_bytes,
         clicks_a_day=planning.amount(clicks_a_day),
+        forgotten_a_day=planning.amount(forgotten_a_day),
     )
     settings = load()  # needs no Kafka
     planning.show(settings if settings.redis_url else _settings(), sizes, as_json=as_json)

@@ -161,20 +161,25 @@ class KafkaForwarder(Forwarder, ForgetSink):
     """Writes to the record's own topic, and forgotten users to `clicks`."""
 
     def __init__(self, settings: Settings, producer: KafkaProducer) -> None:
+        self._settings = settings
         self._clicks = settings.prefixed(CLICKS)
         self._delivery = Delivery(producer, settings.kafka_timeout_ms / 1000)
         self._letters = KafkaDeadLetters(settings, producer, self._delivery)
 
     @override
     def forward(self, record: Record, key: bytes, value: bytes, partition: int) -> None:
-        origin = ("origin", coordinates(record).encode())
-        headers = [(n, bytes(v)) for n, v in record.headers if n != "origin" and v is not None]
-        if record_bytes(key, value, [*headers, origin]) > FORWARD_BYTES_MAX:
+        origin = [
+            ("origin", coordinates(record).encode()),
+            (events.ORIGIN_MS, str(first_append_ms(record)).encode()),
+        ]
+        names = {name for name, _ in origin}
+        headers = [(n, bytes(v)) for n, v in record.headers if n not in names and v is not None]
+        if record_bytes(key, value, [*headers, *origin]) > FORWARD_BYTES_MAX:
             headers = [
                 h for h in headers if h[0] == "produced_us" and len(h[1]) <= _STAMP_BYTES_MAX
             ]
             headers = headers[:1]
-        size = record_bytes(key, value, [*headers, origin])
+        size = record_bytes(key, value, [*headers, *origin])
         if size > FORWARD_BYTES_MAX:
             raise _too_large(f"{size:,} bytes with key and origin, {FORWARD_BYTES_MAX:,} allowed")
         refused = _too_large(f"the broker refuses its size; it has {size:,} bytes")
@@ -185,13 +190,13 @@ class KafkaForwarder(Forwarder, ForgetSink):
             lambda: self._letters.put(unsent, refused),
             key=key,
             partition=partition,
-            headers=[*headers, origin],
+            headers=[*headers, *origin],
         )
 
     @override
     def forget(self, record: Record, user_id: str) -> None:
         """A user's clicks and profile lie in the same partition number."""
-        value = events.encode(events.Forget(user_id=user_id, forget_until_ms=record.timestamp))
+        value = events.encode(forget_of(self._settings, record, user_id))
         origin = [("origin", coordinates(record).encode())]
         self._delivery.send(
             self._clicks, value, key=user_id.encode(), partition=record.partition, headers=origin
@@ -243,6 +248,24 @@ def _letter(
         headers.append(("sha256", hashlib.sha256(value).hexdigest().encode()))
         value = value[:value_max]
     return value, headers
+
+
+def first_append_ms(record: Record) -> int:
+    """Broker's time stamp of the record's first append, ms; its own if it was not forwarded."""
+    origin_ms = events.origin_ms(record.headers)
+    return record.timestamp if origin_ms is None else min(origin_ms, record.timestamp)
+
+
+def forget_of(settings: Settings, record: Record, user_id: str) -> events.Forget:
+    """The Forget record of a null record in `users`; it carries the settings of now."""
+    until_ms = record.timestamp
+    return events.Forget(
+        user_id=user_id,
+        forget_until_ms=until_ms,
+        keep_after_ms=min(until_ms + settings.far_future_ms_max, events.AT_MS_MAX),
+        users_offset=record.offset,
+        ends_ms=until_ms + settings.forgotten_kept_d * 86_400_000,
+    )
 
 
 def _translate(topic: str, error: KafkaError) -> Exception:

@@ -93,6 +93,7 @@ class Outcome:
     forwarded:  sent to their own partition: strays, and what a merge moves (one for each event
                 moved)
     steps:      micro-steps taken
+    forgotten:  dropped: events of a forgotten user from before that, see `schema.erasure`
     late:       applied, but too late for their user's list
     repeated:   at or below a fence: applied before, skipped for that slot
     """
@@ -104,6 +105,7 @@ class Outcome:
     forwarded: int = 0
     steps: int = 0
     late: int = 0
+    forgotten: int = 0
     repeated: int = 0
 
     def add(self, other: Outcome) -> None:

@@ -12,14 +12,15 @@ from typing_extensions import override
 
 from eddyline.errors import FenceMoved, Rejected, Unavailable
 from eddyline.kafka.topics import USERS
-from eddyline.schema import validation
+from eddyline.schema import events, validation
+from eddyline.schema.erasure import is_outdated
 from eddyline.schema.partial import Omitted
 from eddyline.schema.partitioning import user_slot
 from eddyline.settings.loader import Settings
-from eddyline.stores.state_store import Source, StateStore
+from eddyline.stores.state_store import ProfilePlace, Source, StateStore
 from streams.clicks.user_cache import UserCache
 from streams.fences import PartitionFences
-from streams.ports import DeadLetterSink, ForgetSink, Handler, Outcome, RecordBatch
+from streams.ports import DeadLetterSink, ForgetSink, Handler, Outcome, Record, RecordBatch
 
 
 class UserHandler(Handler):
@@ -55,7 +56,7 @@ class UserHandler(Handler):
 
     @override
     def move_fences(self, partition: int, offset: int) -> None:
-        self._write(partition, {}, {}, offset)
+        self._write(partition, {}, {}, {}, offset)
 
     @override
     def apply(self, batches: Sequence[RecordBatch]) -> list[Outcome | Exception]:
@@ -74,6 +75,7 @@ class UserHandler(Handler):
         outcome = Outcome(records=len(records))
         profiles: dict[str, Mapping[str, object] | None] = {}
         until_ms: dict[str, int] = {}
+        places: dict[str, ProfilePlace] = {}
         sent = self.fences.forwarded_up_to(partition)
         for record in records:
             try:
@@ -89,18 +91,23 @@ class UserHandler(Handler):
                 self._dead_letters.put(record, rejected)
                 outcome.rejected += 1
                 continue
+            outcome.applied += 1
             attributes = None if profile is None else profile.attributes
+            place = _place(record)
+            if attributes is not None and profiles.get(user_id) is not None:
+                if is_outdated(place, places[user_id]):
+                    continue
             if profile is None and self._forgets is not None and record.offset > sent:
                 self._forgets.forget(record, user_id)
             forgotten_before = user_id in profiles and profiles[user_id] is None
             if forgotten_before and attributes is not None:
                 # The new profile must not hide that the list and the embedding are to be deleted.
-                self._write(partition, profiles, until_ms, record.offset - 1)
+                self._write(partition, profiles, until_ms, places, record.offset - 1)
                 profiles = {}
             profiles[user_id] = attributes
             until_ms[user_id] = record.timestamp
-            outcome.applied += 1
-        self._write(partition, profiles, until_ms, batch.last)
+            places[user_id] = place
+        self._write(partition, profiles, until_ms, places, batch.last)
         return outcome
 
     def _write(
@@ -108,6 +115,7 @@ class UserHandler(Handler):
         partition: int,
         profiles: dict[str, Mapping[str, object] | None],
         until_ms: Mapping[str, int],
+        places: Mapping[str, ProfilePlace],
         offset: int,
     ) -> None:
         self._dead_letters.flush()
@@ -116,7 +124,13 @@ class UserHandler(Handler):
         source, slot = Source(USERS, partition), user_slot(partition)
         expected, new = self.fences.expected(source, slot), self.fences.fence(offset)
         self._store.write_profiles(
-            slot, source, expected, new, profiles, self._generations, until_ms
+            slot, source, expected, new, profiles, self._generations, until_ms, places
         )
         self.fences.moved(source, slot, new)
         self._user_cache.profiles_written(slot, expected, new, profiles)
+
+
+def _place(record: Record) -> ProfilePlace:
+    """A replayed dead letter is as old as its first append, wherever it stands now."""
+    origin_ms = events.origin_ms(record.headers)
+    return (record.offset, record.timestamp) if origin_ms is None else (-1, origin_ms)

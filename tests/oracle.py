@@ -24,6 +24,7 @@ import numpy as np
 
 from eddyline.errors import EddylineError, Rejected
 from eddyline.kafka import topics as kafka_topics
+from eddyline.schema.erasure import digest
 from eddyline.schema.item_record import ItemRecord, decode_record
 from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
@@ -266,6 +267,7 @@ def _users(
             want.embeddings[generation],
         )
         found.same_maps("profile", slot, have.profiles, want.profiles)
+        found.same_maps("erasure", slot, have.erasures, want.erasures)
         found.counts["list entry"] = found.counts.get("list entry", 0) + sum(
             len(b.entries) for b in lists[1].values()
         )
@@ -275,7 +277,7 @@ def _users(
 # slot's tag.
 _KEY = re.compile(
     r"(?:(?P<layout>layout)|fence:\{(?P<fence>[ui]\d+)\}:[^:]+:\d+|\{(?P<slot>[ui]\d+)\}:"
-    r"(?:(?P<whole>window|buckets)|popular:(?P<bucket>\d+)|(?P<kind>[hopc]):(?P<id>.+)"
+    r"(?:(?P<whole>window|buckets|generations)|popular:(?P<bucket>\d+)|(?P<kind>[hopcf]):(?P<id>.+)"
     r"|e:(?P<generation>[^:]+):(?P<learner>.+)))",
     re.DOTALL,
 )
@@ -291,6 +293,7 @@ def _keys(settings: Settings, expected: Truth, generation: str, found: Compared)
         "o": lists,
         "p": {f"{slot}:{user}" for slot, user in state.profiles},
         "c": set(state.items),
+        "f": {f"{slot}:{digest(user)}" for slot, user in state.erasures},
         f"e:{generation}": {
             f"{slot}:{user}" for slot, gen, user in state.embeddings if gen == generation
         },

@@ -30,6 +30,8 @@ from eddyline.stores.state_store import Fence, LogId
 _UNITS = {"k": 10**3, "M": 10**6, "G": 10**9}
 # Table of keys, which `MEMORY USAGE` leaves out. In Valkey: 64 bytes for 7 keys, 2/3 full.
 _TABLE_KEY = 15
+# An entry in the table of expiry times: a pointer and a number, tables half full.
+_EXPIRY = 48
 # Sample sizes of a window and of a bucket; larger ones cost as much for each blob and member.
 _SAMPLE_BLOBS, _SAMPLE_MEMBERS = 16, 2_000
 # Up to 3 MB garbage of the Lua interpreter (measured) and buffers of some dozens of connections.
@@ -47,6 +49,7 @@ class Sizes:
     """The state to plan for; lengths in bytes.
 
     history: events of a user; profile, item_json: encoded size; clicks_a_day: 0: one a user
+    forgotten_a_day: users forgotten each day, merged visitors included
     """
 
     users: int
@@ -60,6 +63,7 @@ class Sizes:
     item_json: int = 300
     clicks_a_day: int = 0
     generations: int = 1
+    forgotten_a_day: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,15 +154,23 @@ def _redis_parts(settings: Settings, sizes: Sizes, meter: Meter) -> list[Part]:
     recent, older = list_values(min(sizes.history, settings.history_length_max), sizes.item_id)
     lists = meter.string(user_key, recent) + (meter.string(user_key, older) if older else 0)
     embedding = meter.string(user_key + 2, bytes(4 + 4 * sizes.dimension))
-    profile = meter.string(user_key, bytes(sizes.profile)) if sizes.profile else 0
+    erasures = sizes.forgotten_a_day * settings.forgotten_kept_d
+    erasure = meter.string(prefix + 64, bytes(24)) + _EXPIRY if erasures else 0
+    names = meter.string(prefix + 8, bytes(8 * sizes.generations))
+    profile = meter.string(user_key, bytes(16 + sizes.profile)) if sizes.profile else 0
     metadata = meter.string(item_key, bytes(12 + sizes.item_json))
     ids = [f"{n:0{sizes.event_id}d}" for n in range(settings.chunk_records_max)]
     blob = user_codec.encode_accepted({event_id: n for n, event_id in enumerate(ids)}, 0)
     keys = users * (1 + bool(older) + bool(sizes.profile)) + vectors + items + fences
+    keys += erasures + settings.clicks_partitions
     return [
         Part("user histories", users, users * lists),
         Part("user-ID embeddings", vectors, vectors * embedding),
         Part("profiles", users, users * profile),
+        Part("forgotten users", erasures, erasures * erasure),
+        Part(
+            "names of generations", settings.clicks_partitions, settings.clicks_partitions * names
+        ),
         Part("item metadata", items, items * metadata),
         Part("event-id windows", window, round(window / len(ids) * meter.list_blob(blob))),
         Part(

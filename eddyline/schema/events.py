@@ -82,16 +82,28 @@ class Merge(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Forget(msgspec.Struct, frozen=True, kw_only=True):
-    """Tombstone in `clicks`: ignore this user's events up to `forget_until_ms`.
+    """Tombstone in `clicks`: the boundary of an erasure, see `schema.erasure`.
 
     Ingest writes it for a null record in `users`. The two topics have no common order, so reading
     `clicks` again (after Redis was emptied) would restore the user. Idempotent.
 
-    forget_until_ms: event time; the broker's time stamp of the null record
+    forget_until_ms: the broker's time stamp of the null record
+    keep_after_ms:   events before this record stay if they are dated later; None, in records of
+                     older versions: `forget_until_ms`
+    users_offset:    offset of the null record in `users`; -1: unknown
+    ends_ms:         records appended later are not checked against this one any more
     """
 
     user_id: Id
     forget_until_ms: AtMs
+    keep_after_ms: AtMs | None = None
+    users_offset: Annotated[int, Meta(ge=-1, le=2**63 - 1)] = -1
+    ends_ms: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+
+    @property
+    def bound_ms(self) -> int:
+        """`keep_after_ms`, never before `forget_until_ms`."""
+        return max(self.forget_until_ms, self.keep_after_ms or 0)
 
     @property
     def event_id(self) -> None:
@@ -99,6 +111,8 @@ class Forget(msgspec.Struct, frozen=True, kw_only=True):
         return None
 
 
+# Header of a record that was forwarded or replayed: the time of its first append, ms as text.
+ORIGIN_MS = "origin_ms"
 # Context of a click moved by a merge: it enters the history and has no other effect.
 MOVED = {"eddyline.moved": True}
 
@@ -283,10 +297,22 @@ def _decode(decoder: msgspec.json.Decoder[_T], value: bytes | None) -> _T:
 
 def produced_us(headers: Sequence[tuple[str, bytes | None]]) -> int:
     """The producer's time stamp, microseconds; 0 if missing or malformed."""
+    return _number(headers, "produced_us") or 0
+
+
+def origin_ms(headers: Sequence[tuple[str, bytes | None]]) -> int | None:
+    """Broker's time stamp of the first append of a record that was forwarded or replayed, ms.
+
+    None for any other record, and for a malformed header.
+    """
+    return _number(headers, ORIGIN_MS)
+
+
+def _number(headers: Sequence[tuple[str, bytes | None]], wanted: str) -> int | None:
     for name, value in headers:
-        if name == "produced_us" and value is not None and value.isdigit() and len(value) <= 18:
+        if name == wanted and value is not None and value.isdigit() and len(value) <= 18:
             return int(value)
-    return 0
+    return None
 
 
 _Timed = TypeVar("_Timed", bound=Click | Item | UserProfile)

@@ -24,6 +24,10 @@ class IngestSettings(msgspec.Struct, frozen=True, kw_only=True):
     partition."""
     far_future_ms_max: Annotated[int, within(0, 86_400_000)] = 300_000
     """A record is rejected if its `at_ms` is more than this after the broker's time stamp."""
+    forgotten_kept_d: Annotated[int, within(1, 36_500)] = 400
+    """For so many days after a user was forgotten, events from before that arrive later are
+    dropped. At least as long as dead letters and clicks are kept, and the oldest copies of
+    Redis."""
     item_vector_dimension: Annotated[int, within(0, 4_096)] = 0
     """Length of the dense features that an item may carry in `vector`; 0 rejects them."""
 

@@ -6,7 +6,7 @@ from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import Layout
 
 # Increases when keys in Redis or records in our topics change their meaning.
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 
 
 def layout(settings: Settings) -> Layout:

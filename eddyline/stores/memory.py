@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from eddyline.errors import EddylineError, FenceMoved, StoreRefused, StoreUnavailable
 from eddyline.schema import user_history
+from eddyline.schema.erasure import Erasure, is_outdated
 from eddyline.schema.partitioning import item_slot
 from eddyline.schema.user_history import UserHistory
 from eddyline.stores.log_reset import Logs, decide, metadata_is_current, was_replaced
@@ -21,6 +22,7 @@ from eddyline.stores.state_store import (
     ItemMetadata,
     ItemMetadataWrite,
     Layout,
+    ProfilePlace,
     SlotRead,
     Source,
     StateStore,
@@ -40,6 +42,9 @@ class _State:
     histories: dict[tuple[str, str], tuple[UserHistory, int]] = field(default_factory=dict)
     embeddings: dict[tuple[str, str, str], tuple[int, bytes]] = field(default_factory=dict)
     profiles: dict[tuple[str, str], dict[str, object]] = field(default_factory=dict)
+    profile_places: dict[tuple[str, str], ProfilePlace] = field(default_factory=dict)
+    erasures: dict[tuple[str, str], Erasure] = field(default_factory=dict)
+    generations: dict[str, tuple[str, ...]] = field(default_factory=dict)
     buckets: dict[str, dict[int, dict[str, int]]] = field(default_factory=dict)
     items: dict[str, ItemMetadata] = field(default_factory=dict)
 
@@ -114,8 +119,15 @@ class MemoryStore(StateStore):
                     del window[event_id]
             for user in effects.emptied:
                 state.histories.pop((slot, user), None)
-                for generation in effects.embeddings:
+                for generation in {*effects.embeddings, *effects.generations}:
                     state.embeddings.pop((slot, generation, user), None)
+            for user in effects.dropped_profiles:
+                state.profiles.pop((slot, user), None)
+                state.profile_places.pop((slot, user), None)
+            for user, erasure in effects.erasures.items():
+                state.erasures[slot, user] = erasure
+            if effects.generations and any(effects.embeddings.values()):
+                state.generations[slot] = effects.generations
             for user, history in effects.histories.items():
                 stored = msgspec.structs.replace(history, entries=tuple(history.entries))
                 state.histories[slot, user] = (stored, applied_us)
@@ -130,7 +142,8 @@ class MemoryStore(StateStore):
             self._open()
             accepted = dict(self._state.window.get(slot, {}))
             fence = self._state.fences.get((slot, source))
-            return SlotRead(fence, self._users_fence(slot, source), accepted)
+            generations = self._state.generations.get(slot, ())
+            return SlotRead(fence, self._users_fence(slot, source), accepted, generations)
 
     @override
     def read_many(self, queries: Sequence[UserQuery]) -> list[UserRead]:
@@ -158,14 +171,22 @@ class MemoryStore(StateStore):
         profiles: Mapping[str, Mapping[str, object] | None],
         generations: Sequence[str],
         until_ms: Mapping[str, int] | None = None,
+        places: Mapping[str, ProfilePlace] | None = None,
     ) -> None:
         with self._lock:
             self._move(slot, source, expected, new)
             for user, profile in profiles.items():
                 if profile is not None:
-                    self._state.profiles[slot, user] = dict(profile)
+                    place = (places or {}).get(user, (new.offset, 0))
+                    erasure = self._state.erasures.get((slot, user))
+                    stored = self._state.profile_places.get((slot, user), (-1, -1))
+                    covered = erasure is not None and erasure.covers_profile(*place)
+                    if not covered and not is_outdated(place, stored):
+                        self._state.profiles[slot, user] = dict(profile)
+                        self._state.profile_places[slot, user] = place
                     continue
                 self._state.profiles.pop((slot, user), None)
+                self._state.profile_places.pop((slot, user), None)
                 listed = self._state.histories.get((slot, user))
                 limit = (until_ms or {}).get(user)
                 if listed is not None and limit is not None and listed[0].appended_ms > limit:
@@ -310,6 +331,12 @@ class MemoryStore(StateStore):
                 for generation in query.generations
             },
             profiles={u: state.profiles[slot, u] for u in user_ids if (slot, u) in state.profiles},
+            erasures={u: state.erasures[slot, u] for u in user_ids if (slot, u) in state.erasures},
+            profile_places={
+                u: state.profile_places[slot, u]
+                for u in user_ids
+                if (slot, u) in state.profile_places
+            },
         )
 
     def _users_fence(self, slot: str, source: Source) -> str:

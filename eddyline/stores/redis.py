@@ -9,7 +9,10 @@ tag:
     <ns>{u3}:h:<user>                   *recent* history and stamps, see `schema.user_history`
     <ns>{u3}:o:<user>                   *older* history, absent if the history is short
     <ns>{u3}:e:<generation>:<user>      user-ID embedding: steps (uint32), float32[d], little-endian
-    <ns>{u3}:p:<user>                   profile attributes, MessagePack map
+    <ns>{u3}:p:<user>                   profile: offset in `users` (int64), ms of its first append
+                                        (int64), attributes (MessagePack map)
+    <ns>{u3}:f:<SHA-256 of user>        erasure of a forgotten user, see `schema.erasure`; expires
+    <ns>{u3}:generations                every generation with embeddings here, MessagePack array
     <ns>fence:{i0}:clicks:3             fence of the same partition for the popularity counts
     <ns>fence:{i0}:items:0              fence of the item metadata
     <ns>fence:{i0}:items@1:0            fence of the item vectors published for generation 1
@@ -46,6 +49,7 @@ from eddyline.stores.state_store import (
     ItemMetadata,
     ItemMetadataWrite,
     Layout,
+    ProfilePlace,
     SlotRead,
     Source,
     StateStore,
@@ -89,6 +93,8 @@ class RedisStore(StateStore):
         self.address = self._target.shown
         self._closed = False
         self._ns = settings.key_prefix
+        # A record may be applied this long after its append.
+        self._garbage_ms = settings.clicks_retention_h * 3_600_000
         self._redis = redis_client.client(settings)
         self._scripts = {
             name: redis_client.Script(self._redis, write_scripts.text(name))
@@ -158,6 +164,7 @@ class RedisStore(StateStore):
         # Reading page by page is exact: only the owner of the fence writes to the window.
         key, users = f"{self._ns}{{{slot}}}:window", Source("users", source.partition)
         before, users_fence = (self._redis.get(self._fence_key(slot, s)) for s in (source, users))
+        generations = cast("bytes | None", self._redis.get(f"{self._ns}{{{slot}}}:generations"))
         blobs: list[bytes] = []
         while page := cast(
             "list[bytes]", self._redis.lrange(key, len(blobs), len(blobs) + _PAGE - 1)
@@ -169,7 +176,12 @@ class RedisStore(StateStore):
         text = "" if users_fence is None else cast(bytes, users_fence).decode()
         fence = _fence(before)
         done = -1 if fence is None else fence.offset
-        return SlotRead(fence, text, user_codec.decode_accepted(blobs, done))
+        return SlotRead(
+            fence,
+            text,
+            user_codec.decode_accepted(blobs, done),
+            user_codec.decode_generations(generations),
+        )
 
     @override
     @_translated
@@ -178,6 +190,7 @@ class RedisStore(StateStore):
             for query in queries:
                 tag = f"{self._ns}{{{query.slot}}}"
                 names = user_codec.user_keys(tag, query.user_ids, query.generations)
+                names += user_codec.erasure_keys(tag, query.user_ids)
                 pipe.mget([self._fence_key(query.slot, query.source), *names])
             answers = pipe.execute()
         return [
@@ -224,7 +237,9 @@ class RedisStore(StateStore):
         return _check_fence(answer, keys, args)
 
     def _users_call(self, write: UserWrite) -> tuple[list[str], list[Any]]:
-        keys, args = user_codec.encode_users(f"{self._ns}{{{write.slot}}}", write.effects)
+        keys, args = user_codec.encode_users(
+            f"{self._ns}{{{write.slot}}}", write.effects, self._garbage_ms
+        )
         users_fence = self._fence_key(write.slot, Source("users", write.source.partition))
         expected = "-" if write.effects.profiles is None else write.effects.profiles
         return self._fenced(
@@ -247,15 +262,20 @@ class RedisStore(StateStore):
         profiles: Mapping[str, Mapping[str, object] | None],
         generations: Sequence[str],
         until_ms: Mapping[str, int] | None = None,
+        places: Mapping[str, ProfilePlace] | None = None,
     ) -> None:
         tag = f"{self._ns}{{{slot}}}"
         kept = {user: profile for user, profile in profiles.items() if profile is not None}
         gone = [user for user, profile in profiles.items() if profile is None]
         kinds = ["p", "h", "o", *(f"e:{generation}" for generation in generations)]
-        keys = [f"{tag}:p:{user}" for user in kept] + [
-            f"{tag}:{kind}:{u}" for u in gone for kind in kinds
+        keys = [f"{tag}:p:{user}" for user in kept]
+        keys += user_codec.erasure_keys(tag, kept)
+        keys += [f"{tag}:{kind}:{u}" for u in gone for kind in kinds]
+        args: list[Any] = [len(kept), len(kinds)]
+        args += [
+            user_codec.encode_profile(profile, (places or {}).get(user, (new.offset, 0)))
+            for user, profile in kept.items()
         ]
-        args: list[Any] = [len(kept), len(kinds), *map(msgspec.msgpack.encode, kept.values())]
         args += [(until_ms or {}).get(user, "") for user in gone]
         self._write("write_profiles", *self._fenced(slot, source, expected, new, keys, args))
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from eddyline.errors import EddylineError
+from eddyline.schema.erasure import Erasure
 from eddyline.schema.user_history import CompactEntry, UserHistory
 
 
@@ -49,6 +50,10 @@ class Source:
     partition: int
 
 
+# Of a profile: its offset in `users`, -1 for a replayed dead letter; ms of its first append.
+ProfilePlace = tuple[int, int]
+
+
 @dataclass(frozen=True, slots=True)
 class UserRead:
     """The state that a batch of clicks reads; see `StateStore.read_many`.
@@ -57,6 +62,8 @@ class UserRead:
     profiles:    user id -> attributes; users without a profile are absent
     recent:      user id -> stored *recent* entries, to extend on the next write; if absent, the
                  next write stores the whole history
+    erasures:    user id -> what is kept of a user who was forgotten; other users are absent
+    profile_places: user id -> (offset in `users`, ms of the first append) of the stored profile
     """
 
     fence: Fence | None
@@ -64,6 +71,8 @@ class UserRead:
     embeddings: Mapping[str, Mapping[str, tuple[int, bytes]]]
     profiles: Mapping[str, Mapping[str, object]]
     recent: Mapping[str, Sequence[CompactEntry]] = field(default_factory=dict)
+    erasures: Mapping[str, Erasure] = field(default_factory=dict)
+    profile_places: Mapping[str, ProfilePlace] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +82,13 @@ class SlotRead:
     fence:    fence of `clicks`
     profiles: fence of `users`, as text; "" for none
     accepted: event id -> offset, every id of the window, by offset
+    generations: every generation of which the slot has embeddings
     """
 
     fence: Fence | None
     profiles: str
     accepted: dict[str, int]
+    generations: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +111,12 @@ class UserEffects:
     recent:       user id -> entries since the last whole write; if absent, the history is written
                   whole
     embeddings:   generation -> user id -> (steps, bytes of float32[d])
-    emptied:      users whose history, and embeddings of each generation in `embeddings`, are
-                  deleted first
+    emptied:      users whose history, and embeddings of each generation in `embeddings` and in
+                  `generations`, are deleted first
+    generations:  every generation of which the slot has embeddings after the write; stored with
+                  embeddings
+    erasures:     user id -> what is kept of a forgotten user
+    dropped_profiles: users whose profile is deleted
     profiles:     expected fence of `users`, "" for none. If the stored fence differs the write
                   fails: a user may have been forgotten since. None skips the check
     """
@@ -113,6 +128,9 @@ class UserEffects:
     embeddings: dict[str, dict[str, tuple[int, bytes]]] = field(default_factory=dict)
     emptied: tuple[str, ...] = ()
     profiles: str | None = None
+    generations: tuple[str, ...] = ()
+    erasures: dict[str, Erasure] = field(default_factory=dict)
+    dropped_profiles: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,9 +275,12 @@ class StateStore(Protocol):
         profiles: Mapping[str, Mapping[str, object] | None],
         generations: Sequence[str],
         until_ms: Mapping[str, int] | None = None,
+        places: Mapping[str, ProfilePlace] | None = None,
     ) -> None:
         """Set profiles and move the fence, or raise FenceMoved.
 
+        places: user id -> place of the profile; (offset of `new`, 0) if absent. A profile that the
+        user's `Erasure` covers, or that is outdated (`erasure.is_outdated`), is not set.
         A profile of None forgets the user: profile, history and the embeddings of all `generations`
         are deleted. until_ms: user id -> broker's time stamp of the null record, ms. If the history
         has an event appended after it, only the profile is deleted; `events.Forget` removes the

@@ -15,15 +15,19 @@ from typing import Any
 import msgspec
 
 from eddyline.errors import StoreRefused
-from eddyline.schema import user_history
+from eddyline.schema import erasure, user_history
+from eddyline.schema.erasure import Erasure
 from eddyline.schema.user_history import StoredHistory
-from eddyline.stores.state_store import Fence, UserEffects, UserRead, UserState
+from eddyline.stores.state_store import Fence, ProfilePlace, UserEffects, UserRead, UserState
 
 _STEPS = struct.Struct("<I")
+# Offset in `users` and ms of the first append; the attributes follow.
+_PLACE = struct.Struct("<qq")
 _BLOB = struct.Struct("<qq")
 _pack = msgspec.msgpack.Encoder().encode
 _blob = msgspec.msgpack.Decoder(tuple[int, list[str], list[int]])
 _profile = msgspec.msgpack.Decoder(dict[str, object])
+_generations = msgspec.msgpack.Decoder(tuple[str, ...])
 
 
 def user_keys(tag: str, user_ids: Sequence[str], generations: Sequence[str]) -> list[str]:
@@ -32,13 +36,23 @@ def user_keys(tag: str, user_ids: Sequence[str], generations: Sequence[str]) -> 
     return [f"{tag}:{kind}:{user}" for kind in kinds for user in user_ids]
 
 
+def erasure_keys(tag: str, user_ids: Iterable[str]) -> list[str]:
+    """The keys of erasures, by a hash of the user ids."""
+    return [f"{tag}:f:{erasure.digest(user)}" for user in user_ids]
+
+
+def encode_profile(profile: Mapping[str, object], place: ProfilePlace) -> bytes:
+    """The stored form of a profile."""
+    return _PLACE.pack(*place) + _pack(profile)
+
+
 def decode_users(
     fence: Fence | None,
     user_ids: Sequence[str],
     generations: Sequence[str],
     values: Sequence[bytes | None],
 ) -> UserRead:
-    """The values of `user_keys`. Raises StoreRefused for another layout."""
+    """The values of `user_keys`, then of `erasure_keys`. Raises StoreRefused for another layout."""
     n = len(user_ids)
     histories, recent = {}, {}
     for user, head, older in zip(user_ids, values, values[n:], strict=False):
@@ -55,14 +69,21 @@ def decode_users(
         }
         for at, generation in enumerate(generations, 3)
     }
+    erasures = values[(3 + len(generations)) * n :]
     return UserRead(
         fence=fence,
         histories=histories,
         embeddings=embeddings,
         profiles={
-            u: _profile.decode(v) for u, v in zip(user_ids, profiles, strict=False) if v is not None
+            u: decode_profile(v) for u, v in zip(user_ids, profiles, strict=False) if v is not None
         },
         recent=recent,
+        erasures={
+            u: Erasure.decode(v) for u, v in zip(user_ids, erasures, strict=False) if v is not None
+        },
+        profile_places={
+            u: _PLACE.unpack_from(v) for u, v in zip(user_ids, profiles, strict=False) if v
+        },
     )
 
 
@@ -80,7 +101,7 @@ def decode_user(
         history=user_history.EMPTY if stored is None else stored.history,
         applied_us=0 if stored is None else stored.applied_us,
         embedding=None if vector is None else decode_embedding(vector),
-        profile={} if profile is None else _profile.decode(profile),
+        profile={} if profile is None else decode_profile(profile),
     )
 
 
@@ -95,13 +116,23 @@ def decode_history(head: bytes, older: bytes | None) -> StoredHistory:
         ) from None
 
 
+def decode_profile(value: bytes) -> dict[str, object]:
+    """The attributes of a stored profile."""
+    return _profile.decode(memoryview(value)[_PLACE.size :])
+
+
 def decode_embedding(value: bytes) -> tuple[int, bytes]:
     """(steps, float32[d] as bytes)."""
     return _STEPS.unpack_from(value)[0], value[_STEPS.size :]
 
 
-def encode_users(tag: str, effects: UserEffects) -> tuple[list[str], list[Any]]:
-    """KEYS and ARGV of `write_users.lua`, after those of the fences."""
+def encode_users(
+    tag: str, effects: UserEffects, garbage_ms: int = 0
+) -> tuple[list[str], list[Any]]:
+    """KEYS and ARGV of `write_users.lua`, after those of the fences.
+
+    garbage_ms: how long an erasure stays in Redis after its end
+    """
     recent = effects.recent
     whole = [user for user in effects.histories if user not in recent]
     names = [f"{tag}:window"]
@@ -112,15 +143,23 @@ def encode_users(tag: str, effects: UserEffects) -> tuple[list[str], list[Any]]:
         for generation, of_users in effects.embeddings.items()
         for user in of_users
     ]
+    with_generations = bool(effects.generations) and any(effects.embeddings.values())
+    if with_generations:
+        names.append(f"{tag}:generations")
     written = len(names)
-    kinds = ["h", "o", *(f"e:{generation}" for generation in effects.embeddings)]
+    generations = {**dict.fromkeys(effects.embeddings), **dict.fromkeys(effects.generations)}
+    kinds = ["h", "o", *(f"e:{generation}" for generation in generations)]
     emptied = (f"{tag}:{kind}:{user}" for user in effects.emptied for kind in kinds)
-    names += sorted(set(emptied).difference(names))
+    deleted = sorted(set(emptied).difference(names))
+    deleted += [f"{tag}:p:{user}" for user in effects.dropped_profiles]
+    names += [*erasure_keys(tag, effects.erasures), *deleted]
     args: list[Any] = [
         effects.window_floor,
         encode_accepted(effects.accepted, effects.window_floor),
         len(effects.histories),
         written,
+        len(effects.erasures),
+        garbage_ms,
     ]
     args += [
         user_history.encode_recent(history, recent.get(user, ()))
@@ -132,7 +171,16 @@ def encode_users(tag: str, effects: UserEffects) -> tuple[list[str], list[Any]]:
         for of_users in effects.embeddings.values()
         for steps, vector in of_users.values()
     ]
+    if with_generations:
+        args.append(_pack(effects.generations))
+    for one in effects.erasures.values():
+        args += (one.encode(), one.ends_ms)
     return names, args
+
+
+def decode_generations(value: bytes | None) -> tuple[str, ...]:
+    """The generations of which a slot has embeddings."""
+    return () if value is None else _generations.decode(value)
 
 
 def encode_accepted(accepted: Mapping[str, int], floor: int) -> bytes:

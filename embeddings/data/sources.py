@@ -27,6 +27,7 @@ from eddyline.kafka import reading
 from eddyline.kafka import topics as kafka_topics
 from eddyline.schema import events, validation
 from eddyline.schema.deduplication import DedupeWindow
+from eddyline.schema.erasure import Erasure, erased_after, erased_before
 from eddyline.schema.events import AT_MS_MAX, Click, Forget, Item
 from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
@@ -44,13 +45,18 @@ OnRead = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class SourceRecord:
-    """One record of a topic. appended_ms: the broker's time stamp."""
+    """One record of a topic.
+
+    appended_ms: the broker's time stamp; origin_ms: that of the first append, see
+                 `events.origin_ms`
+    """
 
     partition: int
     offset: int
     key: bytes | None
     value: bytes | None
     appended_ms: int
+    origin_ms: int | None = None
 
 
 def from_kafka(settings: Settings, *, on_read: OnRead | None = None) -> TrainingData:
@@ -201,8 +207,11 @@ class _Line(msgspec.Struct):
 def _clicks(
     settings: Settings, records: Iterable[SourceRecord], clicks_max: int, rejected: Counter[str]
 ) -> list[Click]:
-    """The clicks that ingest accepts, without those that a `Forget` of their user covers."""
-    forgotten: dict[str, int] = {}
+    """The clicks that ingest accepts, without those that the erasure of their user covers."""
+    erasures: dict[str, Erasure] = {}
+    # By user: (clicks of the partition before the Forget, its bound), in the order of the log.
+    boundaries: dict[str, list[tuple[int, int]]] = {}
+    numbers: Counter[int] = Counter()
     newest: dict[int, deque[Click]] = {}
     windows: dict[int, DedupeWindow] = {}
     per_partition = max(1, clicks_max // settings.clicks_partitions)
@@ -220,13 +229,29 @@ def _clicks(
         if not windows[r.partition].accept(event.event_id, r.offset):
             rejected["re-sent"] += 1
         elif isinstance(event, Forget):
-            forgotten[event.user_id] = max(forgotten.get(event.user_id, -1), event.forget_until_ms)
+            erasure, known = Erasure.of(event), erasures.get(event.user_id)
+            if not erasure.repeats(known, r.appended_ms):
+                erasures[event.user_id] = erasure.after(known)
+                boundary = (numbers[r.partition], event.bound_ms)
+                boundaries.setdefault(event.user_id, []).append(boundary)
+        elif erased_after(erasures.get(event.user_id), event.at_ms, r.appended_ms, r.origin_ms):
+            rejected["forgotten"] += 1
         elif isinstance(event, Click):
+            numbers[r.partition] += 1
             event_id = event.event_id or f"{r.partition}/{r.offset}"
             click = msgspec.structs.replace(event, event_id=event_id)
             newest.setdefault(r.partition, deque(maxlen=per_partition)).append(click)
-    clicks = chain.from_iterable(newest[partition] for partition in sorted(newest))
-    return [click for click in clicks if click.at_ms > forgotten.get(click.user_id, -1)]
+    return [
+        click
+        for partition in sorted(newest)
+        for number, click in enumerate(
+            newest[partition], numbers[partition] - len(newest[partition])
+        )
+        if not any(
+            number < first and erased_before(bound_ms, click.at_ms)
+            for first, bound_ms in boundaries.get(click.user_id, ())
+        )
+    ]
 
 
 def _archived(archive: Archive, name: str, ends: Mapping[int, int]) -> Iterator[SourceRecord]:
@@ -253,4 +278,5 @@ def _read(
     starts = {partition: archived.get(partition, -1) + 1 for partition in ends}
     on_progress = (lambda done, total: None) if on_read is None else partial(on_read, name)
     for r in reading.read(settings, name, starts, ends, stall_s=_STALL_S, on_progress=on_progress):
-        yield SourceRecord(r.partition, r.offset, r.key, r.value, r.timestamp)
+        origin_ms = events.origin_ms(r.headers)
+        yield SourceRecord(r.partition, r.offset, r.key, r.value, r.timestamp, origin_ms)

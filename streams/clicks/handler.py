@@ -159,6 +159,8 @@ class ClickHandler(Handler):
         for record, event in one.accepted:
             if record.offset > done:
                 updates.apply(record, event)
+        one.outcome.forgotten = updates.forgotten
+        one.outcome.applied -= updates.forgotten
 
     def _step(self, clicks: Sequence[ClickBatch]) -> list[dict[str, tuple[int, bytes]]]:
         """The micro-steps of all batches together, by generation; no user is in two batches."""
@@ -188,6 +190,8 @@ class ClickHandler(Handler):
             raise LookupError(f"no events were applied for {one.source}")
         effects = updates.effects(one.batch.read_us, embeddings)
         effects.accepted, effects.profiles = one.entering, one.profiles
+        known = dict.fromkeys(self.cache.slot(one.slot, one.source, one.fence).generations)
+        effects.generations = tuple(sorted(known | dict.fromkeys(self._generations)))
         # Ids accepted below can no longer match: the next record lies at least one offset further.
         effects.window_floor = last.offset + 1 - self._settings.dedupe_window_events
         one.outcome.steps, one.outcome.late = sum(map(len, updates.steps)), updates.late
@@ -253,6 +257,8 @@ class ClickHandler(Handler):
                     self.fences.moved(one.source, one.slot, write.new)
                     known = self.cache.slot(one.slot, one.source, write.new)
                     known.window.add(one.entering, write.effects.window_floor)
+                    if any(write.effects.embeddings.values()):
+                        known.generations = write.effects.generations
                     if one.updates is not None:
                         self.cache.keep(one.slot, one.updates.users)
 

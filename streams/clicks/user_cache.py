@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 
 from eddyline.errors import FenceMoved
 from eddyline.schema import user_history
+from eddyline.schema.erasure import Erasure
 from eddyline.schema.user_history import CompactEntry, Entry
-from eddyline.stores.state_store import Fence, SlotRead, Source, StateStore, UserRead
+from eddyline.stores.state_store import Fence, ProfilePlace, SlotRead, Source, StateStore, UserRead
 from streams.ports import Record
 
 # An embedding and a small profile take about as much memory as four entries.
@@ -44,6 +45,8 @@ class CachedUser:
 
     recent:     entries that are new since the list was last written whole; None: write it whole
     embeddings: one for each live generation, in the order of the micro-steps
+    erasure:    what is kept of a user who was forgotten; None for other users
+    profile_place: place of the stored profile; None without one
     last:       the event of this batch that was applied last
     more:       what the profile adds to the size in the cache, beyond a small profile
     kept:       whether the cache holds the user; size: the user's size in the cache, 0 where not
@@ -55,6 +58,8 @@ class CachedUser:
     at_ms: int
     embeddings: tuple[UserEmbedding, ...] = ()
     profile: Mapping[str, object] = field(default_factory=dict)
+    erasure: Erasure | None = None
+    profile_place: ProfilePlace | None = None
     last: Record | None = None
     more: int = 0
     kept: bool = False
@@ -86,10 +91,15 @@ class Window:
 
 @dataclass(slots=True)
 class Slot:
-    """One user slot. profiles: the fence of `users` under which its users were read, as text."""
+    """One user slot.
+
+    profiles:    the fence of `users` under which its users were read, as text
+    generations: every generation of which the slot has embeddings
+    """
 
     window: Window
     profiles: str
+    generations: tuple[str, ...] = ()
 
 
 class UserCache:
@@ -123,7 +133,7 @@ class UserCache:
         if known is None:
             read = self._store.read_slot(slot, source)
             check(slot, source, fence, read)
-            known = self._slots[slot] = Slot(Window(read.accepted), read.profiles)
+            known = self._slots[slot] = Slot(Window(read.accepted), read.profiles, read.generations)
         return known
 
     def look(
@@ -225,7 +235,16 @@ class UserCache:
         profile = read.profiles.get(user_id, {})
         more = _profile_entries(profile) if profile else 0
         entries = list(before.entries)
-        return CachedUser(entries, recent, before.at_ms, embeddings, profile, more=more)
+        return CachedUser(
+            entries,
+            recent,
+            before.at_ms,
+            embeddings,
+            profile,
+            read.erasures.get(user_id),
+            read.profile_places.get(user_id),
+            more=more,
+        )
 
 
 def check(slot: str, source: Source, fence: Fence | None, read: SlotRead | UserRead) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from eddyline.schema import events, user_history
+from eddyline.schema.erasure import Erasure, erased_after, erased_before
 from eddyline.schema.events import KINDS, MOVED, Click, Forget, Merge
 from eddyline.schema.user_history import Bounds, Entry, UserHistory
 from eddyline.settings.loader import Settings
@@ -27,6 +28,7 @@ class UserUpdates:
     users: their state before the batch; changed in place
     moved: (record, click) of what merges move to other users: delivered before the fence moves
     late:  events that came too late for their user's list
+    forgotten: events that the erasure of their user covers
     steps: by generation: micro-steps to take, in the order of the log
     """
 
@@ -34,21 +36,27 @@ class UserUpdates:
         self, settings: Settings, micro: Sequence[MicroSteps], users: dict[str, CachedUser]
     ) -> None:
         self.moved: list[tuple[Record, Click]] = []
-        self.late = 0
+        self.late = self.forgotten = 0
         self.steps: list[list[Step]] = [[] for _ in micro]
         self.users = users
         self._micro = micro
         self._dwell_ms_full = settings.dwell_ms_full
         self._bounds = bounds(settings)
         self._emptied: dict[str, None] = {}
+        self._erasures: dict[str, Erasure] = {}
+        self._dropped_profiles: dict[str, None] = {}
 
     def apply(self, record: Record, event: Click | Merge | Forget) -> None:
         """Apply one accepted event."""
         user = self.users[event.user_id]
-        if isinstance(event, Merge):
-            self._merge(user, record, event)
-        elif isinstance(event, Forget):
+        if isinstance(event, Forget):
             self._forget(user, record, event)
+        elif user.erasure is not None and erased_after(
+            user.erasure, event.at_ms, record.timestamp, events.origin_ms(record.headers)
+        ):
+            self.forgotten += 1
+        elif isinstance(event, Merge):
+            self._merge(user, record, event)
         else:
             self._click(user, record, event)
 
@@ -65,7 +73,11 @@ class UserUpdates:
 
         read_us: when the batch was read; embeddings: by generation, of the learners
         """
-        effects = UserEffects(emptied=tuple(self._emptied))
+        effects = UserEffects(
+            emptied=tuple(self._emptied),
+            erasures=self._erasures,
+            dropped_profiles=tuple(self._dropped_profiles),
+        )
         for user_id, user in self.users.items():
             if user.last is None:
                 continue
@@ -141,11 +153,18 @@ class UserUpdates:
         self._empty(user, merge.user_id)
 
     def _forget(self, user: CachedUser, record: Record, forget: Forget) -> None:
-        """Remove the user's entries up to `forget_until_ms`, and the whole embedding."""
-        kept = [entry for entry in user.entries if entry.at_ms > forget.forget_until_ms]
-        if kept and len(kept) == len(user.entries):
+        """Remove all but the entries of a user who returned, the embedding and the profile."""
+        erasure = Erasure.of(forget)
+        if erasure.repeats(user.erasure, record.timestamp):
             return
+        bound_ms = forget.bound_ms
+        kept = [entry for entry in user.entries if not erased_before(bound_ms, entry.at_ms)]
         fresh = self._empty(user, forget.user_id)
+        fresh.erasure = self._erasures[forget.user_id] = erasure.after(user.erasure)
+        place = user.profile_place
+        if place is not None and erasure.covers_profile(*place):
+            fresh.profile, fresh.profile_place, fresh.more = {}, None, 0
+            self._dropped_profiles[forget.user_id] = None
         if kept:
             fresh.entries, fresh.recent, fresh.at_ms, fresh.last = kept, None, user.at_ms, record
 
@@ -154,7 +173,9 @@ class UserUpdates:
         self.steps = [[s for s in steps if s.user_id != user_id] for steps in self.steps]
         self._emptied[user_id] = None
         embeddings = tuple(UserEmbedding() for _ in self._micro)
-        fresh = CachedUser([], [], 0, embeddings, user.profile, more=user.more)
+        fresh = CachedUser(
+            [], [], 0, embeddings, user.profile, user.erasure, user.profile_place, more=user.more
+        )
         self.users[user_id] = fresh
         return fresh
 

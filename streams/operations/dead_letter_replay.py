@@ -295,7 +295,8 @@ def _send(settings: Settings, producer: KafkaProducer, batch: Sequence[Letter]) 
     for letter in batch:
         value, partition = checked(settings, letter)
         at = letter.at.encode()
-        headers = [("replayed_from", at)]
+        first_ms = str(letter.timestamp_ms).encode()
+        headers = [("replayed_from", at), (events.ORIGIN_MS, first_ms)]
         producer.send(letter.source[0], value, key=letter.key, partition=partition, headers=headers)
         producer.send(letters, b"", key=at, headers=[("replayed", b"1")])
     producer.commit_transaction()

@@ -11,9 +11,10 @@ import msgspec
 import pytest
 
 from eddyline.errors import FenceMoved, StoreRefused, StoreUnavailable
+from eddyline.schema.erasure import Erasure
 from eddyline.schema.user_history import EMPTY, Entry, UserHistory, compact
 from eddyline.settings.loader import Settings
-from eddyline.stores import redis_client
+from eddyline.stores import redis_client, user_codec
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import (
@@ -239,6 +240,78 @@ def test_forgetting_leaves_a_list_that_went_on_since(
         (["ana"], ["ana"]) if stays else ([], [])
     )
     assert read.profiles == {"bo": {"age": 5}}
+
+
+def test_an_erasure_is_kept_and_takes_every_generation_and_the_profile(store: StateStore) -> None:
+    users, erasure = Source("users", 3), Erasure(5_000, 7, 2**41)
+    profiles = {"ana": {"age": 3}, "bo": {"age": 4}}
+    store.write_profiles(
+        "u3", users, None, at(4), profiles, [], None, {"ana": (3, 9), "bo": (4, 9)}
+    )
+    vectors = {"ana": (1, b"1234"), "bo": (2, b"5678")}
+    for n, generation in enumerate(("1", "2")):
+        names = ("1", "2")[: n + 1]
+        effects = UserEffects(embeddings={generation: vectors}, generations=names)
+        store.write_users("u3", CLICKS, at(n - 1) if n else None, at(n), effects)
+    assert store.read_slot("u3", CLICKS).generations == ("1", "2")
+    assert users_of(store, "u3", ["ana"]).profile_places == {"ana": (3, 9)}
+    effects = UserEffects(
+        emptied=("ana",),
+        embeddings={"2": {}},
+        generations=("1", "2"),
+        erasures={"ana": erasure},
+        dropped_profiles=("ana",),
+        histories={"bo": seen("b")},
+    )
+    store.write_users("u3", CLICKS, at(1), at(2), effects)
+    read = users_of(store, "u3", ["ana", "bo"], ["1", "2"])
+    assert read.embeddings == {"1": {"bo": vectors["bo"]}, "2": {"bo": vectors["bo"]}}
+    assert (read.profiles, read.erasures) == ({"bo": {"age": 4}}, {"ana": erasure})
+    assert read.histories["bo"].entries == seen("b").entries
+    assert store.read_slot("u3", CLICKS).generations == ("1", "2")
+
+
+@pytest.mark.parametrize(
+    ("place", "stored"),
+    [((6, 5_000), False), ((7, 5_000), True), ((6, 5_001), True), ((-1, 5_000), False)],
+)
+def test_a_profile_from_before_an_erasure_is_not_stored(
+    store: StateStore, place: tuple[int, int], stored: bool
+) -> None:
+    effects = UserEffects(erasures={"ana": Erasure(5_000, 7, 2**41)})
+    store.write_users("u3", CLICKS, None, at(2), effects)
+    users, profiles = Source("users", 3), {"ana": {"age": 3}, "bo": {"age": 4}}
+    store.write_profiles("u3", users, None, at(8), profiles, [], None, {"ana": place})
+    found = users_of(store, "u3", ["ana", "bo"]).profiles
+    assert found == (profiles if stored else {"bo": {"age": 4}})
+
+
+@pytest.mark.parametrize(("first_ms", "stored"), [(89, False), (90, True), (91, True)])
+def test_a_replayed_profile_does_not_replace_a_newer_one(
+    store: StateStore, first_ms: int, stored: bool
+) -> None:
+    users, old, new = Source("users", 3), {"ana": {"age": 3}}, {"ana": {"age": 4}}
+    store.write_profiles("u3", users, None, at(8), old, [], None, {"ana": (8, 90)})
+    store.write_profiles("u3", users, at(8), at(9), new, [], None, {"ana": (-1, first_ms)})
+    assert users_of(store, "u3", ["ana"]).profiles == (new if stored else old)
+
+
+def test_an_erasure_in_redis_ends_after_its_end(fresh_settings: Settings) -> None:
+    store = RedisStore(fresh_settings)
+    now_ms = time.time_ns() // 1_000_000
+    kept_ms = fresh_settings.clicks_retention_h * 3_600_000
+    ends = {"ana": now_ms + 50_000, "bo": now_ms - 50_000}
+    erasures = {user: Erasure(1, 1, ends_ms) for user, ends_ms in ends.items()}
+    store.write_users("u3", CLICKS, None, at(2), UserEffects(erasures=erasures))
+    with redis_client.client(fresh_settings) as client:
+        left = {}
+        for user in ends:
+            [key] = user_codec.erasure_keys(f"{fresh_settings.key_prefix}{{u3}}", [user])
+            left[user] = client.pttl(key) - kept_ms
+            assert user.encode() not in key.encode()
+    assert 40_000 < left["ana"] <= 50_000
+    assert -10_000 < left["bo"] <= 0
+    store.close()
 
 
 @pytest.mark.parametrize("writes", [1, 999, 1_000, 1_001, 3_000])

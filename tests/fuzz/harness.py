@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from eddyline.errors import EddylineError, Rejected
@@ -149,12 +148,14 @@ class Harness:
         effects = UserEffects(
             histories=dict(read.histories), embeddings={"1": dict(read.embeddings["1"])}
         )
-        names, (_, _, lists, written, *values) = user_codec.encode_users("t", effects)
+        names, (_, _, lists, written, _, _, *values) = user_codec.encode_users("t", effects)
         stored = dict(zip(names[1:written], values, strict=True))
         for name in names[1 : 1 + lists]:
             stored[name] += bytes(8)
         if user in read.profiles:
-            stored[f"t:p:{user}"] = msgspec.msgpack.encode(read.profiles[user])
+            stored[f"t:p:{user}"] = user_codec.encode_profile(
+                read.profiles[user], read.profile_places[user]
+            )
         again = user_codec.decode_users(
             read.fence,
             [user],

@@ -117,7 +117,7 @@ def test_the_oracle_names_what_was_damaged(make_live) -> None:
             fence,
             {item: ItemMetadata(card.partition, card.offset, b"")},
         )
-        client.set(f"{prefix}{{{slot}}}:p:{user}", b"\x80")
+        client.set(f"{prefix}{{{slot}}}:p:{user}", bytes(16) + b"\x80")
         client.set(f"{prefix}{{{slot}}}:somebody-elses", b"")
         client.delete(f"{prefix}fence:{{i0}}:clicks:{partition}")
         damaged(

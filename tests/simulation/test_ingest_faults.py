@@ -159,22 +159,28 @@ class Encoded(MemoryStore):
         self, slot: str, source: Source, expected: Any, new: Any, effects: UserEffects
     ) -> int:
         applied_us = super().write_users(slot, source, expected, new, effects)
-        names, (_, _, lists, written, *values) = user_codec.encode_users(slot, effects)
-        for name in names[written:]:
+        names, args = user_codec.encode_users(slot, effects)
+        _, _, lists, written, erasures, _, *values = args
+        for name in names[written + erasures :]:
             self.values.pop(name, None)
-        for n, (name, value) in enumerate(zip(names[1:written], values, strict=True)):
+        of_erasures = values[written - 1 :: 2]
+        for name, value in zip(names[written : written + erasures], of_erasures, strict=True):
+            self.values[name] = value
+        for n, (name, value) in enumerate(
+            zip(names[1:written], values[: written - 1], strict=True)
+        ):
             self.values[name] = value + bytes(8) if n < lists else value
         return applied_us
 
     def read_many(self, queries: Sequence[UserQuery]) -> list[UserRead]:
         reads = []
         for q, kept in zip(queries, super().read_many(queries), strict=True):
-            found = [
-                self.values.get(name)
-                for name in user_codec.user_keys(q.slot, q.user_ids, q.generations)
-            ]
+            names = user_codec.user_keys(q.slot, q.user_ids, q.generations)
+            names += user_codec.erasure_keys(q.slot, q.user_ids)
+            found = [self.values.get(name) for name in names]
             read = user_codec.decode_users(kept.fence, q.user_ids, q.generations, found)
             assert (read.histories, read.embeddings) == (kept.histories, kept.embeddings)
+            assert read.erasures == kept.erasures
             reads.append(read)
         return reads
 
@@ -283,16 +289,19 @@ def clicks_log(rng: random.Random, length: int) -> dict[int, list[Rec]]:
 def forgotten(event: Forget, record: Rec, lists: Any, marks: Any, steps: Any) -> None:
     user, mine = event.user_id, lists.get(event.user_id, [])
     kept = [x for x in mine if x[1] > event.forget_until_ms]
-    if kept == mine and mine:
-        return
     steps.pop(user, None)
     lists.pop(user, None)
     mark = marks.pop(user, None)
     if kept:
         lists[user] = kept
-        produced = record.headers[0][1]
-        stamp = int(produced) if produced.isdigit() else 0
-        marks[user] = (record.offset, mark[1], stamp, record.timestamp)
+        marks[user] = mark_of(record, mark[1])
+
+
+def mark_of(record: Rec, newest_ms: int) -> tuple[int, int, int, int]:
+    """The stamps of a list whose last event is this record."""
+    produced = record.headers[0][1]
+    stamp = int(produced) if produced.isdigit() else 0
+    return record.offset, newest_ms, stamp, record.timestamp
 
 
 def liked_rows(world: World, entries: list[Any]) -> list[int]:
@@ -315,6 +324,7 @@ def oracle(settings: Settings, logs: dict[int, list[Rec]]) -> dict[str, Any]:
     windows: dict[int, dict[str, int]] = {}
     counts: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     moved: set[tuple[str, str, int, str, float, str]] = set()
+    erased: dict[str, int] = {}
     world, weights = World(), settings.kind_weights
     for partition, records in logs.items():
         seen = windows.setdefault(partition, {})
@@ -329,11 +339,17 @@ def oracle(settings: Settings, logs: dict[int, list[Rec]]) -> dict[str, Any]:
                 continue
             if partition_of(click.user_id, PARTITIONS) != partition:
                 continue
+            gone = erased.get(click.user_id, -1)
             if isinstance(click, Merge):
-                moved |= merged(click, f"merge/{partition}/{record.offset}", lists, marks, steps)
+                if click.at_ms > gone:
+                    moved |= merged(
+                        click, f"merge/{partition}/{record.offset}", lists, marks, steps
+                    )
                 continue
             if isinstance(click, Forget):
-                forgotten(click, record, lists, marks, steps)
+                if click.forget_until_ms > gone:
+                    erased[click.user_id] = click.forget_until_ms
+                    forgotten(click, record, lists, marks, steps)
                 continue
             before = seen.get(click.event_id or "")
             if click.event_id and before is not None and record.offset - before <= WINDOW:
@@ -348,7 +364,7 @@ def oracle(settings: Settings, logs: dict[int, list[Rec]]) -> dict[str, Any]:
                 bucket = click.at_ms // (settings.popular_bucket_s * 1_000)
                 counts[bucket][click.item_id] += round(1_000 * click.weight * weights[click.kind])
                 target = world.rows.get(click.item_id)
-                if target is not None and not late:
+                if target is not None and not late and click.at_ms > gone:
                     count, e = steps.get(user, (0, np.zeros(D, np.float32)))
                     if count >= 2:
                         rows = liked_rows(world, lists[user])
@@ -356,19 +372,15 @@ def oracle(settings: Settings, logs: dict[int, list[Rec]]) -> dict[str, Any]:
                         key = click.event_id or f"{partition}/{record.offset}"
                         e = world.micro.step(f, e[None], [target], [key])[0]
                     steps[user] = (count + 1, e)
+            if click.at_ms <= gone:
+                continue
             entry = (click.item_id, click.at_ms, click.kind, click.weight, record.offset)
             top = max(click.at_ms, newest)
             if not late and not (copied and entry[:4] in [x[:4] for x in lists[user]]):
                 lists[user] = sorted([*lists[user], entry], key=lambda x: (-x[1], -x[4]))[:HISTORY]
                 oldest = top - 1_000 * settings.history_age_s_max
                 lists[user] = [x for x in lists[user] if x[1] >= oldest]
-            produced = record.headers[0][1]
-            marks[user] = (
-                record.offset,
-                top,
-                int(produced) if produced.isdigit() else 0,
-                record.timestamp,
-            )
+            marks[user] = mark_of(record, top)
     return finished(settings, lists, marks, steps, windows, counts, moved)
 
 

@@ -646,7 +646,14 @@ def test_a_forwarded_record_names_its_origin_and_keeps_its_stamp() -> None:
     forwarder.flush()
     ((topic, value, more),) = producer.sent
     assert (topic, value, more["key"], more["partition"]) == ("clicks", b"v2", b"ana", 1)
-    assert more["headers"] == [("produced_us", b"1"), ("origin", f"clicks/{HERE}/4".encode())]
+    assert more["headers"] == [
+        ("produced_us", b"1"),
+        ("origin", f"clicks/{HERE}/4".encode()),
+        ("origin_ms", str(MS).encode()),
+    ]
+    again = rec(9, b"v", timestamp=MS + 50, headers=more["headers"])
+    forwarder.forward(again, b"ana", b"v2", 1)
+    assert ("origin_ms", str(MS).encode()) in producer.sent[-1][2]["headers"]
 
 
 @pytest.mark.parametrize(
