@@ -107,6 +107,7 @@ def write(folder: Path, count: int, anchors: int) -> None:
             item_attributes=[attributes_of(one) for one in everything],
             cut={},
             measured={},
+            item_at_ms=np.array([one.at_ms for one in everything], np.int64),
         ),
     )
 

@@ -40,7 +40,7 @@ class ExactIndex(Index):
             applied = 0
             for item_id, record in _newest_of_each(records).items():
                 before = self._records.get(item_id)
-                if before is None or record.offset > before.offset:
+                if before is None or _counts_after(record, before):
                     self._records[item_id] = record
                     applied += 1
             self._watermarks = watermarks_after(self._watermarks, stamps_of([*records, *others]))
@@ -120,6 +120,13 @@ class ExactIndex(Index):
             for r in records
             if not r.retired and r.item_id not in excluded and _passes(r, filters)
         ]
+
+
+def _counts_after(record: ItemRecord, before: ItemRecord) -> bool:
+    """Whether the record is newer, or the same one with the time that the item lacked."""
+    if record.offset != before.offset or record.retired or before.retired:
+        return record.offset > before.offset
+    return bool(record.at_ms) and not before.at_ms
 
 
 def _newest_of_each(records: Sequence[ItemRecord]) -> dict[str, ItemRecord]:

@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from eddyline.errors import VectorRejected
 from eddyline.schema.item_record import ItemRecord
-from index.arrays import Vector
+from index.arrays import Ints, Mask, Vector
 from index.backends.base import AnnBackend
 from index.filters import Filter
 from index.port import Hit, Index, IndexStats, RecallEstimate, SearchResult, Watermark
@@ -232,7 +232,14 @@ class LiveIndex(Index):
             version = self._version._replace(watermarks=after)
             item_ids = [record.item_id for record in records]
             try:
-                labels, positions = self._offsets.advance(item_ids, stamps[:, 3])
+
+                def brings_time(labels: Ints, positions: Ints) -> Mask:
+                    has_vector = np.array([records[p].vector is not None for p in positions], bool)
+                    lacks_time = self._version.lack_time(labels)
+                    found: Mask = has_vector & (stamps[positions, 1] != 0) & lacks_time
+                    return found
+
+                labels, positions = self._offsets.advance(item_ids, stamps[:, 3], brings_time)
                 batch.yield_gil(len(records))
                 if len(labels):
                     changes = batch.select_changes(records, vectors, stamps, labels, positions)

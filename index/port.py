@@ -2,7 +2,8 @@
 
 `index.exact` (the oracle) and `index.live` implement it; one contract suite runs over both.
 Every write carries the item's source offset. A write with an older or equal offset is a no-op,
-so writes are idempotent and a delete outlasts every earlier write.
+so writes are idempotent and a delete outlasts every earlier write. One exception: an item without
+a time (`at_ms` 0, from an old bundle) takes the record of its own offset, if that has a time.
 """
 
 from __future__ import annotations

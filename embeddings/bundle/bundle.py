@@ -7,6 +7,8 @@
     identity_ids.json    the items with an ID embedding, in the order of its rows
     item_vectors.npy     float32 (n, d), unit norm; opened by mmap
     item_partitions.npy, item_offsets.npy   the source version of each vector
+    item_at_ms.npy       int64 (n,), the event time of each item; not in every bundle of format 3,
+                         and in none before: then the items get theirs from the topic
     item_attributes.npy, item_attribute_ends.npy   what filters need of each item, from format
                          version 2 on: MessagePack maps, concatenated, and the end of each
     <array>.npy          the arrays of the model, by the names in the manifest
@@ -57,6 +59,7 @@ GENERATION = re.compile(r"[A-Za-z0-9_-]{1,64}")
 # The norm of a float32 unit vector of 64 numbers is within 1e-6 of 1.
 _NORM_TOLERANCE = 1e-3
 _ITEM_IDS, _IDENTITY_IDS = "item_ids.json", "identity_ids.json"
+_ITEM_AT_MS = "item_at_ms.npy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,8 @@ class Bundle:
     item_partitions: int32 (n,): partition of `items` that holds the item's record
     item_offsets:    int64 (n,): offset of that record, the item's version; -1 if from a file
     item_attributes: what filters need of each item, see `FilterAttributes`
+    item_at_ms:      int64 (n,): event time of each item, milliseconds since 1970, 0 if unknown;
+                     None if the bundle has none
     rows:            item id -> its row in `item_vectors`, for the items of this catalogue
     """
 
@@ -85,6 +90,7 @@ class Bundle:
     cut: Mapping[str, int]
     measured: Mapping[str, float] = field(default_factory=dict)
     rows: Mapping[str, int] = field(default_factory=dict, repr=False)
+    item_at_ms: npt.NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +110,7 @@ class NewBundle:
     item_attributes: Sequence[Mapping[str, Any]]
     cut: Mapping[str, int]
     measured: Mapping[str, float]
+    item_at_ms: npt.NDArray[np.int64] | None = None
 
 
 def write(folder: Path, new: NewBundle) -> None:
@@ -183,6 +190,9 @@ def load(folder: Path) -> Bundle:
         cut=manifest.cut,
         measured=manifest.measured,
         rows={item_id: row for row, item_id in enumerate(item_ids)},
+        item_at_ms=reader.array(_ITEM_AT_MS, np.int64, (n,))
+        if _ITEM_AT_MS in manifest.files
+        else None,
     )
 
 
@@ -223,6 +233,8 @@ def _write_files(folder: Path, new: NewBundle) -> None:
         **filter_attributes.arrays(new.item_attributes),
         **{f"{n}.npy": np.ascontiguousarray(a, np.float32) for n, a in model.arrays.items()},
     }
+    if new.item_at_ms is not None:
+        arrays[_ITEM_AT_MS] = np.asarray(new.item_at_ms, np.int64)
     files: dict[str, FileEntry] = {}
     for name, ids in ((_ITEM_IDS, new.item_ids), (_IDENTITY_IDS, model.identity_ids)):
         (folder / name).write_bytes(msgspec.json.encode(list(ids)))

@@ -21,6 +21,7 @@ from embeddings.towers.two_tower import ARRAYS
 
 # Version 2 added the filter attributes of items; a bundle of version 1 is read without them.
 # Version 3 added the kind of the model; bundles of versions 1 and 2 hold a two-tower model.
+# Event times of items came later; a bundle of version 3 may have none.
 FORMAT_VERSION = 3
 _MODEL_BEFORE_3 = {"kind": "two_tower", "version": 1, "arrays": list(ARRAYS)}
 MANIFEST, CHECKSUM = "manifest.json", "manifest.sha256"

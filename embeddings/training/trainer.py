@@ -112,6 +112,7 @@ def _new_bundle(
         item_partitions=np.array([partition for partition, _ in versions], np.int32),
         item_offsets=np.array([offset for _, offset in versions], np.int64),
         item_attributes=[attributes_of(item) for item in available],
+        item_at_ms=np.array([item.at_ms for item in available], np.int64),
         cut=data.cut,
         measured=measured,
     )

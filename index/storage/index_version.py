@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from index.arrays import Ints
+from index.arrays import Ints, Mask
 from index.backends.base import AnnIndex
 from index.port import Watermark
 from index.storage.columns import Columns
@@ -99,6 +99,14 @@ class IndexVersion(NamedTuple):
         rows = self.seen(rows)
         alive = (self.table.died_at.take(rows) > self.seq).nonzero()[0]
         return rows if len(alive) == len(rows) else rows.take(alive)
+
+    def lack_time(self, labels: Ints) -> Mask:
+        """bool (n,): which of these labels are live items without a time; for the writer."""
+        rows = np.full(len(labels), -1)
+        known = labels < len(self.row_of)
+        rows[known] = self.row_of[labels[known]]
+        lacking: Mask = (self.table.died_at[rows] > self.seq) & (self.table.at_ms[rows] == 0)
+        return lacking
 
     def rows_of(self, item_ids: Sequence[str]) -> Ints:
         """int64 (n,): current row of each item, -1 if not live."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from index.arrays import Ints
+from index.arrays import Ints, Mask
 from index.storage.vector_table import CAPACITY_MIN
 
 # Below every offset of a record.
@@ -33,10 +33,14 @@ class ItemOffsets:
         """int64 (n,): offset of every label; read it under the lock."""
         return self._offsets[: len(self.ids)]
 
-    def advance(self, item_ids: Sequence[str], offsets: Ints) -> tuple[Ints, Ints]:
+    def advance(
+        self, item_ids: Sequence[str], offsets: Ints, brings_time: Callable[[Ints, Ints], Mask]
+    ) -> tuple[Ints, Ints]:
         """(labels, positions) of the records that are newest for their item, by position.
 
         item_ids, offsets (n,): of the records; no-ops are left out
+        brings_time: of these labels and positions, which record has a time that its item lacks;
+                     such a record counts although its offset is the one of the item
         """
         self._known, self._previous = len(self.ids), (self._offsets[:0], self._offsets[:0])
         found = list(map(self.label_of.get, item_ids))
@@ -44,7 +48,11 @@ class ItemOffsets:
             self._add_labels(found, item_ids)
         labels = np.array(found, np.int64)
         before = self._offsets[labels]
-        positions = (offsets > before).nonzero()[0]
+        newer = offsets > before
+        equal = (offsets == before).nonzero()[0]
+        if len(equal):
+            newer[equal] = brings_time(labels[equal], equal)
+        positions = newer.nonzero()[0]
         if len(set(found)) < len(found):
             positions = _newest_of_each(labels, offsets, positions)
         labels = labels[positions]

@@ -40,14 +40,19 @@ LOGGED_BAD = 10
 
 
 def load_bundle(index: Index, bundle: Bundle, assignment: ShardAssignment = ALL) -> None:
-    """Put the assigned items of the bundle into the index; their versions are source offsets."""
+    """Put the assigned items of the bundle into the index; their versions are source offsets.
+
+    Items of a bundle without times have `at_ms` 0, until the topic brings their records.
+    """
     written_us = bundle.created_ms * 1000
+    times = [0] * len(bundle.item_ids) if bundle.item_at_ms is None else bundle.item_at_ms.tolist()
     records = [
-        ItemRecord(item_id, partition, offset, 0, written_us, vector, attributes)
-        for item_id, partition, offset, vector, attributes in zip(
+        ItemRecord(item_id, partition, offset, at_ms, written_us, vector, attributes)
+        for item_id, partition, offset, at_ms, vector, attributes in zip(
             bundle.item_ids,
             bundle.item_partitions.tolist(),
             bundle.item_offsets.tolist(),
+            times,
             bundle.item_vectors,
             bundle.item_attributes,
             strict=True,

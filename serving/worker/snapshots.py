@@ -58,6 +58,8 @@ class Snapshots:
             log=log_id,
             part=assignment.name,
         )
+        # Of a bundle without times, older releases kept items without times in their snapshots.
+        self._may_lack_times = bundle.item_at_ms is None
         self._index = index
         self._clock = clock
         part = "" if assignment.whole else f".shard-{assignment.shard}-of-{assignment.shards}"
@@ -89,6 +91,10 @@ class Snapshots:
             "index restored",
             extra={"items": header.live, "took_ms": took_ms, "from": self.path.name},
         )
+        facts = contents.facts
+        if self._may_lack_times and ((facts[:, 0] == 0) & (facts[:, 2] >= 0)).any():
+            log.info("items of the snapshot have no time yet; the topic is read again")
+            return {}
         self._written = header.positions
         return header.positions
 

@@ -76,6 +76,7 @@ def new_bundle(**changes: object) -> NewBundle:
         item_partitions=np.arange(N) % 4,
         item_offsets=np.arange(N) - 1,
         item_attributes=[attributes_of(item) if n % 3 else {} for n, item in enumerate(ITEMS)],
+        item_at_ms=np.arange(N) * 1_000,
         cut={"0": 12, "1": -1},
         measured={"loss": 5.5},
     )
@@ -127,6 +128,8 @@ def test_a_written_bundle_loads_unchanged(folder: Path) -> None:
     np.testing.assert_array_equal(loaded.item_vectors, made.item_vectors)
     assert loaded.item_partitions.dtype == np.int32
     assert loaded.item_offsets.dtype == np.int64
+    assert loaded.item_at_ms is not None and loaded.item_at_ms.dtype == np.int64
+    np.testing.assert_array_equal(loaded.item_at_ms, np.arange(N) * 1_000)
     np.testing.assert_array_equal(loaded.item_offsets, np.arange(N) - 1)
     assert list(loaded.item_attributes) == made.item_attributes
     assert (
@@ -232,6 +235,7 @@ def test_golden_bundles_of_every_version(tmp_path: Path, version: int) -> None:
     assert (loaded.model.kind, loaded.model.version) == ("two_tower", 1)
     assert (loaded.generation, loaded.item_ids) == ("golden", ["i0", "i1", "i2", "i3", "i4"])
     assert loaded.item_offsets.tolist() == [-1, 0, 1, 2, 3]
+    assert loaded.item_at_ms is None
     filled = [
         {},
         *(
@@ -320,6 +324,8 @@ def test_another_dimension_is_refused(folder: Path) -> None:
         ("item_vectors.npy", unit(draw(N, D)).astype(np.float64), "dtype"),
         ("item_vectors.npy", unit(draw(N - 1, D)), "shape"),
         ("item_offsets.npy", np.zeros(N, np.int32), "dtype"),
+        ("item_at_ms.npy", np.zeros(N, np.int32), "dtype"),
+        ("item_at_ms.npy", np.zeros(N - 1, np.int64), "shape"),
         ("user.start.npy", np.full(D, np.inf, np.float32), "infinity"),
         ("user.value.npy", draw(D, D), "shape"),
         ("item.identity.npy", draw(N + 1, D), "shape"),

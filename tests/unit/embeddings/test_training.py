@@ -138,7 +138,7 @@ def test_progress_report_and_bundle_agree(tmp_path: Path) -> None:
         items=[
             *data.items[:-1],
             Item(item_id="i119", title="Out", available=False),
-            Item(item_id="never clicked"),
+            Item(item_id="never clicked", at_ms=1_234),
         ],
         versions={"i003": (2, 17)},
         cut={"0": 4, "2": 20},
@@ -159,6 +159,8 @@ def test_progress_report_and_bundle_agree(tmp_path: Path) -> None:
     row = loaded.rows["i003"]
     assert (loaded.item_partitions[row], loaded.item_offsets[row]) == (2, 17)
     assert loaded.item_offsets[loaded.rows["i004"]] == -1
+    assert loaded.item_at_ms is not None
+    assert loaded.item_at_ms[loaded.rows["never clicked"]] == 1_234
 
 
 def test_dense_vectors_of_items_are_learned_from(tmp_path: Path) -> None:

@@ -237,6 +237,7 @@ def test_the_bundle_is_older_than_the_tail() -> None:
         item_offsets=np.array([-1, 7]),
         item_vectors=np.stack([unit(0), unit(1)]),
         item_attributes=[{"categories": ["Drama"]}, {"attributes": {"year": 1999}}],
+        item_at_ms=None,
     )
     load_bundle(index, bundle)  # type: ignore[arg-type]
     for filters, found in (
