@@ -27,7 +27,8 @@ from index.filters import Filter
 from index.port import Hit, Index, IndexStats, RecallEstimate, SearchResult, Watermark
 from index.records import check_query, stack_vectors, stamps_of, watermarks_after
 from index.search import filtered
-from index.search.nearest import NearestSearch, newest
+from index.search.nearest import NearestSearch
+from index.search.newest import NewestItems
 from index.snapshot import restore
 from index.snapshot.format import Contents
 from index.storage.index_version import IndexVersion
@@ -36,8 +37,6 @@ from index.writing import batch, merge_policy
 from index.writing.placement import BuildInput, Placement
 from index.writing.rebuilder import Rebuilder
 
-# The newest items kept sorted until the next write; a call that needs more sorts again.
-NEWEST_KEPT = 512
 # Segments are dropped below this share of `exact_below`, so that they do not come and go near it.
 DROP_SHARE = 0.8
 
@@ -106,8 +105,7 @@ class LiveIndex(Index):
         self._offsets = ItemOffsets(
             self._version.ids, self._version.label_of, np.empty(0, np.int64)
         )
-        # The newest items of a version, best first; both replaced together.
-        self._newest: tuple[IndexVersion | None, list[Hit]] = (None, [])
+        self._newest = NewestItems(lambda: self._version)
 
     # ------------------------------------------------------------------ reading
 
@@ -167,21 +165,8 @@ class LiveIndex(Index):
     def newest(
         self, k: int, exclude: Collection[str] = (), filters: Filter | None = None
     ) -> list[Hit]:
-        """As `Index.newest`. O(n) after a write, then cached; with a filter always O(n)."""
-        if k <= 0:
-            return []
-        version, excluded = self._version, frozenset(exclude)
-        if filters is not None:
-            mask = filtered.passing_mask(version, filters)
-            return newest(version, k, excluded | filters.deny, mask)
-        cached_for, cached = self._newest
-        if cached_for is not version:
-            cached = newest(version, NEWEST_KEPT, frozenset())
-            self._newest = (version, cached)
-        hits = [hit for hit in cached if hit.item_id not in excluded][:k]
-        if len(hits) == k or len(cached) == version.live:
-            return hits
-        return newest(version, k, excluded)
+        """As `Index.newest`. Costs the rows written since the last call, not all rows."""
+        return self._newest.find(k, frozenset(exclude), filters)
 
     @override
     def watermarks(self) -> Mapping[int, Watermark]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from index.arrays import Floats, Ints, Mask, Vector
-from index.port import Hit, SearchResult
+from index.port import SearchResult
 from index.storage.index_version import IndexVersion
 from index.storage.segments import Segment
 from index.storage.vector_table import score_error
@@ -135,7 +135,7 @@ class NearestSearch:
         tied = np.count_nonzero(ranked[1:] == ranked[:-1])
         if not tied and not self.excluded:
             return _result(version, rows.take(order[: self.k]), ranked[: self.k])
-        names = version.names[version.table.labels.take(rows.take(order))].tolist()
+        names = version.names[version.table.labels[rows.take(order)]].tolist()
         places = list(range(len(order)))
         if tied:
             places.sort(key=lambda n: (-ranked[n], names[n]))
@@ -188,29 +188,6 @@ class NearestSearch:
         return Candidates(
             np.concatenate((found.rows, rows.take(kept))), np.concatenate((found.scores, scores))
         )
-
-
-def newest(
-    version: IndexVersion, k: int, excluded: Collection[str], mask: Mask | None = None
-) -> list[Hit]:
-    """The k live items of the largest at_ms, equal ones by id. O(n).
-
-    mask: bool (count,), rows to consider
-    """
-    table = version.table
-    rows = table.live_rows(version.used, version.seq)
-    rows = rows if mask is None else rows[mask[rows]]
-    times = table.at_ms[rows]
-    need = k + len(excluded)
-    if need < len(rows):
-        cut = np.partition(times, len(rows) - need)[len(rows) - need]
-        rows, times = rows[times >= cut], times[times >= cut]
-    ids = version.ids
-    names = [ids[label] for label in table.labels[rows].tolist()]
-    # Many times may be equal (all items of a bundle), so only the chosen rows become hits.
-    ranked = sorted(zip((-times).tolist(), names, rows.tolist(), strict=True))
-    chosen = [row for _, name, row in ranked if name not in excluded][:k]
-    return _result(version, np.array(chosen, np.int64), np.zeros(len(chosen))).hits()
 
 
 def _result(version: IndexVersion, rows: Ints, scores: Floats) -> SearchResult:

@@ -42,6 +42,8 @@ class VectorTable:
               hit costs one cache miss, not four; the arrays of these names are views of it
     replaced: int64 (capacity,), the row that a row replaced, -1 if none
     died_at:  int64 (capacity + 1,), sequence number; the last entry is 0, so row -1 is always dead
+    dropped:  rows of earlier tables that compactions left out; with the count of rows in use it
+              numbers the rows ever written
     written:  rows that the writer has begun to write; a reader whose IndexVersion counts as many
               meets no newer row
     Thread rule: one writer; any number of readers, each with its IndexVersion's count and seq.
@@ -51,6 +53,7 @@ class VectorTable:
         "at_ms",
         "base",
         "died_at",
+        "dropped",
         "facts",
         "labels",
         "offsets",
@@ -70,6 +73,7 @@ class VectorTable:
         self.replaced: Ints = np.full(total, -1)
         self.died_at: Ints = np.full(total + 1, NEVER)
         self.died_at[-1] = 0
+        self.dropped = 0
         self.written = 0
 
     @property
@@ -157,4 +161,5 @@ class VectorTable:
         table.own[: len(kept) - first] = self.gather(kept[first:])
         table.facts[: len(kept)] = self.facts[kept]
         table.died_at[: len(kept)] = self.died_at[kept]
+        table.dropped = self.dropped + count - len(kept)
         return table, kept

@@ -178,7 +178,7 @@ def test_a_scan_replaces_a_search_that_finds_too_few() -> None:
 
 
 def test_newest_beyond_the_cached_items(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("index.live.NEWEST_KEPT", 3)
+    monkeypatch.setattr("index.search.newest.KEPT", 3)
     index, oracle = HnswIndex(D), ExactIndex(D)
     for step in range(3):
         batch = [
