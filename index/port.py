@@ -82,9 +82,10 @@ class RecallEstimate(NamedTuple):
     """State of the recall guard, see `index.recall_guard`.
 
     step:            "normal", or the current countermeasure: "wider", "rebuild", "exact"
-    samples:         compared queries behind the estimate; with 0 the next three mean nothing
+    samples:         distinct queries behind the estimate; with 0 the next three mean nothing
     estimate:        share of the exact answer that the index found; low, high: its 95% interval
-    shadowed, skipped: sampled queries that were compared, and that were skipped to save CPU
+    shadowed, skipped: sampled queries that were compared, and that were skipped: repeated ones,
+                     and others to save CPU
     raised, lowered: steps towards more work per query, and steps back
     """
 

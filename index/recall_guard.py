@@ -1,10 +1,11 @@
 """The recall guard: samples real queries, compares with the exact answer, raises what is too low.
 
 A thread of its own compares a share of the answers from segments with the exact answer of the same
-IndexVersion. Recall@k is the share of the exact answer that was found. While it is surely below
-the floor, each query does more work, one step at a time: more candidates (twice as many each time),
-then a rebuild of the main segment, then exact answers only. Once recall is surely good again, the
-guard steps back. While answers are exact it compares segment searches with them.
+IndexVersion. Recall@k is the share of the exact answer that was found. A query that repeats counts
+once, so that one user decides nothing for the others. While recall is surely below the floor, each
+query does more work, one step at a time: more candidates (twice as many each time), then a rebuild
+of the main segment, then exact answers only. Once recall is surely good again, the guard steps
+back. While answers are exact it compares segment searches with them.
 """
 
 from __future__ import annotations
@@ -94,6 +95,8 @@ class RecallGuard(RecallMonitor):
         self._not_before = -math.inf
         # Below: written by the guard's thread alone, `_skipped` excepted.
         self._window: deque[tuple[float, int]] = deque(maxlen=2 * samples)
+        # The queries behind the window, by hash; of as many entries.
+        self._queries: deque[int] = deque(maxlen=2 * samples)
         self._epoch = 0
         self._width = 0  # position in `_breadths`
         self._rebuilt = self._lowered_last = False
@@ -113,6 +116,10 @@ class RecallGuard(RecallMonitor):
             or not self._busy.acquire(blocking=False)
         ):
             self._skipped += 1
+            return
+        if hash(search.query.tobytes()) in self._queries:
+            self._skipped += 1
+            self._busy.release()
             return
         # A copy of the query: the caller may reuse its array.
         query = search.query.copy()
@@ -176,6 +183,7 @@ class RecallGuard(RecallMonitor):
             # By scores, not by ids: of equal scores any item is right.
             good = int((found.scores >= exact.scores[-1]).sum())
             self._window.append((min(1.0, good / len(exact)), len(exact)))
+            self._queries.append(hash(search.query.tobytes()))
             self._adapt_breadth(search.need)
 
     def _adapt_breadth(self, need: int) -> None:
@@ -248,6 +256,7 @@ class RecallGuard(RecallMonitor):
         """Log the step and start a new window of samples."""
         before = self._recall
         self._window.clear()
+        self._queries.clear()
         self._epoch += 1
         self._since = self._clock()
         self._recall = self._estimate()

@@ -8,6 +8,7 @@ of each list they see the rows below the count of their IndexVersion.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,9 @@ from index.storage.vector_table import NEVER
 Key = tuple[str, str]
 
 _CAPACITY_MIN = 4
+# Names that are handled between two moments at which readers get the interpreter lock: about 2 ms.
+NAMES_AT_ONCE = 1_024
+YIELD_S = 1e-6
 
 
 class Column:
@@ -120,16 +124,18 @@ class Columns:
         new_row = np.full(count, -1)
         new_row[kept] = np.arange(len(kept))
         columns = Columns()
-        for key, old_rows, values in self.items(count):
-            rows = new_row[old_rows]
-            stays = rows >= 0
-            if stays.any():
-                columns.put(key, rows[stays], None if values is None else values[stays])
+        named = [of_key for of_key in self.items(count) if len(of_key[1])]
+        # One array per call for many names: numpy's calls, not its work, would cost seconds.
+        for at in range(0, len(named), NAMES_AT_ONCE):
+            time.sleep(YIELD_S)
+            _renumber(columns, named[at : at + NAMES_AT_ONCE], new_row)
         return columns
 
     def items(self, count: int) -> Iterator[tuple[Key, Ints, Floats | None]]:
         """(key, its rows below `count`, their values) of every column."""
-        for key, column in list(self._columns.items()):
+        for n, (key, column) in enumerate(list(self._columns.items())):
+            if n % NAMES_AT_ONCE == NAMES_AT_ONCE - 1:
+                time.sleep(YIELD_S)
             yield key, *column.below(count)
 
     def put(self, key: Key, rows: Ints, values: Floats | None) -> None:
@@ -160,3 +166,20 @@ class Columns:
             return np.zeros(len(rows), bool), np.zeros(len(rows))
         at = np.minimum(np.searchsorted(listed, rows), len(listed) - 1)
         return listed[at] == rows, np.zeros(len(rows)) if values is None else values[at]
+
+
+def _renumber(
+    columns: Columns, named: Sequence[tuple[Key, Ints, Floats | None]], new_row: Ints
+) -> None:
+    """Put these columns, none of them empty, under new row numbers; rows of -1 are left out."""
+    rows = new_row[np.concatenate([rows for _, rows, _ in named])]
+    stays = rows >= 0
+    first = np.cumsum([0, *(len(rows) for _, rows, _ in named)])
+    # Number of rows that stay before each column, and before the end.
+    before = np.concatenate(([0], np.cumsum(stays)))[first].tolist()
+    rows = rows[stays]
+    for n, (key, _, values) in enumerate(named):
+        begin, end = before[n], before[n + 1]
+        if end > begin:
+            kept = None if values is None else values[stays[first[n] : first[n + 1]]]
+            columns.put(key, rows[begin:end], kept)

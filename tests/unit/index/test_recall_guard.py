@@ -267,6 +267,23 @@ def test_a_step_back_that_was_undone_waits_longer_the_next_time(made: list[LiveI
     assert waits[0] >= 60 and waits[1] >= 1.5 * waits[0] and waits[2] >= 1.5 * waits[1]
 
 
+def test_one_query_that_repeats_decides_nothing(made: list[LiveIndex]) -> None:
+    """The index finds half of the items; a user repeats one query, others send two more."""
+    index = Damaged(lambda _: True)
+    made.append(index)
+    guard = guarded(index)
+    for _ in range(3):
+        for query in (QUERIES[0], QUERIES[1], QUERIES[2]):
+            for _ in range(30):
+                index.query(query, K)
+                wait_until(lambda: not guard._busy.locked())
+    recall = guard.recall()
+    assert (recall.step, recall.samples, recall.raised, index.breadth) == ("normal", 3, 0, 30)
+    assert recall.shadowed == 3 and recall.skipped == 267
+    # Distinct queries of the same index decide.
+    query_until(index, lambda: guard.recall().raised > 0)
+
+
 def test_its_cost_is_bounded(made: list[LiveIndex]) -> None:
     """Every query is sampled; one comparison at a time, for a tenth of the time at most."""
     index = Damaged(lambda _: False)
