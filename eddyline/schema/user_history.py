@@ -18,6 +18,7 @@ Every rule is a function of the user's events in log order. Time is event time; 
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ RECENT_MAX = 8
 DISLIKE = KINDS.index("dislike")
 # A user who left at once has still seen the item.
 DWELL_FACTOR_MIN = 0.001
+# The smallest positive float64.
+WEIGHT_MIN = math.ulp(0.0)
 
 # `Entry` in stored form, see `compact`.
 CompactEntry = tuple[str | int | float, ...]
@@ -232,6 +235,8 @@ def insert_moved(entries: list[Entry], newest_ms: int, entry: Entry, bounds: Bou
 def strength(click: Click, dwell_ms_full: int) -> float:
     """Weight of an event, reduced if the dwell time is below `dwell_ms_full` (0: never reduced).
 
+    Never 0: a weight of 0 is refused where a merge moves the entry.
+
     >>> strength(Click(user_id="u", item_id="i", at_ms=0, context={"dwell_ms": 500}), 2_000)
     0.25
     """
@@ -240,7 +245,8 @@ def strength(click: Click, dwell_ms_full: int) -> float:
     dwell = click.context.get("dwell_ms")
     if not isinstance(dwell, int | float) or isinstance(dwell, bool):
         return click.weight
-    return click.weight * min(1.0, max(dwell / dwell_ms_full, DWELL_FACTOR_MIN))
+    weight = click.weight * min(1.0, max(dwell / dwell_ms_full, DWELL_FACTOR_MIN))
+    return max(weight, WEIGHT_MIN)
 
 
 def positive_events(entries: Sequence[Entry]) -> Iterator[Entry]:

@@ -265,6 +265,15 @@ def test_a_merge_forwards_the_list_and_empties_it(chunks: list[int]) -> None:
     ]
 
 
+def test_a_weight_never_becomes_zero_so_that_its_entry_can_be_moved() -> None:
+    rig = Rig(dwell_ms_full=1_000)
+    log = [click(1, "a", weight=5e-324, context={"dwell_ms": 1}), merge(2)]
+    ingest(rig.clicks, HERE, log, 0)
+    ((_, value, _),) = rig.out.forwarded
+    moved = events.decode_click(value, appended_ms=MS, far_future_ms_max=9_000)
+    assert moved.weight == 5e-324
+
+
 def test_moved_clicks_enter_the_list_by_time_once_and_count_nowhere_again() -> None:
     rig = Rig(lateness_s_max=1)
     own = [click(1, "own", at_ms=MS), click(2, "newer", at_ms=MS + 9_000)]
