@@ -106,7 +106,11 @@ class UserUpdates:
             if not user_history.insert_event(user.entries, user.at_ms, entry, self._bounds):
                 self.late += 1
             else:
-                if user.recent is not None:
+                if click.at_ms < user.at_ms and user.entries[-1:] == [entry]:
+                    # In Redis the oldest entry may follow entries that left the list under stricter
+                    # limits. Written whole, the list has none of those.
+                    user.recent = None
+                elif user.recent is not None:
                     user_history.insert_compact(user.recent, user_history.compact(entry))
                 for number, step in steps:
                     self._learn(number, user.embeddings[number], step)

@@ -26,15 +26,18 @@ from eddyline.errors import (
     VectorRejected,
 )
 from eddyline.kafka.topics import CLICKS, ITEMS, USERS
-from eddyline.schema import events
+from eddyline.schema import events, user_history
 from eddyline.schema.events import MOVED, Click, Item, Merge, UserProfile
 from eddyline.schema.item_record import ItemRecord
 from eddyline.schema.partitioning import partition_of
+from eddyline.schema.user_history import compact
 from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.state_store import Fence, LogId, Source
 from streams import dead_letters, static_membership
 from streams.clicks.handler import ClickHandler
+from streams.clicks.user_cache import CachedUser
+from streams.clicks.user_updates import UserUpdates
 from streams.dead_letters import KafkaDeadLetters, KafkaForwarder
 from streams.fences import PartitionFences
 from streams.generation import Generation
@@ -272,6 +275,39 @@ def test_a_weight_never_becomes_zero_so_that_its_entry_can_be_moved() -> None:
     ((_, value, _),) = rig.out.forwarded
     moved = events.decode_click(value, appended_ms=MS, far_future_ms_max=9_000)
     assert moved.weight == 5e-324
+
+
+@pytest.mark.parametrize(
+    ("strict", "loose"),
+    [({"history_length_max": 3}, {"history_length_max": 9}), ({"history_age_s_max": 2}, {})],
+)
+def test_an_entry_that_left_stays_away_under_looser_limits(
+    strict: dict[str, int], loose: dict[str, int]
+) -> None:
+    """What is stored, on both settings of one list: an older event, then a late one."""
+    defaults = {"history_length_max": 9, "history_age_s_max": 0}
+    user, head, older = CachedUser([], [], 0), b"", None
+    seconds = [8, 9, 10, 11, 7]
+    for offset, (second, limits) in enumerate(
+        zip(seconds, [strict] * 4 + [loose], strict=True), start=1
+    ):
+        settings = msgspec.structs.replace(SETTINGS, **(defaults | limits))
+        record = click(offset, f"i{second}", at_ms=MS + 1_000 * second)
+        updates = UserUpdates(settings, [], {ANA: user})
+        updates.apply(
+            record, events.decode_click(record.value, appended_ms=MS, far_future_ms_max=MS)
+        )
+        effects = updates.effects(0, [])
+        history = effects.histories[ANA]
+        head = user_history.encode_recent(history, effects.recent.get(ANA, ())) + bytes(8)
+        if ANA not in effects.recent:
+            older = user_history.encode_older(history.entries)
+        stored = user_history.decode(head, older)
+        assert list(stored.history.entries) == list(history.entries)
+        user = CachedUser(
+            list(stored.history.entries), list(map(compact, stored.recent)), history.at_ms
+        )
+    assert [entry.item_id for entry in history.entries] == ["i11", "i10", "i9", "i7"]
 
 
 def test_moved_clicks_enter_the_list_by_time_once_and_count_nowhere_again() -> None:
