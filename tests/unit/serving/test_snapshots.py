@@ -20,7 +20,9 @@ from serving.worker.replica import Replica
 from serving.worker.snapshots import AGE_MS_MAX, KEPT_FILES, Snapshots
 
 D = 4
-BUNDLE = SimpleNamespace(generation="g1", dimension=D, created_ms=5)
+BUNDLE = SimpleNamespace(
+    generation="g1", dimension=D, created_ms=5, item_at_ms=np.empty(0, np.int64)
+)
 
 
 def unit(at: int) -> np.ndarray:
@@ -115,6 +117,23 @@ def topic() -> Topic:
     for n in range(8):
         made.put(f"i{n}", unit(n))
     return made
+
+
+@pytest.mark.parametrize(("times", "begins"), [(True, [0, 2]), (False, [0, 0])])
+def test_items_without_a_time_are_read_again_if_the_bundle_has_no_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: bool, begins: list[int]
+) -> None:
+    """A snapshot of an older release keeps the times that its bundle lacked at 0."""
+    topic = Topic()
+    topic.put("a", unit(0))
+    topic.put("b", unit(1))
+    first = Worker(tmp_path, topic)
+    first.stop()
+    if not times:
+        monkeypatch.setattr(BUNDLE, "item_at_ms", None)
+    second = Worker(tmp_path, topic)
+    assert (topic.begins, second.ids()) == (begins, {"a", "b"})
+    second.stop()
 
 
 def test_a_worker_starts_where_the_last_one_stopped(tmp_path: Path, topic: Topic) -> None:
