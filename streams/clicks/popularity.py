@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from typing_extensions import override
 
 from eddyline.kafka.topics import CLICKS
-from eddyline.schema import user_history
+from eddyline.schema import events, user_history
 from eddyline.schema.events import Click, Forget, Merge
 from eddyline.schema.partitioning import item_slot
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import Fence, Source, StateStore
-from streams.clicks.user_updates import is_moved
 from streams.fences import PartitionFences
 from streams.ports import Record
 from streams.write_behind import WriteBehind
@@ -102,7 +101,7 @@ class PopularityCounts(WriteBehind[_Counts]):
 
     def _milli_count(self, click: Click) -> int:
         """The event's weight in thousandths; 0 for a dislike and for a moved event."""
-        if is_moved(click):
+        if events.is_moved(click):
             return 0
         return round(
             1_000 * user_history.strength(click, self._dwell_ms_full) * self._weights[click.kind]

@@ -97,7 +97,7 @@ class UserUpdates:
     def _click(self, user: CachedUser, record: Record, click: Click) -> None:
         weight = user_history.strength(click, self._dwell_ms_full)
         entry = Entry(click.item_id, click.at_ms, _KIND_NUMBER[click.kind], weight)
-        if is_moved(click):
+        if events.is_moved(click):
             user_history.insert_moved(user.entries, user.at_ms, entry, self._bounds)
             user.recent = None
         else:
@@ -188,11 +188,6 @@ def bounds(settings: Settings) -> Bounds:
     """The limits of a history, by the settings."""
     age_ms, lateness_ms = settings.history_age_s_max * 1_000, settings.lateness_s_max * 1_000
     return Bounds(settings.history_length_max, age_ms, lateness_ms)
-
-
-def is_moved(click: Click) -> bool:
-    """Whether a merge moved the event here from another user, for whom it was counted."""
-    return click.context is not None and MOVED.items() <= click.context.items()
 
 
 def _history(user: CachedUser, last: Record, read_us: int) -> UserHistory:

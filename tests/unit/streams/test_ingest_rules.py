@@ -310,6 +310,18 @@ def test_an_entry_that_left_stays_away_under_looser_limits(
     assert [entry.item_id for entry in history.entries] == ["i11", "i10", "i9", "i7"]
 
 
+@pytest.mark.parametrize("far_future_ms_max", [4_999, 5_000])
+def test_a_lower_far_future_limit_loses_no_moved_entry(far_future_ms_max: int) -> None:
+    rig = Rig(far_future_ms_max=far_future_ms_max)
+    log = [
+        click(1, "moved", at_ms=MS + 5_000, context=dict(MOVED)),
+        click(2, "own", at_ms=MS + 5_001),  # the limit holds for every other event
+    ]
+    ingest(rig.clicks, HERE, log, 0)
+    assert rig.entries() == ["moved"]
+    assert rig.out.letters == [(2, "far_future")]
+
+
 def test_moved_clicks_enter_the_list_by_time_once_and_count_nowhere_again() -> None:
     rig = Rig(lateness_s_max=1)
     own = [click(1, "own", at_ms=MS), click(2, "newer", at_ms=MS + 9_000)]
