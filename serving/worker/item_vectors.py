@@ -17,7 +17,7 @@ from aiokafka.errors import KafkaError
 from aiokafka.structs import TopicPartition
 
 from eddyline.errors import EddylineError, KafkaUnavailable, Unavailable
-from eddyline.kafka import clients, security, topics
+from eddyline.kafka import aiokafka_internals, clients, security, topics
 from eddyline.settings.loader import Settings
 
 # Time limit of an answer of Kafka: connecting, the ends, the positions.
@@ -73,7 +73,7 @@ class ItemVectorLog:
 
         Returns once there is a record; {} after the time-out or while Kafka is away (see `ends`).
         """
-        if self._consumer._fetcher.error_future.done():  # no fetch would ever return again
+        if aiokafka_internals.fetching_ended(self._consumer):
             raise KafkaUnavailable("the fetches ended")
         found = self._run(self._consumer.getmany(timeout_ms=timeout_ms, max_records=POLL_RECORDS))
         return {at.partition: records for at, records in found.items()}

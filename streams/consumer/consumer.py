@@ -1,8 +1,8 @@
 """Faust with one event for the batches of a fetch, and the fence as the position.
 
 Faust keeps membership, rebalance and commits. Its cost per message (some 100 µs of asyncio work) is
-paid once per fetch and topic: one message carries a group of batches. All uses of Faust's private
-members are in this file, those of aiokafka's in `thread.py`; both are pinned, and
+paid once per fetch and topic: one message carries a group of batches. Faust's private
+members are used in this file and, of its consumer thread, in `thread.py`. Faust is pinned, and
 `tests/unit/streams/test_consumer.py` names what is used.
 
 Whenever a partition is sought, in the consumer's thread, its *epoch* increases in the same step;
@@ -39,7 +39,7 @@ from streams.ports import RecordBatch
 
 # Faust's services log under this name: quiet where everything of Faust is.
 _logger = get_logger("faust.batches")
-FAUST_VERSION, AIOKAFKA_VERSION = "0.15.3", "0.14.0"
+FAUST_VERSION = "0.15.3"
 _POLL_S = 0.25
 # The same while a topic's queue is full: it may have room again before another topic has records.
 _FULL_POLL_S = 0.01

@@ -3,7 +3,7 @@
 aiokafka sends its next fetch as soon as records are taken from it. Under a steady trickle that
 fetch returns the one or two records that came in this very moment; they would be a batch of their
 own, at the full cost of one, and what came meanwhile would wait at the broker for the fetch after
-it. So after a small fetch `thread.FetchGate` holds the next one back until the app requests it, and
+it. So after a small fetch `FetchGate` holds the next one back until the app requests it, and
 the app does so once its small batches are applied. After a larger fetch aiokafka reads ahead.
 
 This is no back-pressure. A full queue (`dispatcher.QUEUE_BATCHES`) pauses its topic in

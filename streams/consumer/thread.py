@@ -1,8 +1,8 @@
 """The consumer's thread: it owns aiokafka's consumer, fetches, seeks and commits.
 
-All uses of aiokafka's private members for reading are in this file; its version is pinned, and
-`tests/unit/streams/test_consumer.py` names what is used. The thread has an event loop of its own,
-so heartbeats continue whatever the app's loop does. `streams/consumer/consumer.py` explains epochs.
+aiokafka's private members are used through `eddyline/kafka/aiokafka_internals.py` alone (ADR 18).
+The thread has an event loop of its own, so heartbeats continue whatever the app's loop does.
+`streams/consumer/consumer.py` explains epochs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from aiokafka import AIOKafkaConsumer
-from aiokafka.consumer.fetcher import Fetcher
 from aiokafka.coordinator.assignors.range import RangePartitionAssignor
 from aiokafka.errors import KafkaError, NoOffsetForPartitionError, OffsetOutOfRangeError
 from aiokafka.structs import OffsetAndMetadata
@@ -22,6 +21,9 @@ from faust.transport.drivers import aiokafka as driver
 from faust.types import TP
 from mode import get_logger
 from typing_extensions import override
+
+from eddyline.kafka import aiokafka_internals
+from eddyline.kafka.aiokafka_internals import FetchGate
 
 _logger = get_logger("faust.batches")
 # How long one fetch waits for the first record. A seek waits for the running fetch, so it is short.
@@ -62,30 +64,6 @@ class ThreadOwner(Protocol):
 
     def unread(self, taken: Mapping[TP, int]) -> None:
         """Records of these partitions and epochs were fetched and lost; in the app's loop."""
-
-
-class FetchGate:
-    """Holds back the next fetch of aiokafka's fetcher. Thread rule: the loop of the consumer."""
-
-    def __init__(self, fetcher: Fetcher) -> None:
-        self.fetcher = fetcher
-        self._held = False
-        self._actions = fetcher._get_actions_per_node
-        fetcher._get_actions_per_node = self._gated
-
-    def hold(self) -> None:
-        """Send no fetch from here on; call it in the step that takes records."""
-        self._held = True
-
-    def open(self) -> None:
-        """Fetch."""
-        if self._held:
-            self._held = False
-            self.fetcher._notify(self.fetcher._wait_consume_future)
-
-    def _gated(self, assignment: Any) -> tuple[Any, ...]:
-        requests, *others = self._actions(assignment)
-        return ([] if self._held else requests, *others)
 
 
 class ConsumerThread(driver.AIOKafkaConsumerThread):
@@ -137,8 +115,8 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
     ) -> Any:
         epochs = self.consumer.epochs
         gate = self._gate
-        if gate is None or gate.fetcher is not consumer._fetcher:
-            gate = self._gate = FetchGate(consumer._fetcher)
+        if gate is None or not gate.holds(consumer):
+            gate = self._gate = FetchGate(consumer)
         gate.open()
         try:
             records = await super()._fetch_records(
@@ -165,7 +143,7 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
 
         def begin() -> None:
             fetch = self._fetch_records(
-                consumer, active_partitions, timeout, consumer._max_poll_records
+                consumer, active_partitions, timeout, self.app.conf.broker_max_poll_records
             )
             self.thread_loop.create_task(fetch).add_done_callback(
                 lambda task: self.parent_loop.call_soon_threadsafe(self._answer, answer, task)
@@ -199,11 +177,10 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
 
         Any thread.
         """
-        state = self._ensure_consumer()._subscription.subscription
-        assignment = None if state is None else state.assignment
-        if assignment is None or at not in assignment.tps:
+        try:
+            found: int | None = self._ensure_consumer().highwater(driver.ensure_aiokafka_TP(at))
+        except (AssertionError, AttributeError):  # not assigned, or no longer by now
             return None
-        found: int | None = assignment.state_value(driver.ensure_aiokafka_TP(at)).highwater
         return found
 
     def fetching_ended(self) -> bool:
@@ -211,16 +188,15 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
 
         Any thread.
         """
-        fetcher = None if self._consumer is None else self._consumer._fetcher
-        return fetcher is not None and fetcher._fetch_task.done()
+        return self._consumer is not None and aiokafka_internals.fetching_ended(self._consumer)
 
     async def check_group(self) -> None:
         """Raise the KafkaError that ended the work in the consumer group, if any."""
-        if self._consumer is not None and self._consumer._coordinator is not None:
-            await self.call_thread(self._check_group, self._consumer._coordinator)
+        if self._consumer is not None:
+            await self.call_thread(self._check_group)
 
-    async def _check_group(self, coordinator: Any) -> None:
-        coordinator.check_errors()
+    async def _check_group(self) -> None:
+        aiokafka_internals.check_group(self._consumer)
 
     async def seek_to(self, offsets: Mapping[TP, int]) -> None:
         """Read on at these offsets; partitions that were lost meanwhile are skipped."""
@@ -262,8 +238,8 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
 
     async def _read_committed(self, partitions: Collection[TP]) -> dict[TP, int]:
         places = [driver.ensure_aiokafka_TP(at) for at in partitions]
-        found = await self._ensure_consumer()._coordinator.fetch_committed_offsets(places)
-        return {TP(*at): stored.offset for at, stored in found.items() if stored.offset >= 0}
+        found = await aiokafka_internals.committed(self._ensure_consumer(), places)
+        return {TP(*at): offset for at, offset in found.items()}
 
     @override
     async def _commit(self, offsets: Mapping[TP, int]) -> bool:
@@ -297,6 +273,6 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
     @override
     async def on_thread_stop(self) -> None:
         """Leave the group, so that others take over at once; a static member would not."""
-        if self._consumer is not None and self._consumer._coordinator is not None:
-            self._consumer._coordinator._group_instance_id = None
+        if self._consumer is not None:
+            aiokafka_internals.leave_at_stop(self._consumer)
         await super().on_thread_stop()

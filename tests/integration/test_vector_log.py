@@ -7,13 +7,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
-from aiokafka.consumer.fetcher import Fetcher
 
 from eddyline.errors import KafkaUnavailable, Unavailable
 from eddyline.kafka import producers, topics
@@ -140,10 +138,7 @@ def test_a_topic_that_is_missing_is_named(fresh_settings: Settings) -> None:
 
 
 def test_fetches_that_ended_are_told(log: ItemVectorLog) -> None:
-    """aiokafka only logs it; a poll would wait for ever. This asks one of its insides, so it is
-    pinned.
-    """
-    assert version("aiokafka") == "0.14.0" and isinstance(Fetcher.error_future, property)
+    """aiokafka only logs it; a poll would wait for ever."""
     log.begin({})
     log._consumer._fetcher.error_future.cancel()
     log.poll(10)

@@ -137,9 +137,8 @@ async def read(consumer: BatchConsumer) -> list[Any]:
     return [batch async for _, message in consumer.getmany(0.1) for batch in message.value]
 
 
-def test_versions_are_the_ones_that_were_read() -> None:
+def test_the_version_is_the_one_that_was_read() -> None:
     assert version("faust-streaming") == consumer_consumer.FAUST_VERSION
-    assert version("aiokafka") == consumer_consumer.AIOKAFKA_VERSION
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import pytest
-from aiokafka.consumer.group_coordinator import GroupCoordinator
 from aiokafka.errors import GroupAuthorizationFailedError, KafkaError
 
 from eddyline.errors import KafkaRefused, KafkaUnavailable
@@ -52,14 +50,6 @@ def watched(settings: Settings, thread: Thread, limit_s: float = 5.0) -> None:
         await asyncio.wait_for(errors.watch_consumer(settings, thread), limit_s)
 
     asyncio.run(within())
-
-
-def test_what_is_used_of_aiokafka_is_there() -> None:
-    assert "self._pending_exception" in inspect.getsource(GroupCoordinator.check_errors)
-    pushed = inspect.getsource(GroupCoordinator._do_rejoin_group) + inspect.getsource(
-        GroupCoordinator
-    )
-    assert "_push_error_to_user" in pushed
 
 
 def test_a_missing_right_in_the_group_is_raised() -> None:

@@ -14,8 +14,9 @@ from aiokafka.consumer.subscription_state import SubscriptionState
 from aiokafka.structs import TopicPartition
 from faust.transport.drivers import aiokafka as driver
 
+from eddyline.kafka.aiokafka_internals import FetchGate
 from streams.consumer.in_flight import TURNS_MAX, InFlightBatches
-from streams.consumer.thread import ConsumerThread, FetchGate
+from streams.consumer.thread import ConsumerThread
 from tests.unit.streams.test_consumer import AT, FakeThread, in_a_loop, make_consumer, read, record
 
 RESETS, BACKOFF_S = {1: ["clicks/3"]}, 0.25
@@ -73,7 +74,7 @@ def thread_of(small_max: int) -> Any:
 @in_a_loop
 async def test_a_held_fetcher_sends_no_fetch_and_does_all_else() -> None:
     fetcher: Any = TakesAtOnce()
-    gate = FetchGate(fetcher)
+    gate = FetchGate(SimpleNamespace(_fetcher=fetcher))
     assert fetcher._get_actions_per_node(None)[0] == [("a", "fetch")]
     gate.open()
     assert not fetcher._wait_consume_future.done()  # it was never held: no task waits
