@@ -50,6 +50,24 @@ async def committed(consumer: Any, partitions: Sequence[Any]) -> dict[Any, int]:
     return {at: stored.offset for at, stored in found.items() if stored.offset >= 0}
 
 
+def positions(consumer: Any) -> dict[Any, int]:
+    """The offset that is read next, of each assigned partition that has one.
+
+    `AIOKafkaConsumer.position` waits for a position and for the partition. Thread rule: the
+    consumer's loop.
+    """
+    subscription = consumer._subscription.subscription
+    assignment = None if subscription is None else subscription.assignment
+    if assignment is None:
+        return {}
+    states = {at: assignment.state_value(at) for at in assignment.tps}
+    return {
+        at: state.position
+        for at, state in states.items()
+        if state is not None and state.has_valid_position
+    }
+
+
 class FetchGate:
     """Holds back the next fetch of a started consumer. Thread rule: the loop of the consumer."""
 

@@ -217,18 +217,12 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         return found
 
     async def _read_empty_tails(self) -> dict[TP, EmptyTail]:
-        state = self._ensure_consumer()._subscription.subscription
-        assignment = None if state is None else state.assignment
         tails: dict[TP, EmptyTail] = {}
-        if assignment is None:
-            return tails
-        for named in assignment.tps:
-            at, of_partition = TP(*named), assignment.state_value(named)
+        for named, position in aiokafka_internals.positions(self._ensure_consumer()).items():
+            at = TP(*named)
             taken = self.consumer.taken.get(at)
-            if taken is None or of_partition is None or not of_partition.has_valid_position:
-                continue
-            if of_partition.position > taken + 1:
-                tails[at] = EmptyTail(self.consumer.epochs[at], taken, of_partition.position)
+            if taken is not None and position > taken + 1:
+                tails[at] = EmptyTail(self.consumer.epochs[at], taken, position)
         return tails
 
     async def read_committed(self, partitions: Collection[TP]) -> dict[TP, int]:
