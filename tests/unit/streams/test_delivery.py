@@ -33,6 +33,11 @@ def rec(offset: int, value: bytes | None, key: bytes | None = b"k", **more: Any)
     return SimpleNamespace(offset=offset, key=key, value=value, **fields)
 
 
+def origin_of(record: Any, place: bytes) -> list[tuple[str, bytes]]:
+    """The headers that a forwarded record gets."""
+    return [("origin", place), (events.ORIGIN_MS, str(record.timestamp).encode())]
+
+
 def click_of(partition: int, offset: int, lies_in: int, **more: Any) -> Any:
     user = next(f"u{n}" for n in range(50) if partition_of(f"u{n}", 2) == partition)
     value = events.encode(Click(user_id=user, item_id="i", at_ms=MS, **more))
@@ -134,13 +139,14 @@ def test_a_stray_is_measured_with_key_headers_and_origin(more: int) -> None:
     producer = Producer(bytes_max=MIB + 12)
     forwarder = KafkaForwarder(SETTINGS, producer)
     headers = [("trace", b"h" * 16_480), ("produced_us", b"17")]
-    origin = ("origin", b"clicks/0/4")
-    room = MIB - dead_letters.record_bytes(b"user", b"", [*headers, origin]) + more
-    forwarder.forward(rec(4, b"", headers=headers), b"user", b"v" * room, 1)
+    record = rec(4, b"", headers=headers)
+    origin = origin_of(record, b"clicks/0/4")
+    room = MIB - dead_letters.record_bytes(b"user", b"", [*headers, *origin]) + more
+    forwarder.forward(record, b"user", b"v" * room, 1)
     forwarder.flush()
     ((topic, value, sent),) = producer.sent
     assert (topic, len(value)) == ("clicks", room)
-    assert sent["headers"] == [*headers, origin] if more <= 0 else [headers[1], origin]
+    assert sent["headers"] == [*headers, *origin] if more <= 0 else [headers[1], *origin]
 
 
 @pytest.mark.parametrize("more", [-1, 0, 1])
@@ -149,7 +155,8 @@ def test_a_stray_that_is_too_large_without_headers_is_a_dead_letter(more: int) -
     rig = Rig(producer)
     small = click_of(1, 7, 0, event_id="e").value
     user = events.decode_user_event(small, appended_ms=MS, far_future_ms_max=0).user_id.encode()
-    room = MIB - dead_letters.record_bytes(user, small, [("origin", b"clicks/0/7")]) + more
+    origin = origin_of(rec(7, small), b"clicks/0/7")
+    room = MIB - dead_letters.record_bytes(user, small, origin) + more
     value_sent = small + b" " * room
     padded = rec(7, value_sent, headers=(("trace", b"h"), ("no value", None)))
     (outcome,) = rig.apply(padded)
