@@ -1,0 +1,355 @@
+"""A second, independent model: what the logs say, in plain dictionaries, one record at a time.
+
+It has no batches, fences, caches, retries and codecs, and imports nothing of the product. The input
+is the raw records of each partition; the output is the state, and every record that ingest must
+have sent: strays and moved clicks to other partitions, tombstones, dead letters, item records.
+The rules are those of docs/adr: 1 and 5 (windows, lists, merges), 3 (micro-steps) and 17
+(forgetting).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from tests.model import reading
+from tests.model.reading import Raw, Refused
+
+# A record of `clicks` has at most so many bytes, of which its origin and key need some.
+MIB = 1_048_576
+
+
+class Entry(NamedTuple):
+    """One line of a user's history."""
+
+    item_id: str
+    at_ms: int
+    kind: str
+    weight: float
+
+
+@dataclass
+class History:
+    """A user's history, newest first, and the last record that changed it."""
+
+    entries: list[Entry] = field(default_factory=list)
+    newest_ms: int = 0
+    last: Raw | None = None
+
+
+class Learned(NamedTuple):
+    """One micro-step: the item, the items of the history (newest first), the seed of the draw."""
+
+    item_id: str
+    history: tuple[str, ...]
+    key: str
+
+
+@dataclass
+class Embedding:
+    """counted: events; learned: the steps taken, in order."""
+
+    counted: int = 0
+    learned: list[Learned] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What of a generation decides: its items, counts, and which items its tower refuses."""
+
+    name: str
+    items: frozenset[str]
+    min_steps_before: int
+    history_max: int
+    refuses: Callable[[Mapping[str, Any]], bool] = lambda item: False
+
+
+class Sent(NamedTuple):
+    """A record that ingest forwards. fields: of the event; origin: the record it comes from."""
+
+    partition: int
+    user_id: str
+    fields: tuple[tuple[str, Any], ...]
+    origin: str
+
+
+class Version(NamedTuple):
+    """An item's last change. item: its fields; None where it is deleted."""
+
+    partition: int
+    offset: int
+    item: dict[str, Any] | None
+
+
+@dataclass
+class State:
+    """All that the logs say; see the module."""
+
+    histories: dict[str, History] = field(default_factory=dict)
+    embeddings: dict[str, dict[str, Embedding]] = field(default_factory=dict)
+    windows: dict[int, dict[str, int]] = field(default_factory=dict)
+    counts: dict[str, dict[int, dict[str, int]]] = field(default_factory=dict)
+    profiles: dict[str, tuple[int, int, dict[str, Any]]] = field(default_factory=dict)
+    ledger: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    items: dict[str, Version] = field(default_factory=dict)
+    published: dict[str, dict[str, Version]] = field(default_factory=dict)
+    forwarded: set[Sent] = field(default_factory=set)
+    tombstones: set[tuple[str, int, str]] = field(default_factory=set)
+    letters: dict[str, str] = field(default_factory=dict)
+
+
+class Model:
+    """Applies logs. settings_of: the settings under which a record of `clicks` is applied.
+
+    settings:    those of users and items, and of `clicks` where `settings_of` is absent
+    prefix:      of the topics' names in coordinates
+    """
+
+    def __init__(
+        self,
+        settings: Any,
+        generations: Sequence[Generation],
+        settings_of: Callable[[Raw], Any] | None = None,
+    ) -> None:
+        self.state = State()
+        self.settings = settings
+        self.generations = generations
+        self.settings_of = settings_of or (lambda raw: settings)
+        for generation in generations:
+            self.state.embeddings[generation.name] = {}
+            self.state.published[generation.name] = {}
+
+    # ---- users and items
+
+    def users(self, records: Sequence[Raw]) -> None:
+        """Apply one partition of `users`, from its beginning."""
+        s, state = self.settings, self.state
+        for raw in records:
+            try:
+                user, found = reading.profile(raw, s.clicks_partitions, s.far_future_ms_max)
+            except Refused as refused:
+                state.letters[raw.at] = refused.args[0]
+                continue
+            if found is None:
+                state.profiles.pop(user, None)
+                state.tombstones.add((user, raw.timestamp, raw.at))
+                continue
+            origin_ms = reading.number_header(raw, "origin_ms")
+            offset, at_ms = (raw.offset, raw.timestamp) if origin_ms is None else (-1, origin_ms)
+            state.profiles[user] = (offset, at_ms, found)
+
+    def items(self, records: Sequence[Raw]) -> None:
+        """Apply one partition of `items`, from its beginning."""
+        s, state = self.settings, self.state
+        for raw in records:
+            try:
+                item_id, found = reading.item(
+                    raw, s.items_partitions, s.far_future_ms_max, s.item_vector_dimension
+                )
+            except Refused as refused:
+                state.letters[raw.at] = refused.args[0]
+                continue
+            version = Version(raw.partition, raw.offset, found)
+            shown = found is not None and found["available"]
+            taken = [g for g in self.generations if not (shown and g.refuses(found or {}))]
+            for generation in taken:
+                state.published[generation.name][item_id] = version
+            if len(taken) < len(self.generations):
+                state.letters[raw.at] = "bad_vector"
+            if taken:
+                state.items[item_id] = version
+
+    # ---- clicks
+
+    def clicks(self, records: Sequence[Raw]) -> None:
+        """Apply one partition of `clicks`, from its beginning."""
+        for raw in records:
+            s, state = self.settings_of(raw), self.state
+            try:
+                event = reading.user_event(raw, s.far_future_ms_max)
+            except Refused as refused:
+                state.letters[raw.at] = refused.args[0]
+                continue
+            own = reading.partition(event["user_id"], s.clicks_partitions)
+            if own != raw.partition:
+                self._forward_stray(raw, event, own)
+            elif not self._resent(raw, event, s):
+                self._apply(raw, event, s)
+
+    def finish(self) -> State:
+        """What depends on whole logs: old buckets leave, tombstones end older profiles."""
+        for buckets in self.state.counts.values():
+            newest = max(buckets)
+            for bucket in [b for b in buckets if b <= newest - self.settings.popular_buckets]:
+                del buckets[bucket]
+        for user, (until_ms, users_offset, _) in self.state.ledger.items():
+            offset, at_ms, _ = self.state.profiles.get(user, (2**63, 2**63, {}))
+            if offset < users_offset and at_ms <= until_ms:
+                del self.state.profiles[user]
+        return self.state
+
+    def _forward_stray(self, raw: Raw, event: Mapping[str, Any], own: int) -> None:
+        doc = reading.document(raw.value)
+        if event["type"] == "click" and event["event_id"] is None:
+            doc["event_id"] = raw.at
+        self.state.forwarded.add(Sent(own, event["user_id"], known_fields(doc), raw.at))
+
+    def _resent(self, raw: Raw, event: Mapping[str, Any], s: Any) -> bool:
+        event_id = event["event_id"]
+        if event_id is None:
+            return False
+        window = self.state.windows.setdefault(raw.partition, {})
+        before = window.get(event_id)
+        if before is not None and raw.offset - before <= s.dedupe_window_events:
+            return True
+        window[event_id] = raw.offset
+        return False
+
+    def _apply(self, raw: Raw, event: dict[str, Any], s: Any) -> None:
+        if event["type"] == "forget":
+            self._forget(raw, event)
+            return
+        moved = event["type"] == "click" and (event["context"] or {}).get("eddyline.moved") is True
+        if event["type"] == "click" and not moved:
+            self._count(event, s)
+        if self._forgotten(raw, event):
+            return
+        if event["type"] == "merge":
+            self._merge(raw, event, s)
+        else:
+            self._click(raw, event, moved, s)
+
+    def _forgotten(self, raw: Raw, event: Mapping[str, Any]) -> bool:
+        until_ms, _, ends_ms = self.state.ledger.get(event["user_id"], (-1, -1, -1))
+        origin_ms = reading.number_header(raw, "origin_ms")
+        earlier = event["at_ms"] <= until_ms or (origin_ms is not None and origin_ms <= until_ms)
+        return raw.timestamp <= ends_ms and earlier
+
+    def _forget(self, raw: Raw, event: Mapping[str, Any]) -> None:
+        state, user = self.state, event["user_id"]
+        new = (event["until_ms"], event["users_offset"], event["ends_ms"])
+        old = state.ledger.get(user)
+        if old is not None and raw.timestamp <= old[2]:
+            if new[:2] <= old[:2]:
+                return
+            new = (max(new[0], old[0]), max(new[1], old[1]), max(new[2], old[2]))
+        state.ledger[user] = new
+        self._empty_embeddings(user)
+        history = state.histories.pop(user, History())
+        kept = [entry for entry in history.entries if entry.at_ms > event["keep_after_ms"]]
+        if kept:
+            state.histories[user] = History(kept, history.newest_ms, raw)
+
+    def _merge(self, raw: Raw, event: Mapping[str, Any], s: Any) -> None:
+        into, history = event["merge_into"], self.state.histories.pop(event["user_id"], History())
+        self._empty_embeddings(event["user_id"])
+        own = reading.partition(into, s.clicks_partitions)
+        for number, entry in enumerate(reversed(history.entries)):
+            fields: dict[str, Any] = {
+                "user_id": into,
+                **entry._asdict(),
+                "event_id": f"merge/{raw.partition}/{raw.offset}/{number}",
+                "context": {"eddyline.moved": True},
+            }
+            self.state.forwarded.add(Sent(own, into, known_fields(fields), raw.at))
+
+    def _click(self, raw: Raw, event: Mapping[str, Any], moved: bool, s: Any) -> None:
+        user = event["user_id"]
+        history = self.state.histories.setdefault(user, History())
+        entry = Entry(event["item_id"], event["at_ms"], event["kind"], strength(event, s))
+        oldest_ms = history.newest_ms - 1_000 * s.lateness_s_max if s.lateness_s_max else -1
+        late = not moved and entry.at_ms < oldest_ms
+        if not moved and not late and entry.kind != "dislike":
+            self._learn(raw, event, history.entries)
+        before, history.newest_ms = history.newest_ms, max(history.newest_ms, entry.at_ms)
+        history.last = raw
+        if late or (moved and entry in history.entries):
+            return
+        place = sum(other.at_ms > entry.at_ms for other in history.entries)
+        history.entries.insert(place, entry)
+        del history.entries[s.history_length_max :]
+        if s.history_age_s_max:
+            limit = max(before, entry.at_ms) - 1_000 * s.history_age_s_max
+            history.entries = [other for other in history.entries if other.at_ms >= limit]
+
+    def _learn(self, raw: Raw, event: Mapping[str, Any], entries: Sequence[Entry]) -> None:
+        for generation in self.generations:
+            if event["item_id"] not in generation.items:
+                continue
+            users = self.state.embeddings[generation.name]
+            embedding = users.setdefault(event["user_id"], Embedding())
+            if embedding.counted >= generation.min_steps_before:
+                key = event["event_id"] or f"{raw.partition}/{raw.offset}"
+                liked = [i for i in liked_items(entries) if i in generation.items]
+                history = tuple(liked[: generation.history_max])
+                embedding.learned.append(Learned(event["item_id"], history, key))
+            embedding.counted += 1
+
+    def _empty_embeddings(self, user: str) -> None:
+        for users in self.state.embeddings.values():
+            users.pop(user, None)
+
+    def _count(self, event: Mapping[str, Any], s: Any) -> None:
+        thousandths = round(1_000 * strength(event, s) * s.kind_weights[event["kind"]])
+        if thousandths:
+            slots = s.item_slots
+            slot = f"i{reading.partition(event['item_id'], slots)}" if slots > 1 else "i0"
+            buckets = self.state.counts.setdefault(slot, {})
+            bucket = buckets.setdefault(event["at_ms"] // (1_000 * s.popular_bucket_s), {})
+            bucket[event["item_id"]] = bucket.get(event["item_id"], 0) + thousandths
+
+
+def strength(event: Mapping[str, Any], s: Any) -> float:
+    """An event's own weight, less where the user left early."""
+    dwell = (event["context"] or {}).get("dwell_ms")
+    if not s.dwell_ms_full or type(dwell) not in (int, float):
+        return float(event["weight"])
+    return float(event["weight"]) * min(1.0, max(dwell / s.dwell_ms_full, 0.001))
+
+
+def liked_items(entries: Sequence[Entry]) -> list[str]:
+    """Items newest first, without dislikes and what a newer dislike excludes."""
+    liked = []
+    for number, entry in enumerate(entries):
+        disliked = [other.item_id for other in entries[:number] if other.kind == "dislike"]
+        if entry.kind != "dislike" and entry.item_id not in disliked:
+            liked.append(entry.item_id)
+    return liked
+
+
+# What an event means; `impression_id` and unknown fields are of no matter here.
+_FIELDS: dict[str, Any] = {
+    "user_id": None,
+    "item_id": None,
+    "at_ms": None,
+    "kind": "click",
+    "event_id": None,
+    "weight": 1.0,
+    "context": None,
+    "merge_into": None,
+    "forget_until_ms": None,
+    "users_offset": None,
+}
+
+
+def known_fields(doc: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """An event's fields, comparable: a default and an absent field are equal."""
+    found = {name: doc.get(name, default) for name, default in _FIELDS.items()}
+    if isinstance(found["context"], dict):
+        found["context"] = tuple(sorted(found["context"].items()))
+    return tuple(sorted(found.items()))
+
+
+def applied(
+    settings: Any,
+    generations: Sequence[Generation],
+    logs: Mapping[str, Mapping[int, Sequence[Raw]]],
+    settings_of: Callable[[Raw], Any] | None = None,
+) -> State:
+    """The state that whole logs give. logs: topic without prefix -> partition -> records."""
+    model = Model(settings, generations, settings_of)
+    for apply, topic in ((model.items, "items"), (model.users, "users"), (model.clicks, "clicks")):
+        for partition in sorted(logs.get(topic, {})):
+            apply(logs[topic][partition])
+    return model.finish()

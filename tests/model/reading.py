@@ -1,0 +1,288 @@
+"""The model's reading of records: JSON, fields and ids, and Kafka's partitioner, by the documents.
+
+Nothing of the product's codec is used. `Refused` holds the reason of a dead letter.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+KINDS = ("click", "view", "like", "cart", "purchase", "dislike")
+LAST_MS = 253_402_300_799_999
+
+
+class Refused(Exception):
+    """The record is no event. args[0]: the reason of its dead letter."""
+
+
+class Raw(NamedTuple):
+    """A record as Kafka has it. timestamp: the broker's clock at the append, milliseconds."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp: int
+    key: bytes | None
+    value: bytes | None
+    headers: tuple[tuple[str, bytes | None], ...] = ()
+
+    @property
+    def at(self) -> str:
+        """`topic/partition/offset`."""
+        return f"{self.topic}/{self.partition}/{self.offset}"
+
+
+def header(raw: Raw, name: str) -> bytes | None:
+    """The last value under a name; None for none."""
+    return dict(raw.headers).get(name)
+
+
+def number_header(raw: Raw, name: str) -> int | None:
+    """The first readable decimal number under a name; None for none."""
+    for found, value in raw.headers:
+        if found == name and value is not None and value.isdigit() and len(value) <= 18:
+            return int(value)
+    return None
+
+
+def partition(key: str, partitions: int) -> int:
+    """murmur2 as Kafka's Java client computes it, made positive, modulo."""
+    data, m = key.encode(), 0x5BD1E995
+    h = 0x9747B28C ^ len(data)
+    whole = len(data) // 4 * 4
+    for at in range(0, whole, 4):
+        k = int.from_bytes(data[at : at + 4], "little") * m % 2**32
+        k = (k ^ k >> 24) * m % 2**32
+        h = h * m % 2**32 ^ k
+    tail = data[whole:]
+    if tail:
+        for n in range(len(tail)):
+            h ^= tail[n] << 8 * n
+        h = h * m % 2**32
+    h = (h ^ h >> 13) * m % 2**32
+    h ^= h >> 15
+    return (h & 0x7FFFFFFF) % partitions
+
+
+def document(value: bytes | None) -> dict[str, Any]:
+    """A record's JSON object. Raises Refused."""
+    if value is None:
+        raise Refused("no_value")
+    try:
+        found = json.loads(value.decode(), parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        raise Refused("malformed_json") from None
+    if not isinstance(found, dict):
+        raise Refused("bad_field")
+    return found
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(name)
+
+
+def text(doc: Mapping[str, Any], name: str, shortest: int, longest: int) -> str:
+    """A required text of so many characters."""
+    found = doc.get(name)
+    if not isinstance(found, str) or not shortest <= len(found) <= longest:
+        raise Refused("bad_field")
+    return found
+
+
+def time_ms(doc: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """A time in milliseconds; required without a default."""
+    found = doc.get(name, default)
+    if type(found) is not int or not 0 <= found <= LAST_MS:
+        raise Refused("bad_field")
+    return found
+
+
+def integer(doc: Mapping[str, Any], name: str, default: int) -> int:
+    """A whole number, or the default where it is absent."""
+    found = doc.get(name, default)
+    if type(found) is not int:
+        raise Refused("bad_field")
+    return found
+
+
+def attributes(doc: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Names and plain values, or none at all."""
+    found = doc.get(name, {})
+    if not isinstance(found, dict) or len(found) > 64:
+        raise Refused("bad_field")
+    for label, value in found.items():
+        if not 1 <= len(label) <= 256:
+            raise Refused("bad_field")
+        plain = isinstance(value, str) and len(value) <= 1_000
+        number = isinstance(value, int) and -(2**63) <= value < 2**63
+        real = isinstance(value, float) and abs(value) != float("inf")
+        if not (plain or number or real):
+            raise Refused("bad_field")
+    return found
+
+
+def check_id(value: str) -> None:
+    """An id has 1 to 256 bytes and no control characters."""
+    if not value:
+        raise Refused("empty_id")
+    if len(value.encode(errors="replace")) > 256:
+        raise Refused("id_too_long")
+    if any(unicodedata.category(char) in ("Cc", "Cs") for char in value):
+        raise Refused("control_character")
+
+
+def check_time(at_ms: int, raw: Raw, ahead_ms: int) -> None:
+    """An event may lie at most so far after its append."""
+    if at_ms > raw.timestamp + ahead_ms:
+        raise Refused("far_future")
+
+
+def click(doc: Mapping[str, Any], raw: Raw, ahead_ms: int) -> dict[str, Any]:
+    """A click's fields. Raises Refused."""
+    found: dict[str, Any] = {
+        "type": "click",
+        "user_id": text(doc, "user_id", 1, 256),
+        "item_id": text(doc, "item_id", 1, 256),
+        "at_ms": time_ms(doc, "at_ms"),
+        "kind": doc.get("kind", "click"),
+        "event_id": doc.get("event_id"),
+        "weight": doc.get("weight", 1.0),
+        "context": None if doc.get("context") is None else attributes(doc, "context"),
+    }
+    if found["event_id"] is not None:
+        text(doc, "event_id", 1, 256)
+    if doc.get("impression_id") is not None:
+        text(doc, "impression_id", 1, 256)
+    if found["kind"] not in KINDS or type(found["weight"]) not in (int, float):
+        raise Refused("bad_field")
+    if not 0 < found["weight"] <= 100:
+        raise Refused("bad_field")
+    for name in ("user_id", "item_id", "event_id"):
+        if found[name] is not None:
+            check_id(found[name])
+    check_time(found["at_ms"], raw, ahead_ms)
+    return found
+
+
+def merge(doc: Mapping[str, Any], raw: Raw, ahead_ms: int) -> dict[str, Any]:
+    """A merge's fields. Raises Refused."""
+    found = {
+        "type": "merge",
+        "user_id": text(doc, "user_id", 1, 256),
+        "merge_into": text(doc, "merge_into", 1, 256),
+        "at_ms": time_ms(doc, "at_ms"),
+        "event_id": None,
+    }
+    check_id(found["user_id"])
+    check_id(found["merge_into"])
+    check_time(found["at_ms"], raw, ahead_ms)
+    if found["user_id"] == found["merge_into"]:
+        raise Refused("same_user")
+    return found
+
+
+def forget(doc: Mapping[str, Any], raw: Raw, ahead_ms: int) -> dict[str, Any]:
+    """A tombstone's fields; records of before have a time only. Raises Refused."""
+    until_ms = time_ms(doc, "forget_until_ms")
+    found = {
+        "type": "forget",
+        "user_id": text(doc, "user_id", 1, 256),
+        "until_ms": until_ms,
+        "keep_after_ms": integer(doc, "keep_after_ms", until_ms),
+        "users_offset": integer(doc, "users_offset", -1),
+        "ends_ms": integer(doc, "ends_ms", until_ms + 400 * 86_400_000),
+        "event_id": None,
+    }
+    check_id(found["user_id"])
+    check_time(until_ms, raw, ahead_ms)
+    return found
+
+
+def user_event(raw: Raw, ahead_ms: int) -> dict[str, Any]:
+    """Any record of `clicks`. Raises Refused."""
+    doc = document(raw.value)
+    try:
+        return click(doc, raw, ahead_ms)
+    except Refused:
+        if "merge_into" in doc:
+            return merge(doc, raw, ahead_ms)
+        if "forget_until_ms" in doc:
+            return forget(doc, raw, ahead_ms)
+        raise
+
+
+def _id_of_key(raw: Raw, partitions: int) -> str:
+    if raw.key is None:
+        raise Refused("no_key")
+    try:
+        found = raw.key.decode()
+    except UnicodeDecodeError:
+        raise Refused("malformed_key") from None
+    if partition(found, partitions) != raw.partition:
+        raise Refused("wrong_partition")
+    return found
+
+
+def profile(raw: Raw, partitions: int, ahead_ms: int) -> tuple[str, dict[str, Any] | None]:
+    """(user id, attributes; None forgets the user). Raises Refused."""
+    user = _id_of_key(raw, partitions)
+    if raw.value is None:
+        check_id(user)
+        return user, None
+    doc = document(raw.value)
+    found, at_ms = attributes(doc, "attributes"), time_ms(doc, "at_ms", 0)
+    check_id(text(doc, "user_id", 1, 256))
+    if doc["user_id"] != user:
+        raise Refused("wrong_key")
+    check_time(at_ms, raw, ahead_ms)
+    return user, found
+
+
+def _labels(doc: Mapping[str, Any], name: str) -> Sequence[str]:
+    found = doc.get(name, [])
+    if not isinstance(found, list) or len(found) > 64:
+        raise Refused("bad_field")
+    if not all(isinstance(label, str) and 1 <= len(label) <= 256 for label in found):
+        raise Refused("bad_field")
+    return found
+
+
+def item(
+    raw: Raw, partitions: int, ahead_ms: int, dimension: int
+) -> tuple[str, dict[str, Any] | None]:
+    """(item id, fields with defaults; None deletes the item). Raises Refused."""
+    item_id = _id_of_key(raw, partitions)
+    if raw.value is None:
+        check_id(item_id)
+        return item_id, None
+    doc = document(raw.value)
+    found: dict[str, Any] = {
+        "item_id": text(doc, "item_id", 1, 256),
+        "title": text({"title": "", **doc}, "title", 0, 1_000),
+        "categories": _labels(doc, "categories"),
+        "tags": _labels(doc, "tags"),
+        "attributes": attributes(doc, "attributes"),
+        "available": doc.get("available", True),
+        "at_ms": time_ms(doc, "at_ms", 0),
+        "vector": doc.get("vector"),
+    }
+    if type(found["available"]) is not bool:
+        raise Refused("bad_field")
+    vector = found["vector"]
+    if vector is not None:
+        numbers = isinstance(vector, list) and len(vector) <= 4_096
+        if not numbers or not all(type(number) in (int, float) for number in vector):
+            raise Refused("bad_field")
+    check_id(found["item_id"])
+    if found["item_id"] != item_id:
+        raise Refused("wrong_key")
+    check_time(found["at_ms"], raw, ahead_ms)
+    if vector is not None:
+        if len(vector) != dimension:
+            raise Refused("wrong_vector_length")
+        if not all(abs(number) <= 1e19 for number in vector):
+            raise Refused("not_finite")
+    return item_id, found

@@ -1,0 +1,410 @@
+"""The product's handlers over a Kafka in memory and a `MemoryStore`, for comparison with the model.
+
+The producers are those of ingest (`KafkaForwarder`, `KafkaDeadLetters`); only the client below them
+is replaced: what it sends enters the logs at its flush, and is lost with the process before.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
+
+import msgspec
+import numpy as np
+from kafka.errors import KafkaTimeoutError
+
+from eddyline.errors import FenceMoved, KafkaUnavailable, StoreUnavailable, VectorRejected
+from eddyline.schema.events import KINDS
+from eddyline.settings.loader import Settings
+from eddyline.stores.memory import MemoryStore
+from eddyline.stores.state_store import LogId
+from streams.generation import Generation
+from streams.handlers import Handlers, Outputs
+from tests.applying import batch_of
+from tests.model import model, reading
+from tests.model.reading import Raw
+
+TOPICS = ("items", "users", "clicks")
+LOG = LogId("cluster", "topic")
+BASE_MS = 1_700_000_000_000
+REFUSED_TITLE = "no vector"
+# Exact in float32: the embedding counts in the integers below this prime.
+PRIME = 8_191
+
+
+def code(text: str) -> int:
+    """A number of a text."""
+    return sum(map(ord, text)) % 97
+
+
+class _Towers:
+    """Towers whose embedding is a checksum of what was learned, in order. Thread rule: any."""
+
+    dimension = 1
+
+    def __init__(self, generation: str, items: Sequence[str], least: int) -> None:
+        self.generation = generation
+        self.rows = MappingProxyType({item: row for row, item in enumerate(items)})
+        self.item_vectors = np.array([[code(item)] for item in items], np.float32)
+        self.user_tower = SimpleNamespace(history_max=3, encode=self._history)
+        self.item_tower = SimpleNamespace(encode=self._encode)
+        self.micro = SimpleNamespace(min_steps_before=least, step=self._step)
+
+    def _history(self, table: Any, histories: Sequence[Any], profiles: Sequence[Any]) -> Any:
+        sums = [sum((n + 2) * int(table[row][0]) for n, row in enumerate(h)) for h in histories]
+        return np.array(sums, np.float32).reshape(-1, 1)
+
+    def _step(self, forward: Any, embedding: Any, targets: Any, keys: Sequence[str]) -> Any:
+        new = [
+            (7 * int(e) + int(f) + 3 * int(self.item_vectors[t][0]) + code(key)) % PRIME
+            for e, f, t, key in zip(embedding[:, 0], forward[:, 0], targets, keys, strict=True)
+        ]
+        return np.array(new, np.float32).reshape(-1, 1)
+
+    def _encode(self, items: Sequence[Any]) -> Any:
+        if any(item.title == REFUSED_TITLE for item in items):
+            raise VectorRejected("no unit vector")
+        return np.ones((len(items), 1), np.float32)
+
+
+def checksum(learned: Sequence[model.Learned]) -> int:
+    """What `_Towers` make of these steps."""
+    found = 0
+    for step in learned:
+        history = sum((n + 2) * code(item) for n, item in enumerate(step.history))
+        found = (7 * found + history + 3 * code(step.item_id) + code(step.key)) % PRIME
+    return found
+
+
+class _Future:
+    def __init__(self) -> None:
+        self.stored = False
+
+    def get(self, timeout: float | None = None) -> None:
+        if not self.stored:
+            raise KafkaTimeoutError("not stored")
+
+
+class _Client:
+    """Kafka's producer: queues, stores at a flush, and refuses a send as `full` says."""
+
+    def __init__(self, rig: Rig) -> None:
+        self._rig = rig
+        self._queue: list[tuple[Any, ...]] = []
+
+    def send(self, topic: str, value: bytes, **more: Any) -> _Future:
+        self._rig.full_at -= 1
+        if self._rig.full or not self._rig.full_at:
+            self._rig.full = 0
+            raise KafkaTimeoutError("the buffer is full")
+        future = _Future()
+        self._queue.append((future, topic, value, more))
+        return future
+
+    def flush(self, timeout: float | None = None) -> None:
+        if self._rig.away:
+            self._rig.away -= 1
+            raise KafkaTimeoutError("Kafka does not answer")
+        for future, topic, value, more in self._queue:
+            future.stored = True
+            if topic == "dead-letters":
+                self._rig.letters[more["key"].decode()] = dict(more["headers"])["reason"].decode()
+            else:
+                self._rig.append(
+                    topic, more["partition"], more["key"], value, tuple(more["headers"])
+                )
+        self._queue.clear()
+
+
+class _Published:
+    """Item records as compaction leaves them."""
+
+    def __init__(self) -> None:
+        self.last: dict[str, Any] = {}
+
+    def open(self, partition: int) -> None:
+        """There is no other writer."""
+
+    def publish(self, records: Mapping[int, Sequence[Any]]) -> dict[int, Any]:
+        """Keep the last record of every item."""
+        self.last |= {record.item_id: record for some in records.values() for record in some}
+        return {}
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class Rig:
+    """Logs, a store and one ingest process. Logs keep what retention removed, for the model."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.now_ms = BASE_MS
+        self.logs: dict[str, dict[int, list[Raw]]] = {t: {p: [] for p in range(2)} for t in TOPICS}
+        self.ends = {(t, p): 0 for t in TOPICS for p in range(2)}
+        self.begins = dict(self.ends)
+        self.committed = dict(self.ends)
+        self.letters: dict[str, str] = {}
+        # The next send fails; the n-th one does; the next flush does.
+        self.full = self.full_at = self.away = 0
+        self.store = MemoryStore()
+        self.saved: tuple[Any, dict[tuple[str, int], int]] = (
+            self.store.snapshot(),
+            dict(self.ends),
+        )
+        self.towers = [_Towers("1", [f"i{n}" for n in range(5)], 2)]
+        self.published = {"1": _Published()}
+        # (partition, offset, settings): from there on a partition of clicks is applied under them.
+        self.eras: list[tuple[dict[int, int], Settings]] = [({}, settings)]
+        self.start()
+
+    # ---- Kafka
+
+    def append(
+        self,
+        topic: str,
+        partition: int,
+        key: bytes | None,
+        value: bytes | None,
+        headers: tuple[tuple[str, bytes | None], ...] = (),
+    ) -> Raw:
+        """Append a record at the rig's time."""
+        offset = self.ends[topic, partition]
+        self.ends[topic, partition] += 1
+        raw = Raw(topic, partition, offset, self.now_ms, key, value, headers)
+        self.logs[topic][partition].append(raw)
+        return raw
+
+    def retain(self, partition: int) -> None:
+        """Retention removes the head of a partition of `clicks` that every copy has applied."""
+        saved = self.saved[1]["clicks", partition]
+        lowest = min(saved, self.handlers.clicks.fences.lowest(partition) + 1)
+        self.begins["clicks", partition] = max(self.begins["clicks", partition], lowest)
+
+    # ---- the process
+
+    def start(self) -> None:
+        """A new process; the one before is dead, and what it had queued is gone."""
+        for client in getattr(self, "clients", ()):
+            client._queue.clear()
+        self.clients = [_Client(self)]
+        clock = iter(range(10**9))
+        generations = [Generation(t, self.published[t.generation]) for t in self.towers]  # type: ignore[arg-type]
+        self.handlers = Handlers(
+            self.settings,
+            self.store,
+            dict.fromkeys(TOPICS, LOG),
+            generations,
+            Outputs.to_kafka(self.settings, self.clients[0]),  # type: ignore[arg-type]
+            [t.generation for t in self.towers],
+            items_wait_s=0.0,
+            clock_us=lambda: 0,
+        )
+        self.handlers.clicks.popularity._clock_s = lambda: next(clock) * 0.03
+        self.at: dict[tuple[str, int], int] = {}
+        for topic, partition in self.ends:
+            self.open(topic, partition)
+
+    def open(self, topic: str, partition: int) -> None:
+        """Read a partition again from its fences."""
+        at = topic, partition
+        handler = self.handlers.of(topic)
+        handler.open(partition)
+        bounds = {partition: (self.begins[at], self.ends[at])}
+        self.at[at] = handler.fences.open(bounds, {partition: self.committed[at]})[partition]
+
+    def turn(self, topic: str, sizes: Mapping[int, int]) -> bool:
+        """One batch each of some partitions; False where none has anything left."""
+        batches = {}
+        for partition, size in sizes.items():
+            records = [
+                r for r in self.logs[topic][partition] if r.offset >= self.at[topic, partition]
+            ]
+            if records:
+                batches[partition] = records[:size]
+        handler, read = self.handlers.of(topic), [batch_of(some) for some in batches.values()]
+        for batch, result in zip(read, handler.apply(read) if read else [], strict=True):
+            at = topic, batch.partition
+            if isinstance(result, FenceMoved | StoreUnavailable | KafkaUnavailable):
+                self.open(*at)
+            elif isinstance(result, Exception):
+                raise result
+            else:
+                self.at[at] = self.committed[at] = batch.last + 1
+        return bool(batches)
+
+    def save(self) -> None:
+        """Copy Redis' files."""
+        positions = {(t, p): self.handlers.of(t).fences.lowest(p) + 1 for t, p in self.ends}
+        self.saved = self.store.snapshot(), positions
+
+    def restore(self) -> None:
+        """Redis comes back with the older copy; the process goes on and finds out."""
+        self.store.restore(copy.deepcopy(self.saved[0]))
+
+    def restart(self, **changed: int) -> None:
+        """An orderly end, and a start, perhaps with other settings."""
+        if changed:
+            self.drain()
+            self.settings = msgspec.structs.replace(self.settings, **changed)
+            self.eras.append(({p: self.ends["clicks", p] for p in range(2)}, self.settings))
+            self.saved = self.store.snapshot(), {at: self.ends[at] for at in self.ends}
+        self.start()
+
+    def retrain(self, items: Sequence[str]) -> None:
+        """A second generation, which the next process serves too."""
+        self.towers.append(_Towers("2", items, 1))
+        self.published["2"] = _Published()
+        self.restart()
+
+    def drain(self) -> None:
+        """Apply everything, what ingest sends meanwhile included."""
+        self.full = self.full_at = self.away = 0
+        for _ in range(1_000):
+            if [t for t in TOPICS if self.turn(t, {0: 7, 1: 7})]:
+                continue
+            for partition in range(2):
+                try:
+                    self.handlers.clicks.popularity.write(partition)
+                except FenceMoved:
+                    self.open("clicks", partition)
+            again = False
+            for topic in TOPICS:
+                for partition in self.handlers.of(topic).fences.find_diverged([0, 1]):
+                    self.open(topic, partition)
+                    again = True
+            if not again and not any(self.at[at] < self._last(at) for at in self.ends):
+                return
+        raise AssertionError("the logs do not come to their end")
+
+    def _last(self, at: tuple[str, int]) -> int:
+        records = self.logs[at[0]][at[1]]
+        return records[-1].offset + 1 if records else 0
+
+    # ---- comparison
+
+    def expected(self) -> model.State:
+        """What the model makes of the logs."""
+        generations = [
+            model.Generation(
+                t.generation,
+                frozenset(t.rows),
+                t.micro.min_steps_before,
+                3,
+                lambda item: item["title"] == REFUSED_TITLE,
+            )
+            for t in self.towers
+        ]
+        return model.applied(self.settings, generations, self.logs, self._settings_of)
+
+    def _settings_of(self, raw: Raw) -> Settings:
+        fitting = [s for start, s in self.eras if start.get(raw.partition, 0) <= raw.offset]
+        return fitting[-1]
+
+    def differences(self) -> list[str]:
+        """Every difference of state and of what was sent."""
+        want, have, found = self.expected(), self.store.snapshot(), list[str]()
+
+        def same(what: str, left: Mapping[Any, Any], right: Mapping[Any, Any]) -> None:
+            for key in sorted(left.keys() | right.keys(), key=str):
+                if left.get(key) != right.get(key):
+                    found.append(f"{what} {key}: {left.get(key)!r}, model {right.get(key)!r}")
+
+        same(
+            "history",
+            {u: _history(h) for (_, u), (h, _) in have.histories.items()},
+            want_lists(want),
+        )
+        for towers in self.towers:
+            name = towers.generation
+            mine = {
+                u: (steps, int(np.frombuffer(vector, "<f4")[0]))
+                for (_, g, u), (steps, vector) in have.embeddings.items()
+                if g == name
+            }
+            model_ = {u: (e.counted, checksum(e.learned)) for u, e in want.embeddings[name].items()}
+            same(f"embedding {name}", mine, model_)
+            published = {i: (r.offset, r.retired) for i, r in self.published[name].last.items()}
+            same(
+                f"published {name}",
+                published,
+                {i: _shown(v) for i, v in want.published[name].items()},
+            )
+        for partition in range(2):
+            floor = self._last(("clicks", partition)) - self.settings.dedupe_window_events
+            mine_, model_ = have.window.get(f"u{partition}", {}), want.windows.get(partition, {})
+            same("event id", _above(mine_, floor), _above(model_, floor))
+        counts = {s: b for s, b in have.buckets.items() if b}
+        same("counts", counts, want.counts)
+        same(
+            "profile",
+            {u: attributes_of(p) for (_, u), p in have.profiles.items()},
+            {u: p[2] for u, p in want.profiles.items()},
+        )
+        same(
+            "item",
+            {k.partition(":")[2]: (i.offset, bool(i.body)) for k, i in have.items.items()},
+            {i: (v.offset, v.item is not None) for i, v in want.items.items()},
+        )
+        same("dead letter", self.letters, want.letters)
+        return found + self._sent_differences(want)
+
+    def _sent_differences(self, want: model.State) -> list[str]:
+        forwarded, tombstones = set(), set()
+        for raw in [r for part in self.logs["clicks"].values() for r in part]:
+            origin = reading.header(raw, "origin")
+            if origin is None or not origin.startswith((b"clicks/", b"users/")):
+                continue
+            doc = reading.document(raw.value)
+            if origin.startswith(b"users/"):
+                tombstones.add((doc["user_id"], doc["forget_until_ms"], origin.decode()))
+            else:
+                fields = model.known_fields(doc)
+                forwarded.add(model.Sent(raw.partition, doc["user_id"], fields, origin.decode()))
+            if raw.key is None or raw.key.decode() != doc["user_id"]:
+                return [f"{raw.at} has the key {raw.key!r}"]
+        return [
+            f"{what}: {sorted(map(str, more))}"
+            for what, more in (
+                ("not forwarded", want.forwarded - forwarded),
+                ("forwarded without a reason", forwarded - want.forwarded),
+                ("no tombstone", want.tombstones - tombstones),
+                ("a tombstone without a reason", tombstones - want.tombstones),
+            )
+            if more
+        ]
+
+
+def _history(history: Any) -> tuple[Any, ...]:
+    entries = [(e.item_id, e.at_ms, KINDS[e.kind], e.weight) for e in history.entries]
+    return entries, history.at_ms, history.partition, history.offset, history.appended_ms
+
+
+def want_lists(want: model.State) -> dict[str, Any]:
+    """The model's histories in the form of `_history`."""
+    return {
+        user: (
+            [tuple(entry) for entry in h.entries],
+            h.newest_ms,
+            h.last.partition,
+            h.last.offset,
+            h.last.timestamp,
+        )
+        for user, h in want.histories.items()
+        if h.last is not None
+    }
+
+
+def attributes_of(profile: Any) -> Any:
+    """A stored profile's attributes."""
+    return dict(getattr(profile, "attributes", profile))
+
+
+def _shown(version: model.Version) -> tuple[int, bool]:
+    return version.offset, version.item is None or not version.item["available"]
+
+
+def _above(ids: Mapping[str, int], floor: int) -> dict[str, int]:
+    return {e: at for e, at in ids.items() if at >= floor}

@@ -1,0 +1,235 @@
+"""The handlers and the second model read the same logs: state and sent records are equal.
+
+An example is a list of actions: what producers send, what ingest applies in which order and size,
+and what fails. HYPOTHESIS_PROFILE=explore looks on for longer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, Phase, example, given, settings
+from hypothesis import strategies as st
+
+from eddyline.settings.loader import Settings
+from tests.model import reading
+from tests.model.rig import REFUSED_TITLE, TOPICS, Rig
+
+DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "explore"
+EXAMPLES = 5_000 if DEEP else 120
+# Two of each partition.
+USERS = ["u0", "u1", "u5", "u11"]
+SETTINGS = Settings(
+    clicks_partitions=2,
+    items_partitions=2,
+    chunk_records_max=8,
+    history_length_max=5,
+    history_age_s_max=40,
+    lateness_s_max=60,
+    dedupe_window_events=20,
+    popular_buckets=3,
+    popular_bucket_s=60,
+    dwell_ms_full=1_000,
+)
+
+user, item = st.sampled_from(USERS), st.sampled_from([f"i{n}" for n in range(7)])
+partition = st.integers(0, 1)
+click = st.tuples(
+    st.just("click"),
+    user,
+    item,
+    st.sampled_from(["click", "view", "like", "dislike"]),
+    st.sampled_from([0, 0, 0, 5_000, 45_000, 90_000, 300_000, -20_000]),  # how long ago it was
+    st.sampled_from([None, "own", "own", "own", "again"]),
+    st.sampled_from([False, False, False, False, True]),  # in a wrong partition
+    st.sampled_from([None, None, {"dwell_ms": 250}, {"page": "home"}]),
+)
+BASIC = [
+    click,
+    click,
+    st.tuples(st.just("turn"), st.sampled_from(TOPICS), partition, st.integers(1, 8)),
+    st.tuples(st.just("turn"), st.just("clicks"), partition, st.integers(1, 8)),
+    st.tuples(st.just("item"), item, st.sampled_from(["new", "gone", "delete"])),
+    st.tuples(st.just("profile"), user),
+    st.tuples(st.just("merge"), user, user),
+    st.tuples(st.just("bad"), st.sampled_from(TOPICS), partition, st.integers(0, 4)),
+    st.tuples(st.just("pass"), st.integers(1, 30_000)),
+    st.tuples(st.just("gap"), partition, st.integers(1, 6)),
+    st.tuples(st.just("crash")),
+    st.tuples(st.just("save")),
+    st.tuples(st.just("restore")),
+    st.tuples(st.just("retain"), partition),
+    st.tuples(st.just("away")),
+]
+FULL = st.tuples(st.just("full"))
+BOTH = st.tuples(st.just("both"), st.integers(1, 8), st.integers(1, 8))
+REFUSED = st.tuples(st.just("item"), item, st.sampled_from(["new", "delete", "refused"]))
+BAD = (b"{", b"[]", b'{"user_id": "", "item_id": "i1", "at_ms": 1}', b'{"at_ms": 1.5}', b"\xff")
+
+
+def act(rig: Rig, action: tuple[Any, ...], sent: list[tuple[int, bytes, bytes]]) -> None:
+    """Do one action. sent: every click of a producer, for re-sends."""
+    name, *more = action
+    if name == "click":
+        _click(rig, more, sent)
+    elif name == "item":
+        item_id, change = more
+        doc = {"item_id": item_id, "title": REFUSED_TITLE if change == "refused" else "t"}
+        doc["available"] = change != "gone"
+        value = None if change == "delete" else json.dumps(doc).encode()
+        rig.append("items", reading.partition(item_id, 2), item_id.encode(), value)
+    elif name in ("profile", "forget"):
+        doc = {"user_id": more[0], "attributes": {"n": rig.now_ms}}
+        value = None if name == "forget" else json.dumps(doc).encode()
+        rig.append("users", reading.partition(more[0], 2), more[0].encode(), value)
+    elif name == "merge":
+        doc = {"user_id": more[0], "merge_into": more[1], "at_ms": rig.now_ms}
+        place = reading.partition(more[0], 2)
+        rig.append("clicks", place, more[0].encode(), json.dumps(doc).encode())
+    elif name == "bad":
+        rig.append(more[0], more[1], None if more[2] % 2 else b"u1", BAD[more[2]])
+    elif name == "gap":
+        rig.ends["clicks", more[0]] += more[1]
+    elif name == "pass":
+        rig.now_ms += more[0]
+    elif name == "turn":
+        rig.turn(more[0], {more[1]: more[2]})
+    elif name == "both":
+        rig.turn("clicks", {0: more[0], 1: more[1]})
+    elif name == "full_at":
+        rig.full_at = more[0]
+    elif name in ("full", "away"):
+        setattr(rig, name, 1)
+    elif name == "crash":
+        rig.start()
+    elif name == "settings":
+        rig.restart(**more[0])
+    elif name == "retrain":
+        if len(rig.towers) == 1:
+            rig.retrain(["i1", "i3", "i5", "i6"])
+    else:
+        getattr(rig, name)(*more)
+
+
+def _click(rig: Rig, more: list[Any], sent: list[tuple[int, bytes, bytes]]) -> None:
+    who, what, kind, ago_ms, identity, astray, context = more
+    if identity == "again" and sent:
+        place, key, value = sent[len(sent) // 2]
+    else:
+        doc = {"user_id": who, "item_id": what, "at_ms": rig.now_ms - ago_ms, "kind": kind}
+        if identity:
+            doc["event_id"] = f"e{len(sent)}"
+        if context:
+            doc["context"] = context
+        place, key = reading.partition(who, 2), who.encode()
+        place, value = (1 - place if astray else place), json.dumps(doc).encode()
+        sent.append((place, key, value))
+    rig.append("clicks", place, key, value, (("produced_us", b"77"),))
+
+
+def run(actions: list[tuple[Any, ...]], **changed: Any) -> None:
+    rig = Rig(msgspec.structs.replace(SETTINGS, **changed))
+    sent: list[tuple[int, bytes, bytes]] = []
+    for action in actions:
+        act(rig, action, sent)
+    rig.drain()
+    assert rig.differences() == []
+
+
+def actions_of(*more: Any) -> Any:
+    return st.lists(st.one_of(*BASIC, *more), min_size=10, max_size=60)
+
+
+def clicked(who: str, what: str, ago_ms: int = 0, astray: bool = False) -> tuple[Any, ...]:
+    """A plain click."""
+    return ("click", who, what, "click", ago_ms, "own", astray, None)
+
+
+# The send of the second batch fails, and the process ends.
+LOST_SEND = [
+    ("turn", "clicks", 0, 8),
+    *(clicked(u, "i1", astray=True) for u in USERS),
+    ("full_at", 3),
+    ("both", 8, 8),
+    ("crash",),
+]
+FORGOTTEN = [
+    *(clicked("u0", f"i{n}", 2_000) for n in range(4)),
+    ("turn", "clicks", 0, 8),
+    ("turn", "clicks", 1, 8),
+    ("forget", "u0"),
+    ("turn", "users", 0, 8),
+    ("turn", "users", 1, 8),
+    ("pass", 5_000),
+    clicked("u0", "i1", 9_000),
+]
+RETRAINED = [
+    *(clicked("u0", "i1") for _ in range(4)),
+    ("turn", "clicks", 0, 8),
+    ("retrain",),
+    clicked("u0", "i3"),
+]
+
+limits = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    phases=(Phase.explicit, Phase.generate, *((Phase.reuse, Phase.shrink) if DEEP else ())),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+
+@limits
+@given(actions_of(FULL), st.sampled_from([1, 3]))
+def test_state_and_sent_records_are_the_models(actions: list[Any], slots: int) -> None:
+    run(actions, item_slots=slots)
+
+
+@limits
+@given(actions_of(BOTH))
+def test_batches_of_two_partitions_are_the_models(actions: list[Any]) -> None:
+    run(actions)
+
+
+@pytest.mark.xfail(strict=True, reason="a failed send clears the pending sends of other batches")
+@limits
+@example(LOST_SEND)
+@given(actions_of(BOTH, FULL))
+def test_two_partitions_and_a_full_buffer_are_the_models(actions: list[Any]) -> None:
+    run(actions)
+
+
+@pytest.mark.xfail(strict=True, reason="a refused item hides the change before it in its batch")
+@limits
+@example([("item", "i3", "new"), ("item", "i3", "delete"), ("item", "i3", "refused")])
+@given(actions_of(REFUSED))
+def test_items_that_the_tower_refuses_are_the_models(actions: list[Any]) -> None:
+    run(actions)
+
+
+@pytest.mark.xfail(strict=True, reason="a forgotten user's later and older clicks are kept")
+@limits
+@example(FORGOTTEN)
+@given(actions_of(st.tuples(st.just("forget"), user)))
+def test_forgotten_users_who_click_again_are_the_models(actions: list[Any]) -> None:
+    run(actions)
+
+
+TIGHTER = [{"history_length_max": 3}, {"history_age_s_max": 20}, {"popular_buckets": 2}]
+
+
+@limits
+@given(actions_of(st.tuples(st.just("settings"), st.sampled_from(TIGHTER))))
+def test_tighter_limits_after_a_restart_are_the_models(actions: list[Any]) -> None:
+    run(actions)
+
+
+@pytest.mark.xfail(strict=True, reason="a second generation learns from its start on only")
+@limits
+@example(RETRAINED)
+@given(actions_of(st.tuples(st.just("retrain"))))
+def test_a_second_generation_is_the_models(actions: list[Any]) -> None:
+    run(actions)
