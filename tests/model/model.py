@@ -17,7 +17,6 @@ from tests.model import reading
 from tests.model.reading import Raw, Refused
 
 # A record of `clicks` has at most so many bytes, of which its origin and key need some.
-MIB = 1_048_576
 
 
 class Entry(NamedTuple):

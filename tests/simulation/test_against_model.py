@@ -194,7 +194,6 @@ def test_batches_of_two_partitions_are_the_models(actions: list[Any]) -> None:
     run(actions)
 
 
-@pytest.mark.xfail(strict=True, reason="a failed send clears the pending sends of other batches")
 @limits
 @example(LOST_SEND)
 @given(actions_of(BOTH, FULL))
@@ -202,7 +201,6 @@ def test_two_partitions_and_a_full_buffer_are_the_models(actions: list[Any]) -> 
     run(actions)
 
 
-@pytest.mark.xfail(strict=True, reason="a refused item hides the change before it in its batch")
 @limits
 @example([("item", "i3", "new"), ("item", "i3", "delete"), ("item", "i3", "refused")])
 @given(actions_of(REFUSED))
@@ -210,7 +208,6 @@ def test_items_that_the_tower_refuses_are_the_models(actions: list[Any]) -> None
     run(actions)
 
 
-@pytest.mark.xfail(strict=True, reason="a forgotten user's later and older clicks are kept")
 @limits
 @example(FORGOTTEN)
 @given(actions_of(st.tuples(st.just("forget"), user)))
