@@ -31,6 +31,8 @@ TEXT_CHARS_MAX = 256
 # The text of an attribute: an image URL, a subtitle, a long name.
 VALUE_CHARS_MAX = 1_000
 VECTOR_LENGTH_MAX = 4_096
+# The square root of the largest float32: larger values overflow in the item tower.
+VECTOR_NUMBER_MAX = 1e19
 # The last millisecond of the year 9999; larger values are microseconds.
 AT_MS_MAX = 253_402_300_799_999
 # Quoted values are cut: dead-letter headers and log lines stay short.
@@ -114,7 +116,8 @@ class Forget(msgspec.Struct, frozen=True, kw_only=True):
 # Header of a record that was forwarded or replayed: the time of its first append, ms as text.
 ORIGIN_MS = "origin_ms"
 # Context of a click moved by a merge: it enters the history and has no other effect.
-MOVED = {"eddyline.moved": True}
+_MOVED_KEY = "eddyline.moved"
+MOVED = {_MOVED_KEY: True}
 
 
 class Item(msgspec.Struct, frozen=True, kw_only=True):
@@ -183,7 +186,7 @@ def decode_click(value: bytes | None, *, appended_ms: int, far_future_ms_max: in
 
 def is_moved(click: Click) -> bool:
     """Whether a merge moved the event here from another user, for whom it was counted."""
-    return click.context is not None and MOVED.items() <= click.context.items()
+    return click.context is not None and click.context.get(_MOVED_KEY) is True
 
 
 def decode_user_event(
@@ -232,8 +235,7 @@ def decode_item(
         if len(item.vector) != vector_dimension:
             detail = f"has {len(item.vector)} numbers, item_vector_dimension is {vector_dimension}"
             raise Rejected("wrong_vector_length", "vector", detail)
-        # The square root of the largest float32: larger values overflow in the item tower.
-        if not all(math.isfinite(x) and abs(x) <= 1e19 for x in item.vector):
+        if not all(math.isfinite(x) and abs(x) <= VECTOR_NUMBER_MAX for x in item.vector):
             raise Rejected("not_finite", "vector", "holds NaN, infinity or a number above 1e19")
     return item
 

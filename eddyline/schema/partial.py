@@ -11,7 +11,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -19,13 +19,10 @@ from eddyline.errors import Rejected
 from eddyline.schema import events
 from eddyline.schema.events import Item, UserProfile
 
-# (part, reason) -> how many of them were left out. part: a field of an item or a profile.
-Omitted = Counter[tuple[str, str]]
-
 # Reasons of the strict decoder that an optional part may have caused.
 CURABLE = frozenset({"bad_field", "malformed_json", "wrong_vector_length", "not_finite"})
-# Every reason why a part is left out.
-REASONS = (
+# Why a part is left out.
+Reason = Literal[
     "null",
     "wrong_type",
     "empty",
@@ -35,9 +32,10 @@ REASONS = (
     "not_finite",
     "not_unicode",
     "wrong_length",
-)
-# As in `events.decode_item`: larger numbers overflow in the item tower.
-_VECTOR_MAX = 1e19
+]
+
+# (part, reason) -> how many of them were left out. part: a field of an item or a profile.
+Omitted = Counter[tuple[str, Reason]]
 
 
 def item(
@@ -98,24 +96,27 @@ def profile(
 
 
 class _Bad(Exception):
-    """A part is left out; the argument is one of `REASONS`."""
+    """A part is left out."""
+
+    def __init__(self, reason: Reason) -> None:
+        self.reason: Reason = reason
 
 
 # The good rest of a part; `note` gets the reason of each element that is left out. Raises _Bad.
-_Checker = Callable[[Any, Callable[[str], None]], Any]
+_Checker = Callable[[Any, Callable[[Reason], None]], Any]
 
 
 def _check(found: dict[str, Any], omitted: Omitted, part: str, checker: _Checker) -> None:
     if part not in found:
         return
 
-    def note(reason: str) -> None:
+    def note(reason: Reason) -> None:
         omitted[part, reason] += 1
 
     try:
         found[part] = checker(found[part], note)
     except _Bad as bad:
-        note(str(bad))
+        note(bad.reason)
         del found[part]
 
 
@@ -153,11 +154,11 @@ def _text(one: Any, chars_max: int, *, may_be_empty: bool) -> str:
     return one
 
 
-def _title(one: Any, _: Callable[[str], None]) -> str:
+def _title(one: Any, _: Callable[[Reason], None]) -> str:
     return _text(one, events.TITLE_CHARS_MAX, may_be_empty=True)
 
 
-def _labels(one: Any, note: Callable[[str], None]) -> list[str]:
+def _labels(one: Any, note: Callable[[Reason], None]) -> list[str]:
     if one is None:
         raise _Bad("null")
     if not isinstance(one, list):
@@ -167,13 +168,13 @@ def _labels(one: Any, note: Callable[[str], None]) -> list[str]:
         try:
             good.append(_text(label, events.TEXT_CHARS_MAX, may_be_empty=False))
         except _Bad as bad:
-            note(str(bad))
+            note(bad.reason)
     for _ in good[events.LABELS_MAX :]:
         note("too_many")
     return good[: events.LABELS_MAX]
 
 
-def _attributes(one: Any, note: Callable[[str], None]) -> dict[str, Any]:
+def _attributes(one: Any, note: Callable[[Reason], None]) -> dict[str, Any]:
     if one is None:
         raise _Bad("null")
     if not isinstance(one, dict):
@@ -186,7 +187,7 @@ def _attributes(one: Any, note: Callable[[str], None]) -> dict[str, Any]:
                 raise _Bad("too_many")
             good[key] = checked
         except _Bad as bad:
-            note(str(bad))
+            note(bad.reason)
     return good
 
 
@@ -211,6 +212,6 @@ def _vector(one: Any, dimension: int) -> list[float]:
         raise _Bad("wrong_length")
     if not all(isinstance(x, int | float) and not isinstance(x, bool) for x in one):
         raise _Bad("wrong_type")
-    if not all(abs(x) <= _VECTOR_MAX for x in one):  # NaN compares false
+    if not all(abs(x) <= events.VECTOR_NUMBER_MAX for x in one):  # NaN compares false
         raise _Bad("not_finite")
     return one

@@ -7,7 +7,8 @@ Deduplication of valid clicks is `eddyline.schema.deduplication`.
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from eddyline.errors import Rejected
 from eddyline.schema import events, partial
@@ -17,6 +18,7 @@ from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
 
 UserEvent = Click | Merge | Forget
+_T = TypeVar("_T", Item, UserProfile)
 
 
 def user_event(
@@ -56,13 +58,7 @@ def item(
         "far_future_ms_max": settings.far_future_ms_max,
         "vector_dimension": settings.item_vector_dimension,
     }
-    try:
-        return item_id, events.decode_item(value, **limits)
-    except Rejected as first:
-        if first.reason not in partial.CURABLE:
-            raise
-        counts = Omitted() if omitted is None else omitted
-        return item_id, partial.item(value, first, counts, **limits)
+    return item_id, _decoded(events.decode_item, partial.item, value, limits, omitted)
 
 
 def profile(
@@ -83,13 +79,7 @@ def profile(
         "appended_ms": appended_ms,
         "far_future_ms_max": settings.far_future_ms_max,
     }
-    try:
-        return user_id, events.decode_profile(value, **limits)
-    except Rejected as first:
-        if first.reason not in partial.CURABLE:
-            raise
-        counts = Omitted() if omitted is None else omitted
-        return user_id, partial.profile(value, first, counts, **limits)
+    return user_id, _decoded(events.decode_profile, partial.profile, value, limits, omitted)
 
 
 def unsent(
@@ -108,6 +98,23 @@ def unsent(
         return found, partition_of(item_id, settings.items_partitions)
     user_id, user = profile(settings, None, key, value, now_ms)
     return user, partition_of(user_id, settings.clicks_partitions)
+
+
+def _decoded(
+    strictly: Callable[..., _T],
+    partially: Callable[..., _T],
+    value: bytes,
+    limits: Mapping[str, Any],
+    omitted: Omitted | None,
+) -> _T:
+    """The record by the strict decoder; if an optional part may be bad, without such parts."""
+    try:
+        return strictly(value, **limits)
+    except Rejected as first:
+        if first.reason not in partial.CURABLE:
+            raise
+        counts = Omitted() if omitted is None else omitted
+        return partially(value, first, counts, **limits)
 
 
 def _id_of(kind: str, key: bytes | None, partition: int | None, partitions: int) -> str:

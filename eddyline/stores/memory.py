@@ -84,7 +84,7 @@ class MemoryStore(StateStore):
         with self._lock:
             self._open()
             stored = self._state.layout
-            if stored is not None and stored != layout and not stored.adopts(layout):
+            if stored is not None and stored != layout:
                 raise StoreRefused(f"the store {stored.refusal(layout)}")
             self._state.layout = layout
 

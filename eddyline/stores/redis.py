@@ -25,7 +25,6 @@ Every write is one Lua script, see `write_scripts`: it applies whole or not at a
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -137,11 +136,6 @@ class RedisStore(StateStore):
                     "this user may only read"
                 ) from None
             stored = self.layout()
-        elif stored.adopts(layout):
-            # A user that may only read leaves it to ingest.
-            with contextlib.suppress(NoPermissionError):
-                self._redis.set(f"{self._ns}layout", msgspec.json.encode(layout), xx=True)
-            return
         if stored is None:
             raise StoreUnavailable(f"Redis at {self.address} lost its layout while it was written")
         if stored != layout:

@@ -194,8 +194,7 @@ class UserState:
 class Layout:
     """What the numbers and names in the state mean. Written once; other layouts are refused.
 
-    popular_bucket_s: width of a popularity bucket, seconds; 0 in a layout from before it was
-                      stored: then the width of the next ingest is adopted
+    popular_bucket_s: width of a popularity bucket, seconds; 0 in layouts before version 3
     """
 
     version: int
@@ -203,12 +202,6 @@ class Layout:
     items_partitions: int
     item_slots: int
     popular_bucket_s: int = 0
-
-    def adopts(self, claimed: Layout) -> bool:
-        """Whether only the width is missing here, and `claimed` supplies it."""
-        return self.popular_bucket_s == 0 and claimed == replace(
-            self, popular_bucket_s=claimed.popular_bucket_s
-        )
 
     def refusal(self, claimed: Layout) -> str:
         """Why `claimed` is refused, with the way out."""

@@ -17,9 +17,9 @@ from eddyline.schema.events import ID_BYTES_MAX
 from eddyline.settings.loader import Settings
 from index.filters import LIST_IDS_MAX, RANGES_MAX, TERMS_MAX
 from serving.proto import retrieval_pb2, retrieval_pb2_grpc, shard_pb2, shard_pb2_grpc
-from serving.rpc import rooms
+from serving.rpc import call_pools
+from serving.rpc.call_pools import CallPool, CallPools
 from serving.rpc.retrieval_service import RetrievalService
-from serving.rpc.rooms import Room, Rooms
 from serving.rpc.shard_service import ShardService
 
 # An id or a name on the wire: tag, length and two bytes of bounds around it.
@@ -95,11 +95,11 @@ class WorkerServer:
         # A worker of one shard does not answer users: its Retrieval stays NOT_SERVING.
         self._served = ("", SHARD_NAME if part else NAME)
         # As many calls may wait as run at a time; further ones get RESOURCE_EXHAUSTED.
-        queries = Room("query", threads, 2 * threads)
-        self._rooms = Rooms(queries, _other_rooms())
+        queries = CallPool("query", threads, 2 * threads)
+        self._pools = CallPools(queries, _other_pools())
         self._server = grpc.server(
             queries,
-            interceptors=[self._rooms],
+            interceptors=[self._pools],
             options=[
                 ("grpc.keepalive_time_ms", KEEPALIVE_MS),
                 ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
@@ -123,7 +123,7 @@ class WorkerServer:
             add_shard(shard, self._server)  # type: ignore[no-untyped-call]
             names.append(SHARD_NAME)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        bounded = rooms.BoundedReflection(names, rooms.REFLECTION_IDLE_S, rooms.REFLECTION_S_MAX)
+        bounded = call_pools.BoundedReflection(names)
         reflection_pb2_grpc.add_ServerReflectionServicer_to_server(bounded, self._server)
         for name in {"", NAME, *self._served}:
             self._health.set(name, NOT_SERVING)
@@ -146,17 +146,17 @@ class WorkerServer:
         """Refuse new calls, let the running ones end, cancel them after `grace_s`."""
         self._health.enter_graceful_shutdown()
         self._server.stop(grace_s).wait(grace_s + 1)
-        self._rooms.close()
+        self._pools.close()
 
 
-def _other_rooms() -> dict[str, Room]:
-    """Full method name -> its room, for calls that must not use a query's thread."""
-    control = Room("health", 1, CONTROL_CALLS_MAX)
-    streams = rooms.REFLECTION_STREAMS_MAX
+def _other_pools() -> dict[str, CallPool]:
+    """Full method name -> its pool, for calls that must not use a query's thread."""
+    streams = call_pools.REFLECTION_STREAMS_MAX
+    reflections = CallPool("reflection", streams, streams)
     return {
-        f"/{health.SERVICE_NAME}/Check": control,
-        f"/{NAME}/Stats": Room("stats", 1, CONTROL_CALLS_MAX),
-        f"/{reflection.SERVICE_NAME}/ServerReflectionInfo": Room("reflection", streams, streams),
+        f"/{health.SERVICE_NAME}/Check": CallPool("health", 1, CONTROL_CALLS_MAX),
+        f"/{NAME}/Stats": CallPool("stats", 1, CONTROL_CALLS_MAX),
+        f"/{reflection.SERVICE_NAME}/ServerReflectionInfo": reflections,
     }
 
 

@@ -49,9 +49,9 @@ class PublishBarrier:
         Returns early if `stop` is set or a server is away, and after `limit_s`.
         """
         deadline = time.monotonic() + limit_s
-        behind = self._ask()
+        behind, self._missing = self._ask()
         while behind and time.monotonic() <= deadline and not stop.wait(POLL_S):
-            behind = self._ask()
+            behind, self._missing = self._ask()
         if self._missing:
             log.warning("serving starts without all items", extra={"reason": self._missing})
         return behind or 0
@@ -78,32 +78,31 @@ class PublishBarrier:
         published_s: float | None = None
         while not self._stop.wait(AGAIN_S):
             if published_s is None:
-                before = self._missing
-                if self._ask() != 0:
+                behind, why = self._ask()
+                if behind != 0:
+                    self._missing = why
                     continue
-                published_s, self._missing = time.monotonic(), before
+                published_s = time.monotonic()
             if replica.reached_s > published_s:
                 self._missing = ""
                 log.info("ingest has published all changes of items from before the start")
                 return
 
-    def _ask(self) -> int | None:
-        """How many records are missing; None if that is unknown. Sets `missing`."""
+    def _ask(self) -> tuple[int | None, str]:
+        """(how many records are missing, None if that is unknown; the same in words, "" for 0)."""
         try:
             if self._ends is None:
                 ends = topics.end_offsets(self._settings, topics.ITEMS)
                 self._ends = {p: end for p, end in ends.items() if end}
             behind = _behind(self._store, self._generation, self._ends)
         except EddylineError as error:
-            self._missing = f"it is unknown which items ingest has still to publish: {error}"
-            return None
-        self._missing = (
+            return None, f"it is unknown which items ingest has still to publish: {error}"
+        if not behind:
+            return 0, ""
+        return behind, (
             f"ingest has not published {behind} records of items; changed and deleted items are "
             "served as before"
-            if behind
-            else ""
         )
-        return behind
 
 
 def _behind(store: StateStore, generation: str, ends: dict[int, int]) -> int:

@@ -230,8 +230,7 @@ def _replay(
     for letter in batch:
         try:
             value, _ = checked(settings, letter)
-            headers = [("replayed_from", letter.at.encode())]
-            size = record_bytes(letter.key, value or b"", headers)
+            size = record_bytes(letter.key, value or b"", _headers(letter))
             if size > FORWARD_BYTES_MAX:
                 raise Rejected("too_large", "", f"has {size:,} bytes as a record")
             valid.append(letter)
@@ -294,12 +293,16 @@ def _send(settings: Settings, producer: KafkaProducer, batch: Sequence[Letter]) 
     letters = settings.prefixed(topics.DEAD_LETTERS)
     for letter in batch:
         value, partition = checked(settings, letter)
-        at = letter.at.encode()
-        first_ms = str(letter.timestamp_ms).encode()
-        headers = [("replayed_from", at), (events.ORIGIN_MS, first_ms)]
-        producer.send(letter.source[0], value, key=letter.key, partition=partition, headers=headers)
-        producer.send(letters, b"", key=at, headers=[("replayed", b"1")])
+        name, headers = letter.source[0], _headers(letter)
+        producer.send(name, value, key=letter.key, partition=partition, headers=headers)
+        producer.send(letters, b"", key=letter.at.encode(), headers=[("replayed", b"1")])
     producer.commit_transaction()
+
+
+def _headers(letter: Letter) -> list[tuple[str, bytes]]:
+    """Of the record that is sent."""
+    first_ms = str(letter.timestamp_ms).encode()
+    return [("replayed_from", letter.at.encode()), (events.ORIGIN_MS, first_ms)]
 
 
 def _digest(at: str) -> bytes:

@@ -109,14 +109,12 @@ def test_the_width_of_buckets_is_part_of_the_layout(store: StateStore) -> None:
     assert store.popular("i0", 9) == {472_222: {"a": 1_000, "b": 500}}
 
 
-def test_a_layout_without_the_width_adopts_it(store: StateStore) -> None:
-    store.claim_layout(Layout(1, 8, 4, 1))
-    with pytest.raises(StoreRefused, match="16"):
-        store.claim_layout(Layout(1, 16, 4, 1, popular_bucket_s=60))
-    store.claim_layout(Layout(1, 8, 4, 1, popular_bucket_s=60))
-    assert store.layout() == Layout(1, 8, 4, 1, popular_bucket_s=60)
-    with pytest.raises(StoreRefused, match="popular_bucket_s = 60"):
-        store.claim_layout(Layout(1, 8, 4, 1, popular_bucket_s=61))
+def test_a_layout_of_another_version_is_refused_with_the_way_out(store: StateStore) -> None:
+    old = Layout(2, 8, 4, 1)  # before the width was part of it
+    store.claim_layout(old)
+    with pytest.raises(StoreRefused, match="Another version wrote it: empty it"):
+        store.claim_layout(Layout(3, 8, 4, 1, popular_bucket_s=60))
+    assert store.layout() == old
 
 
 def test_users_are_written_whole_and_read_in_one_go(store: StateStore) -> None:

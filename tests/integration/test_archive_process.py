@@ -19,7 +19,7 @@ import pytest
 from kafka import KafkaAdminClient, TopicPartition
 from rich.progress import Progress
 
-from eddyline.archive import HOUR_MS, Archive
+from eddyline.archive import Archive
 from eddyline.errors import KafkaUnavailable, LogMismatch
 from eddyline.kafka import clients, producers, topics
 from eddyline.kafka.producers import now_ms
@@ -34,6 +34,7 @@ from embeddings.training import __main__ as trainer
 from streams import static_membership
 from streams.archive import archiver as archive_archiver
 from streams.archive.archiver import Archiver
+from tests.archiving import archive_all
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -66,30 +67,6 @@ def send(settings: Settings, clicks: int, seed: int) -> None:
     producers.send_profile(producer, settings, UserProfile(user_id="user-3", attributes={"age": 3}))
     producer.flush(timeout=20)
     producer.close(timeout=5)
-
-
-def archive_all(settings: Settings, ahead_ms: int = 2 * HOUR_MS) -> None:
-    """Archive in this process until all that lies in Kafka is in files: by its clock the hour is
-    over.
-    """
-    member = static_membership.take(Path(settings.data_dir) / "archiver")
-    archiver = Archiver(
-        settings, Archive(settings), threading.Event(), member.name, lambda: now_ms() + ahead_ms
-    )
-    deadline = time.monotonic() + 30
-
-    def done() -> bool:
-        assert time.monotonic() < deadline, "the archive did not catch up"
-        # A member of before may still hold its partitions, until its session is over.
-        if len(archiver._consumer.assignment()) < 10 or not archiver.caught_up():
-            return False
-        archiver._complete_past_hours()
-        return True
-
-    try:
-        archiver.run_once(done)
-    finally:
-        member.close()
 
 
 def contents(settings: Settings) -> dict[str, bytes]:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import threading
-import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -20,7 +17,6 @@ from confluent_kafka.admin import (
     ResourceType,
 )
 
-from eddyline.archive import HOUR_MS, Archive
 from eddyline.kafka import reading, topics
 from eddyline.kafka.producers import now_ms
 from eddyline.schema import events
@@ -30,8 +26,7 @@ from eddyline.settings.loader import Settings
 from eddyline.stores.redis import RedisStore
 from embeddings.data import sources
 from serving.proto import retrieval_pb2 as pb
-from streams import static_membership
-from streams.archive.archiver import Archiver
+from tests.archiving import archive_all
 from tests.integration.conftest import Live, living
 
 pytestmark = pytest.mark.timeout(120)
@@ -132,23 +127,7 @@ def test_the_trainer_and_the_archive_read_it(system: Live) -> None:
     for codec, name in zip(CODECS, names, strict=True):
         send(settings, codec, name)
     system.applied()
-    member = static_membership.take(Path(settings.data_dir) / "archiver")
-    archiver = Archiver(
-        settings, Archive(settings), threading.Event(), member.name, lambda: now_ms() + 2 * HOUR_MS
-    )
-    deadline = time.monotonic() + 60
-
-    def done() -> bool:
-        assert time.monotonic() < deadline, "the archive did not catch up"
-        if len(archiver._consumer.assignment()) < 10 or not archiver.caught_up():
-            return False
-        archiver._complete_past_hours()
-        return True
-
-    try:
-        archiver.run_once(done)
-    finally:
-        member.close()
+    archive_all(settings)
     for found in (sources.from_kafka(settings), sources.from_archive(settings)):
         clicks = Counter(click.user_id for click in found.clicks)
         assert [clicks[name] for name in names] == len(CODECS) * [CLICKS]

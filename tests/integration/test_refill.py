@@ -9,11 +9,9 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -24,7 +22,7 @@ from kafka import KafkaAdminClient, TopicPartition
 from cli.commands import refill as commands_refill
 from cli.commands import replay_file as sending
 from eddyline import generations
-from eddyline.archive import HOUR_MS, Archive
+from eddyline.archive import Archive
 from eddyline.errors import EddylineError, LogMismatch
 from eddyline.kafka import clients, producers, topics
 from eddyline.kafka.producers import now_ms
@@ -37,9 +35,8 @@ from eddyline.stores.memory import MemoryStore
 from eddyline.stores.redis import RedisStore
 from embeddings.bundle import bundle as bundles
 from sandbox import processes
-from streams import static_membership
-from streams.archive.archiver import Archiver
 from streams.operations import refill, retention_gaps, state_replay, topic_slices
+from tests.archiving import archive_all
 
 pytestmark = pytest.mark.timeout(240)
 WANTED = (
@@ -104,26 +101,6 @@ def applied(settings: Settings) -> None:
         time.sleep(0.3)
         if topics.end_offsets(settings, CLICKS) == before:
             return
-
-
-def archive_all(settings: Settings) -> None:
-    """Archive in this process until all is in files: by its clock the hour is over."""
-    member = static_membership.take(Path(settings.data_dir) / "archiver")
-    clock = lambda: now_ms() + 2 * HOUR_MS  # noqa: E731
-    archiver = Archiver(settings, Archive(settings), threading.Event(), member.name, clock)
-    deadline = time.monotonic() + 30
-
-    def done() -> bool:
-        assert time.monotonic() < deadline, "the archive did not catch up"
-        if len(archiver._consumer.assignment()) < 10 or not archiver.caught_up():
-            return False
-        archiver._complete_past_hours()
-        return True
-
-    try:
-        archiver.run_once(done)
-    finally:
-        member.close()
 
 
 def send_behaviour(

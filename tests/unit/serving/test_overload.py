@@ -21,7 +21,7 @@ from eddyline.stores.state_store import Fence, ItemMetadata, LogId, Source, User
 from index.filters import LIST_IDS_MAX
 from serving.answer.user_reader import UserReader
 from serving.proto import retrieval_pb2 as pb
-from serving.rpc import rooms
+from serving.rpc import call_pools
 from serving.rpc.client import CallFailed, Client, open_channel
 from serving.rpc.retrieval_service import RetrievalService
 from serving.rpc.server import WorkerServer
@@ -102,12 +102,12 @@ def test_idle_reflection_streams_hold_no_query(server: WorkerServer) -> None:
 def test_an_idle_reflection_stream_ends_and_leaves_its_place(
     monkeypatch: pytest.MonkeyPatch, world: World
 ) -> None:
-    monkeypatch.setattr(rooms, "REFLECTION_IDLE_S", 0.3)
+    monkeypatch.setattr(call_pools, "REFLECTION_IDLE_S", 0.3)
     server = WorkerServer(SETTINGS, RetrievalService(SETTINGS))
     try:
         with open_channel(server.address) as channel:
             for _ in range(2):  # the second round finds the places free
-                streams = [Stream(channel) for _ in range(rooms.REFLECTION_STREAMS_MAX)]
+                streams = [Stream(channel) for _ in range(call_pools.REFLECTION_STREAMS_MAX)]
                 assert all(next(stream.call).list_services_response.service for stream in streams)
                 begun = time.monotonic()
                 codes = {stream.code() for stream in streams}

@@ -30,6 +30,7 @@ from eddyline.schema.events import (
     decode_profile,
     decode_user_event,
     encode,
+    is_moved,
     quote,
 )
 
@@ -359,3 +360,20 @@ def test_any_text_is_a_good_id_or_rejected(value: str) -> None:
     except Rejected:
         return
     assert 1 <= len(value.encode()) <= 256
+
+
+@pytest.mark.parametrize(
+    ("context", "moved"),
+    [
+        (b'{"eddyline.moved":true}', True),
+        (b'{"eddyline.moved":true,"page":"a"}', True),
+        (b'{"eddyline.moved":1}', False),
+        (b'{"eddyline.moved":1.0}', False),
+        (b'{"eddyline.moved":false}', False),
+        (b'{"page":true}', False),
+        (b"null", False),
+    ],
+)
+def test_only_true_marks_a_moved_event(context: bytes, moved: bool) -> None:
+    value = b'{"user_id":"u","item_id":"i","at_ms":1,"context":' + context + b"}"
+    assert is_moved(click(value)) is moved

@@ -20,7 +20,7 @@ REFLECTION_S_MAX = 120.0
 REFLECTION_STREAMS_MAX = 4
 
 
-class Room(ThreadPoolExecutor):
+class CallPool(ThreadPoolExecutor):
     """A thread pool that counts its calls, running and waiting. Thread rule: any thread."""
 
     def __init__(self, name: str, threads: int, calls_max: int) -> None:
@@ -51,13 +51,13 @@ class Room(ThreadPoolExecutor):
             self._calls -= 1
 
 
-class Rooms(grpc.ServerInterceptor):  # type: ignore[misc]
-    """Gives each method its room; a full room answers RESOURCE_EXHAUSTED at once."""
+class CallPools(grpc.ServerInterceptor):  # type: ignore[misc]
+    """Gives each method its pool; a call to a full pool gets RESOURCE_EXHAUSTED at once."""
 
-    def __init__(self, queries: Room, others: Mapping[str, Room]) -> None:
-        """queries: of all methods that `others` (full method name -> room) does not name."""
+    def __init__(self, queries: CallPool, others: Mapping[str, CallPool]) -> None:
+        """queries: of all methods that `others` (full method name -> pool) does not name."""
         self._queries, self._others = queries, others
-        self._refusals = Room("refused", 1, 1_000)
+        self._refusals = CallPool("refused", 1, 1_000)
 
     def intercept_service(
         self, continuation: Callable[[Any], Any], handler_call_details: Any
@@ -66,23 +66,23 @@ class Rooms(grpc.ServerInterceptor):  # type: ignore[misc]
         handler = continuation(handler_call_details)
         if handler is None:
             return None
-        room = self._others.get(handler_call_details.method)
-        if (room or self._queries).full():
-            return _answered_by(handler, _refuse(room or self._queries), self._refusals)
-        return handler if room is None else _answered_by(handler, None, room)
+        pool = self._others.get(handler_call_details.method)
+        if (pool or self._queries).full():
+            return _answered_by(handler, _refuse(pool or self._queries), self._refusals)
+        return handler if pool is None else _answered_by(handler, None, pool)
 
     def close(self) -> None:
         """End the threads that run nothing."""
-        for room in {self._queries, self._refusals, *self._others.values()}:
-            room.shutdown(wait=False)
+        for pool in {self._queries, self._refusals, *self._others.values()}:
+            pool.shutdown(wait=False)
 
 
 class BoundedReflection(reflection.ReflectionServicer):  # type: ignore[misc]
     """Server reflection whose streams end when idle, and after a while in any case."""
 
-    def __init__(self, names: Iterable[str], idle_s: float, s_max: float) -> None:
+    def __init__(self, names: Iterable[str]) -> None:
         super().__init__(names)
-        self._idle_s, self._s_max = idle_s, s_max
+        self._idle_s, self._s_max = REFLECTION_IDLE_S, REFLECTION_S_MAX
 
     def ServerReflectionInfo(self, request_iterator: Iterator[Any], context: Any) -> Iterator[Any]:
         """See grpc.reflection.v1alpha; the caller of a stream that is ended gets CANCELLED."""
@@ -108,18 +108,18 @@ def _timer(seconds: float, call: Callable[[], Any]) -> threading.Timer:
     return timer
 
 
-def _refuse(room: Room) -> Callable[[Any, Any], Any]:
+def _refuse(pool: CallPool) -> Callable[[Any, Any], Any]:
     def refuse(_: Any, context: Any) -> None:
         context.abort(
             grpc.StatusCode.RESOURCE_EXHAUSTED,
-            f"{room.name}: {room.calls_max} calls run or wait already",
+            f"{pool.name}: {pool.calls_max} calls run or wait already",
         )
 
     return refuse
 
 
-def _answered_by(handler: Any, behavior: Callable[[Any, Any], Any] | None, room: Room) -> Any:
-    """The handler with its behavior, or another one, run in this room."""
+def _answered_by(handler: Any, behavior: Callable[[Any, Any], Any] | None, pool: CallPool) -> Any:
+    """The handler with its behavior, or another one, run in this pool."""
     kinds = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
     [kind] = [kind for kind in kinds if getattr(handler, kind) is not None]
     original = getattr(handler, kind)
@@ -129,5 +129,5 @@ def _answered_by(handler: Any, behavior: Callable[[Any, Any], Any] | None, room:
     def run(request: Any, context: Any) -> Any:
         return (behavior or original)(request, context)
 
-    run.experimental_thread_pool = room  # type: ignore[attr-defined]
+    run.experimental_thread_pool = pool  # type: ignore[attr-defined]
     return handler._replace(**{kind: run})
