@@ -23,6 +23,7 @@ from tests.chaos.faults import Faults
 from tests.chaos.load import SHOPPERS, Load
 from tests.chaos.scene import CUT, Scene
 from tests.chaos.schedule import Fault, plan
+from tests.model import comparison
 
 # Codes that a worker may answer while its servers come and go. INTERNAL and UNKNOWN are its own
 # faults.
@@ -165,14 +166,16 @@ def find_differences(scene: Scene, load: Load, result: Result) -> list[str]:
     settings = scene.settings
     topics = oracle.Topics.read(settings)
     result.records = {name: len(records) for name, records in topics.records.items()}
-    expected = oracle.truth(settings, topics, bundles.load(settings.bundles / "1"))
+    towers = bundles.load(settings.bundles / "1")
+    expected = oracle.truth(settings, topics, towers)
     found = oracle.differences(settings, topics, expected)
-    result.counts = found.counts
+    by_model = comparison.compare(settings, topics, [towers])
+    result.counts = found.counts | by_model.counts
     there = {_event_id(record.value) for record in topics.records[CLICKS]}
     lost = sorted(load.acked - there)
     differences = [f"event {e}: acknowledged by Kafka, not in the topic" for e in lost[:20]]
     live = {item_id for item_id, record in expected.published.items() if record.vector is not None}
-    return differences + found.differences + _worker(scene, live, result)
+    return differences + found.differences + by_model.differences + _worker(scene, live, result)
 
 
 def _event_id(value: bytes | None) -> str | None:

@@ -5,7 +5,7 @@ fail.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from tests import oracle
 from tests.chaos import drive
 from tests.chaos.proxy import ERRORS, Proxy, ProxyFault
 from tests.chaos.schedule import KINDS, plan
+from tests.model import comparison
 
 SEED = 11
 WRITE = "redis.call('SET', KEYS[1], ARGV[1]); return 'done'"
@@ -63,6 +64,15 @@ def test_every_kind_of_fault_leaves_the_state_that_the_topics_give(
         "item vector",
         "profile",
         "dead letter",
+        "model's history",
+        "model's embedding 1",
+        "model's event id",
+        "model's count",
+        "model's item",
+        "model's item vector 1",
+        "model's profile",
+        "model's erasure",
+        "model's dead letter",
     ):
         assert result.counts[what] > 0, f"no {what} was compared"
 
@@ -75,6 +85,8 @@ def test_the_oracle_names_what_was_damaged(make_live) -> None:
     topics = oracle.Topics.read(live.settings)
     expected = oracle.truth(live.settings, topics, bundles.load(live.settings.bundles / "1"))
     assert oracle.differences(live.settings, topics, expected).differences == []
+    towers = bundles.load(live.settings.bundles / "1")
+    assert comparison.compare(live.settings, topics, [towers]).differences == []
     store, client = RedisStore(live.settings), redis.Redis.from_url(live.settings.redis_url)
     user = live.dataset.clicks[0].user_id
     partition = partition_of(user, live.settings.clicks_partitions)
@@ -89,9 +101,11 @@ def test_the_oracle_names_what_was_damaged(make_live) -> None:
     [item] = counted
     card = store.read_item_metadata([item], 1)[item]
 
-    def damaged(*named: str) -> None:
+    def damaged(*named: str, seen_by_model: Sequence[str]) -> None:
         found = oracle.differences(live.settings, topics, expected).differences
         assert found and all(any(name in line for line in found) for name in named), (named, found)
+        by_model = "\n".join(comparison.compare(live.settings, topics, [towers]).differences)
+        assert all(what in by_model for what in seen_by_model), (seen_by_model, by_model)
 
     def write(**effects) -> None:
         store.write_users(slot, source, read.fence, read.fence, UserEffects(**effects))
@@ -100,14 +114,19 @@ def test_the_oracle_names_what_was_damaged(make_live) -> None:
         client.zincrby(f"{prefix}{{i0}}:popular:{bucket}", 1, item)
         damaged(
             f"count i0:{bucket}:{item}: "
-            f"Redis has {counted[item] + 1}, the topic gives {counted[item]}"
+            f"Redis has {counted[item] + 1}, the topic gives {counted[item]}",
+            seen_by_model=[f"model's count i0:{bucket}:{item}"],
         )
         client.zincrby(f"{prefix}{{i0}}:popular:{bucket}", -1, item)
         other = mine.entries[0].__class__("another-item", mine.entries[-1].at_ms)
         shorter = (*mine.entries[:-1], other)
         write(histories={user: mine.__class__(**_fields(mine) | {"entries": shorter})})
         write(embeddings={"1": {user: (steps, bytes([vector[0] ^ 1]) + vector[1:])}})
-        damaged(f"list {slot}:{user}:", f"embedding {slot}:1:{user}:")
+        damaged(
+            f"list {slot}:{user}:",
+            f"embedding {slot}:1:{user}:",
+            seen_by_model=[f"model's history {user}", f"model's embedding 1 {user}"],
+        )
         write(histories={user: mine}, embeddings={"1": {user: (steps, vector)}})
         fence = store.fences(Source("items", card.partition), ["i0"])["i0"]
         store.write_item_metadata(
@@ -125,6 +144,7 @@ def test_the_oracle_names_what_was_damaged(make_live) -> None:
             f"profile {slot}:{user}",
             "somebody-elses: of a kind",
             f"fence i0:clicks:{partition}: Redis has ''",
+            seen_by_model=[f"model's item {item}", f"model's profile {user}"],
         )
     finally:
         store.close()

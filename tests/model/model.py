@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 from tests.model import reading
 from tests.model.reading import Raw, Refused
 
-# A record of `clicks` has at most so many bytes, of which its origin and key need some.
-
 
 class Entry(NamedTuple):
     """One line of a user's history."""
@@ -65,11 +63,26 @@ class Generation:
 
 
 class Sent(NamedTuple):
-    """A record that ingest forwards. fields: of the event; origin: the record it comes from."""
+    """A record that ingest forwards.
+
+    fields: of the event; origin: the record it comes from; first_ms: that one's first append
+    """
 
     partition: int
     user_id: str
     fields: tuple[tuple[str, Any], ...]
+    origin: str
+    first_ms: int | None
+
+
+class Tombstone(NamedTuple):
+    """A record of `clicks` that ingest writes for a null record of `users`, its origin."""
+
+    user_id: str
+    until_ms: int
+    keep_after_ms: int
+    users_offset: int
+    ends_ms: int
     origin: str
 
 
@@ -94,7 +107,7 @@ class State:
     items: dict[str, Version] = field(default_factory=dict)
     published: dict[str, dict[str, Version]] = field(default_factory=dict)
     forwarded: set[Sent] = field(default_factory=set)
-    tombstones: set[tuple[str, int, str]] = field(default_factory=set)
+    tombstones: set[Tombstone] = field(default_factory=set)
     letters: dict[str, str] = field(default_factory=dict)
 
 
@@ -132,7 +145,7 @@ class Model:
                 continue
             if found is None:
                 state.profiles.pop(user, None)
-                state.tombstones.add((user, raw.timestamp, raw.at))
+                state.tombstones.add(tombstone_of(raw, user, s))
                 continue
             origin_ms = reading.number_header(raw, "origin_ms")
             offset, at_ms = (raw.offset, raw.timestamp) if origin_ms is None else (-1, origin_ms)
@@ -192,7 +205,8 @@ class Model:
         doc = reading.document(raw.value)
         if event["type"] == "click" and event["event_id"] is None:
             doc["event_id"] = raw.at
-        self.state.forwarded.add(Sent(own, event["user_id"], known_fields(doc), raw.at))
+        fields, first_ms = known_fields(doc), first_append_ms(raw)
+        self.state.forwarded.add(Sent(own, event["user_id"], fields, raw.at, first_ms))
 
     def _resent(self, raw: Raw, event: Mapping[str, Any], s: Any) -> bool:
         event_id = event["event_id"]
@@ -251,7 +265,8 @@ class Model:
                 "event_id": f"merge/{raw.partition}/{raw.offset}/{number}",
                 "context": {"eddyline.moved": True},
             }
-            self.state.forwarded.add(Sent(own, into, known_fields(fields), raw.at))
+            first_ms = first_append_ms(raw)
+            self.state.forwarded.add(Sent(own, into, known_fields(fields), raw.at, first_ms))
 
     def _click(self, raw: Raw, event: Mapping[str, Any], moved: bool, s: Any) -> None:
         user = event["user_id"]
@@ -299,6 +314,20 @@ class Model:
             bucket[event["item_id"]] = bucket.get(event["item_id"], 0) + thousandths
 
 
+def first_append_ms(raw: Raw) -> int:
+    """The broker's time stamp of a record's first append; a forwarded record carries it."""
+    origin_ms = reading.number_header(raw, "origin_ms")
+    return raw.timestamp if origin_ms is None else min(origin_ms, raw.timestamp)
+
+
+def tombstone_of(raw: Raw, user: str, s: Any) -> Tombstone:
+    """What ingest writes to `clicks` for a null record of `users`."""
+    until_ms = raw.timestamp
+    keep_after_ms = min(until_ms + s.far_future_ms_max, reading.LAST_MS)
+    ends_ms = until_ms + s.forgotten_kept_d * 86_400_000
+    return Tombstone(user, until_ms, keep_after_ms, raw.offset, ends_ms, raw.at)
+
+
 def strength(event: Mapping[str, Any], s: Any) -> float:
     """An event's own weight, less where the user left early."""
     dwell = (event["context"] or {}).get("dwell_ms")
@@ -338,6 +367,21 @@ def known_fields(doc: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     if isinstance(found["context"], dict):
         found["context"] = tuple(sorted(found["context"].items()))
     return tuple(sorted(found.items()))
+
+
+def histories_of(state: State) -> dict[str, tuple[Any, ...]]:
+    """User -> (entries, newest_ms, partition, offset and append time of the last record)."""
+    return {
+        user: (
+            [tuple(entry) for entry in h.entries],
+            h.newest_ms,
+            h.last.partition,
+            h.last.offset,
+            h.last.timestamp,
+        )
+        for user, h in state.histories.items()
+        if h.last is not None
+    }
 
 
 def applied(

@@ -163,7 +163,8 @@ def click(doc: Mapping[str, Any], raw: Raw, ahead_ms: int) -> dict[str, Any]:
     for name in ("user_id", "item_id", "event_id"):
         if found[name] is not None:
             check_id(found[name])
-    check_time(found["at_ms"], raw, ahead_ms)
+    if (found["context"] or {}).get("eddyline.moved") is not True:
+        check_time(found["at_ms"], raw, ahead_ms)
     return found
 
 

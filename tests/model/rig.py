@@ -16,14 +16,13 @@ import numpy as np
 from kafka.errors import KafkaTimeoutError
 
 from eddyline.errors import FenceMoved, KafkaUnavailable, StoreUnavailable, VectorRejected
-from eddyline.schema.events import KINDS
 from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.state_store import LogId
 from streams.generation import Generation
 from streams.handlers import Handlers, Outputs
 from tests.applying import batch_of
-from tests.model import model, reading
+from tests.model import comparison, model
 from tests.model.reading import Raw
 
 TOPICS = ("items", "users", "clicks")
@@ -314,8 +313,8 @@ class Rig:
 
         same(
             "history",
-            {u: _history(h) for (_, u), (h, _) in have.histories.items()},
-            want_lists(want),
+            {u: comparison.history_of(h) for (_, u), (h, _) in have.histories.items()},
+            model.histories_of(want),
         )
         for towers in self.towers:
             name = towers.generation
@@ -349,52 +348,7 @@ class Rig:
             {i: (v.offset, v.item is not None) for i, v in want.items.items()},
         )
         same("dead letter", self.letters, want.letters)
-        return found + self._sent_differences(want)
-
-    def _sent_differences(self, want: model.State) -> list[str]:
-        forwarded, tombstones = set(), set()
-        for raw in [r for part in self.logs["clicks"].values() for r in part]:
-            origin = reading.header(raw, "origin")
-            if origin is None or not origin.startswith((b"clicks/", b"users/")):
-                continue
-            doc = reading.document(raw.value)
-            if origin.startswith(b"users/"):
-                tombstones.add((doc["user_id"], doc["forget_until_ms"], origin.decode()))
-            else:
-                fields = model.known_fields(doc)
-                forwarded.add(model.Sent(raw.partition, doc["user_id"], fields, origin.decode()))
-            if raw.key is None or raw.key.decode() != doc["user_id"]:
-                return [f"{raw.at} has the key {raw.key!r}"]
-        return [
-            f"{what}: {sorted(map(str, more))}"
-            for what, more in (
-                ("not forwarded", want.forwarded - forwarded),
-                ("forwarded without a reason", forwarded - want.forwarded),
-                ("no tombstone", want.tombstones - tombstones),
-                ("a tombstone without a reason", tombstones - want.tombstones),
-            )
-            if more
-        ]
-
-
-def _history(history: Any) -> tuple[Any, ...]:
-    entries = [(e.item_id, e.at_ms, KINDS[e.kind], e.weight) for e in history.entries]
-    return entries, history.at_ms, history.partition, history.offset, history.appended_ms
-
-
-def want_lists(want: model.State) -> dict[str, Any]:
-    """The model's histories in the form of `_history`."""
-    return {
-        user: (
-            [tuple(entry) for entry in h.entries],
-            h.newest_ms,
-            h.last.partition,
-            h.last.offset,
-            h.last.timestamp,
-        )
-        for user, h in want.histories.items()
-        if h.last is not None
-    }
+        return found + comparison.sent_differences(self.logs["clicks"], want)
 
 
 def attributes_of(profile: Any) -> Any:

@@ -1,0 +1,315 @@
+"""What real Redis and real Kafka hold against the second model: state, and every record sent.
+
+The model decides what happened, record by record. The product's code is used for two things only:
+reading what it stored, and the arithmetic of a micro-step, whose order and arguments the model
+gives.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from eddyline.kafka import topics as kafka_topics
+from eddyline.schema.events import KINDS
+from eddyline.schema.item_record import decode_record
+from eddyline.settings.loader import Settings
+from eddyline.stores import redis_client
+from eddyline.stores.redis import RedisStore
+from eddyline.stores.state_store import Source, UserQuery
+from embeddings.bundle.bundle import Bundle
+from tests.model import model, reading
+from tests.model.reading import Raw
+from tests.oracle import Compared
+from tests.topics import Topics
+
+# More than any bucket of popularity counts holds.
+ALL = 2**31 - 1
+USERS_AT_ONCE = 500
+_USER_KEY = re.compile(r"\{(?P<slot>u\d+)\}:(?:[hop]|e:[^:]+):(?P<user>.*)", re.DOTALL)
+_ERASURE_KEY = re.compile(r"\{(?P<slot>u\d+)\}:f:(?P<digest>[0-9a-f]{64})")
+
+
+def raw_of(record: Any) -> Raw:
+    """A record of a client."""
+    headers = tuple((name, value) for name, value in record.headers)
+    return Raw(
+        record.topic,
+        record.partition,
+        record.offset,
+        record.timestamp,
+        record.key,
+        record.value,
+        headers,
+    )
+
+
+def logs_of(topics: Topics) -> dict[str, dict[int, list[Raw]]]:
+    """The source topics in the model's form."""
+    return {
+        name: {
+            partition: [raw_of(record) for record in records]
+            for partition, records in topics.by_partition(name).items()
+        }
+        for name in kafka_topics.SOURCES
+    }
+
+
+def generation_of(towers: Bundle) -> model.Generation:
+    """What of a bundle decides."""
+    return model.Generation(
+        towers.generation,
+        frozenset(towers.rows),
+        towers.micro.min_steps_before,
+        towers.user_tower.history_max,
+    )
+
+
+def compare(
+    settings: Settings,
+    topics: Topics,
+    bundles: Sequence[Bundle],
+    settings_of: Callable[[Raw], Settings] | None = None,
+    without_embeddings: Iterable[str] = (),
+) -> Compared:
+    """Every difference between the model and what Redis and Kafka hold.
+
+    settings_of: the settings under which ingest applied a record of `clicks`
+    without_embeddings: generations whose user embeddings are not compared
+    """
+    logs, found = logs_of(topics), Compared()
+    want = model.applied(settings, [generation_of(b) for b in bundles], logs, settings_of)
+    real = RedisStore(settings)
+    try:
+        _users(
+            settings,
+            real,
+            want,
+            [b for b in bundles if b.generation not in set(without_embeddings)],
+            found,
+        )
+        for partition, records in logs["clicks"].items():
+            _window(settings, real, partition, records, want, found)
+        _counts(settings, real, want, found)
+        _items(settings, real, want, found)
+    finally:
+        real.close()
+    for towers in bundles:
+        _published(topics, towers.generation, want, found)
+    _letters(topics, logs, want, found)
+    found.differences += sent_differences(logs["clicks"], want)
+    return found
+
+
+def sent_differences(
+    clicks: Mapping[int, Sequence[Raw]], want: model.State, optional: frozenset[str] = frozenset()
+) -> list[str]:
+    """Records that ingest forwarded to `clicks`, against the model.
+
+    optional: origins of which a record need not have been sent (compaction removed them)
+    """
+    forwarded, tombstones, wrong = set(), set(), []
+    for raw in [record for part in clicks.values() for record in part]:
+        origin = reading.header(raw, "origin")
+        if origin is None:
+            continue
+        doc, at = reading.document(raw.value), origin.decode()
+        of_users = f"{raw.topic.removesuffix('clicks')}users/"
+        if not at.startswith((f"{raw.topic}/", of_users)):
+            wrong.append(f"{raw.at} has the origin {at}")
+            continue
+        if raw.key is None or raw.key.decode() != doc["user_id"]:
+            wrong.append(f"{raw.at} has the key {raw.key!r}")
+        if at.startswith(of_users):
+            tombstones.add(
+                model.Tombstone(
+                    doc["user_id"],
+                    doc["forget_until_ms"],
+                    doc["keep_after_ms"],
+                    doc["users_offset"],
+                    doc["ends_ms"],
+                    at,
+                )
+            )
+        else:
+            first_ms = reading.number_header(raw, "origin_ms")
+            fields = model.known_fields(doc)
+            forwarded.add(model.Sent(raw.partition, doc["user_id"], fields, at, first_ms))
+    missing = [sent for sent in want.forwarded - forwarded if sent.origin not in optional]
+    unsent = [one for one in want.tombstones - tombstones if one.origin not in optional]
+    return wrong + [
+        f"{what}: {sorted(map(str, some))}"
+        for what, some in (
+            ("not forwarded", missing),
+            ("forwarded without a reason", forwarded - want.forwarded),
+            ("no tombstone", unsent),
+            ("a tombstone without a reason", tombstones - want.tombstones),
+        )
+        if some
+    ]
+
+
+def embeddings_of(towers: Bundle, want: model.State) -> dict[str, tuple[int, bytes]]:
+    """User -> (counted events, float32[d]) as the model's steps give them."""
+    of_users = want.embeddings[towers.generation]
+    zero = np.zeros(towers.dimension, "<f4")
+    vectors = dict.fromkeys(of_users, zero)
+    longest = max((len(e.learned) for e in of_users.values()), default=0)
+    for number in range(longest):
+        users = [user for user, e in of_users.items() if len(e.learned) > number]
+        steps = [of_users[user].learned[number] for user in users]
+        forward = towers.user_tower.encode(
+            towers.item_vectors,
+            [tuple(towers.rows[item] for item in step.history) for step in steps],
+            [{} for _ in steps],
+        )
+        after = towers.micro.step(
+            forward,
+            np.stack([vectors[user] for user in users]),
+            [towers.rows[step.item_id] for step in steps],
+            [step.key for step in steps],
+        )
+        vectors.update(zip(users, np.ascontiguousarray(after, "<f4"), strict=True))
+    return {user: (e.counted, vectors[user].tobytes()) for user, e in of_users.items()}
+
+
+def _users(
+    settings: Settings,
+    real: RedisStore,
+    want: model.State,
+    bundles: Sequence[Bundle],
+    found: Compared,
+) -> None:
+    names, erasures = _names(settings)
+    learned = {towers.generation: embeddings_of(towers, want) for towers in bundles}
+    names |= want.histories.keys() | want.profiles.keys() | want.ledger.keys()
+    for of_users in learned.values():
+        names |= of_users.keys()
+    by_partition: dict[int, list[str]] = {}
+    for user in sorted(names):
+        by_partition.setdefault(reading.partition(user, settings.clicks_partitions), []).append(
+            user
+        )
+    histories = model.histories_of(want)
+    for partition, users in by_partition.items():
+        source = Source(kafka_topics.CLICKS, partition)
+        for first in range(0, len(users), USERS_AT_ONCE):
+            some = users[first : first + USERS_AT_ONCE]
+            [read] = real.read_many([UserQuery(f"u{partition}", source, some, [*learned])])
+            for user in some:
+                mine = read.histories.get(user)
+                shown = None if mine is None else history_of(mine)
+                found.same("model's history", user, shown, histories.get(user))
+                for generation, of_users in learned.items():
+                    have = read.embeddings[generation].get(user)
+                    what = f"model's embedding {generation}"
+                    if (have or of_users.get(user)) is not None:
+                        found.same(what, user, have, of_users.get(user))
+                profile = read.profiles.get(user)
+                place = read.profile_places.get(user)
+                kept = None if profile is None else (*(place or ()), dict(profile))
+                found.same("model's profile", user, kept, want.profiles.get(user))
+                known = read.erasures.get(user)
+                ledger = (
+                    None if known is None else (known.until_ms, known.users_offset, known.ends_ms)
+                )
+                found.same("model's erasure", user, ledger, want.ledger.get(user))
+    digests = {hashlib.sha256(user.encode()).hexdigest() for user in want.ledger}
+    found.same("model's erasures", "", sorted(erasures - digests), [])
+
+
+def history_of(history: Any) -> tuple[Any, ...]:
+    """A stored history in the form of `model.histories_of`."""
+    entries = [(e.item_id, e.at_ms, KINDS[e.kind], e.weight) for e in history.entries]
+    return entries, history.at_ms, history.partition, history.offset, history.appended_ms
+
+
+def _names(settings: Settings) -> tuple[set[str], set[str]]:
+    """Users with any state in Redis, and the digests of its erasures."""
+    users, digests = set(), set()
+    client = redis_client.client(settings, timeout_ms=30_000)
+    try:
+        for raw in client.scan_iter(match=f"{settings.key_prefix}{{u*", count=1_000):
+            key = raw.decode().removeprefix(settings.key_prefix)
+            if (erasure := _ERASURE_KEY.fullmatch(key)) is not None:
+                digests.add(erasure["digest"])
+            elif (parts := _USER_KEY.fullmatch(key)) is not None:
+                users.add(parts["user"])
+    finally:
+        client.close()
+    return users, digests
+
+
+def _window(
+    settings: Settings,
+    real: RedisStore,
+    partition: int,
+    records: Sequence[Raw],
+    want: model.State,
+    found: Compared,
+) -> None:
+    floor = records[-1].offset + 1 - settings.dedupe_window_events
+    read = real.read_slot(f"u{partition}", Source(kafka_topics.CLICKS, partition))
+    have, expected = (
+        {e: at for e, at in ids.items() if at >= floor}
+        for ids in (read.accepted, want.windows.get(partition, {}))
+    )
+    found.same_maps("model's event id", f"u{partition}", have, expected)
+
+
+def _counts(settings: Settings, real: RedisStore, want: model.State, found: Compared) -> None:
+    for shard in range(settings.item_slots):
+        have, expected = real.popular(f"i{shard}", ALL), want.counts.get(f"i{shard}", {})
+        for bucket in have.keys() | expected.keys():
+            found.same_maps(
+                "model's count",
+                f"i{shard}:{bucket}",
+                have.get(bucket, {}),
+                expected.get(bucket, {}),
+            )
+
+
+def _items(settings: Settings, real: RedisStore, want: model.State, found: Compared) -> None:
+    ids = sorted(want.items)
+    cards = real.read_item_metadata(ids, settings.item_slots)
+    have = {i: (c.partition, c.offset, _fields(c.body)) for i, c in cards.items()}
+    found.same_maps("model's item", "", have, {i: tuple(v) for i, v in want.items.items()})
+
+
+def _fields(body: bytes) -> dict[str, Any] | None:
+    return json.loads(body) if body else None
+
+
+def _published(topics: Topics, generation: str, want: model.State, found: Compared) -> None:
+    last: dict[str, tuple[int, int, bool]] = {}
+    for record in topics.records[kafka_topics.item_vectors(generation)]:
+        made = decode_record(record.key, record.value)
+        last[made.item_id] = made.partition, made.offset, made.retired
+    expected = {
+        item_id: (v.partition, v.offset, v.item is None or not v.item["available"])
+        for item_id, v in want.published[generation].items()
+    }
+    found.same_maps(f"model's item vector {generation}", "", last, expected)
+
+
+def _letters(
+    topics: Topics,
+    logs: Mapping[str, Mapping[int, Sequence[Raw]]],
+    want: model.State,
+    found: Compared,
+) -> None:
+    """Every dead letter has its reason, and key and value of its record."""
+    records = {raw.at: raw for parts in logs.values() for part in parts.values() for raw in part}
+    have, expected = {}, {}
+    for record in topics.records[kafka_topics.DEAD_LETTERS]:
+        headers = dict(record.headers)
+        have[record.key.decode()] = headers["reason"].decode(), headers.get("key"), record.value
+    for at, reason in want.letters.items():
+        raw = records[at]
+        expected[at] = reason, raw.key, raw.value or b""
+    found.same_maps("model's dead letter", "", have, expected)
