@@ -88,13 +88,9 @@ def test_the_oracle_names_what_was_damaged(make_live) -> None:
     towers = bundles.load(live.settings.bundles / "1")
     assert comparison.compare(live.settings, topics, [towers]).differences == []
     store, client = RedisStore(live.settings), redis.Redis.from_url(live.settings.redis_url)
-    user = live.dataset.clicks[0].user_id
+    user, prefix = live.dataset.clicks[0].user_id, live.settings.key_prefix
     partition = partition_of(user, live.settings.clicks_partitions)
-    slot, source, prefix = (
-        f"u{partition}",
-        Source("clicks", partition),
-        f"{live.settings.namespace}:",
-    )
+    slot, source = f"u{partition}", Source("clicks", partition)
     [read] = store.read_many([UserQuery(slot, source, [user], ["1"])])
     mine, (steps, vector) = read.histories[user], read.embeddings["1"][user]
     [(bucket, counted)] = list(store.popular("i0", 1).items())[-1:]
