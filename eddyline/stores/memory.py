@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -22,6 +22,7 @@ from eddyline.stores.state_store import (
     ItemMetadata,
     ItemMetadataWrite,
     Layout,
+    PopularBucket,
     ProfilePlace,
     SlotRead,
     Source,
@@ -55,6 +56,9 @@ class MemoryStore(StateStore):
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._state = _State()
+        # (slot, bucket) -> number of its last write, and the number of the last write of all.
+        self._bucket_writes: dict[tuple[str, int], int] = {}
+        self._writes = 0
         self._closed = False
 
     def snapshot(self) -> _State:
@@ -66,6 +70,8 @@ class MemoryStore(StateStore):
         """Return to a snapshot, as a Redis that lost its last second does."""
         with self._lock:
             self._state = copy.deepcopy(state)
+            for slot, buckets in self._state.buckets.items():
+                self._note_buckets(slot, buckets)
 
     @override
     def check(self) -> None:
@@ -219,6 +225,7 @@ class MemoryStore(StateStore):
                         del counted[item_id]
             for bucket in [b for b in buckets if b <= max(buckets) - buckets_kept]:
                 del buckets[bucket]
+            self._note_buckets(slot, counts)
 
     @override
     def read_item_metadata(
@@ -273,14 +280,21 @@ class MemoryStore(StateStore):
             )
 
     @override
-    def popular(self, slot: str, limit: int) -> dict[int, dict[str, int]]:
+    def popular_buckets(
+        self, slot: str, limit: int, known: Mapping[int, bytes]
+    ) -> dict[int, PopularBucket]:
         with self._lock:
             self._open()
-            buckets = self._state.buckets.get(slot, {})
-            return {
-                b: dict(sorted(items.items(), key=lambda x: (x[1], x[0]), reverse=True)[:limit])
-                for b, items in buckets.items()
-            }
+            found = {}
+            for bucket, counts in self._state.buckets.get(slot, {}).items():
+                version = b"%d" % self._bucket_writes.get((slot, bucket), 0)
+                if known.get(bucket) == version:
+                    found[bucket] = PopularBucket(version)
+                    continue
+                pairs = sorted(((n, item) for item, n in counts.items()), reverse=True)[:limit]
+                items = [item.encode() for _, item in pairs]
+                found[bucket] = PopularBucket(version, (items, [n for n, _ in pairs]))
+            return found
 
     @override
     def accept_log(self, logs: Logs) -> int:
@@ -310,6 +324,10 @@ class MemoryStore(StateStore):
     @override
     def close(self) -> None:
         self._closed = True
+
+    def _note_buckets(self, slot: str, buckets: Iterable[int]) -> None:
+        self._writes += 1
+        self._bucket_writes |= {(slot, bucket): self._writes for bucket in buckets}
 
     def _open(self) -> None:
         if self._closed:

@@ -19,6 +19,7 @@ tag:
     <ns>{i0}:c:<item>                   partition (int32), offset (int64), JSON of the item or b""
     <ns>{i0}:buckets                    sorted set of the kept popularity buckets
     <ns>{i0}:popular:<bucket>           sorted set: item by thousandths of clicks in that bucket
+    <ns>{i0}:version:<bucket>           changes with every write to that bucket; opaque
 
 Every write is one Lua script, see `write_scripts`: it applies whole or not at all.
 """
@@ -48,6 +49,7 @@ from eddyline.stores.state_store import (
     ItemMetadata,
     ItemMetadataWrite,
     Layout,
+    PopularBucket,
     ProfilePlace,
     SlotRead,
     Source,
@@ -286,12 +288,15 @@ class RedisStore(StateStore):
         items_max: int = 1_000_000,
     ) -> None:
         tag = f"{self._ns}{{{slot}}}"
-        args: list[Any] = [buckets_kept, f"{tag}:popular:", items_max]
+        args: list[Any] = [buckets_kept, f"{tag}:", items_max]
         for bucket, items in counts.items():
             args += (bucket, len(items), *chain.from_iterable(items.items()))
         # KEYS names every key that grows: while a cluster moves the slot it refuses the whole
         # script.
-        keys = [f"{tag}:buckets", *(f"{tag}:popular:{bucket}" for bucket in counts)]
+        keys = [
+            f"{tag}:buckets",
+            *(f"{tag}:{k}:{b}" for k in ("popular", "version") for b in counts),
+        ]
         self._write("count_clicks", *self._fenced(slot, source, expected, new, keys, args))
 
     @override
@@ -355,18 +360,29 @@ class RedisStore(StateStore):
 
     @override
     @_translated
-    def popular(self, slot: str, limit: int) -> dict[int, dict[str, int]]:
+    def popular_buckets(
+        self, slot: str, limit: int, known: Mapping[int, bytes]
+    ) -> dict[int, PopularBucket]:
         tag = f"{self._ns}{{{slot}}}"
         buckets = [int(b) for b in cast("list[bytes]", self._redis.zrange(f"{tag}:buckets", 0, -1))]
-        with self._redis.pipeline(transaction=False) as pipe:
-            for bucket in buckets:
-                pipe.zrevrange(f"{tag}:popular:{bucket}", 0, limit - 1, withscores=True)
+        if not buckets:
+            return {}
+        # Read before the counts: a bucket that is written in between has another version next time.
+        names = [f"{tag}:version:{bucket}" for bucket in buckets]
+        stored = cast("list[bytes | None]", self._redis.mget(names))
+        found = {b: PopularBucket(v or b"") for b, v in zip(buckets, stored, strict=True)}
+        changed = [bucket for bucket in buckets if known.get(bucket) != found[bucket].version]
+        pipe: Any = self._redis.pipeline(transaction=False)
+        with pipe:
+            for bucket in changed:
+                # Raw, item and count in turn: redis-py's pairs cost three times as much.
+                key = f"{tag}:popular:{bucket}"
+                pipe.execute_command("ZREVRANGE", key, 0, limit - 1, "WITHSCORES")
             answers = pipe.execute()
-        return {
-            b: {item.decode(): int(n) for item, n in counted}
-            for b, counted in zip(buckets, answers, strict=True)
-            if counted
-        }
+        for bucket, counted in zip(changed, answers, strict=True):
+            counts = counted[::2], [*map(float, counted[1::2])]
+            found[bucket] = PopularBucket(found[bucket].version, counts)
+        return found
 
     @override
     @_translated

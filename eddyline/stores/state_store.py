@@ -191,6 +191,19 @@ class UserState:
 
 
 @dataclass(frozen=True, slots=True)
+class PopularBucket:
+    """The top items of one popularity bucket.
+
+    version: changes with every write; b"" if an older version of ingest wrote the bucket last
+    counted: (UTF-8 of item ids, their thousandths of a click), most first; None: not read, since
+             the caller knows this version
+    """
+
+    version: bytes
+    counted: tuple[Sequence[bytes], Sequence[float]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
     """What the numbers and names in the state mean. Written once; other layouts are refused.
 
@@ -332,8 +345,22 @@ class StateStore(Protocol):
         """
         return ""
 
+    def popular_buckets(
+        self, slot: str, limit: int, known: Mapping[int, bytes]
+    ) -> dict[int, PopularBucket]:
+        """Each kept bucket with its `limit` top items, by bucket number.
+
+        known: bucket number -> version that the caller holds
+        """
+
     def popular(self, slot: str, limit: int) -> dict[int, dict[str, int]]:
         """The `limit` top items of each bucket: bucket number -> item id -> milli-clicks."""
+        found = self.popular_buckets(slot, limit, {})
+        return {
+            bucket: {item.decode(): int(n) for item, n in zip(*read.counted, strict=True)}
+            for bucket, read in found.items()
+            if read.counted and read.counted[0]
+        }
 
     def accept_log(self, logs: Mapping[str, tuple[LogId, Mapping[int, int]]]) -> int:
         """Adopt Kafka's present logs; returns how many fences `stores.log_reset` changed.

@@ -6,49 +6,34 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from eddyline.errors import EddylineError
 from eddyline.process.retry import Backoff
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import StateStore
 from index.port import Hit
+from serving.recall.click_totals import ClickTotals
 
 log = logging.getLogger(__name__)
 
 CLOSE_S = 5.0
 
 
-def rank(
-    buckets: Mapping[int, Mapping[str, int]], *, bucket_s: int, half_life_s: int, limit: int
-) -> list[tuple[str, float]]:
-    """(item id, decayed clicks), most first, equal ones by id; at most `limit`.
+class _Clicks(NamedTuple):
+    """Decayed clicks of the items on the list, and the denominator of `ln_p`."""
 
-    buckets: bucket number -> item id -> clicks in thousandths. A click loses half its weight every
-             `half_life_s`, measured against the newest bucket, never against the local clock.
+    of_item: dict[str, float]
+    total: float
 
-    >>> rank({7: {"a": 1000}, 8: {"b": 600}}, bucket_s=10, half_life_s=10, limit=9)
-    [('b', 0.6), ('a', 0.5)]
-    """
-    newest = max(buckets, default=0)
-    totals: dict[str, float] = {}
-    # In the order of the buckets: every worker adds in the same order and gets the same bits.
-    for bucket in sorted(buckets):
-        weight = 0.5 ** ((newest - bucket) * bucket_s / half_life_s) / 1000
-        for item_id, count in buckets[bucket].items():
-            totals[item_id] = totals.get(item_id, 0.0) + weight * count
-    return sorted(totals.items(), key=lambda pair: (-pair[1], pair[0]))[:limit]
+    def ln_p(self, item_id: str) -> float:
+        """ln p(item), p = (clicks + 1) / (all clicks + items + 1).
 
-
-def log_probabilities(ranked: Sequence[tuple[str, float]]) -> tuple[dict[str, float], float]:
-    """(item id -> ln p, ln p of an item off the list); p = (clicks + 1) / (all + items + 1).
-
-    >>> log_probabilities([("a", 2.0)])[0]["a"] == math.log(3 / 4)
-    True
-    """
-    total = sum(count for _, count in ranked) + len(ranked) + 1
-    known = {item_id: math.log((count + 1) / total) for item_id, count in ranked}
-    return known, math.log(1 / total)
+        >>> _Clicks({"a": 2.0}, 4.0).ln_p("a") == math.log(3 / 4)
+        True
+        """
+        return math.log((self.of_item.get(item_id, 0.0) + 1) / self.total)
 
 
 class Popularity:
@@ -61,8 +46,13 @@ class Popularity:
         """An empty list; `start` or `refresh` reads it."""
         self._settings = settings
         self._store = store
+        self._totals = ClickTotals(
+            bucket_s=settings.popular_bucket_s,
+            half_life_s=settings.popular_half_life_s,
+            limit=settings.popular_limit,
+        )
         self._ranked: list[tuple[str, float]] = []
-        self._log_p: tuple[dict[str, float], float] = ({}, 0.0)
+        self._clicks = _Clicks({}, 1.0)
         self._read_at: float | None = None
         self._away = ""
         self._stop = threading.Event()
@@ -80,13 +70,15 @@ class Popularity:
             self._thread.join(CLOSE_S)
 
     def refresh(self) -> bool:
-        """Read the list now; False if the store did not answer."""
-        settings = self._settings
+        """Read what changed of the list now; False if the store did not answer.
+
+        Thread rule: one thread at a time.
+        """
+        limit, totals = self._settings.popular_limit, self._totals
         try:
-            buckets: dict[int, dict[str, int]] = {}
-            for n in range(settings.item_slots):
-                for bucket, counts in self._store.popular(f"i{n}", settings.popular_limit).items():
-                    buckets.setdefault(bucket, {}).update(counts)
+            for slot in (f"i{n}" for n in range(self._settings.item_slots)):
+                found = self._store.popular_buckets(slot, limit, totals.known(slot))
+                totals.update(slot, found)
         except Exception as error:
             if not isinstance(error, EddylineError):
                 log.exception("the popular list cannot be used")
@@ -94,13 +86,9 @@ class Popularity:
                 log.warning("the popular list cannot be read", extra={"reason": str(error)})
             self._away = str(error)
             return False
-        self._ranked = rank(
-            buckets,
-            bucket_s=settings.popular_bucket_s,
-            half_life_s=settings.popular_half_life_s,
-            limit=settings.popular_limit,
-        )
-        self._log_p = log_probabilities(self._ranked)
+        self._ranked = totals.ranked()
+        of_item = dict(self._ranked)
+        self._clicks = _Clicks(of_item, sum(of_item.values()) + len(of_item) + 1)
         self._read_at = time.monotonic()
         self._away = ""
         return True
@@ -113,12 +101,10 @@ class Popularity:
     def debias(self, hits: Sequence[Hit], k: int, beta: float) -> list[Hit]:
         """The k best of some hits by score − beta · ln p(item), best first, equal ones by id.
 
-        p(item) is its share of all decayed clicks, see `log_probabilities`.
+        p(item) is its share of all decayed clicks, see `_Clicks.ln_p`.
         """
-        log_p, floor = self._log_p
-        debiased = [
-            hit._replace(score=hit.score - beta * log_p.get(hit.item_id, floor)) for hit in hits
-        ]
+        ln_p = self._clicks.ln_p
+        debiased = [hit._replace(score=hit.score - beta * ln_p(hit.item_id)) for hit in hits]
         return sorted(debiased, key=lambda hit: (-hit.score, hit.item_id))[:k]
 
     def age_ms(self) -> int:

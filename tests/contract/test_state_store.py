@@ -420,6 +420,27 @@ def test_counts_add_up_and_old_buckets_go(store: StateStore) -> None:
     assert sorted(store.popular("i0", 10)) == [10, 12]
 
 
+def test_a_bucket_is_read_again_once_it_has_changed(store: StateStore) -> None:
+    assert store.popular_buckets("i0", 9, {}) == {}
+    store.count_clicks("i0", CLICKS, None, at(1), {9: {"a": 7}, 10: {"a": 1000, "b": 500}}, 3)
+    first = store.popular_buckets("i0", 9, {})
+    assert [read.counted for read in first.values()] == [([b"a"], [7]), ([b"a", b"b"], [1000, 500])]
+    known = {bucket: read.version for bucket, read in first.items()}
+    again = store.popular_buckets("i0", 9, known)
+    assert {bucket: (read.version, read.counted) for bucket, read in again.items()} == {
+        bucket: (version, None) for bucket, version in known.items()
+    }
+    store.count_clicks("i0", CLICKS, at(1), at(2), {10: {"a": 1}}, 3)
+    later = store.popular_buckets("i0", 9, known)
+    assert later[9].counted is None and later[10].counted == ([b"a", b"b"], [1001, 500])
+    assert later[10].version not in {*known.values(), b""}
+    # The same fence on an emptied store is another write.
+    store.count_clicks("i0", CLICKS, at(2), at(1), {12: {"c": 1}}, 3)
+    store.count_clicks("i0", CLICKS, at(1), at(2), {10: {"a": 1}}, 3)
+    last = store.popular_buckets("i0", 9, {b: read.version for b, read in later.items()})
+    assert sorted(last) == [10, 12] and last[10].counted == ([b"a", b"b"], [1002, 500])
+
+
 def test_a_bucket_keeps_its_most_counted_items(store: StateStore) -> None:
     counts = {1: {"b": 5, "a": 5, "c": 9, "d": 1}, 2: {"x": 1}}
     store.count_clicks("i0", CLICKS, None, at(1), counts, 9, 4)

@@ -86,7 +86,7 @@ class Place:
         WRITES[self.script](self.store, at(7), 8)
 
     def state(self) -> dict[str, object]:
-        """Every key and its value, without the server's time in histories."""
+        """Every key and its value, without the server's time in histories and versions."""
         ns, found = self.settings.key_prefix, {}
         for key in self.admin.scan_iter(match=f"{ns}*", count=1_000):
             name, kind = key.decode().removeprefix(ns), self.admin.type(key)
@@ -94,6 +94,8 @@ class Place:
                 value: object = self.admin.get(key)
                 if re.search(r"}:h:", name) and isinstance(value, bytes):
                     value = value[:-8]
+                if re.search(r"}:version:", name) and isinstance(value, bytes):
+                    value = value.split()[-1]
             elif kind == b"list":
                 value = self.admin.lrange(key, 0, -1)
             elif kind == b"zset":

@@ -1,7 +1,8 @@
--- KEYS[2]: the index of buckets (sorted set, number by number), KEYS[3] …: the buckets that grow.
--- ARGV[3]: buckets kept, ARGV[4]: key prefix of a bucket, ARGV[5]: items of a bucket at most; then
--- for each bucket: its number, n items, n pairs (item id, thousandths of a click).
-for i = 3, #KEYS do
+-- KEYS[2]: the index of buckets (sorted set, number by number), KEYS[3] …: the n buckets that grow,
+-- then their n versions. ARGV[3]: buckets kept, ARGV[4]: key prefix of the slot, ARGV[5]: items of a
+-- bucket at most; then for each bucket: its number, n items, n pairs (item id, thousandths of a
+-- click). A version never repeats: it is the time and the new fence of the write.
+for i = 3, 2 + (#KEYS - 2) / 2 do
   redis.call('ZCARD', KEYS[i]) -- fails for a key of another type
 end
 local stored = redis.call('ZREVRANGE', KEYS[2], 0, 0)[1]
@@ -15,6 +16,8 @@ while i <= #ARGV do
   buckets[#buckets + 1] = {number, i, last}
   i = last + 1
 end
+local time = redis.call('TIME')
+local version = time[1] .. '.' .. time[2] .. ' ' .. KEYS[1] .. ' ' .. ARGV[2]
 local last_gone = newest and newest - tonumber(ARGV[3])
 local old = {}
 if newest then
@@ -23,7 +26,7 @@ end
 for _, bucket in ipairs(buckets) do
   local number, first, last = unpack(bucket)
   if number > last_gone then
-    local key = ARGV[4] .. ARGV[first]
+    local key = ARGV[4] .. 'popular:' .. ARGV[first]
     redis.call('ZADD', KEYS[2], ARGV[first], ARGV[first])
     for j = first + 2, last, 2 do
       redis.call('ZINCRBY', key, ARGV[j + 1], ARGV[j])
@@ -32,12 +35,14 @@ for _, bucket in ipairs(buckets) do
     if more > 0 then
       redis.call('ZREMRANGEBYRANK', key, 0, more - 1)
     end
+    redis.call('SET', ARGV[4] .. 'version:' .. ARGV[first], version)
   end
 end
 for _, bucket in ipairs(old) do
-  -- KEYS does not name it: while a cluster moves the slot it may be on the other node; the next
-  -- call deletes it then.
-  if type(redis.pcall('UNLINK', ARGV[4] .. bucket)) == 'number' then
+  -- KEYS does not name them: while a cluster moves the slot they may be on the other node; the next
+  -- call deletes them then.
+  local keys = {ARGV[4] .. 'popular:' .. bucket, ARGV[4] .. 'version:' .. bucket}
+  if type(redis.pcall('UNLINK', unpack(keys))) == 'number' then
     redis.call('ZREM', KEYS[2], bucket)
   end
 end

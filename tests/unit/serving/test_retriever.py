@@ -31,7 +31,7 @@ from serving.metrics import WorkerCollector
 from serving.proto import retrieval_pb2 as pb
 from serving.recall import registry
 from serving.recall.base import Candidates, RecallContext, RecallPath, RecallRequest
-from serving.recall.popularity import Popularity, rank
+from serving.recall.popularity import Popularity
 from serving.recall.registry import make_paths
 from serving.rpc import converters
 from serving.rpc.backends import LocalIndex, WorkerBackend
@@ -73,9 +73,9 @@ class Store(MemoryStore):
         self._look()
         return super().read_user(slot, partition, user_id, generation)
 
-    def popular(self, slot: str, limit: int) -> dict[int, dict[str, int]]:
+    def popular_buckets(self, slot, limit, known):  # type: ignore[no-untyped-def]
         self._look()
-        return super().popular(slot, limit)
+        return super().popular_buckets(slot, limit, known)
 
     def read_item_metadata(self, item_ids, item_slots):  # type: ignore[no-untyped-def]
         self._look()
@@ -363,14 +363,6 @@ def test_a_deadline_is_looked_at_before_every_step(world: World) -> None:
     world.store.slow_s = 0.03
     with pytest.raises(DeadlinePassed, match="before the index was searched; 20 ms were given"):
         world.retriever.retrieve(Query("ana", 1), world.index, Deadline(0.02))
-
-
-def test_popularity_is_decayed_against_the_newest_bucket_and_ties_go_by_id() -> None:
-    counts = {10: {"old": 4000, "b": 1000}, 12: {"a": 250, "new": 1000}}
-    ranked = rank(counts, bucket_s=10, half_life_s=10, limit=9)
-    assert ranked == [("new", 1.0), ("old", 1.0), ("a", 0.25), ("b", 0.25)]
-    assert rank(counts, bucket_s=10, half_life_s=10, limit=1) == [("new", 1.0)]
-    assert rank({}, bucket_s=10, half_life_s=10, limit=9) == []
 
 
 def test_a_popular_list_is_read_to_its_end_where_few_of_it_are_live(world: World) -> None:

@@ -1,0 +1,116 @@
+"""Decayed clicks of the popular items, kept up to date bucket by bucket."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eddyline.stores.state_store import PopularBucket
+
+# After so long one bucket is read again whatever its version: an ingest process of an older version
+# changes counts and no version.
+REREAD_S = 10.0
+# Names of items that left every bucket are dropped once so many of them are kept.
+_UNUSED_MAX = 10_000
+
+
+class _Counts(NamedTuple):
+    """One bucket of one slot: row of each item in the table of names, thousandths of a click."""
+
+    version: bytes
+    rows: NDArray[np.int64]
+    counts: NDArray[np.float64]
+
+
+class ClickTotals:
+    """The buckets of all slots as they were last read. Thread rule: one thread."""
+
+    def __init__(self, *, bucket_s: int, half_life_s: int, limit: int) -> None:
+        """A click loses half its weight every `half_life_s`, measured against the newest bucket,
+        never against the local clock. limit: items of the list.
+        """
+        self._limit = limit
+        self._bucket_s = bucket_s
+        self._half_life_s = half_life_s
+        # (slot, bucket) -> its counts; the one that was read longest ago is first.
+        self._held: dict[tuple[str, int], _Counts] = {}
+        self._names: list[str] = []
+        self._row_of: dict[bytes, int] = {}
+        self._reread_at = time.monotonic() + REREAD_S
+        self._ranked: list[tuple[str, float]] | None = []
+
+    def known(self, slot: str) -> dict[int, bytes]:
+        """Bucket -> version that is held; a bucket that is due to be read again is absent."""
+        held = {bucket: kept.version for (of, bucket), kept in self._held.items() if of == slot}
+        if held and time.monotonic() >= self._reread_at:
+            self._reread_at = time.monotonic() + REREAD_S
+            del held[next(iter(held))]
+        return held
+
+    def update(self, slot: str, found: Mapping[int, PopularBucket]) -> None:
+        """Take over what was read of one slot; buckets that are not in `found` are dropped."""
+        for key in [k for k in self._held if k[0] == slot and k[1] not in found]:
+            del self._held[key]
+            self._ranked = None
+        for bucket, read in found.items():
+            if read.counted is not None:
+                self._ranked = None
+                items, counts = read.counted
+                for item in set(items).difference(self._row_of):
+                    self._row_of[item] = len(self._names)
+                    self._names.append(item.decode())
+                rows = np.array([*map(self._row_of.__getitem__, items)], np.int64)
+                self._held.pop((slot, bucket), None)
+                self._held[slot, bucket] = _Counts(read.version, rows, np.array(counts, float))
+        if len(self._names) > _UNUSED_MAX + sum(len(kept.rows) for kept in self._held.values()):
+            self._drop_unused_names()
+
+    def ranked(self) -> list[tuple[str, float]]:
+        """(item id, decayed clicks), most first, equal ones by id; at most `limit`."""
+        if self._ranked is None:
+            self._ranked = self._rank()
+        return self._ranked
+
+    def _rank(self) -> list[tuple[str, float]]:
+        newest = max((bucket for _, bucket in self._held), default=0)
+        totals = np.zeros(len(self._names))
+        counted = np.zeros(len(self._names), bool)
+        # In the order of the buckets: every worker adds in the same order and gets the same bits.
+        # An item is in a bucket once, in its own slot.
+        for slot, bucket in sorted(self._held, key=lambda key: key[1]):
+            kept = self._held[slot, bucket]
+            weight = 0.5 ** ((newest - bucket) * self._bucket_s / self._half_life_s) / 1000
+            totals[kept.rows] += weight * kept.counts
+            counted[kept.rows] = True
+        rows = np.flatnonzero(counted)
+        if len(rows) > self._limit:
+            cut = len(rows) - self._limit
+            rows = rows[totals[rows] >= np.partition(totals[rows], cut)[cut]]
+        rows = rows[np.argsort(-totals[rows])]
+        names = map(self._names.__getitem__, rows.tolist())
+        pairs = [*zip(names, totals[rows].tolist(), strict=True)]
+        for start, end in _equal_runs(totals[rows]):
+            pairs[start:end] = sorted(pairs[start:end])
+        return pairs[: self._limit]
+
+    def _drop_unused_names(self) -> None:
+        every = [kept.rows for kept in self._held.values()]
+        used = np.unique(np.concatenate(every)) if every else np.zeros(0, np.int64)
+        self._names = [self._names[row] for row in used.tolist()]
+        self._row_of = {name.encode(): row for row, name in enumerate(self._names)}
+        self._held = {
+            key: kept._replace(rows=np.searchsorted(used, kept.rows))
+            for key, kept in self._held.items()
+        }
+
+
+def _equal_runs(values: NDArray[np.float64]) -> Iterator[tuple[int, int]]:
+    """(start, end) of each run of two or more equal values."""
+    starts = np.flatnonzero(np.diff(values, prepend=np.nan))
+    ends = np.append(starts[1:], len(values))
+    longer = ends - starts > 1
+    return zip(starts[longer].tolist(), ends[longer].tolist(), strict=True)

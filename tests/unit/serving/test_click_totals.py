@@ -1,0 +1,138 @@
+"""The popular list is built from changed buckets only, and is bit for bit the plain sum."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+import pytest
+
+from eddyline.settings.loader import Settings
+from eddyline.stores.memory import MemoryStore
+from eddyline.stores.state_store import Fence, LogId, PopularBucket, Source
+from serving.recall import click_totals
+from serving.recall.click_totals import ClickTotals
+from serving.recall.popularity import Popularity
+
+LOG = LogId("cluster", "topic")
+LIMIT = 25
+
+
+def rank(
+    buckets: Mapping[int, Mapping[str, int]],
+    *,
+    limit: int = LIMIT,
+    weights: tuple[int, int] = (10, 15),
+) -> list[tuple[str, float]]:
+    """The plain definition. weights: width of a bucket and half-life, seconds."""
+    bucket_s, half_life_s = weights
+    newest, totals = max(buckets, default=0), dict[str, float]()
+    for bucket in sorted(buckets):
+        weight = 0.5 ** ((newest - bucket) * bucket_s / half_life_s) / 1000
+        for item_id, count in buckets[bucket].items():
+            totals[item_id] = totals.get(item_id, 0.0) + weight * count
+    return sorted(totals.items(), key=lambda pair: (-pair[1], pair[0]))[:limit]
+
+
+def made(limit: int = LIMIT) -> ClickTotals:
+    return ClickTotals(bucket_s=10, half_life_s=15, limit=limit)
+
+
+def read_of(version: int, counts: Mapping[str, int]) -> PopularBucket:
+    items = sorted(counts, key=lambda item: -counts[item])
+    return PopularBucket(
+        b"%d" % version, ([item.encode() for item in items], [counts[item] for item in items])
+    )
+
+
+def test_clicks_are_decayed_against_the_newest_bucket_and_ties_go_by_id() -> None:
+    counts = {10: {"old": 4000, "b": 1000}, 12: {"a": 250, "new": 1000}}
+    for limit, found in (
+        (9, [("new", 1.0), ("old", 1.0), ("a", 0.25), ("b", 0.25)]),
+        (1, [("new", 1.0)]),
+        (3, [("new", 1.0), ("old", 1.0), ("a", 0.25)]),
+    ):
+        totals = ClickTotals(bucket_s=10, half_life_s=10, limit=limit)
+        totals.update("i0", {b: read_of(1, of_bucket) for b, of_bucket in counts.items()})
+        assert totals.ranked() == found
+    assert made().ranked() == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_changes_give_the_plain_sum_bit_for_bit(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two slots, buckets that grow, come and go; the table of names is cleaned often."""
+    monkeypatch.setattr(click_totals, "_UNUSED_MAX", 10)
+    rng, totals, version = random.Random(seed), made(), 0
+    state: dict[str, dict[int, dict[str, int]]] = {"i0": {}, "i1": {}}
+    for _ in range(60):
+        for slot, buckets in state.items():
+            found = {}
+            for bucket in rng.sample(range(40), rng.randrange(4)):
+                counts = buckets.setdefault(bucket, {})
+                for _ in range(rng.randrange(30)):
+                    item = f"{slot}-é{rng.randrange(60)}"
+                    counts[item] = counts.get(item, 0) + rng.choice([1, 250, 1000, 1000, 3333])
+                version += 1
+                found[bucket] = read_of(version, counts)
+            if len(buckets) > 6:
+                del buckets[gone := rng.choice(list(buckets))]
+                found.pop(gone, None)
+            kept = {bucket: PopularBucket(b"") for bucket in buckets}
+            totals.update(slot, kept | found)
+        merged: dict[int, dict[str, int]] = {}
+        for buckets in state.values():
+            for bucket, counts in buckets.items():
+                merged.setdefault(bucket, {}).update(counts)
+        assert totals.ranked() == rank(merged)
+
+
+class Counting(MemoryStore):
+    """Notes which buckets are read, and can lose all versions, as before they were stored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: list[int] = []
+        self.versions = True
+
+    def popular_buckets(
+        self, slot: str, limit: int, known: Mapping[int, bytes]
+    ) -> dict[int, PopularBucket]:
+        if not self.versions:
+            known = {bucket: b"0" for bucket in known}
+            self._bucket_writes.clear()
+        found = super().popular_buckets(slot, limit, known)
+        self.read += [bucket for bucket, read in found.items() if read.counted is not None]
+        return found
+
+
+def test_a_refresh_reads_what_changed_and_no_more() -> None:
+    store, fence = Counting(), None
+    popularity = Popularity(Settings(popular_bucket_s=60), store)
+    for offset, bucket in enumerate([*range(28), 27, 27, 3]):
+        after = Fence(offset, LOG)
+        store.count_clicks("i0", Source("clicks", 0), fence, after, {bucket: {"a": 1000}}, 28)
+        fence = after
+        store.read.clear()
+        assert popularity.refresh() and store.read == [bucket]
+    store.read.clear()
+    assert popularity.refresh() and store.read == []
+
+
+def test_counts_without_versions_are_seen_one_bucket_after_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(click_totals, "REREAD_S", 0.0)
+    store, fence = Counting(), None
+    store.versions = False
+    popularity = Popularity(Settings(popular_bucket_s=60), store)
+    for offset, item in enumerate(["a", "b"]):
+        after, counts = Fence(offset, LOG), {bucket: {item: 2000 * offset + 1} for bucket in (5, 7)}
+        store.count_clicks("i0", Source("clicks", 0), fence, after, counts, 28)
+        fence = after
+        popularity.refresh()
+    for _ in range(3):
+        popularity.refresh()
+    assert [item for item, _ in popularity.ranked] == ["b", "a"]
+    assert store.read[-3:] in ([5, 7, 5], [7, 5, 7])
