@@ -11,7 +11,6 @@ imported late, because the processes without the extra `archive` import the name
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import msgspec
 
 from eddyline.errors import SettingsError, Unavailable
 from eddyline.kafka.topics import CLICKS, ITEMS, USERS
+from eddyline.schema.erasure import erased_before
 from eddyline.schema.events import Click, Item, Merge, UserProfile
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import LogId
@@ -92,10 +92,25 @@ class Archived:
 
 @dataclass(frozen=True, slots=True)
 class Forgotten:
-    """A user's rows to remove: clicks appended at or before a time, profiles below an offset."""
+    """A user's rows to remove.
+
+    appended_ms:   broker's time stamp of the null record: clicks go that happened or were appended
+                   until then
+    offset:        of the null record in `users`: profiles below it go
+    clicks_offset: of the Forget in `clicks`, -1 where it was not read yet: clicks below it go if
+                   they are dated at most `keep_after_ms`, see `schema.erasure`
+    """
 
     appended_ms: int
     offset: int
+    clicks_offset: int = -1
+    keep_after_ms: int = -1
+
+    def covers_click(self, offset: int, appended_ms: int, at_ms: int) -> bool:
+        """Whether a row of `clicks` or `merges` goes."""
+        if offset < self.clicks_offset and erased_before(self.keep_after_ms, at_ms):
+            return True
+        return appended_ms <= self.appended_ms or at_ms <= self.appended_ms
 
 
 class ArchiveUnavailable(Unavailable):
@@ -103,11 +118,6 @@ class ArchiveUnavailable(Unavailable):
 
 
 EVERYTHING = Forgotten(2**62, 2**62)
-
-
-def digest(user_id: str) -> str:
-    """What the archive keeps of a forgotten user's id: its SHA-256, in hexadecimal."""
-    return hashlib.sha256(user_id.encode()).hexdigest()
 
 
 @cache

@@ -80,15 +80,16 @@ def copy_without(source: Any, target: Path, topic: str, forgotten: ForgottenOf) 
 def _kept(table: Any, topic: str, forgotten: ForgottenOf) -> list[bool]:
     users: Sequence[str | None] = table.column("user_id").to_pylist()
     limits = {user: forgotten(user) for user in set(users) if user is not None}
-    by_time = topic in (CLICKS, MERGES)
-    places = table.column("appended_ms" if by_time else "offset").to_pylist()
+    places = [table.column(name).to_pylist() for name in ("offset", "appended_ms", "at_ms")]
     keep = []
-    for user, place in zip(users, places, strict=True):
+    for user, offset, appended_ms, at_ms in zip(users, *places, strict=True):
         limit = limits.get(user) if user is not None else None
         if limit is None:
             keep.append(True)
+        elif topic in (CLICKS, MERGES):
+            keep.append(not limit.covers_click(offset, appended_ms, at_ms))
         else:
-            keep.append(place > limit.appended_ms if by_time else place >= limit.offset)
+            keep.append(offset >= limit.offset)
     return keep
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from eddyline import archive as layout
 from eddyline.archive import (
@@ -31,7 +32,8 @@ from eddyline.errors import Rejected
 from eddyline.kafka.topics import CLICKS, ITEMS, USERS
 from eddyline.schema import events, validation
 from eddyline.schema.deduplication import DedupeWindow
-from eddyline.schema.events import Forget, Merge
+from eddyline.schema.erasure import Erasure, digest, erased_after
+from eddyline.schema.events import Click, Forget, Merge
 from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import LogId
@@ -52,15 +54,20 @@ class ForgottenUsers:
     by_digest: dict[str, Forgotten] = field(default_factory=dict)
 
     def add(self, digest: str, forgotten: Forgotten) -> None:
-        """Add the user of a null record."""
-        self.by_digest[digest] = forgotten
+        """Add the user of a null record or of a Forget; the later request counts."""
+        known = self.by_digest.get(digest)
+        if known is None or (known.appended_ms, known.offset) <= (
+            forgotten.appended_ms,
+            forgotten.offset,
+        ):
+            self.by_digest[digest] = forgotten
 
     def of(self, user_id: str) -> Forgotten | None:
         """Up to which point the user's rows are erased; None for a user who was not forgotten."""
-        return self.by_digest.get(layout.digest(user_id))
+        return self.by_digest.get(digest(user_id)) if self.by_digest else None
 
     def drop_before(self, appended_ms: int) -> None:
-        """Drop null records older than any click that is still to be written."""
+        """Drop null records older than that: events from before them are not expected any more."""
         self.by_digest = {d: f for d, f in self.by_digest.items() if f.appended_ms >= appended_ms}
 
 
@@ -215,8 +222,7 @@ class PartitionWriter:
             file_placement.place(self._archive, partial, path)
         self._file, self.written = None, file.last + 1
         if self._topic == CLICKS:
-            # An hour to spare for a broker whose clock was set back.
-            self._forgotten.drop_before(hour_ms - HOUR_MS)
+            self._forgotten.drop_before(hour_ms - _kept_ms(self._settings))
         about = {
             "topic": self._topic,
             "partition": self._partition,
@@ -258,7 +264,7 @@ class PartitionWriter:
         found: dict[str, Forgotten] = {}
         for partition in {partition_of(user, self._settings.clicks_partitions) for user in users}:
             digests = dict(_digests(self._archive, partition, since_ms))
-            found |= {user: digests[d] for user in users if (d := layout.digest(user)) in digests}
+            found |= {user: digests[d] for user in users if (d := digest(user)) in digests}
         return found
 
     def _accept(self, file: _OpenFile, record: Record) -> Archived | None:
@@ -268,8 +274,9 @@ class PartitionWriter:
             if self._topic == CLICKS:
                 event, own = validation.user_event(settings, partition, record.value, at_ms)
                 counts = own and self._window.accept(event.event_id, record.offset)
-                # The files of `users` hold the null records; `Forget` only repeats them.
-                if not counts or isinstance(event, Forget):
+                if counts and isinstance(event, Forget):
+                    self._accept_forget(file, record, event)
+                if not counts or isinstance(event, Forget) or self._is_late(record, event):
                     self.skipped += 1
                     return None
                 stamp = events.produced_us(record.headers)
@@ -290,14 +297,46 @@ class PartitionWriter:
         self.rows += 1
         return found
 
+    def _accept_forget(self, file: _OpenFile, record: Record, forget: Forget) -> None:
+        """Take over the boundary of an erasure, and the null record where it was not read.
+
+        The files of `users` hold the null records, so no file holds the Forget.
+        """
+        limit = Forgotten(
+            forget.forget_until_ms, forget.users_offset, record.offset, forget.bound_ms
+        )
+        known = self._forgotten.of(forget.user_id)
+        if known is not None and (known.appended_ms, known.offset) > (
+            limit.appended_ms,
+            limit.offset,
+        ):
+            return
+        if known is not None and known.clicks_offset >= 0 and known.offset == limit.offset:
+            return  # a repeated Forget: what stands between the two is of the new user
+        file.forgotten[forget.user_id] = limit
+        self._forgotten.add(digest(forget.user_id), limit)
+
+    def _is_late(self, record: Record, event: Click | Merge) -> bool:
+        """Whether the event is from before its user was forgotten, and arrives after that."""
+        limit = self._forgotten.of(event.user_id)
+        if limit is None or record.timestamp <= limit.appended_ms:
+            return False
+        erasure = Erasure(
+            limit.appended_ms, limit.offset, limit.appended_ms + _kept_ms(self._settings)
+        )
+        origin_ms = events.origin_ms(record.headers)
+        return erased_after(erasure, event.at_ms, record.timestamp, origin_ms)
+
     def _accept_null(self, file: _OpenFile, record: Record, user_id: str) -> Archived:
         limit = Forgotten(record.timestamp, record.offset)
         file.forgotten[user_id] = limit
-        digest = layout.digest(user_id)
-        self._forgotten.add(digest, limit)
+        hashed = digest(user_id)
+        known = self._forgotten.of(user_id)
+        if known is None or known.offset != limit.offset:  # else the Forget was read first
+            self._forgotten.add(hashed, limit)
         self.rows += 1
         return Archived(
-            record.partition, record.offset, record.timestamp, None, None, digest=digest
+            record.partition, record.offset, record.timestamp, None, None, digest=hashed
         )
 
 
@@ -330,9 +369,9 @@ def open_partition(
         for event in archive.read(CLICKS, partition, first=floor):
             if event.event is not None:
                 window.accept(getattr(event.event, "event_id", None), event.offset)
-        since_ms = max((file.hour_ms for file in files), default=0) - HOUR_MS
-        for digest, limit in _digests(archive, partition, since_ms):
-            forgotten[partition].add(digest, limit)
+        since_ms = max((file.hour_ms for file in files), default=0) - _kept_ms(settings)
+        for hashed, limit in _digests(archive, partition, since_ms):
+            forgotten[partition].add(hashed, limit)
     position = max(last + 1, begin)
     return PartitionWriter(
         settings, archive, topic, partition, log_id, position, window, forgotten[partition]
@@ -341,11 +380,23 @@ def open_partition(
 
 def _digests(archive: Archive, partition: int, since_ms: int) -> Iterator[tuple[str, Forgotten]]:
     """(digest, limit) of each user forgotten in the files of `users` of this hour and later."""
+    names = ["forgotten_sha256", "appended_ms", "offset"]
     for file in archive.files(USERS, partition):
-        if file.hour_ms >= since_ms:
-            for event in archive.events(file):
-                if event.digest is not None:
-                    yield event.digest, Forgotten(event.appended_ms, event.offset)
+        if file.hour_ms < since_ms:
+            continue
+        with archive.fs.open(file.path, "rb") as opened, pq.ParquetFile(opened) as parquet:
+            for batch in parquet.iter_batches(columns=names):
+                for row in batch.to_pylist():
+                    if row["forgotten_sha256"] is not None:
+                        yield (
+                            row["forgotten_sha256"],
+                            Forgotten(row["appended_ms"], row["offset"]),
+                        )
+
+
+def _kept_ms(settings: Settings) -> int:
+    """How long an erasure is kept, for events that arrive late; an hour at least."""
+    return max(settings.forgotten_kept_d * 24 * HOUR_MS, HOUR_MS)
 
 
 def _erase(partial: Path, topic: str, forgotten: ForgottenOf) -> None:

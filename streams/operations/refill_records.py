@@ -6,11 +6,11 @@ import heapq
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
-from eddyline import archive as layout
 from eddyline.archive import Archive, Archived
 from eddyline.kafka import reading, topics
 from eddyline.kafka.topics import CLICKS, USERS
 from eddyline.schema import events
+from eddyline.schema.erasure import digest
 from eddyline.schema.events import Merge
 from eddyline.schema.partitioning import user_slot
 from eddyline.settings.loader import Settings
@@ -134,5 +134,5 @@ class ProfileRecords:
                 head = f"{self._settings.key_prefix}{{{user_slot(partition)}}}:{kind}:".encode()
                 for key in client.scan_iter(match=head.decode() + "*", count=1_000):
                     user_id = key.removeprefix(head)
-                    found[layout.digest(user_id.decode())] = user_id
+                    found[digest(user_id.decode())] = user_id
         return found

@@ -24,7 +24,8 @@ from eddyline.archive import HOUR_MS, Archive, Forgotten
 from eddyline.errors import SettingsError
 from eddyline.kafka.topics import CLICKS, ITEMS, USERS
 from eddyline.schema import events
-from eddyline.schema.events import Click, Item, UserProfile
+from eddyline.schema.erasure import digest
+from eddyline.schema.events import Click, Forget, Item, UserProfile
 from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
@@ -52,8 +53,10 @@ def record(offset: int, value: bytes | None, key: bytes, at_ms: int = MS, **more
     return SimpleNamespace(offset=offset, value=value, key=key, timestamp=at_ms, **fields)
 
 
-def click(offset: int, at_ms: int = MS, **more: Any) -> Any:
-    fields: dict[str, Any] = {"user_id": "ana", "item_id": f"i{offset}", "at_ms": MS} | more
+def click(offset: int, at_ms: int = MS, event_ms: int | None = None, **more: Any) -> Any:
+    """at_ms: of the append; event_ms: of the event, the same by default."""
+    happened = at_ms if event_ms is None else event_ms
+    fields: dict[str, Any] = {"user_id": "ana", "item_id": f"i{offset}", "at_ms": happened} | more
     return record(offset, events.encode(Click(**fields)), fields["user_id"].encode(), at_ms)
 
 
@@ -326,11 +329,11 @@ def test_a_null_record_forgets_whatever_is_written_first(
         runner.run(records, 7, topic)
     assert [e.offset for e in runner.archive.read(CLICKS)] == list(range(21, 40))
     profiles = [(e.key, e.digest) for e in runner.archive.read(USERS)]
-    assert profiles == [(None, layout.digest("ana")), ("ana", None)]
+    assert profiles == [(None, digest("ana")), ("ana", None)]
 
 
 def test_a_null_record_is_seen_by_the_open_file_of_clicks(tmp_path: Path) -> None:
-    runner, shared = Runner(settings_of(tmp_path)), defaultdict(ForgottenUsers)
+    runner, shared = Runner(settings_of(tmp_path, forgotten_kept_d=1)), defaultdict(ForgottenUsers)
     writer, profiles = runner.open(CLICKS, shared), runner.open(USERS, shared)
     writer.append([click(o, MS + o) for o in range(10)])
     profiles.append([record(0, None, b"ana", MS + 4)])
@@ -338,10 +341,57 @@ def test_a_null_record_is_seen_by_the_open_file_of_clicks(tmp_path: Path) -> Non
     writer.complete()
     assert [e.offset for e in runner.archive.read(CLICKS)] == [5, 6, 7, 8, 9]
     assert not holds(Runner(settings_of(tmp_path)), '"ana"')
-    later = [click(200, MS + 9 * HOUR_MS)]
-    writer.append(later)
+    for offset, hours, kept in ((200, 24, 1), (300, 25, 0)):
+        writer.append([click(offset, MS + hours * HOUR_MS)])
+        writer.complete()
+        assert len(shared[P].by_digest) == kept, "old null records are dropped"
+
+
+def forget(offset: int, until_ms: int, keep_after_ms: int, users_offset: int = 1) -> Any:
+    event = Forget(
+        user_id="ana",
+        forget_until_ms=until_ms,
+        keep_after_ms=keep_after_ms,
+        users_offset=users_offset,
+    )
+    return record(offset, events.encode(event), b"ana", until_ms + 10)
+
+
+@pytest.mark.parametrize("with_null", [True, False])
+@pytest.mark.parametrize("restart", [True, False])
+def test_the_archive_erases_by_the_place_of_the_forget(
+    tmp_path: Path, with_null: bool, restart: bool
+) -> None:
+    """An archive that was down when the null record was compacted away learns of it in clicks."""
+    runner, shared = Runner(settings_of(tmp_path)), defaultdict(ForgottenUsers)
+    profiles = [record(0, events.encode(UserProfile(user_id="ana")), b"ana", MS)]
+    profiles += [record(1, None, b"ana", MS + 20)] if with_null else []
+    users = runner.open(USERS, shared)
+    users.append(profiles)
+    users.complete()
+    log = [
+        click(0, MS + 1, event_ms=MS + 25),  # the device's clock was ahead
+        click(1, MS + 22, event_ms=MS + 25),  # between null record and Forget
+        click(2, MS + 22, event_ms=MS + 31),  # of the user who returned
+        forget(3, MS + 20, MS + 30),
+        click(4, MS + 31, event_ms=MS + 20),
+        click(5, MS + 31, event_ms=MS + 21),
+        forget(6, MS + 20, MS + 30),  # repeated: the user who returned stays
+    ]
+    late = [click(101, MS + 40, event_ms=MS + 20), click(102, MS + 40, event_ms=MS + 41)]
+    late.append(click(103, MS + 40, event_ms=MS + 41))
+    late[-1].headers = [("origin_ms", str(MS + 20).encode())]
+    writer = runner.open(CLICKS, shared)
+    writer.append(log)
     writer.complete()
-    assert shared[P].by_digest == {}, "old null records are dropped"
+    if restart:
+        writer = runner.open()
+    if with_null or not restart:
+        writer.append(late)
+        writer.complete()
+    kept = [e.offset for e in runner.archive.read(CLICKS)]
+    assert kept == ([2, 5, 102] if with_null or not restart else [2, 5])
+    assert [e.key for e in runner.archive.read(USERS)] == ([None] if with_null else [])
 
 
 def test_limits_of_forgetting_are_exact() -> None:
@@ -349,10 +399,26 @@ def test_limits_of_forgetting_are_exact() -> None:
     import pyarrow as pa
 
     clicks = pa.table(
-        {"user_id": ["a", "a", "b"], "appended_ms": [MS, MS + 1, MS], "offset": [1, 2, 3]}
+        {
+            "user_id": ["a", "a", "b", "a"],
+            "appended_ms": [MS, MS + 1, MS, MS + 1],
+            "offset": [1, 2, 3, 4],
+            "at_ms": [MS + 1, MS + 1, MS, MS],
+        }
     )
-    assert erasure._kept(clicks, CLICKS, {"a": by_time}.get) == [False, True, True]
-    users = pa.table({"user_id": ["a", "a", None], "appended_ms": [MS] * 3, "offset": [6, 7, 8]})
+    assert erasure._kept(clicks, CLICKS, {"a": by_time}.get) == [False, True, True, False]
+    by_place = Forgotten(0, 0, clicks_offset=2, keep_after_ms=MS + 1)
+    assert erasure._kept(clicks, CLICKS, {"a": by_place}.get) == [False, True, True, True]
+    by_place = Forgotten(0, 0, clicks_offset=3, keep_after_ms=MS)
+    assert erasure._kept(clicks, CLICKS, {"a": by_place}.get) == [True, True, True, True]
+    users = pa.table(
+        {
+            "user_id": ["a", "a", None],
+            "appended_ms": [MS] * 3,
+            "offset": [6, 7, 8],
+            "at_ms": [0, 0, None],
+        }
+    )
     assert erasure._kept(users, USERS, {"a": by_offset}.get) == [False, True, True]
 
 
