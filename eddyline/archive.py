@@ -4,9 +4,10 @@
                            append time, UTC  partition, first and last offset of its records
 
 The offsets of a name are those of the first and the last *record*; a rejected or re-sent record has
-no row. A file is complete or absent. Merges are records of `clicks` with files of their own,
-`merges`: they are rare and about two users. docs/archive.md has the columns. pyarrow and fsspec are
-imported late, because the processes without the extra `archive` import the names in this file.
+no row. A file is complete or absent. Merges and Forgets are records of `clicks` with files of their
+own, `merges` and `forgets`: they are rare, merges are about two users, and Forgets hold no id.
+docs/archive.md has the columns. pyarrow and fsspec are imported late, because the processes without
+the extra `archive` import the names in this file.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ import msgspec
 
 from eddyline.errors import SettingsError, Unavailable
 from eddyline.kafka.topics import CLICKS, ITEMS, USERS
-from eddyline.schema.erasure import erased_before
-from eddyline.schema.events import Click, Item, Merge, UserProfile
+from eddyline.schema.erasure import Erasure, erased_after, erased_before
+from eddyline.schema.events import Click, Forget, Item, Merge, UserProfile
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import LogId
 
 HOUR_MS = 3_600_000
-# The folder of the merges in `clicks`, next to those of the three topics.
-MERGES = "merges"
+# The folders of the merges and of the Forgets in `clicks`, next to those of the three topics.
+MERGES, FORGETS = "merges", "forgets"
 # Rows of a row group, which a reader holds at a time. ROW_GROUP_BYTES limits it as well.
 ROW_GROUP_ROWS = 8_192
 # A row group ends early with this many bytes of values: item vectors are long.
@@ -49,8 +50,10 @@ _COLUMNS = {
     ITEMS: "item_id deleted title categories tags attributes available at_ms vector",
     USERS: "user_id deleted attributes at_ms forgotten_sha256",
     MERGES: "user_id merge_into at_ms",
+    FORGETS: "forgotten_sha256 forget_until_ms keep_after_ms users_offset ends_ms",
 }
 _CLICK_FIELDS = attrgetter("event_id", "user_id", "item_id", "at_ms", "kind", "weight")
+_FORGET_FIELDS = attrgetter("forget_until_ms", "keep_after_ms", "users_offset", "ends_ms")
 _ITEM_TEXTS = attrgetter("title", "categories", "tags")
 _ITEM_REST = attrgetter("available", "at_ms", "vector")
 
@@ -78,14 +81,15 @@ class Archived:
     event:  None for a deleted item and for a forgotten user
     key:    the item or user id; None for a forgotten user, of whom only `digest` is kept
 
-    A merge into a user who was forgotten later has "" as `merge_into`.
+    A merge into a user who was forgotten later has "" as `merge_into`, every Forget has "" as
+    `user_id`.
     """
 
     partition: int
     offset: int
     appended_ms: int
     key: str | None
-    event: Click | Item | UserProfile | Merge | None
+    event: Click | Item | UserProfile | Merge | Forget | None
     produced_us: int = 0
     digest: str | None = None
 
@@ -94,30 +98,44 @@ class Archived:
 class Forgotten:
     """A user's rows to remove.
 
-    appended_ms:   broker's time stamp of the null record: clicks go that happened or were appended
-                   until then
-    offset:        of the null record in `users`: profiles below it go
-    clicks_offset: of the Forget in `clicks`, -1 where it was not read yet: clicks below it go if
-                   they are dated at most `keep_after_ms`, see `schema.erasure`
+    erasure:       of the user's null record, or of the Forget
+    clicks_offset: of the Forget in `clicks`; -1 while only the null record was read
+    keep_after_ms: see `events.Forget`; without a Forget it is not used
     """
 
-    appended_ms: int
-    offset: int
+    erasure: Erasure
     clicks_offset: int = -1
     keep_after_ms: int = -1
 
-    def covers_click(self, offset: int, appended_ms: int, at_ms: int) -> bool:
-        """Whether a row of `clicks` or `merges` goes."""
+    @classmethod
+    def of(cls, forget: Forget, clicks_offset: int) -> Forgotten:
+        """What a Forget at this offset of `clicks` removes."""
+        return cls(Erasure.of(forget), clicks_offset, forget.bound_ms)
+
+    @property
+    def request(self) -> tuple[int, int]:
+        """(append time, offset) of the null record: the later of two requests is greater."""
+        return self.erasure.until_ms, self.erasure.users_offset
+
+    def covers_event(
+        self, offset: int, appended_ms: int, at_ms: int, origin_ms: int | None = None
+    ) -> bool:
+        """Whether a click or merge goes. The rule is that of ingest, see `schema.erasure`.
+
+        While only the null record was read, events appended up to it go: its Forget comes later.
+        """
         if offset < self.clicks_offset and erased_before(self.keep_after_ms, at_ms):
             return True
-        return appended_ms <= self.appended_ms or at_ms <= self.appended_ms
+        return appended_ms <= self.erasure.until_ms or erased_after(
+            self.erasure, at_ms, appended_ms, origin_ms
+        )
 
 
 class ArchiveUnavailable(Unavailable):
     """The files cannot be read or written now, or one of them is no Parquet file."""
 
 
-EVERYTHING = Forgotten(2**62, 2**62)
+EVERYTHING = Forgotten(Erasure(2**62, 2**62, 2**62))
 
 
 @cache
@@ -129,6 +147,7 @@ def schema(topic: str) -> Any:
     types = {"event_id": text, "weight": number, "at_ms": integer, "produced_us": integer}
     types |= {"deleted": boolean, "available": boolean, "vector": pa.list_(number)}
     types |= {"categories": pa.list_(text), "tags": pa.list_(text)}
+    types |= dict.fromkeys(("forget_until_ms", "keep_after_ms", "users_offset", "ends_ms"), integer)
     place = [("partition", pa.int32()), ("offset", integer), ("appended_ms", integer)]
     return pa.schema([*place, *((name, types.get(name, text)) for name in _COLUMNS[topic].split())])
 
@@ -146,6 +165,8 @@ def row(event: Archived) -> tuple[Any, ...]:
         return (*place, found.user_id, False, _json(found.attributes), found.at_ms, None)
     if isinstance(found, Merge):
         return (*place, found.user_id, found.merge_into, found.at_ms)
+    if isinstance(found, Forget):
+        return (*place, event.digest, *_FORGET_FIELDS(found))
     if event.digest is not None:
         return (*place, None, True, None, None, event.digest)
     return (*place, event.key, True, *(7 * (None,)))
@@ -209,7 +230,8 @@ class Archive:
         """The events of one file; holds one row group at a time."""
         import pyarrow.parquet as pq
 
-        make = {CLICKS: _click, ITEMS: _item, USERS: _profile, MERGES: _merge}[file.topic]
+        of_topic = {CLICKS: _click, ITEMS: _item, USERS: _profile, MERGES: _merge, FORGETS: _forget}
+        make = of_topic[file.topic]
         with self.fs.open(file.path, "rb") as opened, pq.ParquetFile(opened) as parquet:
             for batch in parquet.iter_batches(batch_size=ROW_GROUP_ROWS):
                 for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
@@ -342,3 +364,15 @@ def _profile(place: Place, values: Any) -> Archived:
 def _merge(place: Place, values: Any) -> Archived:
     user, into, at_ms = values
     return Archived(*place, user, Merge(user_id=user, merge_into=into or "", at_ms=at_ms))
+
+
+def _forget(place: Place, values: Any) -> Archived:
+    hashed, until_ms, keep_after_ms, users_offset, ends_ms = values
+    event = Forget(
+        user_id="",
+        forget_until_ms=until_ms,
+        keep_after_ms=keep_after_ms,
+        users_offset=users_offset,
+        ends_ms=ends_ms,
+    )
+    return Archived(*place, None, event, digest=hashed)

@@ -31,6 +31,7 @@ from eddyline.kafka.clients import lacks_right
 from eddyline.kafka.producers import make_producer
 from eddyline.kafka.topics import CLICKS, DEAD_LETTER_BYTES_MAX, DEAD_LETTERS
 from eddyline.schema import events
+from eddyline.schema.erasure import DAY_MS
 from eddyline.settings.loader import Settings
 from streams.ports import DeadLetterSink, ForgetSink, Forwarder, Headers, Record, coordinates
 
@@ -264,7 +265,7 @@ def forget_of(settings: Settings, record: Record, user_id: str) -> events.Forget
         forget_until_ms=until_ms,
         keep_after_ms=min(until_ms + settings.far_future_ms_max, events.AT_MS_MAX),
         users_offset=record.offset,
-        ends_ms=until_ms + settings.forgotten_kept_d * 86_400_000,
+        ends_ms=until_ms + settings.forgotten_kept_d * DAY_MS,
     )
 
 

@@ -24,7 +24,6 @@ import numpy as np
 
 from eddyline.errors import EddylineError, Rejected
 from eddyline.kafka import topics as kafka_topics
-from eddyline.schema.erasure import digest
 from eddyline.schema.item_record import ItemRecord, decode_record
 from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
@@ -293,7 +292,7 @@ def _keys(settings: Settings, expected: Truth, generation: str, found: Compared)
         "o": lists,
         "p": {f"{slot}:{user}" for slot, user in state.profiles},
         "c": set(state.items),
-        "f": {f"{slot}:{digest(user)}" for slot, user in state.erasures},
+        "f": {f"{slot}:{hashed}" for slot, hashed in state.erasures},
         f"e:{generation}": {
             f"{slot}:{user}" for slot, gen, user in state.embeddings if gen == generation
         },

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from eddyline.schema.events import Forget
 
-_DAY_MS = 86_400_000
+DAY_MS = 86_400_000
 # Old Forget records do not say when they end.
-OLD_KEPT_MS = 400 * _DAY_MS
+OLD_KEPT_MS = 400 * DAY_MS
 _LAYOUT = struct.Struct("<qqq")
 
 

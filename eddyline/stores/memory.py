@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from eddyline.errors import EddylineError, FenceMoved, StoreRefused, StoreUnavailable
 from eddyline.schema import user_history
-from eddyline.schema.erasure import Erasure, is_outdated
+from eddyline.schema.erasure import Erasure, digest, is_outdated
 from eddyline.schema.partitioning import item_slot
 from eddyline.schema.user_history import UserHistory
 from eddyline.stores.log_reset import Logs, decide, metadata_is_current, was_replaced
@@ -130,8 +130,8 @@ class MemoryStore(StateStore):
             for user in effects.dropped_profiles:
                 state.profiles.pop((slot, user), None)
                 state.profile_places.pop((slot, user), None)
-            for user, erasure in effects.erasures.items():
-                state.erasures[slot, user] = erasure
+            for hashed, erasure in effects.erasures.items():
+                state.erasures[slot, hashed] = erasure
             if effects.generations and any(effects.embeddings.values()):
                 state.generations[slot] = effects.generations
             for user, history in effects.histories.items():
@@ -184,7 +184,7 @@ class MemoryStore(StateStore):
             for user, profile in profiles.items():
                 if profile is not None:
                     place = (places or {}).get(user, (new.offset, 0))
-                    erasure = self._state.erasures.get((slot, user))
+                    erasure = self._state.erasures.get((slot, digest(user)))
                     stored = self._state.profile_places.get((slot, user), (-1, -1))
                     covered = erasure is not None and erasure.covers_profile(*place)
                     if not covered and not is_outdated(place, stored):
@@ -349,7 +349,11 @@ class MemoryStore(StateStore):
                 for generation in query.generations
             },
             profiles={u: state.profiles[slot, u] for u in user_ids if (slot, u) in state.profiles},
-            erasures={u: state.erasures[slot, u] for u in user_ids if (slot, u) in state.erasures},
+            erasures={
+                u: state.erasures[slot, hashed]
+                for u in user_ids
+                if (slot, hashed := digest(u)) in state.erasures
+            },
             profile_places={
                 u: state.profile_places[slot, u]
                 for u in user_ids

@@ -115,7 +115,7 @@ class UserEffects:
                   `generations`, are deleted first
     generations:  every generation of which the slot has embeddings after the write; stored with
                   embeddings
-    erasures:     user id -> what is kept of a forgotten user
+    erasures:     SHA-256 of a user id -> what is kept of that forgotten user
     dropped_profiles: users whose profile is deleted
     profiles:     expected fence of `users`, "" for none. If the stored fence differs the write
                   fails: a user may have been forgotten since. None skips the check

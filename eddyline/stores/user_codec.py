@@ -152,7 +152,7 @@ def encode_users(
     emptied = (f"{tag}:{kind}:{user}" for user in effects.emptied for kind in kinds)
     deleted = sorted(set(emptied).difference(names))
     deleted += [f"{tag}:p:{user}" for user in effects.dropped_profiles]
-    names += [*erasure_keys(tag, effects.erasures), *deleted]
+    names += [*(f"{tag}:f:{hashed}" for hashed in effects.erasures), *deleted]
     args: list[Any] = [
         effects.window_floor,
         encode_accepted(effects.accepted, effects.window_floor),

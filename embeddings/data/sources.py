@@ -21,13 +21,13 @@ from types import MappingProxyType
 
 import msgspec
 
-from eddyline.archive import Archive, ArchiveUnavailable
+from eddyline.archive import FORGETS, Archive, ArchiveUnavailable
 from eddyline.errors import LogMismatch, Rejected
 from eddyline.kafka import reading
 from eddyline.kafka import topics as kafka_topics
 from eddyline.schema import events, validation
 from eddyline.schema.deduplication import DedupeWindow
-from eddyline.schema.erasure import Erasure, erased_after, erased_before
+from eddyline.schema.erasure import Erasure, digest, erased_after, erased_before
 from eddyline.schema.events import AT_MS_MAX, Click, Forget, Item
 from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
@@ -96,7 +96,8 @@ def from_archive(settings: Settings, *, on_read: OnRead | None = None) -> Traini
         for name in kafka_topics.SOURCES
     }
     cut = {str(p): end - 1 for p, end in ends[kafka_topics.ITEMS].items()}
-    return assemble(settings, topics, cut=cut)
+    erasures = _archived_erasures(archive, archived[kafka_topics.CLICKS])
+    return assemble(settings, topics, cut=cut, erasures=erasures)
 
 
 def _check_join(
@@ -130,10 +131,13 @@ def assemble(
     *,
     cut: Mapping[str, int],
     clicks_max: int = CLICKS_MAX,
+    erasures: Mapping[str, Erasure] = MappingProxyType({}),
 ) -> TrainingData:
     """Training data from records; each partition's records are in the order of its log.
 
-    cut: partition of items, as text -> last offset that the records of items reach
+    cut:      partition of items, as text -> last offset that the records of items reach
+    erasures: SHA-256 of a user id -> what is kept of a user whose Forget lies before the records,
+              or whose earlier events are not among them
     """
     rejected: Counter[str] = Counter()
     items: dict[str, tuple[Item, int, int]] = {}
@@ -158,7 +162,7 @@ def assemble(
             profiles.pop(user, None)
         else:
             profiles[user] = profile.attributes
-    clicks = _clicks(settings, topics[kafka_topics.CLICKS], clicks_max, rejected)
+    clicks = _clicks(settings, topics[kafka_topics.CLICKS], clicks_max, rejected, dict(erasures))
     return TrainingData(
         items=[item for item, _, _ in items.values()],
         profiles=profiles,
@@ -205,10 +209,16 @@ class _Line(msgspec.Struct):
 
 
 def _clicks(
-    settings: Settings, records: Iterable[SourceRecord], clicks_max: int, rejected: Counter[str]
+    settings: Settings,
+    records: Iterable[SourceRecord],
+    clicks_max: int,
+    rejected: Counter[str],
+    erasures: dict[str, Erasure],
 ) -> list[Click]:
-    """The clicks that ingest accepts, without those that the erasure of their user covers."""
-    erasures: dict[str, Erasure] = {}
+    """The clicks that ingest accepts, without those that the erasure of their user covers.
+
+    erasures: see `assemble`; gains those of the Forgets among the records
+    """
     # By user: (clicks of the partition before the Forget, its bound), in the order of the log.
     boundaries: dict[str, list[tuple[int, int]]] = {}
     numbers: Counter[int] = Counter()
@@ -228,13 +238,15 @@ def _clicks(
             windows[r.partition] = DedupeWindow(settings.dedupe_window_events)
         if not windows[r.partition].accept(event.event_id, r.offset):
             rejected["re-sent"] += 1
-        elif isinstance(event, Forget):
-            erasure, known = Erasure.of(event), erasures.get(event.user_id)
+            continue
+        known = erasures.get(digest(event.user_id)) if erasures else None
+        if isinstance(event, Forget):
+            erasure = Erasure.of(event)
             if not erasure.repeats(known, r.appended_ms):
-                erasures[event.user_id] = erasure.after(known)
+                erasures[digest(event.user_id)] = erasure.after(known)
                 boundary = (numbers[r.partition], event.bound_ms)
                 boundaries.setdefault(event.user_id, []).append(boundary)
-        elif erased_after(erasures.get(event.user_id), event.at_ms, r.appended_ms, r.origin_ms):
+        elif erased_after(known, event.at_ms, r.appended_ms, r.origin_ms):
             rejected["forgotten"] += 1
         elif isinstance(event, Click):
             numbers[r.partition] += 1
@@ -265,6 +277,25 @@ def _archived(archive: Archive, name: str, ends: Mapping[int, int]) -> Iterator[
                 )
     except (OSError, ValueError) as error:
         raise ArchiveUnavailable(f"archive at {archive.url}: {error}") from None
+
+
+def _archived_erasures(archive: Archive, ends: Mapping[int, int]) -> dict[str, Erasure]:
+    """What the archive keeps of forgotten users, by SHA-256 of the id.
+
+    ends: partition -> the last offset of `clicks` that is read from the archive
+    """
+    kept: dict[str, Erasure] = {}
+    try:
+        for found in archive.read(FORGETS):
+            forget, hashed = found.event, found.digest
+            if found.offset > ends.get(found.partition, -1) or not isinstance(forget, Forget):
+                continue
+            erasure, known = Erasure.of(forget), kept.get(hashed or "")
+            if not erasure.repeats(known, found.appended_ms):
+                kept[hashed or ""] = erasure.after(known)
+    except (OSError, ValueError) as error:
+        raise ArchiveUnavailable(f"archive at {archive.url}: {error}") from None
+    return kept
 
 
 def _read(

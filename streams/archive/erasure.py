@@ -14,7 +14,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from eddyline.archive import MERGES, ROW_GROUP_ROWS, Archive, ArchiveFile, Forgotten, writer
+from eddyline.archive import (
+    HOUR_MS,
+    MERGES,
+    ROW_GROUP_ROWS,
+    Archive,
+    ArchiveFile,
+    Forgotten,
+    writer,
+)
 from eddyline.kafka.topics import CLICKS, USERS
 from streams.archive import file_placement
 
@@ -24,19 +32,22 @@ ForgottenOf = Callable[[str], Forgotten | None]
 _TRIES = 5
 
 
-def forget(archive: Archive, forgotten: Mapping[str, Forgotten], partition: int) -> tuple[int, int]:
+def forget(
+    archive: Archive, forgotten: Mapping[str, Forgotten], partition: int, since_ms: int = 0
+) -> tuple[int, int]:
     """Rewrite each file that has rows of these users of a partition.
 
     Returns (files rewritten, rows changed).
-    forgotten: user id -> up to which point the user's rows are erased
+    forgotten: user id -> what is removed
+    since_ms:  files of earlier hours have none of these rows
     A file keeps its name. Raises OSError; each file is then either as before or rewritten.
     """
     files = rows = 0
     for topic in (CLICKS, USERS):
         for file in archive.files(topic, partition):
-            if _has(archive, file, "user_id", forgotten) and (
-                changed := _rewrite(archive, file, forgotten)
-            ):
+            if file.hour_ms + HOUR_MS <= since_ms or not _has(archive, file, "user_id", forgotten):
+                continue
+            if changed := _rewrite(archive, file, forgotten):
                 files, rows = files + 1, rows + changed
     merge_files, merge_rows = forget_merges(archive, forgotten)
     return files + merge_files, rows + merge_rows
@@ -87,9 +98,9 @@ def _kept(table: Any, topic: str, forgotten: ForgottenOf) -> list[bool]:
         if limit is None:
             keep.append(True)
         elif topic in (CLICKS, MERGES):
-            keep.append(not limit.covers_click(offset, appended_ms, at_ms))
+            keep.append(not limit.covers_event(offset, appended_ms, at_ms))
         else:
-            keep.append(offset >= limit.offset)
+            keep.append(offset >= limit.erasure.users_offset)
     return keep
 
 
@@ -100,7 +111,7 @@ def _hide_targets(table: Any, forgotten: ForgottenOf) -> tuple[Any, int]:
     after: list[str | None] = []
     for user, appended_ms in zip(before, table.column("appended_ms").to_pylist(), strict=True):
         limit = None if user is None else limits[user]
-        after.append(None if limit is not None and appended_ms <= limit.appended_ms else user)
+        after.append(None if limit is not None and appended_ms <= limit.erasure.until_ms else user)
     at = table.schema.get_field_index("merge_into")
     column = pa.array(after, pa.string())
     changed = sum(a != b for a, b in zip(before, after, strict=True))

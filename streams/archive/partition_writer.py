@@ -3,8 +3,8 @@
 A file ends where the next record was appended in another hour, or where the next offset is in
 another run of `archive_file_offsets` offsets. Its rows are the accepted events. So every process
 that reads the partition from a file's beginning writes the same file, byte for byte. Incomplete
-files are in `.partial` and count for nothing. The merges among a file's records go into a file of
-their own with the same name, which is placed first.
+files are in `.partial` and count for nothing. The merges and the Forgets among a file's records go
+into files of their own with the same name, which are placed first.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from eddyline import archive as layout
 from eddyline.archive import (
+    FORGETS,
     HOUR_MS,
     MERGES,
     ROW_GROUP_BYTES,
@@ -32,9 +33,10 @@ from eddyline.errors import Rejected
 from eddyline.kafka.topics import CLICKS, ITEMS, USERS
 from eddyline.schema import events, validation
 from eddyline.schema.deduplication import DedupeWindow
-from eddyline.schema.erasure import Erasure, digest, erased_after
-from eddyline.schema.events import Click, Forget, Merge
+from eddyline.schema.erasure import DAY_MS, Erasure, digest, erased_after
+from eddyline.schema.events import Forget, Merge
 from eddyline.schema.partitioning import partition_of
+from eddyline.schema.validation import UserEvent
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import LogId
 from streams.archive import erasure, file_placement
@@ -42,6 +44,8 @@ from streams.archive.erasure import ForgottenOf, copy_without
 from streams.ports import Record
 
 log = logging.getLogger(__name__)
+
+_NEVER_MS = 2**62
 
 
 @dataclass(slots=True)
@@ -53,29 +57,44 @@ class ForgottenUsers:
 
     by_digest: dict[str, Forgotten] = field(default_factory=dict)
 
-    def add(self, digest: str, forgotten: Forgotten) -> None:
-        """Add the user of a null record or of a Forget; the later request counts."""
+    def add_null(self, digest: str, forgotten: Forgotten) -> None:
+        """Add the user of a null record, unless the user's Forget or a later request is known."""
         known = self.by_digest.get(digest)
-        if known is None or (known.appended_ms, known.offset) <= (
-            forgotten.appended_ms,
-            forgotten.offset,
-        ):
+        if known is None or known.request < forgotten.request:
             self.by_digest[digest] = forgotten
 
+    def add_forget(self, digest: str, forgotten: Forgotten, appended_ms: int) -> bool:
+        """Add the user of a Forget, appended at this time; False where it has no effect.
+
+        A repeated one has none: what stands between the two is of a user who returned. Nor has one
+        whose user was forgotten again: the next Forget comes later.
+        """
+        known = self.by_digest.get(digest)
+        if known is not None:
+            read = known.clicks_offset >= 0
+            if read and forgotten.erasure.repeats(known.erasure, appended_ms):
+                return False
+            if known.request > forgotten.request:
+                return False
+        self.by_digest[digest] = forgotten
+        return True
+
     def of(self, user_id: str) -> Forgotten | None:
-        """Up to which point the user's rows are erased; None for a user who was not forgotten."""
+        """What is removed of the user; None for a user who was not forgotten."""
         return self.by_digest.get(digest(user_id)) if self.by_digest else None
 
-    def drop_before(self, appended_ms: int) -> None:
-        """Drop null records older than that: events from before them are not expected any more."""
-        self.by_digest = {d: f for d, f in self.by_digest.items() if f.appended_ms >= appended_ms}
+    def drop_ended(self, now_ms: int) -> None:
+        """Drop the erasures that ended before this log time."""
+        self.by_digest = {d: f for d, f in self.by_digest.items() if f.erasure.ends_ms >= now_ms}
 
 
 class _OpenFile:
     """A file being written. Full row groups are on disk: memory holds one at most.
 
     since:         the partition was read without a break from this offset on
-    forgotten:     users whose null record is in the file; merge_targets: of the merges in it
+    forgotten:     users whose null record or Forget is in the file
+    erase_from_ms: files of this time and later may have rows of theirs
+    merge_targets: of the merges in it
     """
 
     def __init__(
@@ -85,6 +104,7 @@ class _OpenFile:
         self.hour = record.timestamp // HOUR_MS
         self.rows = 0
         self.forgotten: dict[str, Forgotten] = {}
+        self.erase_from_ms = _NEVER_MS
         self.merge_targets: set[str] = set()
         self.partial = file_placement.partial_path(
             archive, f"{topic}-{record.partition}-{self.first}"
@@ -157,7 +177,7 @@ class PartitionWriter:
         self._window = window
         self._forgotten = forgotten
         self._file: _OpenFile | None = None
-        self._merges: _OpenFile | None = None
+        self._aside: dict[str, _OpenFile] = {}  # of MERGES and FORGETS
 
     def append(self, records: Sequence[Record]) -> None:
         """Write consecutive records, oldest first; completes every file whose end is among them.
@@ -182,8 +202,10 @@ class PartitionWriter:
             if event is None:
                 continue
             if isinstance(event.event, Merge):
-                file = self._merges = self._merges or self._begin(MERGES, record)
+                file = self._file_aside(MERGES, record)
                 file.merge_targets.add(event.event.merge_into)
+            elif isinstance(event.event, Forget):
+                file = self._file_aside(FORGETS, record)
             file.add(layout.row(event), len(record.value or b""))
 
     def skip_to(self, offset: int) -> None:
@@ -205,13 +227,17 @@ class PartitionWriter:
             return
         partial = file.finish()
         if file.forgotten:
-            files, rows = erasure.forget(self._archive, file.forgotten, self._partition)
+            files, rows = erasure.forget(
+                self._archive, file.forgotten, self._partition, file.erase_from_ms
+            )
             counts = {"users": len(file.forgotten), "files": files, "rows": rows}
             log.info("users forgotten", extra=counts)
         if self._forgotten.by_digest and self._topic in (CLICKS, USERS):
             _erase(partial, self._topic, self._forgotten.of)
-        if self._merges is not None:
-            self._complete_merges(file, self._merges)
+        if MERGES in self._aside:
+            self._complete_merges(file, self._aside.pop(MERGES))
+        if FORGETS in self._aside:
+            self._complete_forgets(file, self._aside.pop(FORGETS))
         hour_ms = file.hour * HOUR_MS
         path = self._archive.path(self._topic, hour_ms, self._partition, file.first, file.last)
         with file_placement.locked(self._archive):
@@ -222,7 +248,8 @@ class PartitionWriter:
             file_placement.place(self._archive, partial, path)
         self._file, self.written = None, file.last + 1
         if self._topic == CLICKS:
-            self._forgotten.drop_before(hour_ms - _kept_ms(self._settings))
+            # An hour to spare for a broker whose clock was set back.
+            self._forgotten.drop_ended(hour_ms - HOUR_MS)
         about = {
             "topic": self._topic,
             "partition": self._partition,
@@ -233,13 +260,26 @@ class PartitionWriter:
 
     def discard(self) -> None:
         """Drop the incomplete file: the partition's next owner reads its records again."""
-        for file in (self._file, self._merges):
+        for file in (self._file, *self._aside.values()):
             if file is not None:
                 file.discard()
-        self._file = self._merges = None
+        self._file = None
+        self._aside.clear()
 
     def _begin(self, topic: str, record: Record) -> _OpenFile:
         return _OpenFile(self._archive, topic, self._log_id, record, self.written)
+
+    def _file_aside(self, topic: str, record: Record) -> _OpenFile:
+        if topic not in self._aside:
+            self._aside[topic] = self._begin(topic, record)
+        return self._aside[topic]
+
+    def _complete_forgets(self, clicks: _OpenFile, forgets: _OpenFile) -> None:
+        """Place the Forgets among these clicks."""
+        partial, hour_ms = forgets.finish(), clicks.hour * HOUR_MS
+        path = self._archive.path(FORGETS, hour_ms, self._partition, clicks.first, clicks.last)
+        with file_placement.locked(self._archive):
+            file_placement.place(self._archive, partial, path)
 
     def _complete_merges(self, clicks: _OpenFile, merges: _OpenFile) -> None:
         """Place the merges among these clicks, without users who were forgotten since.
@@ -257,13 +297,12 @@ class PartitionWriter:
             targets = self._forgotten_targets(merges.merge_targets, (clicks.hour - 1) * HOUR_MS)
             _erase(partial, MERGES, targets.get)
             file_placement.place(self._archive, partial, path)
-        self._merges = None
 
     def _forgotten_targets(self, users: set[str], since_ms: int) -> dict[str, Forgotten]:
         """Which of these users were forgotten, by files of the hour `since_ms` and later."""
         found: dict[str, Forgotten] = {}
         for partition in {partition_of(user, self._settings.clicks_partitions) for user in users}:
-            digests = dict(_digests(self._archive, partition, since_ms))
+            digests = dict(_null_records(self._settings, self._archive, partition, since_ms))
             found |= {user: digests[d] for user in users if (d := digest(user)) in digests}
         return found
 
@@ -275,8 +314,8 @@ class PartitionWriter:
                 event, own = validation.user_event(settings, partition, record.value, at_ms)
                 counts = own and self._window.accept(event.event_id, record.offset)
                 if counts and isinstance(event, Forget):
-                    self._accept_forget(file, record, event)
-                if not counts or isinstance(event, Forget) or self._is_late(record, event):
+                    return self._accept_forget(file, record, event)
+                if not counts or self._is_late(record, event):
                     self.skipped += 1
                     return None
                 stamp = events.produced_us(record.headers)
@@ -297,43 +336,37 @@ class PartitionWriter:
         self.rows += 1
         return found
 
-    def _accept_forget(self, file: _OpenFile, record: Record, forget: Forget) -> None:
-        """Take over the boundary of an erasure, and the null record where it was not read.
+    def _accept_forget(self, file: _OpenFile, record: Record, forget: Forget) -> Archived:
+        limit, hashed = Forgotten.of(forget, record.offset), digest(forget.user_id)
+        known = self._forgotten.by_digest.get(hashed)
+        if self._forgotten.add_forget(hashed, limit, record.timestamp):
+            file.forgotten[forget.user_id] = limit
+            # The null record removes the rows from before it; a clock may have been set back.
+            with_null = known is not None and known.request == limit.request
+            begin_ms = limit.erasure.until_ms - HOUR_MS if with_null else 0
+            file.erase_from_ms = min(file.erase_from_ms, begin_ms)
+        self.rows += 1
+        event = msgspec.structs.replace(forget, ends_ms=limit.erasure.ends_ms)
+        return Archived(
+            record.partition, record.offset, record.timestamp, None, event, digest=hashed
+        )
 
-        The files of `users` hold the null records, so no file holds the Forget.
+    def _is_late(self, record: Record, event: UserEvent) -> bool:
+        """Whether the event is from before its user was forgotten, and arrives after that.
+
+        Events before the Forget are erased when the file is completed.
         """
-        limit = Forgotten(
-            forget.forget_until_ms, forget.users_offset, record.offset, forget.bound_ms
-        )
-        known = self._forgotten.of(forget.user_id)
-        if known is not None and (known.appended_ms, known.offset) > (
-            limit.appended_ms,
-            limit.offset,
-        ):
-            return
-        if known is not None and known.clicks_offset >= 0 and known.offset == limit.offset:
-            return  # a repeated Forget: what stands between the two is of the new user
-        file.forgotten[forget.user_id] = limit
-        self._forgotten.add(digest(forget.user_id), limit)
-
-    def _is_late(self, record: Record, event: Click | Merge) -> bool:
-        """Whether the event is from before its user was forgotten, and arrives after that."""
         limit = self._forgotten.of(event.user_id)
-        if limit is None or record.timestamp <= limit.appended_ms:
+        if limit is None or isinstance(event, Forget):
             return False
-        erasure = Erasure(
-            limit.appended_ms, limit.offset, limit.appended_ms + _kept_ms(self._settings)
-        )
         origin_ms = events.origin_ms(record.headers)
-        return erased_after(erasure, event.at_ms, record.timestamp, origin_ms)
+        return erased_after(limit.erasure, event.at_ms, record.timestamp, origin_ms)
 
     def _accept_null(self, file: _OpenFile, record: Record, user_id: str) -> Archived:
-        limit = Forgotten(record.timestamp, record.offset)
-        file.forgotten[user_id] = limit
+        limit = _of_null(self._settings, record.timestamp, record.offset)
+        file.forgotten[user_id], file.erase_from_ms = limit, 0
         hashed = digest(user_id)
-        known = self._forgotten.of(user_id)
-        if known is None or known.offset != limit.offset:  # else the Forget was read first
-            self._forgotten.add(hashed, limit)
+        self._forgotten.add_null(hashed, limit)
         self.rows += 1
         return Archived(
             record.partition, record.offset, record.timestamp, None, None, digest=hashed
@@ -369,34 +402,52 @@ def open_partition(
         for event in archive.read(CLICKS, partition, first=floor):
             if event.event is not None:
                 window.accept(getattr(event.event, "event_id", None), event.offset)
-        since_ms = max((file.hour_ms for file in files), default=0) - _kept_ms(settings)
-        for hashed, limit in _digests(archive, partition, since_ms):
-            forgotten[partition].add(hashed, limit)
+        newest_ms = max((file.hour_ms for file in files), default=0)
+        _add_forgotten(settings, archive, partition, newest_ms, last, forgotten[partition])
     position = max(last + 1, begin)
     return PartitionWriter(
         settings, archive, topic, partition, log_id, position, window, forgotten[partition]
     )
 
 
-def _digests(archive: Archive, partition: int, since_ms: int) -> Iterator[tuple[str, Forgotten]]:
-    """(digest, limit) of each user forgotten in the files of `users` of this hour and later."""
-    names = ["forgotten_sha256", "appended_ms", "offset"]
+def _add_forgotten(
+    settings: Settings,
+    archive: Archive,
+    partition: int,
+    newest_ms: int,
+    last: int,
+    forgotten: ForgottenUsers,
+) -> None:
+    """Add the users whose Forget is in the files and has not ended, and those of null records
+    whose Forget may come.
+
+    newest_ms: hour of the partition's last file of clicks; last: the last offset of that file
+    """
+    for file in archive.files(FORGETS, partition):
+        for found in archive.events(file) if file.last <= last else ():
+            if isinstance(found.event, Forget) and found.digest is not None:
+                limit = Forgotten.of(found.event, found.offset)
+                forgotten.add_forget(found.digest, limit, found.appended_ms)
+    forgotten.drop_ended(newest_ms - HOUR_MS)
+    # An hour to spare for a broker whose clock was set back.
+    for hashed, limit in _null_records(settings, archive, partition, newest_ms - HOUR_MS):
+        forgotten.add_null(hashed, limit)
+
+
+def _null_records(
+    settings: Settings, archive: Archive, partition: int, since_ms: int
+) -> Iterator[tuple[str, Forgotten]]:
+    """(digest, what is removed) of each null record in the files of this hour and later."""
     for file in archive.files(USERS, partition):
-        if file.hour_ms < since_ms:
-            continue
-        with archive.fs.open(file.path, "rb") as opened, pq.ParquetFile(opened) as parquet:
-            for batch in parquet.iter_batches(columns=names):
-                for row in batch.to_pylist():
-                    if row["forgotten_sha256"] is not None:
-                        yield (
-                            row["forgotten_sha256"],
-                            Forgotten(row["appended_ms"], row["offset"]),
-                        )
+        for event in archive.events(file) if file.hour_ms >= since_ms else ():
+            if event.digest is not None:
+                yield event.digest, _of_null(settings, event.appended_ms, event.offset)
 
 
-def _kept_ms(settings: Settings) -> int:
-    """How long an erasure is kept, for events that arrive late; an hour at least."""
-    return max(settings.forgotten_kept_d * 24 * HOUR_MS, HOUR_MS)
+def _of_null(settings: Settings, appended_ms: int, offset: int) -> Forgotten:
+    """What a null record removes before its Forget was read."""
+    ends_ms = appended_ms + settings.forgotten_kept_d * DAY_MS
+    return Forgotten(Erasure(appended_ms, offset, ends_ms))
 
 
 def _erase(partial: Path, topic: str, forgotten: ForgottenOf) -> None:

@@ -20,6 +20,7 @@ from typing_extensions import override
 from eddyline.errors import FenceMoved, Rejected, Unavailable
 from eddyline.kafka.topics import CLICKS
 from eddyline.schema import events
+from eddyline.schema.erasure import Erasure
 from eddyline.schema.events import Click
 from eddyline.schema.partial import Omitted
 from eddyline.schema.partitioning import partition_of, user_slot
@@ -91,6 +92,21 @@ class ClickHandler(Handler):
         self.fences.moved(source, slot, new)
         self.popularity.add(source, new, [])
         self.popularity.write(partition)
+
+    def keep_erasures(self, partition: int, erasures: Mapping[str, Erasure], offset: int) -> None:
+        """Apply the Forget at `offset` where no id of its user is known, so that nothing is to go.
+
+        erasures: SHA-256 of a user id -> what is kept
+        Raises FenceMoved, StoreUnavailable.
+        """
+        source, slot = Source(CLICKS, partition), user_slot(partition)
+        expected, new = self.fences.expected(source, slot), self.fences.fence(offset)
+        if self.fences.done(source, slot) < offset:
+            self._store.write_users(
+                slot, source, expected, new, UserEffects(erasures=dict(erasures))
+            )
+            self.fences.moved(source, slot, new)
+        self.popularity.add(source, new, [])
 
     @override
     def apply(self, batches: Sequence[RecordBatch]) -> list[Outcome | Exception]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from eddyline.schema import events, user_history
-from eddyline.schema.erasure import Erasure, erased_after, erased_before
+from eddyline.schema.erasure import Erasure, digest, erased_after, erased_before
 from eddyline.schema.events import KINDS, MOVED, Click, Forget, Merge
 from eddyline.schema.user_history import Bounds, Entry, UserHistory
 from eddyline.settings.loader import Settings
@@ -164,7 +164,7 @@ class UserUpdates:
         bound_ms = forget.bound_ms
         kept = [entry for entry in user.entries if not erased_before(bound_ms, entry.at_ms)]
         fresh = self._empty(user, forget.user_id)
-        fresh.erasure = self._erasures[forget.user_id] = erasure.after(user.erasure)
+        fresh.erasure = self._erasures[digest(forget.user_id)] = erasure.after(user.erasure)
         place = user.profile_place
         if place is not None and erasure.covers_profile(*place):
             fresh.profile, fresh.profile_place, fresh.more = {}, None, 0

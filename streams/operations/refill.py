@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import groupby, islice, takewhile
 
 from eddyline import generations
-from eddyline.archive import MERGES, Archive, ArchiveUnavailable
+from eddyline.archive import FORGETS, MERGES, Archive, ArchiveUnavailable
 from eddyline.errors import EddylineError, FenceMoved, LogMismatch, Rejected
 from eddyline.kafka import topics
 from eddyline.kafka.topics import CLICKS, USERS
@@ -30,14 +30,22 @@ from streams.dead_letters import KafkaForwarder, outlet_producer
 from streams.generation import Generation
 from streams.handlers import Handlers, Outputs
 from streams.operations import retention_gaps
-from streams.operations.refill_records import ProfileRecords, as_sent
+from streams.operations.refill_records import (
+    ProfileRecords,
+    as_sent,
+    erasures,
+    is_unknown,
+    with_ids,
+)
 from streams.operations.retention_gaps import Gap
-from streams.ports import Forwarder, Outcome, Record, RecordBatch
+from streams.ports import Outcome, Record, RecordBatch
 
 # Ranges of offsets that an error names; there may be one for every hour.
 _NAMED_MAX = 20
 # Refused writes in a row before the refill gives up: another process is writing.
 _TRIES = 5
+# The topics of the archive that hold records of `clicks`.
+_OF_CLICKS = (CLICKS, MERGES, FORGETS)
 # (offsets done, offsets of all gaps)
 OnProgress = Callable[[int, int], None]
 
@@ -69,11 +77,13 @@ class RefillSinks:
     """Where the outputs of ingest's handlers go during a refill: refused events are only counted.
 
     refused: events by reason; forwarded: how many events of merges were sent
+    forgets: how many Forgets were sent
     """
 
-    forwarder: Forwarder
+    forwarder: KafkaForwarder
     refused: dict[str, int] = field(default_factory=dict)
     forwarded: int = 0
+    forgets: int = 0
 
     def put(self, record: Record, rejected: Rejected) -> None:
         """Count an event that was accepted once and is refused by the present settings."""
@@ -85,9 +95,14 @@ class RefillSinks:
             self.forwarder.forward(record, key, value, partition)
             self.forwarded += 1
 
+    def forget(self, record: Record, user_id: str) -> None:
+        """Send the Forget of a null record that no ingest has applied."""
+        self.forwarder.forget(record, user_id)
+        self.forgets += 1
+
     def flush(self) -> None:
         """Return once everything that was sent is stored."""
-        if self.forwarded:
+        if self.forwarded or self.forgets:
             self.forwarder.flush()
 
 
@@ -208,9 +223,10 @@ class GapFiller:
         self._store = store
         self._log = ids[CLICKS]
         self._committed = retention_gaps.committed_offsets(settings)
+        self._committed_users = retention_gaps.committed_offsets(settings, USERS)
         self._profile_records = ProfileRecords(settings, archive, store)
         self._user_ends = topics.end_offsets(settings, USERS)
-        outputs = Outputs.to_sink(sinks)
+        outputs = Outputs(sinks, sinks, sinks, sinks, forgets=sinks)
         self._handlers = Handlers(settings, store, ids, [Generation(towers)], outputs, known)
 
     def fill(self, gap: Gap) -> Iterator[int]:
@@ -242,7 +258,9 @@ class GapFiller:
         by_clicks, by_users = self._handlers.clicks, self._handlers.users
         by_clicks.open(partition)
         next_offsets = by_clicks.fences.open({partition: (0, gap.end)}, self._committed)
-        by_users.fences.open({partition: (0, self._user_ends[partition])})
+        # A null record that no ingest has applied has no Forget yet: without one, the user's clicks
+        # in Kafka would be applied.
+        by_users.fences.open({partition: (0, self._user_ends[partition])}, self._committed_users)
         last_ms = self._last_ms(gap)
         if last_ms is None:
             return
@@ -254,11 +272,17 @@ class GapFiller:
                 self._profile_records.merged(partition, first_user, in_kafka),
             )
             clicks = self._clicks(partition, next_offsets[partition], gap.last)
-            merged = heapq.merge(profiles, clicks, key=lambda record: record.timestamp)
-            for topic, run_ in groupby(merged, key=lambda record: record.topic):
+            merged = with_ids(
+                heapq.merge(profiles, clicks, key=lambda record: record.timestamp),
+                self._profile_records.ids_of_forgets(partition, next_offsets[partition], gap.last),
+            )
+            for (topic, unknown), run_ in groupby(merged, key=lambda r: (r.topic, is_unknown(r))):
                 while records := list(islice(run_, self._settings.chunk_records_max)):
                     batch = RecordBatch(topic, partition, records, time.time_ns() // 1_000)
-                    if topic == clicks_topic:
+                    if unknown:
+                        by_clicks.keep_erasures(partition, erasures(records), batch.last)
+                        yield records[-1]
+                    elif topic == clicks_topic:
                         self.clicks.add(by_clicks.apply_one(batch))
                         yield records[-1]
                     else:
@@ -266,8 +290,12 @@ class GapFiller:
         by_clicks.popularity.write(partition)
 
     def _last_ms(self, gap: Gap) -> int | None:
-        """Append time of the gap's last click that the archive has; None where it has none."""
-        for file in reversed(self._archive.files(CLICKS, gap.partition)):
+        """Append time of the gap's last event that the archive has; None where it has none."""
+        found = (self._last_ms_of(topic, gap) for topic in _OF_CLICKS)
+        return max((last_ms for last_ms in found if last_ms is not None), default=None)
+
+    def _last_ms_of(self, topic: str, gap: Gap) -> int | None:
+        for file in reversed(self._archive.files(topic, gap.partition)):
             if file.first <= gap.last and file.last >= gap.first:
                 last_ms = None
                 for event in self._archive.events(file):
@@ -278,8 +306,8 @@ class GapFiller:
         return None
 
     def _clicks(self, partition: int, first: int, last: int) -> Iterator[Record]:
-        """The archive's clicks and merges of a partition, by offset."""
-        parts = (self._archive.read(topic, partition, first=first) for topic in (CLICKS, MERGES))
+        """The archive's clicks, merges and Forgets of a partition, by offset."""
+        parts = (self._archive.read(topic, partition, first=first) for topic in _OF_CLICKS)
         topic = self._settings.prefixed(CLICKS)
         for event in heapq.merge(*parts, key=lambda event: event.offset):
             if event.offset > last:

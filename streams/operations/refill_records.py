@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
-from eddyline.archive import Archive, Archived
+import msgspec
+
+from eddyline.archive import FORGETS, Archive, Archived
 from eddyline.kafka import reading, topics
 from eddyline.kafka.topics import CLICKS, USERS
 from eddyline.schema import events
-from eddyline.schema.erasure import digest
-from eddyline.schema.events import Merge
+from eddyline.schema.erasure import Erasure, digest
+from eddyline.schema.events import Forget, Merge
 from eddyline.schema.partitioning import user_slot
 from eddyline.settings.loader import Settings
 from eddyline.stores import redis_client
@@ -24,6 +27,7 @@ class ArchivedRecord:
     """An event of the archive as the record it was.
 
     target_forgotten: a merge whose target was forgotten: the moved events are dropped
+    forget:           a Forget without the user's id, of which the archive has the `digest`
     """
 
     topic: str
@@ -34,11 +38,17 @@ class ArchivedRecord:
     value: bytes | None
     headers: Headers = ()
     target_forgotten: bool = False
+    forget: Forget | None = None
+    digest: str = ""
 
 
 def as_sent(topic: str, archived: Archived) -> ArchivedRecord:
     """The record that an archived event was."""
     event, headers = archived.event, []
+    if isinstance(event, Forget):
+        place = archived.partition, archived.offset, archived.appended_ms
+        hashed = archived.digest or ""
+        return ArchivedRecord(topic, *place, None, None, forget=event, digest=hashed)
     target_forgotten = isinstance(event, Merge) and not event.merge_into
     if isinstance(event, Merge) and target_forgotten:
         # The target's id was erased with the target. The visitor's history ends all the same.
@@ -55,6 +65,40 @@ def as_sent(topic: str, archived: Archived) -> ArchivedRecord:
         headers=headers,
         target_forgotten=target_forgotten,
     )
+
+
+def with_ids(records: Iterator[Record], ids: dict[str, bytes | None]) -> Iterator[Record]:
+    """The records; a Forget gets the user's id where the store or an earlier record has it.
+
+    ids: SHA-256 of every user of a Forget -> the id, None where the store has no such user; gains
+         ids of the records
+    """
+    for record in records:
+        if isinstance(record, ArchivedRecord) and record.forget is not None:
+            user_id = ids.get(record.digest)
+            if user_id is not None:
+                forget = msgspec.structs.replace(record.forget, user_id=user_id.decode())
+                value = events.encode(forget)
+                record = dataclasses.replace(record, key=user_id, value=value, forget=None)
+        elif ids and record.key is not None:
+            hashed = digest(record.key.decode("utf-8", "replace"))
+            if hashed in ids:
+                ids[hashed] = record.key
+        yield record
+
+
+def is_unknown(record: Record) -> bool:
+    """Whether this is the Forget of a user whose id is not known."""
+    return isinstance(record, ArchivedRecord) and record.forget is not None
+
+
+def erasures(records: Sequence[Record]) -> dict[str, Erasure]:
+    """What is kept of the users of Forgets without ids, by digest."""
+    return {
+        record.digest: Erasure.of(record.forget)
+        for record in records
+        if isinstance(record, ArchivedRecord) and record.forget is not None
+    }
 
 
 class ProfileRecords:
@@ -125,6 +169,13 @@ class ProfileRecords:
                 yield ArchivedRecord(
                     topic, partition, found.offset, found.appended_ms, ids[found.digest], None
                 )
+
+    def ids_of_forgets(self, partition: int, first: int, last: int) -> dict[str, bytes | None]:
+        """The users of the archive's Forgets at these offsets of `clicks`, see `with_ids`."""
+        forgets = self._archive.read(FORGETS, partition, first=first)
+        digests = {found.digest or "" for found in forgets if found.offset <= last}
+        known = self._ids_by_digest(partition) if digests else {}
+        return {hashed: known.get(hashed) for hashed in digests}
 
     def _ids_by_digest(self, partition: int) -> dict[str, bytes]:
         """The store's users by digest: the archive has only digests of forgotten users."""

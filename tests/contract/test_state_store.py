@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from eddyline.errors import FenceMoved, StoreRefused, StoreUnavailable
-from eddyline.schema.erasure import Erasure
+from eddyline.schema.erasure import Erasure, digest
 from eddyline.schema.user_history import EMPTY, Entry, UserHistory, compact
 from eddyline.settings.loader import Settings
 from eddyline.stores import redis_client, user_codec
@@ -257,7 +257,7 @@ def test_an_erasure_is_kept_and_takes_every_generation_and_the_profile(store: St
         emptied=("ana",),
         embeddings={"2": {}},
         generations=("1", "2"),
-        erasures={"ana": erasure},
+        erasures={digest("ana"): erasure},
         dropped_profiles=("ana",),
         histories={"bo": seen("b")},
     )
@@ -276,7 +276,7 @@ def test_an_erasure_is_kept_and_takes_every_generation_and_the_profile(store: St
 def test_a_profile_from_before_an_erasure_is_not_stored(
     store: StateStore, place: tuple[int, int], stored: bool
 ) -> None:
-    effects = UserEffects(erasures={"ana": Erasure(5_000, 7, 2**41)})
+    effects = UserEffects(erasures={digest("ana"): Erasure(5_000, 7, 2**41)})
     store.write_users("u3", CLICKS, None, at(2), effects)
     users, profiles = Source("users", 3), {"ana": {"age": 3}, "bo": {"age": 4}}
     store.write_profiles("u3", users, None, at(8), profiles, [], None, {"ana": place})
@@ -299,7 +299,7 @@ def test_an_erasure_in_redis_ends_after_its_end(fresh_settings: Settings) -> Non
     now_ms = time.time_ns() // 1_000_000
     kept_ms = fresh_settings.clicks_retention_h * 3_600_000
     ends = {"ana": now_ms + 50_000, "bo": now_ms - 50_000}
-    erasures = {user: Erasure(1, 1, ends_ms) for user, ends_ms in ends.items()}
+    erasures = {digest(user): Erasure(1, 1, ends_ms) for user, ends_ms in ends.items()}
     store.write_users("u3", CLICKS, None, at(2), UserEffects(erasures=erasures))
     with redis_client.client(fresh_settings) as client:
         left = {}

@@ -28,6 +28,7 @@ from eddyline.kafka import clients, producers, topics
 from eddyline.kafka.producers import now_ms
 from eddyline.kafka.topics import CLICKS, USERS
 from eddyline.schema import events
+from eddyline.schema.erasure import digest
 from eddyline.schema.events import KINDS, Click, Merge, UserProfile
 from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
@@ -104,15 +105,22 @@ def applied(settings: Settings) -> None:
 
 
 def send_behaviour(
-    settings: Settings, items: list[str], seed: int, n: int = 1_200, forwarded: bool = False
+    settings: Settings,
+    items: list[str],
+    seed: int,
+    n: int = 1_200,
+    forwarded: bool = False,
+    without: str = "",
 ) -> None:
     """Clicks of every kind: sent again, without an id, refused, in a wrong partition; visitors who
-    log in.
+    log in. without: a user who sends none
     """
     rng, producer = random.Random(seed), producers.make_producer(settings, linger_ms=5)
     start_ms, topic = now_ms() - 3_600_000, settings.prefixed(CLICKS)
     for number in range(n):
         user, draw = f"user-{rng.randrange(40)}", rng.random()
+        if user == without:
+            continue
         event_id = (
             None if draw < 0.1 else f"{seed}-{number - rng.randrange(9) if draw < 0.3 else number}"
         )
@@ -136,6 +144,14 @@ def send_behaviour(
                 merge = Merge(user_id=user, merge_into=into, at_ms=click.at_ms)
                 producers.send_merge(producer, settings, merge)
     producer.flush(timeout=20)
+    producer.close(timeout=5)
+
+
+def send_clicks(settings: Settings, *clicks: Click) -> None:
+    producer = producers.make_producer(settings)
+    for click in clicks:
+        producers.send_click(producer, settings, click)
+    producer.flush(timeout=10)
     producer.close(timeout=5)
 
 
@@ -285,36 +301,90 @@ def test_an_emptied_redis_is_filled_from_the_archive_to_the_same_bits(
     )
 
 
+def kept_erasures(settings: Settings) -> dict[str, bytes | None]:
+    """The erasures in Redis by key, without their ends in Redis."""
+    with redis.Redis.from_url(settings.redis_url) as client:
+        match = f"{settings.key_prefix}{{u*}}:f:*"
+        return {key.decode(): client.get(key) for key in client.scan_iter(match=match, count=999)}
+
+
 def test_an_older_copy_is_filled_and_who_was_forgotten_since_goes(
     settings: Settings, dataset: Any
 ) -> None:
+    """Also a user of whom Redis and the archive have nothing but the hash."""
     items = [item.item_id for item in dataset.items[:110]]
-    gone, partition = "user-3", partition_of("user-3", 4)
+    gone, unknown, begun_ms = "user-3", "never-seen", now_ms()
     send_profiles(settings, 20)
     send_behaviour(settings, items, seed=3, n=600)
     replay_into_redis(settings)
     older = keys(settings)
     assert [key for key in older if b":h:user-3" in key or b":p:user-3" in key]
-    time.sleep(0.01)
-    forget(settings, gone)
-    time.sleep(0.01)
-    send_behaviour(settings, items, seed=4, n=600)
+    with ingesting(settings):
+        applied(settings)
+        forget(settings, gone)
+        forget(settings, unknown)
+        applied(settings)
+        send_clicks(settings, Click(user_id=gone, item_id=items[0], at_ms=now_ms() + 1))
+        send_behaviour(settings, items, seed=4, n=600, without=gone)
+        applied(settings)
+        # Events of an offline buffer; Kafka still has them when Redis is filled.
+        late = [
+            Click(user_id=user, item_id=items[1], at_ms=begun_ms - n, event_id=f"{user}-{n}")
+            for user in (gone, unknown)
+            for n in range(3)
+        ]
+        send_clicks(settings, *late)
+        applied(settings)
+    expected, erasures = truth(settings), kept_erasures(settings)
+    assert expected.outcomes[CLICKS].forgotten == len(late) and len(erasures) == 2
+    assert state(settings, expected) == expected.hash
     archive_all(settings)
-    others = truth(settings)
-    counted = sum(e.key == gone for e in Archive(settings).read(CLICKS))
     retention(settings, 0.9)
     put_back(settings, older)
     refill.run(settings, skip_lost=False)
+    assert kept_erasures(settings) == erasures
+    with ingesting(settings):
+        applied(settings)
+    assert state(settings, expected) == expected.hash
+    store = RedisStore(settings)
+    try:
+        for user, listed in ((gone, items[:1]), (unknown, [])):
+            found = store.read_user(f"u{partition_of(user, 4)}", partition_of(user, 4), user, "1")
+            assert found.profile == {}
+            assert [entry.item_id for entry in found.history.entries] == listed
+    finally:
+        store.close()
+
+
+def test_a_null_record_that_no_ingest_has_applied_becomes_a_forget(
+    settings: Settings, dataset: Any
+) -> None:
+    """Refill moves the fence of `users` over it; ingest would not see it any more."""
+    items, gone = [item.item_id for item in dataset.items[:110]], "user-3"
+    partition = partition_of(gone, 4)
+    send_profiles(settings, 20)
+    send_behaviour(settings, items, seed=3, n=300)
+    time.sleep(0.01)
+    forget(settings, gone)
+    time.sleep(0.01)
+    send_behaviour(settings, items, seed=4, n=300, without=gone)
+    send_clicks(settings, Click(user_id=gone, item_id=items[1], at_ms=now_ms() - 60_000))
+    archive_all(settings)
+    ends = topics.end_offsets(settings, CLICKS)
+    retention(settings, 0.9)
+    refill.run(settings, skip_lost=False)
+    after = topics.end_offsets(settings, CLICKS)
+    assert after == ends | {partition: ends[partition] + 1}
+    with ingesting(settings):
+        applied(settings)
     store = RedisStore(settings)
     try:
         mine = store.read_user(f"u{partition}", partition, gone, "1")
-        # Events after the null record stay; the profile and earlier events are gone.
-        assert mine.profile == {} and len(mine.history.entries) <= counted
-        with ingesting(settings):
-            applied(settings)
-        assert state_replay.state_hash(settings, store, others, "1") == others.hash
+        assert mine.profile == {} and mine.history.entries == ()
     finally:
         store.close()
+    assert topics.end_offsets(settings, CLICKS) == after
+    assert [key[-64:] for key in kept_erasures(settings)] == [digest(gone)]
 
 
 def test_what_the_archive_lacks_is_named_and_given_up_only_when_asked(

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from eddyline.errors import BundleError, Rejected
 from eddyline.kafka import topics as kafka_topics
 from eddyline.schema import events
+from eddyline.schema.erasure import Erasure, digest
 from eddyline.schema.events import Click, Item, UserProfile
 from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
@@ -284,6 +286,21 @@ def test_clicks_before_a_forget_are_not_learned_from() -> None:
     data = assembled(clicks=clicks)
     assert sorted((c.user_id, c.at_ms) for c in data.clicks) == [("u", 51), ("v", 40)]
     assert not data.rejected
+
+
+@pytest.mark.parametrize(("appended_ms", "kept"), [(9_000, [51, 50]), (8_999, [51])])
+def test_an_erasure_of_the_archive_covers_late_clicks(appended_ms: int, kept: list[int]) -> None:
+    """Its Forget is in the archive only: the rows from before it are not there any more."""
+    values = [events.encode(click("u", "a", at_ms)) for at_ms in (51, 50)]
+    clicks = [SourceRecord(0, n, b"u", value, appended_ms) for n, value in enumerate(values)]
+    one = msgspec.structs.replace(SETTINGS, clicks_partitions=1)
+    data = sources.assemble(
+        one,
+        {kafka_topics.CLICKS: clicks, kafka_topics.ITEMS: [], kafka_topics.USERS: []},
+        cut={},
+        erasures={digest("u"): Erasure(50, -1, 8_999)},
+    )
+    assert [c.at_ms for c in data.clicks] == kept
 
 
 def test_of_a_long_log_the_newest_clicks_are_kept() -> None:

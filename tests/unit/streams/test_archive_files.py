@@ -20,11 +20,11 @@ import pandas as pd
 import pytest
 
 from eddyline import archive as layout
-from eddyline.archive import HOUR_MS, Archive, Forgotten
+from eddyline.archive import FORGETS, HOUR_MS, Archive, Forgotten
 from eddyline.errors import SettingsError
 from eddyline.kafka.topics import CLICKS, ITEMS, USERS
 from eddyline.schema import events
-from eddyline.schema.erasure import digest
+from eddyline.schema.erasure import OLD_KEPT_MS, Erasure, digest
 from eddyline.schema.events import Click, Forget, Item, UserProfile
 from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
@@ -282,10 +282,10 @@ def test_an_address_of_an_unknown_kind_is_a_sentence() -> None:
         Archive(Settings(archive_url="nosuch://x"))
 
 
-def holds(runner: Runner, word: str) -> list[str]:
+def holds(runner: Runner, word: str, *topics: str) -> list[str]:
     """The files that contain a word: in their bytes, statistics included, or in a value."""
     found = []
-    for topic in (CLICKS, USERS):
+    for topic in topics or (CLICKS, USERS, FORGETS):
         for file in runner.archive.files(topic):
             raw, rows = Path(file.path).read_bytes(), pd.read_parquet(file.path)
             if word.encode() in raw or any(
@@ -341,7 +341,7 @@ def test_a_null_record_is_seen_by_the_open_file_of_clicks(tmp_path: Path) -> Non
     writer.complete()
     assert [e.offset for e in runner.archive.read(CLICKS)] == [5, 6, 7, 8, 9]
     assert not holds(Runner(settings_of(tmp_path)), '"ana"')
-    for offset, hours, kept in ((200, 24, 1), (300, 25, 0)):
+    for offset, hours, kept in ((200, 25, 1), (300, 26, 0)):
         writer.append([click(offset, MS + hours * HOUR_MS)])
         writer.complete()
         assert len(shared[P].by_digest) == kept, "old null records are dropped"
@@ -386,16 +386,21 @@ def test_the_archive_erases_by_the_place_of_the_forget(
     writer.complete()
     if restart:
         writer = runner.open()
-    if with_null or not restart:
-        writer.append(late)
-        writer.complete()
-    kept = [e.offset for e in runner.archive.read(CLICKS)]
-    assert kept == ([2, 5, 102] if with_null or not restart else [2, 5])
+    writer.append(late)
+    writer.complete()
+    assert [e.offset for e in runner.archive.read(CLICKS)] == [2, 5, 102]
     assert [e.key for e in runner.archive.read(USERS)] == ([None] if with_null else [])
+    kept = [(e.offset, e.key, e.digest, e.event) for e in runner.archive.read(FORGETS)]
+    ends_ms = MS + 20 + OLD_KEPT_MS
+    boundary = Forget(
+        user_id="", forget_until_ms=MS + 20, keep_after_ms=MS + 30, users_offset=1, ends_ms=ends_ms
+    )
+    assert kept == [(at, None, digest("ana"), boundary) for at in (3, 6)]
+    assert not holds(runner, "ana", FORGETS, USERS)
 
 
 def test_limits_of_forgetting_are_exact() -> None:
-    by_time, by_offset = Forgotten(MS, 0), Forgotten(0, 7)
+    by_time, by_offset = Forgotten(Erasure(MS, 0, 2 * MS)), Forgotten(Erasure(0, 7, 0))
     import pyarrow as pa
 
     clicks = pa.table(
@@ -407,9 +412,9 @@ def test_limits_of_forgetting_are_exact() -> None:
         }
     )
     assert erasure._kept(clicks, CLICKS, {"a": by_time}.get) == [False, True, True, False]
-    by_place = Forgotten(0, 0, clicks_offset=2, keep_after_ms=MS + 1)
+    by_place = Forgotten(Erasure(0, 0, 0), clicks_offset=2, keep_after_ms=MS + 1)
     assert erasure._kept(clicks, CLICKS, {"a": by_place}.get) == [False, True, True, True]
-    by_place = Forgotten(0, 0, clicks_offset=3, keep_after_ms=MS)
+    by_place = Forgotten(Erasure(0, 0, 0), clicks_offset=3, keep_after_ms=MS)
     assert erasure._kept(clicks, CLICKS, {"a": by_place}.get) == [True, True, True, True]
     users = pa.table(
         {

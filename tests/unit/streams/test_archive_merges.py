@@ -19,6 +19,7 @@ from kafka import TopicPartition
 from eddyline.archive import EVERYTHING, HOUR_MS, MERGES, Archive, Forgotten
 from eddyline.kafka.topics import CLICKS, USERS
 from eddyline.schema import events
+from eddyline.schema.erasure import Erasure
 from eddyline.schema.events import Click, Merge, UserProfile
 from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
@@ -139,7 +140,7 @@ def test_forgetting_takes_either_user_out_of_merges(tmp_path: Path) -> None:
 def test_a_merge_after_the_null_record_is_of_the_new_user(tmp_path: Path) -> None:
     settings, into = settings_of(tmp_path), ELSEWHERE[0]
     write(settings, [merge(0, "ana", into, MS + 10), merge(1, "ana", into, MS + 20)])
-    limit = {into: Forgotten(MS + 10, 0)}
+    limit = {into: Forgotten(Erasure(MS + 10, 0, 2 * MS))}
     erasure.forget(Archive(settings), limit, partition_of(into, 2))
     assert merges(settings) == [(0, "ana", ""), (1, "ana", into)]
 
