@@ -31,14 +31,24 @@ class Topics:
     logs: Mapping[str, Any]
 
     @classmethod
-    def read(cls, settings: Settings, generation: str = "1", timeout_s: float = READ_S) -> Topics:
-        """Read them all. Raises KafkaUnavailable, and TimeoutError where an end is not reached."""
+    def read(
+        cls,
+        settings: Settings,
+        generation: str = "1",
+        timeout_s: float = READ_S,
+        known: Mapping[str, list[Any]] | None = None,
+    ) -> Topics:
+        """Read them all. Raises KafkaUnavailable, and TimeoutError where an end is not reached.
+
+        known: topics that are not read, and their records
+        """
         names = [
             *kafka_topics.SOURCES,
             kafka_topics.DEAD_LETTERS,
             kafka_topics.item_vectors(generation),
         ]
-        found = {name: read_all(settings, name, timeout_s) for name in names}
+        found = dict(known or {})
+        found |= {n: read_all(settings, n, timeout_s) for n in names if n not in found}
         return cls(found, kafka_topics.log_ids(settings, kafka_topics.SOURCES))
 
     def by_partition(self, name: str) -> dict[int, list[Any]]:

@@ -46,18 +46,18 @@ def main() -> int:
         f"{home}"
     )
     dataset = synthetic.generate(items=300, users=120, clicks=6_000, seed=7)
-    manifest = scene.small_generation(home / "generations", dataset)
+    generations = home / "generations"
+    manifests = [scene.small_generation(generations, dataset, name) for name in ("1", "2")]
     result = drive.run(
         home / "run",
-        home / "generations",
-        manifest,
+        generations,
+        manifests,
         dataset,
         seed=options.seed,
         count=options.faults,
         gap_s=(options.gap * 2 / 3, options.gap * 4 / 3),
         rate=options.rate,
         ingests=options.ingests,
-        returners=options.returners,
         on_progress=console.print,
     )
     result.seconds["whole run"] = time.monotonic() - begun
@@ -94,9 +94,6 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--rate", type=float, default=200.0, help="records sent a second")
     parser.add_argument("--ingests", type=int, default=2, help="ingest processes")
-    parser.add_argument(
-        "--returners", action="store_true", help="users who are forgotten click again"
-    )
     parser.add_argument("--keep", action="store_true", help="keep the data folder")
     parser.add_argument("--json", default=".eddyline/chaos/last.json", help="where the result goes")
     options = parser.parse_args()

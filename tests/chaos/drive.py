@@ -6,15 +6,17 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from eddyline.errors import EddylineError
 from eddyline.generations import Manifest
-from eddyline.kafka.topics import CLICKS
+from eddyline.kafka.topics import CLICKS, ITEMS, SOURCES, USERS
+from eddyline.settings.loader import Settings
 from embeddings.bundle import bundle as bundles
 from sandbox.datasets.dataset import Dataset
 from serving.rpc.client import CallFailed, Client
@@ -24,6 +26,7 @@ from tests.chaos.load import SHOPPERS, Load
 from tests.chaos.scene import CUT, Scene
 from tests.chaos.schedule import Fault, plan
 from tests.model import comparison
+from tests.topics import READ_S, read_all
 
 # Codes that a worker may answer while its servers come and go. INTERNAL and UNKNOWN are its own
 # faults.
@@ -102,7 +105,7 @@ class QueryLoop:
 def run(
     folder: Path,
     bundle_dir: Path,
-    manifest: Manifest,
+    manifests: Sequence[Manifest],
     dataset: Dataset,
     *,
     seed: int,
@@ -110,7 +113,6 @@ def run(
     gap_s: tuple[float, float],
     rate: float,
     ingests: int = 2,
-    returners: bool = False,
     short: bool = False,
     on_progress: OnProgress = lambda _: None,
     stalled_s: float = STALLED_S,
@@ -120,19 +122,14 @@ def run(
     faults = plan(seed, count, gap_s, ingests, short)
     for fault in faults:
         on_progress(str(fault))
-    scene = Scene(folder, bundle_dir, manifest, ingests)
+    scene = Scene(folder, bundle_dir, manifests, ingests)
     try:
         begun = time.monotonic()
         scene.start(dataset)
         result.seconds["start"] = time.monotonic() - begun
         settings = scene.settings
         load = Load(
-            settings,
-            dataset.items,
-            rate=rate,
-            seed=seed,
-            lateness_s=int(CUT["lateness_s_max"]),
-            returners=returners,
+            settings, dataset.items, rate=rate, seed=seed, lateness_s=int(CUT["lateness_s_max"])
         )
         queries = QueryLoop(scene.address, seed)
         load.start()
@@ -162,20 +159,43 @@ def run(
 
 
 def find_differences(scene: Scene, load: Load, result: Result) -> list[str]:
-    """Every difference from the oracle's state."""
-    settings = scene.settings
-    topics = oracle.Topics.read(settings)
+    """Every difference from the oracle's state and from the second model's."""
+    eras = scene.eras
+    window = min(era.settings.dedupe_window_events for era in eras)
+    settings = msgspec.structs.replace(eras[-1].settings, dedupe_window_events=window)
+    scene.recorder.advance(READ_S)
+    known = {name: scene.recorder.records(name) for name in SOURCES}
+    generation = eras[-1].generation
+    topics = oracle.Topics.read(settings, generation, known=known)
     result.records = {name: len(records) for name, records in topics.records.items()}
-    towers = bundles.load(settings.bundles / "1")
-    expected = oracle.truth(settings, topics, towers)
-    found = oracle.differences(settings, topics, expected)
-    by_model = comparison.compare(settings, topics, [towers])
+    optional = removed(settings, known)
+    result.records |= {"compacted": len(optional), "eras": len(eras)}
+    names = sorted({era.generation for era in eras})
+    towers = {name: bundles.load(settings.bundles / name) for name in names}
+    spans = [(era, towers[era.generation]) for era in eras]
+    expected = oracle.truth(settings, topics, towers[generation], eras=spans)
+    found = oracle.differences(settings, topics, expected, generation, optional)
+    by_model = comparison.compare(topics, list(towers.values()), eras, optional)
     result.counts = found.counts | by_model.counts
     there = {_event_id(record.value) for record in topics.records[CLICKS]}
     lost = sorted(load.acked - there)
     differences = [f"event {e}: acknowledged by Kafka, not in the topic" for e in lost[:20]]
     live = {item_id for item_id, record in expected.published.items() if record.vector is not None}
-    return differences + found.differences + by_model.differences + _worker(scene, live, result)
+    differences += found.differences + by_model.differences
+    return differences + _worker(scene, live, result)
+
+
+def removed(settings: Settings, known: Mapping[str, list[Any]]) -> frozenset[str]:
+    """Coordinates of the records of `items` and `users` that compaction removed."""
+    gone: set[str] = set()
+    for name in (ITEMS, USERS):
+        there = {(r.partition, r.offset) for r in read_all(settings, name)}
+        gone.update(
+            f"{r.topic}/{r.partition}/{r.offset}"
+            for r in known[name]
+            if (r.partition, r.offset) not in there
+        )
+    return frozenset(gone)
 
 
 def _event_id(value: bytes | None) -> str | None:

@@ -37,8 +37,6 @@ class Faults:
         self._scene = scene
         self._load = load
         self._stop = stop
-        # One fault of the proxy at a time: two would hide each other.
-        self._proxy_turn = threading.Lock()
 
     def inject(self, fault: Fault) -> str:
         """Inject the fault and wait until it is over. Returns what it met."""
@@ -55,13 +53,23 @@ class Faults:
             )
             return self._freeze(name, float(fault.more["seconds"]))
         if kind == "older copy":
-            copy = self._scene.copy_files(str(fault.number))
-            self._stop.wait(float(fault.more["older_s"]))
-            self._scene.swap_files(copy)
+            with self._scene.copies:
+                copy = self._scene.copy_files(str(fault.number))
+                self._stop.wait(float(fault.more["older_s"]))
+                self._scene.swap_files(copy)
             return "swapped"
         if kind == "emptied":
-            return self._empty(str(fault.more["how"]))
-        if kind in ("duplicates", "reordered", "strays"):
+            with self._scene.copies:
+                return self._empty(str(fault.more["how"]))
+        if kind == "retention":
+            deleted = self._scene.retain()
+            return f"{deleted} offsets" if deleted else ""
+        if kind == "settings":
+            self._scene.change_ingest(**fault.more)
+            return ", ".join(f"{name} {value}" for name, value in fault.more.items())
+        if kind == "retraining":
+            return f"generation {self._scene.retrain()}"
+        if kind in ("duplicates", "reordered", "strays", "transactions"):
             self._load.burst(kind, int(fault.more["events"]))
             return f"{fault.more['events']} events"
         return self._proxy_fault(kind, float(fault.more["seconds"]))
@@ -94,7 +102,7 @@ class Faults:
     def _proxy_fault(self, kind: str, seconds: float) -> str:
         what, _, code = kind.partition(" ")
         proxy_fault = _PROXY_FAULTS[what if what in _PROXY_FAULTS else kind]
-        with self._proxy_turn:
+        with self._scene.proxy_turn:
             proxy = self._scene.proxy
             before = proxy.hits.total()
             # A fault that met no command is none: it goes on until one comes.

@@ -5,8 +5,11 @@ them have to be in the topic at the end; the oracle checks their effects.
 
 The groups of users make the state a function of each topic alone: shoppers click items of the
 generation and have no profile; members have profiles and click unknown items; leavers have
-profiles, are forgotten, and click nothing; returners have no profile, click, are forgotten, and
-click again. A profile counts in a micro-step, and between two topics there is no order.
+profiles, are forgotten, and click nothing; visitors and returners have no profile, click, are
+forgotten or merged, and click again, with device clocks that are behind or ahead. A profile counts
+in a micro-step, and between two topics there is no order.
+
+Clicks come through producers of every codec: kafka-python without one, librdkafka with each.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+from confluent_kafka import Producer
+from kafka import KafkaProducer
 
 from eddyline.kafka import producers, topics
 from eddyline.schema import events
@@ -32,6 +37,12 @@ log = logging.getLogger(__name__)
 
 SHOPPERS, VISITORS, MEMBERS, LEAVERS, RETURNERS = 300, 60, 40, 20, 30
 UNKNOWN_ITEMS = 40
+CODECS = ("gzip", "snappy", "lz4", "zstd")
+# Clock errors of a visitor's device, within the tolerance for the far future.
+CLOCKS_MS = (0, 0, 0, 2_000, -2_000, 30_000, -30_000, 240_000, -240_000)
+# Clicks of one transaction.
+TRANSACTION = 10
+TRANSACTION_MS = 10_000
 # Re-sends repeat one of this many last events: far inside the window of every partition.
 RECENT_MAX = 2_000
 TICK_S = 0.02
@@ -62,9 +73,7 @@ class Load:
         rate: float,
         seed: int,
         lateness_s: int,
-        returners: bool = False,
     ) -> None:
-        """returners: include users who are forgotten and click again."""
         self.sent: Counter[str] = Counter()
         self.acked: set[str] = set()
         self.failed: Counter[str] = Counter()
@@ -73,12 +82,13 @@ class Load:
         self._rate = rate
         self._rng = random.Random(f"load-{seed}")
         self._lateness_s = lateness_s
-        self._returners = returners
         self._bursts: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
         self._recent: deque[Click] = deque(maxlen=RECENT_MAX)
         self._number = 0
         self._stop = threading.Event()
         self._producer: Any = None
+        self._codecs: list[Any] = []
+        self._transactional: Any = None
         self._thread = threading.Thread(target=self._run, name="load", daemon=True)
 
     def start(self) -> None:
@@ -86,7 +96,7 @@ class Load:
         self._thread.start()
 
     def burst(self, kind: str, count: int) -> None:
-        """Send this many `duplicates`, `reordered` or `strays` as soon as possible."""
+        """Send so many `duplicates`, `reordered`, `strays` or `transactions` at once."""
         self._bursts.put((kind, count))
 
     def stop(self, timeout_s: float = 60) -> None:
@@ -103,7 +113,7 @@ class Load:
         while not self._stop.is_set():
             try:
                 if self._producer is None:
-                    self._producer = producers.make_producer(self._settings, linger_ms=5)
+                    self._open_producers()
                 due = int((time.monotonic() - begun) * self._rate)
                 if due - made > BEHIND_S_MAX * self._rate:
                     made = due - int(BEHIND_S_MAX * self._rate)
@@ -112,6 +122,9 @@ class Load:
                     self._send_one()
                 while not self._bursts.empty():
                     kind, count = self._bursts.get()
+                    if kind == "transactions":
+                        self._transactions(count)
+                        continue
                     for _ in range(count):
                         getattr(self, f"_{kind}")()
             except Exception as error:  # a dead broker broke the producer: go on with a new one
@@ -122,7 +135,21 @@ class Load:
             self._stop.wait(TICK_S)
         self._close_producer(timeout_s=30)
 
+    def _open_producers(self) -> None:
+        self._producer = producers.make_producer(self._settings, linger_ms=5)
+        if not self._codecs:  # librdkafka finds a new broker by itself
+            common = {
+                "bootstrap.servers": self._settings.kafka_bootstrap_servers,
+                "enable.idempotence": True,
+                "linger.ms": 20,
+                "partitioner": "murmur2_random",
+            }
+            self._codecs = [Producer({**common, "compression.type": codec}) for codec in CODECS]
+
     def _close_producer(self, timeout_s: float) -> None:
+        self._close_transactional()
+        for one in self._codecs:
+            one.flush(timeout_s) if timeout_s else one.poll(0)
         producer, self._producer = self._producer, None
         if producer is None:
             return
@@ -145,8 +172,10 @@ class Load:
             self._click(f"m{self._below(MEMBERS)}", f"new-{self._below(UNKNOWN_ITEMS)}")
         elif dice < 0.985:
             self._catalogue()
-        elif dice < 0.993:
+        elif dice < 0.990:
             self._profile()
+        elif dice < 0.993:
+            self._forget()
         elif dice < 0.996:
             self._merge()
         elif dice < 0.998:
@@ -159,12 +188,13 @@ class Load:
         return int(n * self._rng.random() ** 2)
 
     def _shopper(self) -> None:
-        dice = self._rng.random()
-        user = f"g{self._below(VISITORS)}" if dice < 0.1 else f"s{self._below(SHOPPERS)}"
-        if self._returners and dice > 0.9:
-            user = f"r{self._below(RETURNERS)}"
+        dice, back_ms = self._rng.random(), 0
+        user = f"s{self._below(SHOPPERS)}"
+        if dice < 0.2:
+            user = f"g{self._below(VISITORS)}" if dice < 0.1 else f"r{self._below(RETURNERS)}"
+            back_ms = self._rng.choice(CLOCKS_MS)
         # One in a hundred has no event id: ingest uses its coordinates.
-        self._click(user, self._item(), anonymous=self._rng.random() < 0.01)
+        self._click(user, self._item(), back_ms, anonymous=self._rng.random() < 0.01)
 
     def _item(self) -> str:
         return self._items[self._below(len(self._items))].item_id
@@ -182,11 +212,67 @@ class Load:
 
     def _click(self, user: str, item: str, back_ms: int = 0, anonymous: bool = False) -> None:
         click = self._new_click(user, item, back_ms, anonymous)
-        self._send(
-            "clicks", producers.send_click(self._producer, self._settings, click), click.event_id
-        )
+        if self._rng.random() < 0.5:
+            self._send_compressed(click)
+        else:
+            sent = producers.send_click(self._producer, self._settings, click)
+            self._send("clicks", sent, click.event_id)
         if not anonymous:
             self._recent.append(click)
+
+    def _send_compressed(self, click: Click) -> None:
+        def done(error: Any, _: Any) -> None:
+            if error is not None:
+                self.failed["librdkafka"] += 1
+            elif click.event_id is not None:
+                self.acked.add(click.event_id)
+
+        producer = self._rng.choice(self._codecs)
+        topic, value = self._settings.prefixed(topics.CLICKS), events.encode(click)
+        producer.produce(topic, value, click.user_id, on_delivery=done)
+        producer.poll(0)
+        self.sent["compressed"] += 1
+
+    def _transactions(self, count: int) -> None:
+        """So many clicks in transactions; every other transaction is aborted."""
+        try:
+            for first in range(0, count, TRANSACTION):
+                self._transaction(commits=first // TRANSACTION % 2 == 0)
+        except Exception as error:  # the coordinator aborts what stays open
+            self.failed[f"transaction {type(error).__name__}"] += 1
+            self._close_transactional()
+
+    def _transaction(self, commits: bool) -> None:
+        if self._transactional is None:
+            self._transactional = producers.make_producer(
+                self._settings,
+                transactional_id=self._settings.prefixed("load"),
+                transaction_timeout_ms=TRANSACTION_MS,
+            )
+            producers.in_time(self._settings, self._transactional.init_transactions)
+        producer: KafkaProducer = self._transactional
+        producer.begin_transaction()
+        clicks = [
+            self._new_click(f"s{self._below(SHOPPERS)}", self._item()) for _ in range(TRANSACTION)
+        ]
+        for click in clicks:
+            producers.send_click(producer, self._settings, click)
+        if not commits:
+            producer.flush(timeout=self._settings.kafka_timeout_ms / 1000)
+            producers.in_time(self._settings, producer.abort_transaction)
+            self.sent["aborted"] += len(clicks)
+            return
+        producers.in_time(self._settings, producer.commit_transaction)
+        self.sent["in transactions"] += len(clicks)
+        self.acked.update(click.event_id for click in clicks if click.event_id is not None)
+
+    def _close_transactional(self) -> None:
+        producer, self._transactional = self._transactional, None
+        if producer is not None:
+            try:
+                producer.close(timeout=1)
+            except Exception as error:
+                self.failed[type(error).__name__] += 1
 
     def _duplicates(self) -> None:
         if self._recent:
@@ -200,7 +286,9 @@ class Load:
     def _reordered(self) -> None:
         back_ms = int(self._rng.random() * 2 * self._lateness_s * 1_000)
         self.sent["reordered"] += 1
-        self._click(f"s{self._below(SHOPPERS)}", self._item(), back_ms)
+        returns = self._rng.random() < 0.1
+        user = f"r{self._below(RETURNERS)}" if returns else f"s{self._below(SHOPPERS)}"
+        self._click(user, self._item(), back_ms)
 
     def _strays(self) -> None:
         """A click without a key, or in a wrong partition."""
@@ -217,9 +305,10 @@ class Load:
         self._send("strays", sent, click.event_id)
 
     def _merge(self) -> None:
+        dice = self._rng.random()
         merge = Merge(
             user_id=f"g{self._below(VISITORS)}",
-            merge_into=f"s{self._below(SHOPPERS)}",
+            merge_into=f"r{self._below(RETURNERS)}" if dice < 0.3 else f"s{self._below(SHOPPERS)}",
             at_ms=time.time_ns() // 1_000_000,
         )
         self._send("merges", producers.send_merge(self._producer, self._settings, merge))
@@ -247,11 +336,13 @@ class Load:
         )
         self._send("items", producers.send_item(self._producer, self._settings, changed))
 
+    def _forget(self) -> None:
+        """A user without a profile, who clicks again."""
+        group, many = self._rng.choice((("r", RETURNERS), ("g", VISITORS)))
+        user = f"{group}{self._below(many)}"
+        self._send("forgotten", producers.send_forget(self._producer, self._settings, user))
+
     def _profile(self) -> None:
-        if self._returners and self._rng.random() < 0.25:
-            user = f"r{self._below(RETURNERS)}"
-            self._send("forgotten", producers.send_forget(self._producer, self._settings, user))
-            return
         leaver = self._rng.random() < 0.5
         user = f"l{self._below(LEAVERS)}" if leaver else f"m{self._below(MEMBERS)}"
         if leaver and self._rng.random() < 0.4:

@@ -10,24 +10,32 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
+from confluent_kafka import KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic
 
 from cli.commands import replay_file
+from eddyline import generations
 from eddyline.errors import LocalServerError, Unavailable
 from eddyline.generations import Manifest
 from eddyline.kafka import topics
 from eddyline.kafka.producers import now_ms
+from eddyline.schema.partitioning import user_slot
 from eddyline.settings.loader import Settings
+from eddyline.stores.redis import RedisStore
+from eddyline.stores.state_store import Source
 from sandbox.datasets.dataset import Dataset
 from sandbox.processes import Deployment, free_port, wait_until_applied
 from sandbox.servers import free_ports, kafka_jars, valkey
 from sandbox.servers import kafka_broker as broker
 from sandbox.servers.supervisor import Child, Supervisor
 from serving.rpc.client import is_ready
-from tests.chaos.proxy import Proxy
+from tests.chaos.proxy import Proxy, ProxyFault
+from tests.chaos.recorder import Recorder
+from tests.model.eras import Era
 
 # Small limits, so that the run reaches each: full histories, events that come too late.
 CUT = {
@@ -40,6 +48,21 @@ CUT = {
     "backoff_ms_max": 500,
     "snapshot_interval_s": 20,
 }
+# Topics as another team makes them: small segments, compaction within seconds, other codecs.
+_COMPACT = {
+    "cleanup.policy": "compact",
+    "segment.ms": "3000",
+    "min.cleanable.dirty.ratio": "0.001",
+    "max.compaction.lag.ms": "4000",
+    "compression.type": "zstd",
+}
+FOREIGN = {
+    topics.CLICKS: {"segment.bytes": "1048576", "segment.ms": "15000", "retention.ms": "86400000"},
+    topics.ITEMS: _COMPACT,
+    topics.USERS: _COMPACT | {"compression.type": "snappy"},
+}
+# Killed processes and servers are back within this time.
+BACK_S = 60.0
 # Valkey's start command: a folder `next` replaces the files. So the swap happens between the end of
 # one server and the start of the next, however fast the supervisor is.
 SWAP = 'if [ -d next ]; then rm -rf appendonlydir && mv next appendonlydir; fi; exec "$@"'
@@ -49,9 +72,13 @@ class Scene:
     """Thread rule: the faults' threads may call everything but `start` and `stop`.
 
     settings: with the address of Redis itself, not of the proxy
+    eras:     what ingest ran with; see `change_ingest`
+    manifests: the generations, which `retrain` activates in turn
     """
 
-    def __init__(self, folder: Path, bundle_dir: Path, manifest: Manifest, ingests: int) -> None:
+    def __init__(
+        self, folder: Path, bundle_dir: Path, manifests: Sequence[Manifest], ingests: int
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.address = ""
@@ -65,7 +92,14 @@ class Scene:
             **CUT,
         )
         self.proxy: Proxy
-        self._manifest = manifest
+        # One fault of the proxy at a time: two would hide each other.
+        self.proxy_turn = threading.Lock()
+        # Copies of Redis are made and put back before or after a change of the log or of ingest.
+        self.copies = threading.Lock()
+        self.eras: list[Era] = []
+        self.recorder: Recorder
+        self._manifests = list(manifests)
+        self._ingests: list[Child] = []
         self._home = folder / "valkey"
         self._frozen: dict[int, int] = {}  # pid -> how many faults hold it
         self._lock = threading.Lock()
@@ -90,13 +124,15 @@ class Scene:
             self.settings, redis_url=f"redis://127.0.0.1:{self.proxy.port}/0"
         )
         deployment = Deployment(through, self.supervisor)
-        deployment.prepare(self._manifest)
+        self._make_topics()
+        deployment.prepare(self._manifests[0])
+        self.eras.append(Era(self.settings, self._manifests[0].generation))
+        self.recorder = Recorder(self.settings)
         replay_file.send(self.settings, dataset.items)
         more = {name: str(value) for name, value in CUT.items()}
         worker, self.address = deployment.worker_child(is_ready, port=free_port(), **more)
-        self.supervisor.start(
-            *(deployment.ingest_child(name, **more) for name in self.names), worker
-        )
+        self._ingests = [deployment.ingest_child(name, **more) for name in self.names]
+        self.supervisor.start(*self._ingests, worker)
         self.caught_up(60)
 
     def stop(self) -> None:
@@ -104,6 +140,8 @@ class Scene:
         with contextlib.suppress(AttributeError):
             self.proxy.clear()
         self.wake_all()
+        with contextlib.suppress(AttributeError):
+            self.recorder.stop()
         self.supervisor.stop()
         with contextlib.suppress(AttributeError):
             self.proxy.close()
@@ -178,6 +216,124 @@ class Scene:
             ready.rename(self._home / "next")
         self.kill("valkey")
 
+    # ---- changes of the log and of ingest
+
+    def retain(self) -> int:
+        """Delete the head of every partition of `clicks`, up to its fences; the offsets deleted."""
+        with self.copies:
+            deadline, deleted = time.monotonic() + BACK_S, 0
+            while not deleted and time.monotonic() < deadline:
+                time.sleep(1)  # a Valkey that was just killed does not answer any more
+                with contextlib.suppress(Unavailable, KafkaException):
+                    deleted = self._retain()
+            return deleted
+
+    def _retain(self) -> int:
+        applied = self._applied(topics.CLICKS)
+        before = topics.beginning_offsets(self.settings, topics.CLICKS)
+        read = self.recorder.advance(BACK_S)
+        name = self.settings.prefixed(topics.CLICKS)
+        upto = {
+            at.partition: min(applied[at.partition], offset)
+            for at, offset in read.items()
+            if at.topic == name
+        }
+        admin = AdminClient({"bootstrap.servers": self.settings.kafka_bootstrap_servers})
+        heads = [TopicPartition(name, p, at) for p, at in upto.items() if at > before[p]]
+        for done in admin.delete_records(heads).values() if heads else ():
+            done.result(timeout=BACK_S)
+        return sum(at.offset - before[at.partition] for at in heads)
+
+    def change_ingest(self, generation: str = "", **changed: int) -> None:
+        """Kill all ingest processes at once; they come back with other settings or another
+        generation. The new era starts where the fences are while none of them runs.
+        """
+        with self.copies, self.proxy_turn:
+            self.proxy.inject(ProxyFault("error", time.monotonic() + 10 * BACK_S, "LOADING"))
+            try:
+                if generation:
+                    [manifest] = [m for m in self._manifests if m.generation == generation]
+                    self._publish(manifest)
+                for child in self._ingests:
+                    assert isinstance(child.env, dict)
+                    child.env.update({f"EDDYLINE_{n.upper()}": str(v) for n, v in changed.items()})
+                old = {name: self._pid(name) for name in self.names}
+                for name in self.names:
+                    self.kill(name)
+                deadline = time.monotonic() + BACK_S
+                while any(self._pid(name) in (0, old[name]) for name in self.names):
+                    if time.monotonic() > deadline:
+                        raise LocalServerError("the killed ingest processes do not come back")
+                    time.sleep(0.05)
+                starts, before = self._starts(), None
+                while starts != before:  # the dead ones may have sent a write that Redis still does
+                    time.sleep(0.5)
+                    starts, before = self._starts(), starts
+                settings = msgspec.structs.replace(self.eras[-1].settings, **changed)
+                name = generation or self.eras[-1].generation
+                self.eras.append(Era(settings, name, starts))
+            finally:
+                self.proxy.clear()
+
+    def retrain(self) -> str:
+        """Activate the next generation; ingest and worker load it. Returns its id."""
+        names = [manifest.generation for manifest in self._manifests]
+        following = names[(names.index(self.eras[-1].generation) + 1) % len(names)]
+        self.change_ingest(following)
+        deadline = time.monotonic() + BACK_S
+        while not self.kill("worker") and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return following
+
+    def _publish(self, manifest: Manifest) -> None:
+        deadline = time.monotonic() + BACK_S
+        while True:
+            try:
+                generations.publish(self.settings, manifest)
+                return
+            except Unavailable:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
+
+    def _starts(self) -> dict[str, dict[int, int]]:
+        return {name: self._applied(name, users_only=True) for name in topics.SOURCES}
+
+    def _applied(self, topic: str, users_only: bool = False) -> dict[int, int]:
+        """Partition -> the offset after the lowest fence of its slots; waits for Redis.
+
+        users_only: popularity counts do not depend on what changes, and may lag
+        """
+        store, deadline = RedisStore(self.settings), time.monotonic() + BACK_S
+        of_users = topic != topics.ITEMS
+        partitions = self.settings.clicks_partitions if of_users else self.settings.items_partitions
+        found: dict[int, int] = {}
+        try:
+            while len(found) < partitions:
+                p = len(found)
+                slots = [user_slot(p)] if of_users else ["i0"]
+                slots += ["i0"] if topic == topics.CLICKS and not users_only else []
+                try:
+                    fences = store.fences(Source(topic, p), slots).values()
+                    found[p] = min(f.offset + 1 if f else 0 for f in fences)
+                except Unavailable:
+                    if time.monotonic() > deadline:
+                        raise
+                    time.sleep(0.2)
+        finally:
+            store.close()
+        return found
+
+    def _make_topics(self) -> None:
+        admin = AdminClient({"bootstrap.servers": self.settings.kafka_bootstrap_servers})
+        made = []
+        for name, more in FOREIGN.items():
+            partitions, _ = topics.topic_configs(self.settings, name)
+            config = {"message.timestamp.type": "LogAppendTime", **more}
+            made.append(NewTopic(self.settings.prefixed(name), partitions, 1, config=config))
+        for done in admin.create_topics(made).values():
+            done.result(timeout=30)
+
     def _pid(self, name: str) -> int:
         return self.supervisor.pids().get(name, 0)
 
@@ -192,16 +348,17 @@ class Scene:
         return True
 
 
-def small_generation(folder: Path, dataset: Dataset) -> Manifest:
-    """Train generation 1 of the data set's history, briefly, into `<folder>/1`."""
+def small_generation(folder: Path, dataset: Dataset, generation: str = "1") -> Manifest:
+    """Train a generation of the data set's history, briefly, into `<folder>/<generation>`."""
     from embeddings.data.examples import TrainingData
     from embeddings.models.base import Recipe
     from embeddings.training.trainer import train
 
     profiles = {user: dict(profile.attributes) for user, profile in dataset.profiles.items()}
     data = TrainingData(items=dataset.items, profiles=profiles, clicks=dataset.clicks)
-    train(data, folder / "1", "1", recipe=Recipe(epochs=2, seed=1, threads=2))
-    return Manifest(generation="1", bundle="1", dimension=64, created_ms=now_ms())
+    recipe = Recipe(epochs=2, seed=int(generation), threads=2)
+    train(data, folder / generation, generation, recipe=recipe)
+    return Manifest(generation=generation, bundle=generation, dimension=64, created_ms=now_ms())
 
 
 def _with_argv(child: Child, argv: list[str]) -> Child:

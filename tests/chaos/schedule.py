@@ -27,7 +27,23 @@ KINDS = {
     "duplicates": "a burst of events that were sent before, under their event ids, at new offsets",
     "reordered": "a burst of old events, within and beyond the allowed lateness",
     "strays": "a burst of clicks without a key, or in a wrong partition",
+    "transactions": "a burst of clicks in transactions; half of these are aborted",
+    "retention": "Kafka deletes the head of every partition of `clicks`, up to the fences",
+    "settings": "both ingest processes are killed and come back with other settings",
+    "retraining": "another generation becomes active; ingest and worker are killed and load it",
 }
+# What an emptied Redis could not be filled from: all of these fall after the last "emptied".
+LATE = ("retention", "settings", "retraining")
+# Settings that may change between starts, and values that the load reaches.
+CHANGES = (
+    {"history_length_max": 30},
+    {"history_length_max": 60},
+    {"lateness_s_max": 1_200},
+    {"lateness_s_max": 0},
+    {"history_age_s_max": 600},
+    {"history_age_s_max": 0},
+    {"dedupe_window_events": 20_000},
+)
 # Ingest's session ends after 6 s.
 ZOMBIE_S = (6.5, 8.0)
 SHORT_S = 0.8
@@ -53,6 +69,8 @@ def plan(
 ) -> list[Fault]:
     """`count` faults, one every `gap_s` seconds; each round of kinds in an order of its own.
 
+    Kinds of LATE change places with "emptied", so that every "emptied" falls before them.
+
     short: no fault takes longer than SHORT_S, except a zombie's sleep
 
     >>> plan(7, 40, (2, 4)) == plan(7, 40, (2, 4)) != plan(8, 40, (2, 4))
@@ -62,13 +80,9 @@ def plan(
     """
     rng = random.Random(f"chaos-{seed}")
     faults: list[Fault] = []
-    at_s, turn = 0.0, []
-    for number in range(1, count + 1):
-        if not turn:
-            turn = sorted(KINDS)
-            rng.shuffle(turn)
+    at_s = 0.0
+    for number, kind in enumerate(_kinds(rng, count), 1):
         at_s += rng.uniform(*gap_s)
-        kind = turn.pop()
         more = _more(rng, kind, ingests)
         if short and kind != "freeze ingest":
             more |= {
@@ -76,6 +90,20 @@ def plan(
             }
         faults.append(Fault(number, round(at_s, 2), kind, more))
     return faults
+
+
+def _kinds(rng: random.Random, count: int) -> list[str]:
+    kinds: list[str] = []
+    while len(kinds) < count:
+        turn = sorted(KINDS)
+        rng.shuffle(turn)
+        kinds += turn
+    del kinds[count:]
+    places = [at for at, kind in enumerate(kinds) if kind in ("emptied", *LATE)]
+    placed = sorted((kinds[at] for at in places), key=lambda kind: kind != "emptied")
+    for at, kind in zip(places, placed, strict=True):
+        kinds[at] = kind
+    return kinds
 
 
 def _more(rng: random.Random, kind: str, ingests: int) -> dict[str, Any]:
@@ -94,6 +122,8 @@ def _more(rng: random.Random, kind: str, ingests: int) -> dict[str, Any]:
         return {"how": rng.choice(("FLUSHALL", "without files"))}
     if kind.startswith(("error", "slow", "cut")):
         return {"seconds": round(rng.uniform(0.3, 2.5), 1)}
-    if kind in ("duplicates", "reordered", "strays"):
+    if kind == "settings":
+        return dict(rng.choice(CHANGES))
+    if kind in ("duplicates", "reordered", "strays", "transactions"):
         return {"events": rng.randint(50, 300) if kind != "strays" else rng.randint(5, 40)}
     return {}

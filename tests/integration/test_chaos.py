@@ -24,10 +24,11 @@ from embeddings.bundle import bundle as bundles
 from sandbox.servers import free_ports, valkey
 from sandbox.servers.supervisor import Supervisor
 from tests import oracle
-from tests.chaos import drive
+from tests.chaos import drive, scene
 from tests.chaos.proxy import ERRORS, Proxy, ProxyFault
 from tests.chaos.schedule import KINDS, plan
 from tests.model import comparison
+from tests.model.eras import Era
 
 SEED = 11
 WRITE = "redis.call('SET', KEYS[1], ARGV[1]); return 'done'"
@@ -39,11 +40,13 @@ def test_every_kind_of_fault_leaves_the_state_that_the_topics_give(
     tmp_path: Path, dataset, bundle
 ) -> None:
     folder, manifest = bundle
+    second = scene.small_generation(tmp_path / "generations", dataset, "2")
+    (tmp_path / "generations" / "1").symlink_to(folder / "1")
     expected: list[str] = []
     result = drive.run(
         tmp_path / "chaos",
-        folder,
-        manifest,
+        tmp_path / "generations",
+        [manifest, second],
         dataset,
         seed=SEED,
         count=len(KINDS),
@@ -66,10 +69,11 @@ def test_every_kind_of_fault_leaves_the_state_that_the_topics_give(
         "dead letter",
         "model's history",
         "model's embedding 1",
+        "model's embedding 2",
         "model's event id",
         "model's count",
         "model's item",
-        "model's item vector 1",
+        "model's item vector 2",
         "model's profile",
         "model's erasure",
         "model's dead letter",
@@ -85,8 +89,8 @@ def test_the_oracle_names_what_was_damaged(make_live) -> None:
     topics = oracle.Topics.read(live.settings)
     expected = oracle.truth(live.settings, topics, bundles.load(live.settings.bundles / "1"))
     assert oracle.differences(live.settings, topics, expected).differences == []
-    towers = bundles.load(live.settings.bundles / "1")
-    assert comparison.compare(live.settings, topics, [towers]).differences == []
+    towers, eras = bundles.load(live.settings.bundles / "1"), [Era(live.settings)]
+    assert comparison.compare(topics, [towers], eras).differences == []
     store, client = RedisStore(live.settings), redis.Redis.from_url(live.settings.redis_url)
     user, prefix = live.dataset.clicks[0].user_id, live.settings.key_prefix
     partition = partition_of(user, live.settings.clicks_partitions)
@@ -100,7 +104,7 @@ def test_the_oracle_names_what_was_damaged(make_live) -> None:
     def damaged(*named: str, seen_by_model: Sequence[str]) -> None:
         found = oracle.differences(live.settings, topics, expected).differences
         assert found and all(any(name in line for line in found) for name in named), (named, found)
-        by_model = "\n".join(comparison.compare(live.settings, topics, [towers]).differences)
+        by_model = "\n".join(comparison.compare(topics, [towers], eras).differences)
         assert all(what in by_model for what in seen_by_model), (seen_by_model, by_model)
 
     def write(**effects) -> None:

@@ -53,13 +53,17 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Generation:
-    """What of a generation decides: its items, counts, and which items its tower refuses."""
+    """What of a generation decides: its items, counts, and which items its tower refuses.
+
+    learns: whether a record of `clicks` was applied while this generation was live
+    """
 
     name: str
     items: frozenset[str]
     min_steps_before: int
     history_max: int
     refuses: Callable[[Mapping[str, Any]], bool] = lambda item: False
+    learns: Callable[[Raw], bool] = lambda raw: True
 
 
 class Sent(NamedTuple):
@@ -289,7 +293,7 @@ class Model:
 
     def _learn(self, raw: Raw, event: Mapping[str, Any], entries: Sequence[Entry]) -> None:
         for generation in self.generations:
-            if event["item_id"] not in generation.items:
+            if event["item_id"] not in generation.items or not generation.learns(raw):
                 continue
             users = self.state.embeddings[generation.name]
             embedding = users.setdefault(event["user_id"], Embedding())
