@@ -8,6 +8,8 @@ import msgspec
 
 from eddyline import generations
 from eddyline.generations import Manifest
+from eddyline.kafka import topics
+from eddyline.kafka.log_ends import LogEnds
 from eddyline.process.retry import Retry
 from eddyline.settings.loader import Settings
 from eddyline.stores import layout
@@ -16,6 +18,8 @@ from eddyline.stores.state_store import LogId, StateStore
 from embeddings.bundle import bundle
 from embeddings.bundle.bundle import Bundle
 from embeddings.towers.base import UserEncoder
+from serving.answer.click_ends import ClickEnds
+from serving.answer.click_waits import ClickWaits
 from serving.answer.retriever import Retriever
 from serving.answer.user_reader import UserReader
 from serving.recall import registry
@@ -58,20 +62,25 @@ def start_retriever(
 
     clicks: the log that read-your-click tokens belong to
     """
+    waits = ClickWaits(
+        store,
+        log_id=clicks,
+        ends=ClickEnds(LogEnds(settings, topics.CLICKS)),
+        calls_max=settings.waiting_calls_max,
+        # They may all be resumed together, and must leave room for queries that did not wait.
+        threads=max(1, settings.worker_threads // 4),
+    )
+    closing.callback(waits.close)
     popularity = Popularity(settings, store)
     popularity.start()
     closing.callback(popularity.close)
     return Retriever(
         store=store,
         users=UserReader(
-            store,
-            clicks_partitions=settings.clicks_partitions,
-            generation=generation,
-            log=clicks,
-            # The other half of the threads answers calls that need not wait.
-            waiters_max=max(1, settings.worker_threads // 2),
+            store, clicks_partitions=settings.clicks_partitions, generation=generation, log=clicks
         ),
         popularity=popularity,
         paths=registry.make_paths(RecallContext(settings, store, tower, popularity, closing)),
         item_slots=settings.item_slots,
+        waits=waits,
     )

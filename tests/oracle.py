@@ -298,7 +298,8 @@ def _users(
 # slot's tag.
 _KEY = re.compile(
     r"(?:(?P<layout>layout)|fence:\{(?P<fence>[ui]\d+)\}:[^:]+:\d+|\{(?P<slot>[ui]\d+)\}:"
-    r"(?:(?P<whole>window|buckets|generations)|(?:popular|version):(?P<bucket>\d+)|(?P<kind>[hopcf]):(?P<id>.+)"
+    r"(?:(?P<whole>window|buckets|generations)|(?:popular|version):(?P<bucket>\d+)|"
+    r"(?P<kind>[hopcf]):(?P<id>.+)"
     r"|e:(?P<generation>[^:]+):(?P<learner>.+)))",
     re.DOTALL,
 )

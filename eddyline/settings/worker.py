@@ -58,6 +58,9 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The largest `k` of a query."""
     wait_ms_max: Annotated[int, within(0, 60_000)] = 2_000
     """The longest a query may wait for a click that it names (`after`)."""
+    waiting_calls_max: Annotated[int, within(1, 100_000)] = 256
+    """The most queries of a worker process that wait for a click at a time; further ones are
+    refused unless their click is known to be applied."""
     popular_refresh_ms: Annotated[int, within(10, 600_000)] = 500
     """How often a query worker reads the popular items again."""
     popular_limit: Annotated[int, within(1, 100_000)] = 2_000

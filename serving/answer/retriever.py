@@ -15,6 +15,7 @@ from eddyline.schema.user_history import EMPTY
 from eddyline.stores.state_store import StateStore, UserState
 from index.filters import Filter
 from index.port import IndexReader
+from serving.answer.click_waits import ClickPending, ClickWaits
 from serving.answer.deadline import Deadline
 from serving.answer.fusion import Cascade, Fusion, PathResult, Recommendation
 from serving.answer.user_reader import AfterStatus, AfterToken, UserReader
@@ -91,9 +92,14 @@ class Retriever:
         paths: Sequence[RecallPath],
         item_slots: int,
         fusion: Fusion | None = None,
+        waits: ClickWaits | None = None,
     ) -> None:
-        """paths: in the order in which the fusion calls them; fusion: a `Cascade` by default."""
+        """paths: in the order in which the fusion calls them; fusion: a `Cascade` by default.
+
+        waits: where queries may wait for a click; None: none does
+        """
         self.popularity = popularity
+        self.waits = waits
         self._store = store
         self._users = users
         self._paths = paths
@@ -105,10 +111,11 @@ class Retriever:
     ) -> Answer:
         """k items that the user has not seen, or all there are; the answer reports what is missing.
 
-        Raises DeadlinePassed before the step for which no time is left.
+        Raises DeadlinePassed before the step for which no time is left, and ClickPending if the
+        query may wait for its click: once it has, its `wait_ms` is 0.
         """
         deadline.check("the user was read")
-        user, after, unread = self._read(query, deadline)
+        user, after, unread = self._read(query)
         user_read_us = 0 if unread else time.time_ns() // 1000
         seen = {entry.item_id for entry in user.history.entries}
         request = RecallRequest(
@@ -148,14 +155,22 @@ class Retriever:
         found = [f"redis: {users}"] if users else []
         return found + [reason for path in self._paths if (reason := path.degradation())]
 
-    def _read(self, query: Query, deadline: Deadline) -> _UserRead:
+    def _read(self, query: Query) -> _UserRead:
+        after = query.after
         try:
-            if query.after is None:
-                return _UserRead(self._users.read(query.user_id), None)
-            return _UserRead(*self._users.read_after(query.user_id, query.after, deadline))
+            state = self._users.read(query.user_id)
         except StoreUnavailable as error:
-            unread = AfterStatus(False, 0, "the user could not be read")
-            return _UserRead(_UNKNOWN_USER, unread if query.after else None, f"redis: {error}")
+            why = "the user could not be read"
+            unread = None if after is None else AfterStatus(False, after.waited_ms, why)
+            return _UserRead(_UNKNOWN_USER, unread, f"redis: {error}")
+        if after is None:
+            return _UserRead(state, None)
+        why = self._users.why_not_applied(state, after)
+        waits = self.waits is not None and after.wait_ms > 0
+        if why and waits and not self._users.of_other_log(state):
+            raise ClickPending
+        why = f"{after.why}; {why}" if why and after.why else why
+        return _UserRead(state, AfterStatus(not why, after.waited_ms, why))
 
     def _cards(
         self, query: Query, items: Sequence[Recommendation], deadline: Deadline, unread: str

@@ -11,25 +11,25 @@ import msgspec
 from eddyline.errors import EddylineError, SlotUnavailable, StoreUnavailable
 from eddyline.schema.partitioning import partition_of, user_slot
 from eddyline.stores.state_store import LogId, StateStore, UserState
-from serving.answer.deadline import Deadline
 
 # While a server of Redis (or one slot of it) is away, one call per this time tries it; all others
 # answer without it at once, so that one that hangs does not hold every thread for its time-out.
 PROBE_S = 0.2
-# Polling for a click: ingest applies one in a few milliseconds, and a read takes about 0.2 ms.
-POLL_S = 0.002
-POLL_S_MAX = 0.02
-# A call that waits for a click keeps this much of its deadline for the answer itself.
-ANSWER_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class AfterToken:
-    """The click that the answer must include, by its coordinates, and how long to wait for it."""
+    """The click that the answer must include, by its coordinates.
+
+    wait_ms: how long to wait for it from now
+    waited_ms, why: how long the call has waited, and why it stopped; "" if it may have been applied
+    """
 
     partition: int
     offset: int
     wait_ms: int
+    waited_ms: int = 0
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,19 +64,15 @@ class UserReader:
         clicks_partitions: int,
         generation: str,
         log: LogId | None = None,
-        waiters_max: int = 4,
     ) -> None:
         """clicks_partitions: of the topic; a user's slot follows from it.
 
         log: the log that tokens belong to; state of another log lacks their clicks. None: unchecked
-        waiters_max: calls that may wait for a click at a time; each holds a thread
         """
         self._store = store
         self._log = log
         self._partitions = clicks_partitions
         self._generation = generation
-        self._waiters = threading.BoundedSemaphore(waiters_max)
-        self._waiters_max = waiters_max
         self._lock = threading.Lock()
         # Key of `_keys` -> its outage.
         self._outages: dict[str, _Outage] = {}
@@ -133,43 +129,13 @@ class UserReader:
     def _server_key(self, slot: str) -> str:
         return f"server {self._store.server_of(slot)}"
 
-    def read_after(
-        self, user_id: str, after: AfterToken, deadline: Deadline
-    ) -> tuple[UserState, AfterStatus]:
-        """The user once `after` is applied, or at the end of the wait.
-
-        Does not wait if `waiters_max` calls do already. Raises StoreUnavailable.
-        """
-        waits = False
-        begun = time.monotonic()
-        until = begun + min(after.wait_ms / 1000, deadline.left_s() - ANSWER_S)
-        pause = POLL_S
-        try:
-            while True:
-                state = self.read(user_id)
-                now = time.monotonic()
-                waited_ms = int((now - begun) * 1000)
-                why = self._why_not_applied(state, after)
-                # Another log does not become the right one by waiting.
-                if not why or self._of_other_log(state) or now >= until:
-                    return state, AfterStatus(not why, waited_ms, why)
-                if not waits:
-                    waits = self._waiters.acquire(blocking=False)
-                if not waits:
-                    why = f"too many wait already: {self._waiters_max} calls; {why}"
-                    return state, AfterStatus(False, waited_ms, why)
-                time.sleep(min(pause, until - now))
-                pause = min(2 * pause, POLL_S_MAX)
-        finally:
-            if waits:
-                self._waiters.release()
-
-    def _of_other_log(self, state: UserState) -> bool:
+    def of_other_log(self, state: UserState) -> bool:
+        """Whether the state was written for another log than that of the tokens."""
         return state.fence is not None and self._log not in (None, state.fence.log)
 
-    def _why_not_applied(self, state: UserState, after: AfterToken) -> str:
+    def why_not_applied(self, state: UserState, after: AfterToken) -> str:
         """Why the state does not include the click; "" if it does."""
-        if self._of_other_log(state):
+        if self.of_other_log(state):
             return "the state was written for another log of clicks; see `eddyline accept-log`"
         reached = -1 if state.fence is None else state.fence.offset
         if reached >= after.offset:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from typing_extensions import override
 
+from serving.answer.click_waits import ClickWaits
 from serving.answer.deadline import Deadline
 from serving.answer.retriever import Query, Retriever
 from serving.coordinator.scatter_gather import ScatterGather, StaleVectors
@@ -35,6 +36,11 @@ class CoordinatorBackend(RetrievalBackend):
     shards: Shards
     retriever: Retriever
     vectors: VectorCache = field(default_factory=VectorCache)
+
+    @property
+    @override
+    def waits(self) -> ClickWaits | None:
+        return self.retriever.waits
 
     @override
     def retrieve(self, query: Query, deadline: Deadline, received_us: int) -> pb.RetrieveResponse:

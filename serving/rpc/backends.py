@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from eddyline.errors import EddylineError
 from index.port import Index
+from serving.answer.click_waits import ClickWaits
 from serving.answer.deadline import Deadline
 from serving.answer.retriever import Query, Retriever
 from serving.proto import retrieval_pb2 as pb
@@ -29,8 +30,13 @@ class HoldsOneShard(EddylineError):
 class RetrievalBackend(Protocol):
     """What a service answers from. Thread rule: any thread."""
 
+    @property
+    def waits(self) -> ClickWaits | None:
+        """Where queries wait for a click; None if none does."""
+        return None
+
     def retrieve(self, query: Query, deadline: Deadline, received_us: int) -> pb.RetrieveResponse:
-        """The answer. Raises DeadlinePassed, NoShardAnswers, HoldsOneShard."""
+        """The answer. Raises DeadlinePassed, NoShardAnswers, HoldsOneShard, ClickPending."""
 
     def fill_stats(self, response: pb.StatsResponse) -> None:
         """Fill in what the backend holds and how far it has come."""
@@ -73,6 +79,11 @@ class WorkerBackend(RetrievalBackend):
 
     held: LocalIndex
     retriever: Retriever
+
+    @property
+    @override
+    def waits(self) -> ClickWaits | None:
+        return self.retriever.waits
 
     @override
     def retrieve(self, query: Query, deadline: Deadline, received_us: int) -> pb.RetrieveResponse:

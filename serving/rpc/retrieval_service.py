@@ -10,19 +10,25 @@ import logging
 import threading
 import time
 from bisect import bisect_left
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import grpc
 
 from eddyline.settings.loader import Settings
+from serving.answer.click_waits import ClickPending, TooManyWait
 from serving.answer.deadline import Deadline, DeadlinePassed
+from serving.answer.user_reader import AfterToken
 from serving.proto import retrieval_pb2 as pb
-from serving.proto import retrieval_pb2_grpc
 from serving.rpc import converters
 from serving.rpc.backends import HoldsOneShard, NoShardAnswers, RetrievalBackend
 
 log = logging.getLogger(__name__)
 
+NAME = pb.DESCRIPTOR.services_by_name["Retrieval"].full_name
+# A call that waits for a click keeps this much of its deadline for the answer itself.
+ANSWER_S = 0.05
 # Upper bounds of the histogram of query times, seconds.
 _BUCKETS_MS = (0.5, 1, 2, 3, 5, 7.5, 10, 15, 25, 50, 100, 250, 500, 1_000)
 BUCKETS_S = tuple(ms / 1000 for ms in _BUCKETS_MS)
@@ -31,6 +37,7 @@ _CODES: dict[type[Exception], grpc.StatusCode] = {
     DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
     HoldsOneShard: grpc.StatusCode.FAILED_PRECONDITION,
     NoShardAnswers: grpc.StatusCode.UNAVAILABLE,
+    TooManyWait: grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 
 
@@ -58,7 +65,7 @@ class QueryCounts(NamedTuple):
     paths: dict[str, PathCounts]
 
 
-class RetrievalService(retrieval_pb2_grpc.RetrievalServicer):
+class RetrievalService:
     """Answers Retrieve and Stats. Thread rule: any thread."""
 
     def __init__(self, settings: Settings) -> None:
@@ -81,26 +88,19 @@ class RetrievalService(retrieval_pb2_grpc.RetrievalServicer):
         self._backend = backend
 
     def Retrieve(
-        self, request: pb.RetrieveRequest, context: grpc.ServicerContext
-    ) -> pb.RetrieveResponse:
-        """See retrieval.proto."""
+        self,
+        request: pb.RetrieveRequest,
+        context: grpc.ServicerContext,
+        send: Callable[[pb.RetrieveResponse | None], None],
+    ) -> None:
+        """See retrieval.proto. send: gets the response, then None; perhaps from another thread.
+
+        So gRPC lets a handler return before its call is answered: a call that waits for a click
+        holds no thread.
+        """
         received_us, begun = time.time_ns() // 1000, time.perf_counter()
         deadline = Deadline.of_call(context.time_remaining(), self._settings.query_timeout_ms)
-        try:
-            response = self._answer(request, deadline, received_us)
-        except _NotReady as error:
-            _abort(context, grpc.StatusCode.UNAVAILABLE, str(error))
-        except tuple(_CODES) as error:
-            self._count(begun, None)
-            code = next(code for kind, code in _CODES.items() if isinstance(error, kind))
-            _abort(context, code, str(error))
-        except Exception as error:
-            self._count(begun, None)
-            log.exception("a query failed")
-            detail = f"{type(error).__name__}; the worker's log has more"
-            _abort(context, grpc.StatusCode.INTERNAL, detail)
-        self._count(begun, response)
-        return response
+        self._run(_Call(request, context, send, deadline, received_us, begun))
 
     def Stats(self, request: pb.StatsRequest, context: grpc.ServicerContext) -> pb.StatsResponse:
         """See retrieval.proto. Answers also before the worker is ready."""
@@ -128,14 +128,46 @@ class RetrievalService(retrieval_pb2_grpc.RetrievalServicer):
                 self._queries, self._failed, list(self._times), self._total_s, dict(self._paths)
             )
 
-    def _answer(
-        self, request: pb.RetrieveRequest, deadline: Deadline, received_us: int
-    ) -> pb.RetrieveResponse:
-        query = converters.query_of(request, self._settings)
+    def _run(self, call: _Call, waited: AfterToken | None = None) -> None:
+        """Answer the call, or park it. waited: its token once it has waited."""
+        try:
+            response = self._answer(call, waited)
+        except _NotReady as error:
+            return call.fail(grpc.StatusCode.UNAVAILABLE, str(error))
+        except tuple(_CODES) as error:
+            self._count(call.begun, None)
+            code = next(code for kind, code in _CODES.items() if isinstance(error, kind))
+            return call.fail(code, str(error))
+        except Exception as error:
+            self._count(call.begun, None)
+            log.exception("a query failed")
+            detail = f"{type(error).__name__}; the worker's log has more"
+            return call.fail(grpc.StatusCode.INTERNAL, detail)
+        if response is not None:
+            self._count(call.begun, response)
+            call.send(response)
+            call.send(None)
+
+    def _answer(self, call: _Call, waited: AfterToken | None) -> pb.RetrieveResponse | None:
+        """The response; None if the call waits for its click."""
+        query = converters.query_of(call.request, self._settings)
         backend = self._backend
         if backend is None:
             raise _NotReady(f"the worker is not ready: it waits for {self._waiting_for}")
-        return backend.retrieve(query, deadline, received_us)
+        waits, after = backend.waits, query.after
+        if waited is not None:
+            query = replace(query, after=waited)
+        elif waits is not None and after is not None and after.wait_ms:
+            waits.check(after)  # before any work: callers that are refused may be many
+        try:
+            return backend.retrieve(query, call.deadline, call.received_us)
+        except ClickPending:
+            assert waits is not None and after is not None
+        wait_s = min(after.wait_ms / 1000, call.deadline.left_s() - ANSWER_S)
+        parked = waits.park(after, wait_s, lambda waited: self._run(call, waited))
+        if not call.context.add_callback(lambda: waits.cancel(parked)):
+            waits.cancel(parked)  # the caller is gone already
+        return None
 
     def _count(self, begun: float, response: pb.RetrieveResponse | None) -> None:
         """Count one query; response: None for a failed one."""
@@ -151,10 +183,45 @@ class RetrievalService(retrieval_pb2_grpc.RetrievalServicer):
                 self._paths[path] = PathCounts(before.queries + 1, before.items + items)
 
 
+class _Call(NamedTuple):
+    """One call of Retrieve, from its arrival to its answer."""
+
+    request: pb.RetrieveRequest
+    context: grpc.ServicerContext
+    send: Callable[[pb.RetrieveResponse | None], None]
+    deadline: Deadline
+    received_us: int
+    begun: float
+
+    def fail(self, code: grpc.StatusCode, detail: str) -> None:
+        """End the call with this status. `abort` would raise, which only the handler may."""
+        self.context.set_code(code)
+        self.context.set_details(detail)
+        self.send(None)
+
+
 class _NotReady(Exception):
     """The worker cannot answer yet."""
 
 
-def _abort(context: Any, code: grpc.StatusCode, sentence: str) -> NoReturn:
-    context.abort(code, sentence)
-    raise AssertionError("abort returned")
+def add_to_server(service: RetrievalService, server: grpc.Server) -> None:
+    """As the generated function, but `Retrieve` answers through a callback.
+
+    On the wire a stream of one response is a single response.
+    """
+
+    def retrieve(request: Any, context: Any, send: Any) -> None:
+        service.Retrieve(request, context, send)
+
+    retrieve.experimental_non_blocking = True  # type: ignore[attr-defined]
+    handlers = {
+        "Retrieve": grpc.unary_stream_rpc_method_handler(
+            retrieve, pb.RetrieveRequest.FromString, pb.RetrieveResponse.SerializeToString
+        ),
+        "Stats": grpc.unary_unary_rpc_method_handler(
+            service.Stats, pb.StatsRequest.FromString, pb.StatsResponse.SerializeToString
+        ),
+    }
+    generic = grpc.method_handlers_generic_handler(NAME, handlers)
+    server.add_generic_rpc_handlers((generic,))
+    server.add_registered_method_handlers(NAME, handlers)

@@ -16,10 +16,10 @@ from eddyline.errors import SettingsError
 from eddyline.schema.events import ID_BYTES_MAX
 from eddyline.settings.loader import Settings
 from index.filters import LIST_IDS_MAX, RANGES_MAX, TERMS_MAX
-from serving.proto import retrieval_pb2, retrieval_pb2_grpc, shard_pb2, shard_pb2_grpc
-from serving.rpc import call_pools
+from serving.proto import shard_pb2, shard_pb2_grpc
+from serving.rpc import call_pools, retrieval_service
 from serving.rpc.call_pools import CallPool, CallPools
-from serving.rpc.retrieval_service import RetrievalService
+from serving.rpc.retrieval_service import NAME, RetrievalService
 from serving.rpc.shard_service import ShardService
 
 # An id or a name on the wire: tag, length and two bytes of bounds around it.
@@ -36,7 +36,6 @@ CONTROL_CALLS_MAX = 64
 # An idle connection is asked whether it lives, and ended if it does not answer.
 KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS = 60_000, 20_000
 SHARD_NAME = shard_pb2.DESCRIPTOR.services_by_name["Shard"].full_name
-NAME = retrieval_pb2.DESCRIPTOR.services_by_name["Retrieval"].full_name
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -115,8 +114,7 @@ class WorkerServer:
         self._health = health.HealthServicer(
             experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(1, "health")
         )
-        add_service = retrieval_pb2_grpc.add_RetrievalServicer_to_server
-        add_service(service, self._server)  # type: ignore[no-untyped-call]
+        retrieval_service.add_to_server(service, self._server)
         names = [NAME, health.SERVICE_NAME, reflection.SERVICE_NAME]
         if shard is not None:
             add_shard = shard_pb2_grpc.add_ShardServicer_to_server

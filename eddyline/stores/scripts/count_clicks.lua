@@ -1,6 +1,6 @@
 -- KEYS[2]: the index of buckets (sorted set, number by number), KEYS[3] …: the n buckets that grow,
--- then their n versions. ARGV[3]: buckets kept, ARGV[4]: key prefix of the slot, ARGV[5]: items of a
--- bucket at most; then for each bucket: its number, n items, n pairs (item id, thousandths of a
+-- then their n versions. ARGV[3]: buckets kept, ARGV[4]: key prefix of the slot, ARGV[5]: items of
+-- a bucket at most; then for each bucket: its number, n items, n pairs (item id, thousandths of a
 -- click). A version never repeats: it is the time and the new fence of the write.
 for i = 3, 2 + (#KEYS - 2) / 2 do
   redis.call('ZCARD', KEYS[i]) -- fails for a key of another type

@@ -31,6 +31,7 @@ from serving.rpc.retrieval_service import RetrievalService
 from serving.sharding import ALL, ShardAssignment
 from serving.worker import replica
 from serving.worker.generation import GenerationRuntime
+from tests.unit.serving.direct_call import retrieve
 
 N, PARTITIONS = 40, 4
 DIMENSIONS = {"a": 16, "b": 8}
@@ -188,8 +189,7 @@ class Plant:
         return [item for item in best if item not in (*HISTORY, *without)][:5]
 
     def answer(self) -> pb.RetrieveResponse:
-        call = SimpleNamespace(time_remaining=lambda: 5.0)
-        return self.service.Retrieve(pb.RetrieveRequest(user_id="ana", k=5), call)  # type: ignore[arg-type]
+        return retrieve(self.service, "ana", 5)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from eddyline.stores.redis_errors import translate_error
 from eddyline.stores.redis_url import target
 from eddyline.stores.state_store import Fence, ItemMetadata, LogId, Source, UserState
 from index.filters import LIST_IDS_MAX
+from serving.answer.click_waits import ClickWaits
 from serving.answer.user_reader import UserReader
 from serving.proto import retrieval_pb2 as pb
 from serving.rpc import call_pools
@@ -28,7 +29,9 @@ from serving.rpc.server import WorkerServer
 from tests.unit.serving.test_retriever import World
 
 THREADS = 8
-SETTINGS = Settings(worker_port=0, worker_threads=THREADS, query_timeout_ms=3_000)
+SETTINGS = Settings(
+    worker_port=0, worker_threads=THREADS, query_timeout_ms=3_000, waiting_calls_max=64
+)
 
 
 @pytest.fixture
@@ -41,6 +44,7 @@ def world() -> World:
 
 @pytest.fixture
 def server(world: World) -> Iterator[WorkerServer]:
+    world.retriever.waits = ClickWaits(world.store, calls_max=SETTINGS.waiting_calls_max)
     service = RetrievalService(SETTINGS)
     made = WorkerServer(SETTINGS, service)
     service.serve(world.backend)
@@ -145,11 +149,7 @@ def test_health_answers_while_every_query_thread_is_busy(
 
 @pytest.mark.parametrize("waiters", [16, 200])
 def test_waiters_refuse_no_plain_query(server: WorkerServer, world: World, waiters: int) -> None:
-    """Each waiter comes back: what waits is always as much as may.
-
-    A call that may not wait costs a query. 200 callers that come back every half second would be
-    400 queries a second, more than two busy cores answer; here they come back after two seconds.
-    """
+    """Each waiter comes back half a second after its answer, so that as many wait as may."""
     after = pb.After(partition=partition_of("ana", 8), offset=2**62, wait_ms=1_000)
     stop, waited, refused = threading.Event(), list[str](), list[str]()
     # As many connections as a caller with a pool has; 200 threads share them.
@@ -161,8 +161,8 @@ def test_waiters_refuse_no_plain_query(server: WorkerServer, world: World, waite
             try:
                 waited.append(client._stub.Retrieve(request, timeout=3).freshness.after.why)
             except grpc.RpcError as error:
-                refused.append(error.code().name)
-            stop.wait(0.5 if waiters == 16 else 2.0)
+                refused.append(f"{error.code().name}: {error.details()}")
+            stop.wait(0.5)
 
     threads = [
         threading.Thread(target=wait, args=(clients[n % 8],), daemon=True) for n in range(waiters)
@@ -187,8 +187,9 @@ def test_waiters_refuse_no_plain_query(server: WorkerServer, world: World, waite
             thread.join(10)
         for open_client in clients:
             open_client.close()
-    assert any("too many wait already" in why for why in waited)
     assert any("applied up to offset" in why for why in waited)
+    assert all("calls wait for a click already" in why for why in refused)
+    assert bool(refused) == (waiters > SETTINGS.waiting_calls_max)
 
 
 class Broken(MemoryStore):

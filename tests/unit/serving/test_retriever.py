@@ -24,6 +24,7 @@ from embeddings.towers.user_tower import query_vector
 from index.exact import ExactIndex
 from index.port import IndexReader
 from serving.answer import user_reader
+from serving.answer.click_waits import ClickPending, ClickWaits
 from serving.answer.deadline import Deadline, DeadlinePassed
 from serving.answer.retriever import Answer, Query, Retriever
 from serving.answer.user_reader import AfterToken, UserReader
@@ -138,6 +139,7 @@ class World:
             popularity=self.popularity,
             paths=self.paths,
             item_slots=1,
+            waits=ClickWaits(self.store, calls_max=SETTINGS.waiting_calls_max),
         )
         held = LocalIndex("g1", self.index, self.replica)  # type: ignore[arg-type]
         self.backend = WorkerBackend(held, self.retriever)
@@ -339,20 +341,11 @@ def test_a_click_that_is_in_needs_no_waiting(world: World) -> None:
     for offset in (6, 7):
         after = world.ask("ana", 1, after=AfterToken(partition, offset, 0)).after
         assert after is not None and after.applied
-    after = world.ask("ana", 1, after=AfterToken(partition, 8, 30)).after
-    assert after is not None and not after.applied and 30 <= after.waited_ms < 300
+    after = world.ask("ana", 1, after=AfterToken(partition, 8, 0)).after
+    assert after is not None and not after.applied
     assert after.why == f"partition {partition} is applied up to offset 7, not 8"
-
-
-def test_waiting_ends_as_soon_as_the_click_is_in(world: World) -> None:
-    world.user("ana", "i3", offset=7)
-    later = threading.Timer(0.05, lambda: world.user("ana", "i9", "i3", offset=8))
-    later.start()
-    answer = world.ask("ana", 1, after=AfterToken(partition_of("ana", 8), 8, 2_000))
-    later.join(5)
-    assert answer.after is not None and answer.after.applied
-    assert 30 <= answer.after.waited_ms < 1_000
-    assert answer.user.history.entries[0].item_id == "i9"
+    with pytest.raises(ClickPending):
+        world.ask("ana", 1, after=AfterToken(partition, 8, 30))
 
 
 def test_a_deadline_is_looked_at_before_every_step(world: World) -> None:

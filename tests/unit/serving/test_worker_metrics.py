@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import grpc
 import msgspec
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -21,12 +20,14 @@ from eddyline.process import metrics
 from eddyline.settings.loader import Settings
 from serving.metrics import WorkerCollector, serve
 from serving.proto import retrieval_pb2 as pb
+from serving.rpc.backends import RetrievalBackend
 from serving.rpc.retrieval_service import BUCKETS_S, RetrievalService
+from tests.unit.serving.direct_call import retrieve
 
 PAGE = Path(__file__).parents[3] / "docs" / "operations.md"
 
 
-class Holds:
+class Holds(RetrievalBackend):
     """Answers with one item of one path, and has figures of an index."""
 
     def retrieve(self, query: Any, deadline: Any, received_us: int) -> pb.RetrieveResponse:
@@ -42,16 +43,6 @@ class Holds:
         response.index.recall.CopyFrom(found)
         away_ms = int((time.time() - 60) * 1000)
         response.tail.MergeFrom(pb.TailStatus(lag_records=7, rejected=1, away_since_ms=away_ms))
-
-
-class Call:
-    """What a servicer needs of a call."""
-
-    def time_remaining(self) -> None:
-        return None
-
-    def abort(self, code: grpc.StatusCode, sentence: str) -> None:
-        raise RuntimeError(f"{code}: {sentence}")
 
 
 def text(service: RetrievalService) -> str:
@@ -76,7 +67,7 @@ def test_the_page_names_every_metric_and_no_other() -> None:
         "eddyline_worker_missing",
     }
     service.serve(Holds())
-    service.Retrieve(pb.RetrieveRequest(user_id="u", k=1), Call())  # type: ignore[arg-type]
+    retrieve(service, "u", 1)
     found = text(service)
     assert names(found) == set(re.findall(r"eddyline_worker_\w+", PAGE.read_text(encoding="utf-8")))
     for line in (
@@ -123,17 +114,17 @@ def test_a_recall_that_is_not_known_yet_is_not_reported() -> None:
 
 
 def test_queries_are_counted_by_outcome_and_time() -> None:
-    service, call = RetrievalService(Settings()), Call()
+    service = RetrievalService(Settings())
     with pytest.raises(RuntimeError, match="UNAVAILABLE"):
-        service.Retrieve(pb.RetrieveRequest(user_id="u", k=1), call)  # type: ignore[arg-type]
+        retrieve(service, "u", 1)
     assert 'queries_total{outcome="failed"} 0.0' in text(service), (
         "a worker that is not ready has no failed query"
     )
     service.serve(Holds())
     for _ in range(3):
-        service.Retrieve(pb.RetrieveRequest(user_id="u", k=1), call)  # type: ignore[arg-type]
+        retrieve(service, "u", 1)
     with pytest.raises(RuntimeError, match="INVALID_ARGUMENT"):
-        service.Retrieve(pb.RetrieveRequest(user_id="", k=1), call)  # type: ignore[arg-type]
+        retrieve(service, "", 1)
     found = text(service)
     assert (
         'queries_total{outcome="answered"} 3.0' in found
