@@ -129,7 +129,9 @@ class TopicPipeline:
     ) -> dict[int, int]:
         for partition in bounds:
             self.handler.open(partition)
-        return self.handler.fences.open(bounds, committed)
+        positions = self.handler.fences.open(bounds, committed)
+        self.handler.prepare(bounds)
+        return positions
 
 
 class BatchDispatcher:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
 from kafka import KafkaProducer
 
+from eddyline.generations import KafkaStepRanges
 from eddyline.kafka.topics import CLICKS, ITEMS, USERS
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import StateStore
 from streams.clicks.handler import ClickHandler
+from streams.clicks.step_ranges import FixedStepRanges, RecordedStepRanges, StepRangeRule
 from streams.dead_letters import KafkaDeadLetters, KafkaForwarder
 from streams.fences import LogIds, PartitionFences
 from streams.generation import Generation
@@ -32,6 +34,7 @@ class Outputs:
     """Where the handlers' records go, besides item records. Each sink serves one handler.
 
     forgets: see `UserHandler`
+    steps:   see `ClickHandler`
     """
 
     click_letters: DeadLetterSink
@@ -39,6 +42,7 @@ class Outputs:
     item_letters: DeadLetterSink
     forwarder: Forwarder
     forgets: ForgetSink | None = None
+    steps: StepRangeRule = field(default_factory=FixedStepRanges)
 
     @classmethod
     def to_kafka(cls, settings: Settings, producer: KafkaProducer) -> Outputs:
@@ -49,12 +53,13 @@ class Outputs:
             item_letters=KafkaDeadLetters(settings, producer),
             forwarder=KafkaForwarder(settings, producer),
             forgets=KafkaForwarder(settings, producer),
+            steps=RecordedStepRanges(KafkaStepRanges(settings, producer)),
         )
 
     @classmethod
-    def to_sink(cls, sink: Sink) -> Outputs:
+    def to_sink(cls, sink: Sink, steps: StepRangeRule | None = None) -> Outputs:
         """One sink for all handlers, which run one after the other."""
-        return cls(sink, sink, sink, sink)
+        return cls(sink, sink, sink, sink, steps=steps or FixedStepRanges())
 
 
 @dataclass(eq=False)
@@ -87,6 +92,7 @@ class Handlers:
             self.outputs.click_letters,
             self.outputs.forwarder,
             [generation.micro for generation in self.generations],
+            steps=self.outputs.steps,
         )
 
     @cached_property

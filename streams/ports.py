@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -153,6 +153,13 @@ class Handler(Protocol):
 
         Raises KafkaUnavailable, KafkaRefused where a publisher has to be opened.
         """
+
+    def prepare(self, partitions: Collection[int]) -> None:
+        """Do what the first batch of partitions needs, once their fences are open.
+
+        A batch does it too where this was left out. Raises Unavailable, KafkaRefused.
+        """
+        return None
 
     def apply(self, batches: Sequence[RecordBatch]) -> list[Outcome | Exception]:
         """Apply one batch each of different partitions; no effect is written twice.

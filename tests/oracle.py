@@ -22,6 +22,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from eddyline import generations
 from eddyline.errors import EddylineError, Rejected
 from eddyline.kafka import topics as kafka_topics
 from eddyline.schema.item_record import ItemRecord, decode_record
@@ -33,6 +34,7 @@ from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import Fence, Source, UserQuery, UserRead
 from embeddings.bundle import bundle as bundles
 from embeddings.bundle.bundle import Bundle
+from streams.clicks.step_ranges import FixedStepRanges
 from streams.fences import sources
 from streams.generation import Generation
 from streams.handlers import Handlers, Outputs
@@ -100,6 +102,7 @@ def truth(
     again.
     """
     found, spans = Truth(), list(eras) or [(Era(settings, towers.generation), towers)]
+    steps = FixedStepRanges(generations.step_ranges(settings))
     published: dict[str, dict[str, ItemRecord]] = {}
     for number, (era, bundle) in enumerate(spans):
         found.published = published.setdefault(bundle.generation, {})
@@ -108,7 +111,7 @@ def truth(
             found.store,
             topics.logs,
             [Generation(bundle, found)],
-            Outputs.to_sink(found),
+            Outputs.to_sink(found, steps),
             [towers.generation for _, towers in spans],
             items_wait_s=0.0,
             clock_us=lambda: 0,

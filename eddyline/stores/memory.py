@@ -15,6 +15,7 @@ from eddyline.errors import EddylineError, FenceMoved, StoreRefused, StoreUnavai
 from eddyline.schema import user_history
 from eddyline.schema.erasure import Erasure, digest, is_outdated
 from eddyline.schema.partitioning import item_slot
+from eddyline.schema.step_ranges import StepRanges
 from eddyline.schema.user_history import UserHistory
 from eddyline.stores.log_reset import Logs, decide, metadata_is_current, was_replaced
 from eddyline.stores.state_store import (
@@ -45,7 +46,7 @@ class _State:
     profiles: dict[tuple[str, str], dict[str, object]] = field(default_factory=dict)
     profile_places: dict[tuple[str, str], ProfilePlace] = field(default_factory=dict)
     erasures: dict[tuple[str, str], Erasure] = field(default_factory=dict)
-    generations: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    step_ranges: dict[str, Mapping[str, StepRanges]] = field(default_factory=dict)
     buckets: dict[str, dict[int, dict[str, int]]] = field(default_factory=dict)
     items: dict[str, ItemMetadata] = field(default_factory=dict)
 
@@ -132,8 +133,8 @@ class MemoryStore(StateStore):
                 state.profile_places.pop((slot, user), None)
             for hashed, erasure in effects.erasures.items():
                 state.erasures[slot, hashed] = erasure
-            if effects.generations and any(effects.embeddings.values()):
-                state.generations[slot] = effects.generations
+            if effects.step_ranges is not None:
+                state.step_ranges[slot] = dict(effects.step_ranges)
             for user, history in effects.histories.items():
                 stored = msgspec.structs.replace(history, entries=tuple(history.entries))
                 state.histories[slot, user] = (stored, applied_us)
@@ -148,8 +149,8 @@ class MemoryStore(StateStore):
             self._open()
             accepted = dict(self._state.window.get(slot, {}))
             fence = self._state.fences.get((slot, source))
-            generations = self._state.generations.get(slot, ())
-            return SlotRead(fence, self._users_fence(slot, source), accepted, generations)
+            ranges = self._state.step_ranges.get(slot, {})
+            return SlotRead(fence, self._users_fence(slot, source), accepted, ranges)
 
     @override
     def read_many(self, queries: Sequence[UserQuery]) -> list[UserRead]:

@@ -12,7 +12,8 @@ tag:
     <ns>{u3}:p:<user>                   profile: offset in `users` (int64), ms of its first append
                                         (int64), attributes (MessagePack map)
     <ns>{u3}:f:<SHA-256 of user>        erasure of a forgotten user, see `schema.erasure`; expires
-    <ns>{u3}:generations                every generation with embeddings here, MessagePack array
+    <ns>{u3}:generations                MessagePack map: generation with embeddings here -> its
+                                        `schema.step_ranges.StepRanges`
     <ns>fence:{i0}:clicks:3             fence of the same partition for the popularity counts
     <ns>fence:{i0}:items:0              fence of the item metadata
     <ns>fence:{i0}:items@1:0            fence of the item vectors published for generation 1
@@ -176,7 +177,7 @@ class RedisStore(StateStore):
             fence,
             text,
             user_codec.decode_accepted(blobs, done),
-            user_codec.decode_generations(generations),
+            user_codec.decode_step_ranges(generations),
         )
 
     @override

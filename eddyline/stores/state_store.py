@@ -13,6 +13,7 @@ from typing import Protocol
 
 from eddyline.errors import EddylineError
 from eddyline.schema.erasure import Erasure
+from eddyline.schema.step_ranges import StepRanges
 from eddyline.schema.user_history import CompactEntry, UserHistory
 
 
@@ -22,6 +23,10 @@ class LogId:
 
     cluster_id: str
     topic_id: str
+
+    def __str__(self) -> str:
+        """The stored form: `cluster id|topic id`."""
+        return f"{self.cluster_id}|{self.topic_id}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +38,7 @@ class Fence:
 
     def __str__(self) -> str:
         """The stored form: `offset|cluster id|topic id`."""
-        return f"{self.offset}|{self.log.cluster_id}|{self.log.topic_id}"
+        return f"{self.offset}|{self.log}"
 
     @classmethod
     def parse(cls, text: str) -> Fence:
@@ -82,13 +87,14 @@ class SlotRead:
     fence:    fence of `clicks`
     profiles: fence of `users`, as text; "" for none
     accepted: event id -> offset, every id of the window, by offset
-    generations: every generation of which the slot has embeddings
+    step_ranges: every generation of which the slot may have embeddings -> where its micro-steps
+              were taken
     """
 
     fence: Fence | None
     profiles: str
     accepted: dict[str, int]
-    generations: tuple[str, ...] = ()
+    step_ranges: Mapping[str, StepRanges] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +119,9 @@ class UserEffects:
     embeddings:   generation -> user id -> (steps, bytes of float32[d])
     emptied:      users whose history, and embeddings of each generation in `embeddings` and in
                   `generations`, are deleted first
-    generations:  every generation of which the slot has embeddings after the write; stored with
-                  embeddings
+    generations:  every generation of which the slot may have embeddings
+    step_ranges:  generation -> where its micro-steps are taken, of all generations of the slot;
+                  None leaves what is stored
     erasures:     SHA-256 of a user id -> what is kept of that forgotten user
     dropped_profiles: users whose profile is deleted
     profiles:     expected fence of `users`, "" for none. If the stored fence differs the write
@@ -129,6 +136,7 @@ class UserEffects:
     emptied: tuple[str, ...] = ()
     profiles: str | None = None
     generations: tuple[str, ...] = ()
+    step_ranges: Mapping[str, StepRanges] | None = None
     erasures: dict[str, Erasure] = field(default_factory=dict)
     dropped_profiles: tuple[str, ...] = ()
 

@@ -15,8 +15,9 @@ from typing import Any
 import msgspec
 
 from eddyline.errors import StoreRefused
-from eddyline.schema import erasure, user_history
+from eddyline.schema import erasure, step_ranges, user_history
 from eddyline.schema.erasure import Erasure
+from eddyline.schema.step_ranges import StepRanges
 from eddyline.schema.user_history import StoredHistory
 from eddyline.stores.state_store import Fence, ProfilePlace, UserEffects, UserRead, UserState
 
@@ -27,7 +28,9 @@ _BLOB = struct.Struct("<qq")
 _pack = msgspec.msgpack.Encoder().encode
 _blob = msgspec.msgpack.Decoder(tuple[int, list[str], list[int]])
 _profile = msgspec.msgpack.Decoder(dict[str, object])
-_generations = msgspec.msgpack.Decoder(tuple[str, ...])
+_step_ranges = msgspec.msgpack.Decoder(tuple[str, ...] | dict[str, StepRanges])
+# Before ranges were kept, a slot listed the generations of its embeddings.
+_UNKNOWN_RANGES = step_ranges.always("")
 
 
 def user_keys(tag: str, user_ids: Sequence[str], generations: Sequence[str]) -> list[str]:
@@ -143,8 +146,7 @@ def encode_users(
         for generation, of_users in effects.embeddings.items()
         for user in of_users
     ]
-    with_generations = bool(effects.generations) and any(effects.embeddings.values())
-    if with_generations:
+    if effects.step_ranges is not None:
         names.append(f"{tag}:generations")
     written = len(names)
     generations = {**dict.fromkeys(effects.embeddings), **dict.fromkeys(effects.generations)}
@@ -171,16 +173,17 @@ def encode_users(
         for of_users in effects.embeddings.values()
         for steps, vector in of_users.values()
     ]
-    if with_generations:
-        args.append(_pack(effects.generations))
+    if effects.step_ranges is not None:
+        args.append(_pack(effects.step_ranges))
     for one in effects.erasures.values():
         args += (one.encode(), one.ends_ms)
     return names, args
 
 
-def decode_generations(value: bytes | None) -> tuple[str, ...]:
-    """The generations of which a slot has embeddings."""
-    return () if value is None else _generations.decode(value)
+def decode_step_ranges(value: bytes | None) -> dict[str, StepRanges]:
+    """The generations of which a slot may have embeddings, with their ranges."""
+    found = () if value is None else _step_ranges.decode(value)
+    return dict.fromkeys(found, _UNKNOWN_RANGES) if isinstance(found, tuple) else found
 
 
 def encode_accepted(accepted: Mapping[str, int], floor: int) -> bytes:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 
 import msgspec
 from typing_extensions import override
@@ -25,11 +25,12 @@ from eddyline.schema.events import Click
 from eddyline.schema.partial import Omitted
 from eddyline.schema.partitioning import partition_of, user_slot
 from eddyline.settings.loader import Settings
-from eddyline.stores.state_store import Source, StateStore, UserEffects, UserQuery, UserWrite
+from eddyline.stores.state_store import Fence, Source, StateStore, UserEffects, UserQuery, UserWrite
 from streams.clicks.batch import ClickBatch, decode, deduplicate
 from streams.clicks.micro_steps import MicroSteps, Step
 from streams.clicks.popularity import PopularityCounts
-from streams.clicks.user_cache import UserCache, check
+from streams.clicks.step_ranges import FixedStepRanges, OpenedSlot, StepRangeRule
+from streams.clicks.user_cache import Slot, UserCache, check
 from streams.clicks.user_updates import UserUpdates
 from streams.fences import PartitionFences
 from streams.ports import (
@@ -54,6 +55,7 @@ class ClickHandler(Handler):
 
     micro:   the micro-steps of each live generation; empty leaves embeddings alone
     clock_s: decides only when pending popularity counts are due; no effect depends on it
+    steps:   decides at which offsets each generation takes micro-steps
     """
 
     partition_max = PARTITION_MAX
@@ -67,6 +69,7 @@ class ClickHandler(Handler):
         forwarder: Forwarder,
         micro: Sequence[MicroSteps],
         clock_s: Callable[[], float] = time.monotonic,
+        steps: StepRangeRule | None = None,
     ) -> None:
         self.fences = fences
         self.omitted = Omitted()
@@ -78,11 +81,22 @@ class ClickHandler(Handler):
         self._dead_letters = dead_letters
         self._forwarder = forwarder
         self._micro = micro
+        self._step_ranges = steps or FixedStepRanges()
 
     @override
     def open(self, partition: int) -> None:
         self.popularity.reset(partition)
         self.cache.drop(user_slot(partition))
+
+    @override
+    def prepare(self, partitions: Collection[int]) -> None:
+        slots = []
+        for partition in partitions:
+            source, slot = Source(CLICKS, partition), user_slot(partition)
+            with suppress(FenceMoved):  # the first batch finds it too
+                fence = self.fences.expected(source, slot)
+                slots.append((source, fence, self.cache.slot(slot, source, fence)))
+        self._open_steps(slots)
 
     @override
     def move_fences(self, partition: int, offset: int) -> None:
@@ -137,6 +151,7 @@ class ClickHandler(Handler):
         done = one.done
         one.decoded = decode(self._settings, batch)
         known = self.cache.slot(one.slot, one.source, one.fence)
+        self._open_steps([(one.source, one.fence, known)])
         one.profiles = known.profiles
         one.accepted, one.entering = deduplicate(
             self._settings.dedupe_window_events, one.decoded.events, known.window.known, done
@@ -170,7 +185,9 @@ class ClickHandler(Handler):
     def _update(self, one: ClickBatch) -> None:
         """Apply the events to the users."""
         users = self.cache.complete(one.users, one.read)
-        updates = one.updates = UserUpdates(self._settings, self._micro, users)
+        ranges = self.cache.slot(one.slot, one.source, one.fence).ranges or {}
+        of_micro = [ranges[micro.generation] for micro in self._micro]
+        updates = one.updates = UserUpdates(self._settings, self._micro, of_micro, users)
         done = one.done
         for record, event in one.accepted:
             if record.offset > done:
@@ -206,8 +223,9 @@ class ClickHandler(Handler):
             raise LookupError(f"no events were applied for {one.source}")
         effects = updates.effects(one.batch.read_us, embeddings)
         effects.accepted, effects.profiles = one.entering, one.profiles
-        known = dict.fromkeys(self.cache.slot(one.slot, one.source, one.fence).generations)
-        effects.generations = tuple(sorted(known | dict.fromkeys(self._generations)))
+        known = self.cache.slot(one.slot, one.source, one.fence)
+        effects.generations = tuple(sorted(known.ranges or ()))
+        effects.step_ranges = None if known.ranges == known.stored else known.ranges
         # Ids accepted below can no longer match: the next record lies at least one offset further.
         effects.window_floor = last.offset + 1 - self._settings.dedupe_window_events
         one.outcome.steps, one.outcome.late = sum(map(len, updates.steps)), updates.late
@@ -273,10 +291,23 @@ class ClickHandler(Handler):
                     self.fences.moved(one.source, one.slot, write.new)
                     known = self.cache.slot(one.slot, one.source, write.new)
                     known.window.add(one.entering, write.effects.window_floor)
-                    if any(write.effects.embeddings.values()):
-                        known.generations = write.effects.generations
+                    known.stored = known.ranges or {}
                     if one.updates is not None:
                         self.cache.keep(one.slot, one.updates.users)
+
+    def _open_steps(self, opened: Sequence[tuple[Source, Fence | None, Slot]]) -> None:
+        """Decide where the micro-steps of newly read slots are taken; recorded before the first."""
+        new = [one for one in opened if one[2].ranges is None]
+        if not new:
+            return
+        log_id = str(self.fences.fence(0).log)
+        slots = [
+            OpenedSlot(source.partition, log_id, 0 if f is None else f.offset + 1, slot.stored)
+            for source, f, slot in new
+        ]
+        found = self._step_ranges.open(slots, self._generations)
+        for (_, _, slot), ranges in zip(new, found, strict=True):
+            slot.ranges = ranges
 
     @contextmanager
     def _guard(self, clicks: Sequence[ClickBatch]) -> Iterator[None]:

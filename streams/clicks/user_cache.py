@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from eddyline.errors import FenceMoved
 from eddyline.schema import user_history
 from eddyline.schema.erasure import Erasure
+from eddyline.schema.step_ranges import StepRanges
 from eddyline.schema.user_history import CompactEntry, Entry
 from eddyline.stores.state_store import Fence, ProfilePlace, SlotRead, Source, StateStore, UserRead
 from streams.ports import Record
@@ -93,13 +94,15 @@ class Window:
 class Slot:
     """One user slot.
 
-    profiles:    the fence of `users` under which its users were read, as text
-    generations: every generation of which the slot has embeddings
+    profiles: the fence of `users` under which its users were read, as text
+    stored:   generation -> where its micro-steps are taken, as the slot has it
+    ranges:   the same, as this process goes on; None until that is decided
     """
 
     window: Window
     profiles: str
-    generations: tuple[str, ...] = ()
+    stored: Mapping[str, StepRanges] = field(default_factory=dict)
+    ranges: Mapping[str, StepRanges] | None = None
 
 
 class UserCache:
@@ -133,7 +136,7 @@ class UserCache:
         if known is None:
             read = self._store.read_slot(slot, source)
             check(slot, source, fence, read)
-            known = self._slots[slot] = Slot(Window(read.accepted), read.profiles, read.generations)
+            known = self._slots[slot] = Slot(Window(read.accepted), read.profiles, read.step_ranges)
         return known
 
     def look(

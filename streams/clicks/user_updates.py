@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from eddyline.schema import events, user_history
 from eddyline.schema.erasure import Erasure, digest, erased_after, erased_before
 from eddyline.schema.events import KINDS, MOVED, Click, Forget, Merge
+from eddyline.schema.step_ranges import StepRanges
 from eddyline.schema.user_history import Bounds, Entry, UserHistory
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import UserEffects
@@ -25,6 +26,7 @@ class UserUpdates:
     """Histories and embeddings of the users of one batch. Thread rule: one thread.
 
     micro: the micro-steps of each live generation; empty leaves embeddings alone
+    ranges: for each of them, at which offsets it takes steps
     users: their state before the batch; changed in place
     moved: (record, click) of what merges move to other users: delivered before the fence moves
     late:  events that came too late for their user's list
@@ -33,13 +35,18 @@ class UserUpdates:
     """
 
     def __init__(
-        self, settings: Settings, micro: Sequence[MicroSteps], users: dict[str, CachedUser]
+        self,
+        settings: Settings,
+        micro: Sequence[MicroSteps],
+        ranges: Sequence[StepRanges],
+        users: dict[str, CachedUser],
     ) -> None:
         self.moved: list[tuple[Record, Click]] = []
         self.late = self.forgotten = 0
         self.steps: list[list[Step]] = [[] for _ in micro]
         self.users = users
         self._micro = micro
+        self._ranges = ranges
         self._dwell_ms_full = settings.dwell_ms_full
         self._bounds = bounds(settings)
         self._emptied: dict[str, None] = {}
@@ -127,7 +134,7 @@ class UserUpdates:
         steps = []
         for number, micro in enumerate(self._micro):
             row = micro.row(click.item_id)
-            if row is not None:
+            if row is not None and self._ranges[number].covers(record.offset):
                 enough = user.embeddings[number].steps >= micro.min_steps_before
                 history = micro.history(user.entries) if enough else ()
                 key = click.event_id or f"{record.partition}/{record.offset}"

@@ -26,6 +26,7 @@ from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import LogId, StateStore
 from embeddings.bundle import bundle as bundles
 from embeddings.bundle.bundle import Bundle
+from streams.clicks.step_ranges import RecordedStepRanges, StepRangeRule
 from streams.dead_letters import KafkaForwarder, outlet_producer
 from streams.generation import Generation
 from streams.handlers import Handlers, Outputs
@@ -187,7 +188,9 @@ def _fill_all(
     producer = outlet_producer(settings)
     sinks = RefillSinks(KafkaForwarder(settings, producer))
     try:
-        filler = GapFiller(settings, archive, store, towers, generations.known(settings), sinks)
+        steps = RecordedStepRanges(generations.KafkaStepRanges(settings, producer))
+        known = generations.known(settings)
+        filler = GapFiller(settings, archive, store, towers, known, sinks, steps)
         done, total = 0, sum(gap.last - gap.first + 1 for gap in report.gaps)
         for gap in report.gaps:
             for offsets in filler.fill(gap):
@@ -203,6 +206,7 @@ class GapFiller:
     """Fills gaps one after the other. Thread rule: one thread.
 
     known:            all generations: their embeddings are deleted with a forgotten user
+    steps:            where micro-steps are taken: where ingest took them before, as recorded
     clicks, profiles: counts of what was applied so far
     """
 
@@ -214,6 +218,7 @@ class GapFiller:
         towers: Bundle,
         known: Sequence[str],
         sinks: RefillSinks,
+        steps: StepRangeRule,
     ) -> None:
         ids = topics.log_ids(settings, [CLICKS, USERS])
         self.clicks = Outcome()
@@ -226,7 +231,7 @@ class GapFiller:
         self._committed_users = retention_gaps.committed_offsets(settings, USERS)
         self._profile_records = ProfileRecords(settings, archive, store)
         self._user_ends = topics.end_offsets(settings, USERS)
-        outputs = Outputs(sinks, sinks, sinks, sinks, forgets=sinks)
+        outputs = Outputs(sinks, sinks, sinks, sinks, forgets=sinks, steps=steps)
         self._handlers = Handlers(settings, store, ids, [Generation(towers)], outputs, known)
 
     def fill(self, gap: Gap) -> Iterator[int]:

@@ -30,6 +30,7 @@ from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import Source, StateStore, UserQuery
 from embeddings.bundle import bundle as bundles
 from embeddings.bundle.bundle import Bundle
+from streams.clicks.step_ranges import FixedStepRanges
 from streams.fences import sources
 from streams.generation import Generation
 from streams.handlers import Handlers, Outputs
@@ -110,7 +111,8 @@ def replay(
 ) -> ReplayResult:
     """Apply slices of the topics to an empty store, `batch_records` at a time.
 
-    Raises KafkaUnavailable.
+    Micro-steps are taken where ingest took them, as recorded; from the beginning of the slice if
+    no ingest has loaded the generation yet. Raises KafkaUnavailable.
     """
     result = ReplayResult()
     sinks = _ReplaySinks(result.published)
@@ -121,7 +123,7 @@ def replay(
         store,
         ids,
         [Generation(towers, sinks)],
-        Outputs.to_sink(sinks),
+        Outputs.to_sink(sinks, FixedStepRanges(generations.step_ranges(settings))),
         [towers.generation],
         items_wait_s=0.0,
         clock_us=lambda: 0,

@@ -12,6 +12,7 @@ import pytest
 
 from eddyline.errors import FenceMoved, StoreRefused, StoreUnavailable
 from eddyline.schema.erasure import Erasure, digest
+from eddyline.schema.step_ranges import FOREVER, StepRanges
 from eddyline.schema.user_history import EMPTY, Entry, UserHistory, compact
 from eddyline.settings.loader import Settings
 from eddyline.stores import redis_client, user_codec
@@ -248,10 +249,10 @@ def test_an_erasure_is_kept_and_takes_every_generation_and_the_profile(store: St
     )
     vectors = {"ana": (1, b"1234"), "bo": (2, b"5678")}
     for n, generation in enumerate(("1", "2")):
-        names = ("1", "2")[: n + 1]
-        effects = UserEffects(embeddings={generation: vectors}, generations=names)
+        ranges = {name: StepRanges("log", ((5, 9), (12, FOREVER))) for name in ("1", "2")[: n + 1]}
+        effects = UserEffects(embeddings={generation: vectors}, step_ranges=ranges)
         store.write_users("u3", CLICKS, at(n - 1) if n else None, at(n), effects)
-    assert store.read_slot("u3", CLICKS).generations == ("1", "2")
+    assert store.read_slot("u3", CLICKS).step_ranges == ranges
     assert users_of(store, "u3", ["ana"]).profile_places == {"ana": (3, 9)}
     effects = UserEffects(
         emptied=("ana",),
@@ -266,7 +267,7 @@ def test_an_erasure_is_kept_and_takes_every_generation_and_the_profile(store: St
     assert read.embeddings == {"1": {"bo": vectors["bo"]}, "2": {"bo": vectors["bo"]}}
     assert (read.profiles, read.erasures) == ({"bo": {"age": 4}}, {"ana": erasure})
     assert read.histories["bo"].entries == seen("b").entries
-    assert store.read_slot("u3", CLICKS).generations == ("1", "2")
+    assert store.read_slot("u3", CLICKS).step_ranges == ranges
 
 
 @pytest.mark.parametrize(

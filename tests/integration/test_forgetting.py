@@ -15,6 +15,7 @@ from eddyline.kafka.producers import now_ms
 from eddyline.schema import events
 from eddyline.schema.events import Click, Merge, UserProfile
 from eddyline.schema.partitioning import partition_of
+from eddyline.schema.step_ranges import always
 from eddyline.settings.loader import Settings
 from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import Source, UserEffects, UserQuery
@@ -180,7 +181,7 @@ def another_generation(
         return
     effects = UserEffects(
         embeddings={"2": dict.fromkeys(mine, (9, bytes(256)))},
-        generations=tuple(sorted({*read.generations, "2"})),
+        step_ranges={**read.step_ranges, "2": always("")},
     )
     store.write_users(slot, source, read.fence, read.fence, effects)
 

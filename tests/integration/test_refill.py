@@ -4,14 +4,17 @@ the bit.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -31,11 +34,13 @@ from eddyline.schema import events
 from eddyline.schema.erasure import digest
 from eddyline.schema.events import KINDS, Click, Merge, UserProfile
 from eddyline.schema.partitioning import partition_of
+from eddyline.schema.step_ranges import FOREVER
 from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.redis import RedisStore
 from embeddings.bundle import bundle as bundles
 from sandbox import processes
+from streams.clicks.step_ranges import FixedStepRanges
 from streams.operations import refill, retention_gaps, state_replay, topic_slices
 from tests.archiving import archive_all
 
@@ -200,19 +205,19 @@ def put_back(settings: Settings, copy: dict[bytes, bytes]) -> None:
             client.restore(key, 0, value)
 
 
-def truth(settings: Settings) -> state_replay.ReplayResult:
+def truth(settings: Settings, generation: str = "1") -> state_replay.ReplayResult:
     """The state of the topics, by ingest's functions in memory, while Kafka still has all."""
     towers, slices = (
-        bundles.load(settings.bundles / "1"),
+        bundles.load(settings.bundles / generation),
         topic_slices.between(settings, "earliest", "latest"),
     )
     return state_replay.replay(settings, MemoryStore(), slices, towers, 97)
 
 
-def state(settings: Settings, touched: state_replay.ReplayResult) -> str:
+def state(settings: Settings, touched: state_replay.ReplayResult, generation: str = "1") -> str:
     store = RedisStore(settings)
     try:
-        return state_replay.state_hash(settings, store, touched, "1")
+        return state_replay.state_hash(settings, store, touched, generation)
     finally:
         store.close()
 
@@ -270,9 +275,8 @@ def test_an_emptied_redis_is_filled_from_the_archive_to_the_same_bits(
         found = retention_gaps.find(settings, store, log)
         assert (found[0].partition, found[0].first, found[0].last) == (0, 0, first - 1)
         sinks: Any = refill.RefillSinks(forwarder=None)  # type: ignore[arg-type]
-        filler = refill.GapFiller(
-            settings, Archive(settings), store, bundles.load(settings.bundles / "1"), ["1"], sinks
-        )
+        towers, steps = bundles.load(settings.bundles / "1"), FixedStepRanges()
+        filler = refill.GapFiller(settings, Archive(settings), store, towers, ["1"], sinks, steps)
         with pytest.raises(Killed):
             for offsets in filler.fill(found[0]):
                 passed += offsets
@@ -306,6 +310,57 @@ def kept_erasures(settings: Settings) -> dict[str, bytes | None]:
     with redis.Redis.from_url(settings.redis_url) as client:
         match = f"{settings.key_prefix}{{u*}}:f:*"
         return {key.decode(): client.get(key) for key in client.scan_iter(match=match, count=999)}
+
+
+def second_generation(settings: Settings, folder: Path) -> Settings:
+    """The towers of generation 1 as generation 2, published and active."""
+    shutil.copytree(settings.bundles / "1", folder / "1")
+    shutil.copytree(settings.bundles / "1", folder / "2")
+    file = folder / "2" / "manifest.json"
+    content = file.read_text(encoding="utf-8")
+    again = content.replace('"generation": "1"', '"generation": "2"')
+    assert again != content
+    file.write_text(again, encoding="utf-8")
+    checksum = f"{hashlib.sha256(again.encode()).hexdigest()}  {file.name}\n"
+    (folder / "2" / "manifest.sha256").write_text(checksum, encoding="utf-8")
+    made = msgspec.structs.replace(settings, bundle_dir=str(folder))
+    second = generations.Manifest(generation="2", bundle="2", dimension=64, created_ms=now_ms())
+    generations.publish(made, second)
+    return made
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7], ids=["begin in Kafka", "begin in the archive"])
+def test_a_generation_that_began_in_the_middle_is_filled_to_the_same_bits(
+    settings: Settings, dataset: Any, tmp_path: Path, share: float
+) -> None:
+    items = [item.item_id for item in dataset.items[:110]]
+    with ingesting(settings):
+        send_behaviour(settings, items, seed=1)
+        applied(settings)
+    began = topics.end_offsets(settings, CLICKS)
+    settings = second_generation(settings, tmp_path)
+    with ingesting(settings):
+        applied(settings)
+        send_behaviour(settings, items, seed=2)
+        applied(settings)
+    recorded = generations.step_ranges(settings)
+    assert {key: found.ranges for key, found in recorded.items()} == {
+        **{("1", p): ((0, first),) for p, first in began.items()},
+        **{("2", p): ((first, FOREVER),) for p, first in began.items()},
+    }
+    touched = truth(settings, "2")
+    assert 100 < touched.outcomes[CLICKS].steps < 1_400
+    assert state(settings, touched, "2") == touched.hash, "the live state is the topics'"
+
+    archive_all(settings)
+    retention(settings, share)
+    put_back(settings, {})
+    done = command(settings, "refill")
+    assert done.returncode == 0, done.stderr
+    with ingesting(settings):
+        applied(settings)
+    assert state(settings, touched, "2") == touched.hash, "after refill and ingest"
+    assert generations.step_ranges(settings)["2", 0] == recorded["2", 0]
 
 
 def test_an_older_copy_is_filled_and_who_was_forgotten_since_goes(

@@ -55,7 +55,7 @@ class Embedding:
 class Generation:
     """What of a generation decides: its items, counts, and which items its tower refuses.
 
-    learns: whether a record of `clicks` was applied while this generation was live
+    learns: whether this generation was live for a record of `clicks`
     """
 
     name: str

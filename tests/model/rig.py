@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
@@ -19,6 +21,7 @@ from eddyline.errors import FenceMoved, KafkaUnavailable, StoreUnavailable, Vect
 from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.state_store import LogId
+from streams.clicks.step_ranges import RecordedStepRanges
 from streams.generation import Generation
 from streams.handlers import Handlers, Outputs
 from tests.applying import batch_of
@@ -135,6 +138,27 @@ class _Published:
         """Nothing is open."""
 
 
+class _Begins:
+    """The records `begin/…` of the topic `generations`, as compaction leaves them."""
+
+    def __init__(self) -> None:
+        self.last: dict[tuple[str, int], Any] = {}
+
+    def read(self) -> dict[tuple[str, int], Any]:
+        """All of them."""
+        return dict(self.last)
+
+    def write(self, ranges: Mapping[tuple[str, int], Any]) -> None:
+        """Append records."""
+        self.last |= ranges
+
+    def learns(self, generation: str, raw: Raw) -> bool:
+        """Whether a generation learns from a record; never where nothing is recorded."""
+        found = self.last.get((generation, raw.partition))
+        ranges = () if found is None else found.ranges
+        return any(first <= raw.offset < end for first, end in ranges)
+
+
 class Rig:
     """Logs, a store and one ingest process. Logs keep what retention removed, for the model."""
 
@@ -155,6 +179,8 @@ class Rig:
         )
         self.towers = [_Towers("1", [f"i{n}" for n in range(5)], 2)]
         self.published = {"1": _Published()}
+        self.recorded = _Begins()
+        self.live = ["1"]
         # (partition, offset, settings): from there on a partition of clicks is applied under them.
         self.eras: list[tuple[dict[int, int], Settings]] = [({}, settings)]
         self.start()
@@ -190,13 +216,15 @@ class Rig:
             client._queue.clear()
         self.clients = [_Client(self)]
         clock = iter(range(10**9))
-        generations = [Generation(t, self.published[t.generation]) for t in self.towers]  # type: ignore[arg-type]
+        live = [t for t in self.towers if t.generation in self.live]
+        generations = [Generation(t, self.published[t.generation]) for t in live]  # type: ignore[arg-type]
+        outputs = Outputs.to_kafka(self.settings, self.clients[0])  # type: ignore[arg-type]
         self.handlers = Handlers(
             self.settings,
             self.store,
             dict.fromkeys(TOPICS, LOG),
             generations,
-            Outputs.to_kafka(self.settings, self.clients[0]),  # type: ignore[arg-type]
+            replace(outputs, steps=RecordedStepRanges(self.recorded)),
             [t.generation for t in self.towers],
             items_wait_s=0.0,
             clock_us=lambda: 0,
@@ -213,6 +241,8 @@ class Rig:
         handler.open(partition)
         bounds = {partition: (self.begins[at], self.ends[at])}
         self.at[at] = handler.fences.open(bounds, {partition: self.committed[at]})[partition]
+        if partition == 0:  # in the other one the first batch does it
+            handler.prepare([partition])
 
     def turn(self, topic: str, sizes: Mapping[int, int]) -> bool:
         """One batch each of some partitions; False where none has anything left."""
@@ -256,7 +286,12 @@ class Rig:
         """A second generation, which the next process serves too."""
         self.towers.append(_Towers("2", items, 1))
         self.published["2"] = _Published()
-        self.restart()
+        self.serve(["1", "2"])
+
+    def serve(self, names: Sequence[str]) -> None:
+        """The next process has loaded these generations, as far as they exist."""
+        self.live = [t.generation for t in self.towers if t.generation in names] or ["1"]
+        self.start()
 
     def drain(self) -> None:
         """Apply everything, what ingest sends meanwhile included."""
@@ -293,6 +328,7 @@ class Rig:
                 t.micro.min_steps_before,
                 3,
                 lambda item: item["title"] == REFUSED_TITLE,
+                partial(self.recorded.learns, t.generation),
             )
             for t in self.towers
         ]
@@ -325,6 +361,8 @@ class Rig:
             }
             model_ = {u: (e.counted, checksum(e.learned)) for u, e in want.embeddings[name].items()}
             same(f"embedding {name}", mine, model_)
+            if name not in self.live:
+                continue  # its items come once a process has loaded it again
             published = {i: (r.offset, r.retired) for i, r in self.published[name].last.items()}
             same(
                 f"published {name}",

@@ -11,7 +11,6 @@ import os
 from typing import Any
 
 import msgspec
-import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
@@ -67,6 +66,7 @@ BASIC = [
 ]
 FULL = st.tuples(st.just("full"))
 BOTH = st.tuples(st.just("both"), st.integers(1, 8), st.integers(1, 8))
+FORGET = st.tuples(st.just("forget"), user)
 REFUSED = st.tuples(st.just("item"), item, st.sampled_from(["new", "delete", "refused"]))
 BAD = (b"{", b"[]", b'{"user_id": "", "item_id": "i1", "at_ms": 1}', b'{"at_ms": 1.5}', b"\xff")
 
@@ -210,7 +210,7 @@ def test_items_that_the_tower_refuses_are_the_models(actions: list[Any]) -> None
 
 @limits
 @example(FORGOTTEN)
-@given(actions_of(st.tuples(st.just("forget"), user)))
+@given(actions_of(FORGET))
 def test_forgotten_users_who_click_again_are_the_models(actions: list[Any]) -> None:
     run(actions)
 
@@ -224,9 +224,33 @@ def test_tighter_limits_after_a_restart_are_the_models(actions: list[Any]) -> No
     run(actions)
 
 
-@pytest.mark.xfail(strict=True, reason="a second generation learns from its start on only")
+SERVE = st.tuples(st.just("serve"), st.sampled_from([["1"], ["2"], ["1", "2"]]))
+# Processes of different generations take turns, and Redis goes back.
+SWITCHED = [
+    *RETRAINED,
+    ("turn", "clicks", 1, 8),
+    ("serve", ["1"]),
+    ("save",),
+    *(clicked("u0", "i3") for _ in range(3)),
+    ("turn", "clicks", 1, 8),
+    ("serve", ["2"]),
+    *(clicked("u0", "i5") for _ in range(3)),
+    ("turn", "clicks", 1, 8),
+    ("restore",),
+    ("serve", ["1", "2"]),
+    clicked("u0", "i1"),
+]
+
+
 @limits
 @example(RETRAINED)
 @given(actions_of(st.tuples(st.just("retrain"))))
 def test_a_second_generation_is_the_models(actions: list[Any]) -> None:
+    run(actions)
+
+
+@limits
+@example(SWITCHED)
+@given(actions_of(st.tuples(st.just("retrain")), SERVE))
+def test_generations_that_come_and_go_are_the_models(actions: list[Any]) -> None:
     run(actions)

@@ -293,7 +293,7 @@ def test_an_entry_that_left_stays_away_under_looser_limits(
     ):
         settings = msgspec.structs.replace(SETTINGS, **(defaults | limits))
         record = click(offset, f"i{second}", at_ms=MS + 1_000 * second)
-        updates = UserUpdates(settings, [], {ANA: user})
+        updates = UserUpdates(settings, [], [], {ANA: user})
         updates.apply(
             record, events.decode_click(record.value, appended_ms=MS, far_future_ms_max=MS)
         )
