@@ -1,8 +1,9 @@
 """Outputs to Kafka besides item records: dead letters, forwarded clicks, forgotten users.
 
 A dead letter has the key `topic/partition/offset`, the original bytes as its value, and these
-headers: `reason`, `field`, `detail`, `key` (the original key, if any), `timestamp_ms`. A null
-record has the header `no_value`, as a null value would delete; a value above the limit is cut, and
+headers: `reason`, `field`, `detail`, `key` (the original key, if any), `timestamp_ms`, and
+`origin_ms`, the time of the first append, of a record that was forwarded or replayed. A null record
+has the header `no_value`, as a null value would delete; a value above the limit is cut, and
 the headers `truncated_from_bytes` and `sha256` are added. A key above the limit is cut as well; the
 header is `key_truncated_from_bytes`. Where the broker takes less than our limits, the letter is
 sent again with the first bytes of key and value.
@@ -216,7 +217,7 @@ class _Unsent:
         self.partition = origin.partition
         self.offset = origin.offset
         self.timestamp = origin.timestamp
-        self.headers: Headers = ()
+        self.headers: Headers = [(events.ORIGIN_MS, str(first_append_ms(origin)).encode())]
         self.key: bytes | None = key
         self.value: bytes | None = value
 
@@ -235,6 +236,8 @@ def _letter(
         ("detail", rejected.detail.encode("utf-8", "replace")),
         ("timestamp_ms", str(record.timestamp).encode()),
     ]
+    if (first_ms := first_append_ms(record)) != record.timestamp:
+        headers.append((events.ORIGIN_MS, str(first_ms).encode()))
     if record.key is not None:
         headers.append(("key", bytes(record.key[:key_max])))
         if len(record.key) > key_max:

@@ -22,8 +22,12 @@ from kafka.errors import KafkaError
 from eddyline.errors import EddylineError, Rejected, SettingsError
 from eddyline.kafka import clients, producers, reading, topics
 from eddyline.schema import events, validation
-from eddyline.schema.events import Click
+from eddyline.schema.erasure import erased_after
+from eddyline.schema.events import Click, Merge, UserProfile
+from eddyline.schema.partitioning import user_slot
 from eddyline.settings.loader import Settings
+from eddyline.stores.redis import RedisStore
+from eddyline.stores.state_store import Source, StateStore, UserQuery
 from streams.dead_letters import FORWARD_BYTES_MAX, record_bytes
 from streams.ports import coordinates
 
@@ -42,6 +46,7 @@ class Letter:
     at:           `topic/partition/offset` of the refused record
     key, value:   as they were sent, None for null
     timestamp_ms: append time of the refused record
+    first_ms:     append time of the record that it was forwarded or replayed from
     offset:       of the letter itself, in `dead-letters`
     """
 
@@ -52,6 +57,7 @@ class Letter:
     key: bytes | None
     value: bytes | None
     timestamp_ms: int
+    first_ms: int
     offset: int
 
     @property
@@ -161,8 +167,19 @@ def replay(
 
     at: one record, `topic/partition/offset`; else the oldest `limit` of a reason without a mark
     Does not send a record that the codec would refuse again, nor an item or profile of which a
-    newer one exists. Raises KafkaUnavailable, and EddylineError if another replay took over.
+    newer one exists, nor a record of a user who was forgotten after its first append. Raises
+    KafkaUnavailable, StoreUnavailable, and EddylineError if another replay took over.
     """
+    store = RedisStore(settings)
+    try:
+        return _replay_all(settings, store, at, reason, limit)
+    finally:
+        store.close()
+
+
+def _replay_all(
+    settings: Settings, store: StateStore, at: str, reason: str, limit: int
+) -> ReplayReport:
     producer = producers.make_producer(
         settings,
         transactional_id=settings.prefixed("eddyline-dead-letters"),
@@ -176,7 +193,7 @@ def replay(
         marks = _marks(settings)
         due = _due(settings, marks, at, reason, limit)
         while batch := list(islice(due, BATCH_LETTERS)):
-            _replay(settings, producer, marks, batch, report)
+            _replay(settings, store, producer, marks, batch, report)
     except KafkaError as error:
         # kafka-python wraps the error of a send that follows the one that was fenced.
         text = f"{type(error).__name__} {error}"
@@ -220,6 +237,7 @@ def _due(settings: Settings, marks: _Scan, at: str, reason: str, limit: int) -> 
 
 def _replay(
     settings: Settings,
+    store: StateStore,
     producer: KafkaProducer,
     marks: _Scan,
     batch: Sequence[Letter],
@@ -236,6 +254,9 @@ def _replay(
             valid.append(letter)
         except Rejected as rejected:
             report.not_sent[letter.at] = str(rejected)
+    forgotten = forgotten_since(settings, store, valid)
+    report.not_sent |= dict.fromkeys(forgotten, "its user was forgotten since")
+    valid = [letter for letter in valid if letter.at not in forgotten]
     newer = newer_than(settings, valid, marks)
     report.not_sent |= dict.fromkeys(newer, "there is a newer one under this key by now")
     valid = [letter for letter in valid if letter.at not in newer]
@@ -257,6 +278,38 @@ def checked(settings: Settings, letter: Letter) -> tuple[bytes | None, int]:
     return letter.value, partition
 
 
+def forgotten_since(settings: Settings, store: StateStore, letters: Sequence[Letter]) -> set[str]:
+    """The letters (`at`) that an erasure of their user covers: ingest would drop them.
+
+    Raises StoreUnavailable.
+    """
+    names = {settings.prefixed(name): name for name in (topics.CLICKS, topics.USERS)}
+    of_users: list[tuple[Letter, Click | Merge | UserProfile]] = []
+    queries: list[UserQuery] = []
+    for letter in letters:
+        if (name := names.get(letter.source[0])) is None:
+            continue
+        event, partition = validation.unsent(settings, name, letter.key, letter.value)
+        if isinstance(event, Click | Merge | UserProfile):  # others delete: they may be replayed
+            slot, source = user_slot(partition), Source(topics.CLICKS, partition)
+            of_users.append((letter, event))
+            queries.append(UserQuery(slot, source, [event.user_id], []))
+    if not queries:
+        return set()
+    now_ms, found = producers.now_ms(), set()
+    for (letter, event), read in zip(of_users, store.read_many(queries), strict=True):
+        erasure = read.erasures.get(event.user_id)
+        if erasure is None:
+            continue
+        if isinstance(event, UserProfile):
+            covered = erasure.covers_profile(-1, letter.first_ms)
+        else:
+            covered = erased_after(erasure, event.at_ms, now_ms, letter.first_ms)
+        if covered:
+            found.add(letter.at)
+    return found
+
+
 def newer_than(settings: Settings, letters: Sequence[Letter], marks: _Scan) -> set[str]:
     """The letters (`at`) whose key has a newer item or profile, which must not be overwritten."""
     newer: set[str] = set()
@@ -268,7 +321,7 @@ def newer_than(settings: Settings, letters: Sequence[Letter], marks: _Scan) -> s
                 by_key.setdefault(letter.key, []).append(letter)
         if not by_key:
             continue
-        since_ms = min(letter.timestamp_ms for group in by_key.values() for letter in group)
+        since_ms = min(letter.first_ms for group in by_key.values() for letter in group)
         partitions = {checked(settings, group[0])[1] for group in by_key.values()}
         starts = reading.offsets_at(settings, name, partitions, since_ms)
         for record in reading.read(settings, name, starts):
@@ -280,11 +333,14 @@ def newer_than(settings: Settings, letters: Sequence[Letter], marks: _Scan) -> s
 
 
 def _after(letter: Letter, record: Any) -> bool:
-    """Whether the record came after the refused one: by offset, or by time across partitions."""
+    """Whether the record came after the refused one: by offset, or by time across partitions.
+
+    By time also where the refused one was itself a replay: its offset says nothing then.
+    """
     _, partition, offset = letter.source
-    if record.partition == partition:
+    if record.partition == partition and letter.first_ms == letter.timestamp_ms:
         return bool(record.offset > offset)
-    return bool(record.timestamp >= letter.timestamp_ms)
+    return bool(record.timestamp >= letter.first_ms) and coordinates(record) != letter.at
 
 
 def _send(settings: Settings, producer: KafkaProducer, batch: Sequence[Letter]) -> None:
@@ -301,7 +357,7 @@ def _send(settings: Settings, producer: KafkaProducer, batch: Sequence[Letter]) 
 
 def _headers(letter: Letter) -> list[tuple[str, bytes]]:
     """Of the record that is sent."""
-    first_ms = str(letter.timestamp_ms).encode()
+    first_ms = str(letter.first_ms).encode()
     return [("replayed_from", letter.at.encode()), (events.ORIGIN_MS, first_ms)]
 
 
@@ -313,7 +369,8 @@ def _letter(at: str, headers: Mapping[str, bytes], record: Any) -> Letter:
     def text(name: str) -> str:
         return headers.get(name, b"").decode("utf-8", "replace")
 
-    stamp = text("timestamp_ms")
+    stamp, origin_ms = text("timestamp_ms"), events.origin_ms(record.headers)
+    timestamp_ms = int(stamp) if stamp.isdigit() else int(record.timestamp)
     return Letter(
         at=at,
         reason=text("reason"),
@@ -321,6 +378,7 @@ def _letter(at: str, headers: Mapping[str, bytes], record: Any) -> Letter:
         detail=text("detail"),
         key=headers.get("key"),
         value=None if "no_value" in headers else bytes(record.value or b""),
-        timestamp_ms=int(stamp) if stamp.isdigit() else int(record.timestamp),
+        timestamp_ms=timestamp_ms,
+        first_ms=timestamp_ms if origin_ms is None else min(origin_ms, timestamp_ms),
         offset=record.offset,
     )

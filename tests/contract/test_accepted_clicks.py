@@ -157,7 +157,9 @@ def test_dead_letters_and_import_refuse_what_ingest_refuses(log: list[Sent]) -> 
     settings = Settings(clicks_partitions=2, items_partitions=2)
     for record in records_of(log):
         refused = bool(decode(settings, RecordBatch(CLICKS, P, [record], 0)).rejected)
-        letter = Letter(f"{CLICKS}/{P}/{record.offset}", "", "", "", record.key, record.value, 0, 0)
+        letter = Letter(
+            f"{CLICKS}/{P}/{record.offset}", "", "", "", record.key, record.value, 0, 0, 0
+        )
         assert refused == rejects(lambda at=letter: dead_letter_replay.checked(settings, at))
         if record.value is None:
             continue

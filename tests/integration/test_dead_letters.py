@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -20,14 +21,18 @@ from eddyline.errors import EddylineError, SettingsError
 from eddyline.kafka import producers, reading, topics
 from eddyline.kafka.producers import now_ms, sent_to
 from eddyline.schema import events
-from eddyline.schema.events import Click, Item, UserProfile
+from eddyline.schema.erasure import Erasure, digest
+from eddyline.schema.events import Click, Item, Merge, UserProfile
 from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
+from eddyline.stores.redis import RedisStore
+from eddyline.stores.state_store import Fence, Source, UserEffects
 from streams.clicks.handler import ClickHandler
 from streams.dead_letters import KafkaDeadLetters, KafkaForwarder
 from streams.fences import PartitionFences
 from streams.operations import dead_letter_replay
+from streams.ports import coordinates
 from tests.applying import ingest
 
 # Killed at a named moment of the transaction: before the commit, or just after it.
@@ -250,6 +255,81 @@ def test_a_replayed_item_never_overrides_a_newer_one(settings: Settings, produce
         msgspec.json.decode(last[b"replaced"].value)["title"] == "new"
         and last[b"deleted"].value is None
     )
+
+
+@pytest.mark.timeout(60)
+def test_letters_from_before_their_user_was_forgotten_stay(
+    settings: Settings, producer: Any
+) -> None:
+    """The first append counts, also of a letter made from a forwarded record."""
+    store, partition = RedisStore(settings), partition_of("ana", 4)
+    until_ms = now_ms() + 1_000  # the null record of `users` was appended then
+    log_id = topics.log_ids(settings, [topics.CLICKS])[topics.CLICKS]
+    erasure = Erasure(until_ms, 7, until_ms + 86_400_000)
+    source, slot = Source(topics.CLICKS, partition), f"u{partition}"
+    effects = UserEffects(erasures={digest("ana"): erasure})
+    store.write_users(slot, source, None, Fence(0, log_id), effects)
+    store.close()
+    sink = KafkaDeadLetters(settings, producer)
+
+    def refuse(name: str, offset: int, event: Any, after_ms: int, origin_ms: int = 0) -> str:
+        record = SimpleNamespace(
+            topic=settings.prefixed(name),
+            partition=partition,
+            offset=offset,
+            timestamp=until_ms + after_ms,
+            key=event.user_id.encode(),
+            value=events.encode(event),
+            headers=[("origin_ms", str(origin_ms).encode())] if origin_ms else [],
+        )
+        sink.put(record, events.Rejected("refused", "", ""))
+        return coordinates(record)
+
+    def click(user: str = "ana", after_ms: int = 1) -> Click:
+        return Click(user_id=user, item_id="a", at_ms=until_ms + after_ms)
+
+    profile = UserProfile(user_id="ana")
+    merge = Merge(user_id="ana", merge_into="bo", at_ms=until_ms + 1)
+    stays = [
+        refuse(topics.CLICKS, 1, click(), 0),
+        refuse(topics.CLICKS, 2, click(after_ms=0), 1),
+        refuse(topics.CLICKS, 3, click(), 1, origin_ms=until_ms),
+        refuse(topics.CLICKS, 4, merge, 0),
+        refuse(topics.USERS, 5, profile, 0),
+        refuse(topics.USERS, 6, profile, 1, origin_ms=until_ms),
+    ]
+    goes = [
+        refuse(topics.CLICKS, 7, click(), 1),
+        refuse(topics.CLICKS, 8, click("bo", 0), 0),
+        refuse(topics.USERS, 9, profile, 1),
+    ]
+    sink.flush()
+    done = dead_letter_replay.replay(settings, reason="refused")
+    assert sorted(done.sent) == sorted(goes)
+    assert done.not_sent == dict.fromkeys(stays, "its user was forgotten since")
+
+
+@pytest.mark.timeout(60)
+def test_a_replay_carries_the_first_append_of_a_forwarded_record(
+    settings: Settings, producer: Any
+) -> None:
+    """Ingest compares it with the time at which the user was forgotten."""
+    sink = KafkaDeadLetters(settings, producer)
+    click = Click(user_id="ana", item_id="a", at_ms=5)
+    record = SimpleNamespace(
+        topic=settings.prefixed(topics.CLICKS),
+        partition=0,
+        offset=3,
+        timestamp=now_ms(),
+        key=b"ana",
+        value=events.encode(click),
+        headers=[("origin_ms", b"77")],
+    )
+    sink.put(record, events.Rejected("refused", "", ""))
+    sink.flush()
+    assert len(dead_letter_replay.replay(settings, reason="refused").sent) == 1
+    [sent] = log_of(settings, topics.CLICKS)
+    assert events.origin_ms(sent.headers) == 77
 
 
 @pytest.mark.timeout(60)
