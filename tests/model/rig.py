@@ -225,7 +225,9 @@ class Rig:
             dict.fromkeys(TOPICS, LOG),
             generations,
             replace(outputs, steps=RecordedStepRanges(self.recorded)),
-            [t.generation for t in self.towers],
+            [
+                t.generation for t in live
+            ],  # as of a process that started before the others were made
             items_wait_s=0.0,
             clock_us=lambda: 0,
         )

@@ -47,14 +47,13 @@ click = st.tuples(
     st.sampled_from([False, False, False, False, True]),  # in a wrong partition
     st.sampled_from([None, None, {"dwell_ms": 250}, {"page": "home"}]),
 )
-BASIC = [
+KEPT_APART = [
     click,
     click,
     st.tuples(st.just("turn"), st.sampled_from(TOPICS), partition, st.integers(1, 8)),
     st.tuples(st.just("turn"), st.just("clicks"), partition, st.integers(1, 8)),
     st.tuples(st.just("item"), item, st.sampled_from(["new", "gone", "delete"])),
     st.tuples(st.just("profile"), user),
-    st.tuples(st.just("merge"), user, user),
     st.tuples(st.just("bad"), st.sampled_from(TOPICS), partition, st.integers(0, 4)),
     st.tuples(st.just("pass"), st.integers(1, 30_000)),
     st.tuples(st.just("gap"), partition, st.integers(1, 6)),
@@ -64,6 +63,7 @@ BASIC = [
     st.tuples(st.just("retain"), partition),
     st.tuples(st.just("away")),
 ]
+BASIC = [*KEPT_APART, st.tuples(st.just("merge"), user, user)]
 FULL = st.tuples(st.just("full"))
 BOTH = st.tuples(st.just("both"), st.integers(1, 8), st.integers(1, 8))
 FORGET = st.tuples(st.just("forget"), user)
@@ -253,4 +253,28 @@ def test_a_second_generation_is_the_models(actions: list[Any]) -> None:
 @example(SWITCHED)
 @given(actions_of(st.tuples(st.just("retrain")), SERVE))
 def test_generations_that_come_and_go_are_the_models(actions: list[Any]) -> None:
+    run(actions)
+
+
+# The embedding of a generation that the process has not loaded goes too, whether its range is closed
+# or Redis is an older copy from before it began.
+FORGOTTEN_IN_BOTH = [
+    *SWITCHED,
+    ("turn", "clicks", 0, 8),
+    ("serve", ["2"]),
+    clicked("u0", "i3"),
+    ("turn", "clicks", 0, 8),
+    ("forget", "u0"),
+    ("serve", ["1"]),
+]
+
+
+@limits
+@example(FORGOTTEN_IN_BOTH)
+@given(
+    st.lists(st.one_of(*KEPT_APART, st.just(("retrain",)), SERVE, FORGET), min_size=10, max_size=60)
+)
+def test_forgetting_takes_the_embeddings_of_generations_that_come_and_go(
+    actions: list[Any],
+) -> None:
     run(actions)
