@@ -91,7 +91,15 @@ class Deployment:
         is_ready: also called for the coordinator
         """
         workers = [
-            self.worker_child(is_ready, f"shard-{n}", 0, shard=str(n), shards=str(count), **more)
+            self.worker_child(
+                is_ready,
+                f"shard-{n}",
+                0,
+                shard=str(n),
+                shards=str(count),
+                shard_service="true",
+                **more,
+            )
             for n in range(count)
         ]
         addresses = [address for _, address in workers]

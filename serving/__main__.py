@@ -81,7 +81,9 @@ class Worker:
         self._stop = stop
         self._place = place
         self._port = port
-        self._service, self._shard = RetrievalService(settings), ShardService(assignment)
+        self._service = RetrievalService(settings)
+        answers_coordinator = settings.shard_service or not assignment.whole
+        self._shard = ShardService(assignment, settings.k_max) if answers_coordinator else None
         self._server: WorkerServer | None = None
 
     def listen(self) -> WorkerServer:
@@ -107,7 +109,7 @@ class Worker:
         retry = Retry(settings, stop, service.waiting_for)
         with ExitStack() as closing:
             closing.callback(self._stop_server)
-            closing.callback(metrics.serve(settings, service, self._place))
+            closing.callback(metrics.serve(settings, service, self._place, shard=self._shard))
             store = dependencies.open_store(settings, retry)
             closing.callback(store.close)
             if runtime is None:
@@ -120,7 +122,8 @@ class Worker:
             backend = runtime.start(store, write_snapshots=self._place == 0)
             service.waiting_for("the end of the item vectors")
             runtime.wait_caught_up(stop)
-            self._shard.serve(backend.held)
+            if self._shard is not None:
+                self._shard.serve(backend.held)
             service.serve(backend)
             server = self._server or self.listen()
             server.set_serving(True)

@@ -22,15 +22,22 @@ from eddyline.process.metrics import labelled
 from eddyline.settings.loader import Settings
 from serving.proto import retrieval_pb2 as pb
 from serving.rpc.retrieval_service import BUCKETS_S, QueryCounts, RetrievalService
+from serving.rpc.shard_service import ShardService
 
 
 class WorkerCollector(Collector):
     """The metrics of one process. Thread rule: any thread; figures may be some queries apart."""
 
-    def __init__(self, service: RetrievalService, own_index: bool = True) -> None:
-        """own_index: False for a coordinator, whose counters would jump as shards come and go."""
+    def __init__(
+        self, service: RetrievalService, own_index: bool = True, shard: ShardService | None = None
+    ) -> None:
+        """own_index: False for a coordinator, whose counters would jump as shards come and go.
+
+        shard: None without calls of coordinators
+        """
         self._service = service
         self._own_index = own_index
+        self._shard = shard
 
     def collect(self) -> Iterator[Metric]:
         """Every metric; before the process is ready only those of queries."""
@@ -44,6 +51,13 @@ class WorkerCollector(Collector):
         )
         yield _times(counts)
         yield from _paths(counts)
+        if self._shard is not None:
+            calls, what = self._shard.counts(), "Calls of coordinators"
+            name = "eddyline_worker_shard_calls"
+            yield labelled(CounterMetricFamily, name, what, "outcome", calls)
+        yield GaugeMetricFamily(
+            "eddyline_worker_waiting_calls", "Calls that wait for a click", value=counts.waiting
+        )
         yield GaugeMetricFamily(
             "eddyline_worker_missing", "Missing servers and shards", value=len(stats.missing)
         )
@@ -57,16 +71,20 @@ class WorkerCollector(Collector):
 
 
 def serve(
-    settings: Settings, service: RetrievalService, place: int = 0, own_index: bool = True
+    settings: Settings,
+    service: RetrievalService,
+    place: int = 0,
+    own_index: bool = True,
+    shard: ShardService | None = None,
 ) -> Callable[[], None]:
     """Serve the metrics at `worker_metrics_port`, if it is set. Returns what ends that.
 
     place:     number of this process in its worker; its port is `worker_metrics_port` + place
-    own_index: see `WorkerCollector`
+    own_index, shard: see `WorkerCollector`
     """
     port = settings.worker_metrics_port
     return metrics.serve(
-        settings.metrics_host, port and port + place, WorkerCollector(service, own_index)
+        settings.metrics_host, port and port + place, WorkerCollector(service, own_index, shard)
     )
 
 

@@ -41,6 +41,9 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     worker holds all items."""
     shard: Annotated[int, within(0, 255)] = 0
     """The shard of a query worker: 0 for the first; less than `shards`."""
+    shard_service: bool = False
+    """Whether a worker that holds all items also answers a coordinator; one that holds a shard
+    always does."""
     coordinator_host: Annotated[str, Meta(min_length=1)] = "127.0.0.1"
     """Address the coordinator of shards binds to."""
     coordinator_port: Annotated[int, within(0, 65_535)] = 50_052

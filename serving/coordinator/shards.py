@@ -53,6 +53,11 @@ class ShardFailure(NamedTuple):
     detail: str
 
 
+NO_SHARD_SERVICE = ShardFailure(
+    "refused", "the worker there answers no coordinator; set EDDYLINE_SHARD_SERVICE=true for it"
+)
+
+
 def parse(text: str) -> list[str]:
     """The addresses of `shard_addresses`, by shard. Raises SettingsError."""
     addresses = [part.strip() for part in text.split(",")] if text.strip() else []
@@ -82,6 +87,8 @@ class Connection:
         self.target = shard_pb2.Target(generation=generation, shard=number, shards=count)
         self.last = pb.StatsResponse()
         self.misses = 0
+        # Start of the process there that has no shard service; 0 for none.
+        self._lacks_service = 0
         self.check_at = 0.0
         self._backoff = Backoff(PAUSE_S, backoff_s_max)
         self._late = 0
@@ -121,6 +128,8 @@ class Connection:
         failure = failure_of(error, timeout_s)
         with self._lock:
             self.misses += 1
+            if _code(error) is grpc.StatusCode.UNIMPLEMENTED:
+                self._lacks_service, failure = self.last.started_ms, NO_SHARD_SERVICE
             self._late += failure.reason == "late"
             if failure.reason != "busy" and (failure.reason != "late" or self._late >= LATE_MAX):
                 if self._failure is None:
@@ -168,6 +177,8 @@ class Connection:
             return ShardFailure(
                 "refused", f"it has generation {stats.generation!r}, not {target.generation!r}"
             )
+        if self._lacks_service and stats.started_ms == self._lacks_service:
+            return NO_SHARD_SERVICE
         return None
 
 
@@ -245,10 +256,14 @@ def failure_of(error: Exception, timeout_s: float) -> ShardFailure:
     """The failure of a shard whose call raised this."""
     if isinstance(error, (grpc.FutureTimeoutError, TimeoutError)):
         return ShardFailure("late", f"no answer within {timeout_s * 1000:.0f} ms")
-    code = error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN
+    code = _code(error)
     reason = _REASONS.get(code, "failed")
     if reason == "late":
         return ShardFailure(reason, f"no answer within {timeout_s * 1000:.0f} ms")
     text = (error.details() if isinstance(error, grpc.Call) else str(error)) or code.name
     detail = text if reason in ("away", "refused", "busy") else f"{code.name}: {text}"
     return ShardFailure(reason, detail[:DETAIL_CHARACTERS_MAX])
+
+
+def _code(error: Exception) -> grpc.StatusCode:
+    return error.code() if isinstance(error, grpc.Call) else grpc.StatusCode.UNKNOWN

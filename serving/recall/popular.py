@@ -8,7 +8,8 @@ from index.port import Hit, IndexReader
 from serving.recall.base import Candidates, RecallContext, RecallPath, RecallRequest
 
 # Most of the list is live and unseen, so the first look-up has about `k` items. Each further one
-# has twice as many, up to PIECE_MAX: a look-up may be a call to other processes.
+# has twice as many. None has more than PIECE_MAX: a look-up may be a call to other processes, whose
+# size is limited.
 PIECE_MIN, PIECE_MAX = 16, 1_024
 
 
@@ -25,11 +26,11 @@ class PopularPath(RecallPath):
         request.deadline.check("the popular list was read")
         k, excluded, filters = request.k, request.excluded, request.filters
         ranked, hits, start = self._popularity.ranked, list[Hit](), 0
-        size = k + PIECE_MIN
+        size = min(k + PIECE_MIN, PIECE_MAX)
         while len(hits) < k and start < len(ranked):
             piece = ranked[start : start + size]
             start += len(piece)
-            size = max(size, min(2 * size, PIECE_MAX))
+            size = min(2 * size, PIECE_MAX)
             piece = [pair for pair in piece if pair[0] not in excluded]
             live = index.describe([item_id for item_id, _ in piece], filters) if piece else []
             hits += [hit._replace(score=n) for hit, (_, n) in zip(live, piece, strict=True) if hit]

@@ -123,11 +123,11 @@ def _answered_by(handler: Any, behavior: Callable[[Any, Any], Any] | None, pool:
     kinds = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
     [kind] = [kind for kind in kinds if getattr(handler, kind) is not None]
     original = getattr(handler, kind)
+
+    def run(*args: Any) -> Any:
+        return (behavior or original)(*args)
+
     if behavior is None and getattr(original, "experimental_non_blocking", False):
-        return handler  # it holds no thread, and has a pool of its own
-
-    def run(request: Any, context: Any) -> Any:
-        return (behavior or original)(request, context)
-
+        run.experimental_non_blocking = True  # type: ignore[attr-defined]
     run.experimental_thread_pool = pool  # type: ignore[attr-defined]
     return handler._replace(**{kind: run})

@@ -56,6 +56,7 @@ class QueryCounts(NamedTuple):
 
     times: queries by how long they took, one entry for each of `BUCKETS_S` and one for longer ones
     paths: recall path -> its counts, for paths that were called
+    waiting: calls that wait for a click now
     """
 
     queries: int
@@ -63,6 +64,7 @@ class QueryCounts(NamedTuple):
     times: list[int]
     total_s: float
     paths: dict[str, PathCounts]
+    waiting: int = 0
 
 
 class RetrievalService:
@@ -123,10 +125,11 @@ class RetrievalService:
 
     def counts(self) -> QueryCounts:
         """The counters now."""
+        waits = self._backend.waits if self._backend is not None else None
+        waiting = 0 if waits is None else len(waits)
         with self._lock:
-            return QueryCounts(
-                self._queries, self._failed, list(self._times), self._total_s, dict(self._paths)
-            )
+            times, paths = list(self._times), dict(self._paths)
+            return QueryCounts(self._queries, self._failed, times, self._total_s, paths, waiting)
 
     def _run(self, call: _Call, waited: AfterToken | None = None) -> None:
         """Answer the call, or park it. waited: its token once it has waited."""

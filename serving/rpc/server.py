@@ -5,11 +5,10 @@ from __future__ import annotations
 import errno
 import socket
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from eddyline.errors import SettingsError
@@ -17,8 +16,9 @@ from eddyline.schema.events import ID_BYTES_MAX
 from eddyline.settings.loader import Settings
 from index.filters import LIST_IDS_MAX, RANGES_MAX, TERMS_MAX
 from serving.proto import shard_pb2, shard_pb2_grpc
-from serving.rpc import call_pools, retrieval_service
+from serving.rpc import call_pools, health, retrieval_service, shard_service
 from serving.rpc.call_pools import CallPool, CallPools
+from serving.rpc.health import NOT_SERVING, SERVING
 from serving.rpc.retrieval_service import NAME, RetrievalService
 from serving.rpc.shard_service import ShardService
 
@@ -29,15 +29,19 @@ _TEXT_BYTES = ID_BYTES_MAX + 8
 REQUEST_BYTES_MAX = (
     (2 * LIST_IDS_MAX + 3 * TERMS_MAX) * _TEXT_BYTES + RANGES_MAX * (_TEXT_BYTES + 32) + 64 * 1024
 )
-# A coordinator names the items to exclude: 100,000 ids of 40 bytes.
-SHARD_REQUEST_BYTES_MAX = 4 * 1024 * 1024 + REQUEST_BYTES_MAX
+# A request of a coordinator has the same filters, and in addition the items of a user's history
+# twice (excluded, and what the vector was made of), or a piece of the popular list.
+SHARD_REQUEST_BYTES_MAX = REQUEST_BYTES_MAX + (2 * shard_service.IDS_MAX) * (_TEXT_BYTES + 10)
 # Health and Stats are short; so many may wait.
 CONTROL_CALLS_MAX = 64
 # An idle connection is asked whether it lives, and ended if it does not answer.
 KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS = 60_000, 20_000
+# Clients may ask as often as this; one that asks more often loses its connection.
+CLIENT_KEEPALIVE_MS_MIN = 10_000
+# A connection is replaced after this time, so no stream is open for longer; its running calls have
+# this long to end. gRPC varies the age by a tenth.
+CONNECTION_AGE_MS, CONNECTION_GRACE_MS = 1_800_000, 120_000
 SHARD_NAME = shard_pb2.DESCRIPTOR.services_by_name["Shard"].full_name
-SERVING = health_pb2.HealthCheckResponse.SERVING
-NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class PortTaken(SettingsError):
@@ -84,7 +88,7 @@ class WorkerServer:
     ) -> None:
         """Bind and start. Raises PortTaken.
 
-        shard: answers the coordinator; None in a coordinator
+        shard: answers a coordinator; None: the server has no shard service
         role:  whose host and port of the settings to bind
         port:  shared with the other processes of this worker, instead of the one of the settings
         """
@@ -95,25 +99,27 @@ class WorkerServer:
         self._served = ("", SHARD_NAME if part else NAME)
         # As many calls may wait as run at a time; further ones get RESOURCE_EXHAUSTED.
         queries = CallPool("query", threads, 2 * threads)
-        self._pools = CallPools(queries, _other_pools())
+        watches = CallPool("watch", health.WATCH_THREADS, health.WATCHES_MAX)
+        self._pools = CallPools(queries, _other_pools(threads, watches))
         self._server = grpc.server(
             queries,
             interceptors=[self._pools],
             options=[
                 ("grpc.keepalive_time_ms", KEEPALIVE_MS),
                 ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_ping_interval_without_data_ms", CLIENT_KEEPALIVE_MS_MIN),
+                ("grpc.max_connection_age_ms", CONNECTION_AGE_MS),
+                ("grpc.max_connection_age_grace_ms", CONNECTION_GRACE_MS),
                 # Off for one process: a second worker on this port would take half of the calls.
                 ("grpc.so_reuseport", int(port is not None)),
                 (
                     "grpc.max_receive_message_length",
-                    SHARD_REQUEST_BYTES_MAX if part else REQUEST_BYTES_MAX,
+                    REQUEST_BYTES_MAX if shard is None else SHARD_REQUEST_BYTES_MAX,
                 ),
             ],
         )
-        # Non-blocking: a health watch stays open, and would hold one of the threads.
-        self._health = health.HealthServicer(
-            experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(1, "health")
-        )
+        self._health = health.HealthService(watches.submit)
         retrieval_service.add_to_server(service, self._server)
         names = [NAME, health.SERVICE_NAME, reflection.SERVICE_NAME]
         if shard is not None:
@@ -142,18 +148,25 @@ class WorkerServer:
 
     def stop(self, grace_s: float) -> None:
         """Refuse new calls, let the running ones end, cancel them after `grace_s`."""
-        self._health.enter_graceful_shutdown()
+        self._health.stop()
         self._server.stop(grace_s).wait(grace_s + 1)
         self._pools.close()
 
 
-def _other_pools() -> dict[str, CallPool]:
-    """Full method name -> its pool, for calls that must not use a query's thread."""
+def _other_pools(threads: int, watches: CallPool) -> dict[str, CallPool]:
+    """Full method name -> its pool, for calls that must not use a query's thread.
+
+    threads: of the calls of coordinators; as many may wait
+    """
+    shards = CallPool("shard", threads, 2 * threads)
     streams = call_pools.REFLECTION_STREAMS_MAX
     reflections = CallPool("reflection", streams, streams)
     return {
         f"/{health.SERVICE_NAME}/Check": CallPool("health", 1, CONTROL_CALLS_MAX),
+        f"/{health.SERVICE_NAME}/Watch": watches,
         f"/{NAME}/Stats": CallPool("stats", 1, CONTROL_CALLS_MAX),
+        f"/{SHARD_NAME}/Vectors": shards,
+        f"/{SHARD_NAME}/Candidates": shards,
         f"/{reflection.SERVICE_NAME}/ServerReflectionInfo": reflections,
     }
 

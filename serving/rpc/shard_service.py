@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import grpc
@@ -14,12 +17,16 @@ from index.port import Hit, Index
 from index.records import check_query
 from serving.proto import retrieval_pb2 as pb
 from serving.proto import shard_pb2, shard_pb2_grpc
+from serving.recall.popular import PIECE_MAX
+from serving.recall.towers import OVER_FETCH
 from serving.rpc import converters
 from serving.rpc.backends import LocalIndex
 from serving.sharding import ShardAssignment
 
 log = logging.getLogger(__name__)
 
+# Ids of one list of a request: the longest history of a user, a piece of the popular list.
+IDS_MAX = max(1_000, PIECE_MAX)
 # In place of a version (-1 or more): the item is not live; it changed while it was read.
 NOT_LIVE, CHANGING = -2, -3
 
@@ -27,10 +34,16 @@ NOT_LIVE, CHANGING = -2, -3
 class ShardService(shard_pb2_grpc.ShardServicer):
     """Answers Vectors and Candidates; see shard.proto. Thread rule: any thread."""
 
-    def __init__(self, assignment: ShardAssignment) -> None:
-        """Not ready: calls get UNAVAILABLE until `serve`. assignment: items of the worker."""
+    def __init__(self, assignment: ShardAssignment, k_max: int) -> None:
+        """Not ready: calls get UNAVAILABLE until `serve`.
+
+        assignment: items of the worker; k_max: of a user's query
+        """
         self.assignment = assignment
+        self._k_max = OVER_FETCH * k_max
         self._held: LocalIndex | None = None
+        self._lock = threading.Lock()
+        self._calls = {"answered": 0, "failed": 0}
 
     def serve(self, held: LocalIndex) -> None:
         """From now on, answer from this index."""
@@ -40,8 +53,18 @@ class ShardService(shard_pb2_grpc.ShardServicer):
         self, request: shard_pb2.VectorsRequest, context: grpc.ServicerContext
     ) -> shard_pb2.VectorsResponse:
         """See shard.proto."""
+        with self._counted():
+            return self._vectors(request, context)
+
+    def _vectors(
+        self, request: shard_pb2.VectorsRequest, context: grpc.ServicerContext
+    ) -> shard_pb2.VectorsResponse:
         held = self._checked(request.target, context)
         ids = list(request.item_ids)
+        try:
+            _check_count("item_ids", ids)
+        except converters.BadQuery as error:
+            _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
         # Versions only grow: if it is equal before and after, it is the version of the vector.
         before = versions_of(held.index, ids)
         # One by one: `vectors_of` leaves no gap for an item that is not live.
@@ -56,8 +79,15 @@ class ShardService(shard_pb2_grpc.ShardServicer):
         self, request: shard_pb2.CandidatesRequest, context: grpc.ServicerContext
     ) -> shard_pb2.CandidatesResponse:
         """See shard.proto."""
+        with self._counted():
+            return self._candidates(request, context)
+
+    def _candidates(
+        self, request: shard_pb2.CandidatesRequest, context: grpc.ServicerContext
+    ) -> shard_pb2.CandidatesResponse:
         held = self._checked(request.target, context)
         try:
+            _check_limits(request, self._k_max)
             return _candidates(request, held)
         except (converters.BadQuery, VectorRejected, ValueError) as error:
             _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
@@ -68,6 +98,21 @@ class ShardService(shard_pb2_grpc.ShardServicer):
                 grpc.StatusCode.INTERNAL,
                 f"{type(error).__name__}; the worker's log has more",
             )
+
+    def counts(self) -> dict[str, int]:
+        """Calls since the start by outcome: answered, failed."""
+        with self._lock:
+            return dict(self._calls)
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        outcome = "failed"
+        try:
+            yield
+            outcome = "answered"
+        finally:
+            with self._lock:
+                self._calls[outcome] += 1
 
     def _checked(self, target: shard_pb2.Target, context: grpc.ServicerContext) -> LocalIndex:
         """The index, if the call is for its generation and shard; aborts the call otherwise."""
@@ -89,6 +134,22 @@ class ShardService(shard_pb2_grpc.ShardServicer):
             sentence = what.format(held.generation, *self.assignment, *requested)
             _abort(context, grpc.StatusCode.FAILED_PRECONDITION, sentence)
         return held
+
+
+def _check_limits(request: shard_pb2.CandidatesRequest, k_max: int) -> None:
+    """Raise BadQuery if a number or a list of ids is larger than a coordinator's can be."""
+    for name in ("nearest", "newest"):
+        k = getattr(request, name).k
+        if not 0 <= k <= k_max:
+            raise converters.BadQuery(f"{name}.k: {k}, allowed are 0 … {k_max}")
+    _check_count("exclude", request.exclude)
+    _check_count("named.item_ids", request.named.item_ids)
+    _check_count("nearest.made_of", request.nearest.made_of)
+
+
+def _check_count(name: str, ids: Sequence[str]) -> None:
+    if len(ids) > IDS_MAX:
+        raise converters.BadQuery(f"{name}: {len(ids)} values, allowed are 0 … {IDS_MAX}")
 
 
 def versions_of(index: Index, item_ids: list[str]) -> list[int]:

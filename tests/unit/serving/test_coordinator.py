@@ -7,11 +7,13 @@ from contextlib import ExitStack
 from types import SimpleNamespace
 
 import grpc
+import msgspec
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from eddyline.errors import SettingsError, StoreUnavailable
+from eddyline.schema.events import ID_BYTES_MAX
 from eddyline.schema.item_record import ItemRecord
 from eddyline.schema.partitioning import item_shard, partition_of, user_slot
 from eddyline.schema.user_history import Entry, UserHistory
@@ -20,11 +22,13 @@ from eddyline.stores.memory import MemoryStore
 from eddyline.stores.state_store import Fence, LogId, Source, UserEffects
 from embeddings.towers.user_tower import query_vector
 from index.arrays import Vector
+from index.backends.registry import make_backend
 from index.exact import ExactIndex
 from index.factory import HnswIndex
-from index.filters import Filter, Range
+from index.filters import LIST_IDS_MAX, Filter, Range
 from index.port import Index
 from index.search.multi_vector import query_multi
+from serving.__main__ import Worker
 from serving.answer.deadline import Deadline, DeadlinePassed
 from serving.answer.retriever import Retriever
 from serving.answer.user_reader import UserReader
@@ -38,11 +42,12 @@ from serving.proto import shard_pb2, shard_pb2_grpc
 from serving.recall.base import RecallContext
 from serving.recall.popularity import Popularity
 from serving.recall.registry import make_paths
+from serving.recall.towers import OVER_FETCH
 from serving.rpc.backends import LocalIndex, ShardBackend, WorkerBackend
 from serving.rpc.client import CallFailed, Client, open_channel
 from serving.rpc.retrieval_service import RetrievalService
 from serving.rpc.server import NAME, NOT_SERVING, SERVING, SHARD_NAME, PortTaken, WorkerServer
-from serving.rpc.shard_service import ShardService
+from serving.rpc.shard_service import IDS_MAX, ShardService
 from serving.sharding import ShardAssignment, shard_of
 from serving.worker.replica import TailState
 
@@ -113,15 +118,17 @@ class OneShard:
         self.share, self.index, self.generation = share, index, generation
         self.behind, self.slow_s = "", 0.0
         self.now = self.most = 0
+        self.with_service = True
         self.server: WorkerServer | None = None
         self.up(port)
 
     def up(self, port: int) -> None:
-        service, shard = RetrievalService(SETTINGS), _Slow(self)
+        service, self.shard = RetrievalService(SETTINGS), _Slow(self)
         held = LocalIndex(self.generation, self.index, self)  # type: ignore[arg-type]
         service.serve(ShardBackend(held, self.share))
-        shard.serve(held)
+        self.shard.serve(held)
         settings = Settings(worker_port=port, worker_threads=4)
+        shard = self.shard if self.with_service else None
         self.server = WorkerServer(settings, service, shard)
         self.server.set_serving(True)
         self.address = self.server.address
@@ -142,7 +149,7 @@ class OneShard:
 
 class _Slow(ShardService):
     def __init__(self, of: OneShard) -> None:
-        super().__init__(of.share)
+        super().__init__(of.share, SETTINGS.k_max)
         self._of, self._lock = of, threading.Lock()
 
     def Candidates(self, request, context):  # type: ignore[no-untyped-def]
@@ -343,6 +350,8 @@ def test_good_addresses() -> None:
 
 
 # ---------------------------------------------------------------- the same answers as one index
+# The largest k that a shard takes.
+K_MAX = OVER_FETCH * SETTINGS.k_max
 
 
 def filters(rng: np.random.Generator) -> Filter | None:
@@ -364,7 +373,7 @@ def test_every_look_up_gives_what_one_index_gives(plant: Plant) -> None:
     for _ in range(60):
         items, passing = plant.index(), filters(rng)
         vector = unit(rng.normal(size=D))
-        k = int(rng.choice([-1, 0, 1, 2, 10, 100, N - 1, N, N + 1, 10 * N]))
+        k = int(rng.choice([-1, 0, 1, 2, 10, 100, N - 1, N, N + 1, K_MAX]))
         exclude = [f"item-{n}" for n in rng.integers(N + 20, size=int(rng.choice([0, 1, 30])))]
         assert items.query(vector, k, exclude, passing) == plant.whole.query(
             vector, k, exclude, passing
@@ -422,6 +431,26 @@ def test_the_same_answers_as_one_worker(plant: Plant) -> None:
             compared += 1
             paths |= {item.path for item in one.items}
     assert compared >= 100 and paths == {"towers", "popular", "newest"}
+
+
+def test_one_shard_takes_requests_at_the_limits_of_their_fields() -> None:
+    """Ids of 256 bytes: a whole history, and both lists of the filter."""
+    made = Plant(1, catalogue(40))
+
+    def ids(name: str, count: int) -> list[str]:
+        return [f"{name}{n}".ljust(ID_BYTES_MAX, "-") for n in range(count)]
+
+    try:
+        made.user("ana", *ids("seen", 996), "item-3", "item-7", "item-9", "item-11")
+        made.clicked({item: 1_000 + n for n, item in enumerate([*ids("hot", 1_999), "item-5"])})
+        allow = [*ids("allow", LIST_IDS_MAX - 9), *(f"item-{n}" for n in range(9))]
+        filters = pb.Filters(allow=allow, deny=ids("deny", LIST_IDS_MAX))
+        for user in ("ana", "nobody"):
+            answer = made.client.retrieve(user, 20, filters=filters)
+            assert not answer.shards.missing and not answer.missing
+            assert seen(answer) == seen(made.one.retrieve(user, 20, filters=filters))
+    finally:
+        made.close()
 
 
 def test_one_shard_is_all_items() -> None:
@@ -554,6 +583,7 @@ def stub(plant: Plant) -> Iterator[shard_pb2_grpc.ShardStub]:
         yield shard_pb2_grpc.ShardStub(channel)  # type: ignore[no-untyped-call]
 
 
+N_OF_SHARD_1 = sum(item_shard(record.item_id, 4) == 1 for record in catalogue())
 MINE = shard_pb2.Target(generation="g1", shard=1, shards=4)
 NEAREST = shard_pb2.Nearest(vector=np.ones(D, "<f4").tobytes(), k=3)
 
@@ -620,6 +650,117 @@ def test_a_bad_call_is_refused_by_name(
     assert sentence in failed.value.details()
 
 
+@pytest.mark.parametrize(
+    ("name", "k", "good"),
+    [
+        (name, k, 0 <= k <= OVER_FETCH * SETTINGS.k_max)
+        for name in ("nearest", "newest")
+        for limit in (0, OVER_FETCH * SETTINGS.k_max)
+        for k in (limit - 1, limit, limit + 1)
+    ]
+    + [("nearest", 2**31 - 1, False), ("newest", -(2**31), False)],
+)
+def test_the_k_of_a_shards_call_has_limits(stub, name: str, k: int, good: bool) -> None:  # type: ignore[no-untyped-def]
+    request = shard_pb2.CandidatesRequest(target=MINE)
+    if name == "nearest":
+        request.nearest.CopyFrom(shard_pb2.Nearest(vector=NEAREST.vector, k=k))
+    else:
+        request.newest.k = k
+    if good:
+        assert len(stub.Candidates(request, timeout=5).item_ids) == min(k, N_OF_SHARD_1)
+        return
+    with pytest.raises(grpc.RpcError) as failed:
+        stub.Candidates(request, timeout=5)
+    assert failed.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    allowed = f"allowed are 0 … {OVER_FETCH * SETTINGS.k_max}"
+    assert failed.value.details() == f"{name}.k: {k}, {allowed}"
+
+
+@pytest.mark.parametrize("count", [IDS_MAX - 1, IDS_MAX, IDS_MAX + 1, 20 * IDS_MAX])
+def test_the_lists_of_a_shards_call_have_limits(stub, count: int) -> None:  # type: ignore[no-untyped-def]
+    ids = [f"{n}".rjust(ID_BYTES_MAX if count < 2 * IDS_MAX else 5, "x") for n in range(count)]
+    made_of = shard_pb2.Nearest(vector=NEAREST.vector, k=1, made_of=ids)
+    made_of.made_of_offsets.extend([-2] * count)
+    calls = {
+        "item_ids": (stub.Vectors, shard_pb2.VectorsRequest(target=MINE, item_ids=ids)),
+        "exclude": (
+            stub.Candidates,
+            shard_pb2.CandidatesRequest(target=MINE, nearest=NEAREST, exclude=ids),
+        ),
+        "named.item_ids": (
+            stub.Candidates,
+            shard_pb2.CandidatesRequest(target=MINE, named=shard_pb2.Named(item_ids=ids)),
+        ),
+        "nearest.made_of": (
+            stub.Candidates,
+            shard_pb2.CandidatesRequest(target=MINE, nearest=made_of),
+        ),
+    }
+    for name, (call, request) in calls.items():
+        if count <= IDS_MAX:
+            call(request, timeout=5)
+            continue
+        with pytest.raises(grpc.RpcError) as failed:
+            call(request, timeout=5)
+        assert failed.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert failed.value.details() == f"{name}: {count} values, allowed are 0 … {IDS_MAX}"
+
+
+def test_a_worker_of_all_items_has_no_shard_service() -> None:
+    """148 bytes with a large k got every item and its vector from any worker."""
+    for settings, assignment, has in (
+        (SETTINGS, ShardAssignment(), False),
+        (msgspec.structs.replace(SETTINGS, shard_service=True), ShardAssignment(), True),
+        (SETTINGS, ShardAssignment(1, 4), True),
+    ):
+        worker = Worker(settings, make_backend("hnswlib"), assignment, threading.Event())
+        server = worker.listen()
+        try:
+            with open_channel(server.address) as channel, pytest.raises(grpc.RpcError) as failed:
+                request = shard_pb2.VectorsRequest(target=MINE)
+                shard_pb2_grpc.ShardStub(channel).Vectors(request, timeout=5)  # type: ignore[no-untyped-call]
+            codes = {True: grpc.StatusCode.UNAVAILABLE, False: grpc.StatusCode.UNIMPLEMENTED}
+            assert failed.value.code() == codes[has]
+        finally:
+            server.stop(0.0)
+
+
+def test_a_coordinator_names_a_worker_without_shard_service(frail: Plant) -> None:
+    port = frail.shards[1].down()
+    frail.shards[1].with_service = False
+    frail.shards[1].up(port)
+
+    def refused() -> bool:
+        missing = frail.client.retrieve("nobody", 5).shards.missing
+        time.sleep(0.2)  # the checks go on, and do not take it back
+        named = "EDDYLINE_SHARD_SERVICE=true" in str(frail.client.stats().missing)
+        return named and bool(missing) and missing[0].reason == "refused"
+
+    wait_until("the refusal", refused)
+    [missing] = frail.client.retrieve("nobody", 5).shards.missing
+    assert "EDDYLINE_SHARD_SERVICE=true" in missing.detail
+    calls = frail.links.all[1].misses
+    for _ in range(20):
+        assert len(frail.client.retrieve("nobody", 5).shards.missing) == 1
+    assert frail.links.all[1].misses == calls
+    frail.shards[1].with_service = True
+    frail.shards[1].up(frail.shards[1].down())
+    wait_until("all shards", lambda: not frail.client.retrieve("nobody", 5).shards.missing)
+
+
+def test_calls_of_coordinators_are_counted(plant: Plant) -> None:
+    shard = plant.shards[1].shard
+    before = shard.counts()
+    with open_channel(plant.shards[1].address) as channel:
+        stub = shard_pb2_grpc.ShardStub(channel)  # type: ignore[no-untyped-call]
+        stub.Vectors(shard_pb2.VectorsRequest(target=MINE, item_ids=["item-1"]), timeout=5)
+        stub.Candidates(shard_pb2.CandidatesRequest(target=MINE, nearest=NEAREST), timeout=5)
+        with pytest.raises(grpc.RpcError):
+            stub.Candidates(shard_pb2.CandidatesRequest(target=MINE), timeout=5)
+    after = shard.counts()
+    assert {n: after[n] - before[n] for n in after} == {"answered": 2, "failed": 1}
+
+
 def test_a_shard_leaves_users_to_the_coordinator(plant: Plant) -> None:
     with Client(plant.shards[2].address) as client, pytest.raises(CallFailed) as failed:
         client.retrieve("ana", 5)
@@ -638,7 +779,7 @@ def test_a_shard_leaves_users_to_the_coordinator(plant: Plant) -> None:
 
 
 def test_a_shard_that_is_not_ready() -> None:
-    service, shard = RetrievalService(SETTINGS), ShardService(ShardAssignment(1, 4))
+    service, shard = RetrievalService(SETTINGS), ShardService(ShardAssignment(1, 4), 10)
     server = WorkerServer(SETTINGS, service, shard)
     try:
         with open_channel(server.address) as channel, pytest.raises(grpc.RpcError) as failed:

@@ -22,6 +22,8 @@ from serving.metrics import WorkerCollector, serve
 from serving.proto import retrieval_pb2 as pb
 from serving.rpc.backends import RetrievalBackend
 from serving.rpc.retrieval_service import BUCKETS_S, RetrievalService
+from serving.rpc.shard_service import ShardService
+from serving.sharding import ALL
 from tests.unit.serving.direct_call import retrieve
 
 PAGE = Path(__file__).parents[3] / "docs" / "operations.md"
@@ -45,9 +47,9 @@ class Holds(RetrievalBackend):
         response.tail.MergeFrom(pb.TailStatus(lag_records=7, rejected=1, away_since_ms=away_ms))
 
 
-def text(service: RetrievalService) -> str:
+def text(service: RetrievalService, shard: ShardService | None = None) -> str:
     registry = CollectorRegistry()
-    registry.register(WorkerCollector(service))
+    registry.register(WorkerCollector(service, shard=shard))
     return generate_latest(registry).decode()
 
 
@@ -65,10 +67,11 @@ def test_the_page_names_every_metric_and_no_other() -> None:
         "eddyline_worker_queries_total",
         "eddyline_worker_query_seconds",
         "eddyline_worker_missing",
+        "eddyline_worker_waiting_calls",
     }
     service.serve(Holds())
     retrieve(service, "u", 1)
-    found = text(service)
+    found = text(service, ShardService(ALL, 10))
     assert names(found) == set(re.findall(r"eddyline_worker_\w+", PAGE.read_text(encoding="utf-8")))
     for line in (
         "eddyline_worker_ready 1.0",
@@ -98,6 +101,7 @@ def test_a_coordinator_tells_no_counts_of_shards_that_come_and_go() -> None:
         "eddyline_worker_queries_total",
         "eddyline_worker_query_seconds",
         "eddyline_worker_missing",
+        "eddyline_worker_waiting_calls",
         "eddyline_worker_index_items",
     }
 
