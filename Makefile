@@ -6,7 +6,7 @@ PYTHON ?= python3
 ARGS ?=
 BOOTSTRAP = $(PYTHON) bootstrap.py
 
-.PHONY: help setup demo test chaos soak fuzz up down lint proto lock clean
+.PHONY: help setup demo test chaos soak soak-starve fuzz up down lint proto lock clean
 .DEFAULT_GOAL := help
 
 help:  ## these targets
@@ -26,6 +26,9 @@ chaos:  ## faults under load, then compare all state; ARGS="--faults 200 --seed 
 
 soak:  ## the index's race test for a minute; SOAK_S=600 for ten
 	@$(BOOTSTRAP) soak $(ARGS)
+
+soak-starve:  ## a worker with waiting callers, open streams and a dead Redis node; SOAK_S=600
+	@$(BOOTSTRAP) bench starve $(ARGS)
 
 fuzz:  ## coverage-guided fuzzing of ingest; ARGS="-max_total_time=600"
 	@$(BOOTSTRAP) fuzz $(ARGS)
