@@ -16,27 +16,31 @@ from pathlib import Path
 from typing import Any
 
 import faust
+from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
-from faust.types import TP
+from faust.app import BootStrategy
+from mode import get_logger
 from typing_extensions import override
 
 from eddyline.errors import FenceMoved, Unavailable
-from eddyline.kafka import security
 from eddyline.process import heartbeat
-from eddyline.settings.kafka import uses_sasl
 from eddyline.settings.loader import Settings
 from eddyline.stores import layout
 from eddyline.stores.state_store import StateStore
-from streams.consumer.consumer import BatchApp, Bounds, ConsumerOwner, RawSchema
-from streams.consumer.thread import EmptyTail
-from streams.dispatcher import QUEUE_BATCHES, SESSION_S, BatchDispatcher, TopicPipeline
+from streams.consumer.buffer import RecordBuffer
+from streams.consumer.consumer import (
+    HEARTBEAT_S,
+    Bounds,
+    ConsumerOwner,
+    LogConsumer,
+    consumer_options,
+    request_s,
+)
+from streams.consumer.thread import ConsumerThread, EmptyTail
+from streams.dispatcher import BatchDispatcher, TopicPipeline
 
 log = logging.getLogger(__name__)
 
-# A member learns of a rebalance by its next heartbeat: this is most of the pause when a process
-# leaves.
-_HEARTBEAT_S = 0.5
-_COMMIT_S = 1.0
 _REPORT_S = 10.0
 # How long a Redis that went back in time may stay unnoticed while no record comes in.
 _WATCH_S = 2.0
@@ -47,11 +51,26 @@ _FLUSH_CHECK_S = 0.1
 # events/s. Not where one call to Redis may block for longer than this, and not after one failed.
 IN_LOOP_MAX = 64
 _IN_LOOP_TIMEOUT_MS_MAX = 2_000
-# Waiting for a server that is away does not make this process a dead member; only a lost heartbeat
-# does.
-_POLL_INTERVAL_S = 86_400.0
 # A stop that takes longer than this is cut short: the fences make a hard one harmless.
 _STOP_S_MAX = 10.0
+
+
+class WithoutKafka(BootStrategy):
+    """Faust starts the agents; `LogConsumer` reads from Kafka, and the handlers write to it."""
+
+    enable_kafka = False
+
+
+class AgentApp(faust.App):
+    """A Faust app whose agents read from channels."""
+
+    BootStrategy = WithoutKafka
+    logger = get_logger("faust.batches")
+
+    @override
+    async def on_start(self) -> None:
+        """As Faust's, which would also make its own consumer."""
+        self.finalize()
 
 
 class IngestApp(ConsumerOwner):
@@ -81,54 +100,51 @@ class IngestApp(ConsumerOwner):
         self._backoff_s_max = settings.backoff_ms_max / 1000
         self._ended: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
         self._wait_reported_s = 0.0
-        self._ends: dict[TP, int] = {}
-        self._tails: dict[TP, EmptyTail] = {}
-        partition_max = {
-            pipeline.topic: pipeline.handler.partition_max
-            for pipeline in pipelines
-            if pipeline.handler.partition_max is not None
-        }
-        self._app = BatchApp(
-            settings.prefixed("eddyline-ingest"),
-            owner=self,
-            chunk_records_max=settings.chunk_records_max,
-            partition_max=partition_max,
-            backoff_s_max=self._backoff_s_max,
-            small_max=self._in_loop_max,
-            broker=[f"kafka://{server}" for server in settings.kafka_bootstrap_servers.split(",")],
-            broker_credentials=broker_credentials(settings),
-            datadir=str(folder),
-            web_enabled=False,
-            topic_disable_leader=True,
-            topic_allow_declare=False,
-            processing_guarantee="at_least_once",
-            stream_wait_empty=False,
-            stream_buffer_maxsize=QUEUE_BATCHES,
-            consumer_auto_offset_reset="earliest",
-            consumer_group_instance_id=member,
-            broker_client_id=settings.prefixed("eddyline-ingest"),
-            broker_session_timeout=SESSION_S,
-            broker_heartbeat_interval=_HEARTBEAT_S,
-            broker_rebalance_timeout=2 * SESSION_S,
-            broker_request_timeout=max(settings.kafka_timeout_ms / 1000, SESSION_S),
-            broker_commit_interval=_COMMIT_S,
-            broker_max_poll_interval=_POLL_INTERVAL_S,
+        self._ends: dict[TopicPartition, int] = {}
+        self._tails: dict[TopicPartition, EmptyTail] = {}
+        self._app = AgentApp(
+            settings.prefixed("eddyline-ingest"), datadir=str(folder), web_enabled=False
         )
-        for pipeline in pipelines:
-            self._add_agent(pipeline)
+        self._buffers = {
+            pipeline.topic: RecordBuffer(
+                pipeline.topic, settings.chunk_records_max, pipeline.handler.partition_max
+            )
+            for pipeline in pipelines
+        }
+        # By topic, the channel that wakes its agent.
+        self._channels = {topic: self._app.channel(maxsize=1) for topic in self._buffers}
+        options = consumer_options(settings, member)
+        self._consumer = LogConsumer(
+            lambda owner: ConsumerThread(
+                lambda: AIOKafkaConsumer(**options),
+                list(self._buffers),
+                owner,
+                self._in_loop_max,
+                request_s(settings),
+            ),
+            self._buffers,
+            self._wake,
+            self,
+            in_loop=[
+                pipeline.topic
+                for pipeline in pipelines
+                if in_loop and not pipeline.handler.awaits_kafka
+            ],
+            request_s=request_s(settings),
+            backoff_s_max=self._backoff_s_max,
+        )
+        self._dispatchers = [self._add_agent(pipeline) for pipeline in pipelines]
 
     @property
     def pipelines(self) -> list[TopicPipeline]:
         """The pipelines, with their counters."""
         return list(self._pipelines.values())
 
-    def lag(self) -> dict[TP, int]:
+    def lag(self) -> dict[TopicPartition, int]:
         """Records of each assigned partition that are not applied yet. Any thread."""
-        behind: dict[TP, int] = {}
-        if not self._app.has_consumer:
-            return behind
-        for at in self._app.batches.assigned():
-            ends = self._ends.get(at), self._app.batches.highwater_seen(at)
+        behind: dict[TopicPartition, int] = {}
+        for at in self._consumer.assignment():
+            ends = self._ends.get(at), self._consumer.highwater_seen(at)
             known = [end for end in ends if end is not None]
             if at.topic not in self._pipelines or not known:
                 continue  # its end is not known yet
@@ -141,23 +157,24 @@ class IngestApp(ConsumerOwner):
 
     def paused(self) -> dict[str, int]:
         """By topic, the partitions that wait for a server, or for their position. Any thread."""
-        if not self._app.has_consumer:
-            return {}
-        return {topic: self._app.batches.paused(topic) for topic in self._pipelines}
+        return {topic: self._consumer.paused(topic) for topic in self._pipelines}
+
+    def queued(self) -> dict[str, int]:
+        """By topic, the batches that were fetched and not applied. Any thread."""
+        return {topic: buffer.batches() for topic, buffer in self._buffers.items()}
 
     async def check_group(self) -> None:
         """Raise the KafkaError that ended the work in the consumer group, if any."""
-        if self._app.has_consumer:
-            await self._app.batches.check_group()
+        await self._consumer.check_group()
 
     async def run(self) -> None:
         """Run until `end`, then finish and commit the running batches.
 
         Raises the error of `end`.
         """
-        started = asyncio.create_task(self._app.start())
+        started = asyncio.create_task(self._start())
         started.add_done_callback(self._started)
-        crashed = asyncio.create_task(self._app.wait_crashed())
+        crashed = asyncio.create_task(self._wait_crashed())
         background = [
             asyncio.create_task(self._guarded(work))
             for work in (self._report(), self._watch(), *map(self._flush_due, self.pipelines))
@@ -173,12 +190,28 @@ class IngestApp(ConsumerOwner):
             limit.start()
             for task in (crashed, *background):
                 task.cancel()
+            await self._consumer.stop()
             await self._app.stop()
             started.cancel()
             await asyncio.gather(started, crashed, *background, return_exceptions=True)
         error = self._ended.result()
         if error is not None:
             raise error
+
+    async def _start(self) -> None:
+        """Start the agents, then the consumer, which wakes them. Raises KafkaError."""
+        await self._app.start()
+        self._app.flow_control.resume()  # Faust's consumer would do so
+        await self._app.add_runtime_dependency(self._consumer)
+
+    async def _wait_crashed(self) -> Exception:
+        """Wait until a service of Faust's crashes. Returns the error."""
+        await self._app.wait_first()
+        reason = self._app.crash_reason
+        return reason if isinstance(reason, Exception) else RuntimeError(f"Faust: {reason!r}")
+
+    async def _wake(self, topic: str) -> None:
+        await self._channels[topic].put(True)  # type: ignore[arg-type]  # any value
 
     # --- what the consumer and the dispatchers need
 
@@ -198,7 +231,7 @@ class IngestApp(ConsumerOwner):
             )
 
     @override
-    async def position(self, bounds: Bounds) -> Mapping[TP, int]:
+    async def position(self, bounds: Bounds) -> Mapping[TopicPartition, int]:
         by_topic: dict[str, dict[int, tuple[int, int]]] = {}
         for at, ends in bounds.items():
             by_topic.setdefault(at.topic, {})[at.partition] = ends
@@ -208,12 +241,12 @@ class IngestApp(ConsumerOwner):
         await asyncio.get_running_loop().run_in_executor(None, self._store.claim_layout, claimed)
         opened = await asyncio.gather(
             *(
-                self._pipelines[topic].open(ends, self._app.batches.committed_of(topic))
+                self._pipelines[topic].open(ends, self._consumer.committed_of(topic))
                 for topic, ends in by_topic.items()
             )
         )
         found = {
-            TP(topic, partition): offset
+            TopicPartition(topic, partition): offset
             for topic, offsets in zip(by_topic, opened, strict=True)
             for partition, offset in offsets.items()
         }
@@ -225,27 +258,33 @@ class IngestApp(ConsumerOwner):
         return found
 
     @override
-    async def flush(self, limit_s: float) -> None:
+    async def finish(self, limit_s: float) -> None:
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + limit_s
+        while any(dispatcher.applying for dispatcher in self._dispatchers) and clock() < deadline:
+            await asyncio.sleep(0.005)
         tasks = [
             asyncio.create_task(self._guarded(pipeline.thread.run(pipeline.handler.flush)))
             for pipeline in self.pipelines
             if (pending := pipeline.handler.write_behind) is not None and pending.pending()
         ]
         if tasks:
-            await asyncio.wait(tasks, timeout=limit_s)
+            await asyncio.wait(tasks, timeout=max(0.0, deadline - clock()))
 
     # --- tasks
 
-    def _add_agent(self, pipeline: TopicPipeline) -> None:
-        if self._in_loop_max and not pipeline.handler.awaits_kafka:
-            self._app.in_flight.topics.add(pipeline.topic)
-        dispatcher = BatchDispatcher(self._app, pipeline, self._in_loop_max, self._backoff_s_max)
+    def _add_agent(self, pipeline: TopicPipeline) -> BatchDispatcher:
+        topic = pipeline.topic
+        dispatcher = BatchDispatcher(
+            pipeline, self._buffers[topic], self, self._in_loop_max, self._backoff_s_max
+        )
+        dispatcher.consumer = self._consumer
 
         async def agent(stream: Any) -> None:
             await dispatcher.run(stream)
 
-        topic = self._app.topic(pipeline.topic, schema=RawSchema())
-        self._app.agent(topic, name=f"ingest.{pipeline.topic}", concurrency=1)(agent)
+        self._app.agent(self._channels[topic], name=f"ingest.{topic}", concurrency=1)(agent)
+        return dispatcher
 
     def _started(self, task: asyncio.Task[Any]) -> None:
         """A failed start ends the process; it is restarted, and waits for Kafka."""
@@ -268,7 +307,7 @@ class IngestApp(ConsumerOwner):
         async for _ in _every(_FLUSH_CHECK_S):
             if not handler.write_behind.due():
                 continue
-            consumer = self._app.batches
+            consumer = self._consumer
             refused = await pipeline.thread.run(
                 handler.flush_due, consumer.positioned(pipeline.topic)
             )
@@ -276,10 +315,10 @@ class IngestApp(ConsumerOwner):
                 continue
             # After a long pause we may have lost the partition unnoticed. Wait two heartbeats
             # before opening it again, or we would steal it from its new owner.
-            at = TP(pipeline.topic, refused)
-            epoch = consumer.epochs[at]
-            await asyncio.sleep(2 * _HEARTBEAT_S)
-            if consumer.epochs[at] == epoch and refused in consumer.positioned(pipeline.topic):
+            at = TopicPartition(pipeline.topic, refused)
+            epoch = consumer.epoch(at)
+            await asyncio.sleep(2 * HEARTBEAT_S)
+            if consumer.epoch(at) == epoch and refused in consumer.positioned(pipeline.topic):
                 pipeline.rewinds += 1
                 await consumer.rewind({at})
 
@@ -291,7 +330,7 @@ class IngestApp(ConsumerOwner):
     async def _watch(self) -> None:
         """Check the fences of idle partitions; busy ones find a change by themselves."""
         async for _ in _every(_WATCH_S):
-            consumer = self._app.batches
+            consumer = self._consumer
             if consumer.fetching_ended():
                 raise RuntimeError("aiokafka's fetcher ended: nothing more would be read")
             heartbeat.beat(self._settings, "ingest")
@@ -311,17 +350,17 @@ class IngestApp(ConsumerOwner):
                     log.warning(
                         "fences moved under an idle process", extra={"partitions": str(diverged)}
                     )
-                    await consumer.rewind({TP(pipeline.topic, p) for p in diverged})
+                    await consumer.rewind({TopicPartition(pipeline.topic, p) for p in diverged})
 
     async def _skip_empty(self, pipeline: TopicPipeline) -> None:
         """Move the fences of idle partitions over offsets without a record at their end.
 
         Only what two looks in a row found alike is skipped. Raises Unavailable.
         """
-        consumer, topic = self._app.batches, pipeline.topic
+        consumer, topic = self._consumer, pipeline.topic
         tails = await consumer.empty_tails(topic)
         before = {at.partition: tail for at, tail in self._tails.items() if at.topic == topic}
-        self._tails |= {TP(topic, partition): tail for partition, tail in tails.items()}
+        self._tails |= {TopicPartition(topic, partition): tail for partition, tail in tails.items()}
         for partition in [p for p, tail in tails.items() if before.get(p) == tail]:
             tail = tails[partition]
             skip = pipeline.handler.skip_empty, partition, tail.taken, tail.position - 1
@@ -330,17 +369,16 @@ class IngestApp(ConsumerOwner):
             except FenceMoved:
                 continue  # `find_diverged` opens the partition again
             if skipped:
-                consumer.skipped(TP(topic, partition), tail)
+                consumer.skipped(TopicPartition(topic, partition), tail)
 
     async def _read_ends(self) -> None:
         """Read where the logs end, for the lag: paused partitions are not fetched."""
-        mine = {at for at in self._app.batches.assignment() if at.topic in self._pipelines}
+        mine = {at for at in self._consumer.assignment() if at.topic in self._pipelines}
         try:
             async with asyncio.timeout(_WATCH_S):
-                ends = await self._app.batches.highwaters(*mine) if mine else {}
+                self._ends = await self._consumer.ends(mine) if mine else {}
         except (KafkaError, TimeoutError):
             return
-        self._ends = {at: end for at, end in ends.items() if end is not None}
 
     async def _report(self) -> None:
         """Log one line for each topic that had batches."""
@@ -357,19 +395,6 @@ class IngestApp(ConsumerOwner):
                         "ms_a_batch": round(mean_ms, 2),
                     }
                     log.info("ingested", extra=extra)
-
-
-def broker_credentials(settings: Settings) -> Any:
-    """Faust's setting `broker_credentials`; None for a plain connection. Raises SettingsError."""
-    context = security.tls_context(settings)
-    if uses_sasl(settings):
-        return faust.SASLCredentials(
-            username=settings.kafka_sasl_username,
-            password=settings.kafka_sasl_password,
-            mechanism=settings.kafka_sasl_mechanism,
-            ssl_context=context,
-        )
-    return context
 
 
 async def _every(seconds: float) -> AsyncIterator[None]:

@@ -1,6 +1,6 @@
-"""The way of batches from a Faust agent to their handler, and what their results lead to.
+"""The way of records from a topic's buffer to their handler, and what the results lead to.
 
-A handler runs in a thread of its own, so the app's loop stays free. Batches that arrive while it
+A handler runs in a thread of its own, so the app's loop stays free. Records that arrive while it
 is busy are applied together afterwards and share round trips and numpy work. Where a server is
 away, the dispatcher waits; a refused write sends its partition back to the lowest fence; any other
 error ends the process, and the batch is not acknowledged.
@@ -17,24 +17,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from faust.types import TP
+from aiokafka import TopicPartition
 
 from eddyline.errors import FenceMoved, Unavailable
 from eddyline.process.retry import Backoff
-from streams.consumer.batching import choose, place_of
-from streams.consumer.consumer import BatchApp
+from streams.consumer.buffer import RecordBuffer, place_of
+from streams.consumer.consumer import SESSION_S, ConsumerOwner, LogConsumer
 from streams.ports import Handler, Outcome, PartitionLost, RecordBatch
 
 log = logging.getLogger(__name__)
 _R = TypeVar("_R")
 
-# The shortest session that Kafka's default settings allow: a dead process's partitions move after
-# it.
-SESSION_S = 6.0
 BACKOFF_S = 0.05
-# Back-pressure: a topic is paused while its pipeline's queue holds this many batches, or Faust's
-# own queue as many groups of batches. Enough to keep a handler busy.
-QUEUE_BATCHES = 16
 
 
 class HandlerThread:
@@ -76,10 +70,9 @@ class Totals:
 
 @dataclass
 class TopicPipeline:
-    """One topic: its handler, the handler's thread, its queue, and its counters.
+    """One topic: its handler, the handler's thread, and its counters.
 
     topic:   the name in Kafka, prefix included
-    queue:   fetched batches; held: batches from the queue that were not applied yet
     batches, rewinds, seconds, outcome: see `Totals`
     waits:   how often a server was waited for; away: whether the last call found it away
     """
@@ -87,10 +80,6 @@ class TopicPipeline:
     topic: str
     handler: Handler
     thread: HandlerThread
-    queue: asyncio.Queue[RecordBatch] = field(
-        default_factory=lambda: asyncio.Queue(QUEUE_BATCHES), repr=False
-    )
-    held: list[RecordBatch] = field(default_factory=list, repr=False)
     outcome: Outcome = field(default_factory=Outcome)
     batches: int = 0
     rewinds: int = 0
@@ -114,10 +103,6 @@ class TopicPipeline:
             total.less(before.outcome),
         )
 
-    def queued(self) -> int:
-        """Batches that were fetched and not applied. Any thread."""
-        return self.queue.qsize() + len(self.held)
-
     async def open(
         self, bounds: Mapping[int, tuple[int, int]], committed: Mapping[int, int]
     ) -> dict[int, int]:
@@ -137,86 +122,60 @@ class TopicPipeline:
 class BatchDispatcher:
     """Applies the batches of one pipeline. Runs in the app's event loop.
 
+    consumer:    has the records' partitions; set before the first batch
     in_loop_max: up to so many records are applied in the event loop itself; 0: none
+    applying:    whether a batch is being applied
     """
 
+    consumer: LogConsumer
+
     def __init__(
-        self, app: BatchApp, pipeline: TopicPipeline, in_loop_max: int, backoff_s_max: float
+        self,
+        pipeline: TopicPipeline,
+        buffer: RecordBuffer,
+        owner: ConsumerOwner,
+        in_loop_max: int,
+        backoff_s_max: float,
     ) -> None:
-        self._app = app
+        self.applying = False
         self._pipeline = pipeline
+        self._buffer = buffer
+        self._owner = owner
         self._in_loop_max = in_loop_max
         self._backoff = Backoff(BACKOFF_S, backoff_s_max)
-        # By partition: the epoch of the last batch that was dropped.
-        self._dropped: dict[TP, int] = {}
 
     async def run(self, stream: Any) -> None:
-        """The Faust agent: queue the batches of each event; another task applies them."""
-        work = asyncio.create_task(self.work())
+        """The Faust agent: an event for a buffer with records. An error ends the process."""
         try:
-            async for batches in stream.noack():
-                for batch in batches:
-                    await self._pipeline.queue.put(batch)
-        finally:
-            work.cancel()
-            await asyncio.gather(work, return_exceptions=True)
-
-    async def work(self) -> None:
-        """Apply queued batches, until cancelled; an error ends the process."""
-        pipeline = self._pipeline
-        try:
-            while True:
-                if not pipeline.held:
-                    pipeline.held.append(await pipeline.queue.get())
-                batches = self.take()
-                if batches:
-                    await self.dispatch(batches)
-                self._app.in_flight.applied(pipeline.topic)
+            async for _ in stream.noack():
+                await self.drain()
         except Exception as error:
             log.exception("batches could not be applied")
-            self._app.owner.end(error)
+            self._owner.end(error)
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is None or not task.cancelling():  # not cancelled by us
-                self._app.owner.end(RuntimeError("the work on batches was cancelled from inside"))
+            # No error at an intended stop, as the first call counts. Otherwise records of the
+            # buffer may be half applied.
+            self._owner.end(RuntimeError("the work on batches was cancelled"))
             raise
 
-    def take(self) -> list[RecordBatch]:
-        """The batches to apply now, one of each partition; stale ones are dropped."""
-        pipeline, current = self._pipeline, []
-        while len(pipeline.held) < 2 * QUEUE_BATCHES and not pipeline.queue.empty():
-            pipeline.held.append(pipeline.queue.get_nowait())
-        for batch in pipeline.held:
-            # What follows a dropped batch is dropped too, though the partition may be ours again by
-            # now.
-            dropped = batch.epoch <= self._dropped.get(place_of(batch), -1)
-            if dropped or not self._app.batches.is_current(batch):
-                self._drop(batch)  # it is read again after a seek, or was lost
-            else:
-                current.append(batch)
-        partition_max = pipeline.handler.partition_max
-        batches, pipeline.held = choose(current, self._app.chunk_records_max, partition_max)
-        return batches
-
-    def _drop(self, batch: RecordBatch) -> None:
-        at = place_of(batch)
-        self._dropped[at] = max(batch.epoch, self._dropped.get(at, -1))
+    async def drain(self) -> None:
+        """Apply the records of the buffer, until it is empty."""
+        while batches := self._buffer.take(self.consumer.is_current):
+            await self.dispatch(batches)
+        self._buffer.busy = False
 
     async def dispatch(self, batches: Sequence[RecordBatch]) -> None:
         """Apply the batches, and acknowledge, wait or rewind by their results."""
-        pipeline, consumer = self._pipeline, self._app.batches
+        pipeline, consumer = self._pipeline, self.consumer
         begun = time.perf_counter()
+        self.applying = True
         try:
             results = await self.apply(batches)
         except Exception as error:
             await self._give_up(batches[0], error)
             return
-        except BaseException:
-            # Cancelled. What follows would leave a gap, until all is read again from the fence.
-            for batch in batches:
-                self._drop(batch)
-            consumer.unread({place_of(batch): batch.epoch for batch in batches})
-            raise
+        finally:
+            self.applying = False
         pipeline.seconds += time.perf_counter() - begun
         unavailable = [result for result in results if isinstance(result, Unavailable)]
         if unavailable:
@@ -224,12 +183,12 @@ class BatchDispatcher:
         else:
             pipeline.away = False
             self._backoff.reset()
-        back: set[TP] = set()
+        back: set[TopicPartition] = set()
         for batch, result in zip(batches, results, strict=True):
             if isinstance(result, Outcome):
                 pipeline.batches += 1
                 pipeline.outcome.add(result)
-                if consumer.is_current(batch):
+                if consumer.is_current(place_of(batch), batch.epoch):
                     consumer.applied(batch)
             elif isinstance(result, FenceMoved):
                 pipeline.rewinds += 1
@@ -257,25 +216,25 @@ class BatchDispatcher:
         if small and not self._pipeline.away and thread.lock.acquire(blocking=False):
             try:
                 if handler.awaits_kafka:
-                    return await self._app.track(handler.apply_in_loop(batches))
+                    return await handler.apply_in_loop(batches)
                 return handler.apply(batches)
             finally:
                 thread.lock.release()
-        return await self._app.track(thread.run(handler.apply, batches))
+        return await thread.run(handler.apply, batches)
 
     async def _give_up(self, batch: RecordBatch, error: Exception) -> None:
         """End the process; nothing more is acknowledged."""
         log.error("a batch could not be applied", extra=_where(batch, error), exc_info=error)
-        self._app.owner.end(error)
+        self._owner.end(error)
         await asyncio.Event().wait()
 
     async def _await_loss(self, batch: RecordBatch) -> None:
         """Wait for the rebalance that takes the partition; open it again where none comes."""
         clock = asyncio.get_running_loop().time
         deadline = clock() + 2 * SESSION_S
-        while self._app.batches.is_current(batch):
+        while self.consumer.is_current(place_of(batch), batch.epoch):
             if clock() > deadline:
-                await self._app.batches.rewind({place_of(batch)})
+                await self.consumer.rewind({place_of(batch)})
                 return
             await asyncio.sleep(0.1)
 
@@ -284,7 +243,7 @@ class BatchDispatcher:
         pipeline.waits += 1
         pipeline.away = True
         pause_s = self._backoff.next_s()
-        self._app.owner.report_wait(error, pause_s)
+        self._owner.report_wait(error, pause_s)
         await asyncio.sleep(pause_s)
 
 

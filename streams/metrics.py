@@ -57,7 +57,7 @@ class IngestCollector(Collector):
             "eddyline_ingest_queued_chunks",
             "Batches fetched, not applied",
             "topic",
-            {pipeline.topic: pipeline.queued() for pipeline in pipelines},
+            self._app.queued(),
         )
         yield from self._partitions()
         yield CounterMetricFamily(

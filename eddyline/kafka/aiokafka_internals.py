@@ -77,10 +77,6 @@ class FetchGate:
         self._actions = self._fetcher._get_actions_per_node
         self._fetcher._get_actions_per_node = self._gated
 
-    def holds(self, consumer: Any) -> bool:
-        """Whether this is the gate of the consumer's present fetcher."""
-        return self._fetcher is consumer._fetcher
-
     def hold(self) -> None:
         """Send no fetch from here on; call it in the step that takes records."""
         self._held = True

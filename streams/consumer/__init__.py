@@ -1,1 +1,1 @@
-"""Kafka batches under Faust: the consumer, its thread, batching and fetch control."""
+"""Reading from Kafka beside the Faust agents: the service, its thread, and the buffers."""

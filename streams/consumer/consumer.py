@@ -1,15 +1,12 @@
-"""Faust with one event for the batches of a fetch, and the fence as the position.
+"""The consumer service: records from Kafka into buffers, and the fence as the position.
 
-Faust keeps membership, rebalance and commits. Its cost per message (some 100 µs of asyncio work) is
-paid once per fetch and topic: one message carries a group of batches. Faust's private
-members are used in this file and, of its consumer thread, in `thread.py`. Faust is pinned, and
-`tests/unit/streams/test_consumer.py` names what is used.
+It is a service beside Faust's agents: the app starts, supervises and stops it. Faust's own consumer
+is off, as it pays some 100 µs of asyncio work for each record. This one pays once per fetch:
+records go into one buffer for each topic (`streams/consumer/buffer.py`), and an agent is woken to
+take batches.
 
-Whenever a partition is sought, in the consumer's thread, its *epoch* increases in the same step;
-records carry the epoch of the step that takes them from the fetcher. So the epoch of a batch shows
-whether its records come from before or after the seek; older ones are dropped without an ack.
 Committed offsets show the lag, and up to where records were forwarded; no position is read from
-them.
+them. `streams/consumer/thread.py` explains epochs.
 """
 
 from __future__ import annotations
@@ -17,44 +14,55 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import AsyncExitStack
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol
 
-import faust
-from aiokafka.errors import KafkaError
-from faust.tables.manager import TableManager
-from faust.transport.consumer import ensure_TPset
-from faust.transport.drivers import aiokafka as driver
-from faust.types import TP, ConsumerMessage
-from mode import get_logger
+from aiokafka import TopicPartition
+from aiokafka.coordinator.assignors.range import RangePartitionAssignor
+from aiokafka.errors import ConsumerStoppedError, KafkaError
+from mode import Service, get_logger
 from typing_extensions import override
 
 from eddyline.errors import LogMismatch, Unavailable
+from eddyline.kafka import security
 from eddyline.process.retry import Backoff
-from streams.consumer.batching import Fetched, place_of, split_fetched
-from streams.consumer.in_flight import InFlightBatches
-from streams.consumer.thread import ConsumerThread, EmptyTail
+from eddyline.settings.loader import Settings
+from streams.consumer.buffer import Fetched, RecordBuffer, place_of
+from streams.consumer.thread import ConsumerThread, EmptyTail, ThreadOwner
 from streams.ports import RecordBatch
 
-# Faust's services log under this name: quiet where everything of Faust is.
-_logger = get_logger("faust.batches")
-FAUST_VERSION = "0.15.3"
-_POLL_S = 0.25
-# The same while a topic's queue is full: it may have room again before another topic has records.
-_FULL_POLL_S = 0.01
+# The shortest session that Kafka's default settings allow: a dead process's partitions move after
+# it.
+SESSION_S = 6.0
+# A member learns of a rebalance by its next heartbeat: this is most of the pause when a process
+# leaves.
+HEARTBEAT_S = 0.5
+_COMMIT_S = 1.0
+# Waiting for a server that is away does not make this process a dead member; only a lost heartbeat
+# does.
+_POLL_INTERVAL_S = 86_400.0
+# How long one fetch waits for the first record, at the broker and here. A seek waits for the
+# running fetch, so it is short.
+_FETCH_WAIT_S = 0.25
+# The same while a buffer is full: it may have room again before another topic has records.
+_FULL_FETCH_WAIT_S = 0.01
+# How soon partitions are looked at again while none can be fetched.
+_NONE_WAIT_S = 0.02
 # The first pause before a position is looked up again; it doubles up to the setting
 # `backoff_ms_max`.
 _BACKOFF_S = 0.05
+# More turns of the loop than a small batch needs from its fetch to its handler. A pipeline that
+# stands still (Redis is away, its thread is busy) does not hold up the fetches of the others.
+TURNS_MAX = 20
 
-Bounds = Mapping[TP, tuple[int, int]]
-_T = TypeVar("_T")
+Bounds = Mapping[TopicPartition, tuple[int, int]]
 
 
 class ConsumerOwner(Protocol):
     """What the consumer needs of its process; `streams.app.IngestApp` is one. In the app's loop."""
 
-    async def position(self, bounds: Bounds) -> Mapping[TP, int]:
+    async def position(self, bounds: Bounds) -> Mapping[TopicPartition, int]:
         """Where to read on.
 
         bounds: (begin, end) of partitions. May raise Unavailable, LogMismatch.
@@ -66,220 +74,229 @@ class ConsumerOwner(Protocol):
     def end(self, error: Exception | None) -> None:
         """End the process: None for an intended stop, else the error."""
 
-    async def flush(self, limit_s: float) -> None:
-        """Write all pending effects within the limit: partitions are about to be revoked."""
+    async def finish(self, limit_s: float) -> None:
+        """Finish the running batches and write all pending effects, within the limit.
+
+        Partitions are about to be revoked; nothing new is in the buffers.
+        """
 
 
-class RawSchema(faust.Schema[Any, Any]):
-    """Passes the batches through unchanged: the handlers decode."""
+def request_s(settings: Settings) -> float:
+    """The limit of a request to Kafka, in seconds."""
+    return max(settings.kafka_timeout_ms / 1000, SESSION_S)
+
+
+def consumer_options(settings: Settings, member: str) -> dict[str, Any]:
+    """Options of the `AIOKafkaConsumer`. member: the group.instance.id. Raises SettingsError.
+
+    They hold the password: keep them out of log lines.
+    """
+    name = settings.prefixed("eddyline-ingest")
+    return security.client_options(settings) | {
+        "bootstrap_servers": settings.kafka_bootstrap_servers.split(","),
+        "client_id": name,
+        "group_id": name,
+        "group_instance_id": member,
+        # Range gives partition p of clicks and of users to one process: one writer of the slot
+        # `u{p}`.
+        "partition_assignment_strategy": [RangePartitionAssignor],
+        "enable_auto_commit": False,
+        # Retention that overtakes us, or a log that lost its end: the fences decide what that
+        # means.
+        "auto_offset_reset": "none",
+        # Records of an aborted transaction do not exist (a dead letter's replay that was killed).
+        "isolation_level": "read_committed",
+        "fetch_max_wait_ms": int(_FETCH_WAIT_S * 1000),
+        "max_poll_interval_ms": int(_POLL_INTERVAL_S * 1000),
+        "request_timeout_ms": int(request_s(settings) * 1000),
+        "session_timeout_ms": int(SESSION_S * 1000),
+        "rebalance_timeout_ms": int(2 * SESSION_S * 1000),
+        "heartbeat_interval_ms": int(HEARTBEAT_S * 1000),
+    }
+
+
+class LogConsumer(Service, ThreadOwner):
+    """Fills the buffers; seeks to the owner's positions. Everything here runs in the app's loop.
+
+    make_thread:   makes the thread that reports to this service
+    buffers:       by topic
+    wake:          wakes the topic's agent, once its buffer is marked as busy
+    in_loop:       topics whose handlers block the loop until their small batches are applied
+    request_s:     the limit of a request to Kafka
+    backoff_s_max: the longest pause before a retry
+    """
+
+    logger = get_logger("faust.batches")
+
+    def __init__(
+        self,
+        make_thread: Callable[[ThreadOwner], ConsumerThread],
+        buffers: Mapping[str, RecordBuffer],
+        wake: Callable[[str], Awaitable[None]],
+        owner: ConsumerOwner,
+        *,
+        in_loop: Collection[str],
+        request_s: float,
+        backoff_s_max: float,
+    ) -> None:
+        super().__init__()
+        self._buffers = buffers
+        self._wake = wake
+        self._owner = owner
+        self._in_loop = [buffers[topic] for topic in in_loop]
+        self._request_s = request_s
+        self._backoff_s_max = backoff_s_max
+        self._acked: dict[TopicPartition, int] = {}  # the offset to commit
+        self._rebalances = 0
+        self._rebalancing = True
+        self._rewinding: defaultdict[TopicPartition, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._thread = make_thread(self)
+        # Read-only views for the owner; see `ConsumerThread`.
+        self.assignment = self._thread.assignment
+        self.highwater_seen = self._thread.highwater_seen
+        self.fetching_ended = self._thread.fetching_ended
+        self.check_group = self._thread.check_group
+        self.ends = self._thread.ends
 
     @override
-    def loads_key(self, app: Any, message: Any, **_: Any) -> Any:
-        return None
+    async def on_start(self) -> None:
+        """Join the group. Raises KafkaError where Kafka is away."""
+        await self._thread.start()
 
     @override
-    def loads_value(self, app: Any, message: Any, **_: Any) -> Any:
-        return message.value
-
-
-class _NotKept(dict[TP, int | None]):
-    """Faust's read offsets, switched off: Faust would drop records that are read again."""
-
-    @override
-    def __getitem__(self, key: TP) -> int | None:
-        return None
-
-    @override
-    def __setitem__(self, key: TP, value: int | None) -> None:
-        pass
-
-    @override
-    def pop(self, key: TP, default: Any = None) -> Any:
-        return default
-
-
-class BatchConsumer(driver.Consumer):
-    """Yields groups of batches; seeks to the owner's positions."""
-
-    logger = _logger
-    app: BatchApp
-    _thread: ConsumerThread
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.epochs: defaultdict[TP, int] = defaultdict(int)
-        self.taken: dict[TP, int] = {}
-        self.committed: dict[TP, int] = {}  # the highest offset that the group has committed
-        self._unpositioned: set[TP] = set()
-        self._rewinding: defaultdict[TP, asyncio.Lock] = defaultdict(asyncio.Lock)
-        super().__init__(*args, **kwargs)
-        self.small_max = self.app.small_max
-        self._read_offset = _NotKept()
-
-    @override
-    def _new_consumer_thread(self) -> ConsumerThread:
-        return ConsumerThread(self, loop=self.loop, beacon=self.beacon)
+    async def on_stop(self) -> None:
+        """Finish the running batches, commit them, and leave the group."""
+        await self._thread.commit(await self.release())
+        await self._thread.stop()
 
     # --- what is owned, and where it stands
 
-    def is_current(self, batch: RecordBatch) -> bool:
-        """Whether the partition is still assigned and was not sought since the batch was read."""
-        at = place_of(batch)
-        positioned = at not in self._unpositioned and self.epochs[at] == batch.epoch
-        return positioned and self._thread.owns(at)
+    def is_current(self, at: TopicPartition, epoch: int) -> bool:
+        """Whether the partition is assigned and was not sought since the epoch began."""
+        return at in self._thread.positioned and self._thread.epochs[at] == epoch
+
+    def epoch(self, at: TopicPartition) -> int:
+        """The partition's seek count."""
+        return self._thread.epochs[at]
 
     def positioned(self, topic: str) -> set[int]:
         """The partitions of a topic that are assigned to this process and have a position."""
-        if self.app.rebalancing or not self._thread.has_consumer():
-            return set()
-        return {at.partition for at in self.assignment() - self._unpositioned if at.topic == topic}
-
-    def assigned(self) -> set[TP]:
-        """All assigned partitions; none before the thread has started. Any thread."""
-        return self.assignment() if self._thread.has_consumer() else set()
+        return {at.partition for at in list(self._thread.positioned) if at.topic == topic}
 
     def paused(self, topic: str) -> int:
-        """How many partitions of this topic stand still until their position is known."""
-        return sum(1 for at in list(self._unpositioned) if at.topic == topic)
-
-    def highwater_seen(self, at: TP) -> int | None:
-        """See `ConsumerThread.highwater_seen`."""
-        return self._thread.highwater_seen(at)
+        """How many partitions of this topic wait for their position. Any thread."""
+        mine = {at.partition for at in self.assignment() if at.topic == topic}
+        return len(mine - self.positioned(topic))
 
     def committed_of(self, topic: str) -> dict[int, int]:
         """By partition, the offset that the group has committed."""
-        return {at.partition: offset for at, offset in self.committed.items() if at.topic == topic}
-
-    def fetching_ended(self) -> bool:
-        """See `ConsumerThread.fetching_ended`."""
-        return self._thread.fetching_ended()
+        committed = self._thread.committed
+        return {at.partition: offset for at, offset in committed.items() if at.topic == topic}
 
     async def empty_tails(self, topic: str) -> dict[int, EmptyTail]:
         """By partition of a topic that has a position: the offsets at its end without a record."""
-        mine, tails = self.positioned(topic), await self._thread.read_empty_tails()
         return {
             at.partition: tail
-            for at, tail in tails.items()
-            if at.topic == topic and at.partition in mine and tail.epoch == self.epochs[at]
+            for at, tail in (await self._thread.read_empty_tails()).items()
+            if at.topic == topic and self.is_current(at, tail.epoch)
         }
-
-    async def check_group(self) -> None:
-        """See `ConsumerThread.check_group`."""
-        await self._thread.check_group()
 
     # --- fetching
 
-    @override
-    async def getmany(self, timeout: float) -> AsyncIterator[tuple[TP, Any]]:
-        """Fetch, and yield one message for each group of batches."""
-        if not self.flow_active:
-            await self.wait(self.can_resume_flow.wait())
-        active = self._get_active_partitions() - self._unpositioned
-        if not active or self.should_stop:
-            await self.sleep(0.02)
-            return
-        await self.app.in_flight.wait()
-        limit_s = _FULL_POLL_S if self._buffered_partitions else _POLL_S
-        fetched = await self._getmany(active_partitions=active, timeout=min(timeout, limit_s))
-        generation, read_us = self.app.consumer_generation_id, time.time_ns() // 1_000
-        for batches in split_fetched(
-            cast(Fetched, fetched), self.app.chunk_records_max, self.app.partition_max, read_us
-        ):
-            if not self.flow_active or self.should_stop:
+    @Service.task
+    async def _read(self) -> None:
+        """Fetch, fill the buffers, wake the agents."""
+        while not self.should_stop:
+            full = {topic for topic, buffer in self._buffers.items() if buffer.full()}
+            wanted = [at for at in list(self._thread.positioned) if at.topic not in full]
+            if not wanted:
+                await self.sleep(_NONE_WAIT_S)
+                continue
+            await self._let_small_batches_go_first()
+            wait_s = _FULL_FETCH_WAIT_S if full else _FETCH_WAIT_S
+            try:
+                fetch = await self._thread.fetch(wanted, wait_s)
+            except ConsumerStoppedError:
                 return
-            if self.app.consumer_generation_id != generation:
-                return
-            if current := [batch for batch in batches if self.is_current(batch)]:
-                message = self._message(current)
-                self.app.in_flight.sent(message.topic)
-                yield message.tp, message
+            read_us = time.time_ns() // 1_000
+            topics = set()
+            for at, (epoch, records) in fetch.records.items():
+                if not self._rebalancing and self.is_current(at, epoch):
+                    self._buffers[at.topic].add(at.partition, Fetched(records, read_us, epoch))
+                    topics.add(at.topic)
+            for topic in topics:
+                if not self._buffers[topic].busy:
+                    self._buffers[topic].busy = True
+                    await self._wake(topic)
+            if lost := {at for at, epoch in fetch.lost.items() if self.is_current(at, epoch)}:
+                self._begin_rewind(lost)
 
-    def _message(self, batches: Sequence[RecordBatch]) -> ConsumerMessage:
-        """A message with all batches. Its coordinates mean nothing: `applied` acknowledges batches.
+    async def _let_small_batches_go_first(self) -> None:
+        """Let the pipelines in this loop apply their batches, for at most `TURNS_MAX` turns.
 
-        All messages of a topic name the same partition: Faust limits its queue by partition.
+        aiokafka sends its next fetch as soon as records are taken from it. Under a steady trickle
+        that fetch returns the one or two records that came in this very moment; they would be a
+        batch of their own, at the full cost of one, and what came meanwhile would wait at the
+        broker for the fetch after it. So after a small fetch `FetchGate` holds the next one back
+        until `fetch` is called, once the small batches are applied. After a larger fetch aiokafka
+        reads ahead.
         """
-        topic, partition = batches[0].topic, batches[0].partition
-        at = min(self._of_topic(topic), default=TP(topic, partition))
-        return ConsumerMessage(
-            at.topic,
-            at.partition,
-            0,
-            batches[0].read_us / 1e6,
-            1,
-            [],
-            None,
-            cast(bytes, batches),
-            None,
-            None,
-            None,
-            at,
-            generation_id=self.app.consumer_generation_id,
-        )
-
-    @override
-    def on_buffer_full(self, tp: TP) -> None:
-        """Faust's queue for the topic is full: fetch no partition of it."""
-        for at in self._of_topic(tp.topic):
-            super().on_buffer_full(at)
-
-    @override
-    def on_buffer_drop(self, tp: TP) -> None:
-        """The queue has room again."""
-        for at in self._of_topic(tp.topic):
-            super().on_buffer_drop(at)
-
-    def _of_topic(self, topic: str) -> list[TP]:
-        return [at for at in ensure_TPset(self.assignment()) if at.topic == topic]
+        for _ in range(TURNS_MAX):
+            if not any(buffer.busy for buffer in self._in_loop):
+                return
+            await asyncio.sleep(0)
 
     # --- acknowledging
 
     def applied(self, batch: RecordBatch) -> None:
-        """All effects of the batch are written: its end may be committed. In the app's loop."""
-        self._acked[place_of(batch)] = [batch.last]
+        """All effects of the batch are written: its end may be committed."""
+        self._acked[place_of(batch)] = batch.last + 1
 
-    def skipped(self, at: TP, tail: EmptyTail) -> None:
-        """The fences have passed the empty tail: its end may be committed. In the app's loop."""
-        if self.epochs[at] == tail.epoch:
-            self._acked[at] = [tail.position - 1]
+    def skipped(self, at: TopicPartition, tail: EmptyTail) -> None:
+        """The fences have passed the empty tail: its end may be committed."""
+        if self.is_current(at, tail.epoch):
+            self._acked[at] = tail.position
 
-    @override
-    async def _add_gap(self, tp: TP, offset_from: int, offset_to: int) -> None:
-        """No gaps: batches of a partition are acknowledged in order, each with all its offsets."""
+    @Service.task
+    async def _commit(self) -> None:
+        """Commit what was acknowledged, once a second."""
+        while not self.should_stop:
+            await self.sleep(_COMMIT_S)
+            acked, self._acked = self._acked, {}
+            if acked and not await self._thread.commit(acked):
+                self._acked = acked | self._acked
 
-    @override
-    def _new_offset(self, tp: TP) -> int | None:
-        """The offset to commit: one after the last ack, as acks come in order."""
-        acked = self._acked[tp]
-        if not acked:
-            return None
-        last = acked[-1]
-        acked.clear()
-        return last + 1
+    # --- rebalances and positions
 
     @override
-    def verify_event_path(self, now: float, tp: TP) -> None:
-        """Faust's watchdog takes an idle topic for a hanging one; the ingest log line says more."""
-
-    # --- positions
-
-    @override
-    async def on_partitions_assigned(self, assigned: set[TP], generation_id: int = 0) -> None:
-        """No partition is read before its position is known."""
-        self._unpositioned = set(assigned)
-        self._buffered_partitions.clear()  # queues are cleared as well
-        await super().on_partitions_assigned(assigned, generation_id)
+    async def release(self) -> Mapping[TopicPartition, int]:
+        self._rebalancing = True
+        for buffer in self._buffers.values():
+            buffer.clear()
+        await self._owner.finish(SESSION_S / 2)
+        acked, self._acked = self._acked, {}
+        return acked
 
     @override
-    async def perform_seek(self) -> None:
-        """After a rebalance: find every position; in the background, as Redis may be away.
+    def assigned(self) -> None:
+        """Find every position, in the background, as Redis may be away.
 
         Topic by topic, so that clicks do not wait for the transactional producers of items.
         """
+        self._rebalances += 1
+        self._rebalancing = False
+        self._acked.clear()
+        for buffer in self._buffers.values():
+            buffer.clear()
         mine = self.assignment()
         for topic in sorted({at.topic for at in mine}):
-            self.add_future(self.rewind({at for at in mine if at.topic == topic}))
+            self._begin_rewind({at for at in mine if at.topic == topic})
 
-    async def rewind(self, partitions: set[TP]) -> None:
+    def _begin_rewind(self, partitions: set[TopicPartition]) -> None:
+        if not self.should_stop:
+            self.add_future(self.rewind(partitions))
+
+    async def rewind(self, partitions: set[TopicPartition]) -> None:
         """Read on at the lowest fence + 1. Waits for Redis and Kafka; returns where partitions are
         lost.
 
@@ -287,18 +304,18 @@ class BatchConsumer(driver.Consumer):
         another's reading of the fences and its seek. The batches read there do not follow those
         fences: their effects on one slot would be written over a gap.
         """
-        self._unpositioned |= partitions
+        self._thread.positioned -= partitions
         async with AsyncExitStack() as locks:
             for at in sorted(partitions):
                 await locks.enter_async_context(self._rewinding[at])
-            self._unpositioned |= partitions
+            self._thread.positioned -= partitions
             await self._rewind(partitions)
 
-    async def _rewind(self, partitions: set[TP]) -> None:
-        generation, mismatches = self.app.consumer_generation_id, 0
-        backoff = Backoff(_BACKOFF_S, self.app.backoff_s_max)
-        while not self.should_stop and self.app.consumer_generation_id == generation:
-            mine = {at for at in partitions if at in self.assignment()}
+    async def _rewind(self, partitions: set[TopicPartition]) -> None:
+        rebalances, mismatches = self._rebalances, 0
+        backoff = Backoff(_BACKOFF_S, self._backoff_s_max)
+        while not self.should_stop and self._rebalances == rebalances:
+            mine = partitions & self.assignment()
             if not mine:
                 return
             wait_s = backoff.next_s()
@@ -306,131 +323,23 @@ class BatchConsumer(driver.Consumer):
                 await self._thread.seek_to(await self._positions(mine))
                 return
             except (Unavailable, KafkaError, TimeoutError) as error:
-                self.app.owner.report_wait(error, wait_s)
+                self._owner.report_wait(error, wait_s)
             except LogMismatch as error:
                 # The previous owner may have moved a fence beyond the end that was read before it.
                 mismatches += 1
                 if mismatches > 1:
-                    self.app.owner.end(error)
+                    self._owner.end(error)
                     return
             except Exception as error:
-                self.app.owner.end(error)
+                self._owner.end(error)
                 return
             await self.sleep(wait_s)
 
-    async def _positions(self, partitions: set[TP]) -> Mapping[TP, int]:
-        limit_s = self.app.conf.broker_request_timeout
-        found = await asyncio.wait_for(self._thread.read_committed(partitions), limit_s)
-        for at, offset in found.items():
-            self.committed[at] = max(offset, self.committed.get(at, 0))
-        begins = await asyncio.wait_for(self.earliest_offsets(*partitions), limit_s)
-        ends = await asyncio.wait_for(self.highwaters(*partitions), limit_s)
-        return await self.app.owner.position({at: (begins[at], ends[at]) for at in partitions})
-
-    def sought(self, at: TP) -> None:
-        """See `ThreadOwner.sought`."""
-        self.epochs[at] += 1
-        self._acked.pop(at, None)
-        self._committed_offset[at] = None
-        self._unpositioned.discard(at)
-
-    def unread(self, taken: Mapping[TP, int]) -> None:
-        """See `ThreadOwner.unread`: go back to the fence."""
-        lost = {at for at, epoch in taken.items() if self.epochs[at] == epoch}
-        if lost and not self.should_stop:
-            self.add_future(self.rewind(lost))
-
-
-class BatchTransport(driver.Transport):
-    """Names the consumer."""
-
-    Consumer = BatchConsumer
-
-
-class NoTables(TableManager):
-    """No tables: without the second that Faust waits for them at every start."""
-
-    logger = _logger
-
-    @override
-    async def on_start(self) -> None:
-        await self._update_channels()
-        await self.recovery.start()
-
-
-class BatchApp(faust.App):
-    """A Faust app whose events are groups of batches.
-
-    chunk_records_max: the most records that are applied together
-    partition_max:     topic -> the same for one partition, where it is less
-    backoff_s_max:     the longest pause before a retry
-    small_max:         after a fetch of more records aiokafka reads ahead
-    in_flight:         small batches that the next fetch waits for
-    """
-
-    logger = _logger
-
-    def __init__(
-        self,
-        *args: Any,
-        owner: ConsumerOwner,
-        chunk_records_max: int,
-        partition_max: Mapping[str, int],
-        backoff_s_max: float,
-        small_max: int,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, TableManager=NoTables, **kwargs)
-        self.owner = owner
-        self.chunk_records_max = chunk_records_max
-        self.partition_max = partition_max
-        self.backoff_s_max = backoff_s_max
-        self.small_max = small_max
-        self.in_flight = InFlightBatches()
-        self._tracked = 0
-
-    @property
-    def batches(self) -> BatchConsumer:
-        """The consumer."""
-        return cast(BatchConsumer, self.consumer)
-
-    @property
-    def has_consumer(self) -> bool:
-        """Whether the consumer was made; `batches` would make it, in the calling thread."""
-        return self._consumer is not None
-
-    async def wait_crashed(self) -> Exception:
-        """Wait until a service of Faust's crashes. Returns the error."""
-        await self._crashed.wait()
-        reason = self.crash_reason
-        return reason if isinstance(reason, Exception) else RuntimeError(f"Faust: {reason!r}")
-
-    async def track(self, work: Awaitable[_T]) -> _T:
-        """Await the application of batches; a stop and a rebalance wait for it."""
-        self._tracked += 1
-        try:
-            return await work
-        finally:
-            self._tracked -= 1
-
-    async def wait_idle(self, limit_s: float) -> None:
-        """Wait until no batch is being applied, at most so long.
-
-        Queued batches are cleared before.
-        """
-        clock = asyncio.get_running_loop().time
-        deadline = clock() + limit_s
-        while self._tracked and clock() < deadline:
-            await asyncio.sleep(0.005)
-
-    @override
-    def _new_transport(self) -> BatchTransport:
-        return BatchTransport(self.conf.broker_consumer, self)
-
-    @override
-    async def _consumer_wait_empty(self, consumer: Any, logger: Any) -> None:
-        """Finish the running batches, then flush, before partitions are revoked."""
-        clock = asyncio.get_running_loop().time
-        deadline = clock() + self.conf.broker_session_timeout / 2
-        await self.wait_idle(deadline - clock())
-        await self.owner.flush(max(0.0, deadline - clock()))
+    async def _positions(self, partitions: set[TopicPartition]) -> Mapping[TopicPartition, int]:
+        async with asyncio.timeout(self._request_s):
+            await self._thread.read_committed(partitions)
+        async with asyncio.timeout(self._request_s):
+            begins = await self._thread.begins(partitions)
+        async with asyncio.timeout(self._request_s):
+            ends = await self._thread.ends(partitions)
+        return await self._owner.position({at: (begins[at], ends[at]) for at in partitions})

@@ -1,6 +1,6 @@
 """Errors that Kafka refuses us with while ingest runs.
 
-aiokafka keeps them to itself, or raises them deep inside Faust. `watch_consumer` finds them,
+aiokafka keeps them to itself, or raises them deep inside a fetch. `watch_consumer` finds them,
 `translate_error` says what they mean, and `WithoutTraceback` keeps their stack traces out of the
 log, as the process ends with one sentence.
 """

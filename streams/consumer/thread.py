@@ -1,33 +1,34 @@
-"""The consumer's thread: it owns aiokafka's consumer, fetches, seeks and commits.
+"""The thread that owns aiokafka's consumer: it fetches, seeks, commits and follows the group.
 
-aiokafka's private members are used through `eddyline/kafka/aiokafka_internals.py` alone (ADR 18).
-The thread has an event loop of its own, so heartbeats continue whatever the app's loop does.
-`streams/consumer/consumer.py` explains epochs.
+It has an event loop of its own, so heartbeats continue whatever the app's loop does. aiokafka's
+private members are used through `eddyline/kafka/aiokafka_internals.py` alone (ADR 18).
+
+Whenever a partition is sought its *epoch* increases, in the same step; records carry the epoch of
+the step that takes them from aiokafka. So the epoch of a batch shows whether its records come from
+before or after the seek; older ones are dropped without an ack.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from aiokafka import AIOKafkaConsumer
-from aiokafka.coordinator.assignors.range import RangePartitionAssignor
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import KafkaError, NoOffsetForPartitionError, OffsetOutOfRangeError
-from aiokafka.structs import OffsetAndMetadata
-from faust.transport.consumer import ensure_TPset
-from faust.transport.drivers import aiokafka as driver
-from faust.types import TP
+from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
 from mode import get_logger
 from typing_extensions import override
 
 from eddyline.kafka import aiokafka_internals
 from eddyline.kafka.aiokafka_internals import FetchGate
 
+# Faust's services log under this name: quiet where everything of Faust is.
 _logger = get_logger("faust.batches")
-# How long one fetch waits for the first record. A seek waits for the running fetch, so it is short.
-_FETCH_WAIT_MS = 250
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,143 +46,142 @@ class EmptyTail:
     position: int
 
 
-class ThreadOwner(Protocol):
-    """What the thread uses of its consumer, `streams.consumer.consumer.BatchConsumer`.
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """What one fetch returned.
 
-    epochs:    by partition, the number of seeks; changes in the thread's loop only
-    committed: by partition, the highest offset that the group has committed
-    taken:     by partition, see `EmptyTail`; changes in the thread's loop only
-    small_max: after a fetch of more records aiokafka reads ahead
+    records: by partition, with the epoch of the records
+    lost:    partitions, with their epoch, whose position is not in the log
     """
 
-    epochs: dict[TP, int]
-    taken: dict[TP, int]
-    committed: dict[TP, int]
-    small_max: int
-
-    def sought(self, at: TP) -> None:
-        """The thread has just sought this partition."""
-
-    def unread(self, taken: Mapping[TP, int]) -> None:
-        """Records of these partitions and epochs were fetched and lost; in the app's loop."""
+    records: Mapping[TopicPartition, tuple[int, list[ConsumerRecord]]]
+    lost: Mapping[TopicPartition, int]
 
 
-class ConsumerThread(driver.AIOKafkaConsumerThread):
-    """The thread that owns the aiokafka consumer. Seeks and epochs change in its loop only."""
+class ThreadOwner(Protocol):
+    """What the thread reports to; `streams.consumer.consumer.LogConsumer` is one."""
 
-    logger = _logger
-    consumer: ThreadOwner  # type: ignore[assignment]  # a port, not the consumer: no circle
-    _gate: FetchGate | None = None
+    async def release(self) -> Mapping[TopicPartition, int]:
+        """Partitions are about to be revoked: stop work. Returns the offsets to commit.
 
-    @override
-    def _create_worker_consumer(self, transport: Any) -> AIOKafkaConsumer:
-        conf = self.app.conf
-        return AIOKafkaConsumer(
-            client_id=conf.broker_client_id,
-            group_id=conf.id,
-            group_instance_id=conf.consumer_group_instance_id,
-            bootstrap_servers=driver.server_list(transport.url, transport.default_port),
-            # Range gives partition p of clicks and of users to one process: one writer of the slot
-            # `u{p}`.
-            partition_assignment_strategy=[RangePartitionAssignor],
-            enable_auto_commit=False,
-            # Retention that overtakes us, or a log that lost its end: the fences decide what that
-            # means.
-            auto_offset_reset="none",
-            # Records of an aborted transaction do not exist (a dead letter's replay that was
-            # killed).
-            isolation_level="read_committed",
-            fetch_max_wait_ms=_FETCH_WAIT_MS,
-            max_poll_records=conf.broker_max_poll_records,
-            max_poll_interval_ms=int((conf.broker_max_poll_interval or 0) * 1000),
-            max_partition_fetch_bytes=conf.consumer_max_fetch_size,
-            check_crcs=conf.broker_check_crcs,
-            request_timeout_ms=int(conf.broker_request_timeout * 1000),
-            session_timeout_ms=int(conf.broker_session_timeout * 1000),
-            rebalance_timeout_ms=int(conf.broker_rebalance_timeout * 1000),
-            heartbeat_interval_ms=int(conf.broker_heartbeat_interval * 1000),
-            metadata_max_age_ms=conf.consumer_metadata_max_age_ms,
-            connections_max_idle_ms=conf.consumer_connections_max_idle_ms,
-            **driver.credentials_to_aiokafka_auth(conf.broker_credentials, conf.ssl_context),
-        )
-
-    @override
-    async def _fetch_records(
-        self,
-        consumer: Any,
-        active_partitions: Any,
-        timeout: float | None = None,
-        max_records: int | None = None,
-    ) -> Any:
-        epochs = self.consumer.epochs
-        gate = self._gate
-        if gate is None or not gate.holds(consumer):
-            gate = self._gate = FetchGate(consumer)
-        gate.open()
-        try:
-            records = await super()._fetch_records(
-                consumer, active_partitions, timeout, max_records
-            )
-        except (OffsetOutOfRangeError, NoOffsetForPartitionError) as error:
-            named = error.args[0]
-            lost = {
-                TP(*at): epochs[TP(*at)] for at in (named if isinstance(named, dict) else [named])
-            }
-            self.parent_loop.call_soon_threadsafe(self.consumer.unread, lost)
-            return {}
-        for at, fetched in records.items():
-            self.consumer.taken[TP(*at)] = fetched[-1].offset
-        if records and sum(map(len, records.values())) <= self.consumer.small_max:
-            gate.hold()
-        return {at: (epochs[at], taken) for at, taken in records.items()}
-
-    @override
-    async def getmany(self, active_partitions: Any, timeout: float) -> Any:
-        """Fetch in the thread's loop directly: Faust's queue of calls costs more than the fetch."""
-        answer = self.parent_loop.create_future()
-        consumer = self._ensure_consumer()
-
-        def begin() -> None:
-            fetch = self._fetch_records(
-                consumer, active_partitions, timeout, self.app.conf.broker_max_poll_records
-            )
-            self.thread_loop.create_task(fetch).add_done_callback(
-                lambda task: self.parent_loop.call_soon_threadsafe(self._answer, answer, task)
-            )
-
-        self.thread_loop.call_soon_threadsafe(begin)
-        return await answer
-
-    def _answer(self, answer: asyncio.Future[Any], task: asyncio.Task[Any]) -> None:
-        """Return what was fetched; read it again where the caller is gone. In the app's loop."""
-        if task.cancelled():
-            answer.cancel()
-        elif (error := task.exception()) is not None:
-            if not answer.done():
-                answer.set_exception(error)
-        elif not answer.done():
-            answer.set_result(task.result())
-        else:
-            self.consumer.unread({TP(*at): epoch for at, (epoch, _) in task.result().items()})
-
-    def has_consumer(self) -> bool:
-        """Whether the thread has made its consumer. Any thread."""
-        return self._consumer is not None
-
-    def owns(self, at: TP) -> bool:
-        """Whether the partition is assigned to this process. Any thread."""
-        return at in self._ensure_consumer().assignment()  # a named tuple equals aiokafka's
-
-    def highwater_seen(self, at: TP) -> int | None:
-        """The partition's end at the last fetch; None where it is not assigned or unknown.
-
-        Any thread.
+        In the app's loop; within the session time-out.
         """
+
+    def assigned(self) -> None:
+        """A rebalance has ended; no partition has a position. In the app's loop."""
+
+
+class ConsumerThread(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has no types
+    """Runs one consumer in a thread. Methods are for the app's loop, unless they say otherwise.
+
+    make:       makes the consumer, in the thread's loop
+    small_max:  after a fetch of more records aiokafka reads ahead
+    request_s:  the limit of a request to Kafka
+    epochs:     by partition, the number of seeks; changes in the thread's loop only
+    positioned: the partitions that were sought since the last rebalance, and not lost since
+    committed:  by partition, the highest offset that the group has committed
+    """
+
+    _loop: asyncio.AbstractEventLoop
+    _app_loop: asyncio.AbstractEventLoop
+
+    def __init__(
+        self,
+        make: Callable[[], AIOKafkaConsumer],
+        topics: Collection[str],
+        owner: ThreadOwner,
+        small_max: int,
+        request_s: float,
+    ) -> None:
+        self.epochs: defaultdict[TopicPartition, int] = defaultdict(int)
+        self.positioned: set[TopicPartition] = set()
+        self.committed: dict[TopicPartition, int] = {}
+        self._make = make
+        self._topics = topics
+        self._owner = owner
+        self._small_max = small_max
+        self._request_s = request_s
+        self._taken: dict[TopicPartition, int] = {}
+        self._consumer: AIOKafkaConsumer | None = None
+        self._gate: FetchGate | None = None
+        self._thread = threading.Thread(target=self._run, name="kafka_consumer", daemon=True)
+
+    # --- start and stop
+
+    async def start(self) -> None:
+        """Start the consumer and join the group. Raises KafkaError where Kafka is away."""
+        self._loop, self._app_loop = asyncio.new_event_loop(), asyncio.get_running_loop()
+        self._thread.start()
+        await self._call(self._start())
+
+    async def stop(self) -> None:
+        """Leave the group, so that others take over at once, and end the thread."""
+        if not self._thread.is_alive():
+            return
+        if self._consumer is not None:
+            await self._call(self._stop(self._consumer))
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        await asyncio.to_thread(self._thread.join)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+        self._loop.close()
+
+    async def _start(self) -> None:
+        consumer = self._consumer = self._make()
+        consumer.subscribe(self._topics, listener=self)
         try:
-            found: int | None = self._ensure_consumer().highwater(driver.ensure_aiokafka_TP(at))
-        except (AssertionError, AttributeError):  # not assigned, or no longer by now
-            return None
-        return found
+            await consumer.start()  # the first rebalance happens meanwhile
+        except BaseException:
+            self._consumer = None
+            await consumer.stop()
+            raise
+
+    async def _stop(self, consumer: AIOKafkaConsumer) -> None:
+        aiokafka_internals.leave_at_stop(consumer)
+        await consumer.stop()
+
+    async def _call(self, work: Coroutine[Any, Any, _T]) -> _T:
+        """Run a coroutine in the thread's loop."""
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+
+    @property
+    def _started(self) -> AIOKafkaConsumer:
+        assert self._consumer is not None, "not started"
+        return self._consumer
+
+    # --- the group
+
+    @override
+    async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
+        """Let the app end its work and commit it. In the thread's loop."""
+        released = asyncio.run_coroutine_threadsafe(self._owner.release(), self._app_loop)
+        try:
+            async with asyncio.timeout(self._request_s):
+                offsets = await asyncio.wrap_future(released)
+                await self._commit(offsets)
+        except TimeoutError:
+            _logger.warning("a rebalance did not wait longer for the running batches")
+        self.positioned.clear()
+
+    @override
+    def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
+        """No partition is read before its position is known. In the thread's loop."""
+        self.positioned.clear()
+        self._app_loop.call_soon_threadsafe(self._owner.assigned)
+
+    def assignment(self) -> set[TopicPartition]:
+        """All assigned partitions; none before the start. Any thread."""
+        return set() if self._consumer is None else set(self._consumer.assignment())
+
+    async def check_group(self) -> None:
+        """Raise the KafkaError that ended the work in the consumer group, if any."""
+        if self._consumer is not None:
+            await self._call(self._check_group(self._consumer))
+
+    async def _check_group(self, consumer: AIOKafkaConsumer) -> None:
+        aiokafka_internals.check_group(consumer)
 
     def fetching_ended(self) -> bool:
         """Whether aiokafka has stopped to fetch: an error of its own ends that silently.
@@ -190,59 +190,95 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         """
         return self._consumer is not None and aiokafka_internals.fetching_ended(self._consumer)
 
-    async def check_group(self) -> None:
-        """Raise the KafkaError that ended the work in the consumer group, if any."""
-        if self._consumer is not None:
-            await self.call_thread(self._check_group)
+    # --- fetching
 
-    async def _check_group(self) -> None:
-        aiokafka_internals.check_group(self._consumer)
+    async def fetch(self, partitions: Collection[TopicPartition], wait_s: float) -> Fetch:
+        """Take records of these partitions, one at least; wait for them at most so long.
 
-    async def seek_to(self, offsets: Mapping[TP, int]) -> None:
-        """Read on at these offsets; partitions that were lost meanwhile are skipped."""
-        await self.call_thread(self._seek_to, offsets)
+        Raises KafkaError where the work in the group has ended.
+        """
+        return await self._call(self._fetch(partitions, wait_s))
 
-    async def _seek_to(self, offsets: Mapping[TP, int]) -> None:
-        consumer = self._ensure_consumer()
-        mine = ensure_TPset(consumer.assignment())
-        for at, offset in offsets.items():
-            if at in mine:
-                consumer.seek(driver.ensure_aiokafka_TP(at), offset)
-                self.consumer.taken[at] = offset - 1
-                self.consumer.sought(at)
+    async def _fetch(self, partitions: Collection[TopicPartition], wait_s: float) -> Fetch:
+        epochs = self.epochs
+        gate = self._gate = self._gate or FetchGate(self._started)
+        gate.open()
+        try:
+            records = await self._started.getmany(*partitions, timeout_ms=int(wait_s * 1000))
+        except (OffsetOutOfRangeError, NoOffsetForPartitionError) as error:
+            named = error.args[0]
+            lost = map(TopicPartition._make, named if isinstance(named, dict) else [named])
+            return Fetch({}, {at: epochs[at] for at in lost})
+        for at, taken in records.items():
+            self._taken[at] = taken[-1].offset
+        if records and sum(map(len, records.values())) <= self._small_max:
+            gate.hold()
+        return Fetch({at: (epochs[at], taken) for at, taken in records.items()}, {})
 
-    async def read_empty_tails(self) -> dict[TP, EmptyTail]:
+    def highwater_seen(self, at: TopicPartition) -> int | None:
+        """The partition's end at the last fetch; None where it is not assigned or unknown.
+
+        Any thread.
+        """
+        try:
+            return None if self._consumer is None else self._consumer.highwater(at)
+        except (AssertionError, AttributeError):  # not assigned, or no longer by now
+            return None
+
+    async def read_empty_tails(self) -> dict[TopicPartition, EmptyTail]:
         """The partitions whose position is more than one offset after the last record taken."""
-        found: dict[TP, EmptyTail] = await self.call_thread(self._read_empty_tails)
-        return found
+        return {} if self._consumer is None else await self._call(self._read_empty_tails())
 
-    async def _read_empty_tails(self) -> dict[TP, EmptyTail]:
-        tails: dict[TP, EmptyTail] = {}
-        for named, position in aiokafka_internals.positions(self._ensure_consumer()).items():
-            at = TP(*named)
-            taken = self.consumer.taken.get(at)
+    async def _read_empty_tails(self) -> dict[TopicPartition, EmptyTail]:
+        tails: dict[TopicPartition, EmptyTail] = {}
+        for at, position in aiokafka_internals.positions(self._started).items():
+            taken = self._taken.get(at)
             if taken is not None and position > taken + 1:
-                tails[at] = EmptyTail(self.consumer.epochs[at], taken, position)
+                tails[at] = EmptyTail(self.epochs[at], taken, position)
         return tails
 
-    async def read_committed(self, partitions: Collection[TP]) -> dict[TP, int]:
+    # --- positions
+
+    async def seek_to(self, offsets: Mapping[TopicPartition, int]) -> None:
+        """Read on at these offsets; partitions that were lost meanwhile are skipped."""
+        await self._call(self._seek_to(offsets))
+
+    async def _seek_to(self, offsets: Mapping[TopicPartition, int]) -> None:
+        mine = self.assignment()
+        for at, offset in offsets.items():
+            if at in mine:
+                self._started.seek(at, offset)
+                self._taken[at] = offset - 1
+                self.epochs[at] += 1
+                self.positioned.add(at)
+
+    async def ends(self, partitions: Collection[TopicPartition]) -> dict[TopicPartition, int]:
+        """The offset after the last record of each partition. Raises KafkaError."""
+        return await self._call(self._started.end_offsets(list(partitions)))
+
+    async def begins(self, partitions: Collection[TopicPartition]) -> dict[TopicPartition, int]:
+        """The first offset that each partition's log still has. Raises KafkaError."""
+        return await self._call(self._started.beginning_offsets(list(partitions)))
+
+    async def read_committed(
+        self, partitions: Collection[TopicPartition]
+    ) -> dict[TopicPartition, int]:
         """The offsets that the group has committed; partitions without one are absent."""
-        found: dict[TP, int] = await self.call_thread(self._read_committed, partitions)
+        found = await self._call(aiokafka_internals.committed(self._started, list(partitions)))
+        for at, offset in found.items():
+            self.committed[at] = max(offset, self.committed.get(at, 0))
         return found
 
-    async def _read_committed(self, partitions: Collection[TP]) -> dict[TP, int]:
-        places = [driver.ensure_aiokafka_TP(at) for at in partitions]
-        found = await aiokafka_internals.committed(self._ensure_consumer(), places)
-        return {TP(*at): offset for at, offset in found.items()}
-
-    @override
-    async def _commit(self, offsets: Mapping[TP, int]) -> bool:
-        """Commit, for those who observe the lag; a failure does not stop the process.
+    async def commit(self, offsets: Mapping[TopicPartition, int]) -> bool:
+        """Commit, for those who observe the lag. False where Kafka did not: it is no error.
 
         An offset never goes back: records that are read again, as Redis was emptied, were forwarded
         before.
         """
-        mine, before = self.assignment(), self.consumer.committed
+        return self._consumer is None or await self._call(self._commit(offsets))
+
+    async def _commit(self, offsets: Mapping[TopicPartition, int]) -> bool:
+        mine, before = self.assignment(), self.committed
         higher = {
             at: offset
             for at, offset in offsets.items()
@@ -250,23 +286,11 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         }
         if not higher:
             return True
-        commits = {
-            driver.ensure_aiokafka_TP(at): OffsetAndMetadata(offset, "")
-            for at, offset in higher.items()
-        }
+        commits = {at: OffsetAndMetadata(offset, "") for at, offset in higher.items()}
         try:
-            await asyncio.wait_for(
-                self._ensure_consumer().commit(commits), self.app.conf.broker_request_timeout
-            )
+            await asyncio.wait_for(self._started.commit(commits), self._request_s)
         except (KafkaError, TimeoutError) as error:
-            self.log.info("offsets not committed, the fences stand: %r", error)
+            _logger.info("offsets not committed, the fences stand: %r", error)
             return False
         before.update(higher)
         return True
-
-    @override
-    async def on_thread_stop(self) -> None:
-        """Leave the group, so that others take over at once; a static member would not."""
-        if self._consumer is not None:
-            aiokafka_internals.leave_at_stop(self._consumer)
-        await super().on_thread_stop()

@@ -256,8 +256,8 @@ def test_generations_that_come_and_go_are_the_models(actions: list[Any]) -> None
     run(actions)
 
 
-# The embedding of a generation that the process has not loaded goes too, whether its range is closed
-# or Redis is an older copy from before it began.
+# The embedding of a generation that the process has not loaded goes too, whether its range is
+# closed or Redis is an older copy from before it began.
 FORGOTTEN_IN_BOTH = [
     *SWITCHED,
     ("turn", "clicks", 0, 8),

@@ -1,38 +1,41 @@
-"""The consumer of batches, and the private members of Faust and aiokafka that it uses."""
+"""The consumer service: what fills the buffers, positions, acks, and rebalances."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
 import inspect
-import tempfile
-from collections.abc import Callable, Coroutine, Mapping
-from importlib.metadata import version
-from types import SimpleNamespace
+from collections import defaultdict
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from typing import Any
 
 import aiokafka
-import faust
 import pytest
+from aiokafka import TopicPartition
 from aiokafka.consumer.fetcher import Fetcher
 from aiokafka.consumer.group_coordinator import GroupCoordinator
 from aiokafka.coordinator.assignors.range import RangePartitionAssignor
+from aiokafka.errors import ConsumerStoppedError, KafkaError
 from aiokafka.structs import ConsumerRecord
-from faust.tables.manager import TableManager
-from faust.tables.recovery import Recovery
-from faust.transport.consumer import Consumer
-from faust.transport.drivers import aiokafka as driver
-from faust.types import TP
 
 from eddyline.errors import StoreUnavailable
-from streams.consumer import consumer as consumer_consumer
-from streams.consumer.batching import split_fetched
-from streams.consumer.consumer import BatchApp, BatchConsumer, RawSchema
-from streams.consumer.thread import ConsumerThread
-from streams.ports import RecordBatch
+from eddyline.settings.loader import Settings
+from streams.consumer.buffer import FULL_BATCHES, RecordBuffer
+from streams.consumer.consumer import (
+    SESSION_S,
+    TURNS_MAX,
+    ConsumerOwner,
+    LogConsumer,
+    consumer_options,
+)
+from streams.consumer.thread import ConsumerThread, EmptyTail, Fetch
 from tests.applying import batch_of
 
-AT = TP("clicks", 0)
+AT, NEXT, ITEMS = (
+    TopicPartition("clicks", 0),
+    TopicPartition("clicks", 1),
+    TopicPartition("items", 0),
+)
 
 
 def in_a_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
@@ -49,52 +52,76 @@ def record(offset: int, partition: int = 0) -> ConsumerRecord:
 
 
 class FakeThread:
-    """A consumer's thread: what was fetched, and where it was sought."""
+    """A consumer's thread: what was fetched, and where it was sought.
 
-    def __init__(self, consumer: BatchConsumer) -> None:
-        self.consumer = consumer
-        self.fetched: dict[TP, list[ConsumerRecord]] = {}
-        self.sought: list[dict[TP, int]] = []
-        self.committed: dict[TP, int] = {}
-        self.mine = {AT, TP("clicks", 1)}
+    fetched: by partition, what the next fetch returns; lost: partitions without a position
+    """
 
-    async def getmany(self, active: set[TP], timeout: float) -> Any:
-        return {at: (self.consumer.epochs[at], r) for at, r in self.fetched.items() if at in active}
+    def __init__(self) -> None:
+        self.epochs: defaultdict[TopicPartition, int] = defaultdict(int)
+        self.positioned: set[TopicPartition] = set()
+        self.committed: dict[TopicPartition, int] = {}
+        self.fetched: dict[TopicPartition, list[ConsumerRecord]] = {}
+        self.lost: dict[TopicPartition, int] = {}
+        self.sought: list[dict[TopicPartition, int]] = []
+        self.commits: list[dict[TopicPartition, int]] = []
+        self.wanted: list[tuple[set[TopicPartition], float]] = []
+        self.stored: dict[TopicPartition, int] = {}
+        self.mine = {AT, NEXT}
+        self.works = True
+        self.tails: dict[TopicPartition, EmptyTail] = {}
 
-    def has_consumer(self) -> bool:
-        return True
+    def assignment(self) -> set[TopicPartition]:
+        return set(self.mine)
 
-    def assignment(self) -> set[TP]:
-        return self.mine
+    async def fetch(self, partitions: Collection[TopicPartition], wait_s: float) -> Fetch:
+        self.wanted.append((set(partitions), wait_s))
+        await asyncio.sleep(0.001)
+        fetched, self.fetched = self.fetched, {}
+        lost, self.lost = self.lost, {}
+        return Fetch({at: (self.epochs[at], records) for at, records in fetched.items()}, lost)
 
-    def owns(self, at: TP) -> bool:
-        return at in self.mine
-
-    async def seek_to(self, offsets: dict[TP, int]) -> None:
+    async def seek_to(self, offsets: Mapping[TopicPartition, int]) -> None:
         self.sought.append(dict(offsets))
         for at in offsets:
-            self.consumer.sought(at)
+            self.epochs[at] += 1
+            self.positioned.add(at)
 
-    async def read_committed(self, partitions: set[TP]) -> dict[TP, int]:
-        return {at: self.committed[at] for at in partitions if at in self.committed}
+    async def read_committed(self, partitions: Collection[TopicPartition]) -> None:
+        self.committed |= {at: self.stored[at] for at in partitions if at in self.stored}
 
-    async def earliest_offsets(self, *tps: TP) -> dict[TP, int]:
-        return dict.fromkeys(tps, 0)
+    async def begins(self, partitions: Collection[TopicPartition]) -> dict[TopicPartition, int]:
+        return dict.fromkeys(partitions, 0)
 
-    async def highwaters(self, *tps: TP) -> dict[TP, int]:
-        return dict.fromkeys(tps, 100)
+    async def ends(self, partitions: Collection[TopicPartition]) -> dict[TopicPartition, int]:
+        return dict.fromkeys(partitions, 100)
+
+    async def commit(self, offsets: Mapping[TopicPartition, int]) -> bool:
+        self.commits.append(dict(offsets))
+        return self.works
+
+    async def read_empty_tails(self) -> dict[TopicPartition, EmptyTail]:
+        return self.tails
+
+    async def start(self) -> None:
+        pass
+
+    async def stop(self) -> None:
+        pass
+
+    highwater_seen = fetching_ended = check_group = None
 
 
-async def no_positions(bounds: Any) -> Any:
+async def to_seven(bounds: Any) -> Any:
     return {at: 7 for at in bounds}
 
 
-class Owner:
+class Owner(ConsumerOwner):
     """The process of the consumer. reported: waits in seconds, and errors"""
 
-    def __init__(self, position: Any, reported: list[Any] | None) -> None:
-        self.position = position
-        self.reported = [] if reported is None else reported
+    def __init__(self, position: Any) -> None:
+        self.position = position  # type: ignore[method-assign]
+        self.reported: list[Any] = []
         self.limits_s: list[float] = []
 
     def report_wait(self, error: Exception, wait_s: float) -> None:
@@ -103,173 +130,85 @@ class Owner:
     def end(self, error: Exception | None) -> None:
         self.reported.append(error)
 
-    async def flush(self, limit_s: float) -> None:
+    async def finish(self, limit_s: float) -> None:
         self.limits_s.append(limit_s)
 
 
-def make_consumer(
-    position: Any = no_positions,
-    reported: list[Any] | None = None,
-    partition_max: Mapping[str, int] | None = None,
-) -> BatchConsumer:
-    app = BatchApp(
-        "consumer-test",
-        owner=Owner(position, reported),
-        chunk_records_max=3,
-        partition_max=partition_max or {},
-        backoff_s_max=0.01,
-        small_max=2,
-        broker="kafka://127.0.0.1:1",
-        web_enabled=False,
-        datadir=tempfile.gettempdir(),
-    )
-    consumer: BatchConsumer = app.transport.create_consumer(
-        callback=lambda m: None, on_partitions_revoked=None, on_partitions_assigned=None
-    )
-    consumer._thread.thread_loop.close()  # the real thread is never started
-    consumer._thread = FakeThread(consumer)  # type: ignore[assignment]
-    consumer._set_active_tps({AT, TP("clicks", 1)})
-    return consumer
+class Rig:
+    """A consumer service on a `FakeThread`. woken: topics whose agents were woken"""
+
+    def __init__(self, position: Any = to_seven, topics: Collection[str] = ("clicks",)) -> None:
+        self.thread, self.owner = FakeThread(), Owner(position)
+        self.buffers = {topic: RecordBuffer(topic, 3) for topic in topics}
+        self.woken: list[str] = []
+
+        async def wake(topic: str) -> None:
+            self.woken.append(topic)
+
+        self.consumer = LogConsumer(
+            lambda owner: self.thread,  # type: ignore[arg-type,return-value]
+            self.buffers,
+            wake,
+            self.owner,
+            in_loop=["clicks"],
+            request_s=5.0,
+            backoff_s_max=0.01,
+        )
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(5):
+            while not condition():
+                await asyncio.sleep(0.001)
+
+    def taken(self, topic: str = "clicks") -> list[tuple[int, int, int]]:
+        """(partition, first offset, records) of the buffered batches, as an agent takes them."""
+        buffer, found = self.buffers[topic], []
+        while batches := buffer.take(self.consumer.is_current):
+            found += [(batch.partition, batch.first, len(batch.records)) for batch in batches]
+        buffer.busy = False
+        return found
 
 
-async def read(consumer: BatchConsumer) -> list[Any]:
-    """The batches of all messages."""
-    return [batch async for _, message in consumer.getmany(0.1) for batch in message.value]
+async def started(rig: Rig) -> Rig:
+    """A rig after its first rebalance."""
+    rig.consumer.assigned()
+    await rig.consumer.start()
+    await rig.until(lambda: rig.thread.positioned == rig.thread.mine)
+    return rig
 
 
-def test_the_version_is_the_one_that_was_read() -> None:
-    assert version("faust-streaming") == consumer_consumer.FAUST_VERSION
+# --- options
 
 
-@pytest.mark.parametrize(
-    ("owner", "name"),
-    [
-        (driver.AIOKafkaConsumerThread, "_create_worker_consumer"),
-        (driver.AIOKafkaConsumerThread, "_fetch_records"),
-        (driver.AIOKafkaConsumerThread, "getmany"),
-        (driver.AIOKafkaConsumerThread, "_ensure_consumer"),
-        (driver.AIOKafkaConsumerThread, "_commit"),
-        (driver.AIOKafkaConsumerThread, "on_thread_stop"),
-        (driver.AIOKafkaConsumerThread, "call_thread"),
-        (driver.Consumer, "_new_consumer_thread"),
-        (driver.Transport, "Consumer"),
-        (Consumer, "getmany"),
-        (Consumer, "_getmany"),
-        (Consumer, "_get_active_partitions"),
-        (Consumer, "_add_gap"),
-        (Consumer, "_new_offset"),
-        (Consumer, "on_buffer_full"),
-        (Consumer, "on_buffer_drop"),
-        (Consumer, "verify_event_path"),
-        (Consumer, "on_partitions_assigned"),
-        (Consumer, "perform_seek"),
-        (faust.App, "_new_transport"),
-        (faust.App, "_consumer_wait_empty"),
-        (TableManager, "_update_channels"),
-    ],
-)
-def test_what_is_overridden_or_called_is_there(owner: type, name: str) -> None:
-    assert hasattr(owner, name)
+def test_the_consumer_is_made_as_the_design_says() -> None:
+    settings = Settings(kafka_bootstrap_servers="127.0.0.1:9,127.0.0.2:9", kafka_timeout_ms=7_000)
+    options = consumer_options(settings, "member-1")
+    assert options["partition_assignment_strategy"] == [RangePartitionAssignor]
+    assert (options["auto_offset_reset"], options["enable_auto_commit"]) == ("none", False)
+    assert (options["fetch_max_wait_ms"], options["isolation_level"]) == (250, "read_committed")
+    assert (options["session_timeout_ms"], options["request_timeout_ms"]) == (6_000, 7_000)
+    assert options["bootstrap_servers"] == ["127.0.0.1:9", "127.0.0.2:9"]
+    assert options["group_instance_id"] == "member-1"
+
+    async def made() -> Any:
+        consumer = aiokafka.AIOKafkaConsumer(**options)
+        consumer._closed = True  # there is nothing to close
+        return consumer
+
+    assert asyncio.run(made())._group_instance_id == "member-1"
 
 
-def test_faust_calls_what_is_overridden() -> None:
-    drain = inspect.getsource(Consumer._drain_messages)
-    assert "getmany = self.getmany" in drain
-    assert "self._read_offset.__getitem__" in drain
-    assert "self.on_partitions_assigned" in inspect.getsource(driver.ThreadDelegateConsumer)
-    assert "consumer.perform_seek()" in inspect.getsource(Recovery._resume_streams)
-    assert "_new_offset(tp)" in inspect.getsource(Consumer._filter_committable_offsets)
-    assert "self._consumer_wait_empty)(" in inspect.getsource(faust.App._on_partitions_revoked)
-    assert "self._consumer_wait_empty(" in inspect.getsource(faust.App._stop_consumer)
-    assert "stream_wait_empty" in inspect.getsource(Consumer.on_stop)
-
-
-def test_aiokafka_takes_what_is_set() -> None:
-    start = inspect.getsource(aiokafka.AIOKafkaConsumer.start)
-    assert "fetch_max_wait_ms=self._fetch_max_wait_ms" in start
-    assert "assignors=self._partition_assignment_strategy" in start
-    made = asyncio.run(made_consumer())
-    assert made._partition_assignment_strategy == [RangePartitionAssignor]
-    assert (made._fetch_max_wait_ms, made._isolation_level) == (250, "read_committed")
-    assert (made._auto_offset_reset, made._enable_auto_commit) == ("none", False)
-    assert "self._group_instance_id is None" in inspect.getsource(
-        GroupCoordinator._maybe_leave_group
-    )
-    # Records are handed out in the step that takes them, so an epoch read right after is theirs.
+def test_what_is_relied_on_in_aiokafka_is_there() -> None:
+    # Records are returned in the step that takes them, so an epoch read right after is theirs.
     taken = inspect.getsource(Fetcher.fetched_records)
     assert "if drained or not timeout:\n                return drained" in taken
     assert "del self._records[tp]" in inspect.getsource(Fetcher.seek_to)
-
-
-async def made_consumer() -> Any:
-    """aiokafka's consumer as the thread makes it; never started."""
-    app = make_consumer().app
-    thread: Any = ConsumerThread.__new__(ConsumerThread)
-    thread.consumer = SimpleNamespace(app=app)
-    thread.app = app
-    made = thread._create_worker_consumer(app.transport)
-    # The same options as Faust's own consumer, but for those that are set on purpose.
-    thread.consumer.in_transaction = False
-    ours = {"_partition_assignment_strategy", "_fetch_max_wait_ms", "_isolation_level"}
-    ours |= {"_auto_offset_reset", "_client", "_subscription", "_loop", "_source_traceback"}
-    theirs = driver.AIOKafkaConsumerThread._create_worker_consumer(thread, app.transport)
-    for name, value in vars(theirs).items():
-        if name not in ours:
-            assert vars(made)[name] == value, name
-    made._closed = theirs._closed = True  # there is nothing to close
-    assert vars(made._client).keys() == vars(theirs._client).keys()
-    for name in ("_bootstrap_servers", "_client_id", "_request_timeout_ms", "_metadata_max_age_ms"):
-        assert getattr(made._client, name) == getattr(theirs._client, name), name
-    return made
-
-
-def test_the_thread_is_asked_for_records_where_ours_answers() -> None:
-    assert "self._thread.getmany(" in inspect.getsource(driver.Consumer._getmany)
-    original = inspect.getsource(driver.AIOKafkaConsumerThread.getmany)
-    assert (
-        "self._fetch_records,\n            _consumer,\n            active_partitions," in original
+    assert "await self._fetcher.fetched_records(" in inspect.getsource(
+        aiokafka.AIOKafkaConsumer.getmany
     )
-    # A partition of ours is one of aiokafka's: equal, and with the same hash.
-    assert driver.ensure_aiokafka_TP(AT) in {AT}
-
-
-@in_a_loop
-async def test_records_whose_fetch_was_cancelled_are_read_again() -> None:
-    consumer = make_consumer()
-    thread: Any = ConsumerThread.__new__(ConsumerThread)
-    thread.consumer = consumer
-
-    async def fetched() -> Any:
-        return {AT: (0, [record(5)]), TP("clicks", 1): (7, [record(6, 1)])}
-
-    task = asyncio.ensure_future(fetched())
-    await task
-    answer = asyncio.get_running_loop().create_future()
-    thread._answer(answer, task)
-    assert await answer == task.result()
-    gone = asyncio.get_running_loop().create_future()
-    gone.cancel()
-    thread._answer(gone, task)
-    async with asyncio.timeout(5):
-        while not consumer._thread.sought:  # type: ignore[attr-defined]
-            await asyncio.sleep(0)
-    # The other partition was sought since.
-    assert consumer._thread.sought == [{AT: 7}]  # type: ignore[attr-defined]
-
-
-@in_a_loop
-async def test_a_failed_fetch_is_raised() -> None:
-    thread: Any = ConsumerThread.__new__(ConsumerThread)
-
-    async def failing() -> None:
-        raise LookupError("no")
-
-    task = asyncio.ensure_future(failing())
-    await asyncio.wait([task])
-    answer = asyncio.get_running_loop().create_future()
-    thread._answer(answer, task)
-    with pytest.raises(LookupError):
-        await answer
+    assert "self._group_instance_id is None" in inspect.getsource(
+        GroupCoordinator._maybe_leave_group
+    )
 
 
 def test_seeks_and_epochs_change_together_in_the_threads_loop() -> None:
@@ -279,141 +218,169 @@ def test_seeks_and_epochs_change_together_in_the_threads_loop() -> None:
     )
 
 
-def fetched(sizes: dict[TP, int]) -> dict[TP, list[ConsumerRecord]]:
-    return {at: [record(n, at.partition) for n in range(size)] for at, size in sizes.items()}
-
-
-@pytest.mark.parametrize(
-    ("sizes", "expected"),
-    [
-        ([1, 1], [[(0, 0, 1), (1, 0, 1)]]),
-        ([2, 1], [[(0, 0, 2), (1, 0, 1)]]),
-        ([2, 2], [[(0, 0, 2)], [(1, 0, 2)]]),
-        ([3, 1], [[(0, 0, 3)], [(1, 0, 1)]]),
-        ([5, 1], [[(0, 0, 3)], [(1, 0, 1), (0, 3, 2)]]),
-        ([7, 7], [[(0, 0, 3)], [(1, 0, 3)], [(0, 3, 3)], [(1, 3, 3)], [(0, 6, 1), (1, 6, 1)]]),
-    ],
-)
-def test_batches_of_a_fetch_go_together_up_to_the_records_of_one(
-    sizes: list[int], expected: list[list[tuple[int, int, int]]]
-) -> None:
-    """(partition, first offset, records) of each batch of each group of at most 3 records."""
-    consumer = make_consumer()
-    thread: Any = consumer._thread
-    thread.fetched = fetched({TP("clicks", p): size for p, size in enumerate(sizes)})
-
-    async def messages() -> list[Any]:
-        return [message.value async for _, message in consumer.getmany(0.1)]
-
-    found = asyncio.run(messages())
-    seen = [[(b.partition, b.first, len(b.records)) for b in group] for group in found]
-    assert seen == expected
-    assert all(consumer.is_current(batch) for group in found for batch in group)
-
-
-@pytest.mark.parametrize(
-    ("records", "most", "cut"),
-    [
-        (3, 4, [3]),
-        (4, 4, [4]),
-        (5, 4, [4, 1]),
-        (17, 4, [4, 4, 4, 4, 1]),
-        (9, None, [9]),
-        (99, 200, [60, 39]),
-    ],
-)
-def test_a_topic_may_have_smaller_batches_that_follow_each_other(
-    records: int, most: int | None, cut: list[int]
-) -> None:
-    """Of at most 60 records without its own limit, and never of more."""
-    limits = {} if most is None else {AT.topic: most}
-    whole = [record(offset) for offset in range(records)]
-    groups = split_fetched({AT: (5, whole)}, 60, limits, 9)
-    batches = [batch for group in groups for batch in group]
-    assert [len(batch.records) for batch in batches] == cut
-    assert [r for batch in batches for r in batch.records] == whole
-    assert all((b.topic, b.partition, b.epoch, b.read_us) == (*AT, 5, 9) for b in batches)
-
-
-def test_the_consumer_yields_a_topic_in_its_own_batches() -> None:
-    consumer = make_consumer(partition_max={"clicks": 1})
-    consumer._thread.fetched = fetched({AT: 2, TP("clicks", 1): 2})  # type: ignore[attr-defined]
-    batches = asyncio.run(read(consumer))
-    seen = [(batch.partition, batch.first, len(batch.records)) for batch in batches]
-    assert seen == [(0, 0, 1), (1, 0, 1), (0, 1, 1), (1, 1, 1)]
-
-
-def test_small_batches_of_all_partitions_go_together() -> None:
-    """As many of each partition as may be applied at once, so that a group is one step of all."""
-    fetch = {TP("clicks", p): (0, [record(offset) for offset in range(9)]) for p in range(3)}
-    found = split_fetched(fetch, 12, {"clicks": 4}, 9)
-    assert [[(b.partition, len(b.records)) for b in group] for group in found] == [
-        [(0, 4), (1, 4), (2, 4)],
-        [(0, 4), (1, 4), (2, 4)],
-        [(0, 1), (1, 1), (2, 1)],
-    ]
-
-
-def test_topics_go_apart() -> None:
-    found = split_fetched({AT: (0, [record(0)]), TP("items", 1): (4, [record(0)])}, 3, {}, 9)
-    seen = [[(b.topic, b.partition, b.epoch, b.read_us) for b in group] for group in found]
-    assert seen == [[(*AT, 0, 9)], [("items", 1, 4, 9)]]
+# --- fetching
 
 
 @in_a_loop
-async def test_a_full_queue_stops_its_whole_topic() -> None:
-    consumer = make_consumer()
-    items = TP("items", 0)
-    consumer._thread.mine = {AT, TP("clicks", 1), items}  # type: ignore[attr-defined]
-    consumer._set_active_tps(set(consumer._thread.mine))  # type: ignore[attr-defined]
-    consumer._thread.fetched = fetched({TP("clicks", 1): 1})  # type: ignore[attr-defined]
-    [message] = [message async for _, message in consumer.getmany(0.1)]
-    assert (
-        message.tp == AT
-    )  # whichever partition it came from: Faust counts a queue's pressure by partition
-    consumer.on_buffer_full(message.tp)
-    assert consumer._get_active_partitions() == {items}
-    consumer.on_buffer_drop(message.tp)
-    assert consumer._get_active_partitions() == consumer._thread.mine  # type: ignore[attr-defined]
+async def test_fetched_records_go_to_the_buffer_and_wake_its_agent_once() -> None:
+    rig = await started(Rig())
+    rig.thread.fetched = {AT: [record(7), record(8)], NEXT: [record(7, 1)]}
+    await rig.until(lambda: rig.woken == ["clicks"])
+    rig.thread.fetched = {AT: [record(9)]}
+    await rig.until(lambda: not rig.thread.fetched)
+    await asyncio.sleep(0.01)
+    assert rig.woken == ["clicks"], "the agent is busy: it finds the records"
+    assert rig.taken() == [(0, 7, 3), (1, 7, 1)]
+    rig.thread.fetched = {AT: [record(10)]}
+    await rig.until(lambda: rig.woken == ["clicks"] * 2)
+    await rig.consumer.stop()
 
 
 @in_a_loop
-async def test_batches_from_before_a_seek_are_not_yielded() -> None:
-    consumer = make_consumer()
-    consumer._thread.fetched = fetched({AT: 6})  # type: ignore[attr-defined]
-    yielded = consumer.getmany(0.1)
-    _, message = await anext(yielded)
-    [first] = message.value
-    assert consumer.is_current(first)
-    await consumer.rewind({AT})
-    assert not consumer.is_current(first)
-    with pytest.raises(StopAsyncIteration):
-        await anext(yielded)
-    assert consumer._thread.sought == [{AT: 7}]  # type: ignore[attr-defined]
+async def test_a_full_buffer_stops_its_whole_topic_and_no_other() -> None:
+    rig = Rig(topics=("clicks", "items"))
+    rig.thread.mine = {AT, NEXT, ITEMS}
+    await started(rig)
+    rig.thread.fetched = {AT: [record(n) for n in range(3 * FULL_BATCHES)]}
+    await rig.until(rig.buffers["clicks"].full)
+    rig.thread.wanted.clear()
+    await rig.until(lambda: len(rig.thread.wanted) > 2)
+    assert rig.thread.wanted[1][0] == {ITEMS}
+    assert rig.thread.wanted[1][1] < 0.1, "room is found soon"
+    rig.taken()
+    rig.thread.wanted.clear()
+    await rig.until(lambda: len(rig.thread.wanted) > 2)
+    assert rig.thread.wanted[1][0] == rig.thread.mine
+    await rig.consumer.stop()
 
 
 @in_a_loop
-async def test_nothing_is_yielded_while_a_position_is_looked_up() -> None:
+async def test_records_from_before_a_seek_are_dropped() -> None:
+    rig = await started(Rig())
+    rig.thread.fetched = {AT: [record(n) for n in range(6)]}
+    await rig.until(lambda: rig.buffers["clicks"].batches() == 2)
+    [first] = rig.buffers["clicks"].take(rig.consumer.is_current)
+    await rig.consumer.rewind({AT})
+    assert not rig.consumer.is_current(AT, first.epoch)
+    assert rig.taken() == []
+    assert rig.thread.sought[-1] == {AT: 7}
+    await rig.consumer.stop()
+
+
+@in_a_loop
+async def test_nothing_is_fetched_while_a_position_is_looked_up() -> None:
     waiting = asyncio.Event()
+    waiting.set()
 
     async def slow(bounds: Any) -> Any:
         await waiting.wait()
         return {at: 3 for at in bounds}
 
-    consumer = make_consumer(slow)
-    thread: Any = consumer._thread
-    thread.fetched = {AT: [record(0)], TP("clicks", 1): [record(0, 1)]}
-    rewinding = asyncio.create_task(consumer.rewind({AT}))
-    await asyncio.sleep(0)
-    assert [b.partition for b in await read(consumer)] == [1]
+    rig = await started(Rig(slow))
+    waiting.clear()
+    rewinding = asyncio.create_task(rig.consumer.rewind({AT}))
+    await asyncio.sleep(0.01)
+    rig.thread.wanted.clear()
+    # A fetch that was under way returns records of the partition: they do not count.
+    rig.thread.fetched = {AT: [record(0)], NEXT: [record(0, 1)]}
+    await rig.until(lambda: len(rig.thread.wanted) > 2)
+    assert rig.thread.wanted[1][0] == {NEXT}
+    assert rig.taken() == [(1, 0, 1)]
     waiting.set()
     await asyncio.wait_for(rewinding, 5)
-    assert [b.partition for b in await read(consumer)] == [0, 1]
+    rig.thread.fetched = {AT: [record(3)]}
+    await rig.until(lambda: rig.buffers["clicks"].batches() > 0)
+    assert rig.taken() == [(0, 3, 1)]
+    await rig.consumer.stop()
+
+
+@in_a_loop
+async def test_a_position_that_is_not_in_the_log_goes_back_to_the_fence() -> None:
+    rig = await started(Rig())
+    before = len(rig.thread.sought)
+    rig.thread.lost = {AT: rig.thread.epochs[AT], NEXT: rig.thread.epochs[NEXT] - 1}
+    await rig.until(lambda: len(rig.thread.sought) > before)
+    assert rig.thread.sought[before:] == [{AT: 7}], "the other was sought since"
+    await rig.consumer.stop()
+
+
+@in_a_loop
+async def test_an_error_of_the_group_crashes_the_service_and_a_stop_does_not() -> None:
+    for error, crashes in ((KafkaError("no"), True), (ConsumerStoppedError(), False)):
+        rig = await started(Rig())
+
+        async def fails(*_: Any, error: Exception = error) -> Any:
+            raise error
+
+        rig.thread.fetch = fails  # type: ignore[method-assign]
+        await asyncio.sleep(0.02)
+        assert rig.consumer.crashed is crashes
+        await rig.consumer.stop()
+
+
+@pytest.mark.parametrize("turns", [0, 1, TURNS_MAX - 1, TURNS_MAX, TURNS_MAX + 1, 10 * TURNS_MAX])
+def test_pipelines_get_their_turn_but_not_for_ever(turns: int) -> None:
+    """The next fetch waits for small batches in this loop."""
+
+    @in_a_loop
+    async def run() -> None:
+        rig, waited = Rig(topics=("clicks", "items")), 0
+        rig.buffers["items"].busy = True  # applied elsewhere
+        rig.buffers["clicks"].busy = True
+
+        async def pipeline() -> None:
+            nonlocal waited
+            for _ in range(turns):
+                await asyncio.sleep(0)
+                waited += 1
+            rig.buffers["clicks"].busy = False
+
+        working = asyncio.create_task(pipeline())
+        await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            await rig.consumer._let_small_batches_go_first()
+        assert waited <= min(turns, TURNS_MAX)
+        assert rig.buffers["clicks"].busy is (turns > TURNS_MAX)
+        await working
+
+    run()
+
+
+@in_a_loop
+async def test_the_next_fetch_is_sent_once_small_batches_are_applied() -> None:
+    rig = await started(Rig())
+    order = list[str]()
+    fetch = rig.thread.fetch
+
+    async def noted(partitions: Any, wait_s: float) -> Fetch:
+        order.append("fetch")
+        return await fetch(partitions, wait_s)
+
+    async def apply(topic: str) -> None:
+        async def agent() -> None:
+            for _ in range(3):
+                await asyncio.sleep(0)
+            rig.taken()
+            order.append("apply")
+
+        applying.append(asyncio.create_task(agent()))
+
+    applying: list[asyncio.Task[None]] = []
+    rig.thread.fetch, rig.consumer._wake = noted, apply  # type: ignore[method-assign]
+    for count in (1, 2):
+        rig.thread.fetched = {AT: [record(1), record(2)]}
+        await rig.until(lambda count=count: order.count("apply") == count)  # type: ignore[misc]
+        at = len(order) - 1 - order[::-1].index("apply")
+        assert order[at - 1] == "fetch"
+        await rig.until(lambda at=at: len(order) > at + 1)  # type: ignore[misc]
+    await rig.consumer.stop()
+
+
+# --- positions
 
 
 @in_a_loop
 async def test_a_rewind_waits_for_the_store_and_gives_up_lost_partitions() -> None:
-    reported: list[Any] = []
     answers = [StoreUnavailable("away"), StoreUnavailable("away"), None]
 
     async def away(bounds: Any) -> Any:
@@ -421,129 +388,132 @@ async def test_a_rewind_waits_for_the_store_and_gives_up_lost_partitions() -> No
             raise error
         return {at: 1 for at in bounds}
 
-    consumer = make_consumer(away, reported)
-    await asyncio.wait_for(consumer.rewind({AT, TP("clicks", 5)}), 5)
-    assert consumer._thread.sought == [{AT: 1}]  # type: ignore[attr-defined]
+    rig = Rig(away)
+    await asyncio.wait_for(rig.consumer.rewind({AT, TopicPartition("clicks", 5)}), 5)
+    assert rig.thread.sought == [{AT: 1}]
+    reported = rig.owner.reported
     assert (len(reported) == 2 and reported[0] < reported[1]) or reported[1] == 0.01
-    consumer._thread.mine = set()  # type: ignore[attr-defined]
-    await asyncio.wait_for(consumer.rewind({AT}), 5)
-    assert len(consumer._thread.sought) == 1  # type: ignore[attr-defined]
+    rig.thread.mine = set()
+    await asyncio.wait_for(rig.consumer.rewind({AT}), 5)
+    assert len(rig.thread.sought) == 1
 
 
 @in_a_loop
 async def test_two_rewinds_of_a_partition_do_not_overlap() -> None:
     """What is read between one's look at the fences and its seek would not follow what it saw."""
     order: list[str] = []
-    yielded: list[Any] = []
 
     async def looks(bounds: Any) -> Any:
         order.append(f"look {len(order)}")
         for _ in range(5):
             await asyncio.sleep(0.01)
-            yielded.extend(await read(consumer))
+            assert AT not in rig.thread.positioned
         order.append(f"looked {len(order)}")
         return {at: 7 for at in bounds}
 
-    consumer = make_consumer(looks)
-    consumer._thread.fetched = {AT: [record(7)]}  # type: ignore[attr-defined]
-    both = [asyncio.create_task(consumer.rewind({AT})), asyncio.create_task(consumer.rewind({AT}))]
+    rig = Rig(looks)
+    both = [asyncio.create_task(rig.consumer.rewind({AT})) for _ in range(2)]
     await asyncio.wait_for(asyncio.gather(*both), 5)
     assert order == ["look 0", "looked 1", "look 2", "looked 3"]
-    assert yielded == []
-    assert [(b.topic, b.partition) for b in await read(consumer)] == [AT]
+    assert rig.consumer.positioned("clicks") == {0}
 
 
 @in_a_loop
 async def test_an_unexpected_error_while_positioning_ends_the_process() -> None:
-    reported: list[Any] = []
-
     async def wrong(bounds: Any) -> Any:
         raise LookupError("no")
 
-    consumer = make_consumer(wrong, reported)
-    await asyncio.wait_for(consumer.rewind({AT}), 5)
-    assert [type(error) for error in reported] == [LookupError]
+    rig = Rig(wrong)
+    await asyncio.wait_for(rig.consumer.rewind({AT}), 5)
+    assert [type(error) for error in rig.owner.reported] == [LookupError]
 
 
 @in_a_loop
-async def test_commits_follow_the_acks_and_restart_after_a_seek() -> None:
-    consumer = make_consumer()
+async def test_committed_offsets_are_known_after_a_rewind() -> None:
+    rig = Rig()
+    rig.thread.stored = {AT: 7}
+    await rig.consumer.rewind({AT})
+    assert rig.consumer.committed_of("clicks") == {0: 7}
+    assert rig.consumer.committed_of("other") == {}
+
+
+@in_a_loop
+async def test_partitions_without_a_position_are_paused() -> None:
+    rig = Rig()
+    assert rig.consumer.paused("clicks") == 2 and rig.consumer.paused("items") == 0
+    await rig.consumer.rewind({AT})
+    assert rig.consumer.paused("clicks") == 1
+
+
+# --- acks and rebalances
+
+
+@in_a_loop
+async def test_commits_follow_the_acks_and_a_failed_one_is_repeated(
+    # the commit task runs once a second
+) -> None:
+    rig = await started(Rig())
     for last in (4, 9):
-        consumer.applied(batch_of([record(3), record(last)]))
-    assert list(consumer._filter_tps_with_pending_acks()) == [AT]
-    assert consumer._new_offset(AT) == 10
-    assert consumer._new_offset(AT) is None
-    consumer.applied(batch_of([record(20)]))
-    consumer._committed_offset[AT] = 10
-    consumer.sought(AT)
-    assert consumer._new_offset(AT) is None
-    assert consumer._committed_offset[AT] is None
-    await consumer._add_gap(AT, 0, 100)
-    assert not consumer._gap[AT]
+        rig.consumer.applied(batch_of([record(3), record(last)]))
+    rig.thread.works = False
+    await rig.until(lambda: bool(rig.thread.commits))
+    rig.consumer.applied(batch_of([record(20, 1)]))
+    rig.thread.works = True
+    await rig.until(lambda: len(rig.thread.commits) > 1)
+    assert rig.thread.commits[:2] == [{AT: 10}, {AT: 10, NEXT: 21}]
+    await rig.consumer.stop()
+    assert rig.thread.commits[-1] == {}
 
 
 @in_a_loop
-async def test_faust_does_not_drop_what_is_read_again() -> None:
-    consumer = make_consumer()
-    consumer._read_offset[AT] = 50
-    assert consumer._read_offset[AT] is None
-
-
-def test_values_go_through_raw() -> None:
-    group: list[RecordBatch] = [batch_of([record(1)])]
-    message: Any = SimpleNamespace(value=group, key=None)
-    assert RawSchema().loads_value(None, message) is group
-    assert RawSchema().loads_key(None, message) is None
-
-
-@in_a_loop
-async def test_a_stop_waits_for_the_running_batch() -> None:
-    app = make_consumer().app
-    done: list[int] = []
-
-    async def work() -> None:
-        await asyncio.sleep(0.05)
-        done.append(1)
-
-    task = asyncio.create_task(app.track(work()))
-    await asyncio.sleep(0)
-    await app.wait_idle(5)
-    assert done == [1]
-    await task
+async def test_a_skipped_tail_is_committed_unless_the_partition_was_sought_since() -> None:
+    rig = Rig()
+    await rig.consumer.rewind({AT})
+    tail = EmptyTail(rig.thread.epochs[AT], 6, 9)
+    rig.thread.tails = {AT: tail, NEXT: tail, ITEMS: tail}
+    assert await rig.consumer.empty_tails("clicks") == {0: tail}, "the others have no position"
+    rig.consumer.skipped(AT, tail)
+    rig.consumer.skipped(NEXT, tail)
+    assert await rig.consumer.release() == {AT: 9}
+    await rig.consumer.rewind({AT})
+    rig.consumer.skipped(AT, tail)
+    assert await rig.consumer.release() == {}
 
 
 @in_a_loop
-async def test_before_a_revocation_the_running_batch_ends_then_pending_effects_are_flushed() -> (
-    None
-):
-    consumer, order = make_consumer(), list[Any]()
-    app = consumer.app
-
-    async def batch() -> None:
-        await asyncio.sleep(0.05)
-        order.append("batch")
-
-    async def flush(limit_s: float) -> None:
-        order.append(limit_s)
-
-    app.owner.flush = flush  # type: ignore[method-assign]
-    task = asyncio.create_task(app.track(batch()))
-    await asyncio.sleep(0)
-    await app._consumer_wait_empty(consumer, app.log)
-    await task
-    limit_s = app.conf.broker_session_timeout / 2
-    assert order[0] == "batch" and limit_s - 1 < order[1] <= limit_s - 0.05
+async def test_before_a_revocation_batches_end_and_nothing_new_is_taken() -> None:
+    rig = await started(Rig())
+    rig.thread.fetched = {AT: [record(7)]}
+    await rig.until(lambda: rig.buffers["clicks"].batches() > 0)
+    rig.consumer.applied(batch_of([record(6)]))
+    assert await rig.consumer.release() == {AT: 7}
+    assert rig.owner.limits_s == [SESSION_S / 2]
+    # What is fetched from here on is read again by the next owner.
+    rig.thread.fetched = {AT: [record(8)]}
+    await rig.until(lambda: not rig.thread.fetched)
+    await asyncio.sleep(0.01)
+    assert rig.taken() == []
+    rig.thread.positioned.clear()
+    rig.consumer.assigned()
+    await rig.until(lambda: rig.thread.positioned == rig.thread.mine)
+    rig.thread.fetched = {AT: [record(9)]}
+    await rig.until(lambda: rig.buffers["clicks"].batches() > 0)
+    assert rig.taken() == [(0, 9, 1)]
+    await rig.consumer.stop()
 
 
 @in_a_loop
-async def test_committed_offsets_are_known_after_a_rewind_and_never_go_back() -> None:
-    consumer = make_consumer()
-    consumer._thread.committed = {AT: 7}  # type: ignore[attr-defined]
-    await consumer.rewind({AT})
-    assert consumer.committed_of(AT.topic) == {AT.partition: 7}
-    consumer._thread.committed = {AT: 3}  # type: ignore[attr-defined]
-    await consumer.rewind({AT})
-    assert (
-        consumer.committed_of(AT.topic) == {AT.partition: 7}
-        and consumer.committed_of("other") == {}
-    )
+async def test_a_stop_finishes_commits_and_leaves() -> None:
+    rig, order = await started(Rig()), list[str]()
+
+    async def stop() -> None:
+        order.append("left")
+
+    async def finish(limit_s: float) -> None:
+        order.append("finished")
+
+    rig.thread.stop = stop  # type: ignore[method-assign]
+    rig.owner.finish = finish  # type: ignore[method-assign]
+    rig.consumer.applied(batch_of([record(4)]))
+    await rig.consumer.stop()
+    assert order == ["finished", "left"] and rig.thread.commits[-1] == {AT: 5}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Coroutine
 from typing import Any
 
 import msgspec
@@ -35,8 +35,8 @@ class Thread(ConsumerThread):
     def __init__(self, coordinator: Coordinator | None) -> None:
         self._consumer: Any = type("Consumer", (), {"_coordinator": coordinator})()
 
-    async def call_thread(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        return await call(*arguments)
+    async def _call(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return await work
 
 
 @pytest.fixture(autouse=True)

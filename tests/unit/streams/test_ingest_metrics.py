@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from faust.types import TP
+from aiokafka import TopicPartition
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 
@@ -29,7 +29,8 @@ def test_the_page_names_every_metric_and_no_other() -> None:
     app: Any = SimpleNamespace(
         pipelines=[pipeline],
         paused=lambda: {"shop.clicks": 1},
-        lag=lambda: {TP("shop.clicks", 3): 7},
+        queued=lambda: {"shop.clicks": 5},
+        lag=lambda: {TopicPartition("shop.clicks", 3): 7},
     )
     registry = CollectorRegistry()
     registry.register(IngestCollector(app, UserCache(MemoryStore(), ["1"], 10)))
@@ -39,6 +40,7 @@ def test_the_page_names_every_metric_and_no_other() -> None:
     assert served == set(re.findall(r"eddyline_ingest_\w+", PAGE.read_text(encoding="utf-8")))
     assert 'eddyline_ingest_lag_records{partition="3",topic="shop.clicks"} 7.0' in text
     assert 'eddyline_ingest_records_total{outcome="applied",topic="shop.clicks"} 2.0' in text
+    assert 'eddyline_ingest_queued_chunks{topic="shop.clicks"} 5.0' in text
     assert 'eddyline_ingest_paused_partitions{topic="shop.clicks"} 1.0' in text
     left_out = 'eddyline_ingest_omitted_parts_total{part="attributes",reason="null",topic='
     assert f'{left_out}"shop.clicks"}} 4.0' in text

@@ -1,0 +1,112 @@
+"""The records of one topic between their fetch and their handler; batches are made here, once.
+
+Pure data: nothing here knows a consumer. See `streams/consumer/consumer.py`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from aiokafka import TopicPartition
+
+from streams.ports import Record, RecordBatch
+
+# A topic is not fetched while its buffer holds this many batches of the largest size: enough to
+# keep a handler busy.
+FULL_BATCHES = 8
+
+
+def place_of(batch: RecordBatch) -> TopicPartition:
+    """The batch's partition."""
+    return TopicPartition(batch.topic, batch.partition)
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """Consecutive records of one partition, from one fetch.
+
+    records: at least one
+    read_us: when they were fetched, microseconds since 1970
+    epoch:   the partition's seek count at the fetch
+    """
+
+    records: Sequence[Record]
+    read_us: int
+    epoch: int
+
+
+class RecordBuffer:
+    """Fetched records that are not applied yet, by partition. Thread rule: the app's loop.
+
+    topic:         the name in Kafka, prefix included
+    records_max:   the most records that are applied together
+    partition_max: the same for one partition; None: `records_max`
+    busy:          a dispatcher takes batches, or was woken to do so
+    """
+
+    def __init__(self, topic: str, records_max: int, partition_max: int | None = None) -> None:
+        self.topic = topic
+        self.busy = False
+        self._records_max = records_max
+        self._partition_max = partition_max or records_max
+        self._fetched: dict[int, deque[Fetched]] = {}
+        self._records = 0
+
+    def batches(self) -> int:
+        """The batches of the largest size that would hold the records. Any thread."""
+        return -(-self._records // self._records_max)
+
+    def full(self) -> bool:
+        """Whether no more is to be fetched for now."""
+        return self._records >= FULL_BATCHES * self._records_max
+
+    def add(self, partition: int, fetched: Fetched) -> None:
+        """Append records that follow those of the same partition and epoch."""
+        self._fetched.setdefault(partition, deque()).append(fetched)
+        self._records += len(fetched.records)
+
+    def clear(self) -> None:
+        """Drop everything: it is read again."""
+        self._fetched.clear()
+        self._records = 0
+
+    def take(self, is_current: Callable[[TopicPartition, int], bool]) -> list[RecordBatch]:
+        """Make the next batches, one of each partition, `records_max` records at most in all.
+
+        Records of one partition from several fetches become one batch. The partitions take turns.
+        is_current: whether records of a partition and epoch still count; others are dropped
+        """
+        batches: list[RecordBatch] = []
+        room = self._records_max
+        for partition in list(self._fetched):
+            if not room:
+                break
+            batch = self._take(partition, min(room, self._partition_max), is_current)
+            if batch is not None:
+                batches.append(batch)
+                room -= len(batch.records)
+        return batches
+
+    def _take(
+        self, partition: int, most: int, is_current: Callable[[TopicPartition, int], bool]
+    ) -> RecordBatch | None:
+        fetched, at = self._fetched.pop(partition), TopicPartition(self.topic, partition)
+        taken: list[Record] = []
+        read_us = epoch = 0
+        while fetched and len(taken) < most:
+            first = fetched.popleft()
+            self._records -= len(first.records)
+            if not is_current(at, first.epoch):
+                continue
+            room = most - len(taken)
+            taken += first.records[:room]
+            read_us, epoch = first.read_us, first.epoch
+            if len(first.records) > room:
+                rest = Fetched(first.records[room:], read_us, epoch)
+                fetched.appendleft(rest)
+                self._records += len(rest.records)
+        if fetched:
+            self._fetched[partition] = fetched  # the last in turn from here on
+        return RecordBatch(self.topic, partition, taken, read_us, epoch) if taken else None
