@@ -9,17 +9,22 @@ RUN groupadd --system --gid 10001 eddyline \
  && install -d -o eddyline -g eddyline /app /var/lib/eddyline /var/lib/eddyline/generations \
     /var/lib/eddyline/archive /var/lib/eddyline/snapshots
 
-# The packages of the extra, at the versions and with the hashes of requirements.lock.
-# pip 24.0 of this Python image refuses hashes from a constraints file; 26.3 takes them.
+# The packages of the extra, at the versions and with the hashes of requirements.lock. What builds
+# and installs them, pip 26.3 included, has its hashes in requirements-build.lock and stays in
+# /opt/build (pip 24.0 of this Python image refuses hashes from a constraints file; 26.3 takes them).
 FROM python:3.11-slim-bookworm AS build
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends g++ \
  && rm -rf /var/lib/apt/lists/*
 # hnswlib has no wheel; without this it is built for the CPU of the machine that builds the image.
-ENV HNSWLIB_NO_NATIVE=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-RUN python -m venv /opt/venv && /opt/venv/bin/pip install pip==26.3
+ENV HNSWLIB_NO_NATIVE=1
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ONLY_BINARY=:all:
 WORKDIR /build
-COPY pyproject.toml requirements.lock ./
+COPY pyproject.toml requirements.lock requirements-build.lock ./
+RUN python -m venv /opt/build \
+ && /opt/build/bin/pip install --require-hashes --no-deps --requirement requirements-build.lock \
+ && python -m venv --without-pip /opt/venv
+ENV PATH=/opt/build/bin:$PATH PIP_PYTHON=/opt/venv/bin/python
 COPY <<'SCRIPT' wanted.py
 """Print what the project and one of its extras ask for, one requirement a line."""
 import sys
@@ -31,29 +36,29 @@ SCRIPT
 
 FROM build AS build-ingest
 RUN python wanted.py ingest > wanted.txt \
- && /opt/venv/bin/pip install --require-hashes --constraint requirements.lock \
-    --requirement wanted.txt
+ && pip install --require-hashes --constraint requirements.lock --requirement wanted.txt
 
+# hnswlib is built from its hashed source by the tools in /opt/build.
 FROM build AS build-worker
 RUN python wanted.py worker > wanted.txt \
- && /opt/venv/bin/pip install --require-hashes --constraint requirements.lock \
-    --requirement wanted.txt
+ && PIP_PYTHON=/opt/build/bin/python pip wheel --no-build-isolation --no-deps \
+    --no-binary hnswlib --wheel-dir /wheels --require-hashes --constraint requirements.lock \
+    "$(grep '^hnswlib==' wanted.txt)" \
+ && pip install --no-deps --no-index /wheels/*.whl \
+ && pip install --require-hashes --constraint requirements.lock --requirement wanted.txt
 
 FROM build AS build-archive
 RUN python wanted.py archive > wanted.txt \
- && /opt/venv/bin/pip install --require-hashes --constraint requirements.lock \
-    --requirement wanted.txt
+ && pip install --require-hashes --constraint requirements.lock --requirement wanted.txt
 
 FROM build AS build-trainer
 # If given, torch comes from this index first, its hashes unchecked: a CPU-only build saves 4 GB.
 ARG TORCH_INDEX_URL=""
 RUN if [ -n "$TORCH_INDEX_URL" ]; then \
-      /opt/venv/bin/pip install --index-url "$TORCH_INDEX_URL" \
-        "$(python wanted.py trainer | grep '^torch==')"; \
+      pip install --index-url "$TORCH_INDEX_URL" "$(python wanted.py trainer | grep '^torch==')"; \
     fi \
  && python wanted.py trainer > wanted.txt \
- && /opt/venv/bin/pip install --require-hashes --constraint requirements.lock \
-    --requirement wanted.txt
+ && pip install --require-hashes --constraint requirements.lock --requirement wanted.txt
 
 FROM base AS runtime
 ENV PATH=/opt/venv/bin:$PATH EDDYLINE_DATA_DIR=/var/lib/eddyline

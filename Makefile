@@ -54,9 +54,12 @@ proto: setup  ## generate serving/proto/*_pb2*
 bench-%:  ## one benchmark: make bench-visible
 	@$(BOOTSTRAP) bench $* $(ARGS)
 
-lock: setup  ## write requirements.lock anew
-	.venv/bin/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
-		--generate-hashes --no-emit-index-url --no-header --no-annotate --quiet -o requirements.lock
+COMPILE = .venv/bin/uv pip compile --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --no-header --no-annotate --quiet
+
+lock: setup  ## write requirements.lock and requirements-build.lock anew
+	$(COMPILE) pyproject.toml --extra dev -o requirements.lock
+	$(COMPILE) --group build --constraint requirements.lock -o requirements-build.lock
 
 clean:  ## remove the environment, all local data and caches
 	@if [ -x .venv/bin/eddyline ]; then .venv/bin/eddyline down; fi

@@ -44,8 +44,12 @@ PYTHON = VENV / "bin" / "python"
 UV = VENV / "bin" / "uv"
 STAMP = VENV / "eddyline.stamp"
 LOCK = ROOT / "requirements.lock"
+# What builds packages from source, and uv itself.
+BUILD_LOCK = ROOT / "requirements-build.lock"
 
 UV_VERSION = "0.13.9"
+# uv compares the hashes of build requirements too.
+BUILD_OPTIONS = ("--build-constraints", BUILD_LOCK.name)
 # What torch's CPU build leaves out.
 CUDA = re.compile(r"^(torch|triton|nvidia-|cuda-)")
 CUDA_NOTE = "torch brings about 2.5 GB of CUDA libraries, TORCH_BACKEND=cpu leaves them out"
@@ -102,6 +106,7 @@ def _stamp(backend):
     digest = hashlib.sha256()
     for part in (
         LOCK.read_bytes(),
+        BUILD_LOCK.read_bytes(),
         (ROOT / "pyproject.toml").read_bytes(),
         str(ROOT).encode(),
         UV_VERSION.encode(),
@@ -157,6 +162,8 @@ def _installer():
         return
     step = f"installing uv {UV_VERSION}"
     _say(f"· {step}")
+    wanted = VENV / "requirements-uv.lock"
+    wanted.write_text(locked_only(BUILD_LOCK.read_text(encoding="utf-8"), "uv"), encoding="utf-8")
     command = [
         str(PYTHON),
         "-m",
@@ -164,7 +171,9 @@ def _installer():
         "install",
         "--quiet",
         "--disable-pip-version-check",
-        f"uv=={UV_VERSION}",
+        "--require-hashes",
+        "--requirement",
+        str(wanted),
     ]
     _run(
         step,
@@ -209,7 +218,7 @@ def _packages(backend):
         kept, torch = without_cuda(LOCK.read_text(encoding="utf-8"))
         locked = VENV / "requirements-cpu.lock"
         locked.write_text(kept, encoding="utf-8")
-    arguments = ["pip", "sync", "--require-hashes", str(locked)]
+    arguments = ["pip", "sync", "--require-hashes", *BUILD_OPTIONS, str(locked)]
     if backend != "cpu" and any(VENV.glob("lib/python*/site-packages/torch-*+cpu.dist-info")):
         arguments += ["--reinstall-package", "torch"]  # for uv 2.13.0+cpu is as good as 2.13.0
     _uv(step, arguments, again)
@@ -223,7 +232,7 @@ def _packages(backend):
 def without_cuda(locked):
     """(the lock's text without torch and the packages of its CUDA build, torch's requirement)."""
     kept, torch = [], ""
-    for block in re.split(r"\n(?=\S)", locked.strip()):
+    for block in _blocks(locked):
         if block.startswith("torch=="):
             torch = block.split()[0]
         if not CUDA.match(block):
@@ -231,11 +240,23 @@ def without_cuda(locked):
     return "\n".join(kept) + "\n", torch
 
 
+def locked_only(locked, name):
+    """The lock's text with nothing but one package. Raises ValueError where it has none."""
+    blocks = [block for block in _blocks(locked) if block.startswith(f"{name}==")]
+    if not blocks:
+        raise ValueError(f"{name} is not in {BUILD_LOCK.name}; `make lock` writes it anew")
+    return "\n".join(blocks) + "\n"
+
+
+def _blocks(locked):
+    return re.split(r"\n(?=\S)", locked.strip())
+
+
 def _project():
     step = "installing Eddyline itself (editable)"
     _say(f"· {step}")
     what = "see the lines above; can the package registry be reached (hatchling builds it)?"
-    _uv(step, ["pip", "install", "--no-deps", "--editable", str(ROOT)], what)
+    _uv(step, ["pip", "install", "--no-deps", *BUILD_OPTIONS, "--editable", str(ROOT)], what)
 
 
 def _jars():

@@ -2,11 +2,13 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 import tomllib
 import zipfile
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -207,6 +209,38 @@ def loaded_by(*modules: str) -> set[str]:
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert "numpy" in loaded
     return loaded
+
+
+# `build-system.requires` of what is built from source; setuptools builds a package without one.
+BUILT = {
+    "eddyline": PROJECT["build-system"]["requires"],
+    "hnswlib": ["setuptools>=42", "wheel", "numpy>=1.10.0", "pybind11>=2.0"],
+    "annoy": ["setuptools>=40.8.0"],
+}
+
+
+def test_every_build_requirement_is_locked() -> None:
+    """The versions and hashes of all that builds are in requirements-build.lock."""
+    from packaging.requirements import Requirement
+
+    blocks = re.split(
+        r"\n(?=\S)", (ROOT / "requirements-build.lock").read_text(encoding="utf-8").strip()
+    )
+    locked: dict[str, list[str]] = {}
+    for block in blocks:
+        assert "--hash=sha256:" in block, block
+        requirement = Requirement(block.splitlines()[0].rstrip(" \\"))
+        locked.setdefault(requirement.name, []).append(
+            str(requirement.specifier).removeprefix("==")
+        )
+    group = PROJECT["dependency-groups"]["build"]
+    # An editable install needs `editables` too.
+    for text in [*group, *chain.from_iterable(BUILT.values()), "editables"]:
+        wanted = Requirement(text)
+        assert any(wanted.specifier.contains(v) for v in locked.get(wanted.name, [])), text
+    for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines():
+        if line.startswith("numpy=="):
+            assert str(Requirement(line.rstrip(" \\")).specifier)[2:] in locked["numpy"]
 
 
 def test_every_extra_is_locked() -> None:

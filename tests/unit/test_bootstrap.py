@@ -32,6 +32,7 @@ def bootstrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         "UV": venv / "bin" / "uv",
         "STAMP": venv / "eddyline.stamp",
         "LOCK": tmp_path / "requirements.lock",
+        "BUILD_LOCK": tmp_path / "requirements-build.lock",
     }
     for name, place in places.items():
         monkeypatch.setattr(module, name, place)
@@ -39,6 +40,9 @@ def bootstrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         "torch==1 \\\n    --hash=sha256:00\n", encoding="utf-8"
     )
     (tmp_path / "pyproject.toml").write_text("[project]\n", encoding="utf-8")
+    (tmp_path / "requirements-build.lock").write_text(
+        "pip==1 \\\n    --hash=sha256:01\nuv==2 \\\n    --hash=sha256:02\n", encoding="utf-8"
+    )
     monkeypatch.delenv("TORCH_BACKEND", raising=False)
     return module
 
@@ -70,7 +74,7 @@ def test_a_second_set_up_does_nothing_until_something_changes(
     steps.clear()
     bootstrap.set_up()
     assert steps == []
-    for changed in ("requirements.lock", "pyproject.toml"):
+    for changed in ("requirements.lock", "requirements-build.lock", "pyproject.toml"):
         with (bootstrap.ROOT / changed).open("a", encoding="utf-8") as file:
             file.write("# changed\n")
         bootstrap.set_up()
@@ -135,6 +139,33 @@ def test_the_lock_without_cuda_keeps_everything_else(bootstrap: ModuleType) -> N
         for block in re.split(r"\n(?=\S)", locked)
         if bootstrap.CUDA.match(block)
     )
+
+
+def test_whatever_is_fetched_is_compared_with_a_hash(
+    bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for torch without CUDA, which comes from another index, and the fuzzer."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr(
+        bootstrap, "_run", lambda step, command, *_: commands.append([str(c) for c in command])
+    )
+    bootstrap.VENV.mkdir()
+    bootstrap._installer()
+    bootstrap._packages("default")
+    bootstrap._project()
+    pip, sync, project = commands
+    wanted = Path(pip[pip.index("--requirement") + 1]).read_text(encoding="utf-8")
+    assert "--require-hashes" in pip and wanted == "uv==2 \\\n    --hash=sha256:02\n"
+    assert "--require-hashes" in sync
+    for command in (sync, project):
+        assert command[command.index("--build-constraints") + 1] == "requirements-build.lock"
+    with pytest.raises(ValueError, match="make lock"):
+        bootstrap.locked_only("pip==1\n", "uv")
+
+
+def test_the_locked_uv_is_the_one_that_is_installed(bootstrap: ModuleType) -> None:
+    locked = (ROOT / "requirements-build.lock").read_text(encoding="utf-8")
+    assert bootstrap.locked_only(locked, "uv").startswith(f"uv=={bootstrap.UV_VERSION} ")
 
 
 def test_a_failed_step_says_which_why_and_what_to_do(

@@ -147,6 +147,24 @@ def test_every_build_target_is_a_stage_of_its_extra(name: str) -> None:
     )
 
 
+def test_images_fetch_nothing_without_a_hash_but_torch_of_another_index() -> None:
+    assert {"!requirements.lock", "!requirements-build.lock"} <= set(
+        (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    )
+    assert "PIP_ONLY_BINARY=:all:" in " ".join(stages()["build"][1])
+    found = []
+    for name, (_, lines) in stages().items():
+        for command in re.split(r"&&|;|\bfi\b", " ".join(lines)):
+            if not re.search(r"\bpip (install|wheel|download)\b", command):
+                continue
+            if "--require-hashes" in command or "--no-index" in command:
+                continue
+            found.append((name, "--index-url" in command))
+    assert found == [("build-trainer", True)]
+    wheel = next(line for line in stages()["build-worker"][1] if "pip wheel" in line)
+    assert "--no-build-isolation" in wheel and "--no-binary hnswlib" in wheel
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_an_image_holds_the_rooms_that_its_process_may_import(name: str) -> None:
     copied = {line.split()[1] for line in lineage(name) if re.match(r"COPY (?!--from)", line)}
