@@ -11,7 +11,7 @@ RUN groupadd --system --gid 10001 eddyline \
 
 # The packages of the extra, at the versions and with the hashes of requirements.lock. What builds
 # and installs them, pip 26.3 included, has its hashes in requirements-build.lock and stays in
-# /opt/build (pip 24.0 of this Python image refuses hashes from a constraints file; 26.3 takes them).
+# /opt/build. (pip 24.0 of this Python image refuses hashes from a constraints file; 26.3 does not.)
 FROM python:3.11-slim-bookworm AS build
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends g++ \
