@@ -13,7 +13,8 @@ version shows a dead row.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import numpy as np
@@ -59,6 +60,8 @@ class LiveIndex(Index):
 
     Thread rule: any thread. Writers take one lock; readers take none.
     breadth, exact_only: the recall guard raises the breadth, or has every query scanned exactly
+    turn: a rebuild runs within this context, which may wait its turn; gets the event that ends
+        the wait
     background: while False no thread starts, so that the process can fork; see `begin`
     guard: watches the answers of unfiltered segment searches; closed with the index
     """
@@ -91,12 +94,13 @@ class LiveIndex(Index):
         self.breadth = breadth
         self.exact_only = False
         self.background = True
+        self.turn: Callable[[threading.Event], AbstractContextManager[object]] = nullcontext
         self.guard: RecallMonitor | None = None
         self._exact_below = exact_below
         self._fresh_max = fresh_max
         self._flush_above = flush_above
         self._lock = threading.Lock()
-        self._rebuilder = Rebuilder(self._due, self._rebuild)
+        self._rebuilder = Rebuilder(self._due, self._rebuild_in_turn)
         self._flusher = Rebuilder(self._flush_due, self._flush, "index-flush")
         self._applied = self._ignored = self._rejected = self._refused = 0
         self._version = IndexVersion.empty(dimension)
@@ -306,6 +310,11 @@ class LiveIndex(Index):
         version = self._version
         enabled = self._flush_above > 0 and bool(version.segments)
         return enabled and version.fresh_count > self._flush_above
+
+    def _rebuild_in_turn(self, stop: threading.Event) -> None:
+        with self.turn(stop):
+            if not stop.is_set():
+                self._rebuild(stop)
 
     def _rebuild(self, stop: threading.Event) -> None:
         with self._lock:

@@ -26,6 +26,7 @@ from serving.coordinator.backend import CoordinatorBackend
 from serving.coordinator.shards import Shards, parse
 from serving.rpc.retrieval_service import RetrievalService
 from serving.rpc.server import WorkerServer
+from serving.worker.log_watch import LogWatch
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,10 @@ def _serve(settings: Settings, stop: threading.Event) -> None:
         closing.callback(shards.close)
         service.waiting_for("the first check of the shards")
         shards.start()
-        service.serve(CoordinatorBackend(generation, dimension, shards, retriever))
+        watch = LogWatch(settings, log_ids)
+        watch.start()
+        closing.callback(watch.close)
+        service.serve(CoordinatorBackend(generation, dimension, shards, retriever, watch))
         worker = running_workers.RegisteredWorker(
             address=server.address,
             pid=os.getpid(),

@@ -15,6 +15,7 @@ from serving.coordinator.vector_cache import VectorCache
 from serving.proto import retrieval_pb2 as pb
 from serving.rpc import converters
 from serving.rpc.backends import NoShardAnswers, RetrievalBackend, fill_retriever_stats
+from serving.worker.log_watch import LogWatch
 
 # An error message names this many shards.
 NAMED_MAX = 4
@@ -35,6 +36,7 @@ class CoordinatorBackend(RetrievalBackend):
     dimension: int
     shards: Shards
     retriever: Retriever
+    watch: LogWatch | None = None
     vectors: VectorCache = field(default_factory=VectorCache)
 
     @property
@@ -57,7 +59,8 @@ class CoordinatorBackend(RetrievalBackend):
         if status.asked and not status.answered:
             more = f"; and {len(missing) - NAMED_MAX} more" if len(missing) > NAMED_MAX else ""
             raise NoShardAnswers(f"no shard answers: {'; '.join(missing[:NAMED_MAX])}{more}")
-        response = converters.response_of(answer, self.generation, items, items.behind())
+        behind = "; ".join(why for why in (items.behind(), self._remade()) if why)
+        response = converters.response_of(answer, self.generation, items, behind)
         response.shards.CopyFrom(status)
         response.missing.extend(missing)
         return response
@@ -71,6 +74,8 @@ class CoordinatorBackend(RetrievalBackend):
         response.shards = 1
         response.held.extend(_status_of(shard) for shard in self.shards.all)
         fill_retriever_stats(response, self.retriever)
+        if remade := self._remade():
+            response.missing.append(f"kafka: {remade}")
         for shard in self.shards.all:
             failure = shard.failure
             reasons = [f"{failure.reason}: {failure.detail}"] if failure else shard.last.missing
@@ -79,6 +84,9 @@ class CoordinatorBackend(RetrievalBackend):
             )
         if answering:
             _sum_up(response, [shard.last for shard in answering])
+
+    def _remade(self) -> str:
+        return self.watch.missing() if self.watch is not None else ""
 
 
 def _status_of(shard: Connection) -> pb.ShardStatus:

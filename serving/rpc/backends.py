@@ -15,6 +15,7 @@ from serving.answer.retriever import Query, Retriever
 from serving.proto import retrieval_pb2 as pb
 from serving.rpc import converters
 from serving.sharding import ShardAssignment
+from serving.worker.log_watch import LogWatch
 from serving.worker.publish_barrier import PublishBarrier
 from serving.worker.replica import Replica
 
@@ -50,11 +51,13 @@ class LocalIndex:
     index: Index
     replica: Replica
     barrier: PublishBarrier | None = None
+    watch: LogWatch | None = None
 
     def missing(self) -> str:
         """Why the index may lack changes of items; "" if it has all."""
         published = self.barrier.missing() if self.barrier else ""
-        return "; ".join(why for why in (self.replica.missing(), published) if why)
+        remade = self.watch.missing() if self.watch else ""
+        return "; ".join(why for why in (self.replica.missing(), published, remade) if why)
 
     def fill_index_stats(self, response: pb.StatsResponse) -> None:
         """Fill in sizes, watermarks and the replica's state."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from eddyline.errors import EddylineError, Rejected
-from eddyline.schema.events import ID_BYTES_MAX, check_id, quote
+from eddyline.schema.events import ID_BYTES_MAX, Item, check_id, quote
 from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
 from index.filters import LIST_IDS_MAX, RANGES_MAX, TERMS_MAX, Filter, Range
@@ -17,6 +17,8 @@ from serving.answer.user_reader import AfterToken
 from serving.proto import retrieval_pb2 as pb
 from serving.worker.replica import TailState
 
+# gRPC's clients refuse a response above 4 MiB unless they are told otherwise.
+ANSWER_BYTES_MAX = 4_000_000
 # Inner products of unit vectors end at 1; beyond this, popularity alone decides.
 BETA_MAX = 10.0
 
@@ -130,7 +132,10 @@ def _after_of(request: pb.RetrieveRequest, settings: Settings) -> AfterToken:
 def response_of(
     answer: Answer, generation: str, index: IndexReader, behind: str
 ) -> pb.RetrieveResponse:
-    """The answer's message; behind: why the index may lag behind Kafka, "" if it does not."""
+    """The answer's message; behind: why the index may lag behind Kafka, "" if it does not.
+
+    The last cards are left out if the message would exceed `ANSWER_BYTES_MAX` with them.
+    """
     now_us = time.time_ns() // 1000
     response = pb.RetrieveResponse(
         freshness=_freshness_of(answer, generation, index),
@@ -142,7 +147,7 @@ def response_of(
         short_because=answer.short_because,
     )
     for rank, (hit, path, path_rank) in enumerate(answer.items, 1):
-        item = response.items.add(
+        response.items.add(
             item_id=hit.item_id,
             score=hit.score,
             rank=rank,
@@ -151,11 +156,31 @@ def response_of(
             generation=generation,
             age_ms=max(0, now_us - hit.written_us) // 1000,
         )
-        card = answer.cards.get(hit.item_id)
-        if card is not None:
-            item.card.title = card.title
-            item.card.categories.extend(card.categories)
+    left_out = _add_cards(response, answer.cards) if answer.cards else 0
+    if left_out:
+        response.missing.append(
+            f"worker: {left_out} cards are left out, or the answer would exceed "
+            f"{ANSWER_BYTES_MAX:,} bytes"
+        )
     return response
+
+
+def _add_cards(response: pb.RetrieveResponse, cards: Mapping[str, Item]) -> int:
+    """Add cards, best item first, while there is room. Returns how many found none."""
+    # Room for the sentence about those that are left out.
+    room, left_out = ANSWER_BYTES_MAX - 200 - response.ByteSize(), 0
+    for item in response.items:
+        card = cards.get(item.item_id)
+        if card is None:
+            continue
+        made = pb.Card(title=card.title, categories=card.categories)
+        # Its tag and length, and the growing lengths around it.
+        room -= made.ByteSize() + 12
+        if room < 0:
+            left_out += 1
+        else:
+            item.card.CopyFrom(made)
+    return left_out
 
 
 def _freshness_of(answer: Answer, generation: str, index: IndexReader) -> pb.Freshness:

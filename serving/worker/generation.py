@@ -19,6 +19,8 @@ from index.factory import guard_recall, live_index
 from serving import dependencies
 from serving.rpc.backends import LocalIndex, ShardBackend, WorkerBackend
 from serving.sharding import ALL, ShardAssignment
+from serving.worker.build_turn import BuildTurn
+from serving.worker.log_watch import LogWatch
 from serving.worker.publish_barrier import PublishBarrier
 from serving.worker.replica import Replica, load_bundle
 from serving.worker.snapshots import Snapshots
@@ -50,7 +52,7 @@ class GenerationRuntime:
         self._settings = settings
         self._bundle = bundle
         self._assignment = assignment
-        self._clicks = logs[topics.CLICKS]
+        self._logs = dict(logs)
         vectors = logs[topics.item_vectors(bundle.generation)]
         log_id = f"{vectors.cluster_id}/{vectors.topic_id}"
         self._snapshots = Snapshots(settings, bundle, log_id, self.index, assignment=assignment)
@@ -82,7 +84,11 @@ class GenerationRuntime:
         return retry.wait_for("Kafka", lambda: topics.log_ids(settings, [topic, topics.CLICKS]))
 
     def build_graph(self) -> None:
-        """Build the graph in the background, and have the recall guard watch it."""
+        """Build the graph in the background, and have the recall guard watch it.
+
+        Processes that share a data folder build one at a time.
+        """
+        self.index.turn = BuildTurn(self._settings).take
         guard_recall(self._settings, self.index)
         self.index.begin()
 
@@ -99,7 +105,10 @@ class GenerationRuntime:
             self._snapshots.start(self.replica)
         if self._barrier is not None:
             self._barrier.start(self.replica)
-        held = LocalIndex(self.generation, self.index, self.replica, self._barrier)
+        watch = LogWatch(self._settings, self._logs)
+        watch.start()
+        self._closing.callback(watch.close)
+        held = LocalIndex(self.generation, self.index, self.replica, self._barrier, watch)
         if not self._assignment.whole:
             return ShardBackend(held, self._assignment)
         retriever = dependencies.start_retriever(
@@ -107,7 +116,7 @@ class GenerationRuntime:
             store,
             generation=self.generation,
             tower=self._bundle.user_tower,
-            clicks=self._clicks,
+            clicks=self._logs[topics.CLICKS],
             closing=self._closing,
         )
         return WorkerBackend(held, retriever)

@@ -202,7 +202,11 @@ class Replica:
     def _update_lag(self, ends: dict[int, int]) -> None:
         if self._goal is None:
             self._goal = ends
-        self._lag = sum(max(0, end - self._positions.get(at, 0)) for at, end in ends.items())
+        self._lag = 0
+        for at, end in ends.items():
+            position = self._positions.get(at, 0)
+            # Beyond the end: the topic is another one, of which nothing was read.
+            self._lag += end - position if position <= end else end
         if self._away_since_ms:
             log.info("Kafka answers again", extra={"topic": self._topic})
         self._away, self._away_since_ms = "", 0

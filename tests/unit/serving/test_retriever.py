@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 
 import grpc
+import msgspec
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -13,7 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from eddyline.errors import StoreUnavailable
 from eddyline.schema import events
-from eddyline.schema.events import KINDS, Item
+from eddyline.schema.events import KINDS, Item, encode
 from eddyline.schema.item_record import ItemRecord
 from eddyline.schema.partitioning import partition_of, user_slot
 from eddyline.schema.user_history import Entry, UserHistory
@@ -30,6 +31,7 @@ from serving.answer.retriever import Answer, Query, Retriever
 from serving.answer.user_reader import AfterToken, UserReader
 from serving.metrics import WorkerCollector
 from serving.proto import retrieval_pb2 as pb
+from serving.proto import retrieval_pb2_grpc
 from serving.recall import registry
 from serving.recall.base import Candidates, RecallContext, RecallPath, RecallRequest
 from serving.recall.popularity import Popularity
@@ -514,6 +516,35 @@ def test_waiting_for_a_click_stays_within_the_deadline(client: Client, world: Wo
     assert not response.freshness.after.applied
     assert response.freshness.after.waited_ms < 250
     assert len(response.items) == 5
+
+
+@pytest.mark.parametrize("letter", ["x", "\U0001f600"])
+def test_cards_leave_an_answer_below_the_limit_of_every_client(world: World, letter: str) -> None:
+    """A thousand cards with 64 categories of 256 characters would be 16 to 65 MB."""
+    count = 1_000
+    settings = msgspec.structs.replace(SETTINGS, k_max=count, query_timeout_ms=60_000)
+    service = RetrievalService(settings)
+    items = [ItemRecord(f"more-{n:04d}", 0, 100 + n, n, 1, angle(n / 10)) for n in range(count)]
+    world.index.upsert(items)
+    categories = [f"{c:02d}".ljust(256, letter) for c in range(64)]
+    body = encode(Item(item_id="x", title="long", at_ms=1, categories=categories))
+    cards = {item.item_id: ItemMetadata(0, 1, body) for item in items}
+    world.store.write_item_metadata("i0", Source("items", 0), None, Fence(2, LOG), cards)
+    one = WorkerServer(settings, service)
+    try:
+        service.serve(world.backend)
+        with grpc.insecure_channel(one.address) as channel:  # its limit is gRPC's default
+            stub = retrieval_pb2_grpc.RetrievalStub(channel)  # type: ignore[no-untyped-call]
+            request = pb.RetrieveRequest(user_id="nobody", k=count, with_cards=True)
+            answer = stub.Retrieve(request, timeout=30)
+    finally:
+        one.stop(0.0)
+    have = [item.HasField("card") for item in answer.items]
+    assert len(have) == count and have == sorted(have, reverse=True) and sum(have) >= 50
+    assert 3_900_000 < answer.ByteSize() <= converters.ANSWER_BYTES_MAX
+    lacks = sum(i.item_id.startswith("more-") and not i.HasField("card") for i in answer.items)
+    left_out = f"worker: {lacks} cards are left out, or the answer would exceed 4,000,000 bytes"
+    assert left_out in answer.missing
 
 
 def test_a_request_that_is_far_too_large_is_refused(client: Client) -> None:

@@ -9,6 +9,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,31 @@ def test_a_port_that_is_taken_is_tried_again_and_an_error_in_time(
         end()
     assert not answers(port)
     assert [record.levelname for record in caplog.records] == ["INFO", "ERROR", "INFO"]
+
+
+@pytest.mark.parametrize("drips", [False, True])
+def test_slow_connections_are_cut_off(monkeypatch: pytest.MonkeyPatch, drips: bool) -> None:
+    monkeypatch.setattr(metrics, "REQUEST_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    settings = msgspec.structs.replace(Settings(), worker_metrics_port=port)
+    end = serve(settings, RetrievalService(settings))
+    until(lambda: answers(port))
+    before = threading.active_count()
+    slow = [socket.create_connection(("127.0.0.1", port), 2) for _ in range(40)]
+    try:
+        stop = time.monotonic() + 1.0
+        while time.monotonic() < stop:
+            for one in slow if drips else ():
+                with suppress(OSError):
+                    one.sendall(b"G")
+            assert threading.active_count() - before <= 2 * metrics.CONNECTIONS_MAX
+            time.sleep(0.05)
+        assert answers(port)
+    finally:
+        for one in slow:
+            one.close()
+        end()
 
 
 def test_no_port_serves_nothing() -> None:

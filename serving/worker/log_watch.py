@@ -1,0 +1,69 @@
+"""Notices that a topic was made anew, or is gone, while a worker or coordinator runs."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+
+from eddyline.errors import EddylineError
+from eddyline.kafka import topics
+from eddyline.settings.loader import Settings
+from eddyline.stores.state_store import LogId
+
+log = logging.getLogger(__name__)
+
+# An offset beyond the end of a new log looks like a reader that has caught up, so ids are compared.
+CHECK_S = 10.0
+CLOSE_S = 5.0
+
+
+class LogWatch:
+    """Compares the identity of topics with that at the start. Thread rule: any thread."""
+
+    def __init__(self, settings: Settings, logs: Mapping[str, LogId]) -> None:
+        """logs: topic -> its log at the start, of all topics to watch."""
+        self._settings = settings
+        self._logs = dict(logs)
+        self._changed: dict[str, LogId] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="log-watch", daemon=True)
+
+    def start(self) -> None:
+        """Check in the background."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop checking."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(CLOSE_S)
+
+    def check(self) -> None:
+        """Compare now; without an answer of Kafka the last result stands."""
+        try:
+            found = topics.log_ids(self._settings, list(self._logs))
+        except EddylineError:
+            return  # the tail reports that Kafka is away
+        for name, known in self._logs.items():
+            if found[name] == known:
+                self._changed.pop(name, None)
+            elif name not in self._changed:
+                self._changed[name] = found[name]
+                log.error("a topic was made anew or deleted", extra={"topic": name})
+
+    def missing(self) -> str:
+        """Which topics are not those of the start; "" if all are."""
+        return "; ".join(
+            f"the topic {self._settings.prefixed(name)} was made anew or deleted (it was "
+            f"{self._logs[name].topic_id}, it is {now.topic_id}); answers stand as they were then. "
+            "Restart this process"
+            for name, now in list(self._changed.items())
+        )
+
+    def _run(self) -> None:
+        while not self._stop.wait(CHECK_S):
+            try:
+                self.check()
+            except Exception:
+                log.exception("the identity of the topics could not be compared")

@@ -1,0 +1,76 @@
+"""A topic that is made anew under a running worker is in every answer."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from eddyline.errors import KafkaUnavailable
+from eddyline.kafka import topics
+from eddyline.settings.loader import Settings
+from eddyline.stores.state_store import LogId
+from index.exact import ExactIndex
+from serving.proto import retrieval_pb2 as pb
+from serving.rpc.backends import LocalIndex
+from serving.worker import log_watch
+from serving.worker.log_watch import LogWatch
+from serving.worker.replica import Replica, TailState
+
+OLD, NEW = LogId("cluster", "old"), LogId("cluster", "new")
+NAMES = ("clicks", "item-vectors.1")
+
+
+@pytest.fixture
+def logs(monkeypatch: pytest.MonkeyPatch) -> dict[str, LogId]:
+    """What Kafka answers; {}: it is away."""
+    found = dict.fromkeys(NAMES, OLD)
+
+    def log_ids(settings: Settings, names: list[str]) -> dict[str, LogId]:
+        if not found:
+            raise KafkaUnavailable("nowhere")
+        return {name: found[name] for name in names}
+
+    monkeypatch.setattr(topics, "log_ids", log_ids)
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_another_topic_is_reported_until_the_worker_is_restarted(
+    logs: dict[str, LogId], name: str
+) -> None:
+    watch = LogWatch(Settings(namespace="t"), dict(logs))
+    watch.check()
+    assert watch.missing() == ""
+    logs[name] = NEW
+    watch.check()
+    said = watch.missing()
+    assert said.startswith(f"the topic t.{name} was made anew or deleted (it was old, it is new)")
+    assert "Restart" in said and said.count("the topic") == 1
+    logs.clear()
+    watch.check()
+    assert watch.missing() == said
+    tail = SimpleNamespace(state=TailState, missing=str)
+    held = LocalIndex("1", ExactIndex(4), tail, watch=watch)  # type: ignore[arg-type]
+    stats = pb.StatsResponse()
+    held.fill_index_stats(stats)
+    assert held.missing() == said and list(stats.missing) == [f"kafka: {said}"]
+
+
+def test_it_is_noticed_in_the_background(
+    logs: dict[str, LogId], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_watch, "CHECK_S", 0.02)
+    watch = LogWatch(Settings(), dict(logs))
+    watch.start()
+    logs["clicks"] = NEW
+    watch._thread.join(0.3)
+    assert watch.missing()
+    watch.close()
+    assert not watch._thread.is_alive()
+
+
+def test_the_lag_of_another_topic_is_all_that_it_holds() -> None:
+    replica = Replica(Settings(), "1", ExactIndex(4), positions={0: 900, 1: 5})
+    replica._update_lag({0: 40, 1: 8})
+    assert replica.state().lag_records == 40 + 3
