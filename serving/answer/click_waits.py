@@ -139,9 +139,11 @@ class ClickWaits:
             self._parked.remove(call)
             self._resumed += 1
         waited_ms = int((time.monotonic() - call.begun_s) * 1000)
-        self._pool.submit(
-            self._run, call, replace(call.after, wait_ms=0, waited_ms=waited_ms, why=why)
-        )
+        after = replace(call.after, wait_ms=0, waited_ms=waited_ms, why=why)
+        try:
+            self._pool.submit(self._run, call, after)
+        except RuntimeError:  # the pool is shut down: answer on this thread
+            self._run(call, after)
 
     def close(self) -> None:
         """Resume all parked calls and stop the threads."""

@@ -46,9 +46,10 @@ class ClickTotals:
     def known(self, slot: str) -> dict[int, bytes]:
         """Bucket -> version that is held; a bucket that is due to be read again is absent."""
         held = {bucket: kept.version for (of, bucket), kept in self._held.items() if of == slot}
-        if held and time.monotonic() >= self._reread_at:
+        oldest = next(iter(self._held), None)
+        if oldest is not None and oldest[0] == slot and time.monotonic() >= self._reread_at:
             self._reread_at = time.monotonic() + REREAD_S
-            del held[next(iter(held))]
+            del held[oldest[1]]
         return held
 
     def update(self, slot: str, found: Mapping[int, PopularBucket]) -> None:

@@ -49,6 +49,7 @@ class GenerationRuntime:
         self.generation = bundle.generation
         self.index = live_index(settings, ann, bundle.dimension)
         self.index.background = False
+        self.index.turn = BuildTurn(settings).take
         self._settings = settings
         self._bundle = bundle
         self._assignment = assignment
@@ -84,11 +85,7 @@ class GenerationRuntime:
         return retry.wait_for("Kafka", lambda: topics.log_ids(settings, [topic, topics.CLICKS]))
 
     def build_graph(self) -> None:
-        """Build the graph in the background, and have the recall guard watch it.
-
-        Processes that share a data folder build one at a time.
-        """
-        self.index.turn = BuildTurn(self._settings).take
+        """Build the graph in the background, and have the recall guard watch it."""
         guard_recall(self._settings, self.index)
         self.index.begin()
 

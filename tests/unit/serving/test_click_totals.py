@@ -120,6 +120,20 @@ def test_a_refresh_reads_what_changed_and_no_more() -> None:
     assert popularity.refresh() and store.read == []
 
 
+def test_every_slot_is_read_again_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(click_totals, "REREAD_S", 0.0)
+    totals, again = made(), list[tuple[str, int]]()
+    for slot in ("i0", "i1"):
+        totals.update(slot, {bucket: read_of(1, {"a": 1}) for bucket in (5, 7)})
+    for _ in range(4):
+        for slot in ("i0", "i1"):
+            gone = {5, 7} - totals.known(slot).keys()
+            again += [(slot, bucket) for bucket in gone]
+            kept = {bucket: PopularBucket(b"1") for bucket in (5, 7)}
+            totals.update(slot, kept | {bucket: read_of(1, {"a": 1}) for bucket in gone})
+    assert again[:4] == [("i0", 5), ("i0", 7), ("i1", 5), ("i1", 7)]
+
+
 def test_counts_without_versions_are_seen_one_bucket_after_the_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

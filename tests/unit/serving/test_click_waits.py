@@ -116,6 +116,15 @@ def test_a_call_is_resumed_as_soon_as_its_click_is_applied(store: Store) -> None
     assert [token.why for token in later.wait()] == ["the worker stops"]
 
 
+def test_a_call_that_comes_after_the_end_is_answered_at_once(store: Store) -> None:
+    waits, _ = made(store)
+    waits.close()
+    resumed = Resumed()
+    waits.park(AfterToken(3, 8, 2_000), 2.0, resumed)
+    assert [token.why for token in resumed.wait(timeout_s=0.5)] == ["the worker stops"]
+    assert len(waits) == 0
+
+
 def test_a_wait_ends_with_its_time(store: Store) -> None:
     waits, _ = made(store)
     resumed = Resumed()
