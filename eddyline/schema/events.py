@@ -53,13 +53,13 @@ class Click(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """One event of one user on one item.
 
     event_id: the producer's id, equal in re-sends; if absent, the coordinates are the id
-    at_ms:    event time, milliseconds since 1970 UTC
+    at_ms:    event time, milliseconds since 1970 UTC; 0: as the record was appended
     weight:   above 0 and at most 100
     """
 
     user_id: Id
     item_id: Id
-    at_ms: AtMs
+    at_ms: AtMs = 0
     kind: Kind = "click"
     event_id: Id | None = None
     weight: Annotated[float, Meta(gt=0, le=100)] = 1.0
@@ -71,11 +71,12 @@ class Merge(msgspec.Struct, frozen=True, kw_only=True):
     """In `clicks`, under the visitor's key: the visitor's history moves to another user.
 
     user_id: the visitor; merge_into: the user that the visitor turned out to be
+    at_ms:   see `Click`
     """
 
     user_id: Id
     merge_into: Id
-    at_ms: AtMs
+    at_ms: AtMs = 0
 
     @property
     def event_id(self) -> None:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, TypeVar
+
+import msgspec
 
 from eddyline.errors import Rejected
 from eddyline.schema import events, partial
@@ -22,16 +25,35 @@ _T = TypeVar("_T", Item, UserProfile)
 
 
 def user_event(
-    settings: Settings, partition: int, value: bytes | None, appended_ms: int
+    settings: Settings,
+    partition: int,
+    value: bytes | None,
+    appended_ms: int,
+    origin_ms: int | None = None,
 ) -> tuple[UserEvent, bool]:
     """(event, whether it lies in its user's partition). Raises Rejected.
 
     An event outside its user's partition is stray: ingest forwards it, and it counts in its own
-    partition. The key of the record is not read. appended_ms: the broker's time stamp.
+    partition. The key of the record is not read.
+    appended_ms: the broker's time stamp; origin_ms: that of the first append, see
+    `events.origin_ms`. It stands in for a time that is left out
     """
     event = events.decode_user_event(
         value, appended_ms=appended_ms, far_future_ms_max=settings.far_future_ms_max
     )
+    if isinstance(event, Forget):
+        return event, partition_of(event.user_id, settings.clicks_partitions) == partition
+    if not event.at_ms:
+        event = msgspec.structs.replace(
+            event, at_ms=appended_ms if origin_ms is None else origin_ms
+        )
+    elif event.at_ms < settings.at_ms_min and not (
+        isinstance(event, Click) and events.is_moved(event)
+    ):
+        raise _too_early(event.at_ms, settings)
+    _check_user(settings, "user_id", event.user_id)
+    if isinstance(event, Merge):
+        _check_user(settings, "merge_into", event.merge_into)
     return event, partition_of(event.user_id, settings.clicks_partitions) == partition
 
 
@@ -58,7 +80,10 @@ def item(
         "far_future_ms_max": settings.far_future_ms_max,
         "vector_dimension": settings.item_vector_dimension,
     }
-    return item_id, _decoded(events.decode_item, partial.item, value, limits, omitted)
+    found = _decoded(events.decode_item, partial.item, value, limits, omitted)
+    if 0 < found.at_ms < settings.at_ms_min:
+        raise _too_early(found.at_ms, settings)
+    return item_id, found
 
 
 def profile(
@@ -79,7 +104,11 @@ def profile(
         "appended_ms": appended_ms,
         "far_future_ms_max": settings.far_future_ms_max,
     }
-    return user_id, _decoded(events.decode_profile, partial.profile, value, limits, omitted)
+    found = _decoded(events.decode_profile, partial.profile, value, limits, omitted)
+    if 0 < found.at_ms < settings.at_ms_min:
+        raise _too_early(found.at_ms, settings)
+    _check_user(settings, "user_id", user_id)
+    return user_id, found
 
 
 def unsent(
@@ -98,6 +127,25 @@ def unsent(
         return found, partition_of(item_id, settings.items_partitions)
     user_id, user = profile(settings, None, key, value, now_ms)
     return user, partition_of(user_id, settings.clicks_partitions)
+
+
+def _too_early(at_ms: int, settings: Settings) -> Rejected:
+    detail = f"{at_ms} is before at_ms_min = {settings.at_ms_min}"
+    if settings.at_ms_min <= at_ms * 1_000 <= events.AT_MS_MAX:
+        detail += ": are these seconds? Milliseconds are expected"
+    return Rejected("too_early", "at_ms", detail)
+
+
+def _check_user(settings: Settings, field: str, user_id: str) -> None:
+    """Raise Rejected where the id means no one: all such events would be one user's."""
+    if user_id.casefold() in _refused(settings.user_ids_refused):
+        detail = f"{events.quote(user_id)} means no user: it is in user_ids_refused"
+        raise Rejected("placeholder_id", field, detail)
+
+
+@lru_cache(maxsize=8)
+def _refused(user_ids: str) -> frozenset[str]:
+    return frozenset(one.strip().casefold() for one in user_ids.split(",") if one.strip())
 
 
 def _decoded(

@@ -24,6 +24,12 @@ class IngestSettings(msgspec.Struct, frozen=True, kw_only=True):
     partition."""
     far_future_ms_max: Annotated[int, within(0, 86_400_000)] = 300_000
     """A record is rejected if its `at_ms` is more than this after the broker's time stamp."""
+    at_ms_min: Annotated[int, within(0, 253_402_300_799_999)] = 631_152_000_000
+    """A record is rejected if its `at_ms` is below this, by default the start of 1990: it may be in
+    seconds. Where `at_ms` is left out or 0, a click gets the broker's time stamp."""
+    user_ids_refused: str = "null,undefined,none,nan,anonymous"
+    """User ids that mean no one, separated by commas, in upper or lower case. Their clicks and
+    profiles are rejected."""
     forgotten_kept_d: Annotated[int, within(1, 36_500)] = 400
     """For so many days after a user was forgotten, events from before that arrive later are
     dropped. At least as long as dead letters and clicks are kept, and the oldest copies of

@@ -227,7 +227,9 @@ def _clicks(
     per_partition = max(1, clicks_max // settings.clicks_partitions)
     for r in records:
         try:
-            event, own = validation.user_event(settings, r.partition, r.value, r.appended_ms)
+            event, own = validation.user_event(
+                settings, r.partition, r.value, r.appended_ms, r.origin_ms
+            )
         except Rejected as error:
             rejected[error.reason] += 1
             continue

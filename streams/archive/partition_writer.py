@@ -311,7 +311,10 @@ class PartitionWriter:
         settings, partition, at_ms = self._settings, self._partition, record.timestamp
         try:
             if self._topic == CLICKS:
-                event, own = validation.user_event(settings, partition, record.value, at_ms)
+                origin_ms = events.origin_ms(record.headers)
+                event, own = validation.user_event(
+                    settings, partition, record.value, at_ms, origin_ms
+                )
                 counts = own and self._window.accept(event.event_id, record.offset)
                 if counts and isinstance(event, Forget):
                     return self._accept_forget(file, record, event)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from eddyline.errors import Rejected
 from eddyline.kafka.topics import CLICKS
-from eddyline.schema import validation
+from eddyline.schema import events, validation
 from eddyline.schema.deduplication import DedupeWindow
 from eddyline.schema.events import Merge
 from eddyline.schema.partitioning import user_slot
@@ -86,7 +86,11 @@ def decode(settings: Settings, batch: RecordBatch) -> DecodedEvents:
     for record in batch.records:
         try:
             event, here = validation.user_event(
-                settings, batch.partition, record.value, record.timestamp
+                settings,
+                batch.partition,
+                record.value,
+                record.timestamp,
+                events.origin_ms(record.headers),
             )
         except Rejected as rejected:
             decoded.rejected.append((record, rejected))

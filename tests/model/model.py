@@ -143,7 +143,9 @@ class Model:
         s, state = self.settings, self.state
         for raw in records:
             try:
-                user, found = reading.profile(raw, s.clicks_partitions, s.far_future_ms_max)
+                user, found = reading.profile(
+                    raw, s.clicks_partitions, s.far_future_ms_max, plausible(s)
+                )
             except Refused as refused:
                 state.letters[raw.at] = refused.args[0]
                 continue
@@ -161,7 +163,11 @@ class Model:
         for raw in records:
             try:
                 item_id, found = reading.item(
-                    raw, s.items_partitions, s.far_future_ms_max, s.item_vector_dimension
+                    raw,
+                    s.items_partitions,
+                    s.far_future_ms_max,
+                    s.item_vector_dimension,
+                    plausible(s),
                 )
             except Refused as refused:
                 state.letters[raw.at] = refused.args[0]
@@ -183,7 +189,7 @@ class Model:
         for raw in records:
             s, state = self.settings_of(raw), self.state
             try:
-                event = reading.user_event(raw, s.far_future_ms_max)
+                event = reading.user_event(raw, s.far_future_ms_max, plausible(s))
             except Refused as refused:
                 state.letters[raw.at] = refused.args[0]
                 continue
@@ -400,3 +406,10 @@ def applied(
         for partition in sorted(logs.get(topic, {})):
             apply(logs[topic][partition])
     return model.finish()
+
+
+def plausible(settings: Any) -> reading.Plausible:
+    """The rule of these settings."""
+    return reading.Plausible(
+        settings.at_ms_min, frozenset(settings.user_ids_refused.lower().split(","))
+    )

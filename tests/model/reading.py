@@ -140,13 +140,27 @@ def check_time(at_ms: int, raw: Raw, ahead_ms: int) -> None:
         raise Refused("far_future")
 
 
+class Plausible(NamedTuple):
+    """What is no time and who is no user. at_ms_min: the earliest time; nobodies: lower case"""
+
+    at_ms_min: int
+    nobodies: frozenset[str]
+
+    def check(self, at_ms: int, *users: str) -> None:
+        """Raises Refused; 0 is a time that was left out."""
+        if 0 < at_ms < self.at_ms_min:
+            raise Refused("too_early")
+        if any(user.lower() in self.nobodies for user in users):
+            raise Refused("placeholder_id")
+
+
 def click(doc: Mapping[str, Any], raw: Raw, ahead_ms: int) -> dict[str, Any]:
     """A click's fields. Raises Refused."""
     found: dict[str, Any] = {
         "type": "click",
         "user_id": text(doc, "user_id", 1, 256),
         "item_id": text(doc, "item_id", 1, 256),
-        "at_ms": time_ms(doc, "at_ms"),
+        "at_ms": time_ms(doc, "at_ms", 0),
         "kind": doc.get("kind", "click"),
         "event_id": doc.get("event_id"),
         "weight": doc.get("weight", 1.0),
@@ -174,7 +188,7 @@ def merge(doc: Mapping[str, Any], raw: Raw, ahead_ms: int) -> dict[str, Any]:
         "type": "merge",
         "user_id": text(doc, "user_id", 1, 256),
         "merge_into": text(doc, "merge_into", 1, 256),
-        "at_ms": time_ms(doc, "at_ms"),
+        "at_ms": time_ms(doc, "at_ms", 0),
         "event_id": None,
     }
     check_id(found["user_id"])
@@ -202,17 +216,25 @@ def forget(doc: Mapping[str, Any], raw: Raw, ahead_ms: int) -> dict[str, Any]:
     return found
 
 
-def user_event(raw: Raw, ahead_ms: int) -> dict[str, Any]:
-    """Any record of `clicks`. Raises Refused."""
+def user_event(raw: Raw, ahead_ms: int, plausible: Plausible) -> dict[str, Any]:
+    """Any record of `clicks`; the time of the first append stands in for none. Raises Refused."""
     doc = document(raw.value)
     try:
-        return click(doc, raw, ahead_ms)
+        found = click(doc, raw, ahead_ms)
     except Refused:
         if "merge_into" in doc:
-            return merge(doc, raw, ahead_ms)
-        if "forget_until_ms" in doc:
+            found = merge(doc, raw, ahead_ms)
+        elif "forget_until_ms" in doc:
             return forget(doc, raw, ahead_ms)
-        raise
+        else:
+            raise
+    moved = (found.get("context") or {}).get("eddyline.moved") is True
+    users = [found[name] for name in ("user_id", "merge_into") if name in found]
+    plausible.check(0 if moved else found["at_ms"], *users)
+    if not found["at_ms"]:
+        origin_ms = number_header(raw, "origin_ms")
+        found["at_ms"] = raw.timestamp if origin_ms is None else origin_ms
+    return found
 
 
 def _id_of_key(raw: Raw, partitions: int) -> str:
@@ -227,7 +249,9 @@ def _id_of_key(raw: Raw, partitions: int) -> str:
     return found
 
 
-def profile(raw: Raw, partitions: int, ahead_ms: int) -> tuple[str, dict[str, Any] | None]:
+def profile(
+    raw: Raw, partitions: int, ahead_ms: int, plausible: Plausible
+) -> tuple[str, dict[str, Any] | None]:
     """(user id, attributes; None forgets the user). Raises Refused."""
     user = _id_of_key(raw, partitions)
     if raw.value is None:
@@ -239,6 +263,7 @@ def profile(raw: Raw, partitions: int, ahead_ms: int) -> tuple[str, dict[str, An
     if doc["user_id"] != user:
         raise Refused("wrong_key")
     check_time(at_ms, raw, ahead_ms)
+    plausible.check(at_ms, user)
     return user, found
 
 
@@ -252,7 +277,7 @@ def _labels(doc: Mapping[str, Any], name: str) -> Sequence[str]:
 
 
 def item(
-    raw: Raw, partitions: int, ahead_ms: int, dimension: int
+    raw: Raw, partitions: int, ahead_ms: int, dimension: int, plausible: Plausible
 ) -> tuple[str, dict[str, Any] | None]:
     """(item id, fields with defaults; None deletes the item). Raises Refused."""
     item_id = _id_of_key(raw, partitions)
@@ -286,4 +311,5 @@ def item(
             raise Refused("wrong_vector_length")
         if not all(abs(number) <= 1e19 for number in vector):
             raise Refused("not_finite")
+    plausible.check(found["at_ms"])
     return item_id, found

@@ -204,7 +204,7 @@ def test_one_item_and_one_click_are_enough(tmp_path: Path) -> None:
     assert (report.items, report.events) == (1, 1)
 
 
-SETTINGS = Settings(clicks_partitions=4, items_partitions=2, dedupe_window_events=3)
+SETTINGS = Settings(at_ms_min=0, clicks_partitions=4, items_partitions=2, dedupe_window_events=3)
 NOW = 10_000
 
 

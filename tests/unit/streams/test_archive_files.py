@@ -45,7 +45,9 @@ USERS_HERE = [u for u in (f"user-{n}" for n in range(60)) if partition_of(u, 2) 
 def settings_of(folder: Path | str, **more: Any) -> Settings:
     where = {"data_dir": str(folder)} if isinstance(folder, Path) else {"archive_url": folder}
     fields: dict[str, Any] = where | {"clicks_partitions": 2, "items_partitions": 2} | more
-    return Settings(**{"dedupe_window_events": 10, "archive_file_offsets": 100} | fields)
+    return Settings(
+        **{"at_ms_min": 0, "dedupe_window_events": 10, "archive_file_offsets": 100} | fields
+    )
 
 
 def record(offset: int, value: bytes | None, key: bytes, at_ms: int = MS, **more: Any) -> Any:

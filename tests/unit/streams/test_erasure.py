@@ -31,7 +31,11 @@ LOG = LogId("cluster", "topic")
 LOGS = {CLICKS: LOG, USERS: LOG, ITEMS: LOG}
 P, SLOT = 0, "u0"
 SETTINGS = Settings(
-    clicks_partitions=1, history_length_max=3, far_future_ms_max=300, forgotten_kept_d=1
+    at_ms_min=0,
+    clicks_partitions=1,
+    history_length_max=3,
+    far_future_ms_max=300,
+    forgotten_kept_d=1,
 )
 DAY_MS = 86_400_000
 T = 10 * DAY_MS

@@ -50,7 +50,11 @@ from tests.applying import ingest
 LOG = LogId("cluster-a", "topic-1")
 MS = 1_700_000_000_000
 SETTINGS = Settings(
-    clicks_partitions=2, items_partitions=2, history_length_max=3, dedupe_window_events=10
+    at_ms_min=0,
+    clicks_partitions=2,
+    items_partitions=2,
+    history_length_max=3,
+    dedupe_window_events=10,
 )
 ANA = "ana"
 HERE = partition_of(ANA, 2)

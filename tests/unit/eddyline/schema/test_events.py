@@ -142,7 +142,6 @@ def test_no_value() -> None:
 BAD_CLICKS: list[tuple[dict[str, Any], str]] = [
     ({"user_id": ...}, "user_id"),
     ({"item_id": ...}, "item_id"),
-    ({"at_ms": ...}, "at_ms"),
     ({"user_id": 7}, "user_id"),
     ({"user_id": None}, "user_id"),
     ({"user_id": ""}, "user_id"),
