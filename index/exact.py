@@ -27,6 +27,7 @@ class ExactIndex(Index):
         self._lock = threading.Lock()
         self._records: dict[str, ItemRecord] = {}
         self._watermarks: dict[int, Watermark] = {}
+        self._floors: dict[int, int] = {}
         self._applied = self._ignored = self._rejected = 0
 
     @override
@@ -38,7 +39,12 @@ class ExactIndex(Index):
                 self._rejected += 1
                 raise
             applied = 0
-            for item_id, record in _newest_of_each(records).items():
+            known = [
+                r
+                for r in records
+                if r.item_id in self._records or r.offset > self._floors.get(r.partition, -(2**63))
+            ]
+            for item_id, record in _newest_of_each(known).items():
                 before = self._records.get(item_id)
                 if before is None or _counts_after(record, before):
                     self._records[item_id] = record
@@ -106,6 +112,19 @@ class ExactIndex(Index):
                 ignored=self._ignored,
                 rejected=self._rejected,
             )
+
+    @override
+    def end_tombstones(self, kept_us: int, limit: int = 4_096) -> int:
+        with self._lock:
+            now_us = max((mark.written_us for mark in self._watermarks.values()), default=0)
+            ended = [
+                r for r in self._records.values() if r.retired and r.written_us < now_us - kept_us
+            ]
+            for record in ended:
+                del self._records[record.item_id]
+                floor = self._floors.get(record.partition, record.offset)
+                self._floors[record.partition] = max(floor, record.offset)
+            return len(ended)
 
     @override
     def close(self) -> None:

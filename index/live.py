@@ -13,6 +13,8 @@ version shows a dead row.
 from __future__ import annotations
 
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
@@ -34,10 +36,15 @@ from index.snapshot import restore
 from index.snapshot.format import Contents
 from index.storage.index_version import IndexVersion
 from index.storage.item_offsets import ItemOffsets
+from index.storage.tombstones import LABEL, OFFSET, Tombstones
 from index.writing import batch, merge_policy
+from index.writing.batch import Changes
 from index.writing.placement import BuildInput, Placement
 from index.writing.rebuilder import Rebuilder
 
+# A label of an ended delete is free after this time: no query runs as long, so none has a version
+# in which the item lives.
+READERS_S = 60.0
 # Segments are dropped below this share of `exact_below`, so that they do not come and go near it.
 DROP_SHARE = 0.8
 
@@ -75,6 +82,7 @@ class LiveIndex(Index):
         exact_below: int,
         fresh_max: int,
         flush_above: int = 0,
+        clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         """An empty index.
 
@@ -109,6 +117,10 @@ class LiveIndex(Index):
         self._offsets = ItemOffsets(
             self._version.ids, self._version.label_of, np.empty(0, np.int64)
         )
+        self._tombstones = Tombstones()
+        # Ended deletes, with the time when they ended.
+        self._leaving: deque[tuple[float, Ints]] = deque()
+        self._clock_s = clock_s
         self._newest = NewestItems(lambda: self._version)
 
     # ------------------------------------------------------------------ reading
@@ -181,7 +193,7 @@ class LiveIndex(Index):
         version, main, rebuilder = self._version, self._version.main, self._rebuilder
         return IndexStats(
             live=version.live,
-            tombstones=len(version.ids) - version.live,
+            tombstones=len(version.ids) - version.live - self._offsets.free_count,
             main=main.size if main else 0,
             fresh=version.fresh_count,
             stale=version.stale,
@@ -219,6 +231,11 @@ class LiveIndex(Index):
             if others:
                 after = watermarks_after(after, stamps_of(others))
             version = self._version._replace(watermarks=after)
+            if below := self._below_floors(records):
+                self._ignored += len(below)
+                records = [record for at, record in enumerate(records) if at not in below]
+                stamps = np.delete(stamps, sorted(below), axis=0)
+                vectors = stack_vectors(records, self.dimension)
             item_ids = [record.item_id for record in records]
             try:
 
@@ -233,6 +250,7 @@ class LiveIndex(Index):
                 if len(labels):
                     changes = batch.select_changes(records, vectors, stamps, labels, positions)
                     version = batch.apply_changes(version, self._placement, changes)
+                    self._tombstones.add(_tombstones_of(changes))
                 self._version = version
             except BaseException:
                 self._offsets.undo()
@@ -245,11 +263,50 @@ class LiveIndex(Index):
             self._wake()
             return len(labels)
 
+    @override
+    def end_tombstones(self, kept_us: int, limit: int = 4_096) -> int:
+        """As `Index.end_tombstones`. An ended delete leaves by a call `READERS_S` later."""
+        with self._lock:
+            now_s, ended = self._clock_s(), 0
+            while self._leaving and self._leaving[0][0] <= now_s - READERS_S:
+                ended += self._free(self._leaving.popleft()[1])
+            marks = self._version.watermarks.values()
+            before_us = max((mark.written_us for mark in marks), default=0) - kept_us
+            due = self._tombstones.take(before_us, limit)
+            if len(due):
+                self._leaving.append((now_s, due))
+            return ended
+
+    def _free(self, rows: Ints) -> int:
+        """Free the labels of those deletes that are still their item's newest record."""
+        labels = rows[:, LABEL]
+        rows = rows[self._offsets.offsets[labels] == rows[:, OFFSET]]
+        labels = rows[:, LABEL]
+        self._tombstones.end(rows)
+        self._offsets.free(labels.tolist())
+        version = self._version
+        inside = labels[labels < len(version.row_of)]
+        version.row_of[inside], version.names[inside] = -1, None
+        return len(labels)
+
+    def _below_floors(self, records: Sequence[ItemRecord]) -> set[int]:
+        """Positions of records of unknown items that are older than an ended delete."""
+        if not self._tombstones.floors:
+            return set()
+        known, is_below = self._version.label_of, self._tombstones.is_below
+        return {
+            at
+            for at, record in enumerate(records)
+            if record.item_id not in known and is_below(record.partition, record.offset)
+        }
+
     def contents(self) -> Contents:
         """All that the index holds now, for a snapshot. Takes the write lock briefly."""
         with self._lock:
             version, offsets = self._version, self._offsets.offsets.copy()
-        return restore.export_state(version, offsets)
+            kept = [*self._tombstones.rows(), *(rows for _, rows in self._leaving)]
+            floors = dict(self._tombstones.floors)
+        return restore.export_state(version, offsets, kept, floors)
 
     def restore(self, contents: Contents) -> None:
         """Load the contents of a snapshot; queries are exact until the main segment is built.
@@ -259,8 +316,10 @@ class LiveIndex(Index):
         with self._lock:
             if self._version.ids or contents.vectors.shape[1] != self.dimension:
                 raise ValueError("only an empty index of the same dimension can be restored")
-            self._version, offsets = restore.import_state(self._version, contents)
+            self._version, offsets, tombstones = restore.import_state(self._version, contents)
             self._offsets = ItemOffsets(self._version.ids, self._version.label_of, offsets)
+            self._tombstones.add(tombstones)
+            self._tombstones.floors = dict(contents.floors)
             self._placement.grow(len(self._version.row_of))
             self._wake()
 
@@ -351,3 +410,9 @@ class LiveIndex(Index):
             version = self._version
             if version.segments:  # they may have been dropped meanwhile
                 self._version = self._placement.adopt(version, index, built, merged, main=False)
+
+
+def _tombstones_of(changes: Changes) -> Ints:
+    """Rows for `Tombstones` of the deletes of a batch."""
+    stamps = changes.retired_stamps
+    return np.column_stack((changes.retired, stamps[:, 3], stamps[:, 0], stamps[:, 2]))

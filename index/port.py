@@ -211,5 +211,12 @@ class Index(IndexReader, Protocol):
     ) -> SearchResult:
         """The answer of `query` as columns."""
 
+    def end_tombstones(self, kept_us: int, limit: int = 4_096) -> int:
+        """Forget deletes that are `kept_us` older than the newest record; returns how many.
+
+        kept_us: microseconds by the records' `written_us`; limit: about so many in one call
+        The rule is in `index.storage.tombstones`. Call it only after the whole log was read.
+        """
+
     def close(self) -> None:
         """Stop background work; queries continue."""

@@ -36,7 +36,7 @@ SOURCES = (CLICKS, ITEMS, USERS)
 DEAD_LETTER_BYTES_MAX = 2 * 1024 * 1024
 _HOUR_MS = 3_600_000
 # Compaction keeps a delete record this long: an older snapshot or bundle must not be used.
-_DELETE_RETENTION_MS = 7 * 24 * _HOUR_MS
+DELETE_RETENTION_MS = 7 * 24 * _HOUR_MS
 
 
 def item_vectors(generation: str) -> str:
@@ -49,7 +49,7 @@ def topic_configs(settings: Settings, name: str) -> tuple[int, dict[str, str]]:
 
     Append time, because the broker's clock decides what lies in the far future.
     """
-    compact = {"cleanup.policy": "compact", "delete.retention.ms": str(_DELETE_RETENTION_MS)}
+    compact = {"cleanup.policy": "compact", "delete.retention.ms": str(DELETE_RETENTION_MS)}
     append_time = {"message.timestamp.type": "LogAppendTime"}
     if name == CLICKS:
         keep = {"retention.ms": str(settings.clicks_retention_h * _HOUR_MS)}

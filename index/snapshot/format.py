@@ -2,7 +2,7 @@
 
     offset  size  content, little-endian
     0       8     magic b"EDDYSNAP"
-    8       4     version, 1 (uint32)
+    8       4     version, 2 (uint32); version 1 is read too
     12      4     length h of the header (uint32)
     16      32    SHA-256 of the header
     48      h     header, JSON: `Header`; for each section offset, bytes, dtype, shape and SHA-256
@@ -11,7 +11,8 @@
     ids        MessagePack array of text: the live items, then the deleted ones whose offset is kept
     vectors    float32 (live, d), unit norm; mapped, not read into memory
     facts      int64 (live, 3): at_ms, written_us, source offset
-    deleted    int64 (tombstones,): source offsets
+    deleted    int64 (tombstones, 3): source offset, source partition and written_us; in version 1
+               (tombstones,), the offsets alone
     columns    MessagePack array of [field, name, rows, has values], see `index.storage.columns`
     rows       int64 (…,): the rows of all columns, one column after the other
     values     float64 (…,): the values of those columns that have some
@@ -27,7 +28,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ from index.arrays import Floats, Ints, Vector
 from index.port import Watermark
 from index.storage.columns import Key
 
-MAGIC, VERSION = b"EDDYSNAP", 1
+MAGIC, VERSION = b"EDDYSNAP", 2
+_READ = (1, 2)
 _PREFIX = struct.Struct("<8sII32s")
 # A page, so that a section can be mapped by itself.
 ALIGN = 4_096
@@ -86,6 +88,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     """The header of the file.
 
     positions: partition -> offset at which reading the topic continues; watermarks: as `Watermark`
+    floors: partition of `items` -> highest offset of its ended deletes
     """
 
     origin: Origin
@@ -95,6 +98,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     tombstones: int
     watermarks: dict[int, tuple[int, int, int]]
     sections: dict[str, Section]
+    floors: dict[int, int] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +107,9 @@ class Contents:
 
     ids:     the live items, then the deleted ones
     vectors: float32 (live, d); facts: int64 (live, 3): at_ms, written_us, offset
-    deleted: int64 (tombstones,): offsets; columns: (key, rows, values) of each
+    deleted: int64 (tombstones, 3): offset, partition (-1: unknown) and written_us of each delete
+    columns: (key, rows, values) of each
+    floors:  partition of `items` -> highest offset of its ended deletes
     """
 
     ids: list[str]
@@ -112,6 +118,7 @@ class Contents:
     deleted: Ints
     columns: list[tuple[Key, Ints, Floats | None]]
     watermarks: dict[int, Watermark]
+    floors: dict[int, int] = field(default_factory=dict)
 
 
 def write(
@@ -138,6 +145,7 @@ def write(
         tombstones=len(contents.deleted),
         watermarks={p: (*w,) for p, w in contents.watermarks.items()},
         sections=sections,
+        floors=contents.floors,
     )
     encoded = msgspec.json.encode(header)
     with replacing(path, mode=0o644) as file:
@@ -184,8 +192,8 @@ def _header(whole: mmap.mmap) -> tuple[Header, int]:
     magic, version, length, digest = _PREFIX.unpack_from(whole)
     if magic != MAGIC:
         raise ValueError(f"starts with {magic!r}, not a snapshot")
-    if version != VERSION:
-        raise ValueError(f"version {version}, this reader reads {VERSION}")
+    if version not in _READ:
+        raise ValueError(f"version {version}, this reader reads {_READ[0]} to {_READ[-1]}")
     end = _PREFIX.size + length
     if length > HEADER_BYTES_MAX or end > len(whole):
         raise ValueError(f"a header of {length} bytes in a file of {len(whole)}")
@@ -219,8 +227,11 @@ def _contents(whole: mmap.mmap, header: Header, first: int) -> Contents:
     named = msgspec.msgpack.decode(found["columns"], type=list[tuple[str, str, int, bool]])
     vectors: npt.NDArray[np.float32] = found["vectors"]
     live, deleted = header.live, header.tombstones
+    if found["deleted"].ndim == 1:  # version 1: they end after the retention, counted from now on
+        unknown = np.tile(np.array([-1, header.created_ms * 1_000]), (len(found["deleted"]), 1))
+        found["deleted"] = np.column_stack((found["deleted"], unknown))
     shapes = (vectors.shape, found["facts"].shape, found["deleted"].shape, len(ids))
-    if shapes != ((live, header.origin.dimension), (live, 3), (deleted,), live + deleted):
+    if shapes != ((live, header.origin.dimension), (live, 3), (deleted, 3), live + deleted):
         raise ValueError(
             f"its sections have shapes {shapes} for {live} items and {deleted} deleted ones"
         )
@@ -234,7 +245,9 @@ def _contents(whole: mmap.mmap, header: Header, first: int) -> Contents:
         columns.append(((field_name, name), rows, values))
         row, value = row + count, value + (count if has_values else 0)
     watermarks = {p: Watermark(*of_partition) for p, of_partition in header.watermarks.items()}
-    return Contents(ids, vectors, found["facts"], found["deleted"], columns, watermarks)
+    return Contents(
+        ids, vectors, found["facts"], found["deleted"], columns, watermarks, header.floors
+    )
 
 
 def _section_data(contents: Contents) -> dict[str, bytes | npt.NDArray[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from operator import itemgetter
 
 import numpy as np
@@ -10,31 +11,47 @@ from index.arrays import Ints
 from index.snapshot.format import Contents
 from index.storage.columns import Columns
 from index.storage.index_version import IndexVersion
+from index.storage.item_offsets import UNKNOWN
+from index.storage.tombstones import LABEL, OFFSET, PARTITION, WRITTEN_US
 from index.storage.vector_table import CAPACITY_MIN, ROOM_SHARE, VectorTable
 
 
-def export_state(version: IndexVersion, offsets: Ints) -> Contents:
-    """All live items of a version and the offsets of the deleted ones. offsets: by label."""
+def export_state(
+    version: IndexVersion,
+    offsets: Ints,
+    tombstones: Sequence[Ints] = (),
+    floors: Mapping[int, int] | None = None,
+) -> Contents:
+    """All live items of a version and the offsets of the deleted ones.
+
+    offsets: by label; tombstones, floors: see `index.storage.tombstones`
+    """
     table, ids = version.table, version.ids
     rows = table.live_rows(version.used, version.seq)
     labels = table.labels[rows]
-    is_deleted = np.ones(len(offsets), bool)
+    is_deleted = offsets != UNKNOWN  # free labels
     is_deleted[labels] = False
     deleted = np.flatnonzero(is_deleted)
+    # Where and when each was written; -1 and 0 where that is not known.
+    origins = np.tile(np.array([-1, 0]), (len(offsets), 1))
+    for block in tombstones:
+        current = block[offsets[block[:, LABEL]] == block[:, OFFSET]]
+        origins[current[:, LABEL]] = current[:, [PARTITION, WRITTEN_US]]
     columns = version.columns.compact(rows, version.used).items(len(rows))
     return Contents(
         ids=[ids[label] for label in (*labels.tolist(), *deleted.tolist())],
         vectors=table.gather(rows),
         facts=table.facts[rows, 1:],
-        deleted=offsets[deleted],
+        deleted=np.column_stack((offsets[deleted], origins[deleted])),
+        floors=dict(floors or {}),
         # Sorted, so that the same contents give the same bytes.
         columns=sorted(columns, key=itemgetter(0)),
         watermarks=dict(version.watermarks),
     )
 
 
-def import_state(version: IndexVersion, contents: Contents) -> tuple[IndexVersion, Ints]:
-    """(the empty version filled with these contents, offset of each label).
+def import_state(version: IndexVersion, contents: Contents) -> tuple[IndexVersion, Ints, Ints]:
+    """(the empty version filled with these contents, offset of each label, rows of tombstones).
 
     The vectors stay in the mapped file, which the workers of a machine share. Raises ValueError if
     an item occurs twice.
@@ -67,4 +84,5 @@ def import_state(version: IndexVersion, contents: Contents) -> tuple[IndexVersio
         watermarks=dict(contents.watermarks),
         columns=columns,
     )
-    return filled, np.concatenate((contents.facts[:, 2], contents.deleted))
+    offsets = np.concatenate((contents.facts[:, 2], contents.deleted[:, 0]))
+    return filled, offsets, np.column_stack((np.arange(live, known), contents.deleted))

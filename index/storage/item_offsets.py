@@ -17,6 +17,7 @@ class ItemOffsets:
     """Label -> offset of its newest record, deletes included. Thread rule: under the write lock.
 
     ids, label_of: shared with the IndexVersions; a new label is appended before a version counts it
+    A label whose delete has ended is free (`free`): its id is "", and the next new item takes it.
     """
 
     def __init__(self, ids: list[str], label_of: dict[str, int], offsets: Ints) -> None:
@@ -27,6 +28,25 @@ class ItemOffsets:
         # For `undo`: the number of labels before the last `advance`, and the offsets that it set.
         self._known = len(ids)
         self._previous: tuple[Ints, Ints] = (offsets[:0], offsets[:0])
+        self._free: list[int] = []
+        # Of the last `advance`: the free labels that it took.
+        self._reused: list[int] = []
+
+    @property
+    def free_count(self) -> int:
+        """Number of free labels."""
+        return len(self._free)
+
+    def free(self, labels: Sequence[int]) -> None:
+        """Free labels of deleted items; no reader may still see an item under them."""
+        for label in labels:
+            del self.label_of[self.ids[label]]
+            self._release(label)
+
+    def _release(self, label: int) -> None:
+        self.ids[label] = ""
+        self._offsets[label] = UNKNOWN
+        self._free.append(label)
 
     @property
     def offsets(self) -> Ints:
@@ -43,6 +63,7 @@ class ItemOffsets:
                      such a record counts although its offset is the one of the item
         """
         self._known, self._previous = len(self.ids), (self._offsets[:0], self._offsets[:0])
+        self._reused = []
         found = list(map(self.label_of.get, item_ids))
         if None in found:
             self._add_labels(found, item_ids)
@@ -70,21 +91,34 @@ class ItemOffsets:
         for item_id in self.ids[self._known :]:
             self.label_of.pop(item_id, None)
         del self.ids[self._known :]
+        while self._reused:
+            label = self._reused.pop()
+            self.label_of.pop(self.ids[label], None)
+            self._release(label)
 
     def _add_labels(self, found: list[int | None], item_ids: Sequence[str]) -> None:
         """Set a label for every item of `found` that has none."""
         for at, label in enumerate(found):
             if label is None:
-                item_id, new = item_ids[at], len(self.ids)
+                item_id = item_ids[at]
                 # A batch may name the item twice.
-                found[at] = self.label_of.get(item_id, new)
-                if found[at] == new:
-                    self.ids.append(item_id)
-                    self.label_of[item_id] = new
+                new = self.label_of.get(item_id)
+                if new is None:
+                    new = self.label_of[item_id] = self._new_label(item_id)
+                found[at] = new
         if len(self.ids) > len(self._offsets):
             room = np.full(max(CAPACITY_MIN, 2 * len(self.ids)) - self._known, UNKNOWN)
             self._offsets = np.concatenate((self._offsets[: self._known], room))
         self._offsets[self._known : len(self.ids)] = UNKNOWN
+
+    def _new_label(self, item_id: str) -> int:
+        if not self._free:
+            self.ids.append(item_id)
+            return len(self.ids) - 1
+        label = self._free.pop()
+        self._reused.append(label)
+        self.ids[label] = item_id
+        return label
 
 
 def _newest_of_each(labels: Ints, offsets: Ints, positions: Ints) -> Ints:

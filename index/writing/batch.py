@@ -31,7 +31,7 @@ class Changes(NamedTuple):
     """The records of a batch that take effect, one per item.
 
     labels (n,), stamps (n, 4) as `records.stamps_of`, vectors (n, d), attributes: of the upserts
-    retired: labels of the deletes
+    retired: labels of the deletes; retired_stamps (m, 4): theirs
     """
 
     labels: Ints
@@ -39,6 +39,7 @@ class Changes(NamedTuple):
     vectors: Vector
     attributes: Sequence[Mapping[str, Any]]
     retired: Ints
+    retired_stamps: Ints
 
 
 def select_changes(
@@ -49,18 +50,20 @@ def select_changes(
     vectors: of the records that carry one; stamps: of all records
     labels:  of the records at `positions`, which take effect
     """
-    retired = labels[:0]
+    retired, retired_stamps = labels[:0], stamps[:0]
     if len(vectors) < len(records):
         has_vector = np.array([record.vector is not None for record in records], bool)
         upserts = has_vector.take(positions)
-        retired, labels, positions = labels[~upserts], labels[upserts], positions[upserts]
+        retired, retired_stamps = labels[~upserts], stamps.take(positions[~upserts], axis=0)
+        labels, positions = labels[upserts], positions[upserts]
         # Position among all records -> position among those with a vector.
         vectors = vectors.take((np.cumsum(has_vector) - 1).take(positions), axis=0)
     elif len(positions) < len(records):
         vectors = vectors.take(positions, axis=0)
     if len(positions) < len(records):
         stamps, records = stamps.take(positions, axis=0), [records[at] for at in positions.tolist()]
-    return Changes(labels, stamps, vectors, [record.attributes for record in records], retired)
+    attributes = [record.attributes for record in records]
+    return Changes(labels, stamps, vectors, attributes, retired, retired_stamps)
 
 
 def apply_changes(version: IndexVersion, placement: Placement, changes: Changes) -> IndexVersion:
@@ -93,7 +96,7 @@ def _reserve(version: IndexVersion, placement: Placement, more: int) -> IndexVer
 
 def write(version: IndexVersion, placement: Placement, changes: Changes) -> IndexVersion:
     """As `apply_changes`, given enough room."""
-    labels, stamps, vectors, attributes, retired = changes
+    labels, stamps, vectors, attributes, retired, _ = changes
     table, start, n, seq = version.table, version.used, len(labels), version.seq + 1
     before = version.row_of[labels]
     if n:

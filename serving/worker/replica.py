@@ -35,6 +35,8 @@ POLL_MS = 200
 APPLY_RECORDS = 256
 RETRY_S = 0.05
 CLOSE_S = 10.0
+# The index keeps a delete as long as Kafka keeps delete records.
+DELETES_KEPT_US = topics.DELETE_RETENTION_MS * 1_000
 # The first bad records are logged one by one, then every thousandth.
 LOGGED_BAD = 10
 
@@ -183,7 +185,8 @@ class Replica:
         self._positions = topic.positions()
         ends_at = 0.0
         while not self._stop.is_set():
-            if time.monotonic() >= ends_at:
+            ends_read = time.monotonic() >= ends_at
+            if ends_read:
                 asked_s = time.monotonic()
                 ends = topic.ends()
                 self._next_goal = self._next_goal or (asked_s, ends)
@@ -198,6 +201,8 @@ class Replica:
                 # Transaction markers may follow the last record; the consumer skips them.
                 self._positions = topic.positions()
             self._check_caught_up()
+            if ends_read and self._caught_up.is_set():
+                self._index.end_tombstones(DELETES_KEPT_US)
 
     def _update_lag(self, ends: dict[int, int]) -> None:
         if self._goal is None:

@@ -23,8 +23,8 @@ from serving.worker.replica import Replica
 
 log = logging.getLogger(__name__)
 
-# The topic keeps delete records at least this long; an older snapshot could restore a deleted item.
-AGE_MS_MAX = 7 * 24 * 3_600_000
+# An older snapshot could restore a deleted item.
+AGE_MS_MAX = topics.DELETE_RETENTION_MS
 # This generation's file and those of earlier generations, which may become active again.
 KEPT_FILES = 3
 # A partial file of a killed writer is removed after this time; no write takes as long.

@@ -77,7 +77,7 @@ def restored(times: np.ndarray) -> HnswIndex:
         ids=[f"item-{n * 7_919 % N:07}" for n in range(n)],
         vectors=np.tile(VECTOR, (n, 1)),
         facts=facts,
-        deleted=np.empty(0, np.int64),
+        deleted=np.empty((0, 3), np.int64),
         columns=[(("tags", "rare"), rare, None)],
         watermarks={},
     )

@@ -20,7 +20,9 @@ from tests.unit.index.item_records import units, wait_until
 
 D = 4
 ROOT = Path(__file__).resolve().parents[3]
-GOLDEN = ROOT / "tests" / "golden" / "index-snapshot-v1.bin"
+GOLDEN = ROOT / "tests" / "golden" / "index-snapshot-v2.bin"
+# Of this version the deletes have offsets only.
+OLDER = ROOT / "tests" / "golden" / "index-snapshot-v1.bin"
 ORIGIN = Origin(generation="g1", dimension=D, bundle_ms=5, log="cluster/topic")
 POSITIONS = {0: 17, 1: 3}
 
@@ -191,10 +193,22 @@ def test_a_snapshot_older_than_the_delete_records_is_refused(oldest_ms: int, goo
 
 def test_another_version_says_so(tmp_path: Path) -> None:
     whole = bytearray(GOLDEN.read_bytes())
-    whole[8] = 2
-    (tmp_path / "x").write_bytes(whole)
-    with pytest.raises(SnapshotRefused, match="version 2, this reader reads 1"):
-        format.load(tmp_path / "x", ORIGIN, 0)
+    for version in (0, 3):
+        whole[8] = version
+        (tmp_path / "x").write_bytes(whole)
+        said = f"version {version}, this reader reads 1 to 2"
+        with pytest.raises(SnapshotRefused, match=said):
+            format.load(tmp_path / "x", ORIGIN, 0)
+
+
+def test_a_snapshot_of_version_1_is_read_and_its_deletes_end_counted_from_its_time() -> None:
+    index, header = restored(OLDER)
+    same(index, filled())
+    contents, _ = format.load(OLDER, ORIGIN, 0)
+    known, _ = format.load(GOLDEN, ORIGIN, 0)
+    assert contents.deleted[:, 0].tolist() == known.deleted[:, 0].tolist()
+    assert contents.deleted[:, 1:].tolist() == [[-1, header.created_ms * 1_000]]
+    assert known.deleted[:, 1:].tolist() == [[0, 0]] and not contents.floors
 
 
 def test_a_full_disk_leaves_the_old_snapshot(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from index.backends.hnswlib import HnswBackend
 from index.exact import ExactIndex
 from index.factory import HnswIndex
 from index.filters import Filter
-from index.live import LiveIndex
+from index.live import READERS_S, LiveIndex
 from index.port import Hit
 from index.search.nearest import NearestSearch
 from index.snapshot import format, restore
@@ -62,10 +62,18 @@ class LiveAgainstExact(RuleBasedStateMachine):
         return HnswBackend(m=8, ef_construction=50, ef=self.BREADTH)
 
     def empty_index(self) -> LiveIndex:
-        return LiveIndex(D, self.backend(), breadth=self.BREADTH, exact_below=5, fresh_max=1_000)
+        return LiveIndex(
+            D,
+            self.backend(),
+            breadth=self.BREADTH,
+            exact_below=5,
+            fresh_max=1_000,
+            clock_s=lambda: self.now_s,
+        )
 
     def __init__(self) -> None:
         super().__init__()
+        self.now_s = 0.0
         self.patches = [mock.patch.object(module, "CAPACITY_MIN", CAPACITY) for module in MODULES]
         for patch in self.patches:
             patch.start()
@@ -180,6 +188,17 @@ class LiveAgainstExact(RuleBasedStateMachine):
     def look_up(self, names: list[str]) -> None:
         assert self.live.describe(names) == self.exact.describe(names)
         np.testing.assert_array_equal(self.live.vectors_of(names), self.exact.vectors_of(names))
+
+    @rule(kept=st.integers(0, 40))
+    def end_tombstones(self, kept: int) -> None:
+        """Both forget the same deletes; the live index after its last readers have gone."""
+        self.live.end_tombstones(kept)
+        self.old.clear()
+        self.now_s += READERS_S
+        ended = self.exact.end_tombstones(kept)
+        assert self.live.end_tombstones(10**9) == ended
+        if ended:  # an older snapshot has them still
+            self.written = None
 
     @rule(place=PLACES, k=st.integers(1, 30))
     def keep_the_version(self, place: int, k: int) -> None:
