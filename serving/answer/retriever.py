@@ -7,14 +7,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import msgspec
-
-from eddyline.errors import EddylineError, StoreUnavailable
+from eddyline.errors import StoreUnavailable
 from eddyline.schema.events import Item
 from eddyline.schema.user_history import EMPTY
 from eddyline.stores.state_store import StateStore, UserState
 from index.filters import Filter
 from index.port import IndexReader
+from serving.answer.card_reader import CardReader
 from serving.answer.click_waits import ClickPending, ClickWaits
 from serving.answer.deadline import Deadline
 from serving.answer.fusion import Cascade, Fusion, PathResult, Recommendation
@@ -23,7 +22,6 @@ from serving.recall.base import RecallPath, RecallRequest
 from serving.recall.popularity import Popularity
 
 _UNKNOWN_USER = UserState(fence=None, history=EMPTY, applied_us=0, embedding=None, profile={})
-_item_decoder = msgspec.json.Decoder(Item)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +98,9 @@ class Retriever:
         """
         self.popularity = popularity
         self.waits = waits
-        self._store = store
         self._users = users
         self._paths = paths
-        self._item_slots = item_slots
+        self._card_reader = CardReader(store, item_slots, users.outages)
         self._fusion = fusion or Cascade()
 
     def retrieve(
@@ -144,14 +141,14 @@ class Retriever:
                 max((path.candidates.timings.searched_us for path in paths), default=0),
                 time.time_ns() // 1000,
             ),
-            missing=[reason for reason in (unread, no_cards, *degradations) if reason],
+            missing=[reason for reason in (unread, *no_cards, *degradations) if reason],
             short_because=short,
             cards=cards,
         )
 
     def missing(self) -> list[str]:
         """What answers have to do without now, each `server: reason`."""
-        users = self._users.missing()
+        users = self._users.outages.missing()
         found = [f"redis: {users}"] if users else []
         return found + [reason for path in self._paths if (reason := path.degradation())]
 
@@ -174,28 +171,14 @@ class Retriever:
 
     def _cards(
         self, query: Query, items: Sequence[Recommendation], deadline: Deadline, unread: str
-    ) -> tuple[dict[str, Item], str]:
-        """(item id -> metadata, why there is none)."""
+    ) -> tuple[dict[str, Item], list[str]]:
+        """(item id -> metadata, what is missing)."""
         if not query.with_cards:
-            return {}, ""
+            return {}, []
         deadline.check("the cards were read")
         if unread:
-            return {}, ""  # Redis was away a moment ago; the answer reports that already
-        try:
-            stored = self._store.read_item_metadata(
-                [item.hit.item_id for item in items], self._item_slots
-            )
-        except EddylineError as error:
-            return {}, f"redis: no cards: {error}"
-        cards, unusable = {}, list[str]()
-        for item_id, card in stored.items():
-            try:
-                if card.body:
-                    cards[item_id] = _item_decoder.decode(card.body)
-            except msgspec.MsgspecError:
-                unusable.append(item_id)
-        which = f"{len(unusable)} cards cannot be read, such as {unusable[0]!r}" if unusable else ""
-        return cards, which and f"redis: {which}"
+            return {}, []  # Redis was away a moment ago; the answer reports that already
+        return self._card_reader.read([item.hit.item_id for item in items], deadline)
 
 
 def _short_because(query: Query, found: int, seen: Collection[str], index: IndexReader) -> str:

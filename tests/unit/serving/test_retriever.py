@@ -24,7 +24,7 @@ from eddyline.stores.state_store import Fence, ItemMetadata, LogId, Source, User
 from embeddings.towers.user_tower import query_vector
 from index.exact import ExactIndex
 from index.port import IndexReader
-from serving.answer import user_reader
+from serving.answer import outages
 from serving.answer.click_waits import ClickPending, ClickWaits
 from serving.answer.deadline import Deadline, DeadlinePassed
 from serving.answer.retriever import Answer, Query, Retriever
@@ -305,7 +305,7 @@ def test_redis_away_the_last_known_popular_list_serves_and_the_answer_says_so(wo
 def test_while_redis_is_away_only_one_call_in_a_while_tries_it(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(user_reader, "PROBE_S", 0.1)
+    monkeypatch.setattr(outages, "PROBE_S", 0.1)
     world.user("ana", "i3")
     world.store.away = True
     for _ in range(20):
