@@ -299,6 +299,28 @@ def plan(
     planning.show(settings if settings.redis_url else _settings(), sizes, as_json=as_json)
 
 
+topics_app = typer.Typer(
+    no_args_is_help=True, help="Topics: whether they keep what Eddyline needs, and make them."
+)
+app.add_typer(topics_app, name="topics")
+
+
+@topics_app.command("check")
+def topics_check() -> None:
+    """Name what would lose or distort data, and the command that mends it; exit 1 if anything."""
+    from cli.commands import topics
+
+    topics.check(_settings())
+
+
+@topics_app.command("create")
+def topics_create() -> None:
+    """Create the topics that are missing; give empty ones the partitions of the settings."""
+    from cli.commands import topics
+
+    topics.create(_settings())
+
+
 letters_app = typer.Typer(
     no_args_is_help=True, help="Refused records: list them, and replay them exactly once."
 )

@@ -31,7 +31,7 @@ from typing_extensions import override
 
 from eddyline import generations
 from eddyline.generations import Manifest
-from eddyline.kafka import topics
+from eddyline.kafka import topic_checks, topics
 from eddyline.kafka.topics import CLICKS, ITEMS, USERS
 from eddyline.process import heartbeat, lifecycle
 from eddyline.process.retry import Retry
@@ -79,6 +79,8 @@ def _run(settings: Settings, stop: threading.Event) -> None:
         logging.getLogger(name).addFilter(_RateLimit())
     retry = Retry(settings, stop)
     retry.wait_for("Kafka", lambda: topics.ensure_topics(settings))
+    for finding in retry.wait_for("Kafka", lambda: topic_checks.check_topics(settings)):
+        log.warning(str(finding))
     with ExitStack() as closes:
         closes.callback(heartbeat.end, settings, "ingest")
         folder = Path(settings.data_dir) / "ingest"

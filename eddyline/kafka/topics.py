@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
-from kafka.admin import NewTopic
+from kafka.admin import NewPartitions, NewTopic
 from kafka.errors import KafkaError, TopicAlreadyExistsError, TopicAuthorizationFailedError
 
 from eddyline.errors import KafkaUnavailable, LogMismatch
@@ -96,14 +96,17 @@ def wait_until_up(settings: Settings, timeout_s: float) -> None:
         time.sleep(wait_s)
 
 
-def ensure_topics(settings: Settings, names: Sequence[str] | None = None) -> None:
-    """Create the topics that are missing.
+def ensure_topics(settings: Settings, names: Sequence[str] | None = None) -> list[str]:
+    """Create the topics that are missing. Returns those that were made or got partitions.
 
+    A topic without a record that has too few partitions gets the others: a broker that creates
+    topics by itself made it, most likely.
     names: default: all but the item vectors, which belong to a generation
 
     Raises LogMismatch if a topic has another number of partitions than the settings.
     """
     names = (*SOURCES, DEAD_LETTERS, GENERATIONS) if names is None else names
+    made: list[str] = []
     with open_admin(settings) as admin:
         existing = set(admin.list_topics())
         # Kafka hides a topic that we may not describe, and creating it would fail.
@@ -120,17 +123,27 @@ def ensure_topics(settings: Settings, names: Sequence[str] | None = None) -> Non
                 admin.create_topics([topic], timeout_ms=settings.kafka_timeout_ms)
             except TopicAlreadyExistsError:
                 continue  # another process created it
+            made.append(real)
         admin.wait_for_topics(
             [settings.prefixed(n) for n in names], timeout_ms=settings.kafka_timeout_ms
         )
         for described in _described(settings, admin, [settings.prefixed(n) for n in names]):
             name = described["name"].removeprefix(settings.prefixed(""))
             expected, found = topic_configs(settings, name)[0], len(described["partitions"])
-            if expected != found:
+            if found < expected and not any(end_offsets(settings, name).values()):
+                more = {described["name"]: NewPartitions(expected)}
+                admin.create_partitions(more, timeout_ms=settings.kafka_timeout_ms)
+                log.warning(
+                    "an empty topic got its partitions",
+                    extra={"topic": described["name"], "before": found, "now": expected},
+                )
+                made.append(described["name"])
+            elif expected != found:
                 raise LogMismatch(
                     f"topic {described['name']} has {found} partitions, the settings {expected}; "
                     f"set EDDYLINE_{'ITEMS' if 'item' in name else 'CLICKS'}_PARTITIONS={found}"
                 )
+    return made
 
 
 def _described(
