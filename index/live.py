@@ -70,7 +70,7 @@ class LiveIndex(Index):
     turn: a rebuild runs within this context, which may wait its turn; gets the event that ends
         the wait
     background: while False no thread starts, so that the process can fork; see `begin`
-    guard: watches the answers of unfiltered segment searches; closed with the index
+    guard: watches the answers of segment searches; closed with the index
     """
 
     def __init__(
@@ -144,15 +144,17 @@ class LiveIndex(Index):
         vector = np.ascontiguousarray(vector, np.float32)
         excluded = exclude if isinstance(exclude, (set, frozenset)) else frozenset(exclude)
         breadth, guard = self.breadth, self.guard
-        if filters is not None:
-            exact = self.exact_only or version.live <= self._exact_below
-            return filtered.query(version, vector, k, excluded, filters, 0 if exact else breadth)
-        search = NearestSearch(version, vector, k, excluded)
+        if filters is None:
+            search = NearestSearch(version, vector, k, excluded)
+        else:
+            search = filtered.FilteredSearch(version, vector, k, excluded, filters)
+            if search.k == 0:
+                return SearchResult.of(())
         if version.live <= self._exact_below or not search.segments_pay(breadth):
             return search.scan()
         exact = self.exact_only
         result = None if exact else search.by_segments(breadth)
-        self._refused += result is None and not exact
+        self._refused += result is None and not exact and filters is None
         if result is None:
             result = search.scan()
         if guard is not None:

@@ -1,11 +1,14 @@
 """The recall guard: samples real queries, compares with the exact answer, raises what is too low.
 
 A thread of its own compares a share of the answers from segments with the exact answer of the same
-IndexVersion. Recall@k is the share of the exact answer that was found. A query that repeats counts
-once, so that one user decides nothing for the others. While recall is surely below the floor, each
-query does more work, one step at a time: more candidates (twice as many each time), then a rebuild
-of the main segment, then exact answers only. Once recall is surely good again, the guard steps
-back. While answers are exact it compares segment searches with them.
+IndexVersion, filtered queries too. Recall@k is the share of the exact answer that was found. A
+query that repeats counts once, so that one user decides nothing for the others. Recall is also
+estimated by stratum (`index.strata`: clusters of items, and filtered queries), and rare strata are
+sampled more often, so that a bad cluster does not hide behind a good mean. While the recall of all
+queries or of a stratum is surely below the floor, each query does more work, one step at a time:
+more candidates (twice as many each time), then a rebuild of the main segment, then exact answers
+only. Once recall is surely good again, the guard steps back. While answers are exact it compares
+segment searches with them.
 """
 
 from __future__ import annotations
@@ -15,16 +18,17 @@ import math
 import random
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
 from typing_extensions import override
 
-from eddyline.statistics import interval
+from eddyline.statistics import ConfidenceSequence
+from index.arrays import Vector
 from index.live import LiveIndex, RecallMonitor
 from index.port import RecallEstimate, SearchResult
 from index.search.nearest import NearestSearch
+from index.strata import FILTERED, STRATA, clusters_of, stratum_of
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +40,13 @@ HOLD_S_MAX = 3_600.0
 PAUSE_S = 60.0
 # Queries wake the thread; this bounds how long it takes to notice `close`.
 POLL_S = 5.0
+# The probability that no interval of a sequence ever misses the truth is 1 minus this. The strata
+# share it.
+ALPHA = 0.05
+# Estimates begin anew after so many times `samples`: an index that changes is noticed.
+BLOCK = 10
+# The smallest share of the samples of a frequent stratum that is compared.
+SHARE_MIN = 0.25
 
 
 class Sample(NamedTuple):
@@ -44,6 +55,24 @@ class Sample(NamedTuple):
     search: NearestSearch
     result: SearchResult
     epoch: int
+
+
+class Stratum(NamedTuple):
+    """The estimate of one stratum or of all, and the queries behind it, by hash."""
+
+    recall: ConfidenceSequence
+    queries: set[int]
+
+    @classmethod
+    def empty(cls, alpha: float) -> Stratum:
+        """Without samples. alpha: see `ConfidenceSequence`."""
+        return cls(ConfidenceSequence(alpha), set())
+
+    def add(self, query: int, recall: float) -> None:
+        """Count a query; one that is counted already changes nothing."""
+        if query not in self.queries:
+            self.queries.add(query)
+            self.recall.add(recall)
 
 
 class RecallGuard(RecallMonitor):
@@ -94,9 +123,9 @@ class RecallGuard(RecallMonitor):
         self._thread: threading.Thread | None = None
         self._not_before = -math.inf
         # Below: written by the guard's thread alone, `_skipped` excepted.
-        self._window: deque[tuple[float, int]] = deque(maxlen=2 * samples)
-        # The queries behind the window, by hash; of as many entries.
-        self._queries: deque[int] = deque(maxlen=2 * samples)
+        self._clusters: Vector | None = None
+        self._all = Stratum.empty(ALPHA)
+        self._strata: dict[int, Stratum] = {}
         self._epoch = 0
         self._width = 0  # position in `_breadths`
         self._rebuilt = self._lowered_last = False
@@ -117,18 +146,30 @@ class RecallGuard(RecallMonitor):
         ):
             self._skipped += 1
             return
-        if hash(search.query.tobytes()) in self._queries:
+        if not self._is_wanted(search):
             self._skipped += 1
             self._busy.release()
             return
-        # A copy of the query: the caller may reuse its array.
-        query = search.query.copy()
-        search = NearestSearch(search.version, query, search.k, search.excluded)
-        self._sample = Sample(search, result, self._epoch)
+        self._sample = Sample(search.detached(), result, self._epoch)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="recall-guard", daemon=True)
             self._thread.start()
         self._wake.set()
+
+    def _is_wanted(self, search: NearestSearch) -> bool:
+        """Whether to compare a query: it is new, and no rarer stratum needs it more.
+
+        The caller holds `_busy`.
+        """
+        strata = self._strata
+        mine = strata.get(stratum_of(search, self._clusters))
+        if mine is None:
+            return True
+        key = _key(search)
+        if key in mine.queries and key in self._all.queries:
+            return False
+        fewest = min(one.recall.samples for one in strata.values())
+        return self._random() < max(SHARE_MIN, (fewest + 1) / (mine.recall.samples + 1))
 
     @override
     def recall(self) -> RecallEstimate:
@@ -182,18 +223,38 @@ class RecallGuard(RecallMonitor):
         if len(exact):
             # By scores, not by ids: of equal scores any item is right.
             good = int((found.scores >= exact.scores[-1]).sum())
-            self._window.append((min(1.0, good / len(exact)), len(exact)))
-            self._queries.append(hash(search.query.tobytes()))
+            self._add(search, min(1.0, good / len(exact)))
             self._adapt_breadth(search.need)
 
+    def _add(self, search: NearestSearch, recall: float) -> None:
+        """Count a sample in all estimates; each begins anew once it has many samples."""
+        if self._clusters is None:
+            self._clusters = clusters_of(search.version)
+        if self._all.recall.samples >= BLOCK * self._samples:
+            self._all = Stratum.empty(ALPHA)
+        number = stratum_of(search, self._clusters)
+        mine = self._strata.get(number)
+        if mine is None or mine.recall.samples >= BLOCK * self._samples:
+            mine = Stratum.empty(ALPHA / (STRATA + 1))
+            self._strata = {**self._strata, number: mine}  # queries read it meanwhile
+        for one in (self._all, mine):
+            one.add(_key(search), recall)
+
     def _adapt_breadth(self, need: int) -> None:
-        """Take a step if the interval is surely below or above the floor."""
-        recall = self._recall = self._estimate()
-        if recall.samples < self._samples:
+        """Take a step if recall, or that of a stratum, is surely below or above the floor."""
+        if self._all.recall.samples < self._samples:
+            if self._recall.samples < self._samples:  # the first block since the last step
+                self._recall = self._estimate()
             return
-        if recall.high < self._floor:
+        recall = self._recall = self._estimate()
+        strata = [one.recall for one in self._strata.values()]
+        if recall.high < self._floor or any(one.high < self._floor for one in strata):
             self._raise(need)
-        elif recall.low >= self._floor and self._clock() - self._since >= self._hold_s:
+        elif (
+            recall.low >= self._floor
+            and all(one.mean >= self._floor for one in strata)
+            and self._clock() - self._since >= self._hold_s
+        ):
             if self._width or self._index.exact_only:
                 self._lower()
             else:
@@ -254,9 +315,8 @@ class RecallGuard(RecallMonitor):
 
     def _restart(self, message: str, level: int) -> None:
         """Log the step and start a new window of samples."""
-        before = self._recall
-        self._window.clear()
-        self._queries.clear()
+        before, worst = self._recall, self._worst()
+        self._all, self._strata, self._clusters = Stratum.empty(ALPHA), {}, None
         self._epoch += 1
         self._since = self._clock()
         self._recall = self._estimate()
@@ -271,8 +331,22 @@ class RecallGuard(RecallMonitor):
                 "recall_high": round(before.high, 4),
                 "recall_floor": self._floor,
                 "samples": before.samples,
+                **worst,
             },
         )
+
+    def _worst(self) -> dict[str, object]:
+        """Of the stratum with the lowest upper end: its recall and samples; {} without samples."""
+        if not self._strata:
+            return {}
+        sequences = {number: one.recall for number, one in self._strata.items()}
+        number, worst = min(sequences.items(), key=lambda found: found[1].high)
+        return {
+            "stratum": "filtered" if number == FILTERED else f"cluster {number}",
+            "stratum_recall": round(worst.mean, 4),
+            "stratum_recall_high": round(worst.high, 4),
+            "stratum_samples": worst.samples,
+        }
 
     def _estimate(self) -> RecallEstimate:
         if self._awaited is not None:
@@ -283,10 +357,16 @@ class RecallGuard(RecallMonitor):
             step = "wider" if self._width else "normal"
         return RecallEstimate(
             step,
-            len(self._window),
-            *interval(self._window),
+            self._all.recall.samples,
+            self._all.recall.mean,
+            self._all.recall.low,
+            self._all.recall.high,
             self._shadowed,
             self._skipped,
             self._raised,
             self._lowered,
         )
+
+
+def _key(search: NearestSearch) -> int:
+    return hash(search.query.tobytes())

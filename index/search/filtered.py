@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import numpy as np
+from typing_extensions import override
 
 from index.arrays import Ints, Mask, Vector
 from index.filters import Filter
@@ -50,38 +51,57 @@ def passing_rows(version: IndexVersion, rows: Ints, filters: Filter) -> Ints:
     return np.where(passes, rows, -1)
 
 
-def query(
-    version: IndexVersion,
-    vector: Vector,
-    k: int,
-    excluded: Collection[str],
-    filters: Filter,
-    breadth: int,
-) -> SearchResult:
-    """The k best items that pass. breadth: of the segment search, 0 for an exact scan."""
-    mask = passing_mask(version, filters)
-    n = int(np.count_nonzero(mask))
-    k = min(k, n)
-    if k == 0:
-        return SearchResult.of(())
+class FilteredSearch(NearestSearch):
+    """One query among the items that pass a filter. Thread rule: one thread.
 
-    def passes(rows: Ints) -> Mask:
-        return version.columns.passing(filters, rows)
+    mask: bool (count,), live rows that pass; passing: their number. k: at most `passing`
+    """
 
-    search = NearestSearch(version, vector, k, frozenset(excluded) | filters.deny, passes)
-    if breadth and filters.allow is None and version.main is not None:
-        fetch = max(breadth, int(OVERFETCH * search.need * version.live / n))
-        if (
-            fetch <= version.main.size
-            and fetch * ROWS_A_CANDIDATE < n
+    __slots__ = ("filters", "mask", "passing")
+
+    def __init__(
+        self,
+        version: IndexVersion,
+        query: Vector,
+        k: int,
+        excluded: Collection[str],
+        filters: Filter,
+    ) -> None:
+        self.filters = filters
+        self.mask = passing_mask(version, filters)
+        self.passing = int(np.count_nonzero(self.mask))
+        k = min(k, self.passing)
+        super().__init__(version, query, k, frozenset(excluded) | filters.deny, self._passes)
+
+    @override
+    def segments_pay(self, breadth: int) -> bool:
+        version, fetch = self.version, self._fetch(breadth)
+        return (
+            self.filters.allow is None
+            and version.main is not None
+            and fetch <= version.main.size
+            and fetch * ROWS_A_CANDIDATE < self.passing
             and version.fresh_count <= FRESH_SHARE_MAX * version.used
-        ):
-            found = search.candidates(fetch, fetch)
-            if found is not None:
-                result = search.rank(found)
-                if len(result) == k:
-                    return result
-    return search.rank_rows(_best_rows(search, mask, n))
+        )
+
+    @override
+    def by_segments(self, breadth: int) -> SearchResult | None:
+        fetch = self._fetch(breadth)
+        found = self.candidates(fetch, fetch)
+        result = None if found is None else self.rank(found)
+        return result if result is not None and len(result) == self.k else None
+
+    @override
+    def scan(self) -> SearchResult:
+        return self.rank_rows(_best_rows(self, self.mask, self.passing))
+
+    def _fetch(self, breadth: int) -> int:
+        """Candidates to request, so that enough of them pass."""
+        live, passing = self.version.live, max(1, self.passing)
+        return max(breadth, int(OVERFETCH * self.need * live / passing))
+
+    def _passes(self, rows: Ints) -> Mask:
+        return self.version.columns.passing(self.filters, rows)
 
 
 def _best_rows(search: NearestSearch, mask: Mask, n: int) -> Ints:

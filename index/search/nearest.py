@@ -5,6 +5,7 @@ Every candidate is rescored in float64 from the vector table, so answers have ex
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
@@ -65,6 +66,12 @@ class NearestSearch:
         self.passes = passes
         self.need = k + len(excluded)
         self.query64 = query.astype(np.float64)
+
+    def detached(self) -> NearestSearch:
+        """The same search with a query array of its own: the caller may reuse the other."""
+        search = copy.copy(self)
+        search.query = self.query.copy()
+        return search
 
     def segments_pay(self, breadth: int) -> bool:
         """Whether segments and fresh buffer are cheaper than a scan of all rows."""
