@@ -54,8 +54,10 @@ class HealthService(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
         self.Watch = watch
 
     def set(self, service: str, status: int) -> None:
-        """Set the status of a service and tell its streams."""
+        """Set the status of a service and tell its streams; does nothing after `stop`."""
         with self._lock:
+            if self._stopped:
+                return
             self._status[service] = status
             watches = [watch for watch in self._watches if watch.service == service]
         for watch in watches:

@@ -18,6 +18,7 @@ from serving.rpc import health, server
 from serving.rpc.client import open_channel
 from serving.rpc.retrieval_service import RetrievalService
 from serving.rpc.server import NAME, NOT_SERVING, SERVING, WorkerServer
+from tests.unit.serving.direct_call import DirectCall
 
 SETTINGS = Settings(worker_port=0)
 # Of HTTP/2: types of frames.
@@ -100,6 +101,17 @@ def test_streams_of_health_are_limited_and_their_places_come_back(
         wait_until("the place", lambda: bool(last.statuses))
         for stream in (*streams, last):
             stream.call.cancel()
+
+
+def test_nothing_is_serving_after_the_stop() -> None:
+    """A coordinator's check of its shards may end later than the server begins to stop."""
+    service = health.HealthService(lambda call, *args: call(*args))
+    request = health_pb2.HealthCheckRequest()
+    service.set("", SERVING)
+    assert service.Check(request, DirectCall()).status == SERVING
+    service.stop()
+    service.set("", SERVING)
+    assert service.Check(request, DirectCall()).status == NOT_SERVING
 
 
 def test_an_unknown_service_is_not_found(made: WorkerServer) -> None:
