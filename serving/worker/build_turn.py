@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from eddyline.settings.loader import Settings
 log = logging.getLogger(__name__)
 
 ASK_S = 0.5
+# A build of ten million items takes less; a process that is stopped in its turn holds it for ever.
+WAIT_S_MAX = 900.0
 
 
 class BuildTurn:
@@ -27,11 +30,16 @@ class BuildTurn:
 
     @contextmanager
     def take(self, stop: threading.Event) -> Iterator[None]:
-        """Wait for the turn, or until `stop` is set. Without a folder to lock in, do not wait."""
-        lock = None
+        """Wait for the turn, at most `WAIT_S_MAX` and until `stop` is set.
+
+        Without a folder to lock in there is no wait.
+        """
+        lock, until = None, time.monotonic() + WAIT_S_MAX
         try:
             while (lock := try_lock(self._path)) is None and not stop.wait(ASK_S):
-                pass
+                if time.monotonic() > until:
+                    log.warning("a graph is built out of turn", extra={"waited_s": WAIT_S_MAX})
+                    break
         except OSError as error:
             log.warning("graphs are built without turns", extra={"reason": str(error)})
         try:

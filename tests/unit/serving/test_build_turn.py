@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from eddyline.process.locks import is_locked
 from eddyline.schema.item_record import ItemRecord
 from eddyline.settings.loader import Settings
 from index.backends.registry import make_backend
@@ -116,6 +117,19 @@ def test_the_turn_of_a_killed_process_ends(tmp_path: Path) -> None:
         holder.communicate()
     assert entered.wait(5)
     thread.join(5)
+
+
+def test_the_wait_for_the_turn_has_an_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A process that is stopped in its turn must not stop all others."""
+    monkeypatch.setattr(build_turn, "WAIT_S_MAX", 0.3)
+    settings, begun = Settings(data_dir=str(tmp_path)), time.monotonic()
+    with BuildTurn(settings).take(threading.Event()):
+        with BuildTurn(settings).take(threading.Event()):
+            assert 0.3 <= time.monotonic() - begun < 2
+        assert is_locked(tmp_path / "index-build.lock")  # by the first one, as before
+    assert "out of turn" in caplog.text
 
 
 def test_without_a_folder_to_lock_in_graphs_are_built(tmp_path: Path) -> None:
