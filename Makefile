@@ -6,7 +6,7 @@ PYTHON ?= python3
 ARGS ?=
 BOOTSTRAP = $(PYTHON) bootstrap.py
 
-.PHONY: help setup demo test chaos soak soak-starve fuzz up down lint proto lock clean
+.PHONY: help setup demo test chaos mutations soak soak-starve fuzz up down lint proto lock clean
 .DEFAULT_GOAL := help
 
 help:  ## these targets
@@ -23,6 +23,9 @@ test:  ## every test, in two processes; ARGS="tests/unit -x" goes to pytest
 
 chaos:  ## faults under load, then compare all state; ARGS="--faults 200 --seed 7"
 	@$(BOOTSTRAP) chaos $(ARGS)
+
+mutations:  ## plant known bugs one by one, each must be caught; ARGS="forget merge" by name
+	@$(BOOTSTRAP) mutations $(ARGS)
 
 soak:  ## the index's race test for a minute; SOAK_S=600 for ten
 	@$(BOOTSTRAP) soak $(ARGS)

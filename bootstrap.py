@@ -5,6 +5,7 @@
     python3 bootstrap.py test [OPTION]   set up, then every test in two processes, with pytest's
                                          options
     python3 bootstrap.py chaos [OPTION]  set up, then faults under load (docs/chaos.md)
+    python3 bootstrap.py mutations  set up, then planted bugs that the tests must catch
     python3 bootstrap.py soak            set up, then the index's race test (SOAK_S seconds, or 60)
     python3 bootstrap.py fuzz [OPTION]   set up, then fuzzing of ingest, with libFuzzer's options
     python3 bootstrap.py up | down       the local Kafka and Valkey in the background
@@ -56,7 +57,20 @@ CUDA_NOTE = "torch brings about 2.5 GB of CUDA libraries, TORCH_BACKEND=cpu leav
 # A set-up by somebody else in this folder, at a slow connection.
 WAIT_S = 3_600
 LINES_SHOWN = 12
-COMMANDS = ("setup", "demo", "test", "chaos", "soak", "fuzz", "up", "down", "lint", "bench", "run")
+COMMANDS = (
+    "setup",
+    "demo",
+    "test",
+    "chaos",
+    "mutations",
+    "soak",
+    "fuzz",
+    "up",
+    "down",
+    "lint",
+    "bench",
+    "run",
+)
 
 
 class StepError(Exception):
@@ -442,6 +456,8 @@ def main(arguments):
         _become(PYTHON, "-m", "pytest", *_test_workers(rest), *rest)
     elif command == "chaos":
         _become(PYTHON, "-m", "tests.chaos", *rest)
+    elif command == "mutations":
+        _become(PYTHON, "-m", "tests.mutations", *rest)
     elif command == "soak":
         os.environ.setdefault("SOAK_S", "60")
         _become(PYTHON, "-m", "pytest", "-q", "tests/unit/index/test_race.py", *rest)

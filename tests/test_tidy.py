@@ -187,7 +187,16 @@ def test_test_files_have_names_of_their_own() -> None:
         for path in python_files("tests/")
         if name_of(path).count("/") > 1
     }
-    assert folders <= {"unit", "contract", "simulation", "integration", "chaos", "model", "fuzz"}
+    assert folders <= {
+        "unit",
+        "contract",
+        "mutations",
+        "simulation",
+        "integration",
+        "chaos",
+        "model",
+        "fuzz",
+    }
 
 
 def test_no_path_of_one_machine() -> None:

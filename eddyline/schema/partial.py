@@ -62,7 +62,7 @@ def item(
     if found.get("vector") is not None:  # null is the strict decoder's default
         _check(found, left_out, "vector", lambda one, _: _vector(one, vector_dimension))
     made = events.decode_item(
-        _encoded(found, first),
+        _encoded(found, Item, first),
         key=key,
         appended_ms=appended_ms,
         far_future_ms_max=far_future_ms_max,
@@ -86,7 +86,7 @@ def profile(
     found = _object(value, first)
     _check(found, left_out, "attributes", _attributes)
     made = events.decode_profile(
-        _encoded(found, first),
+        _encoded(found, UserProfile, first),
         key=key,
         appended_ms=appended_ms,
         far_future_ms_max=far_future_ms_max,
@@ -131,9 +131,10 @@ def _object(value: bytes, first: Rejected) -> dict[str, Any]:
     return found
 
 
-def _encoded(found: Mapping[str, Any], first: Rejected) -> bytes:
+def _encoded(found: Mapping[str, Any], kind: type[msgspec.Struct], first: Rejected) -> bytes:
+    """The known fields: an unknown one may hold what JSON cannot."""
     try:
-        return msgspec.json.encode(found)
+        return msgspec.json.encode({f: found[f] for f in kind.__struct_fields__ if f in found})
     except (ValueError, OverflowError, TypeError, RecursionError):
         raise first from None
 

@@ -17,7 +17,7 @@ from aiokafka.errors import KafkaError
 from aiokafka.structs import TopicPartition
 
 from eddyline.errors import EddylineError, KafkaUnavailable, Unavailable
-from eddyline.kafka import aiokafka_internals, clients, security, topics
+from eddyline.kafka import aiokafka_header_names, aiokafka_internals, clients, security, topics
 from eddyline.settings.loader import Settings
 
 # Time limit of an answer of Kafka: connecting, the ends, the positions.
@@ -27,6 +27,7 @@ _FETCH_WAIT_MS = 500
 # Most records of one poll: applying them takes about ten milliseconds.
 POLL_RECORDS = 2_000
 _T = TypeVar("_T")
+aiokafka_header_names.read_any_name()
 
 
 class ItemVectorLog:

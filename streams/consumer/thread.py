@@ -23,12 +23,13 @@ from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
 from mode import get_logger
 from typing_extensions import override
 
-from eddyline.kafka import aiokafka_internals
+from eddyline.kafka import aiokafka_header_names, aiokafka_internals
 from eddyline.kafka.aiokafka_internals import FetchGate
 
 # Faust's services log under this name: quiet where everything of Faust is.
 _logger = get_logger("faust.batches")
 _T = TypeVar("_T")
+aiokafka_header_names.read_any_name()
 
 
 @dataclass(frozen=True, slots=True)

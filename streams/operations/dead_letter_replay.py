@@ -9,6 +9,7 @@ reasons are in docs/adr/0005-lists-merges-and-dead-letters.md.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,9 @@ from streams.ports import coordinates
 
 # A scan keeps one digest of each letter, to recognise repeats and marks: about 200 MB at most.
 SCAN_RECORDS_MAX = 2_000_000
+# `topic/partition/offset`. Any producer may write to the topic; other keys are no letters.
+_COORDINATES = re.compile(r"[^/]+/[0-9]{1,9}/[0-9]{1,18}")
+_MILLISECONDS = re.compile(r"[0-9]{1,15}")
 # Letters in one transaction.
 BATCH_LETTERS = 100
 # Kafka aborts the transaction of a killed command after this time; readers wait until then.
@@ -116,7 +120,7 @@ class _Scan:
             headers, key = dict(record.headers), (record.key or b"").decode("utf-8", "replace")
             if "replayed" in headers:
                 self._replayed.add(_digest(key))
-            elif key.count("/") >= 2 and _digest(key) not in self._seen:
+            elif _COORDINATES.fullmatch(key) and _digest(key) not in self._seen:
                 self._seen.add(_digest(key))
                 yield _letter(key, headers, record)
 
@@ -367,10 +371,10 @@ def _digest(at: str) -> bytes:
 
 def _letter(at: str, headers: Mapping[str, bytes], record: Any) -> Letter:
     def text(name: str) -> str:
-        return headers.get(name, b"").decode("utf-8", "replace")
+        return (headers.get(name) or b"").decode("utf-8", "replace")
 
     stamp, origin_ms = text("timestamp_ms"), events.origin_ms(record.headers)
-    timestamp_ms = int(stamp) if stamp.isdigit() else int(record.timestamp)
+    timestamp_ms = int(stamp) if _MILLISECONDS.fullmatch(stamp) else int(record.timestamp)
     return Letter(
         at=at,
         reason=text("reason"),

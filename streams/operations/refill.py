@@ -232,10 +232,7 @@ class GapFiller:
         self._profile_records = ProfileRecords(settings, archive, store)
         self._user_ends = topics.end_offsets(settings, USERS)
         outputs = Outputs(sinks, sinks, sinks, sinks, forgets=sinks, steps=steps)
-        kept_ms = topics.delete_retention_ms(settings, [USERS])
-        self._handlers = Handlers(
-            settings, store, ids, [Generation(towers)], outputs, known, delete_retention_ms=kept_ms
-        )
+        self._handlers = Handlers(settings, store, ids, [Generation(towers)], outputs, known)
 
     def fill(self, gap: Gap) -> Iterator[int]:
         """Apply what the archive has of the gap, then close it; yields how many offsets each step
@@ -294,7 +291,6 @@ class GapFiller:
                         self.clicks.add(by_clicks.apply_one(batch))
                         yield records[-1]
                     else:
-                        by_users.fences.resumed(partition, records)
                         self.profiles.add(by_users.apply_one(batch))
         by_clicks.popularity.write(partition)
 

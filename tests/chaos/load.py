@@ -144,7 +144,9 @@ class Load:
                 "linger.ms": 20,
                 "partitioner": "murmur2_random",
             }
-            self._codecs = [Producer({**common, "compression.type": codec}) for codec in CODECS]
+            self._codecs = [
+                Producer({**common, "compression.type": codec}, logger=log) for codec in CODECS
+            ]
 
     def _close_producer(self, timeout_s: float) -> None:
         self._close_transactional()

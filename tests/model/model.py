@@ -155,6 +155,9 @@ class Model:
                 continue
             origin_ms = reading.number_header(raw, "origin_ms")
             offset, at_ms = (raw.offset, raw.timestamp) if origin_ms is None else (-1, origin_ms)
+            before = state.profiles.get(user)
+            if before is not None and offset < 0 and at_ms < before[1]:
+                continue  # a replayed dead letter, older than the profile
             state.profiles[user] = (offset, at_ms, found)
 
     def items(self, records: Sequence[Raw]) -> None:
@@ -268,14 +271,12 @@ class Model:
         into, history = event["merge_into"], self.state.histories.pop(event["user_id"], History())
         self._empty_embeddings(event["user_id"])
         own = reading.partition(into, s.clicks_partitions)
-        oldest_first = history.entries[::-1]
-        for number, entry in enumerate(oldest_first):
-            equal = oldest_first[:number].count(entry)
+        for number, entry in enumerate(reversed(history.entries)):
             fields: dict[str, Any] = {
                 "user_id": into,
                 **entry._asdict(),
                 "event_id": f"merge/{raw.partition}/{raw.offset}/{number}",
-                "context": {"eddyline.moved": True} | ({"eddyline.equal": equal} if equal else {}),
+                "context": {"eddyline.moved": True},
             }
             first_ms = first_append_ms(raw)
             self.state.forwarded.add(Sent(own, into, known_fields(fields), raw.at, first_ms))
@@ -290,8 +291,7 @@ class Model:
             self._learn(raw, event, history.entries)
         before, history.newest_ms = history.newest_ms, max(history.newest_ms, entry.at_ms)
         history.last = raw
-        equal = (event["context"] or {}).get("eddyline.equal", 0) if moved else 0
-        if late or (moved and history.entries.count(entry) > equal):
+        if late or (moved and entry in history.entries):
             return
         place = sum(other.at_ms > entry.at_ms for other in history.entries)
         history.entries.insert(place, entry)

@@ -6,8 +6,9 @@ Nothing of the product's codec is used. `Refused` holds the reason of a dead let
 from __future__ import annotations
 
 import json
+import math
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 KINDS = ("click", "view", "like", "cart", "purchase", "dislike")
@@ -67,13 +68,15 @@ def partition(key: str, partitions: int) -> int:
     return (h & 0x7FFFFFFF) % partitions
 
 
-def document(value: bytes | None) -> dict[str, Any]:
-    """A record's JSON object. Raises Refused."""
+def document(value: bytes | None, constants: bool = False) -> dict[str, Any]:
+    """A record's JSON object. constants: NaN and Infinity are numbers. Raises Refused."""
     if value is None:
         raise Refused("no_value")
     try:
-        found = json.loads(value.decode(), parse_constant=_no_constant)
-    except (ValueError, RecursionError):
+        found = json.loads(value.decode(), parse_constant=float if constants else _no_constant)
+    except RecursionError:
+        raise Refused("bad_field" if value.startswith(b"[") else "malformed_json") from None
+    except ValueError:
         raise Refused("malformed_json") from None
     if not isinstance(found, dict):
         raise Refused("bad_field")
@@ -257,8 +260,8 @@ def profile(
     if raw.value is None:
         check_id(user)
         return user, None
-    doc = document(raw.value)
-    found, at_ms = attributes(doc, "attributes"), time_ms(doc, "at_ms", 0)
+    doc = document(raw.value, constants=True)
+    found, at_ms = good_attributes(doc), time_ms(doc, "at_ms", 0)
     check_id(text(doc, "user_id", 1, 256))
     if doc["user_id"] != user:
         raise Refused("wrong_key")
@@ -267,13 +270,44 @@ def profile(
     return user, found
 
 
-def _labels(doc: Mapping[str, Any], name: str) -> Sequence[str]:
-    found = doc.get(name, [])
-    if not isinstance(found, list) or len(found) > 64:
-        raise Refused("bad_field")
-    if not all(isinstance(label, str) and 1 <= len(label) <= 256 for label in found):
-        raise Refused("bad_field")
-    return found
+# A bad optional part of an item or a profile is left out.
+
+
+def good_text(value: Any, shortest: int, longest: int) -> bool:
+    """Whether this is a text of so many characters, without half a surrogate pair."""
+    if not isinstance(value, str) or not shortest <= len(value) <= longest:
+        return False
+    return not any(unicodedata.category(char) == "Cs" for char in value)
+
+
+def good_attributes(doc: Mapping[str, Any]) -> dict[str, Any]:
+    """The first 64 attributes that are plain values."""
+    found = doc.get("attributes")
+    good: dict[str, Any] = {}
+    for name, value in found.items() if isinstance(found, dict) else ():
+        number = isinstance(value, int) and -(2**63) <= value < 2**63
+        real = isinstance(value, float) and math.isfinite(value)
+        plain = number or real or good_text(value, 0, 1_000)
+        if good_text(name, 1, 256) and plain and len(good) < 64:
+            good[name] = value
+    return good
+
+
+def good_labels(doc: Mapping[str, Any], name: str) -> list[str]:
+    """The first 64 labels that are texts."""
+    found = doc.get(name)
+    return [
+        label for label in (found if isinstance(found, list) else ()) if good_text(label, 1, 256)
+    ][:64]
+
+
+def good_vector(doc: Mapping[str, Any], dimension: int) -> list[float] | None:
+    """The vector, if it is one of this length."""
+    found = doc.get("vector")
+    if not isinstance(found, list) or len(found) != dimension:
+        return None
+    good = all(type(x) in (int, float) and abs(x) <= 1e19 for x in found)
+    return found if good else None
 
 
 def item(
@@ -284,32 +318,23 @@ def item(
     if raw.value is None:
         check_id(item_id)
         return item_id, None
-    doc = document(raw.value)
+    doc = document(raw.value, constants=True)
+    title = doc.get("title")
     found: dict[str, Any] = {
         "item_id": text(doc, "item_id", 1, 256),
-        "title": text({"title": "", **doc}, "title", 0, 1_000),
-        "categories": _labels(doc, "categories"),
-        "tags": _labels(doc, "tags"),
-        "attributes": attributes(doc, "attributes"),
+        "title": title if good_text(title, 0, 1_000) else "",
+        "categories": good_labels(doc, "categories"),
+        "tags": good_labels(doc, "tags"),
+        "attributes": good_attributes(doc),
         "available": doc.get("available", True),
         "at_ms": time_ms(doc, "at_ms", 0),
-        "vector": doc.get("vector"),
+        "vector": good_vector(doc, dimension),
     }
     if type(found["available"]) is not bool:
         raise Refused("bad_field")
-    vector = found["vector"]
-    if vector is not None:
-        numbers = isinstance(vector, list) and len(vector) <= 4_096
-        if not numbers or not all(type(number) in (int, float) for number in vector):
-            raise Refused("bad_field")
     check_id(found["item_id"])
     if found["item_id"] != item_id:
         raise Refused("wrong_key")
     check_time(found["at_ms"], raw, ahead_ms)
-    if vector is not None:
-        if len(vector) != dimension:
-            raise Refused("wrong_vector_length")
-        if not all(abs(number) <= 1e19 for number in vector):
-            raise Refused("not_finite")
     plausible.check(found["at_ms"])
     return item_id, found

@@ -376,3 +376,11 @@ def test_any_text_is_a_good_id_or_rejected(value: str) -> None:
 def test_only_true_marks_a_moved_event(context: bytes, moved: bool) -> None:
     value = b'{"user_id":"u","item_id":"i","at_ms":1,"context":' + context + b"}"
     assert is_moved(click(value)) is moved
+
+
+@pytest.mark.parametrize("field", [b'"n\xff": 1', b'"note": "\xc3("'])
+def test_bytes_that_are_not_utf_8_refuse_the_record_even_in_an_unknown_field(field: bytes) -> None:
+    value = b'{"user_id": "u", "item_id": "i", "at_ms": 1, ' + field + b"}"
+    with pytest.raises(Rejected) as refused:
+        decode_click(value, appended_ms=1, far_future_ms_max=0)
+    assert refused.value.reason == "malformed_json"

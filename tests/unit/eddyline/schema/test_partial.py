@@ -188,3 +188,10 @@ def test_whatever_the_optional_parts_hold_the_item_applies(parts: dict[str, Any]
         encode(item), key="f1", appended_ms=NOW_MS, far_future_ms_max=0, vector_dimension=3
     )
     assert again == item
+
+
+def test_an_unknown_field_that_json_cannot_hold_leaves_the_rest() -> None:
+    """Half a surrogate pair in a field that nobody reads, beside a bad optional part."""
+    item, omitted = read(changed(unknown="\ud800", title=3))
+    assert item is not None and not item.available and item.title == ""
+    assert omitted == {("title", "wrong_type"): 1}

@@ -1,0 +1,55 @@
+"""`make mutations`: bugs that were once found here are planted again; the tests must catch each.
+
+make mutations                       all of them
+make mutations ARGS="forget merge"   those with a word in their name
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from tests.mutations.planted import MUTATIONS
+from tests.mutations.runner import PatchError, Verdict, run
+
+console = Console(soft_wrap=True, highlight=False)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def main(words: list[str]) -> int:
+    """Run and print; 0 where every bug is caught."""
+    chosen = [m for m in MUTATIONS if not words or any(word in m.name for word in words)]
+    if not chosen:
+        console.print(f"no mutation has {words} in its name")
+        return 2
+    begun, scratch = time.monotonic(), Path(tempfile.mkdtemp(prefix="eddyline-mutations-"))
+    try:
+        verdicts = run(ROOT, chosen, scratch, show)
+    except PatchError as error:
+        console.print(error)
+        return 2
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    missed = [verdict for verdict in verdicts if not verdict.caught]
+    console.print(
+        f"{len(verdicts) - len(missed)} of {len(verdicts)} bugs caught in "
+        f"{time.monotonic() - begun:.0f} s"
+    )
+    for verdict in missed:
+        console.print(f"NOT CAUGHT: {verdict.mutation.name}: {verdict.why}", markup=False)
+    return 1 if missed else 0
+
+
+def show(verdict: Verdict) -> None:
+    """Print one line."""
+    word = "caught" if verdict.caught else "NOT CAUGHT"
+    console.print(f"{word:10s} {verdict.seconds:5.1f} s  {verdict.mutation.name}", markup=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

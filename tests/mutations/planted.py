@@ -1,0 +1,238 @@
+"""The planted bugs: each is the behaviour of a fault that was found and mended."""
+
+from __future__ import annotations
+
+from tests.mutations.runner import Mutation
+
+MODEL = "tests/simulation/test_against_model.py"
+FAULTS = "tests/simulation/test_ingest_faults.py"
+ERASURE = "tests/unit/streams/test_erasure.py"
+DELIVERY = "tests/unit/streams/test_delivery.py"
+RULES = "tests/unit/streams/test_ingest_rules.py"
+TAILS = "tests/unit/streams/test_empty_tails.py"
+CONTRACT = "tests/contract/test_state_store.py"
+SCRIPTS = "tests/integration/test_failing_scripts.py"
+UPDATES = "streams/clicks/user_updates.py"
+LETTERS = "streams/dead_letters.py"
+FENCES = "streams/fences.py"
+RULE = "eddyline/schema/erasure.py"
+EVENTS = "eddyline/schema/events.py"
+
+MUTATIONS = (
+    Mutation(
+        "a marker at a partition's end is a lag for ever",
+        FENCES,
+        "return taken <= self.lowest(partition) < last",
+        "return False",
+        (TAILS,),
+    ),
+    Mutation(
+        "an expired click is no loss",
+        FENCES,
+        "if self._name == CLICKS and lowest + 1 < begin:",
+        "if False:",
+        (TAILS,),
+    ),
+    Mutation(
+        "the headers of a stray are not measured",
+        LETTERS,
+        "if record_bytes(key, value, [*headers, *origin]) > FORWARD_BYTES_MAX:",
+        "if len(value) > FORWARD_BYTES_MAX:",
+        (DELIVERY,),
+    ),
+    Mutation(
+        "a stray that is too large ends ingest",
+        LETTERS,
+        "lambda: self._letters.put(unsent, refused),",
+        "None,",
+        (DELIVERY,),
+    ),
+    Mutation(
+        "a dead letter that is too large ends ingest",
+        LETTERS,
+        "send(KEY_BYTES_MAX, VALUE_BYTES_MAX, lambda: send(SHORT_BYTES, SHORT_BYTES, None))",
+        "send(KEY_BYTES_MAX, VALUE_BYTES_MAX, None)",
+        (DELIVERY,),
+    ),
+    Mutation(
+        "a failed send forgets the pending ones of other batches",
+        LETTERS,
+        "            raise _translate(topic, error) from error\n\n    def flush",
+        "            self._pending = []\n            raise _translate(topic, error) from error\n\n"
+        "    def flush",
+        (DELIVERY,),
+    ),
+    Mutation(
+        "a failed send of one partition loses the strays of another",
+        LETTERS,
+        "            raise _translate(topic, error) from error\n\n    def flush",
+        "            self._pending = []\n            raise _translate(topic, error) from error\n\n"
+        "    def flush",
+        (MODEL,),
+    ),
+    Mutation(
+        "a forgotten user's clock that was ahead saves the clicks",
+        EVENTS,
+        "return max(self.forget_until_ms, self.keep_after_ms or 0)",
+        "return self.forget_until_ms",
+        (ERASURE,),
+    ),
+    Mutation(
+        "what a forgotten user's old clicks taught stays",
+        UPDATES,
+        "embeddings = tuple(UserEmbedding() for _ in self._micro)",
+        "embeddings = user.embeddings",
+        (ERASURE,),
+    ),
+    Mutation(
+        "a forgotten user's embeddings of other generations stay",
+        "eddyline/stores/user_codec.py",
+        "{**dict.fromkeys(effects.embeddings), **dict.fromkeys(effects.generations)}",
+        "dict.fromkeys(effects.embeddings)",
+        (ERASURE, CONTRACT),
+    ),
+    Mutation(
+        "what a forgotten user did before and arrives later is applied",
+        RULE,
+        "return at_ms <= known.until_ms or (origin_ms is not None and origin_ms <= known.until_ms)",
+        "return False",
+        (ERASURE,),
+    ),
+    Mutation(
+        "a forgotten user's stray that was appended before is applied",
+        RULE,
+        "return at_ms <= known.until_ms or (origin_ms is not None and origin_ms <= known.until_ms)",
+        "return at_ms <= known.until_ms",
+        (ERASURE,),
+    ),
+    Mutation(
+        "a repeated Forget deletes the clicks of a user who returned",
+        RULE,
+        "return (self.until_ms, self.users_offset) <= (known.until_ms, known.users_offset)",
+        "return False",
+        (ERASURE,),
+    ),
+    Mutation(
+        "an older copy brings a forgotten profile back",
+        RULE,
+        "return offset < self.users_offset and first_ms <= self.until_ms",
+        "return False",
+        (ERASURE,),
+    ),
+    Mutation(
+        "no erasure is written",
+        UPDATES,
+        "fresh.erasure = self._erasures[digest(forget.user_id)] = erasure.after(user.erasure)",
+        "fresh.erasure = erasure.after(user.erasure)",
+        (MODEL,),
+    ),
+    Mutation(
+        "committed offsets beyond a shortened log suppress what is to be forwarded",
+        FENCES,
+        "self._committed[partition] = min(end, (committed or {}).get(partition, 0))",
+        "self._committed[partition] = (committed or {}).get(partition, 0)",
+        ("tests/integration/test_log_positions.py", TAILS),
+    ),
+    Mutation(
+        "accepting a shortened log applies it a second time",
+        "eddyline/stores/log_reset.py",
+        "return FenceDecision(True, Fence(end - 1, log) if end else None, end)",
+        "return FenceDecision(True, None, end)",
+        (CONTRACT,),
+    ),
+    Mutation(
+        "the fence moves first, the effects may fail",
+        "eddyline/stores/scripts/fence.lua",
+        "  return {0, found}\nend\n",
+        "  return {0, found}\nend\nredis.call('SET', KEYS[1], ARGV[2])\n",
+        (SCRIPTS,),
+    ),
+    Mutation(
+        "a missing right shows in the middle of a write",
+        "eddyline/stores/write_scripts.py",
+        "return fences + _RIGHTS.format(commands=_quoted(_CALL.findall(fences + body))) + body",
+        "return fences + body",
+        (SCRIPTS,),
+    ),
+    Mutation(
+        "another bucket width freezes popularity",
+        "eddyline/stores/layout.py",
+        "        settings.popular_bucket_s,\n",
+        "        0,\n",
+        ("tests/unit/eddyline",),
+    ),
+    Mutation(
+        "a delete before an upsert that the tower refuses is lost",
+        "streams/items/handler.py",
+        "            if len(errors) < len(vectors) or not vectors:\n"
+        "                one.changes[item_id] = change\n",
+        "            if len(errors) == len(vectors):\n"
+        "                one.changes.pop(item_id, None)\n"
+        "            if len(errors) < len(vectors) or not vectors:\n"
+        "                one.changes[item_id] = change\n",
+        (MODEL,),
+    ),
+    Mutation(
+        "a tiny weight times a short dwell time is 0",
+        "eddyline/schema/user_history.py",
+        "return max(weight, WEIGHT_MIN)",
+        "return weight",
+        (RULES, "tests/unit/eddyline/schema"),
+    ),
+    Mutation(
+        "a lowered tolerance refuses what a merge moves",
+        EVENTS,
+        "if click.at_ms > appended_ms + far_future_ms_max and not is_moved(click):",
+        "if click.at_ms > appended_ms + far_future_ms_max:",
+        (RULES, "tests/unit/eddyline/schema"),
+    ),
+    Mutation(
+        "looser limits revive entries that left a history",
+        UPDATES,
+        "if click.at_ms < user.at_ms and user.entries[-1:] == [entry]:",
+        "if False:",
+        (RULES,),
+    ),
+    Mutation(
+        "eviction is looked at when ingest starts, and never again",
+        "streams/app.py",
+        "run_in_executor(None, self._store.check_eviction)",
+        "run_in_executor(None, int)",
+        ("tests/integration/test_eviction.py",),
+    ),
+    Mutation(
+        "a bad optional part refuses the whole item",
+        "eddyline/schema/partial.py",
+        'frozenset({"bad_field", "malformed_json", "wrong_vector_length", "not_finite"})',
+        "frozenset()",
+        ("tests/unit/eddyline/schema",),
+    ),
+    Mutation(
+        "the window of event ids is one offset short",
+        "eddyline/schema/deduplication.py",
+        "if before is not None and offset - before <= self._size:",
+        "if before is not None and offset - before < self._size:",
+        (MODEL,),
+    ),
+    Mutation(
+        "a stray without an event id may count twice",
+        "streams/clicks/handler.py",
+        "value = events.encode(msgspec.structs.replace(event, event_id=at))",
+        "value = events.encode(event)",
+        (MODEL,),
+    ),
+    Mutation(
+        "a step leaves out the newest entry of the history",
+        UPDATES,
+        "history = micro.history(user.entries) if enough else ()",
+        "history = micro.history(user.entries[1:]) if enough else ()",
+        (MODEL,),
+    ),
+    Mutation(
+        "an event moved by a merge counts for popularity again",
+        "streams/clicks/popularity.py",
+        "        if events.is_moved(click):\n            return 0\n",
+        "",
+        (MODEL,),
+    ),
+)
