@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from eddyline.errors import Rejected
 from eddyline.kafka.topics import CLICKS
@@ -78,6 +78,17 @@ class ClickBatch:
         return bool(self.decoded.rejected or self.decoded.stray) or any(
             isinstance(event, Merge) for _, event in self.accepted
         )
+
+
+def narrow(batch: RecordBatch, width: int) -> Iterator[RecordBatch]:
+    """The batch in parts, each with offsets of less than `width` apart."""
+    part: list[Record] = []
+    for record in batch.records:
+        if part and record.offset - part[0].offset >= width:
+            yield replace(batch, records=part)
+            part = []
+        part.append(record)
+    yield replace(batch, records=part)
 
 
 def decode(settings: Settings, batch: RecordBatch) -> DecodedEvents:

@@ -26,7 +26,7 @@ from eddyline.schema.partial import Omitted
 from eddyline.schema.partitioning import partition_of, user_slot
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import Fence, Source, StateStore, UserEffects, UserQuery, UserWrite
-from streams.clicks.batch import ClickBatch, decode, deduplicate
+from streams.clicks.batch import ClickBatch, decode, deduplicate, narrow
 from streams.clicks.micro_steps import MicroSteps, Step
 from streams.clicks.popularity import PopularityCounts
 from streams.clicks.step_ranges import FixedStepRanges, OpenedSlot, StepRangeRule
@@ -124,6 +124,26 @@ class ClickHandler(Handler):
 
     @override
     def apply(self, batches: Sequence[RecordBatch]) -> list[Outcome | Exception]:
+        window = self._settings.dedupe_window_events
+        if all(batch.last - batch.first < window for batch in batches):
+            return self._apply(batches)
+        return [self._apply_parts(narrow(batch, window)) for batch in batches]
+
+    def _apply_parts(self, parts: Iterator[RecordBatch]) -> Outcome | Exception:
+        """Apply the parts of one batch, until one fails.
+
+        The write of a batch moves the floor of the window, so its own events must be above it until
+        they are counted.
+        """
+        outcome = Outcome()
+        for part in parts:
+            [result] = self._apply([part])
+            if isinstance(result, Exception):
+                return result
+            outcome.add(result)
+        return outcome
+
+    def _apply(self, batches: Sequence[RecordBatch]) -> list[Outcome | Exception]:
         clicks = [ClickBatch.of(batch) for batch in batches]
         for one in clicks:
             with self._guard([one]):
@@ -137,6 +157,9 @@ class ClickHandler(Handler):
         embeddings = self._step(new)
         writes = [self._user_write(one, embeddings) for one in new]
         self._forward(new)
+        for one, write in zip(new, writes, strict=True):
+            with self._guard([one]):
+                self.popularity.write_below(one.batch.partition, write.effects.window_floor)
         self._write([(one, w) for one, w in zip(new, writes, strict=True) if one.error is None])
         for one in _without_error(clicks):
             with self._guard([one]):

@@ -71,6 +71,16 @@ class PopularityCounts(WriteBehind[_Counts]):
         if partition in self._pending:
             self._write(Source(CLICKS, partition), self._pending[partition])
 
+    def write_below(self, partition: int, floor: int) -> None:
+        """Write the pending counts of events below this offset, before their ids leave the window.
+
+        Without its id, an event that is read again after a crash would not be counted. Raises as
+        `write`.
+        """
+        pending = self._pending.get(partition)
+        if pending is not None and min(pending.done.values()) + 1 < floor:
+            self._write(Source(CLICKS, partition), pending)
+
     def add(self, source: Source, last: Fence, accepted: Sequence[Event]) -> None:
         """Add the events up to `last`; write once there are enough, or they are due.
 

@@ -505,6 +505,38 @@ def test_counts_that_could_not_be_written_are_not_skipped_by_the_next_batch() ->
     assert list(rig.store.popular("i0", 9).values()) == [{"a": 1_000, "b": 11_000}]
 
 
+@pytest.mark.parametrize("last", [21, 22, 23, 60])
+@pytest.mark.parametrize("batches", [[3, 1], [4]])
+def test_a_gap_wider_than_the_window_and_a_crash_lose_no_counts(
+    batches: list[int], last: int
+) -> None:
+    """The crash is after the write to the users, before that of the counts."""
+    rig = Rig(dedupe_window_events=20)
+    log = [click(n, "a", event_id=f"e{n}") for n in range(3)]
+    log.append(click(last, "b", event_id="b"))
+    write = rig.store.write_many
+
+    def crash(writes: Any) -> Any:
+        answers = write(writes)
+        if writes[0].new.offset == last:
+            raise RuntimeError("killed")
+        return answers
+
+    rig.store.write_many = crash  # type: ignore[method-assign]
+    rest = list(log)
+    with pytest.raises(RuntimeError, match="killed"):
+        for count in batches:
+            ingest(rig.clicks, HERE, rest[:count], 0)
+            del rest[:count]
+    rig.store.write_many = write  # type: ignore[method-assign]
+    rig.clicks.open(HERE)
+    position = rig.clicks.fences.open({HERE: (0, 99)})[HERE]
+    again = [record for record in log if record.offset >= position]
+    assert ingest(rig.clicks, HERE, again, 0).records == len(again)
+    rig.clicks.popularity.write(HERE)
+    assert list(rig.store.popular("i0", 9).values()) == [{"a": 3_000, "b": 1_000}]
+
+
 def test_profiles_need_a_key_and_their_own_partition() -> None:
     rig = Rig()
     log = [rec(1, b"{}", None, "users"), profile(2, {}, THERE), rec(3, b"{}", b"\xff", "users")]
