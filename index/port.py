@@ -83,7 +83,8 @@ class RecallEstimate(NamedTuple):
 
     step:            "normal", or the current countermeasure: "wider", "rebuild", "exact"
     samples:         distinct queries behind the estimate; with 0 the next three mean nothing
-    estimate:        share of the exact answer that the index found; low, high: its 95% interval
+    estimate:        share of the exact answer that the index found; low, high: its interval;
+                     with a probability of 95% it holds at every look
     shadowed, skipped: sampled queries that were compared, and that were skipped: repeated ones,
                      and others to save CPU
     raised, lowered: steps towards more work per query, and steps back
