@@ -33,7 +33,7 @@ PREFIX = "EDDYLINE_"
 ALIASES = {"KAFKA_BOOTSTRAP_SERVERS": "kafka_bootstrap_servers", "REDIS_URL": "redis_url"}
 # Variables with the prefix that steer the set-up or the reading of settings.
 NOT_SETTINGS = {"EDDYLINE_CONFIG"}
-SECRETS = {"redis_url", "kafka_sasl_password", "kafka_key_password"}
+SECRETS = {"redis_url", "redis_sentinel_password", "kafka_sasl_password", "kafka_key_password"}
 WEIGHED_KINDS = ("view", "click", "like", "cart", "purchase")
 
 _SECTIONS = (

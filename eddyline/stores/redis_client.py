@@ -1,20 +1,23 @@
-"""Clients of Redis from settings (single server or cluster, user, TLS); the check of servers."""
+"""Clients of Redis from settings (one server, Sentinel, a cluster; user, TLS); their check."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import select
 import socket
 import ssl
+import time
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import redis
 from redis.backoff import NoBackoff
-from redis.connection import ConnectionPool, SSLConnection, UnixDomainSocketConnection
-from redis.exceptions import ConnectionError, NoScriptError, TimeoutError
+from redis.connection import Connection, ConnectionPool, SSLConnection, UnixDomainSocketConnection
+from redis.exceptions import ConnectionError, NoScriptError, ReadOnlyError, TimeoutError
 from redis.retry import Retry
+from redis.sentinel import Sentinel, SentinelConnectionPool, SentinelManagedConnection
 
 from eddyline.errors import StoreRefused, StoreUnavailable
 from eddyline.settings.loader import Settings
@@ -26,6 +29,8 @@ from eddyline.stores.redis_url import Target, target, tls
 # Servers send a session ticket at once. With one that sends none, each new connection takes so much
 # longer.
 _ALERT_WAIT_MS = 30
+# How long a connection may answer reads from a primary that was demoted.
+_ROLE_S = 1.0
 
 
 def check(settings: Settings) -> None:
@@ -54,17 +59,50 @@ def client(settings: Settings, *, timeout_ms: int | None = None) -> redis.Redis:
         "protocol": 2,
     }
     if to.path:
-        options |= {"connection_class": UnixDomainSocketConnection, "path": to.path}
+        options |= {"connection_class": _UnixConnection, "path": to.path}
         return redis.Redis.from_pool(ConnectionPool(**options))
     options |= {"socket_connect_timeout": timeout_s, "socket_keepalive": True}
-    if context := tls(settings, to):
-        options |= {"connection_class": _TlsConnection, "context": context}
+    context = tls(settings, to)
+    if context:
+        options["context"] = context
+    if to.service:
+        options["connection_class"] = _SentinelTlsConnection if context else _SentinelConnection
+        make: Any = SentinelConnectionPool  # redis-py has no types for it
+        return redis.Redis.from_pool(
+            make(to.service, _sentinel(settings, to, timeout_s), **options)
+        )
+    if to.cluster:
+        # A replica of a cluster sends every command on to its primary: no role to check.
+        options["connection_class"] = _TlsConnection if context else Connection
+    else:
+        options["connection_class"] = _PrimaryTlsConnection if context else _PrimaryConnection
 
     def node(address: Address) -> redis.Redis:
         host, port = address
         return redis.Redis.from_pool(ConnectionPool(host=host, port=port, **options))
 
     return RedisCluster(to.addresses, node, timeout_s) if to.cluster else node(to.addresses[0])
+
+
+def _sentinel(settings: Settings, to: Target, timeout_s: float) -> Sentinel:
+    """Sentinel's clients; the first of them that answers names the primary."""
+    options: dict[str, Any] = {
+        "username": settings.redis_sentinel_user or None,
+        "password": settings.redis_sentinel_password or None,
+        "socket_timeout": timeout_s,
+        "socket_connect_timeout": timeout_s,
+        "retry": Retry(NoBackoff(), 0),
+        "protocol": 2,
+    }
+    if to.tls:
+        options |= {
+            "ssl": True,
+            "ssl_ca_certs": settings.redis_ca_file or None,
+            "ssl_certfile": settings.redis_cert_file or None,
+            "ssl_keyfile": settings.redis_key_file or settings.redis_cert_file or None,
+        }
+    make: Any = Sentinel  # redis-py has no types for it
+    return cast(Sentinel, make(list(to.addresses), sentinel_kwargs=options))
 
 
 def check_servers(store: redis.Redis, to: Target) -> None:
@@ -165,6 +203,62 @@ class _TlsConnection(SSLConnection):
             pass
         finally:
             made.settimeout(self.socket_timeout)
+
+
+class _PrimaryOnly:
+    """A connection that leaves a server which is no primary any more.
+
+    A server that is demoted keeps its connections: it refuses writes, but answers reads with what
+    it had. So the role is read once a second where the connection is used, and a connection that
+    found a replica looks at it again as soon as it is connected: the address may name another
+    server by then. Mixed into a connection of redis-py's.
+    """
+
+    _look_s = math.inf  # not before the first command
+
+    def check_health(self: Any) -> None:
+        """Before a command. Raises redis-py's ConnectionError if the server is a replica."""
+        super().check_health()  # type: ignore[misc]
+        now = time.monotonic()
+        if now < self._look_s < math.inf:
+            return
+        first, self._look_s = self._look_s == math.inf, now + _ROLE_S
+        if first:
+            return  # a replica that the settings name is refused at start, with the reason
+        self.send_command("INFO", "replication", check_health=False)
+        if b"role:slave" in self.read_response(disable_decoding=True):
+            self._leave()
+
+    def read_response(self: Any, *args: Any, **options: Any) -> Any:
+        try:
+            return super().read_response(*args, **options)  # type: ignore[misc]
+        except ReadOnlyError:
+            self._leave()
+
+    def _leave(self: Any) -> NoReturn:
+        self.disconnect()
+        self._look_s = 0.0
+        raise ConnectionError("the server is a replica by now")
+
+
+class _PrimaryConnection(_PrimaryOnly, Connection):
+    pass
+
+
+class _PrimaryTlsConnection(_PrimaryOnly, _TlsConnection):
+    pass
+
+
+class _UnixConnection(_PrimaryOnly, UnixDomainSocketConnection):
+    pass
+
+
+class _SentinelConnection(_PrimaryOnly, SentinelManagedConnection):
+    pass
+
+
+class _SentinelTlsConnection(_PrimaryOnly, SentinelManagedConnection, _TlsConnection):
+    pass
 
 
 def _info(store: redis.Redis) -> Mapping[str, Any]:

@@ -21,6 +21,7 @@ from redis.exceptions import (
     ResponseError,
     TryAgainError,
 )
+from redis.sentinel import MasterNotFoundError
 
 from eddyline.errors import EddylineError, SlotUnavailable, StoreRefused, StoreUnavailable
 from eddyline.stores.redis_url import Target
@@ -46,6 +47,8 @@ _NO_TLS_THERE = {
     "PACKET_LENGTH_TOO_LONG",
     "UNKNOWN_PROTOCOL",
 }
+# Behind the repr of each Sentinel's client, why it names none.
+_OF_SENTINEL = re.compile(r"> - ([^<,]+)")
 # redis-py's prefix to the server's message if a command of a pipeline failed.
 _IN_PIPELINE = re.compile(r"^Command # \d+ .*?caused error: ", re.DOTALL)
 
@@ -61,6 +64,9 @@ def translate_error(error: RedisError, to: Target) -> EddylineError:
         return StoreRefused(f"{at} asks for a user and a password, and redis_url has none: {text}")
     if found := _TLS_REASON.search(text):
         return _translate_tls(found[1], at, text)
+    if isinstance(error, MasterNotFoundError):
+        why = ", ".join(_OF_SENTINEL.findall(text)) or "none answers"
+        return StoreUnavailable(f"{at}: Sentinel names no primary {to.service!r}: {why}")
     if isinstance(error, InvalidResponse):
         hint = "" if to.tls else "; where that is a port for TLS, redis_url begins with rediss://"
         return StoreRefused(f"{at} does not speak as Redis does: {text}{hint}")

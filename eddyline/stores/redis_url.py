@@ -18,9 +18,11 @@ from eddyline.stores.cluster_slots import Address
 
 # The settings that belong to the address, for a child process that gets its settings by
 # environment.
-NAMES = ("redis_cluster", "redis_ca_file", "redis_cert_file", "redis_key_file")
-_SCHEMES = ("redis", "rediss", "unix")
+_FILES = ("redis_ca_file", "redis_cert_file", "redis_key_file")
+NAMES = ("redis_cluster", "redis_sentinel_user", "redis_sentinel_password", *_FILES)
+_SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel")
 _PORT = 6379
+_SENTINEL_PORT = 26_379
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,9 @@ class Target:
     """Address and credentials of Redis.
 
     shown:     the URL without its password
-    addresses: (host, port); several only for a cluster; none with a `path` (a Unix socket)
+    addresses: (host, port); several only for a cluster or for Sentinel, whose addresses these are
+               then; none with a `path` (a Unix socket)
+    service:   the name under which Sentinel knows the primary; "" without Sentinel
     """
 
     shown: str
@@ -39,6 +43,7 @@ class Target:
     password: str = field(repr=False)
     tls: bool
     cluster: bool
+    service: str = ""
 
 
 def target(settings: Settings) -> Target:
@@ -47,8 +52,10 @@ def target(settings: Settings) -> Target:
     scheme, found, rest = settings.redis_url.partition("://")
     if not found or scheme not in _SCHEMES:
         raise SettingsError(
-            f"redis_url = {shown!r}: expected redis://, rediss:// (TLS) or unix:// and an address"
+            f"redis_url = {shown!r}: expected redis://, rediss:// (TLS), redis+sentinel://, "
+            "rediss+sentinel:// or unix:// and an address"
         )
+    sentinel = scheme.endswith("+sentinel")
     # The last @ ends the password, which may have any character; only % is written as %25.
     credentials, _, place = rest.rpartition("@")
     user, _, password = credentials.partition(":")
@@ -58,33 +65,38 @@ def target(settings: Settings) -> Target:
             f"redis_url = {shown!r}: takes nothing after a '?'; TLS files are settings of their own"
         )
     at, _, name = place.partition("/") if scheme != "unix" else ("", "", "")
+    service, name = _service(name, shown) if sentinel else ("", name)
     made = Target(
         shown=shown,
         addresses=()
         if scheme == "unix"
-        else tuple(_address(part, shown) for part in at.split(",")),
+        else tuple(
+            _address(part, shown, _SENTINEL_PORT if sentinel else _PORT) for part in at.split(",")
+        ),
         path=place if scheme == "unix" else "",
         db=_database(name, shown),
         user=unquote(user),
         password=unquote(password),
-        tls=scheme == "rediss",
+        tls=scheme.startswith("rediss"),
         cluster=settings.redis_cluster,
+        service=service,
     )
-    if made.cluster and (made.db or made.path):
-        what = f"database {made.db}" if made.db else "a Unix socket"
+    if made.cluster and (made.db or made.path or sentinel):
+        what = f"database {made.db}" if made.db else "Sentinel" if sentinel else "a Unix socket"
         raise SettingsError(
             f"redis_url = {shown!r}: {what} cannot be a cluster's; redis_cluster is set"
         )
-    if len(made.addresses) > 1 and not made.cluster:
+    if len(made.addresses) > 1 and not (made.cluster or sentinel):
         raise SettingsError(
-            f"redis_url = {shown!r}: several addresses are a cluster's: set redis_cluster"
+            f"redis_url = {shown!r}: several addresses are a cluster's: set redis_cluster; those "
+            "of Sentinel begin with redis+sentinel://"
         )
     return made
 
 
 def tls(settings: Settings, to: Target) -> ssl.SSLContext | None:
     """The TLS context; None without TLS. Raises SettingsError, which names the setting."""
-    files = {name: getattr(settings, name) for name in NAMES[1:] if getattr(settings, name)}
+    files = {name: getattr(settings, name) for name in _FILES if getattr(settings, name)}
     if not to.tls:
         if files:
             raise SettingsError(
@@ -127,14 +139,25 @@ def _load_own(context: ssl.SSLContext, settings: Settings) -> None:
         ) from None
 
 
-def _address(text: str, shown: str) -> Address:
+def _service(name: str, shown: str) -> tuple[str, str]:
+    """(service, database) of `service/0`."""
+    service, _, database = name.partition("/")
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,256}", service):
+        raise SettingsError(
+            f"redis_url = {shown!r}: behind Sentinel's addresses the name of the primary must "
+            "follow, as /mymaster or /mymaster/0"
+        )
+    return service, database
+
+
+def _address(text: str, shown: str, port: int = _PORT) -> Address:
     """`host`, `host:port` or `[host]:port`."""
     bracketed = re.fullmatch(r"\[([0-9A-Fa-f:.%]+)\](?::(\d{1,5}))?", text)
     plain = re.fullmatch(r"([^:\[\]\s]*)(?::(\d{1,5}))?", text)
     found = bracketed or plain
-    if found is None or not 1 <= int(found[2] or _PORT) <= 65_535:
+    if found is None or not 1 <= int(found[2] or port) <= 65_535:
         raise SettingsError(f"redis_url = {shown!r}: expected host:port, the port from 1 to 65535")
-    return unquote(found[1]) or "localhost", int(found[2] or _PORT)
+    return unquote(found[1]) or "localhost", int(found[2] or port)
 
 
 def _database(name: str, shown: str) -> int:

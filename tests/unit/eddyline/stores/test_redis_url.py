@@ -54,10 +54,34 @@ def test_a_unix_socket_and_a_cluster() -> None:
 
 
 @pytest.mark.parametrize(
+    ("url", "addresses", "service", "db", "tls"),
+    [
+        ("redis+sentinel://a:1,b,[::1]:3/m", (("a", 1), ("b", 26379), ("::1", 3)), "m", 0, False),
+        ("redis+sentinel://ann:pw@a/my.state-1/15", (("a", 26379),), "my.state-1", 15, False),
+        ("rediss+sentinel://a/m/", (("a", 26379),), "m", 0, True),
+    ],
+)
+def test_sentinels_and_the_name_of_the_primary(
+    url: str, addresses: tuple[tuple[str, int], ...], service: str, db: int, tls: bool
+) -> None:
+    found = at(url)
+    assert (found.addresses, found.service, found.db, found.tls) == (addresses, service, db, tls)
+    assert not found.cluster and found.path == "" and at("redis://a").service == ""
+    assert "pw" not in found.shown
+
+
+@pytest.mark.parametrize(
     ("url", "cluster", "said"),
     [
         ("", False, "expected redis://"),
         ("host:6379", False, "expected redis://"),
+        ("sentinel://host/m", False, "expected redis://"),
+        ("redis+sentinel://host:26379", False, "the name of the primary must follow"),
+        ("redis+sentinel://host/a b", False, "the name of the primary must follow"),
+        ("redis+sentinel://host/" + "m" * 257, False, "the name of the primary must follow"),
+        ("redis+sentinel://host/m/one", False, "only a database may follow"),
+        ("redis+sentinel://host:65536/m", False, "the port from 1 to 65535"),
+        ("redis+sentinel://host/m", True, "Sentinel cannot be a cluster's"),
         ("http://:s3cret@host", False, "expected redis://"),
         ("redis://:s3cret", False, "expected host:port"),
         ("redis://:s3cret/0", False, "expected host:port"),
