@@ -72,26 +72,34 @@ class Popularity:
     def refresh(self) -> bool:
         """Read what changed of the list now; False if the store did not answer.
 
-        Thread rule: one thread at a time.
+        A slot that does not answer keeps its clicks of before; the others are read. Thread rule:
+        one thread at a time.
         """
-        limit, totals = self._settings.popular_limit, self._totals
-        try:
-            for slot in (f"i{n}" for n in range(self._settings.item_slots)):
-                found = self._store.popular_buckets(slot, limit, totals.known(slot))
-                totals.update(slot, found)
-        except Exception as error:
-            if not isinstance(error, EddylineError):
-                log.exception("the popular list cannot be used")
-            if not self._away:
-                log.warning("the popular list cannot be read", extra={"reason": str(error)})
-            self._away = str(error)
-            return False
-        self._ranked = totals.ranked()
-        of_item = dict(self._ranked)
-        self._clicks = _Clicks(of_item, sum(of_item.values()) + len(of_item) + 1)
-        self._read_at = time.monotonic()
-        self._away = ""
-        return True
+        slots, failed = self._settings.item_slots, dict[str, str]()
+        for slot in (f"i{n}" for n in range(slots)):
+            try:
+                self._read(slot)
+            except Exception as error:
+                if not isinstance(error, EddylineError):
+                    log.exception("the popular list cannot be used")
+                failed[slot] = str(error)
+        away = "; ".join(dict.fromkeys(failed.values()))
+        if away and not self._away:
+            more = {"reason": away, "slots": ", ".join(failed)}
+            log.warning("the popular list cannot be read", extra=more)
+        self._away = away
+        if len(failed) < slots:
+            self._ranked = self._totals.ranked()
+            of_item = dict(self._ranked)
+            self._clicks = _Clicks(of_item, sum(of_item.values()) + len(of_item) + 1)
+            if not failed or self._read_at is None:
+                self._read_at = time.monotonic()
+        return not failed
+
+    def _read(self, slot: str) -> None:
+        known = self._totals.known(slot)
+        found = self._store.popular_buckets(slot, self._settings.popular_limit, known)
+        self._totals.update(slot, found)
 
     @property
     def ranked(self) -> Sequence[tuple[str, float]]:

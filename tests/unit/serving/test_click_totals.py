@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import pytest
 
+from eddyline.errors import StoreUnavailable
 from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.state_store import Fence, LogId, PopularBucket, Source
@@ -118,6 +119,34 @@ def test_a_refresh_reads_what_changed_and_no_more() -> None:
         assert popularity.refresh() and store.read == [bucket]
     store.read.clear()
     assert popularity.refresh() and store.read == []
+
+
+def test_a_slot_that_is_away_keeps_its_clicks_and_stops_no_other() -> None:
+    class Frail(MemoryStore):
+        dead = ""
+
+        def popular_buckets(
+            self, slot: str, limit: int, known: Mapping[int, bytes]
+        ) -> dict[int, PopularBucket]:
+            if slot == self.dead:
+                raise StoreUnavailable("redis-2: refused")
+            return super().popular_buckets(slot, limit, known)
+
+    store, source = Frail(), Source("clicks", 0)
+    popularity = Popularity(Settings(item_slots=3, popular_bucket_s=60), store)
+    for n in range(3):
+        store.count_clicks(f"i{n}", source, None, Fence(0, LOG), {5: {f"item-{n}": 1000}}, 28)
+    assert popularity.refresh() and len(popularity.ranked) == 3
+    store.dead = "i1"
+    for n in range(3):
+        counts = {5: {f"item-{n}": 1000 * n}}
+        store.count_clicks(f"i{n}", source, Fence(0, LOG), Fence(1, LOG), counts, 28)
+    assert not popularity.refresh()
+    assert popularity.ranked == [("item-2", 3.0), ("item-0", 1.0), ("item-1", 1.0)]
+    assert popularity.missing().endswith("s old: redis-2: refused")
+    store.dead = ""
+    assert popularity.refresh() and popularity.missing() == ""
+    assert popularity.ranked == [("item-2", 3.0), ("item-1", 2.0), ("item-0", 1.0)]
 
 
 def test_every_slot_is_read_again_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
