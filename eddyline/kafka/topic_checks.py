@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from kafka.admin import ConfigResource, ConfigResourceType
 
 from eddyline.kafka import topics
+from eddyline.schema.erasure import DAY_MS
 from eddyline.settings.loader import Settings
 
 _POLICY, _STAMP, _KEEP = "cleanup.policy", "message.timestamp.type", "retention.ms"
@@ -80,6 +81,14 @@ def check_one(
             continue
         problem = f"{key} is {now}, not {value}: {_harm(name, key, now)}"
         found.append(_finding(settings, name, key, value, problem))
+    keep, kept_ms = configs.get(_KEEP), settings.forgotten_kept_d * DAY_MS
+    if name in (topics.CLICKS, topics.DEAD_LETTERS) and keep is not None:
+        if not 0 <= int(keep) <= kept_ms:
+            problem = (
+                f"{_KEEP} is {keep}, more than forgotten_kept_d ({settings.forgotten_kept_d} "
+                "days): records from before a user was forgotten may bring the user back"
+            )
+            found.append(_finding(settings, name, _KEEP, str(kept_ms), problem))
     in_sync = configs.get(_IN_SYNC, "1")
     if int(in_sync) > copies:
         problem = f"{_IN_SYNC} is {in_sync}, with {copies} replicas: every write is refused"

@@ -152,7 +152,22 @@ def load(environ: Mapping[str, str] | None = None, *, folder: Path | None = None
     kafka.check(made)
     ingest.check(made)
     worker.check(made)
+    _check_erasures(made)
     return made
+
+
+def _check_erasures(settings: Settings) -> None:
+    """Raise SettingsError if Kafka keeps events for longer than erasures of users are kept.
+
+    A Redis that is emptied late would read them again, after their user was forgotten.
+    """
+    for name in ("clicks_retention_h", "dead_letters_retention_h"):
+        days = -(-getattr(settings, name) // 24)
+        if settings.forgotten_kept_d < days:
+            raise SettingsError(
+                f"forgotten_kept_d = {settings.forgotten_kept_d}: must be at least {days}, because "
+                f"{name} = {getattr(settings, name)} keeps events of forgotten users for so long"
+            )
 
 
 def data_folder(settings: Settings) -> Path:

@@ -130,12 +130,16 @@ def test_every_limit_of_a_number(name: str, tmp_path: Path) -> None:
     low, high = LIMITS[name].ge, LIMITS[name].le
     assert low is not None and high is not None, "every number has both limits"
     step = 1 if isinstance(low, int) and isinstance(high, int) else (high - low) / 100
-    # The window and the chunk have a bound between them, too.
+    # The window and the chunk have a bound between them, too, and so have erasures and logs.
     other = (
         {"chunk_records_max": 1}
         if name == "dedupe_window_events"
         else {"dedupe_window_events": 10_000}
     )
+    if name == "forgotten_kept_d":
+        other |= {"clicks_retention_h": 24, "dead_letters_retention_h": 24}
+    else:
+        other |= {"forgotten_kept_d": 36_500}
     for inside in (low, low + step, high - step, high):
         assert getattr(load(env(**other, **{name: inside}), folder=tmp_path), name) == inside
     for outside in (low - step, high + step, high * 1_000, -(10**30), 10**30):
@@ -192,6 +196,18 @@ def test_the_window_is_twice_the_chunk_at_least(window: int, fits: bool) -> None
         assert load(environ).dedupe_window_events == window
     else:
         with pytest.raises(SettingsError, match="dedupe_window_events = 511"):
+            load(environ)
+
+
+@pytest.mark.parametrize("name", ["clicks_retention_h", "dead_letters_retention_h"])
+@pytest.mark.parametrize(("hours", "fits"), [(47, True), (48, True), (49, False), (87_600, False)])
+def test_erasures_are_kept_as_long_as_the_logs(name: str, hours: int, fits: bool) -> None:
+    environ = {"EDDYLINE_CLICKS_RETENTION_H": "1", "EDDYLINE_DEAD_LETTERS_RETENTION_H": "1"}
+    environ |= {"EDDYLINE_FORGOTTEN_KEPT_D": "2", f"EDDYLINE_{name.upper()}": str(hours)}
+    if fits:
+        assert load(environ).forgotten_kept_d == 2
+    else:
+        with pytest.raises(SettingsError, match=f"forgotten_kept_d = 2: .*{name} = {hours}"):
             load(environ)
 
 

@@ -47,6 +47,19 @@ def test_the_clocks_of_producers_distort(name: str) -> None:
     assert "is CreateTime, not LogAppendTime: producers' clocks decide" in problem
 
 
+@pytest.mark.parametrize("name", [topics.CLICKS, topics.DEAD_LETTERS])
+@pytest.mark.parametrize(
+    ("more_ms", "right"), [(-1, True), (0, True), (1, False), (2**62, False), (None, False)]
+)
+def test_a_log_keeps_nothing_longer_than_erasures_are_kept(
+    name: str, more_ms: int | None, right: bool
+) -> None:
+    kept_ms = SETTINGS.forgotten_kept_d * 86_400_000
+    problems = found(name, retention_ms=str(-1 if more_ms is None else kept_ms + more_ms))
+    assert (problems == []) == right
+    assert all("may bring the user back" in problem for problem in problems)
+
+
 @pytest.mark.parametrize(
     ("name", "key"),
     [
@@ -59,7 +72,9 @@ def test_the_clocks_of_producers_distort(name: str) -> None:
 )
 def test_a_limit_may_be_larger_and_not_smaller(name: str, key: str) -> None:
     wanted = int(topics.topic_configs(SETTINGS, name)[1][key.replace("_", ".")])
-    for value, problems in ((-1, 0), (wanted - 1, 1), (wanted, 0), (wanted + 1, 0), (2**60, 0)):
+    # How long clicks and dead letters may be kept has an end, see above.
+    larger = () if key == "retention_ms" else ((-1, 0), (2**60, 0))
+    for value, problems in ((wanted - 1, 1), (wanted, 0), (wanted + 1, 0), *larger):
         assert len(found(name, **{key: str(value)})) == problems, value
     assert len(found(name, **{key: "0"})) == 1
 
