@@ -373,6 +373,21 @@ def refill(
     commands_refill.refill(_settings(), skip_lost=skip_lost)
 
 
+@app.command()
+def resync(yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False) -> None:
+    """Delete the items and profiles that Kafka's compacted topics no longer have."""
+    from cli.commands import resync as commands_resync
+
+    settings = _settings()
+    if not yes:
+        typer.confirm(
+            "Items and profiles that the topics no longer have are deleted everywhere, and their "
+            "users are forgotten. Is no ingest running?",
+            abort=True,
+        )
+    commands_resync.resync(settings)
+
+
 @app.command("accept-log")
 def accept_log(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,

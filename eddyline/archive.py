@@ -41,6 +41,7 @@ _LOG_KEY = b"eddyline.log"
 # The offset from which on the file has every event; below `first` if markers precede it.
 _SINCE_KEY = b"eddyline.since"
 _NAME = re.compile(r"hour=(\d{4}-\d\d-\d\dT\d\d)/(\d+)-(\d+)-(\d+)\.parquet\Z")
+_RESYNCED = "resynced_ms"
 _HOUR = "%Y-%m-%dT%H"
 # partition, offset, appended_ms
 Place = tuple[int, int, int]
@@ -272,6 +273,20 @@ class Archive:
             if at > last:
                 break
         return [*lacking, (at, last)] if at <= last else lacking
+
+    def note_resync(self, topic: str, now_ms: int) -> None:
+        """Note that null records were appended for all that the topic had lost by now."""
+        folder = f"{self.root}/{self.settings.prefixed(topic)}"
+        self.fs.makedirs(folder, exist_ok=True)
+        self.fs.pipe_file(f"{folder}/{_RESYNCED}", str(now_ms).encode())
+
+    def resynced_ms(self, topic: str) -> int:
+        """The time of the last `note_resync`; 0 for none."""
+        try:
+            text = self.fs.cat_file(f"{self.root}/{self.settings.prefixed(topic)}/{_RESYNCED}")
+        except FileNotFoundError:
+            return 0
+        return int(text)
 
     def version(self, file: ArchiveFile) -> str:
         """Changes when the file is rewritten, as far as the store shows it (etag, size, time)."""

@@ -102,7 +102,18 @@ def _run(settings: Settings, stop: threading.Event) -> None:
         # Forgetting a user deletes the embeddings of every generation that was ever recorded.
         known = retry.wait_for("Kafka", lambda: generations.known(settings))
         outputs = Outputs.to_kafka(settings, producer)
-        handlers = Handlers(settings, store, KafkaLogIds(settings), live, outputs, known)
+        kept_ms = retry.wait_for(
+            "Kafka", lambda: topics.delete_retention_ms(settings, (USERS, ITEMS))
+        )
+        handlers = Handlers(
+            settings,
+            store,
+            KafkaLogIds(settings),
+            live,
+            outputs,
+            known,
+            delete_retention_ms=kept_ms,
+        )
         # First of all: profiles must not run ahead of clicks that the archive has to supply.
         retry.wait_for("Kafka", lambda: _refuse_lost(settings, handlers.clicks))
         # Clicks and users write the same slots, so they share a thread; publishing items delays no

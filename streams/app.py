@@ -100,6 +100,7 @@ class IngestApp(ConsumerOwner):
         self._backoff_s_max = settings.backoff_ms_max / 1000
         self._ended: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
         self._wait_reported_s = 0.0
+        self._kafka_away = False
         self._ends: dict[TopicPartition, int] = {}
         self._tails: dict[TopicPartition, EmptyTail] = {}
         self._app = AgentApp(
@@ -378,7 +379,13 @@ class IngestApp(ConsumerOwner):
             async with asyncio.timeout(_WATCH_S):
                 self._ends = await self._consumer.ends(mine) if mine else {}
         except (KafkaError, TimeoutError):
+            if not self._kafka_away:
+                # A log may have lost its end by the time Kafka is back, and have grown again. So
+                # nothing is read until the partitions are opened again, which compares the logs.
+                self._kafka_away = True
+                self._consumer.add_future(self._consumer.rewind(mine))
             return
+        self._kafka_away = False
 
     async def _report(self) -> None:
         """Log one line for each topic that had batches."""

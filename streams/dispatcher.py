@@ -14,12 +14,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from aiokafka import TopicPartition
 
-from eddyline.errors import FenceMoved, Unavailable
+from eddyline.errors import FenceMoved, LogMismatch, Unavailable
 from eddyline.process.retry import Backoff
 from streams.consumer.buffer import RecordBuffer, place_of
 from streams.consumer.consumer import SESSION_S, ConsumerOwner, LogConsumer
@@ -116,7 +116,8 @@ class TopicPipeline:
             self.handler.open(partition)
         positions = self.handler.fences.open(bounds, committed)
         self.handler.prepare(bounds)
-        return positions
+        resume_at = self.handler.fences.resume_at
+        return {partition: resume_at(partition, at) for partition, at in positions.items()}
 
 
 class BatchDispatcher:
@@ -207,6 +208,22 @@ class BatchDispatcher:
             await consumer.rewind(back)
 
     async def apply(self, batches: Sequence[RecordBatch]) -> list[Outcome | Exception]:
+        """Apply the batches, without the records that reading resumed at; see `resuming`."""
+        resumed = [self._resumed(batch) for batch in batches]
+        new = [one for one in resumed if isinstance(one, RecordBatch)]
+        results = iter(await self._apply(new) if new else ())
+        return [next(results) if isinstance(one, RecordBatch) else one for one in resumed]
+
+    def _resumed(self, batch: RecordBatch) -> RecordBatch | Outcome | Exception:
+        try:
+            applied = self._pipeline.handler.fences.resumed(batch.partition, batch.records)
+        except LogMismatch as error:
+            return error
+        if applied == len(batch.records):
+            return Outcome()
+        return replace(batch, records=batch.records[applied:]) if applied else batch
+
+    async def _apply(self, batches: Sequence[RecordBatch]) -> list[Outcome | Exception]:
         """Apply in the handler's thread; small batches in this loop where the thread is idle.
 
         Not in this loop after an error: a call to a server that is away would block it.

@@ -18,7 +18,8 @@ from eddyline.kafka import topics
 from eddyline.kafka.topics import CLICKS, ITEMS, USERS
 from eddyline.schema.partitioning import user_slot
 from eddyline.settings.loader import Settings
-from eddyline.stores.state_store import Fence, LogId, Source, StateStore
+from eddyline.stores.state_store import Fence, LogId, Mark, Source, StateStore
+from streams.resuming import AppliedRecord, Resume, mark_of
 
 # No log is so long.
 _NO_RECORD_BEYOND = 2**63 - 1
@@ -71,6 +72,8 @@ class PartitionFences:
 
     topic:       its name without prefix
     generations: those that publish items; only for ITEMS
+    delete_retention_ms: `delete.retention.ms` of a compacted topic; None: lost deletes are not
+                 looked for
     Thread rule: one thread, the one that applies the topic's batches.
     """
 
@@ -81,6 +84,7 @@ class PartitionFences:
         topic: str,
         logs: LogIds,
         generations: Sequence[str] = (),
+        delete_retention_ms: int | None = None,
     ) -> None:
         self._settings = settings
         self._store = store
@@ -93,6 +97,9 @@ class PartitionFences:
         self._last_read: dict[int, int] = {}  # the last offset that a batch had
         self._committed: dict[int, int] = {}
         self._replay_from: dict[int, int] = {}
+        self._marks: dict[int, list[Mark]] = {}  # of the last two batches
+        self._resumes: dict[int, Resume] = {}
+        self._retention_ms = delete_retention_ms
 
     def replay_from(self, partition: int, first: int) -> None:
         """At the next `open`, read from the offset `first` on, although fences are beyond it."""
@@ -137,11 +144,40 @@ class PartitionFences:
         """
         return self._committed.get(partition, 0) - 1
 
-    def fence(self, offset: int) -> Fence:
-        """The fence "everything up to and with `offset`" of the log that `open` found."""
+    def log(self) -> LogId:
+        """The log that `open` found."""
         if self._log is None:
             raise LookupError(f"topic {self._topic} has not been opened")
-        return Fence(offset, self._log)
+        return self._log
+
+    def fence(self, partition: int, offset: int) -> Fence:
+        """The fence "everything up to and with `offset`" of the log that `open` found."""
+        marks = (mark for mark in self._marks.get(partition, ()) if mark.offset <= offset)
+        return Fence(offset, self.log(), max(marks, key=lambda mark: mark.offset, default=None))
+
+    def resume_at(self, partition: int, position: int) -> int:
+        """Where to read on to check the log: at the last record that was applied, if it is there.
+
+        position: as `open` returned it
+        """
+        resume = self._resumes.get(partition)
+        if resume is None or not resume.compare or resume.mark is None:
+            return position
+        return min(position, resume.mark.offset)
+
+    def resumed(self, partition: int, records: Sequence[AppliedRecord]) -> int:
+        """Check the first records after `open`; how many of them were applied before.
+
+        records: of one batch. Raises LogMismatch where the log lost its end and has grown again,
+        and where deletes may be lost.
+        """
+        resume = self._resumes.get(partition)
+        if resume is None:
+            return 0
+        applied = resume.check(records)
+        if not resume.pending:
+            self._resumes.pop(partition, None)
+        return applied
 
     def moved(self, source: Source, slot: str, fence: Fence) -> None:
         """Expect a fence that was just written."""
@@ -163,28 +199,34 @@ class PartitionFences:
                     break
         return diverged
 
-    def begin(self, partition: int, first: int, last: int) -> None:
+    def begin(self, partition: int, records: Sequence[AppliedRecord]) -> None:
         """Start a batch. Raises FenceMoved where its offsets do not follow those of the batch
         before.
 
         Then the log itself went back: the topic was created again, for example. `open` finds the
         reason.
         """
-        before = self._last_read[partition]
-        if first <= before:
+        before, first, last = self._last_read[partition], records[0], records[-1]
+        if first.offset <= before:
             raise FenceMoved(
-                f"{self._topic}:{partition}", f"a record after {before}", f"record {first}"
+                f"{self._topic}:{partition}", f"a record after {before}", f"record {first.offset}"
             )
-        self._last_read[partition] = last
+        self._last_read[partition] = last.offset
+        self._marks[partition] = [*self._marks.get(partition, ()), mark_of(last)][-2:]
 
     def can_skip(self, partition: int, taken: int, last: int) -> bool:
         """Whether every fence may move to `last`, as no record lies after `taken` up to there.
 
-        So it is where all records up to `taken` are applied and no later batch has begun.
+        So it is where all records up to `taken` are applied and no later batch has begun. Raises
+        LogMismatch where deletes may have been among them.
         """
         if self._last_read.get(partition, _NO_RECORD_BEYOND) > last:
             return False
-        return taken <= self.lowest(partition) < last
+        if not taken <= self.lowest(partition) < last:
+            return False
+        if (resume := self._resumes.get(partition)) is not None:
+            resume.check_age()
+        return True
 
     def invalidate(self, partition: int) -> None:
         """Refuse the partition's batches (FenceMoved) until the next `open`."""
@@ -213,6 +255,13 @@ class PartitionFences:
             raise self._lost(partition, lowest + 1, begin - 1, begin, applied=lowest >= 0)
         position = max(min(lowest + 1, self._replay_from.pop(partition, lowest + 1)), begin)
         self._last_read[partition] = position - 1
+        marks = {f.mark for f in found.values() if f is not None and f.mark is not None}
+        self._marks[partition] = sorted(marks, key=lambda mark: mark.offset)
+        self._resumes.pop(partition, None)
+        bounds = begin, end
+        resume = Resume.of(self._name, partition, found.values(), bounds, self._retention_ms)
+        if resume.pending:
+            self._resumes[partition] = resume
         return position
 
     def _lost(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -71,6 +71,7 @@ class Handlers:
                   deleted
     items_wait_s: how long item metadata waits for that of more batches
     clock_us:     see `ItemHandler`
+    delete_retention_ms: of the compacted topics; others are not searched for lost deletes
     """
 
     settings: Settings
@@ -81,6 +82,7 @@ class Handlers:
     known: Sequence[str]
     items_wait_s: float = METADATA_WAIT_S
     clock_us: Callable[[], int] = lambda: time.time_ns() // 1_000
+    delete_retention_ms: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def clicks(self) -> ClickHandler:
@@ -104,7 +106,13 @@ class Handlers:
         return UserHandler(
             self.settings,
             self.store,
-            PartitionFences(self.settings, self.store, USERS, self.logs),
+            PartitionFences(
+                self.settings,
+                self.store,
+                USERS,
+                self.logs,
+                delete_retention_ms=self.delete_retention_ms.get(USERS),
+            ),
             self.outputs.user_letters,
             self.known,
             self.clicks.cache,
@@ -118,7 +126,14 @@ class Handlers:
         return ItemHandler(
             self.settings,
             self.store,
-            PartitionFences(self.settings, self.store, ITEMS, self.logs, names),
+            PartitionFences(
+                self.settings,
+                self.store,
+                ITEMS,
+                self.logs,
+                names,
+                self.delete_retention_ms.get(ITEMS),
+            ),
             self.outputs.item_letters,
             self.generations,
             self.items_wait_s,

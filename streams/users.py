@@ -71,7 +71,7 @@ class UserHandler(Handler):
     def _apply(self, batch: RecordBatch) -> Outcome:
         """The last profile of each user is written."""
         partition, records = batch.partition, batch.records
-        self.fences.begin(partition, batch.first, batch.last)
+        self.fences.begin(partition, batch.records)
         outcome = Outcome(records=len(records))
         profiles: dict[str, Mapping[str, object] | None] = {}
         until_ms: dict[str, int] = {}
@@ -122,7 +122,7 @@ class UserHandler(Handler):
         if self._forgets is not None:
             self._forgets.flush()
         source, slot = Source(USERS, partition), user_slot(partition)
-        expected, new = self.fences.expected(source, slot), self.fences.fence(offset)
+        expected, new = self.fences.expected(source, slot), self.fences.fence(partition, offset)
         self._store.write_profiles(
             slot, source, expected, new, profiles, self._generations, until_ms, places
         )

@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
-from kafka.admin import NewPartitions, NewTopic
+from kafka.admin import ConfigResource, ConfigResourceType, NewPartitions, NewTopic
 from kafka.errors import KafkaError, TopicAlreadyExistsError, TopicAuthorizationFailedError
 
-from eddyline.errors import KafkaUnavailable, LogMismatch
+from eddyline.errors import KafkaRefused, KafkaUnavailable, LogMismatch
 from eddyline.kafka.clients import connect, translate_error
 from eddyline.process.retry import Backoff
 from eddyline.settings.loader import Settings
@@ -35,8 +35,9 @@ SOURCES = (CLICKS, ITEMS, USERS)
 # A dead letter holds the whole rejected record (at most 1 MiB, the broker's default) and headers.
 DEAD_LETTER_BYTES_MAX = 2 * 1024 * 1024
 _HOUR_MS = 3_600_000
-# Compaction keeps a delete record this long: an older snapshot or bundle must not be used.
-DELETE_RETENTION_MS = 7 * 24 * _HOUR_MS
+_DELETE_RETENTION = "delete.retention.ms"
+# Compaction keeps a delete record this long: a longer pause of ingest may miss deletes.
+DELETE_RETENTION_MS = 30 * 24 * _HOUR_MS
 
 
 def item_vectors(generation: str) -> str:
@@ -49,7 +50,7 @@ def topic_configs(settings: Settings, name: str) -> tuple[int, dict[str, str]]:
 
     Append time, because the broker's clock decides what lies in the far future.
     """
-    compact = {"cleanup.policy": "compact", "delete.retention.ms": str(DELETE_RETENTION_MS)}
+    compact = {"cleanup.policy": "compact", _DELETE_RETENTION: str(DELETE_RETENTION_MS)}
     append_time = {"message.timestamp.type": "LogAppendTime"}
     if name == CLICKS:
         keep = {"retention.ms": str(settings.clicks_retention_h * _HOUR_MS)}
@@ -170,6 +171,27 @@ def log_ids(settings: Settings, names: Sequence[str]) -> dict[str, LogId]:
         described = _described(settings, admin, [settings.prefixed(name) for name in names])
         ids = {topic["name"]: str(topic["topic_id"]) for topic in described}
     return {name: LogId(cluster_id, ids[settings.prefixed(name)]) for name in names}
+
+
+def delete_retention_ms(settings: Settings, names: Sequence[str]) -> dict[str, int]:
+    """How long compaction keeps the delete records of these topics, as they are configured now.
+
+    Raises KafkaUnavailable, KafkaRefused (the right DESCRIBE_CONFIGS is missing).
+    """
+    found: dict[str, int] = {}
+    with open_admin(settings) as admin:
+        for name in names:
+            topic = settings.prefixed(name)
+            resource = ConfigResource(ConfigResourceType.TOPIC, topic, [_DELETE_RETENTION])
+            configs = admin.describe_configs([resource], config_filter="all")["topic"][topic]
+            if _DELETE_RETENTION not in configs:  # the answer of a broker that refuses
+                raise KafkaRefused(
+                    f"topic {topic}: Kafka does not show {_DELETE_RETENTION}: the right "
+                    "DESCRIBE_CONFIGS is missing; docs/security.md lists the rights that Eddyline "
+                    "needs"
+                )
+            found[name] = int(configs[_DELETE_RETENTION]["value"])
+    return found
 
 
 def end_offsets(settings: Settings, name: str) -> dict[int, int]:

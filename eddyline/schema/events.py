@@ -119,6 +119,8 @@ ORIGIN_MS = "origin_ms"
 # Context of a click moved by a merge: it enters the history and has no other effect.
 _MOVED_KEY = "eddyline.moved"
 MOVED = {_MOVED_KEY: True}
+# In the same context: how many equal entries of the same merge come before. Absent: none.
+_EQUAL_KEY = "eddyline.equal"
 
 
 class Item(msgspec.Struct, frozen=True, kw_only=True):
@@ -188,6 +190,17 @@ def decode_click(value: bytes | None, *, appended_ms: int, far_future_ms_max: in
 def is_moved(click: Click) -> bool:
     """Whether a merge moved the event here from another user, for whom it was counted."""
     return click.context is not None and click.context.get(_MOVED_KEY) is True
+
+
+def moved_context(equal: int) -> Attributes:
+    """The context of a moved click. equal: how many equal ones of the same merge come before."""
+    return {**MOVED, _EQUAL_KEY: equal} if equal else dict(MOVED)
+
+
+def equal_before(moved: Click) -> int:
+    """How many equal clicks of the same merge come before a moved one."""
+    found = (moved.context or {}).get(_EQUAL_KEY)
+    return found if isinstance(found, int) and not isinstance(found, bool) else 0
 
 
 def decode_user_event(

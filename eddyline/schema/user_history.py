@@ -221,13 +221,19 @@ def insert_event(entries: list[Entry], newest_ms: int, entry: Entry, bounds: Bou
     return True
 
 
-def insert_moved(entries: list[Entry], newest_ms: int, entry: Entry, bounds: Bounds) -> bool:
-    """`insert_event` for an entry of a merged user: never too late, and inserted once."""
+def insert_moved(
+    entries: list[Entry], newest_ms: int, entry: Entry, bounds: Bounds, equal: int = 0
+) -> bool:
+    """`insert_event` for an entry of a merged user: never too late, and inserted once.
+
+    equal: how many equal entries of the same merge come before; with one more, it is here already
+    """
     first = bisect_left(entries, -entry.at_ms, key=lambda e: -e.at_ms)
     for other in entries[first:]:
         if other.at_ms != entry.at_ms:
             break
-        if other == entry:
+        equal -= other == entry
+        if equal < 0:
             return True
     return insert_event(entries, newest_ms, entry, Bounds(bounds.length_max, bounds.age_ms_max))
 

@@ -1,7 +1,8 @@
 """Adopting Kafka's present logs after a topic was recreated or lost its tail.
 
 * The log is the same and reaches the fence: the fence and its event-id window stay. Dropping them
-  would apply the log a second time to the stored histories.
+  would apply the log a second time to the stored histories. The fence loses its mark: the log is
+  accepted although another record may have that offset.
 * The log is the same but ends before the fence: the fence moves back to the last record.
 * The log is another one: the fence is dropped. Exception: the fence of published item vectors
   (`items@1`) stays, because versions in that topic are offsets of the old `items` log; only a new
@@ -13,7 +14,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from eddyline.stores import user_codec
@@ -50,6 +51,11 @@ def decide(source: str, partition: int, fence: Fence, logs: Logs) -> FenceDecisi
     return FenceDecision(True, Fence(end - 1, log) if end else None, end)
 
 
+def without_mark(fence: Fence) -> Fence:
+    """The same fence, which is not compared with the log any more."""
+    return replace(fence, mark=None)
+
+
 def was_replaced(source: str, fence: Fence, logs: Logs) -> bool:
     """Whether this fence shows that item metadata was written from another `items` log."""
     return source == "items" and "items" in logs and fence.log != logs["items"][0]
@@ -79,6 +85,8 @@ def accept_in_redis(client: Any, ns: str, version: struct.Struct, logs: Logs) ->
         decision = decide(source, partition, fence, logs)
         replaced |= was_replaced(source, fence, logs)
         if not decision.changed:
+            if fence.mark is not None:  # another record may have its offset
+                client.set(key, str(without_mark(fence)))
             continue
         changed += 1
         if source == "clicks" and slot.startswith("u"):

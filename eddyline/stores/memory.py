@@ -17,7 +17,7 @@ from eddyline.schema.erasure import Erasure, digest, is_outdated
 from eddyline.schema.partitioning import item_slot
 from eddyline.schema.step_ranges import StepRanges
 from eddyline.schema.user_history import UserHistory
-from eddyline.stores.log_reset import Logs, decide, metadata_is_current, was_replaced
+from eddyline.stores.log_reset import Logs, decide, metadata_is_current, was_replaced, without_mark
 from eddyline.stores.state_store import (
     Fence,
     ItemMetadata,
@@ -306,6 +306,7 @@ class MemoryStore(StateStore):
                 decision = decide(source.name, source.partition, fence, logs)
                 replaced |= was_replaced(source.name, fence, logs)
                 if not decision.changed:
+                    state.fences[slot, source] = without_mark(fence)
                     continue
                 changed += 1
                 if source.name == "clicks" and slot in state.window:

@@ -4,7 +4,7 @@ Key schema. `<ns>` is empty or the namespace and a colon; `{…}` is the slot ta
 tag:
 
     <ns>layout                          JSON of `state_store.Layout`
-    <ns>fence:{u3}:clicks:3             "offset|cluster id|topic id" of the last record applied
+    <ns>fence:{u3}:clicks:3             "offset|cluster id|topic id|mark" of the last record applied
     <ns>{u3}:window                     list of blobs: accepted event ids, see `user_codec`
     <ns>{u3}:h:<user>                   *recent* history and stamps, see `schema.user_history`
     <ns>{u3}:o:<user>                   *older* history, absent if the history is short

@@ -30,21 +30,42 @@ class LogId:
 
 
 @dataclass(frozen=True, slots=True)
+class Mark:
+    """The last record that was applied at or below a fence: shows whether the log still has it.
+
+    appended_ms: the broker's time stamp; or a later time up to which no delete is missing
+    checksum:    see `streams.resuming.mark_of`
+    """
+
+    offset: int
+    appended_ms: int
+    checksum: int
+
+
+@dataclass(frozen=True, slots=True)
 class Fence:
-    """Records of the partition up to and including `offset` are applied."""
+    """Records of the partition up to and including `offset` are applied.
+
+    mark: None in a fence of an older version, and where no record was applied
+    """
 
     offset: int
     log: LogId
+    mark: Mark | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
-        """The stored form: `offset|cluster id|topic id`."""
-        return f"{self.offset}|{self.log}"
+        """The stored form: `offset|cluster id|topic id`, and the mark: `|offset,ms,checksum`."""
+        text = f"{self.offset}|{self.log}"
+        if (mark := self.mark) is None:
+            return text
+        return f"{text}|{mark.offset},{mark.appended_ms},{mark.checksum}"
 
     @classmethod
     def parse(cls, text: str) -> Fence:
         """The reverse of `str()`."""
-        offset, cluster_id, topic_id = text.split("|")
-        return cls(int(offset), LogId(cluster_id, topic_id))
+        offset, cluster_id, topic_id, *more = text.split("|")
+        mark = Mark(*map(int, more[0].split(","))) if more else None
+        return cls(int(offset), LogId(cluster_id, topic_id), mark)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,14 +20,15 @@ from kafka.errors import KafkaError
 from kafka.structs import OffsetAndMetadata
 from typing_extensions import override
 
-from eddyline.archive import Archive
+from eddyline.archive import HOUR_MS, Archive
 from eddyline.errors import LogMismatch
 from eddyline.kafka import clients
 from eddyline.kafka import topics as kafka_topics
 from eddyline.process import heartbeat
 from eddyline.settings.loader import Settings
-from eddyline.stores.state_store import LogId
+from eddyline.stores.state_store import LogId, Mark
 from streams.archive.partition_writer import ForgottenUsers, PartitionWriter, open_partition
+from streams.resuming import Resume
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
         self._writers: dict[TopicPartition, PartitionWriter] = {}
         self._unopened: set[TopicPartition] = set()
         self._committed: dict[TopicPartition, int] = {}
+        self._resumes: dict[TopicPartition, Resume] = {}
         self._hours_checked_s = 0.0
 
     def run_once(self, idle: Callable[[], bool] = lambda: False) -> None:
@@ -127,6 +129,8 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
             if place in self._writers:
                 writer = self._writers[place]
                 before = writer.rows
+                if (resume := self._resumes.pop(place, None)) is not None:
+                    resume.check(records)
                 if records[0].offset > writer.last_read + 1:
                     self._check_for_loss(place, writer)
                 writer.append(records)
@@ -158,6 +162,9 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
         places = sorted(self._unopened)
         names = {self._settings.prefixed(name): name for name in kafka_topics.SOURCES}
         ids = kafka_topics.log_ids(self._settings, kafka_topics.SOURCES)
+        kept_ms = kafka_topics.delete_retention_ms(
+            self._settings, (kafka_topics.ITEMS, kafka_topics.USERS)
+        )
         begins, ends = self._consumer.beginning_offsets(places), self._consumer.end_offsets(places)
         forgotten: defaultdict[int, ForgottenUsers] = defaultdict(ForgottenUsers)
         for place in places:
@@ -174,6 +181,8 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
                 forgotten,
             )
             self._writers[place] = writer
+            if topic in kept_ms:
+                self._resumes[place] = self._resume(topic, place, kept_ms[topic])
             self._consumer.seek(place, writer.written)
         self._consumer.resume(*places)
         self._unopened.clear()
@@ -197,6 +206,18 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
             f"ends with offset {last} and is {was}; this is cluster {now.cluster_id}, topic id "
             f"{now.topic_id}, and ends before offset {end}. Keep that archive and set "
             "EDDYLINE_ARCHIVE_URL to a new place."
+        )
+
+    def _resume(self, topic: str, place: TopicPartition, retention_ms: int) -> Resume:
+        """What the first records after the archive's end are checked for: lost deletes."""
+        files = self._archive.files(topic, place.partition)
+        if not files:
+            return Resume(topic, place.partition, None, -1, False, None)
+        hour_end_ms = files[-1].hour_ms + HOUR_MS
+        since_ms = max(hour_end_ms, self._archive.resynced_ms(topic))
+        mark = Mark(files[-1].last, since_ms, 0)
+        return Resume(
+            topic, place.partition, mark, mark.offset, False, self._now_ms() - retention_ms
         )
 
     def _complete_past_hours(self) -> None:
@@ -234,6 +255,7 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
     def _discard(self, places: Iterable[TopicPartition]) -> None:
         for place in places:
             self._committed.pop(place, None)
+            self._resumes.pop(place, None)
             if (writer := self._writers.pop(place, None)) is not None:
                 writer.discard()
 

@@ -101,7 +101,7 @@ class ClickHandler(Handler):
     @override
     def move_fences(self, partition: int, offset: int) -> None:
         source, slot = Source(CLICKS, partition), user_slot(partition)
-        expected, new = self.fences.expected(source, slot), self.fences.fence(offset)
+        expected, new = self.fences.expected(source, slot), self.fences.fence(partition, offset)
         self._store.write_users(slot, source, expected, new, UserEffects())
         self.fences.moved(source, slot, new)
         self.popularity.add(source, new, [])
@@ -114,7 +114,7 @@ class ClickHandler(Handler):
         Raises FenceMoved, StoreUnavailable.
         """
         source, slot = Source(CLICKS, partition), user_slot(partition)
-        expected, new = self.fences.expected(source, slot), self.fences.fence(offset)
+        expected, new = self.fences.expected(source, slot), self.fences.fence(partition, offset)
         if self.fences.done(source, slot) < offset:
             self._store.write_users(
                 slot, source, expected, new, UserEffects(erasures=dict(erasures))
@@ -163,13 +163,15 @@ class ClickHandler(Handler):
         self._write([(one, w) for one, w in zip(new, writes, strict=True) if one.error is None])
         for one in _without_error(clicks):
             with self._guard([one]):
-                self.popularity.add(one.source, self.fences.fence(one.batch.last), one.accepted)
+                self.popularity.add(
+                    one.source, self.fences.fence(one.batch.partition, one.batch.last), one.accepted
+                )
         return [one.error or one.outcome for one in clicks]
 
     def _decode(self, one: ClickBatch) -> None:
         """Decode the records, drop re-sends and find the cached users."""
         batch = one.batch
-        self.fences.begin(batch.partition, batch.first, batch.last)
+        self.fences.begin(batch.partition, batch.records)
         one.fence = self.fences.expected(one.source, one.slot)
         done = one.done
         one.decoded = decode(self._settings, batch)
@@ -241,7 +243,7 @@ class ClickHandler(Handler):
     def _user_write(
         self, one: ClickBatch, embeddings: Sequence[Mapping[str, tuple[int, bytes]]]
     ) -> UserWrite:
-        updates, last = one.updates, self.fences.fence(one.batch.last)
+        updates, last = one.updates, self.fences.fence(one.batch.partition, one.batch.last)
         if updates is None:
             raise LookupError(f"no events were applied for {one.source}")
         effects = updates.effects(one.batch.read_us, embeddings)
@@ -323,7 +325,7 @@ class ClickHandler(Handler):
         new = [one for one in opened if one[2].ranges is None]
         if not new:
             return
-        log_id = str(self.fences.fence(0).log)
+        log_id = str(self.fences.log())
         slots = [
             OpenedSlot(source.partition, log_id, 0 if f is None else f.offset + 1, slot.stored)
             for source, f, slot in new

@@ -6,11 +6,12 @@ difference.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from eddyline.schema import events, user_history
 from eddyline.schema.erasure import Erasure, digest, erased_after, erased_before
-from eddyline.schema.events import KINDS, MOVED, Click, Forget, Merge
+from eddyline.schema.events import KINDS, Click, Forget, Merge
 from eddyline.schema.step_ranges import StepRanges
 from eddyline.schema.user_history import Bounds, Entry, UserHistory
 from eddyline.settings.loader import Settings
@@ -105,7 +106,8 @@ class UserUpdates:
         weight = user_history.strength(click, self._dwell_ms_full)
         entry = Entry(click.item_id, click.at_ms, _KIND_NUMBER[click.kind], weight)
         if events.is_moved(click):
-            user_history.insert_moved(user.entries, user.at_ms, entry, self._bounds)
+            equal = events.equal_before(click)
+            user_history.insert_moved(user.entries, user.at_ms, entry, self._bounds, equal)
             user.recent = None
         else:
             # The history of a step is the list just before its event.
@@ -150,6 +152,7 @@ class UserUpdates:
 
     def _merge(self, user: CachedUser, record: Record, merge: Merge) -> None:
         """Move the user's list to the other user, oldest entry first, and start an empty one."""
+        equal: Counter[Entry] = Counter()
         for number, entry in enumerate(reversed(user.entries)):
             click = Click(
                 user_id=merge.merge_into,
@@ -158,8 +161,9 @@ class UserUpdates:
                 kind=KINDS[entry.kind],  # type: ignore[arg-type]
                 weight=entry.weight,
                 event_id=f"merge/{record.partition}/{record.offset}/{number}",
-                context=dict(MOVED),
+                context=events.moved_context(equal[entry]),
             )
+            equal[entry] += 1
             self.moved.append((record, click))
         self._empty(user, merge.user_id)
 

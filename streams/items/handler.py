@@ -160,7 +160,7 @@ class ItemHandler(Handler):
 
     def _decode(self, one: ItemBatch) -> None:
         batch = one.batch
-        self.fences.begin(batch.partition, batch.first, batch.last)
+        self.fences.begin(batch.partition, batch.records)
         outcome = one.outcome = Outcome(records=len(batch.records))
         for record in batch.records:
             try:

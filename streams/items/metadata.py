@@ -105,7 +105,7 @@ class ItemMetadataWriter(WriteBehind[_Changes]):
         """
         now, enough = self._clock_s(), []
         for partition, (last, changes) in changed.items():
-            fence, pending = self._fences.fence(last), self._pending.get(partition)
+            fence, pending = self._fences.fence(partition, last), self._pending.get(partition)
             if pending is None:
                 pending = self._pending[partition] = _Changes(now, fence)
             pending.last = fence

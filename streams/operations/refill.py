@@ -232,7 +232,10 @@ class GapFiller:
         self._profile_records = ProfileRecords(settings, archive, store)
         self._user_ends = topics.end_offsets(settings, USERS)
         outputs = Outputs(sinks, sinks, sinks, sinks, forgets=sinks, steps=steps)
-        self._handlers = Handlers(settings, store, ids, [Generation(towers)], outputs, known)
+        kept_ms = topics.delete_retention_ms(settings, [USERS])
+        self._handlers = Handlers(
+            settings, store, ids, [Generation(towers)], outputs, known, delete_retention_ms=kept_ms
+        )
 
     def fill(self, gap: Gap) -> Iterator[int]:
         """Apply what the archive has of the gap, then close it; yields how many offsets each step
@@ -291,6 +294,7 @@ class GapFiller:
                         self.clicks.add(by_clicks.apply_one(batch))
                         yield records[-1]
                     else:
+                        by_users.fences.resumed(partition, records)
                         self.profiles.add(by_users.apply_one(batch))
         by_clicks.popularity.write(partition)
 

@@ -271,12 +271,14 @@ class Model:
         into, history = event["merge_into"], self.state.histories.pop(event["user_id"], History())
         self._empty_embeddings(event["user_id"])
         own = reading.partition(into, s.clicks_partitions)
-        for number, entry in enumerate(reversed(history.entries)):
+        oldest_first = history.entries[::-1]
+        for number, entry in enumerate(oldest_first):
+            equal = oldest_first[:number].count(entry)
             fields: dict[str, Any] = {
                 "user_id": into,
                 **entry._asdict(),
                 "event_id": f"merge/{raw.partition}/{raw.offset}/{number}",
-                "context": {"eddyline.moved": True},
+                "context": {"eddyline.moved": True} | ({"eddyline.equal": equal} if equal else {}),
             }
             first_ms = first_append_ms(raw)
             self.state.forwarded.add(Sent(own, into, known_fields(fields), raw.at, first_ms))
@@ -291,7 +293,8 @@ class Model:
             self._learn(raw, event, history.entries)
         before, history.newest_ms = history.newest_ms, max(history.newest_ms, entry.at_ms)
         history.last = raw
-        if late or (moved and entry in history.entries):
+        equal = (event["context"] or {}).get("eddyline.equal", 0) if moved else 0
+        if late or (moved and history.entries.count(entry) > equal):
             return
         place = sum(other.at_ms > entry.at_ms for other in history.entries)
         history.entries.insert(place, entry)

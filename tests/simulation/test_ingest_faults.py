@@ -22,7 +22,7 @@ import pytest
 from eddyline.errors import EddylineError, FenceMoved, KafkaUnavailable, Rejected, StoreUnavailable
 from eddyline.kafka.topics import CLICKS, ITEMS
 from eddyline.schema import events
-from eddyline.schema.events import KINDS, MOVED, Click, Forget, Item, Merge
+from eddyline.schema.events import KINDS, Click, Forget, Item, Merge
 from eddyline.schema.item_record import ItemRecord
 from eddyline.schema.partitioning import item_slot, partition_of
 from eddyline.settings.loader import Settings
@@ -358,7 +358,8 @@ def oracle(settings: Settings, logs: dict[int, list[Rec]]) -> dict[str, Any]:
                 seen[click.event_id] = record.offset
             user = click.user_id
             newest = marks.get(user, (0, 0, 0, 0))[1]
-            copied = click.context == MOVED
+            context = click.context or {}
+            copied = context.get("eddyline.moved") is True
             late = newest - click.at_ms > 1_000 * settings.lateness_s_max and not copied
             if click.kind != "dislike" and not copied:
                 bucket = click.at_ms // (settings.popular_bucket_s * 1_000)
@@ -376,7 +377,8 @@ def oracle(settings: Settings, logs: dict[int, list[Rec]]) -> dict[str, Any]:
                 continue
             entry = (click.item_id, click.at_ms, click.kind, click.weight, record.offset)
             top = max(click.at_ms, newest)
-            if not late and not (copied and entry[:4] in [x[:4] for x in lists[user]]):
+            alike = [x[:4] for x in lists[user]].count(entry[:4])
+            if not late and not (copied and alike > context.get("eddyline.equal", 0)):
                 lists[user] = sorted([*lists[user], entry], key=lambda x: (-x[1], -x[4]))[:HISTORY]
                 oldest = top - 1_000 * settings.history_age_s_max
                 lists[user] = [x for x in lists[user] if x[1] >= oldest]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 import threading
 import time
 from collections.abc import Collection, Iterator
@@ -251,6 +253,44 @@ def test_the_number_of_waiting_calls_is_limited(store: Store) -> None:
     waits.check(AfterToken(3, 20, 2_000))
     go.set()
     waits.close()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_each_call_is_resumed_once_or_cancelled(store: Store, seed: int) -> None:
+    """Callers that come and go on four threads while clicks are applied, then the end."""
+    waits, _ = made(store, end=60, calls_max=10_000, threads=3)
+    outcomes: dict[int, list[str]] = {}
+    parked, numbers = list[tuple[int, Any]](), itertools.count()
+
+    def park(rng: random.Random) -> None:
+        for _ in range(150):
+            number = next(numbers)
+            outcomes[number] = []
+            wait_s = rng.choice([0.0, 0.02, 0.2, 5.0])
+            token = AfterToken(rng.randrange(3), rng.randrange(80), 5_000)
+            call = waits.park(token, wait_s, lambda _, n=number: outcomes[n].append("resumed"))
+            if rng.random() < 0.3:
+                waits.cancel(call)
+                parked.append((number, call))
+            time.sleep(0.001)
+
+    threads = [
+        threading.Thread(target=park, args=(random.Random(10 * seed + n),)) for n in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for offset in range(0, 50, 5):
+        for partition in range(3):
+            store.apply(partition, offset)
+        time.sleep(0.02)
+    for thread in threads:
+        thread.join(10)
+    waits.close()
+    cancelled = {number for number, _ in parked}
+    for number, found in outcomes.items():
+        # A cancelled call may have been resumed before.
+        assert found == ["resumed"] or (number in cancelled and found == []), (number, found)
+    assert len(waits) == 0 and len(outcomes) == 600
 
 
 # ---------------------------------------------------------------- behind gRPC

@@ -29,6 +29,7 @@ from index.filters import LIST_IDS_MAX, Filter, Range
 from index.port import Index
 from index.search.multi_vector import query_multi
 from serving.__main__ import Worker
+from serving.answer.click_waits import ClickWaits
 from serving.answer.deadline import Deadline, DeadlinePassed
 from serving.answer.retriever import Retriever
 from serving.answer.user_reader import UserReader
@@ -431,6 +432,24 @@ def test_the_same_answers_as_one_worker(plant: Plant) -> None:
             compared += 1
             paths |= {item.path for item in one.items}
     assert compared >= 100 and paths == {"towers", "popular", "newest"}
+
+
+def test_a_call_waits_for_its_click_at_the_coordinator(frail: Plant) -> None:
+    frail.user("ana", "item-3")
+    waits = frail.backend.retriever.waits = ClickWaits(frail.store)
+    offset = frail.client.retrieve("ana", 5).freshness.user.fence_offset + 1
+    later = threading.Timer(0.2, lambda: frail.user("ana", "item-7", "item-3"))
+    later.start()
+    try:
+        answer = frail.client.retrieve(
+            "ana", 5, after=(partition_of("ana", 8), offset), wait_ms=2_000
+        )
+        assert answer.freshness.after.applied and answer.freshness.after.waited_ms >= 150
+        assert "item-7" not in {item.item_id for item in answer.items}
+        assert not answer.shards.missing
+    finally:
+        later.join(5)
+        waits.close()
 
 
 def test_one_shard_takes_requests_at_the_limits_of_their_fields() -> None:

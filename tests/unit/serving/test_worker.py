@@ -237,20 +237,20 @@ def test_a_replica_from_before_a_fork_runs_and_ends_in_the_child(log: Log) -> No
 
 def test_deletes_end_with_the_retention_once_the_whole_log_was_read(log: Log) -> None:
     """The record of `late` was published again, behind a delete that has ended by then."""
-    week_us = 7 * 86_400_000_000
+    kept_us = 30 * 86_400_000_000
     log.put(0, "gone", 9, None)
-    log.put(0, "other", 10, unit(1), 2 + week_us)
+    log.put(0, "other", 10, unit(1), 2 + kept_us)
     for n in range(20):
-        log.put(0, "filler", 11 + n, unit(2), 2 + week_us)
-    log.put(0, "late", 5, unit(0), 3 + week_us)
+        log.put(0, "filler", 11 + n, unit(2), 2 + kept_us)
+    log.put(0, "late", 5, unit(0), 3 + kept_us)
     index = ExactIndex(D)
     made = tail(log, index)
     try:
         assert made.wait_caught_up(10)
         wait_until(lambda: index.stats().tombstones == 0)
         assert index.describe(["late"])[0] is not None
-        log.put(0, "gone", 8, unit(3), 4 + week_us)
-        log.put(0, "after", 40, unit(3), 4 + week_us)
+        log.put(0, "gone", 8, unit(3), 4 + kept_us)
+        log.put(0, "after", 40, unit(3), 4 + kept_us)
         wait_until(lambda: index.describe(["after"])[0] is not None)
         assert index.describe(["gone"]) == [None]
     finally:

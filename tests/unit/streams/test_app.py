@@ -89,6 +89,7 @@ class Busy(Handler):
         self, results: Callable[[Sequence[RecordBatch]], list[Outcome | Exception]] | None = None
     ) -> None:
         self.threads: list[str] = []
+        self.fences: Any = SimpleNamespace(resumed=lambda partition, records: 0)
         self._results = results
 
     def open(self, partition: int) -> None:

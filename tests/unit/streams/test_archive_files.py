@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -18,19 +19,21 @@ import duckdb
 import msgspec
 import pandas as pd
 import pytest
+from kafka import TopicPartition
 
 from eddyline import archive as layout
 from eddyline.archive import FORGETS, HOUR_MS, Archive, Forgotten
-from eddyline.errors import SettingsError
+from eddyline.errors import LogMismatch, SettingsError
 from eddyline.kafka.topics import CLICKS, ITEMS, USERS
 from eddyline.schema import events
-from eddyline.schema.erasure import OLD_KEPT_MS, Erasure, digest
+from eddyline.schema.erasure import DAY_MS, OLD_KEPT_MS, Erasure, digest
 from eddyline.schema.events import Click, Forget, Item, UserProfile
 from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.state_store import LogId
 from streams.archive import erasure, file_placement
+from streams.archive.archiver import Archiver
 from streams.archive.partition_writer import ForgottenUsers, open_partition
 from streams.clicks.handler import ClickHandler
 from streams.fences import PartitionFences
@@ -473,3 +476,34 @@ def test_kill_9_in_mid_write_leaves_whole_files_only(tmp_path: Path) -> None:
     assert file_placement.remove_abandoned(runner.archive) == left, (
         "torn files lie where nobody looks"
     )
+
+
+@pytest.mark.parametrize(
+    ("days", "offset", "record_days", "resynced", "refused"),
+    [
+        (29.9, 9, 0, False, False),
+        (31, 9, 0, False, True),  # offset 8 may have been a delete
+        (31, 8, 29, False, False),  # every record after the files is young enough
+        (31, 8, 31, False, True),
+        (31, 9, 0, True, False),  # null records were appended for what the topic had lost
+    ],
+)
+def test_an_archive_that_may_lack_deletes_is_refused(
+    tmp_path: Path, days: float, offset: int, record_days: float, resynced: bool, refused: bool
+) -> None:
+    runner = Runner(settings_of(tmp_path))
+    runner.run([record(7, events.encode(UserProfile(user_id="ana")), b"ana", MS)], 1, USERS)
+    now_ms = int(MS + HOUR_MS + days * DAY_MS)
+    archiver = Archiver(
+        runner.settings, runner.archive, threading.Event(), "member", lambda: now_ms
+    )
+    if resynced:
+        runner.archive.note_resync(USERS, now_ms - 1)
+    resume = archiver._resume(USERS, TopicPartition(USERS, P), 30 * DAY_MS)
+    after = record(offset, None, b"bo", int(now_ms - record_days * DAY_MS))
+    if refused:
+        with pytest.raises(LogMismatch, match="`eddyline resync`"):
+            resume.check([after])
+    else:
+        assert resume.check([after]) == 0
+    assert len(runner.archive.files(USERS)) == 1, "the note is no file of the archive"

@@ -272,6 +272,28 @@ def test_a_merge_forwards_the_list_and_empties_it(chunks: list[int]) -> None:
     ]
 
 
+@pytest.mark.parametrize("own", [0, 1])
+def test_equal_events_of_a_visitor_are_all_moved_and_moved_once(own: int) -> None:
+    """Clocks in seconds make equal events; their number survives, also where Redis was emptied."""
+    visitor, user = Rig(history_length_max=9), Rig(history_length_max=9)
+    equal = [click(n, "a", at_ms=MS, event_id=f"e{n}") for n in range(3)]
+    ingest(visitor.clicks, HERE, [*equal, click(3, "b", at_ms=MS), merge(4)], 0)
+    sent = [value for _, value, _ in visitor.out.forwarded]
+    assert len(sent) == 4
+    contexts = [
+        events.decode_click(v, appended_ms=MS, far_future_ms_max=9_000).context for v in sent
+    ]
+    assert contexts == [MOVED, MOVED | {"eddyline.equal": 1}, MOVED | {"eddyline.equal": 2}, MOVED]
+    there = 1 - HERE
+    log = [rec(n, v, THERE.encode(), partition=there) for n, v in enumerate(sent, 1)]
+    again = [rec(100 + n, v, THERE.encode(), partition=there) for n, v in enumerate(sent)]
+    mine = [click(0, "a", at_ms=MS, user_id=THERE, event_id="own")][:own]
+    user.clicks.fences.open({there: (0, 1_000)})
+    ingest(user.clicks, there, [*mine, *log, *again], 0)
+    state = user.store.read_user(f"u{there}", there, THERE, "g")
+    assert [e.item_id for e in state.history.entries] == ["b", "a", "a", "a"]
+
+
 def test_a_weight_never_becomes_zero_so_that_its_entry_can_be_moved() -> None:
     rig = Rig(dwell_ms_full=1_000)
     log = [click(1, "a", weight=5e-324, context={"dwell_ms": 1}), merge(2)]

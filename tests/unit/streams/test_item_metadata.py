@@ -188,9 +188,9 @@ def test_a_refused_partition_is_to_be_read_again(away: bool) -> None:
     assert rig.metadata.flush_due({0}) == 0 and rig.metadata.pending() == []
     if away:
         with pytest.raises(FenceMoved):
-            rig.fences.begin(0, 4, 4)
+            rig.fences.begin(0, [change(4).record])
     else:
-        rig.fences.begin(0, 4, 4)
+        rig.fences.begin(0, [change(4).record])
         rig.add(4)
         with pytest.raises(FenceMoved):
             rig.metadata.write(0)
