@@ -7,11 +7,11 @@ archive, `eddyline accept-log --skip-lost` gives the records up.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-from kafka import TopicPartition
+from kafka import KafkaAdminClient, TopicPartition
 from kafka.errors import CoordinatorNotAvailableError, NoError
 from kafka.structs import OffsetAndMetadata
 
@@ -25,6 +25,7 @@ from streams.fences import PartitionFences, sources
 
 GROUP = "eddyline-ingest"
 _COORDINATOR_POLL_S = 0.1
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +106,22 @@ def ingest_members(settings: Settings) -> int:
     A killed one counts for some seconds.
     """
     group = settings.prefixed(GROUP)
+    described = _of_group(settings, lambda admin: admin.describe_groups([group]))
+    return len(described[group]["members"])
+
+
+def _of_group(settings: Settings, call: Callable[[KafkaAdminClient], _T]) -> _T:
+    """The answer of the group's coordinator. Raises KafkaUnavailable, KafkaRefused.
+
+    Kafka creates the topic of groups at the first request for one, and has no coordinator until
+    then.
+    """
     deadline = time.monotonic() + settings.kafka_timeout_ms / 1000
     with topics.open_admin(settings) as admin:
         while True:
             try:
-                return len(admin.describe_groups([group])[group]["members"])
+                return call(admin)
             except CoordinatorNotAvailableError:
-                # Kafka creates the topic of groups at the first request for one.
                 if time.monotonic() > deadline:
                     raise
             time.sleep(_COORDINATOR_POLL_S)
@@ -131,8 +141,8 @@ def reset_committed(settings: Settings, ends: Mapping[str, Mapping[int, int]]) -
     }
     if not beyond:
         return
-    with topics.open_admin(settings) as admin:
-        results = admin.alter_group_offsets(settings.prefixed(GROUP), beyond)
+    group = settings.prefixed(GROUP)
+    results = _of_group(settings, lambda admin: admin.alter_group_offsets(group, beyond))
     for place, error in results.items():
         if error is not NoError:
             raise EddylineError(
@@ -153,8 +163,8 @@ def committed_offsets(
     group, topic = settings.prefixed(GROUP), settings.prefixed(name)
     count = settings.clicks_partitions if count is None else count
     partitions = [TopicPartition(topic, p) for p in range(count)]
-    with topics.open_admin(settings) as admin:
-        found = admin.list_group_offsets({group: partitions})[group]
+    wanted = {group: partitions}
+    found = _of_group(settings, lambda admin: admin.list_group_offsets(wanted))[group]
     return {p.partition: max(0, found[p].offset) if p in found else 0 for p in partitions}
 
 
