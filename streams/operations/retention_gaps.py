@@ -12,7 +12,12 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from kafka import KafkaAdminClient, TopicPartition
-from kafka.errors import CoordinatorNotAvailableError, NoError
+from kafka.errors import (
+    CoordinatorLoadInProgressError,
+    CoordinatorNotAvailableError,
+    NoError,
+    NotCoordinatorError,
+)
 from kafka.structs import OffsetAndMetadata
 
 from eddyline.errors import EddylineError
@@ -25,6 +30,11 @@ from streams.fences import PartitionFences, sources
 
 GROUP = "eddyline-ingest"
 _COORDINATOR_POLL_S = 0.1
+_NO_COORDINATOR_YET = (
+    CoordinatorLoadInProgressError,
+    CoordinatorNotAvailableError,
+    NotCoordinatorError,
+)
 _T = TypeVar("_T")
 
 
@@ -121,7 +131,7 @@ def _of_group(settings: Settings, call: Callable[[KafkaAdminClient], _T]) -> _T:
         while True:
             try:
                 return call(admin)
-            except CoordinatorNotAvailableError:
+            except _NO_COORDINATOR_YET:
                 if time.monotonic() > deadline:
                     raise
             time.sleep(_COORDINATOR_POLL_S)
