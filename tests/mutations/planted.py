@@ -10,11 +10,13 @@ ERASURE = "tests/unit/streams/test_erasure.py"
 DELIVERY = "tests/unit/streams/test_delivery.py"
 RULES = "tests/unit/streams/test_ingest_rules.py"
 TAILS = "tests/unit/streams/test_empty_tails.py"
+RESUMES = "tests/unit/streams/test_resuming.py"
 CONTRACT = "tests/contract/test_state_store.py"
 SCRIPTS = "tests/integration/test_failing_scripts.py"
 UPDATES = "streams/clicks/user_updates.py"
 LETTERS = "streams/dead_letters.py"
 FENCES = "streams/fences.py"
+RESUMING = "streams/resuming.py"
 RULE = "eddyline/schema/erasure.py"
 EVENTS = "eddyline/schema/events.py"
 
@@ -22,9 +24,44 @@ MUTATIONS = (
     Mutation(
         "a marker at a partition's end is a lag for ever",
         FENCES,
-        "return taken <= self.lowest(partition) < last",
-        "return False",
+        "if not taken <= self.lowest(partition) < last:",
+        "if True:",
         (TAILS,),
+    ),
+    Mutation(
+        "a log that lost its end and grew again is read on over the hole",
+        RESUMING,
+        "if gone or other:",
+        "if False:",
+        (RESUMES,),
+    ),
+    Mutation(
+        "deletes that compaction removed are not missed",
+        RESUMING,
+        "if since_ms < stale_ms:",
+        "if False:",
+        (RESUMES,),
+    ),
+    Mutation(
+        "a merge moves one of equal events",
+        "eddyline/schema/user_history.py",
+        "equal -= other == entry",
+        "equal = -1 if other == entry else equal",
+        (RULES,),
+    ),
+    Mutation(
+        "a batch wider than the window loses counts in a crash",
+        "streams/clicks/handler.py",
+        "if all(batch.last - batch.first < window for batch in batches):",
+        "if True:",
+        (RULES,),
+    ),
+    Mutation(
+        "counts that are pending lose their ids in the window",
+        "streams/clicks/popularity.py",
+        "if pending is not None and min(pending.done.values()) + 1 < floor:",
+        "if False:",
+        (RULES,),
     ),
     Mutation(
         "an expired click is no loss",
