@@ -41,7 +41,7 @@ _LOG_KEY = b"eddyline.log"
 # The offset from which on the file has every event; below `first` if markers precede it.
 _SINCE_KEY = b"eddyline.since"
 _NAME = re.compile(r"hour=(\d{4}-\d\d-\d\dT\d\d)/(\d+)-(\d+)-(\d+)\.parquet\Z")
-_RESYNCED = "resynced_ms"
+_RESYNCED, _EMPTY = "resynced_ms", "empty"
 _HOUR = "%Y-%m-%dT%H"
 # partition, offset, appended_ms
 Place = tuple[int, int, int]
@@ -255,11 +255,35 @@ class Archive:
         text = self._metadata(file).get(_SINCE_KEY, b"")
         return int(text) if text else None
 
-    def lacking(self, topic: str, partition: int, first: int, last: int) -> list[tuple[int, int]]:
+    def note_empty(self, topic: str, partition: int, log_id: LogId, last: int, end: int) -> None:
+        """Note that there is no record from offset `last` + 1 to `end`, which is not included.
+
+        last: the last offset of the partition's last file
+        """
+        folder = f"{self.root}/{self.settings.prefixed(topic)}/{_EMPTY}"
+        self.fs.makedirs(folder, exist_ok=True)
+        self.fs.pipe_file(f"{folder}/{partition:04d}", f"{log_id}|{last}|{end}".encode())
+
+    def empty(self, topic: str, partition: int, log_id: LogId | None) -> tuple[int, int]:
+        """(last, end) of the last `note_empty` of this log; (-1, 0) for none."""
+        path = f"{self.root}/{self.settings.prefixed(topic)}/{_EMPTY}/{partition:04d}"
+        try:
+            found, last, end = self.fs.cat_file(path).decode().rsplit("|", 2)
+        except FileNotFoundError:
+            return -1, 0
+        return (int(last), int(end)) if found == str(log_id) else (-1, 0)
+
+    def lacking(
+        self, topic: str, partition: int, first: int, last: int, log_id: LogId | None = None
+    ) -> list[tuple[int, int]]:
         """The ranges of offsets within [first, last] that no file has, both ends included.
 
         Their records were lost before the archive read them, or are not archived yet.
+        log_id: offsets at the partition's end that had no record in this log are not lacking
         """
+        empty_after, empty_end = self.empty(topic, partition, log_id)
+        if empty_after < first < empty_end:
+            first = empty_end
         lacking, at = [], first
         for file in self.files(topic, partition):
             if file.last < at:
@@ -270,6 +294,8 @@ class Archive:
                 if begin > at:
                     lacking.append((at, begin - 1))
             at = max(at, file.last + 1)
+            if file.last == empty_after:
+                at = max(at, empty_end)
             if at > last:
                 break
         return [*lacking, (at, last)] if at <= last else lacking

@@ -71,6 +71,7 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
         self._unopened: set[TopicPartition] = set()
         self._committed: dict[TopicPartition, int] = {}
         self._resumes: dict[TopicPartition, Resume] = {}
+        self._empty: dict[TopicPartition, int] = {}
         self._hours_checked_s = 0.0
 
     def run_once(self, idle: Callable[[], bool] = lambda: False) -> None:
@@ -233,6 +234,28 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
             if place not in behind:
                 self._writers[place].complete()
                 heartbeat.beat(self._settings, "archive")
+        self._note_empty()
+
+    def _note_empty(self) -> None:
+        """Note offsets without a record at the end of `clicks` partitions.
+
+        Kafka's retention may remove them before ingest passes them. The files cannot show that no
+        record was among them, as no later file says so.
+        """
+        clicks = self._settings.prefixed(kafka_topics.CLICKS)
+        for place, writer in self._writers.items():
+            if place.topic != clicks or writer.hour_over_ms() is not None:
+                continue
+            position = self._consumer.position(place)
+            if position <= max(writer.written, self._empty.get(place, 0)):
+                continue
+            # A log that begins further on may have had records there: the position followed it.
+            if self._consumer.beginning_offsets([place])[place] <= writer.written:
+                last = writer.written - 1
+                self._archive.note_empty(
+                    kafka_topics.CLICKS, place.partition, writer.log_id, last, position
+                )
+                self._empty[place] = position
 
     def _behind(self, places: Iterable[TopicPartition]) -> set[TopicPartition]:
         ends = self._consumer.end_offsets(list(places))
@@ -256,6 +279,7 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
         for place in places:
             self._committed.pop(place, None)
             self._resumes.pop(place, None)
+            self._empty.pop(place, None)
             if (writer := self._writers.pop(place, None)) is not None:
                 writer.discard()
 

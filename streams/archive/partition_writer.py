@@ -151,6 +151,7 @@ class PartitionWriter:
 
     window:    event ids accepted before the position; clicks only
     forgotten: shared by clicks and users of the partition
+    log_id:    the log that is archived
     written:   everything below this offset is in complete files
     rows:      records accepted; skipped: records refused, stray or sent again
     """
@@ -173,7 +174,7 @@ class PartitionWriter:
         self._archive = archive
         self._topic = topic
         self._partition = partition
-        self._log_id = log_id
+        self.log_id = log_id
         self._window = window
         self._forgotten = forgotten
         self._file: _OpenFile | None = None
@@ -267,7 +268,7 @@ class PartitionWriter:
         self._aside.clear()
 
     def _begin(self, topic: str, record: Record) -> _OpenFile:
-        return _OpenFile(self._archive, topic, self._log_id, record, self.written)
+        return _OpenFile(self._archive, topic, self.log_id, record, self.written)
 
     def _file_aside(self, topic: str, record: Record) -> _OpenFile:
         if topic not in self._aside:

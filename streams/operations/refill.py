@@ -162,7 +162,7 @@ def _check_archive(archive: Archive, log: LogId, report: RefillReport, *, skip_l
                 f"id {log.topic_id}): its offsets are other events. Set EDDYLINE_ARCHIVE_URL to "
                 "the one that is"
             )
-        for first, last in archive.lacking(CLICKS, gap.partition, gap.first, gap.last):
+        for first, last in archive.lacking(CLICKS, gap.partition, gap.first, gap.last, log):
             lacking.append(f"{CLICKS}/{gap.partition} offsets {first} to {last}")
             records += last - first + 1
     if not lacking:

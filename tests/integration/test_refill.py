@@ -442,6 +442,39 @@ def test_a_null_record_that_no_ingest_has_applied_becomes_a_forget(
     assert [key[-64:] for key in kept_erasures(settings)] == [digest(gone)]
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_marker_that_expired_before_ingest_passed_it_is_not_lacking(
+    settings: Settings, dataset: Any, lost: bool
+) -> None:
+    """lost: the archive did not run; the offset may have been a record."""
+    click = Click(user_id="ana", item_id=dataset.items[0].item_id, at_ms=now_ms())
+    partition, name = partition_of("ana", 4), settings.prefixed(CLICKS)
+    producer = producers.make_producer(settings, transactional_id=settings.prefixed("once"))
+    producer.init_transactions()
+    producer.begin_transaction()
+    producer.send(name, events.encode(click), key=b"ana", partition=partition)
+    producer.commit_transaction()
+    producer.close(timeout=5)
+    replay_into_redis(settings)
+    if not lost:
+        archive_all(settings)
+    admin = KafkaAdminClient(**clients.client_options(settings))
+    try:
+        admin.delete_records({TopicPartition(name, partition): 2})
+    finally:
+        admin.close()
+    if lost:
+        with pytest.raises(LogMismatch, match=f"lacks 1: clicks/{partition} offsets 1 to 1"):
+            refill.run(settings, skip_lost=False)
+        archive_all(settings)  # too late: it begins after the marker
+        with pytest.raises(LogMismatch, match="lacks 1"):
+            refill.run(settings, skip_lost=False)
+        return
+    report = refill.run(settings, skip_lost=False)
+    assert [(gap.first, gap.last) for gap in report.gaps] == [(1, 1)] and report.lost == ""
+    assert refill.run(settings, skip_lost=False).gaps == []
+
+
 def test_what_the_archive_lacks_is_named_and_given_up_only_when_asked(
     settings: Settings, dataset: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

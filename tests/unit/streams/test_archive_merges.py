@@ -164,6 +164,23 @@ def test_a_null_record_in_another_partition_reaches_merges_in_either_order(
     assert merges(settings) == [(0, "ana", ""), (1, "ana", into)]
 
 
+def test_an_end_without_records_is_not_lacking(tmp_path: Path) -> None:
+    settings, archive = settings_of(tmp_path), Archive(settings_of(tmp_path))
+    write(settings, [click(5), click(20)], begin=5)
+    archive.note_empty(CLICKS, P, LOG, 20, 23)  # 21 and 22 are markers
+    assert archive.lacking(CLICKS, P, 5, 22, LOG) == archive.lacking(CLICKS, P, 21, 22, LOG) == []
+    assert archive.lacking(CLICKS, P, 22, 22, LOG) == []
+    assert archive.lacking(CLICKS, P, 5, 23, LOG) == archive.lacking(CLICKS, P, 23, 23, LOG)
+    assert archive.lacking(CLICKS, P, 23, 23, LOG) == [(23, 23)]
+    assert archive.lacking(CLICKS, P, 4, 22, LOG) == [(4, 4)]
+    other = LogId("cluster-a", "topic-2")
+    assert archive.lacking(CLICKS, P, 21, 22, other) == [(21, 22)]
+    assert archive.lacking(CLICKS, 1 - P, 21, 22, LOG) == [(21, 22)]
+    write(settings, [click(40)], begin=30)  # 23 to 29 were gone
+    assert archive.lacking(CLICKS, P, 5, 40, LOG) == [(23, 29)]
+    assert [file.last for file in archive.files(CLICKS)] == [20, 40]
+
+
 def test_what_the_files_cover(tmp_path: Path) -> None:
     settings, archive = settings_of(tmp_path), Archive(settings_of(tmp_path))
     assert archive.lacking(CLICKS, P, 0, 9) == [(0, 9)]
