@@ -6,7 +6,8 @@
                                          options
     python3 bootstrap.py chaos [OPTION]  set up, then faults under load (docs/chaos.md)
     python3 bootstrap.py mutations  set up, then planted bugs that the tests must catch
-    python3 bootstrap.py soak            set up, then the index's race test (SOAK_S seconds, or 60)
+    python3 bootstrap.py soak            set up, then the index's race test and long simulated runs
+                                         (SOAK_S seconds each, or 60)
     python3 bootstrap.py fuzz [OPTION]   set up, then fuzzing of ingest, with libFuzzer's options
     python3 bootstrap.py up | down       the local Kafka and Valkey in the background
     python3 bootstrap.py lint            ruff, mypy and import-linter alone
@@ -460,7 +461,8 @@ def main(arguments):
         _become(PYTHON, "-m", "tests.mutations", *rest)
     elif command == "soak":
         os.environ.setdefault("SOAK_S", "60")
-        _become(PYTHON, "-m", "pytest", "-q", "tests/unit/index/test_race.py", *rest)
+        tests = ("tests/unit/index/test_race.py", "tests/simulation/test_long_runs.py")
+        _become(PYTHON, "-m", "pytest", "-q", *tests, *rest)
     elif command == "fuzz":
         what = "can the package registry be reached? atheris has wheels for Linux on x86-64"
         _uv("installing atheris, the fuzzer", ["pip", "install", "--quiet", "atheris>=3"], what)

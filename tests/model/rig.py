@@ -17,10 +17,16 @@ import msgspec
 import numpy as np
 from kafka.errors import KafkaTimeoutError
 
-from eddyline.errors import FenceMoved, KafkaUnavailable, StoreUnavailable, VectorRejected
+from eddyline.errors import (
+    FenceMoved,
+    KafkaUnavailable,
+    LogMismatch,
+    StoreUnavailable,
+    VectorRejected,
+)
 from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
-from eddyline.stores.state_store import LogId
+from eddyline.stores.state_store import LogId, Source
 from streams.clicks.step_ranges import RecordedStepRanges
 from streams.generation import Generation
 from streams.handlers import Handlers, Outputs
@@ -207,6 +213,42 @@ class Rig:
         saved = self.saved[1]["clicks", partition]
         lowest = min(saved, self.handlers.clicks.fences.lowest(partition) + 1)
         self.begins["clicks", partition] = max(self.begins["clicks", partition], lowest)
+
+    def lose(self, partition: int, count: int) -> None:
+        """A partition of `clicks` loses its last records: a new leader never had them.
+
+        Where some of them were applied, the process must refuse the log; then they come back.
+        """
+        at, log = ("clicks", partition), self.logs["clicks"][partition]
+        tail: list[Raw] = []
+        while len(tail) < count and log and not any(n == "origin" for n, _ in log[-1].headers):
+            tail.insert(0, log.pop())
+        end = self.ends[at]
+        self.ends[at] = tail[0].offset if tail else end
+        applied, saved = (
+            self._done(state, partition) for state in (self.store.snapshot(), self.saved[0])
+        )
+        if max(applied, saved, self.committed[at] - 1) < self.ends[at]:
+            self.open(*at)
+            return
+        if applied >= self.ends[at]:
+            try:
+                self.open(*at)
+            except LogMismatch:
+                pass
+            else:
+                raise AssertionError(f"clicks/{partition} was read on from {self.ends[at]}")
+        log += tail
+        self.ends[at] = end
+        self.open(*at)
+
+    @staticmethod
+    def _done(state: Any, partition: int) -> int:
+        """The offset up to which any slot has everything; -1 for none."""
+        fences = [
+            f.offset for (_, s), f in state.fences.items() if s == Source("clicks", partition)
+        ]
+        return max(fences, default=-1)
 
     # ---- the process
 

@@ -12,7 +12,12 @@ RULES = "tests/unit/streams/test_ingest_rules.py"
 TAILS = "tests/unit/streams/test_empty_tails.py"
 RESUMES = "tests/unit/streams/test_resuming.py"
 CONTRACT = "tests/contract/test_state_store.py"
-SCRIPTS = "tests/integration/test_failing_scripts.py"
+TYPES = (
+    "tests/integration/test_failing_scripts.py::test_a_key_of_another_type_leaves_nothing_behind"
+)
+RIGHTS = (
+    "tests/integration/test_failing_scripts.py::test_a_right_that_is_missing_leaves_nothing_behind"
+)
 UPDATES = "streams/clicks/user_updates.py"
 LETTERS = "streams/dead_letters.py"
 FENCES = "streams/fences.py"
@@ -62,6 +67,20 @@ MUTATIONS = (
         "if pending is not None and min(pending.done.values()) + 1 < floor:",
         "if False:",
         (RULES,),
+    ),
+    Mutation(
+        "a replay learns from clicks before the generation was live",
+        "streams/clicks/step_ranges.py",
+        "return found if found is not None and found.log == slot.log else always(slot.log)",
+        "return always(slot.log)",
+        ("tests/unit/eddyline/schema/test_step_ranges.py",),
+    ),
+    Mutation(
+        "where a generation begins is not recorded",
+        "streams/clicks/step_ranges.py",
+        "            self._log.write(changed)",
+        "            pass",
+        (MODEL,),
     ),
     Mutation(
         "an expired click is no loss",
@@ -165,10 +184,13 @@ MUTATIONS = (
     ),
     Mutation(
         "committed offsets beyond a shortened log suppress what is to be forwarded",
-        FENCES,
-        "self._committed[partition] = min(end, (committed or {}).get(partition, 0))",
-        "self._committed[partition] = (committed or {}).get(partition, 0)",
-        ("tests/integration/test_log_positions.py", TAILS),
+        "streams/operations/retention_gaps.py",
+        "reset_committed(settings, ends)\n",
+        "pass\n",
+        (
+            "tests/integration/test_log_positions.py"
+            "::test_accept_log_sets_committed_offsets_back_to_the_logs_end",
+        ),
     ),
     Mutation(
         "accepting a shortened log applies it a second time",
@@ -182,14 +204,14 @@ MUTATIONS = (
         "eddyline/stores/scripts/fence.lua",
         "  return {0, found}\nend\n",
         "  return {0, found}\nend\nredis.call('SET', KEYS[1], ARGV[2])\n",
-        (SCRIPTS,),
+        (TYPES,),
     ),
     Mutation(
         "a missing right shows in the middle of a write",
         "eddyline/stores/write_scripts.py",
         "return fences + _RIGHTS.format(commands=_quoted(_CALL.findall(fences + body))) + body",
         "return fences + body",
-        (SCRIPTS,),
+        (RIGHTS,),
     ),
     Mutation(
         "another bucket width freezes popularity",

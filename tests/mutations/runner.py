@@ -72,8 +72,8 @@ def copy_tree(root: Path, into: Path) -> Path:
     return into
 
 
-def run_tests(tree: Path, tests: Sequence[str]) -> tuple[int, str]:
-    """(pytest's exit code, the end of its output); code -1 after TIMEOUT_S."""
+def run_tests(tree: Path, tests: Sequence[str], timeout_s: float = TIMEOUT_S) -> tuple[int, str]:
+    """(pytest's exit code, the end of its output); code -1 after `timeout_s`."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     command += ["--hypothesis-seed=0", *tests]
     environment = {
@@ -91,11 +91,11 @@ def run_tests(tree: Path, tests: Sequence[str]) -> tuple[int, str]:
         process_group=0,
     ) as process:
         try:
-            output, _ = process.communicate(timeout=TIMEOUT_S)
+            output, _ = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)
             process.communicate()
-            return -1, f"not finished after {TIMEOUT_S} s"
+            return -1, f"not finished after {timeout_s} s"
     return process.returncode, output[-2_000:]
 
 
@@ -127,7 +127,7 @@ def run(
         check(root, mutation)
     trees = [copy_tree(root, scratch / f"tree-{n}") for n in range(min(COPIES, len(mutations)))]
     tests = sorted({test for mutation in mutations for test in mutation.tests})
-    code, output = run_tests(trees[0], tests)
+    code, output = run_tests(trees[0], tests, 3 * TIMEOUT_S)
     if code:
         raise PatchError(
             f"the tests do not pass without a bug (pytest ended with {code}): {output}"
