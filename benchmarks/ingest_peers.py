@@ -41,6 +41,7 @@ from streams.app import IngestApp
 from streams.dispatcher import HandlerThread, TopicPipeline
 from streams.fences import PartitionFences
 from streams.ports import Handler, Outcome, RecordBatch
+from streams.resuming import AppliedRecord
 
 BATCH = 500
 LIST_MAX = 100
@@ -125,6 +126,12 @@ class _Begins(PartitionFences):
         self, bounds: Mapping[int, tuple[int, int]], committed: Mapping[int, int] | None = None
     ) -> dict[int, int]:
         return {partition: begin for partition, (begin, _) in bounds.items()}
+
+    def resume_at(self, partition: int, position: int) -> int:
+        return position
+
+    def resumed(self, partition: int, records: Sequence[AppliedRecord]) -> int:
+        return 0
 
     def find_diverged(self, partitions: Collection[int]) -> list[int]:
         return []
