@@ -69,13 +69,6 @@ MUTATIONS = (
         (RULES,),
     ),
     Mutation(
-        "a replay learns from clicks before the generation was live",
-        "streams/clicks/step_ranges.py",
-        "return found if found is not None and found.log == slot.log else always(slot.log)",
-        "return always(slot.log)",
-        ("tests/unit/eddyline/schema/test_step_ranges.py",),
-    ),
-    Mutation(
         "where a generation begins is not recorded",
         "streams/clicks/step_ranges.py",
         "            self._log.write(changed)",

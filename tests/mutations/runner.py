@@ -75,6 +75,7 @@ def copy_tree(root: Path, into: Path) -> Path:
 def run_tests(tree: Path, tests: Sequence[str], timeout_s: float = TIMEOUT_S) -> tuple[int, str]:
     """(pytest's exit code, the end of its output); code -1 after `timeout_s`."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += ["--show-capture=no", "--tb=short"]
     command += ["--hypothesis-seed=0", *tests]
     environment = {
         **{k: v for k, v in os.environ.items() if k != "HYPOTHESIS_PROFILE"},
