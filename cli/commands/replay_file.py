@@ -35,9 +35,14 @@ def replay_file(
         raise SettingsError(f"--topic {topic!r}: expected one of {', '.join(topics.SOURCES)}")
     if not speed >= 0:
         raise SettingsError(f"--speed {speed}: must be 0 or above")
-    records = list(_read(settings, file, topic))
-    if shift_to_now:
-        records = shifted_to_now(records, now_ms())
+    if shift_to_now:  # the times of the file do not count
+        any_time = msgspec.structs.replace(settings, at_ms_min=0)
+        records = shifted_to_now(list(_read(any_time, file, topic)), now_ms())
+        if (first_ms := min((r.at_ms for r in records), default=now_ms())) < settings.at_ms_min:
+            detail = f"the first event would be at {first_ms}, before at_ms_min"
+            raise Rejected("too_early", "at_ms", detail)
+    else:
+        records = list(_read(settings, file, topic))
     with progress_bar(console) as progress:
         task = progress.add_task(f"replaying {file.name}", total=len(records))
         took_s = send(
