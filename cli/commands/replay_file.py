@@ -37,7 +37,8 @@ def replay_file(
         raise SettingsError(f"--speed {speed}: must be 0 or above")
     if shift_to_now:  # the times of the file do not count
         any_time = msgspec.structs.replace(settings, at_ms_min=0)
-        records = shifted_to_now(list(_read(any_time, file, topic)), now_ms())
+        records = list(_read(any_time, file, topic, zero_is_a_time=True))
+        records = shifted_to_now(records, now_ms())
         if (first_ms := min((r.at_ms for r in records), default=now_ms())) < settings.at_ms_min:
             detail = f"the first event would be at {first_ms}, before at_ms_min"
             raise Rejected("too_early", "at_ms", detail)
@@ -100,7 +101,10 @@ def _send_one(producer: Any, settings: Settings, record: Event) -> Any:
     return producers.send_profile(producer, settings, record)
 
 
-def _read(settings: Settings, file: Path, topic: str) -> Iterator[Event]:
+def _read(
+    settings: Settings, file: Path, topic: str, *, zero_is_a_time: bool = False
+) -> Iterator[Event]:
+    """The records of a file. zero_is_a_time: `at_ms` 0 is the first moment, not a missing time."""
     try:
         lines = file.read_bytes().splitlines()
     except OSError as error:
@@ -120,4 +124,6 @@ def _read(settings: Settings, file: Path, topic: str) -> Iterator[Event]:
             raise Rejected(error.reason, f"line {number}: {error.field}", error.detail) from None
         if not isinstance(event, Event):
             raise Rejected("other_event", f"line {number}", "is a merge or a forget, not a click")
+        if zero_is_a_time and msgspec.json.decode(line).get("at_ms") == 0:
+            event = msgspec.structs.replace(event, at_ms=0)
         yield event
