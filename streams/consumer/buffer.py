@@ -50,7 +50,7 @@ class RecordBuffer:
         self.topic = topic
         self.busy = False
         self._records_max = records_max
-        self._partition_max = partition_max or records_max
+        self._partition_max = min(partition_max or records_max, records_max)
         self._fetched: dict[int, deque[Fetched]] = {}
         self._records = 0
 
@@ -75,38 +75,39 @@ class RecordBuffer:
     def take(self, is_current: Callable[[TopicPartition, int], bool]) -> list[RecordBatch]:
         """Make the next batches, one of each partition, `records_max` records at most in all.
 
-        Records of one partition from several fetches become one batch. The partitions take turns.
+        Records of one partition from several fetches become one batch. The partitions take turns;
+        one whose batch has no room waits, as a smaller batch would cost as much.
         is_current: whether records of a partition and epoch still count; others are dropped
         """
         batches: list[RecordBatch] = []
         room = self._records_max
         for partition in list(self._fetched):
-            if not room:
-                break
-            batch = self._take(partition, min(room, self._partition_max), is_current)
-            if batch is not None:
-                batches.append(batch)
-                room -= len(batch.records)
+            most = min(self._partition_max, self._drop_stale(partition, is_current))
+            if 0 < most <= room:
+                batches.append(self._take(partition, most))
+                room -= most
         return batches
 
-    def _take(
-        self, partition: int, most: int, is_current: Callable[[TopicPartition, int], bool]
-    ) -> RecordBatch | None:
-        fetched, at = self._fetched.pop(partition), TopicPartition(self.topic, partition)
+    def _drop_stale(self, partition: int, is_current: Callable[[TopicPartition, int], bool]) -> int:
+        """Drop what is not current; how many records of the partition there are then."""
+        fetched, at = self._fetched[partition], TopicPartition(self.topic, partition)
+        while fetched and not is_current(at, fetched[0].epoch):
+            self._records -= len(fetched.popleft().records)
+        if not fetched:
+            del self._fetched[partition]
+        return sum(len(one.records) for one in fetched)
+
+    def _take(self, partition: int, count: int) -> RecordBatch:
+        """A batch of the partition's next records; then it is the last in turn."""
+        fetched = self._fetched.pop(partition)
         taken: list[Record] = []
-        read_us = epoch = 0
-        while fetched and len(taken) < most:
+        while len(taken) < count:
             first = fetched.popleft()
-            self._records -= len(first.records)
-            if not is_current(at, first.epoch):
-                continue
-            room = most - len(taken)
+            room = count - len(taken)
             taken += first.records[:room]
-            read_us, epoch = first.read_us, first.epoch
             if len(first.records) > room:
-                rest = Fetched(first.records[room:], read_us, epoch)
-                fetched.appendleft(rest)
-                self._records += len(rest.records)
+                fetched.appendleft(Fetched(first.records[room:], first.read_us, first.epoch))
+        self._records -= count
         if fetched:
-            self._fetched[partition] = fetched  # the last in turn from here on
-        return RecordBatch(self.topic, partition, taken, read_us, epoch) if taken else None
+            self._fetched[partition] = fetched
+        return RecordBatch(self.topic, partition, taken, first.read_us, first.epoch)

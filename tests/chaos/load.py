@@ -53,8 +53,9 @@ MALFORMED = (
     b"{",
     b"[]",
     b"null",
-    b'{"user_id": "s1", "item_id": "f1"}',
+    b'{"user_id": "s1"}',
     b'{"user_id": "", "item_id": "f1", "at_ms": 1}',
+    b'{"user_id": "s1", "item_id": "f1", "at_ms": 1}',
 )
 
 

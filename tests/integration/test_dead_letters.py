@@ -315,7 +315,7 @@ def test_a_replay_carries_the_first_append_of_a_forwarded_record(
 ) -> None:
     """Ingest compares it with the time at which the user was forgotten."""
     sink = KafkaDeadLetters(settings, producer)
-    click = Click(user_id="ana", item_id="a", at_ms=5)
+    click = Click(user_id="ana", item_id="a", at_ms=now_ms())
     record = SimpleNamespace(
         topic=settings.prefixed(topics.CLICKS),
         partition=0,

@@ -218,6 +218,8 @@ class Model:
         doc = reading.document(raw.value)
         if event["type"] == "click" and event["event_id"] is None:
             doc["event_id"] = raw.at
+        if event["type"] != "forget":
+            doc["at_ms"] = event["at_ms"]  # also where it was left out
         fields, first_ms = known_fields(doc), first_append_ms(raw)
         self.state.forwarded.add(Sent(own, event["user_id"], fields, raw.at, first_ms))
 
