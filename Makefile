@@ -27,7 +27,7 @@ chaos:  ## faults under load, then compare all state; ARGS="--faults 200 --seed 
 mutations:  ## plant known bugs one by one, each must be caught; ARGS="forget merge" by name
 	@$(BOOTSTRAP) mutations $(ARGS)
 
-soak:  ## the index's race test and long simulated runs, a minute each; SOAK_S=600 for ten
+soak:  ## long tests: races and simulated runs, a minute each, lost logs; SOAK_S=600 for ten
 	@$(BOOTSTRAP) soak $(ARGS)
 
 soak-starve:  ## a worker with waiting callers, open streams and a dead Redis node; SOAK_S=600

@@ -6,7 +6,7 @@
                                          options
     python3 bootstrap.py chaos [OPTION]  set up, then faults under load (docs/chaos.md)
     python3 bootstrap.py mutations  set up, then planted bugs that the tests must catch
-    python3 bootstrap.py soak            set up, then the index's race test and long simulated runs
+    python3 bootstrap.py soak            set up, then long tests: races, simulated runs, lost logs
                                          (SOAK_S seconds each, or 60)
     python3 bootstrap.py fuzz [OPTION]   set up, then fuzzing of ingest, with libFuzzer's options
     python3 bootstrap.py up | down       the local Kafka and Valkey in the background
@@ -461,7 +461,12 @@ def main(arguments):
         _become(PYTHON, "-m", "tests.mutations", *rest)
     elif command == "soak":
         os.environ.setdefault("SOAK_S", "60")
-        tests = ("tests/unit/index/test_race.py", "tests/simulation/test_long_runs.py")
+        long = ("lost_records", "redis_primary", "refill", "whole_records")
+        tests = (
+            "tests/unit/index/test_race.py",
+            "tests/simulation/test_long_runs.py",
+            *(f"tests/integration/test_{name}.py" for name in long),
+        )
         _become(PYTHON, "-m", "pytest", "-q", *tests, *rest)
     elif command == "fuzz":
         what = "can the package registry be reached? atheris has wheels for Linux on x86-64"

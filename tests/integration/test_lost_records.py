@@ -71,7 +71,7 @@ def cut_segment(folder: Path, offset: int) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("running", [False, True])
+@pytest.mark.parametrize("running", [pytest.param(False, marks=pytest.mark.long), True])
 def test_a_log_that_grew_again_over_a_hole_is_refused(
     own_servers: Any, make_live: Any, running: bool
 ) -> None:
@@ -141,6 +141,7 @@ def served(settings: Settings, read: Any) -> set[str]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.timeout(240)
 def test_a_delete_that_compaction_removed_is_made_up_for(make_live: Any) -> None:
     """The item was served for ever before."""
@@ -173,6 +174,7 @@ def test_a_delete_that_compaction_removed_is_made_up_for(make_live: Any) -> None
     assert command(child, "resync", "--yes").stdout.startswith("0 items and 0 users")
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_resync_forgets_users_whose_profile_kafka_has_no_more(make_live: Any) -> None:
     """Their null record was compacted away: the topic has nothing of them."""

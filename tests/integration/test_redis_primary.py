@@ -190,6 +190,7 @@ def answers(settings: Settings) -> bool:
     return False
 
 
+@pytest.mark.long
 def test_what_sentinel_calls_the_primary_is_followed_and_nothing_is_lost(
     pair: tuple[Server, Server], sentinel: Server, fresh_settings: Settings, make_live: Any
 ) -> None:

@@ -329,7 +329,11 @@ def second_generation(settings: Settings, folder: Path) -> Settings:
     return made
 
 
-@pytest.mark.parametrize("share", [0.3, 0.7], ids=["begin in Kafka", "begin in the archive"])
+@pytest.mark.parametrize(
+    "share",
+    [pytest.param(0.3, marks=pytest.mark.long), 0.7],
+    ids=["begin in Kafka", "begin in the archive"],
+)
 def test_a_generation_that_began_in_the_middle_is_filled_to_the_same_bits(
     settings: Settings, dataset: Any, tmp_path: Path, share: float
 ) -> None:

@@ -155,6 +155,7 @@ def test_every_reader_passes_whole_records(system: Live) -> None:
     assert {item.item_id for item in live.items} == {item.item_id for item in archived.items}
 
 
+@pytest.mark.long
 def test_the_dead_letters_of_whole_records_are_listed_and_replayed(system: Live) -> None:
     listed = dead_letter_replay.summary(system.settings, limit=10_000)
     assert len(listed.letters) == sum(listed.reasons.values()) > 0
@@ -164,6 +165,7 @@ def test_the_dead_letters_of_whole_records_are_listed_and_replayed(system: Live)
     assert not (found := differences(system)), "\n".join(found)
 
 
+@pytest.mark.long
 def test_records_of_any_kind_in_topics_that_eddyline_writes(system: Live, maker: Maker) -> None:
     senders, settings = Senders(system), system.settings
     for _ in range(RECORDS // 2):
@@ -191,6 +193,7 @@ def test_records_of_any_kind_in_topics_that_eddyline_writes(system: Live, maker:
 SPARE = (0, 60, 120, 20_000)
 
 
+@pytest.mark.long
 def test_records_of_nearly_a_megabyte_are_applied_or_dead_letters(
     system: Live, maker: Maker
 ) -> None:

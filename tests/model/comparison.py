@@ -334,6 +334,8 @@ def _fields(body: bytes) -> dict[str, Any] | None:
 def _published(topics: Topics, generation: str, want: model.State, found: Compared) -> None:
     last: dict[str, tuple[int, int, bool]] = {}
     for record in topics.records[kafka_topics.item_vectors(generation)]:
+        if record.key is None or record.value is None:
+            continue  # not from ingest
         try:
             made = decode_record(record.key, record.value)
         except Rejected:  # not from ingest
