@@ -211,7 +211,9 @@ class Rig:
     def retain(self, partition: int) -> None:
         """Retention removes the head of a partition of `clicks` that every copy has applied."""
         saved = self.saved[1]["clicks", partition]
-        lowest = min(saved, self.handlers.clicks.fences.lowest(partition) + 1)
+        states = self.store.snapshot(), self.saved[0]
+        applied = [self._done(state, partition) + 1 for state in states]
+        lowest = min(saved, self.handlers.clicks.fences.lowest(partition) + 1, *applied)
         self.begins["clicks", partition] = max(self.begins["clicks", partition], lowest)
 
     def lose(self, partition: int, count: int) -> None:
