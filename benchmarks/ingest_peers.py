@@ -41,7 +41,7 @@ from streams.app import IngestApp
 from streams.dispatcher import HandlerThread, TopicPipeline
 from streams.fences import PartitionFences
 from streams.ports import Handler, Outcome, RecordBatch
-from streams.resuming import AppliedRecord
+from streams.records import Record
 
 BATCH = 500
 LIST_MAX = 100
@@ -130,7 +130,7 @@ class _Begins(PartitionFences):
     def resume_at(self, partition: int, position: int) -> int:
         return position
 
-    def resumed(self, partition: int, records: Sequence[AppliedRecord]) -> int:
+    def resumed(self, partition: int, records: Sequence[Record]) -> int:
         return 0
 
     def find_diverged(self, partitions: Collection[int]) -> list[int]:

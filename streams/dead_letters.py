@@ -34,7 +34,8 @@ from eddyline.kafka.topics import CLICKS, DEAD_LETTER_BYTES_MAX, DEAD_LETTERS
 from eddyline.schema import events
 from eddyline.schema.erasure import DAY_MS
 from eddyline.settings.loader import Settings
-from streams.ports import DeadLetterSink, ForgetSink, Forwarder, Headers, Record, coordinates
+from streams.ports import DeadLetterSink, ForgetSink, Forwarder
+from streams.records import Headers, Record, coordinates
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ from eddyline.kafka.topics import CLICKS, ITEMS, USERS
 from eddyline.schema.partitioning import user_slot
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import Fence, LogId, Mark, Source, StateStore
-from streams.resuming import AppliedRecord, Resume, mark_of
+from streams.records import Record
+from streams.resuming import Resume, mark_of
 
 # No log is so long.
 _NO_RECORD_BEYOND = 2**63 - 1
@@ -165,7 +166,7 @@ class PartitionFences:
             return position
         return min(position, resume.mark.offset)
 
-    def resumed(self, partition: int, records: Sequence[AppliedRecord]) -> int:
+    def resumed(self, partition: int, records: Sequence[Record]) -> int:
         """Check the first records after `open`; how many of them were applied before.
 
         records: of one batch. Raises LogMismatch where the log lost its end and has grown again,
@@ -199,7 +200,7 @@ class PartitionFences:
                     break
         return diverged
 
-    def begin(self, partition: int, records: Sequence[AppliedRecord]) -> None:
+    def begin(self, partition: int, records: Sequence[Record]) -> None:
         """Start a batch. Raises FenceMoved where its offsets do not follow those of the batch
         before.
 

@@ -11,47 +11,8 @@ from eddyline.errors import EddylineError, Rejected
 from eddyline.schema.item_record import ItemRecord
 from eddyline.schema.partial import Omitted
 from streams.fences import PartitionFences
+from streams.records import Record
 from streams.write_behind import WriteBehind
-
-# Kafka allows a header without a value.
-Headers = Sequence[tuple[str, bytes | None]]
-
-
-class Record(Protocol):
-    """One record of a topic, as aiokafka returns it."""
-
-    @property
-    def topic(self) -> str:
-        """The topic's name in Kafka, prefix included."""
-
-    @property
-    def partition(self) -> int:
-        """The partition that holds the record."""
-
-    @property
-    def offset(self) -> int:
-        """The record's offset in its partition."""
-
-    @property
-    def timestamp(self) -> int:
-        """The broker's clock at the append, milliseconds since 1970."""
-
-    @property
-    def key(self) -> bytes | None:
-        """The key, as sent."""
-
-    @property
-    def value(self) -> bytes | None:
-        """The value, as sent; None for a null record."""
-
-    @property
-    def headers(self) -> Headers:
-        """Names and values; a value may be None."""
-
-
-def coordinates(record: Record) -> str:
-    """The record's `topic/partition/offset`: its name in headers, messages and dead letters."""
-    return f"{record.topic}/{record.partition}/{record.offset}"
 
 
 @dataclass(frozen=True, slots=True)

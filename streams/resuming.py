@@ -8,46 +8,21 @@ came since, deletes may have been removed before they were applied.
 
 from __future__ import annotations
 
-import time
 import zlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from eddyline.errors import LogMismatch
+from eddyline.kafka.producers import now_ms
 from eddyline.kafka.topics import CLICKS
 from eddyline.stores.state_store import Fence, Mark
+from streams.records import Record
 
 
-class AppliedRecord(Protocol):
-    """What a mark is made of; see `ports.Record`."""
-
-    @property
-    def offset(self) -> int:
-        """The record's offset in its partition."""
-
-    @property
-    def timestamp(self) -> int:
-        """The broker's clock at the append, milliseconds since 1970."""
-
-    @property
-    def key(self) -> bytes | None:
-        """The key, as sent."""
-
-    @property
-    def value(self) -> bytes | None:
-        """The value, as sent; None for a null record."""
-
-
-def mark_of(record: AppliedRecord) -> Mark:
+def mark_of(record: Record) -> Mark:
     """The mark of a record."""
     checksum = zlib.crc32(record.key or b"", record.timestamp & 0xFFFFFFFF)
     return Mark(record.offset, record.timestamp, zlib.crc32(record.value or b"", checksum))
-
-
-def now_ms() -> int:
-    """This machine's clock; it only decides whether deletes may be lost."""
-    return time.time_ns() // 1_000_000
 
 
 @dataclass(slots=True)
@@ -98,7 +73,7 @@ class Resume:
         """Whether anything is to be checked."""
         return self.compare or self.stale_ms is not None
 
-    def check(self, records: Sequence[AppliedRecord]) -> int:
+    def check(self, records: Sequence[Record]) -> int:
         """Check the first records of a partition; how many of them were applied before.
 
         records: consecutive, at least one. Raises LogMismatch.

@@ -20,7 +20,8 @@ from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import ProfilePlace, Source, StateStore
 from streams.clicks.user_cache import UserCache
 from streams.fences import PartitionFences
-from streams.ports import DeadLetterSink, ForgetSink, Handler, Outcome, Record, RecordBatch
+from streams.ports import DeadLetterSink, ForgetSink, Handler, Outcome, RecordBatch
+from streams.records import Record
 
 
 class UserHandler(Handler):

@@ -38,7 +38,7 @@ from streams.clicks.step_ranges import FixedStepRanges
 from streams.fences import sources
 from streams.generation import Generation
 from streams.handlers import Handlers, Outputs
-from streams.ports import Record
+from streams.records import Record
 from tests.applying import ingest
 from tests.model.eras import Era, end_of
 from tests.topics import Topics, counted_plainly

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kafka.admin import ConfigResource, ConfigResourceType
-
 from eddyline.kafka import topics
 from eddyline.schema.erasure import DAY_MS
 from eddyline.settings.loader import Settings
@@ -56,15 +54,13 @@ def check_topics(settings: Settings) -> list[Finding]:
         ]
         if not there:
             return found
-        resources = [ConfigResource(ConfigResourceType.TOPIC, real[name]) for name in there]
-        shown = admin.describe_configs(resources, config_filter="all").get("topic", {})
+        configs = topics.shown_configs(settings, admin, there)
         copies = {
             topic["name"]: min((len(p["replica_nodes"]) for p in topic["partitions"]), default=1)
             for topic in admin.describe_topics([real[name] for name in there])
         }
     for name in there:
-        configs = {key: str(one["value"]) for key, one in shown.get(real[name], {}).items()}
-        found += check_one(settings, name, configs, copies.get(real[name], 1))
+        found += check_one(settings, name, configs[name], copies.get(real[name], 1))
     return found
 
 

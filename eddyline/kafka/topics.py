@@ -180,18 +180,30 @@ def delete_retention_ms(settings: Settings, names: Sequence[str]) -> dict[str, i
     """
     found: dict[str, int] = {}
     with open_admin(settings) as admin:
-        for name in names:
-            topic = settings.prefixed(name)
-            resource = ConfigResource(ConfigResourceType.TOPIC, topic, [_DELETE_RETENTION])
-            configs = admin.describe_configs([resource], config_filter="all")["topic"][topic]
-            if _DELETE_RETENTION not in configs:  # the answer of a broker that refuses
-                raise KafkaRefused(
-                    f"topic {topic}: Kafka does not show {_DELETE_RETENTION}: the right "
-                    "DESCRIBE_CONFIGS is missing; docs/security.md lists the rights that Eddyline "
-                    "needs"
-                )
-            found[name] = int(configs[_DELETE_RETENTION]["value"])
+        configs = shown_configs(settings, admin, names)
+    for name in names:
+        if _DELETE_RETENTION not in configs[name]:
+            raise KafkaRefused(
+                f"topic {settings.prefixed(name)}: Kafka does not show {_DELETE_RETENTION}: the "
+                "right DESCRIBE_CONFIGS is missing; docs/security.md lists the rights that "
+                "Eddyline needs"
+            )
+        found[name] = int(configs[name][_DELETE_RETENTION])
     return found
+
+
+def shown_configs(
+    settings: Settings, admin: KafkaAdminClient, names: Sequence[str]
+) -> dict[str, dict[str, str]]:
+    """The whole configuration of topics that exist; {} for one that Kafka does not show us."""
+    resources = [ConfigResource(ConfigResourceType.TOPIC, settings.prefixed(n)) for n in names]
+    found = admin.describe_configs(resources, config_filter="all").get("topic", {})
+    return {
+        name: {
+            key: str(one["value"]) for key, one in found.get(settings.prefixed(name), {}).items()
+        }
+        for name in names
+    }
 
 
 def end_offsets(settings: Settings, name: str) -> dict[int, int]:

@@ -31,7 +31,7 @@ import functools
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, cast
 
 import msgspec
 from redis.exceptions import NoPermissionError, NoScriptError, RedisError
@@ -65,6 +65,7 @@ from eddyline.stores.state_store import (
 _VERSION = struct.Struct("<iq")
 _COMMANDS = sorted(frozenset().union(*map(write_scripts.commands, write_scripts.NAMES)))
 _PAGE = 1_000  # blobs of a window per read
+_KEYS_A_SCAN = 1_000
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -179,6 +180,24 @@ class RedisStore(StateStore):
             user_codec.decode_accepted(blobs, done),
             user_codec.decode_step_ranges(generations),
         )
+
+    @_translated
+    def user_ids(self, slot: str, kind: Literal["h", "p"]) -> set[str]:
+        """The users of a slot that have a history ("h") or a profile ("p"), by a scan of all keys.
+
+        A user that is written meanwhile may be absent.
+        """
+        head = f"{self._ns}{{{slot}}}:{kind}:"
+        keys = self._redis.scan_iter(match=f"{head}*", count=_KEYS_A_SCAN)
+        return {key.decode().removeprefix(head) for key in keys}
+
+    @_translated
+    def live_item_ids(self) -> set[str]:
+        """The items of all slots that are not deleted, by a scan of all keys; as `user_ids`."""
+        keys = self._redis.scan_iter(match=f"{self._ns}{{i*}}:c:*", count=_KEYS_A_SCAN)
+        # A deleted item has its version and no body.
+        live = (key for key in keys if int(self._redis.strlen(key)) > _VERSION.size)
+        return {key.decode().split(":c:", 1)[1] for key in live}
 
     @override
     @_translated

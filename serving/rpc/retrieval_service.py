@@ -19,7 +19,7 @@ import grpc
 from eddyline.settings.loader import Settings
 from serving.answer.click_waits import ClickPending, TooManyWait
 from serving.answer.deadline import Deadline, DeadlinePassed
-from serving.answer.user_reader import AfterToken
+from serving.answer.retriever import Query
 from serving.proto import retrieval_pb2 as pb
 from serving.rpc import converters
 from serving.rpc.backends import HoldsOneShard, NoShardAnswers, RetrievalBackend
@@ -131,10 +131,10 @@ class RetrievalService:
             times, paths = list(self._times), dict(self._paths)
             return QueryCounts(self._queries, self._failed, times, self._total_s, paths, waiting)
 
-    def _run(self, call: _Call, waited: AfterToken | None = None) -> None:
-        """Answer the call, or park it. waited: its token once it has waited."""
+    def _run(self, call: _Call, resumed: Query | None = None) -> None:
+        """Answer the call, or park it. resumed: its query, once it has waited for its click."""
         try:
-            response = self._answer(call, waited)
+            response = self._answer(call, resumed)
         except _NotReady as error:
             return call.fail(grpc.StatusCode.UNAVAILABLE, str(error))
         except tuple(_CODES) as error:
@@ -151,23 +151,23 @@ class RetrievalService:
             call.send(response)
             call.send(None)
 
-    def _answer(self, call: _Call, waited: AfterToken | None) -> pb.RetrieveResponse | None:
+    def _answer(self, call: _Call, resumed: Query | None) -> pb.RetrieveResponse | None:
         """The response; None if the call waits for its click."""
-        query = converters.query_of(call.request, self._settings)
+        query = resumed or converters.query_of(call.request, self._settings)
         backend = self._backend
         if backend is None:
             raise _NotReady(f"the worker is not ready: it waits for {self._waiting_for}")
         waits, after = backend.waits, query.after
-        if waited is not None:
-            query = replace(query, after=waited)
-        elif waits is not None and after is not None and after.wait_ms:
+        if waits is not None and after is not None and after.wait_ms:
             waits.check(after)  # before any work: callers that are refused may be many
         try:
             return backend.retrieve(query, call.deadline, call.received_us)
         except ClickPending:
             assert waits is not None and after is not None
         wait_s = min(after.wait_ms / 1000, call.deadline.left_s() - ANSWER_S)
-        parked = waits.park(after, wait_s, lambda waited: self._run(call, waited))
+        parked = waits.park(
+            after, wait_s, lambda waited: self._run(call, replace(query, after=waited))
+        )
         if not call.context.add_callback(lambda: waits.cancel(parked)):
             waits.cancel(parked)  # the caller is gone already
         return None

@@ -41,7 +41,7 @@ from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import LogId
 from streams.archive import erasure, file_placement
 from streams.archive.erasure import ForgottenOf, copy_without
-from streams.ports import Record
+from streams.records import Record
 
 log = logging.getLogger(__name__)
 
@@ -319,7 +319,7 @@ class PartitionWriter:
                 counts = own and self._window.accept(event.event_id, record.offset)
                 if counts and isinstance(event, Forget):
                     return self._accept_forget(file, record, event)
-                if not counts or self._is_late(record, event):
+                if not counts or self._is_late(record, event, origin_ms):
                     self.skipped += 1
                     return None
                 stamp = events.produced_us(record.headers)
@@ -355,7 +355,7 @@ class PartitionWriter:
             record.partition, record.offset, record.timestamp, None, event, digest=hashed
         )
 
-    def _is_late(self, record: Record, event: UserEvent) -> bool:
+    def _is_late(self, record: Record, event: UserEvent, origin_ms: int | None) -> bool:
         """Whether the event is from before its user was forgotten, and arrives after that.
 
         Events before the Forget are erased when the file is completed.
@@ -363,7 +363,6 @@ class PartitionWriter:
         limit = self._forgotten.of(event.user_id)
         if limit is None or isinstance(event, Forget):
             return False
-        origin_ms = events.origin_ms(record.headers)
         return erased_after(limit.erasure, event.at_ms, record.timestamp, origin_ms)
 
     def _accept_null(self, file: _OpenFile, record: Record, user_id: str) -> Archived:

@@ -16,7 +16,8 @@ from eddyline.stores.state_store import Fence, Source, UserRead
 from streams.clicks.popularity import Event
 from streams.clicks.user_cache import CachedUser
 from streams.clicks.user_updates import UserUpdates
-from streams.ports import Outcome, Record, RecordBatch
+from streams.ports import Outcome, RecordBatch
+from streams.records import Record
 
 
 @dataclass(slots=True)

@@ -33,15 +33,8 @@ from streams.clicks.step_ranges import FixedStepRanges, OpenedSlot, StepRangeRul
 from streams.clicks.user_cache import Slot, UserCache, check
 from streams.clicks.user_updates import UserUpdates
 from streams.fences import PartitionFences
-from streams.ports import (
-    DeadLetterSink,
-    Forwarder,
-    Handler,
-    Outcome,
-    Record,
-    RecordBatch,
-    coordinates,
-)
+from streams.ports import DeadLetterSink, Forwarder, Handler, Outcome, RecordBatch
+from streams.records import Record, coordinates
 
 log = logging.getLogger(__name__)
 

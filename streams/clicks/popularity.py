@@ -20,7 +20,7 @@ from eddyline.schema.partitioning import item_slot
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import Fence, Source, StateStore
 from streams.fences import PartitionFences
-from streams.ports import Record
+from streams.records import Record
 from streams.write_behind import WriteBehind
 
 # Popularity may lag by this much; query workers read the popular list less often than this.

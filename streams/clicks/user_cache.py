@@ -17,7 +17,7 @@ from eddyline.schema.erasure import Erasure
 from eddyline.schema.step_ranges import StepRanges
 from eddyline.schema.user_history import CompactEntry, Entry
 from eddyline.stores.state_store import Fence, ProfilePlace, SlotRead, Source, StateStore, UserRead
-from streams.ports import Record
+from streams.records import Record
 
 # An embedding and a small profile take about as much memory as four entries.
 _USER_ENTRIES = 4

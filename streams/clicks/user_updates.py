@@ -18,7 +18,7 @@ from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import UserEffects
 from streams.clicks.micro_steps import MicroSteps, Step
 from streams.clicks.user_cache import CachedUser, UserEmbedding
-from streams.ports import Record
+from streams.records import Record
 
 _KIND_NUMBER = {kind: number for number, kind in enumerate(KINDS)}
 

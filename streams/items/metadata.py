@@ -21,7 +21,7 @@ from eddyline.schema.partitioning import item_slot
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import Fence, ItemMetadata, ItemMetadataWrite, Source, StateStore
 from streams.fences import PartitionFences, sources
-from streams.ports import Record
+from streams.records import Record
 from streams.write_behind import WriteBehind
 
 # Fences may stay behind by this much; after a crash so much is published again.

@@ -30,7 +30,7 @@ from eddyline.settings.loader import Settings
 from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import Source, StateStore, UserQuery
 from streams.dead_letters import FORWARD_BYTES_MAX, record_bytes
-from streams.ports import coordinates
+from streams.records import coordinates
 
 # A scan keeps one digest of each letter, to recognise repeats and marks: about 200 MB at most.
 SCAN_RECORDS_MAX = 2_000_000

@@ -21,9 +21,8 @@ from eddyline.errors import EddylineError, FenceMoved, LogMismatch, Rejected
 from eddyline.kafka import topics
 from eddyline.kafka.topics import CLICKS, USERS
 from eddyline.settings.loader import Settings
-from eddyline.stores import layout
 from eddyline.stores.redis import RedisStore
-from eddyline.stores.state_store import LogId, StateStore
+from eddyline.stores.state_store import LogId
 from embeddings.bundle import bundle as bundles
 from embeddings.bundle.bundle import Bundle
 from streams.clicks.step_ranges import RecordedStepRanges, StepRangeRule
@@ -39,7 +38,8 @@ from streams.operations.refill_records import (
     with_ids,
 )
 from streams.operations.retention_gaps import Gap
-from streams.ports import Outcome, Record, RecordBatch
+from streams.ports import Outcome, RecordBatch
+from streams.records import Record
 
 # Ranges of offsets that an error names; there may be one for every hour.
 _NAMED_MAX = 20
@@ -122,13 +122,7 @@ def run(
     Raises LogMismatch, Unavailable, StoreRefused, BundleError, and EddylineError while an ingest
     runs.
     """
-    topics.ensure_topics(settings)
-    retention_gaps.require_no_ingest(settings)
-    store = RedisStore(settings)
-    try:
-        store.check()
-        store.check_rights()
-        store.claim_layout(layout.layout(settings))
+    with retention_gaps.open_store(settings) as store:
         log = topics.log_ids(settings, [CLICKS])[CLICKS]
         report = RefillReport(retention_gaps.find(settings, store, log))
         if report.gaps:
@@ -141,8 +135,6 @@ def run(
             except OSError as error:
                 raise ArchiveUnavailable(f"archive at {archive.url}: {error}") from None
         return report
-    finally:
-        store.close()
 
 
 def _check_archive(archive: Archive, log: LogId, report: RefillReport, *, skip_lost: bool) -> None:
@@ -180,7 +172,7 @@ def _check_archive(archive: Archive, log: LogId, report: RefillReport, *, skip_l
 def _fill_all(
     settings: Settings,
     archive: Archive,
-    store: StateStore,
+    store: RedisStore,
     report: RefillReport,
     on_progress: OnProgress,
 ) -> None:
@@ -214,7 +206,7 @@ class GapFiller:
         self,
         settings: Settings,
         archive: Archive,
-        store: StateStore,
+        store: RedisStore,
         towers: Bundle,
         known: Sequence[str],
         sinks: RefillSinks,

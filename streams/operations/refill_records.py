@@ -18,8 +18,9 @@ from eddyline.schema.events import Forget, Merge
 from eddyline.schema.partitioning import user_slot
 from eddyline.settings.loader import Settings
 from eddyline.stores import redis_client
-from eddyline.stores.state_store import Source, StateStore
-from streams.ports import Headers, Record
+from eddyline.stores.redis import RedisStore
+from eddyline.stores.state_store import Source
+from streams.records import Headers, Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ class ProfileRecords:
     Thread rule: one thread.
     """
 
-    def __init__(self, settings: Settings, archive: Archive, store: StateStore) -> None:
+    def __init__(self, settings: Settings, archive: Archive, store: RedisStore) -> None:
         self._settings = settings
         self._archive = archive
         self._store = store
@@ -179,11 +180,6 @@ class ProfileRecords:
 
     def _ids_by_digest(self, partition: int) -> dict[str, bytes]:
         """The store's users by digest: the archive has only digests of forgotten users."""
-        found: dict[str, bytes] = {}
-        with redis_client.client(self._settings) as client:
-            for kind in ("h", "p"):
-                head = f"{self._settings.key_prefix}{{{user_slot(partition)}}}:{kind}:".encode()
-                for key in client.scan_iter(match=head.decode() + "*", count=1_000):
-                    user_id = key.removeprefix(head)
-                    found[digest(user_id.decode())] = user_id
-        return found
+        slot = user_slot(partition)
+        users = self._store.user_ids(slot, "h") | self._store.user_ids(slot, "p")
+        return {digest(user): user.encode() for user in users}

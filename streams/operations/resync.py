@@ -9,10 +9,8 @@ as they delete any other.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
 
 from eddyline import generations
 from eddyline.archive import Archive, ArchiveUnavailable
@@ -22,16 +20,12 @@ from eddyline.kafka.topics import ITEMS, USERS
 from eddyline.schema.item_record import decode_record
 from eddyline.schema.partitioning import user_slot
 from eddyline.settings.loader import Settings
-from eddyline.stores import layout, redis_client
 from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import Fence
 from embeddings.bundle import bundle as bundles
 from streams.fences import sources
 from streams.operations import retention_gaps
 
-# Of the head of stored item metadata: partition (int32) and offset (int64); a deleted item has no
-# more.
-_HEAD_BYTES = 12
 # Records that were sent and not confirmed yet.
 _UNCONFIRMED_MAX = 1_000
 
@@ -52,17 +46,14 @@ def run(settings: Settings) -> ResyncReport:
     Raises Unavailable, StoreRefused, BundleError, LogMismatch, and EddylineError while an ingest
     runs.
     """
-    topics.ensure_topics(settings)
-    retention_gaps.require_no_ingest(settings)
-    store = RedisStore(settings)
-    try:
-        store.check()
-        store.claim_layout(layout.layout(settings))
+    with retention_gaps.open_store(settings) as store:
         begun_ms = producers.now_ms()
         archive = Archive(settings) if importlib.util.find_spec("pyarrow") else None
         try:
-            items = _known_items(settings) | _archived(archive, ITEMS)
-            users = _profiles(settings) | _archived(archive, USERS)
+            items = _known_items(settings, store) | _archived(archive, ITEMS)
+            users = _archived(archive, USERS).union(
+                *(store.user_ids(user_slot(p), "p") for p in range(settings.clicks_partitions))
+            )
             report = ResyncReport(_delete(settings, ITEMS, items), _delete(settings, USERS, users))
             if archive is not None:
                 for name in (ITEMS, USERS):
@@ -72,8 +63,6 @@ def run(settings: Settings) -> ResyncReport:
             raise ArchiveUnavailable(f"archive at {url}: {error}") from None
         _renew_marks(settings, store, begun_ms)
         return report
-    finally:
-        store.close()
 
 
 def _delete(settings: Settings, name: str, known: set[str]) -> int:
@@ -109,7 +98,7 @@ def _live(settings: Settings, name: str, starts: dict[int, int] | None, live: se
     return live
 
 
-def _known_items(settings: Settings) -> set[str]:
+def _known_items(settings: Settings, store: RedisStore) -> set[str]:
     """Items that are not deleted in Redis, or that workers of the active generation may serve."""
     manifest = generations.active_generation(settings)
     found = set(bundles.recorded(settings, manifest).item_ids)
@@ -118,25 +107,7 @@ def _known_items(settings: Settings) -> set[str]:
         with suppress(Rejected):
             item = decode_record(record.key or b"", record.value or b"")
             (found.discard if item.retired else found.add)(item.item_id)
-    with redis_client.client(settings) as client:
-        for key in _scan(client, f"{settings.key_prefix}{{i*}}:c:"):
-            if int(client.strlen(key)) > _HEAD_BYTES:
-                found.add(key.decode().split(":c:", 1)[1])
-    return found
-
-
-def _profiles(settings: Settings) -> set[str]:
-    """The users with a profile in Redis."""
-    found = set[str]()
-    with redis_client.client(settings) as client:
-        for partition in range(settings.clicks_partitions):
-            head = f"{settings.key_prefix}{{{user_slot(partition)}}}:p:"
-            found |= {key.decode().removeprefix(head) for key in _scan(client, head)}
-    return found
-
-
-def _scan(client: Any, head: str) -> Iterator[bytes]:
-    yield from client.scan_iter(match=f"{head}*", count=1_000)
+    return found | store.live_item_ids()
 
 
 def _archived(archive: Archive | None, name: str) -> set[str]:

@@ -7,7 +7,8 @@ archive, `eddyline accept-log --skip-lost` gives the records up.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -24,6 +25,7 @@ from eddyline.errors import EddylineError
 from eddyline.kafka import topics
 from eddyline.kafka.topics import CLICKS
 from eddyline.settings.loader import Settings
+from eddyline.stores import layout
 from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import Fence, LogId, Source, StateStore, UserEffects
 from streams.fences import PartitionFences, sources
@@ -176,6 +178,24 @@ def committed_offsets(
     wanted = {group: partitions}
     found = _of_group(settings, lambda admin: admin.list_group_offsets(wanted))[group]
     return {p.partition: max(0, found[p].offset) if p in found else 0 for p in partitions}
+
+
+@contextmanager
+def open_store(settings: Settings) -> Iterator[RedisStore]:
+    """The store for an operation that writes, closed with the block; no ingest runs at its start.
+
+    Raises Unavailable, StoreRefused, LogMismatch, and EddylineError while an ingest runs.
+    """
+    topics.ensure_topics(settings)
+    require_no_ingest(settings)
+    store = RedisStore(settings)
+    try:
+        store.check()
+        store.check_rights()
+        store.claim_layout(layout.layout(settings))
+        yield store
+    finally:
+        store.close()
 
 
 def require_no_ingest(settings: Settings) -> None:

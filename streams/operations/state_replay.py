@@ -36,7 +36,8 @@ from streams.generation import Generation
 from streams.handlers import Handlers, Outputs
 from streams.operations import topic_slices
 from streams.operations.topic_slices import Slices
-from streams.ports import Outcome, Record, RecordBatch, RecordPublisher
+from streams.ports import Outcome, RecordBatch, RecordPublisher
+from streams.records import Record
 
 _IDS_PER_READ = 1_000
 _KEYS_PER_SCAN = 1_000

@@ -32,7 +32,7 @@ from streams.clicks.handler import ClickHandler
 from streams.dead_letters import KafkaDeadLetters, KafkaForwarder
 from streams.fences import PartitionFences
 from streams.operations import dead_letter_replay
-from streams.ports import coordinates
+from streams.records import coordinates
 from tests.applying import ingest
 
 # Killed at a named moment of the transaction: before the commit, or just after it.

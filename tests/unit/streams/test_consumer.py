@@ -449,9 +449,7 @@ async def test_partitions_without_a_position_are_paused() -> None:
 
 
 @in_a_loop
-async def test_commits_follow_the_acks_and_a_failed_one_is_repeated(
-    # the commit task runs once a second
-) -> None:
+async def test_commits_follow_the_acks_and_a_failed_one_is_repeated() -> None:
     rig = await started(Rig())
     for last in (4, 9):
         rig.consumer.applied(batch_of([record(3), record(last)]))
