@@ -32,7 +32,7 @@ from tests.topics import READ_S, read_all
 # faults.
 MAY_ANSWER = {"OK", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"}
 QUERY_EVERY_S = 0.05
-LAST_FAULTS_S = 120.0
+LAST_FAULTS_S = 200.0
 # Ingest may take this long without progress: a session's end, a broker's start, back-off.
 STALLED_S = 60.0
 CONVERGE_S = 30.0
@@ -244,6 +244,10 @@ def _under_load(
             )
             met = ""
         result.met.append((fault, met))
+        over_s = time.monotonic() - begun
+        on_progress(
+            f"fault {fault.number} ({fault.kind}) over at {over_s:.1f} s: {met or 'nothing'}"
+        )
 
     try:
         for fault in faults:

@@ -18,7 +18,7 @@ FLUSH_S = 5.0
 # A killed process is back within this time.
 BACK_S = 10.0
 # A proxy fault waits this long for a command: other faults may hold every client.
-MEET_S = 40.0
+MEET_S = 90.0
 _PROXY_FAULTS: dict[str, Kind] = {
     "error": "error",
     "slow": "slow",
