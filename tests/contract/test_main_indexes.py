@@ -4,6 +4,7 @@ import builtins
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import annoy
@@ -118,22 +119,42 @@ def test_a_build_stops(backend: AnnBackend) -> None:
 
 
 def test_a_backend_takes_one_core_at_most(backend: AnnBackend) -> None:
-    """The CPU time of all threads, the library's included, is at most the wall time."""
+    """The CPU time of all threads, the library's included, is at most the wall time.
+
+    On a busy machine the wall time grows and the CPU time does not. Threads that earlier tests
+    left behind do not count.
+    """
     vectors = clustered(8_000, 10)
-    spent: list[float] = []
+    spent, others = list[float](), list(map(cpu_clock, threading.enumerate()))
+
+    def cpu_s() -> float:
+        return time.process_time() - sum(clock() for clock in others)
 
     def run() -> None:
-        cpu, wall = time.process_time(), time.perf_counter()
+        cpu, wall = cpu_s(), time.perf_counter()
         built = backend.build(np.arange(len(vectors)), vectors, threading.Event())
         assert built is not None
         for query in vectors[:100]:
             built.search(query, 200)
-        spent.extend((time.process_time() - cpu, time.perf_counter() - wall))
+        spent.extend((cpu_s() - cpu, time.perf_counter() - wall))
 
     thread = threading.Thread(target=run)
     thread.start()
     thread.join(60)
     assert spent and spent[0] < 1.2 * spent[1] + 0.05
+
+
+def cpu_clock(thread: threading.Thread) -> Callable[[], float]:
+    """Reads the seconds of CPU time of a thread; after its end, those of the last reading."""
+    clock, last = time.pthread_getcpuclockid(thread.ident or 0), 0.0
+
+    def read() -> float:
+        nonlocal last
+        if thread.is_alive():
+            last = time.clock_gettime(clock)
+        return last
+
+    return read
 
 
 def test_the_memory_of_a_forest_is_about_the_size_of_its_file(tmp_path: Path) -> None:
