@@ -321,6 +321,38 @@ def topics_create() -> None:
     topics.create(_settings())
 
 
+generations_app = typer.Typer(
+    no_args_is_help=True, help="Generations: list them, activate one, end the old ones."
+)
+app.add_typer(generations_app, name="generations")
+
+
+@generations_app.command("list")
+def generations_list() -> None:
+    """Show the generations: active, kept, ended."""
+    from cli.commands import generations
+
+    generations.show_list(_settings())
+
+
+@generations_app.command("activate")
+def generations_activate(
+    generation: Annotated[str, typer.Argument(help="The id of a published generation.")],
+) -> None:
+    """Activate a published generation: a rollback. Ingest and workers load it at their start."""
+    from cli.commands import generations
+
+    generations.activate(_settings(), generation)
+
+
+@generations_app.command("end")
+def generations_end() -> None:
+    """End outdated generations, and remove those whose time is over, as every training does."""
+    from cli.commands import generations
+
+    generations.end(_settings())
+
+
 letters_app = typer.Typer(
     no_args_is_help=True, help="Refused records: list them, and replay them exactly once."
 )

@@ -5,6 +5,7 @@ EddylineError
 ├── Rejected            a record is invalid; it goes to dead-letters with its reason
 ├── VectorRejected      a vector is of the wrong length, not finite or not of unit norm
 ├── BundleError         a generation's bundle is missing, incomplete or of another shape
+├── GenerationEnded     a generation is used longer than it lasts; a restart loads the active one
 ├── LogMismatch         Kafka is not the log that the fences in Redis were written for
 ├── Unavailable         a server does not answer; the caller waits with back-off and tries again
 │   ├── StoreUnavailable
@@ -54,6 +55,10 @@ class VectorRejected(EddylineError):
 
 class BundleError(EddylineError):
     """A generation's bundle is missing, incomplete, or does not fit its manifest."""
+
+
+class GenerationEnded(EddylineError):
+    """A process uses a generation that has ended. A restart loads the active one."""
 
 
 class LogMismatch(EddylineError):

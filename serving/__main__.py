@@ -22,6 +22,7 @@ from contextlib import ExitStack
 import msgspec
 from typing_extensions import override
 
+from eddyline.errors import GenerationEnded
 from eddyline.generations import Manifest
 from eddyline.process import lifecycle
 from eddyline.process.retry import Retry
@@ -31,12 +32,13 @@ from embeddings.bundle import bundle
 from index.backends.base import AnnBackend
 from index.factory import ann_backend
 from serving import dependencies, metrics, running_workers
+from serving.generation_watch import GenerationWatch
 from serving.rpc.retrieval_service import RetrievalService
 from serving.rpc.server import SharedPort, WorkerServer
 from serving.rpc.shard_service import ShardService
 from serving.sharding import ShardAssignment, shard_of
 from serving.worker.generation import GenerationRuntime
-from serving.worker.prefork import ForkedWork, Prefork, run_niced
+from serving.worker.prefork import RENEW, ForkedWork, Prefork, run_niced
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +102,7 @@ class Worker:
         *,
         may_build: bool = True,
     ) -> int:
-        """Serve until the stop. Returns the exit code.
+        """Serve until the stop. Returns the exit code; raises GenerationEnded.
 
         runtime: opened already; None: the active generation is opened. ready: called once it serves
         may_build: False: no graph is built in this process
@@ -137,9 +139,13 @@ class Worker:
             log.info("worker serves", extra=serves)
             if ready is not None:
                 ready()
+            watch = GenerationWatch(settings, runtime.generation, stop.set)
+            watch.start()
+            closing.callback(watch.close)
             while not stop.wait(60.0):
                 pass
             self._stop_server()
+            watch.raise_ended()
         return 0
 
     def _stop_server(self) -> None:
@@ -225,7 +231,15 @@ class WorkerProcesses(ForkedWork[GenerationRuntime]):
         )
         # Without a graph to come a worker builds one if its index outgrows exact search.
         builds = may_build or not self._large(shared)
-        return lifecycle.run_until_exit(lambda: worker.run(shared, ready, may_build=builds))
+
+        def run() -> int:
+            try:
+                return worker.run(shared, ready, may_build=builds)
+            except GenerationEnded as error:
+                log.error(str(error))
+                return RENEW
+
+        return lifecycle.run_until_exit(run)
 
     def _large(self, shared: GenerationRuntime) -> bool:
         return shared.index.stats().live > self._settings.index_exact_below

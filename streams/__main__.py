@@ -45,6 +45,7 @@ from streams.clicks.handler import ClickHandler
 from streams.consumer import errors
 from streams.dead_letters import outlet_producer
 from streams.dispatcher import HandlerThread, TopicPipeline
+from streams.ended_generations import EndedGenerations
 from streams.fences import KafkaLogIds
 from streams.generation import Generation
 from streams.handlers import Handlers, Outputs
@@ -158,8 +159,16 @@ async def _serve(
     folder: Path,
 ) -> None:
     app = IngestApp(settings, pipelines, store, member, folder / "faust")
-    stop_metrics = metrics.serve(settings, app, handlers.clicks.cache)
     loop = asyncio.get_running_loop()
+    ended = EndedGenerations(
+        settings,
+        store,
+        handlers.clicks.cache,
+        pipelines[0].thread.lock,
+        [generation.name for generation in live],
+        lambda error: _end_from_thread(loop, app, error),
+    )
+    stop_metrics = metrics.serve(settings, app, handlers.clicks.cache, ended)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, app.end, None)
     # A signal that came before these handlers has set the event, or does so at once.
@@ -180,10 +189,17 @@ async def _serve(
             generation.attach(loop)
             closes.push_async_callback(generation.detach)
         closes.callback(watching.cancel)
+        closes.push_async_callback(asyncio.to_thread, ended.close)
+        ended.start()
         try:
             await app.run()
         except KafkaError as error:
             raise errors.translate_error(settings, error) from error
+
+
+def _end_from_thread(loop: asyncio.AbstractEventLoop, app: IngestApp, error: Exception) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed: the process ends already
+        loop.call_soon_threadsafe(app.end, error)
 
 
 def _reason(task: asyncio.Task[None]) -> Exception:

@@ -16,14 +16,16 @@ from eddyline.process.metrics import labelled
 from eddyline.settings.loader import Settings
 from streams.app import IngestApp
 from streams.clicks.user_cache import UserCache
+from streams.ended_generations import EndedGenerations
 
 
 class IngestCollector(Collector):
     """The metrics of one process. Thread rule: any thread; figures may differ by some records."""
 
-    def __init__(self, app: IngestApp, cache: UserCache) -> None:
+    def __init__(self, app: IngestApp, cache: UserCache, ended: EndedGenerations) -> None:
         self._app = app
         self._cache = cache
+        self._ended = ended
 
     @override
     def collect(self) -> Iterator[Metric]:
@@ -71,6 +73,12 @@ class IngestCollector(Collector):
             "eddyline_ingest_cached_entries", entries, value=self._cache.entries
         )
 
+        yield CounterMetricFamily(
+            "eddyline_ingest_ended_embeddings_removed",
+            "User-ID embeddings of ended generations removed from the store",
+            value=self._ended.removed,
+        )
+
     def _partitions(self) -> Iterator[Metric]:
         yield labelled(
             GaugeMetricFamily,
@@ -87,8 +95,10 @@ class IngestCollector(Collector):
         yield lag
 
 
-def serve(settings: Settings, app: IngestApp, cache: UserCache) -> Callable[[], None]:
+def serve(
+    settings: Settings, app: IngestApp, cache: UserCache, ended: EndedGenerations
+) -> Callable[[], None]:
     """Serve Prometheus at `ingest_metrics_port`, if set. Returns the function that stops it."""
     return metrics.serve(
-        settings.metrics_host, settings.ingest_metrics_port, IngestCollector(app, cache)
+        settings.metrics_host, settings.ingest_metrics_port, IngestCollector(app, cache, ended)
     )

@@ -50,6 +50,7 @@ class Sizes:
 
     history: events of a user; profile, item_json: encoded size; clicks_a_day: 0: one a user
     forgotten_a_day: users forgotten each day, merged visitors included
+    generations: with embeddings of every user; 0: `generations_kept`
     """
 
     users: int
@@ -62,7 +63,7 @@ class Sizes:
     profile: int = 64
     item_json: int = 300
     clicks_a_day: int = 0
-    generations: int = 1
+    generations: int = 0
     forgotten_a_day: int = 0
 
 
@@ -144,7 +145,9 @@ def redis_parts(settings: Settings, sizes: Sizes) -> list[Part]:
 def _redis_parts(settings: Settings, sizes: Sizes, meter: Meter) -> list[Part]:
     prefix = len(settings.key_prefix) + len("{u00}:h:")
     user_key, item_key = prefix + sizes.user_id, prefix + sizes.item_id
-    users, items, vectors = sizes.users, sizes.items, sizes.users * sizes.generations
+    # Those that have ended are removed.
+    kept = sizes.generations or settings.generations_kept
+    users, items, vectors = sizes.users, sizes.items, sizes.users * kept
     window = settings.dedupe_window_events * settings.clicks_partitions
     fences = settings.clicks_partitions * (2 + settings.item_slots) + 2 * settings.items_partitions
     daily = (sizes.clicks_a_day or users) * settings.popular_bucket_s // 86_400
@@ -156,7 +159,7 @@ def _redis_parts(settings: Settings, sizes: Sizes, meter: Meter) -> list[Part]:
     embedding = meter.string(user_key + 2, bytes(4 + 4 * sizes.dimension))
     erasures = sizes.forgotten_a_day * settings.forgotten_kept_d
     erasure = meter.string(prefix + 64, bytes(24)) + _EXPIRY if erasures else 0
-    names = meter.string(prefix + 8, bytes(8 * sizes.generations))
+    names = meter.string(prefix + 8, bytes(8 * kept))
     profile = meter.string(user_key, bytes(16 + sizes.profile)) if sizes.profile else 0
     metadata = meter.string(item_key, bytes(12 + sizes.item_json))
     ids = [f"{n:0{sizes.event_id}d}" for n in range(settings.chunk_records_max)]

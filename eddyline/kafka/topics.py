@@ -4,7 +4,7 @@ A name in Kafka has the namespace in front, `settings.prefixed(name)`:
 
     clicks, items, users            from producers; time stamps are the broker's (LogAppendTime)
     item-vectors.<generation>       the log of the index, see `eddyline.schema.item_record`
-    generations                     manifests and the active generation, see `eddyline.generations`
+    generations                     what is recorded of each generation, see `eddyline.generations`
     dead-letters                    rejected records with their reason
 """
 
@@ -13,12 +13,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
 from kafka.admin import ConfigResource, ConfigResourceType, NewPartitions, NewTopic
-from kafka.errors import KafkaError, TopicAlreadyExistsError, TopicAuthorizationFailedError
+from kafka.errors import (
+    KafkaError,
+    TopicAlreadyExistsError,
+    TopicAuthorizationFailedError,
+    UnknownTopicOrPartitionError,
+)
 
 from eddyline.errors import KafkaRefused, KafkaUnavailable, LogMismatch
 from eddyline.kafka.clients import connect, translate_error
@@ -145,6 +150,21 @@ def ensure_topics(settings: Settings, names: Sequence[str] | None = None) -> lis
                     f"set EDDYLINE_{'ITEMS' if 'item' in name else 'CLICKS'}_PARTITIONS={found}"
                 )
     return made
+
+
+def delete_topics(settings: Settings, names: Sequence[str]) -> list[str]:
+    """Delete those of these topics that exist; returns their names in Kafka.
+
+    Raises KafkaUnavailable, KafkaRefused (the right DELETE is missing).
+    """
+    with open_admin(settings) as admin:
+        existing = set(admin.list_topics())
+        found = [topic for n in names if (topic := settings.prefixed(n)) in existing]
+        # One by one: an error names the topic that it is about.
+        for topic in found:
+            with suppress(UnknownTopicOrPartitionError):  # another process deleted it
+                admin.delete_topics([topic], timeout_ms=settings.kafka_timeout_ms)
+    return found
 
 
 def _described(

@@ -83,6 +83,14 @@ class IngestSettings(msgspec.Struct, frozen=True, kw_only=True):
     """What a training reads: the topics, or the archive and then the part of the topics after its
     end."""
 
+    # Generations
+    generations_kept: Annotated[int, within(3, 1_000)] = 3
+    """The newest published generations that stay; a new one ends the older ones, never the active
+    one. At least three, so that a rollback by two is possible."""
+    generation_grace_s: Annotated[int, within(0, 31_536_000)] = 86_400
+    """How long running processes may go on using a generation after its end. Five minutes later its
+    embeddings, item vectors and bundle are removed."""
+
     # Metrics
     ingest_metrics_port: Annotated[int, within(0, 65_535)] = 0
     """Port of an ingest process's Prometheus metrics; 0 serves none."""

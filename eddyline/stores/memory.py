@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -296,6 +296,23 @@ class MemoryStore(StateStore):
                 items = [item.encode() for _, item in pairs]
                 found[bucket] = PopularBucket(version, (items, [n for n, _ in pairs]))
             return found
+
+    @override
+    def remove_embeddings(self, generation: str, slots: Collection[str]) -> Iterator[int]:
+        with self._lock:
+            self._open()
+            embeddings = self._state.embeddings
+            found = [key for key in embeddings if key[0] in slots and key[1] == generation]
+            for key in found:
+                del embeddings[key]
+        yield len(found)
+
+    @override
+    def drop_fences(self, slot: str, sources: Sequence[Source]) -> None:
+        with self._lock:
+            self._open()
+            for source in sources:
+                self._state.fences.pop((slot, source), None)
 
     @override
     def accept_log(self, logs: Logs) -> int:

@@ -28,8 +28,9 @@ Every write is one Lua script, see `write_scripts`: it applies whole or not at a
 from __future__ import annotations
 
 import functools
+import re
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, cast
 
@@ -40,7 +41,7 @@ from typing_extensions import override
 from eddyline.errors import EddylineError, FenceMoved, StoreRefused, StoreUnavailable
 from eddyline.schema.partitioning import item_slot
 from eddyline.settings.loader import Settings
-from eddyline.stores import redis_client, user_codec, write_scripts
+from eddyline.stores import redis_client, scanning, user_codec, write_scripts
 from eddyline.stores.log_reset import Logs, accept_in_redis
 from eddyline.stores.redis_cluster import RedisCluster
 from eddyline.stores.redis_errors import translate_error
@@ -403,6 +404,36 @@ class RedisStore(StateStore):
             counts = counted[::2], [*map(float, counted[1::2])]
             found[bucket] = PopularBucket(found[bucket].version, counts)
         return found
+
+    @override
+    def remove_embeddings(self, generation: str, slots: Collection[str]) -> Iterator[int]:
+        # Matched exactly: a user id may look like one of our keys.
+        ours = re.compile(rf"{re.escape(self._ns)}\{{(u\d+)\}}:e:{re.escape(generation)}:".encode())
+        wanted = {slot.encode() for slot in slots}
+        cursor: scanning.Cursor | None = scanning.BEGIN
+        while cursor is not None:
+            cursor, keys = self._scan_page(cursor, f"{self._ns}{{u*}}:e:{generation}:*")
+            found = [key for key in keys if (at := ours.match(key)) and at[1] in wanted]
+            self._unlink(found)
+            yield len(found)
+
+    @_translated
+    def _scan_page(self, cursor: scanning.Cursor, match: str) -> scanning.Page:
+        return scanning.page(self._redis, cursor, match, _KEYS_A_SCAN)
+
+    @_translated
+    def _unlink(self, keys: Sequence[bytes]) -> None:
+        if keys:
+            with self._redis.pipeline(transaction=False) as pipe:
+                for key in keys:
+                    pipe.unlink(key)
+                pipe.execute()
+
+    @override
+    @_translated
+    def drop_fences(self, slot: str, sources: Sequence[Source]) -> None:
+        if sources:
+            self._redis.delete(*(self._fence_key(slot, source) for source in sources))
 
     @override
     @_translated

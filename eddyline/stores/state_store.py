@@ -7,7 +7,7 @@ a topic as read by one generation (`items@1`). A partition's position is its low
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -390,6 +390,16 @@ class StateStore(Protocol):
             for bucket, read in found.items()
             if read.counted and read.counted[0]
         }
+
+    def remove_embeddings(self, generation: str, slots: Collection[str]) -> Iterator[int]:
+        """Remove the embeddings of an ended generation from user slots, page by page.
+
+        Yields how many each page had; a page takes the server about a millisecond. A slot that is
+        written meanwhile may keep what is written.
+        """
+
+    def drop_fences(self, slot: str, sources: Sequence[Source]) -> None:
+        """Remove fences of sources that will never be read again."""
 
     def accept_log(self, logs: Mapping[str, tuple[LogId, Mapping[int, int]]]) -> int:
         """Adopt Kafka's present logs; returns how many fences `stores.log_reset` changed.

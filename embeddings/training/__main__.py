@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import logging
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from rich.console import Console
@@ -17,11 +18,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from eddyline import generations
+from eddyline.errors import EddylineError
 from eddyline.kafka import topics
 from eddyline.process import lifecycle
 from eddyline.schema.events import Click
 from eddyline.settings.loader import Settings
-from embeddings.bundle import bundle
+from embeddings.bundle import bundle, removal
 from embeddings.data import sources
 from embeddings.data.examples import TrainingData, split
 from embeddings.evaluation.next_item import evaluate
@@ -67,7 +69,6 @@ def _main(settings: Settings, arguments: argparse.Namespace) -> int:
 
 
 def _run(settings: Settings, arguments: argparse.Namespace, console: Console) -> Report:
-    generation = arguments.generation or _next_name(settings)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -76,6 +77,7 @@ def _run(settings: Settings, arguments: argparse.Namespace, console: Console) ->
     )
     with Bar(*columns, console=console) as bar:
         data = _read(settings, arguments, bar)
+        generation = _name(settings, arguments)
         training_clicks, held_out = split(data.clicks, 1.0 - arguments.holdout)
         task = bar.add_task("training", total=None)
 
@@ -102,7 +104,30 @@ def _run(settings: Settings, arguments: argparse.Namespace, console: Console) ->
             cut=dict(report.cut),
         )
         generations.publish(settings, manifest, activate=arguments.activate)
+        _remove_ended(settings)
     return report
+
+
+def _name(settings: Settings, arguments: argparse.Namespace) -> str:
+    """The generation's name. Raises BundleError for one that has ended."""
+    if not arguments.publish:
+        return arguments.generation or _next_name(settings.bundles, ())
+    found = generations.read(settings)
+    if arguments.generation:
+        generations.refuse_ended(found, arguments.generation)
+        return str(arguments.generation)
+    return _next_name(settings.bundles, {*found.manifests, *found.ended})
+
+
+def _remove_ended(settings: Settings) -> None:
+    """Remove the generations whose time is over; the new one is published in any case."""
+    try:
+        removal.remove_ended(settings)
+    except EddylineError as error:
+        log.warning(
+            "ended generations are not removed; `eddyline generations end` tries again",
+            extra={"reason": str(error)},
+        )
 
 
 def _read(settings: Settings, arguments: argparse.Namespace, bar: Bar) -> TrainingData:
@@ -157,11 +182,10 @@ def _evaluate(
         )
 
 
-def _next_name(settings: Settings) -> str:
-    """One above the highest number among the existing bundles; 1 for the first."""
-    numbers = [
-        int(f.name) for f in settings.bundles.glob("*") if f.name.isascii() and f.name.isdigit()
-    ]
+def _next_name(folder: Path, known: Collection[str]) -> str:
+    """One above the highest number among bundles and known generations; 1 for the first."""
+    names = {*known, *(path.name for path in folder.glob("*"))}
+    numbers = [int(name) for name in names if name.isascii() and name.isdigit()]
     return str(max(numbers, default=0) + 1)
 
 

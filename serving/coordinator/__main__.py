@@ -24,6 +24,7 @@ from eddyline.settings.loader import Settings
 from serving import dependencies, metrics, running_workers
 from serving.coordinator.backend import CoordinatorBackend
 from serving.coordinator.shards import Shards, parse
+from serving.generation_watch import GenerationWatch
 from serving.rpc.retrieval_service import RetrievalService
 from serving.rpc.server import WorkerServer
 from serving.worker.log_watch import LogWatch
@@ -82,9 +83,13 @@ def _serve(settings: Settings, stop: threading.Event) -> None:
         closing.callback(announced.unlink, missing_ok=True)
         serves = {"address": server.address, "shards": len(addresses), "generation": generation}
         log.info("coordinator serves", extra=serves)
+        ended = GenerationWatch(settings, generation, stop.set)
+        ended.start()
+        closing.callback(ended.close)
         while not stop.wait(60.0):
             pass
         server.stop(GRACE_S)
+        ended.raise_ended()
 
 
 if __name__ == "__main__":

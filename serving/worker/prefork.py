@@ -52,6 +52,8 @@ RENEW_AGAIN_S, RENEW_AGAIN_S_MAX = 1.0, 300.0
 CHECK_S = 600.0
 # Exit codes that a restart does not heal.
 FINAL = (2, 3)
+# Exit code of a worker that cannot go on with what the keeper holds: it has to open anew.
+RENEW = 4
 
 
 @dataclass
@@ -146,6 +148,7 @@ class Prefork(Generic[_T]):
         self._children: dict[int, Child] = {}
         self._check: Child | None = None
         self._may_build = False
+        self._outdated = False
         self._code = 0
 
     def run(self) -> int:
@@ -181,15 +184,17 @@ class Prefork(Generic[_T]):
                     log.warning("the keeper could not build the graph; each worker builds its own")
                 if built is not None:
                     self._replace_all(held)
-            elif time.monotonic() >= renew_at:
+            elif self._outdated or time.monotonic() >= renew_at:
                 renewed = self._renewed()
                 if renewed is not None:
                     held = renewed
                     self._work.build(held)
+                    self._outdated = False
                     self._replace_all(held)
                     again.reset()
                     renew_at = time.monotonic() + self._renew_s
                 elif self._check is None:
+                    self._outdated = False  # until a worker says so again
                     renew_at = time.monotonic() + again.next_s()
             self._stop.wait(POLL_S)
 
@@ -253,6 +258,7 @@ class Prefork(Generic[_T]):
             if code is None:
                 continue
             del self._children[place]
+            self._outdated |= code == RENEW
             if code in FINAL and not any(c.wait_ready(0) for c in self._children.values()):
                 self._code = code
                 continue

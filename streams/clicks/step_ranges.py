@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from typing_extensions import override
 
+from eddyline.generations import Generations
 from eddyline.schema.step_ranges import StepRanges, always, resolve
 
 # (generation, partition of `clicks`) -> where its micro-steps are taken
@@ -15,10 +17,10 @@ Recorded = Mapping[tuple[str, int], StepRanges]
 
 
 class StepRangeLog(Protocol):
-    """The durable record of all ranges. Thread rule: one thread."""
+    """The durable record of all ranges, and of generations' ends. Thread rule: one thread."""
 
-    def read(self) -> Recorded:
-        """All recorded ranges. Raises KafkaUnavailable, KafkaRefused."""
+    def read(self) -> Generations:
+        """All that is recorded. Raises KafkaUnavailable, KafkaRefused, BundleError."""
 
     def write(self, ranges: Recorded) -> None:
         """Return once the ranges are stored. Raises KafkaUnavailable, KafkaRefused."""
@@ -45,7 +47,8 @@ class StepRangeRule(Protocol):
     def open(self, slots: Sequence[OpenedSlot], live: Sequence[str]) -> list[dict[str, StepRanges]]:
         """For each slot, the ranges by generation: those that the slot has, and the live ones.
 
-        Raises KafkaUnavailable, KafkaRefused.
+        Raises KafkaUnavailable, KafkaRefused, BundleError; GenerationEnded where a live generation
+        must not be used any more.
         """
 
 
@@ -57,13 +60,18 @@ class RecordedStepRanges(StepRangeRule):
 
     @override
     def open(self, slots: Sequence[OpenedSlot], live: Sequence[str]) -> list[dict[str, StepRanges]]:
-        recorded = self._log.read()
+        found = self._log.read()
+        found.check_usable(live, time.time_ns() // 1_000_000)
+        recorded = found.ranges
         opened, changed = [], dict[tuple[str, int], StepRanges]()
         for slot in slots:
             mine = {name: found for (name, p), found in recorded.items() if p == slot.partition}
             ranges = resolve(slot.stored, mine, live, slot.log, slot.position)
             changed |= {
-                (name, slot.partition): new for name, new in ranges.items() if mine.get(name) != new
+                (name, slot.partition): new
+                for name, new in ranges.items()
+                # The records of an ended generation are removed, and must not come back.
+                if mine.get(name) != new and name not in found.ended
             }
             opened.append({n: r for n, r in ranges.items() if n in slot.stored or n in live})
         if changed:

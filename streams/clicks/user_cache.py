@@ -139,6 +139,23 @@ class UserCache:
             known = self._slots[slot] = Slot(Window(read.accepted), read.profiles, read.step_ranges)
         return known
 
+    def slots_of(self, generation: str) -> dict[str, Slot]:
+        """The cached slots that may have embeddings of this generation."""
+        return {
+            name: slot
+            for name, slot in self._slots.items()
+            if generation in slot.stored or generation in (slot.ranges or ())
+        }
+
+    def remove_generation(self, generation: str, slots: Mapping[str, Slot]) -> None:
+        """Its embeddings are gone from these slots; their next writes say so.
+
+        slots: of `slots_of`; one that was read again since keeps the generation
+        """
+        for name, slot in slots.items():
+            if self._slots.get(name) is slot and slot.ranges is not None:
+                slot.ranges = {n: r for n, r in slot.ranges.items() if n != generation}
+
     def look(
         self, slot: str, user_ids: Iterable[str]
     ) -> tuple[dict[str, CachedUser | None], list[str]]:

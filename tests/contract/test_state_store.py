@@ -482,6 +482,41 @@ def test_embeddings_of_two_generations_are_written_and_emptied_together(store: S
     assert left == {"1": {}, "2": {"bo": (3, b"BBBBBB")}}
 
 
+def test_embeddings_of_an_ended_generation_are_removed_from_some_slots(store: StateStore) -> None:
+    others = {"{u3}:e:1:x": (1, b"1234"), "u:e:1:y": (1, b"1234")}
+    for slot, partition in (("u3", 3), ("u4", 4), ("u33", 33)):
+        users = {"ana": (1, b"1234"), "e:1:bo": (1, b"1234"), **others}
+        effects = UserEffects(
+            embeddings={"1": users, "11": {"ana": (1, b"1234")}, "2": {"1:ana": (1, b"1234")}},
+            histories={"}:e:1:ana": seen("a")},
+        )
+        store.write_users(slot, Source("clicks", partition), None, at(9), effects)
+    assert sum(store.remove_embeddings("1", ["u3", "u33"])) == 8
+
+    def left(slot: str, partition: int) -> dict[str, int]:
+        query = UserQuery(
+            slot, Source("clicks", partition), ["ana", "e:1:bo", "1:ana", *others], ["1", "11", "2"]
+        )
+        [read] = store.read_many([query])
+        return {name: len(of) for name, of in read.embeddings.items()}
+
+    assert left("u3", 3) == left("u33", 33) == {"1": 0, "11": 1, "2": 1}
+    assert left("u4", 4) == {"1": 4, "11": 1, "2": 1}
+    assert store.read_user("u3", 3, "}:e:1:ana", "1").history == seen("a")
+    assert sum(store.remove_embeddings("1", ["u3", "u33"])) == 0
+
+
+def test_fences_of_an_ended_generation_are_dropped(store: StateStore) -> None:
+    old, new = Source("items@1", 0), Source("items@2", 0)
+    for source in (old, new):
+        store.write_item_metadata("i0", source, None, at(1), {})
+    store.drop_fences("i0", [old, Source("items@1", 1)])
+    store.drop_fences("i0", [])
+    assert (store.fences(old, ["i0"]), store.fences(new, ["i0"])) == ({"i0": None}, {"i0": at(1)})
+    with pytest.raises(FenceMoved):  # who still publishes for it
+        store.write_item_metadata("i0", old, at(1), at(2), {})
+
+
 def test_an_older_metadata_never_overrides_a_newer_one(store: StateStore) -> None:
     newer, older = ItemMetadata(0, 1 << 40, b""), ItemMetadata(0, 5, b'{"item_id":"a"}')
     store.write_item_metadata("i0", ITEMS, None, at(8), {"a": newer, "b": older})

@@ -243,6 +243,8 @@ def ingest_works(store: RedisStore) -> None:
     store.write_profiles(
         "u3", Source("users", 3), None, at(1), {"ana": {"age": 1}, "bo": None}, ["1"]
     )
+    assert sum(store.remove_embeddings("1", ["u3"])) == 1
+    store.drop_fences("i0", [Source("items@1", 0)])
     store.count_clicks("i0", CLICKS, None, at(0), {1: {"a": 1, "b": 2}}, 2, 1)
     store.count_clicks("i0", CLICKS, at(0), at(1), {5: {"a": 1}}, 2, 1)
     store.write_item_metadata(

@@ -24,6 +24,7 @@ from eddyline.errors import (
     StoreUnavailable,
     VectorRejected,
 )
+from eddyline.generations import Generations
 from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.state_store import LogId, Source
@@ -150,9 +151,9 @@ class _Begins:
     def __init__(self) -> None:
         self.last: dict[tuple[str, int], Any] = {}
 
-    def read(self) -> dict[tuple[str, int], Any]:
-        """All of them."""
-        return dict(self.last)
+    def read(self) -> Generations:
+        """All of them; no generation ends."""
+        return Generations(ranges=dict(self.last))
 
     def write(self, ranges: Mapping[tuple[str, int], Any]) -> None:
         """Append records."""

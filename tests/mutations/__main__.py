@@ -48,7 +48,8 @@ def main(words: list[str]) -> int:
 def show(verdict: Verdict) -> None:
     """Print one line."""
     word = "caught" if verdict.caught else "NOT CAUGHT"
-    console.print(f"{word:10s} {verdict.seconds:5.1f} s  {verdict.mutation.name}", markup=False)
+    by = f" | {verdict.test}" if verdict.test else ""
+    console.print(f"{word:10s} {verdict.seconds:5.1f} s  {verdict.mutation.name}{by}", markup=False)
 
 
 if __name__ == "__main__":

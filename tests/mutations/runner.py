@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 # Of one run of pytest. A bug that makes the tests hang is not caught: nobody would wait for it.
 TIMEOUT_S = 240
 COPIES = 2
+_FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.MULTILINE)
 _LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info")
 
 
@@ -38,12 +40,16 @@ class Mutation:
 
 @dataclass(frozen=True)
 class Verdict:
-    """caught: a test failed, and nothing else went wrong; why: what happened otherwise."""
+    """caught: a test failed, and nothing else went wrong; why: what happened otherwise.
+
+    test: the test that failed
+    """
 
     mutation: Mutation
     caught: bool
     seconds: float
     why: str = ""
+    test: str = ""
 
 
 class PatchError(Exception):
@@ -97,7 +103,7 @@ def run_tests(tree: Path, tests: Sequence[str], timeout_s: float = TIMEOUT_S) ->
             os.killpg(process.pid, 9)
             process.communicate()
             return -1, f"not finished after {timeout_s} s"
-    return process.returncode, output[-2_000:]
+    return process.returncode, output[-4_000:]
 
 
 def judge(tree: Path, mutation: Mutation) -> Verdict:
@@ -110,7 +116,9 @@ def judge(tree: Path, mutation: Mutation) -> Verdict:
     finally:
         path.write_text(sound, encoding="utf-8")
     why = {0: "every test passes", 1: ""}.get(code, f"pytest ended with {code}: {output}")
-    return Verdict(mutation, code == 1, time.monotonic() - begun, why)
+    failed = _FAILED.search(output)
+    test = failed[1] if code == 1 and failed else ""
+    return Verdict(mutation, code == 1, time.monotonic() - begun, why, test)
 
 
 def run(

@@ -33,7 +33,8 @@ def test_the_page_names_every_metric_and_no_other() -> None:
         lag=lambda: {TopicPartition("shop.clicks", 3): 7},
     )
     registry = CollectorRegistry()
-    registry.register(IngestCollector(app, UserCache(MemoryStore(), ["1"], 10)))
+    ended: Any = SimpleNamespace(removed=6)
+    registry.register(IngestCollector(app, UserCache(MemoryStore(), ["1"], 10), ended))
     text = generate_latest(registry).decode()
     pipeline.thread.close()
     served = set(re.findall(r"^(eddyline_\w+)", text, re.MULTILINE))
@@ -42,5 +43,6 @@ def test_the_page_names_every_metric_and_no_other() -> None:
     assert 'eddyline_ingest_records_total{outcome="applied",topic="shop.clicks"} 2.0' in text
     assert 'eddyline_ingest_queued_chunks{topic="shop.clicks"} 5.0' in text
     assert 'eddyline_ingest_paused_partitions{topic="shop.clicks"} 1.0' in text
+    assert "eddyline_ingest_ended_embeddings_removed_total 6.0" in text
     left_out = 'eddyline_ingest_omitted_parts_total{part="attributes",reason="null",topic='
     assert f'{left_out}"shop.clicks"}} 4.0' in text
