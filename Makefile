@@ -18,7 +18,7 @@ setup:  ## the environment in .venv, Apache Kafka's jars in the user's cache
 demo:  ## a click changes an answer; ONCE=1 ends by itself, DATA=generated needs no data set
 	@$(BOOTSTRAP) demo $(ARGS)
 
-test:  ## every test, in two processes; ARGS="tests/unit -x" goes to pytest
+test:  ## every test, in three processes; ARGS="tests/unit -x" goes to pytest
 	@$(BOOTSTRAP) test $(ARGS)
 
 chaos:  ## faults under load, then compare all state; ARGS="--faults 200 --seed 7"

@@ -2,7 +2,7 @@
 
     python3 bootstrap.py setup           only set up
     python3 bootstrap.py demo [OPTION]   set up, then the demo (environment: ONCE=1, DATA=generated)
-    python3 bootstrap.py test [OPTION]   set up, then every test in two processes, with pytest's
+    python3 bootstrap.py test [OPTION]   set up, then every test in three processes, with pytest's
                                          options
     python3 bootstrap.py chaos [OPTION]  set up, then faults under load (docs/chaos.md)
     python3 bootstrap.py mutations  set up, then planted bugs that the tests must catch
@@ -404,15 +404,15 @@ def _keep_bytecode():
 
 
 def _test_workers(arguments):
-    """Options that run the tests in two processes; none where a file or a test is named.
+    """Options that run the tests in three processes; none where a file or a test is named.
 
-    A file stays in one process, which starts its servers once. tests/conftest.py sorts the files.
+    A file stays in one process. tests/scheduler.py says which ones start servers, once each.
     """
     alone = {"-n", "--numprocesses", "--dist", "--pdb", "-k", "-m", "--collect-only", "--co"}
     names = (word for word in arguments if not word.startswith("-"))
     if alone & set(arguments) or not all((ROOT / name).is_dir() for name in names):
         return []
-    return ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
+    return ["-n", "3", "--dist", "loadfile", "--no-loadscope-reorder"]
 
 
 def _lint():

@@ -13,6 +13,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import msgspec
@@ -38,12 +39,22 @@ for _name in [n for n in os.environ if n.startswith("EDDYLINE_")]:
 
 # A slow machine's time for the longest of what the processes of a run share: a training.
 ONCE_S = 100
-# The files that wait most come first, so that two processes end at about the same time.
+# The files that wait most come first, so that all processes end at about the same time.
 ORDER = ("integration", "test_lint", "contract", "simulation")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Only two of the processes of pytest -n 3 --dist loadfile start servers."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from tests.scheduler import ServersInTwoProcesses
+
+    return ServersInTwoProcesses(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sort the files of tests/ for processes that share them: pytest -n 2 --dist loadfile."""
+    """Sort the files of tests/ for processes that share them: pytest -n 3 --dist loadfile."""
 
     def rank(item: pytest.Item) -> int:
         path = item.path.as_posix()

@@ -252,7 +252,7 @@ def test_every_target_of_the_makefile_is_a_command(bootstrap: ModuleType) -> Non
         (["--pdb"], False),
     ],
 )
-def test_two_processes_unless_a_test_is_named(
+def test_three_processes_unless_a_test_is_named(
     bootstrap: ModuleType, arguments: list[str], parallel: bool
 ) -> None:
     (bootstrap.ROOT / "tests" / "unit").mkdir(parents=True)
