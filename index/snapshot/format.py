@@ -13,7 +13,8 @@
     facts      int64 (live, 3): at_ms, written_us, source offset
     deleted    int64 (tombstones, 3): source offset, source partition and written_us; in version 1
                (tombstones,), the offsets alone
-    columns    MessagePack array of [field, name, rows, has values], see `index.storage.columns`
+    columns    MessagePack array of [field, name, rows, has values], see `index.storage.columns`;
+               those with values come first
     rows       int64 (…,): the rows of all columns, one column after the other
     values     float64 (…,): the values of those columns that have some
 
@@ -38,9 +39,9 @@ import numpy.typing as npt
 
 from eddyline.errors import EddylineError
 from eddyline.process.files import replacing
-from index.arrays import Floats, Ints, Vector
+from index.arrays import Ints, Vector
 from index.port import Watermark
-from index.storage.columns import Key
+from index.storage.columns import ColumnData
 
 MAGIC, VERSION = b"EDDYSNAP", 2
 _READ = (1, 2)
@@ -108,7 +109,7 @@ class Contents:
     ids:     the live items, then the deleted ones
     vectors: float32 (live, d); facts: int64 (live, 3): at_ms, written_us, offset
     deleted: int64 (tombstones, 3): offset, partition (-1: unknown) and written_us of each delete
-    columns: (key, rows, values) of each
+    columns: numbers and terms
     floors:  partition of `items` -> highest offset of its ended deletes
     """
 
@@ -116,7 +117,7 @@ class Contents:
     vectors: Vector
     facts: Ints
     deleted: Ints
-    columns: list[tuple[Key, Ints, Floats | None]]
+    columns: tuple[ColumnData, ColumnData]
     watermarks: dict[int, Watermark]
     floors: dict[int, int] = field(default_factory=dict)
 
@@ -235,15 +236,23 @@ def _contents(whole: mmap.mmap, header: Header, first: int) -> Contents:
         raise ValueError(
             f"its sections have shapes {shapes} for {live} items and {deleted} deleted ones"
         )
-    columns: list[tuple[Key, Ints, Floats | None]] = []
-    row, value = 0, 0
-    for field_name, name, count, has_values in named:
-        rows = found["rows"][row : row + count].copy()
-        if len(rows) != count or (count and not 0 <= int(rows.min()) <= int(rows.max()) < live):
-            raise ValueError(f"column {name!r} names rows that do not exist")
-        values = found["values"][value : value + count].copy() if has_values else None
-        columns.append(((field_name, name), rows, values))
-        row, value = row + count, value + (count if has_values else 0)
+    rows, values = found["rows"], found["values"]
+    sizes = np.array([size for _, _, size, _ in named], np.int64)
+    starts = np.concatenate(([0], np.cumsum(sizes)))
+    has_values = [has for *_, has in named]
+    numeric = sum(has_values)
+    first_term = int(starts[numeric])
+    if any(has_values[numeric:]) or (len(rows), len(values)) != (starts[-1], first_term):
+        raise ValueError(f"{len(rows)} rows and {len(values)} values do not fit its columns")
+    if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < live:
+        raise ValueError("a column names rows that do not exist")
+    keys = [(field_name, name) for field_name, name, _, _ in named]
+    # Copies of what is kept: the file stays mapped for the vectors alone.
+    rows, values = rows.copy(), values.copy()
+    columns = (
+        ColumnData(keys[:numeric], starts[: numeric + 1], rows[:first_term], values),
+        ColumnData(keys[numeric:], starts[numeric:] - first_term, rows[first_term:], None),
+    )
     watermarks = {p: Watermark(*of_partition) for p, of_partition in header.watermarks.items()}
     return Contents(
         ids, vectors, found["facts"], found["deleted"], columns, watermarks, header.floors
@@ -252,17 +261,21 @@ def _contents(whole: mmap.mmap, header: Header, first: int) -> Contents:
 
 def _section_data(contents: Contents) -> dict[str, bytes | npt.NDArray[Any]]:
     """The sections in the order of the file."""
-    named = [(*key, len(rows), values is not None) for key, rows, values in contents.columns]
-    rows = [rows for _, rows, _ in contents.columns]
-    values = [values for _, _, values in contents.columns if values is not None]
+    numbers, terms = contents.columns
+    assert numbers.values is not None
+    named = [
+        (*key, size, data.values is not None)
+        for data in contents.columns
+        for key, size in zip(data.keys, np.diff(data.starts).tolist(), strict=True)
+    ]
     return {
         "ids": msgspec.msgpack.encode(contents.ids),
         "vectors": contents.vectors.astype("<f4", copy=False),
         "facts": contents.facts.astype("<i8", copy=False),
         "deleted": contents.deleted.astype("<i8", copy=False),
         "columns": msgspec.msgpack.encode(named),
-        "rows": np.concatenate([*rows, np.empty(0, "<i8")]).astype("<i8", copy=False),
-        "values": np.concatenate([*values, np.empty(0, "<f8")]).astype("<f8", copy=False),
+        "rows": np.concatenate((numbers.rows, terms.rows)).astype("<i8", copy=False),
+        "values": numbers.values.astype("<f8", copy=False),
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from operator import itemgetter
 
 import numpy as np
 
@@ -37,15 +36,13 @@ def export_state(
     for block in tombstones:
         current = block[offsets[block[:, LABEL]] == block[:, OFFSET]]
         origins[current[:, LABEL]] = current[:, [PARTITION, WRITTEN_US]]
-    columns = version.columns.compact(rows, version.used).items(len(rows))
     return Contents(
         ids=[ids[label] for label in (*labels.tolist(), *deleted.tolist())],
         vectors=table.gather(rows),
         facts=table.facts[rows, 1:],
         deleted=np.column_stack((offsets[deleted], origins[deleted])),
         floors=dict(floors or {}),
-        # Sorted, so that the same contents give the same bytes.
-        columns=sorted(columns, key=itemgetter(0)),
+        columns=version.columns.data(rows, version.used),
         watermarks=dict(version.watermarks),
     )
 
@@ -62,9 +59,6 @@ def import_state(version: IndexVersion, contents: Contents) -> tuple[IndexVersio
     )
     table.labels[:live] = np.arange(live)
     table.facts[:live, 1:] = contents.facts
-    columns = Columns()
-    for key, rows, values in contents.columns:
-        columns.put(key, rows, values)
     label_of = dict(zip(contents.ids, range(known), strict=True))
     if len(label_of) != known:
         raise ValueError(f"{known - len(label_of)} items of the snapshot occur twice")
@@ -82,7 +76,7 @@ def import_state(version: IndexVersion, contents: Contents) -> tuple[IndexVersio
         row_of=row_of,
         names=names,
         watermarks=dict(contents.watermarks),
-        columns=columns,
+        columns=Columns(*contents.columns),
     )
     offsets = np.concatenate((contents.facts[:, 2], contents.deleted[:, 0]))
     return filled, offsets, np.column_stack((np.arange(live, known), contents.deleted))

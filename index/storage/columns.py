@@ -1,64 +1,192 @@
 """The attributes of the vector table's rows as columns, to evaluate filters on.
 
-Every category, tag and numeric attribute has an ascending list of the rows that carry it, so memory
-grows with what items carry, not with the number of names. The writer adds a row's entries before
-it publishes the IndexVersion that counts the row, and never changes them. So readers need no lock:
-of each list they see the rows below the count of their IndexVersion.
+Every category, tag and numeric attribute is a column: the rows that carry it. All columns lie in a
+few flat arrays, so their cost grows with what items carry, not with the number of names.
+The writer adds a row's entries before it publishes the IndexVersion that counts the row, and never
+changes them. So readers need no lock: they see the rows below the count of their IndexVersion.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import compress
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from index.arrays import Floats, Ints, Mask
-from index.filters import Filter, numbers, terms
+from index.filters import Filter, Range, numbers, terms
 from index.storage.vector_table import NEVER
 
 # ("categories", "tags" or "attributes"; the name)
 Key = tuple[str, str]
 
-_CAPACITY_MIN = 4
-# Names that are handled between two moments at which readers get the interpreter lock: about 2 ms.
-NAMES_AT_ONCE = 1_024
+# So many new entries, or this share of the sorted ones, are scanned by each look-up before they
+# are sorted in: 32,768 take 10 µs to scan, and the share keeps the sorting linear.
+NEW_MAX = 32_768
+NEW_SHARE = 16
+_CAPACITY_MIN = 64
+# Readers get the interpreter lock between the steps of larger work.
+YIELD_ABOVE = 10_000
 YIELD_S = 1e-6
+_NONE: Ints = np.empty(0, np.int64)
 
 
-class Column:
-    """The rows that carry one term or number, ascending; unused places hold NEVER.
+class ColumnData(NamedTuple):
+    """Whole columns, one after the other.
 
-    arrays: (rows int64, values float64 or None), replaced together when full
+    keys: one for each column; starts: int64 (keys + 1,), place of the first entry of each
+    rows: int64 (n,), ascending within a column; values: float64 (n,), None for terms
     """
 
-    __slots__ = ("arrays", "count")
+    keys: list[Key]
+    starts: Ints
+    rows: Ints
+    values: Floats | None
 
-    def __init__(self, rows: Ints, values: Floats | None) -> None:
-        """rows, values: the first entries; no room behind them."""
-        self.arrays = (rows, values)
-        self.count = len(rows)
 
-    def add(self, row: int, value: float) -> None:
-        """Append a row higher than all before it."""
-        rows, values = self.arrays
-        if self.count == len(rows):
-            room = max(_CAPACITY_MIN, self.count)
-            rows = np.concatenate((rows, np.full(room, NEVER)))
-            if values is not None:
-                values = np.concatenate((values, np.zeros(room)))
-            self.arrays = (rows, values)
-        if values is not None:
-            values[self.count] = value
-        rows[self.count] = row
-        self.count += 1
+class _Entries(NamedTuple):
+    """What readers see: entries sorted by column, then new ones in the order of their rows.
 
-    def below(self, count: int) -> tuple[Ints, Floats | None]:
-        """(its rows below `count`, their values)."""
-        rows, values = self.arrays
-        n = int(np.searchsorted(rows, count))
-        return rows[:n], None if values is None else values[:n]
+    starts, rows, values: as in `ColumnData`, of the first columns
+    new_rows: int64 (capacity,), ascending; unused places hold NEVER
+    new_columns: int64 (capacity,), number of the column; new_values: float64, unused for terms
+    """
+
+    starts: Ints
+    rows: Ints
+    values: Floats | None
+    new_rows: Ints
+    new_columns: Ints
+    new_values: Floats
+
+    def sorted_rows(self, column: int) -> slice:
+        """The sorted entries of a column."""
+        if column + 1 >= len(self.starts):
+            return slice(0, 0)
+        return slice(int(self.starts[column]), int(self.starts[column + 1]))
+
+
+class Postings:
+    """Columns of one kind. Thread rule: one writer; any number of readers.
+
+    numeric: whether entries have values
+    """
+
+    __slots__ = ("_count", "_entries", "_number_of", "_numeric")
+
+    def __init__(self, *, numeric: bool, data: ColumnData | None = None) -> None:
+        """data: the first entries."""
+        if data is None:
+            empty: Floats | None = np.empty(0) if numeric else None
+            data = ColumnData([], np.zeros(1, np.int64), _NONE, empty)
+        self._numeric = numeric
+        self._number_of = {key: number for number, key in enumerate(data.keys)}
+        self._entries = _Entries(*data[1:], _NONE, _NONE, np.empty(0))
+        # New entries in use; of the writer alone.
+        self._count = 0
+
+    def append(self, rows: list[int], keys: list[Key], values: list[float]) -> None:
+        """Add entries of ascending rows, all higher than those before; values: [] for terms."""
+        number_of, start, end = self._number_of, self._count, self._count + len(rows)
+        for key in keys:
+            if key not in number_of:
+                number_of[key] = len(number_of)
+        entries = self._entries
+        if end > len(entries.new_rows):
+            if start > max(NEW_MAX, len(entries.rows) // NEW_SHARE):
+                found = self._sorted(entries, start)
+                entries, start, end = _Entries(*found, _NONE, _NONE, np.empty(0)), 0, len(rows)
+            room = max(_CAPACITY_MIN, start, end - start)
+            entries = entries._replace(
+                new_rows=np.concatenate((entries.new_rows[:start], np.full(room, NEVER))),
+                new_columns=np.concatenate((entries.new_columns[:start], np.zeros(room, int))),
+                new_values=np.concatenate(
+                    (entries.new_values[:start], np.zeros(room if self._numeric else 0))
+                ),
+            )
+        entries.new_columns[start:end] = [*map(number_of.__getitem__, keys)]
+        if self._numeric:
+            entries.new_values[start:end] = values
+        entries.new_rows[start:end] = rows
+        self._entries, self._count = entries, end
+
+    def rows(self, keys: Iterable[Key], count: int, between: Range | None = None) -> Mask:
+        """bool (count,): rows in at least one of these columns, with a value in the range."""
+        mask, columns, entries = np.zeros(count, bool), self._numbers(keys), self._entries
+        for column in columns:
+            here = entries.sorted_rows(column)
+            rows = entries.rows[here]
+            rows = rows[: np.searchsorted(rows, count)]
+            if between is not None:
+                assert entries.values is not None
+                rows = rows[_inside(entries.values[here][: len(rows)], between)]
+            mask[rows] = True
+        mask[_new_rows(entries, count, columns, between)] = True
+        return mask
+
+    def contain(self, keys: Iterable[Key], rows: Ints, between: Range | None = None) -> Mask:
+        """bool (n,): which of these rows are in at least one column; cheaper for few rows."""
+        found, columns, entries = np.zeros(len(rows), bool), self._numbers(keys), self._entries
+        for column in columns:
+            here = entries.sorted_rows(column)
+            listed = entries.rows[here]
+            if len(listed):
+                at = np.minimum(np.searchsorted(listed, rows), len(listed) - 1)
+                hit = listed[at] == rows
+                if between is not None:
+                    assert entries.values is not None
+                    hit &= _inside(entries.values[here][at], between)
+                found |= hit
+        if len(rows):
+            newer = _new_rows(entries, int(rows.max()) + 1, columns, between)
+            if len(newer):
+                found |= np.isin(rows, newer)
+        return found
+
+    def data(self, kept: Ints, count: int, *, by_name: bool = False) -> ColumnData:
+        """The entries of the rows `kept` of `count`, renumbered 0, 1, …; without empty columns.
+
+        by_name: sort the columns by their keys
+        """
+        entries = self._entries
+        used = int(np.searchsorted(entries.new_rows, count))
+        starts, rows, values = self._sorted(entries, used)
+        _yield_gil(rows)
+        # Rows from `count` on get the number -1 too.
+        new_row = np.full(max(count, int(rows.max(initial=-1)) + 1), -1)
+        new_row[kept] = np.arange(len(kept))
+        rows = new_row.take(rows)
+        stays = rows >= 0
+        _yield_gil(rows)
+        # Number of entries that stay before each column, and before the end.
+        starts = np.concatenate(([0], np.cumsum(stays)))[starts]
+        rows = rows[stays]
+        values = None if values is None else values[stays]
+        _yield_gil(rows)
+        filled = starts[1:] > starts[:-1]
+        # A copy: the writer may add names meanwhile.
+        keys = [*compress([*self._number_of], filled.tolist())]
+        starts = np.concatenate((starts[:-1][filled], starts[-1:]))
+        found = ColumnData(keys, starts, rows, values)
+        return _by_name(found) if by_name else found
+
+    def _numbers(self, keys: Iterable[Key]) -> list[int]:
+        number_of = self._number_of
+        return [number for key in keys if (number := number_of.get(key)) is not None]
+
+    def _sorted(self, entries: _Entries, used: int) -> tuple[Ints, Ints, Floats | None]:
+        """(starts, rows, values) of the sorted entries and the first `used` new ones."""
+        columns = np.repeat(np.arange(len(entries.starts) - 1), np.diff(entries.starts))
+        columns = np.concatenate((columns, entries.new_columns[:used]))
+        # Two sorted runs at most of these are long, so a stable sort is nearly linear.
+        order = np.argsort(columns, kind="stable")
+        starts = np.searchsorted(columns.take(order), np.arange(len(self._number_of) + 1))
+        rows = np.concatenate((entries.rows, entries.new_rows[:used])).take(order)
+        if entries.values is None:
+            return starts, rows, None
+        return starts, rows, np.concatenate((entries.values, entries.new_values[:used])).take(order)
 
 
 class Columns:
@@ -67,119 +195,101 @@ class Columns:
     Thread rule: one writer; any number of readers, each with its IndexVersion's count.
     """
 
-    __slots__ = ("_columns",)
+    __slots__ = ("_numbers", "_terms")
 
-    def __init__(self) -> None:
-        self._columns: dict[Key, Column] = {}
+    def __init__(
+        self, numbers_data: ColumnData | None = None, terms_data: ColumnData | None = None
+    ) -> None:
+        """The first entries; see `data`."""
+        self._numbers = Postings(numeric=True, data=numbers_data)
+        self._terms = Postings(numeric=False, data=terms_data)
 
     def append(self, first: int, attributes: Sequence[Mapping[str, Any]]) -> None:
         """Add the attributes of the rows `first`, `first` + 1, …"""
         if not any(attributes):
             return
+        term_rows, term_keys = list[int](), list[Key]()
+        rows, keys, values = list[int](), list[Key](), list[float]()
         for row, of_row in enumerate(attributes, first):
-            if not of_row:
-                continue
             for field_name in ("categories", "tags"):
                 for term in terms(of_row, field_name):
-                    self._column((field_name, term)).add(row, 0.0)
+                    term_rows.append(row)
+                    term_keys.append((field_name, term))
             for name, value in numbers(of_row).items():
-                self._column(("attributes", name)).add(row, value)
+                rows.append(row)
+                keys.append(("attributes", name))
+                values.append(value)
+        self._terms.append(term_rows, term_keys, [])
+        self._numbers.append(rows, keys, values)
 
     def mask(self, filters: Filter, count: int) -> Mask:
         """bool (count,): rows, live or dead, that pass all but the id lists of the filter."""
         mask = np.ones(count, bool)
-        if filters.categories:
-            mask &= self._any("categories", filters.categories, count)
-        if filters.tags:
-            mask &= self._any("tags", filters.tags, count)
-        for tag in filters.tags_all:
-            mask &= self._any("tags", (tag,), count)
+        for any_of in _term_conditions(filters):
+            mask &= self._terms.rows(any_of, count)
         for name, between in filters.ranges.items():
-            inside = np.zeros(count, bool)
-            column = self._columns.get(("attributes", name))
-            if column is not None:
-                rows, values = column.below(count)
-                assert values is not None
-                inside[rows[(values >= between.low) & (values <= between.high)]] = True
-            mask &= inside
+            mask &= self._numbers.rows([("attributes", name)], count, between)
         return mask
 
     def passing(self, filters: Filter, rows: Ints) -> Mask:
         """bool (n,): which of these rows pass; cheaper than `mask` for few rows."""
         mask = np.ones(len(rows), bool)
-        for field_name, any_of in (("categories", filters.categories), ("tags", filters.tags)):
-            if any_of:
-                mask &= np.logical_or.reduce(
-                    [self._look_up((field_name, name), rows)[0] for name in any_of]
-                )
-        for tag in filters.tags_all:
-            mask &= self._look_up(("tags", tag), rows)[0]
+        for any_of in _term_conditions(filters):
+            mask &= self._terms.contain(any_of, rows)
         for name, between in filters.ranges.items():
-            has, values = self._look_up(("attributes", name), rows)
-            mask &= has & (values >= between.low) & (values <= between.high)
+            mask &= self._numbers.contain([("attributes", name)], rows, between)
         return mask
 
     def compact(self, kept: Ints, count: int) -> Columns:
         """The columns of a table that holds only the rows `kept` of `count`, renumbered 0, 1, …"""
-        new_row = np.full(count, -1)
-        new_row[kept] = np.arange(len(kept))
-        columns = Columns()
-        named = [of_key for of_key in self.items(count) if len(of_key[1])]
-        # One array per call for many names: numpy's calls, not its work, would cost seconds.
-        for at in range(0, len(named), NAMES_AT_ONCE):
-            time.sleep(YIELD_S)
-            _renumber(columns, named[at : at + NAMES_AT_ONCE], new_row)
-        return columns
+        return Columns(self._numbers.data(kept, count), self._terms.data(kept, count))
 
-    def items(self, count: int) -> Iterator[tuple[Key, Ints, Floats | None]]:
-        """(key, its rows below `count`, their values) of every column."""
-        for n, (key, column) in enumerate(list(self._columns.items())):
-            if n % NAMES_AT_ONCE == NAMES_AT_ONCE - 1:
-                time.sleep(YIELD_S)
-            yield key, *column.below(count)
-
-    def put(self, key: Key, rows: Ints, values: Floats | None) -> None:
-        """Set a whole column; rows ascending."""
-        self._columns[key] = Column(rows, values)
-
-    def _column(self, key: Key) -> Column:
-        column = self._columns.get(key)
-        if column is None:
-            values = np.empty(0) if key[0] == "attributes" else None
-            column = self._columns[key] = Column(np.empty(0, np.int64), values)
-        return column
-
-    def _any(self, field_name: str, names: Iterable[str], count: int) -> Mask:
-        """bool (count,): rows that carry at least one of these terms."""
-        mask = np.zeros(count, bool)
-        for name in names:
-            column = self._columns.get((field_name, name))
-            if column is not None:
-                mask[column.below(count)[0]] = True
-        return mask
-
-    def _look_up(self, key: Key, rows: Ints) -> tuple[Mask, Floats]:
-        """(which rows are in a column, their values there, 0.0 if none)."""
-        column = self._columns.get(key)
-        listed, values = (np.empty(0, np.int64), None) if column is None else column.arrays
-        if not len(listed):
-            return np.zeros(len(rows), bool), np.zeros(len(rows))
-        at = np.minimum(np.searchsorted(listed, rows), len(listed) - 1)
-        return listed[at] == rows, np.zeros(len(rows)) if values is None else values[at]
+    def data(self, kept: Ints, count: int) -> tuple[ColumnData, ColumnData]:
+        """(numbers, terms) of these rows as in `compact`, by name: equal contents, equal data."""
+        return (
+            self._numbers.data(kept, count, by_name=True),
+            self._terms.data(kept, count, by_name=True),
+        )
 
 
-def _renumber(
-    columns: Columns, named: Sequence[tuple[Key, Ints, Floats | None]], new_row: Ints
-) -> None:
-    """Put these columns, none of them empty, under new row numbers; rows of -1 are left out."""
-    rows = new_row[np.concatenate([rows for _, rows, _ in named])]
-    stays = rows >= 0
-    first = np.cumsum([0, *(len(rows) for _, rows, _ in named)])
-    # Number of rows that stay before each column, and before the end.
-    before = np.concatenate(([0], np.cumsum(stays)))[first].tolist()
-    rows = rows[stays]
-    for n, (key, _, values) in enumerate(named):
-        begin, end = before[n], before[n + 1]
-        if end > begin:
-            kept = None if values is None else values[stays[first[n] : first[n + 1]]]
-            columns.put(key, rows[begin:end], kept)
+def _term_conditions(filters: Filter) -> list[list[Key]]:
+    """The conditions on terms; each holds if a row has at least one of its keys."""
+    fields = (("categories", filters.categories), ("tags", filters.tags))
+    any_of = [[(field_name, name) for name in names] for field_name, names in fields if names]
+    return any_of + [[("tags", name)] for name in filters.tags_all]
+
+
+def _yield_gil(entries: Ints) -> None:
+    if len(entries) > YIELD_ABOVE:
+        time.sleep(YIELD_S)
+
+
+def _inside(values: Floats, between: Range) -> Mask:
+    return (values >= between.low) & (values <= between.high)
+
+
+def _new_rows(entries: _Entries, count: int, columns: list[int], between: Range | None) -> Ints:
+    """The rows below `count` of new entries in these columns, with a value in the range."""
+    # The entries behind them may be written right now.
+    used = int(np.searchsorted(entries.new_rows, count))
+    if not used or not columns:
+        return _NONE
+    listed = entries.new_columns[:used]
+    picked = listed == columns[0] if len(columns) == 1 else np.isin(listed, columns)
+    if between is not None:
+        picked &= _inside(entries.new_values[:used], between)
+    return entries.new_rows[:used][picked]
+
+
+def _by_name(data: ColumnData) -> ColumnData:
+    """The same columns in the order of their keys."""
+    order = np.array(sorted(range(len(data.keys)), key=data.keys.__getitem__), np.int64)
+    sizes = np.diff(data.starts).take(order)
+    starts = np.concatenate(([0], np.cumsum(sizes)))
+    # Old place of every entry: its distance from the start of its column stays.
+    places = np.arange(len(data.rows)) + np.repeat(
+        data.starts[:-1].take(order) - starts[:-1], sizes
+    )
+    values = None if data.values is None else data.values.take(places)
+    keys = [data.keys[at] for at in order.tolist()]
+    return ColumnData(keys, starts, data.rows.take(places), values)

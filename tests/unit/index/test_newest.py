@@ -14,6 +14,7 @@ from index.filters import Filter
 from index.search import filtered, newest
 from index.snapshot.format import Contents
 from index.storage import index_version, item_offsets, vector_table
+from index.storage.columns import ColumnData
 from index.storage.index_version import IndexVersion
 from index.writing import batch
 from tests.unit.index.item_records import units
@@ -79,7 +80,10 @@ def restored(n: int, times: np.ndarray) -> HnswIndex:
         vectors=np.tile(VECTOR, (n, 1)),
         facts=facts,
         deleted=np.empty((0, 3), np.int64),
-        columns=[(("tags", "rare"), rare, None)],
+        columns=(
+            ColumnData([], np.zeros(1, np.int64), np.empty(0, np.int64), np.empty(0)),
+            ColumnData([("tags", "rare")], np.array([0, len(rare)]), rare, None),
+        ),
         watermarks={},
     )
     index = HnswIndex(2, exact_below=2 * n)
