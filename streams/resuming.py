@@ -89,17 +89,21 @@ class Resume:
         after = next((record for record in records if record.offset > self.done), None)
         if after is not None:
             # The record after the fence is as old as the oldest delete that may be missing.
-            self.check_age(after.timestamp if after.offset == self.done + 1 else None)
+            follows = after.offset == self.done + 1 and after.timestamp >= 0
+            self.check_age(after.timestamp if follows else None)
         return applied
 
     def check_age(self, since_ms: int | None = None) -> None:
-        """Raise LogMismatch where deletes since then may be gone. Default: since the mark."""
+        """Raise LogMismatch where deletes since then may be gone. Default: since the mark.
+
+        A mark without a time stamp shows no age.
+        """
         stale_ms, mark = self.stale_ms, self.mark
         if stale_ms is None or mark is None:
             return
         self.stale_ms = None
         since_ms = mark.appended_ms if since_ms is None else since_ms
-        if since_ms < stale_ms:
+        if 0 <= since_ms < stale_ms:
             days = (now_ms() - since_ms) / 86_400_000
             raise LogMismatch(
                 f"topic {self.topic}, partition {self.partition}: the state has everything up to "

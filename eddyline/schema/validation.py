@@ -38,6 +38,7 @@ def user_event(
     appended_ms: the broker's time stamp; origin_ms: that of the first append, see
     `events.origin_ms`. It stands in for a time that is left out
     """
+    _check_stamp(appended_ms)
     event = events.decode_user_event(
         value, appended_ms=appended_ms, far_future_ms_max=settings.far_future_ms_max
     )
@@ -73,7 +74,8 @@ def item(
     item_id = _id_of("item", key, partition, settings.items_partitions)
     if value is None:
         events.check_id("item_id", item_id)
-        return item_id, None
+        return item_id, None  # a delete needs no time
+    _check_stamp(appended_ms)
     limits: dict[str, Any] = {
         "key": item_id,
         "appended_ms": appended_ms,
@@ -96,6 +98,7 @@ def profile(
 ) -> tuple[str, UserProfile | None]:
     """(user id, profile; None forgets the user). Arguments and errors as for `item`."""
     user_id = _id_of("user", key, partition, settings.clicks_partitions)
+    _check_stamp(appended_ms)
     if value is None:
         events.check_id("user_id", user_id)
         return user_id, None
@@ -127,6 +130,13 @@ def unsent(
         return found, partition_of(item_id, settings.items_partitions)
     user_id, user = profile(settings, None, key, value, now_ms)
     return user, partition_of(user_id, settings.clicks_partitions)
+
+
+def _check_stamp(appended_ms: int) -> None:
+    """Raise Rejected for a record without a time stamp: Kafka has -1 then."""
+    if appended_ms < 0:
+        detail = "the record has no time stamp: set message.timestamp.type=LogAppendTime"
+        raise Rejected("no_timestamp", "", f"{detail} for its topic")
 
 
 def _too_early(at_ms: int, settings: Settings) -> Rejected:

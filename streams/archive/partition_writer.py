@@ -101,7 +101,8 @@ class _OpenFile:
         self, archive: Archive, topic: str, log_id: LogId, record: Record, since: int
     ) -> None:
         self.first = self.last = record.offset
-        self.hour = record.timestamp // HOUR_MS
+        self._hour: int | None = None
+        self.see_time(record)
         self.rows = 0
         self.forgotten: dict[str, Forgotten] = {}
         self.erase_from_ms = _NEVER_MS
@@ -113,6 +114,20 @@ class _OpenFile:
         self._writer = layout.writer(self.partial, self._schema)
         self._pending: list[tuple[Any, ...]] = []
         self._bytes = 0
+
+    @property
+    def hour(self) -> int:
+        """Hours since 1970, by its first record with a time stamp; 0 where none has one."""
+        return self._hour or 0
+
+    def has_place_for(self, record: Record) -> bool:
+        """Whether the record is of the file's hour, or has no time stamp."""
+        return record.timestamp < 0 or self._hour in (None, record.timestamp // HOUR_MS)
+
+    def see_time(self, record: Record) -> None:
+        """Let the first time stamp decide on the hour."""
+        if self._hour is None and record.timestamp >= 0:
+            self._hour = record.timestamp // HOUR_MS
 
     def add(self, row: tuple[Any, ...], size: int) -> None:
         self._pending.append(row)
@@ -191,13 +206,13 @@ class PartitionWriter:
                 continue
             file = self._file
             if file is not None and (
-                record.timestamp // HOUR_MS != file.hour
-                or record.offset // run != file.first // run
+                not file.has_place_for(record) or record.offset // run != file.first // run
             ):
                 self.complete()
                 file = None
             if file is None:
                 file = self._file = self._begin(self._topic, record)
+            file.see_time(record)
             self.last_read = file.last = record.offset
             event = self._accept(file, record)
             if event is None:

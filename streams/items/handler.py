@@ -176,7 +176,7 @@ class ItemHandler(Handler):
                 self._dead_letters.put(record, rejected)
                 outcome.rejected += 1
                 continue
-            at_ms = record.timestamp if item is None else item.at_ms
+            at_ms = max(0, record.timestamp) if item is None else item.at_ms
             one.decoded.append((item_id, ItemChange(record, at_ms, item)))
             outcome.applied += 1
         if outcome.rejected:

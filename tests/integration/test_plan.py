@@ -71,7 +71,8 @@ def filled(store: RedisStore, settings: Settings, sizes: Sizes) -> int:
             fence = after
         for first in range(0, len(mine), 250):
             chunk = mine[first : first + 250]
-            effects = UserEffects(embeddings={"1": {}})
+            kept = [str(n) for n in range(sizes.generations or settings.generations_kept)]
+            effects = UserEffects(embeddings={name: {} for name in kept})
             for user in chunk:
                 entries = tuple(
                     Entry(item_ids[n % sizes.items], MS - n, 1, 1.0) for n in range(sizes.history)
@@ -87,7 +88,8 @@ def filled(store: RedisStore, settings: Settings, sizes: Sizes) -> int:
                 )
                 if len(entries) <= user_history.RECENT_MAX:
                     effects.recent[user] = [user_history.compact(e) for e in entries]
-                effects.embeddings["1"][user] = (9, np.ones(sizes.dimension, "<f4").tobytes())
+                for learned in effects.embeddings.values():
+                    learned[user] = (9, np.ones(sizes.dimension, "<f4").tobytes())
             after = Fence(first + 10**6, LOG)
             store.write_users(slot, Source("clicks", partition), fence, after, effects)
             fence = after
@@ -142,6 +144,7 @@ def filled(store: RedisStore, settings: Settings, sizes: Sizes) -> int:
             profile=300,
             item_json=80,
             clicks_a_day=8_000,
+            generations=1,
         ),
     ],
 )
@@ -158,7 +161,9 @@ def test_the_plan_is_within_ten_percent_of_what_redis_uses(store: RedisStore, si
 def test_the_plan_grows_with_what_it_is_asked_for(servers: Settings) -> None:
     settings = Settings(redis_url=servers.redis_url)
     sizes = Sizes(users=10_000_000, items=1_000_000, history=50)
-    base = {part.what: part.size for part in redis_parts(settings, sizes)}
+    parts = redis_parts(settings, sizes)
+    assert {part.what: part.keys for part in parts}["user-ID embeddings"] == 3 * sizes.users
+    base = {part.what: part.size for part in parts}
     assert 20e9 < sum(base.values()) < 40e9
     sizes = Sizes(users=10_000_000, items=1_000_000, history=1_000)
     longer = {part.what: part.size for part in redis_parts(settings, sizes)}

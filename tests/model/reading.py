@@ -143,6 +143,12 @@ def check_time(at_ms: int, raw: Raw, ahead_ms: int) -> None:
         raise Refused("far_future")
 
 
+def check_stamp(raw: Raw) -> None:
+    """A record without a time stamp has -1."""
+    if raw.timestamp < 0:
+        raise Refused("no_timestamp")
+
+
 class Plausible(NamedTuple):
     """What is no time and who is no user. at_ms_min: the earliest time; nobodies: lower case"""
 
@@ -221,6 +227,7 @@ def forget(doc: Mapping[str, Any], raw: Raw, ahead_ms: int) -> dict[str, Any]:
 
 def user_event(raw: Raw, ahead_ms: int, plausible: Plausible) -> dict[str, Any]:
     """Any record of `clicks`; the time of the first append stands in for none. Raises Refused."""
+    check_stamp(raw)
     doc = document(raw.value)
     try:
         found = click(doc, raw, ahead_ms)
@@ -257,6 +264,7 @@ def profile(
 ) -> tuple[str, dict[str, Any] | None]:
     """(user id, attributes; None forgets the user). Raises Refused."""
     user = _id_of_key(raw, partitions)
+    check_stamp(raw)
     if raw.value is None:
         check_id(user)
         return user, None
@@ -318,6 +326,7 @@ def item(
     if raw.value is None:
         check_id(item_id)
         return item_id, None
+    check_stamp(raw)
     doc = document(raw.value, constants=True)
     title = doc.get("title")
     found: dict[str, Any] = {

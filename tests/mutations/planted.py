@@ -43,7 +43,7 @@ MUTATIONS = (
     Mutation(
         "deletes that compaction removed are not missed",
         RESUMING,
-        "if since_ms < stale_ms:",
+        "if 0 <= since_ms < stale_ms:",
         "if False:",
         (RESUMES,),
     ),

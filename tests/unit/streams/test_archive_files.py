@@ -162,6 +162,16 @@ def test_a_file_ends_at_the_hour_and_at_a_run_of_offsets(tmp_path: Path) -> None
     assert path.endswith(f"clicks/hour=2023-11-14T22/000{P}-{90:020d}-{98:020d}.parquet")
 
 
+def test_a_record_without_a_time_stamp_ends_no_file(tmp_path: Path) -> None:
+    """Otherwise each of them would be a file of its own, in an hour of 1969."""
+    runner = Runner(settings_of(tmp_path))
+    records = [click(n, -1 if n % 2 else MS) for n in range(10)]
+    runner.run(records, 3)
+    assert [name for name in runner.bytes() if "1969" in name or "1970" in name] == []
+    assert len(runner.bytes()) == 1
+    assert [event.offset for event in runner.archive.read(CLICKS)] == [0, 2, 4, 6, 8]
+
+
 def test_a_chain_of_duplicates_is_decided_alike_after_a_restart(tmp_path: Path) -> None:
     # Accepted at 0; dropped at 8; accepted at 16 because 0 is too far back, though 8 is not.
     log = [click(o, event_id="again" if o % 8 == 0 else f"e{o}") for o in range(33)]

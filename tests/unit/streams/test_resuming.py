@@ -49,8 +49,9 @@ def applied(name: str, *offsets: int) -> tuple[Rig, Callable[..., Any]]:
         ITEMS: item,
     }[name]
     handler = {CLICKS: rig.clicks, USERS: rig.users, ITEMS: rig.items}[name]
-    ingest(handler, HERE, [make(at) for at in offsets], 0)
-    handler.flush()
+    if offsets:
+        ingest(handler, HERE, [make(at) for at in offsets], 0)
+        handler.flush()
     return rig, make
 
 
@@ -147,6 +148,33 @@ def test_deletes_that_may_be_gone_are_refused(
         assert fences.resumed(HERE, [record]) == 0
         record.timestamp = MS
         assert fences.resumed(HERE, [record]) == 0, "looked at once"
+
+
+@pytest.mark.parametrize("name", [USERS, ITEMS])
+@pytest.mark.parametrize(
+    ("mark_ms", "record_ms", "refused"),
+    [(-1, -1, False), (-1, MS, True), (MS, -1, True), (-1, MS + 31 * DAY_MS, False)],
+)
+def test_a_record_without_a_time_stamp_is_no_age(
+    monkeypatch: pytest.MonkeyPatch, name: str, mark_ms: int, record_ms: int, refused: bool
+) -> None:
+    """A topic with CreateTime may have -1: that is no reason to refuse the log at every start."""
+    rig, make = applied(name)
+    first = make(7)
+    first.timestamp = mark_ms
+    handler = {USERS: rig.users, ITEMS: rig.items}[name]
+    ingest(handler, HERE, [first], 0)
+    handler.flush()
+    monkeypatch.setattr(resuming, "now_ms", lambda: MS + 31 * DAY_MS)
+    fences, _ = reopened(rig, name, kept_ms=KEPT_MS)
+    again, record = make(7), make(8)
+    again.timestamp, record.timestamp = mark_ms, record_ms
+    assert fences.resumed(HERE, [again]) == 1
+    if refused:
+        with pytest.raises(LogMismatch, match="`eddyline resync`"):
+            fences.resumed(HERE, [record])
+    else:
+        assert fences.resumed(HERE, [record]) == 0
 
 
 @pytest.mark.parametrize(("end", "refused"), [(8, False), (9, True)])

@@ -76,6 +76,32 @@ def test_the_first_append_stands_in_for_a_time_that_is_left_out() -> None:
     assert item().at_ms == profile().at_ms == 0, "unknown"
 
 
+@pytest.mark.parametrize("appended_ms", [-(2**63), -2, -1])
+@pytest.mark.parametrize("value", [b'{"user_id":"u","item_id":"i"}', b'{"user_id":"u"}', None])
+def test_a_record_without_a_time_stamp_is_refused_by_name(
+    appended_ms: int, value: bytes | None
+) -> None:
+    """A topic with CreateTime may have -1: no rule about the time of a record can hold then."""
+    calls = [
+        lambda: validation.user_event(SETTINGS, 0, value, appended_ms),
+        lambda: validation.profile(SETTINGS, 0, b"u", value, appended_ms),
+    ]
+    if value is not None:  # a delete always applies
+        calls.append(lambda: validation.item(SETTINGS, 0, b"i", b'{"item_id":"i"}', appended_ms))
+    for call in calls:
+        with pytest.raises(Rejected, match=r"message[.]timestamp[.]type=LogAppendTime") as caught:
+            call()
+        assert caught.value.reason == "no_timestamp"
+    assert validation.item(SETTINGS, 0, b"i", None, appended_ms) == ("i", None)
+
+
+@pytest.mark.parametrize("appended_ms", [0, 1])
+def test_the_first_moments_of_1970_are_time_stamps(appended_ms: int) -> None:
+    sent = b'{"user_id":"u","item_id":"i","at_ms":0}'
+    assert validation.user_event(SETTINGS, 0, sent, appended_ms)[0].at_ms == appended_ms
+    assert validation.item(SETTINGS, 0, b"i", b'{"item_id":"i"}', appended_ms)[1] is not None
+
+
 @pytest.mark.parametrize("user", ["null", "NULL", "undefined", "None", "NaN", "anonymous"])
 def test_a_placeholder_is_no_user(user: str) -> None:
     for fields in ({"user_id": user}, {"merge_into": user}):
