@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,21 @@ class _Counts(NamedTuple):
     counts: NDArray[np.float64]
 
 
+class _Totals(NamedTuple):
+    """Sums by row of the table of names: decayed clicks, and whether a bucket has the item."""
+
+    clicks: NDArray[np.float64]
+    counted: NDArray[np.bool_]
+
+    def resized(self, names: int) -> _Totals:
+        """A copy with room for further names."""
+        more = names - len(self.clicks)
+        return _Totals(
+            np.concatenate((self.clicks, np.zeros(more))),
+            np.concatenate((self.counted, np.zeros(more, bool))),
+        )
+
+
 class ClickTotals:
     """The buckets of all slots as they were last read. Thread rule: one thread."""
 
@@ -42,6 +58,9 @@ class ClickTotals:
         self._row_of: dict[bytes, int] = {}
         self._reread_at = time.monotonic() + REREAD_S
         self._ranked: list[tuple[str, float]] | None = []
+        # The newest bucket, and the sums of all before it: clicks go into the newest one.
+        self._newest = 0
+        self._before_newest: _Totals | None = None
 
     def known(self, slot: str) -> dict[int, bytes]:
         """Bucket -> version that is held; a bucket that is due to be read again is absent."""
@@ -56,10 +75,12 @@ class ClickTotals:
         """Take over what was read of one slot; buckets that are not in `found` are dropped."""
         for key in [k for k in self._held if k[0] == slot and k[1] not in found]:
             del self._held[key]
-            self._ranked = None
+            self._ranked = self._before_newest = None
         for bucket, read in found.items():
             if read.counted is not None:
                 self._ranked = None
+                if bucket < self._newest:
+                    self._before_newest = None
                 items, counts = read.counted
                 for item in set(items).difference(self._row_of):
                     self._row_of[item] = len(self._names)
@@ -78,15 +99,16 @@ class ClickTotals:
 
     def _rank(self) -> list[tuple[str, float]]:
         newest = max((bucket for _, bucket in self._held), default=0)
-        totals = np.zeros(len(self._names))
-        counted = np.zeros(len(self._names), bool)
         # In the order of the buckets: every worker adds in the same order and gets the same bits.
         # An item is in a bucket once, in its own slot.
-        for slot, bucket in sorted(self._held, key=lambda key: key[1]):
-            kept = self._held[slot, bucket]
-            weight = 0.5 ** ((newest - bucket) * self._bucket_s / self._half_life_s) / 1000
-            totals[kept.rows] += weight * kept.counts
-            counted[kept.rows] = True
+        keys, before = sorted(self._held, key=lambda key: key[1]), self._before_newest
+        first = bisect_left(keys, newest, key=lambda key: key[1])
+        if before is None or newest != self._newest:
+            before = _Totals(np.zeros(0), np.zeros(0, bool)).resized(len(self._names))
+            self._add(before, keys[:first], newest)
+            self._newest, self._before_newest = newest, before
+        totals, counted = sums = before.resized(len(self._names))
+        self._add(sums, keys[first:], newest)
         rows = np.flatnonzero(counted)
         if len(rows) > self._limit:
             cut = len(rows) - self._limit
@@ -98,7 +120,16 @@ class ClickTotals:
             pairs[start:end] = sorted(pairs[start:end])
         return pairs[: self._limit]
 
+    def _add(self, sums: _Totals, keys: Sequence[tuple[str, int]], newest: int) -> None:
+        """Add these buckets to the sums."""
+        for slot, bucket in keys:
+            kept = self._held[slot, bucket]
+            weight = 0.5 ** ((newest - bucket) * self._bucket_s / self._half_life_s) / 1000
+            sums.clicks[kept.rows] += weight * kept.counts
+            sums.counted[kept.rows] = True
+
     def _drop_unused_names(self) -> None:
+        self._before_newest = None
         every = [kept.rows for kept in self._held.values()]
         used = np.unique(np.concatenate(every)) if every else np.zeros(0, np.int64)
         self._names = [self._names[row] for row in used.tolist()]

@@ -121,6 +121,43 @@ def test_a_refresh_reads_what_changed_and_no_more() -> None:
     assert popularity.refresh() and store.read == []
 
 
+def test_clicks_into_the_newest_bucket_are_added_to_a_kept_sum(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The other buckets are summed again only if one of them changes, comes or goes."""
+    totals, added, add = made(), list[list[tuple[str, int]]](), ClickTotals._add
+
+    def counting(self: ClickTotals, sums: object, keys: list[tuple[str, int]], newest: int) -> None:
+        added.append(list(keys))
+        add(self, sums, keys, newest)
+
+    monkeypatch.setattr(ClickTotals, "_add", counting)
+    versions, rng = iter(range(1_000_000)), random.Random(3)
+    held: dict[int, PopularBucket] = {}
+
+    def change(*buckets: int) -> set[int]:
+        """The buckets that are added after these have changed."""
+        for bucket in held:
+            held[bucket] = PopularBucket(held[bucket].version)  # unchanged, so not read
+        for bucket in buckets:
+            counts = {f"item-{rng.randrange(50)}": rng.randrange(1, 5_000) for _ in range(20)}
+            held[bucket] = read_of(next(versions), counts)
+        for slot in ("i0", "i1"):
+            totals.update(slot, held)
+        added.clear()
+        totals.ranked()
+        return {bucket for keys in added for _, bucket in keys}
+
+    assert change(*range(28)) == set(range(28))
+    assert change(27) == {27} and change(27) == {27}
+    assert change(3) == set(range(28))
+    assert change(27) == {27}
+    assert change(28) == set(range(29)), "the weights are those of the newest bucket"
+    del held[0]
+    assert change(28) == set(range(1, 29))
+    assert change(28) == {28}
+
+
 def test_a_slot_that_is_away_keeps_its_clicks_and_stops_no_other() -> None:
     class Frail(MemoryStore):
         dead = ""
