@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import grpc
+from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_reflection.v1alpha import reflection
 
 # A reflection stream ends after this long without a question, and after this long in any case.
@@ -80,12 +81,13 @@ class CallPools(grpc.ServerInterceptor):  # type: ignore[misc]
 class BoundedReflection(reflection.ReflectionServicer):  # type: ignore[misc]
     """Server reflection whose streams end when idle, and after a while in any case."""
 
-    def __init__(self, names: Iterable[str]) -> None:
-        super().__init__(names)
+    def __init__(self, names: Iterable[str], pool: DescriptorPool) -> None:
+        """names: services to list; pool: their descriptors."""
+        super().__init__(names, pool)
         self._idle_s, self._s_max = REFLECTION_IDLE_S, REFLECTION_S_MAX
 
     def ServerReflectionInfo(self, request_iterator: Iterator[Any], context: Any) -> Iterator[Any]:
-        """See grpc.reflection.v1alpha; the caller of a stream that is ended gets CANCELLED."""
+        """See grpc.reflection.v1; the caller of a stream that is ended gets CANCELLED."""
         ends = [_timer(self._s_max, context.cancel), _timer(self._idle_s, context.cancel)]
 
         def watched() -> Iterator[Any]:

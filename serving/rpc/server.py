@@ -9,14 +9,13 @@ from typing import Literal
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from eddyline.errors import SettingsError
 from eddyline.schema.events import ID_BYTES_MAX
 from eddyline.settings.loader import Settings
 from index.filters import LIST_IDS_MAX, RANGES_MAX, TERMS_MAX
 from serving.proto import shard_pb2, shard_pb2_grpc
-from serving.rpc import call_pools, health, retrieval_service, shard_service
+from serving.rpc import call_pools, health, retrieval_service, server_reflection, shard_service
 from serving.rpc.call_pools import CallPool, CallPools
 from serving.rpc.health import NOT_SERVING, SERVING
 from serving.rpc.retrieval_service import NAME, RetrievalService
@@ -121,14 +120,13 @@ class WorkerServer:
         )
         self._health = health.HealthService(watches.submit)
         retrieval_service.add_to_server(service, self._server)
-        names = [NAME, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        names = [NAME, health.SERVICE_NAME]
         if shard is not None:
             add_shard = shard_pb2_grpc.add_ShardServicer_to_server
             add_shard(shard, self._server)  # type: ignore[no-untyped-call]
             names.append(SHARD_NAME)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        bounded = call_pools.BoundedReflection(names)
-        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(bounded, self._server)
+        server_reflection.add_to_server(names, self._server)
         for name in {"", NAME, *self._served}:
             self._health.set(name, NOT_SERVING)
         address = f"{host}:{getattr(settings, f'{role}_port')}" if port is None else port.address
@@ -167,8 +165,7 @@ def _other_pools(threads: int, watches: CallPool) -> dict[str, CallPool]:
         f"/{NAME}/Stats": CallPool("stats", 1, CONTROL_CALLS_MAX),
         f"/{SHARD_NAME}/Vectors": shards,
         f"/{SHARD_NAME}/Candidates": shards,
-        f"/{reflection.SERVICE_NAME}/ServerReflectionInfo": reflections,
-    }
+    } | {f"/{name}/ServerReflectionInfo": reflections for name in server_reflection.SERVICE_NAMES}
 
 
 def _reserve(host: str, port: int) -> tuple[socket.socket, int]:
