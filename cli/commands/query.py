@@ -6,6 +6,7 @@ from google.protobuf.json_format import MessageToJson
 from rich.console import Console
 from rich.table import Table
 
+from eddyline import addresses
 from eddyline.errors import EddylineError, SettingsError
 from eddyline.kafka import topics
 from eddyline.process.discovery import resolve
@@ -128,7 +129,7 @@ def worker_address(settings: Settings) -> str:
         raise SettingsError(
             "no query worker runs here: start one with `eddyline worker`, or give --address"
         )
-    return f"{settings.worker_host}:{settings.worker_port}"
+    return addresses.joined(settings.worker_host, settings.worker_port)
 
 
 def _lag_table(settings: Settings) -> Table:

@@ -33,6 +33,7 @@ from kafka.protocol.metadata import ApiVersionsRequest
 from kafka.protocol.parser import KafkaProtocol
 from kafka.protocol.sasl import SaslAuthenticateRequest, SaslHandshakeRequest
 
+from eddyline import addresses
 from eddyline.errors import KafkaRefused, KafkaUnavailable
 from eddyline.kafka import security
 from eddyline.settings.kafka import uses_sasl, uses_tls
@@ -199,11 +200,7 @@ class BrokerProbe:
         return uses_tls(self.settings)
 
     def _host_port(self) -> tuple[str, int]:
-        host, colon, port = self.address.rpartition(":")
-        name = host.strip("[]") if colon else port
-        if not name:
-            raise ValueError("the address is empty")
-        return name, int(port) if colon else _PORT
+        return addresses.split(self.address, _PORT)
 
     def _left_s(self) -> float:
         left = self.deadline - time.monotonic()

@@ -17,6 +17,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import make_wsgi_app
 from prometheus_client.registry import Collector
 
+from eddyline import addresses
+
 log = logging.getLogger(__name__)
 
 # While a process is replaced, its predecessor still holds the port.
@@ -68,7 +70,8 @@ def serve(host: str, port: int, collector: Collector) -> Callable[[], None]:
 
 
 def _serve(host: str, port: int, registry: CollectorRegistry, stop: threading.Event) -> None:
-    address, begun_s, logged = f"{host}:{port}", time.monotonic(), set[int]()
+    host = addresses.bare_host(host)
+    address, begun_s, logged = addresses.joined(host, port), time.monotonic(), set[int]()
     while not stop.is_set():
         try:
             server = _server(host, port, registry)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 import msgspec
 from msgspec import Meta
 
+from eddyline import addresses
 from eddyline.errors import SettingsError
 from eddyline.settings import ingest, kafka, worker
 from eddyline.settings.field import descriptions, within
@@ -153,7 +154,16 @@ def load(environ: Mapping[str, str] | None = None, *, folder: Path | None = None
     ingest.check(made)
     worker.check(made)
     _check_erasures(made)
+    _check_hosts(made)
     return made
+
+
+def _check_hosts(settings: Settings) -> None:
+    for name in ("worker_host", "coordinator_host", "metrics_host"):
+        try:
+            addresses.bare_host(getattr(settings, name))
+        except ValueError as error:
+            raise SettingsError(f"{name} = {getattr(settings, name)!r}: {error}") from None
 
 
 def _check_erasures(settings: Settings) -> None:

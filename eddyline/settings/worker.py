@@ -17,7 +17,7 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Serving: ports, processes, shards, queries."""
 
     worker_host: Annotated[str, Meta(min_length=1)] = "127.0.0.1"
-    """Address the query worker binds to."""
+    """Address the query worker binds to: a name, an IPv4 or an IPv6 address (`::` for all)."""
     worker_port: Annotated[int, within(0, 65_535)] = 50_051
     """Port of the query worker; 0 takes a free one and prints it."""
     worker_threads: Annotated[int, within(1, 256)] = 8
@@ -49,7 +49,8 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     coordinator_port: Annotated[int, within(0, 65_535)] = 50_052
     """Port of the coordinator; 0 takes a free one and prints it."""
     shard_addresses: str = ""
-    """Addresses of the coordinator's workers, `host:port,…`, in the order of their shards."""
+    """Addresses of the coordinator's workers, `host:port,…`, in the order of their shards;
+    an IPv6 address in brackets: `[::1]:50051`."""
     shard_timeout_ms: Annotated[int, within(1, 60_000)] = 200
     """How long the coordinator waits for one call of a shard; never more than half of the query's
     remaining time."""

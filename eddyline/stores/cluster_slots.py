@@ -9,6 +9,8 @@ from typing import Any
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 from redis.exceptions import ClusterDownError
 
+from eddyline.addresses import joined
+
 Address = tuple[str, int]
 # Commands whose first key is their third argument.
 _KEY_THIRD = {"EVAL", "EVALSHA"}
@@ -62,8 +64,7 @@ def parse_slots(rows: Sequence[Sequence[Any]], source: Address) -> SlotMap:
 
 def named(address: Address) -> str:
     """`host:port`; a host with colons is in brackets."""
-    host, port = address
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return joined(*address)
 
 
 def slot_of(args: Sequence[Any]) -> int | None:

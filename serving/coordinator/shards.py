@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import grpc
 
+from eddyline.addresses import split
 from eddyline.errors import SettingsError
 from eddyline.process.retry import Backoff
 from eddyline.settings.loader import Settings
@@ -68,9 +69,10 @@ def parse(text: str) -> list[str]:
             "worker, in the order of shards"
         )
     for address in addresses:
-        host, _, port = address.rpartition(":")
-        if not host or not (port.isascii() and port.isdigit() and 1 <= int(port) <= 65_535):
-            raise SettingsError(f"shard_addresses: {address!r} is not host:port")
+        try:
+            split(address)
+        except ValueError as error:
+            raise SettingsError(f"shard_addresses: {error}") from None
         if addresses.count(address) > 1:
             raise SettingsError(f"shard_addresses: {address!r} is there twice")
     return addresses

@@ -10,6 +10,7 @@ from typing import Literal
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
+from eddyline import addresses
 from eddyline.errors import SettingsError
 from eddyline.schema.events import ID_BYTES_MAX
 from eddyline.settings.loader import Settings
@@ -56,7 +57,7 @@ class SharedPort:
 
     def __init__(self, settings: Settings, wait_s: float = LEAVE_S) -> None:
         """Raises PortTaken, also if other processes share it and do not leave within `wait_s`."""
-        host, number = settings.worker_host, settings.worker_port
+        host, number = addresses.bare_host(settings.worker_host), settings.worker_port
         deadline = time.monotonic() + wait_s
         while True:
             try:
@@ -64,9 +65,10 @@ class SharedPort:
                 break
             except OSError as error:
                 if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
-                    raise PortTaken(_taken(f"{host}:{number}", "worker")) from None
+                    address = addresses.joined(host, number)
+                    raise PortTaken(_taken(address, "worker")) from None
             time.sleep(LEAVE_S / 50)
-        self.address = f"{host}:{port}"
+        self.address = addresses.joined(host, port)
 
     def close(self) -> None:
         """Release the port."""
@@ -92,7 +94,7 @@ class WorkerServer:
         port:  shared with the other processes of this worker, instead of the one of the settings
         """
         threads = settings.worker_threads
-        host: str = getattr(settings, f"{role}_host")
+        host = addresses.bare_host(getattr(settings, f"{role}_host"))
         part = shard is not None and not shard.assignment.whole
         # A worker of one shard does not answer users: its Retrieval stays NOT_SERVING.
         self._served = ("", SHARD_NAME if part else NAME)
@@ -129,14 +131,15 @@ class WorkerServer:
         server_reflection.add_to_server(names, self._server)
         for name in {"", NAME, *self._served}:
             self._health.set(name, NOT_SERVING)
-        address = f"{host}:{getattr(settings, f'{role}_port')}" if port is None else port.address
+        number: int = getattr(settings, f"{role}_port")
+        address = addresses.joined(host, number) if port is None else port.address
         try:
             bound = self._server.add_insecure_port(address)
         except RuntimeError:
             bound = 0
         if not bound:
             raise PortTaken(_taken(address, role))
-        self.address = f"{host}:{bound}"
+        self.address = addresses.joined(host, bound)
         self._server.start()
 
     def set_serving(self, serving: bool) -> None:
