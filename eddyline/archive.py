@@ -217,14 +217,19 @@ class Archive:
     def read(
         self, topic: str, partition: int | None = None, *, first: int = 0
     ) -> Iterator[Archived]:
-        """Events from offset `first` on, each once, by partition and offset."""
+        """Events from offset `first` on, each once, by partition and offset.
+
+        A record has several events, all in one file, where its topic has a map.
+        """
         at = (-1, -1)
         for file in self.files(topic, partition):
             if file.last < first:
                 continue
+            of_files_before = at
             for event in self.events(file):
-                if event.offset >= first and (event.partition, event.offset) > at:
-                    at = (event.partition, event.offset)
+                place = (event.partition, event.offset)
+                if event.offset >= first and place > of_files_before:
+                    at = place
                     yield event
 
     def events(self, file: ArchiveFile) -> Iterator[Archived]:

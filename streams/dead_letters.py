@@ -6,7 +6,8 @@ headers: `reason`, `field`, `detail`, `key` (the original key, if any), `timesta
 has the header `no_value`, as a null value would delete; a value above the limit is cut, and
 the headers `truncated_from_bytes` and `sha256` are added. A key above the limit is cut as well; the
 header is `key_truncated_from_bytes`. Where the broker takes less than our limits, the letter is
-sent again with the first bytes of key and value.
+sent again with the first bytes of key and value. A letter of a topic with a map has the record's
+own headers too, named `record.…`.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ from typing_extensions import override
 from eddyline.errors import KafkaRefused, KafkaUnavailable, Rejected
 from eddyline.kafka.clients import lacks_right
 from eddyline.kafka.producers import make_producer
-from eddyline.kafka.topics import CLICKS, DEAD_LETTER_BYTES_MAX, DEAD_LETTERS
+from eddyline.kafka.topics import CLICKS, DEAD_LETTER_BYTES_MAX, DEAD_LETTERS, SOURCES
 from eddyline.schema import events
 from eddyline.schema.erasure import DAY_MS
+from eddyline.schema.mapping.records import FORMAT, marks
 from eddyline.settings.loader import Settings
 from streams.ports import DeadLetterSink, ForgetSink, Forwarder
 from streams.records import Headers, Record, coordinates
@@ -42,6 +44,9 @@ log = logging.getLogger(__name__)
 # The difference is for the key and the headers.
 VALUE_BYTES_MAX = DEAD_LETTER_BYTES_MAX - 64 * 1024
 KEY_BYTES_MAX = 32 * 1024
+# The record's own headers in the letter of a topic with a map, and how much of them is kept.
+HEADER_PREFIX = "record."
+HEADERS_BYTES_MAX = 16 * 1024
 # What is kept of a value and of a key where the broker refuses a dead letter as too large.
 SHORT_BYTES = 1_024
 # The broker's default limit for a batch with one record is 1 MiB and 12 bytes.
@@ -133,6 +138,10 @@ class KafkaDeadLetters(DeadLetterSink):
     ) -> None:
         """delivery: shared with another output of the same handler; default: one of its own."""
         self._topic = settings.prefixed(DEAD_LETTERS)
+        # A map may read headers: a letter of a topic with a map has those of its record.
+        self._mapped = {
+            settings.prefixed(name) for name in SOURCES if getattr(settings, f"{name}_map")
+        }
         self._delivery = delivery or Delivery(producer, settings.kafka_timeout_ms / 1000)
 
     @override
@@ -141,6 +150,8 @@ class KafkaDeadLetters(DeadLetterSink):
 
         def send(key_max: int, value_max: int, too_large: Callable[[], None] | None) -> None:
             value, headers = _letter(record, rejected, key_max, value_max)
+            if record.topic in self._mapped:
+                headers += _original_headers(record)
             self._delivery.send(self._topic, value, too_large, key=at.encode(), headers=headers)
 
         # The limits hold for topics that Eddyline makes; another configuration may allow less.
@@ -174,8 +185,9 @@ class KafkaForwarder(Forwarder, ForgetSink):
         origin = [
             ("origin", coordinates(record).encode()),
             (events.ORIGIN_MS, str(first_append_ms(record)).encode()),
+            *marks(self._settings.clicks_map),
         ]
-        names = {name for name, _ in origin}
+        names = {FORMAT, *(name for name, _ in origin)}
         headers = [(n, bytes(v)) for n, v in record.headers if n not in names and v is not None]
         if record_bytes(key, value, [*headers, *origin]) > FORWARD_BYTES_MAX:
             headers = [
@@ -200,7 +212,7 @@ class KafkaForwarder(Forwarder, ForgetSink):
     def forget(self, record: Record, user_id: str) -> None:
         """A user's clicks and profile lie in the same partition number."""
         value = events.encode(forget_of(self._settings, record, user_id))
-        origin = [("origin", coordinates(record).encode())]
+        origin = [("origin", coordinates(record).encode()), *marks(self._settings.clicks_map)]
         self._delivery.send(
             self._clicks, value, key=user_id.encode(), partition=record.partition, headers=origin
         )
@@ -253,6 +265,18 @@ def _letter(
         headers.append(("sha256", hashlib.sha256(value).hexdigest().encode()))
         value = value[:value_max]
     return value, headers
+
+
+def _original_headers(record: Record) -> list[tuple[str, bytes]]:
+    """The record's headers with `HEADER_PREFIX` in front; those beyond a limit are left out."""
+    kept, size = [], 0
+    for name, value in record.headers:
+        if value is not None and name != events.ORIGIN_MS:
+            size += len(name.encode()) + len(value)
+            if size > HEADERS_BYTES_MAX:
+                break
+            kept.append((HEADER_PREFIX + name, bytes(value)))
+    return kept
 
 
 def first_append_ms(record: Record) -> int:

@@ -57,6 +57,7 @@ class Outcome:
     forgotten:  dropped: events of a forgotten user from before that, see `schema.erasure`
     late:       applied, but too late for their user's list
     repeated:   at or below a fence: applied before, skipped for that slot
+    ignored:    records of which the map of the topic makes no event
     """
 
     records: int = 0
@@ -68,6 +69,7 @@ class Outcome:
     late: int = 0
     forgotten: int = 0
     repeated: int = 0
+    ignored: int = 0
 
     def add(self, other: Outcome) -> None:
         """Add the counts of another batch."""

@@ -14,6 +14,7 @@ from eddyline.errors import FenceMoved, Rejected, Unavailable
 from eddyline.kafka.topics import USERS
 from eddyline.schema import events, validation
 from eddyline.schema.erasure import is_outdated
+from eddyline.schema.events import UserProfile
 from eddyline.schema.partial import Omitted
 from eddyline.schema.partitioning import user_slot
 from eddyline.settings.loader import Settings
@@ -78,20 +79,17 @@ class UserHandler(Handler):
         until_ms: dict[str, int] = {}
         places: dict[str, ProfilePlace] = {}
         sent = self.fences.forwarded_up_to(partition)
+        changes: list[tuple[Record, str, UserProfile | None]] = []
         for record in records:
             try:
-                user_id, profile = validation.profile(
-                    self._settings,
-                    partition,
-                    record.key,
-                    record.value,
-                    record.timestamp,
-                    self.omitted,
-                )
+                found = validation.profiles(self._settings, record, self.omitted)
             except Rejected as rejected:
                 self._dead_letters.put(record, rejected)
                 outcome.rejected += 1
                 continue
+            outcome.ignored += not found
+            changes += [(record, *change) for change in found]
+        for record, user_id, profile in changes:
             outcome.applied += 1
             attributes = None if profile is None else profile.attributes
             place = _place(record)

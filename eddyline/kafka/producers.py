@@ -16,6 +16,7 @@ from eddyline.kafka.clients import connect
 from eddyline.kafka.topics import CLICKS, ITEMS, USERS
 from eddyline.schema import events
 from eddyline.schema.events import Click, Item, Merge, UserProfile
+from eddyline.schema.mapping.records import marks
 from eddyline.settings.loader import Settings
 
 
@@ -69,35 +70,44 @@ def in_time(settings: Settings, call: Callable[[], object]) -> None:
 def send_click(producer: KafkaProducer, settings: Settings, click: Click) -> Any:
     """Send a click under its user's id, with the clock of this producer. Returns a future."""
     key, value = click.user_id.encode(), events.encode(click)
-    return producer.send(settings.prefixed(CLICKS), value, key=key, headers=_stamp())
+    headers = [*_stamp(), *marks(settings.clicks_map)]
+    return producer.send(settings.prefixed(CLICKS), value, key=key, headers=headers)
 
 
 def send_merge(producer: KafkaProducer, settings: Settings, merge: Merge) -> Any:
     """Merge a visitor's history into another user's: a record among the visitor's clicks."""
     key, value = merge.user_id.encode(), events.encode(merge)
-    return producer.send(settings.prefixed(CLICKS), value, key=key, headers=_stamp())
+    headers = [*_stamp(), *marks(settings.clicks_map)]
+    return producer.send(settings.prefixed(CLICKS), value, key=key, headers=headers)
 
 
 def send_item(producer: KafkaProducer, settings: Settings, item: Item) -> Any:
     """Send a whole item under its id."""
     key, value = item.item_id.encode(), events.encode(item)
-    return producer.send(settings.prefixed(ITEMS), value, key=key, headers=_stamp())
+    headers = [*_stamp(), *marks(settings.items_map)]
+    return producer.send(settings.prefixed(ITEMS), value, key=key, headers=headers)
 
 
 def send_delete(producer: KafkaProducer, settings: Settings, item_id: str) -> Any:
     """Delete an item: a null record under its id."""
-    return producer.send(settings.prefixed(ITEMS), None, key=item_id.encode())
+    headers = marks(settings.items_map)
+    return producer.send(settings.prefixed(ITEMS), None, key=item_id.encode(), headers=headers)
 
 
 def send_profile(producer: KafkaProducer, settings: Settings, profile: UserProfile) -> Any:
     """Send a user's whole profile under the user's id."""
-    key, value = profile.user_id.encode(), events.encode(profile)
-    return producer.send(settings.prefixed(USERS), value, key=key)
+    key, value, headers = (
+        profile.user_id.encode(),
+        events.encode(profile),
+        marks(settings.users_map),
+    )
+    return producer.send(settings.prefixed(USERS), value, key=key, headers=headers)
 
 
 def send_forget(producer: KafkaProducer, settings: Settings, user_id: str) -> Any:
     """Forget a user: a null record under the user's id."""
-    return producer.send(settings.prefixed(USERS), None, key=user_id.encode())
+    headers = marks(settings.users_map)
+    return producer.send(settings.prefixed(USERS), None, key=user_id.encode(), headers=headers)
 
 
 def _stamp() -> list[tuple[str, bytes]]:

@@ -25,7 +25,7 @@ from kafka.errors import (
     UnknownTopicOrPartitionError,
 )
 
-from eddyline.errors import KafkaRefused, KafkaUnavailable, LogMismatch
+from eddyline.errors import KafkaRefused, KafkaUnavailable, LogMismatch, SettingsError
 from eddyline.kafka.clients import connect, translate_error
 from eddyline.process.retry import Backoff
 from eddyline.settings.loader import Settings
@@ -109,7 +109,9 @@ def ensure_topics(settings: Settings, names: Sequence[str] | None = None) -> lis
     topics by itself made it, most likely.
     names: default: all but the item vectors, which belong to a generation
 
-    Raises LogMismatch if a topic has another number of partitions than the settings.
+    A topic under its own name (`clicks_topic`, …) is another system's: it is left as it is.
+    Raises LogMismatch if a topic has another number of partitions than the settings, SettingsError
+    if a topic under its own name does not exist.
     """
     names = (*SOURCES, DEAD_LETTERS, GENERATIONS) if names is None else names
     made: list[str] = []
@@ -122,6 +124,10 @@ def ensure_topics(settings: Settings, names: Sequence[str] | None = None) -> lis
         for name in names:
             if settings.prefixed(name) in existing:
                 continue
+            if settings.has_own_topic(name):
+                raise SettingsError(
+                    f"{name}_topic = {settings.prefixed(name)!r}: Kafka has no such topic"
+                )
             partitions, configs = topic_configs(settings, name)
             copies, real = settings.replication_factor, settings.prefixed(name)
             try:
@@ -133,10 +139,12 @@ def ensure_topics(settings: Settings, names: Sequence[str] | None = None) -> lis
         admin.wait_for_topics(
             [settings.prefixed(n) for n in names], timeout_ms=settings.kafka_timeout_ms
         )
-        for described in _described(settings, admin, [settings.prefixed(n) for n in names]):
-            name = described["name"].removeprefix(settings.prefixed(""))
+        by_topic = {settings.prefixed(name): name for name in names}
+        for described in _described(settings, admin, list(by_topic)):
+            name = by_topic[described["name"]]
             expected, found = topic_configs(settings, name)[0], len(described["partitions"])
-            if found < expected and not any(end_offsets(settings, name).values()):
+            may_grow = found < expected and not settings.has_own_topic(name)
+            if may_grow and not any(end_offsets(settings, name).values()):
                 more = {described["name"]: NewPartitions(expected)}
                 admin.create_partitions(more, timeout_ms=settings.kafka_timeout_ms)
                 log.warning(

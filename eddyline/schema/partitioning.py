@@ -38,6 +38,12 @@ def partition_of(key: str, partitions: int) -> int:
     return (murmur2(key.encode()) & 0x7FFFFFFF) % partitions
 
 
+@lru_cache(maxsize=65536)
+def partition_of_bytes(key: bytes, partitions: int) -> int:
+    """`partition_of` for a key that need not be UTF-8."""
+    return (murmur2(key) & 0x7FFFFFFF) % partitions
+
+
 def user_slot(partition: int) -> str:
     """The slot tag of the users of a clicks partition: `u3`."""
     return f"u{partition}"

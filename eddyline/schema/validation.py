@@ -7,7 +7,7 @@ Deduplication of valid clicks is `eddyline.schema.deduplication`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -16,8 +16,11 @@ import msgspec
 from eddyline.errors import Rejected
 from eddyline.schema import events, partial
 from eddyline.schema.events import Click, Forget, Item, Merge, UserProfile
+from eddyline.schema.mapping import mapper
+from eddyline.schema.mapping.mapper import Mapper
+from eddyline.schema.mapping.records import MAPPED, RawRecord, mark_of
 from eddyline.schema.partial import Omitted
-from eddyline.schema.partitioning import partition_of
+from eddyline.schema.partitioning import partition_of, partition_of_bytes
 from eddyline.settings.loader import Settings
 
 UserEvent = Click | Merge | Forget
@@ -114,6 +117,68 @@ def profile(
     return user_id, found
 
 
+def map_of(settings: Settings, topic: str) -> Mapper | None:
+    """The map of `clicks`, `items` or `users`; None where records are in Eddyline's own format."""
+    return mapper.of(getattr(settings, f"{topic}_map"), topic)
+
+
+def own_records(settings: Settings, topic: str, record: RawRecord) -> Sequence[RawRecord]:
+    """The records in Eddyline's own format that a record of a topic becomes. Raises Rejected.
+
+    That is the record itself where the topic has no map, or the record has the mark.
+    topic: `clicks`, `items` or `users`, without prefix
+    """
+    found = map_of(settings, topic)
+    if found is None or mark_of(record.headers) is not None:
+        return (record,)
+    return found.records(record)
+
+
+def user_events(settings: Settings, record: RawRecord) -> list[tuple[RawRecord, UserEvent, bool]]:
+    """(record in Eddyline's own format, event, whether it lies in its user's partition).
+
+    Of any record of `clicks`; as `user_event` otherwise. Raises Rejected for the whole record.
+    """
+    found, partition = [], record.partition
+    for one in own_records(settings, "clicks", record):
+        origin_ms = events.origin_ms(one.headers)
+        event, here = user_event(settings, partition, one.value, one.timestamp, origin_ms)
+        found.append((one, event, here))
+    return found
+
+
+def item_changes(
+    settings: Settings, record: RawRecord, omitted: Omitted | None = None
+) -> list[tuple[str, Item | None]]:
+    """What `item` returns, of each change in any record of `items`. Raises Rejected.
+
+    Where the map says that the producer's key decides on the partition, it is compared with that.
+    """
+    found = map_of(settings, "items")
+    partition: int | None = record.partition
+    if found is not None and found.by_key:
+        partition = None
+        if (mark := mark_of(record.headers)) is None:
+            _check_key(settings, record)
+        elif mark != MAPPED[1]:
+            detail = "the map of items has partition = 'key': only its own producer may write items"
+            raise Rejected("wrong_partition", "key", detail)
+    return [
+        item(settings, partition, one.key, one.value, one.timestamp, omitted)
+        for one in own_records(settings, "items", record)
+    ]
+
+
+def profiles(
+    settings: Settings, record: RawRecord, omitted: Omitted | None = None
+) -> list[tuple[str, UserProfile | None]]:
+    """What `profile` returns, of each change in any record of `users`. Raises Rejected."""
+    return [
+        profile(settings, record.partition, one.key, one.value, one.timestamp, omitted)
+        for one in own_records(settings, "users", record)
+    ]
+
+
 def unsent(
     settings: Settings, topic: str, key: bytes | None, value: bytes | None
 ) -> tuple[UserEvent | Item | UserProfile | None, int]:
@@ -137,6 +202,15 @@ def _check_stamp(appended_ms: int) -> None:
     if appended_ms < 0:
         detail = "the record has no time stamp: set message.timestamp.type=LogAppendTime"
         raise Rejected("no_timestamp", "", f"{detail} for its topic")
+
+
+def unsent_record(
+    settings: Settings, topic: str, record: RawRecord
+) -> list[tuple[UserEvent | Item | UserProfile | None, int]]:
+    """What `unsent` returns, of each event of a record that has its place in the topic."""
+    return [
+        unsent(settings, topic, one.key, one.value) for one in own_records(settings, topic, record)
+    ]
 
 
 def _too_early(at_ms: int, settings: Settings) -> Rejected:
@@ -173,6 +247,19 @@ def _decoded(
             raise
         counts = Omitted() if omitted is None else omitted
         return partially(value, first, counts, **limits)
+
+
+def _check_key(settings: Settings, record: RawRecord) -> None:
+    """Raise Rejected unless the record lies where Kafka's partitioner puts its key."""
+    if record.key is None:
+        raise Rejected("no_key", "key", "the record needs a key: it decides on the partition")
+    own = partition_of_bytes(record.key, settings.items_partitions)
+    if record.partition != own:
+        detail = (
+            f"{events.quote(record.key)} belongs to partition {own}: use Kafka's murmur2 "
+            "partitioner"
+        )
+        raise Rejected("wrong_partition", "key", detail)
 
 
 def _id_of(kind: str, key: bytes | None, partition: int | None, partitions: int) -> str:

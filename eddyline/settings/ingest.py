@@ -37,6 +37,15 @@ class IngestSettings(msgspec.Struct, frozen=True, kw_only=True):
     item_vector_dimension: Annotated[int, within(0, 4_096)] = 0
     """Length of the dense features that an item may carry in `vector`; 0 rejects them."""
 
+    # Foreign formats: docs/feeds
+    clicks_map: str = ""
+    """The map of `clicks`: a TOML file or a preset (`debezium`, `segment`, …). Empty: the records
+    are in Eddyline's own format."""
+    items_map: str = ""
+    """The map of `items`."""
+    users_map: str = ""
+    """The map of `users`."""
+
     # Users' histories
     history_length_max: Annotated[int, within(1, 1_000)] = 100
     """The most events kept for a user."""

@@ -12,6 +12,7 @@ from eddyline.settings.field import within
 
 KafkaProtocol = Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"]
 KafkaMechanism = Literal["", "PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"]
+TopicName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]*\Z", max_length=249)]
 
 _SASL = ("SASL_PLAINTEXT", "SASL_SSL")
 _TLS = ("SSL", "SASL_SSL")
@@ -53,6 +54,13 @@ class KafkaSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Password of the private key. Empty: it is not encrypted."""
 
     # Topics: partitions are fixed when the topics are made
+    clicks_topic: TopicName = ""
+    """An existing topic that is read as `clicks`, under its own name. Empty: `clicks` with the
+    namespace in front, which Eddyline makes."""
+    items_topic: TopicName = ""
+    """An existing topic that is read as `items`."""
+    users_topic: TopicName = ""
+    """An existing topic that is read as `users`."""
     clicks_partitions: Annotated[int, within(1, 4_096)] = 8
     """Partitions of `clicks` and `users`: the most ingest processes that can share the clicks.
     Fixed when the topics are made."""
@@ -77,10 +85,16 @@ def uses_tls(settings: KafkaSettings) -> bool:
 
 
 def check(settings: KafkaSettings) -> None:
-    """Raise SettingsError if the settings of security contradict each other.
+    """Raise SettingsError if the settings of security contradict each other, or topics' names do.
 
     The message names the settings, never a password. `kafka.security.tls_context` checks the files.
     """
+    own = [settings.clicks_topic, settings.items_topic, settings.users_topic]
+    for name in own:
+        if name and own.count(name) > 1:
+            raise SettingsError(
+                f"{name!r} is the topic of more than one of clicks, items and users"
+            )
     protocol = f"kafka_security_protocol = {settings.kafka_security_protocol!r}"
     if settings.kafka_security_protocol != "PLAINTEXT" and not settings.kafka_bootstrap_servers:
         raise SettingsError(

@@ -35,6 +35,7 @@ ALIASES = {"KAFKA_BOOTSTRAP_SERVERS": "kafka_bootstrap_servers", "REDIS_URL": "r
 # Variables with the prefix that steer the set-up or the reading of settings.
 NOT_SETTINGS = {"EDDYLINE_CONFIG"}
 SECRETS = {"redis_url", "redis_sentinel_password", "kafka_sasl_password", "kafka_key_password"}
+_SOURCES = ("clicks", "items", "users")
 WEIGHED_KINDS = ("view", "click", "like", "cart", "purchase")
 
 _SECTIONS = (
@@ -120,8 +121,14 @@ class Settings(_AllSections, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """The beginning of every key in Redis: `<namespace>:`, or nothing."""
         return f"{self.namespace}:" if self.namespace else ""
 
+    def has_own_topic(self, name: str) -> bool:
+        """Whether `clicks`, `items` or `users` is read from another system's topic."""
+        return name in _SOURCES and bool(getattr(self, f"{name}_topic"))
+
     def prefixed(self, name: str) -> str:
-        """A topic, group or transactional id inside the namespace."""
+        """A topic, group or transactional id inside the namespace; own topics keep their name."""
+        if self.has_own_topic(name):
+            return str(getattr(self, f"{name}_topic"))
         return f"{self.namespace}.{name}" if self.namespace else name
 
 
@@ -164,6 +171,18 @@ def _check_hosts(settings: Settings) -> None:
             addresses.bare_host(getattr(settings, name))
         except ValueError as error:
             raise SettingsError(f"{name} = {getattr(settings, name)!r}: {error}") from None
+    _check_maps(made)
+    return made
+
+
+def _check_maps(settings: Settings) -> None:
+    """Raise SettingsError for a map that cannot be used."""
+    named = {topic: name for topic in _SOURCES if (name := getattr(settings, f"{topic}_map"))}
+    if named:
+        from eddyline.schema.mapping import mapper
+
+        for topic, name in named.items():
+            mapper.of(name, topic)
 
 
 def _check_erasures(settings: Settings) -> None:

@@ -29,7 +29,9 @@ from eddyline.schema import events, validation
 from eddyline.schema.deduplication import DedupeWindow
 from eddyline.schema.erasure import Erasure, digest, erased_after, erased_before
 from eddyline.schema.events import AT_MS_MAX, Click, Forget, Item
+from eddyline.schema.mapping.records import MAPPED, Headers
 from eddyline.schema.partitioning import partition_of
+from eddyline.schema.validation import UserEvent
 from eddyline.settings.loader import Settings
 from embeddings.data.examples import TrainingData
 
@@ -47,16 +49,17 @@ OnRead = Callable[[str, int, int], None]
 class SourceRecord:
     """One record of a topic.
 
-    appended_ms: the broker's time stamp; origin_ms: that of the first append, see
-                 `events.origin_ms`
+    timestamp: the broker's, milliseconds since 1970
+    topic:     its name in Kafka; empty where the record is in Eddyline's own format
     """
 
     partition: int
     offset: int
     key: bytes | None
     value: bytes | None
-    appended_ms: int
-    origin_ms: int | None = None
+    timestamp: int
+    headers: Headers = ()
+    topic: str = ""
 
 
 def from_kafka(settings: Settings, *, on_read: OnRead | None = None) -> TrainingData:
@@ -143,25 +146,27 @@ def assemble(
     items: dict[str, tuple[Item, int, int]] = {}
     for r in topics[kafka_topics.ITEMS]:
         try:
-            item_id, item = validation.item(settings, r.partition, r.key, r.value, r.appended_ms)
+            changes = validation.item_changes(settings, r)
         except Rejected as error:
             rejected[error.reason] += 1
             continue
-        if item is None:
-            items.pop(item_id, None)
-        else:
-            items[item_id] = (item, r.partition, r.offset)
+        for item_id, item in changes:
+            if item is None:
+                items.pop(item_id, None)
+            else:
+                items[item_id] = (item, r.partition, r.offset)
     profiles: dict[str, Mapping[str, object]] = {}
     for r in topics[kafka_topics.USERS]:
         try:
-            user, profile = validation.profile(settings, r.partition, r.key, r.value, r.appended_ms)
+            found = validation.profiles(settings, r)
         except Rejected as error:
             rejected[error.reason] += 1
             continue
-        if profile is None:
-            profiles.pop(user, None)
-        else:
-            profiles[user] = profile.attributes
+        for user, profile in found:
+            if profile is None:
+                profiles.pop(user, None)
+            else:
+                profiles[user] = profile.attributes
     clicks = _clicks(settings, topics[kafka_topics.CLICKS], clicks_max, rejected, dict(erasures))
     return TrainingData(
         items=[item for item, _, _ in items.values()],
@@ -197,6 +202,7 @@ def from_file(settings: Settings, path: Path) -> TrainingData:
                     key.encode(),
                     bytes(line.value),
                     AT_MS_MAX,
+                    [MAPPED],
                 )
             )
     # Line numbers are not offsets of a log.
@@ -225,14 +231,7 @@ def _clicks(
     newest: dict[int, deque[Click]] = {}
     windows: dict[int, DedupeWindow] = {}
     per_partition = max(1, clicks_max // settings.clicks_partitions)
-    for r in records:
-        try:
-            event, own = validation.user_event(
-                settings, r.partition, r.value, r.appended_ms, r.origin_ms
-            )
-        except Rejected as error:
-            rejected[error.reason] += 1
-            continue
+    for r, event, own in _user_events(settings, records, rejected):
         if not own:
             rejected["misplaced"] += 1  # ingest forwards it to its own partition
             continue
@@ -244,11 +243,11 @@ def _clicks(
         known = erasures.get(digest(event.user_id)) if erasures else None
         if isinstance(event, Forget):
             erasure = Erasure.of(event)
-            if not erasure.repeats(known, r.appended_ms):
+            if not erasure.repeats(known, r.timestamp):
                 erasures[digest(event.user_id)] = erasure.after(known)
                 boundary = (numbers[r.partition], event.bound_ms)
                 boundaries.setdefault(event.user_id, []).append(boundary)
-        elif erased_after(known, event.at_ms, r.appended_ms, r.origin_ms):
+        elif erased_after(known, event.at_ms, r.timestamp, events.origin_ms(r.headers)):
             rejected["forgotten"] += 1
         elif isinstance(event, Click):
             numbers[r.partition] += 1
@@ -268,15 +267,28 @@ def _clicks(
     ]
 
 
+def _user_events(
+    settings: Settings, records: Iterable[SourceRecord], rejected: Counter[str]
+) -> Iterator[tuple[SourceRecord, UserEvent, bool]]:
+    """(record, event, whether it lies in its user's partition) of the accepted records."""
+    for record in records:
+        try:
+            found = validation.user_events(settings, record)
+        except Rejected as error:
+            rejected[error.reason] += 1
+            continue
+        for _, event, own in found:
+            yield record, event, own
+
+
 def _archived(archive: Archive, name: str, ends: Mapping[int, int]) -> Iterator[SourceRecord]:
     """The archive's events up to the offsets `ends`, as records, without forgotten users."""
     try:
         for found in archive.read(name):
             if found.key is not None and found.offset <= ends.get(found.partition, -1):
                 value = None if found.event is None else events.encode(found.event)
-                yield SourceRecord(
-                    found.partition, found.offset, found.key.encode(), value, found.appended_ms
-                )
+                place = found.partition, found.offset, found.key.encode()
+                yield SourceRecord(*place, value, found.appended_ms, [MAPPED])
     except (OSError, ValueError) as error:
         raise ArchiveUnavailable(f"archive at {archive.url}: {error}") from None
 
@@ -311,5 +323,5 @@ def _read(
     starts = {partition: archived.get(partition, -1) + 1 for partition in ends}
     on_progress = (lambda done, total: None) if on_read is None else partial(on_read, name)
     for r in reading.read(settings, name, starts, ends, stall_s=_STALL_S, on_progress=on_progress):
-        origin_ms = events.origin_ms(r.headers)
-        yield SourceRecord(r.partition, r.offset, r.key, r.value, r.timestamp, origin_ms)
+        place = r.partition, r.offset
+        yield SourceRecord(*place, r.key, r.value, r.timestamp, r.headers, r.topic)

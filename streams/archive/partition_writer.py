@@ -214,15 +214,14 @@ class PartitionWriter:
                 file = self._file = self._begin(self._topic, record)
             file.see_time(record)
             self.last_read = file.last = record.offset
-            event = self._accept(file, record)
-            if event is None:
-                continue
-            if isinstance(event.event, Merge):
-                file = self._file_aside(MERGES, record)
-                file.merge_targets.add(event.event.merge_into)
-            elif isinstance(event.event, Forget):
-                file = self._file_aside(FORGETS, record)
-            file.add(layout.row(event), len(record.value or b""))
+            for event in self._accept(file, record):
+                into = file
+                if isinstance(event.event, Merge):
+                    into = self._file_aside(MERGES, record)
+                    into.merge_targets.add(event.event.merge_into)
+                elif isinstance(event.event, Forget):
+                    into = self._file_aside(FORGETS, record)
+                into.add(layout.row(event), len(record.value or b""))
 
     def skip_to(self, offset: int) -> None:
         """Continue after records that Kafka no longer has; first completes the open file."""
@@ -322,37 +321,43 @@ class PartitionWriter:
             found |= {user: digests[d] for user in users if (d := digest(user)) in digests}
         return found
 
-    def _accept(self, file: _OpenFile, record: Record) -> Archived | None:
-        """The event as it is archived; None if the record is refused, stray or sent again."""
+    def _accept(self, file: _OpenFile, record: Record) -> list[Archived]:
+        """The events as they are archived; none if the record is refused, stray or sent again."""
         settings, partition, at_ms = self._settings, self._partition, record.timestamp
         try:
             if self._topic == CLICKS:
-                origin_ms = events.origin_ms(record.headers)
-                event, own = validation.user_event(
-                    settings, partition, record.value, at_ms, origin_ms
-                )
-                counts = own and self._window.accept(event.event_id, record.offset)
-                if counts and isinstance(event, Forget):
-                    return self._accept_forget(file, record, event)
-                if not counts or self._is_late(record, event, origin_ms):
-                    self.skipped += 1
-                    return None
-                stamp = events.produced_us(record.headers)
-                found = Archived(partition, record.offset, at_ms, event.user_id, event, stamp)
-            elif self._topic == ITEMS:
-                key, item = validation.item(settings, partition, record.key, record.value, at_ms)
-                found = Archived(partition, record.offset, at_ms, key, item)
+                return self._accept_events(file, record)
+            if self._topic == ITEMS:
+                items = validation.item_changes(settings, record)
+                found = [Archived(partition, record.offset, at_ms, k, one) for k, one in items]
             else:
-                user, profile = validation.profile(
-                    settings, partition, record.key, record.value, at_ms
-                )
-                if profile is None:
-                    return self._accept_null(file, record, user)
-                found = Archived(partition, record.offset, at_ms, user, profile)
+                profiles = validation.profiles(settings, record)
+                found = [
+                    self._accept_null(file, record, user)
+                    if profile is None
+                    else Archived(partition, record.offset, at_ms, user, profile)
+                    for user, profile in profiles
+                ]
         except Rejected:
             self.skipped += 1
-            return None
-        self.rows += 1
+            return []
+        self.rows += len(found)
+        return found
+
+    def _accept_events(self, file: _OpenFile, record: Record) -> list[Archived]:
+        """Of a record of `clicks`. Raises Rejected."""
+        found = []
+        origin_ms, stamp = events.origin_ms(record.headers), events.produced_us(record.headers)
+        for _, event, own in validation.user_events(self._settings, record):
+            counts = own and self._window.accept(event.event_id, record.offset)
+            if counts and isinstance(event, Forget):
+                found.append(self._accept_forget(file, record, event))
+            elif not counts or self._is_late(record, event, origin_ms):
+                self.skipped += 1
+            else:
+                place = self._partition, record.offset, record.timestamp
+                found.append(Archived(*place, event.user_id, event, stamp))
+        self.rows += len(found)
         return found
 
     def _accept_forget(self, file: _OpenFile, record: Record, forget: Forget) -> Archived:
@@ -364,7 +369,6 @@ class PartitionWriter:
             with_null = known is not None and known.request == limit.request
             begin_ms = limit.erasure.until_ms - HOUR_MS if with_null else 0
             file.erase_from_ms = min(file.erase_from_ms, begin_ms)
-        self.rows += 1
         event = msgspec.structs.replace(forget, ends_ms=limit.erasure.ends_ms)
         return Archived(
             record.partition, record.offset, record.timestamp, None, event, digest=hashed
@@ -385,7 +389,6 @@ class PartitionWriter:
         file.forgotten[user_id], file.erase_from_ms = limit, 0
         hashed = digest(user_id)
         self._forgotten.add_null(hashed, limit)
-        self.rows += 1
         return Archived(
             record.partition, record.offset, record.timestamp, None, None, digest=hashed
         )

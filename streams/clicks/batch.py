@@ -24,12 +24,14 @@ from streams.records import Record
 class DecodedEvents:
     """The records of a batch by their kind; events in the order of the log.
 
-    events: those of this partition; stray: those of another one
+    events:  those of this partition; stray: those of another one
+    ignored: records that have no event for the map of the topic
     """
 
     events: list[Event] = field(default_factory=list)
     stray: list[Event] = field(default_factory=list)
     rejected: list[tuple[Record, Rejected]] = field(default_factory=list)
+    ignored: int = 0
 
 
 @dataclass(slots=True)
@@ -95,6 +97,10 @@ def narrow(batch: RecordBatch, width: int) -> Iterator[RecordBatch]:
 def decode(settings: Settings, batch: RecordBatch) -> DecodedEvents:
     """Decode the records of a batch and sort them by kind."""
     decoded = DecodedEvents()
+    if validation.map_of(settings, CLICKS) is not None:
+        for record in batch.records:
+            _map(settings, record, decoded)
+        return decoded
     for record in batch.records:
         try:
             event, here = validation.user_event(
@@ -112,6 +118,18 @@ def decode(settings: Settings, batch: RecordBatch) -> DecodedEvents:
         else:
             decoded.stray.append((record, event))
     return decoded
+
+
+def _map(settings: Settings, record: Record, decoded: DecodedEvents) -> None:
+    """Decode a record of a topic with a map: it has any number of events."""
+    try:
+        found = validation.user_events(settings, record)
+    except Rejected as rejected:
+        decoded.rejected.append((record, rejected))
+        return
+    decoded.ignored += not found
+    for one, event, here in found:
+        (decoded.events if here else decoded.stray).append((one, event))
 
 
 def deduplicate(

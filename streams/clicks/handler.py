@@ -176,7 +176,9 @@ class ClickHandler(Handler):
         )
         applied = [event.user_id for record, event in one.accepted if record.offset > done]
         one.users, one.missing = self.cache.look(one.slot, applied)
-        one.outcome = Outcome(records=len(batch.records), applied=len(applied))
+        one.outcome = Outcome(
+            records=len(batch.records), applied=len(applied), ignored=one.decoded.ignored
+        )
         if batch.first > done:
             one.outcome.duplicates = len(one.decoded.events) - len(applied)
         else:

@@ -164,21 +164,16 @@ class ItemHandler(Handler):
         outcome = one.outcome = Outcome(records=len(batch.records))
         for record in batch.records:
             try:
-                item_id, item = validation.item(
-                    self._settings,
-                    batch.partition,
-                    record.key,
-                    record.value,
-                    record.timestamp,
-                    self.omitted,
-                )
+                found = validation.item_changes(self._settings, record, self.omitted)
             except Rejected as rejected:
                 self._dead_letters.put(record, rejected)
                 outcome.rejected += 1
                 continue
-            at_ms = max(0, record.timestamp) if item is None else item.at_ms
-            one.decoded.append((item_id, ItemChange(record, at_ms, item)))
-            outcome.applied += 1
+            outcome.ignored += not found
+            for item_id, item in found:
+                at_ms = max(0, record.timestamp) if item is None else item.at_ms
+                one.decoded.append((item_id, ItemChange(record, at_ms, item)))
+                outcome.applied += 1
         if outcome.rejected:
             self._dead_letters.flush()
 

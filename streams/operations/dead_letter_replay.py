@@ -25,11 +25,13 @@ from eddyline.kafka import clients, producers, reading, topics
 from eddyline.schema import events, validation
 from eddyline.schema.erasure import erased_after
 from eddyline.schema.events import Click, Merge, UserProfile
+from eddyline.schema.mapping.mapper import REPLAYED_FROM
+from eddyline.schema.mapping.records import MappedRecord, mark_of
 from eddyline.schema.partitioning import user_slot
 from eddyline.settings.loader import Settings
 from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import Source, StateStore, UserQuery
-from streams.dead_letters import FORWARD_BYTES_MAX, record_bytes
+from streams.dead_letters import FORWARD_BYTES_MAX, HEADER_PREFIX, record_bytes
 from streams.records import coordinates
 
 # A scan keeps one digest of each letter, to recognise repeats and marks: about 200 MB at most.
@@ -49,6 +51,7 @@ class Letter:
 
     at:           `topic/partition/offset` of the refused record
     key, value:   as they were sent, None for null
+    headers:      of the refused record, where its topic has a map
     timestamp_ms: append time of the refused record
     first_ms:     append time of the record that it was forwarded or replayed from
     offset:       of the letter itself, in `dead-letters`
@@ -63,6 +66,12 @@ class Letter:
     timestamp_ms: int
     first_ms: int
     offset: int
+    headers: tuple[tuple[str, bytes], ...] = ()
+
+    @property
+    def partition(self) -> int:
+        """The refused record's partition."""
+        return self.source[1]
 
     @property
     def source(self) -> tuple[str, int, int]:
@@ -252,7 +261,8 @@ def _replay(
     for letter in batch:
         try:
             value, _ = checked(settings, letter)
-            size = record_bytes(letter.key, value or b"", _headers(letter))
+            headers = [*letter.headers, *_headers(letter)]
+            size = record_bytes(letter.key, value or b"", headers)
             if size > FORWARD_BYTES_MAX:
                 raise Rejected("too_large", "", f"has {size:,} bytes as a record")
             valid.append(letter)
@@ -270,48 +280,71 @@ def _replay(
 
 
 def checked(settings: Settings, letter: Letter) -> tuple[bytes | None, int]:
-    """(the value to send, its partition). Raises Rejected as ingest would today."""
+    """(the value to send, its partition). Raises Rejected as ingest would today.
+
+    A record that a map makes events of is sent as it was, to its own partition.
+    """
     topic = letter.source[0]
     names = {settings.prefixed(name): name for name in topics.SOURCES}
     if topic not in names:
         raise Rejected("other_topic", "", f"{events.quote(topic)} is no topic of this namespace")
-    event, partition = validation.unsent(settings, names[topic], letter.key, letter.value)
+    found = validation.unsent_record(settings, names[topic], _sent_anew(letter))
+    if not found:
+        raise Rejected("ignored", "", "the map makes no event of it")
+    if _is_mapped(settings, names[topic], letter):
+        return letter.value, letter.partition
+    [(event, partition)] = found
     if isinstance(event, Click) and event.event_id is None:
         # The coordinates are the id, as for a click that is forwarded.
         return events.encode(msgspec.structs.replace(event, event_id=letter.at)), partition
     return letter.value, partition
 
 
+def _sent_anew(letter: Letter) -> MappedRecord:
+    """The record that a replay sends."""
+    headers = [*letter.headers, *_headers(letter)]
+    topic, partition, offset = letter.source
+    return MappedRecord(
+        topic, partition, offset, letter.timestamp_ms, letter.key, letter.value, headers
+    )
+
+
+def _is_mapped(settings: Settings, name: str, letter: Letter) -> bool:
+    return validation.map_of(settings, name) is not None and mark_of(letter.headers) is None
+
+
 def forgotten_since(settings: Settings, store: StateStore, letters: Sequence[Letter]) -> set[str]:
     """The letters (`at`) that an erasure of their user covers: ingest would drop them.
 
-    Raises StoreUnavailable.
+    Of a letter with several events: if it covers all of them. Raises StoreUnavailable.
     """
     names = {settings.prefixed(name): name for name in (topics.CLICKS, topics.USERS)}
     of_users: list[tuple[Letter, Click | Merge | UserProfile]] = []
     queries: list[UserQuery] = []
+    others: set[str] = set()
     for letter in letters:
         if (name := names.get(letter.source[0])) is None:
             continue
-        event, partition = validation.unsent(settings, name, letter.key, letter.value)
-        if isinstance(event, Click | Merge | UserProfile):  # others delete: they may be replayed
-            slot, source = user_slot(partition), Source(topics.CLICKS, partition)
-            of_users.append((letter, event))
-            queries.append(UserQuery(slot, source, [event.user_id], []))
+        for event, partition in validation.unsent_record(settings, name, _sent_anew(letter)):
+            if isinstance(event, Click | Merge | UserProfile):
+                slot, source = user_slot(partition), Source(topics.CLICKS, partition)
+                of_users.append((letter, event))
+                queries.append(UserQuery(slot, source, [event.user_id], []))
+            else:
+                others.add(letter.at)  # it deletes: it may be replayed
     if not queries:
         return set()
-    now_ms, found = producers.now_ms(), set()
+    now_ms, found = producers.now_ms(), set[str]()
     for (letter, event), read in zip(of_users, store.read_many(queries), strict=True):
         erasure = read.erasures.get(event.user_id)
         if erasure is None:
-            continue
-        if isinstance(event, UserProfile):
+            covered = False
+        elif isinstance(event, UserProfile):
             covered = erasure.covers_profile(-1, letter.first_ms)
         else:
             covered = erased_after(erasure, event.at_ms, now_ms, letter.first_ms)
-        if covered:
-            found.add(letter.at)
-    return found
+        (found if covered else others).add(letter.at)
+    return found - others
 
 
 def newer_than(settings: Settings, letters: Sequence[Letter], marks: _Scan) -> set[str]:
@@ -353,7 +386,7 @@ def _send(settings: Settings, producer: KafkaProducer, batch: Sequence[Letter]) 
     letters = settings.prefixed(topics.DEAD_LETTERS)
     for letter in batch:
         value, partition = checked(settings, letter)
-        name, headers = letter.source[0], _headers(letter)
+        name, headers = letter.source[0], [*letter.headers, *_headers(letter)]
         producer.send(name, value, key=letter.key, partition=partition, headers=headers)
         producer.send(letters, b"", key=letter.at.encode(), headers=[("replayed", b"1")])
     producer.commit_transaction()
@@ -362,7 +395,7 @@ def _send(settings: Settings, producer: KafkaProducer, batch: Sequence[Letter]) 
 def _headers(letter: Letter) -> list[tuple[str, bytes]]:
     """Of the record that is sent."""
     first_ms = str(letter.first_ms).encode()
-    return [("replayed_from", letter.at.encode()), (events.ORIGIN_MS, first_ms)]
+    return [(REPLAYED_FROM, letter.at.encode()), (events.ORIGIN_MS, first_ms)]
 
 
 def _digest(at: str) -> bytes:
@@ -385,4 +418,9 @@ def _letter(at: str, headers: Mapping[str, bytes], record: Any) -> Letter:
         timestamp_ms=timestamp_ms,
         first_ms=timestamp_ms if origin_ms is None else min(origin_ms, timestamp_ms),
         offset=record.offset,
+        headers=tuple(
+            (name.removeprefix(HEADER_PREFIX), value)
+            for name, value in record.headers
+            if name.startswith(HEADER_PREFIX) and value is not None
+        ),
     )

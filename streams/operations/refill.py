@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import groupby, islice, takewhile
+from itertools import groupby, takewhile
 
 from eddyline import generations
 from eddyline.archive import FORGETS, MERGES, Archive, ArchiveUnavailable
@@ -33,6 +33,7 @@ from streams.operations import retention_gaps
 from streams.operations.refill_records import (
     ProfileRecords,
     as_sent,
+    batches,
     erasures,
     is_unknown,
     with_ids,
@@ -277,7 +278,7 @@ class GapFiller:
                 self._profile_records.ids_of_forgets(partition, next_offsets[partition], gap.last),
             )
             for (topic, unknown), run_ in groupby(merged, key=lambda r: (r.topic, is_unknown(r))):
-                while records := list(islice(run_, self._settings.chunk_records_max)):
+                for records in batches(run_, self._settings.chunk_records_max):
                     batch = RecordBatch(topic, partition, records, time.time_ns() // 1_000)
                     if unknown:
                         by_clicks.keep_erasures(partition, erasures(records), batch.last)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import msgspec
 
@@ -15,6 +16,7 @@ from eddyline.kafka.topics import CLICKS, USERS
 from eddyline.schema import events
 from eddyline.schema.erasure import Erasure, digest
 from eddyline.schema.events import Forget, Merge
+from eddyline.schema.mapping.records import MAPPED
 from eddyline.schema.partitioning import user_slot
 from eddyline.settings.loader import Settings
 from eddyline.stores import redis_client
@@ -45,7 +47,7 @@ class ArchivedRecord:
 
 def as_sent(topic: str, archived: Archived) -> ArchivedRecord:
     """The record that an archived event was."""
-    event, headers = archived.event, []
+    event, headers = archived.event, [MAPPED]
     if isinstance(event, Forget):
         place = archived.partition, archived.offset, archived.appended_ms
         hashed = archived.digest or ""
@@ -55,7 +57,7 @@ def as_sent(topic: str, archived: Archived) -> ArchivedRecord:
         # The target's id was erased with the target. The visitor's history ends all the same.
         event = Merge(user_id=event.user_id, merge_into="forgotten since", at_ms=event.at_ms)
     if archived.produced_us:
-        headers = [("produced_us", str(archived.produced_us).encode())]
+        headers.append(("produced_us", str(archived.produced_us).encode()))
     return ArchivedRecord(
         topic,
         archived.partition,
@@ -102,6 +104,22 @@ def erasures(records: Sequence[Record]) -> dict[str, Erasure]:
     }
 
 
+def batches(records: Iterable[Record], records_max: int) -> Iterator[list[Record]]:
+    """Consecutive records in batches; events of one record, which share its offset, stay together.
+
+    records_max: of a batch, unless one record has more events
+    """
+    batch: list[Record] = []
+    for _, same in groupby(records, key=lambda record: record.offset):
+        found = list(same)
+        if batch and len(batch) + len(found) > records_max:
+            yield batch
+            batch = []
+        batch += found
+    if batch:
+        yield batch
+
+
 class ProfileRecords:
     """Profiles and null records of `users`, from the archive and from Kafka.
 
@@ -119,11 +137,13 @@ class ProfileRecords:
 
         The archive has what compaction removed, Kafka what is older or newer than the archive.
         """
-        last = -1
-        archived = self._archived(partition, first)
-        for record in heapq.merge(in_kafka, archived, key=lambda r: r.offset):
-            if record.offset > last:
-                last = record.offset
+        last, last_archived = -1, False
+        kafka = ((record, False) for record in in_kafka)
+        archived = ((record, True) for record in self._archived(partition, first))
+        for record, of_archive in heapq.merge(kafka, archived, key=lambda pair: pair[0].offset):
+            # The archive has an event of its own for each profile that a map made of a record.
+            if record.offset > last or (of_archive and last_archived):
+                last, last_archived = record.offset, of_archive
                 yield record
 
     def in_kafka(self, partition: int, first: int) -> Generator[Record, None, None]:
@@ -168,7 +188,13 @@ class ProfileRecords:
                 ids = self._ids_by_digest(partition)
             if found.digest in ids:
                 yield ArchivedRecord(
-                    topic, partition, found.offset, found.appended_ms, ids[found.digest], None
+                    topic,
+                    partition,
+                    found.offset,
+                    found.appended_ms,
+                    ids[found.digest],
+                    None,
+                    headers=[MAPPED],
                 )
 
     def ids_of_forgets(self, partition: int, first: int, last: int) -> dict[str, bytes | None]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from eddyline import generations
 from eddyline.archive import Archive, ArchiveUnavailable
-from eddyline.errors import Rejected
+from eddyline.errors import Rejected, SettingsError
 from eddyline.kafka import producers, reading, topics
 from eddyline.kafka.topics import ITEMS, USERS
 from eddyline.schema.item_record import decode_record
@@ -43,9 +43,15 @@ def run(settings: Settings) -> ResyncReport:
 
     Searched are Redis, the item vectors and the bundle of the active generation, and the archive. A
     record that is sent under the same key within this call may be deleted: send it again.
-    Raises Unavailable, StoreRefused, BundleError, LogMismatch, and EddylineError while an ingest
-    runs.
+    Raises SettingsError for topics with a map, Unavailable, StoreRefused, BundleError, LogMismatch,
+    and EddylineError while an ingest runs.
     """
+    for name in (ITEMS, USERS):
+        if map_name := getattr(settings, f"{name}_map"):
+            raise SettingsError(
+                f"{name}_map = {map_name!r}: the producer of {settings.prefixed(name)} has to send "
+                "the deletes that are missing; resync writes to topics without a map only"
+            )
     with retention_gaps.open_store(settings) as store:
         begun_ms = producers.now_ms()
         archive = Archive(settings) if importlib.util.find_spec("pyarrow") else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 
@@ -20,8 +20,9 @@ from eddyline import generations
 from eddyline.errors import EddylineError, Rejected, SettingsError
 from eddyline.kafka import topics
 from eddyline.kafka.topics import CLICKS, ITEMS, USERS
-from eddyline.schema import item_record, user_history
+from eddyline.schema import item_record, user_history, validation
 from eddyline.schema.item_record import ItemRecord
+from eddyline.schema.mapping.records import RawRecord
 from eddyline.schema.partitioning import user_slot
 from eddyline.settings.loader import Settings
 from eddyline.stores import redis_client
@@ -135,11 +136,12 @@ def replay(
         ends = {p.partition: end for p, (_, end) in slices.items() if p.topic == topic}
         handlers.of(name).fences.open({partition: (0, end) for partition, end in ends.items()})
         result.outcomes[name] = Outcome()
+    names = {settings.prefixed(name): name for name in topics.SOURCES}
     for partition, merged in topic_slices.merged(settings, slices):
         for topic, run_ in groupby(merged, key=lambda record: record.topic):
-            name = topic.removeprefix(settings.prefixed(""))
+            name = names[topic]
             while records := list(islice(run_, batch_records)):
-                _note_ids(result, name, partition, records)
+                _note_ids(settings, result, name, partition, records)
                 batch = RecordBatch(topic, partition, records, read_us=0)
                 result.outcomes[name].add(handlers.of(name).apply_one(batch))
         handlers.clicks.popularity.write(partition)
@@ -224,9 +226,15 @@ def remove_namespace(settings: Settings, namespace: str) -> None:
                 pipe.execute()
 
 
-def _note_ids(result: ReplayResult, name: str, partition: int, batch: Sequence[Record]) -> None:
+def _note_ids(
+    settings: Settings, result: ReplayResult, name: str, partition: int, batch: Sequence[Record]
+) -> None:
     """Note the ids of the records' users and items: state may lie under them now."""
-    keys = {(record.key or b"").decode(errors="replace") for record in batch}
+    own: list[RawRecord] = []
+    for record in batch:
+        with suppress(Rejected):
+            own += validation.own_records(settings, name, record)
+    keys = {(record.key or b"").decode(errors="replace") for record in own}
     if name == ITEMS:
         result.items |= keys
         return
@@ -234,11 +242,9 @@ def _note_ids(result: ReplayResult, name: str, partition: int, batch: Sequence[R
     if name == USERS:
         user_ids |= keys
         return
-    for record in batch:
-        try:
-            user_ids.add(msgspec.json.decode(record.value or b"", type=_UserId).user_id)
-        except msgspec.DecodeError:
-            continue
+    for one in own:
+        with suppress(msgspec.DecodeError):
+            user_ids.add(msgspec.json.decode(one.value or b"", type=_UserId).user_id)
 
 
 class _UserId(msgspec.Struct):

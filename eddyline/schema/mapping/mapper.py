@@ -1,0 +1,417 @@
+"""A compiled map: one record in, the records in Eddyline's own format out.
+
+A record is mapped as a whole: if one of its events is refused, all are. So the replay of its dead
+letter is exactly-once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import msgspec
+
+from eddyline.errors import Rejected, SettingsError
+from eddyline.schema.events import ID_BYTES_MAX, KINDS, ORIGIN_MS, quote
+from eddyline.schema.mapping import fields, spec
+from eddyline.schema.mapping.envelopes import ENVELOPES
+from eddyline.schema.mapping.fields import IGNORE
+from eddyline.schema.mapping.paths import Getter, Scope, Source, compile_path
+from eddyline.schema.mapping.records import MAPPED, ONLY_MAPPED, Headers, MappedRecord, RawRecord
+from eddyline.schema.mapping.spec import EVENTS_MAX, Rule, TopicMap
+
+# Headers of Eddyline's own that a mapped record keeps; what a replay of dead letters adds.
+_KEPT_HEADERS = frozenset({"produced_us", ORIGIN_MS})
+REPLAYED_FROM = "replayed_from"
+_MADE = {"clicks": "event", "items": "item", "users": "profile"}
+_MAY_MAKE = {
+    "clicks": ("event", "merge", "ignore"),
+    "items": ("item", "delete", "ignore"),
+    "users": ("profile", "delete", "ignore"),
+}
+# What JSON cannot hold: half of a surrogate pair, a number of more than 64 bits.
+_UNFIT = (UnicodeEncodeError, OverflowError, ValueError, TypeError, RecursionError)
+_encode = msgspec.json.Encoder().encode
+
+# (key, value) of the records of one element.
+_Made = tuple[str, dict[str, Any] | None]
+_Maker = Callable[[Scope], _Made | None]
+
+
+@dataclass(frozen=True, slots=True)
+class _CompiledRule:
+    """A rule.
+
+    holds: its conditions; each: the lists that it goes through
+    has_own_ids: each element has an event id, not the record for all
+    """
+
+    holds: Sequence[Callable[[Scope], bool]]
+    each: Sequence[Getter]
+    make: _Maker
+    has_own_ids: bool
+
+
+class Mapper:
+    """The map of one topic. Thread rule: any thread.
+
+    by_key: the item's partition is that of the record's key, see `spec.TopicMap.partition`
+    """
+
+    def __init__(self, topic_map: TopicMap, topic: str) -> None:
+        """topic: clicks, items or users. Raises ValueError for what the map must not say."""
+        self.by_key = topic_map.partition == "key"
+        self._topic = topic
+        self._envelope = ENVELOPES[topic_map.envelope]
+        self._ignored_deletes = topic == "clicks" and topic_map.envelope == "debezium"
+        self._otherwise = topic_map.otherwise
+        self._each = [compile_path(topic_map.each)] if topic_map.each is not None else []
+        self._id_field = "item_id" if topic == "items" else "user_id"
+        rules = topic_map.rule or [Rule()]
+        self._rules = [_compile_rule(topic_map, rule, topic) for rule in rules]
+        if self._each and any(rule.make == "merge" for rule in rules):
+            raise ValueError("make = 'merge': a map with `each` has events only")
+        only = self._rules[0]
+        self._is_flat = not (len(rules) > 1 or only.holds or only.each or self._each)
+        self._delete = None if topic == "clicks" else _deleter(topic_map, self._id_field)
+
+    def records(self, record: RawRecord) -> list[MappedRecord]:
+        """The records that this one becomes, none where the map ignores it. Raises Rejected."""
+        source = Source(record.key, record.headers)
+        op, here = self._envelope(source, record.value)
+        if op == "put":
+            scope = Scope(here, None, source)
+            made = self._put_one(scope, record) if self._is_flat else self._put(scope, record)
+        elif op == "delete":
+            made = self._deleted(Scope(here, None, source))
+        else:
+            made = []
+        if not made:
+            return []
+        headers = ONLY_MAPPED
+        if record.headers:
+            headers = [MAPPED, *(h for h in record.headers if h[0] in _KEPT_HEADERS)]
+        topic, partition = record.topic, record.partition
+        offset, ms, found = record.offset, record.timestamp, []
+        for key, event in made:
+            try:
+                own_key, value = key.encode(), None if event is None else _encode(event)
+            except _UNFIT as error:
+                raise Rejected("bad_field", "", f"a value cannot be kept: {error}"[:160]) from None
+            found.append(MappedRecord(topic, partition, offset, ms, own_key, value, headers))
+        return found
+
+    def _put_one(self, scope: Scope, record: RawRecord) -> list[_Made]:
+        """`_put` for a map with one rule that always holds and has no `each`."""
+        one = self._rules[0].make(scope)
+        if one is None:
+            return []
+        if self._topic == "clicks":
+            _identify(one[1], record, None, has_own_ids=True)
+        return [one]
+
+    def _put(self, whole: Scope, record: RawRecord) -> list[_Made]:
+        made: list[_Made] = []
+        for scope in _elements(whole, self._each) if self._each else (whole,):
+            rule = self._rule(scope)
+            if rule is None:
+                if self._otherwise == IGNORE:
+                    continue
+                raise Rejected("no_rule", "", "no rule of the map holds for the record")
+            several = bool(rule.each or self._each)
+            for inner in _elements(scope, rule.each) if rule.each else (scope,):
+                if (one := rule.make(inner)) is None:
+                    continue
+                if self._topic == "clicks":
+                    _identify(one[1], record, len(made) if several else None, rule.has_own_ids)
+                made.append(one)
+                if len(made) > EVENTS_MAX:
+                    detail = f"the record has more than {EVENTS_MAX} events"
+                    raise Rejected("too_many_events", "", detail)
+        return made
+
+    def _rule(self, scope: Scope) -> _CompiledRule | None:
+        for rule in self._rules:
+            for holds in rule.holds:
+                if not holds(scope):
+                    break
+            else:
+                return rule
+        return None
+
+    def _deleted(self, scope: Scope) -> list[_Made]:
+        if self._delete is not None:
+            return [self._delete(scope)]
+        if self._ignored_deletes:  # an event happened, whatever becomes of its row
+            return []
+        raise Rejected("no_value", "", "the record has no value")
+
+
+def of(source: str, topic: str) -> Mapper | None:
+    """The compiled map of a setting; None for Eddyline's own format.
+
+    source: a preset's name or a file; it is read once by a process
+    Raises SettingsError.
+    """
+    return _of(source, topic) if source else None
+
+
+@lru_cache(maxsize=32)
+def _of(source: str, topic: str) -> Mapper | None:
+    found = spec.read(source, topic)
+    return None if found is None else compiled(found, topic, source)
+
+
+def compiled(topic_map: TopicMap, topic: str, name: str) -> Mapper:
+    """The mapper of a map. name: of its file, for messages. Raises SettingsError."""
+    try:
+        return Mapper(topic_map, topic)
+    except ValueError as error:
+        raise SettingsError(f"{name}: [{topic}]: {error}") from None
+
+
+def _compile_rule(topic_map: TopicMap, rule: Rule, topic: str) -> _CompiledRule:
+    made = rule.make or topic_map.fields.make or _MADE[topic]
+    if made not in _MAY_MAKE[topic]:
+        raise ValueError(f"make = {made!r}: {topic} has {', '.join(_MAY_MAKE[topic])}")
+    both = _with_defaults(rule, topic_map.fields)
+    each = [both.each] if isinstance(both.each, str) else both.each
+    return _CompiledRule(
+        [fields.condition(path, wanted) for path, wanted in rule.where.items()],
+        [compile_path(path) for path in each],
+        _maker(topic_map, both, made),
+        both.event_id is not None and fields.is_relative(both.event_id),
+    )
+
+
+def _with_defaults(rule: Rule, defaults: Rule) -> Rule:
+    """The rule; what it leaves open is taken from `defaults`."""
+    return Rule(
+        **{
+            name: getattr(rule, name) or getattr(defaults, name)
+            for name in Rule.__struct_fields__
+            if name not in ("make", "where")
+        }
+    )
+
+
+def _maker(topic_map: TopicMap, rule: Rule, made: str) -> _Maker:
+    if made == "event":
+        return _event(topic_map, rule)
+    if made == "merge":
+        return _merge(topic_map, rule)
+    if made == "item":
+        return _item(topic_map, rule)
+    if made == "profile":
+        return _profile(topic_map, rule)
+    if made == "delete":
+        name = "item_id" if rule.item_id is not None else "user_id"
+        get = _required(name, getattr(rule, name), topic_map)
+        return lambda scope: (get(scope), None)
+    return lambda scope: None
+
+
+def _event(topic_map: TopicMap, rule: Rule) -> _Maker:
+    nulls = topic_map.nulls
+    user, item = (
+        _required(name, getattr(rule, name), topic_map) for name in ("user_id", "item_id")
+    )
+    optional: list[tuple[str, Getter]] = []
+    if rule.at_ms is not None:
+        optional.append(("at_ms", fields.time(rule.at_ms, nulls)))
+    optional += [
+        (name, fields.identity(name, field, nulls))
+        for name in ("event_id", "impression_id")
+        if (field := getattr(rule, name)) is not None
+    ]
+    if rule.weight is not None:
+        optional.append(("weight", fields.number(rule.weight, nulls)))
+    kind = None
+    if rule.kind is not None:
+        kind = fields.kind(rule.kind, nulls, topic_map.kinds, topic_map.other_kinds)
+        _check_kinds(topic_map)
+    context = [(name, fields.attribute(one, nulls)) for name, one in rule.context.items()]
+
+    def make(scope: Scope) -> _Made | None:
+        event: dict[str, Any] = {}
+        if kind is not None and (found := kind(scope)) is not None:
+            event["kind"], weight = found
+            if event["kind"] == IGNORE:
+                return None
+            if weight is not None:
+                event["weight"] = weight
+        user_id = event["user_id"] = user(scope)
+        event["item_id"] = item(scope)
+        for name, get in optional:
+            if (value := get(scope)) is not None:
+                event[name] = value
+        if context:
+            event["context"] = {
+                name: value
+                for name, get in context
+                if (value := get(scope)) is not None and not isinstance(value, list)
+            }
+        return user_id, event
+
+    return make
+
+
+def _merge(topic_map: TopicMap, rule: Rule) -> _Maker:
+    user, into = (
+        _required(name, getattr(rule, name), topic_map) for name in ("user_id", "merge_into")
+    )
+    at_ms = None if rule.at_ms is None else fields.time(rule.at_ms, topic_map.nulls)
+
+    def make(scope: Scope) -> _Made:
+        user_id = user(scope)
+        event = {"user_id": user_id, "merge_into": into(scope)}
+        if at_ms is not None and (found := at_ms(scope)) is not None:
+            event["at_ms"] = found
+        return user_id, event
+
+    return make
+
+
+def _item(topic_map: TopicMap, rule: Rule) -> _Maker:
+    nulls = topic_map.nulls
+    item = _required("item_id", rule.item_id, topic_map)
+    parts: list[tuple[str, Getter]] = []
+    if rule.title is not None:
+        parts.append(("title", fields.title(rule.title, nulls)))
+    parts += [
+        (name, fields.labels(name, field, nulls))
+        for name in ("categories", "tags")
+        if (field := getattr(rule, name)) is not None
+    ]
+    if rule.available is not None:
+        parts.append(("available", fields.truth("available", rule.available, nulls)))
+    if rule.at_ms is not None:
+        parts.append(("at_ms", fields.time(rule.at_ms, nulls)))
+    if rule.vector is not None:
+        parts.append(("vector", fields.raw(rule.vector, nulls)))
+    attributes = _attributes(topic_map, rule)
+
+    def make(scope: Scope) -> _Made:
+        item_id = item(scope)
+        event: dict[str, Any] = {"item_id": item_id}
+        for name, get in parts:
+            if (value := get(scope)) is not None:
+                event[name] = value
+        event["attributes"] = attributes(scope)
+        return item_id, event
+
+    return make
+
+
+def _profile(topic_map: TopicMap, rule: Rule) -> _Maker:
+    user = _required("user_id", rule.user_id, topic_map)
+    at_ms = None if rule.at_ms is None else fields.time(rule.at_ms, topic_map.nulls)
+    attributes = _attributes(topic_map, rule)
+
+    def make(scope: Scope) -> _Made:
+        user_id = user(scope)
+        event: dict[str, Any] = {"user_id": user_id, "attributes": attributes(scope)}
+        if at_ms is not None and (found := at_ms(scope)) is not None:
+            event["at_ms"] = found
+        return user_id, event
+
+    return make
+
+
+def _attributes(topic_map: TopicMap, rule: Rule) -> Callable[[Scope], dict[str, Any]]:
+    nulls = topic_map.nulls
+    named = [(name, fields.attribute(one, nulls)) for name, one in rule.attributes.items()]
+    every = None
+    if rule.attributes_from is not None:
+        every = fields.attributes_from(rule.attributes_from, nulls)
+
+    def read(scope: Scope) -> dict[str, Any]:
+        found = {} if every is None else every(scope)
+        for name, get in named:
+            if (value := get(scope)) is not None:
+                found[name] = value
+        return found
+
+    return read
+
+
+def _deleter(topic_map: TopicMap, name: str) -> Callable[[Scope], _Made]:
+    """The delete of a record without a value: its id by the map's field, else its whole key."""
+    field = getattr(topic_map.fields, name)
+    for rule in topic_map.rule:
+        field = field or getattr(rule, name)
+    get = None if field is None else fields.identity(name, field, topic_map.nulls)
+    whole_key = fields.identity(name, "$key", topic_map.nulls)
+
+    def make(scope: Scope) -> _Made:
+        found = None if get is None else get(scope)
+        if found is None and not isinstance(scope.source.decoded_key(), dict | list):
+            found = whole_key(scope)
+        if found is None:
+            raise Rejected("missing_field", name, f"the key {quote(scope.source.key)} has none")
+        return found, None
+
+    return make
+
+
+def _required(name: str, field: fields.Spec | None, topic_map: TopicMap) -> Getter:
+    if field is None:
+        raise ValueError(f"a rule needs {name}")
+    return fields.identity(name, field, topic_map.nulls, required=True)
+
+
+def _check_kinds(topic_map: TopicMap) -> None:
+    allowed = (*KINDS, IGNORE)
+    for name, entry in topic_map.kinds.items():
+        kind = entry if isinstance(entry, str) else entry.kind
+        if kind not in allowed:
+            raise ValueError(f"kinds: {name!r} = {kind!r}: expected one of {', '.join(allowed)}")
+    if topic_map.other_kinds not in (*allowed, "refuse"):
+        raise ValueError(f"other_kinds = {topic_map.other_kinds!r}: expected refuse or a kind")
+
+
+def _elements(scope: Scope, each: Sequence[Getter]) -> Iterator[Scope]:
+    """The elements of the innermost list. An object counts as a list of one."""
+    if not each:
+        yield scope
+        return
+    found = each[0](scope)
+    for one in found if isinstance(found, list) else () if found is None else (found,):
+        yield from _elements(Scope(one, scope, scope.source), each[1:])
+
+
+def _identify(
+    event: dict[str, Any] | None, record: RawRecord, number: int | None, has_own_ids: bool
+) -> None:
+    """Give an event its id: one of its own, the same wherever the record is read.
+
+    number: of the event in its record; None where the record has one event
+    """
+    if event is None or "item_id" not in event:  # a merge
+        return
+    own = event.get("event_id")
+    if number is None or (has_own_ids and own is not None):
+        base = own or _replayed_from(record.headers)
+    else:
+        at = _replayed_from(record.headers) or f"{record.topic}/{record.partition}/{record.offset}"
+        base = f"{own or at}#{number}"
+    if base is not None:
+        event["event_id"] = _short(base)
+
+
+def _replayed_from(headers: Headers) -> str | None:
+    """The coordinates of the record that a replayed one was; None for any other."""
+    if not headers:
+        return None
+    found = next((value for name, value in headers if name == REPLAYED_FROM), None)
+    return None if found is None else bytes(found).decode("utf-8", "replace")
+
+
+def _short(event_id: str) -> str:
+    """The id, or its digest where it is too long for one."""
+    if len(event_id) <= ID_BYTES_MAX // 4 or len(event_id.encode(errors="replace")) <= ID_BYTES_MAX:
+        return event_id
+    return "sha256:" + hashlib.sha256(event_id.encode(errors="replace")).hexdigest()
