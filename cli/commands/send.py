@@ -14,7 +14,7 @@ from cli.console import console
 from eddyline.errors import KafkaUnavailable, SettingsError
 from eddyline.kafka import producers, topics
 from eddyline.kafka.producers import now_ms, sent_to
-from eddyline.schema import events
+from eddyline.schema import events, validation
 from eddyline.schema.events import Item, Scalar
 from eddyline.settings.loader import Settings
 
@@ -51,7 +51,8 @@ def item(
     attributes: Sequence[str],
     available: bool,
 ) -> None:
-    """Send one whole item. Raises Rejected where the codec would refuse it."""
+    """Send one whole item. Raises Rejected where the codec would refuse it, SettingsError."""
+    _check_may_write_items(settings)
     fields = {
         "item_id": item_id,
         "title": title,
@@ -75,12 +76,23 @@ def item(
 
 
 def delete_item(settings: Settings, item_id: str) -> None:
-    """Send the delete of one item."""
+    """Send the delete of one item. Raises Rejected, SettingsError."""
+    _check_may_write_items(settings)
     events.check_id("item_id", item_id)
     partition, offset = _send(
         settings, lambda producer: producers.send_delete(producer, settings, item_id)
     )
     console.print(f"sent: {topics.ITEMS}/{partition}/{offset} (delete)")
+
+
+def _check_may_write_items(settings: Settings) -> None:
+    """Raise SettingsError where the items' own producer decides on their partitions."""
+    found = validation.map_of(settings, topics.ITEMS)
+    if found is not None and found.by_key:
+        raise SettingsError(
+            f"items_map = {settings.items_map!r} has partition = 'key': only the producer of "
+            f"{settings.prefixed(topics.ITEMS)} may write items"
+        )
 
 
 def _send(settings: Settings, send: Callable[[KafkaProducer], object]) -> tuple[int, int]:

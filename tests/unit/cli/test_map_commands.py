@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from cli.commands import send
 from cli.main import app
 from eddyline.errors import EddylineError, SettingsError
 from eddyline.schema.mapping import check as checking
 from eddyline.schema.mapping import guess, mapper, spec
 from eddyline.schema.mapping.check import Refusal
+from eddyline.settings.loader import Settings
+from streams.operations import resync
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "feeds"
 VIEWS = [
@@ -174,3 +177,16 @@ def test_wrong_words_are_named(tmp_path: Path) -> None:
     assert "No such file" in message
     _, message = run("guess", lines(tmp_path, "nope"), error=SettingsError)
     assert "no line is a JSON object" in message
+
+
+def test_items_are_only_written_by_the_producer_whose_key_counts() -> None:
+    settings = Settings(items_map="debezium")
+    for call in (
+        lambda: send.delete_item(settings, "1"),
+        lambda: send.item(
+            settings, "1", title="", categories=[], tags=[], attributes=[], available=True
+        ),
+        lambda: resync.run(settings),
+    ):
+        with pytest.raises(SettingsError, match="items_map = 'debezium'"):
+            call()
