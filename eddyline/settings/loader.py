@@ -162,6 +162,7 @@ def load(environ: Mapping[str, str] | None = None, *, folder: Path | None = None
     worker.check(made)
     _check_erasures(made)
     _check_hosts(made)
+    _check_maps(made)
     return made
 
 
@@ -171,8 +172,6 @@ def _check_hosts(settings: Settings) -> None:
             addresses.bare_host(getattr(settings, name))
         except ValueError as error:
             raise SettingsError(f"{name} = {getattr(settings, name)!r}: {error}") from None
-    _check_maps(made)
-    return made
 
 
 def _check_maps(settings: Settings) -> None:
