@@ -48,7 +48,7 @@ def check_topics(settings: Settings) -> list[Finding]:
         existing = set(admin.list_topics())
         there = [name for name in names if real[name] in existing]
         found = [
-            Finding(real[name], "does not exist", "eddyline topics create")
+            Finding(real[name], "does not exist", _creating(settings, name))
             for name in names
             if name not in there
         ]
@@ -62,6 +62,12 @@ def check_topics(settings: Settings) -> list[Finding]:
     for name in there:
         found += check_one(settings, name, configs[name], copies.get(real[name], 1))
     return found
+
+
+def _creating(settings: Settings, name: str) -> str:
+    if not settings.has_own_topic(name):
+        return "eddyline topics create"
+    return f"EDDYLINE_{name.upper()}_TOPIC=NAME with the name of a topic that exists"
 
 
 def check_one(

@@ -50,16 +50,29 @@ def raw(spec: Spec, nulls: Collection[str]) -> Getter:
     return get
 
 
+def own_name(spec: Spec, nulls: Collection[str]) -> str | None:
+    """The name, if the value is a field of the element and nothing is done to it before.
+
+    Getters read such a field themselves: most fields of most maps are, and a call takes as long as
+    the rest.
+    """
+    if isinstance(spec, Field) and spec != Field(
+        path=spec.path, format=spec.format, zone=spec.zone
+    ):
+        return None
+    path = spec if isinstance(spec, str) else spec.path
+    return None if nulls or path is None else paths.own_name(path)
+
+
 def identity(name: str, spec: Spec, nulls: Collection[str], *, required: bool = False) -> Getter:
     """An id as text. The getter raises Rejected where the value cannot be an id.
 
     required: also where there is none
     """
     get, where = raw(spec, nulls), described(spec)
-    own = None if nulls or not isinstance(spec, str) else paths.own_name(spec)
+    own = own_name(spec, nulls)
 
     def read(scope: Scope) -> str | None:
-        # Most ids are fields of the element: a call less for each of them.
         here = scope.here
         found = here.get(own) if own is not None and type(here) is dict else get(scope)
         if type(found) is str:
@@ -84,11 +97,16 @@ def time(spec: Spec, nulls: Collection[str]) -> Getter:
     formats = [formats] if isinstance(formats, str) else formats
     convert = values.compile_time(formats, field.zone)
     get, where = raw(spec, nulls), described(spec)
+    own = own_name(spec, nulls)
+    unit = values.UNITS.get(formats[0], 0) if len(formats) == 1 else 0
 
     def read(scope: Scope) -> int | None:
-        found = get(scope)
+        here = scope.here
+        found = here.get(own) if own is not None and type(here) is dict else get(scope)
         if found is None:
             return None
+        if type(found) is int and unit > 0:
+            return found * unit
         at_ms: int | Any = convert(found)
         if at_ms is BAD:
             detail = f"{quote(found)} at {where} is no time of the format {' or '.join(formats)}"
@@ -127,9 +145,11 @@ def kind(
     known: dict[str, tuple[str, float | None]] = {}
     for name, entry in kinds.items():
         known[name] = (entry, None) if isinstance(entry, str) else (entry.kind, entry.weight)
+    own = own_name(spec, nulls)
 
     def read(scope: Scope) -> tuple[str, float | None] | None:
-        found = get(scope)
+        here = scope.here
+        found = here.get(own) if own is not None and type(here) is dict else get(scope)
         if found is None:
             return None
         entry = known.get(found) if type(found) is str else None
@@ -177,10 +197,13 @@ def labels(name: str, spec: Spec, nulls: Collection[str]) -> Getter:
 
 def number(spec: Spec, nulls: Collection[str]) -> Getter:
     """A number, or what the record has in its place."""
-    get = raw(spec, nulls)
+    get, own = raw(spec, nulls), own_name(spec, nulls)
 
     def read(scope: Scope) -> Any:
-        found = get(scope)
+        here = scope.here
+        found = here.get(own) if own is not None and type(here) is dict else get(scope)
+        if type(found) is float or type(found) is int:
+            return found
         return None if found is None else _scalar(values.number(found), found)
 
     return read

@@ -7,6 +7,7 @@ letter is exactly-once.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,6 +23,8 @@ from eddyline.schema.mapping.fields import IGNORE
 from eddyline.schema.mapping.paths import Getter, Scope, Source, compile_path
 from eddyline.schema.mapping.records import MAPPED, ONLY_MAPPED, Headers, MappedRecord, RawRecord
 from eddyline.schema.mapping.spec import EVENTS_MAX, Rule, TopicMap
+
+log = logging.getLogger(__name__)
 
 # Headers of Eddyline's own that a mapped record keeps; what a replay of dead letters adds.
 _KEPT_HEADERS = frozenset({"produced_us", ORIGIN_MS})
@@ -162,7 +165,11 @@ def of(source: str, topic: str) -> Mapper | None:
 @lru_cache(maxsize=32)
 def _of(source: str, topic: str) -> Mapper | None:
     found = spec.read(source, topic)
-    return None if found is None else compiled(found, topic, source)
+    if found is None:
+        return None
+    digest = hashlib.sha256(msgspec.json.encode(found)).hexdigest()
+    log.info("map in force", extra={"topic": topic, "map": source, "sha256": digest[:16]})
+    return compiled(found, topic, source)
 
 
 def compiled(topic_map: TopicMap, topic: str, name: str) -> Mapper:
@@ -219,9 +226,8 @@ def _event(topic_map: TopicMap, rule: Rule) -> _Maker:
     user, item = (
         _required(name, getattr(rule, name), topic_map) for name in ("user_id", "item_id")
     )
+    at_ms = None if rule.at_ms is None else fields.time(rule.at_ms, nulls)
     optional: list[tuple[str, Getter]] = []
-    if rule.at_ms is not None:
-        optional.append(("at_ms", fields.time(rule.at_ms, nulls)))
     optional += [
         (name, fields.identity(name, field, nulls))
         for name in ("event_id", "impression_id")
@@ -245,6 +251,8 @@ def _event(topic_map: TopicMap, rule: Rule) -> _Maker:
                 event["weight"] = weight
         user_id = event["user_id"] = user(scope)
         event["item_id"] = item(scope)
+        if at_ms is not None and (time_ms := at_ms(scope)) is not None:
+            event["at_ms"] = time_ms
         for name, get in optional:
             if (value := get(scope)) is not None:
                 event[name] = value
