@@ -406,7 +406,7 @@ def _keep_bytecode():
 def _test_workers(arguments):
     """Options that run the tests in three processes; none where a file or a test is named.
 
-    A file stays in one process. tests/scheduler.py says which ones start servers, once each.
+    A file stays in one process; tests/scheduler.py says which file runs in which.
     """
     alone = {"-n", "--numprocesses", "--dist", "--pdb", "-k", "-m", "--collect-only", "--co"}
     names = (word for word in arguments if not word.startswith("-"))

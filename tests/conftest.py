@@ -39,18 +39,20 @@ for _name in [n for n in os.environ if n.startswith("EDDYLINE_")]:
 
 # A slow machine's time for the longest of what the processes of a run share: a training.
 ONCE_S = 100
-# The files that wait most come first, so that all processes end at about the same time.
-ORDER = ("integration", "test_lint", "contract", "simulation")
+# The longest files first, then the other files that wait for servers, so that all processes end at
+# about the same time.
+LONGEST = ("crashes", "refill", "chaos", "redis_cluster", "kafka_security", "whole_records")
+ORDER = (*(f"test_{name}.py" for name in LONGEST), "integration", "lint", "contract", "simulation")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Only two of the processes of pytest -n 3 --dist loadfile start servers."""
+    """The third process of pytest -n 3 --dist loadfile begins with tests without servers."""
     if config.getvalue("dist") != "loadfile":
         return None
-    from tests.scheduler import ServersInTwoProcesses
+    from tests.scheduler import ServersLastInThird
 
-    return ServersInTwoProcesses(config, log)
+    return ServersLastInThird(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -58,7 +60,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     def rank(item: pytest.Item) -> int:
         path = item.path.as_posix()
-        return next((n for n, part in enumerate(ORDER) if f"/tests/{part}" in path), len(ORDER))
+        inside = path.partition("/tests/")[2]
+        return next((n for n, part in enumerate(ORDER) if part in inside), len(ORDER))
 
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=rank)

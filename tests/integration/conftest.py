@@ -145,12 +145,15 @@ def living(
     bundle: tuple[Path, Manifest],
     *,
     with_items: bool = True,
+    with_worker: bool = True,
     **ingest: str,
 ) -> Iterator[Live]:
     """Topics, generation, ingest and one worker in a namespace of their own; all ends with the
     block.
 
-    ingest: more settings of the ingest process
+    with_items:  the data set's items are sent and applied
+    with_worker: False for a test that sends no query; it starts sooner
+    ingest:      more settings of the ingest process
     """
     folder, manifest = bundle
     settings = msgspec.structs.replace(settings, bundle_dir=str(folder))
@@ -169,8 +172,11 @@ def living(
         live.opened.callback(live.producer.close, timeout=5)
         if with_items:
             replay_file.send(settings, dataset.items)
-        worker, live.address = live.deployment.worker_child(is_ready, **more)
-        supervisor.start(live.deployment.ingest_child(**more, **ingest), worker)
+        children = [live.deployment.ingest_child(**more, **ingest)]
+        if with_worker:
+            worker, live.address = live.deployment.worker_child(is_ready, **more)
+            children.append(worker)
+        supervisor.start(*children)
         live.applied()
         yield live
     finally:
@@ -205,9 +211,10 @@ def make_live(
     """A system of the test's own, to break."""
     with contextlib.ExitStack() as stack:
 
-        def make(servers: OwnServers | None = None, **ingest: str) -> Live:
+        def make(servers: OwnServers | None = None, **more: Any) -> Live:
+            """A system on these or on the shared servers. more: see `living`."""
             settings = servers.settings if servers else fresh_settings
-            return stack.enter_context(living(settings, dataset, bundle, **ingest))
+            return stack.enter_context(living(settings, dataset, bundle, **more))
 
         yield make
 

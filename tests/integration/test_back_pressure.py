@@ -39,7 +39,7 @@ def test_a_redis_that_hangs_stops_ingest_and_nothing_else(
     own_valkey, make_live, tmp_path: Path
 ) -> None:
     port = free_ports.choose_ports(tmp_path, ("metrics",))["metrics"]
-    live = make_live(own_valkey, ingest_metrics_port=str(port))
+    live = make_live(own_valkey, with_worker=False, ingest_metrics_port=str(port))
     send_history(live)
     live.applied(60)
     pid = live.supervisor.pids()["ingest"]

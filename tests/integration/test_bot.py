@@ -45,7 +45,7 @@ def own_bytes(live) -> int:
 
 
 def test_a_bot_neither_slows_other_users_nor_grows(make_live) -> None:
-    live = make_live()
+    live = make_live(with_worker=False)
     store, partitions = RedisStore(live.settings), live.settings.clicks_partitions
     partition = partition_of(BOT, partitions)
     names = (f"neighbour-{n}" for n in itertools.count())

@@ -84,7 +84,7 @@ def test_every_kind_of_fault_leaves_the_state_that_the_topics_give(
 
 
 def test_the_oracle_names_what_was_damaged(make_live) -> None:
-    live = make_live()
+    live = make_live(with_worker=False)
     replay_file.send(live.settings, shifted_to_now(live.dataset.clicks[:2_000], now_ms()))
     live.applied(timeout_s=60)
     live.supervisor.stop()  # nobody mends it meanwhile

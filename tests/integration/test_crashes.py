@@ -62,7 +62,7 @@ def clicks_applied(live) -> int:
 
 
 def test_ingest_killed_in_mid_chunk(make_live) -> None:
-    live = make_live()
+    live = make_live(with_worker=False)
     sent = send_history(live, times=3)
     for turn in range(4):
         before = clicks_applied(live)
@@ -83,7 +83,7 @@ def test_ingest_killed_in_mid_chunk(make_live) -> None:
 
 
 def test_two_ingest_processes_share_and_one_is_killed(make_live) -> None:
-    live = make_live()
+    live = make_live(with_worker=False)
     live.supervisor.start(
         live.deployment.ingest_child("ingest-2", clicks_partitions="4", items_partitions="2")
     )
@@ -95,7 +95,7 @@ def test_two_ingest_processes_share_and_one_is_killed(make_live) -> None:
 
 
 def test_redis_killed_heals_from_kafka(own_valkey, make_live) -> None:
-    live = make_live(own_valkey)
+    live = make_live(own_valkey, with_worker=False)
     send_history(live)
     time.sleep(0.5)
     own_valkey.kill("valkey")
@@ -160,7 +160,7 @@ def test_without_redis_the_worker_answers_what_it_can(own_valkey, make_live) -> 
 
 
 def test_kafka_made_anew_under_an_old_redis_is_refused(make_live) -> None:
-    live = make_live()
+    live = make_live(with_worker=False)
     send_history(live)
     live.applied()
     live.supervisor.stop()
@@ -246,7 +246,7 @@ runpy.run_module("streams", run_name="__main__")
 
 
 def test_a_process_that_would_read_nothing_more_ends(make_live) -> None:
-    live = make_live()
+    live = make_live(with_worker=False)
     fields = (
         "kafka_bootstrap_servers",
         "redis_url",

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.timeout(120)
 
 
 def test_ingest_ends_when_redis_may_evict_keys(make_live, own_valkey: OwnServers) -> None:
-    live = make_live(own_valkey)
+    live = make_live(own_valkey, with_worker=False)
     log = live.supervisor.log_file("ingest")
     with contextlib.closing(redis_client.client(live.settings)) as client:
         client.config_set("maxmemory-policy", "allkeys-lru")

@@ -43,7 +43,7 @@ def committed(settings: Settings, topic: str) -> dict[int, int]:
 def test_an_emptied_redis_brings_nobody_back_and_sends_nothing_on_again(
     own_valkey, make_live
 ) -> None:
-    live = make_live(own_valkey)
+    live = make_live(own_valkey, with_worker=False)
     settings, store = live.settings, RedisStore(live.settings)
     stays = [f"stays-{n}" for n in range(8)]
     goes = [f"goes-{n}" for n in range(8)]
@@ -104,7 +104,9 @@ def test_an_emptied_redis_brings_nobody_back_and_sends_nothing_on_again(
 
 def test_no_trace_of_a_forgotten_user_is_found_in_redis_and_in_logs(own_valkey, make_live) -> None:
     """Clocks ahead, a list pushed out, another generation, late events, an emptied Redis."""
-    live = make_live(own_valkey, history_length_max="5", history_cache_entries_max="0")
+    live = make_live(
+        own_valkey, with_worker=False, history_length_max="5", history_cache_entries_max="0"
+    )
     settings, store = live.settings, RedisStore(live.settings)
     ahead = [f"ahead-{n}" for n in range(6)]
     pushed = [f"pushed-{n}" for n in range(6)]

@@ -55,7 +55,7 @@ def send_in_transactions(live: Any, partition: int, *, commit: bool) -> None:
 def test_a_marker_at_the_end_is_no_lag_and_no_loss_once_it_expired(
     make_live: Any, commit: bool
 ) -> None:
-    live = make_live()
+    live = make_live(with_worker=False)
     send_in_transactions(live, 1, commit=commit)
     live.applied(timeout_s=20)  # by the fences: they have passed the marker
     name = live.settings.prefixed(CLICKS)

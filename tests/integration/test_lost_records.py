@@ -75,7 +75,7 @@ def cut_segment(folder: Path, offset: int) -> None:
 def test_a_log_that_grew_again_over_a_hole_is_refused(
     own_servers: Any, make_live: Any, running: bool
 ) -> None:
-    live = make_live(own_servers)
+    live = make_live(own_servers, with_worker=False)
     item = live.dataset.items[0].item_id
     partition = partition_of("ana", live.settings.clicks_partitions)
     for _ in range(10):

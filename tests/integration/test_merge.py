@@ -88,7 +88,7 @@ def test_a_merge_survives_the_death_of_ingest(make_live: Any) -> None:
     """Killed while merges are under way, and Redis put back to nothing for both: each click is
     there once.
     """
-    live = make_live()
+    live = make_live(with_worker=False)
     store = RedisStore(live.settings)
     pairs = [pair() for _ in range(6)]
     for visitor, user in pairs:

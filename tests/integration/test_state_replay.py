@@ -154,7 +154,7 @@ def test_the_command_prints_the_hash_and_leaves_nothing_in_redis(logs) -> None:
 
 
 def test_two_ingest_processes_come_to_the_same_state(make_live) -> None:
-    live = make_live()
+    live = make_live(with_worker=False)
     shared = {"clicks_partitions": "4", "items_partitions": "2"}
     live.supervisor.start(live.deployment.ingest_child("ingest-2", **shared))
     live.wait_for("the second process to read", lambda: live.reads_clicks("ingest-2"), timeout_s=30)

@@ -1,4 +1,4 @@
-"""Three processes share the test files; the third one gets none whose tests start servers."""
+"""Three processes share the test files; the third one begins with those that need no servers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from xdist.remote import Producer
 
-from tests.scheduler import WITHOUT_SERVERS, ServersInTwoProcesses
+from tests.scheduler import THIRD, ServersLastInThird
 
 SERVERS = [f"tests/integration/test_{n}.py::test_{m}" for n in range(6) for m in range(3)]
 SERVERS += ["tests/contract/test_state_store.py::test_one"]
@@ -33,12 +33,14 @@ class Node:
 
 
 @pytest.mark.parametrize("collection", [SERVERS + OTHERS, OTHERS, SERVERS])
-def test_every_test_runs_once_and_those_on_servers_in_two_processes(collection: list[str]) -> None:
+def test_every_test_runs_once_and_the_third_process_begins_without_servers(
+    collection: list[str],
+) -> None:
     options: dict[str, Any] = {"tx": ["3*popen"], "numprocesses": 3}
     config: Any = SimpleNamespace(
         getvalue=options.__getitem__, option=SimpleNamespace(loadscopereorder=False)
     )
-    scheduler = ServersInTwoProcesses(config, Producer("test"))
+    scheduler = ServersLastInThird(config, Producer("test"))
     nodes: list[Any] = [Node(f"gw{n}") for n in range(3)]
     for node in nodes:
         scheduler.add_node(node)
@@ -52,8 +54,11 @@ def test_every_test_runs_once_and_those_on_servers_in_two_processes(collection: 
                 node.ran.append(collection[index])
                 scheduler.mark_test_complete(node, index)
     assert sorted(test for node in nodes for test in node.ran) == sorted(collection)
-    [third] = [node for node in nodes if node.gateway.id == WITHOUT_SERVERS]
-    assert set(third.ran) <= set(OTHERS)
+    [third] = [node.ran for node in nodes if node.gateway.id == THIRD]
+    on_servers = [test in SERVERS for test in third]
+    assert on_servers == sorted(on_servers), "tests without servers come first"
+    if collection == SERVERS + OTHERS:
+        assert not on_servers[0] and all(n.ran[0] in SERVERS for n in nodes if n.ran != third)
     assert all(node.shutting_down for node in nodes)
     for node in nodes:
         files = [test.split("::")[0] for test in node.ran]

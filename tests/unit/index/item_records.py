@@ -22,10 +22,11 @@ def records(vectors: np.ndarray, first: int = 0, offset: int | None = None) -> l
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
+    deadline, pause_s = time.monotonic() + timeout_s, 0.0002
     while not condition():
         assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.005)
+        time.sleep(pause_s)
+        pause_s = min(0.005, 2 * pause_s)
 
 
 def each_live_item_has_one_entry(version: IndexVersion) -> None:
