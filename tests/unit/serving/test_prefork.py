@@ -335,6 +335,27 @@ prefork.RENEW_AGAIN_S = 0.1
     assert len(keeper.lines("check")) == 3
 
 
+def test_a_worker_that_cannot_go_on_with_what_is_held_has_it_opened_anew(make: Make) -> None:
+    """Its generation has ended: another worker of the same generation would end as well."""
+    keeper = make(
+        NOTHING_BUILT
+        + """
+def serve(held, place, ready, stop):
+    ready()
+    if held == 1:
+        return prefork.RENEW
+    stop.wait(30)
+    return 0
+"""
+    )
+    deadline = time.monotonic() + 20
+    while {place for held, place, _ in keeper.lines("start") if held == "2"} < {"0", "1"}:
+        assert keeper.process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    keeper.process.send_signal(signal.SIGTERM)
+    assert keeper.ends()[0] == 0
+
+
 def test_a_worker_is_replaced_within_seconds_while_a_renewal_waits_for_kafka(make: Make) -> None:
     body = """
 def check():
