@@ -29,6 +29,7 @@ from kafka.errors import (
 from typing_extensions import override
 
 from eddyline.errors import KafkaRefused, KafkaUnavailable, Rejected
+from eddyline.kafka import producers
 from eddyline.kafka.clients import lacks_right
 from eddyline.kafka.producers import make_producer
 from eddyline.kafka.topics import CLICKS, DEAD_LETTER_BYTES_MAX, DEAD_LETTERS, SOURCES
@@ -59,8 +60,18 @@ _STAMP_BYTES_MAX = 32
 
 
 def outlet_producer(settings: Settings) -> KafkaProducer:
-    """The producer of dead letters and forwarded records: sends at once, in order."""
-    return make_producer(settings, linger_ms=0, max_request_size=DEAD_LETTER_BYTES_MAX)
+    """The producer of dead letters and forwarded records: sends at once, in order.
+
+    Not an idempotent one: kafka-python's sends nothing more once a broker has refused the size of
+    one record. A record that is sent twice counts once: by its event id, its key, or its place.
+    """
+    return make_producer(
+        settings,
+        linger_ms=0,
+        max_request_size=DEAD_LETTER_BYTES_MAX,
+        enable_idempotence=False,
+        max_in_flight_requests_per_connection=1,
+    )
 
 
 def record_bytes(key: bytes | None, value: bytes, headers: Sequence[tuple[str, bytes]]) -> int:
@@ -115,7 +126,7 @@ class Delivery:
         while self._pending:
             pending, self._pending = self._pending, []
             try:
-                self._producer.flush(timeout=self._timeout_s)
+                producers.flush(self._producer, self._timeout_s)
                 for one in pending:
                     self._confirm(one)
             except KafkaError as error:

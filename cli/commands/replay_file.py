@@ -14,7 +14,7 @@ from cli.console import console, progress_bar
 from eddyline.errors import Rejected, SettingsError
 from eddyline.kafka import clients, producers, topics
 from eddyline.kafka.producers import now_ms
-from eddyline.schema import validation
+from eddyline.schema import events, validation
 from eddyline.schema.events import Click, Item, UserProfile, shifted_to_now
 from eddyline.settings.loader import Settings
 
@@ -62,13 +62,14 @@ def send(
     """Send events in order and return once the broker has them all; returns the seconds it took.
 
     on_sent: called now and then with the number of events sent
-    Raises KafkaUnavailable if one could not be delivered in `kafka_timeout_ms`.
+    Raises KafkaUnavailable if one could not be delivered in `kafka_timeout_ms`, and Rejected with
+    the number of the first one that is too large for the topic.
     """
     producer = producers.make_producer(
         settings, linger_ms=5 if speed == 0 else 0, batch_size=131_072
     )
     started, first_ms, n = time.monotonic(), None, 0
-    failed: list[Exception] = []
+    sent: list[tuple[int, Event, Any]] = []
     try:
         for n, record in enumerate(records, 1):
             if speed:
@@ -77,20 +78,36 @@ def send(
                 if due > (now := time.monotonic()):
                     on_sent(n - 1)
                     time.sleep(due - now)
-            last = _send_one(producer, settings, record).add_errback(failed.append)
+            sent.append((n, record, _send_one(producer, settings, record)))
             if n % IN_FLIGHT_MAX == 0:
-                last.get(timeout=settings.kafka_timeout_ms / 1000)
+                _confirm(settings, sent)
                 on_sent(n)
-        producer.flush(timeout=max(10.0, settings.kafka_timeout_ms / 1000))
+        producers.flush(producer, max(10.0, settings.kafka_timeout_ms / 1000))
+        _confirm(settings, sent)
         on_sent(n)
     except KafkaError as error:
-        failed.append(error)
+        raise clients.translate_error(settings, error, "not every record was delivered") from None
     finally:
         producer.close(timeout=settings.kafka_timeout_ms / 1000)
-    if failed:
-        first = failed[0]
-        raise clients.translate_error(settings, first, "not every record was delivered") from None
     return time.monotonic() - started
+
+
+def _confirm(settings: Settings, sent: list[tuple[int, Event, Any]]) -> None:
+    """Return once the broker has these records; empties the list. Raises KafkaError, Rejected."""
+    too_large: list[tuple[int, int, KafkaError]] = []
+    for number, record, future in sent:
+        try:
+            future.get(timeout=settings.kafka_timeout_ms / 1000)
+        except KafkaError as error:
+            if not clients.is_too_large(error):
+                raise
+            too_large.append((len(events.encode(record)), number, error))
+    sent.clear()
+    if too_large:
+        # The others of its batch, and those after it, have the same error.
+        size, number, refused = max(too_large, key=lambda one: one[0])
+        found = clients.translate_error(settings, refused, "Kafka")
+        raise Rejected("too_large", f"record {number}", f"{size:,} bytes: {found}")
 
 
 def _send_one(producer: Any, settings: Settings, record: Event) -> Any:

@@ -11,7 +11,7 @@ from kafka import KafkaProducer
 from kafka.errors import KafkaTimeoutError
 
 from cli.console import console
-from eddyline.errors import KafkaUnavailable, SettingsError
+from eddyline.errors import KafkaUnavailable, Rejected, SettingsError
 from eddyline.kafka import producers, topics
 from eddyline.kafka.producers import now_ms, sent_to
 from eddyline.schema import events, validation
@@ -35,7 +35,9 @@ def click(
         msgspec.json.encode(fields), appended_ms=now_ms(), far_future_ms_max=60_000
     )
     partition, offset = _send(
-        settings, lambda producer: producers.send_click(producer, settings, checked)
+        settings,
+        lambda producer: producers.send_click(producer, settings, checked),
+        len(events.encode(checked)),
     )
     console.print(f"sent: {topics.CLICKS}/{partition}/{offset}")
     console.print(f"then: {sys.argv[0]} query {user} --after {partition}/{offset}")
@@ -70,7 +72,9 @@ def item(
         vector_dimension=0,
     )
     partition, offset = _send(
-        settings, lambda producer: producers.send_item(producer, settings, checked)
+        settings,
+        lambda producer: producers.send_item(producer, settings, checked),
+        len(events.encode(checked)),
     )
     console.print(f"sent: {topics.ITEMS}/{partition}/{offset}")
 
@@ -95,7 +99,10 @@ def _check_may_write_items(settings: Settings) -> None:
         )
 
 
-def _send(settings: Settings, send: Callable[[KafkaProducer], object]) -> tuple[int, int]:
+def _send(
+    settings: Settings, send: Callable[[KafkaProducer], object], size: int = 0
+) -> tuple[int, int]:
+    """Send one record whose value has `size` bytes; see `sent_to`."""
     producer = producers.make_producer(settings)
     try:
         return sent_to(send(producer), settings)
@@ -105,6 +112,8 @@ def _send(settings: Settings, send: Callable[[KafkaProducer], object]) -> tuple[
             f"{settings.namespace or '(none)'}: start `eddyline ingest` or the demo first, or set "
             "EDDYLINE_NAMESPACE"
         ) from None
+    except Rejected as error:
+        raise Rejected(error.reason, "", f"{size:,} bytes: {error.detail}") from None
     finally:
         producer.close(timeout=settings.kafka_timeout_ms / 1000)
 

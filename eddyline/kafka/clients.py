@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from kafka.errors import KafkaError
 
-from eddyline.errors import EddylineError, KafkaRefused, KafkaUnavailable
+from eddyline.errors import EddylineError, KafkaRefused, KafkaUnavailable, Rejected
 from eddyline.kafka import diagnostics, header_names, security
 from eddyline.settings.loader import Settings
 
@@ -53,7 +53,8 @@ def _checked_once(settings: Settings) -> None:
 
 
 def translate_error(settings: Settings, error: Exception, at: str = "") -> EddylineError:
-    """KafkaRefused if an operator has to decide, else KafkaUnavailable.
+    """KafkaRefused if an operator has to decide, Rejected (`too_large`) for the size of a record,
+    else KafkaUnavailable.
 
     at: names what was called, for the message; default: the servers
 
@@ -65,6 +66,9 @@ def translate_error(settings: Settings, error: Exception, at: str = "") -> Eddyl
             f"{where}: {security.principal(settings)} lacks a right ({error}); "
             "docs/security.md lists those that Eddyline needs"
         )
+    if is_too_large(error):
+        raised = "raise max.message.bytes of its topic"
+        return Rejected("too_large", "", f"{where} refuses the size of a record: {raised}")
     try:
         diagnostics.check_connection(settings)
     except KafkaRefused as refused:
@@ -77,3 +81,9 @@ def translate_error(settings: Settings, error: Exception, at: str = "") -> Eddyl
 def lacks_right(error: Exception) -> bool:
     """Whether Kafka denied a right. kafka-python wraps some errors, so the text decides."""
     return "AuthorizationFailed" in f"{type(error).__name__} {error}"
+
+
+def is_too_large(error: BaseException) -> bool:
+    """Whether client or broker refused the size of a record. Either client; some errors wrap it."""
+    text = f"{type(error).__name__} {error}"
+    return "MessageSizeTooLarge" in text or "RecordListTooLarge" in text

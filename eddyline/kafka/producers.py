@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from kafka import KafkaProducer
-from kafka.errors import KafkaError
+from kafka.errors import KafkaError, UnknownError
 
 from eddyline.errors import KafkaUnavailable
 from eddyline.kafka import clients
@@ -26,12 +27,25 @@ def now_ms() -> int:
 
 
 def sent_to(future: object, settings: Settings) -> tuple[int, int]:
-    """(partition, offset) once the broker has the record. Raises KafkaUnavailable, KafkaRefused."""
+    """(partition, offset) once the broker has the record.
+
+    Raises KafkaUnavailable, KafkaRefused; Rejected where it is too large for the topic.
+    """
     try:
         meta = future.get(timeout=settings.kafka_timeout_ms / 1000)  # type: ignore[attr-defined]
     except KafkaError as error:
         raise clients.translate_error(settings, error) from None
     return meta.partition, meta.offset
+
+
+def flush(producer: KafkaProducer, timeout_s: float) -> None:
+    """Send all that is queued; the futures of the records say what became of them.
+
+    Where a batch is too large for its topic, kafka-python cuts it in two and sends the halves. Its
+    `flush` waits for the whole one, and raises UnknownError then. Raises KafkaError.
+    """
+    with suppress(UnknownError):
+        producer.flush(timeout=timeout_s)
 
 
 def make_producer(settings: Settings, **more: Any) -> KafkaProducer:

@@ -69,7 +69,8 @@ def topic_configs(settings: Settings, name: str) -> tuple[int, dict[str, str]]:
         return 1, keep | {"max.message.bytes": str(DEAD_LETTER_BYTES_MAX)}
     if name == GENERATIONS:
         return 1, compact
-    return settings.items_partitions, compact
+    # A broker's own limit may be lower than that of `items`.
+    return settings.items_partitions, compact | {"max.message.bytes": str(DEAD_LETTER_BYTES_MAX)}
 
 
 @contextmanager

@@ -39,7 +39,7 @@ from aiokafka.producer import sender
 from aiokafka.structs import TopicPartition
 from typing_extensions import override
 
-from eddyline.errors import EddylineError, KafkaUnavailable
+from eddyline.errors import EddylineError, KafkaRefused, KafkaUnavailable, Rejected
 from eddyline.kafka import security
 from eddyline.kafka.clients import translate_error
 from eddyline.kafka.topics import item_vectors
@@ -258,9 +258,11 @@ class TransactionalPublisher(RecordPublisher):
         return await asyncio.gather(*drops, *self._drops, return_exceptions=True)
 
     async def _translate(self, error: Exception) -> EddylineError:
-        return await asyncio.to_thread(
+        found = await asyncio.to_thread(
             translate_error, self._settings, error, f"topic {self._topic}"
         )
+        # Of a topic that Eddyline did not make: the item is sound, the topic is not.
+        return KafkaRefused(found.detail) if isinstance(found, Rejected) else found
 
 
 async def _end(producer: AIOKafkaProducer) -> None:

@@ -275,8 +275,7 @@ def _replay(
     report.not_sent |= dict.fromkeys(newer, "there is a newer one under this key by now")
     valid = [letter for letter in valid if letter.at not in newer]
     if valid:
-        producers.in_time(settings, lambda: _send(settings, producer, valid))
-        report.sent += [letter.at for letter in valid]
+        report.sent += _send_fitting(settings, producer, valid, report)
 
 
 def checked(settings: Settings, letter: Letter) -> tuple[bytes | None, int]:
@@ -378,6 +377,28 @@ def _after(letter: Letter, record: Any) -> bool:
     if record.partition == partition and letter.first_ms == letter.timestamp_ms:
         return bool(record.offset > offset)
     return bool(record.timestamp >= letter.first_ms) and coordinates(record) != letter.at
+
+
+def _send_fitting(
+    settings: Settings, producer: KafkaProducer, batch: Sequence[Letter], report: ReplayReport
+) -> list[str]:
+    """Send the letters, without those whose topic takes less; returns what was sent."""
+    try:
+        producers.in_time(settings, lambda: _send(settings, producer, batch))
+    except KafkaError as error:
+        if not clients.is_too_large(error):
+            raise
+        producers.in_time(settings, producer.abort_transaction)
+        if len(batch) > 1:  # one by one: the error does not name the record
+            found = (_send_fitting(settings, producer, [letter], report) for letter in batch)
+            return [at for sent in found for at in sent]
+        size = record_bytes(batch[0].key, batch[0].value or b"", _headers(batch[0]))
+        report.not_sent[batch[0].at] = (
+            f"has {size:,} bytes as a record, which its topic does not take: raise "
+            "max.message.bytes"
+        )
+        return []
+    return [letter.at for letter in batch]
 
 
 def _send(settings: Settings, producer: KafkaProducer, batch: Sequence[Letter]) -> None:

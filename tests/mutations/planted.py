@@ -211,7 +211,7 @@ MUTATIONS = (
         "eddyline/stores/layout.py",
         "        settings.popular_bucket_s,\n",
         "        0,\n",
-        ("tests/unit/eddyline",),
+        ("tests/unit/eddyline/stores/test_layout.py",),
     ),
     Mutation(
         "a delete before an upsert that the tower refuses is lost",
