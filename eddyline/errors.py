@@ -5,6 +5,7 @@ EddylineError
 ├── Rejected            a record is invalid; it goes to dead-letters with its reason
 ├── VectorRejected      a vector is of the wrong length, not finite or not of unit norm
 ├── BundleError         a generation's bundle is missing, incomplete or of another shape
+├── LogReplaced         a topic is another one than at the start; a restart reads the new one
 ├── GenerationEnded     a generation is used longer than it lasts; a restart loads the active one
 ├── LogMismatch         Kafka is not the log that the fences in Redis were written for
 ├── Unavailable         a server does not answer; the caller waits with back-off and tries again
@@ -59,6 +60,10 @@ class BundleError(EddylineError):
 
 class GenerationEnded(EddylineError):
     """A process uses a generation that has ended. A restart loads the active one."""
+
+
+class LogReplaced(EddylineError):
+    """A topic was deleted and made anew under a running process. A restart reads the new one."""
 
 
 class LogMismatch(EddylineError):

@@ -22,7 +22,7 @@ from contextlib import ExitStack
 import msgspec
 from typing_extensions import override
 
-from eddyline.errors import GenerationEnded
+from eddyline.errors import GenerationEnded, LogReplaced
 from eddyline.generations import Manifest
 from eddyline.process import lifecycle
 from eddyline.process.retry import Retry
@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 
 # Running calls end within their deadline, one second by default.
 GRACE_S = 5.0
+# How often a serving worker looks whether it must end.
+CHECK_S = 1.0
 
 
 def main() -> int:
@@ -102,7 +104,7 @@ class Worker:
         *,
         may_build: bool = True,
     ) -> int:
-        """Serve until the stop. Returns the exit code; raises GenerationEnded.
+        """Serve until the stop. Returns the exit code; raises GenerationEnded, LogReplaced.
 
         runtime: opened already; None: the active generation is opened. ready: called once it serves
         may_build: False: no graph is built in this process
@@ -142,9 +144,11 @@ class Worker:
             watch = GenerationWatch(settings, runtime.generation, stop.set)
             watch.start()
             closing.callback(watch.close)
-            while not stop.wait(60.0):
-                pass
-            self._stop_server()
+            try:
+                while not stop.wait(CHECK_S):
+                    runtime.check_log()
+            finally:
+                self._stop_server()
             watch.raise_ended()
         return 0
 
@@ -235,7 +239,7 @@ class WorkerProcesses(ForkedWork[GenerationRuntime]):
         def run() -> int:
             try:
                 return worker.run(shared, ready, may_build=builds)
-            except GenerationEnded as error:
+            except (GenerationEnded, LogReplaced) as error:
                 log.error(str(error))
                 return RENEW
 

@@ -44,7 +44,7 @@ class GenerationRuntime:
     ) -> None:
         """Fill the index from the newest snapshot, else from the bundle.
 
-        logs: topic -> its identity in Kafka, of the item vectors and the clicks
+        logs: topic -> its identity in Kafka, of the item vectors, the items and the clicks
         """
         self.generation = bundle.generation
         self.index = live_index(settings, ann, bundle.dimension)
@@ -64,6 +64,7 @@ class GenerationRuntime:
             settings, bundle.generation, self.index, positions=positions, assignment=assignment
         )
         self._barrier: PublishBarrier | None = None
+        self._watch: LogWatch | None = None
         self._closing = ExitStack()
         # In reverse: the replica stops, the last snapshot is written, the index ends its work.
         for part in (self.index, self._snapshots, self.replica):
@@ -82,7 +83,9 @@ class GenerationRuntime:
         """The `logs` of a generation; missing topics are created. Raises KafkaRefused, Stopped."""
         topic = topics.item_vectors(bundle.generation)
         retry.wait_for("Kafka", lambda: topics.ensure_topics(settings, [*topics.SOURCES, topic]))
-        return retry.wait_for("Kafka", lambda: topics.log_ids(settings, [topic, topics.CLICKS]))
+        return retry.wait_for(
+            "Kafka", lambda: topics.log_ids(settings, [topic, topics.ITEMS, topics.CLICKS])
+        )
 
     def build_graph(self) -> None:
         """Build the graph in the background, and have the recall guard watch it."""
@@ -102,7 +105,7 @@ class GenerationRuntime:
             self._snapshots.start(self.replica)
         if self._barrier is not None:
             self._barrier.start(self.replica)
-        watch = LogWatch(self._settings, self._logs)
+        self._watch = watch = LogWatch(self._settings, self._logs)
         watch.start()
         self._closing.callback(watch.close)
         held = LocalIndex(self.generation, self.index, self.replica, self._barrier, watch)
@@ -119,10 +122,23 @@ class GenerationRuntime:
         return WorkerBackend(held, retriever)
 
     def wait_caught_up(self, stop: threading.Event) -> None:
-        """Return once the replica has read all records from before `start`. Raises Stopped."""
+        """Return once the replica has read all records from before `start`.
+
+        Raises Stopped, LogReplaced.
+        """
         while not self.replica.wait_caught_up(0.05):
+            self.check_log()
             if stop.is_set():
                 raise Stopped
+
+    def check_log(self) -> None:
+        """Raise LogReplaced if the item vectors were found to be another topic than at the start.
+
+        Its offsets say nothing about what is in the index: only a process that opens the bundle
+        again can read it from its beginning.
+        """
+        if self._watch is not None:
+            self._watch.raise_replaced(topics.item_vectors(self.generation))
 
     def close(self) -> None:
         """Stop the threads; write the last snapshot."""

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Mapping
 
-from eddyline.errors import EddylineError
+from eddyline.errors import EddylineError, LogReplaced
 from eddyline.kafka import topics
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import LogId
@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 # An offset beyond the end of a new log looks like a reader that has caught up, so ids are compared.
 CHECK_S = 10.0
 CLOSE_S = 5.0
+# What Kafka shows as the id of a topic that does not exist.
+NO_TOPIC = ("", "None", "00000000-0000-0000-0000-000000000000")
 
 
 class LogWatch:
@@ -48,17 +50,31 @@ class LogWatch:
         for name, known in self._logs.items():
             if found[name] == known:
                 self._changed.pop(name, None)
-            elif name not in self._changed:
+            else:
+                if name not in self._changed:
+                    log.error("a topic was made anew or deleted", extra={"topic": name})
                 self._changed[name] = found[name]
-                log.error("a topic was made anew or deleted", extra={"topic": name})
 
     def missing(self) -> str:
         """Which topics are not those of the start; "" if all are."""
-        return "; ".join(
+        return "; ".join(self._sentence(name, now) for name, now in list(self._changed.items()))
+
+    def raise_replaced(self, name: str) -> None:
+        """Raise LogReplaced if this topic is another one; not while it is merely deleted."""
+        now = self._changed.get(name)
+        if now is not None and now.topic_id not in NO_TOPIC:
+            raise LogReplaced(self._sentence(name, now))
+
+    def _sentence(self, name: str, now: LogId) -> str:
+        known = self._logs[name]
+        clusters = "" if known.cluster_id == now.cluster_id else f", in cluster {now.cluster_id}"
+        advice = "Restart this process"
+        if name == topics.ITEMS:
+            advice = "Its offsets begin anew, so changes may be ignored: train a new generation"
+        return (
             f"the topic {self._settings.prefixed(name)} was made anew or deleted (it was "
-            f"{self._logs[name].topic_id}, it is {now.topic_id}); answers stand as they were then. "
-            "Restart this process"
-            for name, now in list(self._changed.items())
+            f"{known.topic_id}, it is {now.topic_id}{clusters}); answers stand as they were then. "
+            f"{advice}"
         )
 
     def _run(self) -> None:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from eddyline.errors import KafkaUnavailable
+from eddyline.errors import KafkaUnavailable, LogReplaced
 from eddyline.kafka import topics
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import LogId
@@ -14,7 +14,7 @@ from index.exact import ExactIndex
 from serving.proto import retrieval_pb2 as pb
 from serving.rpc.backends import LocalIndex
 from serving.worker import log_watch
-from serving.worker.log_watch import LogWatch
+from serving.worker.log_watch import NO_TOPIC, LogWatch
 from serving.worker.replica import Replica, TailState
 
 OLD, NEW = LogId("cluster", "old"), LogId("cluster", "new")
@@ -55,6 +55,32 @@ def test_another_topic_is_reported_until_the_worker_is_restarted(
     stats = pb.StatsResponse()
     held.fill_index_stats(stats)
     assert held.missing() == said and list(stats.missing) == [f"kafka: {said}"]
+
+
+def test_only_another_topic_ends_the_process_and_not_a_missing_one(logs: dict[str, LogId]) -> None:
+    watch, name = LogWatch(Settings(namespace="t"), dict(logs)), NAMES[1]
+    watch.check()
+    watch.raise_replaced(name)
+    for nothing in NO_TOPIC:
+        logs[name] = LogId("cluster", nothing)
+        watch.check()
+        assert "made anew or deleted" in watch.missing()
+        watch.raise_replaced(name)
+    for new in (NEW, LogId("another cluster", "old")):
+        logs[name] = new
+        watch.check()
+        with pytest.raises(LogReplaced, match=r"topic t\.item-vectors\.1 was made anew"):
+            watch.raise_replaced(name)
+        watch.raise_replaced("clicks")
+    assert "in cluster another cluster" in watch.missing()
+
+
+def test_items_that_are_made_anew_need_a_new_generation(logs: dict[str, LogId]) -> None:
+    logs["items"] = OLD
+    watch = LogWatch(Settings(), dict(logs))
+    logs["items"] = NEW
+    watch.check()
+    assert "train a new generation" in watch.missing() and "Restart" not in watch.missing()
 
 
 def test_it_is_noticed_in_the_background(
