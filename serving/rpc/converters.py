@@ -19,6 +19,9 @@ from serving.worker.replica import TailState
 
 # gRPC's clients refuse a response above 4 MiB unless they are told otherwise.
 ANSWER_BYTES_MAX = 4_000_000
+# Fewer items than these always fit without cards: an item with the longest id and generation has
+# less than 600 bytes.
+ITEMS_THAT_FIT = 5_000
 # Inner products of unit vectors end at 1; beyond this, popularity alone decides.
 BETA_MAX = 10.0
 
@@ -134,7 +137,8 @@ def response_of(
 ) -> pb.RetrieveResponse:
     """The answer's message; behind: why the index may lag behind Kafka, "" if it does not.
 
-    The last cards are left out if the message would exceed `ANSWER_BYTES_MAX` with them.
+    The last cards are left out if the message would exceed `ANSWER_BYTES_MAX` with them. Raises
+    BadQuery if it does without any.
     """
     now_us = time.time_ns() // 1000
     response = pb.RetrieveResponse(
@@ -155,6 +159,11 @@ def response_of(
             path_rank=path_rank,
             generation=generation,
             age_ms=max(0, now_us - hit.written_us) // 1000,
+        )
+    if len(response.items) > ITEMS_THAT_FIT and response.ByteSize() > ANSWER_BYTES_MAX:
+        raise BadQuery(
+            f"k: {len(response.items):,} items take {response.ByteSize():,} bytes, an answer has "
+            f"at most {ANSWER_BYTES_MAX:,}: ask for fewer"
         )
     left_out = _add_cards(response, answer.cards) if answer.cards else 0
     if left_out:

@@ -408,8 +408,25 @@ def test_a_bad_card_drops_only_itself(world: World) -> None:
 
 
 @pytest.mark.parametrize("length", [36, ID_BYTES_MAX])
-def test_lists_at_their_documented_limits_are_taken(server: WorkerServer, length: int) -> None:
-    ids = [f"{n:x}".rjust(length, "0") for n in range(LIST_IDS_MAX)]
+@pytest.mark.parametrize("count", [LIST_IDS_MAX - 1, LIST_IDS_MAX])
+def test_lists_at_their_documented_limits_are_taken(
+    server: WorkerServer, length: int, count: int
+) -> None:
+    ids = [f"{n:x}".rjust(length, "0") for n in range(count)]
     with Client(server.address) as client:
         found = client.retrieve("ana", 3, filters=pb.Filters(deny=ids, allow=[*ids[1:], "i4"]))
     assert [item.item_id for item in found.items] == ["i4"]
+
+
+@pytest.mark.parametrize("name", ["allow", "deny"])
+@pytest.mark.parametrize(("more", "longer"), [(1, 0), (0, 1)])
+def test_lists_beyond_their_limits_are_refused_by_name(
+    server: WorkerServer, name: str, more: int, longer: int
+) -> None:
+    """The message is read and answered with the reason; gRPC's own limit is not met."""
+    ids = [f"{n:x}".rjust(ID_BYTES_MAX + longer, "0") for n in range(LIST_IDS_MAX + more)]
+    with Client(server.address) as client, pytest.raises(CallFailed) as failed:
+        client.retrieve("ana", 3, filters=pb.Filters(**{name: ids}))
+    assert failed.value.code == "INVALID_ARGUMENT"
+    what = f"{LIST_IDS_MAX + 1} values" if more else f"has {ID_BYTES_MAX + 1} bytes"
+    assert f"filters.{name}:" in failed.value.detail and what in failed.value.detail

@@ -547,6 +547,27 @@ def test_cards_leave_an_answer_below_the_limit_of_every_client(world: World, let
     assert left_out in answer.missing
 
 
+@pytest.mark.parametrize("beyond", [-1, 0, 1])
+def test_more_items_than_an_answer_can_hold_are_refused_with_the_limit(
+    monkeypatch: pytest.MonkeyPatch, client: Client, world: World, beyond: int
+) -> None:
+    """An answer of exactly the limit is sent; a larger one is refused before any client sees it."""
+    monkeypatch.setattr(converters, "ITEMS_THAT_FIT", 0)
+    monkeypatch.setattr(converters.time, "time_ns", lambda: 1_700_000_000_000_000_000)
+    answer = world.ask("ana", 10)
+    size = converters.response_of(answer, "1", world.index, "").ByteSize()
+    monkeypatch.setattr(converters, "ANSWER_BYTES_MAX", size - beyond)
+    if beyond <= 0:
+        assert converters.response_of(answer, "1", world.index, "").ByteSize() == size
+        return
+    sentence = f"k: 10 items take {size:,} bytes, an answer has at most {size - 1:,}"
+    with pytest.raises(converters.BadQuery, match=sentence):
+        converters.response_of(answer, "1", world.index, "")
+    monkeypatch.setattr(converters, "ANSWER_BYTES_MAX", 10)
+    with pytest.raises(CallFailed, match=r"INVALID_ARGUMENT: k: 10 items take .* ask for fewer"):
+        client.retrieve("ana", 10)
+
+
 def test_a_request_that_is_far_too_large_is_refused(client: Client) -> None:
     with pytest.raises(CallFailed, match="RESOURCE_EXHAUSTED"):
         client.retrieve("u" * 4_000_000, 5)
