@@ -432,6 +432,21 @@ def letters_replay(
     dead_letters.replay(_settings(), at, reason=reason, limit=limit)
 
 
+@letters_app.command("skip")
+def letters_skip(
+    batches: Annotated[
+        list[str], typer.Argument(help="topic/partition/offset of a batch that cannot be read.")
+    ],
+    to: Annotated[
+        int | None, typer.Option(min=0, help="Its last offset, if its head is damaged.")
+    ] = None,
+) -> None:
+    """Give up batches that no process can read, so that their partitions go on behind them."""
+    from cli.commands import dead_letters
+
+    dead_letters.skip(_settings(), batches, to=to)
+
+
 @app.command()
 def refill(
     skip_lost: Annotated[

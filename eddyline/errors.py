@@ -15,6 +15,7 @@ EddylineError
 │   └── NoGeneration    nothing has been trained yet (`eddyline.generations`)
 ├── KafkaRefused        Kafka answers, but refuses the login, the protocol or the operation
 ├── StoreRefused        Redis answers, but must not be used as it is set up
+├── BatchUnreadable     a batch in Kafka cannot be decoded (`eddyline.kafka.unreadable`)
 ├── FenceMoved          a fenced write was refused: the fence is not the one that was read
 ├── LocalServerError    a local Kafka or Valkey cannot be installed or started
 ├── DatasetUnavailable  the demo's data cannot be fetched (`sandbox.datasets.dataset`)

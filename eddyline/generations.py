@@ -2,7 +2,8 @@
 
 Keys, with JSON values: `active` holds `{"generation": "<id>"}`; `<id>` that generation's manifest;
 `begin/<id>/<partition>` where its micro-steps are taken in that partition of `clicks`; `end/<id>`
-that it has ended, and when what belongs to it may be removed (ADR 22).
+that it has ended, and when what belongs to it may be removed (ADR 22). Keys `skip/…` are of
+`eddyline.kafka.skips`.
 The towers, item vectors and id map of one generation are used together, never with another's.
 """
 
@@ -166,7 +167,7 @@ def read(settings: Settings) -> Generations:
                 ranges[generation, int(partition)] = _decode(value)
             elif key.startswith(_END):
                 ended[key.removeprefix(_END).decode()] = msgspec.json.decode(value, type=End)
-            else:
+            elif b"/" not in key:
                 manifests[key.decode()] = msgspec.json.decode(value, type=Manifest)
         except ValueError as error:
             raise BundleError(
@@ -328,12 +329,7 @@ def known(settings: Settings) -> list[str]:
 
 def _read_all(settings: Settings) -> dict[bytes, bytes]:
     """Key → value of the compacted topic, by the offset of the key's last record."""
-    records: dict[bytes, bytes] = {}
-    for record in reading.read(settings, topics.GENERATIONS):
-        records.pop(record.key, None)
-        if record.value is not None:
-            records[record.key] = record.value
-    return records
+    return reading.latest(settings, topics.GENERATIONS)
 
 
 class NoGeneration(Unavailable):

@@ -23,6 +23,8 @@ from mode import get_logger
 from typing_extensions import override
 
 from eddyline.errors import FenceMoved, Unavailable
+from eddyline.kafka import reading
+from eddyline.kafka.unreadable import UnreadableBatch
 from eddyline.process import heartbeat
 from eddyline.settings.loader import Settings
 from eddyline.stores import layout
@@ -126,6 +128,7 @@ class IngestApp(ConsumerOwner):
             self._buffers,
             self._wake,
             self,
+            read_skips=lambda: reading.skips(settings),
             in_loop=[
                 pipeline.topic
                 for pipeline in pipelines
@@ -159,6 +162,10 @@ class IngestApp(ConsumerOwner):
     def paused(self) -> dict[str, int]:
         """By topic, the partitions that wait for a server, or for their position. Any thread."""
         return {topic: self._consumer.paused(topic) for topic in self._pipelines}
+
+    def stopped(self) -> list[UnreadableBatch]:
+        """The batches that cannot be read and hold up their partitions. Any thread."""
+        return self._consumer.stopped()
 
     def queued(self) -> dict[str, int]:
         """By topic, the batches that were fetched and not applied. Any thread."""

@@ -87,6 +87,14 @@ class IngestCollector(Collector):
             "topic",
             self._app.paused(),
         )
+        stopped = GaugeMetricFamily(
+            "eddyline_ingest_partition_stopped",
+            "1 for a partition that stands in front of a batch that cannot be read",
+            labels=["topic", "partition", "reason"],
+        )
+        for batch in self._app.stopped():
+            stopped.add_metric([batch.topic, str(batch.partition), batch.reason], 1)
+        yield stopped
         lag = GaugeMetricFamily(
             "eddyline_ingest_lag_records", "Records not applied yet", labels=["topic", "partition"]
         )

@@ -10,8 +10,9 @@ from typing import Any
 from kafka import KafkaConsumer, TopicPartition
 
 from eddyline.errors import Rejected
-from eddyline.kafka import clients
+from eddyline.kafka import clients, reading
 from eddyline.kafka import topics as kafka_topics
+from eddyline.kafka.unreadable import UnreadableBatch
 from eddyline.schema import events
 from eddyline.schema.events import Click
 from eddyline.schema.partitioning import partition_of
@@ -60,8 +61,8 @@ class Topics:
 
 
 def read_all(settings: Settings, name: str, timeout_s: float = READ_S) -> list[Any]:
-    """Every committed record of a topic, by partition and offset."""
-    topic = settings.prefixed(name)
+    """Every committed record of a topic that was not skipped, by partition and offset."""
+    topic, skips = settings.prefixed(name), reading.skips(settings)
     consumer = KafkaConsumer(
         **clients.client_options(settings),
         group_id=None,
@@ -78,7 +79,13 @@ def read_all(settings: Settings, name: str, timeout_s: float = READ_S) -> list[A
         while any(consumer.position(p) < end for p, end in ends.items()):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{topic} could not be read to its end in {timeout_s:.0f} s")
-            records += [r for batch in consumer.poll(timeout_ms=200).values() for r in batch]
+            for place, batch in consumer.poll(timeout_ms=200).items():
+                if isinstance(batch[0], UnreadableBatch):
+                    after = skips.next_offset(place, batch[0].first)
+                    assert after is not None, str(batch[0])
+                    consumer.seek(place, after)
+                else:
+                    records += skips.kept(place, batch)
         return sorted(records, key=lambda r: (r.partition, r.offset))
     finally:
         consumer.close()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from cli.console import console
 from eddyline.errors import EddylineError, SettingsError
 from eddyline.settings.loader import Settings
-from streams.operations import dead_letter_replay
+from streams.operations import batch_skips, dead_letter_replay
 
 # The shown part of one value, unless --all.
 SHOWN_BYTES = 4_096
@@ -61,6 +62,18 @@ def replay(settings: Settings, at: str, *, reason: str, limit: int) -> None:
     console.print(f"{len(report.sent):,} replayed, {len(report.not_sent):,} stay")
     if report.not_sent and not report.sent:
         raise EddylineError("nothing was replayed")
+
+
+def skip(settings: Settings, coordinates: Sequence[str], *, to: int | None) -> None:
+    """Give up batches that cannot be read, one after the other; an error ends the command."""
+    if to is not None and len(coordinates) != 1:
+        raise SettingsError("--to names the last offset of one batch: name one batch")
+    for at in coordinates:
+        given_up = batch_skips.skip(settings, at, to=to)
+        console.print(
+            f"{printable(at.encode(), 300)}: offsets {given_up.first} to {given_up.last} are "
+            "skipped; their bytes are a dead letter"
+        )
 
 
 def printable(data: bytes, limit: int) -> str:

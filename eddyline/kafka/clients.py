@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 from kafka.errors import KafkaError
 
 from eddyline.errors import EddylineError, KafkaRefused, KafkaUnavailable, Rejected
-from eddyline.kafka import diagnostics, header_names, security
+from eddyline.kafka import diagnostics, kafka_python_decoding, security
 from eddyline.settings.loader import Settings
 
 _T = TypeVar("_T")
 # Every client of kafka-python is made with the options of this file.
-header_names.read_any_name()
+kafka_python_decoding.install()
 
 
 def client_options(settings: Settings) -> dict[str, Any]:

@@ -16,6 +16,9 @@ from kafka.errors import KafkaError
 
 from eddyline.errors import KafkaUnavailable
 from eddyline.kafka import clients, topics
+from eddyline.kafka import skips as decisions
+from eddyline.kafka.skips import Skips
+from eddyline.kafka.unreadable import BatchUnreadable, UnreadableBatch
 from eddyline.settings.loader import Settings
 
 # Records fetched at a time, and how long one fetch waits for the first of them.
@@ -43,10 +46,11 @@ def read(
 
     Holds one fetch in memory. A topic that does not exist has no records. Close the iterator to
     stop early. Raises KafkaUnavailable if nothing arrives for `stall_s`, KafkaRefused if we lack
-    the right.
+    the right, BatchUnreadable for a batch that cannot be decoded and was not skipped.
     """
-    topic = settings.prefixed(name)
+    left_out = skips(settings) if can_skip(name) else Skips()
     with open_consumer(settings) as consumer:
+        topic = settings.prefixed(name)
         if starts is None and not (partitions := consumer.partitions_for_topic(topic)):
             topics.check_seen(settings, name)
             return
@@ -61,7 +65,43 @@ def read(
             end = present[place] if ends is None else ends.get(place.partition, 0)
             slices[place] = (first, end)
         stall_s = settings.kafka_timeout_ms / 1000 if stall_s is None else stall_s
-        yield from read_slices(consumer, slices, stall_s=stall_s, on_progress=on_progress)
+        yield from read_slices(
+            consumer, slices, stall_s=stall_s, on_progress=on_progress, skips=left_out
+        )
+
+
+def can_skip(name: str) -> bool:
+    """Whether offsets of this topic may be skipped: it holds events or item vectors."""
+    return name in topics.SOURCES or name.startswith(topics.item_vectors(""))
+
+
+def skips(settings: Settings) -> Skips:
+    """The offsets that every reader leaves out, of logs that exist now.
+
+    Raises KafkaUnavailable, KafkaRefused, BundleError.
+    """
+    found = decisions.decode(latest(settings, topics.GENERATIONS))
+    names = {topic.removeprefix(settings.prefixed("")) for topic, *_ in found}
+    ids = topics.log_ids(settings, sorted(names), missing_ok=True) if names else {}
+    logs = {settings.prefixed(name): str(found) for name, found in ids.items()}
+    return Skips(
+        (topic, partition, first, skip.last)
+        for topic, partition, first, skip in found
+        if logs.get(topic) == skip.log
+    )
+
+
+def latest(settings: Settings, name: str) -> dict[bytes, bytes]:
+    """Key → value of a compacted topic, by the offset of the key's last record.
+
+    Arguments and errors as for `read`.
+    """
+    records: dict[bytes, bytes] = {}
+    for record in read(settings, name):
+        records.pop(record.key, None)
+        if record.value is not None:
+            records[record.key] = record.value
+    return records
 
 
 def read_slices(
@@ -70,10 +110,12 @@ def read_slices(
     *,
     stall_s: float,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    skips: Skips | None = None,
 ) -> Iterator[Any]:
     """The records of an open consumer between offsets. See `read`.
 
     slices: partition → (first offset, offset after the last)
+    skips:  offsets that are left out
 
     Replaces the consumer's assignment; pauses a partition at its end. kafka-python's own errors
     pass through: `open_consumer` translates them.
@@ -89,7 +131,7 @@ def read_slices(
         fetched = consumer.poll(timeout_ms=_POLL_MS, max_records=_POLL_RECORDS)
         for place, records in fetched.items():
             end = slices[place][1]
-            yield from (record for record in records if record.offset < end)
+            yield from _readable(consumer, place, records, end, skips or Skips())
         moved = False
         for place in list(waiting):
             position = min(consumer.position(place), slices[place][1])
@@ -104,6 +146,24 @@ def read_slices(
             names = ", ".join(sorted(f"{place.topic}/{place.partition}" for place in waiting))
             raise KafkaUnavailable(f"{names}: no records for {stall_s:g} s, before the end")
         on_progress(total - sum(slices[p][1] - positions[p] for p in waiting), total)
+
+
+def _readable(
+    consumer: KafkaConsumer, place: TopicPartition, records: list[Any], end: int, skips: Skips
+) -> Iterator[Any]:
+    """The records in front of `end`; seeks past offsets that are left out and cannot be read.
+
+    Raises BatchUnreadable.
+    """
+    first = records[0]
+    if not isinstance(first, UnreadableBatch):
+        yield from (r for r in skips.kept(place, records) if r.offset < end)
+    elif first.first >= end:
+        consumer.seek(place, end)
+    elif (offset := skips.next_offset(place, first.first)) is not None:
+        consumer.seek(place, offset)
+    else:
+        raise BatchUnreadable(first)
 
 
 @contextmanager

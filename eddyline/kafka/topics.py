@@ -193,12 +193,23 @@ def check_seen(settings: Settings, name: str) -> None:
         _described(settings, admin, [settings.prefixed(name)])
 
 
-def log_ids(settings: Settings, names: Sequence[str]) -> dict[str, LogId]:
-    """The identity of each topic's log: cluster id and topic id. A recreated topic has another."""
+def log_ids(
+    settings: Settings, names: Sequence[str], *, missing_ok: bool = False
+) -> dict[str, LogId]:
+    """The identity of each topic's log: cluster id and topic id. A recreated topic has another.
+
+    missing_ok: leave out topics that do not exist
+    """
     with open_admin(settings) as admin:
         cluster_id = str(admin.describe_cluster()["cluster_id"])
         described = _described(settings, admin, [settings.prefixed(name) for name in names])
-        ids = {topic["name"]: str(topic["topic_id"]) for topic in described}
+        ids = {
+            topic["name"]: str(topic["topic_id"])
+            for topic in described
+            if not (missing_ok and topic["error_code"])
+        }
+        if missing_ok:
+            names = [name for name in names if settings.prefixed(name) in ids]
     return {name: LogId(cluster_id, ids[settings.prefixed(name)]) for name in names}
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from eddyline.errors import KafkaRefused, Rejected, SettingsError, Unavailable, VectorRejected
 from eddyline.kafka import topics
+from eddyline.kafka.unreadable import UnreadableBatch
 from eddyline.process.retry import Backoff
 from eddyline.schema.item_record import ItemRecord, decode_record
 from eddyline.settings.loader import Settings
@@ -109,6 +110,7 @@ class Replica:
         self._away = ""
         self._away_since_ms = 0
         self._refused = False
+        self._stopped: dict[int, UnreadableBatch] = {}
         self._lag = self._records = self._undecodable = self._rejected = 0
         self._thread: threading.Thread | None = None
 
@@ -151,10 +153,10 @@ class Replica:
         return dict(self._positions)
 
     def missing(self) -> str:
-        """Why the index may lag behind, and since when; "" if Kafka answers."""
+        """Why the index may lag behind, and since when; "" if it does not."""
         since_ms, away = self._away_since_ms, self._away
         if not since_ms:
-            return ""
+            return "; ".join(str(batch) for batch in self._stopped.values())
         since_s = max(0.0, time.time() - since_ms / 1000)
         return f"{away} (since {since_s:.1f} s); items stand as they were then"
 
@@ -193,6 +195,7 @@ class Replica:
                 self._update_lag(ends)
                 ends_at = time.monotonic() + ENDS_S
             polled = topic.poll(POLL_MS)
+            self._stopped = topic.stopped()
             # One batch for all partitions: what a batch costs the index grows little with its size.
             self._apply([record for batch in polled.values() for record in batch])
             for partition, batch in polled.items():
@@ -223,7 +226,10 @@ class Replica:
                 self._reached_s, self._next_goal = asked_s, None
         if self._caught_up.is_set() or self._goal is None:
             return
-        if all(self._positions.get(at, 0) >= end for at, end in self._goal.items()):
+        if all(
+            self._positions.get(at, 0) >= end or at in self._stopped
+            for at, end in self._goal.items()
+        ):
             self._lag = 0
             self._caught_up.set()
 

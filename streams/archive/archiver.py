@@ -2,6 +2,7 @@
 
 An error of Kafka or of the file system ends `run_once`; the caller waits and calls it again, and
 records that were not in complete files are read again. The committed offset only reports progress.
+A batch that cannot be read stops its partition until it is skipped; the others go on.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from kafka import KafkaConsumer, TopicPartition
@@ -22,8 +23,10 @@ from typing_extensions import override
 
 from eddyline.archive import HOUR_MS, Archive
 from eddyline.errors import LogMismatch
-from eddyline.kafka import clients
+from eddyline.kafka import clients, reading
 from eddyline.kafka import topics as kafka_topics
+from eddyline.kafka.skips import LOOK_S, Stops
+from eddyline.kafka.unreadable import UnreadableBatch
 from eddyline.process import heartbeat
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import LogId, Mark
@@ -72,6 +75,8 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
         self._committed: dict[TopicPartition, int] = {}
         self._resumes: dict[TopicPartition, Resume] = {}
         self._empty: dict[TopicPartition, int] = {}
+        self._stops = Stops()
+        self._skips_read_s = 0.0
         self._hours_checked_s = 0.0
 
     def run_once(self, idle: Callable[[], bool] = lambda: False) -> None:
@@ -126,8 +131,8 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
         batches = self._consumer.poll(
             timeout_ms=0 if self._unopened else _POLL_MS, max_records=_POLL_RECORDS
         )
-        for place, records in batches.items():
-            if place in self._writers:
+        for place, fetched in batches.items():
+            if place in self._writers and (records := self._readable(place, fetched)):
                 writer = self._writers[place]
                 before = writer.rows
                 if (resume := self._resumes.pop(place, None)) is not None:
@@ -138,10 +143,34 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
                 self.rows += writer.rows - before
         if self._unopened:
             self._open()
+        self._resume_skipped()
         if time.monotonic() - self._hours_checked_s >= _HOURS_CHECK_S:
             self._complete_past_hours()
             self._hours_checked_s = time.monotonic()
         self._commit()
+
+    def _readable(self, place: TopicPartition, records: list[Any]) -> Sequence[Any]:
+        """The records that are not left out; a batch that cannot be read stops its partition."""
+        batch = records[0]
+        if not isinstance(batch, UnreadableBatch):
+            return self._stops.skips.kept(place, records)
+        if (offset := self._stops.pass_over(batch)) is None:
+            self._consumer.pause(place)
+        else:
+            self._consumer.seek(place, offset)
+        return ()
+
+    def _resume_skipped(self) -> None:
+        """Every few seconds, look whether a batch that stops a partition was given up."""
+        if not self._stops.stopped or time.monotonic() - self._skips_read_s < LOOK_S:
+            return
+        self._skips_read_s = time.monotonic()
+        for place, offset in self._stops.resume(reading.skips(self._settings)).items():
+            at = TopicPartition(*place)
+            self._stops.clear([at])
+            if at in self._writers:
+                self._consumer.seek(at, offset)
+                self._consumer.resume(at)
 
     def _check_for_loss(self, place: TopicPartition, writer: PartitionWriter) -> None:
         """Find out why offsets are missing: transaction markers, or retention was faster."""
@@ -160,6 +189,7 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
 
     def _open(self) -> None:
         """Seek each new partition to the end of its files and start reading it."""
+        self._stops.skips = reading.skips(self._settings)
         places = sorted(self._unopened)
         names = {self._settings.prefixed(name): name for name in kafka_topics.SOURCES}
         ids = kafka_topics.log_ids(self._settings, kafka_topics.SOURCES)
@@ -280,6 +310,7 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
             self._committed.pop(place, None)
             self._resumes.pop(place, None)
             self._empty.pop(place, None)
+            self._stops.clear([place])
             if (writer := self._writers.pop(place, None)) is not None:
                 writer.discard()
 

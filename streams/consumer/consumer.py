@@ -26,6 +26,8 @@ from typing_extensions import override
 
 from eddyline.errors import LogMismatch, Unavailable
 from eddyline.kafka import security
+from eddyline.kafka.skips import LOOK_S, Skips
+from eddyline.kafka.unreadable import UnreadableBatch
 from eddyline.process.retry import Backoff
 from eddyline.settings.loader import Settings
 from streams.consumer.buffer import Fetched, RecordBuffer, place_of
@@ -121,6 +123,7 @@ class LogConsumer(Service, ThreadOwner):
     make_thread:   makes the thread that reports to this service
     buffers:       by topic
     wake:          wakes the topic's agent, once its buffer is marked as busy
+    read_skips:    reads the offsets that are left out, in a thread of its own
     in_loop:       topics whose handlers block the loop until their small batches are applied
     request_s:     the limit of a request to Kafka
     backoff_s_max: the longest pause before a retry
@@ -135,6 +138,7 @@ class LogConsumer(Service, ThreadOwner):
         wake: Callable[[str], Awaitable[None]],
         owner: ConsumerOwner,
         *,
+        read_skips: Callable[[], Skips],
         in_loop: Collection[str],
         request_s: float,
         backoff_s_max: float,
@@ -143,6 +147,9 @@ class LogConsumer(Service, ThreadOwner):
         self._buffers = buffers
         self._wake = wake
         self._owner = owner
+        self._read_skips = read_skips
+        self._skips_of = -1  # the rebalance after which they were read
+        self._skips_lock = asyncio.Lock()
         self._in_loop = [buffers[topic] for topic in in_loop]
         self._request_s = request_s
         self._backoff_s_max = backoff_s_max
@@ -187,6 +194,10 @@ class LogConsumer(Service, ThreadOwner):
         """How many partitions of this topic wait for their position. Any thread."""
         mine = {at.partition for at in self.assignment() if at.topic == topic}
         return len(mine - self.positioned(topic))
+
+    def stopped(self) -> list[UnreadableBatch]:
+        """The batches that partitions of this process stand in front of. Any thread."""
+        return list(self._thread.stops.stopped.values())
 
     def committed_of(self, topic: str) -> dict[int, int]:
         """By partition, the offset that the group has committed."""
@@ -245,6 +256,18 @@ class LogConsumer(Service, ThreadOwner):
             if not any(buffer.busy for buffer in self._in_loop):
                 return
             await asyncio.sleep(0)
+
+    @Service.task
+    async def _resume_skipped(self) -> None:
+        """Look for decisions on batches that partitions stand in front of."""
+        while not self.should_stop:
+            await self.sleep(LOOK_S)
+            if not self._thread.stops.stopped:
+                continue
+            try:
+                await self._thread.resume(await asyncio.to_thread(self._read_skips))
+            except Unavailable as error:
+                self._owner.report_wait(error, LOOK_S)
 
     # --- acknowledging
 
@@ -335,7 +358,19 @@ class LogConsumer(Service, ThreadOwner):
                 return
             await self.sleep(wait_s)
 
+    async def _take_skips(self) -> None:
+        """Read the offsets that are left out, once after each rebalance. Raises Unavailable.
+
+        Those that are decided on later concern a partition that stands still until then.
+        """
+        async with self._skips_lock:
+            if self._skips_of != self._rebalances:
+                rebalances = self._rebalances
+                self._thread.stops.skips = await asyncio.to_thread(self._read_skips)
+                self._skips_of = rebalances
+
     async def _positions(self, partitions: set[TopicPartition]) -> Mapping[TopicPartition, int]:
+        await self._take_skips()
         async with asyncio.timeout(self._request_s):
             await self._thread.read_committed(partitions)
         async with asyncio.timeout(self._request_s):

@@ -23,13 +23,15 @@ from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
 from mode import get_logger
 from typing_extensions import override
 
-from eddyline.kafka import aiokafka_header_names, aiokafka_internals
+from eddyline.kafka import aiokafka_decoding, aiokafka_internals
 from eddyline.kafka.aiokafka_internals import FetchGate
+from eddyline.kafka.skips import Skips, Stops
+from eddyline.kafka.unreadable import UnreadableBatch
 
 # Faust's services log under this name: quiet where everything of Faust is.
 _logger = get_logger("faust.batches")
 _T = TypeVar("_T")
-aiokafka_header_names.read_any_name()
+aiokafka_decoding.install()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,7 @@ class ConsumerThread(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokaf
     epochs:     by partition, the number of seeks; changes in the thread's loop only
     positioned: the partitions that were sought since the last rebalance, and not lost since
     committed:  by partition, the highest offset that the group has committed
+    stops:      partitions that stand in front of a batch that cannot be read; they are paused
     """
 
     _loop: asyncio.AbstractEventLoop
@@ -97,6 +100,7 @@ class ConsumerThread(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokaf
         self.epochs: defaultdict[TopicPartition, int] = defaultdict(int)
         self.positioned: set[TopicPartition] = set()
         self.committed: dict[TopicPartition, int] = {}
+        self.stops = Stops()
         self._make = make
         self._topics = topics
         self._owner = owner
@@ -170,6 +174,7 @@ class ConsumerThread(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokaf
     def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
         """No partition is read before its position is known. In the thread's loop."""
         self.positioned.clear()
+        self.stops.clear(list(self.stops.stopped))
         self._app_loop.call_soon_threadsafe(self._owner.assigned)
 
     def assignment(self) -> set[TopicPartition]:
@@ -210,11 +215,44 @@ class ConsumerThread(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokaf
             named = error.args[0]
             lost = map(TopicPartition._make, named if isinstance(named, dict) else [named])
             return Fetch({}, {at: epochs[at] for at in lost})
+        records = {at: kept for at, taken in records.items() if (kept := self._readable(at, taken))}
         for at, taken in records.items():
             self._taken[at] = taken[-1].offset
         if records and sum(map(len, records.values())) <= self._small_max:
             gate.hold()
         return Fetch({at: (epochs[at], taken) for at, taken in records.items()}, {})
+
+    def _readable(self, at: TopicPartition, records: list[ConsumerRecord]) -> list[ConsumerRecord]:
+        """The records that are not left out; none of a batch that cannot be read.
+
+        Such a batch is passed where it was given up, in the same epoch, as nothing before it is
+        read again. Otherwise the partition stops.
+        """
+        batch = records[0]
+        if not isinstance(batch, UnreadableBatch):
+            return list(self.stops.skips.kept(at, records))
+        if (offset := self.stops.pass_over(batch)) is None:
+            self._started.pause(at)
+        else:
+            self._started.seek(at, offset)
+        return []
+
+    async def resume(self, skips: Skips) -> None:
+        """Take new decisions; partitions whose batch was given up go on behind it."""
+        await self._call(self._resume(skips))
+
+    async def _resume(self, skips: Skips) -> None:
+        mine = self.assignment()
+        for place, offset in self.stops.resume(skips).items():
+            at = TopicPartition(*place)
+            if at in mine:
+                self._started.seek(at, offset)
+                self._unstop(at)
+
+    def _unstop(self, at: TopicPartition) -> None:
+        if at in self.stops.stopped:
+            self.stops.clear([at])
+            self._started.resume(at)
 
     def highwater_seen(self, at: TopicPartition) -> int | None:
         """The partition's end at the last fetch; None where it is not assigned or unknown.
@@ -249,6 +287,7 @@ class ConsumerThread(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokaf
         for at, offset in offsets.items():
             if at in mine:
                 self._started.seek(at, offset)
+                self._unstop(at)
                 self._taken[at] = offset - 1
                 self.epochs[at] += 1
                 self.positioned.add(at)

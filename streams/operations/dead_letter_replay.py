@@ -32,6 +32,7 @@ from eddyline.settings.loader import Settings
 from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import Source, StateStore, UserQuery
 from streams.dead_letters import FORWARD_BYTES_MAX, HEADER_PREFIX, record_bytes
+from streams.operations import batch_skips
 from streams.records import coordinates
 
 # A scan keeps one digest of each letter, to recognise repeats and marks: about 200 MB at most.
@@ -284,6 +285,8 @@ def checked(settings: Settings, letter: Letter) -> tuple[bytes | None, int]:
     A record that a map makes events of is sent as it was, to its own partition.
     """
     topic = letter.source[0]
+    if letter.reason == batch_skips.REASON:
+        raise Rejected(letter.reason, "", "the letter holds a batch that cannot be read")
     names = {settings.prefixed(name): name for name in topics.SOURCES}
     if topic not in names:
         raise Rejected("other_topic", "", f"{events.quote(topic)} is no topic of this namespace")

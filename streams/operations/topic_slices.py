@@ -95,9 +95,13 @@ def merged(settings: Settings, slices: Slices) -> Iterator[tuple[int, Iterator[A
     Use up each iterator before the next partition. Raises KafkaUnavailable.
     """
 
+    skips = reading.skips(settings)
+
     def read(consumer: KafkaConsumer, name: str, partition: int) -> Iterator[Any]:
         place = TopicPartition(settings.prefixed(name), partition)
-        return reading.read_slices(consumer, {place: slices[place]}, stall_s=_STALLED_S)
+        return reading.read_slices(
+            consumer, {place: slices[place]}, stall_s=_STALLED_S, skips=skips
+        )
 
     with reading.open_consumer(settings) as one, reading.open_consumer(settings) as other:
         for p in range(settings.items_partitions):

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,6 +68,9 @@ class Topic:
         if not batch:
             time.sleep(0.005)
         return {0: batch} if batch else {}
+
+    def stopped(self) -> dict[int, Any]:
+        return {}
 
     def close(self) -> None: ...
 

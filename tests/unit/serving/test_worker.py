@@ -9,11 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from eddyline.errors import KafkaUnavailable, Unavailable
+from eddyline.kafka.unreadable import UnreadableBatch
 from eddyline.schema.item_record import ItemRecord, encode_record
 from eddyline.settings.loader import Settings
 from index.exact import ExactIndex
@@ -56,6 +58,7 @@ class Log:
         self.records: dict[int, list[Record]] = {0: [], 1: []}
         self.away = False
         self.connects = 0
+        self.stopped: dict[int, Any] = {}
 
     def put(
         self,
@@ -101,12 +104,19 @@ class Consumer:
         if self.log.away:
             time.sleep(timeout_ms / 1000)
             return {}
-        found = {p: self.log.records[p][at : at + 3] for p, at in self.at.items()}
+        found = {
+            p: self.log.records[p][at : at + 3]
+            for p, at in self.at.items()
+            if p not in self.log.stopped
+        }
         for partition, batch in found.items():
             self.at[partition] += len(batch)
         if not any(found.values()):
             time.sleep(0.005)
         return {p: batch for p, batch in found.items() if batch}
+
+    def stopped(self) -> dict[int, Any]:
+        return self.log.stopped
 
     def close(self) -> None:
         self.at = {}
@@ -161,6 +171,23 @@ def test_a_bad_record_is_counted_and_skipped(log: Log) -> None:
     try:
         assert made.wait_caught_up(10)
         assert (made.state().undecodable, made.state().rejected, index.stats().live) == (3, 2, 1)
+    finally:
+        made.close()
+
+
+def test_a_partition_that_stands_still_holds_up_neither_the_start_nor_the_others(log: Log) -> None:
+    index = ExactIndex(D)
+    log.put(1, "a", 1, unit(0))
+    bad = UnreadableBatch("item-vectors.g1", 0, 0, 0, 4, "checksum", "Invalid CRC", b"")
+    log.stopped = {0: bad}
+    log.put(0, "b", 2, unit(1))
+    made = tail(log, index)
+    try:
+        assert made.wait_caught_up(10)
+        assert made.missing() == str(bad) and "skip item-vectors.g1/0/0" in str(bad)
+        assert index.stats().live == 1
+        log.stopped = {}
+        wait_until(lambda: made.missing() == "" and index.stats().live == 2)
     finally:
         made.close()
 

@@ -18,7 +18,9 @@ from aiokafka.coordinator.assignors.range import RangePartitionAssignor
 from aiokafka.errors import ConsumerStoppedError, KafkaError
 from aiokafka.structs import ConsumerRecord
 
-from eddyline.errors import StoreUnavailable
+from eddyline.errors import KafkaUnavailable, StoreUnavailable
+from eddyline.kafka.skips import Skips, Stops
+from eddyline.kafka.unreadable import UnreadableBatch
 from eddyline.settings.loader import Settings
 from streams.consumer.buffer import FULL_BATCHES, RecordBuffer
 from streams.consumer.consumer import (
@@ -70,6 +72,11 @@ class FakeThread:
         self.mine = {AT, NEXT}
         self.works = True
         self.tails: dict[TopicPartition, EmptyTail] = {}
+        self.stops = Stops()
+
+    async def resume(self, skips: Skips) -> None:
+        for place in self.stops.resume(skips):
+            self.stops.clear([place])
 
     def assignment(self) -> set[TopicPartition]:
         return set(self.mine)
@@ -141,6 +148,16 @@ class Rig:
         self.thread, self.owner = FakeThread(), Owner(position)
         self.buffers = {topic: RecordBuffer(topic, 3) for topic in topics}
         self.woken: list[str] = []
+        self.skips: list[Any] = [Skips()]
+        self.skips_read = 0
+
+        def read_skips() -> Skips:
+            self.skips_read += 1
+            if isinstance(
+                found := self.skips[0] if len(self.skips) == 1 else self.skips.pop(0), Skips
+            ):
+                return found
+            raise found
 
         async def wake(topic: str) -> None:
             self.woken.append(topic)
@@ -150,6 +167,7 @@ class Rig:
             self.buffers,
             wake,
             self.owner,
+            read_skips=read_skips,
             in_loop=["clicks"],
             request_s=5.0,
             backoff_s_max=0.01,
@@ -515,3 +533,40 @@ async def test_a_stop_finishes_commits_and_leaves() -> None:
     rig.consumer.applied(batch_of([record(4)]))
     await rig.consumer.stop()
     assert order == ["finished", "left"] and rig.thread.commits[-1] == {AT: 5}
+
+
+# --- batches that cannot be read
+
+
+@in_a_loop
+async def test_what_is_left_out_is_read_once_after_each_rebalance() -> None:
+    rig = Rig(topics=("clicks", "items"))
+    rig.thread.mine = {AT, NEXT, ITEMS}
+    rig.skips = [KafkaUnavailable("away"), wanted := Skips([("clicks", 0, 5, 8)])]
+    await started(rig)
+    assert rig.thread.stops.skips is wanted and rig.skips_read == 2
+    await rig.consumer.rewind({AT})
+    assert rig.skips_read == 2
+    rig.consumer.assigned()
+    await rig.until(lambda: rig.skips_read == 3)
+    await rig.consumer.stop()
+
+
+@in_a_loop
+async def test_a_stopped_partition_looks_for_a_decision() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("streams.consumer.consumer.LOOK_S", 0.005)
+        await _looks_for_a_decision()
+
+
+async def _looks_for_a_decision() -> None:
+    rig = await started(Rig())
+    await asyncio.sleep(0.02)
+    assert rig.skips_read == 1, "nothing stands still"
+    bad = UnreadableBatch("clicks", 0, 5, 5, 8, "codec", "unknown", b"")
+    rig.skips = [KafkaUnavailable("away"), Skips(), Skips([("clicks", 0, 5, 8)])]
+    rig.thread.stops.pass_over(bad)
+    assert rig.consumer.stopped() == [bad]
+    await rig.until(lambda: rig.consumer.stopped() == [])
+    assert rig.skips_read == 4
+    await rig.consumer.stop()

@@ -20,6 +20,8 @@ from aiokafka.errors import (
 from aiokafka.structs import TopicPartition
 
 from eddyline.kafka.aiokafka_internals import FetchGate
+from eddyline.kafka.skips import Skips
+from eddyline.kafka.unreadable import UnreadableBatch
 from streams.consumer.thread import ConsumerThread
 from tests.unit.streams.test_consumer import AT, NEXT, in_a_loop, record
 
@@ -104,6 +106,12 @@ class FakeConsumer:
 
     def seek(self, at: Any, offset: int) -> None:
         self._call(f"seek {offset}")
+
+    def pause(self, at: Any) -> None:
+        self._call(f"pause {at.partition}")
+
+    def resume(self, at: Any) -> None:
+        self._call(f"resume {at.partition}")
 
     async def commit(self, offsets: Any) -> None:
         self._call("commit")
@@ -290,3 +298,60 @@ async def test_another_error_of_a_fetch_is_raised() -> None:
     consumer.errors["getmany"] = KafkaError("no")
     with pytest.raises(KafkaError, match="no"):
         await unstarted(consumer)._fetch({AT}, 0)
+
+
+# --- batches that cannot be read
+
+BAD = UnreadableBatch("clicks", 0, 5, 5, 8, "codec", "unknown", b"")
+
+
+class ReturnsOnce(FakeConsumer):
+    """A consumer whose next fetch returns these records."""
+
+    def __init__(self, records: Any) -> None:
+        super().__init__(SimpleNamespace(_get_actions_per_node=None))
+        self.records = records
+
+    async def getmany(self, *partitions: Any, timeout_ms: int) -> Any:
+        records, self.records = self.records, {}
+        return records
+
+
+@in_a_loop
+async def test_a_batch_that_cannot_be_read_stops_its_partition_alone() -> None:
+    consumer = ReturnsOnce({AT: [BAD], NEXT: [record(3, 1)]})
+    consumer.mine = {AT, NEXT}
+    thread = unstarted(consumer)
+    found = await thread._fetch({AT, NEXT}, 0)
+    assert found.records == {NEXT: (7, [record(3, 1)])} and found.lost == {}
+    assert consumer.calls == ["pause 0"] and thread.stops.stopped == {AT: BAD}
+    await thread._resume(Skips([("clicks", 1, 5, 8)]))
+    assert consumer.calls == ["pause 0"] and thread.stops.stopped == {AT: BAD}
+    await thread._resume(Skips([("clicks", 0, 5, 8)]))
+    assert consumer.calls[1:] == ["seek 9", "resume 0"] and thread.stops.stopped == {}
+    assert thread.epochs[AT] == 7, "nothing is read again: batches from before stay valid"
+
+
+@in_a_loop
+async def test_a_batch_that_was_given_up_is_passed_in_the_same_epoch() -> None:
+    consumer = ReturnsOnce({AT: [BAD], NEXT: [record(n, 1) for n in range(3, 6)]})
+    thread = unstarted(consumer)
+    thread.stops.skips = Skips([("clicks", 0, 5, 8), ("clicks", 1, 4, 4)])
+    found = await thread._fetch({AT, NEXT}, 0)
+    assert [r.offset for r in found.records[NEXT][1]] == [3, 5] and AT not in found.records
+    assert consumer.calls == ["seek 9"] and thread.stops.stopped == {}
+
+
+@in_a_loop
+async def test_a_stopped_partition_that_is_read_from_elsewhere_is_resumed() -> None:
+    consumer = ReturnsOnce({AT: [BAD]})
+    thread = unstarted(consumer)
+    await thread._fetch({AT}, 0)
+    await thread._seek_to({AT: 2})
+    assert consumer.calls == ["pause 0", "seek 2", "resume 0"] and thread.stops.stopped == {}
+    consumer.records = {AT: [BAD]}
+    await thread._fetch({AT}, 0)
+    thread.on_partitions_assigned = ConsumerThread.on_partitions_assigned.__get__(thread)
+    thread._app_loop = SimpleNamespace(call_soon_threadsafe=lambda call: None)
+    thread.on_partitions_assigned({AT})
+    assert thread.stops.stopped == {}, "a rebalance has dropped the pause"

@@ -11,6 +11,7 @@ from aiokafka import TopicPartition
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 
+from eddyline.kafka.unreadable import UnreadableBatch
 from eddyline.schema.partial import Omitted
 from eddyline.stores.memory import MemoryStore
 from streams.clicks.user_cache import UserCache
@@ -31,6 +32,7 @@ def test_the_page_names_every_metric_and_no_other() -> None:
         paused=lambda: {"shop.clicks": 1},
         queued=lambda: {"shop.clicks": 5},
         lag=lambda: {TopicPartition("shop.clicks", 3): 7},
+        stopped=lambda: [UnreadableBatch("shop.clicks", 4, 9, 9, 9, "codec", "unknown", b"")],
     )
     registry = CollectorRegistry()
     ended: Any = SimpleNamespace(removed=6)
@@ -44,5 +46,7 @@ def test_the_page_names_every_metric_and_no_other() -> None:
     assert 'eddyline_ingest_queued_chunks{topic="shop.clicks"} 5.0' in text
     assert 'eddyline_ingest_paused_partitions{topic="shop.clicks"} 1.0' in text
     assert "eddyline_ingest_ended_embeddings_removed_total 6.0" in text
+    stopped = 'eddyline_ingest_partition_stopped{partition="4",reason="codec",topic="shop.clicks"} '
+    assert f"{stopped}1.0" in text
     left_out = 'eddyline_ingest_omitted_parts_total{part="attributes",reason="null",topic='
     assert f'{left_out}"shop.clicks"}} 4.0' in text
