@@ -41,7 +41,10 @@ FINAL_CODES = frozenset({2, 3})
 # Another process of this data folder may be starting the servers now.
 SERVERS_READY_S = 90.0
 # Settings that every child gets from the deployment, besides the folders.
-_FEEDS = tuple(f"{name}_{what}" for name in topics.SOURCES for what in ("topic", "map"))
+_FEEDS = (
+    *(f"{name}_{what}" for name in topics.SOURCES for what in ("topic", "map")),
+    *(f"registry_{what}" for what in ("url", "user", "password", "ca_file")),
+)
 _PASSED_ON = (
     "kafka_bootstrap_servers",
     "redis_url",

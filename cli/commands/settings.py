@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from rich.console import Console
 from rich.table import Table
 
@@ -18,7 +20,7 @@ Every setting has a default. A later source wins over an earlier one:
 
 A key that is not in the table, or a bad value, stops the process at its start with a sentence that
 names the key, the value and the source. Never shown or logged are the secret ones:
-{", ".join(f"`{name}`" for name in sorted(SECRETS))}.
+{textwrap.fill(", ".join(f"`{name}`" for name in sorted(SECRETS)) + ".", 100)}
 `eddyline settings` prints the values in force. A duration is in the unit that ends its name.
 
 This page is generated: `eddyline settings --markdown > docs/configuration.md`.

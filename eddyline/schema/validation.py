@@ -16,7 +16,7 @@ import msgspec
 from eddyline.errors import Rejected
 from eddyline.schema import events, partial
 from eddyline.schema.events import Click, Forget, Item, Merge, UserProfile
-from eddyline.schema.mapping import mapper
+from eddyline.schema.mapping import mapper, registry
 from eddyline.schema.mapping.mapper import Mapper
 from eddyline.schema.mapping.records import MAPPED, RawRecord, mark_of
 from eddyline.schema.partial import Omitted
@@ -119,7 +119,10 @@ def profile(
 
 def map_of(settings: Settings, topic: str) -> Mapper | None:
     """The map of `clicks`, `items` or `users`; None where records are in Eddyline's own format."""
-    return mapper.of(getattr(settings, f"{topic}_map"), topic)
+    name = getattr(settings, f"{topic}_map")
+    if not name:
+        return None
+    return mapper.of(name, topic, registry.access(settings) if settings.registry_url else None)
 
 
 def own_records(settings: Settings, topic: str, record: RawRecord) -> Sequence[RawRecord]:

@@ -73,6 +73,20 @@ class KafkaSettings(msgspec.Struct, frozen=True, kw_only=True):
     dead_letters_retention_h: Annotated[int, within(1, 87_600)] = 720
     """How long Kafka keeps dead letters."""
 
+    # Schema registry: docs/feeds/maps.md
+    registry_url: Annotated[str, Meta(pattern=r"^(https?://.+)?\Z", max_length=1_000)] = ""
+    """Address of the schema registry, for maps with `encoding = "registry"`:
+    `https://host:port`."""
+    registry_user: Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f:]*\Z", max_length=1_000)] = ""
+    """The user's name (or API key) at the registry; empty does not log in."""
+    registry_password: Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]*\Z", max_length=1_000)] = ""
+    """The user's password (or secret) at the registry."""
+    registry_ca_file: str = ""
+    """PEM file of the authorities that may sign the registry's certificate. Empty: those of the
+    system."""
+    registry_timeout_ms: Annotated[int, within(100, 60_000)] = 5_000
+    """How long one request to the registry may take."""
+
 
 def uses_sasl(settings: KafkaSettings) -> bool:
     """Whether clients log in with a name and a password."""

@@ -34,7 +34,13 @@ PREFIX = "EDDYLINE_"
 ALIASES = {"KAFKA_BOOTSTRAP_SERVERS": "kafka_bootstrap_servers", "REDIS_URL": "redis_url"}
 # Variables with the prefix that steer the set-up or the reading of settings.
 NOT_SETTINGS = {"EDDYLINE_CONFIG"}
-SECRETS = {"redis_url", "redis_sentinel_password", "kafka_sasl_password", "kafka_key_password"}
+SECRETS = {
+    "redis_url",
+    "redis_sentinel_password",
+    "kafka_sasl_password",
+    "kafka_key_password",
+    "registry_password",
+}
 _SOURCES = ("clicks", "items", "users")
 WEIGHED_KINDS = ("view", "click", "like", "cart", "purchase")
 
@@ -178,10 +184,11 @@ def _check_maps(settings: Settings) -> None:
     """Raise SettingsError for a map that cannot be used."""
     named = {topic: name for topic in _SOURCES if (name := getattr(settings, f"{topic}_map"))}
     if named:
-        from eddyline.schema.mapping import mapper
+        from eddyline.schema.mapping import mapper, registry
 
+        access = registry.access(settings) if settings.registry_url else None
         for topic, name in named.items():
-            mapper.of(name, topic)
+            mapper.of(name, topic, access)
 
 
 def _check_erasures(settings: Settings) -> None:

@@ -60,7 +60,7 @@ def plain_json(source: Source, value: bytes | None) -> tuple[Op, Any]:
     """The value itself; a record without a value deletes."""
     if value is None:
         return "delete", _as_row(source.decoded_key())
-    source.root = decoded(value)
+    source.root = _decoded(source, value)
     return "put", source.root
 
 
@@ -72,7 +72,7 @@ def debezium(source: Source, value: bytes | None) -> tuple[Op, Any]:
     key = _as_row(source.decoded_key())
     if value is None:
         return "delete", key
-    root, schema = _payload(decoded(value))
+    root, schema = _payload(_decoded(source, value))
     source.root = root
     if root is None:
         return "delete", key
@@ -98,10 +98,10 @@ def cloudevents(source: Source, value: bytes | None) -> tuple[Op, Any]:
             attributes[name[3:]] = bytes(found).decode("utf-8", "replace")
     content_type = source.header("content-type") or ""
     if attributes and not content_type.startswith("application/cloudevents"):
-        attributes["data"] = _payload(decoded(value))[0] if value else None
+        attributes["data"] = _payload(_decoded(source, value))[0] if value else None
         source.root = attributes
         return "put", attributes
-    root = decoded(value)
+    root = _decoded(source, value)
     source.root = [_with_data(one) for one in root] if isinstance(root, list) else _with_data(root)
     if isinstance(root, dict) and isinstance(op := root.get("iodebeziumop"), str):
         # Of Debezium's converter: the change event lies in `data`.
@@ -117,6 +117,10 @@ ENVELOPES: Final[dict[Name, Envelope]] = {
     "debezium": debezium,
     "cloudevents": cloudevents,
 }
+
+
+def _decoded(source: Source, value: bytes) -> Any:
+    return decoded(value) if source.decode is None else source.decode(value)
 
 
 def _as_row(key: Any) -> dict[str, Any]:

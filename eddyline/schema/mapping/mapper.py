@@ -18,10 +18,11 @@ import msgspec
 from eddyline.errors import Rejected, SettingsError
 from eddyline.schema.events import ID_BYTES_MAX, KINDS, ORIGIN_MS, quote
 from eddyline.schema.mapping import fields, spec
-from eddyline.schema.mapping.envelopes import ENVELOPES
+from eddyline.schema.mapping.envelopes import ENVELOPES, decoded
 from eddyline.schema.mapping.fields import IGNORE
 from eddyline.schema.mapping.paths import Getter, Scope, Source, compile_path
 from eddyline.schema.mapping.records import MAPPED, ONLY_MAPPED, Headers, MappedRecord, RawRecord
+from eddyline.schema.mapping.registry import Access, Registry
 from eddyline.schema.mapping.spec import EVENTS_MAX, Rule, TopicMap
 
 log = logging.getLogger(__name__)
@@ -64,8 +65,16 @@ class Mapper:
     by_key: the item's partition is that of the record's key, see `spec.TopicMap.partition`
     """
 
-    def __init__(self, topic_map: TopicMap, topic: str) -> None:
-        """topic: clicks, items or users. Raises ValueError for what the map must not say."""
+    def __init__(self, topic_map: TopicMap, topic: str, registry: Registry | None = None) -> None:
+        """topic: clicks, items or users; registry: of a map with `encoding = "registry"`
+
+        Raises ValueError for what the map must not say.
+        """
+        self._decode = None
+        if topic_map.encoding == "registry":
+            if registry is None:
+                raise ValueError("encoding = 'registry' needs the setting registry_url")
+            self._decode = registry.decoded
         self.by_key = topic_map.partition == "key"
         self._topic = topic
         self._envelope = ENVELOPES[topic_map.envelope]
@@ -82,8 +91,11 @@ class Mapper:
         self._delete = None if topic == "clicks" else _deleter(topic_map, self._id_field)
 
     def records(self, record: RawRecord) -> list[MappedRecord]:
-        """The records that this one becomes, none where the map ignores it. Raises Rejected."""
-        source = Source(record.key, record.headers)
+        """The records that this one becomes, none where the map ignores it.
+
+        Raises Rejected, RegistryUnavailable.
+        """
+        source = Source(record.key, record.headers, self._decode)
         op, here = self._envelope(source, record.value)
         if op == "put":
             scope = Scope(here, None, source)
@@ -153,29 +165,38 @@ class Mapper:
         raise Rejected("no_value", "", "the record has no value")
 
 
-def of(source: str, topic: str) -> Mapper | None:
+def of(source: str, topic: str, access: Access | None = None) -> Mapper | None:
     """The compiled map of a setting; None for Eddyline's own format.
 
     source: a preset's name or a file; it is read once by a process
+    access: to the schema registry, if there is one
     Raises SettingsError.
     """
-    return _of(source, topic) if source else None
+    return _of(source, topic, access) if source else None
 
 
 @lru_cache(maxsize=32)
-def _of(source: str, topic: str) -> Mapper | None:
+def _of(source: str, topic: str, access: Access | None) -> Mapper | None:
     found = spec.read(source, topic)
     if found is None:
         return None
     digest = hashlib.sha256(msgspec.json.encode(found)).hexdigest()
     log.info("map in force", extra={"topic": topic, "map": source, "sha256": digest[:16]})
-    return compiled(found, topic, source)
+    return compiled(found, topic, source, None if access is None else _registry(access))
 
 
-def compiled(topic_map: TopicMap, topic: str, name: str) -> Mapper:
+@lru_cache(maxsize=8)
+def _registry(access: Access) -> Registry:
+    """The registry, whose schemas all topics share."""
+    return Registry(access, decoded)
+
+
+def compiled(
+    topic_map: TopicMap, topic: str, name: str, registry: Registry | None = None
+) -> Mapper:
     """The mapper of a map. name: of its file, for messages. Raises SettingsError."""
     try:
-        return Mapper(topic_map, topic)
+        return Mapper(topic_map, topic, registry)
     except ValueError as error:
         raise SettingsError(f"{name}: [{topic}]: {error}") from None
 

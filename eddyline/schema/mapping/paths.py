@@ -34,20 +34,31 @@ _decode = msgspec.json.Decoder().decode
 
 
 class Source:
-    """The record that is mapped. root: its decoded value"""
+    """The record that is mapped. root: its decoded value; decode: of bytes with a schema id"""
 
-    __slots__ = ("_key", "headers", "key", "root")
+    __slots__ = ("_key", "decode", "headers", "key", "root")
 
-    def __init__(self, key: bytes | None, headers: Sequence[tuple[str, bytes | None]]) -> None:
+    def __init__(
+        self,
+        key: bytes | None,
+        headers: Sequence[tuple[str, bytes | None]],
+        decode: Callable[[bytes], Any] | None = None,
+    ) -> None:
         self.key = key
         self.headers = headers
+        self.decode = decode
         self.root: Any = None
         self._key: Any = None
 
     def decoded_key(self) -> Any:
-        """The key: decoded where it is a JSON object, array or string, else text."""
+        """The key: decoded where it is a JSON object, array or string or has a schema id, else
+        text.
+        """
         if self._key is None and self.key is not None:
-            self._key = _key(self.key)
+            if self.decode is not None and self.key[:1] == b"\0":
+                self._key = self.decode(self.key)
+            else:
+                self._key = _key(self.key)
         return self._key
 
     def header(self, name: str) -> str | None:

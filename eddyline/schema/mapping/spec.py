@@ -133,6 +133,7 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 class TopicMap(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The map of one topic.
 
+    encoding:    of keys and values: JSON, or a schema id and then what the registry says
     nulls:       texts that mean null
     each:        the value is a list of records, or the list at this path is
     otherwise:   what becomes of a record for which no rule holds
@@ -143,6 +144,7 @@ class TopicMap(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """
 
     preset: str = ""
+    encoding: Literal["json", "registry"] = "json"
     envelope: envelopes.Name = "json"
     nulls: list[str] = []
     each: Text | None = None

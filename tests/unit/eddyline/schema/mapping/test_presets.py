@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from eddyline.errors import Rejected, SettingsError
 from eddyline.schema import validation
-from eddyline.schema.mapping import mapper, spec
+from eddyline.schema.mapping import envelopes, mapper, spec
+from eddyline.schema.mapping.registry import Access, Registry
 from eddyline.settings.loader import Settings, load
 
 GOLDEN = Path(__file__).parents[4] / "golden" / "feeds"
@@ -229,7 +230,7 @@ def test_every_map_in_the_docs_is_one(text: str) -> None:
     for topic in tables:
         found = spec.parse(text.encode(), topic, "the page")
         assert found is not None
-        mapper.compiled(found, topic, "the page")
+        mapper.compiled(found, topic, "the page", Registry(Access(), envelopes.decoded))
 
 
 @pytest.mark.parametrize("preset", spec.PRESETS)

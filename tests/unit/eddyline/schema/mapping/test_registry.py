@@ -1,0 +1,337 @@
+"""Records with a schema id, by a registry that answers as the public API says."""
+
+from __future__ import annotations
+
+import base64
+import json
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
+import msgspec
+import pytest
+import trustme
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eddyline.errors import Rejected, SettingsError, Unavailable
+from eddyline.kafka.topics import CLICKS
+from eddyline.schema import validation
+from eddyline.schema.mapping import avro, envelopes, registry
+from eddyline.schema.mapping.registry import Access, Registry, RegistryUnavailable
+from eddyline.settings.loader import Settings, load
+from eddyline.stores.memory import MemoryStore
+from eddyline.stores.state_store import LogId
+from streams.clicks.handler import ClickHandler
+from streams.fences import PartitionFences
+from tests.applying import batch_of
+
+GOLDEN = Path(__file__).parents[4] / "golden" / "feeds" / "avro.jsonl"
+LOG = LogId("cluster-a", "topic-1")
+MS = 1_772_355_600_123
+
+
+def golden() -> dict[str, dict[str, Any]]:
+    """Values as fastavro writes them."""
+    lines = GOLDEN.read_text(encoding="utf-8").splitlines()
+    return {one["name"]: one for one in map(json.loads, lines)}
+
+
+class Double:
+    """A registry. schemas: id -> answer; subjects: (name, version) -> answer; seen: paths"""
+
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self.schemas: dict[int, dict[str, Any]] = {}
+        self.subjects: dict[tuple[str, int], dict[str, Any]] = {}
+        self.seen: list[tuple[str, str | None]] = []
+        self.status = 200
+        self.body: bytes | None = None
+        double = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                double.seen.append((self.path, self.headers.get("Authorization")))
+                found = double.answer(self.path.strip("/").split("/"))
+                status = double.status if found or double.status != 200 else 404
+                body = double.body or json.dumps(found or {"error_code": 40403}).encode()
+                self.send_response(status)
+                if status == 302:
+                    self.send_header("Location", "/schemas/ids/1")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *unused: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        if tls is not None:
+            self.server.socket = tls.wrap_socket(self.server.socket, server_side=True)
+        self.port = self.server.server_address[1]
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def answer(self, parts: list[str]) -> dict[str, Any] | None:
+        if parts[:2] == ["schemas", "ids"]:
+            return self.schemas.get(int(parts[2]))
+        if parts[0] == "subjects":
+            return self.subjects.get((parts[1], int(parts[3])))
+        return None
+
+    def add(self, number: int, schema: Any, **more: Any) -> None:
+        self.schemas[number] = {"schema": json.dumps(schema)} | more
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def double() -> Iterator[Double]:
+    made = Double()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_PAUSE_S", 0.0)
+
+
+def client(double: Double, **more: Any) -> Registry:
+    return Registry(Access(**{"url": double.url} | more), envelopes.decoded)
+
+
+def framed(number: int, payload: bytes) -> bytes:
+    return b"\0" + number.to_bytes(4, "big") + payload
+
+
+def refusal(call: Callable[[], object]) -> str:
+    with pytest.raises(Rejected) as found:
+        call()
+    return found.value.reason
+
+
+@pytest.mark.parametrize("name", list(golden()))
+def test_avro_is_read_as_its_writer_meant_it(name: str) -> None:
+    one = golden()[name]
+    data = bytes.fromhex(one["hex"])
+    reader = avro.compile_schema(one["schema"])
+    assert avro.decode(reader, data) == one["value"]
+    assert avro.decode(reader, b"head" + data, 4) == one["value"]
+    for cut in range(len(data)):
+        assert refusal(lambda: avro.decode(reader, data[:cut])) == "malformed_avro"
+    assert refusal(lambda: avro.decode(reader, data + b"\0")) == "malformed_avro"
+
+
+@given(st.binary(max_size=60), st.sampled_from(sorted(golden())))
+@settings(max_examples=150, deadline=None)
+def test_any_bytes_give_a_value_or_a_reason(data: bytes, name: str) -> None:
+    reader = avro.compile_schema(golden()[name]["schema"])
+    try:
+        avro.decode(reader, data)
+    except Rejected as rejected:
+        assert rejected.reason == "malformed_avro"
+
+
+def zigzag(number: int) -> bytes:
+    number, found = number << 1, b""
+    while number >= 0x80:
+        found += bytes([number & 0x7F | 0x80])
+        number >>= 7
+    return found + bytes([number])
+
+
+@pytest.mark.parametrize("count", [avro.ELEMENTS_MAX - 1, avro.ELEMENTS_MAX, avro.ELEMENTS_MAX + 1])
+def test_elements_that_take_no_bytes_are_limited(count: int) -> None:
+    reader = avro.compile_schema({"type": "array", "items": "null"})
+    data = zigzag(count) + b"\0"
+    if count > avro.ELEMENTS_MAX:
+        assert refusal(lambda: avro.decode(reader, data)) == "malformed_avro"
+    else:
+        assert len(avro.decode(reader, data)) == count
+
+
+@pytest.mark.parametrize(
+    "schema", [5, "other", {"type": "record", "name": "R"}, {"type": "enum", "name": "E"}, None]
+)
+def test_what_is_no_schema_is_refused(double: Double, schema: Any) -> None:
+    double.add(1, schema)
+    assert refusal(lambda: client(double).decoded(framed(1, b""))) == "bad_schema"
+
+
+@pytest.mark.parametrize("depth", [avro.DEPTH_MAX - 1, avro.DEPTH_MAX, avro.DEPTH_MAX + 1])
+def test_the_nesting_of_a_schema_is_limited(depth: int) -> None:
+    schema: Any = "int"
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    if depth > avro.DEPTH_MAX:
+        with pytest.raises(ValueError, match="at most 64 levels"):
+            avro.compile_schema(schema)
+    else:
+        avro.compile_schema(schema)
+
+
+def test_a_schema_is_asked_for_once_and_records_of_two_schemas_are_read(double: Double) -> None:
+    old = {"type": "record", "name": "V", "fields": [{"name": "a", "type": "string"}]}
+    new = old | {"fields": [*old["fields"], {"name": "b", "type": "int"}]}  # type: ignore[misc]
+    double.add(7, old)
+    double.add(8, new)
+    read = client(double).decoded
+    for _ in range(2):
+        assert read(framed(7, b"\x02x")) == {"a": "x"}
+        assert read(framed(8, b"\x02y\x04")) == {"a": "y", "b": 2}
+    assert [path for path, _ in double.seen] == ["/schemas/ids/7", "/schemas/ids/8"]
+
+
+def test_references_json_schemas_and_other_types(double: Double) -> None:
+    double.subjects["shop%2Fprice", 3] = {
+        "schema": json.dumps(
+            {
+                "type": "record",
+                "name": "Price",
+                "namespace": "s",
+                "fields": [{"name": "cents", "type": "int"}],
+            }
+        )
+    }
+    schema = {"type": "record", "name": "V", "fields": [{"name": "p", "type": "s.Price"}]}
+    double.add(1, schema, references=[{"name": "s.Price", "subject": "shop/price", "version": 3}])
+    double.add(2, {"type": "object"}, schemaType="JSON")
+    double.schemas[3] = {"schema": 'syntax = "proto3";', "schemaType": "PROTOBUF"}
+    read = client(double).decoded
+    assert read(framed(1, b"\x04")) == {"p": {"cents": 2}}
+    assert read(framed(2, b'{"a":1}')) == {"a": 1}
+    assert refusal(lambda: read(framed(2, b"{"))) == "malformed_json"
+    assert refusal(lambda: read(framed(3, b""))) == "unsupported_schema"
+    assert refusal(lambda: read(framed(4, b""))) == "unknown_schema"
+    for value in (b"", b"\0\0\0\0", b"{}", b"\x01\0\0\0\x01"):
+        assert refusal(lambda value=value: read(value)) == "no_schema_id"  # type: ignore[misc]
+
+
+def test_the_login_is_sent_and_follows_no_redirect(double: Double, no_pause: None) -> None:
+    double.add(1, "string")
+    read = client(double, user="key", password="secret:1").decoded
+    double.status = 302
+    with pytest.raises(RegistryUnavailable, match="302"):
+        read(framed(1, b"\x02x"))
+    double.status = 200
+    assert read(framed(1, b"\x02x")) == "x"
+    login = "Basic " + base64.b64encode(b"key:secret:1").decode()
+    assert double.seen == [("/schemas/ids/1", login)] * 2
+
+
+@pytest.mark.parametrize("status", [401, 403, 500, 503])
+def test_a_registry_that_refuses_or_fails_is_waited_for(
+    double: Double, no_pause: None, status: int
+) -> None:
+    double.add(1, "string")
+    double.status = status
+    read = client(double, user="u", password="secret").decoded
+    with pytest.raises(RegistryUnavailable, match=str(status)) as found:
+        read(framed(1, b"\x02x"))
+    assert "secret" not in str(found.value)
+    double.status = 200
+    assert read(framed(1, b"\x02x")) == "x"
+
+
+@pytest.mark.parametrize("body", [b"nope", b"[]", b"1", b"\xff"])
+def test_an_answer_that_is_none_is_waited_for(double: Double, body: bytes) -> None:
+    double.add(1, "string")
+    double.body = body
+    with pytest.raises(RegistryUnavailable):
+        client(double).decoded(framed(1, b"\x02x"))
+
+
+def test_a_registry_that_is_away_is_not_asked_by_every_batch(double: Double) -> None:
+    double.status = 500
+    read = client(double).decoded
+    for _ in range(3):
+        with pytest.raises(RegistryUnavailable):
+            read(framed(1, b""))
+    assert len(double.seen) == 1
+
+
+def test_tls_trusts_the_authority_of_the_settings_alone(tmp_path: Path) -> None:
+    authority, other = trustme.CA(), trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    files = {}
+    for name, one in (("own", authority), ("other", other)):
+        files[name] = str(tmp_path / f"{name}.pem")
+        one.cert_pem.write_to_path(files[name])
+    double = Double(context)
+    try:
+        double.add(1, "string")
+        url = f"https://127.0.0.1:{double.port}"
+        assert client(double, url=url, ca_file=files["own"]).decoded(framed(1, b"\x02x")) == "x"
+        with pytest.raises(RegistryUnavailable, match="certificate verify failed"):
+            client(double, url=url, ca_file=files["other"]).decoded(framed(1, b"\x02x"))
+    finally:
+        double.close()
+    with pytest.raises(SettingsError, match="registry_ca_file = '/nope'"):
+        client(double, url=url, ca_file="/nope")
+
+
+def record(offset: int, value: bytes | None, key: bytes | None = None) -> Any:
+    fields = {"topic": "shop", "partition": 0, "timestamp": 1_800_000_000_000, "headers": ()}
+    return SimpleNamespace(offset=offset, value=value, key=key, **fields)
+
+
+def test_debezium_by_avro_is_debezium(double: Double, tmp_path: Path) -> None:
+    file = tmp_path / "map.toml"
+    file.write_text('[items]\npreset = "debezium"\nencoding = "registry"\n', encoding="utf-8")
+    found = golden()
+    for number, name in enumerate(("debezium-insert", "debezium-key"), 1):
+        double.add(number, found[name]["schema"])
+    environment = {"EDDYLINE_ITEMS_MAP": str(file), "EDDYLINE_REGISTRY_URL": double.url}
+    named = msgspec.structs.replace(load(environment, folder=tmp_path), items_partitions=1)
+    key = framed(2, bytes.fromhex(found["debezium-key"]["hex"]))
+    insert = framed(1, bytes.fromhex(found["debezium-insert"]["hex"]))
+    [(item_id, item)] = validation.item_changes(named, record(1, insert, key))
+    assert item is not None and (item_id, item.title, item.at_ms) == (
+        "10",
+        "Chair ü",
+        1795907691204,
+    )
+    assert item.attributes == {"price": 79.5, "seen": 1_772_355_600_123, "day": 1_772_323_200_000}
+    delete = framed(1, bytes.fromhex(found["debezium-delete"]["hex"]))
+    for value in (delete, None):
+        assert validation.item_changes(named, record(2, value, key)) == [("10", None)]
+    with pytest.raises(SettingsError, match="encoding = 'registry' needs the setting registry_url"):
+        load({"EDDYLINE_ITEMS_MAP": str(file)}, folder=tmp_path)
+
+
+def test_the_partition_waits_for_the_registry_and_loses_nothing(
+    double: Double, tmp_path: Path, no_pause: None
+) -> None:
+    file = tmp_path / "map.toml"
+    file.write_text(
+        '[clicks]\nencoding = "registry"\nfields = { user_id = "u", item_id = "i" }\n',
+        encoding="utf-8",
+    )
+    fields = [{"name": name, "type": "string"} for name in "ui"]
+    double.add(1, {"type": "record", "name": "V", "fields": fields})
+    named = Settings(clicks_map=str(file), registry_url=double.url, clicks_partitions=1)
+    store = MemoryStore()
+    fences = PartitionFences(named, store, CLICKS, {CLICKS: LOG})
+    letters = Mock()
+    handler = ClickHandler(named, store, fences, letters, Mock(), [])
+    log = [record(5, framed(1, b"\x02u\x02a"))]
+    double.status = 503
+    fences.open({0: (0, 100)})
+    [result] = handler.apply([batch_of(log)])
+    assert isinstance(result, Unavailable) and not letters.put.called
+    double.status = 200
+    handler.open(0)
+    assert fences.open({0: (0, 100)}) == {0: 0}
+    assert handler.apply_one(batch_of(log)).applied == 1
+    assert [e.item_id for e in store.read_user("u0", 0, "u", "").history.entries] == ["a"]
