@@ -1,4 +1,4 @@
-"""Conditions on items: categories, tags, numeric ranges, lists of ids.
+"""Conditions on items: categories, tags, ranges of numbers and dates, lists of ids.
 
 `Filter` states the condition. `matches` defines it for one item; the oracle uses it.
 `index.storage.columns` evaluates it quickly over all rows.
@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 # Limits of one request. A filter of this size costs less than the search.
 TERMS_MAX = 256
 RANGES_MAX = 16
 LIST_IDS_MAX = 2_000
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,8 @@ class Filter:
     """All set parts must hold; the default of a part sets no condition.
 
     categories: the item has at least one of them; tags: at least one; tags_all: every one
-    ranges:     attribute name -> range; an item without this number does not match
+    ranges:     attribute name -> range; an item without this number does not match. A date is a
+                number too: milliseconds since 1970 UTC, see `date_ms`
     allow:      if not None, only these item ids match; deny: these item ids do not match
     """
 
@@ -54,15 +57,41 @@ def terms(attributes: Mapping[str, Any], field_name: str) -> set[str]:
 
 
 def numbers(attributes: Mapping[str, Any]) -> dict[str, float]:
-    """The item's numeric attributes; booleans and NaN are skipped."""
+    """The item's numeric attributes, and those that are dates; booleans and NaN are skipped.
+
+    >>> numbers({"attributes": {"price": 3, "released": "1970-01-01T00:00:02Z", "color": "red"}})
+    {'price': 3.0, 'released': 2000.0}
+    """
     values = attributes.get("attributes")
     if not isinstance(values, dict):
         return {}
-    return {
-        name: float(value)
-        for name, value in values.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
-    }
+    found: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, str):
+            at_ms = date_ms(value)
+            if at_ms is not None:
+                found[name] = at_ms
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
+            found[name] = float(value)
+    return found
+
+
+def date_ms(text: str) -> float | None:
+    """Milliseconds since 1970 UTC of a date or time in ISO 8601; None for other text.
+
+    The year, month and day must be there; without a zone the time is UTC.
+
+    >>> date_ms("1970-01-02"), date_ms("1970-01-01 01:00:00.5+01:00"), date_ms("1970")
+    (86400000.0, 500.0, None)
+    """
+    if len(text) < 10 or text[4] != "-" or text[7] != "-":
+        return None
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    zoned = found if found.tzinfo is not None else found.replace(tzinfo=UTC)
+    return float((zoned - _EPOCH) // timedelta(milliseconds=1))
 
 
 def matches(filters: Filter, item_id: str, attributes: Mapping[str, Any]) -> bool:

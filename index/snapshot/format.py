@@ -2,7 +2,7 @@
 
     offset  size  content, little-endian
     0       8     magic b"EDDYSNAP"
-    8       4     version, 2 (uint32); version 1 is read too
+    8       4     version, 3 (uint32); columns of older versions lack the dates, so they are refused
     12      4     length h of the header (uint32)
     16      32    SHA-256 of the header
     48      h     header, JSON: `Header`; for each section offset, bytes, dtype, shape and SHA-256
@@ -11,8 +11,7 @@
     ids        MessagePack array of text: the live items, then the deleted ones whose offset is kept
     vectors    float32 (live, d), unit norm; mapped, not read into memory
     facts      int64 (live, 3): at_ms, written_us, source offset
-    deleted    int64 (tombstones, 3): source offset, source partition and written_us; in version 1
-               (tombstones,), the offsets alone
+    deleted    int64 (tombstones, 3): source offset, source partition and written_us
     columns    MessagePack array of [field, name, rows, has values], see `index.storage.columns`;
                those with values come first
     rows       int64 (…,): the rows of all columns, one column after the other
@@ -43,8 +42,7 @@ from index.arrays import Ints, Vector
 from index.port import Watermark
 from index.storage.columns import ColumnData
 
-MAGIC, VERSION = b"EDDYSNAP", 2
-_READ = (1, 2)
+MAGIC, VERSION = b"EDDYSNAP", 3
 _PREFIX = struct.Struct("<8sII32s")
 # A page, so that a section can be mapped by itself.
 ALIGN = 4_096
@@ -193,8 +191,8 @@ def _header(whole: mmap.mmap) -> tuple[Header, int]:
     magic, version, length, digest = _PREFIX.unpack_from(whole)
     if magic != MAGIC:
         raise ValueError(f"starts with {magic!r}, not a snapshot")
-    if version not in _READ:
-        raise ValueError(f"version {version}, this reader reads {_READ[0]} to {_READ[-1]}")
+    if version != VERSION:
+        raise ValueError(f"version {version}, this reader reads {VERSION}")
     end = _PREFIX.size + length
     if length > HEADER_BYTES_MAX or end > len(whole):
         raise ValueError(f"a header of {length} bytes in a file of {len(whole)}")
@@ -228,9 +226,6 @@ def _contents(whole: mmap.mmap, header: Header, first: int) -> Contents:
     named = msgspec.msgpack.decode(found["columns"], type=list[tuple[str, str, int, bool]])
     vectors: npt.NDArray[np.float32] = found["vectors"]
     live, deleted = header.live, header.tombstones
-    if found["deleted"].ndim == 1:  # version 1: they end after the retention, counted from now on
-        unknown = np.tile(np.array([-1, header.created_ms * 1_000]), (len(found["deleted"]), 1))
-        found["deleted"] = np.column_stack((found["deleted"], unknown))
     shapes = (vectors.shape, found["facts"].shape, found["deleted"].shape, len(ids))
     if shapes != ((live, header.origin.dimension), (live, 3), (deleted, 3), live + deleted):
         raise ValueError(

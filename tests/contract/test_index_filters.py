@@ -88,6 +88,48 @@ CATALOGUE = [
 ]
 
 
+DAY_MS = 86_400_000.0
+DATES = {
+    "day": "1970-01-03",
+    "zulu": "1970-01-03T00:00:00Z",
+    "east": "1970-01-03T02:00:00+02:00",
+    "later": "1970-01-03 00:00:00.001",
+    "epoch": 2 * DAY_MS,
+    "before": "1969-12-31",
+    "basic": "19700103",
+    "year": "1970",
+    "text": "on 1970-01-03",
+    "none": "1970-02-30",
+}
+
+
+@pytest.mark.parametrize(
+    ("between", "expected"),
+    [
+        (Range(2 * DAY_MS, 2 * DAY_MS), ["day", "east", "epoch", "zulu"]),
+        (Range(2 * DAY_MS), ["day", "east", "epoch", "later", "zulu"]),
+        (Range(high=2 * DAY_MS), ["before", "day", "east", "epoch", "zulu"]),
+        (Range(2 * DAY_MS + 1, 2 * DAY_MS + 1), ["later"]),
+        (Range(-DAY_MS, -DAY_MS), ["before"]),
+        (Range(), ["before", "day", "east", "epoch", "later", "zulu"]),
+    ],
+)
+def test_dates_are_milliseconds_since_1970(
+    index: Index, between: Range, expected: list[str]
+) -> None:
+    """A date or time in ISO 8601, UTC without a zone; other text is no number."""
+    index.upsert(
+        [
+            put(name, n, n, attributes={"released": value})
+            for n, (name, value) in enumerate(DATES.items())
+        ]
+    )
+    filters = Filter(ranges={"released": between})
+    assert ids(index.query(POOL[0], 20, (), filters)) == expected
+    described = index.describe(list(DATES), filters)
+    assert sorted(hit.item_id for hit in described if hit) == expected
+
+
 @pytest.mark.parametrize(
     ("filters", "expected"),
     [
