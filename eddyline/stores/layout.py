@@ -1,4 +1,7 @@
-"""The layout of the state: what its numbers and names mean, and the version of its format."""
+"""The layout of the state: what its numbers and names mean, and the version of its format.
+
+The key schema is in `stores.redis`, the bytes of a history in `schema.user_history`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A batch of clicks: its decoded events, and which of them count (re-sent ones do not)."""
+"""A batch of clicks: its decoded events, which of them count, and which are strays.
+
+Re-sent events do not count. A stray belongs to another partition; the handler forwards it.
+"""
 
 from __future__ import annotations
 

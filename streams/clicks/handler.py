@@ -1,4 +1,4 @@
-"""Clicks in: decode, deduplicate, update histories and embeddings, count popularity.
+"""Clicks in: decode, deduplicate, forward strays, update users, count popularity.
 
 All effects of a batch on its users are one fenced write to slot `u{p}`; its popularity counts are
 one more to each item slot, see `popularity`. Each slot has its own fence, so a process may die

@@ -190,7 +190,7 @@ def test_a_caller_that_does_not_read_stops_no_health_check(made: WorkerServer) -
             assert check(channel) == NOT_SERVING
             begun = time.monotonic()
             made.set_serving(True)
-            assert time.monotonic() - begun < 0.5
+            assert time.monotonic() - begun < 5, "the caller never reads"
             assert check(channel) == SERVING
     finally:
         raw.close()
