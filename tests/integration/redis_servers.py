@@ -235,7 +235,11 @@ def real_cluster(
 @contextlib.contextmanager
 def real_server(folder: Path, **options: str) -> Iterator[Server]:
     """One server on loopback; it ends with the block."""
-    port = free_ports.choose_ports(folder, ("server",))["server"]
+    chosen = free_ports.choose_ports(folder, ("server", "bus"))
+    port = chosen["server"]
+    if options.get("cluster_enabled") == "yes":
+        # The default, 10,000 above the server's, may be the port of a client's connection.
+        options["cluster_port"] = str(chosen["bus"])
     made = Server(folder / "server", port, {k.replace("_", "-"): v for k, v in options.items()})
     try:
         made.start()
