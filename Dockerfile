@@ -1,4 +1,3 @@
-# syntax=docker/dockerfile:1
 # One image per process: `docker build --target ingest|worker|archive|trainer .`
 # Compilers are in the build stages only; a process runs as no root, with the rooms it imports.
 
@@ -6,7 +5,7 @@ FROM python:3.11-slim-bookworm AS base
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 RUN groupadd --system --gid 10001 eddyline \
  && useradd --system --uid 10001 --gid eddyline --home-dir /app --shell /usr/sbin/nologin eddyline \
- && install -d -o eddyline -g eddyline /app /var/lib/eddyline /var/lib/eddyline/generations \
+ && install -d -o eddyline -g root -m 775 /app /var/lib/eddyline /var/lib/eddyline/generations \
     /var/lib/eddyline/archive /var/lib/eddyline/snapshots
 
 # The packages of the extra, at the versions and with the hashes of requirements.lock. What builds
@@ -25,66 +24,73 @@ RUN python -m venv /opt/build \
  && /opt/build/bin/pip install --require-hashes --no-deps --requirement requirements-build.lock \
  && python -m venv --without-pip /opt/venv
 ENV PATH=/opt/build/bin:$PATH PIP_PYTHON=/opt/venv/bin/python
-COPY <<'SCRIPT' wanted.py
-"""Print what the project and one of its extras ask for, one requirement a line."""
-import sys
-import tomllib
-with open("pyproject.toml", "rb") as file:
-    project = tomllib.load(file)["project"]
-print(*project["dependencies"], *project["optional-dependencies"][sys.argv[1]], sep="\n")
-SCRIPT
+# ingest.txt, worker.txt, …: what the project and one of its extras ask for, one requirement a line.
+RUN python -c 'import pathlib, tomllib; \
+project = tomllib.loads(pathlib.Path("pyproject.toml").read_text(encoding="utf-8"))["project"]; \
+[pathlib.Path(f"{extra}.txt").write_text("\n".join([*project["dependencies"], *wanted])) \
+ for extra, wanted in project["optional-dependencies"].items()]'
 
 FROM build AS build-ingest
-RUN python wanted.py ingest > wanted.txt \
- && pip install --require-hashes --constraint requirements.lock --requirement wanted.txt
+RUN pip install --require-hashes --constraint requirements.lock --requirement ingest.txt
 
 # hnswlib is built from its hashed source by the tools in /opt/build.
 FROM build AS build-worker
-RUN python wanted.py worker > wanted.txt \
- && PIP_PYTHON=/opt/build/bin/python pip wheel --no-build-isolation --no-deps \
+RUN PIP_PYTHON=/opt/build/bin/python pip wheel --no-build-isolation --no-deps \
     --no-binary hnswlib --wheel-dir /wheels --require-hashes --constraint requirements.lock \
-    "$(grep '^hnswlib==' wanted.txt)" \
+    "$(grep '^hnswlib==' worker.txt)" \
  && pip install --no-deps --no-index /wheels/*.whl \
- && pip install --require-hashes --constraint requirements.lock --requirement wanted.txt
+ && pip install --require-hashes --constraint requirements.lock --requirement worker.txt
 
 FROM build AS build-archive
-RUN python wanted.py archive > wanted.txt \
- && pip install --require-hashes --constraint requirements.lock --requirement wanted.txt
+RUN pip install --require-hashes --constraint requirements.lock --requirement archive.txt
 
 FROM build AS build-trainer
 # If given, torch comes from this index first, its hashes unchecked: a CPU-only build saves 4 GB.
 ARG TORCH_INDEX_URL=""
 RUN if [ -n "$TORCH_INDEX_URL" ]; then \
-      pip install --index-url "$TORCH_INDEX_URL" "$(python wanted.py trainer | grep '^torch==')"; \
+      pip install --index-url "$TORCH_INDEX_URL" "$(grep '^torch==' trainer.txt)"; \
     fi \
- && python wanted.py trainer > wanted.txt \
- && pip install --require-hashes --constraint requirements.lock --requirement wanted.txt
+ && pip install --require-hashes --constraint requirements.lock --requirement trainer.txt
 
 FROM base AS runtime
-ENV PATH=/opt/venv/bin:$PATH EDDYLINE_DATA_DIR=/var/lib/eddyline
+# gRPC's C core writes lines of its own format. Under another uid than eddyline's, HOME is set here.
+ENV PATH=/opt/venv/bin:$PATH EDDYLINE_DATA_DIR=/var/lib/eddyline GRPC_VERBOSITY=NONE HOME=/tmp
 WORKDIR /app
+
+# Packages first: a change of code copies nothing but code.
+FROM runtime AS ingest
+COPY --from=build-ingest /opt/venv /opt/venv
 COPY cli cli
 COPY eddyline eddyline
 COPY embeddings embeddings
-USER eddyline
-
-FROM runtime AS ingest
-COPY --from=build-ingest /opt/venv /opt/venv
 COPY streams streams
+USER eddyline
 CMD ["python", "-m", "streams"]
 
 FROM runtime AS worker
 COPY --from=build-worker /opt/venv /opt/venv
+COPY cli cli
+COPY eddyline eddyline
+COPY embeddings embeddings
 COPY index index
 COPY serving serving
+USER eddyline
 EXPOSE 50051
 CMD ["python", "-m", "serving"]
 
 FROM runtime AS archive
 COPY --from=build-archive /opt/venv /opt/venv
+COPY cli cli
+COPY eddyline eddyline
+COPY embeddings embeddings
 COPY streams streams
+USER eddyline
 CMD ["python", "-m", "streams.archive"]
 
 FROM runtime AS trainer
 COPY --from=build-trainer /opt/venv /opt/venv
+COPY cli cli
+COPY eddyline eddyline
+COPY embeddings embeddings
+USER eddyline
 CMD ["python", "-m", "embeddings.training"]

@@ -6,7 +6,8 @@ PYTHON ?= python3
 ARGS ?=
 BOOTSTRAP = $(PYTHON) bootstrap.py
 
-.PHONY: help setup demo test chaos mutations soak soak-starve fuzz up down lint proto lock clean
+.PHONY: help setup demo test chaos containers mutations soak soak-starve fuzz up down lint proto
+.PHONY: lock clean
 .DEFAULT_GOAL := help
 
 help:  ## these targets
@@ -23,6 +24,9 @@ test:  ## every test, in three processes; ARGS="tests/unit -x" goes to pytest
 
 chaos:  ## faults under load, then compare all state; ARGS="--faults 200 --seed 7"
 	@$(BOOTSTRAP) chaos $(ARGS)
+
+containers:  ## build the images, run compose, check it; ARGS="--engine podman --compose …"
+	@$(BOOTSTRAP) containers $(ARGS)
 
 mutations:  ## plant known bugs one by one, each must be caught; ARGS="forget merge" by name
 	@$(BOOTSTRAP) mutations $(ARGS)

@@ -5,7 +5,8 @@
     python3 bootstrap.py test [OPTION]   set up, then every test in three processes, with pytest's
                                          options
     python3 bootstrap.py chaos [OPTION]  set up, then faults under load (docs/chaos.md)
-    python3 bootstrap.py mutations  set up, then planted bugs that the tests must catch
+    python3 bootstrap.py containers [OPTION]  set up, then build and check the images
+    python3 bootstrap.py mutations       set up, then planted bugs that the tests must catch
     python3 bootstrap.py soak            set up, then long tests: races, simulated runs, lost logs
                                          (SOAK_S seconds each, or 60)
     python3 bootstrap.py fuzz [OPTION]   set up, then fuzzing of ingest, with libFuzzer's options
@@ -63,6 +64,7 @@ COMMANDS = (
     "demo",
     "test",
     "chaos",
+    "containers",
     "mutations",
     "soak",
     "fuzz",
@@ -457,6 +459,8 @@ def main(arguments):
         _become(PYTHON, "-m", "pytest", *_test_workers(rest), *rest)
     elif command == "chaos":
         _become(PYTHON, "-m", "tests.chaos", *rest)
+    elif command == "containers":
+        _become(PYTHON, "-m", "tests.containers", *rest)
     elif command == "mutations":
         _become(PYTHON, "-m", "tests.mutations", *rest)
     elif command == "soak":

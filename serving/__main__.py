@@ -24,7 +24,7 @@ from typing_extensions import override
 
 from eddyline.errors import GenerationEnded, LogReplaced
 from eddyline.generations import Manifest
-from eddyline.process import lifecycle
+from eddyline.process import lifecycle, logs
 from eddyline.process.retry import Retry
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import LogId
@@ -46,14 +46,23 @@ log = logging.getLogger(__name__)
 GRACE_S = 5.0
 # How often a serving worker looks whether it must end.
 CHECK_S = 1.0
+# A stop writes the last snapshot and ends at the latest after this. One that comes before the
+# worker serves has nothing to write, and may be in a call that waits for a server or its name.
+STOP_S_MAX = 50.0
+START_STOP_S_MAX = 5.0
 
 
 def main() -> int:
     """Serve until SIGTERM or SIGINT. Returns the exit code."""
-    return lifecycle.run("worker", _serve)
+    serves = threading.Event()
+    return lifecycle.run(
+        "worker",
+        lambda settings, stop: _serve(settings, stop, serves),
+        stop_limit_s=lambda: STOP_S_MAX if serves.is_set() else START_STOP_S_MAX,
+    )
 
 
-def _serve(settings: Settings, stop: threading.Event) -> int:
+def _serve(settings: Settings, stop: threading.Event, serves: threading.Event) -> int:
     ann = ann_backend(settings)
     assignment = shard_of(settings)
     if settings.worker_processes > 1:
@@ -62,7 +71,7 @@ def _serve(settings: Settings, stop: threading.Event) -> int:
         return Prefork(settings, processes, stop).run()
     worker = Worker(settings, ann, assignment, stop)
     worker.listen()
-    return worker.run()
+    return worker.run(ready=serves.set)
 
 
 class Worker:
@@ -94,7 +103,7 @@ class Worker:
         """Bind the port; calls get UNAVAILABLE until the worker is ready. Raises PortTaken."""
         self._server = WorkerServer(self._settings, self._service, self._shard, port=self._port)
         if self._port is None:
-            _say(f"worker listens on {self._server.address}")
+            logs.announce(self._settings, f"worker listens on {self._server.address}")
         return self._server
 
     def run(
@@ -130,9 +139,9 @@ class Worker:
                 self._shard.serve(backend.held)
             service.serve(backend)
             server = self._server or self.listen()
-            server.set_serving(True)
             announced = running_workers.announce(settings, self._registered(server, runtime))
             closing.callback(announced.unlink, missing_ok=True)
+            server.set_serving(True)
             serves = {
                 "address": server.address,
                 "items": runtime.index.stats().live,
@@ -195,7 +204,9 @@ class WorkerProcesses(ForkedWork[GenerationRuntime]):
         self._stop = stop
         self._port = SharedPort(settings)
         self._opened: GenerationRuntime | None = None
-        _say(f"{settings.worker_processes} worker processes listen on {self._port.address}")
+        logs.announce(
+            settings, f"{settings.worker_processes} worker processes listen on {self._port.address}"
+        )
 
     def give_up(self) -> None:
         """End the building of the graph."""
@@ -247,11 +258,6 @@ class WorkerProcesses(ForkedWork[GenerationRuntime]):
 
     def _large(self, shared: GenerationRuntime) -> bool:
         return shared.index.stats().live > self._settings.index_exact_below
-
-
-def _say(what: str) -> None:
-    sys.stdout.write(f"{what}\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

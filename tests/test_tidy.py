@@ -198,6 +198,7 @@ def test_test_files_have_names_of_their_own() -> None:
         "simulation",
         "integration",
         "chaos",
+        "containers",
         "model",
         "fuzz",
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,6 +65,22 @@ def read_if_exists(path: Path) -> bytes | None:
         return path.read_bytes()
     except FileNotFoundError:
         return None
+
+
+def check_writable(name: str, path: str) -> None:
+    """Raise SettingsError unless files can be made in the folder that the setting `name` names.
+
+    The folder is made where it is missing.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise SettingsError(
+            f"{name} = {path!r}: cannot be written: {error.strerror}; "
+            "mount a volume there or name another folder"
+        ) from None
 
 
 def check_readable(name: str, path: str) -> None:

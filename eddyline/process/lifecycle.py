@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
 
 from eddyline.errors import EddylineError, KafkaRefused, LogMismatch, SettingsError, StoreRefused
-from eddyline.process import discovery, logs
+from eddyline.process import discovery, files, logs
 from eddyline.process.retry import Stopped
 from eddyline.settings import loader
 from eddyline.settings.loader import Settings
@@ -45,7 +44,7 @@ def run(
     needs_kafka: bool = True,
     needs_redis: bool = True,
     stops_in_order: bool = True,
-    stop_limit_s: float | None = None,
+    stop_limit_s: float | Callable[[], float] | None = None,
 ) -> int:
     """Run a process from its settings to its exit code. The main thread calls this.
 
@@ -54,7 +53,8 @@ def run(
     needs_kafka:    False: the process uses neither server, and no address is looked up
     needs_redis:    False: the address of Redis may be empty
     stops_in_order: False for a job that a signal may end at any point; it leaves the event unset
-    stop_limit_s:   the process ends this long after the signal, with code 0, in whatever call it is
+    stop_limit_s:   the process ends this long after the signal, with code 0, in whatever call it
+                    is; a function is asked at the signal
 
     Returns the exit code of `run_until_exit`.
     """
@@ -64,17 +64,19 @@ def run(
     try:
         settings = loader.load()
         logs.configure(settings, process)
+        files.check_writable("data_dir", settings.data_dir)
         if needs_kafka:
             settings = discovery.resolve(settings, redis=needs_redis)
     except SettingsError as error:
-        sys.stderr.write(f"{error}\n")
+        logs.refuse(process, str(error))
         return 2
     return run_until_exit(lambda: main(settings, stop))
 
 
-def _end_after(limit_s: float | None) -> None:
+def _end_after(limit_s: float | Callable[[], float] | None) -> None:
     if limit_s is not None:
-        timer = threading.Timer(limit_s, os._exit, (0,))
+        seconds = limit_s() if callable(limit_s) else limit_s
+        timer = threading.Timer(seconds, os._exit, (0,))
         timer.daemon = True
         timer.start()
 

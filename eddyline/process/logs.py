@@ -10,12 +10,17 @@ For people: `12:00:01.123 info  ingest  batch applied  partition=3 records=256`.
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import threading
 import time
+from types import TracebackType
 
 import msgspec
 
 from eddyline.settings.loader import Settings
+
+log = logging.getLogger(__name__)
 
 # The attributes of every LogRecord; all others come from `extra`.
 _OWN = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "data", "stack"}
@@ -32,13 +37,50 @@ _QUIET = {
 
 def configure(settings: Settings, process: str) -> None:
     """Write the logs of this process to standard error, in the format of the settings."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Json(process) if settings.log_format == "json" else _Console(process))
     root = logging.getLogger()
-    root.handlers[:] = [handler]
+    root.handlers[:] = [_handler(settings.log_format, process)]
     root.setLevel(settings.log_level.upper())
     for name, level in _QUIET.items():
         logging.getLogger(name).setLevel(max(level, root.level))
+    if settings.log_format == "json":
+        logging.captureWarnings(True)
+        sys.excepthook = _log_uncaught
+        threading.excepthook = lambda args: _log_uncaught(
+            args.exc_type, args.exc_value, args.exc_traceback
+        )
+
+
+def refuse(process: str, reason: str) -> None:
+    """Say why a process cannot start, before its settings are known.
+
+    The format is that of the environment variable `EDDYLINE_LOG_FORMAT`.
+    """
+    if os.environ.get("EDDYLINE_LOG_FORMAT") == "json":
+        handler = _handler("json", process)
+        handler.handle(log.makeRecord(__name__, logging.ERROR, "", 0, reason, (), None))
+    else:
+        sys.stderr.write(f"{reason}\n")
+
+
+def announce(settings: Settings, sentence: str) -> None:
+    """Write a sentence to standard output, or as a log line in the format for machines."""
+    if settings.log_format == "json":
+        log.info(sentence)
+    else:
+        sys.stdout.write(f"{sentence}\n")
+        sys.stdout.flush()
+
+
+def _handler(log_format: str, process: str) -> logging.Handler:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Json(process) if log_format == "json" else _Console(process))
+    return handler
+
+
+def _log_uncaught(
+    kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
+) -> None:
+    log.critical("uncaught exception", exc_info=(kind, error or kind(), trace))
 
 
 class _Console(logging.Formatter):

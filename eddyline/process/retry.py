@@ -57,7 +57,7 @@ class Retry:
     """Waits for servers until they answer or a stop is requested. Thread rule: one thread.
 
     stop:    ends every wait
-    on_wait: called with the name of what is waited for, before each wait
+    on_wait: called with the name of what is waited for, before each attempt
     """
 
     def __init__(
@@ -72,9 +72,9 @@ class Retry:
 
     def wait_for(self, what: str, call: Callable[[], _T]) -> _T:
         """The result of the call, tried again while it raises Unavailable. Raises Stopped."""
-        self._on_wait(what)
         backoff, logged_s = Backoff(_FIRST_S, self._max_s), float("-inf")
         while True:
+            self._on_wait(what)
             try:
                 return call()
             except Unavailable as error:

@@ -48,7 +48,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(settings: Settings, arguments: argparse.Namespace) -> int:
     try:
-        report = _run(settings, arguments, Console(stderr=True))
+        # Bars are for people.
+        console = Console(stderr=True, quiet=settings.log_format == "json")
+        report = _run(settings, arguments, console)
     except OSError as error:
         log.error(str(error))
         return 1

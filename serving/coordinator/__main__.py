@@ -18,7 +18,7 @@ import time
 from contextlib import ExitStack
 
 from eddyline.kafka import topics
-from eddyline.process import lifecycle
+from eddyline.process import lifecycle, logs
 from eddyline.process.retry import Retry
 from eddyline.settings.loader import Settings
 from serving import dependencies, metrics, running_workers
@@ -33,19 +33,20 @@ log = logging.getLogger(__name__)
 
 # Running calls end within their deadline, one second by default.
 GRACE_S = 5.0
+# A stop that waits for a server's name or a thread ends after this, within a grace of 20 s.
+STOP_S_MAX = 15.0
 
 
 def main() -> int:
     """Serve until SIGTERM or SIGINT. Returns the exit code."""
-    return lifecycle.run("coordinator", _serve)
+    return lifecycle.run("coordinator", _serve, stop_limit_s=STOP_S_MAX)
 
 
 def _serve(settings: Settings, stop: threading.Event) -> None:
     addresses = parse(settings.shard_addresses)
     service = RetrievalService(settings)
     server = WorkerServer(settings, service, role="coordinator")
-    sys.stdout.write(f"coordinator listens on {server.address}\n")
-    sys.stdout.flush()
+    logs.announce(settings, f"coordinator listens on {server.address}")
     retry = Retry(settings, stop, service.waiting_for)
     with ExitStack() as closing:
         closing.callback(server.stop, GRACE_S)

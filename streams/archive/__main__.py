@@ -24,21 +24,20 @@ from streams.archive.archiver import Archiver
 log = logging.getLogger(__name__)
 
 _BACKOFF_S = 0.2
+# A stop waits for a call to a server or a file of the archive. A file that is cut off is no harm:
+# the next start removes it and reads its records again.
+_STOP_S_MAX = 15.0
 
 
 def main() -> int:
     """Run until SIGTERM or SIGINT. Returns the exit code."""
-    return lifecycle.run("archive", _run, needs_redis=False)
+    return lifecycle.run("archive", _run, needs_redis=False, stop_limit_s=_STOP_S_MAX)
 
 
 def _run(settings: Settings, stop: threading.Event) -> None:
     archive = Archive(settings)
-
-    def reach() -> None:
-        heartbeat.beat(settings, "archive")
-        topics.ensure_topics(settings)
-
-    Retry(settings, stop).wait_for("Kafka", reach)
+    retry = Retry(settings, stop, lambda _: heartbeat.beat(settings, "archive"))
+    retry.wait_for("Kafka", lambda: topics.ensure_topics(settings))
     file_placement.remove_abandoned(archive)
     member = static_membership.take(Path(settings.data_dir) / "archiver")
     archiver = Archiver(settings, archive, stop, member.name)

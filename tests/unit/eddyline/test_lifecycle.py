@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -110,3 +111,79 @@ def test_a_bad_setting_is_a_sentence_on_standard_error(tmp_path: Path) -> None:
         out, stderr = child.communicate(timeout=20)
     assert (child.returncode, out) == (2, "") and "k_max = 'many'" in stderr
     assert "Traceback" not in stderr
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with started(EDDYLINE_DATA_DIR=str(file / "data")) as child:
+        out, stderr = child.communicate(timeout=20)
+    assert (child.returncode, out) == (2, "")
+    assert f"data_dir = '{file / 'data'}': cannot be written: Not a directory" in stderr
+    assert "Traceback" not in stderr
+
+
+BREAKS = """
+import sys, threading, warnings
+from eddyline.process import lifecycle, logs
+def main(settings, stop):
+    logs.announce(settings, "listens")
+    warnings.warn("old")
+    thread = threading.Thread(target=lambda: 1 / 0)
+    thread.start()
+    thread.join()
+    raise RuntimeError("broken")
+sys.exit(lifecycle.run("test", main))
+"""
+
+
+@pytest.mark.parametrize("fails_at", ["settings", "work"])
+def test_each_line_for_machines_is_json(fails_at: str, tmp_path: Path) -> None:
+    """Also what Python itself says: of a bad setting, a warning, an uncaught exception."""
+    environ = {"EDDYLINE_LOG_FORMAT": "json", "EDDYLINE_DATA_DIR": str(tmp_path)}
+    environ |= {"KAFKA_BOOTSTRAP_SERVERS": "k:1", "REDIS_URL": "redis://r:1/0"}
+    if fails_at == "settings":
+        environ["EDDYLINE_K_MAX"] = "many"
+    done = subprocess.run(
+        [sys.executable, "-c", BREAKS],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        env=os.environ | environ,
+    )
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert done.stdout == "" and all(line["process"] == "test" for line in lines)
+    if fails_at == "settings":
+        [line] = lines
+        assert done.returncode == 2
+        assert line["level"] == "error" and "k_max = 'many'" in line["message"]
+        return
+    assert done.returncode == 1
+    announced, warned, thread, main = lines
+    assert announced["message"] == "listens" and "old" in warned["message"]
+    assert "ZeroDivisionError" in thread["exception"]
+    assert main["level"] == "critical" and "RuntimeError: broken" in main["exception"]
+
+
+def test_a_stop_that_hangs_ends_at_its_limit(tmp_path: Path) -> None:
+    """The limit may depend on what the process does when the signal comes."""
+    code = """
+import sys, time
+from eddyline.process import lifecycle
+def main(settings, stop):
+    print("ready", flush=True)
+    while True:
+        time.sleep(60)
+sys.exit(lifecycle.run("test", main, stop_limit_s=lambda: 0.3))
+"""
+    servers = {"KAFKA_BOOTSTRAP_SERVERS": "k:1", "REDIS_URL": "redis://r:1/0"}
+    child = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | servers | {"EDDYLINE_DATA_DIR": str(tmp_path)},
+    )
+    with child:
+        assert child.stdout is not None and child.stdout.readline() == "ready\n"
+        child.terminate()
+        assert child.wait(20) == 0
