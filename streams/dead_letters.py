@@ -209,7 +209,7 @@ class KafkaForwarder(Forwarder, ForgetSink):
         if size > FORWARD_BYTES_MAX:
             raise _too_large(f"{size:,} bytes with key and origin, {FORWARD_BYTES_MAX:,} allowed")
         refused = _too_large(f"the broker refuses its size; it has {size:,} bytes")
-        unsent = _Unsent(record, key, value)
+        unsent = _Unsent(record, key, value, marks(self._settings.clicks_map))
         self._delivery.send(
             record.topic,
             value,
@@ -234,14 +234,20 @@ class KafkaForwarder(Forwarder, ForgetSink):
 
 
 class _Unsent:
-    """A record that was not forwarded: the coordinates of its origin, its own key and value."""
+    """A record that was not forwarded: the coordinates of its origin, its own key and value.
 
-    def __init__(self, origin: Record, key: bytes, value: bytes) -> None:
+    marks: of a record in Eddyline's own format, see `mapping.records`
+    """
+
+    def __init__(
+        self, origin: Record, key: bytes, value: bytes, marks: Sequence[tuple[str, bytes]]
+    ) -> None:
         self.topic = origin.topic
         self.partition = origin.partition
         self.offset = origin.offset
         self.timestamp = origin.timestamp
-        self.headers: Headers = [(events.ORIGIN_MS, str(first_append_ms(origin)).encode())]
+        first_ms = str(first_append_ms(origin)).encode()
+        self.headers: Headers = [(events.ORIGIN_MS, first_ms), *marks]
         self.key: bytes | None = key
         self.value: bytes | None = value
 

@@ -183,15 +183,20 @@ def profiles(
 
 
 def unsent(
-    settings: Settings, topic: str, key: bytes | None, value: bytes | None
+    settings: Settings,
+    topic: str,
+    key: bytes | None,
+    value: bytes | None,
+    origin_ms: int | None = None,
 ) -> tuple[UserEvent | Item | UserProfile | None, int]:
     """(event, its partition) of a record to be sent now; None is a delete. Raises Rejected.
 
-    topic: `clicks`, `items` or `users`, without prefix
+    topic:     `clicks`, `items` or `users`, without prefix
+    origin_ms: of the first append, as in `user_event`; None: it was not appended before
     """
     now_ms = time.time_ns() // 1_000_000
     if topic == "clicks":
-        event, _ = user_event(settings, -1, value, now_ms)
+        event, _ = user_event(settings, -1, value, now_ms, origin_ms)
         return event, partition_of(event.user_id, settings.clicks_partitions)
     if topic == "items":
         item_id, found = item(settings, None, key, value, now_ms)
@@ -212,7 +217,8 @@ def unsent_record(
 ) -> list[tuple[UserEvent | Item | UserProfile | None, int]]:
     """What `unsent` returns, of each event of a record that has its place in the topic."""
     return [
-        unsent(settings, topic, one.key, one.value) for one in own_records(settings, topic, record)
+        unsent(settings, topic, one.key, one.value, events.origin_ms(one.headers))
+        for one in own_records(settings, topic, record)
     ]
 
 

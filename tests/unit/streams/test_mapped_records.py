@@ -9,10 +9,13 @@ from unittest.mock import Mock
 
 import msgspec
 import pytest
+from kafka.errors import MessageSizeTooLargeError
 
 from eddyline.archive import HOUR_MS, Archive
+from eddyline.errors import Rejected
 from eddyline.kafka.topics import CLICKS, ITEMS, USERS
 from eddyline.schema import events
+from eddyline.schema.events import Click, Forget
 from eddyline.schema.mapping.records import MAPPED, OWN
 from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
@@ -24,7 +27,8 @@ from streams.archive.partition_writer import ForgottenUsers, open_partition
 from streams.clicks.handler import ClickHandler
 from streams.dead_letters import KafkaDeadLetters, KafkaForwarder
 from streams.fences import PartitionFences
-from streams.operations import refill_records
+from streams.operations import dead_letter_replay, refill_records
+from streams.operations.dead_letter_replay import Letter
 from streams.operations.refill_records import as_sent
 from streams.users import UserHandler
 from tests.applying import ingest
@@ -220,3 +224,49 @@ def test_a_topic_of_another_system_keeps_its_name(settings: Settings) -> None:
         "n.users",
         "n.dead-letters",
     ]
+
+
+def letter(value: Any, **more: Any) -> Letter:
+    fields = {"reason": "r", "field": "", "detail": "", "key": b"k", "offset": 0}
+    at = f"shop/{HERE}/3"
+    return Letter(at=at, value=value, timestamp_ms=MS, first_ms=MS, **fields | more)  # type: ignore[arg-type]
+
+
+def test_a_letter_is_sent_as_the_record_was_and_a_marked_one_to_its_user(
+    settings: Settings,
+) -> None:
+    raw = msgspec.json.encode(order("a", "b", user=THERE))
+    headers = (("ce_id", b"1"),)
+    assert dead_letter_replay.checked(settings, letter(raw, headers=headers)) == (raw, HERE)
+    own = events.encode(Click(user_id=THERE, item_id="a"))
+    value, partition = dead_letter_replay.checked(settings, letter(own, headers=(OWN,)))
+    click = events.decode_click(value, appended_ms=MS, far_future_ms_max=0)
+    assert (click.event_id, partition) == (f"shop/{HERE}/3", 1 - HERE)
+    assert click.at_ms == MS, "without a time: that of the first append, not of the replay"
+    for value, reason in ((b'{"type":"other"}', "ignored"), (own, "ignored"), (b"{", "malformed")):
+        with pytest.raises(Rejected, match=reason):
+            dead_letter_replay.checked(settings, letter(value))
+
+
+def test_a_letter_of_forgotten_users_is_not_sent(settings: Settings) -> None:
+    rig = Rig(settings)
+    forget = events.encode(Forget(user_id=ANA, forget_until_ms=MS, ends_ms=2**62))
+    ingest(rig.clicks, HERE, [record(3, forget, key=ANA.encode(), headers=[OWN])])
+    of_ana = letter(msgspec.json.encode(order("a", "b")))
+    of_other = letter(msgspec.json.encode(order("a", user=THERE)))
+    found = dead_letter_replay.forgotten_since(settings, rig.store, [of_ana])
+    assert found == {of_ana.at}
+    assert not dead_letter_replay.forgotten_since(settings, rig.store, [of_other])
+
+
+def test_a_forwarded_event_that_the_broker_refuses_keeps_its_mark(settings: Settings) -> None:
+    rig = Rig(settings)
+    future = Mock()
+    future.get.side_effect = [MessageSizeTooLargeError(), None, None]
+    rig.producer.send.return_value = future
+    stray = record(3, {"type": "seen", "user": THERE, "item": "a"})
+    ingest(rig.clicks, HERE, [stray])
+    topic, value, more = rig.sent()[-1]
+    kept = dict(more["headers"])
+    assert topic == "dead-letters" and kept["reason"] == b"too_large"
+    assert kept["record.eddyline_format"] == OWN[1] and b"item_id" in value
