@@ -31,7 +31,7 @@ SLOTS = 16_384
 
 
 class Server:
-    """One server process on the loopback address. It dies with this process, too."""
+    """One server process on the loopback address. It ends with this process."""
 
     def __init__(
         self, folder: Path, port: int, options: dict[str, str], program: Path | None = None
@@ -56,7 +56,7 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def as_tls(self) -> None:
-        """Listen with TLS, and with nothing else."""
+        """Listen with TLS only."""
         at = self._argv.index("--port")
         self._argv[at : at + 2] = ["--port", "0", "--tls-port", str(self.port)]
 
@@ -141,9 +141,7 @@ class RealCluster:
         met_at = 0.0
 
         def met() -> bool:
-            """Introduce everybody to everybody; again after a while, for a busy machine may miss
-            one.
-            """
+            """Introduce every node to every other, and again after a while: one may be missed."""
             nonlocal met_at
             if all(map(self._known, clients)):
                 return True
@@ -162,7 +160,7 @@ class RealCluster:
         self.wait_ok()
 
     def wait_ok(self, timeout_s: float = 30) -> None:
-        """Wait until every node that runs says that the cluster is whole, its replicas linked."""
+        """Wait until every running node reports a whole cluster with linked replicas."""
         running = {server.port for server in self.servers if server._process is not None}
         wait_for(
             "the cluster to be whole",
@@ -210,7 +208,7 @@ class RealCluster:
 
 
 def wait_for(what: str, check: Callable[[], object], timeout_s: float = 20) -> None:
-    """Ask until the check gives something true."""
+    """Poll until the check returns something true."""
     deadline = time.monotonic() + timeout_s
     while not check():
         assert time.monotonic() < deadline, f"waited {timeout_s:g} s for: {what}"

@@ -1,7 +1,7 @@
 """A real Kafka that asks who one is: one listener each for TLS, mTLS, SASL and SASL over TLS, and
 rights.
 
-    PLAINTEXT  everybody; for the broker itself, and to set things up
+    PLAINTEXT  no credentials; for the broker itself and for set-up
     TLS        anybody who trusts the broker's certificate
     MTLS       the owner of a certificate of our authority; its common name is the user
     LOGIN      PLAIN and SCRAM-SHA-512, unencrypted
@@ -127,7 +127,7 @@ class SecuredKafka:
 
 @contextlib.contextmanager
 def secured_kafka(folder: Path) -> Iterator[SecuredKafka]:
-    """Run the broker until the block ends."""
+    """Run the broker for the block."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [name.lower() for name in LISTENERS]
     chosen = free_ports.choose_ports(folder / "run", (*names, "controller"))

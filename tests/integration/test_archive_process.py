@@ -1,4 +1,4 @@
-"""The archive process on a real Kafka: every accepted event once, whatever is killed."""
+"""The archive process on a real Kafka: every accepted event once, through any kill."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def test_a_redis_that_hangs_stops_ingest_and_nothing_else(
     send_history(live)
     live.applied(60)
     pid = live.supervisor.pids()["ingest"]
-    # A partition's lag is told from its first fetch on.
+    # A partition's lag is known from its first fetch on.
     live.wait_for("quiet metrics", lambda: quiet(metrics(port)), timeout_s=30)
     before = rss_mb(pid)
     own_valkey.pause("valkey")

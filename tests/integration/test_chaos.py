@@ -87,7 +87,7 @@ def test_the_oracle_names_what_was_damaged(make_live) -> None:
     live = make_live(with_worker=False)
     replay_file.send(live.settings, shifted_to_now(live.dataset.clicks[:2_000], now_ms()))
     live.applied(timeout_s=60)
-    live.supervisor.stop()  # nobody mends it meanwhile
+    live.supervisor.stop()  # no process repairs the state meanwhile
     topics = oracle.Topics.read(live.settings)
     expected = oracle.truth(live.settings, topics, bundles.load(live.settings.bundles / "1"))
     assert oracle.differences(live.settings, topics, expected).differences == []

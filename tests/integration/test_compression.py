@@ -51,7 +51,7 @@ def system(servers, dataset, bundle, tmp_path_factory) -> Iterator[Live]:
 
 
 def compress_topic(settings: Settings, name: str, codec: str) -> None:
-    """Let the broker compress what the topic gets from here on."""
+    """Let the broker compress the topic's records from now on."""
     entry = ConfigEntry("compression.type", codec, incremental_operation=AlterConfigOpType.SET)
     resource = ConfigResource(
         ResourceType.TOPIC, settings.prefixed(name), incremental_configs=[entry]

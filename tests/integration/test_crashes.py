@@ -1,8 +1,7 @@
-"""kill -9 of one process at a time, on real parts: every effect is there exactly once.
+"""kill -9 of one process at a time, on real servers: every effect is there exactly once.
 
 The oracle (`tests/oracle.py`) reads the topics and applies them, in chunks of another size, to a
-store in memory; then everything is compared: lists, windows, embeddings and counts, cards and
-vectors of all.
+store in memory. The comparison covers lists, windows, embeddings, counts, metadata and vectors.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ pytestmark = pytest.mark.timeout(240)
 
 
 def assert_same_state(live) -> int:
-    """Compare everything with what the topics give; the number of entries in all lists."""
+    """Compare the state with the oracle's; returns the number of entries in all lists."""
     live.applied(timeout_s=60)
     found = oracle.compare(live.settings)
     assert found.differences == []
@@ -52,7 +51,7 @@ def send_history(live, times: int = 1) -> int:
 
 
 def clicks_applied(live) -> int:
-    """How many records of `clicks` the fences say are applied."""
+    """Number of records of `clicks` that are applied, by the fences."""
     store = RedisStore(live.settings)
     try:
         fences = [store.fences(Source("clicks", p), [f"u{p}"])[f"u{p}"] for p in range(4)]

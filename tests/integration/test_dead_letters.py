@@ -129,7 +129,7 @@ def early(user: str, item: str, **more: Any) -> Click:
 
 
 def refuse(settings: Settings, producer: Any, *sent: Click) -> tuple[Ingesting, list[str]]:
-    """Send them and let ingest refuse them; their coordinates."""
+    """Send them and wait until ingest refuses them; returns their coordinates."""
     at = [sent_to(producers.send_click(producer, settings, click), settings) for click in sent]
     ingesting = Ingesting(settings, producer)
     ingesting.catch_up()
@@ -261,7 +261,7 @@ def test_a_replayed_item_never_overrides_a_newer_one(settings: Settings, produce
 def test_letters_from_before_their_user_was_forgotten_stay(
     settings: Settings, producer: Any
 ) -> None:
-    """The first append counts, also of a letter made from a forwarded record."""
+    """The first append counts, also for a dead letter of a forwarded record."""
     store, partition = RedisStore(settings), partition_of("ana", 4)
     until_ms = now_ms() + 1_000  # the null record of `users` was appended then
     log_id = topics.log_ids(settings, [topics.CLICKS])[topics.CLICKS]
@@ -313,7 +313,7 @@ def test_letters_from_before_their_user_was_forgotten_stay(
 def test_a_replay_carries_the_first_append_of_a_forwarded_record(
     settings: Settings, producer: Any
 ) -> None:
-    """Ingest compares it with the time at which the user was forgotten."""
+    """Ingest compares the first append with the time at which the user was forgotten."""
     sink = KafkaDeadLetters(settings, producer)
     click = Click(user_id="ana", item_id="a", at_ms=now_ms())
     record = SimpleNamespace(

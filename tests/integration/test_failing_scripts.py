@@ -232,7 +232,7 @@ def test_a_full_server_leaves_nothing_behind(
 def test_a_server_that_fills_up_during_a_write_lets_it_end(
     make_place: Callable[[str], Place], admin: redis.Redis
 ) -> None:
-    """Redis looks at the limit when a script starts: a large write is whole or refused."""
+    """Redis checks the limit when a script starts: a large write is applied whole or refused."""
     place = make_place("write_users")
     limit = int(admin.info("memory")["used_memory"])
     users = {f"user{n}": history(*("x" * 100 for _ in range(50))) for n in range(800)}
@@ -285,7 +285,7 @@ def test_a_foreign_member_among_the_buckets_leaves_nothing_behind(
 
 
 def test_item_metadata_that_is_cut_off_is_replaced(make_place: Callable[[str], Place]) -> None:
-    """A value shorter than its version is no version at all: the write goes on."""
+    """A value shorter than a version counts as none: the write succeeds."""
     place = make_place("write_item_metadata")
     place.admin.set(f"{place.settings.key_prefix}{{i0}}:c:a", b"abc")
     place.write()
@@ -293,7 +293,7 @@ def test_item_metadata_that_is_cut_off_is_replaced(make_place: Callable[[str], P
 
 
 def test_ids_beyond_the_fence_are_not_in_the_window(make_place: Callable[[str], Place]) -> None:
-    """What a write that failed left behind makes no event a duplicate."""
+    """A failed write leaves nothing that would make an event a duplicate."""
     place = make_place("write_users")
     key = f"{place.settings.key_prefix}{{u3}}:window"
     other = make_place("write_users")

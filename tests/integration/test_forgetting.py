@@ -32,7 +32,7 @@ def listed(store: RedisStore, partitions: int, user: str) -> list[str]:
 
 
 def committed(settings: Settings, topic: str) -> dict[int, int]:
-    """What ingest's group has committed of all partitions."""
+    """Committed offset of ingest's group for each partition."""
     with clients.connect(settings, KafkaAdminClient) as admin:
         group, name = settings.prefixed("eddyline-ingest"), settings.prefixed(topic)
         places = [TopicPartition(name, p) for p in range(settings.clicks_partitions)]
@@ -175,7 +175,7 @@ def test_no_trace_of_a_forgotten_user_is_found_in_redis_and_in_logs(own_valkey, 
 def another_generation(
     store: RedisStore, partition: int, users: list[str], partitions: int
 ) -> None:
-    """Embeddings that an ingest of a later generation wrote before this one took over."""
+    """Embeddings of a later generation, as its ingest process would write them."""
     mine = [user for user in users if partition_of(user, partitions) == partition]
     slot, source = f"u{partition}", Source(topics.CLICKS, partition)
     read = store.read_slot(slot, source)

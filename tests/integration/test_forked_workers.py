@@ -38,7 +38,7 @@ class Group:
     metrics: int
 
     def ready(self, number: int) -> bool:
-        """Whether the process in this place says in its metrics that it is ready."""
+        """Whether the metrics of the process in this place report that it is ready."""
         try:
             with urllib.request.urlopen(
                 f"http://127.0.0.1:{self.metrics + number}/metrics", timeout=5
@@ -60,7 +60,7 @@ class Group:
         )
 
     def each(self, call: Callable[[Client], _R]) -> list[_R]:
-        """Results over so many connections that the call almost surely reaches every process."""
+        """Results over enough connections to reach every process almost surely."""
         found = []
         for _ in range(8 * PROCESSES):
             with Client(self.address) as client:
@@ -81,7 +81,7 @@ class Group:
             return False
 
     def all_answer(self) -> bool:
-        """Whether calls reach as many different processes as there are to be."""
+        """Whether calls reach the expected number of processes."""
         try:
             return len(set(self.each(lambda client: client.stats().started_ms))) == PROCESSES
         except CallFailed:

@@ -1,4 +1,4 @@
-"""Kafka with TLS, mTLS, SASL and rights: who fits is let in; who does not is told why, at once.
+"""Kafka with TLS, mTLS, SASL and ACLs: valid clients connect; others get the reason at once.
 
 The broker is a real one with a listener for each way (`secured_kafka.py`). Every process of
 Eddyline logs in as a user of its own with exactly the rights that docs/security.md gives it.
@@ -58,7 +58,7 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SecuredKafka]:
 
 @pytest.fixture(scope="module")
 def base(broker: SecuredKafka, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Settings]:
-    """Settings with a Redis, and with Kafka's port for everybody."""
+    """Settings with a Redis, and with Kafka's port that needs no credentials."""
     folder = tmp_path_factory.mktemp("eddyline")
     settings = Settings(
         data_dir=str(folder),
@@ -83,7 +83,7 @@ def small_dataset() -> Dataset:
 
 @dataclass
 class System:
-    """A namespace of one test's own, and who is who in it."""
+    """A namespace of one test, and its users."""
 
     broker: SecuredKafka
     base: Settings
@@ -218,7 +218,7 @@ def test_plain_works_too_and_an_encrypted_key(broker: SecuredKafka, base: Settin
 
 
 def wrong(broker: SecuredKafka, base: Settings) -> dict[str, tuple[Settings, list[str]]]:
-    """Settings that Kafka refuses -> the words that its sentence must have."""
+    """Settings that Kafka refuses, and the words that the message must contain."""
     login = {"kafka_sasl_mechanism": "SCRAM-SHA-512", "kafka_sasl_username": "operator"}
     wrong_password = login | {"kafka_sasl_password": WRONG_PASSWORD}
     nobody = wrong_password | {"kafka_sasl_username": "nobody"}
@@ -303,11 +303,11 @@ def test_every_kind_of_client_is_told(what: str, broker: SecuredKafka, base: Set
         lambda: status.server_status(settings),
     ):
         try:
-            told = str(call())
+            message = str(call())
         except KafkaRefused as refused:
-            told = str(refused)
-        assert [word for word in words if word not in told] == []
-        keeps_secrets(told)
+            message = str(refused)
+        assert [word for word in words if word not in message] == []
+        keeps_secrets(message)
 
 
 PROCESSES = (("cli", "click", "ana", "5"), ("streams",), ("serving",), ("streams.archive",))

@@ -1,4 +1,4 @@
-"""The live path on real parts: Kafka, Redis, an ingest process, query workers."""
+"""The live path on real servers: Kafka, Redis, an ingest process, query workers."""
 
 from __future__ import annotations
 
@@ -326,7 +326,7 @@ def test_ingest_runs_on_uvloop(live) -> None:
 
 
 def test_a_worker_that_has_the_bundle_alone_answers_a_filtered_query(make_live) -> None:
-    """No item was ever sent to Kafka: what filters need is in the bundle."""
+    """No item was ever sent to Kafka: the bundle has the attributes that filters need."""
     alone = make_live(with_items=False)
     of_item = {item.item_id: item.categories for item in alone.dataset.items if item.available}
     wanted = Counter(name for names in of_item.values() for name in names).most_common(3)[-1][0]

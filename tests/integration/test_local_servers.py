@@ -44,7 +44,7 @@ def console() -> Console:
 
 @pytest.fixture
 def taken_down(settings: Settings) -> Iterator[None]:
-    """Whatever the test leaves up is down after it."""
+    """Stops the servers that the test leaves running."""
     yield
     if is_held(settings):
         down(settings, console=Console(file=io.StringIO()))
@@ -133,7 +133,7 @@ def test_killed_servers_come_back_with_their_data(settings: Settings) -> None:
         assert read_all(found, 3) == [b"one", large, b"two"]
         with redis_of(found) as client:
             assert client.get("kept") == b"1"
-        # The file for other processes tells the new pids, and the addresses are the old ones.
+        # The file for other processes has the new pids and the old addresses.
         eventually(lambda: pids_of(settings) == supervisor.pids())
         assert resolve(settings) == found
         last = supervisor.pids()

@@ -58,7 +58,7 @@ def command(child: Child, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def cut_segment(folder: Path, offset: int) -> None:
-    """Remove the batches from this offset on, as a power cut does that the disk was behind for."""
+    """Remove the batches from this offset on, as a power cut before their fsync would."""
     [segment] = folder.glob("*.log")
     raw, at = segment.read_bytes(), 0
     while at < len(raw):
@@ -144,7 +144,7 @@ def served(settings: Settings, read: Any) -> set[str]:
 @pytest.mark.long
 @pytest.mark.timeout(240)
 def test_a_delete_that_compaction_removed_is_made_up_for(make_live: Any) -> None:
-    """The item was served for ever before."""
+    """Without `eddyline resync` the deleted item would be served for ever."""
     live = make_live()
     gone, others = live.dataset.items[0].item_id, live.dataset.items[1:]
     partition = partition_of(gone, 2)
@@ -177,7 +177,7 @@ def test_a_delete_that_compaction_removed_is_made_up_for(make_live: Any) -> None
 @pytest.mark.long
 @pytest.mark.timeout(120)
 def test_resync_forgets_users_whose_profile_kafka_has_no_more(make_live: Any) -> None:
-    """Their null record was compacted away: the topic has nothing of them."""
+    """Compaction removed their null record: the topic has no record of them."""
     live = make_live()
     settings, partition = live.settings, partition_of("ana", 4)
     live.click("ana", live.dataset.items[0].item_id)

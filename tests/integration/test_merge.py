@@ -98,7 +98,7 @@ def test_a_merge_survives_the_death_of_ingest(make_live: Any) -> None:
     for visitor, user in pairs:
         run_without_waiting(live, visitor, user)
     live.kill("ingest", signal.SIGKILL)
-    for visitor, user in pairs:  # the same merges once more: nothing is left to move
+    for visitor, user in pairs:  # the same merges again: nothing is left to move
         run_without_waiting(live, visitor, user)
     for visitor, user in pairs:
         live.wait_for(

@@ -29,7 +29,7 @@ LOG = LogId("c" * 22, "t" * 22)
 
 @pytest.fixture
 def store(tmp_path: Any) -> Any:
-    """A Valkey of this test's own: nobody else may use memory of it."""
+    """A Valkey of this test's own: no other test may use its memory."""
     port = free_ports.choose_ports(tmp_path, ("valkey",))["valkey"]
     supervisor = Supervisor(tmp_path / "logs")
     try:

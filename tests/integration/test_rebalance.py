@@ -26,7 +26,7 @@ def test_partitions_change_hands_and_nothing_is_lost_or_doubled(
     fresh_settings, dataset, bundle
 ) -> None:
     folder, manifest = bundle
-    ours = Settings()  # the processes are told of servers and folders alone
+    ours = Settings()  # the processes get the addresses and folders only
     settings = msgspec.structs.replace(
         fresh_settings,
         clicks_partitions=ours.clicks_partitions,
@@ -35,8 +35,8 @@ def test_partitions_change_hands_and_nothing_is_lost_or_doubled(
     settings.bundles.parent.mkdir(parents=True, exist_ok=True)
     settings.bundles.symlink_to(folder)
     log_dir(settings).mkdir(parents=True, exist_ok=True)
-    with Supervisor(log_dir(settings)) as nobody:
-        Deployment(settings, nobody).prepare(manifest)
+    with Supervisor(log_dir(settings)) as idle:
+        Deployment(settings, idle).prepare(manifest)
     replay_file.send(settings, dataset.items)
     phases = change_hands(settings, STEPS, rate=150, phase_s=2)
     assert [phase.name for phase in phases] == [name for name, *_ in STEPS]

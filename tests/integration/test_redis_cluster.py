@@ -94,7 +94,7 @@ def store(cluster: RealCluster) -> Iterator[RedisStore]:
 
 
 def until_applied(call: Callable[[], object], timeout_s: float = 20) -> object:
-    """As ingest does it: try again while the store is away."""
+    """Retry while the store is unavailable, as ingest does."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:
@@ -274,7 +274,7 @@ def test_all_nodes_away_is_said_with_their_addresses_and_no_password(tmp_path: P
 def test_many_threads_while_a_node_dies_and_comes_back(
     store: RedisStore, cluster: RealCluster
 ) -> None:
-    """Eight threads count on fences of their own; every count is there once in the end."""
+    """Eight threads count, each under its own fence; every count is applied exactly once."""
     stop, errors = threading.Event(), list[BaseException]()
     counted = dict.fromkeys(SLOTS, 0)
 
@@ -303,8 +303,8 @@ def test_many_threads_while_a_node_dies_and_comes_back(
 
 
 def count_one(store: StateStore, slot: str, done: int) -> int:
-    """Count one thousandth under the fence `done`, wherever the last try has left it; the new
-    number.
+    """Count one thousandth after the fence `done`, once, however often it is tried; returns the new
+    offset.
     """
     source = clicks(slot)
 
@@ -381,7 +381,7 @@ def move(cluster: RealCluster, tag: str, during: Callable[[], None]) -> Server:
 
 
 def move_at_once(cluster: RealCluster, tag: str) -> Server:
-    """Move a slot as Valkey 9 does by itself."""
+    """Move a slot with Valkey 9's own command."""
     source = cluster.owner(tag)
     target = next(s for s in cluster.servers if s is not source)
     with source.client() as here, target.client() as there:

@@ -223,8 +223,9 @@ def test_a_wrong_password_of_sentinel_is_a_sentence(sentinel: Server) -> None:
     store = RedisStore(Settings(redis_url=url, redis_sentinel_password="careless"))
     with pytest.raises(EddylineError) as caught:
         store.check()
-    told = str(caught.value)
-    assert "careless" not in told and f"Sentinel names no primary {SERVICE!r}" in told
-    assert "WRONGPASS" in told or "AuthenticationError" in told
-    assert len(told) < 300
+    message = str(caught.value)
+    assert "careless" not in message
+    assert f"Sentinel names no primary {SERVICE!r}" in message
+    assert "WRONGPASS" in message or "AuthenticationError" in message
+    assert len(message) < 300
     store.close()

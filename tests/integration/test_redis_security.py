@@ -105,7 +105,7 @@ def opened(settings: Settings) -> Iterator[RedisStore]:
 
 
 def refusal(settings: Settings, call: Callable[[RedisStore], object] = RedisStore.check) -> str:
-    """How a store with these settings is refused."""
+    """The message with which a store of these settings is refused."""
     with opened(settings) as store:
         with pytest.raises(StoreRefused) as raised:
             call(store)
@@ -117,14 +117,14 @@ def refusal(settings: Settings, call: Callable[[RedisStore], object] = RedisStor
 
 @pytest.fixture(scope="module")
 def asking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server that lets nobody in without a password."""
+    """A server that requires a password."""
     with real_server(tmp_path_factory.mktemp("asking"), requirepass=ADMIN) as server:
         yield server
 
 
 @pytest.fixture
 def namespace(asking: Server) -> str:
-    """Of this test alone, with the documented users allowed into it and nowhere else."""
+    """A namespace of this test; the documented users may access this one only."""
     made = f"t-{uuid.uuid4().hex[:12]}"
     with asking.client(password=ADMIN) as client:
         make_users(client, made)
@@ -156,7 +156,7 @@ def test_credentials_that_are_wrong_or_missing_are_refused(asking: Server, names
 def test_a_wrong_password_ends_a_process_with_a_sentence(
     asking: Server, namespace: str, fresh_settings: Settings
 ) -> None:
-    """Real processes: exit code 3, the reason, no secret; at a command, too."""
+    """Processes and commands end with exit code 3, name the reason and show no secret."""
     topics.ensure_topics(msgspec.structs.replace(fresh_settings, namespace=namespace))
     env = {
         **os.environ,
@@ -225,7 +225,7 @@ def test_the_documented_operator_may_plan(asking: Server, namespace: str) -> Non
 
 
 def ingest_works(store: RedisStore) -> None:
-    """One of each of the things that ingest does."""
+    """Every kind of call that ingest makes to the store."""
     store.check()
     store.check_rights()
     store.claim_layout(Layout(1, 8, 4, 1))
@@ -254,7 +254,7 @@ def ingest_works(store: RedisStore) -> None:
 
 
 def worker_reads(store: RedisStore) -> None:
-    """What a query worker does with what ingest left."""
+    """Every kind of call that a query worker makes to the store."""
     store.check()
     store.claim_layout(Layout(1, 8, 4, 1))
     assert store.read_user("u3", 3, "ana", "1").history == seen("a")
@@ -305,7 +305,7 @@ def test_what_a_user_may_not_do_is_refused_by_name(asking: Server, namespace: st
 def test_ingest_and_worker_run_with_the_documented_users(
     asking: Server, fresh_settings: Settings, make_live, authority: Authority, dataset
 ) -> None:
-    """Real processes over TLS, ingest with its user and a worker with one that can only read."""
+    """Real processes over TLS: ingest with its user, a worker with a read-only user."""
     with asking.client(password=ADMIN) as client:
         make_users(client, fresh_settings.namespace)
         client.execute_command("ACL LOG", "RESET")
@@ -348,7 +348,7 @@ def test_ingest_and_worker_run_with_the_documented_users(
 
 
 class Authority:
-    """A CA of this test's own, what it signs, and another CA that signs for others."""
+    """A CA of this test, its certificates, and an unrelated CA."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -372,7 +372,7 @@ class Authority:
         return {"redis_cert_file": f"{stem}.pem", "redis_key_file": f"{stem}.key"}
 
     def server(self, *, ask: bool = False, **more: object) -> ssl.SSLContext:
-        """What a terminator shows. ask: only clients with a certificate of this CA."""
+        """The TLS context of a terminator. ask: require a client certificate of this CA."""
         files = self.files(**more)  # type: ignore[arg-type]
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(files["redis_cert_file"], files["redis_key_file"])
@@ -398,7 +398,7 @@ def behind_tls(
     tmp_path: Path,
     namespace: str,
 ) -> Behind:
-    """Opens a port that speaks TLS, with the documented users behind it."""
+    """Opens a TLS port in front of a server with the documented users."""
     program = tls_program() if request.param == "server" else None
     if request.param == "server" and program is None:
         pytest.skip("no server with TLS on the PATH")
@@ -539,7 +539,7 @@ def test_files_that_cannot_be_used_are_named(authority: Authority, tmp_path: Pat
 
 
 def test_a_cluster_with_users_behind_tls(authority: Authority, tmp_path: Path) -> None:
-    """Each node says the port of its own terminator, and shows a certificate for it."""
+    """Each node announces the port of its terminator, which has a certificate of its own."""
     with contextlib.ExitStack() as stack:
         nodes = stack.enter_context(real_cluster(tmp_path, cluster_node_timeout="15000"))
         free_ports = []
@@ -550,7 +550,7 @@ def test_a_cluster_with_users_behind_tls(authority: Authority, tmp_path: Path) -
                 client.config_set("cluster-announce-port", free_ports[-1])
 
         def announced() -> bool:
-            """Whether each node tells all of them: a client asks any."""
+            """Whether every node announces all ports: a client may ask any node."""
             reported = []
             for server in nodes.servers:
                 with server.client() as client:
@@ -559,7 +559,7 @@ def test_a_cluster_with_users_behind_tls(authority: Authority, tmp_path: Path) -
                     )
             return all(ports == {*free_ports} for ports in reported)
 
-        wait_for("the nodes to tell each other their ports", announced)
+        wait_for("the nodes to announce their ports", announced)
         settings = secured(
             free_ports[0], "t-cluster", redis_ca_file=authority.ca, redis_cluster=True
         )

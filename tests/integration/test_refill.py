@@ -1,6 +1,4 @@
-"""`eddyline refill`: what Kafka no longer has comes out of the archive; the state is the same to
-the bit.
-"""
+"""`eddyline refill`: records that Kafka removed come from the archive, to the same bits."""
 
 from __future__ import annotations
 
@@ -100,7 +98,7 @@ def ingesting(settings: Settings) -> Iterator[subprocess.Popen[str]]:
 
 
 def applied(settings: Settings) -> None:
-    """Wait until ingest has applied all, what it forwards itself included."""
+    """Wait until ingest has applied all records, including those that it forwards."""
     for _ in range(3):
         processes.wait_until_applied(settings, timeout_s=30)
         before = topics.end_offsets(settings, CLICKS)
@@ -176,7 +174,7 @@ def forget(settings: Settings, user: str) -> None:
 
 
 def retention(settings: Settings, share: float) -> dict[int, int]:
-    """Let Kafka remove this share of every partition's clicks; where the log begins now."""
+    """Remove this share of every partition's clicks from Kafka; returns the new first offsets."""
     topic = settings.prefixed(CLICKS)
     begins = {p: round(end * share) for p, end in topics.end_offsets(settings, CLICKS).items()}
     admin = KafkaAdminClient(**clients.client_options(settings))
@@ -197,7 +195,7 @@ def keys(settings: Settings) -> dict[bytes, bytes]:
 
 
 def put_back(settings: Settings, copy: dict[bytes, bytes]) -> None:
-    """Redis as it was when the copy was taken; an empty copy is an emptied Redis."""
+    """Restore Redis from the copy; an empty copy empties Redis."""
     with redis.Redis.from_url(settings.redis_url) as client:
         for key in client.scan_iter(match=f"{settings.namespace}:*", count=999):
             client.delete(key)
@@ -206,7 +204,7 @@ def put_back(settings: Settings, copy: dict[bytes, bytes]) -> None:
 
 
 def truth(settings: Settings, generation: str = "1") -> state_replay.ReplayResult:
-    """The state of the topics, by ingest's functions in memory, while Kafka still has all."""
+    """The state that ingest's functions compute in memory, while Kafka still has every record."""
     towers, slices = (
         bundles.load(settings.bundles / generation),
         topic_slices.between(settings, "earliest", "latest"),
@@ -306,7 +304,7 @@ def test_an_emptied_redis_is_filled_from_the_archive_to_the_same_bits(
 
 
 def kept_erasures(settings: Settings) -> dict[str, bytes | None]:
-    """The erasures in Redis by key, without their ends in Redis."""
+    """The erasures in Redis by key, without their expiry times."""
     with redis.Redis.from_url(settings.redis_url) as client:
         match = f"{settings.key_prefix}{{u*}}:f:*"
         return {key.decode(): client.get(key) for key in client.scan_iter(match=match, count=999)}
@@ -370,7 +368,7 @@ def test_a_generation_that_began_in_the_middle_is_filled_to_the_same_bits(
 def test_an_older_copy_is_filled_and_who_was_forgotten_since_goes(
     settings: Settings, dataset: Any
 ) -> None:
-    """Also a user of whom Redis and the archive have nothing but the hash."""
+    """Includes a user of whom Redis and the archive hold only the hash."""
     items = [item.item_id for item in dataset.items[:110]]
     gone, unknown, begun_ms = "user-3", "never-seen", now_ms()
     send_profiles(settings, 20)
@@ -418,7 +416,7 @@ def test_an_older_copy_is_filled_and_who_was_forgotten_since_goes(
 def test_a_null_record_that_no_ingest_has_applied_becomes_a_forget(
     settings: Settings, dataset: Any
 ) -> None:
-    """Refill moves the fence of `users` over it; ingest would not see it any more."""
+    """Refill moves the fence of `users` past the null record, so ingest never reads it."""
     items, gone = [item.item_id for item in dataset.items[:110]], "user-3"
     partition = partition_of(gone, 4)
     send_profiles(settings, 20)

@@ -1,4 +1,4 @@
-"""Four shard workers and a coordinator as processes, beside one worker with all items."""
+"""Four shard workers with a coordinator, compared with one worker that has all items."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHARDS = 4
 
 @dataclass
 class Sharded:
-    """The processes of this file. Every wait in it ends."""
+    """The processes of this file. Every wait has a time-out."""
 
     live: object
     deployment: Deployment
@@ -42,7 +42,7 @@ class Sharded:
         os.kill(self.deployment.supervisor.pids()[f"shard-{shard}"], sig)
 
     def whole(self, timeout_s: float = 30) -> None:
-        """Wait until every shard answers and has what the one worker has."""
+        """Wait until every shard answers and has the records of the one worker."""
 
         def complete() -> bool:
             answer = self.coordinator.retrieve("nobody at all", 50)
@@ -88,7 +88,7 @@ def ids(answer: pb.RetrieveResponse) -> list[str]:
 
 
 def seen(response: pb.RetrieveResponse) -> tuple[object, ...]:
-    """All of an answer that does not tell the time or the process."""
+    """The parts of an answer that depend neither on time nor on the process."""
     items = [
         (i.item_id, i.score, i.rank, i.path, i.path_rank, i.generation, i.card.title)
         for i in response.items
@@ -100,7 +100,7 @@ def seen(response: pb.RetrieveResponse) -> tuple[object, ...]:
 
 
 def requests(live) -> Iterator[tuple[str, int, dict[str, object]]]:
-    """(user, k, what else is asked) of many kinds."""
+    """Requests of many kinds: (user, k, other fields)."""
     known = list(live.dataset.profiles)[:40]
     items = [item.item_id for item in live.dataset.items]
     categories = sorted({name for item in live.dataset.items for name in item.categories})

@@ -118,7 +118,7 @@ class Senders:
 
 
 def differences(system: Live) -> list[str]:
-    """What the second model finds, and every process that ended."""
+    """The differences that the second model finds, and the processes that ended."""
     system.applied(timeout_s=60)
     towers = bundles.load(system.settings.bundles / "1")
     read = Topics.read(system.settings)
@@ -145,7 +145,7 @@ def test_whole_records_are_applied_forwarded_or_dead_letters(system: Live, maker
 
 
 def test_every_reader_passes_whole_records(system: Live) -> None:
-    """The trainer and the archive read what lies in the topics since the test before."""
+    """The trainer and the archive read the records that the test before left in the topics."""
     settings = system.settings
     live = sources.from_kafka(settings)
     archive_all(settings)
