@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from eddyline.schema.item_record import ItemRecord
 from index.arrays import Vector
-from index.filters import Filter, matches
+from index.filters import Filter, matches, numbers
 from index.port import Hit, Index, IndexStats, SearchResult, Watermark
 from index.records import check_query, stack_vectors, stamps_of, watermarks_after
 
@@ -28,6 +28,7 @@ class ExactIndex(Index):
         self._records: dict[str, ItemRecord] = {}
         self._watermarks: dict[int, Watermark] = {}
         self._floors: dict[int, int] = {}
+        self._number_names: set[str] = set()
         self._applied = self._ignored = self._rejected = 0
 
     @override
@@ -48,6 +49,7 @@ class ExactIndex(Index):
                 before = self._records.get(item_id)
                 if before is None or _counts_after(record, before):
                     self._records[item_id] = record
+                    self._number_names.update(numbers(record.attributes))
                     applied += 1
             self._watermarks = watermarks_after(self._watermarks, stamps_of([*records, *others]))
             self._applied += applied
@@ -95,6 +97,12 @@ class ExactIndex(Index):
     ) -> list[Hit]:
         hits = [_hit(record, 0.0) for record in self._live(exclude, filters)]
         return sorted(hits, key=lambda hit: (-hit.at_ms, hit.item_id))[: max(k, 0)]
+
+    @override
+    def number_names(self) -> Collection[str] | None:
+        with self._lock:
+            live = any(not record.retired for record in self._records.values())
+            return set(self._number_names) if live else None
 
     @override
     def watermarks(self) -> Mapping[int, Watermark]:

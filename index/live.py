@@ -187,6 +187,11 @@ class LiveIndex(Index):
         return self._newest.find(k, frozenset(exclude), filters)
 
     @override
+    def number_names(self) -> Collection[str] | None:
+        version = self._version
+        return version.columns.number_names() if version.live else None
+
+    @override
     def watermarks(self) -> Mapping[int, Watermark]:
         return self._version.watermarks
 

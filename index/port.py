@@ -171,6 +171,12 @@ class IndexReader(Protocol):
     ) -> list[Hit]:
         """The k passing live items of the largest `at_ms`, equal ones by item id; score 0.0."""
 
+    def number_names(self) -> Collection[str] | None:
+        """Names of the numeric attributes, dates included, that items have or had.
+
+        None if that is not known: no item is live, or the items are in other processes.
+        """
+
     def watermarks(self) -> Mapping[int, Watermark]:
         """`items` partition -> watermark, for every partition that a record came from."""
 

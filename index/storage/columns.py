@@ -26,6 +26,8 @@ Key = tuple[str, str]
 # are sorted in: 32,768 take 10 µs to scan, and the share keeps the sorting linear.
 NEW_MAX = 32_768
 NEW_SHARE = 16
+# With more columns of numbers than these, those without rows go too.
+EMPTY_COLUMNS_MAX = 1_000
 _CAPACITY_MIN = 64
 # Readers get the interpreter lock between the steps of larger work.
 YIELD_ABOVE = 10_000
@@ -112,6 +114,10 @@ class Postings:
         entries.new_rows[start:end] = rows
         self._entries, self._count = entries, end
 
+    def keys(self) -> list[Key]:
+        """Every column that a row had; of numbers also those whose rows have all gone."""
+        return [*self._number_of]
+
     def rows(self, keys: Iterable[Key], count: int, between: Range | None = None) -> Mask:
         """bool (count,): rows in at least one of these columns, with a value in the range."""
         mask, columns, entries = np.zeros(count, bool), self._numbers(keys), self._entries
@@ -146,8 +152,9 @@ class Postings:
         return found
 
     def data(self, kept: Ints, count: int, *, by_name: bool = False) -> ColumnData:
-        """The entries of the rows `kept` of `count`, renumbered 0, 1, …; without empty columns.
+        """The entries of the rows `kept` of `count`, renumbered 0, 1, …
 
+        Empty columns of terms are left out, and those of numbers if there are many: see `keys`.
         by_name: sort the columns by their keys
         """
         entries = self._entries
@@ -166,6 +173,8 @@ class Postings:
         values = None if values is None else values[stays]
         _yield_gil(rows)
         filled = starts[1:] > starts[:-1]
+        if self._numeric and len(filled) <= EMPTY_COLUMNS_MAX:
+            filled[:] = True
         # A copy: the writer may add names meanwhile.
         keys = [*compress([*self._number_of], filled.tolist())]
         starts = np.concatenate((starts[:-1][filled], starts[-1:]))
@@ -221,6 +230,10 @@ class Columns:
                 values.append(value)
         self._terms.append(term_rows, term_keys, [])
         self._numbers.append(rows, keys, values)
+
+    def number_names(self) -> list[str]:
+        """Names of the numeric attributes that rows have or had."""
+        return [name for _, name in self._numbers.keys()]
 
     def mask(self, filters: Filter, count: int) -> Mask:
         """bool (count,): rows, live or dead, that pass all but the id lists of the filter."""

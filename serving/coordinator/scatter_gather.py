@@ -151,6 +151,10 @@ class ScatterGather(IndexReader):
         return entries
 
     @override
+    def number_names(self) -> None:
+        """The shards know them."""
+
+    @override
     def watermarks(self) -> Mapping[int, Watermark]:
         """The lowest of the shards that answered, for partitions that all of them know."""
         known = [marks for number, marks in self._watermarks.items() if number not in self._missing]

@@ -37,7 +37,10 @@ class RetrievalBackend(Protocol):
         return None
 
     def retrieve(self, query: Query, deadline: Deadline, received_us: int) -> pb.RetrieveResponse:
-        """The answer. Raises DeadlinePassed, NoShardAnswers, HoldsOneShard, ClickPending."""
+        """The answer.
+
+        Raises BadQuery, DeadlinePassed, NoShardAnswers, HoldsOneShard, ClickPending.
+        """
 
     def fill_stats(self, response: pb.StatsResponse) -> None:
         """Fill in what the backend holds and how far it has come."""
@@ -91,6 +94,7 @@ class WorkerBackend(RetrievalBackend):
     @override
     def retrieve(self, query: Query, deadline: Deadline, received_us: int) -> pb.RetrieveResponse:
         held = self.held
+        converters.check_ranges(query.filters, held.index)
         answer = self.retriever.retrieve(query, held.index, deadline, received_us)
         behind = held.missing()
         return converters.response_of(answer, held.generation, held.index, behind)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection, Mapping
+from difflib import get_close_matches
 
 from eddyline.errors import EddylineError, Rejected
 from eddyline.schema.events import ID_BYTES_MAX, Item, check_id, quote
@@ -22,6 +23,8 @@ ANSWER_BYTES_MAX = 4_000_000
 # Fewer items than these always fit without cards: an item with the longest id and generation has
 # less than 600 bytes.
 ITEMS_THAT_FIT = 5_000
+# The near names of an unknown attribute are looked for among so many.
+NAMES_COMPARED = 256
 # Inner products of unit vectors end at 1; beyond this, popularity alone decides.
 BETA_MAX = 10.0
 
@@ -102,6 +105,22 @@ def filters_of(filters: Filter, *, allow: Collection[str], deny: Collection[str]
         if between.high < math.inf:
             one.max = between.high
     return made
+
+
+def check_ranges(filters: Filter | None, index: IndexReader) -> None:
+    """Raise BadQuery if a range is over an attribute that no item has or had as a number."""
+    known = index.number_names() if filters is not None and filters.ranges else None
+    if filters is None or known is None:
+        return
+    for name in filters.ranges:
+        if name not in known:
+            some = sorted(known)[:NAMES_COMPARED]
+            near = get_close_matches(name, some, 3) or some[:5]
+            named = ", ".join(map(quote, near)) or "none"
+            raise BadQuery(
+                f"filters.ranges: no item has the attribute {quote(name)} as a number or date; "
+                f"attributes are {named}"
+            )
 
 
 def _range_of(one: pb.Range) -> tuple[str, Range]:

@@ -130,6 +130,24 @@ def test_dates_are_milliseconds_since_1970(
     assert sorted(hit.item_id for hit in described if hit) == expected
 
 
+def test_names_of_numbers_outlive_their_items(index: Index) -> None:
+    """They tell a mistyped name from a condition that no live item meets."""
+    assert index.number_names() is None
+    index.upsert(CATALOGUE)
+    names = {"year", "stars"}
+    assert set(index.number_names() or ()) == names
+    index.retire([ItemRecord("film", 0, 10, 10, 0, None)])
+    index.upsert([put(f"x{n}", 20 + n, n % 60, attributes={"price": n}) for n in range(3_000)])
+    names.add("price")
+    assert set(index.number_names() or ()) == names
+    index.retire([ItemRecord(f"x{n}", 0, 5_000 + n, 0, 0, None) for n in range(3_000)])
+    index.upsert([put(f"y{n}", 10_000 + n, n % 60) for n in range(3_000)])  # a new vector table
+    assert set(index.number_names() or ()) == names
+    index.retire([ItemRecord(r.item_id, 0, 90_000, 0, 0, None) for r in CATALOGUE])
+    index.retire([ItemRecord(f"y{n}", 0, 90_000, 0, 0, None) for n in range(3_000)])
+    assert index.number_names() is None
+
+
 @pytest.mark.parametrize(
     ("filters", "expected"),
     [

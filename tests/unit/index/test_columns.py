@@ -53,6 +53,7 @@ def content(columns: Columns, count: int) -> dict[object, object]:
         )
         for part in columns.data(np.arange(count), count)
         for n, key in enumerate(part.keys)
+        if part.starts[n] < part.starts[n + 1]
     }
 
 

@@ -219,6 +219,11 @@ def test_dates_among_attributes_are_kept(tmp_path: Path) -> None:
     day = 2 * 86_400_000.0
     found = copy.query(unit(1), 1, (), Filter(ranges={"released": Range(day, day)}))
     assert [hit.item_id for hit in found] == ["film"]
+    index.retire([ItemRecord("film", 0, 2, 2, 2, None)])
+    index.apply([ItemRecord("song", 0, 3, 3, 3, unit(1), {"attributes": {"stars": 5}})])
+    format.write(path, index.contents(), ORIGIN, POSITIONS, 1_000)
+    copy, _ = restored(path)
+    assert set(copy.number_names() or ()) == {"released", "stars"}
 
 
 def test_a_full_disk_leaves_the_old_snapshot(tmp_path: Path) -> None:

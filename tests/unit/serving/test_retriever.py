@@ -812,7 +812,36 @@ def test_a_bad_filter_names_field_and_value(
     assert sentence in failed.value.detail
 
 
-def test_the_limits_of_a_filter_are_good(client: Client) -> None:
+def test_an_attribute_that_no_item_has_is_named_with_the_near_ones(
+    client: Client, world: World
+) -> None:
+    def filtered(*names: str) -> pb.RetrieveResponse:
+        ranges = [pb.Range(attribute=name, min=0) for name in names]
+        return client.retrieve("ana", 5, filters=pb.Filters(ranges=ranges))
+
+    with pytest.raises(CallFailed) as failed:
+        filtered("year")
+    assert failed.value.code == "INVALID_ARGUMENT" and "attributes are none" in failed.value.detail
+    tagged(world)
+    with pytest.raises(CallFailed) as failed:
+        filtered("year", "yaer")
+    assert failed.value.detail == (
+        "filters.ranges: no item has the attribute 'yaer' as a number or date; attributes are "
+        "'year'"
+    )
+    assert filtered("year").items
+    # Items that had it have all gone: nothing passes, but the name is right.
+    world.index.upsert([ItemRecord(f"i{n}", 0, 500 + n, n, 0, angle(n)) for n in range(N)])
+    found = filtered("year")
+    assert not found.items and "0 live items pass the filter" in found.short_because
+    # No item is live: every name may be right.
+    world.index.retire([ItemRecord(f"i{n}", 0, 900 + n, n, 0, None) for n in range(N)])
+    assert not filtered("anything").items
+
+
+def test_the_limits_of_a_filter_are_good(client: Client, world: World) -> None:
+    numbers = {"attributes": {f"y{n}": 0 for n in range(16)}}
+    world.index.upsert([ItemRecord("with-numbers", 0, 100, 0, 0, angle(3), numbers)])
     ranges = [pb.Range(attribute=f"y{n}", min=1) for n in range(16)]
     most = pb.Filters(categories=["a"] * 256, deny=["d"] * 2_000, ranges=ranges)
     assert not client.retrieve("ana", 5, filters=most).items
