@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -38,6 +38,18 @@ _MAY_MAKE = {
 }
 # What JSON cannot hold: half of a surrogate pair, a number of more than 64 bits.
 _UNFIT = (UnicodeEncodeError, OverflowError, ValueError, TypeError, RecursionError)
+_OF_EVERY_RULE = ("make", "where", "each")
+# What a rule may name, by what it makes.
+_FIELDS = {
+    "event": set("user_id item_id at_ms kind weight event_id impression_id context".split()),
+    "merge": {"user_id", "merge_into", "at_ms"},
+    "item": set(
+        "item_id title categories tags available at_ms vector attributes attributes_from".split()
+    ),
+    "profile": {"user_id", "at_ms", "attributes", "attributes_from"},
+    "delete": {"item_id", "user_id"},
+    "ignore": set[str](),
+}
 _encode = msgspec.json.Encoder().encode
 
 # (key, value) of the records of one element.
@@ -76,6 +88,15 @@ class Mapper:
                 raise ValueError("encoding = 'registry' needs the setting registry_url")
             self._decode = registry.decoded
         self.by_key = topic_map.partition == "key"
+        if self.by_key and topic != "items":
+            raise ValueError("partition = 'key' is for items: others lie in their user's partition")
+        if topic_map.fields.where:
+            raise ValueError("fields: a `where` belongs into a rule")
+        _check_fields(
+            "fields",
+            topic_map.fields,
+            {name for make in _MAY_MAKE[topic] for name in _FIELDS[make]},
+        )
         self._topic = topic
         self._envelope = ENVELOPES[topic_map.envelope]
         self._ignored_deletes = topic == "clicks" and topic_map.envelope == "debezium"
@@ -205,6 +226,7 @@ def _compile_rule(topic_map: TopicMap, rule: Rule, topic: str) -> _CompiledRule:
     made = rule.make or topic_map.fields.make or _MADE[topic]
     if made not in _MAY_MAKE[topic]:
         raise ValueError(f"make = {made!r}: {topic} has {', '.join(_MAY_MAKE[topic])}")
+    _check_fields(f"a rule that makes {made}", rule, _FIELDS[made])
     both = _with_defaults(rule, topic_map.fields)
     each = [both.each] if isinstance(both.each, str) else both.each
     return _CompiledRule(
@@ -213,6 +235,13 @@ def _compile_rule(topic_map: TopicMap, rule: Rule, topic: str) -> _CompiledRule:
         _maker(topic_map, both, made),
         both.event_id is not None and fields.is_relative(both.event_id),
     )
+
+
+def _check_fields(where: str, rule: Rule, allowed: Set[str]) -> None:
+    """Raise ValueError for a field that would be ignored."""
+    for name in Rule.__struct_fields__:
+        if name not in _OF_EVERY_RULE and name not in allowed and getattr(rule, name):
+            raise ValueError(f"{where}: has no {name}, but {', '.join(sorted(allowed))}")
 
 
 def _with_defaults(rule: Rule, defaults: Rule) -> Rule:

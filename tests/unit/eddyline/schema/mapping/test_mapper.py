@@ -271,6 +271,13 @@ attributes_from = { path = "fields", name = "n", value = "v" }
             "kinds: 'a' = 'b'",
         ),
         ('[clicks]\nfields = { make = "item" }', "make = 'item': clicks has event"),
+        ('[clicks]\npartition = "key"\nfields={user_id="u",item_id="i"}', "is for items"),
+        ('[clicks]\nfields={user_id="u",item_id="i",where={a=1}}', "a `where` belongs into a rule"),
+        ('[clicks]\nfields={user_id="u",item_id="i",title="t"}', "fields: has no title, but"),
+        (
+            '[clicks]\nfields={user_id="u",item_id="i"}\n[[clicks.rule]]\nmerge_into="x"',
+            "a rule that makes event: has no merge_into",
+        ),
         ('[clicks]\npreset = "nope"', "preset = 'nope'"),
         ("[clicks", "map.toml: "),
     ],
