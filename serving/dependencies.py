@@ -18,6 +18,7 @@ from eddyline.stores.state_store import LogId, StateStore
 from embeddings.bundle import bundle
 from embeddings.bundle.bundle import Bundle
 from embeddings.towers.base import UserEncoder
+from index.port import IndexReader
 from serving.answer.click_ends import ClickEnds
 from serving.answer.click_waits import ClickWaits
 from serving.answer.retriever import Retriever
@@ -57,10 +58,12 @@ def start_retriever(
     tower: UserEncoder,
     clicks: LogId,
     closing: ExitStack,
+    index: IndexReader | None = None,
 ) -> Retriever:
     """The retriever of one generation; its popular list refreshes until `closing` closes.
 
     clicks: the log that read-your-click tokens belong to
+    index:  knows which popular items are live; None: other processes hold the items
     """
     waits = ClickWaits(
         store,
@@ -71,7 +74,7 @@ def start_retriever(
         threads=max(1, settings.worker_threads // 4),
     )
     closing.callback(waits.close)
-    popularity = Popularity(settings, store)
+    popularity = Popularity(settings, store, index)
     popularity.start()
     closing.callback(popularity.close)
     return Retriever(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,8 @@ from eddyline.stores.state_store import PopularBucket
 # After so long one bucket is read again whatever its version: an ingest process of an older version
 # changes counts and no version.
 REREAD_S = 10.0
+# Buckets are read so many times deeper than the list is long, where dead items lead them.
+DEPTH_SHARE_MAX = 16
 # Names of items that left every bucket are dropped once so many of them are kept.
 _UNUSED_MAX = 10_000
 
@@ -50,6 +52,10 @@ class ClickTotals:
         never against the local clock. limit: items of the list.
         """
         self._limit = limit
+        # Items that are read of each bucket, most clicks first.
+        self.depth = limit
+        # Buckets that were read less deep.
+        self._shallow: set[tuple[str, int]] = set()
         self._bucket_s = bucket_s
         self._half_life_s = half_life_s
         # (slot, bucket) -> its counts; the one that was read longest ago is first.
@@ -64,17 +70,22 @@ class ClickTotals:
 
     def known(self, slot: str) -> dict[int, bytes]:
         """Bucket -> version that is held; a bucket that is due to be read again is absent."""
-        held = {bucket: kept.version for (of, bucket), kept in self._held.items() if of == slot}
+        held = {
+            bucket: kept.version
+            for (of, bucket), kept in self._held.items()
+            if of == slot and (of, bucket) not in self._shallow
+        }
         oldest = next(iter(self._held), None)
         if oldest is not None and oldest[0] == slot and time.monotonic() >= self._reread_at:
             self._reread_at = time.monotonic() + REREAD_S
-            del held[oldest[1]]
+            held.pop(oldest[1], None)
         return held
 
     def update(self, slot: str, found: Mapping[int, PopularBucket]) -> None:
         """Take over what was read of one slot; buckets that are not in `found` are dropped."""
         for key in [k for k in self._held if k[0] == slot and k[1] not in found]:
             del self._held[key]
+            self._shallow.discard(key)
             self._ranked = self._before_newest = None
         for bucket, read in found.items():
             if read.counted is not None:
@@ -87,6 +98,7 @@ class ClickTotals:
                     self._names.append(item.decode())
                 rows = np.array([*map(self._row_of.__getitem__, items)], np.int64)
                 self._held.pop((slot, bucket), None)
+                self._shallow.discard((slot, bucket))
                 self._held[slot, bucket] = _Counts(read.version, rows, np.array(counts, float))
         if len(self._names) > _UNUSED_MAX + sum(len(kept.rows) for kept in self._held.values()):
             self._drop_unused_names()
@@ -94,10 +106,34 @@ class ClickTotals:
     def ranked(self) -> list[tuple[str, float]]:
         """(item id, decayed clicks), most first, equal ones by id; at most `limit`."""
         if self._ranked is None:
-            self._ranked = self._rank()
+            self._ranked = self._top(self._sums(), self._limit)
         return self._ranked
 
-    def _rank(self) -> list[tuple[str, float]]:
+    def ranked_live(
+        self, live_of: Callable[[Sequence[str]], Sequence[bool]], need: int
+    ) -> list[tuple[str, float]]:
+        """As `ranked`, but of live items alone where fewer than `need` of those are live.
+
+        live_of: which of these items are live
+        With too few in all buckets, further reads are deeper, up to `DEPTH_SHARE_MAX` times.
+        """
+        ranked, sums, size = self.ranked(), self._sums(), self._limit
+        counted = int(np.count_nonzero(sums.counted))
+        found = [pair for pair, live in zip(ranked, live_of(_ids(ranked)), strict=True) if live]
+        if len(found) >= need:
+            return ranked
+        while len(found) < need and size < counted:
+            size *= 2
+            pairs = self._top(sums, size)
+            found = [pair for pair, live in zip(pairs, live_of(_ids(pairs)), strict=True) if live]
+        cut = any(len(kept.rows) >= self.depth for kept in self._held.values())
+        if len(found) < need and cut and self.depth < DEPTH_SHARE_MAX * self._limit:
+            self.depth *= 2
+            self._shallow = set(self._held)
+        return found[: self._limit]
+
+    def _sums(self) -> _Totals:
+        """The decayed clicks of every item."""
         newest = max((bucket for _, bucket in self._held), default=0)
         # In the order of the buckets: every worker adds in the same order and gets the same bits.
         # An item is in a bucket once, in its own slot.
@@ -107,18 +143,23 @@ class ClickTotals:
             before = _Totals(np.zeros(0), np.zeros(0, bool)).resized(len(self._names))
             self._add(before, keys[:first], newest)
             self._newest, self._before_newest = newest, before
-        totals, counted = sums = before.resized(len(self._names))
+        sums = before.resized(len(self._names))
         self._add(sums, keys[first:], newest)
-        rows = np.flatnonzero(counted)
-        if len(rows) > self._limit:
-            cut = len(rows) - self._limit
+        return sums
+
+    def _top(self, sums: _Totals, size: int) -> list[tuple[str, float]]:
+        """(item id, decayed clicks) of the first `size` items."""
+        totals = sums.clicks
+        rows = np.flatnonzero(sums.counted)
+        if len(rows) > size:
+            cut = len(rows) - size
             rows = rows[totals[rows] >= np.partition(totals[rows], cut)[cut]]
         rows = rows[np.argsort(-totals[rows])]
         names = map(self._names.__getitem__, rows.tolist())
         pairs = [*zip(names, totals[rows].tolist(), strict=True)]
         for start, end in _equal_runs(totals[rows]):
             pairs[start:end] = sorted(pairs[start:end])
-        return pairs[: self._limit]
+        return pairs[:size]
 
     def _add(self, sums: _Totals, keys: Sequence[tuple[str, int]], newest: int) -> None:
         """Add these buckets to the sums."""
@@ -138,6 +179,10 @@ class ClickTotals:
             key: kept._replace(rows=np.searchsorted(used, kept.rows))
             for key, kept in self._held.items()
         }
+
+
+def _ids(pairs: Sequence[tuple[str, float]]) -> list[str]:
+    return [item_id for item_id, _ in pairs]
 
 
 def _equal_runs(values: NDArray[np.float64]) -> Iterator[tuple[int, int]]:

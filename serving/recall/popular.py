@@ -37,6 +37,7 @@ class PopularPath(RecallPath):
         degradation = self.degradation()
         if len(hits) >= k:
             return Candidates(hits[:k], degradation=degradation)
+        self._popularity.look_for_live()
         which = "live and unseen" if filters is None else "live, unseen and pass the filter"
         why = self._popularity.empty_because()
         why = why or f"of {len(ranked)} popular items {len(hits)} are {which}"

@@ -13,12 +13,14 @@ from eddyline.errors import EddylineError
 from eddyline.process.retry import Backoff
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import StateStore
-from index.port import Hit
+from index.port import Hit, IndexReader
 from serving.recall.click_totals import ClickTotals
 
 log = logging.getLogger(__name__)
 
 CLOSE_S = 5.0
+# After a query that found too few live items, the list is checked for so long.
+LOOK_S = 60.0
 
 
 class _Clicks(NamedTuple):
@@ -42,8 +44,15 @@ class Popularity:
     Thread rule: any thread may read; readers take no lock.
     """
 
-    def __init__(self, settings: Settings, store: StateStore) -> None:
-        """An empty list; `start` or `refresh` reads it."""
+    def __init__(
+        self, settings: Settings, store: StateStore, index: IndexReader | None = None
+    ) -> None:
+        """An empty list; `start` or `refresh` reads it.
+
+        index: knows which items are live; None: every item of the list counts as live
+        """
+        self._index = index
+        self._look_until = float("-inf")
         self._settings = settings
         self._store = store
         self._totals = ClickTotals(
@@ -89,16 +98,32 @@ class Popularity:
             log.warning("the popular list cannot be read", extra=more)
         self._away = away
         if len(failed) < slots:
-            self._ranked = self._totals.ranked()
+            self._ranked = self._rank()
             of_item = dict(self._ranked)
             self._clicks = _Clicks(of_item, sum(of_item.values()) + len(of_item) + 1)
             if not failed or self._read_at is None:
                 self._read_at = time.monotonic()
         return not failed
 
+    def look_for_live(self) -> None:
+        """For a while, have dead items leave the list where they are most of it.
+
+        A query calls this that found too few live ones. Thread rule: any thread.
+        """
+        self._look_until = time.monotonic() + LOOK_S
+
+    def _rank(self) -> list[tuple[str, float]]:
+        index = self._index
+        if index is None or time.monotonic() > self._look_until:
+            return self._totals.ranked()
+        need = min((self._settings.popular_limit + 1) // 2, index.stats().live)
+        return self._totals.ranked_live(
+            lambda ids: [hit is not None for hit in index.describe(ids)], need
+        )
+
     def _read(self, slot: str) -> None:
         known = self._totals.known(slot)
-        found = self._store.popular_buckets(slot, self._settings.popular_limit, known)
+        found = self._store.popular_buckets(slot, self._totals.depth, known)
         self._totals.update(slot, found)
 
     @property

@@ -118,6 +118,7 @@ class GenerationRuntime:
             tower=self._bundle.user_tower,
             clicks=self._logs[topics.CLICKS],
             closing=self._closing,
+            index=self.index,
         )
         return WorkerBackend(held, retriever)
 

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 
+import numpy as np
 import pytest
 
 from eddyline.errors import StoreUnavailable
+from eddyline.schema.item_record import ItemRecord
 from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.state_store import Fence, LogId, PopularBucket, Source
+from index.exact import ExactIndex
+from serving.answer.deadline import Deadline
 from serving.recall import click_totals
+from serving.recall.base import RecallContext, RecallRequest
 from serving.recall.click_totals import ClickTotals
+from serving.recall.popular import PopularPath
 from serving.recall.popularity import Popularity
 
 LOG = LogId("cluster", "topic")
@@ -156,6 +163,48 @@ def test_clicks_into_the_newest_bucket_are_added_to_a_kept_sum(
     del held[0]
     assert change(28) == set(range(1, 29))
     assert change(28) == {28}
+
+
+@pytest.mark.parametrize(("dead", "filled"), [(30, 2), (62, 2), (63, 1), (64, 0), (500, 0)])
+def test_live_items_fill_the_list_where_dead_ones_lead(dead: int, filled: int) -> None:
+    """Up to sixteen times the length of the list; a query that finds too few starts the search."""
+    limit, counts = 4, {f"dead-{n}": 100_000 - n for n in range(dead)}
+    counts |= {f"live-{n}": 1_000 - n for n in range(6)}
+    store, index = MemoryStore(), ExactIndex(2)
+    vector = np.array([1, 0], np.float32)
+    index.upsert([ItemRecord(f"live-{n}", 0, n, n, n, vector) for n in range(6)])
+    store.count_clicks("i0", Source("clicks", 0), None, Fence(0, LOG), {5: counts}, 28)
+    settings = Settings(popular_bucket_s=60, popular_limit=limit)
+    popularity = Popularity(settings, store, index)
+    assert popularity.refresh()
+    plain = [f"dead-{n}" for n in range(limit)]
+    assert [item_id for item_id, _ in popularity.ranked] == plain
+    path = PopularPath(RecallContext(settings, store, None, popularity, ExitStack()))  # type: ignore[arg-type]
+    request = RecallRequest(None, 3, (), None, 0.0, Deadline.of_call(None, 60_000))
+    assert not path.recall(request, index).hits
+    for _ in range(6):
+        assert popularity.refresh()
+    names = [item_id for item_id, _ in popularity.ranked]
+    assert [hit.item_id for hit in path.recall(request, index).hits] == names[:3]
+    # Two of the list's four places are enough to end the search.
+    assert names[:2] == ["live-0", "live-1"][:filled]
+    alone = Popularity(settings, store)
+    alone.look_for_live()
+    assert alone.refresh() and [item_id for item_id, _ in alone.ranked] == plain
+
+
+def test_a_list_that_is_mostly_live_stays_as_it_is() -> None:
+    totals, asked = made(limit=4), list[int]()
+    counts = {"dead": 900, "a": 800, "b": 700, "c": 600, "d": 500}
+    totals.update("i0", {5: read_of(1, counts)})
+
+    def live_of(ids: Sequence[str]) -> list[bool]:
+        asked.append(len(ids))
+        return [item_id != "dead" for item_id in ids]
+
+    assert totals.ranked_live(live_of, 2) == totals.ranked()
+    assert asked == [4] and totals.depth == 4 and totals.known("i0") == {5: b"1"}
+    assert [item_id for item_id, _ in totals.ranked_live(live_of, 4)] == ["a", "b", "c", "d"]
 
 
 def test_a_slot_that_is_away_keeps_its_clicks_and_stops_no_other() -> None:
