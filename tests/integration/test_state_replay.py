@@ -16,9 +16,11 @@ import redis
 from cli.commands import replay_file as sending
 from eddyline import generations
 from eddyline.errors import SettingsError
+from eddyline.generations import KafkaStepRanges
 from eddyline.kafka import producers, topics
 from eddyline.kafka.producers import now_ms
 from eddyline.schema.events import UserProfile, shifted_to_now
+from eddyline.schema.step_ranges import FOREVER, StepRanges
 from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.redis import RedisStore
@@ -76,6 +78,33 @@ def test_one_slice_one_hash_in_both_stores_whatever_the_chunks(logs) -> None:
     assert totals["clicks"]["applied"] == 2_500 and totals["clicks"]["duplicates"] == 200
     assert totals["clicks"]["rejected"] == 4 and totals["clicks"]["steps"] > 500
     assert totals["items"]["applied"] == 156 and totals["users"]["applied"] == 2
+
+
+def test_micro_steps_are_taken_where_they_are_recorded(logs) -> None:
+    """Ingest loaded the generation in the middle of the log: no earlier event taught it."""
+    everywhere = replayed(logs, MemoryStore(), 256)
+    ends = topics.end_offsets(logs, topics.CLICKS)
+    log = str(topics.log_ids(logs, [topics.CLICKS])[topics.CLICKS])
+    manifest = generations.active_generation(logs)
+    producer = producers.make_producer(logs)
+    recorded = KafkaStepRanges(logs, producer)
+
+    def counted(first: dict[int, int]) -> int:
+        """Events counted by a replay, where steps begin at these offsets."""
+        recorded.write({("1", p): StepRanges(log, ((at, FOREVER),)) for p, at in first.items()})
+        store = MemoryStore()
+        assert replayed(logs, store, 97).hash != everywhere.hash or not any(first.values())
+        return sum(steps for steps, _ in store.snapshot().embeddings.values())
+
+    try:
+        assert counted(dict.fromkeys(ends, 0)) == counted(dict.fromkeys(ends, 0)) > 0
+        half = counted({p: end // 2 for p, end in ends.items()})
+        later = counted({p: end * 3 // 4 for p, end in ends.items()})
+        assert 0 == counted(ends) < later < half < counted(dict.fromkeys(ends, 0))
+    finally:
+        generations.clear_records(logs, ["1"])
+        generations.publish(logs, manifest)
+        producer.close(timeout=5)
 
 
 def test_what_is_in_the_state_is_in_the_hash(logs) -> None:
