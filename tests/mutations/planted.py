@@ -24,6 +24,9 @@ FENCES = "streams/fences.py"
 RESUMING = "streams/resuming.py"
 RULE = "eddyline/schema/erasure.py"
 EVENTS = "eddyline/schema/events.py"
+GENERATIONS = "eddyline/generations.py"
+ENDS = "tests/unit/eddyline/test_generation_records.py"
+REMOVALS = "tests/unit/streams/test_removed_embeddings.py"
 
 MUTATIONS = (
     Mutation(
@@ -286,5 +289,137 @@ MUTATIONS = (
         "        if events.is_moved(click):\n            return 0\n",
         "",
         (MODEL,),
+    ),
+    Mutation(
+        "a replay ignores where micro-steps are recorded",
+        "streams/operations/state_replay.py",
+        "FixedStepRanges(generations.step_ranges(settings))",
+        "FixedStepRanges()",
+        (
+            "tests/integration/test_state_replay.py"
+            "::test_micro_steps_are_taken_where_they_are_recorded",
+        ),
+    ),
+    Mutation(
+        "the active generation ends",
+        GENERATIONS,
+        "if name != self.active and name not in self.ended",
+        "if name not in self.ended",
+        (ENDS,),
+    ),
+    Mutation(
+        "a process goes on with a generation that has ended",
+        GENERATIONS,
+        "if end is not None and now_ms >= end.leave_ms:",
+        "if False:",
+        (ENDS, "tests/unit/serving/test_generation_watch.py"),
+    ),
+    Mutation(
+        "a generation is removed while processes may use it",
+        GENERATIONS,
+        "if now_ms >= end.remove_ms]",
+        "if now_ms >= end.ended_ms]",
+        (ENDS, REMOVALS),
+    ),
+    Mutation(
+        "embeddings of an ended generation stay",
+        "streams/ended_generations.py",
+        "                self._remove(name)",
+        "                pass",
+        (REMOVALS,),
+    ),
+    Mutation(
+        "the step ranges of an ended generation come back",
+        "streams/clicks/step_ranges.py",
+        "if mine.get(name) != new and name not in found.ended",
+        "if mine.get(name) != new",
+        (REMOVALS,),
+    ),
+    Mutation(
+        "a record without a time stamp refuses the log at every start",
+        RESUMING,
+        "if 0 <= since_ms < stale_ms:",
+        "if since_ms < stale_ms:",
+        (RESUMES,),
+    ),
+    Mutation(
+        "a record without a time stamp happened in 1969",
+        "eddyline/schema/validation.py",
+        "    if appended_ms < 0:",
+        "    if False:",
+        ("tests/unit/eddyline/schema/test_validation.py",),
+    ),
+    Mutation(
+        "one record that is too large for its topic ends ingest at every start",
+        LETTERS,
+        "enable_idempotence=False,",
+        "enable_idempotence=True,",
+        ("tests/integration/test_large_records.py",),
+    ),
+    Mutation(
+        "a header name that is not UTF-8 stops every reader",
+        "eddyline/kafka/header_names.py",
+        'return super().decode(encoding, "replace")',
+        "return super().decode(encoding, errors)",
+        ("tests/unit/eddyline/test_header_names.py",),
+    ),
+    Mutation(
+        "any number of calls may wait for a click",
+        "serving/answer/click_waits.py",
+        "if applied < after.offset and len(self) >= self._calls_max:",
+        "if False:",
+        ("tests/unit/serving/test_click_waits.py",),
+    ),
+    Mutation(
+        "one slot of Redis that is away takes its server with it",
+        "serving/answer/outages.py",
+        "key = of_slot if isinstance(error, SlotUnavailable) else of_server",
+        "key = of_server",
+        ("tests/unit/serving/test_outages.py",),
+    ),
+    Mutation(
+        "a failed renewal ends the workers",
+        "serving/worker/prefork.py",
+        "except (EddylineError, OSError, ValueError, MemoryError) as error:",
+        "except ZeroDivisionError as error:",
+        (
+            "tests/unit/serving/test_prefork.py"
+            "::test_a_failed_renewal_ends_no_worker_and_is_tried_again",
+        ),
+    ),
+    Mutation(
+        "a worker does not say what ingest has still to publish",
+        "serving/worker/publish_barrier.py",
+        "        return self._missing\n",
+        '        return ""\n',
+        ("tests/unit/serving/test_publish_barrier.py",),
+    ),
+    Mutation(
+        "a topic that was made anew is not noticed",
+        "serving/worker/log_watch.py",
+        "            elif name not in self._changed:",
+        "            elif False:",
+        ("tests/unit/serving/test_log_watch.py",),
+    ),
+    Mutation(
+        "a shard answers with any number of items",
+        "serving/rpc/shard_service.py",
+        "if not 0 <= k <= k_max:",
+        "if False:",
+        ("tests/unit/serving/test_coordinator.py::test_the_k_of_a_shards_call_has_limits",),
+    ),
+    Mutation(
+        "deletes stay in the index for ever",
+        "index/live.py",
+        "before_us = max((mark.written_us for mark in marks), default=0) - kept_us",
+        "before_us = 0",
+        ("tests/unit/index/test_tombstones.py",),
+    ),
+    Mutation(
+        "the archive keeps what a forgotten user did before and arrives later",
+        "streams/archive/partition_writer.py",
+        "if not counts or self._is_late(record, event, origin_ms):",
+        "if not counts:",
+        ("tests/unit/streams/test_archive_files.py",),
     ),
 )
