@@ -173,7 +173,7 @@ def _step(segment: _Segment) -> _Step | None:
 
 
 def _walk(steps: Sequence[_Step | None]) -> _Step:
-    """One function for all steps; None stands for every element."""
+    """One function for all steps; None is every element."""
     if None in steps:
         at = steps.index(None)
         before, after = _walk(steps[:at]), _walk(steps[at + 1 :])

@@ -9,8 +9,8 @@ import msgspec
 
 Headers = Sequence[tuple[str, bytes | None]]
 
-# Header of a record in Eddyline's own format, for topics that have a map: what Eddyline forwards,
-# merges and forgets stands among the records of the topic.
+# Header of a record in Eddyline's own format: in a topic with a map, what Eddyline forwards,
+# merges and forgets lies among records of the map's format.
 FORMAT = "eddyline_format"
 OWN = (FORMAT, b"1")
 # Of a record that a map made: it lies where the record lies that it was made from.

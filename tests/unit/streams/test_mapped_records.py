@@ -23,6 +23,7 @@ from eddyline.stores.memory import MemoryStore
 from eddyline.stores.state_store import LogId
 from embeddings.data import sources
 from embeddings.data.sources import SourceRecord
+from streams import dead_letters
 from streams.archive.partition_writer import ForgottenUsers, open_partition
 from streams.clicks.handler import ClickHandler
 from streams.dead_letters import KafkaDeadLetters, KafkaForwarder
@@ -270,3 +271,12 @@ def test_a_forwarded_event_that_the_broker_refuses_keeps_its_mark(settings: Sett
     kept = dict(more["headers"])
     assert topic == "dead-letters" and kept["reason"] == b"too_large"
     assert kept["record.eddyline_format"] == OWN[1] and b"item_id" in value
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_the_headers_that_a_letter_keeps_are_limited(settings: Settings, more: int) -> None:
+    rig = Rig(settings)
+    value = b"v" * (dead_letters.HEADERS_BYTES_MAX - len("a") + more)
+    ingest(rig.clicks, HERE, [record(3, b"{", headers=[("a", value), ("b", b"")])])
+    kept = dict(rig.sent()[0][2]["headers"])
+    assert ("record.a" in kept, "record.b" in kept) == (more <= 0, more < 0)

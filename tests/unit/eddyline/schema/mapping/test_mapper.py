@@ -346,3 +346,35 @@ def test_a_long_event_id_becomes_its_digest() -> None:
     assert one["event_id"].startswith("sha256:") and len(one["event_id"]) == 71
     [one] = mapped(FLAT, {"uid": "u", "sku": "a", "id": "x" * 256})
     assert one["event_id"] == "x" * 256
+
+
+@pytest.mark.parametrize(
+    ("weight", "allowed"), [(0, False), (0.001, True), (100, True), (100.001, False)]
+)
+def test_the_weight_of_a_kind_is_that_of_an_event(weight: float, allowed: bool) -> None:
+    text = FLAT.replace("weight = 2.5", f"weight = {weight}")
+    if allowed:
+        compiled(text)
+    else:
+        with pytest.raises(SettingsError, match=r"\$\.kinds"):
+            compiled(text)
+
+
+@pytest.mark.parametrize("each", [spec.EACH_MAX - 1, spec.EACH_MAX, spec.EACH_MAX + 1])
+def test_the_lists_in_lists_are_limited(each: int) -> None:
+    text = f"{FLAT}[[clicks.rule]]\neach = {['a'] * each}\n".replace("'", '"')
+    if each > spec.EACH_MAX:
+        with pytest.raises(SettingsError, match="length <= 4"):
+            compiled(text)
+    else:
+        compiled(text)
+
+
+@pytest.mark.parametrize("paths", [spec.NAMES_MAX - 1, spec.NAMES_MAX, spec.NAMES_MAX + 1])
+def test_the_paths_of_a_field_are_limited(paths: int) -> None:
+    text = FLAT.replace('["uid", "visitor"]', str(["uid"] * paths).replace("'", '"'))
+    if paths > spec.NAMES_MAX:
+        with pytest.raises(SettingsError, match="length <= 64"):
+            compiled(text)
+    else:
+        compiled(text)

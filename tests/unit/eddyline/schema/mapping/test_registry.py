@@ -335,3 +335,32 @@ def test_the_partition_waits_for_the_registry_and_loses_nothing(
     assert fences.open({0: (0, 100)}) == {0: 0}
     assert handler.apply_one(batch_of(log)).applied == 1
     assert [e.item_id for e in store.read_user("u0", 0, "u", "").history.entries] == ["a"]
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_the_answers_of_a_registry_are_limited(
+    double: Double, monkeypatch: pytest.MonkeyPatch, more: int
+) -> None:
+    double.add(1, "string")
+    size = len(json.dumps(double.schemas[1]))
+    monkeypatch.setattr(registry, "SCHEMA_BYTES_MAX", size - more)
+    if more > 0:
+        with pytest.raises(RegistryUnavailable, match="has more than"):
+            client(double).decoded(framed(1, b"\x02x"))
+    else:
+        assert client(double).decoded(framed(1, b"\x02x")) == "x"
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_the_references_of_a_schema_are_limited(
+    double: Double, monkeypatch: pytest.MonkeyPatch, more: int
+) -> None:
+    monkeypatch.setattr(registry, "REFERENCES_MAX", 3)
+    references = [{"name": f"n{n}", "subject": f"s{n}", "version": 1} for n in range(3 + more)]
+    for one in references:
+        double.subjects[str(one["subject"]), 1] = {"schema": json.dumps("string")}
+    double.add(1, "string", references=references)
+    if more > 0:
+        assert refusal(lambda: client(double).decoded(framed(1, b"\x02x"))) == "bad_schema"
+    else:
+        assert client(double).decoded(framed(1, b"\x02x")) == "x"
