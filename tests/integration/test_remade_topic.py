@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable
@@ -119,10 +120,12 @@ def test_a_worker_ends_when_its_log_is_another_and_the_next_one_reads_that(
             producer.send(settings.prefixed(name), value, key=item_id.encode(), partition=0)
         producer.flush(10)
 
+    frozen = gc.get_freeze_count()
     first = RunningWorker(settings)
     second: RunningWorker | None = None
     try:
         wait_until(lambda: first.stats().ready)
+        assert gc.get_freeze_count() > frozen + 10_000, "collections skip what is loaded"
         items = first.stats().index.live
         put("old-1", "old-2", "old-3")
         wait_until(lambda: first.stats().index.live == items + 3)
@@ -143,4 +146,5 @@ def test_a_worker_ends_when_its_log_is_another_and_the_next_one_reads_that(
         first.stop()
         if second is not None:
             second.stop()
+        gc.unfreeze()
     assert second.code == 0 and second.error is None
