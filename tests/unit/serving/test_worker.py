@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eddyline.errors import KafkaUnavailable, Unavailable
+from eddyline.errors import GenerationEnded, KafkaUnavailable, LogReplaced, Unavailable
 from eddyline.kafka.unreadable import UnreadableBatch
 from eddyline.schema.item_record import ItemRecord, encode_record
 from eddyline.settings.loader import Settings
 from index.exact import ExactIndex
 from index.filters import Filter, Range
+from serving import __main__ as worker_main
 from serving import running_workers
-from serving.sharding import ShardAssignment
-from serving.worker import replica
+from serving.sharding import ALL, ShardAssignment
+from serving.worker import prefork, replica
 from serving.worker.replica import Replica, load_bundle
 
 D = 4
@@ -433,3 +434,21 @@ def test_a_taken_port_ends_the_worker_with_2_and_a_stop_while_it_waits_with_0(
         waiting.kill()
         waiting.communicate(timeout=20)
     assert not list(tmp_path.glob("run/worker-*"))
+
+
+@pytest.mark.parametrize("error", [LogReplaced("another topic"), GenerationEnded("it has ended")])
+def test_a_forked_worker_that_cannot_go_on_has_the_keeper_open_anew(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, tmp_path: Path
+) -> None:
+    """Its siblings share the memory of the same log, so they are replaced one by one."""
+
+    def run(*_: object, **__: object) -> int:
+        raise error
+
+    monkeypatch.setattr(worker_main.Worker, "run", run)
+    settings = Settings(worker_port=0, data_dir=str(tmp_path))
+    index = ExactIndex(D)
+    processes = worker_main.WorkerProcesses(settings, None, ALL, threading.Event())  # type: ignore[arg-type]
+    shared = SimpleNamespace(index=index)
+    assert processes.serve(shared, 0, lambda: None, may_build=True) == prefork.RENEW  # type: ignore[arg-type]
+    processes._port.close()
