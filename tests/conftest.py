@@ -30,6 +30,13 @@ from tests.integration.redis_servers import real_cluster
 # settings are made on top of this one.
 hypothesis.settings.register_profile("ci", derandomize=True, database=None)
 hypothesis.settings.register_profile("explore", derandomize=False)
+# `make mutations` wants a failure, not the smallest one: shrinking takes minutes.
+hypothesis.settings.register_profile(
+    "mutations",
+    derandomize=True,
+    database=None,
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
+)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 # Settings of the machine that runs the tests must not steer them; its servers may.

@@ -176,7 +176,7 @@ MUTATIONS = (
         UPDATES,
         "fresh.erasure = self._erasures[digest(forget.user_id)] = erasure.after(user.erasure)",
         "fresh.erasure = erasure.after(user.erasure)",
-        (MODEL,),
+        (ERASURE, MODEL),
     ),
     Mutation(
         "committed offsets beyond a shortened log suppress what is to be forwarded",

@@ -84,7 +84,8 @@ def run_tests(tree: Path, tests: Sequence[str], timeout_s: float = TIMEOUT_S) ->
     command += ["--show-capture=no", "--tb=short"]
     command += ["--hypothesis-seed=0", *tests]
     environment = {
-        **{k: v for k, v in os.environ.items() if k != "HYPOTHESIS_PROFILE"},
+        **os.environ,
+        "HYPOTHESIS_PROFILE": "mutations",
         "PYTHONPATH": str(tree),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
