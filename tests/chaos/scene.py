@@ -356,7 +356,7 @@ def small_generation(folder: Path, dataset: Dataset, generation: str = "1") -> M
 
     profiles = {user: dict(profile.attributes) for user, profile in dataset.profiles.items()}
     data = TrainingData(items=dataset.items, profiles=profiles, clicks=dataset.clicks)
-    recipe = Recipe(epochs=2, seed=int(generation), threads=2)
+    recipe = Recipe(epochs=2, seed=int(generation))
     train(data, folder / generation, generation, recipe=recipe)
     return Manifest(generation=generation, bundle=generation, dimension=64, created_ms=now_ms())
 

@@ -132,7 +132,7 @@ def bundle(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
         profiles = {user: dict(profile.attributes) for user, profile in dataset.profiles.items()}
         data = TrainingData(items=dataset.items, profiles=profiles, clicks=dataset.clicks)
-        train(data, folder / "1", "1", recipe=Recipe(epochs=2, seed=1, threads=2))
+        train(data, folder / "1", "1", recipe=Recipe(epochs=2, seed=1))
 
     folder = once_per_run(tmp_path_factory, "generations", make)
     return folder, Manifest(generation="1", bundle="1", dimension=64, created_ms=now_ms())
