@@ -420,7 +420,15 @@ class Checks:
 
     def down(self) -> str:
         """Remove everything of this project."""
-        self.engine.compose("down", "--volumes", "--timeout", "60", timeout_s=240)
+        down = ("down", "--volumes", "--timeout", "60")
+        self.engine.compose(*down, timeout_s=240)
+        # podman-compose leaves what `--scale` added, and the network with it.
+        of_project = f"label=com.docker.compose.project={self.engine.project}"
+        listed = self.engine.call("ps", "--all", "--quiet", "--filter", of_project)
+        if added := listed.stdout.split():
+            for _ in added:  # one at a time may wait for another that depends on it
+                self.engine.call("rm", "--force", *added, check=False)
+            self.engine.compose(*down, timeout_s=240)
         left = [name for name in ("kafka", "valkey", *TARGETS) if self.engine.containers(name)]
         assert not left, left
         return "containers, networks and volumes are gone"
