@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from cli import file_commands
 from eddyline import __version__
 from eddyline.errors import EddylineError, SettingsError
 from eddyline.settings.loader import Settings, data_folder, load
@@ -231,6 +232,9 @@ def replay(
     from cli.commands import replay_file
 
     replay_file.replay_file(_settings(), file, speed=speed, topic=topic, shift_to_now=shift_to_now)
+
+
+app.command("import")(file_commands.import_)
 
 
 @app.command()

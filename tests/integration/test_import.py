@@ -1,0 +1,68 @@
+"""Files into a real Kafka, killed in between."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from eddyline.kafka import reading, topics
+from eddyline.settings.loader import Settings
+
+ROWS = 30_000
+
+
+def command(settings: Settings, *words: str) -> subprocess.Popen[str]:
+    environment = os.environ | {
+        "EDDYLINE_KAFKA_BOOTSTRAP_SERVERS": settings.kafka_bootstrap_servers,
+        "EDDYLINE_REDIS_URL": settings.redis_url,
+        "EDDYLINE_NAMESPACE": settings.namespace,
+        "EDDYLINE_DATA_DIR": settings.data_dir,
+        "COLUMNS": "200",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "cli", *words],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def records(settings: Settings, name: str) -> list[dict[str, Any]]:
+    return [json.loads(record.value) for record in reading.read(settings, name)]
+
+
+def test_a_killed_import_is_resumed_without_a_double(
+    fresh_settings: Settings, tmp_path: Path
+) -> None:
+    settings, movies, ratings = fresh_settings, tmp_path / "movies.csv", tmp_path / "ratings.csv"
+    movies.write_text("movieId,title,genres\n1,Heat,Crime|Drama\n", encoding="utf-8")
+    lines = (f"{n % 97},{n % 11},4.0,{964982703 + n}\n" for n in range(ROWS))
+    ratings.write_text("userId,movieId,rating,timestamp\n" + "".join(lines), encoding="utf-8")
+    topics.ensure_topics(settings)
+    first = command(settings, "import", str(ratings), str(movies), "--yes")
+    try:
+        folder = Path(settings.data_dir) / "imports"
+        while first.poll() is None:  # killed after the first confirmed chunk of clicks
+            found = [json.loads(one.read_bytes()) for one in folder.glob("*.clicks.json")]
+            if found and found[0]["next_row"]:
+                first.send_signal(signal.SIGKILL)
+                break
+        first.communicate(timeout=30)
+    finally:
+        first.kill()
+    assert first.returncode == -signal.SIGKILL
+    second = command(settings, "import", str(ratings), str(movies), "--yes")
+    printed, _ = second.communicate(timeout=120)
+    assert second.returncode == 0, printed
+    assert "resumed at row" in printed and "was imported" in printed
+    ids = Counter(one["event_id"] for one in records(settings, topics.CLICKS))
+    assert len(ids) == ROWS and set(ids.values()) == {1}
+    (item,) = records(settings, topics.ITEMS)
+    assert (item["title"], item["categories"]) == ("Heat", ["Crime", "Drama"])
