@@ -137,13 +137,20 @@ def own_records(settings: Settings, topic: str, record: RawRecord) -> Sequence[R
     return found.records(record)
 
 
-def user_events(settings: Settings, record: RawRecord) -> list[tuple[RawRecord, UserEvent, bool]]:
+def user_events(
+    settings: Settings, record: RawRecord, by_map: Mapper | None = None
+) -> list[tuple[RawRecord, UserEvent, bool]]:
     """(record in Eddyline's own format, event, whether it lies in its user's partition).
 
     Of any record of `clicks`; as `user_event` otherwise. Raises Rejected for the whole record.
+    by_map: what `map_of` returns, of a caller that reads many records
     """
     found, partition = [], record.partition
-    for one in own_records(settings, "clicks", record):
+    if by_map is not None and mark_of(record.headers) is None:
+        own: Sequence[RawRecord] = by_map.records(record)
+    else:
+        own = own_records(settings, "clicks", record)
+    for one in own:
         origin_ms = events.origin_ms(one.headers)
         event, here = user_event(settings, partition, one.value, one.timestamp, origin_ms)
         found.append((one, event, here))

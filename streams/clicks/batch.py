@@ -13,6 +13,7 @@ from eddyline.kafka.topics import CLICKS
 from eddyline.schema import events, validation
 from eddyline.schema.deduplication import DedupeWindow
 from eddyline.schema.events import Merge
+from eddyline.schema.mapping.mapper import Mapper
 from eddyline.schema.partitioning import user_slot
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import Fence, Source, UserRead
@@ -100,9 +101,10 @@ def narrow(batch: RecordBatch, width: int) -> Iterator[RecordBatch]:
 def decode(settings: Settings, batch: RecordBatch) -> DecodedEvents:
     """Decode the records of a batch and sort them by kind."""
     decoded = DecodedEvents()
-    if validation.map_of(settings, CLICKS) is not None:
+    by_map = validation.map_of(settings, CLICKS)
+    if by_map is not None:
         for record in batch.records:
-            _map(settings, record, decoded)
+            _map(settings, by_map, record, decoded)
         return decoded
     for record in batch.records:
         try:
@@ -123,10 +125,10 @@ def decode(settings: Settings, batch: RecordBatch) -> DecodedEvents:
     return decoded
 
 
-def _map(settings: Settings, record: Record, decoded: DecodedEvents) -> None:
+def _map(settings: Settings, by_map: Mapper, record: Record, decoded: DecodedEvents) -> None:
     """Decode a record of a topic with a map: it has any number of events."""
     try:
-        found = validation.user_events(settings, record)
+        found = validation.user_events(settings, record, by_map)
     except Rejected as rejected:
         decoded.rejected.append((record, rejected))
         return
