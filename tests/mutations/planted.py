@@ -358,10 +358,10 @@ MUTATIONS = (
     ),
     Mutation(
         "a header name that is not UTF-8 stops every reader",
-        "eddyline/kafka/header_names.py",
+        "eddyline/kafka/kafka_python_decoding.py",
         'return super().decode(encoding, "replace")',
         "return super().decode(encoding, errors)",
-        ("tests/unit/eddyline/test_header_names.py",),
+        ("tests/unit/eddyline/test_decoding.py",),
     ),
     Mutation(
         "any number of calls may wait for a click",
@@ -397,8 +397,8 @@ MUTATIONS = (
     Mutation(
         "a topic that was made anew is not noticed",
         "serving/worker/log_watch.py",
-        "            elif name not in self._changed:",
-        "            elif False:",
+        "            if found[name] == known:",
+        "            if True:",
         ("tests/unit/serving/test_log_watch.py",),
     ),
     Mutation(
