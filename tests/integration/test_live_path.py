@@ -87,7 +87,7 @@ def test_a_click_that_does_not_exist_is_not_awaited(live, user) -> None:
     client.retrieve(user, 5, after=(partition, 1 << 40), wait_ms=2_000)  # connects to Kafka
     began = time.monotonic()
     answer = client.retrieve(user, 5, after=(partition, 1 << 40), wait_ms=2_000)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 2, "the whole wait; some milliseconds on an idle machine"
     assert not answer.freshness.after.applied
     assert f"partition {partition} of clicks ends before offset" in answer.freshness.after.why
     assert len(answer.items) == 5
