@@ -25,7 +25,7 @@ from typing_extensions import override
 from eddyline.errors import VectorRejected
 from eddyline.schema.item_record import ItemRecord
 from index.arrays import Ints, Mask, Vector
-from index.backends.base import AnnBackend
+from index.backends.base import AnnBackend, AnnIndex
 from index.filters import Filter
 from index.port import Hit, Index, IndexStats, RecallEstimate, SearchResult, Watermark
 from index.records import check_query, stack_vectors, stamps_of, watermarks_after
@@ -40,7 +40,7 @@ from index.storage.tombstones import LABEL, OFFSET, Tombstones
 from index.writing import batch, merge_policy
 from index.writing.batch import Changes
 from index.writing.placement import BuildInput, Placement
-from index.writing.rebuilder import Rebuilder
+from index.writing.rebuilder import Rebuilder, run_niced
 
 # A label of an ended delete is free after this time: no query runs as long, so none has a version
 # in which the item lives.
@@ -393,13 +393,17 @@ class LiveIndex(Index):
         # Rows never change, so this copy needs no lock.
         table = version.table
         built = BuildInput(labels, table.gather(rows), table.offsets[rows])
-        index = self._backend.build(np.arange(len(labels)), built.vectors, stop)
+        index = self._build(built, stop)
         if index is None:
             return
         with self._lock:
             version = self._version
             replaced = [segment.number for segment in version.segments[:1]]
             self._version = self._placement.adopt(version, index, built, replaced, main=True)
+
+    def _build(self, built: BuildInput, stop: threading.Event) -> AnnIndex | None:
+        numbers = np.arange(len(built.labels))
+        return run_niced(lambda: self._backend.build(numbers, built.vectors, stop))
 
     def _flush(self, stop: threading.Event) -> None:
         with self._lock:
@@ -410,7 +414,7 @@ class LiveIndex(Index):
             built = self._placement.flush_input(version, merged)
         if not len(built.labels):
             return
-        index = self._backend.build(np.arange(len(built.labels)), built.vectors, stop)
+        index = self._build(built, stop)
         if index is None:
             return
         with self._lock:

@@ -39,7 +39,7 @@ from serving.rpc.server import SharedPort, WorkerServer
 from serving.rpc.shard_service import ShardService
 from serving.sharding import ShardAssignment, shard_of
 from serving.worker.generation import GenerationRuntime
-from serving.worker.prefork import RENEW, ForkedWork, Prefork, run_niced
+from serving.worker.prefork import RENEW, ForkedWork, Prefork
 
 log = logging.getLogger(__name__)
 
@@ -240,7 +240,7 @@ class WorkerProcesses(ForkedWork[GenerationRuntime]):
     def build(self, shared: GenerationRuntime) -> bool | None:
         if not self._large(shared):
             return None
-        return run_niced(shared.index.rebuild)
+        return shared.index.rebuild()
 
     @override
     def serve(

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +21,32 @@ POLL_S = 30.0
 CLOSE_S = 30.0
 # Queries and writes come first on busy cores: niceness 10 has about a tenth of their weight.
 NICE = 10
+_T = TypeVar("_T")
+
+
+def run_niced(call: Callable[[], _T]) -> _T:
+    """The result of the call, made in a thread of low priority that has ended on return.
+
+    For the graph's construction alone: a thread of low priority that holds the write lock or the
+    interpreter lock makes every other thread wait for the cores that it does not get.
+    """
+    found: list[_T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        if sys.platform == "linux":  # elsewhere niceness belongs to the process
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        try:
+            found.append(call())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name=f"{threading.current_thread().name}-niced")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return found[0]
 
 
 class Rebuilder:
@@ -93,8 +120,6 @@ class Rebuilder:
             self._thread.join(CLOSE_S)
 
     def _run(self) -> None:
-        if sys.platform == "linux":  # elsewhere niceness belongs to the process
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         while not self._stop.is_set():
             self._wake.wait(POLL_S)
             self._wake.clear()

@@ -44,8 +44,6 @@ READY_S = 120.0
 END_S = 40.0
 TERM_AGAIN_S = 1.0
 ONE_THREAD_S = 1.0
-# As a rebuild in a worker: if cores are short, queries come first.
-NICE = 10
 # First pause before a failed renewal is tried again; doubles up to RENEW_AGAIN_S_MAX.
 RENEW_AGAIN_S, RENEW_AGAIN_S_MAX = 1.0, 300.0
 # The check of a renewal waits for Kafka this long; then it starts anew.
@@ -347,21 +345,6 @@ class Prefork(Generic[_T]):
         while os.getppid() == keeper and not self._stop.wait(1.0):
             pass
         self._stop.set()
-
-
-def run_niced(call: Callable[[], bool]) -> bool:
-    """The result of the call, made in a thread of low priority that has ended on return."""
-    found = False
-
-    def run() -> None:
-        nonlocal found
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
-        found = call()
-
-    thread = threading.Thread(target=run, name="keeper-build")
-    thread.start()
-    thread.join()
-    return found
 
 
 def _report_ready(pipe: int) -> None:

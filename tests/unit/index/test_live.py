@@ -1,9 +1,11 @@
 """The live index: when it builds and drops segments, recall under churn, failed rebuilds."""
 
+import os
 import sys
 import threading
 import time
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +15,8 @@ from index.exact import ExactIndex
 from index.factory import HnswIndex
 from index.live import LiveIndex
 from index.storage.vector_table import VectorTable
-from index.writing import batch
-from index.writing.rebuilder import Rebuilder
+from index.writing import batch, placement
+from index.writing.rebuilder import Rebuilder, run_niced
 from tests.unit.index.item_records import records, units, wait_until
 
 D = 6
@@ -345,3 +347,42 @@ def test_the_highest_offset_of_an_item_in_a_batch_counts() -> None:
         ]
         assert index.apply(some) == oracle.apply(some)
         assert index.query(POOL[0], 20) == oracle.query(POOL[0], 20)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere niceness belongs to the process")
+@pytest.mark.parametrize("what", ["rebuild", "flush"])
+def test_only_the_construction_of_a_graph_has_a_low_priority(
+    monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """A thread of low priority that held the write lock would stop writers on busy cores."""
+
+    def priority() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    own, found = priority(), dict[str, int]()
+    index = HnswIndex(D, exact_below=0, fresh_max=30, flush_above=10)
+    index.apply(records(units(20, D, 3)))
+    assert index.rebuild()
+    for owner, name in ((type(index._backend), "build"), (placement.Placement, "adopt")):
+        original = getattr(owner, name)
+
+        def noting(*args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
+            found[name] = priority()
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, noting)
+    (index._flusher if what == "rebuild" else index._rebuilder).close()
+    index.apply(records(units(40, D, 4), offset=9_000))
+    wait_until(lambda: "adopt" in found)
+    index.close()
+    assert found == {"build": min(19, own + 10), "adopt": own}
+    assert priority() == own
+
+
+def test_an_error_of_a_build_reaches_the_thread_that_waits_for_it() -> None:
+    def broken() -> None:
+        raise MemoryError("no room")
+
+    with pytest.raises(MemoryError, match="no room"):
+        run_niced(broken)
+    assert run_niced(lambda: 7) == 7

@@ -445,8 +445,7 @@ sys.exit(prefork.Prefork(settings, Real(), stop).run())
 
 
 @pytest.mark.parametrize(
-    ("build", "later"),
-    [("prefork.run_niced(index.rebuild)", "2000 1 False"), ("False", "2000 1 False")],
+    ("build", "later"), [("index.rebuild()", "2000 1 False"), ("False", "2000 1 False")]
 )
 def test_no_worker_builds_a_graph_before_the_keeper_has_tried(
     make: Make, build: str, later: str
