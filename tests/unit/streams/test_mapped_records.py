@@ -14,7 +14,7 @@ from kafka.errors import MessageSizeTooLargeError
 from eddyline.archive import HOUR_MS, Archive
 from eddyline.errors import Rejected
 from eddyline.kafka.topics import CLICKS, ITEMS, USERS
-from eddyline.schema import events
+from eddyline.schema import events, validation
 from eddyline.schema.events import Click, Forget
 from eddyline.schema.mapping.records import MAPPED, OWN
 from eddyline.schema.partitioning import partition_of
@@ -280,3 +280,18 @@ def test_the_headers_that_a_letter_keeps_are_limited(settings: Settings, more: i
     ingest(rig.clicks, HERE, [record(3, b"{", headers=[("a", value), ("b", b"")])])
     kept = dict(rig.sent()[0][2]["headers"])
     assert ("record.a" in kept, "record.b" in kept) == (more <= 0, more < 0)
+
+
+def test_users_of_a_table_lie_where_their_id_as_key_puts_them(tmp_path: Path) -> None:
+    """The connector's transform makes the id the key."""
+    settings = Settings(clicks_partitions=4, users_map="debezium", data_dir=str(tmp_path))
+    here = partition_of("7", 4)
+    for key, place, expected in ((b"7", here, None), (b"7", (here + 1) % 4, "wrong_partition")):
+        for value in ({"op": "c", "after": {"id": 7, "city": "Graz"}}, {"op": "d", "before": None}):
+            sent = record(1, value, key=key, partition=place, topic="users")
+            if expected is not None:
+                with pytest.raises(Rejected, match=expected):
+                    validation.profiles(settings, sent)
+                continue
+            [(user, profile)] = validation.profiles(settings, sent)
+            assert user == "7" and (profile is None) == (value["op"] == "d")
