@@ -78,6 +78,7 @@ def as_json(**fields: Any) -> bytes:
     return json.dumps(fields).encode()
 
 
+@pytest.mark.long
 def test_a_shops_topics_are_read_as_they_are(
     settings: Settings, dataset: Dataset, bundle: tuple[Path, Manifest]
 ) -> None:
