@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ from typing import Any
 import msgspec
 import pytest
 
+from cli.commands import generations as commands
+from cli.commands import replay_file
 from eddyline import generations
-from eddyline.errors import BundleError, GenerationEnded, KafkaUnavailable
+from eddyline.errors import BundleError, EddylineError, GenerationEnded, KafkaUnavailable
 from eddyline.generations import Manifest
 from eddyline.kafka import producers, topics
 from eddyline.kafka.producers import now_ms
 from eddyline.kafka.topics import CLICKS
 from eddyline.schema import events
-from eddyline.schema.events import Click
+from eddyline.schema.events import Click, shifted_to_now
 from eddyline.schema.partitioning import partition_of, user_slot
 from eddyline.settings.loader import Settings
 from eddyline.stores.redis import RedisStore
@@ -26,11 +29,13 @@ from eddyline.stores.state_store import Source
 from embeddings.bundle import bundle as bundles
 from embeddings.bundle import removal
 from embeddings.bundle.bundle import NewBundle
+from sandbox.datasets.dataset import Dataset
 from streams.ended_generations import EndedGenerations
 from streams.fences import KafkaLogIds
 from streams.generation import Generation
 from streams.handlers import Handlers, Outputs
 from tests.applying import ingest
+from tests.integration.conftest import living
 from tests.simulation.test_ingest_faults import Rec
 
 pytestmark = pytest.mark.timeout(180)
@@ -240,6 +245,68 @@ def test_an_end_is_void_while_the_generation_is_active_again(
     ended = generations.read(slow).ended
     assert set(ended) == {"1", "2"}
     assert ended["1"].ended_ms > before.ended["1"].ended_ms, "a new end has its whole grace"
+
+
+def test_the_commands_show_what_is_kept_and_what_ends(
+    settings: Settings, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slow = msgspec.structs.replace(settings, generation_grace_s=3_600)
+    for number in range(1, 5):
+        publish(slow, trained, str(number))
+    commands.show_list(slow)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    words = {"active", "kept", "ended"}
+    states = {row[0]: next(w for w in row if w in words) for row in rows if words & set(row)}
+    assert states == {"4": "active", "3": "kept", "2": "kept", "1": "ended"}
+    commands.activate(slow, "2")
+    commands.end(slow)
+    said = capsys.readouterr().out
+    assert "generation 2 is active; restart ingest and workers" in said
+    assert "1 ended generations wait for their removal" in said
+
+
+@pytest.mark.long
+@pytest.mark.timeout(400)
+def test_running_processes_leave_an_ended_generation_and_answers_go_on(
+    servers: Settings,
+    dataset: Dataset,
+    bundle: tuple[Path, Manifest],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(generations, "REMOVE_AFTER_MS", 1_000)
+    shutil.copytree(bundle[0] / "1", tmp_path / "bundles" / "1")
+    settings = msgspec.structs.replace(
+        servers, namespace=f"t-{uuid.uuid4().hex[:12]}", data_dir=str(tmp_path / "data")
+    )
+    with living(settings, dataset, (tmp_path / "bundles", bundle[1])) as system:
+        replay_file.send(system.settings, shifted_to_now(dataset.clicks[-2_000:], now_ms()))
+        system.applied()
+        assert "embeddings" in owned(system.settings)["1"]
+        now = msgspec.structs.replace(system.settings, generation_grace_s=0)
+        for number in range(2, 5):
+            publish(now, bundle[0] / "1", str(number))
+
+        def answers_from() -> str:
+            try:
+                found: str = system.client().stats().generation
+            except EddylineError:
+                return ""
+            return found
+
+        system.wait_for("the active generation", lambda: answers_from() == "4", 120)
+        for name in ("ingest", "worker"):
+            log = system.supervisor.log_file(name).read_text(encoding="utf-8")
+            assert "generation 1 has ended" in log and "Traceback" not in log, name
+        assert removal.remove_ended(now) == ["1"]
+
+        def gone() -> bool:
+            return "embeddings" not in owned(now).get("1", set())
+
+        system.wait_for("the removal of embeddings", gone, 120)
+        system.click("ana", dataset.items[0].item_id)
+        system.applied()
+        assert answers_from() == "4"
 
 
 def test_a_process_with_an_ended_generation_opens_nothing(
