@@ -94,7 +94,7 @@ def cure(reason: str, name: str, refusal: Refusal) -> str:
             return f"{name} = {{ {first} }}" if len(found) > 1 else f'{name} = "{found[0]}"'
         paths = list(guess.paths_of(refusal.records))[:_PATHS_SHOWN]
         return f"name another path for {name}; the records have {', '.join(paths) or 'no fields'}"
-    if reason == "unknown_kind":
+    if reason == "unknown_kind" or (reason, name) == ("bad_field", "kind"):
         return _kinds(refusal)
     if reason == "bad_field" and name == "at_ms":
         found = guess.candidates(refusal.records, name)

@@ -87,6 +87,18 @@ def test_each_refusal_is_counted_with_what_would_cure_it(tmp_path: Path) -> None
     assert "a map reads JSON only" in printed
 
 
+def test_the_kinds_that_a_map_lacks_are_listed(tmp_path: Path) -> None:
+    map_ = tmp_path / "map.toml"
+    map_.write_text(
+        '[clicks]\nfields = { user_id = "visitorid", item_id = "itemid", kind = "event" }\n',
+        encoding="utf-8",
+    )
+    words = ("check", lines(tmp_path, *VIEWS), "--map", str(map_))
+    printed, message = run(*words, error=EddylineError)
+    assert message == "6 of 9 records are refused"
+    assert 'cure: kinds = { "addtocart" = "cart", "transaction" = "purchase" }' in printed
+
+
 def test_records_are_read_whole_from_arrays_and_over_several_lines(tmp_path: Path) -> None:
     [binary] = [
         one
