@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from eddyline.errors import SettingsError
 from eddyline.settings.loader import load
 
 
@@ -27,6 +28,9 @@ def import_(
     refused: Annotated[
         Path | None, typer.Option(help="Write refused rows to this new file.")
     ] = None,
+    train: Annotated[
+        bool, typer.Option("--train", help="Train and activate a generation afterwards.")
+    ] = False,
     delimiter: Annotated[str, typer.Option(help="Of CSV files; default: found out.")] = "",
     header: Annotated[
         bool | None, typer.Option("--header/--no-header", help="Whether CSV files have names.")
@@ -46,4 +50,72 @@ def import_(
         files,
         import_files.Options(map_name, topic, delimiter, header, dry_run, refused),
         None if yes else lambda question: typer.confirm(question, abort=True),
+    )
+    if train and not dry_run:
+        from cli.commands import first_answer
+
+        first_answer.prepare(resolve(load()))
+
+
+def export(
+    what: Annotated[str, typer.Argument(help="items, users or clicks.")],
+    file: Annotated[
+        Path, typer.Argument(help="A new .jsonl, .csv (both also .gz, .zst) or .parquet file.")
+    ],
+    archive: Annotated[
+        bool | None,
+        typer.Option("--archive/--no-archive", help="Read the archive; default: train_from."),
+    ] = None,
+) -> None:
+    """Write items, profiles or clicks to a file that `eddyline import` reads again."""
+    from cli.commands import export_files
+    from eddyline.process.discovery import resolve
+
+    export_files.export(resolve(load(), redis=False), what, file, archive=archive)
+
+
+def replay(
+    file: Annotated[
+        Path | None, typer.Argument(help="One JSON object a line: clicks, items or users.")
+    ] = None,
+    speed: Annotated[
+        float, typer.Option(help="1 keeps the gaps, 10 is ten times as fast, 0 has no gaps.")
+    ] = 0,
+    topic: Annotated[str, typer.Option(help="clicks, items or users.")] = "clicks",
+    shift_to_now: Annotated[
+        bool, typer.Option(help="Move all times so that the last event is now.")
+    ] = False,
+    begin: Annotated[
+        str, typer.Option("--from", help="earliest, a time, or offsets: clicks:0=100,items:1=5.")
+    ] = "earliest",
+    end: Annotated[str, typer.Option("--to", help="As --from; the end is exclusive.")] = "latest",
+    into: Annotated[
+        str, typer.Option(help="memory or redis: replay a slice of Kafka, no file.")
+    ] = "",
+    chunk: Annotated[int, typer.Option(help="With --into: records in one batch.")] = 256,
+) -> None:
+    """Send the events of a file, with their gaps or faster.
+
+    With --into, replay a slice of Kafka's topics and print the hash of the resulting state: the
+    same each time, in memory and in Redis.
+    """
+    from eddyline.process.discovery import resolve
+
+    if into:
+        if file is not None:
+            raise SettingsError(
+                f"replay {file} --into {into}: name a file or a slice of Kafka, not both"
+            )
+        from cli.commands import state_replay
+
+        state_replay.replay(resolve(load()), begin=begin, end=end, into=into, batch=chunk)
+        return
+    if file is None:
+        raise SettingsError(
+            "replay needs a file to send, or --into memory|redis for a slice of Kafka"
+        )
+    from cli.commands import replay_file
+
+    replay_file.replay_file(
+        resolve(load()), file, speed=speed, topic=topic, shift_to_now=shift_to_now
     )

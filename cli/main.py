@@ -20,7 +20,7 @@ from rich.console import Console
 from cli import file_commands
 from cli.map_group import map_app
 from eddyline import __version__
-from eddyline.errors import EddylineError, SettingsError
+from eddyline.errors import EddylineError
 from eddyline.settings.loader import Settings, data_folder, load
 
 app = typer.Typer(
@@ -70,18 +70,24 @@ def version() -> None:
 
 
 @app.command()
-def up(foreground: Annotated[bool, typer.Option(help="Stay in this terminal.")] = False) -> None:
+def up(
+    foreground: Annotated[bool, typer.Option(help="Stay in this terminal.")] = False,
+    processes: Annotated[
+        str, typer.Option("--with", help="Run these, too: ingest,worker,archive.")
+    ] = "",
+) -> None:
     """Start a local Kafka and Valkey in the background; their data is in `data_dir`."""
     from cli.commands import servers
 
     settings = load()
     data_folder(settings)
-    servers.up(settings, foreground=foreground)
+    names = [name for one in processes.split(",") if (name := one.strip())]
+    servers.up(settings, foreground=foreground, processes=names)
 
 
 @app.command()
 def down() -> None:
-    """Stop the local Kafka and Valkey; the data stays."""
+    """Stop the local Kafka and Valkey, and what runs with them; the data stays."""
     from cli.commands import servers
 
     servers.down(load())
@@ -191,51 +197,9 @@ def item(
     )
 
 
-@app.command()
-def replay(
-    file: Annotated[
-        Path | None, typer.Argument(help="One JSON object a line: clicks, items or users.")
-    ] = None,
-    speed: Annotated[
-        float, typer.Option(help="1 keeps the gaps, 10 is ten times as fast, 0 has no gaps.")
-    ] = 0,
-    topic: Annotated[str, typer.Option(help="clicks, items or users.")] = "clicks",
-    shift_to_now: Annotated[
-        bool, typer.Option(help="Move all times so that the last event is now.")
-    ] = False,
-    begin: Annotated[
-        str, typer.Option("--from", help="earliest, a time, or offsets: clicks:0=100,items:1=5.")
-    ] = "earliest",
-    end: Annotated[str, typer.Option("--to", help="As --from; the end is exclusive.")] = "latest",
-    into: Annotated[
-        str, typer.Option(help="memory or redis: replay a slice of Kafka, no file.")
-    ] = "",
-    chunk: Annotated[int, typer.Option(help="With --into: records in one batch.")] = 256,
-) -> None:
-    """Send the events of a file, with their gaps or faster.
-
-    With --into, replay a slice of Kafka's topics and print the hash of the resulting state: the
-    same each time, in memory and in Redis.
-    """
-    if into:
-        if file is not None:
-            raise SettingsError(
-                f"replay {file} --into {into}: name a file or a slice of Kafka, not both"
-            )
-        from cli.commands import state_replay
-
-        state_replay.replay(_settings(), begin=begin, end=end, into=into, batch=chunk)
-        return
-    if file is None:
-        raise SettingsError(
-            "replay needs a file to send, or --into memory|redis for a slice of Kafka"
-        )
-    from cli.commands import replay_file
-
-    replay_file.replay_file(_settings(), file, speed=speed, topic=topic, shift_to_now=shift_to_now)
-
-
+app.command()(file_commands.replay)
 app.command("import")(file_commands.import_)
+app.command()(file_commands.export)
 
 
 @app.command()

@@ -7,17 +7,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from eddyline.errors import LocalServerError
+from eddyline.errors import LocalServerError, SettingsError
 from eddyline.process.discovery import LocalServers, is_held, running, servers_file
 from eddyline.settings.loader import Settings
 from sandbox.servers import kafka_jars
-from sandbox.servers.__main__ import run
+from sandbox.servers.__main__ import PROCESSES, run
 from sandbox.servers.local_servers import log_dir, needed
 from sandbox.servers.status import server_status
 from sandbox.servers.supervisor import open_log, tail
@@ -25,35 +26,54 @@ from sandbox.servers.supervisor import open_log, tail
 OWNER = "eddyline up"
 # A broker may have to recover a large log after a power cut.
 UP_TIMEOUT_S = 240.0
-# More than the time that both servers may take to stop.
-DOWN_TIMEOUT_S = 60.0
+# More than the time that both servers and three processes may take to stop.
+DOWN_TIMEOUT_S = 90.0
+# A process that was started ends within this time if its settings are wrong.
+STEADY_S = 3.0
+PROCESSES_TIMEOUT_S = 60.0
 POLL_S = 0.05
 
 
-def up(settings: Settings, foreground: bool = False, *, console: Console | None = None) -> None:
+def up(
+    settings: Settings,
+    foreground: bool = False,
+    *,
+    processes: Sequence[str] = (),
+    console: Console | None = None,
+) -> None:
     """Start the servers that the settings do not name, wait until they answer, print their
     addresses.
 
     foreground: run them in this process until Ctrl-C; otherwise they run in the background until
                 `down`
-    Raises LocalServerError with the step, the reason and what to do.
+    processes:  names of `PROCESSES`, which run with the servers and are restarted if they end
+    Raises LocalServerError with the step, the reason and what to do, SettingsError.
     """
     console = console or Console()
-    if not any(needed(settings)):
+    for name in processes:
+        if name not in PROCESSES:
+            raise SettingsError(f"--with {name!r}: expected some of {', '.join(PROCESSES)}")
+    if not any(needed(settings)) and not processes:
         console.print("Nothing to start: the settings name Kafka and Redis.")
         show(settings, console)
         return
     if is_held(settings) and (found := _wait_ready(settings, console, None)):
+        if lacking := [name for name in processes if name not in found.processes]:
+            raise LocalServerError(
+                f"`{found.owner}` (pid {found.pid}) is up without {', '.join(lacking)}: stop it, "
+                "and start it again (`eddyline down`)"
+            )
         console.print(f"Already up (`{found.owner}`, pid {found.pid}).")
         show(settings, console)
         return
     if needed(settings)[0]:
         _fetch(console)
     if foreground:
-        run(settings, owner=OWNER, on_step=console.print)
+        run(settings, owner=OWNER, on_step=console.print, processes=processes)
         return
-    process = _spawn(settings)
+    process = _spawn(settings, processes)
     _wait_ready(settings, console, process)
+    _wait_processes(settings, processes)
     show(settings, console)
 
 
@@ -107,6 +127,9 @@ def show(settings: Settings, console: Console) -> None:
             console.print(
                 f"log of {server.version}: {server.log} (pid {server.pid})", soft_wrap=True
             )
+    for name, pid in local.processes.items():
+        path = log_dir(settings) / f"{name}.log"
+        console.print(f"log of {name}: {path} (pid {pid})", soft_wrap=True)
     console.print(f"data: {local.data_dir}", soft_wrap=True)
 
 
@@ -118,7 +141,30 @@ def _fetch(console: Console) -> None:
         )
 
 
-def _spawn(settings: Settings) -> subprocess.Popen[bytes]:
+def _wait_processes(settings: Settings, names: Sequence[str]) -> None:
+    """Return when the processes run, and have not ended at once for a wrong setting."""
+    deadline, steady_s = time.monotonic() + PROCESSES_TIMEOUT_S, 0.0
+    pids: dict[str, int] = {}
+    while names:
+        servers = running(settings)
+        found = servers.processes if servers else {}
+        now = time.monotonic()
+        if found != pids or not found.keys() >= set(names):
+            pids, steady_s = found, now
+        elif now - steady_s > STEADY_S:
+            return
+        if now > deadline:
+            lacking = next((name for name in names if name not in found), names[0])
+            path = log_dir(settings) / f"{lacking}.log"
+            last = "\n".join(tail(path, 12))
+            raise LocalServerError(
+                f"{lacking} does not run; `eddyline down` stops the rest. The end of {path}:\n"
+                f"{last}"
+            )
+        time.sleep(POLL_S)
+
+
+def _spawn(settings: Settings, processes: Sequence[str]) -> subprocess.Popen[bytes]:
     """The supervisor in its own session: neither Ctrl-C nor a closed terminal reaches it."""
     path = _log(settings)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +176,7 @@ def _spawn(settings: Settings) -> subprocess.Popen[bytes]:
     }
     with open_log(path) as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "sandbox.servers"],
+            [sys.executable, "-m", "sandbox.servers", "--with", ",".join(processes)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

@@ -37,6 +37,7 @@ class LocalServers(msgspec.Struct, frozen=True, kw_only=True):
     owner:     the command that runs the servers
     step:      what it does now, for a process that waits
     namespace: its namespace, which commands use while the demo runs
+    processes: name → pid of Eddyline's own processes that run with the servers
     """
 
     owner: str
@@ -47,6 +48,7 @@ class LocalServers(msgspec.Struct, frozen=True, kw_only=True):
     namespace: str = ""
     kafka: LocalServer | None = None
     redis: LocalServer | None = None
+    processes: dict[str, int] = {}
 
 
 def run_dir(settings: Settings) -> Path:

@@ -1,6 +1,7 @@
 """The supervisor of the local servers as a process; `eddyline up` starts it.
 
     python -m sandbox.servers              run Kafka and Valkey until SIGTERM or SIGINT
+    python -m sandbox.servers --with ingest,worker   run these processes, too
     python -m sandbox.servers --fetch      only download Apache Kafka's jars (a step of the set-up)
     python -m sandbox.servers --lock       rewrite kafka.lock
 
@@ -15,28 +16,40 @@ import logging
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from eddyline.errors import EddylineError
+from eddyline.errors import EddylineError, LocalServerError
 from eddyline.process.discovery import run_dir
 from eddyline.process.logs import configure
 from eddyline.settings.loader import Settings, load
+from sandbox.processes import Deployment
 from sandbox.servers import kafka_jars
 from sandbox.servers.local_servers import local_servers, log_dir
 from sandbox.servers.supervisor import Supervisor
 
+log = logging.getLogger("sandbox.servers")
+
+# Eddyline's own processes that can run with the servers, and their modules.
+PROCESSES = {"ingest": "streams", "worker": "serving", "archive": "streams.archive"}
 # How often the supervisor checks whether its data folder was deleted, and then stops.
 WATCH_S = 1.0
 
 
-def run(settings: Settings, *, on_step: Callable[[str], None], owner: str = "eddyline up") -> None:
+def run(
+    settings: Settings,
+    *,
+    on_step: Callable[[str], None],
+    owner: str = "eddyline up",
+    processes: Sequence[str] = (),
+) -> None:
     """Run the servers that the settings do not name until SIGTERM or SIGINT.
 
     Also ends when the data folder is deleted. Thread rule: the main thread.
-    on_step: called before every step of the start, and once with "ready"
+    on_step:   called before every step of the start, and once with "ready"
+    processes: names of `PROCESSES` to run as well; one that fails for good does not end the others
     Raises LocalServerError.
     """
     stop = threading.Event()
@@ -45,14 +58,24 @@ def run(settings: Settings, *, on_step: Callable[[str], None], owner: str = "edd
         contextlib.suppress(_Stopped),
         _signals(stop, up),
         Supervisor(log_dir(settings)) as supervisor,
-        local_servers(settings, supervisor, owner=owner, on_step=on_step),
+        local_servers(settings, supervisor, owner=owner, on_step=on_step) as made,
     ):
+        deployment = Deployment(made, supervisor)
+        supervisor.start(
+            *(deployment.child(name, PROCESSES[name], lambda: True) for name in processes)
+        )
         up.set()
         on_step("ready")
         lock = run_dir(settings) / "lock"
         inode = lock.stat().st_ino
+        failed = ""
         while not stop.wait(WATCH_S) and _inode(lock) == inode:
-            pass
+            try:
+                supervisor.check()
+            except LocalServerError as error:
+                if str(error) != failed:
+                    failed = str(error)
+                    log.error(failed)
 
 
 class _Stopped(BaseException):
@@ -102,6 +125,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m sandbox.servers", description=__doc__.split("\n", 1)[0]
     )
+    parser.add_argument("--with", dest="processes", default="", help="run these, too: a,b")
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--fetch", action="store_true", help="only download Apache Kafka's jars")
     choice.add_argument("--lock", action="store_true", help="rewrite kafka.lock")
@@ -114,7 +138,8 @@ def main() -> int:
         elif arguments.lock:
             kafka_jars.LOCK.write_text(kafka_jars.resolve(), encoding="utf-8")
         else:
-            run(settings, on_step=logging.getLogger("sandbox.servers").info)
+            names = [name for name in arguments.processes.split(",") if name]
+            run(settings, on_step=log.info, processes=names)
     except EddylineError as error:
         sys.stderr.write(f"{error}\n")
         return 1

@@ -140,6 +140,8 @@ class _Startup:
             servers = msgspec.structs.replace(
                 servers, redis=msgspec.structs.replace(servers.redis, pid=pids.get("valkey", 0))
             )
+        own = {name: pid for name, pid in pids.items() if name not in ("kafka", "valkey")}
+        servers = msgspec.structs.replace(servers, processes=own)
         write_atomically(
             servers_file(self.settings),
             msgspec.json.format(msgspec.json.encode(servers), indent=2) + b"\n",

@@ -12,7 +12,7 @@ import hashlib
 import io
 import os
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -142,9 +142,20 @@ def open_file(path: Path, *, delimiter: str = "", header: bool | None = None) ->
     return _counted(found)
 
 
+def to_parquet(lines: Path, columns: Mapping[str, str]) -> Path:
+    """A Parquet file beside a file of JSON lines. columns: name → type of DuckDB"""
+    out = lines.with_name(f"{lines.name}.parquet")
+    types = ", ".join(f"'{name}': '{kind}'" for name, kind in columns.items())
+    with _reading(lines, out) as connection:
+        query = f"FROM read_json(?, columns={{{types}}}, format='newline_delimited')"
+        target = str(out.absolute()).replace("'", "''")
+        connection.execute(f"COPY ({query}) TO '{target}' (FORMAT parquet)", [_escaped(lines)])
+    return out
+
+
 @contextmanager
-def _reading(path: Path) -> Iterator[Any]:
-    """A connection of DuckDB that may read this one file; translates its errors."""
+def _reading(path: Path, *others: Path) -> Iterator[Any]:
+    """A connection of DuckDB that may open these files alone; translates its errors."""
     try:
         import duckdb
     except ImportError:
@@ -161,7 +172,7 @@ def _reading(path: Path) -> Iterator[Any]:
                 "autoload_known_extensions": False,
             }
         ) as connection:
-            names = [str(path.absolute()), _escaped(path)]
+            names = [form(one) for one in (path, *others) for form in (_absolute, _escaped)]
             connection.execute("SET allowed_paths = ?", [names])
             connection.execute("SET enable_external_access = false")
             connection.execute("SET TimeZone = 'UTC'")
@@ -169,6 +180,10 @@ def _reading(path: Path) -> Iterator[Any]:
     except duckdb.Error as error:
         first = next(iter(str(error).strip().splitlines()), "unknown error")
         raise UnreadableFile(f"{path}: {first[:300]}") from None
+
+
+def _absolute(path: Path) -> str:
+    return str(path.absolute())
 
 
 def _escaped(path: Path) -> str:

@@ -30,8 +30,8 @@ Keyed = tuple[str, Event | None]
 # Ids of items of a table of events, to send each item once: about 100 bytes each.
 LAST_ROWS_MAX = 5_000_000
 _OWN = {topics.CLICKS: Click, topics.ITEMS: Item, topics.USERS: UserProfile}
-# Fields of Eddyline's own format that are text; others are JSON, also in the cell of a CSV file.
-_TEXTS = frozenset(
+# Fields of Eddyline's own format that are text; others are JSON, also in a cell.
+TEXTS = frozenset(
     {"user_id", "item_id", "kind", "event_id", "impression_id", "title", "merge_into"}
 )
 _OWN_SAMPLE = 100
@@ -80,7 +80,7 @@ class RowReader:
         self.last: Mapping[str, int] | None = None
         self._settings = settings
         self._mapper = file_map.mapper(topic)
-        self._cells = file.layout.format == "csv"
+        self._has_cells = file.layout.format in ("csv", "parquet")
 
     def events(self, number: int, row: bytes | None) -> list[Keyed]:
         """The events of a row, none where the map ignores it. Raises Rejected.
@@ -129,7 +129,7 @@ class RowReader:
         record = _decoded(row)
         if not isinstance(record, dict):
             raise Rejected("malformed_json", "", "the row is no JSON object")
-        fields = _cells(record) if self._cells else record
+        fields = _cells(record) if self._has_cells else record
         if self.topic == topics.CLICKS:
             fields.setdefault("event_id", own_id)
         name = "item_id" if self.topic == topics.ITEMS else "user_id"
@@ -227,19 +227,21 @@ def _own_topic(file: DataFile, records: Sequence[Any], topic: str) -> str:
 
 def _is_own(file: DataFile, record: dict[str, Any], kind: Any) -> bool:
     try:
-        msgspec.convert(_cells(record) if file.layout.format == "csv" else record, kind)
+        msgspec.convert(
+            _cells(record) if file.layout.format in ("csv", "parquet") else record, kind
+        )
     except (msgspec.ValidationError, Rejected):
         return False
     return True
 
 
 def _cells(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The cells of a CSV row as the values of an event. Raises Rejected."""
+    """The cells of a row of CSV or Parquet as the values of an event. Raises Rejected."""
     found: dict[str, Any] = {}
     for name, cell in record.items():
         if cell is None:
             continue
-        if name in _TEXTS or not isinstance(cell, str):
+        if name in TEXTS or not isinstance(cell, str):
             found[name] = cell
             continue
         try:

@@ -24,6 +24,7 @@ from cli.commands.servers import down, up
 from eddyline.errors import LocalServerError, SettingsError
 from eddyline.process.discovery import is_held, resolve, running, servers_file
 from eddyline.settings.loader import Settings
+from sandbox.processes import free_port
 from sandbox.servers.local_servers import local_servers, log_dir
 from sandbox.servers.supervisor import Supervisor
 
@@ -237,3 +238,31 @@ def test_a_start_that_is_interrupted_and_a_deleted_folder_leave_nothing(
         Path(settings.data_dir).rename(tmp_path / "moved")
         assert process.wait(20) == 0
     assert gone(pid)
+
+
+@pytest.mark.usefixtures("taken_down")
+def test_processes_run_with_the_servers_and_none_stays(
+    settings: Settings, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDDYLINE_WORKER_PORT", str(free_port()))
+    with pytest.raises(SettingsError, match="'trainer': expected some of ingest, worker, archive"):
+        up(settings, processes=["trainer"], console=console)
+    up(settings, processes=["ingest", "worker"], console=console)
+    found = running(settings)
+    assert found is not None and found.processes.keys() == {"ingest", "worker"}
+    assert f"(pid {found.processes['worker']})" in text(console)
+    up(settings, processes=["worker"], console=console)
+    assert "Already up" in text(console)
+    with pytest.raises(LocalServerError, match="is up without archive"):
+        up(settings, processes=["archive"], console=console)
+
+    os.kill(found.processes["ingest"], signal.SIGKILL)  # it is restarted
+    eventually(
+        lambda: (
+            (now := running(settings)) is not None
+            and now.processes.get("ingest", 0) not in (0, found.processes["ingest"])
+        )
+    )
+    pids = [*running(settings).processes.values(), *pids_of(settings).values()]  # type: ignore[union-attr]
+    down(settings, console=console)
+    assert all(gone(pid) for pid in pids)
