@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import runpy
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
