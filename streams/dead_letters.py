@@ -74,10 +74,12 @@ def outlet_producer(settings: Settings) -> KafkaProducer:
     )
 
 
-def record_bytes(key: bytes | None, value: bytes, headers: Sequence[tuple[str, bytes]]) -> int:
+def record_bytes(
+    key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes]]
+) -> int:
     """The most bytes that a batch with this record alone takes, uncompressed."""
     named = sum(len(name.encode()) + len(v) + _HEADER_FRAME_BYTES for name, v in headers)
-    return _FRAME_BYTES + len(key or b"") + len(value) + named
+    return _FRAME_BYTES + len(key or b"") + len(value or b"") + named
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,11 @@ class Delivery:
         self._pending: list[_Pending] = []
 
     def send(
-        self, topic: str, value: bytes, too_large: Callable[[], None] | None = None, **more: Any
+        self,
+        topic: str,
+        value: bytes | None,
+        too_large: Callable[[], None] | None = None,
+        **more: Any,
     ) -> None:
         """Queue a record.
 
@@ -192,11 +198,13 @@ class KafkaForwarder(Forwarder, ForgetSink):
         self._letters = KafkaDeadLetters(settings, producer, self._delivery)
 
     @override
-    def forward(self, record: Record, key: bytes, value: bytes, partition: int) -> None:
+    def forward(self, record: Record, key: bytes, value: bytes | None, partition: int) -> None:
+        name = record.topic.removeprefix(self._settings.prefixed(""))
+        own_format = marks(getattr(self._settings, f"{name if name in SOURCES else CLICKS}_map"))
         origin = [
             ("origin", coordinates(record).encode()),
-            (events.ORIGIN_MS, str(first_append_ms(record)).encode()),
-            *marks(self._settings.clicks_map),
+            (events.ORIGIN_MS, str(events.first_append_ms(record)).encode()),
+            *own_format,
         ]
         names = {FORMAT, *(name for name, _ in origin)}
         headers = [(n, bytes(v)) for n, v in record.headers if n not in names and v is not None]
@@ -209,7 +217,7 @@ class KafkaForwarder(Forwarder, ForgetSink):
         if size > FORWARD_BYTES_MAX:
             raise _too_large(f"{size:,} bytes with key and origin, {FORWARD_BYTES_MAX:,} allowed")
         refused = _too_large(f"the broker refuses its size; it has {size:,} bytes")
-        unsent = _Unsent(record, key, value, marks(self._settings.clicks_map))
+        unsent = _Unsent(record, key, value, own_format)
         self._delivery.send(
             record.topic,
             value,
@@ -240,16 +248,16 @@ class _Unsent:
     """
 
     def __init__(
-        self, origin: Record, key: bytes, value: bytes, marks: Sequence[tuple[str, bytes]]
+        self, origin: Record, key: bytes, value: bytes | None, marks: Sequence[tuple[str, bytes]]
     ) -> None:
         self.topic = origin.topic
         self.partition = origin.partition
         self.offset = origin.offset
         self.timestamp = origin.timestamp
-        first_ms = str(first_append_ms(origin)).encode()
+        first_ms = str(events.first_append_ms(origin)).encode()
         self.headers: Headers = [(events.ORIGIN_MS, first_ms), *marks]
         self.key: bytes | None = key
-        self.value: bytes | None = value
+        self.value = value
 
 
 def _too_large(detail: str) -> Rejected:
@@ -266,7 +274,7 @@ def _letter(
         ("detail", rejected.detail.encode("utf-8", "replace")),
         ("timestamp_ms", str(record.timestamp).encode()),
     ]
-    if (first_ms := first_append_ms(record)) != record.timestamp:
+    if (first_ms := events.first_append_ms(record)) != record.timestamp:
         headers.append((events.ORIGIN_MS, str(first_ms).encode()))
     if record.key is not None:
         headers.append(("key", bytes(record.key[:key_max])))
@@ -296,15 +304,9 @@ def _original_headers(record: Record) -> list[tuple[str, bytes]]:
     return kept
 
 
-def first_append_ms(record: Record) -> int:
-    """Broker's time stamp of the record's first append, ms; its own if it was not forwarded."""
-    origin_ms = events.origin_ms(record.headers)
-    return record.timestamp if origin_ms is None else min(origin_ms, record.timestamp)
-
-
 def forget_of(settings: Settings, record: Record, user_id: str) -> events.Forget:
     """The Forget record of a null record in `users`; it carries the settings of now."""
-    until_ms = record.timestamp
+    until_ms = events.first_append_ms(record)
     return events.Forget(
         user_id=user_id,
         forget_until_ms=until_ms,

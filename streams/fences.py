@@ -137,6 +137,11 @@ class PartitionFences:
         """The offset up to which every slot has everything; −1 for none."""
         return _lowest(self._fences_of(partition))
 
+    def highest(self, partition: int) -> int:
+        """The offset up to which some slot has everything; −1 for none."""
+        fences = self._fences_of(partition).values()
+        return max(-1 if fence is None else fence.offset for fence in fences)
+
     def forwarded_up_to(self, partition: int) -> int:
         """Last offset whose forwarded records a previous owner already sent; −1 if none.
 

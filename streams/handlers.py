@@ -33,7 +33,7 @@ class Sink(DeadLetterSink, Forwarder, Protocol):
 class Outputs:
     """Where the handlers' records go, besides item records. Each sink serves one handler.
 
-    forgets: see `UserHandler`
+    user_forwarder, item_forwarder, forgets: see `UserHandler`, `ItemHandler`
     steps:   see `ClickHandler`
     """
 
@@ -41,6 +41,8 @@ class Outputs:
     user_letters: DeadLetterSink
     item_letters: DeadLetterSink
     forwarder: Forwarder
+    user_forwarder: Forwarder | None = None
+    item_forwarder: Forwarder | None = None
     forgets: ForgetSink | None = None
     steps: StepRangeRule = field(default_factory=FixedStepRanges)
 
@@ -52,6 +54,8 @@ class Outputs:
             user_letters=KafkaDeadLetters(settings, producer),
             item_letters=KafkaDeadLetters(settings, producer),
             forwarder=KafkaForwarder(settings, producer),
+            user_forwarder=KafkaForwarder(settings, producer),
+            item_forwarder=KafkaForwarder(settings, producer),
             forgets=KafkaForwarder(settings, producer),
             steps=RecordedStepRanges(KafkaStepRanges(settings, producer)),
         )
@@ -117,6 +121,7 @@ class Handlers:
             self.known,
             self.clicks.cache,
             self.outputs.forgets,
+            self.outputs.user_forwarder,
         )
 
     @cached_property
@@ -138,6 +143,7 @@ class Handlers:
             self.generations,
             self.items_wait_s,
             self.clock_us,
+            self.outputs.item_forwarder,
         )
 
     def of(self, topic: str) -> Handler:

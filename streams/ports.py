@@ -56,6 +56,9 @@ class Outcome:
     steps:      micro-steps taken
     forgotten:  dropped: events of a forgotten user from before that, see `schema.erasure`
     late:       applied, but too late for their user's list
+    outdated:   forwarded items and profiles that are older than what their key has: dropped
+    disputed:   forwarded items and profiles of keys that another producer sends to their own
+                partition
     repeated:   at or below a fence: applied before, skipped for that slot
     ignored:    records of which the map of the topic makes no event
     """
@@ -69,6 +72,8 @@ class Outcome:
     late: int = 0
     forgotten: int = 0
     repeated: int = 0
+    outdated: int = 0
+    disputed: int = 0
     ignored: int = 0
 
     def add(self, other: Outcome) -> None:
@@ -189,7 +194,7 @@ class Forwarder(Protocol):
     Thread rule: one batch at a time.
     """
 
-    def forward(self, record: Record, key: bytes, value: bytes, partition: int) -> None:
+    def forward(self, record: Record, key: bytes, value: bytes | None, partition: int) -> None:
         """Queue the record for `partition` of its own topic, with the header `origin`.
 
         Its other headers are left out where it would be too large with them. Raises Rejected

@@ -6,23 +6,26 @@ that are read again (Redis was emptied, or went back) forget the user at the sam
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 from typing_extensions import override
 
 from eddyline.errors import FenceMoved, Rejected, Unavailable
-from eddyline.kafka.topics import USERS
+from eddyline.kafka.topics import CLICKS, USERS
 from eddyline.schema import events, validation
-from eddyline.schema.erasure import is_outdated
 from eddyline.schema.events import UserProfile
 from eddyline.schema.partial import Omitted
-from eddyline.schema.partitioning import user_slot
+from eddyline.schema.partitioning import partition_of, user_slot
 from eddyline.settings.loader import Settings
-from eddyline.stores.state_store import ProfilePlace, Source, StateStore
+from eddyline.stores.state_store import ProfilePlace, Source, StateStore, UserQuery
 from streams.clicks.user_cache import UserCache
 from streams.fences import PartitionFences
-from streams.ports import DeadLetterSink, ForgetSink, Handler, Outcome, RecordBatch
-from streams.records import Record
+from streams.ports import DeadLetterSink, ForgetSink, Forwarder, Handler, Outcome, RecordBatch
+from streams.profile_order import ProfileOrder
+from streams.records import Record, coordinates
+
+log = logging.getLogger(__name__)
 
 
 class UserHandler(Handler):
@@ -31,6 +34,7 @@ class UserHandler(Handler):
     generations: whose embeddings are deleted with a forgotten user
     user_cache:  the cache of the clicks handler, which learns of every write
     forgets:     appends forgotten users to `clicks`; None where no ingest reads them from there
+    forwarder:   sends records in a wrong partition to their own; None leaves them
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class UserHandler(Handler):
         generations: Sequence[str],
         user_cache: UserCache,
         forgets: ForgetSink | None = None,
+        forwarder: Forwarder | None = None,
     ) -> None:
         self.fences = fences
         self.omitted = Omitted()
@@ -51,6 +56,9 @@ class UserHandler(Handler):
         self._generations = generations
         self._user_cache = user_cache
         self._forgets = forgets
+        self._forwarder = forwarder
+        self._mapped = validation.map_of(settings, USERS) is not None
+        self._dispute_logged = False
 
     @override
     def open(self, partition: int) -> None:
@@ -88,26 +96,96 @@ class UserHandler(Handler):
                 outcome.rejected += 1
                 continue
             outcome.ignored += not found
-            changes += [(record, *change) for change in found]
+            for user_id, profile, own in found:
+                if own:
+                    changes.append((record, user_id, profile))
+                elif record.offset > sent:
+                    self._forward(record, user_id, profile, outcome)
+        order = self._order(partition, changes)
         for record, user_id, profile in changes:
             outcome.applied += 1
             attributes = None if profile is None else profile.attributes
             place = _place(record)
-            if attributes is not None and profiles.get(user_id) is not None:
-                if is_outdated(place, places[user_id]):
-                    continue
             if profile is None and self._forgets is not None and record.offset > sent:
-                self._forgets.forget(record, user_id)
+                if not order.is_known(user_id, place):
+                    self._forgets.forget(record, user_id)
+            if not order.counts(user_id, record, place, attributes):
+                outcome.applied -= 1
+                outcome.outdated += 1
+                continue
             forgotten_before = user_id in profiles and profiles[user_id] is None
             if forgotten_before and attributes is not None:
                 # The new profile must not hide that the list and the embedding are to be deleted.
                 self._write(partition, profiles, until_ms, places, record.offset - 1)
                 profiles = {}
             profiles[user_id] = attributes
-            until_ms[user_id] = record.timestamp
+            until_ms[user_id] = events.first_append_ms(record)
             places[user_id] = place
+        self._restore(order, sent, outcome)
         self._write(partition, profiles, until_ms, places, batch.last)
         return outcome
+
+    def _forward(
+        self, record: Record, user_id: str, profile: UserProfile | None, outcome: Outcome
+    ) -> None:
+        """Send a record in a wrong partition to its own; a too large one is a dead letter.
+
+        A profile that is older than the user's erasure is dropped: behind the null record it would
+        outlive it in the compacted log.
+        """
+        if self._forwarder is None:
+            return
+        to, value = partition_of(user_id, self._settings.clicks_partitions), record.value
+        if profile is not None:
+            query = UserQuery(user_slot(to), Source(CLICKS, to), [user_id], [])
+            [read] = self._store.read_many([query])
+            erasure = read.erasures.get(user_id)
+            if erasure is not None and erasure.covers_profile(-1, events.first_append_ms(record)):
+                outcome.forgotten += 1
+                return
+        if self._mapped:
+            value = None if profile is None else events.encode(profile)
+        try:
+            self._forwarder.forward(record, user_id.encode(), value, to)
+        except Rejected as rejected:
+            self._dead_letters.put(record, rejected)
+            outcome.rejected += 1
+            return
+        outcome.forwarded += 1
+        if outcome.forwarded == 1:  # once a batch
+            log.warning(
+                "users in a wrong partition are forwarded; their producer needs Kafka's murmur2 "
+                "partitioner",
+                extra={"at": coordinates(record)},
+            )
+
+    def _order(
+        self, partition: int, changes: Sequence[tuple[Record, str, UserProfile | None]]
+    ) -> ProfileOrder:
+        """What the users of forwarded records have. Raises StoreUnavailable."""
+        forwarded = (user for record, user, _ in changes if _place(record)[0] < 0)
+        users = list(dict.fromkeys(forwarded))
+        if not users:
+            return ProfileOrder({}, {}, {})
+        slot, source = user_slot(partition), Source(CLICKS, partition)
+        [read] = self._store.read_many([UserQuery(slot, source, users, [])])
+        return ProfileOrder(dict(read.profiles), dict(read.profile_places), read.erasures)
+
+    def _restore(self, order: ProfileOrder, sent: int, outcome: Outcome) -> None:
+        """Append newer profiles again after outdated ones, as compaction keeps the last."""
+        outcome.disputed = order.disputed
+        if order.disputed and not self._dispute_logged:
+            self._dispute_logged = True
+            log.warning(
+                "two producers send the same user to different partitions; their times decide, and "
+                "only as exactly as the brokers' clocks. Further ones are counted as `disputed`"
+            )
+        if self._forwarder is None:
+            return
+        for record in order.restored():
+            if record.offset > sent:
+                self._forwarder.forward(record, record.key or b"", record.value, record.partition)
+                outcome.forwarded += 1
 
     def _write(
         self,
@@ -118,6 +196,8 @@ class UserHandler(Handler):
         offset: int,
     ) -> None:
         self._dead_letters.flush()
+        if self._forwarder is not None:
+            self._forwarder.flush()
         if self._forgets is not None:
             self._forgets.flush()
         source, slot = Source(USERS, partition), user_slot(partition)

@@ -69,7 +69,7 @@ class Truth:
     def put(self, record: Record, rejected: Rejected) -> None:
         self.refused[f"{record.topic}/{record.partition}/{record.offset}"] = rejected.reason
 
-    def forward(self, record: Record, key: bytes, value: bytes, partition: int) -> None:
+    def forward(self, record: Record, key: bytes, value: bytes | None, partition: int) -> None:
         """What ingest forwarded lies in the topic, and counts there."""
 
     def flush(self) -> None:

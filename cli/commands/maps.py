@@ -155,8 +155,8 @@ def _read(settings: Settings, topic: str, record: RawRecord, of_topic: bool) -> 
         if topic == topics.CLICKS:
             return [event for _, event, _ in validation.user_events(settings, record)]
         if topic == topics.ITEMS:
-            return [item or key for key, item in validation.item_changes(settings, record)]
-        return [user or key for key, user in validation.profiles(settings, record)]
+            return [item or key for key, item, _ in validation.item_changes(settings, record)]
+        return [user or key for key, user, _ in validation.profiles(settings, record)]
     own = validation.own_records(settings, topic, record)
     made = validation.unsent_record(settings, topic, record)
     return [

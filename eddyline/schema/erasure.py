@@ -63,11 +63,13 @@ class Erasure:
     def covers_profile(self, offset: int, first_ms: int) -> bool:
         """Whether a profile is older than the null record.
 
-        offset: of the profile in `users`, -1 for a replayed dead letter
+        offset: of the profile in `users`, -1 for one that was forwarded or replayed
         first_ms: broker's time stamp of its first append
-        Both are compared: offsets start again in a topic that was created anew.
+        Both are compared: offsets start again in a topic that was created anew. Without an offset,
+        a profile of the same millisecond stays: it may stand after the null record.
         """
-        return offset < self.users_offset and first_ms <= self.until_ms
+        until_ms = self.until_ms if offset >= 0 else self.until_ms - 1
+        return offset < self.users_offset and first_ms <= until_ms
 
     def encode(self) -> bytes:
         """The stored form: three int64, little-endian."""
@@ -112,9 +114,9 @@ def erased_after(
 
 
 def is_outdated(place: tuple[int, int], stored: tuple[int, int]) -> bool:
-    """Whether a profile is a replayed dead letter that is older than the stored profile.
+    """Whether a profile was forwarded or replayed, and is older than the stored profile.
 
-    place, stored: (offset in `users`, -1 for a replayed one; ms of the first append)
+    place, stored: (offset in `users`, -1 for such a profile; ms of the first append)
     """
     return place[0] < 0 and place[1] < stored[1]
 

@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Meta
 
 from eddyline.errors import Rejected
+from eddyline.schema.mapping.records import RawRecord
 
 Kind = Literal["click", "view", "like", "cart", "purchase", "dislike"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -331,6 +332,12 @@ def origin_ms(headers: Sequence[tuple[str, bytes | None]]) -> int | None:
     None for any other record, and for a malformed header.
     """
     return _number(headers, ORIGIN_MS)
+
+
+def first_append_ms(record: RawRecord) -> int:
+    """Broker's time stamp of the record's first append, ms; its own if it was not forwarded."""
+    first_ms = origin_ms(record.headers)
+    return record.timestamp if first_ms is None else min(first_ms, record.timestamp)
 
 
 def _number(headers: Sequence[tuple[str, bytes | None]], wanted: str) -> int | None:

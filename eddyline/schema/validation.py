@@ -68,16 +68,18 @@ def item(
     value: bytes | None,
     appended_ms: int,
     omitted: Omitted | None = None,
-) -> tuple[str, Item | None]:
-    """(item id, item; None deletes the item). Raises Rejected.
+) -> tuple[str, Item | None, bool]:
+    """(item id, item; None deletes the item, whether it lies in its partition). Raises Rejected.
 
-    partition: of the record, None before it is sent; appended_ms: the broker's time stamp
-    omitted:   gets the bad optional parts, which are left out
+    A record outside its partition is stray: ingest forwards it, and it counts in its own partition.
+    partition:   of the record, None before it is sent
+    appended_ms: the broker's time stamp of the first append
+    omitted:     gets the bad optional parts, which are left out
     """
-    item_id = _id_of("item", key, partition, settings.items_partitions)
+    item_id, own = _id_of("item", key, partition, settings.items_partitions)
     if value is None:
         events.check_id("item_id", item_id)
-        return item_id, None  # a delete needs no time
+        return item_id, None, own  # a delete needs no time
     _check_stamp(appended_ms)
     limits: dict[str, Any] = {
         "key": item_id,
@@ -88,7 +90,7 @@ def item(
     found = _decoded(events.decode_item, partial.item, value, limits, omitted)
     if 0 < found.at_ms < settings.at_ms_min:
         raise _too_early(found.at_ms, settings)
-    return item_id, found
+    return item_id, found, own
 
 
 def profile(
@@ -98,13 +100,16 @@ def profile(
     value: bytes | None,
     appended_ms: int,
     omitted: Omitted | None = None,
-) -> tuple[str, UserProfile | None]:
-    """(user id, profile; None forgets the user). Arguments and errors as for `item`."""
-    user_id = _id_of("user", key, partition, settings.clicks_partitions)
+) -> tuple[str, UserProfile | None, bool]:
+    """(user id, profile; None forgets the user, whether it lies in its partition).
+
+    Arguments and errors as for `item`.
+    """
+    user_id, own = _id_of("user", key, partition, settings.clicks_partitions)
     _check_stamp(appended_ms)
     if value is None:
         events.check_id("user_id", user_id)
-        return user_id, None
+        return user_id, None, own
     limits: dict[str, Any] = {
         "key": user_id,
         "appended_ms": appended_ms,
@@ -114,7 +119,7 @@ def profile(
     if 0 < found.at_ms < settings.at_ms_min:
         raise _too_early(found.at_ms, settings)
     _check_user(settings, "user_id", user_id)
-    return user_id, found
+    return user_id, found, own
 
 
 def map_of(settings: Settings, topic: str) -> Mapper | None:
@@ -159,7 +164,7 @@ def user_events(
 
 def item_changes(
     settings: Settings, record: RawRecord, omitted: Omitted | None = None
-) -> list[tuple[str, Item | None]]:
+) -> list[tuple[str, Item | None, bool]]:
     """What `item` returns, of each change in any record of `items`. Raises Rejected.
 
     Where the map says that the producer's key decides on the partition, it is compared with that.
@@ -174,17 +179,19 @@ def item_changes(
             detail = "the map of items has partition = 'key': only its own producer may write items"
             raise Rejected("wrong_partition", "key", detail)
     return [
-        item(settings, partition, one.key, one.value, one.timestamp, omitted)
+        item(settings, partition, one.key, one.value, events.first_append_ms(one), omitted)
         for one in own_records(settings, "items", record)
     ]
 
 
 def profiles(
     settings: Settings, record: RawRecord, omitted: Omitted | None = None
-) -> list[tuple[str, UserProfile | None]]:
+) -> list[tuple[str, UserProfile | None, bool]]:
     """What `profile` returns, of each change in any record of `users`. Raises Rejected."""
     return [
-        profile(settings, record.partition, one.key, one.value, one.timestamp, omitted)
+        profile(
+            settings, record.partition, one.key, one.value, events.first_append_ms(one), omitted
+        )
         for one in own_records(settings, "users", record)
     ]
 
@@ -206,9 +213,9 @@ def unsent(
         event, _ = user_event(settings, -1, value, now_ms, origin_ms)
         return event, partition_of(event.user_id, settings.clicks_partitions)
     if topic == "items":
-        item_id, found = item(settings, None, key, value, now_ms)
+        item_id, found, _ = item(settings, None, key, value, now_ms)
         return found, partition_of(item_id, settings.items_partitions)
-    user_id, user = profile(settings, None, key, value, now_ms)
+    user_id, user, _ = profile(settings, None, key, value, now_ms)
     return user, partition_of(user_id, settings.clicks_partitions)
 
 
@@ -278,14 +285,11 @@ def _check_key(settings: Settings, record: RawRecord) -> None:
         raise Rejected("wrong_partition", "key", detail)
 
 
-def _id_of(kind: str, key: bytes | None, partition: int | None, partitions: int) -> str:
+def _id_of(
+    kind: str, key: bytes | None, partition: int | None, partitions: int
+) -> tuple[str, bool]:
+    """(the id in the key, whether the record lies in its partition). Raises Rejected."""
     found = events.decode_key(key)
     if found is None:
         raise Rejected("no_key", "key", f"the record needs its {kind}'s id as key")
-    own = partition_of(found, partitions)
-    if partition is not None and partition != own:
-        detail = (
-            f"{events.quote(found)} belongs to partition {own}: use Kafka's murmur2 partitioner"
-        )
-        raise Rejected("wrong_partition", "key", detail)
-    return found
+    return found, partition is None or partition == partition_of(found, partitions)

@@ -6,7 +6,7 @@ import copy
 import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 from typing_extensions import override
@@ -337,7 +337,7 @@ class MemoryStore(StateStore):
                     state.fences[slot, source] = decision.fence
             for key, item in state.items.items():
                 if not metadata_is_current(item.partition, item.offset, logs, replaced):
-                    state.items[key] = ItemMetadata(-1, -1, item.body)
+                    state.items[key] = replace(item, partition=-1, offset=-1)
             return changed
 
     @override

@@ -64,6 +64,12 @@ from eddyline.stores.state_store import (
 )
 
 _VERSION = struct.Struct("<iq")
+# After the version of item metadata: a mark that no body begins with, and the time of the first
+# append. Values of older versions have no mark.
+_FIRST = struct.Struct("<Bq")
+_DIRECT, _STRAY = 1, 2
+# Enough to see whether there is a body.
+_HEAD_BYTES = _VERSION.size + _FIRST.size
 _COMMANDS = sorted(frozenset().union(*map(write_scripts.commands, write_scripts.NAMES)))
 _PAGE = 1_000  # blobs of a window per read
 _KEYS_A_SCAN = 1_000
@@ -196,8 +202,8 @@ class RedisStore(StateStore):
     def live_item_ids(self) -> set[str]:
         """The items of all slots that are not deleted, by a scan of all keys; as `user_ids`."""
         keys = self._redis.scan_iter(match=f"{self._ns}{{i*}}:c:*", count=_KEYS_A_SCAN)
-        # A deleted item has its version and no body.
-        live = (key for key in keys if int(self._redis.strlen(key)) > _VERSION.size)
+        heads = ((key, cast(bytes, self._redis.getrange(key, 0, _HEAD_BYTES))) for key in keys)
+        live = (key for key, head in heads if len(head) > _VERSION.size and _metadata(head).body)
         return {key.decode().split(":c:", 1)[1] for key in live}
 
     @override
@@ -332,8 +338,7 @@ class RedisStore(StateStore):
         found = {}
         for item_id, value in zip(item_ids, values, strict=True):
             if value is not None:
-                partition, offset = _VERSION.unpack_from(value)
-                found[item_id] = ItemMetadata(partition, offset, value[_VERSION.size :])
+                found[item_id] = _metadata(value)
         return found
 
     @override
@@ -361,7 +366,7 @@ class RedisStore(StateStore):
     def _items_call(self, write: ItemMetadataWrite) -> tuple[list[str], list[Any]]:
         args: list[Any] = []
         for item in write.metadata.values():
-            args += (item.offset, _VERSION.pack(item.partition, item.offset) + item.body)
+            args += (item.offset, _encode_metadata(item))
         keys = [f"{self._ns}{{{write.slot}}}:c:{item_id}" for item_id in write.metadata]
         return self._fenced(write.slot, write.source, write.expected, write.new, keys, args)
 
@@ -472,3 +477,19 @@ def _check_fence(answer: tuple[int, bytes], keys: list[str], args: list[Any]) ->
 
 def _fence(value: Any) -> Fence | None:
     return None if value is None else Fence.parse(value.decode())
+
+
+def _encode_metadata(item: ItemMetadata) -> bytes:
+    """The stored form; a deleted item has no body."""
+    first = _FIRST.pack(_STRAY if item.stray else _DIRECT, item.first_ms)
+    return _VERSION.pack(item.partition, item.offset) + first + item.body
+
+
+def _metadata(value: bytes) -> ItemMetadata:
+    """The reverse, also of what older versions stored."""
+    partition, offset = _VERSION.unpack_from(value)
+    rest = value[_VERSION.size :]
+    if len(rest) < _FIRST.size or rest[0] not in (_DIRECT, _STRAY):
+        return ItemMetadata(partition, offset, rest)
+    mark, first_ms = _FIRST.unpack_from(rest)
+    return ItemMetadata(partition, offset, rest[_FIRST.size :], first_ms, mark == _STRAY)

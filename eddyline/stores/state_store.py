@@ -76,7 +76,8 @@ class Source:
     partition: int
 
 
-# Of a profile: its offset in `users`, -1 for a replayed dead letter; ms of its first append.
+# Of a profile: its offset in `users`, -1 for one that was forwarded or replayed; ms of its first
+# append.
 ProfilePlace = tuple[int, int]
 
 
@@ -179,11 +180,15 @@ class ItemMetadata:
 
     partition, offset: source record in `items`; the offset is the version
     body:              the item as JSON (`events.encode`); b"" if deleted
+    first_ms:          broker's time stamp of the first append of that record; 0 if unknown
+    stray:             the record was forwarded from another partition
     """
 
     partition: int
     offset: int
     body: bytes
+    first_ms: int = 0
+    stray: bool = False
 
     @property
     def deleted(self) -> bool:

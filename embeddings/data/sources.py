@@ -150,8 +150,10 @@ def assemble(
         except Rejected as error:
             rejected[error.reason] += 1
             continue
-        for item_id, item in changes:
-            if item is None:
+        for item_id, item, own in changes:
+            if not own:
+                rejected["stray"] += 1  # ingest forwards it
+            elif item is None:
                 items.pop(item_id, None)
             else:
                 items[item_id] = (item, r.partition, r.offset)
@@ -162,8 +164,10 @@ def assemble(
         except Rejected as error:
             rejected[error.reason] += 1
             continue
-        for user, profile in found:
-            if profile is None:
+        for user, profile, own in found:
+            if not own:
+                rejected["stray"] += 1
+            elif profile is None:
                 profiles.pop(user, None)
             else:
                 profiles[user] = profile.attributes

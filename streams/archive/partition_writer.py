@@ -329,18 +329,26 @@ class PartitionWriter:
                 return self._accept_events(file, record)
             if self._topic == ITEMS:
                 items = validation.item_changes(settings, record)
-                found = [Archived(partition, record.offset, at_ms, k, one) for k, one in items]
+                read = len(items)
+                found = [
+                    Archived(partition, record.offset, at_ms, k, one)
+                    for k, one, own in items
+                    if own
+                ]
             else:
                 profiles = validation.profiles(settings, record)
                 found = [
                     self._accept_null(file, record, user)
                     if profile is None
                     else Archived(partition, record.offset, at_ms, user, profile)
-                    for user, profile in profiles
+                    for user, profile, own in profiles
+                    if own
                 ]
+                read = len(profiles)
         except Rejected:
             self.skipped += 1
             return []
+        self.skipped += read - len(found)
         self.rows += len(found)
         return found
 
@@ -385,13 +393,12 @@ class PartitionWriter:
         return erased_after(limit.erasure, event.at_ms, record.timestamp, origin_ms)
 
     def _accept_null(self, file: _OpenFile, record: Record, user_id: str) -> Archived:
-        limit = _of_null(self._settings, record.timestamp, record.offset)
+        first_ms = events.first_append_ms(record)
+        limit = _of_null(self._settings, first_ms, record.offset)
         file.forgotten[user_id], file.erase_from_ms = limit, 0
         hashed = digest(user_id)
         self._forgotten.add_null(hashed, limit)
-        return Archived(
-            record.partition, record.offset, record.timestamp, None, None, digest=hashed
-        )
+        return Archived(record.partition, record.offset, first_ms, None, None, digest=hashed)
 
 
 def open_partition(

@@ -8,6 +8,7 @@ Every live generation encodes and publishes for itself.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,10 +18,12 @@ import numpy as np
 from typing_extensions import override
 
 from eddyline.errors import FenceMoved, Rejected, Unavailable, VectorRejected
-from eddyline.schema import validation
+from eddyline.kafka.topics import ITEMS
+from eddyline.schema import events, validation
 from eddyline.schema.events import Item
 from eddyline.schema.item_record import ItemRecord, attributes_of
 from eddyline.schema.partial import Omitted
+from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import StateStore
 from embeddings.towers.base import ItemEncoder
@@ -28,7 +31,11 @@ from embeddings.towers.numerics import Floats
 from streams.fences import PUBLISHED_SLOT, PartitionFences, published_source
 from streams.generation import Generation
 from streams.items.metadata import METADATA_WAIT_S, ItemChange, ItemMetadataWriter
-from streams.ports import DeadLetterSink, Handler, Outcome, PartitionLost, RecordBatch
+from streams.items.order import KeyOrder, Newest
+from streams.ports import DeadLetterSink, Forwarder, Handler, Outcome, PartitionLost, RecordBatch
+from streams.records import Record, coordinates
+
+log = logging.getLogger(__name__)
 
 # The item records to publish, by partition.
 Records = dict[int, list[ItemRecord]]
@@ -44,6 +51,7 @@ class ItemBatch:
     """One batch while it is applied.
 
     decoded:     all changes, in the order of the log, each with its item id
+    order:       which forwarded changes count
     changes:     item id -> its last change that some generation accepts
     unpublished: by generation: item id -> its last accepted change, if not published yet
     error:       the error that ended the batch; `outcome` is meaningless then
@@ -51,6 +59,7 @@ class ItemBatch:
 
     batch: RecordBatch
     decoded: list[tuple[str, ItemChange]] = field(default_factory=list)
+    order: KeyOrder = field(default_factory=KeyOrder)
     changes: dict[str, ItemChange] = field(default_factory=dict)
     unpublished: list[dict[str, ItemChange]] = field(default_factory=list)
     outcome: Outcome = field(default_factory=Outcome)
@@ -70,6 +79,7 @@ class ItemHandler(Handler):
 
     generations: the live ones, each with its item tower and publisher
     clock_us:    this process's clock, microseconds since 1970, stamped into the published records
+    forwarder:   sends changes in a wrong partition to their own; None leaves them
     wait_s:      how long metadata and fences wait for those of more batches
     """
 
@@ -84,6 +94,7 @@ class ItemHandler(Handler):
         generations: Sequence[Generation],
         wait_s: float = METADATA_WAIT_S,
         clock_us: Callable[[], int] = lambda: time.time_ns() // 1_000,
+        forwarder: Forwarder | None = None,
     ) -> None:
         self.fences = fences
         self.omitted = Omitted()
@@ -92,9 +103,14 @@ class ItemHandler(Handler):
             settings, names, store, fences, wait_s
         )
         self._settings = settings
+        self._store = store
         self._dead_letters = dead_letters
         self._generations = generations
         self._clock_us = clock_us
+        self._map = validation.map_of(settings, ITEMS)
+        # Where the producer's key decides on the partition, no record lies in a wrong one.
+        self._forwarder = None if self._map is not None and self._map.by_key else forwarder
+        self._dispute_logged = False
 
     @override
     def open(self, partition: int) -> None:
@@ -170,12 +186,74 @@ class ItemHandler(Handler):
                 outcome.rejected += 1
                 continue
             outcome.ignored += not found
-            for item_id, item in found:
+            for item_id, item, own in found:
+                if not own:
+                    self._forward(one, record, item_id, item)
+                    continue
                 at_ms = max(0, record.timestamp) if item is None else item.at_ms
                 one.decoded.append((item_id, ItemChange(record, at_ms, item)))
                 outcome.applied += 1
-        if outcome.rejected:
+        one.order.stored = self._stored(one)
+        self._flush(one)
+
+    def _forward(self, one: ItemBatch, record: Record, item_id: str, item: Item | None) -> None:
+        """Send a change in a wrong partition to its own, once; a too large one is a dead letter."""
+        if self._forwarder is None or record.offset <= self._sent(one):
+            return
+        value = record.value
+        if self._map is not None:
+            value = None if item is None else events.encode(item)
+        partition = partition_of(item_id, self._settings.items_partitions)
+        try:
+            self._forwarder.forward(record, item_id.encode(), value, partition)
+        except Rejected as rejected:
+            self._dead_letters.put(record, rejected)
+            one.outcome.rejected += 1
+            return
+        one.outcome.forwarded += 1
+        if one.outcome.forwarded == 1:  # once a batch
+            log.warning(
+                "items in a wrong partition are forwarded; their producer needs Kafka's murmur2 "
+                "partitioner",
+                extra={"at": coordinates(record)},
+            )
+
+    def _sent(self, one: ItemBatch) -> int:
+        """The offset up to which everything was forwarded before."""
+        partition = one.batch.partition
+        return max(self.fences.highest(partition), self.fences.forwarded_up_to(partition))
+
+    def _stored(self, one: ItemBatch) -> dict[str, Newest]:
+        """What the items of forwarded changes have. Raises StoreUnavailable."""
+        forwarded = [i for i, change in one.decoded if change.forwarded]
+        if not forwarded:
+            return {}
+        found = self._store.read_item_metadata(forwarded, self._settings.item_slots)
+        pending = self.metadata.changes(one.batch.partition)
+        return {i: Newest(m.first_ms, m.body or None, m.stray) for i, m in found.items()} | {
+            i: Newest.of(pending[i]) for i in forwarded if i in pending
+        }
+
+    def _flush(self, one: ItemBatch) -> None:
+        if one.outcome.rejected:
             self._dead_letters.flush()
+        if one.outcome.forwarded and self._forwarder is not None:
+            self._forwarder.flush()
+
+    def _restore(self, one: ItemBatch) -> None:
+        """Append newer changes again after outdated ones, as compaction keeps the last."""
+        for record in one.order.restored():
+            if self._forwarder is not None and record.offset > self._sent(one):
+                self._forwarder.forward(record, record.key or b"", record.value, record.partition)
+                one.outcome.forwarded += 1
+        one.outcome.disputed = one.order.disputed
+        if one.order.disputed and not self._dispute_logged:
+            self._dispute_logged = True
+            log.warning(
+                "two producers send the same item to different partitions; their times decide, and "
+                "only as exactly as the brokers' clocks. Further ones are counted as `disputed`",
+                extra={"topic": one.batch.topic, "partition": one.batch.partition},
+            )
 
     def _encode(self, number: int, items: Sequence[ItemBatch]) -> Encoded:
         """Encode the available items of all changes, in one numpy call.
@@ -204,6 +282,10 @@ class ItemHandler(Handler):
         refused = False
         accepted: list[dict[str, ItemChange]] = [{} for _ in vectors]
         for item_id, change in one.decoded:
+            if not one.order.counts(item_id, change):
+                one.outcome.applied -= 1
+                one.outcome.outdated += 1
+                continue
             errors = {
                 number: error
                 for number, encoded in enumerate(vectors)
@@ -214,6 +296,7 @@ class ItemHandler(Handler):
                     of_generation[item_id] = change
             if len(errors) < len(vectors) or not vectors:
                 one.changes[item_id] = change
+                one.order.accepted(item_id, change)
             else:
                 one.outcome.applied -= 1
                 one.outcome.rejected += 1
@@ -223,6 +306,8 @@ class ItemHandler(Handler):
                 self._dead_letters.put(change.record, Rejected("bad_vector", "vector", detail))
         if refused:
             self._dead_letters.flush()
+        self._restore(one)
+        self._flush(one)
         for generation, of_generation in zip(self._generations, accepted, strict=True):
             source = published_source(generation.name, one.batch.partition)
             done = self.fences.done(source, PUBLISHED_SLOT)

@@ -21,7 +21,7 @@ from eddyline.schema.partitioning import item_slot
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import Fence, ItemMetadata, ItemMetadataWrite, Source, StateStore
 from streams.fences import PartitionFences, sources
-from streams.records import Record
+from streams.records import Record, is_forwarded
 from streams.write_behind import WriteBehind
 
 # Fences may stay behind by this much; after a crash so much is published again.
@@ -42,6 +42,21 @@ class ItemChange:
     def offset(self) -> int:
         """The item's version."""
         return self.record.offset
+
+    @property
+    def first_ms(self) -> int:
+        """The broker's time stamp of the first append of the record."""
+        return events.first_append_ms(self.record)
+
+    @property
+    def forwarded(self) -> bool:
+        """Whether the record was appended before, perhaps elsewhere: forwarded or replayed."""
+        return events.origin_ms(self.record.headers) is not None
+
+    @property
+    def stray(self) -> bool:
+        """Whether the record was forwarded from another partition."""
+        return is_forwarded(self.record)
 
 
 @dataclass(slots=True)
@@ -92,6 +107,11 @@ class ItemMetadataWriter(WriteBehind[_Changes]):
     def write(self, partition: int) -> None:
         for error in self._write([partition]).values():
             raise error
+
+    def changes(self, partition: int) -> Mapping[str, ItemChange]:
+        """The changes of a partition that are not written yet, by item."""
+        pending = self._pending.get(partition)
+        return {} if pending is None else pending.changes
 
     def add(
         self, changed: Mapping[int, tuple[int, Mapping[str, ItemChange]]]
@@ -150,7 +170,11 @@ class ItemMetadataWriter(WriteBehind[_Changes]):
                     continue
                 metadata = {
                     item_id: ItemMetadata(
-                        partition, c.offset, events.encode(c.item) if c.item else b""
+                        partition,
+                        c.offset,
+                        events.encode(c.item) if c.item else b"",
+                        c.first_ms,
+                        c.stray,
                     )
                     for item_id, c in pending.changes.items()
                     if source.name == ITEMS

@@ -91,7 +91,7 @@ class RefillSinks:
         """Count an event that was accepted once and is refused by the present settings."""
         self.refused[rejected.reason] = self.refused.get(rejected.reason, 0) + 1
 
-    def forward(self, record: Record, key: bytes, value: bytes, partition: int) -> None:
+    def forward(self, record: Record, key: bytes, value: bytes | None, partition: int) -> None:
         """Send an event that a merge moves, unless the merge's target was forgotten."""
         if not getattr(record, "target_forgotten", False):
             self.forwarder.forward(record, key, value, partition)
@@ -224,7 +224,9 @@ class GapFiller:
         self._committed_users = retention_gaps.committed_offsets(settings, USERS)
         self._profile_records = ProfileRecords(settings, archive, store)
         self._user_ends = topics.end_offsets(settings, USERS)
-        outputs = Outputs(sinks, sinks, sinks, sinks, forgets=sinks, steps=steps)
+        outputs = Outputs(
+            sinks, sinks, sinks, sinks, user_forwarder=sinks, forgets=sinks, steps=steps
+        )
         kept_ms = topics.delete_retention_ms(settings, [USERS])
         self._handlers = Handlers(
             settings, store, ids, [Generation(towers)], outputs, known, delete_retention_ms=kept_ms

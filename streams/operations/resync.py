@@ -9,14 +9,17 @@ as they delete any other.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 from eddyline import generations
 from eddyline.archive import Archive, ArchiveUnavailable
 from eddyline.errors import Rejected, SettingsError
 from eddyline.kafka import producers, reading, topics
 from eddyline.kafka.topics import ITEMS, USERS
+from eddyline.schema import validation
 from eddyline.schema.item_record import decode_record
 from eddyline.schema.partitioning import user_slot
 from eddyline.settings.loader import Settings
@@ -94,14 +97,28 @@ def _delete(settings: Settings, name: str, known: set[str]) -> int:
 
 
 def _live(settings: Settings, name: str, starts: dict[int, int] | None, live: set[str]) -> set[str]:
-    """The keys of the topic whose last record has a value."""
+    """The ids whose last record in their own partition is no delete.
+
+    A stray record does not count: compaction keeps it although its item was deleted since.
+    """
     for record in reading.read(settings, name, starts):
-        key = (record.key or b"").decode("utf-8", "replace")
-        if record.value is None:
-            live.discard(key)
-        else:
-            live.add(key)
+        for key, found, own in _changes(settings, name, record):
+            if own:
+                (live.discard if found is None else live.add)(key)
     return live
+
+
+def _changes(settings: Settings, name: str, record: Any) -> Sequence[tuple[str, Any, bool]]:
+    """(id, what it is; None deletes it, whether it lies in its partition) of each change.
+
+    A record that ingest refuses shows that its key is there.
+    """
+    try:
+        if name == ITEMS:
+            return validation.item_changes(settings, record)
+        return validation.profiles(settings, record)
+    except Rejected:
+        return [((record.key or b"").decode("utf-8", "replace"), record.value, True)]
 
 
 def _known_items(settings: Settings, store: RedisStore) -> set[str]:

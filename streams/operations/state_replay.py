@@ -71,7 +71,7 @@ class _ReplaySinks(RecordPublisher):
     def put(self, record: Record, rejected: Rejected) -> None:
         pass
 
-    def forward(self, record: Record, key: bytes, value: bytes, partition: int) -> None:
+    def forward(self, record: Record, key: bytes, value: bytes | None, partition: int) -> None:
         pass
 
     def flush(self) -> None:

@@ -56,7 +56,7 @@ class Outside:
     def put(self, record: Any, rejected: Rejected) -> None:
         self.letters.append((record, rejected))
 
-    def forward(self, record: Any, key: bytes, value: bytes, partition: int) -> None:
+    def forward(self, record: Any, key: bytes, value: bytes | None, partition: int) -> None:
         events.decode_user_event(value, appended_ms=NOW_MS, far_future_ms_max=10**6)
         self.forwarded.append((key, value))
 

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from confluent_kafka import Producer
 
 from cli.demo.trace import trace
 from eddyline.kafka import producers, topics
 from eddyline.kafka.producers import now_ms, sent_to
+from eddyline.schema import events
 from eddyline.schema.events import Item, UserProfile
 from eddyline.schema.partitioning import partition_of
 from eddyline.stores.redis import RedisStore
@@ -230,6 +232,42 @@ def test_a_click_in_a_wrong_partition_is_forwarded_and_counts_once(live, user, s
 
     live.wait_for("both clicks to be applied in their own partition", arrived)
     assert not store.read_user(f"u{wrong}", wrong, user, "1").history.entries
+
+
+def test_any_partitioner(live, store) -> None:
+    """librdkafka's default puts most keys elsewhere; changes and deletes apply in their order."""
+    settings, run = live.settings, uuid.uuid4().hex[:6]
+    producer = Producer({"bootstrap.servers": settings.kafka_bootstrap_servers, "linger.ms": 5})
+    keys = [f"any-{run}-{n}" for n in range(40)]
+
+    def send(topic: str, key: str, event: Item | UserProfile | None) -> None:
+        value = None if event is None else events.encode(event)
+        producer.produce(settings.prefixed(topic), value, key)
+
+    for turn in ("old", "new"):
+        for key in keys:
+            send(topics.ITEMS, key, Item(item_id=key, title=turn, at_ms=now_ms()))
+            send(topics.USERS, key, UserProfile(user_id=key, attributes={"turn": turn}))
+    for key in keys[:10]:
+        send(topics.ITEMS, key, None)
+        send(topics.USERS, key, None)
+    assert producer.flush(20) == 0
+    found = {r.key.decode(): r.partition for r in live.read(topics.ITEMS) if r.key}
+    strays = [k for k in keys if found[k] != partition_of(k, settings.items_partitions)]
+    live.wait_for("the strays to be forwarded", lambda: _forwarded(live, strays), timeout_s=30)
+    live.applied()
+    items = store.read_item_metadata(keys, settings.item_slots)
+    assert all(items[key].deleted for key in keys[:10])
+    assert {msgspec.json.decode(items[key].body)["title"] for key in keys[10:]} == {"new"}
+    partitions = {key: partition_of(key, settings.clicks_partitions) for key in keys}
+    profiles = [store.read_user(f"u{p}", p, key, "1").profile for key, p in partitions.items()]
+    assert profiles == 10 * [{}] + 30 * [{"turn": "new"}]
+
+
+def _forwarded(live, strays: list[str]) -> bool:
+    """Whether the last record of each item lies in its partition."""
+    last = {r.key.decode(): r for r in sorted(live.read(topics.ITEMS), key=lambda r: r.timestamp)}
+    return all(dict(last[key].headers).get("origin") for key in strays)
 
 
 def test_a_resent_event_counts_once(live, user, store) -> None:

@@ -90,6 +90,16 @@ class Tombstone(NamedTuple):
     origin: str
 
 
+class Stray(NamedTuple):
+    """A record of `items` or `users` that ingest forwards as it is."""
+
+    partition: int
+    key: bytes | None
+    value: bytes | None
+    origin: str
+    first_ms: int
+
+
 class Version(NamedTuple):
     """An item's last change. item: its fields; None where it is deleted."""
 
@@ -100,7 +110,11 @@ class Version(NamedTuple):
 
 @dataclass
 class State:
-    """All that the logs say; see the module."""
+    """All that the logs say; see the module.
+
+    item_times: first append of each item's last change
+    repeated:   forwarded null records: a tombstone of that time or later is enough
+    """
 
     histories: dict[str, History] = field(default_factory=dict)
     embeddings: dict[str, dict[str, Embedding]] = field(default_factory=dict)
@@ -110,7 +124,10 @@ class State:
     ledger: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     items: dict[str, Version] = field(default_factory=dict)
     published: dict[str, dict[str, Version]] = field(default_factory=dict)
+    item_times: dict[str, int] = field(default_factory=dict)
     forwarded: set[Sent] = field(default_factory=set)
+    strays: set[Stray] = field(default_factory=set)
+    repeated: set[str] = field(default_factory=set)
     tombstones: set[Tombstone] = field(default_factory=set)
     letters: dict[str, str] = field(default_factory=dict)
 
@@ -143,22 +160,27 @@ class Model:
         s, state = self.settings, self.state
         for raw in records:
             try:
-                user, found = reading.profile(
-                    raw, s.clicks_partitions, s.far_future_ms_max, plausible(s)
-                )
+                user, found = reading.profile(raw, s.far_future_ms_max, plausible(s))
             except Refused as refused:
                 state.letters[raw.at] = refused.args[0]
                 continue
-            if found is None:
-                state.profiles.pop(user, None)
-                state.tombstones.add(tombstone_of(raw, user, s))
+            own = reading.partition(user, s.clicks_partitions)
+            if own != raw.partition:
+                state.strays.add(Stray(own, raw.key, raw.value, raw.at, first_append_ms(raw)))
                 continue
             origin_ms = reading.number_header(raw, "origin_ms")
             offset, at_ms = (raw.offset, raw.timestamp) if origin_ms is None else (-1, origin_ms)
+            if found is None:
+                state.tombstones.add(tombstone_of(raw, user, s))
+                if offset < 0:
+                    state.repeated.add(raw.at)
             before = state.profiles.get(user)
             if before is not None and offset < 0 and at_ms < before[1]:
-                continue  # a replayed dead letter, older than the profile
-            state.profiles[user] = (offset, at_ms, found)
+                continue  # forwarded or replayed, and older than the profile
+            if found is None:
+                state.profiles.pop(user, None)
+            else:
+                state.profiles[user] = (offset, at_ms, found)
 
     def items(self, records: Sequence[Raw]) -> None:
         """Apply one partition of `items`, from its beginning."""
@@ -166,15 +188,18 @@ class Model:
         for raw in records:
             try:
                 item_id, found = reading.item(
-                    raw,
-                    s.items_partitions,
-                    s.far_future_ms_max,
-                    s.item_vector_dimension,
-                    plausible(s),
+                    raw, s.far_future_ms_max, s.item_vector_dimension, plausible(s)
                 )
             except Refused as refused:
                 state.letters[raw.at] = refused.args[0]
                 continue
+            own = reading.partition(item_id, s.items_partitions)
+            if own != raw.partition:
+                state.strays.add(Stray(own, raw.key, raw.value, raw.at, first_append_ms(raw)))
+                continue
+            origin_ms = reading.number_header(raw, "origin_ms")
+            if origin_ms is not None and origin_ms < state.item_times.get(item_id, 0):
+                continue  # older than what the item has
             version = Version(raw.partition, raw.offset, found)
             shown = found is not None and found["available"]
             taken = [g for g in self.generations if not (shown and g.refuses(found or {}))]
@@ -184,6 +209,7 @@ class Model:
                 state.letters[raw.at] = "bad_vector"
             if taken:
                 state.items[item_id] = version
+                state.item_times[item_id] = first_append_ms(raw)
 
     # ---- clicks
 
@@ -210,7 +236,7 @@ class Model:
                 del buckets[bucket]
         for user, (until_ms, users_offset, _) in self.state.ledger.items():
             offset, at_ms, _ = self.state.profiles.get(user, (2**63, 2**63, {}))
-            if offset < users_offset and at_ms <= until_ms:
+            if offset < users_offset and at_ms <= until_ms - (offset < 0):
                 del self.state.profiles[user]
         return self.state
 
@@ -340,7 +366,7 @@ def first_append_ms(raw: Raw) -> int:
 
 def tombstone_of(raw: Raw, user: str, s: Any) -> Tombstone:
     """What ingest writes to `clicks` for a null record of `users`."""
-    until_ms = raw.timestamp
+    until_ms = first_append_ms(raw)
     keep_after_ms = min(until_ms + s.far_future_ms_max, reading.LAST_MS)
     ends_ms = until_ms + s.forgotten_kept_d * 86_400_000
     return Tombstone(user, until_ms, keep_after_ms, raw.offset, ends_ms, raw.at)

@@ -247,23 +247,19 @@ def user_event(raw: Raw, ahead_ms: int, plausible: Plausible) -> dict[str, Any]:
     return found
 
 
-def _id_of_key(raw: Raw, partitions: int) -> str:
+def _id_of_key(raw: Raw) -> str:
     if raw.key is None:
         raise Refused("no_key")
     try:
         found = raw.key.decode()
     except UnicodeDecodeError:
         raise Refused("malformed_key") from None
-    if partition(found, partitions) != raw.partition:
-        raise Refused("wrong_partition")
     return found
 
 
-def profile(
-    raw: Raw, partitions: int, ahead_ms: int, plausible: Plausible
-) -> tuple[str, dict[str, Any] | None]:
+def profile(raw: Raw, ahead_ms: int, plausible: Plausible) -> tuple[str, dict[str, Any] | None]:
     """(user id, attributes; None forgets the user). Raises Refused."""
-    user = _id_of_key(raw, partitions)
+    user = _id_of_key(raw)
     check_stamp(raw)
     if raw.value is None:
         check_id(user)
@@ -319,10 +315,10 @@ def good_vector(doc: Mapping[str, Any], dimension: int) -> list[float] | None:
 
 
 def item(
-    raw: Raw, partitions: int, ahead_ms: int, dimension: int, plausible: Plausible
+    raw: Raw, ahead_ms: int, dimension: int, plausible: Plausible
 ) -> tuple[str, dict[str, Any] | None]:
     """(item id, fields with defaults; None deletes the item). Raises Refused."""
-    item_id = _id_of_key(raw, partitions)
+    item_id = _id_of_key(raw)
     if raw.value is None:
         check_id(item_id)
         return item_id, None

@@ -366,8 +366,10 @@ class Rig:
 
     # ---- comparison
 
-    def expected(self) -> model.State:
-        """What the model makes of the logs."""
+    def expected(
+        self, logs: Mapping[str, Mapping[int, Sequence[Raw]]] | None = None
+    ) -> model.State:
+        """What the model makes of the logs. logs: default: those of the rig."""
         generations = [
             model.Generation(
                 t.generation,
@@ -379,7 +381,7 @@ class Rig:
             )
             for t in self.towers
         ]
-        return model.applied(self.settings, generations, self.logs, self._settings_of)
+        return model.applied(self.settings, generations, logs or self.logs, self._settings_of)
 
     def _settings_of(self, raw: Raw) -> Settings:
         fitting = [s for start, s in self.eras if start.get(raw.partition, 0) <= raw.offset]
@@ -433,7 +435,21 @@ class Rig:
             {i: (v.offset, v.item is not None) for i, v in want.items.items()},
         )
         same("dead letter", self.letters, want.letters)
+        # Compaction changes nothing of items and profiles, whenever it runs.
+        less = self.expected(comparison.compacted(self.logs, want.letters))
+        same("compacted item", contents(less), contents(want))
+        same(
+            "compacted profile",
+            {u: p[2] for u, p in less.profiles.items()},
+            {u: p[2] for u, p in want.profiles.items()},
+        )
+        found += comparison.stray_differences(self.logs, want)
         return found + comparison.sent_differences(self.logs["clicks"], want)
+
+
+def contents(state: model.State) -> dict[str, Any]:
+    """What each item is; deleted ones are absent."""
+    return {i: v.item for i, v in state.items.items() if v.item is not None}
 
 
 def attributes_of(profile: Any) -> Any:

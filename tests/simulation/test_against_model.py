@@ -86,6 +86,13 @@ def act(rig: Rig, action: tuple[Any, ...], sent: list[tuple[int, bytes, bytes]])
         doc = {"user_id": more[0], "attributes": {"n": rig.now_ms}}
         value = None if name == "forget" else json.dumps(doc).encode()
         rig.append("users", reading.partition(more[0], 2), more[0].encode(), value)
+    elif name == "astray":
+        topic, number, deletes = more
+        doc: dict[str, Any] = {"title": f"{rig.now_ms}", "attributes": {"n": rig.now_ms}}
+        key = USERS[number % 4] if topic == "users" else f"i{number}"
+        doc |= {"user_id" if topic == "users" else "item_id": key}
+        value = None if deletes else json.dumps(doc).encode()
+        rig.append(topic, 1 - reading.partition(key, 2), key.encode(), value)
     elif name == "merge":
         doc = {"user_id": more[0], "merge_into": more[1], "at_ms": rig.now_ms}
         place = reading.partition(more[0], 2)
@@ -212,6 +219,53 @@ def test_items_that_the_tower_refuses_are_the_models(actions: list[Any]) -> None
 @example(FORGOTTEN)
 @given(actions_of(FORGET))
 def test_forgotten_users_who_click_again_are_the_models(actions: list[Any]) -> None:
+    run(actions)
+
+
+ASTRAY = st.tuples(
+    st.just("astray"), st.sampled_from(["items", "users"]), st.integers(0, 6), st.booleans()
+)
+# An older change arrives behind a newer one, and a forgotten user's profile behind the null record.
+OVERTAKEN = [
+    ("astray", "items", 3, False),
+    ("pass", 1_000),
+    ("item", "i3", "delete"),
+    *(("turn", "items", reading.partition("i3", 2), 8), ("turn", "items", 0, 8), ("crash",)),
+    ("turn", "items", 1, 8),
+]
+OUTLIVED = [
+    ("astray", "users", 0, False),
+    ("pass", 1_000),
+    ("profile", "u0"),
+    ("forget", "u0"),
+    *(("turn", "users", p, 8) for p in (0, 1, 0, 1)),
+    ("turn", "clicks", reading.partition("u0", 2), 8),
+]
+TURNS = st.tuples(
+    st.just("turn"), st.sampled_from(["items", "users"]), partition, st.integers(1, 8)
+)
+
+
+@limits
+@example(OVERTAKEN, 1)
+@example(OUTLIVED, 1)
+@given(
+    st.lists(
+        st.one_of(*KEPT_APART, ASTRAY, ASTRAY, ASTRAY, TURNS, FORGET, FULL),
+        min_size=10,
+        max_size=60,
+    ),
+    st.sampled_from([1, 3]),
+)
+def test_items_and_users_in_a_wrong_partition_are_the_models(
+    actions: list[Any], slots: int
+) -> None:
+    run(actions, item_slots=slots)
+
+
+@limits
+@given(actions_of(ASTRAY, REFUSED, TURNS, st.tuples(st.just("retrain"))))
+def test_strays_that_the_tower_refuses_are_the_models(actions: list[Any]) -> None:
     run(actions)
 
 

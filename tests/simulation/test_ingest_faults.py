@@ -120,7 +120,7 @@ class Outside:
     def put(self, record: Any, rejected: Rejected) -> None:
         self.queue.append((self.letters, (record.partition, record.offset, rejected.reason)))
 
-    def forward(self, record: Any, key: bytes, value: bytes, partition: int) -> None:
+    def forward(self, record: Any, key: bytes, value: bytes | None, partition: int) -> None:
         self.queue.append((self.forwarded, (partition, key, value)))
 
     def flush(self) -> None:

@@ -11,6 +11,9 @@ for i = 1, n do
   local erasure = redis.call('GET', KEYS[1 + n + i])
   if erasure and #erasure == 24 then
     local until_ms, users_offset = struct.unpack('<i8i8', erasure)
+    if offset < 0 then
+      until_ms = until_ms - 1
+    end
     skipped[i] = offset < users_offset and first_ms <= until_ms
   end
   local stored = offset < 0 and redis.call('GET', KEYS[1 + i])

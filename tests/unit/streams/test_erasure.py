@@ -69,7 +69,7 @@ class Sinks:
     def put(self, record: Any, rejected: Any) -> None:
         raise AssertionError(rejected)
 
-    def forward(self, record: Any, key: bytes, value: bytes, partition: int) -> None:
+    def forward(self, record: Any, key: bytes, value: bytes | None, partition: int) -> None:
         self.forwarded.append(msgspec.json.decode(value, type=Click))
 
     def flush(self) -> None:

@@ -83,7 +83,7 @@ class Letters:
     def put(self, record: Any, rejected: Rejected) -> None:
         self.letters.append((record.offset, rejected.reason))
 
-    def forward(self, record: Any, key: bytes, value: bytes, partition: int) -> None:
+    def forward(self, record: Any, key: bytes, value: bytes | None, partition: int) -> None:
         pass
 
     def flush(self) -> None:

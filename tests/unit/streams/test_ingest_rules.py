@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -84,7 +85,7 @@ class FakeOutputs:
     def put(self, record: Any, rejected: Rejected) -> None:
         self.letters.append((record.offset, rejected.reason))
 
-    def forward(self, record: Any, key: bytes, value: bytes, partition: int) -> None:
+    def forward(self, record: Any, key: bytes, value: bytes | None, partition: int) -> None:
         self.forwarded.append((key, value, partition))
 
     def flush(self) -> None:
@@ -124,7 +125,8 @@ class Rig:
             rows={},
         )
         self.generation = Generation(towers, self.out)
-        outputs = Outputs.to_sink(self.out)
+        to_sink = Outputs.to_sink(self.out)
+        outputs = replace(to_sink, user_forwarder=self.out, item_forwarder=self.out)
         handlers = Handlers(
             settings, self.store, logs, [self.generation], outputs, ["g"], 0.0, lambda: 9
         )
@@ -584,7 +586,9 @@ def test_profiles_need_a_key_and_their_own_partition() -> None:
     rig = Rig()
     log = [rec(1, b"{}", None, "users"), profile(2, {}, THERE), rec(3, b"{}", b"\xff", "users")]
     ingest(rig.users, HERE, log, 0)
-    assert rig.out.letters == [(1, "no_key"), (2, "wrong_partition"), (3, "malformed_key")]
+    assert rig.out.letters == [(1, "no_key"), (3, "malformed_key")]
+    [(key, value, partition)] = rig.out.forwarded
+    assert (key, value, partition) == (THERE.encode(), log[1].value, 1 - HERE)
 
 
 FILM = next(f"f{n}" for n in range(50) if partition_of(f"f{n}", 2) == HERE)
@@ -646,7 +650,7 @@ def test_what_is_published_but_has_no_metadata_yet_is_not_published_again() -> N
     assert len(rig.out.published) == 1 and FILM in rig.store.read_item_metadata([FILM], 1)
 
 
-def test_items_of_wrong_keys_and_partitions_are_refused() -> None:
+def test_items_of_wrong_keys_are_refused_and_strays_are_forwarded() -> None:
     rig = Rig()
     other = next(f"f{n}" for n in range(50) if partition_of(f"f{n}", 2) != HERE)
     log = [
@@ -655,7 +659,8 @@ def test_items_of_wrong_keys_and_partitions_are_refused() -> None:
         rec(3, events.encode(Item(item_id="x")), FILM.encode(), "items"),
     ]
     ingest(rig.items, HERE, log, 0)
-    assert [reason for _, reason in rig.out.letters] == ["no_key", "wrong_partition", "wrong_key"]
+    assert [reason for _, reason in rig.out.letters] == ["no_key", "wrong_key"]
+    assert rig.out.forwarded == [(other.encode(), None, 1 - HERE)]
     assert rig.out.published == [] and rig.items.fences.lowest(HERE) == 3
 
 

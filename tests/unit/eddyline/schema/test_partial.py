@@ -42,7 +42,7 @@ GOOD: dict[str, Any] = {
 def read(value: bytes, key: str = "f1") -> tuple[Item | None, Omitted]:
     omitted = Omitted()
     partition = partition_of(key, SETTINGS.items_partitions)
-    _, item = validation.item(SETTINGS, partition, key.encode(), value, NOW_MS, omitted)
+    _, item, _ = validation.item(SETTINGS, partition, key.encode(), value, NOW_MS, omitted)
     return item, omitted
 
 
@@ -157,7 +157,7 @@ def test_a_profile_loses_bad_attributes_only() -> None:
     omitted = Omitted()
     value = json.dumps({"user_id": "u", "attributes": {"age": 3, "city": None, "x": NAN}}).encode()
     partition = partition_of("u", SETTINGS.clicks_partitions)
-    _, found = validation.profile(SETTINGS, partition, b"u", value, NOW_MS, omitted)
+    _, found, _ = validation.profile(SETTINGS, partition, b"u", value, NOW_MS, omitted)
     assert found is not None and found.attributes == {"age": 3}
     assert omitted == Omitted({("attributes", "null"): 1, ("attributes", "not_finite"): 1})
     with pytest.raises(Rejected):

@@ -202,7 +202,7 @@ def test_an_item_is_mapped_and_its_bad_optional_parts_are_left_to_be_left_out() 
     settings = Settings(items_map="x", items_partitions=1)
     [one] = compiled(ITEMS, "items").records(record(bad))
     omitted = validation.Omitted()
-    _, item = validation.item(settings, 0, one.key, one.value, MS, omitted)
+    _, item, _ = validation.item(settings, 0, one.key, one.value, MS, omitted)
     assert item is not None and not item.available and "price" not in item.attributes
     assert omitted == {("title", "wrong_type"): 1, ("attributes", "wrong_type"): 1}
     assert refused(ITEMS, value | {"stock": "many"}, "items") == ("bad_field", "available")

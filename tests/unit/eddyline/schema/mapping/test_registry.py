@@ -296,7 +296,7 @@ def test_debezium_by_avro_is_debezium(double: Double, tmp_path: Path) -> None:
     named = msgspec.structs.replace(load(environment, folder=tmp_path), items_partitions=1)
     key = framed(2, bytes.fromhex(found["debezium-key"]["hex"]))
     insert = framed(1, bytes.fromhex(found["debezium-insert"]["hex"]))
-    [(item_id, item)] = validation.item_changes(named, record(1, insert, key))
+    [(item_id, item, _)] = validation.item_changes(named, record(1, insert, key))
     assert item is not None and (item_id, item.title, item.at_ms) == (
         "10",
         "Chair ü",
@@ -305,7 +305,7 @@ def test_debezium_by_avro_is_debezium(double: Double, tmp_path: Path) -> None:
     assert item.attributes == {"price": 79.5, "seen": 1_772_355_600_123, "day": 1_772_323_200_000}
     delete = framed(1, bytes.fromhex(found["debezium-delete"]["hex"]))
     for value in (delete, None):
-        assert validation.item_changes(named, record(2, value, key)) == [("10", None)]
+        assert validation.item_changes(named, record(2, value, key)) == [("10", None, True)]
     with pytest.raises(SettingsError, match="encoding = 'registry' needs the setting registry_url"):
         load({"EDDYLINE_ITEMS_MAP": str(file)}, folder=tmp_path)
 

@@ -1,0 +1,75 @@
+"""The order of an item's changes where producers send it to different partitions (ADR 23).
+
+A change in a wrong partition is forwarded to the item's own. There it counts only if its first
+append is not older than that of the change that the item has. The log is compacted, and compaction
+keeps the last record of a key: so after an outdated change, the newer one is appended again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from eddyline.schema import events
+from streams.items.metadata import ItemChange
+from streams.records import Record, Restored
+
+
+@dataclass(frozen=True, slots=True)
+class Newest:
+    """The change that an item has.
+
+    first_ms: of its first append; 0 if unknown
+    value:    the item as JSON; None where it is deleted
+    stray:    it was forwarded from another partition
+    """
+
+    first_ms: int
+    value: bytes | None
+    stray: bool
+
+    @classmethod
+    def of(cls, change: ItemChange) -> Newest:
+        """That of a change."""
+        value = None if change.item is None else events.encode(change.item)
+        return cls(change.first_ms, value, change.stray)
+
+
+@dataclass(slots=True)
+class KeyOrder:
+    """Which forwarded changes of one batch count. Only items with such a change are looked up.
+
+    stored:   by item, what it had before the batch
+    disputed: forwarded changes of items that another producer sends to their own partition
+    """
+
+    stored: Mapping[str, Newest] = field(default_factory=dict)
+    disputed: int = 0
+    _outdated: dict[str, Record] = field(default_factory=dict)
+    _accepted: dict[str, ItemChange] = field(default_factory=dict)
+
+    def counts(self, item_id: str, change: ItemChange) -> bool:
+        """Whether the change counts; call it for each in the order of the log."""
+        newest = self._newest(item_id) if change.forwarded else None
+        if newest is None:
+            return True
+        self.disputed += change.stray and not newest.stray
+        if change.first_ms >= newest.first_ms:
+            return True
+        self._outdated[item_id] = change.record
+        return False
+
+    def accepted(self, item_id: str, change: ItemChange) -> None:
+        """The change counts, and a tower gives the item a vector."""
+        self._accepted[item_id] = change
+
+    def restored(self) -> Iterable[Restored]:
+        """What to append again: newer changes than those that are last in the log."""
+        for item_id, record in self._outdated.items():
+            accepted, newest = self._accepted.get(item_id), self._newest(item_id)
+            if newest is not None and (accepted is None or accepted.offset < record.offset):
+                yield Restored.after(record, item_id, newest.first_ms, newest.value)
+
+    def _newest(self, item_id: str) -> Newest | None:
+        accepted = self._accepted.get(item_id)
+        return self.stored.get(item_id) if accepted is None else Newest.of(accepted)

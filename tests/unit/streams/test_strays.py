@@ -1,0 +1,139 @@
+"""Items and profiles in a wrong partition, and two producers that disagree on one key (ADR 23)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import pytest
+
+from eddyline.kafka import reading
+from eddyline.schema import events
+from eddyline.schema.events import Item, UserProfile
+from streams.operations import resync
+from tests.applying import ingest
+from tests.unit.streams.test_ingest_rules import ANA, FILM, HERE, MS, SETTINGS, Rig, rec
+
+
+def change(offset: int, title: str | None, at: int, origin: tuple[int, int] | None = None) -> Any:
+    """A change of an item at this time. title: None deletes it; origin: (partition, time)"""
+    value = None if title is None else events.encode(Item(item_id=FILM, title=title, at_ms=MS))
+    return record(offset, value, at, origin, FILM, "items")
+
+
+def profile(offset: int, age: int | None, at: int, origin: tuple[int, int] | None = None) -> Any:
+    """The same of a profile. age: None forgets the user"""
+    value = (
+        None if age is None else events.encode(UserProfile(user_id=ANA, attributes={"age": age}))
+    )
+    return record(offset, value, at, origin, ANA, "users")
+
+
+def record(
+    offset: int, value: bytes | None, at: int, origin: tuple[int, int] | None, key: str, topic: str
+) -> Any:
+    headers: list[Any] = []
+    if origin is not None:
+        headers = [("origin", f"{topic}/{origin[0]}/7".encode())]
+        headers.append((events.ORIGIN_MS, str(MS + origin[1]).encode()))
+    return rec(offset, value, key.encode(), topic, timestamp=MS + at, headers=headers)
+
+
+def title_of(value: bytes | None) -> str | None:
+    """The title of an item as JSON; None where it is deleted."""
+    return msgspec.json.decode(value)["title"] if value else None
+
+
+OTHER = 1 - HERE
+
+
+@pytest.mark.parametrize("sizes", [(9,), (1, 1, 9), (2, 9)])
+@pytest.mark.parametrize(
+    ("log", "shown", "restored"),
+    [
+        ([change(0, "a", 1), change(1, "b", 9, (OTHER, 5))], "b", []),
+        ([change(0, "a", 6), change(1, "b", 9, (OTHER, 5))], "a", ["a"]),
+        ([change(0, "a", 5), change(1, "b", 9, (OTHER, 5))], "b", []),
+        ([change(0, "a", 1), change(1, None, 6), change(2, "b", 9, (OTHER, 5))], None, [None]),
+        ([change(0, "a", 6), change(1, None, 9, (OTHER, 5))], "a", ["a"]),
+        ([change(0, "a", 8, (OTHER, 2)), change(1, "b", 8, (OTHER, 2))], "b", []),
+    ],
+    ids=["newer", "older", "equal", "behind a delete", "older delete", "in order"],
+)
+def test_the_first_append_decides(
+    log: Sequence[Any], shown: str | None, restored: list[Any], sizes: Sequence[int]
+) -> None:
+    rig, rest = Rig(), list(log)
+    for size in sizes:
+        if rest:
+            ingest(rig.items, HERE, rest[:size], 0)
+            del rest[:size]
+    rig.items.flush()
+    assert title_of(rig.store.read_item_metadata([FILM], 1)[FILM].body) == shown
+    assert [title_of(value) for _, value, _ in rig.out.forwarded] == restored
+    assert all((key, to) == (FILM.encode(), HERE) for key, _, to in rig.out.forwarded)
+
+
+def test_nothing_is_appended_again_where_a_newer_change_follows() -> None:
+    rig = Rig()
+    log = [change(0, "a", 6), change(1, "b", 9, (OTHER, 5)), change(2, "c", 9)]
+    outcome = ingest(rig.items, HERE, log, 0)
+    assert (outcome.applied, outcome.outdated, rig.out.forwarded) == (2, 1, [])
+
+
+def test_a_dispute_is_counted_each_time_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    rig, total = Rig(), 0
+    for n in range(3):
+        ingest(rig.items, HERE, [change(2 * n, "mine", 10 * n)], 0)
+        stray = change(2 * n + 1, "theirs", 10 * n + 5, (OTHER, 10 * n + 4))
+        total += ingest(rig.items, HERE, [stray], 0).disputed
+    assert total == 3
+    assert sum("two producers send the same item" in r.getMessage() for r in caplog.records) == 1
+    again = Rig()
+    for n in range(3):  # one producer, always in the wrong partition
+        assert not ingest(again.items, HERE, [change(n, "a", n, (OTHER, n))], 0).disputed
+
+
+def test_users_in_two_partitions() -> None:
+    rig = Rig()
+    outcome = ingest(rig.users, HERE, [profile(0, 1, 6), profile(1, 2, 9, (OTHER, 5))], 0)
+    assert (outcome.applied, outcome.outdated, outcome.disputed) == (1, 1, 1)
+    [(key, value, partition)] = rig.out.forwarded
+    assert (key, partition) == (ANA.encode(), HERE) and b'"age":1' in (value or b"")
+    # A forwarded null record leaves the profile that is newer, and appends it again.
+    outcome = ingest(rig.users, HERE, [profile(2, None, 9, (OTHER, 5))], 0)
+    assert outcome.outdated == 1 and len(rig.out.forwarded) == 2
+    assert rig.store.snapshot().profiles == {(f"u{HERE}", ANA): {"age": 1}}
+    ingest(rig.users, HERE, [profile(3, None, 9, (OTHER, 6))], 0)
+    assert rig.store.snapshot().profiles == {} and len(rig.out.forwarded) == 2
+
+
+def test_a_stray_is_forwarded_once() -> None:
+    rig, stray = Rig(), rec(4, None, b"f0", "items", partition=HERE)
+    while events.decode_key(stray.key) and not rig.out.forwarded:
+        stray.key = b"f%d" % (int(stray.key[1:]) + 1)
+        stray.offset += 1
+        ingest(rig.items, HERE, [stray], 0)
+    [(key, value, partition)] = rig.out.forwarded
+    assert (key, value, partition) == (stray.key, None, OTHER)
+    rig.items.flush()
+    rig.items.open(HERE)
+    rig.items.fences.open({HERE: (0, 99)}, {HERE: stray.offset + 1})  # committed before
+    rig.items.fences.replay_from(HERE, 0)
+    rig.items.fences.open({HERE: (0, 99)}, {HERE: stray.offset + 1})
+    assert ingest(rig.items, HERE, [stray], 0).forwarded == 0
+
+
+def test_resync_does_not_take_a_stray_for_the_item(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compaction keeps the stray record although the item was deleted since."""
+    deleted = change(1, None, 5)
+    stray = record(9, change(0, "a", 1).value, 1, None, FILM, "items")
+    stray.partition = OTHER
+    for records in ([deleted, stray], [stray, deleted], [stray]):
+        monkeypatch.setattr(reading, "read", lambda *_, records=records: iter(records))
+        assert resync._live(SETTINGS, "items", None, set()) == set()
+    monkeypatch.setattr(reading, "read", lambda *_: iter([deleted, change(2, "b", 6)]))
+    assert resync._live(SETTINGS, "items", None, set()) == {FILM}
