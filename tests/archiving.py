@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from eddyline.archive import HOUR_MS, Archive
@@ -15,7 +16,11 @@ from streams.archive.archiver import Archiver
 LIMIT_S = 30
 
 
-def archive_all(settings: Settings, ahead_ms: int = 2 * HOUR_MS) -> None:
+def archive_all(
+    settings: Settings,
+    ahead_ms: int = 2 * HOUR_MS,
+    at_each_poll: Callable[[Archiver], None] = lambda archiver: None,
+) -> None:
     """Archive until all that lies in Kafka is in files: by this clock the hour is over.
 
     For 4 partitions of clicks and 2 of items.
@@ -28,6 +33,7 @@ def archive_all(settings: Settings, ahead_ms: int = 2 * HOUR_MS) -> None:
 
     def done() -> bool:
         assert time.monotonic() < deadline, "the archive did not catch up"
+        at_each_poll(archiver)
         # A member of before may still hold its partitions, until its session is over.
         if len(archiver._consumer.assignment()) < 10 or not archiver.caught_up():
             return False
