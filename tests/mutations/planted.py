@@ -267,7 +267,7 @@ MUTATIONS = (
         "eddyline/schema/deduplication.py",
         "if before is not None and offset - before <= self._size:",
         "if before is not None and offset - before < self._size:",
-        (MODEL,),
+        ("tests/unit/eddyline/schema/test_deduplication.py",),
     ),
     Mutation(
         "a stray without an event id may count twice",
