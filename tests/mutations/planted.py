@@ -167,7 +167,7 @@ MUTATIONS = (
     Mutation(
         "an older copy brings a forgotten profile back",
         RULE,
-        "return offset < self.users_offset and first_ms <= self.until_ms",
+        "return offset < self.users_offset and first_ms <= until_ms",
         "return False",
         (ERASURE,),
     ),
