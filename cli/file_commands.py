@@ -119,3 +119,22 @@ def replay(
     replay_file.replay_file(
         resolve(load()), file, speed=speed, topic=topic, shift_to_now=shift_to_now
     )
+
+
+def init(
+    kafka: Annotated[str, typer.Option(help="Kafka's host:port; empty: a local one.")] = "",
+    redis: Annotated[str, typer.Option(help="Redis's URL; empty: a local one.")] = "",
+    data_dir: Annotated[str, typer.Option(help="Folder for data.")] = ".eddyline",
+    files: Annotated[str, typer.Option(help="Files to import, separated by blanks.")] = "",
+    start: Annotated[bool, typer.Option(help="Start ingest and worker now.")] = True,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask; take the options.")] = False,
+) -> None:
+    """Write eddyline.toml and maps of files, start what is missing; asks five questions."""
+    from cli.commands import init as commands_init
+
+    answers = commands_init.Answers(kafka, redis, data_dir, files, start)
+    if not yes:
+        answers = commands_init.asked(
+            answers, lambda question, default: str(typer.prompt(question, default=default))
+        )
+    commands_init.init(answers, Path())

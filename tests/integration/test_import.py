@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from eddyline.kafka import reading, topics
 from eddyline.settings.loader import Settings
 
-ROWS = 30_000
+ROWS = 10_000
 
 
 def command(settings: Settings, *words: str) -> subprocess.Popen[str]:
@@ -54,6 +55,7 @@ def test_a_killed_import_is_resumed_without_a_double(
             if found and found[0]["next_row"]:
                 first.send_signal(signal.SIGKILL)
                 break
+            time.sleep(0.01)
         first.communicate(timeout=30)
     finally:
         first.kill()
