@@ -102,7 +102,10 @@ def broker(monkeypatch: pytest.MonkeyPatch) -> Broker:
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     return Settings(
-        kafka_bootstrap_servers="k:1", redis_url="redis://r", data_dir=str(tmp_path / "data")
+        kafka_bootstrap_servers="k:1",
+        redis_url="redis://r",
+        data_dir=str(tmp_path / "data"),
+        dedupe_window_events=512,
     )
 
 
@@ -140,9 +143,11 @@ def test_an_import_that_is_killed_anywhere_sends_each_event_once(
         broker.fuse = at
         with pytest.raises(Killed):
             send_file(settings, reader, refused_file=refused)
-        # What others write between does not matter, however much it is.
+        # What others write between does not matter, also if it is more than the window.
         other = msgspec.json.encode({"event_id": "x"})
-        broker.logs[1] += [SimpleNamespace(value=other, key=b"k")] * 100_000
+        broker.logs[1] += [SimpleNamespace(value=other, key=b"k")] * (
+            settings.dedupe_window_events + 1
+        )
         broker.fuse = max(1, at // 2)
         try:  # killed a second time, mostly
             send_file(settings, reader, refused_file=refused)
