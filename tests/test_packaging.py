@@ -139,6 +139,7 @@ def brought(texts: list[str]) -> set[str]:
         ("archive", "streams.operations.refill"),
         ("archive", "cli.commands.refill"),
         ("trainer", "embeddings.training.__main__"),
+        ("import", "cli.commands.import_files"),
     ],
 )
 def test_an_extra_brings_what_its_process_imports(extra: str, module: str) -> None:
