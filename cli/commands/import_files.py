@@ -174,7 +174,9 @@ def show(plan_: Plan, reader: RowReader, seen: Seen) -> None:
     if layout.format == "csv":
         header = "header" if layout.has_header else "no header"
         how += f", separated by {layout.delimiter!r}, {header}, {layout.encoding}"
-    console.print(f"\n[bold]{escape(str(reader.file.path))}[/] → {reader.topic} ({how})")
+    console.print(
+        f"\n[bold]{escape(str(reader.file.path))}[/] → {reader.topic} ({how})", soft_wrap=True
+    )
     table = Table("column", "for example", "taken for", box=None, pad_edge=False)
     for cells in rows.taken_for(plan_.file_map, reader.topic, plan_.sample):
         column, example, what = map(escape, cells)

@@ -148,6 +148,7 @@ def pids_of(settings: Settings) -> dict[str, int]:
     return {"kafka": servers.kafka.pid, "valkey": servers.redis.pid}
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("taken_down")
 def test_up_down_and_up_again_on_another_port(settings: Settings, console: Console) -> None:
     with pytest.raises(SettingsError, match="eddyline up"):

@@ -51,7 +51,7 @@ def send_in_transactions(live: Any, partition: int, *, commit: bool) -> None:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("commit", [True, False])
+@pytest.mark.parametrize("commit", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_a_marker_at_the_end_is_no_lag_and_no_loss_once_it_expired(
     make_live: Any, commit: bool
 ) -> None:

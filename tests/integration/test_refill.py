@@ -365,6 +365,7 @@ def test_a_generation_that_began_in_the_middle_is_filled_to_the_same_bits(
     assert generations.step_ranges(settings)["2", 0] == recorded["2", 0]
 
 
+@pytest.mark.long
 def test_an_older_copy_is_filled_and_who_was_forgotten_since_goes(
     settings: Settings, dataset: Any
 ) -> None:

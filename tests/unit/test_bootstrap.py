@@ -227,6 +227,7 @@ def test_every_target_of_the_makefile_is_a_command(bootstrap: ModuleType) -> Non
         "demo",
         "test",
         "chaos",
+        "containers",
         "mutations",
         "soak",
         "fuzz",

@@ -19,7 +19,7 @@ RATINGS = (
 
 def run(*words: str, error: type[EddylineError] | None = None) -> tuple[str, str]:
     """(what was printed, the error)"""
-    result = CliRunner().invoke(app, ["import", *words], env={"COLUMNS": "300"})
+    result = CliRunner().invoke(app, ["import", *words])
     if error is None:
         assert result.exit_code == 0, (result.output, result.exception)
         return result.output, ""

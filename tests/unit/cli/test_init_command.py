@@ -26,7 +26,7 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Setti
 
 
 def run(*words: str, answers: str = "", error: type[EddylineError] | None = None) -> str:
-    result = CliRunner().invoke(app, ["init", *words], input=answers, env={"COLUMNS": "300"})
+    result = CliRunner().invoke(app, ["init", *words], input=answers)
     if error is None:
         assert result.exit_code == 0, (result.output, result.exception)
         return result.output

@@ -35,7 +35,7 @@ def lines(folder: Path, *records: Any) -> str:
 
 def run(*words: str, error: type[EddylineError] | None = None) -> tuple[str, str]:
     """(what was printed on one long line, the error)"""
-    result = CliRunner().invoke(app, ["map", *words], env={"COLUMNS": "400"})
+    result = CliRunner().invoke(app, ["map", *words])
     if error is None:
         assert result.exit_code == 0, (result.output, result.exception)
         return result.output, ""
