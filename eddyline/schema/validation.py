@@ -73,7 +73,7 @@ def item(
 
     A record outside its partition is stray: ingest forwards it, and it counts in its own partition.
     partition:   of the record, None before it is sent
-    appended_ms: the broker's time stamp of the first append
+    appended_ms: the broker's time stamp
     omitted:     gets the bad optional parts, which are left out
     """
     item_id, own = _id_of("item", key, partition, settings.items_partitions)
@@ -179,7 +179,7 @@ def item_changes(
             detail = "the map of items has partition = 'key': only its own producer may write items"
             raise Rejected("wrong_partition", "key", detail)
     return [
-        item(settings, partition, one.key, one.value, events.first_append_ms(one), omitted)
+        item(settings, partition, one.key, one.value, one.timestamp, omitted)
         for one in own_records(settings, "items", record)
     ]
 
@@ -189,9 +189,7 @@ def profiles(
 ) -> list[tuple[str, UserProfile | None, bool]]:
     """What `profile` returns, of each change in any record of `users`. Raises Rejected."""
     return [
-        profile(
-            settings, record.partition, one.key, one.value, events.first_append_ms(one), omitted
-        )
+        profile(settings, record.partition, one.key, one.value, one.timestamp, omitted)
         for one in own_records(settings, "users", record)
     ]
 

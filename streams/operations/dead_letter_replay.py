@@ -342,7 +342,8 @@ def forgotten_since(settings: Settings, store: StateStore, letters: Sequence[Let
         if erasure is None:
             covered = False
         elif isinstance(event, UserProfile):
-            covered = erasure.covers_profile(-1, letter.first_ms)
+            # Of one millisecond the order is unknown; an erased profile must not come back.
+            covered = letter.first_ms <= erasure.until_ms
         else:
             covered = erased_after(erasure, event.at_ms, now_ms, letter.first_ms)
         (found if covered else others).add(letter.at)

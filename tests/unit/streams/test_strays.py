@@ -111,6 +111,20 @@ def test_users_in_two_partitions() -> None:
     assert rig.store.snapshot().profiles == {} and len(rig.out.forwarded) == 2
 
 
+@pytest.mark.parametrize("ahead_ms", [0, 1])
+def test_the_last_append_bounds_the_time_of_an_event(ahead_ms: int) -> None:
+    """A dead letter that was too far ahead is replayed later, with its first append."""
+    rig, at_ms = Rig(), MS + SETTINGS.far_future_ms_max + 1_000 + ahead_ms
+    user = events.encode(UserProfile(user_id=ANA, attributes={"age": 1}, at_ms=at_ms))
+    film = events.encode(Item(item_id=FILM, title="a", at_ms=at_ms))
+    outcomes = [
+        ingest(rig.users, HERE, [record(0, user, 1_000, (HERE, 0), ANA, "users")], 0),
+        ingest(rig.items, HERE, [record(0, film, 1_000, (HERE, 0), FILM, "items")], 0),
+    ]
+    assert [(o.applied, o.rejected) for o in outcomes] == 2 * [(1 - ahead_ms, ahead_ms)]
+    assert [reason for _, reason in rig.out.letters] == 2 * ahead_ms * ["far_future"]
+
+
 def test_a_stray_is_forwarded_once() -> None:
     rig, stray = Rig(), rec(4, None, b"f0", "items", partition=HERE)
     while events.decode_key(stray.key) and not rig.out.forwarded:
