@@ -112,8 +112,10 @@ class ClickTotals:
     def ranked_live(
         self, live_of: Callable[[Sequence[str]], Sequence[bool]], need: int
     ) -> list[tuple[str, float]]:
-        """As `ranked`, but of live items alone where fewer than `need` of those are live.
+        """As `ranked`, but where fewer than `need` of those are live, further live items follow.
 
+        They take the places of the last dead ones. A list with every clicked item stays the same,
+        so a worker gives the answers of a coordinator, which does not call this.
         live_of: which of these items are live
         With too few in all buckets, further reads are deeper, up to `DEPTH_SHARE_MAX` times.
         """
@@ -130,7 +132,11 @@ class ClickTotals:
         if len(found) < need and cut and self.depth < DEPTH_SHARE_MAX * self._limit:
             self.depth *= 2
             self._shallow = set(self._held)
-        return found[: self._limit]
+        found = found[: self._limit]
+        kept = set(found)
+        dead = [pair for pair in ranked if pair not in kept]
+        found += dead[: self._limit - len(found)]
+        return sorted(found, key=lambda pair: (-pair[1], pair[0]))
 
     def _sums(self) -> _Totals:
         """The decayed clicks of every item."""

@@ -106,7 +106,7 @@ class Popularity:
         return not failed
 
     def look_for_live(self) -> None:
-        """For a while, have dead items leave the list where they are most of it.
+        """For a while, have live items replace dead ones where those are most of the list.
 
         A query calls this that found too few live ones. Thread rule: any thread.
         """

@@ -184,13 +184,35 @@ def test_live_items_fill_the_list_where_dead_ones_lead(dead: int, filled: int) -
     assert not path.recall(request, index).hits
     for _ in range(6):
         assert popularity.refresh()
-    names = [item_id for item_id, _ in popularity.ranked]
-    assert [hit.item_id for hit in path.recall(request, index).hits] == names[:3]
     # Two of the list's four places are enough to end the search.
-    assert names[:2] == ["live-0", "live-1"][:filled]
+    live = ["live-0", "live-1"][:filled]
+    assert [hit.item_id for hit in path.recall(request, index).hits] == live
+    assert [item_id for item_id, _ in popularity.ranked] == [*plain[: limit - filled], *live]
     alone = Popularity(settings, store)
     alone.look_for_live()
     assert alone.refresh() and [item_id for item_id, _ in alone.ranked] == plain
+
+
+def test_a_list_with_every_clicked_item_is_the_same_with_and_without_the_index() -> None:
+    """A coordinator, which has no index, gives the answers and reasons of a worker."""
+    store, index = MemoryStore(), ExactIndex(2)
+    vector = np.array([1, 0], np.float32)
+    index.upsert([ItemRecord(f"live-{n}", 0, n, n, n, vector) for n in range(9)])
+    counts = {"dead-0": 9, "live-0": 7, "dead-1": 5, "dead-2": 3, "live-1": 3, "dead-3": 1}
+    store.count_clicks("i0", Source("clicks", 0), None, Fence(0, LOG), {5: counts}, 28)
+    settings, answers = Settings(popular_bucket_s=60, popular_limit=8), []
+    request = RecallRequest(None, 4, (), None, 0.0, Deadline.of_call(None, 60_000))
+    for own in (None, index):
+        popularity = Popularity(settings, store, own)
+        context = RecallContext(settings, store, None, popularity, ExitStack())  # type: ignore[arg-type]
+        path = PopularPath(context)
+        for _ in range(3):
+            assert popularity.refresh()
+            found = path.recall(request, index)
+            ln_p = [hit.score for hit in popularity.debias(found.hits, 4, 1.0)]
+            answers.append((found, ln_p, popularity.ranked))
+    assert all(answer == answers[0] for answer in answers)
+    assert answers[0][0].why == "of 6 popular items 2 are live and unseen"
 
 
 def test_a_list_that_is_mostly_live_stays_as_it_is() -> None:
