@@ -122,6 +122,13 @@ def requests(live) -> Iterator[tuple[str, int, dict[str, object]]]:
 def test_the_same_answers_as_one_worker(sharded, live) -> None:
     live.applied()
     sharded.whole()
+
+    # Each process reads the clicks' counts every half second.
+    def same() -> bool:
+        one = sharded.one.retrieve("p2", 400)
+        return bool(seen(one) == seen(sharded.coordinator.retrieve("p2", 400)))
+
+    live.wait_for("both lists of popular items", same, 20)
     compared, paths = 0, set()
     for who, k, more in requests(live):
         one = sharded.one.retrieve(who, k, **more)
