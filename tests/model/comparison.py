@@ -120,7 +120,8 @@ def sent_differences(
 
     optional: origins of which a record need not have been sent (compaction removed them)
     A null record of `users` deletes the visitor's history at once, before its Forget in `clicks` is
-    read. So a merge that lies before that Forget may move fewer entries.
+    read. So a merge that lies before that Forget may move fewer entries, and late ones for which
+    the whole list would have had no room.
     """
     forwarded, tombstones, wrong = set(), set(), []
     records = [record for part in clicks.values() for record in part]
@@ -155,6 +156,7 @@ def sent_differences(
         s._replace(fields=model.known_fields(_unnumbered(dict(s.fields)))) for s in want.forwarded
     }
     missing = [s for s in expected - forwarded if not _may_lack(by_at[s.origin], s, forgets)]
+    extra = [s for s in forwarded - expected if not _had_no_room(by_at, s, forgets)]
     latest = {one.user_id: one.until_ms for one in sorted(tombstones, key=lambda t: t.until_ms)}
     unsent = [
         one
@@ -166,7 +168,7 @@ def sent_differences(
         f"{what}: {sorted(map(str, some))}"
         for what, some in (
             ("not forwarded", missing),
-            ("forwarded without a reason", forwarded - expected),
+            ("forwarded without a reason", extra),
             ("no tombstone", unsent),
             ("a tombstone without a reason", tombstones - want.tombstones),
         )
@@ -260,6 +262,24 @@ def _may_lack(origin: Raw, sent: model.Sent, forgets: Mapping[str, int]) -> bool
     moved = dict(sent.fields)["event_id"] == "moved"
     visitor = reading.document(origin.value)["user_id"]
     return moved and forgets.get(visitor, -1) > origin.offset
+
+
+def _had_no_room(by_at: Mapping[str, Raw], sent: model.Sent, forgets: Mapping[str, int]) -> bool:
+    """Whether it is an entry of a merge that may lack others, and the visitor clicked it before."""
+    origin = by_at.get(sent.origin)
+    if origin is None or not _may_lack(origin, sent, forgets):
+        return False
+    visitor, entry = reading.document(origin.value)["user_id"], dict(sent.fields)
+    same = ("item_id", "at_ms", "kind")
+    for raw in by_at.values():
+        if raw.partition == origin.partition and raw.offset < origin.offset:
+            try:
+                doc = reading.document(raw.value)
+            except reading.Refused:
+                continue
+            if doc.get("user_id") == visitor and all(doc.get(n) == entry[n] for n in same):
+                return True
+    return False
 
 
 def embeddings_of(towers: Bundle, want: model.State) -> dict[str, tuple[int, bytes]]:
