@@ -276,6 +276,9 @@ class Load:
                 producer.close(timeout=1)
             except Exception as error:
                 self.failed[type(error).__name__] += 1
+                # kafka-python leaves a producer open that could not flush, and waits again later.
+                producer._sender.force_close()
+                producer._closed = True
 
     def _duplicates(self) -> None:
         if self._recent:
