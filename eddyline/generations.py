@@ -296,7 +296,7 @@ def _append(settings: Settings, records: Sequence[tuple[bytes, bytes | None]]) -
             for future in [producer.send(topic, value, key=key) for key, value in records]:
                 future.get(timeout=settings.kafka_timeout_ms / 1000)
         finally:
-            producer.close(timeout=settings.kafka_timeout_ms / 1000)
+            producers.close(producer, settings.kafka_timeout_ms / 1000)
 
 
 @contextmanager

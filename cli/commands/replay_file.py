@@ -88,7 +88,7 @@ def send(
     except KafkaError as error:
         raise clients.translate_error(settings, error, "not every record was delivered") from None
     finally:
-        producer.close(timeout=settings.kafka_timeout_ms / 1000)
+        producers.close(producer, settings.kafka_timeout_ms / 1000)
     return time.monotonic() - started
 
 

@@ -115,7 +115,7 @@ def _send(
     except Rejected as error:
         raise Rejected(error.reason, "", f"{size:,} bytes: {error.detail}") from None
     finally:
-        producer.close(timeout=settings.kafka_timeout_ms / 1000)
+        producers.close(producer, settings.kafka_timeout_ms / 1000)
 
 
 def _attribute(text: str) -> tuple[str, Scalar]:

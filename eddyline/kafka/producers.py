@@ -48,6 +48,15 @@ def flush(producer: KafkaProducer, timeout_s: float) -> None:
         producer.flush(timeout=timeout_s)
 
 
+def close(producer: KafkaProducer, timeout_s: float) -> None:
+    """Close; what cannot be sent by then is given up, as the futures of the records say.
+
+    kafka-python's `close` raises where the broker is away, and would hide the error before it.
+    """
+    with suppress(KafkaError):
+        producer.close(timeout=timeout_s)
+
+
 def make_producer(settings: Settings, **more: Any) -> KafkaProducer:
     """An idempotent producer that waits for all replicas. more: options of kafka-python."""
     options = {"acks": "all", "enable_idempotence": True, "max_block_ms": settings.kafka_timeout_ms}

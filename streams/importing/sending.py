@@ -300,4 +300,4 @@ def _producer(settings: Settings) -> Iterator[KafkaProducer]:
     try:
         yield producer
     finally:
-        producer.close(timeout=settings.kafka_timeout_ms / 1000)
+        producers.close(producer, settings.kafka_timeout_ms / 1000)
