@@ -53,7 +53,7 @@ RUN if [ -n "$TORCH_INDEX_URL" ]; then \
  && pip install --require-hashes --constraint requirements.lock --requirement trainer.txt
 
 FROM base AS runtime
-# gRPC's C core writes lines of its own format. Under another uid than eddyline's, HOME is set here.
+# gRPC's C core writes lines of its own format. A process under another uid has no home folder.
 ENV PATH=/opt/venv/bin:$PATH EDDYLINE_DATA_DIR=/var/lib/eddyline GRPC_VERBOSITY=NONE HOME=/tmp
 WORKDIR /app
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -120,8 +121,8 @@ def sent_differences(
 
     optional: origins of which a record need not have been sent (compaction removed them)
     A null record of `users` deletes the visitor's history at once, before its Forget in `clicks` is
-    read. So a merge that lies before that Forget may move fewer entries, and late ones for which
-    the whole list would have had no room.
+    read. So a merge that lies before that Forget may move fewer entries, and among them late ones
+    for which the longer list had no room.
     """
     forwarded, tombstones, wrong = set(), set(), []
     records = [record for part in clicks.values() for record in part]
@@ -156,7 +157,12 @@ def sent_differences(
         s._replace(fields=model.known_fields(_unnumbered(dict(s.fields)))) for s in want.forwarded
     }
     missing = [s for s in expected - forwarded if not _may_lack(by_at[s.origin], s, forgets)]
-    extra = [s for s in forwarded - expected if not _had_no_room(by_at, s, forgets)]
+    counts = Counter(s.origin for s in forwarded), Counter(s.origin for s in expected)
+    extra = [
+        s
+        for s in forwarded - expected
+        if counts[0][s.origin] > counts[1][s.origin] or not _had_no_room(by_at, s, forgets)
+    ]
     latest = {one.user_id: one.until_ms for one in sorted(tombstones, key=lambda t: t.until_ms)}
     unsent = [
         one
@@ -265,7 +271,7 @@ def _may_lack(origin: Raw, sent: model.Sent, forgets: Mapping[str, int]) -> bool
 
 
 def _had_no_room(by_at: Mapping[str, Raw], sent: model.Sent, forgets: Mapping[str, int]) -> bool:
-    """Whether it is an entry of a merge that may lack others, and the visitor clicked it before."""
+    """Whether a merge that may lack entries moved this one, which the visitor did click."""
     origin = by_at.get(sent.origin)
     if origin is None or not _may_lack(origin, sent, forgets):
         return False
