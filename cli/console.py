@@ -1,7 +1,10 @@
-"""The console that commands print to, and their progress bar."""
+"""The console that commands print to, their progress bar, and how they show an event."""
 
 from __future__ import annotations
 
+import json
+
+import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -17,3 +20,15 @@ def progress_bar(on: Console) -> Progress:
         TimeElapsedColumn(),
         console=on,
     )
+
+
+def event_text(event: msgspec.Struct) -> str:
+    """An event as JSON, without the fields that have no value."""
+    fields = msgspec.to_builtins(event)
+    found = {name: value for name, value in fields.items() if value not in (None, [], {}, "")}
+    return json.dumps(found, ensure_ascii=False)
+
+
+def shortened(text: str, chars_max: int) -> str:
+    """The text, cut to `chars_max` characters with a mark at its end."""
+    return text if len(text) <= chars_max else text[: chars_max - 1] + "…"

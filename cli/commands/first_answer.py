@@ -8,9 +8,8 @@ import time
 from contextlib import closing
 from itertools import islice
 
-from rich.console import Console
-
 from cli.commands.query import worker_address
+from cli.console import console
 from eddyline.errors import EddylineError
 from eddyline.kafka import reading, topics
 from eddyline.process import discovery
@@ -25,8 +24,6 @@ from serving.rpc.client import is_ready
 STALLED_S = 120.0
 WORKER_READY_S = 120.0
 _POLL_S = 0.5
-
-console = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 def prepare(settings: Settings) -> None:

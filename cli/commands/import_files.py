@@ -11,12 +11,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import msgspec
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Column, Table
+from rich.text import Text
 
-from cli.console import progress_bar
+from cli.console import console, event_text, progress_bar, shortened
 from eddyline.errors import EddylineError, Rejected, SettingsError
 from eddyline.kafka import topics
 from eddyline.schema.mapping import check as checking
@@ -34,8 +32,6 @@ _CELL_CHARS_MAX = 300
 _EXAMPLES = 3
 # Items first: clicks on items that are not known yet would wait.
 _ORDER = (topics.ITEMS, topics.USERS, topics.CLICKS)
-
-console = Console(highlight=False)
 
 
 @dataclass(frozen=True)
@@ -174,32 +170,29 @@ def show(plan_: Plan, reader: RowReader, seen: Seen) -> None:
     if layout.format == "csv":
         header = "header" if layout.has_header else "no header"
         how += f", separated by {layout.delimiter!r}, {header}, {layout.encoding}"
-    console.print(
-        f"\n[bold]{escape(str(reader.file.path))}[/] → {reader.topic} ({how})", soft_wrap=True
-    )
+    path = str(reader.file.path)
+    console.print(Text.assemble("\n", (path, "bold"), f" → {reader.topic} ({how})"))
     table = Table("column", "for example", "taken for", box=None, pad_edge=False)
-    for cells in rows.taken_for(plan_.file_map, reader.topic, plan_.sample):
-        column, example, what = map(escape, cells)
-        table.add_row(column, example, what or "[dim]nothing[/]")
+    taken = rows.taken_for(plan_.file_map, reader.topic, plan_.sample)
+    for column, example, what in taken:
+        table.add_row(column, example, what or Text("nothing", "dim"))
     console.print(table)
     columns = (Column("row"), Column("becomes", overflow="fold"))
     table = Table(*columns, box=None, pad_edge=False)
     for number, made in seen.shown:
-        table.add_row(str(number + 1), escape("\n".join(_event(*one) for one in made)))
+        table.add_row(str(number + 1), "\n".join(_event(*one) for one in made))
     console.print(table)
     scope = "" if seen.rows >= reader.file.total else f"first {seen.rows:,} "
-    _print(
+    console.print(
         f"{scope}rows: {seen.rows:,}; {seen.events:,} events, {seen.ignored:,} ignored, "
         f"{sum(one.count for one in seen.refusals.values()):,} refused"
     )
     show_refusals(seen)
-    if not any("at_ms" in what for *_, what in _taken(plan_, reader)) and (
-        reader.topic == topics.CLICKS
-    ):
-        _print("no column is a time: all events happen now")
+    if reader.topic == topics.CLICKS and not any("at_ms" in what for *_, what in taken):
+        console.print("no column is a time: all events happen now")
     if _is_described(plan_, reader.topic):
-        _print(f"of the {reader.topic}, the last row of each is sent")
-    _print(f"map: {plan_.file_map.name}")
+        console.print(f"of the {reader.topic}, the last row of each is sent")
+    console.print(f"map: {plan_.file_map.name}")
 
 
 def show_refusals(seen: Seen) -> None:
@@ -208,16 +201,16 @@ def show_refusals(seen: Seen) -> None:
         reason, name = key
         where = ", ".join(seen.where[key])
         of = f"{reason}: {name}" if name else reason
-        _print(f"{refusal.count:,} × {of} ({where}, …): {refusal.detail}")
+        console.print(f"{refusal.count:,} × {of} ({where}, …): {refusal.detail}")
         if refusal.records:
-            _print(f"    cure: {checking.cure(reason, name, refusal)}")
+            console.print(f"    cure: {checking.cure(reason, name, refusal)}")
 
 
 def send(settings: Settings, reader: RowReader, plan_: Plan, options: Options) -> None:
     """Send one file into one topic. Raises as `sending.send_file`; the same command resumes."""
     file, seen = reader.file, Seen()
     if _is_described(plan_, reader.topic):
-        _print(f"{file.path}: looking for the last row of each of the {reader.topic}")
+        console.print(f"{file.path}: looking for the last row of each of the {reader.topic}")
         reader.keep_last()
     started = time.monotonic()
     with progress_bar(console) as progress:
@@ -243,10 +236,10 @@ def send(settings: Settings, reader: RowReader, plan_: Plan, options: Options) -
         )
     name = settings.prefixed(reader.topic)
     if result.was_done:
-        _print(f"{file.path}: was imported into {name} before; nothing was sent")
+        console.print(f"{file.path}: was imported into {name} before; nothing was sent")
         return
     resumed = f", resumed at row {result.resumed_at + 1:,}" if result.resumed_at else ""
-    _print(
+    console.print(
         f"{file.path}: {result.rows:,} rows, {result.sent:,} events into {name}, "
         f"{result.refused:,} refused, in {result.took_s:.1f} s{resumed}"
     )
@@ -271,8 +264,8 @@ def _map(file: DataFile, sample: list[Any], options: Options) -> FileMap:
         with beside.open("x", encoding="utf-8") as out:
             out.write(text)
     except OSError as error:
-        _print(f"the guessed map cannot be kept as {beside}: {error.strerror}. It is:")
-        console.print(text, markup=False)
+        console.print(f"the guessed map cannot be kept as {beside}: {error.strerror}. It is:")
+        console.print(text)
     return FileMap(text, str(beside))
 
 
@@ -281,19 +274,5 @@ def _is_described(plan_: Plan, topic: str) -> bool:
     return topics.CLICKS in plan_.topics and topic != topics.CLICKS
 
 
-def _taken(plan_: Plan, reader: RowReader) -> list[tuple[str, str, str]]:
-    return rows.taken_for(plan_.file_map, reader.topic, plan_.sample)
-
-
 def _event(key: str, event: Any) -> str:
-    """The event as JSON, without the fields that it leaves open."""
-    if event is None:
-        return f"delete {key}"
-    fields = msgspec.to_builtins(event)
-    fields = {name: value for name, value in fields.items() if value not in (None, [], {}, "")}
-    text = json.dumps(fields, ensure_ascii=False)
-    return text if len(text) <= _CELL_CHARS_MAX else text[: _CELL_CHARS_MAX - 1] + "…"
-
-
-def _print(text: str) -> None:
-    console.print(text, markup=False, soft_wrap=True)
+    return shortened(f"delete {key}" if event is None else event_text(event), _CELL_CHARS_MAX)

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from rich.markup import escape
 from rich.table import Column, Table
 
-from cli.console import console
+from cli.console import console, event_text, shortened
 from eddyline.errors import EddylineError, Rejected, SettingsError
 from eddyline.kafka import reading, topics
 from eddyline.kafka.producers import now_ms
@@ -67,7 +66,7 @@ def guess(source: str, *, topic: str, out: str) -> None:
     _check_topic(topic)
     text = guessing.guess(found, topic)
     if not out:
-        console.print(text, markup=False, highlight=False, end="", soft_wrap=True)
+        console.print(text, end="")
         return
     try:
         with Path(out).open("x", encoding="utf-8") as file:
@@ -75,7 +74,7 @@ def guess(source: str, *, topic: str, out: str) -> None:
     except OSError as error:
         raise SettingsError(f"{out}: {error.strerror}") from None
     console.print(f"written: {out}")
-    console.print(f"then: eddyline map check {source} --topic {topic} --map {out}", soft_wrap=True)
+    console.print(f"then: eddyline map check {source} --topic {topic} --map {out}")
 
 
 def _decoded(record: RawRecord) -> Any:
@@ -182,9 +181,8 @@ def _show(report: Report, topic: str) -> None:
 
 def _show_refusal(reason: str, name: str, refusal: Refusal) -> None:
     where = f"{reason}: {name}" if name else reason
-    console.print(escape(f"{refusal.count:,} × {where}: {refusal.detail}"), soft_wrap=True)
-    cure = checking.cure(reason, name, refusal)
-    console.print(escape(f"    cure: {cure}"), soft_wrap=True)
+    console.print(f"{refusal.count:,} × {where}: {refusal.detail}")
+    console.print(f"    cure: {checking.cure(reason, name, refusal)}")
 
 
 def _record(record: RawRecord) -> str:
@@ -192,25 +190,16 @@ def _record(record: RawRecord) -> str:
     text = "(no value)" if value is None else value.decode("utf-8", "backslashreplace")
     if record.key is not None:
         text = f"{record.key.decode('utf-8', 'backslashreplace')} → {text}"
-    return escape(_cut(text))
+    return shortened(text, _CELL_CHARS_MAX)
 
 
 def _made(made: list[Any] | Rejected) -> str:
     if isinstance(made, Rejected):
-        return escape(_cut(f"refused: {made}"))
+        return shortened(f"refused: {made}", _CELL_CHARS_MAX)
     if not made:
         return "(ignored)"
-    return escape(_cut("\n".join(_event(one) for one in made)))
+    return shortened("\n".join(map(_event, made)), _CELL_CHARS_MAX)
 
 
 def _event(made: Any) -> str:
-    """The event as JSON, without the fields that it leaves open."""
-    if isinstance(made, str):
-        return f"delete {made}"
-    fields = msgspec.to_builtins(made)
-    given = {name: value for name, value in fields.items() if value not in (None, [], {}, "")}
-    return json.dumps(given, ensure_ascii=False)
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _CELL_CHARS_MAX else text[: _CELL_CHARS_MAX - 1] + "…"
+    return f"delete {made}" if isinstance(made, str) else event_text(made)

@@ -2,11 +2,9 @@
 
 import pytest
 
-from cli.commands import import_files
 from cli.console import console
 
 
 @pytest.fixture(autouse=True)
 def long_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    for one in (console, import_files.console):
-        monkeypatch.setattr(one, "width", 400)
+    monkeypatch.setattr(console, "width", 400)

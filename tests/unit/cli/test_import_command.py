@@ -50,6 +50,13 @@ def test_a_dry_run_shows_columns_events_and_refusals_with_rows(tmp_path: Path) -
     assert 'user_id = "userId"' in kept
 
 
+def test_brackets_in_cells_are_shown_as_they_are(tmp_path: Path) -> None:
+    path = file(tmp_path, "userId,movieId,timestamp,note\n[bold]1,[/],964982703,[x]\n")
+    printed, _ = run(str(path), "--dry-run")
+    assert '"user_id": "[bold]1", "item_id": "[/]"' in printed
+    assert any(line.split() == ["note", "[x]", "nothing"] for line in printed.splitlines())
+
+
 def test_the_map_beside_a_file_is_used_and_never_overwritten(tmp_path: Path) -> None:
     path = file(tmp_path, RATINGS)
     beside = tmp_path / "ratings.csv.map.toml"

@@ -87,6 +87,20 @@ def test_each_refusal_is_counted_with_what_would_cure_it(tmp_path: Path) -> None
     assert "a map reads JSON only" in printed
 
 
+def test_brackets_are_shown_as_they_are(tmp_path: Path) -> None:
+    map_ = tmp_path / "map.toml"
+    map_.write_text(
+        '[clicks]\nfields = { user_id = "user", item_id = "item" }\n'
+        '[[clicks.rule]]\nwhere = { seen = "yes" }\n',
+        encoding="utf-8",
+    )
+    odd, good = {"user": "[bold]a", "item": "[/]"}, {"user": "[u]b", "item": "c", "seen": "yes"}
+    words = ("check", lines(tmp_path, odd, good), "--topic", "clicks", "--map", str(map_))
+    printed, _ = run(*words, error=EddylineError)
+    assert json.dumps(odd) in printed and '"user_id": "[u]b"' in printed
+    assert "cure: add a [[rule]] whose" in printed
+
+
 def test_the_kinds_that_a_map_lacks_are_listed(tmp_path: Path) -> None:
     map_ = tmp_path / "map.toml"
     map_.write_text(
