@@ -105,6 +105,32 @@ class Generations:
                 )
 
 
+class UsedGenerations:
+    """The generations that a process uses, until they end. Thread rule: one thread."""
+
+    def __init__(self, settings: Settings, names: Sequence[str]) -> None:
+        self._settings = settings
+        self._names = names
+        self._reported = set[str]()
+
+    def check(self, now_ms: int | None = None) -> Generations:
+        """All that the topic says now; logs once that one of them has ended.
+
+        Raises GenerationEnded where it must not be used any more, and the errors of `read`.
+        """
+        found = read(self._settings)
+        found.check_usable(self._names, _now_ms() if now_ms is None else now_ms)
+        for name in self._names:
+            end = found.ended.get(name)
+            if end is not None and name not in self._reported:
+                self._reported.add(name)
+                log.warning(
+                    "the generation of this process has ended: restart it before it has to end",
+                    extra={"generation": name, "ends": utc(end.leave_ms)},
+                )
+        return found
+
+
 class _Active(msgspec.Struct, frozen=True):
     generation: str
 

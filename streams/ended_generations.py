@@ -18,7 +18,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from eddyline import generations
-from eddyline.errors import EddylineError, GenerationEnded, StoreRefused
+from eddyline.errors import GenerationEnded
+from eddyline.process.periodic import Periodic
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import StateStore
 from streams.clicks.user_cache import UserCache
@@ -28,7 +29,6 @@ log = logging.getLogger(__name__)
 
 # Of the time that removal takes, the server has this share free.
 _IDLE_SHARE = 0.8
-CLOSE_S = 5.0
 
 
 class EndedGenerations:
@@ -56,20 +56,23 @@ class EndedGenerations:
         self._lock = lock
         self._live = live
         self._on_end = on_end
-        self._reported = set[str]()
+        self._used = generations.UsedGenerations(settings, live)
         self._without_fences = set[str]()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="ended-generations", daemon=True)
+        self._checks = Periodic(
+            "ended-generations",
+            self._check,
+            generations.CHECK_S,
+            "ended generations are not removed",
+            at_once=True,
+        )
 
     def start(self) -> None:
         """Look in the background, every `generations.CHECK_S`."""
-        self._thread.start()
+        self._checks.start()
 
     def close(self) -> None:
         """Stop; a removal goes on at the next start."""
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join(CLOSE_S)
+        self._checks.close()
 
     def check(self, now_ms: int | None = None) -> None:
         """Look now, and remove what is due.
@@ -78,16 +81,7 @@ class EndedGenerations:
         StoreRefused, BundleError.
         """
         now_ms = time.time_ns() // 1_000_000 if now_ms is None else now_ms
-        found = generations.read(self._settings)
-        found.check_usable(self._live, now_ms)
-        for name in self._live:
-            end = found.ended.get(name)
-            if end is not None and name not in self._reported:
-                self._reported.add(name)
-                log.warning(
-                    "the generation of this process has ended: restart it before it has to end",
-                    extra={"generation": name, "ends": generations.utc(end.leave_ms)},
-                )
+        found = self._used.check(now_ms)
         for name in found.removable(now_ms):
             if name not in self._live:
                 self._remove(name)
@@ -105,7 +99,7 @@ class EndedGenerations:
         for count in self._store.remove_embeddings(name, slots.keys()):
             self.removed += count
             busy_s = time.perf_counter() - begun
-            if self._stop.wait(busy_s * _IDLE_SHARE / (1 - _IDLE_SHARE)):
+            if self._checks.stop.wait(busy_s * _IDLE_SHARE / (1 - _IDLE_SHARE)):
                 return
             begun = time.perf_counter()
         with self._lock:
@@ -115,21 +109,9 @@ class EndedGenerations:
             extra={"generation": name, "embeddings": self.removed - before, "slots": len(slots)},
         )
 
-    def _run(self) -> None:
-        warned = ""
-        while not self._stop.is_set():
-            try:
-                self.check()
-                warned = ""
-            except GenerationEnded as error:
-                self._on_end(error)
-                return
-            except EddylineError as error:
-                # Nothing waits for this work; what lacks a right stays, and the log says so once.
-                text = str(error) if isinstance(error, StoreRefused) else type(error).__name__
-                if text != warned:
-                    log.warning("ended generations are not removed", extra={"reason": str(error)})
-                warned = text
-            except Exception:
-                log.exception("ended generations are not removed")
-            self._stop.wait(generations.CHECK_S)
+    def _check(self) -> None:
+        try:
+            self.check()
+        except GenerationEnded as error:
+            self._checks.stop.set()
+            self._on_end(error)

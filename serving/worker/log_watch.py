@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Mapping
 
 from eddyline.errors import EddylineError, LogReplaced
 from eddyline.kafka import topics
+from eddyline.process.periodic import Periodic
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import LogId
 
@@ -15,7 +15,6 @@ log = logging.getLogger(__name__)
 
 # An offset beyond the end of a new log looks like a reader that has caught up, so ids are compared.
 CHECK_S = 10.0
-CLOSE_S = 5.0
 # What Kafka shows as the id of a topic that does not exist.
 NO_TOPIC = ("", "None", "00000000-0000-0000-0000-000000000000")
 
@@ -28,18 +27,17 @@ class LogWatch:
         self._settings = settings
         self._logs = dict(logs)
         self._changed: dict[str, LogId] = {}
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="log-watch", daemon=True)
+        self._checks = Periodic(
+            "log-watch", self.check, CHECK_S, "the identity of the topics could not be compared"
+        )
 
     def start(self) -> None:
         """Check in the background."""
-        self._thread.start()
+        self._checks.start()
 
     def close(self) -> None:
         """Stop checking."""
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join(CLOSE_S)
+        self._checks.close()
 
     def check(self) -> None:
         """Compare now; without an answer of Kafka the last result stands."""
@@ -76,10 +74,3 @@ class LogWatch:
             f"{known.topic_id}, it is {now.topic_id}{clusters}); answers stand as they were then. "
             f"{advice}"
         )
-
-    def _run(self) -> None:
-        while not self._stop.wait(CHECK_S):
-            try:
-                self.check()
-            except Exception:
-                log.exception("the identity of the topics could not be compared")

@@ -14,6 +14,7 @@ import time
 
 from eddyline.errors import EddylineError
 from eddyline.kafka import topics
+from eddyline.process.periodic import Periodic
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import Source, StateStore
 from serving.worker.replica import Replica
@@ -25,7 +26,6 @@ WAIT_S = 20.0
 POLL_S = 0.05
 # While something is missing, answers say so, and this often it is asked for again.
 AGAIN_S = 1.0
-CLOSE_S = 5.0
 
 
 class PublishBarrier:
@@ -40,8 +40,8 @@ class PublishBarrier:
         self._generation = generation
         self._ends: dict[int, int] | None = None
         self._missing = ""
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._published_s: float | None = None
+        self._checks: Periodic | None = None
 
     def wait(self, stop: threading.Event, limit_s: float = WAIT_S) -> int:
         """Wait until all present records of `items` are published. Returns how many are missing.
@@ -59,10 +59,13 @@ class PublishBarrier:
     def start(self, replica: Replica) -> None:
         """Ask again once a second until nothing is missing and the replica has read it."""
         if self._missing:
-            self._thread = threading.Thread(
-                target=self._run, args=(replica,), name="publish-barrier", daemon=True
+            self._checks = Periodic(
+                "publish-barrier",
+                lambda: self._check(replica),
+                AGAIN_S,
+                "what ingest has still to publish could not be read",
             )
-            self._thread.start()
+            self._checks.start()
 
     def missing(self) -> str:
         """What ingest has still to publish; "" if nothing."""
@@ -70,23 +73,21 @@ class PublishBarrier:
 
     def close(self) -> None:
         """Stop asking."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(CLOSE_S)
+        if self._checks is not None:
+            self._checks.close()
 
-    def _run(self, replica: Replica) -> None:
-        published_s: float | None = None
-        while not self._stop.wait(AGAIN_S):
-            if published_s is None:
-                behind, why = self._ask()
-                if behind != 0:
-                    self._missing = why
-                    continue
-                published_s = time.monotonic()
-            if replica.reached_s > published_s:
-                self._missing = ""
-                log.info("ingest has published all changes of items from before the start")
+    def _check(self, replica: Replica) -> None:
+        if self._published_s is None:
+            behind, why = self._ask()
+            if behind != 0:
+                self._missing = why
                 return
+            self._published_s = time.monotonic()
+        if replica.reached_s > self._published_s:
+            self._missing = ""
+            log.info("ingest has published all changes of items from before the start")
+            assert self._checks is not None
+            self._checks.stop.set()
 
     def _ask(self) -> tuple[int | None, str]:
         """(how many records are missing, None if that is unknown; the same in words, "" for 0)."""
