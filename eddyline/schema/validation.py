@@ -136,10 +136,7 @@ def own_records(settings: Settings, topic: str, record: RawRecord) -> Sequence[R
     That is the record itself where the topic has no map, or the record has the mark.
     topic: `clicks`, `items` or `users`, without prefix
     """
-    found = map_of(settings, topic)
-    if found is None or mark_of(record.headers) is not None:
-        return (record,)
-    return found.records(record)
+    return _own_records(map_of(settings, topic), record)
 
 
 def user_events(
@@ -151,11 +148,7 @@ def user_events(
     by_map: what `map_of` returns, of a caller that reads many records
     """
     found, partition = [], record.partition
-    if by_map is not None and mark_of(record.headers) is None:
-        own: Sequence[RawRecord] = by_map.records(record)
-    else:
-        own = own_records(settings, "clicks", record)
-    for one in own:
+    for one in _own_records(by_map or map_of(settings, "clicks"), record):
         origin_ms = events.origin_ms(one.headers)
         event, here = user_event(settings, partition, one.value, one.timestamp, origin_ms)
         found.append((one, event, here))
@@ -180,7 +173,7 @@ def item_changes(
             raise Rejected("wrong_partition", "key", detail)
     return [
         item(settings, partition, one.key, one.value, one.timestamp, omitted)
-        for one in own_records(settings, "items", record)
+        for one in _own_records(found, record)
     ]
 
 
@@ -232,6 +225,12 @@ def unsent_record(
         unsent(settings, topic, one.key, one.value, events.origin_ms(one.headers))
         for one in own_records(settings, topic, record)
     ]
+
+
+def _own_records(by_map: Mapper | None, record: RawRecord) -> Sequence[RawRecord]:
+    if by_map is None or mark_of(record.headers) is not None:
+        return (record,)
+    return by_map.records(record)
 
 
 def _too_early(at_ms: int, settings: Settings) -> Rejected:

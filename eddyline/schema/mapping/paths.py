@@ -33,22 +33,14 @@ _START = re.compile(r"\$headers|\$key|\$(?=\.|\[|$)|\^+|\.(?=$)|")
 _decode = msgspec.json.Decoder().decode
 
 
-class Source:
+class Source(msgspec.Struct):
     """The record that is mapped. root: its decoded value; decode: of bytes with a schema id"""
 
-    __slots__ = ("_key", "decode", "headers", "key", "root")
-
-    def __init__(
-        self,
-        key: bytes | None,
-        headers: Sequence[tuple[str, bytes | None]],
-        decode: Callable[[bytes], Any] | None = None,
-    ) -> None:
-        self.key = key
-        self.headers = headers
-        self.decode = decode
-        self.root: Any = None
-        self._key: Any = None
+    key: bytes | None
+    headers: Sequence[tuple[str, bytes | None]]
+    decode: Callable[[bytes], Any] | None = None
+    root: Any = None
+    _key: Any = None
 
     def decoded_key(self) -> Any:
         """The key: decoded where it is a JSON object, array or string or has a schema id, else
@@ -72,15 +64,12 @@ class Source:
         return None
 
 
-class Scope:
+class Scope(msgspec.Struct):
     """The element that a rule is at, and those around it. outer: None for the record itself."""
 
-    __slots__ = ("here", "outer", "source")
-
-    def __init__(self, here: Any, outer: Scope | None, source: Source) -> None:
-        self.here = here
-        self.outer = outer
-        self.source = source
+    here: Any
+    outer: Scope | None
+    source: Source
 
 
 Getter = Callable[[Scope], Any]
