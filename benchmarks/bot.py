@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import uuid
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +36,11 @@ PAUSE_S = 0.1
 def main() -> int:
     """Run and report; the exit code."""
     settings = load()
-    with bring_up(settings, os.environ.get("DATA", "generated"), Console()) as system:
+    data = os.environ.get("DATA", "generated")
+    with bring_up(settings, data, Console()) as system, ExitStack() as closes:
         live, items = system.deployment.settings, [i.item_id for i in system.dataset.items[:100]]
         producer = producers.make_producer(live)
+        closes.callback(producers.close, producer, 5)
 
         def send(user: str, n: int) -> object:
             click = Click(
@@ -62,10 +65,12 @@ def main() -> int:
             while acting.is_alive():
                 user, begun = next(neighbours), time.perf_counter()
                 token = sent_to(send(user, 5), live)
-                client.retrieve(user, 10, after=token, wait_ms=10_000)
+                while not client.retrieve(
+                    user, 10, after=token, wait_ms=live.wait_ms_max
+                ).freshness.after.applied:
+                    pass
                 took_ms.append((time.perf_counter() - begun) * 1_000)
                 time.sleep(PAUSE_S)
-        producer.close(timeout=5)
     p50, p90, p99 = np.percentile(took_ms, [50, 90, 99])
     rows = [
         row("neighbour's click in an answer, p50", p50, "ms"),
