@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import unicodedata
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 KINDS = ("click", "view", "like", "cart", "purchase", "dislike")
 LAST_MS = 253_402_300_799_999
+# Any escape in JSON; the group has something for half of a surrogate pair only.
+HALF_PAIR = re.compile(r"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(u[dD][89a-fA-F]..)|.)")
 
 
 class Refused(Exception):
@@ -68,16 +71,21 @@ def partition(key: str, partitions: int) -> int:
     return (h & 0x7FFFFFFF) % partitions
 
 
-def document(value: bytes | None, constants: bool = False) -> dict[str, Any]:
-    """A record's JSON object. constants: NaN and Infinity are numbers. Raises Refused."""
+def document(value: bytes | None, lenient: bool = False) -> dict[str, Any]:
+    """A record's JSON object. Raises Refused.
+
+    lenient: NaN and Infinity are numbers, and a text may have half a surrogate pair
+    """
     if value is None:
         raise Refused("no_value")
     try:
-        found = json.loads(value.decode(), parse_constant=float if constants else _no_constant)
+        found = json.loads(value.decode(), parse_constant=float if lenient else _no_constant)
     except RecursionError:
         raise Refused("bad_field" if value.startswith(b"[") else "malformed_json") from None
     except ValueError:
         raise Refused("malformed_json") from None
+    if not lenient and any(HALF_PAIR.findall(value.decode())):
+        raise Refused("malformed_json")
     if not isinstance(found, dict):
         raise Refused("bad_field")
     return found
@@ -264,7 +272,7 @@ def profile(raw: Raw, ahead_ms: int, plausible: Plausible) -> tuple[str, dict[st
     if raw.value is None:
         check_id(user)
         return user, None
-    doc = document(raw.value, constants=True)
+    doc = document(raw.value, lenient=True)
     found, at_ms = good_attributes(doc), time_ms(doc, "at_ms", 0)
     check_id(text(doc, "user_id", 1, 256))
     if doc["user_id"] != user:
@@ -323,7 +331,7 @@ def item(
         check_id(item_id)
         return item_id, None
     check_stamp(raw)
-    doc = document(raw.value, constants=True)
+    doc = document(raw.value, lenient=True)
     title = doc.get("title")
     found: dict[str, Any] = {
         "item_id": text(doc, "item_id", 1, 256),
