@@ -6,7 +6,7 @@ appended again after it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,9 +53,9 @@ class ProfileOrder:
         self.profiles[user_id], self.places[user_id] = attributes, place
         return True
 
-    def restored(self) -> Iterator[Restored]:
+    def restored(self) -> Iterable[Restored]:
         """What to append again: newer states than those that are last in the log."""
-        yield from self._restored.values()
+        return self._restored.values()
 
     def _newer(
         self,

@@ -6,14 +6,14 @@ that are read again (Redis was emptied, or went back) forget the user at the sam
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from typing_extensions import override
 
 from eddyline.errors import FenceMoved, Rejected, Unavailable
 from eddyline.kafka.topics import CLICKS, USERS
 from eddyline.schema import events, validation
+from eddyline.schema.erasure import Erasure
 from eddyline.schema.events import UserProfile
 from eddyline.schema.partial import Omitted
 from eddyline.schema.partitioning import partition_of, user_slot
@@ -23,9 +23,11 @@ from streams.clicks.user_cache import UserCache
 from streams.fences import PartitionFences
 from streams.ports import DeadLetterSink, ForgetSink, Forwarder, Handler, Outcome, RecordBatch
 from streams.profile_order import ProfileOrder
-from streams.records import Record, coordinates
+from streams.records import Record
+from streams.strays import Strays
 
-log = logging.getLogger(__name__)
+# A change of one user: its record, the user, and the profile; None forgets the user.
+_Change = tuple[Record, str, UserProfile | None]
 
 
 class UserHandler(Handler):
@@ -56,9 +58,8 @@ class UserHandler(Handler):
         self._generations = generations
         self._user_cache = user_cache
         self._forgets = forgets
-        self._forwarder = forwarder
+        self._strays = Strays(forwarder, dead_letters, "user")
         self._mapped = validation.map_of(settings, USERS) is not None
-        self._dispute_logged = False
 
     @override
     def open(self, partition: int) -> None:
@@ -87,7 +88,8 @@ class UserHandler(Handler):
         until_ms: dict[str, int] = {}
         places: dict[str, ProfilePlace] = {}
         sent = self.fences.forwarded_up_to(partition)
-        changes: list[tuple[Record, str, UserProfile | None]] = []
+        changes: list[_Change] = []
+        strays: list[_Change] = []
         for record in records:
             try:
                 found = validation.profiles(self._settings, record, self.omitted)
@@ -100,7 +102,9 @@ class UserHandler(Handler):
                 if own:
                     changes.append((record, user_id, profile))
                 elif record.offset > sent:
-                    self._forward(record, user_id, profile, outcome)
+                    strays.append((record, user_id, profile))
+        if self._strays.forwarded:
+            self._forward(strays, outcome)
         order = self._order(partition, changes)
         for record, user_id, profile in changes:
             outcome.applied += 1
@@ -121,47 +125,42 @@ class UserHandler(Handler):
             profiles[user_id] = attributes
             until_ms[user_id] = events.first_append_ms(record)
             places[user_id] = place
-        self._restore(order, sent, outcome)
+        self._strays.restore(order.restored(), sent, order.disputed, outcome)
         self._write(partition, profiles, until_ms, places, batch.last)
         return outcome
 
-    def _forward(
-        self, record: Record, user_id: str, profile: UserProfile | None, outcome: Outcome
-    ) -> None:
-        """Send a record in a wrong partition to its own; a too large one is a dead letter.
+    def _forward(self, strays: Sequence[_Change], outcome: Outcome) -> None:
+        """Send records in a wrong partition to their own.
 
         A profile that is older than the user's erasure is dropped: behind the null record it would
         outlive it in the compacted log.
         """
-        if self._forwarder is None:
-            return
-        to, value = partition_of(user_id, self._settings.clicks_partitions), record.value
-        if profile is not None:
-            query = UserQuery(user_slot(to), Source(CLICKS, to), [user_id], [])
-            [read] = self._store.read_many([query])
-            erasure = read.erasures.get(user_id)
+        erasures = self._erasures({user for _, user, profile in strays if profile is not None})
+        for record, user_id, profile in strays:
+            erasure = None if profile is None else erasures.get(user_id)
             if erasure is not None and erasure.covers_profile(-1, events.first_append_ms(record)):
                 outcome.forgotten += 1
-                return
-        if self._mapped:
-            value = None if profile is None else events.encode(profile)
-        try:
-            self._forwarder.forward(record, user_id.encode(), value, to)
-        except Rejected as rejected:
-            self._dead_letters.put(record, rejected)
-            outcome.rejected += 1
-            return
-        outcome.forwarded += 1
-        if outcome.forwarded == 1:  # once a batch
-            log.warning(
-                "users in a wrong partition are forwarded; their producer needs Kafka's murmur2 "
-                "partitioner",
-                extra={"at": coordinates(record)},
-            )
+                continue
+            value = record.value
+            if self._mapped:
+                value = None if profile is None else events.encode(profile)
+            to = partition_of(user_id, self._settings.clicks_partitions)
+            self._strays.forward(record, user_id, value, to, outcome)
 
-    def _order(
-        self, partition: int, changes: Sequence[tuple[Record, str, UserProfile | None]]
-    ) -> ProfileOrder:
+    def _erasures(self, users: Collection[str]) -> dict[str, Erasure]:
+        """The erasures of users of any partition, in one round trip. Raises StoreUnavailable."""
+        by_partition: dict[int, list[str]] = {}
+        for user_id in users:
+            to = partition_of(user_id, self._settings.clicks_partitions)
+            by_partition.setdefault(to, []).append(user_id)
+        queries = [
+            UserQuery(user_slot(to), Source(CLICKS, to), mine, [])
+            for to, mine in by_partition.items()
+        ]
+        reads = self._store.read_many(queries) if queries else []
+        return {user_id: found for read in reads for user_id, found in read.erasures.items()}
+
+    def _order(self, partition: int, changes: Sequence[_Change]) -> ProfileOrder:
         """What the users of forwarded records have. Raises StoreUnavailable."""
         forwarded = (user for record, user, _ in changes if _place(record)[0] < 0)
         users = list(dict.fromkeys(forwarded))
@@ -170,22 +169,6 @@ class UserHandler(Handler):
         slot, source = user_slot(partition), Source(CLICKS, partition)
         [read] = self._store.read_many([UserQuery(slot, source, users, [])])
         return ProfileOrder(dict(read.profiles), dict(read.profile_places), read.erasures)
-
-    def _restore(self, order: ProfileOrder, sent: int, outcome: Outcome) -> None:
-        """Append newer profiles again after outdated ones, as compaction keeps the last."""
-        outcome.disputed = order.disputed
-        if order.disputed and not self._dispute_logged:
-            self._dispute_logged = True
-            log.warning(
-                "two producers send the same user to different partitions; their times decide, and "
-                "only as exactly as the brokers' clocks. Further ones are counted as `disputed`"
-            )
-        if self._forwarder is None:
-            return
-        for record in order.restored():
-            if record.offset > sent:
-                self._forwarder.forward(record, record.key or b"", record.value, record.partition)
-                outcome.forwarded += 1
 
     def _write(
         self,
@@ -196,8 +179,7 @@ class UserHandler(Handler):
         offset: int,
     ) -> None:
         self._dead_letters.flush()
-        if self._forwarder is not None:
-            self._forwarder.flush()
+        self._strays.flush()
         if self._forgets is not None:
             self._forgets.flush()
         source, slot = Source(USERS, partition), user_slot(partition)

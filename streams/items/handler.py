@@ -8,7 +8,6 @@ Every live generation encodes and publishes for itself.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,17 +24,16 @@ from eddyline.schema.item_record import ItemRecord, attributes_of
 from eddyline.schema.partial import Omitted
 from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
-from eddyline.stores.state_store import StateStore
+from eddyline.stores.state_store import ItemMetadata, StateStore
 from embeddings.towers.base import ItemEncoder
 from embeddings.towers.numerics import Floats
 from streams.fences import PUBLISHED_SLOT, PartitionFences, published_source
 from streams.generation import Generation
 from streams.items.metadata import METADATA_WAIT_S, ItemChange, ItemMetadataWriter
-from streams.items.order import KeyOrder, Newest
+from streams.items.order import KeyOrder
 from streams.ports import DeadLetterSink, Forwarder, Handler, Outcome, PartitionLost, RecordBatch
-from streams.records import Record, coordinates
-
-log = logging.getLogger(__name__)
+from streams.records import Record
+from streams.strays import Strays
 
 # The item records to publish, by partition.
 Records = dict[int, list[ItemRecord]]
@@ -109,8 +107,8 @@ class ItemHandler(Handler):
         self._clock_us = clock_us
         self._map = validation.map_of(settings, ITEMS)
         # Where the producer's key decides on the partition, no record lies in a wrong one.
-        self._forwarder = None if self._map is not None and self._map.by_key else forwarder
-        self._dispute_logged = False
+        by_key = self._map is not None and self._map.by_key
+        self._strays = Strays(None if by_key else forwarder, dead_letters, "item")
 
     @override
     def open(self, partition: int) -> None:
@@ -194,66 +192,30 @@ class ItemHandler(Handler):
                 one.decoded.append((item_id, ItemChange(record, at_ms, item)))
                 outcome.applied += 1
         one.order.stored = self._stored(one)
-        self._flush(one)
 
     def _forward(self, one: ItemBatch, record: Record, item_id: str, item: Item | None) -> None:
-        """Send a change in a wrong partition to its own, once; a too large one is a dead letter."""
-        if self._forwarder is None or record.offset <= self._sent(one):
+        """Send a change in a wrong partition to its own, once."""
+        if record.offset <= self._sent(one):
             return
         value = record.value
         if self._map is not None:
             value = None if item is None else events.encode(item)
         partition = partition_of(item_id, self._settings.items_partitions)
-        try:
-            self._forwarder.forward(record, item_id.encode(), value, partition)
-        except Rejected as rejected:
-            self._dead_letters.put(record, rejected)
-            one.outcome.rejected += 1
-            return
-        one.outcome.forwarded += 1
-        if one.outcome.forwarded == 1:  # once a batch
-            log.warning(
-                "items in a wrong partition are forwarded; their producer needs Kafka's murmur2 "
-                "partitioner",
-                extra={"at": coordinates(record)},
-            )
+        self._strays.forward(record, item_id, value, partition, one.outcome)
 
     def _sent(self, one: ItemBatch) -> int:
         """The offset up to which everything was forwarded before."""
         partition = one.batch.partition
         return max(self.fences.highest(partition), self.fences.forwarded_up_to(partition))
 
-    def _stored(self, one: ItemBatch) -> dict[str, Newest]:
+    def _stored(self, one: ItemBatch) -> dict[str, ItemMetadata]:
         """What the items of forwarded changes have. Raises StoreUnavailable."""
         forwarded = [i for i, change in one.decoded if change.forwarded]
         if not forwarded:
             return {}
         found = self._store.read_item_metadata(forwarded, self._settings.item_slots)
         pending = self.metadata.changes(one.batch.partition)
-        return {i: Newest(m.first_ms, m.body or None, m.stray) for i, m in found.items()} | {
-            i: Newest.of(pending[i]) for i in forwarded if i in pending
-        }
-
-    def _flush(self, one: ItemBatch) -> None:
-        if one.outcome.rejected:
-            self._dead_letters.flush()
-        if one.outcome.forwarded and self._forwarder is not None:
-            self._forwarder.flush()
-
-    def _restore(self, one: ItemBatch) -> None:
-        """Append newer changes again after outdated ones, as compaction keeps the last."""
-        for record in one.order.restored():
-            if self._forwarder is not None and record.offset > self._sent(one):
-                self._forwarder.forward(record, record.key or b"", record.value, record.partition)
-                one.outcome.forwarded += 1
-        one.outcome.disputed = one.order.disputed
-        if one.order.disputed and not self._dispute_logged:
-            self._dispute_logged = True
-            log.warning(
-                "two producers send the same item to different partitions; their times decide, and "
-                "only as exactly as the brokers' clocks. Further ones are counted as `disputed`",
-                extra={"topic": one.batch.topic, "partition": one.batch.partition},
-            )
+        return found | {i: pending[i].metadata for i in forwarded if i in pending}
 
     def _encode(self, number: int, items: Sequence[ItemBatch]) -> Encoded:
         """Encode the available items of all changes, in one numpy call.
@@ -279,7 +241,6 @@ class ItemHandler(Handler):
 
     def _refuse(self, one: ItemBatch, vectors: Sequence[Encoded]) -> None:
         """Refuse changes without a vector; what no generation can place changes nothing."""
-        refused = False
         accepted: list[dict[str, ItemChange]] = [{} for _ in vectors]
         for item_id, change in one.decoded:
             if not one.order.counts(item_id, change):
@@ -301,13 +262,12 @@ class ItemHandler(Handler):
                 one.outcome.applied -= 1
                 one.outcome.rejected += 1
             if errors:
-                refused = True
                 detail = str(next(iter(errors.values())))
                 self._dead_letters.put(change.record, Rejected("bad_vector", "vector", detail))
-        if refused:
-            self._dead_letters.flush()
-        self._restore(one)
-        self._flush(one)
+        order = one.order
+        self._strays.restore(order.restored(), self._sent(one), order.disputed, one.outcome)
+        self._dead_letters.flush()
+        self._strays.flush()
         for generation, of_generation in zip(self._generations, accepted, strict=True):
             source = published_source(generation.name, one.batch.partition)
             done = self.fences.done(source, PUBLISHED_SLOT)

@@ -58,6 +58,12 @@ class ItemChange:
         """Whether the record was forwarded from another partition."""
         return is_forwarded(self.record)
 
+    @property
+    def metadata(self) -> ItemMetadata:
+        """What is stored of the item after this change."""
+        body = events.encode(self.item) if self.item else b""
+        return ItemMetadata(self.record.partition, self.offset, body, self.first_ms, self.stray)
+
 
 @dataclass(slots=True)
 class _Changes:
@@ -169,13 +175,7 @@ class ItemMetadataWriter(WriteBehind[_Changes]):
                 if done >= pending.last.offset:
                     continue
                 metadata = {
-                    item_id: ItemMetadata(
-                        partition,
-                        c.offset,
-                        events.encode(c.item) if c.item else b"",
-                        c.first_ms,
-                        c.stray,
-                    )
+                    item_id: c.metadata
                     for item_id, c in pending.changes.items()
                     if source.name == ITEMS
                     and c.offset > done

@@ -10,29 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from eddyline.schema import events
+from eddyline.stores.state_store import ItemMetadata
 from streams.items.metadata import ItemChange
-from streams.records import Record, Restored
-
-
-@dataclass(frozen=True, slots=True)
-class Newest:
-    """The change that an item has.
-
-    first_ms: of its first append; 0 if unknown
-    value:    the item as JSON; None where it is deleted
-    stray:    it was forwarded from another partition
-    """
-
-    first_ms: int
-    value: bytes | None
-    stray: bool
-
-    @classmethod
-    def of(cls, change: ItemChange) -> Newest:
-        """That of a change."""
-        value = None if change.item is None else events.encode(change.item)
-        return cls(change.first_ms, value, change.stray)
+from streams.records import Restored
 
 
 @dataclass(slots=True)
@@ -43,10 +23,10 @@ class KeyOrder:
     disputed: forwarded changes of items that another producer sends to their own partition
     """
 
-    stored: Mapping[str, Newest] = field(default_factory=dict)
+    stored: Mapping[str, ItemMetadata] = field(default_factory=dict)
     disputed: int = 0
-    _outdated: dict[str, Record] = field(default_factory=dict)
     _accepted: dict[str, ItemChange] = field(default_factory=dict)
+    _restored: dict[str, Restored] = field(default_factory=dict)
 
     def counts(self, item_id: str, change: ItemChange) -> bool:
         """Whether the change counts; call it for each in the order of the log."""
@@ -56,20 +36,19 @@ class KeyOrder:
         self.disputed += change.stray and not newest.stray
         if change.first_ms >= newest.first_ms:
             return True
-        self._outdated[item_id] = change.record
+        body = newest.body or None
+        self._restored[item_id] = Restored.after(change.record, item_id, newest.first_ms, body)
         return False
 
     def accepted(self, item_id: str, change: ItemChange) -> None:
         """The change counts, and a tower gives the item a vector."""
+        self._restored.pop(item_id, None)
         self._accepted[item_id] = change
 
     def restored(self) -> Iterable[Restored]:
         """What to append again: newer changes than those that are last in the log."""
-        for item_id, record in self._outdated.items():
-            accepted, newest = self._accepted.get(item_id), self._newest(item_id)
-            if newest is not None and (accepted is None or accepted.offset < record.offset):
-                yield Restored.after(record, item_id, newest.first_ms, newest.value)
+        return self._restored.values()
 
-    def _newest(self, item_id: str) -> Newest | None:
+    def _newest(self, item_id: str) -> ItemMetadata | None:
         accepted = self._accepted.get(item_id)
-        return self.stored.get(item_id) if accepted is None else Newest.of(accepted)
+        return self.stored.get(item_id) if accepted is None else accepted.metadata

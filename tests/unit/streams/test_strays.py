@@ -12,6 +12,7 @@ import pytest
 from eddyline.kafka import reading
 from eddyline.schema import events
 from eddyline.schema.events import Item, UserProfile
+from eddyline.schema.partitioning import partition_of
 from streams.operations import resync
 from tests.applying import ingest
 from tests.unit.streams.test_ingest_rules import ANA, FILM, HERE, MS, SETTINGS, Rig, rec
@@ -123,6 +124,48 @@ def test_the_last_append_bounds_the_time_of_an_event(ahead_ms: int) -> None:
     ]
     assert [(o.applied, o.rejected) for o in outcomes] == 2 * [(1 - ahead_ms, ahead_ms)]
     assert [reason for _, reason in rig.out.letters] == 2 * ahead_ms * ["far_future"]
+
+
+READS = ("read_many", "read_item_metadata", "read_user", "fences")
+
+
+def reads(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The calls of the store that read, from here on."""
+    calls: list[str] = []
+
+    def counted(name: str) -> Any:
+        read = getattr(rig.store, name)
+        return lambda *arguments: calls.append(name) or read(*arguments)
+
+    for name in READS:
+        monkeypatch.setattr(rig.store, name, counted(name))
+    return calls
+
+
+@pytest.mark.parametrize("topic", ["users", "items"])
+def test_a_batch_reads_the_store_once_for_all_its_strays_and_never_without_any(
+    topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Rig()
+    handler = rig.users if topic == "users" else rig.items
+    ids = [f"{topic}{n}" for n in range(100)]
+    values = {
+        key: events.encode(UserProfile(user_id=key) if topic == "users" else Item(item_id=key))
+        for key in ids
+    }
+    records = [record(n, values[key], n, None, key, topic) for n, key in enumerate(ids)]
+    mine = [r for r, key in zip(records, ids, strict=True) if partition_of(key, 2) == HERE]
+    ingest(handler, HERE, [record(0, values[ids[0]], 0, None, ids[0], topic)])
+    calls = reads(rig, monkeypatch)
+    assert ingest(handler, HERE, mine[1:]).applied == len(mine) - 1 > 20 and calls == []
+    again = [record(100 + n, values[key], n, None, key, topic) for n, key in enumerate(ids)]
+    outcome = ingest(handler, HERE, again)
+    assert outcome.forwarded == len(ids) - len(mine) > 20
+    assert calls == {"users": ["read_many"], "items": []}[topic]
+    del calls[:]
+    came = [record(200 + r.offset, r.value, 300, (OTHER, 299), r.key.decode(), topic) for r in mine]
+    assert ingest(handler, HERE, came).applied == len(mine)
+    assert calls == {"users": ["read_many"], "items": ["read_item_metadata"]}[topic]
 
 
 def test_a_stray_is_forwarded_once() -> None:
