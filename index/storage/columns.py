@@ -145,11 +145,7 @@ class Postings:
                     assert entries.values is not None
                     hit &= _inside(entries.values[here][at], between)
                 found |= hit
-        if len(rows):
-            newer = _new_rows(entries, int(rows.max()) + 1, columns, between)
-            if len(newer):
-                found |= np.isin(rows, newer)
-        return found
+        return found | _are_in_new(entries, rows, columns, between)
 
     def data(self, kept: Ints, count: int, *, by_name: bool = False) -> ColumnData:
         """The entries of the rows `kept` of `count`, renumbered 0, 1, …
@@ -281,17 +277,38 @@ def _inside(values: Floats, between: Range) -> Mask:
     return (values >= between.low) & (values <= between.high)
 
 
+def _is_one_of(numbers: Ints, columns: list[int]) -> Mask:
+    # numpy's search for one number costs far more than a comparison.
+    return numbers == columns[0] if len(columns) == 1 else np.isin(numbers, columns)
+
+
 def _new_rows(entries: _Entries, count: int, columns: list[int], between: Range | None) -> Ints:
     """The rows below `count` of new entries in these columns, with a value in the range."""
     # The entries behind them may be written right now.
     used = int(np.searchsorted(entries.new_rows, count))
     if not used or not columns:
         return _NONE
-    listed = entries.new_columns[:used]
-    picked = listed == columns[0] if len(columns) == 1 else np.isin(listed, columns)
+    picked = np.flatnonzero(_is_one_of(entries.new_columns[:used], columns))
     if between is not None:
-        picked &= _inside(entries.new_values[:used], between)
-    return entries.new_rows[:used][picked]
+        picked = picked[_inside(entries.new_values[picked], between)]
+    return entries.new_rows[picked]
+
+
+def _are_in_new(entries: _Entries, rows: Ints, columns: list[int], between: Range | None) -> Mask:
+    """bool (n,): which rows have new entries as in `_new_rows`; reads no entries of other rows."""
+    found = np.zeros(len(rows), bool)
+    if not columns:
+        return found
+    first = np.searchsorted(entries.new_rows, rows)
+    sizes = np.searchsorted(entries.new_rows, rows, "right") - first
+    of = np.repeat(np.arange(len(rows)), sizes)
+    # Place of every entry: that of its row's first one, and its number in the row.
+    at = np.arange(len(of)) + np.repeat(first + sizes - np.cumsum(sizes), sizes)
+    picked = _is_one_of(entries.new_columns[at], columns)
+    if between is not None:
+        picked &= _inside(entries.new_values[at], between)
+    found[of[picked]] = True
+    return found
 
 
 def _by_name(data: ColumnData) -> ColumnData:

@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,23 @@ def test_filters_pass_what_their_definition_passes(
     assert columns.mask(filters, count).tolist() == expected
     rows = np.array(data.draw(st.permutations(range(count))), np.int64)
     assert columns.passing(filters, rows).tolist() == [expected[row] for row in rows]
+
+
+@pytest.mark.parametrize(
+    "filters", [Filter(ranges={"price": Range(0, 20_000)}), Filter(tags=frozenset({"t"}))]
+)
+def test_a_few_rows_are_checked_without_a_scan_of_the_newest(filters: Filter) -> None:
+    columns, count = Columns(), 30_000
+    columns.append(0, [{"tags": ["t"], "attributes": {"price": n}} for n in range(count)])
+    rows = np.array([29_999, 3, 20_001, 3], np.int64)
+    tracemalloc.start()
+    try:
+        passing = columns.passing(filters, rows)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert passing.tolist() == ([False, True, False, True] if filters.ranges else [True] * 4)
+    assert peak < count, "bytes: fewer than one for each row"
 
 
 def calls_of(call: Callable[[], object]) -> int:
