@@ -14,7 +14,7 @@ from cli.console import console, progress_bar
 from eddyline.errors import Rejected, SettingsError
 from eddyline.kafka import clients, producers, topics
 from eddyline.kafka.producers import now_ms
-from eddyline.schema import events, validation
+from eddyline.schema import validation
 from eddyline.schema.events import Click, Item, UserProfile, shifted_to_now
 from eddyline.settings.loader import Settings
 
@@ -29,10 +29,11 @@ def replay_file(
     """Send a file of JSON lines; checks every line before it sends the first one.
 
     speed: 1 keeps the gaps between the events' times, 10 is ten times faster, 0 has no gaps
-    Raises Rejected with the line's number if the codec refuses a line.
+    Raises Rejected with the line's number if the codec refuses a line, SettingsError.
     """
     if topic not in topics.SOURCES:
         raise SettingsError(f"--topic {topic!r}: expected one of {', '.join(topics.SOURCES)}")
+    validation.check_may_send(settings, topic)
     if not speed >= 0:
         raise SettingsError(f"--speed {speed}: must be 0 or above")
     if shift_to_now:  # the times of the file do not count
@@ -78,44 +79,19 @@ def send(
                 if due > (now := time.monotonic()):
                     on_sent(n - 1)
                     time.sleep(due - now)
-            sent.append((n, record, _send_one(producer, settings, record)))
+            sent.append((n, record, producers.send(producer, settings, record)))
             if n % IN_FLIGHT_MAX == 0:
-                _confirm(settings, sent)
+                producers.confirm(settings, "record", sent)
+                sent.clear()
                 on_sent(n)
         producers.flush(producer, max(10.0, settings.kafka_timeout_ms / 1000))
-        _confirm(settings, sent)
+        producers.confirm(settings, "record", sent)
         on_sent(n)
     except KafkaError as error:
         raise clients.translate_error(settings, error, "not every record was delivered") from None
     finally:
         producers.close(producer, settings.kafka_timeout_ms / 1000)
     return time.monotonic() - started
-
-
-def _confirm(settings: Settings, sent: list[tuple[int, Event, Any]]) -> None:
-    """Return once the broker has these records; empties the list. Raises KafkaError, Rejected."""
-    too_large: list[tuple[int, int, KafkaError]] = []
-    for number, record, future in sent:
-        try:
-            future.get(timeout=settings.kafka_timeout_ms / 1000)
-        except KafkaError as error:
-            if not clients.is_too_large(error):
-                raise
-            too_large.append((len(events.encode(record)), number, error))
-    sent.clear()
-    if too_large:
-        # The others of its batch, and those after it, have the same error.
-        size, number, refused = max(too_large, key=lambda one: one[0])
-        found = clients.translate_error(settings, refused, "Kafka")
-        raise Rejected("too_large", f"record {number}", f"{size:,} bytes: {found}")
-
-
-def _send_one(producer: Any, settings: Settings, record: Event) -> Any:
-    if isinstance(record, Click):
-        return producers.send_click(producer, settings, record)
-    if isinstance(record, Item):
-        return producers.send_item(producer, settings, record)
-    return producers.send_profile(producer, settings, record)
 
 
 def _read(

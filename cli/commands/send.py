@@ -54,7 +54,7 @@ def item(
     available: bool,
 ) -> None:
     """Send one whole item. Raises Rejected where the codec would refuse it, SettingsError."""
-    _check_may_write_items(settings)
+    validation.check_may_send(settings, topics.ITEMS)
     fields = {
         "item_id": item_id,
         "title": title,
@@ -81,22 +81,12 @@ def item(
 
 def delete_item(settings: Settings, item_id: str) -> None:
     """Send the delete of one item. Raises Rejected, SettingsError."""
-    _check_may_write_items(settings)
+    validation.check_may_send(settings, topics.ITEMS)
     events.check_id("item_id", item_id)
     partition, offset = _send(
         settings, lambda producer: producers.send_delete(producer, settings, item_id)
     )
     console.print(f"sent: {topics.ITEMS}/{partition}/{offset} (delete)")
-
-
-def _check_may_write_items(settings: Settings) -> None:
-    """Raise SettingsError where the items' own producer decides on their partitions."""
-    found = validation.map_of(settings, topics.ITEMS)
-    if found is not None and found.by_key:
-        raise SettingsError(
-            f"items_map = {settings.items_map!r} has partition = 'key': only the producer of "
-            f"{settings.prefixed(topics.ITEMS)} may write items"
-        )
 
 
 def _send(

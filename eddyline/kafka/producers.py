@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
 from kafka import KafkaProducer
 from kafka.errors import KafkaError, UnknownError
 
-from eddyline.errors import KafkaUnavailable
+from eddyline.errors import KafkaUnavailable, Rejected
 from eddyline.kafka import clients
 from eddyline.kafka.clients import connect
 from eddyline.kafka.topics import CLICKS, ITEMS, USERS
@@ -57,6 +57,30 @@ def close(producer: KafkaProducer, timeout_s: float) -> None:
         producer.close(timeout=timeout_s)
 
 
+def confirm(settings: Settings, what: str, sent: Sequence[tuple[int, Any, Any]]) -> list[Any]:
+    """Return once the broker has these records: their metadata, in order.
+
+    sent: (number, event or None, future) of each; what: a record, for the message of a refusal
+    Raises KafkaError; Rejected with the number of the largest record if a size is refused. The
+    producer sends nothing more then.
+    """
+    confirmed: list[Any] = []
+    too_large: list[tuple[int, int, KafkaError]] = []
+    for number, event, future in sent:
+        try:
+            confirmed.append(future.get(timeout=settings.kafka_timeout_ms / 1000))
+        except KafkaError as error:
+            if not clients.is_too_large(error):
+                raise
+            too_large.append((0 if event is None else len(events.encode(event)), number, error))
+    if too_large:
+        # The others of its batch, and those after it, have the same error.
+        size, number, refused = max(too_large, key=lambda one: one[0])
+        found = clients.translate_error(settings, refused, "Kafka")
+        raise Rejected("too_large", f"{what} {number}", f"{size:,} bytes: {found}")
+    return confirmed
+
+
 def make_producer(settings: Settings, **more: Any) -> KafkaProducer:
     """An idempotent producer that waits for all replicas. more: options of kafka-python."""
     options = {"acks": "all", "enable_idempotence": True, "max_block_ms": settings.kafka_timeout_ms}
@@ -88,6 +112,19 @@ def in_time(settings: Settings, call: Callable[[], object]) -> None:
         )
     if failed:
         raise failed[0]
+
+
+def send(
+    producer: KafkaProducer, settings: Settings, event: Click | Merge | Item | UserProfile
+) -> Any:
+    """Send an event to the topic of its kind. Returns a future."""
+    if isinstance(event, Click):
+        return send_click(producer, settings, event)
+    if isinstance(event, Merge):
+        return send_merge(producer, settings, event)
+    if isinstance(event, Item):
+        return send_item(producer, settings, event)
+    return send_profile(producer, settings, event)
 
 
 def send_click(producer: KafkaProducer, settings: Settings, click: Click) -> Any:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from eddyline.errors import Rejected
+from eddyline.errors import Rejected, SettingsError
 from eddyline.schema import events, partial
 from eddyline.schema.events import Click, Forget, Item, Merge, UserProfile
 from eddyline.schema.mapping import mapper, registry
@@ -128,6 +128,19 @@ def map_of(settings: Settings, topic: str) -> Mapper | None:
     if not name:
         return None
     return mapper.of(name, topic, registry.access(settings) if settings.registry_url else None)
+
+
+def check_may_send(settings: Settings, topic: str) -> None:
+    """Raise SettingsError for items whose partitions another system's producer decides on.
+
+    topic: `clicks`, `items` or `users`, without prefix
+    """
+    found = map_of(settings, topic)
+    if found is not None and found.by_key:
+        raise SettingsError(
+            f"items_map = {settings.items_map!r} has partition = 'key': only the producer of "
+            f"{settings.prefixed(topic)} may write items"
+        )
 
 
 def own_records(settings: Settings, topic: str, record: RawRecord) -> Sequence[RawRecord]:

@@ -26,10 +26,10 @@ from eddyline.kafka import clients, producers, reading, topics
 from eddyline.process.files import read_if_exists, write_atomically
 from eddyline.process.locks import try_lock
 from eddyline.schema import validation
-from eddyline.schema.events import Click, Item, Merge
+from eddyline.schema.events import Click
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import LogId
-from streams.importing.rows import Keyed, RowReader
+from streams.importing.rows import Event, RowReader
 
 # Rows and events of a chunk, the most that is not confirmed. A row has 256 events at most.
 CHUNK_ROWS = 2_000
@@ -73,6 +73,8 @@ class _Ids(msgspec.Struct):
 
 _ids = msgspec.json.Decoder(_Ids)
 Progress = Callable[[int, int, int], None]
+# (row number, key, event); see `Keyed`.
+_Numbered = tuple[int, str, Event | None]
 
 
 def send_file(
@@ -87,9 +89,10 @@ def send_file(
 
     refused_file: gets the refused rows as JSON lines; a new file unless the import is resumed
     on_progress:  called with (rows, events sent, rows refused) after each chunk
-    Raises KafkaUnavailable, KafkaRefused, UnreadableFile, SettingsError: the same call resumes.
+    Raises KafkaUnavailable, KafkaRefused, UnreadableFile, SettingsError, Rejected for an event that
+    is too large for the topic: the same call resumes.
     """
-    _check_may_send(settings, reader.topic)
+    validation.check_may_send(settings, reader.topic)
     topic = settings.prefixed(reader.topic)
     path = Path(settings.data_dir) / "imports" / f"{reader.digest}-{topic}.json"
     lock = _locked(path)
@@ -143,9 +146,9 @@ class _Run:
             for next_row, events in chunks:
                 arrived: set[str] = set()
                 if sent_ids is not None:
-                    arrived = sent_ids({one for _, e in events if (one := _event_id(e))})
+                    arrived = sent_ids({one for *_, e in events if (one := _event_id(e))})
                     sent_ids = None
-                self._send([one for one in events if _event_id(one[1]) not in arrived])
+                self._send([one for one in events if _event_id(one[-1]) not in arrived])
                 point.sent += len(events)
                 point.next_row = next_row
                 self._save()
@@ -157,14 +160,14 @@ class _Run:
         took_s = time.monotonic() - started
         return Result(point.next_row, point.sent, point.refused, first, took_s, False)
 
-    def _chunks(self, first: int) -> Generator[tuple[int, list[Keyed]]]:
+    def _chunks(self, first: int) -> Generator[tuple[int, list[_Numbered]]]:
         """(the row after the chunk, its events). A resumed import makes the same chunks."""
-        events: list[Keyed] = []
+        events: list[_Numbered] = []
         begin, number = first, first - 1
         with closing(self._reader.file.rows(first)) as rows:
             for number, row in enumerate(rows, first):
                 try:
-                    events += self._reader.events(number, row)
+                    events += [(number, *one) for one in self._reader.events(number, row)]
                 except Rejected as why:
                     self._refuse(number, row, why)
                 if number + 1 - begin >= CHUNK_ROWS or len(events) >= CHUNK_EVENTS:
@@ -180,21 +183,20 @@ class _Run:
             line = msgspec.json.encode({"line": why.detail}) if row is None else row
             self._point.refused_bytes += self._refused.write(line.replace(b"\n", b" ") + b"\n")
 
-    def _send(self, events: Sequence[Keyed]) -> None:
-        timeout_s = max(10.0, self._settings.kafka_timeout_ms / 1000)
+    def _send(self, events: Sequence[_Numbered]) -> None:
+        settings, topic = self._settings, self._reader.topic
         try:
-            futures = [
-                _send_one(self._producer, self._settings, self._reader.topic, *one)
-                for one in events
+            sent = [
+                (number + 1, event, _send_one(self._producer, settings, topic, key, event))
+                for number, key, event in events
             ]
-            self._producer.flush(timeout=timeout_s)
-            for future in futures:
-                meta = future.get(timeout=timeout_s)
+            producers.flush(self._producer, max(10.0, settings.kafka_timeout_ms / 1000))
+            for meta in producers.confirm(settings, "row", sent):
                 end = max(self._point.ends.get(meta.partition, 0), meta.offset + 1)
                 self._point.ends[meta.partition] = end
         except KafkaError as error:
             text = "the import is not complete: the same command resumes it"
-            raise clients.translate_error(self._settings, error, text) from None
+            raise clients.translate_error(settings, error, text) from None
 
     def _save(self) -> None:
         if self._refused is not None:
@@ -202,15 +204,11 @@ class _Run:
         _save(self._path, self._point)
 
 
-def _send_one(producer: KafkaProducer, settings: Settings, topic: str, key: str, event: Any) -> Any:
-    if isinstance(event, Click):
-        return producers.send_click(producer, settings, event)
-    if isinstance(event, Merge):
-        return producers.send_merge(producer, settings, event)
-    if isinstance(event, Item):
-        return producers.send_item(producer, settings, event)
+def _send_one(
+    producer: KafkaProducer, settings: Settings, topic: str, key: str, event: Event | None
+) -> Any:
     if event is not None:
-        return producers.send_profile(producer, settings, event)
+        return producers.send(producer, settings, event)
     delete = producers.send_delete if topic == topics.ITEMS else producers.send_forget
     return delete(producer, settings, key)
 
@@ -235,16 +233,6 @@ def _sent_after(settings: Settings, point: Checkpoint) -> Callable[[set[str]], s
 
 def _event_id(event: Any) -> str | None:
     return event.event_id if isinstance(event, Click) else None
-
-
-def _check_may_send(settings: Settings, topic: str) -> None:
-    """Raise SettingsError where another system's producer decides on the items' partitions."""
-    found = validation.map_of(settings, topic)
-    if found is not None and found.by_key:
-        raise SettingsError(
-            f"items_map = {settings.items_map!r} has partition = 'key': only the producer of "
-            f"{settings.prefixed(topic)} may write items"
-        )
 
 
 def _load(path: Path, log: LogId) -> Checkpoint | None:

@@ -14,7 +14,7 @@ from cli.commands import replay_file, send
 from eddyline.errors import Rejected
 from eddyline.kafka import producers, reading, topics
 from eddyline.kafka.producers import now_ms
-from eddyline.kafka.topics import CLICKS, DEAD_LETTERS
+from eddyline.kafka.topics import CLICKS, DEAD_LETTERS, ITEMS
 from eddyline.schema import events
 from eddyline.schema.events import Click, Merge
 from eddyline.schema.partitioning import partition_of
@@ -23,6 +23,9 @@ from eddyline.stores.memory import MemoryStore
 from streams.dead_letters import FORWARD_BYTES_MAX, outlet_producer, record_bytes
 from streams.fences import KafkaLogIds
 from streams.handlers import Handlers, Outputs
+from streams.importing import sending
+from streams.importing.files import open_file
+from streams.importing.rows import FileMap, RowReader
 from streams.operations import dead_letter_replay
 from tests.applying import ingest
 from tests.simulation.test_ingest_faults import Rec
@@ -197,6 +200,41 @@ def test_what_a_command_sends_names_the_record_that_is_too_large(
         assert f"{len(lines[1]):,} bytes" in str(refused.value)
 
 
+def row_reader(settings: Settings, path: Path) -> RowReader:
+    file = open_file(path)
+    text = '[items]\n[items.fields]\nitem_id = "sku"\ntitle = "name"\n'
+    return RowReader(settings, file, file.digest(), ITEMS, FileMap(text, "map"))
+
+
+def test_an_import_names_the_row_that_is_too_large_and_is_resumed(
+    settings: Settings, tmp_path: Path
+) -> None:
+    path = tmp_path / "items.csv"
+    rows = [f"s{n},{'t' * (900 if n == 7 else 9)}" for n in range(20)]
+    path.write_text("\n".join(["sku,name", *rows]) + "\n", encoding="utf-8")
+    limit(settings, ITEMS, 700)
+    with pytest.raises(Rejected, match=r"\d bytes: .*max\.message\.bytes") as refused:
+        sending.send_file(settings, row_reader(settings, path))
+    assert (refused.value.reason, refused.value.field) == ("too_large", "row 8")
+    limit(settings, ITEMS, 1_048_588)
+    result = sending.send_file(settings, row_reader(settings, path))
+    assert (result.sent, result.refused) == (20, 0)
+    found = {json.loads(r.value)["item_id"] for r in reading.read(settings, ITEMS)}
+    assert found == {f"s{n}" for n in range(20)}
+
+
+def test_an_import_goes_into_a_topic_that_takes_less_than_a_batch(
+    settings: Settings, tmp_path: Path
+) -> None:
+    """kafka-python cuts such a batch in two; no record is too large."""
+    path = tmp_path / "items.csv"
+    rows = "".join(f"s{n},{'t' * 400}\n" for n in range(200))
+    path.write_text("sku,name\n" + rows, encoding="utf-8")
+    limit(settings, ITEMS, LIMIT)
+    assert sending.send_file(settings, row_reader(settings, path)).sent == 200
+    assert len(list(reading.read(settings, ITEMS))) == 200
+
+
 def test_one_record_of_a_command_that_is_too_large_is_refused_with_the_topic(
     settings: Settings,
 ) -> None:
@@ -204,7 +242,7 @@ def test_one_record_of_a_command_that_is_too_large_is_refused_with_the_topic(
     with pytest.raises(Rejected, match=r"\d bytes: .*max\.message\.bytes"):
         send.click(settings, "u" * 250, "i" * 250, kind="click", weight=1.0, event_id="")
     send.click(settings, "u", "i", kind="click", weight=1.0, event_id="")
-    limit(settings, "items", 300)
+    limit(settings, ITEMS, 300)
     with pytest.raises(Rejected, match=r"max\.message\.bytes"):
         send.item(
             settings, "i", title="t" * 1_000, categories=[], tags=[], attributes=[], available=True

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from cli.commands import send
+from cli.commands import replay_file, send
 from cli.main import app
 from eddyline.errors import EddylineError, SettingsError
 from eddyline.schema.mapping import check as checking
@@ -205,12 +205,15 @@ def test_wrong_words_are_named(tmp_path: Path) -> None:
     assert "no line is a JSON object" in message
 
 
-def test_items_are_only_written_by_the_producer_whose_key_counts() -> None:
+def test_items_are_only_written_by_the_producer_whose_key_counts(tmp_path: Path) -> None:
     settings = Settings(items_map="debezium")
     for call in (
         lambda: send.delete_item(settings, "1"),
         lambda: send.item(
             settings, "1", title="", categories=[], tags=[], attributes=[], available=True
+        ),
+        lambda: replay_file.replay_file(
+            settings, tmp_path / "items", speed=0, topic="items", shift_to_now=False
         ),
         lambda: resync.run(settings),
     ):

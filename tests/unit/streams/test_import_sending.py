@@ -196,6 +196,17 @@ def test_chunks_end_at_the_limit(
     assert seen == sorted({0, *range(5, rows_ + 1, 5), rows_}) and result.sent == rows_
 
 
+def test_items_whose_partition_another_producer_decides_on_are_not_imported(
+    broker: Broker, settings: Settings, reader: RowReader
+) -> None:
+    settings = msgspec.structs.replace(settings, items_map="debezium")
+    items = FileMap('[items]\n[items.fields]\nitem_id = "i"\n', "map")
+    reader = RowReader(settings, reader.file, reader.digest, topics.ITEMS, items)
+    with pytest.raises(SettingsError, match="items_map = 'debezium'"):
+        send_file(settings, reader)
+    assert not any(broker.logs.values())
+
+
 def test_two_imports_of_a_file_do_not_run_at_once(
     broker: Broker, settings: Settings, reader: RowReader
 ) -> None:
