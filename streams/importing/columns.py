@@ -15,11 +15,11 @@ from itertools import pairwise
 from typing import Any
 
 from eddyline.schema.mapping import guess, values
-from eddyline.schema.mapping.guess import Seen
-from eddyline.schema.mapping.values import BAD
+from eddyline.schema.mapping.guess import Seen, bare, segment, toml_key, toml_table, toml_text
 
 SAMPLE_ROWS = 5_000
-_KINDS_MAX = 32
+# Distinct values that a rating has at most.
+_RATINGS_MAX = 64
 # A rating of at least this part of the highest one is a like, up to the other a dislike.
 _LIKED, _DISLIKED = 0.8, 0.4
 _ATTRIBUTES_MAX = 48
@@ -65,7 +65,7 @@ class Table:
 
     def __post_init__(self) -> None:
         for name in dict.fromkeys(name for row in self.rows for name in row):
-            self.seen.setdefault(path(name), Seen())
+            self.seen.setdefault(segment(name), Seen())
         self.seen |= guess.paths_of(self.rows)
 
     def take(self, name: str) -> str:
@@ -85,12 +85,7 @@ class Table:
 
     def column(self, name: str) -> str:
         """The column of exactly this name, without case; empty for none."""
-        return next((one for one in self.seen if _bare(one) == name), "")
-
-
-def path(name: str) -> str:
-    """The path of a column in a map."""
-    return name if re.fullmatch(r"[^.\[\]\"$^=\\]+", name) else json.dumps(name)
+        return next((one for one in self.seen if bare(one) == name), "")
 
 
 def is_table(records: Sequence[Any]) -> bool:
@@ -147,29 +142,29 @@ def _clicks(table: Table) -> str:
     if at := table.take("at_ms"):
         found["at_ms"] = _time(table, at)
     if kind := table.take("kind"):
-        found["kind"] = _text(kind)
+        found["kind"] = toml_text(kind)
         names = sorted(table.seen[kind].texts)
-        kinds = ", ".join(f"{_key(one)} = {_text(guess.kind_of(one))}" for one in names)
+        kinds = ", ".join(f"{toml_key(one)} = {toml_text(guess.kind_of(one))}" for one in names)
     elif rating := table.take("rating"):
-        found["kind"] = f'{{ path = {_text(rating)}, type = "text" }}'
+        found["kind"] = toml_table(path=rating, type="text")
         kinds, other = _rated(table.seen[rating]), "click"
-    elif order := next((one for one in table.seen if _ORDERS.search(_bare(one))), ""):
-        found["kind"] = '{ const = "purchase" }'
+    elif order := next((one for one in table.seen if _ORDERS.search(bare(one))), ""):
+        found["kind"] = toml_table(const="purchase")
         table.taken.add(order)
     if event_id := _unique(table, table.take("event_id") or table.column("id")):
-        found["event_id"] = _text(event_id)
+        found["event_id"] = toml_text(event_id)
     quantity = table.take("quantity")
     if quantity and any(str(one).startswith("-") for one in table.seen[quantity].values):
-        where = f"{{ {_key(quantity)} = {{ above = 0 }} }}"  # less is a cancellation
+        where = f"{{ {toml_key(quantity)} = {{ above = 0 }} }}"  # less is a cancellation
     lines = ["[clicks]"]
     lines += ['otherwise = "ignore"'] if where else []
     lines += [f"kinds = {{ {kinds} }}"] if kinds else []
-    lines += [f"other_kinds = {_text(other)}"] if other else []
+    lines += [f"other_kinds = {toml_text(other)}"] if other else []
     lines += ["[clicks.fields]", *(f"{name} = {one}" for name, one in found.items() if one)]
     lines += ["[[clicks.rule]]", f"where = {where}"] if where else []
     text = "\n".join(lines) + "\n"
     item = next(
-        (one for one in table.seen if found["item_id"] and _text(one) in found["item_id"]), ""
+        (one for one in table.seen if found["item_id"] and toml_text(one) in found["item_id"]), ""
     )
     return text + _described_items(table, item)
 
@@ -182,7 +177,7 @@ def _described_items(table: Table, item: str) -> str:
     constant = {column for column in table.seen if _follows(table.rows, item, column)}
     table.taken |= table.seen.keys() - constant - {title}
     text = _items(table, item, title)
-    rule = f"where = {{ {_key(title)} = {{ exists = true }} }}"
+    rule = f"where = {{ {toml_key(title)} = {{ exists = true }} }}"
     return (
         text.replace("[items]\n", '[items]\notherwise = "ignore"\n') + f"[[items.rule]]\n{rule}\n"
     )
@@ -192,16 +187,16 @@ def _items(table: Table, item: str = "", title: str = "") -> str:
     item = item or table.take("item_id") or table.column("id") or next(iter(table.seen), "")
     table.taken.add(item)
     title = title or table.take("title")
-    found = {"item_id": _identity(table, item), "title": _text(title) if title else ""}
+    found = {"item_id": _identity(table, item), "title": toml_text(title) if title else ""}
     for name in ("categories", "tags"):
         if column := table.take(name):
             found[name] = _labels(table, column)
     if available := table.take("available"):
-        found["available"] = _text(available)
+        found["available"] = toml_text(available)
     elif stock := table.take("stock"):
-        found["available"] = f"{{ path = {_text(stock)}, above = 0 }}"
-    at = next((one for one in table.seen if _CHANGES.search(_bare(one))), "")
-    if at and at not in table.taken and _time_format(table.seen[at].values):
+        found["available"] = toml_table(path=stock, above=0)
+    at = next((one for one in table.seen if _CHANGES.search(bare(one))), "")
+    if at and at not in table.taken and guess.time_format(table.seen[at].values):
         table.taken.add(at)
         found["at_ms"] = _time(table, at)
     return _with_attributes(table, "items", found)
@@ -221,8 +216,8 @@ def _with_attributes(table: Table, topic: str, found: dict[str, str]) -> str:
         lines.append(f"[{topic}.fields.attributes]")
     for column in rest:
         numeric = _is_numeric(table.seen[column])
-        value = f'{{ path = {_text(column)}, type = "number" }}' if numeric else _text(column)
-        lines.append(f"{_key(_name(column))} = {value}")
+        value = toml_table(path=column, type="number") if numeric else toml_text(column)
+        lines.append(f"{toml_key(_name(column))} = {value}")
     return "\n".join(lines) + "\n"
 
 
@@ -232,7 +227,7 @@ def _unnamed(table: Table, topic: str) -> str:
     Else it is one of items: id, title, and what has separators is categories.
     """
     columns = list(table.seen)
-    times = [one for one in columns[2:] if _time_format(table.seen[one].values)]
+    times = [one for one in columns[2:] if guess.time_format(table.seen[one].values)]
     if topic == "clicks" or (not topic and times and len(columns) >= 3):
         names = ["user_id", "item_id"]
         ratings = [
@@ -244,14 +239,14 @@ def _unnamed(table: Table, topic: str) -> str:
         lines.append("[clicks.fields]")
         lines += [f"{n} = {_identity(table, c)}" for n, c in zip(names, columns, strict=False)]
         lines += [f"at_ms = {_time(table, times[0])}"] if times else []
-        lines += [f'kind = {{ path = "{ratings[0]}", type = "text" }}'] if ratings else []
+        lines += [f"kind = {toml_table(path=ratings[0], type='text')}"] if ratings else []
         return "\n".join(lines) + "\n"
     if topic == "users":
         return _users(table)
     table.taken = {columns[0], *columns[1:2]}
     found = {"item_id": _identity(table, columns[0])}
     if len(columns) > 1:
-        found["title"] = _text(columns[1])
+        found["title"] = toml_text(columns[1])
     labels = next((one for one in columns[2:] if _separator(table.seen[one])), "")
     if labels:
         table.taken.add(labels)
@@ -260,17 +255,9 @@ def _unnamed(table: Table, topic: str) -> str:
 
 
 def _fits(seen: Seen, name: str) -> bool:
-    if name == "at_ms":
-        return bool(_time_format(seen.values))
-    if name == "kind":
-        return not seen.is_list and 0 < len(seen.texts) <= _KINDS_MAX
     if name == "rating":
-        return len(seen.texts) <= 2 * _KINDS_MAX and _is_numeric(seen)
-    if name in ("stock", "weight", "quantity"):
-        return _is_numeric(seen)
-    if name == "available":
-        return bool(seen.values) and all(values.boolean(one) is not BAD for one in seen.values)
-    return name in ("categories", "tags") or not seen.is_list
+        return len(seen.texts) <= _RATINGS_MAX and _is_numeric(seen)
+    return _is_numeric(seen) if name in ("stock", "weight", "quantity") else guess.fits(seen, name)
 
 
 def _follows(rows: Sequence[dict[str, Any]], item: str, column: str) -> bool:
@@ -295,7 +282,7 @@ def _rated(seen: Seen) -> str:
     top = max(ratings.values(), default=0.0)
     pairs = sorted((number, text) for text, number in ratings.items())
     return ", ".join(
-        f"{_key(text)} = "
+        f"{toml_key(text)} = "
         + ('"like"' if n >= _LIKED * top else '"dislike"' if n <= _DISLIKED * top else '"click"')
         for n, text in pairs
     )
@@ -307,29 +294,17 @@ def _identity(table: Table, column: str) -> str:
         return ""
     texts = [one for one in table.seen[column].values if isinstance(one, str)]
     if texts and all(re.fullmatch(r"\d{1,15}\.0", one.strip()) for one in texts):
-        return f'{{ path = {_text(column)}, type = "integer" }}'
-    return _text(column)
+        return toml_table(path=column, type="integer")
+    return toml_text(column)
 
 
 def _time(table: Table, column: str) -> str:
-    format_ = _time_format(table.seen[column].values)
-    return f"{{ path = {_text(column)}, format = {_text(format_)} }}"
-
-
-def _time_format(found: Sequence[Any]) -> str:
-    """The format of a time, empty for none; `20200131` is a day and no number."""
-    if found and all(re.fullmatch(r"(19|20)\d{6}", str(one)) for one in found):
-        return "%Y%m%d" if isinstance(found[0], str) else ""
-    return guess.time_format(found)
+    return toml_table(path=column, format=guess.time_format(table.seen[column].values))
 
 
 def _labels(table: Table, column: str) -> str:
     separator = _separator(table.seen[column])
-    return (
-        f"{{ path = {_text(column)}, split = {_text(separator)} }}"
-        if separator
-        else (_text(column))
-    )
+    return toml_table(path=column, split=separator) if separator else toml_text(column)
 
 
 def _separator(seen: Seen) -> str:
@@ -353,32 +328,15 @@ def _unique(table: Table, column: str) -> str:
 
 
 def _is_numeric(seen: Seen) -> bool:
-    """Whether all values are numbers; a code with leading zeros is none."""
-    return bool(seen.values) and not any(
-        values.number(one) is BAD or re.match(r"-?0\d", str(one))
-        for one in (*seen.values, *seen.texts)
-    )
+    return guess.is_numeric([*seen.values, *seen.texts])
 
 
 def _words(column: str, name: str) -> set[str]:
     """The column's name as it stands in the lists: whole, and with `id` for an identity."""
-    bare = _bare(column)
-    return {bare, f"{bare}id"} if name in ("user_id", "item_id") else {bare}
-
-
-def _bare(column: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", column.lower())
+    whole = bare(column)
+    return {whole, f"{whole}id"} if name in ("user_id", "item_id") else {whole}
 
 
 def _name(column: str) -> str:
     """The column's own name, of its path."""
     return str(json.loads(column)) if column.startswith('"') else column
-
-
-def _text(value: str) -> str:
-    # A basic string of TOML has the escapes of JSON; what JSON leaves as it is, DEL, has to go.
-    return json.dumps(value).replace("\x7f", "\\u007f")
-
-
-def _key(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _text(name)

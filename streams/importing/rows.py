@@ -18,6 +18,7 @@ from eddyline.kafka.producers import now_ms
 from eddyline.schema import validation
 from eddyline.schema.events import Click, Item, Merge, UserProfile
 from eddyline.schema.mapping import mapper, spec
+from eddyline.schema.mapping.guess import segment
 from eddyline.schema.mapping.mapper import REPLAYED_FROM, Mapper
 from eddyline.schema.mapping.records import MappedRecord
 from eddyline.settings.loader import Settings
@@ -164,7 +165,7 @@ def topics_of(file_map: FileMap, records: Sequence[Any]) -> list[str]:
     found = []
     for topic in tables:
         one = spec.parse(file_map.text.encode(), topic, file_map.name)
-        if one is None or _paths(one) <= {columns.path(name) for name in names}:
+        if one is None or _paths(one) <= {segment(name) for name in names}:
             found.append(topic)
     if not found:
         raise SettingsError(f"{file_map.name}: no table of the map fits the columns")
@@ -178,7 +179,7 @@ def taken_for(file_map: FileMap, topic: str, records: Sequence[Any]) -> list[tup
     for record_name in dict.fromkeys(n for r in records if isinstance(r, dict) for n in r):
         values = (r.get(record_name) for r in records if isinstance(r, dict))
         value = next((str(v) for v in values if v not in (None, "", [])), "")
-        what = record_name if one is None else _taken(one, columns.path(record_name))
+        what = record_name if one is None else _taken(one, segment(record_name))
         found.append((record_name, value[:40], what))
     return found
 

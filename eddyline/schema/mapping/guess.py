@@ -66,7 +66,9 @@ _KINDS = (
     ("click", "click"),
     ("select", "click"),
 )
-_FORMATS = ("iso", "rfc2822", "%d.%m.%Y %H:%M", "%m/%d/%Y %H:%M", "%Y/%m/%d %H:%M:%S", "%Y%m%d")
+_FORMATS = ("iso", "rfc2822", "%d.%m.%Y %H:%M", "%m/%d/%Y %H:%M", "%Y/%m/%d %H:%M:%S")
+# A day as text, which could be read as a number.
+_DAY = re.compile(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])")
 # (digits of a time as a number, unit)
 _UNITS = ((10, "s"), (13, "ms"), (16, "us"), (19, "ns"))
 _BARE = re.compile(r"[A-Za-z0-9_-]+\Z")
@@ -117,7 +119,7 @@ def guess(records: Sequence[Any], topic: str) -> str:
     fields = _fields(seen, topic)
     if "stock" in fields:
         stock = fields.pop("stock")
-        fields.setdefault("available", _inline(path=stock, above=0))
+        fields.setdefault("available", toml_table(path=stock, above=0))
     lines = [f"[{topic}]", f"[{topic}.fields]"]
     lines += [f"{name} = {_quoted_or_inline(found)}" for name, found in fields.items()]
     taken = sorted({_path_in(found) for found in fields.values() if "." not in _path_in(found)})
@@ -129,7 +131,7 @@ def guess(records: Sequence[Any], topic: str) -> str:
     lines.append(f"attributes_from = {{ leave_out = {_list(taken)} }}")
     if numeric:
         lines.append(f"[{topic}.fields.attributes]")
-        lines += [f'{_key(n)} = {{ path = {_text(n)}, type = "number" }}' for n in numeric]
+        lines += [f'{toml_key(n)} = {{ path = {toml_text(n)}, type = "number" }}' for n in numeric]
     return "\n".join(lines) + "\n"
 
 
@@ -158,8 +160,8 @@ def time_format(found: Sequence[Any]) -> str:
 
 def kind_of(name: str) -> str:
     """Eddyline's kind for a kind of this name, "ignore" if the name says nothing."""
-    bare = name.lower()
-    return next((kind for part, kind in _KINDS if part in bare), "ignore")
+    low = name.lower()
+    return next((kind for part, kind in _KINDS if part in low), "ignore")
 
 
 def candidates(records: Sequence[Any], name: str) -> list[str]:
@@ -173,7 +175,9 @@ def _clicks(records: Sequence[Any]) -> str:
     lines = ["[clicks]"]
     kinds = seen[fields["kind"]].texts if "kind" in fields else Counter()
     if kinds:
-        pairs = ", ".join(f"{_key(name)} = {_text(kind_of(name))}" for name in sorted(kinds))
+        pairs = ", ".join(
+            f"{toml_key(name)} = {toml_text(kind_of(name))}" for name in sorted(kinds)
+        )
         lines += [f"kinds = {{ {pairs} }}"]
     each = ""
     if "item_id" not in fields:
@@ -189,11 +193,11 @@ def _clicks(records: Sequence[Any]) -> str:
     for name, found in fields.items():
         if name == "at_ms":
             format_ = time_format(seen[found.removeprefix("^.")].values)
-            lines.append(f"at_ms = {_inline(path=found, format=format_)}")
+            lines.append(f"at_ms = {toml_table(path=found, format=format_)}")
         else:
-            lines.append(f"{name} = {_text(found)}")
+            lines.append(f"{name} = {toml_text(found)}")
     if each:
-        lines += ["[[clicks.rule]]", f"each = {_text(each)}"]
+        lines += ["[[clicks.rule]]", f"each = {toml_text(each)}"]
     return "\n".join(lines) + "\n"
 
 
@@ -202,7 +206,7 @@ def _fields(seen: Mapping[str, Seen], topic: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in _OF_TOPIC[topic]:
         for path in _ranked(seen, name):
-            if path not in found.values() and _fits(seen[path], name):
+            if path not in found.values() and fits(seen[path], name):
                 found[name] = path
                 break
     if topic == "items" and "item_id" not in found and "id" in seen:
@@ -213,24 +217,37 @@ def _fields(seen: Mapping[str, Seen], topic: str) -> dict[str, str]:
         found["event_id"] = "id"
     if topic != "clicks" and "at_ms" in found:
         path = found["at_ms"]
-        found["at_ms"] = _inline(path=path, format=time_format(seen[path].values))
+        found["at_ms"] = toml_table(path=path, format=time_format(seen[path].values))
     return found
 
 
-def _fits(seen: Seen, name: str) -> bool:
+def fits(seen: Seen, name: str) -> bool:
+    """Whether the values can be those of the field."""
     if name == "at_ms":
         return bool(time_format(seen.values))
     if name == "kind":
-        return not seen.is_list and len(seen.texts) <= _KINDS_MAX
+        return not seen.is_list and 0 < len(seen.texts) <= _KINDS_MAX
     if name in ("stock", "weight"):
-        return all(values.number(one) is not BAD for one in seen.values)
+        return is_numeric(seen.values)
     if name == "available":
-        return all(values.boolean(one) is not BAD for one in seen.values)
+        return bool(seen.values) and all(values.boolean(one) is not BAD for one in seen.values)
     return name in ("categories", "tags") or not seen.is_list
+
+
+def is_numeric(found: Sequence[Any]) -> bool:
+    """Whether there are values and all are numbers; a code with leading zeros is none."""
+    return bool(found) and not any(
+        values.number(one) is BAD or re.match(r"-?0\d", str(one)) for one in found
+    )
 
 
 def _path(seen: Mapping[str, Seen], name: str) -> str:
     return next(iter(_ranked(seen, name)), "")
+
+
+def bare(name: str) -> str:
+    """A name without case and signs, as in `NAMES`."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def _ranked(seen: Mapping[str, Seen], name: str) -> list[str]:
@@ -238,7 +255,7 @@ def _ranked(seen: Mapping[str, Seen], name: str) -> list[str]:
     names = {one: rank for rank, one in enumerate(NAMES[name].split())}
     ranks = {}
     for path in seen:
-        parts = [re.sub(r"[^a-z0-9]", "", part.lower()) for part in path.split(".")]
+        parts = [bare(part) for part in path.split(".")]
         whole = "".join(parts[-2:])
         rank = min(names.get(parts[-1], 99), names.get(whole, 99))
         if rank < 99:
@@ -256,7 +273,7 @@ def _lists(records: Sequence[Any]) -> list[str]:
 
 def _object_lists(value: Any, prefix: str, depth: int) -> Iterator[str]:
     for name, one in value.items() if isinstance(value, dict) and depth else ():
-        path = f"{prefix}{_segment(name)}"
+        path = f"{prefix}{segment(name)}"
         if isinstance(one, list) and one and isinstance(one[0], dict):
             yield path
         elif isinstance(one, dict):
@@ -272,7 +289,7 @@ def _at(record: Any, path: str) -> list[Any]:
 
 def _leaves(value: Any, prefix: str, depth: int) -> Iterator[tuple[str, Any]]:
     for name, one in value.items() if isinstance(value, dict) and depth else ():
-        path = f"{prefix}{_segment(name)}"
+        path = f"{prefix}{segment(name)}"
         if isinstance(one, dict):
             yield from _leaves(one, f"{path}.", depth - 1)
         elif isinstance(one, list):
@@ -282,12 +299,14 @@ def _leaves(value: Any, prefix: str, depth: int) -> Iterator[tuple[str, Any]]:
             yield path, one
 
 
-def _segment(name: str) -> str:
-    """A name as a part of a path."""
+def segment(name: str) -> str:
+    """A name as a part of a path in a map."""
     return name if re.fullmatch(r"[^.\[\]\"$^=\\]+", name) else json.dumps(name)
 
 
 def _format(value: Any) -> str:
+    if isinstance(value, str) and _DAY.fullmatch(value):
+        return "%Y%m%d"
     found = values.number(value)
     if found is not BAD:
         digits = len(str(abs(int(found))))
@@ -299,8 +318,7 @@ def _format(value: Any) -> str:
 
 
 def _is_numeric_text(seen: Seen) -> bool:
-    texts = [one for one in seen.values if isinstance(one, str)]
-    return bool(texts) and all(values.number(one) is not BAD for one in texts)
+    return is_numeric([one for one in seen.values if isinstance(one, str)])
 
 
 def _preset(record: Any) -> str:
@@ -332,26 +350,29 @@ def _path_in(found: str) -> str:
     return named.group(1) if named is not None else found
 
 
-def _inline(**keys: Any) -> str:
+def toml_table(**keys: Any) -> str:
+    """An inline table of TOML, without the keys whose value is the empty text."""
     return "{ " + ", ".join(f"{k} = {_toml(v)}" for k, v in keys.items() if v != "") + " }"
 
 
 def _quoted_or_inline(found: str) -> str:
-    return found if found.startswith("{ ") else _text(found)
+    return found if found.startswith("{ ") else toml_text(found)
 
 
 def _toml(value: Any) -> str:
-    return _text(value) if isinstance(value, str) else str(value)
+    return toml_text(value) if isinstance(value, str) else str(value)
 
 
-def _text(value: str) -> str:
+def toml_text(value: str) -> str:
+    """A text as TOML."""
     # A basic string of TOML has the escapes of JSON; what JSON leaves as it is, DEL, has to go.
     return json.dumps(value).replace("\x7f", "\\u007f")
 
 
-def _key(name: str) -> str:
-    return name if _BARE.match(name) else _text(name)
+def toml_key(name: str) -> str:
+    """A name as a key of TOML."""
+    return name if _BARE.match(name) else toml_text(name)
 
 
 def _list(texts: Sequence[str]) -> str:
-    return "[" + ", ".join(_text(one) for one in texts) + "]"
+    return "[" + ", ".join(toml_text(one) for one in texts) + "]"

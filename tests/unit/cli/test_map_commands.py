@@ -87,6 +87,20 @@ def test_each_refusal_is_counted_with_what_would_cure_it(tmp_path: Path) -> None
     assert "a map reads JSON only" in printed
 
 
+def test_digits_are_a_day_or_a_code_where_they_look_so(tmp_path: Path) -> None:
+    day = {"user": "1", "sku": "2", "date": "20200131"}
+    printed, _ = run("guess", lines(tmp_path, day, day))
+    assert tomllib.loads(printed)["clicks"]["fields"]["at_ms"] == {
+        "path": "date",
+        "format": "%Y%m%d",
+    }
+    item = {"sku": "2", "title": "x", "code": "007", "price": "0.50"}
+    printed, _ = run("guess", lines(tmp_path, item, item))
+    assert tomllib.loads(printed)["items"]["fields"]["attributes"] == {
+        "price": {"path": "price", "type": "number"}
+    }
+
+
 def test_brackets_are_shown_as_they_are(tmp_path: Path) -> None:
     map_ = tmp_path / "map.toml"
     map_.write_text(
