@@ -54,6 +54,8 @@ class ClickTotals:
         self._limit = limit
         # Items that are read of each bucket, most clicks first.
         self.depth = limit
+        # Whether the last list has live items in the places of dead ones.
+        self.replaces = False
         # Buckets that were read less deep.
         self._shallow: set[tuple[str, int]] = set()
         self._bucket_s = bucket_s
@@ -104,10 +106,13 @@ class ClickTotals:
             self._drop_unused_names()
 
     def ranked(self) -> list[tuple[str, float]]:
-        """(item id, decayed clicks), most first, equal ones by id; at most `limit`."""
-        if self._ranked is None:
-            self._ranked = self._top(self._sums(), self._limit)
-        return self._ranked
+        """(item id, decayed clicks), most first, equal ones by id; at most `limit`.
+
+        Further reads are as deep as that.
+        """
+        self.depth, self.replaces = self._limit, False
+        self._shallow.clear()
+        return self._plain()
 
     def ranked_live(
         self, live_of: Callable[[Sequence[str]], Sequence[bool]], need: int
@@ -116,14 +121,15 @@ class ClickTotals:
 
         They take the places of the last dead ones. A list with every clicked item stays the same,
         so a worker gives the answers of a coordinator, which does not call this.
-        live_of: which of these items are live
         With too few in all buckets, further reads are deeper, up to `DEPTH_SHARE_MAX` times.
+        live_of: which of these items are live
         """
-        ranked, sums, size = self.ranked(), self._sums(), self._limit
-        counted = int(np.count_nonzero(sums.counted))
+        ranked, size = self._plain(), self._limit
         found = [pair for pair, live in zip(ranked, live_of(_ids(ranked)), strict=True) if live]
         if len(found) >= need:
-            return ranked
+            return self.ranked()
+        self.replaces, sums = True, self._sums()
+        counted = int(np.count_nonzero(sums.counted))
         while len(found) < need and size < counted:
             size *= 2
             pairs = self._top(sums, size)
@@ -137,6 +143,11 @@ class ClickTotals:
         dead = [pair for pair in ranked if pair not in kept]
         found += dead[: self._limit - len(found)]
         return sorted(found, key=lambda pair: (-pair[1], pair[0]))
+
+    def _plain(self) -> list[tuple[str, float]]:
+        if self._ranked is None:
+            self._ranked = self._top(self._sums(), self._limit)
+        return self._ranked
 
     def _sums(self) -> _Totals:
         """The decayed clicks of every item."""

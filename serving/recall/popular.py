@@ -35,9 +35,10 @@ class PopularPath(RecallPath):
             live = index.describe([item_id for item_id, _ in piece], filters) if piece else []
             hits += [hit._replace(score=n) for hit, (_, n) in zip(live, piece, strict=True) if hit]
         degradation = self.degradation()
+        if len(hits) < k or self._popularity.replaces:
+            self._popularity.look_for_live()
         if len(hits) >= k:
             return Candidates(hits[:k], degradation=degradation)
-        self._popularity.look_for_live()
         which = "live and unseen" if filters is None else "live, unseen and pass the filter"
         why = self._popularity.empty_because()
         why = why or f"of {len(ranked)} popular items {len(hits)} are {which}"

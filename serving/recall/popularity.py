@@ -19,7 +19,7 @@ from serving.recall.click_totals import ClickTotals
 log = logging.getLogger(__name__)
 
 CLOSE_S = 5.0
-# After a query that found too few live items, the list is checked for so long.
+# After a query that found too few live items, or needed a search for them, it goes on for so long.
 LOOK_S = 60.0
 
 
@@ -108,9 +108,15 @@ class Popularity:
     def look_for_live(self) -> None:
         """For a while, have live items replace dead ones where those are most of the list.
 
-        A query calls this that found too few live ones. Thread rule: any thread.
+        A query calls this that found too few live ones, or that found some while `replaces` was
+        set: without the search the dead ones come back. Thread rule: any thread.
         """
         self._look_until = time.monotonic() + LOOK_S
+
+    @property
+    def replaces(self) -> bool:
+        """Whether live items replace dead ones now."""
+        return self._totals.replaces
 
     def _rank(self) -> list[tuple[str, float]]:
         index = self._index

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,13 +18,15 @@ from eddyline.stores.state_store import Fence, LogId, PopularBucket, Source
 from index.exact import ExactIndex
 from serving.answer.deadline import Deadline
 from serving.recall import click_totals
+from serving.recall import popularity as popularity_module
 from serving.recall.base import RecallContext, RecallRequest
 from serving.recall.click_totals import ClickTotals
 from serving.recall.popular import PopularPath
-from serving.recall.popularity import Popularity
+from serving.recall.popularity import LOOK_S, Popularity
 
 LOG = LogId("cluster", "topic")
 LIMIT = 25
+VECTOR = np.array([1, 0], np.float32)
 
 
 def rank(
@@ -171,8 +174,7 @@ def test_live_items_fill_the_list_where_dead_ones_lead(dead: int, filled: int) -
     limit, counts = 4, {f"dead-{n}": 100_000 - n for n in range(dead)}
     counts |= {f"live-{n}": 1_000 - n for n in range(6)}
     store, index = MemoryStore(), ExactIndex(2)
-    vector = np.array([1, 0], np.float32)
-    index.upsert([ItemRecord(f"live-{n}", 0, n, n, n, vector) for n in range(6)])
+    index.upsert([ItemRecord(f"live-{n}", 0, n, n, n, VECTOR) for n in range(6)])
     store.count_clicks("i0", Source("clicks", 0), None, Fence(0, LOG), {5: counts}, 28)
     settings = Settings(popular_bucket_s=60, popular_limit=limit)
     popularity = Popularity(settings, store, index)
@@ -193,11 +195,51 @@ def test_live_items_fill_the_list_where_dead_ones_lead(dead: int, filled: int) -
     assert alone.refresh() and [item_id for item_id, _ in alone.ranked] == plain
 
 
+def test_the_search_for_live_items_lasts_as_long_as_queries_need_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Then reads are as deep as the list is long, also if no query found enough."""
+    now_s = 1_000.0
+    monkeypatch.setattr(popularity_module, "time", SimpleNamespace(monotonic=lambda: now_s))
+    store, index = MemoryStore(), ExactIndex(2)
+    index.upsert([ItemRecord(f"live-{n}", 0, n, n, n, VECTOR) for n in range(6)])
+    counts = {f"dead-{n}": 100_000 - n for n in range(30)}
+    counts |= {f"live-{n}": 1_000 - n for n in range(6)}
+    store.count_clicks("i0", Source("clicks", 0), None, Fence(0, LOG), {5: counts}, 28)
+    settings = Settings(popular_bucket_s=60, popular_limit=4)
+    popularity = Popularity(settings, store, index)
+    path = PopularPath(RecallContext(settings, store, None, popularity, ExitStack()))  # type: ignore[arg-type]
+    request = RecallRequest(None, 2, (), None, 0.0, Deadline.of_call(None, 60_000))
+    assert popularity.refresh() and not path.recall(request, index).hits
+    for _ in range(6):
+        assert popularity.refresh()
+    for _ in range(5):  # every query finds enough, and longer than one search lasts
+        now_s += LOOK_S * 0.9
+        assert len(path.recall(request, index).hits) == 2
+        assert popularity.refresh()
+    assert popularity._totals.depth > 4
+    now_s += LOOK_S + 1
+    assert popularity.refresh()
+    assert popularity._totals.depth == 4
+    assert not path.recall(request, index).hits
+
+
+def test_reads_are_no_longer_deep_once_the_dead_items_do_not_lead() -> None:
+    totals = made(limit=4)
+    counts = {f"dead-{n}": 900 - n for n in range(5)}
+    totals.update("i0", {5: read_of(1, counts)})
+    for depth in (8, 8):  # the bucket has fewer than eight, so more depth finds no more
+        totals.ranked_live(lambda ids: [False for _ in ids], 2)
+        assert totals.depth == depth
+        totals.update("i0", {5: read_of(1, counts)})
+    totals.ranked_live(lambda ids: [True for _ in ids], 2)
+    assert totals.depth == 4 and totals.known("i0") == {5: b"1"}
+
+
 def test_a_list_with_every_clicked_item_is_the_same_with_and_without_the_index() -> None:
     """A coordinator, which has no index, gives the answers and reasons of a worker."""
     store, index = MemoryStore(), ExactIndex(2)
-    vector = np.array([1, 0], np.float32)
-    index.upsert([ItemRecord(f"live-{n}", 0, n, n, n, vector) for n in range(9)])
+    index.upsert([ItemRecord(f"live-{n}", 0, n, n, n, VECTOR) for n in range(9)])
     counts = {"dead-0": 9, "live-0": 7, "dead-1": 5, "dead-2": 3, "live-1": 3, "dead-3": 1}
     store.count_clicks("i0", Source("clicks", 0), None, Fence(0, LOG), {5: counts}, 28)
     settings, answers = Settings(popular_bucket_s=60, popular_limit=8), []
