@@ -35,13 +35,13 @@ from aiokafka.structs import TopicPartition
 from eddyline.kafka import topics
 from eddyline.schema.events import Click, decode_click
 from eddyline.schema.partitioning import partition_of
+from eddyline.schema.records import Record
 from eddyline.settings.loader import Settings, load
 from eddyline.stores.memory import MemoryStore
 from streams.app import IngestApp
 from streams.dispatcher import HandlerThread, TopicPipeline
 from streams.fences import PartitionFences
 from streams.ports import Handler, Outcome, RecordBatch
-from streams.records import Record
 
 BATCH = 500
 LIST_MAX = 100

@@ -35,10 +35,10 @@ from eddyline.kafka.producers import make_producer
 from eddyline.kafka.topics import CLICKS, DEAD_LETTER_BYTES_MAX, DEAD_LETTERS, SOURCES
 from eddyline.schema import events
 from eddyline.schema.erasure import DAY_MS
-from eddyline.schema.mapping.records import FORMAT, marks
+from eddyline.schema.records import FORMAT, Headers, Record, marks
 from eddyline.settings.loader import Settings
 from streams.ports import DeadLetterSink, ForgetSink, Forwarder
-from streams.records import Headers, Record, coordinates
+from streams.records import coordinates
 
 log = logging.getLogger(__name__)
 
@@ -244,7 +244,7 @@ class KafkaForwarder(Forwarder, ForgetSink):
 class _Unsent:
     """A record that was not forwarded: the coordinates of its origin, its own key and value.
 
-    marks: of a record in Eddyline's own format, see `mapping.records`
+    marks: of a record in Eddyline's own format, see `schema.records`
     """
 
     def __init__(

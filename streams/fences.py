@@ -17,9 +17,9 @@ from eddyline.errors import FenceMoved, LogMismatch
 from eddyline.kafka import topics
 from eddyline.kafka.topics import CLICKS, ITEMS, USERS
 from eddyline.schema.partitioning import user_slot
+from eddyline.schema.records import Record
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import Fence, LogId, Mark, Source, StateStore
-from streams.records import Record
 from streams.resuming import Resume, mark_of
 
 # No log is so long.

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 from eddyline.errors import EddylineError, Rejected
 from eddyline.schema.item_record import ItemRecord
 from eddyline.schema.partial import Omitted
+from eddyline.schema.records import Record
 from streams.fences import PartitionFences
-from streams.records import Record
 from streams.write_behind import WriteBehind
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import msgspec
 
 from eddyline.schema.erasure import Erasure, is_outdated
+from eddyline.schema.records import Record
 from eddyline.stores.state_store import ProfilePlace
-from streams.records import Record, Restored, is_forwarded
+from streams.records import Restored, is_forwarded
 
 
 @dataclass(slots=True)

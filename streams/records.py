@@ -1,62 +1,16 @@
-"""Records of a topic, as every reader of ingest has them."""
+"""What ingest knows of a record by its headers, and records that it appends again."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
-
-# Kafka allows a header without a value.
-Headers = Sequence[tuple[str, bytes | None]]
+from eddyline.schema.records import BuiltRecord, Record
 
 
-class Record(Protocol):
-    """One record of a topic, as aiokafka returns it."""
-
-    @property
-    def topic(self) -> str:
-        """The topic's name in Kafka, prefix included."""
-
-    @property
-    def partition(self) -> int:
-        """The partition that holds the record."""
-
-    @property
-    def offset(self) -> int:
-        """The record's offset in its partition."""
-
-    @property
-    def timestamp(self) -> int:
-        """The broker's clock at the append, milliseconds since 1970."""
-
-    @property
-    def key(self) -> bytes | None:
-        """The key, as sent."""
-
-    @property
-    def value(self) -> bytes | None:
-        """The value, as sent; None for a null record."""
-
-    @property
-    def headers(self) -> Headers:
-        """Names and values; a value may be None."""
-
-
-@dataclass(frozen=True, slots=True)
-class Restored:
+class Restored(BuiltRecord, frozen=True):
     """A newer state of a key, to be appended again after an outdated record.
 
     offset:    of the outdated record, so that the header `origin` names it
     timestamp: first append of the newer one
     """
-
-    topic: str
-    partition: int
-    offset: int
-    timestamp: int
-    key: bytes | None
-    value: bytes | None
-    headers: Headers = ()
 
     @classmethod
     def after(cls, outdated: Record, key: str, newer_ms: int, value: bytes | None) -> Restored:

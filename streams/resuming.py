@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from eddyline.errors import LogMismatch
 from eddyline.kafka.producers import now_ms
 from eddyline.kafka.topics import CLICKS
+from eddyline.schema.records import Record
 from eddyline.stores.state_store import Fence, Mark
-from streams.records import Record
 
 
 def mark_of(record: Record) -> Mark:

@@ -6,8 +6,9 @@ import logging
 from collections.abc import Iterable
 
 from eddyline.errors import Rejected
+from eddyline.schema.records import Record
 from streams.ports import DeadLetterSink, Forwarder, Outcome
-from streams.records import Record, Restored, coordinates
+from streams.records import Restored, coordinates
 
 log = logging.getLogger(__name__)
 

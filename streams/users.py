@@ -17,13 +17,13 @@ from eddyline.schema.erasure import Erasure
 from eddyline.schema.events import UserProfile
 from eddyline.schema.partial import Omitted
 from eddyline.schema.partitioning import partition_of, user_slot
+from eddyline.schema.records import Record
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import ProfilePlace, Source, StateStore, UserQuery
 from streams.clicks.user_cache import UserCache
 from streams.fences import PartitionFences
 from streams.ports import DeadLetterSink, ForgetSink, Forwarder, Handler, Outcome, RecordBatch
 from streams.profile_order import ProfileOrder
-from streams.records import Record
 from streams.strays import Strays
 
 # A change of one user: its record, the user, and the profile; None forgets the user.

@@ -27,6 +27,7 @@ from eddyline.errors import EddylineError, Rejected
 from eddyline.kafka import topics as kafka_topics
 from eddyline.schema.item_record import ItemRecord, decode_record
 from eddyline.schema.partitioning import partition_of
+from eddyline.schema.records import Record
 from eddyline.settings.loader import Settings
 from eddyline.stores import layout, redis_client
 from eddyline.stores.memory import MemoryStore
@@ -38,7 +39,6 @@ from streams.clicks.step_ranges import FixedStepRanges
 from streams.fences import sources
 from streams.generation import Generation
 from streams.handlers import Handlers, Outputs
-from streams.records import Record
 from tests.applying import ingest
 from tests.model.eras import Era, end_of
 from tests.topics import Topics, counted_plainly

@@ -21,7 +21,7 @@ from eddyline.schema.mapping import check as checking
 from eddyline.schema.mapping import envelopes
 from eddyline.schema.mapping import guess as guessing
 from eddyline.schema.mapping.check import Refusal, Report
-from eddyline.schema.mapping.records import MappedRecord, RawRecord
+from eddyline.schema.records import BuiltRecord, Record
 from eddyline.settings.loader import Settings
 
 # A line that is longer is no record that Kafka takes.
@@ -77,7 +77,7 @@ def guess(source: str, *, topic: str, out: str) -> None:
     console.print(f"then: eddyline map check {source} --topic {topic} --map {out}")
 
 
-def _decoded(record: RawRecord) -> Any:
+def _decoded(record: Record) -> Any:
     """The value, with its envelope; None if it is no JSON."""
     with suppress(Rejected):
         return None if record.value is None else envelopes.decoded(record.value)
@@ -89,7 +89,7 @@ def _check_topic(topic: str) -> None:
         raise SettingsError(f"--topic {topic!r}: expected one of {', '.join(topics.SOURCES)}")
 
 
-def _of_file(source: str, topic: str, limit: int) -> Iterator[RawRecord]:
+def _of_file(source: str, topic: str, limit: int) -> Iterator[Record]:
     """The lines of a file as records; a JSON array is taken apart.
 
     A line with `key`, `value` and `headers` alone is a whole record, both as text.
@@ -120,7 +120,7 @@ def _values(line: bytes) -> Iterator[bytes]:
         yield json.dumps(found).encode() if b"\n" in line.strip() else line.strip()
 
 
-def _as_record(value: bytes, topic: str, number: int) -> MappedRecord:
+def _as_record(value: bytes, topic: str, number: int) -> BuiltRecord:
     key, headers = None, []
     try:
         found = json.loads(value)
@@ -128,19 +128,19 @@ def _as_record(value: bytes, topic: str, number: int) -> MappedRecord:
             headers = [(str(n), str(v).encode()) for n, v in found.get("headers") or ()]
             key = None if found["key"] is None else str(found["key"]).encode()
             whole = found["value"]
-            return MappedRecord(
+            return BuiltRecord(
                 topic, 0, number, now_ms(), key, None if whole is None else whole.encode(), headers
             )
     except (ValueError, TypeError, RecursionError):
         pass
-    return MappedRecord(topic, 0, number, now_ms(), key, value, headers)
+    return BuiltRecord(topic, 0, number, now_ms(), key, value, headers)
 
 
 def _is_text(value: Any) -> bool:
     return value is None or isinstance(value, str)
 
 
-def _of_topic(settings: Settings, topic: str, limit: int) -> Iterator[RawRecord]:
+def _of_topic(settings: Settings, topic: str, limit: int) -> Iterator[Record]:
     """The newest records of a topic, some of each partition."""
     ends = topics.end_offsets(settings, topic)
     each = max(1, limit // max(1, len(ends)))
@@ -148,7 +148,7 @@ def _of_topic(settings: Settings, topic: str, limit: int) -> Iterator[RawRecord]
     yield from islice(reading.read(settings, topic, starts, ends), limit)
 
 
-def _read(settings: Settings, topic: str, record: RawRecord, of_topic: bool) -> list[Any]:
+def _read(settings: Settings, topic: str, record: Record, of_topic: bool) -> list[Any]:
     """The events of a record, as ingest reads them. Raises Rejected."""
     if of_topic:
         if topic == topics.CLICKS:
@@ -185,7 +185,7 @@ def _show_refusal(reason: str, name: str, refusal: Refusal) -> None:
     console.print(f"    cure: {checking.cure(reason, name, refusal)}")
 
 
-def _record(record: RawRecord) -> str:
+def _record(record: Record) -> str:
     value = record.value
     text = "(no value)" if value is None else value.decode("utf-8", "backslashreplace")
     if record.key is not None:

@@ -17,7 +17,7 @@ from eddyline.kafka.clients import connect
 from eddyline.kafka.topics import CLICKS, ITEMS, USERS
 from eddyline.schema import events
 from eddyline.schema.events import Click, Item, Merge, UserProfile
-from eddyline.schema.mapping.records import marks
+from eddyline.schema.records import marks
 from eddyline.settings.loader import Settings
 
 

@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Meta
 
 from eddyline.errors import Rejected
-from eddyline.schema.mapping.records import RawRecord
+from eddyline.schema.records import Record
 
 Kind = Literal["click", "view", "like", "cart", "purchase", "dislike"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -334,7 +334,7 @@ def origin_ms(headers: Sequence[tuple[str, bytes | None]]) -> int | None:
     return _number(headers, ORIGIN_MS)
 
 
-def first_append_ms(record: RawRecord) -> int:
+def first_append_ms(record: Record) -> int:
     """Broker's time stamp of the record's first append, ms; its own if it was not forwarded."""
     first_ms = origin_ms(record.headers)
     return record.timestamp if first_ms is None else min(first_ms, record.timestamp)

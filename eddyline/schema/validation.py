@@ -18,9 +18,9 @@ from eddyline.schema import events, partial
 from eddyline.schema.events import Click, Forget, Item, Merge, UserProfile
 from eddyline.schema.mapping import mapper, registry
 from eddyline.schema.mapping.mapper import Mapper
-from eddyline.schema.mapping.records import MAPPED, RawRecord, mark_of
 from eddyline.schema.partial import Omitted
 from eddyline.schema.partitioning import partition_of, partition_of_bytes
+from eddyline.schema.records import MAPPED, Record, mark_of
 from eddyline.settings.loader import Settings
 
 UserEvent = Click | Merge | Forget
@@ -143,7 +143,7 @@ def check_may_send(settings: Settings, topic: str) -> None:
         )
 
 
-def own_records(settings: Settings, topic: str, record: RawRecord) -> Sequence[RawRecord]:
+def own_records(settings: Settings, topic: str, record: Record) -> Sequence[Record]:
     """The records in Eddyline's own format that a record of a topic becomes. Raises Rejected.
 
     That is the record itself where the topic has no map, or the record has the mark.
@@ -153,8 +153,8 @@ def own_records(settings: Settings, topic: str, record: RawRecord) -> Sequence[R
 
 
 def user_events(
-    settings: Settings, record: RawRecord, by_map: Mapper | None = None
-) -> list[tuple[RawRecord, UserEvent, bool]]:
+    settings: Settings, record: Record, by_map: Mapper | None = None
+) -> list[tuple[Record, UserEvent, bool]]:
     """(record in Eddyline's own format, event, whether it lies in its user's partition).
 
     Of any record of `clicks`; as `user_event` otherwise. Raises Rejected for the whole record.
@@ -169,7 +169,7 @@ def user_events(
 
 
 def item_changes(
-    settings: Settings, record: RawRecord, omitted: Omitted | None = None
+    settings: Settings, record: Record, omitted: Omitted | None = None
 ) -> list[tuple[str, Item | None, bool]]:
     """What `item` returns, of each change in any record of `items`. Raises Rejected.
 
@@ -191,7 +191,7 @@ def item_changes(
 
 
 def profiles(
-    settings: Settings, record: RawRecord, omitted: Omitted | None = None
+    settings: Settings, record: Record, omitted: Omitted | None = None
 ) -> list[tuple[str, UserProfile | None, bool]]:
     """What `profile` returns, of each change in any record of `users`. Raises Rejected."""
     return [
@@ -231,7 +231,7 @@ def _check_stamp(appended_ms: int) -> None:
 
 
 def unsent_record(
-    settings: Settings, topic: str, record: RawRecord
+    settings: Settings, topic: str, record: Record
 ) -> list[tuple[UserEvent | Item | UserProfile | None, int]]:
     """What `unsent` returns, of each event of a record that has its place in the topic."""
     return [
@@ -240,7 +240,7 @@ def unsent_record(
     ]
 
 
-def _own_records(by_map: Mapper | None, record: RawRecord) -> Sequence[RawRecord]:
+def _own_records(by_map: Mapper | None, record: Record) -> Sequence[Record]:
     if by_map is None or mark_of(record.headers) is not None:
         return (record,)
     return by_map.records(record)
@@ -282,7 +282,7 @@ def _decoded(
         return partially(value, first, counts, **limits)
 
 
-def _check_key(settings: Settings, record: RawRecord) -> None:
+def _check_key(settings: Settings, record: Record) -> None:
     """Raise Rejected unless the record lies where Kafka's partitioner puts its key."""
     if record.key is None:
         raise Rejected("no_key", "key", "the record needs a key: it decides on the partition")

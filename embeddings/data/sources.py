@@ -29,8 +29,8 @@ from eddyline.schema import events, validation
 from eddyline.schema.deduplication import DedupeWindow
 from eddyline.schema.erasure import Erasure, digest, erased_after, erased_before
 from eddyline.schema.events import AT_MS_MAX, Click, Forget, Item
-from eddyline.schema.mapping.records import MAPPED, Headers
 from eddyline.schema.partitioning import partition_of
+from eddyline.schema.records import MAPPED, Headers
 from eddyline.schema.validation import UserEvent
 from eddyline.settings.loader import Settings
 from embeddings.data.examples import TrainingData

@@ -36,12 +36,12 @@ from eddyline.schema.deduplication import DedupeWindow
 from eddyline.schema.erasure import DAY_MS, Erasure, digest, erased_after
 from eddyline.schema.events import Forget, Merge
 from eddyline.schema.partitioning import partition_of
+from eddyline.schema.records import Record
 from eddyline.schema.validation import UserEvent
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import LogId
 from streams.archive import erasure, file_placement
 from streams.archive.erasure import ForgottenOf, copy_without
-from streams.records import Record
 
 log = logging.getLogger(__name__)
 

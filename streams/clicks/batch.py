@@ -15,13 +15,13 @@ from eddyline.schema.deduplication import DedupeWindow
 from eddyline.schema.events import Merge
 from eddyline.schema.mapping.mapper import Mapper
 from eddyline.schema.partitioning import user_slot
+from eddyline.schema.records import Record
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import Fence, Source, UserRead
 from streams.clicks.popularity import Event
 from streams.clicks.user_cache import CachedUser
 from streams.clicks.user_updates import UserUpdates
 from streams.ports import Outcome, RecordBatch
-from streams.records import Record
 
 
 @dataclass(slots=True)

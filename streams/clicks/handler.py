@@ -24,6 +24,7 @@ from eddyline.schema.erasure import Erasure
 from eddyline.schema.events import Click
 from eddyline.schema.partial import Omitted
 from eddyline.schema.partitioning import partition_of, user_slot
+from eddyline.schema.records import Record
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import Fence, Source, StateStore, UserEffects, UserQuery, UserWrite
 from streams.clicks.batch import ClickBatch, decode, deduplicate, narrow
@@ -34,7 +35,7 @@ from streams.clicks.user_cache import Slot, UserCache, check
 from streams.clicks.user_updates import UserUpdates
 from streams.fences import PartitionFences
 from streams.ports import DeadLetterSink, Forwarder, Handler, Outcome, RecordBatch
-from streams.records import Record, coordinates
+from streams.records import coordinates
 
 log = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ from eddyline.kafka.topics import CLICKS
 from eddyline.schema import events, user_history
 from eddyline.schema.events import Click, Forget, Merge
 from eddyline.schema.partitioning import item_slot
+from eddyline.schema.records import Record
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import Fence, Source, StateStore
 from streams.fences import PartitionFences
-from streams.records import Record
 from streams.write_behind import WriteBehind
 
 # Popularity may lag by this much; query workers read the popular list less often than this.

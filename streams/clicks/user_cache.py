@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from eddyline.errors import FenceMoved
 from eddyline.schema import user_history
 from eddyline.schema.erasure import Erasure
+from eddyline.schema.records import Record
 from eddyline.schema.step_ranges import StepRanges
 from eddyline.schema.user_history import CompactEntry, Entry
 from eddyline.stores.state_store import Fence, ProfilePlace, SlotRead, Source, StateStore, UserRead
-from streams.records import Record
 
 # An embedding and a small profile take about as much memory as four entries.
 _USER_ENTRIES = 4

@@ -12,13 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from eddyline.schema import events, user_history
 from eddyline.schema.erasure import Erasure, digest, erased_after, erased_before
 from eddyline.schema.events import KINDS, Click, Forget, Merge
+from eddyline.schema.records import Record
 from eddyline.schema.step_ranges import StepRanges
 from eddyline.schema.user_history import Bounds, Entry, UserHistory
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import UserEffects
 from streams.clicks.micro_steps import MicroSteps, Step
 from streams.clicks.user_cache import CachedUser, UserEmbedding
-from streams.records import Record
 
 _KIND_NUMBER = {kind: number for number, kind in enumerate(KINDS)}
 

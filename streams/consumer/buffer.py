@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from aiokafka import TopicPartition
 
+from eddyline.schema.records import Record
 from streams.ports import RecordBatch
-from streams.records import Record
 
 # A topic is not fetched while its buffer holds this many batches of the largest size: enough to
 # keep a handler busy.

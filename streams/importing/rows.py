@@ -20,7 +20,7 @@ from eddyline.schema.events import Click, Item, Merge, UserProfile
 from eddyline.schema.mapping import mapper, spec
 from eddyline.schema.mapping.guess import segment
 from eddyline.schema.mapping.mapper import REPLAYED_FROM, Mapper
-from eddyline.schema.mapping.records import MappedRecord
+from eddyline.schema.records import BuiltRecord
 from eddyline.settings.loader import Settings
 from streams.importing import columns
 from streams.importing.files import DataFile
@@ -92,7 +92,7 @@ class RowReader:
             raise Rejected("malformed_json", "", "the line is no JSON")
         own_id = f"import/{self.digest}/{number}"
         header = [(REPLAYED_FROM, own_id.encode())]
-        record = MappedRecord(self.topic, 0, number, now_ms(), None, row, header)
+        record = BuiltRecord(self.topic, 0, number, now_ms(), None, row, header)
         if self._mapper is None:
             own_key, value = self._own(row, own_id)
             made: Sequence[Any] = (msgspec.structs.replace(record, key=own_key, value=value),)

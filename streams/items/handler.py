@@ -23,6 +23,7 @@ from eddyline.schema.events import Item
 from eddyline.schema.item_record import ItemRecord, attributes_of
 from eddyline.schema.partial import Omitted
 from eddyline.schema.partitioning import partition_of
+from eddyline.schema.records import Record
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import ItemMetadata, StateStore
 from embeddings.towers.base import ItemEncoder
@@ -32,7 +33,6 @@ from streams.generation import Generation
 from streams.items.metadata import METADATA_WAIT_S, ItemChange, ItemMetadataWriter
 from streams.items.order import KeyOrder
 from streams.ports import DeadLetterSink, Forwarder, Handler, Outcome, PartitionLost, RecordBatch
-from streams.records import Record
 from streams.strays import Strays
 
 # The item records to publish, by partition.

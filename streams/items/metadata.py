@@ -18,10 +18,11 @@ from eddyline.kafka.topics import ITEMS
 from eddyline.schema import events
 from eddyline.schema.events import Item
 from eddyline.schema.partitioning import item_slot
+from eddyline.schema.records import Record
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import Fence, ItemMetadata, ItemMetadataWrite, Source, StateStore
 from streams.fences import PartitionFences, sources
-from streams.records import Record, is_forwarded
+from streams.records import is_forwarded
 from streams.write_behind import WriteBehind
 
 # Fences may stay behind by this much; after a crash so much is published again.

@@ -22,11 +22,11 @@ from eddyline.kafka import clients, producers, reading, topics
 from eddyline.kafka import skips as decisions
 from eddyline.kafka.producers import now_ms
 from eddyline.kafka.unreadable import UnreadableBatch
+from eddyline.schema.records import Headers
 from eddyline.settings.loader import Settings
 from eddyline.stores.redis import RedisStore
 from streams.dead_letters import KafkaDeadLetters, outlet_producer
 from streams.fences import sources
-from streams.records import Headers
 
 # The reason of the dead letter; such a letter cannot be replayed.
 REASON = "unreadable_batch"

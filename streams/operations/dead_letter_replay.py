@@ -26,8 +26,8 @@ from eddyline.schema import events, validation
 from eddyline.schema.erasure import erased_after
 from eddyline.schema.events import Click, Merge, UserProfile
 from eddyline.schema.mapping.mapper import REPLAYED_FROM
-from eddyline.schema.mapping.records import MappedRecord, mark_of
 from eddyline.schema.partitioning import user_slot
+from eddyline.schema.records import BuiltRecord, mark_of
 from eddyline.settings.loader import Settings
 from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import Source, StateStore, UserQuery
@@ -302,11 +302,11 @@ def checked(settings: Settings, letter: Letter) -> tuple[bytes | None, int]:
     return letter.value, partition
 
 
-def _sent_anew(letter: Letter) -> MappedRecord:
+def _sent_anew(letter: Letter) -> BuiltRecord:
     """The record that a replay sends."""
     headers = [*letter.headers, *_headers(letter)]
     topic, partition, offset = letter.source
-    return MappedRecord(
+    return BuiltRecord(
         topic, partition, offset, letter.timestamp_ms, letter.key, letter.value, headers
     )
 

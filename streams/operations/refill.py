@@ -20,6 +20,7 @@ from eddyline.archive import FORGETS, MERGES, Archive, ArchiveUnavailable
 from eddyline.errors import EddylineError, FenceMoved, LogMismatch, Rejected
 from eddyline.kafka import producers, topics
 from eddyline.kafka.topics import CLICKS, USERS
+from eddyline.schema.records import Record
 from eddyline.settings.loader import Settings
 from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import LogId
@@ -40,7 +41,6 @@ from streams.operations.refill_records import (
 )
 from streams.operations.retention_gaps import Gap
 from streams.ports import Outcome, RecordBatch
-from streams.records import Record
 
 # Ranges of offsets that an error names; there may be one for every hour.
 _NAMED_MAX = 20

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import heapq
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 
 import msgspec
@@ -16,30 +14,21 @@ from eddyline.kafka.topics import CLICKS, USERS
 from eddyline.schema import events
 from eddyline.schema.erasure import Erasure, digest
 from eddyline.schema.events import Forget, Merge
-from eddyline.schema.mapping.records import MAPPED
 from eddyline.schema.partitioning import user_slot
+from eddyline.schema.records import MAPPED, BuiltRecord, Record
 from eddyline.settings.loader import Settings
 from eddyline.stores import redis_client
 from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import Source
-from streams.records import Headers, Record
 
 
-@dataclass(frozen=True, slots=True)
-class ArchivedRecord:
+class ArchivedRecord(BuiltRecord, frozen=True):
     """An event of the archive as the record it was.
 
     target_forgotten: a merge whose target was forgotten: the moved events are dropped
     forget:           a Forget without the user's id, of which the archive has the `digest`
     """
 
-    topic: str
-    partition: int
-    offset: int
-    timestamp: int
-    key: bytes | None
-    value: bytes | None
-    headers: Headers = ()
     target_forgotten: bool = False
     forget: Forget | None = None
     digest: str = ""
@@ -82,7 +71,7 @@ def with_ids(records: Iterator[Record], ids: dict[str, bytes | None]) -> Iterato
             if user_id is not None:
                 forget = msgspec.structs.replace(record.forget, user_id=user_id.decode())
                 value = events.encode(forget)
-                record = dataclasses.replace(record, key=user_id, value=value, forget=None)
+                record = msgspec.structs.replace(record, key=user_id, value=value, forget=None)
         elif ids and record.key is not None:
             hashed = digest(record.key.decode("utf-8", "replace"))
             if hashed in ids:

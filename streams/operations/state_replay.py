@@ -22,8 +22,8 @@ from eddyline.kafka import topics
 from eddyline.kafka.topics import CLICKS, ITEMS, USERS
 from eddyline.schema import item_record, user_history, validation
 from eddyline.schema.item_record import ItemRecord
-from eddyline.schema.mapping.records import RawRecord
 from eddyline.schema.partitioning import user_slot
+from eddyline.schema.records import Record
 from eddyline.settings.loader import Settings
 from eddyline.stores import redis_client
 from eddyline.stores.memory import MemoryStore
@@ -38,7 +38,6 @@ from streams.handlers import Handlers, Outputs
 from streams.operations import topic_slices
 from streams.operations.topic_slices import Slices
 from streams.ports import Outcome, RecordBatch, RecordPublisher
-from streams.records import Record
 
 _IDS_PER_READ = 1_000
 _KEYS_PER_SCAN = 1_000
@@ -230,7 +229,7 @@ def _note_ids(
     settings: Settings, result: ReplayResult, name: str, partition: int, batch: Sequence[Record]
 ) -> None:
     """Note the ids of the records' users and items: state may lie under them now."""
-    own: list[RawRecord] = []
+    own: list[Record] = []
     for record in batch:
         with suppress(Rejected):
             own += validation.own_records(settings, name, record)

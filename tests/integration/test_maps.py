@@ -16,8 +16,8 @@ from eddyline.errors import LogMismatch, SettingsError
 from eddyline.generations import Manifest
 from eddyline.kafka import producers, topics
 from eddyline.kafka.producers import now_ms
-from eddyline.schema.mapping.records import OWN
 from eddyline.schema.partitioning import partition_of
+from eddyline.schema.records import OWN
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import Source
 from sandbox.datasets.dataset import Dataset

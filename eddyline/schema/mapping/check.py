@@ -13,7 +13,7 @@ from eddyline.errors import Rejected
 from eddyline.schema.events import quote
 from eddyline.schema.mapping import envelopes, guess
 from eddyline.schema.mapping.paths import Source
-from eddyline.schema.mapping.records import RawRecord
+from eddyline.schema.records import Record
 
 # Records that are shown with their events.
 SHOWN = 10
@@ -21,7 +21,7 @@ _PATHS_SHOWN = 8
 _KINDS_SHOWN = 12
 
 # What ingest makes of a record: its events. Raises Rejected.
-Read = Callable[[RawRecord], list[Any]]
+Read = Callable[[Record], list[Any]]
 
 ADVICE = {
     "malformed_json": "the records are no JSON: a map reads JSON only",
@@ -59,11 +59,11 @@ class Report:
     records: int = 0
     events: int = 0
     ignored: int = 0
-    shown: list[tuple[RawRecord, list[Any] | Rejected]] = field(default_factory=list)
+    shown: list[tuple[Record, list[Any] | Rejected]] = field(default_factory=list)
     refusals: dict[tuple[str, str], Refusal] = field(default_factory=dict)
 
 
-def check(records: Iterable[RawRecord], read: Read) -> Report:
+def check(records: Iterable[Record], read: Read) -> Report:
     """Read every record. read: see `Read`"""
     report = Report()
     for record in records:
@@ -108,7 +108,7 @@ def cure(reason: str, name: str, refusal: Refusal) -> str:
     return ADVICE.get(reason, f"{name or 'the record'}: name another path")
 
 
-def decoded(record: RawRecord) -> Any:
+def decoded(record: Record) -> Any:
     """The decoded value, in its envelope's data if it has one; None if it is no JSON."""
     if record.value is None:
         return None

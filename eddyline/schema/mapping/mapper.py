@@ -21,9 +21,9 @@ from eddyline.schema.mapping import fields, spec
 from eddyline.schema.mapping.envelopes import ENVELOPES, decoded
 from eddyline.schema.mapping.fields import IGNORE
 from eddyline.schema.mapping.paths import Getter, Scope, Source, compile_path
-from eddyline.schema.mapping.records import MAPPED, ONLY_MAPPED, Headers, MappedRecord, RawRecord
 from eddyline.schema.mapping.registry import Access, Registry
 from eddyline.schema.mapping.spec import EVENTS_MAX, Rule, TopicMap
+from eddyline.schema.records import MAPPED, ONLY_MAPPED, BuiltRecord, Headers, Record
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class Mapper:
         self._is_flat = not (len(rules) > 1 or only.holds or only.each or self._each)
         self._delete = None if topic == "clicks" else _deleter(topic_map, self._id_field)
 
-    def records(self, record: RawRecord) -> list[MappedRecord]:
+    def records(self, record: Record) -> list[BuiltRecord]:
         """The records that this one becomes, none where the map ignores it.
 
         Raises Rejected, RegistryUnavailable.
@@ -137,10 +137,10 @@ class Mapper:
                 own_key, value = key.encode(), None if event is None else _encode(event)
             except _UNFIT as error:
                 raise Rejected("bad_field", "", f"a value cannot be kept: {error}"[:160]) from None
-            found.append(MappedRecord(topic, partition, offset, ms, own_key, value, headers))
+            found.append(BuiltRecord(topic, partition, offset, ms, own_key, value, headers))
         return found
 
-    def _put_one(self, scope: Scope, record: RawRecord) -> list[_Made]:
+    def _put_one(self, scope: Scope, record: Record) -> list[_Made]:
         """`_put` for a map with one rule that always holds and has no `each`."""
         one = self._rules[0].make(scope)
         if one is None:
@@ -149,7 +149,7 @@ class Mapper:
             _identify(one[1], record, None, has_own_ids=True)
         return [one]
 
-    def _put(self, whole: Scope, record: RawRecord) -> list[_Made]:
+    def _put(self, whole: Scope, record: Record) -> list[_Made]:
         made: list[_Made] = []
         for scope in _elements(whole, self._each) if self._each else (whole,):
             rule = self._rule(scope)
@@ -442,7 +442,7 @@ def _elements(scope: Scope, each: Sequence[Getter]) -> Iterator[Scope]:
 
 
 def _identify(
-    event: dict[str, Any] | None, record: RawRecord, number: int | None, has_own_ids: bool
+    event: dict[str, Any] | None, record: Record, number: int | None, has_own_ids: bool
 ) -> None:
     """Give an event its id: one of its own, the same wherever the record is read.
 

@@ -16,8 +16,8 @@ from eddyline.errors import Rejected
 from eddyline.kafka.topics import CLICKS, ITEMS, USERS
 from eddyline.schema import events, validation
 from eddyline.schema.events import Click, Forget
-from eddyline.schema.mapping.records import MAPPED, OWN
 from eddyline.schema.partitioning import partition_of
+from eddyline.schema.records import MAPPED, OWN
 from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.state_store import LogId

@@ -14,8 +14,8 @@ from eddyline.schema import validation
 from eddyline.schema.events import Click
 from eddyline.schema.mapping import mapper, spec
 from eddyline.schema.mapping.mapper import Mapper
-from eddyline.schema.mapping.records import MAPPED, OWN
 from eddyline.schema.partitioning import partition_of_bytes
+from eddyline.schema.records import MAPPED, OWN
 from eddyline.settings.loader import Settings, load
 
 MS = 1_772_355_600_123

@@ -1,4 +1,4 @@
-"""Records before and after a map, and the mark of records in Eddyline's own format."""
+"""Records of `clicks`, `items` and `users`, and the mark of those in Eddyline's own format."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Protocol
 
 import msgspec
 
+# Names and values; Kafka allows a header without a value.
 Headers = Sequence[tuple[str, bytes | None]]
 
 # Header of a record in Eddyline's own format: in a topic with a map, what Eddyline forwards,
@@ -18,16 +19,16 @@ MAPPED = (FORMAT, b"mapped")
 ONLY_MAPPED: Headers = (MAPPED,)
 
 
-class RawRecord(Protocol):
-    """One record of a topic, as every reader has it (`streams.records`)."""
+class Record(Protocol):
+    """One record of a topic, as every reader has it; Kafka's clients return such records."""
 
     @property
     def topic(self) -> str:
-        """The topic's name in Kafka."""
+        """The topic's name in Kafka, prefix included."""
 
     @property
     def partition(self) -> int:
-        """The record's partition."""
+        """The partition that holds the record."""
 
     @property
     def offset(self) -> int:
@@ -43,17 +44,17 @@ class RawRecord(Protocol):
 
     @property
     def value(self) -> bytes | None:
-        """The value, as sent."""
+        """The value, as sent; None for a null record."""
 
     @property
     def headers(self) -> Headers:
-        """Names and values."""
+        """Names and values; a value may be None."""
 
 
-class MappedRecord(msgspec.Struct, frozen=True):
-    """A record in Eddyline's own format, at the place of the record that it was made from.
+class BuiltRecord(msgspec.Struct, frozen=True):
+    """A record that Eddyline makes itself: of another record by a map, of a file, of a dead letter.
 
-    headers: those of the record that Eddyline reads, and the mark
+    Its fields are those of `Record`. A record that a map made has the place of the original one.
     """
 
     topic: str
@@ -62,7 +63,7 @@ class MappedRecord(msgspec.Struct, frozen=True):
     timestamp: int
     key: bytes | None
     value: bytes | None
-    headers: Headers
+    headers: Headers = ()
 
 
 def marks(map_name: str) -> list[tuple[str, bytes]]:
