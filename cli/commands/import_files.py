@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
@@ -105,6 +105,7 @@ def import_files(
         if topic in one.topics
     ]
     by_path = {id(one.file): one for one in plans}
+    refused = _refused_files(options.refused, readers)
     events = 0
     if options.dry_run or confirm is not None:
         for reader in readers:
@@ -119,10 +120,10 @@ def import_files(
         confirm("Import this?")
     found = settings()
     topics.ensure_topics(found, [topics.CLICKS, topics.ITEMS, topics.USERS])
-    for reader in readers:
+    for reader, refused_file in zip(readers, refused, strict=True):
         plan_ = by_path[id(reader.file)]
         reader = RowReader(found, reader.file, reader.digest, reader.topic, plan_.file_map)
-        send(found, reader, plan_, options)
+        send(found, reader, plan_, refused_file)
 
 
 def plan(settings: Settings, path: Path, options: Options) -> Plan:
@@ -206,7 +207,7 @@ def show_refusals(seen: Seen) -> None:
             console.print(f"    cure: {checking.cure(reason, name, refusal)}")
 
 
-def send(settings: Settings, reader: RowReader, plan_: Plan, options: Options) -> None:
+def send(settings: Settings, reader: RowReader, plan_: Plan, refused_file: Path | None) -> None:
     """Send one file into one topic. Raises as `sending.send_file`; the same command resumes."""
     file, seen = reader.file, Seen()
     if _is_described(plan_, reader.topic):
@@ -226,7 +227,7 @@ def send(settings: Settings, reader: RowReader, plan_: Plan, options: Options) -
         result = sending.send_file(
             settings,
             reader,
-            refused_file=options.refused,
+            refused_file=refused_file,
             on_progress=report,
             on_refused=lambda number, row, why: seen.refuse(
                 f"row {number + 1}" if number >= 0 else why.field,
@@ -244,6 +245,22 @@ def send(settings: Settings, reader: RowReader, plan_: Plan, options: Options) -
         f"{result.refused:,} refused, in {result.took_s:.1f} s{resumed}"
     )
     show_refusals(seen)
+
+
+def _refused_files(path: Path | None, readers: Sequence[RowReader]) -> list[Path | None]:
+    """The file of refused rows of each reader; with several, it has the data file and the topic.
+
+    Raises SettingsError if two have one name.
+    """
+    if path is None or len(readers) == 1:
+        return [path] * len(readers)
+    found = [
+        path.with_name(f"{path.stem}.{one.file.path.name}.{one.topic}{path.suffix}")
+        for one in readers
+    ]
+    if len(set(found)) < len(found):
+        raise SettingsError(f"--refused {path}: two files have one name: import them one by one")
+    return [*found]
 
 
 def _map(file: DataFile, sample: list[Any], options: Options) -> FileMap:

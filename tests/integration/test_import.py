@@ -44,10 +44,12 @@ def test_a_killed_import_is_resumed_without_a_double(
 ) -> None:
     settings, movies, ratings = fresh_settings, tmp_path / "movies.csv", tmp_path / "ratings.csv"
     movies.write_text("movieId,title,genres\n1,Heat,Crime|Drama\n", encoding="utf-8")
-    lines = (f"{n % 97},{n % 11},4.0,{964982703 + n}\n" for n in range(ROWS))
+    users = ("" if n % 1_000 == 999 else f"{n % 97}" for n in range(ROWS))
+    lines = (f"{user},{n % 11},4.0,{964982703 + n}\n" for n, user in enumerate(users))
     ratings.write_text("userId,movieId,rating,timestamp\n" + "".join(lines), encoding="utf-8")
     topics.ensure_topics(settings)
-    first = command(settings, "import", str(ratings), str(movies), "--yes")
+    words = ["import", str(ratings), str(movies), "--yes", "--refused", str(tmp_path / "bad.jsonl")]
+    first = command(settings, *words)
     try:
         folder = Path(settings.data_dir) / "imports"
         while first.poll() is None:  # killed after the first confirmed chunk of clicks
@@ -60,11 +62,16 @@ def test_a_killed_import_is_resumed_without_a_double(
     finally:
         first.kill()
     assert first.returncode == -signal.SIGKILL
-    second = command(settings, "import", str(ratings), str(movies), "--yes")
+    second = command(settings, *words)
     printed, _ = second.communicate(timeout=120)
     assert second.returncode == 0, printed
     assert "resumed at row" in printed and "was imported" in printed
     ids = Counter(one["event_id"] for one in records(settings, topics.CLICKS))
-    assert len(ids) == ROWS and set(ids.values()) == {1}
+    assert len(ids) == ROWS - 10 and set(ids.values()) == {1}
+    refused = (tmp_path / "bad.ratings.csv.clicks.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(one)["timestamp"] for one in refused] == [
+        str(964982703 + n) for n in range(999, ROWS, 1_000)
+    ]
+    assert (tmp_path / "bad.movies.csv.items.jsonl").read_bytes() == b""
     (item,) = records(settings, topics.ITEMS)
     assert (item["title"], item["categories"]) == ("Heat", ["Crime", "Drama"])

@@ -97,6 +97,16 @@ def test_what_cannot_be_imported_is_one_sentence(tmp_path: Path) -> None:
     assert "no row becomes an event" in message
 
 
+def test_two_files_of_one_name_have_no_files_of_refused_rows(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    paths = [str(file(tmp_path / name, RATINGS)) for name in ("a", "b")]
+    refused = ("--refused", str(tmp_path / "bad"))
+    _, message = run(*paths, *refused, "--dry-run", error=SettingsError)
+    assert "two files have one name" in message
+    run(paths[0], *refused, "--dry-run")
+
+
 def test_nothing_is_sent_without_a_yes(tmp_path: Path) -> None:
     path = file(tmp_path, RATINGS)
     result = CliRunner().invoke(app, ["import", str(path)], input="n\n")
