@@ -114,6 +114,10 @@ class Postings:
         entries.new_rows[start:end] = rows
         self._entries, self._count = entries, end
 
+    def __len__(self) -> int:
+        """Number of columns."""
+        return len(self._number_of)
+
     def keys(self) -> list[Key]:
         """Every column that a row had; of numbers also those whose rows have all gone."""
         return [*self._number_of]
@@ -200,7 +204,7 @@ class Columns:
     Thread rule: one writer; any number of readers, each with its IndexVersion's count.
     """
 
-    __slots__ = ("_numbers", "_terms")
+    __slots__ = ("_names", "_numbers", "_terms")
 
     def __init__(
         self, numbers_data: ColumnData | None = None, terms_data: ColumnData | None = None
@@ -208,6 +212,7 @@ class Columns:
         """The first entries; see `data`."""
         self._numbers = Postings(numeric=True, data=numbers_data)
         self._terms = Postings(numeric=False, data=terms_data)
+        self._names = frozenset[str]()
 
     def append(self, first: int, attributes: Sequence[Mapping[str, Any]]) -> None:
         """Add the attributes of the rows `first`, `first` + 1, …"""
@@ -227,9 +232,12 @@ class Columns:
         self._terms.append(term_rows, term_keys, [])
         self._numbers.append(rows, keys, values)
 
-    def number_names(self) -> list[str]:
+    def number_names(self) -> frozenset[str]:
         """Names of the numeric attributes that rows have or had."""
-        return [name for _, name in self._numbers.keys()]
+        # Every query with a range reads them. Names only come, so their number shows new ones.
+        if len(self._names) != len(self._numbers):
+            self._names = frozenset(name for _, name in self._numbers.keys())
+        return self._names
 
     def mask(self, filters: Filter, count: int) -> Mask:
         """bool (count,): rows, live or dead, that pass all but the id lists of the filter."""

@@ -135,6 +135,16 @@ def test_a_few_rows_are_checked_without_a_scan_of_the_newest(filters: Filter) ->
     assert peak < count, "bytes: fewer than one for each row"
 
 
+def test_the_names_of_numbers_are_not_made_for_every_query() -> None:
+    columns = Columns()
+    columns.append(0, [{"attributes": {"price": 1}}])
+    assert columns.number_names() == {"price"}
+    columns.append(1, [{"attributes": {f"n{n}": n}} for n in range(3_000)])
+    columns.append(3_001, [{"tags": ["stars"]}])
+    assert columns.number_names() == {"price", *(f"n{n}" for n in range(3_000))}
+    assert columns.number_names() is columns.number_names()
+
+
 def calls_of(call: Callable[[], object]) -> int:
     """Number of calls, of Python and C functions, that `call` makes on this thread."""
     calls = 0
