@@ -13,7 +13,6 @@ import dataclasses
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -30,7 +29,7 @@ from eddyline.schema.deduplication import DedupeWindow
 from eddyline.schema.erasure import Erasure, digest, erased_after, erased_before
 from eddyline.schema.events import AT_MS_MAX, Click, Forget, Item
 from eddyline.schema.partitioning import partition_of
-from eddyline.schema.records import MAPPED, Headers
+from eddyline.schema.records import MAPPED, BuiltRecord, Record
 from eddyline.schema.validation import UserEvent
 from eddyline.settings.loader import Settings
 from embeddings.data.examples import TrainingData
@@ -43,23 +42,6 @@ CLICKS_MAX = 5_000_000
 _STALL_S = 30.0
 
 OnRead = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class SourceRecord:
-    """One record of a topic.
-
-    timestamp: the broker's, milliseconds since 1970
-    topic:     its name in Kafka; empty where the record is in Eddyline's own format
-    """
-
-    partition: int
-    offset: int
-    key: bytes | None
-    value: bytes | None
-    timestamp: int
-    headers: Headers = ()
-    topic: str = ""
 
 
 def from_kafka(settings: Settings, *, on_read: OnRead | None = None) -> TrainingData:
@@ -130,7 +112,7 @@ def _check_join(
 
 def assemble(
     settings: Settings,
-    topics: Mapping[str, Iterable[SourceRecord]],
+    topics: Mapping[str, Iterable[Record]],
     *,
     cut: Mapping[str, int],
     clicks_max: int = CLICKS_MAX,
@@ -186,7 +168,7 @@ def assemble(
 
 def from_file(settings: Settings, path: Path) -> TrainingData:
     """The data of an export file. Raises Rejected for a malformed line, OSError for the file."""
-    found: dict[str, list[SourceRecord]] = {name: [] for name in kafka_topics.SOURCES}
+    found: dict[str, list[Record]] = {name: [] for name in kafka_topics.SOURCES}
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             try:
@@ -200,12 +182,13 @@ def from_file(settings: Settings, path: Path) -> TrainingData:
             key = str(value.get("item_id" if items else "user_id", ""))
             partitions = settings.items_partitions if items else settings.clicks_partitions
             found[line.topic].append(
-                SourceRecord(
+                BuiltRecord(
+                    line.topic,
                     partition_of(key, partitions),
                     number,
+                    AT_MS_MAX,
                     key.encode(),
                     bytes(line.value),
-                    AT_MS_MAX,
                     [MAPPED],
                 )
             )
@@ -220,7 +203,7 @@ class _Line(msgspec.Struct):
 
 def _clicks(
     settings: Settings,
-    records: Iterable[SourceRecord],
+    records: Iterable[Record],
     clicks_max: int,
     rejected: Counter[str],
     erasures: dict[str, Erasure],
@@ -272,8 +255,8 @@ def _clicks(
 
 
 def _user_events(
-    settings: Settings, records: Iterable[SourceRecord], rejected: Counter[str]
-) -> Iterator[tuple[SourceRecord, UserEvent, bool]]:
+    settings: Settings, records: Iterable[Record], rejected: Counter[str]
+) -> Iterator[tuple[Record, UserEvent, bool]]:
     """(record, event, whether it lies in its user's partition) of the accepted records."""
     for record in records:
         try:
@@ -285,14 +268,14 @@ def _user_events(
             yield record, event, own
 
 
-def _archived(archive: Archive, name: str, ends: Mapping[int, int]) -> Iterator[SourceRecord]:
+def _archived(archive: Archive, name: str, ends: Mapping[int, int]) -> Iterator[Record]:
     """The archive's events up to the offsets `ends`, as records, without forgotten users."""
     try:
         for found in archive.read(name):
             if found.key is not None and found.offset <= ends.get(found.partition, -1):
                 value = None if found.event is None else events.encode(found.event)
-                place = found.partition, found.offset, found.key.encode()
-                yield SourceRecord(*place, value, found.appended_ms, [MAPPED])
+                place = name, found.partition, found.offset, found.appended_ms
+                yield BuiltRecord(*place, found.key.encode(), value, [MAPPED])
     except (OSError, ValueError) as error:
         raise ArchiveUnavailable(f"archive at {archive.url}: {error}") from None
 
@@ -322,10 +305,8 @@ def _read(
     ends: Mapping[int, int],
     on_read: OnRead | None,
     archived: Mapping[int, int] = MappingProxyType({}),
-) -> Iterator[SourceRecord]:
+) -> Iterator[Record]:
     """The committed records of a topic below `ends`, without those up to the offsets `archived`."""
     starts = {partition: archived.get(partition, -1) + 1 for partition in ends}
     on_progress = (lambda done, total: None) if on_read is None else partial(on_read, name)
-    for r in reading.read(settings, name, starts, ends, stall_s=_STALL_S, on_progress=on_progress):
-        place = r.partition, r.offset
-        yield SourceRecord(*place, r.key, r.value, r.timestamp, r.headers, r.topic)
+    return reading.read(settings, name, starts, ends, stall_s=_STALL_S, on_progress=on_progress)

@@ -22,7 +22,7 @@ from eddyline.kafka import clients, producers, reading, topics
 from eddyline.kafka import skips as decisions
 from eddyline.kafka.producers import now_ms
 from eddyline.kafka.unreadable import UnreadableBatch
-from eddyline.schema.records import Headers
+from eddyline.schema.records import BuiltRecord
 from eddyline.settings.loader import Settings
 from eddyline.stores.redis import RedisStore
 from streams.dead_letters import KafkaDeadLetters, outlet_producer
@@ -41,19 +41,6 @@ class GivenUp:
     at: str
     first: int
     last: int
-
-
-@dataclass(frozen=True, slots=True)
-class _BatchRecord:
-    """The batch as the record of a dead letter."""
-
-    topic: str
-    partition: int
-    offset: int
-    value: bytes | None
-    timestamp: int
-    key: bytes | None = None
-    headers: Headers = ()
 
 
 def skip(settings: Settings, at: str, *, to: int | None = None) -> GivenUp:
@@ -76,7 +63,7 @@ def skip(settings: Settings, at: str, *, to: int | None = None) -> GivenUp:
     try:
         letters = KafkaDeadLetters(settings, producer)
         detail = f"offsets {first} to {last}: {batch.reason}: {batch.detail}"
-        record = _BatchRecord(place.topic, place.partition, first, batch.data, now_ms())
+        record = BuiltRecord(place.topic, place.partition, first, now_ms(), None, batch.data)
         letters.put(record, Rejected(REASON, "", detail))
         letters.flush()
         log = topics.log_ids(settings, [name])[name]

@@ -24,11 +24,11 @@ from eddyline.kafka.topics import CLICKS, ITEMS, USERS
 from eddyline.schema import events
 from eddyline.schema.events import Click, Forget, Merge
 from eddyline.schema.partitioning import partition_of
+from eddyline.schema.records import BuiltRecord
 from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.state_store import Fence, LogId, Source, UserEffects
 from embeddings.data import sources
-from embeddings.data.sources import SourceRecord
 from streams.archive.partition_writer import ForgottenUsers, open_partition
 from streams.clicks.batch import decode, deduplicate
 from streams.operations import dead_letter_replay
@@ -131,7 +131,7 @@ def accepted_by_archive(settings: Settings, records: Sequence[Any], size: int) -
 
 
 def accepted_by_trainer(settings: Settings, records: Sequence[Any]) -> list[str]:
-    clicks = [SourceRecord(P, r.offset, r.key, r.value, r.timestamp) for r in records]
+    clicks = [BuiltRecord("clicks", P, r.offset, r.timestamp, r.key, r.value) for r in records]
     data = sources.assemble(settings, {CLICKS: clicks, ITEMS: [], USERS: []}, cut={})
     return [click.item_id for click in data.clicks]
 

@@ -15,11 +15,11 @@ from eddyline.schema import events
 from eddyline.schema.erasure import Erasure, digest
 from eddyline.schema.events import Click, Item, UserProfile
 from eddyline.schema.partitioning import partition_of
+from eddyline.schema.records import BuiltRecord
 from eddyline.settings.loader import Settings
 from embeddings.bundle import bundle
 from embeddings.data import sources
 from embeddings.data.examples import TrainingData, make_examples, split
-from embeddings.data.sources import SourceRecord
 from embeddings.evaluation.next_item import evaluate
 from embeddings.models.base import Progress, Recipe
 from embeddings.training.trainer import train
@@ -210,20 +210,21 @@ NOW = 10_000
 
 def record(
     offset: int, key: str | None, value: bytes | None, partition: int | None = None
-) -> SourceRecord:
+) -> BuiltRecord:
     partition = partition_of(key or "", 4) if partition is None else partition
-    return SourceRecord(partition, offset, None if key is None else key.encode(), value, NOW)
+    own = None if key is None else key.encode()
+    return BuiltRecord("topic", partition, offset, NOW, own, value)
 
 
 def assembled(
-    clicks: list[SourceRecord] = [], items: list[SourceRecord] = [], users: list[SourceRecord] = []
+    clicks: list[BuiltRecord] = [], items: list[BuiltRecord] = [], users: list[BuiltRecord] = []
 ) -> TrainingData:
     topics = {kafka_topics.CLICKS: clicks, kafka_topics.ITEMS: items, kafka_topics.USERS: users}
     return sources.assemble(SETTINGS, topics, cut={"0": 9})
 
 
 def test_items_and_profiles_are_their_last_record() -> None:
-    def item(offset: int, item_id: str, title: str | None) -> SourceRecord:
+    def item(offset: int, item_id: str, title: str | None) -> BuiltRecord:
         value = None if title is None else events.encode(Item(item_id=item_id, title=title))
         return record(offset, item_id, value, partition_of(item_id, 2))
 
@@ -249,7 +250,7 @@ def test_items_and_profiles_are_their_last_record() -> None:
 
 
 def test_resent_misplaced_and_broken_clicks_are_counted_and_skipped() -> None:
-    def sent(offset: int, event_id: str | None, **more: int) -> SourceRecord:
+    def sent(offset: int, event_id: str | None, **more: int) -> BuiltRecord:
         return record(offset, "u", events.encode(click("u", "a", 5, event_id=event_id)), **more)
 
     own = partition_of("u", 4)
@@ -277,7 +278,7 @@ def test_resent_misplaced_and_broken_clicks_are_counted_and_skipped() -> None:
 
 
 def test_clicks_before_a_forget_are_not_learned_from() -> None:
-    def sent(offset: int, user: str, at_ms: int) -> SourceRecord:
+    def sent(offset: int, user: str, at_ms: int) -> BuiltRecord:
         return record(offset, user, events.encode(click(user, "a", at_ms)))
 
     forget = record(3, "u", events.encode(events.Forget(user_id="u", forget_until_ms=50)))
@@ -292,7 +293,9 @@ def test_clicks_before_a_forget_are_not_learned_from() -> None:
 def test_an_erasure_of_the_archive_covers_late_clicks(appended_ms: int, kept: list[int]) -> None:
     """Its Forget is in the archive only: the rows from before it are not there any more."""
     values = [events.encode(click("u", "a", at_ms)) for at_ms in (51, 50)]
-    clicks = [SourceRecord(0, n, b"u", value, appended_ms) for n, value in enumerate(values)]
+    clicks = [
+        BuiltRecord("clicks", 0, n, appended_ms, b"u", value) for n, value in enumerate(values)
+    ]
     one = msgspec.structs.replace(SETTINGS, clicks_partitions=1)
     data = sources.assemble(
         one,

@@ -17,12 +17,11 @@ from eddyline.kafka.topics import CLICKS, ITEMS, USERS
 from eddyline.schema import events, validation
 from eddyline.schema.events import Click, Forget
 from eddyline.schema.partitioning import partition_of
-from eddyline.schema.records import MAPPED, OWN
+from eddyline.schema.records import MAPPED, OWN, BuiltRecord
 from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.state_store import LogId
 from embeddings.data import sources
-from embeddings.data.sources import SourceRecord
 from streams import dead_letters
 from streams.archive.partition_writer import ForgottenUsers, open_partition
 from streams.clicks.handler import ClickHandler
@@ -200,9 +199,9 @@ def test_the_archive_has_the_mapped_events_and_refill_and_trainer_read_them(
     for batch in refill_records.batches(iter(as_records), 2):
         ingest(refilled.clicks, HERE, batch)
     assert refilled.entries() == live.entries() == ["c", "a", "b", "a"]
-    from_topic = [SourceRecord(HERE, r.offset, r.key, r.value, MS, (), "shop") for r in log]
+    from_topic = [BuiltRecord("shop", HERE, r.offset, MS, r.key, r.value) for r in log]
     from_archive = [
-        SourceRecord(HERE, r.offset, r.key, r.value, MS, [MAPPED], "shop") for r in as_records
+        BuiltRecord("shop", HERE, r.offset, MS, r.key, r.value, [MAPPED]) for r in as_records
     ]
     none: dict[str, Any] = {ITEMS: [], USERS: []}
     clicks = [
