@@ -40,7 +40,7 @@ def main() -> int:
     with bring_up(settings, data, Console()) as system, ExitStack() as closes:
         live, items = system.deployment.settings, [i.item_id for i in system.dataset.items[:100]]
         producer = producers.make_producer(live)
-        closes.callback(producers.close, producer, 5)
+        closes.callback(producer.close, timeout=5)
 
         def send(user: str, n: int) -> object:
             click = Click(

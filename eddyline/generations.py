@@ -322,7 +322,7 @@ def _append(settings: Settings, records: Sequence[tuple[bytes, bytes | None]]) -
             for future in [producer.send(topic, value, key=key) for key, value in records]:
                 future.get(timeout=settings.kafka_timeout_ms / 1000)
         finally:
-            producers.close(producer, settings.kafka_timeout_ms / 1000)
+            producer.close(timeout=settings.kafka_timeout_ms / 1000)
 
 
 @contextmanager

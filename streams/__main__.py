@@ -31,7 +31,7 @@ from typing_extensions import override
 
 from eddyline import generations
 from eddyline.generations import Manifest
-from eddyline.kafka import producers, topic_checks, topics
+from eddyline.kafka import topic_checks, topics
 from eddyline.kafka.topics import CLICKS, ITEMS, USERS
 from eddyline.process import heartbeat, lifecycle
 from eddyline.process.retry import Retry
@@ -96,7 +96,7 @@ def _run(settings: Settings, stop: threading.Event) -> None:
             "an active generation", lambda: generations.active_generation(settings)
         )
         producer = retry.wait_for("Kafka", lambda: outlet_producer(settings))
-        closes.callback(producers.close, producer, 1)
+        closes.callback(producer.close, timeout=1)
         live = [retry.wait_for("Kafka", lambda: _open_generation(settings, manifest))]
         for generation in live:
             closes.callback(generation.close)

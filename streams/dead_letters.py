@@ -29,7 +29,6 @@ from kafka.errors import (
 from typing_extensions import override
 
 from eddyline.errors import KafkaRefused, KafkaUnavailable, Rejected
-from eddyline.kafka import producers
 from eddyline.kafka.clients import lacks_right
 from eddyline.kafka.producers import make_producer
 from eddyline.kafka.topics import CLICKS, DEAD_LETTER_BYTES_MAX, DEAD_LETTERS, SOURCES
@@ -132,7 +131,7 @@ class Delivery:
         while self._pending:
             pending, self._pending = self._pending, []
             try:
-                producers.flush(self._producer, self._timeout_s)
+                self._producer.flush(timeout=self._timeout_s)
                 for one in pending:
                     self._confirm(one)
             except KafkaError as error:

@@ -44,7 +44,7 @@ def merge(settings: Settings, visitor: str, user: str, *, wait_s: float) -> None
         sent_to(producers.send_forget(producer, settings, visitor), settings)
         console.print(f"moved to {user}; {visitor} is forgotten")
     finally:
-        producers.close(producer, settings.kafka_timeout_ms / 1000)
+        producer.close(timeout=settings.kafka_timeout_ms / 1000)
         store.close()
 
 

@@ -84,13 +84,13 @@ def send(
                 producers.confirm(settings, "record", sent)
                 sent.clear()
                 on_sent(n)
-        producers.flush(producer, max(10.0, settings.kafka_timeout_ms / 1000))
+        producer.flush(timeout=max(10.0, settings.kafka_timeout_ms / 1000))
         producers.confirm(settings, "record", sent)
         on_sent(n)
     except KafkaError as error:
         raise clients.translate_error(settings, error, "not every record was delivered") from None
     finally:
-        producers.close(producer, settings.kafka_timeout_ms / 1000)
+        producer.close(timeout=settings.kafka_timeout_ms / 1000)
     return time.monotonic() - started
 
 

@@ -105,7 +105,7 @@ def _send(
     except Rejected as error:
         raise Rejected(error.reason, "", f"{size:,} bytes: {error.detail}") from None
     finally:
-        producers.close(producer, settings.kafka_timeout_ms / 1000)
+        producer.close(timeout=settings.kafka_timeout_ms / 1000)
 
 
 def _attribute(text: str) -> tuple[str, Scalar]:

@@ -9,7 +9,8 @@ from contextlib import suppress
 from typing import Any
 
 from kafka import KafkaProducer
-from kafka.errors import KafkaError, UnknownError
+from kafka.errors import KafkaError, KafkaTimeoutError, UnknownError
+from typing_extensions import override
 
 from eddyline.errors import KafkaUnavailable, Rejected
 from eddyline.kafka import clients
@@ -38,23 +39,33 @@ def sent_to(future: object, settings: Settings) -> tuple[int, int]:
     return meta.partition, meta.offset
 
 
-def flush(producer: KafkaProducer, timeout_s: float) -> None:
-    """Send all that is queued; the futures of the records say what became of them.
+class Producer(KafkaProducer):  # type: ignore[misc]
+    """kafka-python's producer; the futures of the records say what became of them."""
 
-    Where a batch is too large for its topic, kafka-python cuts it in two and sends the halves. Its
-    `flush` waits for the whole one, and raises UnknownError then. Raises KafkaError.
-    """
-    with suppress(UnknownError):
-        producer.flush(timeout=timeout_s)
+    _closing = False
 
+    @override
+    def flush(self, timeout: float | None = None) -> None:
+        """Send all that is queued. Raises KafkaTimeoutError.
 
-def close(producer: KafkaProducer, timeout_s: float) -> None:
-    """Close; what cannot be sent by then is given up, as the futures of the records say.
+        timeout: seconds for each batch
 
-    kafka-python's `close` raises where the broker is away, and would hide the error before it.
-    """
-    with suppress(KafkaError):
-        producer.close(timeout=timeout_s)
+        Where a batch is too large for its topic, kafka-python cuts it in two and sends the halves.
+        Its `flush` waits for the whole one, and raises UnknownError then.
+        """
+        with suppress(UnknownError, *((KafkaTimeoutError,) if self._closing else ())):
+            super().flush(timeout)
+
+    @override
+    def close(self, timeout: float | None = None, null_logger: bool = False) -> None:
+        """Close within `timeout` seconds; what cannot be sent by then is given up.
+
+        kafka-python's `close` ends with the error of its `flush`: that would hide the error before
+        it, and leave the sending thread.
+        """
+        self._closing = True
+        # Half of the time is for `flush`, half for the end of the thread, which still sends.
+        super().close(timeout and timeout / 2, null_logger)
 
 
 def confirm(settings: Settings, what: str, sent: Sequence[tuple[int, Any, Any]]) -> list[Any]:
@@ -81,10 +92,10 @@ def confirm(settings: Settings, what: str, sent: Sequence[tuple[int, Any, Any]])
     return confirmed
 
 
-def make_producer(settings: Settings, **more: Any) -> KafkaProducer:
+def make_producer(settings: Settings, **more: Any) -> Producer:
     """An idempotent producer that waits for all replicas. more: options of kafka-python."""
     options = {"acks": "all", "enable_idempotence": True, "max_block_ms": settings.kafka_timeout_ms}
-    return connect(settings, KafkaProducer, **options | more)
+    return connect(settings, Producer, **options | more)
 
 
 def in_time(settings: Settings, call: Callable[[], object]) -> None:

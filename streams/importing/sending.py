@@ -190,7 +190,7 @@ class _Run:
                 (number + 1, event, _send_one(self._producer, settings, topic, key, event))
                 for number, key, event in events
             ]
-            producers.flush(self._producer, max(10.0, settings.kafka_timeout_ms / 1000))
+            self._producer.flush(timeout=max(10.0, settings.kafka_timeout_ms / 1000))
             for meta in producers.confirm(settings, "row", sent):
                 end = max(self._point.ends.get(meta.partition, 0), meta.offset + 1)
                 self._point.ends[meta.partition] = end
@@ -288,4 +288,4 @@ def _producer(settings: Settings) -> Iterator[KafkaProducer]:
     try:
         yield producer
     finally:
-        producers.close(producer, settings.kafka_timeout_ms / 1000)
+        producer.close(timeout=settings.kafka_timeout_ms / 1000)

@@ -77,7 +77,7 @@ def skip(settings: Settings, at: str, *, to: int | None = None) -> GivenUp:
     except KafkaError as error:
         raise clients.translate_error(settings, error) from None
     finally:
-        producers.close(producer, 1)
+        producer.close(timeout=1)
     return GivenUp(at, first, last)
 
 

@@ -217,7 +217,7 @@ def _replay_all(
             ) from None
         raise clients.translate_error(settings, error) from None
     finally:
-        producers.close(producer, 1)
+        producer.close(timeout=1)
     if at and not (report.sent or report.not_sent):
         report.not_sent[at] = (
             "replayed before" if marks.replayed(at) else "dead-letters has no such record"

@@ -18,7 +18,7 @@ from itertools import groupby, takewhile
 from eddyline import generations
 from eddyline.archive import FORGETS, MERGES, Archive, ArchiveUnavailable
 from eddyline.errors import EddylineError, FenceMoved, LogMismatch, Rejected
-from eddyline.kafka import producers, topics
+from eddyline.kafka import topics
 from eddyline.kafka.topics import CLICKS, USERS
 from eddyline.schema.records import Record
 from eddyline.settings.loader import Settings
@@ -190,7 +190,7 @@ def _fill_all(
                 done += offsets
                 on_progress(done, total)
     finally:
-        producers.close(producer, settings.kafka_timeout_ms / 1000)
+        producer.close(timeout=settings.kafka_timeout_ms / 1000)
     report.clicks, report.profiles = filler.clicks, filler.profiles
     report.refused, report.forwarded = sinks.refused, sinks.forwarded
 

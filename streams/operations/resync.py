@@ -92,7 +92,7 @@ def _delete(settings: Settings, name: str, known: set[str]) -> int:
         for future in pending:
             producers.sent_to(future, settings)
     finally:
-        producers.close(producer, 1)
+        producer.close(timeout=1)
     return len(lost)
 
 

@@ -17,7 +17,6 @@ import msgspec
 import pytest
 import trustme
 from cryptography.hazmat.primitives import serialization
-from kafka.errors import KafkaTimeoutError
 from kafka.protocol.metadata import ApiVersionsRequest
 
 from eddyline.errors import KafkaRefused, KafkaUnavailable, SettingsError
@@ -335,16 +334,3 @@ def test_the_password_is_in_no_log_line(caplog: pytest.LogCaptureFixture, tmp_pa
                 msgspec.structs.replace(settings, kafka_timeout_ms=300), producers.KafkaProducer
             )
     assert SECRET not in caplog.text
-
-
-def test_a_producer_that_cannot_flush_is_closed_without_an_error() -> None:
-    """Else a stop while the broker is away would end in the error of `close`."""
-    asked: list[float] = []
-
-    class Away:
-        def close(self, timeout: float) -> None:
-            asked.append(timeout)
-            raise KafkaTimeoutError("Timeout waiting for future")
-
-    producers.close(Away(), 1)  # type: ignore[arg-type]
-    assert asked == [1]
