@@ -26,7 +26,7 @@ from aiokafka.record.memory_records import MemoryRecords, _MemoryRecordsPy
 from typing_extensions import override
 
 from eddyline.kafka import unreadable
-from eddyline.kafka.kafka_python_decoding import Lenient
+from eddyline.kafka.kafka_python_decoding import Lenient, keeping_bytes
 
 
 class _LenientBatch(_DefaultRecordBatchPy):  # type: ignore[misc]
@@ -35,19 +35,6 @@ class _LenientBatch(_DefaultRecordBatchPy):  # type: ignore[misc]
     def _maybe_uncompress(self) -> None:
         super()._maybe_uncompress()
         self._buffer = Lenient(self._buffer)
-
-
-class _KeptRecords(MemoryRecords):  # type: ignore[misc]
-    """The records of one fetch, with their bytes. cut: not even the first batch is whole."""
-
-    def __init__(self, data: bytes) -> None:
-        super().__init__(data)
-        self.data = data
-        self.cut = unreadable.is_cut(data)
-
-    def has_next(self) -> bool:
-        """Whether there is a batch, a cut one included."""
-        return self.cut or super().has_next()
 
 
 class _RecordsFrom(_MemoryRecordsPy):  # type: ignore[misc]
@@ -127,6 +114,6 @@ class _AttributedFetcher(Fetcher):  # type: ignore[misc]
 
 def install() -> None:
     """Make every consumer of this process decode so. Idempotent; any thread."""
-    aiokafka.consumer.fetcher.MemoryRecords = _KeptRecords
+    aiokafka.consumer.fetcher.MemoryRecords = keeping_bytes(MemoryRecords)
     aiokafka.consumer.fetcher.PartitionRecords = _AttributedRecords
     aiokafka.consumer.consumer.Fetcher = _AttributedFetcher

@@ -6,7 +6,7 @@
 * A batch that cannot be decoded becomes an `UnreadableBatch`, the only element of its partition.
   So does a partition that the broker itself cannot read; kafka-python raises an error for all.
 
-`aiokafka_decoding` has the other client.
+`aiokafka_decoding` has the other client, and uses what both share.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Lenient(bytearray):
         return _Name(found) if isinstance(at, slice) else found
 
 
-class LenientBatch(DefaultRecordBatch):  # type: ignore[misc]
+class _LenientBatch(DefaultRecordBatch):  # type: ignore[misc]
     """A batch of kafka-python."""
 
     _buffer: Any
@@ -54,17 +54,22 @@ class LenientBatch(DefaultRecordBatch):  # type: ignore[misc]
             return super()._read_msg()
 
 
-class _KeptRecords(MemoryRecords):  # type: ignore[misc]
-    """The records of one fetch, with their bytes. cut: not even the first batch is whole."""
+def keeping_bytes(memory_records: Any) -> Any:
+    """The records of one fetch of either client, with their bytes."""
 
-    def __init__(self, data: bytes) -> None:
-        super().__init__(data)
-        self.data = data
-        self.cut = unreadable.is_cut(data)
+    class KeptRecords(memory_records):  # type: ignore[misc]
+        """cut: not even the first batch is whole."""
 
-    def has_next(self) -> bool:
-        """Whether there is a batch, a cut one included."""
-        return self.cut or super().has_next()
+        def __init__(self, data: bytes) -> None:
+            super().__init__(data)
+            self.data = data
+            self.cut = unreadable.is_cut(data)
+
+        def has_next(self) -> bool:
+            """Whether there is a batch, a cut one included."""
+            return self.cut or bool(super().has_next())
+
+    return KeptRecords
 
 
 _PartitionRecords: Any = Fetcher.PartitionRecords
@@ -105,7 +110,7 @@ def _with_broker_errors(fetcher: Any, fetched: Any) -> Any:
 
 def install() -> None:
     """Make every consumer of this process decode so. Idempotent; any thread."""
-    kafka.record.memory_records.DefaultRecordBatch = LenientBatch
-    kafka.consumer.fetcher.MemoryRecords = _KeptRecords
+    kafka.record.memory_records.DefaultRecordBatch = _LenientBatch
+    kafka.consumer.fetcher.MemoryRecords = keeping_bytes(MemoryRecords)
     Fetcher.PartitionRecords = _AttributedRecords
     Fetcher._parse_fetched_data = _with_broker_errors
