@@ -12,12 +12,11 @@
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from eddyline.stores import user_codec
+from eddyline.stores import item_codec, user_codec
 from eddyline.stores.state_store import Fence, LogId
 
 # Topic -> (its present log, partition -> end offset).
@@ -68,10 +67,9 @@ def metadata_is_current(partition: int, offset: int, logs: Logs, replaced: bool)
     return not replaced and offset < logs["items"][1].get(partition, 0)
 
 
-def accept_in_redis(client: Any, ns: str, version: struct.Struct, logs: Logs) -> int:
+def accept_in_redis(client: Any, ns: str, logs: Logs) -> int:
     """Apply `decide` to every fence of a namespace; returns how many fences changed.
 
-    version: layout of the head of item metadata, (partition, offset)
     Scanned keys are matched exactly: a user id may look like one of our keys.
     """
     changed, replaced = 0, False
@@ -97,12 +95,12 @@ def accept_in_redis(client: Any, ns: str, version: struct.Struct, logs: Logs) ->
             client.set(key, str(decision.fence))
     is_item = re.compile(rf"{re.escape(ns)}\{{i\d+\}}:c:".encode())
     for key in client.scan_iter(match=f"{ns}{{i*}}:c:*", count=1_000):
-        head = cast(bytes, client.getrange(key, 0, version.size - 1))
-        if is_item.match(key) and len(head) == version.size:
-            partition, offset = version.unpack(head)
+        head = cast(bytes, client.getrange(key, 0, item_codec.VERSION.size - 1))
+        if is_item.match(key) and len(head) == item_codec.VERSION.size:
+            partition, offset = item_codec.VERSION.unpack(head)
             if not metadata_is_current(partition, offset, logs, replaced):
                 # Version -1: any record of the log is newer. The item itself stays.
-                client.setrange(key, 0, version.pack(-1, -1))
+                client.setrange(key, 0, item_codec.VERSION.pack(-1, -1))
     return changed
 
 

@@ -17,7 +17,7 @@ tag:
     <ns>fence:{i0}:clicks:3             fence of the same partition for the popularity counts
     <ns>fence:{i0}:items:0              fence of the item metadata
     <ns>fence:{i0}:items@1:0            fence of the item vectors published for generation 1
-    <ns>{i0}:c:<item>                   partition (int32), offset (int64), JSON of the item or b""
+    <ns>{i0}:c:<item>                   item metadata, see `item_codec`
     <ns>{i0}:buckets                    sorted set of the kept popularity buckets
     <ns>{i0}:popular:<bucket>           sorted set: item by thousandths of clicks in that bucket
     <ns>{i0}:version:<bucket>           changes with every write to that bucket; opaque
@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import functools
 import re
-import struct
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, cast
@@ -41,7 +40,7 @@ from typing_extensions import override
 from eddyline.errors import EddylineError, FenceMoved, StoreRefused, StoreUnavailable
 from eddyline.schema.partitioning import item_slot
 from eddyline.settings.loader import Settings
-from eddyline.stores import redis_client, scanning, user_codec, write_scripts
+from eddyline.stores import item_codec, redis_client, scanning, user_codec, write_scripts
 from eddyline.stores.log_reset import Logs, accept_in_redis
 from eddyline.stores.redis_cluster import RedisCluster
 from eddyline.stores.redis_errors import translate_error
@@ -63,13 +62,6 @@ from eddyline.stores.state_store import (
     UserWrite,
 )
 
-_VERSION = struct.Struct("<iq")
-# After the version of item metadata: a mark that no body begins with, and the time of the first
-# append. Values of older versions have no mark.
-_FIRST = struct.Struct("<Bq")
-_DIRECT, _STRAY = 1, 2
-# Enough to see whether there is a body.
-_HEAD_BYTES = _VERSION.size + _FIRST.size
 _COMMANDS = sorted(frozenset().union(*map(write_scripts.commands, write_scripts.NAMES)))
 _PAGE = 1_000  # blobs of a window per read
 _KEYS_A_SCAN = 1_000
@@ -199,11 +191,21 @@ class RedisStore(StateStore):
         return {key.decode().removeprefix(head) for key in keys}
 
     @_translated
+    def drop_profiles(self, slot: str, source: Source) -> None:
+        """Delete the profiles of a slot, by a scan of all keys, and their fence."""
+        # The fence first: what is left of the profiles is then read again.
+        self._redis.delete(self._fence_key(slot, source))
+        for key in self._redis.scan_iter(match=f"{self._ns}{{{slot}}}:p:*", count=_KEYS_A_SCAN):
+            self._redis.delete(key)
+
+    @_translated
     def live_item_ids(self) -> set[str]:
         """The items of all slots that are not deleted, by a scan of all keys; as `user_ids`."""
         keys = self._redis.scan_iter(match=f"{self._ns}{{i*}}:c:*", count=_KEYS_A_SCAN)
-        heads = ((key, cast(bytes, self._redis.getrange(key, 0, _HEAD_BYTES))) for key in keys)
-        live = (key for key, head in heads if len(head) > _VERSION.size and _metadata(head).body)
+        heads = (
+            (key, cast(bytes, self._redis.getrange(key, 0, item_codec.HEAD_BYTES))) for key in keys
+        )
+        live = (key for key, head in heads if head and item_codec.decode(head).body)
         return {key.decode().split(":c:", 1)[1] for key in live}
 
     @override
@@ -338,7 +340,7 @@ class RedisStore(StateStore):
         found = {}
         for item_id, value in zip(item_ids, values, strict=True):
             if value is not None:
-                found[item_id] = _metadata(value)
+                found[item_id] = item_codec.decode(value)
         return found
 
     @override
@@ -366,7 +368,7 @@ class RedisStore(StateStore):
     def _items_call(self, write: ItemMetadataWrite) -> tuple[list[str], list[Any]]:
         args: list[Any] = []
         for item in write.metadata.values():
-            args += (item.offset, _encode_metadata(item))
+            args += (item.offset, item_codec.encode(item))
         keys = [f"{self._ns}{{{write.slot}}}:c:{item_id}" for item_id in write.metadata]
         return self._fenced(write.slot, write.source, write.expected, write.new, keys, args)
 
@@ -443,7 +445,7 @@ class RedisStore(StateStore):
     @override
     @_translated
     def accept_log(self, logs: Logs) -> int:
-        return accept_in_redis(self._redis, self._ns, _VERSION, logs)
+        return accept_in_redis(self._redis, self._ns, logs)
 
     @override
     def close(self) -> None:
@@ -477,19 +479,3 @@ def _check_fence(answer: tuple[int, bytes], keys: list[str], args: list[Any]) ->
 
 def _fence(value: Any) -> Fence | None:
     return None if value is None else Fence.parse(value.decode())
-
-
-def _encode_metadata(item: ItemMetadata) -> bytes:
-    """The stored form; a deleted item has no body."""
-    first = _FIRST.pack(_STRAY if item.stray else _DIRECT, item.first_ms)
-    return _VERSION.pack(item.partition, item.offset) + first + item.body
-
-
-def _metadata(value: bytes) -> ItemMetadata:
-    """The reverse, also of what older versions stored."""
-    partition, offset = _VERSION.unpack_from(value)
-    rest = value[_VERSION.size :]
-    if len(rest) < _FIRST.size or rest[0] not in (_DIRECT, _STRAY):
-        return ItemMetadata(partition, offset, rest)
-    mark, first_ms = _FIRST.unpack_from(rest)
-    return ItemMetadata(partition, offset, rest[_FIRST.size :], first_ms, mark == _STRAY)

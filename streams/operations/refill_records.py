@@ -17,7 +17,6 @@ from eddyline.schema.events import Forget, Merge
 from eddyline.schema.partitioning import user_slot
 from eddyline.schema.records import MAPPED, BuiltRecord, Record
 from eddyline.settings.loader import Settings
-from eddyline.stores import redis_client
 from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import Source
 
@@ -157,14 +156,7 @@ class ProfileRecords:
         """
         if self.next_offset(CLICKS, partition) or not self.next_offset(USERS, partition):
             return
-        slot = user_slot(partition)
-        with redis_client.client(self._settings) as client:
-            # The fence first: what is left of the profiles is then read again.
-            client.delete(f"{self._settings.key_prefix}fence:{{{slot}}}:{USERS}:{partition}")
-            for key in client.scan_iter(
-                match=f"{self._settings.key_prefix}{{{slot}}}:p:*", count=1_000
-            ):
-                client.delete(key)
+        self._store.drop_profiles(user_slot(partition), Source(USERS, partition))
 
     def _archived(self, partition: int, first: int) -> Iterator[Record]:
         ids: dict[str, bytes] | None = None

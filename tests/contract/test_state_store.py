@@ -523,6 +523,21 @@ def test_fences_of_an_ended_generation_are_dropped(store: StateStore) -> None:
         store.write_item_metadata("i0", old, at(1), at(2), {})
 
 
+@pytest.mark.parametrize("store", ["redis", "cluster"], indirect=True)
+def test_a_slot_loses_its_profiles_and_their_fence_and_nothing_else(store: RedisStore) -> None:
+    users = {slot: Source("users", int(slot[1:])) for slot in ("u3", "u4")}
+    for slot, source in users.items():
+        store.write_profiles(slot, source, None, at(0), {"ana": {}, "{u4}:p:x": {"age": 1}}, [])
+    history = UserEffects(histories={"bo": seen("a")})
+    store.write_users("u3", CLICKS, None, at(7), history)
+    store.drop_profiles("u3", users["u3"])
+    assert store.user_ids("u3", "p") == set() and store.user_ids("u3", "h") == {"bo"}
+    assert store.user_ids("u4", "p") == {"ana", "{u4}:p:x"}
+    assert store.fences(users["u3"], ["u3"]) == {"u3": None}
+    assert store.fences(CLICKS, ["u3"]) == {"u3": at(7)}
+    assert store.fences(users["u4"], ["u4"]) == {"u4": at(0)}
+
+
 def test_an_older_metadata_never_overrides_a_newer_one(store: StateStore) -> None:
     newer, older = ItemMetadata(0, 1 << 40, b""), ItemMetadata(0, 5, b'{"item_id":"a"}')
     store.write_item_metadata("i0", ITEMS, None, at(8), {"a": newer, "b": older})
