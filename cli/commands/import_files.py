@@ -96,21 +96,20 @@ def import_files(
     confirm:  asks a question, and does not return if the answer is no; None: do not ask
     Raises EddylineError (exit code 1) if nothing can be imported, SettingsError.
     """
-    plans = [plan(offline, path, options) for path in paths]
-    digests = {id(one): one.file.digest() for one in plans}
-    readers = [
-        RowReader(offline, one.file, digests[id(one)], topic, one.file_map)
+    plans = [plan(path, options) for path in paths]
+    with_digests = [(one, one.file.digest()) for one in plans]
+    imports = [
+        (one, RowReader(offline, one.file, digest, topic, one.file_map))
         for topic in _ORDER
-        for one in plans
+        for one, digest in with_digests
         if topic in one.topics
     ]
-    by_path = {id(one.file): one for one in plans}
-    refused = _refused_files(options.refused, readers)
+    refused = _refused_files(options.refused, [reader for _, reader in imports])
     events = 0
     if options.dry_run or confirm is not None:
-        for reader in readers:
+        for plan_, reader in imports:
             seen = look(reader, all_rows=options.dry_run)
-            show(by_path[id(reader.file)], reader, seen)
+            show(plan_, reader, seen)
             events += seen.events
         if not events:
             raise EddylineError("no row becomes an event: correct the map, and look again")
@@ -120,13 +119,12 @@ def import_files(
         confirm("Import this?")
     found = settings()
     topics.ensure_topics(found, [topics.CLICKS, topics.ITEMS, topics.USERS])
-    for reader, refused_file in zip(readers, refused, strict=True):
-        plan_ = by_path[id(reader.file)]
+    for (plan_, reader), refused_file in zip(imports, refused, strict=True):
         reader = RowReader(found, reader.file, reader.digest, reader.topic, plan_.file_map)
         send(found, reader, plan_, refused_file)
 
 
-def plan(settings: Settings, path: Path, options: Options) -> Plan:
+def plan(path: Path, options: Options) -> Plan:
     """Open a file, and find or guess its map. Raises UnreadableFile, SettingsError."""
     if options.topic not in ("", *topics.SOURCES):
         raise SettingsError(

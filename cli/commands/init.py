@@ -55,7 +55,7 @@ def init(answers: Answers, folder: Path) -> None:
     except ValueError as error:
         raise SettingsError(f"files {answers.files!r}: {error}") from None
     for name in names:
-        plan = import_files.plan(load(folder=folder), Path(name), import_files.Options())
+        plan = import_files.plan(Path(name), import_files.Options())
         console.print(f"{name}: {', '.join(plan.topics)}, by the map {plan.file_map.name}")
     text = "".join(
         f"{name} = {json.dumps(value)}\n"

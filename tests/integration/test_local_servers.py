@@ -19,11 +19,13 @@ import redis
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import NewTopic
 from rich.console import Console
+from typer.testing import CliRunner
 
 from cli.commands.servers import down, up
+from cli.main import app
 from eddyline.errors import LocalServerError, SettingsError
 from eddyline.process.discovery import is_held, resolve, running, servers_file
-from eddyline.settings.loader import Settings
+from eddyline.settings.loader import Settings, load
 from sandbox.processes import free_port
 from sandbox.servers.local_servers import local_servers, log_dir
 from sandbox.servers.supervisor import Supervisor
@@ -242,16 +244,24 @@ def test_a_start_that_is_interrupted_and_a_deleted_folder_leave_nothing(
 
 
 @pytest.mark.usefixtures("taken_down")
-def test_processes_run_with_the_servers_and_none_stays(
-    settings: Settings, console: Console, monkeypatch: pytest.MonkeyPatch
+def test_init_runs_processes_with_the_servers_and_none_stays(
+    settings: Settings, console: Console, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("EDDYLINE_WORKER_PORT", str(free_port()))
+    for name in ("KAFKA_BOOTSTRAP_SERVERS", "REDIS_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SettingsError, match="'trainer': expected some of ingest, worker, archive"):
         up(settings, processes=["trainer"], console=console)
-    up(settings, processes=["ingest", "worker"], console=console)
+    (tmp_path / "films.csv").write_text("movieId,title\n1,Heat\n", encoding="utf-8")
+    words = ["init", "--yes", "--data-dir", settings.data_dir, "--files", "films.csv"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, (result.output, result.exception)
     found = running(settings)
     assert found is not None and found.processes.keys() == {"ingest", "worker"}
-    assert f"(pid {found.processes['worker']})" in text(console)
+    assert load().data_dir == settings.data_dir  # of the eddyline.toml that init wrote
+    assert f"(pid {found.processes['worker']})" in result.output
+    assert result.output.rstrip().endswith("then: eddyline import films.csv --train")
     up(settings, processes=["worker"], console=console)
     assert "Already up" in text(console)
     with pytest.raises(LocalServerError, match="is up without archive"):
