@@ -18,7 +18,9 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import random
+import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,10 +32,11 @@ from benchmarks.report import report, row
 from eddyline.schema.item_record import ItemRecord
 from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings, load
-from eddyline.stores.memory import MemoryStore
+from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import Fence, LogId, Source
 from index.filters import Filter
 from serving.recall.popularity import Popularity
+from tests.integration.redis_servers import Server
 from tests.unit.index.item_records import units
 from tests.unit.index.test_newest import restored
 from tests.unit.streams.test_ingest_rules import ANA, HERE, Rig, click, ingest
@@ -96,10 +99,23 @@ def newest(equal: bool) -> list[dict[str, Any]]:
 
 
 def popular() -> list[dict[str, Any]]:
-    """A refresh of all buckets and refreshes of one, on the store in memory."""
-    rng, store, fence = random.Random(5), MemoryStore(), None
+    """A refresh of all buckets and refreshes of one, of a real server."""
+    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+        free.close()
+        server = Server(Path(folder) / "valkey", port, {})
+        server.start()
+        try:
+            settings = Settings(redis_url=f"redis://127.0.0.1:{port}/0")
+            return _popular(settings, RedisStore(settings))
+        finally:
+            server.kill()
+
+
+def _popular(settings: Settings, store: RedisStore) -> list[dict[str, Any]]:
+    rng, fence = random.Random(5), None
     clicks, log = Source("clicks", 0), LogId("cluster", "topic")
-    popularity = Popularity(Settings(), store)
+    popularity = Popularity(settings, store)
     names = [f"item-{n:06d}-{rng.randrange(1 << 60):015x}" for n in range(20_000)]
     for bucket in range(BUCKETS):
         counts = {item: rng.randrange(1, 1 << 20) for item in rng.sample(names, IN_BUCKET)}
@@ -107,16 +123,17 @@ def popular() -> list[dict[str, Any]]:
         store.count_clicks("i0", clicks, fence, after, {bucket: counts}, BUCKETS)
         fence = after
     whole, took = cpu_s(popularity.refresh), list[float]()
-    for offset in range(BUCKETS, BUCKETS + 20):
+    for offset in range(BUCKETS, BUCKETS + 200):
         counts = dict.fromkeys(rng.sample(names, 60), 1_000)
         after = Fence(offset, log)
         store.count_clicks("i0", clicks, fence, after, {BUCKETS - 1: counts}, BUCKETS)
         fence = after
         took.append(cpu_s(popularity.refresh))
-    one = float(np.median(took))
+    one = 1e3 * float(np.median(took))
     return [
         row("popular list, all buckets", 1e3 * whole, "ms"),
-        row("popular list, one bucket", 1e3 * one, "ms", "< a quarter", one < whole / 4),
+        row("popular list, one bucket, least", 1e3 * min(took), "ms"),
+        row("popular list, one bucket, median", one, "ms", "≤ 5", one <= 5),
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,15 +95,21 @@ class ClickTotals:
                 if bucket < self._newest:
                     self._before_newest = None
                 items, counts = read.counted
-                for item in set(items).difference(self._row_of):
-                    self._row_of[item] = len(self._names)
-                    self._names.append(item.decode())
-                rows = np.array([*map(self._row_of.__getitem__, items)], np.int64)
+                rows = np.array(self._rows(items), np.int64)
                 self._held.pop((slot, bucket), None)
                 self._shallow.discard((slot, bucket))
                 self._held[slot, bucket] = _Counts(read.version, rows, np.array(counts, float))
         if len(self._names) > _UNUSED_MAX + sum(len(kept.rows) for kept in self._held.values()):
             self._drop_unused_names()
+
+    def _rows(self, items: Sequence[bytes]) -> list[int]:
+        """The row of each of these distinct items; one that has none gets the next."""
+        rows = [*map(self._row_of.get, items)]
+        if None in rows:
+            for at in [at for at, row in enumerate(rows) if row is None]:
+                rows[at] = self._row_of[items[at]] = len(self._names)
+                self._names.append(items[at].decode())
+        return cast("list[int]", rows)
 
     def ranked(self) -> list[tuple[str, float]]:
         """(item id, decayed clicks), most first, equal ones by id; at most `limit`.
