@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from cli import file_commands
+from cli.items_group import items_app
 from cli.map_group import map_app
 from eddyline import __version__
 from eddyline.errors import EddylineError
@@ -323,6 +324,7 @@ def generations_end() -> None:
 
 
 app.add_typer(map_app, name="map")
+app.add_typer(items_app, name="items")
 
 
 letters_app = typer.Typer(

@@ -168,7 +168,7 @@ async def _serve(
         [generation.name for generation in live],
         lambda error: _end_from_thread(loop, app, error),
     )
-    stop_metrics = metrics.serve(settings, app, handlers.clicks.cache, ended)
+    stop_metrics = metrics.serve(settings, app, handlers.clicks.cache, ended, store)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, app.end, None)
     # A signal that came before these handlers has set the event, or does so at once.

@@ -6,26 +6,40 @@ Collected at a scrape from the pipelines' counters; a record costs nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from typing_extensions import override
 
+from eddyline.errors import EddylineError
 from eddyline.process import metrics
 from eddyline.process.metrics import labelled
+from eddyline.schema.partitioning import item_slots
 from eddyline.settings.loader import Settings
+from eddyline.stores.state_store import StateStore
 from streams.app import IngestApp
 from streams.clicks.user_cache import UserCache
 from streams.ended_generations import EndedGenerations
 
 
 class IngestCollector(Collector):
-    """The metrics of one process. Thread rule: any thread; figures may differ by some records."""
+    """The metrics of one process. Thread rule: any thread; figures may differ by some records.
 
-    def __init__(self, app: IngestApp, cache: UserCache, ended: EndedGenerations) -> None:
+    refused_items: reads from the store how many items have a newer refused record
+    """
+
+    def __init__(
+        self,
+        app: IngestApp,
+        cache: UserCache,
+        ended: EndedGenerations,
+        refused_items: Callable[[], int],
+    ) -> None:
         self._app = app
         self._cache = cache
         self._ended = ended
+        self._refused_items = refused_items
 
     @override
     def collect(self) -> Iterator[Metric]:
@@ -78,6 +92,12 @@ class IngestCollector(Collector):
             "User-ID embeddings of ended generations removed from the store",
             value=self._ended.removed,
         )
+        with suppress(EddylineError):  # the store is away: there is no sample
+            yield GaugeMetricFamily(
+                "eddyline_ingest_items_refused",
+                "Items with a refused record that is newer than their state, in the whole store",
+                value=self._refused_items(),
+            )
 
     def _partitions(self) -> Iterator[Metric]:
         yield labelled(
@@ -104,9 +124,9 @@ class IngestCollector(Collector):
 
 
 def serve(
-    settings: Settings, app: IngestApp, cache: UserCache, ended: EndedGenerations
+    settings: Settings, app: IngestApp, cache: UserCache, ended: EndedGenerations, store: StateStore
 ) -> Callable[[], None]:
     """Serve Prometheus at `ingest_metrics_port`, if set. Returns the function that stops it."""
-    return metrics.serve(
-        settings.metrics_host, settings.ingest_metrics_port, IngestCollector(app, cache, ended)
-    )
+    slots = item_slots(settings.item_slots)
+    collector = IngestCollector(app, cache, ended, lambda: store.count_refused_items(slots))
+    return metrics.serve(settings.metrics_host, settings.ingest_metrics_port, collector)

@@ -28,6 +28,14 @@ def is_forwarded(record: Record) -> bool:
     return False
 
 
+def appended_after(record: Record) -> str | None:
+    """The coordinates of the record that a `Restored` was appended after; None for any other."""
+    for name, value in record.headers:
+        if name == "origin" and value is not None and not is_forwarded(record):
+            return value.decode("utf-8", "replace")
+    return None
+
+
 def coordinates(record: Record) -> str:
     """The record's `topic/partition/offset`: its name in headers, messages and dead letters."""
     return f"{record.topic}/{record.partition}/{record.offset}"

@@ -54,6 +54,11 @@ def item_slot(item_id: str, slots: int) -> str:
     return f"i{partition_of(item_id, slots) if slots > 1 else 0}"
 
 
+def item_slots(slots: int) -> list[str]:
+    """The slot tags of all items."""
+    return [f"i{number}" for number in range(slots)]
+
+
 @lru_cache(maxsize=65536)
 def item_shard(item_id: str, shards: int) -> int:
     """The shard of an item, 0 … shards - 1, by a hash of its id. It never changes.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -188,6 +189,27 @@ def item_changes(
         item(settings, partition, one.key, one.value, one.timestamp, omitted)
         for one in _own_records(found, record)
     ]
+
+
+def named_items(settings: Settings, record: Record) -> list[tuple[str, bool]]:
+    """(item id, whether the record lies in its partition) of each item that a record names.
+
+    Of a record that `item_changes` refuses: as far as its key or the map shows an id.
+    """
+    found, partition = map_of(settings, "items"), record.partition
+    named: list[tuple[str, bool]] = []
+    with suppress(Rejected):
+        keys = [record.key]
+        if found is not None and mark_of(record.headers) is None:
+            keys = [item_id.encode() for item_id in found.named(record)]
+        if found is not None and found.by_key:
+            _check_key(settings, record)
+        for key in keys:
+            place = None if found is not None and found.by_key else partition
+            item_id, own = _id_of("item", key, place, settings.items_partitions)
+            events.check_id("item_id", item_id)
+            named.append((item_id, own))
+    return named
 
 
 def profiles(

@@ -34,6 +34,9 @@ class IngestSettings(msgspec.Struct, frozen=True, kw_only=True):
     """For so many days after a user was forgotten, events from before that arrive later are
     dropped. At least as long as dead letters and clicks are kept, and the oldest copies of
     Redis."""
+    hide_refused_items: bool = False
+    """Whether an item with a refused record that is newer than its state is in no answer until a
+    newer record is accepted. Holds for records that are refused from then on."""
     item_vector_dimension: Annotated[int, within(0, 4_096)] = 0
     """Length of the dense features that an item may carry in `vector`; 0 rejects them."""
 

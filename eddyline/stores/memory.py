@@ -267,6 +267,18 @@ class MemoryStore(StateStore):
         return answers
 
     @override
+    def refused_items(self, slot: str) -> Iterator[list[str]]:
+        with self._lock:
+            self._open()
+            items = list(self._state.items.items())
+        found = (key.partition(":") for key, item in items if item.refused is not None)
+        yield [item_id for of_slot, _, item_id in found if of_slot == slot]
+
+    @override
+    def count_refused_items(self, slots: Sequence[str]) -> int:
+        return sum(len(some) for slot in slots for some in self.refused_items(slot))
+
+    @override
     def read_user(self, slot: str, partition: int, user_id: str, generation: str) -> UserState:
         with self._lock:
             self._open()

@@ -18,6 +18,7 @@ tag:
     <ns>fence:{i0}:items:0              fence of the item metadata
     <ns>fence:{i0}:items@1:0            fence of the item vectors published for generation 1
     <ns>{i0}:c:<item>                   item metadata, see `item_codec`
+    <ns>{i0}:refused                    set of the items whose metadata has a refused record
     <ns>{i0}:buckets                    sorted set of the kept popularity buckets
     <ns>{i0}:popular:<bucket>           sorted set: item by thousandths of clicks in that bucket
     <ns>{i0}:version:<bucket>           changes with every write to that bucket; opaque
@@ -205,7 +206,7 @@ class RedisStore(StateStore):
         heads = (
             (key, cast(bytes, self._redis.getrange(key, 0, item_codec.HEAD_BYTES))) for key in keys
         )
-        live = (key for key, head in heads if head and item_codec.decode(head).body)
+        live = (key for key, head in heads if item_codec.has_body(head))
         return {key.decode().split(":c:", 1)[1] for key in live}
 
     @override
@@ -337,11 +338,8 @@ class RedisStore(StateStore):
             for item_id in item_ids:
                 pipe.get(f"{self._ns}{{{item_slot(item_id, item_slots)}}}:c:{item_id}")
             values = pipe.execute()
-        found = {}
-        for item_id, value in zip(item_ids, values, strict=True):
-            if value is not None:
-                found[item_id] = item_codec.decode(value)
-        return found
+        found = zip(item_ids, values, strict=True)
+        return {i: item_codec.decode(value) for i, value in found if value is not None}
 
     @override
     @_translated
@@ -365,11 +363,32 @@ class RedisStore(StateStore):
         results = self._write_all("write_item_metadata", calls)
         return [r if isinstance(r, EddylineError) else None for r in results]
 
+    @override
+    def refused_items(self, slot: str) -> Iterator[list[str]]:
+        cursor = -1
+        while cursor:
+            cursor, members = self._refused_page(slot, max(cursor, 0))
+            yield [member.decode() for member in members]
+
+    @_translated
+    def _refused_page(self, slot: str, cursor: int) -> tuple[int, list[bytes]]:
+        key = f"{self._ns}{{{slot}}}:refused"
+        return cast("tuple[int, list[bytes]]", self._redis.sscan(key, cursor, count=_PAGE))
+
+    @override
+    @_translated
+    def count_refused_items(self, slots: Sequence[str]) -> int:
+        with self._redis.pipeline(transaction=False) as pipe:
+            for slot in slots:
+                pipe.scard(f"{self._ns}{{{slot}}}:refused")
+            return sum(pipe.execute())
+
     def _items_call(self, write: ItemMetadataWrite) -> tuple[list[str], list[Any]]:
-        args: list[Any] = []
+        head = f"{self._ns}{{{write.slot}}}:c:"
+        args: list[Any] = [len(head.encode())]
         for item in write.metadata.values():
             args += (item.offset, item_codec.encode(item))
-        keys = [f"{self._ns}{{{write.slot}}}:c:{item_id}" for item_id in write.metadata]
+        keys = [f"{self._ns}{{{write.slot}}}:refused", *(head + one for one in write.metadata)]
         return self._fenced(write.slot, write.source, write.expected, write.new, keys, args)
 
     @override

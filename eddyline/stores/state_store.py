@@ -175,6 +175,23 @@ class UserWrite:
 
 
 @dataclass(frozen=True, slots=True)
+class RefusedRecord:
+    """A refused record of `items` that is newer than the state of its item.
+
+    partition, offset: of the record
+    first_ms:          broker's time stamp of its first append
+    reason:            of its dead letter
+    hidden:            whether the item is in no answer until a newer record is accepted
+    """
+
+    partition: int
+    offset: int
+    first_ms: int
+    reason: str
+    hidden: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ItemMetadata:
     """Metadata of an item. A deleted item keeps its version: no older record can revive it.
 
@@ -182,6 +199,7 @@ class ItemMetadata:
     body:              the item as JSON (`events.encode`); b"" if deleted
     first_ms:          broker's time stamp of the first append of that record; 0 if unknown
     stray:             the record was forwarded from another partition
+    refused:           the last refused record, if it is newer than this one; None if deleted
     """
 
     partition: int
@@ -189,6 +207,7 @@ class ItemMetadata:
     body: bytes
     first_ms: int = 0
     stray: bool = False
+    refused: RefusedRecord | None = None
 
     @property
     def deleted(self) -> bool:
@@ -368,6 +387,12 @@ class StateStore(Protocol):
         self, writes: Sequence[ItemMetadataWrite]
     ) -> list[EddylineError | None]:
         """`write_item_metadata` of several slots in one round trip; errors as for `write_many`."""
+
+    def refused_items(self, slot: str) -> Iterator[list[str]]:
+        """The items whose metadata has a refused record, some at a time; maybe an item twice."""
+
+    def count_refused_items(self, slots: Sequence[str]) -> int:
+        """How many items of the slots have a refused record, in one round trip."""
 
     def read_user(self, slot: str, partition: int, user_id: str, generation: str) -> UserState:
         """State of one user for a query, in one round trip."""

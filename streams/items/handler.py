@@ -9,14 +9,12 @@ Every live generation encodes and publishes for itself.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from typing_extensions import override
 
-from eddyline.errors import FenceMoved, Rejected, Unavailable, VectorRejected
+from eddyline.errors import Rejected, VectorRejected
 from eddyline.kafka.topics import ITEMS
 from eddyline.schema import events, validation
 from eddyline.schema.events import Item
@@ -25,51 +23,24 @@ from eddyline.schema.partial import Omitted
 from eddyline.schema.partitioning import partition_of
 from eddyline.schema.records import Record
 from eddyline.settings.loader import Settings
-from eddyline.stores.state_store import ItemMetadata, StateStore
+from eddyline.stores.state_store import StateStore
 from embeddings.towers.base import ItemEncoder
 from embeddings.towers.numerics import Floats
 from streams.fences import PUBLISHED_SLOT, PartitionFences, published_source
 from streams.generation import Generation
+from streams.items.batch import ItemBatch, Rules
 from streams.items.metadata import METADATA_WAIT_S, ItemChange, ItemMetadataWriter
-from streams.items.order import KeyOrder
-from streams.ports import DeadLetterSink, Forwarder, Handler, Outcome, PartitionLost, RecordBatch
+from streams.ports import DeadLetterSink, Forwarder, Handler, Outcome, RecordBatch
 from streams.strays import Strays
 
 # The item records to publish, by partition.
 Records = dict[int, list[ItemRecord]]
-# The vectors of changes, by id() of the change; an error where the tower gives no unit vector.
-Encoded = dict[int, Floats | VectorRejected]
+# The vectors of changes, by (partition, position in the batch); an error where the tower gives no
+# unit vector.
+Encoded = dict[tuple[int, int], Floats | VectorRejected]
 
 # The norm of a float32 unit vector is this close to 1; NaN is close to nothing.
 NORM_SLACK = 1e-3
-
-
-@dataclass(slots=True)
-class ItemBatch:
-    """One batch while it is applied.
-
-    decoded:     all changes, in the order of the log, each with its item id
-    order:       which forwarded changes count
-    changes:     item id -> its last change that some generation accepts
-    unpublished: by generation: item id -> its last accepted change, if not published yet
-    error:       the error that ended the batch; `outcome` is meaningless then
-    """
-
-    batch: RecordBatch
-    decoded: list[tuple[str, ItemChange]] = field(default_factory=list)
-    order: KeyOrder = field(default_factory=KeyOrder)
-    changes: dict[str, ItemChange] = field(default_factory=dict)
-    unpublished: list[dict[str, ItemChange]] = field(default_factory=list)
-    outcome: Outcome = field(default_factory=Outcome)
-    error: Exception | None = None
-
-    @contextmanager
-    def guard(self) -> Iterator[None]:
-        """An error that a retry or a second reading resolves ends this batch only."""
-        try:
-            yield
-        except (FenceMoved, Unavailable, PartitionLost) as error:
-            self.error = error
 
 
 class ItemHandler(Handler):
@@ -109,6 +80,8 @@ class ItemHandler(Handler):
         # Where the producer's key decides on the partition, no record lies in a wrong one.
         by_key = self._map is not None and self._map.by_key
         self._strays = Strays(None if by_key else forwarder, dead_letters, "item")
+        # Under a map, records of other keys than the item's id cannot be superseded.
+        self._rules = Rules(hide=settings.hide_refused_items, restore=self._map is None)
 
     @override
     def open(self, partition: int) -> None:
@@ -146,11 +119,13 @@ class ItemHandler(Handler):
         for one in items:
             with one.guard():
                 self._decode(one)
+                self._decide(one)
         alive = [one for one in items if one.error is None]
         vectors = [self._encode(number, alive) for number in range(len(self._generations))]
         for one in alive:
             with one.guard():
-                self._refuse(one, vectors)
+                self._place(one, vectors)
+                self._confirm(one, vectors)
         prepared = []
         for number, generation in enumerate(self._generations):
             records: Records = {}
@@ -180,8 +155,7 @@ class ItemHandler(Handler):
             try:
                 found = validation.item_changes(self._settings, record, self.omitted)
             except Rejected as rejected:
-                self._dead_letters.put(record, rejected)
-                outcome.rejected += 1
+                self._reject(one, record, rejected)
                 continue
             outcome.ignored += not found
             for item_id, item, own in found:
@@ -190,8 +164,35 @@ class ItemHandler(Handler):
                     continue
                 at_ms = max(0, record.timestamp) if item is None else item.at_ms
                 one.decoded.append((item_id, ItemChange(record, at_ms, item)))
-                outcome.applied += 1
-        one.order.stored = self._stored(one)
+
+    def _reject(self, one: ItemBatch, record: Record, rejected: Rejected) -> None:
+        """A dead letter; the items that the record names have a newer refused record now.
+
+        A record in a wrong partition is refused in its own, where its item is.
+        """
+        named = validation.named_items(self._settings, record)
+        strays = [item_id for item_id, own in named if not own]
+        if strays and self._map is None and self._strays.forwarded:
+            if record.offset > self._sent(one):
+                partition = partition_of(strays[0], self._settings.items_partitions)
+                self._strays.forward(record, strays[0], record.value, partition, one.outcome)
+            return
+        self._dead_letters.put(record, rejected)
+        one.outcome.rejected += 1
+        at_ms = max(0, record.timestamp)
+        one.decoded += [
+            (item_id, ItemChange(record, at_ms, None, rejected)) for item_id, own in named if own
+        ]
+
+    def _decide(self, one: ItemBatch) -> None:
+        """Decide on a batch, by what its items have. Raises StoreUnavailable."""
+        unknown = [item_id for item_id in one.look_ups() if item_id not in one.stored]
+        if unknown:
+            found = self._store.read_item_metadata(unknown, self._settings.item_slots)
+            pending = self.metadata.changes(one.batch.partition)
+            found |= {i: pending[i].metadata for i in unknown if i in pending}
+            one.stored |= found
+        one.decide(self._rules)
 
     def _forward(self, one: ItemBatch, record: Record, item_id: str, item: Item | None) -> None:
         """Send a change in a wrong partition to its own, once."""
@@ -208,15 +209,6 @@ class ItemHandler(Handler):
         partition = one.batch.partition
         return max(self.fences.highest(partition), self.fences.forwarded_up_to(partition))
 
-    def _stored(self, one: ItemBatch) -> dict[str, ItemMetadata]:
-        """What the items of forwarded changes have. Raises StoreUnavailable."""
-        forwarded = [i for i, change in one.decoded if change.forwarded]
-        if not forwarded:
-            return {}
-        found = self._store.read_item_metadata(forwarded, self._settings.item_slots)
-        pending = self.metadata.changes(one.batch.partition)
-        return found | {i: pending[i].metadata for i in forwarded if i in pending}
-
     def _encode(self, number: int, items: Sequence[ItemBatch]) -> Encoded:
         """Encode the available items of all changes, in one numpy call.
 
@@ -224,9 +216,9 @@ class ItemHandler(Handler):
         """
         tower = self._generations[number].towers.item_tower
         available = [
-            (change, change.item)
+            ((one.batch.partition, position), change.item)
             for one in items
-            for _, change in one.decoded
+            for position, _, change in one.decided
             if change.item is not None and change.item.available
         ]
         vectors: Sequence[Floats | VectorRejected]
@@ -235,41 +227,46 @@ class ItemHandler(Handler):
         except VectorRejected:
             vectors = [_encode_one(tower, item) for _, item in available]
         return {
-            id(change): _checked(item.item_id, vector)
-            for (change, item), vector in zip(available, vectors, strict=True)
+            at: _checked(item.item_id, vector)
+            for (at, item), vector in zip(available, vectors, strict=True)
         }
 
-    def _refuse(self, one: ItemBatch, vectors: Sequence[Encoded]) -> None:
-        """Refuse changes without a vector; what no generation can place changes nothing."""
+    def _place(self, one: ItemBatch, vectors: Sequence[Encoded]) -> None:
+        """Refuse changes for which no generation has a vector, and decide again without them.
+
+        Of an item the first such change alone is certain: later ones may depend on it.
+        """
+        while unplaced := _unplaced(one, vectors):
+            one.unplaced |= unplaced
+            self._decide(one)
+            for number, encoded in enumerate(vectors):
+                encoded.update(self._encode(number, [one]))
+
+    def _confirm(self, one: ItemBatch, vectors: Sequence[Encoded]) -> None:
+        """Write dead letters and forwarded records; find out what is not published yet."""
+        partition = one.batch.partition
+        one.outcome.rejected += len(one.unplaced)
+        for position, rejected in one.unplaced.items():
+            self._dead_letters.put(one.decoded[position][1].record, rejected)
         accepted: list[dict[str, ItemChange]] = [{} for _ in vectors]
-        for item_id, change in one.decoded:
-            if not one.order.counts(item_id, change):
-                one.outcome.applied -= 1
-                one.outcome.outdated += 1
-                continue
-            errors = {
-                number: error
-                for number, encoded in enumerate(vectors)
-                if isinstance(error := encoded.get(id(change)), VectorRejected)
-            }
+        for position, item_id, change in one.decided:
+            if change.rejected is not None and not change.hidden:
+                continue  # the item is shown as before
+            errors = dict[int, VectorRejected]()
             for number, of_generation in enumerate(accepted):
-                if number not in errors:
+                vector = vectors[number].get((partition, position))
+                if isinstance(vector, VectorRejected):
+                    errors[number] = vector
+                else:
                     of_generation[item_id] = change
-            if len(errors) < len(vectors) or not vectors:
-                one.changes[item_id] = change
-                one.order.accepted(item_id, change)
-            else:
-                one.outcome.applied -= 1
-                one.outcome.rejected += 1
             if errors:
-                detail = str(next(iter(errors.values())))
-                self._dead_letters.put(change.record, Rejected("bad_vector", "vector", detail))
+                self._dead_letters.put(change.record, _bad_vector(next(iter(errors.values()))))
         order = one.order
         self._strays.restore(order.restored(), self._sent(one), order.disputed, one.outcome)
         self._dead_letters.flush()
         self._strays.flush()
         for generation, of_generation in zip(self._generations, accepted, strict=True):
-            source = published_source(generation.name, one.batch.partition)
+            source = published_source(generation.name, partition)
             done = self.fences.done(source, PUBLISHED_SLOT)
             if (first := self.metadata.unconfirmed(source)) is not None:
                 done = min(done, first - 1)
@@ -277,18 +274,38 @@ class ItemHandler(Handler):
 
     def _records(self, one: ItemBatch, number: int, vectors: Encoded) -> list[ItemRecord]:
         partition, written_us = one.batch.partition, self._clock_us()
+        positions = {id(change): position for position, _, change in one.decided}
         records = []
         for item_id, change in one.unpublished[number].items():
-            vector = vectors.get(id(change))
+            vector = vectors.get((partition, positions[id(change)]))
             if isinstance(vector, VectorRejected):
                 raise LookupError(f"item {item_id} was not refused")
             attributes = {} if change.item is None else attributes_of(change.item)
+            if change.hidden:
+                vector, attributes = None, {}
             records.append(
                 ItemRecord(
                     item_id, partition, change.offset, change.at_ms, written_us, vector, attributes
                 )
             )
         return records
+
+
+def _unplaced(one: ItemBatch, vectors: Sequence[Encoded]) -> dict[int, Rejected]:
+    """The first change of each item that every generation refuses, by position."""
+    found: dict[int, Rejected] = {}
+    seen = set[str]()
+    for position, item_id, change in one.decided:
+        of_all = [encoded.get((one.batch.partition, position)) for encoded in vectors]
+        errors = [error for error in of_all if isinstance(error, VectorRejected)]
+        if errors and len(errors) == len(of_all) and item_id not in seen and change.item:
+            seen.add(item_id)
+            found[position] = _bad_vector(errors[0])
+    return found
+
+
+def _bad_vector(error: VectorRejected) -> Rejected:
+    return Rejected("bad_vector", "vector", str(error))
 
 
 def _encode_one(tower: ItemEncoder, item: Item) -> Floats | VectorRejected:

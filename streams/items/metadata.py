@@ -9,20 +9,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from typing_extensions import override
 
-from eddyline.errors import FenceMoved, Unavailable
+from eddyline.errors import FenceMoved, Rejected, Unavailable
 from eddyline.kafka.topics import ITEMS
 from eddyline.schema import events
 from eddyline.schema.events import Item
 from eddyline.schema.partitioning import item_slot
 from eddyline.schema.records import Record
 from eddyline.settings.loader import Settings
-from eddyline.stores.state_store import Fence, ItemMetadata, ItemMetadataWrite, Source, StateStore
+from eddyline.stores.state_store import (
+    Fence,
+    ItemMetadata,
+    ItemMetadataWrite,
+    RefusedRecord,
+    Source,
+    StateStore,
+)
 from streams.fences import PartitionFences, sources
-from streams.records import is_forwarded
+from streams.records import appended_after, is_forwarded
 from streams.write_behind import WriteBehind
 
 # Fences may stay behind by this much; after a crash so much is published again.
@@ -33,11 +40,20 @@ METADATA_BATCH_MAX = 256
 
 @dataclass(frozen=True, slots=True)
 class ItemChange:
-    """The last change of one item in a batch. item: None where it is deleted."""
+    """A change of one item.
+
+    item:     None where it is deleted, and of a refused record
+    rejected: why the record is refused; None for an accepted one
+    before:   of a refused record: what the item had, and keeps
+    refused:  what the metadata says of the last refused record
+    """
 
     record: Record
     at_ms: int
     item: Item | None
+    rejected: Rejected | None = None
+    before: ItemMetadata | None = None
+    refused: RefusedRecord | None = None
 
     @property
     def offset(self) -> int:
@@ -62,8 +78,28 @@ class ItemChange:
     @property
     def metadata(self) -> ItemMetadata:
         """What is stored of the item after this change."""
+        if self.before is not None:
+            return replace(self.before, refused=self.refused)
         body = events.encode(self.item) if self.item else b""
-        return ItemMetadata(self.record.partition, self.offset, body, self.first_ms, self.stray)
+        place = self.record.partition, self.offset
+        return ItemMetadata(*place, body, self.first_ms, self.stray, self.refused)
+
+    @property
+    def hidden(self) -> bool:
+        """Whether the item is in no answer because of a refused record."""
+        return self.refused is not None and self.refused.hidden
+
+    def refuse(self, rejected: Rejected, before: ItemMetadata, hide: bool) -> ItemChange:
+        """The change as a refused one. hide: whether the item is hidden from here on"""
+        place = self.record.partition, self.offset
+        refused = RefusedRecord(*place, self.first_ms, rejected.reason, hide)
+        return replace(self, item=None, rejected=rejected, before=before, refused=refused)
+
+    def keep_refused(self, refused: RefusedRecord) -> ItemChange:
+        """The change, with the refused record if that is newer: a delete ends it in any case."""
+        after = f"{self.record.topic}/{refused.partition}/{refused.offset}"
+        older = self.first_ms < refused.first_ms or appended_after(self.record) == after
+        return replace(self, refused=refused) if older and self.item is not None else self
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from eddyline.stores.state_store import ItemMetadata
 from streams.items.metadata import ItemChange
-from streams.records import Restored
+from streams.records import Restored, appended_after
 
 
 @dataclass(slots=True)
@@ -28,9 +28,14 @@ class KeyOrder:
     _accepted: dict[str, ItemChange] = field(default_factory=dict)
     _restored: dict[str, Restored] = field(default_factory=dict)
 
+    def newest(self, item_id: str) -> ItemMetadata | None:
+        """What the item has; None if nothing, or if it was not looked up and has no change yet."""
+        accepted = self._accepted.get(item_id)
+        return self.stored.get(item_id) if accepted is None else accepted.metadata
+
     def counts(self, item_id: str, change: ItemChange) -> bool:
         """Whether the change counts; call it for each in the order of the log."""
-        newest = self._newest(item_id) if change.forwarded else None
+        newest = self.newest(item_id) if change.forwarded else None
         if newest is None:
             return True
         self.disputed += change.stray and not newest.stray
@@ -45,10 +50,18 @@ class KeyOrder:
         self._restored.pop(item_id, None)
         self._accepted[item_id] = change
 
+    def refused(self, item_id: str, change: ItemChange, restores: bool) -> None:
+        """The record is refused, and compaction would keep it alone.
+
+        restores: whether to append what the item has again after it
+        """
+        self._accepted[item_id] = change
+        # Not after a record that was itself appended so: settings may refuse today what was fine.
+        if restores and change.before and appended_after(change.record) is None:
+            before = change.before
+            restored = Restored.after(change.record, item_id, before.first_ms, before.body)
+            self._restored[item_id] = restored
+
     def restored(self) -> Iterable[Restored]:
         """What to append again: newer changes than those that are last in the log."""
         return self._restored.values()
-
-    def _newest(self, item_id: str) -> ItemMetadata | None:
-        accepted = self._accepted.get(item_id)
-        return self.stored.get(item_id) if accepted is None else accepted.metadata

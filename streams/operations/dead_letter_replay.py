@@ -378,6 +378,8 @@ def _after(letter: Letter, record: Any) -> bool:
     By time also where the refused one was itself a replay: its offset says nothing then.
     """
     _, partition, offset = letter.source
+    if events.first_append_ms(record) < letter.first_ms:
+        return False  # an older state, appended again after the refused record
     if record.partition == partition and letter.first_ms == letter.timestamp_ms:
         return bool(record.offset > offset)
     return bool(record.timestamp >= letter.first_ms) and coordinates(record) != letter.at

@@ -191,7 +191,8 @@ def state_hash(
         for item_id in item_ids:
             item = found.get(item_id)
             place = None if item is None else (item.partition, item.offset, item.body)
-            add("item", item_id, place, touched.published.get(item_id))
+            refused = () if item is None or item.refused is None else (item.refused,)
+            add("item", item_id, place, touched.published.get(item_id), *refused)
     for shard in range(settings.item_slots):
         for bucket, counts in sorted(store.popular(f"i{shard}", _ALL).items()):
             add("popular", shard, bucket, sorted(counts.items()))

@@ -24,6 +24,7 @@ from eddyline.stores.state_store import (
     ItemMetadataWrite,
     Layout,
     LogId,
+    RefusedRecord,
     Source,
     StateStore,
     UserEffects,
@@ -549,6 +550,38 @@ def test_an_older_metadata_never_overrides_a_newer_one(store: StateStore) -> Non
         "b": ItemMetadata(0, 6, b"{}"),
     }
     assert store.read_item_metadata(["a"], 1)["a"].deleted
+
+
+def test_items_with_a_refused_record_are_listed_until_it_ends(store: StateStore) -> None:
+    reasons = ["bad_field", "x" * 255, ""]
+    marked = {
+        f"{{i0}}:c:{n}": ItemMetadata(
+            0, n, b"{}", 7, bool(n), RefusedRecord(1, 2**40, n, why, n > 1)
+        )
+        for n, why in enumerate(reasons)
+    }
+    plain = ItemMetadata(0, 5, b"{}", 7)
+
+    def listed(slot: str) -> set[str]:
+        return {item_id for page in store.refused_items(slot) for item_id in page}
+
+    store.write_item_metadata("i0", ITEMS, None, at(5), {**marked, "plain": plain})
+    store.write_item_metadata("i1", ITEMS, None, at(5), {"other": next(iter(marked.values()))})
+    read = store.read_item_metadata([*marked, "plain"], 1)
+    assert read == {**marked, "plain": plain}
+    assert listed("i0") == set(marked) and listed("i2") == set()
+    assert store.count_refused_items(["i0", "i1", "i2"]) == 4
+    first, *_ = marked
+    # An older version leaves it as it is; a newer one and a delete end it.
+    store.write_item_metadata("i0", ITEMS, at(5), at(6), {"{i0}:c:2": ItemMetadata(0, 1, b"{}")})
+    assert listed("i0") == set(marked)
+    changes = {first: ItemMetadata(0, 6, b""), "{i0}:c:1": ItemMetadata(0, 7, b"{}")}
+    store.write_item_metadata("i0", ITEMS, at(6), at(7), changes)
+    assert listed("i0") == {"{i0}:c:2"} and store.count_refused_items(["i0"]) == 1
+    # Its fence has moved: nothing changes.
+    with pytest.raises(FenceMoved):
+        store.write_item_metadata("i0", ITEMS, at(6), at(9), {first: next(iter(marked.values()))})
+    assert store.count_refused_items(["i0", "i1"]) == 2
 
 
 OTHER = LogId("cluster", "made anew")

@@ -218,15 +218,15 @@ def compacted(
 ) -> dict[str, dict[int, list[Raw]]]:
     """The logs as compaction may leave them: of `items` and `users` the last record of each key.
 
-    refused: coordinates of dead letters; such a record hides the one before it, whatever ingest
-             does, and is left out here
+    refused: coordinates of dead letters; such a record of `users` hides the one before it, whatever
+             ingest does, and is left out here
     """
     found: dict[str, dict[int, list[Raw]]] = {}
     for topic, parts in logs.items():
         found[topic] = {p: list(records) for p, records in parts.items()}
         if topic != "clicks":
             for partition, records in parts.items():
-                good = [raw for raw in records if raw.at not in refused]
+                good = [raw for raw in records if topic == "items" or raw.at not in refused]
                 last = {raw.key: raw.offset for raw in good}
                 found[topic][partition] = [r for r in good if last[r.key] == r.offset]
     return found

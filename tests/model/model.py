@@ -113,6 +113,7 @@ class State:
     """All that the logs say; see the module.
 
     item_times: first append of each item's last change
+    refused:    item -> the last refused record, if it is newer than what the item has
     repeated:   forwarded null records: a tombstone of that time or later is enough
     """
 
@@ -125,6 +126,7 @@ class State:
     items: dict[str, Version] = field(default_factory=dict)
     published: dict[str, dict[str, Version]] = field(default_factory=dict)
     item_times: dict[str, int] = field(default_factory=dict)
+    refused: dict[str, Raw] = field(default_factory=dict)
     forwarded: set[Sent] = field(default_factory=set)
     strays: set[Stray] = field(default_factory=set)
     repeated: set[str] = field(default_factory=set)
@@ -191,15 +193,14 @@ class Model:
                     raw, s.far_future_ms_max, s.item_vector_dimension, plausible(s)
                 )
             except Refused as refused:
-                state.letters[raw.at] = refused.args[0]
+                self._refuse_item(raw, refused.args[0])
                 continue
             own = reading.partition(item_id, s.items_partitions)
             if own != raw.partition:
                 state.strays.add(Stray(own, raw.key, raw.value, raw.at, first_append_ms(raw)))
                 continue
-            origin_ms = reading.number_header(raw, "origin_ms")
-            if origin_ms is not None and origin_ms < state.item_times.get(item_id, 0):
-                continue  # older than what the item has
+            if self._outdated(raw, item_id):
+                continue
             version = Version(raw.partition, raw.offset, found)
             shown = found is not None and found["available"]
             taken = [g for g in self.generations if not (shown and g.refuses(found or {}))]
@@ -210,6 +211,43 @@ class Model:
             if taken:
                 state.items[item_id] = version
                 state.item_times[item_id] = first_append_ms(raw)
+                self._end_refused(raw, item_id, found)
+            else:
+                self._mark(raw, item_id)
+
+    def _outdated(self, raw: Raw, item_id: str) -> bool:
+        """Whether a record that was appended before is older than what the item has."""
+        origin_ms = reading.number_header(raw, "origin_ms")
+        return origin_ms is not None and origin_ms < self.state.item_times.get(item_id, 0)
+
+    def _refuse_item(self, raw: Raw, reason: str) -> None:
+        """A dead letter; in its own partition the record of a key marks its item."""
+        item_id = reading.item_of_key(raw)
+        if item_id is not None:
+            own = reading.partition(item_id, self.settings.items_partitions)
+            if own != raw.partition:
+                first_ms = first_append_ms(raw)
+                self.state.strays.add(Stray(own, raw.key, raw.value, raw.at, first_ms))
+                return
+            if not self._outdated(raw, item_id):
+                self._mark(raw, item_id)
+        self.state.letters[raw.at] = reason
+
+    def _mark(self, raw: Raw, item_id: str) -> None:
+        version = self.state.items.get(item_id)
+        if version is not None and version.item is not None:
+            self.state.refused[item_id] = raw
+
+    def _end_refused(self, raw: Raw, item_id: str, found: Any) -> None:
+        """An accepted record ends the mark; one that is older than the refused record does not."""
+        refused = self.state.refused.get(item_id)
+        if refused is None:
+            return
+        origin_ms = reading.number_header(raw, "origin_ms")
+        again = reading.header(raw, "origin") == refused.at.encode()
+        older = origin_ms is not None and first_append_ms(raw) < first_append_ms(refused)
+        if found is None or not (again or older):
+            del self.state.refused[item_id]
 
     # ---- clicks
 

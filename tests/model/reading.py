@@ -265,6 +265,16 @@ def _id_of_key(raw: Raw) -> str:
     return found
 
 
+def item_of_key(raw: Raw) -> str | None:
+    """The item that the key of a refused record names; None for none."""
+    try:
+        found = _id_of_key(raw)
+        check_id(found)
+    except Refused:
+        return None
+    return found
+
+
 def profile(raw: Raw, ahead_ms: int, plausible: Plausible) -> tuple[str, dict[str, Any] | None]:
     """(user id, attributes; None forgets the user). Raises Refused."""
     user = _id_of_key(raw)

@@ -434,6 +434,11 @@ class Rig:
             {k.partition(":")[2]: (i.offset, bool(i.body)) for k, i in have.items.items()},
             {i: (v.offset, v.item is not None) for i, v in want.items.items()},
         )
+        same(
+            "refused",
+            {k.partition(":")[2]: r.offset for k, i in have.items.items() if (r := i.refused)},
+            {i: raw.offset for i, raw in want.refused.items()},
+        )
         same("dead letter", self.letters, want.letters)
         # Compaction changes nothing of items and profiles, whenever it runs.
         less = self.expected(comparison.compacted(self.logs, want.letters))

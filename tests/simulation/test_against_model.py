@@ -97,6 +97,9 @@ def act(rig: Rig, action: tuple[Any, ...], sent: list[tuple[int, bytes, bytes]])
         doc = {"user_id": more[0], "merge_into": more[1], "at_ms": rig.now_ms}
         place = reading.partition(more[0], 2)
         rig.append("clicks", place, more[0].encode(), json.dumps(doc).encode())
+    elif name == "bad item":
+        place = reading.partition(more[0], 2)
+        rig.append("items", 1 - place if more[1] else place, more[0].encode(), BAD[more[2]])
     elif name == "bad":
         rig.append(more[0], more[1], None if more[2] % 2 else b"u1", BAD[more[2]])
     elif name == "gap":
@@ -267,6 +270,34 @@ def test_items_and_users_in_a_wrong_partition_are_the_models(
 @given(actions_of(ASTRAY, REFUSED, TURNS, st.tuples(st.just("retrain"))))
 def test_strays_that_the_tower_refuses_are_the_models(actions: list[Any]) -> None:
     run(actions)
+
+
+BAD_ITEM = st.tuples(
+    st.just("bad item"), item, st.sampled_from([False, False, True]), st.integers(0, 4)
+)
+# The refused record of another partition comes after a newer accepted one.
+REFUSED_EARLIER = [
+    ("item", "i3", "new"),
+    ("bad item", "i3", True, 0),
+    ("pass", 1_000),
+    ("item", "i3", "new"),
+    *(("turn", "items", p, 8) for p in (0, 1, 0, 1)),
+    ("bad item", "i3", False, 1),
+]
+
+
+@limits
+@example(REFUSED_EARLIER, 1)
+@given(
+    st.lists(
+        st.one_of(*KEPT_APART, ASTRAY, BAD_ITEM, BAD_ITEM, REFUSED, TURNS, FULL),
+        min_size=10,
+        max_size=60,
+    ),
+    st.sampled_from([1, 3]),
+)
+def test_refused_records_of_items_are_the_models(actions: list[Any], slots: int) -> None:
+    run(actions, item_slots=slots)
 
 
 TIGHTER = [{"history_length_max": 3}, {"history_age_s_max": 20}, {"popular_buckets": 2}]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -63,12 +64,14 @@ class _CompiledRule:
 
     holds: its conditions; each: the lists that it goes through
     has_own_ids: each element has an event id, not the record for all
+    identify: the item's id alone, of rules for items
     """
 
     holds: Sequence[Callable[[Scope], bool]]
     each: Sequence[Getter]
     make: _Maker
     has_own_ids: bool
+    identify: Getter | None
 
 
 class Mapper:
@@ -139,6 +142,26 @@ class Mapper:
                 raise Rejected("bad_field", "", f"a value cannot be kept: {error}"[:160]) from None
             found.append(BuiltRecord(topic, partition, offset, ms, own_key, value, headers))
         return found
+
+    def named(self, record: Record) -> list[str]:
+        """The items that a record names, also one of which no events can be made.
+
+        Raises Rejected where nothing can be read.
+        """
+        with suppress(Rejected):
+            return [(one.key or b"").decode() for one in self.records(record)]
+        source, found = Source(record.key, record.headers, self._decode), []
+        _, here = self._envelope(source, record.value)
+        whole = Scope(here, None, source)
+        for scope in _elements(whole, self._each) if self._each else (whole,):
+            rule = self._rule(scope)
+            if rule is None or rule.identify is None:
+                continue
+            for inner in _elements(scope, rule.each):
+                with suppress(Rejected):
+                    if item_id := rule.identify(inner):
+                        found.append(item_id)
+        return found[:EVENTS_MAX]
 
     def _put_one(self, scope: Scope, record: Record) -> list[_Made]:
         """`_put` for a map with one rule that always holds and has no `each`."""
@@ -234,6 +257,7 @@ def _compile_rule(topic_map: TopicMap, rule: Rule, topic: str) -> _CompiledRule:
         [compile_path(path) for path in each],
         _maker(topic_map, both, made),
         both.event_id is not None and fields.is_relative(both.event_id),
+        None if both.item_id is None else _required("item_id", both.item_id, topic_map),
     )
 
 

@@ -11,7 +11,7 @@ from eddyline.stores import write_scripts
 
 DOCS = Path(__file__).parents[3] / "docs" / "security.md"
 WRITING = re.compile(r"redis\.p?call\('([A-Z]+)'")
-READS = {"GET", "GETRANGE", "LINDEX", "TIME", "ZCARD", "ZRANGEBYSCORE", "ZREVRANGE"}
+READS = {"GET", "GETRANGE", "LINDEX", "SCARD", "TIME", "ZCARD", "ZRANGEBYSCORE", "ZREVRANGE"}
 
 
 @pytest.mark.parametrize("name", write_scripts.NAMES)

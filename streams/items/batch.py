@@ -1,0 +1,107 @@
+"""One batch of `items`: its changes are decided one after the other, in the order of the log."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from eddyline.errors import FenceMoved, Rejected, Unavailable
+from eddyline.stores.state_store import ItemMetadata
+from streams.items.metadata import ItemChange
+from streams.items.order import KeyOrder
+from streams.ports import Outcome, PartitionLost, RecordBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What `ItemBatch.decide` does by the settings.
+
+    hide:    an item with a newer refused record is in no answer
+    restore: the last accepted state is appended again after a refused record
+    """
+
+    hide: bool
+    restore: bool
+
+
+@dataclass(slots=True)
+class ItemBatch:
+    """One batch while it is applied.
+
+    decoded:     all changes, in the order of the log, each with its item id
+    stored:      what items had before the batch, as far as it was looked up
+    unplaced:    positions in `decoded` of changes for which no generation has a vector
+    order:       which forwarded changes count
+    decided:     what holds of them: (position in `decoded`, item id, change); of a refused record
+                 its effect on the metadata
+    changes:     item id -> its last one of these
+    unpublished: by generation: item id -> its last accepted change, if not published yet
+    error:       the error that ended the batch; `outcome` is meaningless then
+    """
+
+    batch: RecordBatch
+    decoded: list[tuple[str, ItemChange]] = field(default_factory=list)
+    stored: dict[str, ItemMetadata] = field(default_factory=dict)
+    unplaced: dict[int, Rejected] = field(default_factory=dict)
+    order: KeyOrder = field(default_factory=KeyOrder)
+    decided: list[tuple[int, str, ItemChange]] = field(default_factory=list)
+    changes: dict[str, ItemChange] = field(default_factory=dict)
+    unpublished: list[dict[str, ItemChange]] = field(default_factory=list)
+    outcome: Outcome = field(default_factory=Outcome)
+    error: Exception | None = None
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """An error that a retry or a second reading resolves ends this batch only."""
+        try:
+            yield
+        except (FenceMoved, Unavailable, PartitionLost) as error:
+            self.error = error
+
+    def look_ups(self) -> Collection[str]:
+        """The items whose stored metadata decides on a change of theirs."""
+        return dict.fromkeys(
+            item_id
+            for number, (item_id, change) in enumerate(self.decoded)
+            if change.forwarded or change.rejected is not None or number in self.unplaced
+        )
+
+    def decide(self, rules: Rules) -> None:
+        """Decide on all changes, by `stored` and `unplaced`; the result replaces an earlier one."""
+        self.order, self.decided = KeyOrder(self.stored), []
+        outcome = self.outcome
+        outcome.applied = outcome.outdated = 0
+        for number, (item_id, change) in enumerate(self.decoded):
+            rejected = change.rejected or self.unplaced.get(number)
+            if not self.order.counts(item_id, change):
+                outcome.outdated += rejected is None
+                continue
+            if rejected is None:
+                outcome.applied += 1
+                one = self._accepted(item_id, change)
+            elif (refused := self._refused(item_id, change, rejected, rules)) is not None:
+                one = refused
+            else:
+                continue
+            self.decided.append((number, item_id, one))
+        self.changes = {item_id: change for _, item_id, change in self.decided}
+
+    def _accepted(self, item_id: str, change: ItemChange) -> ItemChange:
+        if change.forwarded:
+            newest = self.order.newest(item_id)
+            if newest is not None and newest.refused is not None:
+                change = change.keep_refused(newest.refused)
+        self.order.accepted(item_id, change)
+        return change
+
+    def _refused(
+        self, item_id: str, change: ItemChange, rejected: Rejected, rules: Rules
+    ) -> ItemChange | None:
+        """What a refused record changes: nothing of an item that is not there."""
+        before = self.order.newest(item_id)
+        if before is None or before.deleted:
+            return None
+        change = change.refuse(rejected, replace(before, refused=None), rules.hide)
+        self.order.refused(item_id, change, rules.restore)
+        return change

@@ -1,0 +1,148 @@
+"""Items with a refused record that is newer than what is shown of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import pytest
+
+from eddyline.schema import events, validation
+from eddyline.schema.events import Item
+from eddyline.stores.state_store import ItemMetadata, RefusedRecord
+from tests.applying import ingest
+from tests.unit.streams.test_ingest_rules import HERE, MS, SETTINGS, Rig
+from tests.unit.streams.test_strays import FILM, OTHER, change, record, title_of
+
+# Records that must be refused: identity, time or availability cannot be read.
+BAD = {
+    "bad_field": b'{"item_id": "%s", "available": "no"}',
+    "malformed_json": b'{"item_id": "%s"',
+    "wrong_key": b'{"item_id": "another", "title": "%s"}',
+    "far_future": b'{"item_id": "%s", "title": "c", "at_ms": 1900000000000}',
+}
+
+
+def bad(offset: int, at: int, reason: str = "bad_field", origin: Any = None) -> Any:
+    return record(offset, BAD[reason] % FILM.encode(), at, origin, FILM, "items")
+
+
+def applied(log: Sequence[Any], size: int = 99, **more: Any) -> Rig:
+    rig = Rig(**more)
+    for first in range(0, len(log), size):
+        ingest(rig.items, HERE, log[first : first + size])
+    rig.items.flush()
+    return rig
+
+
+def stored(rig: Rig) -> ItemMetadata | None:
+    return rig.store.read_item_metadata([FILM], 1).get(FILM)
+
+
+def refused_of(rig: Rig) -> tuple[int, str] | None:
+    found = stored(rig)
+    one = None if found is None else found.refused
+    return None if one is None else (one.offset, one.reason)
+
+
+@pytest.mark.parametrize("size", [1, 2, 99])
+@pytest.mark.parametrize("reason", BAD)
+def test_it_marks_the_item_which_goes_on_being_shown(reason: str, size: int) -> None:
+    rig = applied([change(0, "a", 1), bad(1, 2, reason)], size)
+    assert rig.out.letters == [(1, reason)]
+    found = stored(rig)
+    assert found is not None and (found.offset, title_of(found.body)) == (0, "a")
+    assert found.refused == RefusedRecord(HERE, 1, MS + 2, reason)
+    assert [one.offset for one in rig.out.published] == [0]
+    assert list(rig.store.refused_items("i0")) == [[FILM]]
+    assert rig.store.count_refused_items(["i0"]) == 1
+
+
+@pytest.mark.parametrize("size", [1, 99])
+@pytest.mark.parametrize(
+    ("log", "left"),
+    [
+        ([change(0, "a", 1), bad(1, 2), change(2, "b", 3)], None),
+        ([change(0, "a", 1), bad(1, 2), change(2, None, 3)], None),
+        ([change(0, "a", 1), change(1, None, 2), bad(2, 3)], None),
+        ([bad(0, 1)], None),
+        ([change(0, "a", 1), bad(1, 2), bad(2, 3, "malformed_json")], (2, "malformed_json")),
+        # Of another partition: the first append decides.
+        ([change(0, "a", 5), bad(1, 9, origin=(OTHER, 4))], None),
+        ([change(0, "a", 5), bad(1, 9, origin=(OTHER, 6))], (1, "bad_field")),
+        ([change(0, "a", 1), bad(1, 5), change(2, "b", 9, (OTHER, 4))], (1, "bad_field")),
+        ([change(0, "a", 1), bad(1, 5), change(2, "b", 9, (OTHER, 5))], None),
+        ([change(0, "a", 1), bad(1, 5), change(2, None, 9, (OTHER, 4))], None),
+        # Appended again after the refused record, in the same millisecond.
+        ([change(0, "a", 1), bad(1, 1), change(2, "a", 1, (HERE, 1))], None),
+    ],
+)
+def test_a_newer_good_record_or_a_delete_ends_it(
+    log: Sequence[Any], left: tuple[int, str] | None, size: int
+) -> None:
+    rig = applied(log, size)
+    assert refused_of(rig) == left
+    assert rig.store.count_refused_items(["i0"]) == (left is not None)
+
+
+def test_what_the_item_has_is_appended_again_once_and_does_not_end_the_mark() -> None:
+    """Else compaction keeps the refused record alone."""
+    rig = applied([change(0, "a", 1), bad(1, 1)])
+    [(key, value, partition)] = rig.out.forwarded
+    assert (key, title_of(value), partition) == (FILM.encode(), "a", HERE)
+    again = record(2, value, 1, None, FILM, "items")
+    again.headers = [("origin", f"items/{HERE}/1".encode())]
+    again.headers.append((events.ORIGIN_MS, str(MS + 1).encode()))
+    ingest(rig.items, HERE, [again])
+    rig.items.flush()
+    assert refused_of(rig) == (1, "bad_field") and len(rig.out.forwarded) == 1
+    # Where the settings of now refuse it, it is not appended for ever.
+    again.offset, again.value = 3, BAD["bad_field"] % FILM.encode()
+    ingest(rig.items, HERE, [again])
+    assert len(rig.out.forwarded) == 1
+
+
+def test_a_refused_record_in_a_wrong_partition_goes_to_its_own() -> None:
+    rig = Rig()
+    rig.items.fences.open({1 - HERE: (0, 99)})
+    stray = bad(0, 2)
+    stray.partition = 1 - HERE
+    outcome = ingest(rig.items, 1 - HERE, [stray])
+    assert (outcome.forwarded, outcome.rejected, rig.out.letters) == (1, 0, [])
+    assert rig.out.forwarded == [(FILM.encode(), stray.value, HERE)]
+
+
+def test_the_setting_hides_the_item_until_a_newer_good_record() -> None:
+    log = [change(0, "a", 1), bad(1, 2), change(2, "b", 3)]
+    for size in (1, 99):
+        rig = applied(log[:2], size, hide_refused_items=True)
+        last = rig.out.published[-1]
+        assert (last.offset, last.retired, last.attributes) == (1, True, {})
+        found = stored(rig)
+        assert found is not None and found.refused is not None and found.refused.hidden
+        ingest(rig.items, HERE, [change(2, "older", 9, (OTHER, 1))])
+        assert rig.out.published[-1].retired
+        ingest(rig.items, HERE, [change(3, "b", 10)])
+        assert (rig.out.published[-1].offset, rig.out.published[-1].retired) == (3, False)
+
+
+def test_a_map_names_the_items_of_a_refused_record(tmp_path: Any) -> None:
+    file = tmp_path / "map.toml"
+    file.write_text(
+        '[items.fields]\nitem_id = "sku"\ntitle = "name"\navailable = "sold"\n', encoding="utf-8"
+    )
+    settings = msgspec.structs.replace(SETTINGS, items_map=str(file))
+    value = msgspec.json.encode({"sku": FILM, "name": "a", "sold": "perhaps"})
+    one = record(0, value, 1, None, "any key", "items")
+    with pytest.raises(Exception, match="bad_field"):
+        validation.item_changes(settings, one)
+    assert validation.named_items(settings, one) == [(FILM, True)]
+    one.value = b"{"
+    assert validation.named_items(settings, one) == []
+
+
+def test_an_item_record_of_its_own_body_is_whole() -> None:
+    found = stored(applied([change(0, "a", 1), bad(1, 2)]))
+    assert found is not None
+    assert msgspec.json.decode(found.body, type=Item).title == "a"
