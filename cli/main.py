@@ -99,13 +99,16 @@ def demo(
     once: Annotated[
         bool, typer.Option(envvar="ONCE", help="Exit after the demo, 0 if every step passed.")
     ] = False,
+    cdc: Annotated[
+        bool, typer.Option(envvar="CDC", help="Items from PostgreSQL, by Debezium (extra cdc).")
+    ] = False,
 ) -> None:
     """Show how a click changes an answer, on real Kafka and Redis; runs until Ctrl-C."""
     from cli.demo.scenario import run
 
     settings = load()
     data_folder(settings)
-    sys.exit(run(settings, data=data, once=once))
+    sys.exit(run(settings, data=data, once=once, cdc=cdc))
 
 
 @app.command()

@@ -197,6 +197,7 @@ def test_test_files_have_names_of_their_own() -> None:
         "mutations",
         "simulation",
         "integration",
+        "cdc",
         "chaos",
         "containers",
         "model",

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import msgspec
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from cli.commands import replay_file
+from cli.demo import database as demo_database
+from cli.demo.steps import Steps
 from eddyline import generations
 from eddyline.errors import BundleError, KafkaUnavailable, SettingsError
 from eddyline.generations import Manifest
@@ -23,9 +24,10 @@ from eddyline.settings.loader import Settings
 from eddyline.stores.redis import RedisStore
 from sandbox import processes
 from sandbox.datasets import catalogue
-from sandbox.datasets.dataset import Dataset, DatasetUnavailable, OnProgress
+from sandbox.datasets.dataset import Dataset, DatasetUnavailable
 from sandbox.processes import Deployment
 from sandbox.servers import status
+from sandbox.servers.postgres import Postgres
 from sandbox.servers.status import ServerStatus
 from serving.rpc.client import is_ready
 
@@ -37,48 +39,28 @@ STALLED_S = 60.0
 
 @dataclass
 class RunningDemo:
-    """A running system with a data set. took_s: seconds of each step, in order."""
+    """A running system with a data set.
+
+    took_s:   seconds of each step, in order
+    database: has the items, None where they were sent to Kafka
+    """
 
     deployment: Deployment
     dataset: Dataset
     address: str
     servers: list[ServerStatus]
     took_s: dict[str, float] = field(default_factory=dict)
-
-
-class Steps:
-    """Progress on the terminal: a bar for steps over a second, and the time of every step."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.took_s: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def step(self, name: str) -> Iterator[OnProgress]:
-        """Time a step and show its progress."""
-        started = time.monotonic()
-        columns = (
-            TextColumn("  {task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-        )
-        hidden = not self.console.is_terminal
-        with Progress(*columns, console=self.console, transient=True, disable=hidden) as progress:
-            task = progress.add_task(name, total=None)
-
-            def on_progress(what: str, done: int, total: int) -> None:
-                progress.update(task, description=what, completed=done, total=total or None)
-
-            yield on_progress
-        self.took_s[name] = time.monotonic() - started
-        if self.took_s[name] >= 1:
-            self.console.print(f"  [dim]{name}: {self.took_s[name]:.1f} s[/]")
+    database: Postgres | None = None
 
 
 @contextlib.contextmanager
-def bring_up(settings: Settings, data: str, console: Console) -> Iterator[RunningDemo]:
-    """A running system with the data set `data`; all that is started here ends with the block."""
+def bring_up(
+    settings: Settings, data: str, console: Console, *, cdc: bool = False
+) -> Iterator[RunningDemo]:
+    """A running system with the data set `data`; all that is started here ends with the block.
+
+    cdc: the items are rows of a table in PostgreSQL
+    """
     if data not in catalogue.NAMES:
         raise SettingsError(f"DATA={data}: expected one of {', '.join(catalogue.NAMES)}")
     steps = Steps(console)
@@ -90,6 +72,8 @@ def bring_up(settings: Settings, data: str, console: Console) -> Iterator[Runnin
     if dataset.licence:
         console.print(f"[dim]{' '.join(dataset.licence.split())}[/]")
     settings = processes.with_namespace(settings, dataset)
+    if cdc:
+        settings = demo_database.with_database(settings)
     with contextlib.ExitStack() as stack:
         with steps.step("Kafka and Redis") as on_progress:
             deployment = stack.enter_context(
@@ -102,13 +86,14 @@ def bring_up(settings: Settings, data: str, console: Console) -> Iterator[Runnin
                 raise KafkaUnavailable(f"{server.version} at {server.address}; {server.why}")
         _check_store(deployment.settings)
         manifest = _generation(deployment.settings, dataset, steps)
+        database = demo_database.start(deployment, dataset, steps) if cdc else None
         with steps.step("topics and generation"):
             deployment.prepare(manifest)
         worker, address = deployment.worker_child(is_ready, k_max="10000")
         with steps.step("ingest and worker"):
             deployment.supervisor.start(deployment.ingest_child(), worker)
-        _replay_history(deployment, dataset, steps)
-        yield RunningDemo(deployment, dataset, address, servers, steps.took_s)
+        _replay_history(deployment, dataset, steps, with_items=not cdc)
+        yield RunningDemo(deployment, dataset, address, servers, steps.took_s, database)
 
 
 def _load_dataset(settings: Settings, data: str, steps: Steps) -> Dataset:
@@ -201,7 +186,9 @@ def _check_store(settings: Settings) -> None:
         store.close()
 
 
-def _replay_history(deployment: Deployment, dataset: Dataset, steps: Steps) -> None:
+def _replay_history(
+    deployment: Deployment, dataset: Dataset, steps: Steps, *, with_items: bool
+) -> None:
     settings = deployment.settings
     log = topics.log_ids(settings, [topics.CLICKS])[topics.CLICKS]
     this = _ReplayedEvents(log.cluster_id, log.topic_id, dataset.name, len(dataset.clicks))
@@ -210,7 +197,7 @@ def _replay_history(deployment: Deployment, dataset: Dataset, steps: Steps) -> N
         clicks = shifted_to_now(dataset.clicks, time.time_ns() // 1_000_000)
         with steps.step("replay") as on_progress:
             for what, events in (
-                ("items", dataset.items),
+                ("items", dataset.items if with_items else []),
                 ("profiles", list(dataset.profiles.values())),
                 ("events", clicks),
             ):

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cli.demo.bring_up import RunningDemo, bring_up
+from cli.demo.database import changes
 from cli.demo.trace import trace
 from eddyline.errors import EddylineError
 from eddyline.kafka import producers
@@ -23,6 +24,7 @@ from eddyline.schema.events import Click
 from eddyline.settings.loader import Settings
 from eddyline.stores.redis_url import without_password
 from sandbox import processes
+from sandbox.servers.postgres import Postgres
 from serving.proto.retrieval_pb2 import RetrieveResponse
 from serving.rpc.client import Client
 
@@ -37,14 +39,17 @@ class ScenarioFailed(EddylineError):
     """An answer did not change as expected."""
 
 
-def run(settings: Settings, *, data: str, once: bool) -> int:
-    """Run the demo; returns the exit code. Runs until Ctrl-C unless `once`."""
+def run(settings: Settings, *, data: str, once: bool, cdc: bool = False) -> int:
+    """Run the demo; returns the exit code. Runs until Ctrl-C unless `once`.
+
+    cdc: the items are rows of a table in PostgreSQL, which Debezium reads
+    """
     console, started = Console(highlight=False), time.monotonic()
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.default_int_handler)
     try:
-        with bring_up(settings, data, console) as system:
+        with bring_up(settings, data, console, cdc=cdc) as system:
             scenario = Scenario(system, console, started)
             try:
                 result = scenario.run()
@@ -89,7 +94,8 @@ class Scenario:
         """Run every step; returns the figures of the demo's last line."""
         first = self.first_answer()
         click_ms = self.click(first)
-        item_ms, delete_ms = self.add_and_delete_item()
+        database = self.system.database
+        item_ms, delete_ms = self.change_a_row(database) if database else self.add_and_delete_item()
         versions = {server.name: server.version for server in self.system.servers}
         return {
             "click_visible_ms": round(click_ms, 1),
@@ -150,25 +156,46 @@ class Scenario:
         item = msgspec.structs.replace(
             like, item_id=NEW_ITEM, title=f"{like.title} II", at_ms=now_ms()
         )
-        sent = producers.send_item(self.producer, self.settings, item)
-        rank, found_ms = self._wait_for_item(sent, found=True)
+        began = time.monotonic()
+        sent_to(producers.send_item(self.producer, self.settings, item), self.settings)
+        rank = self._wait_for_item(found=True)
+        found_ms = (time.monotonic() - began) * 1_000
         self.console.print(
             f"\nA new item, [bold]{escape(item.title)}[/], that nobody has clicked yet: "
             f"[bold green]found in {found_ms:.0f} ms[/], number {rank} of {len(self.titles):,} for "
             "Ana"
         )
-        sent = producers.send_delete(self.producer, self.settings, NEW_ITEM)
-        _, gone_ms = self._wait_for_item(sent, found=False)
+        began = time.monotonic()
+        sent_to(producers.send_delete(self.producer, self.settings, NEW_ITEM), self.settings)
+        self._wait_for_item(found=False)
+        gone_ms = (time.monotonic() - began) * 1_000
         self.console.print(f"Deleted: [bold green]gone in {gone_ms:.0f} ms[/]")
         return found_ms, gone_ms
 
-    def _wait_for_item(self, sent: object, *, found: bool) -> tuple[int, float]:
+    def change_a_row(self, database: Postgres) -> tuple[float, float]:
+        """As `add_and_delete_item`, by statements in PostgreSQL; milliseconds from the commit."""
+        like = self.titles[self._taste()[1][0]]
+        title = f"{like.title} II"
+        self.console.print(f"\nA new row in PostgreSQL, [bold]{escape(title)}[/]:")
+        database.sql(changes(like, NEW_ITEM, title)[-1][1])  # of an earlier demo that was stopped
+        self._wait_for_item(found=False)
+        took_ms = []
+        for what, statement, found in changes(like, NEW_ITEM, title):
+            commit_ms = database.commit_ms(statement)
+            self._wait_for_item(found=found)
+            took_ms.append(time.time_ns() / 1e6 - commit_ms)
+            seen = "found" if found else "gone"
+            self.console.print(
+                f"  {what}: [bold green]{seen} {took_ms[-1]:.0f} ms[/] after the commit"
+            )
+        return took_ms[0], took_ms[-1]
+
+    def _wait_for_item(self, *, found: bool) -> int:
         """Query all items until the towers recall the new item, or no path does.
 
-        sent: the record's future. Returns (the item's rank or 0, milliseconds).
+        Returns the item's rank, or 0.
         """
         began = time.monotonic()
-        sent_to(sent, self.settings)
         while time.monotonic() - began < VISIBLE_S_MAX:
             answer = self.client.retrieve(ANA, len(self.titles) + 1, timeout_s=5)
             # An item that arrives between two paths of one answer is first recalled by the last
@@ -176,7 +203,7 @@ class Scenario:
             paths = ("towers",) if found else ("towers", "popular", "newest")
             ranks = [i.rank for i in answer.items if i.item_id == NEW_ITEM and i.path in paths]
             if bool(ranks) == found:
-                return (ranks or [0])[0], (time.monotonic() - began) * 1_000
+                return (ranks or [0])[0]
         what = "not found" if found else "still there"
         raise ScenarioFailed(f"the new item is {what} after {VISIBLE_S_MAX:.0f} s")
 

@@ -3,7 +3,7 @@
     python -m sandbox.servers              run Kafka and Valkey until SIGTERM or SIGINT
     python -m sandbox.servers --with ingest,worker   run these processes, too
     python -m sandbox.servers --fetch      only download Apache Kafka's jars (a step of the set-up)
-    python -m sandbox.servers --lock       rewrite kafka.lock
+    python -m sandbox.servers --lock       rewrite kafka.lock and connect.lock
 
 Exit code 0 after a clean stop, 1 with one sentence on stderr otherwise.
 """
@@ -128,7 +128,7 @@ def main() -> int:
     parser.add_argument("--with", dest="processes", default="", help="run these, too: a,b")
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--fetch", action="store_true", help="only download Apache Kafka's jars")
-    choice.add_argument("--lock", action="store_true", help="rewrite kafka.lock")
+    choice.add_argument("--lock", action="store_true", help="rewrite both lock files")
     arguments = parser.parse_args()
     try:
         settings = load()
@@ -136,7 +136,7 @@ def main() -> int:
         if arguments.fetch:
             _fetch(sys.stderr)
         elif arguments.lock:
-            kafka_jars.LOCK.write_text(kafka_jars.resolve(), encoding="utf-8")
+            kafka_jars.write_locks()
         else:
             names = [name for name in arguments.processes.split(",") if name]
             run(settings, on_step=log.info, processes=names)

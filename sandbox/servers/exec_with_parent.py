@@ -1,6 +1,8 @@
 """Run a program that is killed when the process that started it dies, even by `kill -9`.
 
-    python -I -S exec_with_parent.py PARENT_PID PROGRAM [ARGUMENT …]
+    python -I -S exec_with_parent.py PARENT_PID [--user UID:GID] PROGRAM [ARGUMENT …]
+
+--user: run it as this user, which only root may.
 
 It asks the kernel for SIGKILL at the parent's death (prctl(2), PR_SET_PDEATHSIG) and then becomes
 PROGRAM under the same pid; the request survives exec. It is a file of its own, run by path, because
@@ -28,6 +30,12 @@ def main(arguments: list[str]) -> None:
     Never returns; exits with 127 if it cannot be run.
     """
     parent, *argv = arguments
+    if argv[0] == "--user":  # before the signal: a change of the user clears it
+        uid, gid = map(int, argv[1].split(":"))
+        argv = argv[2:]
+        os.setgroups([])
+        os.setgid(gid)
+        os.setuid(uid)
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:

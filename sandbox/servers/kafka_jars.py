@@ -1,9 +1,10 @@
-"""Apache Kafka's jars: downloaded once for all clones of the user, each checked against kafka.lock.
+"""Apache Kafka's jars: downloaded once for all clones of the user, checked against a lock file.
 
-kafka.lock lists one jar a line, `<sha-256>  <path in a Maven repository>`; `python -m
-sandbox.servers --lock` rewrites it from ENDPOINT. A download takes exactly these files, so it reads
-no POM. jgo 3.2 writes into the final file and takes any file there for complete; here a file gets
-its name only after its checksum was right, so a killed download resumes where it stopped.
+kafka.lock has the broker's jars, connect.lock those that Kafka Connect with Debezium adds. A lock
+file lists one jar a line, `<sha-256>  <path in a Maven repository>`; `python -m sandbox.servers
+--lock` rewrites both from their coordinates. A download takes exactly these files, so it reads no
+POM. jgo 3.2 writes into the final file and takes any file there for complete; here a file gets its
+name only after its checksum was right, so a killed download resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -27,7 +28,13 @@ VERSION = "4.3.0"
 # slf4j-simple: Kafka logs through slf4j; with log4j's own binding among the coordinates jgo took
 # kafka-clients 3.8.0.
 ENDPOINT = f"org.apache.kafka:kafka_2.13:{VERSION}+org.slf4j:slf4j-simple:1.7.36"
+DEBEZIUM_VERSION = "3.6.1.Final"
+CONNECT_ENDPOINT = (
+    f"{ENDPOINT}+org.apache.kafka:connect-runtime:{VERSION}+org.apache.kafka:connect-json:{VERSION}"
+    f"+io.debezium:debezium-connector-postgres:{DEBEZIUM_VERSION}"
+)
 LOCK = Path(__file__).with_name("kafka.lock")
+CONNECT_LOCK = LOCK.with_name("connect.lock")
 
 # Seconds without a byte of one file.
 TIMEOUT_S = 30
@@ -41,9 +48,13 @@ LOCK_TIMEOUT_S = 300
 Progress = Callable[[int, int], None]
 
 
-def locked() -> dict[str, str]:
-    """{path in a Maven repository: sha-256} of every jar, in the order of kafka.lock."""
-    pairs = (line.split() for line in LOCK.read_text(encoding="utf-8").splitlines() if line)
+def locked(lock: Path | None = None) -> dict[str, str]:
+    """{path in a Maven repository: sha-256} of every jar, in the order of the lock file.
+
+    lock: default: LOCK
+    """
+    lines = (lock or LOCK).read_text(encoding="utf-8").splitlines()
+    pairs = (line.split() for line in lines if line)
     return {path: digest for digest, path in pairs}
 
 
@@ -53,56 +64,74 @@ def folder() -> Path:
     return Path(cache) / "eddyline" / f"kafka-{VERSION}"
 
 
-def missing(where: Path) -> dict[str, str]:
-    """The part of `locked()` that the folder lacks or has with other bytes.
+def missing(where: Path, lock: Path | None = None) -> dict[str, str]:
+    """The part of `locked(lock)` that the folder lacks or has with other bytes.
 
     Reads every jar: 42 MB, about 0.1 s.
     """
     return {
         path: digest
-        for path, digest in locked().items()
+        for path, digest in locked(lock).items()
         if _digest(where / PurePosixPath(path).name) != digest
     }
 
 
-def fetch(on_progress: Progress = lambda done, total: None) -> list[Path]:
-    """The jars, in the order of kafka.lock; downloads missing ones first.
+def fetch(on_progress: Progress = lambda done, total: None, lock: Path | None = None) -> list[Path]:
+    """The jars, in the order of the lock file; downloads missing ones first.
 
+    lock: default: LOCK
     on_progress: called from this thread after each file
     Raises LocalServerError if a jar cannot be downloaded.
     """
     where = folder()
     try:
         where.mkdir(parents=True, exist_ok=True)
-        if missing(where):
+        if missing(where, lock):
             with _locked(where / ".lock"):
-                _fetch(missing(where), where, on_progress)
+                _fetch(missing(where, lock), len(locked(lock)), where, on_progress)
     except OSError as error:
         raise LocalServerError(
             f"fetching Apache Kafka: {where}: {error.strerror or error}. Set XDG_CACHE_HOME to "
             "another place."
         ) from None
-    return [where / PurePosixPath(path).name for path in locked()]
+    return [where / PurePosixPath(path).name for path in locked(lock)]
 
 
-def resolve() -> str:
-    """The text of a new kafka.lock: what jgo finds for ENDPOINT now.
+def resolve(endpoint: str = ENDPOINT) -> str:
+    """The text of a new lock file: what jgo finds for the coordinates now.
 
-    Needs the registry; about 15 s.
+    Needs the registry; about 15 s, with Connect a minute.
     """
     import jgo
 
     with tempfile.TemporaryDirectory() as temporary:
-        files = jgo.build(ENDPOINT, cache_dir=Path(temporary)).all_jars
+        files = jgo.build(endpoint, cache_dir=Path(temporary)).all_jars
         paths = {
             a.filename: (a.component.path_prefix / a.filename).as_posix()
-            for a in jgo.resolve(ENDPOINT)
+            for a in jgo.resolve(endpoint)
         }
         lines = sorted((paths[file.name], _digest(file)) for file in files)
     return "".join(f"{digest}  {path}\n" for path, digest in lines)
 
 
-def _fetch(needed: dict[str, str], where: Path, on_progress: Progress) -> None:
+def write_locks() -> None:
+    """Rewrite both lock files. Raises LocalServerError if Connect needs other jars of the broker.
+
+    One class path cannot hold two versions of a jar.
+    """
+    kafka = resolve()
+    both = resolve(CONNECT_ENDPOINT).splitlines(keepends=True)
+    if lacking := set(kafka.splitlines(keepends=True)) - set(both):
+        raise LocalServerError(
+            f"resolving Kafka Connect: it takes other versions of {len(lacking)} of the broker's "
+            f"jars: {min(lacking).split()[1]}, …"
+        )
+    LOCK.write_text(kafka, encoding="utf-8")
+    own = [line for line in both if line not in kafka]
+    CONNECT_LOCK.write_text("".join(own), encoding="utf-8")
+
+
+def _fetch(needed: dict[str, str], total: int, where: Path, on_progress: Progress) -> None:
     if not needed:
         return
     try:
@@ -117,7 +146,6 @@ def _fetch(needed: dict[str, str], where: Path, on_progress: Progress) -> None:
 
     # A mirror in the user's jgo settings comes before Maven Central.
     repositories = {**GlobalSettings.load().repositories, "central": MAVEN_CENTRAL_URL}
-    total = len(locked())
     on_progress(total - len(needed), total)
     for left in where.glob(".fetch-*"):  # of a killed download; the lock is ours
         shutil.rmtree(left, ignore_errors=True)
@@ -133,7 +161,7 @@ def _fetch(needed: dict[str, str], where: Path, on_progress: Progress) -> None:
                 try:
                     file = jar.resolve()
                     if (found := _digest(file)) != digest:
-                        raise RuntimeError(f"its SHA-256 is {found}, kafka.lock says {digest}")
+                        raise RuntimeError(f"its SHA-256 is {found}, the lock says {digest}")
                     move(file, where / file.name)
                     return
                 # The errors of requests and jgo have no common base below Exception.

@@ -63,6 +63,7 @@ class Child:
     ready:           called every 50 ms until True; takes a second at most; an error counts as False
     env:             added to the supervisor's own environment
     cwd:             default: the supervisor's
+    user:            (user id, group id) to run as; only root can. None: the supervisor's own
     ready_timeout_s: a child that is not ready by then is killed; at its first start it has failed,
                      later it counts as a crash
     stop_signal:     the first signal of stop()
@@ -75,6 +76,7 @@ class Child:
     ready: Callable[[], bool]
     env: Mapping[str, str] = field(default_factory=dict)
     cwd: Path | None = None
+    user: tuple[int, int] | None = None
     ready_timeout_s: float = 30.0
     stop_signal: signal.Signals = signal.SIGTERM
     stop_timeout_s: float = 10.0
@@ -242,10 +244,15 @@ class Supervisor:
 
     def _launch(self, run: _Run) -> None:
         child = run.child
+        user = ["--user", f"{child.user[0]}:{child.user[1]}"] if child.user else []
         try:
             with open_log(self.log_file(child.name)) as output:
                 process = subprocess.Popen(
-                    [sys.executable, "-I", "-S", str(SHIM), str(os.getpid()), *child.argv],
+                    [
+                        *(sys.executable, "-I", "-S", str(SHIM), str(os.getpid())),
+                        *user,
+                        *child.argv,
+                    ],
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,

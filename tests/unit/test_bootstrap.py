@@ -32,6 +32,7 @@ def bootstrap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         "UV": venv / "bin" / "uv",
         "STAMP": venv / "eddyline.stamp",
         "LOCK": tmp_path / "requirements.lock",
+        "CDC_LOCK": tmp_path / "requirements-cdc.lock",
         "BUILD_LOCK": tmp_path / "requirements-build.lock",
     }
     for name, place in places.items():
@@ -226,6 +227,7 @@ def test_every_target_of_the_makefile_is_a_command(bootstrap: ModuleType) -> Non
         "setup",
         "demo",
         "test",
+        "cdc",
         "chaos",
         "containers",
         "mutations",
@@ -238,6 +240,35 @@ def test_every_target_of_the_makefile_is_a_command(bootstrap: ModuleType) -> Non
     } == commands
     assert bootstrap.__doc__ is not None
     assert all(re.search(rf"\b{command}\b", bootstrap.__doc__) for command in commands)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cdc", "installs"),
+    [
+        (["cdc", "--rounds", "5"], "", True),
+        (["demo"], "1", True),
+        (["demo", "--cdc"], "", True),
+        (["demo"], "", False),
+        (["up"], "1", False),
+    ],
+)
+def test_postgresql_is_installed_for_the_commands_that_need_it(
+    bootstrap: ModuleType,
+    steps: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    cdc: str,
+    installs: bool,
+) -> None:
+    ran: list[list[str]] = []
+    monkeypatch.setenv("CDC", cdc)
+    monkeypatch.setattr(bootstrap, "_uv", lambda _step, command, _what: ran.append(command))
+    monkeypatch.setattr(bootstrap, "_become", lambda *command: ran.append(list(command)))
+    bootstrap.main(arguments)
+    assert len(ran) == 1 + installs
+    if installs:
+        assert ran[0][:2] == ["pip", "install"] and "--require-hashes" in ran[0]
+        assert ran[0][-1] == str(bootstrap.CDC_LOCK)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ from eddyline.errors import LocalServerError
 from sandbox.servers import supervisor as module
 from sandbox.servers.supervisor import Child, Supervisor
 
+ROOT = Path(__file__).parents[3]
+
 
 @pytest.fixture
 def supervisor(tmp_path: Path) -> Iterator[Supervisor]:
@@ -259,3 +261,40 @@ def test_a_probe_that_raises_anything_does_not_end_the_supervisor(
     one = child(tmp_path)
     supervisor.start(Child(name="one", argv=one.argv, ready=ready))
     assert supervisor.states()["one"] == ("ready", 0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can run a child as another user")
+def test_a_child_of_another_user_dies_with_its_supervisor(tmp_path: Path) -> None:
+    """A change of the user clears the request for a signal at the parent's death."""
+    tmp_path.chmod(0o777)
+    code = f"""
+        import os, sys, time
+        from pathlib import Path
+        from sandbox.servers.supervisor import Child, Supervisor
+        Supervisor(Path({str(tmp_path)!r})).start(
+            Child(name="one", argv=["/bin/sleep", "60"], ready=lambda: True, user=(65534, 65534))
+        )
+        print("up", flush=True)
+        time.sleep(60)
+    """
+    running = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, cwd=ROOT
+    )
+    try:
+        assert running.stdout is not None and running.stdout.readline() == b"up\n"
+        [pid] = _children(running.pid)
+        eventually(lambda: os.stat(f"/proc/{pid}").st_uid == 65534)
+        groups = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+        assert "\nGroups:\t \n" in groups or "\nGroups:\t\n" in groups
+        running.kill()
+        eventually(lambda: not alive(pid))
+    finally:
+        running.kill()
+        running.wait(10)
+        running.stdout.close()
+
+
+def _children(pid: int) -> list[int]:
+    """Direct children of a process: those of all its threads."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return [int(p) for t in tasks for p in (t / "children").read_text(encoding="utf-8").split()]
