@@ -1,4 +1,4 @@
-"""Records with a schema id: five bytes, then Avro or JSON, by a schema registry's public API.
+"""Records with a schema id: five bytes, then Avro, Protobuf or JSON, by a registry's public API.
 
 A schema never changes under its id, so a map stays a function of the record. A registry that is
 away makes the partition wait, as Kafka and Redis do; it is asked once for each id.
@@ -19,12 +19,14 @@ from typing import Any, NamedTuple, Protocol
 from typing_extensions import override
 
 from eddyline.errors import EddylineError, Rejected, SettingsError, Unavailable
-from eddyline.schema.mapping import avro
+from eddyline.schema.mapping import avro, protobuf
 
 HEADER_BYTES = 5
 # A larger answer is no schema.
 SCHEMA_BYTES_MAX = 4 * 1024 * 1024
 _PAUSE_S = 1.0
+# Asks for a FileDescriptorProto in base64 instead of the text of a Protobuf schema.
+_SERIALIZED = "?format=serialized"
 # References of a schema, and theirs.
 REFERENCES_MAX = 100
 
@@ -78,6 +80,16 @@ def access(settings: _Settings) -> Access:
     )
 
 
+def _serialized(text: str) -> bytes:
+    """Raises ValueError for a text that is not base64."""
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError:
+        raise ValueError(
+            "the registry answers `?format=serialized` with something else than a descriptor"
+        ) from None
+
+
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     """A redirect would carry the password elsewhere."""
 
@@ -123,29 +135,43 @@ class Registry:
         kind = found.get("schemaType", "AVRO")
         if kind == "JSON":
             return lambda value: self._json(value[HEADER_BYTES:])
-        if kind != "AVRO":
+        if kind not in ("AVRO", "PROTOBUF"):
             raise Rejected("unsupported_schema", "", f"schema {schema_id} is of the type {kind}")
         try:
-            references: dict[str, Any] = {}
+            if kind == "PROTOBUF":
+                return self._protobuf(schema_id)
+            references: dict[str, str] = {}
             self._add_references(found, references)
-            compiled = avro.compile_schema(avro.parsed(found["schema"]), references)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            parsed = {name: avro.parsed(text) for name, text in references.items()}
+            compiled = avro.compile_schema(avro.parsed(found["schema"]), parsed)
+        except (*protobuf.SCHEMA_ERRORS, RecursionError) as error:
             raise Rejected("bad_schema", "", f"schema {schema_id}: {error}"[:160]) from None
         return lambda value: avro.decode(compiled, value, HEADER_BYTES)
 
-    def _add_references(self, found: dict[str, Any], into: dict[str, Any]) -> None:
-        """The schemas that this one refers to, those that they refer to first."""
+    def _protobuf(self, schema_id: int) -> Callable[[bytes], Any]:
+        found = self._get(f"schemas/ids/{schema_id}{_SERIALIZED}") or {}
+        references: dict[str, str] = {}
+        self._add_references(found, references, _SERIALIZED)
+        files = [_serialized(text) for text in (*references.values(), found["schema"])]
+        messages = protobuf.compile_schema(files[-1], files[:-1])
+        return lambda value: protobuf.decode(messages, value, HEADER_BYTES)
+
+    def _add_references(self, found: dict[str, Any], into: dict[str, str], form: str = "") -> None:
+        """The schemas that this one refers to, those that they refer to first.
+
+        form: the query of the requests
+        """
         for one in found.get("references") or ():
             if one["name"] in into:
                 continue
             if len(into) >= REFERENCES_MAX:
                 raise ValueError(f"more than {REFERENCES_MAX} references")
             subject = urllib.parse.quote(str(one["subject"]), safe="")
-            other = self._get(f"subjects/{subject}/versions/{int(one['version'])}")
+            other = self._get(f"subjects/{subject}/versions/{int(one['version'])}{form}")
             if other is None:
                 raise ValueError(f"there is no {one['subject']} of version {one['version']}")
-            self._add_references(other, into)
-            into[one["name"]] = avro.parsed(other["schema"])
+            self._add_references(other, into, form)
+            into[one["name"]] = other["schema"]
 
     def _get(self, path: str) -> dict[str, Any] | None:
         """The answer to a GET; None for 404. Raises RegistryUnavailable.

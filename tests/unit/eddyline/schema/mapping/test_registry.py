@@ -16,6 +16,7 @@ from unittest.mock import Mock
 import msgspec
 import pytest
 import trustme
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -43,11 +44,15 @@ def golden() -> dict[str, dict[str, Any]]:
 
 
 class Double:
-    """A registry. schemas: id -> answer; subjects: (name, version) -> answer; seen: paths"""
+    """A registry. schemas: id -> answer; subjects: (name, version) -> answer; seen: paths
+
+    serialized: id or (name, version) -> the FileDescriptorProto of a Protobuf schema
+    """
 
     def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.schemas: dict[int, dict[str, Any]] = {}
         self.subjects: dict[tuple[str, int], dict[str, Any]] = {}
+        self.serialized: dict[Any, bytes] = {}
         self.seen: list[tuple[str, str | None]] = []
         self.status = 200
         self.body: bytes | None = None
@@ -80,6 +85,14 @@ class Double:
         return f"http://127.0.0.1:{self.port}"
 
     def answer(self, parts: list[str]) -> dict[str, Any] | None:
+        parts[-1], _, query = parts[-1].partition("?")
+        found = self.text(parts)
+        number = int(parts[2]) if parts[0] == "schemas" else (parts[1], int(parts[3]))
+        if found is not None and query == "format=serialized" and number in self.serialized:
+            found = found | {"schema": base64.b64encode(self.serialized[number]).decode()}
+        return found
+
+    def text(self, parts: list[str]) -> dict[str, Any] | None:
         if parts[:2] == ["schemas", "ids"]:
             return self.schemas.get(int(parts[2]))
         if parts[0] == "subjects":
@@ -206,7 +219,7 @@ def test_references_json_schemas_and_other_types(double: Double) -> None:
     schema = {"type": "record", "name": "V", "fields": [{"name": "p", "type": "s.Price"}]}
     double.add(1, schema, references=[{"name": "s.Price", "subject": "shop/price", "version": 3}])
     double.add(2, {"type": "object"}, schemaType="JSON")
-    double.schemas[3] = {"schema": 'syntax = "proto3";', "schemaType": "PROTOBUF"}
+    double.schemas[3] = {"schema": "x", "schemaType": "XML"}
     read = client(double).decoded
     assert read(framed(1, b"\x04")) == {"p": {"cents": 2}}
     assert read(framed(2, b'{"a":1}')) == {"a": 1}
@@ -215,6 +228,60 @@ def test_references_json_schemas_and_other_types(double: Double) -> None:
     assert refusal(lambda: read(framed(4, b""))) == "unknown_schema"
     for value in (b"", b"\0\0\0\0", b"{}", b"\x01\0\0\0\x01"):
         assert refusal(lambda value=value: read(value)) == "no_schema_id"  # type: ignore[misc]
+
+
+def shop_schema(double: Double) -> bytes:
+    """Message 1 of the schema 1 is a click; its price is in a file of its own. Returns a record."""
+    types = descriptor_pb2.FieldDescriptorProto
+    price = descriptor_pb2.FileDescriptorProto(name="p.proto", package="s", syntax="proto3")
+    message = price.message_type.add(name="Price")
+    message.field.add(name="cents", number=1, type=types.TYPE_INT32, label=1)
+    file = descriptor_pb2.FileDescriptorProto(name="c.proto", syntax="proto3")
+    file.dependency.append("p.proto")
+    file.message_type.add(name="Other")
+    click = file.message_type.add(name="Click")
+    for number, name in enumerate(("u", "i"), 1):
+        click.field.add(name=name, number=number, type=types.TYPE_STRING, label=1)
+    click.field.add(name="price", number=3, type=types.TYPE_MESSAGE, type_name=".s.Price", label=1)
+    reference = {"name": "p.proto", "subject": "p", "version": 2}
+    double.schemas[1] = {
+        "schema": 'syntax = "proto3"; …',
+        "schemaType": "PROTOBUF",
+        "references": [reference],
+    }
+    double.subjects["p", 2] = {"schema": 'syntax = "proto3"; …', "schemaType": "PROTOBUF"}
+    double.serialized = {1: file.SerializeToString(), ("p", 2): price.SerializeToString()}
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(price)
+    pool.Add(file)
+    made = message_factory.GetMessageClass(pool.FindMessageTypeByName("Click"))(u="u", i="a")
+    made.price.cents = 24990
+    return framed(1, b"\x02\x02" + bytes(made.SerializeToString()))
+
+
+def test_protobuf_is_read_by_the_descriptor_that_the_registry_gives(double: Double) -> None:
+    value = shop_schema(double)
+    read = client(double).decoded
+    for _ in range(2):
+        assert read(value) == {"u": "u", "i": "a", "price": {"cents": 24990}}
+    assert [path for path, _ in double.seen] == [
+        "/schemas/ids/1",
+        "/schemas/ids/1?format=serialized",
+        "/subjects/p/versions/2?format=serialized",
+    ]
+    assert refusal(lambda: read(value[:-1])) == "malformed_protobuf"
+    assert refusal(lambda: read(framed(1, b""))) == "malformed_protobuf"
+
+
+def test_a_registry_that_serializes_no_protobuf_is_named(double: Double) -> None:
+    value = shop_schema(double)
+    double.serialized = {}
+    with pytest.raises(Rejected, match="something else than a descriptor") as found:
+        client(double).decoded(value)
+    assert found.value.reason == "bad_schema"
+    double.schemas[2] = {"schema": "x", "schemaType": "PROTOBUF"}
+    double.serialized[2] = b"\xff"
+    assert refusal(lambda: client(double).decoded(framed(2, b"\0"))) == "bad_schema"
 
 
 def test_the_login_is_sent_and_follows_no_redirect(double: Double, no_pause: None) -> None:
@@ -310,22 +377,28 @@ def test_debezium_by_avro_is_debezium(double: Double, tmp_path: Path) -> None:
         load({"EDDYLINE_ITEMS_MAP": str(file)}, folder=tmp_path)
 
 
+def avro_click(double: Double) -> bytes:
+    fields = [{"name": name, "type": "string"} for name in "ui"]
+    double.add(1, {"type": "record", "name": "V", "fields": fields})
+    return framed(1, b"\x02u\x02a")
+
+
+@pytest.mark.parametrize("click", [avro_click, shop_schema])
 def test_the_partition_waits_for_the_registry_and_loses_nothing(
-    double: Double, tmp_path: Path, no_pause: None
+    double: Double, tmp_path: Path, no_pause: None, click: Callable[[Double], bytes]
 ) -> None:
     file = tmp_path / "map.toml"
     file.write_text(
         '[clicks]\nencoding = "registry"\nfields = { user_id = "u", item_id = "i" }\n',
         encoding="utf-8",
     )
-    fields = [{"name": name, "type": "string"} for name in "ui"]
-    double.add(1, {"type": "record", "name": "V", "fields": fields})
+    value = click(double)
     named = Settings(clicks_map=str(file), registry_url=double.url, clicks_partitions=1)
     store = MemoryStore()
     fences = PartitionFences(named, store, CLICKS, {CLICKS: LOG})
     letters = Mock()
     handler = ClickHandler(named, store, fences, letters, Mock(), [])
-    log = [record(5, framed(1, b"\x02u\x02a"))]
+    log = [record(5, value)]
     double.status = 503
     fences.open({0: (0, 100)})
     [result] = handler.apply([batch_of(log)])
