@@ -34,6 +34,10 @@ class IngestSettings(msgspec.Struct, frozen=True, kw_only=True):
     """For so many days after a user was forgotten, events from before that arrive later are
     dropped. At least as long as dead letters and clicks are kept, and the oldest copies of
     Redis."""
+    refuse_emptied_items: bool = True
+    """Whether a record of an item without title, or without any category, is rejected where the
+    item has some: it is most likely a part of the item. One that makes the item unavailable
+    applies, and the item keeps both."""
     hide_refused_items: bool = False
     """Whether an item with a refused record that is newer than its state is in no answer until a
     newer record is accepted. Holds for records that are refused from then on."""

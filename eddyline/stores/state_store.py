@@ -13,6 +13,7 @@ from typing import Protocol
 
 from eddyline.errors import EddylineError
 from eddyline.schema.erasure import Erasure
+from eddyline.schema.records import Record
 from eddyline.schema.step_ranges import StepRanges
 from eddyline.schema.user_history import CompactEntry, UserHistory
 
@@ -213,6 +214,10 @@ class ItemMetadata:
     def deleted(self) -> bool:
         """Whether the last change of the item was a delete."""
         return not self.body
+
+    def includes(self, record: Record) -> bool:
+        """Whether this state comes from this record of `items` or a later one of its partition."""
+        return self.partition == record.partition and self.offset >= record.offset
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from eddyline.archive import FORGETS, Archive, ArchiveUnavailable
 from eddyline.errors import LogMismatch, Rejected
 from eddyline.kafka import reading
 from eddyline.kafka import topics as kafka_topics
-from eddyline.schema import events, validation
+from eddyline.schema import events, item_changes, validation
 from eddyline.schema.deduplication import DedupeWindow
 from eddyline.schema.erasure import Erasure, digest, erased_after, erased_before
 from eddyline.schema.events import AT_MS_MAX, Click, Forget, Item
@@ -138,7 +138,13 @@ def assemble(
             elif item is None:
                 items.pop(item_id, None)
             else:
-                items[item_id] = (item, r.partition, r.offset)
+                before = items[item_id][0] if item_id in items else None
+                try:
+                    if settings.refuse_emptied_items:
+                        item = item_changes.resulting(before, item)
+                    items[item_id] = (item, r.partition, r.offset)
+                except Rejected as error:
+                    rejected[error.reason] += 1
     profiles: dict[str, Mapping[str, object]] = {}
     for r in topics[kafka_topics.USERS]:
         try:

@@ -6,7 +6,11 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+import msgspec
+
 from eddyline.errors import FenceMoved, Rejected, Unavailable
+from eddyline.schema import item_changes
+from eddyline.schema.events import Item
 from eddyline.stores.state_store import ItemMetadata
 from streams.items.metadata import ItemChange
 from streams.items.order import KeyOrder
@@ -18,11 +22,13 @@ class Rules:
     """What `ItemBatch.decide` does by the settings.
 
     hide:    an item with a newer refused record is in no answer
-    restore: the last accepted state is appended again after a refused record
+    restore: what an item has is appended again after a record that says less
+    emptied: a record that would empty title or categories is refused
     """
 
     hide: bool
     restore: bool
+    emptied: bool
 
 
 @dataclass(slots=True)
@@ -32,6 +38,7 @@ class ItemBatch:
     decoded:     all changes, in the order of the log, each with its item id
     stored:      what items had before the batch, as far as it was looked up
     unplaced:    positions in `decoded` of changes for which no generation has a vector
+    refused:     these and the positions of changes that the item's state refuses
     order:       which forwarded changes count
     decided:     what holds of them: (position in `decoded`, item id, change); of a refused record
                  its effect on the metadata
@@ -44,6 +51,7 @@ class ItemBatch:
     decoded: list[tuple[str, ItemChange]] = field(default_factory=list)
     stored: dict[str, ItemMetadata] = field(default_factory=dict)
     unplaced: dict[int, Rejected] = field(default_factory=dict)
+    refused: dict[int, Rejected] = field(default_factory=dict)
     order: KeyOrder = field(default_factory=KeyOrder)
     decided: list[tuple[int, str, ItemChange]] = field(default_factory=list)
     changes: dict[str, ItemChange] = field(default_factory=dict)
@@ -59,40 +67,56 @@ class ItemBatch:
         except (FenceMoved, Unavailable, PartitionLost) as error:
             self.error = error
 
-    def look_ups(self) -> Collection[str]:
+    def look_ups(self, rules: Rules) -> Collection[str]:
         """The items whose stored metadata decides on a change of theirs."""
         return dict.fromkeys(
             item_id
             for number, (item_id, change) in enumerate(self.decoded)
-            if change.forwarded or change.rejected is not None or number in self.unplaced
+            if change.forwarded
+            or change.rejected is not None
+            or number in self.unplaced
+            or (rules.emptied and item_changes.may_empty(change.item))
         )
 
     def decide(self, rules: Rules) -> None:
         """Decide on all changes, by `stored` and `unplaced`; the result replaces an earlier one."""
-        self.order, self.decided = KeyOrder(self.stored), []
+        self.order, self.decided, self.refused = KeyOrder(self.stored), [], {}
         outcome = self.outcome
         outcome.applied = outcome.outdated = 0
         for number, (item_id, change) in enumerate(self.decoded):
-            rejected = change.rejected or self.unplaced.get(number)
             if not self.order.counts(item_id, change):
-                outcome.outdated += rejected is None
+                outcome.outdated += change.rejected is None
                 continue
-            if rejected is None:
+            one: ItemChange | None
+            try:
+                one = self._accepted(number, item_id, change, rules)
                 outcome.applied += 1
-                one = self._accepted(item_id, change)
-            elif (refused := self._refused(item_id, change, rejected, rules)) is not None:
-                one = refused
-            else:
-                continue
-            self.decided.append((number, item_id, one))
+            except Rejected as rejected:
+                if change.rejected is None:
+                    self.refused[number] = rejected
+                one = self._refused(item_id, change, rejected, rules)
+            if one is not None:
+                self.decided.append((number, item_id, one))
         self.changes = {item_id: change for _, item_id, change in self.decided}
 
-    def _accepted(self, item_id: str, change: ItemChange) -> ItemChange:
+    def _accepted(self, number: int, item_id: str, change: ItemChange, rules: Rules) -> ItemChange:
+        """The change as it holds. Raises Rejected."""
+        if (rejected := change.rejected or self.unplaced.get(number)) is not None:
+            raise rejected
+        kept = change.item
+        if rules.emptied and change.item is not None and item_changes.may_empty(change.item):
+            newest = self.order.newest(item_id)
+            # Where the metadata is ahead of what is published it was decided before.
+            if newest is not None and not newest.includes(change.record):
+                item = item_changes.resulting(_item(newest), change.item)
+                change = change if item is change.item else replace(change, item=item)
         if change.forwarded:
             newest = self.order.newest(item_id)
             if newest is not None and newest.refused is not None:
                 change = change.keep_refused(newest.refused)
         self.order.accepted(item_id, change)
+        if rules.restore and change.item is not kept:
+            self.order.append(item_id, change)
         return change
 
     def _refused(
@@ -103,5 +127,12 @@ class ItemBatch:
         if before is None or before.deleted:
             return None
         change = change.refuse(rejected, replace(before, refused=None), rules.hide)
-        self.order.refused(item_id, change, rules.restore)
+        self.order.accepted(item_id, change)
+        if rules.restore:
+            self.order.append(item_id, change)
         return change
+
+
+def _item(metadata: ItemMetadata) -> Item | None:
+    """The item; None if it is deleted."""
+    return None if metadata.deleted else msgspec.json.decode(metadata.body, type=Item)

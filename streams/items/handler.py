@@ -81,7 +81,11 @@ class ItemHandler(Handler):
         by_key = self._map is not None and self._map.by_key
         self._strays = Strays(None if by_key else forwarder, dead_letters, "item")
         # Under a map, records of other keys than the item's id cannot be superseded.
-        self._rules = Rules(hide=settings.hide_refused_items, restore=self._map is None)
+        self._rules = Rules(
+            hide=settings.hide_refused_items,
+            restore=self._map is None,
+            emptied=settings.refuse_emptied_items,
+        )
 
     @override
     def open(self, partition: int) -> None:
@@ -186,7 +190,7 @@ class ItemHandler(Handler):
 
     def _decide(self, one: ItemBatch) -> None:
         """Decide on a batch, by what its items have. Raises StoreUnavailable."""
-        unknown = [item_id for item_id in one.look_ups() if item_id not in one.stored]
+        unknown = [item_id for item_id in one.look_ups(self._rules) if item_id not in one.stored]
         if unknown:
             found = self._store.read_item_metadata(unknown, self._settings.item_slots)
             pending = self.metadata.changes(one.batch.partition)
@@ -245,8 +249,8 @@ class ItemHandler(Handler):
     def _confirm(self, one: ItemBatch, vectors: Sequence[Encoded]) -> None:
         """Write dead letters and forwarded records; find out what is not published yet."""
         partition = one.batch.partition
-        one.outcome.rejected += len(one.unplaced)
-        for position, rejected in one.unplaced.items():
+        one.outcome.rejected += len(one.refused)
+        for position, rejected in one.refused.items():
             self._dead_letters.put(one.decoded[position][1].record, rejected)
         accepted: list[dict[str, ItemChange]] = [{} for _ in vectors]
         for position, item_id, change in one.decided:

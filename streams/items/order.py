@@ -46,20 +46,17 @@ class KeyOrder:
         return False
 
     def accepted(self, item_id: str, change: ItemChange) -> None:
-        """The change counts, and a tower gives the item a vector."""
+        """The change holds: the next one is decided by it."""
         self._restored.pop(item_id, None)
         self._accepted[item_id] = change
 
-    def refused(self, item_id: str, change: ItemChange, restores: bool) -> None:
-        """The record is refused, and compaction would keep it alone.
+    def append(self, item_id: str, change: ItemChange) -> None:
+        """Append what the item has after the change behind it: compaction keeps the record alone.
 
-        restores: whether to append what the item has again after it
+        Not after a record that was itself appended so: settings may refuse today what was fine.
         """
-        self._accepted[item_id] = change
-        # Not after a record that was itself appended so: settings may refuse today what was fine.
-        if restores and change.before and appended_after(change.record) is None:
-            before = change.before
-            restored = Restored.after(change.record, item_id, before.first_ms, before.body)
+        if (after := change.metadata).body and appended_after(change.record) is None:
+            restored = Restored.after(change.record, item_id, after.first_ms, after.body)
             self._restored[item_id] = restored
 
     def restored(self) -> Iterable[Restored]:

@@ -201,6 +201,15 @@ class Model:
                 continue
             if self._outdated(raw, item_id):
                 continue
+            if s.refuse_emptied_items and found is not None and item_id in state.items:
+                before = state.items[item_id].item or {}
+                lost = {n: before[n] for n in ("title", "categories") if before.get(n)}
+                lost = {name: value for name, value in lost.items() if not found[name]}
+                if lost and found["available"]:
+                    state.letters[raw.at] = "would_empty"
+                    self._mark(raw, item_id)
+                    continue
+                found |= lost
             version = Version(raw.partition, raw.offset, found)
             shown = found is not None and found["available"]
             taken = [g for g in self.generations if not (shown and g.refuses(found or {}))]

@@ -78,8 +78,15 @@ def act(rig: Rig, action: tuple[Any, ...], sent: list[tuple[int, bytes, bytes]])
         _click(rig, more, sent)
     elif name == "item":
         item_id, change = more
-        doc = {"item_id": item_id, "title": REFUSED_TITLE if change == "refused" else "t"}
-        doc["available"] = change != "gone"
+        doc: dict[str, Any] = {
+            "item_id": item_id,
+            "title": REFUSED_TITLE if change == "refused" else "t",
+        }
+        if change.startswith("bare"):
+            del doc["title"]
+        if change in ("full", "bare"):
+            doc["categories"] = ["c"]
+        doc["available"] = change not in ("gone", "bare, gone")
         value = None if change == "delete" else json.dumps(doc).encode()
         rig.append("items", reading.partition(item_id, 2), item_id.encode(), value)
     elif name in ("profile", "forget"):
@@ -88,7 +95,7 @@ def act(rig: Rig, action: tuple[Any, ...], sent: list[tuple[int, bytes, bytes]])
         rig.append("users", reading.partition(more[0], 2), more[0].encode(), value)
     elif name == "astray":
         topic, number, deletes = more
-        doc: dict[str, Any] = {"title": f"{rig.now_ms}", "attributes": {"n": rig.now_ms}}
+        doc = {"title": f"{rig.now_ms}", "attributes": {"n": rig.now_ms}}
         key = USERS[number % 4] if topic == "users" else f"i{number}"
         doc |= {"user_id" if topic == "users" else "item_id": key}
         value = None if deletes else json.dumps(doc).encode()
@@ -275,6 +282,9 @@ def test_strays_that_the_tower_refuses_are_the_models(actions: list[Any]) -> Non
 BAD_ITEM = st.tuples(
     st.just("bad item"), item, st.sampled_from([False, False, True]), st.integers(0, 4)
 )
+PARTS = st.tuples(
+    st.just("item"), item, st.sampled_from(["new", "full", "bare", "bare, gone", "delete"])
+)
 # The refused record of another partition comes after a newer accepted one.
 REFUSED_EARLIER = [
     ("item", "i3", "new"),
@@ -290,7 +300,7 @@ REFUSED_EARLIER = [
 @example(REFUSED_EARLIER, 1)
 @given(
     st.lists(
-        st.one_of(*KEPT_APART, ASTRAY, BAD_ITEM, BAD_ITEM, REFUSED, TURNS, FULL),
+        st.one_of(*KEPT_APART, ASTRAY, BAD_ITEM, BAD_ITEM, REFUSED, PARTS, PARTS, TURNS, FULL),
         min_size=10,
         max_size=60,
     ),
@@ -298,6 +308,12 @@ REFUSED_EARLIER = [
 )
 def test_refused_records_of_items_are_the_models(actions: list[Any], slots: int) -> None:
     run(actions, item_slots=slots)
+
+
+@limits
+@given(actions_of(PARTS, PARTS, PARTS, TURNS, st.tuples(st.just("retrain"))))
+def test_records_that_would_empty_an_item_are_the_models(actions: list[Any]) -> None:
+    run(actions)
 
 
 TIGHTER = [{"history_length_max": 3}, {"history_age_s_max": 20}, {"popular_buckets": 2}]
