@@ -602,7 +602,10 @@ def item(offset: int, available: bool = True, **more: Any) -> Any:
 def test_an_item_is_published_once_a_batch_with_its_source_offset() -> None:
     rig = Rig()
     ingest(
-        rig.items, HERE, [item(1, title="old"), item(2, tags=["new"], attributes={"year": 1999})], 0
+        rig.items,
+        HERE,
+        [item(1, tags=["old"]), item(2, tags=["new"], attributes={"year": 1999})],
+        0,
     )
     (record,) = rig.out.published
     assert (record.item_id, record.partition, record.offset, record.at_ms, record.written_us) == (

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eddyline.errors import KafkaUnavailable, VectorRejected
@@ -77,6 +77,7 @@ titles = st.sampled_from([None, "first", "second", "hidden", BOTH, NEW])
 logs = st.lists(st.tuples(st.sampled_from("ab"), titles), min_size=1, max_size=8)
 
 
+@settings(deadline=None)
 @given(logs, st.data())
 def test_the_state_does_not_depend_on_the_batches(log: list[Change], data: st.DataObject) -> None:
     sizes: list[int] = []

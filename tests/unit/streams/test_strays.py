@@ -150,7 +150,11 @@ def test_a_batch_reads_the_store_once_for_all_its_strays_and_never_without_any(
     handler = rig.users if topic == "users" else rig.items
     ids = [f"{topic}{n}" for n in range(100)]
     values = {
-        key: events.encode(UserProfile(user_id=key) if topic == "users" else Item(item_id=key))
+        key: events.encode(
+            UserProfile(user_id=key)
+            if topic == "users"
+            else Item(item_id=key, title="t", categories=["c"])
+        )
         for key in ids
     }
     records = [record(n, values[key], n, None, key, topic) for n, key in enumerate(ids)]
