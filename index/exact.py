@@ -11,7 +11,7 @@ from typing_extensions import override
 from eddyline.schema.item_record import ItemRecord
 from index.arrays import Vector
 from index.filters import Filter, matches, numbers
-from index.port import Hit, Index, IndexStats, SearchResult, Watermark
+from index.port import Hit, Index, IndexStats, LiveItems, SearchResult, Watermark
 from index.records import check_query, stack_vectors, stamps_of, watermarks_after
 
 
@@ -120,6 +120,13 @@ class ExactIndex(Index):
                 ignored=self._ignored,
                 rejected=self._rejected,
             )
+
+    @override
+    def live_items(self) -> LiveItems:
+        records = self._live((), None)
+        ids = [record.item_id for record in records]
+        at_ms = np.array([record.at_ms for record in records], np.int64)
+        return LiveItems.of(ids, self.vectors_of(ids), at_ms)
 
     @override
     def end_tombstones(self, kept_us: int, limit: int = 4_096) -> int:

@@ -27,7 +27,7 @@ from eddyline.schema.item_record import ItemRecord
 from index.arrays import Ints, Mask, Vector
 from index.backends.base import AnnBackend, AnnIndex
 from index.filters import Filter
-from index.port import Hit, Index, IndexStats, RecallEstimate, SearchResult, Watermark
+from index.port import Hit, Index, IndexStats, LiveItems, RecallEstimate, SearchResult, Watermark
 from index.records import check_query, stack_vectors, stamps_of, watermarks_after
 from index.search import filtered
 from index.search.nearest import NearestSearch
@@ -269,6 +269,14 @@ class LiveIndex(Index):
             self._ignored += len(records) - len(labels)
             self._wake()
             return len(labels)
+
+    @override
+    def live_items(self) -> LiveItems:
+        version, table = self._version, self._version.table
+        rows = table.live_rows(version.used, version.seq)
+        facts = table.facts.take(rows, axis=0)
+        ids = version.names[facts[:, 0]].tolist()
+        return LiveItems.of(ids, table.gather(rows), facts[:, 1])
 
     @override
     def end_tombstones(self, kept_us: int, limit: int = 4_096) -> int:

@@ -70,6 +70,24 @@ class SearchResult:
         return list(map(_hit, columns))
 
 
+class LiveItems(NamedTuple):
+    """All live items of one moment as columns.
+
+    ids: item ids; vectors: float32 (n, d), unit norm; at_ms: int64 (n,), as in `Hit`
+    place_of: item id -> its place in the columns
+    """
+
+    ids: list[str]
+    vectors: Vector
+    at_ms: Ints
+    place_of: Mapping[str, int]
+
+    @classmethod
+    def of(cls, ids: list[str], vectors: Vector, at_ms: Ints) -> LiveItems:
+        """The columns of these items."""
+        return cls(ids, vectors, at_ms, {item_id: n for n, item_id in enumerate(ids)})
+
+
 class Watermark(NamedTuple):
     """Progress in one `items` partition: the largest offset, at_ms and written_us applied."""
 
@@ -217,6 +235,9 @@ class Index(IndexReader, Protocol):
         self, vector: Vector, k: int, exclude: Collection[str] = (), filters: Filter | None = None
     ) -> SearchResult:
         """The answer of `query` as columns."""
+
+    def live_items(self) -> LiveItems:
+        """A copy of what a query can return, for rankings of all items. O(n·d)."""
 
     def end_tombstones(self, kept_us: int, limit: int = 4_096) -> int:
         """Forget deletes that are `kept_us` older than the newest record; returns how many.

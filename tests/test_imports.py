@@ -12,7 +12,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 # A room may import itself and the rooms of the levels below it.
-LEVELS = (("eddyline",), ("embeddings", "index", "sandbox"), ("streams", "serving"), ("cli",))
+LEVELS = (
+    ("eddyline",),
+    ("embeddings", "index", "sandbox"),
+    ("streams", "serving"),
+    ("evaluation",),
+    ("cli",),
+)
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
 

@@ -16,7 +16,7 @@ import pytest
 import eddyline
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("eddyline", "streams", "embeddings", "index", "serving", "sandbox", "cli")
+ROOMS = ("eddyline", "streams", "embeddings", "index", "serving", "sandbox", "evaluation", "cli")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 # Files that are not Python and that a process reads at run time.
 DATA = ("sandbox/servers/kafka.lock", "serving/proto/retrieval.proto")

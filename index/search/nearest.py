@@ -173,7 +173,7 @@ class NearestSearch:
             floor = _floor(rough, self.need, 2 * score_error(self.query64))
             at = (rough >= floor).nonzero()[0]
             rows, vectors = rows.take(at), vectors.take(at, axis=0)
-        return Candidates(rows, _exact_scores(vectors, self.query64))
+        return Candidates(rows, exact_scores(vectors, self.query64))
 
     def _with_fresh(self, found: Candidates) -> Candidates:
         """The candidates of the segments plus fresh rows that could rank in the top `need`."""
@@ -191,7 +191,7 @@ class NearestSearch:
         kept = good.nonzero()[0]
         if not len(kept):
             return found
-        scores = _exact_scores(fresh.vectors.take(at.take(kept), axis=0), self.query64)
+        scores = exact_scores(fresh.vectors.take(at.take(kept), axis=0), self.query64)
         return Candidates(
             np.concatenate((found.rows, rows.take(kept))), np.concatenate((found.scores, scores))
         )
@@ -202,7 +202,7 @@ def _result(version: IndexVersion, rows: Ints, scores: Floats) -> SearchResult:
     return SearchResult(version.names[facts[:, 0]].tolist(), scores, facts[:, 1:])
 
 
-def _exact_scores(vectors: Vector, query64: Floats) -> Floats:
+def exact_scores(vectors: Vector, query64: Floats) -> Floats:
     """Products with the query, summed in float64 row by row: the same bits wherever a row lies."""
     products = vectors.astype(np.float64)
     products *= query64

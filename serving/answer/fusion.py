@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 from typing_extensions import override
 
 from index.port import Hit, IndexReader
-from serving.recall.base import Candidates, RecallPath, RecallRequest
+from serving.recall.base import Candidates, PathScores, RecallPath, RecallRequest
 
 
 class Recommendation(NamedTuple):
@@ -27,6 +29,17 @@ class PathResult(NamedTuple):
     taken: int
 
 
+class FusedOrder(NamedTuple):
+    """How a fusion orders all live items for one request.
+
+    tiers:  int64 (items,): a lower tier comes first
+    scores: one for each tier, of one request: the order within the tier
+    """
+
+    tiers: npt.NDArray[np.int64]
+    scores: Sequence[PathScores]
+
+
 class Fusion(Protocol):
     """Chooses the answer's items from the candidates of the recall paths.
 
@@ -37,6 +50,12 @@ class Fusion(Protocol):
         self, paths: Sequence[RecallPath], request: RecallRequest, index: IndexReader
     ) -> tuple[list[Recommendation], list[PathResult]]:
         """(at most `request.k` items, best first; the results of the paths that were called)."""
+
+    def order_all(self, scores: Sequence[PathScores]) -> FusedOrder:
+        """The order of `fuse` over all live items. scores: of one request by each path, in order.
+
+        An item that no path returns has the tier `len(scores)`.
+        """
 
 
 class Cascade(Fusion):
@@ -68,3 +87,10 @@ class Cascade(Fusion):
                     items.append(Recommendation(hit, path.name, rank))
             results.append(PathResult(path.name, candidates, len(items) - before))
         return items, results
+
+    @override
+    def order_all(self, scores: Sequence[PathScores]) -> FusedOrder:
+        tiers = np.full(scores[0].scores.shape[1], len(scores))
+        for tier in reversed(range(len(scores))):
+            tiers[scores[tier].scores[0] > -np.inf] = tier
+        return FusedOrder(tiers, scores)

@@ -114,7 +114,7 @@ class Retriever:
         deadline.check("the user was read")
         user, after, unread = self._read(query)
         user_read_us = 0 if unread else time.time_ns() // 1000
-        seen = {entry.item_id for entry in user.history.entries}
+        seen = seen_items(user)
         request = RecallRequest(
             user=None if unread else user,
             k=query.k,
@@ -179,6 +179,11 @@ class Retriever:
         if unread:
             return {}, []  # Redis was away a moment ago; the answer reports that already
         return self._card_reader.read([item.hit.item_id for item in items], deadline)
+
+
+def seen_items(user: UserState) -> set[str]:
+    """The items that no answer to this user has: those of the user's list."""
+    return {entry.item_id for entry in user.history.entries}
 
 
 def _short_because(query: Query, found: int, seen: Collection[str], index: IndexReader) -> str:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import StateStore, UserState
 from embeddings.towers.base import UserEncoder
+from index.arrays import Floats, Ints
 from index.filters import Filter
-from index.port import Hit, IndexReader
+from index.port import Hit, IndexReader, LiveItems
 from serving.answer.deadline import Deadline
 from serving.recall.popularity import Popularity
 
@@ -58,6 +62,20 @@ class Candidates(NamedTuple):
     degradation: str = ""
 
 
+class PathScores(NamedTuple):
+    """How a path orders all live items for some requests, for rankings of the whole catalogue.
+
+    scores: float32 or float64 (requests, items), the highest first, equal ones tied; -inf where the
+            path never returns the item. Excluded items and filters are left to the caller
+    error:  where two scores of a request differ by no more, `exact` decides
+    exact:  (number of the request, places of items) -> float64 scores of those; None: error is 0
+    """
+
+    scores: npt.NDArray[np.floating]
+    error: float = 0.0
+    exact: Callable[[int, Ints], Floats] | None = None
+
+
 class RecallPath(Protocol):
     """One way to find candidates for a user; `registry` lists all. Thread rule: any thread."""
 
@@ -65,6 +83,15 @@ class RecallPath(Protocol):
 
     def recall(self, request: RecallRequest, index: IndexReader) -> Candidates:
         """Live items that pass the filter and are not excluded. Raises DeadlinePassed."""
+
+    def score_all(
+        self, requests: Sequence[RecallRequest], index: IndexReader, items: LiveItems
+    ) -> PathScores:
+        """The order of `recall` over all live items, for every request.
+
+        items: those of the index now. Reads of a request the user alone; the popularity correction
+        is not applied.
+        """
 
     def degradation(self) -> str:
         """`server: reason` if the path works with old or missing data now, else ""."""

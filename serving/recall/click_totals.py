@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from heapq import nsmallest
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -69,6 +70,9 @@ class ClickTotals:
         # The newest bucket, and the sums of all before it: clicks go into the newest one.
         self._newest = 0
         self._before_newest: _Totals | None = None
+        # Of the last `scores`: its argument, and the place of each name in it, -1 for none.
+        self._place_of: Mapping[str, int] = {}
+        self._places: NDArray[np.int64] = np.zeros(0, np.int64)
 
     def known(self, slot: str) -> dict[int, bytes]:
         """Bucket -> version that is held; a bucket that is due to be read again is absent."""
@@ -150,6 +154,37 @@ class ClickTotals:
         found += dead[: self._limit - len(found)]
         return sorted(found, key=lambda pair: (-pair[1], pair[0]))
 
+    def scores(self, place_of: Mapping[str, int]) -> NDArray[np.float64]:
+        """Decayed clicks of the items that `ranked` lists, by place; -inf for others.
+
+        place_of: item id -> place, 0 … n − 1; must not change, as its places are kept
+        """
+        if place_of is not self._place_of:
+            self._place_of, self._places = place_of, np.zeros(0, np.int64)
+        if (known := len(self._places)) < len(self._names):
+            more = [place_of.get(name, -1) for name in self._names[known:]]
+            self._places = np.concatenate((self._places, np.array(more, np.int64)))
+        sums = self._sums()
+        rows = self._first_rows(sums, self._limit)
+        # The last place collects the items that are not in `place_of`.
+        found = np.full(len(place_of) + 1, -np.inf)
+        found[self._places[rows]] = sums.clicks[rows]
+        return found[:-1]
+
+    def _first_rows(self, sums: _Totals, size: int) -> NDArray[np.int64]:
+        """Rows of the items of `_top`, in any order."""
+        rows = np.flatnonzero(sums.counted)
+        if len(rows) <= size:
+            return rows
+        clicks, at = sums.clicks[rows], len(rows) - size
+        cut = np.partition(clicks, at)[at]
+        above, equal = rows[clicks > cut], rows[clicks == cut]
+        if len(above) + len(equal) > size:
+            names = self._names
+            first = nsmallest(size - len(above), equal.tolist(), key=names.__getitem__)
+            equal = np.array(first, np.int64)
+        return np.concatenate((above, equal))
+
     def _plain(self) -> list[tuple[str, float]]:
         if self._ranked is None:
             self._ranked = self._top(self._sums(), self._limit)
@@ -198,6 +233,7 @@ class ClickTotals:
         used = np.unique(np.concatenate(every)) if every else np.zeros(0, np.int64)
         self._names = [self._names[row] for row in used.tolist()]
         self._row_of = {name.encode(): row for row, name in enumerate(self._names)}
+        self._places = np.zeros(0, np.int64)
         self._held = {
             key: kept._replace(rows=np.searchsorted(used, kept.rows))
             for key, kept in self._held.items()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 from typing_extensions import override
 
-from index.port import Hit, IndexReader
-from serving.recall.base import Candidates, RecallContext, RecallPath, RecallRequest
+from index.port import Hit, IndexReader, LiveItems
+from serving.recall.base import Candidates, PathScores, RecallContext, RecallPath, RecallRequest
 
 # Most of the list is live and unseen, so the first look-up has about `k` items. Each further one
 # has twice as many. None has more than PIECE_MAX: a look-up may be a call to other processes, whose
@@ -43,6 +46,13 @@ class PopularPath(RecallPath):
         why = self._popularity.empty_because()
         why = why or f"of {len(ranked)} popular items {len(hits)} are {which}"
         return Candidates(hits, why, degradation=degradation)
+
+    @override
+    def score_all(
+        self, requests: Sequence[RecallRequest], index: IndexReader, items: LiveItems
+    ) -> PathScores:
+        scores = self._popularity.scores(items.place_of)
+        return PathScores(np.broadcast_to(scores, (len(requests), len(scores))))
 
     @override
     def degradation(self) -> str:

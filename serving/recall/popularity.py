@@ -6,8 +6,11 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from eddyline.errors import EddylineError
 from eddyline.process.retry import Backoff
@@ -84,6 +87,20 @@ class Popularity:
         A slot that does not answer keeps its clicks of before; the others are read. Thread rule:
         one thread at a time.
         """
+        failed = self.read()
+        if failed < self._settings.item_slots:
+            self._ranked = self._rank()
+            of_item = dict(self._ranked)
+            self._clicks = _Clicks(of_item, sum(of_item.values()) + len(of_item) + 1)
+            if not failed or self._read_at is None:
+                self._read_at = time.monotonic()
+        return not failed
+
+    def read(self) -> int:
+        """Read what changed of the clicks, without making the list of it; how many slots failed.
+
+        Thread rule: as `refresh`.
+        """
         slots, failed = self._settings.item_slots, dict[str, str]()
         for slot in (f"i{n}" for n in range(slots)):
             try:
@@ -97,13 +114,15 @@ class Popularity:
             more = {"reason": away, "slots": ", ".join(failed)}
             log.warning("the popular list cannot be read", extra=more)
         self._away = away
-        if len(failed) < slots:
-            self._ranked = self._rank()
-            of_item = dict(self._ranked)
-            self._clicks = _Clicks(of_item, sum(of_item.values()) + len(of_item) + 1)
-            if not failed or self._read_at is None:
-                self._read_at = time.monotonic()
-        return not failed
+        return len(failed)
+
+    def scores(self, place_of: Mapping[str, int]) -> NDArray[np.float64]:
+        """Decayed clicks of the items of the list that `refresh` would make of the clicks read.
+
+        place_of: item id -> its place in the result, 0 … n − 1; must not change
+        Returns float64 (n,), -inf for items that are not on the list. Thread rule: as `refresh`.
+        """
+        return self._totals.scores(place_of)
 
     def look_for_live(self) -> None:
         """For a while, have live items replace dead ones where those are most of the list.

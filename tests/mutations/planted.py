@@ -26,9 +26,45 @@ RULE = "eddyline/schema/erasure.py"
 EVENTS = "eddyline/schema/events.py"
 GENERATIONS = "eddyline/generations.py"
 ENDS = "tests/unit/eddyline/test_generation_records.py"
+PROTOCOL = "tests/unit/evaluation/test_protocol.py"
 REMOVALS = "tests/unit/streams/test_removed_embeddings.py"
 
 MUTATIONS = (
+    Mutation(
+        "the evaluation applies an event before it is scored",
+        "evaluation/protocol.py",
+        "            while number < len(self.scored.events)",
+        "            self._apply(begin, end)\n            while number < len(self.scored.events)",
+        (PROTOCOL,),
+    ),
+    Mutation(
+        "a basket is not scored as one",
+        "evaluation/protocol.py",
+        'end = int(np.searchsorted(at_ms, now_ms, side="right"))',
+        "end = begin + 1",
+        (PROTOCOL,),
+    ),
+    Mutation(
+        "the evaluation leaves seen items in",
+        "evaluation/protocol.py",
+        "if seen and not self._keeps_repeats:",
+        "if False:",
+        (PROTOCOL,),
+    ),
+    Mutation(
+        "ties count for us",
+        "evaluation/ranks.py",
+        "1 + higher[number] + ties / 2",
+        "1 + higher[number]",
+        (PROTOCOL,),
+    ),
+    Mutation(
+        "an item counts before its own time",
+        "evaluation/protocol.py",
+        "bisect_left(self._item_times, now_ms)",
+        "bisect_left(self._item_times, now_ms + 1)",
+        (PROTOCOL,),
+    ),
     Mutation(
         "a marker at a partition's end is a lag for ever",
         FENCES,

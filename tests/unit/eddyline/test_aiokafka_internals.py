@@ -21,7 +21,7 @@ from eddyline.kafka import aiokafka_internals
 from eddyline.kafka.aiokafka_internals import AIOKAFKA_VERSION, check_group, fetching_ended
 
 ROOT = Path(__file__).parents[3]
-ROOMS = ("eddyline", "streams", "serving", "embeddings", "index", "sandbox", "cli")
+ROOMS = ("eddyline", "streams", "serving", "embeddings", "index", "sandbox", "evaluation", "cli")
 # Of aiokafka's consumer. The producers of items have their own (ADR 14).
 PRIVATE = {"_fetcher", "_coordinator", "_subscription", "_client", "_group_instance_id"}
 PRIVATE |= {"_fetch_task", "_get_actions_per_node", "_wait_consume_future", "_max_poll_records"}

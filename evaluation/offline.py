@@ -1,0 +1,94 @@
+"""`evaluate`: a log, a bundle and the names of rows become a report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from eddyline.errors import SettingsError
+from eddyline.settings.loader import Settings
+from embeddings.bundle.bundle import Bundle
+from embeddings.data.examples import TrainingData
+from evaluation import protocol, report
+from evaluation.event_log import EventLog
+from evaluation.product import Product
+from evaluation.protocol import OnProgress, Outcome
+from evaluation.references import DAY_MS, CountsRow, ItemNeighboursRow, RandomRow
+from evaluation.report import Report
+from evaluation.rows import FusedRow, PathRow, Row, TowersRow
+from serving.recall.newest import NewestPath
+from serving.recall.popular import PopularPath
+
+HOUR_MS = 3_600_000
+WEEK_MS = 7 * DAY_MS
+_BOTH = (True, False)
+
+# Name -> (log, product, events to score, seed) -> the row. A new row is one line here.
+ROWS: dict[str, Callable[[EventLog, Product, int, int], Row]] = {
+    "random": lambda log, product, n, seed: RandomRow(log, product, n, seed),
+    "popular-all": lambda log, product, n, _: CountsRow("popular-all", log, product, n),
+    "popular-7d": lambda log, product, n, _: CountsRow("popular-7d", log, product, n, WEEK_MS),
+    "item-knn-daily": lambda log, product, n, _: ItemNeighboursRow(log, product, n),
+    "popular": lambda _, product, n, __: PathRow(product, PopularPath.name, n),
+    "newest": lambda _, product, n, __: PathRow(product, NewestPath.name, n),
+    "towers-frozen": lambda _, p, n, __: TowersRow(p, n, "towers-frozen", 0, steps=_BOTH),
+    "towers-daily": lambda _, p, n, __: TowersRow(p, n, "towers-daily", DAY_MS, steps=_BOTH),
+    "towers-hourly": lambda _, p, n, __: TowersRow(p, n, "towers-hourly", HOUR_MS, steps=_BOTH),
+    "towers": lambda _, p, n, __: TowersRow(p, n, "towers", 1, steps=_BOTH),
+    "cascade": lambda _, product, n, __: FusedRow(product, "cascade", n),
+}
+
+
+def training_data(log: EventLog, first: int) -> TrainingData:
+    """What was known before the split: the first `first` events, items and profiles from before."""
+    split_ms = int(log.at_ms[first]) if first < len(log) else 2**62
+    return TrainingData(
+        items=[item for item in log.changes if item.at_ms < split_ms],
+        profiles={p.user_id: p.attributes for p in log.profiles if p.at_ms < split_ms},
+        clicks=[log.click(number) for number in range(first)],
+    )
+
+
+def evaluate(
+    settings: Settings,
+    log: EventLog,
+    bundle: Bundle,
+    *,
+    name: str,
+    split: float,
+    keeps_repeats: bool,
+    seed: int,
+    rows: Sequence[str] = tuple(ROWS),
+    on_progress: OnProgress = lambda done, total: None,
+) -> tuple[Report, Outcome]:
+    """Rank the events after the split by every row.
+
+    bundle: trained on what `training_data` gives for the same split
+    Raises SettingsError for an unknown row, or if there is nothing to score.
+    """
+    if unknown := [row for row in rows if row not in ROWS]:
+        raise SettingsError(f"--rows {unknown[0]}: expected some of {', '.join(ROWS)}")
+    first = log.split(split)
+    scored = len(protocol.scorable(log, first))
+    if not scored or not first:
+        raise SettingsError(f"--split {split}: leaves no event to learn from, or none to score")
+    product = Product(settings, bundle)
+    try:
+        made = [ROWS[row](log, product, scored, seed) for row in rows]
+        outcome = protocol.run(
+            log, product, made, first, keeps_repeats=keeps_repeats, on_progress=on_progress
+        )
+        if not outcome.kept.any():
+            raise SettingsError("every event to score is a repeat: see --repeats keep")
+        found = report.make(
+            name,
+            log,
+            product,
+            outcome,
+            first=first,
+            split=split,
+            repeats="keep" if keeps_repeats else "drop",
+            seed=seed,
+        )
+        return found, outcome
+    finally:
+        product.close()

@@ -1,0 +1,200 @@
+"""The protocol: every event is ranked with what was known strictly before it, then applied.
+
+All events are sorted by (time, user, position). Events of one time are scored before any of them is
+applied, so those of a user at one time are a basket. An item or a profile counts from the first
+event after its own time on.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from evaluation.event_log import DISLIKE, EventLog, Ints
+from evaluation.product import BATCH_RECORDS, Product
+from evaluation.rows import NO_ROWS, Query, Results, Row
+from serving.answer.retriever import seen_items
+
+# The first items of at most so many events are kept, spread evenly over all.
+LISTS_MAX = 2_000
+
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The events to score, in their order: those after the split that are no dislikes.
+
+    events:        int64 (n,), numbers in the log
+    user_before:   int64 (n,), events of the user strictly before
+    item_before:   int64 (n,), events of the item strictly before
+    seen_user:     bool (n,), whether the user has an event before the split
+    live:          bool (n,), whether the item was live just before; if not, every rank is `NEVER`
+    repeat:        bool (n,), whether the item was in the user's list; left out unless repeats count
+    """
+
+    events: Ints
+    user_before: Ints
+    item_before: Ints
+    seen_user: npt.NDArray[np.bool_]
+    live: npt.NDArray[np.bool_]
+    repeat: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What every row found.
+
+    kept:    bool (n,), of `scored`: the events that count
+    lists_of: numbers whose first items were kept
+    live_at_end: live items after the last event
+    """
+
+    scored: Scored
+    kept: npt.NDArray[np.bool_]
+    rows: dict[str, Results]
+    lists_of: Ints
+    live_at_end: int
+
+
+def run(
+    log: EventLog,
+    product: Product,
+    rows: Sequence[Row],
+    first: int,
+    *,
+    keeps_repeats: bool,
+    on_progress: OnProgress = lambda done, total: None,
+) -> Outcome:
+    """Apply the events before `first`, then score and apply the others.
+
+    keeps_repeats: whether items of the user's list compete, and count as targets; if not, they are
+                   removed as the product removes them
+    on_progress:   called with (events done, events) every now and then
+    """
+    replay = _Replay(log, product, rows, first, keeps_repeats)
+    replay.warm_up(on_progress)
+    replay.score_all(on_progress)
+    scored = replay.scored
+    kept = np.ones(len(scored.events), bool) if keeps_repeats else ~scored.repeat
+    return Outcome(
+        scored=scored,
+        kept=kept,
+        rows={name: found for row in rows for name, found in row.results.items()},
+        lists_of=replay.lists_of,
+        live_at_end=len(product.items.ids),
+    )
+
+
+def scorable(log: EventLog, first: int) -> Ints:
+    """Numbers of the events after the split that are no dislikes."""
+    found: Ints = first + np.flatnonzero(log.kinds[first:] != DISLIKE)
+    return found
+
+
+class _Replay:
+    def __init__(
+        self, log: EventLog, product: Product, rows: Sequence[Row], first: int, keeps_repeats: bool
+    ) -> None:
+        self._log, self._product, self._rows, self._first = log, product, rows, first
+        self._keeps_repeats = keeps_repeats
+        self._item_times = [item.at_ms for item in log.changes]
+        self._profile_times = [profile.at_ms for profile in log.profiles]
+        self._changed = self._profiled = 0
+        self._user_events = np.zeros(len(log.user_ids), np.int64)
+        self._item_events = np.zeros(len(log.item_ids), np.int64)
+        events = scorable(log, first)
+        n = len(events)
+        self.scored = Scored(
+            events=events,
+            user_before=np.zeros(n, np.int64),
+            item_before=np.zeros(n, np.int64),
+            seen_user=np.isin(log.users[events], log.users[:first]),
+            live=np.zeros(n, bool),
+            repeat=np.zeros(n, bool),
+        )
+        every = -(-n // LISTS_MAX) if n else 1
+        self.lists_of: Ints = np.arange(0, n, every)
+        self._every = every
+
+    def warm_up(self, on_progress: OnProgress) -> None:
+        """Apply what happened before the split."""
+        log = self._log
+        if self._first:
+            self._change_until(int(log.at_ms[self._first - 1]) + 1)
+        for begin in range(0, self._first, BATCH_RECORDS):
+            end = min(begin + BATCH_RECORDS, self._first)
+            self._apply(begin, end)
+            on_progress(end, len(log))
+
+    def score_all(self, on_progress: OnProgress) -> None:
+        """Score and apply all other events, those of one time together."""
+        at_ms, begin, number = self._log.at_ms, self._first, 0
+        while begin < len(at_ms):
+            now_ms = int(at_ms[begin])
+            end = int(np.searchsorted(at_ms, now_ms, side="right"))
+            self._change_until(now_ms)
+            while number < len(self.scored.events) and self.scored.events[number] < end:
+                self._score(number)
+                number += 1
+            self._apply(begin, end)
+            begin = end
+            on_progress(end, len(at_ms))
+        for row in self._rows:
+            row.flush()
+
+    def _score(self, number: int) -> None:
+        log, scored, product = self._log, self.scored, self._product
+        event = int(scored.events[number])
+        user, item = int(log.users[event]), int(log.items[event])
+        scored.user_before[number] = self._user_events[user]
+        scored.item_before[number] = self._item_events[item]
+        item_id, user_id = log.item_ids[item], log.user_ids[user]
+        state, items = product.user(user_id), product.items
+        seen = seen_items(state)
+        scored.repeat[number] = item_id in seen
+        target = items.place_of.get(item_id)
+        if target is None:
+            return
+        scored.live[number] = True
+        if scored.repeat[number] and not self._keeps_repeats:
+            return
+        excluded = NO_ROWS
+        if seen and not self._keeps_repeats:
+            places = (items.place_of.get(one) for one in sorted(seen))
+            excluded = np.array([place for place in places if place is not None], np.int64)
+        query = Query(
+            number,
+            user_id,
+            int(log.at_ms[event]),
+            target,
+            state,
+            excluded,
+            number % self._every == 0,
+        )
+        for row in self._rows:
+            row.score(query)
+
+    def _change_until(self, now_ms: int) -> None:
+        """Apply items and profiles from strictly before."""
+        log = self._log
+        if (end := bisect_left(self._item_times, now_ms)) > self._changed:
+            for row in self._rows:
+                row.flush()
+            self._product.apply_items(log.changes[self._changed : end])
+            self._changed = end
+        if (end := bisect_left(self._profile_times, now_ms)) > self._profiled:
+            self._product.apply_profiles(log.profiles[self._profiled : end])
+            self._profiled = end
+
+    def _apply(self, begin: int, end: int) -> None:
+        log = self._log
+        self._product.apply_events([log.click(number) for number in range(begin, end)])
+        np.add.at(self._user_events, log.users[begin:end], 1)
+        np.add.at(self._item_events, log.items[begin:end], 1)
+        for row in self._rows:
+            row.learn(begin, end)

@@ -1,0 +1,186 @@
+"""What an evaluation says: a table of metrics by row and group, curves over time, differences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from evaluation import metrics
+from evaluation.event_log import EventLog
+from evaluation.metrics import Bootstrap, Estimate, Floats, Ints, Lists, Mask
+from evaluation.product import Product
+from evaluation.protocol import Outcome
+
+# The events of a point of a curve are this part of all.
+CURVE_POINTS = 20
+# Rows whose difference is always reported: what a live history is worth.
+PAIRS = (
+    ("towers", "towers-frozen"),
+    ("towers", "towers-daily"),
+    ("towers", "towers-nostep"),
+    ("cascade", "popular"),
+)
+
+
+class RowReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One row. metrics: by name, with hr_10_debiased; groups: group -> HR@10; curve: HR@10"""
+
+    name: str
+    metrics: dict[str, Estimate]
+    groups: dict[str, Estimate]
+    curve: list[float]
+    lists: Lists | None = None
+
+
+class Difference(msgspec.Struct, frozen=True, kw_only=True):
+    """HR@10 of `left` minus that of `right`, paired; group: "" for all events."""
+
+    left: str
+    right: str
+    group: str
+    hr_10: Estimate
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole result; `--json` writes it as it is.
+
+    events:  of the log, before the split, scored, without a live target (each a miss), of items in
+             the user's list (left out), dislikes after the split (left out)
+    groups:  group -> its events; curve_at_ms: time of the first event of each point
+    """
+
+    name: str
+    seed: int
+    split: float
+    repeats: str
+    events: dict[str, int]
+    users: int
+    items: int
+    lists_of: int
+    groups: dict[str, int]
+    curve_at_ms: list[int]
+    rows: list[RowReport]
+    differences: list[Difference]
+    rejected: dict[str, int]
+
+
+def groups_of(outcome: Outcome) -> dict[str, Mask]:
+    """Group -> bool (n,), of the events that count."""
+    scored, kept = outcome.scored, outcome.kept
+    user, item, seen = scored.user_before[kept], scored.item_before[kept], scored.seen_user[kept]
+    return {
+        "users seen": seen,
+        "users unseen": ~seen,
+        "user events 0": user == 0,
+        "user events 1–4": (user >= 1) & (user <= 4),
+        "user events 5–19": (user >= 5) & (user <= 19),
+        "user events 10+": user >= 10,
+        "user events 20+": user >= 20,
+        "item clicks 0": item == 0,
+        "item clicks 1–5": (item >= 1) & (item <= 5),
+        "item clicks 6–50": (item >= 6) & (item <= 50),
+        "item clicks 51+": item > 50,
+    }
+
+
+def make(
+    name: str,
+    log: EventLog,
+    product: Product,
+    outcome: Outcome,
+    *,
+    first: int,
+    split: float,
+    repeats: str,
+    seed: int,
+) -> Report:
+    """The report of an outcome. Deterministic for a seed."""
+    scored, kept = outcome.scored, outcome.kept
+    events = scored.events[kept]
+    users = log.users[events].astype(np.int64)
+    groups = groups_of(outcome)
+    bootstrap = Bootstrap(users, seed=seed)
+    ranks = {row: found.ranks[kept] for row, found in outcome.rows.items()}
+    # An event counts by the inverse of its item's popularity: as many clicks as it had before.
+    inverse: Floats = 1.0 / (1.0 + scored.item_before[kept].astype(np.float64))
+    rows, hits = [], dict[str, Floats]()
+    for row, of_row in ranks.items():
+        values = metrics.of_ranks(of_row)
+        hits[row] = values["hr_10"]
+        found = _estimates(bootstrap, [*values.values()], [np.ones(len(of_row))] * len(values))
+        [debiased] = _estimates(bootstrap, [hits[row]], [inverse])
+        masks = [mask.astype(np.float64) for mask in groups.values()]
+        of_groups = _estimates(bootstrap, [hits[row]] * len(masks), masks)
+        rows.append(
+            RowReport(
+                name=row,
+                metrics={**dict(zip(values, found, strict=True)), "hr_10_debiased": debiased},
+                groups=dict(zip(groups, of_groups, strict=True)),
+                curve=[float(part.mean()) for part in _parts(hits[row])],
+                lists=_lists(log, product, outcome, row, first),
+            )
+        )
+    everything = {"": np.ones(len(events), bool), **groups}
+    differences = [
+        difference(bootstrap, hits, left, right, group, everything[group])
+        for left, right in PAIRS
+        if left in hits and right in hits
+        for group in ("", "user events 10+")
+    ]
+    return Report(
+        name=name,
+        seed=seed,
+        split=split,
+        repeats=repeats,
+        events={
+            "log": len(log),
+            "before the split": first,
+            "scored": len(events),
+            "target not live": int(np.count_nonzero(~scored.live[kept])),
+            "repeats left out": int(np.count_nonzero(~kept)),
+            "dislikes left out": len(log) - first - len(scored.events),
+        },
+        users=len(np.unique(users)),
+        items=outcome.live_at_end,
+        lists_of=len(outcome.lists_of),
+        groups={group: int(np.count_nonzero(mask)) for group, mask in groups.items()},
+        curve_at_ms=[int(part[0]) for part in _parts(log.at_ms[events])],
+        rows=rows,
+        differences=differences,
+        rejected=dict(sorted(product.rejected.items())),
+    )
+
+
+def difference(
+    bootstrap: Bootstrap, hits: dict[str, Floats], left: str, right: str, group: str, mask: Mask
+) -> Difference:
+    """The paired difference of two rows within a group."""
+    [found] = _estimates(bootstrap, [hits[left] - hits[right]], [mask.astype(np.float64)])
+    return Difference(left=left, right=right, group=group, hr_10=found)
+
+
+def _estimates(
+    bootstrap: Bootstrap, values: Sequence[Floats], weights: Sequence[Floats]
+) -> list[Estimate]:
+    return metrics.estimates(*bootstrap.means(np.column_stack(values), np.column_stack(weights)))
+
+
+def _parts(values: Floats | Ints) -> list[npt.NDArray[Any]]:
+    """The parts of the points of a curve, in order."""
+    return [part for part in np.array_split(values, CURVE_POINTS) if len(part)]
+
+
+def _lists(log: EventLog, product: Product, outcome: Outcome, row: str, first: int) -> Lists | None:
+    lists = [*outcome.rows[row].lists.values()]
+    if not any(lists):
+        return None
+    counts = np.bincount(log.items[:first], minlength=len(log.item_ids))
+    events_of = dict(zip(log.item_ids, counts.tolist(), strict=True))
+    items = product.items
+    vectors_of = {item_id: items.vectors[place] for item_id, place in items.place_of.items()}
+    lists = [[item_id for item_id in one if item_id in vectors_of] for one in lists]
+    return metrics.of_lists(lists, outcome.live_at_end, events_of, vectors_of)
