@@ -254,13 +254,11 @@ MUTATIONS = (
     ),
     Mutation(
         "a delete before an upsert that the tower refuses is lost",
-        "streams/items/handler.py",
-        "            if len(errors) < len(vectors) or not vectors:\n"
-        "                one.changes[item_id] = change\n",
-        "            if len(errors) == len(vectors):\n"
-        "                one.changes.pop(item_id, None)\n"
-        "            if len(errors) < len(vectors) or not vectors:\n"
-        "                one.changes[item_id] = change\n",
+        "streams/items/batch.py",
+        "            if one is not None:\n",
+        "            if number in self.unplaced:\n"
+        "                self.decided = [d for d in self.decided if d[1] != item_id]\n"
+        "            if one is not None:\n",
         (MODEL,),
     ),
     Mutation(
