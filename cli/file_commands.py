@@ -138,3 +138,64 @@ def init(
             answers, lambda question, default: str(typer.prompt(question, default=default))
         )
     commands_init.init(answers, Path())
+
+
+def evaluate(
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="Files of events, as `eddyline import` reads them.")
+    ] = None,
+    items: Annotated[Path | None, typer.Option(help="A file of items.")] = None,
+    users: Annotated[Path | None, typer.Option(help="A file of profiles.")] = None,
+    map_name: Annotated[
+        str, typer.Option("--map", help="A map's file or a preset; default: guessed.")
+    ] = "",
+    archive: Annotated[bool, typer.Option("--archive", help="The archive, instead.")] = False,
+    topics: Annotated[bool, typer.Option("--topics", help="Kafka's topics, instead.")] = False,
+    split: Annotated[float, typer.Option(help="Share of the events to learn from.")] = 0.8,
+    repeats: Annotated[
+        str, typer.Option(help="drop: without seen items, as answers are; keep: with them.")
+    ] = "drop",
+    rows: Annotated[str, typer.Option(help="Some rows only, separated by commas.")] = "",
+    bundle: Annotated[
+        Path | None, typer.Option(help="A trained bundle; default: one is trained.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Of the training.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of training, chance and intervals.")] = 0,
+    json: Annotated[Path | None, typer.Option(help="Write everything to this new file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page to this new file.")] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="Two files of settings: evaluate both, show the differences."),
+    ] = None,
+) -> None:
+    """Measure what every recall path and the fused answer are worth on a log.
+
+    Replays the log through ingest's handlers and the worker's paths on stores in memory, and ranks
+    each later event with what was known before it. Sends nothing.
+    """
+    from cli.commands import evaluate as command
+    from eddyline.process.discovery import resolve
+    from embeddings.data import sources
+
+    if sum((bool(files), archive, topics)) != 1:
+        raise SettingsError("evaluate needs files of events, --archive or --topics: one of them")
+    source = sources.from_archive if archive else sources.from_kafka if topics else None
+    command.evaluate(
+        load() if source is None else resolve(load(), redis=False),
+        files or [],
+        items,
+        users,
+        command.Options(
+            map_name=map_name,
+            split=split,
+            repeats=repeats,
+            rows=[name for one in rows.split(",") if (name := one.strip())],
+            bundle=bundle,
+            epochs=epochs,
+            seed=seed,
+            json=json,
+            html=html,
+            compare=compare,
+        ),
+        source,
+    )

@@ -203,6 +203,7 @@ def item(
 app.command()(file_commands.replay)
 app.command("import")(file_commands.import_)
 app.command()(file_commands.export)
+app.command()(file_commands.evaluate)
 app.command()(file_commands.init)
 
 

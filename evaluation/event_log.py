@@ -6,9 +6,10 @@ Held as columns, about 40 bytes an event, whatever the size of the files it was 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -76,11 +77,13 @@ class LogBuilder:
     """Collects events in the order of the files. Thread rule: one thread.
 
     dwell_ms_full: see the setting
+    descriptions:  item id -> the item, for `build` without `changes`
     """
 
     dwell_ms_full: int = 0
     changes: list[Item] = field(default_factory=list)
     profiles: list[UserProfile] = field(default_factory=list)
+    descriptions: dict[str, Item] = field(default_factory=dict)
     _user_rows: dict[str, int] = field(default_factory=dict)
     _item_rows: dict[str, int] = field(default_factory=dict)
     _users: array[int] = field(default_factory=lambda: array("i"))
@@ -116,7 +119,7 @@ class LogBuilder:
         )
         order = np.lexsort((order_of_user[users], at_ms))  # stable: the position breaks ties
         items = np.array(self._items, np.int32)[order]
-        changes = self.changes or _first_seen(item_ids, items, at_ms[order])
+        changes = self.changes or _first_seen(item_ids, items, at_ms[order], self.descriptions)
         return EventLog(
             user_ids=user_ids,
             item_ids=item_ids,
@@ -132,10 +135,17 @@ class LogBuilder:
         )
 
 
-def _first_seen(item_ids: Sequence[str], items: npt.NDArray[np.int32], at_ms: Ints) -> list[Item]:
-    """Items without a description, at the time of their first event."""
+def _first_seen(
+    item_ids: Sequence[str],
+    items: npt.NDArray[np.int32],
+    at_ms: Ints,
+    descriptions: Mapping[str, Item],
+) -> list[Item]:
+    """Items at the time of their first event."""
     rows, first = np.unique(items, return_index=True)
     return [
-        Item(item_id=item_ids[row], at_ms=int(at_ms[at]))
+        msgspec.structs.replace(
+            descriptions.get(item_ids[row]) or Item(item_id=item_ids[row]), at_ms=int(at_ms[at])
+        )
         for row, at in zip(rows.tolist(), first.tolist(), strict=True)
     ]

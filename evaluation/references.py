@@ -142,6 +142,10 @@ class ItemNeighboursRow(ReferenceRow):
         """Lists of users and items of the events before `end`."""
         kept = self.positive(0, min(end, self._learned))
         users, items = self.log.users[kept], self.log.items[kept]
+        # Of equal pairs the last one.
+        pairs = users[::-1].astype(np.int64) * len(self.log.item_ids) + items[::-1]
+        last = np.sort(len(pairs) - 1 - np.unique(pairs, return_index=True)[1])
+        users, items = users[last], items[last]
         self._users_of = _lists(items, users, len(self.log.item_ids), USERS_MAX)
         self._items_of = _lists(users, items, len(self.log.user_ids), ITEMS_MAX)
         counts = np.bincount(items, minlength=len(self.log.item_ids) + 1)
@@ -152,8 +156,7 @@ class ItemNeighboursRow(ReferenceRow):
         if item in self._kept:
             self._kept.move_to_end(item)
             return self._kept[item]
-        users = np.unique(self._users_of(item))
-        lists = [np.unique(self._items_of(user)) for user in users.tolist()]
+        lists = [self._items_of(user) for user in self._users_of(item).tolist()]
         together = np.bincount(
             np.concatenate(lists) if lists else np.empty(0, np.int64), minlength=len(self._norms)
         )
@@ -169,7 +172,7 @@ class ItemNeighboursRow(ReferenceRow):
 def _lists(
     keys: npt.NDArray[np.int32], values: npt.NDArray[np.int32], n: int, limit: int
 ) -> Callable[[int], Ints]:
-    """The newest `limit` values of each key 0 … n − 1; arguments in the order of time."""
+    """The newest `limit` values of each key 0 … n − 1, from pairs in the order of time."""
     order = np.argsort(keys, kind="stable")
     ends = np.cumsum(np.bincount(keys, minlength=n))
     starts = np.concatenate(([0], ends[:-1]))

@@ -133,12 +133,11 @@ def plan(path: Path, options: Options) -> Plan:
     file = files.open_file(path, delimiter=options.delimiter, header=options.header)
     sample = rows.sample(file)
     file_map = _map(file, sample, options)
-    found = rows.topics_of(file_map, sample)
-    if options.topic:
-        if options.topic not in file_map.tables():
-            raise SettingsError(f"{file_map.name}: has no table [{options.topic}]")
-        found = [options.topic]
-    return Plan(file, file_map, found, sample)
+    if not options.topic:
+        return Plan(file, file_map, rows.topics_of(file_map, sample), sample)
+    if options.topic not in file_map.tables():
+        raise SettingsError(f"{file_map.name}: has no table [{options.topic}]")
+    return Plan(file, file_map, [options.topic], sample)
 
 
 def look(reader: RowReader, *, all_rows: bool) -> Seen:

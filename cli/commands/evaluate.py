@@ -1,0 +1,307 @@
+"""`eddyline evaluate`: what the recall paths and the fused answer are worth on a log.
+
+The files are those that `eddyline import` reads, with the same maps. Nothing is sent: everything
+runs in this process, on stores in memory. The towers are trained on the events before the split.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
+
+from cli.commands import import_files
+from cli.commands.import_files import Plan
+from cli.console import console
+from eddyline.errors import Rejected, SettingsError
+from eddyline.kafka import topics
+from eddyline.process.files import write_atomically
+from eddyline.schema.events import Click, Item, UserProfile
+from eddyline.settings import loader
+from eddyline.settings.loader import Settings
+from embeddings.bundle import bundle as bundles
+from embeddings.bundle.bundle import Bundle
+from embeddings.data.examples import TrainingData
+from evaluation import offline, page
+from evaluation.event_log import EventLog, LogBuilder
+from evaluation.metrics import Bootstrap, Estimate, of_ranks
+from evaluation.offline import ROWS
+from evaluation.protocol import Outcome
+from evaluation.report import Report, difference
+from streams.importing.rows import Event, RowReader
+
+_ROWS_PER_SHOW = 1_000
+_OF_EVENTS = (topics.CLICKS, topics.ITEMS)
+_SHOWN = ("hr_50", "hr_100", "mrr", "ndcg_10", "hr_10_debiased")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Options of the command. bundle: None to train one; rows: empty for all
+
+    compare: two files of settings, or none
+    """
+
+    map_name: str = ""
+    split: float = 0.8
+    repeats: str = "drop"
+    rows: Sequence[str] = ()
+    bundle: Path | None = None
+    epochs: int = 8
+    seed: int = 0
+    json: Path | None = None
+    html: Path | None = None
+    compare: tuple[Path, Path] | None = None
+
+
+def evaluate(
+    settings: Settings,
+    files: Sequence[Path],
+    items: Path | None,
+    users: Path | None,
+    options: Options,
+    source: Callable[[Settings], TrainingData] | None = None,
+) -> list[Report]:
+    """Read, train, replay and report. source: reads everything instead of files
+
+    Raises EddylineError.
+    """
+    begun_s = time.monotonic()
+    configurations = _configurations(settings, options)
+    name = files[0].name if files else "the log"
+    with _bar() as bar:
+        if source is None:
+            log = read(settings, files, items, users, options.map_name, bar)
+        else:
+            log = _log_of(settings, source(settings))
+        with tempfile.TemporaryDirectory(prefix="eddyline-evaluate-") as folder:
+            bundle = _bundle(log, Path(folder), options, bar)
+            found = [
+                _replay(one, log, bundle, f"{name}, {of}" if of else name, options, bar)
+                for of, one in configurations
+            ]
+    reports = [one for one, _ in found]
+    if options.compare:
+        reports[0] = _compared(log, found, options)
+    for one in reports:
+        show(one)
+    _write(reports, options)
+    console.print(f"in {time.monotonic() - begun_s:.0f} s")
+    return reports
+
+
+def read(
+    settings: Settings,
+    files: Sequence[Path],
+    items: Path | None,
+    users: Path | None,
+    map_name: str,
+    bar: Progress,
+) -> EventLog:
+    """The log of some files. Raises EddylineError; rows that are refused are counted and shown.
+
+    Where a table of events describes its items, the first row of each counts, from its first event
+    on: later rows would tell what nobody knew then.
+    """
+    builder, refused = LogBuilder(settings.dwell_ms_full), Counter[str]()
+    named = [(path, topics.CLICKS) for path in files]
+    named += [(path, topics.ITEMS) for path in (items,) if path is not None]
+    named += [(path, topics.USERS) for path in (users,) if path is not None]
+    for path, topic in named:
+        plan = _plan(path, topic, map_name, describes=items is None)
+        for one in plan.topics:
+            reader = RowReader(settings, plan.file, plan.file.digest(), one, plan.file_map)
+            described = one != topic
+            for event in _events(reader, refused, bar):
+                if isinstance(event, Click):
+                    builder.add(event)
+                elif isinstance(event, Item) and described:
+                    builder.descriptions.setdefault(event.item_id, event)
+                elif isinstance(event, Item):
+                    builder.changes.append(event)
+                elif isinstance(event, UserProfile):
+                    builder.profiles.append(event)
+                else:
+                    refused[f"{path.name}: deletes and merges are not evaluated"] += 1
+    for reason, count in sorted(refused.items()):
+        console.print(f"{count:,} rows left out: {reason}")
+    if not len(builder):
+        raise SettingsError(f"{files[0]}: no row becomes a click")
+    return builder.build()
+
+
+def show(one: Report) -> None:
+    """Print the table of a report, and its differences."""
+    numbers = ", ".join(f"{name} {count:,}" for name, count in one.events.items())
+    console.print(f"\n{one.name}: {numbers}; {one.users:,} users, {one.items:,} items")
+    if one.rejected:
+        counts = ", ".join(f"{reason} {count:,}" for reason, count in one.rejected.items())
+        console.print(f"refused as ingest does: {counts}")
+    heads = ("row", "HR@10", "95 %", *(page.METRICS[name] for name in _SHOWN))
+    table = Table(*(Column(head, no_wrap=True) for head in heads), box=None, pad_edge=False)
+    for row in one.rows:
+        first, others = row.metrics["hr_10"], (row.metrics[name] for name in _SHOWN)
+        table.add_row(row.name, _value(first), _interval(first), *map(_value, others))
+    console.print(table)
+    for found in one.differences:
+        group = f", {found.group}" if found.group else ""
+        console.print(
+            f"HR@10 of {found.left} − {found.right}{group}: {_value(found.hr_10)} "
+            f"({_interval(found.hr_10)})"
+        )
+
+
+def _plan(path: Path, topic: str, map_name: str, *, describes: bool) -> Plan:
+    """How a file is read. describes: whether events may describe their items"""
+    options = import_files.Options(map_name=map_name)
+    if topic == topics.CLICKS and describes:
+        plan = import_files.plan(path, options)
+        if topic in plan.topics:
+            return replace(plan, topics=[one for one in _OF_EVENTS if one in plan.topics])
+    return import_files.plan(path, replace(options, topic=topic))
+
+
+def _events(reader: RowReader, refused: Counter[str], bar: Progress) -> Iterator[Event | None]:
+    """The events of a file, in its order."""
+    path = reader.file.path
+    task = bar.add_task(f"{path.name} → {reader.topic}", total=reader.file.total)
+    for number, row in enumerate(reader.file.rows()):
+        if number % _ROWS_PER_SHOW == 0:
+            bar.update(task, completed=number)
+        try:
+            made = reader.events(number, row)
+        except Rejected as why:
+            refused[f"{path.name}: {why.reason} {why.field}".rstrip()] += 1
+            continue
+        for _, event in made:
+            yield event
+    bar.update(task, completed=reader.file.total)
+
+
+def _log_of(settings: Settings, data: TrainingData) -> EventLog:
+    builder = LogBuilder(settings.dwell_ms_full, list(data.items))
+    builder.profiles += [
+        UserProfile(user_id=user_id, attributes=dict(attributes))
+        for user_id, attributes in data.profiles.items()
+    ]
+    for click in data.clicks:
+        builder.add(click)
+    return builder.build()
+
+
+def _configurations(settings: Settings, options: Options) -> list[tuple[str, Settings]]:
+    """(name, settings) of each run. Raises SettingsError."""
+    if options.repeats not in ("drop", "keep"):
+        raise SettingsError(f"--repeats {options.repeats!r}: expected drop or keep")
+    if unknown := [row for row in options.rows if row not in ROWS]:
+        raise SettingsError(f"--rows {unknown[0]}: expected some of {', '.join(ROWS)}")
+    if not 0 < options.split < 1:
+        raise SettingsError(f"--split {options.split}: must be between 0 and 1")
+    for path in (options.json, options.html):
+        if path is not None and path.exists():
+            raise SettingsError(f"{path} exists already")
+    if options.compare is None:
+        return [("", settings)]
+    return [
+        (path.name, loader.load({**os.environ, "EDDYLINE_CONFIG": str(path)}))
+        for path in options.compare
+    ]
+
+
+def _bundle(log: EventLog, folder: Path, options: Options, bar: Progress) -> Bundle:
+    """The named bundle, or one that is trained on the events before the split."""
+    if options.bundle is not None:
+        return bundles.load(options.bundle)
+    try:
+        from embeddings.models.base import Progress as Step
+        from embeddings.models.base import Recipe
+        from embeddings.training.trainer import train
+    except ImportError:
+        raise SettingsError(
+            "towers are trained by torch, which is missing: install eddyline[trainer], or name a "
+            "trained --bundle"
+        ) from None
+    task = bar.add_task("training", total=None)
+
+    def on_progress(step: Step) -> None:
+        bar.update(task, completed=step.step, total=step.steps)
+
+    data = offline.training_data(log, log.split(options.split))
+    recipe = Recipe(epochs=options.epochs, seed=options.seed)
+    report = train(data, folder / "1", "1", recipe=recipe, on_progress=on_progress)
+    return bundles.load(report.folder)
+
+
+def _replay(
+    settings: Settings, log: EventLog, bundle: Bundle, name: str, options: Options, bar: Progress
+) -> tuple[Report, Outcome]:
+    task = bar.add_task("replay", total=len(log))
+    return offline.evaluate(
+        settings,
+        log,
+        bundle,
+        name=name,
+        split=options.split,
+        keeps_repeats=options.repeats == "keep",
+        seed=options.seed,
+        rows=options.rows or tuple(ROWS),
+        on_progress=lambda done, _: bar.update(task, completed=done),
+    )
+
+
+def _compared(log: EventLog, found: Sequence[tuple[Report, Outcome]], options: Options) -> Report:
+    """The first report, with the paired differences of every row from the second."""
+    (first, left), (second, right) = found
+    # Where the lists' lengths differ, other events are repeats: those that count for both remain.
+    both = left.kept & right.kept
+    users = log.users[left.scored.events[both]].astype(np.int64)
+    bootstrap, differences = Bootstrap(users, seed=options.seed), list(first.differences)
+    for row in left.rows:
+        hits = {
+            f"{one.name}: {row}": of_ranks(outcome.rows[row].ranks[both])["hr_10"]
+            for one, outcome in found
+        }
+        everything = np.ones(len(users), bool)
+        differences.append(
+            difference(
+                bootstrap, hits, f"{first.name}: {row}", f"{second.name}: {row}", "", everything
+            )
+        )
+    return msgspec.structs.replace(first, differences=differences)
+
+
+def _write(reports: Sequence[Report], options: Options) -> None:
+    if options.json is not None:
+        raw = msgspec.json.format(msgspec.json.encode(reports), indent=1)
+        write_atomically(options.json, raw, mode=0o644)
+    if options.html is not None:
+        text = page.page(reports[0], reports[1:])
+        write_atomically(options.html, text.encode(), mode=0o644)
+
+
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+    )
+
+
+def _value(one: Estimate) -> str:
+    return f"{one.value:.4f}" if math.isfinite(one.value) else "–"
+
+
+def _interval(one: Estimate) -> str:
+    return f"{one.low:.4f}–{one.high:.4f}" if math.isfinite(one.low) else "–"
