@@ -191,7 +191,7 @@ def _events(reader: RowReader, refused: Counter[str], bar: Progress) -> Iterator
 def _log_of(settings: Settings, data: TrainingData) -> EventLog:
     builder = LogBuilder(settings.dwell_ms_full, list(data.items))
     builder.profiles += [
-        UserProfile(user_id=user_id, attributes=dict(attributes))
+        msgspec.convert({"user_id": user_id, "attributes": dict(attributes)}, UserProfile)
         for user_id, attributes in data.profiles.items()
     ]
     for click in data.clicks:
