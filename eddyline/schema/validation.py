@@ -48,6 +48,17 @@ def user_event(
     )
     if isinstance(event, Forget):
         return event, partition_of(event.user_id, settings.clicks_partitions) == partition
+    return _checked(settings, partition, event, appended_ms, origin_ms)
+
+
+def _checked(
+    settings: Settings,
+    partition: int,
+    event: Click | Merge,
+    appended_ms: int,
+    origin_ms: int | None,
+) -> tuple[Click | Merge, bool]:
+    """As `user_event`, of a decoded event: its time and its user."""
     if not event.at_ms:
         event = msgspec.structs.replace(
             event, at_ms=appended_ms if origin_ms is None else origin_ms
@@ -162,7 +173,13 @@ def user_events(
     by_map: what `map_of` returns, of a caller that reads many records
     """
     found, partition = [], record.partition
-    for one in _own_records(by_map or map_of(settings, "clicks"), record):
+    by_map = by_map or map_of(settings, "clicks")
+    if by_map is not None and (click := by_map.click(record)) is not None:
+        appended_ms, origin_ms = click.timestamp, events.origin_ms(click.headers)
+        _check_stamp(appended_ms)
+        events.check_time(click.event.at_ms, appended_ms, settings.far_future_ms_max)
+        return [(click, *_checked(settings, partition, click.event, appended_ms, origin_ms))]
+    for one in _own_records(by_map, record):
         origin_ms = events.origin_ms(one.headers)
         event, here = user_event(settings, partition, one.value, one.timestamp, origin_ms)
         found.append((one, event, here))

@@ -17,14 +17,16 @@ from typing import Any
 import msgspec
 
 from eddyline.errors import Rejected, SettingsError
-from eddyline.schema.events import ID_BYTES_MAX, KINDS, ORIGIN_MS, quote
-from eddyline.schema.mapping import fields, spec
+from eddyline.schema.events import ID_BYTES_MAX, ORIGIN_MS, Click
+from eddyline.schema.mapping import fields, flat, spec
 from eddyline.schema.mapping.envelopes import ENVELOPES, decoded
 from eddyline.schema.mapping.fields import IGNORE
+from eddyline.schema.mapping.flat import MappedClick
+from eddyline.schema.mapping.makers import Made, Maker, deleter, maker, required
 from eddyline.schema.mapping.paths import Getter, Scope, Source, compile_path
 from eddyline.schema.mapping.registry import Access, Registry
 from eddyline.schema.mapping.spec import EVENTS_MAX, Rule, TopicMap
-from eddyline.schema.records import MAPPED, ONLY_MAPPED, BuiltRecord, Headers, Record
+from eddyline.schema.records import MAPPED, ONLY_MAPPED, BuiltRecord, Headers, Record, mark_of
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +55,6 @@ _FIELDS = {
 }
 _encode = msgspec.json.Encoder().encode
 
-# (key, value) of the records of one element.
-_Made = tuple[str, dict[str, Any] | None]
-_Maker = Callable[[Scope], _Made | None]
-
 
 @dataclass(frozen=True, slots=True)
 class _CompiledRule:
@@ -69,7 +67,7 @@ class _CompiledRule:
 
     holds: Sequence[Callable[[Scope], bool]]
     each: Sequence[Getter]
-    make: _Maker
+    make: Maker
     has_own_ids: bool
     identify: Getter | None
 
@@ -112,7 +110,12 @@ class Mapper:
             raise ValueError("make = 'merge': a map with `each` has events only")
         only = self._rules[0]
         self._is_flat = not (len(rules) > 1 or only.holds or only.each or self._each)
-        self._delete = None if topic == "clicks" else _deleter(topic_map, self._id_field)
+        self._flat: Callable[[Any], Click | None] | None = None
+        made = {rules[0].make, topic_map.fields.make} <= {None, "event"}
+        if self._is_flat and topic == "clicks" and made and self._decode is None:
+            both = _with_defaults(rules[0], topic_map.fields)
+            self._flat = flat.compile_click(topic_map, both)
+        self._delete = None if topic == "clicks" else deleter(topic_map, self._id_field)
 
     def records(self, record: Record) -> list[BuiltRecord]:
         """The records that this one becomes, none where the map ignores it.
@@ -163,7 +166,35 @@ class Mapper:
                         found.append(item_id)
         return found[:EVENTS_MAX]
 
-    def _put_one(self, scope: Scope, record: Record) -> list[_Made]:
+    def click(self, record: Record) -> MappedClick | None:
+        """The one event that a plain record of a flat map becomes; None: `records` has to map it.
+
+        Raises Rejected as `records` does.
+        """
+        if self._flat is None or record.value is None:
+            return None
+        sent, headers = record.headers, ONLY_MAPPED
+        if sent and mark_of(sent) is not None:
+            return None
+        event = self._flat(decoded(record.value))
+        if event is None:
+            return None
+        if sent:
+            if event.event_id is None:  # a header may have it
+                return None
+            headers = [MAPPED, *(h for h in sent if h[0] in _KEPT_HEADERS)]
+        return MappedClick(
+            record.topic,
+            record.partition,
+            record.offset,
+            record.timestamp,
+            headers,
+            event,
+            record,
+            self.records,
+        )
+
+    def _put_one(self, scope: Scope, record: Record) -> list[Made]:
         """`_put` for a map with one rule that always holds and has no `each`."""
         one = self._rules[0].make(scope)
         if one is None:
@@ -172,8 +203,8 @@ class Mapper:
             _identify(one[1], record, None, has_own_ids=True)
         return [one]
 
-    def _put(self, whole: Scope, record: Record) -> list[_Made]:
-        made: list[_Made] = []
+    def _put(self, whole: Scope, record: Record) -> list[Made]:
+        made: list[Made] = []
         for scope in _elements(whole, self._each) if self._each else (whole,):
             rule = self._rule(scope)
             if rule is None:
@@ -201,7 +232,7 @@ class Mapper:
                 return rule
         return None
 
-    def _deleted(self, scope: Scope) -> list[_Made]:
+    def _deleted(self, scope: Scope) -> list[Made]:
         if self._delete is not None:
             return [self._delete(scope)]
         if self._ignored_deletes:  # an event happened, whatever becomes of its row
@@ -255,9 +286,9 @@ def _compile_rule(topic_map: TopicMap, rule: Rule, topic: str) -> _CompiledRule:
     return _CompiledRule(
         [fields.condition(path, wanted) for path, wanted in rule.where.items()],
         [compile_path(path) for path in each],
-        _maker(topic_map, both, made),
+        maker(topic_map, both, made),
         both.event_id is not None and fields.is_relative(both.event_id),
-        None if both.item_id is None else _required("item_id", both.item_id, topic_map),
+        None if both.item_id is None else required("item_id", both.item_id, topic_map),
     )
 
 
@@ -277,182 +308,6 @@ def _with_defaults(rule: Rule, defaults: Rule) -> Rule:
             if name not in ("make", "where")
         }
     )
-
-
-def _maker(topic_map: TopicMap, rule: Rule, made: str) -> _Maker:
-    if made == "event":
-        return _event(topic_map, rule)
-    if made == "merge":
-        return _merge(topic_map, rule)
-    if made == "item":
-        return _item(topic_map, rule)
-    if made == "profile":
-        return _profile(topic_map, rule)
-    if made == "delete":
-        name = "item_id" if rule.item_id is not None else "user_id"
-        get = _required(name, getattr(rule, name), topic_map)
-        return lambda scope: (get(scope), None)
-    return lambda scope: None
-
-
-def _event(topic_map: TopicMap, rule: Rule) -> _Maker:
-    nulls = topic_map.nulls
-    user, item = (
-        _required(name, getattr(rule, name), topic_map) for name in ("user_id", "item_id")
-    )
-    at_ms = None if rule.at_ms is None else fields.time(rule.at_ms, nulls)
-    optional: list[tuple[str, Getter]] = []
-    optional += [
-        (name, fields.identity(name, field, nulls))
-        for name in ("event_id", "impression_id")
-        if (field := getattr(rule, name)) is not None
-    ]
-    if rule.weight is not None:
-        optional.append(("weight", fields.number(rule.weight, nulls)))
-    kind = None
-    if rule.kind is not None:
-        kind = fields.kind(rule.kind, nulls, topic_map.kinds, topic_map.other_kinds)
-        _check_kinds(topic_map)
-    context = [(name, fields.attribute(one, nulls)) for name, one in rule.context.items()]
-
-    def make(scope: Scope) -> _Made | None:
-        event: dict[str, Any] = {}
-        if kind is not None and (found := kind(scope)) is not None:
-            event["kind"], weight = found
-            if event["kind"] == IGNORE:
-                return None
-            if weight is not None:
-                event["weight"] = weight
-        user_id = event["user_id"] = user(scope)
-        event["item_id"] = item(scope)
-        if at_ms is not None and (time_ms := at_ms(scope)) is not None:
-            event["at_ms"] = time_ms
-        for name, get in optional:
-            if (value := get(scope)) is not None:
-                event[name] = value
-        if context:
-            event["context"] = {
-                name: value
-                for name, get in context
-                if (value := get(scope)) is not None and not isinstance(value, list)
-            }
-        return user_id, event
-
-    return make
-
-
-def _merge(topic_map: TopicMap, rule: Rule) -> _Maker:
-    user, into = (
-        _required(name, getattr(rule, name), topic_map) for name in ("user_id", "merge_into")
-    )
-    at_ms = None if rule.at_ms is None else fields.time(rule.at_ms, topic_map.nulls)
-
-    def make(scope: Scope) -> _Made:
-        user_id = user(scope)
-        event = {"user_id": user_id, "merge_into": into(scope)}
-        if at_ms is not None and (found := at_ms(scope)) is not None:
-            event["at_ms"] = found
-        return user_id, event
-
-    return make
-
-
-def _item(topic_map: TopicMap, rule: Rule) -> _Maker:
-    nulls = topic_map.nulls
-    item = _required("item_id", rule.item_id, topic_map)
-    parts: list[tuple[str, Getter]] = []
-    if rule.title is not None:
-        parts.append(("title", fields.title(rule.title, nulls)))
-    parts += [
-        (name, fields.labels(name, field, nulls))
-        for name in ("categories", "tags")
-        if (field := getattr(rule, name)) is not None
-    ]
-    if rule.available is not None:
-        parts.append(("available", fields.truth("available", rule.available, nulls)))
-    if rule.at_ms is not None:
-        parts.append(("at_ms", fields.time(rule.at_ms, nulls)))
-    if rule.vector is not None:
-        parts.append(("vector", fields.raw(rule.vector, nulls)))
-    attributes = _attributes(topic_map, rule)
-
-    def make(scope: Scope) -> _Made:
-        item_id = item(scope)
-        event: dict[str, Any] = {"item_id": item_id}
-        for name, get in parts:
-            if (value := get(scope)) is not None:
-                event[name] = value
-        event["attributes"] = attributes(scope)
-        return item_id, event
-
-    return make
-
-
-def _profile(topic_map: TopicMap, rule: Rule) -> _Maker:
-    user = _required("user_id", rule.user_id, topic_map)
-    at_ms = None if rule.at_ms is None else fields.time(rule.at_ms, topic_map.nulls)
-    attributes = _attributes(topic_map, rule)
-
-    def make(scope: Scope) -> _Made:
-        user_id = user(scope)
-        event: dict[str, Any] = {"user_id": user_id, "attributes": attributes(scope)}
-        if at_ms is not None and (found := at_ms(scope)) is not None:
-            event["at_ms"] = found
-        return user_id, event
-
-    return make
-
-
-def _attributes(topic_map: TopicMap, rule: Rule) -> Callable[[Scope], dict[str, Any]]:
-    nulls = topic_map.nulls
-    named = [(name, fields.attribute(one, nulls)) for name, one in rule.attributes.items()]
-    every = None
-    if rule.attributes_from is not None:
-        every = fields.attributes_from(rule.attributes_from, nulls)
-
-    def read(scope: Scope) -> dict[str, Any]:
-        found = {} if every is None else every(scope)
-        for name, get in named:
-            if (value := get(scope)) is not None:
-                found[name] = value
-        return found
-
-    return read
-
-
-def _deleter(topic_map: TopicMap, name: str) -> Callable[[Scope], _Made]:
-    """The delete of a record without a value: its id by the map's field, else its whole key."""
-    field = getattr(topic_map.fields, name)
-    for rule in topic_map.rule:
-        field = field or getattr(rule, name)
-    get = None if field is None else fields.identity(name, field, topic_map.nulls)
-    whole_key = fields.identity(name, "$key", topic_map.nulls)
-
-    def make(scope: Scope) -> _Made:
-        found = None if get is None else get(scope)
-        if found is None and not isinstance(scope.source.decoded_key(), dict | list):
-            found = whole_key(scope)
-        if found is None:
-            raise Rejected("missing_field", name, f"the key {quote(scope.source.key)} has none")
-        return found, None
-
-    return make
-
-
-def _required(name: str, field: fields.Spec | None, topic_map: TopicMap) -> Getter:
-    if field is None:
-        raise ValueError(f"a rule needs {name}")
-    return fields.identity(name, field, topic_map.nulls, required=True)
-
-
-def _check_kinds(topic_map: TopicMap) -> None:
-    allowed = (*KINDS, IGNORE)
-    for name, entry in topic_map.kinds.items():
-        kind = entry if isinstance(entry, str) else entry.kind
-        if kind not in allowed:
-            raise ValueError(f"kinds: {name!r} = {kind!r}: expected one of {', '.join(allowed)}")
-    if topic_map.other_kinds not in (*allowed, "refuse"):
-        raise ValueError(f"other_kinds = {topic_map.other_kinds!r}: expected refuse or a kind")
 
 
 def _elements(scope: Scope, each: Sequence[Getter]) -> Iterator[Scope]:

@@ -15,7 +15,7 @@ from google.protobuf import (
     timestamp_pb2,
     wrappers_pb2,
 )
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from eddyline.errors import Rejected
@@ -127,7 +127,8 @@ def same(kind: str, found: Any, expected: Any) -> bool:
 
 
 @given(st.data())
-@settings(max_examples=200, deadline=None)
+# A busy machine draws the many fields of an example slowly.
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_every_type_is_read_as_the_library_reads_it(data: st.DataObject) -> None:
     message = ITEM()
     for name, values in SCALARS.items():
