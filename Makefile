@@ -64,6 +64,9 @@ proto: setup  ## generate serving/proto/*_pb2*
 bench-%:  ## one benchmark: make bench-visible
 	@$(BOOTSTRAP) bench $* $(ARGS)
 
+evaluate-%:  ## eddyline evaluate on a data set: make evaluate-ml-100k; others: --data FOLDER
+	@$(BOOTSTRAP) bench evaluate $* $(ARGS)
+
 COMPILE = .venv/bin/uv pip compile --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-header --no-annotate --quiet
 

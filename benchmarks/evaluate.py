@@ -79,8 +79,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="make evaluate-NAME", description=__doc__)
     parser.add_argument("name", choices=sorted(SETS))
     parser.add_argument("--data", type=Path, help="the folder of the set; default: the data folder")
-    parser.add_argument("more", nargs="*", help="further options of `eddyline evaluate`, after --")
-    arguments = parser.parse_args(argv)
+    arguments, more = parser.parse_known_args(argv)  # other options are those of the command
     chosen, settings = SETS[arguments.name], load()
     out = Path(settings.data_dir) / "evaluate"
     scratch = out / arguments.name
@@ -96,7 +95,7 @@ def main(argv: list[str]) -> int:
     for path in reports:
         path.unlink(missing_ok=True)
     command = [sys.executable, "-m", "cli", "evaluate", *words, "--repeats", chosen.repeats]
-    command += ["--json", str(reports[0]), "--html", str(reports[1]), *arguments.more]
+    command += ["--json", str(reports[0]), "--html", str(reports[1]), *more]
     code = subprocess.run(command, cwd=ROOT, check=False).returncode
     shutil.rmtree(scratch, ignore_errors=True)
     return code
