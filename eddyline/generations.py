@@ -22,6 +22,7 @@ from kafka.errors import KafkaError
 
 from eddyline.errors import BundleError, GenerationEnded, Unavailable
 from eddyline.kafka import clients, producers, reading, topics
+from eddyline.kafka.kept import KeptKafka
 from eddyline.schema.step_ranges import FOREVER, StepRanges
 from eddyline.settings.loader import Settings
 
@@ -153,14 +154,19 @@ class KafkaStepRanges:
     producer: waits for all replicas
     """
 
-    def __init__(self, settings: Settings, producer: KafkaProducer) -> None:
+    def __init__(
+        self, settings: Settings, producer: KafkaProducer, kept: KeptKafka | None = None
+    ) -> None:
+        """kept: reads the topic; default: each read has a connection of its own"""
         self._settings = settings
         self._producer = producer
+        self._kept = kept
         self._topic = settings.prefixed(topics.GENERATIONS)
 
     def read(self) -> Generations:
         """See `read`."""
-        return read(self._settings)
+        kept = self._kept
+        return read(self._settings, None if kept is None else kept.latest(topics.GENERATIONS))
 
     def write(self, ranges: Mapping[tuple[str, int], StepRanges]) -> None:
         """Return once the ranges are stored. Raises KafkaUnavailable, KafkaRefused."""
@@ -176,15 +182,16 @@ class KafkaStepRanges:
             raise clients.translate_error(self._settings, error, f"topic {self._topic}") from None
 
 
-def read(settings: Settings) -> Generations:
+def read(settings: Settings, records: Mapping[bytes, bytes] | None = None) -> Generations:
     """All that the topic says.
 
+    records: key → value of the topic; default: as it is now
     Raises KafkaUnavailable if it gives nothing for `kafka_timeout_ms`, KafkaRefused, BundleError
     for a record that cannot be decoded.
     """
     active_, manifests, ended = "", dict[str, Manifest](), dict[str, End]()
     ranges = dict[tuple[str, int], StepRanges]()
-    for key, value in _read_all(settings).items():
+    for key, value in (_read_all(settings) if records is None else records).items():
         try:
             if key == _ACTIVE:
                 active_ = msgspec.json.decode(value, type=_Active).generation

@@ -31,8 +31,9 @@ from typing_extensions import override
 
 from eddyline import generations
 from eddyline.generations import Manifest
-from eddyline.kafka import topic_checks, topics
-from eddyline.kafka.topics import CLICKS, ITEMS, USERS
+from eddyline.kafka import reading, topic_checks, topics
+from eddyline.kafka.kept import KeptKafka
+from eddyline.kafka.topics import CLICKS, GENERATIONS, ITEMS, USERS
 from eddyline.process import heartbeat, lifecycle
 from eddyline.process.retry import Retry
 from eddyline.settings.loader import Settings
@@ -46,7 +47,6 @@ from streams.consumer import errors
 from streams.dead_letters import outlet_producer
 from streams.dispatcher import HandlerThread, TopicPipeline
 from streams.ended_generations import EndedGenerations
-from streams.fences import KafkaLogIds
 from streams.generation import Generation
 from streams.handlers import Handlers, Outputs
 from streams.items.publisher import TransactionalPublisher
@@ -102,18 +102,14 @@ def _run(settings: Settings, stop: threading.Event) -> None:
             closes.callback(generation.close)
         # Forgetting a user deletes the embeddings of every generation that was ever recorded.
         known = retry.wait_for("Kafka", lambda: generations.known(settings))
-        outputs = Outputs.to_kafka(settings, producer)
+        kept = KeptKafka(settings)
+        closes.callback(kept.close)
+        outputs = Outputs.to_kafka(settings, producer, kept)
         kept_ms = retry.wait_for(
             "Kafka", lambda: topics.delete_retention_ms(settings, (USERS, ITEMS))
         )
         handlers = Handlers(
-            settings,
-            store,
-            KafkaLogIds(settings),
-            live,
-            outputs,
-            known,
-            delete_retention_ms=kept_ms,
+            settings, store, kept, live, outputs, known, delete_retention_ms=kept_ms
         )
         # First of all: profiles must not run ahead of clicks that the archive has to supply.
         retry.wait_for("Kafka", lambda: _refuse_lost(settings, handlers.clicks))
@@ -128,7 +124,9 @@ def _run(settings: Settings, stop: threading.Event) -> None:
             TopicPipeline(settings.prefixed(ITEMS), handlers.items, item_thread),
         ]
         _tune()
-        asyncio.run(_serve(settings, stop, handlers, pipelines, live, store, member.name, folder))
+        asyncio.run(
+            _serve(settings, stop, handlers, pipelines, live, store, member.name, folder, kept)
+        )
 
 
 def _open_generation(settings: Settings, manifest: Manifest) -> Generation:
@@ -157,8 +155,16 @@ async def _serve(
     store: RedisStore,
     member: str,
     folder: Path,
+    kept: KeptKafka,
 ) -> None:
-    app = IngestApp(settings, pipelines, store, member, folder / "faust")
+    app = IngestApp(
+        settings,
+        pipelines,
+        store,
+        member,
+        folder / "faust",
+        lambda: reading.skips(settings, kept.latest(GENERATIONS)),
+    )
     loop = asyncio.get_running_loop()
     ended = EndedGenerations(
         settings,

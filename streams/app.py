@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from mode import get_logger
 from typing_extensions import override
 
 from eddyline.errors import FenceMoved, Unavailable
-from eddyline.kafka import reading
+from eddyline.kafka.skips import Skips
 from eddyline.kafka.unreadable import UnreadableBatch
 from eddyline.process import heartbeat
 from eddyline.settings.loader import Settings
@@ -84,6 +84,7 @@ class IngestApp(ConsumerOwner):
                then
     member:    the group.instance.id
     folder:    where Faust may write
+    read_skips: see `LogConsumer`
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class IngestApp(ConsumerOwner):
         store: StateStore,
         member: str,
         folder: Path,
+        read_skips: Callable[[], Skips] = Skips,
     ) -> None:
         self._settings = settings
         self._pipelines = {pipeline.topic: pipeline for pipeline in pipelines}
@@ -128,7 +130,7 @@ class IngestApp(ConsumerOwner):
             self._buffers,
             self._wake,
             self,
-            read_skips=lambda: reading.skips(settings),
+            read_skips=read_skips,
             in_loop=[
                 pipeline.topic
                 for pipeline in pipelines

@@ -14,7 +14,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 from eddyline.errors import FenceMoved, LogMismatch
-from eddyline.kafka import topics
 from eddyline.kafka.topics import CLICKS, ITEMS, USERS
 from eddyline.schema.partitioning import user_slot
 from eddyline.schema.records import Record
@@ -33,17 +32,6 @@ class LogIds(Protocol):
 
     def __getitem__(self, topic: str, /) -> LogId:
         """The log's id. May raise KafkaUnavailable."""
-
-
-class KafkaLogIds:
-    """The `LogIds` of Kafka, looked up at every access."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-
-    def __getitem__(self, topic: str, /) -> LogId:
-        """The log's id now. Raises KafkaUnavailable."""
-        return topics.log_ids(self._settings, [topic])[topic]
 
 
 def published_source(generation: str, partition: int) -> Source:

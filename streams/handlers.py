@@ -11,6 +11,7 @@ from typing import Protocol
 from kafka import KafkaProducer
 
 from eddyline.generations import KafkaStepRanges
+from eddyline.kafka.kept import KeptKafka
 from eddyline.kafka.topics import CLICKS, ITEMS, USERS
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import StateStore
@@ -47,8 +48,10 @@ class Outputs:
     steps: StepRangeRule = field(default_factory=FixedStepRanges)
 
     @classmethod
-    def to_kafka(cls, settings: Settings, producer: KafkaProducer) -> Outputs:
-        """The topics of Kafka."""
+    def to_kafka(
+        cls, settings: Settings, producer: KafkaProducer, kept: KeptKafka | None = None
+    ) -> Outputs:
+        """The topics of Kafka. kept: see `KafkaStepRanges`"""
         return cls(
             click_letters=KafkaDeadLetters(settings, producer),
             user_letters=KafkaDeadLetters(settings, producer),
@@ -57,7 +60,7 @@ class Outputs:
             user_forwarder=KafkaForwarder(settings, producer),
             item_forwarder=KafkaForwarder(settings, producer),
             forgets=KafkaForwarder(settings, producer),
-            steps=RecordedStepRanges(KafkaStepRanges(settings, producer)),
+            steps=RecordedStepRanges(KafkaStepRanges(settings, producer, kept)),
         )
 
     @classmethod

@@ -75,12 +75,13 @@ def can_skip(name: str) -> bool:
     return name in topics.SOURCES or name.startswith(topics.item_vectors(""))
 
 
-def skips(settings: Settings) -> Skips:
+def skips(settings: Settings, records: Mapping[bytes, bytes] | None = None) -> Skips:
     """The offsets that every reader leaves out, of logs that exist now.
 
+    records: key → value of `generations`; default: as it is now
     Raises KafkaUnavailable, KafkaRefused, BundleError.
     """
-    found = decisions.decode(latest(settings, topics.GENERATIONS))
+    found = decisions.decode(latest(settings, topics.GENERATIONS) if records is None else records)
     names = {topic.removeprefix(settings.prefixed("")) for topic, *_ in found}
     ids = topics.log_ids(settings, sorted(names), missing_ok=True) if names else {}
     logs = {settings.prefixed(name): str(found) for name, found in ids.items()}

@@ -201,15 +201,22 @@ def log_ids(
     missing_ok: leave out topics that do not exist
     """
     with open_admin(settings) as admin:
-        cluster_id = str(admin.describe_cluster()["cluster_id"])
-        described = _described(settings, admin, [settings.prefixed(name) for name in names])
-        ids = {
-            topic["name"]: str(topic["topic_id"])
-            for topic in described
-            if not (missing_ok and topic["error_code"])
-        }
-        if missing_ok:
-            names = [name for name in names if settings.prefixed(name) in ids]
+        return ids_by(admin, settings, names, missing_ok=missing_ok)
+
+
+def ids_by(
+    admin: KafkaAdminClient, settings: Settings, names: Sequence[str], *, missing_ok: bool = False
+) -> dict[str, LogId]:
+    """`log_ids` by an open client."""
+    cluster_id = str(admin.describe_cluster()["cluster_id"])
+    described = _described(settings, admin, [settings.prefixed(name) for name in names])
+    ids = {
+        topic["name"]: str(topic["topic_id"])
+        for topic in described
+        if not (missing_ok and topic["error_code"])
+    }
+    if missing_ok:
+        names = [name for name in names if settings.prefixed(name) in ids]
     return {name: LogId(cluster_id, ids[settings.prefixed(name)]) for name in names}
 
 

@@ -31,7 +31,6 @@ from embeddings.bundle import removal
 from embeddings.bundle.bundle import NewBundle
 from sandbox.datasets.dataset import Dataset
 from streams.ended_generations import EndedGenerations
-from streams.fences import KafkaLogIds
 from streams.generation import Generation
 from streams.handlers import Handlers, Outputs
 from tests.applying import ingest
@@ -77,7 +76,7 @@ class Ingest:
         self.handlers = Handlers(
             settings,
             self.store,
-            KafkaLogIds(settings),
+            topics.log_ids(settings, topics.SOURCES),
             [self.generation],
             Outputs.to_kafka(settings, self.producer),
             generations.known(settings),

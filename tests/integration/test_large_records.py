@@ -21,7 +21,6 @@ from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
 from streams.dead_letters import FORWARD_BYTES_MAX, outlet_producer, record_bytes
-from streams.fences import KafkaLogIds
 from streams.handlers import Handlers, Outputs
 from streams.importing import sending
 from streams.importing.files import open_file
@@ -56,7 +55,7 @@ class Ingest:
         self.producer = outlet_producer(settings)
         outputs = Outputs.to_kafka(settings, self.producer)
         self.clicks = Handlers(
-            settings, MemoryStore(), KafkaLogIds(settings), [], outputs, []
+            settings, MemoryStore(), topics.log_ids(settings, [CLICKS]), [], outputs, []
         ).clicks
         ends = {p: (0, 2**40) for p in range(settings.clicks_partitions)}
         self.next = self.clicks.fences.open(ends)

@@ -22,7 +22,6 @@ from eddyline.stores.state_store import Source, UserQuery
 from embeddings.bundle import bundle as bundles
 from embeddings.data import sources
 from streams.dead_letters import outlet_producer
-from streams.fences import KafkaLogIds
 from streams.handlers import Handlers, Outputs
 from streams.operations import dead_letter_replay, state_replay, topic_slices
 from tests.applying import ingest
@@ -89,7 +88,7 @@ def test_a_record_without_a_time_stamp_is_a_dead_letter_for_every_reader(
     }
     producer = outlet_producer(settings)
     kept = topics.delete_retention_ms(settings, (USERS, ITEMS))
-    store, ids = MemoryStore(), KafkaLogIds(settings)
+    store, ids = MemoryStore(), topics.log_ids(settings, topics.SOURCES)
 
     def handlers() -> Handlers:
         outputs = Outputs.to_kafka(settings, producer)
