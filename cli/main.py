@@ -255,6 +255,9 @@ def plan(
     item_bytes: Annotated[int, typer.Option(min=0, help="An item as JSON.")] = 300,
     clicks_a_day: Annotated[str, typer.Option(help="By default one for each user.")] = "0",
     forgotten_a_day: Annotated[str, typer.Option(help="Merged visitors included.")] = "0",
+    visitors_a_day: Annotated[
+        str, typer.Option(help="Who click once and do not come back; besides the users.")
+    ] = "0",
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, in bytes.")] = False,
 ) -> None:
     """Say how much memory Redis and a query worker need; a running Redis measures it."""
@@ -268,6 +271,7 @@ def plan(
         item_json=item_bytes,
         clicks_a_day=planning.amount(clicks_a_day),
         forgotten_a_day=planning.amount(forgotten_a_day),
+        visitors_a_day=planning.amount(visitors_a_day),
     )
     settings = load()  # needs no Kafka
     planning.show(settings if settings.redis_url else _settings(), sizes, as_json=as_json)

@@ -49,6 +49,7 @@ from streams.dispatcher import HandlerThread, TopicPipeline
 from streams.ended_generations import EndedGenerations
 from streams.generation import Generation
 from streams.handlers import Handlers, Outputs
+from streams.idle_users import IdleUsers
 from streams.items.publisher import TransactionalPublisher
 
 log = logging.getLogger(__name__)
@@ -174,7 +175,8 @@ async def _serve(
         [generation.name for generation in live],
         lambda error: _end_from_thread(loop, app, error),
     )
-    stop_metrics = metrics.serve(settings, app, handlers.clicks.cache, ended, store)
+    idle = IdleUsers(settings, store, handlers.clicks.cache, pipelines[0].thread.lock)
+    stop_metrics = metrics.serve(settings, app, handlers.clicks.cache, ended, idle, store)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, app.end, None)
     # A signal that came before these handlers has set the event, or does so at once.
@@ -196,7 +198,9 @@ async def _serve(
             closes.push_async_callback(generation.detach)
         closes.callback(watching.cancel)
         closes.push_async_callback(asyncio.to_thread, ended.close)
+        closes.push_async_callback(asyncio.to_thread, idle.close)
         ended.start()
+        idle.start()
         try:
             await app.run()
         except KafkaError as error:

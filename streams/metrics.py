@@ -21,6 +21,7 @@ from eddyline.stores.state_store import StateStore
 from streams.app import IngestApp
 from streams.clicks.user_cache import UserCache
 from streams.ended_generations import EndedGenerations
+from streams.idle_users import IdleUsers
 
 
 class IngestCollector(Collector):
@@ -34,11 +35,13 @@ class IngestCollector(Collector):
         app: IngestApp,
         cache: UserCache,
         ended: EndedGenerations,
+        idle: IdleUsers,
         refused_items: Callable[[], int],
     ) -> None:
         self._app = app
         self._cache = cache
         self._ended = ended
+        self._idle = idle
         self._refused_items = refused_items
 
     @override
@@ -92,6 +95,11 @@ class IngestCollector(Collector):
             "User-ID embeddings of ended generations removed from the store",
             value=self._ended.removed,
         )
+        yield CounterMetricFamily(
+            "eddyline_ingest_idle_users_removed",
+            "Idle users whose histories and embeddings were removed from the store",
+            value=self._idle.removed,
+        )
         with suppress(EddylineError):  # the store is away: there is no sample
             yield GaugeMetricFamily(
                 "eddyline_ingest_items_refused",
@@ -124,9 +132,14 @@ class IngestCollector(Collector):
 
 
 def serve(
-    settings: Settings, app: IngestApp, cache: UserCache, ended: EndedGenerations, store: StateStore
+    settings: Settings,
+    app: IngestApp,
+    cache: UserCache,
+    ended: EndedGenerations,
+    idle: IdleUsers,
+    store: StateStore,
 ) -> Callable[[], None]:
     """Serve Prometheus at `ingest_metrics_port`, if set. Returns the function that stops it."""
     slots = item_slots(settings.item_slots)
-    collector = IngestCollector(app, cache, ended, lambda: store.count_refused_items(slots))
+    collector = IngestCollector(app, cache, ended, idle, lambda: store.count_refused_items(slots))
     return metrics.serve(settings.metrics_host, settings.ingest_metrics_port, collector)

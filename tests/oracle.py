@@ -300,16 +300,19 @@ def _users(
         have, want = reads
         # When ingest read an event is a stamp of this run, not of the log.
         lists = [
-            {u: msgspec.structs.replace(b, read_us=0) for u, b in one.histories.items()}
+            {
+                u: msgspec.structs.replace(b, read_us=0)
+                for u, b in one.histories.items()
+                if not one.is_idle(u)
+            }
             for one in reads
         ]
         found.same_maps("list", slot, *lists)
-        found.same_maps(
-            "embedding",
-            f"{slot}:{generation}",
-            have.embeddings[generation],
-            want.embeddings[generation],
-        )
+        embeddings = [
+            {u: e for u, e in one.embeddings[generation].items() if not one.is_idle(u)}
+            for one in reads
+        ]
+        found.same_maps("embedding", f"{slot}:{generation}", *embeddings)
         found.same_maps("profile", slot, have.profiles, want.profiles)
         found.same_maps("erasure", slot, have.erasures, want.erasures)
         found.counts["list entry"] = found.counts.get("list entry", 0) + sum(

@@ -57,7 +57,7 @@ def prepare(settings: Settings) -> None:
 
 def _user(settings: Settings) -> str:
     """A user who has events."""
-    with closing(reading.read(settings, topics.CLICKS)) as records:  # type: ignore[type-var]
+    with closing(reading.read(settings, topics.CLICKS)) as records:
         for record in islice(records, 100):
             try:
                 for _, event, _ in validation.user_events(settings, record):

@@ -7,7 +7,7 @@ read ends when the consumer's *position* reaches the end, not when the last reco
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,7 +34,7 @@ def read(
     *,
     stall_s: float | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """The committed records of a topic, by offset within each partition.
 
     name:        without the namespace

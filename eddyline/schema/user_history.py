@@ -3,15 +3,18 @@
 Binary layout in Redis. Two values, so that an event rewrites only a short one:
 
 * `{u…}:h:<user>`, *recent*: MessagePack of the array `[version, partition, offset, at_ms,
-  produced_us, appended_ms, read_us, length, entries]`, then 8 bytes, little-endian signed:
-  `applied_us`, Redis' clock at the write. entries: at most `RECENT_MAX`, inserted since *older* was
-  written.
+  produced_us, appended_ms, read_us, length, entries, idle_after_ms]`, then 8 bytes,
+  little-endian signed: `applied_us`, Redis' clock at the write. entries: at most `RECENT_MAX`,
+  inserted since *older* was written.
 * `{u…}:o:<user>`, *older*: MessagePack of the array of all entries at that time; absent if the
   history is short.
 
 An entry is `[item_id, at_ms, kind, weight]`, trailing defaults omitted (kind 0, weight 1). Entries
 are newest first by `at_ms`; at equal times the later offset is first. The history is the first
 `length` entries of both values in that order, recent before older at equal times.
+
+A user whose next event is appended after `idle_after_ms` starts afresh: without history, without
+embeddings (ADR 29).
 
 Every rule is a function of the user's events in log order. Time is event time; no clock is read.
 """
@@ -33,6 +36,8 @@ LAYOUT_VERSION = 2
 # Entries of *recent*. 8 entries are about 150 bytes; measured cost is the same with 4 and 16.
 RECENT_MAX = 8
 
+# Histories of older versions do not say when their user is idle: the default of the setting.
+OLD_IDLE_S_MAX = 34_560_000
 DISLIKE = KINDS.index("dislike")
 # A user who left at once has still seen the item.
 DWELL_FACTOR_MIN = 0.001
@@ -59,6 +64,7 @@ class UserHistory(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
     at_ms:             largest event time seen
     produced_us, appended_ms, read_us: stamps of that event by producer, broker, ingest; 0: unknown
     entries:           newest first; a tuple when read, a list of ingest when written
+    idle_after_ms:     broker's time stamp from which on, exclusive, the user is idle; 0: never
     """
 
     version: int = LAYOUT_VERSION
@@ -69,6 +75,7 @@ class UserHistory(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
     appended_ms: int = 0
     read_us: int = 0
     entries: Sequence[Entry] = ()
+    idle_after_ms: int = 0
 
 
 class _Recent(msgspec.Struct, array_like=True, frozen=True):
@@ -83,6 +90,7 @@ class _Recent(msgspec.Struct, array_like=True, frozen=True):
     read_us: int
     length: int
     entries: list[Entry]
+    idle_after_ms: int = -1
 
 
 EMPTY = UserHistory()
@@ -109,6 +117,7 @@ def encode_recent(history: UserHistory, recent: Sequence[CompactEntry]) -> bytes
             history.read_us,
             len(history.entries),
             recent,
+            history.idle_after_ms,
         )
     )
 
@@ -167,9 +176,35 @@ def decode(recent: bytes, older: bytes | None = None) -> StoredHistory:
         appended_ms=head.appended_ms,
         read_us=head.read_us,
         entries=tuple(entries[: head.length]),
+        idle_after_ms=head.idle_after_ms
+        if head.idle_after_ms >= 0
+        else idle_after_ms(head.appended_ms, OLD_IDLE_S_MAX),
     )
     applied_us = int.from_bytes(recent[-8:], "little", signed=True)
     return StoredHistory(history, applied_us, head.entries)
+
+
+def idle_after_ms(appended_ms: int, idle_s_max: int) -> int:
+    """When a user with this last event becomes idle, in ms of the broker's clock; 0: never.
+
+    appended_ms: the broker's time stamp of the event; negative: unknown
+    idle_s_max:  setting `user_idle_s_max`; 0: never
+
+    >>> idle_after_ms(5_000, 10), idle_after_ms(5_000, 0), idle_after_ms(-1, 10)
+    (15000, 0, 0)
+    """
+    return appended_ms + 1_000 * idle_s_max if idle_s_max and appended_ms >= 0 else 0
+
+
+def is_idle(idle_after_ms: int, now_ms: int) -> bool:
+    """Whether a user is idle at a place of the log.
+
+    idle_after_ms: of the user's history; now_ms: the broker's time stamp at that place
+
+    >>> is_idle(15_000, 15_000), is_idle(15_000, 15_001), is_idle(0, 15_001)
+    (False, True, False)
+    """
+    return 0 < idle_after_ms < now_ms
 
 
 def insert(entries: list[Entry], entry: Entry, length_max: int) -> None:

@@ -64,6 +64,10 @@ class IngestSettings(msgspec.Struct, frozen=True, kw_only=True):
     lateness_s_max: Annotated[int, within(0, 3_153_600_000)] = 604_800
     """An event this much older than the user's newest one is too late for the user's history (event
     time); 0 is no limit."""
+    user_idle_s_max: Annotated[int, within(0, 3_153_600_000)] = 34_560_000
+    """A user without a new event for longer loses history and embeddings (broker's time). The
+    default, 400 days, keeps a customer who comes once a year. A change applies to each user from
+    the user's next event on; 0 is never."""
 
     # Popularity
     weight_view: Annotated[float, within(0, 100)] = 0.5

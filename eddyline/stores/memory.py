@@ -33,6 +33,7 @@ from eddyline.stores.state_store import (
     UserRead,
     UserState,
     UserWrite,
+    is_idle,
 )
 
 
@@ -290,7 +291,7 @@ class MemoryStore(StateStore):
                 applied_us=applied_us,
                 embedding=state.embeddings.get((slot, generation, user_id)),
                 profile=state.profiles.get((slot, user_id), {}),
-            )
+            ).without_idle()
 
     @override
     def popular_buckets(
@@ -317,6 +318,24 @@ class MemoryStore(StateStore):
             found = [key for key in embeddings if key[0] in slots and key[1] == generation]
             for key in found:
                 del embeddings[key]
+        yield len(found)
+
+    @override
+    def remove_idle_users(self, slots: Collection[str], slack_ms: int) -> Iterator[int]:
+        with self._lock:
+            self._open()
+            state = self._state
+            found = []
+            for (slot, user), (history, _) in state.histories.items():
+                fence = state.fences.get((slot, Source("clicks", int(slot[1:]))))
+                later_ms = history.idle_after_ms + slack_ms if history.idle_after_ms else 0
+                later = msgspec.structs.replace(history, idle_after_ms=later_ms)
+                if slot in slots and is_idle(later, fence):
+                    found.append((slot, user))
+            for slot, user in found:
+                del state.histories[slot, user]
+                for key in [k for k in state.embeddings if (k[0], k[2]) == (slot, user)]:
+                    del state.embeddings[key]
         yield len(found)
 
     @override

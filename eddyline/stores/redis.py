@@ -29,7 +29,6 @@ Every write is one Lua script, see `write_scripts`: it applies whole or not at a
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, cast
@@ -41,7 +40,7 @@ from typing_extensions import override
 from eddyline.errors import EddylineError, FenceMoved, StoreRefused, StoreUnavailable
 from eddyline.schema.partitioning import item_slot
 from eddyline.settings.loader import Settings
-from eddyline.stores import item_codec, redis_client, scanning, user_codec, write_scripts
+from eddyline.stores import item_codec, redis_client, removal, user_codec, write_scripts
 from eddyline.stores.log_reset import Logs, accept_in_redis
 from eddyline.stores.redis_cluster import RedisCluster
 from eddyline.stores.redis_errors import translate_error
@@ -397,7 +396,7 @@ class RedisStore(StateStore):
         names = user_codec.user_keys(f"{self._ns}{{{slot}}}", [user_id], [generation or "-"])
         fence_key = self._fence_key(slot, Source("clicks", partition))
         fence, *values = cast("list[bytes | None]", self._redis.mget(fence_key, *names))
-        return user_codec.decode_user(_fence(fence), *values)
+        return user_codec.decode_user(_fence(fence), *values).without_idle()
 
     @override
     def server_of(self, slot: str) -> str:
@@ -433,27 +432,21 @@ class RedisStore(StateStore):
 
     @override
     def remove_embeddings(self, generation: str, slots: Collection[str]) -> Iterator[int]:
-        # Matched exactly: a user id may look like one of our keys.
-        ours = re.compile(rf"{re.escape(self._ns)}\{{(u\d+)\}}:e:{re.escape(generation)}:".encode())
-        wanted = {slot.encode() for slot in slots}
-        cursor: scanning.Cursor | None = scanning.BEGIN
-        while cursor is not None:
-            cursor, keys = self._scan_page(cursor, f"{self._ns}{{u*}}:e:{generation}:*")
-            found = [key for key in keys if (at := ours.match(key)) and at[1] in wanted]
-            self._unlink(found)
-            yield len(found)
+        return self._pages(removal.embeddings(self._redis, self._ns, generation, slots))
+
+    @override
+    def remove_idle_users(self, slots: Collection[str], slack_ms: int) -> Iterator[int]:
+        script = self._scripts["remove_idle_users"]
+        fences = {slot: self._fence_key(slot, Source("clicks", int(slot[1:]))) for slot in slots}
+        return self._pages(removal.idle_users(self._redis, self._ns, script, fences, slack_ms))
+
+    def _pages(self, pages: Iterator[int]) -> Iterator[int]:
+        while (count := self._next(pages)) is not None:
+            yield count
 
     @_translated
-    def _scan_page(self, cursor: scanning.Cursor, match: str) -> scanning.Page:
-        return scanning.page(self._redis, cursor, match, _KEYS_A_SCAN)
-
-    @_translated
-    def _unlink(self, keys: Sequence[bytes]) -> None:
-        if keys:
-            with self._redis.pipeline(transaction=False) as pipe:
-                for key in keys:
-                    pipe.unlink(key)
-                pipe.execute()
+    def _next(self, pages: Iterator[int]) -> int | None:
+        return next(pages, None)
 
     @override
     @_translated

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from eddyline.errors import EddylineError
+from eddyline.schema import user_history
 from eddyline.schema.erasure import Erasure
 from eddyline.schema.records import Record
 from eddyline.schema.step_ranges import StepRanges
@@ -101,6 +102,11 @@ class UserRead:
     recent: Mapping[str, Sequence[CompactEntry]] = field(default_factory=dict)
     erasures: Mapping[str, Erasure] = field(default_factory=dict)
     profile_places: Mapping[str, ProfilePlace] = field(default_factory=dict)
+
+    def is_idle(self, user_id: str) -> bool:
+        """Whether the user's history and embeddings have ended at the fence; see `is_idle`."""
+        history = self.histories.get(user_id)
+        return history is not None and is_idle(history, self.fence)
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +252,22 @@ class UserState:
     applied_us: int
     embedding: tuple[int, bytes] | None
     profile: Mapping[str, object]
+
+    def without_idle(self) -> UserState:
+        """The state that counts: an idle user has neither history nor embedding."""
+        if not is_idle(self.history, self.fence):
+            return self
+        return replace(self, history=user_history.EMPTY, applied_us=0, embedding=None)
+
+
+def is_idle(history: UserHistory, fence: Fence | None) -> bool:
+    """Whether a user is idle at the last record that the fence of `clicks` has.
+
+    Ingest removes the history and the embeddings of such a user some time later (ADR 29).
+    """
+    if fence is None or fence.mark is None:
+        return False
+    return user_history.is_idle(history.idle_after_ms, fence.mark.appended_ms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -400,7 +422,7 @@ class StateStore(Protocol):
         """How many items of the slots have a refused record, in one round trip."""
 
     def read_user(self, slot: str, partition: int, user_id: str, generation: str) -> UserState:
-        """State of one user for a query, in one round trip."""
+        """State of one user for a query, in one round trip; without that of an idle user."""
 
     def server_of(self, slot: str) -> str:
         """The server that holds this slot; slots of one server fail together. "" for the only one.
@@ -431,6 +453,14 @@ class StateStore(Protocol):
 
         Yields how many each page had; a page takes the server about a millisecond. A slot that is
         written meanwhile may keep what is written.
+        """
+
+    def remove_idle_users(self, slots: Collection[str], slack_ms: int) -> Iterator[int]:
+        """Remove histories and embeddings of users who are idle in their slots, page by page.
+
+        Yields how many users each page had; a page takes the server about a millisecond. No fence
+        moves: see `is_idle`.
+        slack_ms: users who have been idle for less stay: a broker's clock may go back
         """
 
     def drop_fences(self, slot: str, sources: Sequence[Source]) -> None:

@@ -12,7 +12,16 @@ import re
 from functools import lru_cache
 from importlib.resources import files
 
-NAMES = ("write_users", "write_profiles", "count_clicks", "write_item_metadata")
+# Each script with its heads. `remove_idle_users` moves no fence: it removes what has no effect on
+# any later write.
+_HEADS = {
+    "write_users": ("users_fence", "fence"),
+    "write_profiles": ("fence",),
+    "count_clicks": ("fence",),
+    "write_item_metadata": ("fence",),
+    "remove_idle_users": (),
+}
+NAMES = tuple(_HEADS)
 _CALL = re.compile(r"redis\.p?call\('([A-Z]+)'")
 # ARGV[1]: a key that may be written, then commands. Returns those that this user may not run.
 DENIED = """
@@ -38,8 +47,7 @@ end
 @lru_cache
 def text(name: str) -> str:
     """A script with its heads."""
-    heads = ["users_fence", "fence"] if name == "write_users" else ["fence"]
-    fences, body = "".join(map(_read, heads)), _read(name)
+    fences, body = "".join(map(_read, _HEADS[name])), _read(name)
     return fences + _RIGHTS.format(commands=_quoted(_CALL.findall(fences + body))) + body
 
 

@@ -48,6 +48,7 @@ class CachedUser:
     embeddings: one for each live generation, in the order of the micro-steps
     erasure:    what is kept of a user who was forgotten; None for other users
     profile_place: place of the stored profile; None without one
+    idle_after_ms: of the user's history, see `schema.user_history`
     last:       the event of this batch that was applied last
     more:       what the profile adds to the size in the cache, beyond a small profile
     kept:       whether the cache holds the user; size: the user's size in the cache, 0 where not
@@ -61,6 +62,7 @@ class CachedUser:
     profile: Mapping[str, object] = field(default_factory=dict)
     erasure: Erasure | None = None
     profile_place: ProfilePlace | None = None
+    idle_after_ms: int = 0
     last: Record | None = None
     more: int = 0
     kept: bool = False
@@ -138,6 +140,10 @@ class UserCache:
             check(slot, source, fence, read)
             known = self._slots[slot] = Slot(Window(read.accepted), read.profiles, read.step_ranges)
         return known
+
+    def slot_names(self) -> list[str]:
+        """The names of the cached slots."""
+        return list(self._slots)
 
     def slots_of(self, generation: str) -> dict[str, Slot]:
         """The cached slots that may have embeddings of this generation."""
@@ -263,6 +269,7 @@ class UserCache:
             profile,
             read.erasures.get(user_id),
             read.profile_places.get(user_id),
+            before.idle_after_ms,
             more=more,
         )
 

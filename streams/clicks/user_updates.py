@@ -49,6 +49,7 @@ class UserUpdates:
         self._micro = micro
         self._ranges = ranges
         self._dwell_ms_full = settings.dwell_ms_full
+        self._idle_s_max = settings.user_idle_s_max
         self._bounds = bounds(settings)
         self._emptied: dict[str, None] = {}
         self._erasures: dict[str, Erasure] = {}
@@ -63,10 +64,13 @@ class UserUpdates:
             user.erasure, event.at_ms, record.timestamp, events.origin_ms(record.headers)
         ):
             self.forgotten += 1
-        elif isinstance(event, Merge):
-            self._merge(user, record, event)
         else:
-            self._click(user, record, event)
+            if user_history.is_idle(user.idle_after_ms, record.timestamp):
+                user = self._empty(user, event.user_id)
+            if isinstance(event, Merge):
+                self._merge(user, record, event)
+            else:
+                self._click(user, record, event)
 
     def learners(self, generation: int) -> Iterator[tuple[str, CachedUser]]:
         """The users whose counted events changed in this generation: they get a new embedding."""
@@ -125,7 +129,12 @@ class UserUpdates:
                     self._learn(number, user.embeddings[number], step)
         if click.at_ms > user.at_ms:
             user.at_ms = click.at_ms
+        self._touch(user, record)
+
+    def _touch(self, user: CachedUser, record: Record) -> None:
+        """Note the record as the user's last one."""
         user.last = record
+        user.idle_after_ms = user_history.idle_after_ms(record.timestamp, self._idle_s_max)
 
     def _next_steps(
         self, user: CachedUser, record: Record, click: Click
@@ -174,6 +183,8 @@ class UserUpdates:
             return
         bound_ms = forget.bound_ms
         kept = [entry for entry in user.entries if not erased_before(bound_ms, entry.at_ms)]
+        if user_history.is_idle(user.idle_after_ms, record.timestamp):
+            kept = []
         fresh = self._empty(user, forget.user_id)
         fresh.erasure = self._erasures[digest(forget.user_id)] = erasure.after(user.erasure)
         place = user.profile_place
@@ -181,7 +192,8 @@ class UserUpdates:
             fresh.profile, fresh.profile_place, fresh.more = {}, None, 0
             self._dropped_profiles[forget.user_id] = None
         if kept:
-            fresh.entries, fresh.recent, fresh.at_ms, fresh.last = kept, None, user.at_ms, record
+            fresh.entries, fresh.recent, fresh.at_ms = kept, None, user.at_ms
+            self._touch(fresh, record)
 
     def _empty(self, user: CachedUser, user_id: str) -> CachedUser:
         """Start an empty list and embedding."""
@@ -210,4 +222,5 @@ def _history(user: CachedUser, last: Record, read_us: int) -> UserHistory:
         appended_ms=last.timestamp,
         read_us=read_us,
         entries=user.entries,
+        idle_after_ms=user.idle_after_ms,
     )

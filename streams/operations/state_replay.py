@@ -178,10 +178,14 @@ def state_hash(
             query = UserQuery(slot, Source(CLICKS, p), user_ids, [generation])
             [read] = store.read_many([query])
             for user in user_ids:
+                # When ingest removes what idle users left makes no difference.
                 history = read.histories.get(user, user_history.EMPTY)
+                embedding = read.embeddings[generation].get(user)
+                if read.is_idle(user):
+                    history, embedding = user_history.EMPTY, None
                 encoded = user_history.encode(msgspec.structs.replace(history, read_us=0))
                 profile = msgspec.json.encode(read.profiles.get(user), order="sorted")
-                add("user", user, encoded, read.embeddings[generation].get(user), profile)
+                add("user", user, encoded, embedding, profile)
     for p in range(settings.items_partitions):
         for source, slots in sources(settings, ITEMS, p, [generation]).items():
             for name, fence in sorted(store.fences(source, slots).items()):

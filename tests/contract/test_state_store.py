@@ -24,6 +24,7 @@ from eddyline.stores.state_store import (
     ItemMetadataWrite,
     Layout,
     LogId,
+    Mark,
     RefusedRecord,
     Source,
     StateStore,
@@ -511,6 +512,82 @@ def test_embeddings_of_an_ended_generation_are_removed_from_some_slots(store: St
     assert left("u4", 4) == {"1": 4, "11": 1, "2": 1}
     assert store.read_user("u3", 3, "}:e:1:ana", "1").history == seen("a")
     assert sum(store.remove_embeddings("1", ["u3", "u33"])) == 0
+
+
+def appended(offset: int, ms: int) -> Fence:
+    return Fence(offset, LOG, Mark(offset, ms, 0))
+
+
+IDLE_USERS = {
+    "old": seen("a", "b", offset=4, idle_after_ms=1_999),
+    "due": seen("a", idle_after_ms=2_000),
+    "fresh": seen("a", idle_after_ms=2_001),
+    "never": seen("a"),
+    "}:h:x": seen("a", idle_after_ms=1),
+}
+
+
+def idle_in(store: StateStore, slot: str, partition: int) -> None:
+    """Write the users and their embeddings of two generations; the last record is of 3,000 ms."""
+    source = Source("clicks", partition)
+    embeddings = {name: dict.fromkeys(IDLE_USERS, (1, b"1234")) for name in ("1", "old")}
+    effects = UserEffects(
+        accepted={"e": 4},
+        histories=dict(IDLE_USERS),
+        embeddings=embeddings,
+        step_ranges={name: StepRanges("log") for name in embeddings},
+    )
+    store.write_users(slot, source, None, appended(4, 3_000), effects)
+    profiles = {"old": {"age": 1}}
+    store.write_profiles(slot, Source("users", partition), None, at(1), profiles, ["1"])
+
+
+def test_an_idle_user_has_neither_history_nor_embedding_for_a_query(store: StateStore) -> None:
+    idle_in(store, "u3", 3)
+    for user, history in IDLE_USERS.items():
+        found, kept = store.read_user("u3", 3, user, "1"), user == "never"
+        assert (found.history, found.embedding) == (
+            (history, (1, b"1234")) if kept else (EMPTY, None)
+        )
+        assert bool(found.applied_us) == kept
+    assert store.read_user("u3", 3, "old", "1").profile == {"age": 1}
+    store.write_users("u3", CLICKS, appended(4, 3_000), appended(5, 2_001), UserEffects())
+    assert store.read_user("u3", 3, "fresh", "1").history == IDLE_USERS["fresh"]
+    store.write_users("u3", CLICKS, appended(5, 2_001), appended(6, 2_002), UserEffects())
+    assert store.read_user("u3", 3, "fresh", "1").history == EMPTY
+    # Without the time of its last record a slot has no idle users.
+    store.write_users("u3", CLICKS, appended(6, 2_002), at(7), UserEffects())
+    assert store.read_user("u3", 3, "old", "1").history == IDLE_USERS["old"]
+
+
+def test_idle_users_are_removed_from_some_slots(store: StateStore) -> None:
+    for slot, partition in (("u3", 3), ("u4", 4), ("u33", 33)):
+        idle_in(store, slot, partition)
+    assert sum(store.remove_idle_users(["u3", "u33", "u5"], slack_ms=1_000)) == 4
+    read = users_of(store, "u3", [*IDLE_USERS], ["1", "old"])
+    left = {"due", "fresh", "never"}
+    assert read.histories.keys() == left and read.profiles == {"old": {"age": 1}}
+    assert {name: of.keys() for name, of in read.embeddings.items()} == {"1": left, "old": left}
+    assert users_of(store, "u4", [*IDLE_USERS]).histories == IDLE_USERS
+    assert (read.fence, accepted_ids(store)) == (at(4), {"e": 4})
+    assert sum(store.remove_idle_users(["u3"], slack_ms=1_000)) == 0
+    assert sum(store.remove_idle_users(["u3"], slack_ms=998)) == 2
+    assert sum(store.remove_idle_users(["u3"], slack_ms=0)) == 0
+    # A removed user begins anew, and the others go on.
+    effects = UserEffects(histories={"old": seen("new")})
+    store.write_users("u3", CLICKS, appended(4, 3_000), appended(5, 3_001), effects)
+    assert users_of(store, "u3", ["old", "never"]).histories == {
+        "old": seen("new"),
+        "never": IDLE_USERS["never"],
+    }
+
+
+def test_a_slot_without_the_time_of_its_last_record_keeps_its_users(store: StateStore) -> None:
+    idle_in(store, "u3", 3)
+    store.write_users("u3", CLICKS, appended(4, 3_000), at(5), UserEffects())
+    assert sum(store.remove_idle_users(["u3"], slack_ms=0)) == 0
+    store.write_users("u3", CLICKS, at(5), appended(6, -1), UserEffects())
+    assert sum(store.remove_idle_users(["u3"], slack_ms=0)) == 0
 
 
 def test_fences_of_an_ended_generation_are_dropped(store: StateStore) -> None:

@@ -165,6 +165,12 @@ def test_the_plan_grows_with_what_it_is_asked_for(servers: Settings) -> None:
     assert {part.what: part.keys for part in parts}["user-ID embeddings"] == 3 * sizes.users
     base = {part.what: part.size for part in parts}
     assert 20e9 < sum(base.values()) < 40e9
+    visited = Sizes(users=0, items=1, history=50, visitors_a_day=1_000)
+    of_visitors = {part.what: part for part in redis_parts(settings, visited)}
+    kept = of_visitors["visitors until they are idle"]
+    assert kept.keys == 400 * 1_000 + 292 and 400 < kept.size / kept.keys < 800
+    with pytest.raises(SettingsError, match="user_idle_s_max = 0: visitors stay for ever"):
+        redis_parts(msgspec.structs.replace(settings, user_idle_s_max=0), visited)
     sizes = Sizes(users=10_000_000, items=1_000_000, history=1_000)
     longer = {part.what: part.size for part in redis_parts(settings, sizes)}
     assert (

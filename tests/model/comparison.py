@@ -336,11 +336,12 @@ def _users(
             some = users[first : first + USERS_AT_ONCE]
             [read] = real.read_many([UserQuery(f"u{partition}", source, some, [*learned])])
             for user in some:
-                mine = read.histories.get(user)
+                idle = read.is_idle(user)
+                mine = None if idle else read.histories.get(user)
                 shown = None if mine is None else history_of(mine)
                 found.same("model's history", user, shown, histories.get(user))
                 for generation, of_users in learned.items():
-                    have = read.embeddings[generation].get(user)
+                    have = None if idle else read.embeddings[generation].get(user)
                     what = f"model's embedding {generation}"
                     if (have or of_users.get(user)) is not None:
                         found.same(what, user, have, of_users.get(user))
@@ -360,7 +361,8 @@ def _users(
 def history_of(history: Any) -> tuple[Any, ...]:
     """A stored history in the form of `model.histories_of`."""
     entries = [(e.item_id, e.at_ms, KINDS[e.kind], e.weight) for e in history.entries]
-    return entries, history.at_ms, history.partition, history.offset, history.appended_ms
+    stamps = history.partition, history.offset, history.appended_ms, history.idle_after_ms
+    return entries, history.at_ms, *stamps
 
 
 def _names(settings: Settings) -> tuple[set[str], set[str]]:

@@ -3,8 +3,8 @@
 It has no batches, fences, caches, retries and codecs, and imports nothing of the product. The input
 is the raw records of each partition; the output is the state, and every record that ingest must
 have sent: strays and moved clicks to other partitions, tombstones, dead letters, item records.
-The rules are those of docs/adr: 1 and 5 (windows, lists, merges), 3 (micro-steps) and 17
-(forgetting).
+The rules are those of docs/adr: 1 and 5 (windows, lists, merges), 3 (micro-steps), 17 (forgetting)
+and 29 (idle users).
 """
 
 from __future__ import annotations
@@ -28,11 +28,15 @@ class Entry(NamedTuple):
 
 @dataclass
 class History:
-    """A user's history, newest first, and the last record that changed it."""
+    """A user's history, newest first, and the last record that changed it.
+
+    idle_after_ms: the user ends with a record that was appended later; 0: never
+    """
 
     entries: list[Entry] = field(default_factory=list)
     newest_ms: int = 0
     last: Raw | None = None
+    idle_after_ms: int = 0
 
 
 class Learned(NamedTuple):
@@ -115,6 +119,7 @@ class State:
     item_times: first append of each item's last change
     refused:    item -> the last refused record, if it is newer than what the item has
     repeated:   forwarded null records: a tombstone of that time or later is enough
+    ends_ms:    append time of the last record of each partition of `clicks`
     """
 
     histories: dict[str, History] = field(default_factory=dict)
@@ -132,6 +137,7 @@ class State:
     repeated: set[str] = field(default_factory=set)
     tombstones: set[Tombstone] = field(default_factory=set)
     letters: dict[str, str] = field(default_factory=dict)
+    ends_ms: dict[int, int] = field(default_factory=dict)
 
 
 class Model:
@@ -264,6 +270,7 @@ class Model:
         """Apply one partition of `clicks`, from its beginning."""
         for raw in records:
             s, state = self.settings_of(raw), self.state
+            state.ends_ms[raw.partition] = raw.timestamp
             try:
                 event = reading.user_event(raw, s.far_future_ms_max, plausible(s))
             except Refused as refused:
@@ -276,7 +283,10 @@ class Model:
                 self._apply(raw, event, s)
 
     def finish(self) -> State:
-        """What depends on whole logs: old buckets leave, tombstones end older profiles."""
+        """What depends on whole logs: buckets and idle users leave, tombstones end profiles."""
+        for user, history in list(self.state.histories.items()):
+            if history.last is not None:
+                self._end_idle(user, self.state.ends_ms[history.last.partition])
         for buckets in self.state.counts.values():
             newest = max(buckets)
             for bucket in [b for b in buckets if b <= newest - self.settings.popular_buckets]:
@@ -309,13 +319,14 @@ class Model:
 
     def _apply(self, raw: Raw, event: dict[str, Any], s: Any) -> None:
         if event["type"] == "forget":
-            self._forget(raw, event)
+            self._forget(raw, event, s)
             return
         moved = event["type"] == "click" and (event["context"] or {}).get("eddyline.moved") is True
         if event["type"] == "click" and not moved:
             self._count(event, s)
         if self._forgotten(raw, event):
             return
+        self._end_idle(event["user_id"], raw.timestamp)
         if event["type"] == "merge":
             self._merge(raw, event, s)
         else:
@@ -327,7 +338,13 @@ class Model:
         earlier = event["at_ms"] <= until_ms or (origin_ms is not None and origin_ms <= until_ms)
         return raw.timestamp <= ends_ms and earlier
 
-    def _forget(self, raw: Raw, event: Mapping[str, Any]) -> None:
+    def _end_idle(self, user: str, now_ms: int) -> None:
+        history = self.state.histories.get(user)
+        if history is not None and 0 < history.idle_after_ms < now_ms:
+            del self.state.histories[user]
+            self._empty_embeddings(user)
+
+    def _forget(self, raw: Raw, event: Mapping[str, Any], s: Any) -> None:
         state, user = self.state, event["user_id"]
         new = (event["until_ms"], event["users_offset"], event["ends_ms"])
         old = state.ledger.get(user)
@@ -336,11 +353,12 @@ class Model:
                 return
             new = (max(new[0], old[0]), max(new[1], old[1]), max(new[2], old[2]))
         state.ledger[user] = new
+        self._end_idle(user, raw.timestamp)
         self._empty_embeddings(user)
         history = state.histories.pop(user, History())
         kept = [entry for entry in history.entries if entry.at_ms > event["keep_after_ms"]]
         if kept:
-            state.histories[user] = History(kept, history.newest_ms, raw)
+            state.histories[user] = History(kept, history.newest_ms, raw, idle_after_ms(raw, s))
 
     def _merge(self, raw: Raw, event: Mapping[str, Any], s: Any) -> None:
         into, history = event["merge_into"], self.state.histories.pop(event["user_id"], History())
@@ -367,7 +385,7 @@ class Model:
         if not moved and not late and entry.kind != "dislike":
             self._learn(raw, event, history.entries)
         before, history.newest_ms = history.newest_ms, max(history.newest_ms, entry.at_ms)
-        history.last = raw
+        history.last, history.idle_after_ms = raw, idle_after_ms(raw, s)
         equal = (event["context"] or {}).get("eddyline.equal", 0) if moved else 0
         if late or (moved and history.entries.count(entry) > equal):
             return
@@ -403,6 +421,13 @@ class Model:
             buckets = self.state.counts.setdefault(slot, {})
             bucket = buckets.setdefault(event["at_ms"] // (1_000 * s.popular_bucket_s), {})
             bucket[event["item_id"]] = bucket.get(event["item_id"], 0) + thousandths
+
+
+def idle_after_ms(raw: Raw, s: Any) -> int:
+    """When a user whose last record this is becomes idle; 0: never."""
+    return (
+        raw.timestamp + 1_000 * s.user_idle_s_max if s.user_idle_s_max and raw.timestamp >= 0 else 0
+    )
 
 
 def first_append_ms(raw: Raw) -> int:
@@ -461,7 +486,7 @@ def known_fields(doc: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
 
 
 def histories_of(state: State) -> dict[str, tuple[Any, ...]]:
-    """User -> (entries, newest_ms, partition, offset and append time of the last record)."""
+    """User -> (entries, newest_ms, partition, offset, append time, idle_after_ms)."""
     return {
         user: (
             [tuple(entry) for entry in h.entries],
@@ -469,6 +494,7 @@ def histories_of(state: State) -> dict[str, tuple[Any, ...]]:
             h.last.partition,
             h.last.offset,
             h.last.timestamp,
+            h.idle_after_ms,
         )
         for user, h in state.histories.items()
         if h.last is not None

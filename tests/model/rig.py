@@ -27,7 +27,7 @@ from eddyline.errors import (
 from eddyline.generations import Generations
 from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
-from eddyline.stores.state_store import LogId, Source
+from eddyline.stores.state_store import LogId, Source, is_idle
 from streams.clicks.step_ranges import RecordedStepRanges
 from streams.generation import Generation
 from streams.handlers import Handlers, Outputs
@@ -320,6 +320,11 @@ class Rig:
         """Redis comes back with the older copy; the process goes on and finds out."""
         self.store.restore(copy.deepcopy(self.saved[0]))
 
+    def remove_idle(self) -> None:
+        """Remove what idle users left; the process goes on with what it has cached."""
+        for _ in self.store.remove_idle_users(["u0", "u1"], 0):
+            pass
+
     def restart(self, **changed: int) -> None:
         """An orderly end, and a start, perhaps with other settings."""
         if changed:
@@ -396,9 +401,18 @@ class Rig:
                 if left.get(key) != right.get(key):
                     found.append(f"{what} {key}: {left.get(key)!r}, model {right.get(key)!r}")
 
+        idle = {
+            u
+            for (slot, u), (history, _) in have.histories.items()
+            if is_idle(history, have.fences.get((slot, Source("clicks", int(slot[1:])))))
+        }
         same(
             "history",
-            {u: comparison.history_of(h) for (_, u), (h, _) in have.histories.items()},
+            {
+                u: comparison.history_of(h)
+                for (_, u), (h, _) in have.histories.items()
+                if u not in idle
+            },
             model.histories_of(want),
         )
         for towers in self.towers:
@@ -406,7 +420,7 @@ class Rig:
             mine = {
                 u: (steps, int(np.frombuffer(vector, "<f4")[0]))
                 for (_, g, u), (steps, vector) in have.embeddings.items()
-                if g == name
+                if g == name and u not in idle
             }
             model_ = {u: (e.counted, checksum(e.learned)) for u, e in want.embeddings[name].items()}
             same(f"embedding {name}", mine, model_)

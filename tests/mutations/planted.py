@@ -87,6 +87,20 @@ MUTATIONS = (
         (RESUMES,),
     ),
     Mutation(
+        "an idle user comes back with the old history",
+        UPDATES,
+        "                user = self._empty(user, event.user_id)",
+        "                pass",
+        (MODEL, "tests/unit/streams/test_idle_rule.py"),
+    ),
+    Mutation(
+        "idle users are removed as if a broker's clock never went back",
+        "streams/idle_users.py",
+        "self._slack_ms = round(1_000 * min(quarter_s, _SLACK_S_MAX))",
+        "self._slack_ms = 0",
+        ("tests/unit/streams/test_idle_rule.py",),
+    ),
+    Mutation(
         "a merge moves one of equal events",
         "eddyline/schema/user_history.py",
         "equal -= other == entry",

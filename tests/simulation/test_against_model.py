@@ -379,3 +379,45 @@ def test_forgetting_takes_the_embeddings_of_generations_that_come_and_go(
     actions: list[Any],
 ) -> None:
     run(actions)
+
+
+REMOVE_IDLE, LATER = st.just(("remove_idle",)), st.tuples(st.just("pass"), st.integers(1, 30_000))
+IDLE_SETTINGS = st.tuples(
+    st.just("settings"), st.sampled_from([{"user_idle_s_max": n} for n in (0, 5, 30)])
+)
+
+
+def back_after(seconds: int, *before: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """A user with history and embedding comes back."""
+    return [
+        *(clicked("u0", "i1") for _ in range(4)),
+        ("both", 8, 8),
+        ("pass", 1_000 * seconds),
+        *before,
+        *(clicked("u0", "i3") for _ in range(3)),
+        ("both", 8, 8),
+    ]
+
+
+@limits
+@example(back_after(15))
+@example(back_after(16))
+@example(back_after(16, clicked("u1", "i1"), clicked("u5", "i1"), ("both", 8, 8), ("remove_idle",)))
+@example(back_after(16, ("merge", "u0", "u1")))
+@example(back_after(16, ("forget", "u0"), ("turn", "users", 0, 8), ("turn", "users", 1, 8)))
+@given(
+    st.lists(
+        st.one_of(*BASIC, BOTH, FORGET, REMOVE_IDLE, LATER, st.just(("retrain",)), SERVE),
+        min_size=10,
+        max_size=60,
+    )
+)
+def test_users_who_come_back_after_the_bound_are_the_models(actions: list[Any]) -> None:
+    run(actions, user_idle_s_max=15)
+
+
+@limits
+@example(back_after(16, ("settings", {"user_idle_s_max": 30}), ("remove_idle",)))
+@given(actions_of(BOTH, REMOVE_IDLE, LATER, IDLE_SETTINGS))
+def test_a_new_bound_counts_from_a_users_next_event_on(actions: list[Any]) -> None:
+    run(actions, user_idle_s_max=15)

@@ -14,7 +14,11 @@ WRITING = re.compile(r"redis\.p?call\('([A-Z]+)'")
 READS = {"GET", "GETRANGE", "LINDEX", "SCARD", "TIME", "ZCARD", "ZRANGEBYSCORE", "ZREVRANGE"}
 
 
-@pytest.mark.parametrize("name", write_scripts.NAMES)
+# It moves no fence: what it removes has no effect on any later write.
+UNFENCED = {"remove_idle_users"}
+
+
+@pytest.mark.parametrize("name", sorted({*write_scripts.NAMES} - UNFENCED))
 def test_the_fence_moves_last(name: str) -> None:
     text = write_scripts.text(name)
     fence = text.index("redis.call('SET', KEYS[1], ARGV[2])")

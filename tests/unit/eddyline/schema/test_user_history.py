@@ -9,6 +9,7 @@ from eddyline.schema.events import KINDS, Click
 from eddyline.schema.user_history import (
     DISLIKE,
     EMPTY,
+    OLD_IDLE_S_MAX,
     RECENT_MAX,
     Bounds,
     CompactEntry,
@@ -103,12 +104,19 @@ def test_golden_bytes() -> None:
         appended_ms=3,
         read_us=2,
         entries=(Entry("a", 5, 2), Entry("b", 4), Entry("c", 1, 0, 0.5)),
+        idle_after_ms=11,
     )
-    recent = bytes.fromhex("99020307050403020391" + "93a1610502" + "0900000000000000")
+    recent = bytes.fromhex("9a020307050403020391" + "93a1610502" + "0b" + "0900000000000000")
     older = bytes.fromhex("92" + "92a16204" + "94a1630100cb3fe0000000000000")
     assert encode_recent(history, [("a", 5, 2)]) == recent[:-8]
     assert encode_older(history.entries[1:]) == older
     assert decode(recent, older) == StoredHistory(history, 9, [Entry("a", 5, 2)])
+
+
+def test_bytes_of_before_idle_users_ended_are_read() -> None:
+    recent = bytes.fromhex("99020307050403020191" + "93a1610502" + "0900000000000000")
+    read = decode(recent).history
+    assert (read.entries, read.idle_after_ms) == ((Entry("a", 5, 2),), 3 + 1_000 * OLD_IDLE_S_MAX)
 
 
 def test_another_layout_is_named() -> None:
