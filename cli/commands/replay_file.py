@@ -14,8 +14,8 @@ from cli.console import console, progress_bar
 from eddyline.errors import Rejected, SettingsError
 from eddyline.kafka import clients, producers, topics
 from eddyline.kafka.producers import now_ms
-from eddyline.schema import validation
-from eddyline.schema.events import Click, Item, UserProfile, shifted_to_now
+from eddyline.schema import item_changes, validation
+from eddyline.schema.events import Click, Item, ItemPatch, UserProfile, shifted_to_now
 from eddyline.settings.loader import Settings
 
 Event = Click | Item | UserProfile
@@ -111,6 +111,8 @@ def _read(
             if topic != topics.CLICKS:
                 key = str(msgspec.json.decode(line).get(id_field)).encode()
             event, _ = validation.unsent(settings, topic, key, line)
+            if isinstance(event, ItemPatch):
+                event = item_changes.patched(None, event)  # a line is a whole item
         except (msgspec.DecodeError, AttributeError, UnicodeError) as error:
             raise Rejected("malformed_json", f"line {number}", str(error)) from None
         except Rejected as error:

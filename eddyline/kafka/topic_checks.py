@@ -81,7 +81,7 @@ def check_one(
         now = configs.get(key)
         if now is None or now == value or (key in _AT_LEAST and _at_least(now, value)):
             continue
-        problem = f"{key} is {now}, not {value}: {_harm(name, key, now)}"
+        problem = f"{key} is {now}, not {value}: {_harm(name, key, now, value)}"
         found.append(_finding(settings, name, key, value, problem))
     keep, kept_ms = configs.get(_KEEP), settings.forgotten_kept_d * DAY_MS
     if name in (topics.CLICKS, topics.DEAD_LETTERS) and keep is not None:
@@ -105,11 +105,15 @@ def check_one(
 
 
 def _at_least(now: str, wanted: str) -> bool:
-    return int(now) < 0 or int(now) >= int(wanted)  # −1: for ever
+    return int(now) < 0 or int(now) >= int(wanted) >= 0  # −1: for ever
 
 
-def _harm(name: str, key: str, now: str) -> str:
+def _harm(name: str, key: str, now: str, wanted: str) -> str:
+    if name == topics.ITEMS and key == _KEEP:
+        return "patches go by age; once Redis is emptied, those that build on them are refused"
     if key == _POLICY:
+        if name == topics.ITEMS and wanted == "delete":
+            return "it carries patches, and compaction keeps the last one of an item alone"
         if name in (topics.CLICKS, topics.DEAD_LETTERS):
             return "compaction keeps one record of each key, the others are lost"
         if "compact" in now:

@@ -28,6 +28,7 @@ from kafka.errors import (
 from eddyline.errors import KafkaRefused, KafkaUnavailable, LogMismatch, SettingsError
 from eddyline.kafka.clients import connect, translate_error
 from eddyline.process.retry import Backoff
+from eddyline.schema import validation
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import LogId
 
@@ -62,6 +63,9 @@ def topic_configs(settings: Settings, name: str) -> tuple[int, dict[str, str]]:
         return settings.clicks_partitions, append_time | keep
     if name == USERS:
         return settings.clicks_partitions, append_time | compact
+    if name == ITEMS and validation.carries_patches(settings):
+        whole = {"cleanup.policy": "delete", "retention.ms": "-1"}
+        return settings.items_partitions, append_time | whole
     if name == ITEMS:
         return settings.items_partitions, append_time | compact
     if name == DEAD_LETTERS:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Annotated, Literal, TypeVar, get_args
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from eddyline.errors import Rejected
 from eddyline.schema.records import Record
@@ -141,6 +141,24 @@ class Item(msgspec.Struct, frozen=True, kw_only=True):
     vector: Annotated[list[float], Meta(max_length=VECTOR_LENGTH_MAX)] | None = None
 
 
+class ItemPatch(msgspec.Struct, frozen=True, kw_only=True):
+    """Some fields of an item: absent ones keep their last accepted value, null removes one.
+
+    Attributes are merged one by one. See `item_changes.patched`.
+    """
+
+    item_id: Id
+    title: Annotated[str, Meta(max_length=TITLE_CHARS_MAX)] | UnsetType | None = UNSET
+    categories: Labels | UnsetType | None = UNSET
+    tags: Labels | UnsetType | None = UNSET
+    attributes: (
+        Annotated[dict[Label, Value | None], Meta(max_length=ATTRIBUTES_MAX)] | UnsetType | None
+    ) = UNSET
+    available: bool | UnsetType = UNSET
+    at_ms: AtMs | UnsetType = UNSET
+    vector: Annotated[list[float], Meta(max_length=VECTOR_LENGTH_MAX)] | UnsetType | None = UNSET
+
+
 class UserProfile(msgspec.Struct, frozen=True, kw_only=True):
     """The whole profile of a user; a null record forgets the user."""
 
@@ -154,6 +172,7 @@ _click = msgspec.json.Decoder(Click)
 _merge = msgspec.json.Decoder(Merge)
 _forget = msgspec.json.Decoder(Forget)
 _item = msgspec.json.Decoder(Item)
+_patch = msgspec.json.Decoder(ItemPatch)
 _profile = msgspec.json.Decoder(UserProfile)
 _encoder = msgspec.json.Encoder()
 _WHERE = re.compile(r" - at `\$\.?([^`]*)`")
@@ -162,7 +181,7 @@ _MISSING = re.compile(r"missing required field `([^`]*)`")
 _SUSPECT = re.compile(r"[^\x20-\x7e]")
 
 
-def encode(record: Click | Merge | Forget | Item | UserProfile) -> bytes:
+def encode(record: Click | Merge | Forget | Item | ItemPatch | UserProfile) -> bytes:
     """The record as JSON, defaults included."""
     return _encoder.encode(record)
 
@@ -242,17 +261,38 @@ def decode_item(
     The caller handles a null value, which is a delete (`check_id` on the key).
     """
     item: Item = _decode(_item, value)
-    check_id("item_id", item.item_id)
-    if key != item.item_id:
-        raise Rejected("wrong_key", "item_id", f"{quote(item.item_id)} under the key {quote(key)}")
+    _check_item(item.item_id, key, item.vector, vector_dimension)
     check_time(item.at_ms, appended_ms, far_future_ms_max)
-    if item.vector is not None:
-        if len(item.vector) != vector_dimension:
-            detail = f"has {len(item.vector)} numbers, item_vector_dimension is {vector_dimension}"
-            raise Rejected("wrong_vector_length", "vector", detail)
-        if not all(math.isfinite(x) and abs(x) <= VECTOR_NUMBER_MAX for x in item.vector):
-            raise Rejected("not_finite", "vector", "holds NaN, infinity or a number above 1e19")
     return item
+
+
+def decode_patch(
+    value: bytes,
+    *,
+    key: str | None,
+    appended_ms: int,
+    far_future_ms_max: int,
+    vector_dimension: int,
+) -> ItemPatch:
+    """Decode a patch; arguments and errors as for `decode_item`."""
+    patch: ItemPatch = _decode(_patch, value)
+    _check_item(patch.item_id, key, patch.vector or None, vector_dimension)
+    check_time(patch.at_ms or 0, appended_ms, far_future_ms_max)
+    return patch
+
+
+def _check_item(
+    item_id: str, key: str | None, vector: list[float] | None, vector_dimension: int
+) -> None:
+    check_id("item_id", item_id)
+    if key != item_id:
+        raise Rejected("wrong_key", "item_id", f"{quote(item_id)} under the key {quote(key)}")
+    if vector is not None:
+        if len(vector) != vector_dimension:
+            detail = f"has {len(vector)} numbers, item_vector_dimension is {vector_dimension}"
+            raise Rejected("wrong_vector_length", "vector", detail)
+        if not all(math.isfinite(x) and abs(x) <= VECTOR_NUMBER_MAX for x in vector):
+            raise Rejected("not_finite", "vector", "holds NaN, infinity or a number above 1e19")
 
 
 def decode_profile(

@@ -17,7 +17,7 @@ import msgspec
 
 from eddyline.errors import Rejected
 from eddyline.schema import events
-from eddyline.schema.events import Item, UserProfile
+from eddyline.schema.events import Item, ItemPatch, UserProfile
 
 # Reasons of the strict decoder that an optional part may have caused.
 CURABLE = frozenset({"bad_field", "malformed_json", "wrong_vector_length", "not_finite"})
@@ -90,6 +90,39 @@ def profile(
         key=key,
         appended_ms=appended_ms,
         far_future_ms_max=far_future_ms_max,
+    )
+    omitted.update(left_out)
+    return made
+
+
+def patch(
+    value: bytes,
+    first: Rejected,
+    omitted: Omitted,
+    *,
+    key: str,
+    appended_ms: int,
+    far_future_ms_max: int,
+    vector_dimension: int,
+) -> ItemPatch:
+    """The patch without its bad optional parts, which keep their value. As `item` otherwise."""
+    left_out = Omitted()
+    found = _object(value, first)
+    for part, checker in {
+        "title": _title,
+        "categories": _labels,
+        "tags": _labels,
+        "attributes": _patched_attributes,
+        "vector": lambda one, _: _vector(one, vector_dimension),
+    }.items():
+        if found.get(part) is not None:  # null removes it
+            _check(found, left_out, part, checker)
+    made = events.decode_patch(
+        _encoded(found, ItemPatch, first),
+        key=key,
+        appended_ms=appended_ms,
+        far_future_ms_max=far_future_ms_max,
+        vector_dimension=vector_dimension,
     )
     omitted.update(left_out)
     return made
@@ -190,6 +223,15 @@ def _attributes(one: Any, note: Callable[[Reason], None]) -> dict[str, Any]:
         except _Bad as bad:
             note(bad.reason)
     return good
+
+
+def _patched_attributes(one: Any, note: Callable[[Reason], None]) -> dict[str, Any]:
+    """As `_attributes`; null removes one."""
+    if not isinstance(one, dict):
+        raise _Bad("wrong_type")
+    removed = {n: None for n, v in one.items() if v is None and 0 < len(n) <= events.TEXT_CHARS_MAX}
+    good = _attributes({n: v for n, v in one.items() if v is not None}, note)
+    return dict(list((removed | good).items())[: events.ATTRIBUTES_MAX])
 
 
 def _scalar(one: Any) -> events.Scalar:

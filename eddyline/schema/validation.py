@@ -16,7 +16,7 @@ import msgspec
 
 from eddyline.errors import Rejected, SettingsError
 from eddyline.schema import events, partial
-from eddyline.schema.events import Click, Forget, Item, Merge, UserProfile
+from eddyline.schema.events import Click, Forget, Item, ItemPatch, Merge, UserProfile
 from eddyline.schema.mapping import mapper, registry
 from eddyline.schema.mapping.mapper import Mapper
 from eddyline.schema.partial import Omitted
@@ -25,7 +25,9 @@ from eddyline.schema.records import MAPPED, Record, mark_of
 from eddyline.settings.loader import Settings
 
 UserEvent = Click | Merge | Forget
-_T = TypeVar("_T", Item, UserProfile)
+# A record of `items`; None deletes the item.
+ItemEvent = Item | ItemPatch | None
+_T = TypeVar("_T", Item, ItemPatch, UserProfile)
 
 
 def user_event(
@@ -80,13 +82,15 @@ def item(
     value: bytes | None,
     appended_ms: int,
     omitted: Omitted | None = None,
-) -> tuple[str, Item | None, bool]:
-    """(item id, item; None deletes the item, whether it lies in its partition). Raises Rejected.
+    patches: bool = False,
+) -> tuple[str, ItemEvent, bool]:
+    """(item id, item or patch; None deletes it, whether it lies in its partition). Raises Rejected.
 
     A record outside its partition is stray: ingest forwards it, and it counts in its own partition.
     partition:   of the record, None before it is sent
     appended_ms: the broker's time stamp
     omitted:     gets the bad optional parts, which are left out
+    patches:     whether the value is a patch, see `carries_patches`
     """
     item_id, own = _id_of("item", key, partition, settings.items_partitions)
     if value is None:
@@ -99,9 +103,13 @@ def item(
         "far_future_ms_max": settings.far_future_ms_max,
         "vector_dimension": settings.item_vector_dimension,
     }
-    found = _decoded(events.decode_item, partial.item, value, limits, omitted)
-    if 0 < found.at_ms < settings.at_ms_min:
-        raise _too_early(found.at_ms, settings)
+    found: Item | ItemPatch
+    if patches:
+        found = _decoded(events.decode_patch, partial.patch, value, limits, omitted)
+    else:
+        found = _decoded(events.decode_item, partial.item, value, limits, omitted)
+    if 0 < (at_ms := found.at_ms or 0) < settings.at_ms_min:
+        raise _too_early(at_ms, settings)
     return item_id, found, own
 
 
@@ -140,6 +148,14 @@ def map_of(settings: Settings, topic: str) -> Mapper | None:
     if not name:
         return None
     return mapper.of(name, topic, registry.access(settings) if settings.registry_url else None)
+
+
+def carries_patches(settings: Settings) -> bool:
+    """Whether records of `items` are patches, by the setting or the map."""
+    if settings.items_patches:
+        return True
+    found = map_of(settings, "items") if settings.items_map else None
+    return found is not None and found.patches
 
 
 def check_may_send(settings: Settings, topic: str) -> None:
@@ -188,13 +204,14 @@ def user_events(
 
 def item_changes(
     settings: Settings, record: Record, omitted: Omitted | None = None
-) -> list[tuple[str, Item | None, bool]]:
+) -> list[tuple[str, ItemEvent, bool]]:
     """What `item` returns, of each change in any record of `items`. Raises Rejected.
 
     Where the map says that the producer's key decides on the partition, it is compared with that.
     """
     found = map_of(settings, "items")
     partition: int | None = record.partition
+    patches = settings.items_patches or (found is not None and found.patches)
     if found is not None and found.by_key:
         partition = None
         if (mark := mark_of(record.headers)) is None:
@@ -203,7 +220,7 @@ def item_changes(
             detail = "the map of items has partition = 'key': only its own producer may write items"
             raise Rejected("wrong_partition", "key", detail)
     return [
-        item(settings, partition, one.key, one.value, one.timestamp, omitted)
+        item(settings, partition, one.key, one.value, one.timestamp, omitted, patches)
         for one in _own_records(found, record)
     ]
 
@@ -245,7 +262,7 @@ def unsent(
     key: bytes | None,
     value: bytes | None,
     origin_ms: int | None = None,
-) -> tuple[UserEvent | Item | UserProfile | None, int]:
+) -> tuple[UserEvent | Item | ItemPatch | UserProfile | None, int]:
     """(event, its partition) of a record to be sent now; None is a delete. Raises Rejected.
 
     topic:     `clicks`, `items` or `users`, without prefix
@@ -256,7 +273,8 @@ def unsent(
         event, _ = user_event(settings, -1, value, now_ms, origin_ms)
         return event, partition_of(event.user_id, settings.clicks_partitions)
     if topic == "items":
-        item_id, found, _ = item(settings, None, key, value, now_ms)
+        patches = carries_patches(settings)
+        item_id, found, _ = item(settings, None, key, value, now_ms, patches=patches)
         return found, partition_of(item_id, settings.items_partitions)
     user_id, user, _ = profile(settings, None, key, value, now_ms)
     return user, partition_of(user_id, settings.clicks_partitions)
@@ -271,7 +289,7 @@ def _check_stamp(appended_ms: int) -> None:
 
 def unsent_record(
     settings: Settings, topic: str, record: Record
-) -> list[tuple[UserEvent | Item | UserProfile | None, int]]:
+) -> list[tuple[UserEvent | Item | ItemPatch | UserProfile | None, int]]:
     """What `unsent` returns, of each event of a record that has its place in the topic."""
     return [
         unsent(settings, topic, one.key, one.value, events.origin_ms(one.headers))

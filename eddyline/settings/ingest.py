@@ -34,6 +34,10 @@ class IngestSettings(msgspec.Struct, frozen=True, kw_only=True):
     """For so many days after a user was forgotten, events from before that arrive later are
     dropped. At least as long as dead letters and clicks are kept, and the oldest copies of
     Redis."""
+    items_patches: bool = False
+    """Whether a record of `items` is a patch: absent fields keep their last accepted value, null
+    removes one. The topic must then not be compacted, nor lose records by age. Set it for all
+    processes; a map says `patches = true` instead."""
     refuse_emptied_items: bool = True
     """Whether a record of an item without title, or without any category, is rejected where the
     item has some: it is most likely a part of the item. One that makes the item unavailable

@@ -62,6 +62,7 @@ def from_archive(settings: Settings, *, on_read: OnRead | None = None) -> Traini
     """The archive's files, and Kafka's records from their ends up to the time of the call.
 
     The history is as long as the archive and includes the last hour, which is in no file yet.
+    Items that are patches are in no file: they come from Kafka.
     on_read: called after each fetch with (topic, offsets read from Kafka, offsets in total)
     Raises ArchiveUnavailable, KafkaUnavailable, SettingsError for a bad `archive_url`, and
     LogMismatch if the archive belongs to another log.
@@ -69,6 +70,8 @@ def from_archive(settings: Settings, *, on_read: OnRead | None = None) -> Traini
     archive = Archive(settings)
     try:
         archived = {name: archive.ends(name) for name in kafka_topics.SOURCES}
+        if validation.carries_patches(settings):
+            archived[kafka_topics.ITEMS] = {}
         _check_join(settings, archive, archived)
     except OSError as error:
         raise ArchiveUnavailable(f"archive at {archive.url}: {error}") from None
@@ -140,8 +143,7 @@ def assemble(
             else:
                 before = items[item_id][0] if item_id in items else None
                 try:
-                    if settings.refuse_emptied_items:
-                        item = item_changes.resulting(before, item)
+                    item = item_changes.resulting(before, item, settings.refuse_emptied_items)
                     items[item_id] = (item, r.partition, r.offset)
                 except Rejected as error:
                     rejected[error.reason] += 1

@@ -34,7 +34,7 @@ from eddyline.kafka.topics import CLICKS, ITEMS, USERS
 from eddyline.schema import events, validation
 from eddyline.schema.deduplication import DedupeWindow
 from eddyline.schema.erasure import DAY_MS, Erasure, digest, erased_after
-from eddyline.schema.events import Forget, Merge
+from eddyline.schema.events import Forget, ItemPatch, Merge
 from eddyline.schema.partitioning import partition_of
 from eddyline.schema.records import Record
 from eddyline.schema.validation import UserEvent
@@ -333,7 +333,7 @@ class PartitionWriter:
                 found = [
                     Archived(partition, record.offset, at_ms, k, one)
                     for k, one, own in items
-                    if own
+                    if own and not isinstance(one, ItemPatch)
                 ]
             else:
                 profiles = validation.profiles(settings, record)

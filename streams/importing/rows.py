@@ -15,8 +15,8 @@ import msgspec
 from eddyline.errors import Rejected, SettingsError
 from eddyline.kafka import topics
 from eddyline.kafka.producers import now_ms
-from eddyline.schema import validation
-from eddyline.schema.events import Click, Item, Merge, UserProfile
+from eddyline.schema import item_changes, validation
+from eddyline.schema.events import Click, Item, ItemPatch, Merge, UserProfile
 from eddyline.schema.mapping import mapper, spec
 from eddyline.schema.mapping.guess import segment
 from eddyline.schema.mapping.mapper import REPLAYED_FROM, Mapper
@@ -104,6 +104,8 @@ class RowReader:
             key = (one.key or b"").decode()
             if self.last is not None and self.last.get(key) != number:
                 continue
+            if isinstance(event, ItemPatch):
+                event = item_changes.patched(None, event)  # a row is a whole item
             if not (event is None or isinstance(event, Event)):
                 raise Rejected("other_event", "", "a forget cannot be imported")
             found.append((key, event))

@@ -10,7 +10,7 @@ import msgspec
 
 from eddyline.errors import FenceMoved, Rejected, Unavailable
 from eddyline.schema import item_changes
-from eddyline.schema.events import Item
+from eddyline.schema.events import Item, ItemPatch
 from eddyline.stores.state_store import ItemMetadata
 from streams.items.metadata import ItemChange
 from streams.items.order import KeyOrder
@@ -75,6 +75,7 @@ class ItemBatch:
             if change.forwarded
             or change.rejected is not None
             or number in self.unplaced
+            or change.patch is not None
             or (rules.emptied and item_changes.may_empty(change.item))
         )
 
@@ -82,7 +83,7 @@ class ItemBatch:
         """Decide on all changes, by `stored` and `unplaced`; the result replaces an earlier one."""
         self.order, self.decided, self.refused = KeyOrder(self.stored), [], {}
         outcome = self.outcome
-        outcome.applied = outcome.outdated = 0
+        outcome.applied = outcome.outdated = outcome.repeated = 0
         for number, (item_id, change) in enumerate(self.decoded):
             if not self.order.counts(item_id, change):
                 outcome.outdated += change.rejected is None
@@ -90,7 +91,8 @@ class ItemBatch:
             one: ItemChange | None
             try:
                 one = self._accepted(number, item_id, change, rules)
-                outcome.applied += 1
+                outcome.applied += one is not None
+                outcome.repeated += one is None
             except Rejected as rejected:
                 if change.rejected is None:
                     self.refused[number] = rejected
@@ -99,25 +101,45 @@ class ItemBatch:
                 self.decided.append((number, item_id, one))
         self.changes = {item_id: change for _, item_id, change in self.decided}
 
-    def _accepted(self, number: int, item_id: str, change: ItemChange, rules: Rules) -> ItemChange:
-        """The change as it holds. Raises Rejected."""
+    def _accepted(
+        self, number: int, item_id: str, change: ItemChange, rules: Rules
+    ) -> ItemChange | None:
+        """The change as it holds; None for a patch before the stored state. Raises Rejected."""
         if (rejected := change.rejected or self.unplaced.get(number)) is not None:
             raise rejected
-        kept = change.item
-        if rules.emptied and change.item is not None and item_changes.may_empty(change.item):
-            newest = self.order.newest(item_id)
+        sent = change.item
+        if change.patch is not None:
+            if (patched := self._patched(item_id, change, change.patch)) is None:
+                return None
+            change = patched
+        elif rules.emptied and sent is not None and item_changes.may_empty(sent):
+            newest, stored = self.order.newest(item_id), self.stored.get(item_id)
             # Where the metadata is ahead of what is published it was decided before.
-            if newest is not None and not newest.includes(change.record):
-                item = item_changes.resulting(_item(newest), change.item)
-                change = change if item is change.item else replace(change, item=item)
+            if newest is not None and not (stored is not None and stored.includes(change.record)):
+                item = item_changes.whole(_item(newest), sent)
+                change = change if item is sent else replace(change, item=item)
         if change.forwarded:
             newest = self.order.newest(item_id)
             if newest is not None and newest.refused is not None:
                 change = change.keep_refused(newest.refused)
         self.order.accepted(item_id, change)
-        if rules.restore and change.item is not kept:
+        if rules.restore and sent is not None and change.item is not sent:
             self.order.append(item_id, change)
         return change
+
+    def _patched(self, item_id: str, change: ItemChange, patch: ItemPatch) -> ItemChange | None:
+        """The change with the item that the patch makes.
+
+        Where the metadata is ahead of what is published it has the state after this patch, or after
+        a later one, which follows in the log: then this patch makes none. Raises Rejected.
+        """
+        before, stored = self.order.newest(item_id), self.stored.get(item_id)
+        if stored is not None and stored.includes(change.record):
+            if stored.offset != change.offset or (item := _item(stored)) is None:
+                return None
+        else:
+            item = item_changes.patched(None if before is None else _item(before), patch)
+        return replace(change, item=item, at_ms=item.at_ms)
 
     def _refused(
         self, item_id: str, change: ItemChange, rejected: Rejected, rules: Rules

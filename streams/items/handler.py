@@ -17,11 +17,12 @@ from typing_extensions import override
 from eddyline.errors import Rejected, VectorRejected
 from eddyline.kafka.topics import ITEMS
 from eddyline.schema import events, validation
-from eddyline.schema.events import Item
+from eddyline.schema.events import Item, ItemPatch
 from eddyline.schema.item_record import ItemRecord, attributes_of
 from eddyline.schema.partial import Omitted
 from eddyline.schema.partitioning import partition_of
 from eddyline.schema.records import Record
+from eddyline.schema.validation import ItemEvent
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import StateStore
 from embeddings.towers.base import ItemEncoder
@@ -80,11 +81,12 @@ class ItemHandler(Handler):
         # Where the producer's key decides on the partition, no record lies in a wrong one.
         by_key = self._map is not None and self._map.by_key
         self._strays = Strays(None if by_key else forwarder, dead_letters, "item")
-        # Under a map, records of other keys than the item's id cannot be superseded.
+        patches = validation.carries_patches(settings)
+        # A topic of patches is not compacted, and what is appended under a map has another key.
         self._rules = Rules(
             hide=settings.hide_refused_items,
-            restore=self._map is None,
-            emptied=settings.refuse_emptied_items,
+            restore=self._map is None and not patches,
+            emptied=settings.refuse_emptied_items and not patches,
         )
 
     @override
@@ -166,8 +168,12 @@ class ItemHandler(Handler):
                 if not own:
                     self._forward(one, record, item_id, item)
                     continue
-                at_ms = max(0, record.timestamp) if item is None else item.at_ms
-                one.decoded.append((item_id, ItemChange(record, at_ms, item)))
+                if isinstance(item, ItemPatch):
+                    change = ItemChange(record, 0, None, item)
+                else:
+                    at_ms = max(0, record.timestamp) if item is None else item.at_ms
+                    change = ItemChange(record, at_ms, item)
+                one.decoded.append((item_id, change))
 
     def _reject(self, one: ItemBatch, record: Record, rejected: Rejected) -> None:
         """A dead letter; the items that the record names have a newer refused record now.
@@ -185,7 +191,9 @@ class ItemHandler(Handler):
         one.outcome.rejected += 1
         at_ms = max(0, record.timestamp)
         one.decoded += [
-            (item_id, ItemChange(record, at_ms, None, rejected)) for item_id, own in named if own
+            (item_id, ItemChange(record, at_ms, None, rejected=rejected))
+            for item_id, own in named
+            if own
         ]
 
     def _decide(self, one: ItemBatch) -> None:
@@ -198,7 +206,7 @@ class ItemHandler(Handler):
             one.stored |= found
         one.decide(self._rules)
 
-    def _forward(self, one: ItemBatch, record: Record, item_id: str, item: Item | None) -> None:
+    def _forward(self, one: ItemBatch, record: Record, item_id: str, item: ItemEvent) -> None:
         """Send a change in a wrong partition to its own, once."""
         if record.offset <= self._sent(one):
             return

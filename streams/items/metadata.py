@@ -16,7 +16,7 @@ from typing_extensions import override
 from eddyline.errors import FenceMoved, Rejected, Unavailable
 from eddyline.kafka.topics import ITEMS
 from eddyline.schema import events
-from eddyline.schema.events import Item
+from eddyline.schema.events import Item, ItemPatch
 from eddyline.schema.partitioning import item_slot
 from eddyline.schema.records import Record
 from eddyline.settings.loader import Settings
@@ -42,7 +42,8 @@ METADATA_BATCH_MAX = 256
 class ItemChange:
     """A change of one item.
 
-    item:     None where it is deleted, and of a refused record
+    item:     None where it is deleted, and of a refused record and an undecided patch
+    patch:    what the item is made of, with what it was
     rejected: why the record is refused; None for an accepted one
     before:   of a refused record: what the item had, and keeps
     refused:  what the metadata says of the last refused record
@@ -51,6 +52,7 @@ class ItemChange:
     record: Record
     at_ms: int
     item: Item | None
+    patch: ItemPatch | None = None
     rejected: Rejected | None = None
     before: ItemMetadata | None = None
     refused: RefusedRecord | None = None

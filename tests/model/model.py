@@ -194,8 +194,9 @@ class Model:
         """Apply one partition of `items`, from its beginning."""
         s, state = self.settings, self.state
         for raw in records:
+            read = reading.patch if s.items_patches else reading.item
             try:
-                item_id, found = reading.item(
+                item_id, found = read(
                     raw, s.far_future_ms_max, s.item_vector_dimension, plausible(s)
                 )
             except Refused as refused:
@@ -207,8 +208,14 @@ class Model:
                 continue
             if self._outdated(raw, item_id):
                 continue
-            if s.refuse_emptied_items and found is not None and item_id in state.items:
-                before = state.items[item_id].item or {}
+            known = state.items.get(item_id)
+            before = (known.item if known is not None else None) or {}
+            if s.items_patches and found is not None:
+                if not before and not any(found.get(n) for n in reading.BEGINS):
+                    state.letters[raw.at] = "no_base"
+                    continue
+                found = reading.patched(before, found)
+            elif s.refuse_emptied_items and found is not None and before:
                 lost = {n: before[n] for n in ("title", "categories") if before.get(n)}
                 lost = {name: value for name, value in lost.items() if not found[name]}
                 if lost and found["available"]:

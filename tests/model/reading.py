@@ -332,6 +332,54 @@ def good_vector(doc: Mapping[str, Any], dimension: int) -> list[float] | None:
     return found if good else None
 
 
+# A patch of an item: fields that are absent keep their value, null removes one.
+
+BEGINS = ("title", "categories", "tags", "vector")
+NOTHING: dict[str, Any] = {
+    "title": "",
+    "categories": [],
+    "tags": [],
+    "attributes": {},
+    "available": True,
+    "at_ms": 0,
+    "vector": None,
+}
+
+
+def patch(
+    raw: Raw, ahead_ms: int, dimension: int, plausible: Plausible
+) -> tuple[str, dict[str, Any] | None]:
+    """As `item`, but only the fields that the record has, null for those that it removes."""
+    item_id, whole = item(raw, ahead_ms, dimension, plausible)
+    if whole is None:
+        return item_id, None
+    doc = document(raw.value, lenient=True)
+    found = {name: value for name, value in whole.items() if name in doc}
+    for name in ("categories", "tags", "attributes"):
+        if name in doc and not isinstance(doc[name], list if name != "attributes" else dict):
+            del found[name]
+    if "title" in doc and not good_text(doc["title"], 0, 1_000):
+        del found["title"]
+    if "vector" in doc and whole["vector"] is None:
+        del found["vector"]
+    if isinstance(doc.get("attributes"), dict):
+        nulls = {n: None for n, value in doc["attributes"].items() if value is None}
+        found["attributes"] = found["attributes"] | nulls
+    removed = {n: None for n in NOTHING if n in doc and doc[n] is None}
+    return item_id, found | removed
+
+
+def patched(before: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The item after a patch."""
+    after = {**NOTHING, **before}
+    for name, value in fields.items():
+        if name == "attributes" and value is not None:
+            value = {**after["attributes"], **value}
+            value = {label: one for label, one in value.items() if one is not None}
+        after[name] = NOTHING[name] if value is None else value
+    return after
+
+
 def item(
     raw: Raw, ahead_ms: int, dimension: int, plausible: Plausible
 ) -> tuple[str, dict[str, Any] | None]:

@@ -104,6 +104,11 @@ def act(rig: Rig, action: tuple[Any, ...], sent: list[tuple[int, bytes, bytes]])
         doc = {"user_id": more[0], "merge_into": more[1], "at_ms": rig.now_ms}
         place = reading.partition(more[0], 2)
         rig.append("clicks", place, more[0].encode(), json.dumps(doc).encode())
+    elif name == "patch":
+        item_id, astray, fields = more
+        place = reading.partition(item_id, 2)
+        value = json.dumps({"item_id": item_id, **fields}).encode()
+        rig.append("items", 1 - place if astray else place, item_id.encode(), value)
     elif name == "bad item":
         place = reading.partition(more[0], 2)
         rig.append("items", 1 - place if more[1] else place, more[0].encode(), BAD[more[2]])
@@ -314,6 +319,61 @@ def test_refused_records_of_items_are_the_models(actions: list[Any], slots: int)
 @given(actions_of(PARTS, PARTS, PARTS, TURNS, st.tuples(st.just("retrain"))))
 def test_records_that_would_empty_an_item_are_the_models(actions: list[Any]) -> None:
     run(actions)
+
+
+FIELDS = st.fixed_dictionaries(
+    {},
+    optional={
+        "title": st.sampled_from(["t", "u", "", None, 7, REFUSED_TITLE]),
+        "categories": st.sampled_from([["c"], ["c", "d"], [], None, "c"]),
+        "tags": st.sampled_from([["x"], None]),
+        "available": st.sampled_from([True, False, False, None]),
+        "at_ms": st.sampled_from([0, 1_600_000_000_000]),
+        "attributes": st.dictionaries(
+            st.sampled_from(["price", "year"]), st.sampled_from([1, 2, None, [], "x"])
+        ),
+    },
+)
+PATCH = st.tuples(st.just("patch"), item, st.sampled_from([False, False, False, True]), FIELDS)
+# Redis goes back between two patches, and the second is read again without the first.
+PATCHED_TWICE = [
+    ("patch", "i3", False, {"title": "t", "attributes": {"price": 1}}),
+    ("turn", "items", 0, 1),
+    ("turn", "items", 1, 1),
+    ("save",),
+    ("patch", "i3", False, {"attributes": {"year": 2}}),
+    ("patch", "i3", False, {"title": REFUSED_TITLE, "attributes": {"price": 2}}),
+    ("patch", "i3", False, {"attributes": {"price": None}, "categories": ["c"]}),
+    ("turn", "items", 0, 8),
+    ("turn", "items", 1, 8),
+    ("restore",),
+    ("retrain",),
+]
+
+
+@limits
+@example(PATCHED_TWICE, 1)
+@given(
+    st.lists(
+        st.one_of(
+            *KEPT_APART,
+            PATCH,
+            PATCH,
+            PATCH,
+            BAD_ITEM,
+            REFUSED,
+            TURNS,
+            TURNS,
+            FULL,
+            st.tuples(st.just("retrain")),
+        ),
+        min_size=10,
+        max_size=60,
+    ),
+    st.sampled_from([1, 3]),
+)
+def test_patches_of_items_are_the_models(actions: list[Any], slots: int) -> None:
+    run(actions, item_slots=slots, items_patches=True)
 
 
 TIGHTER = [{"history_length_max": 3}, {"history_age_s_max": 20}, {"popular_buckets": 2}]

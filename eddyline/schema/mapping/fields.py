@@ -223,9 +223,12 @@ def attribute(spec: Spec, nulls: Collection[str]) -> Getter:
 
 
 def attributes_from(
-    spec: AttributesFrom, nulls: Collection[str]
+    spec: AttributesFrom, nulls: Collection[str], patches: bool = False
 ) -> Callable[[Scope], dict[str, Any]]:
-    """Attributes under the record's own names. Other values than scalars are left out."""
+    """Attributes under the record's own names. Other values than scalars are left out.
+
+    patches: null stays, as it removes an attribute
+    """
     get = compile_path(spec.path)
     leave_out, dropped = frozenset(spec.leave_out), frozenset(nulls)
     flatten = spec.nested == "flatten"
@@ -255,11 +258,17 @@ def attributes_from(
             if isinstance(key, str)
             and key
             and key not in leave_out
-            and values.scalar(found) is not BAD
+            and (values.scalar(found) is not BAD or (patches and found is None))
             and not (type(found) is str and found in dropped)
         }
 
     return read
+
+
+def holds_null(spec: Spec) -> Callable[[Scope], bool]:
+    """Whether the value of a field that is no more than a path is null, and not merely absent."""
+    path = spec if isinstance(spec, str) else spec.path
+    return (lambda scope: False) if path is None else paths.holds_null(path)
 
 
 def condition(path: str, wanted: Scalar | list[Scalar] | Condition) -> Callable[[Scope], bool]:

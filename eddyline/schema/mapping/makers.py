@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from eddyline.errors import Rejected
@@ -125,6 +125,37 @@ def _item(topic_map: TopicMap, rule: Rule) -> Maker:
         event["attributes"] = attributes(scope)
         return item_id, event
 
+    return _item_patch(rule, item, parts, attributes) if topic_map.patches else make
+
+
+def _item_patch(
+    rule: Rule,
+    item: Getter,
+    parts: Sequence[tuple[str, Getter]],
+    attributes: Callable[[Scope], dict[str, Any]],
+) -> Maker:
+    """As `_item`; a field that is null where its path ends is removed."""
+    removable = ("title", "categories", "tags", "vector")
+    nulls = {name: fields.holds_null(getattr(rule, name)) for name, _ in parts if name in removable}
+    named = [(name, fields.holds_null(one)) for name, one in rule.attributes.items()]
+
+    def make(scope: Scope) -> Made:
+        item_id = item(scope)
+        event: dict[str, Any] = {"item_id": item_id}
+        for name, get in parts:
+            try:
+                value = get(scope)
+            except Rejected as rejected:
+                if rejected.reason != "unavailable_value":
+                    raise
+                continue  # the update left this column alone
+            if value is not None or (name in nulls and nulls[name](scope)):
+                event[name] = value
+        removed = {name: None for name, is_null in named if is_null(scope)}
+        if found := removed | attributes(scope):
+            event["attributes"] = found
+        return item_id, event
+
     return make
 
 
@@ -148,7 +179,7 @@ def _attributes(topic_map: TopicMap, rule: Rule) -> Callable[[Scope], dict[str, 
     named = [(name, fields.attribute(one, nulls)) for name, one in rule.attributes.items()]
     every = None
     if rule.attributes_from is not None:
-        every = fields.attributes_from(rule.attributes_from, nulls)
+        every = fields.attributes_from(rule.attributes_from, nulls, topic_map.patches)
 
     def read(scope: Scope) -> dict[str, Any]:
         found = {} if every is None else every(scope)

@@ -75,7 +75,8 @@ class _CompiledRule:
 class Mapper:
     """The map of one topic. Thread rule: any thread.
 
-    by_key: the item's partition is that of the record's key, see `spec.TopicMap.partition`
+    by_key:  the item's partition is that of the record's key, see `spec.TopicMap.partition`
+    patches: records of items are patches
     """
 
     def __init__(self, topic_map: TopicMap, topic: str, registry: Registry | None = None) -> None:
@@ -91,6 +92,9 @@ class Mapper:
         self.by_key = topic_map.partition == "key"
         if self.by_key and topic != "items":
             raise ValueError("partition = 'key' is for items: others lie in their user's partition")
+        self.patches = topic_map.patches
+        if self.patches and topic != "items":
+            raise ValueError("patches = true is for items")
         if topic_map.fields.where:
             raise ValueError("fields: a `where` belongs into a rule")
         _check_fields(

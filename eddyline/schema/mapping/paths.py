@@ -90,7 +90,30 @@ def compile_path(path: str) -> Getter:
         return _header(path, steps)
     if not prefix and len(steps) == 1 and isinstance(steps[0], str):
         return partial(_own_field, steps[0])
-    walk = _walk([_step(one) for one in steps])
+    return _based(prefix, _walk([_step(one) for one in steps]))
+
+
+def holds_null(path: str) -> Callable[[Scope], bool]:
+    """A function: whether the last name of this path is there, with the value null.
+
+    Never, where the path does not end with a name.
+    """
+    start = _START.match(path)
+    assert start is not None
+    steps, prefix = _steps(path, start.end()), start.group()
+    if prefix == "$headers" or not steps or not isinstance(steps[-1], str) or None in steps:
+        return lambda scope: False
+    name, outer = steps[-1], _based(prefix, _walk([_step(one) for one in steps[:-1]]))
+
+    def read(scope: Scope) -> bool:
+        found = outer(scope)
+        return isinstance(found, dict) and name in found and found[name] is None
+
+    return read
+
+
+def _based(prefix: str, walk: _Step) -> Getter:
+    """The function that walks from where the prefix of a path says."""
     if prefix in ("", "."):
         return lambda scope: walk(scope.here)
     if prefix == "$":

@@ -139,6 +139,7 @@ class TopicMap(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     otherwise:   what becomes of a record for which no rule holds
     partition:   of an item: by its id as everywhere, or by the record's key as its producer sends
                  it
+    patches:     items alone: absent fields keep their last accepted value, null removes one
     kinds:       own kind → Eddyline's, "ignore" for none; other_kinds: for those that are not
                  listed
     """
@@ -150,6 +151,7 @@ class TopicMap(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     each: Text | None = None
     otherwise: Literal["refuse", "ignore"] = "refuse"
     partition: Literal["id", "key"] = "id"
+    patches: bool = False
     kinds: dict[str, str | KindWeight] = {}
     other_kinds: str = "refuse"
     fields: Rule = Rule()
