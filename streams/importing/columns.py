@@ -51,6 +51,8 @@ _STEMS = {
 }
 # Columns that make an event a purchase, and times that an item's record has of its own.
 _ORDERS = re.compile(r"invoice|order|purchase|transaction|receipt|basket")
+# Part of the items that may have no price in the sample, in a table where all items have one.
+_FREE_PART_MAX = 0.02
 _CHANGES = re.compile(r"updated|modified|changed|created|^ts$|^timestamp$|^atms$")
 
 
@@ -174,10 +176,16 @@ def _described_items(table: Table, item: str) -> str:
     title = table.take("title") if item else ""
     if not title:
         return ""
-    constant = {column for column in table.seen if _follows(table.rows, item, column)}
-    table.taken |= table.seen.keys() - constant - {title}
+    constant = [column for column in table.seen if _follows(table.rows, item, column)]
+    table.taken |= table.seen.keys() - {*constant, title}
     text = _items(table, item, title)
-    rule = f"where = {{ {toml_key(title)} = {{ exists = true }} }}"
+    wanted = [f"{toml_key(title)} = {{ exists = true }}"]
+    wanted += [
+        f"{toml_key(column)} = {{ above = 0 }}"
+        for column in constant
+        if "price" in bare(column) and _is_paid(table.rows, item, column)
+    ]
+    rule = f"where = {{ {', '.join(wanted)} }}"
     return (
         text.replace("[items]\n", '[items]\notherwise = "ignore"\n') + f"[[items.rule]]\n{rule}\n"
     )
@@ -258,6 +266,20 @@ def _fits(seen: Seen, name: str) -> bool:
     if name == "rating":
         return len(seen.texts) <= _RATINGS_MAX and _is_numeric(seen)
     return _is_numeric(seen) if name in ("stock", "weight", "quantity") else guess.fits(seen, name)
+
+
+def _is_paid(rows: Sequence[dict[str, Any]], item: str, column: str) -> bool:
+    """Whether nearly every item has a price somewhere: a line without one is no sale then.
+
+    Its title is often a remark ("damaged"). Where many items are free, it is their price.
+    """
+    paid: set[str] = set()
+    free: set[str] = set()
+    for row in rows:
+        number = values.number(row.get(column))
+        if number is not values.BAD:
+            (paid if number > 0 else free).add(str(row.get(item)))
+    return len(free - paid) <= _FREE_PART_MAX * len(paid | free)
 
 
 def _follows(rows: Sequence[dict[str, Any]], item: str, column: str) -> bool:

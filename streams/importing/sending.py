@@ -284,7 +284,8 @@ def _refused_rows(
 
 @contextmanager
 def _producer(settings: Settings) -> Iterator[KafkaProducer]:
-    producer = producers.make_producer(settings, linger_ms=5, batch_size=131_072)
+    # A chunk ends with a flush: until then batches wait to become full.
+    producer = producers.make_producer(settings, linger_ms=1_000, batch_size=131_072)
     try:
         yield producer
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -136,6 +137,30 @@ def test_orders_also_describe_items() -> None:
         "title": "Description",
         "attributes": {"UnitPrice": {"path": "UnitPrice", "type": "number"}},
     }
+
+
+def orders(prices: Sequence[str]) -> list[dict[str, str]]:
+    return [
+        {
+            "order": str(n),
+            "sku": f"s{n % 5}",
+            "title": f"Thing {n % 5}" if float(price) else "damaged",
+            "price": price,
+            "at": f"2010-12-01 08:{n:02}:00",
+            "user": f"u{n % 7}",
+        }
+        for n, price in enumerate(prices)
+    ]
+
+
+def test_a_line_without_a_price_does_not_describe_an_item() -> None:
+    """Corrections of the stock have a title such as "damaged"."""
+    now_and_then = orders([f"{n % 5}.5" if n % 11 else "0.0" for n in range(50)])
+    title = {"exists": True}
+    rule = guessed(now_and_then)["items"]["rule"]
+    assert rule == [{"where": {"title": title, "price": {"above": 0}}}]
+    free = orders([f"{n % 5}.0" for n in range(50)])
+    assert guessed(free)["items"]["rule"] == [{"where": {"title": title}}]
 
 
 def test_files_without_names_are_read_by_their_values() -> None:
