@@ -140,6 +140,7 @@ def brought(texts: list[str]) -> set[str]:
         ("archive", "cli.commands.refill"),
         ("trainer", "embeddings.training.__main__"),
         ("import", "cli.commands.import_files"),
+        ("import", "cli.commands.evaluate"),
     ],
 )
 def test_an_extra_brings_what_its_process_imports(extra: str, module: str) -> None:
@@ -184,6 +185,7 @@ def test_both_kafka_clients_have_all_codecs() -> None:
         ("streams.__main__", {"torch", "grpc", "hnswlib"}),
         ("serving.__main__", {"torch", "faust"}),
         ("serving.coordinator.__main__", {"torch", "faust", "hnswlib"}),
+        ("evaluation.offline", {"torch", "faust", "grpc"}),
         ("embeddings.bundle.bundle", {"torch", "faust", "grpc", "hnswlib"}),
     ],
 )

@@ -18,7 +18,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column, Table
 
 from cli.commands import import_files
 from cli.commands.import_files import Plan
@@ -147,12 +146,15 @@ def show(one: Report) -> None:
     if one.rejected:
         counts = ", ".join(f"{reason} {count:,}" for reason, count in one.rejected.items())
         console.print(f"refused as ingest does: {counts}")
-    heads = ("row", "HR@10", "95 %", *(page.METRICS[name] for name in _SHOWN))
-    table = Table(*(Column(head, no_wrap=True) for head in heads), box=None, pad_edge=False)
+    lines = [["row", "HR@10", "95 %", *(page.METRICS[name] for name in _SHOWN)]]
     for row in one.rows:
         first, others = row.metrics["hr_10"], (row.metrics[name] for name in _SHOWN)
-        table.add_row(row.name, _value(first), _interval(first), *map(_value, others))
-    console.print(table)
+        lines.append([row.name, _value(first), _interval(first), *map(_value, others)])
+    # Not a table of rich, which cuts the figures where the output has 80 columns.
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        console.print("  ".join(cells).rstrip())
     for found in one.differences:
         group = f", {found.group}" if found.group else ""
         console.print(
