@@ -227,7 +227,8 @@ def ids_by(
 def delete_retention_ms(settings: Settings, names: Sequence[str]) -> dict[str, int]:
     """How long compaction keeps the delete records of these topics, as they are configured now.
 
-    A topic of patches is absent: it is not compacted, and no delete leaves it. Raises KafkaUnavailable, KafkaRefused (the right DESCRIBE_CONFIGS is missing).
+    A topic of patches is absent: it is not compacted, and no delete leaves it.
+    Raises KafkaUnavailable, KafkaRefused (the right DESCRIBE_CONFIGS is missing).
     """
     found: dict[str, int] = {}
     names = [n for n in names if n != ITEMS or not validation.carries_patches(settings)]

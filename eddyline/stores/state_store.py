@@ -207,6 +207,7 @@ class ItemMetadata:
     first_ms:          broker's time stamp of the first append of that record; 0 if unknown
     stray:             the record was forwarded from another partition
     refused:           the last refused record, if it is newer than this one; None if deleted
+    born_ms:           of an item without a time: first append of the first of these records; else 0
     """
 
     partition: int
@@ -215,6 +216,7 @@ class ItemMetadata:
     first_ms: int = 0
     stray: bool = False
     refused: RefusedRecord | None = None
+    born_ms: int = 0
 
     @property
     def deleted(self) -> bool:

@@ -129,6 +129,8 @@ def assemble(
     """
     rejected: Counter[str] = Counter()
     items: dict[str, tuple[Item, int, int]] = {}
+    # Item without a time -> first append of its first record.
+    born: dict[str, int] = {}
     for r in topics[kafka_topics.ITEMS]:
         try:
             changes = validation.item_changes(settings, r)
@@ -140,11 +142,16 @@ def assemble(
                 rejected["stray"] += 1  # ingest forwards it
             elif item is None:
                 items.pop(item_id, None)
+                born.pop(item_id, None)
             else:
                 before = items[item_id][0] if item_id in items else None
                 try:
                     item = item_changes.resulting(before, item, settings.refuse_emptied_items)
                     items[item_id] = (item, r.partition, r.offset)
+                    if item.at_ms:
+                        born.pop(item_id, None)
+                    else:
+                        born.setdefault(item_id, max(0, events.first_append_ms(r)))
                 except Rejected as error:
                     rejected[error.reason] += 1
     profiles: dict[str, Mapping[str, object]] = {}
@@ -163,7 +170,10 @@ def assemble(
                 profiles[user] = profile.attributes
     clicks = _clicks(settings, topics[kafka_topics.CLICKS], clicks_max, rejected, dict(erasures))
     return TrainingData(
-        items=[item for item, _, _ in items.values()],
+        items=[
+            msgspec.structs.replace(item, at_ms=born[item_id]) if item_id in born else item
+            for item_id, (item, _, _) in items.items()
+        ],
         profiles=profiles,
         clicks=clicks,
         versions={

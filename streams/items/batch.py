@@ -76,6 +76,7 @@ class ItemBatch:
             or change.rejected is not None
             or number in self.unplaced
             or change.patch is not None
+            or (change.item is not None and not change.item.at_ms)
             or (rules.emptied and item_changes.may_empty(change.item))
         )
 
@@ -118,10 +119,10 @@ class ItemBatch:
             if newest is not None and not (stored is not None and stored.includes(change.record)):
                 item = item_changes.whole(_item(newest), sent)
                 change = change if item is sent else replace(change, item=item)
-        if change.forwarded:
-            newest = self.order.newest(item_id)
-            if newest is not None and newest.refused is not None:
-                change = change.keep_refused(newest.refused)
+        newest = self.order.newest(item_id)
+        if change.forwarded and newest is not None and newest.refused is not None:
+            change = change.keep_refused(newest.refused)
+        change = change.born(newest)
         self.order.accepted(item_id, change)
         if rules.restore and sent is not None and change.item is not sent:
             self.order.append(item_id, change)

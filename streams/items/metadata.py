@@ -47,6 +47,7 @@ class ItemChange:
     rejected: why the record is refused; None for an accepted one
     before:   of a refused record: what the item had, and keeps
     refused:  what the metadata says of the last refused record
+    born_ms:  see `ItemMetadata`
     """
 
     record: Record
@@ -56,6 +57,7 @@ class ItemChange:
     rejected: Rejected | None = None
     before: ItemMetadata | None = None
     refused: RefusedRecord | None = None
+    born_ms: int = 0
 
     @property
     def offset(self) -> int:
@@ -83,8 +85,26 @@ class ItemChange:
         if self.before is not None:
             return replace(self.before, refused=self.refused)
         body = events.encode(self.item) if self.item else b""
-        place = self.record.partition, self.offset
-        return ItemMetadata(*place, body, self.first_ms, self.stray, self.refused)
+        return ItemMetadata(
+            partition=self.record.partition,
+            offset=self.offset,
+            body=body,
+            first_ms=self.first_ms,
+            stray=self.stray,
+            refused=self.refused,
+            born_ms=self.born_ms,
+        )
+
+    def born(self, before: ItemMetadata | None) -> ItemChange:
+        """The change with the time of the item's first record, if the item says no time itself.
+
+        before: what the item has
+        """
+        if self.item is None or self.item.at_ms:
+            return self
+        known = 0 if before is None or before.deleted else before.born_ms
+        born_ms = known or max(0, self.first_ms)
+        return replace(self, at_ms=born_ms, born_ms=born_ms)
 
     @property
     def hidden(self) -> bool:

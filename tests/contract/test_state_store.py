@@ -6,6 +6,7 @@ import contextlib
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -637,7 +638,9 @@ def test_items_with_a_refused_record_are_listed_until_it_ends(store: StateStore)
         )
         for n, why in enumerate(reasons)
     }
-    plain = ItemMetadata(0, 5, b"{}", 7)
+    plain = ItemMetadata(0, 5, b"{}", 7, born_ms=2**40)
+    one = marked["{i0}:c:2"]
+    marked["{i0}:c:2"] = replace(one, born_ms=9)
 
     def listed(slot: str) -> set[str]:
         return {item_id for page in store.refused_items(slot) for item_id in page}

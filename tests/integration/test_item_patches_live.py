@@ -10,13 +10,13 @@ import msgspec
 import pytest
 from kafka.admin import ConfigResource, ConfigResourceType
 
-from eddyline.kafka import topic_checks, topics
+from eddyline.kafka import reading, topic_checks, topics
 from eddyline.settings.loader import Settings
 from eddyline.stores.redis import RedisStore
 from serving.proto import retrieval_pb2 as pb
 from streams.operations.state_replay import remove_namespace
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(300)
 
 
 def test_patches_hold_exactly_once_and_in_order(fresh_settings: Settings, make_live: Any) -> None:
@@ -51,7 +51,7 @@ def test_patches_hold_exactly_once_and_in_order(fresh_settings: Settings, make_l
     assert state()["attributes"] == want and state()["categories"] == ["c"]
     live.wait_for("the price in the answers", lambda: shown(39))
     assert not shown(38)
-    letters = [dict(r.headers)["reason"] for r in live.read(topics.DEAD_LETTERS)]
+    letters = [dict(r.headers)["reason"] for r in reading.read(live.settings, topics.DEAD_LETTERS)]
     assert letters == [b"no_base"]
 
     before = state()

@@ -118,6 +118,7 @@ class State:
 
     item_times: first append of each item's last change
     refused:    item -> the last refused record, if it is newer than what the item has
+    born:       item without a time -> first append of its first record
     repeated:   forwarded null records: a tombstone of that time or later is enough
     ends_ms:    append time of the last record of each partition of `clicks`
     """
@@ -132,6 +133,7 @@ class State:
     published: dict[str, dict[str, Version]] = field(default_factory=dict)
     item_times: dict[str, int] = field(default_factory=dict)
     refused: dict[str, Raw] = field(default_factory=dict)
+    born: dict[str, int] = field(default_factory=dict)
     forwarded: set[Sent] = field(default_factory=set)
     strays: set[Stray] = field(default_factory=set)
     repeated: set[str] = field(default_factory=set)
@@ -234,6 +236,10 @@ class Model:
                 state.items[item_id] = version
                 state.item_times[item_id] = first_append_ms(raw)
                 self._end_refused(raw, item_id, found)
+                if found is None or found["at_ms"]:
+                    state.born.pop(item_id, None)
+                else:
+                    state.born.setdefault(item_id, first_append_ms(raw))
             else:
                 self._mark(raw, item_id)
 

@@ -444,21 +444,7 @@ class Rig:
             {u: attributes_of(p) for (_, u), p in have.profiles.items()},
             {u: p[2] for u, p in want.profiles.items()},
         )
-        same(
-            "item",
-            {k.partition(":")[2]: (i.offset, bool(i.body)) for k, i in have.items.items()},
-            {i: (v.offset, v.item is not None) for i, v in want.items.items()},
-        )
-        same(
-            "item's fields",
-            {k.partition(":")[2]: json.loads(i.body) for k, i in have.items.items() if i.body},
-            contents(want),
-        )
-        same(
-            "refused",
-            {k.partition(":")[2]: r.offset for k, i in have.items.items() if (r := i.refused)},
-            {i: raw.offset for i, raw in want.refused.items()},
-        )
+        self._same_items(have, want, same)
         same("dead letter", self.letters, want.letters)
         # Compaction changes nothing of items and profiles, whenever it runs. A topic of patches
         # is not compacted.
@@ -472,6 +458,30 @@ class Rig:
         )
         found += comparison.stray_differences(self.logs, want)
         return found + comparison.sent_differences(self.logs["clicks"], want)
+
+    @staticmethod
+    def _same_items(have: Any, want: model.State, same: Any) -> None:
+        """Compare item metadata."""
+        same(
+            "item",
+            {k.partition(":")[2]: (i.offset, bool(i.body)) for k, i in have.items.items()},
+            {i: (v.offset, v.item is not None) for i, v in want.items.items()},
+        )
+        same(
+            "item's fields",
+            {k.partition(":")[2]: json.loads(i.body) for k, i in have.items.items() if i.body},
+            contents(want),
+        )
+        same(
+            "birth",
+            {k.partition(":")[2]: i.born_ms for k, i in have.items.items() if i.born_ms},
+            want.born,
+        )
+        same(
+            "refused",
+            {k.partition(":")[2]: r.offset for k, i in have.items.items() if (r := i.refused)},
+            {i: raw.offset for i, raw in want.refused.items()},
+        )
 
 
 def contents(state: model.State) -> dict[str, Any]:

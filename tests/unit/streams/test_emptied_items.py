@@ -14,7 +14,12 @@ from tests.unit.streams.test_ingest_rules import HERE, SETTINGS, Rig
 from tests.unit.streams.test_refused_newer import applied, refused_of, stored
 from tests.unit.streams.test_strays import FILM, change, record
 
-WHOLE: dict[str, Any] = {"title": "t", "categories": ["c", "d"], "attributes": {"price": 3}}
+WHOLE: dict[str, Any] = {
+    "title": "t",
+    "categories": ["c", "d"],
+    "attributes": {"price": 3},
+    "at_ms": 5,
+}
 
 
 def of(offset: int, **fields: Any) -> Any:
@@ -92,7 +97,7 @@ def test_a_record_that_was_accepted_is_accepted_again_where_the_metadata_is_ahea
     assert again.out.letters == [] and [one.offset for one in again.out.published] == [0]
 
 
-def test_only_items_without_title_or_category_are_looked_up(
+def test_only_items_without_title_category_or_time_are_looked_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rig, read = Rig(), list[Any]()

@@ -153,7 +153,7 @@ def test_a_batch_reads_the_store_once_for_all_its_strays_and_never_without_any(
         key: events.encode(
             UserProfile(user_id=key)
             if topic == "users"
-            else Item(item_id=key, title="t", categories=["c"])
+            else Item(item_id=key, title="t", categories=["c"], at_ms=MS)
         )
         for key in ids
     }
