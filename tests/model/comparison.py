@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import Source, UserQuery
 from embeddings.bundle.bundle import Bundle
 from streams.dead_letters import KEY_BYTES_MAX
-from tests.model import model, reading
+from tests.model import model, reading, rules
 from tests.model.eras import Era, era_of
 from tests.model.reading import Raw
 from tests.oracle import Compared
@@ -84,18 +84,20 @@ def compare(
     eras: Sequence[Era],
     optional: frozenset[str] = frozenset(),
     any_reason: bool = False,
+    own_of: Callable[[Raw], Raw | None] = lambda raw: raw,
 ) -> Compared:
     """Every difference between the model and what Redis and Kafka hold.
 
     bundles:  of every generation of the eras
     optional: records that compaction removed, perhaps before ingest read them: what they cause to
               be sent need not be there
+    own_of:   see `model.Model`
     any_reason: a dead letter may name another reason: records may be bad in several ways
     """
     settings, find = eras[-1].settings, era_of(eras)
     logs, found = logs_of(topics), Compared()
     generations = [generation_of(towers, eras) for towers in bundles]
-    want = model.applied(settings, generations, logs, lambda raw: find(raw).settings)
+    want = model.applied(settings, generations, logs, lambda raw: find(raw).settings, own_of)
     _take_too_large(topics, logs["clicks"], want)
     real = RedisStore(settings)
     try:
@@ -150,11 +152,11 @@ def sent_differences(
             )
         else:
             first_ms = reading.number_header(raw, "origin_ms")
-            fields = model.known_fields(_unnumbered(doc))
+            fields = rules.known_fields(_unnumbered(doc))
             forwarded.add(model.Sent(raw.partition, doc["user_id"], fields, at, first_ms))
     by_at = {raw.at: raw for raw in records}
     expected = {
-        s._replace(fields=model.known_fields(_unnumbered(dict(s.fields)))) for s in want.forwarded
+        s._replace(fields=rules.known_fields(_unnumbered(dict(s.fields)))) for s in want.forwarded
     }
     missing = [s for s in expected - forwarded if not _may_lack(by_at[s.origin], s, forgets)]
     counts = Counter(s.origin for s in forwarded), Counter(s.origin for s in expected)
@@ -183,11 +185,13 @@ def sent_differences(
 
 
 def stray_differences(
-    logs: Mapping[str, Mapping[int, Sequence[Raw]]], want: model.State
+    logs: Mapping[str, Mapping[int, Sequence[Raw]]],
+    want: model.State,
+    optional: frozenset[str] = frozenset(),
 ) -> list[str]:
     """Records of `items` and `users` that ingest forwarded to their own partition.
 
-    A profile that an erasure covers need not be sent.
+    A profile that an erasure covers need not be sent. optional: as for `compare`
     """
     sent = set()
     for topic in ("items", "users"):
@@ -195,13 +199,14 @@ def stray_differences(
             at = (reading.header(raw, "origin") or b"").decode(errors="replace")
             if at.rpartition("/")[0] in ("", f"{raw.topic}/{raw.partition}"):
                 continue  # a producer's own, or a newer state that was appended again
-            first_ms = model.first_append_ms(raw)
+            first_ms = rules.first_append_ms(raw)
             sent.add(model.Stray(raw.partition, raw.key, raw.value, at, first_ms))
     erased = {user: until_ms for user, (until_ms, _, _) in want.ledger.items()}
     missing = [
         one
         for one in want.strays - sent
-        if one.value is None or erased.get((one.key or b"").decode(), -1) <= one.first_ms
+        if one.origin not in optional
+        and (one.value is None or erased.get((one.key or b"").decode(), -1) <= one.first_ms)
     ]
     return [
         f"{what}: {sorted(map(str, some))}"

@@ -15,6 +15,14 @@ from typing import Any, NamedTuple
 
 from tests.model import reading
 from tests.model.reading import Raw, Refused
+from tests.model.rules import (
+    first_append_ms,
+    idle_after_ms,
+    known_fields,
+    liked_items,
+    plausible,
+    strength,
+)
 
 
 class Entry(NamedTuple):
@@ -121,6 +129,7 @@ class State:
     born:       item without a time -> first append of its first record
     repeated:   forwarded null records: a tombstone of that time or later is enough
     ends_ms:    append time of the last record of each partition of `clicks`
+    idle:       how often a user became idle and came back, or is idle at the end
     """
 
     histories: dict[str, History] = field(default_factory=dict)
@@ -140,11 +149,13 @@ class State:
     tombstones: set[Tombstone] = field(default_factory=set)
     letters: dict[str, str] = field(default_factory=dict)
     ends_ms: dict[int, int] = field(default_factory=dict)
+    idle: int = 0
 
 
 class Model:
     """Applies logs. settings_of: the settings under which a record of `clicks` is applied.
 
+    own_of:      a record of `clicks` in Eddyline's own format; None where it has no event
     settings:    those of users and items, and of `clicks` where `settings_of` is absent
     prefix:      of the topics' names in coordinates
     """
@@ -154,8 +165,10 @@ class Model:
         settings: Any,
         generations: Sequence[Generation],
         settings_of: Callable[[Raw], Any] | None = None,
+        own_of: Callable[[Raw], Raw | None] = lambda raw: raw,
     ) -> None:
         self.state = State()
+        self.own_of = own_of
         self.settings = settings
         self.generations = generations
         self.settings_of = settings_of or (lambda raw: settings)
@@ -284,6 +297,10 @@ class Model:
         for raw in records:
             s, state = self.settings_of(raw), self.state
             state.ends_ms[raw.partition] = raw.timestamp
+            own_raw = self.own_of(raw)
+            if own_raw is None:
+                continue
+            raw = own_raw
             try:
                 event = reading.user_event(raw, s.far_future_ms_max, plausible(s))
             except Refused as refused:
@@ -356,6 +373,7 @@ class Model:
         if history is not None and 0 < history.idle_after_ms < now_ms:
             del self.state.histories[user]
             self._empty_embeddings(user)
+            self.state.idle += 1
 
     def _forget(self, raw: Raw, event: Mapping[str, Any], s: Any) -> None:
         state, user = self.state, event["user_id"]
@@ -436,66 +454,12 @@ class Model:
             bucket[event["item_id"]] = bucket.get(event["item_id"], 0) + thousandths
 
 
-def idle_after_ms(raw: Raw, s: Any) -> int:
-    """When a user whose last record this is becomes idle; 0: never."""
-    return (
-        raw.timestamp + 1_000 * s.user_idle_s_max if s.user_idle_s_max and raw.timestamp >= 0 else 0
-    )
-
-
-def first_append_ms(raw: Raw) -> int:
-    """The broker's time stamp of a record's first append; a forwarded record carries it."""
-    origin_ms = reading.number_header(raw, "origin_ms")
-    return raw.timestamp if origin_ms is None else min(origin_ms, raw.timestamp)
-
-
 def tombstone_of(raw: Raw, user: str, s: Any) -> Tombstone:
     """What ingest writes to `clicks` for a null record of `users`."""
     until_ms = first_append_ms(raw)
     keep_after_ms = min(until_ms + s.far_future_ms_max, reading.LAST_MS)
     ends_ms = until_ms + s.forgotten_kept_d * 86_400_000
     return Tombstone(user, until_ms, keep_after_ms, raw.offset, ends_ms, raw.at)
-
-
-def strength(event: Mapping[str, Any], s: Any) -> float:
-    """An event's own weight, less where the user left early."""
-    dwell = (event["context"] or {}).get("dwell_ms")
-    if not s.dwell_ms_full or type(dwell) not in (int, float):
-        return float(event["weight"])
-    return float(event["weight"]) * min(1.0, max(dwell / s.dwell_ms_full, 0.001))
-
-
-def liked_items(entries: Sequence[Entry]) -> list[str]:
-    """Items newest first, without dislikes and what a newer dislike excludes."""
-    liked = []
-    for number, entry in enumerate(entries):
-        disliked = [other.item_id for other in entries[:number] if other.kind == "dislike"]
-        if entry.kind != "dislike" and entry.item_id not in disliked:
-            liked.append(entry.item_id)
-    return liked
-
-
-# What an event means; `impression_id` and unknown fields are of no matter here.
-_FIELDS: dict[str, Any] = {
-    "user_id": None,
-    "item_id": None,
-    "at_ms": None,
-    "kind": "click",
-    "event_id": None,
-    "weight": 1.0,
-    "context": None,
-    "merge_into": None,
-    "forget_until_ms": None,
-    "users_offset": None,
-}
-
-
-def known_fields(doc: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """An event's fields, comparable: a default and an absent field are equal."""
-    found = {name: doc.get(name, default) for name, default in _FIELDS.items()}
-    if isinstance(found["context"], dict):
-        found["context"] = tuple(sorted(found["context"].items()))
-    return tuple(sorted(found.items()))
 
 
 def histories_of(state: State) -> dict[str, tuple[Any, ...]]:
@@ -519,17 +483,11 @@ def applied(
     generations: Sequence[Generation],
     logs: Mapping[str, Mapping[int, Sequence[Raw]]],
     settings_of: Callable[[Raw], Any] | None = None,
+    own_of: Callable[[Raw], Raw | None] = lambda raw: raw,
 ) -> State:
     """The state that whole logs give. logs: topic without prefix -> partition -> records."""
-    model = Model(settings, generations, settings_of)
+    model = Model(settings, generations, settings_of, own_of)
     for apply, topic in ((model.items, "items"), (model.users, "users"), (model.clicks, "clicks")):
         for partition in sorted(logs.get(topic, {})):
             apply(logs[topic][partition])
     return model.finish()
-
-
-def plausible(settings: Any) -> reading.Plausible:
-    """The rule of these settings."""
-    return reading.Plausible(
-        settings.at_ms_min, frozenset(settings.user_ids_refused.lower().split(","))
-    )

@@ -8,84 +8,33 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import msgspec
 import numpy as np
 from kafka.errors import KafkaTimeoutError
 
-from eddyline.errors import (
-    FenceMoved,
-    KafkaUnavailable,
-    LogMismatch,
-    StoreUnavailable,
-    VectorRejected,
-)
+from eddyline.errors import FenceMoved, KafkaUnavailable, LogMismatch, StoreUnavailable
 from eddyline.generations import Generations
 from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.state_store import LogId, Source, is_idle
 from streams.clicks.step_ranges import RecordedStepRanges
+from streams.ended_generations import EndedGenerations
 from streams.generation import Generation
 from streams.handlers import Handlers, Outputs
 from tests.applying import batch_of
 from tests.model import comparison, model
 from tests.model.reading import Raw
+from tests.model.towers import REFUSED_TITLE, Towers, checksum
 
 TOPICS = ("items", "users", "clicks")
 LOG = LogId("cluster", "topic")
 BASE_MS = 1_700_000_000_000
-REFUSED_TITLE = "no vector"
-# Exact in float32: the embedding counts in the integers below this prime.
-PRIME = 8_191
-
-
-def code(text: str) -> int:
-    """A number of a text."""
-    return sum(map(ord, text)) % 97
-
-
-class _Towers:
-    """Towers whose embedding is a checksum of what was learned, in order. Thread rule: any."""
-
-    dimension = 1
-
-    def __init__(self, generation: str, items: Sequence[str], least: int) -> None:
-        self.generation = generation
-        self.rows = MappingProxyType({item: row for row, item in enumerate(items)})
-        self.item_vectors = np.array([[code(item)] for item in items], np.float32)
-        self.user_tower = SimpleNamespace(history_max=3, encode=self._history)
-        self.item_tower = SimpleNamespace(encode=self._encode)
-        self.micro = SimpleNamespace(min_steps_before=least, step=self._step)
-
-    def _history(self, table: Any, histories: Sequence[Any], profiles: Sequence[Any]) -> Any:
-        sums = [sum((n + 2) * int(table[row][0]) for n, row in enumerate(h)) for h in histories]
-        return np.array(sums, np.float32).reshape(-1, 1)
-
-    def _step(self, forward: Any, embedding: Any, targets: Any, keys: Sequence[str]) -> Any:
-        new = [
-            (7 * int(e) + int(f) + 3 * int(self.item_vectors[t][0]) + code(key)) % PRIME
-            for e, f, t, key in zip(embedding[:, 0], forward[:, 0], targets, keys, strict=True)
-        ]
-        return np.array(new, np.float32).reshape(-1, 1)
-
-    def _encode(self, items: Sequence[Any]) -> Any:
-        if any(item.title == REFUSED_TITLE for item in items):
-            raise VectorRejected("no unit vector")
-        return np.ones((len(items), 1), np.float32)
-
-
-def checksum(learned: Sequence[model.Learned]) -> int:
-    """What `_Towers` make of these steps."""
-    found = 0
-    for step in learned:
-        history = sum((n + 2) * code(item) for n, item in enumerate(step.history))
-        found = (7 * found + history + 3 * code(step.item_id) + code(step.key)) % PRIME
-    return found
 
 
 class _Future:
@@ -185,10 +134,11 @@ class Rig:
             self.store.snapshot(),
             dict(self.ends),
         )
-        self.towers = [_Towers("1", [f"i{n}" for n in range(5)], 2)]
+        self.towers = [Towers("1", [f"i{n}" for n in range(5)], 2)]
         self.published = {"1": _Published()}
         self.recorded = _Begins()
         self.live = ["1"]
+        self.ended: set[str] = set()
         # (partition, offset, settings): from there on a partition of clicks is applied under them.
         self.eras: list[tuple[dict[int, int], Settings]] = [({}, settings)]
         self.start()
@@ -271,9 +221,8 @@ class Rig:
             dict.fromkeys(TOPICS, LOG),
             generations,
             replace(outputs, steps=RecordedStepRanges(self.recorded)),
-            [
-                t.generation for t in live
-            ],  # as of a process that started before the others were made
+            # As of a process that started before the others were made.
+            [t.generation for t in live],
             items_wait_s=0.0,
             clock_us=lambda: 0,
         )
@@ -326,6 +275,18 @@ class Rig:
         for _ in self.store.remove_idle_users(["u0", "u1"], 0):
             pass
 
+    def end_generation(self) -> None:
+        """The first generation ends where no process uses it; its embeddings are removed."""
+        if self.live == ["2"]:
+            self.ended.add("1")
+        self._remove_ended()
+
+    def _remove_ended(self) -> None:
+        cache, lock = self.handlers.clicks.cache, threading.Lock()
+        ended = EndedGenerations(self.settings, self.store, cache, lock, self.live, print)
+        for name in sorted(self.ended):
+            ended._remove(name)
+
     def restart(self, **changed: int) -> None:
         """An orderly end, and a start, perhaps with other settings."""
         if changed:
@@ -337,13 +298,14 @@ class Rig:
 
     def retrain(self, items: Sequence[str]) -> None:
         """A second generation, which the next process serves too."""
-        self.towers.append(_Towers("2", items, 1))
+        self.towers.append(Towers("2", items, 1))
         self.published["2"] = _Published()
         self.serve(["1", "2"])
 
     def serve(self, names: Sequence[str]) -> None:
         """The next process has loaded these generations, as far as they exist."""
-        self.live = [t.generation for t in self.towers if t.generation in names] or ["1"]
+        there = [t.generation for t in self.towers if t.generation not in self.ended]
+        self.live = [name for name in there if name in names] or there[-1:]
         self.start()
 
     def drain(self) -> None:
@@ -362,6 +324,10 @@ class Rig:
                 for partition in self.handlers.of(topic).fences.find_diverged([0, 1]):
                     self.open(topic, partition)
                     again = True
+            if not again and self.ended:
+                for partition in range(2):
+                    self.handlers.clicks.prepare([partition])
+                self._remove_ended()
             if not again and not any(self.at[at] < self._last(at) for at in self.ends):
                 return
         raise AssertionError("the logs do not come to their end")
@@ -424,7 +390,7 @@ class Rig:
                 if g == name and u not in idle
             }
             model_ = {u: (e.counted, checksum(e.learned)) for u, e in want.embeddings[name].items()}
-            same(f"embedding {name}", mine, model_)
+            same(f"embedding {name}", mine, {} if name in self.ended else model_)
             if name not in self.live:
                 continue  # its items come once a process has loaded it again
             published = {i: (r.offset, r.retired) for i, r in self.published[name].last.items()}
@@ -439,11 +405,8 @@ class Rig:
             same("event id", _above(mine_, floor), _above(model_, floor))
         counts = {s: b for s, b in have.buckets.items() if b}
         same("counts", counts, want.counts)
-        same(
-            "profile",
-            {u: attributes_of(p) for (_, u), p in have.profiles.items()},
-            {u: p[2] for u, p in want.profiles.items()},
-        )
+        profiles = {u: attributes_of(p) for (_, u), p in have.profiles.items()}
+        same("profile", profiles, {u: p[2] for u, p in want.profiles.items()})
         self._same_items(have, want, same)
         same("dead letter", self.letters, want.letters)
         # Compaction changes nothing of items and profiles, whenever it runs. A topic of patches

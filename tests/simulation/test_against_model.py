@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from eddyline.settings.loader import Settings
 from tests.model import reading
-from tests.model.rig import REFUSED_TITLE, TOPICS, Rig
+from tests.model.rig import TOPICS, Rig
+from tests.model.towers import REFUSED_TITLE
 
 DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "explore"
 EXAMPLES = 5_000 if DEEP else 120
@@ -481,3 +482,31 @@ def test_users_who_come_back_after_the_bound_are_the_models(actions: list[Any]) 
 @given(actions_of(BOTH, REMOVE_IDLE, LATER, IDLE_SETTINGS))
 def test_a_new_bound_counts_from_a_users_next_event_on(actions: list[Any]) -> None:
     run(actions, user_idle_s_max=15)
+
+
+# The first generation ends; Redis goes back to a copy that still has its embeddings.
+ENDED = [
+    *RETRAINED,
+    ("both", 8, 8),
+    ("save",),
+    ("serve", ["2"]),
+    clicked("u0", "i3"),
+    ("both", 8, 8),
+    ("end_generation",),
+    clicked("u0", "i5"),
+    ("both", 8, 8),
+    ("restore",),
+    ("serve", ["1", "2"]),
+    clicked("u0", "i1"),
+]
+
+
+@limits
+@example(ENDED)
+@given(
+    actions_of(
+        BOTH, FORGET, REMOVE_IDLE, LATER, st.just(("retrain",)), SERVE, st.just(("end_generation",))
+    )
+)
+def test_a_generation_that_ends_leaves_no_embedding(actions: list[Any]) -> None:
+    run(actions, user_idle_s_max=60)

@@ -4,8 +4,9 @@ import json
 from typing import Any
 
 from tests.model import comparison
-from tests.model.model import Sent, State, known_fields
+from tests.model.model import Sent, State
 from tests.model.reading import Raw
+from tests.model.rules import known_fields
 
 FORGET = {
     "user_id": "g",

@@ -1,0 +1,82 @@
+"""Rules of the second model about one record or one history, by the documents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from tests.model import reading
+from tests.model.reading import Raw
+
+
+class Liked(Protocol):
+    """A line of a history, as far as `liked_items` reads it."""
+
+    @property
+    def item_id(self) -> str:
+        """The item."""
+
+    @property
+    def kind(self) -> str:
+        """The kind of event."""
+
+
+# What an event means; `impression_id` and unknown fields are of no matter here.
+_FIELDS: dict[str, Any] = {
+    "user_id": None,
+    "item_id": None,
+    "at_ms": None,
+    "kind": "click",
+    "event_id": None,
+    "weight": 1.0,
+    "context": None,
+    "merge_into": None,
+    "forget_until_ms": None,
+    "users_offset": None,
+}
+
+
+def idle_after_ms(raw: Raw, s: Any) -> int:
+    """When a user whose last record this is becomes idle; 0: never."""
+    return (
+        raw.timestamp + 1_000 * s.user_idle_s_max if s.user_idle_s_max and raw.timestamp >= 0 else 0
+    )
+
+
+def first_append_ms(raw: Raw) -> int:
+    """The broker's time stamp of a record's first append; a forwarded record carries it."""
+    origin_ms = reading.number_header(raw, "origin_ms")
+    return raw.timestamp if origin_ms is None else min(origin_ms, raw.timestamp)
+
+
+def strength(event: Mapping[str, Any], s: Any) -> float:
+    """An event's own weight, less where the user left early."""
+    dwell = (event["context"] or {}).get("dwell_ms")
+    if not s.dwell_ms_full or type(dwell) not in (int, float):
+        return float(event["weight"])
+    return float(event["weight"]) * min(1.0, max(dwell / s.dwell_ms_full, 0.001))
+
+
+def liked_items(entries: Sequence[Liked]) -> list[str]:
+    """Items newest first, without dislikes and what a newer dislike excludes."""
+    liked = []
+    for number, entry in enumerate(entries):
+        disliked = [other.item_id for other in entries[:number] if other.kind == "dislike"]
+        if entry.kind != "dislike" and entry.item_id not in disliked:
+            liked.append(entry.item_id)
+    return liked
+
+
+def known_fields(doc: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """An event's fields, comparable: a default and an absent field are equal."""
+    found = {name: doc.get(name, default) for name, default in _FIELDS.items()}
+    if isinstance(found["context"], dict):
+        found["context"] = tuple(sorted(found["context"].items()))
+    return tuple(sorted(found.items()))
+
+
+def plausible(settings: Any) -> reading.Plausible:
+    """The rule of these settings."""
+    return reading.Plausible(
+        settings.at_ms_min, frozenset(settings.user_ids_refused.lower().split(","))
+    )
