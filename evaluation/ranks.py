@@ -65,14 +65,13 @@ def _among_close(scored: PathScores, number: int, target: int, excluded: Ints) -
     """(items scored higher, ties) among those whose scores are as close as the error."""
     row, error = scored.scores[number], scored.error
     own = row[target]
-    places = np.flatnonzero((row >= own - error) & (row <= own + error))
-    # Few places mostly, so that a comparison with each excluded one is cheaper than a sort.
-    competes = np.array(
-        [place != target and not (excluded == place).any() for place in places], bool
-    )
-    places = places[competes] if len(places) else places
+    close = (row >= own - error) & (row <= own + error)
+    close[excluded] = False
+    close[target] = False
+    # Thousands of items may tie, as those without any event do.
     if scored.exact is None:
-        return 0, len(places)
+        return 0, int(np.count_nonzero(close))
+    places = np.flatnonzero(close)
     exact = scored.exact(number, np.append(places, target))
     return (
         int(np.count_nonzero(exact[:-1] > exact[-1])),
