@@ -4,7 +4,9 @@ A feature space is learned at training time and stored in the bundle's manifest.
 row of one table, so a tower's input is one weighted sum of rows:
 
     labels    categories, tags and `key=value` of text attributes: a vocabulary; others are ignored
-    numbers   numeric attributes: quantile bins, learned at training time, one row per bin
+    numbers   numeric attributes: quantile bins, learned at training time, one row per bin. An
+              attribute is numeric if more than half of its values are; a text that is a number
+              counts as one there, other values are ignored
     title     letter trigrams of its words, hashed (Huang et al. 2013, "Learning deep structured
               semantic models", section 3.2): a new title has rows at once
 
@@ -15,6 +17,7 @@ does not outweigh the other groups. Hashes are CRC-32: equal in every process, u
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import unicodedata
@@ -40,7 +43,12 @@ TRIGRAM_ROWS = 4_096
 # Further trigrams of a title of 1,000 characters add no information.
 TRIGRAMS_MAX = 128
 
+# Attributes that one log line names.
+NAMES_LOGGED_MAX = 10
+
+log = logging.getLogger(__name__)
 _WORD = re.compile(r"\w+")
+_NUMBER = re.compile(r"\s*[+-]?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?\s*")
 
 
 class Numeric(msgspec.Struct, frozen=True):
@@ -94,8 +102,8 @@ class FeatureSpace(msgspec.Struct, frozen=True):
             number = self.numbers.get(key)
             if number is None:
                 row = self.labels.get(_label(key, value))
-            elif _is_number(value):
-                row = number.row + bisect_right(number.edges, value)
+            elif (read := _number(value)) is not None:
+                row = number.row + bisect_right(number.edges, read)
             else:
                 row = None
             if row is not None:
@@ -149,12 +157,23 @@ def _learn(
         for key, value in some.items():
             values[key].append(value)
     edges: dict[str, list[float]] = {}
+    left_out: dict[str, int] = {}
     for key in sorted(values):
-        numbers_of_key = [value for value in values[key] if _is_number(value)]
-        if len(numbers_of_key) == len(values[key]):
-            edges[key] = _edges(numbers_of_key)
+        if 2 * sum(map(_is_number, values[key])) > len(values[key]):
+            read = [n for value in values[key] if (n := _number(value)) is not None]
+            edges[key] = _edges(read)
+            if len(read) < len(values[key]):
+                left_out[key] = len(values[key]) - len(read)
         else:
             counts.update(_label(key, value) for value in values[key])
+    if left_out:
+        log.warning(
+            "values of numeric attributes are no numbers and are left out",
+            extra={
+                "values_left_out": sum(left_out.values()),
+                "attributes": " ".join(list(left_out)[:NAMES_LOGGED_MAX]),
+            },
+        )
     frequent = [name for name, n in counts.items() if n >= LABEL_ITEMS_MIN]
     frequent.sort(key=lambda name: (-counts[name], name))
     labels = {name: row for row, name in enumerate(frequent[:LABELS_MAX])}
@@ -180,6 +199,13 @@ def _label(key: str, value: object) -> str:
 
 def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _number(value: object) -> float | None:
+    """The value as a number, also of a text that is one; None for others."""
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        value = float(value)
+    return value if _is_number(value) else None
 
 
 def _add(group: list[int], rows: list[int], weights: list[float]) -> None:

@@ -1,5 +1,7 @@
 """The towers in numpy: unit norm, bits independent of the batch, features equal in any process."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -212,8 +214,37 @@ def test_numbers_fall_into_bins_of_about_equal_counts() -> None:
     below, above = ({"year": -(10**9)}, {"year": 1e12})
     assert space.of_item(Item(item_id="x", attributes=below))[0] == [number.row]
     assert space.of_item(Item(item_id="x", attributes=above))[0] == [number.row + 15]
-    assert space.of_item(Item(item_id="x", attributes={"year": "1999"}))[0] == []
+    assert space.of_item(Item(item_id="x", attributes={"year": " 1e3"}))[0] == [rows[1000]]
+    for text in ("", "new", "nan", "inf", "1_000", "1e999", "١٢"):
+        assert space.of_item(Item(item_id="x", attributes={"year": text}))[0] == []
     assert space.of_item(Item(item_id="x", attributes={"year": float("inf")}))[0] == []
+
+
+@pytest.mark.parametrize(
+    ("values", "numeric", "left_out"),
+    [
+        ([3, 4, 5, "new"], True, 1),
+        ([3, 4, 5, "4", " 6.5 "], True, 0),
+        ([3, 4, "new", "new"], False, 0),
+        (["3", "4", "5"], False, 0),  # ids and codes stay texts
+        ([3, 4, 5, True, "new"], True, 2),
+        ([3, 4, True, "new"], False, 0),
+    ],
+)
+def test_most_values_decide_whether_an_attribute_is_numeric(
+    values: list[Any], numeric: bool, left_out: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("WARNING")
+    items = [Item(item_id=str(n), attributes={"price": v}) for n, v in enumerate(values)]
+    space = features.learn_items(items)
+    assert set(space.numbers) == ({"price"} if numeric else set())
+    logged = [getattr(record, "values_left_out", 0) for record in caplog.records]
+    assert logged == ([left_out] if left_out else [])
+    if numeric:
+        without = features.learn_items(items[:3])
+        read = {"price": "4"}
+        assert space.of_item(Item(item_id="x", attributes=read))[0]
+        assert left_out != 1 or space.numbers == without.numbers
 
 
 VALUES = st.text(max_size=9) | st.integers() | st.floats() | st.booleans()
