@@ -324,7 +324,7 @@ def _users(
 # slot's tag.
 _KEY = re.compile(
     r"(?:(?P<layout>layout)|fence:\{(?P<fence>[ui]\d+)\}:[^:]+:\d+|\{(?P<slot>[ui]\d+)\}:"
-    r"(?:(?P<whole>window|buckets|generations)|(?:popular|version):(?P<bucket>\d+)|"
+    r"(?:(?P<whole>window|buckets|generations|refused)|(?:popular|version):(?P<bucket>\d+)|"
     r"(?P<kind>[hopcf]):(?P<id>.+)"
     r"|e:(?P<generation>[^:]+):(?P<learner>.+)))",
     re.DOTALL,
