@@ -15,7 +15,7 @@ share with a running system are its processes, its scripts, its retries and its 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -166,14 +166,16 @@ def differences(
     expected: Truth,
     generation: str = "1",
     optional: frozenset[str] = frozenset(),
+    value_of: Callable[[Any], bytes | None] = lambda record: record.value,
 ) -> Compared:
     """Compare all that ingest wrote with the truth.
 
+    value_of: the value of a record of `clicks` in Eddyline's own format
     optional: records that compaction removed, perhaps before ingest read and refused them
     """
     found, real = Compared(), RedisStore(settings)
     try:
-        names = _Names.of(settings, topics, expected)
+        names = _Names.of(settings, topics, expected, value_of)
         _fences(settings, topics, generation, real, expected.store, found)
         for partition in range(settings.clicks_partitions):
             _users(settings, partition, names, generation, (real, expected.store), found)
@@ -183,7 +185,7 @@ def differences(
             for bucket in have.keys() & want.keys():
                 found.same_maps("count", f"{slot}:{bucket}", have[bucket], want[bucket])
         if settings.item_slots == 1:
-            plain, have = counted_plainly(settings, topics), real.popular("i0", ALL)
+            plain, have = counted_plainly(settings, topics, value_of), real.popular("i0", ALL)
             for bucket in plain.keys() & have.keys():
                 found.same_maps("count by hand", bucket, have[bucket], plain[bucket])
         ids = sorted(names.items)
@@ -220,12 +222,18 @@ class _Names:
     items: set[str]
 
     @classmethod
-    def of(cls, settings: Settings, topics: Topics, expected: Truth) -> _Names:
+    def of(
+        cls,
+        settings: Settings,
+        topics: Topics,
+        expected: Truth,
+        value_of: Callable[[Any], bytes | None],
+    ) -> _Names:
         n = settings.clicks_partitions
         names = cls({p: set() for p in range(n)}, {p: set() for p in range(n)}, set())
         for record in topics.records[kafka_topics.CLICKS]:
             try:
-                event = msgspec.json.decode(record.value or b"null")
+                event = msgspec.json.decode(value_of(record) or b"null")
             except msgspec.DecodeError:
                 continue
             if not isinstance(event, dict):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,15 +91,22 @@ def read_all(settings: Settings, name: str, timeout_s: float = READ_S) -> list[A
         consumer.close()
 
 
-def counted_plainly(settings: Settings, topics: Topics) -> dict[int, dict[str, int]]:
-    """Popularity by bucket and item, counted event by event without any of ingest's functions."""
+def counted_plainly(
+    settings: Settings,
+    topics: Topics,
+    value_of: Callable[[Any], bytes | None] = lambda record: record.value,
+) -> dict[int, dict[str, int]]:
+    """Popularity by bucket and item, counted event by event without any of ingest's functions.
+
+    value_of: a record's value in Eddyline's own format
+    """
     buckets: dict[int, dict[str, int]] = {}
     for partition, records in topics.by_partition(kafka_topics.CLICKS).items():
         accepted_at: dict[str, int] = {}
         for record in records:
             try:
                 event = events.decode_user_event(
-                    record.value,
+                    value_of(record),
                     appended_ms=record.timestamp,
                     far_future_ms_max=settings.far_future_ms_max,
                 )

@@ -22,10 +22,12 @@ from sandbox.datasets.dataset import Dataset
 from serving.rpc.client import CallFailed, Client
 from tests import oracle
 from tests.chaos.faults import Faults
+from tests.chaos.foreign import OWN, in_own_format
 from tests.chaos.load import SHOPPERS, Load
 from tests.chaos.scene import CUT, Scene
 from tests.chaos.schedule import Fault, plan
 from tests.model import comparison
+from tests.model.reading import Raw
 from tests.topics import READ_S, read_all
 
 # Codes that a worker may answer while its servers come and go. INTERNAL and UNKNOWN are its own
@@ -174,15 +176,32 @@ def find_differences(scene: Scene, load: Load, result: Result) -> list[str]:
     towers = {name: bundles.load(settings.bundles / name) for name in names}
     spans = [(era, towers[era.generation]) for era in eras]
     expected = oracle.truth(settings, topics, towers[generation], eras=spans)
-    found = oracle.differences(settings, topics, expected, generation, optional)
-    by_model = comparison.compare(topics, list(towers.values()), eras, optional)
+    found = oracle.differences(settings, topics, expected, generation, optional, _own_value)
+    by_model = comparison.compare(
+        topics, list(towers.values()), eras, optional, own_of=_own, with_strays=True
+    )
     result.counts = found.counts | by_model.counts
     there = {_event_id(record.value) for record in topics.records[CLICKS]}
+    foreign = sum(_is_foreign(record) for record in topics.records[CLICKS])
+    result.counts["record of another format"] = foreign
     lost = sorted(load.acked - there)
     differences = [f"event {e}: acknowledged by Kafka, not in the topic" for e in lost[:20]]
     live = {item_id for item_id, record in expected.published.items() if record.vector is not None}
     differences += found.differences + by_model.differences
     return differences + _worker(scene, live, result)
+
+
+def _own_value(record: Any) -> bytes | None:
+    return in_own_format(record.value, record.headers)
+
+
+def _own(raw: Raw) -> Raw | None:
+    value = in_own_format(raw.value, raw.headers)
+    return None if value is None and _is_foreign(raw) else raw._replace(value=value)
+
+
+def _is_foreign(record: Any) -> bool:
+    return OWN[0] not in dict(record.headers)
 
 
 def removed(settings: Settings, known: Mapping[str, list[Any]]) -> frozenset[str]:
@@ -203,7 +222,7 @@ def _event_id(value: bytes | None) -> str | None:
         event = msgspec.json.decode(value or b"null")
     except msgspec.DecodeError:
         return None
-    found = event.get("event_id") if isinstance(event, dict) else None
+    found = event.get("event_id", event.get("id")) if isinstance(event, dict) else None
     return found if isinstance(found, str) else None
 
 

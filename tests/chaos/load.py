@@ -9,7 +9,8 @@ profiles, are forgotten, and click nothing; visitors and returners have no profi
 forgotten or merged, and click again, with device clocks that are behind or ahead. A profile counts
 in a micro-step, and between two topics there is no order.
 
-Clicks come through producers of every codec: kafka-python without one, librdkafka with each.
+Clicks come through producers of every codec: kafka-python without one, librdkafka with each. Some
+are records of another system, which the topic's map reads (`tests.chaos.foreign`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from eddyline.schema import events
 from eddyline.schema.events import Click, Item, Merge, UserProfile
 from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
+from tests.chaos import foreign
 
 log = logging.getLogger(__name__)
 
@@ -232,9 +234,20 @@ class Load:
 
         producer = self._rng.choice(self._codecs)
         topic, value = self._settings.prefixed(topics.CLICKS), events.encode(click)
-        producer.produce(topic, value, click.user_id, on_delivery=done)
+        headers = [foreign.OWN]
+        if self._rng.random() < 0.3:
+            value, headers = self._foreign(click), []
+        producer.produce(topic, value, click.user_id, on_delivery=done, headers=headers)
         producer.poll(0)
-        self.sent["compressed"] += 1
+        self.sent["compressed" if headers else "of another format"] += 1
+
+    def _foreign(self, click: Click) -> bytes:
+        """A record of another system, of the same user, item, time and event id."""
+        action = self._rng.choice([*foreign.ACTIONS])
+        visits = click.user_id.startswith("g")
+        return foreign.Foreign(
+            click.user_id, click.item_id, action, click.at_ms, click.event_id, visits
+        ).value()
 
     def _transactions(self, count: int) -> None:
         """So many clicks in transactions; every other transaction is aborted."""
@@ -297,18 +310,47 @@ class Load:
         self._click(user, self._item(), back_ms)
 
     def _strays(self) -> None:
-        """A click without a key, or in a wrong partition."""
+        """A click without a key; a click, an item, a profile or a delete in a wrong partition."""
+        if self._rng.random() < 0.4:
+            self._stray_state()
+            return
         click = self._new_click(
             f"s{self._below(SHOPPERS)}", self._item(), anonymous=self._rng.random() < 0.2
         )
         topic, value = self._settings.prefixed(topics.CLICKS), events.encode(click)
+        headers = [foreign.OWN]
+        if self._rng.random() < 0.3:
+            value, headers = self._foreign(click), []
         if self._rng.random() < 0.5:
-            sent = self._producer.send(topic, value)
+            sent = self._producer.send(topic, value, headers=headers)
         else:
             partitions = self._settings.clicks_partitions
             wrong = (partition_of(click.user_id, partitions) + 1) % partitions
-            sent = self._producer.send(topic, value, key=click.user_id.encode(), partition=wrong)
+            key = click.user_id.encode()
+            sent = self._producer.send(topic, value, key=key, partition=wrong, headers=headers)
         self._send("strays", sent, click.event_id)
+
+    def _stray_state(self) -> None:
+        """A change of an item or a member's profile in a wrong partition, one in four a delete."""
+        deletes = self._rng.random() < 0.25
+        self._number += 1
+        if self._rng.random() < 0.5:
+            name, partitions = topics.ITEMS, self._settings.items_partitions
+            item = self._items[self._below(len(self._items))]
+            key = item.item_id
+            value = events.encode(msgspec.structs.replace(item, title=f"stray {self._number}"))
+        else:
+            name, partitions = topics.USERS, self._settings.clicks_partitions
+            key = f"m{self._below(MEMBERS)}"
+            value = events.encode(UserProfile(user_id=key, attributes={"n": self._number}))
+        wrong = (partition_of(key, partitions) + 1) % partitions
+        sent = self._producer.send(
+            self._settings.prefixed(name),
+            None if deletes else value,
+            key=key.encode(),
+            partition=wrong,
+        )
+        self._send(f"stray {name}", sent)
 
     def _merge(self) -> None:
         dice = self._rng.random()
@@ -321,9 +363,9 @@ class Load:
 
     def _malformed(self) -> None:
         topic, value = self._rng.choice(topics.SOURCES), self._rng.choice(MALFORMED)
-        self._send(
-            "malformed", self._producer.send(self._settings.prefixed(topic), value, key=b"x1")
-        )
+        name = self._settings.prefixed(topic)
+        sent = self._producer.send(name, value, key=b"x1", headers=[foreign.OWN])
+        self._send("malformed", sent)
 
     def _catalogue(self) -> None:
         number = self._below(len(self._items))

@@ -33,16 +33,19 @@ from sandbox.servers import free_ports, kafka_jars, valkey
 from sandbox.servers import kafka_broker as broker
 from sandbox.servers.supervisor import Child, Supervisor
 from serving.rpc.client import is_ready
+from tests.chaos import foreign
 from tests.chaos.proxy import Proxy, ProxyFault
 from tests.chaos.recorder import Recorder
 from tests.model.eras import Era
 
-# Small limits, so that the run reaches each: full histories, events that come too late.
+# Small limits, so that the run reaches each: full histories, events that come too late, idle users.
 CUT = {
     "clicks_partitions": 4,
     "items_partitions": 2,
     "history_length_max": 50,
     "lateness_s_max": 3_600,
+    "user_idle_s_max": 12,
+    "clicks_map": str(foreign.MAP),
     "redis_timeout_ms": 500,
     "kafka_timeout_ms": 5_000,
     "backoff_ms_max": 500,

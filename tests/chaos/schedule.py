@@ -26,7 +26,7 @@ KINDS = {
     "cut after": "connections are cut after Redis did a write and before its answer",
     "duplicates": "a burst of events that were sent before, under their event ids, at new offsets",
     "reordered": "a burst of old events, within and beyond the allowed lateness",
-    "strays": "a burst of clicks without a key, or in a wrong partition",
+    "strays": "a burst of clicks without a key, and of any record in a wrong partition",
     "transactions": "a burst of clicks in transactions; half of these are aborted",
     "retention": "Kafka deletes the head of every partition of `clicks`, up to the fences",
     "settings": "both ingest processes are killed and come back with other settings",
@@ -43,6 +43,8 @@ CHANGES = (
     {"history_age_s_max": 600},
     {"history_age_s_max": 0},
     {"dedupe_window_events": 20_000},
+    {"user_idle_s_max": 4},
+    {"user_idle_s_max": 0},
 )
 # Ingest's session ends after 6 s.
 ZOMBIE_S = (6.5, 8.0)

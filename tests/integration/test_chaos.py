@@ -79,6 +79,9 @@ def test_every_kind_of_fault_leaves_the_state_that_the_topics_give(
         "model's profile",
         "model's erasure",
         "model's dead letter",
+        "model's stray of items and users",
+        "model's idle user",
+        "record of another format",
     ):
         assert result.counts[what] > 0, f"no {what} was compared"
 

@@ -85,6 +85,7 @@ def compare(
     optional: frozenset[str] = frozenset(),
     any_reason: bool = False,
     own_of: Callable[[Raw], Raw | None] = lambda raw: raw,
+    with_strays: bool = False,
 ) -> Compared:
     """Every difference between the model and what Redis and Kafka hold.
 
@@ -92,6 +93,7 @@ def compare(
     optional: records that compaction removed, perhaps before ingest read them: what they cause to
               be sent need not be there
     own_of:   see `model.Model`
+    with_strays: also records of `items` and `users` in a wrong partition, none of them too large
     any_reason: a dead letter may name another reason: records may be bad in several ways
     """
     settings, find = eras[-1].settings, era_of(eras)
@@ -113,6 +115,10 @@ def compare(
     _published(topics, eras[-1].generation, want, found)
     _letters(topics, logs, want, optional, any_reason, found)
     found.differences += sent_differences(logs["clicks"], want, optional)
+    if with_strays:
+        found.differences += stray_differences(logs, want, optional)
+        found.counts["model's stray of items and users"] = len(want.strays)
+    found.counts["model's idle user"] = want.idle
     return found
 
 
