@@ -182,7 +182,7 @@ class ItemHandler(Handler):
         """
         named = validation.named_items(self._settings, record)
         strays = [item_id for item_id, own in named if not own]
-        if strays and self._map is None and self._strays.forwarded:
+        if strays and self._map is None:
             if record.offset > self._sent(one):
                 partition = partition_of(strays[0], self._settings.items_partitions)
                 self._strays.forward(record, strays[0], record.value, partition, one.outcome)

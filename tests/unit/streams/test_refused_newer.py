@@ -8,11 +8,13 @@ from typing import Any
 import msgspec
 import pytest
 
+from eddyline.kafka.topics import CLICKS, ITEMS, USERS
 from eddyline.schema import events, validation
 from eddyline.schema.events import Item
 from eddyline.stores.state_store import ItemMetadata, RefusedRecord
+from streams.handlers import Handlers, Outputs
 from tests.applying import ingest
-from tests.unit.streams.test_ingest_rules import HERE, MS, SETTINGS, Rig
+from tests.unit.streams.test_ingest_rules import HERE, LOG, MS, SETTINGS, FakeOutputs, Rig
 from tests.unit.streams.test_strays import FILM, OTHER, change, record, title_of
 
 # Records that must be refused: identity, time or availability cannot be read.
@@ -111,6 +113,24 @@ def test_a_refused_record_in_a_wrong_partition_goes_to_its_own() -> None:
     outcome = ingest(rig.items, 1 - HERE, [stray])
     assert (outcome.forwarded, outcome.rejected, rig.out.letters) == (1, 0, [])
     assert rig.out.forwarded == [(FILM.encode(), stray.value, HERE)]
+
+
+def test_without_a_forwarder_it_is_left_to_the_copy_in_its_own_partition() -> None:
+    """A replay of the log reads both."""
+    handlers = Handlers(
+        SETTINGS,
+        Rig().store,
+        dict.fromkeys((CLICKS, USERS, ITEMS), LOG),
+        [],
+        Outputs.to_sink(out := FakeOutputs()),
+        [],
+        0.0,
+    )
+    handlers.items.fences.open({1 - HERE: (0, 99)})
+    stray = bad(0, 2)
+    stray.partition = 1 - HERE
+    assert ingest(handlers.items, 1 - HERE, [stray]).rejected == 0
+    assert out.letters == [] and out.forwarded == []
 
 
 def test_the_setting_hides_the_item_until_a_newer_good_record() -> None:
