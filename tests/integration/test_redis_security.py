@@ -43,6 +43,7 @@ from eddyline.stores.state_store import (
     ItemMetadata,
     Layout,
     LogId,
+    RefusedRecord,
     Source,
     UserEffects,
     UserQuery,
@@ -250,6 +251,11 @@ def ingest_works(store: RedisStore) -> None:
     store.write_item_metadata(
         "i0", Source("items", 0), None, at(1), {"a": ItemMetadata(0, 1, b"{}")}
     )
+    refused = ItemMetadata(0, 2, b"{}", refused=RefusedRecord(0, 3, 0, "bad_field"))
+    for place, metadata in ((2, refused), (3, ItemMetadata(0, 3, b"{}"))):
+        source = Source("items", 0)
+        store.write_item_metadata("i0", source, at(place - 1), at(place), {"a": metadata})
+    assert store.count_refused_items(["i0"]) == 0
     assert store.read_item_metadata(["a"], 1) and store.fences(CLICKS, ["u3"]) == {"u3": at(10)}
 
 
