@@ -403,6 +403,25 @@ def refill(
 
 
 @app.command()
+def repartition(
+    namespace: Annotated[str, typer.Argument(help="The namespace to copy into; a new one.")],
+    clicks: Annotated[int, typer.Option(min=1, help="Partitions of clicks and users there.")],
+    items: Annotated[int, typer.Option(min=1, help="Partitions of items there.")],
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until stopped.")] = False,
+    skip_lost: Annotated[
+        bool, typer.Option("--skip-lost", help="Copy without clicks that nothing has any more.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Copy all topics into a namespace with other numbers of partitions, exactly once."""
+    from cli.commands import repartition as commands_repartition
+
+    commands_repartition.repartition(
+        _settings(), namespace, clicks, items, follow=follow, skip_lost=skip_lost, yes=yes
+    )
+
+
+@app.command()
 def resync(yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False) -> None:
     """Delete the items and profiles that Kafka's compacted topics no longer have."""
     from cli.commands import resync as commands_resync

@@ -165,14 +165,15 @@ def reset_committed(settings: Settings, ends: Mapping[str, Mapping[int, int]]) -
 
 
 def committed_offsets(
-    settings: Settings, name: str = CLICKS, count: int | None = None
+    settings: Settings, name: str = CLICKS, count: int | None = None, group: str = ""
 ) -> Mapping[int, int]:
-    """The ingest group's committed offset of each partition of a topic; 0 where there is none.
+    """A group's committed offset of each partition of a topic; 0 where there is none.
 
     count: of the topic's partitions; default: that of `clicks`
+    group: default: that of ingest
     Ingest commits after the effects, so the offset is at most a second behind.
     """
-    group, topic = settings.prefixed(GROUP), settings.prefixed(name)
+    group, topic = group or settings.prefixed(GROUP), settings.prefixed(name)
     count = settings.clicks_partitions if count is None else count
     partitions = [TopicPartition(topic, p) for p in range(count)]
     wanted = {group: partitions}

@@ -1,0 +1,427 @@
+"""Copy the topics of a namespace into another one, whose topics have more partitions or fewer.
+
+The first namespace goes on as it is. Every accepted record is copied once, by its key, in the order
+of its partition, with the time of its first append. Copies and positions are one transaction of
+Kafka, so a killed copy goes on where it stopped. Strays are left out: ingest of the first namespace
+has forwarded them, and what it forwarded is copied. ADR 30 has the procedure.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import msgspec
+from kafka import KafkaProducer, TopicPartition
+from kafka.errors import KafkaError
+from kafka.structs import OffsetAndMetadata
+
+from eddyline.archive import FORGETS, MERGES, Archive, ArchiveUnavailable
+from eddyline.errors import EddylineError, LogMismatch, Rejected, SettingsError
+from eddyline.kafka import clients, producers, reading, topics
+from eddyline.kafka.topics import CLICKS, ITEMS, SOURCES, USERS
+from eddyline.schema import events, validation
+from eddyline.schema.deduplication import DedupeWindow
+from eddyline.schema.events import Forget
+from eddyline.schema.partitioning import partition_of
+from eddyline.schema.records import FORMAT, Record
+from eddyline.settings.loader import Settings
+from streams.dead_letters import FORWARD_BYTES_MAX, record_bytes
+from streams.operations import retention_gaps
+from streams.operations.refill_records import ArchivedRecord, as_sent
+
+# Records in one transaction.
+_BATCH = 1_000
+# Kafka aborts the transaction of a killed copy after this time; readers wait until then.
+_TRANSACTION_TIMEOUT_MS = 10_000
+_PAUSE_S = 0.5
+# Above every offset of a null record in the second namespace, which begins at 0.
+_ANY_OFFSET = 2**62
+# How long a copy waits for the ingest of the first namespace to come to the ends of its topics.
+INGEST_WAIT_S = 60.0
+# Forgets and what ingest forwards are in `clicks` before the null record or the stray is committed.
+_ORDER = (CLICKS, USERS, ITEMS)
+# (records copied, records left out) so far, at each transaction
+OnProgress = Callable[[int, int], None]
+_Place = tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a copy would do.
+
+    records: topic -> offsets that are not copied yet
+    lost:    which offsets neither Kafka nor the archive has, as a sentence; "" for none
+    goes_on: whether a copy has begun before
+    """
+
+    records: Mapping[str, int]
+    lost: str
+    goes_on: bool
+
+
+@dataclass(slots=True)
+class CopyReport:
+    """What a copy did. copied: by topic; left_out: by reason."""
+
+    copied: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+
+def target_of(settings: Settings, namespace: str, clicks: int, items: int) -> Settings:
+    """The settings of the second namespace. Raises SettingsError where it cannot be one.
+
+    clicks, items: partitions of `clicks` and `users`, and of `items`
+    """
+    for name in SOURCES:
+        if settings.has_own_topic(name):
+            raise SettingsError(
+                f"{name}_topic = {settings.prefixed(name)!r}: another system's topic is not "
+                "copied; let that system write a topic with more partitions, and begin with an "
+                "empty Redis"
+            )
+        if validation.map_of(settings, name) is not None:
+            raise SettingsError(
+                f"{name}_map is set: a topic with a map is not copied; let its producer write a "
+                "topic with more partitions, and begin with an empty Redis"
+            )
+    if namespace == settings.namespace:
+        raise SettingsError(f"namespace {namespace!r} is the present one: name another")
+    if (clicks, items) == (settings.clicks_partitions, settings.items_partitions):
+        raise SettingsError(
+            f"{clicks} partitions of clicks and {items} of items are the present numbers"
+        )
+    changed: dict[str, object] = {
+        "namespace": namespace,
+        "clicks_partitions": clicks,
+        "items_partitions": items,
+    }
+    try:
+        return msgspec.convert(msgspec.to_builtins(settings) | changed, type(settings))
+    except msgspec.ValidationError as error:
+        raise SettingsError(f"the second namespace: {error}") from None
+
+
+def group(target: Settings) -> str:
+    """The consumer group that holds the positions of a copy."""
+    return target.prefixed("eddyline-repartition")
+
+
+def plan(source: Settings, target: Settings) -> Plan:
+    """What a copy would do. Raises KafkaUnavailable, KafkaRefused, LogMismatch, ArchiveUnavailable.
+
+    LogMismatch: the second namespace has records that no copy made.
+    """
+    positions = _positions(source, target)
+    filled = "" if any(positions.values()) else _topic_with_records(target)
+    deadline = time.monotonic() + target.kafka_timeout_ms / 1000
+    # The positions of a copy that runs now may become visible a moment after its records.
+    while filled and not any(positions.values()):
+        if time.monotonic() > deadline:
+            raise LogMismatch(
+                f"topic {filled} has records, but no copy into it has begun: name a new namespace, "
+                "or delete its topics"
+            )
+        time.sleep(_PAUSE_S)
+        positions = _positions(source, target)
+    goes_on = any(positions.values())
+    ends = {name: topics.end_offsets(source, name) for name in SOURCES}
+    begins = {name: topics.beginning_offsets(source, name) for name in SOURCES}
+    left = {
+        name: sum(
+            max(0, end - max(positions[name, p], begins[name][p] if name != CLICKS else 0))
+            for p, end in ends[name].items()
+        )
+        for name in SOURCES
+    }
+    return Plan(left, _lost(source, positions, begins[CLICKS]), goes_on)
+
+
+def _lost(source: Settings, positions: Mapping[_Place, int], begins: Mapping[int, int]) -> str:
+    gone = {p: (positions[CLICKS, p], begin) for p, begin in begins.items()}
+    gone = {p: (first, begin) for p, (first, begin) in gone.items() if first < begin}
+    if not gone:
+        return ""
+    log = topics.log_ids(source, [CLICKS])[CLICKS]
+    with _archive(source) as archive:
+        lacking = [
+            f"{CLICKS}/{p} offsets {first} to {last}"
+            for p, (begin, end) in gone.items()
+            for first, last in archive.lacking(CLICKS, p, begin, end - 1, log)
+        ]
+        return "" if not lacking else f"the archive at {archive.url} lacks {'; '.join(lacking)}"
+
+
+@contextmanager
+def _archive(source: Settings) -> Iterator[Archive]:
+    archive = Archive(source)
+    try:
+        yield archive
+    except OSError as error:
+        raise ArchiveUnavailable(f"archive at {archive.url}: {error}") from None
+
+
+def _topic_with_records(target: Settings) -> str:
+    for name in SOURCES:
+        # Offsets are not records: a copy that was killed in its first transaction leaves some.
+        with closing(reading.read(target, name)) as records:
+            if next(records, None) is not None:
+                return target.prefixed(name)
+    return ""
+
+
+def _positions(source: Settings, target: Settings) -> dict[_Place, int]:
+    """The next offset of each partition of the first namespace; 0 before the first copy."""
+    counts = {name: topics.topic_configs(source, name)[0] for name in SOURCES}
+    found: dict[_Place, int] = {}
+    for name, count in counts.items():
+        committed = retention_gaps.committed_offsets(source, name, count, group(target))
+        found |= {(name, partition): offset for partition, offset in committed.items()}
+    return found
+
+
+def run(
+    source: Settings,
+    target: Settings,
+    *,
+    follow: bool,
+    skip_lost: bool = False,
+    on_progress: OnProgress = lambda copied, left_out: None,
+) -> CopyReport:
+    """Copy all that is not copied yet.
+
+    follow:    go on with new records until the process is ended; otherwise return when ingest of
+               the first namespace and the copy are at the ends of all topics
+    skip_lost: copy without clicks that neither Kafka nor the archive has
+    Raises what `plan` raises, and EddylineError where another copy has begun or ingest of the first
+    namespace does not come to the ends.
+    """
+    topics.ensure_topics(target)
+    producer = producers.make_producer(
+        target,
+        transactional_id=target.prefixed("eddyline-repartition"),
+        transaction_timeout_ms=_TRANSACTION_TIMEOUT_MS,
+    )
+    try:
+        # First, so that the transaction of a killed copy is aborted or its positions stand.
+        producers.in_time(target, producer.init_transactions)
+        planned = plan(source, target)
+        if planned.lost and not skip_lost:
+            raise LogMismatch(
+                f"{planned.lost}, and Kafka no longer has them. Nothing was copied. `--skip-lost` "
+                "copies what is there"
+            )
+        copier = Copier(source, target, producer, _positions(source, target), on_progress)
+        deadline = time.monotonic() + INGEST_WAIT_S
+        while True:
+            if copier.copy():
+                deadline = time.monotonic() + INGEST_WAIT_S
+            elif not follow:
+                behind = copier.ingest_behind()
+                if not behind:
+                    return copier.report
+                if time.monotonic() > deadline:
+                    raise EddylineError(
+                        f"ingest of namespace {source.namespace!r} has not applied {behind}: is it "
+                        "running? It forwards records in a wrong partition, which are copied then"
+                    )
+            time.sleep(_PAUSE_S)
+    except KafkaError as error:
+        text = f"{type(error).__name__} {error}"
+        if "Fenced" in text or "InvalidProducerEpoch" in text:
+            raise EddylineError(
+                f"another copy into namespace {target.namespace!r} has begun; this one stopped, "
+                "nothing is copied twice"
+            ) from None
+        raise clients.translate_error(target, error) from None
+    finally:
+        producer.close(timeout=1)
+
+
+class Copier:
+    """Copies what is new. Thread rule: one thread. report: what was done so far."""
+
+    def __init__(
+        self,
+        source: Settings,
+        target: Settings,
+        producer: KafkaProducer,
+        positions: Mapping[_Place, int],
+        on_progress: OnProgress,
+    ) -> None:
+        self.report = CopyReport()
+        self._source = source
+        self._target = target
+        self._producer = producer
+        self._next = dict(positions)
+        self._on_progress = on_progress
+        # Made at the first records of a partition: what was accepted just before is read for it.
+        self._windows: dict[int, DedupeWindow] = {}
+
+    def copy(self) -> int:
+        """Copy up to the present ends; returns how many records were read."""
+        # In reverse: see `_ORDER`.
+        ends = {name: topics.end_offsets(self._source, name) for name in reversed(_ORDER)}
+        read = 0
+        for name in _ORDER:
+            with closing(self._records(name, ends[name])) as records:
+                while batch := list(islice(records, _BATCH)):
+                    read += len(batch)
+                    self._send(name, batch)
+            for partition, end in ends[name].items():  # markers at the end are no records
+                self._next[name, partition] = max(end, self._next[name, partition])
+        return read
+
+    def ingest_behind(self) -> str:
+        """The first partition whose end ingest has not reached; "" for none."""
+        for name in SOURCES:
+            ends = topics.end_offsets(self._source, name)
+            committed = retention_gaps.committed_offsets(self._source, name, len(ends))
+            for partition, end in ends.items():
+                if max(committed[partition], 0) < end or self._next[name, partition] < end:
+                    return f"{name}/{partition} up to offset {end - 1}"
+        return ""
+
+    def _records(self, name: str, ends: Mapping[int, int]) -> Generator[Record, None, None]:
+        """The records that are not copied yet, in the order of each partition."""
+        starts = {partition: self._next[name, partition] for partition in ends}
+        due = {partition: end for partition, end in ends.items() if starts[partition] < end}
+        if not due:
+            return
+        if name == CLICKS:
+            for partition in due.keys() - self._windows.keys():
+                self._windows[partition] = DedupeWindow(self._source.dedupe_window_events)
+                # Twice the window: what was accepted in it depends on what came before.
+                width = 2 * self._source.dedupe_window_events
+                starts[partition] = max(0, starts[partition] - width)
+            begins = topics.beginning_offsets(self._source, name)
+            for partition in due:
+                yield from self._archived(partition, starts[partition], begins[partition])
+                starts[partition] = max(starts[partition], begins[partition])
+        yield from reading.read(self._source, name, {p: starts[p] for p in due}, due)
+
+    def _archived(self, partition: int, first: int, begin: int) -> Iterator[Record]:
+        """What only the archive has: its events below Kafka's oldest record."""
+        if first >= begin:
+            return
+        topic = self._source.prefixed(CLICKS)
+        with _archive(self._source) as archive:
+            parts = (archive.read(of, partition, first=first) for of in (CLICKS, MERGES, FORGETS))
+            for event in heapq.merge(*parts, key=lambda event: event.offset):
+                if event.offset >= begin:
+                    return
+                yield as_sent(topic, event)
+
+    def _send(self, name: str, batch: Sequence[Record]) -> None:
+        """Copy records in one transaction."""
+        positions: dict[int, int] = {}
+        sends: list[dict[str, Any]] = []
+        left_out: Counter[str] = Counter()
+        for record in batch:
+            if record.offset < self._next[name, record.partition]:
+                self._warm(record)
+                continue
+            positions[record.partition] = record.offset + 1
+            try:
+                sends += self._copies(name, record, left_out)
+            except Rejected as rejected:
+                left_out[rejected.reason] += 1
+        if not positions:
+            return
+        topic, source_topic = self._target.prefixed(name), self._source.prefixed(name)
+        self._producer.begin_transaction()
+        sent = [self._producer.send(topic, **one) for one in sends]
+        for future in sent:
+            producers.sent_to(future, self._target)
+        offsets = {
+            TopicPartition(source_topic, p): OffsetAndMetadata(offset, "", -1)
+            for p, offset in positions.items()
+        }
+        self._producer.send_offsets_to_transaction(offsets, group(self._target))
+        producers.in_time(self._target, self._producer.commit_transaction)
+        self._next |= {(name, p): offset for p, offset in positions.items()}
+        self.report.copied[name] += len(sends)
+        self.report.left_out += left_out
+        self._on_progress(self.report.copied.total(), self.report.left_out.total())
+
+    def _warm(self, record: Record) -> None:
+        """Note an event that was copied before."""
+        for event_id, own in self._event_ids(record):
+            if own:
+                self._windows[record.partition].accept(event_id, record.offset)
+
+    def _event_ids(self, record: Record) -> Iterable[tuple[str | None, bool]]:
+        if record.key is None and isinstance(record, ArchivedRecord):
+            return []
+        try:
+            found = validation.user_events(self._source, record)
+        except Rejected:
+            return []
+        return [(event.event_id, own) for _, event, own in found]
+
+    def _copies(
+        self, name: str, record: Record, left_out: Counter[str]
+    ) -> Iterator[dict[str, Any]]:
+        """What to send for a record. Raises Rejected for one that ingest refuses."""
+        if isinstance(record, ArchivedRecord) and record.forget is not None:
+            left_out["forgotten user without id"] += 1
+            return
+        for user_or_item, own, event_id, value in self._keys(name, record):
+            if not own:
+                left_out["wrong partition"] += 1
+            elif name == CLICKS and not self._windows[record.partition].accept(
+                event_id, record.offset
+            ):
+                left_out["sent again"] += 1
+            elif isinstance(record, ArchivedRecord) and record.target_forgotten:
+                # The target's id is gone. The visitor's history ends, and nothing is moved.
+                end = Forget(
+                    user_id=user_or_item,
+                    forget_until_ms=0,
+                    keep_after_ms=events.AT_MS_MAX,
+                    ends_ms=0,
+                )
+                yield self._copy(name, user_or_item, record, events.encode(end))
+            else:
+                yield self._copy(name, user_or_item, record, value)
+
+    def _keys(self, name: str, record: Record) -> list[tuple[str, bool, str | None, bytes | None]]:
+        """(user or item, whether in its partition, event id, value to send) of each event."""
+        if name != CLICKS:
+            find = validation.item_changes if name == ITEMS else validation.profiles
+            return [(key, own, None, record.value) for key, _, own in find(self._source, record)]
+        found = []
+        for _, event, own in validation.user_events(self._source, record):
+            value = record.value
+            if isinstance(event, Forget):
+                # The one that ingest there writes for the copied null record only repeats this one.
+                value = events.encode(msgspec.structs.replace(event, users_offset=_ANY_OFFSET))
+            found.append((event.user_id, own, event.event_id, value))
+        return found
+
+    def _copy(self, name: str, key: str, record: Record, value: bytes | None) -> dict[str, Any]:
+        kept = [(n, v) for n, v in record.headers if n not in _REPLACED and v is not None]
+        first_ms = (events.ORIGIN_MS, str(events.first_append_ms(record)).encode())
+        if record_bytes(key.encode(), value, [*kept, first_ms]) > FORWARD_BYTES_MAX:
+            kept = []
+        if record_bytes(key.encode(), value, [first_ms]) > FORWARD_BYTES_MAX:
+            raise Rejected("too_large", "", "does not fit with the time of its first append")
+        partitions = self._target.items_partitions
+        if name != ITEMS:
+            partitions = self._target.clicks_partitions
+        return {
+            "key": key.encode(),
+            "value": value,
+            "partition": partition_of(key, partitions),
+            "headers": [*kept, first_ms],
+        }
+
+
+# Of a record that was forwarded before: the copy is in its own partition.
+_REPLACED = (events.ORIGIN_MS, "origin", FORMAT)
