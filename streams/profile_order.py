@@ -15,7 +15,7 @@ import msgspec
 from eddyline.schema.erasure import Erasure, is_outdated
 from eddyline.schema.records import Record
 from eddyline.stores.state_store import ProfilePlace
-from streams.records import Restored, is_forwarded
+from streams.records import Restored, appended_after, is_forwarded
 
 
 @dataclass(slots=True)
@@ -23,7 +23,8 @@ class ProfileOrder:
     """The profiles at the present place of the batch; only users of forwarded records matter.
 
     profiles: user id -> attributes; None after a null record of this batch
-    places:   user id -> place of the profile, or of that null record
+    places:   user id -> place of the profile, or of that null record. What was appended again after
+              a record has the offset of that record
     erasures: user id -> what is kept of a forgotten user, from before the batch
     disputed: forwarded records of users whom another producer sends to their own partition
     """
@@ -51,6 +52,8 @@ class ProfileOrder:
             self._restored[user_id] = newer
             return False
         self._restored.pop(user_id, None)
+        if place[0] < 0 and (after := appended_after(record)) is not None:
+            place = after, place[1]
         self.profiles[user_id], self.places[user_id] = attributes, place
         return True
 
@@ -67,15 +70,21 @@ class ProfileOrder:
     ) -> Restored | None:
         """The user's state, if it is newer than a forwarded record."""
         stored, at = self.profiles.get(user_id), self.places.get(user_id)
+        # In one millisecond, a state that was appended again after a record is that of its place.
+        after = appended_after(record)
+        outdated = at is not None and (
+            is_outdated(place, at) or (after is not None and at[1] == place[1] and at[0] > after)
+        )
         if stored is not None and at is not None:
             self.disputed += is_forwarded(record) and at[0] >= 0
-            if is_outdated(place, at):
+            if outdated:
                 profile: dict[str, Any] = {"user_id": user_id, "attributes": dict(stored)}
                 return Restored.after(record, user_id, at[1], msgspec.json.encode(profile))
         if stored is None and attributes is not None:
             erasure = self.erasures.get(user_id)
-            if erasure is not None and erasure.covers_profile(*place):
+            since = place[0] if after is None else after
+            if erasure is not None and erasure.covers_profile(since, place[1]):
                 return Restored.after(record, user_id, erasure.until_ms, None)
-            if user_id in self.profiles and at is not None and is_outdated(place, at):
+            if user_id in self.profiles and at is not None and outdated:
                 return Restored.after(record, user_id, at[1], None)
         return None

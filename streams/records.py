@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from eddyline.schema.records import BuiltRecord, Record
 
+_OFFSET_DIGITS_MAX = 18
+
 
 class Restored(BuiltRecord, frozen=True):
     """A newer state of a key, to be appended again after an outdated record.
@@ -28,11 +30,17 @@ def is_forwarded(record: Record) -> bool:
     return False
 
 
-def appended_after(record: Record) -> str | None:
-    """The coordinates of the record that a `Restored` was appended after; None for any other."""
+def appended_after(record: Record) -> int | None:
+    """Offset, in its own partition, of the record that a `Restored` was appended after.
+
+    None for any other record.
+    """
     for name, value in record.headers:
-        if name == "origin" and value is not None and not is_forwarded(record):
-            return value.decode("utf-8", "replace")
+        if name == "origin" and value is not None:
+            at, _, offset = value.decode("utf-8", "replace").rpartition("/")
+            mine = at == f"{record.topic}/{record.partition}"
+            if mine and offset.isdecimal() and len(offset) <= _OFFSET_DIGITS_MAX:
+                return int(offset)
     return None
 
 

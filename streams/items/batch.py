@@ -149,7 +149,8 @@ class ItemBatch:
         before = self.order.newest(item_id)
         if before is None or before.deleted:
             return None
-        change = change.refuse(rejected, replace(before, refused=None), rules.hide)
+        hide = rules.hide or (before.refused is not None and before.refused.hidden)
+        change = change.refuse(rejected, replace(before, refused=None), hide)
         self.order.accepted(item_id, change)
         if rules.restore:
             self.order.append(item_id, change)

@@ -95,6 +95,16 @@ class ItemChange:
             born_ms=self.born_ms,
         )
 
+    def is_older(self, stored: ItemMetadata) -> bool:
+        """Whether a forwarded change is older than what the item has: the first append decides.
+
+        In one millisecond, a state that was appended again after a record is that of its place.
+        """
+        after = appended_after(self.record)
+        if self.first_ms != stored.first_ms or after is None:
+            return self.first_ms < stored.first_ms
+        return stored.partition == self.record.partition and stored.offset > after
+
     def born(self, before: ItemMetadata | None) -> ItemChange:
         """The change with the time of the item's first record, if the item says no time itself.
 
@@ -119,8 +129,8 @@ class ItemChange:
 
     def keep_refused(self, refused: RefusedRecord) -> ItemChange:
         """The change, with the refused record if that is newer: a delete ends it in any case."""
-        after = f"{self.record.topic}/{refused.partition}/{refused.offset}"
-        older = self.first_ms < refused.first_ms or appended_after(self.record) == after
+        place = self.record.partition, appended_after(self.record)
+        older = self.first_ms < refused.first_ms or place == (refused.partition, refused.offset)
         return replace(self, refused=refused) if older and self.item is not None else self
 
 

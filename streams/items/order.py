@@ -39,7 +39,7 @@ class KeyOrder:
         if newest is None:
             return True
         self.disputed += change.stray and not newest.stray
-        if change.first_ms >= newest.first_ms:
+        if not change.is_older(newest):
             return True
         body = newest.body or None
         self._restored[item_id] = Restored.after(change.record, item_id, newest.first_ms, body)

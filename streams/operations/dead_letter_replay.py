@@ -33,7 +33,7 @@ from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import Source, StateStore, UserQuery
 from streams.dead_letters import FORWARD_BYTES_MAX, HEADER_PREFIX, record_bytes
 from streams.operations import batch_skips
-from streams.records import coordinates
+from streams.records import appended_after, coordinates
 
 # A scan keeps one digest of each letter, to recognise repeats and marks: about 200 MB at most.
 SCAN_RECORDS_MAX = 2_000_000
@@ -378,7 +378,9 @@ def _after(letter: Letter, record: Any) -> bool:
     By time also where the refused one was itself a replay: its offset says nothing then.
     """
     _, partition, offset = letter.source
-    if events.first_append_ms(record) < letter.first_ms:
+    first_ms = events.first_append_ms(record)
+    again = record.partition == partition and appended_after(record) == offset
+    if first_ms < letter.first_ms or (again and first_ms == letter.first_ms):
         return False  # an older state, appended again after the refused record
     if record.partition == partition and letter.first_ms == letter.timestamp_ms:
         return bool(record.offset > offset)

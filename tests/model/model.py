@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from tests.model import reading
 from tests.model.reading import Raw, Refused
 from tests.model.rules import (
+    appended_after,
     first_append_ms,
     idle_after_ms,
     known_fields,
@@ -200,6 +201,10 @@ class Model:
             before = state.profiles.get(user)
             if before is not None and offset < 0 and at_ms < before[1]:
                 continue  # forwarded or replayed, and older than the profile
+            if offset < 0 and (after := appended_after(raw)) is not None:
+                if before is not None and at_ms == before[1] and before[0] > after:
+                    continue  # appended again, and older than the profile
+                offset = after
             if found is None:
                 state.profiles.pop(user, None)
             else:
@@ -259,7 +264,12 @@ class Model:
     def _outdated(self, raw: Raw, item_id: str) -> bool:
         """Whether a record that was appended before is older than what the item has."""
         origin_ms = reading.number_header(raw, "origin_ms")
-        return origin_ms is not None and origin_ms < self.state.item_times.get(item_id, 0)
+        if origin_ms is None or (version := self.state.items.get(item_id)) is None:
+            return False
+        at_ms, after = self.state.item_times[item_id], appended_after(raw)
+        if origin_ms == at_ms and after is not None:
+            return version.partition == raw.partition and version.offset > after
+        return origin_ms < at_ms
 
     def _refuse_item(self, raw: Raw, reason: str) -> None:
         """A dead letter; in its own partition the record of a key marks its item."""

@@ -43,6 +43,15 @@ def idle_after_ms(raw: Raw, s: Any) -> int:
     )
 
 
+def appended_after(raw: Raw) -> int | None:
+    """The offset in the record's own partition that its header `origin` names."""
+    at, _, offset = (
+        (reading.header(raw, "origin") or b"").decode("utf-8", "replace").rpartition("/")
+    )
+    mine = at == f"{raw.topic}/{raw.partition}" and offset.isdecimal() and len(offset) <= 18
+    return int(offset) if mine else None
+
+
 def first_append_ms(raw: Raw) -> int:
     """The broker's time stamp of a record's first append; a forwarded record carries it."""
     origin_ms = reading.number_header(raw, "origin_ms")

@@ -8,11 +8,14 @@ from typing import Any
 import msgspec
 import pytest
 
+from eddyline.kafka import reading
 from eddyline.kafka.topics import CLICKS, ITEMS, USERS
 from eddyline.schema import events, validation
 from eddyline.schema.events import Item
 from eddyline.stores.state_store import ItemMetadata, RefusedRecord
 from streams.handlers import Handlers, Outputs
+from streams.operations import dead_letter_replay
+from streams.operations.dead_letter_replay import Letter
 from tests.applying import ingest
 from tests.unit.streams.test_ingest_rules import HERE, LOG, MS, SETTINGS, FakeOutputs, Rig
 from tests.unit.streams.test_strays import FILM, OTHER, change, record, title_of
@@ -28,6 +31,14 @@ BAD = {
 
 def bad(offset: int, at: int, reason: str = "bad_field", origin: Any = None) -> Any:
     return record(offset, BAD[reason] % FILM.encode(), at, origin, FILM, "items")
+
+
+def again(offset: int, title: str | None, at: int, after: int) -> Any:
+    """A state of the time `at`, appended again after the record at the offset `after`."""
+    made = change(offset, title, at)
+    made.headers = [("origin", f"items/{HERE}/{after}".encode())]
+    made.headers.append((events.ORIGIN_MS, str(MS + at).encode()))
+    return made
 
 
 def applied(log: Sequence[Any], size: int = 99, **more: Any) -> Rig:
@@ -76,8 +87,9 @@ def test_it_marks_the_item_which_goes_on_being_shown(reason: str, size: int) -> 
         ([change(0, "a", 1), bad(1, 5), change(2, "b", 9, (OTHER, 4))], (1, "bad_field")),
         ([change(0, "a", 1), bad(1, 5), change(2, "b", 9, (OTHER, 5))], None),
         ([change(0, "a", 1), bad(1, 5), change(2, None, 9, (OTHER, 4))], None),
-        # Appended again after the refused record, in the same millisecond.
+        # In one millisecond: a replayed record, and what was appended again after the refused one.
         ([change(0, "a", 1), bad(1, 1), change(2, "a", 1, (HERE, 1))], None),
+        ([change(0, "a", 1), bad(1, 1), again(2, "a", 1, after=1)], (1, "bad_field")),
     ],
 )
 def test_a_newer_good_record_or_a_delete_ends_it(
@@ -93,16 +105,84 @@ def test_what_the_item_has_is_appended_again_once_and_does_not_end_the_mark() ->
     rig = applied([change(0, "a", 1), bad(1, 1)])
     [(key, value, partition)] = rig.out.forwarded
     assert (key, title_of(value), partition) == (FILM.encode(), "a", HERE)
-    again = record(2, value, 1, None, FILM, "items")
-    again.headers = [("origin", f"items/{HERE}/1".encode())]
-    again.headers.append((events.ORIGIN_MS, str(MS + 1).encode()))
-    ingest(rig.items, HERE, [again])
+    it = again(2, "a", 1, after=1)
+    assert it.value == value
+    ingest(rig.items, HERE, [it])
     rig.items.flush()
     assert refused_of(rig) == (1, "bad_field") and len(rig.out.forwarded) == 1
     # Where the settings of now refuse it, it is not appended for ever.
-    again.offset, again.value = 3, BAD["bad_field"] % FILM.encode()
-    ingest(rig.items, HERE, [again])
-    assert len(rig.out.forwarded) == 1
+    rig = applied([change(0, "a", 1), bad(1, 1)])
+    it.value = BAD["bad_field"] % FILM.encode()
+    ingest(rig.items, HERE, [it])
+    rig.items.flush()
+    assert refused_of(rig) == (2, "bad_field") and len(rig.out.forwarded) == 1
+
+
+@pytest.mark.parametrize("size", [1, 99])
+@pytest.mark.parametrize("then", ["b", None])
+@pytest.mark.parametrize(
+    "before",
+    [[change(0, "a", 1), bad(1, 1)], [change(0, "a", 1), change(1, "theirs", 1, (OTHER, 0))]],
+    ids=["refused", "outdated"],
+)
+def test_it_does_not_undo_a_change_of_the_same_millisecond(
+    before: list[Any], then: str | None, size: int
+) -> None:
+    """Records of one producer batch have one time stamp; ingest may read them in two batches."""
+    rig = applied([*before, change(2, then, 1), again(3, "a", 1, after=1)], size)
+    found = stored(rig)
+    assert found is not None and (found.offset, title_of(found.body)) == (2, then)
+    # Compaction keeps what the item has: it is the last record, and no further one follows.
+    assert title_of(rig.out.forwarded[-1][1]) == then
+    count = len(rig.out.forwarded)
+    ingest(rig.items, HERE, [again(4, then, 1, after=3)])
+    rig.items.flush()
+    found = stored(rig)
+    assert found is not None and title_of(found.body) == then
+    assert len(rig.out.forwarded) == count
+
+
+@pytest.mark.parametrize("offset", ["9" * 18, "9" * 5_000, "-1", "", "\u0661", "1/2"])
+def test_any_producer_may_name_an_origin(offset: str) -> None:
+    one = again(1, "b", 1, after=0)
+    one.headers[0] = ("origin", f"items/{HERE}/{offset}".encode())
+    rig = applied([change(0, "a", 1), one, change(2, "c", 2)])
+    found = stored(rig)
+    assert found is not None and title_of(found.body) == "c"
+
+
+@pytest.mark.parametrize("refused_at", [1, 2])
+def test_a_replay_does_not_take_it_for_a_newer_record(
+    refused_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record that was sent after the refused one is newer, also where it is appended again."""
+    first, refused = change(0, "a", 1), bad(1, refused_at)
+    letter = Letter(
+        at=f"items/{HERE}/1",
+        reason="bad_field",
+        field="available",
+        detail="",
+        key=refused.key,
+        value=change(1, "mended", refused_at).value,
+        timestamp_ms=refused.timestamp,
+        first_ms=refused.timestamp,
+        offset=0,
+    )
+
+    def newer(*log: Any) -> bool:
+        monkeypatch.setattr(reading, "offsets_at", lambda *_: {HERE: 0})
+        monkeypatch.setattr(reading, "read", lambda *_: iter(log))
+        marks = dead_letter_replay._Scan(SETTINGS)
+        return letter.at in dead_letter_replay.newer_than(SETTINGS, [letter], marks)
+
+    [(_, value, _)] = applied([first, refused]).out.forwarded
+    it = again(2, "a", 1, after=1)
+    assert it.value == value
+    assert not newer(first, refused, it)
+    assert not newer(refused, it)
+    assert newer(first, refused, it, change(3, "b", refused_at))
+    assert newer(first, refused, it, change(3, "b", 9, (OTHER, refused_at + 1)))
+    assert newer(refused, it, again(5, "b", refused_at, after=4))
 
 
 def test_a_refused_record_in_a_wrong_partition_goes_to_its_own() -> None:
@@ -145,6 +225,20 @@ def test_the_setting_hides_the_item_until_a_newer_good_record() -> None:
         assert rig.out.published[-1].retired
         ingest(rig.items, HERE, [change(3, "b", 10)])
         assert (rig.out.published[-1].offset, rig.out.published[-1].retired) == (3, False)
+
+
+def test_a_hidden_item_stays_hidden_where_the_setting_ends() -> None:
+    rig = applied([change(0, "a", 1), bad(1, 2)], hide_refused_items=True)
+    after = Rig()
+    after.store.restore(rig.store.snapshot())
+    assert after.items.fences.open({HERE: (0, 99)}) == {HERE: 2}
+    ingest(after.items, HERE, [bad(2, 3)])
+    after.items.flush()
+    found = stored(after)
+    assert found is not None
+    assert found.refused == RefusedRecord(HERE, 2, MS + 3, "bad_field", hidden=True)
+    ingest(after.items, HERE, [change(3, "b", 4)])
+    assert (after.out.published[-1].offset, after.out.published[-1].retired) == (3, False)
 
 
 def test_a_map_names_the_items_of_a_refused_record(tmp_path: Any) -> None:

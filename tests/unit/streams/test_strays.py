@@ -13,6 +13,7 @@ from eddyline.kafka import reading
 from eddyline.schema import events
 from eddyline.schema.events import Item, UserProfile
 from eddyline.schema.partitioning import partition_of
+from streams import dead_letters
 from streams.operations import resync
 from tests.applying import ingest
 from tests.unit.streams.test_ingest_rules import ANA, FILM, HERE, MS, SETTINGS, Rig, rec
@@ -110,6 +111,35 @@ def test_users_in_two_partitions() -> None:
     assert rig.store.snapshot().profiles == {(f"u{HERE}", ANA): {"age": 1}}
     ingest(rig.users, HERE, [profile(3, None, 9, (OTHER, 6))], 0)
     assert rig.store.snapshot().profiles == {} and len(rig.out.forwarded) == 2
+
+
+@pytest.mark.parametrize("forget_after", [3, 4])
+@pytest.mark.parametrize("sizes", [(9,), (2, 9), (3, 9), (1, 1, 1, 9)])
+@pytest.mark.parametrize("then", [3, None])
+def test_a_profile_that_is_appended_again_does_not_undo_a_change_of_its_millisecond(
+    then: int | None, sizes: Sequence[int], forget_after: int
+) -> None:
+    """Records of one producer batch have one time stamp; ingest may read them in two batches."""
+    again = profile(3, 1, 1)
+    again.headers = [("origin", f"users/{HERE}/1".encode())]
+    again.headers.append((events.ORIGIN_MS, str(MS + 1).encode()))
+    rig, log = Rig(), [profile(0, 1, 1), profile(1, 2, 1, (OTHER, 0)), profile(2, then, 1), again]
+    rest, forget = list(log), events.encode(dead_letters.forget_of(SETTINGS, log[2], ANA))
+    for size in sizes:
+        if rest:
+            ingest(rig.users, HERE, rest[:size], 0)
+            del rest[:size]
+        if then is None and len(log) - len(rest) == forget_after:
+            ingest(rig.clicks, HERE, [rec(0, forget, ANA.encode())], 0)
+    have = {(f"u{HERE}", ANA): {"age": then}} if then else {}
+    assert rig.store.snapshot().profiles == have
+    if then:
+        assert b'"age":3' in rig.out.forwarded[-1][1]
+    after = profile(4, then, 1)
+    after.headers = [("origin", f"users/{HERE}/3".encode()), again.headers[1]]
+    count = len(rig.out.forwarded)
+    ingest(rig.users, HERE, [after], 0)
+    assert rig.store.snapshot().profiles == have and len(rig.out.forwarded) == count
 
 
 @pytest.mark.parametrize("ahead_ms", [0, 1])
