@@ -160,7 +160,9 @@ def evaluate(
         Path | None, typer.Option(help="A trained bundle; default: one is trained.")
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Of the training.")] = 8,
-    seed: Annotated[int, typer.Option(help="Of training, chance and intervals.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Of training, chance and intervals.")
+    ] = 0,
     json: Annotated[Path | None, typer.Option(help="Write everything to this new file.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page to this new file.")] = None,
     compare: Annotated[

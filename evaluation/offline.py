@@ -48,6 +48,29 @@ def training_data(log: EventLog, first: int) -> TrainingData:
     )
 
 
+def check_rows(rows: Sequence[str]) -> None:
+    """Raise SettingsError for an unknown row."""
+    if unknown := [row for row in rows if row not in ROWS]:
+        raise SettingsError(f"--rows {unknown[0]}: expected some of {', '.join(ROWS)}")
+
+
+def check_split(log: EventLog, split: float) -> tuple[int, int]:
+    """(events before the split, events to score). Raises SettingsError if one is 0."""
+    first = log.split(split)
+    after, scored = len(log) - first, len(protocol.scorable(log, first))
+    if not first:
+        raise SettingsError(
+            f"--split {split}: none of the {len(log):,} events is before it; events of one time "
+            "are not separated"
+        )
+    if not scored:
+        raise SettingsError(
+            f"--split {split}: of the {len(log):,} events {after:,} are after it, and none of "
+            "those is to be scored; dislikes are not"
+        )
+    return first, scored
+
+
 def evaluate(
     settings: Settings,
     log: EventLog,
@@ -65,12 +88,8 @@ def evaluate(
     bundle: trained on what `training_data` gives for the same split
     Raises SettingsError for an unknown row, or if there is nothing to score.
     """
-    if unknown := [row for row in rows if row not in ROWS]:
-        raise SettingsError(f"--rows {unknown[0]}: expected some of {', '.join(ROWS)}")
-    first = log.split(split)
-    scored = len(protocol.scorable(log, first))
-    if not scored or not first:
-        raise SettingsError(f"--split {split}: leaves no event to learn from, or none to score")
+    check_rows(rows)
+    first, scored = check_split(log, split)
     product = Product(settings, bundle)
     try:
         made = [ROWS[row](log, product, scored, seed) for row in rows]

@@ -24,7 +24,7 @@ from cli.commands.import_files import Plan
 from cli.console import console
 from eddyline.errors import Rejected, SettingsError
 from eddyline.kafka import topics
-from eddyline.process.files import write_atomically
+from eddyline.process import files as disk
 from eddyline.schema.events import Click, Item, UserProfile
 from eddyline.settings import loader
 from eddyline.settings.loader import Settings
@@ -41,6 +41,7 @@ from streams.importing.rows import Event, RowReader
 
 _ROWS_PER_SHOW = 1_000
 _OF_EVENTS = (topics.CLICKS, topics.ITEMS)
+_BECOMES = {topics.CLICKS: "a click", topics.ITEMS: "an item", topics.USERS: "a profile"}
 _SHOWN = ("hr_50", "hr_100", "mrr", "ndcg_10", "hr_10_debiased")
 
 
@@ -79,12 +80,14 @@ def evaluate(
     configurations = _configurations(settings, options)
     name = files[0].name if files else "the log"
     with _bar() as bar:
+        named = None if options.bundle is None else bundles.load(options.bundle)
         if source is None:
-            log = read(settings, files, items, users, options.map_name, bar)
+            log = read(configurations[0][1], files, items, users, options.map_name, bar)
         else:
-            log = _log_of(settings, source(settings))
+            log = _log_of(configurations[0][1], source(settings))
+        offline.check_split(log, options.split)
         with tempfile.TemporaryDirectory(prefix="eddyline-evaluate-") as folder:
-            bundle = _bundle(log, Path(folder), options, bar)
+            bundle = named or _trained(log, Path(folder), options, bar)
             found = [
                 _replay(one, log, bundle, f"{name}, {of}" if of else name, options, bar)
                 for of, one in configurations
@@ -107,17 +110,20 @@ def read(
     map_name: str,
     bar: Progress,
 ) -> EventLog:
-    """The log of some files. Raises EddylineError; rows that are refused are counted and shown.
+    """The log of some files. Raises EddylineError if one cannot be read, or no row of it counts.
+
+    Rows that are refused are counted and shown.
 
     Where a table of events describes its items, the first row of each counts, from its first event
     on: later rows would tell what nobody knew then.
     """
-    builder, refused = LogBuilder(settings.dwell_ms_full), Counter[str]()
+    builder, refused, empty = LogBuilder(settings.dwell_ms_full), Counter[str](), list[str]()
     named = [(path, topics.CLICKS) for path in files]
     named += [(path, topics.ITEMS) for path in (items,) if path is not None]
     named += [(path, topics.USERS) for path in (users,) if path is not None]
-    for path, topic in named:
-        plan = _plan(path, topic, map_name, describes=items is None)
+    plans = [_plan(path, topic, map_name, describes=items is None) for path, topic in named]
+    for (path, topic), plan in zip(named, plans, strict=True):
+        accepted = Counter[str]()
         for one in plan.topics:
             reader = RowReader(settings, plan.file, plan.file.digest(), one, plan.file_map)
             described = one != topic
@@ -132,10 +138,14 @@ def read(
                     builder.profiles.append(event)
                 else:
                     refused[f"{path.name}: deletes and merges are not evaluated"] += 1
+                    continue
+                accepted[one] += 1
+        if not accepted[topic]:
+            empty.append(f"{path}: no row becomes {_BECOMES[topic]}")
     for reason, count in sorted(refused.items()):
         console.print(f"{count:,} rows left out: {reason}")
-    if not len(builder):
-        raise SettingsError(f"{files[0]}: no row becomes a click")
+    if empty:
+        raise SettingsError(empty[0])
     return builder.build()
 
 
@@ -205,25 +215,39 @@ def _configurations(settings: Settings, options: Options) -> list[tuple[str, Set
     """(name, settings) of each run. Raises SettingsError."""
     if options.repeats not in ("drop", "keep"):
         raise SettingsError(f"--repeats {options.repeats!r}: expected drop or keep")
-    if unknown := [row for row in options.rows if row not in ROWS]:
-        raise SettingsError(f"--rows {unknown[0]}: expected some of {', '.join(ROWS)}")
+    offline.check_rows(options.rows)
     if not 0 < options.split < 1:
         raise SettingsError(f"--split {options.split}: must be between 0 and 1")
-    for path in (options.json, options.html):
-        if path is not None and path.exists():
-            raise SettingsError(f"{path} exists already")
+    _check_outputs(options)
     if options.compare is None:
         return [("", settings)]
-    return [
+    found = [
         (path.name, loader.load({**os.environ, "EDDYLINE_CONFIG": str(path)}))
         for path in options.compare
     ]
+    first, second = (one.dwell_ms_full for _, one in found)
+    if first != second:
+        raise SettingsError(
+            f"--compare: dwell_ms_full is {first} in {found[0][0]} and {second} in {found[1][0]}; "
+            "the events are read once, so it must be the same"
+        )
+    return found
 
 
-def _bundle(log: EventLog, folder: Path, options: Options, bar: Progress) -> Bundle:
-    """The named bundle, or one that is trained on the events before the split."""
-    if options.bundle is not None:
-        return bundles.load(options.bundle)
+def _check_outputs(options: Options) -> None:
+    """Raise SettingsError unless the reports can be written, each to a new file."""
+    for name, path in (("--json", options.json), ("--html", options.html)):
+        if path is None:
+            continue
+        if path.exists():
+            raise SettingsError(f"{name} {path}: exists already")
+        disk.check_writable(name, str(path.parent))
+    if options.json is not None and options.json == options.html:
+        raise SettingsError(f"--html {options.html}: is the file of --json too")
+
+
+def _trained(log: EventLog, folder: Path, options: Options, bar: Progress) -> Bundle:
+    """A bundle that is trained on the events before the split."""
     try:
         from embeddings.models.base import Progress as Step
         from embeddings.models.base import Recipe
@@ -285,10 +309,10 @@ def _compared(log: EventLog, found: Sequence[tuple[Report, Outcome]], options: O
 def _write(reports: Sequence[Report], options: Options) -> None:
     if options.json is not None:
         raw = msgspec.json.format(msgspec.json.encode(reports), indent=1)
-        write_atomically(options.json, raw, mode=0o644)
+        disk.write_atomically(options.json, raw, mode=0o644)
     if options.html is not None:
         text = page.page(reports[0], reports[1:])
-        write_atomically(options.html, text.encode(), mode=0o644)
+        disk.write_atomically(options.html, text.encode(), mode=0o644)
 
 
 def _bar() -> Progress:

@@ -115,7 +115,7 @@ def test_files_become_a_table_json_and_one_page(tmp_path: Path, bundle: Path) ->
     for picture in pictures:
         ElementTree.fromstring("<svg" + picture.partition("</svg>")[0] + "</svg>")
         assert "nan" not in picture.partition("</svg>")[0].lower()
-    assert run(*words, "--json", str(out), error=SettingsError) == f"{out} exists already"
+    assert run(*words, "--json", str(out), error=SettingsError) == f"--json {out}: exists already"
 
 
 def test_a_table_of_events_that_describes_items_gives_their_first_row(tmp_path: Path) -> None:
@@ -178,14 +178,83 @@ def test_topics_and_archive_give_the_same_log_as_files(bundle: Path) -> None:
         (lambda f: [f, "--split", "1"], "must be between 0 and 1"),
         (lambda f: [f, "--split", "0"], "must be between 0 and 1"),
         (lambda f: [f, "--rows", "towers,ours"], "--rows ours: expected some of random"),
+        (lambda f: [f, "--json", f"{f}/x.json"], "ratings.csv': cannot be written: "),
+        (lambda f: [f, "--html", "/proc/x.html"], "--html = '/proc': cannot be written: "),
+        (lambda f: [f, "--json", f], "ratings.csv: exists already"),
+        (lambda f: [f, "--json", f"{f}.x", "--html", f"{f}.x"], "is the file of --json too"),
+        (lambda f: [f, "--bundle", f"{f}.none"], "ratings.csv.none/manifest.json: is missing"),
     ],
 )
 def test_a_wrong_option_is_refused_before_anything_is_read(
     tmp_path: Path, words: Callable[[str], list[str]], message: str
 ) -> None:
     path = write_events(tmp_path / "ratings.csv", 5)
-    assert message in run(*words(str(path)), error=SettingsError)
+    assert message in run(*words(str(path)), error=EddylineError)
     assert [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**32)])
+def test_a_seed_out_of_bounds_is_refused(tmp_path: Path, seed: str) -> None:
+    path = write_events(tmp_path / "ratings.csv", 5)
+    result = CliRunner().invoke(app, ["evaluate", str(path), "--seed", seed])
+    assert result.exit_code == 2 and "'--seed'" in result.output
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_the_largest_seed_is_used(tmp_path: Path, bundle: Path) -> None:
+    path = write_events(tmp_path / "ratings.csv")
+    run(str(path), "--bundle", str(bundle), "--rows", "random", "--seed", str(2**32 - 1))
+
+
+@pytest.mark.parametrize(
+    ("option", "line", "becomes"),
+    [("--items", {"item_id": "i1", "at_ms": 10**13}, "an item"), ("--users", {}, "a profile")],
+)
+def test_a_named_file_that_gives_nothing_is_refused(
+    tmp_path: Path, bundle: Path, option: str, line: dict[str, object], becomes: str
+) -> None:
+    """Otherwise the items would be live from their first event on, as without a file."""
+    path, other = write_events(tmp_path / "ratings.csv"), tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"user_id": "", **line}) + "\n", encoding="utf-8")
+    topic = {"--items": "items", "--users": "users"}[option]
+    beside = tmp_path / "other.jsonl.map.toml"
+    beside.write_text(f'[{topic}]\npreset = "eddyline"\n', encoding="utf-8")
+    words = [str(path), option, str(other), "--bundle", str(bundle)]
+    assert run(*words, error=SettingsError) == f"{other}: no row becomes {becomes}"
+
+
+def test_a_missing_file_of_items_is_seen_before_the_events_are_read(tmp_path: Path) -> None:
+    path = write_events(tmp_path / "ratings.csv")
+    with command._bar() as bar, pytest.raises(EddylineError, match=r"none\.jsonl"):
+        command.read(Settings(), [path], tmp_path / "none.jsonl", None, "", bar)
+    assert not bar.tasks
+
+
+@pytest.mark.parametrize(
+    ("times", "kind", "message"),
+    [
+        (0, "click", "--split 0.8: none of the 20 events is before it"),
+        (1_000, "dislike", "--split 0.8: of the 20 events 4 are after it, and none"),
+    ],
+)
+def test_a_log_with_nothing_to_score_is_refused_before_a_training(
+    tmp_path: Path, times: int, kind: str, message: str
+) -> None:
+    path = tmp_path / "events.jsonl"
+    with path.open("w", encoding="utf-8") as out:
+        for n in range(20):
+            event = {"user_id": "u", "item_id": f"i{n}", "at_ms": BASE_MS + times * n}
+            out.write(json.dumps({**event, "kind": kind if n > 15 else "click"}) + "\n")
+    assert run(str(path), error=SettingsError).startswith(message)
+
+
+def test_settings_that_change_the_reading_cannot_be_compared(tmp_path: Path) -> None:
+    path, files = write_events(tmp_path / "ratings.csv", 5), []
+    for name, dwell_ms in (("a", 0), ("b", 1_000)):
+        files.append(tmp_path / f"{name}.toml")
+        files[-1].write_text(f"dwell_ms_full = {dwell_ms}\n", encoding="utf-8")
+    found = run(str(path), "--compare", *map(str, files), error=SettingsError)
+    assert "--compare: dwell_ms_full is 0 in a.toml and 1000 in b.toml" in found
 
 
 def test_a_bundle_is_trained_on_what_lies_before_the_split(tmp_path: Path) -> None:
