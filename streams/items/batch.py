@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -15,6 +15,9 @@ from eddyline.stores.state_store import ItemMetadata
 from streams.items.metadata import ItemChange
 from streams.items.order import KeyOrder
 from streams.ports import Outcome, PartitionLost, RecordBatch
+
+# (position in `ItemBatch.decoded`, the item after this change) -> why no generation places it.
+Place = Callable[[int, Item | None], Rejected | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,7 @@ class ItemBatch:
     decoded:     all changes, in the order of the log, each with its item id
     stored:      what items had before the batch, as far as it was looked up
     unplaced:    positions in `decoded` of changes for which no generation has a vector
-    refused:     these and the positions of changes that the item's state refuses
+    refused:     positions of changes that the item's state or all generations refuse
     order:       which forwarded changes count
     decided:     what holds of them: (position in `decoded`, item id, change); of a refused record
                  its effect on the metadata
@@ -50,7 +53,7 @@ class ItemBatch:
     batch: RecordBatch
     decoded: list[tuple[str, ItemChange]] = field(default_factory=list)
     stored: dict[str, ItemMetadata] = field(default_factory=dict)
-    unplaced: dict[int, Rejected] = field(default_factory=dict)
+    unplaced: set[int] = field(default_factory=set)
     refused: dict[int, Rejected] = field(default_factory=dict)
     order: KeyOrder = field(default_factory=KeyOrder)
     decided: list[tuple[int, str, ItemChange]] = field(default_factory=list)
@@ -80,8 +83,8 @@ class ItemBatch:
             or (rules.emptied and item_changes.may_empty(change.item))
         )
 
-    def decide(self, rules: Rules) -> None:
-        """Decide on all changes, by `stored` and `unplaced`; the result replaces an earlier one."""
+    def decide(self, rules: Rules, place: Place) -> None:
+        """Decide on all changes, by `stored` and `place`; the result replaces an earlier one."""
         self.order, self.decided, self.refused = KeyOrder(self.stored), [], {}
         outcome = self.outcome
         outcome.applied = outcome.outdated = outcome.repeated = 0
@@ -91,7 +94,7 @@ class ItemBatch:
                 continue
             one: ItemChange | None
             try:
-                one = self._accepted(number, item_id, change, rules)
+                one = self._accepted(number, item_id, change, rules, place)
                 outcome.applied += one is not None
                 outcome.repeated += one is None
             except Rejected as rejected:
@@ -103,11 +106,11 @@ class ItemBatch:
         self.changes = {item_id: change for _, item_id, change in self.decided}
 
     def _accepted(
-        self, number: int, item_id: str, change: ItemChange, rules: Rules
+        self, number: int, item_id: str, change: ItemChange, rules: Rules, place: Place
     ) -> ItemChange | None:
         """The change as it holds; None for a patch before the stored state. Raises Rejected."""
-        if (rejected := change.rejected or self.unplaced.get(number)) is not None:
-            raise rejected
+        if change.rejected is not None:
+            raise change.rejected
         sent = change.item
         if change.patch is not None:
             if (patched := self._patched(item_id, change, change.patch)) is None:
@@ -119,6 +122,8 @@ class ItemBatch:
             if newest is not None and not (stored is not None and stored.includes(change.record)):
                 item = item_changes.whole(_item(newest), sent)
                 change = change if item is sent else replace(change, item=item)
+        if (rejected := place(number, change.item)) is not None:
+            raise rejected
         newest = self.order.newest(item_id)
         if change.forwarded and newest is not None and newest.refused is not None:
             change = change.keep_refused(newest.refused)

@@ -29,7 +29,7 @@ from embeddings.towers.base import ItemEncoder
 from embeddings.towers.numerics import Floats
 from streams.fences import PUBLISHED_SLOT, PartitionFences, published_source
 from streams.generation import Generation
-from streams.items.batch import ItemBatch, Rules
+from streams.items.batch import ItemBatch, Place, Rules
 from streams.items.metadata import METADATA_WAIT_S, ItemChange, ItemMetadataWriter
 from streams.ports import DeadLetterSink, Forwarder, Handler, Outcome, RecordBatch
 from streams.strays import Strays
@@ -196,7 +196,7 @@ class ItemHandler(Handler):
             if own
         ]
 
-    def _decide(self, one: ItemBatch) -> None:
+    def _decide(self, one: ItemBatch, place: Place = lambda *_: None) -> None:
         """Decide on a batch, by what its items have. Raises StoreUnavailable."""
         unknown = [item_id for item_id in one.look_ups(self._rules) if item_id not in one.stored]
         if unknown:
@@ -204,7 +204,7 @@ class ItemHandler(Handler):
             pending = self.metadata.changes(one.batch.partition)
             found |= {i: pending[i].metadata for i in unknown if i in pending}
             one.stored |= found
-        one.decide(self._rules)
+        one.decide(self._rules, place)
 
     def _forward(self, one: ItemBatch, record: Record, item_id: str, item: ItemEvent) -> None:
         """Send a change in a wrong partition to its own, once."""
@@ -244,15 +244,31 @@ class ItemHandler(Handler):
         }
 
     def _place(self, one: ItemBatch, vectors: Sequence[Encoded]) -> None:
-        """Refuse changes for which no generation has a vector, and decide again without them.
+        """Refuse changes for which no generation has a vector: then decide again.
 
-        Of an item the first such change alone is certain: later ones may depend on it.
+        Later patches of the item make other items then, which are encoded one by one.
         """
-        while unplaced := _unplaced(one, vectors):
-            one.unplaced |= unplaced
-            self._decide(one)
-            for number, encoded in enumerate(vectors):
-                encoded.update(self._encode(number, [one]))
+        partition = one.batch.partition
+        one.unplaced = {
+            position
+            for position, _, _ in one.decided
+            if _error([encoded.get((partition, position)) for encoded in vectors])
+        }
+        if not one.unplaced:
+            return
+        known = {position: change.item for position, _, change in one.decided}
+
+        def place(position: int, item: Item | None) -> Rejected | None:
+            at = partition, position
+            for generation, encoded in zip(self._generations, vectors, strict=True):
+                if item is None or not item.available:
+                    encoded.pop(at, None)
+                elif item != known.get(position):
+                    vector = _encode_one(generation.towers.item_tower, item)
+                    encoded[at] = _checked(item.item_id, vector)
+            return _error([encoded.get(at) for encoded in vectors])
+
+        self._decide(one, place)
 
     def _confirm(self, one: ItemBatch, vectors: Sequence[Encoded]) -> None:
         """Write dead letters and forwarded records; find out what is not published yet."""
@@ -303,17 +319,10 @@ class ItemHandler(Handler):
         return records
 
 
-def _unplaced(one: ItemBatch, vectors: Sequence[Encoded]) -> dict[int, Rejected]:
-    """The first change of each item that every generation refuses, by position."""
-    found: dict[int, Rejected] = {}
-    seen = set[str]()
-    for position, item_id, change in one.decided:
-        of_all = [encoded.get((one.batch.partition, position)) for encoded in vectors]
-        errors = [error for error in of_all if isinstance(error, VectorRejected)]
-        if errors and len(errors) == len(of_all) and item_id not in seen and change.item:
-            seen.add(item_id)
-            found[position] = _bad_vector(errors[0])
-    return found
+def _error(of_all: Sequence[Floats | VectorRejected | None]) -> Rejected | None:
+    """Why every generation refuses an item; None if one has a vector, or none needs any."""
+    errors = [error for error in of_all if isinstance(error, VectorRejected)]
+    return _bad_vector(errors[0]) if errors and len(errors) == len(of_all) else None
 
 
 def _bad_vector(error: VectorRejected) -> Rejected:

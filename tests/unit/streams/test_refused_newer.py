@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
+from eddyline.errors import VectorRejected
 from eddyline.kafka import reading
 from eddyline.kafka.topics import CLICKS, ITEMS, USERS
 from eddyline.schema import events, validation
 from eddyline.schema.events import Item
+from eddyline.schema.partitioning import partition_of
 from eddyline.stores.state_store import ItemMetadata, RefusedRecord
 from streams.handlers import Handlers, Outputs
 from streams.operations import dead_letter_replay
@@ -239,6 +242,64 @@ def test_a_hidden_item_stays_hidden_where_the_setting_ends() -> None:
     assert found.refused == RefusedRecord(HERE, 2, MS + 3, "bad_field", hidden=True)
     ingest(after.items, HERE, [change(3, "b", 4)])
     assert (after.out.published[-1].offset, after.out.published[-1].retired) == (3, False)
+
+
+@pytest.mark.parametrize("patches", [False, True])
+def test_records_that_no_tower_places_are_encoded_a_few_times(patches: bool) -> None:
+    """Not once for each of them: a batch of one item would take seconds."""
+    calls = list[int]()
+
+    class Refusing:
+        def encode(self, items: Sequence[Item]) -> Any:
+            calls.append(len(items))
+            if any(item.title != "a" for item in items):
+                raise VectorRejected("no known word")
+            return np.full((len(items), 2), np.sqrt(0.5), np.float32)
+
+    rig = Rig(items_patches=patches)
+    rig.generation.towers.item_tower = Refusing()
+    log = [change(0, "a", 0), *(change(n, f"b{n}", n) for n in range(1, 60))]
+    others = [rec_of(n, f"other{n}") for n in range(60, 160)]
+    outcome = ingest(rig.items, HERE, [*log, *others])
+    rig.items.flush()
+    assert outcome.rejected == 59 and refused_of(rig) == (59, "bad_vector")
+    assert len(rig.out.published) == 101
+    assert sum(calls) < 5 * len([*log, *others]), sum(calls)
+
+
+def test_a_refused_patch_has_no_effect_on_the_next_one() -> None:
+    """Of one batch; the second one is decided by the state before both."""
+    rig = Rig(items_patches=True)
+
+    class Refusing:
+        def encode(self, items: Sequence[Item]) -> Any:
+            if any(item.title != "a" for item in items):
+                raise VectorRejected("no known word")
+            return np.full((len(items), 2), np.sqrt(0.5), np.float32)
+
+    rig.generation.towers.item_tower = Refusing()
+    patches = [
+        {"title": "a", "available": False},
+        {"title": "b", "available": True},
+        {"tags": ["c"]},
+        {"tags": ["d"], "title": "a"},
+    ]
+    values = [msgspec.json.encode({"item_id": FILM, **one}) for one in patches]
+    ingest(rig.items, HERE, [record(n, v, n, None, FILM, "items") for n, v in enumerate(values)])
+    rig.items.flush()
+    found = stored(rig)
+    assert found is not None
+    item = msgspec.json.decode(found.body, type=Item)
+    assert (found.offset, item.title, item.available, item.tags) == (3, "a", False, ["d"])
+    assert rig.out.letters == [(1, "bad_vector")]
+    assert (rig.out.published[-1].offset, rig.out.published[-1].retired) == (3, True)
+
+
+def rec_of(offset: int, item_id: str) -> Any:
+    while partition_of(item_id, 2) != HERE:
+        item_id += "x"
+    value = events.encode(Item(item_id=item_id, title="a", categories=["c"], at_ms=MS))
+    return record(offset, value, offset, None, item_id, "items")
 
 
 def test_a_map_names_the_items_of_a_refused_record(tmp_path: Any) -> None:
