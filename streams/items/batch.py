@@ -83,7 +83,7 @@ class ItemBatch:
             or (rules.emptied and item_changes.may_empty(change.item))
         )
 
-    def decide(self, rules: Rules, place: Place) -> None:
+    def decide(self, rules: Rules, place: Place = lambda *_: None) -> None:
         """Decide on all changes, by `stored` and `place`; the result replaces an earlier one."""
         self.order, self.decided, self.refused = KeyOrder(self.stored), [], {}
         outcome = self.outcome

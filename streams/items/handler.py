@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from typing_extensions import override
 
-from eddyline.errors import Rejected, VectorRejected
+from eddyline.errors import Rejected, Unavailable, VectorRejected
 from eddyline.kafka.topics import ITEMS
 from eddyline.schema import events, validation
 from eddyline.schema.events import Item, ItemPatch
@@ -29,7 +29,7 @@ from embeddings.towers.base import ItemEncoder
 from embeddings.towers.numerics import Floats
 from streams.fences import PUBLISHED_SLOT, PartitionFences, published_source
 from streams.generation import Generation
-from streams.items.batch import ItemBatch, Place, Rules
+from streams.items.batch import ItemBatch, Rules
 from streams.items.metadata import METADATA_WAIT_S, ItemChange, ItemMetadataWriter
 from streams.ports import DeadLetterSink, Forwarder, Handler, Outcome, RecordBatch
 from streams.strays import Strays
@@ -125,8 +125,14 @@ class ItemHandler(Handler):
         for one in items:
             with one.guard():
                 self._decode(one)
-                self._decide(one)
         alive = [one for one in items if one.error is None]
+        try:
+            self._look_up(alive)
+        except Unavailable as error:
+            _fail(alive, {one.batch.partition: error for one in alive})
+            return []
+        for one in alive:
+            one.decide(self._rules)
         vectors = [self._encode(number, alive) for number in range(len(self._generations))]
         for one in alive:
             with one.guard():
@@ -196,15 +202,17 @@ class ItemHandler(Handler):
             if own
         ]
 
-    def _decide(self, one: ItemBatch, place: Place = lambda *_: None) -> None:
-        """Decide on a batch, by what its items have. Raises StoreUnavailable."""
-        unknown = [item_id for item_id in one.look_ups(self._rules) if item_id not in one.stored]
-        if unknown:
-            found = self._store.read_item_metadata(unknown, self._settings.item_slots)
+    def _look_up(self, items: Sequence[ItemBatch]) -> None:
+        """Read what decides on the changes, in one round trip. Raises StoreUnavailable."""
+        unknown = [[i for i in one.look_ups(self._rules) if i not in one.stored] for one in items]
+        if not any(unknown):
+            return
+        wanted = [item_id for item_ids in unknown for item_id in item_ids]
+        found = self._store.read_item_metadata(wanted, self._settings.item_slots)
+        for one, item_ids in zip(items, unknown, strict=True):
             pending = self.metadata.changes(one.batch.partition)
-            found |= {i: pending[i].metadata for i in unknown if i in pending}
-            one.stored |= found
-        one.decide(self._rules, place)
+            one.stored |= {i: found[i] for i in item_ids if i in found}
+            one.stored |= {i: pending[i].metadata for i in item_ids if i in pending}
 
     def _forward(self, one: ItemBatch, record: Record, item_id: str, item: ItemEvent) -> None:
         """Send a change in a wrong partition to its own, once."""
@@ -268,7 +276,8 @@ class ItemHandler(Handler):
                     encoded[at] = _checked(item.item_id, vector)
             return _error([encoded.get(at) for encoded in vectors])
 
-        self._decide(one, place)
+        self._look_up([one])
+        one.decide(self._rules, place)
 
     def _confirm(self, one: ItemBatch, vectors: Sequence[Encoded]) -> None:
         """Write dead letters and forwarded records; find out what is not published yet."""

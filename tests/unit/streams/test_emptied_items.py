@@ -7,9 +7,11 @@ from typing import Any
 import msgspec
 import pytest
 
+from eddyline.schema.partitioning import partition_of
 from embeddings.data.sources import assemble
 from streams.fences import PUBLISHED_SLOT, published_source
-from tests.applying import ingest
+from streams.ports import Outcome
+from tests.applying import batch_of, ingest
 from tests.unit.streams.test_ingest_rules import HERE, SETTINGS, Rig
 from tests.unit.streams.test_refused_newer import applied, refused_of, stored
 from tests.unit.streams.test_strays import FILM, change, record
@@ -109,6 +111,25 @@ def test_only_items_without_title_category_or_time_are_looked_up(
     assert read == []
     ingest(rig.items, HERE, [of(2), of(3)])
     assert read == [[FILM]]
+
+
+def test_all_partitions_are_looked_up_in_one_round_trip(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig, read = Rig(), list[Any]()
+    rig.items.fences.open({1 - HERE: (0, 99)})
+    one = rig.store.read_item_metadata
+    monkeypatch.setattr(
+        rig.store, "read_item_metadata", lambda ids, slots: read.append(ids) or one(ids, slots)
+    )
+    there = next(f"t{n}" for n in range(50) if partition_of(f"t{n}", 2) != HERE)
+    batches = []
+    for partition, item_id in ((HERE, FILM), (1 - HERE, there)):
+        value = msgspec.json.encode({"item_id": item_id, "title": "t", "categories": ["c"]})
+        made = record(0, value, 0, None, item_id, "items")
+        made.partition = partition
+        batches.append(batch_of([made]))
+    outcomes = rig.items.apply(batches)
+    assert [one.applied for one in outcomes if isinstance(one, Outcome)] == [1, 1]
+    assert read == [[FILM, there]]
 
 
 def test_the_trainer_has_the_same_rule() -> None:
