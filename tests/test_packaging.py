@@ -154,6 +154,15 @@ def test_an_extra_brings_what_its_process_imports(extra: str, module: str) -> No
     assert not lacking, f"the extra {extra} does not bring {lacking}, which {module} imports"
 
 
+@pytest.mark.parametrize("extra", ["ingest", "archive", "trainer"])
+def test_an_extra_that_maps_records_brings_protobuf(extra: str) -> None:
+    assert "protobuf" in brought(PROJECT["project"]["optional-dependencies"][extra])
+
+
+def test_maps_without_a_registry_load_no_protobuf() -> None:
+    assert "google" not in loaded_by("eddyline.schema.validation", "streams.__main__")
+
+
 READERS_OF_KAFKA = [
     extra
     for extra, wanted in PROJECT["project"]["optional-dependencies"].items()

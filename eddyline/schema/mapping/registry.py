@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 from typing_extensions import override
 
 from eddyline.errors import EddylineError, Rejected, SettingsError, Unavailable
-from eddyline.schema.mapping import avro, protobuf
+from eddyline.schema.mapping import avro
 
 HEADER_BYTES = 5
 # A larger answer is no schema.
@@ -27,6 +27,8 @@ SCHEMA_BYTES_MAX = 4 * 1024 * 1024
 _PAUSE_S = 1.0
 # Asks for a FileDescriptorProto in base64 instead of the text of a Protobuf schema.
 _SERIALIZED = "?format=serialized"
+# What a damaged schema raises.
+_SCHEMA_ERRORS = (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError)
 # References of a schema, and theirs.
 REFERENCES_MAX = 100
 
@@ -144,11 +146,18 @@ class Registry:
             self._add_references(found, references)
             parsed = {name: avro.parsed(text) for name, text in references.items()}
             compiled = avro.compile_schema(avro.parsed(found["schema"]), parsed)
-        except (*protobuf.SCHEMA_ERRORS, RecursionError) as error:
+        except _SCHEMA_ERRORS as error:
             raise Rejected("bad_schema", "", f"schema {schema_id}: {error}"[:160]) from None
+        except ModuleNotFoundError as error:
+            raise SettingsError(
+                f"schema {schema_id} is of the type {kind}, but {error.name} is not installed: pip "
+                "install 'eddyline[ingest]', or the extra archive or trainer for these processes"
+            ) from None
         return lambda value: avro.decode(compiled, value, HEADER_BYTES)
 
     def _protobuf(self, schema_id: int) -> Callable[[bytes], Any]:
+        from eddyline.schema.mapping import protobuf
+
         found = self._get(f"schemas/ids/{schema_id}{_SERIALIZED}") or {}
         references: dict[str, str] = {}
         self._add_references(found, references, _SERIALIZED)

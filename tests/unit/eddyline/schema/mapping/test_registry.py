@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import ssl
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -271,6 +272,17 @@ def test_protobuf_is_read_by_the_descriptor_that_the_registry_gives(double: Doub
     ]
     assert refusal(lambda: read(value[:-1])) == "malformed_protobuf"
     assert refusal(lambda: read(framed(1, b""))) == "malformed_protobuf"
+
+
+def test_without_its_library_protobuf_names_the_extra(
+    double: Double, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value = shop_schema(double)
+    monkeypatch.delitem(sys.modules, "eddyline.schema.mapping.protobuf", raising=False)
+    monkeypatch.delattr("eddyline.schema.mapping.protobuf", raising=False)
+    monkeypatch.setitem(sys.modules, "google.protobuf", None)
+    with pytest.raises(SettingsError, match=r"google.protobuf is not installed.*eddyline\[ingest"):
+        client(double).decoded(value)
 
 
 def test_a_registry_that_serializes_no_protobuf_is_named(double: Double) -> None:
