@@ -98,12 +98,10 @@ def _reader(
             if not (impression_id := _plain_id(sent)):
                 return None
         if weight_of is not None and (sent := get(weight_of)) is not None:
-            if type(sent) is not float:
-                if type(sent) is not int:
-                    return None
-                sent = float(sent)
+            if type(sent) is not float and type(sent) is not int:
+                return None
             weight = sent
-        if not 0 < weight <= _WEIGHT_MAX:
+        if not 0 < weight <= _WEIGHT_MAX:  # a larger whole number may be no float
             return None
         return Click(
             user_id=user_id,
@@ -111,7 +109,7 @@ def _reader(
             at_ms=at_ms,
             kind=kind,
             event_id=event_id,
-            weight=weight,
+            weight=float(weight),
             impression_id=impression_id,
         )
 

@@ -35,7 +35,23 @@ TEXTS = (
 )
 NUMBERS = (
     st.sampled_from([0, 1, -1, MS, MS // 1000, MS + 60_000, MS + 60_001, 253_402_300_800_000])
-    | st.sampled_from([10**18, -(10**18), 2**63, 2**64, 10**249, 17.0, 1.5, 100, 100.5, 0.0, -2])
+    | st.sampled_from(
+        [
+            10**18,
+            -(10**18),
+            2**63,
+            2**64,
+            10**249,
+            10**400,
+            -(10**400),
+            17.0,
+            1.5,
+            100,
+            100.5,
+            0.0,
+            -2,
+        ]
+    )
     | st.floats()
 )
 VALUES: Any = TEXTS | NUMBERS | st.none() | st.booleans() | st.just([1]) | st.just({"e": "f"})
@@ -118,6 +134,23 @@ def test_values_that_are_no_object(value: bytes | None) -> None:
     short = read(by_map, record(value))
     by_map._flat = None
     assert short == read(by_map, record(value))
+
+
+@pytest.mark.parametrize("digits", [308, 309, 400, 5_000])
+@pytest.mark.parametrize("name", list(USUAL))
+def test_a_number_larger_than_any_float(name: str, digits: int) -> None:
+    """Refused, or the same event both ways: no other error, which would end the process."""
+    fields = {"u": "user_id", "i": "item_id", "t": "at_ms", "k": "kind"}
+    fields |= {"e": "event_id", "p": "impression_id", "w": "weight"}
+    lines = ["[clicks.fields]", *(f'{ours} = "{own}"' for own, ours in fields.items())]
+    by_map = mapper_of("\n".join(lines))
+    sent = json.dumps(USUAL | {"k": "view", name: 0}).replace(f'"{name}": 0', f'"{name}": <>')
+    for sign in ("", "-"):
+        one = record(sent.replace("<>", sign + "9" * digits).encode())
+        short = read(by_map, one)
+        flat, by_map._flat = by_map._flat, None
+        assert short == read(by_map, one)
+        by_map._flat = flat
 
 
 def test_a_plain_record_of_a_flat_map_goes_the_short_way() -> None:
