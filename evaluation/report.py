@@ -49,7 +49,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """The whole result; `--json` writes it as it is.
 
     events:  of the log, before the split, scored, without a live target (each a miss), of items in
-             the user's list (left out), dislikes after the split (left out)
+             the user's list (left out), dislikes after the split (left out), resent
+             (with the id of an earlier one; not in the log)
     groups:  group -> its events; curve_at_ms: time of the first event of each point
     """
 
@@ -143,6 +144,7 @@ def make(
             "target not live": int(np.count_nonzero(~scored.live[kept])),
             "repeats left out": int(np.count_nonzero(~kept)),
             "dislikes left out": len(log) - first - len(scored.events),
+            "resent left out": log.resent,
         },
         users=len(np.unique(users)),
         items=outcome.live_at_end,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import msgspec
 import numpy as np
 import pytest
@@ -330,6 +332,63 @@ def test_what_cannot_be_evaluated_is_refused(bundle: Bundle) -> None:
     for split in (0.0, 1.0):
         with pytest.raises(SettingsError, match="--split"):
             offline.evaluate(SETTINGS, log, bundle, split=split, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        ["a", "b/1", "b/2", "b/01", "b/", "/3", "3", "b/99999999999999999999", "b/1/1", "c/-1"],
+        [f"import/file/{n}" for n in range(10)],
+    ],
+)
+def test_an_event_keeps_its_id_and_a_resent_one_is_left_out(ids: list[str]) -> None:
+    builder = LogBuilder()
+    clicks = [
+        Click(user_id="u", item_id=f"i{n}", at_ms=BASE_MS - n, event_id=event_id)
+        for n, event_id in enumerate(ids)
+    ]
+    for click in (*clicks, *clicks[::-1]):
+        builder.add(msgspec.structs.replace(click, item_id=f"{click.item_id}-{len(builder) > 9}"))
+    log = builder.build()
+    assert log.resent == len(ids) == len(log) == 10
+    for number, click in enumerate(clicks[::-1]):
+        found = log.click(number)
+        assert (found.event_id, found.item_id) == (click.event_id, f"{click.item_id}-False")
+
+
+def test_resent_events_do_not_flatter_where_repeats_count(bundle: Bundle) -> None:
+    """A second delivery would find its own event in the history."""
+    clicks = [
+        Click(
+            user_id=f"u{n % 3}", item_id=f"i{n % 20}", at_ms=BASE_MS + 1_000 * n, event_id=f"e{n}"
+        )
+        for n in range(60)
+    ]
+    found = []
+    for copies in (1, 2):
+        builder = LogBuilder(changes=make_items())
+        for click in clicks:
+            for copy in range(copies):
+                builder.add(msgspec.structs.replace(click, at_ms=click.at_ms + copy))
+        found.append(evaluate(builder.build(), bundle, keeps_repeats=True))
+    assert np.array_equal(found[0].rows["towers"].ranks, found[1].rows["towers"].ranks)
+
+
+def test_the_log_of_a_file_needs_about_40_bytes_an_event() -> None:
+    n, builder = 5_000, LogBuilder()
+    tracemalloc.start()
+    try:
+        for at in range(n):
+            event_id = f"import/8472089762ac248ba6a34e6b777b3a8d/{at}"
+            builder.add(
+                Click(user_id=f"u{at % 9}", item_id=f"i{at % 9}", at_ms=at, event_id=event_id)
+            )
+        log = builder.build()
+        del builder
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(log) == n and held / n < 60, "without an object for each event"
 
 
 def test_events_before_the_split_are_not_cut_within_a_time() -> None:
