@@ -6,7 +6,6 @@ import typer
 from rich.console import Console
 
 from cli.console import console, progress_bar
-from eddyline.errors import LogMismatch
 from eddyline.kafka.topics import SOURCES
 from eddyline.settings.loader import Settings
 from streams.operations import repartition as operation
@@ -27,9 +26,7 @@ def repartition(
     target = operation.target_of(settings, namespace, clicks, items)
     plan = operation.plan(settings, target)
     if plan.lost and not skip_lost:
-        raise LogMismatch(
-            f"{plan.lost}, and Kafka no longer has them. `--skip-lost` copies what is there"
-        )
+        raise operation.lost_error(plan.lost)
     _show_plan(settings, target, plan)
     if not yes:
         typer.confirm("Copy?", abort=True)

@@ -42,8 +42,6 @@ from streams.operations.refill_records import (
 from streams.operations.retention_gaps import Gap
 from streams.ports import Outcome, RecordBatch
 
-# Ranges of offsets that an error names; there may be one for every hour.
-_NAMED_MAX = 20
 # Refused writes in a row before the refill gives up: another process is writing.
 _TRIES = 5
 # The topics of the archive that hold records of `clicks`.
@@ -140,30 +138,11 @@ def run(
 
 def _check_archive(archive: Archive, log: LogId, report: RefillReport, *, skip_lost: bool) -> None:
     """Refuse an archive of another log, or one that lacks offsets; note both kinds of loss."""
-    lacking: list[str] = []
-    records = 0
     for gap in report.gaps:
-        files = [
-            file
-            for file in archive.files(CLICKS, gap.partition)
-            if gap.first <= file.last and file.first <= gap.last
-        ]
+        files = retention_gaps.archived_files(archive, gap, log)
         report.files_without_merges += sum(archive.since(file) is None for file in files)
-        if files and archive.log_id(files[-1]) != log:
-            raise LogMismatch(
-                f"the archive at {archive.url} is not of this log (cluster {log.cluster_id}, topic "
-                f"id {log.topic_id}): its offsets are other events. Set EDDYLINE_ARCHIVE_URL to "
-                "the one that is"
-            )
-        for first, last in archive.lacking(CLICKS, gap.partition, gap.first, gap.last, log):
-            lacking.append(f"{CLICKS}/{gap.partition} offsets {first} to {last}")
-            records += last - first + 1
-    if not lacking:
-        return
-    more = f" and {len(lacking) - _NAMED_MAX} more" if len(lacking) > _NAMED_MAX else ""
-    named = "; ".join(lacking[:_NAMED_MAX])
-    report.lost = f"the archive at {archive.url} lacks {records:,}: {named}{more}"
-    if not skip_lost:
+    report.lost = retention_gaps.lacking(archive, report.gaps, log)
+    if report.lost and not skip_lost:
         raise LogMismatch(
             f"{report.lost}. Nothing was applied. `eddyline refill --skip-lost` applies what is "
             "there and goes on without the rest"

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import msgspec
@@ -34,7 +33,8 @@ from eddyline.schema.records import FORMAT, Record
 from eddyline.settings.loader import Settings
 from streams.dead_letters import FORWARD_BYTES_MAX, record_bytes
 from streams.operations import retention_gaps
-from streams.operations.refill_records import ArchivedRecord, as_sent
+from streams.operations.refill_records import ArchivedRecord, as_sent, batches
+from streams.operations.retention_gaps import Gap
 
 # Records in one transaction.
 _BATCH = 1_000
@@ -50,6 +50,10 @@ _ORDER = (CLICKS, USERS, ITEMS)
 # (records copied, records left out) so far, at each transaction
 OnProgress = Callable[[int, int], None]
 _Place = tuple[str, int]
+
+
+class _Removed(Exception):
+    """Retention removed clicks while they were read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +122,27 @@ def plan(source: Settings, target: Settings) -> Plan:
 
     LogMismatch: the second namespace has records that no copy made.
     """
+    positions = _checked_positions(source, target)
+    ends = {name: topics.end_offsets(source, name) for name in SOURCES}
+    begins = {name: topics.beginning_offsets(source, name) for name in SOURCES}
+    left = {
+        name: sum(
+            max(0, end - max(positions[name, p], begins[name][p] if name != CLICKS else 0))
+            for p, end in ends[name].items()
+        )
+        for name in SOURCES
+    }
+    clicks = {p: positions[CLICKS, p] for p in begins[CLICKS]}
+    return Plan(left, _lost(source, clicks, begins[CLICKS]), any(positions.values()))
+
+
+def lost_error(lost: str) -> LogMismatch:
+    """The error for a `Plan.lost`."""
+    return LogMismatch(f"{lost}, and Kafka no longer has them. `--skip-lost` copies what is there")
+
+
+def _checked_positions(source: Settings, target: Settings) -> dict[_Place, int]:
+    """`_positions`. Raises LogMismatch where the second namespace has records that no copy made."""
     positions = _positions(source, target)
     filled = "" if any(positions.values()) else _topic_with_records(target)
     deadline = time.monotonic() + target.kafka_timeout_ms / 1000
@@ -130,32 +155,17 @@ def plan(source: Settings, target: Settings) -> Plan:
             )
         time.sleep(_PAUSE_S)
         positions = _positions(source, target)
-    goes_on = any(positions.values())
-    ends = {name: topics.end_offsets(source, name) for name in SOURCES}
-    begins = {name: topics.beginning_offsets(source, name) for name in SOURCES}
-    left = {
-        name: sum(
-            max(0, end - max(positions[name, p], begins[name][p] if name != CLICKS else 0))
-            for p, end in ends[name].items()
-        )
-        for name in SOURCES
-    }
-    return Plan(left, _lost(source, positions, begins[CLICKS]), goes_on)
+    return positions
 
 
-def _lost(source: Settings, positions: Mapping[_Place, int], begins: Mapping[int, int]) -> str:
-    gone = {p: (positions[CLICKS, p], begin) for p, begin in begins.items()}
-    gone = {p: (first, begin) for p, (first, begin) in gone.items() if first < begin}
-    if not gone:
+def _lost(source: Settings, positions: Mapping[int, int], begins: Mapping[int, int]) -> str:
+    """Which clicks neither Kafka nor the archive has. positions: partition -> the next offset."""
+    places = [(p, first, begins[p]) for p, first in positions.items() if first < begins[p]]
+    gaps = [Gap(p, first, begin - 1, begin) for p, first, begin in places]
+    if not gaps:
         return ""
-    log = topics.log_ids(source, [CLICKS])[CLICKS]
     with _archive(source) as archive:
-        lacking = [
-            f"{CLICKS}/{p} offsets {first} to {last}"
-            for p, (begin, end) in gone.items()
-            for first, last in archive.lacking(CLICKS, p, begin, end - 1, log)
-        ]
-        return "" if not lacking else f"the archive at {archive.url} lacks {'; '.join(lacking)}"
+        return retention_gaps.lacking(archive, gaps, topics.log_ids(source, [CLICKS])[CLICKS])
 
 
 @contextmanager
@@ -177,13 +187,26 @@ def _topic_with_records(target: Settings) -> str:
 
 
 def _positions(source: Settings, target: Settings) -> dict[_Place, int]:
-    """The next offset of each partition of the first namespace; 0 before the first copy."""
-    counts = {name: topics.topic_configs(source, name)[0] for name in SOURCES}
+    """The next offset of each partition of the first namespace; 0 before the first copy.
+
+    An offset counts for the logs that it was committed for: a topic that was made anew, in either
+    namespace, is copied from its begin.
+    """
+    logs = _logs(source, target)
     found: dict[_Place, int] = {}
-    for name, count in counts.items():
-        committed = retention_gaps.committed_offsets(source, name, count, group(target))
-        found |= {(name, partition): offset for partition, offset in committed.items()}
+    for name in SOURCES:
+        count = topics.topic_configs(source, name)[0]
+        committed = retention_gaps.committed(source, name, count, group(target))
+        for partition, (offset, of_logs) in committed.items():
+            found[name, partition] = offset if of_logs == logs.get(name) else 0
     return found
+
+
+def _logs(source: Settings, target: Settings) -> dict[str, str]:
+    """The logs that each topic's positions belong to; absent where a topic does not exist."""
+    there = topics.log_ids(target, SOURCES, missing_ok=True)
+    here = topics.log_ids(source, SOURCES, missing_ok=True)
+    return {name: f"{here[name]} {log}" for name, log in there.items() if name in here}
 
 
 def run(
@@ -211,13 +234,8 @@ def run(
     try:
         # First, so that the transaction of a killed copy is aborted or its positions stand.
         producers.in_time(target, producer.init_transactions)
-        planned = plan(source, target)
-        if planned.lost and not skip_lost:
-            raise LogMismatch(
-                f"{planned.lost}, and Kafka no longer has them. Nothing was copied. `--skip-lost` "
-                "copies what is there"
-            )
-        copier = Copier(source, target, producer, _positions(source, target), on_progress)
+        positions = _checked_positions(source, target)
+        copier = Copier(source, target, producer, positions, on_progress, skip_lost=skip_lost)
         deadline = time.monotonic() + INGEST_WAIT_S
         while True:
             if copier.copy():
@@ -254,26 +272,31 @@ class Copier:
         producer: KafkaProducer,
         positions: Mapping[_Place, int],
         on_progress: OnProgress,
+        *,
+        skip_lost: bool = False,
     ) -> None:
+        """positions: the next offset of every partition; other arguments as for `run`."""
         self.report = CopyReport()
         self._source = source
         self._target = target
         self._producer = producer
         self._next = dict(positions)
         self._on_progress = on_progress
+        self._skip_lost = skip_lost
+        self._logs = _logs(source, target)
         # Made at the first records of a partition: what was accepted just before is read for it.
         self._windows: dict[int, DedupeWindow] = {}
 
     def copy(self) -> int:
-        """Copy up to the present ends; returns how many records were read."""
+        """Copy up to the present ends; returns how many records were read.
+
+        Raises LogMismatch for clicks that neither Kafka nor the archive has.
+        """
         # In reverse: see `_ORDER`.
         ends = {name: topics.end_offsets(self._source, name) for name in reversed(_ORDER)}
         read = 0
         for name in _ORDER:
-            with closing(self._records(name, ends[name])) as records:
-                while batch := list(islice(records, _BATCH)):
-                    read += len(batch)
-                    self._send(name, batch)
+            read += self._copy_topic(name, ends[name])
             for partition, end in ends[name].items():  # markers at the end are no records
                 self._next[name, partition] = max(end, self._next[name, partition])
         return read
@@ -288,30 +311,66 @@ class Copier:
                     return f"{name}/{partition} up to offset {end - 1}"
         return ""
 
-    def _records(self, name: str, ends: Mapping[int, int]) -> Generator[Record, None, None]:
+    def _copy_topic(self, name: str, ends: Mapping[int, int]) -> int:
+        read = 0
+        while True:
+            try:
+                with closing(self._batches(name, ends)) as found:
+                    for batch in found:
+                        read += len(batch)
+                        self._send(name, batch)
+                return read
+            except _Removed:
+                self._windows.clear()  # they lack what was not read
+
+    def _batches(self, name: str, ends: Mapping[int, int]) -> Generator[list[Record], None, None]:
         """The records that are not copied yet, in the order of each partition."""
         starts = {partition: self._next[name, partition] for partition in ends}
         due = {partition: end for partition, end in ends.items() if starts[partition] < end}
         if not due:
             return
+        starts = {partition: starts[partition] for partition in due}
         if name == CLICKS:
+            begins = topics.beginning_offsets(self._source, name)
+            if not self._skip_lost and (lost := _lost(self._source, starts, begins)):
+                raise lost_error(lost)
             for partition in due.keys() - self._windows.keys():
                 self._windows[partition] = DedupeWindow(self._source.dedupe_window_events)
                 # Twice the window: what was accepted in it depends on what came before.
                 width = 2 * self._source.dedupe_window_events
                 starts[partition] = max(0, starts[partition] - width)
-            begins = topics.beginning_offsets(self._source, name)
             for partition in due:
-                yield from self._archived(partition, starts[partition], begins[partition])
+                archived = self._archived(partition, starts[partition], begins[partition])
+                yield from batches(archived, _BATCH)
                 starts[partition] = max(starts[partition], begins[partition])
-        yield from reading.read(self._source, name, {p: starts[p] for p in due}, due)
+        with closing(reading.read(self._source, name, starts, due)) as records:
+            at = dict(starts)
+            for batch in batches(records, _BATCH):
+                if name == CLICKS:
+                    self._check_kept(_pass(at, batch))
+                yield batch
+            if name == CLICKS:
+                self._check_kept({p: first for p, first in at.items() if first < due[p]})
+
+    def _check_kept(self, without_record: Mapping[int, int]) -> None:
+        """Raise _Removed if retention removed clicks after their partition's begin was read.
+
+        without_record: partition -> the first offset at which no record was read. Kafka may have
+                        none there: a marker of a transaction, a skipped batch
+        """
+        begins = topics.beginning_offsets(self._source, CLICKS) if without_record else {}
+        if any(first < begins[partition] for partition, first in without_record.items()):
+            raise _Removed
 
     def _archived(self, partition: int, first: int, begin: int) -> Iterator[Record]:
         """What only the archive has: its events below Kafka's oldest record."""
         if first >= begin:
             return
         topic = self._source.prefixed(CLICKS)
+        log = topics.log_ids(self._source, [CLICKS])[CLICKS]
         with _archive(self._source) as archive:
+            gap = Gap(partition, first, begin - 1, begin)
+            retention_gaps.archived_files(archive, gap, log)  # of this log
             parts = (archive.read(of, partition, first=first) for of in (CLICKS, MERGES, FORGETS))
             for event in heapq.merge(*parts, key=lambda event: event.offset):
                 if event.offset >= begin:
@@ -340,7 +399,7 @@ class Copier:
         for future in sent:
             producers.sent_to(future, self._target)
         offsets = {
-            TopicPartition(source_topic, p): OffsetAndMetadata(offset, "", -1)
+            TopicPartition(source_topic, p): OffsetAndMetadata(offset, self._logs[name], -1)
             for p, offset in positions.items()
         }
         self._producer.send_offsets_to_transaction(offsets, group(self._target))
@@ -421,6 +480,19 @@ class Copier:
             "partition": partition_of(key, partitions),
             "headers": [*kept, first_ms],
         }
+
+
+def _pass(at: dict[int, int], batch: Sequence[Record]) -> dict[int, int]:
+    """Move `at`, the next offset by partition, behind the batch.
+
+    Returns the first offset of each partition that the batch leaves out.
+    """
+    left_out: dict[int, int] = {}
+    for record in batch:
+        if record.offset > at[record.partition]:
+            left_out.setdefault(record.partition, at[record.partition])
+        at[record.partition] = record.offset + 1
+    return left_out
 
 
 # Of a record that was forwarded before: the copy is in its own partition.

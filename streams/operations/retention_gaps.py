@@ -7,7 +7,7 @@ archive, `eddyline accept-log --skip-lost` gives the records up.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -21,7 +21,8 @@ from kafka.errors import (
 )
 from kafka.structs import OffsetAndMetadata
 
-from eddyline.errors import EddylineError
+from eddyline.archive import Archive, ArchiveFile
+from eddyline.errors import EddylineError, LogMismatch
 from eddyline.kafka import topics
 from eddyline.kafka.topics import CLICKS
 from eddyline.settings.loader import Settings
@@ -32,6 +33,8 @@ from streams.fences import PartitionFences, sources
 
 GROUP = "eddyline-ingest"
 _COORDINATOR_POLL_S = 0.1
+# Ranges of offsets that an error names; there may be one for every hour.
+_NAMED_MAX = 20
 _NO_COORDINATOR_YET = (
     CoordinatorLoadInProgressError,
     CoordinatorNotAvailableError,
@@ -75,6 +78,43 @@ def find(settings: Settings, store: StateStore, log: LogId) -> list[Gap]:
         for partition, first in sorted(next_offsets.items())
         if first < begins[partition]
     ]
+
+
+def archived_files(archive: Archive, gap: Gap, log: LogId) -> list[ArchiveFile]:
+    """The archive's files with clicks of a gap. Raises LogMismatch where they are of another log,
+    OSError.
+    """
+    files = [
+        file
+        for file in archive.files(CLICKS, gap.partition)
+        if gap.first <= file.last and file.first <= gap.last
+    ]
+    if files and archive.log_id(files[-1]) != log:
+        raise LogMismatch(
+            f"the archive at {archive.url} is not of this log (cluster {log.cluster_id}, topic "
+            f"id {log.topic_id}): its offsets are other events. Set EDDYLINE_ARCHIVE_URL to "
+            "the one that is"
+        )
+    return files
+
+
+def lacking(archive: Archive, gaps: Sequence[Gap], log: LogId) -> str:
+    """Which offsets of the gaps the archive lacks, as a sentence; "" for none.
+
+    Raises as `archived_files`.
+    """
+    ranges: list[str] = []
+    records = 0
+    for gap in gaps:
+        archived_files(archive, gap, log)
+        for first, last in archive.lacking(CLICKS, gap.partition, gap.first, gap.last, log):
+            ranges.append(f"{CLICKS}/{gap.partition} offsets {first} to {last}")
+            records += last - first + 1
+    if not ranges:
+        return ""
+    more = f" and {len(ranges) - _NAMED_MAX} more" if len(ranges) > _NAMED_MAX else ""
+    named = "; ".join(ranges[:_NAMED_MAX])
+    return f"the archive at {archive.url} lacks {records:,}: {named}{more}"
 
 
 def close(settings: Settings, store: StateStore, log: LogId, gap: Gap) -> None:
@@ -173,12 +213,23 @@ def committed_offsets(
     group: default: that of ingest
     Ingest commits after the effects, so the offset is at most a second behind.
     """
+    found = committed(settings, name, count, group)
+    return {partition: offset for partition, (offset, _) in found.items()}
+
+
+def committed(
+    settings: Settings, name: str = CLICKS, count: int | None = None, group: str = ""
+) -> dict[int, tuple[int, str]]:
+    """As `committed_offsets`, each offset with the text that was committed with it."""
     group, topic = group or settings.prefixed(GROUP), settings.prefixed(name)
     count = settings.clicks_partitions if count is None else count
     partitions = [TopicPartition(topic, p) for p in range(count)]
     wanted = {group: partitions}
     found = _of_group(settings, lambda admin: admin.list_group_offsets(wanted))[group]
-    return {p.partition: max(0, found[p].offset) if p in found else 0 for p in partitions}
+    return {
+        p.partition: (max(0, found[p].offset), found[p].metadata or "") if p in found else (0, "")
+        for p in partitions
+    }
 
 
 @contextmanager

@@ -5,21 +5,26 @@ from __future__ import annotations
 import json
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
+import pyarrow as pa
 import pytest
 
+from eddyline.archive import Archive, Archived, metadata_of, row, schema, writer
+from eddyline.errors import LogMismatch
 from eddyline.kafka import producers, reading, topics
-from eddyline.kafka.topics import CLICKS, ITEMS, USERS
+from eddyline.kafka.topics import CLICKS, ITEMS, SOURCES, USERS
 from eddyline.schema import events
 from eddyline.schema.erasure import Erasure
 from eddyline.schema.events import Click, Forget, Item, UserProfile
 from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
+from eddyline.stores.state_store import LogId
 from streams.dead_letters import forget_of
-from streams.operations import repartition
+from streams.operations import repartition, retention_gaps
 from streams.operations.refill_records import ArchivedRecord
 from streams.operations.repartition import Copier, target_of
 from tests.simulation.test_ingest_faults import Rec
@@ -39,18 +44,29 @@ class Kafka:
     """Both namespaces in memory. kill_in: calls of the producer until the copy is killed."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.logs: dict[str, dict[int, list[Rec]]] = {
+        # None: an offset without a record, as of a transaction's marker.
+        self.logs: dict[str, dict[int, list[Rec | None]]] = {
             CLICKS: {p: [] for p in range(3)},
             USERS: {p: [] for p in range(3)},
             ITEMS: {p: [] for p in range(2)},
         }
         self.copied: list[dict[str, Any]] = []
         self.positions = {(name, p): 0 for name, log in self.logs.items() for p in log}
+        self.ids = {
+            settings.prefixed(name): LogId("cluster", settings.prefixed(name))
+            for settings in (SOURCE, TARGET)
+            for name in SOURCES
+        }
+        self.metadata: dict[str, str] = {}
+        self.begins = dict.fromkeys(range(3), 0)
+        self.read_hook: Callable[[], None] = lambda: None
         self.kill_in = 10**9
         self._pending: list[dict[str, Any]] = []
         self._offsets: dict[Any, Any] = {}
         monkeypatch.setattr(topics, "end_offsets", self._ends)
-        monkeypatch.setattr(topics, "beginning_offsets", lambda _, name: self._ends(_, name, 0))
+        monkeypatch.setattr(topics, "beginning_offsets", self._begins)
+        monkeypatch.setattr(topics, "log_ids", self._log_ids)
+        monkeypatch.setattr(retention_gaps, "committed", self._committed)
         monkeypatch.setattr(reading, "read", self._read)
         monkeypatch.setattr(producers, "in_time", lambda settings, call: call())
         monkeypatch.setattr(producers, "sent_to", lambda future, settings: None)
@@ -65,10 +81,10 @@ class Kafka:
         log.append(record)
         return record
 
-    def copier(self) -> Copier:
+    def copier(self, **more: Any) -> Copier:
         """A process that was just started."""
         self._pending, self._offsets = [], {}
-        return Copier(SOURCE, TARGET, self, self.positions, lambda copied, left_out: None)  # type: ignore[arg-type]
+        return Copier(SOURCE, TARGET, self, self.positions, lambda copied, left_out: None, **more)  # type: ignore[arg-type]
 
     def copy(self) -> Copier:
         copier = self.copier()
@@ -93,6 +109,7 @@ class Kafka:
         self._call()
         self.copied += self._pending
         self.positions |= {(at.topic, at.partition): o.offset for at, o in self._offsets.items()}
+        self.metadata |= {at.topic: o.metadata for at, o in self._offsets.items()}
         self._pending = []
 
     def _call(self) -> None:
@@ -100,14 +117,25 @@ class Kafka:
         if self.kill_in < 0:
             raise Killed
 
-    def _ends(self, settings: Any, name: str, share: int = 1) -> dict[int, int]:
-        return {p: share * len(log) for p, log in self.logs[name].items()}
+    def _ends(self, settings: Any, name: str) -> dict[int, int]:
+        return {p: len(log) for p, log in self.logs[name].items()}
+
+    def _begins(self, settings: Any, name: str) -> dict[int, int]:
+        return {p: self.begins[p] if name == CLICKS else 0 for p in self.logs[name]}
+
+    def _log_ids(self, settings: Settings, names: Any, missing_ok: bool = False) -> Any:
+        return {name: self.ids[settings.prefixed(name)] for name in names}
+
+    def _committed(self, settings: Any, name: str, count: int, group: str) -> Any:
+        return {p: (self.positions[name, p], self.metadata.get(name, "")) for p in range(count)}
 
     def _read(
         self, settings: Any, name: str, starts: Mapping[int, int], ends: Mapping[int, int]
     ) -> Iterator[Any]:
         for partition, first in starts.items():
-            yield from self.logs[name][partition][first : ends[partition]]
+            self.read_hook()
+            first = max(first, self.begins[partition] if name == CLICKS else 0)
+            yield from filter(None, self.logs[name][partition][first : ends[partition]])
 
 
 @pytest.fixture
@@ -241,3 +269,93 @@ def test_a_merge_into_a_forgotten_user_ends_the_visitor_and_moves_nothing(kafka:
     found = json.loads(copy["value"])
     assert (found["user_id"], found["keep_after_ms"]) == ("u", events.AT_MS_MAX)
     assert "merge_into" not in found
+
+
+def test_clicks_that_retention_removes_during_a_copy_are_not_left_out_silently(
+    kafka: Kafka, tmp_path: Path
+) -> None:
+    filled(kafka, 3)
+    source = msgspec.structs.replace(SOURCE, archive_url=str(tmp_path))
+
+    def remove() -> None:
+        kafka.begins = dict.fromkeys(range(3), 9)
+
+    kafka.read_hook = remove
+    copier = Copier(source, TARGET, kafka, kafka.positions, lambda *_: None)  # type: ignore[arg-type]
+    with pytest.raises(LogMismatch, match=r"lacks 27: clicks/0 offsets 0 to 8; .*--skip-lost"):
+        copier.copy()
+    assert kafka.copied == []
+    copier = Copier(
+        source,
+        TARGET,
+        kafka,  # type: ignore[arg-type]
+        kafka.positions,
+        lambda *_: None,
+        skip_lost=True,
+    )
+    assert copier.copy() == 120 - 27
+    # All of a partition, from its last copied record to its end.
+    kafka.append(CLICKS, 0, "u", b"{")
+    kafka.read_hook = lambda: kafka.begins.update({0: len(kafka.logs[CLICKS][0])})
+    copier = Copier(source, TARGET, kafka, kafka.positions, lambda *_: None)  # type: ignore[arg-type]
+    with pytest.raises(LogMismatch, match="lacks 1: clicks/0"):
+        copier.copy()
+
+
+def test_gaps_that_retention_did_not_make_stop_no_copy(kafka: Kafka) -> None:
+    want = filled(kafka, 4)
+    for log in kafka.logs[CLICKS].values():
+        log.append(None)
+    kafka.append(CLICKS, partition_of("u1", 3), "u1", click("u1", "last", None))
+    kafka.copy()
+    want["u1"].append("last")
+    assert items_by_user(kafka) == want
+
+
+def test_an_archive_of_another_log_is_refused(kafka: Kafka, tmp_path: Path) -> None:
+    log = LogId("cluster", "of before")
+    at = click_rows(tmp_path, log)
+    kafka.begins = dict.fromkeys(range(3), 1)
+    filled(kafka, 2)
+    source = msgspec.structs.replace(SOURCE, archive_url=str(at))
+    for skip_lost in (False, True):
+        copier = Copier(
+            source,
+            TARGET,
+            kafka,  # type: ignore[arg-type]
+            kafka.positions,
+            lambda *_: None,
+            skip_lost=skip_lost,
+        )
+        with pytest.raises(LogMismatch, match="is not of this log"):
+            copier.copy()
+        assert kafka.copied == []
+
+
+def click_rows(folder: Path, log: LogId) -> Path:
+    """An archive with one click of each partition of that log."""
+    archive = Archive(msgspec.structs.replace(SOURCE, archive_url=str(folder)))
+    for partition in range(3):
+        event = Click(user_id="u", item_id="i", at_ms=MS)
+        rows = [row(Archived(partition, 0, MS, "u", event))]
+        path = Path(archive.path(CLICKS, MS, partition, 0, 0))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        arrow = schema(CLICKS).with_metadata(metadata_of(log, 0))
+        columns = dict(zip(arrow.names, zip(*rows, strict=True), strict=True))
+        with writer(path, arrow) as out:
+            out.write_table(pa.table(columns, schema=arrow))
+    return folder
+
+
+@pytest.mark.parametrize("anew", [SOURCE.prefixed(CLICKS), TARGET.prefixed(CLICKS)])
+def test_positions_hold_for_the_logs_that_they_were_committed_for(kafka: Kafka, anew: str) -> None:
+    filled(kafka, 2)
+    kafka.append(ITEMS, partition_of("a", 2), "a", events.encode(Item(item_id="a", title="t")))
+    kafka.copy()
+    ends = {(CLICKS, p): len(log) for p, log in kafka.logs[CLICKS].items()}
+    positions = repartition._positions(SOURCE, TARGET)
+    assert ends.items() <= positions.items() and positions[ITEMS, partition_of("a", 2)] == 1
+    kafka.ids[anew] = LogId("cluster", "made anew")
+    positions = repartition._positions(SOURCE, TARGET)
+    assert dict.fromkeys(ends, 0).items() <= positions.items()
+    assert positions[ITEMS, partition_of("a", 2)] == 1
