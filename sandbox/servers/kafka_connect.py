@@ -22,6 +22,8 @@ UNWRAP = "io.debezium.transforms.ExtractNewRecordState"
 READY_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 20.0
 PROBE_S = 2.0
+# The worker is on the loopback address: no proxy of the environment reaches it.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 # Properties of a connector, besides those of `debezium`, by the form of its records: the envelope
 # with a schema in each record, and the row alone.
@@ -118,7 +120,7 @@ def prepare(
 def _is_running(port: int, name: str) -> bool:
     address = f"http://127.0.0.1:{port}/connectors/{name}/status"
     try:
-        with urllib.request.urlopen(address, timeout=PROBE_S) as answer:
+        with _OPENER.open(address, timeout=PROBE_S) as answer:
             tasks = json.load(answer)["tasks"]
     except urllib.error.HTTPError:  # 404: not yet configured
         return False

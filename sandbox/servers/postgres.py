@@ -31,6 +31,8 @@ INIT_TIMEOUT_S = 120
 READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 20.0
 SQL_TIMEOUT_S = 60.0
+# The supervisor waits for a probe.
+PROBE_S = 5.0
 # Without the text's own dollar signs in between, the tag ends it.
 _TAG = "$eddyline$"
 _COLUMNS = {
@@ -113,7 +115,7 @@ def prepare(data_dir: Path, port: int) -> tuple[Child, Postgres]:
             *(str(bin_ / "postgres"), "-D", str(data)),
             *(part for key, value in options.items() for part in ("-c", f"{key}={value}")),
         ],
-        ready=lambda: bool(_psql(bin_, port, "select 1")),
+        ready=lambda: bool(_psql(bin_, port, "select 1", PROBE_S)),
         cwd=home,
         user=user,
         ready_timeout_s=READY_TIMEOUT_S,
@@ -162,7 +164,7 @@ def literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def _psql(bin_: Path, port: int, text: str) -> str:
+def _psql(bin_: Path, port: int, text: str, timeout_s: float = SQL_TIMEOUT_S) -> str:
     address = ("-h", "127.0.0.1", "-p", str(port), "-U", "postgres")
     options = ("-X", "-q", "-t", "-A", "-v", "ON_ERROR_STOP=1", "-f", "-")
     try:
@@ -171,8 +173,10 @@ def _psql(bin_: Path, port: int, text: str) -> str:
             input=text,
             capture_output=True,
             text=True,
-            timeout=SQL_TIMEOUT_S,
+            timeout=timeout_s,
             cwd="/",
+            # libpq reads PGHOSTADDR, PGSSLMODE and others, which belong to another server.
+            env={key: value for key, value in os.environ.items() if not key.startswith("PG")},
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise LocalServerError(f"psql: {error}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -53,6 +54,18 @@ def test_it_is_ready_when_the_task_of_every_connector_runs(tmp_path: Path) -> No
         assert not child.ready()
         states["two"] = ["RUNNING"]
         assert child.ready()
+
+
+def test_no_proxy_is_between_the_worker_and_its_readiness(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.setattr(urllib.request, "_opener", None)  # `urlopen` keeps its first one
+    with rest({"one": ["RUNNING"]}) as port:
+        one = [{"name": "one"}]
+        assert kafka_connect.prepare(tmp_path, "127.0.0.1:1", port, [Path("a.jar")], one).ready()
 
 
 def test_files_hold_what_the_worker_and_the_connector_need(tmp_path: Path) -> None:

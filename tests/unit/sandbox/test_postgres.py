@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -48,11 +49,37 @@ def test_an_attribute_cannot_replace_a_column() -> None:
 
 
 def test_the_message_of_a_server_that_is_away_names_psql(tmp_path: Path) -> None:
-    psql = tmp_path / "psql"
-    psql.write_text("#!/bin/sh\necho 'connection refused' >&2\nexit 2\n", encoding="utf-8")
-    psql.chmod(0o755)
+    psql_that(tmp_path, "echo 'connection refused' >&2\nexit 2")
     with pytest.raises(LocalServerError, match="psql: connection refused"):
         Postgres(tmp_path, 1).sql("select 1")
+
+
+def psql_that(folder: Path, does: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "psql").write_text(f"#!/bin/sh\n{does}\n", encoding="utf-8")
+    (folder / "psql").chmod(0o755)
+
+
+def test_the_environment_names_no_other_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    psql_that(tmp_path, "env | grep ^PG || true")
+    for name, value in (("PGHOSTADDR", "203.0.113.1"), ("PGSSLMODE", "require")):
+        monkeypatch.setenv(name, value)
+    assert Postgres(tmp_path, 1).sql("select 1") == ""
+
+
+def test_a_probe_does_not_hold_up_the_supervisor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    psql_that(tmp_path / "bin", "exec sleep 60")
+    (tmp_path / "postgres" / "data").mkdir(parents=True)
+    monkeypatch.setattr(postgres, "programs", lambda: tmp_path / "bin")
+    child, _ = postgres.prepare(tmp_path, 1)
+    began = time.monotonic()
+    with pytest.raises(LocalServerError, match="timed out"):
+        child.ready()
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root runs it as another user")
