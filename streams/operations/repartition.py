@@ -160,7 +160,7 @@ def _checked_positions(source: Settings, target: Settings) -> dict[_Place, int]:
 
 def _lost(source: Settings, positions: Mapping[int, int], begins: Mapping[int, int]) -> str:
     """Which clicks neither Kafka nor the archive has. positions: partition -> the next offset."""
-    places = [(p, first, begins[p]) for p, first in positions.items() if first < begins[p]]
+    places = [(p, first, begins[p]) for p, first in sorted(positions.items()) if first < begins[p]]
     gaps = [Gap(p, first, begin - 1, begin) for p, first, begin in places]
     if not gaps:
         return ""
