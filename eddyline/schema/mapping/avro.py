@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from eddyline.errors import Rejected
+from eddyline.schema.mapping import values
 
 # Elements of all arrays and maps of a record: an element may take no byte.
 ELEMENTS_MAX = 100_000
@@ -236,15 +237,10 @@ def _logical(schema: dict[str, Any], reader: _Reader) -> _Reader:
         return lambda source: reader(source) // unit
     if name == "decimal":
         scale = int(schema.get("scale", 0))
-        return lambda source: _decimal(reader(source), scale)
+        return lambda source: values.decimal(reader(source), scale)
     if schema.get("type") in ("int", "long"):
         return reader
     return lambda source: base64.b64encode(reader(source)).decode()
-
-
-def _decimal(data: bytes, scale: int) -> int | float:
-    digits = int.from_bytes(data, "big", signed=True)
-    return digits if scale == 0 else float(f"{digits}e{-scale}")
 
 
 def parsed(text: str) -> Any:

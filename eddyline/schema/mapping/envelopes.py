@@ -16,6 +16,7 @@ import msgspec
 
 from eddyline.errors import Rejected
 from eddyline.schema.events import quote
+from eddyline.schema.mapping import values
 from eddyline.schema.mapping.paths import Source
 
 Op = Literal["put", "delete", "ignore"]
@@ -208,8 +209,7 @@ def _decimal(value: Any, scale: Any) -> Any:
         places = int(scale)
         if not isinstance(value, str) or len(value) > _DECIMAL_CHARS_MAX or abs(places) > 300:
             return value
-        digits = int.from_bytes(base64.b64decode(value, validate=True), "big", signed=True)
-        return digits if places == 0 else float(f"{digits}e{-places}")
+        return values.decimal(base64.b64decode(value, validate=True), places)
     except (ValueError, TypeError):
         return value
 

@@ -33,6 +33,7 @@ from google.protobuf.descriptor_pb2 import (
 from google.protobuf.message import DecodeError, Message
 
 from eddyline.errors import Rejected
+from eddyline.schema.mapping import values
 
 # Messages within messages of a record: the limit of Protobuf's library.
 DEPTH_MAX = 100
@@ -244,10 +245,10 @@ def _one(field: FieldDescriptor, readers: dict[str, _Reader], untyped: set[str])
     return _float if field.type == FieldDescriptor.TYPE_FLOAT else None
 
 
-def _limited(values: Any) -> Any:
-    if len(values) > ELEMENTS_MAX:
+def _limited(found: Any) -> Any:
+    if len(found) > ELEMENTS_MAX:
         raise ValueError(f"more than {ELEMENTS_MAX:,} elements")
-    return values
+    return found
 
 
 def _key(key: Any) -> str:
@@ -270,11 +271,6 @@ def _float(value: float) -> float:
 
 def _milliseconds(found: Any) -> int:
     return int(found.seconds * 1_000 + found.nanos // 1_000_000)
-
-
-def _decimal(found: Any) -> int | float:
-    digits = int.from_bytes(found.value, "big", signed=True)
-    return digits if not found.scale else float(f"{digits}e{-found.scale}")
 
 
 def _struct(found: Any) -> dict[str, Any]:
@@ -303,7 +299,7 @@ _WELL_KNOWN: Final[dict[str, _Reader]] = {
     "google.protobuf.ListValue": _list,
     "google.protobuf.BytesValue": lambda found: _base64(found.value),
     "google.protobuf.FloatValue": lambda found: _float(found.value),
-    "confluent.type.Decimal": _decimal,
+    "confluent.type.Decimal": lambda found: values.decimal(found.value, found.scale),
     **{
         f"google.protobuf.{name}Value": lambda found: found.value
         for name in ("Double", "Int64", "UInt64", "Int32", "UInt32", "Bool", "String")

@@ -32,6 +32,10 @@ Kind = Literal["text", "number", "integer", "bool"]
 Converter = Callable[[Any], Any]
 
 
+# Bytes of a decimal: Python writes no number of 4,300 digits as text, also not for a refusal.
+DECIMAL_BYTES_MAX: Final = 750
+
+
 class _Bad:
     """The value cannot be read."""
 
@@ -90,6 +94,20 @@ def number(value: Any) -> Any:
             found = float(digits)
             return found if math.isfinite(found) else BAD
     return BAD
+
+
+def decimal(data: bytes, scale: int) -> int | float:
+    """A big-endian two's-complement integer, divided by 10 to the power of the scale.
+
+    Raises ValueError for one of more than `DECIMAL_BYTES_MAX` bytes.
+
+    >>> decimal(b"\\xff\\x00", 2), decimal(b"\\x07", 0), decimal(b"\\x07", -2)
+    (-2.56, 7, 700.0)
+    """
+    if len(data) > DECIMAL_BYTES_MAX:
+        raise ValueError(f"a decimal of {len(data):,} bytes")
+    digits = int.from_bytes(data, "big", signed=True)
+    return digits if scale == 0 else float(f"{digits}e{-scale}")
 
 
 def integer(value: Any) -> Any:

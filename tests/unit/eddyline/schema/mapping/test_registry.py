@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from eddyline.errors import Rejected, SettingsError, Unavailable
 from eddyline.kafka.topics import CLICKS
 from eddyline.schema import validation
-from eddyline.schema.mapping import avro, envelopes, registry
+from eddyline.schema.mapping import avro, envelopes, registry, values
 from eddyline.schema.mapping.registry import Access, Registry, RegistryUnavailable
 from eddyline.settings.loader import Settings, load
 from eddyline.stores.memory import MemoryStore
@@ -272,6 +272,49 @@ def test_protobuf_is_read_by_the_descriptor_that_the_registry_gives(double: Doub
     ]
     assert refusal(lambda: read(value[:-1])) == "malformed_protobuf"
     assert refusal(lambda: read(framed(1, b""))) == "malformed_protobuf"
+
+
+def varint(number: int) -> bytes:
+    return (
+        bytes([number & 0x7F | 0x80]) + varint(number >> 7) if number >= 0x80 else bytes([number])
+    )
+
+
+def protobuf_decimal(double: Double, size: int) -> bytes:
+    types = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="d.proto", syntax="proto3")
+    field = file.message_type.add(name="Row").field.add(name="d", number=1, label=1)
+    field.type, field.type_name = types.TYPE_MESSAGE, ".confluent.type.Decimal"
+    double.schemas[1] = {"schema": "…", "schemaType": "PROTOBUF"}
+    double.serialized[1] = file.SerializeToString()
+    value = b"\x0a" + varint(size) + b"\x7f" * size
+    return framed(1, b"\0\x0a" + varint(len(value)) + value)
+
+
+def avro_decimal(double: Double, size: int) -> bytes:
+    decimal = {"type": "bytes", "logicalType": "decimal", "precision": 9_999}
+    double.add(1, {"type": "record", "name": "V", "fields": [{"name": "d", "type": decimal}]})
+    return framed(1, varint(2 * size) + b"\x7f" * size)
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1, 2_000])
+@pytest.mark.parametrize("write", [avro_decimal, protobuf_decimal])
+def test_a_long_decimal_is_refused(
+    double: Double, tmp_path: Path, write: Callable[[Double, int], bytes], more: int
+) -> None:
+    """Python writes no number of 4,300 digits as text, also not into the reason of a refusal."""
+    value = write(double, values.DECIMAL_BYTES_MAX + more)
+    file = tmp_path / "map.toml"
+    file.write_text(
+        '[clicks]\nencoding = "registry"\nfields = { user_id = "d", item_id = "d" }\n',
+        encoding="utf-8",
+    )
+    named = Settings(clicks_map=str(file), registry_url=double.url, clicks_partitions=1)
+    by_map = validation.map_of(named, "clicks")
+    wanted = "malformed" if more > 0 else "bad_field"
+    assert refusal(lambda: validation.user_events(named, record(1, value), by_map)).startswith(
+        wanted
+    )
 
 
 def test_without_its_library_protobuf_names_the_extra(
