@@ -17,7 +17,7 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 960px
        color: #1c2226; background: #fff }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
 th, td { padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #dde3e6 }
-th:first-child, td:first-child { text-align: left }
+th:first-child, td:first-child { text-align: left } td { white-space: nowrap }
 svg { max-width: 100%; height: auto } svg text { font: 13px system-ui, sans-serif; fill: #1c2226 }
 .wide { overflow-x: auto }
 """

@@ -52,14 +52,6 @@ class ReferenceRow(Row, ABC):
     def scores(self, query: Query) -> Scores:
         """The score of each live item, (items,)."""
 
-    @override
-    def flush(self) -> None:
-        pass
-
-    @override
-    def learn(self, begin: int, end: int) -> None:
-        pass
-
     def positive(self, begin: int, end: int) -> Ints:
         """Numbers of the events that are no dislikes."""
         return begin + np.flatnonzero(self.log.kinds[begin:end] != DISLIKE)

@@ -73,10 +73,12 @@ class Row(Protocol):
         """Rank the target, now or at the next `flush`."""
 
     def flush(self) -> None:
-        """Rank what waits; called before an item changes, and at the end."""
+        """Rank what waits; called before an item changes, and at the end. Default: nothing."""
+        return
 
     def learn(self, begin: int, end: int) -> None:
-        """The events of the log from `begin` to `end` have happened; all before them had."""
+        """The events from `begin` to `end` have happened; all before had. Default: nothing."""
+        return
 
 
 class ProductRow(Row):
@@ -86,14 +88,6 @@ class ProductRow(Row):
         """names: of its results; scored: number of events."""
         self.product = product
         self.results = {name: Results(scored) for name in names}
-
-    @override
-    def flush(self) -> None:
-        pass
-
-    @override
-    def learn(self, begin: int, end: int) -> None:
-        pass
 
 
 class PathRow(ProductRow):
