@@ -35,7 +35,10 @@ def run_niced(call: Callable[[], _T]) -> _T:
 
     def run() -> None:
         if sys.platform == "linux":  # elsewhere niceness belongs to the process
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+            thread_id = threading.get_native_id()
+            # Relative: a process of a lower priority must not raise it.
+            nice = min(19, os.getpriority(os.PRIO_PROCESS, thread_id) + NICE)
+            os.setpriority(os.PRIO_PROCESS, thread_id, nice)
         try:
             found.append(call())
         except BaseException as error:

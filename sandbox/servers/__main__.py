@@ -67,9 +67,9 @@ def run(
         up.set()
         on_step("ready")
         lock = run_dir(settings) / "lock"
-        inode = lock.stat().st_ino
+        inode = _inode(lock)  # 0: the folder is gone already
         failed = ""
-        while not stop.wait(WATCH_S) and _inode(lock) == inode:
+        while inode and not stop.wait(WATCH_S) and _inode(lock) == inode:
             try:
                 supervisor.check()
             except LocalServerError as error:

@@ -51,8 +51,9 @@ def test_patches_hold_exactly_once_and_in_order(fresh_settings: Settings, make_l
     assert state()["attributes"] == want and state()["categories"] == ["c"]
     live.wait_for("the price in the answers", lambda: shown(39))
     assert not shown(38)
-    letters = [dict(r.headers)["reason"] for r in reading.read(live.settings, topics.DEAD_LETTERS)]
-    assert letters == [b"no_base"]
+    letters = reading.read(live.settings, topics.DEAD_LETTERS)
+    # A killed ingest may write a letter again, under the same coordinates.
+    assert [*{r.key: dict(r.headers)["reason"] for r in letters}.values()] == [b"no_base"]
 
     before = state()
     remove_namespace(live.settings, live.settings.namespace)
