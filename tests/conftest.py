@@ -27,12 +27,13 @@ from tests.integration.redis_servers import real_cluster
 
 # The same examples every time, so that a failure of CI is a failure everywhere;
 # HYPOTHESIS_PROFILE=explore goes on looking. Before the test modules are imported: their own
-# settings are made on top of this one.
-hypothesis.settings.register_profile("ci", derandomize=True, database=None)
-hypothesis.settings.register_profile("explore", derandomize=False)
+# settings are made on top of this one. No deadline: how long an example takes is the machine's doing.
+hypothesis.settings.register_profile("ci", derandomize=True, database=None, deadline=None)
+hypothesis.settings.register_profile("explore", derandomize=False, deadline=None)
 # `make mutations` wants a failure, not the smallest one: shrinking takes minutes.
 hypothesis.settings.register_profile(
     "mutations",
+    deadline=None,
     derandomize=True,
     database=None,
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
