@@ -27,7 +27,7 @@ from tests.integration.redis_servers import real_cluster
 
 # The same examples every time, so that a failure of CI is a failure everywhere;
 # HYPOTHESIS_PROFILE=explore goes on looking. Before the test modules are imported: their own
-# settings are made on top of this one. No deadline: how long an example takes is the machine's doing.
+# settings are made on top of this one. No deadline: a busy machine makes any example slow.
 hypothesis.settings.register_profile("ci", derandomize=True, database=None, deadline=None)
 hypothesis.settings.register_profile("explore", derandomize=False, deadline=None)
 # `make mutations` wants a failure, not the smallest one: shrinking takes minutes.
