@@ -13,7 +13,7 @@ from eddyline.settings.loader import Settings
 from streams import static_membership
 from streams.archive.archiver import Archiver
 
-LIMIT_S = 30
+LIMIT_S = 90
 
 
 def archive_all(

@@ -98,12 +98,13 @@ class ItemChange:
     def is_older(self, stored: ItemMetadata) -> bool:
         """Whether a forwarded change is older than what the item has: the first append decides.
 
-        In one millisecond, a state that was appended again after a record is that of its place.
+        In one millisecond, a state that was appended again after a record is that of its place: a
+        change between the two is newer. A change from here on was stored by an earlier reading.
         """
-        after = appended_after(self.record)
+        after, place = appended_after(self.record), self.record
         if self.first_ms != stored.first_ms or after is None:
             return self.first_ms < stored.first_ms
-        return stored.partition == self.record.partition and stored.offset > after
+        return stored.partition == place.partition and after < stored.offset < place.offset
 
     def born(self, before: ItemMetadata | None) -> ItemChange:
         """The change with the time of the item's first record, if the item says no time itself.

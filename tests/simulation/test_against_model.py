@@ -510,3 +510,10 @@ ENDED = [
 )
 def test_a_generation_that_ends_leaves_no_embedding(actions: list[Any]) -> None:
     run(actions, user_idle_s_max=60)
+
+
+def test_a_state_that_was_appended_again_reaches_a_generation_that_is_served_later() -> None:
+    """The first reading stored its place: the second one must not take it for a newer change."""
+    again = ("settings", {"history_age_s_max": 20})
+    first = [("item", "i6", "new"), ("retrain",), again, ("serve", ["1"])]
+    run([*first, ("item", "i6", "refused"), again, ("serve", ["1", "2"])], item_slots=3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import struct
 import time
 from typing import Any
 
@@ -123,13 +124,13 @@ def same(kind: str, found: Any, expected: Any) -> bool:
     if kind in ("float", "double") and math.isnan(expected):
         return math.isnan(found)
     if kind == "float" and expected and math.isfinite(expected):
-        return math.isclose(found, expected, rel_tol=1e-6)
+        return struct.pack("<f", found) == struct.pack("<f", expected)
     return bool(found == as_json(kind, expected))
 
 
 @given(st.data())
 # A busy machine draws the many fields of an example slowly.
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_every_type_is_read_as_the_library_reads_it(data: st.DataObject) -> None:
     message = ITEM()
     for name, values in SCALARS.items():
