@@ -172,7 +172,7 @@ class ClickTotals:
         return found[:-1]
 
     def _first_rows(self, sums: _Totals, size: int) -> NDArray[np.int64]:
-        """Rows of the items of `_top`, in any order."""
+        """Rows of the `size` items with most clicks, equal ones by id; in any order."""
         rows = np.flatnonzero(sums.counted)
         if len(rows) <= size:
             return rows
@@ -207,17 +207,13 @@ class ClickTotals:
 
     def _top(self, sums: _Totals, size: int) -> list[tuple[str, float]]:
         """(item id, decayed clicks) of the first `size` items."""
-        totals = sums.clicks
-        rows = np.flatnonzero(sums.counted)
-        if len(rows) > size:
-            cut = len(rows) - size
-            rows = rows[totals[rows] >= np.partition(totals[rows], cut)[cut]]
-        rows = rows[np.argsort(-totals[rows])]
-        names = map(self._names.__getitem__, rows.tolist())
-        pairs = [*zip(names, totals[rows].tolist(), strict=True)]
-        for start, end in _equal_runs(totals[rows]):
+        rows = self._first_rows(sums, size)
+        rows = rows[np.argsort(-sums.clicks[rows])]
+        clicks = sums.clicks[rows]
+        pairs = [*zip(map(self._names.__getitem__, rows.tolist()), clicks.tolist(), strict=True)]
+        for start, end in _equal_runs(clicks):
             pairs[start:end] = sorted(pairs[start:end])
-        return pairs[:size]
+        return pairs
 
     def _add(self, sums: _Totals, keys: Sequence[tuple[str, int]], newest: int) -> None:
         """Add these buckets to the sums."""
