@@ -11,7 +11,8 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -36,96 +37,38 @@ Reason = Literal[
 
 # (part, reason) -> how many of them were left out. part: a field of an item or a profile.
 Omitted = Counter[tuple[str, Reason]]
+_T = TypeVar("_T", Item, ItemPatch, UserProfile)
 
 
 def item(
-    value: bytes,
-    first: Rejected,
-    omitted: Omitted,
-    *,
-    key: str,
-    appended_ms: int,
-    far_future_ms_max: int,
-    vector_dimension: int,
+    value: bytes, first: Rejected, omitted: Omitted, *, vector_dimension: int, **limits: Any
 ) -> Item:
-    """The item without its bad optional parts. Other arguments as of `events.decode_item`.
+    """The item without its bad optional parts.
 
-    first: why the strict decoder refused the record; omitted: gets the parts that were left out
+    first:   why the strict decoder refused the record
+    omitted: gets the parts that were left out
+    vector_dimension, limits: arguments of `events.decode_item`
     Raises Rejected where more than optional parts is bad.
     """
-    left_out = Omitted()
-    found = _object(value, first)
-    _check(found, left_out, "title", _title)
-    for labels in ("categories", "tags"):
-        _check(found, left_out, labels, _labels)
-    _check(found, left_out, "attributes", _attributes)
-    if found.get("vector") is not None:  # null is the strict decoder's default
-        _check(found, left_out, "vector", lambda one, _: _vector(one, vector_dimension))
-    made = events.decode_item(
-        _encoded(found, Item, first),
-        key=key,
-        appended_ms=appended_ms,
-        far_future_ms_max=far_future_ms_max,
-        vector_dimension=vector_dimension,
-    )
-    omitted.update(left_out)
-    return made
-
-
-def profile(
-    value: bytes,
-    first: Rejected,
-    omitted: Omitted,
-    *,
-    key: str,
-    appended_ms: int,
-    far_future_ms_max: int,
-) -> UserProfile:
-    """The profile without its bad attributes. Arguments and errors as of `item`."""
-    left_out = Omitted()
-    found = _object(value, first)
-    _check(found, left_out, "attributes", _attributes)
-    made = events.decode_profile(
-        _encoded(found, UserProfile, first),
-        key=key,
-        appended_ms=appended_ms,
-        far_future_ms_max=far_future_ms_max,
-    )
-    omitted.update(left_out)
-    return made
+    checkers = _ITEM | {"vector": _or_null(_vector(vector_dimension))}  # null is the default
+    decode = partial(events.decode_item, vector_dimension=vector_dimension, **limits)
+    return _decoded(Item, checkers, decode, value, first, omitted)
 
 
 def patch(
-    value: bytes,
-    first: Rejected,
-    omitted: Omitted,
-    *,
-    key: str,
-    appended_ms: int,
-    far_future_ms_max: int,
-    vector_dimension: int,
+    value: bytes, first: Rejected, omitted: Omitted, *, vector_dimension: int, **limits: Any
 ) -> ItemPatch:
     """The patch without its bad optional parts, which keep their value. As `item` otherwise."""
-    left_out = Omitted()
-    found = _object(value, first)
-    for part, checker in {
-        "title": _title,
-        "categories": _labels,
-        "tags": _labels,
-        "attributes": _patched_attributes,
-        "vector": lambda one, _: _vector(one, vector_dimension),
-    }.items():
-        if found.get(part) is not None:  # null removes it
-            _check(found, left_out, part, checker)
-    made = events.decode_patch(
-        _encoded(found, ItemPatch, first),
-        key=key,
-        appended_ms=appended_ms,
-        far_future_ms_max=far_future_ms_max,
-        vector_dimension=vector_dimension,
-    )
-    omitted.update(left_out)
-    return made
+    checkers = _ITEM | {"attributes": _patched_attributes, "vector": _vector(vector_dimension)}
+    checkers = {part: _or_null(checker) for part, checker in checkers.items()}  # null removes it
+    decode = partial(events.decode_patch, vector_dimension=vector_dimension, **limits)
+    return _decoded(ItemPatch, checkers, decode, value, first, omitted)
+
+
+def profile(value: bytes, first: Rejected, omitted: Omitted, **limits: Any) -> UserProfile:
+    """The profile without its bad attributes. As `item` otherwise."""
+    decode = partial(events.decode_profile, **limits)
+    return _decoded(UserProfile, {"attributes": _attributes}, decode, value, first, omitted)
 
 
 class _Bad(Exception):
@@ -137,6 +80,24 @@ class _Bad(Exception):
 
 # The good rest of a part; `note` gets the reason of each element that is left out. Raises _Bad.
 _Checker = Callable[[Any, Callable[[Reason], None]], Any]
+
+
+def _decoded(
+    kind: type[_T],
+    checkers: Mapping[str, _Checker],
+    decode: Callable[[bytes], _T],
+    value: bytes,
+    first: Rejected,
+    omitted: Omitted,
+) -> _T:
+    """The record without its bad parts. checkers: by part; decode: the strict decoder"""
+    left_out = Omitted()
+    found = _object(value, first)
+    for part, checker in checkers.items():
+        _check(found, left_out, part, checker)
+    made = decode(_encoded(found, kind, first))
+    omitted.update(left_out)
+    return made
 
 
 def _check(found: dict[str, Any], omitted: Omitted, part: str, checker: _Checker) -> None:
@@ -248,13 +209,29 @@ def _scalar(one: Any) -> events.Scalar:
     return _text(one, events.VALUE_CHARS_MAX, may_be_empty=True)
 
 
-def _vector(one: Any, dimension: int) -> list[float]:
-    if not isinstance(one, list):
-        raise _Bad("wrong_type")
-    if len(one) != dimension:
-        raise _Bad("wrong_length")
-    if not all(isinstance(x, int | float) and not isinstance(x, bool) for x in one):
-        raise _Bad("wrong_type")
-    if not all(abs(x) <= events.VECTOR_NUMBER_MAX for x in one):  # NaN compares false
-        raise _Bad("not_finite")
-    return one
+def _vector(dimension: int) -> _Checker:
+    def check(one: Any, _: Callable[[Reason], None]) -> list[float]:
+        if not isinstance(one, list):
+            raise _Bad("wrong_type")
+        if len(one) != dimension:
+            raise _Bad("wrong_length")
+        if not all(isinstance(x, int | float) and not isinstance(x, bool) for x in one):
+            raise _Bad("wrong_type")
+        if not all(abs(x) <= events.VECTOR_NUMBER_MAX for x in one):  # NaN compares false
+            raise _Bad("not_finite")
+        return one
+
+    return check
+
+
+def _or_null(checker: _Checker) -> _Checker:
+    return lambda one, note: None if one is None else checker(one, note)
+
+
+# The parts of a whole item, without its vector.
+_ITEM: dict[str, _Checker] = {
+    "title": _title,
+    "categories": _labels,
+    "tags": _labels,
+    "attributes": _attributes,
+}

@@ -18,6 +18,7 @@ from eddyline.schema.events import (
     TITLE_CHARS_MAX,
     VALUE_CHARS_MAX,
     Item,
+    ItemPatch,
     decode_item,
     encode,
 )
@@ -105,6 +106,33 @@ def test_the_part_is_left_out_and_the_rest_applies(
     assert {reason for _, reason in omitted} <= set(get_args(Reason))
     for other in {"title", "categories", "tags", "attributes", "at_ms"} - {part}:
         assert getattr(item, other) == GOOD[other]
+
+
+PATCHED = {part: GOOD[part] for part in ("title", "categories", "tags", "attributes", "vector")}
+
+
+@pytest.mark.parametrize("part", PATCHED)
+def test_a_bad_part_of_a_patch_keeps_its_value_and_null_removes_the_others(part: str) -> None:
+    others = dict.fromkeys(PATCHED.keys() - {part})
+    omitted = Omitted()
+    value = json.dumps({"item_id": "f1", part: 7, **others}).encode()
+    _, patch, _ = validation.item(SETTINGS, None, b"f1", value, NOW_MS, omitted, patches=True)
+    assert patch == ItemPatch(item_id="f1", **others)
+    assert omitted == Omitted({(part, "wrong_type"): 1})
+
+
+def test_a_null_vector_beside_a_bad_part_is_not_counted() -> None:
+    item, omitted = read(changed(title=7, vector=None))
+    assert item is not None and item.vector is None
+    assert omitted == Omitted({("title", "wrong_type"): 1})
+
+
+def test_null_removes_an_attribute_beside_a_bad_one() -> None:
+    omitted = Omitted()
+    value = json.dumps({"item_id": "f1", "attributes": {"a": None, "b": [1], "c": 2}}).encode()
+    _, patch, _ = validation.item(SETTINGS, None, b"f1", value, NOW_MS, omitted, patches=True)
+    assert patch == ItemPatch(item_id="f1", attributes={"a": None, "c": 2})
+    assert omitted == Omitted({("attributes", "wrong_type"): 1})
 
 
 @pytest.mark.parametrize("count", [-1, 0, 1, 1_000])
