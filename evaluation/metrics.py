@@ -1,8 +1,7 @@
-"""Metrics of ranks and lists, with 95 % intervals by bootstrap over users.
+"""95 % intervals of means by bootstrap over users, and measures of lists.
 
-One event has one target, so HR@k is Recall@k, and Precision@k is HR@k / k. A rank of infinity is a
-miss in every metric. The bootstrap draws users with repetition; a drawn user brings all their
-events. All rows are resampled alike, so differences between rows are paired.
+The bootstrap draws users with repetition; a drawn user brings all their events. All rows are
+resampled alike, so differences between rows are paired.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 RESAMPLES = 1_000
-CUTS = (10, 50, 100)
 # Resamples that are in memory at one time, times the users.
 _CELLS_MAX = 4_000_000
 
@@ -30,20 +28,6 @@ class Estimate:
     value: float
     low: float
     high: float
-
-
-def of_ranks(ranks: Floats) -> dict[str, Floats]:
-    """Metric -> its value for each event. ranks: float64 (n,), 1 and above
-
-    >>> {name: float(value[0]) for name, value in of_ranks(np.array([2.0])).items()}["mrr"]
-    0.5
-    """
-    found = {f"hr_{k}": (ranks <= k).astype(np.float64) for k in CUTS}
-    found["precision_10"] = found["hr_10"] / 10
-    found["mrr"] = 1 / ranks
-    with np.errstate(invalid="ignore"):
-        found["ndcg_10"] = np.where(ranks <= 10, 1 / np.log2(ranks + 1), 0.0)
-    return found
 
 
 class Bootstrap:

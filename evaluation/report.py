@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from embeddings.evaluation.metrics import of_ranks
 from evaluation import metrics
 from evaluation.event_log import EventLog
 from evaluation.metrics import Bootstrap, Estimate, Floats, Ints, Lists, Mask
@@ -110,7 +111,7 @@ def make(
     inverse: Floats = 1.0 / (1.0 + scored.item_before[kept].astype(np.float64))
     rows, hits = [], dict[str, Floats]()
     for row, of_row in ranks.items():
-        values = metrics.of_ranks(of_row)
+        values = of_ranks(of_row)
         hits[row] = values["hr_10"]
         found = _estimates(bootstrap, [*values.values()], [np.ones(len(of_row))] * len(values))
         [debiased] = _estimates(bootstrap, [hits[row]], [inverse])

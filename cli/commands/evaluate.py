@@ -31,9 +31,10 @@ from eddyline.settings.loader import Settings
 from embeddings.bundle import bundle as bundles
 from embeddings.bundle.bundle import Bundle
 from embeddings.data.examples import TrainingData
+from embeddings.evaluation.metrics import of_ranks
 from evaluation import offline, page
 from evaluation.event_log import EventLog, LogBuilder
-from evaluation.metrics import Bootstrap, Estimate, of_ranks
+from evaluation.metrics import Bootstrap, Estimate
 from evaluation.offline import ROWS
 from evaluation.protocol import Outcome
 from evaluation.report import Report, difference

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from embeddings.evaluation.metrics import of_ranks, quality
 from evaluation import metrics
-from evaluation.metrics import Bootstrap, estimates, gini, of_lists, of_ranks
+from evaluation.metrics import Bootstrap, estimates, gini, of_lists
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "rectools-metrics.json"
 
@@ -30,6 +31,9 @@ def test_the_figures_are_those_of_rectools() -> None:
     assert mean(found["precision_10"]) == pytest.approx(wanted["precision_10"])
     assert mean(found["ndcg_10"]) == pytest.approx(wanted["ndcg_10"])
     assert mean(found["mrr"]) == pytest.approx(wanted["mrr_120"])
+    trained = quality(ranks, np.ones(len(ranks), bool))
+    assert trained.ndcg_10 == pytest.approx(wanted["ndcg_10"])
+    assert trained.mrr == pytest.approx(wanted["mrr_120"])
     lists = [[str(item) for item in one] for one in golden["lists"]]
     vectors = {item: np.array([1, 0], np.float32) for one in lists for item in one}
     assert of_lists(lists, golden["items"], {}, vectors).coverage == pytest.approx(
