@@ -36,6 +36,8 @@ VECTOR_LENGTH_MAX = 4_096
 VECTOR_NUMBER_MAX = 1e19
 # The last millisecond of the year 9999; larger values are microseconds.
 AT_MS_MAX = 253_402_300_799_999
+# The largest weight of one event.
+WEIGHT_MAX = 100
 # Quoted values are cut: dead-letter headers and log lines stay short.
 QUOTE_CHARS_MAX = 80
 
@@ -55,7 +57,7 @@ class Click(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 
     event_id: the producer's id, equal in re-sends; if absent, the coordinates are the id
     at_ms:    event time, milliseconds since 1970 UTC; 0: as the record was appended
-    weight:   above 0 and at most 100
+    weight:   above 0 and at most `WEIGHT_MAX`
     """
 
     user_id: Id
@@ -63,7 +65,7 @@ class Click(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     at_ms: AtMs = 0
     kind: Kind = "click"
     event_id: Id | None = None
-    weight: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    weight: Annotated[float, Meta(gt=0, le=WEIGHT_MAX)] = 1.0
     context: Attributes | None = None
     impression_id: Id | None = None
 

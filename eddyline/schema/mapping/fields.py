@@ -93,8 +93,7 @@ def identity(name: str, spec: Spec, nulls: Collection[str], *, required: bool = 
 def time(spec: Spec, nulls: Collection[str]) -> Getter:
     """A time in milliseconds since 1970. The getter raises Rejected where it is none."""
     field = Field(path=spec) if isinstance(spec, str) else spec
-    formats = ["ms", "iso"] if field.format is None else field.format
-    formats = [formats] if isinstance(formats, str) else formats
+    formats = time_formats(spec)
     convert = values.compile_time(formats, field.zone)
     get, where = raw(spec, nulls), described(spec)
     own = own_name(spec, nulls)
@@ -114,6 +113,14 @@ def time(spec: Spec, nulls: Collection[str]) -> Getter:
         return at_ms
 
     return read
+
+
+def time_formats(spec: Spec) -> list[str]:
+    """The formats of a time, in the order in which they are tried."""
+    named = spec.format if isinstance(spec, Field) else None
+    if named is None:
+        return ["ms", "iso"]
+    return [named] if isinstance(named, str) else named
 
 
 def truth(name: str, spec: Spec, nulls: Collection[str]) -> Getter:
@@ -142,9 +149,7 @@ def kind(
     not listed, unless `other` says what it becomes.
     """
     get, where = raw(spec, nulls), described(spec)
-    known: dict[str, tuple[str, float | None]] = {}
-    for name, entry in kinds.items():
-        known[name] = (entry, None) if isinstance(entry, str) else (entry.kind, entry.weight)
+    known = known_kinds(kinds)
     own = own_name(spec, nulls)
 
     def read(scope: Scope) -> tuple[str, float | None] | None:
@@ -163,6 +168,14 @@ def kind(
         raise Rejected("unknown_kind", "kind", detail)
 
     return read
+
+
+def known_kinds(kinds: Mapping[str, str | KindWeight]) -> dict[str, tuple[str, float | None]]:
+    """What each listed kind becomes, and its weight where the map has one."""
+    return {
+        name: (entry, None) if isinstance(entry, str) else (entry.kind, entry.weight)
+        for name, entry in kinds.items()
+    }
 
 
 def title(spec: Spec, nulls: Collection[str]) -> Getter:

@@ -8,18 +8,16 @@ the same record, and every reason for a refusal is the mapper's.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final, get_args
+from typing import Any, Final, cast
 
 import msgspec
 
-from eddyline.schema.events import AT_MS_MAX, ID_BYTES_MAX, KINDS, Click, Kind
+from eddyline.schema.events import AT_MS_MAX, ID_BYTES_MAX, KINDS, WEIGHT_MAX, Click, Kind
 from eddyline.schema.mapping import fields, values
-from eddyline.schema.mapping.spec import Field, Rule, TopicMap
+from eddyline.schema.mapping.spec import Rule, TopicMap
+from eddyline.schema.mapping.values import ID_MAX
 from eddyline.schema.records import Headers, Record
 
-# Whole numbers as ids; larger ones are the mapper's.
-_ID_MAX: Final = 10**18
-_WEIGHT_MAX: Final = 100
 _FIELDS = ("user_id", "item_id", "at_ms", "kind", "event_id", "impression_id", "weight")
 # What a kind becomes, and the weight of that kind.
 _Kinds = dict[str, tuple[Kind, float]]
@@ -101,7 +99,7 @@ def _reader(
             if type(sent) is not float and type(sent) is not int:
                 return None
             weight = sent
-        if not 0 < weight <= _WEIGHT_MAX:  # a larger whole number may be no float
+        if not 0 < weight <= WEIGHT_MAX:  # a larger whole number may be no float
             return None
         return Click(
             user_id=user_id,
@@ -123,24 +121,19 @@ def _plain_id(sent: Any) -> str:
             return ""
         sent = sent.strip()
         return sent if len(sent) <= ID_BYTES_MAX else ""
-    return str(sent) if type(sent) is int and -_ID_MAX < sent < _ID_MAX else ""
+    return str(sent) if type(sent) is int and -ID_MAX < sent < ID_MAX else ""
 
 
 def _unit(field: fields.Spec) -> int:
     """Milliseconds in a whole number of the field; 0 where the first format is another one."""
-    formats = field.format if isinstance(field, Field) and field.format is not None else "ms"
-    first = formats if isinstance(formats, str) else formats[0]
-    return max(values.UNITS.get(first, 0), 0)
+    return max(values.UNITS.get(fields.time_formats(field)[0], 0), 0)
 
 
 def _kinds(topic_map: TopicMap) -> _Kinds:
     """What each kind of a record becomes, without those that make no event."""
-    if not topic_map.kinds:
-        return {kind: (kind, 1.0) for kind in get_args(Kind)}
-    own: dict[str, Kind] = dict(zip(KINDS, get_args(Kind), strict=True))
-    found: _Kinds = {}
-    for name, entry in topic_map.kinds.items():
-        kind, weight = (entry, None) if isinstance(entry, str) else (entry.kind, entry.weight)
-        if kind in own:
-            found[name] = (own[kind], 1.0 if weight is None else float(weight))
-    return found
+    known = fields.known_kinds(topic_map.kinds or {kind: kind for kind in KINDS})
+    return {
+        name: (cast(Kind, kind), 1.0 if weight is None else float(weight))
+        for name, (kind, weight) in known.items()
+        if kind in KINDS
+    }

@@ -25,6 +25,7 @@ import msgspec
 from msgspec import Meta
 
 from eddyline.errors import SettingsError
+from eddyline.schema.events import WEIGHT_MAX
 from eddyline.schema.mapping import envelopes
 from eddyline.schema.mapping.values import Kind
 
@@ -98,7 +99,7 @@ class KindWeight(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A kind of events, and the weight of an event of it."""
 
     kind: Text
-    weight: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    weight: Annotated[float, Meta(gt=0, le=WEIGHT_MAX)] = 1.0
 
 
 class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -21,7 +21,7 @@ _MILLISECOND = timedelta(milliseconds=1)
 # Many writers of JSON round whole numbers beyond, as they are float64 there.
 _EXACT_MAX = 2**53
 # Whole numbers of more digits are no ids. By name, as Python computes so large a power at each use.
-_ID_MAX = 10**250
+ID_MAX: Final = 10**250
 # Digits of a number as text; longer texts are not numbers that an event can have.
 _NUMBER_CHARS_MAX = 64
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?\Z", re.ASCII)
@@ -55,7 +55,7 @@ def id_text(value: Any) -> Any:
     if type(value) is str:
         return value.strip()
     if type(value) is int:
-        return str(value) if -_ID_MAX < value < _ID_MAX else BAD
+        return str(value) if -ID_MAX < value < ID_MAX else BAD
     if type(value) is float and value.is_integer() and abs(value) <= _EXACT_MAX:
         return str(int(value))
     return BAD

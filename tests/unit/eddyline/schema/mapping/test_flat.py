@@ -181,7 +181,7 @@ def test_other_maps_have_no_short_way(text: str) -> None:
 
 EDGES = [
     *({"u": text} for text in ("a", " b ", "\ta", "a\x7f", "ü", "", "x" * 256, "x" * 257)),
-    *({"i": number} for number in (0, -1, 10**18 - 1, 10**18, 2**64, 10**250, 7.0, 7.5, True)),
+    *({"i": number} for number in (0, -1, 10**18, 2**64, 10**250 - 1, 10**250, 7.0, 7.5, True)),
     *({"t": t} for t in (0, -1, 253_402_300_799, 253_402_300_800, 1e9, "7", MS // 1000 + 61)),
     *({"k": kind} for kind in ("seen", "bought", "no", "other", "view", None, 1, True)),
     *({"e": text} for text in ("", " a", "x" * 64, "x" * 65, "x" * 256, "x" * 257, 5, None, "ü")),
