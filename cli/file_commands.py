@@ -11,6 +11,7 @@ import typer
 
 from eddyline.errors import SettingsError
 from eddyline.settings.loader import load
+from embeddings.seed import SEED_MAX
 
 
 def import_(
@@ -161,7 +162,7 @@ def evaluate(
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Of the training.")] = 8,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**32 - 1, help="Of training, chance and intervals.")
+        int, typer.Option(min=0, max=SEED_MAX, help="Of training, chance and intervals.")
     ] = 0,
     json: Annotated[Path | None, typer.Option(help="Write everything to this new file.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page to this new file.")] = None,

@@ -18,6 +18,7 @@ class Recipe:
     batch, uniform: clicks per step, and additional negatives per step, drawn uniformly
     rate:           initial learning rate; it falls to 0 along half a cosine
     dropout:        probability that the ID embedding of an item is dropped
+    seed:           0 … `SEED_MAX`
     threads:        torch threads; where other processes share two cores, a step took 27 ms with
                     1 thread and 230 ms with 2, because idle threads spin
     """

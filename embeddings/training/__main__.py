@@ -29,6 +29,7 @@ from embeddings.data.examples import TrainingData, split
 from embeddings.evaluation.next_item import evaluate
 from embeddings.models.base import Progress, Recipe
 from embeddings.models.registry import DEFAULT, MODELS
+from embeddings.seed import SEED_MAX
 from embeddings.training.trainer import Report, train
 
 log = logging.getLogger(__name__)
@@ -211,7 +212,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--epochs", type=_positive, default=8, help="passes over the clicks (default 8)"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=_seed, default=0, help=f"0 … {SEED_MAX} (default 0)")
     parser.add_argument("--threads", type=_positive, default=1, help="torch threads (default 1)")
     parser.add_argument(
         "--holdout",
@@ -235,6 +236,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= SEED_MAX:
+        raise argparse.ArgumentTypeError(f"must be from 0 to {SEED_MAX}")
     return value
 
 

@@ -22,6 +22,7 @@ from embeddings.data import sources
 from embeddings.data.examples import TrainingData, make_examples, split
 from embeddings.evaluation.next_item import evaluate
 from embeddings.models.base import Progress, Recipe
+from embeddings.training import __main__ as command
 from embeddings.training.trainer import train
 
 MOVIELENS = Path(__file__).resolve().parents[4] / "shared" / "data" / "ml-latest-small"
@@ -99,6 +100,20 @@ def test_split_is_by_time_then_user_then_position() -> None:
     assert [c.item_id for c in first + rest] == ["4", "2", "3", "1"]
     assert len(first) == 2
     assert split(some, 1.0)[1] == []
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**32)])
+def test_a_seed_out_of_bounds_is_refused(seed: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--file", "none.jsonl", "--no-publish", "--seed", seed])
+    assert "argument --seed: must be from 0 to 4294967295" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", [0, 2**32 - 1])
+def test_a_seed_at_its_bound_trains(tmp_path: Path, seed: int) -> None:
+    assert command._arguments(["--seed", str(seed)]).seed == seed
+    data = TrainingData([Item(item_id="a")], {}, [click("u", "a", 1)])
+    train(data, tmp_path / "g", "1", recipe=Recipe(epochs=1, seed=seed))
 
 
 def test_the_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
