@@ -197,6 +197,10 @@ class RefusedRecord:
     reason: str
     hidden: bool = False
 
+    def includes(self, record: Record) -> bool:
+        """Whether this is this record of `items` or a later one of its partition."""
+        return self.partition == record.partition and self.offset >= record.offset
+
 
 @dataclass(frozen=True, slots=True)
 class ItemMetadata:

@@ -154,7 +154,11 @@ class ItemBatch:
         before = self.order.newest(item_id)
         if before is None or before.deleted:
             return None
-        hide = rules.hide or (before.refused is not None and before.refused.hidden)
+        stored = self.stored.get(item_id)
+        if stored is not None and (known := stored.refused) and known.includes(change.record):
+            hide = known.hidden  # decided before, perhaps under another setting
+        else:
+            hide = rules.hide or (before.refused is not None and before.refused.hidden)
         change = change.refuse(rejected, replace(before, refused=None), hide)
         self.order.accepted(item_id, change)
         if rules.restore:

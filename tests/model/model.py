@@ -127,6 +127,7 @@ class State:
 
     item_times: first append of each item's last change
     refused:    item -> the last refused record, if it is newer than what the item has
+    hidden:     items of these that are in no answer
     born:       item without a time -> first append of its first record
     repeated:   forwarded null records: a tombstone of that time or later is enough
     ends_ms:    append time of the last record of each partition of `clicks`
@@ -143,6 +144,7 @@ class State:
     published: dict[str, dict[str, Version]] = field(default_factory=dict)
     item_times: dict[str, int] = field(default_factory=dict)
     refused: dict[str, Raw] = field(default_factory=dict)
+    hidden: set[str] = field(default_factory=set)
     born: dict[str, int] = field(default_factory=dict)
     forwarded: set[Sent] = field(default_factory=set)
     strays: set[Stray] = field(default_factory=set)
@@ -157,7 +159,8 @@ class Model:
     """Applies logs. settings_of: the settings under which a record of `clicks` is applied.
 
     own_of:      a record of `clicks` in Eddyline's own format; None where it has no event
-    settings:    those of users and items, and of `clicks` where `settings_of` is absent
+    settings:    those of users and items (but `hide_refused_items`), and of `clicks` where
+                 `settings_of` is absent
     prefix:      of the topics' names in coordinates
     """
 
@@ -246,14 +249,15 @@ class Model:
             version = Version(raw.partition, raw.offset, found)
             shown = found is not None and found["available"]
             taken = [g for g in self.generations if not (shown and g.refuses(found or {}))]
+            if taken:
+                self._end_refused(raw, item_id, found)
             for generation in taken:
-                state.published[generation.name][item_id] = version
+                self._publish(generation, item_id, version)
             if len(taken) < len(self.generations):
                 state.letters[raw.at] = "bad_vector"
             if taken:
                 state.items[item_id] = version
                 state.item_times[item_id] = first_append_ms(raw)
-                self._end_refused(raw, item_id, found)
                 if found is None or found["at_ms"]:
                     state.born.pop(item_id, None)
                 else:
@@ -286,8 +290,18 @@ class Model:
 
     def _mark(self, raw: Raw, item_id: str) -> None:
         version = self.state.items.get(item_id)
-        if version is not None and version.item is not None:
-            self.state.refused[item_id] = raw
+        if version is None or version.item is None:
+            return
+        self.state.refused[item_id] = raw
+        if self.settings_of(raw).hide_refused_items or item_id in self.state.hidden:
+            self.state.hidden.add(item_id)
+            for generation in self.generations:
+                self._publish(generation, item_id, Version(raw.partition, raw.offset, None))
+
+    def _publish(self, generation: Generation, item_id: str, version: Version) -> None:
+        """A generation's item record; a hidden item is retired."""
+        shown = None if item_id in self.state.hidden else version.item
+        self.state.published[generation.name][item_id] = version._replace(item=shown)
 
     def _end_refused(self, raw: Raw, item_id: str, found: Any) -> None:
         """An accepted record ends the mark; one that is older than the refused record does not."""
@@ -299,6 +313,7 @@ class Model:
         older = origin_ms is not None and first_append_ms(raw) < first_append_ms(refused)
         if found is None or not (again or older):
             del self.state.refused[item_id]
+            self.state.hidden.discard(item_id)
 
     # ---- clicks
 

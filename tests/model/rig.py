@@ -139,8 +139,8 @@ class Rig:
         self.recorded = _Begins()
         self.live = ["1"]
         self.ended: set[str] = set()
-        # (partition, offset, settings): from there on a partition of clicks is applied under them.
-        self.eras: list[tuple[dict[int, int], Settings]] = [({}, settings)]
+        # From these offsets on the partitions are applied under these settings.
+        self.eras: list[tuple[dict[tuple[str, int], int], Settings]] = [({}, settings)]
         self.start()
 
     # ---- Kafka
@@ -292,8 +292,8 @@ class Rig:
         if changed:
             self.drain()
             self.settings = msgspec.structs.replace(self.settings, **changed)
-            self.eras.append(({p: self.ends["clicks", p] for p in range(2)}, self.settings))
-            self.saved = self.store.snapshot(), {at: self.ends[at] for at in self.ends}
+            self.eras.append((dict(self.ends), self.settings))
+            self.saved = self.store.snapshot(), dict(self.ends)
         self.start()
 
     def retrain(self, items: Sequence[str]) -> None:
@@ -356,8 +356,8 @@ class Rig:
         return model.applied(self.settings, generations, logs or self.logs, self._settings_of)
 
     def _settings_of(self, raw: Raw) -> Settings:
-        fitting = [s for start, s in self.eras if start.get(raw.partition, 0) <= raw.offset]
-        return fitting[-1]
+        at = raw.topic, raw.partition
+        return [s for start, s in self.eras if start.get(at, 0) <= raw.offset][-1]
 
     def differences(self) -> list[str]:
         """Every difference of state and of what was sent."""

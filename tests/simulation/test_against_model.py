@@ -517,3 +517,46 @@ def test_a_state_that_was_appended_again_reaches_a_generation_that_is_served_lat
     again = ("settings", {"history_age_s_max": 20})
     first = [("item", "i6", "new"), ("retrain",), again, ("serve", ["1"])]
     run([*first, ("item", "i6", "refused"), again, ("serve", ["1", "2"])], item_slots=3)
+
+
+HIDE = st.tuples(
+    st.just("settings"), st.sampled_from([{"hide_refused_items": hide} for hide in (True, False)])
+)
+# The setting changes, and a generation that is served later reads the refused record again.
+HIDDEN = [
+    ("item", "i3", "new"),
+    ("bad item", "i3", False, 0),
+    ("settings", {"hide_refused_items": False}),
+    ("retrain",),
+]
+SHOWN = [("settings", {"hide_refused_items": False}), *HIDDEN[:2]]
+SHOWN += [("settings", {"hide_refused_items": True}), ("retrain",)]
+
+
+@limits
+@example(HIDDEN, False)
+@example(SHOWN, False)
+@given(
+    st.lists(
+        st.one_of(
+            *KEPT_APART,
+            ASTRAY,
+            BAD_ITEM,
+            BAD_ITEM,
+            REFUSED,
+            PARTS,
+            PARTS,
+            TURNS,
+            TURNS,
+            FULL,
+            HIDE,
+            SERVE,
+            st.just(("retrain",)),
+        ),
+        min_size=10,
+        max_size=60,
+    ),
+    st.booleans(),
+)
+def test_hidden_items_are_hidden_in_every_generation(actions: list[Any], patches: bool) -> None:
+    run(actions, hide_refused_items=True, items_patches=patches, item_slots=3)
