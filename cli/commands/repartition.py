@@ -9,7 +9,9 @@ from cli.console import console, progress_bar
 from eddyline.kafka.topics import SOURCES
 from eddyline.settings.loader import Settings
 from streams.operations import repartition as operation
-from streams.operations.repartition import CopyReport, Plan
+from streams.operations import repartition_plan
+from streams.operations.repartition import CopyReport
+from streams.operations.repartition_plan import Plan
 
 
 def repartition(
@@ -23,10 +25,10 @@ def repartition(
     yes: bool,
 ) -> None:
     """Say what will be done, ask, copy and print the counts. Raises as `operation.run`."""
-    target = operation.target_of(settings, namespace, clicks, items)
-    plan = operation.plan(settings, target)
+    target = repartition_plan.target_of(settings, namespace, clicks, items)
+    plan = repartition_plan.plan(settings, target)
     if plan.lost and not skip_lost:
-        raise operation.lost_error(plan.lost)
+        raise repartition_plan.lost_error(plan.lost)
     _show_plan(settings, target, plan)
     if not yes:
         typer.confirm("Copy?", abort=True)

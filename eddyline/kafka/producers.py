@@ -68,22 +68,24 @@ class Producer(KafkaProducer):  # type: ignore[misc]
         super().close(timeout and timeout / 2, null_logger)
 
 
-def confirm(settings: Settings, what: str, sent: Sequence[tuple[int, Any, Any]]) -> list[Any]:
+def confirm(settings: Settings, what: str, sent: Sequence[tuple[object, Any, Any]]) -> list[Any]:
     """Return once the broker has these records: their metadata, in order.
 
-    sent: (number, event or None, future) of each; what: a record, for the message of a refusal
+    sent: (number or place; event, value or None; future) of each; what: a record, for the message
+          of a refusal
     Raises KafkaError; Rejected with the number of the largest record if a size is refused. The
     producer sends nothing more then.
     """
     confirmed: list[Any] = []
-    too_large: list[tuple[int, int, KafkaError]] = []
+    too_large: list[tuple[int, object, KafkaError]] = []
     for number, event, future in sent:
         try:
             confirmed.append(future.get(timeout=settings.kafka_timeout_ms / 1000))
         except KafkaError as error:
             if not clients.is_too_large(error):
                 raise
-            too_large.append((0 if event is None else len(events.encode(event)), number, error))
+            value = event if event is None or isinstance(event, bytes) else events.encode(event)
+            too_large.append((len(value or b""), number, error))
     if too_large:
         # The others of its batch, and those after it, have the same error.
         size, number, refused = max(too_large, key=lambda one: one[0])

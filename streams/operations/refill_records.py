@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from itertools import groupby
 
@@ -19,6 +20,7 @@ from eddyline.schema.records import MAPPED, BuiltRecord, Record
 from eddyline.settings.loader import Settings
 from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import Source
+from streams.dead_letters import record_bytes
 
 
 class ArchivedRecord(BuiltRecord, frozen=True):
@@ -92,20 +94,30 @@ def erasures(records: Sequence[Record]) -> dict[str, Erasure]:
     }
 
 
-def batches(records: Iterable[Record], records_max: int) -> Iterator[list[Record]]:
+def batches(
+    records: Iterable[Record], records_max: int, bytes_max: float = math.inf
+) -> Iterator[list[Record]]:
     """Consecutive records in batches; events of one record, which share its offset, stay together.
 
-    records_max: of a batch, unless one record has more events
+    records_max, bytes_max: of a batch, unless one record has more events or bytes
     """
     batch: list[Record] = []
+    size = 0
     for _, same in groupby(records, key=lambda record: record.offset):
         found = list(same)
-        if batch and len(batch) + len(found) > records_max:
+        more = sum(_bytes(record) for record in found)
+        if batch and (len(batch) + len(found) > records_max or size + more > bytes_max):
             yield batch
-            batch = []
+            batch, size = [], 0
         batch += found
+        size += more
     if batch:
         yield batch
+
+
+def _bytes(record: Record) -> int:
+    headers = [(name, value or b"") for name, value in record.headers]
+    return record_bytes(record.key, record.value, headers)
 
 
 class ProfileRecords:

@@ -12,7 +12,7 @@ import heapq
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +21,8 @@ from kafka import KafkaProducer, TopicPartition
 from kafka.errors import KafkaError
 from kafka.structs import OffsetAndMetadata
 
-from eddyline.archive import FORGETS, MERGES, Archive, ArchiveUnavailable
-from eddyline.errors import EddylineError, LogMismatch, Rejected, SettingsError
+from eddyline.archive import FORGETS, MERGES
+from eddyline.errors import EddylineError, Rejected
 from eddyline.kafka import clients, producers, reading, topics
 from eddyline.kafka.topics import CLICKS, ITEMS, SOURCES, USERS
 from eddyline.schema import events, validation
@@ -34,11 +34,21 @@ from eddyline.settings.loader import Settings
 from streams.dead_letters import FORWARD_BYTES_MAX, record_bytes
 from streams.operations import retention_gaps
 from streams.operations.refill_records import ArchivedRecord, as_sent, batches
+from streams.operations.repartition_plan import (
+    Place,
+    checked_positions,
+    group,
+    logs_of,
+    lost_clicks,
+    lost_error,
+    open_archive,
+)
 from streams.operations.retention_gaps import Gap
 
-# Records in one transaction.
+# Records and bytes in one transaction, which has to end in time.
 _BATCH = 1_000
-# Kafka aborts the transaction of a killed copy after this time; readers wait until then.
+_BATCH_BYTES = 4 * 1024 * 1024
+# Kafka aborts a transaction after this time, also that of a killed copy: readers wait until then.
 _TRANSACTION_TIMEOUT_MS = 10_000
 _PAUSE_S = 0.5
 # Above every offset of a null record in the second namespace, which begins at 0.
@@ -49,25 +59,10 @@ INGEST_WAIT_S = 60.0
 _ORDER = (CLICKS, USERS, ITEMS)
 # (records copied, records left out) so far, at each transaction
 OnProgress = Callable[[int, int], None]
-_Place = tuple[str, int]
 
 
 class _Removed(Exception):
     """Retention removed clicks while they were read."""
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a copy would do.
-
-    records: topic -> offsets that are not copied yet
-    lost:    which offsets neither Kafka nor the archive has, as a sentence; "" for none
-    goes_on: whether a copy has begun before
-    """
-
-    records: Mapping[str, int]
-    lost: str
-    goes_on: bool
 
 
 @dataclass(slots=True)
@@ -76,137 +71,6 @@ class CopyReport:
 
     copied: Counter[str] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
-
-
-def target_of(settings: Settings, namespace: str, clicks: int, items: int) -> Settings:
-    """The settings of the second namespace. Raises SettingsError where it cannot be one.
-
-    clicks, items: partitions of `clicks` and `users`, and of `items`
-    """
-    for name in SOURCES:
-        if settings.has_own_topic(name):
-            raise SettingsError(
-                f"{name}_topic = {settings.prefixed(name)!r}: another system's topic is not "
-                "copied; let that system write a topic with more partitions, and begin with an "
-                "empty Redis"
-            )
-        if validation.map_of(settings, name) is not None:
-            raise SettingsError(
-                f"{name}_map is set: a topic with a map is not copied; let its producer write a "
-                "topic with more partitions, and begin with an empty Redis"
-            )
-    if namespace == settings.namespace:
-        raise SettingsError(f"namespace {namespace!r} is the present one: name another")
-    if (clicks, items) == (settings.clicks_partitions, settings.items_partitions):
-        raise SettingsError(
-            f"{clicks} partitions of clicks and {items} of items are the present numbers"
-        )
-    changed: dict[str, object] = {
-        "namespace": namespace,
-        "clicks_partitions": clicks,
-        "items_partitions": items,
-    }
-    try:
-        return msgspec.convert(msgspec.to_builtins(settings) | changed, type(settings))
-    except msgspec.ValidationError as error:
-        raise SettingsError(f"the second namespace: {error}") from None
-
-
-def group(target: Settings) -> str:
-    """The consumer group that holds the positions of a copy."""
-    return target.prefixed("eddyline-repartition")
-
-
-def plan(source: Settings, target: Settings) -> Plan:
-    """What a copy would do. Raises KafkaUnavailable, KafkaRefused, LogMismatch, ArchiveUnavailable.
-
-    LogMismatch: the second namespace has records that no copy made.
-    """
-    positions = _checked_positions(source, target)
-    ends = {name: topics.end_offsets(source, name) for name in SOURCES}
-    begins = {name: topics.beginning_offsets(source, name) for name in SOURCES}
-    left = {
-        name: sum(
-            max(0, end - max(positions[name, p], begins[name][p] if name != CLICKS else 0))
-            for p, end in ends[name].items()
-        )
-        for name in SOURCES
-    }
-    clicks = {p: positions[CLICKS, p] for p in begins[CLICKS]}
-    return Plan(left, _lost(source, clicks, begins[CLICKS]), any(positions.values()))
-
-
-def lost_error(lost: str) -> LogMismatch:
-    """The error for a `Plan.lost`."""
-    return LogMismatch(f"{lost}, and Kafka no longer has them. `--skip-lost` copies what is there")
-
-
-def _checked_positions(source: Settings, target: Settings) -> dict[_Place, int]:
-    """`_positions`. Raises LogMismatch where the second namespace has records that no copy made."""
-    positions = _positions(source, target)
-    filled = "" if any(positions.values()) else _topic_with_records(target)
-    deadline = time.monotonic() + target.kafka_timeout_ms / 1000
-    # The positions of a copy that runs now may become visible a moment after its records.
-    while filled and not any(positions.values()):
-        if time.monotonic() > deadline:
-            raise LogMismatch(
-                f"topic {filled} has records, but no copy into it has begun: name a new namespace, "
-                "or delete its topics"
-            )
-        time.sleep(_PAUSE_S)
-        positions = _positions(source, target)
-    return positions
-
-
-def _lost(source: Settings, positions: Mapping[int, int], begins: Mapping[int, int]) -> str:
-    """Which clicks neither Kafka nor the archive has. positions: partition -> the next offset."""
-    places = [(p, first, begins[p]) for p, first in sorted(positions.items()) if first < begins[p]]
-    gaps = [Gap(p, first, begin - 1, begin) for p, first, begin in places]
-    if not gaps:
-        return ""
-    with _archive(source) as archive:
-        return retention_gaps.lacking(archive, gaps, topics.log_ids(source, [CLICKS])[CLICKS])
-
-
-@contextmanager
-def _archive(source: Settings) -> Iterator[Archive]:
-    archive = Archive(source)
-    try:
-        yield archive
-    except OSError as error:
-        raise ArchiveUnavailable(f"archive at {archive.url}: {error}") from None
-
-
-def _topic_with_records(target: Settings) -> str:
-    for name in SOURCES:
-        # Offsets are not records: a copy that was killed in its first transaction leaves some.
-        with closing(reading.read(target, name)) as records:
-            if next(records, None) is not None:
-                return target.prefixed(name)
-    return ""
-
-
-def _positions(source: Settings, target: Settings) -> dict[_Place, int]:
-    """The next offset of each partition of the first namespace; 0 before the first copy.
-
-    An offset counts for the logs that it was committed for: a topic that was made anew, in either
-    namespace, is copied from its begin.
-    """
-    logs = _logs(source, target)
-    found: dict[_Place, int] = {}
-    for name in SOURCES:
-        count = topics.topic_configs(source, name)[0]
-        committed = retention_gaps.committed(source, name, count, group(target))
-        for partition, (offset, of_logs) in committed.items():
-            found[name, partition] = offset if of_logs == logs.get(name) else 0
-    return found
-
-
-def _logs(source: Settings, target: Settings) -> dict[str, str]:
-    """The logs that each topic's positions belong to; absent where a topic does not exist."""
-    there = topics.log_ids(target, SOURCES, missing_ok=True)
-    here = topics.log_ids(source, SOURCES, missing_ok=True)
-    return {name: f"{here[name]} {log}" for name, log in there.items() if name in here}
 
 
 def run(
@@ -222,19 +86,18 @@ def run(
     follow:    go on with new records until the process is ended; otherwise return when ingest of
                the first namespace and the copy are at the ends of all topics
     skip_lost: copy without clicks that neither Kafka nor the archive has
-    Raises what `plan` raises, and EddylineError where another copy has begun or ingest of the first
-    namespace does not come to the ends.
+    Raises what `repartition_plan.plan` raises; Rejected for a copy that is too large for its topic;
+    EddylineError where another copy has begun or ingest of the first namespace does not come to
+    the ends.
     """
     topics.ensure_topics(target)
     producer = producers.make_producer(
-        target,
-        transactional_id=target.prefixed("eddyline-repartition"),
-        transaction_timeout_ms=_TRANSACTION_TIMEOUT_MS,
+        target, transactional_id=group(target), transaction_timeout_ms=_TRANSACTION_TIMEOUT_MS
     )
     try:
         # First, so that the transaction of a killed copy is aborted or its positions stand.
         producers.in_time(target, producer.init_transactions)
-        positions = _checked_positions(source, target)
+        positions = checked_positions(source, target)
         copier = Copier(source, target, producer, positions, on_progress, skip_lost=skip_lost)
         deadline = time.monotonic() + INGEST_WAIT_S
         while True:
@@ -254,8 +117,9 @@ def run(
         text = f"{type(error).__name__} {error}"
         if "Fenced" in text or "InvalidProducerEpoch" in text:
             raise EddylineError(
-                f"another copy into namespace {target.namespace!r} has begun; this one stopped, "
-                "nothing is copied twice"
+                f"another copy into namespace {target.namespace!r} has begun, or a transaction "
+                f"took more than {_TRANSACTION_TIMEOUT_MS / 1000:.0f} s; this one stopped, nothing "
+                "is copied twice. If no other one runs, start it again"
             ) from None
         raise clients.translate_error(target, error) from None
     finally:
@@ -270,7 +134,7 @@ class Copier:
         source: Settings,
         target: Settings,
         producer: KafkaProducer,
-        positions: Mapping[_Place, int],
+        positions: Mapping[Place, int],
         on_progress: OnProgress,
         *,
         skip_lost: bool = False,
@@ -283,7 +147,7 @@ class Copier:
         self._next = dict(positions)
         self._on_progress = on_progress
         self._skip_lost = skip_lost
-        self._logs = _logs(source, target)
+        self._logs = logs_of(source, target)
         # Made at the first records of a partition: what was accepted just before is read for it.
         self._windows: dict[int, DedupeWindow] = {}
 
@@ -332,7 +196,7 @@ class Copier:
         starts = {partition: starts[partition] for partition in due}
         if name == CLICKS:
             begins = topics.beginning_offsets(self._source, name)
-            if not self._skip_lost and (lost := _lost(self._source, starts, begins)):
+            if not self._skip_lost and (lost := lost_clicks(self._source, starts, begins)):
                 raise lost_error(lost)
             for partition in due.keys() - self._windows.keys():
                 self._windows[partition] = DedupeWindow(self._source.dedupe_window_events)
@@ -341,11 +205,11 @@ class Copier:
                 starts[partition] = max(0, starts[partition] - width)
             for partition in due:
                 archived = self._archived(partition, starts[partition], begins[partition])
-                yield from batches(archived, _BATCH)
+                yield from batches(archived, _BATCH, _BATCH_BYTES)
                 starts[partition] = max(starts[partition], begins[partition])
         with closing(reading.read(self._source, name, starts, due)) as records:
             at = dict(starts)
-            for batch in batches(records, _BATCH):
+            for batch in batches(records, _BATCH, _BATCH_BYTES):
                 if name == CLICKS:
                     self._check_kept(_pass(at, batch))
                 yield batch
@@ -368,7 +232,7 @@ class Copier:
             return
         topic = self._source.prefixed(CLICKS)
         log = topics.log_ids(self._source, [CLICKS])[CLICKS]
-        with _archive(self._source) as archive:
+        with open_archive(self._source) as archive:
             gap = Gap(partition, first, begin - 1, begin)
             retention_gaps.archived_files(archive, gap, log)  # of this log
             parts = (archive.read(of, partition, first=first) for of in (CLICKS, MERGES, FORGETS))
@@ -380,24 +244,30 @@ class Copier:
     def _send(self, name: str, batch: Sequence[Record]) -> None:
         """Copy records in one transaction."""
         positions: dict[int, int] = {}
-        sends: list[dict[str, Any]] = []
+        copies: list[tuple[str, dict[str, Any]]] = []
         left_out: Counter[str] = Counter()
         for record in batch:
             if record.offset < self._next[name, record.partition]:
                 self._warm(record)
                 continue
             positions[record.partition] = record.offset + 1
+            place = f"{name}/{record.partition}/{record.offset}"
             try:
-                sends += self._copies(name, record, left_out)
+                copies += ((place, copy) for copy in self._copies(name, record, left_out))
             except Rejected as rejected:
                 left_out[rejected.reason] += 1
         if not positions:
             return
         topic, source_topic = self._target.prefixed(name), self._source.prefixed(name)
         self._producer.begin_transaction()
-        sent = [self._producer.send(topic, **one) for one in sends]
-        for future in sent:
-            producers.sent_to(future, self._target)
+        sent = [
+            (place, copy["value"], self._producer.send(topic, **copy)) for place, copy in copies
+        ]
+        try:
+            producers.confirm(self._target, f"copy into {topic} of", sent)
+        except Rejected as refused:
+            again = f"{refused.detail}, and start the command again: it goes on there"
+            raise Rejected(refused.reason, refused.field, again) from None
         offsets = {
             TopicPartition(source_topic, p): OffsetAndMetadata(offset, self._logs[name], -1)
             for p, offset in positions.items()
@@ -405,7 +275,7 @@ class Copier:
         self._producer.send_offsets_to_transaction(offsets, group(self._target))
         producers.in_time(self._target, self._producer.commit_transaction)
         self._next |= {(name, p): offset for p, offset in positions.items()}
-        self.report.copied[name] += len(sends)
+        self.report.copied[name] += len(copies)
         self.report.left_out += left_out
         self._on_progress(self.report.copied.total(), self.report.left_out.total())
 

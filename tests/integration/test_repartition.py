@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import pytest
 
 from eddyline import generations
 from eddyline.errors import LogMismatch, SettingsError
-from eddyline.kafka import producers, topics
+from eddyline.kafka import producers, reading, topics
 from eddyline.kafka.producers import now_ms
 from eddyline.kafka.topics import CLICKS, ITEMS
 from eddyline.schema import events
@@ -31,8 +31,9 @@ from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
 from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import Source, UserQuery
-from streams.operations import repartition
+from streams.operations import repartition_plan
 from tests.archiving import archive_all
+from tests.integration.test_large_records import limit
 from tests.integration.test_refill import applied, command, environment, ingesting, retention
 
 pytestmark = pytest.mark.timeout(400)
@@ -166,7 +167,7 @@ def test_under_load_and_kills_nothing_is_lost_and_nothing_doubled(
     settings: Settings, bundle: Any
 ) -> None:
     namespace = f"{settings.namespace}-2"
-    target = repartition.target_of(settings, namespace, MORE_CLICKS, MORE_ITEMS)
+    target = repartition_plan.target_of(settings, namespace, MORE_CLICKS, MORE_ITEMS)
     shop, stop = Shop(settings, seed=5), threading.Event()
     with ingesting(settings):
         for _ in range(200):
@@ -186,7 +187,7 @@ def test_under_load_and_kills_nothing_is_lost_and_nothing_doubled(
             with copying(settings, namespace) as child:
                 _wait_for_more(target, child)
             with copying(settings, namespace) as child:
-                _wait_for(child, lambda: repartition.plan(settings, target).goes_on)
+                _wait_for(child, lambda: repartition_plan.plan(settings, target).goes_on)
             with copying(settings, namespace) as child:
                 _wait_for_more(target, child)
             prepared(target, bundle)
@@ -234,7 +235,7 @@ def _offsets(target: Settings) -> int:
 
 def test_clicks_that_only_the_archive_has_are_copied(settings: Settings, bundle: Any) -> None:
     namespace = f"{settings.namespace}-2"
-    target = repartition.target_of(settings, namespace, MORE_CLICKS, MORE_ITEMS)
+    target = repartition_plan.target_of(settings, namespace, MORE_CLICKS, MORE_ITEMS)
     shop = Shop(settings, seed=6)
     with ingesting(settings):
         for _ in range(150):
@@ -252,7 +253,7 @@ def test_clicks_that_only_the_archive_has_are_copied(settings: Settings, bundle:
         applied(settings)
         begins = retention(settings, 0.6)
         assert 0 < sum(begins.values()) <= retained
-        planned = repartition.plan(settings, target)
+        planned = repartition_plan.plan(settings, target)
         assert not planned.lost and planned.records[CLICKS] > sum(begins.values())
         done = command(settings, "repartition", namespace, *WORDS)
         assert done.returncode == 0, (done.stdout, done.stderr)
@@ -263,12 +264,39 @@ def test_clicks_that_only_the_archive_has_are_copied(settings: Settings, bundle:
     assert differences(target, shop) == []
 
 
+def test_a_copy_that_its_topic_refuses_by_size_is_copied_once_the_limit_is_raised(
+    settings: Settings, bundle: Any
+) -> None:
+    namespace = f"{settings.namespace}-5"
+    target = repartition_plan.target_of(settings, namespace, MORE_CLICKS, MORE_ITEMS)
+    topics.ensure_topics(target)
+    limit(target, ITEMS, 500_000)
+    producer = producers.make_producer(settings)
+    for number, size in enumerate([10, *[1_000_000] * 12, 10]):
+        item = Item(item_id=f"i{number}", title="t", attributes={"x": "y" * size})
+        producers.sent_to(producers.send_item(producer, settings, item), settings)
+    producer.close(timeout=5)
+    with ingesting(settings):
+        applied(settings)
+        refused = command(settings, "repartition", namespace, *WORDS)
+        assert refused.returncode == 1, (refused.stdout, refused.stderr)
+        said = " ".join(refused.stderr.split())
+        assert re.search(r"of items/\d+/\d+: 1,000,\d+ bytes: .*raise max.message.bytes", said)
+        assert said.endswith("and start the command again: it goes on there")
+        limit(target, ITEMS, 1_048_588)
+        done = command(settings, "repartition", namespace, *WORDS)
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    with closing(reading.read(target, ITEMS)) as copies:
+        found = [record.key for record in copies]
+    assert sorted(found) == sorted(f"i{number}".encode() for number in range(14))
+
+
 def test_what_cannot_be_copied_is_refused_with_its_reason(
     settings: Settings, tmp_path: Path
 ) -> None:
     def target(**changed: Any) -> Settings:
         made = msgspec.structs.replace(settings, **changed)
-        return repartition.target_of(made, "other", 7, 3)
+        return repartition_plan.target_of(made, "other", 7, 3)
 
     for changed, match in (
         ({"clicks_topic": "theirs"}, "clicks_topic = 'theirs': another system's topic"),
@@ -280,18 +308,18 @@ def test_what_cannot_be_copied_is_refused_with_its_reason(
     with pytest.raises(
         SettingsError, match="4 partitions of clicks and 2 of items are the present"
     ):
-        repartition.target_of(settings, "other", 4, 2)
+        repartition_plan.target_of(settings, "other", 4, 2)
     for namespace, clicks in (("No", 7), ("other", 0), ("other", 10**6)):
         with pytest.raises(SettingsError, match="the second namespace"):
-            repartition.target_of(settings, namespace, clicks, 2)
-    other = repartition.target_of(settings, f"{settings.namespace}-3", 7, 3)
+            repartition_plan.target_of(settings, namespace, clicks, 2)
+    other = repartition_plan.target_of(settings, f"{settings.namespace}-3", 7, 3)
     topics.ensure_topics(other)
     shop = Shop(other, seed=1)
     shop.act()
     shop.flush()
     hasty = msgspec.structs.replace(other, kafka_timeout_ms=1_000)
     with pytest.raises(LogMismatch, match="has records, but no copy into it has begun"):
-        repartition.plan(settings, hasty)
+        repartition_plan.plan(settings, hasty)
     # Clicks that neither Kafka nor the archive has.
     shop.to = settings
     for _ in range(30):
@@ -305,5 +333,5 @@ def test_what_cannot_be_copied_is_refused_with_its_reason(
     assert re.search("lacks [0-9]+: clicks/0 offsets 0 to", refused.stderr)
     assert "--skip-lost" in refused.stderr
     assert not topics.log_ids(
-        repartition.target_of(settings, namespace, 7, 3), [CLICKS], missing_ok=True
+        repartition_plan.target_of(settings, namespace, 7, 3), [CLICKS], missing_ok=True
     ), "nothing is made before the question"

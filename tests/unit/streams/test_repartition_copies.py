@@ -12,9 +12,10 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 import pytest
+from kafka.errors import KafkaError, MessageSizeTooLargeError
 
 from eddyline.archive import Archive, Archived, metadata_of, row, schema, writer
-from eddyline.errors import LogMismatch
+from eddyline.errors import LogMismatch, Rejected
 from eddyline.kafka import producers, reading, topics
 from eddyline.kafka.topics import CLICKS, ITEMS, SOURCES, USERS
 from eddyline.schema import events
@@ -23,10 +24,11 @@ from eddyline.schema.events import Click, Forget, Item, UserProfile
 from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import LogId
-from streams.dead_letters import forget_of
-from streams.operations import repartition, retention_gaps
-from streams.operations.refill_records import ArchivedRecord
-from streams.operations.repartition import Copier, target_of
+from streams.dead_letters import forget_of, record_bytes
+from streams.operations import repartition, repartition_plan, retention_gaps
+from streams.operations.refill_records import ArchivedRecord, batches
+from streams.operations.repartition import Copier
+from streams.operations.repartition_plan import target_of
 from tests.simulation.test_ingest_faults import Rec
 
 SOURCE = Settings(
@@ -40,6 +42,17 @@ class Killed(BaseException):
     """kill -9 of the copy."""
 
 
+class Sent:
+    """The future of a sent record."""
+
+    def __init__(self, refused: KafkaError | None = None) -> None:
+        self._refused = refused
+
+    def get(self, timeout: float) -> None:
+        if self._refused is not None:
+            raise self._refused
+
+
 class Kafka:
     """Both namespaces in memory. kill_in: calls of the producer until the copy is killed."""
 
@@ -51,6 +64,8 @@ class Kafka:
             ITEMS: {p: [] for p in range(2)},
         }
         self.copied: list[dict[str, Any]] = []
+        # The copies in each transaction.
+        self.transactions: list[int] = []
         self.positions = {(name, p): 0 for name, log in self.logs.items() for p in log}
         self.ids = {
             settings.prefixed(name): LogId("cluster", settings.prefixed(name))
@@ -69,7 +84,6 @@ class Kafka:
         monkeypatch.setattr(retention_gaps, "committed", self._committed)
         monkeypatch.setattr(reading, "read", self._read)
         monkeypatch.setattr(producers, "in_time", lambda settings, call: call())
-        monkeypatch.setattr(producers, "sent_to", lambda future, settings: None)
         monkeypatch.setattr(repartition, "_BATCH", 4)
 
     def append(
@@ -81,10 +95,17 @@ class Kafka:
         log.append(record)
         return record
 
-    def copier(self, **more: Any) -> Copier:
+    def copier(self, source: Settings = SOURCE, *, skip_lost: bool = False) -> Copier:
         """A process that was just started."""
         self._pending, self._offsets = [], {}
-        return Copier(SOURCE, TARGET, self, self.positions, lambda copied, left_out: None, **more)  # type: ignore[arg-type]
+        return Copier(
+            source,
+            TARGET,
+            self,  # type: ignore[arg-type]
+            self.positions,
+            lambda copied, left_out: None,
+            skip_lost=skip_lost,
+        )
 
     def copy(self) -> Copier:
         copier = self.copier()
@@ -96,9 +117,10 @@ class Kafka:
     def begin_transaction(self) -> None:
         self._call()
 
-    def send(self, topic: str, **more: Any) -> None:
+    def send(self, topic: str, **more: Any) -> Sent:
         self._call()
         self._pending.append({"topic": topic.removeprefix("other."), **more})
+        return Sent()
 
     def send_offsets_to_transaction(self, offsets: Mapping[Any, Any], group: str) -> None:
         self._call()
@@ -108,6 +130,7 @@ class Kafka:
     def commit_transaction(self) -> None:
         self._call()
         self.copied += self._pending
+        self.transactions.append(len(self._pending))
         self.positions |= {(at.topic, at.partition): o.offset for at, o in self._offsets.items()}
         self.metadata |= {at.topic: o.metadata for at, o in self._offsets.items()}
         self._pending = []
@@ -259,6 +282,54 @@ def test_a_large_record_loses_other_headers_and_one_that_does_not_fit_is_left_ou
     assert [name for name, _ in kafka.copied[0]["headers"]] == ["origin_ms"]
 
 
+def test_a_transaction_has_a_limit_of_bytes(kafka: Kafka, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repartition, "_BATCH", 1_000)
+    own = partition_of("a", 2)
+    for _ in range(9):
+        title = Item(item_id="a", title="t", attributes={"x": "y" * 1_040_000})
+        kafka.append(ITEMS, own, "a", events.encode(title))
+    kafka.copy()
+    assert kafka.transactions == [4, 4, 1]
+
+
+@pytest.mark.parametrize(("bytes_max", "sizes"), [(-1, [1, 1, 1]), (0, [2, 1]), (1, [2, 1])])
+def test_a_batch_has_at_most_so_many_bytes(bytes_max: int, sizes: list[int]) -> None:
+    records = [Rec(ITEMS, 0, n, MS, b"key", b"v" * 500, (("h", b"x"),)) for n in range(3)]
+    one = record_bytes(b"key", records[0].value, records[0].headers)
+    found = [len(batch) for batch in batches(records, 10, 2 * one + bytes_max)]
+    assert found == sizes
+
+
+def test_a_record_above_the_limit_of_a_batch_is_alone() -> None:
+    records = [
+        Rec(ITEMS, 0, n, MS, b"k", b"v" * size, (("h", None),))  # type: ignore[arg-type]
+        for n, size in enumerate((1, 9_000, 1, 1))
+    ]
+    assert [len(batch) for batch in batches(records, 10, 1_000)] == [1, 1, 2]
+
+
+def test_a_copy_that_its_topic_refuses_by_size_is_named(
+    kafka: Kafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kafka refuses all records behind the large one too."""
+
+    def refused(topic: str, **more: Any) -> Sent:
+        return Sent(MessageSizeTooLargeError())
+
+    monkeypatch.setattr(kafka, "send", refused)
+    for size in (10, 30_000, 20):
+        title = Item(item_id="a", title="t", attributes={"x": "y" * size})
+        kafka.append(ITEMS, partition_of("a", 2), "a", events.encode(title))
+    at = f"items/{partition_of('a', 2)}/1"
+    with pytest.raises(
+        Rejected,
+        match=rf"copy into other\.items of {at}: 30,\d\d\d bytes: Kafka refuses .*: raise "
+        "max.message.bytes of its topic, and start the command again: it goes on there",
+    ):
+        kafka.copy()
+    assert kafka.copied == []
+
+
 def test_a_merge_into_a_forgotten_user_ends_the_visitor_and_moves_nothing(kafka: Kafka) -> None:
     merge = b'{"user_id": "u", "merge_into": "forgotten since", "at_ms": %d}' % MS
     record = ArchivedRecord(CLICKS, partition_of("u", 3), 0, MS, b"u", merge, target_forgotten=True)
@@ -281,25 +352,15 @@ def test_clicks_that_retention_removes_during_a_copy_are_not_left_out_silently(
         kafka.begins = dict.fromkeys(range(3), 9)
 
     kafka.read_hook = remove
-    copier = Copier(source, TARGET, kafka, kafka.positions, lambda *_: None)  # type: ignore[arg-type]
     with pytest.raises(LogMismatch, match=r"lacks 27: clicks/0 offsets 0 to 8; .*--skip-lost"):
-        copier.copy()
+        kafka.copier(source).copy()
     assert kafka.copied == []
-    copier = Copier(
-        source,
-        TARGET,
-        kafka,  # type: ignore[arg-type]
-        kafka.positions,
-        lambda *_: None,
-        skip_lost=True,
-    )
-    assert copier.copy() == 120 - 27
+    assert kafka.copier(source, skip_lost=True).copy() == 120 - 27
     # All of a partition, from its last copied record to its end.
     kafka.append(CLICKS, 0, "u", b"{")
     kafka.read_hook = lambda: kafka.begins.update({0: len(kafka.logs[CLICKS][0])})
-    copier = Copier(source, TARGET, kafka, kafka.positions, lambda *_: None)  # type: ignore[arg-type]
     with pytest.raises(LogMismatch, match="lacks 1: clicks/0"):
-        copier.copy()
+        kafka.copier(source).copy()
 
 
 def test_gaps_that_retention_did_not_make_stop_no_copy(kafka: Kafka) -> None:
@@ -319,16 +380,8 @@ def test_an_archive_of_another_log_is_refused(kafka: Kafka, tmp_path: Path) -> N
     filled(kafka, 2)
     source = msgspec.structs.replace(SOURCE, archive_url=str(at))
     for skip_lost in (False, True):
-        copier = Copier(
-            source,
-            TARGET,
-            kafka,  # type: ignore[arg-type]
-            kafka.positions,
-            lambda *_: None,
-            skip_lost=skip_lost,
-        )
         with pytest.raises(LogMismatch, match="is not of this log"):
-            copier.copy()
+            kafka.copier(source, skip_lost=skip_lost).copy()
         assert kafka.copied == []
 
 
@@ -353,9 +406,9 @@ def test_positions_hold_for_the_logs_that_they_were_committed_for(kafka: Kafka, 
     kafka.append(ITEMS, partition_of("a", 2), "a", events.encode(Item(item_id="a", title="t")))
     kafka.copy()
     ends = {(CLICKS, p): len(log) for p, log in kafka.logs[CLICKS].items()}
-    positions = repartition._positions(SOURCE, TARGET)
+    positions = repartition_plan.positions_of(SOURCE, TARGET)
     assert ends.items() <= positions.items() and positions[ITEMS, partition_of("a", 2)] == 1
     kafka.ids[anew] = LogId("cluster", "made anew")
-    positions = repartition._positions(SOURCE, TARGET)
+    positions = repartition_plan.positions_of(SOURCE, TARGET)
     assert dict.fromkeys(ends, 0).items() <= positions.items()
     assert positions[ITEMS, partition_of("a", 2)] == 1
