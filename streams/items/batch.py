@@ -160,7 +160,7 @@ class ItemBatch:
         else:
             hide = rules.hide or (before.refused is not None and before.refused.hidden)
         change = change.refuse(rejected, replace(before, refused=None), hide)
-        self.order.accepted(item_id, change)
+        self.order.refused(item_id, change)
         if rules.restore:
             self.order.append(item_id, change)
         return change

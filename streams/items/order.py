@@ -50,6 +50,10 @@ class KeyOrder:
         self._restored.pop(item_id, None)
         self._accepted[item_id] = change
 
+    def refused(self, item_id: str, change: ItemChange) -> None:
+        """The item keeps what it has, which is still to be appended after an earlier record."""
+        self._accepted[item_id] = change
+
     def append(self, item_id: str, change: ItemChange) -> None:
         """Append what the item has after the change behind it: compaction keeps the record alone.
 
