@@ -258,6 +258,14 @@ def test_settings_that_change_the_reading_cannot_be_compared(tmp_path: Path) -> 
 
 
 def test_a_bundle_is_trained_on_what_lies_before_the_split(tmp_path: Path) -> None:
-    events = write_events(tmp_path / "ratings.csv")
-    printed = run(str(events), "--epochs", "1", "--rows", "towers", "--repeats", "keep")
-    assert "target not live" in printed and "towers-nostep" in printed
+    """The same log and seed give the same bytes; another seed gives other towers."""
+    events, reports = write_events(tmp_path / "ratings.csv"), []
+    for number, seed in enumerate(("3", "3", "4")):
+        out = tmp_path / f"{number}.json"
+        words = ["--epochs", "1", "--rows", "towers", "--repeats", "keep", "--seed", seed]
+        printed = run(str(events), *words, "--json", str(out))
+        assert "target not live" in printed and "towers-nostep" in printed
+        report = json.loads(out.read_text(encoding="utf-8"))[0]
+        reports.append([report["rows"][0]["metrics"]["mrr"]["value"], out.read_bytes()])
+    assert reports[0] == reports[1]
+    assert reports[0][0] != reports[2][0]
