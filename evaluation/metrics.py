@@ -6,6 +6,7 @@ resampled alike, so differences between rows are paired.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
+# Values and weights of the events: each float64 (n,), weights at least 0.
+Column = tuple[Floats, Floats]
 
 RESAMPLES = 1_000
 # Resamples that are in memory at one time, times the users.
@@ -29,6 +32,22 @@ class Estimate:
     low: float
     high: float
 
+    @property
+    def number(self) -> str:
+        """The mean, or a dash."""
+        return f"{self.value:.4f}" if math.isfinite(self.value) else "–"
+
+    @property
+    def interval(self) -> str:
+        """Both ends of the interval, or a dash."""
+        if not math.isfinite(self.low):
+            return "–"
+        return f"{self.low:.4f}{' to ' if self.low < 0 else '–'}{self.high:.4f}"
+
+    def __str__(self) -> str:
+        """The mean and its interval, or a dash."""
+        return f"{self.number} ({self.interval})" if math.isfinite(self.value) else "–"
+
 
 class Bootstrap:
     """Resampled means over the events of some users. Thread rule: one thread."""
@@ -38,28 +57,27 @@ class Bootstrap:
         ids, self._rows = np.unique(users, return_inverse=True)
         self._users, self._seed, self._resamples = len(ids), seed, resamples
 
-    def means(self, values: Floats, weights: Floats) -> tuple[Floats, Floats]:
-        """Weighted means of columns: (k,) of all events, and (resamples, k).
+    def estimates(self, columns: Sequence[Column]) -> list[Estimate]:
+        """The weighted mean of each column. The users are drawn once for all columns."""
+        means, resampled = self.means(columns)
+        return [
+            _estimate(value, resampled[:, column]) for column, value in enumerate(means.tolist())
+        ]
 
-        values: float64 (n, k); weights: float64 (n, k), at least 0; NaN where no weight was drawn
+    def means(self, columns: Sequence[Column]) -> tuple[Floats, Floats]:
+        """Weighted means of k columns: (k,) of all events, and (resamples, k).
+
+        NaN where no weight was drawn.
         """
-        over = self._by_user(values * weights)
-        under = self._by_user(weights)
-        return (
-            _ratio(over.sum(0), under.sum(0)),
-            _ratio(*self._resample(np.concatenate((over, under), axis=1), over.shape[1])),
-        )
+        sums = np.empty((self._users, 2 * len(columns)))
+        for column, (values, weights) in enumerate(columns):
+            for at, of_event in ((column, values * weights), (column + len(columns), weights)):
+                sums[:, at] = np.bincount(self._rows, weights=of_event, minlength=self._users)
+        over, under = np.split(sums.sum(0), 2)
+        return _ratio(over, under), _ratio(*np.split(self._resample(sums), 2, axis=1))
 
-    def _by_user(self, columns: Floats) -> Floats:
-        found = np.empty((self._users, columns.shape[1]))
-        for column in range(columns.shape[1]):
-            found[:, column] = np.bincount(
-                self._rows, weights=columns[:, column], minlength=self._users
-            )
-        return found
-
-    def _resample(self, sums: Floats, k: int) -> tuple[Floats, Floats]:
-        """Sums of `sums` over users that are drawn with repetition, cut after column k."""
+    def _resample(self, sums: Floats) -> Floats:
+        """Sums of `sums` over users that are drawn with repetition, (resamples, columns)."""
         rng, found = np.random.default_rng(self._seed), np.empty((self._resamples, sums.shape[1]))
         step = max(1, _CELLS_MAX // max(1, self._users))
         for start in range(0, self._resamples, step):
@@ -69,21 +87,16 @@ class Bootstrap:
                 picks = rng.integers(0, self._users, self._users)
                 drawn[n] = np.bincount(picks, minlength=self._users)
             found[start:stop] = drawn @ sums
-        return found[:, :k], found[:, k:]
+        return found
 
 
-def estimates(means: Floats, resampled: Floats) -> list[Estimate]:
-    """One estimate for each column of `Bootstrap.means`."""
-    found = []
-    for column, value in enumerate(means.tolist()):
-        of_column = resampled[:, column]
-        of_column = of_column[np.isfinite(of_column)]
-        if not len(of_column):
-            found.append(Estimate(value, float("nan"), float("nan")))
-            continue
-        low, high = np.percentile(of_column, (2.5, 97.5)).tolist()
-        found.append(Estimate(value, low, high))
-    return found
+def _estimate(value: float, resampled: Floats) -> Estimate:
+    """The estimate of one column of `Bootstrap.means`."""
+    drawn = resampled[np.isfinite(resampled)]
+    if not len(drawn):
+        return Estimate(value, math.nan, math.nan)
+    low, high = np.percentile(drawn, (2.5, 97.5)).tolist()
+    return Estimate(value, low, high)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from html import escape
 
-from evaluation.metrics import Estimate
 from evaluation.report import Report, RowReport
 
 _WIDTH, _BAR, _LABELS = 860, 22, 210
@@ -62,7 +61,7 @@ def _one(report: Report) -> str:
             "<h2>HR@10 by group</h2>",
             _table(
                 ["row", *(f"{name} ({count:,})" for name, count in report.groups.items())],
-                ([row.name, *map(_number, row.groups.values())] for row in report.rows),
+                ([row.name, *(one.number for one in row.groups.values())] for row in report.rows),
             ),
             f"<h2>The first ten items, of {report.lists_of:,} events</h2>",
             _table(
@@ -73,7 +72,7 @@ def _one(report: Report) -> str:
             _table(
                 ["rows", "events", "difference"],
                 (
-                    [f"{one.left} − {one.right}", one.group or "all", _shown(one.hr_10)]
+                    [f"{one.left} − {one.right}", one.group or "all", str(one.hr_10)]
                     for one in report.differences
                 ),
             ),
@@ -97,7 +96,7 @@ def _bars(rows: Sequence[RowReport]) -> str:
             f'fill="{_COLOURS[0]}" opacity=".55"/>'
             f'<path d="M{low:.1f} {middle}H{high:.1f}M{low:.1f} {middle - 4}v8M{high:.1f} '
             f'{middle - 4}v8" stroke="#1c2226" fill="none"/>'
-            f'<text x="{high + 8:.1f}" {text}>{_number(one)}</text>'
+            f'<text x="{high + 8:.1f}" {text}>{one.number}</text>'
         )
     return _svg(height, "HR@10 of every row, with 95 % intervals", shapes)
 
@@ -147,7 +146,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _metrics(row: RowReport) -> list[str]:
-    return [row.name, *(_shown(row.metrics[name]) for name in METRICS)]
+    return [row.name, *(str(row.metrics[name]) for name in METRICS)]
 
 
 def _lists(row: RowReport) -> list[str]:
@@ -155,13 +154,3 @@ def _lists(row: RowReport) -> list[str]:
     assert lists is not None
     measures = (lists.coverage, lists.gini, lists.novelty, lists.diversity)
     return [row.name, *(f"{one:.3f}" for one in measures)]
-
-
-def _shown(one: Estimate) -> str:
-    if not math.isfinite(one.value):
-        return "–"
-    return f"{one.value:.4f} ({one.low:.4f}–{one.high:.4f})"
-
-
-def _number(one: Estimate) -> str:
-    return f"{one.value:.4f}" if math.isfinite(one.value) else "–"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -106,29 +106,10 @@ def make(
     users = log.users[events].astype(np.int64)
     groups = groups_of(outcome)
     bootstrap = Bootstrap(users, seed=seed)
-    ranks = {row: found.ranks[kept] for row, found in outcome.rows.items()}
-    # An event counts by the inverse of its item's popularity: as many clicks as it had before.
-    inverse: Floats = 1.0 / (1.0 + scored.item_before[kept].astype(np.float64))
-    rows, hits = [], dict[str, Floats]()
-    for row, of_row in ranks.items():
-        values = of_ranks(of_row)
-        hits[row] = values["hr_10"]
-        found = _estimates(bootstrap, [*values.values()], [np.ones(len(of_row))] * len(values))
-        [debiased] = _estimates(bootstrap, [hits[row]], [inverse])
-        masks = [mask.astype(np.float64) for mask in groups.values()]
-        of_groups = _estimates(bootstrap, [hits[row]] * len(masks), masks)
-        rows.append(
-            RowReport(
-                name=row,
-                metrics={**dict(zip(values, found, strict=True)), "hr_10_debiased": debiased},
-                groups=dict(zip(groups, of_groups, strict=True)),
-                curve=[float(part.mean()) for part in _parts(hits[row])],
-                lists=_lists(log, product, outcome, row, first),
-            )
-        )
-    everything = {"": np.ones(len(events), bool), **groups}
-    differences = [
-        difference(bootstrap, hits, left, right, group, everything[group])
+    values = {row: of_ranks(found.ranks[kept]) for row, found in outcome.rows.items()}
+    hits = {row: of_row["hr_10"] for row, of_row in values.items()}
+    wanted = [
+        (left, right, group)
         for left, right in PAIRS
         if left in hits and right in hits
         for group in ("", "user events 10+")
@@ -152,38 +133,72 @@ def make(
         lists_of=len(outcome.lists_of),
         groups={group: int(np.count_nonzero(mask)) for group, mask in groups.items()},
         curve_at_ms=[int(part[0]) for part in _parts(log.at_ms[events])],
-        rows=rows,
-        differences=differences,
+        rows=_rows(log, product, outcome, bootstrap, values, groups, first),
+        differences=differences(
+            bootstrap, hits, wanted, {"": np.ones(len(events), bool), **groups}
+        ),
         rejected=dict(sorted(product.rejected.items())),
     )
 
 
-def difference(
-    bootstrap: Bootstrap, hits: dict[str, Floats], left: str, right: str, group: str, mask: Mask
-) -> Difference:
-    """The paired difference of two rows within a group."""
-    [found] = _estimates(bootstrap, [hits[left] - hits[right]], [mask.astype(np.float64)])
-    return Difference(left=left, right=right, group=group, hr_10=found)
+def differences(
+    bootstrap: Bootstrap,
+    hits: Mapping[str, Floats],
+    wanted: Sequence[tuple[str, str, str]],
+    groups: Mapping[str, Mask],
+) -> list[Difference]:
+    """The paired differences of rows. wanted: (left, right, group)"""
+    found = bootstrap.estimates(
+        [(hits[left] - hits[right], groups[group].astype(float)) for left, right, group in wanted]
+    )
+    return [
+        Difference(left=left, right=right, group=group, hr_10=one)
+        for (left, right, group), one in zip(wanted, found, strict=True)
+    ]
 
 
-def _estimates(
-    bootstrap: Bootstrap, values: Sequence[Floats], weights: Sequence[Floats]
-) -> list[Estimate]:
-    return metrics.estimates(*bootstrap.means(np.column_stack(values), np.column_stack(weights)))
+def _rows(
+    log: EventLog,
+    product: Product,
+    outcome: Outcome,
+    bootstrap: Bootstrap,
+    values: Mapping[str, Mapping[str, Floats]],
+    groups: Mapping[str, Mask],
+    first: int,
+) -> list[RowReport]:
+    """The report of each row. values: row -> metric -> its value for each event"""
+    scored, kept = outcome.scored, outcome.kept
+    # An event counts by the inverse of its item's popularity: as many clicks as it had before.
+    inverse: Floats = 1.0 / (1.0 + scored.item_before[kept].astype(np.float64))
+    ones, masks = np.ones(len(inverse)), [mask.astype(float) for mask in groups.values()]
+    counts = np.bincount(log.items[:first], minlength=len(log.item_ids))
+    events_of = dict(zip(log.item_ids, counts.tolist(), strict=True))
+    items = product.items
+    vectors_of = {item_id: items.vectors[place] for item_id, place in items.place_of.items()}
+    rows = []
+    for row, of_row in values.items():
+        hits = of_row["hr_10"]
+        columns = {name: (value, ones) for name, value in of_row.items()}
+        columns["hr_10_debiased"] = (hits, inverse)
+        found = bootstrap.estimates([*columns.values(), *((hits, mask) for mask in masks)])
+        of_metrics, of_groups = found[: len(columns)], found[len(columns) :]
+        lists = [
+            [item_id for item_id in one if item_id in vectors_of]
+            for one in outcome.rows[row].lists.values()
+        ]
+        measured = metrics.of_lists(lists, outcome.live_at_end, events_of, vectors_of)
+        rows.append(
+            RowReport(
+                name=row,
+                metrics=dict(zip(columns, of_metrics, strict=True)),
+                groups=dict(zip(groups, of_groups, strict=True)),
+                curve=[float(part.mean()) for part in _parts(hits)],
+                lists=measured if any(lists) else None,
+            )
+        )
+    return rows
 
 
 def _parts(values: Floats | Ints) -> list[npt.NDArray[Any]]:
     """The parts of the points of a curve, in order."""
     return [part for part in np.array_split(values, CURVE_POINTS) if len(part)]
-
-
-def _lists(log: EventLog, product: Product, outcome: Outcome, row: str, first: int) -> Lists | None:
-    lists = [*outcome.rows[row].lists.values()]
-    if not any(lists):
-        return None
-    counts = np.bincount(log.items[:first], minlength=len(log.item_ids))
-    events_of = dict(zip(log.item_ids, counts.tolist(), strict=True))
-    items = product.items
-    vectors_of = {item_id: items.vectors[place] for item_id, place in items.place_of.items()}
-    lists = [[item_id for item_id in one if item_id in vectors_of] for one in lists]
-    return metrics.of_lists(lists, outcome.live_at_end, events_of, vectors_of)

@@ -6,7 +6,6 @@ runs in this process, on stores in memory. The towers are trained on the events 
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 import time
@@ -34,10 +33,10 @@ from embeddings.data.examples import TrainingData
 from embeddings.evaluation.metrics import of_ranks
 from evaluation import offline, page
 from evaluation.event_log import EventLog, LogBuilder
-from evaluation.metrics import Bootstrap, Estimate
+from evaluation.metrics import Bootstrap
 from evaluation.offline import ROWS
 from evaluation.protocol import Outcome
-from evaluation.report import Report, difference
+from evaluation.report import Report, differences
 from streams.importing.rows import Event, RowReader
 
 _ROWS_PER_SHOW = 1_000
@@ -160,7 +159,7 @@ def show(one: Report) -> None:
     lines = [["row", "HR@10", "95 %", *(page.METRICS[name] for name in _SHOWN)]]
     for row in one.rows:
         first, others = row.metrics["hr_10"], (row.metrics[name] for name in _SHOWN)
-        lines.append([row.name, _value(first), _interval(first), *map(_value, others)])
+        lines.append([row.name, first.number, first.interval, *(one.number for one in others)])
     # Not a table of rich, which cuts the figures where the output has 80 columns.
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
@@ -168,10 +167,7 @@ def show(one: Report) -> None:
         console.print("  ".join(cells).rstrip())
     for found in one.differences:
         group = f", {found.group}" if found.group else ""
-        console.print(
-            f"HR@10 of {found.left} − {found.right}{group}: {_value(found.hr_10)} "
-            f"({_interval(found.hr_10)})"
-        )
+        console.print(f"HR@10 of {found.left} − {found.right}{group}: {found.hr_10}")
 
 
 def _plan(path: Path, topic: str, map_name: str, *, describes: bool) -> Plan:
@@ -292,19 +288,16 @@ def _compared(log: EventLog, found: Sequence[tuple[Report, Outcome]], options: O
     # Where the lists' lengths differ, other events are repeats: those that count for both remain.
     both = left.kept & right.kept
     users = log.users[left.scored.events[both]].astype(np.int64)
-    bootstrap, differences = Bootstrap(users, seed=options.seed), list(first.differences)
-    for row in left.rows:
-        hits = {
-            f"{one.name}: {row}": of_ranks(outcome.rows[row].ranks[both])["hr_10"]
-            for one, outcome in found
-        }
-        everything = np.ones(len(users), bool)
-        differences.append(
-            difference(
-                bootstrap, hits, f"{first.name}: {row}", f"{second.name}: {row}", "", everything
-            )
-        )
-    return msgspec.structs.replace(first, differences=differences)
+    hits = {
+        f"{one.name}: {row}": of_ranks(outcome.rows[row].ranks[both])["hr_10"]
+        for one, outcome in found
+        for row in left.rows
+    }
+    wanted = [(f"{first.name}: {row}", f"{second.name}: {row}", "") for row in left.rows]
+    more = differences(
+        Bootstrap(users, seed=options.seed), hits, wanted, {"": np.ones(len(users), bool)}
+    )
+    return msgspec.structs.replace(first, differences=[*first.differences, *more])
 
 
 def _write(reports: Sequence[Report], options: Options) -> None:
@@ -324,11 +317,3 @@ def _bar() -> Progress:
         TimeRemainingColumn(elapsed_when_finished=True),
         console=console,
     )
-
-
-def _value(one: Estimate) -> str:
-    return f"{one.value:.4f}" if math.isfinite(one.value) else "–"
-
-
-def _interval(one: Estimate) -> str:
-    return f"{one.low:.4f}–{one.high:.4f}" if math.isfinite(one.low) else "–"

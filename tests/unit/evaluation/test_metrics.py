@@ -11,7 +11,7 @@ import pytest
 
 from embeddings.evaluation.metrics import of_ranks, quality
 from evaluation import metrics
-from evaluation.metrics import Bootstrap, estimates, gini, of_lists
+from evaluation.metrics import Bootstrap, Estimate, gini, of_lists
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "rectools-metrics.json"
 
@@ -80,9 +80,8 @@ def test_gini_is_the_mean_difference_over_twice_the_mean() -> None:
 
 def test_the_interval_of_independent_users_is_that_of_the_normal_distribution() -> None:
     rng = np.random.default_rng(1)
-    hits = (rng.random((2_000, 1)) < 0.3).astype(float)
-    means, resampled = Bootstrap(np.arange(2_000), seed=5).means(hits, np.ones((2_000, 1)))
-    [found] = estimates(means, resampled)
+    hits = (rng.random(2_000) < 0.3).astype(float)
+    [found] = Bootstrap(np.arange(2_000), seed=5).estimates([(hits, np.ones(2_000))])
     half = 1.96 * hits.std() / math.sqrt(2_000)
     assert found.value == hits.mean()
     assert found.high - found.value == pytest.approx(half, rel=0.15)
@@ -92,9 +91,8 @@ def test_the_interval_of_independent_users_is_that_of_the_normal_distribution() 
 def test_users_are_drawn_and_not_events() -> None:
     """Ten users whose 100 events are all alike: no more is known than of ten events."""
     users = np.repeat(np.arange(10), 100)
-    hits = np.repeat(np.arange(10) % 2, 100)[:, None].astype(float)
-    means, resampled = Bootstrap(users, seed=5).means(hits, np.ones_like(hits))
-    [found] = estimates(means, resampled)
+    hits = np.repeat(np.arange(10) % 2, 100).astype(float)
+    [found] = Bootstrap(users, seed=5).estimates([(hits, np.ones_like(hits))])
     assert (found.value, found.low, found.high) == (0.5, pytest.approx(0.2), pytest.approx(0.8))
 
 
@@ -102,7 +100,8 @@ def test_intervals_are_the_ratio_of_sums_over_drawn_users() -> None:
     rng = np.random.default_rng(4)
     users, values = rng.integers(0, 7, 50), rng.random((50, 2))
     weights = rng.random((50, 2)) * (rng.random((50, 2)) < 0.5)
-    means, resampled = Bootstrap(users, seed=9, resamples=20).means(values, weights)
+    columns = list(zip(values.T, weights.T, strict=True))
+    means, resampled = Bootstrap(users, seed=9, resamples=20).means(columns)
     assert means == pytest.approx((values * weights).sum(0) / weights.sum(0))
     drawing = np.random.default_rng(9)
     ids = np.unique(users)
@@ -116,14 +115,19 @@ def test_intervals_are_the_ratio_of_sums_over_drawn_users() -> None:
 def test_many_users_are_resampled_in_steps_with_the_same_result(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    users, values = np.arange(30) % 11, np.arange(30.0)[:, None]
-    whole = Bootstrap(users, seed=2, resamples=25).means(values, np.ones_like(values))
+    users, columns = np.arange(30) % 11, [(np.arange(30.0), np.ones(30))]
+    whole = Bootstrap(users, seed=2, resamples=25).means(columns)
     monkeypatch.setattr(metrics, "_CELLS_MAX", 33)
-    parts = Bootstrap(users, seed=2, resamples=25).means(values, np.ones_like(values))
+    parts = Bootstrap(users, seed=2, resamples=25).means(columns)
     assert np.allclose(whole[1], parts[1], rtol=1e-12)
 
 
 def test_a_group_without_events_has_no_figure() -> None:
-    means, resampled = Bootstrap(np.arange(5), seed=1).means(np.ones((5, 1)), np.zeros((5, 1)))
-    [found] = estimates(means, resampled)
+    [found] = Bootstrap(np.arange(5), seed=1).estimates([(np.ones(5), np.zeros(5))])
     assert math.isnan(found.value) and math.isnan(found.low) and math.isnan(found.high)
+    assert (str(found), found.number, found.interval) == ("–", "–", "–")
+
+
+def test_an_interval_with_a_negative_end_is_readable() -> None:
+    assert str(Estimate(0.25, 0.125, 0.5)) == "0.2500 (0.1250–0.5000)"
+    assert str(Estimate(-0.25, -0.5, -0.125)) == "-0.2500 (-0.5000 to -0.1250)"
