@@ -1,4 +1,4 @@
-"""The commands of pages of docs/feeds, each run as it stands there, on real servers."""
+"""The commands of the pages of docs/feeds, each run as it stands there, on real servers."""
 
 from __future__ import annotations
 
@@ -30,21 +30,27 @@ PAGES = ROOT / "docs" / "feeds"
 GOLDEN = ROOT / "tests" / "golden" / "feeds"
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 PREFIX = "EDDYLINE_"
-# Pages whose topics are another system's.
-RUN = ("cloudevents", "debezium", "ga4", "segment", "snowplow")
 TIMEOUT_S = 60
+# What the pages' commands read; `map.toml` is the last one of the page before them.
+FILES = {
+    "clicks.jsonl": '{"user_id": "u-1", "item_id": "17", "kind": "cart"}\n' * 3,
+    "sample.jsonl": '{"user": "u-1", "sku": "17", "action": "view", "ts": 1772355600}\n' * 3,
+}
 
 
 @dataclass(frozen=True)
 class Block:
-    """Commands of a page: (settings, words after `eddyline`)."""
+    """Commands of a page: (settings, words after `eddyline`), and the files that they read."""
 
     commands: list[tuple[dict[str, str], list[str]]] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
 
 
 def blocks(page: Path) -> list[Block]:
-    found = []
+    found, files = [], dict(FILES)
     for _, language, text in FENCE.findall(page.read_text(encoding="utf-8")):
+        if language == "toml":
+            files["map.toml"] = text
         if language:
             continue
         block = Block()
@@ -56,6 +62,12 @@ def blocks(page: Path) -> list[Block]:
                     (dict(word.split("=", 1) for word in words[:at]), words[at + 1 :])
                 )
         if block.commands:
+            words = [word for named, words in block.commands for word in (*named.values(), *words)]
+            block.files.update(
+                (name, files[name])
+                for name in files.keys() & set(words)
+                if words[words.index(name) - 1] != "--out"
+            )
             found.append(block)
     return found
 
@@ -164,23 +176,29 @@ def records(map_name: str, topic: str) -> list[tuple[bytes | None, bytes | None,
     golden = GOLDEN / f"{map_name}.jsonl"
     if not map_name:
         return []
+    if map_name.endswith(".toml"):
+        lines = FILES["sample.jsonl"].encode().splitlines()
+        return [(None, line, []) for line in lines] if topic == "clicks" else []
     found: list[tuple[bytes | None, bytes | None, list[object]]] = []
     items: set[str] = set()
     for one in map(json.loads, golden.read_text(encoding="utf-8").splitlines()):
-        is_whole = one["value"] is not None and (topic != "items" or one["key"] is not None)
-        if one["topic"] == topic and one.get("events") and is_whole:
+        made = one.get("events")
+        if one["topic"] == topic and made and one["value"] is not None:
+            key = one["key"]
             if topic == "items":
-                ids = {item_id for item_id, _ in one["events"]}
+                ids = {item_id for item_id, _ in made}
                 if ids & items:
                     continue
                 items |= ids
-            headers = [(name, value.encode()) for name, value in one["headers"]]
-            key = None if one["key"] is None else one["key"].encode()
-            found.append((key, one["value"].encode(), headers))
+            if topic != "clicks" and key is None:  # these topics are keyed by the id
+                key = made[0][0]
+            headers: list[object] = [(name, value.encode()) for name, value in one["headers"]]
+            encoded = None if key is None else key.encode()
+            found.append((encoded, one["value"].encode(), headers))
     return found
 
 
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize("name", names())
 def test_every_command_of_a_page_runs(
     name: str,
     fresh_settings: Settings,
@@ -192,6 +210,8 @@ def test_every_command_of_a_page_runs(
     for number, block in enumerate(blocks(PAGES / f"{name}.md")):
         folder = tmp_path / str(number)
         folder.mkdir()
+        for file, text in block.files.items():
+            (folder / file).write_text(text, encoding="utf-8")
         monkeypatch.chdir(folder)
         for step, (named, words) in enumerate(block.commands):
             namespace = f"{fresh_settings.namespace}-{number}-{step}"
