@@ -152,10 +152,7 @@ def map_of(settings: Settings, topic: str) -> Mapper | None:
 
 def carries_patches(settings: Settings) -> bool:
     """Whether records of `items` are patches, by the setting or the map."""
-    if settings.items_patches:
-        return True
-    found = map_of(settings, "items") if settings.items_map else None
-    return found is not None and found.patches
+    return _are_patches(settings, map_of(settings, "items"))
 
 
 def check_may_send(settings: Settings, topic: str) -> None:
@@ -211,7 +208,7 @@ def item_changes(
     """
     found = map_of(settings, "items")
     partition: int | None = record.partition
-    patches = settings.items_patches or (found is not None and found.patches)
+    patches = _are_patches(settings, found)
     if found is not None and found.by_key:
         partition = None
         if (mark := mark_of(record.headers)) is None:
@@ -295,6 +292,10 @@ def unsent_record(
         unsent(settings, topic, one.key, one.value, events.origin_ms(one.headers))
         for one in own_records(settings, topic, record)
     ]
+
+
+def _are_patches(settings: Settings, by_map: Mapper | None) -> bool:
+    return settings.items_patches or (by_map is not None and by_map.patches)
 
 
 def _own_records(by_map: Mapper | None, record: Record) -> Sequence[Record]:

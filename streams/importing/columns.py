@@ -49,10 +49,10 @@ _STEMS = {
     "users": ("user", "customer", "member", "visitor"),
     "items": ("movie", "item", "product", "article", "catalog", "book", "song", "film"),
 }
-# Columns that make an event a purchase, and times that an item's record has of its own.
-_ORDERS = re.compile(r"invoice|order|purchase|transaction|receipt|basket")
 # Part of the items that may have no price in the sample, in a table where all items have one.
 _FREE_PART_MAX = 0.02
+# Columns that make an event a purchase, and times that an item's record has of its own.
+_ORDERS = re.compile(r"invoice|order|purchase|transaction|receipt|basket")
 _CHANGES = re.compile(r"updated|modified|changed|created|^ts$|^timestamp$|^atms$")
 
 

@@ -131,7 +131,7 @@ def guess(records: Sequence[Any], topic: str) -> str:
     lines.append(f"attributes_from = {{ leave_out = {_list(taken)} }}")
     if numeric:
         lines.append(f"[{topic}.fields.attributes]")
-        lines += [f'{toml_key(n)} = {{ path = {toml_text(n)}, type = "number" }}' for n in numeric]
+        lines += [f"{toml_key(n)} = {toml_table(path=n, type='number')}" for n in numeric]
     return "\n".join(lines) + "\n"
 
 
