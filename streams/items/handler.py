@@ -287,8 +287,11 @@ class ItemHandler(Handler):
             self._dead_letters.put(one.decoded[position][1].record, rejected)
         accepted: list[dict[str, ItemChange]] = [{} for _ in vectors]
         for position, item_id, change in one.decided:
-            if change.rejected is not None and not change.hidden:
-                continue  # the item is shown as before
+            if change.rejected is not None:
+                if change.hidden:  # else the item is shown as before
+                    for of_generation in accepted:
+                        of_generation[item_id] = change
+                continue
             errors = dict[int, VectorRejected]()
             for number, of_generation in enumerate(accepted):
                 vector = vectors[number].get((partition, position))
@@ -314,12 +317,13 @@ class ItemHandler(Handler):
         positions = {id(change): position for position, _, change in one.decided}
         records = []
         for item_id, change in one.unpublished[number].items():
-            vector = vectors.get((partition, positions[id(change)]))
+            vector, attributes = vectors.get((partition, positions[id(change)])), {}
+            if change.hidden:
+                vector = None
+            elif change.item is not None:
+                attributes = attributes_of(change.item)
             if isinstance(vector, VectorRejected):
                 raise LookupError(f"item {item_id} was not refused")
-            attributes = {} if change.item is None else attributes_of(change.item)
-            if change.hidden:
-                vector, attributes = None, {}
             records.append(
                 ItemRecord(
                     item_id, partition, change.offset, change.at_ms, written_us, vector, attributes

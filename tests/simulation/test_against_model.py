@@ -548,6 +548,7 @@ SHOWN += [("settings", {"hide_refused_items": True}), ("retrain",)]
 @limits
 @example(HIDDEN, False)
 @example(SHOWN, False)
+@example([("item", "i3", "new"), ("item", "i3", "refused")], True)
 @given(
     st.lists(
         st.one_of(
