@@ -90,7 +90,8 @@ def confirm(settings: Settings, what: str, sent: Sequence[tuple[object, Any, Any
         # The others of its batch, and those after it, have the same error.
         size, number, refused = max(too_large, key=lambda one: one[0])
         found = clients.translate_error(settings, refused, "Kafka")
-        raise Rejected("too_large", f"{what} {number}", f"{size:,} bytes: {found}")
+        why = found.detail if isinstance(found, Rejected) else found
+        raise Rejected("too_large", f"{what} {number}", f"{size:,} bytes: {why}")
     return confirmed
 
 
