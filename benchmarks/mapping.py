@@ -1,8 +1,9 @@
 """CPU time of an event that a map makes, beside the plain codec: `python -m benchmarks.mapping`.
 
 Both decode a batch of records as ingest does, up to the checked event. The flat map takes six
-fields of a flat record: two ids, a time in seconds, a kind, an event id and a weight. Presets read
-the golden records of the tests. CPU time of one thread, the least of several runs in turns.
+fields of a flat record: two ids, a time in seconds, a kind, an event id and a weight. The row of
+Protobuf is of the same six fields. Presets read the golden records of the tests. CPU time of one
+thread, the least of several runs in turns.
 """
 
 from __future__ import annotations
@@ -17,10 +18,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import msgspec
+from google.protobuf import message_factory
+from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
+from typing_extensions import override
 
 from benchmarks.report import report, row
 from eddyline.schema import events, validation
 from eddyline.schema.events import Click
+from eddyline.schema.mapping import mapper, protobuf, spec
+from eddyline.schema.mapping.registry import Access, Registry
 from eddyline.settings.loader import Settings
 from streams.clicks.batch import decode
 from streams.ports import RecordBatch
@@ -42,6 +48,15 @@ kind = "action"
 event_id = "id"
 weight = "score"
 """
+ENCODED = '[clicks]\nencoding = "registry"'
+SETTINGS = Settings(clicks_partitions=1, items_partitions=1, at_ms_min=0)
+PROTOBUF_TYPES = {
+    str: FieldDescriptorProto.TYPE_STRING,
+    int: FieldDescriptorProto.TYPE_INT64,
+    float: FieldDescriptorProto.TYPE_DOUBLE,
+}
+# A zero byte, the schema's id, and the path of the file's first message.
+PROTOBUF_HEADER = b"\0" + (1).to_bytes(4, "big") + b"\0"
 
 
 def record(offset: int, value: bytes, key: bytes | None = b"k", headers: Any = ()) -> Any:
@@ -67,6 +82,42 @@ def foreign(n: int) -> bytes:
             "score": 1.5,
         }
     )
+
+
+class CompiledRegistry(Registry):
+    """A registry that already gave its only schema, of a Protobuf message."""
+
+    def __init__(self) -> None:
+        super().__init__(Access("http://localhost"), msgspec.json.decode)
+        file = FileDescriptorProto(syntax="proto3")
+        message = file.message_type.add(name="Event")
+        for name, value in msgspec.json.decode(foreign(0)).items():
+            message.field.add(
+                name=name,
+                number=len(message.field) + 1,
+                type=PROTOBUF_TYPES[type(value)],
+                label=FieldDescriptorProto.LABEL_OPTIONAL,
+            )
+        self._schema = protobuf.compile_schema(file.SerializeToString())
+
+    @override
+    def decoded(self, value: bytes) -> Any:
+        return protobuf.decode(self._schema, value, len(PROTOBUF_HEADER) - 1)
+
+    def encoded(self, n: int) -> bytes:
+        """The value of `foreign(n)`, as a Protobuf message."""
+        message = message_factory.GetMessageClass(self._schema.messages[0])
+        return PROTOBUF_HEADER + message(**msgspec.json.decode(foreign(n))).SerializeToString()
+
+
+def by_protobuf() -> Callable[[], int]:
+    """Decode Protobuf messages by the map of `MAP`."""
+    registry = CompiledRegistry()
+    topic_map = spec.parse(MAP.replace("[clicks]", ENCODED, 1).encode(), "clicks", "the benchmark")
+    assert topic_map is not None
+    by_map = mapper.compiled(topic_map, "clicks", "the benchmark", registry)
+    records = [record(n, registry.encoded(n)) for n in range(RECORDS)]
+    return lambda: sum(len(validation.user_events(SETTINGS, one, by_map)) for one in records)
 
 
 def golden(preset: str, topic: str) -> list[Any]:
@@ -97,20 +148,20 @@ def main() -> int:
     with tempfile.NamedTemporaryFile("w", suffix=".toml", encoding="utf-8") as file:
         file.write(MAP)
         file.flush()
-        base = Settings(clicks_partitions=1, items_partitions=1, at_ms_min=0)
 
         def clicks(records: list[Any], map_name: str) -> Callable[[], int]:
-            settings = msgspec.structs.replace(base, clicks_map=map_name)
+            settings = msgspec.structs.replace(SETTINGS, clicks_map=map_name)
             batch = RecordBatch("clicks", 0, records, 0)
             return lambda: len(decode(settings, batch).events)
 
         def items(records: list[Any], map_name: str) -> Callable[[], int]:
-            settings = msgspec.structs.replace(base, items_map=map_name)
+            settings = msgspec.structs.replace(SETTINGS, items_map=map_name)
             return lambda: sum(len(validation.item_changes(settings, one)) for one in records)
 
         works = {
             "plain codec": clicks([record(n, plain(n)) for n in range(RECORDS)], ""),
             "flat map": clicks([record(n, foreign(n)) for n in range(RECORDS)], file.name),
+            "flat map, Protobuf": by_protobuf(),
             "segment": clicks(golden("segment", "clicks"), "segment"),
             "cloudevents": clicks(golden("cloudevents", "clicks"), "cloudevents"),
             "debezium, items": items(golden("debezium", "items"), "debezium"),

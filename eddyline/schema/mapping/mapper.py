@@ -116,7 +116,7 @@ class Mapper:
         self._is_flat = not (len(rules) > 1 or only.holds or only.each or self._each)
         self._flat: Callable[[Any], Click | None] | None = None
         made = {rules[0].make, topic_map.fields.make} <= {None, "event"}
-        if self._is_flat and topic == "clicks" and made and self._decode is None:
+        if self._is_flat and topic == "clicks" and made:
             both = _with_defaults(rules[0], topic_map.fields)
             self._flat = flat.compile_click(topic_map, both)
         self._delete = None if topic == "clicks" else deleter(topic_map, self._id_field)
@@ -173,14 +173,14 @@ class Mapper:
     def click(self, record: Record) -> MappedClick | None:
         """The one event that a plain record of a flat map becomes; None: `records` has to map it.
 
-        Raises Rejected as `records` does.
+        Raises as `records` does.
         """
         if self._flat is None or record.value is None:
             return None
         sent, headers = record.headers, ONLY_MAPPED
         if sent and mark_of(sent) is not None:
             return None
-        event = self._flat(decoded(record.value))
+        event = self._flat((self._decode or decoded)(record.value))
         if event is None:
             return None
         if sent:

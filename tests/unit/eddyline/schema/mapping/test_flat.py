@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from benchmarks import mapping as bench
 from eddyline.errors import Rejected
 from eddyline.schema import validation
-from eddyline.schema.mapping import mapper, spec
+from eddyline.schema.mapping import envelopes, mapper, spec
 from eddyline.schema.mapping.flat import MappedClick
 from eddyline.schema.mapping.mapper import Mapper
+from eddyline.schema.mapping.registry import HEADER_BYTES, Access, Registry
 from eddyline.settings.loader import Settings
 
 MS = 1_772_355_600_123
@@ -73,10 +74,20 @@ HEADERS = st.lists(
 )
 
 
-def mapper_of(text: str) -> Mapper:
+class JsonRegistry(Registry):
+    """A registry whose schemas are JSON Schemas."""
+
+    def decoded(self, value: bytes) -> Any:
+        return envelopes.decoded(value[HEADER_BYTES:])
+
+
+REGISTRY = JsonRegistry(Access(), envelopes.decoded)
+
+
+def mapper_of(text: str, registry: Registry | None = None) -> Mapper:
     found = spec.parse(text.encode(), "clicks", "the test")
     assert found is not None
-    return mapper.compiled(found, "clicks", "the test")
+    return mapper.compiled(found, "clicks", "the test", registry)
 
 
 def record(value: bytes | None, headers: Any = (), timestamp: int = MS) -> Any:
@@ -115,12 +126,16 @@ def test_both_ways_make_the_same(data: st.DataObject) -> None:
     for name, ways in FIELDS.items():
         if way := draw(st.sampled_from(["", *ways])):
             lines.append(f"{name} = {way}")
-    by_map = mapper_of("\n".join(lines))
+    in_registry = draw(st.booleans())
+    if in_registry:
+        lines.insert(1, 'encoding = "registry"')
+    by_map = mapper_of("\n".join(lines), REGISTRY)
     sent = USUAL | draw(RECORDS)
     for name in draw(st.sets(st.sampled_from(sorted(USUAL)), max_size=1)):
         del sent[name]
     timestamp = draw(st.sampled_from([MS, MS, MS, -1]))
-    one = record(json.dumps(sent).encode(), draw(st.just(()) | HEADERS), timestamp)
+    value = bytes(HEADER_BYTES if in_registry else 0) + json.dumps(sent).encode()
+    one = record(value, draw(st.just(()) | HEADERS), timestamp)
     short = read(by_map, one)
     by_map._flat = None
     assert short == read(by_map, one)
@@ -161,6 +176,18 @@ def test_a_plain_record_of_a_flat_map_goes_the_short_way() -> None:
     [(found, event, _)] = validation.user_events(SETTINGS, one, by_map)
     assert type(found) is MappedClick and event is not None
     assert found.value == by_map.records(one)[0].value
+
+
+def test_a_plain_message_of_protobuf_goes_the_short_way() -> None:
+    registry = bench.CompiledRegistry()
+    by_map = mapper_of(bench.MAP.replace("[clicks]", bench.ENCODED, 1), registry)
+    one = bench.record(3, registry.encoded(3))
+    [(found, event, _)] = validation.user_events(SETTINGS, one, by_map)
+    assert type(found) is MappedClick
+    plain = validation.user_events(SETTINGS, bench.record(3, bench.plain(3)))
+    assert event == plain[0][1]
+    by_map._flat = None
+    assert event == validation.user_events(SETTINGS, one, by_map)[0][1]
 
 
 @pytest.mark.parametrize(
