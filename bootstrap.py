@@ -144,7 +144,7 @@ def _fits(stamp):
 
 
 def _stamped_backend():
-    """What was asked for last; kept beside the stamp, so that it outlives an interrupted set-up."""
+    """The last requested backend. A file next to the stamp keeps it after an interrupted set-up."""
     return (_read(VENV / "eddyline.torch") or "default").strip()
 
 
@@ -367,15 +367,15 @@ def _alone():
     folder.mkdir(exist_ok=True)
     with (folder / "bootstrap.lock").open("a", encoding="utf-8") as file:
         deadline = time.monotonic() + WAIT_S
-        told = False
+        said = False
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if not told:
+                if not said:
                     _say("Another set-up runs in this folder; waiting for it")
-                    told = True
+                    said = True
                 if time.monotonic() > deadline:
                     raise StepError(
                         "waiting for another set-up in this folder",

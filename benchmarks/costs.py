@@ -18,7 +18,6 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import random
-import socket
 import sys
 import tempfile
 import time
@@ -35,6 +34,7 @@ from eddyline.settings.loader import Settings, load
 from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import Fence, LogId, Source
 from index.filters import Filter
+from sandbox.processes import free_port
 from serving.recall.popularity import Popularity
 from tests.integration.redis_servers import Server
 from tests.unit.index.item_records import units
@@ -100,9 +100,8 @@ def newest(equal: bool) -> list[dict[str, Any]]:
 
 def popular() -> list[dict[str, Any]]:
     """A refresh of all buckets and refreshes of one, of a real server."""
-    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-        free.close()
+    with tempfile.TemporaryDirectory() as folder:
+        port = free_port()
         server = Server(Path(folder) / "valkey", port, {})
         server.start()
         try:

@@ -64,8 +64,8 @@ class Postgres:
 
         For the only client that writes: it asks for the time of the last commit.
         """
-        asked = "select timestamp from pg_last_committed_xact()"
-        last = f"select (extract(epoch from ({asked})) * 1000)::bigint"
+        committed = "select timestamp from pg_last_committed_xact()"
+        last = f"select (extract(epoch from ({committed})) * 1000)::bigint"
         return int(self.sql(f"{text};\n{last};").splitlines()[-1])
 
 
