@@ -193,6 +193,12 @@ class PartitionFences:
                     break
         return diverged
 
+    def check(self, partition: int) -> None:
+        """Raises FenceMoved where the partition's stored fences diverged, StoreUnavailable."""
+        if self.find_diverged([partition]):
+            at = f"{self._topic}:{partition}"
+            raise FenceMoved(at, "that of the last write", "another one")
+
     def begin(self, partition: int, records: Sequence[Record]) -> None:
         """Start a batch. Raises FenceMoved where its offsets do not follow those of the batch
         before.

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from eddyline.errors import Rejected
 from eddyline.schema.records import Record
+from streams.fences import PartitionFences
 from streams.ports import DeadLetterSink, Forwarder, Outcome
 from streams.records import Restored, coordinates
 
@@ -55,15 +56,25 @@ class Strays:
             )
 
     def restore(
-        self, newer: Iterable[Restored], sent: int, disputed: int, outcome: Outcome
+        self,
+        newer: Iterable[Restored],
+        fences: PartitionFences,
+        sent: int,
+        disputed: int,
+        outcome: Outcome,
     ) -> None:
         """Append newer states again after outdated ones, as compaction keeps the last.
+
+        Raises FenceMoved if the store went back meanwhile: it may have decided by what it lost, and
+        no such state may enter the log.
 
         sent:     the offset up to which this was done before
         disputed: forwarded records of keys that another producer sends to their own partition
         """
-        for record in newer:
-            if self._forwarder is not None and record.offset > sent:
+        unsent = [record for record in newer if record.offset > sent]
+        if self._forwarder is not None and unsent:
+            fences.check(unsent[0].partition)
+            for record in unsent:
                 self._forwarder.forward(record, record.key or b"", record.value, record.partition)
                 outcome.forwarded += 1
         outcome.disputed = disputed

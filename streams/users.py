@@ -125,7 +125,7 @@ class UserHandler(Handler):
             profiles[user_id] = attributes
             until_ms[user_id] = events.first_append_ms(record)
             places[user_id] = order.places[user_id]
-        self._strays.restore(order.restored(), sent, order.disputed, outcome)
+        self._strays.restore(order.restored(), self.fences, sent, order.disputed, outcome)
         self._write(partition, profiles, until_ms, places, batch.last)
         return outcome
 

@@ -302,7 +302,8 @@ class ItemHandler(Handler):
             if errors:
                 self._dead_letters.put(change.record, _bad_vector(next(iter(errors.values()))))
         order = one.order
-        self._strays.restore(order.restored(), self._sent(one), order.disputed, one.outcome)
+        restored, sent = order.restored(), self._sent(one)
+        self._strays.restore(restored, self.fences, sent, order.disputed, one.outcome)
         self._dead_letters.flush()
         self._strays.flush()
         for generation, of_generation in zip(self._generations, accepted, strict=True):
