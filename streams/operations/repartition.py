@@ -57,6 +57,8 @@ _ANY_OFFSET = 2**62
 INGEST_WAIT_S = 60.0
 # Forgets and what ingest forwards are in `clicks` before the null record or the stray is committed.
 _ORDER = (CLICKS, USERS, ITEMS)
+# Headers that a copy does not keep: it is in its own partition, in its own format.
+_REPLACED = (events.ORIGIN_MS, "origin", FORMAT)
 # (records copied, records left out) so far, at each transaction
 OnProgress = Callable[[int, int], None]
 
@@ -171,7 +173,7 @@ class Copier:
             ends = topics.end_offsets(self._source, name)
             committed = retention_gaps.committed_offsets(self._source, name, len(ends))
             for partition, end in ends.items():
-                if max(committed[partition], 0) < end or self._next[name, partition] < end:
+                if committed[partition] < end or self._next[name, partition] < end:
                     return f"{name}/{partition} up to offset {end - 1}"
         return ""
 
@@ -363,7 +365,3 @@ def _pass(at: dict[int, int], batch: Sequence[Record]) -> dict[int, int]:
             left_out.setdefault(record.partition, at[record.partition])
         at[record.partition] = record.offset + 1
     return left_out
-
-
-# Of a record that was forwarded before: the copy is in its own partition.
-_REPLACED = (events.ORIGIN_MS, "origin", FORMAT)
