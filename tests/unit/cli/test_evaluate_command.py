@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -269,3 +274,31 @@ def test_a_bundle_is_trained_on_what_lies_before_the_split(tmp_path: Path) -> No
         reports.append([report["rows"][0]["metrics"]["mrr"]["value"], out.read_bytes()])
     assert reports[0] == reports[1]
     assert reports[0][0] != reports[2][0]
+
+
+def test_an_interrupt_ends_a_training_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Exit code 130 without a traceback, as of a key in the terminal."""
+    events, scratch = write_events(tmp_path / "ratings.csv", 20_000), tmp_path / "scratch"
+    scratch.mkdir()
+    command_line = [sys.executable, "-m", "cli", "evaluate", str(events), "--epochs", "1000"]
+    with subprocess.Popen(
+        command_line,
+        cwd=Path(__file__).parents[3],
+        env={**os.environ, "TMPDIR": str(scratch)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        # A runner in the background may ignore the signal, and a child would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        try:
+            deadline_s = time.monotonic() + 120
+            while not [*scratch.glob("eddyline-evaluate-*")]:
+                assert process.poll() is None and time.monotonic() < deadline_s
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            output, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 130 and "Traceback" not in output, output
+    assert [*scratch.glob("eddyline-*")] == []
