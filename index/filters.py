@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from eddyline.schema.numbers import number_of
+
 # Limits of one request. A filter of this size costs less than the search.
 TERMS_MAX = 256
 RANGES_MAX = 16
@@ -37,8 +39,8 @@ class Filter:
     """All set parts must hold; the default of a part sets no condition.
 
     categories: the item has at least one of them; tags: at least one; tags_all: every one
-    ranges:     attribute name -> range; an item without this number does not match. A date is a
-                number too: milliseconds since 1970 UTC, see `date_ms`
+    ranges:     attribute name -> range; an item without this number does not match. A text that is
+                a number counts as that number, a date as milliseconds since 1970 UTC: see `numbers`
     allow:      if not None, only these item ids match; deny: these item ids do not match
     """
 
@@ -57,10 +59,13 @@ def terms(attributes: Mapping[str, Any], field_name: str) -> set[str]:
 
 
 def numbers(attributes: Mapping[str, Any]) -> dict[str, float]:
-    """The item's numeric attributes, and those that are dates; booleans and NaN are skipped.
+    """The item's numeric attributes; booleans, NaN and other texts than these are skipped.
 
-    >>> numbers({"attributes": {"price": 3, "released": "1970-01-01T00:00:02Z", "color": "red"}})
-    {'price': 3.0, 'released': 2000.0}
+    A text that is a date, or a number, counts as that number: some catalogues send all values as
+    texts. An item is read by itself, so a filter finds it whatever the other items have.
+
+    >>> numbers({"attributes": {"price": "19.90", "released": "1970-01-01T00:00:02Z", "of": "a"}})
+    {'price': 19.9, 'released': 2000.0}
     """
     values = attributes.get("attributes")
     if not isinstance(values, dict):
@@ -68,9 +73,11 @@ def numbers(attributes: Mapping[str, Any]) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, value in values.items():
         if isinstance(value, str):
-            at_ms = date_ms(value)
-            if at_ms is not None:
-                found[name] = at_ms
+            read = date_ms(value)
+            if read is None:
+                read = number_of(value)
+            if read is not None:
+                found[name] = float(read)
         elif isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
             found[name] = float(value)
     return found

@@ -31,6 +31,7 @@ import msgspec
 import numpy as np
 
 from eddyline.schema.events import Item
+from eddyline.schema.numbers import number_of
 
 # A label on one item carries no more information than the item's ID embedding.
 LABEL_ITEMS_MIN = 2
@@ -48,7 +49,6 @@ NAMES_LOGGED_MAX = 10
 
 log = logging.getLogger(__name__)
 _WORD = re.compile(r"\w+")
-_NUMBER = re.compile(r"\s*[+-]?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?\s*")
 
 
 class Numeric(msgspec.Struct, frozen=True):
@@ -203,8 +203,8 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 def _number(value: object) -> float | None:
     """The value as a number, also of a text that is one; None for others."""
-    if isinstance(value, str) and _NUMBER.fullmatch(value):
-        value = float(value)
+    if isinstance(value, str):
+        return number_of(value)
     return value if _is_number(value) else None
 
 

@@ -2,7 +2,7 @@
 
     offset  size  content, little-endian
     0       8     magic b"EDDYSNAP"
-    8       4     version, 3 (uint32); columns of older versions lack the dates, so they are refused
+    8       4     version, 4 (uint32); older versions' columns lack numbers as text: refused
     12      4     length h of the header (uint32)
     16      32    SHA-256 of the header
     48      h     header, JSON: `Header`; for each section offset, bytes, dtype, shape and SHA-256
@@ -42,7 +42,7 @@ from index.arrays import Ints, Vector
 from index.port import Watermark
 from index.storage.columns import ColumnData
 
-MAGIC, VERSION = b"EDDYSNAP", 3
+MAGIC, VERSION = b"EDDYSNAP", 4
 _PREFIX = struct.Struct("<8sII32s")
 # A page, so that a section can be mapped by itself.
 ALIGN = 4_096

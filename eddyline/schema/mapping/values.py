@@ -7,13 +7,14 @@ a refused record for an id or a time, a part that is left out for an attribute.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, tzinfo
 from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import Any, Final, Literal
 from zoneinfo import ZoneInfo
+
+from eddyline.schema.numbers import number_of
 
 UNITS: Final = {"s": 1_000, "ms": 1, "us": -1_000, "ns": -1_000_000}
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -22,9 +23,6 @@ _MILLISECOND = timedelta(milliseconds=1)
 _EXACT_MAX = 2**53
 # Whole numbers of more digits are no ids. By name, as Python computes so large a power at each use.
 ID_MAX: Final = 10**250
-# Digits of a number as text; longer texts are not numbers that an event can have.
-_NUMBER_CHARS_MAX = 64
-_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?\Z", re.ASCII)
 _TRUE = frozenset({"true", "t", "yes", "y", "1", "on"})
 _FALSE = frozenset({"false", "f", "no", "n", "0", "off"})
 
@@ -86,13 +84,8 @@ def number(value: Any) -> Any:
         return value
     if type(value) is float:
         return value if math.isfinite(value) else BAD
-    if type(value) is str and len(value) <= _NUMBER_CHARS_MAX:
-        digits = value.strip()
-        if _NUMBER.match(digits):
-            if digits.lstrip("+-").isdigit():
-                return int(digits)
-            found = float(digits)
-            return found if math.isfinite(found) else BAD
+    if type(value) is str and (found := number_of(value)) is not None:
+        return found
     return BAD
 
 

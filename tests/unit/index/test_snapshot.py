@@ -20,9 +20,10 @@ from tests.unit.index.item_records import units, wait_until
 
 D = 4
 ROOT = Path(__file__).resolve().parents[3]
-GOLDEN = ROOT / "tests" / "golden" / "index-snapshot-v3.bin"
-# Their columns lack dates, and the deletes of version 1 have offsets only.
-OLDER = [ROOT / "tests" / "golden" / f"index-snapshot-v{version}.bin" for version in (1, 2)]
+GOLDEN = ROOT / "tests" / "golden" / "index-snapshot-v4.bin"
+# Their columns lack numbers that were sent as text, those before 3 also dates; the deletes of
+# version 1 have offsets only.
+OLDER = [ROOT / "tests" / "golden" / f"index-snapshot-v{version}.bin" for version in (1, 2, 3)]
 ORIGIN = Origin(generation="g1", dimension=D, bundle_ms=5, log="cluster/topic")
 POSITIONS = {0: 17, 1: 3}
 
@@ -193,37 +194,37 @@ def test_a_snapshot_older_than_the_delete_records_is_refused(oldest_ms: int, goo
 
 def test_another_version_says_so(tmp_path: Path) -> None:
     whole = bytearray(GOLDEN.read_bytes())
-    for version in (0, 2, 4):
+    for version in (0, 3, 5):
         whole[8] = version
         (tmp_path / "x").write_bytes(whole)
-        said = f"version {version}, this reader reads 3"
+        said = f"version {version}, this reader reads 4"
         with pytest.raises(SnapshotRefused, match=said):
             format.load(tmp_path / "x", ORIGIN, 0)
 
 
 @pytest.mark.parametrize("path", OLDER, ids=lambda path: path.stem)
 def test_a_snapshot_of_an_older_version_is_refused(path: Path) -> None:
-    """Range filters over dates would leave its items out; the topic has everything again."""
-    with pytest.raises(SnapshotRefused, match=rf"{path.name}: version \d, this reader reads 3"):
+    """Range filters would leave items out; the topic has everything again."""
+    with pytest.raises(SnapshotRefused, match=rf"{path.name}: version \d, this reader reads 4"):
         format.load(path, ORIGIN, 0)
 
 
-def test_dates_among_attributes_are_kept(tmp_path: Path) -> None:
+def test_dates_and_numbers_as_text_are_kept(tmp_path: Path) -> None:
     index = HnswIndex(D)
-    index.apply(
-        [ItemRecord("film", 0, 1, 1, 1, unit(1), {"attributes": {"released": "1970-01-03"}})]
-    )
+    texts = {"released": "1970-01-03", "price": "19.90"}
+    index.apply([ItemRecord("film", 0, 1, 1, 1, unit(1), {"attributes": texts})])
     path = tmp_path / "x.snapshot"
     format.write(path, index.contents(), ORIGIN, POSITIONS, 1_000)
     copy, _ = restored(path)
     day = 2 * 86_400_000.0
-    found = copy.query(unit(1), 1, (), Filter(ranges={"released": Range(day, day)}))
-    assert [hit.item_id for hit in found] == ["film"]
+    for name, at in (("released", day), ("price", 19.9)):
+        found = copy.query(unit(1), 1, (), Filter(ranges={name: Range(at, at)}))
+        assert [hit.item_id for hit in found] == ["film"]
     index.retire([ItemRecord("film", 0, 2, 2, 2, None)])
     index.apply([ItemRecord("song", 0, 3, 3, 3, unit(1), {"attributes": {"stars": 5}})])
     format.write(path, index.contents(), ORIGIN, POSITIONS, 1_000)
     copy, _ = restored(path)
-    assert set(copy.number_names() or ()) == {"released", "stars"}
+    assert set(copy.number_names() or ()) == {"released", "price", "stars"}
 
 
 def test_a_full_disk_leaves_the_old_snapshot(tmp_path: Path) -> None:
