@@ -5,6 +5,7 @@ change all the time. SOAK_S=180 seconds of this at once: ingest stands still and
 clicks that it has not applied; four reflection and four health streams are open; one Redis node is
 dead (NODE=hang: it hangs), and some of its users ask. A process of its own sends plain queries of
 users whose node lives, before, meanwhile and afterwards, and checks the health ten times a second.
+A longer soak has a quiet time after every ten minutes, so that both see the same machine.
 It checks an idle health server of its own process in the same way: what that one needs is the
 machine's doing.
 """
@@ -51,7 +52,8 @@ from tests.chaos.scene import small_generation
 from tests.integration.redis_servers import RealCluster, Server, real_cluster
 
 SOAK_S = float(os.environ.get("SOAK_S", "180"))
-# Before and after the soak, each.
+# The soak in parts, with a quiet time before the first one and after each.
+ROUNDS = max(1, round(SOAK_S / 600))
 QUIET_S = min(60.0, max(20.0, SOAK_S / 4))
 WAITERS, REFLECTIONS, WATCHES = 16, 4, 4
 QUERIES_S, HEALTH_S = 0.02, 0.1
@@ -147,25 +149,29 @@ def run(
     slots = {f"u{p}": cluster.owner(f"u{p}").port for p in range(PARTITIONS)}
     lost = [u for u in users if slots[user_slot(partition_of(u, PARTITIONS))] == dead.port]
     plain = [user for user in users if user not in lost]
+    starved: dict[str, Any] = {}
+    events: dict[str, int] = {}
     with counting(live):
         quiet = probing(address, plain, QUIET_S)
-        ingest = supervisor.pids()["ingest"]
-        os.kill(ingest, signal.SIGSTOP)
-        try:
-            tokens = {user: click(live, user, dataset.items[0].item_id) for user in plain[:WAITERS]}
-            break_down(dead)
-            time.sleep(1.0)
-            with misbehaving(address, tokens, lost) as events:
-                starved = probing(address, plain, SOAK_S)
-        finally:
-            os.kill(ingest, signal.SIGCONT)
-            repair(dead)
-        cluster.wait_ok()
-        wait_until_applied(live, timeout_s=120)
-        time.sleep(2.0)
-        again = probing(address, plain, QUIET_S)
-    for name in quiet:
-        quiet[name] += again[name]
+        for _ in range(ROUNDS):
+            ingest = supervisor.pids()["ingest"]
+            os.kill(ingest, signal.SIGSTOP)
+            try:
+                clicked = dataset.items[0].item_id
+                tokens = {user: click(live, user, clicked) for user in plain[:WAITERS]}
+                break_down(dead)
+                time.sleep(1.0)
+                with misbehaving(address, tokens, lost) as found:
+                    add(starved, probing(address, plain, SOAK_S / ROUNDS))
+                for what, count in found.items():
+                    events[what] = events.get(what, 0) + count
+            finally:
+                os.kill(ingest, signal.SIGCONT)
+                repair(dead)
+            cluster.wait_ok()
+            wait_until_applied(live, timeout_s=120)
+            time.sleep(2.0)
+            add(quiet, probing(address, plain, QUIET_S))
     return quiet, starved, events
 
 
@@ -238,6 +244,12 @@ def probing(address: str, users: list[str], seconds: float) -> dict[str, Any]:
     )
     found: dict[str, Any] = json.loads(done.stdout)
     return found
+
+
+def add(to: dict[str, Any], found: dict[str, Any]) -> None:
+    """Append every list of what a probe found."""
+    for name, values in found.items():
+        to[name] = to.get(name, []) + values
 
 
 def break_down(server: Server) -> None:
