@@ -49,7 +49,10 @@ for _name in [n for n in os.environ if n.startswith("EDDYLINE_")]:
 ONCE_S = 100
 # The longest files first, then the other files that wait for servers, so that all processes end at
 # about the same time.
-LONGEST = ("crashes", "refill", "chaos", "redis_cluster", "kafka_security", "whole_records")
+LONGEST = (
+    "crashes refill repartition kafka_security feed_pages chaos archive_process dead_letters "
+    "redis_cluster whole_records"
+).split()
 ORDER = (*(f"test_{name}.py" for name in LONGEST), "integration", "lint", "contract", "simulation")
 
 

@@ -102,6 +102,7 @@ def test_redis_killed_heals_from_kafka(own_valkey, make_live) -> None:
     assert_same_state(live)
 
 
+@pytest.mark.long
 def test_the_broker_killed_for_three_seconds(own_servers, make_live) -> None:
     live = make_live(own_servers)
     send_history(live)

@@ -264,6 +264,7 @@ def test_clicks_that_only_the_archive_has_are_copied(settings: Settings, bundle:
     assert differences(target, shop) == []
 
 
+@pytest.mark.long
 def test_a_copy_that_its_topic_refuses_by_size_is_copied_once_the_limit_is_raised(
     settings: Settings, bundle: Any
 ) -> None:

@@ -164,7 +164,7 @@ def test_waiters_refuse_no_plain_query(server: WorkerServer, world: World, waite
         while not stop.is_set():
             request = pb.RetrieveRequest(user_id="ana", k=3, after=after)
             try:
-                waited.append(client._stub.Retrieve(request, timeout=3).freshness.after.why)
+                waited.append(client._stub.Retrieve(request, timeout=30).freshness.after.why)
             except grpc.RpcError as error:
                 refused.append(f"{error.code().name}: {error.details()}")
             stop.wait(0.5)
