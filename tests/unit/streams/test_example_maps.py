@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import msgspec
 import pytest
 
@@ -98,6 +99,12 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
         {"user_id": "257597", "item_id": "355908", "kind": "cart", "at_ms": 1433221332117},
     ),
     (
+        "retailrocket-items",
+        "items",
+        "itemid,timestamp,categoryid,available\n460429,1435460400000,1338,0\n",
+        {"categories": ["1338"], "available": False, "at_ms": 1435460400000},
+    ),
+    (
         "yoochoose-clicks",
         "clicks",
         "1,2014-04-07T10:51:09.277Z,214536502,0\n1,2014-04-07T10:54:09.868Z,214536500,0\n",
@@ -154,6 +161,45 @@ def test_a_map_reads_its_data_set(
     ((_, event),) = reader.events(0, next(file.rows()))
     found = msgspec.to_builtins(event)
     assert {name: found[name] for name in expected} == expected
+
+
+def test_properties_of_items_become_their_states(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header = "timestamp,itemid,property,value\n"
+    parts = [
+        "200,7,available,0\n100,7,categoryid,1338\n100,7,790,n32880.000\n300,7,categoryid,9\n",
+        "50,8,available,1\n200,7,888,n1 n2\n1000,7,available,1\n",
+    ]
+    for number, part in enumerate(parts):
+        (tmp_path / f"item_properties_part{number + 1}.csv").write_text(
+            header + part, encoding="utf-8"
+        )
+    monkeypatch.chdir(tmp_path)
+    duckdb.sql((MAPS / "retailrocket-items.sql").read_text(encoding="utf-8"))
+    states = duckdb.sql("SELECT itemid, timestamp, categoryid, available FROM 'items.parquet'")
+    assert states.fetchall() == [
+        ("8", "50", None, "1"),
+        ("7", "100", "1338", "1"),
+        ("7", "200", "1338", "0"),
+        ("7", "300", "9", "0"),
+        ("7", "1000", "9", "1"),
+    ]
+    file = open_file(tmp_path / "items.parquet")
+    name = "retailrocket-items"
+    file_map = FileMap((MAPS / f"{name}.toml").read_text(encoding="utf-8"), name)
+    known = Settings(kafka_bootstrap_servers="k:1", redis_url="redis://r", at_ms_min=0)
+    reader = RowReader(known, file, "d", "items", file_map)
+    found = [
+        event for number, row in enumerate(file.rows()) for _, event in reader.events(number, row)
+    ]
+    assert [(item.categories, item.available) for item in found] == [
+        ([], True),
+        (["1338"], True),
+        (["1338"], False),
+        (["9"], False),
+        (["9"], True),
+    ]
 
 
 def test_every_map_is_tested() -> None:
