@@ -225,6 +225,19 @@ def query(
 
 
 @app.command()
+def similar(
+    items: Annotated[list[str], typer.Argument(help="Ids of one or several items.")],
+    k: Annotated[int, typer.Option("--k", "-k", help="How many items.")] = 10,
+    address: Address = "",
+    as_json: Annotated[bool, typer.Option("--json", help="The whole answer as JSON.")] = False,
+) -> None:
+    """Show the items nearest to an item, or to the middle of several."""
+    from cli.commands import query as commands_query
+
+    commands_query.similar(load(), items, k=k, address=address, as_json=as_json)
+
+
+@app.command()
 def stats(
     address: Address = "", as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False
 ) -> None:

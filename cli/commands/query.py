@@ -30,6 +30,17 @@ def query(
         answer = client.retrieve(
             user, k, after=token, wait_ms=wait_ms if token else 0, with_cards=True
         )
+    _show(answer, as_json)
+
+
+def similar(settings: Settings, items: list[str], *, k: int, address: str, as_json: bool) -> None:
+    """Print the items nearest to these."""
+    with Client(address or worker_address(settings)) as client:
+        answer = client.similar_items(items, k, with_cards=True)
+    _show(answer, as_json)
+
+
+def _show(answer: RetrieveResponse, as_json: bool) -> None:
     if as_json:
         console.print(MessageToJson(answer, preserving_proto_field_name=True), soft_wrap=True)
         return
@@ -105,7 +116,9 @@ def remarks(answer: RetrieveResponse) -> list[str]:
         if user.known
         else "no click of this user yet"
     )
-    lines = [f"generation {fresh.generation} · {known} · fence {user.fence_offset}"]
+    lines = [f"generation {fresh.generation}"]
+    if fresh.HasField("user"):
+        lines[0] += f" · {known} · fence {user.fence_offset}"
     lines += [f"{path.path}: {path.why}" for path in answer.paths if path.why]
     if answer.HasField("shards"):
         lines.append(f"shards: {answer.shards.answered} of {answer.shards.asked} answered")

@@ -7,10 +7,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from eddyline.errors import StoreUnavailable
-from eddyline.schema.events import Item
+import numpy as np
+
+from eddyline.errors import EddylineError, StoreUnavailable
+from eddyline.schema.events import Item, quote
 from eddyline.schema.user_history import EMPTY
 from eddyline.stores.state_store import StateStore, UserState
+from index.arrays import Vector
 from index.filters import Filter
 from index.port import IndexReader
 from serving.answer.card_reader import CardReader
@@ -18,9 +21,15 @@ from serving.answer.click_waits import ClickPending, ClickWaits
 from serving.answer.deadline import Deadline
 from serving.answer.fusion import Cascade, Fusion, PathResult, Recommendation
 from serving.answer.user_reader import AfterStatus, AfterToken, UserReader
-from serving.recall.base import RecallPath, RecallRequest
+from serving.recall.base import Candidates, RecallPath, RecallRequest
 from serving.recall.popularity import Popularity
 
+# The paths of `nearest`.
+SIMILAR, VECTOR = "similar", "vector"
+# Items that are not live: so many are named.
+NAMED_MAX = 4
+# A shorter sum of unit vectors is rounding.
+NORM_MIN = 1e-6
 _UNKNOWN_USER = UserState(fence=None, history=EMPTY, applied_us=0, embedding=None, profile={})
 
 
@@ -40,6 +49,28 @@ class Query:
 
 
 @dataclass(frozen=True, slots=True)
+class NearestQuery:
+    """A checked request for the items nearest to some items, or to a vector.
+
+    item_ids:   each once; empty if there is a vector
+    vector:     float32 (d,), finite, not all 0; None if there are items
+    generation: of the vector; "" if there is none
+    filters, with_cards: see `Query`
+    """
+
+    k: int
+    item_ids: Sequence[str] = ()
+    vector: Vector | None = None
+    generation: str = ""
+    with_cards: bool = False
+    filters: Filter | None = None
+
+
+class ItemsNotLive(EddylineError):
+    """None of the items whose neighbours are requested is live."""
+
+
+@dataclass(frozen=True, slots=True)
 class Stamps:
     """The worker's own clock after each step, microseconds since 1970; 0: the step did not run."""
 
@@ -54,14 +85,15 @@ class Stamps:
 class Answer:
     """The items of an answer, where they come from, and what is missing.
 
-    user:    the state that was read; an empty one if Redis is away or the user is unknown
+    user:    the state that was read; an empty one if Redis is away or the user is unknown; None if
+             the request names no user
     missing: what the answer had to do without, each `server: reason`
     cards:   item id -> metadata, if requested and stored
     """
 
     items: Sequence[Recommendation]
     paths: Sequence[PathResult]
-    user: UserState
+    user: UserState | None
     user_partition: int
     after: AfterStatus | None
     stamps: Stamps
@@ -146,6 +178,42 @@ class Retriever:
             cards=cards,
         )
 
+    def nearest(
+        self, query: NearestQuery, index: IndexReader, deadline: Deadline, received_us: int = 0
+    ) -> Answer:
+        """The k items nearest to the query's items or vector, or all that pass its filter.
+
+        Raises ItemsNotLive, DeadlinePassed, and VectorRejected if the vector does not fit.
+        """
+        deadline.check("the index was searched")
+        path, vector, why = VECTOR, query.vector, ""
+        if vector is None:
+            path = SIMILAR
+            vector, why = _middle_of(query.item_ids, index)
+        embedded_us = time.time_ns() // 1000
+        hits = index.query(vector, query.k, query.item_ids, query.filters)
+        searched_us = time.time_ns() // 1000
+        short = ""
+        if len(hits) < query.k:
+            other = "other items" if query.item_ids else "items"
+            which = "are live" if query.filters is None else "are live and pass the filter"
+            short = f"{len(hits)} of {query.k}: no more {other} {which}"
+        items = [Recommendation(hit, path, rank) for rank, hit in enumerate(hits, 1)]
+        cards, no_cards = self._cards(query, items, deadline, "")
+        deadline.check("the answer was sent")
+        stamps = Stamps(received_us, 0, embedded_us, searched_us, time.time_ns() // 1000)
+        return Answer(
+            items=items,
+            paths=[PathResult(path, Candidates(hits, why), len(hits))],
+            user=None,
+            user_partition=-1,
+            after=None,
+            stamps=stamps,
+            missing=no_cards,
+            short_because=short,
+            cards=cards,
+        )
+
     def missing(self) -> list[str]:
         """What answers have to do without now, each `server: reason`."""
         users = self._users.outages.missing()
@@ -170,7 +238,11 @@ class Retriever:
         return _UserRead(state, AfterStatus(not why, after.waited_ms, why))
 
     def _cards(
-        self, query: Query, items: Sequence[Recommendation], deadline: Deadline, unread: str
+        self,
+        query: Query | NearestQuery,
+        items: Sequence[Recommendation],
+        deadline: Deadline,
+        unread: str,
     ) -> tuple[dict[str, Item], list[str]]:
         """(item id -> metadata, what is missing)."""
         if not query.with_cards:
@@ -179,6 +251,27 @@ class Retriever:
         if unread:
             return {}, []  # Redis was away a moment ago; the answer reports that already
         return self._card_reader.read([item.hit.item_id for item in items], deadline)
+
+
+def _middle_of(item_ids: Sequence[str], index: IndexReader) -> tuple[Vector, str]:
+    """(the middle of those that are live, float32 (d,) of unit norm; which are not).
+
+    Raises ItemsNotLive if none is.
+    """
+    vectors = index.vectors_of(item_ids)
+    why = ""
+    if len(vectors) < len(item_ids):
+        live = [hit is not None for hit in index.describe(item_ids)]
+        named = [quote(one) for one, lives in zip(item_ids, live, strict=True) if not lives]
+        more = f" and {len(named) - NAMED_MAX} more" if len(named) > NAMED_MAX else ""
+        why = f"not live: {', '.join(named[:NAMED_MAX])}{more}"
+    if not len(vectors):
+        raise ItemsNotLive(f"item_ids: {why or 'none is live'}")
+    middle = vectors.sum(axis=0, dtype=np.float64)
+    norm = float(np.linalg.norm(middle))
+    if norm < NORM_MIN:  # opposite vectors have no middle: the first one decides
+        middle, norm = vectors[0].astype(np.float64), 1.0
+    return (middle / norm).astype(np.float32), why
 
 
 def seen_items(user: UserState) -> set[str]:

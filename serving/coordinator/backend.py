@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from typing_extensions import override
 
 from serving.answer.click_waits import ClickWaits
 from serving.answer.deadline import Deadline
-from serving.answer.retriever import Query, Retriever
+from serving.answer.retriever import Answer, ItemsNotLive, NearestQuery, Query, Retriever
 from serving.coordinator.scatter_gather import ScatterGather, StaleVectors
 from serving.coordinator.shards import Connection, Shards
 from serving.coordinator.vector_cache import VectorCache
 from serving.proto import retrieval_pb2 as pb
 from serving.rpc import converters
-from serving.rpc.backends import NoShardAnswers, RetrievalBackend, fill_retriever_stats
+from serving.rpc.backends import (
+    NoShardAnswers,
+    RetrievalBackend,
+    check_generation,
+    fill_retriever_stats,
+)
 from serving.worker.log_watch import LogWatch
 
 # An error message names this many shards.
@@ -46,12 +52,42 @@ class CoordinatorBackend(RetrievalBackend):
 
     @override
     def retrieve(self, query: Query, deadline: Deadline, received_us: int) -> pb.RetrieveResponse:
+        return self._answer(
+            deadline, lambda items: self.retriever.retrieve(query, items, deadline, received_us)
+        )
+
+    @override
+    def nearest(
+        self, query: NearestQuery, deadline: Deadline, received_us: int
+    ) -> pb.RetrieveResponse:
+        check_generation(query, self.generation)
+        return self._answer(
+            deadline, lambda items: self.retriever.nearest(query, items, deadline, received_us)
+        )
+
+    def _answer(
+        self, deadline: Deadline, ask: Callable[[ScatterGather], Answer]
+    ) -> pb.RetrieveResponse:
         items = ScatterGather(self.shards, self.dimension, deadline, self.vectors)
         try:
-            answer = self.retriever.retrieve(query, items, deadline, received_us)
-        except StaleVectors:  # rare: an item of the user's list changed since it was cached
+            answer = ask(items)
+        except StaleVectors:  # rare: an item of the query changed since it was cached
             items = ScatterGather(self.shards, self.dimension, deadline, self.vectors, fresh=True)
-            answer = self.retriever.retrieve(query, items, deadline, received_us)
+            answer = ask(items)
+        except ItemsNotLive as error:
+            if missing := self._check_answered(items):
+                named = "; ".join(missing[:NAMED_MAX])
+                raise NoShardAnswers(f"{error}, or in a shard without answer: {named}") from None
+            raise
+        missing = self._check_answered(items)
+        behind = "; ".join(why for why in (items.behind(), self._remade()) if why)
+        response = converters.response_of(answer, self.generation, items, behind)
+        response.shards.CopyFrom(items.status())
+        response.missing.extend(missing)
+        return response
+
+    def _check_answered(self, items: ScatterGather) -> list[str]:
+        """The shards that are missing. Raises NoShardAnswers if all are."""
         status = items.status()
         missing = [
             f"shard {m.shard} at {m.address}: {m.reason}: {m.detail}" for m in status.missing
@@ -59,11 +95,7 @@ class CoordinatorBackend(RetrievalBackend):
         if status.asked and not status.answered:
             more = f"; and {len(missing) - NAMED_MAX} more" if len(missing) > NAMED_MAX else ""
             raise NoShardAnswers(f"no shard answers: {'; '.join(missing[:NAMED_MAX])}{more}")
-        behind = "; ".join(why for why in (items.behind(), self._remade()) if why)
-        response = converters.response_of(answer, self.generation, items, behind)
-        response.shards.CopyFrom(status)
-        response.missing.extend(missing)
-        return response
+        return missing
 
     @override
     def fill_stats(self, response: pb.StatsResponse) -> None:

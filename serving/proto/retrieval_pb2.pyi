@@ -31,6 +31,32 @@ class RetrieveRequest(_message.Message):
     popularity_beta: float
     def __init__(self, user_id: _Optional[str] = ..., k: _Optional[int] = ..., after: _Optional[_Union[After, _Mapping]] = ..., with_cards: bool = ..., filters: _Optional[_Union[Filters, _Mapping]] = ..., popularity_beta: _Optional[float] = ...) -> None: ...
 
+class SimilarItemsRequest(_message.Message):
+    __slots__ = ("item_ids", "k", "filters", "with_cards")
+    ITEM_IDS_FIELD_NUMBER: _ClassVar[int]
+    K_FIELD_NUMBER: _ClassVar[int]
+    FILTERS_FIELD_NUMBER: _ClassVar[int]
+    WITH_CARDS_FIELD_NUMBER: _ClassVar[int]
+    item_ids: _containers.RepeatedScalarFieldContainer[str]
+    k: int
+    filters: Filters
+    with_cards: bool
+    def __init__(self, item_ids: _Optional[_Iterable[str]] = ..., k: _Optional[int] = ..., filters: _Optional[_Union[Filters, _Mapping]] = ..., with_cards: bool = ...) -> None: ...
+
+class SearchByVectorRequest(_message.Message):
+    __slots__ = ("vector", "generation", "k", "filters", "with_cards")
+    VECTOR_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    K_FIELD_NUMBER: _ClassVar[int]
+    FILTERS_FIELD_NUMBER: _ClassVar[int]
+    WITH_CARDS_FIELD_NUMBER: _ClassVar[int]
+    vector: _containers.RepeatedScalarFieldContainer[float]
+    generation: str
+    k: int
+    filters: Filters
+    with_cards: bool
+    def __init__(self, vector: _Optional[_Iterable[float]] = ..., generation: _Optional[str] = ..., k: _Optional[int] = ..., filters: _Optional[_Union[Filters, _Mapping]] = ..., with_cards: bool = ...) -> None: ...
+
 class Filters(_message.Message):
     __slots__ = ("categories", "tags", "tags_all", "ranges", "allow", "deny")
     CATEGORIES_FIELD_NUMBER: _ClassVar[int]

@@ -39,6 +39,16 @@ class RetrievalStub(object):
                 request_serializer=serving_dot_proto_dot_retrieval__pb2.RetrieveRequest.SerializeToString,
                 response_deserializer=serving_dot_proto_dot_retrieval__pb2.RetrieveResponse.FromString,
                 _registered_method=True)
+        self.SimilarItems = channel.unary_unary(
+                '/eddyline.retrieval.v1.Retrieval/SimilarItems',
+                request_serializer=serving_dot_proto_dot_retrieval__pb2.SimilarItemsRequest.SerializeToString,
+                response_deserializer=serving_dot_proto_dot_retrieval__pb2.RetrieveResponse.FromString,
+                _registered_method=True)
+        self.SearchByVector = channel.unary_unary(
+                '/eddyline.retrieval.v1.Retrieval/SearchByVector',
+                request_serializer=serving_dot_proto_dot_retrieval__pb2.SearchByVectorRequest.SerializeToString,
+                response_deserializer=serving_dot_proto_dot_retrieval__pb2.RetrieveResponse.FromString,
+                _registered_method=True)
         self.Stats = channel.unary_unary(
                 '/eddyline.retrieval.v1.Retrieval/Stats',
                 request_serializer=serving_dot_proto_dot_retrieval__pb2.StatsRequest.SerializeToString,
@@ -62,6 +72,25 @@ class RetrievalServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SimilarItems(self, request, context):
+        """The items nearest to one item, or to the middle of several; items that came a moment ago are
+        among them. No user is read.
+
+        Codes as for Retrieve; NOT_FOUND: none of the named items is live
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SearchByVector(self, request, context):
+        """The items nearest to a vector of the caller, of the space of one generation. No user is read.
+
+        Codes as for Retrieve; FAILED_PRECONDITION: the worker serves another generation
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Stats(self, request, context):
         """What this worker holds and how far it has come.
         """
@@ -75,6 +104,16 @@ def add_RetrievalServicer_to_server(servicer, server):
             'Retrieve': grpc.unary_unary_rpc_method_handler(
                     servicer.Retrieve,
                     request_deserializer=serving_dot_proto_dot_retrieval__pb2.RetrieveRequest.FromString,
+                    response_serializer=serving_dot_proto_dot_retrieval__pb2.RetrieveResponse.SerializeToString,
+            ),
+            'SimilarItems': grpc.unary_unary_rpc_method_handler(
+                    servicer.SimilarItems,
+                    request_deserializer=serving_dot_proto_dot_retrieval__pb2.SimilarItemsRequest.FromString,
+                    response_serializer=serving_dot_proto_dot_retrieval__pb2.RetrieveResponse.SerializeToString,
+            ),
+            'SearchByVector': grpc.unary_unary_rpc_method_handler(
+                    servicer.SearchByVector,
+                    request_deserializer=serving_dot_proto_dot_retrieval__pb2.SearchByVectorRequest.FromString,
                     response_serializer=serving_dot_proto_dot_retrieval__pb2.RetrieveResponse.SerializeToString,
             ),
             'Stats': grpc.unary_unary_rpc_method_handler(
@@ -109,6 +148,60 @@ class Retrieval(object):
             target,
             '/eddyline.retrieval.v1.Retrieval/Retrieve',
             serving_dot_proto_dot_retrieval__pb2.RetrieveRequest.SerializeToString,
+            serving_dot_proto_dot_retrieval__pb2.RetrieveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SimilarItems(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/eddyline.retrieval.v1.Retrieval/SimilarItems',
+            serving_dot_proto_dot_retrieval__pb2.SimilarItemsRequest.SerializeToString,
+            serving_dot_proto_dot_retrieval__pb2.RetrieveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SearchByVector(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/eddyline.retrieval.v1.Retrieval/SearchByVector',
+            serving_dot_proto_dot_retrieval__pb2.SearchByVectorRequest.SerializeToString,
             serving_dot_proto_dot_retrieval__pb2.RetrieveResponse.FromString,
             options,
             channel_credentials,

@@ -8,10 +8,11 @@ from typing import Protocol
 from typing_extensions import override
 
 from eddyline.errors import EddylineError
+from eddyline.schema.events import quote
 from index.port import Index
 from serving.answer.click_waits import ClickWaits
 from serving.answer.deadline import Deadline
-from serving.answer.retriever import Query, Retriever
+from serving.answer.retriever import Answer, NearestQuery, Query, Retriever
 from serving.proto import retrieval_pb2 as pb
 from serving.rpc import converters
 from serving.sharding import ShardAssignment
@@ -28,6 +29,10 @@ class HoldsOneShard(EddylineError):
     """This worker holds one shard of the items; its coordinator answers users."""
 
 
+class OtherGeneration(EddylineError):
+    """A vector of another generation than the one that is served."""
+
+
 class RetrievalBackend(Protocol):
     """What a service answers from. Thread rule: any thread."""
 
@@ -40,6 +45,15 @@ class RetrievalBackend(Protocol):
         """The answer.
 
         Raises BadQuery, DeadlinePassed, NoShardAnswers, HoldsOneShard, ClickPending.
+        """
+
+    def nearest(
+        self, query: NearestQuery, deadline: Deadline, received_us: int
+    ) -> pb.RetrieveResponse:
+        """The items nearest to some items or to a vector.
+
+        Raises BadQuery, DeadlinePassed, NoShardAnswers, HoldsOneShard, ItemsNotLive,
+        OtherGeneration, VectorRejected.
         """
 
     def fill_stats(self, response: pb.StatsResponse) -> None:
@@ -96,14 +110,26 @@ class WorkerBackend(RetrievalBackend):
         held = self.held
         converters.check_ranges(query.filters, held.index)
         answer = self.retriever.retrieve(query, held.index, deadline, received_us)
-        behind = held.missing()
-        return converters.response_of(answer, held.generation, held.index, behind)
+        return self._response(answer)
+
+    @override
+    def nearest(
+        self, query: NearestQuery, deadline: Deadline, received_us: int
+    ) -> pb.RetrieveResponse:
+        held = self.held
+        check_generation(query, held.generation)
+        converters.check_ranges(query.filters, held.index)
+        return self._response(self.retriever.nearest(query, held.index, deadline, received_us))
 
     @override
     def fill_stats(self, response: pb.StatsResponse) -> None:
         response.shards = 1
         fill_retriever_stats(response, self.retriever)
         self.held.fill_index_stats(response)
+
+    def _response(self, answer: Answer) -> pb.RetrieveResponse:
+        held = self.held
+        return converters.response_of(answer, held.generation, held.index, held.missing())
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +141,29 @@ class ShardBackend(RetrievalBackend):
 
     @override
     def retrieve(self, query: Query, deadline: Deadline, received_us: int) -> pb.RetrieveResponse:
-        name = self.assignment.name
-        raise HoldsOneShard(f"this worker holds {name} only; ask the coordinator of the shards")
+        raise self._refusal()
+
+    @override
+    def nearest(
+        self, query: NearestQuery, deadline: Deadline, received_us: int
+    ) -> pb.RetrieveResponse:
+        raise self._refusal()
 
     @override
     def fill_stats(self, response: pb.StatsResponse) -> None:
         response.shard, response.shards = self.assignment
         response.popular.age_ms = -1
         self.held.fill_index_stats(response)
+
+    def _refusal(self) -> HoldsOneShard:
+        name = self.assignment.name
+        return HoldsOneShard(f"this worker holds {name} only; ask the coordinator of the shards")
+
+
+def check_generation(query: NearestQuery, served: str) -> None:
+    """Raise OtherGeneration if the query's vector is not of this generation."""
+    if query.vector is not None and query.generation != served:
+        raise OtherGeneration(
+            f"generation: {quote(query.generation)}, this worker serves {quote(served)}; vectors "
+            "of two generations cannot be compared"
+        )

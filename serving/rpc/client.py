@@ -7,8 +7,9 @@ with Client("127.0.0.1:50051") as client:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
+from typing import Any
 
 import grpc
 
@@ -86,18 +87,45 @@ class Client:
         )
         if after is not None:
             request.after.CopyFrom(pb.After(partition=after[0], offset=after[1], wait_ms=wait_ms))
-        try:
-            response: pb.RetrieveResponse = self._stub.Retrieve(request, timeout=timeout_s)
-        except grpc.RpcError as error:
-            raise self._failed(error, timeout_s) from None
+        response: pb.RetrieveResponse = self._call(self._stub.Retrieve, request, timeout_s)
+        return response
+
+    def similar_items(
+        self,
+        item_ids: Sequence[str],
+        k: int,
+        *,
+        with_cards: bool = False,
+        filters: pb.Filters | None = None,
+        timeout_s: float = 5.0,
+    ) -> pb.RetrieveResponse:
+        """The items nearest to these, which are not among them. Raises CallFailed."""
+        request = pb.SimilarItemsRequest(
+            item_ids=item_ids, k=k, with_cards=with_cards, filters=filters
+        )
+        response: pb.RetrieveResponse = self._call(self._stub.SimilarItems, request, timeout_s)
+        return response
+
+    def search_by_vector(
+        self,
+        vector: Iterable[float],
+        generation: str,
+        k: int,
+        *,
+        with_cards: bool = False,
+        filters: pb.Filters | None = None,
+        timeout_s: float = 5.0,
+    ) -> pb.RetrieveResponse:
+        """The items nearest to a vector of this generation's space. Raises CallFailed."""
+        request = pb.SearchByVectorRequest(
+            vector=vector, generation=generation, k=k, with_cards=with_cards, filters=filters
+        )
+        response: pb.RetrieveResponse = self._call(self._stub.SearchByVector, request, timeout_s)
         return response
 
     def stats(self, *, timeout_s: float = 5.0) -> pb.StatsResponse:
         """What the worker holds, and its progress. Raises CallFailed."""
-        try:
-            response: pb.StatsResponse = self._stub.Stats(pb.StatsRequest(), timeout=timeout_s)
-        except grpc.RpcError as error:
-            raise self._failed(error, timeout_s) from None
+        response: pb.StatsResponse = self._call(self._stub.Stats, pb.StatsRequest(), timeout_s)
         return response
 
     def close(self) -> None:
@@ -114,6 +142,12 @@ class Client:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _call(self, method: Callable[..., Any], request: Any, timeout_s: float) -> Any:
+        try:
+            return method(request, timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise self._failed(error, timeout_s) from None
 
     def _failed(self, error: grpc.RpcError, timeout_s: float) -> CallFailed:
         code, detail = error.code().name, error.details() or ""

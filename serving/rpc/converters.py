@@ -7,13 +7,16 @@ import time
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 
+import numpy as np
+
 from eddyline.errors import EddylineError, Rejected
 from eddyline.schema.events import ID_BYTES_MAX, Item, check_id, quote
 from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
+from eddyline.stores.state_store import UserState
 from index.filters import LIST_IDS_MAX, RANGES_MAX, TERMS_MAX, Filter, Range
 from index.port import IndexReader, IndexStats
-from serving.answer.retriever import Answer, Query
+from serving.answer.retriever import Answer, NearestQuery, Query
 from serving.answer.user_reader import AfterToken
 from serving.proto import retrieval_pb2 as pb
 from serving.worker.replica import TailState
@@ -27,6 +30,8 @@ ITEMS_THAT_FIT = 5_000
 NAMES_COMPARED = 256
 # Inner products of unit vectors end at 1; beyond this, popularity alone decides.
 BETA_MAX = 10.0
+# Items whose middle a search of similar ones begins at.
+SIMILAR_TO_MAX = 100
 
 
 class BadQuery(EddylineError):
@@ -44,16 +49,63 @@ def query_of(request: pb.RetrieveRequest, settings: Settings) -> Query:
         check_id("user_id", request.user_id)
     except Rejected as error:
         raise BadQuery(f"user_id: {error.detail}") from None
-    if not 1 <= request.k <= settings.k_max:
-        raise BadQuery(f"k: {request.k}, allowed are 1 … {settings.k_max}")
+    _check_k(request.k, settings)
     after = _after_of(request, settings) if request.HasField("after") else None
-    filters = filter_of(request.filters) if request.HasField("filters") else None
+    filters = _filters(request)
     beta = settings.popularity_beta
     if request.HasField("popularity_beta"):
         beta = request.popularity_beta
         if not 0 <= beta <= BETA_MAX:
             raise BadQuery(f"popularity_beta: {beta}, allowed are 0 … {BETA_MAX:g}")
     return Query(request.user_id, request.k, after, request.with_cards, filters, beta)
+
+
+def similar_of(request: pb.SimilarItemsRequest, settings: Settings) -> NearestQuery:
+    """The request, checked. Raises BadQuery."""
+    ids = list(request.item_ids)
+    if not 1 <= len(ids) <= SIMILAR_TO_MAX:
+        raise BadQuery(f"item_ids: {len(ids)} ids, allowed are 1 … {SIMILAR_TO_MAX}")
+    for item_id in ids:
+        size = len(item_id.encode())
+        if not 1 <= size <= ID_BYTES_MAX:
+            named = f"{quote(item_id)} has {size} bytes"
+            raise BadQuery(f"item_ids: {named}, allowed are 1 … {ID_BYTES_MAX}")
+        if ids.count(item_id) > 1:
+            raise BadQuery(f"item_ids: {quote(item_id)} is given twice")
+    _check_k(request.k, settings)
+    return NearestQuery(
+        request.k, item_ids=ids, with_cards=request.with_cards, filters=_filters(request)
+    )
+
+
+def vector_of(request: pb.SearchByVectorRequest, settings: Settings) -> NearestQuery:
+    """The request, checked but for what its generation decides. Raises BadQuery."""
+    if not request.generation:
+        raise BadQuery("generation: it is empty; name the one whose space the vector is of")
+    vector = np.array(request.vector, np.float32)
+    if not np.isfinite(vector).all():
+        raise BadQuery("vector: it holds NaN or infinity")
+    if not vector.any():
+        raise BadQuery(f"vector: {len(vector)} numbers, and all are 0")
+    _check_k(request.k, settings)
+    return NearestQuery(
+        request.k,
+        vector=vector,
+        generation=request.generation,
+        with_cards=request.with_cards,
+        filters=_filters(request),
+    )
+
+
+def _filters(
+    request: pb.RetrieveRequest | pb.SimilarItemsRequest | pb.SearchByVectorRequest,
+) -> Filter | None:
+    return filter_of(request.filters) if request.HasField("filters") else None
+
+
+def _check_k(k: int, settings: Settings) -> None:
+    if not 1 <= k <= settings.k_max:
+        raise BadQuery(f"k: {k}, allowed are 1 … {settings.k_max}")
 
 
 def filter_of(filters: pb.Filters) -> Filter | None:
@@ -212,20 +264,10 @@ def _add_cards(response: pb.RetrieveResponse, cards: Mapping[str, Item]) -> int:
 
 
 def _freshness_of(answer: Answer, generation: str, index: IndexReader) -> pb.Freshness:
-    history, stamps = answer.user.history, answer.stamps
+    stamps = answer.stamps
     freshness = pb.Freshness(
         generation=generation,
-        user=pb.UserWatermark(
-            known=history.offset >= 0,
-            partition=answer.user_partition,
-            offset=history.offset,
-            at_ms=history.at_ms,
-            produced_us=history.produced_us,
-            appended_ms=history.appended_ms,
-            read_us=history.read_us,
-            applied_us=answer.user.applied_us,
-            fence_offset=-1 if answer.user.fence is None else answer.user.fence.offset,
-        ),
+        user=None if answer.user is None else _user_of(answer.user, answer.user_partition),
         index=watermarks_of(index),
         worker=pb.WorkerStamps(
             received_us=stamps.received_us,
@@ -241,6 +283,21 @@ def _freshness_of(answer: Answer, generation: str, index: IndexReader) -> pb.Fre
             pb.AfterStatus(applied=status.applied, waited_ms=status.waited_ms, why=status.why)
         )
     return freshness
+
+
+def _user_of(user: UserState, partition: int) -> pb.UserWatermark:
+    history = user.history
+    return pb.UserWatermark(
+        known=history.offset >= 0,
+        partition=partition,
+        offset=history.offset,
+        at_ms=history.at_ms,
+        produced_us=history.produced_us,
+        appended_ms=history.appended_ms,
+        read_us=history.read_us,
+        applied_us=user.applied_us,
+        fence_offset=-1 if user.fence is None else user.fence.offset,
+    )
 
 
 def watermarks_of(index: IndexReader) -> list[pb.IndexWatermark]:

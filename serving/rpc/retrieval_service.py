@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 
 import grpc
 
+from eddyline.errors import VectorRejected
 from eddyline.settings.loader import Settings
 from serving.answer.click_waits import ClickPending, TooManyWait
 from serving.answer.deadline import Deadline, DeadlinePassed
-from serving.answer.retriever import Query
+from serving.answer.retriever import ItemsNotLive, NearestQuery, Query
 from serving.proto import retrieval_pb2 as pb
 from serving.rpc import converters
-from serving.rpc.backends import HoldsOneShard, NoShardAnswers, RetrievalBackend
+from serving.rpc.backends import HoldsOneShard, NoShardAnswers, OtherGeneration, RetrievalBackend
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +33,18 @@ ANSWER_S = 0.05
 # Upper bounds of the histogram of query times, seconds.
 _BUCKETS_MS = (0.5, 1, 2, 3, 5, 7.5, 10, 15, 25, 50, 100, 250, 500, 1_000)
 BUCKETS_S = tuple(ms / 1000 for ms in _BUCKETS_MS)
+# The calls for items. Each is answered with a `RetrieveResponse`.
+REQUESTS = {
+    "Retrieve": pb.RetrieveRequest,
+    "SimilarItems": pb.SimilarItemsRequest,
+    "SearchByVector": pb.SearchByVectorRequest,
+}
+_Request = pb.RetrieveRequest | pb.SimilarItemsRequest | pb.SearchByVectorRequest
 _CODES: dict[type[Exception], grpc.StatusCode] = {
     converters.BadQuery: grpc.StatusCode.INVALID_ARGUMENT,
+    VectorRejected: grpc.StatusCode.INVALID_ARGUMENT,
+    ItemsNotLive: grpc.StatusCode.NOT_FOUND,
+    OtherGeneration: grpc.StatusCode.FAILED_PRECONDITION,
     DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
     HoldsOneShard: grpc.StatusCode.FAILED_PRECONDITION,
     NoShardAnswers: grpc.StatusCode.UNAVAILABLE,
@@ -68,7 +79,7 @@ class QueryCounts(NamedTuple):
 
 
 class RetrievalService:
-    """Answers Retrieve and Stats. Thread rule: any thread."""
+    """Answers all calls of the service. Thread rule: any thread."""
 
     def __init__(self, settings: Settings) -> None:
         """Not ready: calls get UNAVAILABLE until `serve`."""
@@ -89,16 +100,16 @@ class RetrievalService:
         """From now on, answer from this backend; running calls end on the one before."""
         self._backend = backend
 
-    def Retrieve(
+    def answer(
         self,
-        request: pb.RetrieveRequest,
+        request: _Request,
         context: grpc.ServicerContext,
         send: Callable[[pb.RetrieveResponse | None], None],
     ) -> None:
-        """See retrieval.proto. send: gets the response, then None; perhaps from another thread.
+        """Answer Retrieve, SimilarItems and SearchByVector; see retrieval.proto.
 
-        So gRPC lets a handler return before its call is answered: a call that waits for a click
-        holds no thread.
+        send: gets the response, then None; perhaps from another thread. So gRPC lets a handler
+        return before its call is answered: a call that waits for a click holds no thread.
         """
         received_us, begun = time.time_ns() // 1000, time.perf_counter()
         deadline = Deadline.of_call(context.time_remaining(), self._settings.query_timeout_ms)
@@ -153,10 +164,12 @@ class RetrievalService:
 
     def _answer(self, call: _Call, resumed: Query | None) -> pb.RetrieveResponse | None:
         """The response; None if the call waits for its click."""
-        query = resumed or converters.query_of(call.request, self._settings)
+        query = resumed or self._query(call.request)
         backend = self._backend
         if backend is None:
             raise _NotReady(f"the worker is not ready: it waits for {self._waiting_for}")
+        if isinstance(query, NearestQuery):
+            return backend.nearest(query, call.deadline, call.received_us)
         waits, after = backend.waits, query.after
         if waits is not None and after is not None and after.wait_ms:
             waits.check(after)  # before any work: callers that are refused may be many
@@ -171,6 +184,13 @@ class RetrievalService:
         if not call.context.add_callback(lambda: waits.cancel(parked)):
             waits.cancel(parked)  # the caller is gone already
         return None
+
+    def _query(self, request: _Request) -> Query | NearestQuery:
+        if isinstance(request, pb.SimilarItemsRequest):
+            return converters.similar_of(request, self._settings)
+        if isinstance(request, pb.SearchByVectorRequest):
+            return converters.vector_of(request, self._settings)
+        return converters.query_of(request, self._settings)
 
     def _count(self, begun: float, response: pb.RetrieveResponse | None) -> None:
         """Count one query; response: None for a failed one."""
@@ -187,9 +207,9 @@ class RetrievalService:
 
 
 class _Call(NamedTuple):
-    """One call of Retrieve, from its arrival to its answer."""
+    """One call for items, from its arrival to its answer."""
 
-    request: pb.RetrieveRequest
+    request: _Request
     context: grpc.ServicerContext
     send: Callable[[pb.RetrieveResponse | None], None]
     deadline: Deadline
@@ -208,23 +228,24 @@ class _NotReady(Exception):
 
 
 def add_to_server(service: RetrievalService, server: grpc.Server) -> None:
-    """As the generated function, but `Retrieve` answers through a callback.
+    """As the generated function, but calls for items are answered through a callback.
 
     On the wire a stream of one response is a single response.
     """
 
-    def retrieve(request: Any, context: Any, send: Any) -> None:
-        service.Retrieve(request, context, send)
+    def answer(request: Any, context: Any, send: Any) -> None:
+        service.answer(request, context, send)
 
-    retrieve.experimental_non_blocking = True  # type: ignore[attr-defined]
+    answer.experimental_non_blocking = True  # type: ignore[attr-defined]
     handlers = {
-        "Retrieve": grpc.unary_stream_rpc_method_handler(
-            retrieve, pb.RetrieveRequest.FromString, pb.RetrieveResponse.SerializeToString
-        ),
-        "Stats": grpc.unary_unary_rpc_method_handler(
-            service.Stats, pb.StatsRequest.FromString, pb.StatsResponse.SerializeToString
-        ),
+        name: grpc.unary_stream_rpc_method_handler(
+            answer, request.FromString, pb.RetrieveResponse.SerializeToString
+        )
+        for name, request in REQUESTS.items()
     }
+    handlers["Stats"] = grpc.unary_unary_rpc_method_handler(
+        service.Stats, pb.StatsRequest.FromString, pb.StatsResponse.SerializeToString
+    )
     generic = grpc.method_handlers_generic_handler(NAME, handlers)
     server.add_generic_rpc_handlers((generic,))
     server.add_registered_method_handlers(NAME, handlers)

@@ -337,6 +337,8 @@ def test_the_command_line_works(live, user) -> None:
     shown = run("query", user, "--after", token, "-k", "5")
     assert "towers" in shown and f"clicks/{token}" in shown
     assert '"item_id"' in run("query", user, "--json")
+    assert "similar 1" in run("similar", item_id, "-k", "3")
+    assert "not live" in run("similar", f"cli-{user}", code=1)
     assert "in the graph" in run("stats")
     assert "items/" in run(
         "item", f"cli-{user}", "--title", "Made here", "--attribute", "year=2026"

@@ -33,7 +33,7 @@ class DirectCall:
 def retrieve(service: RetrievalService, user_id: str, k: int) -> pb.RetrieveResponse:
     """The response. Raises RuntimeError with the status code."""
     call, sent = DirectCall(), list[Any]()
-    service.Retrieve(pb.RetrieveRequest(user_id=user_id, k=k), call, sent.append)
+    service.answer(pb.RetrieveRequest(user_id=user_id, k=k), call, sent.append)
     if call.code is not grpc.StatusCode.OK:
         raise RuntimeError(f"{call.code}: {call.details}")
     response, end = sent
