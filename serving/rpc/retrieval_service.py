@@ -34,7 +34,7 @@ ANSWER_S = 0.05
 _BUCKETS_MS = (0.5, 1, 2, 3, 5, 7.5, 10, 15, 25, 50, 100, 250, 500, 1_000)
 BUCKETS_S = tuple(ms / 1000 for ms in _BUCKETS_MS)
 # The calls for items. Each is answered with a `RetrieveResponse`.
-REQUESTS = {
+REQUESTS: dict[str, Any] = {
     "Retrieve": pb.RetrieveRequest,
     "SimilarItems": pb.SimilarItemsRequest,
     "SearchByVector": pb.SearchByVectorRequest,
