@@ -209,7 +209,10 @@ app.command()(file_commands.init)
 
 @app.command()
 def query(
-    user: User,
+    user: Annotated[str, typer.Argument(help="The user's id; none for a guest.")] = "",
+    session: Annotated[
+        list[str] | None, typer.Option(help="An item of this visit, newest first; may be repeated.")
+    ] = None,
     k: Annotated[int, typer.Option("--k", "-k", help="How many items.")] = 10,
     after: Annotated[str, typer.Option(help="Wait for this click, partition/offset.")] = "",
     wait_ms: Annotated[int, typer.Option(help="How long to wait for the click.")] = 1_000,
@@ -220,7 +223,14 @@ def query(
     from cli.commands import query as commands_query
 
     commands_query.query(
-        load(), user, k=k, after=after, wait_ms=wait_ms, address=address, as_json=as_json
+        load(),
+        user,
+        k=k,
+        session=session or [],
+        after=after,
+        wait_ms=wait_ms,
+        address=address,
+        as_json=as_json,
     )
 
 

@@ -22,13 +22,25 @@ console = Console(highlight=False, markup=False)
 
 
 def query(
-    settings: Settings, user: str, *, k: int, after: str, wait_ms: int, address: str, as_json: bool
+    settings: Settings,
+    user: str,
+    *,
+    k: int,
+    session: list[str],
+    after: str,
+    wait_ms: int,
+    address: str,
+    as_json: bool,
 ) -> None:
-    """Print a user's items. after: `partition/offset` of a click that the answer must include."""
+    """Print a user's items.
+
+    session: items of this visit, newest first; with them the user may be ""
+    after:   `partition/offset` of a click that the answer must include
+    """
     token = _token(after) if after else None
     with Client(address or worker_address(settings)) as client:
         answer = client.retrieve(
-            user, k, after=token, wait_ms=wait_ms if token else 0, with_cards=True
+            user, k, after=token, wait_ms=wait_ms if token else 0, with_cards=True, session=session
         )
     _show(answer, as_json)
 

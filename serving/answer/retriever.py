@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from eddyline.errors import EddylineError, StoreUnavailable
 from eddyline.schema.events import Item, quote
-from eddyline.schema.user_history import EMPTY
+from eddyline.schema.user_history import EMPTY, Entry
 from eddyline.stores.state_store import StateStore, UserState
 from index.arrays import Vector
 from index.filters import Filter
@@ -37,6 +38,8 @@ _UNKNOWN_USER = UserState(fence=None, history=EMPTY, applied_us=0, embedding=Non
 class Query:
     """A checked request.
 
+    user_id: "" for a guest, who has a session
+    session: events of this visit that are not stored, newest first
     filters: every item of the answer passes them; popularity_beta: see `Popularity.debias`
     """
 
@@ -46,6 +49,7 @@ class Query:
     with_cards: bool = False
     filters: Filter | None = None
     popularity_beta: float = 0.0
+    session: Sequence[Entry] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +89,8 @@ class Stamps:
 class Answer:
     """The items of an answer, where they come from, and what is missing.
 
-    user:    the state that was read; an empty one if Redis is away or the user is unknown; None if
-             the request names no user
+    user:    the stored state that was read; an empty one if Redis is away or the user is unknown;
+             None if the request names no user
     missing: what the answer had to do without, each `server: reason`
     cards:   item id -> metadata, if requested and stored
     """
@@ -144,11 +148,12 @@ class Retriever:
         query may wait for its click: once it has, its `wait_ms` is 0.
         """
         deadline.check("the user was read")
-        user, after, unread = self._read(query)
-        user_read_us = 0 if unread else time.time_ns() // 1000
+        stored, after, unread = self._read(query)
+        user_read_us = 0 if unread or not query.user_id else time.time_ns() // 1000
+        user = with_session(stored, query.session)
         seen = seen_items(user)
         request = RecallRequest(
-            user=None if unread else user,
+            user=None if unread and not query.session else user,
             k=query.k,
             excluded=seen,
             filters=query.filters,
@@ -163,8 +168,8 @@ class Retriever:
         return Answer(
             items=items,
             paths=paths,
-            user=user,
-            user_partition=self._users.partition_of(query.user_id),
+            user=stored if query.user_id else None,
+            user_partition=self._users.partition_of(query.user_id) if query.user_id else -1,
             after=after,
             stamps=Stamps(
                 received_us,
@@ -222,6 +227,8 @@ class Retriever:
 
     def _read(self, query: Query) -> _UserRead:
         after = query.after
+        if not query.user_id:
+            return _UserRead(_UNKNOWN_USER, None)
         try:
             state = self._users.read(query.user_id)
         except StoreUnavailable as error:
@@ -274,6 +281,14 @@ def _middle_of(item_ids: Sequence[str], index: IndexReader) -> tuple[Vector, str
     return (middle / norm).astype(np.float32), why
 
 
+def with_session(user: UserState, session: Sequence[Entry]) -> UserState:
+    """The user with these events, newest first, before those of the list."""
+    if not session:
+        return user
+    history = msgspec.structs.replace(user.history, entries=(*session, *user.history.entries))
+    return replace(user, history=history)
+
+
 def seen_items(user: UserState) -> set[str]:
     """The items that no answer to this user has: those of the user's list."""
     return {entry.item_id for entry in user.history.entries}
@@ -285,4 +300,5 @@ def _short_because(query: Query, found: int, seen: Collection[str], index: Index
     which = f"{index.stats().live} items are live"
     if query.filters is not None:
         which = f"{found + seen_live} live items pass the filter"
-    return f"{found} of {query.k}: {which}, {seen_live} of them are in the user's list"
+    where = "the user's list or the session" if query.session else "the user's list"
+    return f"{found} of {query.k}: {which}, {seen_live} of them are in {where}"

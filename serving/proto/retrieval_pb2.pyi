@@ -16,20 +16,30 @@ class After(_message.Message):
     def __init__(self, partition: _Optional[int] = ..., offset: _Optional[int] = ..., wait_ms: _Optional[int] = ...) -> None: ...
 
 class RetrieveRequest(_message.Message):
-    __slots__ = ("user_id", "k", "after", "with_cards", "filters", "popularity_beta")
+    __slots__ = ("user_id", "k", "after", "with_cards", "filters", "popularity_beta", "session")
     USER_ID_FIELD_NUMBER: _ClassVar[int]
     K_FIELD_NUMBER: _ClassVar[int]
     AFTER_FIELD_NUMBER: _ClassVar[int]
     WITH_CARDS_FIELD_NUMBER: _ClassVar[int]
     FILTERS_FIELD_NUMBER: _ClassVar[int]
     POPULARITY_BETA_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
     user_id: str
     k: int
     after: After
     with_cards: bool
     filters: Filters
     popularity_beta: float
-    def __init__(self, user_id: _Optional[str] = ..., k: _Optional[int] = ..., after: _Optional[_Union[After, _Mapping]] = ..., with_cards: bool = ..., filters: _Optional[_Union[Filters, _Mapping]] = ..., popularity_beta: _Optional[float] = ...) -> None: ...
+    session: _containers.RepeatedCompositeFieldContainer[SessionEvent]
+    def __init__(self, user_id: _Optional[str] = ..., k: _Optional[int] = ..., after: _Optional[_Union[After, _Mapping]] = ..., with_cards: bool = ..., filters: _Optional[_Union[Filters, _Mapping]] = ..., popularity_beta: _Optional[float] = ..., session: _Optional[_Iterable[_Union[SessionEvent, _Mapping]]] = ...) -> None: ...
+
+class SessionEvent(_message.Message):
+    __slots__ = ("item_id", "kind")
+    ITEM_ID_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    item_id: str
+    kind: str
+    def __init__(self, item_id: _Optional[str] = ..., kind: _Optional[str] = ...) -> None: ...
 
 class SimilarItemsRequest(_message.Message):
     __slots__ = ("item_ids", "k", "filters", "with_cards")

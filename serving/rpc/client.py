@@ -68,22 +68,27 @@ class Client:
         with_cards: bool = False,
         filters: pb.Filters | None = None,
         popularity_beta: float | None = None,
+        session: Iterable[str | tuple[str, str]] = (),
         timeout_s: float = 5.0,
     ) -> pb.RetrieveResponse:
         """The answer. Raises CallFailed.
 
+        user_id:   "" for a guest, who has a session
         after:     (partition, offset) of a click that the answer should include
         wait_ms:   how long to wait for that click
         filters:   every item of the answer passes them
         popularity_beta: strength of the popularity correction; None: the worker's setting
+        session:   items of this visit, newest first, or (item, kind); they are not stored
         timeout_s: the deadline of the call
         """
+        events = [(one, "") if isinstance(one, str) else one for one in session]
         request = pb.RetrieveRequest(
             user_id=user_id,
             k=k,
             with_cards=with_cards,
             filters=filters,
             popularity_beta=popularity_beta,
+            session=[pb.SessionEvent(item_id=item, kind=kind) for item, kind in events],
         )
         if after is not None:
             request.after.CopyFrom(pb.After(partition=after[0], offset=after[1], wait_ms=wait_ms))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 
 import numpy as np
 
 from eddyline.errors import EddylineError, Rejected
-from eddyline.schema.events import ID_BYTES_MAX, Item, check_id, quote
+from eddyline.schema.events import ID_BYTES_MAX, KINDS, Item, check_id, quote
 from eddyline.schema.partitioning import partition_of
+from eddyline.schema.user_history import Entry
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import UserState
 from index.filters import LIST_IDS_MAX, RANGES_MAX, TERMS_MAX, Filter, Range
@@ -32,6 +33,9 @@ NAMES_COMPARED = 256
 BETA_MAX = 10.0
 # Items whose middle a search of similar ones begins at.
 SIMILAR_TO_MAX = 100
+# As many as a user's list has by default.
+SESSION_EVENTS_MAX = 100
+_KINDS = {kind: number for number, kind in enumerate(KINDS)}
 
 
 class BadQuery(EddylineError):
@@ -40,15 +44,18 @@ class BadQuery(EddylineError):
 
 def query_of(request: pb.RetrieveRequest, settings: Settings) -> Query:
     """The request, checked. Raises BadQuery."""
-    size = len(request.user_id.encode())
-    if not 1 <= size <= ID_BYTES_MAX:
-        raise BadQuery(
-            f"user_id: {quote(request.user_id)} has {size} bytes, allowed are 1 … {ID_BYTES_MAX}"
-        )
-    try:
-        check_id("user_id", request.user_id)
-    except Rejected as error:
-        raise BadQuery(f"user_id: {error.detail}") from None
+    guest = not request.user_id and len(request.session) > 0
+    if not guest:
+        size = len(request.user_id.encode())
+        if not 1 <= size <= ID_BYTES_MAX:
+            named = f"{quote(request.user_id)} has {size} bytes"
+            raise BadQuery(f"user_id: {named}, allowed are 1 … {ID_BYTES_MAX}")
+        try:
+            check_id("user_id", request.user_id)
+        except Rejected as error:
+            raise BadQuery(f"user_id: {error.detail}") from None
+    elif request.HasField("after"):
+        raise BadQuery("after: it names a click of a user, and user_id is empty")
     _check_k(request.k, settings)
     after = _after_of(request, settings) if request.HasField("after") else None
     filters = _filters(request)
@@ -57,7 +64,31 @@ def query_of(request: pb.RetrieveRequest, settings: Settings) -> Query:
         beta = request.popularity_beta
         if not 0 <= beta <= BETA_MAX:
             raise BadQuery(f"popularity_beta: {beta}, allowed are 0 … {BETA_MAX:g}")
-    return Query(request.user_id, request.k, after, request.with_cards, filters, beta)
+    session = _session_of(request.session) if request.session else ()
+    return Query(request.user_id, request.k, after, request.with_cards, filters, beta, session)
+
+
+def _session_of(session: Sequence[pb.SessionEvent]) -> list[Entry]:
+    if len(session) > SESSION_EVENTS_MAX:
+        raise BadQuery(f"session: {len(session)} events, allowed are 0 … {SESSION_EVENTS_MAX}")
+    entries = []
+    for event in session:
+        _check_item_id("session.item_id", event.item_id)
+        kind = _KINDS.get(event.kind or "click")
+        if kind is None:
+            raise BadQuery(
+                f"session.kind: {quote(event.kind)}, allowed are {', '.join(_KINDS)} or empty"
+            )
+        # Times are of stored events; nothing asks for those of a session.
+        entries.append(Entry(event.item_id, 0, kind))
+    return entries
+
+
+def _check_item_id(field: str, item_id: str) -> None:
+    size = len(item_id.encode())
+    if not 1 <= size <= ID_BYTES_MAX:
+        named = f"{quote(item_id)} has {size} bytes"
+        raise BadQuery(f"{field}: {named}, allowed are 1 … {ID_BYTES_MAX}")
 
 
 def similar_of(request: pb.SimilarItemsRequest, settings: Settings) -> NearestQuery:
@@ -66,10 +97,7 @@ def similar_of(request: pb.SimilarItemsRequest, settings: Settings) -> NearestQu
     if not 1 <= len(ids) <= SIMILAR_TO_MAX:
         raise BadQuery(f"item_ids: {len(ids)} ids, allowed are 1 … {SIMILAR_TO_MAX}")
     for item_id in ids:
-        size = len(item_id.encode())
-        if not 1 <= size <= ID_BYTES_MAX:
-            named = f"{quote(item_id)} has {size} bytes"
-            raise BadQuery(f"item_ids: {named}, allowed are 1 … {ID_BYTES_MAX}")
+        _check_item_id("item_ids", item_id)
         if ids.count(item_id) > 1:
             raise BadQuery(f"item_ids: {quote(item_id)} is given twice")
     _check_k(request.k, settings)
