@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from cli import file_commands
+from cli import file_commands, query_commands
 from cli.items_group import items_app
 from cli.map_group import map_app
 from eddyline import __version__
@@ -33,9 +33,6 @@ app = typer.Typer(
 
 User = Annotated[str, typer.Argument(help="The user's id.")]
 ItemId = Annotated[str, typer.Argument(help="The item's id.")]
-Address = Annotated[
-    str, typer.Option(help="The query worker's address; default: the one that runs here.")
-]
 
 
 def main() -> None:
@@ -207,54 +204,10 @@ app.command()(file_commands.evaluate)
 app.command()(file_commands.init)
 
 
-@app.command()
-def query(
-    user: Annotated[str, typer.Argument(help="The user's id; none for a guest.")] = "",
-    session: Annotated[
-        list[str] | None, typer.Option(help="An item of this visit, newest first; may be repeated.")
-    ] = None,
-    k: Annotated[int, typer.Option("--k", "-k", help="How many items.")] = 10,
-    after: Annotated[str, typer.Option(help="Wait for this click, partition/offset.")] = "",
-    wait_ms: Annotated[int, typer.Option(help="How long to wait for the click.")] = 1_000,
-    address: Address = "",
-    as_json: Annotated[bool, typer.Option("--json", help="The whole answer as JSON.")] = False,
-) -> None:
-    """Show a user's items, the recall path of each, and how fresh the answer is."""
-    from cli.commands import query as commands_query
-
-    commands_query.query(
-        load(),
-        user,
-        k=k,
-        session=session or [],
-        after=after,
-        wait_ms=wait_ms,
-        address=address,
-        as_json=as_json,
-    )
-
-
-@app.command()
-def similar(
-    items: Annotated[list[str], typer.Argument(help="Ids of one or several items.")],
-    k: Annotated[int, typer.Option("--k", "-k", help="How many items.")] = 10,
-    address: Address = "",
-    as_json: Annotated[bool, typer.Option("--json", help="The whole answer as JSON.")] = False,
-) -> None:
-    """Show the items nearest to an item, or to the middle of several."""
-    from cli.commands import query as commands_query
-
-    commands_query.similar(load(), items, k=k, address=address, as_json=as_json)
-
-
-@app.command()
-def stats(
-    address: Address = "", as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False
-) -> None:
-    """Show the worker's state and how far ingest is behind Kafka."""
-    from cli.commands import query as commands_query
-
-    commands_query.stats(load(), address=address, as_json=as_json)
+app.command()(query_commands.query)
+app.command()(query_commands.explain)
+app.command()(query_commands.similar)
+app.command()(query_commands.stats)
 
 
 @app.command()

@@ -52,6 +52,34 @@ def similar(settings: Settings, items: list[str], *, k: int, address: str, as_js
     _show(answer, as_json)
 
 
+def explain(
+    settings: Settings,
+    user: str,
+    items: list[str],
+    *,
+    k: int,
+    session: list[str],
+    address: str,
+    as_json: bool,
+) -> None:
+    """Print why items are, or are not, in a user's answer."""
+    with Client(address or worker_address(settings)) as client:
+        found = client.explain(user, items, k, session=session)
+    if as_json:
+        console.print(MessageToJson(found, preserving_proto_field_name=True), soft_wrap=True)
+        return
+    for item in found.items:
+        console.print(f"{item.item_id}: {item.why}", soft_wrap=True)
+        for path in item.paths:
+            rank = f"number {path.rank}" if path.rank else "not among the first"
+            where = f"{rank}, score {path.score:.3f}" if path.returned else "not returned"
+            console.print(
+                f"  {path.path}: {where}" + (f" ({path.why})" if path.why else ""), soft_wrap=True
+            )
+    for line in found.missing:
+        console.print(f"missing: {line}", soft_wrap=True)
+
+
 def _show(answer: RetrieveResponse, as_json: bool) -> None:
     if as_json:
         console.print(MessageToJson(answer, preserving_proto_field_name=True), soft_wrap=True)

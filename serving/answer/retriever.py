@@ -20,6 +20,7 @@ from index.port import IndexReader
 from serving.answer.card_reader import CardReader
 from serving.answer.click_waits import ClickPending, ClickWaits
 from serving.answer.deadline import Deadline
+from serving.answer.explain import Explainer, Explanation
 from serving.answer.fusion import Cascade, Fusion, PathResult, Recommendation
 from serving.answer.user_reader import AfterStatus, AfterToken, UserReader
 from serving.recall.base import Candidates, RecallPath, RecallRequest
@@ -138,6 +139,7 @@ class Retriever:
         self._paths = paths
         self._card_reader = CardReader(store, item_slots, users.outages)
         self._fusion = fusion or Cascade()
+        self._explainer = Explainer(paths, self._fusion, store, item_slots)
 
     def retrieve(
         self, query: Query, index: IndexReader, deadline: Deadline, received_us: int = 0
@@ -151,17 +153,11 @@ class Retriever:
         stored, after, unread = self._read(query)
         user_read_us = 0 if unread or not query.user_id else time.time_ns() // 1000
         user = with_session(stored, query.session)
-        seen = seen_items(user)
-        request = RecallRequest(
-            user=None if unread and not query.session else user,
-            k=query.k,
-            excluded=seen,
-            filters=query.filters,
-            popularity_beta=query.popularity_beta,
-            deadline=deadline,
-        )
+        request = _recall_request(query, None if unread and not query.session else user, deadline)
         items, paths = self._fusion.fuse(self._paths, request, index)
-        short = "" if len(items) == query.k else _short_because(query, len(items), seen, index)
+        short = ""
+        if len(items) < query.k:
+            short = _short_because(query, len(items), request.excluded, index)
         cards, no_cards = self._cards(query, items, deadline, unread)
         degradations = [path.candidates.degradation for path in paths]
         deadline.check("the answer was sent")
@@ -182,6 +178,39 @@ class Retriever:
             short_because=short,
             cards=cards,
         )
+
+    def explain(
+        self,
+        query: Query,
+        item_ids: Sequence[str],
+        index: IndexReader,
+        deadline: Deadline,
+        most: int,
+    ) -> tuple[list[Explanation], Answer]:
+        """(why each item is in the answer or not, the answer's own state without items).
+
+        most: so many items of each path have a rank. Waits for no click. Raises DeadlinePassed.
+        """
+        deadline.check("the user was read")
+        query = replace(query, after=None)
+        stored, _, unread = self._read(query)
+        user_read_us = 0 if unread or not query.user_id else time.time_ns() // 1000
+        user = with_session(stored, query.session)
+        request = _recall_request(query, None if unread and not query.session else user, deadline)
+        found = self._explainer.explain(request, item_ids, index, most)
+        deadline.check("the explanation was sent")
+        state = Answer(
+            items=(),
+            paths=(),
+            user=stored if query.user_id else None,
+            user_partition=self._users.partition_of(query.user_id) if query.user_id else -1,
+            after=None,
+            stamps=Stamps(0, user_read_us, 0, 0, time.time_ns() // 1000),
+            missing=[reason for reason in (unread, *self.missing()) if reason],
+            short_because="",
+            cards={},
+        )
+        return found, state
 
     def nearest(
         self, query: NearestQuery, index: IndexReader, deadline: Deadline, received_us: int = 0
@@ -279,6 +308,17 @@ def _middle_of(item_ids: Sequence[str], index: IndexReader) -> tuple[Vector, str
     if norm < NORM_MIN:  # opposite vectors have no middle: the first one decides
         middle, norm = vectors[0].astype(np.float64), 1.0
     return (middle / norm).astype(np.float32), why
+
+
+def _recall_request(query: Query, user: UserState | None, deadline: Deadline) -> RecallRequest:
+    return RecallRequest(
+        user=user,
+        k=query.k,
+        excluded=seen_items(user or _UNKNOWN_USER),
+        filters=query.filters,
+        popularity_beta=query.popularity_beta,
+        deadline=deadline,
+    )
 
 
 def with_session(user: UserState, session: Sequence[Entry]) -> UserState:

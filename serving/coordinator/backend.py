@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from typing_extensions import override
 
@@ -23,6 +24,7 @@ from serving.rpc.backends import (
 )
 from serving.worker.log_watch import LogWatch
 
+T = TypeVar("T")
 # An error message names this many shards.
 NAMED_MAX = 4
 _SUMS = (
@@ -65,26 +67,50 @@ class CoordinatorBackend(RetrievalBackend):
             deadline, lambda items: self.retriever.nearest(query, items, deadline, received_us)
         )
 
+    @override
+    def explain(
+        self, query: Query, item_ids: Sequence[str], deadline: Deadline, most: int
+    ) -> pb.ExplainResponse:
+        (found, state), items, missing = self._read(
+            deadline, lambda items: self.retriever.explain(query, item_ids, items, deadline, most)
+        )
+        behind = self._behind(items)
+        response = converters.explanation_of(found, state, self.generation, items, behind)
+        response.shards.CopyFrom(items.status())
+        response.missing.extend(missing)
+        return response
+
     def _answer(
         self, deadline: Deadline, ask: Callable[[ScatterGather], Answer]
     ) -> pb.RetrieveResponse:
+        answer, items, missing = self._read(deadline, ask)
+        response = converters.response_of(answer, self.generation, items, self._behind(items))
+        response.shards.CopyFrom(items.status())
+        response.missing.extend(missing)
+        return response
+
+    def _read(
+        self, deadline: Deadline, ask: Callable[[ScatterGather], T]
+    ) -> tuple[T, ScatterGather, list[str]]:
+        """(what `ask` makes of the items of all shards, those items, the shards that are missing).
+
+        Raises NoShardAnswers, and what `ask` raises.
+        """
         items = ScatterGather(self.shards, self.dimension, deadline, self.vectors)
         try:
-            answer = ask(items)
+            found = ask(items)
         except StaleVectors:  # rare: an item of the query changed since it was cached
             items = ScatterGather(self.shards, self.dimension, deadline, self.vectors, fresh=True)
-            answer = ask(items)
+            found = ask(items)
         except ItemsNotLive as error:
             if missing := self._check_answered(items):
                 named = "; ".join(missing[:NAMED_MAX])
                 raise NoShardAnswers(f"{error}, or in a shard without answer: {named}") from None
             raise
-        missing = self._check_answered(items)
-        behind = "; ".join(why for why in (items.behind(), self._remade()) if why)
-        response = converters.response_of(answer, self.generation, items, behind)
-        response.shards.CopyFrom(items.status())
-        response.missing.extend(missing)
-        return response
+        return found, items, self._check_answered(items)
+
+    def _behind(self, items: ScatterGather) -> str:
+        return "; ".join(why for why in (items.behind(), self._remade()) if why)
 
     def _check_answered(self, items: ScatterGather) -> list[str]:
         """The shards that are missing. Raises NoShardAnswers if all are."""

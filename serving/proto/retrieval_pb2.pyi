@@ -67,6 +67,58 @@ class SearchByVectorRequest(_message.Message):
     with_cards: bool
     def __init__(self, vector: _Optional[_Iterable[float]] = ..., generation: _Optional[str] = ..., k: _Optional[int] = ..., filters: _Optional[_Union[Filters, _Mapping]] = ..., with_cards: bool = ...) -> None: ...
 
+class ExplainRequest(_message.Message):
+    __slots__ = ("request", "item_ids")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    ITEM_IDS_FIELD_NUMBER: _ClassVar[int]
+    request: RetrieveRequest
+    item_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, request: _Optional[_Union[RetrieveRequest, _Mapping]] = ..., item_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ExplainResponse(_message.Message):
+    __slots__ = ("items", "freshness", "missing", "shards")
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    FRESHNESS_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    items: _containers.RepeatedCompositeFieldContainer[ExplainedItem]
+    freshness: Freshness
+    missing: _containers.RepeatedScalarFieldContainer[str]
+    shards: Shards
+    def __init__(self, items: _Optional[_Iterable[_Union[ExplainedItem, _Mapping]]] = ..., freshness: _Optional[_Union[Freshness, _Mapping]] = ..., missing: _Optional[_Iterable[str]] = ..., shards: _Optional[_Union[Shards, _Mapping]] = ...) -> None: ...
+
+class ExplainedItem(_message.Message):
+    __slots__ = ("item_id", "in_answer", "rank", "why", "live", "age_ms", "paths")
+    ITEM_ID_FIELD_NUMBER: _ClassVar[int]
+    IN_ANSWER_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    LIVE_FIELD_NUMBER: _ClassVar[int]
+    AGE_MS_FIELD_NUMBER: _ClassVar[int]
+    PATHS_FIELD_NUMBER: _ClassVar[int]
+    item_id: str
+    in_answer: bool
+    rank: int
+    why: str
+    live: bool
+    age_ms: int
+    paths: _containers.RepeatedCompositeFieldContainer[ExplainedPath]
+    def __init__(self, item_id: _Optional[str] = ..., in_answer: bool = ..., rank: _Optional[int] = ..., why: _Optional[str] = ..., live: bool = ..., age_ms: _Optional[int] = ..., paths: _Optional[_Iterable[_Union[ExplainedPath, _Mapping]]] = ...) -> None: ...
+
+class ExplainedPath(_message.Message):
+    __slots__ = ("path", "rank", "returned", "score", "why")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    RETURNED_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    rank: int
+    returned: bool
+    score: float
+    why: str
+    def __init__(self, path: _Optional[str] = ..., rank: _Optional[int] = ..., returned: bool = ..., score: _Optional[float] = ..., why: _Optional[str] = ...) -> None: ...
+
 class Filters(_message.Message):
     __slots__ = ("categories", "tags", "tags_all", "ranges", "allow", "deny")
     CATEGORIES_FIELD_NUMBER: _ClassVar[int]

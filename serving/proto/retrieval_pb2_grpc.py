@@ -49,6 +49,11 @@ class RetrievalStub(object):
                 request_serializer=serving_dot_proto_dot_retrieval__pb2.SearchByVectorRequest.SerializeToString,
                 response_deserializer=serving_dot_proto_dot_retrieval__pb2.RetrieveResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/eddyline.retrieval.v1.Retrieval/Explain',
+                request_serializer=serving_dot_proto_dot_retrieval__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=serving_dot_proto_dot_retrieval__pb2.ExplainResponse.FromString,
+                _registered_method=True)
         self.Stats = channel.unary_unary(
                 '/eddyline.retrieval.v1.Retrieval/Stats',
                 request_serializer=serving_dot_proto_dot_retrieval__pb2.StatsRequest.SerializeToString,
@@ -91,6 +96,16 @@ class RetrievalServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """Why some items are, or are not, in the answer to a request. It costs as much as several
+        answers: for people, not for pages. It waits for no click.
+
+        Codes as for Retrieve
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Stats(self, request, context):
         """What this worker holds and how far it has come.
         """
@@ -115,6 +130,11 @@ def add_RetrievalServicer_to_server(servicer, server):
                     servicer.SearchByVector,
                     request_deserializer=serving_dot_proto_dot_retrieval__pb2.SearchByVectorRequest.FromString,
                     response_serializer=serving_dot_proto_dot_retrieval__pb2.RetrieveResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=serving_dot_proto_dot_retrieval__pb2.ExplainRequest.FromString,
+                    response_serializer=serving_dot_proto_dot_retrieval__pb2.ExplainResponse.SerializeToString,
             ),
             'Stats': grpc.unary_unary_rpc_method_handler(
                     servicer.Stats,
@@ -203,6 +223,33 @@ class Retrieval(object):
             '/eddyline.retrieval.v1.Retrieval/SearchByVector',
             serving_dot_proto_dot_retrieval__pb2.SearchByVectorRequest.SerializeToString,
             serving_dot_proto_dot_retrieval__pb2.RetrieveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/eddyline.retrieval.v1.Retrieval/Explain',
+            serving_dot_proto_dot_retrieval__pb2.ExplainRequest.SerializeToString,
+            serving_dot_proto_dot_retrieval__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,6 +55,14 @@ class RetrievalBackend(Protocol):
 
         Raises BadQuery, DeadlinePassed, NoShardAnswers, HoldsOneShard, ItemsNotLive,
         OtherGeneration, VectorRejected.
+        """
+
+    def explain(
+        self, query: Query, item_ids: Sequence[str], deadline: Deadline, most: int
+    ) -> pb.ExplainResponse:
+        """Why items are, or are not, in the answer; see `Retriever.explain`.
+
+        Raises BadQuery, DeadlinePassed, NoShardAnswers, HoldsOneShard.
         """
 
     def fill_stats(self, response: pb.StatsResponse) -> None:
@@ -122,6 +131,15 @@ class WorkerBackend(RetrievalBackend):
         return self._response(self.retriever.nearest(query, held.index, deadline, received_us))
 
     @override
+    def explain(
+        self, query: Query, item_ids: Sequence[str], deadline: Deadline, most: int
+    ) -> pb.ExplainResponse:
+        held = self.held
+        converters.check_ranges(query.filters, held.index)
+        found, state = self.retriever.explain(query, item_ids, held.index, deadline, most)
+        return converters.explanation_of(found, state, held.generation, held.index, held.missing())
+
+    @override
     def fill_stats(self, response: pb.StatsResponse) -> None:
         response.shards = 1
         fill_retriever_stats(response, self.retriever)
@@ -147,6 +165,12 @@ class ShardBackend(RetrievalBackend):
     def nearest(
         self, query: NearestQuery, deadline: Deadline, received_us: int
     ) -> pb.RetrieveResponse:
+        raise self._refusal()
+
+    @override
+    def explain(
+        self, query: Query, item_ids: Sequence[str], deadline: Deadline, most: int
+    ) -> pb.ExplainResponse:
         raise self._refusal()
 
     @override

@@ -81,14 +81,13 @@ class Client:
         session:   items of this visit, newest first, or (item, kind); they are not stored
         timeout_s: the deadline of the call
         """
-        events = [(one, "") if isinstance(one, str) else one for one in session]
         request = pb.RetrieveRequest(
             user_id=user_id,
             k=k,
             with_cards=with_cards,
             filters=filters,
             popularity_beta=popularity_beta,
-            session=[pb.SessionEvent(item_id=item, kind=kind) for item, kind in events],
+            session=_session(session),
         )
         if after is not None:
             request.after.CopyFrom(pb.After(partition=after[0], offset=after[1], wait_ms=wait_ms))
@@ -128,6 +127,29 @@ class Client:
         response: pb.RetrieveResponse = self._call(self._stub.SearchByVector, request, timeout_s)
         return response
 
+    def explain(
+        self,
+        user_id: str,
+        item_ids: Sequence[str],
+        k: int,
+        *,
+        filters: pb.Filters | None = None,
+        popularity_beta: float | None = None,
+        session: Iterable[str | tuple[str, str]] = (),
+        timeout_s: float = 5.0,
+    ) -> pb.ExplainResponse:
+        """Why items are, or are not, in the answer of `retrieve`. Raises CallFailed."""
+        query = pb.RetrieveRequest(
+            user_id=user_id,
+            k=k,
+            filters=filters,
+            popularity_beta=popularity_beta,
+            session=_session(session),
+        )
+        request = pb.ExplainRequest(request=query, item_ids=item_ids)
+        response: pb.ExplainResponse = self._call(self._stub.Explain, request, timeout_s)
+        return response
+
     def stats(self, *, timeout_s: float = 5.0) -> pb.StatsResponse:
         """What the worker holds, and its progress. Raises CallFailed."""
         response: pb.StatsResponse = self._call(self._stub.Stats, pb.StatsRequest(), timeout_s)
@@ -161,6 +183,11 @@ class Client:
         if code == "RESOURCE_EXHAUSTED" and "Concurrent" in detail:
             detail = "too many calls wait already; try again, or start another worker"
         return CallFailed(self.address, code, detail)
+
+
+def _session(events: Iterable[str | tuple[str, str]]) -> list[pb.SessionEvent]:
+    pairs = ((one, "") if isinstance(one, str) else one for one in events)
+    return [pb.SessionEvent(item_id=item, kind=kind) for item, kind in pairs]
 
 
 def is_ready(address: str) -> bool:

@@ -17,6 +17,7 @@ from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import UserState
 from index.filters import LIST_IDS_MAX, RANGES_MAX, TERMS_MAX, Filter, Range
 from index.port import IndexReader, IndexStats
+from serving.answer.explain import Explanation
 from serving.answer.retriever import Answer, NearestQuery, Query
 from serving.answer.user_reader import AfterToken
 from serving.proto import retrieval_pb2 as pb
@@ -33,6 +34,8 @@ NAMES_COMPARED = 256
 BETA_MAX = 10.0
 # Items whose middle a search of similar ones begins at.
 SIMILAR_TO_MAX = 100
+# Items of one explanation.
+EXPLAINED_MAX = 20
 # As many as a user's list has by default.
 SESSION_EVENTS_MAX = 100
 _KINDS = {kind: number for number, kind in enumerate(KINDS)}
@@ -84,6 +87,17 @@ def _session_of(session: Sequence[pb.SessionEvent]) -> list[Entry]:
     return entries
 
 
+def _check_item_ids(item_ids: Sequence[str], most: int) -> None:
+    if not 1 <= len(item_ids) <= most:
+        raise BadQuery(f"item_ids: {len(item_ids)} ids, allowed are 1 … {most}")
+    known = set[str]()
+    for item_id in item_ids:
+        _check_item_id("item_ids", item_id)
+        if item_id in known:
+            raise BadQuery(f"item_ids: {quote(item_id)} is given twice")
+        known.add(item_id)
+
+
 def _check_item_id(field: str, item_id: str) -> None:
     size = len(item_id.encode())
     if not 1 <= size <= ID_BYTES_MAX:
@@ -93,17 +107,49 @@ def _check_item_id(field: str, item_id: str) -> None:
 
 def similar_of(request: pb.SimilarItemsRequest, settings: Settings) -> NearestQuery:
     """The request, checked. Raises BadQuery."""
-    ids = list(request.item_ids)
-    if not 1 <= len(ids) <= SIMILAR_TO_MAX:
-        raise BadQuery(f"item_ids: {len(ids)} ids, allowed are 1 … {SIMILAR_TO_MAX}")
-    for item_id in ids:
-        _check_item_id("item_ids", item_id)
-        if ids.count(item_id) > 1:
-            raise BadQuery(f"item_ids: {quote(item_id)} is given twice")
+    _check_item_ids(request.item_ids, SIMILAR_TO_MAX)
     _check_k(request.k, settings)
     return NearestQuery(
-        request.k, item_ids=ids, with_cards=request.with_cards, filters=_filters(request)
+        request.k,
+        item_ids=list(request.item_ids),
+        with_cards=request.with_cards,
+        filters=_filters(request),
     )
+
+
+def explained_of(request: pb.ExplainRequest, settings: Settings) -> tuple[Query, list[str]]:
+    """The request and the items to explain, checked. Raises BadQuery."""
+    _check_item_ids(request.item_ids, EXPLAINED_MAX)
+    return query_of(request.request, settings), list(request.item_ids)
+
+
+def explanation_of(
+    found: Sequence[Explanation], state: Answer, generation: str, index: IndexReader, behind: str
+) -> pb.ExplainResponse:
+    """The explanations' message; state, behind: see `Retriever.explain`, `response_of`."""
+    now_us = time.time_ns() // 1000
+    response = pb.ExplainResponse(
+        freshness=_freshness_of(state, generation, index),
+        missing=[*state.missing, f"kafka: {behind}"] if behind else state.missing,
+    )
+    for one in found:
+        item = response.items.add(
+            item_id=one.item_id,
+            in_answer=one.in_answer,
+            rank=one.rank,
+            why=one.why,
+            live=one.hit is not None,
+            age_ms=max(0, now_us - one.hit.written_us) // 1000 if one.hit else 0,
+        )
+        for path, rank, hit, why in one.paths:
+            item.paths.add(
+                path=path,
+                rank=rank,
+                returned=hit is not None,
+                score=hit.score if hit else 0.0,
+                why=why,
+            )
+    return response
 
 
 def vector_of(request: pb.SearchByVectorRequest, settings: Settings) -> NearestQuery:

@@ -33,13 +33,17 @@ ANSWER_S = 0.05
 # Upper bounds of the histogram of query times, seconds.
 _BUCKETS_MS = (0.5, 1, 2, 3, 5, 7.5, 10, 15, 25, 50, 100, 250, 500, 1_000)
 BUCKETS_S = tuple(ms / 1000 for ms in _BUCKETS_MS)
-# The calls for items. Each is answered with a `RetrieveResponse`.
-REQUESTS: dict[str, Any] = {
-    "Retrieve": pb.RetrieveRequest,
-    "SimilarItems": pb.SimilarItemsRequest,
-    "SearchByVector": pb.SearchByVectorRequest,
+# The calls for items, with their requests and responses.
+_CALLS: dict[str, tuple[Any, Any]] = {
+    "Retrieve": (pb.RetrieveRequest, pb.RetrieveResponse),
+    "SimilarItems": (pb.SimilarItemsRequest, pb.RetrieveResponse),
+    "SearchByVector": (pb.SearchByVectorRequest, pb.RetrieveResponse),
+    "Explain": (pb.ExplainRequest, pb.ExplainResponse),
 }
-_Request = pb.RetrieveRequest | pb.SimilarItemsRequest | pb.SearchByVectorRequest
+_Request = (
+    pb.RetrieveRequest | pb.SimilarItemsRequest | pb.SearchByVectorRequest | pb.ExplainRequest
+)
+_Response = pb.RetrieveResponse | pb.ExplainResponse
 _CODES: dict[type[Exception], grpc.StatusCode] = {
     converters.BadQuery: grpc.StatusCode.INVALID_ARGUMENT,
     VectorRejected: grpc.StatusCode.INVALID_ARGUMENT,
@@ -104,9 +108,9 @@ class RetrievalService:
         self,
         request: _Request,
         context: grpc.ServicerContext,
-        send: Callable[[pb.RetrieveResponse | None], None],
+        send: Callable[[_Response | None], None],
     ) -> None:
-        """Answer Retrieve, SimilarItems and SearchByVector; see retrieval.proto.
+        """Answer every call but Stats; see retrieval.proto.
 
         send: gets the response, then None; perhaps from another thread. So gRPC lets a handler
         return before its call is answered: a call that waits for a click holds no thread.
@@ -162,12 +166,14 @@ class RetrievalService:
             call.send(response)
             call.send(None)
 
-    def _answer(self, call: _Call, resumed: Query | None) -> pb.RetrieveResponse | None:
+    def _answer(self, call: _Call, resumed: Query | None) -> _Response | None:
         """The response; None if the call waits for its click."""
+        settings = self._settings
+        if isinstance(call.request, pb.ExplainRequest):
+            explained, item_ids = converters.explained_of(call.request, settings)
+            return self._ready().explain(explained, item_ids, call.deadline, settings.k_max)
         query = resumed or self._query(call.request)
-        backend = self._backend
-        if backend is None:
-            raise _NotReady(f"the worker is not ready: it waits for {self._waiting_for}")
+        backend = self._ready()
         if isinstance(query, NearestQuery):
             return backend.nearest(query, call.deadline, call.received_us)
         waits, after = backend.waits, query.after
@@ -185,17 +191,26 @@ class RetrievalService:
             waits.cancel(parked)  # the caller is gone already
         return None
 
-    def _query(self, request: _Request) -> Query | NearestQuery:
+    def _ready(self) -> RetrievalBackend:
+        if self._backend is None:
+            raise _NotReady(f"the worker is not ready: it waits for {self._waiting_for}")
+        return self._backend
+
+    def _query(
+        self, request: pb.RetrieveRequest | pb.SimilarItemsRequest | pb.SearchByVectorRequest
+    ) -> Query | NearestQuery:
         if isinstance(request, pb.SimilarItemsRequest):
             return converters.similar_of(request, self._settings)
         if isinstance(request, pb.SearchByVectorRequest):
             return converters.vector_of(request, self._settings)
         return converters.query_of(request, self._settings)
 
-    def _count(self, begun: float, response: pb.RetrieveResponse | None) -> None:
+    def _count(self, begun: float, response: _Response | None) -> None:
         """Count one query; response: None for a failed one."""
         took_s = time.perf_counter() - begun
-        paths = [(path.path, path.taken) for path in response.paths] if response else []
+        paths = []
+        if isinstance(response, pb.RetrieveResponse):
+            paths = [(path.path, path.taken) for path in response.paths]
         with self._lock:
             self._queries += 1
             self._failed += response is None
@@ -211,7 +226,7 @@ class _Call(NamedTuple):
 
     request: _Request
     context: grpc.ServicerContext
-    send: Callable[[pb.RetrieveResponse | None], None]
+    send: Callable[[_Response | None], None]
     deadline: Deadline
     received_us: int
     begun: float
@@ -239,9 +254,9 @@ def add_to_server(service: RetrievalService, server: grpc.Server) -> None:
     answer.experimental_non_blocking = True  # type: ignore[attr-defined]
     handlers = {
         name: grpc.unary_stream_rpc_method_handler(
-            answer, request.FromString, pb.RetrieveResponse.SerializeToString
+            answer, request.FromString, response.SerializeToString
         )
-        for name, request in REQUESTS.items()
+        for name, (request, response) in _CALLS.items()
     }
     handlers["Stats"] = grpc.unary_unary_rpc_method_handler(
         service.Stats, pb.StatsRequest.FromString, pb.StatsResponse.SerializeToString

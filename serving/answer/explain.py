@@ -1,0 +1,171 @@
+"""Why an item is, or is not, in an answer: the same paths and fusion, for some items."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import msgspec
+
+from eddyline.errors import EddylineError
+from eddyline.schema.events import Item
+from eddyline.stores.state_store import ItemMetadata, StateStore
+from index.filters import Filter
+from index.port import Hit, IndexReader
+from serving.answer.fusion import Fusion
+from serving.recall.base import RecallPath, RecallRequest
+
+_decoder = msgspec.json.Decoder(Item)
+
+
+class PathRank(NamedTuple):
+    """An item as one recall path sees it.
+
+    rank: 1 is the best; 0: not among the first ones that were looked at
+    hit:  None if the path does not return the item at all; `why` may say why
+    """
+
+    path: str
+    rank: int
+    hit: Hit | None
+    why: str = ""
+
+
+class Explanation(NamedTuple):
+    """Why an item is, or is not, in an answer.
+
+    rank:  its place in the order of the fusion; 0: not among the first ones that were looked at
+    hit:   the live item; None if it is not live
+    paths: empty if the item cannot be returned
+    """
+
+    item_id: str
+    in_answer: bool
+    rank: int
+    why: str
+    hit: Hit | None
+    paths: Sequence[PathRank] = ()
+
+
+class Explainer:
+    """Explains answers of one generation. Thread rule: any thread."""
+
+    def __init__(
+        self, paths: Sequence[RecallPath], fusion: Fusion, store: StateStore, item_slots: int
+    ) -> None:
+        self._paths = paths
+        self._fusion = fusion
+        self._store = store
+        self._item_slots = item_slots
+
+    def explain(
+        self, request: RecallRequest, item_ids: Sequence[str], index: IndexReader, most: int
+    ) -> list[Explanation]:
+        """One explanation for each item. most: so many items of each path have a rank.
+
+        Raises DeadlinePassed.
+        """
+        answer, _ = self._fusion.fuse(self._paths, request, index)
+        taken = {one.hit.item_id: n for n, one in enumerate(answer, 1)}
+        deep = request._replace(k=max(most, request.k))
+        order, _ = self._fusion.fuse(self._paths, deep, index)
+        places = {one.hit.item_id: n for n, one in enumerate(order, 1)} | taken
+        ranked = {
+            path.name: {
+                hit.item_id: (rank, hit)
+                for rank, hit in enumerate(path.recall(deep, index).hits, 1)
+            }
+            for path in self._paths
+        }
+        live = dict(zip(item_ids, index.describe(item_ids), strict=True))
+        gone = [item_id for item_id, hit in live.items() if hit is None]
+        stored = self._stored(gone) if gone else {}
+        found = []
+        for item_id, hit in live.items():
+            if hit is None:
+                found.append(Explanation(item_id, False, 0, stored[item_id], None))
+            elif barred := self._barred(request, item_id, index):
+                found.append(Explanation(item_id, False, 0, barred, hit))
+            else:
+                paths = [self._by_path(path, ranked, deep, item_id, index) for path in self._paths]
+                rank, chosen = places.get(item_id, 0), item_id in taken
+                why = _place(rank, chosen, request.k, deep.k, paths)
+                found.append(Explanation(item_id, chosen, rank, why, hit, paths))
+        return found
+
+    def _by_path(
+        self,
+        path: RecallPath,
+        ranked: dict[str, dict[str, tuple[int, Hit]]],
+        deep: RecallRequest,
+        item_id: str,
+        index: IndexReader,
+    ) -> PathRank:
+        if place := ranked[path.name].get(item_id):
+            return PathRank(path.name, *place)
+        only = replace(deep.filters or Filter(), allow=frozenset({item_id}))
+        alone = deep._replace(k=1, filters=only)
+        candidates = path.recall(alone, index)
+        hit = next(iter(candidates.hits), None)
+        return PathRank(path.name, 0, hit, "" if hit else candidates.why)
+
+    def _barred(self, request: RecallRequest, item_id: str, index: IndexReader) -> str:
+        """Why a live item may not be in the answer; "" if it may."""
+        if item_id in request.excluded:
+            return "it is in the user's list or the session: seen items do not come back"
+        filters = request.filters
+        if filters is None or index.describe([item_id], filters)[0] is not None:
+            return ""
+        failed = [
+            name for name, part in _parts(filters) if index.describe([item_id], part)[0] is None
+        ]
+        return f"it does not pass the filter: {', '.join(failed)}"
+
+    def _stored(self, item_ids: Sequence[str]) -> dict[str, str]:
+        """Why each of these is not live, as far as Redis knows."""
+        try:
+            stored = self._store.read_item_metadata(item_ids, self._item_slots)
+        except EddylineError as error:
+            return dict.fromkeys(item_ids, f"it is not live; Redis does not say why: {error}")
+        return {item_id: _not_live(stored.get(item_id)) for item_id in item_ids}
+
+
+def _not_live(stored: ItemMetadata | None) -> str:
+    if stored is None:
+        return "it is not live: ingest has applied no record of it"
+    source = f"items/{stored.partition}/{stored.offset}"
+    if stored.deleted:
+        return f"it is not live: {source} deleted it"
+    if not _decoder.decode(stored.body).available:
+        return f"it is not live: {source} says that it is not available"
+    if (refused := stored.refused) is not None and refused.hidden:
+        where = f"items/{refused.partition}/{refused.offset}"
+        return f"it is not live: its newer record {where} was refused ({refused.reason})"
+    return (
+        f"it is not live: {source} was applied, but this worker's index has no vector of it yet, "
+        "or the item tower refused it"
+    )
+
+
+def _place(rank: int, chosen: bool, k: int, most: int, paths: Sequence[PathRank]) -> str:
+    by = ", ".join(f"number {one.rank} of {one.path}" for one in paths if one.rank)
+    if chosen:
+        return f"number {rank} of the answer: {by}"
+    if rank:
+        return f"number {rank} of all candidates, the answer has {k}: {by}"
+    returned = [one.path for one in paths if one.hit]
+    if returned:
+        return f"it is not among the first {most} of {' and '.join(returned)}"
+    return "no recall path returns it for this user"
+
+
+def _parts(filters: Filter) -> Iterator[tuple[str, Filter]]:
+    """(name, filter with this part alone) of each part that is set."""
+    for name in ("categories", "tags", "tags_all", "deny"):
+        if values := getattr(filters, name):
+            yield name, Filter(**{name: values})
+    if filters.allow is not None:
+        yield "allow", Filter(allow=filters.allow)
+    for attribute, between in filters.ranges.items():
+        yield f"range of {attribute!r}", Filter(ranges={attribute: between})
