@@ -21,9 +21,10 @@ class ExactIndex(Index):
     Thread rule: any thread; readers take the lock too.
     """
 
-    def __init__(self, dimension: int) -> None:
-        """dimension: length of every vector."""
+    def __init__(self, dimension: int, text_names: Collection[str] = frozenset()) -> None:
+        """dimension: length of every vector; text_names: see `Index.text_names`."""
         self.dimension = dimension
+        self._text_names = text_names
         self._lock = threading.Lock()
         self._records: dict[str, ItemRecord] = {}
         self._watermarks: dict[int, Watermark] = {}
@@ -97,6 +98,10 @@ class ExactIndex(Index):
     ) -> list[Hit]:
         hits = [_hit(record, 0.0) for record in self._live(exclude, filters)]
         return sorted(hits, key=lambda hit: (-hit.at_ms, hit.item_id))[: max(k, 0)]
+
+    @override
+    def text_names(self) -> Collection[str]:
+        return self._text_names
 
     @override
     def number_names(self) -> Collection[str] | None:

@@ -28,6 +28,7 @@ def live_index(settings: Settings, backend: AnnBackend, dimension: int) -> LiveI
         exact_below=settings.index_exact_below,
         fresh_max=settings.index_fresh_max,
         flush_above=settings.index_tier_above,
+        text_names=settings.filter_text_names,
     )
 
 
@@ -57,6 +58,7 @@ class HnswIndex(LiveIndex):
         exact_below: int = 12_000,
         fresh_max: int = 4_096,
         flush_above: int = 0,
+        text_names: frozenset[str] = frozenset(),
     ) -> None:
         """m, ef_construction, ef: hnswlib's parameters; the others: see `LiveIndex`."""
         super().__init__(
@@ -66,4 +68,5 @@ class HnswIndex(LiveIndex):
             exact_below=exact_below,
             fresh_max=fresh_max,
             flush_above=flush_above,
+            text_names=text_names,
         )

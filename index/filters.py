@@ -17,6 +17,7 @@ from eddyline.schema.numbers import number_of
 # Limits of one request. A filter of this size costs less than the search.
 TERMS_MAX = 256
 RANGES_MAX = 16
+TEXT_VALUES_MAX = 64
 LIST_IDS_MAX = 2_000
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -39,6 +40,8 @@ class Filter:
     """All set parts must hold; the default of a part sets no condition.
 
     categories: the item has at least one of them; tags: at least one; tags_all: every one
+    texts:      attribute name -> texts; the item has one of them. See `texts`
+    categories_none, tags_none, texts_none: the item has none of them
     ranges:     attribute name -> range; an item without this number does not match. A text that is
                 a number counts as that number, a date as milliseconds since 1970 UTC: see `numbers`
     allow:      if not None, only these item ids match; deny: these item ids do not match
@@ -47,6 +50,10 @@ class Filter:
     categories: frozenset[str] = frozenset()
     tags: frozenset[str] = frozenset()
     tags_all: frozenset[str] = frozenset()
+    texts: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    categories_none: frozenset[str] = frozenset()
+    tags_none: frozenset[str] = frozenset()
+    texts_none: Mapping[str, frozenset[str]] = field(default_factory=dict)
     ranges: Mapping[str, Range] = field(default_factory=dict)
     allow: frozenset[str] | None = None
     deny: frozenset[str] = frozenset()
@@ -83,6 +90,22 @@ def numbers(attributes: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
+def texts(attributes: Mapping[str, Any], name: str) -> set[str]:
+    """The texts of one attribute: a text, those of a list, "true" and "false" of booleans.
+
+    >>> texts({"attributes": {"brand": "Acme", "size": ["M", "L", 3], "new": True}}, "brand")
+    {'Acme'}
+    """
+    values = attributes.get("attributes")
+    value = values.get(name) if isinstance(values, dict) else None
+    listed = value if isinstance(value, list) else [value]
+    return {
+        ("true" if one else "false") if isinstance(one, bool) else one
+        for one in listed
+        if isinstance(one, (str, bool))
+    }
+
+
 def date_ms(text: str) -> float | None:
     """Milliseconds since 1970 UTC of a date or time in ISO 8601; None for other text.
 
@@ -105,10 +128,16 @@ def matches(filters: Filter, item_id: str, attributes: Mapping[str, Any]) -> boo
     """Whether one item passes the filter."""
     if item_id in filters.deny or (filters.allow is not None and item_id not in filters.allow):
         return False
-    if filters.categories and not filters.categories & terms(attributes, "categories"):
+    categories, tags = terms(attributes, "categories"), terms(attributes, "tags")
+    if filters.categories and not filters.categories & categories:
         return False
-    tags = terms(attributes, "tags")
     if (filters.tags and not filters.tags & tags) or not filters.tags_all <= tags:
+        return False
+    if filters.categories_none & categories or filters.tags_none & tags:
+        return False
+    if any(not wanted & texts(attributes, name) for name, wanted in filters.texts.items()):
+        return False
+    if any(barred & texts(attributes, name) for name, barred in filters.texts_none.items()):
         return False
     values = numbers(attributes)
     return all(

@@ -82,6 +82,7 @@ class LiveIndex(Index):
         exact_below: int,
         fresh_max: int,
         flush_above: int = 0,
+        text_names: frozenset[str] = frozenset(),
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         """An empty index.
@@ -91,6 +92,7 @@ class LiveIndex(Index):
         exact_below: up to this many live items every query is an exact scan, without segments
         fresh_max:   more fresh entries, or more dead ones of the main segment, start a rebuild
         flush_above: while that runs, more fresh entries become a small segment; 0: never
+        text_names:  attributes whose texts filters may name
         """
         if dimension < 1 or breadth < 1 or exact_below < 0 or fresh_max < 1 or flush_above < 0:
             raise ValueError(
@@ -111,7 +113,7 @@ class LiveIndex(Index):
         self._rebuilder = Rebuilder(self._due, self._rebuild_in_turn)
         self._flusher = Rebuilder(self._flush_due, self._flush, "index-flush")
         self._applied = self._ignored = self._rejected = self._refused = 0
-        self._version = IndexVersion.empty(dimension)
+        self._version = IndexVersion.empty(dimension, text_names)
         # Of the writers alone.
         self._placement = Placement()
         self._offsets = ItemOffsets(
@@ -185,6 +187,10 @@ class LiveIndex(Index):
     ) -> list[Hit]:
         """As `Index.newest`. Costs the rows written since the last call, not all rows."""
         return self._newest.find(k, frozenset(exclude), filters)
+
+    @override
+    def text_names(self) -> Collection[str]:
+        return self._version.columns.text_names
 
     @override
     def number_names(self) -> Collection[str] | None:

@@ -236,6 +236,9 @@ class Index(IndexReader, Protocol):
     ) -> SearchResult:
         """The answer of `query` as columns."""
 
+    def text_names(self) -> Collection[str]:
+        """Names of the attributes whose texts filters may name."""
+
     def live_items(self) -> LiveItems:
         """A copy of what a query can return, for rankings of all items. O(n·d)."""
 

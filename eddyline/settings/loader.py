@@ -118,6 +118,11 @@ class Settings(_AllSections, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return weights | {"dislike": 0.0}
 
     @property
+    def filter_text_names(self) -> frozenset[str]:
+        """Names of the attributes whose texts requests may filter on."""
+        return frozenset(name.strip() for name in self.filter_texts.split(",")) - {""}
+
+    @property
     def snapshots(self) -> Path:
         """Folder of the query workers' snapshots."""
         return Path(self.data_dir) / "snapshots"

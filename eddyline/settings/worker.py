@@ -69,6 +69,9 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """How often a query worker reads the popular items again."""
     popular_limit: Annotated[int, within(1, 100_000)] = 2_000
     """The most popular items kept for queries."""
+    filter_texts: Annotated[str, Meta(max_length=4_096)] = ""
+    """Names of attributes, separated by commas, whose texts requests may filter on, such as
+    `brand,color`: the same for workers and coordinator. A text of an item takes 8 to 32 bytes."""
     popularity_beta: Annotated[float, within(0, 10)] = 0.0
     """Popularity penalty of a query that sets none: score = inner product − beta · ln p(item)."""
 

@@ -74,6 +74,7 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     bundle_ms: creation time of the generation's bundle
     log:       identity of the topic that the offsets refer to
     part:      shard of the items, as "1 of 4"; "" (not written) for all items
+    texts:     attributes whose texts are columns; () (not written) for none
     """
 
     generation: str
@@ -81,6 +82,7 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     bundle_ms: int
     log: str
     part: str = ""
+    texts: tuple[str, ...] = ()
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True):

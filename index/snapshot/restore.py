@@ -76,7 +76,7 @@ def import_state(version: IndexVersion, contents: Contents) -> tuple[IndexVersio
         row_of=row_of,
         names=names,
         watermarks=dict(contents.watermarks),
-        columns=Columns(*contents.columns),
+        columns=Columns(*contents.columns, text_names=version.columns.text_names),
     )
     offsets = np.concatenate((contents.facts[:, 2], contents.deleted[:, 0]))
     return filled, offsets, np.column_stack((np.arange(live, known), contents.deleted))

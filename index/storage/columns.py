@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from index.arrays import Floats, Ints, Mask
-from index.filters import Filter, Range, numbers, terms
+from index.filters import Filter, Range, numbers, terms, texts
 from index.storage.vector_table import NEVER
 
-# ("categories", "tags" or "attributes"; the name)
+# ("categories", "tags" or "attributes"; the name), or (`TEXT` and an attribute's name; its text)
 Key = tuple[str, str]
+TEXT = "="
 
 # So many new entries, or this share of the sorted ones, are scanned by each look-up before they
 # are sorted in: 32,768 take 10 µs to scan, and the share keeps the sorting linear.
@@ -202,14 +203,20 @@ class Columns:
     """All columns of one table.
 
     Thread rule: one writer; any number of readers, each with its IndexVersion's count.
+    text_names: attributes whose texts are columns
     """
 
-    __slots__ = ("_names", "_numbers", "_terms")
+    __slots__ = ("_names", "_numbers", "_terms", "text_names")
 
     def __init__(
-        self, numbers_data: ColumnData | None = None, terms_data: ColumnData | None = None
+        self,
+        numbers_data: ColumnData | None = None,
+        terms_data: ColumnData | None = None,
+        *,
+        text_names: frozenset[str] = frozenset(),
     ) -> None:
         """The first entries; see `data`."""
+        self.text_names = text_names
         self._numbers = Postings(numeric=True, data=numbers_data)
         self._terms = Postings(numeric=False, data=terms_data)
         self._names = frozenset[str]()
@@ -225,6 +232,10 @@ class Columns:
                 for term in terms(of_row, field_name):
                     term_rows.append(row)
                     term_keys.append((field_name, term))
+            for name in self.text_names:
+                for text in texts(of_row, name):
+                    term_rows.append(row)
+                    term_keys.append((TEXT + name, text))
             for name, value in numbers(of_row).items():
                 rows.append(row)
                 keys.append(("attributes", name))
@@ -244,6 +255,8 @@ class Columns:
         mask = np.ones(count, bool)
         for any_of in _term_conditions(filters):
             mask &= self._terms.rows(any_of, count)
+        if none_of := _barred_terms(filters):
+            mask &= ~self._terms.rows(none_of, count)
         for name, between in filters.ranges.items():
             mask &= self._numbers.rows([("attributes", name)], count, between)
         return mask
@@ -253,13 +266,19 @@ class Columns:
         mask = np.ones(len(rows), bool)
         for any_of in _term_conditions(filters):
             mask &= self._terms.contain(any_of, rows)
+        if none_of := _barred_terms(filters):
+            mask &= ~self._terms.contain(none_of, rows)
         for name, between in filters.ranges.items():
             mask &= self._numbers.contain([("attributes", name)], rows, between)
         return mask
 
     def compact(self, kept: Ints, count: int) -> Columns:
         """The columns of a table that holds only the rows `kept` of `count`, renumbered 0, 1, …"""
-        return Columns(self._numbers.data(kept, count), self._terms.data(kept, count))
+        return Columns(
+            self._numbers.data(kept, count),
+            self._terms.data(kept, count),
+            text_names=self.text_names,
+        )
 
     def data(self, kept: Ints, count: int) -> tuple[ColumnData, ColumnData]:
         """(numbers, terms) of these rows as in `compact`, by name: equal contents, equal data."""
@@ -273,7 +292,21 @@ def _term_conditions(filters: Filter) -> list[list[Key]]:
     """The conditions on terms; each holds if a row has at least one of its keys."""
     fields = (("categories", filters.categories), ("tags", filters.tags))
     any_of = [[(field_name, name) for name in names] for field_name, names in fields if names]
+    any_of += [_text_keys(name, wanted) for name, wanted in filters.texts.items()]
     return any_of + [[("tags", name)] for name in filters.tags_all]
+
+
+def _barred_terms(filters: Filter) -> list[Key]:
+    """No row with one of these keys passes."""
+    if not (filters.categories_none or filters.tags_none or filters.texts_none):
+        return []
+    keys = [("categories", name) for name in filters.categories_none]
+    keys += [("tags", name) for name in filters.tags_none]
+    return keys + [key for name, of in filters.texts_none.items() for key in _text_keys(name, of)]
+
+
+def _text_keys(name: str, wanted: Iterable[str]) -> list[Key]:
+    return [(TEXT + name, text) for text in wanted]
 
 
 def _yield_gil(entries: Ints) -> None:

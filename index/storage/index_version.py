@@ -50,8 +50,8 @@ class IndexVersion(NamedTuple):
     columns: Columns
 
     @classmethod
-    def empty(cls, dimension: int) -> IndexVersion:
-        """The version without items."""
+    def empty(cls, dimension: int, text_names: frozenset[str] = frozenset()) -> IndexVersion:
+        """The version without items. text_names: see `Columns`."""
         table = VectorTable(CAPACITY_MIN, dimension)
         row_of: Ints = np.full(CAPACITY_MIN, -1)
         return cls(
@@ -68,7 +68,7 @@ class IndexVersion(NamedTuple):
             fresh=FreshBuffer.of(1, table.own[:0], row_of[:0]),
             fresh_count=0,
             watermarks={},
-            columns=Columns(),
+            columns=Columns(text_names=text_names),
         )
 
     @property

@@ -162,9 +162,13 @@ def _place(rank: int, chosen: bool, k: int, most: int, paths: Sequence[PathRank]
 
 def _parts(filters: Filter) -> Iterator[tuple[str, Filter]]:
     """(name, filter with this part alone) of each part that is set."""
-    for name in ("categories", "tags", "tags_all", "deny"):
+    for name in ("categories", "tags", "tags_all", "categories_none", "tags_none", "deny"):
         if values := getattr(filters, name):
             yield name, Filter(**{name: values})
+    for attribute, wanted in filters.texts.items():
+        yield f"texts of {attribute!r}", Filter(texts={attribute: wanted})
+    for attribute, barred in filters.texts_none.items():
+        yield f"texts_none of {attribute!r}", Filter(texts_none={attribute: barred})
     if filters.allow is not None:
         yield "allow", Filter(allow=filters.allow)
     for attribute, between in filters.ranges.items():

@@ -73,7 +73,11 @@ def _serve(settings: Settings, stop: threading.Event) -> None:
         watch = LogWatch(settings, log_ids)
         watch.start()
         closing.callback(watch.close)
-        service.serve(CoordinatorBackend(generation, dimension, shards, retriever, watch))
+        service.serve(
+            CoordinatorBackend(
+                generation, dimension, shards, retriever, watch, settings.filter_text_names
+            )
+        )
         worker = running_workers.RegisteredWorker(
             address=server.address,
             pid=os.getpid(),

@@ -38,6 +38,7 @@ class CoordinatorBackend(RetrievalBackend):
     """Answers from all shards. Thread rule: any thread.
 
     The coordinator reads the user and makes the query vector; the shards see that vector alone.
+    text_names: attributes whose texts filters may name
     """
 
     generation: str
@@ -45,6 +46,7 @@ class CoordinatorBackend(RetrievalBackend):
     shards: Shards
     retriever: Retriever
     watch: LogWatch | None = None
+    text_names: frozenset[str] = frozenset()
     vectors: VectorCache = field(default_factory=VectorCache)
 
     @property
@@ -54,6 +56,7 @@ class CoordinatorBackend(RetrievalBackend):
 
     @override
     def retrieve(self, query: Query, deadline: Deadline, received_us: int) -> pb.RetrieveResponse:
+        converters.check_texts(query.filters, self.text_names)
         return self._answer(
             deadline, lambda items: self.retriever.retrieve(query, items, deadline, received_us)
         )
@@ -63,6 +66,7 @@ class CoordinatorBackend(RetrievalBackend):
         self, query: NearestQuery, deadline: Deadline, received_us: int
     ) -> pb.RetrieveResponse:
         check_generation(query, self.generation)
+        converters.check_texts(query.filters, self.text_names)
         return self._answer(
             deadline, lambda items: self.retriever.nearest(query, items, deadline, received_us)
         )
@@ -71,6 +75,7 @@ class CoordinatorBackend(RetrievalBackend):
     def explain(
         self, query: Query, item_ids: Sequence[str], deadline: Deadline, most: int
     ) -> pb.ExplainResponse:
+        converters.check_texts(query.filters, self.text_names)
         (found, state), items, missing = self._read(
             deadline, lambda items: self.retriever.explain(query, item_ids, items, deadline, most)
         )

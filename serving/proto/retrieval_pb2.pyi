@@ -120,20 +120,36 @@ class ExplainedPath(_message.Message):
     def __init__(self, path: _Optional[str] = ..., rank: _Optional[int] = ..., returned: bool = ..., score: _Optional[float] = ..., why: _Optional[str] = ...) -> None: ...
 
 class Filters(_message.Message):
-    __slots__ = ("categories", "tags", "tags_all", "ranges", "allow", "deny")
+    __slots__ = ("categories", "tags", "tags_all", "ranges", "allow", "deny", "texts", "categories_none", "tags_none", "texts_none")
     CATEGORIES_FIELD_NUMBER: _ClassVar[int]
     TAGS_FIELD_NUMBER: _ClassVar[int]
     TAGS_ALL_FIELD_NUMBER: _ClassVar[int]
     RANGES_FIELD_NUMBER: _ClassVar[int]
     ALLOW_FIELD_NUMBER: _ClassVar[int]
     DENY_FIELD_NUMBER: _ClassVar[int]
+    TEXTS_FIELD_NUMBER: _ClassVar[int]
+    CATEGORIES_NONE_FIELD_NUMBER: _ClassVar[int]
+    TAGS_NONE_FIELD_NUMBER: _ClassVar[int]
+    TEXTS_NONE_FIELD_NUMBER: _ClassVar[int]
     categories: _containers.RepeatedScalarFieldContainer[str]
     tags: _containers.RepeatedScalarFieldContainer[str]
     tags_all: _containers.RepeatedScalarFieldContainer[str]
     ranges: _containers.RepeatedCompositeFieldContainer[Range]
     allow: _containers.RepeatedScalarFieldContainer[str]
     deny: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, categories: _Optional[_Iterable[str]] = ..., tags: _Optional[_Iterable[str]] = ..., tags_all: _Optional[_Iterable[str]] = ..., ranges: _Optional[_Iterable[_Union[Range, _Mapping]]] = ..., allow: _Optional[_Iterable[str]] = ..., deny: _Optional[_Iterable[str]] = ...) -> None: ...
+    texts: _containers.RepeatedCompositeFieldContainer[Texts]
+    categories_none: _containers.RepeatedScalarFieldContainer[str]
+    tags_none: _containers.RepeatedScalarFieldContainer[str]
+    texts_none: _containers.RepeatedCompositeFieldContainer[Texts]
+    def __init__(self, categories: _Optional[_Iterable[str]] = ..., tags: _Optional[_Iterable[str]] = ..., tags_all: _Optional[_Iterable[str]] = ..., ranges: _Optional[_Iterable[_Union[Range, _Mapping]]] = ..., allow: _Optional[_Iterable[str]] = ..., deny: _Optional[_Iterable[str]] = ..., texts: _Optional[_Iterable[_Union[Texts, _Mapping]]] = ..., categories_none: _Optional[_Iterable[str]] = ..., tags_none: _Optional[_Iterable[str]] = ..., texts_none: _Optional[_Iterable[_Union[Texts, _Mapping]]] = ...) -> None: ...
+
+class Texts(_message.Message):
+    __slots__ = ("attribute", "values")
+    ATTRIBUTE_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    attribute: str
+    values: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, attribute: _Optional[str] = ..., values: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Range(_message.Message):
     __slots__ = ("attribute", "min", "max")

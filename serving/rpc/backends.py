@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from eddyline.errors import EddylineError
 from eddyline.schema.events import quote
+from index.filters import Filter
 from index.port import Index
 from serving.answer.click_waits import ClickWaits
 from serving.answer.deadline import Deadline
@@ -79,6 +80,11 @@ class LocalIndex:
     barrier: PublishBarrier | None = None
     watch: LogWatch | None = None
 
+    def check_filters(self, filters: Filter | None) -> None:
+        """Raise BadQuery if a filter names an attribute that the index does not know."""
+        converters.check_texts(filters, self.index.text_names())
+        converters.check_ranges(filters, self.index)
+
     def missing(self) -> str:
         """Why the index may lack changes of items; "" if it has all."""
         published = self.barrier.missing() if self.barrier else ""
@@ -117,7 +123,7 @@ class WorkerBackend(RetrievalBackend):
     @override
     def retrieve(self, query: Query, deadline: Deadline, received_us: int) -> pb.RetrieveResponse:
         held = self.held
-        converters.check_ranges(query.filters, held.index)
+        held.check_filters(query.filters)
         answer = self.retriever.retrieve(query, held.index, deadline, received_us)
         return self._response(answer)
 
@@ -127,7 +133,7 @@ class WorkerBackend(RetrievalBackend):
     ) -> pb.RetrieveResponse:
         held = self.held
         check_generation(query, held.generation)
-        converters.check_ranges(query.filters, held.index)
+        held.check_filters(query.filters)
         return self._response(self.retriever.nearest(query, held.index, deadline, received_us))
 
     @override
@@ -135,7 +141,7 @@ class WorkerBackend(RetrievalBackend):
         self, query: Query, item_ids: Sequence[str], deadline: Deadline, most: int
     ) -> pb.ExplainResponse:
         held = self.held
-        converters.check_ranges(query.filters, held.index)
+        held.check_filters(query.filters)
         found, state = self.retriever.explain(query, item_ids, held.index, deadline, most)
         return converters.explanation_of(found, state, held.generation, held.index, held.missing())
 

@@ -15,7 +15,7 @@ from eddyline.schema.partitioning import partition_of
 from eddyline.schema.user_history import Entry
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import UserState
-from index.filters import LIST_IDS_MAX, RANGES_MAX, TERMS_MAX, Filter, Range
+from index.filters import LIST_IDS_MAX, RANGES_MAX, TERMS_MAX, TEXT_VALUES_MAX, Filter, Range
 from index.port import IndexReader, IndexStats
 from serving.answer.explain import Explanation
 from serving.answer.retriever import Answer, NearestQuery, Query
@@ -38,6 +38,7 @@ SIMILAR_TO_MAX = 100
 EXPLAINED_MAX = 20
 # As many as a user's list has by default.
 SESSION_EVENTS_MAX = 100
+_ID_LISTS = ("allow", "deny")
 _KINDS = {kind: number for number, kind in enumerate(KINDS)}
 
 
@@ -184,16 +185,9 @@ def _check_k(k: int, settings: Settings) -> None:
 
 def filter_of(filters: pb.Filters) -> Filter | None:
     """The filter, checked; None if it has no part. Raises BadQuery."""
-    for name in ("categories", "tags", "tags_all", "allow", "deny"):
-        texts = getattr(filters, name)
-        most = LIST_IDS_MAX if name in ("allow", "deny") else TERMS_MAX
-        if len(texts) > most:
-            raise BadQuery(f"filters.{name}: {len(texts)} values, allowed are 0 … {most}")
-        for text in texts:
-            if not 1 <= len(text.encode()) <= ID_BYTES_MAX:
-                size = len(text.encode())
-                allowed = f"allowed are 1 … {ID_BYTES_MAX}"
-                raise BadQuery(f"filters.{name}: {quote(text)} has {size} bytes, {allowed}")
+    for name in ("categories", "tags", "tags_all", "categories_none", "tags_none", *_ID_LISTS):
+        most = LIST_IDS_MAX if name in _ID_LISTS else TERMS_MAX
+        _check_texts(f"filters.{name}", getattr(filters, name), 0, most)
     if len(filters.ranges) > RANGES_MAX:
         raise BadQuery(
             f"filters.ranges: {len(filters.ranges)} values, allowed are 0 … {RANGES_MAX}"
@@ -208,6 +202,10 @@ def filter_of(filters: pb.Filters) -> Filter | None:
         categories=frozenset(filters.categories),
         tags=frozenset(filters.tags),
         tags_all=frozenset(filters.tags_all),
+        texts=_texts_of("filters.texts", filters.texts),
+        categories_none=frozenset(filters.categories_none),
+        tags_none=frozenset(filters.tags_none),
+        texts_none=_texts_of("filters.texts_none", filters.texts_none),
         ranges=ranges,
         allow=frozenset(filters.allow) if filters.allow else None,
         deny=frozenset(filters.deny),
@@ -221,9 +219,15 @@ def filters_of(filters: Filter, *, allow: Collection[str], deny: Collection[str]
         categories=filters.categories,
         tags=filters.tags,
         tags_all=filters.tags_all,
+        categories_none=filters.categories_none,
+        tags_none=filters.tags_none,
         allow=allow,
         deny=deny,
     )
+    for name, wanted in filters.texts.items():
+        made.texts.add(attribute=name, values=wanted)
+    for name, barred in filters.texts_none.items():
+        made.texts_none.add(attribute=name, values=barred)
     for name, between in filters.ranges.items():
         one = made.ranges.add(attribute=name)
         if between.low > -math.inf:
@@ -231,6 +235,18 @@ def filters_of(filters: Filter, *, allow: Collection[str], deny: Collection[str]
         if between.high < math.inf:
             one.max = between.high
     return made
+
+
+def check_texts(filters: Filter | None, known: Collection[str]) -> None:
+    """Raise BadQuery if a filter names texts of an attribute that is not one of these."""
+    if filters is None or not (filters.texts or filters.texts_none):
+        return
+    for name in (*filters.texts, *filters.texts_none):
+        if name not in known:
+            named = ", ".join(map(quote, sorted(known))) or "none"
+            raise BadQuery(
+                f"filters.texts: {quote(name)} is not in the setting filter_texts; it has {named}"
+            )
 
 
 def check_ranges(filters: Filter | None, index: IndexReader) -> None:
@@ -247,6 +263,29 @@ def check_ranges(filters: Filter | None, index: IndexReader) -> None:
                 f"filters.ranges: no item has the attribute {quote(name)} as a number or date; "
                 f"attributes are {named}"
             )
+
+
+def _texts_of(field: str, listed: Sequence[pb.Texts]) -> dict[str, frozenset[str]]:
+    if len(listed) > RANGES_MAX:
+        raise BadQuery(f"{field}: {len(listed)} values, allowed are 0 … {RANGES_MAX}")
+    found: dict[str, frozenset[str]] = {}
+    for one in listed:
+        _check_texts(f"{field}.attribute", [one.attribute], 1, 1)
+        _check_texts(f"{field}.values", one.values, 1, TEXT_VALUES_MAX)
+        if one.attribute in found:
+            raise BadQuery(f"{field}: {quote(one.attribute)} is given twice")
+        found[one.attribute] = frozenset(one.values)
+    return found
+
+
+def _check_texts(field: str, texts: Sequence[str], least: int, most: int) -> None:
+    if not least <= len(texts) <= most:
+        raise BadQuery(f"{field}: {len(texts)} values, allowed are {least} … {most}")
+    for text in texts:
+        if not 1 <= len(text.encode()) <= ID_BYTES_MAX:
+            size = len(text.encode())
+            allowed = f"allowed are 1 … {ID_BYTES_MAX}"
+            raise BadQuery(f"{field}: {quote(text)} has {size} bytes, {allowed}")
 
 
 def _range_of(one: pb.Range) -> tuple[str, Range]:

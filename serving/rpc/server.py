@@ -14,9 +14,16 @@ from eddyline import addresses
 from eddyline.errors import SettingsError
 from eddyline.schema.events import ID_BYTES_MAX
 from eddyline.settings.loader import Settings
-from index.filters import LIST_IDS_MAX, RANGES_MAX, TERMS_MAX
+from index.filters import LIST_IDS_MAX, RANGES_MAX, TERMS_MAX, TEXT_VALUES_MAX
 from serving.proto import shard_pb2, shard_pb2_grpc
-from serving.rpc import call_pools, health, retrieval_service, server_reflection, shard_service
+from serving.rpc import (
+    call_pools,
+    converters,
+    health,
+    retrieval_service,
+    server_reflection,
+    shard_service,
+)
 from serving.rpc.call_pools import CallPool, CallPools
 from serving.rpc.health import NOT_SERVING, SERVING
 from serving.rpc.retrieval_service import NAME, RetrievalService
@@ -25,9 +32,14 @@ from serving.rpc.shard_service import ShardService
 # An id or a name on the wire: tag, length and two bytes of bounds around it.
 _TEXT_BYTES = ID_BYTES_MAX + 8
 # The largest request whose fields are all within their limits, and room for an error message about
-# one that is not: two lists of ids, three of terms, the ranges and the user.
+# one that is not: two lists of ids, five of terms, texts of attributes, ranges, the session and the
+# user.
 REQUEST_BYTES_MAX = (
-    (2 * LIST_IDS_MAX + 3 * TERMS_MAX) * _TEXT_BYTES + RANGES_MAX * (_TEXT_BYTES + 32) + 64 * 1024
+    (2 * LIST_IDS_MAX + 5 * TERMS_MAX) * _TEXT_BYTES
+    + 2 * RANGES_MAX * (TEXT_VALUES_MAX + 1) * _TEXT_BYTES
+    + RANGES_MAX * (_TEXT_BYTES + 32)
+    + converters.SESSION_EVENTS_MAX * 2 * _TEXT_BYTES
+    + 64 * 1024
 )
 # A request of a coordinator has the same filters, and in addition the items of a user's history
 # twice (excluded, and what the vector was made of), or a piece of the popular list.

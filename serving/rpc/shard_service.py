@@ -171,6 +171,7 @@ def _candidates(
     filters: Filter | None = (
         converters.filter_of(request.filters) if request.HasField("filters") else None
     )
+    converters.check_texts(filters, index.text_names())
     exclude = frozenset(request.exclude)
     wanted = request.WhichOneof("wanted")
     hits: list[Hit]

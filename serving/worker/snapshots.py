@@ -56,6 +56,7 @@ class Snapshots:
             dimension=bundle.dimension,
             bundle_ms=bundle.created_ms,
             log=log_id,
+            texts=tuple(sorted(settings.filter_text_names)),
             part=assignment.name,
         )
         # Of a bundle without times, older releases kept items without times in their snapshots.

@@ -17,6 +17,7 @@ from index.search import filtered
 
 D = 8
 WORDS = ("a", "b", "c", "rare")
+TEXTS = frozenset({"brand", "colors", "signed"})
 
 
 class Built(HnswIndex):
@@ -29,10 +30,10 @@ class Built(HnswIndex):
 
 
 MAKERS: dict[str, Callable[[], Index]] = {
-    "exact": lambda: ExactIndex(D),
-    "hnsw-scan": lambda: HnswIndex(D),
-    "hnsw-fresh": lambda: HnswIndex(D, exact_below=0, fresh_max=1_000_000),
-    "hnsw-graph": lambda: Built(D, exact_below=0),
+    "exact": lambda: ExactIndex(D, TEXTS),
+    "hnsw-scan": lambda: HnswIndex(D, text_names=TEXTS),
+    "hnsw-fresh": lambda: HnswIndex(D, exact_below=0, fresh_max=1_000_000, text_names=TEXTS),
+    "hnsw-graph": lambda: Built(D, exact_below=0, text_names=TEXTS),
 }
 
 
@@ -70,7 +71,7 @@ CATALOGUE = [
         1,
         categories=["Drama", "War"],
         tags=["long", "old"],
-        attributes={"year": 1995, "stars": 4.5},
+        attributes={"year": 1995, "stars": 4.5, "brand": "Acme", "colors": ["red", "blue"]},
     ),
     put(
         "book", 2, 2, categories=["Drama"], tags=["old"], attributes={"year": 1870, "signed": True}
@@ -81,7 +82,7 @@ CATALOGUE = [
         3,
         categories=["Pop"],
         tags=["new"],
-        attributes={"year": "1999", "stars": float("nan")},
+        attributes={"year": "1999", "stars": float("nan"), "brand": "acme", "colors": "red"},
     ),
     put("bare", 4, 4),
     put("odd", 5, 5, categories="Drama", tags=[1, None], attributes=["year"]),
@@ -212,6 +213,19 @@ def test_names_of_numbers_outlive_their_items(index: Index) -> None:
         (Filter(allow=of("song", "bare"), deny=of("bare")), ["song"]),
         (Filter(categories=of("Drama"), deny=of("film")), ["book"]),
         (Filter(categories=of("Drama"), tags=of("new")), []),
+        (Filter(texts={"brand": of("Acme")}), ["film"]),
+        (Filter(texts={"brand": of("Acme", "acme")}), ["film", "song"]),
+        (Filter(texts={"colors": of("red")}), ["film", "song"]),
+        (Filter(texts={"colors": of("red"), "brand": of("acme")}), ["song"]),
+        (Filter(texts={"signed": of("true")}), ["book"]),
+        (Filter(texts={"signed": of("True", "1")}), []),
+        (Filter(texts={"brand": of("Acme")}, tags=of("new")), []),
+        (Filter(categories_none=of("Drama")), ["bare", "odd", "song"]),
+        (Filter(tags_none=of("old", "new")), ["bare", "odd"]),
+        (Filter(tags_none=of("unknown")), ["bare", "book", "film", "odd", "song"]),
+        (Filter(texts_none={"colors": of("blue")}), ["bare", "book", "odd", "song"]),
+        (Filter(texts={"colors": of("red")}, texts_none={"colors": of("blue")}), ["song"]),
+        (Filter(categories=of("Drama"), categories_none=of("War")), ["book"]),
     ],
 )
 def test_what_passes(index: Index, filters: Filter, expected: list[str]) -> None:
@@ -266,12 +280,14 @@ items = st.lists(
             "categories": words,
             "tags": words,
             "numbers": st.dictionaries(st.sampled_from("xy"), values, max_size=2),
+            "brand": st.none() | st.sampled_from(WORDS) | st.lists(st.sampled_from(WORDS)),
         }
     ),
     max_size=60,
 )
 ranges = st.tuples(numbers, numbers).map(lambda pair: Range(min(pair), max(pair)))
 names = st.frozensets(st.integers(0, 32).map("i{}".format), max_size=8)
+few_words = st.frozensets(st.sampled_from(WORDS), max_size=1)
 filters = st.builds(
     Filter,
     categories=words,
@@ -279,6 +295,10 @@ filters = st.builds(
     tags_all=words,
     deny=names,
     allow=st.none() | names,
+    texts=st.dictionaries(st.just("brand"), words, max_size=1),
+    categories_none=few_words,
+    tags_none=few_words,
+    texts_none=st.dictionaries(st.just("brand"), few_words, max_size=1),
     ranges=st.dictionaries(st.sampled_from("xyz"), ranges, max_size=2),
 )
 
@@ -298,7 +318,7 @@ def test_random_filters_against_the_definition(
         parts = {
             "categories": sorted(item["categories"]),
             "tags": sorted(item["tags"]),
-            "attributes": item["numbers"],
+            "attributes": item["numbers"] | ({"brand": item["brand"]} if item["brand"] else {}),
         }
         vector = POOL[item["at"]] if item["gone"] else None
         records.append(ItemRecord(f"i{item['name']}", 0, offset, offset, 0, vector, parts))

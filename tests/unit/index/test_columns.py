@@ -21,13 +21,20 @@ from index.storage import columns as columns_module
 from index.storage.columns import Columns
 
 NAMES = 6_000
+BRAND = frozenset({"brand"})
 ORIGIN: dict[str, Any] = {"generation": "g", "dimension": 2, "bundle_ms": 0, "log": "log"}
 items_with_attributes = st.lists(
     st.fixed_dictionaries(
         {
             "categories": st.lists(st.sampled_from("ab"), max_size=1),
             "tags": st.lists(st.sampled_from("abcdef"), max_size=4),
-            "attributes": st.dictionaries(st.sampled_from("xyz"), st.floats(-5, 5), max_size=2),
+            "attributes": st.fixed_dictionaries(
+                {},
+                optional={
+                    **dict.fromkeys("xyz", st.floats(-5, 5)),
+                    "brand": st.lists(st.sampled_from("abc"), max_size=2, unique=True),
+                },
+            ),
         }
     ),
     max_size=30,
@@ -38,6 +45,10 @@ some_filters = st.builds(
     categories=st.frozensets(st.sampled_from("abc"), max_size=2),
     tags=some_tags,
     tags_all=some_tags,
+    texts=st.dictionaries(st.just("brand"), some_tags, max_size=1),
+    categories_none=st.frozensets(st.sampled_from("abc"), max_size=1),
+    tags_none=some_tags,
+    texts_none=st.dictionaries(st.just("brand"), some_tags, max_size=1),
     ranges=st.dictionaries(
         st.sampled_from("xyzw"), st.floats(-5, 0).map(lambda low: Range(low, 3.0)), max_size=2
     ),
@@ -65,7 +76,11 @@ def plain(items: list[dict[str, Any]]) -> dict[object, object]:
         for field_name in ("categories", "tags"):
             for name in set(item[field_name]):
                 found.setdefault((field_name, name), ([], None))[0].append(row)
+        for name in item["attributes"].get("brand", ()):
+            found.setdefault(("=brand", name), ([], None))[0].append(row)
         for name, value in item["attributes"].items():
+            if name == "brand":
+                continue
             rows, values = found.setdefault(("attributes", name), ([], []))
             rows.append(row)
             assert values is not None
@@ -84,7 +99,7 @@ def test_a_compaction_keeps_the_rows_that_live(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(columns_module, "NEW_MAX", data.draw(st.sampled_from((0, 1, 5, 1_000))))
         patch.setattr(columns_module, "_CAPACITY_MIN", data.draw(st.sampled_from((1, 4))))
-        whole, at = Columns(), 0
+        whole, at = Columns(text_names=BRAND), 0
         while at < len(items):
             size = data.draw(st.integers(1, 10))
             whole.append(at, items[at : at + size])
@@ -109,7 +124,7 @@ def test_filters_pass_what_their_definition_passes(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(columns_module, "NEW_MAX", data.draw(st.sampled_from((0, 5, 1_000))))
         patch.setattr(columns_module, "_CAPACITY_MIN", 1)
-        columns = Columns()
+        columns = Columns(text_names=BRAND)
         for row, item in enumerate(items):
             columns.append(row, [item])
     expected = [matches(filters, "i", item) for item in items[:count]]

@@ -175,6 +175,7 @@ def test_a_file_of_another_length_is_refused(tmp_path: Path, size: int) -> None:
         ({"dimension": 8}, "dimension 4, expected 8"),
         ({"bundle_ms": 6}, "bundle_ms 5, expected 6"),
         ({"log": "cluster/other"}, "log 'cluster/topic', expected 'cluster/other'"),
+        ({"texts": ("brand",)}, r"texts \(\), expected \('brand',\)"),
     ],
 )
 def test_a_snapshot_of_something_else_is_refused(origin: dict[str, object], sentence: str) -> None:

@@ -168,12 +168,14 @@ class _Slow(ShardService):
 class Plant:
     """Shards, a coordinator in front of them, and one index with everything."""
 
-    def __init__(self, count: int, records: Sequence[ItemRecord]) -> None:
-        self.whole: Index = ExactIndex(D)
+    def __init__(
+        self, count: int, records: Sequence[ItemRecord], text_names: frozenset[str] = frozenset()
+    ) -> None:
+        self.whole: Index = ExactIndex(D, text_names)
         self.shards = []
         for number in range(count):
             share = ShardAssignment(number, count)
-            index = ExactIndex(D)
+            index = ExactIndex(D, text_names)
             index.apply(*share.split(records))
             self.shards.append(OneShard(share, index))
         self.whole.apply(records)
@@ -192,7 +194,7 @@ class Plant:
         self.server = WorkerServer(SETTINGS, self.service, role="coordinator")
         addresses = [shard.address for shard in self.shards]
         self.links = Shards(SETTINGS, addresses, "g1", self.server)
-        self.backend = CoordinatorBackend("g1", D, self.links, retriever)
+        self.backend = CoordinatorBackend("g1", D, self.links, retriever, text_names=text_names)
         self.service.serve(self.backend)
         self.links.start()
         self.alone = RetrievalService(SETTINGS)

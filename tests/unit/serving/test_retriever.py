@@ -778,6 +778,33 @@ def test_popular_and_newest_fill_within_the_filter(client: Client, world: World)
     [
         (pb.Filters(categories=["a"] * 257), "filters.categories: 257 values, allowed are 0 … 256"),
         (pb.Filters(tags=[""]), "filters.tags: '' has 0 bytes, allowed are 1 … 256"),
+        (pb.Filters(tags_none=["a"] * 257), "filters.tags_none: 257 values, allowed are 0 … 256"),
+        (pb.Filters(categories_none=[""]), "filters.categories_none: '' has 0 bytes"),
+        (
+            pb.Filters(texts=[pb.Texts(attribute="brand", values=["a"])]),
+            "filters.texts: 'brand' is not in the setting filter_texts; it has none",
+        ),
+        (
+            pb.Filters(texts_none=[pb.Texts(attribute="brand", values=["a"])]),
+            "filters.texts: 'brand' is not in the setting filter_texts; it has none",
+        ),
+        (pb.Filters(texts=[pb.Texts(values=["a"])]), "filters.texts.attribute: '' has 0 bytes"),
+        (
+            pb.Filters(texts=[pb.Texts(attribute="brand")]),
+            "filters.texts.values: 0 values, allowed are 1 … 64",
+        ),
+        (
+            pb.Filters(texts=[pb.Texts(attribute="brand", values=["a"] * 65)]),
+            "filters.texts.values: 65 values, allowed are 1 … 64",
+        ),
+        (
+            pb.Filters(texts_none=[pb.Texts(attribute="b", values=["a"])] * 2),
+            "filters.texts_none: 'b' is given twice",
+        ),
+        (
+            pb.Filters(texts=[pb.Texts(attribute=f"b{n}", values=["a"]) for n in range(17)]),
+            "filters.texts: 17 values, allowed are 0 … 16",
+        ),
         (pb.Filters(tags_all=["x" * 257]), "has 257 bytes, allowed are 1 … 256"),
         (pb.Filters(deny=["d"] * 2_001), "filters.deny: 2001 values, allowed are 0 … 2000"),
         (
