@@ -161,11 +161,20 @@ def click(
     ] = "click",
     weight: Annotated[float, typer.Option(help="Its weight.")] = 1.0,
     event_id: Annotated[str, typer.Option(help="Default: a new one.")] = "",
+    impression_id: Annotated[str, typer.Option(help="Of the answer that led to it.")] = "",
 ) -> None:
     """Send one click; prints the token that `eddyline query --after` takes."""
     from cli.commands import send
 
-    send.click(_settings(), user, item, kind=kind, weight=weight, event_id=event_id)
+    send.click(
+        _settings(),
+        user,
+        item,
+        kind=kind,
+        weight=weight,
+        event_id=event_id,
+        impression_id=impression_id,
+    )
 
 
 @app.command()

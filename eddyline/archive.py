@@ -13,7 +13,7 @@ the extra `archive` import the names in this file.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -24,7 +24,8 @@ from typing import Any
 import msgspec
 
 from eddyline.errors import SettingsError, Unavailable
-from eddyline.kafka.topics import CLICKS, ITEMS, USERS
+from eddyline.kafka.topics import ANSWERS, CLICKS, ITEMS, USERS
+from eddyline.schema.answers import RecordedAnswer
 from eddyline.schema.erasure import Erasure, erased_after, erased_before
 from eddyline.schema.events import Click, Forget, Item, Merge, UserProfile
 from eddyline.settings.loader import Settings
@@ -52,9 +53,12 @@ _COLUMNS = {
     USERS: "user_id deleted attributes at_ms forgotten_sha256",
     MERGES: "user_id merge_into at_ms",
     FORGETS: "forgotten_sha256 forget_until_ms keep_after_ms users_offset ends_ms",
+    ANSWERS: "impression_id user_id at_ms generation user_offset scene arm k session"
+    " filtered popularity_beta items paths missing",
 }
 _CLICK_FIELDS = attrgetter("event_id", "user_id", "item_id", "at_ms", "kind", "weight")
 _FORGET_FIELDS = attrgetter("forget_until_ms", "keep_after_ms", "users_offset", "ends_ms")
+_ANSWER_FIELDS = attrgetter(*_COLUMNS[ANSWERS].split()[:11])
 _ITEM_TEXTS = attrgetter("title", "categories", "tags")
 _ITEM_REST = attrgetter("available", "at_ms", "vector")
 
@@ -90,7 +94,7 @@ class Archived:
     offset: int
     appended_ms: int
     key: str | None
-    event: Click | Item | UserProfile | Merge | Forget | None
+    event: Click | Item | UserProfile | Merge | Forget | RecordedAnswer | None
     produced_us: int = 0
     digest: str | None = None
 
@@ -131,6 +135,16 @@ class Forgotten:
             self.erasure, at_ms, appended_ms, origin_ms
         )
 
+    def covers_answer(self, user_offset: int, appended_ms: int, at_ms: int) -> bool:
+        """Whether an answer to the user goes: it was given before the request or knew older events.
+
+        user_offset: of the last event that it knew, see `RecordedAnswer`; a worker may have read
+                     the user after the request, but before ingest had applied it
+        """
+        if min(appended_ms, at_ms) <= self.erasure.until_ms:
+            return True
+        return 0 <= user_offset < self.clicks_offset
+
 
 class ArchiveUnavailable(Unavailable):
     """The files cannot be read or written now, or one of them is no Parquet file."""
@@ -149,6 +163,14 @@ def schema(topic: str) -> Any:
     types |= {"deleted": boolean, "available": boolean, "vector": pa.list_(number)}
     types |= {"categories": pa.list_(text), "tags": pa.list_(text)}
     types |= dict.fromkeys(("forget_until_ms", "keep_after_ms", "users_offset", "ends_ms"), integer)
+    types |= {"user_offset": integer, "k": pa.int32(), "session": pa.int32(), "filtered": boolean}
+    types |= {"popularity_beta": number, "missing": pa.list_(text)}
+    if topic == ANSWERS:
+        candidate = [("item_id", text), ("score", number)]
+        item = pa.struct([*candidate, ("path", text), ("path_rank", pa.int32())])
+        counts = [("path", text), ("found", pa.int32()), ("taken", pa.int32())]
+        path = pa.struct([*counts, ("items", pa.list_(pa.struct(candidate)))])
+        types |= {"items": pa.list_(item), "paths": pa.list_(path)}
     place = [("partition", pa.int32()), ("offset", integer), ("appended_ms", integer)]
     return pa.schema([*place, *((name, types.get(name, text)) for name in _COLUMNS[topic].split())])
 
@@ -168,6 +190,9 @@ def row(event: Archived) -> tuple[Any, ...]:
         return (*place, found.user_id, found.merge_into, found.at_ms)
     if isinstance(found, Forget):
         return (*place, event.digest, *_FORGET_FIELDS(found))
+    if isinstance(found, RecordedAnswer):
+        lists = msgspec.to_builtins((found.items, found.paths, found.missing))
+        return (*place, *_ANSWER_FIELDS(found), *lists)
     if event.digest is not None:
         return (*place, None, True, None, None, event.digest)
     return (*place, event.key, True, *(7 * (None,)))
@@ -236,8 +261,7 @@ class Archive:
         """The events of one file; holds one row group at a time."""
         import pyarrow.parquet as pq
 
-        of_topic = {CLICKS: _click, ITEMS: _item, USERS: _profile, MERGES: _merge, FORGETS: _forget}
-        make = of_topic[file.topic]
+        make = _OF_TOPIC[file.topic]
         with self.fs.open(file.path, "rb") as opened, pq.ParquetFile(opened) as parquet:
             for batch in parquet.iter_batches(batch_size=ROW_GROUP_ROWS):
                 for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
@@ -422,3 +446,19 @@ def _forget(place: Place, values: Any) -> Archived:
         ends_ms=ends_ms,
     )
     return Archived(*place, None, event, digest=hashed)
+
+
+def _answer(place: Place, values: Any) -> Archived:
+    fields = dict(zip(_COLUMNS[ANSWERS].split(), values, strict=True))
+    answer = msgspec.convert(fields, RecordedAnswer)
+    return Archived(*place, answer.user_id, answer)
+
+
+_OF_TOPIC: dict[str, Callable[[Place, Any], Archived]] = {
+    CLICKS: _click,
+    ITEMS: _item,
+    USERS: _profile,
+    MERGES: _merge,
+    FORGETS: _forget,
+    ANSWERS: _answer,
+}

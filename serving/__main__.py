@@ -33,6 +33,8 @@ from embeddings.bundle import bundle
 from index.backends.base import AnnBackend
 from index.factory import ann_backend
 from serving import dependencies, metrics, running_workers
+from serving.answer.impression_sender import ImpressionSender
+from serving.answer.impressions import Impressions
 from serving.generation_watch import GenerationWatch
 from serving.rpc.retrieval_service import RetrievalService
 from serving.rpc.server import SharedPort, WorkerServer
@@ -123,7 +125,13 @@ class Worker:
         retry = Retry(settings, stop, service.waiting_for)
         with ExitStack() as closing:
             closing.callback(self._stop_server)
-            closing.callback(metrics.serve(settings, service, self._place, shard=self._shard))
+            # A shard answers no users.
+            impressions = Impressions(settings.answers_sample if self._assignment.whole else 0.0)
+            closing.callback(
+                metrics.serve(
+                    settings, service, self._place, shard=self._shard, impressions=impressions
+                )
+            )
             store = dependencies.open_store(settings, retry)
             closing.callback(store.close)
             if runtime is None:
@@ -133,7 +141,9 @@ class Worker:
                 runtime.build_graph()
             service.waiting_for("ingest to publish the last changes of items")
             runtime.wait_published(store, stop)
-            backend = runtime.start(store, write_snapshots=self._place == 0)
+            backend = runtime.start(
+                store, write_snapshots=self._place == 0, impressions=impressions
+            )
             service.waiting_for("the end of the item vectors")
             runtime.wait_caught_up(stop)
             # A collection of all that is loaded now would hold the interpreter lock, and so every
@@ -142,6 +152,9 @@ class Worker:
             gc.freeze()
             if self._shard is not None:
                 self._shard.serve(backend.held)
+            sender = ImpressionSender(settings, impressions)
+            sender.start()
+            closing.callback(sender.close)
             service.serve(backend)
             server = self._server or self.listen()
             announced = running_workers.announce(settings, self._registered(server, runtime))

@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 from eddyline.process import metrics
 from eddyline.process.metrics import labelled
 from eddyline.settings.loader import Settings
+from serving.answer.impressions import Impressions
 from serving.proto import retrieval_pb2 as pb
 from serving.rpc.retrieval_service import BUCKETS_S, QueryCounts, RetrievalService
 from serving.rpc.shard_service import ShardService
@@ -29,15 +30,20 @@ class WorkerCollector(Collector):
     """The metrics of one process. Thread rule: any thread; figures may be some queries apart."""
 
     def __init__(
-        self, service: RetrievalService, own_index: bool = True, shard: ShardService | None = None
+        self,
+        service: RetrievalService,
+        own_index: bool = True,
+        shard: ShardService | None = None,
+        impressions: Impressions | None = None,
     ) -> None:
         """own_index: False for a coordinator, whose counters would jump as shards come and go.
 
-        shard: None without calls of coordinators
+        shard: None without calls of coordinators; impressions: None where none are recorded
         """
         self._service = service
         self._own_index = own_index
         self._shard = shard
+        self._impressions = impressions
 
     def collect(self) -> Iterator[Metric]:
         """Every metric; before the process is ready only those of queries."""
@@ -55,6 +61,10 @@ class WorkerCollector(Collector):
             calls, what = self._shard.counts(), "Calls of coordinators"
             name = "eddyline_worker_shard_calls"
             yield labelled(CounterMetricFamily, name, what, "outcome", calls)
+        if self._impressions is not None:
+            answers = self._impressions.counts()._asdict()
+            name, what = "eddyline_worker_recorded_answers", "Answers to sampled users"
+            yield labelled(CounterMetricFamily, name, what, "outcome", answers)
         yield GaugeMetricFamily(
             "eddyline_worker_waiting_calls", "Calls that wait for a click", value=counts.waiting
         )
@@ -76,15 +86,18 @@ def serve(
     place: int = 0,
     own_index: bool = True,
     shard: ShardService | None = None,
+    impressions: Impressions | None = None,
 ) -> Callable[[], None]:
     """Serve the metrics at `worker_metrics_port`, if it is set. Returns what ends that.
 
     place:     number of this process in its worker; its port is `worker_metrics_port` + place
-    own_index, shard: see `WorkerCollector`
+    own_index, shard, impressions: see `WorkerCollector`
     """
     port = settings.worker_metrics_port
     return metrics.serve(
-        settings.metrics_host, port and port + place, WorkerCollector(service, own_index, shard)
+        settings.metrics_host,
+        port and port + place,
+        WorkerCollector(service, own_index, shard, impressions),
     )
 
 

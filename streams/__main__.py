@@ -80,7 +80,7 @@ def _run(settings: Settings, stop: threading.Event) -> None:
     for name in _TALKATIVE:
         logging.getLogger(name).addFilter(_RateLimit())
     retry = Retry(settings, stop, lambda _: heartbeat.beat(settings, "ingest"))
-    retry.wait_for("Kafka", lambda: topics.ensure_topics(settings))
+    retry.wait_for("Kafka", lambda: topics.ensure_topics(settings, topics.OF_INGEST))
     for finding in retry.wait_for("Kafka", lambda: topic_checks.check_topics(settings)):
         log.warning(str(finding))
     with ExitStack() as closes:

@@ -159,6 +159,8 @@ def remarks(answer: RetrieveResponse) -> list[str]:
     lines = [f"generation {fresh.generation}"]
     if fresh.HasField("user"):
         lines[0] += f" · {known} · fence {user.fence_offset}"
+    if answer.impression_id:  # a worker of an older version gives none
+        lines.append(f"impression {answer.impression_id}")
     lines += [f"{path.path}: {path.why}" for path in answer.paths if path.why]
     if answer.HasField("shards"):
         lines.append(f"shards: {answer.shards.answered} of {answer.shards.asked} answered")

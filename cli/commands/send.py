@@ -20,7 +20,14 @@ from eddyline.settings.loader import Settings
 
 
 def click(
-    settings: Settings, user: str, item: str, *, kind: str, weight: float, event_id: str
+    settings: Settings,
+    user: str,
+    item: str,
+    *,
+    kind: str,
+    weight: float,
+    event_id: str,
+    impression_id: str,
 ) -> None:
     """Send one click and print its token. Raises Rejected where the codec would refuse it."""
     fields = {
@@ -29,6 +36,7 @@ def click(
         "kind": kind,
         "weight": weight,
         "event_id": event_id or uuid.uuid4().hex,
+        "impression_id": impression_id or None,
         "at_ms": now_ms(),
     }
     checked = events.decode_click(

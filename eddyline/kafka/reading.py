@@ -71,8 +71,8 @@ def read(
 
 
 def can_skip(name: str) -> bool:
-    """Whether offsets of this topic may be skipped: it holds events or item vectors."""
-    return name in topics.SOURCES or name.startswith(topics.item_vectors(""))
+    """Whether offsets of this topic may be skipped: it holds events, answers or item vectors."""
+    return name in topics.ARCHIVED or name.startswith(topics.item_vectors(""))
 
 
 def skips(settings: Settings, records: Mapping[bytes, bytes] | None = None) -> Skips:

@@ -17,6 +17,8 @@ _POLICY, _STAMP, _KEEP = "cleanup.policy", "message.timestamp.type", "retention.
 _DELETES, _BYTES, _IN_SYNC = "delete.retention.ms", "max.message.bytes", "min.insync.replicas"
 # Configurations where a larger value is as good.
 _AT_LEAST = (_KEEP, _DELETES, _BYTES)
+# Their records of users go by age.
+_BY_AGE = (topics.CLICKS, topics.DEAD_LETTERS, topics.ANSWERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +39,12 @@ class Finding:
 
 
 def check_topics(settings: Settings) -> list[Finding]:
-    """Findings on `clicks`, `items`, `users`, `dead-letters` and `generations`, and no others.
+    """Findings on `topics.ALL`, and no others.
 
     Topics whose configuration Kafka does not show, for the right DESCRIBE_CONFIGS is missing, are
     not checked. Raises KafkaUnavailable, KafkaRefused.
     """
-    names = (*topics.SOURCES, topics.DEAD_LETTERS, topics.GENERATIONS)
+    names = topics.ALL
     real = {name: settings.prefixed(name) for name in names}
     with topics.open_admin(settings) as admin:
         existing = set(admin.list_topics())
@@ -84,11 +86,12 @@ def check_one(
         problem = f"{key} is {now}, not {value}: {_harm(name, key, now, value)}"
         found.append(_finding(settings, name, key, value, problem))
     keep, kept_ms = configs.get(_KEEP), settings.forgotten_kept_d * DAY_MS
-    if name in (topics.CLICKS, topics.DEAD_LETTERS) and keep is not None:
+    if name in _BY_AGE and keep is not None:
         if not 0 <= int(keep) <= kept_ms:
+            harm = "may be archived again" if name == topics.ANSWERS else "may bring the user back"
             problem = (
                 f"{_KEEP} is {keep}, more than forgotten_kept_d ({settings.forgotten_kept_d} "
-                "days): records from before a user was forgotten may bring the user back"
+                f"days): records from before a user was forgotten {harm}"
             )
             found.append(_finding(settings, name, _KEEP, str(kept_ms), problem))
     in_sync = configs.get(_IN_SYNC, "1")
@@ -114,7 +117,7 @@ def _harm(name: str, key: str, now: str, wanted: str) -> str:
     if key == _POLICY:
         if name == topics.ITEMS and wanted == "delete":
             return "it carries patches, and compaction keeps the last one of an item alone"
-        if name in (topics.CLICKS, topics.DEAD_LETTERS):
+        if name in _BY_AGE:
             return "compaction keeps one record of each key, the others are lost"
         if "compact" in now:
             return "records that still hold are deleted by age"

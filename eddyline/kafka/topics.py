@@ -6,6 +6,7 @@ A name in Kafka has the namespace in front, `settings.prefixed(name)`:
     item-vectors.<generation>       the log of the index, see `eddyline.schema.item_record`
     generations                     what is recorded of each generation, see `eddyline.generations`
     dead-letters                    rejected records with their reason
+    answers                         from query workers: answers to sampled users
 """
 
 from __future__ import annotations
@@ -35,8 +36,14 @@ from eddyline.stores.state_store import LogId
 log = logging.getLogger(__name__)
 
 CLICKS, ITEMS, USERS = "clicks", "items", "users"
-DEAD_LETTERS, GENERATIONS = "dead-letters", "generations"
+DEAD_LETTERS, GENERATIONS, ANSWERS = "dead-letters", "generations", "answers"
 SOURCES = (CLICKS, ITEMS, USERS)
+# What ingest needs. It has no rights on `answers`, and Kafka would hide that topic from it.
+OF_INGEST = (*SOURCES, DEAD_LETTERS, GENERATIONS)
+# What the archive keeps.
+ARCHIVED = (*SOURCES, ANSWERS)
+# All but the item vectors, which belong to a generation.
+ALL = (*OF_INGEST, ANSWERS)
 
 # A dead letter holds the whole rejected record (at most 1 MiB, the broker's default) and headers.
 DEAD_LETTER_BYTES_MAX = 2 * 1024 * 1024
@@ -60,6 +67,9 @@ def topic_configs(settings: Settings, name: str) -> tuple[int, dict[str, str]]:
     append_time = {"message.timestamp.type": "LogAppendTime"}
     if name == CLICKS:
         keep = {"retention.ms": str(settings.clicks_retention_h * _HOUR_MS)}
+        return settings.clicks_partitions, append_time | keep
+    if name == ANSWERS:  # the partitions of `clicks`: one process archives all of a user
+        keep = {"retention.ms": str(settings.answers_retention_h * _HOUR_MS)}
         return settings.clicks_partitions, append_time | keep
     if name == USERS:
         return settings.clicks_partitions, append_time | compact
@@ -112,13 +122,13 @@ def ensure_topics(settings: Settings, names: Sequence[str] | None = None) -> lis
 
     A topic without a record that has too few partitions gets the others: a broker that creates
     topics by itself made it, most likely.
-    names: default: all but the item vectors, which belong to a generation
+    names: default: `ALL`
 
     A topic under its own name (`clicks_topic`, …) is another system's: it is left as it is.
     Raises LogMismatch if a topic has another number of partitions than the settings, SettingsError
     if a topic under its own name does not exist.
     """
-    names = (*SOURCES, DEAD_LETTERS, GENERATIONS) if names is None else names
+    names = ALL if names is None else names
     made: list[str] = []
     with open_admin(settings) as admin:
         existing = set(admin.list_topics())

@@ -72,6 +72,8 @@ class KafkaSettings(msgspec.Struct, frozen=True, kw_only=True):
     """How long Kafka keeps clicks."""
     dead_letters_retention_h: Annotated[int, within(1, 87_600)] = 720
     """How long Kafka keeps dead letters."""
+    answers_retention_h: Annotated[int, within(1, 87_600)] = 168
+    """How long Kafka keeps the answers of sampled users."""
 
     # Schema registry: docs/feeds/maps.md
     registry_url: Annotated[str, Meta(pattern=r"^(https?://.+)?\Z", max_length=1_000)] = ""

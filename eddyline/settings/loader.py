@@ -197,16 +197,16 @@ def _check_maps(settings: Settings) -> None:
 
 
 def _check_erasures(settings: Settings) -> None:
-    """Raise SettingsError if Kafka keeps events for longer than erasures of users are kept.
+    """Raise SettingsError if Kafka keeps records of users for longer than their erasures are kept.
 
-    A Redis that is emptied late would read them again, after their user was forgotten.
+    A Redis that is emptied late, or a new archive, would read them after the user was forgotten.
     """
-    for name in ("clicks_retention_h", "dead_letters_retention_h"):
+    for name in ("clicks_retention_h", "dead_letters_retention_h", "answers_retention_h"):
         days = -(-getattr(settings, name) // 24)
         if settings.forgotten_kept_d < days:
             raise SettingsError(
                 f"forgotten_kept_d = {settings.forgotten_kept_d}: must be at least {days}, because "
-                f"{name} = {getattr(settings, name)} keeps events of forgotten users for so long"
+                f"{name} = {getattr(settings, name)} keeps records of forgotten users for so long"
             )
 
 

@@ -75,6 +75,11 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     popularity_beta: Annotated[float, within(0, 10)] = 0.0
     """Popularity penalty of a query that sets none: score = inner product − beta · ln p(item)."""
 
+    # Impressions: docs/operations.md
+    answers_sample: Annotated[float, within(0, 1)] = 0.01
+    """The share of the users whose answers are recorded in the topic `answers`, by a hash of their
+    ids: always the same users. 0 records none."""
+
 
 def check(settings: WorkerSettings) -> None:
     """Raise SettingsError if the processes of a worker need more ports than there are."""

@@ -25,6 +25,7 @@ from eddyline.errors import LogMismatch, Rejected
 from eddyline.kafka import reading
 from eddyline.kafka import topics as kafka_topics
 from eddyline.schema import events, item_changes, validation
+from eddyline.schema.answers import RecordedAnswer
 from eddyline.schema.deduplication import DedupeWindow
 from eddyline.schema.erasure import Erasure, digest, erased_after, erased_before
 from eddyline.schema.events import AT_MS_MAX, Click, Forget, Item
@@ -291,6 +292,7 @@ def _archived(archive: Archive, name: str, ends: Mapping[int, int]) -> Iterator[
     try:
         for found in archive.read(name):
             if found.key is not None and found.offset <= ends.get(found.partition, -1):
+                assert not isinstance(found.event, RecordedAnswer)  # those of `answers` alone
                 value = None if found.event is None else events.encode(found.event)
                 place = name, found.partition, found.offset, found.appended_ms
                 yield BuiltRecord(*place, found.key.encode(), value, [MAPPED])

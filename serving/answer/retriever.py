@@ -42,6 +42,7 @@ class Query:
     user_id: "" for a guest, who has a session
     session: events of this visit that are not stored, newest first
     filters: every item of the answer passes them; popularity_beta: see `Popularity.debias`
+    scene, arm: the caller's labels, for the record of the answer alone
     """
 
     user_id: str
@@ -51,6 +52,8 @@ class Query:
     filters: Filter | None = None
     popularity_beta: float = 0.0
     session: Sequence[Entry] = ()
+    scene: str = ""
+    arm: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,8 @@ from eddyline.process import lifecycle, logs
 from eddyline.process.retry import Retry
 from eddyline.settings.loader import Settings
 from serving import dependencies, metrics, running_workers
+from serving.answer.impression_sender import ImpressionSender
+from serving.answer.impressions import Impressions
 from serving.coordinator.backend import CoordinatorBackend
 from serving.coordinator.shards import Shards, parse
 from serving.generation_watch import GenerationWatch
@@ -50,7 +52,8 @@ def _serve(settings: Settings, stop: threading.Event) -> None:
     retry = Retry(settings, stop, service.waiting_for)
     with ExitStack() as closing:
         closing.callback(server.stop, GRACE_S)
-        closing.callback(metrics.serve(settings, service, own_index=False))
+        impressions = Impressions(settings.answers_sample)
+        closing.callback(metrics.serve(settings, service, own_index=False, impressions=impressions))
         store = dependencies.open_store(settings, retry)
         closing.callback(store.close)
         bundle = dependencies.open_bundle(settings, retry)
@@ -73,11 +76,19 @@ def _serve(settings: Settings, stop: threading.Event) -> None:
         watch = LogWatch(settings, log_ids)
         watch.start()
         closing.callback(watch.close)
-        service.serve(
-            CoordinatorBackend(
-                generation, dimension, shards, retriever, watch, settings.filter_text_names
-            )
+        sender = ImpressionSender(settings, impressions)
+        sender.start()
+        closing.callback(sender.close)
+        backend = CoordinatorBackend(
+            generation,
+            dimension,
+            shards,
+            retriever,
+            watch,
+            settings.filter_text_names,
+            impressions=impressions,
         )
+        service.serve(backend)
         worker = running_workers.RegisteredWorker(
             address=server.address,
             pid=os.getpid(),

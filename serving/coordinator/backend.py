@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from serving.answer.click_waits import ClickWaits
 from serving.answer.deadline import Deadline
+from serving.answer.impressions import Impressions
 from serving.answer.retriever import Answer, ItemsNotLive, NearestQuery, Query, Retriever
 from serving.coordinator.scatter_gather import ScatterGather, StaleVectors
 from serving.coordinator.shards import Connection, Shards
@@ -21,6 +22,7 @@ from serving.rpc.backends import (
     RetrievalBackend,
     check_generation,
     fill_retriever_stats,
+    no_impressions,
 )
 from serving.worker.log_watch import LogWatch
 
@@ -48,6 +50,7 @@ class CoordinatorBackend(RetrievalBackend):
     watch: LogWatch | None = None
     text_names: frozenset[str] = frozenset()
     vectors: VectorCache = field(default_factory=VectorCache)
+    impressions: Impressions = field(default_factory=no_impressions)
 
     @property
     @override
@@ -58,7 +61,9 @@ class CoordinatorBackend(RetrievalBackend):
     def retrieve(self, query: Query, deadline: Deadline, received_us: int) -> pb.RetrieveResponse:
         converters.check_texts(query.filters, self.text_names)
         return self._answer(
-            deadline, lambda items: self.retriever.retrieve(query, items, deadline, received_us)
+            query,
+            deadline,
+            lambda items: self.retriever.retrieve(query, items, deadline, received_us),
         )
 
     @override
@@ -68,7 +73,9 @@ class CoordinatorBackend(RetrievalBackend):
         check_generation(query, self.generation)
         converters.check_texts(query.filters, self.text_names)
         return self._answer(
-            deadline, lambda items: self.retriever.nearest(query, items, deadline, received_us)
+            query,
+            deadline,
+            lambda items: self.retriever.nearest(query, items, deadline, received_us),
         )
 
     @override
@@ -86,12 +93,18 @@ class CoordinatorBackend(RetrievalBackend):
         return response
 
     def _answer(
-        self, deadline: Deadline, ask: Callable[[ScatterGather], Answer]
+        self,
+        query: Query | NearestQuery,
+        deadline: Deadline,
+        ask: Callable[[ScatterGather], Answer],
     ) -> pb.RetrieveResponse:
         answer, items, missing = self._read(deadline, ask)
         response = converters.response_of(answer, self.generation, items, self._behind(items))
         response.shards.CopyFrom(items.status())
         response.missing.extend(missing)
+        response.impression_id = self.impressions.record(
+            query, answer, self.generation, response.missing
+        )
         return response
 
     def _read(

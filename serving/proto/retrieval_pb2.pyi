@@ -16,13 +16,15 @@ class After(_message.Message):
     def __init__(self, partition: _Optional[int] = ..., offset: _Optional[int] = ..., wait_ms: _Optional[int] = ...) -> None: ...
 
 class RetrieveRequest(_message.Message):
-    __slots__ = ("user_id", "k", "after", "with_cards", "filters", "popularity_beta", "session")
+    __slots__ = ("user_id", "k", "after", "with_cards", "filters", "popularity_beta", "scene", "arm", "session")
     USER_ID_FIELD_NUMBER: _ClassVar[int]
     K_FIELD_NUMBER: _ClassVar[int]
     AFTER_FIELD_NUMBER: _ClassVar[int]
     WITH_CARDS_FIELD_NUMBER: _ClassVar[int]
     FILTERS_FIELD_NUMBER: _ClassVar[int]
     POPULARITY_BETA_FIELD_NUMBER: _ClassVar[int]
+    SCENE_FIELD_NUMBER: _ClassVar[int]
+    ARM_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
     user_id: str
     k: int
@@ -30,8 +32,10 @@ class RetrieveRequest(_message.Message):
     with_cards: bool
     filters: Filters
     popularity_beta: float
+    scene: str
+    arm: str
     session: _containers.RepeatedCompositeFieldContainer[SessionEvent]
-    def __init__(self, user_id: _Optional[str] = ..., k: _Optional[int] = ..., after: _Optional[_Union[After, _Mapping]] = ..., with_cards: bool = ..., filters: _Optional[_Union[Filters, _Mapping]] = ..., popularity_beta: _Optional[float] = ..., session: _Optional[_Iterable[_Union[SessionEvent, _Mapping]]] = ...) -> None: ...
+    def __init__(self, user_id: _Optional[str] = ..., k: _Optional[int] = ..., after: _Optional[_Union[After, _Mapping]] = ..., with_cards: bool = ..., filters: _Optional[_Union[Filters, _Mapping]] = ..., popularity_beta: _Optional[float] = ..., scene: _Optional[str] = ..., arm: _Optional[str] = ..., session: _Optional[_Iterable[_Union[SessionEvent, _Mapping]]] = ...) -> None: ...
 
 class SessionEvent(_message.Message):
     __slots__ = ("item_id", "kind")
@@ -162,20 +166,22 @@ class Range(_message.Message):
     def __init__(self, attribute: _Optional[str] = ..., min: _Optional[float] = ..., max: _Optional[float] = ...) -> None: ...
 
 class RetrieveResponse(_message.Message):
-    __slots__ = ("items", "freshness", "paths", "missing", "short_because", "shards")
+    __slots__ = ("items", "freshness", "paths", "missing", "short_because", "shards", "impression_id")
     ITEMS_FIELD_NUMBER: _ClassVar[int]
     FRESHNESS_FIELD_NUMBER: _ClassVar[int]
     PATHS_FIELD_NUMBER: _ClassVar[int]
     MISSING_FIELD_NUMBER: _ClassVar[int]
     SHORT_BECAUSE_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
+    IMPRESSION_ID_FIELD_NUMBER: _ClassVar[int]
     items: _containers.RepeatedCompositeFieldContainer[RetrievedItem]
     freshness: Freshness
     paths: _containers.RepeatedCompositeFieldContainer[PathSummary]
     missing: _containers.RepeatedScalarFieldContainer[str]
     short_because: str
     shards: Shards
-    def __init__(self, items: _Optional[_Iterable[_Union[RetrievedItem, _Mapping]]] = ..., freshness: _Optional[_Union[Freshness, _Mapping]] = ..., paths: _Optional[_Iterable[_Union[PathSummary, _Mapping]]] = ..., missing: _Optional[_Iterable[str]] = ..., short_because: _Optional[str] = ..., shards: _Optional[_Union[Shards, _Mapping]] = ...) -> None: ...
+    impression_id: str
+    def __init__(self, items: _Optional[_Iterable[_Union[RetrievedItem, _Mapping]]] = ..., freshness: _Optional[_Union[Freshness, _Mapping]] = ..., paths: _Optional[_Iterable[_Union[PathSummary, _Mapping]]] = ..., missing: _Optional[_Iterable[str]] = ..., short_because: _Optional[str] = ..., shards: _Optional[_Union[Shards, _Mapping]] = ..., impression_id: _Optional[str] = ...) -> None: ...
 
 class Shards(_message.Message):
     __slots__ = ("count", "asked", "answered", "missing")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from typing_extensions import override
@@ -14,6 +14,7 @@ from index.filters import Filter
 from index.port import Index
 from serving.answer.click_waits import ClickWaits
 from serving.answer.deadline import Deadline
+from serving.answer.impressions import Impressions
 from serving.answer.retriever import Answer, NearestQuery, Query, Retriever
 from serving.proto import retrieval_pb2 as pb
 from serving.rpc import converters
@@ -101,6 +102,11 @@ class LocalIndex:
             response.missing.append(f"kafka: {behind}")
 
 
+def no_impressions() -> Impressions:
+    """Gives every answer an id, and records none."""
+    return Impressions(0.0)
+
+
 def fill_retriever_stats(response: pb.StatsResponse, retriever: Retriever) -> None:
     """Fill in the popular list's state, and what the retriever lacks."""
     response.popular.items = len(retriever.popularity.ranked)
@@ -114,6 +120,7 @@ class WorkerBackend(RetrievalBackend):
 
     held: LocalIndex
     retriever: Retriever
+    impressions: Impressions = field(default_factory=no_impressions)
 
     @property
     @override
@@ -125,7 +132,7 @@ class WorkerBackend(RetrievalBackend):
         held = self.held
         held.check_filters(query.filters)
         answer = self.retriever.retrieve(query, held.index, deadline, received_us)
-        return self._response(answer)
+        return self._response(query, answer)
 
     @override
     def nearest(
@@ -134,7 +141,8 @@ class WorkerBackend(RetrievalBackend):
         held = self.held
         check_generation(query, held.generation)
         held.check_filters(query.filters)
-        return self._response(self.retriever.nearest(query, held.index, deadline, received_us))
+        answer = self.retriever.nearest(query, held.index, deadline, received_us)
+        return self._response(query, answer)
 
     @override
     def explain(
@@ -151,9 +159,13 @@ class WorkerBackend(RetrievalBackend):
         fill_retriever_stats(response, self.retriever)
         self.held.fill_index_stats(response)
 
-    def _response(self, answer: Answer) -> pb.RetrieveResponse:
+    def _response(self, query: Query | NearestQuery, answer: Answer) -> pb.RetrieveResponse:
         held = self.held
-        return converters.response_of(answer, held.generation, held.index, held.missing())
+        response = converters.response_of(answer, held.generation, held.index, held.missing())
+        response.impression_id = self.impressions.record(
+            query, answer, held.generation, response.missing
+        )
+        return response
 
 
 @dataclass(frozen=True, slots=True)

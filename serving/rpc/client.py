@@ -69,6 +69,8 @@ class Client:
         filters: pb.Filters | None = None,
         popularity_beta: float | None = None,
         session: Iterable[str | tuple[str, str]] = (),
+        scene: str = "",
+        arm: str = "",
         timeout_s: float = 5.0,
     ) -> pb.RetrieveResponse:
         """The answer. Raises CallFailed.
@@ -79,6 +81,7 @@ class Client:
         filters:   every item of the answer passes them
         popularity_beta: strength of the popularity correction; None: the worker's setting
         session:   items of this visit, newest first, or (item, kind); they are not stored
+        scene, arm: labels for the record of the answer, see retrieval.proto
         timeout_s: the deadline of the call
         """
         request = pb.RetrieveRequest(
@@ -88,6 +91,8 @@ class Client:
             filters=filters,
             popularity_beta=popularity_beta,
             session=_session(session),
+            scene=scene,
+            arm=arm,
         )
         if after is not None:
             request.after.CopyFrom(pb.After(partition=after[0], offset=after[1], wait_ms=wait_ms))

@@ -10,6 +10,7 @@ from difflib import get_close_matches
 import numpy as np
 
 from eddyline.errors import EddylineError, Rejected
+from eddyline.schema.answers import LABEL_BYTES_MAX
 from eddyline.schema.events import ID_BYTES_MAX, KINDS, Item, check_id, quote
 from eddyline.schema.partitioning import partition_of
 from eddyline.schema.user_history import Entry
@@ -69,7 +70,24 @@ def query_of(request: pb.RetrieveRequest, settings: Settings) -> Query:
         if not 0 <= beta <= BETA_MAX:
             raise BadQuery(f"popularity_beta: {beta}, allowed are 0 … {BETA_MAX:g}")
     session = _session_of(request.session) if request.session else ()
-    return Query(request.user_id, request.k, after, request.with_cards, filters, beta, session)
+    return Query(
+        request.user_id,
+        request.k,
+        after,
+        request.with_cards,
+        filters,
+        beta,
+        session,
+        _label_of("scene", request.scene),
+        _label_of("arm", request.arm),
+    )
+
+
+def _label_of(name: str, text: str) -> str:
+    size = len(text.encode())
+    if size > LABEL_BYTES_MAX:
+        raise BadQuery(f"{name}: {quote(text)} has {size} bytes, allowed are 0 … {LABEL_BYTES_MAX}")
+    return text
 
 
 def _session_of(session: Sequence[pb.SessionEvent]) -> list[Entry]:

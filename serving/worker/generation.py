@@ -17,7 +17,8 @@ from embeddings.bundle.bundle import Bundle
 from index.backends.base import AnnBackend
 from index.factory import guard_recall, live_index
 from serving import dependencies
-from serving.rpc.backends import LocalIndex, ShardBackend, WorkerBackend
+from serving.answer.impressions import Impressions
+from serving.rpc.backends import LocalIndex, ShardBackend, WorkerBackend, no_impressions
 from serving.sharding import ALL, ShardAssignment
 from serving.worker.build_turn import BuildTurn
 from serving.worker.log_watch import LogWatch
@@ -98,8 +99,13 @@ class GenerationRuntime:
         self._closing.callback(self._barrier.close)
         self._barrier.wait(stop)
 
-    def start(self, store: StateStore, *, write_snapshots: bool) -> WorkerBackend | ShardBackend:
-        """Tail the item vectors. Returns what answers; it is complete after `wait_caught_up`."""
+    def start(
+        self, store: StateStore, *, write_snapshots: bool, impressions: Impressions | None = None
+    ) -> WorkerBackend | ShardBackend:
+        """Tail the item vectors. Returns what answers; it is complete after `wait_caught_up`.
+
+        impressions: of the process; None: answers have ids, and none is recorded
+        """
         self.replica.start()
         if write_snapshots:
             self._snapshots.start(self.replica)
@@ -120,7 +126,7 @@ class GenerationRuntime:
             closing=self._closing,
             index=self.index,
         )
-        return WorkerBackend(held, retriever)
+        return WorkerBackend(held, retriever, impressions or no_impressions())
 
     def wait_caught_up(self, stop: threading.Event) -> None:
         """Return once the replica has read all records from before `start`.

@@ -97,7 +97,7 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
             group_instance_id=self._member,
         )
         try:
-            topics = [self._settings.prefixed(name) for name in kafka_topics.SOURCES]
+            topics = [self._settings.prefixed(name) for name in kafka_topics.ARCHIVED]
             self._consumer.subscribe(topics=topics, listener=self)
             while not self._stop.is_set():
                 self._poll()
@@ -191,8 +191,8 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
         """Seek each new partition to the end of its files and start reading it."""
         self._stops.skips = reading.skips(self._settings)
         places = sorted(self._unopened)
-        names = {self._settings.prefixed(name): name for name in kafka_topics.SOURCES}
-        ids = kafka_topics.log_ids(self._settings, kafka_topics.SOURCES)
+        names = {self._settings.prefixed(name): name for name in kafka_topics.ARCHIVED}
+        ids = kafka_topics.log_ids(self._settings, kafka_topics.ARCHIVED)
         kept_ms = kafka_topics.delete_retention_ms(
             self._settings, (kafka_topics.ITEMS, kafka_topics.USERS)
         )

@@ -23,7 +23,7 @@ from eddyline.archive import (
     Forgotten,
     writer,
 )
-from eddyline.kafka.topics import CLICKS, USERS
+from eddyline.kafka.topics import ANSWERS, CLICKS, USERS
 from streams.archive import file_placement
 
 # user id -> up to which point the user's rows are erased, None for all other users
@@ -43,7 +43,7 @@ def forget(
     A file keeps its name. Raises OSError; each file is then either as before or rewritten.
     """
     files = rows = 0
-    for topic in (CLICKS, USERS):
+    for topic in (CLICKS, USERS, ANSWERS):
         for file in archive.files(topic, partition):
             if file.hour_ms + HOUR_MS <= since_ms or not _has(archive, file, "user_id", forgotten):
                 continue
@@ -91,7 +91,9 @@ def copy_without(source: Any, target: Path, topic: str, forgotten: ForgottenOf) 
 def _kept(table: Any, topic: str, forgotten: ForgottenOf) -> list[bool]:
     users: Sequence[str | None] = table.column("user_id").to_pylist()
     limits = {user: forgotten(user) for user in set(users) if user is not None}
-    places = [table.column(name).to_pylist() for name in ("offset", "appended_ms", "at_ms")]
+    # Answers have no order with `clicks`: the last event that they knew decides.
+    offset_of = "user_offset" if topic == ANSWERS else "offset"
+    places = [table.column(name).to_pylist() for name in (offset_of, "appended_ms", "at_ms")]
     keep = []
     for user, offset, appended_ms, at_ms in zip(users, *places, strict=True):
         limit = limits.get(user) if user is not None else None
@@ -99,6 +101,8 @@ def _kept(table: Any, topic: str, forgotten: ForgottenOf) -> list[bool]:
             keep.append(True)
         elif topic in (CLICKS, MERGES):
             keep.append(not limit.covers_event(offset, appended_ms, at_ms))
+        elif topic == ANSWERS:
+            keep.append(not limit.covers_answer(offset, appended_ms, at_ms))
         else:
             keep.append(offset >= limit.erasure.users_offset)
     return keep

@@ -30,8 +30,8 @@ from eddyline.archive import (
     Forgotten,
 )
 from eddyline.errors import Rejected
-from eddyline.kafka.topics import CLICKS, ITEMS, USERS
-from eddyline.schema import events, validation
+from eddyline.kafka.topics import ANSWERS, CLICKS, ITEMS, USERS
+from eddyline.schema import answers, events, validation
 from eddyline.schema.deduplication import DedupeWindow
 from eddyline.schema.erasure import DAY_MS, Erasure, digest, erased_after
 from eddyline.schema.events import Forget, ItemPatch, Merge
@@ -50,7 +50,7 @@ _NEVER_MS = 2**62
 
 @dataclass(slots=True)
 class ForgottenUsers:
-    """The forgotten users of a partition, by digest of their ids; shared by its clicks and users.
+    """The forgotten users of a partition, by digest of their ids; shared by its topics of users.
 
     Their rows are erased from each file that is completed later; earlier files are rewritten.
     """
@@ -165,7 +165,7 @@ class PartitionWriter:
     """Archives one partition from `position` on. Thread rule: one thread.
 
     window:    event ids accepted before the position; clicks only
-    forgotten: shared by clicks and users of the partition
+    forgotten: shared by clicks, users and answers of the partition
     log_id:    the log that is archived
     written:   everything below this offset is in complete files
     rows:      records accepted; skipped: records refused, stray or sent again
@@ -247,7 +247,7 @@ class PartitionWriter:
             )
             counts = {"users": len(file.forgotten), "files": files, "rows": rows}
             log.info("users forgotten", extra=counts)
-        if self._forgotten.by_digest and self._topic in (CLICKS, USERS):
+        if self._forgotten.by_digest and self._topic != ITEMS:
             _erase(partial, self._topic, self._forgotten.of)
         if MERGES in self._aside:
             self._complete_merges(file, self._aside.pop(MERGES))
@@ -327,6 +327,8 @@ class PartitionWriter:
         try:
             if self._topic == CLICKS:
                 return self._accept_events(file, record)
+            if self._topic == ANSWERS:
+                return self._accept_answer(record)
             if self._topic == ITEMS:
                 items = validation.item_changes(settings, record)
                 read = len(items)
@@ -351,6 +353,16 @@ class PartitionWriter:
         self.skipped += read - len(found)
         self.rows += len(found)
         return found
+
+    def _accept_answer(self, record: Record) -> list[Archived]:
+        """Of a record of `answers`. Raises Rejected."""
+        answer = answers.decode_answer(record.value, key=events.decode_key(record.key))
+        if partition_of(answer.user_id, self._settings.clicks_partitions) != self._partition:
+            self.skipped += 1  # nothing of the user is looked for here when the user is forgotten
+            return []
+        self.rows += 1
+        place = self._partition, record.offset, record.timestamp
+        return [Archived(*place, answer.user_id, answer)]
 
     def _accept_events(self, file: _OpenFile, record: Record) -> list[Archived]:
         """Of a record of `clicks`. Raises Rejected."""

@@ -13,6 +13,7 @@ from eddyline.archive import FORGETS, Archive, Archived
 from eddyline.kafka import reading, topics
 from eddyline.kafka.topics import CLICKS, USERS
 from eddyline.schema import events
+from eddyline.schema.answers import RecordedAnswer
 from eddyline.schema.erasure import Erasure, digest
 from eddyline.schema.events import Forget, Merge
 from eddyline.schema.partitioning import user_slot
@@ -38,6 +39,7 @@ class ArchivedRecord(BuiltRecord, frozen=True):
 def as_sent(topic: str, archived: Archived) -> ArchivedRecord:
     """The record that an archived event was."""
     event, headers = archived.event, [MAPPED]
+    assert not isinstance(event, RecordedAnswer)  # those of `answers` alone
     if isinstance(event, Forget):
         place = archived.partition, archived.offset, archived.appended_ms
         hashed = archived.digest or ""

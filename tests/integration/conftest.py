@@ -10,9 +10,10 @@ import re
 import signal
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -146,6 +147,7 @@ def living(
     *,
     with_items: bool = True,
     with_worker: bool = True,
+    worker: Mapping[str, str] = MappingProxyType({}),
     **ingest: str,
 ) -> Iterator[Live]:
     """Topics, generation, ingest and one worker in a namespace of their own; all ends with the
@@ -153,7 +155,7 @@ def living(
 
     with_items:  the data set's items are sent and applied
     with_worker: False for a test that sends no query; it starts sooner
-    ingest:      more settings of the ingest process
+    worker, ingest: more settings of these processes
     """
     folder, manifest = bundle
     settings = msgspec.structs.replace(settings, bundle_dir=str(folder))
@@ -174,8 +176,8 @@ def living(
             replay_file.send(settings, dataset.items)
         children = [live.deployment.ingest_child(**more, **ingest)]
         if with_worker:
-            worker, live.address = live.deployment.worker_child(is_ready, **more)
-            children.append(worker)
+            child, live.address = live.deployment.worker_child(is_ready, **more, **worker)
+            children.append(child)
         supervisor.start(*children)
         live.applied()
         yield live

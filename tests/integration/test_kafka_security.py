@@ -165,7 +165,7 @@ def test_everything_works_with_the_rights_in_the_docs(
         cut = {"clicks_partitions": "2", "items_partitions": "2"}
         ingest = Deployment(system.settings("ingest"), supervisor).ingest_child(**cut)
         worker, address = Deployment(system.settings("worker"), supervisor).worker_child(
-            is_ready, **cut
+            is_ready, **cut, answers_sample="1"
         )
         archiving = Deployment(system.settings("archive"), supervisor).child(
             "archive", "streams.archive", lambda: True, archive_file_offsets="8", **cut
@@ -194,6 +194,7 @@ def test_everything_works_with_the_rights_in_the_docs(
         done = run(operator, "cli", "stats", "--address", address)
         assert done.returncode == 0 and "clicks" in done.stdout, done.stderr
         eventually(lambda: list(Archive(system.base).read(topics.ITEMS)))
+        eventually(lambda: list(reading.read(operator, topics.ANSWERS)))
         supervisor.check()
     written = {path.name: path.read_text(encoding="utf-8") for path in logs.glob("*.log")}
     assert {"ingest.log", "worker.log", "archive.log"} <= set(written)

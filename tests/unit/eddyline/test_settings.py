@@ -119,6 +119,7 @@ def test_secrets_are_hidden_wherever_settings_are_shown(
     assert "redis_url" in sentence and "hunter2" not in sentence
 
 
+RETENTIONS = ["clicks_retention_h", "dead_letters_retention_h", "answers_retention_h"]
 NUMBERS = [
     name for name, limits in LIMITS.items() if limits.ge is not None or limits.le is not None
 ]
@@ -136,7 +137,7 @@ def test_every_limit_of_a_number(name: str, tmp_path: Path) -> None:
         else {"dedupe_window_events": 10_000}
     )
     if name == "forgotten_kept_d":
-        other |= {"clicks_retention_h": 24, "dead_letters_retention_h": 24}
+        other |= dict.fromkeys(RETENTIONS, 24)
     else:
         other |= {"forgotten_kept_d": 36_500}
     for inside in (low, low + step, high - step, high):
@@ -178,10 +179,10 @@ def test_the_window_is_twice_the_chunk_at_least(window: int, fits: bool) -> None
             load(environ)
 
 
-@pytest.mark.parametrize("name", ["clicks_retention_h", "dead_letters_retention_h"])
+@pytest.mark.parametrize("name", RETENTIONS)
 @pytest.mark.parametrize(("hours", "fits"), [(47, True), (48, True), (49, False), (87_600, False)])
 def test_erasures_are_kept_as_long_as_the_logs(name: str, hours: int, fits: bool) -> None:
-    environ = {"EDDYLINE_CLICKS_RETENTION_H": "1", "EDDYLINE_DEAD_LETTERS_RETENTION_H": "1"}
+    environ = {f"EDDYLINE_{other.upper()}": "1" for other in RETENTIONS}
     environ |= {"EDDYLINE_FORGOTTEN_KEPT_D": "2", f"EDDYLINE_{name.upper()}": str(hours)}
     if fits:
         assert load(environ).forgotten_kept_d == 2

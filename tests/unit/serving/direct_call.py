@@ -30,10 +30,10 @@ class DirectCall:
         return True
 
 
-def retrieve(service: RetrievalService, user_id: str, k: int) -> pb.RetrieveResponse:
-    """The response. Raises RuntimeError with the status code."""
+def retrieve(service: RetrievalService, user_id: str, k: int, **more: Any) -> pb.RetrieveResponse:
+    """The response. more: fields of the request. Raises RuntimeError with the status code."""
     call, sent = DirectCall(), list[Any]()
-    service.answer(pb.RetrieveRequest(user_id=user_id, k=k), call, sent.append)
+    service.answer(pb.RetrieveRequest(user_id=user_id, k=k, **more), call, sent.append)
     if call.code is not grpc.StatusCode.OK:
         raise RuntimeError(f"{call.code}: {call.details}")
     response, end = sent

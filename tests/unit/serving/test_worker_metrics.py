@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from eddyline.process import metrics
 from eddyline.settings.loader import Settings
+from serving.answer.impressions import Impressions
 from serving.metrics import WorkerCollector, serve
 from serving.proto import retrieval_pb2 as pb
 from serving.rpc.backends import RetrievalBackend
@@ -48,9 +49,13 @@ class Holds(RetrievalBackend):
         response.tail.MergeFrom(pb.TailStatus(lag_records=7, rejected=1, away_since_ms=away_ms))
 
 
-def text(service: RetrievalService, shard: ShardService | None = None) -> str:
+def text(
+    service: RetrievalService,
+    shard: ShardService | None = None,
+    impressions: Impressions | None = None,
+) -> str:
     registry = CollectorRegistry()
-    registry.register(WorkerCollector(service, shard=shard))
+    registry.register(WorkerCollector(service, shard=shard, impressions=impressions))
     return generate_latest(registry).decode()
 
 
@@ -72,11 +77,16 @@ def test_the_page_names_every_metric_and_no_other() -> None:
     }
     service.serve(Holds())
     retrieve(service, "u", 1)
-    found = text(service, ShardService(ALL, 10))
+    impressions = Impressions(1.0)
+    impressions.count(sent=5, failed=2)
+    found = text(service, ShardService(ALL, 10), impressions)
     assert names(found) == set(re.findall(r"eddyline_worker_\w+", PAGE.read_text(encoding="utf-8")))
     for line in (
         "eddyline_worker_ready 1.0",
         "eddyline_worker_missing 1.0",
+        'eddyline_worker_recorded_answers_total{outcome="sent"} 5.0',
+        'eddyline_worker_recorded_answers_total{outcome="dropped"} 0.0',
+        'eddyline_worker_recorded_answers_total{outcome="failed"} 2.0',
         'eddyline_worker_path_queries_total{path="towers"} 1.0',
         'eddyline_worker_path_items_total{path="towers"} 0.0',
         'eddyline_worker_path_items_total{path="newest"} 1.0',
