@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from evaluation.engine import BATCH_RECORDS
 from evaluation.event_log import DISLIKE, EventLog, Ints
-from evaluation.product import BATCH_RECORDS, Product
-from evaluation.rows import NO_ROWS, Query, Results, Row
-from serving.answer.retriever import seen_items
+from evaluation.prequential import Prequential
+from evaluation.product import Product
+from evaluation.rows import Results, Row
 
 # The first items of at most so many events are kept, spread evenly over all.
 LISTS_MAX = 2_000
@@ -101,7 +102,7 @@ class _Replay:
         self, log: EventLog, product: Product, rows: Sequence[Row], first: int, keeps_repeats: bool
     ) -> None:
         self._log, self._product, self._rows, self._first = log, product, rows, first
-        self._keeps_repeats = keeps_repeats
+        self._prequential = Prequential(product, rows, keeps_repeats=keeps_repeats)
         self._item_times = [item.at_ms for item in log.changes]
         self._profile_times = [profile.at_ms for profile in log.profiles]
         self._changed = self._profiled = 0
@@ -144,47 +145,28 @@ class _Replay:
             self._apply(begin, end)
             begin = end
             on_progress(end, len(at_ms))
-        for row in self._rows:
-            row.flush()
+        self._prequential.flush()
 
     def _score(self, number: int) -> None:
-        log, scored, product = self._log, self.scored, self._product
+        log, scored = self._log, self.scored
         event = int(scored.events[number])
         user, item = int(log.users[event]), int(log.items[event])
         scored.user_before[number] = self._user_events[user]
         scored.item_before[number] = self._item_events[item]
-        item_id, user_id = log.item_ids[item], log.user_ids[user]
-        state, items = product.user(user_id), product.items
-        seen = seen_items(state)
-        scored.repeat[number] = item_id in seen
-        target = items.place_of.get(item_id)
-        if target is None:
-            return
-        scored.live[number] = True
-        if scored.repeat[number] and not self._keeps_repeats:
-            return
-        excluded = NO_ROWS
-        if seen and not self._keeps_repeats:
-            places = (items.place_of.get(one) for one in sorted(seen))
-            excluded = np.array([place for place in places if place is not None], np.int64)
-        query = Query(
+        target = self._prequential.score(
             number,
-            user_id,
+            log.user_ids[user],
+            log.item_ids[item],
             int(log.at_ms[event]),
-            target,
-            state,
-            excluded,
-            number % self._every == 0,
+            wants_list=number % self._every == 0,
         )
-        for row in self._rows:
-            row.score(query)
+        scored.live[number], scored.repeat[number] = target.live, target.repeat
 
     def _change_until(self, now_ms: int) -> None:
         """Apply items and profiles from strictly before."""
         log = self._log
         if (end := bisect_left(self._item_times, now_ms)) > self._changed:
-            for row in self._rows:
-                row.flush()
+            self._prequential.flush()
             self._product.apply_items(log.changes[self._changed : end])
             self._changed = end
         if (end := bisect_left(self._profile_times, now_ms)) > self._profiled:

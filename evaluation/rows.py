@@ -15,7 +15,7 @@ import numpy.typing as npt
 from typing_extensions import override
 
 from eddyline.stores.state_store import UserState
-from evaluation.product import Product
+from evaluation.engine import Engine
 from evaluation.ranks import Ints, fused_rank, ranks
 from index.arrays import Vector
 from index.port import LiveItems
@@ -84,7 +84,7 @@ class Row(Protocol):
 class ProductRow(Row):
     """A row that learns nothing by itself: ingest does."""
 
-    def __init__(self, product: Product, names: Sequence[str], scored: int) -> None:
+    def __init__(self, product: Engine, names: Sequence[str], scored: int) -> None:
         """names: of its results; scored: number of events."""
         self.product = product
         self.results = {name: Results(scored) for name in names}
@@ -93,7 +93,7 @@ class ProductRow(Row):
 class PathRow(ProductRow):
     """A recall path alone whose scores do not depend on the user."""
 
-    def __init__(self, product: Product, path: str, scored: int) -> None:
+    def __init__(self, product: Engine, path: str, scored: int) -> None:
         """path: its name."""
         super().__init__(product, [path], scored)
         self._path = product.paths[path]
@@ -115,7 +115,7 @@ class TowersRow(ProductRow):
     """
 
     def __init__(
-        self, product: Product, scored: int, name: str, period_ms: int, *, steps: Sequence[bool]
+        self, product: Engine, scored: int, name: str, period_ms: int, *, steps: Sequence[bool]
     ) -> None:
         """period_ms: 1 for a live history; 0 for that of the split.
 
@@ -170,7 +170,7 @@ class TowersRow(ProductRow):
 class FusedRow(ProductRow):
     """The fused answer."""
 
-    def __init__(self, product: Product, name: str, scored: int) -> None:
+    def __init__(self, product: Engine, name: str, scored: int) -> None:
         super().__init__(product, [name], scored)
         self._results = self.results[name]
         self._waiting: list[tuple[Query, Vector]] = []
@@ -203,7 +203,7 @@ class FusedRow(ProductRow):
 
 
 def score_tile(
-    product: Product, results: Results, queries: Sequence[Query], vectors: Sequence[Vector | None]
+    product: Engine, results: Results, queries: Sequence[Query], vectors: Sequence[Vector | None]
 ) -> None:
     """Rank the targets of at most `TILE` queries by the towers' scores."""
     if queries:

@@ -79,6 +79,7 @@ class Handlers:
     items_wait_s: how long item metadata waits for that of more batches
     clock_us:     see `ItemHandler`
     delete_retention_ms: of the compacted topics; others are not searched for lost deletes
+    follows:      see `ClickHandler`
     """
 
     settings: Settings
@@ -90,6 +91,7 @@ class Handlers:
     items_wait_s: float = METADATA_WAIT_S
     clock_us: Callable[[], int] = lambda: time.time_ns() // 1_000
     delete_retention_ms: Mapping[str, int] = field(default_factory=dict)
+    follows: Callable[[str], bool] | None = None
 
     @cached_property
     def clicks(self) -> ClickHandler:
@@ -102,6 +104,7 @@ class Handlers:
             self.outputs.forwarder,
             [generation.micro for generation in self.generations],
             steps=self.outputs.steps,
+            follows=self.follows,
         )
 
     @cached_property

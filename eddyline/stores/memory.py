@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 
 import msgspec
 from typing_extensions import override
@@ -123,7 +124,9 @@ class MemoryStore(StateStore):
                 window.pop(event_id, None)  # accepted again: it moves to the end
                 window[event_id] = offset
             if effects.accepted:
-                for event_id in [e for e, at in window.items() if at < effects.window_floor]:
+                # By offset: those that may leave are first.
+                below = takewhile(lambda e: e[1] < effects.window_floor, window.items())
+                for event_id, _ in list(below):
                     del window[event_id]
             for user in effects.emptied:
                 state.histories.pop((slot, user), None)

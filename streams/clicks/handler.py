@@ -50,6 +50,8 @@ class ClickHandler(Handler):
     micro:   the micro-steps of each live generation; empty leaves embeddings alone
     clock_s: decides only when pending popularity counts are due; no effect depends on it
     steps:   decides at which offsets each generation takes micro-steps
+    follows: whether a user's list and embedding are written; the events of others count for the
+             popularity of items only. None: those of all users
     """
 
     partition_max = PARTITION_MAX
@@ -64,9 +66,11 @@ class ClickHandler(Handler):
         micro: Sequence[MicroSteps],
         clock_s: Callable[[], float] = time.monotonic,
         steps: StepRangeRule | None = None,
+        follows: Callable[[str], bool] | None = None,
     ) -> None:
         self.fences = fences
         self.omitted = Omitted()
+        self._follows = follows
         self.write_behind = self.popularity = PopularityCounts(settings, store, fences, clock_s)
         self._generations = [one.generation for one in micro]
         self.cache = UserCache(store, self._generations, settings.history_cache_entries_max)
@@ -176,7 +180,8 @@ class ClickHandler(Handler):
             self._settings.dedupe_window_events, one.decoded.events, known.window.known, done
         )
         applied = [event.user_id for record, event in one.accepted if record.offset > done]
-        one.users, one.missing = self.cache.look(one.slot, applied)
+        followed = applied if self._follows is None else filter(self._follows, applied)
+        one.users, one.missing = self.cache.look(one.slot, followed)
         one.outcome = Outcome(
             records=len(batch.records), applied=len(applied), ignored=one.decoded.ignored
         )
@@ -211,7 +216,7 @@ class ClickHandler(Handler):
         updates = one.updates = UserUpdates(self._settings, self._micro, of_micro, users)
         done = one.done
         for record, event in one.accepted:
-            if record.offset > done:
+            if record.offset > done and event.user_id in users:
                 updates.apply(record, event)
         one.outcome.forgotten = updates.forgotten
         one.outcome.applied -= updates.forgotten

@@ -1,0 +1,218 @@
+"""Ingest and one query worker of a generation in one object, on stores in memory.
+
+Ingest's own handlers apply the records of `clicks`, `items` and `users` to a memory store; item
+records go to a live index as a worker's replica would put them there; the worker's recall paths and
+fusion read both. Nothing lags. Thread rule: one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+
+from typing_extensions import override
+
+from eddyline.errors import EddylineError, Rejected
+from eddyline.kafka.topics import CLICKS, ITEMS, SOURCES, USERS
+from eddyline.schema.item_record import ItemRecord
+from eddyline.schema.records import Record
+from eddyline.settings.loader import Settings
+from eddyline.stores.memory import MemoryStore
+from eddyline.stores.state_store import UserState
+from embeddings.bundle.bundle import Bundle
+from index.factory import ann_backend, live_index
+from index.port import LiveItems
+from serving.answer.deadline import Deadline
+from serving.answer.fusion import Cascade
+from serving.answer.user_reader import UserReader
+from serving.recall import registry
+from serving.recall.base import RecallContext, RecallPath, RecallRequest
+from serving.recall.popularity import Popularity
+from serving.recall.towers import TowersPath
+from streams.clicks.step_ranges import StepRangeRule
+from streams.fences import LogIds
+from streams.generation import Generation
+from streams.handlers import Handlers, Outputs
+from streams.ports import RecordBatch, RecordPublisher
+
+# Records that are applied at a time, at most; the window of event ids has to be twice as long.
+BATCH_RECORDS = 256
+# No topic is so long.
+_END = 2**62
+_NO_DEADLINE_S = 1e9
+
+
+class _Sinks(RecordPublisher):
+    """The outputs of the handlers: item records go to the index, rejected ones are counted."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def put(self, record: Record, rejected: Rejected) -> None:
+        """A rejected record."""
+        counts = self._engine.rejected
+        counts[rejected.reason] = counts.get(rejected.reason, 0) + 1
+
+    def forward(self, record: Record, key: bytes, value: bytes | None, partition: int) -> None:
+        """A record of another partition: ingest appends it there."""
+
+    @override
+    def open(self, partition: int) -> None:
+        pass
+
+    def flush(self) -> None:
+        """Nothing waits."""
+
+    @override
+    def publish(self, records: Mapping[int, Sequence[ItemRecord]]) -> dict[int, EddylineError]:
+        for some in records.values():
+            self._engine.index.apply(some)
+        return {}
+
+
+class Engine:
+    """What ingest and a worker would know and answer after the records that were applied.
+
+    rejected: reason -> records that ingest refused
+    follows:  whether a user's list and embedding are kept; the events of others count for items
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        bundle: Bundle,
+        logs: LogIds,
+        *,
+        store: MemoryStore | None = None,
+        follows: Callable[[str], bool] | None = None,
+        steps: StepRangeRule | None = None,
+    ) -> None:
+        """An empty index. store: with the state of before; default: an empty one
+
+        steps: at which offsets micro-steps are taken; default: at all
+        """
+        self.settings = settings
+        self.bundle = bundle
+        self.rejected: dict[str, int] = {}
+        self.index = live_index(settings, ann_backend(settings), bundle.dimension)
+        self.index.background = False
+        self.store = store or MemoryStore()
+        sinks = _Sinks(self)
+        self.handlers = Handlers(
+            settings,
+            self.store,
+            logs,
+            [Generation(bundle, sinks)],
+            Outputs.to_sink(sinks, steps),
+            [bundle.generation],
+            items_wait_s=0.0,
+            clock_us=lambda: 0,
+            follows=follows,
+        )
+        for topic in SOURCES:
+            partitions = settings.items_partitions if topic == ITEMS else settings.clicks_partitions
+            bounds = dict.fromkeys(range(partitions), (0, _END))
+            self.handlers.of(topic).fences.open(bounds)
+        self._users = UserReader(
+            self.store, clicks_partitions=settings.clicks_partitions, generation=bundle.generation
+        )
+        self.popularity = Popularity(settings, self.store)
+        self._closing = ExitStack()
+        self._closing.callback(self.index.close)
+        self.paths: dict[str, RecallPath] = {
+            path.name: path
+            for path in registry.make_paths(
+                RecallContext(
+                    settings, self.store, bundle.user_tower, self.popularity, self._closing
+                )
+            )
+        }
+        self.fusion = Cascade()
+        self._items: LiveItems | None = None
+        self._counted = False
+        # Partition -> events that are not applied yet, as nothing has asked for what they change.
+        self._waiting: dict[int, list[Record]] = {}
+        self._waiting_records = 0
+        self._waiting_users: set[str] = set()
+
+    @property
+    def towers(self) -> TowersPath:
+        """The path of the towers."""
+        path = self.paths[TowersPath.name]
+        assert isinstance(path, TowersPath)
+        return path
+
+    @property
+    def items(self) -> LiveItems:
+        """The live items now; the same object until an item changes."""
+        if self._items is None:
+            self._items = self.index.live_items()
+        return self._items
+
+    def user(self, user_id: str) -> UserState:
+        """The user as a query would read it now."""
+        if user_id in self._waiting_users:
+            self.write()
+        return self._users.read(user_id)
+
+    def request(self, user: UserState, k: int) -> RecallRequest:
+        """The request of a query; whether seen items are excluded is left to the caller."""
+        return RecallRequest(user, k, frozenset(), None, 0.0, Deadline(_NO_DEADLINE_S))
+
+    def read_popularity(self) -> None:
+        """Have the popular path know every event that was applied."""
+        if not self._counted:
+            self.write()
+            self.write_counts()
+            self.popularity.read()
+            self._counted = True
+
+    def write_counts(self) -> None:
+        """Have the store know every event that was written."""
+        for partition in range(self.settings.clicks_partitions):
+            self.handlers.clicks.popularity.write(partition)
+
+    def apply_item_records(self, records: Sequence[Record]) -> None:
+        """Apply records of `items`, in the order of each partition."""
+        self._items = None
+        self._apply(ITEMS, records)
+
+    def apply_profile_records(self, records: Sequence[Record]) -> None:
+        """Apply records of `users`, after the events that wait."""
+        self.write()
+        self._apply(USERS, records)
+
+    def queue(self, record: Record, user_ids: Sequence[str]) -> None:
+        """Apply a record of `clicks`, at the latest before something reads what it changes.
+
+        user_ids: of its events
+        """
+        self._counted = False
+        self._waiting.setdefault(record.partition, []).append(record)
+        self._waiting_records += 1
+        self._waiting_users.update(user_ids)
+        if self._waiting_records >= BATCH_RECORDS:
+            self.write()
+
+    def write(self) -> None:
+        """Have ingest's handler apply the events that wait."""
+        waiting, self._waiting = self._waiting, {}
+        self._waiting_users.clear()
+        self._waiting_records = 0
+        for records in waiting.values():
+            self._apply(CLICKS, records)
+
+    def close(self) -> None:
+        """Stop what runs."""
+        self._closing.close()
+
+    def _apply(self, topic: str, records: Sequence[Record]) -> None:
+        """Have a topic's handler apply records, in their order within each partition."""
+        of_partition: dict[int, list[Record]] = {}
+        for record in records:
+            of_partition.setdefault(record.partition, []).append(record)
+        handler, name = self.handlers.of(topic), self.settings.prefixed(topic)
+        for partition, mine in of_partition.items():
+            for start in range(0, len(mine), BATCH_RECORDS):
+                some = mine[start : start + BATCH_RECORDS]
+                handler.apply_one(RecordBatch(name, partition, some, read_us=0))
