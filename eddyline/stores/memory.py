@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import threading
 import time
+from bisect import bisect_left, insort
+from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
@@ -38,6 +40,10 @@ from eddyline.stores.state_store import (
 )
 
 
+# Buckets of popularity counts whose order is kept up to date, those that were read last.
+_SORTED_MAX = 16
+
+
 @dataclass
 class _State:
     layout: Layout | None = None
@@ -62,7 +68,32 @@ class MemoryStore(StateStore):
         # (slot, bucket) -> number of its last write, and the number of the last write of all.
         self._bucket_writes: dict[tuple[str, int], int] = {}
         self._writes = 0
+        # (slot, bucket) -> its (count, item id), least first.
+        self._sorted: OrderedDict[tuple[str, int], list[tuple[int, str]]] = OrderedDict()
         self._closed = False
+
+    def export(self) -> bytes:
+        """All state, for `load`."""
+        with self._lock:
+            return msgspec.msgpack.encode(self._state)
+
+    @classmethod
+    def load(cls, exported: bytes) -> MemoryStore:
+        """A store with the state that `export` returned. Raises msgspec.MsgspecError."""
+        store, state = cls(), msgspec.msgpack.decode(exported, type=_State)
+        for key, (history, applied_us) in state.histories.items():
+            entries = tuple(history.entries)
+            state.histories[key] = (msgspec.structs.replace(history, entries=entries), applied_us)
+        store._state = state
+        for slot, buckets in state.buckets.items():
+            store._note_buckets(slot, buckets)
+        return store
+
+    def items(self) -> Iterator[tuple[str, ItemMetadata]]:
+        """(item id, metadata) of every item, deleted ones included."""
+        with self._lock:
+            found = list(self._state.items.items())
+        return ((key.partition(":")[2], item) for key, item in found)
 
     def snapshot(self) -> _State:
         """A copy of all state, for `restore`."""
@@ -73,6 +104,7 @@ class MemoryStore(StateStore):
         """Return to a snapshot, as a Redis that lost its last second does."""
         with self._lock:
             self._state = copy.deepcopy(state)
+            self._sorted.clear()
             for slot, buckets in self._state.buckets.items():
                 self._note_buckets(slot, buckets)
 
@@ -222,14 +254,22 @@ class MemoryStore(StateStore):
             buckets = self._state.buckets.setdefault(slot, {})
             for bucket, items in counts.items():
                 counted = buckets.setdefault(bucket, {})
+                ranked = self._sorted.get((slot, bucket))
                 for item_id, milli_counts in items.items():
-                    counted[item_id] = counted.get(item_id, 0) + milli_counts
+                    before = counted.get(item_id, 0)
+                    counted[item_id] = before + milli_counts
+                    if ranked is not None:
+                        if before:
+                            del ranked[bisect_left(ranked, (before, item_id))]
+                        insort(ranked, (before + milli_counts, item_id))
                 if len(counted) > items_max:
+                    self._sorted.pop((slot, bucket), None)
                     least = sorted(counted, key=lambda i: (counted[i], i))
                     for item_id in least[: len(counted) - items_max]:
                         del counted[item_id]
             for bucket in [b for b in buckets if b <= max(buckets) - buckets_kept]:
                 del buckets[bucket]
+                self._sorted.pop((slot, bucket), None)
             self._note_buckets(slot, counts)
 
     @override
@@ -308,7 +348,7 @@ class MemoryStore(StateStore):
                 if known.get(bucket) == version:
                     found[bucket] = PopularBucket(version)
                     continue
-                pairs = sorted(((n, item) for item, n in counts.items()), reverse=True)[:limit]
+                pairs = self._ranked(slot, bucket, counts)[: -limit - 1 : -1]
                 items = [item.encode() for _, item in pairs]
                 found[bucket] = PopularBucket(version, (items, [n for n, _ in pairs]))
             return found
@@ -377,6 +417,16 @@ class MemoryStore(StateStore):
     @override
     def close(self) -> None:
         self._closed = True
+
+    def _ranked(self, slot: str, bucket: int, counts: Mapping[str, int]) -> list[tuple[int, str]]:
+        """(count, item id) of a bucket, least first. Sorted once; later counts find their place."""
+        key = slot, bucket
+        if key not in self._sorted:
+            self._sorted[key] = sorted((n, item) for item, n in counts.items())
+        self._sorted.move_to_end(key)
+        if len(self._sorted) > _SORTED_MAX:
+            self._sorted.popitem(last=False)
+        return self._sorted[key]
 
     def _note_buckets(self, slot: str, buckets: Iterable[int]) -> None:
         self._writes += 1

@@ -1,4 +1,4 @@
-"""A reader that follows some users only: their lists are exact, and every event counts for items."""
+"""A reader that follows some users: their lists are exact, and every event counts for items."""
 
 from __future__ import annotations
 
