@@ -12,7 +12,8 @@ from evaluation import protocol, report
 from evaluation.event_log import EventLog
 from evaluation.product import Product
 from evaluation.protocol import OnProgress, Outcome
-from evaluation.references import DAY_MS, CountsRow, ItemNeighboursRow, RandomRow
+from evaluation.references import DAY_MS, CountsRow, RandomRow
+from evaluation.refitted import AlsRow, ItemNeighboursRow, check_library
 from evaluation.report import Report
 from evaluation.rows import FusedRow, PathRow, Row, TowersRow
 from serving.recall.newest import NewestPath
@@ -21,12 +22,14 @@ from serving.recall.popular import PopularPath
 HOUR_MS = 3_600_000
 WEEK_MS = 7 * DAY_MS
 _BOTH = (True, False)
+_OF_LIBRARY = ("als-daily", "item-knn-daily")
 
 # Name -> (log, product, events to score, seed) -> the row. A new row is one line here.
 ROWS: dict[str, Callable[[EventLog, Product, int, int], Row]] = {
     "random": lambda log, product, n, seed: RandomRow(log, product, n, seed),
     "popular-all": lambda log, product, n, _: CountsRow("popular-all", log, product, n),
     "popular-7d": lambda log, product, n, _: CountsRow("popular-7d", log, product, n, WEEK_MS),
+    "als-daily": lambda log, product, n, seed: AlsRow(log, product, n, seed),
     "item-knn-daily": lambda log, product, n, _: ItemNeighboursRow(log, product, n),
     "popular": lambda _, product, n, __: PathRow(product, PopularPath.name, n),
     "newest": lambda _, product, n, __: PathRow(product, NewestPath.name, n),
@@ -49,9 +52,11 @@ def training_data(log: EventLog, first: int) -> TrainingData:
 
 
 def check_rows(rows: Sequence[str]) -> None:
-    """Raise SettingsError for an unknown row."""
+    """Raise SettingsError for an unknown row, or one whose library is missing."""
     if unknown := [row for row in rows if row not in ROWS]:
         raise SettingsError(f"--rows {unknown[0]}: expected some of {', '.join(ROWS)}")
+    if needing := [row for row in rows if row in _OF_LIBRARY]:
+        check_library(needing)
 
 
 def check_split(log: EventLog, split: float) -> tuple[int, int]:

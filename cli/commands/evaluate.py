@@ -212,7 +212,7 @@ def _configurations(settings: Settings, options: Options) -> list[tuple[str, Set
     """(name, settings) of each run. Raises SettingsError."""
     if options.repeats not in ("drop", "keep"):
         raise SettingsError(f"--repeats {options.repeats!r}: expected drop or keep")
-    offline.check_rows(options.rows)
+    offline.check_rows(options.rows or tuple(ROWS))
     if not 0 < options.split < 1:
         raise SettingsError(f"--split {options.split}: must be between 0 and 1")
     _check_outputs(options)
