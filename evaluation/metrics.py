@@ -7,7 +7,7 @@ resampled alike, so differences between rows are paired.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +20,10 @@ Mask = npt.NDArray[np.bool_]
 Column = tuple[Floats, Floats]
 
 RESAMPLES = 1_000
-# Resamples that are in memory at one time, times the users.
+# Resamples that are multiplied at one time, times the users.
 _CELLS_MAX = 4_000_000
+# Up to so many cells, of two bytes, all resamples are kept; of more users they are drawn again.
+_KEPT_MAX = 200_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +58,10 @@ class Bootstrap:
         """users: int64 (n,), the user of each event, any numbers."""
         ids, self._rows = np.unique(users, return_inverse=True)
         self._users, self._seed, self._resamples = len(ids), seed, resamples
+        self._kept: list[npt.NDArray[np.uint16]] = []
 
     def estimates(self, columns: Sequence[Column]) -> list[Estimate]:
-        """The weighted mean of each column. The users are drawn once for all columns."""
+        """The weighted mean of each column."""
         means, resampled = self.means(columns)
         return [
             _estimate(value, resampled[:, column]) for column, value in enumerate(means.tolist())
@@ -67,27 +70,44 @@ class Bootstrap:
     def means(self, columns: Sequence[Column]) -> tuple[Floats, Floats]:
         """Weighted means of k columns: (k,) of all events, and (resamples, k).
 
-        NaN where no weight was drawn.
+        NaN where no weight was drawn. Columns of the same weights share them as one object.
         """
-        sums = np.empty((self._users, 2 * len(columns)))
-        for column, (values, weights) in enumerate(columns):
-            for at, of_event in ((column, values * weights), (column + len(columns), weights)):
-                sums[:, at] = np.bincount(self._rows, weights=of_event, minlength=self._users)
-        over, under = np.split(sums.sum(0), 2)
-        return _ratio(over, under), _ratio(*np.split(self._resample(sums), 2, axis=1))
+        weights = {id(of_events): of_events for _, of_events in columns}
+        under_of = dict(zip(weights, range(len(columns), len(columns) + len(weights)), strict=True))
+        sums = np.empty((self._users, len(columns) + len(weights)))
+        for column, (values, of_events) in enumerate(columns):
+            sums[:, column] = self._of_users(values * of_events)
+        for key, of_events in weights.items():
+            sums[:, under_of[key]] = self._of_users(of_events)
+        unders = [under_of[id(of_events)] for _, of_events in columns]
+        total, resampled = sums.sum(0), self._resample(sums)
+        k = len(columns)
+        return _ratio(total[:k], total[unders]), _ratio(resampled[:, :k], resampled[:, unders])
+
+    def _of_users(self, values: Floats) -> Floats:
+        """The sum of each user's values."""
+        found: Floats = np.bincount(self._rows, weights=values, minlength=self._users)
+        return found
 
     def _resample(self, sums: Floats) -> Floats:
         """Sums of `sums` over users that are drawn with repetition, (resamples, columns)."""
-        rng, found = np.random.default_rng(self._seed), np.empty((self._resamples, sums.shape[1]))
-        step = max(1, _CELLS_MAX // max(1, self._users))
-        for start in range(0, self._resamples, step):
-            stop = min(start + step, self._resamples)
-            drawn = np.zeros((stop - start, self._users))
-            for n in range(stop - start):
-                picks = rng.integers(0, self._users, self._users)
-                drawn[n] = np.bincount(picks, minlength=self._users)
-            found[start:stop] = drawn @ sums
+        found, at = np.empty((self._resamples, sums.shape[1])), 0
+        for drawn in self._kept or self._draw():
+            found[at : at + len(drawn)] = drawn.astype(np.float64) @ sums
+            at += len(drawn)
         return found
+
+    def _draw(self) -> Iterator[npt.NDArray[np.uint16]]:
+        """How often each user is drawn, (some resamples, users): all resamples in some parts."""
+        rng, users = np.random.default_rng(self._seed), self._users
+        step = max(1, _CELLS_MAX // max(1, users))
+        for start in range(0, self._resamples, step):
+            drawn = np.empty((min(step, self._resamples - start), users), np.uint16)
+            for n in range(len(drawn)):
+                drawn[n] = np.bincount(rng.integers(0, users, users), minlength=users)
+            if self._resamples * users <= _KEPT_MAX:
+                self._kept.append(drawn)
+            yield drawn
 
 
 def _estimate(value: float, resampled: Floats) -> Estimate:

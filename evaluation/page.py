@@ -61,7 +61,10 @@ def _one(report: Report) -> str:
             "<h2>HR@10 by group</h2>",
             _table(
                 ["row", *(f"{name} ({count:,})" for name, count in report.groups.items())],
-                ([row.name, *(one.number for one in row.groups.values())] for row in report.rows),
+                (
+                    [row.name, *(of_group["hr_10"].number for of_group in row.groups.values())]
+                    for row in report.rows
+                ),
             ),
             f"<h2>The first ten items, of {report.lists_of:,} events</h2>",
             _table(

@@ -28,11 +28,11 @@ PAIRS = (
 
 
 class RowReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One row. metrics: by name, with hr_10_debiased; groups: group -> HR@10; curve: HR@10"""
+    """One row. metrics: by name, with hr_10_debiased; groups: group -> metrics; curve: HR@10"""
 
     name: str
     metrics: dict[str, Estimate]
-    groups: dict[str, Estimate]
+    groups: dict[str, dict[str, Estimate]]
     curve: list[float]
     lists: Lists | None = None
 
@@ -106,14 +106,10 @@ def make(
     users = log.users[events].astype(np.int64)
     groups = groups_of(outcome)
     bootstrap = Bootstrap(users, seed=seed)
-    values = {row: of_ranks(found.ranks[kept]) for row, found in outcome.rows.items()}
-    hits = {row: of_row["hr_10"] for row, of_row in values.items()}
-    wanted = [
-        (left, right, group)
-        for left, right in PAIRS
-        if left in hits and right in hits
-        for group in ("", "user events 10+")
-    ]
+    pairs = [pair for pair in PAIRS if {*pair} <= outcome.rows.keys()]
+    wanted = [(*pair, group) for pair in pairs for group in ("", "user events 10+")]
+    paired = {row for pair in pairs for row in pair}
+    hits = {row: of_ranks(outcome.rows[row].ranks[kept])["hr_10"] for row in paired}
     return Report(
         name=name,
         seed=seed,
@@ -133,7 +129,7 @@ def make(
         lists_of=len(outcome.lists_of),
         groups={group: int(np.count_nonzero(mask)) for group, mask in groups.items()},
         curve_at_ms=[int(part[0]) for part in _parts(log.at_ms[events])],
-        rows=_rows(log, product, outcome, bootstrap, values, groups, first),
+        rows=_rows(log, product, outcome, bootstrap, groups, first),
         differences=differences(
             bootstrap, hits, wanted, {"": np.ones(len(events), bool), **groups}
         ),
@@ -162,37 +158,41 @@ def _rows(
     product: Product,
     outcome: Outcome,
     bootstrap: Bootstrap,
-    values: Mapping[str, Mapping[str, Floats]],
     groups: Mapping[str, Mask],
     first: int,
 ) -> list[RowReport]:
-    """The report of each row. values: row -> metric -> its value for each event"""
-    scored, kept = outcome.scored, outcome.kept
+    """The report of each row."""
+    kept = outcome.kept
     # An event counts by the inverse of its item's popularity: as many clicks as it had before.
-    inverse: Floats = 1.0 / (1.0 + scored.item_before[kept].astype(np.float64))
-    ones, masks = np.ones(len(inverse)), [mask.astype(float) for mask in groups.values()]
+    inverse: Floats = 1.0 / (1.0 + outcome.scored.item_before[kept].astype(np.float64))
+    of_all = np.ones(len(inverse))
+    weights = {"": of_all, **{group: mask.astype(float) for group, mask in groups.items()}}
+    debiased = {group: of_group * inverse for group, of_group in weights.items()}
     counts = np.bincount(log.items[:first], minlength=len(log.item_ids))
     events_of = dict(zip(log.item_ids, counts.tolist(), strict=True))
     items = product.items
     vectors_of = {item_id: items.vectors[place] for item_id, place in items.place_of.items()}
     rows = []
-    for row, of_row in values.items():
-        hits = of_row["hr_10"]
-        columns = {name: (value, ones) for name, value in of_row.items()}
-        columns["hr_10_debiased"] = (hits, inverse)
-        found = bootstrap.estimates([*columns.values(), *((hits, mask) for mask in masks)])
-        of_metrics, of_groups = found[: len(columns)], found[len(columns) :]
+    for row, results in outcome.rows.items():
+        values = of_ranks(results.ranks[kept])
+        names, columns = [], []
+        for group, of_group in weights.items():
+            names += [(group, metric) for metric in (*values, "hr_10_debiased")]
+            columns += [(value, of_group) for value in values.values()]
+            columns.append((values["hr_10"], debiased[group]))
+        found: dict[str, dict[str, Estimate]] = {group: {} for group in weights}
+        for (group, metric), one in zip(names, bootstrap.estimates(columns), strict=True):
+            found[group][metric] = one
         lists = [
-            [item_id for item_id in one if item_id in vectors_of]
-            for one in outcome.rows[row].lists.values()
+            [item_id for item_id in one if item_id in vectors_of] for one in results.lists.values()
         ]
         measured = metrics.of_lists(lists, outcome.live_at_end, events_of, vectors_of)
         rows.append(
             RowReport(
                 name=row,
-                metrics=dict(zip(columns, of_metrics, strict=True)),
-                groups=dict(zip(groups, of_groups, strict=True)),
-                curve=[float(part.mean()) for part in _parts(hits)],
+                metrics=found.pop(""),
+                groups=found,
+                curve=[float(part.mean()) for part in _parts(values["hr_10"])],
                 lists=measured if any(lists) else None,
             )
         )
