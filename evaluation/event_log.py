@@ -1,14 +1,19 @@
 """A log of events in the order of the protocol: by time, then user, then position in the files.
 
-Held as columns: about 40 bytes an event. An event id that does not end in a number, as `import`'s
-ids do, needs about 200 bytes more.
+Events are columns in files that are mapped into memory, 37 bytes an event. In memory are the ids of
+users and items, items, profiles, and event ids that do not end in a number, as `import`'s ids do:
+about 200 bytes each.
 """
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import shutil
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -17,19 +22,24 @@ import numpy.typing as npt
 from eddyline.errors import SettingsError
 from eddyline.schema import user_history
 from eddyline.schema.events import KINDS, Click, Item, UserProfile
+from evaluation import event_files
+from evaluation.event_files import EventFile, Ints
 
-Ints = npt.NDArray[np.int64]
-
-# About 8 GB, and 24 GB while they are sorted.
+# About 8 GB, and 26 GB while they are sorted.
 EVENTS_MAX = 200_000_000
+# Events that are looked at together: no column is copied whole.
+PART_EVENTS = 1_000_000
 # Longer numbers do not fit int64.
 _DIGITS_MAX = 18
 DISLIKE = KINDS.index("dislike")
+_SCRATCH = "eddyline-evaluate-log-"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class EventLog:
-    """Sorted events. Thread rule: any thread; immutable.
+    """Sorted events. Thread rule: any thread; immutable. Another process maps the same files.
+
+    They are removed with the log that was built.
 
     user_ids, item_ids: of the rows `users` and `items`
     users, items:  int32 (n,); at_ms: int64 (n,); kinds: int8 (n,), index into `events.KINDS`
@@ -53,10 +63,29 @@ class EventLog:
     resent: int
     changes: list[Item]
     profiles: list[UserProfile]
+    folder: Path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The files are named, not copied."""
+        columns = event_files.EVENT.fields or {}
+        names = [one.name for one in fields(self) if one.name not in columns]
+        return _reopened, ({name: getattr(self, name) for name in names},)
 
     def __len__(self) -> int:
         """The number of events."""
         return len(self.at_ms)
+
+    def parts(self, begin: int, end: int) -> Iterator[slice]:
+        """Successive parts of the events from `begin` to `end`."""
+        for start in range(begin, end, PART_EVENTS):
+            yield slice(start, min(start + PART_EVENTS, end))
+
+    def counts(self, column: npt.NDArray[np.int32], of: int, end: int) -> Ints:
+        """int64 (of,): how often each number is in the column before `end`."""
+        found = np.zeros(of, np.int64)
+        for part in self.parts(0, end):
+            found += np.bincount(column[part], minlength=of)
+        return found
 
     def click(self, number: int) -> Click:
         """Event `number` in the order of the protocol."""
@@ -92,65 +121,67 @@ class LogBuilder:
     descriptions: dict[str, Item] = field(default_factory=dict)
     _user_rows: dict[str, int] = field(default_factory=dict)
     _item_rows: dict[str, int] = field(default_factory=dict)
-    _users: array[int] = field(default_factory=lambda: array("i"))
-    _items: array[int] = field(default_factory=lambda: array("i"))
-    _at_ms: array[int] = field(default_factory=lambda: array("q"))
-    _kinds: array[int] = field(default_factory=lambda: array("b"))
-    _weights: array[float] = field(default_factory=lambda: array("d"))
     _id_rows: dict[str, int] = field(default_factory=dict)
-    _id_start_of: array[int] = field(default_factory=lambda: array("i"))
-    _id_numbers: array[int] = field(default_factory=lambda: array("q"))
+    _folder: Path = field(default_factory=lambda: Path(mkdtemp(prefix=_SCRATCH)))
+    _file: EventFile = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Have the folder removed in the end."""
+        self._file = EventFile(self._folder)
+        self._removal = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     def __len__(self) -> int:
         """The events so far."""
-        return len(self._at_ms)
+        return len(self._file)
 
     def add(self, click: Click) -> None:
         """Add the next event. Raises SettingsError."""
         if len(self) >= EVENTS_MAX:
             raise SettingsError(f"the log has more than {EVENTS_MAX:,} events: evaluate a part")
         start, number = _split_id(click.event_id or f"evaluate/{len(self)}")
-        self._id_start_of.append(self._id_rows.setdefault(start, len(self._id_rows)))
-        self._id_numbers.append(number)
-        self._users.append(self._user_rows.setdefault(click.user_id, len(self._user_rows)))
-        self._items.append(self._item_rows.setdefault(click.item_id, len(self._item_rows)))
-        self._at_ms.append(click.at_ms)
-        self._kinds.append(KINDS.index(click.kind))
-        self._weights.append(user_history.strength(click, self.dwell_ms_full))
+        columns = self._file.columns
+        columns["id_start_of"].append(self._id_rows.setdefault(start, len(self._id_rows)))
+        columns["id_numbers"].append(number)
+        columns["users"].append(self._user_rows.setdefault(click.user_id, len(self._user_rows)))
+        columns["items"].append(self._item_rows.setdefault(click.item_id, len(self._item_rows)))
+        columns["at_ms"].append(click.at_ms)
+        columns["kinds"].append(KINDS.index(click.kind))
+        columns["weights"].append(user_history.strength(click, self.dwell_ms_full))
+        self._file.added()
 
     def build(self) -> EventLog:
         """The sorted log. Without items, each is live from its first event on.
 
         Of events with one id the first in the files counts, as in ingest.
         """
-        at_ms, users = np.array(self._at_ms, np.int64), np.array(self._users, np.int32)
+        given = len(self)
         user_ids, item_ids = list(self._user_rows), list(self._item_rows)
         order_of_user = np.empty(len(user_ids), np.int64)
         order_of_user[sorted(range(len(user_ids)), key=user_ids.__getitem__)] = np.arange(
             len(user_ids)
         )
-        id_start_of = np.array(self._id_start_of, np.int32)
-        id_numbers = np.array(self._id_numbers, np.int64)
-        counts = _first_of_each(id_start_of, id_numbers)
-        order = np.lexsort((order_of_user[users], at_ms))  # stable: the position breaks ties
-        order = order[counts[order]]
-        items = np.array(self._items, np.int32)[order]
-        changes = self.changes or _first_seen(item_ids, items, at_ms[order], self.descriptions)
-        return EventLog(
+        columns = event_files.sort(self._file.close(), order_of_user, self._folder)
+        changes = self.changes or _first_seen(
+            item_ids, columns["items"], columns["at_ms"], self.descriptions
+        )
+        log = EventLog(
             user_ids=user_ids,
             item_ids=item_ids,
-            users=users[order],
-            items=items,
-            at_ms=at_ms[order],
-            kinds=np.array(self._kinds, np.int8)[order],
-            weights=np.array(self._weights, np.float64)[order],
             id_starts=list(self._id_rows),
-            id_start_of=id_start_of[order],
-            id_numbers=id_numbers[order],
-            resent=len(self) - len(order),
+            resent=given - len(columns["at_ms"]),
             changes=sorted(changes, key=lambda item: item.at_ms),
             profiles=sorted(self.profiles, key=lambda profile: profile.at_ms),
+            folder=self._folder,
+            **columns,
         )
+        self._removal.detach()
+        weakref.finalize(log, shutil.rmtree, self._folder, ignore_errors=True)
+        return log
+
+
+def _reopened(others: Mapping[str, Any]) -> EventLog:
+    """The log of another process."""
+    return EventLog(**others, **event_files.mapped_columns(others["folder"]))
 
 
 def _split_id(event_id: str) -> tuple[str, int]:
@@ -165,16 +196,6 @@ def _split_id(event_id: str) -> tuple[str, int]:
     return event_id, -1
 
 
-def _first_of_each(starts: npt.NDArray[np.int32], numbers: Ints) -> npt.NDArray[np.bool_]:
-    """Whether no earlier event has the same id."""
-    order = np.lexsort((numbers, starts))  # stable
-    same = np.zeros(len(order), bool)
-    same[1:] = (np.diff(starts[order]) == 0) & (np.diff(numbers[order]) == 0)
-    found = np.empty(len(order), bool)
-    found[order] = ~same
-    return found
-
-
 def _first_seen(
     item_ids: Sequence[str],
     items: npt.NDArray[np.int32],
@@ -182,10 +203,13 @@ def _first_seen(
     descriptions: Mapping[str, Item],
 ) -> list[Item]:
     """Items at the time of their first event."""
-    rows, first = np.unique(items, return_index=True)
+    first_ms = np.full(len(item_ids), -1, np.int64)
+    for start in range(0, len(items), PART_EVENTS):
+        rows, first = np.unique(items[start : start + PART_EVENTS], return_index=True)
+        new = first_ms[rows] < 0
+        first_ms[rows[new]] = at_ms[start + first[new]]
     return [
-        msgspec.structs.replace(
-            descriptions.get(item_ids[row]) or Item(item_id=item_ids[row]), at_ms=int(at_ms[at])
-        )
-        for row, at in zip(rows.tolist(), first.tolist(), strict=True)
+        msgspec.structs.replace(descriptions.get(item_id) or Item(item_id=item_id), at_ms=first)
+        for item_id, first in zip(item_ids, first_ms.tolist(), strict=True)
+        if first >= 0
     ]

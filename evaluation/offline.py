@@ -8,6 +8,7 @@ from eddyline.errors import SettingsError
 from eddyline.settings.loader import Settings
 from embeddings.bundle.bundle import Bundle
 from embeddings.data.examples import TrainingData
+from embeddings.data.sources import CLICKS_MAX
 from evaluation import protocol, report
 from evaluation.event_log import EventLog
 from evaluation.product import Product
@@ -42,12 +43,15 @@ ROWS: dict[str, Callable[[EventLog, Product, int, int], Row]] = {
 
 
 def training_data(log: EventLog, first: int) -> TrainingData:
-    """What was known before the split: the first `first` events, items and profiles from before."""
+    """What was known before the split: events before `first`, items and profiles from before.
+
+    Of more than `CLICKS_MAX` events the newest count, as in a training from topics.
+    """
     split_ms = int(log.at_ms[first]) if first < len(log) else 2**62
     return TrainingData(
         items=[item for item in log.changes if item.at_ms < split_ms],
         profiles={p.user_id: p.attributes for p in log.profiles if p.at_ms < split_ms},
-        clicks=[log.click(number) for number in range(first)],
+        clicks=[log.click(number) for number in range(max(0, first - CLICKS_MAX), first)],
     )
 
 

@@ -168,7 +168,7 @@ def _rows(
     of_all = np.ones(len(inverse))
     weights = {"": of_all, **{group: mask.astype(float) for group, mask in groups.items()}}
     debiased = {group: of_group * inverse for group, of_group in weights.items()}
-    counts = np.bincount(log.items[:first], minlength=len(log.item_ids))
+    counts = log.counts(log.items, len(log.item_ids), first)
     events_of = dict(zip(log.item_ids, counts.tolist(), strict=True))
     items = product.items
     vectors_of = {item_id: items.vectors[place] for item_id, place in items.place_of.items()}

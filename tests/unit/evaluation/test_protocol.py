@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tracemalloc
-
 import msgspec
 import numpy as np
 import pytest
@@ -374,21 +372,14 @@ def test_resent_events_do_not_flatter_where_repeats_count(bundle: Bundle) -> Non
     assert np.array_equal(found[0].rows["towers"].ranks, found[1].rows["towers"].ranks)
 
 
-def test_the_log_of_a_file_needs_about_40_bytes_an_event() -> None:
-    n, builder = 5_000, LogBuilder()
-    tracemalloc.start()
-    try:
-        for at in range(n):
-            event_id = f"import/8472089762ac248ba6a34e6b777b3a8d/{at}"
-            builder.add(
-                Click(user_id=f"u{at % 9}", item_id=f"i{at % 9}", at_ms=at, event_id=event_id)
-            )
-        log = builder.build()
-        del builder
-        held, _ = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert len(log) == n and held / n < 60, "without an object for each event"
+def test_a_training_takes_the_newest_events_before_the_split(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log = make_log(2)
+    assert offline.training_data(log, 90).clicks == [log.click(n) for n in range(90)]
+    monkeypatch.setattr(offline, "CLICKS_MAX", 40)
+    assert offline.training_data(log, 90).clicks == [log.click(n) for n in range(50, 90)]
+    assert len(offline.training_data(log, 39).clicks) == 39
 
 
 def test_events_before_the_split_are_not_cut_within_a_time() -> None:
