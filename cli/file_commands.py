@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -164,6 +165,9 @@ def evaluate(
     seed: Annotated[
         int, typer.Option(min=0, max=SEED_MAX, help="Of training, chance and intervals.")
     ] = 0,
+    processes: Annotated[
+        int, typer.Option(min=0, max=64, help="Default: 2 if there are cores and events for them.")
+    ] = 0,
     json: Annotated[Path | None, typer.Option(help="Write everything to this new file.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page to this new file.")] = None,
     compare: Annotated[
@@ -176,6 +180,8 @@ def evaluate(
     Replays the log through ingest's handlers and the worker's paths on stores in memory, and ranks
     each later event with what was known before it. Sends nothing.
     """
+    # Processes are the parallelism here. Read when numpy is first imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from cli.commands import evaluate as command
     from eddyline.process.discovery import resolve
     from embeddings.data import sources
@@ -196,6 +202,7 @@ def evaluate(
             bundle=bundle,
             epochs=epochs,
             seed=seed,
+            processes=processes,
             json=json,
             html=html,
             compare=compare,

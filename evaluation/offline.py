@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 
 from eddyline.errors import SettingsError
 from eddyline.settings.loader import Settings
+from embeddings.bundle import bundle as bundles
 from embeddings.bundle.bundle import Bundle
 from embeddings.data.examples import TrainingData
 from embeddings.data.sources import CLICKS_MAX
-from evaluation import protocol, report
+from evaluation import processes, protocol, report
 from evaluation.event_log import EventLog
 from evaluation.product import Product
 from evaluation.protocol import OnProgress, Outcome
@@ -80,6 +87,48 @@ def check_split(log: EventLog, split: float) -> tuple[int, int]:
     return first, scored
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What all processes of an evaluation know. Can be pickled.
+
+    bundle:     its folder
+    process_of: int16 (users,); see `processes.share_out`
+    """
+
+    settings: Settings
+    log: EventLog
+    bundle: Path
+    rows: Sequence[str]
+    first: int
+    keeps_repeats: bool
+    seed: int
+    process_of: npt.NDArray[np.int16]
+
+    def __call__(self, process: int, on_progress: OnProgress) -> Outcome:
+        """Score the events of the users of a process."""
+        with closing(self.product(bundles.load(self.bundle), process)) as product:
+            return self.score(product, process, on_progress)
+
+    def product(self, bundle: Bundle, process: int) -> Product:
+        """A product that follows the users of a process."""
+        mine = {self.log.user_ids[user] for user in np.flatnonzero(self.process_of == process)}
+        return Product(self.settings, bundle, mine.__contains__)
+
+    def score(self, product: Product, process: int, on_progress: OnProgress) -> Outcome:
+        """Score them by a product."""
+        log, events = self.log, protocol.scorable(self.log, self.first)
+        rows = [ROWS[row](log, product, len(events), self.seed) for row in self.rows]
+        return protocol.run(
+            log,
+            product,
+            rows,
+            self.first,
+            keeps_repeats=self.keeps_repeats,
+            on_progress=on_progress,
+            mine=self.process_of[log.users[events]] == process,
+        )
+
+
 def evaluate(
     settings: Settings,
     log: EventLog,
@@ -90,20 +139,34 @@ def evaluate(
     keeps_repeats: bool,
     seed: int,
     rows: Sequence[str] = tuple(ROWS),
+    wanted_processes: int = 0,
     on_progress: OnProgress = lambda done, total: None,
 ) -> tuple[Report, Outcome]:
     """Rank the events after the split by every row.
 
-    bundle: trained on what `training_data` gives for the same split
+    bundle:           trained on what `training_data` gives for the same split
+    wanted_processes: 0 for as many as are worth it; the result is the same
     Raises SettingsError for an unknown row, or if there is nothing to score.
     """
     check_rows(rows)
     first, scored = check_split(log, split)
-    product = Product(settings, bundle)
-    try:
-        made = [ROWS[row](log, product, scored, seed) for row in rows]
-        outcome = protocol.run(
-            log, product, made, first, keeps_repeats=keeps_repeats, on_progress=on_progress
+    number, events = processes.number(wanted_processes, scored), protocol.scorable(log, first)
+    job = Job(
+        settings=settings,
+        log=log,
+        bundle=bundle.folder,
+        rows=rows,
+        first=first,
+        keeps_repeats=keeps_repeats,
+        seed=seed,
+        process_of=processes.share_out(log, events, number),
+    )
+    with closing(job.product(bundle, 0)) as product:
+        outcome = processes.run(
+            job,
+            lambda: job.score(product, 0, on_progress),
+            job.process_of[log.users[events]],
+            number,
         )
         if not outcome.kept.any():
             raise SettingsError("every event to score is a repeat: see --repeats keep")
@@ -118,5 +181,3 @@ def evaluate(
             seed=seed,
         )
         return found, outcome
-    finally:
-        product.close()

@@ -5,7 +5,7 @@ Every topic has one partition here, and the broker's clock is that of the events
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -41,10 +41,12 @@ def offline(settings: Settings) -> Settings:
 class Product(Engine):
     """An engine that events are given to, not records. Thread rule: one thread."""
 
-    def __init__(self, settings: Settings, bundle: Bundle) -> None:
-        """Without events and items. settings: any; see `offline`."""
+    def __init__(
+        self, settings: Settings, bundle: Bundle, follows: Callable[[str], bool] | None = None
+    ) -> None:
+        """Without events and items. settings: any; see `offline`; follows: see `Engine`"""
         logs = {topic: LogId("evaluate", topic) for topic in SOURCES}
-        super().__init__(offline(settings), bundle, logs)
+        super().__init__(offline(settings), bundle, logs, follows=follows)
         self._offsets = dict.fromkeys(SOURCES, 0)
 
     def apply_items(self, items: Sequence[Item]) -> None:

@@ -61,6 +61,16 @@ class Outcome:
     lists_of: Ints
     live_at_end: int
 
+    def take(self, other: Outcome, mine: npt.NDArray[np.bool_]) -> None:
+        """Take what another outcome has for some of the events. mine: bool (n,), of `scored`"""
+        for name in ("user_before", "item_before", "live", "repeat"):
+            getattr(self.scored, name)[mine] = getattr(other.scored, name)[mine]
+        self.kept[mine] = other.kept[mine]
+        for row, results in self.rows.items():
+            results.ranks[mine] = other.rows[row].ranks[mine]
+            lists = {**results.lists, **other.rows[row].lists}
+            results.lists = dict(sorted(lists.items()))
+
 
 def run(
     log: EventLog,
@@ -70,14 +80,16 @@ def run(
     *,
     keeps_repeats: bool,
     on_progress: OnProgress = lambda done, total: None,
+    mine: npt.NDArray[np.bool_] | None = None,
 ) -> Outcome:
     """Apply the events before `first`, then score and apply the others.
 
     keeps_repeats: whether items of the user's list compete, and count as targets; if not, they are
                    removed as the product removes them
     on_progress:   called with (events done, events) every now and then
+    mine:          bool (n,): which of the events to score are scored; default: all
     """
-    replay = _Replay(log, product, rows, first, keeps_repeats)
+    replay = _Replay(log, product, rows, first, keeps_repeats, mine)
     replay.warm_up(on_progress)
     replay.score_all(on_progress)
     scored = replay.scored
@@ -99,7 +111,13 @@ def scorable(log: EventLog, first: int) -> Ints:
 
 class _Replay:
     def __init__(
-        self, log: EventLog, product: Product, rows: Sequence[Row], first: int, keeps_repeats: bool
+        self,
+        log: EventLog,
+        product: Product,
+        rows: Sequence[Row],
+        first: int,
+        keeps_repeats: bool,
+        mine: npt.NDArray[np.bool_] | None,
     ) -> None:
         self._log, self._product, self._rows, self._first = log, product, rows, first
         self._prequential = Prequential(product, rows, keeps_repeats=keeps_repeats)
@@ -110,11 +128,13 @@ class _Replay:
         self._item_events = np.zeros(len(log.item_ids), np.int64)
         events = scorable(log, first)
         n = len(events)
+        self._mine = np.ones(n, bool) if mine is None else mine
+        seen = log.counts(log.users, len(log.user_ids), first) > 0
         self.scored = Scored(
             events=events,
             user_before=np.zeros(n, np.int64),
             item_before=np.zeros(n, np.int64),
-            seen_user=np.isin(log.users[events], log.users[:first]),
+            seen_user=seen[log.users[events]],
             live=np.zeros(n, bool),
             repeat=np.zeros(n, bool),
         )
@@ -140,7 +160,8 @@ class _Replay:
             end = int(np.searchsorted(at_ms, now_ms, side="right"))
             self._change_until(now_ms)
             while number < len(self.scored.events) and self.scored.events[number] < end:
-                self._score(number)
+                if self._mine[number]:
+                    self._score(number)
                 number += 1
             self._apply(begin, end)
             begin = end

@@ -57,11 +57,12 @@ class RandomRow(ReferenceRow):
 
     def __init__(self, log: EventLog, product: Product, scored: int, seed: int) -> None:
         super().__init__("random", log, product, scored)
-        self._rng = np.random.default_rng(seed)
+        self._seed = seed
 
     @override
     def scores(self, query: Query) -> Scores:
-        return self._rng.random(len(self.rows))
+        # By the number of the event: whichever process scores it, and after whatever others.
+        return np.random.default_rng((self._seed, query.number)).random(len(self.rows))
 
 
 class CountsRow(ReferenceRow):

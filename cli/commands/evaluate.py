@@ -49,6 +49,7 @@ _SHOWN = ("hr_50", "hr_100", "mrr", "ndcg_10", "hr_10_debiased")
 class Options:
     """Options of the command. bundle: None to train one; rows: empty for all
 
+    processes: 0 for as many as are worth it
     compare: two files of settings, or none
     """
 
@@ -59,6 +60,7 @@ class Options:
     bundle: Path | None = None
     epochs: int = 8
     seed: int = 0
+    processes: int = 0
     json: Path | None = None
     html: Path | None = None
     compare: tuple[Path, Path] | None = None
@@ -278,6 +280,7 @@ def _replay(
         keeps_repeats=options.repeats == "keep",
         seed=options.seed,
         rows=options.rows or tuple(ROWS),
+        wanted_processes=options.processes,
         on_progress=lambda done, _: bar.update(task, completed=done),
     )
 

@@ -73,8 +73,10 @@ class Bundle:
     item_at_ms:      int64 (n,): event time of each item, milliseconds since 1970, 0 if unknown;
                      None if the bundle has none
     rows:            item id -> its row in `item_vectors`, for the items of this catalogue
+    folder:          where it was loaded from
     """
 
+    folder: Path
     generation: str
     dimension: int
     created_ms: int
@@ -175,6 +177,7 @@ def load(folder: Path) -> Bundle:
         fail(folder / "item_vectors.npy", "holds vectors that are not of unit norm")
     model = _model(folder, manifest, runtime, identity_ids, reader)
     return Bundle(
+        folder=folder,
         generation=manifest.generation,
         dimension=d,
         created_ms=manifest.created_ms,
