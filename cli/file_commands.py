@@ -174,6 +174,10 @@ def evaluate(
         tuple[Path, Path] | None,
         typer.Option(help="Two files of settings: evaluate both, show the differences."),
     ] = None,
+    diff: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="Two files of settings: show the first query that differs, no more."),
+    ] = None,
 ) -> None:
     """Measure what every recall path and the fused answer are worth on a log.
 
@@ -189,23 +193,30 @@ def evaluate(
     if sum((bool(files), archive, topics)) != 1:
         raise SettingsError("evaluate needs files of events, --archive or --topics: one of them")
     source = sources.from_archive if archive else sources.from_kafka if topics else None
-    command.evaluate(
-        load() if source is None else resolve(load(), redis=False),
-        files or [],
-        items,
-        users,
-        command.Options(
-            map_name=map_name,
-            split=split,
-            repeats=repeats,
-            rows=[name for one in rows.split(",") if (name := one.strip())],
-            bundle=bundle,
-            epochs=epochs,
-            seed=seed,
-            processes=processes,
-            json=json,
-            html=html,
-            compare=compare,
-        ),
-        source,
+    read = command.Input(
+        settings=load() if source is None else resolve(load(), redis=False),
+        files=files or [],
+        items=items,
+        users=users,
+        source=source,
     )
+    options = command.Options(
+        map_name=map_name,
+        split=split,
+        repeats=repeats,
+        rows=[name for one in rows.split(",") if (name := one.strip())],
+        bundle=bundle,
+        epochs=epochs,
+        seed=seed,
+        processes=processes,
+        json=json,
+        html=html,
+        compare=compare,
+        diff=diff,
+    )
+    if diff:
+        from cli.commands import evaluate_diff
+
+        evaluate_diff.diff(read, options)
+    else:
+        command.evaluate(read, options)

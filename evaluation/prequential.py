@@ -58,7 +58,7 @@ class Prequential:
             return target
         excluded = NO_ROWS
         if seen and not self._keeps_repeats:
-            places = (items.place_of.get(one) for one in sorted(seen))
+            places = map(items.place_of.get, seen)
             excluded = np.array([at for at in places if at is not None], np.int64)
         query = Query(number, user_id, at_ms, place, state, excluded, wants_list)
         for row in self._rows:

@@ -7,8 +7,7 @@ event after its own time on.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +15,7 @@ import numpy.typing as npt
 
 from evaluation.engine import BATCH_RECORDS
 from evaluation.event_log import DISLIKE, EventLog, Ints
+from evaluation.feed import Feed
 from evaluation.prequential import Prequential
 from evaluation.product import Product
 from evaluation.rows import Results, Row
@@ -90,8 +90,7 @@ def run(
     mine:          bool (n,): which of the events to score are scored; default: all
     """
     replay = _Replay(log, product, rows, first, keeps_repeats, mine)
-    replay.warm_up(on_progress)
-    replay.score_all(on_progress)
+    replay.replay(on_progress)
     scored = replay.scored
     kept = np.ones(len(scored.events), bool) if keeps_repeats else ~scored.repeat
     return Outcome(
@@ -109,6 +108,22 @@ def scorable(log: EventLog, first: int) -> Ints:
     return found
 
 
+def moments(log: EventLog, first: int) -> Iterator[tuple[int, int, int]]:
+    """(time, begin, end): batches of the events before `first`, then the events of each time.
+
+    The time of the batches is that after their last event.
+    """
+    for begin in range(0, first, BATCH_RECORDS):
+        end = min(begin + BATCH_RECORDS, first)
+        yield int(log.at_ms[first - 1]) + 1, begin, end
+    begin = first
+    while begin < len(log):
+        now_ms = int(log.at_ms[begin])
+        end = int(np.searchsorted(log.at_ms, now_ms, side="right"))
+        yield now_ms, begin, end
+        begin = end
+
+
 class _Replay:
     def __init__(
         self,
@@ -119,13 +134,10 @@ class _Replay:
         keeps_repeats: bool,
         mine: npt.NDArray[np.bool_] | None,
     ) -> None:
-        self._log, self._product, self._rows, self._first = log, product, rows, first
+        self._log, self._rows, self._first = log, rows, first
         self._prequential = Prequential(product, rows, keeps_repeats=keeps_repeats)
-        self._item_times = [item.at_ms for item in log.changes]
-        self._profile_times = [profile.at_ms for profile in log.profiles]
-        self._changed = self._profiled = 0
-        self._user_events = np.zeros(len(log.user_ids), np.int64)
-        self._item_events = np.zeros(len(log.item_ids), np.int64)
+        self._feed = Feed(log, product)
+        self._user_events, self._item_events = [0] * len(log.user_ids), [0] * len(log.item_ids)
         events = scorable(log, first)
         n = len(events)
         self._mine = np.ones(n, bool) if mine is None else mine
@@ -142,30 +154,19 @@ class _Replay:
         self.lists_of: Ints = np.arange(0, n, every)
         self._every = every
 
-    def warm_up(self, on_progress: OnProgress) -> None:
-        """Apply what happened before the split."""
-        log = self._log
-        if self._first:
-            self._change_until(int(log.at_ms[self._first - 1]) + 1)
-        for begin in range(0, self._first, BATCH_RECORDS):
-            end = min(begin + BATCH_RECORDS, self._first)
-            self._apply(begin, end)
-            on_progress(end, len(log))
-
-    def score_all(self, on_progress: OnProgress) -> None:
-        """Score and apply all other events, those of one time together."""
-        at_ms, begin, number = self._log.at_ms, self._first, 0
-        while begin < len(at_ms):
-            now_ms = int(at_ms[begin])
-            end = int(np.searchsorted(at_ms, now_ms, side="right"))
-            self._change_until(now_ms)
-            while number < len(self.scored.events) and self.scored.events[number] < end:
+    def replay(self, on_progress: OnProgress) -> None:
+        """Apply all events; score those after the split before any of their time is applied."""
+        number, events = 0, self.scored.events
+        for now_ms, begin, end in moments(self._log, self._first):
+            if self._feed.changes_items(now_ms):
+                self._prequential.flush()
+            self._feed.advance(now_ms)
+            while number < len(events) and events[number] < end:
                 if self._mine[number]:
                     self._score(number)
                 number += 1
             self._apply(begin, end)
-            begin = end
-            on_progress(end, len(at_ms))
+            on_progress(end, len(self._log))
         self._prequential.flush()
 
     def _score(self, number: int) -> None:
@@ -183,21 +184,13 @@ class _Replay:
         )
         scored.live[number], scored.repeat[number] = target.live, target.repeat
 
-    def _change_until(self, now_ms: int) -> None:
-        """Apply items and profiles from strictly before."""
-        log = self._log
-        if (end := bisect_left(self._item_times, now_ms)) > self._changed:
-            self._prequential.flush()
-            self._product.apply_items(log.changes[self._changed : end])
-            self._changed = end
-        if (end := bisect_left(self._profile_times, now_ms)) > self._profiled:
-            self._product.apply_profiles(log.profiles[self._profiled : end])
-            self._profiled = end
-
     def _apply(self, begin: int, end: int) -> None:
-        log = self._log
-        self._product.apply_events([log.click(number) for number in range(begin, end)])
-        np.add.at(self._user_events, log.users[begin:end], 1)
-        np.add.at(self._item_events, log.items[begin:end], 1)
+        self._feed.apply(begin, end)
+        for counts, column in (
+            (self._user_events, self._log.users),
+            (self._item_events, self._log.items),
+        ):
+            for number in column[begin:end].tolist():
+                counts[number] += 1
         for row in self._rows:
             row.learn(begin, end)

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -50,7 +51,7 @@ class Options:
     """Options of the command. bundle: None to train one; rows: empty for all
 
     processes: 0 for as many as are worth it
-    compare: two files of settings, or none
+    compare, diff: two files of settings, or none
     """
 
     map_name: str = ""
@@ -64,44 +65,68 @@ class Options:
     json: Path | None = None
     html: Path | None = None
     compare: tuple[Path, Path] | None = None
+    diff: tuple[Path, Path] | None = None
 
 
-def evaluate(
-    settings: Settings,
-    files: Sequence[Path],
-    items: Path | None,
-    users: Path | None,
-    options: Options,
-    source: Callable[[Settings], TrainingData] | None = None,
-) -> list[Report]:
-    """Read, train, replay and report. source: reads everything instead of files
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Input:
+    """What is read. source: reads everything instead of files"""
 
-    Raises EddylineError.
-    """
+    settings: Settings
+    files: Sequence[Path] = ()
+    items: Path | None = None
+    users: Path | None = None
+    source: Callable[[Settings], TrainingData] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """What was read and trained. configurations: (name, settings) of each"""
+
+    log: EventLog
+    bundle: Bundle
+    configurations: Sequence[tuple[str, Settings]]
+    bar: Progress
+
+
+def evaluate(source: Input, options: Options) -> list[Report]:
+    """Read, train, replay and report. Raises EddylineError."""
     begun_s = time.monotonic()
-    configurations = _configurations(settings, options)
-    name = files[0].name if files else "the log"
+    name = source.files[0].name if source.files else "the log"
+    with prepared(source, options) as found:
+        made = [
+            _replay(one, found, f"{name}, {of}" if of else name, options)
+            for of, one in found.configurations
+        ]
+        reports = [one for one, _ in made]
+        if options.compare:
+            reports[0] = _compared(found.log, made, options)
+    for one in reports:
+        show(one)
+    if options.json is not None:
+        write_json(options.json, reports)
+    if options.html is not None:
+        text = page.page(reports[0], reports[1:])
+        disk.write_atomically(options.html, text.encode(), mode=0o644)
+    console.print(f"in {time.monotonic() - begun_s:.0f} s")
+    return reports
+
+
+@contextmanager
+def prepared(source: Input, options: Options) -> Iterator[Prepared]:
+    """Read the log, and load or train the towers; with a progress bar. Raises EddylineError."""
+    configurations = _configurations(source.settings, options)
     with _bar() as bar:
         named = None if options.bundle is None else bundles.load(options.bundle)
-        if source is None:
-            log = read(configurations[0][1], files, items, users, options.map_name, bar)
+        settings = configurations[0][1]
+        if source.source is None:
+            log = read(settings, source.files, source.items, source.users, options.map_name, bar)
         else:
-            log = _log_of(configurations[0][1], source(settings))
+            log = _log_of(settings, source.source(source.settings))
         offline.check_split(log, options.split)
         with tempfile.TemporaryDirectory(prefix="eddyline-evaluate-") as folder:
             bundle = named or _trained(log, Path(folder), options, bar)
-            found = [
-                _replay(one, log, bundle, f"{name}, {of}" if of else name, options, bar)
-                for of, one in configurations
-            ]
-    reports = [one for one, _ in found]
-    if options.compare:
-        reports[0] = _compared(log, found, options)
-    for one in reports:
-        show(one)
-    _write(reports, options)
-    console.print(f"in {time.monotonic() - begun_s:.0f} s")
-    return reports
+            yield Prepared(log=log, bundle=bundle, configurations=configurations, bar=bar)
 
 
 def read(
@@ -162,14 +187,18 @@ def show(one: Report) -> None:
     for row in one.rows:
         first, others = row.metrics["hr_10"], (row.metrics[name] for name in _SHOWN)
         lines.append([row.name, first.number, first.interval, *(one.number for one in others)])
-    # Not a table of rich, which cuts the figures where the output has 80 columns.
+    columns(lines)
+    for found in one.differences:
+        group = f", {found.group}" if found.group else ""
+        console.print(f"HR@10 of {found.left} − {found.right}{group}: {found.hr_10}")
+
+
+def columns(lines: Sequence[Sequence[str]]) -> None:
+    """Print a table. Not one of rich, which cuts the figures where the output has 80 columns."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
         console.print("  ".join(cells).rstrip())
-    for found in one.differences:
-        group = f", {found.group}" if found.group else ""
-        console.print(f"HR@10 of {found.left} − {found.right}{group}: {found.hr_10}")
 
 
 def _plan(path: Path, topic: str, map_name: str, *, describes: bool) -> Plan:
@@ -218,16 +247,21 @@ def _configurations(settings: Settings, options: Options) -> list[tuple[str, Set
     if not 0 < options.split < 1:
         raise SettingsError(f"--split {options.split}: must be between 0 and 1")
     _check_outputs(options)
-    if options.compare is None:
+    if options.compare and options.diff:
+        raise SettingsError("--compare and --diff: name one of them")
+    if options.diff and options.html is not None:
+        raise SettingsError("--html: --diff makes no page")
+    files = options.compare or options.diff
+    if files is None:
         return [("", settings)]
     found = [
-        (path.name, loader.load({**os.environ, "EDDYLINE_CONFIG": str(path)}))
-        for path in options.compare
+        (path.name, loader.load({**os.environ, "EDDYLINE_CONFIG": str(path)})) for path in files
     ]
     first, second = (one.dwell_ms_full for _, one in found)
     if first != second:
+        option = "--compare" if options.compare else "--diff"
         raise SettingsError(
-            f"--compare: dwell_ms_full is {first} in {found[0][0]} and {second} in {found[1][0]}; "
+            f"{option}: dwell_ms_full is {first} in {found[0][0]} and {second} in {found[1][0]}; "
             "the events are read once, so it must be the same"
         )
     return found
@@ -268,20 +302,20 @@ def _trained(log: EventLog, folder: Path, options: Options, bar: Progress) -> Bu
 
 
 def _replay(
-    settings: Settings, log: EventLog, bundle: Bundle, name: str, options: Options, bar: Progress
+    settings: Settings, found: Prepared, name: str, options: Options
 ) -> tuple[Report, Outcome]:
-    task = bar.add_task("replay", total=len(log))
+    task = found.bar.add_task("replay", total=len(found.log))
     return offline.evaluate(
         settings,
-        log,
-        bundle,
+        found.log,
+        found.bundle,
         name=name,
         split=options.split,
         keeps_repeats=options.repeats == "keep",
         seed=options.seed,
         rows=options.rows or tuple(ROWS),
         wanted_processes=options.processes,
-        on_progress=lambda done, _: bar.update(task, completed=done),
+        on_progress=lambda done, _: found.bar.update(task, completed=done),
     )
 
 
@@ -303,13 +337,10 @@ def _compared(log: EventLog, found: Sequence[tuple[Report, Outcome]], options: O
     return msgspec.structs.replace(first, differences=[*first.differences, *more])
 
 
-def _write(reports: Sequence[Report], options: Options) -> None:
-    if options.json is not None:
-        raw = msgspec.json.format(msgspec.json.encode(reports), indent=1)
-        disk.write_atomically(options.json, raw, mode=0o644)
-    if options.html is not None:
-        text = page.page(reports[0], reports[1:])
-        disk.write_atomically(options.html, text.encode(), mode=0o644)
+def write_json(path: Path, value: object) -> None:
+    """Write a result to a new file."""
+    raw = msgspec.json.format(msgspec.json.encode(value), indent=1)
+    disk.write_atomically(path, raw, mode=0o644)
 
 
 def _bar() -> Progress:

@@ -162,6 +162,29 @@ def test_two_configurations_are_compared_event_by_event(tmp_path: Path, bundle: 
     assert by_name["random"] == {"value": 0, "low": 0, "high": 0}
 
 
+def test_the_first_query_that_differs_is_shown(tmp_path: Path, bundle: Path) -> None:
+    events, files = write_events(tmp_path / "ratings.csv"), []
+    for name, length in (("long", 50), ("short", 1)):
+        file = tmp_path / f"{name}.toml"
+        file.write_text(f"history_length_max = {length}\n", encoding="utf-8")
+        files.append(str(file))
+    items = write_items(tmp_path / "items.jsonl")
+    words = [str(events), "--items", str(items), "--bundle", str(bundle), "--split", "0.1"]
+    out = tmp_path / "out.json"
+    printed = run(*words, "--json", str(out), "--diff", *files)
+    found = json.loads(out.read_text(encoding="utf-8"))["parting"]
+    line = next(line for line in printed.splitlines() if line.startswith("query "))
+    assert line.startswith(f"query {found['query']}, before event {found['event']} of the sorted ")
+    assert f"user {found['user_id']} at 2020-09-13T" in line and f"({found['at_ms']})" in line
+    table = printed.splitlines()[printed.splitlines().index(line) + 1 :]
+    assert table[0].split() == ["long.toml", "short.toml"] and len(table) == 11
+    marked = table[found["first_place"]]
+    left, right = (found[side][found["first_place"] - 1]["item_id"] for side in ("left", "right"))
+    assert marked.startswith("→") and left in marked and right in marked and left != right
+    printed = run(*words, "--diff", files[0], files[0])
+    assert "queries: long.toml and long.toml answer all of them alike" in printed
+
+
 def test_topics_and_archive_give_the_same_log_as_files(bundle: Path) -> None:
     clicks = [
         Click(user_id="u", item_id=f"i{n % 7}", at_ms=BASE_MS + n, event_id=f"e{n}")
@@ -183,6 +206,8 @@ def test_topics_and_archive_give_the_same_log_as_files(bundle: Path) -> None:
         (lambda f: [f, "--split", "1"], "must be between 0 and 1"),
         (lambda f: [f, "--split", "0"], "must be between 0 and 1"),
         (lambda f: [f, "--rows", "towers,ours"], "--rows ours: expected some of random"),
+        (lambda f: [f, "--compare", f, f, "--diff", f, f], "--compare and --diff: name one"),
+        (lambda f: [f, "--html", f"{f}.x", "--diff", f, f], "--html: --diff makes no page"),
         (lambda f: [f, "--json", f"{f}/x.json"], "ratings.csv': cannot be written: "),
         (lambda f: [f, "--html", "/proc/x.html"], "--html = '/proc': cannot be written: "),
         (lambda f: [f, "--json", f], "ratings.csv: exists already"),

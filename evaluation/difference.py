@@ -1,0 +1,120 @@
+"""The first query that two configurations answer differently, on one pass over a log."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import msgspec
+import numpy as np
+
+from eddyline.settings.loader import Settings
+from embeddings.bundle.bundle import Bundle
+from evaluation import protocol
+from evaluation.event_log import EventLog
+from evaluation.feed import Feed
+from evaluation.product import Product
+from evaluation.protocol import OnProgress
+from serving.answer.retriever import seen_items
+
+ANSWER_ITEMS = 10
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """An item of an answer, its path and the path's score."""
+
+    item_id: str
+    path: str
+    score: float
+
+
+class Parting(msgspec.Struct, frozen=True, kw_only=True):
+    """Two answers that differ.
+
+    event:       number in the log; the query is made just before it
+    query:       number among the queries, from 1 on
+    left, right: the answers; first_place: the first place with different items, from 1 on
+    """
+
+    event: int
+    query: int
+    user_id: str
+    at_ms: int
+    left: list[Entry]
+    right: list[Entry]
+    first_place: int
+
+
+class Queries(msgspec.Struct, frozen=True, kw_only=True):
+    """The outcome. queries: that were compared; parting: the last of them if it differs"""
+
+    left: str
+    right: str
+    queries: int
+    parting: Parting | None
+
+
+def find(
+    names: Sequence[str],
+    settings: Sequence[Settings],
+    log: EventLog,
+    bundle: Bundle,
+    first: int,
+    *,
+    keeps_repeats: bool,
+    on_progress: OnProgress = lambda done, total: None,
+) -> Queries:
+    """Ask both before each event that would be scored, until the answers have different items.
+
+    names, settings: of the two configurations
+    """
+    events = protocol.scorable(log, first)
+    asking = {log.user_ids[user] for user in np.unique(log.users[events]).tolist()}
+    with ExitStack() as closing:
+        products = [Product(one, bundle, asking.__contains__) for one in settings]
+        for product in products:
+            closing.callback(product.close)
+        query, scored = 0, set(events.tolist())
+        feeds = [Feed(log, product) for product in products]
+        for now_ms, begin, end in protocol.moments(log, first):
+            for feed in feeds:
+                feed.advance(now_ms)
+            for event in (number for number in range(begin, end) if number in scored):
+                user_id = log.user_ids[log.users[event]]
+                query += 1
+                left, right = (answer(one, user_id, keeps_repeats) for one in products)
+                if place := _first_place(left, right):
+                    parting = Parting(
+                        event=event,
+                        query=query,
+                        user_id=user_id,
+                        at_ms=now_ms,
+                        left=left,
+                        right=right,
+                        first_place=place,
+                    )
+                    return Queries(left=names[0], right=names[1], queries=query, parting=parting)
+            for feed in feeds:
+                feed.apply(begin, end)
+            on_progress(end, len(log))
+    return Queries(left=names[0], right=names[1], queries=query, parting=None)
+
+
+def answer(product: Product, user_id: str, keeps_repeats: bool) -> list[Entry]:
+    """What a worker would answer now."""
+    user = product.user(user_id)
+    product.read_popularity()
+    product.popularity.refresh()
+    request = product.request(user, ANSWER_ITEMS)
+    if not keeps_repeats:
+        request = request._replace(excluded=seen_items(user))
+    items, _ = product.fusion.fuse([*product.paths.values()], request, product.index)
+    return [Entry(one.hit.item_id, one.path, float(one.hit.score)) for one in items]
+
+
+def _first_place(left: Sequence[Entry], right: Sequence[Entry]) -> int:
+    """The first place with different items, from 1 on; 0 if there is none."""
+    for place, (one, other) in enumerate(zip(left, right, strict=False), 1):
+        if one.item_id != other.item_id:
+            return place
+    return 0 if len(left) == len(right) else min(len(left), len(right)) + 1

@@ -1,0 +1,78 @@
+"""The first query that two configurations answer differently, against answers made one by one."""
+
+from __future__ import annotations
+
+import pytest
+
+from eddyline.settings.loader import Settings
+from embeddings.bundle.bundle import Bundle
+from evaluation import difference, protocol
+from evaluation.difference import Entry, Queries
+from evaluation.event_log import EventLog
+from evaluation.product import Product
+from tests.unit.evaluation.small import make_bundle, make_items, make_log
+
+LONG, SHORT = Settings(history_length_max=12), Settings(history_length_max=3)
+FIRST = 4
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return make_bundle(tmp_path_factory.mktemp("bundle"), make_items())
+
+
+def find(log: EventLog, bundle: Bundle, other: Settings, **more: bool) -> Queries:
+    keeps = more.get("keeps", False)
+    return difference.find(
+        ["long", "short"], [LONG, other], log, bundle, FIRST, keeps_repeats=keeps
+    )
+
+
+def answers_before(log: EventLog, bundle: Bundle, event: int) -> list[list[Entry]]:
+    """Both answers just before an event, by products that were made for it."""
+    found = []
+    for settings in (LONG, SHORT):
+        product = Product(settings, bundle)
+        now_ms = log.at_ms[event]
+        product.apply_items([item for item in log.changes if item.at_ms < now_ms])
+        for number in range(len(log)):
+            if log.at_ms[number] < now_ms:
+                product.apply_events([log.click(number)])
+                product.write()
+        found.append(difference.answer(product, log.user_ids[log.users[event]], False))
+        product.close()
+    return found
+
+
+def test_the_first_query_that_differs_is_named(bundle: Bundle) -> None:
+    log = make_log(3)
+    found = find(log, bundle, SHORT)
+    parting = found.parting
+    assert parting is not None and (found.left, found.right) == ("long", "short")
+    events = protocol.scorable(log, FIRST).tolist()
+    assert events[parting.query - 1] == parting.event and found.queries == parting.query > 3
+    for event in events[: parting.query]:
+        left, right = answers_before(log, bundle, event)
+        alike = [one.item_id for one in left] == [one.item_id for one in right]
+        assert alike == (event != parting.event)
+    assert (parting.left, parting.right) == (left, right)
+    assert parting.user_id == log.click(parting.event).user_id
+    assert parting.at_ms == log.at_ms[parting.event]
+    before, at = parting.first_place - 1, parting.first_place
+    ids = [[one.item_id for one in answer] for answer in (left, right)]
+    assert ids[0][:before] == ids[1][:before] and ids[0][before:at] != ids[1][before:at]
+
+
+def test_equal_configurations_do_not_differ(bundle: Bundle) -> None:
+    log = make_log(3)
+    found = find(log, bundle, LONG, keeps=True)
+    assert found.parting is None and found.queries == len(protocol.scorable(log, FIRST))
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "place"),
+    [("abc", "abc", 0), ("", "", 0), ("abc", "abd", 3), ("abc", "ab", 3), ("", "a", 1)],
+)
+def test_the_first_place_that_differs(left: str, right: str, place: int) -> None:
+    first, second = ([Entry(one, "p", n) for n, one in enumerate(s)] for s in (left, right))
+    assert difference._first_place(first, second) == place
