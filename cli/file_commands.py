@@ -14,6 +14,19 @@ from eddyline.errors import SettingsError
 from eddyline.settings.loader import load
 from embeddings.seed import SEED_MAX
 
+Seed = Annotated[int, typer.Option(min=0, max=SEED_MAX, help="Of training, chance and intervals.")]
+Processes = Annotated[
+    int, typer.Option(min=0, max=64, help="Default: 2 if there are cores and events for them.")
+]
+Compare = Annotated[
+    tuple[Path, Path] | None,
+    typer.Option(help="Two files of settings: evaluate both, show the differences."),
+]
+Diff = Annotated[
+    tuple[Path, Path] | None,
+    typer.Option(help="Two files of settings: show the first query that differs, no more."),
+]
+
 
 def import_(
     files: Annotated[list[Path], typer.Argument(help="CSV, TSV, JSON lines, Parquet; .gz, .zst.")],
@@ -162,22 +175,12 @@ def evaluate(
         Path | None, typer.Option(help="A trained bundle; default: one is trained.")
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Of the training.")] = 8,
-    seed: Annotated[
-        int, typer.Option(min=0, max=SEED_MAX, help="Of training, chance and intervals.")
-    ] = 0,
-    processes: Annotated[
-        int, typer.Option(min=0, max=64, help="Default: 2 if there are cores and events for them.")
-    ] = 0,
+    seed: Seed = 0,
+    processes: Processes = 0,
     json: Annotated[Path | None, typer.Option(help="Write everything to this new file.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page to this new file.")] = None,
-    compare: Annotated[
-        tuple[Path, Path] | None,
-        typer.Option(help="Two files of settings: evaluate both, show the differences."),
-    ] = None,
-    diff: Annotated[
-        tuple[Path, Path] | None,
-        typer.Option(help="Two files of settings: show the first query that differs, no more."),
-    ] = None,
+    compare: Compare = None,
+    diff: Diff = None,
 ) -> None:
     """Measure what every recall path and the fused answer are worth on a log.
 

@@ -77,11 +77,12 @@ class EventFile:
         self._written += len(rows)
 
 
-def sort(events: Rows, order_of_user: Ints, folder: Path) -> dict[str, npt.NDArray[Any]]:
-    """The columns of `EVENT`, sorted by time, then user, then position, as files of the folder.
+def sort(events: Rows, order_of_user: Ints, folder: Path) -> dict[str, Any]:
+    """The columns of `EVENT`, sorted by time, then user, then position: arrays (n,), in files.
 
     events:        as `EventFile.close` returns them; their file is removed
     order_of_user: int64 (users,), the place of each user among all
+    folder:        of the files
     Of events with one id the first remains.
     """
     remains = _first_of_each(events, folder)
@@ -98,7 +99,7 @@ def sort(events: Rows, order_of_user: Ints, folder: Path) -> dict[str, npt.NDArr
     return mapped_columns(folder)
 
 
-def mapped_columns(folder: Path) -> dict[str, npt.NDArray[Any]]:
+def mapped_columns(folder: Path) -> dict[str, Any]:
     """The columns that `sort` wrote."""
     return {name: _mapped(_column(folder, name), EVENT[name]) for name in EVENT.names or ()}
 

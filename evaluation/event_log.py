@@ -67,7 +67,7 @@ class EventLog:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """The files are named, not copied."""
-        columns = event_files.EVENT.fields or {}
+        columns = event_files.EVENT.names or ()
         names = [one.name for one in fields(self) if one.name not in columns]
         return _reopened, ({name: getattr(self, name) for name in names},)
 

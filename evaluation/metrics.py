@@ -86,8 +86,7 @@ class Bootstrap:
 
     def _of_users(self, values: Floats) -> Floats:
         """The sum of each user's values."""
-        found: Floats = np.bincount(self._rows, weights=values, minlength=self._users)
-        return found
+        return np.bincount(self._rows, weights=values, minlength=self._users).astype(np.float64)
 
     def _resample(self, sums: Floats) -> Floats:
         """Sums of `sums` over users that are drawn with repetition, (resamples, columns)."""

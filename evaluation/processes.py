@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from eddyline.errors import EddylineError
-from evaluation.event_log import EventLog, Ints
+from evaluation.event_files import Ints
+from evaluation.event_log import EventLog
 from evaluation.protocol import OnProgress, Outcome
 
 # With fewer events to score another process is not worth its start.

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from evaluation.engine import BATCH_RECORDS
-from evaluation.event_log import DISLIKE, EventLog, Ints
+from evaluation.event_files import Ints
+from evaluation.event_log import DISLIKE, EventLog
 from evaluation.feed import Feed
 from evaluation.prequential import Prequential
 from evaluation.product import Product

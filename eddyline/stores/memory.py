@@ -39,7 +39,6 @@ from eddyline.stores.state_store import (
     is_idle,
 )
 
-
 # Buckets of popularity counts whose order is kept up to date, those that were read last.
 _SORTED_MAX = 16
 
