@@ -1,4 +1,4 @@
-# One image per process: `docker build --target ingest|worker|archive|trainer .`
+# One image per process: `docker build --target ingest|worker|archive|trainer|judge .`
 # Compilers are in the build stages only; a process runs as no root, with the rooms it imports.
 
 FROM python:3.11-slim-bookworm AS base
@@ -6,7 +6,7 @@ ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 RUN groupadd --system --gid 10001 eddyline \
  && useradd --system --uid 10001 --gid eddyline --home-dir /app --shell /usr/sbin/nologin eddyline \
  && install -d -o eddyline -g root -m 775 /app /var/lib/eddyline /var/lib/eddyline/generations \
-    /var/lib/eddyline/archive /var/lib/eddyline/snapshots
+    /var/lib/eddyline/archive /var/lib/eddyline/snapshots /var/lib/eddyline/judge
 
 # The packages of the extra, at the versions and with the hashes of requirements.lock. What builds
 # and installs them, pip 26.3 included, has its hashes in requirements-build.lock and stays in
@@ -52,6 +52,10 @@ RUN if [ -n "$TORCH_INDEX_URL" ]; then \
     fi \
  && pip install --require-hashes --constraint requirements.lock --requirement trainer.txt
 
+# With the worker's packages, as hnswlib is built for them.
+FROM build-worker AS build-judge
+RUN pip install --require-hashes --constraint requirements.lock --requirement judge.txt
+
 FROM base AS runtime
 # gRPC's C core writes lines of its own format. A process under another uid has no home folder.
 ENV PATH=/opt/venv/bin:$PATH EDDYLINE_DATA_DIR=/var/lib/eddyline GRPC_VERBOSITY=NONE HOME=/tmp
@@ -86,6 +90,18 @@ COPY embeddings embeddings
 COPY streams streams
 USER eddyline
 CMD ["python", "-m", "streams.archive"]
+
+FROM runtime AS judge
+COPY --from=build-judge /opt/venv /opt/venv
+COPY cli cli
+COPY eddyline eddyline
+COPY embeddings embeddings
+COPY evaluation evaluation
+COPY index index
+COPY serving serving
+COPY streams streams
+USER eddyline
+CMD ["python", "-m", "evaluation.judge"]
 
 FROM runtime AS trainer
 COPY --from=build-trainer /opt/venv /opt/venv

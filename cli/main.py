@@ -9,6 +9,7 @@ Kafka or Redis refuses us.
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 from typing import Annotated
@@ -70,7 +71,7 @@ def version() -> None:
 def up(
     foreground: Annotated[bool, typer.Option(help="Stay in this terminal.")] = False,
     processes: Annotated[
-        str, typer.Option("--with", help="Run these, too: ingest,worker,archive.")
+        str, typer.Option("--with", help="Run these, too: ingest,worker,archive,judge.")
     ] = "",
 ) -> None:
     """Start a local Kafka and Valkey in the background; their data is in `data_dir`."""
@@ -124,6 +125,18 @@ def worker() -> None:
 def coordinator() -> None:
     """Run a coordinator of shards (as `python -m serving.coordinator`)."""
     runpy.run_module("serving.coordinator", run_name="__main__", alter_sys=True)
+
+
+@app.command()
+def judge(
+    from_beginning: Annotated[
+        bool, typer.Option(help="Without a checkpoint, score all events that Kafka has.")
+    ] = False,
+) -> None:
+    """Score live events by what each recall path would have said (`python -m evaluation.judge`)."""
+    if from_beginning:
+        os.environ["EDDYLINE_JUDGE_FROM"] = "beginning"
+    runpy.run_module("evaluation.judge", run_name="__main__", alter_sys=True)
 
 
 archive_app = typer.Typer(help="Accepted events in Parquet files.")

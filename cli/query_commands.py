@@ -72,7 +72,7 @@ def similar(
 
 
 def stats(address: Address = "", as_json: AsJson = False) -> None:
-    """Show the worker's state and how far ingest is behind Kafka."""
+    """Show the worker's state, how far ingest is behind Kafka, and the judge's rates."""
     from cli.commands import query as commands_query
 
     commands_query.stats(load(), address=address, as_json=as_json)

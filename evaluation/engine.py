@@ -7,18 +7,23 @@ fusion read both. Nothing lags. Thread rule: one thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 
+import msgspec
 from typing_extensions import override
 
-from eddyline.errors import EddylineError, Rejected
+from eddyline.errors import EddylineError, Rejected, VectorRejected
 from eddyline.kafka.topics import CLICKS, ITEMS, SOURCES, USERS
-from eddyline.schema.item_record import ItemRecord
+from eddyline.schema import events
+from eddyline.schema.erasure import erased_after
+from eddyline.schema.events import Click, Forget, Item, Merge
+from eddyline.schema.item_record import ItemRecord, attributes_of
+from eddyline.schema.partitioning import user_slot
 from eddyline.schema.records import Record
 from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
-from eddyline.stores.state_store import UserState
+from eddyline.stores.state_store import ItemMetadata, Source, UserQuery, UserState
 from embeddings.bundle.bundle import Bundle
 from index.factory import ann_backend, live_index
 from index.port import LiveItems
@@ -33,6 +38,7 @@ from streams.clicks.step_ranges import StepRangeRule
 from streams.fences import LogIds
 from streams.generation import Generation
 from streams.handlers import Handlers, Outputs
+from streams.items.handler import encode_items
 from streams.ports import RecordBatch, RecordPublisher
 
 # Records that are applied at a time, at most; the window of event ids has to be twice as long.
@@ -134,6 +140,8 @@ class Engine:
         self._waiting: dict[int, list[Record]] = {}
         self._waiting_records = 0
         self._waiting_users: set[str] = set()
+        # (partition, event id) -> offset, of the same.
+        self._waiting_ids: dict[tuple[int, str], int] = {}
 
     @property
     def towers(self) -> TowersPath:
@@ -154,6 +162,62 @@ class Engine:
         if user_id in self._waiting_users:
             self.write()
         return self._users.read(user_id)
+
+    def is_dropped(self, record: Record, click: Click) -> bool:
+        """Whether ingest drops this event of a followed user, which was not applied yet.
+
+        So it is where the event was sent again, and where its user was forgotten.
+        """
+        partition, slot = record.partition, user_slot(record.partition)
+        source = Source(CLICKS, partition)
+        if click.event_id is not None:
+            before = self._waiting_ids.get((partition, click.event_id))
+            if before is None:
+                fence = self.handlers.clicks.fences.expected(source, slot)
+                known = self.handlers.clicks.cache.slot(slot, source, fence).window.known
+                before = known.get(click.event_id)
+            if before is not None:
+                return record.offset - before <= self.settings.dedupe_window_events
+        if click.user_id in self._waiting_users:
+            self.write()
+        [read] = self.store.read_many([UserQuery(slot, source, [click.user_id], [])])
+        origin_ms = events.origin_ms(record.headers)
+        erasure = read.erasures.get(click.user_id)
+        return erased_after(erasure, click.at_ms, record.timestamp, origin_ms)
+
+    def fill_index(self) -> None:
+        """Have the empty index hold the live items that the store has, encoded again."""
+        live: list[tuple[Item, ItemMetadata]] = []
+        for metadata in self.store.every_item():
+            hidden = metadata.refused is not None and metadata.refused.hidden
+            if not metadata.deleted and not hidden:
+                item = msgspec.json.decode(metadata.body, type=Item)
+                if item.available:
+                    live.append((item, metadata))
+        for start in range(0, len(live), BATCH_RECORDS):
+            some = live[start : start + BATCH_RECORDS]
+            vectors = encode_items(self.bundle.item_tower, [item for item, _ in some])
+            self.index.apply(
+                [
+                    ItemRecord(
+                        item.item_id,
+                        metadata.partition,
+                        metadata.offset,
+                        item.at_ms or metadata.born_ms,
+                        0,
+                        vector,
+                        attributes_of(item),
+                    )
+                    for (item, metadata), vector in zip(some, vectors, strict=True)
+                    if not isinstance(vector, VectorRejected)
+                ]
+            )
+        self._items = None
+
+    def open_steps_again(self) -> None:
+        """Ask anew at which offsets micro-steps are taken, from the next record on."""
+        for slot in self.handlers.clicks.cache.slots_of(self.bundle.generation).values():
+            slot.ranges = None
 
     def request(self, user: UserState, k: int) -> RecallRequest:
         """The request of a query; whether seen items are excluded is left to the caller."""
@@ -182,15 +246,18 @@ class Engine:
         self.write()
         self._apply(USERS, records)
 
-    def queue(self, record: Record, user_ids: Sequence[str]) -> None:
+    def queue(self, record: Record, found: Iterable[Click | Merge | Forget]) -> None:
         """Apply a record of `clicks`, at the latest before something reads what it changes.
 
-        user_ids: of its events
+        found: its events
         """
         self._counted = False
         self._waiting.setdefault(record.partition, []).append(record)
         self._waiting_records += 1
-        self._waiting_users.update(user_ids)
+        for event in found:
+            self._waiting_users.add(event.user_id)
+            if event.event_id is not None:
+                self._waiting_ids.setdefault((record.partition, event.event_id), record.offset)
         if self._waiting_records >= BATCH_RECORDS:
             self.write()
 
@@ -198,6 +265,7 @@ class Engine:
         """Have ingest's handler apply the events that wait."""
         waiting, self._waiting = self._waiting, {}
         self._waiting_users.clear()
+        self._waiting_ids.clear()
         self._waiting_records = 0
         for records in waiting.values():
             self._apply(CLICKS, records)

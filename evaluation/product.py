@@ -60,7 +60,7 @@ class Product(Engine):
     def apply_events(self, clicks: Sequence[Click]) -> None:
         """Apply events, in their order, at the latest before something reads what they change."""
         for click in clicks:
-            self.queue(self._record(CLICKS, click.user_id, click), (click.user_id,))
+            self.queue(self._record(CLICKS, click.user_id, click), (click,))
 
     def _record(self, topic: str, key: str, event: Click | Item | UserProfile) -> BuiltRecord:
         """Append to a topic. The broker's clock is the event's."""

@@ -139,6 +139,7 @@ def brought(texts: list[str]) -> set[str]:
         ("archive", "streams.operations.refill"),
         ("archive", "cli.commands.refill"),
         ("trainer", "embeddings.training.__main__"),
+        ("judge", "evaluation.judge.__main__"),
         ("import", "cli.commands.import_files"),
         ("import", "cli.commands.evaluate"),
     ],

@@ -6,6 +6,7 @@ from google.protobuf.json_format import MessageToJson
 from rich.console import Console
 from rich.table import Table
 
+from cli.commands import judge_rates
 from eddyline import addresses
 from eddyline.errors import EddylineError, SettingsError
 from eddyline.kafka import topics
@@ -90,7 +91,7 @@ def _show(answer: RetrieveResponse, as_json: bool) -> None:
 
 
 def stats(settings: Settings, *, address: str, as_json: bool) -> None:
-    """Print the worker's state, and how far ingest is behind Kafka."""
+    """Print the worker's state, how far ingest is behind Kafka, and the judge's rates."""
     with Client(address or worker_address(settings)) as client:
         worker = client.stats()
     if as_json:
@@ -118,6 +119,7 @@ def stats(settings: Settings, *, address: str, as_json: bool) -> None:
         console.print(
             f"there are no topics in the namespace {space}; EDDYLINE_NAMESPACE names another one"
         )
+    judge_rates.show(settings, console)
 
 
 def recall_of(index: IndexSizes) -> str:

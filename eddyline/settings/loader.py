@@ -25,6 +25,7 @@ from eddyline.settings import ingest, kafka, worker
 from eddyline.settings.field import descriptions, within
 from eddyline.settings.index import IndexSettings
 from eddyline.settings.ingest import IngestSettings
+from eddyline.settings.judge import JudgeSettings
 from eddyline.settings.kafka import KafkaSettings
 from eddyline.settings.observability import ObservabilitySettings
 from eddyline.settings.redis import RedisSettings
@@ -50,6 +51,7 @@ _SECTIONS = (
     IngestSettings,
     WorkerSettings,
     IndexSettings,
+    JudgeSettings,
     ObservabilitySettings,
 )
 
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
         IngestSettings,
         WorkerSettings,
         IndexSettings,
+        JudgeSettings,
         ObservabilitySettings,
         frozen=True,
         kw_only=True,

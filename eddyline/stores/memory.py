@@ -88,11 +88,10 @@ class MemoryStore(StateStore):
             store._note_buckets(slot, buckets)
         return store
 
-    def items(self) -> Iterator[tuple[str, ItemMetadata]]:
-        """(item id, metadata) of every item, deleted ones included."""
+    def every_item(self) -> list[ItemMetadata]:
+        """The metadata of every item, deleted ones included."""
         with self._lock:
-            found = list(self._state.items.items())
-        return ((key.partition(":")[2], item) for key, item in found)
+            return list(self._state.items.values())
 
     def snapshot(self) -> _State:
         """A copy of all state, for `restore`."""
@@ -374,10 +373,11 @@ class MemoryStore(StateStore):
                 later = msgspec.structs.replace(history, idle_after_ms=later_ms)
                 if slot in slots and is_idle(later, fence):
                     found.append((slot, user))
-            for slot, user in found:
-                del state.histories[slot, user]
-                for key in [k for k in state.embeddings if (k[0], k[2]) == (slot, user)]:
-                    del state.embeddings[key]
+            gone = set(found)
+            for at in found:
+                del state.histories[at]
+            for key in [k for k in state.embeddings if (k[0], k[2]) in gone] if gone else ():
+                del state.embeddings[key]
         yield len(found)
 
     @override

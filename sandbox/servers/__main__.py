@@ -33,7 +33,12 @@ from sandbox.servers.supervisor import Supervisor
 log = logging.getLogger("sandbox.servers")
 
 # Eddyline's own processes that can run with the servers, and their modules.
-PROCESSES = {"ingest": "streams", "worker": "serving", "archive": "streams.archive"}
+PROCESSES = {
+    "ingest": "streams",
+    "worker": "serving",
+    "archive": "streams.archive",
+    "judge": "evaluation.judge",
+}
 # How often the supervisor checks whether its data folder was deleted, and then stops.
 WATCH_S = 1.0
 

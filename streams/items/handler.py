@@ -241,15 +241,8 @@ class ItemHandler(Handler):
             for position, _, change in one.decided
             if change.item is not None and change.item.available
         ]
-        vectors: Sequence[Floats | VectorRejected]
-        try:
-            vectors = list(tower.encode([item for _, item in available])) if available else []
-        except VectorRejected:
-            vectors = [_encode_one(tower, item) for _, item in available]
-        return {
-            at: _checked(item.item_id, vector)
-            for (at, item), vector in zip(available, vectors, strict=True)
-        }
+        vectors = encode_items(tower, [item for _, item in available])
+        return {at: vector for (at, _), vector in zip(available, vectors, strict=True)}
 
     def _place(self, one: ItemBatch, vectors: Sequence[Encoded]) -> None:
         """Refuse changes for which no generation has a vector: then decide again.
@@ -341,6 +334,16 @@ def _error(of_all: Sequence[Floats | VectorRejected | None]) -> Rejected | None:
 
 def _bad_vector(error: VectorRejected) -> Rejected:
     return Rejected("bad_vector", "vector", str(error))
+
+
+def encode_items(tower: ItemEncoder, items: Sequence[Item]) -> list[Floats | VectorRejected]:
+    """The vector of each item, (d,) and of unit norm; an error where the tower gives none."""
+    vectors: Sequence[Floats | VectorRejected]
+    try:
+        vectors = list(tower.encode(items)) if items else []
+    except VectorRejected:
+        vectors = [_encode_one(tower, item) for item in items]
+    return [_checked(item.item_id, one) for item, one in zip(items, vectors, strict=True)]
 
 
 def _encode_one(tower: ItemEncoder, item: Item) -> Floats | VectorRejected:

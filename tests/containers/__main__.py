@@ -32,7 +32,7 @@ from sandbox.servers import free_ports
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = ROOT / "docker-compose.yml"
-TARGETS = ("ingest", "worker", "archive", "trainer")
+TARGETS = ("ingest", "worker", "archive", "trainer", "judge")
 LONG_RUNNING = ("ingest", "worker", "archive")
 BUILD_S = 3_600
 UP_S = 240

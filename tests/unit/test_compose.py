@@ -17,6 +17,8 @@ import pytest
 import yaml
 
 from eddyline.settings.loader import NOT_SETTINGS, load
+from evaluation.judge import __main__ as judge
+from evaluation.judge import checkpoint, report
 from serving.__main__ import GRACE_S, STOP_S_MAX
 from serving.recall import popularity
 from serving.worker import prefork, replica, snapshots
@@ -26,13 +28,14 @@ COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 SCHEMA = json.loads((ROOT / "tests" / "data" / "compose-spec.json").read_text(encoding="utf-8"))
-OURS = ("ingest", "worker", "archive", "trainer")
+OURS = ("ingest", "worker", "archive", "trainer", "judge")
 # What each image holds besides the kernel and the engines' room that all of them need.
 ROOMS = {
     "ingest": {"streams"},
     "archive": {"streams", "cli"},
     "worker": {"index", "serving"},
     "trainer": set[str](),
+    "judge": {"evaluation", "index", "serving", "streams"},
 }
 
 
@@ -240,7 +243,13 @@ def test_state_is_in_volumes_and_bundles_are_shared() -> None:
     assert SERVICES["trainer"]["environment"]["EDDYLINE_ARCHIVE_URL"] == folder
     assert SERVICES["trainer"]["environment"]["EDDYLINE_TRAIN_FROM"] == "archive"
     assert any(folder in line and "-o eddyline" in line for line in lineage("archive"))
-    assert set(COMPOSE["volumes"]) == {"kafka", "valkey", "generations", "archive", "snapshots"}
+    settings = load(SERVICES["judge"]["environment"])
+    kept = checkpoint.path_of(settings).parent
+    assert report.path_of(settings).parent == kept
+    assert mounts["judge"] == [f"judge:{kept}", f"generations:{bundles_at}:ro"]
+    assert any(str(kept) in line and "-o eddyline" in line for line in lineage("judge"))
+    volumes = {"kafka", "valkey", "generations", "archive", "snapshots", "judge"}
+    assert set(COMPOSE["volumes"]) == volumes
 
 
 def test_valkey_keeps_what_it_was_told_and_drops_no_key() -> None:
@@ -253,6 +262,13 @@ def test_kafka_makes_no_topic_by_itself() -> None:
     environment = SERVICES["kafka"]["environment"]
     assert environment["KAFKA_AUTO_CREATE_TOPICS_ENABLE"] == "false"
     assert all(isinstance(value, str) for value in environment.values())
+
+
+def test_the_judge_runs_where_it_is_wanted_and_has_the_time_to_write_its_state() -> None:
+    assert SERVICES["judge"]["profiles"] == ["judge"]
+    assert not any("profiles" in SERVICES[name] for name in SERVICES if name != "judge")
+    grace_s = float(SERVICES["judge"]["stop_grace_period"].removesuffix("s"))
+    assert grace_s >= judge.STOP_S_MAX + 10
 
 
 def test_a_worker_has_the_time_to_stop_and_to_write_its_last_snapshot() -> None:

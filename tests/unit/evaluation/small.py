@@ -20,9 +20,11 @@ ITEMS, D = 30, 16
 BASE_MS = 1_600_000_000_000
 
 
-def make_bundle(folder: Path, items: Sequence[Item]) -> Bundle:
+def make_bundle(
+    folder: Path, items: Sequence[Item], generation: str = "1", *, seed: int = 7
+) -> Bundle:
     """Towers from a seed; every item has an ID embedding. A step moves an embedding far."""
-    rng = np.random.default_rng(7)
+    rng = np.random.default_rng(seed)
 
     def draw(*shape: int) -> np.ndarray:
         return rng.normal(0, 0.4, shape).astype(np.float32)
@@ -57,7 +59,7 @@ def make_bundle(folder: Path, items: Sequence[Item]) -> Bundle:
     )
     tower = runtimes.runtime(model.kind, model.version).item_tower(model)
     new = NewBundle(
-        generation="1",
+        generation=generation,
         created_ms=1_000,
         model=model,
         item_ids=ids,
@@ -68,8 +70,8 @@ def make_bundle(folder: Path, items: Sequence[Item]) -> Bundle:
         cut={"0": len(ids)},
         measured={},
     )
-    bundle.write(folder / "1", new)
-    return bundle.load(folder / "1")
+    bundle.write(folder / generation, new)
+    return bundle.load(folder / generation)
 
 
 def make_items(n: int = ITEMS) -> list[Item]:
