@@ -156,11 +156,7 @@ class LogBuilder:
         """
         given = len(self)
         user_ids, item_ids = list(self._user_rows), list(self._item_rows)
-        order_of_user = np.empty(len(user_ids), np.int64)
-        order_of_user[sorted(range(len(user_ids)), key=user_ids.__getitem__)] = np.arange(
-            len(user_ids)
-        )
-        columns = event_files.sort(self._file.close(), order_of_user, self._folder)
+        columns = event_files.sort(self._file.close(), places(user_ids), self._folder)
         changes = self.changes or _first_seen(
             item_ids, columns["items"], columns["at_ms"], self.descriptions
         )
@@ -177,6 +173,13 @@ class LogBuilder:
         self._removal.detach()
         weakref.finalize(log, shutil.rmtree, self._folder, ignore_errors=True)
         return log
+
+
+def places(ids: Sequence[str]) -> Ints:
+    """The place of each id among all in order, int64 (n,): the same for any order of the files."""
+    found = np.empty(len(ids), np.int64)
+    found[sorted(range(len(ids)), key=ids.__getitem__)] = np.arange(len(ids))
+    return found
 
 
 def _reopened(others: Mapping[str, Any]) -> EventLog:

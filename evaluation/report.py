@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from embeddings.evaluation.metrics import of_ranks
 from evaluation import metrics
-from evaluation.event_log import EventLog
+from evaluation.event_log import EventLog, places
 from evaluation.metrics import Bootstrap, Estimate, Floats, Ints, Lists, Mask
 from evaluation.product import Product
 from evaluation.protocol import Outcome
@@ -103,7 +103,7 @@ def make(
     """The report of an outcome. Deterministic for a seed."""
     scored, kept = outcome.scored, outcome.kept
     events = scored.events[kept]
-    users = log.users[events].astype(np.int64)
+    users = places(log.user_ids)[log.users[events]]
     groups = groups_of(outcome)
     bootstrap = Bootstrap(users, seed=seed)
     pairs = [pair for pair in PAIRS if {*pair} <= outcome.rows.keys()]

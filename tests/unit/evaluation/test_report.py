@@ -9,13 +9,15 @@ import msgspec
 import numpy as np
 import pytest
 
+from eddyline.schema.events import Click
 from eddyline.settings.loader import Settings
 from embeddings.bundle.bundle import Bundle
 from evaluation import metrics, offline
+from evaluation.event_log import LogBuilder
 from evaluation.metrics import Bootstrap
 from evaluation.protocol import Outcome
 from evaluation.report import Report
-from tests.unit.evaluation.small import make_bundle, make_items, make_log
+from tests.unit.evaluation.small import BASE_MS, make_bundle, make_items, make_log
 
 ROWS = ("random", "popular-all", "towers")
 
@@ -106,3 +108,27 @@ def test_the_users_are_drawn_once_for_a_report(
     again, _ = evaluate(bundle)
     assert len(draws) > 2, "too many users to keep: drawn again for each row"
     assert msgspec.json.encode(once) == msgspec.json.encode(again)
+
+
+def test_the_order_of_the_files_changes_no_figure(bundle: Bundle) -> None:
+    clicks = [
+        Click(user_id=f"u{n % 7}", item_id=f"i{n % 20}", at_ms=BASE_MS + n, event_id=f"e{n}")
+        for n in range(80)
+    ]
+    reports = []
+    for some in (clicks, clicks[::-1]):
+        builder = LogBuilder(changes=make_items())
+        for click in some:
+            builder.add(click)
+        report, _ = offline.evaluate(
+            Settings(),
+            builder.build(),
+            bundle,
+            name="s",
+            split=0.5,
+            keeps_repeats=True,
+            seed=3,
+            rows=("popular-all", "towers"),
+        )
+        reports.append(msgspec.json.encode(report))
+    assert reports[0] == reports[1]
