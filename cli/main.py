@@ -256,6 +256,7 @@ def plan(
     visitors_a_day: Annotated[
         str, typer.Option(help="Who click once and do not come back; besides the users.")
     ] = "0",
+    deleted_a_day: Annotated[str, typer.Option(help="Items deleted each day.")] = "0",
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, in bytes.")] = False,
 ) -> None:
     """Say how much memory Redis and a query worker need; a running Redis measures it."""
@@ -270,6 +271,7 @@ def plan(
         clicks_a_day=planning.amount(clicks_a_day),
         forgotten_a_day=planning.amount(forgotten_a_day),
         visitors_a_day=planning.amount(visitors_a_day),
+        deleted_a_day=planning.amount(deleted_a_day),
     )
     settings = load()  # needs no Kafka
     planning.show(settings if settings.redis_url else _settings(), sizes, as_json=as_json)

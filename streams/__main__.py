@@ -45,6 +45,7 @@ from streams.app import IngestApp
 from streams.clicks.handler import ClickHandler
 from streams.consumer import errors
 from streams.dead_letters import outlet_producer
+from streams.deleted_items import DeletedItems
 from streams.dispatcher import HandlerThread, TopicPipeline
 from streams.ended_generations import EndedGenerations
 from streams.generation import Generation
@@ -176,7 +177,9 @@ async def _serve(
         lambda error: _end_from_thread(loop, app, error),
     )
     idle = IdleUsers(settings, store, handlers.clicks.cache, pipelines[0].thread.lock)
-    stop_metrics = metrics.serve(settings, app, handlers.clicks.cache, ended, idle, store)
+    deleted = DeletedItems(settings, store, handlers.items.fences)
+    cache = handlers.clicks.cache
+    stop_metrics = metrics.serve(settings, app, cache, ended, idle, deleted, store)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, app.end, None)
     # A signal that came before these handlers has set the event, or does so at once.
@@ -197,10 +200,9 @@ async def _serve(
             generation.attach(loop)
             closes.push_async_callback(generation.detach)
         closes.callback(watching.cancel)
-        closes.push_async_callback(asyncio.to_thread, ended.close)
-        closes.push_async_callback(asyncio.to_thread, idle.close)
-        ended.start()
-        idle.start()
+        for removal in (ended, idle, deleted):
+            closes.push_async_callback(asyncio.to_thread, removal.close)
+            removal.start()
         try:
             await app.run()
         except KafkaError as error:

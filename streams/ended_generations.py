@@ -22,13 +22,11 @@ from eddyline.errors import GenerationEnded
 from eddyline.process.periodic import Periodic
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import StateStore
+from streams.background_removal import paced
 from streams.clicks.user_cache import UserCache
 from streams.fences import PUBLISHED_SLOT, published_source
 
 log = logging.getLogger(__name__)
-
-# Of the time that removal takes, the server has this share free.
-_IDLE_SHARE = 0.8
 
 
 class EndedGenerations:
@@ -95,13 +93,11 @@ class EndedGenerations:
             slots = self._cache.slots_of(name)
         if not slots:
             return
-        before, begun = self.removed, time.perf_counter()
-        for count in self._store.remove_embeddings(name, slots.keys()):
+        before = self.removed
+        for count in paced(self._store.remove_embeddings(name, slots.keys()), self._checks.stop):
             self.removed += count
-            busy_s = time.perf_counter() - begun
-            if self._checks.stop.wait(busy_s * _IDLE_SHARE / (1 - _IDLE_SHARE)):
-                return
-            begun = time.perf_counter()
+        if self._checks.stop.is_set():
+            return
         with self._lock:
             self._cache.remove_generation(name, slots)
         log.info(

@@ -121,6 +121,10 @@ class PartitionFences:
         fence = self.expected(source, slot)
         return -1 if fence is None else fence.offset
 
+    def is_open(self, partition: int) -> bool:
+        """Whether this process opened the partition; it may have lost it since. Any thread."""
+        return partition in self._expected
+
     def lowest(self, partition: int) -> int:
         """The offset up to which every slot has everything; −1 for none."""
         return _lowest(self._fences_of(partition))

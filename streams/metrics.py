@@ -20,6 +20,7 @@ from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import StateStore
 from streams.app import IngestApp
 from streams.clicks.user_cache import UserCache
+from streams.deleted_items import DeletedItems
 from streams.ended_generations import EndedGenerations
 from streams.idle_users import IdleUsers
 
@@ -36,12 +37,14 @@ class IngestCollector(Collector):
         cache: UserCache,
         ended: EndedGenerations,
         idle: IdleUsers,
+        deleted: DeletedItems,
         refused_items: Callable[[], int],
     ) -> None:
         self._app = app
         self._cache = cache
         self._ended = ended
         self._idle = idle
+        self._deleted = deleted
         self._refused_items = refused_items
 
     @override
@@ -100,6 +103,11 @@ class IngestCollector(Collector):
             "Idle users whose histories and embeddings were removed from the store",
             value=self._idle.removed,
         )
+        yield CounterMetricFamily(
+            "eddyline_ingest_deleted_items_removed",
+            "Deleted items whose metadata was removed from the store",
+            value=self._deleted.removed,
+        )
         with suppress(EddylineError):  # the store is away: there is no sample
             yield GaugeMetricFamily(
                 "eddyline_ingest_items_refused",
@@ -137,9 +145,12 @@ def serve(
     cache: UserCache,
     ended: EndedGenerations,
     idle: IdleUsers,
+    deleted: DeletedItems,
     store: StateStore,
 ) -> Callable[[], None]:
     """Serve Prometheus at `ingest_metrics_port`, if set. Returns the function that stops it."""
     slots = item_slots(settings.item_slots)
-    collector = IngestCollector(app, cache, ended, idle, lambda: store.count_refused_items(slots))
+    collector = IngestCollector(
+        app, cache, ended, idle, deleted, lambda: store.count_refused_items(slots)
+    )
     return metrics.serve(settings.metrics_host, settings.ingest_metrics_port, collector)

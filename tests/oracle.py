@@ -189,12 +189,15 @@ def differences(
             for bucket in plain.keys() & have.keys():
                 found.same_maps("count by hand", bucket, have[bucket], plain[bucket])
         ids = sorted(names.items)
-        found.same_maps(
-            "card",
-            "",
-            real.read_item_metadata(ids, settings.item_slots),
-            expected.store.read_item_metadata(ids, settings.item_slots),
+        log_ms = {p: r[-1].timestamp for p, r in topics.by_partition(kafka_topics.ITEMS).items()}
+        cards = (
+            # Those that have ended may be there or not.
+            {i: c for i, c in read.items() if not c.has_ended(log_ms.get(c.partition, 0))}
+            for read in (
+                s.read_item_metadata(ids, settings.item_slots) for s in (real, expected.store)
+            )
         )
+        found.same_maps("card", "", *cards)
         if (
             stored := real.layout()
         ) is not None:  # of an emptied Redis the next start of an ingest writes it

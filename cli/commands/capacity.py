@@ -32,7 +32,7 @@ _UNITS = {"k": 10**3, "M": 10**6, "G": 10**9}
 _TABLE_KEY = 15
 # An entry in the table of expiry times: a pointer and a number, tables half full.
 _EXPIRY = 48
-# Idle users are removed at most so much later: an hour, and the pause between two removals.
+# What has ended is removed at most so much later: an hour, and the pause between two removals.
 _REMOVED_S = 25_200
 # Sample sizes of a window and of a bucket; larger ones cost as much for each blob and member.
 _SAMPLE_BLOBS, _SAMPLE_MEMBERS = 16, 2_000
@@ -53,6 +53,7 @@ class Sizes:
     history: events of a user; profile, item_json: encoded size; clicks_a_day: 0: one a user
     forgotten_a_day: users forgotten each day, merged visitors included
     visitors_a_day: users besides, who come once with one event and become idle
+    deleted_a_day: items deleted each day
     generations: with embeddings of every user; 0: `generations_kept`
     """
 
@@ -69,6 +70,7 @@ class Sizes:
     generations: int = 0
     forgotten_a_day: int = 0
     visitors_a_day: int = 0
+    deleted_a_day: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,18 +163,20 @@ def _redis_parts(settings: Settings, sizes: Sizes, meter: Meter) -> list[Part]:
     recent, older = list_values(min(sizes.history, settings.history_length_max), sizes.item_id)
     lists = meter.string(user_key, recent) + (meter.string(user_key, older) if older else 0)
     embedding = meter.string(user_key + 2, bytes(4 + 4 * sizes.dimension))
-    visitors = _visitors(settings, sizes)
+    visitors = _kept(sizes.visitors_a_day, settings.user_idle_s_max, "user_idle_s_max")
+    deleted = _kept(sizes.deleted_a_day, settings.deleted_items_kept_s, "deleted_items_kept_s")
     once, _ = list_values(1, sizes.item_id)
     visitor = meter.string(user_key, once) + embedding if visitors else 0
     erasures = sizes.forgotten_a_day * settings.forgotten_kept_d
     erasure = meter.string(prefix + 64, bytes(24)) + _EXPIRY if erasures else 0
     names = meter.string(prefix + 8, bytes(8 * kept))
     profile = meter.string(user_key, bytes(16 + sizes.profile)) if sizes.profile else 0
-    metadata = meter.string(item_key, bytes(12 + sizes.item_json))
+    metadata = meter.string(item_key, bytes(21 + sizes.item_json))
+    deletion = meter.string(item_key, bytes(29)) if deleted else 0
     ids = [f"{n:0{sizes.event_id}d}" for n in range(settings.chunk_records_max)]
     blob = user_codec.encode_accepted({event_id: n for n, event_id in enumerate(ids)}, 0)
     keys = users * (1 + bool(older) + bool(sizes.profile)) + vectors + items + fences
-    keys += 2 * visitors + erasures + settings.clicks_partitions
+    keys += 2 * visitors + erasures + deleted + settings.clicks_partitions
     return [
         Part("user histories", users, users * lists),
         Part("user-ID embeddings", vectors, vectors * embedding),
@@ -183,6 +187,7 @@ def _redis_parts(settings: Settings, sizes: Sizes, meter: Meter) -> list[Part]:
             "names of generations", settings.clicks_partitions, settings.clicks_partitions * names
         ),
         Part("item metadata", items, items * metadata),
+        Part("deleted items until they end", deleted, deleted * deletion),
         Part("event-id windows", window, round(window / len(ids) * meter.list_blob(blob))),
         Part(
             "popularity",
@@ -195,14 +200,13 @@ def _redis_parts(settings: Settings, sizes: Sizes, meter: Meter) -> list[Part]:
     ]
 
 
-def _visitors(settings: Settings, sizes: Sizes) -> int:
-    """Visitors whose state is in Redis; ingest removes it some hours after they become idle."""
-    if not sizes.visitors_a_day:
+def _kept(a_day: int, kept_s: int, setting: str) -> int:
+    """How many are in Redis of what ends after `kept_s`; ingest removes them some hours later."""
+    if not a_day:
         return 0
-    if not settings.user_idle_s_max:
-        raise SettingsError("user_idle_s_max = 0: visitors stay for ever; set it to plan for them")
-    removed_s = min(settings.user_idle_s_max / 4, _REMOVED_S)
-    return round(sizes.visitors_a_day * (settings.user_idle_s_max + removed_s) / 86_400)
+    if not kept_s:
+        raise SettingsError(f"{setting} = 0: they stay for ever; set it to plan for them")
+    return round(a_day * (kept_s + min(kept_s / 4, _REMOVED_S)) / 86_400)
 
 
 def worker_parts(settings: Settings, sizes: Sizes) -> list[Part]:

@@ -45,6 +45,10 @@ class IngestSettings(msgspec.Struct, frozen=True, kw_only=True):
     hide_refused_items: bool = False
     """Whether an item with a refused record that is newer than its state is in no answer until a
     newer record is accepted. Holds for records that are refused from then on."""
+    deleted_items_kept_s: Annotated[int, within(0, 3_153_600_000)] = 2_592_000
+    """For so long after an item was deleted, older changes of it that are forwarded or replayed are
+    dropped (broker's time). The default, 30 days, is that of Kafka's delete records and of dead
+    letters. A change holds for items that are deleted from then on; 0 is for ever."""
     item_vector_dimension: Annotated[int, within(0, 4_096)] = 0
     """Length of the dense features that an item may carry in `vector`; 0 rejects them."""
 

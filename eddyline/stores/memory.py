@@ -381,6 +381,24 @@ class MemoryStore(StateStore):
         yield len(found)
 
     @override
+    def remove_deleted_items(
+        self, slots: Collection[str], partitions: int, slack_ms: int
+    ) -> Iterator[int]:
+        with self._lock:
+            self._open()
+            found = []
+            for key, item in self._state.items.items():
+                slot = key.partition(":")[0]
+                own = [item.partition] if 0 <= item.partition < partitions else range(partitions)
+                fences = [self._state.fences.get((slot, Source("items", p))) for p in own]
+                now_ms = min(f.mark.appended_ms if f and f.mark else 0 for f in fences)
+                if slot in slots and item.has_ended(now_ms - slack_ms):
+                    found.append(key)
+            for key in found:
+                del self._state.items[key]
+        yield len(found)
+
+    @override
     def drop_fences(self, slot: str, sources: Sequence[Source]) -> None:
         with self._lock:
             self._open()

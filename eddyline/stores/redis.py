@@ -440,6 +440,17 @@ class RedisStore(StateStore):
         fences = {slot: self._fence_key(slot, Source("clicks", int(slot[1:]))) for slot in slots}
         return self._pages(removal.idle_users(self._redis, self._ns, script, fences, slack_ms))
 
+    @override
+    def remove_deleted_items(
+        self, slots: Collection[str], partitions: int, slack_ms: int
+    ) -> Iterator[int]:
+        script = self._scripts["remove_deleted_items"]
+        fences = {
+            slot: [self._fence_key(slot, Source("items", p)) for p in range(partitions)]
+            for slot in slots
+        }
+        return self._pages(removal.deleted_items(self._redis, self._ns, script, fences, slack_ms))
+
     def _pages(self, pages: Iterator[int]) -> Iterator[int]:
         while (count := self._next(pages)) is not None:
             yield count

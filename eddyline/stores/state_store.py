@@ -204,7 +204,8 @@ class RefusedRecord:
 
 @dataclass(frozen=True, slots=True)
 class ItemMetadata:
-    """Metadata of an item. A deleted item keeps its version: no older record can revive it.
+    """Metadata of an item. A deleted item keeps its version, so that no older record revives it,
+    until it ends (ADR 32).
 
     partition, offset: source record in `items`; the offset is the version
     body:              the item as JSON (`events.encode`); b"" if deleted
@@ -212,6 +213,7 @@ class ItemMetadata:
     stray:             the record was forwarded from another partition
     refused:           the last refused record, if it is newer than this one; None if deleted
     born_ms:           of an item without a time: first append of the first of these records; else 0
+    ends_ms:           of a deleted item: a record that is appended later finds no item; 0: never
     """
 
     partition: int
@@ -221,11 +223,19 @@ class ItemMetadata:
     stray: bool = False
     refused: RefusedRecord | None = None
     born_ms: int = 0
+    ends_ms: int = 0
 
     @property
     def deleted(self) -> bool:
         """Whether the last change of the item was a delete."""
         return not self.body
+
+    def has_ended(self, appended_ms: int) -> bool:
+        """Whether this is a deleted item that is unknown to a record of this time.
+
+        appended_ms: the broker's time stamp of the record; -1: unknown
+        """
+        return self.deleted and 0 < self.ends_ms < appended_ms
 
     def includes(self, record: Record) -> bool:
         """Whether this state comes from this record of `items` or a later one of its partition."""
@@ -467,6 +477,17 @@ class StateStore(Protocol):
         Yields how many users each page had; a page takes the server about a millisecond. No fence
         moves: see `is_idle`.
         slack_ms: users who have been idle for less stay: a broker's clock may go back
+        """
+
+    def remove_deleted_items(
+        self, slots: Collection[str], partitions: int, slack_ms: int
+    ) -> Iterator[int]:
+        """Remove the metadata of deleted items that have ended, page by page.
+
+        Yields how many items each page had; a page takes the server about a millisecond. No fence
+        moves. An item has ended at the fence of its partition (`ItemMetadata.has_ended`), or at
+        those of all partitions where its own is not known.
+        slots: item slots; partitions: how many `items` has; slack_ms: as of `remove_idle_users`
         """
 
     def drop_fences(self, slot: str, sources: Sequence[Source]) -> None:

@@ -12,14 +12,15 @@ import re
 from functools import lru_cache
 from importlib.resources import files
 
-# Each script with its heads. `remove_idle_users` moves no fence: it removes what has no effect on
-# any later write.
+# Each script with its heads. The last two move no fence: they remove what has no effect on any
+# later write.
 _HEADS = {
     "write_users": ("users_fence", "fence"),
     "write_profiles": ("fence",),
     "count_clicks": ("fence",),
     "write_item_metadata": ("fence",),
     "remove_idle_users": (),
+    "remove_deleted_items": (),
 }
 NAMES = tuple(_HEADS)
 _CALL = re.compile(r"redis\.p?call\('([A-Z]+)'")

@@ -39,6 +39,7 @@ class ItemBatch:
     """One batch while it is applied.
 
     decoded:     all changes, in the order of the log, each with its item id
+    applied:     up to this offset the metadata has all changes
     stored:      what items had before the batch, as far as it was looked up
     unplaced:    positions in `decoded` of changes for which no generation has a vector
     refused:     positions of changes that the item's state or all generations refuse
@@ -51,6 +52,7 @@ class ItemBatch:
     """
 
     batch: RecordBatch
+    applied: int = -1
     decoded: list[tuple[str, ItemChange]] = field(default_factory=list)
     stored: dict[str, ItemMetadata] = field(default_factory=dict)
     unplaced: set[int] = field(default_factory=set)
@@ -137,14 +139,20 @@ class ItemBatch:
         """The change with the item that the patch makes.
 
         Where the metadata is ahead of what is published it has the state after this patch, or after
-        a later one, which follows in the log: then this patch makes none. Raises Rejected.
+        a later one, which follows in the log: then this patch makes none. So where the item was
+        deleted since, and has ended: the delete follows. Raises Rejected.
         """
         before, stored = self.order.newest(item_id), self.stored.get(item_id)
         if stored is not None and stored.includes(change.record):
             if stored.offset != change.offset or (item := _item(stored)) is None:
                 return None
         else:
-            item = item_changes.patched(None if before is None else _item(before), patch)
+            try:
+                item = item_changes.patched(None if before is None else _item(before), patch)
+            except Rejected:
+                if change.offset <= self.applied:
+                    return None
+                raise
         return replace(change, item=item, at_ms=item.at_ms)
 
     def _refused(

@@ -27,7 +27,7 @@ from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import StateStore
 from embeddings.towers.base import ItemEncoder
 from embeddings.towers.numerics import Floats
-from streams.fences import PUBLISHED_SLOT, PartitionFences, published_source
+from streams.fences import PUBLISHED_SLOT, PartitionFences, published_source, sources
 from streams.generation import Generation
 from streams.items.batch import ItemBatch, Rules
 from streams.items.metadata import METADATA_WAIT_S, ItemChange, ItemMetadataWriter
@@ -162,6 +162,10 @@ class ItemHandler(Handler):
     def _decode(self, one: ItemBatch) -> None:
         batch = one.batch
         self.fences.begin(batch.partition, batch.records)
+        of_items = sources(self._settings, ITEMS, batch.partition)
+        one.applied = min(
+            self.fences.done(source, slot) for source, slots in of_items.items() for slot in slots
+        )
         outcome = one.outcome = Outcome(records=len(batch.records))
         for record in batch.records:
             try:
@@ -176,10 +180,15 @@ class ItemHandler(Handler):
                     continue
                 if isinstance(item, ItemPatch):
                     change = ItemChange(record, 0, None, item)
+                elif item is None:
+                    change = self._delete(record)
                 else:
-                    at_ms = max(0, record.timestamp) if item is None else item.at_ms
-                    change = ItemChange(record, at_ms, item)
+                    change = ItemChange(record, item.at_ms, item)
                 one.decoded.append((item_id, change))
+
+    def _delete(self, record: Record) -> ItemChange:
+        at_ms, kept_ms = max(0, record.timestamp), 1_000 * self._settings.deleted_items_kept_s
+        return ItemChange(record, at_ms, None, ends_ms=at_ms + kept_ms if at_ms and kept_ms else 0)
 
     def _reject(self, one: ItemBatch, record: Record, rejected: Rejected) -> None:
         """A dead letter; the items that the record names have a newer refused record now.

@@ -47,7 +47,7 @@ class ItemChange:
     rejected: why the record is refused; None for an accepted one
     before:   of a refused record: what the item had, and keeps
     refused:  what the metadata says of the last refused record
-    born_ms:  see `ItemMetadata`
+    born_ms, ends_ms: see `ItemMetadata`
     """
 
     record: Record
@@ -58,6 +58,7 @@ class ItemChange:
     before: ItemMetadata | None = None
     refused: RefusedRecord | None = None
     born_ms: int = 0
+    ends_ms: int = 0
 
     @property
     def offset(self) -> int:
@@ -93,6 +94,7 @@ class ItemChange:
             stray=self.stray,
             refused=self.refused,
             born_ms=self.born_ms,
+            ends_ms=self.ends_ms,
         )
 
     def is_older(self, stored: ItemMetadata) -> bool:

@@ -36,7 +36,7 @@ class KeyOrder:
     def counts(self, item_id: str, change: ItemChange) -> bool:
         """Whether the change counts; call it for each in the order of the log."""
         newest = self.newest(item_id) if change.forwarded else None
-        if newest is None:
+        if newest is None or newest.has_ended(change.record.timestamp):
             return True
         self.disputed += change.stray and not newest.stray
         if not change.is_older(newest):

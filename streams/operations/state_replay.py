@@ -186,14 +186,19 @@ def state_hash(
                 encoded = user_history.encode(msgspec.structs.replace(history, read_us=0))
                 profile = msgspec.json.encode(read.profiles.get(user), order="sorted")
                 add("user", user, encoded, embedding, profile)
+    times: dict[int, int] = {}
     for p in range(settings.items_partitions):
         for source, slots in sources(settings, ITEMS, p, [generation]).items():
             for name, fence in sorted(store.fences(source, slots).items()):
+                if fence is not None and fence.mark is not None:
+                    times[p] = fence.mark.appended_ms
                 add("fence", source.name, p, name, -1 if fence is None else fence.offset)
     for item_ids in _batches(touched.items):
         found = store.read_item_metadata(item_ids, settings.item_slots)
         for item_id in item_ids:
             item = found.get(item_id)
+            if item is not None and item.has_ended(times.get(item.partition, 0)):
+                item = None  # as of idle users
             place = None if item is None else (item.partition, item.offset, item.body)
             refused = () if item is None or item.refused is None else (item.refused,)
             add("item", item_id, place, touched.published.get(item_id), *refused)

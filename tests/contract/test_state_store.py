@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import struct
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from eddyline.schema.erasure import Erasure, digest
 from eddyline.schema.step_ranges import FOREVER, StepRanges
 from eddyline.schema.user_history import EMPTY, Entry, UserHistory, compact
 from eddyline.settings.loader import Settings
-from eddyline.stores import redis_client, user_codec
+from eddyline.stores import item_codec, redis_client, user_codec
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import (
@@ -662,6 +663,74 @@ def test_items_with_a_refused_record_are_listed_until_it_ends(store: StateStore)
     with pytest.raises(FenceMoved):
         store.write_item_metadata("i0", ITEMS, at(6), at(9), {first: next(iter(marked.values()))})
     assert store.count_refused_items(["i0", "i1"]) == 2
+
+
+def deleted(partition: int, ends_ms: int) -> ItemMetadata:
+    return ItemMetadata(partition, 5, b"", 7, ends_ms=ends_ms)
+
+
+def test_deleted_items_are_removed_from_some_slots_once_they_have_ended(store: StateStore) -> None:
+    refused = RefusedRecord(0, 4, 1, "bad_field")
+    items = {
+        "old": deleted(0, 1_999),
+        "due": deleted(0, 2_000),
+        "slow": deleted(1, 1_500),
+        "gone": deleted(-1, 1_000),
+        "gone later": deleted(-1, 1_500),
+        "never": deleted(0, 0),
+        "stray": replace(deleted(0, 1), stray=True),
+        "}:c:x": deleted(0, 1),
+        "live": ItemMetadata(0, 5, b"{}", 1),
+        "born": ItemMetadata(0, 5, b"{}", 1, born_ms=1),
+        # As long as a deleted one, and with all that a live one may have.
+        "eight": ItemMetadata(0, 5, b'{"a": 1}', 1),
+        "refused": ItemMetadata(0, 5, b"{}", 1, True, refused, 1),
+    }
+    for slot in ("i0", "i1", "i10"):
+        store.write_item_metadata(slot, ITEMS, None, appended(5, 3_000), items)
+        store.write_item_metadata(slot, Source("items", 1), None, appended(5, 2_500), {})
+
+    def removed(slots: list[str], partitions: int, slack_ms: int) -> int:
+        return sum(store.remove_deleted_items(slots, partitions, slack_ms))
+
+    assert removed(["i0", "i10", "i7"], 2, 1_000) == 8
+    left = set(store.read_item_metadata(list(items), 1))
+    assert left == {*items} - {"old", "gone", "stray", "}:c:x"}
+    assert removed(["i0"], 2, 1_000) == 0
+    # A partition without a fence: where an item's own one is not known, it stays.
+    assert removed(["i0"], 3, 999) == 2
+    assert removed(["i0"], 2, 999) == 1
+    left -= {"due", "slow", "gone later"}
+    found = store.read_item_metadata(list(items), 1)
+    assert found == {item_id: items[item_id] for item_id in left}
+    assert store.fences(ITEMS, ["i0"]) == {"i0": at(5)}
+    # A removed item begins anew; the fence did not move.
+    store.write_item_metadata("i0", ITEMS, at(5), at(6), {"old": items["live"]})
+    assert store.read_item_metadata(["old"], 1) == {"old": items["live"]}
+    # Without the time of the last record nothing ends.
+    assert removed(["i0"], 2, 0) == 0 == removed(["i0"], 2, -(10**15))
+
+
+def test_deleted_items_of_older_versions_end_thirty_days_after_their_first_append(
+    fresh_settings: Settings,
+) -> None:
+    store, first_ms = RedisStore(fresh_settings), 1_700_000_000_000
+    plain = item_codec.VERSION.pack(0, 5)
+    with_time = plain + b"\x02" + struct.pack("<q", first_ms)
+    for name, value in {"a": plain, "b": with_time, "live": plain + b"{}"}.items():
+        store._redis.set(f"{store._ns}{{i0}}:c:{name}", value)
+    end_ms = first_ms + 30 * 86_400_000
+    assert store.read_item_metadata(["b"], 1) == {
+        "b": ItemMetadata(0, 5, b"", first_ms, True, ends_ms=end_ms)
+    }
+    store.write_item_metadata("i0", ITEMS, None, appended(5, end_ms), {})
+    assert sum(store.remove_deleted_items(["i0"], 1, 0)) == 1
+    assert set(store.read_item_metadata(["a", "b", "live"], 1)) == {"b", "live"}
+    assert store.live_item_ids() == {"live"}
+    store.write_item_metadata("i0", ITEMS, at(5), appended(6, end_ms + 1), {"a": deleted(0, 9)})
+    assert store.live_item_ids() == {"live"}
+    assert sum(store.remove_deleted_items(["i0"], 1, 0)) == 2
+    store.close()
 
 
 OTHER = LogId("cluster", "made anew")

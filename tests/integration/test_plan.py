@@ -169,8 +169,14 @@ def test_the_plan_grows_with_what_it_is_asked_for(servers: Settings) -> None:
     of_visitors = {part.what: part for part in redis_parts(settings, visited)}
     kept = of_visitors["visitors until they are idle"]
     assert kept.keys == 400 * 1_000 + 292 and 400 < kept.size / kept.keys < 800
-    with pytest.raises(SettingsError, match="user_idle_s_max = 0: visitors stay for ever"):
+    with pytest.raises(SettingsError, match="user_idle_s_max = 0: they stay for ever"):
         redis_parts(msgspec.structs.replace(settings, user_idle_s_max=0), visited)
+    deleting = Sizes(users=0, items=1, history=50, deleted_a_day=1_000)
+    ended = {part.what: part for part in redis_parts(settings, deleting)}
+    kept = ended["deleted items until they end"]
+    assert kept.keys == 30 * 1_000 + 292 and 60 < kept.size / kept.keys < 120
+    with pytest.raises(SettingsError, match="deleted_items_kept_s = 0: they stay for ever"):
+        redis_parts(msgspec.structs.replace(settings, deleted_items_kept_s=0), deleting)
     sizes = Sizes(users=10_000_000, items=1_000_000, history=1_000)
     longer = {part.what: part.size for part in redis_parts(settings, sizes)}
     assert (

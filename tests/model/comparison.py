@@ -119,6 +119,7 @@ def compare(
         found.differences += stray_differences(logs, want, optional)
         found.counts["model's stray of items and users"] = len(want.strays)
     found.counts["model's idle user"] = want.idle
+    found.counts["model's ended item"] = len(want.ended)
     return found
 
 
@@ -416,8 +417,10 @@ def _counts(settings: Settings, real: RedisStore, want: model.State, found: Comp
 
 
 def _items(settings: Settings, real: RedisStore, want: model.State, found: Compared) -> None:
-    ids = sorted(want.items)
+    ids = sorted(want.items.keys() | want.ended)
     cards = real.read_item_metadata(ids, settings.item_slots)
+    # Those that have ended may be there still.
+    cards = {i: c for i, c in cards.items() if not c.has_ended(want.item_log_ms[c.partition])}
     have = {i: (c.partition, c.offset, _fields(c.body)) for i, c in cards.items()}
     found.same_maps("model's item", "", have, {i: tuple(v) for i, v in want.items.items()})
 

@@ -3,8 +3,8 @@
 It has no batches, fences, caches, retries and codecs, and imports nothing of the product. The input
 is the raw records of each partition; the output is the state, and every record that ingest must
 have sent: strays and moved clicks to other partitions, tombstones, dead letters, item records.
-The rules are those of docs/adr: 1 and 5 (windows, lists, merges), 3 (micro-steps), 17 (forgetting)
-and 29 (idle users).
+The rules are those of docs/adr: 1 and 5 (windows, lists, merges), 3 (micro-steps), 17 (forgetting),
+29 (idle users) and 32 (deleted items).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from tests.model.rules import (
     appended_after,
     first_append_ms,
     idle_after_ms,
+    item_ends_ms,
     known_fields,
     liked_items,
     plausible,
@@ -126,11 +127,14 @@ class State:
     """All that the logs say; see the module.
 
     item_times: first append of each item's last change
+    item_ends:  deleted item -> a record of `items` that was appended later finds no item; 0: never
+    ended:      deleted items that have ended at the end of their partition
     refused:    item -> the last refused record, if it is newer than what the item has
     hidden:     items of these that are in no answer
     born:       item without a time -> first append of its first record
     repeated:   forwarded null records: a tombstone of that time or later is enough
     ends_ms:    append time of the last record of each partition of `clicks`
+    item_log_ms: that of each partition of `items`
     idle:       how often a user became idle and came back, or is idle at the end
     """
 
@@ -143,6 +147,8 @@ class State:
     items: dict[str, Version] = field(default_factory=dict)
     published: dict[str, dict[str, Version]] = field(default_factory=dict)
     item_times: dict[str, int] = field(default_factory=dict)
+    item_ends: dict[str, int] = field(default_factory=dict)
+    ended: set[str] = field(default_factory=set)
     refused: dict[str, Raw] = field(default_factory=dict)
     hidden: set[str] = field(default_factory=set)
     born: dict[str, int] = field(default_factory=dict)
@@ -152,6 +158,7 @@ class State:
     tombstones: set[Tombstone] = field(default_factory=set)
     letters: dict[str, str] = field(default_factory=dict)
     ends_ms: dict[int, int] = field(default_factory=dict)
+    item_log_ms: dict[int, int] = field(default_factory=dict)
     idle: int = 0
 
 
@@ -217,6 +224,7 @@ class Model:
         """Apply one partition of `items`, from its beginning."""
         s, state = self.settings, self.state
         for raw in records:
+            state.item_log_ms[raw.partition] = raw.timestamp
             read = reading.patch if s.items_patches else reading.item
             try:
                 item_id, found = read(
@@ -258,6 +266,8 @@ class Model:
             if taken:
                 state.items[item_id] = version
                 state.item_times[item_id] = first_append_ms(raw)
+                if found is None:
+                    state.item_ends[item_id] = item_ends_ms(raw, self.settings_of(raw))
                 if found is None or found["at_ms"]:
                     state.born.pop(item_id, None)
                 else:
@@ -269,6 +279,8 @@ class Model:
         """Whether a record that was appended before is older than what the item has."""
         origin_ms = reading.number_header(raw, "origin_ms")
         if origin_ms is None or (version := self.state.items.get(item_id)) is None:
+            return False
+        if version.item is None and 0 < self.state.item_ends[item_id] < raw.timestamp:
             return False
         at_ms, after = self.state.item_times[item_id], appended_after(raw)
         if origin_ms == at_ms and after is not None:
@@ -338,7 +350,12 @@ class Model:
                 self._apply(raw, event, s)
 
     def finish(self) -> State:
-        """What depends on whole logs: buckets and idle users leave, tombstones end profiles."""
+        """What depends on whole logs: what has ended leaves, tombstones end profiles."""
+        for item_id, version in list(self.state.items.items()):
+            last_ms = self.state.item_log_ms[version.partition]
+            if version.item is None and 0 < self.state.item_ends[item_id] < last_ms:
+                del self.state.items[item_id]
+                self.state.ended.add(item_id)
         for user, history in list(self.state.histories.items()):
             if history.last is not None:
                 self._end_idle(user, self.state.ends_ms[history.last.partition])

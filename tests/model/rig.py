@@ -22,7 +22,7 @@ from eddyline.errors import FenceMoved, KafkaUnavailable, LogMismatch, StoreUnav
 from eddyline.generations import Generations
 from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
-from eddyline.stores.state_store import LogId, Source, is_idle
+from eddyline.stores.state_store import ItemMetadata, LogId, Source, is_idle
 from streams.clicks.step_ranges import RecordedStepRanges
 from streams.ended_generations import EndedGenerations
 from streams.generation import Generation
@@ -275,6 +275,11 @@ class Rig:
         for _ in self.store.remove_idle_users(["u0", "u1"], 0):
             pass
 
+    def remove_deleted(self) -> None:
+        """Remove deleted items that have ended."""
+        for _ in self.store.remove_deleted_items(["i0", "i1", "i2"], 2, 0):
+            pass
+
     def end_generation(self) -> None:
         """The first generation ends where no process uses it; its embeddings are removed."""
         if self.live == ["2"]:
@@ -424,10 +429,11 @@ class Rig:
 
     @staticmethod
     def _same_items(have: Any, want: model.State, same: Any) -> None:
-        """Compare item metadata."""
+        """Compare item metadata. Deleted items that have ended may be there or not."""
+        left = {k: i for k, i in have.items.items() if not _ended(have, k, i)}
         same(
             "item",
-            {k.partition(":")[2]: (i.offset, bool(i.body)) for k, i in have.items.items()},
+            {k.partition(":")[2]: (i.offset, bool(i.body)) for k, i in left.items()},
             {i: (v.offset, v.item is not None) for i, v in want.items.items()},
         )
         same(
@@ -445,6 +451,12 @@ class Rig:
             {k.partition(":")[2]: r.offset for k, i in have.items.items() if (r := i.refused)},
             {i: raw.offset for i, raw in want.refused.items()},
         )
+
+
+def _ended(state: Any, key: str, item: ItemMetadata) -> bool:
+    """Whether a deleted item has ended at the fence of its partition."""
+    fence = state.fences.get((key.partition(":")[0], Source("items", item.partition)))
+    return fence is not None and fence.mark is not None and item.has_ended(fence.mark.appended_ms)
 
 
 def contents(state: model.State) -> dict[str, Any]:

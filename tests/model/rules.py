@@ -43,6 +43,12 @@ def idle_after_ms(raw: Raw, s: Any) -> int:
     )
 
 
+def item_ends_ms(raw: Raw, s: Any) -> int:
+    """When an item that this record deletes is unknown again; 0: never."""
+    kept_ms = 1_000 * s.deleted_items_kept_s
+    return raw.timestamp + kept_ms if kept_ms and raw.timestamp > 0 else 0
+
+
 def appended_after(raw: Raw) -> int | None:
     """The offset in the record's own partition that its header `origin` names."""
     at, _, offset = (

@@ -95,10 +95,24 @@ MUTATIONS = (
     ),
     Mutation(
         "idle users are removed as if a broker's clock never went back",
-        "streams/idle_users.py",
+        "streams/background_removal.py",
         "self._slack_ms = round(1_000 * min(quarter_s, _SLACK_S_MAX))",
         "self._slack_ms = 0",
         ("tests/unit/streams/test_idle_rule.py",),
+    ),
+    Mutation(
+        "a deleted item never ends for an older change",
+        "streams/items/order.py",
+        " or newest.has_ended(change.record.timestamp)",
+        "",
+        (MODEL, "tests/unit/streams/test_deleted_items.py"),
+    ),
+    Mutation(
+        "a new generation refuses patches of an item that was removed",
+        "streams/items/batch.py",
+        "if change.offset <= self.applied:",
+        "if False:",
+        (MODEL, "tests/unit/streams/test_deleted_items.py"),
     ),
     Mutation(
         "a merge moves one of equal events",

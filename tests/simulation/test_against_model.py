@@ -492,6 +492,106 @@ def test_a_new_bound_counts_from_a_users_next_event_on(actions: list[Any]) -> No
     run(actions, user_idle_s_max=15)
 
 
+REMOVE_DELETED = st.just(("remove_deleted",))
+BOTH_ITEMS = [("turn", "items", p, 8) for p in (0, 1, 0, 1)]
+
+
+def back_from_the_dead(seconds: int, *before: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """An older change is read so long after the item was deleted."""
+    return [
+        ("item", "i3", "new"),
+        ("astray", "items", 3, False),
+        ("pass", 1_000),
+        ("item", "i3", "delete"),
+        ("turn", "items", reading.partition("i3", 2), 8),
+        ("pass", 1_000 * seconds),
+        *before,
+        *BOTH_ITEMS,
+        ("retrain",),
+    ]
+
+
+KEPT_SETTINGS = st.tuples(
+    st.just("settings"), st.sampled_from([{"deleted_items_kept_s": n} for n in (0, 5, 30)])
+)
+
+
+@limits
+@example(back_from_the_dead(15), 1)
+@example(back_from_the_dead(16), 1)
+@example(
+    back_from_the_dead(
+        16,
+        *(("item", f"i{n}", "new") for n in (1, 2, 4, 5)),
+        *BOTH_ITEMS,
+        ("remove_deleted",),
+        ("astray", "items", 3, True),
+    ),
+    3,
+)
+@given(
+    st.lists(
+        st.one_of(
+            *KEPT_APART,
+            ASTRAY,
+            ASTRAY,
+            BAD_ITEM,
+            REFUSED,
+            REFUSED,
+            TURNS,
+            TURNS,
+            LATER,
+            REMOVE_DELETED,
+            KEPT_SETTINGS,
+            st.just(("retrain",)),
+        ),
+        min_size=10,
+        max_size=60,
+    ),
+    st.sampled_from([1, 3]),
+)
+def test_changes_of_deleted_items_that_have_ended_are_the_models(
+    actions: list[Any], slots: int
+) -> None:
+    run(actions, item_slots=slots, deleted_items_kept_s=15)
+
+
+# A generation that is trained later reads patches of an item whose delete has ended.
+PATCHES_OF_AN_ENDED_ITEM = [
+    ("patch", "i3", False, {"title": "t", "attributes": {"price": 1}}),
+    *BOTH_ITEMS,
+    ("patch", "i3", False, {"attributes": {"year": 2}}),
+    *BOTH_ITEMS,
+    ("item", "i3", "delete"),
+    ("pass", 16_000),
+    *(("patch", f"i{n}", False, {"title": "u"}) for n in (1, 2, 4, 5)),
+    *BOTH_ITEMS,
+    ("remove_deleted",),
+    ("retrain",),
+    *(("turn", "items", p, 1) for p in (0, 1, 0, 1)),
+]
+
+
+@limits
+@example(PATCHES_OF_AN_ENDED_ITEM)
+@given(
+    actions_of(
+        PATCH,
+        PATCH,
+        PATCH,
+        BAD_ITEM,
+        REFUSED,
+        TURNS,
+        TURNS,
+        LATER,
+        REMOVE_DELETED,
+        st.just(("retrain",)),
+    )
+)
+def test_patches_of_deleted_items_that_have_ended_are_the_models(actions: list[Any]) -> None:
+    run(actions, items_patches=True, deleted_items_kept_s=15)
+
+
 # The first generation ends; Redis goes back to a copy that still has its embeddings.
 ENDED = [
     *RETRAINED,
