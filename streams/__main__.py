@@ -200,7 +200,8 @@ async def _serve(
             generation.attach(loop)
             closes.push_async_callback(generation.detach)
         closes.callback(watching.cancel)
-        for removal in (ended, idle, deleted):
+        removals: Sequence[EndedGenerations | IdleUsers | DeletedItems] = (ended, idle, deleted)
+        for removal in removals:
             closes.push_async_callback(asyncio.to_thread, removal.close)
             removal.start()
         try:
