@@ -127,6 +127,7 @@ class State:
     """All that the logs say; see the module.
 
     item_times: first append of each item's last change
+    again:      records of `items` after which ingest may append what the item has
     item_ends:  deleted item -> a record of `items` that was appended later finds no item; 0: never
     ended:      deleted items that have ended at the end of their partition
     refused:    item -> the last refused record, if it is newer than what the item has
@@ -147,6 +148,7 @@ class State:
     items: dict[str, Version] = field(default_factory=dict)
     published: dict[str, dict[str, Version]] = field(default_factory=dict)
     item_times: dict[str, int] = field(default_factory=dict)
+    again: set[str] = field(default_factory=set)
     item_ends: dict[str, int] = field(default_factory=dict)
     ended: set[str] = field(default_factory=set)
     refused: dict[str, Raw] = field(default_factory=dict)
@@ -238,6 +240,7 @@ class Model:
                 state.strays.add(Stray(own, raw.key, raw.value, raw.at, first_append_ms(raw)))
                 continue
             if self._outdated(raw, item_id):
+                state.again.add(raw.at)
                 continue
             known = state.items.get(item_id)
             before = (known.item if known is not None else None) or {}
@@ -253,6 +256,8 @@ class Model:
                     state.letters[raw.at] = "would_empty"
                     self._mark(raw, item_id)
                     continue
+                if lost:
+                    state.again.add(raw.at)
                 found |= lost
             version = Version(raw.partition, raw.offset, found)
             shown = found is not None and found["available"]
@@ -296,7 +301,9 @@ class Model:
                 first_ms = first_append_ms(raw)
                 self.state.strays.add(Stray(own, raw.key, raw.value, raw.at, first_ms))
                 return
-            if not self._outdated(raw, item_id):
+            if self._outdated(raw, item_id):
+                self.state.again.add(raw.at)
+            else:
                 self._mark(raw, item_id)
         self.state.letters[raw.at] = reason
 
@@ -305,6 +312,7 @@ class Model:
         if version is None or version.item is None:
             return
         self.state.refused[item_id] = raw
+        self.state.again.add(raw.at)
         if self.settings_of(raw).hide_refused_items or item_id in self.state.hidden:
             self.state.hidden.add(item_id)
             for generation in self.generations:

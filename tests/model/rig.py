@@ -28,7 +28,7 @@ from streams.ended_generations import EndedGenerations
 from streams.generation import Generation
 from streams.handlers import Handlers, Outputs
 from tests.applying import batch_of
-from tests.model import comparison, model
+from tests.model import comparison, model, rules
 from tests.model.reading import Raw
 from tests.model.towers import REFUSED_TITLE, Towers, checksum
 
@@ -425,7 +425,17 @@ class Rig:
             {u: p[2] for u, p in want.profiles.items()},
         )
         found += comparison.stray_differences(self.logs, want)
+        found += [f"{at}: appended again without a reason" for at in self._again() - want.again]
         return found + comparison.sent_differences(self.logs["clicks"], want)
+
+    def _again(self) -> set[str]:
+        """The records of `items` after which ingest appended what the item has."""
+        return {
+            f"{raw.topic}/{raw.partition}/{after}"
+            for partition in self.logs["items"].values()
+            for raw in partition
+            if (after := rules.appended_after(raw)) is not None
+        }
 
     @staticmethod
     def _same_items(have: Any, want: model.State, same: Any) -> None:
