@@ -460,7 +460,7 @@ def same(settings: Settings, store: MemoryStore, logs: dict[int, list[Rec]]) -> 
 # -----------------------------------------------------------------------------------------------
 
 
-def make_settings(item_slots: int = 1) -> Settings:
+def make_settings(item_slots: int = 1, **more: Any) -> Settings:
     return Settings(
         clicks_partitions=PARTITIONS,
         items_partitions=PARTITIONS,
@@ -471,6 +471,7 @@ def make_settings(item_slots: int = 1) -> Settings:
         popular_buckets=3,
         history_age_s_max=15,
         lateness_s_max=86_400,
+        **more,
     )
 
 

@@ -20,7 +20,7 @@ from eddyline.errors import FenceMoved, KafkaUnavailable, StoreUnavailable
 from eddyline.schema import events
 from eddyline.schema.events import Item
 from eddyline.schema.item_record import ItemRecord
-from eddyline.schema.partitioning import partition_of
+from eddyline.schema.partitioning import item_slots, partition_of
 from index.exact import ExactIndex
 from streams.items.handler import ItemHandler
 from tests.applying import ingest
@@ -39,6 +39,7 @@ from tests.simulation.test_ingest_faults import (
 
 ITEMS = [f"i{n}" for n in range(6)]
 CHANGES = ["new", "new", "unavailable", "delete", "delete", "rubbish"]
+KEPT_S = 5
 PARTITION = st.integers(0, PARTITIONS - 1)
 
 
@@ -47,7 +48,7 @@ class ItemsMachine(RuleBasedStateMachine):
 
     @initialize(slots=st.sampled_from([1, 3]))
     def begin(self, slots: int) -> None:
-        self.settings = make_settings(item_slots=slots)
+        self.settings = make_settings(item_slots=slots, deleted_items_kept_s=KEPT_S)
         self.store, self.outside = Unsure(), Outside(self.settings)
         self.logs: dict[int, list[Rec]] = {p: [] for p in range(PARTITIONS)}
         self.ends = dict.fromkeys(self.logs, 0)
@@ -55,7 +56,7 @@ class ItemsMachine(RuleBasedStateMachine):
         self.old: Any = self.store.snapshot()
         self.owner = self.zombie = make_items(self.settings, self.store, self.outside)
         self.index, self.taken = ExactIndex(D), 0
-        self.saved = 0
+        self.saved = self.passed_ms = 0
 
     @rule(
         changes=st.lists(
@@ -73,7 +74,7 @@ class ItemsMachine(RuleBasedStateMachine):
             value = {"delete": None, "rubbish": b"rubbish"}.get(change, events.encode(item))
             # Without a key: under one, compaction would keep the rubbish and drop the item.
             key = None if change == "rubbish" else item_id.encode()
-            record = Rec("items", partition, offset, BASE_MS + offset, key, value)
+            record = Rec("items", partition, offset, BASE_MS + self.passed_ms + offset, key, value)
             self.logs[partition].append(record)
             if change != "rubbish":
                 self.last[item_id] = record
@@ -107,6 +108,15 @@ class ItemsMachine(RuleBasedStateMachine):
                 make_items(self.settings, self.store, self.outside),
             )
         self.store.faults, self.outside.away = [], 0
+
+    @rule()
+    def a_deleted_item_ends(self) -> None:
+        self.passed_ms += 1_000 * KEPT_S
+
+    @rule()
+    def remove_deleted_items(self) -> None:
+        slots = item_slots(self.settings.item_slots)
+        assert sum(self.store.remove_deleted_items(slots, PARTITIONS, 0)) >= 0
 
     @rule()
     def another_owner(self) -> None:
@@ -158,8 +168,12 @@ class ItemsMachine(RuleBasedStateMachine):
                 while self._turn(self.owner, partition, 8):
                     pass
         metadata = self.store.read_item_metadata(ITEMS, self.settings.item_slots)
-        assert set(metadata) == set(self.last)
+        assert set(metadata) <= set(self.last)
         for item_id, record in self.last.items():
+            if item_id not in metadata:
+                ends_ms = record.timestamp + 1_000 * KEPT_S
+                assert record.value is None and ends_ms < self.logs[record.partition][-1].timestamp
+                continue
             assert metadata[item_id].offset == record.offset
             assert metadata[item_id].body == (record.value or b"")
         self.index.apply(self.outside.published[self.taken :])
