@@ -705,7 +705,7 @@ def test_deleted_items_are_removed_from_some_slots_once_they_have_ended(store: S
     assert found == {item_id: items[item_id] for item_id in left}
     assert store.fences(ITEMS, ["i0"]) == {"i0": at(5)}
     # A removed item begins anew; the fence did not move.
-    store.write_item_metadata("i0", ITEMS, at(5), at(6), {"old": items["live"]})
+    store.write_item_metadata("i0", ITEMS, appended(5, 3_000), at(6), {"old": items["live"]})
     assert store.read_item_metadata(["old"], 1) == {"old": items["live"]}
     # Without the time of the last record nothing ends.
     assert removed(["i0"], 2, 0) == 0 == removed(["i0"], 2, -(10**15))
@@ -727,7 +727,9 @@ def test_deleted_items_of_older_versions_end_thirty_days_after_their_first_appen
     assert sum(store.remove_deleted_items(["i0"], 1, 0)) == 1
     assert set(store.read_item_metadata(["a", "b", "live"], 1)) == {"b", "live"}
     assert store.live_item_ids() == {"live"}
-    store.write_item_metadata("i0", ITEMS, at(5), appended(6, end_ms + 1), {"a": deleted(0, 9)})
+    store.write_item_metadata(
+        "i0", ITEMS, appended(5, end_ms), appended(6, end_ms + 1), {"a": deleted(0, 9)}
+    )
     assert store.live_item_ids() == {"live"}
     assert sum(store.remove_deleted_items(["i0"], 1, 0)) == 2
     store.close()
