@@ -172,13 +172,8 @@ class RedisStore(StateStore):
             raise FenceMoved(self._fence_key(slot, source), repr(before), repr(after))
         text = "" if users_fence is None else cast(bytes, users_fence).decode()
         fence = _fence(before)
-        done = -1 if fence is None else fence.offset
-        return SlotRead(
-            fence,
-            text,
-            user_codec.decode_accepted(blobs, done),
-            user_codec.decode_step_ranges(generations),
-        )
+        accepted = user_codec.decode_accepted(blobs, -1 if fence is None else fence.offset)
+        return SlotRead(fence, text, accepted, user_codec.decode_step_ranges(generations))
 
     @_translated
     def user_ids(self, slot: str, kind: Literal["h", "p"]) -> set[str]:

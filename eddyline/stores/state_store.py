@@ -231,10 +231,7 @@ class ItemMetadata:
         return not self.body
 
     def has_ended(self, appended_ms: int) -> bool:
-        """Whether this is a deleted item that is unknown to a record of this time.
-
-        appended_ms: the broker's time stamp of the record; -1: unknown
-        """
+        """Whether it is deleted, and a record that the broker appended then finds no item."""
         return self.deleted and 0 < self.ends_ms < appended_ms
 
     def includes(self, record: Record) -> bool:
@@ -484,10 +481,9 @@ class StateStore(Protocol):
     ) -> Iterator[int]:
         """Remove the metadata of deleted items that have ended, page by page.
 
-        Yields how many items each page had; a page takes the server about a millisecond. No fence
-        moves. An item has ended at the fence of its partition (`ItemMetadata.has_ended`), or at
-        those of all partitions where its own is not known.
-        slots: item slots; partitions: how many `items` has; slack_ms: as of `remove_idle_users`
+        An item has ended at the fence of its partition (`ItemMetadata.has_ended`), or at those of
+        all partitions where its own is not known. For the rest see `remove_idle_users`.
+        slots: item slots; partitions: how many `items` has
         """
 
     def drop_fences(self, slot: str, sources: Sequence[Source]) -> None:
