@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -105,17 +108,46 @@ def test_the_error_of_a_child_is_that_of_the_evaluation(part: processes.Part, me
         processes.run(part, lambda: outcome, np.empty(0, np.int16), 2)
 
 
+def wait_for(check: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 60
+    while not check():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+
+
+def written(path: Path) -> bool:
+    return path.exists() and path.read_text(encoding="utf-8") != ""
+
+
 def test_a_child_ends_with_an_interrupted_parent(tmp_path: Path) -> None:
     path = tmp_path / "pid"
 
     def interrupted() -> Outcome:
-        deadline_s = time.monotonic() + 60
-        while not path.exists() or not path.read_text(encoding="utf-8"):
-            assert time.monotonic() < deadline_s
-            time.sleep(0.01)
+        wait_for(lambda: written(path))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         processes.run(Hang(path), interrupted, np.empty(0, np.int16), 2)
     with pytest.raises(ProcessLookupError):
         os.kill(int(path.read_text(encoding="utf-8")), 0)
+
+
+def test_a_child_ends_with_a_killed_parent(tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    code = (
+        "import sys, time, pathlib, numpy; from evaluation import processes; "
+        "from tests.unit.evaluation.test_processes import Hang; "
+        "processes.run(Hang(pathlib.Path(sys.argv[1])), lambda: time.sleep(120), "
+        "numpy.empty(0, numpy.int16), 2)"
+    )
+    root = Path(__file__).parents[3]
+    environment = {**os.environ, "PYTHONPATH": str(root), "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(command, env=environment) as parent:
+        try:
+            wait_for(lambda: written(path))
+        finally:
+            parent.kill()
+    status = Path(f"/proc/{path.read_text(encoding='utf-8')}/stat")
+    # Nobody may wait for it: then it stays as a zombie.
+    wait_for(lambda: not status.exists() or ") Z " in status.read_text(encoding="utf-8"))
