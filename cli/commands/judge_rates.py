@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from eddyline.settings.loader import Settings
+
+if TYPE_CHECKING:
+    from evaluation.judge.report import JudgeReport
 
 # A report that is older than so many of its intervals is said to be old.
 _OLD = 3
@@ -65,3 +69,36 @@ def show(settings: Settings, console: Console, now_ms: int | None = None) -> Non
             name = f"{one.group} {one.value}, generation {one.generation}"
             of_group.add_row(name, one.row, f"{one.targets:,}", f"{one.hr[0]:.4f}", interval)
         console.print(of_group)
+    _show_clicks(report, console)
+
+
+def _show_clicks(report: JudgeReport, console: Console) -> None:
+    """Click-through of the recorded answers: by path in each window, and by position."""
+    joined = report.joined
+    if not joined.answers:
+        return
+    console.print(
+        f"recorded answers: {joined.answers:,}; clicks joined {joined.joined:,}, on other items "
+        f"{joined.elsewhere:,}, without their answer {joined.unmatched:,}",
+        soft_wrap=True,
+    )
+    columns = ("window", "generation", "path", "position", "shown", "clicks")
+    table = Table(
+        *columns, "click-through", "95 %", "mean 1/position", show_edge=False, pad_edge=False
+    )
+    for one in report.clicks:
+        if one.group == "path" or (one.group == "all" and one.window == "24h"):
+            if one.group == "path" and one.position:
+                continue
+            table.add_row(
+                one.window,
+                one.generation,
+                one.value or "all",
+                str(one.position or "all"),
+                f"{one.impressions:,}",
+                f"{one.clicks:,}",
+                f"{one.rate:.4f}",
+                f"{one.low:.4f} … {one.high:.4f}",
+                f"{one.reciprocal:.3f}" if one.clicks else "",
+            )
+    console.print(table)

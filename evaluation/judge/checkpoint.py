@@ -41,6 +41,7 @@ class Checkpoint(msgspec.Struct, kw_only=True):
     since_ms:  see `Judge`; started_ms: see `Decoder`
     scored, skipped, applied, rejected: counts since the first start
     store:     `MemoryStore.export`; rates: `Rates.export`; drifts: by generation
+    impressions: `ImpressionJoin.export`
     """
 
     layout: str
@@ -55,6 +56,7 @@ class Checkpoint(msgspec.Struct, kw_only=True):
     rejected: int
     store: bytes
     rates: bytes
+    impressions: bytes
     drifts: dict[str, SavedDrift]
 
 

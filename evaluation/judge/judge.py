@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from eddyline.schema.events import Click, Forget
 from eddyline.schema.user_sample import is_sampled
 from eddyline.settings.loader import Settings
 from evaluation.engine import Engine
 from evaluation.judge.drift import DriftWatch
+from evaluation.judge.impressions import ImpressionJoin
 from evaluation.judge.merging import Group
 from evaluation.judge.rates import GENERATIONS_MAX, Rates
 from evaluation.judge.track import FUSED, Ranked, Track, targets_of
@@ -20,6 +22,7 @@ class Judge:
     share:   of the followed users, those whose events are scored now
     scored:  targets that were scored; skipped: those that were not, as the judge was behind
     applied: records
+    impressions: clicks joined with the answers that led to them
     """
 
     def __init__(self, settings: Settings, rates: Rates | None = None, *, since_ms: int) -> None:
@@ -28,6 +31,7 @@ class Judge:
         # By generation.
         self.tracks: dict[str, Track] = {}
         self.rates = rates or Rates()
+        self.impressions = ImpressionJoin(self.is_recorded)
         self.drifts: dict[str, DriftWatch] = {}
         self.since_ms = since_ms
         self.share = 1.0
@@ -36,6 +40,10 @@ class Judge:
     def follows(self, user_id: str) -> bool:
         """Whether the user's list and embedding are kept, and the events may be scored."""
         return is_sampled(user_id, self.settings.judge_sample)
+
+    def is_recorded(self, user_id: str) -> bool:
+        """Whether workers with the same settings record the answers to this user."""
+        return is_sampled(user_id, self.settings.answers_sample)
 
     def open(self, engine: Engine) -> None:
         """Judge a generation from here on."""
@@ -68,6 +76,7 @@ class Judge:
                 track.score(record, click)
         for track in self.tracks.values():
             track.apply(group)
+        self._join(group)
         self.applied += len(group.records)
 
     def settle(self) -> None:
@@ -83,6 +92,19 @@ class Judge:
     def fall_behind(self, behind: bool) -> None:
         """Score half as many targets where the judge is behind, else twice as many."""
         self.share = max(SHARE_MIN, self.share / 2) if behind else min(1.0, 2 * self.share)
+
+    def _join(self, group: Group) -> None:
+        """Join the answers of one time, then the clicks."""
+        chosen = [one for one in group.records if one.record.timestamp >= self.since_ms]
+        for one in chosen:
+            if one.answer is not None:
+                self.impressions.add_answer(one.answer, group.at_ms)
+        for one in chosen:
+            for event in one.events:
+                if isinstance(event, Click):
+                    self.impressions.add_click(event, group.at_ms)
+                elif isinstance(event, Forget):
+                    self.impressions.forget(event.user_id)
 
     def _count(self, generation: str, target: Ranked) -> None:
         """Count a target, see `Track`."""

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from eddyline.errors import Rejected
-from eddyline.kafka.topics import CLICKS, ITEMS, USERS
-from eddyline.schema import validation
+from eddyline.kafka.topics import ANSWERS, CLICKS, ITEMS, USERS
+from eddyline.schema import answers, events, validation
+from eddyline.schema.answers import RecordedAnswer
 from eddyline.schema.events import Forget, Item, UserProfile
 from eddyline.schema.records import Record
 from eddyline.schema.validation import UserEvent
@@ -31,6 +32,7 @@ class LogRecord(NamedTuple):
     events: of a record of `clicks`, those that lie in their users' partition
     ignored: ingest makes nothing of the record here
     read_s: when it was read, on the monotonic clock
+    answer: of a record of `answers`
     """
 
     topic: str
@@ -39,6 +41,7 @@ class LogRecord(NamedTuple):
     events: tuple[UserEvent, ...]
     ignored: bool
     read_s: float
+    answer: RecordedAnswer | None = None
 
 
 @dataclass(slots=True)
@@ -52,7 +55,7 @@ class Group:
 class Decoder:
     """Makes log records. Thread rule: one thread.
 
-    rejected: records that ingest refuses
+    rejected: records that ingest refuses, and answers that are none
     """
 
     def __init__(self, settings: Settings, follows: Callable[[str], bool], since_ms: int) -> None:
@@ -68,6 +71,8 @@ class Decoder:
 
     def decode(self, topic: str, record: Record, read_s: float) -> LogRecord:
         """The record at its time."""
+        if topic == ANSWERS:
+            return self._answer(record, read_s)
         times: list[int]
         found: tuple[UserEvent, ...] = ()
         try:
@@ -93,6 +98,15 @@ class Decoder:
             ignored, times = topic != ITEMS, []
         at_ms = min([record.timestamp, *times])
         return LogRecord(topic, record, at_ms, found, ignored, read_s)
+
+    def _answer(self, record: Record, read_s: float) -> LogRecord:
+        """At its append time; ingest ignores it."""
+        found = None
+        try:
+            found = answers.decode_answer(record.value, key=events.decode_key(record.key))
+        except Rejected:
+            self.rejected += 1
+        return LogRecord(ANSWERS, record, record.timestamp, (), True, read_s, found)
 
     def _time(self, found: Item | UserProfile | None, record: Record) -> int:
         if found is None:

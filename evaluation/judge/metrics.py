@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import msgspec
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from typing_extensions import override
@@ -12,11 +13,13 @@ from eddyline.process import metrics
 from eddyline.process.metrics import labelled
 from eddyline.settings.loader import Settings
 from embeddings.evaluation.metrics import CUTS
+from evaluation.judge.click_rates import ClickRate
 from evaluation.judge.process import JudgeProcess
 from evaluation.judge.rates import ALL, TOTAL, Rate
 from evaluation.judge.report import JudgeReport
 
 _SERIES = ["generation", "row", "group", "value"]
+_CLICK_SERIES = ["generation", "group", "value", "position"]
 
 
 class JudgeCollector(Collector):
@@ -33,6 +36,9 @@ class JudgeCollector(Collector):
         yield from _state(report)
         yield from _rates([one for one in report.rates if one.window != TOTAL])
         yield from _totals([one for one in report.rates if one.window == TOTAL])
+        yield from _joined(report)
+        yield from _click_rates([one for one in report.clicks if one.window != TOTAL])
+        yield from _click_totals([one for one in report.clicks if one.window == TOTAL])
 
 
 def serve(settings: Settings, process: JudgeProcess) -> Callable[[], None]:
@@ -111,5 +117,60 @@ def _totals(rates: list[Rate]) -> Iterator[Metric]:
     yield from (targets, hits)
 
 
+def _joined(report: JudgeReport) -> Iterator[Metric]:
+    outcomes = msgspec.structs.asdict(report.joined)
+    name, what = "eddyline_judge_recorded_answers", "Recorded answers that were read"
+    yield CounterMetricFamily(name, what, value=outcomes.pop("answers"))
+    name, what = "eddyline_judge_impression_clicks", "Clicks that name a recorded answer"
+    yield labelled(CounterMetricFamily, name, what, "outcome", outcomes)
+
+
+def _click_rates(rates: list[ClickRate]) -> Iterator[Metric]:
+    rate = GaugeMetricFamily(
+        "eddyline_judge_click_through",
+        "Share of the items of recorded answers that were clicked, in a window",
+        labels=["window", *_CLICK_SERIES],
+    )
+    bounds = GaugeMetricFamily(
+        "eddyline_judge_click_through_bound",
+        "95 % interval of the click-through",
+        labels=["window", *_CLICK_SERIES, "bound"],
+    )
+    reciprocal = GaugeMetricFamily(
+        "eddyline_judge_click_reciprocal_position",
+        "Mean of 1 / position over the clicks, in a window",
+        labels=["window", *_CLICK_SERIES],
+    )
+    for one in rates:
+        labels = [one.window, *_click_series(one)]
+        rate.add_metric(labels, one.rate)
+        bounds.add_metric([*labels, "low"], one.low)
+        bounds.add_metric([*labels, "high"], one.high)
+        if one.clicks and not one.position:
+            reciprocal.add_metric(labels, one.reciprocal)
+    yield from (rate, bounds, reciprocal)
+
+
+def _click_totals(rates: list[ClickRate]) -> Iterator[Metric]:
+    shown = CounterMetricFamily(
+        "eddyline_judge_impressions",
+        "Items of recorded answers since the first start",
+        labels=_CLICK_SERIES,
+    )
+    clicks = CounterMetricFamily(
+        "eddyline_judge_impressions_clicked",
+        "Those of them that were clicked",
+        labels=_CLICK_SERIES,
+    )
+    for one in rates:
+        shown.add_metric(_click_series(one), one.impressions)
+        clicks.add_metric(_click_series(one), one.clicks)
+    yield from (shown, clicks)
+
+
 def _series(one: Rate) -> list[str]:
     return [one.generation, one.row, one.group, one.value]
+
+
+def _click_series(one: ClickRate) -> list[str]:
+    return [one.generation, one.group, one.value, str(one.position or "all")]

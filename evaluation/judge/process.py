@@ -6,12 +6,14 @@ import logging
 import threading
 import time
 
+import msgspec
+
 from eddyline import generations
 from eddyline.errors import BundleError, LogReplaced, Unavailable
 from eddyline.generations import Generations
 from eddyline.kafka import topics
 from eddyline.kafka.kept import KeptKafka
-from eddyline.kafka.topics import GENERATIONS, SOURCES
+from eddyline.kafka.topics import ARCHIVED, GENERATIONS
 from eddyline.process import heartbeat
 from eddyline.process.retry import Backoff, Retry
 from eddyline.schema.partitioning import user_slot
@@ -25,6 +27,7 @@ from evaluation.judge import checkpoint as checkpoints
 from evaluation.judge import report as reports
 from evaluation.judge.checkpoint import Checkpoint, SavedDrift
 from evaluation.judge.drift import DriftWatch
+from evaluation.judge.impressions import ImpressionJoin
 from evaluation.judge.judge import Judge
 from evaluation.judge.merging import Decoder, Place
 from evaluation.judge.rates import Rates
@@ -100,7 +103,7 @@ class JudgeProcess:
         """Load the checkpoint and the active generation."""
         settings, retry = self._settings, self._retry
         retry.wait_for("Kafka", lambda: topics.ensure_topics(settings))
-        self._logs = dict(retry.wait_for("Kafka", lambda: topics.log_ids(settings, SOURCES)))
+        self._logs = dict(retry.wait_for("Kafka", lambda: topics.log_ids(settings, ARCHIVED)))
         retry.wait_for("an active generation", lambda: generations.active_generation(settings))
         found = retry.wait_for("Kafka", self._generations)
         saved = checkpoints.read(settings, self._logs)
@@ -128,6 +131,7 @@ class JudgeProcess:
     def _restore(self, saved: Checkpoint) -> MemoryStore:
         rates = Rates.load(saved.rates)
         judge = self._judge = Judge(self._settings, rates, since_ms=saved.since_ms)
+        judge.impressions = ImpressionJoin.load(saved.impressions, judge.is_recorded)
         judge.scored, judge.skipped, judge.applied = saved.scored, saved.skipped, saved.applied
         judge.drifts = {
             name: DriftWatch(name, one.hits, one.found, one.last)
@@ -231,6 +235,8 @@ class JudgeProcess:
             lag_s=round(reader.lag_s(), 3),
             behind=reader.behind(),
             rates=judge.rates.rates(),
+            clicks=judge.impressions.rates.rates(),
+            joined=msgspec.structs.replace(judge.impressions.counts),
             drifts={name: watch.found for name, watch in judge.drifts.items()},
             last_drifts=last,
         )
@@ -255,6 +261,7 @@ class JudgeProcess:
             rejected=self._decoder.rejected,
             store=self._engine_now().store.export(),
             rates=judge.rates.export(),
+            impressions=judge.impressions.export(),
             drifts={
                 name: SavedDrift(hits=one.hits, found=one.found, last=one.last)
                 for name, one in judge.drifts.items()

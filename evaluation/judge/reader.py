@@ -16,7 +16,7 @@ from kafka.errors import KafkaError
 from eddyline.errors import LogMismatch
 from eddyline.kafka import clients, reading
 from eddyline.kafka.skips import LOOK_S, Stops
-from eddyline.kafka.topics import ITEMS, SOURCES
+from eddyline.kafka.topics import ARCHIVED, ITEMS
 from eddyline.kafka.unreadable import UnreadableBatch
 from eddyline.settings.loader import Settings
 from evaluation.judge.merging import Decoder, Group, Merge, Place
@@ -37,7 +37,7 @@ def places(settings: Settings) -> list[Place]:
     """Every partition of the topics."""
     return [
         (topic, partition)
-        for topic in SOURCES
+        for topic in ARCHIVED
         for partition in range(
             settings.items_partitions if topic == ITEMS else settings.clicks_partitions
         )
@@ -134,7 +134,7 @@ class LogReader:
 
     def behind(self) -> dict[str, int]:
         """Topic -> offsets that are not judged yet, as far as the broker has reported them."""
-        found = dict.fromkeys(SOURCES, 0)
+        found = dict.fromkeys(ARCHIVED, 0)
         for at, (topic, partition) in self._at.items():
             end = self._consumer.highwater(at) or self.positions[topic, partition]
             found[topic] += max(0, end - self.positions[topic, partition])

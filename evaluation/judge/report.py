@@ -8,7 +8,9 @@ import msgspec
 
 from eddyline.process import files
 from eddyline.settings.loader import Settings
+from evaluation.judge.click_rates import ClickRate
 from evaluation.judge.drift import Drift
+from evaluation.judge.impressions import JoinCounts
 from evaluation.judge.rates import Rate
 
 
@@ -19,6 +21,7 @@ class JudgeReport(msgspec.Struct, frozen=True, kw_only=True):
     generation: that is judged; share: of the followed users, those that are scored
     scored, skipped, applied, rejected: see `Judge` and `Decoder`
     lag_s:      see `LogReader.lag_s`; behind: topic -> offsets
+    clicks:     click-through of recorded answers; joined: what became of clicks that name one
     drifts:     generation -> how many; last_drifts: the newest of each generation
     """
 
@@ -33,6 +36,8 @@ class JudgeReport(msgspec.Struct, frozen=True, kw_only=True):
     lag_s: float
     behind: dict[str, int]
     rates: list[Rate]
+    clicks: list[ClickRate]
+    joined: JoinCounts
     drifts: dict[str, int]
     last_drifts: list[Drift]
 

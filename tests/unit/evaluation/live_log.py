@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
-from eddyline.kafka.topics import CLICKS, ITEMS, SOURCES, USERS
+from eddyline.kafka.topics import ANSWERS, ARCHIVED, CLICKS, ITEMS, USERS
 from eddyline.schema import events
+from eddyline.schema.answers import RecordedAnswer, encode_answer
 from eddyline.schema.events import Click, Item, UserProfile
 from eddyline.schema.partitioning import partition_of
 from eddyline.schema.records import BuiltRecord
@@ -25,7 +26,7 @@ from tests.unit.evaluation.small import BASE_MS
 
 # When the first record was appended: after everything happened, as in an import.
 APPENDED_MS = BASE_MS + 10**10
-LOGS = {topic: LogId("live", topic) for topic in SOURCES}
+LOGS = {topic: LogId("live", topic) for topic in ARCHIVED}
 Topics = dict[Place, list[BuiltRecord]]
 
 
@@ -36,7 +37,7 @@ class Appender:
         self.settings = settings
         self.topics: Topics = {
             (topic, partition): []
-            for topic in SOURCES
+            for topic in ARCHIVED
             for partition in range(
                 settings.items_partitions if topic == ITEMS else settings.clicks_partitions
             )
@@ -57,6 +58,9 @@ class Appender:
 
     def click(self, click: Click) -> BuiltRecord:
         return self.append(CLICKS, click.user_id, events.encode(click))
+
+    def answer(self, answer: RecordedAnswer) -> BuiltRecord:
+        return self.append(ANSWERS, answer.user_id, encode_answer(answer))
 
     def item(self, item: Item) -> BuiltRecord:
         return self.append(ITEMS, item.item_id, events.encode(item))

@@ -20,6 +20,7 @@ from evaluation.judge import checkpoint as checkpoints
 from evaluation.judge import drift
 from evaluation.judge.checkpoint import Checkpoint, SavedDrift
 from evaluation.judge.drift import DriftWatch
+from evaluation.judge.impressions import ImpressionJoin
 from evaluation.judge.merging import Decoder, LogRecord, Merge, Place
 from evaluation.judge.rates import MINUTE_MS, OTHER, SCENES_MAX, WINDOWS, Rates, Series
 from tests.unit.evaluation.live_log import APPENDED_MS, Appender
@@ -247,6 +248,7 @@ def saved(settings: Settings, **more: Any) -> Checkpoint:
         "rejected": 6,
         "store": b"store",
         "rates": Rates().export(),
+        "impressions": ImpressionJoin(lambda user: True).export(),
         "drifts": {"1": SavedDrift(hits=b"\x01\x00", found=1, last=None)},
     }
     return Checkpoint(**fields | more)

@@ -41,6 +41,8 @@ def test_the_metrics_are_those_of_the_newest_report() -> None:
     assert metrics_of(None) == ""
     text = metrics_of(make_report(share=0.5, skipped=7))
     series = 'generation="7",group="all",row="towers",value="",window="1h"'
+    shown = 'generation="g1",group="path",position="all",value="towers",window="1h"'
+    second = 'generation="g1",group="all",position="2",value=""'
     at_10 = series.replace(",row", ',k="10",row')
     for line in (
         "eddyline_judge_share 0.5",
@@ -50,6 +52,12 @@ def test_the_metrics_are_those_of_the_newest_report() -> None:
         'eddyline_judge_drifts_total{generation="7"} 2.0',
         f"eddyline_judge_targets{{{series}}} 40.0",
         f"eddyline_judge_hit_rate{{{at_10}}} 0.25",
+        "eddyline_judge_recorded_answers_total 50.0",
+        'eddyline_judge_impression_clicks_total{outcome="joined"} 20.0',
+        f"eddyline_judge_click_through{{{shown}}} 0.2",
+        f"eddyline_judge_click_reciprocal_position{{{shown}}} 0.75",
+        'eddyline_judge_impressions_total{generation="g1",group="all",position="3",value=""} 50.0',
+        f"eddyline_judge_impressions_clicked_total{{{second}}} 10.0",
         'eddyline_judge_hits_total{generation="7",group="stage",k="10",row="towers",value="5-19"}'
         " 10.0",
     ):
