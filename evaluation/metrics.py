@@ -16,8 +16,8 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
-# Values and weights of the events: each float64 (n,), weights at least 0.
-Column = tuple[Floats, Floats]
+# Values and weights of the events: float64 (n,), and float64 of at least 0 or bool (n,).
+Column = tuple[Floats, Floats | Mask]
 
 RESAMPLES = 1_000
 # Resamples that are multiplied at one time, times the users.
@@ -84,7 +84,7 @@ class Bootstrap:
         k = len(columns)
         return _ratio(total[:k], total[unders]), _ratio(resampled[:, :k], resampled[:, unders])
 
-    def _of_users(self, values: Floats) -> Floats:
+    def _of_users(self, values: Floats | Mask) -> Floats:
         """The sum of each user's values."""
         return np.bincount(self._rows, weights=values, minlength=self._users).astype(np.float64)
 

@@ -45,19 +45,14 @@ class RefittedRow(ReferenceRow):
     def __init__(self, names: str, log: EventLog, product: Product, scored: int) -> None:
         super().__init__(names, log, product, scored)
         self._user_row_of = {user_id: row for row, user_id in enumerate(log.user_ids)}
-        self._day, self._learned, self._fitted = -1, 0, -1
+        self._day, self._fitted = -1, -1
         self._before: csr_matrix
-
-    @override
-    def learn(self, begin: int, end: int) -> None:
-        self._learned = end
 
     @override
     def scores(self, query: Query) -> Scores:
         if query.at_ms // DAY_MS != self._day:
             self._day = query.at_ms // DAY_MS
-            today = int(np.searchsorted(self.log.at_ms, self._day * DAY_MS, side="left"))
-            self._fit(min(today, self._learned))
+            self._fit(int(np.searchsorted(self.log.at_ms, self._day * DAY_MS, side="left")))
         user = self._user_row_of[query.user_id]
         items = self._before[user].indices.astype(np.int64)
         newer = (

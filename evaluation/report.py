@@ -165,8 +165,7 @@ def _rows(
     kept = outcome.kept
     # An event counts by the inverse of its item's popularity: as many clicks as it had before.
     inverse: Floats = 1.0 / (1.0 + outcome.scored.item_before[kept].astype(np.float64))
-    of_all = np.ones(len(inverse))
-    weights = {"": of_all, **{group: mask.astype(float) for group, mask in groups.items()}}
+    weights = {"": np.ones(len(inverse), bool), **groups}
     debiased = {group: of_group * inverse for group, of_group in weights.items()}
     counts = log.counts(log.items, len(log.item_ids), first)
     events_of = dict(zip(log.item_ids, counts.tolist(), strict=True))
