@@ -3,9 +3,9 @@ says.
 
 A Kafka of its own in a temporary folder. Cost: the judge's CPU time, from /proc, at 200 clicks a
 second with a sample of 5 % of the users, as a share of one core; a busy machine changes it little.
-RATE, SECONDS, ITEMS and USERS are variables. Agreement: the last EVENTS events of MovieLens-100K,
-which is downloaded, or of the ratings.csv and movies.csv in the folder DATA; all users sampled,
-every count against that of `evaluate`. COST=0 and AGREE=0 leave a part out.
+RATE, SECONDS, ITEMS, USERS and WARM are variables. Agreement: the last EVENTS events of
+MovieLens-100K, which is downloaded, or of the ratings.csv and movies.csv in the folder DATA; all
+users sampled, every count against that of `evaluate`. COST=0 and AGREE=0 leave a part out.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SECONDS = float(os.environ.get("SECONDS", "60"))
 ITEMS = int(os.environ.get("ITEMS", "10000"))
 USERS = int(os.environ.get("USERS", "20000"))
 EVENTS = int(os.environ.get("EVENTS", "30000"))
-WARM_CLICKS = 60_000
+WARM_CLICKS = int(os.environ.get("WARM", "60000"))
 SAMPLE = 0.05
 CPU_MAX = 10.0
 SPLIT = 0.8

@@ -26,6 +26,7 @@ RULE = "eddyline/schema/erasure.py"
 EVENTS = "eddyline/schema/events.py"
 GENERATIONS = "eddyline/generations.py"
 ENDS = "tests/unit/eddyline/test_generation_records.py"
+JUDGE = "tests/unit/evaluation/test_judge.py"
 PROTOCOL = "tests/unit/evaluation/test_protocol.py"
 REMOVALS = "tests/unit/streams/test_removed_embeddings.py"
 
@@ -50,6 +51,28 @@ MUTATIONS = (
         "if seen and not self._keeps_repeats:",
         "if False:",
         (PROTOCOL,),
+    ),
+    Mutation(
+        "the judge applies a group before it is scored",
+        "evaluation/judge/judge.py",
+        "        self.scored += len(targets)",
+        "        for track in self.tracks.values():\n            track.apply(group)\n"
+        "        self.scored += len(targets)",
+        (JUDGE,),
+    ),
+    Mutation(
+        "an event that was sent again is a target",
+        "evaluation/engine.py",
+        "return record.offset - before <= self.settings.dedupe_window_events",
+        "return False",
+        (JUDGE,),
+    ),
+    Mutation(
+        "a partition that was not read yet does not hold a group up",
+        "evaluation/judge/merging.py",
+        "                if not ended(place):\n                    return True\n",
+        "",
+        (JUDGE, "tests/unit/evaluation/test_judge_parts.py"),
     ),
     Mutation(
         "ties count for us",

@@ -1,0 +1,167 @@
+"""The judge on a real Kafka: its counts are those of `evaluate`, also after kill -9."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from cli.commands import replay_file
+from eddyline import generations
+from eddyline.generations import Manifest
+from eddyline.kafka import topics
+from eddyline.kafka.producers import now_ms
+from eddyline.settings.loader import Settings
+from embeddings.bundle import bundle as bundles
+from embeddings.bundle.bundle import NewBundle
+from evaluation import offline, protocol
+from evaluation.event_log import LogBuilder
+from evaluation.judge import checkpoint as checkpoints
+from evaluation.judge import report as reports
+from evaluation.judge.rates import ALL, Rates, Series
+from evaluation.judge.report import JudgeReport
+from evaluation.product import Product
+from sandbox.datasets.dataset import Dataset
+from tests.unit.evaluation.live_log import counts_of
+
+pytestmark = pytest.mark.timeout(200)
+ROWS = ("towers", "popular", "newest", "cascade")
+EVENTS = 1_000
+NAMES = (
+    "kafka_bootstrap_servers",
+    "namespace",
+    "data_dir",
+    "bundle_dir",
+    "clicks_partitions",
+    "items_partitions",
+    "judge_sample",
+    "judge_checkpoint_s",
+    "judge_report_s",
+    "judge_wait_s",
+    "popular_limit",
+)
+
+
+@contextmanager
+def judging(settings: Settings, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A judge process; it needs no Redis, so none is named."""
+    named = {f"EDDYLINE_{name.upper()}": str(getattr(settings, name)) for name in NAMES}
+    out = Path(settings.data_dir) / "judge.log"
+    with out.open("ab") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "cli", "judge", *arguments],
+            env=os.environ | named,
+            stderr=log,
+            stdout=log,
+        )
+        try:
+            yield child
+        finally:
+            child.kill()
+            child.wait(20)
+
+
+def wait_for(
+    what: str, settings: Settings, check: Callable[[JudgeReport], Any], timeout_s: float = 60
+) -> JudgeReport:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        report = reports.read(settings)
+        if report is not None and check(report):
+            return report
+        text = (Path(settings.data_dir) / "judge.log").read_text(encoding="utf-8")
+        assert time.monotonic() < deadline, f"{what}: {report}\n{text[-3_000:]}"
+        time.sleep(0.05)
+
+
+def prepared(
+    settings: Settings, bundle: tuple[Path, Manifest], **more: Any
+) -> tuple[Settings, Manifest]:
+    folder, manifest = bundle
+    fields = {"bundle_dir": str(folder), "judge_sample": 1.0, "judge_report_s": 1}
+    made = msgspec.structs.replace(settings, judge_checkpoint_s=1, **fields | more)
+    topics.ensure_topics(made)
+    generations.publish(made, manifest)
+    return made, manifest
+
+
+def renamed(folder: Path, name: str, new_name: str) -> Manifest:
+    """The same towers as another generation."""
+    old = bundles.load(folder / name)
+    content = NewBundle(
+        generation=new_name,
+        created_ms=now_ms(),
+        model=old.model,
+        item_ids=old.item_ids,
+        item_vectors=old.item_vectors,
+        item_partitions=old.item_partitions,
+        item_offsets=old.item_offsets,
+        item_attributes=list(old.item_attributes),
+        cut=old.cut,
+        measured=old.measured,
+    )
+    bundles.write(folder / new_name, content)
+    return Manifest(
+        generation=new_name, bundle=new_name, dimension=old.dimension, created_ms=now_ms()
+    )
+
+
+def test_counts_are_those_of_evaluate_also_after_kill_9(
+    fresh_settings: Settings, bundle: tuple[Path, Manifest], dataset: Dataset
+) -> None:
+    # Half of the items are not on the popular list, and some become live among the events.
+    settings, manifest = prepared(fresh_settings, bundle, popular_limit=100)
+    clicks = dataset.clicks[-EVENTS:]
+    first_ms, span_ms = clicks[0].at_ms, clicks[-1].at_ms - clicks[0].at_ms
+    builder = LogBuilder()
+    for n, item in enumerate(dataset.items):
+        at_ms = first_ms - 1_000 + n if n % 10 else first_ms + span_ms * n // len(dataset.items)
+        builder.changes.append(msgspec.structs.replace(item, at_ms=at_ms))
+    for n, profile in enumerate(dataset.profiles.values()):
+        at_ms = first_ms + span_ms * n // len(dataset.profiles)
+        builder.profiles.append(msgspec.structs.replace(profile, at_ms=at_ms))
+    for click in clicks:
+        builder.add(click)
+    log = builder.build()
+    events = [log.click(number) for number in range(len(log))]
+    replay_file.send(settings, [*log.changes, *log.profiles, *events])
+
+    with judging(settings, "--from-beginning") as child:
+        path = checkpoints.path_of(settings)
+        wait_for("some events", settings, lambda r: r.scored > EVENTS // 5 and path.exists())
+        child.send_signal(signal.SIGKILL)
+        child.wait(20)
+        killed = reports.read(settings)
+        assert killed is not None and killed.scored < len(protocol.scorable(log, 0))
+    with judging(settings) as child:
+        total = sum(sum(topics.end_offsets(settings, name).values()) for name in topics.SOURCES)
+        wait_for("the end", settings, lambda report: report.applied == total)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(30) == 0
+
+    logs = dict(topics.log_ids(settings, topics.SOURCES))
+    saved = checkpoints.read(settings, logs)
+    assert saved is not None and saved.applied == total and saved.rejected == 0
+    found = Rates.load(saved.rates).counts("total")
+    product = Product(settings, bundles.load(settings.bundles / manifest.bundle))
+    try:
+        scored = len(protocol.scorable(log, 0))
+        rows = [offline.ROWS[row](log, product, scored, 0) for row in ROWS]
+        outcome = protocol.run(log, product, rows, 0, keeps_repeats=False)
+    finally:
+        product.close()
+    wanted = counts_of(outcome, ROWS)
+    assert saved.scored == scored and wanted["cascade"][0] > EVENTS // 3
+    for row in ROWS:
+        counts = found[Series(manifest.generation, row, ALL, "")]
+        assert (counts.targets, counts.hits) == wanted[row][:2], row
+        assert counts.reciprocal == pytest.approx(wanted[row][2], abs=1e-4)
