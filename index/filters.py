@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from eddyline.schema.id_form import normal
 from eddyline.schema.numbers import number_of
 
 # Limits of one request. A filter of this size costs less than the search.
@@ -93,6 +94,8 @@ def numbers(attributes: Mapping[str, Any]) -> dict[str, float]:
 def texts(attributes: Mapping[str, Any], name: str) -> set[str]:
     """The texts of one attribute: a text, those of a list, "true" and "false" of booleans.
 
+    In Unicode NFC without outer blanks, as a filter has them.
+
     >>> texts({"attributes": {"brand": "Acme", "size": ["M", "L", 3], "new": True}}, "brand")
     {'Acme'}
     """
@@ -100,7 +103,7 @@ def texts(attributes: Mapping[str, Any], name: str) -> set[str]:
     value = values.get(name) if isinstance(values, dict) else None
     listed = value if isinstance(value, list) else [value]
     return {
-        ("true" if one else "false") if isinstance(one, bool) else one
+        ("true" if one else "false") if isinstance(one, bool) else normal(one)
         for one in listed
         if isinstance(one, (str, bool))
     }

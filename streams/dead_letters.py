@@ -37,7 +37,7 @@ from eddyline.schema.erasure import DAY_MS
 from eddyline.schema.records import FORMAT, Headers, Record, marks
 from eddyline.settings.loader import Settings
 from streams.ports import DeadLetterSink, ForgetSink, Forwarder
-from streams.records import coordinates
+from streams.records import RESPELLED, coordinates
 
 log = logging.getLogger(__name__)
 
@@ -205,7 +205,9 @@ class KafkaForwarder(Forwarder, ForgetSink):
             (events.ORIGIN_MS, str(events.first_append_ms(record)).encode()),
             *own_format,
         ]
-        names = {FORMAT, *(name for name, _ in origin)}
+        if name != CLICKS and partition == record.partition and key != record.key:
+            origin.append(RESPELLED)
+        names = {FORMAT, RESPELLED[0], *(name for name, _ in origin)}
         headers = [(n, bytes(v)) for n, v in record.headers if n not in names and v is not None]
         if record_bytes(key, value, [*headers, *origin]) > FORWARD_BYTES_MAX:
             headers = [

@@ -5,6 +5,9 @@ from __future__ import annotations
 from eddyline.schema.records import BuiltRecord, Record
 
 _OFFSET_DIGITS_MAX = 18
+# Header of a record of `items` or `users` that was forwarded within its partition, since its key
+# was another spelling of the id.
+RESPELLED = ("respelled", b"1")
 
 
 class Restored(BuiltRecord, frozen=True):
@@ -21,8 +24,15 @@ class Restored(BuiltRecord, frozen=True):
         return cls(*at, newer_ms, key.encode(), value)
 
 
+def is_respelled(record: Record) -> bool:
+    """Whether the record comes from its own partition, where it had another spelling of its id."""
+    return any(name == RESPELLED[0] for name, _ in record.headers)
+
+
 def is_forwarded(record: Record) -> bool:
-    """Whether the record comes from another partition."""
+    """Whether the record comes from another partition, or another spelling of its id."""
+    if is_respelled(record):
+        return True
     for name, value in record.headers:
         if name == "origin" and value is not None:
             found = value.decode("utf-8", "replace").rsplit("/", 2)
@@ -35,6 +45,8 @@ def appended_after(record: Record) -> int | None:
 
     None for any other record.
     """
+    if is_respelled(record):
+        return None
     for name, value in record.headers:
         if name == "origin" and value is not None:
             at, _, offset = value.decode("utf-8", "replace").rpartition("/")

@@ -1,4 +1,7 @@
-"""Records of `items` and `users` in a wrong partition, and newer states appended again (ADR 23)."""
+"""Records of `items` and `users` in a wrong partition, and newer states appended again (ADR 23).
+
+A record under another spelling of its id is forwarded as well, to the id itself (ADR 31).
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,7 @@ class Strays:
         if outcome.forwarded == 1:  # once a batch
             log.warning(
                 "%ss in a wrong partition are forwarded; their producer needs Kafka's murmur2 "
-                "partitioner",
+                "partitioner, and keys without outer blanks in Unicode NFC",
                 self._what,
                 extra={"at": coordinates(record)},
             )

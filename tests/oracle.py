@@ -41,6 +41,7 @@ from streams.generation import Generation
 from streams.handlers import Handlers, Outputs
 from tests.applying import ingest
 from tests.model.eras import Era, end_of
+from tests.model.reading import in_nfc
 from tests.topics import Topics, counted_plainly
 
 # Not a divisor of ingest's 256, so that no batch of the oracle ends where one of ingest does.
@@ -242,16 +243,24 @@ class _Names:
             if not isinstance(event, dict):
                 continue
             if isinstance(user := event.get("user_id"), str):
+                user = own_form(settings, user)
                 names.users[partition_of(user, n)].add(user)
             if isinstance(event_id := event.get("event_id"), str):
                 names.events[record.partition].add(event_id)
         for record in topics.records[kafka_topics.USERS]:
-            user = record.key.decode()
+            user = own_form(settings, record.key.decode())
             names.users[partition_of(user, n)].add(user)
         names.items |= {
-            record.key.decode() for record in topics.records[kafka_topics.ITEMS] if record.key
+            own_form(settings, record.key.decode())
+            for record in topics.records[kafka_topics.ITEMS]
+            if record.key
         }
         return names
+
+
+def own_form(settings: Settings, sent_id: str) -> str:
+    """The id that state lies under."""
+    return in_nfc(sent_id) if settings.id_form == "nfc" else sent_id
 
 
 def _fences(

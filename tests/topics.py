@@ -109,6 +109,7 @@ def counted_plainly(
                     value_of(record),
                     appended_ms=record.timestamp,
                     far_future_ms_max=settings.far_future_ms_max,
+                    id_form=settings.id_form,
                 )
             except Rejected:
                 continue

@@ -17,7 +17,7 @@ def forget(settings: Settings, user_id: str) -> None:
     Raises Rejected for an invalid id, and ArchiveUnavailable if a file cannot be read or written:
     run the command again then.
     """
-    events.check_id("user_id", user_id)
+    user_id = events.id_in_form("user_id", user_id, settings.id_form)
     try:
         archive = Archive(settings)
         partition = partition_of(user_id, settings.clicks_partitions)

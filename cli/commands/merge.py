@@ -29,8 +29,12 @@ def merge(settings: Settings, visitor: str, user: str, *, wait_s: float) -> None
     Raises Rejected for a bad id, and EddylineError if ingest takes longer: it applies the merge
     once it runs.
     """
-    record = Merge(user_id=visitor, merge_into=user, at_ms=now_ms())
-    events.decode_user_event(events.encode(record), appended_ms=record.at_ms, far_future_ms_max=0)
+    sent = Merge(user_id=visitor, merge_into=user, at_ms=now_ms())
+    record = events.decode_user_event(
+        events.encode(sent), appended_ms=sent.at_ms, far_future_ms_max=0, id_form=settings.id_form
+    )
+    assert isinstance(record, Merge)
+    visitor, user = record.user_id, record.merge_into
     partition = partition_of(visitor, settings.clicks_partitions)
     store = RedisStore(settings)
     producer = producers.make_producer(settings)

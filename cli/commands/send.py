@@ -40,7 +40,10 @@ def click(
         "at_ms": now_ms(),
     }
     checked = events.decode_click(
-        msgspec.json.encode(fields), appended_ms=now_ms(), far_future_ms_max=60_000
+        msgspec.json.encode(fields),
+        appended_ms=now_ms(),
+        far_future_ms_max=60_000,
+        id_form=settings.id_form,
     )
     partition, offset = _send(
         settings,
@@ -78,6 +81,7 @@ def item(
         appended_ms=now_ms(),
         far_future_ms_max=60_000,
         vector_dimension=0,
+        id_form=settings.id_form,
     )
     partition, offset = _send(
         settings,
@@ -90,7 +94,7 @@ def item(
 def delete_item(settings: Settings, item_id: str) -> None:
     """Send the delete of one item. Raises Rejected, SettingsError."""
     validation.check_may_send(settings, topics.ITEMS)
-    events.check_id("item_id", item_id)
+    item_id = events.id_in_form("item_id", item_id, settings.id_form)
     partition, offset = _send(
         settings, lambda producer: producers.send_delete(producer, settings, item_id)
     )

@@ -2,7 +2,7 @@
 
 One codec for every reader. It rejects and never repairs: an invalid record raises `Rejected` with
 reason, field and value, and goes to the dead-letters topic. Unknown fields are ignored: an older
-reader accepts records of a newer producer.
+reader accepts records of a newer producer. Ids and labels are decoded in one form (`id_form`).
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import math
 import re
 import unicodedata
 from collections.abc import Sequence
-from typing import Annotated, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from eddyline.errors import Rejected
+from eddyline.schema.id_form import IdForm, in_form, normal
 from eddyline.schema.records import Record
 
 Kind = Literal["click", "view", "like", "cart", "purchase", "dislike"]
@@ -170,6 +171,8 @@ class UserProfile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _T = TypeVar("_T")
+_R = TypeVar("_R", bound=Click | Merge | Forget | Item | ItemPatch | UserProfile)
+_L = TypeVar("_L", Item, ItemPatch, UserProfile)
 _click = msgspec.json.Decoder(Click)
 _merge = msgspec.json.Decoder(Merge)
 _forget = msgspec.json.Decoder(Forget)
@@ -188,21 +191,25 @@ def encode(record: Click | Merge | Forget | Item | ItemPatch | UserProfile) -> b
     return _encoder.encode(record)
 
 
-def decode_click(value: bytes | None, *, appended_ms: int, far_future_ms_max: int) -> Click:
+def decode_click(
+    value: bytes | None, *, appended_ms: int, far_future_ms_max: int, id_form: IdForm = "nfc"
+) -> Click:
     """Decode the value of a record.
 
     appended_ms: the broker's time stamp of the record. `at_ms` may be at most `far_future_ms_max`
                  later, unless a merge moved the event. The local clock is not used, so a replay
                  decides alike
+    id_form:     of user_id and item_id; `event_id` and `impression_id` stay as they are
     Raises Rejected.
     """
     click: Click = _decode(_click, value)
     # In ASCII without escapes JSON allows no control character, and a character is one byte.
     if value is None or not value.isascii() or b"\\" in value or b"\x7f" in value:
-        check_id("user_id", click.user_id)
-        check_id("item_id", click.item_id)
+        click = _with_ids(click, id_form, "user_id", "item_id")
         if click.event_id is not None:
             check_id("event_id", click.event_id)
+    elif click.user_id.strip() != click.user_id or click.item_id.strip() != click.item_id:
+        click = _with_ids(click, id_form, "user_id", "item_id")
     # A moved event was checked before the merge: a lower limit since then must not lose it.
     if click.at_ms > appended_ms + far_future_ms_max and not is_moved(click):
         check_time(click.at_ms, appended_ms, far_future_ms_max)
@@ -226,22 +233,21 @@ def equal_before(moved: Click) -> int:
 
 
 def decode_user_event(
-    value: bytes | None, *, appended_ms: int, far_future_ms_max: int
+    value: bytes | None, *, appended_ms: int, far_future_ms_max: int, id_form: IdForm = "nfc"
 ) -> Click | Merge | Forget:
     """Decode any record of `clicks`; arguments and errors as for `decode_click`."""
     try:
-        return decode_click(value, appended_ms=appended_ms, far_future_ms_max=far_future_ms_max)
+        return decode_click(
+            value, appended_ms=appended_ms, far_future_ms_max=far_future_ms_max, id_form=id_form
+        )
     except Rejected:
         if value is None or not (b'"merge_into"' in value or b'"forget_until_ms"' in value):
             raise
     if b'"merge_into"' not in value:
-        forget: Forget = _decode(_forget, value)
-        check_id("user_id", forget.user_id)
+        forget: Forget = _with_ids(_decode(_forget, value), id_form, "user_id")
         check_time(forget.forget_until_ms, appended_ms, far_future_ms_max, "forget_until_ms")
         return forget
-    merge: Merge = _decode(_merge, value)
-    check_id("user_id", merge.user_id)
-    check_id("merge_into", merge.merge_into)
+    merge: Merge = _with_ids(_decode(_merge, value), id_form, "user_id", "merge_into")
     check_time(merge.at_ms, appended_ms, far_future_ms_max)
     if merge.user_id == merge.merge_into:
         raise Rejected(
@@ -257,13 +263,20 @@ def decode_item(
     appended_ms: int,
     far_future_ms_max: int,
     vector_dimension: int,
+    id_form: IdForm = "nfc",
 ) -> Item:
     """Decode an item. The key must be its id, or compaction mixes items up. Raises Rejected.
 
-    The caller handles a null value, which is a delete (`check_id` on the key).
+    id_form: of the id, the key, categories, tags and names of attributes
+    The caller handles a null value, which is a delete (`id_in_form` on the key).
     """
     item: Item = _decode(_item, value)
-    _check_item(item.item_id, key, item.vector, vector_dimension)
+    labels = [*item.categories, *item.tags, *item.attributes]
+    # ASCII without escapes lacks at most outer blanks.
+    plain = value.isascii() and b"\\" not in value and [*map(str.strip, labels)] == labels
+    if not plain or item.item_id.strip() != item.item_id:
+        item = _in_form(item, id_form, "item_id")
+    _check_item(item.item_id, key, item.vector, vector_dimension, id_form)
     check_time(item.at_ms, appended_ms, far_future_ms_max)
     return item
 
@@ -275,20 +288,23 @@ def decode_patch(
     appended_ms: int,
     far_future_ms_max: int,
     vector_dimension: int,
+    id_form: IdForm = "nfc",
 ) -> ItemPatch:
     """Decode a patch; arguments and errors as for `decode_item`."""
-    patch: ItemPatch = _decode(_patch, value)
-    _check_item(patch.item_id, key, patch.vector or None, vector_dimension)
+    patch: ItemPatch = _in_form(_decode(_patch, value), id_form, "item_id")
+    _check_item(patch.item_id, key, patch.vector or None, vector_dimension, id_form)
     check_time(patch.at_ms or 0, appended_ms, far_future_ms_max)
     return patch
 
 
 def _check_item(
-    item_id: str, key: str | None, vector: list[float] | None, vector_dimension: int
+    item_id: str,
+    key: str | None,
+    vector: list[float] | None,
+    vector_dimension: int,
+    id_form: IdForm,
 ) -> None:
-    check_id("item_id", item_id)
-    if key != item_id:
-        raise Rejected("wrong_key", "item_id", f"{quote(item_id)} under the key {quote(key)}")
+    _check_key("item_id", item_id, key, id_form)
     if vector is not None:
         if len(vector) != vector_dimension:
             detail = f"has {len(vector)} numbers, item_vector_dimension is {vector_dimension}"
@@ -298,17 +314,27 @@ def _check_item(
 
 
 def decode_profile(
-    value: bytes, *, key: str | None, appended_ms: int, far_future_ms_max: int
+    value: bytes,
+    *,
+    key: str | None,
+    appended_ms: int,
+    far_future_ms_max: int,
+    id_form: IdForm = "nfc",
 ) -> UserProfile:
-    """Decode a user profile. The key must be the user id. Raises Rejected."""
-    profile: UserProfile = _decode(_profile, value)
-    check_id("user_id", profile.user_id)
-    if key != profile.user_id:
-        raise Rejected(
-            "wrong_key", "user_id", f"{quote(profile.user_id)} under the key {quote(key)}"
-        )
+    """Decode a user profile. The key must be the user id. Raises Rejected.
+
+    id_form: of the id, the key and the names of attributes
+    """
+    profile: UserProfile = _in_form(_decode(_profile, value), id_form, "user_id")
+    _check_key("user_id", profile.user_id, key, id_form)
     check_time(profile.at_ms, appended_ms, far_future_ms_max)
     return profile
+
+
+def _check_key(field: str, value: str, key: str | None, id_form: IdForm) -> None:
+    check_id(field, value)
+    if key is None or (key != value and in_form(key, id_form) != value):
+        raise Rejected("wrong_key", field, f"{quote(value)} under the key {quote(key)}")
 
 
 def decode_key(key: bytes | None) -> str | None:
@@ -330,6 +356,65 @@ def check_id(field: str, value: str) -> None:
         raise Rejected("id_too_long", field, f"{quote(value)} has more than {ID_BYTES_MAX} bytes")
     if _SUSPECT.search(value) and any(unicodedata.category(c) in ("Cc", "Cs") for c in value):
         raise Rejected("control_character", field, f"{quote(value)} has a control character")
+
+
+def id_in_form(field: str, value: str, id_form: IdForm = "nfc") -> str:
+    """The id in this form. Raises Rejected as `check_id`, of the id as it came and in its form."""
+    check_id(field, value)
+    found = in_form(value, id_form)
+    if found != value:
+        check_id(field, found)
+    return found
+
+
+def in_id_form(click: Click, id_form: IdForm) -> Click:
+    """The checked click with its ids in this form. Raises Rejected where one is blank."""
+    user_id, item_id = click.user_id, click.item_id
+    if user_id.isascii() and item_id.isascii():
+        if user_id.strip() == user_id and item_id.strip() == item_id:
+            return click
+    return _with_ids(click, id_form, "user_id", "item_id")
+
+
+def _with_ids(record: _R, id_form: IdForm, *fields: str) -> _R:
+    """The record with these ids in this form. Raises Rejected."""
+    changed = {}
+    for field in fields:
+        value: str = getattr(record, field)
+        if (found := id_in_form(field, value, id_form)) != value:
+            changed[field] = found
+    return msgspec.structs.replace(record, **changed) if changed else record
+
+
+def _in_form(record: _L, id_form: IdForm, id_field: str) -> _L:
+    """The record with id and labels in this form. Raises Rejected."""
+    return _with_ids(_with_labels(record) if id_form == "nfc" else record, id_form, id_field)
+
+
+def _with_labels(record: _L) -> _L:
+    """The record with categories, tags and names of attributes in NFC. Raises Rejected."""
+    changed: dict[str, Any] = {}
+    for field in ("categories", "tags"):
+        labels = getattr(record, field, None)
+        if labels and any(map(_is_spelled_otherwise, labels)):
+            changed[field] = [_label(field, one) for one in labels]
+    attributes = record.attributes
+    if attributes and any(map(_is_spelled_otherwise, attributes)):
+        changed["attributes"] = {_label("attributes", n): v for n, v in attributes.items()}
+    return msgspec.structs.replace(record, **changed) if changed else record
+
+
+def _is_spelled_otherwise(label: str) -> bool:
+    return normal(label) != label
+
+
+def _label(field: str, label: str) -> str:
+    """The label in NFC. Raises Rejected where it is none; `partial` leaves it out then."""
+    found = normal(label)
+    if not 1 <= len(found) <= TEXT_CHARS_MAX:
+        detail = f"{quote(label)} has {len(found)} characters, allowed are 1 … {TEXT_CHARS_MAX}"
+        raise Rejected("bad_field", field, detail)
+    return found
 
 
 def check_time(at_ms: int, appended_ms: int, far_future_ms_max: int, field: str = "at_ms") -> None:

@@ -11,6 +11,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -19,6 +20,7 @@ import msgspec
 from eddyline.errors import Rejected
 from eddyline.schema import events
 from eddyline.schema.events import Item, ItemPatch, UserProfile
+from eddyline.schema.id_form import IdForm, in_form
 
 # Reasons of the strict decoder that an optional part may have caused.
 CURABLE = frozenset({"bad_field", "malformed_json", "wrong_vector_length", "not_finite"})
@@ -41,34 +43,56 @@ _T = TypeVar("_T", Item, ItemPatch, UserProfile)
 
 
 def item(
-    value: bytes, first: Rejected, omitted: Omitted, *, vector_dimension: int, **limits: Any
+    value: bytes,
+    first: Rejected,
+    omitted: Omitted,
+    *,
+    vector_dimension: int,
+    id_form: IdForm = "nfc",
+    **limits: Any,
 ) -> Item:
     """The item without its bad optional parts.
 
     first:   why the strict decoder refused the record
     omitted: gets the parts that were left out
-    vector_dimension, limits: arguments of `events.decode_item`
+    vector_dimension, id_form, limits: arguments of `events.decode_item`
     Raises Rejected where more than optional parts is bad.
     """
-    checkers = _ITEM | {"vector": _or_null(_vector(vector_dimension))}  # null is the default
-    decode = partial(events.decode_item, vector_dimension=vector_dimension, **limits)
+    # A null vector is the default.
+    checkers = _item_parts(id_form) | {"vector": _or_null(_vector(vector_dimension))}
+    limits |= {"vector_dimension": vector_dimension, "id_form": id_form}
+    decode = partial(events.decode_item, **limits)
     return _decoded(Item, checkers, decode, value, first, omitted)
 
 
 def patch(
-    value: bytes, first: Rejected, omitted: Omitted, *, vector_dimension: int, **limits: Any
+    value: bytes,
+    first: Rejected,
+    omitted: Omitted,
+    *,
+    vector_dimension: int,
+    id_form: IdForm = "nfc",
+    **limits: Any,
 ) -> ItemPatch:
     """The patch without its bad optional parts, which keep their value. As `item` otherwise."""
-    checkers = _ITEM | {"attributes": _patched_attributes, "vector": _vector(vector_dimension)}
+    checkers = _item_parts(id_form)
+    checkers |= {
+        "attributes": partial(_patched_attributes, id_form),
+        "vector": _vector(vector_dimension),
+    }
     checkers = {part: _or_null(checker) for part, checker in checkers.items()}  # null removes it
-    decode = partial(events.decode_patch, vector_dimension=vector_dimension, **limits)
+    limits |= {"vector_dimension": vector_dimension, "id_form": id_form}
+    decode = partial(events.decode_patch, **limits)
     return _decoded(ItemPatch, checkers, decode, value, first, omitted)
 
 
-def profile(value: bytes, first: Rejected, omitted: Omitted, **limits: Any) -> UserProfile:
+def profile(
+    value: bytes, first: Rejected, omitted: Omitted, *, id_form: IdForm = "nfc", **limits: Any
+) -> UserProfile:
     """The profile without its bad attributes. As `item` otherwise."""
-    decode = partial(events.decode_profile, **limits)
-    return _decoded(UserProfile, {"attributes": _attributes}, decode, value, first, omitted)
+    decode = partial(events.decode_profile, id_form=id_form, **limits)
+    checkers: dict[str, _Checker] = {"attributes": partial(_attributes, id_form)}
+    return _decoded(UserProfile, checkers, decode, value, first, omitted)
 
 
 class _Bad(Exception):
@@ -153,7 +177,13 @@ def _title(one: Any, _: Callable[[Reason], None]) -> str:
     return _text(one, events.TITLE_CHARS_MAX, may_be_empty=True)
 
 
-def _labels(one: Any, note: Callable[[Reason], None]) -> list[str]:
+def _label(one: Any, id_form: IdForm) -> str:
+    """A category, a tag or the name of an attribute, in its form."""
+    label = _text(one, events.TEXT_CHARS_MAX, may_be_empty=False)
+    return _text(in_form(label, id_form), events.TEXT_CHARS_MAX, may_be_empty=False)
+
+
+def _labels(id_form: IdForm, one: Any, note: Callable[[Reason], None]) -> list[str]:
     if one is None:
         raise _Bad("null")
     if not isinstance(one, list):
@@ -161,7 +191,7 @@ def _labels(one: Any, note: Callable[[Reason], None]) -> list[str]:
     good = []
     for label in one:
         try:
-            good.append(_text(label, events.TEXT_CHARS_MAX, may_be_empty=False))
+            good.append(_label(label, id_form))
         except _Bad as bad:
             note(bad.reason)
     for _ in good[events.LABELS_MAX :]:
@@ -169,7 +199,7 @@ def _labels(one: Any, note: Callable[[Reason], None]) -> list[str]:
     return good[: events.LABELS_MAX]
 
 
-def _attributes(one: Any, note: Callable[[Reason], None]) -> dict[str, Any]:
+def _attributes(id_form: IdForm, one: Any, note: Callable[[Reason], None]) -> dict[str, Any]:
     if one is None:
         raise _Bad("null")
     if not isinstance(one, dict):
@@ -177,8 +207,8 @@ def _attributes(one: Any, note: Callable[[Reason], None]) -> dict[str, Any]:
     good: dict[str, Any] = {}
     for name, value in one.items():
         try:
-            key, checked = _text(name, events.TEXT_CHARS_MAX, may_be_empty=False), _scalar(value)
-            if len(good) == events.ATTRIBUTES_MAX:
+            key, checked = _label(name, id_form), _scalar(value)
+            if len(good) == events.ATTRIBUTES_MAX and key not in good:
                 raise _Bad("too_many")
             good[key] = checked
         except _Bad as bad:
@@ -186,13 +216,22 @@ def _attributes(one: Any, note: Callable[[Reason], None]) -> dict[str, Any]:
     return good
 
 
-def _patched_attributes(one: Any, note: Callable[[Reason], None]) -> dict[str, Any]:
+def _patched_attributes(
+    id_form: IdForm, one: Any, note: Callable[[Reason], None]
+) -> dict[str, Any]:
     """As `_attributes`; null removes one."""
     if not isinstance(one, dict):
         raise _Bad("wrong_type")
-    removed = {n: None for n, v in one.items() if v is None and 0 < len(n) <= events.TEXT_CHARS_MAX}
-    good = _attributes({n: v for n, v in one.items() if v is not None}, note)
-    return dict(list((removed | good).items())[: events.ATTRIBUTES_MAX])
+    good: dict[str, Any] = {}
+    for name, value in one.items():
+        if value is not None:
+            good |= _attributes(id_form, {name: value}, note)
+        else:
+            with suppress(_Bad):
+                good[_label(name, id_form)] = None
+    for _ in range(events.ATTRIBUTES_MAX, len(good)):
+        note("too_many")
+    return dict(list(good.items())[: events.ATTRIBUTES_MAX])
 
 
 def _scalar(one: Any) -> events.Scalar:
@@ -228,10 +267,12 @@ def _or_null(checker: _Checker) -> _Checker:
     return lambda one, note: None if one is None else checker(one, note)
 
 
-# The parts of a whole item, without its vector.
-_ITEM: dict[str, _Checker] = {
-    "title": _title,
-    "categories": _labels,
-    "tags": _labels,
-    "attributes": _attributes,
-}
+def _item_parts(id_form: IdForm) -> dict[str, _Checker]:
+    """The parts of a whole item, without its vector."""
+    labels = partial(_labels, id_form)
+    return {
+        "title": _title,
+        "categories": labels,
+        "tags": labels,
+        "attributes": partial(_attributes, id_form),
+    }

@@ -17,6 +17,7 @@ import msgspec
 from eddyline.errors import Rejected, SettingsError
 from eddyline.schema import events, partial
 from eddyline.schema.events import Click, Forget, Item, ItemPatch, Merge, UserProfile
+from eddyline.schema.id_form import in_form
 from eddyline.schema.mapping import mapper, registry
 from eddyline.schema.mapping.mapper import Mapper
 from eddyline.schema.partial import Omitted
@@ -46,7 +47,10 @@ def user_event(
     """
     _check_stamp(appended_ms)
     event = events.decode_user_event(
-        value, appended_ms=appended_ms, far_future_ms_max=settings.far_future_ms_max
+        value,
+        appended_ms=appended_ms,
+        far_future_ms_max=settings.far_future_ms_max,
+        id_form=settings.id_form,
     )
     if isinstance(event, Forget):
         return event, partition_of(event.user_id, settings.clicks_partitions) == partition
@@ -87,20 +91,22 @@ def item(
     """(item id, item or patch; None deletes it, whether it lies in its partition). Raises Rejected.
 
     A record outside its partition is stray: ingest forwards it, and it counts in its own partition.
+    So is one whose key is another spelling of the id (`id_form`): it counts under the id.
     partition:   of the record, None before it is sent
     appended_ms: the broker's time stamp
     omitted:     gets the bad optional parts, which are left out
     patches:     whether the value is a patch, see `carries_patches`
     """
-    item_id, own = _id_of("item", key, partition, settings.items_partitions)
+    sent_id, item_id, own = _id_of(settings, "item", key, partition, settings.items_partitions)
     if value is None:
-        events.check_id("item_id", item_id)
+        events.id_in_form("item_id", sent_id, settings.id_form)
         return item_id, None, own  # a delete needs no time
     _check_stamp(appended_ms)
     limits: dict[str, Any] = {
-        "key": item_id,
+        "key": sent_id,
         "appended_ms": appended_ms,
         "far_future_ms_max": settings.far_future_ms_max,
+        "id_form": settings.id_form,
         "vector_dimension": settings.item_vector_dimension,
     }
     found: Item | ItemPatch
@@ -125,15 +131,16 @@ def profile(
 
     Arguments and errors as for `item`.
     """
-    user_id, own = _id_of("user", key, partition, settings.clicks_partitions)
+    sent_id, user_id, own = _id_of(settings, "user", key, partition, settings.clicks_partitions)
     _check_stamp(appended_ms)
     if value is None:
-        events.check_id("user_id", user_id)
+        events.id_in_form("user_id", sent_id, settings.id_form)
         return user_id, None, own
     limits: dict[str, Any] = {
-        "key": user_id,
+        "key": sent_id,
         "appended_ms": appended_ms,
         "far_future_ms_max": settings.far_future_ms_max,
+        "id_form": settings.id_form,
     }
     found = _decoded(events.decode_profile, partial.profile, value, limits, omitted)
     if 0 < found.at_ms < settings.at_ms_min:
@@ -191,7 +198,8 @@ def user_events(
         appended_ms, origin_ms = click.timestamp, events.origin_ms(click.headers)
         _check_stamp(appended_ms)
         events.check_time(click.event.at_ms, appended_ms, settings.far_future_ms_max)
-        return [(click, *_checked(settings, partition, click.event, appended_ms, origin_ms))]
+        spelled = events.in_id_form(click.event, settings.id_form)
+        return [(click, *_checked(settings, partition, spelled, appended_ms, origin_ms))]
     for one in _own_records(by_map, record):
         origin_ms = events.origin_ms(one.headers)
         event, here = user_event(settings, partition, one.value, one.timestamp, origin_ms)
@@ -237,8 +245,8 @@ def named_items(settings: Settings, record: Record) -> list[tuple[str, bool]]:
             _check_key(settings, record)
         for key in keys:
             place = None if found is not None and found.by_key else partition
-            item_id, own = _id_of("item", key, place, settings.items_partitions)
-            events.check_id("item_id", item_id)
+            sent_id, item_id, own = _id_of(settings, "item", key, place, settings.items_partitions)
+            events.id_in_form("item_id", sent_id, settings.id_form)
             named.append((item_id, own))
     return named
 
@@ -313,9 +321,14 @@ def _too_early(at_ms: int, settings: Settings) -> Rejected:
 
 def _check_user(settings: Settings, field: str, user_id: str) -> None:
     """Raise Rejected where the id means no one: all such events would be one user's."""
-    if user_id.casefold() in _refused(settings.user_ids_refused):
+    if _is_refused(user_id, settings.user_ids_refused):
         detail = f"{events.quote(user_id)} means no user: it is in user_ids_refused"
         raise Rejected("placeholder_id", field, detail)
+
+
+@lru_cache(maxsize=65_536)
+def _is_refused(user_id: str, user_ids: str) -> bool:
+    return user_id.casefold() in _refused(user_ids)
 
 
 @lru_cache(maxsize=8)
@@ -354,10 +367,16 @@ def _check_key(settings: Settings, record: Record) -> None:
 
 
 def _id_of(
-    kind: str, key: bytes | None, partition: int | None, partitions: int
-) -> tuple[str, bool]:
-    """(the id in the key, whether the record lies in its partition). Raises Rejected."""
+    settings: Settings, kind: str, key: bytes | None, partition: int | None, partitions: int
+) -> tuple[str, str, bool]:
+    """(the id in the key, the id in its form, whether the record has its place). Raises Rejected.
+
+    A record under another spelling has its place under the id in its form: compaction must see all
+    records of an id as those of one key, or a delete would not remove the others.
+    """
     found = events.decode_key(key)
     if found is None:
         raise Rejected("no_key", "key", f"the record needs its {kind}'s id as key")
-    return found, partition is None or partition == partition_of(found, partitions)
+    own = in_form(found, settings.id_form)
+    has_place = own == found and partition == partition_of(own, partitions)
+    return found, own, partition is None or has_place

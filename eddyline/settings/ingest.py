@@ -30,6 +30,10 @@ class IngestSettings(msgspec.Struct, frozen=True, kw_only=True):
     user_ids_refused: str = "null,undefined,none,nan,anonymous"
     """User ids that mean no one, separated by commas, in upper or lower case. Their clicks and
     profiles are rejected."""
+    id_form: Literal["nfc", "as_is"] = "nfc"
+    """The form of user and item ids, categories, tags and names of attributes. `nfc`: spellings
+    that differ by Unicode's normal form or by outer blanks are one. `as_is`: every spelling is an
+    id of its own. Set it for all processes. Fixed when state is first written."""
     forgotten_kept_d: Annotated[int, within(1, 36_500)] = 400
     """For so many days after a user was forgotten, events from before that arrive later are
     dropped. At least as long as dead letters and clicks are kept, and the oldest copies of

@@ -21,6 +21,7 @@ from msgspec import Meta
 
 from eddyline import addresses
 from eddyline.errors import SettingsError
+from eddyline.schema.id_form import in_form
 from eddyline.settings import ingest, kafka, worker
 from eddyline.settings.field import descriptions, within
 from eddyline.settings.index import IndexSettings
@@ -123,7 +124,8 @@ class Settings(_AllSections, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @property
     def filter_text_names(self) -> frozenset[str]:
         """Names of the attributes whose texts requests may filter on."""
-        return frozenset(name.strip() for name in self.filter_texts.split(",")) - {""}
+        names = (in_form(name.strip(), self.id_form) for name in self.filter_texts.split(","))
+        return frozenset(names) - {""}
 
     @property
     def snapshots(self) -> Path:

@@ -20,4 +20,5 @@ def layout(settings: Settings) -> Layout:
         settings.items_partitions,
         settings.item_slots,
         settings.popular_bucket_s,
+        settings.id_form,
     )

@@ -9,7 +9,7 @@ from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
+from itertools import chain, takewhile
 
 import msgspec
 from typing_extensions import override
@@ -38,6 +38,7 @@ from eddyline.stores.state_store import (
     UserWrite,
     is_idle,
 )
+from eddyline.stores.stored_ids import check
 
 # Buckets of popularity counts whose order is kept up to date, those that were read last.
 _SORTED_MAX = 16
@@ -123,7 +124,13 @@ class MemoryStore(StateStore):
         with self._lock:
             self._open()
             stored = self._state.layout
-            if stored is not None and stored != layout:
+            if stored is not None and stored.agrees(layout):
+                if layout.id_form == "nfc":
+                    state = self._state
+                    users = (user for _, user in chain(state.histories, state.profiles))
+                    items = (key.partition(":")[2] for key in state.items)
+                    check("the store", chain(users, items))
+            elif stored is not None and stored != layout:
                 raise StoreRefused(f"the store {stored.refusal(layout)}")
             self._state.layout = layout
 

@@ -61,6 +61,7 @@ from eddyline.stores.state_store import (
     UserState,
     UserWrite,
 )
+from eddyline.stores.stored_ids import settle
 
 _COMMANDS = sorted(frozenset().union(*map(write_scripts.commands, write_scripts.NAMES)))
 _PAGE = 1_000  # blobs of a window per read
@@ -141,7 +142,9 @@ class RedisStore(StateStore):
             stored = self.layout()
         if stored is None:
             raise StoreUnavailable(f"Redis at {self.address} lost its layout while it was written")
-        if stored != layout:
+        if stored.agrees(layout):
+            settle(self._redis, self._ns, self.address, layout)
+        elif stored != layout:
             raise StoreRefused(f"Redis at {self.address} {stored.refusal(layout)}")
 
     @override

@@ -29,6 +29,7 @@ from eddyline.schema.answers import RecordedAnswer
 from eddyline.schema.deduplication import DedupeWindow
 from eddyline.schema.erasure import Erasure, digest, erased_after, erased_before
 from eddyline.schema.events import AT_MS_MAX, Click, Forget, Item
+from eddyline.schema.id_form import in_form
 from eddyline.schema.partitioning import partition_of
 from eddyline.schema.records import MAPPED, BuiltRecord, Record
 from eddyline.schema.validation import UserEvent
@@ -198,7 +199,8 @@ def from_file(settings: Settings, path: Path) -> TrainingData:
             if line.topic not in found:
                 raise Rejected("malformed_line", f"{path}:{number}", f"topic {line.topic!r}")
             items = line.topic == kafka_topics.ITEMS
-            key = str(value.get("item_id" if items else "user_id", ""))
+            sent_id = str(value.get("item_id" if items else "user_id", ""))
+            key = in_form(sent_id, settings.id_form)
             partitions = settings.items_partitions if items else settings.clicks_partitions
             found[line.topic].append(
                 BuiltRecord(

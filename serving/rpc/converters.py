@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 
 import numpy as np
 
 from eddyline.errors import EddylineError, Rejected
 from eddyline.schema.answers import LABEL_BYTES_MAX
-from eddyline.schema.events import ID_BYTES_MAX, KINDS, Item, check_id, quote
+from eddyline.schema.events import ID_BYTES_MAX, KINDS, Item, id_in_form, quote
+from eddyline.schema.id_form import IdForm, in_form, normal
 from eddyline.schema.partitioning import partition_of
 from eddyline.schema.user_history import Entry
 from eddyline.settings.loader import Settings
@@ -49,29 +50,30 @@ class BadQuery(EddylineError):
 
 def query_of(request: pb.RetrieveRequest, settings: Settings) -> Query:
     """The request, checked. Raises BadQuery."""
-    guest = not request.user_id and len(request.session) > 0
+    user_id = request.user_id
+    guest = not user_id and len(request.session) > 0
     if not guest:
         size = len(request.user_id.encode())
         if not 1 <= size <= ID_BYTES_MAX:
             named = f"{quote(request.user_id)} has {size} bytes"
             raise BadQuery(f"user_id: {named}, allowed are 1 … {ID_BYTES_MAX}")
         try:
-            check_id("user_id", request.user_id)
+            user_id = id_in_form("user_id", user_id, settings.id_form)
         except Rejected as error:
             raise BadQuery(f"user_id: {error.detail}") from None
     elif request.HasField("after"):
         raise BadQuery("after: it names a click of a user, and user_id is empty")
     _check_k(request.k, settings)
-    after = _after_of(request, settings) if request.HasField("after") else None
-    filters = _filters(request)
+    after = _after_of(request, user_id, settings) if request.HasField("after") else None
+    filters = _filters(request, settings)
     beta = settings.popularity_beta
     if request.HasField("popularity_beta"):
         beta = request.popularity_beta
         if not 0 <= beta <= BETA_MAX:
             raise BadQuery(f"popularity_beta: {beta}, allowed are 0 … {BETA_MAX:g}")
-    session = _session_of(request.session) if request.session else ()
+    session = _session_of(request.session, settings) if request.session else ()
     return Query(
-        request.user_id,
+        user_id,
         request.k,
         after,
         request.with_cards,
@@ -90,7 +92,7 @@ def _label_of(name: str, text: str) -> str:
     return text
 
 
-def _session_of(session: Sequence[pb.SessionEvent]) -> list[Entry]:
+def _session_of(session: Sequence[pb.SessionEvent], settings: Settings) -> list[Entry]:
     if len(session) > SESSION_EVENTS_MAX:
         raise BadQuery(f"session: {len(session)} events, allowed are 0 … {SESSION_EVENTS_MAX}")
     entries = []
@@ -102,19 +104,22 @@ def _session_of(session: Sequence[pb.SessionEvent]) -> list[Entry]:
                 f"session.kind: {quote(event.kind)}, allowed are {', '.join(_KINDS)} or empty"
             )
         # Times are of stored events; nothing asks for those of a session.
-        entries.append(Entry(event.item_id, 0, kind))
+        entries.append(Entry(in_form(event.item_id, settings.id_form), 0, kind))
     return entries
 
 
-def _check_item_ids(item_ids: Sequence[str], most: int) -> None:
+def _item_ids_of(item_ids: Sequence[str], most: int, settings: Settings) -> list[str]:
+    """The ids, checked and in their form. Raises BadQuery."""
     if not 1 <= len(item_ids) <= most:
         raise BadQuery(f"item_ids: {len(item_ids)} ids, allowed are 1 … {most}")
-    known = set[str]()
+    known = dict[str, None]()
     for item_id in item_ids:
         _check_item_id("item_ids", item_id)
-        if item_id in known:
+        own = in_form(item_id, settings.id_form)
+        if own in known:
             raise BadQuery(f"item_ids: {quote(item_id)} is given twice")
-        known.add(item_id)
+        known[own] = None
+    return [*known]
 
 
 def _check_item_id(field: str, item_id: str) -> None:
@@ -126,20 +131,20 @@ def _check_item_id(field: str, item_id: str) -> None:
 
 def similar_of(request: pb.SimilarItemsRequest, settings: Settings) -> NearestQuery:
     """The request, checked. Raises BadQuery."""
-    _check_item_ids(request.item_ids, SIMILAR_TO_MAX)
+    item_ids = _item_ids_of(request.item_ids, SIMILAR_TO_MAX, settings)
     _check_k(request.k, settings)
     return NearestQuery(
         request.k,
-        item_ids=list(request.item_ids),
+        item_ids=item_ids,
         with_cards=request.with_cards,
-        filters=_filters(request),
+        filters=_filters(request, settings),
     )
 
 
 def explained_of(request: pb.ExplainRequest, settings: Settings) -> tuple[Query, list[str]]:
     """The request and the items to explain, checked. Raises BadQuery."""
-    _check_item_ids(request.item_ids, EXPLAINED_MAX)
-    return query_of(request.request, settings), list(request.item_ids)
+    item_ids = _item_ids_of(request.item_ids, EXPLAINED_MAX, settings)
+    return query_of(request.request, settings), item_ids
 
 
 def explanation_of(
@@ -186,14 +191,15 @@ def vector_of(request: pb.SearchByVectorRequest, settings: Settings) -> NearestQ
         vector=vector,
         generation=request.generation,
         with_cards=request.with_cards,
-        filters=_filters(request),
+        filters=_filters(request, settings),
     )
 
 
 def _filters(
     request: pb.RetrieveRequest | pb.SimilarItemsRequest | pb.SearchByVectorRequest,
+    settings: Settings,
 ) -> Filter | None:
-    return filter_of(request.filters) if request.HasField("filters") else None
+    return filter_of(request.filters, settings.id_form) if request.HasField("filters") else None
 
 
 def _check_k(k: int, settings: Settings) -> None:
@@ -201,8 +207,15 @@ def _check_k(k: int, settings: Settings) -> None:
         raise BadQuery(f"k: {k}, allowed are 1 … {settings.k_max}")
 
 
-def filter_of(filters: pb.Filters) -> Filter | None:
-    """The filter, checked; None if it has no part. Raises BadQuery."""
+def filter_of(filters: pb.Filters, id_form: IdForm) -> Filter | None:
+    """The filter, checked, its ids and labels in this form; None if it has no part.
+
+    Raises BadQuery.
+    """
+
+    def own(texts: Iterable[str]) -> frozenset[str]:
+        return frozenset(in_form(text, id_form) for text in texts)
+
     for name in ("categories", "tags", "tags_all", "categories_none", "tags_none", *_ID_LISTS):
         most = LIST_IDS_MAX if name in _ID_LISTS else TERMS_MAX
         _check_texts(f"filters.{name}", getattr(filters, name), 0, most)
@@ -213,20 +226,21 @@ def filter_of(filters: pb.Filters) -> Filter | None:
     ranges: dict[str, Range] = {}
     for one in filters.ranges:
         name, between = _range_of(one)
+        name = in_form(name, id_form)
         if name in ranges:
             raise BadQuery(f"filters.ranges: {quote(name)} is given twice")
         ranges[name] = between
     found = Filter(
-        categories=frozenset(filters.categories),
-        tags=frozenset(filters.tags),
-        tags_all=frozenset(filters.tags_all),
-        texts=_texts_of("filters.texts", filters.texts),
-        categories_none=frozenset(filters.categories_none),
-        tags_none=frozenset(filters.tags_none),
-        texts_none=_texts_of("filters.texts_none", filters.texts_none),
+        categories=own(filters.categories),
+        tags=own(filters.tags),
+        tags_all=own(filters.tags_all),
+        texts=_texts_of("filters.texts", filters.texts, id_form),
+        categories_none=own(filters.categories_none),
+        tags_none=own(filters.tags_none),
+        texts_none=_texts_of("filters.texts_none", filters.texts_none, id_form),
         ranges=ranges,
-        allow=frozenset(filters.allow) if filters.allow else None,
-        deny=frozenset(filters.deny),
+        allow=own(filters.allow) if filters.allow else None,
+        deny=own(filters.deny),
     )
     return None if found == Filter() else found
 
@@ -283,16 +297,17 @@ def check_ranges(filters: Filter | None, index: IndexReader) -> None:
             )
 
 
-def _texts_of(field: str, listed: Sequence[pb.Texts]) -> dict[str, frozenset[str]]:
+def _texts_of(field: str, listed: Sequence[pb.Texts], id_form: IdForm) -> dict[str, frozenset[str]]:
     if len(listed) > RANGES_MAX:
         raise BadQuery(f"{field}: {len(listed)} values, allowed are 0 … {RANGES_MAX}")
     found: dict[str, frozenset[str]] = {}
     for one in listed:
         _check_texts(f"{field}.attribute", [one.attribute], 1, 1)
         _check_texts(f"{field}.values", one.values, 1, TEXT_VALUES_MAX)
-        if one.attribute in found:
+        name = in_form(one.attribute, id_form)
+        if name in found:
             raise BadQuery(f"{field}: {quote(one.attribute)} is given twice")
-        found[one.attribute] = frozenset(one.values)
+        found[name] = frozenset(map(normal, one.values))
     return found
 
 
@@ -321,12 +336,16 @@ def _range_of(one: pb.Range) -> tuple[str, Range]:
         raise BadQuery(f"filters.ranges: {quote(one.attribute)}: {error}") from None
 
 
-def _after_of(request: pb.RetrieveRequest, settings: Settings) -> AfterToken:
+def _after_of(request: pb.RetrieveRequest, user_id: str, settings: Settings) -> AfterToken:
+    """The token, checked. user_id: of the request, in its form"""
     after = request.after
-    own = partition_of(request.user_id, settings.clicks_partitions)
+    own = partition_of(user_id, settings.clicks_partitions)
     if after.partition != own:
         user = quote(request.user_id)
-        raise BadQuery(f"after.partition: {after.partition}, but clicks of {user} lie in {own}")
+        why = f"after.partition: {after.partition}, but clicks of {user} lie in {own}"
+        if user_id != request.user_id:
+            why += ": send them under the id in Unicode NFC without outer blanks to wait for them"
+        raise BadQuery(why)
     if after.offset < 0:
         raise BadQuery(f"after.offset: {after.offset}, must be at least 0")
     if not 0 <= after.wait_ms <= settings.wait_ms_max:

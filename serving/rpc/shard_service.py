@@ -169,7 +169,7 @@ def _candidates(
     # Read before the search: the answer includes at least these records.
     watermarks, behind = converters.watermarks_of(index), held.missing()
     filters: Filter | None = (
-        converters.filter_of(request.filters) if request.HasField("filters") else None
+        converters.filter_of(request.filters, "as_is") if request.HasField("filters") else None
     )
     converters.check_texts(filters, index.text_names())
     exclude = frozenset(request.exclude)

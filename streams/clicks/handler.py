@@ -285,8 +285,8 @@ class ClickHandler(Handler):
                     # The origin serves as the id, so that forwarding twice counts once.
                     value = events.encode(msgspec.structs.replace(event, event_id=at))
                 log.warning(
-                    "click in a wrong partition forwarded; its producer needs a key and Kafka's "
-                    "murmur2 partitioner",
+                    "click in a wrong partition forwarded; its producer needs a key without outer "
+                    "blanks in Unicode NFC, and Kafka's murmur2 partitioner",
                     extra={"at": at},
                 )
                 self._forward_event(record, event.user_id, value, one.outcome)

@@ -17,6 +17,7 @@ from eddyline.kafka import topics
 from eddyline.kafka.producers import now_ms
 from eddyline.schema import item_changes, validation
 from eddyline.schema.events import Click, Item, ItemPatch, Merge, UserProfile
+from eddyline.schema.id_form import key_in_form
 from eddyline.schema.mapping import mapper, spec
 from eddyline.schema.mapping.guess import segment
 from eddyline.schema.mapping.mapper import REPLAYED_FROM, Mapper
@@ -101,7 +102,7 @@ class RowReader:
         found: list[Keyed] = []
         for one in made:
             event, _ = validation.unsent(self._settings, self.topic, one.key, one.value)
-            key = (one.key or b"").decode()
+            key = key_in_form(one.key, self._settings.id_form).decode()
             if self.last is not None and self.last.get(key) != number:
                 continue
             if isinstance(event, ItemPatch):

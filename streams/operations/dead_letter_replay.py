@@ -25,6 +25,7 @@ from eddyline.kafka import clients, producers, reading, topics
 from eddyline.schema import events, validation
 from eddyline.schema.erasure import erased_after
 from eddyline.schema.events import Click, Merge, UserProfile
+from eddyline.schema.id_form import key_in_form
 from eddyline.schema.mapping.mapper import REPLAYED_FROM
 from eddyline.schema.partitioning import user_slot
 from eddyline.schema.records import BuiltRecord, mark_of
@@ -358,7 +359,8 @@ def newer_than(settings: Settings, letters: Sequence[Letter], marks: _Scan) -> s
         by_key: dict[bytes, list[Letter]] = {}
         for letter in letters:
             if letter.source[0] == topic and letter.key is not None:
-                by_key.setdefault(letter.key, []).append(letter)
+                key = key_in_form(letter.key, settings.id_form)
+                by_key.setdefault(key, []).append(letter)
         if not by_key:
             continue
         since_ms = min(letter.first_ms for group in by_key.values() for letter in group)
@@ -366,7 +368,7 @@ def newer_than(settings: Settings, letters: Sequence[Letter], marks: _Scan) -> s
         starts = reading.offsets_at(settings, name, partitions, since_ms)
         for record in reading.read(settings, name, starts):
             at = coordinates(record)
-            for letter in by_key.get(record.key or b"", ()):
+            for letter in by_key.get(key_in_form(record.key, settings.id_form), ()):
                 if _after(letter, record) and not marks.refused(at):
                     newer.add(letter.at)
     return newer

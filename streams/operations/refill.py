@@ -257,6 +257,7 @@ class GapFiller:
             merged = with_ids(
                 heapq.merge(profiles, clicks, key=lambda record: record.timestamp),
                 self._profile_records.ids_of_forgets(partition, next_offsets[partition], gap.last),
+                self._settings.id_form,
             )
             for (topic, unknown), run_ in groupby(merged, key=lambda r: (r.topic, is_unknown(r))):
                 for records in batches(run_, self._settings.chunk_records_max):

@@ -16,6 +16,7 @@ from eddyline.schema import events
 from eddyline.schema.answers import RecordedAnswer
 from eddyline.schema.erasure import Erasure, digest
 from eddyline.schema.events import Forget, Merge
+from eddyline.schema.id_form import IdForm, key_in_form
 from eddyline.schema.partitioning import user_slot
 from eddyline.schema.records import MAPPED, BuiltRecord, Record
 from eddyline.settings.loader import Settings
@@ -62,7 +63,9 @@ def as_sent(topic: str, archived: Archived) -> ArchivedRecord:
     )
 
 
-def with_ids(records: Iterator[Record], ids: dict[str, bytes | None]) -> Iterator[Record]:
+def with_ids(
+    records: Iterator[Record], ids: dict[str, bytes | None], id_form: IdForm
+) -> Iterator[Record]:
     """The records; a Forget gets the user's id where the store or an earlier record has it.
 
     ids: SHA-256 of every user of a Forget -> the id, None where the store has no such user; gains
@@ -76,9 +79,10 @@ def with_ids(records: Iterator[Record], ids: dict[str, bytes | None]) -> Iterato
                 value = events.encode(forget)
                 record = msgspec.structs.replace(record, key=user_id, value=value, forget=None)
         elif ids and record.key is not None:
-            hashed = digest(record.key.decode("utf-8", "replace"))
+            key = key_in_form(record.key, id_form)
+            hashed = digest(key.decode("utf-8", "replace"))
             if hashed in ids:
-                ids[hashed] = record.key
+                ids[hashed] = key
         yield record
 
 

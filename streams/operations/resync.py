@@ -20,6 +20,7 @@ from eddyline.errors import Rejected, SettingsError
 from eddyline.kafka import producers, reading, topics
 from eddyline.kafka.topics import ITEMS, USERS
 from eddyline.schema import validation
+from eddyline.schema.id_form import key_in_form
 from eddyline.schema.item_record import decode_record
 from eddyline.schema.partitioning import user_slot
 from eddyline.settings.loader import Settings
@@ -118,7 +119,8 @@ def _changes(settings: Settings, name: str, record: Any) -> Sequence[tuple[str, 
             return validation.item_changes(settings, record)
         return validation.profiles(settings, record)
     except Rejected:
-        return [((record.key or b"").decode("utf-8", "replace"), record.value, True)]
+        key = key_in_form(record.key, settings.id_form)
+        return [(key.decode("utf-8", "replace"), record.value, True)]
 
 
 def _known_items(settings: Settings, store: RedisStore) -> set[str]:

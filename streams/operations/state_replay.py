@@ -21,6 +21,7 @@ from eddyline.errors import EddylineError, Rejected, SettingsError
 from eddyline.kafka import topics
 from eddyline.kafka.topics import CLICKS, ITEMS, USERS
 from eddyline.schema import item_record, user_history, validation
+from eddyline.schema.id_form import in_form, key_in_form
 from eddyline.schema.item_record import ItemRecord
 from eddyline.schema.partitioning import user_slot
 from eddyline.schema.records import Record
@@ -243,7 +244,8 @@ def _note_ids(
     for record in batch:
         with suppress(Rejected):
             own += validation.own_records(settings, name, record)
-    keys = {(record.key or b"").decode(errors="replace") for record in own}
+    form = settings.id_form
+    keys = {key_in_form(record.key, form).decode(errors="replace") for record in own}
     if name == ITEMS:
         result.items |= keys
         return
@@ -253,7 +255,8 @@ def _note_ids(
         return
     for one in own:
         with suppress(msgspec.DecodeError):
-            user_ids.add(msgspec.json.decode(one.value or b"", type=_UserId).user_id)
+            sent_id = msgspec.json.decode(one.value or b"", type=_UserId).user_id
+            user_ids.add(in_form(sent_id, form))
 
 
 class _UserId(msgspec.Struct):

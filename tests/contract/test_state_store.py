@@ -122,6 +122,57 @@ def test_a_layout_of_another_version_is_refused_with_the_way_out(store: StateSto
     assert store.layout() == old
 
 
+NFC = Layout(3, 8, 4, 1, popular_bucket_s=60, id_form="nfc")
+AS_IS = replace(NFC, id_form="as_is")
+
+
+def test_the_form_of_ids_is_part_of_the_layout(store: StateStore) -> None:
+    store.claim_layout(NFC)
+    with pytest.raises(
+        StoreRefused, match=r"set id_form = 'nfc', or copy .* with id_form = 'as_is'"
+    ):
+        store.claim_layout(AS_IS)
+    with pytest.raises(StoreRefused, match="item_slots=2"):
+        store.claim_layout(replace(NFC, item_slots=2))
+    store.claim_layout(NFC)
+    assert store.layout() == NFC
+
+
+@pytest.mark.parametrize("claimed", [NFC, AS_IS], ids=["nfc", "as_is"])
+def test_state_of_before_the_form_was_known_is_kept_if_all_ids_have_it(
+    store: StateStore, claimed: Layout
+) -> None:
+    store.claim_layout(replace(NFC, id_form=""))
+    store.write_users("u3", CLICKS, None, at(0), UserEffects(histories={"zo\u00eb": EMPTY}))
+    store.claim_layout(claimed)
+    assert store.layout() == claimed
+    with pytest.raises(StoreRefused, match="id_form"):
+        store.claim_layout(AS_IS if claimed is NFC else NFC)
+
+
+@pytest.mark.parametrize("spelled", ["zoe\u0308", "u1 ", "a:h:b\u2003", "line\n"])
+@pytest.mark.parametrize("kind", ["history", "profile", "item"])
+def test_state_of_before_the_form_was_known_is_refused_with_another_spelling(
+    store: StateStore, kind: str, spelled: str
+) -> None:
+    """With it, the user could not be found any more, nor forgotten."""
+    old = replace(NFC, id_form="")
+    store.claim_layout(old)
+    if kind == "history":
+        store.write_users("u3", CLICKS, None, at(0), UserEffects(histories={spelled: EMPTY}))
+    elif kind == "profile":
+        store.write_profiles("u3", Source("users", 3), None, at(0), {spelled: {"a": 1}}, [])
+    else:
+        changed = {spelled: ItemMetadata(0, 5, b"{}")}
+        store.write_item_metadata("i0", Source("items", 0), None, at(5), changed)
+    with pytest.raises(StoreRefused, match=r"id_form = 'as_is', or copy the topics") as refused:
+        store.claim_layout(NFC)
+    assert repr(spelled) in str(refused.value)
+    assert store.layout() == old
+    store.claim_layout(AS_IS)
+    assert store.layout() == AS_IS
+
+
 def test_users_are_written_whole_and_read_in_one_go(store: StateStore) -> None:
     effects = UserEffects(
         accepted={"e1": 10, "e2": 11},

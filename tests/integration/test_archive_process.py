@@ -196,7 +196,7 @@ def test_the_command_rewrites_every_file_of_a_user(settings: Settings) -> None:
     before = [e for e in archive.read(topics.CLICKS) if e.key != "user-5"]
     assert len(before) < sum(1 for _ in archive.read(topics.CLICKS))
     done = subprocess.run(
-        [sys.executable, "-m", "cli", "archive", "forget", "user-5"],
+        [sys.executable, "-m", "cli", "archive", "forget", " user-5\u2003"],
         env=environment(settings),
         capture_output=True,
         text=True,

@@ -234,6 +234,38 @@ def test_a_click_in_a_wrong_partition_is_forwarded_and_counts_once(live, user, s
     assert not store.read_user(f"u{wrong}", wrong, user, "1").history.entries
 
 
+def test_spellings_of_an_id_are_one(live, store) -> None:
+    """Also for a delete and for forgetting; a number that was sent as text is one for a filter."""
+    client, run = live.client(), uuid.uuid4().hex[:6]
+    item_id, user = f"caf\u00e9-{run}", f"zo\u00eb-{run}"
+    spelled_item, spelled_user = f" cafe\u0301-{run}", f"zoe\u0308-{run}\u2003"
+    texts = {" prix": "19.90"}
+    live.item(Item(item_id=spelled_item, title="t", attributes=texts, at_ms=now_ms()))
+    price = pb.Range(attribute="prix", min=19.9, max=19.9)
+    only = pb.Filters(allow=[spelled_item], ranges=[price])
+
+    def shown() -> list[str]:
+        return ids(client.retrieve("nobody", 3, filters=only))
+
+    # A worker refuses the attribute until the first item has it.
+    allowed = pb.Filters(allow=[item_id])
+    live.wait_for("the item", lambda: ids(client.retrieve("nobody", 3, filters=allowed)))
+    assert shown() == [item_id]
+    for spelling in (user, spelled_user):
+        live.click(spelling, live.dataset.items[2].item_id)
+    own = partition_of(user, live.settings.clicks_partitions)
+
+    def entries() -> int:
+        return len(store.read_user(f"u{own}", own, user, "1").history.entries)
+
+    live.wait_for("both clicks", lambda: entries() == 2)
+    assert client.retrieve(spelled_user, 3).freshness.user.known
+    producers.send_forget(live.producer, live.settings, spelled_user)
+    live.delete(spelled_item)
+    live.wait_for("the user to be forgotten", lambda: entries() == 0)
+    live.wait_for("the item to go", lambda: not shown())
+
+
 def test_any_partitioner(live, store) -> None:
     """librdkafka's default puts most keys elsewhere; changes and deletes apply in their order."""
     settings, run = live.settings, uuid.uuid4().hex[:6]

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -284,10 +285,16 @@ def test_what_a_user_may_not_do_is_refused_by_name(asking: Server, namespace: st
     ingest = msgspec.structs.replace(settings, redis_url=url("ingest", asking.port))
     with opened(ingest) as writer:
         writer.claim_layout(layout)
+    known = replace(layout, id_form="nfc")
     with opened(settings) as reader:
         reader.claim_layout(layout)
         with pytest.raises(StoreRefused, match="12"):
             reader.claim_layout(Layout(1, 12, 4, 1))
+        reader.claim_layout(known)  # it may not look at the ids
+        assert reader.layout() == layout
+    with opened(ingest) as writer:
+        writer.claim_layout(known)
+        assert writer.layout() == known
 
     def write(store: RedisStore) -> None:
         store.write_users("u3", CLICKS, None, at(0), UserEffects())

@@ -135,7 +135,7 @@ def sent_differences(
     """
     forwarded, tombstones, wrong = set(), set(), []
     records = [record for part in clicks.values() for record in part]
-    forgets = _forgets(records)
+    forgets = _forgets(records, want)
     for raw in records:
         origin = reading.header(raw, "origin")
         if origin is None:
@@ -143,7 +143,7 @@ def sent_differences(
         at, of_users = origin.decode(errors="replace"), f"{raw.topic.removesuffix('clicks')}users/"
         if not at.startswith((f"{raw.topic}/", of_users)):
             continue  # a producer's own header
-        doc = reading.document(raw.value)
+        doc = _event(raw, want)
         if raw.key is None or raw.key.decode() != doc["user_id"]:
             wrong.append(f"{raw.at} has the key {raw.key!r}")
         if at.startswith(of_users):
@@ -165,12 +165,12 @@ def sent_differences(
     expected = {
         s._replace(fields=rules.known_fields(_unnumbered(dict(s.fields)))) for s in want.forwarded
     }
-    missing = [s for s in expected - forwarded if not _may_lack(by_at[s.origin], s, forgets)]
+    missing = [s for s in expected - forwarded if not _may_lack(by_at[s.origin], s, forgets, want)]
     counts = Counter(s.origin for s in forwarded), Counter(s.origin for s in expected)
     extra = [
         s
         for s in forwarded - expected
-        if counts[0][s.origin] > counts[1][s.origin] or not _had_no_room(by_at, s, forgets)
+        if counts[0][s.origin] > counts[1][s.origin] or not _had_no_room(by_at, s, forgets, want)
     ]
     latest = {one.user_id: one.until_ms for one in sorted(tombstones, key=lambda t: t.until_ms)}
     unsent = [
@@ -204,7 +204,8 @@ def stray_differences(
     for topic in ("items", "users"):
         for raw in (raw for part in logs.get(topic, {}).values() for raw in part):
             at = (reading.header(raw, "origin") or b"").decode(errors="replace")
-            if at.rpartition("/")[0] in ("", f"{raw.topic}/{raw.partition}"):
+            again = at.rpartition("/")[0] in ("", f"{raw.topic}/{raw.partition}")
+            if again and not reading.header(raw, "respelled"):
                 continue  # a producer's own, or a newer state that was appended again
             first_ms = rules.first_append_ms(raw)
             sent.add(model.Stray(raw.partition, raw.key, raw.value, at, first_ms))
@@ -250,12 +251,21 @@ def _unnumbered(doc: Mapping[str, Any]) -> dict[str, Any]:
     return {**doc, "event_id": "moved"} if moved else dict(doc)
 
 
-def _forgets(records: Sequence[Raw]) -> dict[str, int]:
+def _event(raw: Raw, want: model.State) -> dict[str, Any]:
+    """The fields of a record of `clicks`, its ids in their form. Raises reading.Refused."""
+    doc = reading.document(raw.value)
+    if want.one_form:
+        names = [n for n in ("user_id", "item_id", "merge_into") if isinstance(doc.get(n), str)]
+        doc |= {name: reading.in_nfc(doc[name]) for name in names}
+    return doc
+
+
+def _forgets(records: Sequence[Raw], want: model.State) -> dict[str, int]:
     """User -> the highest offset of a Forget record in the user's partition."""
     found: dict[str, int] = {}
     for raw in records:
         try:
-            doc = reading.document(raw.value)
+            doc = _event(raw, want)
         except reading.Refused:
             continue
         user = doc.get("user_id")
@@ -276,23 +286,25 @@ def _take_too_large(topics: Topics, clicks: Mapping[int, Sequence[Raw]], want: m
                 want.letters[at] = TOO_LARGE
 
 
-def _may_lack(origin: Raw, sent: model.Sent, forgets: Mapping[str, int]) -> bool:
+def _may_lack(origin: Raw, sent: model.Sent, forgets: Mapping[str, int], want: model.State) -> bool:
     moved = dict(sent.fields)["event_id"] == "moved"
-    visitor = reading.document(origin.value)["user_id"]
+    visitor = _event(origin, want)["user_id"]
     return moved and forgets.get(visitor, -1) > origin.offset
 
 
-def _had_no_room(by_at: Mapping[str, Raw], sent: model.Sent, forgets: Mapping[str, int]) -> bool:
+def _had_no_room(
+    by_at: Mapping[str, Raw], sent: model.Sent, forgets: Mapping[str, int], want: model.State
+) -> bool:
     """Whether a merge that may lack entries moved this one, which the visitor did click."""
     origin = by_at.get(sent.origin)
-    if origin is None or not _may_lack(origin, sent, forgets):
+    if origin is None or not _may_lack(origin, sent, forgets, want):
         return False
-    visitor, entry = reading.document(origin.value)["user_id"], dict(sent.fields)
+    visitor, entry = _event(origin, want)["user_id"], dict(sent.fields)
     same = ("item_id", "at_ms", "kind")
     for raw in by_at.values():
         if raw.partition == origin.partition and raw.offset < origin.offset:
             try:
-                doc = reading.document(raw.value)
+                doc = _event(raw, want)
             except reading.Refused:
                 continue
             if doc.get("user_id") == visitor and all(doc.get(n) == entry[n] for n in same):
@@ -478,6 +490,6 @@ def _letters(
             key = raw.key and raw.key[:KEY_BYTES_MAX]
             # With the key under which it was sent on, where the broker refused that.
             if reason == TOO_LARGE and have.get(at, ("", b"", b""))[1] != key:
-                key = reading.document(raw.value)["user_id"].encode()
+                key = _event(raw, want)["user_id"].encode()
             expected[at] = "" if any_reason else reason, key, raw.value or b""
     found.same_maps("model's dead letter", "", have, expected)

@@ -137,6 +137,7 @@ class State:
     ends_ms:    append time of the last record of each partition of `clicks`
     item_log_ms: that of each partition of `items`
     idle:       how often a user became idle and came back, or is idle at the end
+    one_form:   whether spellings of an id are one
     """
 
     histories: dict[str, History] = field(default_factory=dict)
@@ -162,6 +163,7 @@ class State:
     ends_ms: dict[int, int] = field(default_factory=dict)
     item_log_ms: dict[int, int] = field(default_factory=dict)
     idle: int = 0
+    one_form: bool = True
 
 
 class Model:
@@ -180,7 +182,7 @@ class Model:
         settings_of: Callable[[Raw], Any] | None = None,
         own_of: Callable[[Raw], Raw | None] = lambda raw: raw,
     ) -> None:
-        self.state = State()
+        self.state = State(one_form=plausible(settings).one_form)
         self.own_of = own_of
         self.settings = settings
         self.generations = generations
@@ -200,9 +202,8 @@ class Model:
             except Refused as refused:
                 state.letters[raw.at] = refused.args[0]
                 continue
-            own = reading.partition(user, s.clicks_partitions)
-            if own != raw.partition:
-                state.strays.add(Stray(own, raw.key, raw.value, raw.at, first_append_ms(raw)))
+            if not reading.has_place(raw, user, s.clicks_partitions):
+                self._stray(raw, user, s.clicks_partitions)
                 continue
             origin_ms = reading.number_header(raw, "origin_ms")
             offset, at_ms = (raw.offset, raw.timestamp) if origin_ms is None else (-1, origin_ms)
@@ -235,9 +236,8 @@ class Model:
             except Refused as refused:
                 self._refuse_item(raw, refused.args[0])
                 continue
-            own = reading.partition(item_id, s.items_partitions)
-            if own != raw.partition:
-                state.strays.add(Stray(own, raw.key, raw.value, raw.at, first_append_ms(raw)))
+            if not reading.has_place(raw, item_id, s.items_partitions):
+                self._stray(raw, item_id, s.items_partitions)
                 continue
             if self._outdated(raw, item_id):
                 state.again.add(raw.at)
@@ -280,6 +280,12 @@ class Model:
             else:
                 self._mark(raw, item_id)
 
+    def _stray(self, raw: Raw, own: str, partitions: int) -> None:
+        """A record that is sent on to the partition of its id, under that id."""
+        place = reading.partition(own, partitions)
+        found = Stray(place, own.encode(), raw.value, raw.at, first_append_ms(raw))
+        self.state.strays.add(found)
+
     def _outdated(self, raw: Raw, item_id: str) -> bool:
         """Whether a record that was appended before is older than what the item has."""
         origin_ms = reading.number_header(raw, "origin_ms")
@@ -294,12 +300,10 @@ class Model:
 
     def _refuse_item(self, raw: Raw, reason: str) -> None:
         """A dead letter; in its own partition the record of a key marks its item."""
-        item_id = reading.item_of_key(raw)
+        item_id = reading.item_of_key(raw, plausible(self.settings))
         if item_id is not None:
-            own = reading.partition(item_id, self.settings.items_partitions)
-            if own != raw.partition:
-                first_ms = first_append_ms(raw)
-                self.state.strays.add(Stray(own, raw.key, raw.value, raw.at, first_ms))
+            if not reading.has_place(raw, item_id, self.settings.items_partitions):
+                self._stray(raw, item_id, self.settings.items_partitions)
                 return
             if self._outdated(raw, item_id):
                 self.state.again.add(raw.at)
@@ -383,6 +387,8 @@ class Model:
             doc["event_id"] = raw.at
         if event["type"] != "forget":
             doc["at_ms"] = event["at_ms"]  # also where it was left out
+        names = [name for name in ("user_id", "item_id", "merge_into") if name in event]
+        doc |= {name: event[name] for name in names}
         fields, first_ms = known_fields(doc), first_append_ms(raw)
         self.state.forwarded.add(Sent(own, event["user_id"], fields, raw.at, first_ms))
 

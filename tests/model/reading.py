@@ -145,6 +145,16 @@ def check_id(value: str) -> None:
         raise Refused("control_character")
 
 
+def in_nfc(text: str) -> str:
+    """Composed characters, no blanks around: two spellings of one text are one."""
+    composed = unicodedata.normalize("NFC", text)
+    while composed and composed[0].isspace():
+        composed = composed[1:]
+    while composed and composed[-1].isspace():
+        composed = composed[:-1]
+    return composed
+
+
 def check_time(at_ms: int, raw: Raw, ahead_ms: int) -> None:
     """An event may lie at most so far after its append."""
     if at_ms > raw.timestamp + ahead_ms:
@@ -158,10 +168,24 @@ def check_stamp(raw: Raw) -> None:
 
 
 class Plausible(NamedTuple):
-    """What is no time and who is no user. at_ms_min: the earliest time; nobodies: lower case"""
+    """What is no time, who is no user, and which ids are one.
+
+    at_ms_min: the earliest time; nobodies: lower case; one_form: spellings of a text are one
+    """
 
     at_ms_min: int
     nobodies: frozenset[str]
+    one_form: bool = True
+
+    def own(self, text: str) -> str:
+        """The form of an id or a label."""
+        return in_nfc(text) if self.one_form else text
+
+    def id(self, text: str) -> str:
+        """A checked id in its form. Raises Refused."""
+        check_id(text)
+        check_id(self.own(text))
+        return self.own(text)
 
     def check(self, at_ms: int, *users: str) -> None:
         """Raises Refused; 0 is a time that was left out."""
@@ -171,7 +195,7 @@ class Plausible(NamedTuple):
             raise Refused("placeholder_id")
 
 
-def click(doc: Mapping[str, Any], raw: Raw, ahead_ms: int) -> dict[str, Any]:
+def click(doc: Mapping[str, Any], raw: Raw, ahead_ms: int, plausible: Plausible) -> dict[str, Any]:
     """A click's fields. Raises Refused."""
     found: dict[str, Any] = {
         "type": "click",
@@ -191,15 +215,16 @@ def click(doc: Mapping[str, Any], raw: Raw, ahead_ms: int) -> dict[str, Any]:
         raise Refused("bad_field")
     if not 0 < found["weight"] <= 100:
         raise Refused("bad_field")
-    for name in ("user_id", "item_id", "event_id"):
-        if found[name] is not None:
-            check_id(found[name])
+    for name in ("user_id", "item_id"):
+        found[name] = plausible.id(found[name])
+    if found["event_id"] is not None:
+        check_id(found["event_id"])
     if (found["context"] or {}).get("eddyline.moved") is not True:
         check_time(found["at_ms"], raw, ahead_ms)
     return found
 
 
-def merge(doc: Mapping[str, Any], raw: Raw, ahead_ms: int) -> dict[str, Any]:
+def merge(doc: Mapping[str, Any], raw: Raw, ahead_ms: int, plausible: Plausible) -> dict[str, Any]:
     """A merge's fields. Raises Refused."""
     found = {
         "type": "merge",
@@ -208,15 +233,14 @@ def merge(doc: Mapping[str, Any], raw: Raw, ahead_ms: int) -> dict[str, Any]:
         "at_ms": time_ms(doc, "at_ms", 0),
         "event_id": None,
     }
-    check_id(found["user_id"])
-    check_id(found["merge_into"])
+    found |= {name: plausible.id(found[name]) for name in ("user_id", "merge_into")}
     check_time(found["at_ms"], raw, ahead_ms)
     if found["user_id"] == found["merge_into"]:
         raise Refused("same_user")
     return found
 
 
-def forget(doc: Mapping[str, Any], raw: Raw, ahead_ms: int) -> dict[str, Any]:
+def forget(doc: Mapping[str, Any], raw: Raw, ahead_ms: int, plausible: Plausible) -> dict[str, Any]:
     """A tombstone's fields; records of before have a time only. Raises Refused."""
     until_ms = time_ms(doc, "forget_until_ms")
     found = {
@@ -228,7 +252,7 @@ def forget(doc: Mapping[str, Any], raw: Raw, ahead_ms: int) -> dict[str, Any]:
         "ends_ms": integer(doc, "ends_ms", until_ms + 400 * 86_400_000),
         "event_id": None,
     }
-    check_id(found["user_id"])
+    found["user_id"] = plausible.id(found["user_id"])
     check_time(until_ms, raw, ahead_ms)
     return found
 
@@ -238,12 +262,12 @@ def user_event(raw: Raw, ahead_ms: int, plausible: Plausible) -> dict[str, Any]:
     check_stamp(raw)
     doc = document(raw.value)
     try:
-        found = click(doc, raw, ahead_ms)
+        found = click(doc, raw, ahead_ms, plausible)
     except Refused:
         if "merge_into" in doc:
-            found = merge(doc, raw, ahead_ms)
+            found = merge(doc, raw, ahead_ms, plausible)
         elif "forget_until_ms" in doc:
-            return forget(doc, raw, ahead_ms)
+            return forget(doc, raw, ahead_ms, plausible)
         else:
             raise
     moved = (found.get("context") or {}).get("eddyline.moved") is True
@@ -265,14 +289,17 @@ def _id_of_key(raw: Raw) -> str:
     return found
 
 
-def item_of_key(raw: Raw) -> str | None:
+def item_of_key(raw: Raw, plausible: Plausible) -> str | None:
     """The item that the key of a refused record names; None for none."""
     try:
-        found = _id_of_key(raw)
-        check_id(found)
+        return plausible.id(_id_of_key(raw))
     except Refused:
         return None
-    return found
+
+
+def has_place(raw: Raw, own: str, partitions: int) -> bool:
+    """Whether a record of `items` or `users` lies in the partition of its id, under that id."""
+    return raw.key == own.encode() and partition(own, partitions) == raw.partition
 
 
 def profile(raw: Raw, ahead_ms: int, plausible: Plausible) -> tuple[str, dict[str, Any] | None]:
@@ -280,16 +307,14 @@ def profile(raw: Raw, ahead_ms: int, plausible: Plausible) -> tuple[str, dict[st
     user = _id_of_key(raw)
     check_stamp(raw)
     if raw.value is None:
-        check_id(user)
-        return user, None
+        return plausible.id(user), None
     doc = document(raw.value, lenient=True)
-    found, at_ms = good_attributes(doc), time_ms(doc, "at_ms", 0)
-    check_id(text(doc, "user_id", 1, 256))
-    if doc["user_id"] != user:
+    found, at_ms = good_attributes(doc, plausible), time_ms(doc, "at_ms", 0)
+    if plausible.id(text(doc, "user_id", 1, 256)) != plausible.own(user):
         raise Refused("wrong_key")
     check_time(at_ms, raw, ahead_ms)
-    plausible.check(at_ms, user)
-    return user, found
+    plausible.check(at_ms, plausible.own(user))
+    return plausible.own(user), found
 
 
 # A bad optional part of an item or a profile is left out.
@@ -302,7 +327,7 @@ def good_text(value: Any, shortest: int, longest: int) -> bool:
     return not any(unicodedata.category(char) == "Cs" for char in value)
 
 
-def good_attributes(doc: Mapping[str, Any]) -> dict[str, Any]:
+def good_attributes(doc: Mapping[str, Any], plausible: Plausible) -> dict[str, Any]:
     """The first 64 attributes that are plain values."""
     found = doc.get("attributes")
     good: dict[str, Any] = {}
@@ -310,17 +335,25 @@ def good_attributes(doc: Mapping[str, Any]) -> dict[str, Any]:
         number = isinstance(value, int) and -(2**63) <= value < 2**63
         real = isinstance(value, float) and math.isfinite(value)
         plain = number or real or good_text(value, 0, 1_000)
-        if good_text(name, 1, 256) and plain and len(good) < 64:
-            good[name] = value
+        own = good_label(name, plausible)
+        if own and plain and (len(good) < 64 or own in good):
+            good[own] = value
     return good
 
 
-def good_labels(doc: Mapping[str, Any], name: str) -> list[str]:
+def good_label(value: Any, plausible: Plausible) -> str:
+    """A label in its form; empty for what is none."""
+    if not good_text(value, 1, 256):
+        return ""
+    own = plausible.own(value)
+    return own if len(own) <= 256 else ""
+
+
+def good_labels(doc: Mapping[str, Any], name: str, plausible: Plausible) -> list[str]:
     """The first 64 labels that are texts."""
     found = doc.get(name)
-    return [
-        label for label in (found if isinstance(found, list) else ()) if good_text(label, 1, 256)
-    ][:64]
+    labels = [good_label(one, plausible) for one in (found if isinstance(found, list) else ())]
+    return [label for label in labels if label][:64]
 
 
 def good_vector(doc: Mapping[str, Any], dimension: int) -> list[float] | None:
@@ -363,8 +396,12 @@ def patch(
     if "vector" in doc and whole["vector"] is None:
         del found["vector"]
     if isinstance(doc.get("attributes"), dict):
-        nulls = {n: None for n, value in doc["attributes"].items() if value is None}
-        found["attributes"] = found["attributes"] | nulls
+        found["attributes"] = {}
+        for label, value in doc["attributes"].items():
+            if value is not None:
+                found["attributes"] |= good_attributes({"attributes": {label: value}}, plausible)
+            elif own := good_label(label, plausible):
+                found["attributes"][own] = None
     removed = {n: None for n in NOTHING if n in doc and doc[n] is None}
     return item_id, found | removed
 
@@ -384,26 +421,25 @@ def item(
     raw: Raw, ahead_ms: int, dimension: int, plausible: Plausible
 ) -> tuple[str, dict[str, Any] | None]:
     """(item id, fields with defaults; None deletes the item). Raises Refused."""
-    item_id = _id_of_key(raw)
+    item_id = plausible.own(_id_of_key(raw))
     if raw.value is None:
-        check_id(item_id)
-        return item_id, None
+        return plausible.id(_id_of_key(raw)), None
     check_stamp(raw)
     doc = document(raw.value, lenient=True)
     title = doc.get("title")
     found: dict[str, Any] = {
         "item_id": text(doc, "item_id", 1, 256),
         "title": title if good_text(title, 0, 1_000) else "",
-        "categories": good_labels(doc, "categories"),
-        "tags": good_labels(doc, "tags"),
-        "attributes": good_attributes(doc),
+        "categories": good_labels(doc, "categories", plausible),
+        "tags": good_labels(doc, "tags", plausible),
+        "attributes": good_attributes(doc, plausible),
         "available": doc.get("available", True),
         "at_ms": time_ms(doc, "at_ms", 0),
         "vector": good_vector(doc, dimension),
     }
     if type(found["available"]) is not bool:
         raise Refused("bad_field")
-    check_id(found["item_id"])
+    found["item_id"] = plausible.id(found["item_id"])
     if found["item_id"] != item_id:
         raise Refused("wrong_key")
     check_time(found["at_ms"], raw, ahead_ms)

@@ -54,6 +54,8 @@ def appended_after(raw: Raw) -> int | None:
     at, _, offset = (
         (reading.header(raw, "origin") or b"").decode("utf-8", "replace").rpartition("/")
     )
+    if reading.header(raw, "respelled"):
+        return None  # sent on within its partition, to another spelling of its key
     mine = at == f"{raw.topic}/{raw.partition}" and offset.isdecimal() and len(offset) <= 18
     return int(offset) if mine else None
 
@@ -92,6 +94,5 @@ def known_fields(doc: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
 
 def plausible(settings: Any) -> reading.Plausible:
     """The rule of these settings."""
-    return reading.Plausible(
-        settings.at_ms_min, frozenset(settings.user_ids_refused.lower().split(","))
-    )
+    nobodies = frozenset(settings.user_ids_refused.lower().split(","))
+    return reading.Plausible(settings.at_ms_min, nobodies, settings.id_form == "nfc")

@@ -101,6 +101,12 @@ def act(rig: Rig, action: tuple[Any, ...], sent: list[tuple[int, bytes, bytes]])
         doc |= {"user_id" if topic == "users" else "item_id": key}
         value = None if deletes else json.dumps(doc).encode()
         rig.append(topic, 1 - reading.partition(key, 2), key.encode(), value)
+    elif name == "labels":
+        doc = {"item_id": more[0], "title": "t", "categories": [" c", "e\u0301", "\u2003"]}
+        doc["attributes"] = {"e\u0301": rig.now_ms, "\u00e9 ": "x", " ": 1}
+        rig.append(
+            "items", reading.partition(more[0], 2), more[0].encode(), json.dumps(doc).encode()
+        )
     elif name == "merge":
         doc = {"user_id": more[0], "merge_into": more[1], "at_ms": rig.now_ms}
         place = reading.partition(more[0], 2)
@@ -383,6 +389,84 @@ PATCHED_TWICE = [
 )
 def test_patches_of_items_are_the_models(actions: list[Any], slots: int) -> None:
     run(actions, item_slots=slots, items_patches=True)
+
+
+# Spellings of three users and two items, and one of each that has no other.
+SPELLED_USERS = [
+    "u0",
+    " u0",
+    "u0\u2003",
+    "\u00fc",
+    "u\u0308",
+    "u\u0308 ",
+    "\u00e91",
+    "e\u03011",
+    "u1",
+]
+SPELLED_ITEMS = ["i1", "i1 ", "\u00e9", "e\u0301", "i2"]
+spelled, spelled_item = st.sampled_from(SPELLED_USERS), st.sampled_from(SPELLED_ITEMS)
+SPELLED_CLICK = st.tuples(
+    st.just("click"),
+    spelled,
+    spelled_item,
+    st.sampled_from(["click", "view", "dislike"]),
+    st.sampled_from([0, 0, 5_000, 45_000]),
+    st.sampled_from([None, "own", "own", "again"]),
+    st.sampled_from([False, False, False, True]),
+    st.none(),
+)
+SPELLED = [
+    SPELLED_CLICK,
+    SPELLED_CLICK,
+    SPELLED_CLICK,
+    st.tuples(st.just("profile"), spelled),
+    st.tuples(st.just("forget"), spelled),
+    st.tuples(st.just("item"), spelled_item, st.sampled_from(["new", "full", "gone", "delete"])),
+    st.tuples(st.just("item"), spelled_item, st.sampled_from(["new", "refused", "bare"])),
+    st.tuples(st.just("bad item"), spelled_item, st.booleans(), st.integers(0, 4)),
+    st.tuples(st.just("labels"), spelled_item),
+    *KEPT_APART[2:],
+    TURNS,
+    TURNS,
+]
+# A user in two spellings, forgotten under the third; an item likewise, deleted under the other.
+ONE_USER = [
+    clicked("\u00fc", "i1", 2_000),
+    clicked("u\u0308", "i1 ", 2_000),
+    ("profile", "u\u0308 "),
+    ("item", "e\u0301", "new"),
+    *(("turn", topic, p, 8) for _ in range(2) for topic in TOPICS for p in (0, 1)),
+    ("pass", 1_000),
+    ("forget", "u\u0308 "),
+    ("item", "\u00e9", "delete"),
+    *(("turn", topic, p, 8) for _ in range(2) for topic in TOPICS for p in (0, 1)),
+]
+
+
+@limits
+@example(ONE_USER, 1, "nfc")
+@example(ONE_USER, 1, "as_is")
+@given(
+    st.lists(st.one_of(*SPELLED), min_size=10, max_size=60),
+    st.sampled_from([1, 3]),
+    st.sampled_from(["nfc", "nfc", "as_is"]),
+)
+def test_spellings_of_an_id_are_the_models(actions: list[Any], slots: int, form: str) -> None:
+    run(actions, item_slots=slots, id_form=form)
+
+
+@limits
+@given(
+    st.lists(
+        st.one_of(
+            *SPELLED, st.tuples(st.just("merge"), spelled, spelled), st.just(("retrain",)), FULL
+        ),
+        min_size=10,
+        max_size=60,
+    )
+)
+def test_merges_of_spelled_users_are_the_models(actions: list[Any]) -> None:
+    run([action for action in actions if action[0] != "forget"])
 
 
 TIGHTER = [{"history_length_max": 3}, {"history_age_s_max": 20}, {"popular_buckets": 2}]

@@ -331,18 +331,15 @@ def test_of_a_long_log_the_newest_clicks_are_kept() -> None:
 def test_a_file_of_json_lines(tmp_path: Path) -> None:
     path = tmp_path / "export.jsonl"
     lines = [
-        b'{"topic": "items", "value": ' + events.encode(Item(item_id="a")) + b"}",
-        b'{"topic": "users", "value": ' + events.encode(UserProfile(user_id="u")) + b"}",
-        b'{"topic": "clicks", "value": ' + events.encode(click("u", "a", 5)) + b"}",
+        b'{"topic": "items", "value": ' + events.encode(Item(item_id="e\u0301")) + b"}",
+        b'{"topic": "users", "value": ' + events.encode(UserProfile(user_id="u ")) + b"}",
+        b'{"topic": "clicks", "value": ' + events.encode(click("u ", "\u00e9 ", 5)) + b"}",
         b'{"topic": "clicks", "value": {"user_id": "u"}}',
     ]
     path.write_bytes(b"\n".join(lines))
     data = sources.from_file(SETTINGS, path)
-    assert ([i.item_id for i in data.items], list(data.profiles), len(data.clicks)) == (
-        ["a"],
-        ["u"],
-        1,
-    )
+    assert ([i.item_id for i in data.items], list(data.profiles)) == (["\u00e9"], ["u"])
+    assert [(one.user_id, one.item_id) for one in data.clicks] == [("u", "\u00e9")]
     assert dict(data.rejected) == {"bad_field": 1}
     assert (dict(data.versions), dict(data.cut)) == ({}, {})
     path.write_text('{"topic": "answers", "value": {}}', encoding="utf-8")

@@ -23,6 +23,7 @@ from eddyline.stores.memory import MemoryStore
 from eddyline.stores.state_store import Fence, ItemMetadata, LogId, Source, UserEffects, UserState
 from embeddings.towers.user_tower import query_vector
 from index.exact import ExactIndex
+from index.filters import Filter, Range
 from index.port import IndexReader
 from serving.answer import outages
 from serving.answer.click_waits import ClickPending, ClickWaits
@@ -905,6 +906,72 @@ def test_beta_comes_from_the_settings_where_the_request_has_none() -> None:
     )
     filters = pb.RetrieveRequest(user_id="ana", k=1, popularity_beta=0.0)
     assert converters.query_of(filters, settings).popularity_beta == 0.0
+
+
+def test_a_query_in_another_spelling_is_the_same_query(client: Client, world: World) -> None:
+    world.index.upsert(
+        [
+            ItemRecord(name, 0, 500 + n, 1, 0, angle(n), {"tags": ["\u00e9t\u00e9"]})
+            for n, name in enumerate(("caf\u00e9", "th\u00e9", "lait"))
+        ]
+    )
+    world.user("zo\u00eb", "i3", "i4")
+    for user in ("zo\u00eb", "zoe\u0308", " zo\u00eb\u2003"):
+        response = client.retrieve(user, 5)
+        assert response.freshness.user.known
+        assert not {"i3", "i4"} & {item.item_id for item in response.items}
+        filters = pb.Filters(tags=["e\u0301t\u00e9 "], deny=["cafe\u0301"])
+        found = client.retrieve(user, 5, filters=filters).items
+        assert {item.item_id for item in found} == {"th\u00e9", "lait"}
+        allowed = client.retrieve(user, 5, filters=pb.Filters(allow=["the\u0301 "])).items
+        assert [item.item_id for item in allowed] == ["th\u00e9"]
+
+
+def test_the_form_of_a_query() -> None:
+    spelled = "e\u0301 "
+    request = pb.RetrieveRequest(user_id=spelled, k=1)
+    lists = "categories tags tags_all categories_none tags_none allow deny".split()
+    for name in lists:
+        getattr(request.filters, name).append(spelled)
+    request.filters.ranges.add(attribute=spelled, min=1)
+    request.filters.texts.add(attribute=spelled, values=[spelled])
+    request.filters.texts_none.add(attribute=spelled, values=[spelled])
+    request.session.add(item_id=spelled)
+    similar = pb.SimilarItemsRequest(item_ids=[spelled], k=1, filters=request.filters)
+    explained = pb.ExplainRequest(request=request, item_ids=[spelled])
+    for form, text in (("nfc", "\u00e9"), ("as_is", spelled)):
+        settings, one = Settings(id_form=form), frozenset({text})
+        query, item_ids = converters.explained_of(explained, settings)
+        assert query == converters.query_of(request, settings)
+        assert (query.user_id, item_ids) == (text, [text])
+        assert [entry.item_id for entry in query.session] == [text]
+        # Texts of attributes are compared in NFC in any case.
+        texts = {text: frozenset({"\u00e9"})}
+        ranges = {text: Range(low=1)}
+        expected = Filter(**dict.fromkeys(lists, one), texts=texts, texts_none=texts, ranges=ranges)
+        assert query.filters == expected
+        nearest = converters.similar_of(similar, settings)
+        assert (nearest.item_ids, nearest.filters) == ([text], expected)
+    with pytest.raises(converters.BadQuery, match="user_id: is empty"):
+        converters.query_of(pb.RetrieveRequest(user_id="\u2003", k=1), Settings())
+    similar.item_ids.append("\u00e9")
+    with pytest.raises(converters.BadQuery, match="item_ids: 'é' is given twice"):
+        converters.similar_of(similar, Settings())
+    request.filters.ranges.add(attribute="\u00e9", min=1)
+    with pytest.raises(converters.BadQuery, match="'é' is given twice"):
+        converters.query_of(request, Settings())
+
+
+def test_the_token_of_a_click_is_that_of_the_partition_of_the_id() -> None:
+    """A click under another spelling is forwarded; its token names another partition."""
+    spelled, settings = "zoe\u0308", Settings(clicks_partitions=8)
+    own, sent = (partition_of(user, 8) for user in ("zo\u00eb", spelled))
+    assert own != sent
+    good = pb.RetrieveRequest(user_id=spelled, k=1, after=pb.After(partition=own, offset=3))
+    assert converters.query_of(good, settings).after is not None
+    good.after.partition = sent
+    with pytest.raises(converters.BadQuery, match="send them under the id in Unicode NFC"):
+        converters.query_of(good, settings)
 
 
 # ---------------------------------------------------------------- a recall path of one file

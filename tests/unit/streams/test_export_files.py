@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,20 @@ def test_what_is_exported_is_imported_again(tmp_path: Path, topic: str, ending: 
     writing.write(path, KINDS[topic], EVENTS[topic])
     assert imported(path, topic) == EVENTS[topic]
     assert [one.name for one in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("topic", ["items", "users"])
+def test_the_last_row_of_an_id_counts_in_any_spelling(tmp_path: Path, topic: str) -> None:
+    field = "item_id" if topic == "items" else "user_id"
+    spellings = ["é", "e\u0301", "b", "é "]
+    lines = [json.dumps({field: one, "attributes": {"n": n}}) for n, one in enumerate(spellings)]
+    path = tmp_path / "f.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    known = Settings(kafka_bootstrap_servers="k:1", redis_url="redis://r")
+    reader = RowReader(known, open_file(path), "d", topic, FileMap("", ""))
+    reader.keep_last()
+    found = [e for n, row in enumerate(reader.file.rows()) for e in reader.events(n, row)]
+    assert [(key, event.attributes) for key, event in found] == [("b", {"n": 2}), ("é", {"n": 3})]
 
 
 @pytest.mark.parametrize("name", ["x", "x.txt", "x.parquet.gz", "x.gz"])

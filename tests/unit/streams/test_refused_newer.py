@@ -154,18 +154,22 @@ def test_any_producer_may_name_an_origin(offset: str) -> None:
     assert found is not None and title_of(found.body) == "c"
 
 
+@pytest.mark.parametrize("blank", [b"", b" "], ids=["", "spelled"])
 @pytest.mark.parametrize("refused_at", [1, 2])
 def test_a_replay_does_not_take_it_for_a_newer_record(
-    refused_at: int, monkeypatch: pytest.MonkeyPatch
+    refused_at: int, blank: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A record that was sent after the refused one is newer, also where it is appended again."""
+    """A record that was sent after the refused one is newer, also where it is appended again.
+
+    blank: in the refused record's key
+    """
     first, refused = change(0, "a", 1), bad(1, refused_at)
     letter = Letter(
         at=f"items/{HERE}/1",
         reason="bad_field",
         field="available",
         detail="",
-        key=refused.key,
+        key=refused.key + blank,
         value=change(1, "mended", refused_at).value,
         timestamp_ms=refused.timestamp,
         first_ms=refused.timestamp,

@@ -293,7 +293,7 @@ def test_attributes_that_are_taken_can_be_stored() -> None:
         assert msgspec.msgpack.decode(msgspec.msgpack.encode(attributes)) == {"a": number}
 
 
-@pytest.mark.parametrize("key", [None, "", "f2", "F1", "f1 "])
+@pytest.mark.parametrize("key", [None, "", "f2", "F1", "f 1"])
 def test_the_key_of_a_record_is_its_id(key: str | None) -> None:
     assert refusal(lambda v: item(v, key=key), dumps(ITEM)) == ("wrong_key", "item_id")
     assert refusal(lambda v: profile(v, key=key), dumps(PROFILE)) == ("wrong_key", "user_id")
