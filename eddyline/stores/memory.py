@@ -20,12 +20,12 @@ from eddyline.schema.erasure import Erasure, digest, is_outdated
 from eddyline.schema.partitioning import item_slot
 from eddyline.schema.step_ranges import StepRanges
 from eddyline.schema.user_history import UserHistory
+from eddyline.stores.layout import Layout
 from eddyline.stores.log_reset import Logs, decide, metadata_is_current, was_replaced, without_mark
 from eddyline.stores.state_store import (
     Fence,
     ItemMetadata,
     ItemMetadataWrite,
-    Layout,
     PopularBucket,
     ProfilePlace,
     SlotRead,

@@ -41,6 +41,7 @@ from eddyline.errors import EddylineError, FenceMoved, StoreRefused, StoreUnavai
 from eddyline.schema.partitioning import item_slot
 from eddyline.settings.loader import Settings
 from eddyline.stores import item_codec, redis_client, removal, user_codec, write_scripts
+from eddyline.stores.layout import Layout
 from eddyline.stores.log_reset import Logs, accept_in_redis
 from eddyline.stores.redis_cluster import RedisCluster
 from eddyline.stores.redis_errors import translate_error
@@ -49,7 +50,6 @@ from eddyline.stores.state_store import (
     Fence,
     ItemMetadata,
     ItemMetadataWrite,
-    Layout,
     PopularBucket,
     ProfilePlace,
     SlotRead,
@@ -142,10 +142,8 @@ class RedisStore(StateStore):
             stored = self.layout()
         if stored is None:
             raise StoreUnavailable(f"Redis at {self.address} lost its layout while it was written")
-        if stored.agrees(layout):
-            settle(self._redis, self._ns, self.address, layout)
-        elif stored != layout:
-            raise StoreRefused(f"Redis at {self.address} {stored.refusal(layout)}")
+        if stored != layout:
+            settle(self._redis, self._ns, self.address, stored, layout)
 
     @override
     @_translated

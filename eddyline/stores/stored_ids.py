@@ -16,18 +16,21 @@ from redis.exceptions import NoPermissionError
 from eddyline.errors import StoreRefused
 from eddyline.schema.events import quote
 from eddyline.schema.id_form import normal
-from eddyline.stores.state_store import Layout
+from eddyline.stores.layout import Layout
 
 _KEYS_A_SCAN = 1_000
 _SHOWN = 3
 
 
-def settle(client: redis.Redis, ns: str, address: str, layout: Layout) -> None:
-    """Note the form of the ids in the stored layout, which does not say it.
+def settle(client: redis.Redis, ns: str, address: str, stored: Layout, layout: Layout) -> None:
+    """Note the form of the ids in a stored layout that does not say it.
 
-    ns: prefix of all keys; layout: by the settings, else equal to the stored one
-    A user who may only read notes nothing. Raises StoreRefused; redis-py's errors.
+    ns: prefix of all keys; layout: by the settings
+    A user who may only read notes nothing. Raises StoreRefused, also for layouts that differ
+    otherwise; redis-py's errors.
     """
+    if not stored.agrees(layout):
+        raise StoreRefused(f"Redis at {address} {stored.refusal(layout)}")
     try:
         if layout.id_form == "nfc":
             # Histories, profiles and item metadata. Matched exactly: an id may look like a key.

@@ -76,12 +76,14 @@ class ScatterGather(IndexReader):
         self._watermarks: dict[int, dict[int, Watermark]] = {}
         self._behind: dict[int, str] = {}
         self._live = {shard.number: shard.last.index.live for shard in shards.all}
+        # Attributes of ranges that no item has, by shard.
+        self._unknown: dict[int, frozenset[str]] = {}
 
     @override
     def query(
         self, vector: Vector, k: int, exclude: Collection[str] = (), filters: Filter | None = None
     ) -> list[Hit]:
-        """Also raises DeadlinePassed, StaleVectors."""
+        """Also raises DeadlinePassed, StaleVectors, BadQuery: see `_check_ranges`."""
         check_query(vector, self.dimension)
         raw = np.ascontiguousarray(vector, "<f4").tobytes()
         requests = self._requests(exclude, filters)
@@ -104,7 +106,7 @@ class ScatterGather(IndexReader):
     def newest(
         self, k: int, exclude: Collection[str] = (), filters: Filter | None = None
     ) -> list[Hit]:
-        """Also raises DeadlinePassed."""
+        """Also raises DeadlinePassed, BadQuery."""
         requests = self._requests(exclude, filters)
         for request in requests.values():
             request.newest.k = max(0, k)
@@ -112,7 +114,10 @@ class ScatterGather(IndexReader):
 
     @override
     def describe(self, item_ids: Sequence[str], filters: Filter | None = None) -> list[Hit | None]:
-        """Items of a shard that does not answer count as not live. Raises DeadlinePassed."""
+        """Items of a shard that does not answer count as not live.
+
+        Raises DeadlinePassed, BadQuery.
+        """
         routed = self._routed(item_ids)
         requests = {n: r for n, r in self._requests((), filters).items() if n in routed}
         for number, request in requests.items():
@@ -228,7 +233,18 @@ class ScatterGather(IndexReader):
                 self._behind[number] = answer.behind
             if requests[number].HasField("newest"):
                 self._live[number] = answer.live
+            self._unknown[number] = frozenset(answer.unknown_attributes)
+        self._check_ranges()
         return list(answers.values())
+
+    def _check_ranges(self) -> None:
+        """Raise BadQuery for a range over an attribute that no item of any shard has or had.
+
+        Only all shards together know that; no item is live: every name may be right.
+        """
+        if len(self._unknown) == len(self._shards.all) and any(self._live.values()):
+            for name in sorted(frozenset.intersection(*self._unknown.values())):
+                raise converters.BadQuery(converters.no_such_attribute(name))
 
     def _scatter(self, requests: Mapping[int, Any]) -> dict[int, Any]:
         """Shard -> answer; a shard that gives none is missing for the rest of the query."""

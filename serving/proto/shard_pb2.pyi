@@ -75,7 +75,7 @@ class Newest(_message.Message):
     def __init__(self, k: _Optional[int] = ...) -> None: ...
 
 class CandidatesResponse(_message.Message):
-    __slots__ = ("item_ids", "scores", "at_ms", "written_us", "offsets", "watermarks", "live", "behind", "stale")
+    __slots__ = ("item_ids", "scores", "at_ms", "written_us", "offsets", "watermarks", "live", "behind", "stale", "unknown_attributes")
     ITEM_IDS_FIELD_NUMBER: _ClassVar[int]
     SCORES_FIELD_NUMBER: _ClassVar[int]
     AT_MS_FIELD_NUMBER: _ClassVar[int]
@@ -85,6 +85,7 @@ class CandidatesResponse(_message.Message):
     LIVE_FIELD_NUMBER: _ClassVar[int]
     BEHIND_FIELD_NUMBER: _ClassVar[int]
     STALE_FIELD_NUMBER: _ClassVar[int]
+    UNKNOWN_ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
     item_ids: _containers.RepeatedScalarFieldContainer[str]
     scores: _containers.RepeatedScalarFieldContainer[float]
     at_ms: _containers.RepeatedScalarFieldContainer[int]
@@ -94,4 +95,5 @@ class CandidatesResponse(_message.Message):
     live: int
     behind: str
     stale: bool
-    def __init__(self, item_ids: _Optional[_Iterable[str]] = ..., scores: _Optional[_Iterable[float]] = ..., at_ms: _Optional[_Iterable[int]] = ..., written_us: _Optional[_Iterable[int]] = ..., offsets: _Optional[_Iterable[int]] = ..., watermarks: _Optional[_Iterable[_Union[_retrieval_pb2.IndexWatermark, _Mapping]]] = ..., live: _Optional[int] = ..., behind: _Optional[str] = ..., stale: bool = ...) -> None: ...
+    unknown_attributes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, item_ids: _Optional[_Iterable[str]] = ..., scores: _Optional[_Iterable[float]] = ..., at_ms: _Optional[_Iterable[int]] = ..., written_us: _Optional[_Iterable[int]] = ..., offsets: _Optional[_Iterable[int]] = ..., watermarks: _Optional[_Iterable[_Union[_retrieval_pb2.IndexWatermark, _Mapping]]] = ..., live: _Optional[int] = ..., behind: _Optional[str] = ..., stale: bool = ..., unknown_attributes: _Optional[_Iterable[str]] = ...) -> None: ...

@@ -291,10 +291,12 @@ def check_ranges(filters: Filter | None, index: IndexReader) -> None:
             some = sorted(known)[:NAMES_COMPARED]
             near = get_close_matches(name, some, 3) or some[:5]
             named = ", ".join(map(quote, near)) or "none"
-            raise BadQuery(
-                f"filters.ranges: no item has the attribute {quote(name)} as a number or date; "
-                f"attributes are {named}"
-            )
+            raise BadQuery(f"{no_such_attribute(name)}; attributes are {named}")
+
+
+def no_such_attribute(name: str) -> str:
+    """What is wrong with a range over an attribute that no item has or had as a number."""
+    return f"filters.ranges: no item has the attribute {quote(name)} as a number or date"
 
 
 def _texts_of(field: str, listed: Sequence[pb.Texts], id_form: IdForm) -> dict[str, frozenset[str]]:

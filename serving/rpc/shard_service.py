@@ -196,7 +196,11 @@ def _candidates(
         hits = index.newest(request.newest.k, exclude, filters)
     else:
         raise converters.BadQuery("wanted: is missing")
-    return _response(hits, watermarks, index.stats().live if wanted == "newest" else 0, behind)
+    response = _response(hits, watermarks, index.stats().live if wanted == "newest" else 0, behind)
+    if filters is not None and filters.ranges:
+        known = index.number_names() or ()
+        response.unknown_attributes.extend(name for name in filters.ranges if name not in known)
+    return response
 
 
 def _response(

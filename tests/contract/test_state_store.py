@@ -18,13 +18,13 @@ from eddyline.schema.step_ranges import FOREVER, StepRanges
 from eddyline.schema.user_history import EMPTY, Entry, UserHistory, compact
 from eddyline.settings.loader import Settings
 from eddyline.stores import item_codec, redis_client, user_codec
+from eddyline.stores.layout import Layout
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import (
     Fence,
     ItemMetadata,
     ItemMetadataWrite,
-    Layout,
     LogId,
     Mark,
     RefusedRecord,

@@ -24,12 +24,12 @@ from eddyline.schema.partitioning import item_slot
 from eddyline.schema.user_history import Entry, UserHistory
 from eddyline.settings.loader import Settings
 from eddyline.stores import redis_client
+from eddyline.stores.layout import Layout
 from eddyline.stores.redis import RedisStore
 from eddyline.stores.redis_cluster import RedisCluster
 from eddyline.stores.state_store import (
     Fence,
     ItemMetadata,
-    Layout,
     LogId,
     Source,
     StateStore,

@@ -38,11 +38,11 @@ from eddyline.process import discovery
 from eddyline.schema.user_history import Entry, UserHistory
 from eddyline.settings.loader import Settings
 from eddyline.stores import redis_client
+from eddyline.stores.layout import Layout
 from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import (
     Fence,
     ItemMetadata,
-    Layout,
     LogId,
     RefusedRecord,
     Source,

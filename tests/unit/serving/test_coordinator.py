@@ -390,6 +390,48 @@ def test_every_look_up_gives_what_one_index_gives(plant: Plant) -> None:
     assert plant.index().vectors_of([]).shape == (0, D)
 
 
+def test_an_attribute_that_no_shard_has_is_an_error(frail: Plant) -> None:
+    """Not one that items of one shard have, or had; nor one that a missing shard may have."""
+
+    def filtered(name: str, **more: list[str]) -> pb.RetrieveResponse:
+        ranges = [pb.Range(attribute="year", min=0), pb.Range(attribute=name, max=9)]
+        for user in ("ana", "nobody"):
+            response = frail.client.retrieve(user, 5, filters=pb.Filters(ranges=ranges, **more))
+        return response
+
+    frail.user("ana", "item-1", "item-2", "item-3")
+    wait_until("all shards", lambda: len(filtered("rare", allow=["item-5"]).missing) == 0)
+    for _ in range(2):  # the second time with the cached vectors of ana's items
+        with pytest.raises(CallFailed) as failed:
+            filtered("rare")
+        assert failed.value.code == "INVALID_ARGUMENT"
+        assert failed.value.detail == (
+            "filters.ranges: no item has the attribute 'rare' as a number or date"
+        )
+    holder = frail.shards[item_shard("item-7", 3)]
+    texts = {"attributes": {"rare": "7", "year": 3}}
+    holder.index.apply([ItemRecord("item-7", 0, 1_000, 5, 5, catalogue(90)[7].vector, texts)])
+    assert [item.item_id for item in filtered("rare").items] == ["item-7"]
+    holder.index.apply([ItemRecord("item-7", 0, 1_001, 6, 6, None)])
+    assert not filtered("rare").items
+    with pytest.raises(CallFailed):
+        filtered("unknown")
+    frail.shards[0].down()
+    wait_until(
+        "a shard to be missing", lambda: frail.index().newest(1) and frail.links.all[0].failure
+    )
+    assert not filtered("unknown").items
+
+
+def test_empty_shards_refuse_no_attribute(frail: Plant) -> None:
+    for shard in frail.shards:
+        gone = [ItemRecord(f"item-{n}", 0, 2_000 + n, 0, 0, None) for n in range(90)]
+        shard.index.apply(*shard.share.split(gone))
+    no_items = Filter(ranges={"anything": Range(low=1)})
+    wait_until("the shards to say so", lambda: not frail.index().stats().live)
+    assert frail.index().newest(5, (), no_items) == []
+
+
 def test_several_vectors_at_once(plant: Plant) -> None:
     rng = np.random.default_rng(6)
     for merge in ("max", "sum"):
