@@ -108,7 +108,7 @@ class Judge:
 
     def _count(self, generation: str, target: Ranked) -> None:
         """Count a target, see `Track`."""
-        at_ms = target.click.at_ms
+        at_ms = target.at_ms
         self.rates.add(generation, at_ms, target.scene, target.stage, target.ranks)
         if generation not in self.drifts:
             self.drifts[generation] = DriftWatch(generation)

@@ -27,12 +27,14 @@ FUSED = "cascade"
 class Ranked(NamedTuple):
     """A target and its ranks.
 
+    at_ms: event time, at most that of the append: a wrong clock moves no window ahead
     scene: what the event says of where it happened; "" for nothing
     stage: of its user, see `rates.stage`
     ranks: row -> rank; infinity for a miss
     """
 
     click: Click
+    at_ms: int
     stage: str
     scene: str
     ranks: Mapping[str, float]
@@ -66,7 +68,7 @@ class Track:
         ]
         self._rows.append(FusedRow(engine, FUSED, WAITING_MAX))
         self._prequential = Prequential(engine, self._rows, keeps_repeats=keeps_repeats)
-        self._waiting: list[tuple[Click, str]] = []
+        self._waiting: list[tuple[Click, int, str]] = []
         self._items: list[Record] = []
         self._profiles: list[Record] = []
 
@@ -79,7 +81,8 @@ class Track:
         target = self._prequential.score(number, click.user_id, click.item_id, click.at_ms)
         if target.repeat and not self._keeps_repeats:
             return
-        self._waiting.append((click, stage(target.listed)))
+        at_ms = min(click.at_ms, record.timestamp)
+        self._waiting.append((click, at_ms, stage(target.listed)))
         if len(self._waiting) == WAITING_MAX:
             self.settle()
 
@@ -102,9 +105,10 @@ class Track:
         self._prequential.flush()
         waiting, self._waiting = self._waiting, []
         results = [(name, found) for row in self._rows for name, found in row.results.items()]
-        for number, (click, of_user) in enumerate(waiting):
+        for number, (click, at_ms, of_user) in enumerate(waiting):
             ranks = {name: float(found.ranks[number]) for name, found in results}
-            self._on_ranked(self.generation, Ranked(click, of_user, self._scene(click), ranks))
+            ranked = Ranked(click, at_ms, of_user, self._scene(click), ranks)
+            self._on_ranked(self.generation, ranked)
         for _, found in results:
             found.ranks[: len(waiting)] = np.inf
 

@@ -1,8 +1,9 @@
-"""The judge on a real Kafka: its counts are those of `evaluate`, also after kill -9."""
+"""The judge on a real Kafka: its counts are those of `evaluate`, after kill -9; new generations."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from eddyline import generations
 from eddyline.generations import Manifest
 from eddyline.kafka import topics
 from eddyline.kafka.producers import now_ms
+from eddyline.schema.events import shifted_to_now
 from eddyline.settings.loader import Settings
 from embeddings.bundle import bundle as bundles
 from embeddings.bundle.bundle import NewBundle
@@ -165,3 +167,41 @@ def test_counts_are_those_of_evaluate_also_after_kill_9(
         counts = found[Series(manifest.generation, row, ALL, "")]
         assert (counts.targets, counts.hits) == wanted[row][:2], row
         assert counts.reciprocal == pytest.approx(wanted[row][2], abs=1e-4)
+
+
+def test_live_events_are_judged_and_a_new_generation_takes_over(
+    fresh_settings: Settings, bundle: tuple[Path, Manifest], dataset: Dataset, tmp_path: Path
+) -> None:
+    """What was appended before the start only warms up."""
+    folder = tmp_path / "generations"
+    shutil.copytree(bundle[0] / "1", folder / "1")
+    second = renamed(folder, "1", "2")
+    settings, _ = prepared(fresh_settings, (folder, bundle[1]))
+    third = EVENTS // 3
+    clicks = shifted_to_now(dataset.clicks[-EVENTS:], now_ms())
+    parts = clicks[:third], clicks[third : 2 * third], clicks[2 * third :]
+    _, some, more = (sum(one.kind != "dislike" for one in part) for part in parts)
+    replay_file.send(settings, [*dataset.items, *parts[0]])
+    before = sum(sum(topics.end_offsets(settings, name).values()) for name in topics.SOURCES)
+    with judging(settings) as child:
+        wait_for("the warm-up", settings, lambda report: report.applied == before)
+        replay_file.send(settings, parts[1])
+        total = before + len(parts[1])
+        report = wait_for("live events", settings, lambda report: report.applied == total)
+        assert report.scored == some and report.generation == "1" and report.share == 1.0
+        assert report.behind == dict.fromkeys(topics.SOURCES, 0)
+        generations.publish(settings, second)
+        wait_for("the new generation", settings, lambda report: report.generation == "2")
+        replay_file.send(settings, parts[2])
+        wait_for("its events", settings, lambda report: report.scored == some + more)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(30) == 0
+        final = reports.read(settings)
+    assert final is not None
+    targets = {
+        one.generation: one.targets
+        for one in final.rates
+        if (one.window, one.row, one.group) == ("total", "cascade", ALL)
+    }
+    assert set(targets) == {"1", "2"} and targets["1"] <= some and targets["2"] <= more
+    assert min(targets.values()) > third // 2

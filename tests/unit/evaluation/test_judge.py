@@ -259,3 +259,23 @@ def test_another_generation_goes_on_from_what_is_known(
     for row in ROWS:
         assert total[Series("1", row, ALL, "")].targets == before[row][0]
         assert total[Series("2", row, ALL, "")].targets == len(switched)
+
+
+def test_a_wrong_clock_and_many_scenes_move_no_window(bundle: Bundle) -> None:
+    appender = Appender(SETTINGS)
+    for item in timed(make_items()):
+        appender.item(item)
+    for n in range(40):
+        ahead_ms = 200_000 if n == 7 else 0
+        context: dict[str, Any] = {"scene": f"page-{n}"} if n % 2 else {"other": 1}
+        click = Click(
+            user_id=f"u{n}", item_id="i3", at_ms=appender.now_ms + ahead_ms, context=context
+        )
+        appender.click(click)
+    judge = make_judge(SETTINGS, bundle, 0)
+    feed(judge, appender.topics)
+    judge.settle()
+    assert judge.rates.newest_ms <= appender.now_ms
+    assert judge.rates.counts("15m")[Series("1", "cascade", ALL, "")].targets == 40
+    scenes = {s.value for s in judge.rates.counts("15m") if s.group == "scene"}
+    assert scenes == {f"page-{n}" for n in range(1, 40, 2)}
