@@ -1,9 +1,8 @@
-"""The judge on a real Kafka: its counts are those of `evaluate`, after kill -9; new generations."""
+"""The judge on a real Kafka: its counts are those of `evaluate`, after kill -9."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,15 +20,17 @@ from eddyline import generations
 from eddyline.generations import Manifest
 from eddyline.kafka import topics
 from eddyline.kafka.producers import now_ms
-from eddyline.schema.events import shifted_to_now
+from eddyline.schema.events import Click
 from eddyline.settings.loader import Settings
 from embeddings.bundle import bundle as bundles
-from embeddings.bundle.bundle import NewBundle
 from evaluation import offline, protocol
 from evaluation.event_log import LogBuilder
 from evaluation.judge import checkpoint as checkpoints
+from evaluation.judge import reader
 from evaluation.judge import report as reports
+from evaluation.judge.merging import Decoder
 from evaluation.judge.rates import ALL, Rates, Series
+from evaluation.judge.reader import open_reader
 from evaluation.judge.report import JudgeReport
 from evaluation.product import Product
 from sandbox.datasets.dataset import Dataset
@@ -96,27 +97,6 @@ def prepared(
     return made, manifest
 
 
-def renamed(folder: Path, name: str, new_name: str) -> Manifest:
-    """The same towers as another generation."""
-    old = bundles.load(folder / name)
-    content = NewBundle(
-        generation=new_name,
-        created_ms=now_ms(),
-        model=old.model,
-        item_ids=old.item_ids,
-        item_vectors=old.item_vectors,
-        item_partitions=old.item_partitions,
-        item_offsets=old.item_offsets,
-        item_attributes=list(old.item_attributes),
-        cut=old.cut,
-        measured=old.measured,
-    )
-    bundles.write(folder / new_name, content)
-    return Manifest(
-        generation=new_name, bundle=new_name, dimension=old.dimension, created_ms=now_ms()
-    )
-
-
 def test_counts_are_those_of_evaluate_also_after_kill_9(
     fresh_settings: Settings, bundle: tuple[Path, Manifest], dataset: Dataset
 ) -> None:
@@ -169,39 +149,24 @@ def test_counts_are_those_of_evaluate_also_after_kill_9(
         assert counts.reciprocal == pytest.approx(wanted[row][2], abs=1e-4)
 
 
-def test_live_events_are_judged_and_a_new_generation_takes_over(
-    fresh_settings: Settings, bundle: tuple[Path, Manifest], dataset: Dataset, tmp_path: Path
+def test_partitions_that_were_paused_are_read_on(
+    fresh_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was appended before the start only warms up."""
-    folder = tmp_path / "generations"
-    shutil.copytree(bundle[0] / "1", folder / "1")
-    second = renamed(folder, "1", "2")
-    settings, _ = prepared(fresh_settings, (folder, bundle[1]))
-    third = EVENTS // 3
-    clicks = shifted_to_now(dataset.clicks[-EVENTS:], now_ms())
-    parts = clicks[:third], clicks[third : 2 * third], clicks[2 * third :]
-    _, some, more = (sum(one.kind != "dislike" for one in part) for part in parts)
-    replay_file.send(settings, [*dataset.items, *parts[0]])
-    before = sum(sum(topics.end_offsets(settings, name).values()) for name in topics.SOURCES)
-    with judging(settings) as child:
-        wait_for("the warm-up", settings, lambda report: report.applied == before)
-        replay_file.send(settings, parts[1])
-        total = before + len(parts[1])
-        report = wait_for("live events", settings, lambda report: report.applied == total)
-        assert report.scored == some and report.generation == "1" and report.share == 1.0
-        assert report.behind == dict.fromkeys(topics.SOURCES, 0)
-        generations.publish(settings, second)
-        wait_for("the new generation", settings, lambda report: report.generation == "2")
-        replay_file.send(settings, parts[2])
-        wait_for("its events", settings, lambda report: report.scored == some + more)
-        child.send_signal(signal.SIGTERM)
-        assert child.wait(30) == 0
-        final = reports.read(settings)
-    assert final is not None
-    targets = {
-        one.generation: one.targets
-        for one in final.rates
-        if (one.window, one.row, one.group) == ("total", "cascade", ALL)
-    }
-    assert set(targets) == {"1", "2"} and targets["1"] <= some and targets["2"] <= more
-    assert min(targets.values()) > third // 2
+    """The others have to be read first; then not a record is missing, in any partition."""
+    monkeypatch.setattr(reader, "BUFFER_MAX", 40)
+    topics.ensure_topics(fresh_settings)
+    start_ms = now_ms() - 10_000_000
+    clicks = [
+        Click(user_id=f"u{n % 97}", item_id="i1", at_ms=start_ms + n, event_id=f"e{n}")
+        for n in range(6_000)
+    ]
+    replay_file.send(fresh_settings, clicks)
+    decoder = Decoder(fresh_settings, lambda user: True, 0)
+    found, deadline = [], time.monotonic() + 60
+    with open_reader(fresh_settings, decoder, {}) as made:
+        while len(found) < len(clicks) and time.monotonic() < deadline:
+            made.read()
+            while (group := made.next()) is not None:
+                found += [one.events[0].event_id for one in group.records]
+    assert len(found) == len(clicks) == len(set(found))
+    assert sum(made.positions.values()) == len(clicks)
