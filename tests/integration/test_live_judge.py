@@ -1,4 +1,4 @@
-"""The judge on a real Kafka: its counts are those of `evaluate`, after kill -9."""
+"""The judge on a real Kafka: its counts are those of `evaluate`, after kill -9; new generations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from eddyline import generations
 from eddyline.generations import Manifest
 from eddyline.kafka import topics
 from eddyline.kafka.producers import now_ms
-from eddyline.schema.events import Click
+from eddyline.schema.events import Click, shifted_to_now
 from eddyline.settings.loader import Settings
 from embeddings.bundle import bundle as bundles
 from evaluation import offline, protocol
@@ -35,6 +35,7 @@ from evaluation.judge.report import JudgeReport
 from evaluation.product import Product
 from sandbox.datasets.dataset import Dataset
 from tests.unit.evaluation.live_log import counts_of
+from tests.unit.evaluation.small import D, make_bundle
 
 pytestmark = pytest.mark.timeout(200)
 ROWS = ("towers", "popular", "newest", "cascade")
@@ -130,7 +131,7 @@ def test_counts_are_those_of_evaluate_also_after_kill_9(
         child.send_signal(signal.SIGTERM)
         assert child.wait(30) == 0
 
-    logs = dict(topics.log_ids(settings, topics.ARCHIVED))
+    logs = dict(topics.log_ids(settings, topics.SOURCES))
     saved = checkpoints.read(settings, logs)
     assert saved is not None and saved.applied == total and saved.rejected == 0
     found = Rates.load(saved.rates).counts("total")
@@ -147,6 +148,48 @@ def test_counts_are_those_of_evaluate_also_after_kill_9(
         counts = found[Series(manifest.generation, row, ALL, "")]
         assert (counts.targets, counts.hits) == wanted[row][:2], row
         assert counts.reciprocal == pytest.approx(wanted[row][2], abs=1e-4)
+
+
+def test_live_events_are_judged_and_a_new_generation_takes_over(
+    fresh_settings: Settings, dataset: Dataset, tmp_path: Path
+) -> None:
+    """What was appended before the start only warms up."""
+    folder = tmp_path / "generations"
+    for seed, name in enumerate(("1", "2")):
+        make_bundle(folder, dataset.items, name, seed=seed)
+    first, second = (
+        Manifest(generation=name, bundle=name, dimension=D, created_ms=now_ms())
+        for name in ("1", "2")
+    )
+    settings, _ = prepared(fresh_settings, (folder, first))
+    third = EVENTS // 3
+    clicks = shifted_to_now(dataset.clicks[-EVENTS:], now_ms())
+    parts = clicks[:third], clicks[third : 2 * third], clicks[2 * third :]
+    _, some, more = (sum(one.kind != "dislike" for one in part) for part in parts)
+    replay_file.send(settings, [*dataset.items, *parts[0]])
+    before = sum(sum(topics.end_offsets(settings, name).values()) for name in topics.SOURCES)
+    with judging(settings) as child:
+        wait_for("the warm-up", settings, lambda report: report.applied == before)
+        replay_file.send(settings, parts[1])
+        total = before + len(parts[1])
+        report = wait_for("live events", settings, lambda report: report.applied == total)
+        assert report.scored == some and report.generation == "1" and report.share == 1.0
+        assert not any(report.behind.values())
+        generations.publish(settings, second)
+        wait_for("the new generation", settings, lambda report: report.generation == "2")
+        replay_file.send(settings, parts[2])
+        wait_for("its events", settings, lambda report: report.scored == some + more)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(30) == 0
+        final = reports.read(settings)
+    assert final is not None
+    targets = {
+        one.generation: one.targets
+        for one in final.rates
+        if (one.window, one.row, one.group) == ("total", "cascade", ALL)
+    }
+    assert set(targets) == {"1", "2"} and targets["1"] <= some and targets["2"] <= more
+    assert min(targets.values()) > third // 2
 
 
 def test_partitions_that_were_paused_are_read_on(
