@@ -176,7 +176,7 @@ def test_resent_forgotten_and_moved_events_are_no_targets(bundle: Bundle) -> Non
 
     click("ana", "i1", 1, event_id="e1")
     click("ana", "i2", 2, event_id="e2")
-    click("ana", "i1", 3, event_id="e1")  # sent again
+    click("ana", "i9", 3, event_id="e1")  # sent again: the first one counts
     click("ana", "i3", 4, event_id="e3")
     click("ana", "i4", 4, event_id="e3")  # in the same group
     click("ana", "i5", 5, kind="dislike")
