@@ -22,13 +22,14 @@ from faust.app import BootStrategy
 from mode import get_logger
 from typing_extensions import override
 
-from eddyline.errors import FenceMoved, Unavailable
+from eddyline.errors import EddylineError, FenceMoved, Unavailable
 from eddyline.kafka.skips import Skips
 from eddyline.kafka.unreadable import UnreadableBatch
-from eddyline.process import heartbeat
+from eddyline.process import heartbeat, lifecycle
 from eddyline.settings.loader import Settings
 from eddyline.stores import layout
 from eddyline.stores.state_store import StateStore
+from streams.consumer import errors
 from streams.consumer.buffer import RecordBuffer
 from streams.consumer.consumer import (
     HEARTBEAT_S,
@@ -195,7 +196,7 @@ class IngestApp(ConsumerOwner):
             if not self._ended.done():
                 self.end(crashed.result())
         finally:
-            limit = threading.Timer(_STOP_S_MAX, os._exit, (1,))
+            limit = threading.Timer(_STOP_S_MAX, self._cut_short)
             limit.daemon = True
             limit.start()
             for task in (crashed, *background):
@@ -207,6 +208,15 @@ class IngestApp(ConsumerOwner):
         error = self._ended.result()
         if error is not None:
             raise error
+
+    def _cut_short(self) -> None:
+        """End the process within a stop that takes too long, with the reason of the stop."""
+        error = self._ended.result() if self._ended.done() else None
+        if error is not None:
+            error = errors.translate_error(self._settings, error)
+            log.error(str(error))
+        log.error("the stop takes too long: it is cut short", extra={"after_s": _STOP_S_MAX})
+        os._exit(lifecycle.exit_code(error) if isinstance(error, EddylineError) else 1)
 
     async def _start(self) -> None:
         """Start the agents, then the consumer, which wakes them. Raises KafkaError."""

@@ -239,8 +239,10 @@ def test_one_record_of_a_command_that_is_too_large_is_refused_with_the_topic(
 ) -> None:
     limit(settings, CLICKS, 300)
     with pytest.raises(Rejected, match=r"\d bytes: .*max\.message\.bytes"):
-        send.click(settings, "u" * 250, "i" * 250, kind="click", weight=1.0, event_id="")
-    send.click(settings, "u", "i", kind="click", weight=1.0, event_id="")
+        send.click(
+            settings, "u" * 250, "i" * 250, kind="click", weight=1.0, event_id="", impression_id=""
+        )
+    send.click(settings, "u", "i", kind="click", weight=1.0, event_id="", impression_id="")
     limit(settings, ITEMS, 300)
     with pytest.raises(Rejected, match=r"max\.message\.bytes"):
         send.item(

@@ -131,7 +131,7 @@ def test_counts_are_those_of_evaluate_also_after_kill_9(
         child.send_signal(signal.SIGTERM)
         assert child.wait(30) == 0
 
-    logs = dict(topics.log_ids(settings, topics.SOURCES))
+    logs = dict(topics.log_ids(settings, topics.ARCHIVED))
     saved = checkpoints.read(settings, logs)
     assert saved is not None and saved.applied == total and saved.rejected == 0
     found = Rates.load(saved.rates).counts("total")

@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 from aiokafka import TopicPartition
+from aiokafka.errors import GroupAuthorizationFailedError
 
-from eddyline.errors import FenceMoved, StoreUnavailable
+from eddyline.errors import FenceMoved, LogMismatch, StoreUnavailable
 from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
+from streams import app
 from streams.app import AgentApp, IngestApp
 from streams.consumer.buffer import Fetched, RecordBuffer
 from streams.consumer.consumer import TURNS_MAX
@@ -382,3 +384,36 @@ def test_a_stop_waits_for_the_running_batch_then_flushes_within_the_limit(tmp_pa
         thread.close()
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (None, 1, "the stop takes too long"),
+        (StoreUnavailable("Redis is away"), 1, "Redis is away"),
+        (LogMismatch("another log"), 3, "another log"),
+        (GroupAuthorizationFailedError("group"), 3, "lacks a right"),
+        (TypeError("a bug"), 1, "a bug"),
+    ],
+)
+def test_a_stop_that_hangs_ends_with_the_reason_of_the_stop(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception | None,
+    code: int,
+    line: str,
+) -> None:
+    async def run() -> None:
+        thread = HandlerThread("handler")
+        settings = Settings(kafka_bootstrap_servers="k:1", redis_url="redis://r")
+        pipelines = [TopicPipeline("clicks", Busy(), thread)]
+        made = IngestApp(settings, pipelines, MemoryStore(), "m", tmp_path)
+        made.end(error)
+        made._cut_short()
+        thread.close()
+
+    codes = list[int]()
+    monkeypatch.setattr(app.os, "_exit", codes.append)
+    asyncio.run(run())
+    assert codes == [code] and line in caplog.text and "it is cut short" in caplog.text
