@@ -93,6 +93,7 @@ def test_two_ingest_processes_share_and_one_is_killed(make_live) -> None:
     assert_same_state(live)
 
 
+@pytest.mark.long
 def test_redis_killed_heals_from_kafka(own_valkey, make_live) -> None:
     live = make_live(own_valkey, with_worker=False)
     send_history(live)

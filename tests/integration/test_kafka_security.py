@@ -47,7 +47,7 @@ from tests.integration.secured_kafka import (
 
 DOCS = Path(__file__).parents[2] / "docs" / "security.md"
 # Each way that lets a user in, and what its settings are made of.
-WAYS = ("LOGINTLS", "MTLS")
+WAYS = ("LOGINTLS", pytest.param("MTLS", marks=pytest.mark.long))
 
 
 @pytest.fixture(scope="module")

@@ -93,6 +93,7 @@ def test_a_topic_that_was_made_anew_is_read_from_its_beginning(
         assert connections[GENERATIONS] != before
 
 
+@pytest.mark.long
 def test_a_broker_that_was_away_is_read_again(own_servers: OwnServers) -> None:
     settings = msgspec.structs.replace(own_servers.settings, kafka_timeout_ms=1_000)
     topics.ensure_topics(settings, [GENERATIONS])

@@ -113,6 +113,7 @@ def redis_of(settings: Settings) -> redis.Redis:
     return redis.Redis.from_url(settings.redis_url, socket_timeout=5)
 
 
+@pytest.mark.long
 def test_killed_servers_come_back_with_their_data(settings: Settings) -> None:
     large = b"x" * 1_500_000
     with (

@@ -233,6 +233,7 @@ def _offsets(target: Settings) -> int:
     return sum(topics.end_offsets(target, CLICKS).values())
 
 
+@pytest.mark.long
 def test_clicks_that_only_the_archive_has_are_copied(settings: Settings, bundle: Any) -> None:
     namespace = f"{settings.namespace}-2"
     target = repartition_plan.target_of(settings, namespace, MORE_CLICKS, MORE_ITEMS)

@@ -182,6 +182,7 @@ def test_the_command_prints_the_hash_and_leaves_nothing_in_redis(logs) -> None:
     assert wrong.returncode == 2 and "expected memory or redis" in wrong.stderr
 
 
+@pytest.mark.long
 def test_two_ingest_processes_come_to_the_same_state(make_live) -> None:
     live = make_live(with_worker=False)
     shared = {"clicks_partitions": "4", "items_partitions": "2"}

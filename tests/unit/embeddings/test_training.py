@@ -348,6 +348,7 @@ def test_a_file_of_json_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_on_real_ratings_it_beats_popularity(tmp_path: Path) -> None:
     if not MOVIELENS.exists():
         pytest.skip(f"no {MOVIELENS}: the MovieLens files are not part of this repository")

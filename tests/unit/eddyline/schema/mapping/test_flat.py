@@ -118,7 +118,7 @@ def read(by_map: Mapper, one: Any) -> Any:
 
 
 @given(st.data())
-@settings(max_examples=1_000, deadline=None)
+@settings(max_examples=400, deadline=None)
 def test_both_ways_make_the_same(data: st.DataObject) -> None:
     draw = data.draw
     lines = ["[clicks]", draw(st.sampled_from(KINDS)), draw(st.sampled_from(["", 'nulls = ["x"]']))]
