@@ -7,7 +7,10 @@ runs in this process, on stores in memory. The towers are trained on the events 
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -116,15 +119,17 @@ def evaluate(source: Input, options: Options) -> list[Report]:
 def prepared(source: Input, options: Options) -> Iterator[Prepared]:
     """Read the log, and load or train the towers; with a progress bar. Raises EddylineError."""
     configurations = _configurations(source.settings, options)
-    with _bar() as bar:
+    with _removed_on_sigterm(), _bar() as bar:
         named = None if options.bundle is None else bundles.load(options.bundle)
+        if named is None:
+            _load_trainer()
         settings = configurations[0][1]
         if source.source is None:
             log = read(settings, source.files, source.items, source.users, options.map_name, bar)
         else:
             log = _log_of(settings, source.source(source.settings))
         offline.check_split(log, options.split)
-        with tempfile.TemporaryDirectory(prefix="eddyline-evaluate-") as folder:
+        with tempfile.TemporaryDirectory(prefix="eddyline-evaluate-towers-") as folder:
             bundle = named or _trained(log, Path(folder), options, bar)
             yield Prepared(log=log, bundle=bundle, configurations=configurations, bar=bar)
 
@@ -279,17 +284,23 @@ def _check_outputs(options: Options) -> None:
         raise SettingsError(f"--html {options.html}: is the file of --json too")
 
 
-def _trained(log: EventLog, folder: Path, options: Options, bar: Progress) -> Bundle:
-    """A bundle that is trained on the events before the split."""
+def _load_trainer() -> None:
+    """Load what trains, before the log is read. Raises SettingsError if it is missing."""
     try:
-        from embeddings.models.base import Progress as Step
-        from embeddings.models.base import Recipe
-        from embeddings.training.trainer import train
+        import embeddings.training.trainer  # noqa: F401
     except ImportError:
         raise SettingsError(
             "towers are trained by torch, which is missing: install eddyline[trainer], or name a "
             "trained --bundle"
         ) from None
+
+
+def _trained(log: EventLog, folder: Path, options: Options, bar: Progress) -> Bundle:
+    """A bundle that is trained on the events before the split."""
+    from embeddings.models.base import Progress as Step
+    from embeddings.models.base import Recipe
+    from embeddings.training.trainer import train
+
     task = bar.add_task("training", total=None)
 
     def on_progress(step: Step) -> None:
@@ -341,6 +352,19 @@ def write_json(path: Path, value: object) -> None:
     """Write a result to a new file."""
     raw = msgspec.json.format(msgspec.json.encode(value), indent=1)
     disk.write_atomically(path, raw, mode=0o644)
+
+
+@contextmanager
+def _removed_on_sigterm() -> Iterator[None]:
+    """Have SIGTERM end the command as an error does: the files of the log are removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # the signal is not ours
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _bar() -> Progress:

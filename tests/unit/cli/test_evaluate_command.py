@@ -301,8 +301,11 @@ def test_a_bundle_is_trained_on_what_lies_before_the_split(tmp_path: Path) -> No
     assert reports[0][0] != reports[2][0]
 
 
-def test_an_interrupt_ends_a_training_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    """Exit code 130 without a traceback, as of a key in the terminal."""
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_ends_a_training_and_leaves_nothing_behind(
+    tmp_path: Path, sent: signal.Signals, code: int
+) -> None:
+    """Without a traceback, as of a key in the terminal; a service manager sends SIGTERM."""
     events, scratch = write_events(tmp_path / "ratings.csv", 20_000), tmp_path / "scratch"
     scratch.mkdir()
     command_line = [sys.executable, "-m", "cli", "evaluate", str(events), "--epochs", "1000"]
@@ -318,12 +321,12 @@ def test_an_interrupt_ends_a_training_and_leaves_nothing_behind(tmp_path: Path) 
     ) as process:
         try:
             deadline_s = time.monotonic() + 120
-            while not [*scratch.glob("eddyline-evaluate-*")]:
+            while not [*scratch.glob("eddyline-evaluate-towers-*")]:
                 assert process.poll() is None and time.monotonic() < deadline_s
                 time.sleep(0.05)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(sent)
             output, _ = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert process.returncode == 130 and "Traceback" not in output, output
+    assert process.returncode == code and "Traceback" not in output, output
     assert [*scratch.glob("eddyline-*")] == []
