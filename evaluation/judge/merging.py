@@ -7,7 +7,8 @@ that time. A record that comes later than its time is a group of its own, at the
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -120,53 +121,64 @@ class Merge:
     frontier_ms: the largest time of a group so far
     """
 
-    def __init__(self, places: Collection[Place], wait_s: float) -> None:
-        """wait_s: how long a partition at its end may still bring a record of a time"""
-        self._waiting: dict[Place, deque[LogRecord]] = {place: deque() for place in places}
+    def __init__(self, places: Collection[Place], wait_s: float, size_max: int = 1_000_000) -> None:
+        """wait_s: how long a partition at its end may still bring a record of a time
+
+        size_max: a partition with so many records that wait is not waited for
+        """
+        self._filled: dict[Place, deque[LogRecord]] = {}
+        self._empty = set(places)
         self._wait_s = wait_s
+        self._size_max = size_max
         self.frontier_ms = 0
 
-    def add(self, place: Place, records: Iterable[LogRecord]) -> None:
+    def add(self, place: Place, records: Collection[LogRecord]) -> None:
         """Add the next records of a partition."""
-        self._waiting[place].extend(records)
+        if records:
+            self._filled.setdefault(place, deque()).extend(records)
+            self._empty.discard(place)
 
     def size(self, place: Place) -> int:
         """Records of a partition that wait."""
-        return len(self._waiting[place])
+        return len(self._filled.get(place, ()))
 
     def oldest_ms(self) -> int | None:
         """The smallest append time of a record that waits; None without any."""
-        heads = [waiting[0].record.timestamp for waiting in self._waiting.values() if waiting]
+        heads = [waiting[0].record.timestamp for waiting in self._filled.values()]
         return min(heads, default=None)
 
-    def next(self, ended: Callable[[Place], bool], now_s: float, now_ms: int) -> Group | None:
+    def next(self, ended: AbstractSet[Place], now_s: float, now_ms: int) -> Group | None:
         """The next group; None while records of its time may come, or without any.
 
-        ended:  whether a partition was read to its end, or is not read on before records leave
+        ended:  partitions that were read to their end
         now_s:  the monotonic clock; now_ms: milliseconds since 1970
         """
-        at_ms = min((found[0].at_ms for found in self._waiting.values() if found), default=None)
-        if at_ms is None:
+        if not self._filled:
             return None
+        at_ms = min([waiting[0].at_ms for waiting in self._filled.values()])
         if at_ms > self.frontier_ms and self._may_grow(at_ms, ended, now_s, now_ms):
             return None
         group = Group(at_ms)
-        for waiting in self._waiting.values():
+        for place, waiting in list(self._filled.items()):
             while waiting and waiting[0].at_ms == at_ms:
                 group.records.append(waiting.popleft())
+            if not waiting:
+                del self._filled[place]
+                self._empty.add(place)
         self.frontier_ms = max(self.frontier_ms, at_ms)
         return group
 
-    def _may_grow(
-        self, at_ms: int, ended: Callable[[Place], bool], now_s: float, now_ms: int
-    ) -> bool:
+    def _may_grow(self, at_ms: int, ended: AbstractSet[Place], now_s: float, now_ms: int) -> bool:
         """Whether a partition may bring another record of this time."""
-        first_read_s, open_ = now_s, False
-        for place, waiting in self._waiting.items():
-            if waiting and waiting[0].at_ms == at_ms:
-                first_read_s = min(first_read_s, waiting[0].read_s)
-            if all(one.at_ms == at_ms for one in waiting):
-                if not ended(place):
+        if not self._empty <= ended:
+            return True
+        first_read_s, open_ = now_s, bool(self._empty)
+        for place, waiting in self._filled.items():
+            if waiting[0].at_ms != at_ms:
+                continue
+            first_read_s = min(first_read_s, waiting[0].read_s)
+            if waiting[-1].at_ms == at_ms and all(one.at_ms == at_ms for one in waiting):
+                if place not in ended and len(waiting) < self._size_max:
                     return True
                 open_ = True
         if not open_ or at_ms + self._wait_s * 1_000 <= now_ms:

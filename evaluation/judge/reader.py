@@ -29,7 +29,7 @@ BUFFER_MAX = 2_000
 # paused while a rest of its records is left. A fetch has so many bytes of each partition.
 _POLL_RECORDS = 2**31 - 1
 _PARTITION_BYTES = 262_144
-_POLL_MS = 250
+_POLL_MS = 500
 # A fetch waits for more records: one for each click would cost more than the judge's own work.
 _FETCH_BYTES = 65_536
 # A partition of which nothing came for so long does not hold up the others.
@@ -68,7 +68,7 @@ class LogReader:
             TopicPartition(settings.prefixed(topic), partition): (topic, partition)
             for topic, partition in places(settings)
         }
-        self._merge = Merge(list(self._at.values()), settings.judge_wait_s)
+        self._merge = Merge(list(self._at.values()), settings.judge_wait_s, BUFFER_MAX)
         self._stops = Stops(reading.skips(settings))
         self._look_s = 0.0
         consumer.assign(list(self._at))
@@ -95,7 +95,7 @@ class LogReader:
         self._ended: set[Place] = set()
 
     def read(self) -> None:
-        """Fetch what is there, for a quarter of a second at most."""
+        """Fetch what is there, for half a second at most."""
         self._look()
         for at, place in self._at.items():
             full = self._merge.size(place) >= BUFFER_MAX
@@ -119,7 +119,7 @@ class LogReader:
     def next(self) -> Group | None:
         """The next group; None while none is complete."""
         now_s, now_ms = time.monotonic(), time.time_ns() // 1_000_000
-        group = self._merge.next(self._has_ended, now_s, now_ms)
+        group = self._merge.next(self._ended, now_s, now_ms)
         for one in () if group is None else group.records:
             self.positions[one.topic, one.record.partition] = one.record.offset + 1
         return group
@@ -143,11 +143,8 @@ class LogReader:
             found[topic] += max(0, end - self.positions[topic, partition])
         return found
 
-    def _has_ended(self, place: Place) -> bool:
-        """Whether nothing more of the partition is to be waited for now."""
-        return place in self._ended or self._merge.size(place) >= BUFFER_MAX
-
     def _is_at_end(self, at: TopicPartition, now_s: float) -> bool:
+        """Whether nothing more of the partition is to be waited for now."""
         if at in self._stops.stopped or now_s - self._came_s[self._at[at]] > SILENT_S:
             return True
         end = self._consumer.highwater(at)

@@ -70,8 +70,8 @@ MUTATIONS = (
     Mutation(
         "a partition that was not read yet does not hold a group up",
         "evaluation/judge/merging.py",
-        "                if not ended(place):\n                    return True\n",
-        "",
+        "if not self._empty <= ended:",
+        "if False:",
         (JUDGE, "tests/unit/evaluation/test_judge_parts.py"),
     ),
     Mutation(

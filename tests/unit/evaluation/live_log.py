@@ -114,7 +114,7 @@ def feed(
             merge.add(place, [decoder.decode(place[0], record, 0.0) for record in some])
             read[place] += len(some)
         ended = {place for place, records in topics.items() if read[place] == len(records)}
-        while group := merge.next(ended.__contains__, 1.0, APPENDED_MS * 2):
+        while group := merge.next(ended, 1.0, APPENDED_MS * 2):
             judge.take(group)
             for one in group.records:
                 done[one.topic, one.record.partition] = one.record.offset + 1

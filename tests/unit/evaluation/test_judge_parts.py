@@ -37,7 +37,7 @@ def record(place: Place, at_ms: int, offset: int = 0, read_s: float = 0.0) -> Lo
 def times(merge: Merge, ended: set[Place], now_s: float = 99.0, now_ms: int = 10**9) -> list[Any]:
     """(time, partitions of its records) of each group."""
     found = []
-    while group := merge.next(ended.__contains__, now_s, now_ms):
+    while group := merge.next(ended, now_s, now_ms):
         found.append((group.at_ms, [one.record.partition for one in group.records]))
     return found
 
@@ -97,7 +97,7 @@ def test_any_merge_keeps_the_order_of_each_partition_and_loses_nothing() -> None
                 merge.add(place, some)
                 read[place] += len(some)
             ended = {p for p in places if read[p] == 25}
-            while group := merge.next(ended.__contains__, 9.0, 10**9):
+            while group := merge.next(ended, 9.0, 10**9):
                 assert {one.at_ms for one in group.records} == {group.at_ms}
                 out += [
                     (one.topic, one.record.partition, one.record.offset) for one in group.records
