@@ -6,11 +6,13 @@ that a judge with a larger sample follows.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from hashlib import blake2b
 
 _HASHES = 2**64
 
 
+@lru_cache(maxsize=65_536)
 def is_sampled(user_id: str, share: float) -> bool:
     """Whether a user is in the sample. share: 0 … 1 of all users; 0: none, 1: all.
 

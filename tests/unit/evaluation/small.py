@@ -21,7 +21,13 @@ BASE_MS = 1_600_000_000_000
 
 
 def make_bundle(
-    folder: Path, items: Sequence[Item], generation: str = "1", *, seed: int = 7
+    folder: Path,
+    items: Sequence[Item],
+    generation: str = "1",
+    *,
+    seed: int = 7,
+    dimension: int = D,
+    history_max: int = 5,
 ) -> Bundle:
     """Towers from a seed; every item has an ID embedding. A step moves an embedding far."""
     rng = np.random.default_rng(seed)
@@ -34,26 +40,26 @@ def make_bundle(
     model = TrainedModel(
         kind="two_tower",
         version=1,
-        dimension=D,
-        history_max=5,
+        dimension=dimension,
+        history_max=history_max,
         item_space=empty,
         profile_space=empty,
         identity_ids=ids,
         arrays={
-            "item.identity": draw(len(ids), D),
-            "item.features": draw(empty.rows, D),
-            "item.projection": draw(0, D),
-            "item.projection_bias": draw(D),
-            **{f"item.{name}": draw(D, D) for name in ("w1", "w2")},
-            **{f"item.{name}": draw(D) for name in ("b1", "b2")},
-            "user.query": draw(D, 2 * D),
-            "user.query_bias": draw(2 * D),
-            "user.bias": draw(2, 5),
-            "user.value": draw(2 * D, D),
-            "user.start": draw(D),
-            "user.profile": draw(empty.rows, D),
-            **{f"user.{name}": draw(D, D) for name in ("w1", "w2")},
-            **{f"user.{name}": draw(D) for name in ("b1", "b2")},
+            "item.identity": draw(len(ids), dimension),
+            "item.features": draw(empty.rows, dimension),
+            "item.projection": draw(0, dimension),
+            "item.projection_bias": draw(dimension),
+            **{f"item.{name}": draw(dimension, dimension) for name in ("w1", "w2")},
+            **{f"item.{name}": draw(dimension) for name in ("b1", "b2")},
+            "user.query": draw(dimension, 2 * dimension),
+            "user.query_bias": draw(2 * dimension),
+            "user.bias": draw(2, history_max),
+            "user.value": draw(2 * dimension, dimension),
+            "user.start": draw(dimension),
+            "user.profile": draw(empty.rows, dimension),
+            **{f"user.{name}": draw(dimension, dimension) for name in ("w1", "w2")},
+            **{f"user.{name}": draw(dimension) for name in ("b1", "b2")},
         },
         micro=MicroSettings(rate=0.05, min_steps_before=1),
     )
