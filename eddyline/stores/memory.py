@@ -68,8 +68,8 @@ class MemoryStore(StateStore):
         # (slot, bucket) -> number of its last write, and the number of the last write of all.
         self._bucket_writes: dict[tuple[str, int], int] = {}
         self._writes = 0
-        # (slot, bucket) -> its (count, item id), least first.
-        self._sorted: OrderedDict[tuple[str, int], list[tuple[int, str]]] = OrderedDict()
+        # (slot, bucket) -> its (count, item id in UTF-8, of the same order), least first.
+        self._sorted: OrderedDict[tuple[str, int], list[tuple[int, bytes]]] = OrderedDict()
         self._closed = False
 
     def export(self) -> bytes:
@@ -264,9 +264,10 @@ class MemoryStore(StateStore):
                     before = counted.get(item_id, 0)
                     counted[item_id] = before + milli_counts
                     if ranked is not None:
+                        encoded = item_id.encode()
                         if before:
-                            del ranked[bisect_left(ranked, (before, item_id))]
-                        insort(ranked, (before + milli_counts, item_id))
+                            del ranked[bisect_left(ranked, (before, encoded))]
+                        insort(ranked, (before + milli_counts, encoded))
                 if len(counted) > items_max:
                     self._sorted.pop((slot, bucket), None)
                     least = sorted(counted, key=lambda i: (counted[i], i))
@@ -354,7 +355,7 @@ class MemoryStore(StateStore):
                     found[bucket] = PopularBucket(version)
                     continue
                 pairs = self._ranked(slot, bucket, counts)[: -limit - 1 : -1]
-                items = [item.encode() for _, item in pairs]
+                items = [item for _, item in pairs]
                 found[bucket] = PopularBucket(version, (items, [n for n, _ in pairs]))
             return found
 
@@ -442,11 +443,11 @@ class MemoryStore(StateStore):
     def close(self) -> None:
         self._closed = True
 
-    def _ranked(self, slot: str, bucket: int, counts: Mapping[str, int]) -> list[tuple[int, str]]:
+    def _ranked(self, slot: str, bucket: int, counts: Mapping[str, int]) -> list[tuple[int, bytes]]:
         """(count, item id) of a bucket, least first. Sorted once; later counts find their place."""
         key = slot, bucket
         if key not in self._sorted:
-            self._sorted[key] = sorted((n, item) for item, n in counts.items())
+            self._sorted[key] = sorted((n, item.encode()) for item, n in counts.items())
         self._sorted.move_to_end(key)
         if len(self._sorted) > _SORTED_MAX:
             self._sorted.popitem(last=False)
