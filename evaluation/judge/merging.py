@@ -128,6 +128,8 @@ class Merge:
         """
         self._filled: dict[Place, deque[LogRecord]] = {}
         self._empty = set(places)
+        # So that a group has the same order whatever was read first.
+        self._number = {place: number for number, place in enumerate(places)}
         self._wait_s = wait_s
         self._size_max = size_max
         self.frontier_ms = 0
@@ -159,7 +161,9 @@ class Merge:
         if at_ms > self.frontier_ms and self._may_grow(at_ms, ended, now_s, now_ms):
             return None
         group = Group(at_ms)
-        for place, waiting in list(self._filled.items()):
+        mine = [place for place, waiting in self._filled.items() if waiting[0].at_ms == at_ms]
+        for place in sorted(mine, key=self._number.__getitem__):
+            waiting = self._filled[place]
             while waiting and waiting[0].at_ms == at_ms:
                 group.records.append(waiting.popleft())
             if not waiting:
