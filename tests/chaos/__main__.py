@@ -26,7 +26,7 @@ from rich.table import Table
 from sandbox.datasets import synthetic
 from sandbox.servers import kafka_jars, valkey
 from tests.chaos import drive, scene
-from tests.chaos.schedule import KINDS
+from tests.chaos.schedule import KINDS, plan
 
 console = Console(soft_wrap=True, highlight=False)
 LIBRARIES = ("faust-streaming", "aiokafka", "kafka-python", "redis", "grpcio", "numpy")
@@ -42,12 +42,16 @@ def main() -> int:
     begun = time.monotonic()
     home = Path(tempfile.mkdtemp(prefix="eddyline-chaos-"))
     console.print(
-        f"seed {options.seed}, {options.faults} faults, {options.rate:g} records a second; data in "
-        f"{home}"
+        f"seed {options.seed}, {options.faults} faults, {options.rate:g} records a second, items "
+        f"are {options.items}; data in {home}"
     )
     dataset = synthetic.generate(items=300, users=120, clicks=6_000, seed=7)
     generations = home / "generations"
-    manifests = [scene.small_generation(generations, dataset, name) for name in ("1", "2")]
+    gap_s = (options.gap * 2 / 3, options.gap * 4 / 3)
+    faults = plan(options.seed, options.faults, gap_s, options.ingests)
+    retrainings = sum(fault.kind == "retraining" for fault in faults)
+    names = [str(1 + number) for number in range(1 + retrainings)]
+    manifests = [scene.small_generation(generations, dataset, name) for name in names]
     result = drive.run(
         home / "run",
         generations,
@@ -55,9 +59,10 @@ def main() -> int:
         dataset,
         seed=options.seed,
         count=options.faults,
-        gap_s=(options.gap * 2 / 3, options.gap * 4 / 3),
+        gap_s=gap_s,
         rate=options.rate,
         ingests=options.ingests,
+        patches=options.items == "patches",
         on_progress=console.print,
     )
     result.seconds["whole run"] = time.monotonic() - begun
@@ -94,9 +99,13 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--rate", type=float, default=200.0, help="records sent a second")
     parser.add_argument("--ingests", type=int, default=2, help="ingest processes")
+    parser.add_argument(
+        "--items", choices=("whole", "patches"), help="records of `items`; drawn by the seed"
+    )
     parser.add_argument("--keep", action="store_true", help="keep the data folder")
     parser.add_argument("--json", default=".eddyline/chaos/last.json", help="where the result goes")
     options = parser.parse_args()
+    options.items = options.items or ("patches" if options.seed % 2 else "whole")
     for name in ("faults", "gap", "rate", "ingests"):
         if not getattr(options, name) > 0:
             parser.error(f"--{name} {getattr(options, name)}: must be above 0")
@@ -132,6 +141,7 @@ def report(result: drive.Result, options: argparse.Namespace) -> dict[str, Any]:
         "seed": result.seed,
         "faults": options.faults,
         "rate": options.rate,
+        "items": options.items,
         "ingests": options.ingests,
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "versions": servers | {name: version(name) for name in LIBRARIES},

@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import msgspec
 
+from eddyline import generations
 from eddyline.errors import EddylineError
 from eddyline.generations import Manifest
 from eddyline.kafka.topics import CLICKS, ITEMS, SOURCES, USERS
@@ -38,6 +40,8 @@ LAST_FAULTS_S = 200.0
 # Ingest may take this long without progress: a session's end, a broker's start, back-off.
 STALLED_S = 60.0
 CONVERGE_S = 30.0
+# Ingest removes what ended generations left at its start.
+REMOVED_S = 60.0
 REPORT_EVERY_S = 10.0
 
 OnProgress = Callable[[str], None]
@@ -116,16 +120,23 @@ def run(
     rate: float,
     ingests: int = 2,
     short: bool = False,
+    patches: bool = False,
     on_progress: OnProgress = lambda _: None,
     stalled_s: float = STALLED_S,
 ) -> Result:
-    """Run a plan on its own servers in `folder`. Raises LocalServerError if they do not start."""
+    """Run a plan on its own servers in `folder`. Raises LocalServerError if they do not start.
+
+    manifests: of one more generation than the plan has retrainings; see also `Scene`
+    """
     result = Result(seed)
     faults = plan(seed, count, gap_s, ingests, short)
     for fault in faults:
         on_progress(str(fault))
-    scene = Scene(folder, bundle_dir, manifests, ingests)
+    scene = Scene(folder, bundle_dir, manifests, ingests, patches)
+    # What ended generations left is removed a second after their grace, not five minutes.
+    soon = mock.patch.object(generations, "REMOVE_AFTER_MS", 1_000)
     try:
+        soon.start()
         begun = time.monotonic()
         scene.start(dataset)
         result.seconds["start"] = time.monotonic() - begun
@@ -147,20 +158,25 @@ def run(
         result.differences += queries.wrong
         on_progress(f"{sum(load.sent.values()):,} records sent; waiting until all of it is applied")
         scene.caught_up(stalled_s)
+        if ended := scene.ended():
+            left = scene.remove_ended(ended, REMOVED_S)
+            result.differences += [f"{key}: of an ended generation" for key in left]
+            scene.caught_up(stalled_s)
         result.seconds["catch-up"] = time.monotonic() - begun
         on_progress("applied; the oracle recomputes everything")
         begun = time.monotonic()
-        result.differences += find_differences(scene, load, result)
+        result.differences += find_differences(scene, load, ended, result)
         result.seconds["oracle"] = time.monotonic() - begun
     except EddylineError as error:
         result.differences.append(f"{type(error).__name__}: {error}")
     finally:
+        soon.stop()
         result.restarts = {name: n for name, (_, n) in scene.supervisor.states().items()}
         scene.stop()
     return result
 
 
-def find_differences(scene: Scene, load: Load, result: Result) -> list[str]:
+def find_differences(scene: Scene, load: Load, ended: set[str], result: Result) -> list[str]:
     """Every difference from the oracle's state and from the second model's."""
     eras = scene.eras
     window = min(era.settings.dedupe_window_events for era in eras)
@@ -178,12 +194,13 @@ def find_differences(scene: Scene, load: Load, result: Result) -> list[str]:
     expected = oracle.truth(settings, topics, towers[generation], eras=spans)
     found = oracle.differences(settings, topics, expected, generation, optional, _own_value)
     by_model = comparison.compare(
-        topics, list(towers.values()), eras, optional, own_of=_own, with_strays=True
+        topics, list(towers.values()), eras, optional, own_of=_own, with_strays=True, ended=ended
     )
     result.counts = found.counts | by_model.counts
     there = {_event_id(record.value) for record in topics.records[CLICKS]}
     foreign = sum(_is_foreign(record) for record in topics.records[CLICKS])
     result.counts["record of another format"] = foreign
+    result.counts["ended generation"] = len(ended)
     lost = sorted(load.acked - there)
     differences = [f"event {e}: acknowledged by Kafka, not in the topic" for e in lost[:20]]
     live = {item_id for item_id, record in expected.published.items() if record.vector is not None}

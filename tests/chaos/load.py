@@ -9,6 +9,9 @@ profiles, are forgotten, and click nothing; visitors and returners have no profi
 forgotten or merged, and click again, with device clocks that are behind or ahead. A profile counts
 in a micro-step, and between two topics there is no order.
 
+With `items_patches`, a change of an item is a patch (`tests.chaos.patches`). Some changes say that
+they were appended seconds ago, as those of a replay do.
+
 Clicks come through producers of every codec: kafka-python without one, librdkafka with each. Some
 are records of another system, which the topic's map reads (`tests.chaos.foreign`).
 """
@@ -33,7 +36,7 @@ from eddyline.schema import events
 from eddyline.schema.events import Click, Item, Merge, UserProfile
 from eddyline.schema.partitioning import partition_of
 from eddyline.settings.loader import Settings
-from tests.chaos import foreign
+from tests.chaos import foreign, patches
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +45,8 @@ UNKNOWN_ITEMS = 40
 CODECS = ("gzip", "snappy", "lz4", "zstd")
 # Clock errors of a visitor's device, within the tolerance for the far future.
 CLOCKS_MS = (0, 0, 0, 2_000, -2_000, 30_000, -30_000, 240_000, -240_000)
+# Longer than deleted items are kept.
+LATE_MS_MAX = 30_000
 # Clicks of one transaction.
 TRANSACTION = 10
 TRANSACTION_MS = 10_000
@@ -338,7 +343,7 @@ class Load:
             name, partitions = topics.ITEMS, self._settings.items_partitions
             item = self._items[self._below(len(self._items))]
             key = item.item_id
-            value = events.encode(msgspec.structs.replace(item, title=f"stray {self._number}"))
+            value = self._changed(msgspec.structs.replace(item, title=f"stray {self._number}"))
         else:
             name, partitions = topics.USERS, self._settings.clicks_partitions
             key = f"m{self._below(MEMBERS)}"
@@ -375,6 +380,9 @@ class Load:
                 "deletes", producers.send_delete(self._producer, self._settings, item.item_id)
             )
             return
+        if dice < 0.4:
+            self._late_item(item, deletes=dice < 0.32)
+            return
         changed = msgspec.structs.replace(
             item,
             title=f"{item.title} {self._number}",
@@ -382,7 +390,36 @@ class Load:
             tags=[*item.tags, f"t{self._below(9)}"],
             at_ms=time.time_ns() // 1_000_000,
         )
-        self._send("items", producers.send_item(self._producer, self._settings, changed))
+        if not self._settings.items_patches:
+            self._send("items", producers.send_item(self._producer, self._settings, changed))
+            return
+        topic, key = self._settings.prefixed(topics.ITEMS), item.item_id.encode()
+        self._send("patches", self._producer.send(topic, self._changed(item), key=key))
+
+    def _changed(self, item: Item) -> bytes:
+        """The value of a change of this item."""
+        if not self._settings.items_patches:
+            return events.encode(item)
+        self._number += 1
+        return patches.draw(self._rng, item, self._number, time.time_ns() // 1_000_000)
+
+    def _late_item(self, item: Item, deletes: bool) -> None:
+        """A change that was first appended up to `LATE_MS_MAX` ago, as a replay sends it."""
+        topic, partitions = self._settings.prefixed(topics.ITEMS), self._settings.items_partitions
+        place = partition_of(item.item_id, partitions)
+        first_ms = time.time_ns() // 1_000_000 - int(self._rng.random() * LATE_MS_MAX)
+        self._number += 1
+        sent = self._producer.send(
+            topic,
+            None if deletes else self._changed(msgspec.structs.replace(item, title="late")),
+            key=item.item_id.encode(),
+            partition=place,
+            headers=[
+                ("origin", f"{topic}/{place}/0".encode()),
+                (events.ORIGIN_MS, str(first_ms).encode()),
+            ],
+        )
+        self._send("late items", sent)
 
     def _forget(self) -> None:
         """A user without a profile, who clicks again."""

@@ -10,7 +10,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -25,6 +25,7 @@ from eddyline.kafka import topics
 from eddyline.kafka.producers import now_ms
 from eddyline.schema.partitioning import user_slot
 from eddyline.settings.loader import Settings
+from eddyline.stores import redis_client
 from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import Source
 from sandbox.datasets.dataset import Dataset
@@ -45,6 +46,7 @@ CUT = {
     "history_length_max": 50,
     "lateness_s_max": 3_600,
     "user_idle_s_max": 12,
+    "deleted_items_kept_s": 8,
     "clicks_map": str(foreign.MAP),
     "redis_timeout_ms": 500,
     "kafka_timeout_ms": 5_000,
@@ -64,6 +66,17 @@ FOREIGN = {
     topics.ITEMS: _COMPACT,
     topics.USERS: _COMPACT | {"compression.type": "snappy"},
 }
+# A topic of patches must keep every one.
+_WHOLE = {
+    "cleanup.policy": "delete",
+    "retention.ms": "-1",
+    "segment.ms": "3000",
+    "compression.type": "zstd",
+}
+# Generations end soon after they are outdated; ingest and worker have left them by then.
+GRACE_S = 3
+# Published with each generation and never active, so that the one before is outdated.
+SPARE = ("a", "b")
 # Killed processes and servers are back within this time.
 BACK_S = 60.0
 # Valkey's start command: a folder `next` replaces the files. So the swap happens between the end of
@@ -76,11 +89,17 @@ class Scene:
 
     settings: with the address of Redis itself, not of the proxy
     eras:     what ingest ran with; see `change_ingest`
-    manifests: the generations, which `retrain` activates in turn
+    manifests: the generations, which `retrain` activates one after the other
+    patches:  the records of `items` are patches
     """
 
     def __init__(
-        self, folder: Path, bundle_dir: Path, manifests: Sequence[Manifest], ingests: int
+        self,
+        folder: Path,
+        bundle_dir: Path,
+        manifests: Sequence[Manifest],
+        ingests: int,
+        patches: bool = False,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
@@ -92,6 +111,8 @@ class Scene:
             bundle_dir=str(bundle_dir),
             namespace="chaos",
             worker_port=0,
+            generation_grace_s=GRACE_S,
+            items_patches=patches,
             **CUT,
         )
         self.proxy: Proxy
@@ -133,6 +154,7 @@ class Scene:
         self.recorder = Recorder(self.settings)
         replay_file.send(self.settings, dataset.items)
         more = {name: str(value) for name, value in CUT.items()}
+        more["items_patches"] = str(self.settings.items_patches).lower()
         worker, self.address = deployment.worker_child(is_ready, port=free_port(), **more)
         self._ingests = [deployment.ingest_child(name, **more) for name in self.names]
         self.supervisor.start(*self._ingests, worker)
@@ -257,6 +279,7 @@ class Scene:
                 if generation:
                     [manifest] = [m for m in self._manifests if m.generation == generation]
                     self._publish(manifest)
+                    self._kill_worker()
                 for child in self._ingests:
                     assert isinstance(child.env, dict)
                     child.env.update({f"EDDYLINE_{n.upper()}": str(v) for n, v in changed.items()})
@@ -279,20 +302,56 @@ class Scene:
                 self.proxy.clear()
 
     def retrain(self) -> str:
-        """Activate the next generation; ingest and worker load it. Returns its id."""
+        """Activate the next generation; ingest and worker load it. Returns its id.
+
+        The one before ends `GRACE_S` later.
+        """
         names = [manifest.generation for manifest in self._manifests]
-        following = names[(names.index(self.eras[-1].generation) + 1) % len(names)]
+        following = names[names.index(self.eras[-1].generation) + 1]
         self.change_ingest(following)
+        return following
+
+    def ended(self) -> set[str]:
+        """The generations that have ended, once the time of all of them is over."""
+        ended = generations.read(self.settings).ended
+        due_ms = max((end.remove_ms for end in ended.values()), default=0)
+        time.sleep(max(0, due_ms - now_ms()) / 1_000)
+        return set(ended)
+
+    def remove_ended(self, names: Collection[str], timeout_s: float) -> list[str]:
+        """Return once ingest has removed what these generations left in Redis, or what is left."""
+        client = redis_client.client(self.settings, timeout_ms=30_000)
+        head, deadline = self.settings.key_prefix, time.monotonic() + timeout_s
+        try:
+            for name in self.names:  # ingest looks at its start
+                self.kill(name)
+            while True:
+                left = [
+                    key.decode()
+                    for name in names
+                    for of in (f"{{u*}}:e:{name}:*", f"fence:{{i*}}:items@{name}:*")
+                    for key in client.scan_iter(match=head + of, count=1_000)
+                ]
+                if not left or time.monotonic() > deadline:
+                    return sorted(left)
+                time.sleep(0.5)
+        finally:
+            client.close()
+
+    def _kill_worker(self) -> None:
         deadline = time.monotonic() + BACK_S
         while not self.kill("worker") and time.monotonic() < deadline:
             time.sleep(0.1)
-        return following
 
     def _publish(self, manifest: Manifest) -> None:
+        name = manifest.generation
+        spare = [msgspec.structs.replace(manifest, generation=f"{name}{more}") for more in SPARE]
         deadline = time.monotonic() + BACK_S
         while True:
             try:
                 generations.publish(self.settings, manifest)
+                for one in spare:
+                    generations.publish(self.settings, one, activate=False)
                 return
             except Unavailable:
                 if time.monotonic() > deadline:
@@ -330,7 +389,10 @@ class Scene:
     def _make_topics(self) -> None:
         admin = AdminClient({"bootstrap.servers": self.settings.kafka_bootstrap_servers})
         made = []
-        for name, more in FOREIGN.items():
+        foreign = dict(FOREIGN)
+        if self.settings.items_patches:
+            foreign[topics.ITEMS] = _WHOLE
+        for name, more in foreign.items():
             partitions, _ = topics.topic_configs(self.settings, name)
             config = {"message.timestamp.type": "LogAppendTime", **more}
             made.append(NewTopic(self.settings.prefixed(name), partitions, 1, config=config))

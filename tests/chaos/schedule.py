@@ -30,7 +30,8 @@ KINDS = {
     "transactions": "a burst of clicks in transactions; half of these are aborted",
     "retention": "Kafka deletes the head of every partition of `clicks`, up to the fences",
     "settings": "both ingest processes are killed and come back with other settings",
-    "retraining": "another generation becomes active; ingest and worker are killed and load it",
+    "retraining": "another generation becomes active; ingest and worker are killed and load it; "
+    "the one before ends",
 }
 # What an emptied Redis could not be filled from: all of these fall after the last "emptied".
 LATE = ("retention", "settings", "retraining")
@@ -45,6 +46,8 @@ CHANGES = (
     {"dedupe_window_events": 20_000},
     {"user_idle_s_max": 4},
     {"user_idle_s_max": 0},
+    {"deleted_items_kept_s": 2},
+    {"deleted_items_kept_s": 0},
 )
 # Ingest's session ends after 6 s.
 ZOMBIE_S = (6.5, 8.0)

@@ -82,6 +82,7 @@ def test_every_kind_of_fault_leaves_the_state_that_the_topics_give(
         "model's stray of items and users",
         "model's idle user",
         "record of another format",
+        "ended generation",
     ):
         assert result.counts[what] > 0, f"no {what} was compared"
 

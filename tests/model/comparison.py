@@ -86,6 +86,7 @@ def compare(
     any_reason: bool = False,
     own_of: Callable[[Raw], Raw | None] = lambda raw: raw,
     with_strays: bool = False,
+    ended: Collection[str] = (),
 ) -> Compared:
     """Every difference between the model and what Redis and Kafka hold.
 
@@ -94,6 +95,7 @@ def compare(
               be sent need not be there
     own_of:   see `model.Model`
     with_strays: also records of `items` and `users` in a wrong partition, none of them too large
+    ended: generations of which nothing may be left
     any_reason: a dead letter may name another reason: records may be bad in several ways
     """
     settings, find = eras[-1].settings, era_of(eras)
@@ -103,7 +105,7 @@ def compare(
     _take_too_large(topics, logs["clicks"], want)
     real = RedisStore(settings)
     try:
-        _users(settings, real, want, bundles, found)
+        _users(settings, real, want, bundles, ended, found)
         window = min(era.settings.dedupe_window_events for era in eras)
         for partition, records in logs["clicks"].items():
             floor = records[-1].offset + 1 - window
@@ -341,6 +343,7 @@ def _users(
     real: RedisStore,
     want: model.State,
     bundles: Sequence[Bundle],
+    ended: Collection[str],
     found: Compared,
 ) -> None:
     names, erasures = _names(settings)
@@ -366,9 +369,9 @@ def _users(
                 found.same("model's history", user, shown, histories.get(user))
                 for generation, of_users in learned.items():
                     have = None if idle else read.embeddings[generation].get(user)
-                    what = f"model's embedding {generation}"
-                    if (have or of_users.get(user)) is not None:
-                        found.same(what, user, have, of_users.get(user))
+                    what, expected = f"model's embedding {generation}", of_users.get(user)
+                    if (have or expected) is not None:
+                        found.same(what, user, have, None if generation in ended else expected)
                 profile = read.profiles.get(user)
                 place = read.profile_places.get(user)
                 kept = None if profile is None else (*(place or ()), dict(profile))
@@ -432,7 +435,9 @@ def _items(settings: Settings, real: RedisStore, want: model.State, found: Compa
     ids = sorted(want.items.keys() | want.ended)
     cards = real.read_item_metadata(ids, settings.item_slots)
     # Those that have ended may be there still.
-    cards = {i: c for i, c in cards.items() if not c.has_ended(want.item_log_ms[c.partition])}
+    cards = {
+        i: c for i, c in cards.items() if not c.has_ended(want.item_log_ms.get(c.partition, 0))
+    }
     have = {i: (c.partition, c.offset, _fields(c.body)) for i, c in cards.items()}
     found.same_maps("model's item", "", have, {i: tuple(v) for i, v in want.items.items()})
 
