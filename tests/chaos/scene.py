@@ -13,13 +13,14 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
+import kafka
 import msgspec
 from confluent_kafka import KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
 from cli.commands import replay_file
 from eddyline import generations
-from eddyline.errors import LocalServerError, Unavailable
+from eddyline.errors import EddylineError, LocalServerError, Unavailable
 from eddyline.generations import Manifest
 from eddyline.kafka import topics
 from eddyline.kafka.producers import now_ms
@@ -274,6 +275,7 @@ class Scene:
         generation. The new era starts where the fences are while none of them runs.
         """
         with self.copies, self.proxy_turn:
+            self._await_reread()
             self.proxy.inject(ProxyFault("error", time.monotonic() + 10 * BACK_S, "LOADING"))
             try:
                 if generation:
@@ -337,6 +339,24 @@ class Scene:
                 time.sleep(0.5)
         finally:
             client.close()
+
+    def _await_reread(self) -> None:
+        """After an older copy of Redis came back: return once its clicks are applied again.
+
+        What was forwarded of them follows the settings of their first application, and the model
+        has one era for each record.
+        """
+        name, deadline = self.settings.prefixed(topics.CLICKS), time.monotonic() + BACK_S
+        places = [kafka.TopicPartition(name, p) for p in range(self.settings.clicks_partitions)]
+        while time.monotonic() < deadline:
+            with contextlib.suppress(EddylineError):
+                with topics.open_admin(self.settings) as admin:
+                    group = self.settings.prefixed("eddyline-ingest")
+                    committed = admin.list_group_offsets({group: places})[group]
+                applied = self._applied(topics.CLICKS, users_only=True)
+                if all(applied[at.partition] >= found.offset for at, found in committed.items()):
+                    return
+            time.sleep(0.5)
 
     def _kill_worker(self) -> None:
         deadline = time.monotonic() + BACK_S
