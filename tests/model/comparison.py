@@ -370,8 +370,10 @@ def _users(
                 for generation, of_users in learned.items():
                     have = None if idle else read.embeddings[generation].get(user)
                     what, expected = f"model's embedding {generation}", of_users.get(user)
-                    if (have or expected) is not None:
-                        found.same(what, user, have, None if generation in ended else expected)
+                    if generation in ended:
+                        found.same(what, user, have, None)
+                    elif (have or expected) is not None:
+                        found.same(what, user, have, expected)
                 profile = read.profiles.get(user)
                 place = read.profile_places.get(user)
                 kept = None if profile is None else (*(place or ()), dict(profile))
