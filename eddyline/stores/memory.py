@@ -394,16 +394,15 @@ class MemoryStore(StateStore):
     ) -> Iterator[int]:
         with self._lock:
             self._open()
-            found = []
-            for key, item in self._state.items.items():
-                slot = key.partition(":")[0]
+            found, items = [], self._state.items
+            for slot, key, item in ((k.partition(":")[0], k, i) for k, i in items.items()):
                 own = [item.partition] if 0 <= item.partition < partitions else range(partitions)
-                fences = [self._state.fences.get((slot, Source("items", p))) for p in own]
+                fences = (self._state.fences.get((slot, Source("items", p))) for p in own)
                 now_ms = min(f.mark.appended_ms if f and f.mark else 0 for f in fences)
                 if slot in slots and item.has_ended(now_ms - slack_ms):
                     found.append(key)
             for key in found:
-                del self._state.items[key]
+                del items[key]
         yield len(found)
 
     @override
