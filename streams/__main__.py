@@ -208,6 +208,10 @@ async def _serve(
             await app.run()
         except KafkaError as error:
             raise errors.translate_error(settings, error) from error
+        finally:
+            # A call in a thread may end after the loop: nobody waits for it, and its callback
+            # would print a stack trace behind the reason of the end.
+            logging.getLogger("concurrent.futures").setLevel(logging.CRITICAL)
 
 
 def _end_from_thread(loop: asyncio.AbstractEventLoop, app: IngestApp, error: Exception) -> None:

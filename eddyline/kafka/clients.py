@@ -14,6 +14,11 @@ from eddyline.kafka import diagnostics, kafka_python_decoding, security
 from eddyline.settings.loader import Settings
 
 _T = TypeVar("_T")
+# A poll of a consumer that pauses partitions returns all that was fetched, and a fetch has so many
+# bytes of each: kafka-python 3.0.12 never goes on with a partition that is paused while a rest of
+# its records is left.
+ALL_FETCHED = 2**31 - 1
+PARTITION_FETCH_BYTES = 262_144
 # Every client of kafka-python is made with the options of this file.
 kafka_python_decoding.install()
 

@@ -24,7 +24,12 @@ _OVERHEAD = 12
 _MAGIC_AT = 16
 _CHECKED_FROM = 21
 # Errors of the broker for one partition of a fetch, by code: it cannot read what it has.
-BROKER_ERRORS = {-1: "UNKNOWN_SERVER_ERROR", 2: "CORRUPT_MESSAGE"}
+BROKER_ERRORS = {
+    -1: "UNKNOWN_SERVER_ERROR",
+    2: "CORRUPT_MESSAGE",
+    76: "UNSUPPORTED_COMPRESSION_TYPE",
+    87: "INVALID_RECORD",
+}
 # The reason of such a batch. The error may pass, so readers try again.
 BROKER = "broker"
 # Format 0 has no times.

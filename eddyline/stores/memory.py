@@ -493,8 +493,7 @@ class MemoryStore(StateStore):
 
     def _move(self, slot: str, source: Source, expected: Fence | None, new: Fence) -> None:
         self._open()
-        found = self._state.fences.get((slot, source))
-        if found != expected:
+        if (found := self._state.fences.get((slot, source))) != expected:
             key = f"fence:{slot}:{source.name}:{source.partition}"
             raise FenceMoved(key, str(expected or ""), str(found or ""))
         self._state.fences[slot, source] = new

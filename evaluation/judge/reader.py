@@ -25,10 +25,6 @@ log = logging.getLogger(__name__)
 
 # Records of a partition that wait for those of the others; beyond it the partition is paused.
 BUFFER_MAX = 2_000
-# A poll returns all that was fetched: kafka-python 3.0.12 never goes on with a partition that is
-# paused while a rest of its records is left. A fetch has so many bytes of each partition.
-_POLL_RECORDS = 2**31 - 1
-_PARTITION_BYTES = 262_144
 _POLL_MS = 500
 # A fetch waits for more records: one for each click would cost more than the judge's own work.
 _FETCH_BYTES = 65_536
@@ -101,7 +97,7 @@ class LogReader:
             full = self._merge.size(place) >= BUFFER_MAX
             if at not in self._stops.stopped and full != (at in self._consumer.paused()):
                 (self._consumer.pause if full else self._consumer.resume)(at)
-        fetched = self._consumer.poll(timeout_ms=_POLL_MS, max_records=_POLL_RECORDS)
+        fetched = self._consumer.poll(timeout_ms=_POLL_MS, max_records=clients.ALL_FETCHED)
         now_s = time.monotonic()
         for at, records in fetched.items():
             place = self._at[at]
@@ -180,8 +176,8 @@ def open_reader(
         isolation_level="read_committed",
         fetch_min_bytes=_FETCH_BYTES,
         fetch_max_wait_ms=_POLL_MS,
-        max_partition_fetch_bytes=_PARTITION_BYTES,
-        max_poll_records=_POLL_RECORDS,
+        max_partition_fetch_bytes=clients.PARTITION_FETCH_BYTES,
+        max_poll_records=clients.ALL_FETCHED,
     )
     try:
         yield LogReader(settings, consumer, decoder, positions)

@@ -40,7 +40,6 @@ GROUP = "archive"
 # broker's clock may be behind ours by as much.
 GRACE_MS = 60_000
 _POLL_MS = 500
-_POLL_RECORDS = 4_000
 # How often hours that are over are looked for.
 _HOURS_CHECK_S = 1.0
 # The shortest that Kafka's defaults allow: a dead process's partitions move after it.
@@ -91,6 +90,7 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
             enable_auto_commit=False,
             auto_offset_reset="earliest",
             isolation_level="read_committed",
+            max_partition_fetch_bytes=clients.PARTITION_FETCH_BYTES,
             partition_assignment_strategy=[RangePartitionAssignor],
             session_timeout_ms=_SESSION_MS,
             heartbeat_interval_ms=1_000,
@@ -129,7 +129,7 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
     def _poll(self) -> None:
         heartbeat.beat(self._settings, "archive")
         batches = self._consumer.poll(
-            timeout_ms=0 if self._unopened else _POLL_MS, max_records=_POLL_RECORDS
+            timeout_ms=0 if self._unopened else _POLL_MS, max_records=clients.ALL_FETCHED
         )
         for place, fetched in batches.items():
             if place in self._writers and (records := self._readable(place, fetched)):

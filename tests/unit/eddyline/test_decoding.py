@@ -220,7 +220,15 @@ def test_an_error_after_the_last_offset_of_a_batch_is_passed(decode: Decode) -> 
 
 
 @DECODE
-@pytest.mark.parametrize(("code", "name"), [(-1, "UNKNOWN_SERVER_ERROR"), (2, "CORRUPT_MESSAGE")])
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [
+        (-1, "UNKNOWN_SERVER_ERROR"),
+        (2, "CORRUPT_MESSAGE"),
+        (76, "UNSUPPORTED_COMPRESSION_TYPE"),
+        (87, "INVALID_RECORD"),
+    ],
+)
 def test_what_the_broker_cannot_read_is_a_batch(code: int, name: str, decode: Decode) -> None:
     [bad], position = decode(unreadable.of_broker(code), 7)
     assert (bad.first, bad.last, bad.reason, position) == (7, None, "broker", 7)
