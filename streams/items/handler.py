@@ -284,6 +284,9 @@ class ItemHandler(Handler):
     def _confirm(self, one: ItemBatch, vectors: Sequence[Encoded]) -> None:
         """Write dead letters and forwarded records; find out what is not published yet."""
         partition = one.batch.partition
+        if one.refused:
+            # By what the items have: a Redis that lost it since would make letters of good records.
+            self.fences.check(partition)
         one.outcome.rejected += len(one.refused)
         for position, rejected in one.refused.items():
             self._dead_letters.put(one.decoded[position][1].record, rejected)

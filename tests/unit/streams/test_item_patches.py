@@ -8,13 +8,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from eddyline.errors import SettingsError
+from eddyline.errors import FenceMoved, SettingsError
 from eddyline.kafka import topic_checks, topics
+from eddyline.kafka.topics import ITEMS
 from eddyline.schema import validation
 from eddyline.schema.events import ATTRIBUTES_MAX
 from eddyline.settings.loader import Settings
 from embeddings.data.sources import assemble
 from streams.fences import PUBLISHED_SLOT, published_source
+from streams.ports import RecordBatch
 from tests.applying import ingest
 from tests.unit.streams.test_emptied_items import body, of
 from tests.unit.streams.test_ingest_rules import HERE, SETTINGS, Rig
@@ -206,3 +208,18 @@ def test_the_trainer_merges_them_in_the_order_of_the_log() -> None:
     [item] = data.items
     assert (item.title, item.attributes) == ("t", {"price": 2, "year": 1999})
     assert data.versions == {FILM: (HERE, 2)} and data.rejected == {"no_base": 1}
+
+
+def test_what_an_emptied_redis_refuses_is_no_dead_letter() -> None:
+    """Its fences say that it lost the items; the batch is read again, and nothing is refused."""
+    rig = Rig(items_patches=True)
+    log = [of(0, **WHOLE), of(1, attributes={"price": 2})]
+    ingest(rig.items, HERE, log[:1], 0)
+    rig.items.metadata.write(HERE)
+    rig.store._state = type(rig.store._state)()
+    [found] = rig.items.apply([RecordBatch(ITEMS, HERE, log[1:], 0)])
+    assert isinstance(found, FenceMoved) and rig.out.letters == []
+    rig.items.open(HERE)
+    assert rig.items.fences.open({HERE: (0, rig.end)}) == {HERE: 0}
+    ingest(rig.items, HERE, log, 0)
+    assert rig.out.letters == [] and body(rig)["attributes"] == {"price": 2, "year": 1999}
