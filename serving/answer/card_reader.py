@@ -32,21 +32,31 @@ class CardReader:
         One round trip to each server; a server that is away costs the cards of its items alone.
         """
         cards: dict[str, Item] = {}
-        missing, unusable = list[str](), list[str]()
+        stored, unread = self.stored(item_ids, deadline)
+        missing = [f"redis: no cards: {why}" for why in dict.fromkeys(unread.values())]
+        if unusable := _decode(stored, cards):
+            which = f"{len(unusable)} cards cannot be read, such as {unusable[0]!r}"
+            missing.append(f"redis: {which}")
+        return cards, missing
+
+    def stored(
+        self, item_ids: Sequence[str], deadline: Deadline
+    ) -> tuple[dict[str, ItemMetadata], dict[str, str]]:
+        """(item id -> what is stored of it, item id -> why it could not be read).
+
+        An item that is in neither is unknown to Redis, or the deadline has passed.
+        """
+        found: dict[str, ItemMetadata] = {}
+        unread: dict[str, str] = {}
         for ids in self._by_server(item_ids):
             if deadline.left_s() <= 0:
                 break
             try:
                 with self._outages.guard({item_slot(i, self._item_slots) for i in ids}):
-                    stored = self._store.read_item_metadata(ids, self._item_slots)
+                    found |= self._store.read_item_metadata(ids, self._item_slots)
             except EddylineError as error:
-                missing.append(f"redis: no cards: {error}")
-                continue
-            unusable += _decode(stored, cards)
-        if unusable:
-            which = f"{len(unusable)} cards cannot be read, such as {unusable[0]!r}"
-            missing.append(f"redis: {which}")
-        return cards, missing
+                unread |= dict.fromkeys(ids, str(error))
+        return found, unread
 
     def _by_server(self, item_ids: Sequence[str]) -> list[list[str]]:
         found: dict[str, list[str]] = {}

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import msgspec
 
-from eddyline.errors import EddylineError
 from eddyline.schema.events import Item
-from eddyline.stores.state_store import ItemMetadata, StateStore
+from eddyline.stores.state_store import ItemMetadata
 from index.filters import Filter
 from index.port import Hit, IndexReader
+from serving.answer.card_reader import CardReader
 from serving.answer.fusion import Fusion
 from serving.recall.base import RecallPath, RecallRequest
 
@@ -51,13 +51,10 @@ class Explanation(NamedTuple):
 class Explainer:
     """Explains answers of one generation. Thread rule: any thread."""
 
-    def __init__(
-        self, paths: Sequence[RecallPath], fusion: Fusion, store: StateStore, item_slots: int
-    ) -> None:
+    def __init__(self, paths: Sequence[RecallPath], fusion: Fusion, cards: CardReader) -> None:
         self._paths = paths
         self._fusion = fusion
-        self._store = store
-        self._item_slots = item_slots
+        self._cards = cards
 
     def explain(
         self, request: RecallRequest, item_ids: Sequence[str], index: IndexReader, most: int
@@ -80,11 +77,12 @@ class Explainer:
         }
         live = dict(zip(item_ids, index.describe(item_ids), strict=True))
         gone = [item_id for item_id, hit in live.items() if hit is None]
-        stored = self._stored(gone) if gone else {}
+        stored, unread = self._cards.stored(gone, request.deadline)
         found = []
         for item_id, hit in live.items():
             if hit is None:
-                found.append(Explanation(item_id, False, 0, stored[item_id], None))
+                why = _not_live(stored.get(item_id), unread.get(item_id, ""))
+                found.append(Explanation(item_id, False, 0, why, None))
             elif barred := self._barred(request, item_id, index):
                 found.append(Explanation(item_id, False, 0, barred, hit))
             else:
@@ -122,16 +120,11 @@ class Explainer:
         ]
         return f"it does not pass the filter: {', '.join(failed)}"
 
-    def _stored(self, item_ids: Sequence[str]) -> dict[str, str]:
-        """Why each of these is not live, as far as Redis knows."""
-        try:
-            stored = self._store.read_item_metadata(item_ids, self._item_slots)
-        except EddylineError as error:
-            return dict.fromkeys(item_ids, f"it is not live; Redis does not say why: {error}")
-        return {item_id: _not_live(stored.get(item_id)) for item_id in item_ids}
 
-
-def _not_live(stored: ItemMetadata | None) -> str:
+def _not_live(stored: ItemMetadata | None, unread: str) -> str:
+    """The reason, as far as Redis knows. unread: why it could not be read."""
+    if unread:
+        return f"it is not live; Redis does not say why: {unread}"
     if stored is None:
         return "it is not live: ingest has applied no record of it"
     source = f"items/{stored.partition}/{stored.offset}"

@@ -111,11 +111,22 @@ class Answer:
 
 
 class _UserRead(NamedTuple):
-    """The user; `missing` is why it could not be read, else ""."""
+    """The user of a query.
 
-    user: UserState
-    after: AfterStatus | None
+    stored:    an empty state if it could not be read; None for a guest
+    partition: of the user's clicks; -1 for a guest
+    read_us:   when it was read, microseconds since 1970; 0: it was not
+    missing:   why it could not be read, else ""
+    """
+
+    stored: UserState | None
+    partition: int
+    after: AfterStatus | None = None
+    read_us: int = 0
     missing: str = ""
+
+
+_GUEST = _UserRead(None, -1)
 
 
 class Retriever:
@@ -142,7 +153,7 @@ class Retriever:
         self._paths = paths
         self._card_reader = CardReader(store, item_slots, users.outages)
         self._fusion = fusion or Cascade()
-        self._explainer = Explainer(paths, self._fusion, store, item_slots)
+        self._explainer = Explainer(paths, self._fusion, self._card_reader)
 
     def retrieve(
         self, query: Query, index: IndexReader, deadline: Deadline, received_us: int = 0
@@ -152,32 +163,28 @@ class Retriever:
         Raises DeadlinePassed before the step for which no time is left, and ClickPending if the
         query may wait for its click: once it has, its `wait_ms` is 0.
         """
-        deadline.check("the user was read")
-        stored, after, unread = self._read(query)
-        user_read_us = 0 if unread or not query.user_id else time.time_ns() // 1000
-        user = with_session(stored, query.session)
-        request = _recall_request(query, None if unread and not query.session else user, deadline)
+        read, request = self._request(query, deadline)
         items, paths = self._fusion.fuse(self._paths, request, index)
         short = ""
         if len(items) < query.k:
             short = _short_because(query, len(items), request.excluded, index)
-        cards, no_cards = self._cards(query, items, deadline, unread)
+        cards, no_cards = self._cards(query, items, deadline, read.missing)
         degradations = [path.candidates.degradation for path in paths]
         deadline.check("the answer was sent")
         return Answer(
             items=items,
             paths=paths,
-            user=stored if query.user_id else None,
-            user_partition=self._users.partition_of(query.user_id) if query.user_id else -1,
-            after=after,
+            user=read.stored,
+            user_partition=read.partition,
+            after=read.after,
             stamps=Stamps(
                 received_us,
-                user_read_us,
+                read.read_us,
                 max((path.candidates.timings.embedded_us for path in paths), default=0),
                 max((path.candidates.timings.searched_us for path in paths), default=0),
                 time.time_ns() // 1000,
             ),
-            missing=[reason for reason in (unread, *no_cards, *degradations) if reason],
+            missing=[reason for reason in (read.missing, *no_cards, *degradations) if reason],
             short_because=short,
             cards=cards,
         )
@@ -194,22 +201,17 @@ class Retriever:
 
         most: so many items of each path have a rank. Waits for no click. Raises DeadlinePassed.
         """
-        deadline.check("the user was read")
-        query = replace(query, after=None)
-        stored, _, unread = self._read(query)
-        user_read_us = 0 if unread or not query.user_id else time.time_ns() // 1000
-        user = with_session(stored, query.session)
-        request = _recall_request(query, None if unread and not query.session else user, deadline)
+        read, request = self._request(replace(query, after=None), deadline)
         found = self._explainer.explain(request, item_ids, index, most)
         deadline.check("the explanation was sent")
         state = Answer(
             items=(),
             paths=(),
-            user=stored if query.user_id else None,
-            user_partition=self._users.partition_of(query.user_id) if query.user_id else -1,
+            user=read.stored,
+            user_partition=read.partition,
             after=None,
-            stamps=Stamps(0, user_read_us, 0, 0, time.time_ns() // 1000),
-            missing=[reason for reason in (unread, *self.missing()) if reason],
+            stamps=Stamps(0, read.read_us, 0, 0, time.time_ns() // 1000),
+            missing=[reason for reason in (read.missing, *self.missing()) if reason],
             short_because="",
             cards={},
         )
@@ -257,24 +259,38 @@ class Retriever:
         found = [f"redis: {users}"] if users else []
         return found + [reason for path in self._paths if (reason := path.degradation())]
 
+    def _request(self, query: Query, deadline: Deadline) -> tuple[_UserRead, RecallRequest]:
+        """(the user, what the paths are asked for). Raises DeadlinePassed, ClickPending."""
+        deadline.check("the user was read")
+        read = self._read(query) if query.user_id else _GUEST
+        user = with_session(read.stored or _UNKNOWN_USER, query.session)
+        request = RecallRequest(
+            user=None if read.missing and not query.session else user,
+            k=query.k,
+            excluded=seen_items(user),
+            filters=query.filters,
+            popularity_beta=query.popularity_beta,
+            deadline=deadline,
+        )
+        return read, request
+
     def _read(self, query: Query) -> _UserRead:
-        after = query.after
-        if not query.user_id:
-            return _UserRead(_UNKNOWN_USER, None)
+        after, partition = query.after, self._users.partition_of(query.user_id)
         try:
             state = self._users.read(query.user_id)
         except StoreUnavailable as error:
             why = "the user could not be read"
             unread = None if after is None else AfterStatus(False, after.waited_ms, why)
-            return _UserRead(_UNKNOWN_USER, unread, f"redis: {error}")
+            return _UserRead(_UNKNOWN_USER, partition, unread, missing=f"redis: {error}")
+        read = _UserRead(state, partition, None, time.time_ns() // 1000)
         if after is None:
-            return _UserRead(state, None)
+            return read
         why = self._users.why_not_applied(state, after)
         waits = self.waits is not None and after.wait_ms > 0
         if why and waits and not self._users.of_other_log(state):
             raise ClickPending
         why = f"{after.why}; {why}" if why and after.why else why
-        return _UserRead(state, AfterStatus(not why, after.waited_ms, why))
+        return read._replace(after=AfterStatus(not why, after.waited_ms, why))
 
     def _cards(
         self,
@@ -297,31 +313,20 @@ def _middle_of(item_ids: Sequence[str], index: IndexReader) -> tuple[Vector, str
 
     Raises ItemsNotLive if none is.
     """
-    vectors = index.vectors_of(item_ids)
-    why = ""
+    vectors, why = index.vectors_of(item_ids), ""
     if len(vectors) < len(item_ids):
-        live = [hit is not None for hit in index.describe(item_ids)]
-        named = [quote(one) for one, lives in zip(item_ids, live, strict=True) if not lives]
+        live = index.describe(item_ids)
+        named = [quote(one) for one, hit in zip(item_ids, live, strict=True) if hit is None]
         more = f" and {len(named) - NAMED_MAX} more" if len(named) > NAMED_MAX else ""
-        why = f"not live: {', '.join(named[:NAMED_MAX])}{more}"
+        # None: they have become live since.
+        why = f"not live: {', '.join(named[:NAMED_MAX])}{more}" if named else ""
     if not len(vectors):
-        raise ItemsNotLive(f"item_ids: {why or 'none is live'}")
+        raise ItemsNotLive(f"item_ids: {why or 'none was live'}")
     middle = vectors.sum(axis=0, dtype=np.float64)
     norm = float(np.linalg.norm(middle))
     if norm < NORM_MIN:  # opposite vectors have no middle: the first one decides
         middle, norm = vectors[0].astype(np.float64), 1.0
     return (middle / norm).astype(np.float32), why
-
-
-def _recall_request(query: Query, user: UserState | None, deadline: Deadline) -> RecallRequest:
-    return RecallRequest(
-        user=user,
-        k=query.k,
-        excluded=seen_items(user or _UNKNOWN_USER),
-        filters=query.filters,
-        popularity_beta=query.popularity_beta,
-        deadline=deadline,
-    )
 
 
 def with_session(user: UserState, session: Sequence[Entry]) -> UserState:
