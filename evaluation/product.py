@@ -18,8 +18,7 @@ from eddyline.stores.state_store import LogId
 from embeddings.bundle.bundle import Bundle
 from evaluation.engine import BATCH_RECORDS, Engine
 
-# A memory store looks through the whole window at each write, and a log's own event ids are all
-# different.
+# A log's own event ids are all different, so the shortest window that the engine allows is enough.
 _WINDOW_EVENTS = 2 * BATCH_RECORDS
 
 

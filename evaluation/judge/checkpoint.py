@@ -19,7 +19,7 @@ from evaluation.judge.merging import Place
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1
+_VERSION = 2
 _DIGEST_BYTES = 32
 
 

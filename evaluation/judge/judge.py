@@ -9,8 +9,9 @@ from evaluation.engine import Engine
 from evaluation.judge.drift import DriftWatch
 from evaluation.judge.impressions import ImpressionJoin
 from evaluation.judge.merging import Group
-from evaluation.judge.rates import GENERATIONS_MAX, Rates
+from evaluation.judge.rates import Rates
 from evaluation.judge.track import FUSED, Ranked, Track, targets_of
+from evaluation.judge.windows import GENERATIONS_MAX
 
 # A judge that falls behind scores this share of the targets at least.
 SHARE_MIN = 1 / 64

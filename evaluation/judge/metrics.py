@@ -15,8 +15,9 @@ from eddyline.settings.loader import Settings
 from embeddings.evaluation.metrics import CUTS
 from evaluation.judge.click_rates import ClickRate
 from evaluation.judge.process import JudgeProcess
-from evaluation.judge.rates import ALL, TOTAL, Rate
+from evaluation.judge.rates import Rate
 from evaluation.judge.report import JudgeReport
+from evaluation.judge.windows import ALL, TOTAL
 
 _SERIES = ["generation", "row", "group", "value"]
 _CLICK_SERIES = ["generation", "group", "value", "position"]

@@ -29,9 +29,10 @@ from evaluation.judge import checkpoint as checkpoints
 from evaluation.judge import reader
 from evaluation.judge import report as reports
 from evaluation.judge.merging import Decoder
-from evaluation.judge.rates import ALL, Rates, Series
+from evaluation.judge.rates import Rates, Series
 from evaluation.judge.reader import open_reader
 from evaluation.judge.report import JudgeReport
+from evaluation.judge.windows import ALL
 from evaluation.product import Product
 from sandbox.datasets.dataset import Dataset
 from tests.unit.evaluation.live_log import counts_of

@@ -11,10 +11,10 @@ import pytest
 from eddyline.schema.answers import AnsweredItem, RecordedAnswer
 from eddyline.schema.events import Click, moved_context
 from eddyline.statistics import wilson
-from evaluation.judge import click_rates, impressions
-from evaluation.judge.click_rates import ALL, ARM, PATH, SCENE, ClickRate
+from evaluation.judge import impressions
+from evaluation.judge.click_rates import ARM, PATH, ClickRate
 from evaluation.judge.impressions import KEPT_MS, WAIT_MS, ImpressionJoin, JoinCounts
-from evaluation.judge.rates import OTHER, TOTAL, WINDOWS
+from evaluation.judge.windows import ALL, OTHER, SCENE, TOTAL, VALUES_MAX, WINDOWS
 
 MS = 472_222 * 3_600_000
 PATHS = ("towers", "towers", "popular")
@@ -176,7 +176,7 @@ def test_values_and_generations_are_bounded() -> None:
     rates = [one for one in made.rates.rates() if one.window == TOTAL]
     for group in (SCENE, ARM):
         of_group = {one.value: one for one in rates if one.group == group}
-        assert len(of_group) == click_rates.VALUES_MAX + 1
+        assert len(of_group) == VALUES_MAX + 1
         assert (of_group[OTHER].impressions, of_group[OTHER].clicks) == (3 * 40, 1)
     for number, generation in ((70, "g2"), (71, "g3")):
         made.add_answer(answer(number, generation=generation), MS)

@@ -18,9 +18,10 @@ from embeddings.bundle.bundle import Bundle
 from evaluation import offline
 from evaluation.engine import Engine
 from evaluation.judge.judge import SHARE_MIN, Judge
-from evaluation.judge.rates import ALL, Rates, Series
+from evaluation.judge.rates import Rates, Series
 from evaluation.judge.step_ranges import FollowedStepRanges
 from evaluation.judge.track import Ranked
+from evaluation.judge.windows import ALL
 from tests.unit.evaluation.live_log import (
     LOGS,
     Appender,

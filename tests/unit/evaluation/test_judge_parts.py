@@ -22,7 +22,8 @@ from evaluation.judge.checkpoint import Checkpoint, SavedDrift
 from evaluation.judge.drift import DriftWatch
 from evaluation.judge.impressions import ImpressionJoin
 from evaluation.judge.merging import Decoder, LogRecord, Merge, Place
-from evaluation.judge.rates import MINUTE_MS, OTHER, SCENES_MAX, WINDOWS, Rates, Series
+from evaluation.judge.rates import Rates, Series
+from evaluation.judge.windows import MINUTE_MS, OTHER, VALUES_MAX, WINDOWS
 from tests.unit.evaluation.live_log import APPENDED_MS, Appender
 
 A, B = ("clicks", 0), ("clicks", 1)
@@ -175,7 +176,7 @@ def test_buckets_scenes_and_generations_are_bounded() -> None:
         max(n for w, n in WINDOWS.values() if w == width) for width in rates._buckets
     ]
     scenes = {s.value for s in rates.counts("total") if s.group == "scene"}
-    assert len(scenes) == SCENES_MAX + 1 and OTHER in scenes
+    assert len(scenes) == VALUES_MAX + 1 and OTHER in scenes
     assert rates.counts("total")[Series("1", "towers", "scene", OTHER)].targets == 4_980
     for generation in ("2", "3"):
         add(rates, 5_000 * MINUTE_MS, 1, generation)
