@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -13,12 +12,12 @@ from eddyline.stores.state_store import Fence, ItemMetadata, RefusedRecord, Sour
 from serving.answer.deadline import Deadline
 from serving.answer.retriever import Query
 from serving.proto import retrieval_pb2 as pb
-from serving.rpc.client import CallFailed, Client
+from serving.rpc.client import Client
 from serving.rpc.converters import EXPLAINED_MAX
 from serving.rpc.retrieval_service import RetrievalService
-from serving.rpc.server import WorkerServer
+from tests.unit.serving.answers import fails
 from tests.unit.serving.test_coordinator import Plant, catalogue, wait_until
-from tests.unit.serving.test_retriever import LOG, SETTINGS, World, angle
+from tests.unit.serving.test_retriever import LOG, World, angle
 
 
 @pytest.fixture
@@ -29,21 +28,6 @@ def world() -> World:
     return made
 
 
-@pytest.fixture
-def service(world: World) -> RetrievalService:
-    made = RetrievalService(SETTINGS)
-    made.serve(world.backend)
-    return made
-
-
-@pytest.fixture
-def client(service: RetrievalService) -> Iterator[Client]:
-    server = WorkerServer(SETTINGS, service)
-    with Client(server.address) as made:
-        yield made
-    server.stop(0.0)
-
-
 def one(answer: pb.ExplainResponse) -> pb.ExplainedItem:
     [item] = answer.items
     return item
@@ -51,12 +35,6 @@ def one(answer: pb.ExplainResponse) -> pb.ExplainedItem:
 
 def paths(item: pb.ExplainedItem) -> dict[str, tuple[int, bool]]:
     return {path.path: (path.rank, path.returned) for path in item.paths}
-
-
-def fails(call: Callable[[], object]) -> str:
-    with pytest.raises(CallFailed) as failed:
-        call()
-    return f"{failed.value.code}: {failed.value.detail}"
 
 
 def test_items_in_an_answer_have_their_places(client: Client) -> None:

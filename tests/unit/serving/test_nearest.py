@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import grpc
 import numpy as np
@@ -14,42 +14,13 @@ from eddyline.schema.item_record import ItemRecord
 from eddyline.stores.state_store import Fence, ItemMetadata, Source
 from serving.proto import retrieval_pb2 as pb
 from serving.proto import retrieval_pb2_grpc
-from serving.rpc.client import CallFailed, Client
+from serving.rpc.client import Client
 from serving.rpc.converters import SIMILAR_TO_MAX
 from serving.rpc.retrieval_service import RetrievalService
 from serving.rpc.server import WorkerServer
+from tests.unit.serving.answers import fails, ids
 from tests.unit.serving.test_coordinator import Plant, catalogue, seen, unit
 from tests.unit.serving.test_retriever import LOG, SETTINGS, N, World, angle
-
-
-@pytest.fixture
-def world() -> World:
-    return World()
-
-
-@pytest.fixture
-def service(world: World) -> RetrievalService:
-    made = RetrievalService(SETTINGS)
-    made.serve(world.backend)
-    return made
-
-
-@pytest.fixture
-def client(service: RetrievalService) -> Iterator[Client]:
-    server = WorkerServer(SETTINGS, service)
-    with Client(server.address) as made:
-        yield made
-    server.stop(0.0)
-
-
-def ids(answer: pb.RetrieveResponse) -> list[str]:
-    return [item.item_id for item in answer.items]
-
-
-def fails(call: Callable[[], object]) -> str:
-    with pytest.raises(CallFailed) as failed:
-        call()
-    return f"{failed.value.code}: {failed.value.detail}"
 
 
 def test_the_nearest_of_an_item_are_its_neighbours(client: Client) -> None:

@@ -2,45 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import pytest
 
 from eddyline.schema.events import KINDS
 from eddyline.schema.partitioning import partition_of
 from serving.proto import retrieval_pb2 as pb
-from serving.rpc.client import CallFailed, Client
+from serving.rpc.client import Client
 from serving.rpc.converters import SESSION_EVENTS_MAX
-from serving.rpc.retrieval_service import RetrievalService
-from serving.rpc.server import WorkerServer
+from tests.unit.serving.answers import fails, ids
 from tests.unit.serving.test_coordinator import Plant, catalogue, seen
-from tests.unit.serving.test_retriever import SETTINGS, World
-
-
-@pytest.fixture
-def world() -> World:
-    return World()
-
-
-@pytest.fixture
-def client(world: World) -> Iterator[Client]:
-    service = RetrievalService(SETTINGS)
-    service.serve(world.backend)
-    server = WorkerServer(SETTINGS, service)
-    with Client(server.address) as made:
-        yield made
-    server.stop(0.0)
-
-
-def ids(answer: pb.RetrieveResponse) -> list[str]:
-    return [item.item_id for item in answer.items]
-
-
-def fails(call: Callable[[], object]) -> str:
-    with pytest.raises(CallFailed) as failed:
-        call()
-    assert failed.value.code == "INVALID_ARGUMENT"
-    return failed.value.detail
+from tests.unit.serving.test_retriever import World
 
 
 def test_a_guest_gets_what_a_user_with_this_list_gets(client: Client, world: World) -> None:
@@ -106,7 +77,8 @@ def test_items_that_are_not_live_make_no_vector(client: Client) -> None:
 def test_a_bad_event_is_refused_by_name(
     client: Client, session: list[tuple[str, str]], sentence: str
 ) -> None:
-    assert sentence in fails(lambda: client.retrieve("ana", 2, session=session))
+    found = fails(lambda: client.retrieve("ana", 2, session=session))
+    assert found.startswith("INVALID_ARGUMENT: ") and sentence in found
 
 
 @pytest.mark.parametrize(
@@ -120,14 +92,16 @@ def test_a_session_has_a_limit(client: Client, count: int, good: bool) -> None:
     if good:
         assert ids(call()) == ["i2", "i4"]
     else:
-        assert fails(call) == f"session: {count} events, allowed are 0 … {SESSION_EVENTS_MAX}"
+        sentence = f"session: {count} events, allowed are 0 … {SESSION_EVENTS_MAX}"
+        assert fails(call) == f"INVALID_ARGUMENT: {sentence}"
 
 
 def test_a_guest_without_a_session_and_a_guests_click_are_refused(client: Client) -> None:
-    assert fails(lambda: client.retrieve("", 2)) == "user_id: '' has 0 bytes, allowed are 1 … 256"
+    sentence = "INVALID_ARGUMENT: user_id: '' has 0 bytes, allowed are 1 … 256"
+    assert fails(lambda: client.retrieve("", 2)) == sentence
     token = (partition_of("", 8), 3)
     sentence = fails(lambda: client.retrieve("", 2, after=token, session=["i3"]))
-    assert sentence == "after: it names a click of a user, and user_id is empty"
+    assert sentence == ("INVALID_ARGUMENT: after: it names a click of a user, and user_id is empty")
 
 
 def test_a_coordinator_answers_as_one_worker() -> None:
