@@ -7,15 +7,13 @@ without the threads of its parent; it maps the files of the log, and ends with i
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import pickle
-import subprocess
-import sys
-import time
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +26,6 @@ from evaluation.protocol import OnProgress, Outcome
 # With fewer events to score another process is not worth its start.
 EVENTS_MIN = 5_000
 DEFAULT = 2
-_POLL_S, _END_S = 0.1, 10.0
-_CHILD = "from evaluation import processes; processes.child()"
 
 # (number of the process, progress) -> what it found; can be pickled.
 Part = Callable[[int, OnProgress], Outcome]
@@ -78,53 +74,46 @@ def run(
 @contextmanager
 def _child(part: Part, process: int) -> Iterator[Callable[[], Outcome]]:
     """Start a child that runs a part; yields what waits for its result."""
-    with TemporaryDirectory(prefix="eddyline-evaluate-child-") as folder:
-        out = Path(folder) / "result"
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-            "OPENBLAS_NUM_THREADS": "1",
-        }
-        # A session of its own: an interrupt from the terminal is for the parent.
-        started = subprocess.Popen(
-            [sys.executable, "-P", "-c", _CHILD],
-            stdin=subprocess.PIPE,
-            env=environment,
-            start_new_session=True,
-        )
-        with started as child:
-            try:
-                assert child.stdin is not None
-                pickle.dump((part, process, out, os.getpid()), child.stdin)
-                child.stdin.close()
-                yield lambda: _result(child, out)
-            finally:
-                child.kill()
+    context = multiprocessing.get_context("spawn")
+    results, to_parent = context.Pipe(duplex=False)
+    child = context.Process(target=_run_part, args=(part, process, to_parent))
+    with results:
+        with to_parent:
+            child.start()
+        try:
+            yield lambda: _result(child, results)
+        finally:
+            child.kill()
+            child.join()
 
 
-def _result(child: subprocess.Popen[bytes], out: Path) -> Outcome:
+def _result(child: BaseProcess, results: Connection) -> Outcome:
     """Wait as long as the child lives, as it works until its end."""
-    while (code := child.poll()) is None:
-        time.sleep(_POLL_S)
-    if code or not out.exists():
-        raise EddylineError(f"a process of the evaluation ended with exit code {code}")
-    found = pickle.loads(out.read_bytes())
+    try:
+        found = results.recv()
+    except EOFError:
+        child.join()
+        raise EddylineError(
+            f"a process of the evaluation ended with exit code {child.exitcode}"
+        ) from None
     if isinstance(found, str):
         raise EddylineError(found)
     assert isinstance(found, Outcome)
     return found
 
 
-def child() -> None:
+def _run_part(part: Part, process: int, to_parent: Connection) -> None:
     """The whole life of a child."""
-    part, process, out, parent = pickle.load(sys.stdin.buffer)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt from the terminal is for the parent
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def on_progress(done: int, total: int) -> None:
-        if os.getppid() != parent:
+        if os.getppid() != parent.pid:
             os._exit(1)  # nobody waits for the result
 
     try:
-        found = part(process, on_progress)
+        found: Outcome | str = part(process, on_progress)
     except EddylineError as error:
         found = str(error)
-    out.write_bytes(pickle.dumps(found))
+    to_parent.send(found)
