@@ -182,8 +182,6 @@ _profile = msgspec.json.Decoder(UserProfile)
 _encoder = msgspec.json.Encoder()
 _WHERE = re.compile(r" - at `\$\.?([^`]*)`")
 _MISSING = re.compile(r"missing required field `([^`]*)`")
-# Cheap pre-check: only strings that match are checked by Unicode category.
-_SUSPECT = re.compile(r"[^\x20-\x7e]")
 
 
 def encode(record: Click | Merge | Forget | Item | ItemPatch | UserProfile) -> bytes:
@@ -270,12 +268,7 @@ def decode_item(
     id_form: of the id, the key, categories, tags and names of attributes
     The caller handles a null value, which is a delete (`id_in_form` on the key).
     """
-    item: Item = _decode(_item, value)
-    labels = [*item.categories, *item.tags, *item.attributes]
-    # ASCII without escapes lacks at most outer blanks.
-    plain = value.isascii() and b"\\" not in value and [*map(str.strip, labels)] == labels
-    if not plain or item.item_id.strip() != item.item_id:
-        item = _in_form(item, id_form, "item_id")
+    item: Item = _in_form(_decode(_item, value), id_form, "item_id")
     _check_item(item.item_id, key, item.vector, vector_dimension, id_form)
     check_time(item.at_ms, appended_ms, far_future_ms_max)
     return item
@@ -332,7 +325,6 @@ def decode_profile(
 
 
 def _check_key(field: str, value: str, key: str | None, id_form: IdForm) -> None:
-    check_id(field, value)
     if key is None or (key != value and in_form(key, id_form) != value):
         raise Rejected("wrong_key", field, f"{quote(value)} under the key {quote(key)}")
 
@@ -351,10 +343,12 @@ def check_id(field: str, value: str) -> None:
     """Raise Rejected if an id is empty, over 256 bytes of UTF-8, or has control characters."""
     if not value:
         raise Rejected("empty_id", field, "is empty")
+    plain = value.isascii() and value.isprintable()
     # A lone surrogate cannot be encoded; the category check below refuses it.
-    if len(value) > ID_BYTES_MAX or len(value.encode(errors="replace")) > ID_BYTES_MAX:
+    size = len(value) if plain else len(value.encode(errors="replace"))
+    if size > ID_BYTES_MAX:
         raise Rejected("id_too_long", field, f"{quote(value)} has more than {ID_BYTES_MAX} bytes")
-    if _SUSPECT.search(value) and any(unicodedata.category(c) in ("Cc", "Cs") for c in value):
+    if not plain and any(unicodedata.category(c) in ("Cc", "Cs") for c in value):
         raise Rejected("control_character", field, f"{quote(value)} has a control character")
 
 
@@ -378,12 +372,11 @@ def in_id_form(click: Click, id_form: IdForm) -> Click:
 
 def _with_ids(record: _R, id_form: IdForm, *fields: str) -> _R:
     """The record with these ids in this form. Raises Rejected."""
-    changed = {}
     for field in fields:
         value: str = getattr(record, field)
         if (found := id_in_form(field, value, id_form)) != value:
-            changed[field] = found
-    return msgspec.structs.replace(record, **changed) if changed else record
+            record = msgspec.structs.replace(record, **{field: found})
+    return record
 
 
 def _in_form(record: _L, id_form: IdForm, id_field: str) -> _L:
@@ -393,19 +386,20 @@ def _in_form(record: _L, id_form: IdForm, id_field: str) -> _L:
 
 def _with_labels(record: _L) -> _L:
     """The record with categories, tags and names of attributes in NFC. Raises Rejected."""
+    attributes: dict[str, Any] = record.attributes or {}
+    labels: list[str] = [*attributes]
+    if not isinstance(record, UserProfile):
+        labels += [*(record.categories or ()), *(record.tags or ())]
+    # Most are ASCII, and `str.strip` costs less than `normal`.
+    if [*map(str.strip if "".join(labels).isascii() else normal, labels)] == labels:
+        return record
     changed: dict[str, Any] = {}
     for field in ("categories", "tags"):
-        labels = getattr(record, field, None)
-        if labels and any(map(_is_spelled_otherwise, labels)):
-            changed[field] = [_label(field, one) for one in labels]
-    attributes = record.attributes
-    if attributes and any(map(_is_spelled_otherwise, attributes)):
+        if found := getattr(record, field, None):
+            changed[field] = [_label(field, one) for one in found]
+    if attributes:
         changed["attributes"] = {_label("attributes", n): v for n, v in attributes.items()}
-    return msgspec.structs.replace(record, **changed) if changed else record
-
-
-def _is_spelled_otherwise(label: str) -> bool:
-    return normal(label) != label
+    return msgspec.structs.replace(record, **changed)
 
 
 def _label(field: str, label: str) -> str:
