@@ -74,12 +74,13 @@ def find(
         products = [Product(one, bundle, asking.__contains__) for one in settings]
         for product in products:
             closing.callback(product.close)
-        query, scored = 0, set(events.tolist())
+        query = 0
         feeds = [Feed(log, product) for product in products]
         for now_ms, begin, end in protocol.moments(log, first):
             for feed in feeds:
                 feed.advance(now_ms)
-            for event in (number for number in range(begin, end) if number in scored):
+            of_moment = slice(*np.searchsorted(events, (begin, end)))
+            for event in events[of_moment].tolist():
                 user_id = log.user_ids[log.users[event]]
                 query += 1
                 left, right = (answer(one, user_id, keeps_repeats) for one in products)
