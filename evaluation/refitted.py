@@ -35,7 +35,8 @@ def check_library(rows: Sequence[str]) -> None:
         import implicit  # noqa: F401
     except ImportError:
         raise SettingsError(
-            f"--rows {rows[0]}: implicit is missing: install eddyline[evaluate], or name other rows"
+            f"the rows {', '.join(rows)} need implicit, which is missing: install "
+            "eddyline[evaluate], or name other rows with --rows"
         ) from None
 
 

@@ -119,8 +119,11 @@ def test_without_the_library_its_rows_are_refused_by_name(monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "implicit", None)
     offline.check_rows(("random", "towers"))
     for row in ("als-daily", "item-knn-daily"):
-        with pytest.raises(SettingsError, match=rf"--rows {row}: .*install eddyline\[evaluate\]"):
+        message = rf"rows {row} need implicit, .*: install eddyline\[evaluate\], .* with --rows$"
+        with pytest.raises(SettingsError, match=message):
             offline.check_rows(("random", row))
+    with pytest.raises(SettingsError, match="^the rows als-daily, item-knn-daily need implicit"):
+        offline.check_rows(tuple(offline.ROWS))
 
 
 def test_one_fit_a_day_is_enough(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
