@@ -72,11 +72,18 @@ class CoordinatorBackend(RetrievalBackend):
     ) -> pb.RetrieveResponse:
         check_generation(query, self.generation)
         converters.check_texts(query.filters, self.text_names)
-        return self._answer(
-            query,
-            deadline,
-            lambda items: self.retriever.nearest(query, items, deadline, received_us),
-        )
+
+        def ask(items: ScatterGather) -> Answer:
+            try:
+                return self.retriever.nearest(query, items, deadline, received_us)
+            except ItemsNotLive as error:
+                if missing := self._check_answered(items):
+                    named = "; ".join(missing[:NAMED_MAX])
+                    where = f"or in a shard without answer: {named}"
+                    raise NoShardAnswers(f"{error}, {where}") from None
+                raise
+
+        return self._answer(query, deadline, ask)
 
     @override
     def explain(
@@ -120,11 +127,6 @@ class CoordinatorBackend(RetrievalBackend):
         except StaleVectors:  # rare: an item of the query changed since it was cached
             items = ScatterGather(self.shards, self.dimension, deadline, self.vectors, fresh=True)
             found = ask(items)
-        except ItemsNotLive as error:
-            if missing := self._check_answered(items):
-                named = "; ".join(missing[:NAMED_MAX])
-                raise NoShardAnswers(f"{error}, or in a shard without answer: {named}") from None
-            raise
         return found, items, self._check_answered(items)
 
     def _behind(self, items: ScatterGather) -> str:

@@ -153,16 +153,16 @@ class RetrievalService:
         except _NotReady as error:
             return call.fail(grpc.StatusCode.UNAVAILABLE, str(error))
         except tuple(_CODES) as error:
-            self._count(call.begun, None)
+            self._ended(call, None)
             code = next(code for kind, code in _CODES.items() if isinstance(error, kind))
             return call.fail(code, str(error))
         except Exception as error:
-            self._count(call.begun, None)
+            self._ended(call, None)
             log.exception("a query failed")
             detail = f"{type(error).__name__}; the worker's log has more"
             return call.fail(grpc.StatusCode.INTERNAL, detail)
         if response is not None:
-            self._count(call.begun, response)
+            self._ended(call, response)
             call.send(response)
             call.send(None)
 
@@ -205,12 +205,16 @@ class RetrievalService:
             return converters.vector_of(request, self._settings)
         return converters.query_of(request, self._settings)
 
-    def _count(self, begun: float, response: _Response | None) -> None:
+    def _ended(self, call: _Call, response: _Response | None) -> None:
+        """Count a query; response: None for a failed one. An explanation is none: it takes longer."""
+        if not isinstance(call.request, pb.ExplainRequest):
+            assert not isinstance(response, pb.ExplainResponse)
+            self._count(call.begun, response)
+
+    def _count(self, begun: float, response: pb.RetrieveResponse | None) -> None:
         """Count one query; response: None for a failed one."""
         took_s = time.perf_counter() - begun
-        paths = []
-        if isinstance(response, pb.RetrieveResponse):
-            paths = [(path.path, path.taken) for path in response.paths]
+        paths = [(path.path, path.taken) for path in response.paths] if response else []
         with self._lock:
             self._queries += 1
             self._failed += response is None
