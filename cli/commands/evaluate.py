@@ -1,7 +1,7 @@
 """`eddyline evaluate`: what the recall paths and the fused answer are worth on a log.
 
-The files are those that `eddyline import` reads, with the same maps. Nothing is sent: everything
-runs in this process, on stores in memory. The towers are trained on the events before the split.
+The files are those that `eddyline import` reads, with the same maps. Nothing is sent: all state is
+in stores in memory. The towers are trained on the events before the split.
 """
 
 from __future__ import annotations
