@@ -206,7 +206,7 @@ class RetrievalService:
         return converters.query_of(request, self._settings)
 
     def _ended(self, call: _Call, response: _Response | None) -> None:
-        """Count a query; response: None for a failed one. An explanation is none: it takes longer."""
+        """Count a query; an explanation, which takes longer, is none. response: None: it failed."""
         if not isinstance(call.request, pb.ExplainRequest):
             assert not isinstance(response, pb.ExplainResponse)
             self._count(call.begun, response)
