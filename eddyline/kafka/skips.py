@@ -9,7 +9,8 @@ replays stay alike.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,6 +95,34 @@ class Stops:
     skips: Skips = field(default_factory=Skips)
     stopped: dict[Place, UnreadableBatch] = field(default_factory=dict)
     _logged: dict[Place, int] = field(default_factory=dict)
+    _look_s: float = 0.0
+
+    def readable(self, consumer: Any, at: Place, records: Sequence[Any]) -> Sequence[Any]:
+        """The fetched records that are not left out; none of a batch that cannot be read.
+
+        Such a batch is passed where it was given up; otherwise its partition is paused.
+        consumer: of kafka-python or aiokafka; at: its TopicPartition
+        """
+        batch = records[0]
+        if not isinstance(batch, UnreadableBatch):
+            return self.skips.kept(at, records)
+        if (offset := self.pass_over(batch)) is None:
+            consumer.pause(at)
+        else:
+            consumer.seek(at, offset)
+        return ()
+
+    def resume_skipped(self, consumer: Any, read: Callable[[], Skips]) -> None:
+        """Every `LOOK_S`, have partitions go on whose batch was given up. read: the decisions"""
+        if not self.stopped or time.monotonic() < self._look_s:
+            return
+        self._look_s = time.monotonic() + LOOK_S
+        ahead = self.resume(read())
+        for at in consumer.assignment():
+            if at in ahead:
+                self.clear([at])
+                consumer.seek(at, ahead[at])
+                consumer.resume(at)
 
     def pass_over(self, batch: UnreadableBatch) -> int | None:
         """Where the batch's partition goes on; None: it stops, which is logged once."""

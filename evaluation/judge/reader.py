@@ -15,9 +15,8 @@ from kafka.errors import KafkaError
 
 from eddyline.errors import LogMismatch
 from eddyline.kafka import clients, reading
-from eddyline.kafka.skips import LOOK_S, Stops
+from eddyline.kafka.skips import Stops
 from eddyline.kafka.topics import ARCHIVED, ITEMS
-from eddyline.kafka.unreadable import UnreadableBatch
 from eddyline.settings.loader import Settings
 from evaluation.judge.merging import Decoder, Group, Merge, Place
 
@@ -66,7 +65,6 @@ class LogReader:
         }
         self._merge = Merge(list(self._at.values()), settings.judge_wait_s, BUFFER_MAX)
         self._stops = Stops(reading.skips(settings))
-        self._look_s = 0.0
         consumer.assign(list(self._at))
         oldest = consumer.beginning_offsets(list(self._at))
         ends = consumer.end_offsets(list(self._at))
@@ -92,7 +90,7 @@ class LogReader:
 
     def read(self) -> None:
         """Fetch what is there, for half a second at most."""
-        self._look()
+        self._stops.resume_skipped(self._consumer, lambda: reading.skips(self._settings))
         for at, place in self._at.items():
             full = self._merge.size(place) >= BUFFER_MAX
             if at not in self._stops.stopped and full != (at in self._consumer.paused()):
@@ -102,13 +100,7 @@ class LogReader:
         for at, records in fetched.items():
             place = self._at[at]
             self._came_s[place] = now_s
-            if isinstance(records[0], UnreadableBatch):
-                if (offset := self._stops.pass_over(records[0])) is None:
-                    self._consumer.pause(at)
-                else:
-                    self._consumer.seek(at, offset)
-                continue
-            kept = self._stops.skips.kept(at, records)
+            kept = self._stops.readable(self._consumer, at, records)
             self._merge.add(place, [self._decoder.decode(place[0], one, now_s) for one in kept])
         self._ended = {place for at, place in self._at.items() if self._is_at_end(at, now_s)}
 
@@ -145,17 +137,6 @@ class LogReader:
             return True
         end = self._consumer.highwater(at)
         return end is not None and self._consumer.position(at) >= end
-
-    def _look(self) -> None:
-        """Read which offsets are left out, where a partition is stopped."""
-        if not self._stops.stopped or time.monotonic() < self._look_s:
-            return
-        self._look_s = time.monotonic() + LOOK_S
-        for place, offset in self._stops.resume(reading.skips(self._settings)).items():
-            at = TopicPartition(*place)
-            self._stops.clear([at])
-            self._consumer.seek(at, offset)
-            self._consumer.resume(at)
 
 
 @contextmanager

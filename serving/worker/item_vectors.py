@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -19,7 +18,7 @@ from aiokafka.structs import TopicPartition
 
 from eddyline.errors import EddylineError, KafkaUnavailable, Unavailable
 from eddyline.kafka import aiokafka_decoding, aiokafka_internals, clients, reading, security, topics
-from eddyline.kafka.skips import LOOK_S, Stops
+from eddyline.kafka.skips import Stops
 from eddyline.kafka.unreadable import UnreadableBatch
 from eddyline.settings.loader import Settings
 
@@ -44,7 +43,6 @@ class ItemVectorLog:
             TopicPartition(self._topic, p) for p in range(settings.items_partitions)
         ]
         self._stops = Stops(reading.skips(settings))
-        self._look_s = 0.0
         self._runner = asyncio.Runner()
         self._consumer: Any = None
         try:
@@ -81,36 +79,17 @@ class ItemVectorLog:
         """
         if aiokafka_internals.fetching_ended(self._consumer):
             raise KafkaUnavailable("the fetches ended")
-        self._resume_skipped()
+        self._stops.resume_skipped(self._consumer, lambda: reading.skips(self._settings))
         found = self._run(self._consumer.getmany(timeout_ms=timeout_ms, max_records=POLL_RECORDS))
-        kept = {at.partition: self._readable(at, records) for at, records in found.items()}
+        kept = {
+            at.partition: self._stops.readable(self._consumer, at, records)
+            for at, records in found.items()
+        }
         return {partition: records for partition, records in kept.items() if records}
 
     def stopped(self) -> dict[int, UnreadableBatch]:
         """Partitions that stand in front of a batch that cannot be read; the others go on."""
         return {at[1]: batch for at, batch in self._stops.stopped.items()}
-
-    def _readable(self, at: TopicPartition, records: Sequence[Any]) -> Sequence[Any]:
-        """The records that are not left out; a batch that cannot be read stops its partition."""
-        batch = records[0]
-        if not isinstance(batch, UnreadableBatch):
-            return self._stops.skips.kept(at, records)
-        if (offset := self._stops.pass_over(batch)) is None:
-            self._consumer.pause(at)
-        else:
-            self._consumer.seek(at, offset)
-        return ()
-
-    def _resume_skipped(self) -> None:
-        """Every few seconds, look whether a batch that stops a partition was given up."""
-        if not self._stops.stopped or time.monotonic() < self._look_s:
-            return
-        self._look_s = time.monotonic() + LOOK_S
-        for place, offset in self._stops.resume(reading.skips(self._settings)).items():
-            at = TopicPartition(*place)
-            self._stops.clear([at])
-            self._consumer.seek(at, offset)
-            self._consumer.resume(at)
 
     def positions(self) -> dict[int, int]:
         """Partition -> offset of the next fetch: behind polled records and transaction markers."""

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from kafka import KafkaConsumer, TopicPartition
@@ -25,8 +25,7 @@ from eddyline.archive import HOUR_MS, Archive
 from eddyline.errors import LogMismatch
 from eddyline.kafka import clients, reading
 from eddyline.kafka import topics as kafka_topics
-from eddyline.kafka.skips import LOOK_S, Stops
-from eddyline.kafka.unreadable import UnreadableBatch
+from eddyline.kafka.skips import Stops
 from eddyline.process import heartbeat
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import LogId, Mark
@@ -75,7 +74,6 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
         self._resumes: dict[TopicPartition, Resume] = {}
         self._empty: dict[TopicPartition, int] = {}
         self._stops = Stops()
-        self._skips_read_s = 0.0
         self._hours_checked_s = 0.0
 
     def run_once(self, idle: Callable[[], bool] = lambda: False) -> None:
@@ -131,8 +129,9 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
         batches = self._consumer.poll(
             timeout_ms=0 if self._unopened else _POLL_MS, max_records=clients.ALL_FETCHED
         )
+        readable = self._stops.readable
         for place, fetched in batches.items():
-            if place in self._writers and (records := self._readable(place, fetched)):
+            if place in self._writers and (records := readable(self._consumer, place, fetched)):
                 writer = self._writers[place]
                 before = writer.rows
                 if (resume := self._resumes.pop(place, None)) is not None:
@@ -143,34 +142,11 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
                 self.rows += writer.rows - before
         if self._unopened:
             self._open()
-        self._resume_skipped()
+        self._stops.resume_skipped(self._consumer, lambda: reading.skips(self._settings))
         if time.monotonic() - self._hours_checked_s >= _HOURS_CHECK_S:
             self._complete_past_hours()
             self._hours_checked_s = time.monotonic()
         self._commit()
-
-    def _readable(self, place: TopicPartition, records: list[Any]) -> Sequence[Any]:
-        """The records that are not left out; a batch that cannot be read stops its partition."""
-        batch = records[0]
-        if not isinstance(batch, UnreadableBatch):
-            return self._stops.skips.kept(place, records)
-        if (offset := self._stops.pass_over(batch)) is None:
-            self._consumer.pause(place)
-        else:
-            self._consumer.seek(place, offset)
-        return ()
-
-    def _resume_skipped(self) -> None:
-        """Every few seconds, look whether a batch that stops a partition was given up."""
-        if not self._stops.stopped or time.monotonic() - self._skips_read_s < LOOK_S:
-            return
-        self._skips_read_s = time.monotonic()
-        for place, offset in self._stops.resume(reading.skips(self._settings)).items():
-            at = TopicPartition(*place)
-            self._stops.clear([at])
-            if at in self._writers:
-                self._consumer.seek(at, offset)
-                self._consumer.resume(at)
 
     def _check_for_loss(self, place: TopicPartition, writer: PartitionWriter) -> None:
         """Find out why offsets are missing: transaction markers, or retention was faster."""

@@ -26,7 +26,6 @@ from typing_extensions import override
 from eddyline.kafka import aiokafka_decoding, aiokafka_internals
 from eddyline.kafka.aiokafka_internals import FetchGate
 from eddyline.kafka.skips import Skips, Stops
-from eddyline.kafka.unreadable import UnreadableBatch
 
 # Faust's services log under this name: quiet where everything of Faust is.
 _logger = get_logger("faust.batches")
@@ -215,27 +214,17 @@ class ConsumerThread(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokaf
             named = error.args[0]
             lost = map(TopicPartition._make, named if isinstance(named, dict) else [named])
             return Fetch({}, {at: epochs[at] for at in lost})
-        records = {at: kept for at, taken in records.items() if (kept := self._readable(at, taken))}
+        readable = self.stops.readable
+        records = {
+            at: kept
+            for at, taken in records.items()
+            if (kept := list(readable(self._started, at, taken)))
+        }
         for at, taken in records.items():
             self._taken[at] = taken[-1].offset
         if records and sum(map(len, records.values())) <= self._small_max:
             gate.hold()
         return Fetch({at: (epochs[at], taken) for at, taken in records.items()}, {})
-
-    def _readable(self, at: TopicPartition, records: list[ConsumerRecord]) -> list[ConsumerRecord]:
-        """The records that are not left out; none of a batch that cannot be read.
-
-        Such a batch is passed where it was given up, in the same epoch, as nothing before it is
-        read again. Otherwise the partition stops.
-        """
-        batch = records[0]
-        if not isinstance(batch, UnreadableBatch):
-            return list(self.stops.skips.kept(at, records))
-        if (offset := self.stops.pass_over(batch)) is None:
-            self._started.pause(at)
-        else:
-            self._started.seek(at, offset)
-        return []
 
     async def resume(self, skips: Skips) -> None:
         """Take new decisions; partitions whose batch was given up go on behind it."""
