@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from kafka import KafkaConsumer, TopicPartition
 
 from eddyline.errors import BundleError
 from eddyline.kafka import skips
@@ -77,3 +78,29 @@ def test_a_stop_is_logged_once_and_ends_with_a_decision(caplog: pytest.LogCaptur
     stops.clear([PLACE])
     assert stops.pass_over(batch(10, 14)) == 15 and stops.stopped == {}
     assert stops.pass_over(batch(20)) is None and "the batch at offset 20" in str(batch(20))
+
+
+def test_a_consumer_pauses_before_a_batch_and_goes_on_behind_it() -> None:
+    consumer = KafkaConsumer(bootstrap_servers="localhost:1", api_version=(3, 9))
+    try:
+        at, other = TopicPartition(*PLACE), TopicPartition("shop.clicks", 4)
+        consumer.assign([at, other])
+        for place in (at, other):
+            consumer.seek(place, 10)
+        stops, left_out = Stops(), Skips([(*PLACE, 10, 14)])
+        assert stops.readable(consumer, at, [batch(10, 14)]) == ()
+        assert consumer.paused() == {at} and stops.stopped == {PLACE: batch(10, 14)}
+        records: list[Any] = [SimpleNamespace(offset=10)]
+        assert stops.readable(consumer, other, records) is records
+        stops.resume_skipped(consumer, Skips)
+        assert consumer.paused() == {at}
+        stops.resume_skipped(consumer, lambda: left_out)
+        assert consumer.paused() == {at}, "decisions are read every few seconds"
+        stops._look_s = 0.0
+        stops.resume_skipped(consumer, lambda: left_out)
+        assert not consumer.paused() and not stops.stopped and consumer.position(at) == 15
+        consumer.seek(at, 10)
+        assert stops.readable(consumer, at, [batch(10, 14)]) == ()
+        assert not consumer.paused() and consumer.position(at) == 15
+    finally:
+        consumer.close()
