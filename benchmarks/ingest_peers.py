@@ -86,7 +86,10 @@ class Meter:
 
 def decoded(settings: Settings, value: bytes | None, timestamp_ms: int) -> Click:
     return decode_click(
-        value, appended_ms=timestamp_ms, far_future_ms_max=settings.far_future_ms_max
+        value,
+        appended_ms=timestamp_ms,
+        far_future_ms_max=settings.far_future_ms_max,
+        id_form=settings.id_form,
     )
 
 

@@ -190,7 +190,7 @@ def encode(record: Click | Merge | Forget | Item | ItemPatch | UserProfile) -> b
 
 
 def decode_click(
-    value: bytes | None, *, appended_ms: int, far_future_ms_max: int, id_form: IdForm = "nfc"
+    value: bytes | None, *, appended_ms: int, far_future_ms_max: int, id_form: IdForm
 ) -> Click:
     """Decode the value of a record.
 
@@ -231,7 +231,7 @@ def equal_before(moved: Click) -> int:
 
 
 def decode_user_event(
-    value: bytes | None, *, appended_ms: int, far_future_ms_max: int, id_form: IdForm = "nfc"
+    value: bytes | None, *, appended_ms: int, far_future_ms_max: int, id_form: IdForm
 ) -> Click | Merge | Forget:
     """Decode any record of `clicks`; arguments and errors as for `decode_click`."""
     try:
@@ -261,7 +261,7 @@ def decode_item(
     appended_ms: int,
     far_future_ms_max: int,
     vector_dimension: int,
-    id_form: IdForm = "nfc",
+    id_form: IdForm,
 ) -> Item:
     """Decode an item. The key must be its id, or compaction mixes items up. Raises Rejected.
 
@@ -281,7 +281,7 @@ def decode_patch(
     appended_ms: int,
     far_future_ms_max: int,
     vector_dimension: int,
-    id_form: IdForm = "nfc",
+    id_form: IdForm,
 ) -> ItemPatch:
     """Decode a patch; arguments and errors as for `decode_item`."""
     patch: ItemPatch = _in_form(_decode(_patch, value), id_form, "item_id")
@@ -307,12 +307,7 @@ def _check_item(
 
 
 def decode_profile(
-    value: bytes,
-    *,
-    key: str | None,
-    appended_ms: int,
-    far_future_ms_max: int,
-    id_form: IdForm = "nfc",
+    value: bytes, *, key: str | None, appended_ms: int, far_future_ms_max: int, id_form: IdForm
 ) -> UserProfile:
     """Decode a user profile. The key must be the user id. Raises Rejected.
 
@@ -352,7 +347,7 @@ def check_id(field: str, value: str) -> None:
         raise Rejected("control_character", field, f"{quote(value)} has a control character")
 
 
-def id_in_form(field: str, value: str, id_form: IdForm = "nfc") -> str:
+def id_in_form(field: str, value: str, id_form: IdForm) -> str:
     """The id in this form. Raises Rejected as `check_id`, of the id as it came and in its form."""
     check_id(field, value)
     found = in_form(value, id_form)

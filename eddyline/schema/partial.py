@@ -48,7 +48,7 @@ def item(
     omitted: Omitted,
     *,
     vector_dimension: int,
-    id_form: IdForm = "nfc",
+    id_form: IdForm,
     **limits: Any,
 ) -> Item:
     """The item without its bad optional parts.
@@ -71,7 +71,7 @@ def patch(
     omitted: Omitted,
     *,
     vector_dimension: int,
-    id_form: IdForm = "nfc",
+    id_form: IdForm,
     **limits: Any,
 ) -> ItemPatch:
     """The patch without its bad optional parts, which keep their value. As `item` otherwise."""
@@ -87,7 +87,7 @@ def patch(
 
 
 def profile(
-    value: bytes, first: Rejected, omitted: Omitted, *, id_form: IdForm = "nfc", **limits: Any
+    value: bytes, first: Rejected, omitted: Omitted, *, id_form: IdForm, **limits: Any
 ) -> UserProfile:
     """The profile without its bad attributes. As `item` otherwise."""
     decode = partial(events.decode_profile, id_form=id_form, **limits)

@@ -58,7 +58,7 @@ class Outside:
         self.letters.append((record, rejected))
 
     def forward(self, record: Any, key: bytes, value: bytes | None, partition: int) -> None:
-        events.decode_user_event(value, appended_ms=NOW_MS, far_future_ms_max=10**6)
+        events.decode_user_event(value, appended_ms=NOW_MS, far_future_ms_max=10**6, id_form="nfc")
         self.forwarded.append((key, value))
 
     def flush(self) -> None:
@@ -144,7 +144,7 @@ class Harness:
             user = (record.key or b"").decode()
         else:
             user = events.decode_user_event(
-                record.value, appended_ms=NOW_MS, far_future_ms_max=10**6
+                record.value, appended_ms=NOW_MS, far_future_ms_max=10**6, id_form="nfc"
             ).user_id
         source = Source(CLICKS, 0)
         [read] = self.store.read_many([UserQuery("u0", source, [user], ["1"])])

@@ -334,6 +334,7 @@ def oracle(settings: Settings, logs: dict[int, list[Rec]]) -> dict[str, Any]:
                     record.value,
                     appended_ms=record.timestamp,
                     far_future_ms_max=settings.far_future_ms_max,
+                    id_form=settings.id_form,
                 )
             except Rejected:
                 continue
@@ -609,7 +610,7 @@ def test_every_effect_exactly_once_whatever_fails(seed: int) -> None:
 def rubbish(settings: Settings, record: Rec) -> bool:
     try:
         events.decode_user_event(
-            record.value, appended_ms=record.timestamp, far_future_ms_max=300_000
+            record.value, appended_ms=record.timestamp, far_future_ms_max=300_000, id_form="nfc"
         )
     except Rejected:
         return True

@@ -18,7 +18,7 @@ def ends(value: bytes) -> tuple[str, str]:
     """What ingest and the model make of a record of `clicks`: the reason, or nothing."""
     ours = theirs = ""
     try:
-        events.decode_user_event(value, appended_ms=MS, far_future_ms_max=0)
+        events.decode_user_event(value, appended_ms=MS, far_future_ms_max=0, id_form="nfc")
     except Rejected as rejected:
         ours = rejected.reason
     try:

@@ -228,7 +228,7 @@ def check_dataset(dataset: Dataset) -> None:
     order = [(click.at_ms, click.user_id) for click in dataset.clicks]
     assert order == sorted(order)
     assert len({click.event_id for click in dataset.clicks}) == len(dataset.clicks)
-    far = {"appended_ms": 10**13, "far_future_ms_max": 0}
+    far = {"appended_ms": 10**13, "far_future_ms_max": 0, "id_form": "nfc"}
     for click in dataset.clicks:
         assert click.item_id in ids and click.user_id in dataset.profiles
         assert decode_click(encode(click), **far) == click

@@ -204,7 +204,7 @@ def test_pandas_and_duckdb_read_what_was_sent(tmp_path: Path) -> None:
     sent = {r.offset: r for r in log}
     for e in events_:
         decoded = events.decode_click(
-            sent[e.offset].value, appended_ms=e.appended_ms, far_future_ms_max=10**9
+            sent[e.offset].value, appended_ms=e.appended_ms, far_future_ms_max=10**9, id_form="nfc"
         )
         assert (
             e.event == decoded and e.appended_ms == sent[e.offset].timestamp and e.produced_us == 17

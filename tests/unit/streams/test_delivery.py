@@ -154,7 +154,9 @@ def test_a_stray_that_is_too_large_without_headers_is_a_dead_letter(more: int) -
     producer = Producer(bytes_max=MIB + 12)
     rig = Rig(producer)
     small = click_of(1, 7, 0, event_id="e").value
-    user = events.decode_user_event(small, appended_ms=MS, far_future_ms_max=0).user_id.encode()
+    user = events.decode_user_event(
+        small, appended_ms=MS, far_future_ms_max=0, id_form="nfc"
+    ).user_id.encode()
     origin = origin_of(rec(7, small), b"clicks/0/7")
     room = MIB - dead_letters.record_bytes(user, small, origin) + more
     value_sent = small + b" " * room

@@ -352,7 +352,8 @@ def test_a_profile_of_the_user_who_returned_stays() -> None:
 
 def test_a_forget_of_an_older_version_is_read_as_it_was() -> None:
     value = b'{"user_id":"ana","forget_until_ms":%d}' % T
-    old: Forget = events.decode_user_event(value, appended_ms=T, far_future_ms_max=0)  # type: ignore[assignment]
+    old = events.decode_user_event(value, appended_ms=T, far_future_ms_max=0, id_form="nfc")
+    assert isinstance(old, Forget)
     assert old.bound_ms == T
     assert Erasure.of(old) == Erasure(T, -1, T + OLD_KEPT_MS)
     rig = Rig()

@@ -261,7 +261,7 @@ def test_a_merge_forwards_the_list_and_empties_it(chunks: list[int]) -> None:
     rig.clicks.popularity.write(HERE)
     assert rig.entries() == ["c"]
     sent = [
-        events.decode_click(v, appended_ms=MS, far_future_ms_max=9_000)
+        events.decode_click(v, appended_ms=MS, far_future_ms_max=9_000, id_form="nfc")
         for _, v, _ in rig.out.forwarded
     ]
     assert [(key, partition) for key, _, partition in rig.out.forwarded] == [
@@ -284,7 +284,8 @@ def test_equal_events_of_a_visitor_are_all_moved_and_moved_once(own: int) -> Non
     sent = [value for _, value, _ in visitor.out.forwarded]
     assert len(sent) == 4
     contexts = [
-        events.decode_click(v, appended_ms=MS, far_future_ms_max=9_000).context for v in sent
+        events.decode_click(v, appended_ms=MS, far_future_ms_max=9_000, id_form="nfc").context
+        for v in sent
     ]
     assert contexts == [MOVED, MOVED | {"eddyline.equal": 1}, MOVED | {"eddyline.equal": 2}, MOVED]
     there = 1 - HERE
@@ -302,7 +303,7 @@ def test_a_weight_never_becomes_zero_so_that_its_entry_can_be_moved() -> None:
     log = [click(1, "a", weight=5e-324, context={"dwell_ms": 1}), merge(2)]
     ingest(rig.clicks, HERE, log, 0)
     ((_, value, _),) = rig.out.forwarded
-    moved = events.decode_click(value, appended_ms=MS, far_future_ms_max=9_000)
+    moved = events.decode_click(value, appended_ms=MS, far_future_ms_max=9_000, id_form="nfc")
     assert moved.weight == 5e-324
 
 
@@ -324,7 +325,8 @@ def test_an_entry_that_left_stays_away_under_looser_limits(
         record = click(offset, f"i{second}", at_ms=MS + 1_000 * second)
         updates = UserUpdates(settings, [], [], {ANA: user})
         updates.apply(
-            record, events.decode_click(record.value, appended_ms=MS, far_future_ms_max=MS)
+            record,
+            events.decode_click(record.value, appended_ms=MS, far_future_ms_max=MS, id_form="nfc"),
         )
         effects = updates.effects(0, [])
         history = effects.histories[ANA]
@@ -451,7 +453,7 @@ def test_a_stray_click_is_forwarded_under_its_origin_and_not_applied() -> None:
     assert outcome.forwarded == 2 and outcome.applied == 0 and rig.out.flushes
     first, second = rig.out.forwarded
     assert first[0] == THERE.encode() and first[2] == 1 - HERE
-    sent = events.decode_click(first[1], appended_ms=MS, far_future_ms_max=10_000)
+    sent = events.decode_click(first[1], appended_ms=MS, far_future_ms_max=10_000, id_form="nfc")
     assert (sent.event_id, sent.user_id, sent.at_ms) == (f"clicks/{HERE}/1", THERE, MS + 1)
     assert second[1] == stray[1].value
     assert rig.entries(THERE) == [] and rig.store.popular("i0", 9) == {}

@@ -142,7 +142,7 @@ def test_strays_are_forwarded_mapped_and_marked(settings: Settings) -> None:
     )
     assert outcome.forwarded == 2
     for number, (topic, value, more) in enumerate(rig.sent()):
-        click = events.decode_click(value, appended_ms=MS, far_future_ms_max=0)
+        click = events.decode_click(value, appended_ms=MS, far_future_ms_max=0, id_form="nfc")
         assert (topic, more["key"], more["partition"]) == ("shop", THERE.encode(), 1 - HERE)
         assert (click.item_id, click.event_id) == ("ab"[number], f"shop/{HERE}/3#{number}")
         assert OWN in more["headers"] and MAPPED not in more["headers"]
@@ -240,7 +240,7 @@ def test_a_letter_is_sent_as_the_record_was_and_a_marked_one_to_its_user(
     assert dead_letter_replay.checked(settings, letter(raw, headers=headers)) == (raw, HERE)
     own = events.encode(Click(user_id=THERE, item_id="a"))
     value, partition = dead_letter_replay.checked(settings, letter(own, headers=(OWN,)))
-    click = events.decode_click(value, appended_ms=MS, far_future_ms_max=0)
+    click = events.decode_click(value, appended_ms=MS, far_future_ms_max=0, id_form="nfc")
     assert (click.event_id, partition) == (f"shop/{HERE}/3", 1 - HERE)
     assert click.at_ms == MS, "without a time: that of the first append, not of the replay"
     for value, reason in ((b'{"type":"other"}', "ignored"), (own, "ignored"), (b"{", "malformed")):

@@ -50,21 +50,28 @@ PROFILE = {"user_id": "ana", "attributes": {"age": 31}, "at_ms": NOW_MS}
 
 
 def click(value: bytes | None) -> Click:
-    return decode_click(value, appended_ms=NOW_MS, far_future_ms_max=FUTURE_MS)
+    return decode_click(value, appended_ms=NOW_MS, far_future_ms_max=FUTURE_MS, id_form="nfc")
 
 
 def forgetting(value: bytes | None) -> object:
-    return decode_user_event(value, appended_ms=NOW_MS, far_future_ms_max=FUTURE_MS)
+    return decode_user_event(value, appended_ms=NOW_MS, far_future_ms_max=FUTURE_MS, id_form="nfc")
 
 
 def item(value: bytes, key: str | None = "f1", dimension: int = 3) -> Item:
     return decode_item(
-        value, key=key, appended_ms=NOW_MS, far_future_ms_max=FUTURE_MS, vector_dimension=dimension
+        value,
+        key=key,
+        appended_ms=NOW_MS,
+        far_future_ms_max=FUTURE_MS,
+        vector_dimension=dimension,
+        id_form="nfc",
     )
 
 
 def profile(value: bytes, key: str | None = "ana") -> UserProfile:
-    return decode_profile(value, key=key, appended_ms=NOW_MS, far_future_ms_max=FUTURE_MS)
+    return decode_profile(
+        value, key=key, appended_ms=NOW_MS, far_future_ms_max=FUTURE_MS, id_form="nfc"
+    )
 
 
 def dumps(base: dict[str, Any], **changes: Any) -> bytes:
@@ -382,5 +389,5 @@ def test_only_true_marks_a_moved_event(context: bytes, moved: bool) -> None:
 def test_bytes_that_are_not_utf_8_refuse_the_record_even_in_an_unknown_field(field: bytes) -> None:
     value = b'{"user_id": "u", "item_id": "i", "at_ms": 1, ' + field + b"}"
     with pytest.raises(Rejected) as refused:
-        decode_click(value, appended_ms=1, far_future_ms_max=0)
+        decode_click(value, appended_ms=1, far_future_ms_max=0, id_form="nfc")
     assert refused.value.reason == "malformed_json"

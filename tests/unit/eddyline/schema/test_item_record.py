@@ -168,7 +168,12 @@ def test_the_largest_item_that_the_codec_takes_fits_a_record() -> None:
         attributes={f"{label}{n:02}": "𝕏" * VALUE_CHARS_MAX for n in range(ATTRIBUTES_MAX)},
     )
     got = decode_item(
-        encode(item), key="film-1", appended_ms=0, far_future_ms_max=0, vector_dimension=0
+        encode(item),
+        key="film-1",
+        appended_ms=0,
+        far_future_ms_max=0,
+        vector_dimension=0,
+        id_form="nfc",
     )
     attributes = {"categories": got.categories, "tags": got.tags, "attributes": got.attributes}
     sent = record(DIMENSION_MAX, attributes=attributes)

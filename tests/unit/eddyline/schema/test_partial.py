@@ -213,7 +213,12 @@ def test_whatever_the_optional_parts_hold_the_item_applies(parts: dict[str, Any]
     item, _ = read(changed(**parts))
     assert item is not None and not item.available
     again = decode_item(
-        encode(item), key="f1", appended_ms=NOW_MS, far_future_ms_max=0, vector_dimension=3
+        encode(item),
+        key="f1",
+        appended_ms=NOW_MS,
+        far_future_ms_max=0,
+        vector_dimension=3,
+        id_form="nfc",
     )
     assert again == item
 
