@@ -41,7 +41,7 @@ class Filter:
     """All set parts must hold; the default of a part sets no condition.
 
     categories: the item has at least one of them; tags: at least one; tags_all: every one
-    texts:      attribute name -> texts; the item has one of them. See `texts`
+    texts:      attribute name -> texts; the item has one of them. See `text_of`
     categories_none, tags_none, texts_none: the item has none of them
     ranges:     attribute name -> range; an item without this number does not match. A text that is
                 a number counts as that number, a date as milliseconds since 1970 UTC: see `numbers`
@@ -91,22 +91,20 @@ def numbers(attributes: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def texts(attributes: Mapping[str, Any], name: str) -> set[str]:
-    """The texts of one attribute: a text, those of a list, "true" and "false" of booleans.
+def text_of(attributes: Mapping[str, Any], name: str) -> str | None:
+    """The text of one attribute, in Unicode NFC without outer blanks, as a filter has it.
 
-    In Unicode NFC without outer blanks, as a filter has them.
+    A boolean is "true" or "false"; None if there is neither.
 
-    >>> texts({"attributes": {"brand": "Acme", "size": ["M", "L", 3], "new": True}}, "brand")
-    {'Acme'}
+    >>> item = {"attributes": {"brand": " Acme", "new": True, "price": 3}}
+    >>> text_of(item, "brand"), text_of(item, "new"), text_of(item, "price")
+    ('Acme', 'true', None)
     """
     values = attributes.get("attributes")
     value = values.get(name) if isinstance(values, dict) else None
-    listed = value if isinstance(value, list) else [value]
-    return {
-        ("true" if one else "false") if isinstance(one, bool) else normal(one)
-        for one in listed
-        if isinstance(one, (str, bool))
-    }
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return normal(value) if isinstance(value, str) else None
 
 
 def date_ms(text: str) -> float | None:
@@ -138,9 +136,9 @@ def matches(filters: Filter, item_id: str, attributes: Mapping[str, Any]) -> boo
         return False
     if filters.categories_none & categories or filters.tags_none & tags:
         return False
-    if any(not wanted & texts(attributes, name) for name, wanted in filters.texts.items()):
+    if any(text_of(attributes, name) not in wanted for name, wanted in filters.texts.items()):
         return False
-    if any(barred & texts(attributes, name) for name, barred in filters.texts_none.items()):
+    if any(text_of(attributes, name) in barred for name, barred in filters.texts_none.items()):
         return False
     values = numbers(attributes)
     return all(

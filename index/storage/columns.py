@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from index.arrays import Floats, Ints, Mask
-from index.filters import Filter, Range, numbers, terms, texts
+from index.filters import Filter, Range, numbers, terms, text_of
 from index.storage.vector_table import NEVER
 
 # ("categories", "tags" or "attributes"; the name), or (`TEXT` and an attribute's name; its text)
@@ -233,7 +233,7 @@ class Columns:
                     term_rows.append(row)
                     term_keys.append((field_name, term))
             for name in self.text_names:
-                for text in texts(of_row, name):
+                if (text := text_of(of_row, name)) is not None:
                     term_rows.append(row)
                     term_keys.append((TEXT + name, text))
             for name, value in numbers(of_row).items():

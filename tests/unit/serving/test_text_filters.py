@@ -29,7 +29,7 @@ def catalogue(count: int) -> list[ItemRecord]:
             {
                 "categories": [f"c{n % 4}"],
                 "tags": ["odd"] if n % 2 else [],
-                "attributes": {"brand": BRANDS[n % 6], "colors": ["red", "blue"][: n % 3]},
+                "attributes": {"brand": BRANDS[n % 6], "color": ("", "red", "blue")[n % 3]},
             },
         )
         for n in range(count)
@@ -45,17 +45,17 @@ def texts(attribute: str, *values: str) -> pb.Texts:
 
 
 def test_one_worker_and_a_coordinator_answer_alike() -> None:
-    plant = Plant(3, catalogue(30), frozenset({"brand", "colors"}))
+    plant = Plant(3, catalogue(30), frozenset({"brand", "color"}))
     try:
         plant.user("ana", "item-7")
         for filters, passes in (
             (pb.Filters(texts=[texts("brand", "Acme")]), lambda n: n % 3 == 0),
             (pb.Filters(texts=[texts("brand", "Beta", "U\u0308nion ")]), lambda n: n % 3),
             (
-                pb.Filters(texts=[texts("brand", "Beta"), texts("colors", "red")]),
+                pb.Filters(texts=[texts("brand", "Beta"), texts("color", "red")]),
                 lambda n: n % 3 == 1,
             ),
-            (pb.Filters(texts_none=[texts("colors", "blue")]), lambda n: n % 3 != 2),
+            (pb.Filters(texts_none=[texts("color", "blue")]), lambda n: n % 3 != 2),
             (pb.Filters(categories_none=["c0", "c1"]), lambda n: n % 4 > 1),
             (pb.Filters(tags_none=["odd"], categories=["c2"]), lambda n: n % 4 == 2),
             (pb.Filters(texts=[texts("brand", "acme")]), lambda n: False),
@@ -79,9 +79,9 @@ def test_one_worker_and_a_coordinator_answer_alike() -> None:
                 assert (failed.value.code, failed.value.detail) == (
                     "INVALID_ARGUMENT",
                     "filters.texts: 'brnad' is not in the setting filter_texts; it has 'brand', "
-                    "'colors'",
+                    "'color'",
                 )
-        only = pb.Filters(texts=[texts("brand", "Beta")], texts_none=[texts("colors", "red")])
+        only = pb.Filters(texts=[texts("brand", "Beta")], texts_none=[texts("color", "red")])
         [item] = plant.client.explain("ana", ["item-3"], 3, filters=only).items
         assert item.why == "it does not pass the filter: texts of 'brand'"
         most = [f"b{n}" for n in range(TEXT_VALUES_MAX - 1)]
