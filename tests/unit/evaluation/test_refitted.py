@@ -122,7 +122,7 @@ def test_without_the_library_its_rows_are_refused_by_name(monkeypatch: pytest.Mo
         message = rf"rows {row} need implicit, .*: install eddyline\[evaluate\], .* with --rows$"
         with pytest.raises(SettingsError, match=message):
             offline.check_rows(("random", row))
-    with pytest.raises(SettingsError, match="^the rows als-daily, item-knn-daily need implicit"):
+    with pytest.raises(SettingsError, match=r"^the rows als-daily, item-knn-daily need implicit"):
         offline.check_rows(tuple(offline.ROWS))
 
 
