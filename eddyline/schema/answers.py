@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from eddyline.errors import Rejected
-from eddyline.schema.events import AtMs, Id, check_id, quote
+from eddyline.schema.events import AtMs, Id, check_id, decode_json, quote
 
 # What a record keeps of an answer, from the top. So a record with ids of the greatest length is
 # smaller than 1 MiB, which is the most that Kafka accepts by default.
@@ -105,14 +105,7 @@ def encode_answer(answer: RecordedAnswer) -> bytes:
 
 def decode_answer(value: bytes | None, *, key: str | None) -> RecordedAnswer:
     """Decode a record of `answers`. The key must be the user id. Raises Rejected."""
-    if value is None:
-        raise Rejected("no_value", "", "the record has no value")
-    try:
-        answer = _decoder.decode(value)
-    except msgspec.ValidationError as error:
-        raise Rejected("bad_field", "", str(error)) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Rejected("malformed_json", "", str(error)) from None
+    answer = decode_json(_decoder, value)
     check_id("user_id", answer.user_id)
     check_id("impression_id", answer.impression_id)
     if key != answer.user_id:

@@ -200,7 +200,7 @@ def decode_click(
     id_form:     of user_id and item_id; `event_id` and `impression_id` stay as they are
     Raises Rejected.
     """
-    click: Click = _decode(_click, value)
+    click: Click = decode_json(_click, value)
     # In ASCII without escapes JSON allows no control character, and a character is one byte.
     if value is None or not value.isascii() or b"\\" in value or b"\x7f" in value:
         click = _with_ids(click, id_form, "user_id", "item_id")
@@ -242,10 +242,10 @@ def decode_user_event(
         if value is None or not (b'"merge_into"' in value or b'"forget_until_ms"' in value):
             raise
     if b'"merge_into"' not in value:
-        forget: Forget = _with_ids(_decode(_forget, value), id_form, "user_id")
+        forget: Forget = _with_ids(decode_json(_forget, value), id_form, "user_id")
         check_time(forget.forget_until_ms, appended_ms, far_future_ms_max, "forget_until_ms")
         return forget
-    merge: Merge = _with_ids(_decode(_merge, value), id_form, "user_id", "merge_into")
+    merge: Merge = _with_ids(decode_json(_merge, value), id_form, "user_id", "merge_into")
     check_time(merge.at_ms, appended_ms, far_future_ms_max)
     if merge.user_id == merge.merge_into:
         raise Rejected(
@@ -268,7 +268,7 @@ def decode_item(
     id_form: of the id, the key, categories, tags and names of attributes
     The caller handles a null value, which is a delete (`id_in_form` on the key).
     """
-    item: Item = _in_form(_decode(_item, value), id_form, "item_id")
+    item: Item = _in_form(decode_json(_item, value), id_form, "item_id")
     _check_item(item.item_id, key, item.vector, vector_dimension, id_form)
     check_time(item.at_ms, appended_ms, far_future_ms_max)
     return item
@@ -284,7 +284,7 @@ def decode_patch(
     id_form: IdForm,
 ) -> ItemPatch:
     """Decode a patch; arguments and errors as for `decode_item`."""
-    patch: ItemPatch = _in_form(_decode(_patch, value), id_form, "item_id")
+    patch: ItemPatch = _in_form(decode_json(_patch, value), id_form, "item_id")
     _check_item(patch.item_id, key, patch.vector or None, vector_dimension, id_form)
     check_time(patch.at_ms or 0, appended_ms, far_future_ms_max)
     return patch
@@ -313,7 +313,7 @@ def decode_profile(
 
     id_form: of the id, the key and the names of attributes
     """
-    profile: UserProfile = _in_form(_decode(_profile, value), id_form, "user_id")
+    profile: UserProfile = _in_form(decode_json(_profile, value), id_form, "user_id")
     _check_key("user_id", profile.user_id, key, id_form)
     check_time(profile.at_ms, appended_ms, far_future_ms_max)
     return profile
@@ -420,7 +420,8 @@ def quote(value: object) -> str:
     return text if len(text) <= QUOTE_CHARS_MAX else text[: QUOTE_CHARS_MAX - 1] + "…"
 
 
-def _decode(decoder: msgspec.json.Decoder[_T], value: bytes | None) -> _T:
+def decode_json(decoder: msgspec.json.Decoder[_T], value: bytes | None) -> _T:
+    """The record of this JSON. Raises Rejected for none, bad JSON and a bad field, by name."""
     if value is None:
         raise Rejected("no_value", "", "the record has no value")
     try:

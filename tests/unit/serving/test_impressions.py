@@ -191,6 +191,13 @@ def test_a_record_that_is_none_is_refused(change: Any, key: str | None, reason: 
     assert refused.value.reason == reason
 
 
+def test_a_refusal_names_the_field() -> None:
+    value = b'{"impression_id":"x.1","user_id":"ana","at_ms":1,"generation":"g","k":-1}'
+    with pytest.raises(layout.Rejected) as refused:
+        layout.decode_answer(value, key="ana")
+    assert (refused.value.reason, refused.value.field) == ("bad_field", "k")
+
+
 @pytest.mark.parametrize("value", [None, b"", b"{", b"[]", b"\xff", b'{"a":"\xff"}'])
 def test_bytes_that_are_no_record_are_refused(value: bytes | None) -> None:
     with pytest.raises(layout.Rejected):

@@ -206,7 +206,7 @@ def test_what_is_not_finite_is_refused_even_where_the_parser_lets_it_pass(
     for number in (math.nan, math.inf, -math.inf):
         film = Item(item_id="f1", vector=[0.0, number, 0.0])
         monkeypatch.setattr(
-            "eddyline.schema.events._decode", lambda decoder, value, film=film: film
+            "eddyline.schema.events.decode_json", lambda decoder, value, film=film: film
         )
         assert refusal(item, b"") == ("not_finite", "vector")
 
