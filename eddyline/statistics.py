@@ -6,8 +6,6 @@ import math
 
 # No bet is larger: beyond it the logarithm of a bound grows without a limit.
 _BET_MAX = 0.75
-
-
 # Of the standard normal distribution: between -Z_95 and Z_95 lie 95 %.
 _Z_95 = 1.959963984540054
 

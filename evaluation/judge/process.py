@@ -13,6 +13,7 @@ from eddyline.errors import BundleError, LogReplaced, Unavailable
 from eddyline.generations import Generations
 from eddyline.kafka import topics
 from eddyline.kafka.kept import KeptKafka
+from eddyline.kafka.producers import now_ms
 from eddyline.kafka.topics import ARCHIVED, GENERATIONS
 from eddyline.process import heartbeat
 from eddyline.process.retry import Backoff, Retry
@@ -107,10 +108,10 @@ class JudgeProcess:
         retry.wait_for("an active generation", lambda: generations.active_generation(settings))
         found = retry.wait_for("Kafka", self._generations)
         saved = checkpoints.read(settings, self._logs)
-        now_ms, store = _now_ms(), None
+        opened_ms, store = now_ms(), None
         if saved is None:
-            since_ms = 0 if settings.judge_from == "beginning" else now_ms
-            self._judge, self._started_ms = Judge(settings, since_ms=since_ms), now_ms
+            since_ms = 0 if settings.judge_from == "beginning" else opened_ms
+            self._judge, self._started_ms = Judge(settings, since_ms=since_ms), opened_ms
         else:
             store = self._restore(saved)
         self._decoder = Decoder(settings, self._judge.follows, self._started_ms)
@@ -224,7 +225,7 @@ class JudgeProcess:
         judge.settle()
         last = [watch.last for watch in judge.drifts.values() if watch.last is not None]
         self.report = JudgeReport(
-            at_ms=_now_ms(),
+            at_ms=now_ms(),
             event_ms=judge.rates.newest_ms,
             generation=next(iter(judge.tracks)),
             share=judge.share,
@@ -309,7 +310,3 @@ class JudgeProcess:
 
     def _beat(self) -> None:
         heartbeat.beat(self._settings, "judge")
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

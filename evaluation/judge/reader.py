@@ -15,6 +15,7 @@ from kafka.errors import KafkaError
 
 from eddyline.errors import LogMismatch
 from eddyline.kafka import clients, reading
+from eddyline.kafka.producers import now_ms
 from eddyline.kafka.skips import Stops
 from eddyline.kafka.topics import ARCHIVED, ITEMS
 from eddyline.settings.loader import Settings
@@ -106,8 +107,7 @@ class LogReader:
 
     def next(self) -> Group | None:
         """The next group; None while none is complete."""
-        now_s, now_ms = time.monotonic(), time.time_ns() // 1_000_000
-        group = self._merge.next(self._ended, now_s, now_ms)
+        group = self._merge.next(self._ended, time.monotonic(), now_ms())
         for one in () if group is None else group.records:
             self.positions[one.topic, one.record.partition] = one.record.offset + 1
         return group
