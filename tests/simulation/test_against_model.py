@@ -169,8 +169,13 @@ def run(actions: list[tuple[Any, ...]], **changed: Any) -> None:
     assert rig.differences() == []
 
 
+def lists_of(*actions: Any) -> Any:
+    """Lists of 10 to 60 of these actions."""
+    return st.lists(st.one_of(*actions), min_size=10, max_size=60)
+
+
 def actions_of(*more: Any) -> Any:
-    return st.lists(st.one_of(*BASIC, *more), min_size=10, max_size=60)
+    return lists_of(*BASIC, *more)
 
 
 def clicked(who: str, what: str, ago_ms: int = 0, astray: bool = False) -> tuple[Any, ...]:
@@ -271,14 +276,7 @@ TURNS = st.tuples(
 @limits
 @example(OVERTAKEN, 1)
 @example(OUTLIVED, 1)
-@given(
-    st.lists(
-        st.one_of(*KEPT_APART, ASTRAY, ASTRAY, ASTRAY, TURNS, FORGET, FULL),
-        min_size=10,
-        max_size=60,
-    ),
-    st.sampled_from([1, 3]),
-)
+@given(lists_of(*KEPT_APART, ASTRAY, ASTRAY, ASTRAY, TURNS, FORGET, FULL), st.sampled_from([1, 3]))
 def test_items_and_users_in_a_wrong_partition_are_the_models(
     actions: list[Any], slots: int
 ) -> None:
@@ -311,11 +309,7 @@ REFUSED_EARLIER = [
 @limits
 @example(REFUSED_EARLIER, 1)
 @given(
-    st.lists(
-        st.one_of(*KEPT_APART, ASTRAY, BAD_ITEM, BAD_ITEM, REFUSED, PARTS, PARTS, TURNS, FULL),
-        min_size=10,
-        max_size=60,
-    ),
+    lists_of(*KEPT_APART, ASTRAY, BAD_ITEM, BAD_ITEM, REFUSED, PARTS, PARTS, TURNS, FULL),
     st.sampled_from([1, 3]),
 )
 def test_refused_records_of_items_are_the_models(actions: list[Any], slots: int) -> None:
@@ -369,21 +363,17 @@ PATCHED_TWICE = [
 @limits
 @example(PATCHED_TWICE, 1)
 @given(
-    st.lists(
-        st.one_of(
-            *KEPT_APART,
-            PATCH,
-            PATCH,
-            PATCH,
-            BAD_ITEM,
-            REFUSED,
-            TURNS,
-            TURNS,
-            FULL,
-            st.tuples(st.just("retrain")),
-        ),
-        min_size=10,
-        max_size=60,
+    lists_of(
+        *KEPT_APART,
+        PATCH,
+        PATCH,
+        PATCH,
+        BAD_ITEM,
+        REFUSED,
+        TURNS,
+        TURNS,
+        FULL,
+        st.tuples(st.just("retrain")),
     ),
     st.sampled_from([1, 3]),
 )
@@ -446,24 +436,14 @@ ONE_USER = [
 @limits
 @example(ONE_USER, 1, "nfc")
 @example(ONE_USER, 1, "as_is")
-@given(
-    st.lists(st.one_of(*SPELLED), min_size=10, max_size=60),
-    st.sampled_from([1, 3]),
-    st.sampled_from(["nfc", "nfc", "as_is"]),
-)
+@given(lists_of(*SPELLED), st.sampled_from([1, 3]), st.sampled_from(["nfc", "nfc", "as_is"]))
 def test_spellings_of_an_id_are_the_models(actions: list[Any], slots: int, form: str) -> None:
     run(actions, item_slots=slots, id_form=form)
 
 
 @limits
 @given(
-    st.lists(
-        st.one_of(
-            *SPELLED, st.tuples(st.just("merge"), spelled, spelled), st.just(("retrain",)), FULL
-        ),
-        min_size=10,
-        max_size=60,
-    )
+    lists_of(*SPELLED, st.tuples(st.just("merge"), spelled, spelled), st.just(("retrain",)), FULL)
 )
 def test_merges_of_spelled_users_are_the_models(actions: list[Any]) -> None:
     run([action for action in actions if action[0] != "forget"])
@@ -525,9 +505,7 @@ FORGOTTEN_IN_BOTH = [
 
 @limits
 @example(FORGOTTEN_IN_BOTH)
-@given(
-    st.lists(st.one_of(*KEPT_APART, st.just(("retrain",)), SERVE, FORGET), min_size=10, max_size=60)
-)
+@given(lists_of(*KEPT_APART, st.just(("retrain",)), SERVE, FORGET))
 def test_forgetting_takes_the_embeddings_of_generations_that_come_and_go(
     actions: list[Any],
 ) -> None:
@@ -558,13 +536,7 @@ def back_after(seconds: int, *before: tuple[Any, ...]) -> list[tuple[Any, ...]]:
 @example(back_after(16, clicked("u1", "i1"), clicked("u5", "i1"), ("both", 8, 8), ("remove_idle",)))
 @example(back_after(16, ("merge", "u0", "u1")))
 @example(back_after(16, ("forget", "u0"), ("turn", "users", 0, 8), ("turn", "users", 1, 8)))
-@given(
-    st.lists(
-        st.one_of(*BASIC, BOTH, FORGET, REMOVE_IDLE, LATER, st.just(("retrain",)), SERVE),
-        min_size=10,
-        max_size=60,
-    )
-)
+@given(actions_of(BOTH, FORGET, REMOVE_IDLE, LATER, st.just(("retrain",)), SERVE))
 def test_users_who_come_back_after_the_bound_are_the_models(actions: list[Any]) -> None:
     run(actions, user_idle_s_max=15)
 
@@ -614,23 +586,19 @@ KEPT_SETTINGS = st.tuples(
     3,
 )
 @given(
-    st.lists(
-        st.one_of(
-            *KEPT_APART,
-            ASTRAY,
-            ASTRAY,
-            BAD_ITEM,
-            REFUSED,
-            REFUSED,
-            TURNS,
-            TURNS,
-            LATER,
-            REMOVE_DELETED,
-            KEPT_SETTINGS,
-            st.just(("retrain",)),
-        ),
-        min_size=10,
-        max_size=60,
+    lists_of(
+        *KEPT_APART,
+        ASTRAY,
+        ASTRAY,
+        BAD_ITEM,
+        REFUSED,
+        REFUSED,
+        TURNS,
+        TURNS,
+        LATER,
+        REMOVE_DELETED,
+        KEPT_SETTINGS,
+        st.just(("retrain",)),
     ),
     st.sampled_from([1, 3]),
 )
@@ -730,24 +698,20 @@ SHOWN += [("settings", {"hide_refused_items": True}), ("retrain",)]
 @example(SHOWN, False)
 @example([("item", "i3", "new"), ("item", "i3", "refused")], True)
 @given(
-    st.lists(
-        st.one_of(
-            *KEPT_APART,
-            ASTRAY,
-            BAD_ITEM,
-            BAD_ITEM,
-            REFUSED,
-            PARTS,
-            PARTS,
-            TURNS,
-            TURNS,
-            FULL,
-            HIDE,
-            SERVE,
-            st.just(("retrain",)),
-        ),
-        min_size=10,
-        max_size=60,
+    lists_of(
+        *KEPT_APART,
+        ASTRAY,
+        BAD_ITEM,
+        BAD_ITEM,
+        REFUSED,
+        PARTS,
+        PARTS,
+        TURNS,
+        TURNS,
+        FULL,
+        HIDE,
+        SERVE,
+        st.just(("retrain",)),
     ),
     st.booleans(),
 )
