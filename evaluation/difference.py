@@ -28,12 +28,12 @@ class Entry(msgspec.Struct, frozen=True):
     score: float
 
 
-class Parting(msgspec.Struct, frozen=True, kw_only=True):
+class FirstDifference(msgspec.Struct, frozen=True, kw_only=True):
     """Two answers that differ.
 
     event:       number in the log; the query is made just before it
     query:       number among the queries, from 1 on
-    left, right: the answers; first_place: the first place with different items, from 1 on
+    left, right: the answers; first_position: the first position with different items, from 1 on
     """
 
     event: int
@@ -42,16 +42,16 @@ class Parting(msgspec.Struct, frozen=True, kw_only=True):
     at_ms: int
     left: list[Entry]
     right: list[Entry]
-    first_place: int
+    first_position: int
 
 
 class Queries(msgspec.Struct, frozen=True, kw_only=True):
-    """The outcome. queries: that were compared; parting: the last of them if it differs"""
+    """The outcome. queries: that were compared; first_difference: the last of them if it differs"""
 
     left: str
     right: str
     queries: int
-    parting: Parting | None
+    first_difference: FirstDifference | None
 
 
 def find(
@@ -64,14 +64,14 @@ def find(
     keeps_repeats: bool,
     on_progress: OnProgress = lambda done, total: None,
 ) -> Queries:
-    """Ask both before each event that would be scored, until the answers have different items.
+    """Query both before each event that would be scored, until the answers have different items.
 
     names, settings: of the two configurations
     """
     events = protocol.scorable(log, first)
-    asking = {log.user_ids[user] for user in np.unique(log.users[events]).tolist()}
+    users = {log.user_ids[user] for user in np.unique(log.users[events]).tolist()}
     with ExitStack() as closing:
-        products = [Product(one, bundle, asking.__contains__) for one in settings]
+        products = [Product(one, bundle, users.__contains__) for one in settings]
         for product in products:
             closing.callback(product.close)
         query = 0
@@ -84,21 +84,23 @@ def find(
                 user_id = log.user_ids[log.users[event]]
                 query += 1
                 left, right = (answer(one, user_id, keeps_repeats) for one in products)
-                if place := _first_place(left, right):
-                    parting = Parting(
+                if position := _first_position(left, right):
+                    found = FirstDifference(
                         event=event,
                         query=query,
                         user_id=user_id,
                         at_ms=now_ms,
                         left=left,
                         right=right,
-                        first_place=place,
+                        first_position=position,
                     )
-                    return Queries(left=names[0], right=names[1], queries=query, parting=parting)
+                    return Queries(
+                        left=names[0], right=names[1], queries=query, first_difference=found
+                    )
             for feed in feeds:
                 feed.apply(begin, end)
             on_progress(end, len(log))
-    return Queries(left=names[0], right=names[1], queries=query, parting=None)
+    return Queries(left=names[0], right=names[1], queries=query, first_difference=None)
 
 
 def answer(product: Product, user_id: str, keeps_repeats: bool) -> list[Entry]:
@@ -113,9 +115,9 @@ def answer(product: Product, user_id: str, keeps_repeats: bool) -> list[Entry]:
     return [Entry(one.hit.item_id, one.path, float(one.hit.score)) for one in items]
 
 
-def _first_place(left: Sequence[Entry], right: Sequence[Entry]) -> int:
-    """The first place with different items, from 1 on; 0 if there is none."""
-    for place, (one, other) in enumerate(zip(left, right, strict=False), 1):
+def _first_position(left: Sequence[Entry], right: Sequence[Entry]) -> int:
+    """The first position with different items, from 1 on; 0 if there is none."""
+    for position, (one, other) in enumerate(zip(left, right, strict=False), 1):
         if one.item_id != other.item_id:
-            return place
+            return position
     return 0 if len(left) == len(right) else min(len(left), len(right)) + 1

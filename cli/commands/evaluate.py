@@ -147,7 +147,7 @@ def read(
     Rows that are refused are counted and shown.
 
     Where a table of events describes its items, the first row of each counts, from its first event
-    on: later rows would tell what nobody knew then.
+    on: later rows hold what was not known then.
     """
     builder, refused, empty = LogBuilder(settings.dwell_ms_full), Counter[str](), list[str]()
     named = [(path, topics.CLICKS) for path in files]

@@ -13,7 +13,7 @@ from evaluation.difference import Entry, Queries
 
 
 def diff(source: Input, options: Options) -> Queries:
-    """Read, train, and ask both until they differ. Raises EddylineError."""
+    """Read, train, and query both until they differ. Raises EddylineError."""
     with evaluate.prepared(source, options) as found:
         task = found.bar.add_task("queries", total=len(found.log))
         result = difference.find(
@@ -32,21 +32,21 @@ def diff(source: Input, options: Options) -> Queries:
 
 
 def show(found: Queries) -> None:
-    """Print the first query whose answers differ, both answers, and where they part."""
-    if found.parting is None:
+    """Print the first query whose answers differ, both answers and the first such position."""
+    if found.first_difference is None:
         console.print(
             f"{found.queries:,} queries: {found.left} and {found.right} answer all of them alike"
         )
         return
-    one = found.parting
+    one = found.first_difference
     at = datetime.fromtimestamp(one.at_ms / 1000, UTC).isoformat(timespec="milliseconds")
     console.print(
         f"query {one.query:,}, before event {one.event:,} of the sorted log: user {one.user_id} at "
-        f"{at} ({one.at_ms}); the answers differ from place {one.first_place} on"
+        f"{at} ({one.at_ms}); the answers differ from position {one.first_position} on"
     )
     lines = [["", found.left, found.right]]
-    for place, pair in enumerate(zip_longest(one.left, one.right), 1):
-        mark = f"{'→' if place == one.first_place else ' '} {place}"
+    for position, pair in enumerate(zip_longest(one.left, one.right), 1):
+        mark = f"{'→' if position == one.first_position else ' '} {position}"
         lines.append([mark, *(_entry(entry) for entry in pair)])
     evaluate.columns(lines)
 

@@ -172,14 +172,16 @@ def test_the_first_query_that_differs_is_shown(tmp_path: Path, bundle: Path) -> 
     words = [str(events), "--items", str(items), "--bundle", str(bundle), "--split", "0.1"]
     out = tmp_path / "out.json"
     printed = run(*words, "--json", str(out), "--diff", *files)
-    found = json.loads(out.read_text(encoding="utf-8"))["parting"]
+    found = json.loads(out.read_text(encoding="utf-8"))["first_difference"]
     line = next(line for line in printed.splitlines() if line.startswith("query "))
     assert line.startswith(f"query {found['query']}, before event {found['event']} of the sorted ")
     assert f"user {found['user_id']} at 2020-09-13T" in line and f"({found['at_ms']})" in line
     table = printed.splitlines()[printed.splitlines().index(line) + 1 :]
     assert table[0].split() == ["long.toml", "short.toml"] and len(table) == 11
-    marked = table[found["first_place"]]
-    left, right = (found[side][found["first_place"] - 1]["item_id"] for side in ("left", "right"))
+    marked = table[found["first_position"]]
+    left, right = (
+        found[side][found["first_position"] - 1]["item_id"] for side in ("left", "right")
+    )
     assert marked.startswith("→") and left in marked and right in marked and left != right
     printed = run(*words, "--diff", files[0], files[0])
     assert "queries: long.toml and long.toml answer all of them alike" in printed

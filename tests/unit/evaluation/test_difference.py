@@ -47,18 +47,18 @@ def answers_before(log: EventLog, bundle: Bundle, event: int) -> list[list[Entry
 def test_the_first_query_that_differs_is_named(bundle: Bundle) -> None:
     log = make_log(3)
     found = find(log, bundle, SHORT)
-    parting = found.parting
-    assert parting is not None and (found.left, found.right) == ("long", "short")
+    one = found.first_difference
+    assert one is not None and (found.left, found.right) == ("long", "short")
     events = protocol.scorable(log, FIRST).tolist()
-    assert events[parting.query - 1] == parting.event and found.queries == parting.query > 3
-    for event in events[: parting.query]:
+    assert events[one.query - 1] == one.event and found.queries == one.query > 3
+    for event in events[: one.query]:
         left, right = answers_before(log, bundle, event)
         alike = [one.item_id for one in left] == [one.item_id for one in right]
-        assert alike == (event != parting.event)
-    assert (parting.left, parting.right) == (left, right)
-    assert parting.user_id == log.click(parting.event).user_id
-    assert parting.at_ms == log.at_ms[parting.event]
-    before, at = parting.first_place - 1, parting.first_place
+        assert alike == (event != one.event)
+    assert (one.left, one.right) == (left, right)
+    assert one.user_id == log.click(one.event).user_id
+    assert one.at_ms == log.at_ms[one.event]
+    before, at = one.first_position - 1, one.first_position
     ids = [[one.item_id for one in answer] for answer in (left, right)]
     assert ids[0][:before] == ids[1][:before] and ids[0][before:at] != ids[1][before:at]
 
@@ -66,7 +66,7 @@ def test_the_first_query_that_differs_is_named(bundle: Bundle) -> None:
 def test_equal_configurations_do_not_differ(bundle: Bundle) -> None:
     log = make_log(3)
     found = find(log, bundle, LONG, keeps=True)
-    assert found.parting is None and found.queries == len(protocol.scorable(log, FIRST))
+    assert found.first_difference is None and found.queries == len(protocol.scorable(log, FIRST))
 
 
 @pytest.mark.parametrize(
@@ -75,4 +75,4 @@ def test_equal_configurations_do_not_differ(bundle: Bundle) -> None:
 )
 def test_the_first_place_that_differs(left: str, right: str, place: int) -> None:
     first, second = ([Entry(one, "p", n) for n, one in enumerate(s)] for s in (left, right))
-    assert difference._first_place(first, second) == place
+    assert difference._first_position(first, second) == place
