@@ -118,8 +118,10 @@ def read_slices(
     slices: partition → (first offset, offset after the last)
     skips:  offsets that are left out
 
-    Replaces the consumer's assignment; pauses a partition at its end. kafka-python's own errors
-    pass through: `open_consumer` translates them.
+    Replaces the consumer's assignment; pauses a partition at its end. So read several partitions
+    of a topic with a consumer of its own: a second read may wait for one of them until `stall_s`
+    (see `clients.ALL_FETCHED`). kafka-python's own errors pass through: `open_consumer` translates
+    them.
     """
     positions = {place: first for place, (first, end) in slices.items() if first < end}
     total = sum(slices[place][1] - first for place, first in positions.items())
