@@ -29,8 +29,13 @@ def checksum(batch: bytearray) -> None:
 
 
 def old_format(batch: bytearray) -> None:
-    """Its head names the message format 0."""
-    batch[16] = 0
+    """Its head names the message format 0, in which the broker has no look inside."""
+    batch[16], batch[17] = 0, 0
+
+
+def old_compressed(batch: bytearray) -> None:
+    """Its head names format 0 and gzip: the broker fails to read what is no gzip."""
+    batch[16], batch[17] = 0, 1
 
 
 def length(batch: bytearray) -> None:

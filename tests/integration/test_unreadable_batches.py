@@ -214,7 +214,7 @@ def test_what_the_broker_cannot_read_is_named_and_not_given_up_blindly(
     topics.ensure_topics(settings)
     user = named(settings, 0)[0]
     records = [click(user, "a"), click(user, "b")]
-    wanted = [(topics.CLICKS, 0, records, broken_batches.old_format)]
+    wanted = [(topics.CLICKS, 0, records, broken_batches.old_compressed)]
     [at] = broken_batches.append(settings, Path(servers.data_dir), wanted)
     assert at == f"{settings.prefixed(topics.CLICKS)}/0/0"
     with pytest.raises(BatchUnreadable, match=r"the batch at offset 0 cannot be read \(broker"):
@@ -227,6 +227,17 @@ def test_what_the_broker_cannot_read_is_named_and_not_given_up_blindly(
     # The broker cannot read this file at all, so there is nothing to go on with.
     with pytest.raises(EddylineError, match="kafka-delete-records"):
         dead_letters.skip(settings, [at], to=1)
+
+
+def test_a_batch_of_format_0_is_named(fresh_settings: Settings, servers: Settings) -> None:
+    settings = fresh_settings
+    topics.ensure_topics(settings)
+    records = [click(named(settings, 0)[0], "a")]
+    wanted = [(topics.CLICKS, 0, records, broken_batches.old_format)]
+    [at] = broken_batches.append(settings, Path(servers.data_dir), wanted)
+    assert at == f"{settings.prefixed(topics.CLICKS)}/0/0"
+    with pytest.raises(BatchUnreadable, match=r"the batch at offset 0 cannot be read \(format"):
+        list(reading.read(settings, topics.CLICKS))
 
 
 def test_a_batch_that_the_broker_cannot_pass_is_named(
