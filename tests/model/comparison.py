@@ -116,7 +116,7 @@ def compare(
         real.close()
     _published(topics, eras[-1].generation, want, found)
     _letters(topics, logs, want, optional, any_reason, found)
-    found.differences += sent_differences(logs["clicks"], want, optional)
+    found.differences += sent_differences(logs["clicks"], want, optional, own_of)
     if with_strays:
         found.differences += stray_differences(logs, want, optional)
         found.counts["model's stray of items and users"] = len(want.strays)
@@ -126,17 +126,22 @@ def compare(
 
 
 def sent_differences(
-    clicks: Mapping[int, Sequence[Raw]], want: model.State, optional: frozenset[str] = frozenset()
+    clicks: Mapping[int, Sequence[Raw]],
+    want: model.State,
+    optional: frozenset[str] = frozenset(),
+    own_of: Callable[[Raw], Raw | None] = lambda raw: raw,
 ) -> list[str]:
     """Records that ingest forwarded to `clicks`, against the model.
 
     optional: origins of which a record need not have been sent (compaction removed them)
+    own_of:   see `model.Model`
     A null record of `users` deletes the visitor's history at once, before its Forget in `clicks` is
     read. So a merge that lies before that Forget may move fewer entries, and among them late ones
     for which the longer list had no room.
     """
     forwarded, tombstones, wrong = set(), set(), []
-    records = [record for part in clicks.values() for record in part]
+    owned = (own_of(record) for part in clicks.values() for record in part)
+    records = [record for record in owned if record is not None]
     forgets = _forgets(records, want)
     for raw in records:
         origin = reading.header(raw, "origin")

@@ -28,14 +28,25 @@ def moved(item_id: str) -> dict[str, Any]:
     return {**fields, "event_id": "merge/0/1/0", "context": {"eddyline.moved": True}}
 
 
-def differences(*, clicked: bool = True, forgotten: bool = True, entries: int = 1) -> list[str]:
+def own(raw: Raw) -> Raw | None:
+    """A record of another system in Eddyline's own format, which it wraps."""
+    doc = json.loads(raw.value or b"")
+    return raw._replace(value=json.dumps(doc["wrapped"]).encode()) if "wrapped" in doc else raw
+
+
+def differences(
+    *, clicked: bool = True, forgotten: bool = True, entries: int = 1, wrapped: bool = False
+) -> list[str]:
     """Of a merge that moved the entry "late", where the model expects others.
 
-    entries: that the model expects
+    entries: that the model expects; wrapped: the click is a record of another system
     """
     late = {"user_id": "g", "item_id": "late", "at_ms": 500, "kind": "click"}
+    click = record(0, late)
+    if wrapped:
+        click = click._replace(value=json.dumps({"wrapped": late}).encode())
     log = [
-        *([record(0, late)] if clicked else []),
+        *([click] if clicked else []),
         record(1, {"user_id": "g", "merge_into": "s", "at_ms": 600}),
         *([record(2, FORGET)] if forgotten else []),
         record(3, moved("late"), origin="clicks/0/1", origin_ms="1001"),
@@ -43,11 +54,12 @@ def differences(*, clicked: bool = True, forgotten: bool = True, entries: int = 
     expected = {
         Sent(0, "s", known_fields(moved(f"newer {n}")), "clicks/0/1", 1_001) for n in range(entries)
     }
-    return comparison.sent_differences({0: log}, State(forwarded=expected))
+    return comparison.sent_differences({0: log}, State(forwarded=expected), own_of=own)
 
 
 def test_a_merge_before_a_forget_may_move_what_a_longer_list_had_no_room_for() -> None:
     assert differences() == differences(entries=30) == []
+    assert differences(wrapped=True) == []
 
 
 def test_a_merge_moves_nothing_else_without_a_reason() -> None:
