@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from eddyline.stores import item_codec, user_codec
+from eddyline.stores.fence import CO_VISITS
 from eddyline.stores.state_store import Fence, LogId
 
 # Topic -> (its present log, partition -> end offset).
@@ -37,8 +38,8 @@ class FenceDecision:
 
 
 def decide(source: str, partition: int, fence: Fence, logs: Logs) -> FenceDecision:
-    """The decision on the fence of a source (`clicks`, `items@1`, …) and partition."""
-    topic = source.partition("@")[0]
+    """The decision on the fence of a source (`clicks`, `co-visits`, `items@1`, …) and partition."""
+    topic = "clicks" if source == CO_VISITS else source.partition("@")[0]
     if topic not in logs:
         return FenceDecision(False, fence)
     log, ends = logs[topic]

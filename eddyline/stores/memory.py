@@ -8,20 +8,24 @@ import time
 from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from itertools import chain, takewhile
 
 import msgspec
 from typing_extensions import override
 
 from eddyline.errors import EddylineError, FenceMoved, StoreRefused, StoreUnavailable
-from eddyline.schema import user_history
-from eddyline.schema.erasure import Erasure, digest, is_outdated
+from eddyline.schema import co_visits, user_history
+from eddyline.schema.co_visits import CoVisits
+from eddyline.schema.erasure import digest, is_outdated
 from eddyline.schema.partitioning import item_slot
-from eddyline.schema.step_ranges import StepRanges
-from eddyline.schema.user_history import UserHistory
 from eddyline.stores.layout import Layout
-from eddyline.stores.log_reset import Logs, decide, metadata_is_current, was_replaced, without_mark
+from eddyline.stores.log_reset import Logs
+from eddyline.stores.memory_state import (
+    State,
+    accept_in_memory,
+    remove_deleted_items,
+    remove_idle_users,
+)
 from eddyline.stores.state_store import (
     Fence,
     ItemMetadata,
@@ -36,7 +40,6 @@ from eddyline.stores.state_store import (
     UserRead,
     UserState,
     UserWrite,
-    is_idle,
 )
 from eddyline.stores.stored_ids import check
 
@@ -44,27 +47,12 @@ from eddyline.stores.stored_ids import check
 _SORTED_MAX = 16
 
 
-@dataclass
-class _State:
-    layout: Layout | None = None
-    fences: dict[tuple[str, Source], Fence] = field(default_factory=dict)
-    window: dict[str, dict[str, int]] = field(default_factory=dict)
-    histories: dict[tuple[str, str], tuple[UserHistory, int]] = field(default_factory=dict)
-    embeddings: dict[tuple[str, str, str], tuple[int, bytes]] = field(default_factory=dict)
-    profiles: dict[tuple[str, str], dict[str, object]] = field(default_factory=dict)
-    profile_places: dict[tuple[str, str], ProfilePlace] = field(default_factory=dict)
-    erasures: dict[tuple[str, str], Erasure] = field(default_factory=dict)
-    step_ranges: dict[str, Mapping[str, StepRanges]] = field(default_factory=dict)
-    buckets: dict[str, dict[int, dict[str, int]]] = field(default_factory=dict)
-    items: dict[str, ItemMetadata] = field(default_factory=dict)
-
-
 class MemoryStore(StateStore):
     """A `StateStore` in a dictionary. Thread rule: any thread; one lock for every call."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._state = _State()
+        self._state = State()
         # (slot, bucket) -> number of its last write, and the number of the last write of all.
         self._bucket_writes: dict[tuple[str, int], int] = {}
         self._writes = 0
@@ -80,7 +68,7 @@ class MemoryStore(StateStore):
     @classmethod
     def load(cls, exported: bytes) -> MemoryStore:
         """A store with the state that `export` returned. Raises msgspec.MsgspecError."""
-        store, state = cls(), msgspec.msgpack.decode(exported, type=_State)
+        store, state = cls(), msgspec.msgpack.decode(exported, type=State)
         for key, (history, applied_us) in state.histories.items():
             entries = tuple(history.entries)
             state.histories[key] = (msgspec.structs.replace(history, entries=entries), applied_us)
@@ -94,12 +82,12 @@ class MemoryStore(StateStore):
         with self._lock:
             return list(self._state.items.values())
 
-    def snapshot(self) -> _State:
+    def snapshot(self) -> State:
         """A copy of all state, for `restore`."""
         with self._lock:
             return copy.deepcopy(self._state)
 
-    def restore(self, state: _State) -> None:
+    def restore(self, state: State) -> None:
         """Return to a snapshot, as a Redis that lost its last second does."""
         with self._lock:
             self._state = copy.deepcopy(state)
@@ -279,6 +267,41 @@ class MemoryStore(StateStore):
             self._note_buckets(slot, counts)
 
     @override
+    def append_co_visits(
+        self,
+        slot: str,
+        source: Source,
+        expected: Fence | None,
+        new: Fence,
+        after: Mapping[str, bytes],
+        before: Mapping[str, bytes],
+        row_max: int,
+        idle_ms: int = 0,
+    ) -> None:
+        with self._lock:
+            self._move(slot, source, expected, new)
+            rows = self._state.rows
+            for kind, items in (("after", after), ("before", before)):
+                for item_id, more in items.items():
+                    key = slot, kind, item_id
+                    rows[key] = co_visits.append(rows.get(key, b""), more, row_max)
+
+    @override
+    def read_co_visits(
+        self, after: Sequence[str], before: Sequence[str], item_slots: int
+    ) -> tuple[list[CoVisits], list[CoVisits]]:
+        with self._lock:
+            self._open()
+            found_after, found_before = (
+                [
+                    co_visits.decode(self._state.rows.get((item_slot(i, item_slots), kind, i)))
+                    for i in items
+                ]
+                for kind, items in (("after", after), ("before", before))
+            )
+            return found_after, found_before
+
+    @override
     def read_item_metadata(
         self, item_ids: Sequence[str], item_slots: int
     ) -> dict[str, ItemMetadata]:
@@ -373,20 +396,8 @@ class MemoryStore(StateStore):
     def remove_idle_users(self, slots: Collection[str], slack_ms: int) -> Iterator[int]:
         with self._lock:
             self._open()
-            state = self._state
-            found = []
-            for (slot, user), (history, _) in state.histories.items():
-                fence = state.fences.get((slot, Source("clicks", int(slot[1:]))))
-                later_ms = history.idle_after_ms + slack_ms if history.idle_after_ms else 0
-                later = msgspec.structs.replace(history, idle_after_ms=later_ms)
-                if slot in slots and is_idle(later, fence):
-                    found.append((slot, user))
-            gone = set(found)
-            for at in found:
-                del state.histories[at]
-            for key in [k for k in state.embeddings if (k[0], k[2]) in gone] if gone else ():
-                del state.embeddings[key]
-        yield len(found)
+            found = remove_idle_users(self._state, slots, slack_ms)
+        yield found
 
     @override
     def remove_deleted_items(
@@ -394,16 +405,8 @@ class MemoryStore(StateStore):
     ) -> Iterator[int]:
         with self._lock:
             self._open()
-            found, items = [], self._state.items
-            for slot, key, item in ((k.partition(":")[0], k, i) for k, i in items.items()):
-                own = [item.partition] if 0 <= item.partition < partitions else range(partitions)
-                fences = (self._state.fences.get((slot, Source("items", p))) for p in own)
-                now_ms = min(f.mark.appended_ms if f and f.mark else 0 for f in fences)
-                if slot in slots and item.has_ended(now_ms - slack_ms):
-                    found.append(key)
-            for key in found:
-                del items[key]
-        yield len(found)
+            found = remove_deleted_items(self._state, slots, partitions, slack_ms)
+        yield found
 
     @override
     def drop_fences(self, slot: str, sources: Sequence[Source]) -> None:
@@ -416,27 +419,7 @@ class MemoryStore(StateStore):
     def accept_log(self, logs: Logs) -> int:
         with self._lock:
             self._open()
-            changed, replaced, state = 0, False, self._state
-            for (slot, source), fence in list(state.fences.items()):
-                decision = decide(source.name, source.partition, fence, logs)
-                replaced |= was_replaced(source.name, fence, logs)
-                if not decision.changed:
-                    state.fences[slot, source] = without_mark(fence)
-                    continue
-                changed += 1
-                if source.name == "clicks" and slot in state.window:
-                    window = state.window[slot]
-                    state.window[slot] = {
-                        e: at for e, at in window.items() if at < decision.window_end
-                    }
-                if decision.fence is None:
-                    del state.fences[slot, source]
-                else:
-                    state.fences[slot, source] = decision.fence
-            for key, item in state.items.items():
-                if not metadata_is_current(item.partition, item.offset, logs, replaced):
-                    state.items[key] = replace(item, partition=-1, offset=-1)
-            return changed
+            return accept_in_memory(self._state, logs)
 
     @override
     def close(self) -> None:

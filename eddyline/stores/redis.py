@@ -12,6 +12,8 @@ tag:
     <ns>{u3}:p:<user>                   profile: offset in `users` (int64), ms of its first append
                                         (int64), attributes (MessagePack map)
     <ns>{u3}:f:<SHA-256 of user>        erasure of a forgotten user, see `schema.erasure`; expires
+    <ns>{u3}:pairs                      list of blobs: pairs of items for the co-visitation rows,
+                                        see `user_codec`
     <ns>{u3}:generations                MessagePack map: generation with embeddings here -> its
                                         `schema.step_ranges.StepRanges`
     <ns>fence:{i0}:clicks:3             fence of the same partition for the popularity counts
@@ -22,30 +24,32 @@ tag:
     <ns>{i0}:buckets                    sorted set of the kept popularity buckets
     <ns>{i0}:popular:<bucket>           sorted set: item by thousandths of clicks in that bucket
     <ns>{i0}:version:<bucket>           changes with every write to that bucket; opaque
+    <ns>fence:{i0}:co-visits:3          fence of the same partition for the co-visitation rows
+    <ns>{i0}:after:<item>               row of the items visited after it, see `schema.co_visits`
+    <ns>{i0}:before:<item>              row of the items visited before it
 
 Every write is one Lua script, see `write_scripts`: it applies whole or not at all.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, cast
+from typing import Any, Literal, cast
 
 import msgspec
-from redis.exceptions import NoPermissionError, NoScriptError, RedisError
+from redis.exceptions import NoPermissionError
 from typing_extensions import override
 
 from eddyline.errors import EddylineError, FenceMoved, StoreRefused, StoreUnavailable
+from eddyline.schema import co_visits
+from eddyline.schema.co_visits import CoVisits
 from eddyline.schema.partitioning import item_slot
-from eddyline.settings.loader import Settings
 from eddyline.stores import item_codec, redis_client, removal, user_codec, write_scripts
 from eddyline.stores.layout import Layout
 from eddyline.stores.log_reset import Logs, accept_in_redis
 from eddyline.stores.redis_cluster import RedisCluster
-from eddyline.stores.redis_errors import translate_error
-from eddyline.stores.redis_url import target
+from eddyline.stores.redis_writes import FencedWrites, translated
 from eddyline.stores.state_store import (
     Fence,
     ItemMetadata,
@@ -66,56 +70,23 @@ from eddyline.stores.stored_ids import settle
 _COMMANDS = sorted(frozenset().union(*map(write_scripts.commands, write_scripts.NAMES)))
 _PAGE = 1_000  # blobs of a window per read
 _KEYS_A_SCAN = 1_000
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
 
 
-def _translated(
-    method: Callable[Concatenate[RedisStore, _P], _R],
-) -> Callable[Concatenate[RedisStore, _P], _R]:
-    """Raise redis-py's errors as ours. Messages name the address, never the password."""
-
-    @functools.wraps(method)
-    def call(self: RedisStore, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if self._closed:
-            raise StoreUnavailable("the store is closed")
-        try:
-            return method(self, *args, **kwargs)
-        except RedisError as error:
-            raise translate_error(error, self._target) from None
-
-    return call
-
-
-class RedisStore(StateStore):
+class RedisStore(FencedWrites, StateStore):
     """A `StateStore` in Redis. Thread rule: any thread; each call takes a pooled connection."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Connects on first use. Raises SettingsError."""
-        self._target = target(settings)
-        self.address = self._target.shown
-        self._closed = False
-        self._ns = settings.key_prefix
-        # A record may be applied this long after its append.
-        self._garbage_ms = settings.clicks_retention_h * 3_600_000
-        self._redis = redis_client.client(settings)
-        self._scripts = {
-            name: redis_client.Script(self._redis, write_scripts.text(name))
-            for name in write_scripts.NAMES
-        }
-
     @override
-    @_translated
+    @translated
     def check(self) -> None:
         redis_client.check_servers(self._redis, self._target)
 
     @override
-    @_translated
+    @translated
     def check_eviction(self) -> None:
         redis_client.check_eviction(self._redis, self._target)
 
     @override
-    @_translated
+    @translated
     def check_rights(self) -> None:
         key = self._fence_key("u0", Source("clicks", 0))
         for node in redis_client.primaries(self._redis):
@@ -128,7 +99,7 @@ class RedisStore(StateStore):
                 )
 
     @override
-    @_translated
+    @translated
     def claim_layout(self, layout: Layout) -> None:
         stored = self.layout()
         if stored is None:
@@ -146,18 +117,18 @@ class RedisStore(StateStore):
             settle(self._redis, self._ns, self.address, stored, layout)
 
     @override
-    @_translated
+    @translated
     def layout(self) -> Layout | None:
         stored = cast("bytes | None", self._redis.get(f"{self._ns}layout"))
         return None if stored is None else msgspec.json.decode(stored, type=Layout)
 
     @override
-    @_translated
+    @translated
     def fences(self, source: Source, slots: Sequence[str]) -> dict[str, Fence | None]:
         return {slot: _fence(self._redis.get(self._fence_key(slot, source))) for slot in slots}
 
     @override
-    @_translated
+    @translated
     def read_slot(self, slot: str, source: Source) -> SlotRead:
         # Reading page by page is exact: only the owner of the fence writes to the window.
         key, users = f"{self._ns}{{{slot}}}:window", Source("users", source.partition)
@@ -176,7 +147,7 @@ class RedisStore(StateStore):
         accepted = user_codec.decode_accepted(blobs, -1 if fence is None else fence.offset)
         return SlotRead(fence, text, accepted, user_codec.decode_step_ranges(generations))
 
-    @_translated
+    @translated
     def user_ids(self, slot: str, kind: Literal["h", "p"]) -> set[str]:
         """The users of a slot that have a history ("h") or a profile ("p"), by a scan of all keys.
 
@@ -186,7 +157,7 @@ class RedisStore(StateStore):
         keys = self._redis.scan_iter(match=f"{head}*", count=_KEYS_A_SCAN)
         return {key.decode().removeprefix(head) for key in keys}
 
-    @_translated
+    @translated
     def drop_profiles(self, slot: str, source: Source) -> None:
         """Delete the profiles of a slot, by a scan of all keys, and their fence."""
         # The fence first: what is left of the profiles is then read again.
@@ -194,7 +165,7 @@ class RedisStore(StateStore):
         for key in self._redis.scan_iter(match=f"{self._ns}{{{slot}}}:p:*", count=_KEYS_A_SCAN):
             self._redis.delete(key)
 
-    @_translated
+    @translated
     def live_item_ids(self) -> set[str]:
         """The items of all slots that are not deleted, by a scan of all keys; as `user_ids`."""
         keys = self._redis.scan_iter(match=f"{self._ns}{{i*}}:c:*", count=_KEYS_A_SCAN)
@@ -205,7 +176,7 @@ class RedisStore(StateStore):
         return {key.decode().split(":c:", 1)[1] for key in live}
 
     @override
-    @_translated
+    @translated
     def read_many(self, queries: Sequence[UserQuery]) -> list[UserRead]:
         with self._redis.pipeline(transaction=False) as pipe:
             for query in queries:
@@ -220,7 +191,7 @@ class RedisStore(StateStore):
         ]
 
     @override
-    @_translated
+    @translated
     def write_users(
         self, slot: str, source: Source, expected: Fence | None, new: Fence, effects: UserEffects
     ) -> int:
@@ -228,34 +199,10 @@ class RedisStore(StateStore):
         return int(self._write("write_users", keys, args))
 
     @override
-    @_translated
+    @translated
     def write_many(self, writes: Sequence[UserWrite]) -> list[int | EddylineError]:
         results = self._write_all("write_users", [self._users_call(write) for write in writes])
         return [r if isinstance(r, EddylineError) else int(r) for r in results]
-
-    def _write_all(
-        self, script: str, calls: Sequence[tuple[list[str], list[Any]]]
-    ) -> list[bytes | EddylineError]:
-        """The result or the error of each call of a script; all calls take one round trip."""
-        with self._redis.pipeline(transaction=False) as pipe:
-            for keys, args in calls:
-                pipe.evalsha(self._scripts[script].sha, len(keys), *keys, *args)
-            answers = pipe.execute(raise_on_error=False)
-        results: list[bytes | EddylineError] = []
-        for (keys, args), answer in zip(calls, answers, strict=True):
-            try:
-                results.append(self._result(script, keys, args, answer))
-            except (FenceMoved, StoreUnavailable) as error:
-                results.append(error)
-        return results
-
-    @_translated
-    def _result(self, script: str, keys: list[str], args: list[Any], answer: Any) -> bytes:
-        if isinstance(answer, NoScriptError):
-            return self._write(script, keys, args)
-        if isinstance(answer, Exception):
-            raise answer
-        return _check_fence(answer, keys, args)
 
     def _users_call(self, write: UserWrite) -> tuple[list[str], list[Any]]:
         keys, args = user_codec.encode_users(
@@ -273,7 +220,7 @@ class RedisStore(StateStore):
         )
 
     @override
-    @_translated
+    @translated
     def write_profiles(
         self,
         slot: str,
@@ -301,7 +248,7 @@ class RedisStore(StateStore):
         self._write("write_profiles", *self._fenced(slot, source, expected, new, keys, args))
 
     @override
-    @_translated
+    @translated
     def count_clicks(
         self,
         slot: str,
@@ -325,7 +272,50 @@ class RedisStore(StateStore):
         self._write("count_clicks", *self._fenced(slot, source, expected, new, keys, args))
 
     @override
-    @_translated
+    @translated
+    def append_co_visits(
+        self,
+        slot: str,
+        source: Source,
+        expected: Fence | None,
+        new: Fence,
+        after: Mapping[str, bytes],
+        before: Mapping[str, bytes],
+        row_max: int,
+        idle_ms: int = 0,
+    ) -> None:
+        tag = f"{self._ns}{{{slot}}}"
+        keys = [*(f"{tag}:after:{item}" for item in after)]
+        keys += [f"{tag}:before:{item}" for item in before]
+        args = [row_max, idle_ms, *after.values(), *before.values()]
+        self._write("append_co_visits", *self._fenced(slot, source, expected, new, keys, args))
+
+    @override
+    @translated
+    def read_co_visits(
+        self, after: Sequence[str], before: Sequence[str], item_slots: int
+    ) -> tuple[list[CoVisits], list[CoVisits]]:
+        rows = [("after", item) for item in after] + [("before", item) for item in before]
+        by_slot: dict[str, list[int]] = {}
+        for at, (_, item) in enumerate(rows):
+            by_slot.setdefault(item_slot(item, item_slots), []).append(at)
+        with self._redis.pipeline(transaction=False) as pipe:
+            for slot, places in by_slot.items():
+                pipe.mget(
+                    [
+                        f"{self._ns}{{{slot}}}:{kind}:{i}"
+                        for kind, i in map(rows.__getitem__, places)
+                    ]
+                )
+            answers = pipe.execute()
+        found = [co_visits.EMPTY] * len(rows)
+        for places, values in zip(by_slot.values(), answers, strict=True):
+            for at, value in zip(places, values, strict=True):
+                found[at] = _row(value)
+        return found[: len(after)], found[len(after) :]
+
+    @override
+    @translated
     def read_item_metadata(
         self, item_ids: Sequence[str], item_slots: int
     ) -> dict[str, ItemMetadata]:
@@ -337,7 +327,7 @@ class RedisStore(StateStore):
         return {i: item_codec.decode(value) for i, value in found if value is not None}
 
     @override
-    @_translated
+    @translated
     def write_item_metadata(
         self,
         slot: str,
@@ -350,7 +340,7 @@ class RedisStore(StateStore):
         self._write("write_item_metadata", *call)
 
     @override
-    @_translated
+    @translated
     def write_item_metadata_many(
         self, writes: Sequence[ItemMetadataWrite]
     ) -> list[EddylineError | None]:
@@ -365,13 +355,13 @@ class RedisStore(StateStore):
             cursor, members = self._refused_page(slot, max(cursor, 0))
             yield [member.decode() for member in members]
 
-    @_translated
+    @translated
     def _refused_page(self, slot: str, cursor: int) -> tuple[int, list[bytes]]:
         key = f"{self._ns}{{{slot}}}:refused"
         return cast("tuple[int, list[bytes]]", self._redis.sscan(key, cursor, count=_PAGE))
 
     @override
-    @_translated
+    @translated
     def count_refused_items(self, slots: Sequence[str]) -> int:
         with self._redis.pipeline(transaction=False) as pipe:
             for slot in slots:
@@ -387,7 +377,7 @@ class RedisStore(StateStore):
         return self._fenced(write.slot, write.source, write.expected, write.new, keys, args)
 
     @override
-    @_translated
+    @translated
     def read_user(self, slot: str, partition: int, user_id: str, generation: str) -> UserState:
         names = user_codec.user_keys(f"{self._ns}{{{slot}}}", [user_id], [generation or "-"])
         fence_key = self._fence_key(slot, Source("clicks", partition))
@@ -401,7 +391,7 @@ class RedisStore(StateStore):
         return ""
 
     @override
-    @_translated
+    @translated
     def popular_buckets(
         self, slot: str, limit: int, known: Mapping[int, bytes]
     ) -> dict[int, PopularBucket]:
@@ -451,18 +441,18 @@ class RedisStore(StateStore):
         while (count := self._next(pages)) is not None:
             yield count
 
-    @_translated
+    @translated
     def _next(self, pages: Iterator[int]) -> int | None:
         return next(pages, None)
 
     @override
-    @_translated
+    @translated
     def drop_fences(self, slot: str, sources: Sequence[Source]) -> None:
         if sources:
             self._redis.delete(*(self._fence_key(slot, source) for source in sources))
 
     @override
-    @_translated
+    @translated
     def accept_log(self, logs: Logs) -> int:
         return accept_in_redis(self._redis, self._ns, logs)
 
@@ -471,29 +461,12 @@ class RedisStore(StateStore):
         self._closed = True
         self._redis.close()
 
-    def _write(self, script: str, keys: list[str], args: list[Any]) -> bytes:
-        return _check_fence(self._scripts[script](keys=keys, args=args), keys, args)
 
-    def _fenced(
-        self,
-        slot: str,
-        source: Source,
-        expected: Fence | None,
-        new: Fence,
-        keys: list[str],
-        args: list[Any],
-    ) -> tuple[list[str], list[Any]]:
-        return [self._fence_key(slot, source), *keys], [str(expected or ""), str(new), *args]
-
-    def _fence_key(self, slot: str, source: Source) -> str:
-        return f"{self._ns}fence:{{{slot}}}:{source.name}:{source.partition}"
-
-
-def _check_fence(answer: tuple[int, bytes], keys: list[str], args: list[Any]) -> bytes:
-    """The value that a script returned. Raises FenceMoved if the stored fence differed."""
-    if not answer[0]:
-        raise FenceMoved(keys[0], args[0], answer[1].decode())
-    return answer[1]
+def _row(value: bytes | None) -> CoVisits:
+    try:
+        return co_visits.decode(value)
+    except ValueError as error:
+        raise StoreRefused(f"{error}: delete its key, and it fills again") from None
 
 
 def _fence(value: Any) -> Fence | None:

@@ -60,8 +60,8 @@ def deleted_items(
     for found in _by_slot(store, ns, "i", "c", fences):
         removed = 0
         for slot, items in found.items():
-            names, args = [*fences[slot], *items], [len(fences[slot]), slack_ms, OLD_KEPT_MS]
-            removed += int(script(keys=names, args=args))
+            args = [len(fences[slot]), slack_ms, OLD_KEPT_MS, f"{ns}{{{slot}}}:"]
+            removed += int(script(keys=[*fences[slot], *items], args=args))
         yield removed
 
 

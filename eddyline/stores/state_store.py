@@ -13,71 +13,16 @@ from typing import Protocol
 
 from eddyline.errors import EddylineError
 from eddyline.schema import user_history
+from eddyline.schema.co_visits import CoVisits
 from eddyline.schema.erasure import Erasure
 from eddyline.schema.records import Record
 from eddyline.schema.step_ranges import StepRanges
 from eddyline.schema.user_history import CompactEntry, UserHistory
+from eddyline.stores.fence import Fence as Fence
+from eddyline.stores.fence import LogId as LogId
+from eddyline.stores.fence import Mark as Mark
+from eddyline.stores.fence import Source as Source
 from eddyline.stores.layout import Layout
-
-
-@dataclass(frozen=True, slots=True)
-class LogId:
-    """Which log an offset belongs to: Kafka's cluster id and the topic's id."""
-
-    cluster_id: str
-    topic_id: str
-
-    def __str__(self) -> str:
-        """The stored form: `cluster id|topic id`."""
-        return f"{self.cluster_id}|{self.topic_id}"
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """The last record that was applied at or below a fence: shows whether the log still has it.
-
-    appended_ms: the broker's time stamp; or a later time up to which no delete is missing
-    checksum:    see `streams.resuming.mark_of`
-    """
-
-    offset: int
-    appended_ms: int
-    checksum: int
-
-
-@dataclass(frozen=True, slots=True)
-class Fence:
-    """Records of the partition up to and including `offset` are applied.
-
-    mark: None in a fence of an older version, and where no record was applied
-    """
-
-    offset: int
-    log: LogId
-    mark: Mark | None = field(default=None, compare=False)
-
-    def __str__(self) -> str:
-        """The stored form: `offset|cluster id|topic id`, and the mark: `|offset,ms,checksum`."""
-        text = f"{self.offset}|{self.log}"
-        if (mark := self.mark) is None:
-            return text
-        return f"{text}|{mark.offset},{mark.appended_ms},{mark.checksum}"
-
-    @classmethod
-    def parse(cls, text: str) -> Fence:
-        """The reverse of `str()`."""
-        offset, cluster_id, topic_id, *more = text.split("|")
-        mark = Mark(*map(int, more[0].split(","))) if more else None
-        return cls(int(offset), LogId(cluster_id, topic_id), mark)
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One partition of a source: ("clicks", 3), ("items", 0) or ("items@1", 0)."""
-
-    name: str
-    partition: int
-
 
 # Of a profile: its offset in `users`, -1 for one that was forwarded or replayed; ms of its first
 # append.
@@ -379,6 +324,34 @@ class StateStore(Protocol):
                    writers are exact in any order. Only the newest `buckets_kept` buckets are kept
         items_max: items of a bucket; beyond it the least counted items are dropped and sums are not
                    exact
+        """
+
+    def append_co_visits(
+        self,
+        slot: str,
+        source: Source,
+        expected: Fence | None,
+        new: Fence,
+        after: Mapping[str, bytes],
+        before: Mapping[str, bytes],
+        row_max: int,
+        idle_ms: int = 0,
+    ) -> None:
+        """Append to co-visitation rows of an item slot and move the fence, or raise FenceMoved.
+
+        source:  Source("co-visits", partition of clicks)
+        after:   item id -> `co_visits.entries` of the items visited after it
+        before:  item id -> those of the items visited before it
+        row_max: a row of so many entries is compacted, see `schema.co_visits`; at least 2
+        idle_ms: a row ends so long after its last write, by the server's clock; 0: never
+        """
+
+    def read_co_visits(
+        self, after: Sequence[str], before: Sequence[str], item_slots: int
+    ) -> tuple[list[CoVisits], list[CoVisits]]:
+        """The rows of the items visited after, and before, these items, in one round trip.
+
+        An unknown item has `co_visits.EMPTY`. Raises StoreRefused for a damaged row.
         """
 
     def read_item_metadata(

@@ -18,6 +18,7 @@ _HEADS = {
     "write_users": ("users_fence", "fence"),
     "write_profiles": ("fence",),
     "count_clicks": ("fence",),
+    "append_co_visits": ("fence",),
     "write_item_metadata": ("fence",),
     "remove_idle_users": (),
     "remove_deleted_items": (),

@@ -15,6 +15,7 @@ import pytest
 import redis
 
 from eddyline.errors import StoreRefused, StoreUnavailable
+from eddyline.schema.co_visits import entries
 from eddyline.schema.user_history import Entry, UserHistory
 from eddyline.settings.loader import Settings
 from eddyline.stores import write_scripts
@@ -24,6 +25,7 @@ from tests.integration.redis_servers import Server, real_server
 
 LOG = LogId("cluster", "topic")
 CLICKS, USERS, ITEMS = Source("clicks", 3), Source("users", 3), Source("items", 0)
+CO_VISITS = Source("co-visits", 3)
 INGEST = "compositor"
 
 
@@ -59,6 +61,11 @@ def count_clicks(store: RedisStore, after: Fence | None, offset: int) -> None:
     store.count_clicks("i0", CLICKS, after, at(offset), counts, 3, 2)
 
 
+def append_co_visits(store: RedisStore, after: Fence | None, offset: int) -> None:
+    rows = {"a": entries([(offset, 1_000, 1), (2, 500, 0)]), "b": entries([(1, 333, 0)])}
+    store.append_co_visits("i0", CO_VISITS, after, at(offset), rows, {"c": rows["a"]}, 4)
+
+
 def write_item_metadata(store: RedisStore, after: Fence | None, offset: int) -> None:
     items = {"a": ItemMetadata(0, offset, b"{}"), "b": ItemMetadata(0, offset + 1, b"")}
     store.write_item_metadata("i0", ITEMS, after, at(offset), items)
@@ -68,6 +75,7 @@ WRITES: dict[str, Callable[[RedisStore, Fence | None, int], None]] = {
     "write_users": write_users,
     "write_profiles": write_profiles,
     "count_clicks": count_clicks,
+    "append_co_visits": append_co_visits,
     "write_item_metadata": write_item_metadata,
 }
 

@@ -35,6 +35,7 @@ from cli.commands.capacity import Sizes, redis_parts
 from eddyline.errors import EddylineError, SettingsError, StoreRefused, StoreUnavailable
 from eddyline.kafka import topics
 from eddyline.process import discovery
+from eddyline.schema import co_visits
 from eddyline.schema.user_history import Entry, UserHistory
 from eddyline.settings.loader import Settings
 from eddyline.stores import redis_client
@@ -249,6 +250,10 @@ def ingest_works(store: RedisStore) -> None:
     store.drop_fences("i0", [Source("items@1", 0)])
     store.count_clicks("i0", CLICKS, None, at(0), {1: {"a": 1, "b": 2}}, 2, 1)
     store.count_clicks("i0", CLICKS, at(0), at(1), {5: {"a": 1}}, 2, 1)
+    one = co_visits.entries([(1, 1_000, 1)])
+    pairs = Source("co-visits", 3)
+    for fence, new in ((None, at(0)), (at(0), at(1))):  # the second write compacts the rows
+        store.append_co_visits("i0", pairs, fence, new, {"a": one}, {"b": one}, 2, 60_000)
     store.write_item_metadata(
         "i0", Source("items", 0), None, at(1), {"a": ItemMetadata(0, 1, b"{}")}
     )
@@ -266,6 +271,7 @@ def worker_reads(store: RedisStore) -> None:
     store.claim_layout(Layout(1, 8, 4, 1))
     assert store.read_user("u3", 3, "ana", "1").history == seen("a")
     assert store.popular("i0", 10) == {5: {"a": 1}}
+    assert store.read_co_visits(["a"], ["b"], 1)[0][0].next.tolist() == [2.0]
 
 
 def seen(item: str) -> UserHistory:

@@ -1,6 +1,7 @@
 -- KEYS[1] …: the fences of the n partitions of `items`, then keys of item metadata. ARGV[1]: n,
--- ARGV[2]: slack, ms, ARGV[3]: how many ms a deleted item is kept that does not say so. Returns how
--- many items were removed. The values are those of `item_codec`.
+-- ARGV[2]: slack, ms, ARGV[3]: how many ms a deleted item is kept that does not say so, ARGV[4]:
+-- key prefix of the slot. Removes their co-visitation rows too. Returns how many items were
+-- removed. The values are those of `item_codec`.
 local n, slack = tonumber(ARGV[1]), tonumber(ARGV[2])
 -- A producer may have dated the last record.
 local time = redis.call('TIME')
@@ -23,8 +24,14 @@ for i = n + 1, #KEYS do
     ends = struct.unpack('<i8', string.sub(value, 22))
   end
   if ends > 0 and ends < (bounds[struct.unpack('<i4', value)] or lowest) then
-    redis.call('UNLINK', KEYS[i])
-    removed = removed + 1
+    local item = string.sub(KEYS[i], #ARGV[4] + 3)
+    -- KEYS does not name the rows: while a cluster moves the slot they may be on the other node;
+    -- the next call removes the item then.
+    local rows = redis.pcall('UNLINK', ARGV[4] .. 'after:' .. item, ARGV[4] .. 'before:' .. item)
+    if type(rows) == 'number' then
+      redis.call('UNLINK', KEYS[i])
+      removed = removed + 1
+    end
   end
 end
 return removed

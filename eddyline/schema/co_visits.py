@@ -1,0 +1,127 @@
+"""Co-visitation rows: which items users visited before or after an item, and how often.
+
+A row is a header, then entries, all little-endian:
+
+* header, 16 bytes: float64 thousandths of visits and float64 next visits that were pruned away;
+* entry, 16 bytes: uint64 key of the other item (`schema.item_key`), uint32 thousandths of visits,
+  uint32 next visits.
+
+A visit at distance d counts 1/d; one at distance 1 is a next visit too. A write appends entries, so
+a row may have several of one key: readers add them up. A row that reaches `row_max` entries is
+compacted: equal keys are summed; where more than half of `row_max` remain, the half with the most
+visits stays, most first, equal ones by key. The rest goes to the header, so the sums of a row stay
+exact. `append_co_visits.lua` gives the same bytes as `append`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+_HEADER = struct.Struct("<dd")
+_ENTRY = struct.Struct("<QII")
+_ENTRIES = np.dtype([("key", "<u8"), ("milli", "<u4"), ("next", "<u4")])
+HEADER_BYTES = _HEADER.size
+ENTRY_BYTES = _ENTRY.size
+COUNT_MAX = 2**32 - 1
+
+
+class CoVisits(NamedTuple):
+    """One row.
+
+    keys:       uint64 (n,), `item_key` of the other items; a key may repeat
+    visits:     float32 (n,), 1.0 is one visit at distance 1
+    next:       float32 (n,), visits at distance 1
+    visits_sum: all visits of the row, those of pruned entries included
+    next_sum:   all next visits, likewise
+    """
+
+    keys: NDArray[np.uint64]
+    visits: NDArray[np.float32]
+    next: NDArray[np.float32]
+    visits_sum: float
+    next_sum: float
+
+
+EMPTY = CoVisits(np.empty(0, np.uint64), np.empty(0, np.float32), np.empty(0, np.float32), 0.0, 0.0)
+
+
+def entries(visits: Iterable[tuple[int, int, int]]) -> bytes:
+    """Entries in stored form. visits: (key of the other item, thousandths of visits, next visits).
+
+    >>> entries([(1, 1_000, 1)]).hex()
+    '0100000000000000e803000001000000'
+    """
+    return b"".join(
+        _ENTRY.pack(key, min(milli, COUNT_MAX), min(after, COUNT_MAX))
+        for key, milli, after in visits
+    )
+
+
+def decode(row: bytes | None) -> CoVisits:
+    """A stored row; None is an empty one. Raises ValueError for a damaged one."""
+    if row is None:
+        return EMPTY
+    check(row)
+    found = np.frombuffer(row, _ENTRIES, offset=HEADER_BYTES)
+    pruned_milli, pruned_next = _HEADER.unpack_from(row)
+    return CoVisits(
+        found["key"].astype(np.uint64),
+        found["milli"].astype(np.float32) / np.float32(1_000),
+        found["next"].astype(np.float32),
+        (pruned_milli + int(found["milli"].sum(dtype=np.int64))) / 1_000,
+        pruned_next + int(found["next"].sum(dtype=np.int64)),
+    )
+
+
+def totals(row: bytes) -> tuple[dict[int, tuple[int, int]], int, int]:
+    """(key -> (thousandths of visits, next visits) in order of appearance, both sums of the row).
+
+    The sums include what was pruned. Raises ValueError for a damaged row.
+    """
+    check(row)
+    found: dict[int, tuple[int, int]] = {}
+    for key, milli, after in _ENTRY.iter_unpack(memoryview(row)[HEADER_BYTES:]):
+        before = found.get(key, (0, 0))
+        found[key] = before[0] + milli, before[1] + after
+    pruned_milli, pruned_next = _HEADER.unpack_from(row)
+    milli_sum = int(pruned_milli) + sum(milli for milli, _ in found.values())
+    return found, milli_sum, int(pruned_next) + sum(after for _, after in found.values())
+
+
+def append(row: bytes, more: bytes, row_max: int) -> bytes:
+    """The row after a write. row: b"" for a new one; more: `entries`; row_max: at least 2.
+
+    Raises ValueError for a damaged row.
+    """
+    row = (row or bytes(HEADER_BYTES)) + more
+    check(row)
+    return compact(row, row_max) if len(row) >= HEADER_BYTES + row_max * ENTRY_BYTES else row
+
+
+def compact(row: bytes, row_max: int) -> bytes:
+    """The row with equal keys summed, and at most half of `row_max` entries.
+
+    What a count has beyond 32 bits goes to the header. Raises ValueError for a damaged row.
+    """
+    found, milli_sum, next_sum = totals(row)
+    kept = list(found)
+    if len(kept) > row_max // 2:
+        kept = sorted(kept, key=lambda key: (-found[key][0], key))[: row_max // 2]
+    stored = [
+        (key, min(milli, COUNT_MAX), min(after, COUNT_MAX))
+        for key, (milli, after) in ((key, found[key]) for key in kept)
+    ]
+    pruned_milli = milli_sum - sum(milli for _, milli, _ in stored)
+    pruned_next = next_sum - sum(after for _, _, after in stored)
+    return _HEADER.pack(pruned_milli, pruned_next) + entries(stored)
+
+
+def check(row: bytes) -> None:
+    """Raise ValueError for bytes that are no row."""
+    if len(row) < HEADER_BYTES or len(row) % ENTRY_BYTES:
+        raise ValueError(f"a co-visitation row of {len(row)} bytes is damaged")

@@ -1,0 +1,23 @@
+"""The key of an item in co-visitation rows: 8 bytes, where an id may be long."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from hashlib import blake2b
+
+KEY_BYTES = 8
+
+
+@lru_cache(maxsize=262_144)
+def key_bytes(item_id: str) -> bytes:
+    """The key as stored: BLAKE2b of the id's UTF-8, 8 bytes.
+
+    >>> key_bytes("50").hex()
+    '24eb507b06b6d4ad'
+    """
+    return blake2b(item_id.encode(), digest_size=KEY_BYTES).digest()
+
+
+def item_key(item_id: str) -> int:
+    """The key as an unsigned 64-bit integer, `key_bytes` read as little-endian."""
+    return int.from_bytes(key_bytes(item_id), "little")

@@ -1,0 +1,234 @@
+"""Co-visitation rows: one suite over every `StateStore`."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+
+import msgspec
+import numpy as np
+import pytest
+
+from eddyline.errors import FenceMoved, StoreRefused, StoreUnavailable
+from eddyline.schema import co_visits
+from eddyline.schema.co_visits import COUNT_MAX, CoVisits, entries
+from eddyline.schema.item_key import item_key
+from eddyline.schema.partitioning import item_slot
+from eddyline.settings.loader import Settings
+from eddyline.stores.memory import MemoryStore
+from eddyline.stores.redis import RedisStore
+from eddyline.stores.state_store import Fence, ItemMetadata, LogId, Mark, Source, StateStore
+
+LOG = LogId("cluster", "topic")
+PAIRS = Source("co-visits", 3)
+
+
+def at(offset: int) -> Fence:
+    return Fence(offset, LOG)
+
+
+def row(store: StateStore, slot: str, kind: str, item: str) -> bytes | None:
+    """A row as it is stored."""
+    if isinstance(store, MemoryStore):
+        return store.snapshot().rows.get((slot, kind, item))
+    assert isinstance(store, RedisStore)
+    value = store._redis.get(f"{store._ns}{{{slot}}}:{kind}:{item}")
+    assert value is None or isinstance(value, bytes)
+    return value
+
+
+def shown(found: CoVisits) -> tuple[dict[int, tuple[float, float]], float, float]:
+    """A row with equal keys added up."""
+    added: dict[int, tuple[float, float]] = {}
+    for key, visits, after in zip(*found[:3], strict=True):
+        before = added.get(int(key), (0.0, 0.0))
+        added[int(key)] = before[0] + float(visits), before[1] + float(after)
+    return added, found.visits_sum, found.next_sum
+
+
+@pytest.fixture(params=["memory", "redis", "cluster"])
+def store(request: pytest.FixtureRequest) -> Iterator[StateStore]:
+    if request.param == "memory":
+        made: StateStore = MemoryStore()
+    elif request.param == "cluster":
+        settings = request.getfixturevalue("cluster_settings")
+        made = RedisStore(msgspec.structs.replace(settings, namespace=f"t-{uuid.uuid4().hex[:12]}"))
+    else:
+        made = RedisStore(request.getfixturevalue("fresh_settings"))
+    yield made
+    made.close()
+
+
+def test_unknown_items_have_empty_rows(store: StateStore) -> None:
+    after, before = store.read_co_visits(["a", "b"], ["a"], 2)
+    assert after == [co_visits.EMPTY] * 2 and before == [co_visits.EMPTY]
+    assert store.read_co_visits([], [], 1) == ([], [])
+    assert co_visits.EMPTY.keys.dtype == np.uint64 and not len(co_visits.EMPTY.keys)
+
+
+def test_what_is_appended_adds_up(store: StateStore) -> None:
+    more = {"a": entries([(1, 1_000, 1), (2, 500, 0)]), "é b": entries([(7, 333, 0)])}
+    store.append_co_visits("i0", PAIRS, None, at(4), more, {"a": entries([(9, 1_000, 1)])}, 200)
+    again = {"a": entries([(1, 250, 0)])}
+    store.append_co_visits("i0", PAIRS, at(4), at(9), again, {}, 200)
+    [of_a, of_none, of_b], [before_a] = store.read_co_visits(["a", "none", "é b"], ["a"], 1)
+    assert shown(of_a) == ({1: (1.25, 1.0), 2: (0.5, 0.0)}, 1.75, 1.0)
+    assert of_none is co_visits.EMPTY and shown(of_b)[1:] == (pytest.approx(0.333), 0.0)
+    assert shown(before_a) == ({9: (1.0, 1.0)}, 1.0, 1.0)
+    assert of_a.keys.dtype == np.uint64
+    assert of_a.visits.dtype == np.float32 and of_a.next.dtype == np.float32
+    assert store.fences(PAIRS, ["i0", "i1"]) == {"i0": at(9), "i1": None}
+
+
+def test_rows_of_several_slots_are_read_together(store: StateStore) -> None:
+    items = [f"item {n}" for n in range(20)]
+    for n, item in enumerate(items):
+        source, slot = Source("co-visits", n), item_slot(item, 3)
+        store.append_co_visits(slot, source, None, at(0), {item: entries([(n, 1_000, 1)])}, {}, 9)
+    after, before = store.read_co_visits(items, items[:2], 3)
+    assert [int(one.keys[0]) for one in after] == list(range(20))
+    assert before == [co_visits.EMPTY] * 2
+
+
+@pytest.mark.parametrize("expected", [None, Fence(9, LOG), Fence(10, LogId("other", "topic"))])
+def test_an_append_against_another_fence_is_refused_whole(
+    store: StateStore, expected: Fence | None
+) -> None:
+    store.append_co_visits("i0", PAIRS, None, at(10), {"a": entries([(1, 1, 0)])}, {}, 200)
+    with pytest.raises(FenceMoved, match="co-visits:3"):
+        store.append_co_visits("i0", PAIRS, expected, at(11), {"a": entries([(1, 1, 0)])}, {}, 200)
+    assert len(store.read_co_visits(["a"], [], 1)[0][0].keys) == 1
+    assert store.fences(PAIRS, ["i0"]) == {"i0": at(10)}
+
+
+@pytest.mark.parametrize("appended", [9, 10, 11, 10_000])
+def test_a_row_is_compacted_from_its_limit_on(store: StateStore, appended: int) -> None:
+    """Of different keys the half with most visits stays; the rest is in the sums."""
+    keys = [(n * 2**60 + n) % 2**64 for n in range(1, appended + 1)]
+    more = entries([(key, 1_000 + n, 1) for n, key in enumerate(keys)])
+    store.append_co_visits("i0", PAIRS, None, at(1), {}, {"a": more}, 10)
+    found = store.read_co_visits([], ["a"], 1)[1][0]
+    kept = keys if appended < 10 else keys[:-6:-1]
+    assert found.keys.tolist() == kept
+    assert found.visits_sum * 1_000 == sum(1_000 + n for n in range(appended))
+    assert found.next_sum == appended
+
+
+@pytest.mark.parametrize("different", [4, 5, 6])
+def test_a_compacted_row_loses_no_key_up_to_half_its_limit(
+    store: StateStore, different: int
+) -> None:
+    """Equal keys are one; of equally visited ones those with the lowest keys stay."""
+    more = entries([(2**63 + n % different, 10, 1) for n in range(different * 10)])
+    store.append_co_visits("i0", PAIRS, None, at(1), {"a": more}, {}, 10)
+    found = store.read_co_visits(["a"], [], 1)[0][0]
+    assert found.keys.tolist() == [2**63 + n for n in range(min(different, 5))]
+    assert found.next.tolist() == [10.0] * min(different, 5)
+    assert (found.visits_sum, found.next_sum) == (different / 10, different * 10)
+
+
+def test_counts_beyond_32_bits_are_in_the_sums(store: StateStore) -> None:
+    more = entries([(1, COUNT_MAX, COUNT_MAX), (1, 1, 2), (2, 5, 5)])
+    store.append_co_visits("i0", PAIRS, None, at(1), {"a": more}, {}, 3)
+    found = store.read_co_visits(["a"], [], 1)[0][0]
+    assert found.keys.tolist() == [1] and found.next.tolist() == [float(np.float32(COUNT_MAX))]
+    assert found.visits_sum * 1_000 == COUNT_MAX + 6 and found.next_sum == COUNT_MAX + 7
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_rows_are_the_same_to_the_bit_in_every_store(store: StateStore, seed: int) -> None:
+    draw = random.Random(seed)
+    row_max, keys = draw.choice([2, 3, 10, 40]), [draw.getrandbits(64) for _ in range(50)]
+    expected, fence = {("after", "x"): b"", ("before", "x"): b""}, None
+    for offset in range(30):
+        more = {
+            kind: entries(
+                (
+                    draw.choice(keys[: draw.choice([3, 50])]),
+                    draw.choice([100, 500, 1_000, COUNT_MAX]),
+                    draw.choice([0, 1, COUNT_MAX]),
+                )
+                for _ in range(draw.randint(0, 30))
+            )
+            for kind in ("after", "before")
+        }
+        rows = [{"x": more[kind]} for kind in ("after", "before")]
+        store.append_co_visits("i0", PAIRS, fence, at(offset), rows[0], rows[1], row_max)
+        fence = at(offset)
+        for kind in ("after", "before"):
+            expected[kind, "x"] = co_visits.append(expected[kind, "x"], more[kind], row_max)
+            assert row(store, "i0", kind, "x") == expected[kind, "x"]
+
+
+def test_a_log_that_lost_its_tail_takes_the_fence_back(store: StateStore) -> None:
+    fence = Fence(10, LOG, Mark(10, 99, 1))
+    store.append_co_visits("i0", PAIRS, None, fence, {"a": entries([(1, 1, 0)])}, {}, 200)
+    assert store.accept_log({"clicks": (LOG, {3: 11})}) == 0
+    assert store.fences(PAIRS, ["i0"])["i0"] == at(10)
+    assert store.accept_log({"clicks": (LOG, {3: 8})}) == 1
+    assert store.fences(PAIRS, ["i0"]) == {"i0": at(7)}
+    assert store.accept_log({"clicks": (LogId("cluster", "new"), {3: 8})}) == 1
+    assert store.fences(PAIRS, ["i0"]) == {"i0": None}
+    assert len(store.read_co_visits(["a"], [], 1)[0][0].keys) == 1
+
+
+def test_the_rows_of_a_deleted_item_end_with_it(store: StateStore) -> None:
+    one, items = entries([(1, 1, 0)]), Source("items", 0)
+    for slot in ("i0", "i1"):
+        rows = {"gone": one, "due": one, "live": one}
+        store.append_co_visits(slot, PAIRS, None, at(1), rows, rows, 200)
+        cards = {name: ItemMetadata(0, 5, b"", 1, ends_ms=2_000) for name in ("gone", "due")}
+        cards["due"] = replace(cards["due"], ends_ms=3_000)
+        cards["live"] = ItemMetadata(0, 5, b"{}", 1)
+        store.write_item_metadata(slot, items, None, Fence(9, LOG, Mark(9, 2_500, 1)), cards)
+    assert sum(store.remove_deleted_items(["i0"], 1, 0)) == 1
+    for slot, item in ((s, i) for s in ("i0", "i1") for i in ("gone", "due", "live")):
+        for kind in ("after", "before"):
+            assert (row(store, slot, kind, item) is None) == (slot == "i0" and item == "gone")
+
+
+def test_a_closed_store_is_unavailable(store: StateStore) -> None:
+    store.close()
+    with pytest.raises(StoreUnavailable):
+        store.read_co_visits(["a"], [], 1)
+    with pytest.raises(StoreUnavailable):
+        store.append_co_visits("i0", PAIRS, None, at(1), {}, {}, 200)
+
+
+def test_a_damaged_row_is_refused_and_the_write_leaves_nothing(fresh_settings: Settings) -> None:
+    with contextlib.closing(RedisStore(fresh_settings)) as store:
+        key = f"{store._ns}{{i0}}:after:b"
+        for damaged in (b"x" * 15, b"x" * 17):
+            store._redis.set(key, damaged)
+            with pytest.raises(StoreRefused, match="damaged"):
+                store.read_co_visits(["b"], [], 1)
+            both = {"a": entries([(1, 1, 0)]), "b": entries([(1, 1, 0)])}
+            with pytest.raises(StoreRefused, match=r"damaged row in .*after:b"):
+                store.append_co_visits("i0", PAIRS, None, at(1), both, {}, 200)
+            assert row(store, "i0", "after", "a") is None
+            assert store.fences(PAIRS, ["i0"]) == {"i0": None}
+        store._redis.delete(key)
+        store.append_co_visits("i0", PAIRS, None, at(1), both, {}, 200)
+
+
+def test_a_row_without_writes_ends(fresh_settings: Settings) -> None:
+    with contextlib.closing(RedisStore(fresh_settings)) as store:
+        one = entries([(1, 1, 0)])
+        store.append_co_visits("i0", PAIRS, None, at(1), {"a": one, "b": one}, {}, 2, 60_000)
+        store.append_co_visits("i0", PAIRS, at(1), at(2), {"c": one}, {"c": one}, 2, 0)
+        store.append_co_visits("i0", PAIRS, at(2), at(3), {"b": one}, {}, 2, 150)
+        left_ms = store._redis.pttl(f"{store._ns}{{i0}}:after:a")
+        assert 0 < left_ms <= 60_000  # type: ignore[operator]
+        assert store._redis.pttl(f"{store._ns}{{i0}}:before:c") == -1
+        time.sleep(0.3)
+        assert row(store, "i0", "after", "b") is None
+        assert row(store, "i0", "after", "a") is not None
+
+
+def test_the_key_of_an_item_is_a_hash_of_its_id() -> None:
+    assert item_key("50") == 0xADD4B6067B50EB24
+    assert item_key("é") != item_key("e\u0301")
