@@ -28,7 +28,7 @@ from embeddings.bundle.bundle import Bundle
 from index.factory import ann_backend, live_index
 from index.port import LiveItems
 from serving.answer.deadline import Deadline
-from serving.answer.fusion import Cascade
+from serving.answer.fusions import make_fusion
 from serving.answer.user_reader import UserReader
 from serving.recall import registry
 from serving.recall.base import RecallContext, RecallPath, RecallRequest
@@ -80,6 +80,7 @@ class Engine:
     """What ingest and a worker would know and answer after the records that were applied.
 
     rejected: reason -> records that ingest refused
+    paths:    name -> path, of those that answers are made of; fusion: makes them
     follows:  whether a user's list and embedding are kept; the events of others count for items
     """
 
@@ -125,15 +126,14 @@ class Engine:
         self.popularity = Popularity(settings, self.store)
         self._closing = ExitStack()
         self._closing.callback(self.index.close)
+        self._context = RecallContext(
+            settings, self.store, bundle.user_tower, self.popularity, self._closing
+        )
         self.paths: dict[str, RecallPath] = {
-            path.name: path
-            for path in registry.make_paths(
-                RecallContext(
-                    settings, self.store, bundle.user_tower, self.popularity, self._closing
-                )
-            )
+            path.name: path for path in registry.make_paths(self._context)
         }
-        self.fusion = Cascade()
+        self._other_paths: dict[str, RecallPath] = {}
+        self.fusion = make_fusion(settings)
         self._items: LiveItems | None = None
         self._counted = False
         # Partition -> events that are not applied yet, as nothing has asked for what they change.
@@ -146,9 +146,16 @@ class Engine:
     @property
     def towers(self) -> TowersPath:
         """The path of the towers."""
-        path = self.paths[TowersPath.name]
+        path = self.path(TowersPath.name)
         assert isinstance(path, TowersPath)
         return path
+
+    def path(self, name: str) -> RecallPath:
+        """A path of the registry, whether the settings use it or not."""
+        found = self.paths.get(name) or self._other_paths.get(name)
+        if found is None:
+            found = self._other_paths[name] = registry.PATHS[name](self._context)
+        return found
 
     @property
     def items(self) -> LiveItems:

@@ -7,6 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -24,6 +25,7 @@ from evaluation.references import DAY_MS, CountsRow, RandomRow
 from evaluation.refitted import AlsRow, ItemNeighboursRow, check_library
 from evaluation.report import Report
 from evaluation.rows import FusedRow, PathRow, Row, TowersRow
+from serving.answer.fusions import make_fusion
 from serving.recall.newest import NewestPath
 from serving.recall.popular import PopularPath
 
@@ -45,8 +47,15 @@ ROWS: dict[str, Callable[[EventLog, Product, int, int], Row]] = {
     "towers-daily": lambda _, p, n, __: TowersRow(p, n, "towers-daily", DAY_MS, steps=_BOTH),
     "towers-hourly": lambda _, p, n, __: TowersRow(p, n, "towers-hourly", HOUR_MS, steps=_BOTH),
     "towers": lambda _, p, n, __: TowersRow(p, n, "towers", 1, steps=_BOTH),
-    "cascade": lambda _, product, n, __: FusedRow(product, "cascade", n),
+    "cascade": lambda _, product, n, __: _fused(product, "cascade", n),
+    "rrf": lambda _, product, n, __: _fused(product, "rrf", n),
 }
+
+
+def _fused(product: Product, fusion: str, scored: int) -> Row:
+    """The row of a fusion over the paths of the settings."""
+    settings = msgspec.structs.replace(product.settings, fusion=fusion)
+    return FusedRow(product, fusion, scored, make_fusion(settings), [*product.paths])
 
 
 def training_data(log: EventLog, first: int) -> TrainingData:

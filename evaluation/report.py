@@ -24,6 +24,7 @@ PAIRS = (
     ("towers", "towers-daily"),
     ("towers", "towers-nostep"),
     ("cascade", "popular"),
+    ("rrf", "cascade"),
 )
 
 

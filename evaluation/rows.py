@@ -19,8 +19,9 @@ from evaluation.engine import Engine
 from evaluation.ranks import Ints, fused_rank, ranks
 from index.arrays import Vector
 from index.port import LiveItems
-from serving.answer.fusion import FusedOrder
+from serving.answer.fusion import Cascade, FusedOrder, Fusion
 from serving.recall.base import PathScores
+from serving.recall.towers import TowersPath
 
 # Queries of the towers that are scored together: 64 × 10,000 scores are 2.5 MB.
 TILE = 64
@@ -96,7 +97,7 @@ class PathRow(ProductRow):
     def __init__(self, product: Engine, path: str, scored: int) -> None:
         """path: its name."""
         super().__init__(product, [path], scored)
-        self._path = product.paths[path]
+        self._path = product.path(path)
         self._results = self.results[path]
 
     @override
@@ -168,18 +169,24 @@ class TowersRow(ProductRow):
 
 
 class FusedRow(ProductRow):
-    """The fused answer."""
+    """The answer that a fusion makes of some paths."""
 
-    def __init__(self, product: Engine, name: str, scored: int) -> None:
+    def __init__(
+        self, product: Engine, name: str, scored: int, fusion: Fusion, paths: Sequence[str]
+    ) -> None:
+        """paths: names, in the order of the calls."""
         super().__init__(product, [name], scored)
+        self._fusion = fusion
+        self._paths = {path: product.path(path) for path in paths}
+        # The first path of the cascade returns all live items then, and no other is called.
+        self._towers_first = isinstance(fusion, Cascade) and paths[0] == TowersPath.name
         self._results = self.results[name]
         self._waiting: list[tuple[Query, Vector]] = []
 
     @override
     def score(self, query: Query) -> None:
-        product, paths = self.product, list(self.product.paths.values())
-        # The first path of the cascade returns all live items then, and no other is called.
-        if paths[0] is product.towers:
+        product = self.product
+        if self._towers_first:
             vector, _ = product.towers.vector(query.user, product.index)
             if vector is not None:
                 self._waiting.append((query, vector))
@@ -188,8 +195,11 @@ class FusedRow(ProductRow):
                 return
         product.read_popularity()
         request = product.request(query.user, LIST_LENGTH)
-        scores = [path.score_all([request], product.index, product.items) for path in paths]
-        order = product.fusion.order_all(scores)
+        scores = {
+            name: path.score_all([request], product.index, product.items)
+            for name, path in self._paths.items()
+        }
+        order = self._fusion.order_all(scores, product.items, query.excluded)
         self._results.ranks[query.number] = fused_rank(order, query.target, query.excluded)
         if query.wants_list:
             first = first_places(order, query.excluded)

@@ -21,6 +21,7 @@ from embeddings.towers.base import UserEncoder
 from index.port import IndexReader
 from serving.answer.click_ends import ClickEnds
 from serving.answer.click_waits import ClickWaits
+from serving.answer.fusions import make_fusion
 from serving.answer.retriever import Retriever
 from serving.answer.user_reader import UserReader
 from serving.recall import registry
@@ -85,5 +86,6 @@ def start_retriever(
         popularity=popularity,
         paths=registry.make_paths(RecallContext(settings, store, tower, popularity, closing)),
         item_slots=settings.item_slots,
+        fusion=make_fusion(settings),
         waits=waits,
     )

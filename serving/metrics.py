@@ -109,12 +109,15 @@ def _times(counts: QueryCounts) -> Metric:
 
 
 def _paths(counts: QueryCounts) -> Iterator[Metric]:
-    queries = {path: of_path.queries for path, of_path in counts.paths.items()}
-    name, what = "eddyline_worker_path_queries", "Queries that called a recall path"
-    yield labelled(CounterMetricFamily, name, what, "path", queries)
-    items = {path: of_path.items for path, of_path in counts.paths.items()}
-    name, what = "eddyline_worker_path_items", "Items of answers by their recall path"
-    yield labelled(CounterMetricFamily, name, what, "path", items)
+    for field, what in (
+        ("queries", "Queries that called a recall path"),
+        ("items", "Items of answers that a recall path returned"),
+        ("candidates", "Items that a recall path returned"),
+        ("marginal", "Items of answers that no other recall path returned"),
+        ("seconds", "Time in a recall path"),
+    ):
+        found = {path: getattr(of_path, field) for path, of_path in counts.paths.items()}
+        yield labelled(CounterMetricFamily, f"eddyline_worker_path_{field}", what, "path", found)
 
 
 def _sizes(index: pb.IndexSizes) -> Metric:

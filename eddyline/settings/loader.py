@@ -128,6 +128,16 @@ class Settings(_AllSections, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return frozenset(names) - {""}
 
     @property
+    def recall_path_names(self) -> list[str]:
+        """The names of the setting `recall_paths`, in their order."""
+        return worker.names_of(self.recall_paths)
+
+    @property
+    def fusion_weight_of(self) -> dict[str, float]:
+        """Path -> weight, for the paths that `fusion_weights` names. Raises SettingsError."""
+        return worker.weights_of(self.fusion_weights)
+
+    @property
     def snapshots(self) -> Path:
         """Folder of the query workers' snapshots."""
         return Path(self.data_dir) / "snapshots"

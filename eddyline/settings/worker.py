@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import math
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -11,6 +12,9 @@ from eddyline.errors import SettingsError
 from eddyline.settings.field import within
 
 _PORT_MAX = 65_535
+# What `recall_paths` may name: those of `serving.recall.registry`.
+RECALL_PATHS = ("towers", "popular", "newest")
+WEIGHT_MAX = 1_000.0
 
 
 class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,17 +80,87 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     popularity_beta: Annotated[float, within(0, 10)] = 0.0
     """Popularity penalty of a query that sets none: score = inner product − beta · ln p(item)."""
 
+    # Recall paths and their fusion: docs/operations.md
+    recall_paths: Annotated[str, Meta(max_length=1_000)] = "towers,popular,newest"
+    """The recall paths that an answer is made of, separated by commas. What they leave open is
+    filled by `popular`, then by `newest`, named here or not."""
+    fusion: Literal["cascade", "rrf"] = "cascade"
+    """How the paths become one answer. `cascade`: path after path, in the order of
+    `recall_paths`, each for what those before it left open. `rrf`: an item's score is the sum of
+    weight / (60 + rank) over the paths that return it (reciprocal rank fusion)."""
+    fusion_weights: Annotated[str, Meta(max_length=1_000)] = ""
+    """Weights of paths for `rrf`, `name=weight,…`, above 0 and at most 1,000; a path without one
+    has 1."""
+    path_candidates: Annotated[int, within(1, 1_000)] = 100
+    """How many candidates `rrf` takes of each path."""
+    path_budget_ms: Annotated[int, within(1, 60_000)] = 500
+    """After so long in the recall paths of a query, or half of its remaining time, those that were
+    not called yet are left out, except for what fills the answer; the answer says so."""
+
     # Impressions: docs/operations.md
     answers_sample: Annotated[float, within(0, 1)] = 0.01
     """The share of the users whose answers are recorded in the topic `answers`, by a hash of their
     ids: always the same users. 0 records none."""
 
 
+def names_of(listed: str) -> list[str]:
+    """The names of a list that is separated by commas.
+
+    >>> names_of("towers, newest")
+    ['towers', 'newest']
+    """
+    return [name.strip() for name in listed.split(",")]
+
+
+def weights_of(listed: str) -> dict[str, float]:
+    """Path -> weight of `fusion_weights`. Raises SettingsError for what is not `name=weight`.
+
+    >>> weights_of("towers=2, newest=0.5"), weights_of("")
+    ({'towers': 2.0, 'newest': 0.5}, {})
+    """
+    found: dict[str, float] = {}
+    for part in names_of(listed) if listed.strip() else ():
+        name, equals, number = part.partition("=")
+        name = name.strip()
+        try:
+            weight = float(number) if equals else math.nan
+        except ValueError:
+            weight = math.nan
+        if not name or not 0 < weight <= WEIGHT_MAX:
+            raise SettingsError(
+                f"fusion_weights = {listed!r}: {part!r} is not name=weight with a weight above 0 "
+                f"and at most {WEIGHT_MAX:,.0f}"
+            )
+        if name in found:
+            raise SettingsError(f"fusion_weights = {listed!r}: {name!r} is named twice")
+        found[name] = weight
+    return found
+
+
 def check(settings: WorkerSettings) -> None:
-    """Raise SettingsError if the processes of a worker need more ports than there are."""
+    """Raise SettingsError for paths that cannot be used, and for more ports than there are."""
+    _check_paths(settings)
     if settings.worker_metrics_port + settings.worker_processes - 1 > _PORT_MAX:
         raise SettingsError(
             f"worker_metrics_port = {settings.worker_metrics_port}: the "
             f"{settings.worker_processes} processes of worker_processes need as many ports from "
             f"there; the last one is {_PORT_MAX}"
         )
+
+
+def _check_paths(settings: WorkerSettings) -> None:
+    names = names_of(settings.recall_paths)
+    for number, name in enumerate(names):
+        wrong = ""
+        if name not in RECALL_PATHS:
+            wrong = f"there is no path {name!r}, the paths are {', '.join(RECALL_PATHS)}"
+        elif name in names[:number]:
+            wrong = f"{name!r} is named twice"
+        if wrong:
+            raise SettingsError(f"recall_paths = {settings.recall_paths!r}: {wrong}")
+    for name in weights_of(settings.fusion_weights):
+        if name not in names:
+            raise SettingsError(
+                f"fusion_weights = {settings.fusion_weights!r}: {name!r} is not in recall_paths = "
+                f"{settings.recall_paths!r}"
+            )

@@ -10,7 +10,7 @@ from evaluation.judge.drift import DriftWatch
 from evaluation.judge.impressions import ImpressionJoin
 from evaluation.judge.merging import Group
 from evaluation.judge.rates import Rates
-from evaluation.judge.track import FUSED, Ranked, Track, targets_of
+from evaluation.judge.track import Ranked, Track, targets_of
 from evaluation.judge.windows import GENERATIONS_MAX
 
 # A judge that falls behind scores this share of the targets at least.
@@ -115,4 +115,4 @@ class Judge:
             self.drifts[generation] = DriftWatch(generation)
             for old in list(self.drifts)[:-GENERATIONS_MAX]:
                 del self.drifts[old]
-        self.drifts[generation].add(at_ms, target.ranks[FUSED] <= 10)
+        self.drifts[generation].add(at_ms, target.ranks[self.settings.fusion] <= 10)

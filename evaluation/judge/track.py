@@ -20,8 +20,6 @@ from serving.recall.towers import TowersPath
 
 # Targets that wait for their ranks, at most.
 WAITING_MAX = 256
-# The row of the fused answer, as `evaluate` calls it.
-FUSED = "cascade"
 
 
 class Ranked(NamedTuple):
@@ -66,7 +64,9 @@ class Track:
             else PathRow(engine, name, WAITING_MAX)
             for name in engine.paths
         ]
-        self._rows.append(FusedRow(engine, FUSED, WAITING_MAX))
+        # As `evaluate` calls it.
+        name = engine.fusion.name
+        self._rows.append(FusedRow(engine, name, WAITING_MAX, engine.fusion, [*engine.paths]))
         self._prequential = Prequential(engine, self._rows, keeps_repeats=keeps_repeats)
         self._waiting: list[tuple[Click, int, str]] = []
         self._items: list[Record] = []

@@ -10,7 +10,11 @@ from eddyline.errors import EddylineError
 NO_DEADLINE_S = 1e8
 
 
-class DeadlinePassed(EddylineError):
+class EndsQuery(Exception):
+    """Concerns the whole query: neither a recall path nor a fusion may go on after it."""
+
+
+class DeadlinePassed(EddylineError, EndsQuery):
     """The deadline of the call passed; the message says before which step."""
 
 

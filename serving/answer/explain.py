@@ -13,7 +13,7 @@ from eddyline.stores.state_store import ItemMetadata
 from index.filters import Filter
 from index.port import Hit, IndexReader
 from serving.answer.card_reader import CardReader
-from serving.answer.fusion import Fusion
+from serving.answer.fusion import Fusion, PathCalls
 from serving.recall.base import RecallPath, RecallRequest
 
 _decoder = msgspec.json.Decoder(Item)
@@ -22,14 +22,16 @@ _decoder = msgspec.json.Decoder(Item)
 class PathRank(NamedTuple):
     """An item as one recall path sees it.
 
-    rank: 1 is the best; 0: not among the first ones that were looked at
-    hit:  None if the path does not return the item at all; `why` may say why
+    rank:  1 is the best; 0: not among the first ones that were looked at
+    hit:   None if the path does not return the item at all; `why` may say why
+    share: of the item's fused score
     """
 
     path: str
     rank: int
     hit: Hit | None
     why: str = ""
+    share: float = 0.0
 
 
 class Explanation(NamedTuple):
@@ -38,6 +40,7 @@ class Explanation(NamedTuple):
     rank:  its place in the order of the fusion; 0: not among the first ones that were looked at
     hit:   the live item; None if it is not live
     paths: empty if the item cannot be returned
+    fused_score: of the fusion; 0 where it has none
     """
 
     item_id: str
@@ -46,6 +49,7 @@ class Explanation(NamedTuple):
     why: str
     hit: Hit | None
     paths: Sequence[PathRank] = ()
+    fused_score: float = 0.0
 
 
 class Explainer:
@@ -68,10 +72,12 @@ class Explainer:
         deep = request._replace(k=max(most, request.k))
         order, _ = self._fusion.fuse(self._paths, deep, index)
         places = {one.hit.item_id: n for n, one in enumerate(order, 1)} | taken
+        fused = {one.hit.item_id: one for one in order}
+        calls = PathCalls(index, request)
         ranked = {
             path.name: {
                 hit.item_id: (rank, hit)
-                for rank, hit in enumerate(path.recall(deep, index).hits, 1)
+                for rank, hit in enumerate(calls.call(path, deep).candidates.hits, 1)
             }
             for path in self._paths
         }
@@ -86,10 +92,14 @@ class Explainer:
             elif barred := self._barred(request, item_id, index):
                 found.append(Explanation(item_id, False, 0, barred, hit))
             else:
-                paths = [self._by_path(path, ranked, deep, item_id, index) for path in self._paths]
+                paths = [self._by_path(path, ranked, deep, item_id, calls) for path in self._paths]
+                score = 0.0
+                if one := fused.get(item_id):
+                    score, shares = one.fused_score, {s.path: s.share for s in one.sources}
+                    paths = [path._replace(share=shares.get(path.path, 0.0)) for path in paths]
                 rank, chosen = places.get(item_id, 0), item_id in taken
                 why = _place(rank, chosen, request.k, deep.k, paths)
-                found.append(Explanation(item_id, chosen, rank, why, hit, paths))
+                found.append(Explanation(item_id, chosen, rank, why, hit, paths, score))
         return found
 
     def _by_path(
@@ -98,13 +108,13 @@ class Explainer:
         ranked: dict[str, dict[str, tuple[int, Hit]]],
         deep: RecallRequest,
         item_id: str,
-        index: IndexReader,
+        calls: PathCalls,
     ) -> PathRank:
         if place := ranked[path.name].get(item_id):
             return PathRank(path.name, *place)
         only = replace(deep.filters or Filter(), allow=frozenset({item_id}))
         alone = deep._replace(k=1, filters=only)
-        candidates = path.recall(alone, index)
+        candidates = calls.call(path, alone).candidates
         hit = next(iter(candidates.hits), None)
         return PathRank(path.name, 0, hit, "" if hit else candidates.why)
 

@@ -90,8 +90,10 @@ class QueuedAnswer(NamedTuple):
             filtered=self.filtered,
             popularity_beta=self.popularity_beta,
             items=[
-                AnsweredItem(hit.item_id, path, rank, round(hit.score, SCORE_DIGITS))
-                for hit, path, rank in self.items
+                AnsweredItem(
+                    one.hit.item_id, one.path, one.path_rank, round(one.hit.score, SCORE_DIGITS)
+                )
+                for one in self.items
             ],
             paths=[
                 PathCandidates(
@@ -188,8 +190,10 @@ def _queued(
     """What is kept of the answer. Copies lists up to the record's limits, and no candidate."""
     items = answer.items[:ITEMS_MAX]
     paths = [
-        _PathHits(path, len(candidates.hits), taken, candidates.hits[:CANDIDATES_MAX])
-        for path, candidates, taken in answer.paths[:PATHS_MAX]
+        _PathHits(
+            one.path, len(one.candidates.hits), one.taken, one.candidates.hits[:CANDIDATES_MAX]
+        )
+        for one in answer.paths[:PATHS_MAX]
     ]
     return QueuedAnswer(
         impression_id,

@@ -243,7 +243,7 @@ class Retriever:
         stamps = Stamps(received_us, 0, embedded_us, searched_us, time.time_ns() // 1000)
         return Answer(
             items=items,
-            paths=[PathResult(path, Candidates(hits, why), len(hits))],
+            paths=[PathResult(path, Candidates(hits, why), len(hits), len(hits))],
             user=None,
             user_partition=-1,
             after=None,

@@ -24,6 +24,7 @@ from serving.rpc.backends import (
     fill_retriever_stats,
     no_impressions,
 )
+from serving.rpc.explanations import explanation_of
 from serving.worker.log_watch import LogWatch
 
 T = TypeVar("T")
@@ -94,7 +95,7 @@ class CoordinatorBackend(RetrievalBackend):
             deadline, lambda items: self.retriever.explain(query, item_ids, items, deadline, most)
         )
         behind = self._behind(items)
-        response = converters.explanation_of(found, state, self.generation, items, behind)
+        response = explanation_of(found, state, self.generation, items, behind)
         response.shards.CopyFrom(items.status())
         response.missing.extend(missing)
         return response

@@ -27,7 +27,7 @@ from index.arrays import Vector
 from index.filters import Filter
 from index.port import Hit, IndexReader, IndexStats, Watermark
 from index.records import check_query
-from serving.answer.deadline import Deadline
+from serving.answer.deadline import Deadline, EndsQuery
 from serving.coordinator.shards import Connection, ShardFailure, Shards
 from serving.coordinator.vector_cache import Entry, VectorCache
 from serving.proto import retrieval_pb2 as pb
@@ -45,7 +45,7 @@ from serving.rpc.shard_service import CHANGING
 _Row = tuple[str, float, int, int, int]
 
 
-class StaleVectors(Exception):
+class StaleVectors(EndsQuery):
     """A cached vector that the query vector was made of has changed; retry without the cache."""
 
 

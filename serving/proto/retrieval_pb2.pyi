@@ -92,7 +92,7 @@ class ExplainResponse(_message.Message):
     def __init__(self, items: _Optional[_Iterable[_Union[ExplainedItem, _Mapping]]] = ..., freshness: _Optional[_Union[Freshness, _Mapping]] = ..., missing: _Optional[_Iterable[str]] = ..., shards: _Optional[_Union[Shards, _Mapping]] = ...) -> None: ...
 
 class ExplainedItem(_message.Message):
-    __slots__ = ("item_id", "in_answer", "rank", "why", "live", "age_ms", "paths")
+    __slots__ = ("item_id", "in_answer", "rank", "why", "live", "age_ms", "paths", "fused_score")
     ITEM_ID_FIELD_NUMBER: _ClassVar[int]
     IN_ANSWER_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
@@ -100,6 +100,7 @@ class ExplainedItem(_message.Message):
     LIVE_FIELD_NUMBER: _ClassVar[int]
     AGE_MS_FIELD_NUMBER: _ClassVar[int]
     PATHS_FIELD_NUMBER: _ClassVar[int]
+    FUSED_SCORE_FIELD_NUMBER: _ClassVar[int]
     item_id: str
     in_answer: bool
     rank: int
@@ -107,21 +108,24 @@ class ExplainedItem(_message.Message):
     live: bool
     age_ms: int
     paths: _containers.RepeatedCompositeFieldContainer[ExplainedPath]
-    def __init__(self, item_id: _Optional[str] = ..., in_answer: bool = ..., rank: _Optional[int] = ..., why: _Optional[str] = ..., live: bool = ..., age_ms: _Optional[int] = ..., paths: _Optional[_Iterable[_Union[ExplainedPath, _Mapping]]] = ...) -> None: ...
+    fused_score: float
+    def __init__(self, item_id: _Optional[str] = ..., in_answer: bool = ..., rank: _Optional[int] = ..., why: _Optional[str] = ..., live: bool = ..., age_ms: _Optional[int] = ..., paths: _Optional[_Iterable[_Union[ExplainedPath, _Mapping]]] = ..., fused_score: _Optional[float] = ...) -> None: ...
 
 class ExplainedPath(_message.Message):
-    __slots__ = ("path", "rank", "returned", "score", "why")
+    __slots__ = ("path", "rank", "returned", "score", "why", "share")
     PATH_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     RETURNED_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
     WHY_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
     path: str
     rank: int
     returned: bool
     score: float
     why: str
-    def __init__(self, path: _Optional[str] = ..., rank: _Optional[int] = ..., returned: bool = ..., score: _Optional[float] = ..., why: _Optional[str] = ...) -> None: ...
+    share: float
+    def __init__(self, path: _Optional[str] = ..., rank: _Optional[int] = ..., returned: bool = ..., score: _Optional[float] = ..., why: _Optional[str] = ..., share: _Optional[float] = ...) -> None: ...
 
 class Filters(_message.Message):
     __slots__ = ("categories", "tags", "tags_all", "ranges", "allow", "deny", "texts", "categories_none", "tags_none", "texts_none")
@@ -208,7 +212,7 @@ class MissingShard(_message.Message):
     def __init__(self, shard: _Optional[int] = ..., address: _Optional[str] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class RetrievedItem(_message.Message):
-    __slots__ = ("item_id", "score", "rank", "path", "path_rank", "generation", "age_ms", "card")
+    __slots__ = ("item_id", "score", "rank", "path", "path_rank", "generation", "age_ms", "card", "paths", "fused_score")
     ITEM_ID_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
@@ -217,6 +221,8 @@ class RetrievedItem(_message.Message):
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     AGE_MS_FIELD_NUMBER: _ClassVar[int]
     CARD_FIELD_NUMBER: _ClassVar[int]
+    PATHS_FIELD_NUMBER: _ClassVar[int]
+    FUSED_SCORE_FIELD_NUMBER: _ClassVar[int]
     item_id: str
     score: float
     rank: int
@@ -225,7 +231,21 @@ class RetrievedItem(_message.Message):
     generation: str
     age_ms: int
     card: Card
-    def __init__(self, item_id: _Optional[str] = ..., score: _Optional[float] = ..., rank: _Optional[int] = ..., path: _Optional[str] = ..., path_rank: _Optional[int] = ..., generation: _Optional[str] = ..., age_ms: _Optional[int] = ..., card: _Optional[_Union[Card, _Mapping]] = ...) -> None: ...
+    paths: _containers.RepeatedCompositeFieldContainer[ItemPath]
+    fused_score: float
+    def __init__(self, item_id: _Optional[str] = ..., score: _Optional[float] = ..., rank: _Optional[int] = ..., path: _Optional[str] = ..., path_rank: _Optional[int] = ..., generation: _Optional[str] = ..., age_ms: _Optional[int] = ..., card: _Optional[_Union[Card, _Mapping]] = ..., paths: _Optional[_Iterable[_Union[ItemPath, _Mapping]]] = ..., fused_score: _Optional[float] = ...) -> None: ...
+
+class ItemPath(_message.Message):
+    __slots__ = ("path", "rank", "score", "share")
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
+    SHARE_FIELD_NUMBER: _ClassVar[int]
+    path: str
+    rank: int
+    score: float
+    share: float
+    def __init__(self, path: _Optional[str] = ..., rank: _Optional[int] = ..., score: _Optional[float] = ..., share: _Optional[float] = ...) -> None: ...
 
 class Card(_message.Message):
     __slots__ = ("title", "categories")
@@ -236,16 +256,20 @@ class Card(_message.Message):
     def __init__(self, title: _Optional[str] = ..., categories: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class PathSummary(_message.Message):
-    __slots__ = ("path", "candidates", "taken", "why")
+    __slots__ = ("path", "candidates", "taken", "why", "marginal", "took_us")
     PATH_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     TAKEN_FIELD_NUMBER: _ClassVar[int]
     WHY_FIELD_NUMBER: _ClassVar[int]
+    MARGINAL_FIELD_NUMBER: _ClassVar[int]
+    TOOK_US_FIELD_NUMBER: _ClassVar[int]
     path: str
     candidates: int
     taken: int
     why: str
-    def __init__(self, path: _Optional[str] = ..., candidates: _Optional[int] = ..., taken: _Optional[int] = ..., why: _Optional[str] = ...) -> None: ...
+    marginal: int
+    took_us: int
+    def __init__(self, path: _Optional[str] = ..., candidates: _Optional[int] = ..., taken: _Optional[int] = ..., why: _Optional[str] = ..., marginal: _Optional[int] = ..., took_us: _Optional[int] = ...) -> None: ...
 
 class Freshness(_message.Message):
     __slots__ = ("generation", "user", "index", "worker", "after")

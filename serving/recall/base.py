@@ -19,6 +19,9 @@ from index.port import Hit, IndexReader, LiveItems
 from serving.answer.deadline import Deadline
 from serving.recall.popularity import Popularity
 
+# The paths that fill an answer which others leave open, in this order.
+FILLS = ("popular", "newest")
+
 
 class RecallRequest(NamedTuple):
     """One query as a recall path sees it.

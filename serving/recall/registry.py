@@ -1,21 +1,25 @@
-"""The recall paths, in the order in which the cascade calls them. A new path is one line here."""
+"""The recall paths by name. A new path is one line here, and one in `settings.worker`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from serving.recall.base import RecallContext, RecallPath
+from serving.recall.base import FILLS, RecallContext, RecallPath
 from serving.recall.newest import NewestPath
 from serving.recall.popular import PopularPath
 from serving.recall.towers import TowersPath
 
-PATHS: tuple[Callable[[RecallContext], RecallPath], ...] = (
-    TowersPath,  # the user's nearest items
-    PopularPath,  # if the user is unknown, or has few live items around
-    NewestPath,  # fallback: returns as many as there are live items
-)
+PATHS: dict[str, Callable[[RecallContext], RecallPath]] = {
+    TowersPath.name: TowersPath,  # the user's nearest items
+    PopularPath.name: PopularPath,  # if the user is unknown, or has few live items around
+    NewestPath.name: NewestPath,  # fallback: returns as many as there are live items
+}
 
 
-def make_paths(context: RecallContext) -> list[RecallPath]:
-    """The recall paths of one generation."""
-    return [path(context) for path in PATHS]
+def make_paths(context: RecallContext, names: Sequence[str] | None = None) -> list[RecallPath]:
+    """The recall paths of one generation: these, then those of `FILLS` that are not among them.
+
+    names: default: those of the setting `recall_paths`
+    """
+    chosen = dict.fromkeys((*(names or context.settings.recall_path_names), *FILLS))
+    return [PATHS[name](context) for name in chosen]

@@ -18,6 +18,7 @@ from serving.answer.impressions import Impressions
 from serving.answer.retriever import Answer, NearestQuery, Query, Retriever
 from serving.proto import retrieval_pb2 as pb
 from serving.rpc import converters
+from serving.rpc.explanations import explanation_of
 from serving.sharding import ShardAssignment
 from serving.worker.log_watch import LogWatch
 from serving.worker.publish_barrier import PublishBarrier
@@ -151,7 +152,7 @@ class WorkerBackend(RetrievalBackend):
         held = self.held
         held.check_filters(query.filters)
         found, state = self.retriever.explain(query, item_ids, held.index, deadline, most)
-        return converters.explanation_of(found, state, held.generation, held.index, held.missing())
+        return explanation_of(found, state, held.generation, held.index, held.missing())
 
     @override
     def fill_stats(self, response: pb.StatsResponse) -> None:

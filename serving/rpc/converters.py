@@ -19,7 +19,7 @@ from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import UserState
 from index.filters import LIST_IDS_MAX, RANGES_MAX, TERMS_MAX, TEXT_VALUES_MAX, Filter, Range
 from index.port import IndexReader, IndexStats
-from serving.answer.explain import Explanation
+from serving.answer.deadline import EndsQuery
 from serving.answer.retriever import Answer, NearestQuery, Query
 from serving.answer.user_reader import AfterToken
 from serving.proto import retrieval_pb2 as pb
@@ -28,8 +28,8 @@ from serving.worker.replica import TailState
 # gRPC's clients refuse a response above 4 MiB unless they are told otherwise.
 ANSWER_BYTES_MAX = 4_000_000
 # Fewer items than these always fit without cards: an item with the longest id and generation has
-# less than 600 bytes.
-ITEMS_THAT_FIT = 5_000
+# less than 600 bytes, and 400 more for the paths that returned it.
+ITEMS_THAT_FIT = 4_000
 # The near names of an unknown attribute are looked for among so many.
 NAMES_COMPARED = 256
 # Inner products of unit vectors end at 1; beyond this, popularity alone decides.
@@ -44,7 +44,7 @@ _ID_LISTS = ("allow", "deny")
 _KINDS = {kind: number for number, kind in enumerate(KINDS)}
 
 
-class BadQuery(EddylineError):
+class BadQuery(EddylineError, EndsQuery):
     """A field of a request is out of its limits; the message names field, value and limit."""
 
 
@@ -145,35 +145,6 @@ def explained_of(request: pb.ExplainRequest, settings: Settings) -> tuple[Query,
     """The request and the items to explain, checked. Raises BadQuery."""
     item_ids = _item_ids_of(request.item_ids, EXPLAINED_MAX, settings)
     return query_of(request.request, settings), item_ids
-
-
-def explanation_of(
-    found: Sequence[Explanation], state: Answer, generation: str, index: IndexReader, behind: str
-) -> pb.ExplainResponse:
-    """The explanations' message; state, behind: see `Retriever.explain`, `response_of`."""
-    now_us = time.time_ns() // 1000
-    response = pb.ExplainResponse(
-        freshness=_freshness_of(state, generation, index),
-        missing=[*state.missing, f"kafka: {behind}"] if behind else state.missing,
-    )
-    for one in found:
-        item = response.items.add(
-            item_id=one.item_id,
-            in_answer=one.in_answer,
-            rank=one.rank,
-            why=one.why,
-            live=one.hit is not None,
-            age_ms=max(0, now_us - one.hit.written_us) // 1000 if one.hit else 0,
-        )
-        for path, rank, hit, why in one.paths:
-            item.paths.add(
-                path=path,
-                rank=rank,
-                returned=hit is not None,
-                score=hit.score if hit else 0.0,
-                why=why,
-            )
-    return response
 
 
 def vector_of(request: pb.SearchByVectorRequest, settings: Settings) -> NearestQuery:
@@ -365,16 +336,23 @@ def response_of(
     """
     now_us = time.time_ns() // 1000
     response = pb.RetrieveResponse(
-        freshness=_freshness_of(answer, generation, index),
+        freshness=freshness_of(answer, generation, index),
         paths=[
-            pb.PathSummary(path=path, candidates=len(found.hits), taken=taken, why=found.why)
-            for path, found, taken in answer.paths
+            pb.PathSummary(
+                path=one.path,
+                candidates=len(one.candidates.hits),
+                taken=one.taken,
+                why=one.candidates.why,
+                marginal=one.marginal,
+                took_us=one.took_us,
+            )
+            for one in answer.paths
         ],
         missing=[*answer.missing, f"kafka: {behind}"] if behind else answer.missing,
         short_because=answer.short_because,
     )
-    for rank, (hit, path, path_rank) in enumerate(answer.items, 1):
-        response.items.add(
+    for rank, (hit, path, path_rank, sources, fused_score) in enumerate(answer.items, 1):
+        item = response.items.add(
             item_id=hit.item_id,
             score=hit.score,
             rank=rank,
@@ -382,7 +360,10 @@ def response_of(
             path_rank=path_rank,
             generation=generation,
             age_ms=max(0, now_us - hit.written_us) // 1000,
+            fused_score=fused_score,
         )
+        if fused_score:
+            item.paths.extend(pb.ItemPath(**source._asdict()) for source in sources)
     if len(response.items) > ITEMS_THAT_FIT and response.ByteSize() > ANSWER_BYTES_MAX:
         raise BadQuery(
             f"k: {len(response.items):,} items take {response.ByteSize():,} bytes, an answer has "
@@ -415,7 +396,8 @@ def _add_cards(response: pb.RetrieveResponse, cards: Mapping[str, Item]) -> int:
     return left_out
 
 
-def _freshness_of(answer: Answer, generation: str, index: IndexReader) -> pb.Freshness:
+def freshness_of(answer: Answer, generation: str, index: IndexReader) -> pb.Freshness:
+    """How fresh an answer is. index: that it was made from"""
     stamps = answer.stamps
     freshness = pb.Freshness(
         generation=generation,

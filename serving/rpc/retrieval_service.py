@@ -57,10 +57,28 @@ _CODES: dict[type[Exception], grpc.StatusCode] = {
 
 
 class PathCounts(NamedTuple):
-    """A recall path since the start: queries that called it, its items in answers."""
+    """A recall path since the start.
+
+    queries:  that called it; candidates: that it returned
+    items:    of answers, that it returned; marginal: of those, which no other path returned
+    seconds:  in the path
+    """
 
     queries: int = 0
     items: int = 0
+    candidates: int = 0
+    marginal: int = 0
+    seconds: float = 0.0
+
+    def plus(self, one: pb.PathSummary) -> PathCounts:
+        """With one more query."""
+        return PathCounts(
+            self.queries + 1,
+            self.items + one.taken,
+            self.candidates + one.candidates,
+            self.marginal + one.marginal,
+            self.seconds + one.took_us / 1e6,
+        )
 
 
 _NOT_CALLED = PathCounts()
@@ -214,15 +232,14 @@ class RetrievalService:
     def _count(self, begun: float, response: pb.RetrieveResponse | None) -> None:
         """Count one query; response: None for a failed one."""
         took_s = time.perf_counter() - begun
-        paths = [(path.path, path.taken) for path in response.paths] if response else []
+        paths = response.paths if response else ()
         with self._lock:
             self._queries += 1
             self._failed += response is None
             self._times[bisect_left(BUCKETS_S, took_s)] += 1
             self._total_s += took_s
-            for path, items in paths:
-                before = self._paths.get(path, _NOT_CALLED)
-                self._paths[path] = PathCounts(before.queries + 1, before.items + items)
+            for one in paths:
+                self._paths[one.path] = self._paths.get(one.path, _NOT_CALLED).plus(one)
 
 
 class _Call(NamedTuple):

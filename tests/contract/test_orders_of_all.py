@@ -15,9 +15,10 @@ from eddyline.stores.state_store import Fence, LogId, Source, UserState
 from embeddings.towers.user_tower import query_vector
 from index.exact import ExactIndex
 from index.factory import HnswIndex
-from index.port import Hit, Index
+from index.port import Hit, Index, LiveItems
 from serving.answer.deadline import Deadline
-from serving.answer.fusion import Cascade
+from serving.answer.fusion import Cascade, Fusion
+from serving.answer.reciprocal_rank import ReciprocalRank
 from serving.recall.base import PathScores, RecallContext, RecallPath, RecallRequest
 from serving.recall.popularity import Popularity
 from serving.recall.registry import make_paths
@@ -133,18 +134,48 @@ def test_the_cascade_orders_all_items_as_it_serves_them(world: World) -> None:
     for _ in range(12):
         world.click()
         items, request = world.index.live_items(), world.request()
-        scores = [path.score_all([request], world.index, items) for path in world.paths]
-        order = Cascade().order_all(scores)
-        found: list[str] = []
-        for tier in range(len(scores)):
-            others = {items.ids[place] for place in np.flatnonzero(order.tiers != tier)}
-            within = in_order(scores[tier], 0, items.ids, others | set(request.excluded))
-            found += [item_id for item_id, _ in within]
+        found = order_of(world, Cascade(), request, items)
         world.popularity.refresh()
         served, _ = Cascade().fuse(world.paths, request, world.index)
         assert found == [one.hit.item_id for one in served]
         lengths.add(len({one.path for one in served}))
     assert {1, 2} <= lengths, "with and without the towers"
+
+
+@pytest.mark.parametrize("candidates", [1, 7, 100])
+@pytest.mark.parametrize("fused", ["towers,popular,newest", "newest,towers", "popular"])
+def test_reciprocal_ranks_order_all_items_as_they_serve_them(
+    world: World, candidates: int, fused: str
+) -> None:
+    paths, filled = fused.split(","), 0
+    fusion = ReciprocalRank(paths, {"towers": 3.0, "newest": 0.3}, candidates=candidates)
+    for _ in range(8):
+        world.click()
+        items, request = world.index.live_items(), world.request()
+        found = order_of(world, fusion, request, items)
+        world.popularity.refresh()
+        served, _ = fusion.fuse(world.paths, request, world.index)
+        assert found == [one.hit.item_id for one in served]
+        assert not set(found) & set(request.excluded)
+        assert len(found) == len(items.ids) - len({*items.ids} & {*request.excluded})
+        filled += sum(not one.fused_score for one in served)
+        for k in (0, 1, 5, len(found) - 1):
+            some, _ = fusion.fuse(world.paths, request._replace(k=k), world.index)
+            assert some == served[:k], "the first k of the longer answer"
+    assert filled or (candidates == 100 and "newest" in paths)
+
+
+def order_of(world: World, fusion: Fusion, request: RecallRequest, items: LiveItems) -> list[str]:
+    """Item ids by `order_all`, equal scores by id."""
+    scores = {p.name: p.score_all([request], world.index, items) for p in world.paths}
+    places = [items.place_of[i] for i in request.excluded if i in items.place_of]
+    order = fusion.order_all(scores, items, np.array(places, np.int64))
+    found: list[str] = []
+    for tier, of_tier in enumerate(order.scores):
+        others = {items.ids[place] for place in np.flatnonzero(order.tiers != tier)}
+        within = in_order(of_tier, 0, items.ids, others | set(request.excluded))
+        found += [item_id for item_id, _ in within]
+    return found
 
 
 def test_live_items_are_those_of_the_queries(world: World) -> None:

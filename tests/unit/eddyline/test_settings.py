@@ -10,6 +10,8 @@ from msgspec import Meta
 from cli.commands import settings as commands_settings
 from eddyline.errors import SettingsError
 from eddyline.settings.loader import SECRETS, Settings, data_folder, describe, load
+from eddyline.settings.worker import RECALL_PATHS
+from serving.recall import registry
 
 HINTS = get_type_hints(Settings, include_extras=True)
 LIMITS = {
@@ -206,3 +208,45 @@ def test_a_data_folder_that_cannot_be_written_to_is_said_by_name(tmp_path: Path)
     (tmp_path / "file").touch()
     with pytest.raises(SettingsError, match=r"data_dir = .*file.*cannot be written"):
         data_folder(load({"EDDYLINE_DATA_DIR": str(tmp_path / "file")}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("recall_paths", "", "there is no path ''"),
+        ("recall_paths", "towers,", "there is no path ''"),
+        ("recall_paths", "towers,tower", "there is no path 'tower', the paths are towers, "),
+        ("recall_paths", "towers, newest,towers", "'towers' is named twice"),
+        ("fusion", "best", "Invalid enum value 'best'"),
+        ("fusion_weights", "towers", "'towers' is not name=weight"),
+        ("fusion_weights", "towers=0", "'towers=0' is not name=weight with a weight above 0"),
+        ("fusion_weights", "towers=nan", "'towers=nan' is not"),
+        ("fusion_weights", "towers=1000.1", "and at most 1,000"),
+        ("fusion_weights", "towers=1,towers=2", "'towers' is named twice"),
+        ("fusion_weights", "towers=1,other=2", "'other' is not in recall_paths = 'towers,popular"),
+        ("path_candidates", "0", "path_candidates = '0'"),
+        ("path_candidates", "1001", "path_candidates = '1001'"),
+        ("path_budget_ms", "0", "path_budget_ms = '0'"),
+        ("path_budget_ms", "60001", "path_budget_ms = '60001'"),
+    ],
+)
+def test_paths_that_cannot_be_used_are_refused(name: str, value: str, sentence: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        load(env(**{name: value}))
+    assert sentence in str(refused.value) and f"{name} = {value!r}" in str(refused.value)
+
+
+def test_paths_in_their_order_and_their_weights() -> None:
+    made = load(env(recall_paths=" newest, towers ", fusion="rrf", fusion_weights="newest=1e3"))
+    assert made.recall_path_names == ["newest", "towers"]
+    assert made.fusion_weight_of == {"newest": 1_000.0}
+    assert load(env()).recall_path_names == ["towers", "popular", "newest"]
+    assert (load(env()).fusion, load(env()).fusion_weight_of) == ("cascade", {})
+    for name, most in (("path_candidates", 1_000), ("path_budget_ms", 60_000)):
+        for value in (1, most):
+            assert getattr(load(env(**{name: str(value)})), name) == value
+
+
+def test_every_path_of_the_registry_can_be_named() -> None:
+    assert set(RECALL_PATHS) == set(registry.PATHS)
+    assert load(env(recall_paths=",".join(RECALL_PATHS))).recall_path_names == [*RECALL_PATHS]

@@ -17,6 +17,7 @@ from evaluation.protocol import Outcome
 from evaluation.references import ReferenceRow, Scores
 from evaluation.rows import Query
 from index.port import Hit
+from serving.answer.fusions import make_fusion
 from serving.answer.retriever import seen_items
 from tests.unit.evaluation.small import BASE_MS, ITEMS, make_bundle, make_items, make_log
 
@@ -82,10 +83,18 @@ def served(
         found = {}
         for name, path in product.paths.items():
             found[name] = runs(name, path.recall(request, product.index).hits)
-        items, _ = product.fusion.fuse([*product.paths.values()], request, product.index)
+        paths = [*product.paths.values()]
+        items, _ = product.fusion.fuse(paths, request, product.index)
         found["cascade"] = []
         for name in product.paths:
             found["cascade"] += runs(name, [one.hit for one in items if one.path == name])
+        fusion = make_fusion(msgspec.structs.replace(product.settings, fusion="rrf"))
+        items, _ = fusion.fuse(paths, request, product.index)
+        fused = [one.hit._replace(score=one.fused_score) for one in items if one.fused_score]
+        found["rrf"] = runs("rrf", fused)
+        for name in ("popular", "newest"):
+            more = [one.hit for one in items if one.path == name and not one.fused_score]
+            found["rrf"] += runs(name, more)
         assert not product.rejected
         return found
     finally:
@@ -131,7 +140,7 @@ def test_every_rank_is_that_of_the_answer_served_just_before(
             assert outcome.rows[name].ranks[number] == wanted, (name, number, item_id)
             checked += wanted < float("inf")
     assert checked > 100
-    paths = {"towers", "popular", "newest", "cascade"}
+    paths = {"towers", "popular", "newest", "cascade", "rrf"}
     assert paths <= outcome.rows.keys()
     assert scored.repeat.any() and not scored.live.all(), "the log has all kinds of events"
 

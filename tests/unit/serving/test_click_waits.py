@@ -20,6 +20,7 @@ from eddyline.stores.state_store import Fence, LogId, Source, UserEffects
 from serving.answer import click_ends, click_waits
 from serving.answer.click_ends import ClickEnds
 from serving.answer.click_waits import ClickWaits, TooManyWait
+from serving.answer.fusion import Cascade
 from serving.answer.user_reader import AfterToken
 from serving.proto import retrieval_pb2 as pb
 from serving.rpc.client import CallFailed, Client, open_channel
@@ -391,7 +392,7 @@ def test_a_failure_inside_after_a_wait_is_no_silence(
         def broken(*_: Any) -> None:
             raise ZeroDivisionError
 
-        monkeypatch.setattr(world.paths[0], "recall", broken)
+        monkeypatch.setattr(Cascade, "fuse", broken)
         world.user("ana", "i9", offset=8)
         with pytest.raises(grpc.RpcError) as failed:
             call.result(timeout=5)

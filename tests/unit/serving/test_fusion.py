@@ -27,7 +27,8 @@ class Fixed(RecallPath):
 
 
 class Never(RecallPath):
-    name = "never"
+    def __init__(self, name: str = "never") -> None:
+        self.name = name
 
     def recall(self, request: RecallRequest, index: IndexReader) -> Candidates:
         raise AssertionError("called")

@@ -23,6 +23,8 @@ STEMS = [
     "was made anew or deleted",
     "cards are left out, or the answer would exceed",
     "waits for ",
+    "recall path ",
+    "was not called: ",
     "is applied up to offset",
     "of clicks ends before offset",
     "the state was written for another log of clicks",
@@ -41,5 +43,6 @@ def test_every_line_that_names_a_server_is_known() -> None:
     """`redis: `, `kafka: ` and `worker: ` begin a line; what follows is a stem or a reason."""
     found = set(re.findall(r'f"(?:redis|kafka|worker): ([^"]*)"', SOURCE))
     reasons = {"{behind}", "{remade}", "{missing}", "{users}", "{error}", "{which}"}
+    reasons |= {"recall path {path.name} {why}"}
     known = {text for text in found if any(stem.strip() in text for stem in STEMS)}
     assert found - known - reasons <= {"{left_out} cards are left out, or the answer would exceed "}

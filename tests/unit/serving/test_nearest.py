@@ -189,7 +189,7 @@ def test_calls_are_counted_by_their_path(client: Client, service: RetrievalServi
     fails(lambda: client.similar_items(["gone"], 1))
     counts = service.counts()
     assert (counts.queries, counts.failed) == (3, 1)
-    assert {name: tuple(one) for name, one in counts.paths.items()} == {
+    assert {name: (one.queries, one.items) for name, one in counts.paths.items()} == {
         "similar": (1, 4),
         "vector": (1, 2),
     }

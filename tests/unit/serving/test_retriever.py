@@ -28,6 +28,8 @@ from index.port import IndexReader
 from serving.answer import outages
 from serving.answer.click_waits import ClickPending, ClickWaits
 from serving.answer.deadline import Deadline, DeadlinePassed
+from serving.answer.fusion import Cascade
+from serving.answer.fusions import make_fusion
 from serving.answer.retriever import Answer, Query, Retriever
 from serving.answer.user_reader import AfterToken, UserReader
 from serving.metrics import WorkerCollector
@@ -123,7 +125,7 @@ class Tail:
 class World:
     """Twelve items around a circle: i0, i1, … each 8° and a little more further, at_ms growing."""
 
-    def __init__(self) -> None:
+    def __init__(self, fusion: str = "cascade") -> None:
         self.store, self.index, self.tower = Store(), ExactIndex(D), Mean()
         self.index.upsert(
             [
@@ -142,6 +144,7 @@ class World:
             popularity=self.popularity,
             paths=self.paths,
             item_slots=1,
+            fusion=make_fusion(msgspec.structs.replace(SETTINGS, fusion=fusion)),
             waits=ClickWaits(self.store, calls_max=SETTINGS.waiting_calls_max),
         )
         held = LocalIndex("g1", self.index, self.replica)  # type: ignore[arg-type]
@@ -662,12 +665,19 @@ def test_an_error_inside_is_an_answer_too(
     def broken(*_: object) -> None:
         raise ZeroDivisionError("a secret")
 
-    monkeypatch.setattr(world.tower, "encode_one", broken)
     world.user("ana", "i3")
-    with pytest.raises(CallFailed) as failed:
-        client.retrieve("ana", 5)
+    with monkeypatch.context() as inside:
+        inside.setattr(Cascade, "fuse", broken)
+        with pytest.raises(CallFailed) as failed:
+            client.retrieve("ana", 5)
     assert failed.value.code == "INTERNAL"
     assert failed.value.detail == "ZeroDivisionError; the worker's log has more"
+    # One inside a path costs that path alone, and its message stays inside, too.
+    monkeypatch.setattr(world.tower, "encode_one", broken)
+    answer = client.retrieve("ana", 5)
+    assert [item.path for item in answer.items] == ["newest"] * 5
+    why = "recall path towers failed: ZeroDivisionError; the worker's log has more"
+    assert list(answer.missing) == [f"worker: {why}"]
 
 
 def test_health_and_reflection(server: WorkerServer) -> None:
@@ -995,7 +1005,9 @@ class ToyPath(RecallPath):
 def test_a_path_that_is_one_line_in_the_registry_is_seen_everywhere(
     server: WorkerServer, service: RetrievalService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "PATHS", (ToyPath, *registry.PATHS))
+    monkeypatch.setitem(registry.PATHS, "toy", ToyPath)
+    named = msgspec.structs.replace(SETTINGS, recall_paths="toy,towers,popular,newest")
+    monkeypatch.setitem(globals(), "SETTINGS", named)
     world = World()
     service.serve(world.backend)
     world.user("ana", "i3")

@@ -35,7 +35,8 @@ class Holds(RetrievalBackend):
     """Answers with one item of one path, and has figures of an index."""
 
     def retrieve(self, query: Any, deadline: Any, received_us: int) -> pb.RetrieveResponse:
-        paths = [pb.PathSummary(path="towers"), pb.PathSummary(path="newest", taken=1)]
+        newest = pb.PathSummary(path="newest", candidates=7, taken=2, marginal=1, took_us=250_000)
+        paths = [pb.PathSummary(path="towers"), newest]
         return pb.RetrieveResponse(paths=paths)
 
     def fill_stats(self, response: pb.StatsResponse) -> None:
@@ -89,7 +90,10 @@ def test_the_page_names_every_metric_and_no_other() -> None:
         'eddyline_worker_recorded_answers_total{outcome="failed"} 2.0',
         'eddyline_worker_path_queries_total{path="towers"} 1.0',
         'eddyline_worker_path_items_total{path="towers"} 0.0',
-        'eddyline_worker_path_items_total{path="newest"} 1.0',
+        'eddyline_worker_path_items_total{path="newest"} 2.0',
+        'eddyline_worker_path_candidates_total{path="newest"} 7.0',
+        'eddyline_worker_path_marginal_total{path="newest"} 1.0',
+        'eddyline_worker_path_seconds_total{path="newest"} 0.25',
         'eddyline_worker_index_items{part="live"} 9.0',
         'eddyline_worker_index_rebuilds_total{outcome="done"} 4.0',
         "eddyline_worker_index_exact_total 3.0",
