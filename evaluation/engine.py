@@ -241,7 +241,7 @@ class Engine:
     def write_counts(self) -> None:
         """Have the store know every event that was written."""
         for partition in range(self.settings.clicks_partitions):
-            self.handlers.clicks.popularity.write(partition)
+            self.handlers.clicks.write_behind.write(partition)
 
     def apply_item_records(self, records: Sequence[Record]) -> None:
         """Apply records of `items`, in the order of each partition."""

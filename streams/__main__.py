@@ -178,8 +178,10 @@ async def _serve(
     )
     idle = IdleUsers(settings, store, handlers.clicks.cache, pipelines[0].thread.lock)
     deleted = DeletedItems(settings, store, handlers.items.fences)
-    cache = handlers.clicks.cache
-    stop_metrics = metrics.serve(settings, app, cache, ended, idle, deleted, store)
+    clicks = handlers.clicks
+    stop_metrics = metrics.serve(
+        settings, app, clicks.cache, ended, idle, deleted, clicks.co_visits, store
+    )
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, app.end, None)
     # A signal that came before these handlers has set the event, or does so at once.

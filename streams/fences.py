@@ -1,11 +1,13 @@
 """Fences: from which offset each partition is read on, and which fences this process expects.
 
-Reading continues after the lowest fence of a partition. Offsets are not records: transaction
-markers, aborts and compaction leave offsets without one. Where a partition ends with such offsets,
-the fences pass them once it is idle (`Handler.skip_empty`). `open` raises LogMismatch where a fence
-belongs to another log (a topic that was created again, another cluster), and where retention
-removed clicks before they were applied. Compacted topics (items, users) may begin later: their
-oldest kept record is sufficient.
+Reading continues after the lowest fence of a partition. The fences of co-visitation rows do not
+count for that: their visits come from the outbox in the user slot, not from the log.
+
+Offsets are not records: transaction markers, aborts and compaction leave offsets without one. Where
+a partition ends with such offsets, the fences pass them once it is idle (`Handler.skip_empty`).
+`open` raises LogMismatch where a fence belongs to another log (a topic that was created again,
+another cluster), and where retention removed clicks before they were applied. Compacted topics
+(items, users) may begin later: their oldest kept record is sufficient.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ from typing import Protocol
 
 from eddyline.errors import FenceMoved, LogMismatch
 from eddyline.kafka.topics import CLICKS, ITEMS, USERS
-from eddyline.schema.partitioning import user_slot
+from eddyline.schema.partitioning import item_slots, user_slot
 from eddyline.schema.records import Record
 from eddyline.settings.loader import Settings
+from eddyline.stores.fence import CO_VISITS
 from eddyline.stores.state_store import Fence, LogId, Mark, Source, StateStore
 from streams.resuming import Resume, mark_of
 
@@ -39,21 +42,30 @@ def published_source(generation: str, partition: int) -> Source:
     return Source(f"{ITEMS}@{generation}", partition)
 
 
+def co_visit_sources(settings: Settings, partition: int) -> dict[Source, list[str]]:
+    """The source of the co-visitation rows of a partition of `clicks`, with its slots; see
+    `sources`. Empty where no rows are kept.
+    """
+    if not settings.co_visit_items:
+        return {}
+    return {Source(CO_VISITS, partition): item_slots(settings.item_slots)}
+
+
 def sources(
     settings: Settings, topic: str, partition: int, generations: Sequence[str] = ()
 ) -> dict[Source, list[str]]:
-    """The sources of a partition, each with the slots that have a fence of it, in the order of
-    writing.
+    """The sources of a partition that are read from its log, each with the slots that have a fence
+    of it, in the order of writing.
 
     generations: those that publish items; only for ITEMS
     """
-    item_slots = [f"i{shard}" for shard in range(settings.item_slots)]
+    of_items = item_slots(settings.item_slots)
     if topic == CLICKS:
-        return {Source(CLICKS, partition): [user_slot(partition), *item_slots]}
+        return {Source(CLICKS, partition): [user_slot(partition), *of_items]}
     if topic == USERS:
         return {Source(USERS, partition): [user_slot(partition)]}
     published = {published_source(name, partition): [PUBLISHED_SLOT] for name in generations}
-    return {**published, Source(ITEMS, partition): item_slots}
+    return {**published, Source(ITEMS, partition): of_items}
 
 
 class PartitionFences:
@@ -127,11 +139,11 @@ class PartitionFences:
 
     def lowest(self, partition: int) -> int:
         """The offset up to which every slot has everything; −1 for none."""
-        return _lowest(self._fences_of(partition))
+        return _lowest(_of_log(self._fences_of(partition)))
 
     def highest(self, partition: int) -> int:
         """The offset up to which some slot has everything; −1 for none."""
-        fences = self._fences_of(partition).values()
+        fences = _of_log(self._fences_of(partition)).values()
         return max(-1 if fence is None else fence.offset for fence in fences)
 
     def forwarded_up_to(self, partition: int) -> int:
@@ -237,7 +249,9 @@ class PartitionFences:
         self._last_read[partition] = _NO_RECORD_BEYOND
 
     def _sources(self, partition: int) -> dict[Source, list[str]]:
-        return sources(self._settings, self._name, partition, self._generations)
+        found = sources(self._settings, self._name, partition, self._generations)
+        more = co_visit_sources(self._settings, partition) if self._name == CLICKS else {}
+        return found | more
 
     def _fences_of(self, partition: int) -> dict[tuple[Source, str], Fence | None]:
         try:
@@ -254,6 +268,7 @@ class PartitionFences:
                 self._check(source, slot, fence, end, now)
                 found[source, slot] = fence
         self._expected[partition] = found
+        found = _of_log(found)
         lowest = _lowest(found)
         if self._name == CLICKS and lowest + 1 < begin:
             raise self._lost(partition, lowest + 1, begin - 1, begin, applied=lowest >= 0)
@@ -312,6 +327,13 @@ class PartitionFences:
             f"{end} (cluster {now.cluster_id}, topic id {now.topic_id}): Kafka lost records. "
             f"{way_out}"
         )
+
+
+def _of_log(
+    fences: Mapping[tuple[Source, str], Fence | None],
+) -> dict[tuple[Source, str], Fence | None]:
+    """Those whose effects are read from the log."""
+    return {at: fence for at, fence in fences.items() if at[0].name != CO_VISITS}
 
 
 def _lowest(fences: Mapping[tuple[Source, str], Fence | None]) -> int:

@@ -19,6 +19,7 @@ from eddyline.schema.partitioning import item_slots
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import StateStore
 from streams.app import IngestApp
+from streams.clicks.co_visits import CoVisitWriter
 from streams.clicks.user_cache import UserCache
 from streams.deleted_items import DeletedItems
 from streams.ended_generations import EndedGenerations
@@ -38,6 +39,7 @@ class IngestCollector(Collector):
         ended: EndedGenerations,
         idle: IdleUsers,
         deleted: DeletedItems,
+        co_visits: CoVisitWriter,
         refused_items: Callable[[], int],
     ) -> None:
         self._app = app
@@ -45,6 +47,7 @@ class IngestCollector(Collector):
         self._ended = ended
         self._idle = idle
         self._deleted = deleted
+        self._co_visits = co_visits
         self._refused_items = refused_items
 
     @override
@@ -108,6 +111,11 @@ class IngestCollector(Collector):
             "Deleted items whose metadata was removed from the store",
             value=self._deleted.removed,
         )
+        yield CounterMetricFamily(
+            "eddyline_ingest_co_visits_lost_offsets",
+            "Offsets of clicks whose co-visits an item slot lost",
+            value=self._co_visits.lost,
+        )
         with suppress(EddylineError):  # the store is away: there is no sample
             yield GaugeMetricFamily(
                 "eddyline_ingest_items_refused",
@@ -146,11 +154,12 @@ def serve(
     ended: EndedGenerations,
     idle: IdleUsers,
     deleted: DeletedItems,
+    co_visits: CoVisitWriter,
     store: StateStore,
 ) -> Callable[[], None]:
     """Serve Prometheus at `ingest_metrics_port`, if set. Returns the function that stops it."""
     slots = item_slots(settings.item_slots)
     collector = IngestCollector(
-        app, cache, ended, idle, deleted, lambda: store.count_refused_items(slots)
+        app, cache, ended, idle, deleted, co_visits, lambda: store.count_refused_items(slots)
     )
     return metrics.serve(settings.metrics_host, settings.ingest_metrics_port, collector)

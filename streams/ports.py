@@ -12,7 +12,7 @@ from eddyline.schema.item_record import ItemRecord
 from eddyline.schema.partial import Omitted
 from eddyline.schema.records import Record
 from streams.fences import PartitionFences
-from streams.write_behind import WriteBehind
+from streams.write_behind import WriteBehind, WriteBehindGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ class Handler(Protocol):
     """
 
     fences: PartitionFences
-    write_behind: WriteBehind[Any] | None = None
+    write_behind: WriteBehind[Any] | WriteBehindGroup | None = None
     awaits_kafka: bool = False
     partition_max: int | None = None
     omitted: Omitted

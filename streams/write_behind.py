@@ -1,7 +1,7 @@
 """Write-behind effects: written together with those of later batches, behind fences of their own.
 
-Popularity counts and item metadata are such: one write for many batches costs little more than one
-for each.
+Popularity counts, co-visits and item metadata are such: one write for many batches costs little
+more than one for each.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Set
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from eddyline.errors import FenceMoved, Unavailable
 from streams.fences import PartitionFences
@@ -96,3 +96,38 @@ class WriteBehind(ABC, Generic[_P]):
             self.reset(partition)
             return error
         return None
+
+
+class WriteBehindGroup:
+    """Several kinds of pending effects of the same partitions, as one. Thread rule: as theirs."""
+
+    def __init__(self, *parts: WriteBehind[Any]) -> None:
+        self._parts = parts
+
+    def write(self, partition: int) -> None:
+        """See `WriteBehind.write`."""
+        for part in self._parts:
+            part.write(partition)
+
+    def due(self) -> list[int]:
+        """See `WriteBehind.due`."""
+        return [*{p for part in self._parts for p in part.due()}]
+
+    def pending(self) -> list[int]:
+        """See `WriteBehind.pending`."""
+        return [*{p for part in self._parts for p in part.pending()}]
+
+    def reset(self, partition: int) -> None:
+        """See `WriteBehind.reset`."""
+        for part in self._parts:
+            part.reset(partition)
+
+    def flush_due(self, owned: Set[int]) -> int | None:
+        """See `WriteBehind.flush_due`."""
+        refused = (part.flush_due(owned) for part in self._parts)
+        return next((partition for partition in refused if partition is not None), None)
+
+    def flush(self) -> None:
+        """See `WriteBehind.flush`."""
+        for part in self._parts:
+            part.flush()

@@ -127,7 +127,7 @@ def truth(
                 for at in range(0, len(some), batch):
                     ingest(handler, partition, some[at : at + batch])
                 if handler is handlers.clicks:
-                    handlers.clicks.popularity.write(partition)
+                    handlers.clicks.write_behind.write(partition)
     return found
 
 

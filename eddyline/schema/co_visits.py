@@ -25,6 +25,9 @@ from numpy.typing import NDArray
 _HEADER = struct.Struct("<dd")
 _ENTRY = struct.Struct("<QII")
 _ENTRIES = np.dtype([("key", "<u8"), ("milli", "<u4"), ("next", "<u4")])
+# A click that entered a user's list: its offset in `clicks`, its item, and the items of the next
+# older entries, newest first. The place of an item is its distance from the click.
+Visit = tuple[int, str, list[str]]
 HEADER_BYTES = _HEADER.size
 ENTRY_BYTES = _ENTRY.size
 COUNT_MAX = 2**32 - 1

@@ -273,6 +273,24 @@ def insert_moved(
     return insert_event(entries, newest_ms, entry, Bounds(bounds.length_max, bounds.age_ms_max))
 
 
+def older_items(entries: Sequence[Entry], entry: Entry, limit: int) -> list[str]:
+    """Item ids of the next `limit` entries older than one that was just inserted, newest first.
+
+    Dislikes are left out. Empty if the entry is not in the list.
+
+    >>> new = Entry("c", 3)
+    >>> older_items([new, Entry("b", 2, DISLIKE), Entry("a", 1)], new, 2)
+    ['a']
+    """
+    first = 0
+    if not entries or entries[0] is not entry:
+        first = bisect_left(entries, -entry.at_ms, key=lambda e: -e.at_ms)
+        if first == len(entries) or entries[first] is not entry:
+            return []
+    older = (e.item_id for e in entries[first + 1 :] if e.kind != DISLIKE)
+    return list(islice(older, limit))
+
+
 def strength(click: Click, dwell_ms_full: int) -> float:
     """Weight of an event, reduced if the dwell time is below `dwell_ms_full` (0: never reduced).
 

@@ -106,6 +106,17 @@ class IngestSettings(msgspec.Struct, frozen=True, kw_only=True):
     popular_half_life_s: Annotated[int, within(1, 315_360_000)] = 604_800
     """After this time a click counts half for popularity."""
 
+    # Co-visitation
+    co_visit_items: Annotated[int, within(0, 100)] = 10
+    """With how many older items of the user's history a click is counted in the co-visitation
+    rows, an item at distance d as 1/d of a visit; 0 keeps no rows."""
+    co_visit_row_max: Annotated[int, within(2, 2_000)] = 200
+    """A co-visitation row of so many entries, of 16 bytes each, is compacted: the half with the
+    most visits stays."""
+    co_visit_idle_s_max: Annotated[int, within(0, 3_153_600_000)] = 34_560_000
+    """A co-visitation row without a visit for longer ends (Redis' clock); 0 is never. The default
+    is 400 days."""
+
     # Archive and training
     archive_url: str = ""
     """Folder or object store (fsspec URL) of the archive. Empty: `archive` in `data_dir`."""

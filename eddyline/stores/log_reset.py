@@ -12,11 +12,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from eddyline.stores import item_codec, user_codec
+from eddyline.schema.co_visits import Visit
+from eddyline.stores import item_codec, outbox, user_codec
 from eddyline.stores.fence import CO_VISITS
 from eddyline.stores.state_store import Fence, LogId
 
@@ -29,7 +30,7 @@ class FenceDecision:
     """The new state of one fence.
 
     fence:      the new fence; None drops it
-    window_end: ids accepted at this offset or later leave the event-id window
+    window_end: ids accepted at this offset or later leave the event-id window, visits the outbox
     """
 
     changed: bool
@@ -90,6 +91,7 @@ def accept_in_redis(client: Any, ns: str, logs: Logs) -> int:
         changed += 1
         if source == "clicks" and slot.startswith("u"):
             _cut_window(client, f"{ns}{{{slot}}}:window", fence.offset, decision.window_end)
+            _cut_outbox(client, f"{ns}{{{slot}}}:visits", fence.offset, decision.window_end)
         if decision.fence is None:
             client.delete(key)
         else:
@@ -115,3 +117,19 @@ def _cut_window(client: Any, key: str, done: int, end: int) -> None:
         if kept:
             pipe.rpush(key, user_codec.encode_accepted(kept, next(iter(kept.values()))))
         pipe.execute()
+
+
+def _cut_outbox(client: Any, key: str, done: int, end: int) -> None:
+    """Remove the visits at offset `end` or later. done: the fence's offset so far."""
+    found, floor = outbox.decode(cast("list[bytes]", client.lrange(key, 0, -1)), done)
+    kept = visits_before(found, end)
+    with client.pipeline(transaction=True) as pipe:
+        pipe.delete(key)
+        if kept:
+            pipe.rpush(key, outbox.encode(kept, min(floor, end)))
+        pipe.execute()
+
+
+def visits_before(visits: Sequence[Visit], end: int) -> list[Visit]:
+    """The visits of an outbox below offset `end`."""
+    return [visit for visit in visits if visit[0] < end]

@@ -153,6 +153,10 @@ class MemoryStore(StateStore):
                 below = takewhile(lambda e: e[1] < effects.window_floor, window.items())
                 for event_id, _ in list(below):
                     del window[event_id]
+            if effects.visits:
+                _, visits = state.visits.get(slot, (0, []))
+                kept = [visit for visit in visits if visit[0] >= effects.visits_floor]
+                state.visits[slot] = effects.visits_floor, [*kept, *effects.visits]
             for user in effects.emptied:
                 state.histories.pop((slot, user), None)
                 for generation in {*effects.embeddings, *effects.generations}:
@@ -179,7 +183,9 @@ class MemoryStore(StateStore):
             accepted = dict(self._state.window.get(slot, {}))
             fence = self._state.fences.get((slot, source))
             ranges = self._state.step_ranges.get(slot, {})
-            return SlotRead(fence, self._users_fence(slot, source), accepted, ranges)
+            floor, visits = self._state.visits.get(slot, (0, []))
+            users_fence = self._users_fence(slot, source)
+            return SlotRead(fence, users_fence, accepted, ranges, list(visits), floor)
 
     @override
     def read_many(self, queries: Sequence[UserQuery]) -> list[UserRead]:

@@ -7,11 +7,19 @@ from dataclasses import dataclass, field, replace
 
 import msgspec
 
+from eddyline.schema.co_visits import Visit
 from eddyline.schema.erasure import Erasure
 from eddyline.schema.step_ranges import StepRanges
 from eddyline.schema.user_history import UserHistory
 from eddyline.stores.layout import Layout
-from eddyline.stores.log_reset import Logs, decide, metadata_is_current, was_replaced, without_mark
+from eddyline.stores.log_reset import (
+    Logs,
+    decide,
+    metadata_is_current,
+    visits_before,
+    was_replaced,
+    without_mark,
+)
 from eddyline.stores.state_store import Fence, ItemMetadata, ProfilePlace, Source, is_idle
 
 
@@ -19,6 +27,7 @@ from eddyline.stores.state_store import Fence, ItemMetadata, ProfilePlace, Sourc
 class State:
     """All state. Keys of maps begin with the slot.
 
+    visits: slot -> (floor, visits) of its outbox
     rows: (slot, "after" or "before", item id) -> co-visitation row, as stored in Redis
     """
 
@@ -33,6 +42,7 @@ class State:
     step_ranges: dict[str, Mapping[str, StepRanges]] = field(default_factory=dict)
     buckets: dict[str, dict[int, dict[str, int]]] = field(default_factory=dict)
     items: dict[str, ItemMetadata] = field(default_factory=dict)
+    visits: dict[str, tuple[int, list[Visit]]] = field(default_factory=dict)
     rows: dict[tuple[str, str, str], bytes] = field(default_factory=dict)
 
 
@@ -49,6 +59,10 @@ def accept_in_memory(state: State, logs: Logs) -> int:
         if source.name == "clicks" and slot in state.window:
             window = state.window[slot]
             state.window[slot] = {e: at for e, at in window.items() if at < decision.window_end}
+        if source.name == "clicks" and slot in state.visits:
+            floor, visits = state.visits.pop(slot)
+            if kept := visits_before(visits, decision.window_end):
+                state.visits[slot] = min(floor, decision.window_end), kept
         if decision.fence is None:
             del state.fences[slot, source]
         else:

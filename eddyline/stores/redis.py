@@ -12,8 +12,8 @@ tag:
     <ns>{u3}:p:<user>                   profile: offset in `users` (int64), ms of its first append
                                         (int64), attributes (MessagePack map)
     <ns>{u3}:f:<SHA-256 of user>        erasure of a forgotten user, see `schema.erasure`; expires
-    <ns>{u3}:pairs                      list of blobs: pairs of items for the co-visitation rows,
-                                        see `user_codec`
+    <ns>{u3}:visits                     list of blobs: visits for the co-visitation rows, see
+                                        `outbox`
     <ns>{u3}:generations                MessagePack map: generation with embeddings here -> its
                                         `schema.step_ranges.StepRanges`
     <ns>fence:{i0}:clicks:3             fence of the same partition for the popularity counts
@@ -45,7 +45,7 @@ from eddyline.errors import EddylineError, FenceMoved, StoreRefused, StoreUnavai
 from eddyline.schema import co_visits
 from eddyline.schema.co_visits import CoVisits
 from eddyline.schema.partitioning import item_slot
-from eddyline.stores import item_codec, redis_client, removal, user_codec, write_scripts
+from eddyline.stores import item_codec, outbox, redis_client, removal, user_codec, write_scripts
 from eddyline.stores.layout import Layout
 from eddyline.stores.log_reset import Logs, accept_in_redis
 from eddyline.stores.redis_cluster import RedisCluster
@@ -68,7 +68,7 @@ from eddyline.stores.state_store import (
 from eddyline.stores.stored_ids import settle
 
 _COMMANDS = sorted(frozenset().union(*map(write_scripts.commands, write_scripts.NAMES)))
-_PAGE = 1_000  # blobs of a window per read
+_PAGE = 1_000  # blobs of a list per read
 _KEYS_A_SCAN = 1_000
 
 
@@ -130,22 +130,30 @@ class RedisStore(FencedWrites, StateStore):
     @override
     @translated
     def read_slot(self, slot: str, source: Source) -> SlotRead:
-        # Reading page by page is exact: only the owner of the fence writes to the window.
-        key, users = f"{self._ns}{{{slot}}}:window", Source("users", source.partition)
+        # Reading page by page is exact: only the owner of the fence writes to the lists.
+        tag, users = f"{self._ns}{{{slot}}}", Source("users", source.partition)
         before, users_fence = (self._redis.get(self._fence_key(slot, s)) for s in (source, users))
-        generations = cast("bytes | None", self._redis.get(f"{self._ns}{{{slot}}}:generations"))
-        blobs: list[bytes] = []
-        while page := cast(
-            "list[bytes]", self._redis.lrange(key, len(blobs), len(blobs) + _PAGE - 1)
-        ):
-            blobs += page
+        generations = cast("bytes | None", self._redis.get(f"{tag}:generations"))
+        window, visits = self._blobs(f"{tag}:window"), self._blobs(f"{tag}:visits")
         after = self._redis.get(self._fence_key(slot, source))
         if after != before:
             raise FenceMoved(self._fence_key(slot, source), repr(before), repr(after))
         text = "" if users_fence is None else cast(bytes, users_fence).decode()
         fence = _fence(before)
-        accepted = user_codec.decode_accepted(blobs, -1 if fence is None else fence.offset)
-        return SlotRead(fence, text, accepted, user_codec.decode_step_ranges(generations))
+        done = -1 if fence is None else fence.offset
+        accepted, ranges = (
+            user_codec.decode_accepted(window, done),
+            user_codec.decode_step_ranges(generations),
+        )
+        return SlotRead(fence, text, accepted, ranges, *outbox.decode(visits, done))
+
+    def _blobs(self, key: str) -> list[bytes]:
+        blobs: list[bytes] = []
+        while page := cast(
+            "list[bytes]", self._redis.lrange(key, len(blobs), len(blobs) + _PAGE - 1)
+        ):
+            blobs += page
+        return blobs
 
     @translated
     def user_ids(self, slot: str, kind: Literal["h", "p"]) -> set[str]:

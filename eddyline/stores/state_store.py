@@ -13,7 +13,7 @@ from typing import Protocol
 
 from eddyline.errors import EddylineError
 from eddyline.schema import user_history
-from eddyline.schema.co_visits import CoVisits
+from eddyline.schema.co_visits import CoVisits, Visit
 from eddyline.schema.erasure import Erasure
 from eddyline.schema.records import Record
 from eddyline.schema.step_ranges import StepRanges
@@ -64,12 +64,16 @@ class SlotRead:
     accepted: event id -> offset, every id of the window, by offset
     step_ranges: every generation of which the slot may have embeddings -> where its micro-steps
               were taken
+    visits:   the outbox of co-visits, by offset: at least those from `visits_floor` on
+    visits_floor: visits below it have left the outbox
     """
 
     fence: Fence | None
     profiles: str
     accepted: dict[str, int]
     step_ranges: Mapping[str, StepRanges] = field(default_factory=dict)
+    visits: Sequence[Visit] = ()
+    visits_floor: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +103,8 @@ class UserEffects:
                   None leaves what is stored
     erasures:     SHA-256 of a user id -> what is kept of that forgotten user
     dropped_profiles: users whose profile is deleted
+    visits:       for the outbox of co-visits, by offset
+    visits_floor: visits below it may leave the outbox; applies only if `visits` is not empty
     profiles:     expected fence of `users`, "" for none. If the stored fence differs the write
                   fails: a user may have been forgotten since. None skips the check
     """
@@ -114,6 +120,8 @@ class UserEffects:
     step_ranges: Mapping[str, StepRanges] | None = None
     erasures: dict[str, Erasure] = field(default_factory=dict)
     dropped_profiles: tuple[str, ...] = ()
+    visits: Sequence[Visit] = ()
+    visits_floor: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +284,7 @@ class StateStore(Protocol):
         """Apply all effects and move the fence, or raise FenceMoved. Returns server time, µs."""
 
     def read_slot(self, slot: str, source: Source) -> SlotRead:
-        """The fences and the event-id window of a user slot. source: the partition of clicks."""
+        """Fences, event-id window and outbox of a user slot. source: the partition of clicks."""
 
     def read_many(self, queries: Sequence[UserQuery]) -> list[UserRead]:
         """The state of users of several slots, in one round trip; each slot at one instant."""

@@ -19,6 +19,7 @@ from eddyline.schema import erasure, step_ranges, user_history
 from eddyline.schema.erasure import Erasure
 from eddyline.schema.step_ranges import StepRanges
 from eddyline.schema.user_history import StoredHistory
+from eddyline.stores import outbox
 from eddyline.stores.state_store import Fence, ProfilePlace, UserEffects, UserRead, UserState
 
 _STEPS = struct.Struct("<I")
@@ -138,7 +139,7 @@ def encode_users(
     """
     recent = effects.recent
     whole = [user for user in effects.histories if user not in recent]
-    names = [f"{tag}:window"]
+    names = [f"{tag}:window", f"{tag}:visits"]
     names += [f"{tag}:h:{user}" for user in effects.histories]
     names += [f"{tag}:o:{user}" for user in whole]
     names += [
@@ -148,7 +149,7 @@ def encode_users(
     ]
     if effects.step_ranges is not None:
         names.append(f"{tag}:generations")
-    written = len(names)
+    written = len(names) - 2
     generations = {**dict.fromkeys(effects.embeddings), **dict.fromkeys(effects.generations)}
     kinds = ["h", "o", *(f"e:{generation}" for generation in generations)]
     emptied = (f"{tag}:{kind}:{user}" for user in effects.emptied for kind in kinds)
@@ -158,6 +159,8 @@ def encode_users(
     args: list[Any] = [
         effects.window_floor,
         encode_accepted(effects.accepted, effects.window_floor),
+        effects.visits_floor,
+        outbox.encode(effects.visits, effects.visits_floor),
         len(effects.histories),
         written,
         len(effects.erasures),

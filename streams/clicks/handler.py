@@ -1,10 +1,10 @@
-"""Clicks in: decode, deduplicate, forward strays, update users, count popularity.
+"""Clicks in: decode, deduplicate, forward strays, update users, count popularity and co-visits.
 
-All effects of a batch on its users are one fenced write to slot `u{p}`; its popularity counts are
-one more to each item slot, see `popularity`. Each slot has its own fence, so a process may die
-between two writes: records at or below a slot's fence are skipped for that slot. Batches of several
-partitions share their round trips and the numpy work, and each fails alone. The same log gives the
-same state, whatever the batches were.
+All effects of a batch on its users are one fenced write to slot `u{p}`; its popularity counts and
+its co-visits are one more each to each item slot, see `popularity` and `co_visits`. Each slot has
+its own fences, so a process may die between two writes: records at or below a slot's fence are
+skipped for that slot. Batches of several partitions share their round trips and the numpy work, and
+each fails alone. The same log gives the same state, whatever the batches were.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from eddyline.schema.records import Record
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import Fence, Source, StateStore, UserEffects, UserQuery, UserWrite
 from streams.clicks.batch import ClickBatch, decode, deduplicate, narrow
+from streams.clicks.co_visits import CoVisitWriter
 from streams.clicks.micro_steps import MicroSteps, Step
 from streams.clicks.popularity import PopularityCounts
 from streams.clicks.step_ranges import FixedStepRanges, OpenedSlot, StepRangeRule
@@ -36,6 +37,7 @@ from streams.clicks.user_updates import UserUpdates
 from streams.fences import PartitionFences
 from streams.ports import DeadLetterSink, Forwarder, Handler, Outcome, RecordBatch
 from streams.records import coordinates
+from streams.write_behind import WriteBehindGroup
 
 log = logging.getLogger(__name__)
 
@@ -48,13 +50,14 @@ class ClickHandler(Handler):
     """Applies batches of clicks. Thread rule: one thread, that of the users handler too.
 
     micro:   the micro-steps of each live generation; empty leaves embeddings alone
-    clock_s: decides only when pending popularity counts are due; no effect depends on it
+    clock_s: decides only when pending counts and co-visits are due; no effect depends on it
     steps:   decides at which offsets each generation takes micro-steps
     follows: whether a user's list and embedding are written; the events of others count for the
-             popularity of items only. None: those of all users
+             popularity of items only, not for co-visits. None: those of all users
     """
 
     partition_max = PARTITION_MAX
+    write_behind: WriteBehindGroup
 
     def __init__(
         self,
@@ -71,7 +74,9 @@ class ClickHandler(Handler):
         self.fences = fences
         self.omitted = Omitted()
         self._follows = follows
-        self.write_behind = self.popularity = PopularityCounts(settings, store, fences, clock_s)
+        self.popularity = PopularityCounts(settings, store, fences, clock_s)
+        self.co_visits = CoVisitWriter(settings, store, fences, clock_s)
+        self.write_behind = WriteBehindGroup(self.popularity, self.co_visits)
         self._generations = [one.generation for one in micro]
         self.cache = UserCache(store, self._generations, settings.history_cache_entries_max)
         self._settings = settings
@@ -83,7 +88,7 @@ class ClickHandler(Handler):
 
     @override
     def open(self, partition: int) -> None:
-        self.popularity.reset(partition)
+        self.write_behind.reset(partition)
         self.cache.drop(user_slot(partition))
 
     @override
@@ -92,18 +97,19 @@ class ClickHandler(Handler):
         for partition in partitions:
             source, slot = Source(CLICKS, partition), user_slot(partition)
             with suppress(FenceMoved):  # the first batch finds it too
-                fence = self.fences.expected(source, slot)
-                slots.append((source, fence, self.cache.slot(slot, source, fence)))
+                slots.append(self._slot(source, slot))
         self._open_steps(slots)
 
     @override
     def move_fences(self, partition: int, offset: int) -> None:
         source, slot = Source(CLICKS, partition), user_slot(partition)
-        expected, new = self.fences.expected(source, slot), self.fences.fence(partition, offset)
+        _, expected, _ = self._slot(source, slot)
+        new = self.fences.fence(partition, offset)
         self._store.write_users(slot, source, expected, new, UserEffects())
         self.fences.moved(source, slot, new)
         self.popularity.add(source, new, [])
-        self.popularity.write(partition)
+        self.co_visits.add(partition, new, [])
+        self.write_behind.write(partition)
 
     def keep_erasures(self, partition: int, erasures: Mapping[str, Erasure], offset: int) -> None:
         """Apply the Forget at `offset` where no id of its user is known, so that nothing is to go.
@@ -112,12 +118,14 @@ class ClickHandler(Handler):
         Raises FenceMoved, StoreUnavailable.
         """
         source, slot = Source(CLICKS, partition), user_slot(partition)
-        expected, new = self.fences.expected(source, slot), self.fences.fence(partition, offset)
+        _, expected, _ = self._slot(source, slot)
+        new = self.fences.fence(partition, offset)
         if self.fences.done(source, slot) < offset:
             self._store.write_users(
                 slot, source, expected, new, UserEffects(erasures=dict(erasures))
             )
             self.fences.moved(source, slot, new)
+            self.co_visits.add(partition, new, [])
         self.popularity.add(source, new, [])
 
     @override
@@ -158,6 +166,7 @@ class ClickHandler(Handler):
         for one, write in zip(new, writes, strict=True):
             with self._guard([one]):
                 self.popularity.write_below(one.batch.partition, write.effects.window_floor)
+                self.co_visits.write_due(one.batch.partition)
         self._write([(one, w) for one, w in zip(new, writes, strict=True) if one.error is None])
         for one in _without_error(clicks):
             with self._guard([one]):
@@ -170,11 +179,10 @@ class ClickHandler(Handler):
         """Decode the records, drop re-sends and find the cached users."""
         batch = one.batch
         self.fences.begin(batch.partition, batch.records)
-        one.fence = self.fences.expected(one.source, one.slot)
+        _, one.fence, known = opened = self._slot(one.source, one.slot)
         done = one.done
         one.decoded = decode(self._settings, batch)
-        known = self.cache.slot(one.slot, one.source, one.fence)
-        self._open_steps([(one.source, one.fence, known)])
+        self._open_steps([opened])
         one.profiles = known.profiles
         one.accepted, one.entering = deduplicate(
             self._settings.dedupe_window_events, one.decoded.events, known.window.known, done
@@ -191,6 +199,18 @@ class ClickHandler(Handler):
             one.outcome.repeated = sum(record.offset <= done for record in batch.records)
             fresh = sum(record.offset > done for record, _ in one.decoded.events)
             one.outcome.duplicates = fresh - len(applied)
+
+    def _slot(self, source: Source, slot: str) -> tuple[Source, Fence | None, Slot]:
+        """The slot of a partition at the expected fence; visits of its outbox become pending.
+
+        Raises FenceMoved, StoreUnavailable.
+        """
+        fence = self.fences.expected(source, slot)
+        known = self.cache.slot(slot, source, fence)
+        if known.outbox is not None:
+            self.co_visits.restore(source.partition, fence, *known.outbox)
+            known.outbox = None
+        return source, fence, known
 
     def _read_users(self, clicks: Sequence[ClickBatch]) -> None:
         """Read the users that are not cached, all in one round trip."""
@@ -254,6 +274,8 @@ class ClickHandler(Handler):
         effects.step_ranges = None if known.ranges == known.stored else known.ranges
         # Ids accepted below can no longer match: the next record lies at least one offset further.
         effects.window_floor = last.offset + 1 - self._settings.dedupe_window_events
+        if effects.visits:
+            effects.visits_floor = self.co_visits.floor(one.batch.partition)
         one.outcome.steps, one.outcome.late = sum(map(len, updates.steps)), updates.late
         return UserWrite(one.slot, one.source, one.fence, last, effects)
 
@@ -320,6 +342,7 @@ class ClickHandler(Handler):
                     known.stored = known.ranges or {}
                     if one.updates is not None:
                         self.cache.keep(one.slot, one.updates.users)
+                    self.co_visits.add(one.batch.partition, write.new, write.effects.visits)
 
     def _open_steps(self, opened: Sequence[tuple[Source, Fence | None, Slot]]) -> None:
         """Decide where the micro-steps of newly read slots are taken; recorded before the first."""

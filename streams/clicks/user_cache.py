@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from eddyline.errors import FenceMoved
 from eddyline.schema import user_history
+from eddyline.schema.co_visits import Visit
 from eddyline.schema.erasure import Erasure
 from eddyline.schema.records import Record
 from eddyline.schema.step_ranges import StepRanges
@@ -99,12 +100,14 @@ class Slot:
     profiles: the fence of `users` under which its users were read, as text
     stored:   generation -> where its micro-steps are taken, as the slot has it
     ranges:   the same, as this process goes on; None until that is decided
+    outbox:   the outbox of co-visits and its floor, as they were read; None once taken
     """
 
     window: Window
     profiles: str
     stored: Mapping[str, StepRanges] = field(default_factory=dict)
     ranges: Mapping[str, StepRanges] | None = None
+    outbox: tuple[Sequence[Visit], int] | None = None
 
 
 class UserCache:
@@ -138,7 +141,12 @@ class UserCache:
         if known is None:
             read = self._store.read_slot(slot, source)
             check(slot, source, fence, read)
-            known = self._slots[slot] = Slot(Window(read.accepted), read.profiles, read.step_ranges)
+            known = self._slots[slot] = Slot(
+                Window(read.accepted),
+                read.profiles,
+                read.step_ranges,
+                outbox=(read.visits, read.visits_floor),
+            )
         return known
 
     def slot_names(self) -> list[str]:

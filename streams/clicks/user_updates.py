@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from eddyline.schema import events, user_history
+from eddyline.schema.co_visits import Visit
 from eddyline.schema.erasure import Erasure, digest, erased_after, erased_before
 from eddyline.schema.events import KINDS, Click, Forget, Merge
 from eddyline.schema.records import Record
@@ -33,6 +34,7 @@ class UserUpdates:
     late:  events that came too late for their user's list
     forgotten: events that the erasure of their user covers
     steps: by generation: micro-steps to take, in the order of the log
+    visits: clicks that entered a list, with the items before them there; see `co_visits`
     """
 
     def __init__(
@@ -45,8 +47,10 @@ class UserUpdates:
         self.moved: list[tuple[Record, Click]] = []
         self.late = self.forgotten = 0
         self.steps: list[list[Step]] = [[] for _ in micro]
+        self.visits: list[Visit] = []
         self.users = users
         self._micro = micro
+        self._co_visit_items = settings.co_visit_items
         self._ranges = ranges
         self._dwell_ms_full = settings.dwell_ms_full
         self._idle_s_max = settings.user_idle_s_max
@@ -89,6 +93,7 @@ class UserUpdates:
             emptied=tuple(self._emptied),
             erasures=self._erasures,
             dropped_profiles=tuple(self._dropped_profiles),
+            visits=self.visits,
         )
         for user_id, user in self.users.items():
             if user.last is None:
@@ -127,9 +132,16 @@ class UserUpdates:
                     user_history.insert_compact(user.recent, user_history.compact(entry))
                 for number, step in steps:
                     self._learn(number, user.embeddings[number], step)
+                if self._co_visit_items and click.kind != "dislike":
+                    self._visit(user, record, entry)
         if click.at_ms > user.at_ms:
             user.at_ms = click.at_ms
         self._touch(user, record)
+
+    def _visit(self, user: CachedUser, record: Record, entry: Entry) -> None:
+        older = user_history.older_items(user.entries, entry, self._co_visit_items)
+        if older:
+            self.visits.append((record.offset, entry.item_id, older))
 
     def _touch(self, user: CachedUser, record: Record) -> None:
         """Note the record as the user's last one."""

@@ -271,7 +271,7 @@ class GapFiller:
                     else:
                         by_users.fences.resumed(partition, records)
                         self.profiles.add(by_users.apply_one(batch))
-        by_clicks.popularity.write(partition)
+        by_clicks.write_behind.write(partition)
 
     def _last_ms(self, gap: Gap) -> int | None:
         """Append time of the gap's last event that the archive has; None where it has none."""

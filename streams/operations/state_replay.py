@@ -144,7 +144,7 @@ def replay(
                 _note_ids(settings, result, name, partition, records)
                 batch = RecordBatch(topic, partition, records, read_us=0)
                 result.outcomes[name].add(handlers.of(name).apply_one(batch))
-        handlers.clicks.popularity.write(partition)
+        handlers.clicks.write_behind.write(partition)
     result.hash = state_hash(settings, store, result, towers.generation)
     return result
 

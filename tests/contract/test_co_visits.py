@@ -15,15 +15,24 @@ import pytest
 
 from eddyline.errors import FenceMoved, StoreRefused, StoreUnavailable
 from eddyline.schema import co_visits
-from eddyline.schema.co_visits import COUNT_MAX, CoVisits, entries
+from eddyline.schema.co_visits import COUNT_MAX, CoVisits, Visit, entries
 from eddyline.schema.item_key import item_key
 from eddyline.schema.partitioning import item_slot
 from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.redis import RedisStore
-from eddyline.stores.state_store import Fence, ItemMetadata, LogId, Mark, Source, StateStore
+from eddyline.stores.state_store import (
+    Fence,
+    ItemMetadata,
+    LogId,
+    Mark,
+    Source,
+    StateStore,
+    UserEffects,
+)
 
 LOG = LogId("cluster", "topic")
+CLICKS = Source("clicks", 3)
 PAIRS = Source("co-visits", 3)
 
 
@@ -174,6 +183,64 @@ def test_a_log_that_lost_its_tail_takes_the_fence_back(store: StateStore) -> Non
     assert store.accept_log({"clicks": (LogId("cluster", "new"), {3: 8})}) == 1
     assert store.fences(PAIRS, ["i0"]) == {"i0": None}
     assert len(store.read_co_visits(["a"], [], 1)[0][0].keys) == 1
+
+
+def outbox_of(store: StateStore) -> tuple[list[Visit], int]:
+    read = store.read_slot("u3", CLICKS)
+    return [tuple(visit) for visit in read.visits], read.visits_floor  # type: ignore[misc]
+
+
+def test_the_outbox_keeps_visits_from_its_floor_on(store: StateStore) -> None:
+    assert outbox_of(store) == ([], 0)
+    first: list[Visit] = [(0, "a", ["b", "é"]), (0, "b", ["c"]), (2, "c", ["a"])]
+    store.write_users("u3", CLICKS, None, at(3), UserEffects(visits=first))
+    assert outbox_of(store) == (first, 0)
+    # A write without visits leaves the outbox as it is.
+    store.write_users("u3", CLICKS, at(3), at(4), UserEffects(visits_floor=4))
+    assert outbox_of(store) == (first, 0)
+    more: list[Visit] = [(5, "d", ["c", "d"])]
+    store.write_users("u3", CLICKS, at(4), at(5), UserEffects(visits=more, visits_floor=3))
+    assert outbox_of(store) == (more, 3)
+
+
+@pytest.mark.parametrize(("floor", "left"), [(6, 2), (7, 1), (8, 1)])
+def test_a_write_leaves_the_outbox_once_all_of_it_is_below_the_floor(
+    fresh_settings: Settings, floor: int, left: int
+) -> None:
+    with contextlib.closing(RedisStore(fresh_settings)) as store:
+        visits: list[Visit] = [(4, "a", ["b"]), (6, "c", ["a"])]
+        store.write_users("u3", CLICKS, None, at(6), UserEffects(visits=visits))
+        later = UserEffects(visits=[(9, "d", ["c"])], visits_floor=floor)
+        store.write_users("u3", CLICKS, at(6), at(9), later)
+        assert store._redis.llen(f"{store._ns}{{u3}}:visits") == left
+        assert outbox_of(store)[0][-1:] == [(9, "d", ["c"])]
+
+
+@pytest.mark.parametrize("writes", [999, 1_000, 1_001])
+def test_a_long_outbox_is_read_whole_and_shrinks(store: StateStore, writes: int) -> None:
+    fence = None
+    for n in range(writes):
+        store.write_users("u3", CLICKS, fence, at(n), UserEffects(visits=[(n, "a", ["b"])]))
+        fence = at(n)
+    assert [visit[0] for visit in outbox_of(store)[0]] == list(range(writes))
+    for n in range(writes, writes + 80):
+        effects = UserEffects(visits=[(n, "a", ["b"])], visits_floor=n)
+        store.write_users("u3", CLICKS, fence, at(n), effects)
+        fence = at(n)
+    kept, floor = outbox_of(store)
+    assert kept == [(writes + 79, "a", ["b"])] and floor == writes + 79
+
+
+@pytest.mark.parametrize(("end", "left"), [(8, 2), (7, 2), (6, 1), (4, 0)])
+def test_a_log_that_lost_its_tail_takes_visits_of_it_from_the_outbox(
+    store: StateStore, end: int, left: int
+) -> None:
+    visits: list[Visit] = [(4, "a", ["b"]), (6, "c", ["a"])]
+    store.write_users("u3", CLICKS, None, at(7), UserEffects(visits=visits, visits_floor=2))
+    store.accept_log({"clicks": (LOG, {3: end})})
+    assert outbox_of(store) == (visits[:left], 2 if left else 0)
+    store.accept_log({"clicks": (LogId("cluster", "new"), {3: 100})})
+    assert outbox_of(store) == ([], 0)
 
 
 def test_the_rows_of_a_deleted_item_end_with_it(store: StateStore) -> None:

@@ -110,7 +110,7 @@ class Ingesting:
             self.handler.open(partition)
             if mine := [r for r in records if r.partition == partition]:
                 ingest(self.handler, partition, mine)
-                self.handler.popularity.write(partition)
+                self.handler.write_behind.write(partition)
 
     def items(self, user: str) -> list[str]:
         partition = partition_of(user, self.settings.clicks_partitions)

@@ -46,6 +46,8 @@ def write_users(store: RedisStore, after: Fence | None, offset: int) -> None:
         recent={"cy": [("d", 1)]},
         embeddings={"1": {"ana": (offset + 1, b"1234")}},
         emptied=("bo", "cy"),
+        visits=[(offset, "a", ["b"])],
+        visits_floor=offset,
     )
     store.write_users("u3", CLICKS, after, at(offset), effects)
 
@@ -260,15 +262,19 @@ def test_a_server_that_fills_up_during_a_write_lets_it_end(
     assert place.store.fences(CLICKS, ["u3"]) == {"u3": at(8)}
 
 
+@pytest.mark.parametrize("of", ["window", "visits"])
 @pytest.mark.parametrize("blob", [b"", b"short"])
 def test_a_damaged_window_leaves_nothing_behind(
-    blob: bytes, make_place: Callable[[str], Place], written: Callable[[str], dict[str, object]]
+    blob: bytes,
+    of: str,
+    make_place: Callable[[str], Place],
+    written: Callable[[str], dict[str, object]],
 ) -> None:
     expected, place = written("write_users"), make_place("write_users")
-    key = f"{place.settings.key_prefix}{{u3}}:window"
+    key = f"{place.settings.key_prefix}{{u3}}:{of}"
     place.admin.lpush(key, blob)
     before = place.state()
-    with pytest.raises(StoreRefused, match="window"):
+    with pytest.raises(StoreRefused, match=of):
         place.write()
     assert place.state() == before
     place.admin.lpop(key)

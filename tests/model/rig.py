@@ -321,7 +321,7 @@ class Rig:
                 continue
             for partition in range(2):
                 try:
-                    self.handlers.clicks.popularity.write(partition)
+                    self.handlers.clicks.write_behind.write(partition)
                 except FenceMoved:
                     self.open("clicks", partition)
             again = False

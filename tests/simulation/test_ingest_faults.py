@@ -21,8 +21,9 @@ import pytest
 
 from eddyline.errors import EddylineError, FenceMoved, KafkaUnavailable, Rejected, StoreUnavailable
 from eddyline.kafka.topics import CLICKS, ITEMS
-from eddyline.schema import events
+from eddyline.schema import co_visits, events
 from eddyline.schema.events import KINDS, Click, Forget, Item, Merge
+from eddyline.schema.item_key import item_key
 from eddyline.schema.item_record import ItemRecord
 from eddyline.schema.partitioning import item_slot, partition_of
 from eddyline.settings.loader import Settings
@@ -160,15 +161,14 @@ class Encoded(MemoryStore):
     ) -> int:
         applied_us = super().write_users(slot, source, expected, new, effects)
         names, args = user_codec.encode_users(slot, effects)
-        _, _, lists, written, erasures, _, *values = args
+        _, _, _, _, lists, written, erasures, _, *values = args
+        names = names[2:]
         for name in names[written + erasures :]:
             self.values.pop(name, None)
-        of_erasures = values[written - 1 :: 2]
+        of_erasures = values[written::2]
         for name, value in zip(names[written : written + erasures], of_erasures, strict=True):
             self.values[name] = value
-        for n, (name, value) in enumerate(
-            zip(names[1:written], values[: written - 1], strict=True)
-        ):
+        for n, (name, value) in enumerate(zip(names[:written], values[:written], strict=True)):
             self.values[name] = value + bytes(8) if n < lists else value
         return applied_us
 
@@ -219,6 +219,9 @@ class Unsure(Encoded):
 
     def count_clicks(self, *args: Any) -> Any:
         return self._write("count_clicks", *args)
+
+    def append_co_visits(self, *args: Any) -> Any:
+        return self._write("append_co_visits", *args)
 
     def write_item_metadata(self, *args: Any) -> Any:
         return self._write("write_item_metadata", *args)
@@ -325,6 +328,7 @@ def oracle(settings: Settings, logs: dict[int, list[Rec]]) -> dict[str, Any]:
     counts: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     moved: set[tuple[str, str, int, str, float, str]] = set()
     erased: dict[str, int] = {}
+    visits: dict[tuple[str, str], tuple[int, int]] = {}
     world, weights = World(), settings.kind_weights
     for partition, records in logs.items():
         seen = windows.setdefault(partition, {})
@@ -383,8 +387,21 @@ def oracle(settings: Settings, logs: dict[int, list[Rec]]) -> dict[str, Any]:
                 lists[user] = sorted([*lists[user], entry], key=lambda x: (-x[1], -x[4]))[:HISTORY]
                 oldest = top - 1_000 * settings.history_age_s_max
                 lists[user] = [x for x in lists[user] if x[1] >= oldest]
+                if entry in lists[user] and not copied and click.kind != "dislike":
+                    older = lists[user][lists[user].index(entry) + 1 :]
+                    add_visits(visits, click.item_id, older, settings.co_visit_items)
             marks[user] = mark_of(record, top)
-    return finished(settings, lists, marks, steps, windows, counts, moved)
+    return finished(settings, lists, marks, steps, windows, counts, moved) | {"visits": visits}
+
+
+def add_visits(
+    visits: dict[tuple[str, str], tuple[int, int]], item: str, older: list[Any], limit: int
+) -> None:
+    liked = [x[0] for x in older if x[2] != "dislike"]
+    for distance, other in enumerate(liked[:limit], 1):
+        if other != item:
+            milli, after = visits.get((other, item), (0, 0))
+            visits[other, item] = milli + round(1_000 / distance), after + (distance == 1)
 
 
 def merged(
@@ -436,7 +453,20 @@ def found(settings: Settings, store: MemoryStore, logs: dict[int, list[Rec]]) ->
         "steps": {u: e for (_, _, u), e in state.embeddings.items()},
         "windows": {p: state.window.get(f"u{p}", {}) for p in logs},
         "counts": {b: c for b, c in counts.items() if c},
+        "visits": visits_of(state.rows),
     }
+
+
+def visits_of(rows: dict[tuple[str, str, str], bytes]) -> dict[tuple[str, str], tuple[int, int]]:
+    """(earlier item, later item) -> counts, which the rows of both items have."""
+    names = {item_key(f"i{n}"): f"i{n}" for n in range(10)}
+    found: dict[str, dict[tuple[str, str], tuple[int, int]]] = {"after": {}, "before": {}}
+    for (_, kind, item), row in rows.items():
+        for key, counts in co_visits.totals(row)[0].items():
+            pair = (item, names[key]) if kind == "after" else (names[key], item)
+            found[kind][pair] = counts
+    assert found["after"] == found["before"]
+    return found["after"]
 
 
 def moves(outside: Outside) -> set[tuple[str, str, int, str, float, str]]:
@@ -453,7 +483,7 @@ def same(settings: Settings, store: MemoryStore, logs: dict[int, list[Rec]]) -> 
         kept = {e: o for e, o in wanted["windows"][partition].items() if o >= floor}
         # An id leaves the window with the next one that enters.
         assert {e: o for e, o in got["windows"][partition].items() if o >= floor} == kept
-    for part in ("lists", "marks", "steps", "counts"):
+    for part in ("lists", "marks", "steps", "counts", "visits"):
         assert got[part] == wanted[part], part
 
 
@@ -470,6 +500,8 @@ def make_settings(item_slots: int = 1, **more: Any) -> Settings:
         history_length_max=HISTORY,
         dedupe_window_events=WINDOW,
         popular_buckets=3,
+        co_visit_items=4,
+        co_visit_row_max=20,  # no row has more than nine others: none is pruned
         history_age_s_max=15,
         lateness_s_max=86_400,
         **more,
@@ -723,7 +755,7 @@ def test_the_real_engines_give_the_same_bits_whatever_the_batching() -> None:
                 size = sizes[turn % len(sizes)]
                 steps += ingest(handler, partition, records[at : at + size]).steps
                 at, turn = at + size, turn + 1
-            handler.popularity.write(partition)
+            handler.write_behind.write(partition)
         state = store.snapshot()
         lists = {user: seen for user, (seen, _) in state.histories.items()}
         floors = {f"u{p}": records[-1].offset + 1 - WINDOW for p, records in logs.items()}
@@ -731,7 +763,14 @@ def test_the_real_engines_give_the_same_bits_whatever_the_batching() -> None:
             (s, e): o for s, ids in state.window.items() for e, o in ids.items() if o >= floors[s]
         }
         found_bits.append(
-            (lists, state.embeddings, window, state.buckets, sorted(outside.forwarded))
+            (
+                lists,
+                state.embeddings,
+                window,
+                state.buckets,
+                sorted(outside.forwarded),
+                visits_of(state.rows),
+            )
         )
         assert steps > 30  # those of a user who is merged away in the same batch are not taken
     assert found_bits[0] == found_bits[1] == found_bits[2]

@@ -39,25 +39,29 @@ local function compact(row)
   parts[1] = struct.pack('<dd', milli_sum, next_sum)
   return table.concat(parts)
 end
-local lengths = {}
+local compacted, appended = {}, {}
 for i = 2, #KEYS do
-  lengths[i] = redis.call('STRLEN', KEYS[i]) -- fails for a key of another type
-  if lengths[i] % 16 ~= 0 then
+  local length, more = redis.call('STRLEN', KEYS[i]), ARGV[i + 3] -- fails for another type
+  if length % 16 ~= 0 then
     return redis.error_reply('ERR a damaged row in ' .. KEYS[i])
+  end
+  if length == 0 then
+    more = string.rep('\0', 16) .. more
+  end
+  if length + #more < 16 + 16 * row_max then
+    appended[i] = more
+  else
+    compacted[i] = compact((redis.call('GET', KEYS[i]) or '') .. more)
   end
 end
 for i = 2, #KEYS do
-  local key, more = KEYS[i], ARGV[i + 3]
-  if lengths[i] == 0 then
-    more = string.rep('\0', 16) .. more
-  end
-  if lengths[i] + #more < 16 + 16 * row_max then
-    redis.call('APPEND', key, more)
+  if appended[i] then
+    redis.call('APPEND', KEYS[i], appended[i])
   else
-    redis.call('SET', key, compact((redis.call('GET', key) or '') .. more))
+    redis.call('SET', KEYS[i], compacted[i])
   end
   if idle_ms > 0 then
-    redis.call('PEXPIRE', key, ARGV[4])
+    redis.call('PEXPIRE', KEYS[i], ARGV[4])
   end
 end
 redis.call('SET', KEYS[1], ARGV[2])

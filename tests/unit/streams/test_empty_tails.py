@@ -52,7 +52,7 @@ def test_records_after_the_marker_are_applied() -> None:
     rig.clicks.flush()
     assert rig.clicks.skip_empty(HERE, 3, 4)
     ingest(rig.clicks, HERE, [click(5, "b")], 0)
-    rig.clicks.popularity.write(HERE)
+    rig.clicks.write_behind.write(HERE)
     assert rig.entries() == ["b", "a"]
     assert list(rig.store.popular("i0", 9).values()) == [{"a": 1_000, "b": 1_000}]
 

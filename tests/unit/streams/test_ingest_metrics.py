@@ -39,7 +39,8 @@ def test_the_page_names_every_metric_and_no_other() -> None:
     idle: Any = SimpleNamespace(removed=8)
     deleted: Any = SimpleNamespace(removed=9)
     cache = UserCache(MemoryStore(), ["1"], 10)
-    registry.register(IngestCollector(app, cache, ended, idle, deleted, lambda: 8))
+    visits: Any = SimpleNamespace(lost=10)
+    registry.register(IngestCollector(app, cache, ended, idle, deleted, visits, lambda: 8))
     text = generate_latest(registry).decode()
     pipeline.thread.close()
     served = set(re.findall(r"^(eddyline_\w+)", text, re.MULTILINE))
@@ -52,6 +53,7 @@ def test_the_page_names_every_metric_and_no_other() -> None:
     assert "eddyline_ingest_items_refused 8.0" in text
     assert "eddyline_ingest_idle_users_removed_total 8.0" in text
     assert "eddyline_ingest_deleted_items_removed_total 9.0" in text
+    assert "eddyline_ingest_co_visits_lost_offsets_total 10.0" in text
     stopped = 'eddyline_ingest_partition_stopped{partition="4",reason="codec",topic="shop.clicks"} '
     assert f"{stopped}1.0" in text
     left_out = 'eddyline_ingest_omitted_parts_total{part="attributes",reason="null",topic='

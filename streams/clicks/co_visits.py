@@ -1,0 +1,198 @@
+"""Co-visits: the items before a click in its user's list, added to the rows of both a moment later.
+
+The older items of a click depend on the list just before it, so they cannot be computed again after
+a crash. The write of the users keeps them in an outbox of the same slot (`stores.outbox`). The
+visits of many batches are then appended together, one write to each item slot, behind a fence of
+their own. When a partition is opened, visits of the outbox above the fence of an item slot are
+pending again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from typing_extensions import override
+
+from eddyline.schema import co_visits
+from eddyline.schema.co_visits import Visit
+from eddyline.schema.item_key import key_bytes
+from eddyline.schema.partitioning import item_slot, item_slots
+from eddyline.settings.loader import Settings
+from eddyline.stores.fence import CO_VISITS
+from eddyline.stores.state_store import Fence, Source, StateStore
+from streams.clicks.popularity import COUNT_S
+from streams.fences import PartitionFences
+from streams.write_behind import WriteBehind
+
+log = logging.getLogger(__name__)
+
+# From so many pending visits of a partition on they are written before its next batch.
+VISITS_MAX = 128
+
+
+@dataclass(slots=True)
+class _Rows:
+    """What is appended to the rows of one item slot: item id -> entries."""
+
+    after: defaultdict[str, list[bytes]] = field(default_factory=lambda: defaultdict(list))
+    before: defaultdict[str, list[bytes]] = field(default_factory=lambda: defaultdict(list))
+
+
+@dataclass(slots=True)
+class _Visits:
+    """The pending visits of one partition.
+
+    last:  all visits up to this fence are in here
+    done:  item slot -> the offset up to which its rows have them already
+    count: visits in here
+    rows:  by item slot
+    """
+
+    since_s: float
+    last: Fence
+    done: dict[str, int]
+    count: int = 0
+    rows: dict[str, _Rows] = field(default_factory=dict)
+
+
+class CoVisitWriter(WriteBehind[_Visits]):
+    """The pending visits of all partitions.
+
+    lost: offsets of clicks whose visits were lost: an item slot went back further than the outbox
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: StateStore,
+        fences: PartitionFences,
+        clock_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(fences, COUNT_S, clock_s)
+        self.lost = 0
+        self._floors: dict[int, int] = {}
+        self._store = store
+        self._shards = settings.item_slots
+        self._item_slots = item_slots(settings.item_slots)
+        self._row_max = settings.co_visit_row_max
+        self._idle_ms = 1_000 * settings.co_visit_idle_s_max
+        # What follows the key in an entry, by distance from 1 on.
+        self._tails = [
+            co_visits.entries([(0, round(1_000 / distance), int(distance == 1))])[-8:]
+            for distance in range(1, settings.co_visit_items + 1)
+        ]
+
+    @property
+    def enabled(self) -> bool:
+        """Whether rows are kept."""
+        return bool(self._tails)
+
+    def floor(self, partition: int) -> int:
+        """Visits below this offset may leave the outbox.
+
+        They are in every item slot, and stay there where the store loses its last writes: the write
+        after them has found their fence. If the last write alone is lost, the fence of the user
+        slot does not show it.
+        """
+        return self._floors.get(partition, 0)
+
+    def restore(
+        self, partition: int, fence: Fence | None, visits: Sequence[Visit], floor: int
+    ) -> None:
+        """Start again from the outbox. fence: of the user slot; visits, floor: see `SlotRead`."""
+        before = self._pending.pop(partition, None)
+        self._floors[partition] = floor
+        if not self.enabled or fence is None:
+            return
+        source = Source(CO_VISITS, partition)
+        done = {slot: self._fences.done(source, slot) for slot in self._item_slots}
+        for slot, offset in done.items():
+            if floor > offset + 1:
+                self.lost += floor - 1 - offset
+                log.warning(
+                    "co-visits are lost: the item slot went back further than the outbox reaches",
+                    extra={
+                        "partition": partition,
+                        "slot": slot,
+                        "from": offset + 1,
+                        "to": floor - 1,
+                    },
+                )
+        if min(done.values()) < fence.offset:
+            self._add(partition, fence, visits)
+            if before is not None:
+                self._pending[partition].since_s = before.since_s
+
+    def add(self, partition: int, last: Fence, visits: Sequence[Visit]) -> None:
+        """Add the visits up to `last`, which the outbox has."""
+        if self.enabled:
+            self._add(partition, last, visits)
+
+    def write_due(self, partition: int) -> None:
+        """Write where many visits are pending, or have been for long. Raises as `write`.
+
+        Called before the users are written, so the outbox is limited, whatever becomes of the item
+        slots.
+        """
+        pending = self._pending.get(partition)
+        if pending is not None and (
+            pending.count >= VISITS_MAX or self._clock_s() - pending.since_s >= COUNT_S
+        ):
+            self.write(partition)
+
+    @override
+    def write(self, partition: int) -> None:
+        pending = self._pending.get(partition)
+        if pending is None:
+            return
+        source, before = Source(CO_VISITS, partition), min(pending.done.values())
+        for slot in self._item_slots:
+            if pending.done[slot] >= pending.last.offset:
+                continue
+            rows = pending.rows.get(slot) or _Rows()
+            self._store.append_co_visits(
+                slot,
+                source,
+                self._fences.expected(source, slot),
+                pending.last,
+                {item: b"".join(parts) for item, parts in rows.after.items()},
+                {item: b"".join(parts) for item, parts in rows.before.items() if parts},
+                self._row_max,
+                self._idle_ms,
+            )
+            self._fences.moved(source, slot, pending.last)
+            pending.done[slot] = pending.last.offset
+            pending.rows.pop(slot, None)
+        self._floors[partition] = max(self.floor(partition), before + 1)
+        del self._pending[partition]
+
+    def _add(self, partition: int, last: Fence, visits: Sequence[Visit]) -> None:
+        pending = self._pending.get(partition)
+        if pending is None:
+            source = Source(CO_VISITS, partition)
+            done = {slot: self._fences.done(source, slot) for slot in self._item_slots}
+            pending = self._pending[partition] = _Visits(self._clock_s(), last, done)
+            pending.rows = {slot: _Rows() for slot in self._item_slots}
+        lowest = min(pending.done.values())
+        for visit in visits:
+            if visit[0] > lowest:
+                pending.count += 1
+                self._add_visit(pending, visit)
+        pending.last = last
+
+    def _add_visit(self, pending: _Visits, visit: Visit) -> None:
+        offset, item_id, older = visit
+        key, shards = key_bytes(item_id), self._shards
+        slot = item_slot(item_id, shards)
+        before = pending.rows[slot].before[item_id] if offset > pending.done[slot] else []
+        for other, tail in zip(older, self._tails, strict=False):
+            if other == item_id:
+                continue
+            before.append(key_bytes(other) + tail)
+            slot = item_slot(other, shards) if shards > 1 else slot
+            if offset > pending.done[slot]:
+                pending.rows[slot].after[other].append(key + tail)
