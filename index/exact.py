@@ -6,8 +6,10 @@ import threading
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 from typing_extensions import override
 
+from eddyline.schema.item_key import item_key
 from eddyline.schema.item_record import ItemRecord
 from index.arrays import Vector
 from index.filters import Filter, matches, numbers
@@ -91,6 +93,14 @@ class ExactIndex(Index):
             None if r is None or r.retired or not _passes(r, filters) else _hit(r, 0.0)
             for r in records
         ]
+
+    @override
+    def find_keys(
+        self, keys: npt.NDArray[np.uint64], filters: Filter | None = None
+    ) -> list[Hit | None]:
+        found = {item_key(record.item_id): record for record in self._live((), filters)}
+        records = map(found.get, keys.tolist())
+        return [None if record is None else _hit(record, 0.0) for record in records]
 
     @override
     def newest(

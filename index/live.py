@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 from typing_extensions import override
 
 from eddyline.errors import VectorRejected
@@ -182,6 +183,24 @@ class LiveIndex(Index):
         ]
 
     @override
+    def find_keys(
+        self, keys: npt.NDArray[np.uint64], filters: Filter | None = None
+    ) -> list[Hit | None]:
+        version = self._version
+        rows = version.rows_at(version.keys.find(keys))
+        if filters is not None:
+            rows = filtered.passing_rows(version, rows, filters)
+        found = np.flatnonzero(rows >= 0)
+        facts = version.table.facts[rows[found]]
+        hits: list[Hit | None] = [None] * len(rows)
+        columns = zip(
+            found.tolist(), version.names[facts[:, 0]].tolist(), facts[:, 1:].tolist(), strict=True
+        )
+        for at, item_id, of_item in columns:
+            hits[at] = Hit(item_id, 0.0, *of_item)
+        return hits
+
+    @override
     def newest(
         self, k: int, exclude: Collection[str] = (), filters: Filter | None = None
     ) -> list[Hit]:
@@ -266,7 +285,7 @@ class LiveIndex(Index):
                     self._tombstones.add(_tombstones_of(changes))
                 self._version = version
             except BaseException:
-                self._offsets.undo()
+                self._version.keys.remove(np.array(self._offsets.undo(), np.int64))
                 # The placement may be half written: answer exactly until the rebuild, now due.
                 restored = batch.rollback_on_error(self._version)
                 self._version = self._placement.without_segments(restored)
@@ -308,6 +327,7 @@ class LiveIndex(Index):
         version = self._version
         inside = labels[labels < len(version.row_of)]
         version.row_of[inside], version.names[inside] = -1, None
+        version.keys.remove(inside)
         return len(labels)
 
     def _below_floors(self, records: Sequence[ItemRecord]) -> set[int]:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from eddyline.schema.item_record import ItemRecord
 from index.arrays import Floats, Ints, Vector
@@ -183,6 +184,15 @@ class IndexReader(Protocol):
 
     def describe(self, item_ids: Sequence[str], filters: Filter | None = None) -> list[Hit | None]:
         """For each id its `Hit` with score 0.0; None if not live or not passing the filter."""
+
+    def find_keys(
+        self, keys: npt.NDArray[np.uint64], filters: Filter | None = None
+    ) -> list[Hit | None]:
+        """For each `eddyline.schema.item_key` the `Hit` of its item with score 0.0.
+
+        keys: uint64 (n,)
+        None if no item with this key is live and passes the filter.
+        """
 
     def newest(
         self, k: int, exclude: Collection[str] = (), filters: Filter | None = None

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from hashlib import blake2b
+
+import numpy as np
+import numpy.typing as npt
 
 KEY_BYTES = 8
 
@@ -21,3 +25,9 @@ def key_bytes(item_id: str) -> bytes:
 def item_key(item_id: str) -> int:
     """The key as an unsigned 64-bit integer, `key_bytes` read as little-endian."""
     return int.from_bytes(key_bytes(item_id), "little")
+
+
+def keys_of(item_ids: Iterable[str]) -> npt.NDArray[np.uint64]:
+    """uint64 (n,): the keys of many items, which the cache does not keep."""
+    digests = [blake2b(one.encode(), digest_size=KEY_BYTES).digest() for one in item_ids]
+    return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)

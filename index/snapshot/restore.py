@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from eddyline.schema.item_key import keys_of
 from index.arrays import Ints
 from index.snapshot.format import Contents
 from index.storage.columns import Columns
 from index.storage.index_version import IndexVersion
 from index.storage.item_offsets import UNKNOWN
+from index.storage.key_table import KeyTable
 from index.storage.tombstones import LABEL, OFFSET, PARTITION, WRITTEN_US
 from index.storage.vector_table import CAPACITY_MIN, ROOM_SHARE, VectorTable
 
@@ -66,6 +68,8 @@ def import_state(version: IndexVersion, contents: Contents) -> tuple[IndexVersio
     row_of, names = np.full(room, -1), np.full(room, None)
     names[:known] = contents.ids
     row_of[:live] = np.arange(live)
+    keys = KeyTable(room, live)
+    keys.insert(np.arange(live), keys_of(contents.ids[:live]))
     filled = version._replace(
         ids=list(contents.ids),
         label_of=label_of,
@@ -77,6 +81,7 @@ def import_state(version: IndexVersion, contents: Contents) -> tuple[IndexVersio
         names=names,
         watermarks=dict(contents.watermarks),
         columns=Columns(*contents.columns, text_names=version.columns.text_names),
+        keys=keys,
     )
     offsets = np.concatenate((contents.facts[:, 2], contents.deleted[:, 0]))
     return filled, offsets, np.column_stack((np.arange(live, known), contents.deleted))

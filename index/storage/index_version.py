@@ -12,6 +12,7 @@ from index.arrays import Ints, Mask
 from index.backends.base import AnnIndex
 from index.port import Watermark
 from index.storage.columns import Columns
+from index.storage.key_table import KeyTable
 from index.storage.segments import FreshBuffer, Segment
 from index.storage.vector_table import CAPACITY_MIN, VectorTable
 
@@ -32,6 +33,7 @@ class IndexVersion(NamedTuple):
     live_entries:  of each segment
     fresh, fresh_count: the fresh buffer and its entries in use
     columns:       attributes of the table's rows
+    keys:          item key -> label, of the items that have or had a row
     """
 
     ids: list[str]
@@ -48,6 +50,7 @@ class IndexVersion(NamedTuple):
     fresh_count: int
     watermarks: Mapping[int, Watermark]
     columns: Columns
+    keys: KeyTable
 
     @classmethod
     def empty(cls, dimension: int, text_names: frozenset[str] = frozenset()) -> IndexVersion:
@@ -69,6 +72,7 @@ class IndexVersion(NamedTuple):
             fresh_count=0,
             watermarks={},
             columns=Columns(text_names=text_names),
+            keys=KeyTable(len(row_of)),
         )
 
     @property
@@ -110,10 +114,13 @@ class IndexVersion(NamedTuple):
 
     def rows_of(self, item_ids: Sequence[str]) -> Ints:
         """int64 (n,): current row of each item, -1 if not live."""
-        label_of, known = self.label_of, len(self.row_of)
-        labels = np.array([label_of.get(item_id, known) for item_id in item_ids], np.int64)
+        label_of = self.label_of
+        return self.rows_at(np.array([label_of.get(item_id, -1) for item_id in item_ids], np.int64))
+
+    def rows_at(self, labels: Ints) -> Ints:
+        """int64 (n,): current row of each label, -1 if the item is not live or the label is -1."""
         # A label beyond `row_of` is newer than this version.
-        inside = labels < known
+        inside = (labels >= 0) & (labels < len(self.row_of))
         rows = np.full(len(labels), -1)
         rows[inside] = self.seen(self.row_of[labels[inside]])
         rows[self.table.died_at[rows] <= self.seq] = -1

@@ -81,11 +81,13 @@ class ItemOffsets:
         self._offsets[labels] = offsets[positions]
         return labels, positions
 
-    def undo(self) -> None:
+    def undo(self) -> list[int]:
         """Revert the last `advance`: its records were not written and must not count as old.
 
-        `advance` itself may have failed at any point.
+        Returns the labels that are no longer of an item. `advance` itself may have failed at any
+        point.
         """
+        ended = [*range(self._known, len(self.ids)), *self._reused]
         labels, before = self._previous
         self._offsets[labels] = before
         for item_id in self.ids[self._known :]:
@@ -95,6 +97,7 @@ class ItemOffsets:
             label = self._reused.pop()
             self.label_of.pop(self.ids[label], None)
             self._release(label)
+        return ended
 
     def _add_labels(self, found: list[int | None], item_ids: Sequence[str]) -> None:
         """Set a label for every item of `found` that has none."""

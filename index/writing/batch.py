@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from eddyline.schema.item_key import keys_of
 from eddyline.schema.item_record import ItemRecord
 from index.arrays import Ints, Vector
 from index.storage.index_version import IndexVersion
@@ -81,6 +82,8 @@ def _reserve(version: IndexVersion, placement: Placement, more: int) -> IndexVer
             row_of=np.concatenate((version.row_of, np.full(room, -1))),
             names=np.concatenate((version.names, np.full(room, None))),
         )
+    # The labels without a row yet are at most all of them.
+    version = version._replace(keys=version.keys.with_room(len(version.row_of), more))
     if not version.table.has_room(version.used, more):
         table, kept = version.table.compact(version.used, version.seq, more)
         new_row = np.full(version.table.capacity + 1, -1)
@@ -102,7 +105,8 @@ def write(version: IndexVersion, placement: Placement, changes: Changes) -> Inde
     if n:
         first = labels[before < 0]
         if len(first):
-            version.names[first] = [version.ids[label] for label in first.tolist()]
+            version.names[first] = names = [version.ids[label] for label in first.tolist()]
+            version.keys.insert(first, keys_of(names))
         table.write(start, vectors, labels, stamps, before)
         version.columns.append(start, attributes)
     # Replaced rows die with this version. Rows that were dead already, or -1, stay dead.

@@ -20,8 +20,10 @@ from typing import Any
 
 import grpc
 import numpy as np
+import numpy.typing as npt
 from typing_extensions import override
 
+from eddyline.schema.item_key import item_key
 from eddyline.schema.partitioning import item_shard
 from index.arrays import Vector
 from index.filters import Filter
@@ -39,7 +41,7 @@ from serving.proto.shard_pb2 import (
     VectorsResponse,
 )
 from serving.rpc import converters
-from serving.rpc.shard_service import CHANGING
+from serving.rpc.shard_service import CHANGING, IDS_MAX
 
 # (item id, score, at_ms, written_us, offset): the fields of a Hit
 _Row = tuple[str, float, int, int, int]
@@ -126,6 +128,23 @@ class ScatterGather(IndexReader):
             row[0]: Hit(*row) for answer in self._candidates(requests) for row in _rows(answer)
         }
         return [found.get(item_id) for item_id in item_ids]
+
+    @override
+    def find_keys(
+        self, keys: npt.NDArray[np.uint64], filters: Filter | None = None
+    ) -> list[Hit | None]:
+        """A key does not say which shard has its item, so all shards get all keys.
+
+        Items of a shard that does not answer count as not live. Raises DeadlinePassed, BadQuery.
+        """
+        found: dict[int, Hit] = {}
+        for start in range(0, len(keys), IDS_MAX):
+            requests = self._requests((), filters)
+            for request in requests.values():
+                request.keyed.keys.extend(keys[start : start + IDS_MAX].tolist())
+            for answer in self._candidates(requests):
+                found |= {item_key(row[0]): Hit(*row) for row in _rows(answer)}
+        return [found.get(key) for key in keys.tolist()]
 
     @override
     def vectors_of(self, item_ids: Sequence[str]) -> Vector:

@@ -35,20 +35,22 @@ class VectorsResponse(_message.Message):
     def __init__(self, found: _Optional[_Iterable[int]] = ..., vectors: _Optional[bytes] = ..., offsets: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class CandidatesRequest(_message.Message):
-    __slots__ = ("target", "nearest", "named", "newest", "filters", "exclude")
+    __slots__ = ("target", "nearest", "named", "newest", "keyed", "filters", "exclude")
     TARGET_FIELD_NUMBER: _ClassVar[int]
     NEAREST_FIELD_NUMBER: _ClassVar[int]
     NAMED_FIELD_NUMBER: _ClassVar[int]
     NEWEST_FIELD_NUMBER: _ClassVar[int]
+    KEYED_FIELD_NUMBER: _ClassVar[int]
     FILTERS_FIELD_NUMBER: _ClassVar[int]
     EXCLUDE_FIELD_NUMBER: _ClassVar[int]
     target: Target
     nearest: Nearest
     named: Named
     newest: Newest
+    keyed: Keyed
     filters: _retrieval_pb2.Filters
     exclude: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, target: _Optional[_Union[Target, _Mapping]] = ..., nearest: _Optional[_Union[Nearest, _Mapping]] = ..., named: _Optional[_Union[Named, _Mapping]] = ..., newest: _Optional[_Union[Newest, _Mapping]] = ..., filters: _Optional[_Union[_retrieval_pb2.Filters, _Mapping]] = ..., exclude: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, target: _Optional[_Union[Target, _Mapping]] = ..., nearest: _Optional[_Union[Nearest, _Mapping]] = ..., named: _Optional[_Union[Named, _Mapping]] = ..., newest: _Optional[_Union[Newest, _Mapping]] = ..., keyed: _Optional[_Union[Keyed, _Mapping]] = ..., filters: _Optional[_Union[_retrieval_pb2.Filters, _Mapping]] = ..., exclude: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Nearest(_message.Message):
     __slots__ = ("vector", "k", "made_of", "made_of_offsets")
@@ -67,6 +69,12 @@ class Named(_message.Message):
     ITEM_IDS_FIELD_NUMBER: _ClassVar[int]
     item_ids: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, item_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Keyed(_message.Message):
+    __slots__ = ("keys",)
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    keys: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, keys: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Newest(_message.Message):
     __slots__ = ("k",)

@@ -145,9 +145,10 @@ def _check_limits(request: shard_pb2.CandidatesRequest, k_max: int) -> None:
     _check_count("exclude", request.exclude)
     _check_count("named.item_ids", request.named.item_ids)
     _check_count("nearest.made_of", request.nearest.made_of)
+    _check_count("keyed.keys", request.keyed.keys)
 
 
-def _check_count(name: str, ids: Sequence[str]) -> None:
+def _check_count(name: str, ids: Sequence[str] | Sequence[int]) -> None:
     if len(ids) > IDS_MAX:
         raise converters.BadQuery(f"{name}: {len(ids)} values, allowed are 0 … {IDS_MAX}")
 
@@ -192,6 +193,9 @@ def _candidates(
         hits = [
             hit for hit in index.describe(list(request.named.item_ids), filters) if hit is not None
         ]
+    elif wanted == "keyed":
+        keys = np.array(request.keyed.keys, np.uint64)
+        hits = [hit for hit in index.find_keys(keys, filters) if hit is not None]
     elif wanted == "newest":
         hits = index.newest(request.newest.k, exclude, filters)
     else:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from eddyline.errors import VectorRejected
+from eddyline.schema.item_key import item_key, keys_of
 from eddyline.schema.item_record import ItemRecord
 from index.backends.registry import NAMES, make_backend
 from index.exact import ExactIndex
@@ -253,3 +254,19 @@ def test_the_same_vectors_give_the_same_bits_in_any_order_of_arrival() -> None:
             answers.append(index.query(vectors[0], 20))
             index.close()
     assert all(answer == answers[0] for answer in answers)
+
+
+def test_items_are_found_by_their_keys(index: Index) -> None:
+    names = [f"i{n}" for n in range(70)]
+    assert index.find_keys(keys_of(names)) == [None] * len(names)
+    index.upsert([put(name, n, 1, n, at_ms=n) for n, name in enumerate(names)])
+    index.retire([gone("i3", 100), gone("never", 101)])
+    index.upsert([put("i5", 102, 3, 1), put("i6", 50, 1)])
+    index.retire([gone("i7", 103)])
+    index.upsert([put("i7", 104, 1, 7)])
+    asked = [*names, "unknown", "never", "i5", "i5"]
+    found = index.find_keys(keys_of(asked))
+    assert found == index.describe(asked) and found[5] == Hit("i5", 0.0, 0, 1_102, 102)
+    assert [n for n, hit in enumerate(found) if hit is None] == [3, 70, 71]
+    assert index.find_keys(np.empty(0, np.uint64)) == []
+    assert index.find_keys(np.array([0, 2**64 - 1, item_key("i1")], np.uint64))[:2] == [None] * 2

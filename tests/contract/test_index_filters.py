@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from eddyline.schema.item_key import keys_of
 from eddyline.schema.item_record import ItemRecord
 from index.exact import ExactIndex
 from index.factory import HnswIndex
@@ -236,6 +237,7 @@ def test_what_passes(index: Index, filters: Filter, expected: list[str]) -> None
     names = [record.item_id for record in CATALOGUE]
     described = index.describe([*names, "unknown"], filters)
     assert sorted(hit.item_id for hit in described if hit) == expected
+    assert index.find_keys(keys_of([*names, "unknown"]), filters) == described
     assert len(index.query(POOL[0], 2, (), filters)) == min(2, len(expected))
     assert ids(index.query(POOL[0], 9, ["film"], filters)) == [
         name for name in expected if name != "film"

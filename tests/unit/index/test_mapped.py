@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from eddyline.schema.item_key import keys_of
 from eddyline.schema.item_record import ItemRecord
 from index.exact import ExactIndex
 from index.factory import HnswIndex
@@ -54,6 +55,7 @@ def same(index: HnswIndex, oracle: ExactIndex) -> None:
         assert index.query(query, 60) == oracle.query(query, 60)
     names = [f"i{n}" for n in range(0, N, 37)]
     assert index.describe(names) == oracle.describe(names)
+    assert index.find_keys(keys_of(names)) == oracle.describe(names)
     np.testing.assert_array_equal(index.vectors_of(names), oracle.vectors_of(names))
 
 

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from eddyline.schema.item_key import keys_of
 from eddyline.schema.item_record import ItemRecord
 from index.backends.base import AnnBackend
 from index.backends.faiss import FaissFlat
@@ -26,7 +27,7 @@ from index.port import Hit
 from index.search.nearest import NearestSearch
 from index.snapshot import format, restore
 from index.snapshot.format import Origin, SnapshotRefused
-from index.storage import index_version, vector_table
+from index.storage import index_version, key_table, vector_table
 from index.storage.columns import Columns
 from index.storage.index_version import IndexVersion
 from index.writing import batch, placement
@@ -35,7 +36,7 @@ from tests.unit.index.item_records import each_live_item_has_one_entry, units
 D = 6
 # So small that buffers fill up often.
 CAPACITY = 4
-MODULES = (batch, index_version, placement, restore, vector_table)
+MODULES = (batch, index_version, key_table, placement, restore, vector_table)
 KEPT_VERSIONS = 4
 
 
@@ -188,6 +189,9 @@ class LiveAgainstExact(RuleBasedStateMachine):
     def look_up(self, names: list[str]) -> None:
         assert self.live.describe(names) == self.exact.describe(names)
         np.testing.assert_array_equal(self.live.vectors_of(names), self.exact.vectors_of(names))
+        for filters in (None, Filter(deny=frozenset(names[:2]))):
+            found = self.live.find_keys(keys_of(names), filters)
+            assert found == self.exact.describe(names, filters)
 
     @rule(kept=st.integers(0, 40))
     def end_tombstones(self, kept: int) -> None:
@@ -301,6 +305,7 @@ def test_a_query_in_the_middle_of_a_batch_sees_all_or_nothing(small_segments: in
                 records.append(ItemRecord(f"i{n}", 0, 1_000 + 10 * step, n, n, vector))
             query, exclude = POOL[step], [f"i{n}" for n in range(3)]
             names = [record.item_id for record in records]
+            keys = keys_of(names)
             before = oracle.query(query, 20, exclude), oracle.describe(names)
             oracle.apply(records)
             after = oracle.query(query, 20, exclude), oracle.describe(names)
@@ -311,10 +316,12 @@ def test_a_query_in_the_middle_of_a_batch_sees_all_or_nothing(small_segments: in
                 names: list[str] = names,
                 seen: list[bool] = seen,
                 exclude: list[str] = exclude,
+                keys: np.ndarray = keys,
                 answers: tuple[Any, Any] = (before, after),
             ) -> None:
                 got = index.query(query, 20, exclude), index.describe(names)
                 assert got in answers
+                assert index.find_keys(keys) == got[1]
                 seen.append(got == answers[1])
 
             with AtEveryLine(look):

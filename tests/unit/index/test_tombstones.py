@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from eddyline.schema.item_key import keys_of
 from eddyline.schema.item_record import ItemRecord
 from index.factory import HnswIndex
 from index.live import READERS_S, LiveIndex
@@ -148,6 +149,8 @@ def test_a_batch_that_fails_gives_its_labels_back(index: LiveIndex, clock: Clock
     assert index.apply([record("m", 5, 20.0), record("n", 4, 20.0)]) == 2
     assert [hit.item_id for hit in index.query(VECTORS[1], 9)].count("n") == 1
     assert index.describe(["a"]) == [None]
+    names = ["a", "b", "m", "n"]
+    assert index.find_keys(keys_of(names)) == index.describe(names)
 
 
 def test_one_call_takes_about_its_limit() -> None:

@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from eddyline.errors import SettingsError, StoreUnavailable
 from eddyline.schema.events import ID_BYTES_MAX
+from eddyline.schema.item_key import keys_of
 from eddyline.schema.item_record import ItemRecord
 from eddyline.schema.partitioning import item_shard, partition_of, user_slot
 from eddyline.schema.user_history import Entry, UserHistory
@@ -384,9 +385,13 @@ def test_every_look_up_gives_what_one_index_gives(plant: Plant) -> None:
         assert items.newest(k, exclude, passing) == plant.whole.newest(k, exclude, passing)
         names = [f"item-{n}" for n in rng.integers(N + 50, size=25)]
         assert items.describe(names, passing) == plant.whole.describe(names, passing)
+        assert items.find_keys(keys_of(names), passing) == plant.whole.describe(names, passing)
         assert np.array_equal(items.vectors_of(names), plant.whole.vectors_of(names))
         assert not items.status().missing
     assert plant.index().describe([]) == []
+    assert plant.index().find_keys(np.empty(0, np.uint64)) == []
+    names = [f"item-{n}" for n in range(2 * IDS_MAX + 1)]
+    assert plant.index().find_keys(keys_of(names)) == plant.whole.describe(names)
     assert plant.index().vectors_of([]).shape == (0, D)
 
 
@@ -753,6 +758,10 @@ def test_the_lists_of_a_shards_call_have_limits(stub, count: int) -> None:  # ty
         "named.item_ids": (
             stub.Candidates,
             shard_pb2.CandidatesRequest(target=MINE, named=shard_pb2.Named(item_ids=ids)),
+        ),
+        "keyed.keys": (
+            stub.Candidates,
+            shard_pb2.CandidatesRequest(target=MINE, keyed=shard_pb2.Keyed(keys=range(count))),
         ),
         "nearest.made_of": (
             stub.Candidates,
