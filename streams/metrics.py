@@ -96,6 +96,15 @@ class IngestCollector(Collector):
             "eddyline_ingest_cached_entries", entries, value=self._cache.entries
         )
 
+        yield from self._gone()
+        with suppress(EddylineError):  # the store is away: there is no sample
+            yield GaugeMetricFamily(
+                "eddyline_ingest_items_refused",
+                "Items with a refused record that is newer than their state, in the whole store",
+                value=self._refused_items(),
+            )
+
+    def _gone(self) -> Iterator[Metric]:
         yield CounterMetricFamily(
             "eddyline_ingest_ended_embeddings_removed",
             "User-ID embeddings of ended generations removed from the store",
@@ -116,12 +125,6 @@ class IngestCollector(Collector):
             "Offsets of clicks whose co-visits an item slot lost",
             value=self._co_visits.lost,
         )
-        with suppress(EddylineError):  # the store is away: there is no sample
-            yield GaugeMetricFamily(
-                "eddyline_ingest_items_refused",
-                "Items with a refused record that is newer than their state, in the whole store",
-                value=self._refused_items(),
-            )
 
     def _partitions(self) -> Iterator[Metric]:
         yield labelled(

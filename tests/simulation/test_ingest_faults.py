@@ -387,21 +387,22 @@ def oracle(settings: Settings, logs: dict[int, list[Rec]]) -> dict[str, Any]:
                 lists[user] = sorted([*lists[user], entry], key=lambda x: (-x[1], -x[4]))[:HISTORY]
                 oldest = top - 1_000 * settings.history_age_s_max
                 lists[user] = [x for x in lists[user] if x[1] >= oldest]
-                if entry in lists[user] and not copied and click.kind != "dislike":
-                    older = lists[user][lists[user].index(entry) + 1 :]
-                    add_visits(visits, click.item_id, older, settings.co_visit_items)
+                if not copied:
+                    add_visits(visits, lists[user], entry, settings.co_visit_items)
             marks[user] = mark_of(record, top)
     return finished(settings, lists, marks, steps, windows, counts, moved) | {"visits": visits}
 
 
 def add_visits(
-    visits: dict[tuple[str, str], tuple[int, int]], item: str, older: list[Any], limit: int
+    visits: dict[tuple[str, str], tuple[int, int]], entries: list[Any], entry: Any, limit: int
 ) -> None:
-    liked = [x[0] for x in older if x[2] != "dislike"]
-    for distance, other in enumerate(liked[:limit], 1):
-        if other != item:
-            milli, after = visits.get((other, item), (0, 0))
-            visits[other, item] = milli + round(1_000 / distance), after + (distance == 1)
+    if entry not in entries or entry[2] == "dislike":
+        return
+    older = [x[0] for x in entries[entries.index(entry) + 1 :] if x[2] != "dislike"]
+    for distance, other in enumerate(older[:limit], 1):
+        if other != entry[0]:
+            milli, after = visits.get((other, entry[0]), (0, 0))
+            visits[other, entry[0]] = milli + round(1_000 / distance), after + (distance == 1)
 
 
 def merged(

@@ -2,9 +2,9 @@
 -- outbox of co-visits; then the keys to write: m recent histories, older histories, embeddings,
 -- their generations; then f keys of erasures; then the keys to delete, none of which is written.
 -- ARGV[4]: floor of the window, ARGV[5]: blob of accepted ids or "", ARGV[6]: floor of the outbox,
--- ARGV[7]: blob of visits or "", ARGV[8]: m, ARGV[9]: keys to write, ARGV[10]: f, ARGV[11]: how long
--- an erasure stays after its end, ms; then the values to write, then f pairs (erasure, its end in
--- ms).
+-- ARGV[7]: blob of visits or "", ARGV[8]: m, ARGV[9]: keys to write, ARGV[10]: f, ARGV[11]: how
+-- long an erasure stays after its end, ms; then the values to write, then f pairs (erasure, its end
+-- in ms).
 local now = redis.call('TIME')
 local us = now[1] * 1000000 + now[2]
 local stamp = struct.pack('<i8', us)
