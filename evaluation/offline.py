@@ -7,7 +7,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -18,6 +17,7 @@ from embeddings.bundle.bundle import Bundle
 from embeddings.data.examples import TrainingData
 from embeddings.data.sources import CLICKS_MAX
 from evaluation import processes, protocol, report
+from evaluation.blend_row import BlendRow
 from evaluation.event_log import EventLog
 from evaluation.product import Product
 from evaluation.protocol import OnProgress, Outcome
@@ -25,13 +25,15 @@ from evaluation.references import DAY_MS, CountsRow, RandomRow
 from evaluation.refitted import AlsRow, ItemNeighboursRow, check_library
 from evaluation.report import Report
 from evaluation.rows import FusedRow, PathRow, Row, TowersRow
-from serving.answer.fusions import make_fusion
+from serving.answer.fusions import FIXED
 from serving.recall.newest import NewestPath
 from serving.recall.popular import PopularPath
 
 HOUR_MS = 3_600_000
 WEEK_MS = 7 * DAY_MS
 _BOTH = (True, False)
+# Rows that learn from every event which is scored.
+LEARNING = {"blend"}
 _OF_LIBRARY = ("als-daily", "item-knn-daily")
 
 # Name -> (log, product, events to score, seed) -> the row. A new row is one line here.
@@ -49,13 +51,13 @@ ROWS: dict[str, Callable[[EventLog, Product, int, int], Row]] = {
     "towers": lambda _, p, n, __: TowersRow(p, n, "towers", 1, steps=_BOTH),
     "cascade": lambda _, product, n, __: _fused(product, "cascade", n),
     "rrf": lambda _, product, n, __: _fused(product, "rrf", n),
+    "blend": lambda _, product, n, __: BlendRow(product, "blend", n),
 }
 
 
 def _fused(product: Product, fusion: str, scored: int) -> Row:
     """The row of a fusion over the paths of the settings."""
-    settings = msgspec.structs.replace(product.settings, fusion=fusion)
-    return FusedRow(product, fusion, scored, make_fusion(settings), [*product.paths])
+    return FusedRow(product, fusion, scored, FIXED[fusion](product.settings), [*product.paths])
 
 
 def training_data(log: EventLog, first: int) -> TrainingData:
@@ -160,6 +162,8 @@ def evaluate(
     check_rows(rows)
     first, scored = check_split(log, split)
     number, events = processes.number(wanted_processes, scored), protocol.scorable(log, first)
+    if LEARNING & set(rows):
+        number = 1  # a process scores the events of its own users only
     job = Job(
         settings=settings,
         log=log,

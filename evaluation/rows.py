@@ -19,7 +19,7 @@ from evaluation.engine import Engine
 from evaluation.ranks import Ints, fused_rank, ranks
 from index.arrays import Vector
 from index.port import LiveItems
-from serving.answer.fusion import Cascade, FusedOrder, Fusion
+from serving.answer.fusion import Cascade, FusedOrder, RanksAll
 from serving.recall.base import PathScores
 from serving.recall.towers import TowersPath
 
@@ -172,7 +172,7 @@ class FusedRow(ProductRow):
     """The answer that a fusion makes of some paths."""
 
     def __init__(
-        self, product: Engine, name: str, scored: int, fusion: Fusion, paths: Sequence[str]
+        self, product: Engine, name: str, scored: int, fusion: RanksAll, paths: Sequence[str]
     ) -> None:
         """paths: names, in the order of the calls."""
         super().__init__(product, [name], scored)

@@ -19,6 +19,9 @@ from embeddings.bundle import bundle
 from embeddings.bundle.bundle import Bundle
 from embeddings.towers.base import UserEncoder
 from index.port import IndexReader
+from serving.answer.blend import Blend
+from serving.answer.blend_weights import CurrentBlender
+from serving.answer.blender_watch import BlenderWatch
 from serving.answer.click_ends import ClickEnds
 from serving.answer.click_waits import ClickWaits
 from serving.answer.fusions import make_fusion
@@ -78,6 +81,11 @@ def start_retriever(
     popularity = Popularity(settings, store, index)
     popularity.start()
     closing.callback(popularity.close)
+    blender = CurrentBlender(settings.recall_path_names)
+    if settings.fusion == Blend.name:
+        watch = BlenderWatch(settings, blender)
+        watch.start()
+        closing.callback(watch.close)
     return Retriever(
         store=store,
         users=UserReader(
@@ -86,6 +94,6 @@ def start_retriever(
         popularity=popularity,
         paths=registry.make_paths(RecallContext(settings, store, tower, popularity, closing)),
         item_slots=settings.item_slots,
-        fusion=make_fusion(settings),
+        fusion=make_fusion(settings, blender),
         waits=waits,
     )

@@ -7,6 +7,7 @@ A name in Kafka has the namespace in front, `settings.prefixed(name)`:
     generations                     what is recorded of each generation, see `eddyline.generations`
     dead-letters                    rejected records with their reason
     answers                         from query workers: answers to sampled users
+    blender                         from the judge: the learned weights of the fusion `blend`
 """
 
 from __future__ import annotations
@@ -37,13 +38,16 @@ log = logging.getLogger(__name__)
 
 CLICKS, ITEMS, USERS = "clicks", "items", "users"
 DEAD_LETTERS, GENERATIONS, ANSWERS = "dead-letters", "generations", "answers"
+BLENDER = "blender"
 SOURCES = (CLICKS, ITEMS, USERS)
 # What ingest needs. It has no rights on `answers`, and Kafka would hide that topic from it.
 OF_INGEST = (*SOURCES, DEAD_LETTERS, GENERATIONS)
 # What the archive keeps.
 ARCHIVED = (*SOURCES, ANSWERS)
+# What the archive and the judge need.
+OF_READERS = (*ARCHIVED, DEAD_LETTERS, GENERATIONS)
 # All but the item vectors, which belong to a generation.
-ALL = (*OF_INGEST, ANSWERS)
+ALL = (*OF_INGEST, ANSWERS, BLENDER)
 
 # A dead letter holds the whole rejected record (at most 1 MiB, the broker's default) and headers.
 DEAD_LETTER_BYTES_MAX = 2 * 1024 * 1024
@@ -81,7 +85,7 @@ def topic_configs(settings: Settings, name: str) -> tuple[int, dict[str, str]]:
     if name == DEAD_LETTERS:
         keep = {"retention.ms": str(settings.dead_letters_retention_h * _HOUR_MS)}
         return 1, keep | {"max.message.bytes": str(DEAD_LETTER_BYTES_MAX)}
-    if name == GENERATIONS:
+    if name in (GENERATIONS, BLENDER):
         return 1, compact
     # A broker's own limit may be lower than that of `items`.
     return settings.items_partitions, compact | {"max.message.bytes": str(DEAD_LETTER_BYTES_MAX)}

@@ -84,15 +84,16 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     recall_paths: Annotated[str, Meta(max_length=1_000)] = "towers,popular,newest"
     """The recall paths that an answer is made of, separated by commas. What they leave open is
     filled by `popular`, then by `newest`, named here or not."""
-    fusion: Literal["cascade", "rrf"] = "cascade"
+    fusion: Literal["cascade", "rrf", "blend"] = "cascade"
     """How the paths become one answer. `cascade`: path after path, in the order of
     `recall_paths`, each for what those before it left open. `rrf`: an item's score is the sum of
-    weight / (60 + rank) over the paths that return it (reciprocal rank fusion)."""
+    weight / (60 + rank) over the paths that return it (reciprocal rank fusion). `blend`: an item's
+    score is learned from the clicks by a judge with the same settings."""
     fusion_weights: Annotated[str, Meta(max_length=1_000)] = ""
     """Weights of paths for `rrf`, `name=weight,…`, above 0 and at most 1,000; a path without one
     has 1."""
     path_candidates: Annotated[int, within(1, 1_000)] = 100
-    """How many candidates `rrf` takes of each path."""
+    """How many candidates `rrf` and `blend` take of each path."""
     path_budget_ms: Annotated[int, within(1, 60_000)] = 500
     """After so long in the recall paths of a query, or half of its remaining time, those that were
     not called yet are left out, except for what fills the answer; the answer says so."""

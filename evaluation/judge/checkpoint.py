@@ -41,7 +41,7 @@ class Checkpoint(msgspec.Struct, kw_only=True):
     since_ms:  see `Judge`; started_ms: see `Decoder`
     scored, skipped, applied, rejected: counts since the first start
     store:     `MemoryStore.export`; rates: `Rates.export`; drifts: by generation
-    impressions: `ImpressionJoin.export`
+    impressions: `ImpressionJoin.export`; blender: `Blender.encode`, empty for none
     """
 
     layout: str
@@ -58,6 +58,7 @@ class Checkpoint(msgspec.Struct, kw_only=True):
     rates: bytes
     impressions: bytes
     drifts: dict[str, SavedDrift]
+    blender: bytes = b""
 
 
 def path_of(settings: Settings) -> Path:
@@ -76,7 +77,9 @@ def layout_of(settings: Settings) -> str:
         "judge_sample",
         "judge_repeats",
     )
-    return ", ".join(f"{name}={getattr(settings, name)}" for name in names)
+    said = ", ".join(f"{name}={getattr(settings, name)}" for name in names)
+    # The lists of all users are kept then, not those of the sample only.
+    return f"{said}, fusion=blend" if settings.fusion == "blend" else said
 
 
 def write(settings: Settings, checkpoint: Checkpoint) -> None:

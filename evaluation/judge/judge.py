@@ -12,6 +12,8 @@ from evaluation.judge.merging import Group
 from evaluation.judge.rates import Rates
 from evaluation.judge.track import Ranked, Track, targets_of
 from evaluation.judge.windows import GENERATIONS_MAX
+from serving.answer.blend import Blend
+from serving.answer.blender import Blender
 
 # A judge that falls behind scores this share of the targets at least.
 SHARE_MIN = 1 / 64
@@ -35,11 +37,17 @@ class Judge:
         self.impressions = ImpressionJoin(self.is_recorded)
         self.drifts: dict[str, DriftWatch] = {}
         self.since_ms = since_ms
+        # Goes on across generations.
+        self.blender: Blender | None = None
         self.share = 1.0
         self.scored = self.skipped = self.applied = 0
 
     def follows(self, user_id: str) -> bool:
-        """Whether the user's list and embedding are kept, and the events may be scored."""
+        """Whether the user's list and embedding are kept."""
+        return self.settings.fusion == Blend.name or self.is_judged(user_id)
+
+    def is_judged(self, user_id: str) -> bool:
+        """Whether the user's events are scored."""
         return is_sampled(user_id, self.settings.judge_sample)
 
     def is_recorded(self, user_id: str) -> bool:
@@ -48,12 +56,14 @@ class Judge:
 
     def open(self, engine: Engine) -> None:
         """Judge a generation from here on."""
-        self.tracks[engine.bundle.generation] = Track(
+        self.tracks[engine.bundle.generation] = track = Track(
             engine,
             self._count,
             keeps_repeats=self.settings.judge_repeats == "keep",
             scene_field=self.settings.judge_scene_field,
+            blender=self.blender,
         )
+        self.blender = track.blender
 
     def replace(self, engine: Engine) -> None:
         """Judge this generation from here on, and no other one."""
@@ -65,7 +75,7 @@ class Judge:
 
     def take(self, group: Group) -> None:
         """Score and apply the records of one time."""
-        targets = targets_of(group, self.follows, self.since_ms)
+        targets = targets_of(group, self.is_judged, self.since_ms)
         if targets and self.share < 1:
             share = self.settings.judge_sample * self.share
             chosen = [one for one in targets if is_sampled(one[1].user_id, share)]

@@ -55,6 +55,7 @@ def _state(report: JudgeReport) -> Iterator[Metric]:
         ("targets_skipped", "Targets left out while the judge was behind", report.skipped),
         ("records_applied", "Records read from the topics", report.applied),
         ("records_rejected", "Records that ingest refuses", report.rejected),
+        ("blender_clicks", "Clicks that the blender has learned from", report.learned),
     ):
         yield CounterMetricFamily(f"eddyline_judge_{name}", what, value=value)
     for name, what, number in (

@@ -26,6 +26,7 @@ from embeddings.bundle.bundle import Bundle
 from evaluation.engine import Engine
 from evaluation.judge import checkpoint as checkpoints
 from evaluation.judge import report as reports
+from evaluation.judge.blender_publisher import BlenderPublisher
 from evaluation.judge.checkpoint import Checkpoint, SavedDrift
 from evaluation.judge.drift import DriftWatch
 from evaluation.judge.impressions import ImpressionJoin
@@ -35,6 +36,7 @@ from evaluation.judge.rates import Rates
 from evaluation.judge.reader import LogReader, open_reader
 from evaluation.judge.report import JudgeReport
 from evaluation.judge.step_ranges import FollowedStepRanges
+from serving.answer.blender import Blender
 from streams.idle_users import IdleUsers
 
 log = logging.getLogger(__name__)
@@ -64,6 +66,7 @@ class JudgeProcess:
         self._stop = stop
         self._retry = Retry(settings, stop, lambda _: self._beat())
         self._kept = KeptKafka(settings)
+        self._weights = BlenderPublisher(settings)
         self._logs: dict[str, LogId] = {}
         self._steps = FollowedStepRanges({})
         self._positions: dict[Place, int] = {}
@@ -97,13 +100,14 @@ class JudgeProcess:
             self._write()
         finally:
             self._kept.close()
+            self._weights.close()
             for track in self._judge.tracks.values():
                 track.close()
 
     def _open(self) -> None:
         """Load the checkpoint and the active generation."""
         settings, retry = self._settings, self._retry
-        retry.wait_for("Kafka", lambda: topics.ensure_topics(settings))
+        retry.wait_for("Kafka", lambda: topics.ensure_topics(settings, topics.OF_READERS))
         self._logs = dict(retry.wait_for("Kafka", lambda: topics.log_ids(settings, ARCHIVED)))
         retry.wait_for("an active generation", lambda: generations.active_generation(settings))
         found = retry.wait_for("Kafka", self._generations)
@@ -133,6 +137,7 @@ class JudgeProcess:
         rates = Rates.load(saved.rates)
         judge = self._judge = Judge(self._settings, rates, since_ms=saved.since_ms)
         judge.impressions = ImpressionJoin.load(saved.impressions, judge.is_recorded)
+        judge.blender = Blender.decode(saved.blender) if saved.blender else None
         judge.scored, judge.skipped, judge.applied = saved.scored, saved.skipped, saved.applied
         judge.drifts = {
             name: DriftWatch(name, one.hits, one.found, one.last)
@@ -184,6 +189,7 @@ class JudgeProcess:
         if now_s - self._reported_s >= settings.judge_report_s:
             self._reported_s = now_s
             self._report(reader)
+            self._weights.publish(self._judge.blender)
         if now_s - self._cleaned_s >= CLEAN_S:
             self._cleaned_s = now_s
             self._remove_idle_users()
@@ -240,6 +246,7 @@ class JudgeProcess:
             joined=msgspec.structs.replace(judge.impressions.counts),
             drifts={name: watch.found for name, watch in judge.drifts.items()},
             last_drifts=last,
+            learned=0 if judge.blender is None else judge.blender.learned,
         )
         try:
             reports.write(self._settings, self.report)
@@ -263,6 +270,7 @@ class JudgeProcess:
             store=self._engine_now().store.export(),
             rates=judge.rates.export(),
             impressions=judge.impressions.export(),
+            blender=b"" if judge.blender is None else judge.blender.encode(),
             drifts={
                 name: SavedDrift(hits=one.hits, found=one.found, last=one.last)
                 for name, one in judge.drifts.items()

@@ -23,6 +23,7 @@ class JudgeReport(msgspec.Struct, frozen=True, kw_only=True):
     lag_s:      see `LogReader.lag_s`; behind: topic -> offsets
     clicks:     click-through of recorded answers; joined: what became of clicks that name one
     drifts:     generation -> how many; last_drifts: the newest of each generation
+    learned:    clicks that the blender has learned from; 0 without the fusion `blend`
     """
 
     at_ms: int
@@ -40,6 +41,7 @@ class JudgeReport(msgspec.Struct, frozen=True, kw_only=True):
     joined: JoinCounts
     drifts: dict[str, int]
     last_drifts: list[Drift]
+    learned: int = 0
 
 
 def path_of(settings: Settings) -> Path:

@@ -11,11 +11,15 @@ from eddyline.kafka.topics import CLICKS, ITEMS
 from eddyline.schema import events
 from eddyline.schema.events import Click
 from eddyline.schema.records import Record
+from evaluation.blend_row import BlendRow
 from evaluation.engine import BATCH_RECORDS, Engine
 from evaluation.judge.merging import Group
 from evaluation.judge.rates import stage
 from evaluation.prequential import Prequential
 from evaluation.rows import FusedRow, PathRow, Row, TowersRow
+from serving.answer.blend import Blend
+from serving.answer.blender import Blender
+from serving.answer.fusion import RanksAll
 from serving.recall.towers import TowersPath
 
 # Targets that wait for their ranks, at most.
@@ -51,8 +55,12 @@ class Track:
         *,
         keeps_repeats: bool,
         scene_field: str,
+        blender: Blender | None = None,
     ) -> None:
-        """scene_field: key of the events' context; "" for no scenes."""
+        """scene_field: key of the events' context; "" for no scenes.
+
+        blender: goes on to learn, if the fusion is `blend` and it is of its paths
+        """
         self.engine = engine
         self.generation = engine.bundle.generation
         self._on_ranked = on_ranked
@@ -65,8 +73,13 @@ class Track:
             for name in engine.paths
         ]
         # As `evaluate` calls it.
-        name = engine.fusion.name
-        self._rows.append(FusedRow(engine, name, WAITING_MAX, engine.fusion, [*engine.paths]))
+        name, fusion = engine.fusion.name, engine.fusion
+        self._blend: BlendRow | None = None
+        if isinstance(fusion, Blend):
+            self._blend = BlendRow(engine, name, WAITING_MAX, blender)
+            self._rows.append(self._blend)
+        elif isinstance(fusion, RanksAll):
+            self._rows.append(FusedRow(engine, name, WAITING_MAX, fusion, [*engine.paths]))
         self._prequential = Prequential(engine, self._rows, keeps_repeats=keeps_repeats)
         self._waiting: list[tuple[Click, int, str]] = []
         self._items: list[Record] = []
@@ -99,6 +112,14 @@ class Track:
             waiting.append(one.record)
             if len(waiting) >= BATCH_RECORDS:
                 self._apply_waiting()
+
+        if self._blend is not None:
+            self._blend.step()
+
+    @property
+    def blender(self) -> Blender | None:
+        """What has learned so far; None without the fusion `blend`."""
+        return None if self._blend is None else self._blend.blender
 
     def settle(self) -> None:
         """Report the targets that wait for their ranks."""

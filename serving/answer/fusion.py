@@ -6,7 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -98,6 +98,15 @@ class Fusion(Protocol):
 
         A smaller k gives the first items of a larger one. Raises EndsQuery.
         """
+
+    def degradation(self) -> str:
+        """`worker: reason` if the fusion works with old or missing data now, else ""."""
+        return ""
+
+
+@runtime_checkable
+class RanksAll(Fusion, Protocol):
+    """A fusion that orders all live items by what the paths say of each."""
 
     def order_all(
         self, scores: Mapping[str, PathScores], items: LiveItems, excluded: npt.NDArray[np.int64]
@@ -219,7 +228,7 @@ def counted(items: Sequence[Recommendation], results: Sequence[PathResult]) -> l
     return [one._replace(taken=taken[one.path], marginal=alone[one.path]) for one in results]
 
 
-class Cascade(Fusion):
+class Cascade(RanksAll):
     """The first k items over all paths in their order, each once, without excluded ones.
 
     A path is called only for what the paths before it left open; one that is not needed is neither

@@ -16,9 +16,9 @@ from index.arrays import Ints
 from index.port import Hit, IndexReader, LiveItems
 from serving.answer.fusion import (
     FusedOrder,
-    Fusion,
     PathCalls,
     PathResult,
+    RanksAll,
     Recommendation,
     Source,
     counted,
@@ -30,7 +30,7 @@ from serving.recall.base import FILLS, PathScores, RecallPath, RecallRequest
 K = 60.0
 
 
-class ReciprocalRank(Fusion):
+class ReciprocalRank(RanksAll):
     """The first candidates of every path by reciprocal rank; equal scores by item id.
 
     What they leave open is filled by the paths of `FILLS`, whose items have no fused score.

@@ -170,6 +170,7 @@ class Retriever:
             short = _short_because(query, len(items), request.excluded, index)
         cards, no_cards = self._cards(query, items, deadline, read.missing)
         degradations = [path.candidates.degradation for path in paths]
+        degradations.append(self._fusion.degradation())
         deadline.check("the answer was sent")
         return Answer(
             items=items,
@@ -257,7 +258,8 @@ class Retriever:
         """What answers have to do without now, each `server: reason`."""
         users = self._users.outages.missing()
         found = [f"redis: {users}"] if users else []
-        return found + [reason for path in self._paths if (reason := path.degradation())]
+        paths = [path.degradation() for path in self._paths]
+        return found + [reason for reason in (self._fusion.degradation(), *paths) if reason]
 
     def _request(self, query: Query, deadline: Deadline) -> tuple[_UserRead, RecallRequest]:
         """(the user, what the paths are asked for). Raises DeadlinePassed, ClickPending."""
@@ -271,6 +273,7 @@ class Retriever:
             filters=query.filters,
             popularity_beta=query.popularity_beta,
             deadline=deadline,
+            now_ms=time.time_ns() // 1_000_000,
         )
         return read, request
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import StateStore, UserState
 from embeddings.towers.base import UserEncoder
-from index.arrays import Floats, Ints
+from index.arrays import Floats, Ints, Vector
 from index.filters import Filter
 from index.port import Hit, IndexReader, LiveItems
 from serving.answer.deadline import Deadline
@@ -31,6 +31,7 @@ class RecallRequest(NamedTuple):
     excluded:        item ids that must not be returned
     filters:         every candidate passes them; None: no filter
     popularity_beta: strength of the popularity correction, see `Popularity.debias`; 0: none
+    now_ms:          time of the query, milliseconds since 1970
     """
 
     user: UserState | None
@@ -39,6 +40,7 @@ class RecallRequest(NamedTuple):
     filters: Filter | None
     popularity_beta: float
     deadline: Deadline
+    now_ms: int = 0
 
 
 class StageTimings(NamedTuple):
@@ -57,12 +59,14 @@ class Candidates(NamedTuple):
     hits:        best first
     why:         one clause on why there are fewer than `request.k`, else ""
     degradation: `server: reason` if the path works with old or missing data, else ""
+    vector:      float32 (d,), whose inner products with items are the scores; None: they are others
     """
 
     hits: Sequence[Hit]
     why: str = ""
     timings: StageTimings = NOT_TIMED
     degradation: str = ""
+    vector: Vector | None = None
 
 
 class PathScores(NamedTuple):

@@ -54,7 +54,7 @@ class TowersPath(RecallPath):
         timings = StageTimings(embedded_us, time.time_ns() // 1000)
         which = "are unseen" if filters is None else "are unseen and pass the filter"
         why = "" if len(hits) == k else f"only {len(hits)} live items {which}"
-        return Candidates(hits, why, timings)
+        return Candidates(hits, why, timings, vector=None if beta else vector)
 
     @override
     def score_all(

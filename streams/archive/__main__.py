@@ -37,7 +37,7 @@ def main() -> int:
 def _run(settings: Settings, stop: threading.Event) -> None:
     archive = Archive(settings)
     retry = Retry(settings, stop, lambda _: heartbeat.beat(settings, "archive"))
-    retry.wait_for("Kafka", lambda: topics.ensure_topics(settings))
+    retry.wait_for("Kafka", lambda: topics.ensure_topics(settings, topics.OF_READERS))
     file_placement.remove_abandoned(archive)
     member = static_membership.take(Path(settings.data_dir) / "archiver")
     archiver = Archiver(settings, archive, stop, member.name)

@@ -140,8 +140,7 @@ def sent_differences(
     for which the longer list had no room.
     """
     forwarded, tombstones, wrong = set(), set(), []
-    owned = (own_of(record) for part in clicks.values() for record in part)
-    records = [record for record in owned if record is not None]
+    records = [own for part in clicks.values() for raw in part if (own := own_of(raw)) is not None]
     forgets = _forgets(records, want)
     for raw in records:
         origin = reading.header(raw, "origin")

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from eddyline.kafka.topics import CLICKS
-from eddyline.schema import events
+from eddyline.schema import co_visits, events
 from eddyline.schema.events import Click, Forget
 from eddyline.schema.step_ranges import FOREVER, StepRanges
 from eddyline.schema.user_sample import is_sampled
@@ -164,7 +164,9 @@ def test_a_restart_counts_nothing_twice_and_leaves_nothing_out(
     states = [one.tracks["1"].engine.store.snapshot() for one in (again, judge)]
     for state in states:
         state.histories = {user: history for user, (history, _) in state.histories.items()}
-    assert states[0] == states[1]
+        # Which partition's visits are appended first differs.
+        state.rows = {key: co_visits.totals(row) for key, row in state.rows.items()}
+    assert states[0] == states[1] and states[0].rows
 
 
 def test_resent_forgotten_and_moved_events_are_no_targets(bundle: Bundle) -> None:

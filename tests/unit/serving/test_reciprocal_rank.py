@@ -9,6 +9,8 @@ import msgspec
 import pytest
 
 from index.port import Hit, IndexReader
+from serving.answer.blend import Blend
+from serving.answer.blend_weights import CurrentBlender
 from serving.answer.deadline import Deadline, DeadlinePassed
 from serving.answer.fusion import Cascade, Fusion, PathResult, Recommendation, Source
 from serving.answer.fusions import FUSIONS, make_fusion
@@ -138,6 +140,7 @@ def test_excluded_and_repeated_items_of_a_path_do_no_harm() -> None:
 FUSED: list[Fusion] = [
     Cascade(budget_ms=20),
     ReciprocalRank(["one", "two"], {}, candidates=9, budget_ms=20),
+    Blend(["one", "two"], CurrentBlender(["one", "two"]), candidates=9, budget_ms=20),
 ]
 
 

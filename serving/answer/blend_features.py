@@ -1,0 +1,202 @@
+"""What the blender knows of each candidate of a query, and of the query itself.
+
+Every feature is about 0 … 1, so that one learning rate fits all. A feature whose source is away is
+0 for all candidates: what is equal for all changes no order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from index.arrays import Vector
+from index.port import Hit
+
+Matrix = npt.NDArray[np.float64]
+
+# Of the towers' scores, which are cosines: their share of a list is a softmax.
+TEMPERATURE = 0.07
+DAY_MS = 86_400_000
+DAYS_MAX = 4_000
+# Items of the user whose vectors are compared with the candidates'.
+LAST_ITEMS = 5
+
+CONTEXTS = ("all", "events 0", "events 1–4", "events 5–19", "events 20+", "known", "idle", "towers")
+# What is known of an item besides the lists of the paths: name -> what makes it about 0 … 1.
+VALUES = {
+    "slow clicks": (1.0, 6.0),
+    "fast clicks": (10.0, 5.0),
+    "co-visits": (1_000.0, 6.0),
+    "co-visits both": (20.0, 3.0),
+    "next": (1_000.0, 6.0),
+    "visited before": (1_000.0, 6.0),
+    "own clicks": (1.0, 3.0),
+}
+OTHERS = ("paths", "age", "own recency", "tower", "last", "best of last", "mean of last")
+
+
+def feature_names(paths: Sequence[str]) -> tuple[str, ...]:
+    """The features, in the order of the columns. paths: those that are fused, in their order."""
+    of_paths = [f"{path} {part}" for path in paths for part in ("listed", "rank", "share")]
+    return (*of_paths, *VALUES, *OTHERS)
+
+
+def rank_features(paths: Sequence[str]) -> list[str]:
+    """The features of the logarithmic ranks."""
+    return [f"{path} rank" for path in paths]
+
+
+class Listed(NamedTuple):
+    """What a recall path listed. hits: best first, each item once; cosines: its scores are such."""
+
+    path: str
+    hits: Sequence[Hit]
+    cosines: bool = False
+
+
+@dataclass(slots=True)
+class Union:
+    """The candidates of all paths, each once, in the order of the first list that has them.
+
+    hits:   with the score of that list
+    ranks:  int64 (paths, candidates), from 0; -1 where the path did not list the candidate
+    scores: float64, the same shape: those of the paths; 0 where not listed
+    shares: float64, the same shape: the score's share of its list; 0 where not listed
+    """
+
+    hits: list[Hit]
+    ranks: npt.NDArray[np.int64]
+    scores: Matrix
+    shares: Matrix
+
+    @property
+    def ids(self) -> list[str]:
+        """The candidates' ids."""
+        return [hit.item_id for hit in self.hits]
+
+    @classmethod
+    def of(cls, lists: Sequence[Listed]) -> Union:
+        """lists: of all fused paths, in their order; an empty one where a path found nothing."""
+        place: dict[str, int] = {}
+        hits: list[Hit] = []
+        found: list[npt.NDArray[np.int64]] = []
+        for one in lists:
+            places = np.empty(len(one.hits), np.int64)
+            for number, hit in enumerate(one.hits):
+                at = place.get(hit.item_id)
+                if at is None:
+                    at = place[hit.item_id] = len(hits)
+                    hits.append(hit)
+                places[number] = at
+            found.append(places)
+        ranks = np.full((len(lists), len(hits)), -1, np.int64)
+        scores, shares = np.zeros(ranks.shape), np.zeros(ranks.shape)
+        for row, (one, places) in enumerate(zip(lists, found, strict=True)):
+            ranks[row, places] = np.arange(len(places))
+            of_list = np.array([hit.score for hit in one.hits])
+            scores[row, places], shares[row, places] = of_list, _shares(of_list, one.cosines)
+        return cls(hits, ranks, scores, shares)
+
+
+def _shares(scores: Matrix, cosines: bool) -> Matrix:
+    """Each score's share of its list; 0 where the scores say nothing."""
+    if not len(scores):
+        return scores
+    if cosines:
+        scores = np.exp((scores - scores.max()) / TEMPERATURE)
+    scores = np.maximum(scores, 0.0)
+    total = float(scores.sum())
+    return scores / total if 0 < total < math.inf else np.zeros(len(scores))
+
+
+@dataclass(slots=True)
+class Known:
+    """What is known besides the lists; every array has one entry for each candidate.
+
+    values:        name of `VALUES` -> float64 (n,), not negative
+    now_ms:        time of the query
+    events:        of the user's list
+    last_ms:       time of the user's last event; 0 for none
+    visits_sum:    co-visits of the user's last item
+    own_recency:   float64 (n,), 1 / ln(2 + events of the user since the last one on this item); 0
+                   for an item that is not in the list
+    vectors:       float32 (n, d), unit norm; None if they are not known
+    user_vector:   float32 (d,) of the towers; None if there is none
+    last_vectors:  float32 (m, d), of the user's last items, newest first
+    """
+
+    values: Mapping[str, Matrix]
+    now_ms: int
+    events: int
+    last_ms: int
+    visits_sum: float
+    own_recency: Matrix | None = None
+    vectors: Vector | None = None
+    user_vector: Vector | None = None
+    last_vectors: Vector | None = None
+
+
+def features(union: Union, known: Known, length: int) -> Matrix:
+    """float64 (candidates, features), columns as `feature_names`. length: candidates of a path."""
+    n, paths = len(union.hits), len(union.ranks)
+    listed = union.ranks >= 0
+    found = np.zeros((n, 3 * paths + len(VALUES) + len(OTHERS)))
+    scale = math.log(length + 1)
+    found[:, 0 : 3 * paths : 3] = listed.T
+    ranks = np.log((length + 1) / (np.maximum(union.ranks, 0) + 1)) / scale
+    found[:, 1 : 3 * paths : 3] = np.where(listed, np.maximum(ranks, 0.0), 0.0).T
+    found[:, 2 : 3 * paths : 3] = (np.log1p(length * union.shares) / scale).T
+    column = 3 * paths
+    for name, (factor, divisor) in VALUES.items():
+        values = known.values.get(name)
+        if values is not None:
+            found[:, column] = np.log1p(factor * values) / divisor
+        column += 1
+    found[:, column] = listed.sum(axis=0) / paths
+    found[:, column + 1] = _ages(union.hits, known.now_ms)
+    if known.own_recency is not None:
+        found[:, column + 2] = known.own_recency
+    if known.vectors is not None:
+        found[:, column + 3 :] = _cosines(known.vectors, known.user_vector, known.last_vectors)
+    return found
+
+
+def context(known: Known) -> Matrix:
+    """float64 (contexts,), as `CONTEXTS`."""
+    events = known.events
+    stages = (events == 0, 1 <= events < 5, 5 <= events < 20, events >= 20)
+    idle = 1.0
+    if known.last_ms:
+        idle = math.log1p(max(0, known.now_ms - known.last_ms) / 1_000) / 18
+    return np.array(
+        [
+            1.0,
+            *map(float, stages),
+            math.log1p(known.visits_sum) / 6,
+            idle,
+            float(known.user_vector is not None),
+        ]
+    )
+
+
+def _ages(hits: Sequence[Hit], now_ms: int) -> Matrix:
+    days = (now_ms - np.array([hit.at_ms for hit in hits], np.float64)) / DAY_MS
+    return np.log1p(np.clip(days, 0.0, DAYS_MAX)) / 9
+
+
+def _cosines(vectors: Vector, user: Vector | None, last: Vector | None) -> Matrix:
+    """float64 (n, 4): with the user, the last item, and the best and mean of the last items."""
+    found = np.zeros((len(vectors), 4))
+    if user is not None:
+        found[:, 0] = vectors @ user
+    if last is not None and len(last):
+        with_last = vectors @ last[:LAST_ITEMS].T
+        found[:, 1] = with_last[:, 0]
+        found[:, 2] = with_last.max(axis=1)
+        found[:, 3] = with_last.mean(axis=1)
+    return found
