@@ -4,9 +4,9 @@ with Redis.
 `Topics.read` reads clicks, items, users, dead letters and item vectors to their ends. `truth`
 applies the first three, in batches of another size than ingest's, through the handlers of ingest to
 a store in memory. `differences` then compares every fence, event-id window, list, embedding,
-profile, count and card, the last record of every item in the item vectors, every dead letter, and
-looks for keys that should not be there. The popularity counts are also counted by hand,
-event by event.
+profile, count, co-visitation row and card, the last record of every item in the item vectors, every
+dead letter, and looks for keys that should not be there. The popularity counts are also counted by
+hand, event by event.
 
 A store in memory and batches of 97 have their own tests against Redis; what the oracle does not
 share with a running system are its processes, its scripts, its retries and its faults.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,8 @@ import numpy as np
 from eddyline import generations
 from eddyline.errors import EddylineError, Rejected
 from eddyline.kafka import topics as kafka_topics
+from eddyline.schema import co_visits
+from eddyline.schema.erasure import digest
 from eddyline.schema.item_record import ItemRecord, decode_record
 from eddyline.schema.partitioning import partition_of
 from eddyline.schema.records import Record
@@ -36,7 +39,7 @@ from eddyline.stores.state_store import Fence, Source, UserQuery, UserRead
 from embeddings.bundle import bundle as bundles
 from embeddings.bundle.bundle import Bundle
 from streams.clicks.step_ranges import FixedStepRanges
-from streams.fences import sources
+from streams.fences import co_visit_sources, sources
 from streams.generation import Generation
 from streams.handlers import Handlers, Outputs
 from tests.applying import ingest
@@ -189,6 +192,7 @@ def differences(
             plain, have = counted_plainly(settings, topics, value_of), real.popular("i0", ALL)
             for bucket in plain.keys() & have.keys():
                 found.same_maps("count by hand", bucket, have[bucket], plain[bucket])
+        _rows(settings, topics, value_of, (real, expected.store), found)
         ids = sorted(names.items)
         log_ms = {p: r[-1].timestamp for p, r in topics.by_partition(kafka_topics.ITEMS).items()}
         cards = (
@@ -279,7 +283,10 @@ def _fences(
     for name, partitions in sizes.items():
         last = {p: some[-1].offset for p, some in topics.by_partition(name).items()}
         for partition in range(partitions):
-            for source, slots in sources(settings, name, partition, [generation]).items():
+            every = sources(settings, name, partition, [generation])
+            if name == kafka_topics.CLICKS:
+                every |= co_visit_sources(settings, partition)
+            for source, slots in every.items():
                 have, want = real.fences(source, slots), expected.fences(source, slots)
                 for slot in slots:
                     key = f"{slot}:{source.name}:{source.partition}"
@@ -340,12 +347,46 @@ def _users(
         )
 
 
+def _rows(
+    settings: Settings,
+    topics: Topics,
+    value_of: Callable[[Any], bytes | None],
+    stores: tuple[RedisStore, MemoryStore],
+    found: Compared,
+) -> None:
+    """Co-visitation rows, but for those of deleted items, which may have ended with them.
+
+    And but for those of items that a forgotten user clicked: the null record deletes the history at
+    once, so the user's clicks before its Forget may be in fewer pairs. The model has bounds there.
+    """
+    state = stores[1].snapshot()
+    unsure = {key.partition(":")[2] for key, item in state.items.items() if item.deleted}
+    forgotten = {hashed for _, hashed in state.erasures}
+    for record in topics.records[kafka_topics.CLICKS] if forgotten else ():
+        with suppress(msgspec.MsgspecError):
+            click = msgspec.json.decode(value_of(record) or b"", type=_Click)
+            if digest(own_form(settings, click.user_id)) in forgotten:
+                unsure.add(own_form(settings, click.item_id))
+    for ids in _some({item for _, _, item in state.rows} - unsure):
+        reads = [s.read_co_visits(ids, ids, settings.item_slots) for s in stores]
+        for kind, have, want in zip(("after", "before"), *reads, strict=True):
+            for item, mine, its in zip(ids, have, want, strict=True):
+                rows = (co_visits.summary(row, settings.co_visit_row_max) for row in (mine, its))
+                found.same(f"row {kind}", item, *rows)
+
+
+class _Click(msgspec.Struct):
+    user_id: str
+    item_id: str
+
+
 # The key schema at the top of `eddyline/stores/redis.py`: the layout, a fence, what is behind a
 # slot's tag.
 _KEY = re.compile(
     r"(?:(?P<layout>layout)|fence:\{(?P<fence>[ui]\d+)\}:[^:]+:\d+|\{(?P<slot>[ui]\d+)\}:"
-    r"(?:(?P<whole>window|buckets|generations|refused)|(?:popular|version):(?P<bucket>\d+)|"
+    r"(?:(?P<whole>window|visits|buckets|generations|refused)|(?:popular|version):(?P<bucket>\d+)|"
     r"(?P<kind>[hopcf]):(?P<id>.+)"
+    r"|(?P<row>after|before):(?P<item>.+)"
     r"|e:(?P<generation>[^:]+):(?P<learner>.+)))",
     re.DOTALL,
 )
@@ -376,6 +417,9 @@ def _keys(settings: Settings, expected: Truth, found: Compared) -> None:
             elif parts["kind"] or parts["generation"]:
                 kind = parts["kind"] or f"e:{parts['generation']}"
                 if f"{parts['slot']}:{parts['id'] or parts['learner']}" not in known.get(kind, ()):
+                    found.differences.append(f"key {key}: Redis has it, the topic does not give it")
+            elif parts["row"]:
+                if (parts["slot"], parts["row"], parts["item"]) not in state.rows:
                     found.differences.append(f"key {key}: Redis has it, the topic does not give it")
             elif parts["bucket"] and int(parts["bucket"]) not in state.buckets.get(
                 parts["slot"], {}

@@ -124,6 +124,29 @@ def compact(row: bytes, row_max: int) -> bytes:
     return _HEADER.pack(pruned_milli, pruned_next) + entries(stored)
 
 
+class Summary(NamedTuple):
+    """What a row has whatever the batches were: sums, and the counts unless it may be pruned.
+
+    milli, next: thousandths of visits, next visits
+    counts:      key -> the same; None if it has more than half of `row_max` keys, or had
+    """
+
+    milli: int
+    next: int
+    counts: dict[int, tuple[int, int]] | None
+
+
+def summary(row: CoVisits, row_max: int) -> Summary:
+    """The summary of a row. Exact for rows of less than eight thousand visits an entry."""
+    counts: dict[int, tuple[int, int]] = {}
+    for key, visits, after in zip(*(column.tolist() for column in row[:3]), strict=True):
+        before = counts.get(key, (0, 0))
+        counts[key] = before[0] + round(1_000 * visits), before[1] + round(after)
+    milli_sum = round(1_000 * row.visits_sum)
+    whole = len(counts) <= row_max // 2 and milli_sum == sum(milli for milli, _ in counts.values())
+    return Summary(milli_sum, round(row.next_sum), counts if whole else None)
+
+
 def check(row: bytes) -> None:
     """Raise ValueError for bytes that are no row."""
     if len(row) < HEADER_BYTES or len(row) % ENTRY_BYTES:

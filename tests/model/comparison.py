@@ -18,6 +18,7 @@ import numpy as np
 
 from eddyline.errors import Rejected
 from eddyline.kafka import topics as kafka_topics
+from eddyline.schema import co_visits
 from eddyline.schema.events import KINDS
 from eddyline.schema.item_record import decode_record
 from eddyline.settings.loader import Settings
@@ -36,7 +37,8 @@ from tests.topics import Topics
 TOO_LARGE, LARGE_BYTES = "too_large", 1_000_000
 # More than any bucket of popularity counts holds.
 ALL = 2**31 - 1
-USERS_AT_ONCE = 500
+USERS_AT_ONCE = ITEMS_AT_ONCE = 500
+DIRECTIONS = ("after", "before")
 _USER_KEY = re.compile(r"\{(?P<slot>u\d+)\}:(?:[hop]|e:[^:]+):(?P<user>.*)", re.DOTALL)
 _ERASURE_KEY = re.compile(r"\{(?P<slot>u\d+)\}:f:(?P<digest>[0-9a-f]{64})")
 
@@ -111,6 +113,7 @@ def compare(
             floor = records[-1].offset + 1 - window
             _window(real, partition, floor, want, found)
         _counts(settings, real, want, found)
+        _co_visits(settings, real, want, found)
         _items(settings, real, want, found)
     finally:
         real.close()
@@ -153,16 +156,8 @@ def sent_differences(
         if raw.key is None or raw.key.decode() != doc["user_id"]:
             wrong.append(f"{raw.at} has the key {raw.key!r}")
         if at.startswith(of_users):
-            tombstones.add(
-                model.Tombstone(
-                    doc["user_id"],
-                    doc["forget_until_ms"],
-                    doc["keep_after_ms"],
-                    doc["users_offset"],
-                    doc["ends_ms"],
-                    at,
-                )
-            )
+            names = "user_id", "forget_until_ms", "keep_after_ms", "users_offset", "ends_ms"
+            tombstones.add(model.Tombstone(*(doc[name] for name in names), at))
         else:
             first_ms = reading.number_header(raw, "origin_ms")
             fields = rules.known_fields(_unnumbered(doc))
@@ -435,6 +430,48 @@ def _counts(settings: Settings, real: RedisStore, want: model.State, found: Comp
                 have.get(bucket, {}),
                 expected.get(bucket, {}),
             )
+
+
+def _co_visits(settings: Settings, real: RedisStore, want: model.State, found: Compared) -> None:
+    items, slots = sorted(want.visited), settings.item_slots
+    for first in range(0, len(items), ITEMS_AT_ONCE):
+        some = items[first : first + ITEMS_AT_ONCE]
+        for kind, rows in zip(DIRECTIONS, real.read_co_visits(some, some, slots), strict=True):
+            for item, row in zip(some, rows, strict=True):
+                have = co_visits.summary(row, settings.co_visit_row_max)
+                if difference := row_difference(have, want, kind, item):
+                    found.differences.append(f"model's row {kind} {item}: {difference}")
+                found.counts["model's row"] = found.counts.get("model's row", 0) + 1
+
+
+def row_difference(have: co_visits.Summary, want: model.State, kind: str, item: str) -> str:
+    """How a co-visitation row differs from the model's; "" if it does not.
+
+    A deleted item's rows may have ended with it, and then begun anew. For clicks of users who are
+    forgotten later see `model.State`.
+    """
+    pairs = want.visits.items()
+    others = (
+        {b: counts for (a, b), counts in pairs if a == item}
+        if kind == "after"
+        else {a: counts for (a, b), counts in pairs if b == item}
+    )
+    sums = tuple(map(sum, zip(*others.values(), strict=True))) or (0, 0)
+    unlike = f"{have}, the model has {sums}: {others}"
+    # A click is counted with at most 1 + 1/2 + … items, 3 in all.
+    most = sums[0] + 3_000 * want.unsure[item] if kind == "before" or not want.unsure else 2**63
+    if have.milli > most:
+        return unlike
+    if item in want.deleted:
+        return ""
+    keys = {rules.item_key(other): tuple(counts) for other, counts in others.items()}
+    if item not in want.unsure:
+        whole = (have.milli, have.next) == sums and have.counts in (None, keys)
+        return "" if whole else unlike
+    counts = keys if have.counts is None else have.counts
+    less = have.milli < sums[0] or have.next < sums[1]
+    less |= any(n < m for key in keys for n, m in zip(counts.get(key, (0, 0)), keys[key]))
+    return unlike if less else ""
 
 
 def _items(settings: Settings, real: RedisStore, want: model.State, found: Compared) -> None:

@@ -4,12 +4,14 @@ It has no batches, fences, caches, retries and codecs, and imports nothing of th
 is the raw records of each partition; the output is the state, and every record that ingest must
 have sent: strays and moved clicks to other partitions, tombstones, dead letters, item records.
 The rules are those of docs/adr: 1 and 5 (windows, lists, merges), 3 (micro-steps), 17 (forgetting),
-29 (idle users) and 32 (deleted items).
+29 (idle users), 32 (deleted items) and 35 (co-visits).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,6 +24,7 @@ from tests.model.rules import (
     item_ends_ms,
     known_fields,
     liked_items,
+    pairs_of,
     plausible,
     strength,
 )
@@ -136,6 +139,12 @@ class State:
     repeated:   forwarded null records: a tombstone of that time or later is enough
     ends_ms:    append time of the last record of each partition of `clicks`
     item_log_ms: that of each partition of `items`
+    visits:     (earlier item, later item) -> [thousandths of visits, next visits], but for the
+                clicks of users before they are forgotten
+    unsure:     item -> how many of those clicks it has. They may be in no pair, or in others: the
+                null record of `users` deletes the history at once, before its Forget is read
+    visited:    the items that any click names
+    deleted:    items with a null record
     idle:       how often a user became idle and came back, or is idle at the end
     one_form:   whether spellings of an id are one
     """
@@ -162,6 +171,10 @@ class State:
     letters: dict[str, str] = field(default_factory=dict)
     ends_ms: dict[int, int] = field(default_factory=dict)
     item_log_ms: dict[int, int] = field(default_factory=dict)
+    visits: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+    unsure: Counter[str] = field(default_factory=Counter)
+    visited: set[str] = field(default_factory=set)
+    deleted: set[str] = field(default_factory=set)
     idle: int = 0
     one_form: bool = True
 
@@ -273,6 +286,7 @@ class Model:
                 state.item_times[item_id] = first_append_ms(raw)
                 if found is None:
                     state.item_ends[item_id] = item_ends_ms(raw, self.settings_of(raw))
+                    state.deleted.add(item_id)
                 if found is None or found["at_ms"]:
                     state.born.pop(item_id, None)
                 else:
@@ -343,6 +357,7 @@ class Model:
 
     def clicks(self, records: Sequence[Raw]) -> None:
         """Apply one partition of `clicks`, from its beginning."""
+        self._find_forgets(records)
         for raw in records:
             s, state = self.settings_of(raw), self.state
             state.ends_ms[raw.partition] = raw.timestamp
@@ -380,6 +395,16 @@ class Model:
             if offset < users_offset and at_ms <= until_ms - (offset < 0):
                 del self.state.profiles[user]
         return self.state
+
+    def _find_forgets(self, records: Sequence[Raw]) -> None:
+        """Note the offset of each user's last Forget."""
+        self.forgets: dict[str, int] = {}
+        for raw in filter(None, map(self.own_of, records)):
+            s = self.settings_of(raw)
+            with suppress(Refused):
+                event = reading.user_event(raw, s.far_future_ms_max, plausible(s))
+                if event["type"] == "forget":
+                    self.forgets[event["user_id"]] = raw.offset
 
     def _forward_stray(self, raw: Raw, event: Mapping[str, Any], own: int) -> None:
         doc = reading.document(raw.value)
@@ -482,6 +507,15 @@ class Model:
         if s.history_age_s_max:
             limit = max(before, entry.at_ms) - 1_000 * s.history_age_s_max
             history.entries = [other for other in history.entries if other.at_ms >= limit]
+        self.state.visited.add(entry.item_id)
+        if not moved and entry.kind != "dislike" and place < len(history.entries):
+            if raw.offset < self.forgets.get(user, -1):
+                self.state.unsure[entry.item_id] += 1
+                return
+            for other, distance in pairs_of(history.entries, place, s.co_visit_items):
+                counts = self.state.visits.setdefault((other, entry.item_id), [0, 0])
+                counts[0] += round(1_000 / distance)
+                counts[1] += distance == 1
 
     def _learn(self, raw: Raw, event: Mapping[str, Any], entries: Sequence[Entry]) -> None:
         for generation in self.generations:

@@ -20,6 +20,7 @@ from kafka.errors import KafkaTimeoutError
 
 from eddyline.errors import FenceMoved, KafkaUnavailable, LogMismatch, StoreUnavailable
 from eddyline.generations import Generations
+from eddyline.schema import co_visits
 from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.state_store import ItemMetadata, LogId, Source, is_idle
@@ -226,7 +227,8 @@ class Rig:
             items_wait_s=0.0,
             clock_us=lambda: 0,
         )
-        self.handlers.clicks.popularity._clock_s = lambda: next(clock) * 0.03
+        for pending in (self.handlers.clicks.popularity, self.handlers.clicks.co_visits):
+            pending._clock_s = lambda: next(clock) * 0.03
         self.at: dict[tuple[str, int], int] = {}
         for topic, partition in self.ends:
             self.open(topic, partition)
@@ -410,6 +412,7 @@ class Rig:
             same("event id", _above(mine_, floor), _above(model_, floor))
         counts = {s: b for s, b in have.buckets.items() if b}
         same("counts", counts, want.counts)
+        same("visits", *self._rows(have, want))
         profiles = {u: attributes_of(p) for (_, u), p in have.profiles.items()}
         same("profile", profiles, {u: p[2] for u, p in want.profiles.items()})
         self._same_items(have, want, same)
@@ -436,6 +439,18 @@ class Rig:
             for raw in partition
             if (after := rules.appended_after(raw)) is not None
         }
+
+    def _rows(self, have: Any, want: model.State) -> tuple[dict[Any, str], dict[Any, str]]:
+        """Co-visitation rows, in the form of `same`: what differs, and nothing."""
+        kinds = comparison.DIRECTIONS
+        rows = {(kind, item): co_visits.EMPTY for kind in kinds for item in want.visited}
+        rows |= {(kind, item): co_visits.decode(row) for (_, kind, item), row in have.rows.items()}
+        row_max, found = self.settings.co_visit_row_max, {}
+        for (kind, item), row in rows.items():
+            summary = co_visits.summary(row, row_max)
+            if difference := comparison.row_difference(summary, want, kind, item):
+                found[kind, item] = difference
+        return found, {}
 
     @staticmethod
     def _same_items(have: Any, want: model.State, same: Any) -> None:

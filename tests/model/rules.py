@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from tests.model import reading
@@ -96,3 +97,17 @@ def plausible(settings: Any) -> reading.Plausible:
     """The rule of these settings."""
     nobodies = frozenset(settings.user_ids_refused.lower().split(","))
     return reading.Plausible(settings.at_ms_min, nobodies, settings.id_form == "nfc")
+
+
+def item_key(item_id: str) -> int:
+    """The key of an item in co-visitation rows."""
+    digest = hashlib.blake2b(item_id.encode(), digest_size=8).digest()
+    return sum(byte << 8 * place for place, byte in enumerate(digest))
+
+
+def pairs_of(entries: Sequence[Any], place: int, limit: int) -> Iterator[tuple[str, int]]:
+    """(other item, distance) of the older items that the entry at `place` is counted with."""
+    older = [entry.item_id for entry in entries[place + 1 :] if entry.kind != "dislike"]
+    for distance, other in enumerate(older[:limit], 1):
+        if other != entries[place].item_id:
+            yield other, distance

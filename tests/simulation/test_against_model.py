@@ -34,6 +34,8 @@ SETTINGS = Settings(
     popular_buckets=3,
     popular_bucket_s=60,
     dwell_ms_full=1_000,
+    co_visit_items=3,
+    co_visit_row_max=14,  # no row has more than six others: none is pruned
 )
 
 user, item = st.sampled_from(USERS), st.sampled_from([f"i{n}" for n in range(7)])
@@ -449,7 +451,12 @@ def test_merges_of_spelled_users_are_the_models(actions: list[Any]) -> None:
     run([action for action in actions if action[0] != "forget"])
 
 
-TIGHTER = [{"history_length_max": 3}, {"history_age_s_max": 20}, {"popular_buckets": 2}]
+TIGHTER = [
+    {"co_visit_items": 1},
+    {"history_length_max": 3},
+    {"history_age_s_max": 20},
+    {"popular_buckets": 2},
+]
 
 
 @limits

@@ -319,6 +319,20 @@ def liked_rows(world: World, entries: list[Any]) -> list[int]:
     return [world.rows[x[0]] for x in liked[:4]]
 
 
+def own_event(settings: Settings, record: Rec) -> Click | Merge | Forget | None:
+    """The event of a record that counts in its partition."""
+    try:
+        event = events.decode_user_event(
+            record.value,
+            appended_ms=record.timestamp,
+            far_future_ms_max=settings.far_future_ms_max,
+            id_form=settings.id_form,
+        )
+    except Rejected:
+        return None
+    return event if partition_of(event.user_id, PARTITIONS) == record.partition else None
+
+
 def oracle(settings: Settings, logs: dict[int, list[Rec]]) -> dict[str, Any]:
     """The state by the rules, one event at a time, all in plain dictionaries."""
     lists: dict[str, list[Any]] = defaultdict(list)
@@ -333,16 +347,8 @@ def oracle(settings: Settings, logs: dict[int, list[Rec]]) -> dict[str, Any]:
     for partition, records in logs.items():
         seen = windows.setdefault(partition, {})
         for record in records:
-            try:
-                click = events.decode_user_event(
-                    record.value,
-                    appended_ms=record.timestamp,
-                    far_future_ms_max=settings.far_future_ms_max,
-                    id_form=settings.id_form,
-                )
-            except Rejected:
-                continue
-            if partition_of(click.user_id, PARTITIONS) != partition:
+            click = own_event(settings, record)
+            if click is None:
                 continue
             gone = erased.get(click.user_id, -1)
             if isinstance(click, Merge):
