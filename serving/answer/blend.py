@@ -31,8 +31,8 @@ from serving.answer.fusion import (
     counted,
     fill,
 )
-from serving.answer.reciprocal_rank import first_hits, recall_all
-from serving.recall.base import FILLS, RecallPath, RecallRequest
+from serving.answer.reciprocal_rank import recall_all
+from serving.recall.base import FILLS, Candidates, RecallPath, RecallRequest
 
 # More candidates than a shard describes in one call have no vectors.
 VECTORS_MAX = 1_024
@@ -110,13 +110,12 @@ class Blend(Fusion):
         found = {result.path: result for result in results}
         lists, user_vector = [], None
         for name in self._fused:
-            hits, vector = [], None
-            if result := found.get(name):
-                hits = [hit for _, hit in first_hits(result, self._candidates, request.excluded)]
-                vector = result.candidates.vector
-                user_vector = user_vector if vector is None else vector
-            lists.append(Listed(name, hits, cosines=vector is not None))
-        union = Union.of(lists)
+            result = found.get(name)
+            candidates = Candidates(()) if result is None else result.candidates
+            user_vector = user_vector if candidates.vector is None else candidates.vector
+            hits = candidates.hits[: self._candidates]
+            lists.append(Listed(name, hits, cosines=candidates.vector is not None))
+        union = Union.of(lists, request.excluded)
         known = known_of(request, index, union, user_vector)
         return Prepared(results, union, context(known), features(union, known, self._candidates))
 

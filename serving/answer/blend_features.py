@@ -7,7 +7,7 @@ Every feature is about 0 … 1, so that one learning rate fits all. A feature wh
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -80,26 +80,40 @@ class Union:
         return [hit.item_id for hit in self.hits]
 
     @classmethod
-    def of(cls, lists: Sequence[Listed]) -> Union:
-        """lists: of all fused paths, in their order; an empty one where a path found nothing."""
+    def of(cls, lists: Sequence[Listed], excluded: Collection[str] = ()) -> Union:
+        """lists: of all fused paths, in their order; an empty one where a path found nothing.
+
+        An excluded item has no rank, and only the first place of an item in a list counts.
+        """
         place: dict[str, int] = {}
         hits: list[Hit] = []
-        found: list[npt.NDArray[np.int64]] = []
-        for one in lists:
-            places = np.empty(len(one.hits), np.int64)
+        # Of each candidate, the last list that has it.
+        newest: list[int] = []
+        found: list[tuple[list[int], list[int], Matrix]] = []
+        for row, one in enumerate(lists):
+            places: list[int] = []
+            numbers: list[int] = []
             for number, hit in enumerate(one.hits):
-                at = place.get(hit.item_id)
+                item_id = hit.item_id
+                at = place.get(item_id)
                 if at is None:
-                    at = place[hit.item_id] = len(hits)
+                    if item_id in excluded:
+                        continue
+                    at = place[item_id] = len(hits)
                     hits.append(hit)
-                places[number] = at
-            found.append(places)
+                    newest.append(row)
+                elif newest[at] == row:
+                    continue
+                newest[at] = row
+                places.append(at)
+                numbers.append(number)
+            scores = np.array([one.hits[number].score for number in numbers])
+            found.append((places, numbers, scores))
         ranks = np.full((len(lists), len(hits)), -1, np.int64)
         scores, shares = np.zeros(ranks.shape), np.zeros(ranks.shape)
-        for row, (one, places) in enumerate(zip(lists, found, strict=True)):
-            ranks[row, places] = np.arange(len(places))
-            of_list = np.array([hit.score for hit in one.hits])
-            scores[row, places], shares[row, places] = of_list, _shares(of_list, one.cosines)
+        for row, (places, numbers, of_list) in enumerate(found):
+            ranks[row, places] = numbers
+            scores[row, places], shares[row, places] = of_list, _shares(of_list, lists[row].cosines)
         return cls(hits, ranks, scores, shares)
 
 
