@@ -27,11 +27,19 @@ from eddyline.stores.state_store import ItemMetadata, Source, UserQuery, UserSta
 from embeddings.bundle.bundle import Bundle
 from index.factory import ann_backend, live_index
 from index.port import LiveItems
+from serving.answer.co_visit_reader import CoVisitReader
 from serving.answer.deadline import Deadline
 from serving.answer.fusions import make_fusion
 from serving.answer.user_reader import UserReader
 from serving.recall import registry
-from serving.recall.base import RecallContext, RecallPath, RecallRequest
+from serving.recall.base import (
+    AFTER,
+    BEFORE,
+    QueryCoVisits,
+    RecallContext,
+    RecallPath,
+    RecallRequest,
+)
 from serving.recall.popularity import Popularity
 from serving.recall.towers import TowersPath
 from streams.clicks.step_ranges import StepRangeRule
@@ -124,6 +132,9 @@ class Engine:
             self.store, clicks_partitions=settings.clicks_partitions, generation=bundle.generation
         )
         self.popularity = Popularity(settings, self.store)
+        self._co_visits = CoVisitReader(
+            self.store, settings.item_slots, self._users.outages, (AFTER, BEFORE)
+        )
         self._closing = ExitStack()
         self._closing.callback(self.index.close)
         self._context = RecallContext(
@@ -135,7 +146,9 @@ class Engine:
         self._other_paths: dict[str, RecallPath] = {}
         self.fusion = make_fusion(settings)
         self._items: LiveItems | None = None
-        self._counted = False
+        self._counted = self._written = False
+        # The rows that were last read, and of whom.
+        self._rows: tuple[UserState, QueryCoVisits | None] | None = None
         # Partition -> events that are not applied yet, as nothing has asked for what they change.
         self._waiting: dict[int, list[Record]] = {}
         self._waiting_records = 0
@@ -228,15 +241,27 @@ class Engine:
 
     def request(self, user: UserState, k: int) -> RecallRequest:
         """The request of a query; whether seen items are excluded is left to the caller."""
-        return RecallRequest(user, k, frozenset(), None, 0.0, Deadline(_NO_DEADLINE_S))
+        deadline, found = Deadline(_NO_DEADLINE_S), None
+        if any(path.reads for path in (*self.paths.values(), *self._other_paths.values())):
+            if self._rows is None or self._rows[0] is not user:
+                self._write_all()
+                self._rows = user, self._co_visits.read(user, deadline)[0]
+            found = self._rows[1]
+        return RecallRequest(user, k, frozenset(), None, 0.0, deadline, co_visits=found)
 
     def read_popularity(self) -> None:
         """Have the popular path know every event that was applied."""
         if not self._counted:
-            self.write()
-            self.write_counts()
+            self._write_all()
             self.popularity.read()
             self._counted = True
+
+    def _write_all(self) -> None:
+        """Have the store know every event that was applied, in counts and co-visits, too."""
+        if not self._written:
+            self.write()
+            self.write_counts()
+            self._written = True
 
     def write_counts(self) -> None:
         """Have the store know every event that was written."""
@@ -258,7 +283,8 @@ class Engine:
 
         found: its events
         """
-        self._counted = False
+        self._counted = self._written = False
+        self._rows = None
         self._waiting.setdefault(record.partition, []).append(record)
         self._waiting_records += 1
         for event in found:

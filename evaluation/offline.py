@@ -7,6 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -26,8 +27,11 @@ from evaluation.refitted import AlsRow, ItemNeighboursRow, check_library
 from evaluation.report import Report
 from evaluation.rows import FusedRow, PathRow, Row, TowersRow
 from serving.answer.fusions import FIXED
+from serving.recall import registry
+from serving.recall.again import AgainPath
+from serving.recall.base import FILLS
 from serving.recall.newest import NewestPath
-from serving.recall.popular import PopularPath
+from serving.recall.towers import TowersPath
 
 HOUR_MS = 3_600_000
 WEEK_MS = 7 * DAY_MS
@@ -43,8 +47,6 @@ ROWS: dict[str, Callable[[EventLog, Product, int, int], Row]] = {
     "popular-7d": lambda log, product, n, _: CountsRow("popular-7d", log, product, n, WEEK_MS),
     "als-daily": lambda log, product, n, seed: AlsRow(log, product, n, seed),
     "item-knn-daily": lambda log, product, n, _: ItemNeighboursRow(log, product, n),
-    "popular": lambda _, product, n, __: PathRow(product, PopularPath.name, n),
-    "newest": lambda _, product, n, __: PathRow(product, NewestPath.name, n),
     "towers-frozen": lambda _, p, n, __: TowersRow(p, n, "towers-frozen", 0, steps=_BOTH),
     "towers-daily": lambda _, p, n, __: TowersRow(p, n, "towers-daily", DAY_MS, steps=_BOTH),
     "towers-hourly": lambda _, p, n, __: TowersRow(p, n, "towers-hourly", HOUR_MS, steps=_BOTH),
@@ -52,12 +54,31 @@ ROWS: dict[str, Callable[[EventLog, Product, int, int], Row]] = {
     "cascade": lambda _, product, n, __: _fused(product, "cascade", n),
     "rrf": lambda _, product, n, __: _fused(product, "rrf", n),
     "blend": lambda _, product, n, __: BlendRow(product, "blend", n),
+    "rrf-all": lambda _, product, n, __: _fused_all(product, n),
+} | {
+    path: lambda _, product, n, __, path=path: PathRow(product, path, n)
+    for path in registry.PATHS
+    if path != TowersPath.name
 }
 
 
 def _fused(product: Product, fusion: str, scored: int) -> Row:
     """The row of a fusion over the paths of the settings."""
-    return FusedRow(product, fusion, scored, FIXED[fusion](product.settings), [*product.paths])
+    return _row(product.settings, fusion, product, fusion, scored)
+
+
+def _fused_all(product: Product, scored: int) -> Row:
+    """The row of `rrf` over all paths but `newest`, and `again` where seen items are hidden."""
+    settings = product.settings
+    left_out = {NewestPath.name, AgainPath.name if settings.seen_items == "hide" else ""}
+    paths = ",".join(path for path in registry.PATHS if path not in left_out)
+    settings = msgspec.structs.replace(settings, recall_paths=paths, fusion_weights="")
+    return _row(settings, "rrf", product, "rrf-all", scored)
+
+
+def _row(settings: Settings, fusion: str, product: Product, name: str, scored: int) -> Row:
+    paths = [*dict.fromkeys((*settings.recall_path_names, *FILLS))]
+    return FusedRow(product, name, scored, FIXED[fusion](settings), paths)
 
 
 def training_data(log: EventLog, first: int) -> TrainingData:

@@ -95,5 +95,6 @@ def start_retriever(
         paths=registry.make_paths(RecallContext(settings, store, tower, popularity, closing)),
         item_slots=settings.item_slots,
         fusion=make_fusion(settings, blender),
+        hides_seen=settings.seen_items == "hide",
         waits=waits,
     )

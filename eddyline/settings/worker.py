@@ -13,7 +13,7 @@ from eddyline.settings.field import within
 
 _PORT_MAX = 65_535
 # What `recall_paths` may name: those of `serving.recall.registry`.
-RECALL_PATHS = ("towers", "popular", "newest")
+RECALL_PATHS = ("towers", "co_visits", "co_visits_both", "next", "again", "popular", "newest")
 WEIGHT_MAX = 1_000.0
 
 
@@ -97,6 +97,10 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     path_budget_ms: Annotated[int, within(1, 60_000)] = 500
     """After so long in the recall paths of a query, or half of its remaining time, those that were
     not called yet are left out, except for what fills the answer; the answer says so."""
+
+    seen_items: Literal["hide", "keep"] = "hide"
+    """Whether items of the user's list come back. `hide`: no answer has them. `keep`: only disliked
+    items are left out, as where people buy the same again; the path `again` needs it."""
 
     # Impressions: docs/operations.md
     answers_sample: Annotated[float, within(0, 1)] = 0.01

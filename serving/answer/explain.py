@@ -55,7 +55,15 @@ class Explanation(NamedTuple):
 class Explainer:
     """Explains answers of one generation. Thread rule: any thread."""
 
-    def __init__(self, paths: Sequence[RecallPath], fusion: Fusion, cards: CardReader) -> None:
+    def __init__(
+        self,
+        paths: Sequence[RecallPath],
+        fusion: Fusion,
+        cards: CardReader,
+        hides_seen: bool = True,
+    ) -> None:
+        """hides_seen: see `Retriever`."""
+        self._hides_seen = hides_seen
         self._paths = paths
         self._fusion = fusion
         self._cards = cards
@@ -121,6 +129,8 @@ class Explainer:
     def _barred(self, request: RecallRequest, item_id: str, index: IndexReader) -> str:
         """Why a live item may not be in the answer; "" if it may."""
         if item_id in request.excluded:
+            if not self._hides_seen:
+                return "it is disliked in the user's list or the session"
             return "it is in the user's list or the session: seen items do not come back"
         filters = request.filters
         if filters is None or index.describe([item_id], filters)[0] is not None:

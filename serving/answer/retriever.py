@@ -12,13 +12,14 @@ import numpy as np
 
 from eddyline.errors import EddylineError, StoreUnavailable
 from eddyline.schema.events import Item, quote
-from eddyline.schema.user_history import EMPTY, Entry
+from eddyline.schema.user_history import EMPTY, Entry, disliked_items
 from eddyline.stores.state_store import StateStore, UserState
 from index.arrays import Vector
 from index.filters import Filter
 from index.port import IndexReader
 from serving.answer.card_reader import CardReader
 from serving.answer.click_waits import ClickPending, ClickWaits
+from serving.answer.co_visit_reader import CoVisitReader
 from serving.answer.deadline import Deadline
 from serving.answer.explain import Explainer, Explanation
 from serving.answer.fusion import Cascade, Fusion, PathResult, Recommendation
@@ -142,18 +143,23 @@ class Retriever:
         item_slots: int,
         fusion: Fusion | None = None,
         waits: ClickWaits | None = None,
+        hides_seen: bool = True,
     ) -> None:
         """paths: in the order in which the fusion calls them; fusion: a `Cascade` by default.
 
         waits: where queries may wait for a click; None: none does
+        hides_seen: whether no answer has an item of the user's list; if not, a disliked one
         """
         self.popularity = popularity
         self.waits = waits
         self._users = users
         self._paths = paths
         self._card_reader = CardReader(store, item_slots, users.outages)
+        reads = frozenset().union(*(path.reads for path in paths))
+        self._co_visits = CoVisitReader(store, item_slots, users.outages, reads)
+        self._hides_seen = hides_seen
         self._fusion = fusion or Cascade()
-        self._explainer = Explainer(paths, self._fusion, self._card_reader)
+        self._explainer = Explainer(paths, self._fusion, self._card_reader, hides_seen)
 
     def retrieve(
         self, query: Query, index: IndexReader, deadline: Deadline, received_us: int = 0
@@ -163,11 +169,11 @@ class Retriever:
         Raises DeadlinePassed before the step for which no time is left, and ClickPending if the
         query may wait for its click: once it has, its `wait_ms` is 0.
         """
-        read, request = self._request(query, deadline)
+        read, request, unread = self._request(query, deadline)
         items, paths = self._fusion.fuse(self._paths, request, index)
         short = ""
         if len(items) < query.k:
-            short = _short_because(query, len(items), request.excluded, index)
+            short = self._short_because(query, len(items), request.excluded, index)
         cards, no_cards = self._cards(query, items, deadline, read.missing)
         degradations = [path.candidates.degradation for path in paths]
         degradations.append(self._fusion.degradation())
@@ -185,7 +191,9 @@ class Retriever:
                 max((path.candidates.timings.searched_us for path in paths), default=0),
                 time.time_ns() // 1000,
             ),
-            missing=[reason for reason in (read.missing, *no_cards, *degradations) if reason],
+            missing=[
+                reason for reason in (read.missing, unread, *no_cards, *degradations) if reason
+            ],
             short_because=short,
             cards=cards,
         )
@@ -202,7 +210,7 @@ class Retriever:
 
         most: so many items of each path have a rank. Waits for no click. Raises DeadlinePassed.
         """
-        read, request = self._request(replace(query, after=None), deadline)
+        read, request, unread = self._request(replace(query, after=None), deadline)
         found = self._explainer.explain(request, item_ids, index, most)
         deadline.check("the explanation was sent")
         state = Answer(
@@ -212,7 +220,7 @@ class Retriever:
             user_partition=read.partition,
             after=None,
             stamps=Stamps(0, read.read_us, 0, 0, time.time_ns() // 1000),
-            missing=[reason for reason in (read.missing, *self.missing()) if reason],
+            missing=[reason for reason in (read.missing, unread, *self.missing()) if reason],
             short_because="",
             cards={},
         )
@@ -261,21 +269,26 @@ class Retriever:
         paths = [path.degradation() for path in self._paths]
         return found + [reason for reason in (self._fusion.degradation(), *paths) if reason]
 
-    def _request(self, query: Query, deadline: Deadline) -> tuple[_UserRead, RecallRequest]:
-        """(the user, what the paths are asked for). Raises DeadlinePassed, ClickPending."""
+    def _request(self, query: Query, deadline: Deadline) -> tuple[_UserRead, RecallRequest, str]:
+        """(the user, what the paths are asked for, what else of Redis is missing).
+
+        Raises DeadlinePassed, ClickPending.
+        """
         deadline.check("the user was read")
         read = self._read(query) if query.user_id else _GUEST
         user = with_session(read.stored or _UNKNOWN_USER, query.session)
+        co_visits, unread = self._co_visits.read(user, deadline)
         request = RecallRequest(
             user=None if read.missing and not query.session else user,
             k=query.k,
-            excluded=seen_items(user),
+            excluded=seen_items(user) if self._hides_seen else disliked_items(user.history.entries),
             filters=query.filters,
             popularity_beta=query.popularity_beta,
             deadline=deadline,
             now_ms=time.time_ns() // 1_000_000,
+            co_visits=co_visits,
         )
-        return read, request
+        return read, request, unread
 
     def _read(self, query: Query) -> _UserRead:
         after, partition = query.after, self._users.partition_of(query.user_id)
@@ -294,6 +307,18 @@ class Retriever:
             raise ClickPending
         why = f"{after.why}; {why}" if why and after.why else why
         return read._replace(after=AfterStatus(not why, after.waited_ms, why))
+
+    def _short_because(
+        self, query: Query, found: int, excluded: Collection[str], index: IndexReader
+    ) -> str:
+        """Why the answer has fewer than k items."""
+        seen_live = sum(hit is not None for hit in index.describe(list(excluded), query.filters))
+        which = f"{index.stats().live} items are live"
+        if query.filters is not None:
+            which = f"{found + seen_live} live items pass the filter"
+        where = "the user's list or the session" if query.session else "the user's list"
+        of = "in" if self._hides_seen else "disliked in"
+        return f"{found} of {query.k}: {which}, {seen_live} of them are {of} {where}"
 
     def _cards(
         self,
@@ -341,15 +366,5 @@ def with_session(user: UserState, session: Sequence[Entry]) -> UserState:
 
 
 def seen_items(user: UserState) -> set[str]:
-    """The items that no answer to this user has: those of the user's list."""
+    """The items of the user's list, which no answer has unless the settings keep them."""
     return {entry.item_id for entry in user.history.entries}
-
-
-def _short_because(query: Query, found: int, seen: Collection[str], index: IndexReader) -> str:
-    """Why the answer has fewer than k items."""
-    seen_live = sum(hit is not None for hit in index.describe(list(seen), query.filters))
-    which = f"{index.stats().live} items are live"
-    if query.filters is not None:
-        which = f"{found + seen_live} live items pass the filter"
-    where = "the user's list or the session" if query.session else "the user's list"
-    return f"{found} of {query.k}: {which}, {seen_live} of them are in {where}"

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from eddyline.schema.co_visits import CoVisits
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import StateStore, UserState
 from embeddings.towers.base import UserEncoder
@@ -23,6 +24,23 @@ from serving.recall.popularity import Popularity
 FILLS = ("popular", "newest")
 
 
+# What of Redis a recall path reads beyond the user, see `RecallPath.reads`.
+AFTER, BEFORE = "after", "before"
+
+
+class QueryCoVisits(NamedTuple):
+    """Co-visitation rows of a query.
+
+    items:  the user's newest items, each once, newest first
+    after:  of each, the row of the items visited after it; empty where no path reads it
+    before: the row of the items visited before it, likewise
+    """
+
+    items: Sequence[str]
+    after: Sequence[CoVisits]
+    before: Sequence[CoVisits]
+
+
 class RecallRequest(NamedTuple):
     """One query as a recall path sees it.
 
@@ -32,6 +50,7 @@ class RecallRequest(NamedTuple):
     filters:         every candidate passes them; None: no filter
     popularity_beta: strength of the popularity correction, see `Popularity.debias`; 0: none
     now_ms:          time of the query, milliseconds since 1970
+    co_visits:       None if no path reads them, or they could not be read
     """
 
     user: UserState | None
@@ -41,6 +60,7 @@ class RecallRequest(NamedTuple):
     popularity_beta: float
     deadline: Deadline
     now_ms: int = 0
+    co_visits: QueryCoVisits | None = None
 
 
 class StageTimings(NamedTuple):
@@ -84,9 +104,13 @@ class PathScores(NamedTuple):
 
 
 class RecallPath(Protocol):
-    """One way to find candidates for a user; `registry` lists all. Thread rule: any thread."""
+    """One way to find candidates for a user; `registry` lists all. Thread rule: any thread.
+
+    reads: the rows of the user's items that it needs in a request, of `AFTER` and `BEFORE`
+    """
 
     name: str
+    reads: frozenset[str] = frozenset()
 
     def recall(self, request: RecallRequest, index: IndexReader) -> Candidates:
         """Live items that pass the filter and are not excluded. Raises DeadlinePassed."""
@@ -96,8 +120,8 @@ class RecallPath(Protocol):
     ) -> PathScores:
         """The order of `recall` over all live items, for every request.
 
-        items: those of the index now. Reads of a request the user alone; the popularity correction
-        is not applied.
+        items: those of the index now. Reads of a request the user and the co-visits alone; the
+        popularity correction is not applied.
         """
 
     def degradation(self) -> str:

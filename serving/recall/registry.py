@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from serving.recall.again import AgainPath
 from serving.recall.base import FILLS, RecallContext, RecallPath
+from serving.recall.co_visits import CoVisitsBothPath, CoVisitsPath, NextPath
 from serving.recall.newest import NewestPath
 from serving.recall.popular import PopularPath
 from serving.recall.towers import TowersPath
@@ -12,6 +14,10 @@ from serving.recall.towers import TowersPath
 PATHS: dict[str, Callable[[RecallContext], RecallPath]] = {
     TowersPath.name: TowersPath,  # the user's nearest items
     PopularPath.name: PopularPath,  # if the user is unknown, or has few live items around
+    CoVisitsPath.name: CoVisitsPath,  # what users visited soon after the user's newest items
+    CoVisitsBothPath.name: CoVisitsBothPath,  # or before them; less popular items first
+    NextPath.name: NextPath,  # what they visited right after them
+    AgainPath.name: AgainPath,  # what the user had before
     NewestPath.name: NewestPath,  # fallback: returns as many as there are live items
 }
 

@@ -7,19 +7,25 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 
+from eddyline.schema.co_visits import entries
+from eddyline.schema.item_key import item_key
 from eddyline.schema.item_record import ItemRecord
+from eddyline.schema.partitioning import item_slot
 from eddyline.schema.user_history import Entry, UserHistory
 from eddyline.settings.loader import Settings
+from eddyline.settings.worker import RECALL_PATHS
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.state_store import Fence, LogId, Source, UserState
 from embeddings.towers.user_tower import query_vector
 from index.exact import ExactIndex
 from index.factory import HnswIndex
 from index.port import Hit, Index, LiveItems
+from serving.answer.co_visit_reader import CoVisitReader
 from serving.answer.deadline import Deadline
 from serving.answer.fusion import Cascade, Fusion
+from serving.answer.outages import Outages
 from serving.answer.reciprocal_rank import ReciprocalRank
-from serving.recall.base import PathScores, RecallContext, RecallPath, RecallRequest
+from serving.recall.base import AFTER, BEFORE, PathScores, RecallContext, RecallPath, RecallRequest
 from serving.recall.popularity import Popularity
 from serving.recall.registry import make_paths
 
@@ -58,7 +64,8 @@ class World:
         index.apply([ItemRecord(f"i{n}", 0, 2 * N + n, 0, 1, None) for n in gone])
         self.popularity = Popularity(SETTINGS, self.store)
         context = RecallContext(SETTINGS, self.store, Mean(), self.popularity, ExitStack())  # type: ignore[arg-type]
-        self.paths = make_paths(context)
+        self.paths = make_paths(context, RECALL_PATHS)
+        self.reader = CoVisitReader(self.store, 2, Outages(self.store), (AFTER, BEFORE))
         self.clicks = 0
 
     def click(self) -> None:
@@ -71,8 +78,29 @@ class World:
             counts = {name: 1_000 * int(self.rng.integers(1, 3)) for name in names}
             bucket = self.clicks // 3 + int(self.rng.integers(0, 2))
             self.store.count_clicks(slot, source, expected, new, {bucket: counts}, 5)
+            self.visit(slot)
         self.clicks += 1
         assert not self.popularity.read()
+
+    def visit(self, slot: str) -> None:
+        """Visits after and before some items, of few kinds, so that scores tie."""
+        source = Source("co-visits", 0)
+        expected = self.store.fences(source, [slot])[slot]
+        new = Fence(self.clicks, LogId("cluster", "topic"))
+
+        def rows() -> dict[str, bytes]:
+            found = {}
+            for name in (f"i{n}" for n in range(N) if item_slot(f"i{n}", 2) == slot):
+                if self.rng.random() < 0.3:
+                    others = [f"i{n}" for n in self.rng.integers(0, N + 3, 9)]
+                    distances = self.rng.integers(1, 3, 9).tolist()
+                    found[name] = entries(
+                        (item_key(other), 1_000 // distance, int(distance == 1))
+                        for other, distance in zip(others, distances, strict=True)
+                    )
+            return found
+
+        self.store.append_co_visits(slot, source, expected, new, rows(), rows(), 12)
 
     def request(self) -> RecallRequest:
         items = self.rng.choice(N, int(self.rng.integers(0, 5)), replace=False).tolist()
@@ -83,7 +111,9 @@ class World:
             embedding = (9, drawn.tobytes())
         user = UserState(None, UserHistory(entries=entries), 0, embedding, {})
         excluded = {f"i{n}" for n in items} if self.rng.random() < 0.7 else set()
-        return RecallRequest(user, N, excluded, None, 0.0, Deadline(60))
+        found, missing = self.reader.read(user, Deadline(60))
+        assert not missing
+        return RecallRequest(user, N, excluded, None, 0.0, Deadline(60), co_visits=found)
 
 
 def in_order(
@@ -134,16 +164,20 @@ def test_the_cascade_orders_all_items_as_it_serves_them(world: World) -> None:
     for _ in range(12):
         world.click()
         items, request = world.index.live_items(), world.request()
-        found = order_of(world, Cascade(), request, items)
+        paths = [path for path in world.paths if path.name in ("towers", "popular", "newest")]
+        found = order_of(paths, world, Cascade(), request, items)
         world.popularity.refresh()
-        served, _ = Cascade().fuse(world.paths, request, world.index)
+        served, _ = Cascade().fuse(paths, request, world.index)
         assert found == [one.hit.item_id for one in served]
         lengths.add(len({one.path for one in served}))
     assert {1, 2} <= lengths, "with and without the towers"
 
 
 @pytest.mark.parametrize("candidates", [1, 7, 100])
-@pytest.mark.parametrize("fused", ["towers,popular,newest", "newest,towers", "popular"])
+@pytest.mark.parametrize(
+    "fused",
+    ["towers,popular,newest", "newest,towers", "popular", "co_visits,next", ",".join(RECALL_PATHS)],
+)
 def test_reciprocal_ranks_order_all_items_as_they_serve_them(
     world: World, candidates: int, fused: str
 ) -> None:
@@ -152,7 +186,7 @@ def test_reciprocal_ranks_order_all_items_as_they_serve_them(
     for _ in range(8):
         world.click()
         items, request = world.index.live_items(), world.request()
-        found = order_of(world, fusion, request, items)
+        found = order_of(world.paths, world, fusion, request, items)
         world.popularity.refresh()
         served, _ = fusion.fuse(world.paths, request, world.index)
         assert found == [one.hit.item_id for one in served]
@@ -165,9 +199,11 @@ def test_reciprocal_ranks_order_all_items_as_they_serve_them(
     assert filled or (candidates == 100 and "newest" in paths)
 
 
-def order_of(world: World, fusion: Fusion, request: RecallRequest, items: LiveItems) -> list[str]:
+def order_of(
+    paths: list[RecallPath], world: World, fusion: Fusion, request: RecallRequest, items: LiveItems
+) -> list[str]:
     """Item ids by `order_all`, equal scores by id."""
-    scores = {p.name: p.score_all([request], world.index, items) for p in world.paths}
+    scores = {path.name: path.score_all([request], world.index, items) for path in paths}
     places = [items.place_of[i] for i in request.excluded if i in items.place_of]
     order = fusion.order_all(scores, items, np.array(places, np.int64))
     found: list[str] = []

@@ -19,6 +19,7 @@ from evaluation.rows import Query
 from index.port import Hit
 from serving.answer.fusions import make_fusion
 from serving.answer.retriever import seen_items
+from serving.recall import registry
 from tests.unit.evaluation.small import BASE_MS, ITEMS, make_bundle, make_items, make_log
 
 SETTINGS = Settings(popular_limit=9, history_length_max=12)
@@ -74,6 +75,7 @@ def served(
             if log.at_ms[number] < now_ms:
                 product.apply_events([log.click(number)])
                 product.write()
+        every = {name: product.path(name) for name in registry.PATHS}
         user = product.user(log.user_ids[log.users[event]])
         product.read_popularity()
         product.popularity.refresh()
@@ -81,7 +83,7 @@ def served(
         if not keeps_repeats:
             request = request._replace(excluded=seen_items(user))
         found = {}
-        for name, path in product.paths.items():
+        for name, path in every.items():
             found[name] = runs(name, path.recall(request, product.index).hits)
         paths = [*product.paths.values()]
         items, _ = product.fusion.fuse(paths, request, product.index)
@@ -140,7 +142,7 @@ def test_every_rank_is_that_of_the_answer_served_just_before(
             assert outcome.rows[name].ranks[number] == wanted, (name, number, item_id)
             checked += wanted < float("inf")
     assert checked > 100
-    paths = {"towers", "popular", "newest", "cascade", "rrf"}
+    paths = {*registry.PATHS, "cascade", "rrf", "rrf-all"}
     assert paths <= outcome.rows.keys()
     assert scored.repeat.any() and not scored.live.all(), "the log has all kinds of events"
 

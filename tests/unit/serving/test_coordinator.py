@@ -32,6 +32,7 @@ from index.search.multi_vector import query_multi
 from serving.__main__ import Worker
 from serving.answer.click_waits import ClickWaits
 from serving.answer.deadline import Deadline, DeadlinePassed
+from serving.answer.fusions import make_fusion
 from serving.answer.retriever import Retriever
 from serving.answer.user_reader import UserReader
 from serving.coordinator import shards as shards_
@@ -189,6 +190,7 @@ class Plant:
             users=self.users,
             popularity=self.popularity,
             paths=make_paths(context),
+            fusion=make_fusion(SETTINGS),
             item_slots=1,
         )
         self.service = RetrievalService(SETTINGS)

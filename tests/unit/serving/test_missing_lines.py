@@ -16,6 +16,7 @@ STEMS = [
     "the popular list is",
     "there is no popular list",
     "no cards: ",
+    "no co-visits: ",
     "cards cannot be read, such as",
     "items stand as they were then",
     "ingest has not published",

@@ -1,0 +1,63 @@
+"""Recall path of what the user had before, for sites where repeats are normal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from typing_extensions import override
+
+from eddyline.schema.user_history import positive_events
+from eddyline.stores.state_store import UserState
+from index.port import IndexReader, LiveItems
+from serving.recall.base import Candidates, PathScores, RecallContext, RecallPath, RecallRequest
+
+# An event counts (its age + AGE_PRIOR)^-AGE_POWER; the age is the number of newer ones.
+AGE_PRIOR, AGE_POWER = 20.0, 0.25
+
+
+class AgainPath(RecallPath):
+    """The live items of the user's list, often and lately first; none where seen items are hidden.
+
+    score = Σ over the item's positive events: (age + AGE_PRIOR)^-AGE_POWER
+    """
+
+    name = "again"
+
+    def __init__(self, context: RecallContext) -> None:
+        self._hidden = context.settings.seen_items == "hide"
+
+    @override
+    def recall(self, request: RecallRequest, index: IndexReader) -> Candidates:
+        if request.user is None:
+            return Candidates((), "the user could not be read")
+        scores = _scores_of(request.user)
+        wanted = [item_id for item_id in scores if item_id not in request.excluded]
+        live = index.describe(wanted, request.filters) if wanted else []
+        hits = [hit._replace(score=scores[hit.item_id]) for hit in live if hit is not None]
+        hits = sorted(hits, key=lambda hit: (-hit.score, hit.item_id))[: request.k]
+        if len(hits) == request.k:
+            return Candidates(hits)
+        if self._hidden:
+            return Candidates(hits, "seen items are hidden, see the setting seen_items")
+        return Candidates(hits, f"of {len(scores)} items of the user {len(hits)} can be returned")
+
+    @override
+    def score_all(
+        self, requests: Sequence[RecallRequest], index: IndexReader, items: LiveItems
+    ) -> PathScores:
+        scores = np.full((len(requests), len(items.ids)), -np.inf)
+        for row, request in zip(scores, requests, strict=True):
+            if request.user is not None:
+                for item_id, score in _scores_of(request.user).items():
+                    if (place := items.place_of.get(item_id)) is not None:
+                        row[place] = score
+        return PathScores(scores)
+
+
+def _scores_of(user: UserState) -> dict[str, float]:
+    """Item -> score, of the user's positive events."""
+    found: dict[str, float] = {}
+    for age, event in enumerate(positive_events(user.history.entries)):
+        found[event.item_id] = found.get(event.item_id, 0.0) + (age + AGE_PRIOR) ** -AGE_POWER
+    return found

@@ -1,0 +1,252 @@
+"""Recall paths of co-visits: what users visited after, or around, the items of this user.
+
+A row says which items were visited after an item, or before it, and how often; `request.co_visits`
+has the rows of the user's newest items. The rows name items by key; keys are summed up first, and
+only the best are looked up in the index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import override
+
+from eddyline.schema.item_key import item_key, key_bytes, keys_of
+from index.arrays import Floats, Ints
+from index.port import Hit, IndexReader, LiveItems
+from serving.recall.base import (
+    AFTER,
+    BEFORE,
+    Candidates,
+    PathScores,
+    QueryCoVisits,
+    RecallContext,
+    RecallPath,
+    RecallRequest,
+)
+
+Keys = npt.NDArray[np.uint64]
+# An item counts less by this factor for each newer one of the user.
+DECAY, NEXT_DECAY = 0.9, 0.7
+# Items that `next` looks at.
+NEXT_ITEMS = 5
+# Visits that a row is taken to have beyond its own, so that a row of few does not count too much.
+AFTER_PRIOR, BOTH_PRIOR, NEXT_PRIOR = 10.0, 5.0, 5.0
+# `co_visits_both` divides by (clicks + CLICKS_PRIOR) to this power, clicks decayed by events.
+CLICKS_PRIOR, CLICKS_POWER = 10.0, 0.3
+# Keys of the first look-up beyond those that are needed; each further one has twice as many.
+PIECE_MIN = 16
+
+
+class Scored(NamedTuple):
+    """Scores by item key. keys: uint64 (n,), ascending, each once; scores: float64 (n,), above 0"""
+
+    keys: Keys
+    scores: Floats
+
+
+def scored(parts: Sequence[tuple[Keys, npt.NDArray[np.float32], float]]) -> Scored:
+    """The sum of value · weight by key, over some rows.
+
+    parts: (keys, which may repeat, values, weight) of each row; the order of additions is theirs
+    """
+    if not parts:
+        return Scored(np.empty(0, np.uint64), np.empty(0))
+    keys = np.concatenate([row for row, _, _ in parts])
+    values = np.concatenate([row.astype(np.float64) * weight for _, row, weight in parts])
+    above = values > 0
+    found, place = np.unique(keys[above], return_inverse=True)
+    sums = np.bincount(place, values[above], len(found))
+    return Scored(found, np.asarray(sums, np.float64))
+
+
+class KeyPlaces:
+    """Places of item keys among the live items. Thread rule: one thread."""
+
+    def __init__(self) -> None:
+        self._items: LiveItems | None = None
+        self._keys: Keys = np.empty(0, np.uint64)
+        self._places: Ints = np.empty(0, np.int64)
+
+    def find(self, keys: Keys, items: LiveItems) -> Ints:
+        """int64 (n,): the place of each key, -1 for none."""
+        if items is not self._items:
+            every = keys_of(items.ids)
+            self._places = np.argsort(every)
+            self._keys = every[self._places]
+            self._items = items
+        if not len(self._keys):
+            return np.full(len(keys), -1)
+        at = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        return np.where(self._keys[at] == keys, self._places[at], -1)
+
+
+class CoVisitsPath(RecallPath):
+    """The live items that users visited soon after this user's newest items (directed).
+
+    score = Σ over those items: DECAY^n · visits / √(all visits after it + AFTER_PRIOR), n = 0 for
+    the newest
+    """
+
+    name = "co_visits"
+    reads = frozenset({AFTER})
+
+    def __init__(self, context: RecallContext) -> None:
+        """Needs nothing but the request's rows."""
+        self._live = KeyPlaces()
+
+    def score(self, found: QueryCoVisits) -> Scored:
+        """The score of each item that was visited after one of the user's."""
+        return scored(
+            [
+                (row.keys, row.visits, DECAY**n / (row.visits_sum + AFTER_PRIOR) ** 0.5)
+                for n, row in enumerate(found.after)
+            ]
+        )
+
+    def popularity_of(self, keys: Keys) -> Floats | None:
+        """What the scores of these items are multiplied by, as queries see it; None: nothing."""
+        return None
+
+    def popularity_of_all(self, items: LiveItems) -> Floats | None:
+        """The same for all live items, by place."""
+        return None
+
+    @override
+    def recall(self, request: RecallRequest, index: IndexReader) -> Candidates:
+        request.deadline.check("the co-visits were summed up")
+        if request.user is None:
+            return Candidates((), "the user could not be read")
+        found = request.co_visits
+        if found is None:
+            return Candidates((), "the co-visits could not be read")
+        if not found.items:
+            return Candidates((), "no positive event of this user is known")
+        keys, scores = without(self.score(found), request.excluded)
+        if (factor := self.popularity_of(keys)) is not None:
+            scores = scores * factor
+        hits = best_hits(Scored(keys, scores), request, index)
+        if len(hits) == request.k:
+            return Candidates(hits)
+        which = "live and unseen" if request.filters is None else "live, unseen and pass the filter"
+        of = f"of {len(keys)} co-visited items"
+        return Candidates(hits, f"{of} {len(hits)} are {which}")
+
+    @override
+    def score_all(
+        self, requests: Sequence[RecallRequest], index: IndexReader, items: LiveItems
+    ) -> PathScores:
+        scores = np.full((len(requests), len(items.ids)), -np.inf)
+        factor = self.popularity_of_all(items)
+        for row, request in zip(scores, requests, strict=True):
+            if request.user is None or request.co_visits is None:
+                continue
+            keys, values = self.score(request.co_visits)
+            places = self._live.find(keys, items)
+            live = places >= 0
+            places = places[live]
+            row[places] = values[live] if factor is None else values[live] * factor[places]
+        return PathScores(scores)
+
+
+class CoVisitsBothPath(CoVisitsPath):
+    """The live items that users visited soon after or before this user's newest items (symmetric).
+
+    score = Σ over those items: DECAY^n · visits / √(all its visits + BOTH_PRIOR), over
+    (clicks + CLICKS_PRIOR)^CLICKS_POWER
+    """
+
+    name = "co_visits_both"
+    reads = frozenset({AFTER, BEFORE})
+
+    def __init__(self, context: RecallContext) -> None:
+        super().__init__(context)
+        self._clicks = context.popularity
+        # The list that keys were last made of, and its clicks by key; replaced as one.
+        self._by_key: tuple[Sequence[tuple[str, float]], Scored] = ((), scored(()))
+
+    @override
+    def score(self, found: QueryCoVisits) -> Scored:
+        parts = []
+        for n, (after, before) in enumerate(zip(found.after, found.before, strict=True)):
+            visits = after.visits_sum + before.visits_sum
+            weight = DECAY**n / (visits + BOTH_PRIOR) ** 0.5
+            parts += [(row.keys, row.visits, weight) for row in (after, before)]
+        return scored(parts)
+
+    @override
+    def popularity_of(self, keys: Keys) -> Floats:
+        ranked, (of, known) = self._clicks.ranked, self._by_key
+        if ranked is not of:
+            # These keys are cached: the list changes little from one refresh to the next.
+            every = np.frombuffer(b"".join(key_bytes(item_id) for item_id, _ in ranked), "<u8")
+            order = np.argsort(every)
+            clicks = np.array([clicks for _, clicks in ranked], np.float64)
+            known = Scored(every[order].astype(np.uint64), clicks[order])
+            self._by_key = ranked, known
+        if not len(known.keys):
+            return _factor(np.zeros(len(keys)))
+        at = np.minimum(np.searchsorted(known.keys, keys), len(known.keys) - 1)
+        return _factor(np.where(known.keys[at] == keys, known.scores[at], 0.0))
+
+    @override
+    def popularity_of_all(self, items: LiveItems) -> Floats:
+        return _factor(np.maximum(self._clicks.scores(items.place_of), 0.0))
+
+
+class NextPath(CoVisitsPath):
+    """The live items that users visited right after this user's newest items (Markov).
+
+    score = Σ over those items: NEXT_DECAY^n · visits / (all visits right after it + NEXT_PRIOR)
+    """
+
+    name = "next"
+
+    @override
+    def score(self, found: QueryCoVisits) -> Scored:
+        return scored(
+            [
+                (row.keys, row.next, NEXT_DECAY**n / (row.next_sum + NEXT_PRIOR))
+                for n, row in enumerate(found.after[:NEXT_ITEMS])
+            ]
+        )
+
+
+def without(found: Scored, item_ids: Collection[str]) -> Scored:
+    """The scores without those of these items."""
+    if not item_ids or not len(found.keys):
+        return found
+    keys = np.array([item_key(item_id) for item_id in item_ids], np.uint64)
+    at = np.minimum(np.searchsorted(found.keys, keys), len(found.keys) - 1)
+    stays = np.ones(len(found.keys), bool)
+    stays[at[found.keys[at] == keys]] = False
+    return Scored(found.keys[stays], found.scores[stays])
+
+
+def best_hits(found: Scored, request: RecallRequest, index: IndexReader) -> list[Hit]:
+    """The first `request.k` live items that pass the filter, best first, equal scores by id."""
+    order = np.argsort(-found.scores, kind="stable")
+    keys, falling = found.keys[order], -found.scores[order]
+    hits: list[Hit] = []
+    start, size = 0, request.k + PIECE_MIN
+    while len(hits) < request.k and start < len(keys):
+        last = min(start + size, len(keys)) - 1
+        # With all of the same score: only the ids say which of them come first.
+        end = int(np.searchsorted(falling, falling[last], side="right"))
+        some = zip(
+            index.find_keys(keys[start:end], request.filters),
+            falling[start:end].tolist(),
+            strict=True,
+        )
+        more = [hit._replace(score=-score) for hit, score in some if hit is not None]
+        hits += sorted(more, key=lambda hit: (-hit.score, hit.item_id))
+        start, size = end, 2 * size
+    return hits[: request.k]
+
+
+def _factor(clicks: Floats) -> Floats:
+    factor: Floats = (clicks + CLICKS_PRIOR) ** -CLICKS_POWER
+    return factor
