@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 from typing_extensions import override
 
+from evaluation.blend_learner import BlendLearner
 from evaluation.engine import Engine
 from evaluation.rows import LIST_LENGTH, ProductRow, Query
 from serving.answer.blend import Blend, Prepared
 from serving.answer.blend_features import Matrix
-from serving.answer.blend_weights import CurrentBlender
 from serving.answer.blender import Blender
 
 
@@ -19,7 +19,7 @@ class BlendRow(ProductRow):
     A target that no path has among its candidates teaches nothing. It stands among the items behind
     the candidates, whose order is not looked at: its rank is the middle of them.
 
-    blender: as it has learned so far
+    learner: with what it has learned so far
     """
 
     def __init__(
@@ -27,17 +27,16 @@ class BlendRow(ProductRow):
         product: Engine,
         name: str,
         scored: int,
-        blender: Blender | None = None,
         *,
+        learned: bytes = b"",
         learns_every: int = 1,
     ) -> None:
-        """blender: to go on with; one of other paths is not used. learns_every: one of n targets"""
+        """learned: see `BlendLearner`; learns_every: one of n targets. Raises BlenderRejected."""
         super().__init__(product, [name], scored)
         settings = product.settings
         paths = settings.recall_path_names
-        current = CurrentBlender(paths, blender)
-        self.blender = current()
-        self._fusion = Blend(paths, current, candidates=settings.path_candidates)
+        self.learner = BlendLearner(paths, learned)
+        self._fusion = Blend(paths, self.learner.current, candidates=settings.path_candidates)
         self._paths = [product.path(path) for path in paths]
         self._results = self.results[name]
         self._every = learns_every
@@ -52,11 +51,13 @@ class BlendRow(ProductRow):
             excluded={items.ids[place] for place in query.excluded}, now_ms=query.at_ms
         )
         prepared = self._fusion.prepare(self._paths, request, product.index)
-        scores, ids = self.blender.scores(prepared.q, prepared.x), prepared.union.ids
+        scores, ids = self._scores(self.learner.blender, prepared), prepared.union.ids
         wanted = items.ids[query.target]
         target = ids.index(wanted) if wanted in ids else None
         competing = len(items.ids) - len(query.excluded)
-        self._results.ranks[query.number] = _rank(scores, target, competing)
+        rank = self._results.ranks[query.number] = _rank(scores, target, competing)
+        by_rank = _rank(self._scores(self.learner.by_rank, prepared), target, competing)
+        self.learner.guard.add(rank <= LIST_LENGTH, by_rank <= LIST_LENGTH)
         if target is not None and query.number % self._every == 0:
             self._waiting.append((query.user_id, prepared, target))
         if query.wants_list:
@@ -74,7 +75,10 @@ class BlendRow(ProductRow):
         """
         waiting, self._waiting = self._waiting, []
         for _, prepared, target in sorted(waiting, key=lambda one: one[0]):
-            self.blender.learn(prepared.q, prepared.x, target)
+            self.learner.blender.learn(prepared.q, prepared.x, target)
+
+    def _scores(self, blender: Blender, prepared: Prepared) -> Matrix:
+        return blender.scores(prepared.q, prepared.x)
 
 
 def _rank(scores: Matrix, target: int | None, competing: int) -> float:

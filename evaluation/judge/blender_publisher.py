@@ -10,8 +10,8 @@ from eddyline.errors import EddylineError
 from eddyline.kafka import clients, producers, topics
 from eddyline.kafka.topics import BLENDER
 from eddyline.settings.loader import Settings
+from evaluation.blend_learner import BlendLearner
 from serving.answer.blend_weights import KEY
-from serving.answer.blender import Blender
 
 log = logging.getLogger(__name__)
 
@@ -25,12 +25,21 @@ class BlenderPublisher:
         self._settings = settings
         self._producer: producers.Producer | None = None
         self._published = -1
+        self._replaced = False
         self._failure = ""
 
-    def publish(self, blender: Blender | None) -> None:
-        """Send the weights if they have learned since the last call. Waits `kafka_timeout_ms`."""
-        if blender is None or blender.learned == self._published:
+    def publish(self, learner: BlendLearner | None) -> None:
+        """Send the weights if they are others than at the last call. Waits `kafka_timeout_ms`."""
+        if learner is None or learner.served.learned == self._published:
             return
+        blender = learner.served
+        if learner.guard.replaced != self._replaced:
+            self._replaced = learner.guard.replaced
+            more = {"wins": round(learner.guard.wins), "losses": round(learner.guard.losses)}
+            if self._replaced:
+                log.warning("the blender does harm: a fusion by rank replaces it", extra=more)
+            else:
+                log.info("the blender answers again", extra=more)
         try:
             if self._producer is None:
                 topics.ensure_topics(self._settings, [BLENDER])

@@ -41,7 +41,7 @@ class Checkpoint(msgspec.Struct, kw_only=True):
     since_ms:  see `Judge`; started_ms: see `Decoder`
     scored, skipped, applied, rejected: counts since the first start
     store:     `MemoryStore.export`; rates: `Rates.export`; drifts: by generation
-    impressions: `ImpressionJoin.export`; blender: `Blender.encode`, empty for none
+    impressions: `ImpressionJoin.export`; learned: `BlendLearner.encode`, empty for none
     """
 
     layout: str
@@ -58,7 +58,7 @@ class Checkpoint(msgspec.Struct, kw_only=True):
     rates: bytes
     impressions: bytes
     drifts: dict[str, SavedDrift]
-    blender: bytes = b""
+    learned: bytes = b""
 
 
 def path_of(settings: Settings) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from eddyline.schema.events import Click, Forget
 from eddyline.schema.user_sample import is_sampled
 from eddyline.settings.loader import Settings
+from evaluation.blend_learner import BlendLearner
 from evaluation.engine import Engine
 from evaluation.judge.drift import DriftWatch
 from evaluation.judge.impressions import ImpressionJoin
@@ -13,7 +14,6 @@ from evaluation.judge.rates import Rates
 from evaluation.judge.track import Ranked, Track, targets_of
 from evaluation.judge.windows import GENERATIONS_MAX
 from serving.answer.blend import Blend
-from serving.answer.blender import Blender
 
 # A judge that falls behind scores this share of the targets at least.
 SHARE_MIN = 1 / 64
@@ -37,10 +37,15 @@ class Judge:
         self.impressions = ImpressionJoin(self.is_recorded)
         self.drifts: dict[str, DriftWatch] = {}
         self.since_ms = since_ms
-        # Goes on across generations.
-        self.blender: Blender | None = None
+        # What the fusion `blend` goes on with, across generations.
+        self.learned = b""
         self.share = 1.0
         self.scored = self.skipped = self.applied = 0
+
+    @property
+    def learner(self) -> BlendLearner | None:
+        """What learns the fusion now; None where it is another than `blend`."""
+        return next((track.learner for track in self.tracks.values()), None)
 
     def follows(self, user_id: str) -> bool:
         """Whether the user's list and embedding are kept."""
@@ -56,17 +61,18 @@ class Judge:
 
     def open(self, engine: Engine) -> None:
         """Judge a generation from here on."""
-        self.tracks[engine.bundle.generation] = track = Track(
+        self.tracks[engine.bundle.generation] = Track(
             engine,
             self._count,
             keeps_repeats=self.settings.judge_repeats == "keep",
             scene_field=self.settings.judge_scene_field,
-            blender=self.blender,
+            learned=self.learned,
         )
-        self.blender = track.blender
 
     def replace(self, engine: Engine) -> None:
         """Judge this generation from here on, and no other one."""
+        learner = self.learner
+        self.learned = b"" if learner is None else learner.encode()
         for track in self.tracks.values():
             track.settle()
             track.close()

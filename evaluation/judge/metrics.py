@@ -62,6 +62,7 @@ def _state(report: JudgeReport) -> Iterator[Metric]:
         ("share", "Share of the followed users whose events are scored now", report.share),
         ("lag_seconds", "How long the oldest record waits", report.lag_s),
         ("report_timestamp_seconds", "When the rates were renewed", report.at_ms / 1_000),
+        ("blender_replaced", "Whether a fusion by rank answers", report.blender_replaced),
         ("event_timestamp_seconds", "Time of the newest scored event", report.event_ms / 1_000),
     ):
         yield GaugeMetricFamily(f"eddyline_judge_{name}", what, value=number)

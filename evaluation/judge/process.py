@@ -36,7 +36,6 @@ from evaluation.judge.rates import Rates
 from evaluation.judge.reader import LogReader, open_reader
 from evaluation.judge.report import JudgeReport
 from evaluation.judge.step_ranges import FollowedStepRanges
-from serving.answer.blender import Blender
 from streams.idle_users import IdleUsers
 
 log = logging.getLogger(__name__)
@@ -137,7 +136,7 @@ class JudgeProcess:
         rates = Rates.load(saved.rates)
         judge = self._judge = Judge(self._settings, rates, since_ms=saved.since_ms)
         judge.impressions = ImpressionJoin.load(saved.impressions, judge.is_recorded)
-        judge.blender = Blender.decode(saved.blender) if saved.blender else None
+        judge.learned = saved.learned
         judge.scored, judge.skipped, judge.applied = saved.scored, saved.skipped, saved.applied
         judge.drifts = {
             name: DriftWatch(name, one.hits, one.found, one.last)
@@ -189,7 +188,7 @@ class JudgeProcess:
         if now_s - self._reported_s >= settings.judge_report_s:
             self._reported_s = now_s
             self._report(reader)
-            self._weights.publish(self._judge.blender)
+            self._weights.publish(self._judge.learner)
         if now_s - self._cleaned_s >= CLEAN_S:
             self._cleaned_s = now_s
             self._remove_idle_users()
@@ -229,6 +228,7 @@ class JudgeProcess:
     def _report(self, reader: LogReader) -> None:
         judge = self._judge
         judge.settle()
+        learner = judge.learner
         last = [watch.last for watch in judge.drifts.values() if watch.last is not None]
         self.report = JudgeReport(
             at_ms=now_ms(),
@@ -246,7 +246,8 @@ class JudgeProcess:
             joined=msgspec.structs.replace(judge.impressions.counts),
             drifts={name: watch.found for name, watch in judge.drifts.items()},
             last_drifts=last,
-            learned=0 if judge.blender is None else judge.blender.learned,
+            learned=0 if learner is None else learner.blender.learned,
+            blender_replaced=learner is not None and learner.guard.replaced,
         )
         try:
             reports.write(self._settings, self.report)
@@ -257,6 +258,7 @@ class JudgeProcess:
         """Write a checkpoint; a failure is logged, and the last one stays."""
         judge = self._judge
         judge.write()
+        learner = judge.learner
         saved = Checkpoint(
             layout=checkpoints.layout_of(self._settings),
             logs=self._logs,
@@ -270,7 +272,7 @@ class JudgeProcess:
             store=self._engine_now().store.export(),
             rates=judge.rates.export(),
             impressions=judge.impressions.export(),
-            blender=b"" if judge.blender is None else judge.blender.encode(),
+            learned=b"" if learner is None else learner.encode(),
             drifts={
                 name: SavedDrift(hits=one.hits, found=one.found, last=one.last)
                 for name, one in judge.drifts.items()

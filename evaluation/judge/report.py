@@ -24,6 +24,7 @@ class JudgeReport(msgspec.Struct, frozen=True, kw_only=True):
     clicks:     click-through of recorded answers; joined: what became of clicks that name one
     drifts:     generation -> how many; last_drifts: the newest of each generation
     learned:    clicks that the blender has learned from; 0 without the fusion `blend`
+    blender_replaced: see `blend_learner.Guard`
     """
 
     at_ms: int
@@ -42,6 +43,7 @@ class JudgeReport(msgspec.Struct, frozen=True, kw_only=True):
     drifts: dict[str, int]
     last_drifts: list[Drift]
     learned: int = 0
+    blender_replaced: bool = False
 
 
 def path_of(settings: Settings) -> Path:

@@ -11,6 +11,7 @@ from eddyline.kafka.topics import CLICKS, ITEMS
 from eddyline.schema import events
 from eddyline.schema.events import Click
 from eddyline.schema.records import Record
+from evaluation.blend_learner import BlendLearner
 from evaluation.blend_row import BlendRow
 from evaluation.engine import BATCH_RECORDS, Engine
 from evaluation.judge.merging import Group
@@ -18,7 +19,6 @@ from evaluation.judge.rates import stage
 from evaluation.prequential import Prequential
 from evaluation.rows import FusedRow, PathRow, Row, TowersRow
 from serving.answer.blend import Blend
-from serving.answer.blender import Blender
 from serving.answer.fusion import RanksAll
 from serving.recall.towers import TowersPath
 
@@ -55,11 +55,11 @@ class Track:
         *,
         keeps_repeats: bool,
         scene_field: str,
-        blender: Blender | None = None,
+        learned: bytes = b"",
     ) -> None:
         """scene_field: key of the events' context; "" for no scenes.
 
-        blender: goes on to learn, if the fusion is `blend` and it is of its paths
+        learned: what the fusion `blend` goes on with, see `BlendLearner`. Raises BlenderRejected
         """
         self.engine = engine
         self.generation = engine.bundle.generation
@@ -76,7 +76,7 @@ class Track:
         name, fusion = engine.fusion.name, engine.fusion
         self._blend: BlendRow | None = None
         if isinstance(fusion, Blend):
-            self._blend = BlendRow(engine, name, WAITING_MAX, blender)
+            self._blend = BlendRow(engine, name, WAITING_MAX, learned=learned)
             self._rows.append(self._blend)
         elif isinstance(fusion, RanksAll):
             self._rows.append(FusedRow(engine, name, WAITING_MAX, fusion, [*engine.paths]))
@@ -117,9 +117,9 @@ class Track:
             self._blend.step()
 
     @property
-    def blender(self) -> Blender | None:
-        """What has learned so far; None without the fusion `blend`."""
-        return None if self._blend is None else self._blend.blender
+    def learner(self) -> BlendLearner | None:
+        """What learns the fusion; None where it is another than `blend`."""
+        return None if self._blend is None else self._blend.learner
 
     def settle(self) -> None:
         """Report the targets that wait for their ranks."""

@@ -13,6 +13,7 @@ from eddyline.errors import KafkaUnavailable
 from eddyline.kafka import reading, topics
 from eddyline.kafka.topics import BLENDER
 from eddyline.settings.loader import Settings
+from evaluation.blend_learner import BlendLearner
 from evaluation.judge.blender_publisher import BlenderPublisher
 from serving.answer.blend_weights import KEY, CurrentBlender, start_blender
 from serving.answer.blender import Blender
@@ -22,12 +23,18 @@ from tests.integration.conftest import OwnServers
 NAMES = ["towers", "popular", "newest"]
 
 
-def learned(clicks: int, names: list[str] = NAMES) -> Blender:
+def blender_of(clicks: int, names: list[str] = NAMES) -> Blender:
     blender, rng = start_blender(names), np.random.default_rng(clicks)
     for _ in range(clicks):
         q, x = rng.random(len(blender.contexts)), rng.random((9, len(blender.features)))
         blender.learn(q, x, 3)
     return blender
+
+
+def learner_of(clicks: int, names: list[str] = NAMES) -> BlendLearner:
+    learner = BlendLearner(names)
+    learner.blender = blender_of(clicks, names)
+    return learner
 
 
 def test_the_newest_weights_are_used_and_others_are_named(
@@ -39,14 +46,14 @@ def test_the_newest_weights_are_used_and_others_are_named(
         watch.read()
         assert current().encode() == start_blender(NAMES).encode() and not current.why
         for clicks in (1, 40):
-            publisher.publish(learned(clicks))
+            publisher.publish(learner_of(clicks))
             watch.read()
-            assert current().encode() == learned(clicks).encode()
-        publisher.publish(learned(41, ["popular", "newest"]))
+            assert current().encode() == blender_of(clicks).encode()
+        publisher.publish(learner_of(41, ["popular", "newest"]))
         with caplog.at_level(logging.WARNING):
             watch.read()
             watch.read()
-        assert current().encode() == learned(40).encode()
+        assert current().encode() == blender_of(40).encode()
         assert "learned for other recall paths" in current.why and len(caplog.records) == 1
     finally:
         publisher.close()
@@ -59,8 +66,8 @@ def test_the_newest_weights_are_used_and_others_are_named(
 def test_weights_that_have_not_changed_are_sent_once(fresh_settings: Settings) -> None:
     publisher = BlenderPublisher(fresh_settings)
     try:
-        for blender in (None, learned(3), learned(3), None, learned(4)):
-            publisher.publish(blender)
+        for learner in (None, learner_of(3), learner_of(3), None, learner_of(4)):
+            publisher.publish(learner)
     finally:
         publisher.close()
     assert len(list(reading.read(fresh_settings, BLENDER))) == 2
@@ -72,7 +79,7 @@ def test_a_process_reads_by_itself_and_keeps_its_weights_while_kafka_is_away(
     settings = msgspec.structs.replace(own_servers.settings, kafka_timeout_ms=1_000)
     current, publisher = CurrentBlender(NAMES), BlenderPublisher(settings)
     watch = BlenderWatch(settings, current)
-    publisher.publish(learned(5))
+    publisher.publish(learner_of(5))
     watch.start()
     try:
         end_s = time.monotonic() + 20
@@ -84,14 +91,14 @@ def test_a_process_reads_by_itself_and_keeps_its_weights_while_kafka_is_away(
             watch.read()
         assert current().learned == 5
         with caplog.at_level(logging.WARNING):
-            publisher.publish(learned(6))
-            publisher.publish(learned(7))
+            publisher.publish(learner_of(6))
+            publisher.publish(learner_of(7))
         failures = [r for r in caplog.records if "cannot be published" in r.message]
         assert len(failures) == 1
         own_servers.resume("kafka")
         end_s = time.monotonic() + 40
         while current().learned != 8 and time.monotonic() < end_s:
-            publisher.publish(learned(8))
+            publisher.publish(learner_of(8))
             time.sleep(0.2)
         assert current().learned == 8
     finally:

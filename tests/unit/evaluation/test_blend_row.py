@@ -10,6 +10,7 @@ from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
 from embeddings.bundle.bundle import Bundle
 from evaluation import offline
+from evaluation.blend_learner import Guard
 from evaluation.blend_row import BlendRow
 from evaluation.engine import Engine
 from evaluation.event_log import EventLog
@@ -17,7 +18,6 @@ from evaluation.judge.judge import Judge
 from evaluation.judge.rates import Rates
 from evaluation.product import Product
 from evaluation.protocol import Outcome, run, scorable
-from serving.answer.blender import Blender
 from tests.unit.evaluation.live_log import (
     LOGS,
     append_log,
@@ -74,8 +74,8 @@ def test_the_judge_learns_what_evaluate_learns(bundle: Bundle, repeats: str) -> 
     feed(judge, appender.topics, 3)
     judge.settle()
     assert judged(judge)["blend"] == counts_of(outcome, ["blend"])["blend"]
-    assert judge.blender is not None and judge.blender.learned > 30
-    assert judge.blender.encode() == row.blender.encode()
+    assert judge.learner is not None and judge.learner.blender.learned > 30
+    assert judge.learner.blender.encode() == row.learner.blender.encode()
 
 
 def test_its_ranks_are_those_of_the_answers_that_it_serves(bundle: Bundle) -> None:
@@ -93,7 +93,7 @@ def test_a_target_that_no_path_has_teaches_nothing_and_is_behind_all(bundle: Bun
     settings = msgspec.structs.replace(SETTINGS, path_candidates=1, recall_paths="newest")
     row, outcome = replay(a_log(3), bundle, settings)
     ranks = outcome.rows["blend"].ranks[outcome.kept]
-    assert row.blender.learned == np.count_nonzero(ranks == 1) < len(ranks)
+    assert row.learner.blender.learned == np.count_nonzero(ranks == 1) < len(ranks)
     assert (ranks[ranks > 1] > 3).all()
 
 
@@ -101,7 +101,7 @@ def test_a_target_that_no_path_has_teaches_nothing_and_is_behind_all(bundle: Bun
 def test_one_of_n_targets_teaches(bundle: Bundle, every: int) -> None:
     log = a_log(1)
     row, _ = replay(log, bundle, keep=True, every=every)
-    assert 0 < row.blender.learned <= -(-len(log) // every)
+    assert 0 < row.learner.blender.learned <= -(-len(log) // every)
 
 
 @pytest.mark.parametrize("stop_after", [1, 37, 140])
@@ -115,8 +115,8 @@ def test_a_restart_goes_on_with_the_same_bits(bundle: Bundle, stop_after: int) -
     first.write()
     [track] = first.tracks.values()
     again = Judge(SETTINGS, Rates.load(first.rates.export()), since_ms=since_ms)
-    assert first.blender is not None
-    again.blender = Blender.decode(first.blender.encode())
+    assert first.learner is not None
+    again.learned = first.learner.encode()
     store = MemoryStore.load(track.engine.store.export())
     engine = Engine(SETTINGS, bundle, LOGS, store=store, follows=again.follows)
     engine.fill_index()
@@ -124,20 +124,30 @@ def test_a_restart_goes_on_with_the_same_bits(bundle: Bundle, stop_after: int) -
     feed(again, appender.topics, 2, positions=positions)
     for judge in (whole, again):
         judge.write()
-    assert whole.blender is not None and again.blender is not None
-    assert again.blender.encode() == whole.blender.encode()
+    assert whole.learner is not None and again.learner is not None
+    assert again.learner.encode() == whole.learner.encode()
     assert judged(again) == judged(whole)
 
 
-def test_a_blender_of_other_paths_is_not_gone_on_with(bundle: Bundle) -> None:
-    judge = make_judge(SETTINGS, bundle, 0)
+def test_what_was_learned_for_other_paths_is_not_gone_on_with(bundle: Bundle) -> None:
+    row, _ = replay(a_log(1), bundle)
     other = msgspec.structs.replace(SETTINGS, recall_paths="popular,newest")
     again = Judge(other, since_ms=0)
-    again.blender = judge.blender
-    engine = Engine(other, bundle, LOGS, follows=again.follows)
-    again.open(engine)
-    assert again.blender is not None and judge.blender is not None
-    assert again.blender.features != judge.blender.features
+    again.learned = row.learner.encode()
+    again.open(Engine(other, bundle, LOGS, follows=again.follows))
+    assert again.learner is not None
+    assert (again.learner.blender.learned, again.learner.guard) == (0, Guard())
+
+
+def test_another_generation_goes_on_with_what_was_learned(bundle: Bundle) -> None:
+    log = a_log(2)
+    appender, since_ms = append_log(log, SETTINGS, 0)
+    judge = make_judge(SETTINGS, bundle, since_ms)
+    feed(judge, appender.topics)
+    assert judge.learner is not None
+    before = judge.learner.encode()
+    judge.replace(Engine(SETTINGS, bundle, LOGS, follows=judge.follows))
+    assert judge.learner.encode() == before and judge.learner.blender.learned > 30
 
 
 def test_the_sample_limits_who_is_scored_and_not_whose_lists_are_kept(bundle: Bundle) -> None:
