@@ -81,6 +81,14 @@ def _row(settings: Settings, fusion: str, product: Product, name: str, scored: i
     return FusedRow(product, name, scored, FIXED[fusion](settings), paths)
 
 
+def _reads_co_visits(rows: Sequence[str], settings: Settings) -> bool:
+    """Whether one of these rows depends on what all users visited."""
+    if "rrf-all" in rows or registry.reads_co_visits(row for row in rows if row in registry.PATHS):
+        return True
+    fused = {*FIXED, *LEARNING} & {*rows}
+    return bool(fused) and registry.reads_co_visits(settings.recall_path_names)
+
+
 def training_data(log: EventLog, first: int) -> TrainingData:
     """What was known before the split: events before `first`, items and profiles from before.
 
@@ -142,7 +150,9 @@ class Job:
             return self.score(product, process, on_progress)
 
     def product(self, bundle: Bundle, process: int) -> Product:
-        """A product that follows the users of a process."""
+        """A product that follows the users of a process, or all where their visits count."""
+        if _reads_co_visits(self.rows, self.settings):
+            return Product(self.settings, bundle)
         mine = {self.log.user_ids[user] for user in np.flatnonzero(self.process_of == process)}
         return Product(self.settings, bundle, mine.__contains__)
 

@@ -14,8 +14,9 @@ class JudgeSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The judge: whose events it scores, how long it waits, where its rates go."""
 
     judge_sample: Annotated[float, within(0, 1)] = 0.05
-    """Share of the users whose events the judge scores. It keeps the lists of these users only; the
-    events of all users count for the items."""
+    """Share of the users whose events the judge scores. It keeps the lists of these users only,
+    unless a recall path depends on what all users visited; the events of all users count for the
+    items."""
     judge_from: Literal["now", "beginning"] = "now"
     """Which events a judge without a checkpoint scores: those appended after its start, or all that
     Kafka has. Earlier ones are applied without being scored."""

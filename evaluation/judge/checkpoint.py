@@ -16,6 +16,7 @@ from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import LogId
 from evaluation.judge.drift import Drift
 from evaluation.judge.merging import Place
+from serving.recall.registry import reads_co_visits
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,9 @@ def layout_of(settings: Settings) -> str:
     )
     said = ", ".join(f"{name}={getattr(settings, name)}" for name in names)
     # The lists of all users are kept then, not those of the sample only.
-    return f"{said}, fusion=blend" if settings.fusion == "blend" else said
+    if settings.fusion == "blend":
+        return f"{said}, fusion=blend"
+    return f"{said}, co-visits" if reads_co_visits(settings.recall_path_names) else said
 
 
 def write(settings: Settings, checkpoint: Checkpoint) -> None:

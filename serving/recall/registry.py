@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from serving.recall.again import AgainPath
 from serving.recall.base import FILLS, RecallContext, RecallPath
@@ -20,6 +20,11 @@ PATHS: dict[str, Callable[[RecallContext], RecallPath]] = {
     AgainPath.name: AgainPath,  # what the user had before
     NewestPath.name: NewestPath,  # fallback: returns as many as there are live items
 }
+
+
+def reads_co_visits(names: Iterable[str]) -> bool:
+    """Whether one of these paths reads what all users visited."""
+    return any(getattr(PATHS[name], "reads", ()) for name in names)
 
 
 def make_paths(context: RecallContext, names: Sequence[str] | None = None) -> list[RecallPath]:

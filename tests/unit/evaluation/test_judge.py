@@ -111,11 +111,12 @@ def ranks_of(judge: Judge) -> list[tuple[str, str, int, dict[str, float]]]:
     return found
 
 
-def test_a_sample_has_the_ranks_that_its_users_have_among_all(bundle: Bundle) -> None:
+@pytest.mark.parametrize("paths", ["towers,popular,newest", "next,co_visits_both,towers"])
+def test_a_sample_has_the_ranks_that_its_users_have_among_all(bundle: Bundle, paths: str) -> None:
     log = make_log(3, events=500, users=20, items=timed(make_items()))
     found = []
     for sample in (1.0, 0.4):
-        settings = msgspec.structs.replace(SETTINGS, judge_sample=sample)
+        settings = msgspec.structs.replace(SETTINGS, judge_sample=sample, recall_paths=paths)
         appender, since_ms = append_log(log, settings, log.split(SPLIT))
         judge = make_judge(settings, bundle, since_ms)
         ranks = ranks_of(judge)
@@ -129,6 +130,8 @@ def test_a_sample_has_the_ranks_that_its_users_have_among_all(bundle: Bundle) ->
     everyone, some = found
     assert 0 < len(some) < len(everyone)
     assert some == [one for one in everyone if is_sampled(one[0], 0.4)]
+    of_path = [ranks[paths.split(",")[0]] for *_, ranks in some]
+    assert sum(rank < float("inf") for rank in of_path) > 10
 
 
 def restarted(judge: Judge) -> Judge:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -31,7 +31,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return make_bundle(tmp_path_factory.mktemp("bundle"), make_items())
 
 
-def evaluate(log: EventLog, bundle: Bundle, wanted: int) -> tuple[Report, Outcome]:
+def evaluate(
+    log: EventLog, bundle: Bundle, wanted: int, rows: Sequence[str]
+) -> tuple[Report, Outcome]:
     return offline.evaluate(
         Settings(popular_limit=9, history_length_max=12),
         log,
@@ -40,15 +42,22 @@ def evaluate(log: EventLog, bundle: Bundle, wanted: int) -> tuple[Report, Outcom
         split=0.5,
         keeps_repeats=False,
         seed=3,
+        rows=rows,
         wanted_processes=wanted,
     )
 
 
-def test_several_processes_find_what_one_finds(bundle: Bundle) -> None:
+WITHOUT_VISITS = ("random", "als-daily", "towers-daily", "towers", "popular", "cascade", "rrf")
+
+
+@pytest.mark.parametrize(
+    "rows", [WITHOUT_VISITS, ("next", "towers"), ("rrf-all", "co_visits_both")]
+)
+def test_several_processes_find_what_one_finds(bundle: Bundle, rows: Sequence[str]) -> None:
     log = make_log(7, events=300)
-    one, outcome = evaluate(log, bundle, 1)
-    assert len(outcome.rows) == len(offline.ROWS) + 5 and outcome.kept.sum() > 50
-    several, merged = evaluate(log, bundle, 3)
+    one, outcome = evaluate(log, bundle, 1, rows)
+    assert outcome.rows.keys() >= {*rows} and outcome.kept.sum() > 50
+    several, merged = evaluate(log, bundle, 3, rows)
     assert msgspec.json.encode(one) == msgspec.json.encode(several)
     for row, found in outcome.rows.items():
         assert np.array_equal(found.ranks, merged.rows[row].ranks), row
