@@ -54,6 +54,8 @@ BATCH_RECORDS = 256
 # No topic is so long.
 _END = 2**62
 _NO_DEADLINE_S = 1e9
+# More than there are: a list by events has every counted item.
+_EVERY_ITEM = 2**31 - 1
 
 
 class _Sinks(RecordPublisher):
@@ -131,7 +133,7 @@ class Engine:
         self._users = UserReader(
             self.store, clicks_partitions=settings.clicks_partitions, generation=bundle.generation
         )
-        self.popularity = Popularity(settings, self.store)
+        self.popularity = Popularity(settings, self.store, trend_limit=_EVERY_ITEM)
         self._co_visits = CoVisitReader(
             self.store, settings.item_slots, self._users.outages, (AFTER, BEFORE)
         )
@@ -168,6 +170,7 @@ class Engine:
         found = self.paths.get(name) or self._other_paths.get(name)
         if found is None:
             found = self._other_paths[name] = registry.PATHS[name](self._context)
+            self._counted = False  # it may follow what was not read yet
         return found
 
     @property
@@ -250,7 +253,7 @@ class Engine:
         return RecallRequest(user, k, frozenset(), None, 0.0, deadline, co_visits=found)
 
     def read_popularity(self) -> None:
-        """Have the popular path know every event that was applied."""
+        """Have the popular paths know every event that was applied."""
         if not self._counted:
             self._write_all()
             self.popularity.read()

@@ -45,6 +45,8 @@ _FEEDS = (
     *(f"{name}_{what}" for name in topics.SOURCES for what in ("topic", "map")),
     *(f"registry_{what}" for what in ("url", "user", "password", "ca_file")),
 )
+# All processes have to agree on them.
+_HALF_LIVES = ("popular_fast_half_life_events", "popular_slow_half_life_events")
 _PASSED_ON = (
     "kafka_bootstrap_servers",
     "redis_url",
@@ -52,6 +54,7 @@ _PASSED_ON = (
     *SECURITY_NAMES,
     *REDIS_NAMES,
     *_FEEDS,
+    *_HALF_LIVES,
 )
 
 

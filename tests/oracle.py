@@ -28,6 +28,7 @@ from eddyline.errors import EddylineError, Rejected
 from eddyline.kafka import topics as kafka_topics
 from eddyline.schema import co_visits
 from eddyline.schema.erasure import digest
+from eddyline.schema.event_decay import decays
 from eddyline.schema.item_record import ItemRecord, decode_record
 from eddyline.schema.partitioning import partition_of
 from eddyline.schema.records import Record
@@ -43,6 +44,7 @@ from streams.fences import co_visit_sources, sources
 from streams.generation import Generation
 from streams.handlers import Handlers, Outputs
 from tests.applying import ingest
+from tests.decayed_events import plain_counts, stored_counts
 from tests.model.eras import Era, end_of
 from tests.model.reading import in_nfc
 from tests.topics import Topics, counted_plainly
@@ -188,10 +190,17 @@ def differences(
             found.same_maps("bucket", slot, {b: len(n) for b, n in have.items()}, _sizes(want))
             for bucket in have.keys() & want.keys():
                 found.same_maps("count", f"{slot}:{bucket}", have[bucket], want[bucket])
+            sums = [
+                stored_counts(store, slot, decays(settings)) for store in (real, expected.store)
+            ]
+            found.same_maps("events of an item", slot, *sums)
         if settings.item_slots == 1:
-            plain, have = counted_plainly(settings, topics, value_of), real.popular("i0", ALL)
+            plain, clicked = counted_plainly(settings, topics, value_of)
+            have = real.popular("i0", ALL)
             for bucket in plain.keys() & have.keys():
                 found.same_maps("count by hand", bucket, have[bucket], plain[bucket])
+            have_all = stored_counts(real, "i0", decays(settings))
+            found.same_maps("events by hand", "", have_all, plain_counts(clicked))
         _rows(settings, topics, value_of, (real, expected.store), found)
         ids = sorted(names.items)
         log_ms = {p: r[-1].timestamp for p, r in topics.by_partition(kafka_topics.ITEMS).items()}
@@ -384,7 +393,8 @@ class _Click(msgspec.Struct):
 # slot's tag.
 _KEY = re.compile(
     r"(?:(?P<layout>layout)|fence:\{(?P<fence>[ui]\d+)\}:[^:]+:\d+|\{(?P<slot>[ui]\d+)\}:"
-    r"(?:(?P<whole>window|visits|buckets|generations|refused)|(?:popular|version):(?P<bucket>\d+)|"
+    r"(?:(?P<whole>window|visits|buckets|generations|refused|trend)|trend:(?P<half_life>\d+):[01]|"
+    r"(?:popular|version):(?P<bucket>\d+)|"
     r"(?P<kind>[hopcf]):(?P<id>.+)"
     r"|(?P<row>after|before):(?P<item>.+)"
     r"|e:(?P<generation>[^:]+):(?P<learner>.+)))",
@@ -421,6 +431,10 @@ def _keys(settings: Settings, expected: Truth, found: Compared) -> None:
             elif parts["row"]:
                 if (parts["slot"], parts["row"], parts["item"]) not in state.rows:
                     found.differences.append(f"key {key}: Redis has it, the topic does not give it")
+            elif parts["half_life"]:
+                half_lives = {str(decay.half_life_events) for decay in decays(settings)}
+                if parts["half_life"] not in half_lives:
+                    found.differences.append(f"key {key}: of a half-life that is not set")
             elif parts["bucket"] and int(parts["bucket"]) not in state.buckets.get(
                 parts["slot"], {}
             ):

@@ -95,12 +95,15 @@ def counted_plainly(
     settings: Settings,
     topics: Topics,
     value_of: Callable[[Any], bytes | None] = lambda record: record.value,
-) -> dict[int, dict[str, int]]:
-    """Popularity by bucket and item, counted event by event without any of ingest's functions.
+) -> tuple[dict[int, dict[str, int]], dict[str, int]]:
+    """Popularity, counted event by event without any of ingest's functions.
+
+    Returns bucket -> item -> thousandths of a click, and item -> events.
 
     value_of: a record's value in Eddyline's own format
     """
     buckets: dict[int, dict[str, int]] = {}
+    clicked: dict[str, int] = {}
     for partition, records in topics.by_partition(kafka_topics.CLICKS).items():
         accepted_at: dict[str, int] = {}
         for record in records:
@@ -125,4 +128,5 @@ def counted_plainly(
             if more := round(1_000 * event.weight * settings.kind_weights[event.kind]):
                 bucket = buckets.setdefault(event.at_ms // (1_000 * settings.popular_bucket_s), {})
                 bucket[event.item_id] = bucket.get(event.item_id, 0) + more
-    return buckets
+                clicked[event.item_id] = clicked.get(event.item_id, 0) + 1
+    return buckets, clicked

@@ -20,6 +20,7 @@ from rich.table import Table
 from cli.console import console
 from eddyline.errors import SettingsError
 from eddyline.schema import user_history
+from eddyline.schema.event_decay import decays
 from eddyline.schema.user_history import Entry, UserHistory
 from eddyline.settings.loader import Settings
 from eddyline.stores import redis_client, user_codec
@@ -194,10 +195,22 @@ def _redis_parts(settings: Settings, sizes: Sizes, meter: Meter) -> list[Part]:
             popular,
             settings.popular_buckets * meter.sorted_set(bucket, sizes.item_id),
         ),
+        _by_events(settings, sizes, meter),
         Part("fences", fences, fences * meter.string(prefix + 20, fence)),
         Part("table of keys", 0, keys * _TABLE_KEY),
         Part("scripts and connections", 0, _REDIS_BASE),
     ]
+
+
+def _by_events(settings: Settings, sizes: Sizes, meter: Meter) -> Part:
+    """Two full epochs of each half-life, with as many items as events."""
+    found = Part("popularity by events", 0, 0)
+    items = min(settings.popular_items_max, math.ceil(sizes.items / settings.item_slots))
+    for decay in dict.fromkeys(decays(settings)):
+        members, sets = min(items, math.ceil(decay.epoch_events)), 2 * settings.item_slots
+        size = sets * meter.sorted_set(members, sizes.item_id)
+        found = Part(found.what, found.keys + sets * members, found.size + size)
+    return found
 
 
 def _kept(a_day: int, kept_s: int, setting: str) -> int:

@@ -105,6 +105,12 @@ class IngestSettings(msgspec.Struct, frozen=True, kw_only=True):
     first."""
     popular_half_life_s: Annotated[int, within(1, 315_360_000)] = 604_800
     """After this time a click counts half for popularity."""
+    popular_fast_half_life_events: Annotated[int, within(1, 10**15)] = 1_000
+    """After so many events of all items an event counts half for the fast popularity by events.
+    Every event that counts for popularity weighs 1 there. Set it for all processes; sums of a new
+    half-life begin at 0."""
+    popular_slow_half_life_events: Annotated[int, within(1, 10**15)] = 10_000
+    """The same for the slow popularity by events."""
 
     # Co-visitation
     co_visit_items: Annotated[int, within(0, 100)] = 10

@@ -13,7 +13,17 @@ from eddyline.settings.field import within
 
 _PORT_MAX = 65_535
 # What `recall_paths` may name: those of `serving.recall.registry`.
-RECALL_PATHS = ("towers", "co_visits", "co_visits_both", "next", "again", "popular", "newest")
+RECALL_PATHS = (
+    "towers",
+    "co_visits",
+    "co_visits_both",
+    "next",
+    "again",
+    "popular",
+    "popular_fast",
+    "popular_slow",
+    "newest",
+)
 WEIGHT_MAX = 1_000.0
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
-from bisect import bisect_left, insort
-from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain, takewhile
 
 import msgspec
@@ -17,20 +15,22 @@ from eddyline.errors import EddylineError, FenceMoved, StoreRefused, StoreUnavai
 from eddyline.schema import co_visits, user_history
 from eddyline.schema.co_visits import CoVisits
 from eddyline.schema.erasure import digest, is_outdated
+from eddyline.schema.event_decay import EventDecay
 from eddyline.schema.partitioning import item_slot
 from eddyline.stores.layout import Layout
 from eddyline.stores.log_reset import Logs
+from eddyline.stores.memory_popularity import BucketOrders, MemoryTrend
 from eddyline.stores.memory_state import (
     State,
     accept_in_memory,
     remove_deleted_items,
     remove_idle_users,
 )
+from eddyline.stores.popularity import NO_TREND, PopularBucket, SlotTrend
 from eddyline.stores.state_store import (
     Fence,
     ItemMetadata,
     ItemMetadataWrite,
-    PopularBucket,
     ProfilePlace,
     SlotRead,
     Source,
@@ -43,9 +43,6 @@ from eddyline.stores.state_store import (
 )
 from eddyline.stores.stored_ids import check
 
-# Buckets of popularity counts whose order is kept up to date, those that were read last.
-_SORTED_MAX = 16
-
 
 class MemoryStore(StateStore):
     """A `StateStore` in a dictionary. Thread rule: any thread; one lock for every call."""
@@ -53,11 +50,7 @@ class MemoryStore(StateStore):
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._state = State()
-        # (slot, bucket) -> number of its last write, and the number of the last write of all.
-        self._bucket_writes: dict[tuple[str, int], int] = {}
-        self._writes = 0
-        # (slot, bucket) -> its (count, item id in UTF-8, of the same order), least first.
-        self._sorted: OrderedDict[tuple[str, int], list[tuple[int, bytes]]] = OrderedDict()
+        self._orders = BucketOrders()
         self._closed = False
 
     def export(self) -> bytes:
@@ -74,7 +67,7 @@ class MemoryStore(StateStore):
             state.histories[key] = (msgspec.structs.replace(history, entries=entries), applied_us)
         store._state = state
         for slot, buckets in state.buckets.items():
-            store._note_buckets(slot, buckets)
+            store._orders.note(slot, buckets)
         return store
 
     def every_item(self) -> list[ItemMetadata]:
@@ -91,9 +84,9 @@ class MemoryStore(StateStore):
         """Return to a snapshot, as a Redis that lost its last second does."""
         with self._lock:
             self._state = copy.deepcopy(state)
-            self._sorted.clear()
+            self._orders.clear()
             for slot, buckets in self._state.buckets.items():
-                self._note_buckets(slot, buckets)
+                self._orders.note(slot, buckets)
 
     @override
     def check(self) -> None:
@@ -247,30 +240,16 @@ class MemoryStore(StateStore):
         counts: Mapping[int, Mapping[str, int]],
         buckets_kept: int,
         items_max: int = 1_000_000,
+        clicked: Sequence[str] = (),
+        decays: Sequence[EventDecay] = (),
     ) -> None:
         with self._lock:
             self._move(slot, source, expected, new)
             buckets = self._state.buckets.setdefault(slot, {})
-            for bucket, items in counts.items():
-                counted = buckets.setdefault(bucket, {})
-                ranked = self._sorted.get((slot, bucket))
-                for item_id, milli_counts in items.items():
-                    before = counted.get(item_id, 0)
-                    counted[item_id] = before + milli_counts
-                    if ranked is not None:
-                        encoded = item_id.encode()
-                        if before:
-                            del ranked[bisect_left(ranked, (before, encoded))]
-                        insort(ranked, (before + milli_counts, encoded))
-                if len(counted) > items_max:
-                    self._sorted.pop((slot, bucket), None)
-                    least = sorted(counted, key=lambda i: (counted[i], i))
-                    for item_id in least[: len(counted) - items_max]:
-                        del counted[item_id]
-            for bucket in [b for b in buckets if b <= max(buckets) - buckets_kept]:
-                del buckets[bucket]
-                self._sorted.pop((slot, bucket), None)
-            self._note_buckets(slot, counts)
+            self._orders.count(slot, buckets, counts, buckets_kept, items_max)
+            if clicked and decays:
+                trend = self._state.trends.setdefault(slot, MemoryTrend())
+                trend.count(clicked, decays, items_max)
 
     @override
     def append_co_visits(
@@ -377,16 +356,15 @@ class MemoryStore(StateStore):
     ) -> dict[int, PopularBucket]:
         with self._lock:
             self._open()
-            found = {}
-            for bucket, counts in self._state.buckets.get(slot, {}).items():
-                version = b"%d" % self._bucket_writes.get((slot, bucket), 0)
-                if known.get(bucket) == version:
-                    found[bucket] = PopularBucket(version)
-                    continue
-                pairs = self._ranked(slot, bucket, counts)[: -limit - 1 : -1]
-                items = [item for _, item in pairs]
-                found[bucket] = PopularBucket(version, (items, [n for n, _ in pairs]))
-            return found
+            return self._orders.read(slot, self._state.buckets.get(slot, {}), limit, known)
+
+    @override
+    def popular_trend(
+        self, slot: str, decays: Sequence[EventDecay], limit: int, known: SlotTrend = NO_TREND
+    ) -> SlotTrend:
+        with self._lock:
+            self._open()
+            return self._state.trends.get(slot, MemoryTrend()).read(decays, limit, known)
 
     @override
     def remove_embeddings(self, generation: str, slots: Collection[str]) -> Iterator[int]:
@@ -430,20 +408,6 @@ class MemoryStore(StateStore):
     @override
     def close(self) -> None:
         self._closed = True
-
-    def _ranked(self, slot: str, bucket: int, counts: Mapping[str, int]) -> list[tuple[int, bytes]]:
-        """(count, item id) of a bucket, least first. Sorted once; later counts find their place."""
-        key = slot, bucket
-        if key not in self._sorted:
-            self._sorted[key] = sorted((n, item.encode()) for item, n in counts.items())
-        self._sorted.move_to_end(key)
-        if len(self._sorted) > _SORTED_MAX:
-            self._sorted.popitem(last=False)
-        return self._sorted[key]
-
-    def _note_buckets(self, slot: str, buckets: Iterable[int]) -> None:
-        self._writes += 1
-        self._bucket_writes |= {(slot, bucket): self._writes for bucket in buckets}
 
     def _open(self) -> None:
         if self._closed:

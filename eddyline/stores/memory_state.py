@@ -20,6 +20,7 @@ from eddyline.stores.log_reset import (
     was_replaced,
     without_mark,
 )
+from eddyline.stores.memory_popularity import Buckets, MemoryTrend
 from eddyline.stores.state_store import Fence, ItemMetadata, ProfilePlace, Source, is_idle
 
 
@@ -40,7 +41,8 @@ class State:
     profile_places: dict[tuple[str, str], ProfilePlace] = field(default_factory=dict)
     erasures: dict[tuple[str, str], Erasure] = field(default_factory=dict)
     step_ranges: dict[str, Mapping[str, StepRanges]] = field(default_factory=dict)
-    buckets: dict[str, dict[int, dict[str, int]]] = field(default_factory=dict)
+    buckets: dict[str, Buckets] = field(default_factory=dict)
+    trends: dict[str, MemoryTrend] = field(default_factory=dict)
     items: dict[str, ItemMetadata] = field(default_factory=dict)
     visits: dict[str, tuple[int, list[Visit]]] = field(default_factory=dict)
     rows: dict[tuple[str, str, str], bytes] = field(default_factory=dict)

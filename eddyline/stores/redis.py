@@ -27,6 +27,11 @@ tag:
     <ns>fence:{i0}:co-visits:3          fence of the same partition for the co-visitation rows
     <ns>{i0}:after:<item>               row of the items visited after it, see `schema.co_visits`
     <ns>{i0}:before:<item>              row of the items visited before it
+    <ns>{i0}:trend                      sorted set: "events" by the events that were counted by
+                                        `schema.event_decay`; half-life by that number when it was
+                                        written last
+    <ns>{i0}:trend:<half-life>:<0|1>    sorted set: item by its sum, of the newest epoch with an
+                                        even or odd number
 
 Every write is one Lua script, see `write_scripts`: it applies whole or not at all.
 """
@@ -34,7 +39,6 @@ Every write is one Lua script, see `write_scripts`: it applies whole or not at a
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import chain
 from typing import Any, Literal, cast
 
 import msgspec
@@ -44,17 +48,26 @@ from typing_extensions import override
 from eddyline.errors import EddylineError, FenceMoved, StoreRefused, StoreUnavailable
 from eddyline.schema import co_visits
 from eddyline.schema.co_visits import CoVisits
+from eddyline.schema.event_decay import EventDecay
 from eddyline.schema.partitioning import item_slot
-from eddyline.stores import item_codec, outbox, redis_client, removal, user_codec, write_scripts
+from eddyline.stores import (
+    item_codec,
+    outbox,
+    popularity_codec,
+    redis_client,
+    removal,
+    user_codec,
+    write_scripts,
+)
 from eddyline.stores.layout import Layout
 from eddyline.stores.log_reset import Logs, accept_in_redis
+from eddyline.stores.popularity import NO_TREND, PopularBucket, SlotTrend
 from eddyline.stores.redis_cluster import RedisCluster
 from eddyline.stores.redis_writes import FencedWrites, translated
 from eddyline.stores.state_store import (
     Fence,
     ItemMetadata,
     ItemMetadataWrite,
-    PopularBucket,
     ProfilePlace,
     SlotRead,
     Source,
@@ -266,17 +279,12 @@ class RedisStore(FencedWrites, StateStore):
         counts: Mapping[int, Mapping[str, int]],
         buckets_kept: int,
         items_max: int = 1_000_000,
+        clicked: Sequence[str] = (),
+        decays: Sequence[EventDecay] = (),
     ) -> None:
-        tag = f"{self._ns}{{{slot}}}"
-        args: list[Any] = [buckets_kept, f"{tag}:", items_max]
-        for bucket, items in counts.items():
-            args += (bucket, len(items), *chain.from_iterable(items.items()))
-        # KEYS names every key that grows: while a cluster moves the slot it refuses the whole
-        # script.
-        keys = [
-            f"{tag}:buckets",
-            *(f"{tag}:{k}:{b}" for k in ("popular", "version") for b in counts),
-        ]
+        keys, args = popularity_codec.count_call(
+            f"{self._ns}{{{slot}}}", counts, buckets_kept, items_max, clicked, decays
+        )
         self._write("count_clicks", *self._fenced(slot, source, expected, new, keys, args))
 
     @override
@@ -403,26 +411,16 @@ class RedisStore(FencedWrites, StateStore):
     def popular_buckets(
         self, slot: str, limit: int, known: Mapping[int, bytes]
     ) -> dict[int, PopularBucket]:
-        tag = f"{self._ns}{{{slot}}}"
-        buckets = [int(b) for b in cast("list[bytes]", self._redis.zrange(f"{tag}:buckets", 0, -1))]
-        if not buckets:
-            return {}
-        # Read before the counts: a bucket that is written in between has another version next time.
-        names = [f"{tag}:version:{bucket}" for bucket in buckets]
-        stored = cast("list[bytes | None]", self._redis.mget(names))
-        found = {b: PopularBucket(v or b"") for b, v in zip(buckets, stored, strict=True)}
-        changed = [bucket for bucket in buckets if known.get(bucket) != found[bucket].version]
-        pipe: Any = self._redis.pipeline(transaction=False)
-        with pipe:
-            for bucket in changed:
-                # Raw, item and count in turn: redis-py's pairs cost three times as much.
-                key = f"{tag}:popular:{bucket}"
-                pipe.execute_command("ZREVRANGE", key, 0, limit - 1, "WITHSCORES")
-            answers = pipe.execute()
-        for bucket, counted in zip(changed, answers, strict=True):
-            counts = counted[::2], [*map(float, counted[1::2])]
-            found[bucket] = PopularBucket(found[bucket].version, counts)
-        return found
+        return popularity_codec.read_buckets(self._redis, f"{self._ns}{{{slot}}}", limit, known)
+
+    @override
+    @translated
+    def popular_trend(
+        self, slot: str, decays: Sequence[EventDecay], limit: int, known: SlotTrend = NO_TREND
+    ) -> SlotTrend:
+        return popularity_codec.read_trend(
+            self._redis, f"{self._ns}{{{slot}}}", decays, limit, known
+        )
 
     @override
     def remove_embeddings(self, generation: str, slots: Collection[str]) -> Iterator[int]:

@@ -15,6 +15,7 @@ from eddyline.errors import EddylineError
 from eddyline.schema import user_history
 from eddyline.schema.co_visits import CoVisits, Visit
 from eddyline.schema.erasure import Erasure
+from eddyline.schema.event_decay import EventDecay
 from eddyline.schema.records import Record
 from eddyline.schema.step_ranges import StepRanges
 from eddyline.schema.user_history import CompactEntry, UserHistory
@@ -23,6 +24,7 @@ from eddyline.stores.fence import LogId as LogId
 from eddyline.stores.fence import Mark as Mark
 from eddyline.stores.fence import Source as Source
 from eddyline.stores.layout import Layout
+from eddyline.stores.popularity import NO_TREND, PopularBucket, SlotTrend
 
 # Of a profile: its offset in `users`, -1 for one that was forwarded or replayed; ms of its first
 # append.
@@ -237,19 +239,6 @@ def is_idle(history: UserHistory, fence: Fence | None) -> bool:
     return user_history.is_idle(history.idle_after_ms, fence.mark.appended_ms)
 
 
-@dataclass(frozen=True, slots=True)
-class PopularBucket:
-    """The top items of one popularity bucket.
-
-    version: changes with every write; b"" if an older version of ingest wrote the bucket last
-    counted: (UTF-8 of item ids, their thousandths of a click), most first; None: not read, since
-             the caller knows this version
-    """
-
-    version: bytes
-    counted: tuple[Sequence[bytes], Sequence[float]] | None = None
-
-
 class StateStore(Protocol):
     """State behind fences. One contract suite tests every adapter.
 
@@ -325,13 +314,18 @@ class StateStore(Protocol):
         counts: Mapping[int, Mapping[str, int]],
         buckets_kept: int,
         items_max: int = 1_000_000,
+        clicked: Sequence[str] = (),
+        decays: Sequence[EventDecay] = (),
     ) -> None:
-        """Add clicks to the popularity buckets and move the fence, or raise FenceMoved.
+        """Add clicks to the popularity that the slot keeps and move the fence, or raise FenceMoved.
 
         counts:    bucket number -> item id -> thousandths of a click; integers, so sums of many
                    writers are exact in any order. Only the newest `buckets_kept` buckets are kept
-        items_max: items of a bucket; beyond it the least counted items are dropped and sums are not
-                   exact
+        items_max: items of a bucket or an epoch; beyond it the least counted items are dropped and
+                   sums are not exact
+        clicked:   the item of each event that counts for the sums by events, in their order
+        decays:    the half-lives of those sums, of the same number of slots; sums of another
+                   half-life end once they were not written for an epoch
         """
 
     def append_co_visits(
@@ -408,6 +402,14 @@ class StateStore(Protocol):
         """Each kept bucket with its `limit` top items, by bucket number.
 
         known: bucket number -> version that the caller holds
+        """
+
+    def popular_trend(
+        self, slot: str, decays: Sequence[EventDecay], limit: int, known: SlotTrend = NO_TREND
+    ) -> SlotTrend:
+        """The `limit` top items of each epoch of these half-lives.
+
+        known: the last answer to the same call, returned again if nothing was counted since
         """
 
     def popular(self, slot: str, limit: int) -> dict[int, dict[str, int]]:

@@ -1,4 +1,4 @@
-"""Recall path of what is clicked most, decayed by the clicks' age in event time."""
+"""Recall paths of what is clicked most, decayed by the clicks' age in event time or in events."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from index.port import Hit, IndexReader, LiveItems
 from serving.recall.base import Candidates, PathScores, RecallContext, RecallPath, RecallRequest
+from serving.recall.trend import Pace
 
 # Most of the list is live and unseen, so the first look-up has about `k` items. Each further one
 # has twice as many. None has more than PIECE_MAX: a look-up may be a call to other processes, whose
@@ -17,18 +18,27 @@ PIECE_MIN, PIECE_MAX = 16, 1_024
 
 
 class PopularPath(RecallPath):
-    """The live items with the most clicks, most first; the score is the decayed clicks."""
+    """The live items with the most clicks, most first; the score is the decayed clicks.
+
+    `popular` decays them by time, `popular_fast` and `popular_slow` by events.
+    """
 
     name = "popular"
 
-    def __init__(self, context: RecallContext) -> None:
+    def __init__(self, context: RecallContext, pace: Pace | None = None) -> None:
+        """pace: of the path by events; None: the path by time"""
         self._popularity = context.popularity
+        self._list = context.popularity if pace is None else context.popularity.follow(pace)
+        # Dead items leave the lists by events as others are clicked.
+        self._looks_for_live = pace is None
+        if pace is not None:
+            self.name = f"popular_{pace}"
 
     @override
     def recall(self, request: RecallRequest, index: IndexReader) -> Candidates:
         request.deadline.check("the popular list was read")
         k, excluded, filters = request.k, request.excluded, request.filters
-        ranked, hits, start = self._popularity.ranked, list[Hit](), 0
+        ranked, hits, start = self._list.ranked, list[Hit](), 0
         size = min(k + PIECE_MIN, PIECE_MAX)
         while len(hits) < k and start < len(ranked):
             piece = ranked[start : start + size]
@@ -38,12 +48,12 @@ class PopularPath(RecallPath):
             live = index.describe([item_id for item_id, _ in piece], filters) if piece else []
             hits += [hit._replace(score=n) for hit, (_, n) in zip(live, piece, strict=True) if hit]
         degradation = self.degradation()
-        if len(hits) < k or self._popularity.replaces:
+        if self._looks_for_live and (len(hits) < k or self._popularity.replaces):
             self._popularity.look_for_live()
         if len(hits) >= k:
             return Candidates(hits[:k], degradation=degradation)
         which = "live and unseen" if filters is None else "live, unseen and pass the filter"
-        why = self._popularity.empty_because()
+        why = self._popularity.empty_because(ranked)
         why = why or f"of {len(ranked)} popular items {len(hits)} are {which}"
         return Candidates(hits, why, degradation=degradation)
 
@@ -51,7 +61,7 @@ class PopularPath(RecallPath):
     def score_all(
         self, requests: Sequence[RecallRequest], index: IndexReader, items: LiveItems
     ) -> PathScores:
-        scores = self._popularity.scores(items.place_of)
+        scores = self._list.scores(items.place_of)
         return PathScores(np.broadcast_to(scores, (len(requests), len(scores))))
 
     @override

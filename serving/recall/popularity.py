@@ -1,4 +1,4 @@
-"""The popular list of a worker or coordinator: decayed clicks of items, refreshed all the time."""
+"""The popular lists of a worker or coordinator: decayed by time and by events, refreshed."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import StateStore
 from index.port import Hit, IndexReader
 from serving.recall.click_totals import ClickTotals
+from serving.recall.trend import Pace, Trend, TrendList
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +49,16 @@ class Popularity:
     """
 
     def __init__(
-        self, settings: Settings, store: StateStore, index: IndexReader | None = None
+        self,
+        settings: Settings,
+        store: StateStore,
+        index: IndexReader | None = None,
+        trend_limit: int | None = None,
     ) -> None:
         """An empty list; `start` or `refresh` reads it.
 
         index: knows which items are live; None: every item of the list counts as live
+        trend_limit: items of a list by events; default: `popular_limit`
         """
         self._index = index
         self._look_until = float("-inf")
@@ -63,6 +69,9 @@ class Popularity:
             half_life_s=settings.popular_half_life_s,
             limit=settings.popular_limit,
         )
+        # Read once `follow` was called.
+        self._trend = Trend(settings, store, trend_limit or settings.popular_limit)
+        self._follows = False
         self._ranked: list[tuple[str, float]] = []
         self._clicks = _Clicks({}, 1.0)
         self._read_at: float | None = None
@@ -92,6 +101,7 @@ class Popularity:
             self._ranked = self._rank()
             of_item = dict(self._ranked)
             self._clicks = _Clicks(of_item, sum(of_item.values()) + len(of_item) + 1)
+            self._trend.rank()
             if not failed or self._read_at is None:
                 self._read_at = time.monotonic()
         return not failed
@@ -124,6 +134,19 @@ class Popularity:
         """
         return self._totals.scores(place_of)
 
+    def follow(self, pace: Pace) -> TrendList:
+        """The list of popularity decayed by events; it is refreshed from now on. Any thread."""
+        self._follows = True
+        return self._trend.lists[pace]
+
+    def trend(self, item_id: str) -> tuple[float, float]:
+        """(fast, slow) decayed events of an item, 0 where it is not on the list. Any thread.
+
+        Only after `follow`.
+        """
+        lists = self._trend.lists
+        return lists["fast"].events(item_id), lists["slow"].events(item_id)
+
     def look_for_live(self) -> None:
         """For a while, have live items replace dead ones where those are most of the list.
 
@@ -150,6 +173,8 @@ class Popularity:
         known = self._totals.known(slot)
         found = self._store.popular_buckets(slot, self._totals.depth, known)
         self._totals.update(slot, found)
+        if self._follows:
+            self._trend.read(slot)
 
     @property
     def ranked(self) -> Sequence[tuple[str, float]]:
@@ -170,11 +195,11 @@ class Popularity:
         read_at = self._read_at
         return -1 if read_at is None else int((time.monotonic() - read_at) * 1000)
 
-    def empty_because(self) -> str:
-        """Why the list has no items; "" if it has some."""
+    def empty_because(self, ranked: Sequence[tuple[str, float]]) -> str:
+        """Why this list, or one by events, has no items; "" if it has some."""
         if self._read_at is None:
             return f"the list was never read: {self._away or 'not yet'}"
-        return "" if self._ranked else "nothing was clicked yet"
+        return "" if ranked else "nothing was clicked yet"
 
     def missing(self) -> str:
         """Why the list is not fresh; "" if it is."""

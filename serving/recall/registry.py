@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from serving.recall.again import AgainPath
 from serving.recall.base import FILLS, RecallContext, RecallPath
@@ -18,6 +19,8 @@ PATHS: dict[str, Callable[[RecallContext], RecallPath]] = {
     CoVisitsBothPath.name: CoVisitsBothPath,  # or before them; less popular items first
     NextPath.name: NextPath,  # what they visited right after them
     AgainPath.name: AgainPath,  # what the user had before
+    "popular_fast": partial(PopularPath, pace="fast"),  # of the last hundreds of events
+    "popular_slow": partial(PopularPath, pace="slow"),  # of the last thousands
     NewestPath.name: NewestPath,  # fallback: returns as many as there are live items
 }
 

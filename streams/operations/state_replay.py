@@ -155,8 +155,8 @@ def state_hash(
     """SHA-256 of all state of the touched users and items, in a fixed order.
 
     Covers fences' offsets, event-id windows, histories, embeddings' bits, profiles, popularity
-    counts, item metadata and the last published item records. Leaves out `read_us` and
-    `applied_us`, stamps of this run, and the log's id.
+    counts, the number of events in those by events, item metadata and the last published item
+    records. Leaves out `read_us` and `applied_us`, stamps of this run, and the log's id.
     """
     state = hashlib.sha256()
 
@@ -206,6 +206,8 @@ def state_hash(
     for shard in range(settings.item_slots):
         for bucket, counts in sorted(store.popular(f"i{shard}", _ALL).items()):
             add("popular", shard, bucket, sorted(counts.items()))
+        # Their sums are floating-point numbers: not of the same bits on every machine.
+        add("popular by events", shard, store.popular_trend(f"i{shard}", (), _ALL).events)
     return state.hexdigest()
 
 

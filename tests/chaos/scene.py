@@ -38,6 +38,7 @@ from serving.rpc.client import is_ready
 from tests.chaos import foreign
 from tests.chaos.proxy import Proxy, ProxyFault
 from tests.chaos.recorder import Recorder
+from tests.decayed_events import NO_DECAY
 from tests.model.eras import Era
 
 # Small limits, so that the run reaches each: full histories, events that come too late, idle users.
@@ -48,6 +49,7 @@ CUT = {
     "lateness_s_max": 3_600,
     "user_idle_s_max": 12,
     "deleted_items_kept_s": 8,
+    "popular_fast_half_life_events": NO_DECAY,
     "clicks_map": str(foreign.MAP),
     "redis_timeout_ms": 500,
     "kafka_timeout_ms": 5_000,

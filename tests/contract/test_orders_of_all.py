@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from eddyline.schema.co_visits import entries
+from eddyline.schema.event_decay import decays
 from eddyline.schema.item_key import item_key
 from eddyline.schema.item_record import ItemRecord
 from eddyline.schema.partitioning import item_slot
@@ -31,7 +32,13 @@ from serving.recall.registry import make_paths
 
 D, N = 4, 60
 SETTINGS = Settings(
-    item_slots=2, popular_bucket_s=10, popular_half_life_s=10, popular_limit=20, popular_buckets=5
+    item_slots=2,
+    popular_bucket_s=10,
+    popular_half_life_s=10,
+    popular_limit=20,
+    popular_buckets=5,
+    popular_fast_half_life_events=2,
+    popular_slow_half_life_events=40,
 )
 
 
@@ -77,7 +84,9 @@ class World:
             names = [f"i{n}" for n in self.rng.integers(0, N + 3, 8) if n % 2 == int(slot[1])]
             counts = {name: 1_000 * int(self.rng.integers(1, 3)) for name in names}
             bucket = self.clicks // 3 + int(self.rng.integers(0, 2))
-            self.store.count_clicks(slot, source, expected, new, {bucket: counts}, 5)
+            self.store.count_clicks(
+                slot, source, expected, new, {bucket: counts}, 5, 99, names, decays(SETTINGS)
+            )
             self.visit(slot)
         self.clicks += 1
         assert not self.popularity.read()

@@ -35,6 +35,7 @@ from sandbox.servers.local_servers import local_servers, log_dir
 from sandbox.servers.supervisor import Supervisor
 from serving.rpc.client import Client, is_ready
 from tests.conftest import once_per_run
+from tests.decayed_events import NO_DECAY
 
 
 @dataclass
@@ -158,7 +159,9 @@ def living(
     worker, ingest: more settings of these processes
     """
     folder, manifest = bundle
-    settings = msgspec.structs.replace(settings, bundle_dir=str(folder))
+    settings = msgspec.structs.replace(
+        settings, bundle_dir=str(folder), popular_fast_half_life_events=NO_DECAY
+    )
     supervisor = Supervisor(Path(settings.data_dir) / "logs")
     live = Live(settings, Deployment(settings, supervisor), dataset)
     more = {

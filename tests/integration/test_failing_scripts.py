@@ -16,6 +16,7 @@ import redis
 
 from eddyline.errors import StoreRefused, StoreUnavailable
 from eddyline.schema.co_visits import entries
+from eddyline.schema.event_decay import EventDecay
 from eddyline.schema.user_history import Entry, UserHistory
 from eddyline.settings.loader import Settings
 from eddyline.stores import write_scripts
@@ -60,7 +61,9 @@ def write_profiles(store: RedisStore, after: Fence | None, offset: int) -> None:
 
 def count_clicks(store: RedisStore, after: Fence | None, offset: int) -> None:
     counts = {offset: {"a": 1000, "b": 2500, "c": 1}, offset + 5: {"a": 500}}
-    store.count_clicks("i0", CLICKS, after, at(offset), counts, 3, 2)
+    # The second write begins a new epoch of the short half-life.
+    clicked, decays = ["a", "b", "c"] * 8, [EventDecay(1), EventDecay(100)]
+    store.count_clicks("i0", CLICKS, after, at(offset), counts, 3, 2, clicked, decays)
 
 
 def append_co_visits(store: RedisStore, after: Fence | None, offset: int) -> None:
@@ -283,14 +286,18 @@ def test_a_damaged_window_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize("name", ["nan", "x"])
-def test_a_foreign_member_among_the_buckets_leaves_nothing_behind(
-    name: str, make_place: Callable[[str], Place], written: Callable[[str], dict[str, object]]
+@pytest.mark.parametrize("index", ["buckets", "trend"])
+def test_a_foreign_member_of_an_index_leaves_nothing_behind(
+    index: str,
+    name: str,
+    make_place: Callable[[str], Place],
+    written: Callable[[str], dict[str, object]],
 ) -> None:
     expected, place = written("count_clicks"), make_place("count_clicks")
-    key = f"{place.settings.key_prefix}{{i0}}:buckets"
+    key = f"{place.settings.key_prefix}{{i0}}:{index}"
     place.admin.zadd(key, {name: 10**9})
     before = place.state()
-    with pytest.raises(StoreRefused, match="buckets"):
+    with pytest.raises(StoreRefused, match=index):
         place.write()
     assert place.state() == before
     place.admin.zrem(key, name)

@@ -16,6 +16,7 @@ from cli.commands.capacity import Sizes, amount, redis_parts, worker_parts
 from cli.main import app
 from eddyline.errors import SettingsError, StoreUnavailable
 from eddyline.schema import user_history
+from eddyline.schema.event_decay import decays
 from eddyline.schema.user_history import Entry, UserHistory
 from eddyline.settings.loader import Settings
 from eddyline.stores.redis import RedisStore
@@ -118,7 +119,20 @@ def filled(store: RedisStore, settings: Settings, sizes: Sizes) -> int:
             "i0", Source("clicks", 0), fence, after, counts, settings.popular_buckets
         )
         fence = after
+    fill_epochs(store, settings, item_ids, fence)
     return used(store) - empty
+
+
+def fill_epochs(
+    store: RedisStore, settings: Settings, item_ids: list[str], fence: Fence | None
+) -> None:
+    """Whole epochs of both half-lives, the items in turn."""
+    clicks, half_lives = Source("clicks", 0), decays(settings)
+    for first in range(0, 2 * int(half_lives[1].epoch_events), 160):
+        clicked = [item_ids[n % len(item_ids)] for n in range(first, first + 160)]
+        after = Fence(10**6 + first, LOG)
+        store.count_clicks("i0", clicks, fence, after, {}, 9, 10**6, clicked, half_lives)
+        fence = after
 
 
 @pytest.mark.timeout(60)
@@ -149,7 +163,13 @@ def filled(store: RedisStore, settings: Settings, sizes: Sizes) -> int:
     ],
 )
 def test_the_plan_is_within_ten_percent_of_what_redis_uses(store: RedisStore, sizes: Sizes) -> None:
-    settings = Settings(clicks_partitions=4, dedupe_window_events=3_000, popular_buckets=5)
+    settings = Settings(
+        clicks_partitions=4,
+        dedupe_window_events=3_000,
+        popular_buckets=5,
+        popular_fast_half_life_events=50,
+        popular_slow_half_life_events=200,
+    )
     settings = msgspec.structs.replace(settings, redis_url=store.address)
     before = store._redis.dbsize()
     parts = redis_parts(settings, sizes)

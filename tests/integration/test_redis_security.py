@@ -36,6 +36,7 @@ from eddyline.errors import EddylineError, SettingsError, StoreRefused, StoreUna
 from eddyline.kafka import topics
 from eddyline.process import discovery
 from eddyline.schema import co_visits
+from eddyline.schema.event_decay import EventDecay
 from eddyline.schema.user_history import Entry, UserHistory
 from eddyline.settings.loader import Settings
 from eddyline.stores import redis_client
@@ -70,6 +71,7 @@ WRONG = "Hurenkind-5"
 SECRETS = (ADMIN, *PASSWORDS.values(), WRONG)
 LOG = LogId("cluster", "topic")
 CLICKS = Source("clicks", 3)
+DECAYS = [EventDecay(1), EventDecay(10)]
 
 
 def documented() -> dict[str, list[str]]:
@@ -249,7 +251,7 @@ def ingest_works(store: RedisStore) -> None:
     assert sum(store.remove_embeddings("1", ["u3"])) == 1
     store.drop_fences("i0", [Source("items@1", 0)])
     store.count_clicks("i0", CLICKS, None, at(0), {1: {"a": 1, "b": 2}}, 2, 1)
-    store.count_clicks("i0", CLICKS, at(0), at(1), {5: {"a": 1}}, 2, 1)
+    store.count_clicks("i0", CLICKS, at(0), at(1), {5: {"a": 1}}, 2, 1, ["a"] * 40, DECAYS)
     one = co_visits.entries([(1, 1_000, 1)])
     pairs = Source("co-visits", 3)
     for fence, new in ((None, at(0)), (at(0), at(1))):  # the second write compacts the rows
@@ -272,6 +274,7 @@ def worker_reads(store: RedisStore) -> None:
     assert store.read_user("u3", 3, "ana", "1").history == seen("a")
     assert store.popular("i0", 10) == {5: {"a": 1}}
     assert store.read_co_visits(["a"], ["b"], 1)[0][0].next.tolist() == [2.0]
+    assert store.popular_trend("i0", DECAYS, 10).events == 40
 
 
 def seen(item: str) -> UserHistory:

@@ -19,6 +19,7 @@ import numpy as np
 from eddyline.errors import Rejected
 from eddyline.kafka import topics as kafka_topics
 from eddyline.schema import co_visits
+from eddyline.schema.event_decay import decays
 from eddyline.schema.events import KINDS
 from eddyline.schema.item_record import decode_record
 from eddyline.settings.loader import Settings
@@ -27,6 +28,7 @@ from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import Source, UserQuery
 from embeddings.bundle.bundle import Bundle
 from streams.dead_letters import KEY_BYTES_MAX
+from tests.decayed_events import plain_counts, stored_counts
 from tests.model import model, reading, rules
 from tests.model.eras import Era, era_of
 from tests.model.reading import Raw
@@ -430,6 +432,12 @@ def _counts(settings: Settings, real: RedisStore, want: model.State, found: Comp
                 have.get(bucket, {}),
                 expected.get(bucket, {}),
             )
+        found.same_maps(
+            "model's events of an item",
+            f"i{shard}",
+            stored_counts(real, f"i{shard}", decays(settings)),
+            plain_counts(want.clicked.get(f"i{shard}", {})),
+        )
 
 
 def _co_visits(settings: Settings, real: RedisStore, want: model.State, found: Compared) -> None:

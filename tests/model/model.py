@@ -129,6 +129,7 @@ class Version(NamedTuple):
 class State:
     """All that the logs say; see the module.
 
+    clicked:    item slot -> item -> events that count for popularity
     item_times: first append of each item's last change
     again:      records of `items` after which ingest may append what the item has
     item_ends:  deleted item -> a record of `items` that was appended later finds no item; 0: never
@@ -153,6 +154,7 @@ class State:
     embeddings: dict[str, dict[str, Embedding]] = field(default_factory=dict)
     windows: dict[int, dict[str, int]] = field(default_factory=dict)
     counts: dict[str, dict[int, dict[str, int]]] = field(default_factory=dict)
+    clicked: dict[str, dict[str, int]] = field(default_factory=dict)
     profiles: dict[str, tuple[int, int, dict[str, Any]]] = field(default_factory=dict)
     ledger: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     items: dict[str, Version] = field(default_factory=dict)
@@ -542,6 +544,8 @@ class Model:
             buckets = self.state.counts.setdefault(slot, {})
             bucket = buckets.setdefault(event["at_ms"] // (1_000 * s.popular_bucket_s), {})
             bucket[event["item_id"]] = bucket.get(event["item_id"], 0) + thousandths
+            clicked = self.state.clicked.setdefault(slot, {})
+            clicked[event["item_id"]] = clicked.get(event["item_id"], 0) + 1
 
 
 def tombstone_of(raw: Raw, user: str, s: Any) -> Tombstone:

@@ -21,6 +21,7 @@ from kafka.errors import KafkaTimeoutError
 from eddyline.errors import FenceMoved, KafkaUnavailable, LogMismatch, StoreUnavailable
 from eddyline.generations import Generations
 from eddyline.schema import co_visits
+from eddyline.schema.event_decay import decays
 from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.state_store import ItemMetadata, LogId, Source, is_idle
@@ -29,6 +30,7 @@ from streams.ended_generations import EndedGenerations
 from streams.generation import Generation
 from streams.handlers import Handlers, Outputs
 from tests.applying import batch_of
+from tests.decayed_events import plain_counts, stored_counts
 from tests.model import comparison, model, rules
 from tests.model.reading import Raw
 from tests.model.towers import REFUSED_TITLE, Towers, checksum
@@ -413,6 +415,12 @@ class Rig:
         counts = {s: b for s, b in have.buckets.items() if b}
         same("counts", counts, want.counts)
         same("visits", *self._rows(have, want))
+        slots = [f"i{shard}" for shard in range(self.settings.item_slots)]
+        same(
+            "clicked",
+            {slot: stored_counts(self.store, slot, decays(self.settings)) for slot in slots},
+            {slot: plain_counts(want.clicked.get(slot, {})) for slot in slots},
+        )
         profiles = {u: attributes_of(p) for (_, u), p in have.profiles.items()}
         same("profile", profiles, {u: p[2] for u, p in want.profiles.items()})
         self._same_items(have, want, same)

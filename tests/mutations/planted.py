@@ -390,6 +390,22 @@ MUTATIONS = (
         (MODEL,),
     ),
     Mutation(
+        "events below the fence count again for popularity by events",
+        "streams/clicks/popularity.py",
+        "if record.offset > pending.done[slot] and (more := self._milli_count(click)):",
+        "if (more := self._milli_count(click)) and record.offset <= pending.done[slot]:\n"
+        "                pending.clicked.setdefault(slot, []).append(item_id)\n"
+        "            if record.offset > pending.done[slot] and more:",
+        (FAULTS,),
+    ),
+    Mutation(
+        "a new epoch of popularity by events deletes the one before",
+        "eddyline/stores/scripts/count_clicks.lua",
+        "if epoch ~= now - 1 then",
+        "if true then",
+        ("tests/contract/test_popular_trend.py",),
+    ),
+    Mutation(
         "a replay ignores where micro-steps are recorded",
         "streams/operations/state_replay.py",
         "FixedStepRanges(generations.step_ranges(settings))",

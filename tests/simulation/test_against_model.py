@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from eddyline.settings.loader import Settings
+from tests.decayed_events import NO_DECAY
 from tests.model import reading
 from tests.model.rig import TOPICS, Rig
 from tests.model.towers import REFUSED_TITLE
@@ -36,6 +37,7 @@ SETTINGS = Settings(
     dwell_ms_full=1_000,
     co_visit_items=3,
     co_visit_row_max=14,  # no row has more than six others: none is pruned
+    popular_fast_half_life_events=NO_DECAY,
 )
 
 user, item = st.sampled_from(USERS), st.sampled_from([f"i{n}" for n in range(7)])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -22,6 +22,7 @@ import pytest
 from eddyline.errors import EddylineError, FenceMoved, KafkaUnavailable, Rejected, StoreUnavailable
 from eddyline.kafka.topics import CLICKS, ITEMS
 from eddyline.schema import co_visits, events
+from eddyline.schema.event_decay import decays
 from eddyline.schema.events import KINDS, Click, Forget, Item, Merge
 from eddyline.schema.item_key import item_key
 from eddyline.schema.item_record import ItemRecord
@@ -40,6 +41,7 @@ from streams.fences import PartitionFences, published_source
 from streams.generation import Generation
 from streams.items.handler import ItemHandler
 from tests.applying import ingest
+from tests.decayed_events import NO_DECAY, plain_counts, stored_counts
 
 LOG = LogId("cluster", "topic")
 PARTITIONS, D, WINDOW, HISTORY = 2, 4, 40, 6
@@ -340,6 +342,7 @@ def oracle(settings: Settings, logs: dict[int, list[Rec]]) -> dict[str, Any]:
     steps: dict[str, tuple[int, Any]] = {}
     windows: dict[int, dict[str, int]] = {}
     counts: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    clicked: Counter[str] = Counter()
     moved: set[tuple[str, str, int, str, float, str]] = set()
     erased: dict[str, int] = {}
     visits: dict[tuple[str, str], tuple[int, int]] = {}
@@ -375,15 +378,11 @@ def oracle(settings: Settings, logs: dict[int, list[Rec]]) -> dict[str, Any]:
             if click.kind != "dislike" and not copied:
                 bucket = click.at_ms // (settings.popular_bucket_s * 1_000)
                 counts[bucket][click.item_id] += round(1_000 * click.weight * weights[click.kind])
+                clicked[click.item_id] += 1
                 target = world.rows.get(click.item_id)
                 if target is not None and not late and click.at_ms > gone:
-                    count, e = steps.get(user, (0, np.zeros(D, np.float32)))
-                    if count >= 2:
-                        rows = liked_rows(world, lists[user])
-                        f = world.user_tower.encode(world.item_vectors, [rows], [{}])
-                        key = click.event_id or f"{partition}/{record.offset}"
-                        e = world.micro.step(f, e[None], [target], [key])[0]
-                    steps[user] = (count + 1, e)
+                    key = click.event_id or f"{partition}/{record.offset}"
+                    steps[user] = stepped(world, lists[user], steps.get(user), target, key)
             if click.at_ms <= gone:
                 continue
             entry = (click.item_id, click.at_ms, click.kind, click.weight, record.offset)
@@ -396,7 +395,19 @@ def oracle(settings: Settings, logs: dict[int, list[Rec]]) -> dict[str, Any]:
                 if not copied:
                     add_visits(visits, lists[user], entry, settings.co_visit_items)
             marks[user] = mark_of(record, top)
-    return finished(settings, lists, marks, steps, windows, counts, moved) | {"visits": visits}
+    shown = {"clicked": plain_counts(clicked), "visits": visits}
+    return shown | finished(settings, lists, marks, steps, windows, counts, moved)
+
+
+def stepped(
+    world: Any, entries: list[Any], before: tuple[int, Any] | None, target: int, key: str
+) -> tuple[int, Any]:
+    """(events, embedding) of a user after one more event."""
+    count, e = before or (0, np.zeros(D, np.float32))
+    if count >= 2:
+        f = world.user_tower.encode(world.item_vectors, [liked_rows(world, entries)], [{}])
+        e = world.micro.step(f, e[None], [target], [key])[0]
+    return count + 1, e
 
 
 def add_visits(
@@ -460,6 +471,7 @@ def found(settings: Settings, store: MemoryStore, logs: dict[int, list[Rec]]) ->
         "steps": {u: e for (_, _, u), e in state.embeddings.items()},
         "windows": {p: state.window.get(f"u{p}", {}) for p in logs},
         "counts": {b: c for b, c in counts.items() if c},
+        "clicked": clicked(settings, store),
         "visits": visits_of(state.rows),
     }
 
@@ -476,6 +488,14 @@ def visits_of(rows: dict[tuple[str, str, str], bytes]) -> dict[tuple[str, str], 
     return found["after"]
 
 
+def clicked(settings: Settings, store: MemoryStore) -> dict[str, int]:
+    """The events of each item, and of all, as `plain_counts` gives them."""
+    total: Counter[str] = Counter()
+    for slot in range(settings.item_slots):
+        total.update(stored_counts(store, f"i{slot}", decays(settings)))
+    return dict(total)
+
+
 def moves(outside: Outside) -> set[tuple[str, str, int, str, float, str]]:
     """What merges forwarded, in the oracle's form."""
     values = [value for _, _, value in outside.forwarded if b"merge/" in value]
@@ -490,7 +510,7 @@ def same(settings: Settings, store: MemoryStore, logs: dict[int, list[Rec]]) -> 
         kept = {e: o for e, o in wanted["windows"][partition].items() if o >= floor}
         # An id leaves the window with the next one that enters.
         assert {e: o for e, o in got["windows"][partition].items() if o >= floor} == kept
-    for part in ("lists", "marks", "steps", "counts", "visits"):
+    for part in ("lists", "marks", "steps", "counts", "clicked", "visits"):
         assert got[part] == wanted[part], part
 
 
@@ -511,6 +531,7 @@ def make_settings(item_slots: int = 1, **more: Any) -> Settings:
         co_visit_row_max=20,  # no row has more than nine others: none is pruned
         history_age_s_max=15,
         lateness_s_max=86_400,
+        popular_fast_half_life_events=NO_DECAY,
         **more,
     )
 

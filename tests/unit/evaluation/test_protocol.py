@@ -22,7 +22,12 @@ from serving.answer.retriever import seen_items
 from serving.recall import registry
 from tests.unit.evaluation.small import BASE_MS, ITEMS, make_bundle, make_items, make_log
 
-SETTINGS = Settings(popular_limit=9, history_length_max=12)
+SETTINGS = Settings(
+    popular_limit=9,
+    history_length_max=12,
+    popular_fast_half_life_events=5,
+    popular_slow_half_life_events=40,
+)
 SPLIT = 0.5
 
 
@@ -202,6 +207,29 @@ class Last(ReferenceRow):
 
     def scores(self, query: Query) -> Scores:
         return (self.rows == self.last).astype(float)
+
+
+class Decayed(ReferenceRow):
+    """Clicks decayed by events: one number an item, which every event lowers."""
+
+    half_life = 5.0
+
+    def __init__(self, names: str, log: EventLog, product: Product, scored: int) -> None:
+        super().__init__(names, log, product, scored)
+        self.clicks: dict[int, float] = {}
+
+    def learn(self, begin: int, end: int) -> None:
+        for item in self.log.items[self.positive(begin, end)].tolist():
+            for other in self.clicks:
+                self.clicks[other] *= 0.5 ** (1 / self.half_life)
+            self.clicks[item] = self.clicks.get(item, 0.0) + 1.0
+
+    def scores(self, query: Query) -> Scores:
+        return np.array([self.clicks.get(row, -np.inf) for row in self.rows.tolist()])
+
+
+class DecayedSlowly(Decayed):
+    half_life = 40.0
 
 
 class Again(ReferenceRow):
@@ -400,3 +428,17 @@ def test_events_before_the_split_are_not_cut_within_a_time() -> None:
     log = builder.build()
     assert [log.split(share) for share in (0.3, 0.4, 0.5, 0.9, 1.0)] == [3, 4, 4, 4, 10]
     assert [item.at_ms for item in log.changes] == [1, 2, 3, 4, *[5_000] * 6]
+
+
+@pytest.mark.parametrize("keeps_repeats", [False, True])
+def test_popularity_by_events_is_that_of_a_plain_count(bundle: Bundle, keeps_repeats: bool) -> None:
+    log = make_log(5)
+    outcome = evaluate(
+        log, bundle, keeps_repeats=keeps_repeats, rows=("popular_fast", "popular_slow")
+    )
+    assert len(log) > 2 * Decayed.half_life
+    for name, row in (("popular_fast", Decayed), ("popular_slow", DecayedSlowly)):
+        plain = run_row(log, bundle, row, keeps=keeps_repeats).rows["row"].ranks
+        found = outcome.rows[name].ranks
+        assert (found == plain).all() and np.isfinite(plain).any()
+    assert (outcome.rows["popular_fast"].ranks != outcome.rows["popular_slow"].ranks).any()

@@ -14,7 +14,8 @@ from eddyline.errors import StoreUnavailable
 from eddyline.schema.item_record import ItemRecord
 from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
-from eddyline.stores.state_store import Fence, LogId, PopularBucket, Source
+from eddyline.stores.popularity import PopularBucket
+from eddyline.stores.state_store import Fence, LogId, Source
 from index.exact import ExactIndex
 from serving.answer.deadline import Deadline
 from serving.recall import click_totals
@@ -112,7 +113,7 @@ class Counting(MemoryStore):
     ) -> dict[int, PopularBucket]:
         if not self.versions:
             known = {bucket: b"0" for bucket in known}
-            self._bucket_writes.clear()
+            self._orders._bucket_writes.clear()
         found = super().popular_buckets(slot, limit, known)
         self.read += [bucket for bucket, read in found.items() if read.counted is not None]
         return found

@@ -8,9 +8,11 @@ import msgspec
 import pytest
 
 from eddyline.schema.erasure import Erasure
+from eddyline.schema.event_decay import EventDecay
 from eddyline.schema.step_ranges import always
 from eddyline.schema.user_history import Entry, UserHistory
-from eddyline.stores.memory import _SORTED_MAX, MemoryStore
+from eddyline.stores.memory import MemoryStore
+from eddyline.stores.memory_popularity import SORTED_MAX
 from eddyline.stores.state_store import (
     Fence,
     ItemMetadata,
@@ -43,7 +45,16 @@ def full_store() -> MemoryStore:
     store.write_profiles(
         "u0", Source("users", 0), None, fence(4), {"ana": profile}, ["1"], {}, {"ana": (4, 5)}
     )
-    store.count_clicks("i0", Source("clicks", 0), None, fence(0), {9: {"i1": 1_500}}, 3)
+    store.count_clicks(
+        "i0",
+        Source("clicks", 0),
+        None,
+        fence(0),
+        {9: {"i1": 1_500}},
+        3,
+        clicked=["i1", "é", "i1"],
+        decays=[EventDecay(10), EventDecay(20)],
+    )
     refused = RefusedRecord(0, 3, 4, "bad", hidden=True)
     items = {"i1": ItemMetadata(0, 2, b'{"item_id":"i1"}', 5, refused=refused, born_ms=8)}
     store.write_item_metadata("i0", Source("items", 0), None, fence(2), items)
@@ -91,8 +102,8 @@ def test_the_order_of_a_bucket_is_that_of_a_new_sort() -> None:
 
 def test_only_so_many_orders_are_kept() -> None:
     store, last = MemoryStore(), None
-    for n in range(3 * _SORTED_MAX):
+    for n in range(3 * SORTED_MAX):
         store.count_clicks("i0", Source("clicks", 0), last, fence(n), {n: {"i": 1}}, 1_000)
         last = fence(n)
-    assert len(store.popular_buckets("i0", 5, {})) == 3 * _SORTED_MAX
-    assert len(store._sorted) == _SORTED_MAX
+    assert len(store.popular_buckets("i0", 5, {})) == 3 * SORTED_MAX
+    assert len(store._orders.sorted) == SORTED_MAX
