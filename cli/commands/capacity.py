@@ -42,6 +42,8 @@ _REDIS_BASE = 6_000_000
 # A query worker, per item: ids, labels, attributes, spare capacity. Measured: 854 bytes in all with
 # 100,000 items of 64 dimensions and three attributes; the graph follows from hnswlib's layout.
 _WORKER_ITEM = 546
+# The key of an item and its slots, measured with 100,000 and 1,000,000 items; at most 40.
+_WORKER_KEY = 21
 # The interpreter with numpy, gRPC and hnswlib: a process without its index.
 _WORKER_BASE = 150_000_000
 _MS = 1_700_000_000_000
@@ -232,6 +234,7 @@ def worker_parts(settings: Settings, sizes: Sizes) -> list[Part]:
     return [
         Part("vectors and their columns", items, table),
         Part("ids and attributes", items, items * (_WORKER_ITEM + sizes.item_id)),
+        Part("table of item keys", items, items * _WORKER_KEY),
         Part("graph", items, graph),
         Part("graph and vectors while it rebuilds", items, graph + (table if graph else 0)),
         Part(

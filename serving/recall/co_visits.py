@@ -164,7 +164,7 @@ class CoVisitsBothPath(CoVisitsPath):
 
     def __init__(self, context: RecallContext) -> None:
         super().__init__(context)
-        self._clicks = context.popularity
+        self._clicks = context.popularity.follow("slow")
         # The list that keys were last made of, and its clicks by key; replaced as one.
         self._by_key: tuple[Sequence[tuple[str, float]], Scored] = ((), scored(()))
 

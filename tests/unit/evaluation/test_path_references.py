@@ -16,7 +16,9 @@ from evaluation import offline
 from evaluation.event_log import DISLIKE, EventLog, LogBuilder
 from tests.unit.evaluation.small import BASE_MS, ITEMS, make_bundle, make_items
 
-SETTINGS = Settings(popular_limit=ITEMS, history_length_max=12, co_visit_items=4)
+SETTINGS = Settings(
+    popular_limit=ITEMS, history_length_max=12, co_visit_items=4, popular_slow_half_life_events=100
+)
 SPLIT = 0.4
 PATHS = ("co_visits", "co_visits_both", "next", "again")
 Row = dict[str, dict[str, list[float]]]
@@ -76,7 +78,9 @@ class Reference:
         return {i: score * (self.clicks(i) + 10) ** -0.3 for i, score in found.items()}
 
     def clicks(self, item: str) -> float:
-        return self.events.count(item)
+        half = SETTINGS.popular_slow_half_life_events
+        ages = [age for age, other in enumerate(reversed(self.events)) if other == item]
+        return sum(0.5 ** (age / half) for age in ages)
 
     def next(self, user: str) -> dict[str, float]:
         found: dict[str, float] = defaultdict(float)

@@ -27,6 +27,7 @@ from serving.recall.again import AgainPath
 from serving.recall.base import AFTER, BEFORE, QueryCoVisits, RecallContext, RecallRequest
 from serving.recall.co_visits import CoVisitsBothPath, CoVisitsPath, scored
 from serving.recall.registry import PATHS, make_paths
+from serving.recall.trend import TrendList
 from tests.unit.serving import test_coordinator
 from tests.unit.serving.test_coordinator import Plant, catalogue, seen
 from tests.unit.serving.test_retriever import LOG, SETTINGS, World
@@ -92,15 +93,21 @@ def test_directed_scores(world: World) -> None:
 
 
 def test_symmetric_scores_are_divided_by_popularity(world: World) -> None:
-    world.clicked({5: {"i2": 90_000}})
+    path = CoVisitsBothPath(context_of(world))
+    clicks = TrendList(None, None)  # type: ignore[arg-type]
+    clicks.replace([("i9", 400.0), ("i2", 90.0)])
+    path._clicks = clicks
     after, before = row({"i1": [1], "i2": [1]}), row({"i1": [2], "i2": [2], "i3": [4]})
     request = request_of(QueryCoVisits(["a"], [after], [before]))
-    found = shown(world, "co_visits_both", request)
+    found = {hit.item_id: hit.score for hit in path.recall(request, world.index).hits}
     weight = (2 + 1.25 + 5) ** -0.5
+    assert [*found] == ["i1", "i2", "i3"]
     assert found["i1"] == pytest.approx(1.5 * weight * 10**-0.3, rel=1e-6)
-    clicks = dict(CoVisitsBothPath(context_of(world))._clicks.ranked).get("i2", 0.0)
-    assert found["i2"] == pytest.approx(1.5 * weight * (clicks + 10) ** -0.3, rel=1e-6)
+    assert found["i2"] == pytest.approx(1.5 * weight * 100**-0.3, rel=1e-6)
     assert found["i3"] == pytest.approx(0.25 * weight * 10**-0.3, rel=1e-6)
+    clicks.replace([("i1", 90.0)])
+    found = {hit.item_id: hit.score for hit in path.recall(request, world.index).hits}
+    assert [*found] == ["i2", "i1", "i3"], "the next list counts at once"
 
 
 def test_next_scores_count_visits_right_after_the_last_five(world: World) -> None:
