@@ -9,6 +9,7 @@ import pytest
 
 from eddyline.kafka.topics import CLICKS
 from eddyline.schema import co_visits, events
+from eddyline.schema.event_decay import decays
 from eddyline.schema.events import Click, Forget
 from eddyline.schema.step_ranges import FOREVER, StepRanges
 from eddyline.schema.user_sample import is_sampled
@@ -22,6 +23,7 @@ from evaluation.judge.rates import Rates, Series
 from evaluation.judge.step_ranges import FollowedStepRanges
 from evaluation.judge.track import Ranked
 from evaluation.judge.windows import ALL
+from tests.decayed_events import NO_DECAY, stored_counts
 from tests.unit.evaluation.live_log import (
     LOGS,
     Appender,
@@ -41,6 +43,7 @@ SETTINGS = Settings(
     clicks_partitions=3,
     items_partitions=2,
     item_slots=1,
+    popular_fast_half_life_events=NO_DECAY,
 )
 SPLIT = 0.4
 ROWS = ("towers", "popular", "newest", "cascade")
@@ -164,8 +167,12 @@ def test_a_restart_counts_nothing_twice_and_leaves_nothing_out(
     again.write()
     assert again.rates.rates() == pytest.approx(judge.rates.rates())
     assert judged(again) == judged(judge) and judged(judge)["cascade"][0] > 50
-    states = [one.tracks["1"].engine.store.snapshot() for one in (again, judge)]
+    stores = [one.tracks["1"].engine.store for one in (again, judge)]
+    states = [store.snapshot() for store in stores]
+    clicked = [stored_counts(store, "i0", decays(SETTINGS)) for store in stores]
+    assert clicked[0] == clicked[1] and clicked[0]["events"] > 300
     for state in states:
+        state.trends = {}
         state.histories = {user: history for user, (history, _) in state.histories.items()}
         # Which partition's visits are appended first differs.
         state.rows = {key: co_visits.totals(row) for key, row in state.rows.items()}
