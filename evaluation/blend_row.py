@@ -46,7 +46,7 @@ class BlendRow(ProductRow):
     @override
     def score(self, query: Query) -> None:
         product, items = self.product, self.product.items
-        product.read_popularity()
+        product.list_popularity()
         request = product.request(query.user, LIST_LENGTH)._replace(
             excluded={items.ids[place] for place in query.excluded}, now_ms=query.at_ms
         )
@@ -86,4 +86,5 @@ def _rank(scores: Matrix, target: int | None, competing: int) -> float:
     if target is None:
         return len(scores) + (competing - len(scores) + 1) / 2
     above = np.count_nonzero(scores > scores[target])
-    return 1 + above + (np.count_nonzero(scores == scores[target]) - 1) / 2
+    # numpy's numbers would spread into what is stored.
+    return float(1 + above + (np.count_nonzero(scores == scores[target]) - 1) / 2)

@@ -106,8 +106,7 @@ def find(
 def answer(product: Product, user_id: str, keeps_repeats: bool) -> list[Entry]:
     """What a worker would answer now."""
     user = product.user(user_id)
-    product.read_popularity()
-    product.popularity.refresh()
+    product.list_popularity()
     request = product.request(user, ANSWER_ITEMS)
     if not keeps_repeats:
         request = request._replace(excluded=seen_items(user))

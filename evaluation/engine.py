@@ -148,7 +148,7 @@ class Engine:
         self._other_paths: dict[str, RecallPath] = {}
         self.fusion = make_fusion(settings)
         self._items: LiveItems | None = None
-        self._counted = self._written = False
+        self._counted = self._listed = self._written = False
         # The rows that were last read, and of whom.
         self._rows: tuple[UserState, QueryCoVisits | None] | None = None
         # Partition -> events that are not applied yet, as nothing has asked for what they change.
@@ -259,6 +259,16 @@ class Engine:
             self.popularity.read()
             self._counted = True
 
+    def list_popularity(self) -> None:
+        """Have the popular paths recall by every event that was applied.
+
+        `read_popularity` is enough for their `score_all`, and costs less.
+        """
+        self.read_popularity()
+        if not self._listed:
+            self.popularity.refresh()
+            self._listed = True
+
     def _write_all(self) -> None:
         """Have the store know every event that was applied, in counts and co-visits, too."""
         if not self._written:
@@ -286,7 +296,7 @@ class Engine:
 
         found: its events
         """
-        self._counted = self._written = False
+        self._counted = self._listed = self._written = False
         self._rows = None
         self._waiting.setdefault(record.partition, []).append(record)
         self._waiting_records += 1

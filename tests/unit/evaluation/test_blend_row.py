@@ -97,6 +97,13 @@ def test_a_target_that_no_path_has_teaches_nothing_and_is_behind_all(bundle: Bun
     assert (ranks[ranks > 1] > 3).all()
 
 
+@pytest.mark.parametrize("path", ["popular", "popular_fast", "co_visits", "next"])
+def test_every_path_has_candidates(bundle: Bundle, path: str) -> None:
+    settings = msgspec.structs.replace(SETTINGS, path_candidates=9, recall_paths=path)
+    row, _ = replay(a_log(3), bundle, settings)
+    assert row.learner.blender.learned > 10
+
+
 @pytest.mark.parametrize("every", [1, 2, 10])
 def test_one_of_n_targets_teaches(bundle: Bundle, every: int) -> None:
     log = a_log(1)
