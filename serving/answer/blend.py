@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from typing_extensions import override
 
+from eddyline.schema.item_key import keys_of
 from eddyline.schema.user_history import positive_items
 from index.arrays import Vector
 from index.port import IndexReader
@@ -33,6 +34,7 @@ from serving.answer.fusion import (
 )
 from serving.answer.reciprocal_rank import recall_all
 from serving.recall.base import FILLS, Candidates, RecallPath, RecallRequest
+from serving.recall.co_visits import AFTER_PRIOR, CoVisitsBothPath, CoVisitsPath, NextPath, sum_up
 
 # More candidates than a shard describes in one call have no vectors.
 VECTORS_MAX = 1_024
@@ -117,6 +119,9 @@ class Blend(Fusion):
             lists.append(Listed(name, hits, cosines=candidates.vector is not None))
         union = Union.of(lists, request.excluded)
         known = known_of(request, index, union, user_vector)
+        known.values = {**known.values, **_visits(request, union, found)}
+        if request.co_visits is not None and request.co_visits.after:
+            known.visits_sum = request.co_visits.after[0].visits_sum
         return Prepared(results, union, context(known), features(union, known, self._candidates))
 
     def _ranked(self, prepared: Prepared, k: int) -> list[Recommendation]:
@@ -181,3 +186,28 @@ def known_of(
         user_vector=user_vector,
         last_vectors=index.vectors_of(last) if last else None,
     )
+
+
+def _visits(
+    request: RecallRequest, union: Union, results: Mapping[str, PathResult]
+) -> dict[str, Matrix]:
+    """What co-visits say of the candidates, whether a path lists them or not."""
+    scored = {
+        name: by_key
+        for name, path in (
+            ("co-visits", CoVisitsPath.name),
+            ("co-visits both", CoVisitsBothPath.name),
+            ("next", NextPath.name),
+        )
+        if path in results and (by_key := results[path].candidates.by_key) is not None
+    }
+    rows = request.co_visits
+    if rows is not None and rows.before:
+        row = rows.before[0]
+        scored["visited before"] = sum_up(
+            [(row.keys, row.visits, 1 / (row.visits_sum + AFTER_PRIOR))]
+        )
+    if not scored:
+        return {}
+    keys = keys_of(union.ids)
+    return {name: of_name.of(keys) for name, of_name in scored.items()}

@@ -63,6 +63,21 @@ class RecallRequest(NamedTuple):
     co_visits: QueryCoVisits | None = None
 
 
+class Scored(NamedTuple):
+    """Scores by item key. keys: uint64 (n,), ascending, each once; scores: float64 (n,), above 0"""
+
+    keys: npt.NDArray[np.uint64]
+    scores: Floats
+
+    def of(self, keys: npt.NDArray[np.uint64]) -> Floats:
+        """float64 (m,): the score of each of these keys, 0 for one without."""
+        if not len(self.keys):
+            return np.zeros(len(keys))
+        at = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        found: Floats = np.where(self.keys[at] == keys, self.scores[at], 0.0)
+        return found
+
+
 class StageTimings(NamedTuple):
     """When a path finished its stages, microseconds since 1970; 0: the stage did not run."""
 
@@ -80,6 +95,7 @@ class Candidates(NamedTuple):
     why:         one clause on why there are fewer than `request.k`, else ""
     degradation: `server: reason` if the path works with old or missing data, else ""
     vector:      float32 (d,), whose inner products with items are the scores; None: they are others
+    by_key:      the scores of all items that were found, live or not; None: they are not known
     """
 
     hits: Sequence[Hit]
@@ -87,6 +103,7 @@ class Candidates(NamedTuple):
     timings: StageTimings = NOT_TIMED
     degradation: str = ""
     vector: Vector | None = None
+    by_key: Scored | None = None
 
 
 class PathScores(NamedTuple):

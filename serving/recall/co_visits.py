@@ -8,7 +8,6 @@ only the best are looked up in the index.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +25,7 @@ from serving.recall.base import (
     RecallContext,
     RecallPath,
     RecallRequest,
+    Scored,
 )
 
 Keys = npt.NDArray[np.uint64]
@@ -41,14 +41,7 @@ CLICKS_PRIOR, CLICKS_POWER = 10.0, 0.3
 PIECE_MIN = 16
 
 
-class Scored(NamedTuple):
-    """Scores by item key. keys: uint64 (n,), ascending, each once; scores: float64 (n,), above 0"""
-
-    keys: Keys
-    scores: Floats
-
-
-def scored(parts: Sequence[tuple[Keys, npt.NDArray[np.float32], float]]) -> Scored:
+def sum_up(parts: Sequence[tuple[Keys, npt.NDArray[np.float32], float]]) -> Scored:
     """The sum of value · weight by key, over some rows.
 
     parts: (keys, which may repeat, values, weight) of each row; the order of additions is theirs
@@ -100,7 +93,7 @@ class CoVisitsPath(RecallPath):
 
     def score(self, found: QueryCoVisits) -> Scored:
         """The score of each item that was visited after one of the user's."""
-        return scored(
+        return sum_up(
             [
                 (row.keys, row.visits, DECAY**n / (row.visits_sum + AFTER_PRIOR) ** 0.5)
                 for n, row in enumerate(found.after)
@@ -125,15 +118,16 @@ class CoVisitsPath(RecallPath):
             return Candidates((), "the co-visits could not be read")
         if not found.items:
             return Candidates((), "no positive event of this user is known")
-        keys, scores = without(self.score(found), request.excluded)
-        if (factor := self.popularity_of(keys)) is not None:
-            scores = scores * factor
-        hits = best_hits(Scored(keys, scores), request, index)
+        every = self.score(found)
+        if (factor := self.popularity_of(every.keys)) is not None:
+            every = Scored(every.keys, every.scores * factor)
+        some = without(every, request.excluded)
+        hits = best_hits(some, request, index)
         if len(hits) == request.k:
-            return Candidates(hits)
+            return Candidates(hits, by_key=every)
         which = "live and unseen" if request.filters is None else "live, unseen and pass the filter"
-        of = f"of {len(keys)} co-visited items"
-        return Candidates(hits, f"{of} {len(hits)} are {which}")
+        of = f"of {len(some.keys)} co-visited items"
+        return Candidates(hits, f"{of} {len(hits)} are {which}", by_key=every)
 
     @override
     def score_all(
@@ -166,7 +160,7 @@ class CoVisitsBothPath(CoVisitsPath):
         super().__init__(context)
         self._clicks = context.popularity.follow("slow")
         # The list that keys were last made of, and its clicks by key; replaced as one.
-        self._by_key: tuple[Sequence[tuple[str, float]], Scored] = ((), scored(()))
+        self._by_key: tuple[Sequence[tuple[str, float]], Scored] = ((), sum_up(()))
 
     @override
     def score(self, found: QueryCoVisits) -> Scored:
@@ -175,7 +169,7 @@ class CoVisitsBothPath(CoVisitsPath):
             visits = after.visits_sum + before.visits_sum
             weight = DECAY**n / (visits + BOTH_PRIOR) ** 0.5
             parts += [(row.keys, row.visits, weight) for row in (after, before)]
-        return scored(parts)
+        return sum_up(parts)
 
     @override
     def popularity_of(self, keys: Keys) -> Floats:
@@ -187,10 +181,7 @@ class CoVisitsBothPath(CoVisitsPath):
             clicks = np.array([clicks for _, clicks in ranked], np.float64)
             known = Scored(every[order].astype(np.uint64), clicks[order])
             self._by_key = ranked, known
-        if not len(known.keys):
-            return _factor(np.zeros(len(keys)))
-        at = np.minimum(np.searchsorted(known.keys, keys), len(known.keys) - 1)
-        return _factor(np.where(known.keys[at] == keys, known.scores[at], 0.0))
+        return _factor(known.of(keys))
 
     @override
     def popularity_of_all(self, items: LiveItems) -> Floats:
@@ -207,7 +198,7 @@ class NextPath(CoVisitsPath):
 
     @override
     def score(self, found: QueryCoVisits) -> Scored:
-        return scored(
+        return sum_up(
             [
                 (row.keys, row.next, NEXT_DECAY**n / (row.next_sum + NEXT_PRIOR))
                 for n, row in enumerate(found.after[:NEXT_ITEMS])

@@ -25,7 +25,7 @@ from serving.answer.retriever import Query, Retriever
 from serving.recall import co_visits
 from serving.recall.again import AgainPath
 from serving.recall.base import AFTER, BEFORE, QueryCoVisits, RecallContext, RecallRequest
-from serving.recall.co_visits import CoVisitsBothPath, CoVisitsPath, scored
+from serving.recall.co_visits import CoVisitsBothPath, CoVisitsPath, sum_up
 from serving.recall.registry import PATHS, make_paths
 from serving.recall.trend import TrendList
 from tests.unit.serving import test_coordinator
@@ -136,9 +136,9 @@ def test_again_scores_and_who_may_see_them(world: World) -> None:
 
 def test_repeated_keys_are_summed_and_what_is_not_above_0_is_left_out() -> None:
     keys = np.array([7, 3, 7, 9], np.uint64)
-    found = scored([(keys, np.array([1, 2, 3, 0], np.float32), 0.5), (keys[:1], keys[:1] * 0, 1)])  # type: ignore[list-item]
+    found = sum_up([(keys, np.array([1, 2, 3, 0], np.float32), 0.5), (keys[:1], keys[:1] * 0, 1)])  # type: ignore[list-item]
     assert (found.keys.tolist(), found.scores.tolist()) == ([3, 7], [1.0, 2.0])
-    assert len(scored([]).keys) == 0
+    assert len(sum_up([]).keys) == 0
 
 
 # ---------------------------------------------------------------- limits
