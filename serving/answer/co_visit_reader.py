@@ -33,6 +33,8 @@ class CoVisitReader:
     def read(self, user: UserState, deadline: Deadline) -> tuple[QueryCoVisits | None, str]:
         """(the rows of the user's newest items, what is missing).
 
+        Rows that half of the query's time was not enough for are empty.
+
         One round trip to each server of Redis; none if no path needs the rows. The rows of a server
         that is away are empty. None if no row could be read, or none is needed. Raises
         DeadlinePassed.
@@ -44,6 +46,10 @@ class CoVisitReader:
         why, read = "", not items
         for places in self._by_server(items):
             deadline.check("the co-visits were read")
+            if deadline.half_passed():
+                # A server that hangs may take the other half.
+                why = why or "redis: no co-visits: half of the query's time has passed"
+                break
             try:
                 self._read(items, places, found)
                 read = True

@@ -36,6 +36,10 @@ class Deadline:
         """Seconds left; negative if the deadline has passed."""
         return self._at - time.monotonic()
 
+    def half_passed(self) -> bool:
+        """Whether less than half of the time is left."""
+        return self.left_s() < self._seconds / 2
+
     def check(self, step: str) -> None:
         """Raise DeadlinePassed if the deadline passed before this step."""
         if self.left_s() <= 0:

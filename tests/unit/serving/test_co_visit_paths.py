@@ -320,6 +320,19 @@ def test_a_server_that_is_away_costs_its_own_rows(
         reader.read(user_of("i1"), Deadline(0.0))
 
 
+@pytest.mark.parametrize(("left_s", "enough"), [(0.49, False), (0.51, True)])
+def test_half_of_the_time_is_kept_for_the_answer(
+    world: World, left_s: float, enough: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visited(world, {"i1": {"i7": [1]}})
+    reader, deadline = CoVisitReader(world.store, 1, world.users.outages, (AFTER,)), Deadline(1.0)
+    monkeypatch.setattr(deadline, "left_s", lambda: left_s)
+    found, missing = reader.read(user_of("i1"), deadline)
+    assert (found is not None) == enough
+    late = "redis: no co-visits: half of the query's time has passed"
+    assert missing == ("" if enough else late)
+
+
 def test_seen_items_come_back_where_they_are_kept(world: World) -> None:
     world.user("ana", "i3", "i4")
     retriever = retriever_of(world, recall_paths="again,towers", seen_items="keep")
