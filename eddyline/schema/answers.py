@@ -19,7 +19,7 @@ from eddyline.schema.events import AtMs, Id, check_id, decode_json, quote
 # smaller than 1 MiB, which is the most that Kafka accepts by default.
 ITEMS_MAX = 500
 CANDIDATES_MAX = 100
-PATHS_MAX = 8
+PATHS_MAX = 12
 MISSING_MAX = 16
 MISSING_CHARS_MAX = 200
 # Decimals of a score.
