@@ -19,11 +19,12 @@ from rich.table import Table
 
 from cli.console import console
 from eddyline.errors import SettingsError
-from eddyline.schema import user_history
+from eddyline.schema import co_visits, user_history
+from eddyline.schema.co_visits import Visit
 from eddyline.schema.event_decay import decays
 from eddyline.schema.user_history import Entry, UserHistory
 from eddyline.settings.loader import Settings
-from eddyline.stores import redis_client, user_codec
+from eddyline.stores import outbox, redis_client, user_codec
 from eddyline.stores.redis_errors import translate_error
 from eddyline.stores.redis_url import target
 from eddyline.stores.state_store import Fence, LogId
@@ -37,6 +38,8 @@ _EXPIRY = 48
 _REMOVED_S = 25_200
 # Sample sizes of a window and of a bucket; larger ones cost as much for each blob and member.
 _SAMPLE_BLOBS, _SAMPLE_MEMBERS = 16, 2_000
+# Visits in the outbox of a partition: those of two writes to the rows.
+_OUTBOX_VISITS = 256
 # Up to 3 MB garbage of the Lua interpreter (measured) and buffers of some dozens of connections.
 _REDIS_BASE = 6_000_000
 # A query worker, per item: ids, labels, attributes, spare capacity. Measured: 854 bytes in all with
@@ -158,7 +161,9 @@ def _redis_parts(settings: Settings, sizes: Sizes, meter: Meter) -> list[Part]:
     kept = sizes.generations or settings.generations_kept
     users, items, vectors = sizes.users, sizes.items, sizes.users * kept
     window = settings.dedupe_window_events * settings.clicks_partitions
-    fences = settings.clicks_partitions * (2 + settings.item_slots) + 2 * settings.items_partitions
+    rows = 2 * items if settings.co_visit_items else 0
+    of_items = settings.item_slots * (2 if rows else 1)
+    fences = settings.clicks_partitions * (2 + of_items) + 2 * settings.items_partitions
     daily = (sizes.clicks_a_day or users) * settings.popular_bucket_s // 86_400
     bucket = min(items, settings.popular_items_max, max(1, daily))
     popular = bucket * settings.popular_buckets
@@ -175,11 +180,19 @@ def _redis_parts(settings: Settings, sizes: Sizes, meter: Meter) -> list[Part]:
     names = meter.string(prefix + 8, bytes(8 * kept))
     profile = meter.string(user_key, bytes(16 + sizes.profile)) if sizes.profile else 0
     metadata = meter.string(item_key, bytes(21 + sizes.item_json))
+    # Full rows: an append to a compacted one doubles its room.
+    compacted = co_visits.HEADER_BYTES + settings.co_visit_row_max // 2 * co_visits.ENTRY_BYTES
+    row = meter.string(item_key + 5, bytes(2 * (compacted + co_visits.ENTRY_BYTES))) if rows else 0
+    row += _EXPIRY if settings.co_visit_idle_s_max else 0
+    older_items = ["x" * sizes.item_id] * settings.co_visit_items
+    visits: list[Visit] = [(10**6, "x" * sizes.item_id, older_items)] * settings.chunk_records_max
+    visit = meter.list_blob(outbox.encode(visits, 0)) / len(visits) if rows else 0
+    in_outbox = _OUTBOX_VISITS * settings.clicks_partitions if rows else 0
     deletion = meter.string(item_key, bytes(29)) if deleted else 0
     ids = [f"{n:0{sizes.event_id}d}" for n in range(settings.chunk_records_max)]
     blob = user_codec.encode_accepted({event_id: n for n, event_id in enumerate(ids)}, 0)
     keys = users * (1 + bool(older) + bool(sizes.profile)) + vectors + items + fences
-    keys += 2 * visitors + erasures + deleted + settings.clicks_partitions
+    keys += rows + 2 * visitors + erasures + deleted + settings.clicks_partitions
     return [
         Part("user histories", users, users * lists),
         Part("user-ID embeddings", vectors, vectors * embedding),
@@ -198,6 +211,8 @@ def _redis_parts(settings: Settings, sizes: Sizes, meter: Meter) -> list[Part]:
             settings.popular_buckets * meter.sorted_set(bucket, sizes.item_id),
         ),
         _by_events(settings, sizes, meter),
+        Part("co-visitation rows", rows, rows * row),
+        Part("visits for those rows", in_outbox, round(in_outbox * visit)),
         Part("fences", fences, fences * meter.string(prefix + 20, fence)),
         Part("table of keys", 0, keys * _TABLE_KEY),
         Part("scripts and connections", 0, _REDIS_BASE),

@@ -8,9 +8,10 @@ A row is a header, then entries, all little-endian:
 
 A visit at distance d counts 1/d; one at distance 1 is a next visit too. A write appends entries, so
 a row may have several of one key: readers add them up. A row that reaches `row_max` entries is
-compacted: equal keys are summed; where more than half of `row_max` remain, the half with the most
-visits stays, most first, equal ones by key. The rest goes to the header, so the sums of a row stay
-exact. `append_co_visits.lua` gives the same bytes as `append`.
+compacted: equal keys are summed where the key came first; where more than half of `row_max` remain,
+the half with the most visits stays, of equally visited ones those that came last. The rest goes to
+the header, so the sums of a row stay exact. `append_co_visits.lua` gives the same bytes as
+`append`.
 """
 
 from __future__ import annotations
@@ -112,12 +113,14 @@ def compact(row: bytes, row_max: int) -> bytes:
     What a count has beyond 32 bits goes to the header. Raises ValueError for a damaged row.
     """
     found, milli_sum, next_sum = totals(row)
-    kept = list(found)
-    if len(kept) > row_max // 2:
-        kept = sorted(kept, key=lambda key: (-found[key][0], key))[: row_max // 2]
+    counts = [milli for milli, _ in found.values()]
+    places = set(range(len(counts)))
+    if len(counts) > row_max // 2:
+        places = {*sorted(places, key=lambda at: (-counts[at], -at))[: row_max // 2]}
     stored = [
         (key, min(milli, COUNT_MAX), min(after, COUNT_MAX))
-        for key, (milli, after) in ((key, found[key]) for key in kept)
+        for at, (key, (milli, after)) in enumerate(found.items())
+        if at in places
     ]
     pruned_milli = milli_sum - sum(milli for _, milli, _ in stored)
     pruned_next = next_sum - sum(after for _, _, after in stored)

@@ -76,7 +76,6 @@ class CoVisitWriter(WriteBehind[_Visits]):
         self.lost = 0
         self._floors: dict[int, int] = {}
         self._store = store
-        self._shards = settings.item_slots
         self._item_slots = item_slots(settings.item_slots)
         self._row_max = settings.co_visit_row_max
         self._idle_ms = 1_000 * settings.co_visit_idle_s_max
@@ -160,7 +159,7 @@ class CoVisitWriter(WriteBehind[_Visits]):
                 self._fences.expected(source, slot),
                 pending.last,
                 {item: b"".join(parts) for item, parts in rows.after.items()},
-                {item: b"".join(parts) for item, parts in rows.before.items() if parts},
+                {item: b"".join(parts) for item, parts in rows.before.items()},
                 self._row_max,
                 self._idle_ms,
             )
@@ -186,13 +185,17 @@ class CoVisitWriter(WriteBehind[_Visits]):
 
     def _add_visit(self, pending: _Visits, visit: Visit) -> None:
         offset, item_id, older = visit
-        key, shards = key_bytes(item_id), self._shards
-        slot = item_slot(item_id, shards)
-        before = pending.rows[slot].before[item_id] if offset > pending.done[slot] else []
+        key, slots, done = key_bytes(item_id), self._item_slots, pending.done
+        one = pending.rows[slots[0]] if len(slots) == 1 else None
+        before = list[bytes]()
         for other, tail in zip(older, self._tails, strict=False):
             if other == item_id:
                 continue
             before.append(key_bytes(other) + tail)
-            slot = item_slot(other, shards) if shards > 1 else slot
-            if offset > pending.done[slot]:
+            if one is not None:
+                one.after[other].append(key + tail)
+            elif offset > done[slot := item_slot(other, len(slots))]:
                 pending.rows[slot].after[other].append(key + tail)
+        slot = item_slot(item_id, len(slots))
+        if before and offset > done[slot]:
+            pending.rows[slot].before[item_id] += before

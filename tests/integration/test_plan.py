@@ -16,6 +16,7 @@ from cli.commands.capacity import Sizes, amount, redis_parts, worker_parts
 from cli.main import app
 from eddyline.errors import SettingsError, StoreUnavailable
 from eddyline.schema import user_history
+from eddyline.schema.co_visits import entries
 from eddyline.schema.event_decay import decays
 from eddyline.schema.user_history import Entry, UserHistory
 from eddyline.settings.loader import Settings
@@ -120,6 +121,7 @@ def filled(store: RedisStore, settings: Settings, sizes: Sizes) -> int:
         )
         fence = after
     fill_epochs(store, settings, item_ids, fence)
+    fill_rows(store, settings, item_ids)
     return used(store) - empty
 
 
@@ -133,6 +135,27 @@ def fill_epochs(
         after = Fence(10**6 + first, LOG)
         store.count_clicks("i0", clicks, fence, after, {}, 9, 10**6, clicked, half_lives)
         fence = after
+
+
+def fill_rows(store: RedisStore, settings: Settings, item_ids: list[str]) -> None:
+    """Co-visitation rows that were compacted and grew again, and the outbox before them."""
+    row_max, idle_ms = settings.co_visit_row_max, 1_000 * settings.co_visit_idle_s_max
+    full = entries([(n, 1_000, 1) for n in range(row_max)])
+    fence = None
+    for first in range(0, len(item_ids), 50):
+        some = item_ids[first : first + 50]
+        for n, more in enumerate((full, entries([(1, 1_000, 1)]))):
+            after, rows = Fence(2 * first + n, LOG), dict.fromkeys(some, more)
+            store.append_co_visits(
+                "i0", Source("co-visits", 0), fence, after, rows, rows, row_max, idle_ms
+            )
+            fence = after
+    older = item_ids[: settings.co_visit_items]
+    for partition in range(settings.clicks_partitions):
+        source, slot = Source("clicks", partition), f"u{partition}"
+        before = store.fences(source, [slot])[slot]
+        effects = UserEffects(visits=[(10**7, item_ids[0], older)] * 256)
+        store.write_users(slot, source, before, Fence(10**7, LOG), effects)
 
 
 @pytest.mark.timeout(60)
