@@ -225,9 +225,8 @@ def test_the_plan_grows_with_what_it_is_asked_for(servers: Settings) -> None:
     assert (
         base["user histories"] < longer["user histories"] < 3 * base["user histories"]
     )  # 100 at most
-    assert (
-        capacity.worker_parts(settings, Sizes(users=1, items=1_000, history=1))[2].size == 0
-    )  # no graph
+    of_worker = capacity.worker_parts(settings, Sizes(users=1, items=1_000, history=1))
+    assert {part.what: part.size for part in of_worker}["graph"] == 0
     with pytest.raises(SettingsError, match="lots"):
         amount("lots")
 
