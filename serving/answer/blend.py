@@ -137,14 +137,13 @@ class Blend(Fusion):
         found = []
         for at, of_item in zip(order, shares, strict=True):
             sources = [
-                Source(self._fused[row], int(rank) + 1, union.scores[row, at], of_item[row])
+                Source(self._fused[row], int(rank) + 1, float(union.scores[row, at]), of_item[row])
                 for row, rank in enumerate(union.ranks[:, at])
                 if rank >= 0
             ]
-            first = sources[0]
-            found.append(
-                Recommendation(union.hits[at], first.path, first.rank, sources, float(scores[at]))
-            )
+            most = max(sources, key=lambda source: source.share)
+            hit = union.hits[at]._replace(score=float(most.score))
+            found.append(Recommendation(hit, most.path, most.rank, sources, float(scores[at])))
         return found
 
     def _shares(

@@ -94,6 +94,7 @@ def test_weights_decide_and_each_path_has_its_part() -> None:
     assert ids(items) == ["b", "c", "a"]
     best = items[0]
     assert [s.score for s in best.sources] == [9.0, 10.0]
+    assert (best.path, best.path_rank, best.hit.score) == ("two", 1, 10.0)
     # What belongs to no path: both paths found it.
     assert sum(s.share for s in best.sources) == pytest.approx(best.fused_score + 0.5)
 
