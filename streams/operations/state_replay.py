@@ -20,7 +20,7 @@ from eddyline import generations
 from eddyline.errors import EddylineError, Rejected, SettingsError
 from eddyline.kafka import topics
 from eddyline.kafka.topics import CLICKS, ITEMS, USERS
-from eddyline.schema import item_record, user_history, validation
+from eddyline.schema import co_visits, item_record, user_history, validation
 from eddyline.schema.id_form import in_form, key_in_form
 from eddyline.schema.item_record import ItemRecord
 from eddyline.schema.partitioning import user_slot
@@ -33,7 +33,7 @@ from eddyline.stores.state_store import Source, StateStore, UserQuery
 from embeddings.bundle import bundle as bundles
 from embeddings.bundle.bundle import Bundle
 from streams.clicks.step_ranges import FixedStepRanges
-from streams.fences import sources
+from streams.fences import co_visit_sources, sources
 from streams.generation import Generation
 from streams.handlers import Handlers, Outputs
 from streams.operations import topic_slices
@@ -166,6 +166,7 @@ def state_hash(
     for p in range(settings.clicks_partitions):
         slot = user_slot(p)
         of_users = sources(settings, CLICKS, p) | sources(settings, USERS, p)
+        of_users |= co_visit_sources(settings, p)
         for source, slots in of_users.items():
             for name, fence in sorted(store.fences(source, slots).items()):
                 add("fence", source.name, p, name, -1 if fence is None else fence.offset)
@@ -196,10 +197,16 @@ def state_hash(
                 add("fence", source.name, p, name, -1 if fence is None else fence.offset)
     for item_ids in _batches(touched.items):
         found = store.read_item_metadata(item_ids, settings.item_slots)
-        for item_id in item_ids:
+        rows = store.read_co_visits(item_ids, item_ids, settings.item_slots)
+        for item_id, *directions in zip(item_ids, *rows, strict=True):
             item = found.get(item_id)
             if item is not None and item.has_ended(times.get(item.partition, 0)):
                 item = None  # as of idle users
+                directions = []
+            for row in directions:
+                found_row = co_visits.summary(row, settings.co_visit_row_max)
+                visits = None if found_row.counts is None else sorted(found_row.counts.items())
+                add("row", item_id, found_row.milli, found_row.next, visits)
             place = None if item is None else (item.partition, item.offset, item.body)
             refused = () if item is None or item.refused is None else (item.refused,)
             add("item", item_id, place, touched.published.get(item_id), *refused)
@@ -257,12 +264,15 @@ def _note_ids(
         return
     for one in own:
         with suppress(msgspec.DecodeError):
-            sent_id = msgspec.json.decode(one.value or b"", type=_UserId).user_id
-            user_ids.add(in_form(sent_id, form))
+            event = msgspec.json.decode(one.value or b"", type=_EventIds)
+            user_ids.add(in_form(event.user_id, form))
+            if event.item_id:
+                result.items.add(in_form(event.item_id, form))
 
 
-class _UserId(msgspec.Struct):
+class _EventIds(msgspec.Struct):
     user_id: str
+    item_id: str = ""
 
 
 def _batches(ids: Iterable[str]) -> Iterator[list[str]]:

@@ -12,6 +12,7 @@ RULES = "tests/unit/streams/test_ingest_rules.py"
 TAILS = "tests/unit/streams/test_empty_tails.py"
 RESUMES = "tests/unit/streams/test_resuming.py"
 CONTRACT = "tests/contract/test_state_store.py"
+CO_VISITS = "tests/unit/streams/test_co_visits.py"
 TYPES = (
     "tests/integration/test_failing_scripts.py::test_a_key_of_another_type_leaves_nothing_behind"
 )
@@ -536,5 +537,26 @@ MUTATIONS = (
         "if not counts or self._is_late(record, event, origin_ms):",
         "if not counts:",
         ("tests/unit/streams/test_archive_files.py",),
+    ),
+    Mutation(
+        "visits leave the outbox before their rows are safe",
+        "streams/clicks/co_visits.py",
+        "self._floors[partition] = max(self.floor(partition), before + 1)",
+        "self._floors[partition] = pending.last.offset + 1",
+        (CO_VISITS,),
+    ),
+    Mutation(
+        "a process leaves the visits of the outbox out",
+        "streams/clicks/handler.py",
+        "            self.co_visits.restore(source.partition, fence, *known.outbox)\n",
+        "",
+        (FAULTS,),
+    ),
+    Mutation(
+        "a compacted co-visitation row counts what stays twice",
+        "eddyline/stores/scripts/append_co_visits.lua",
+        "milli_sum, next_sum = milli_sum - m, next_sum - c",
+        "nexts[key] = c",
+        ("tests/contract/test_co_visit_rows.py",),
     ),
 )
