@@ -16,6 +16,7 @@ from redis.retry import Retry
 
 from cli.commands import replay_file
 from eddyline.kafka.producers import now_ms
+from eddyline.schema import co_visits
 from eddyline.schema.events import shifted_to_now
 from eddyline.schema.partitioning import partition_of
 from eddyline.stores.redis import RedisStore
@@ -106,6 +107,7 @@ def test_the_oracle_names_what_was_damaged(make_live) -> None:
     [(bucket, counted)] = list(store.popular("i0", 1).items())[-1:]
     [item] = counted
     card = store.read_item_metadata([item], 1)[item]
+    visited = sorted(item for _, kind, item in expected.store.snapshot().rows if kind == "after")[0]
 
     def damaged(*named: str, seen_by_model: Sequence[str]) -> None:
         found = oracle.differences(live.settings, topics, expected).differences
@@ -124,6 +126,11 @@ def test_the_oracle_names_what_was_damaged(make_live) -> None:
             seen_by_model=[f"model's count i0:{bucket}:{item}"],
         )
         client.zincrby(f"{prefix}{{i0}}:popular:{bucket}", -1, item)
+        row = f"{prefix}{{i0}}:after:{visited}"
+        before, rows = store.read_co_visits([visited], [], 1)[0][0], client.get(row)
+        client.append(row, co_visits.entries([(int(before.keys[0]), 1, 0)]))
+        damaged(f"row after {visited}:", seen_by_model=[f"model's row after {visited}"])
+        client.set(row, rows)
         other = mine.entries[0].__class__("another-item", mine.entries[-1].at_ms)
         shorter = (*mine.entries[:-1], other)
         write(histories={user: mine.__class__(**_fields(mine) | {"entries": shorter})})
