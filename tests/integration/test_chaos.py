@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from eddyline.kafka.producers import now_ms
 from eddyline.schema import co_visits
 from eddyline.schema.events import shifted_to_now
 from eddyline.schema.partitioning import partition_of
+from eddyline.stores.memory import MemoryStore
 from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import ItemMetadata, Source, UserEffects, UserQuery
 from embeddings.bundle import bundle as bundles
@@ -107,7 +109,6 @@ def test_the_oracle_names_what_was_damaged(make_live) -> None:
     [(bucket, counted)] = list(store.popular("i0", 1).items())[-1:]
     [item] = counted
     card = store.read_item_metadata([item], 1)[item]
-    visited = sorted(item for _, kind, item in expected.store.snapshot().rows if kind == "after")[0]
 
     def damaged(*named: str, seen_by_model: Sequence[str]) -> None:
         found = oracle.differences(live.settings, topics, expected).differences
@@ -126,11 +127,8 @@ def test_the_oracle_names_what_was_damaged(make_live) -> None:
             seen_by_model=[f"model's count i0:{bucket}:{item}"],
         )
         client.zincrby(f"{prefix}{{i0}}:popular:{bucket}", -1, item)
-        row = f"{prefix}{{i0}}:after:{visited}"
-        before, rows = store.read_co_visits([visited], [], 1)[0][0], client.get(row)
-        client.append(row, co_visits.entries([(int(before.keys[0]), 1, 0)]))
-        damaged(f"row after {visited}:", seen_by_model=[f"model's row after {visited}"])
-        client.set(row, rows)
+        with _damaged_row(client, prefix, expected.store) as visited:
+            damaged(f"row after {visited}:", seen_by_model=[f"model's row after {visited}"])
         other = mine.entries[0].__class__("another-item", mine.entries[-1].at_ms)
         shorter = (*mine.entries[:-1], other)
         write(histories={user: mine.__class__(**_fields(mine) | {"entries": shorter})})
@@ -162,6 +160,17 @@ def test_the_oracle_names_what_was_damaged(make_live) -> None:
     finally:
         store.close()
         client.close()
+
+
+@contextmanager
+def _damaged_row(client: redis.Redis, prefix: str, store: MemoryStore) -> Iterator[str]:
+    """An item whose co-visitation row has one thousandth of a visit more."""
+    visited = min(item for _, kind, item in store.snapshot().rows if kind == "after")
+    key = f"{prefix}{{i0}}:after:{visited}"
+    row = client.get(key)
+    client.set(key, row + co_visits.entries([(int(co_visits.decode(row).keys[0]), 1, 0)]))
+    yield visited
+    client.set(key, row)
 
 
 def _fields(history) -> dict[str, object]:

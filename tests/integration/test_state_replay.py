@@ -117,6 +117,7 @@ def test_what_is_in_the_state_is_in_the_hash(logs) -> None:
         "window": lambda s: next(iter(s.window.values())).popitem(),
         "profiles": lambda s: s.profiles.popitem(),
         "buckets": lambda s: next(iter(s.buckets["i0"].values())).popitem(),
+        "co-visits": lambda s: s.rows.popitem(),
         "cards": lambda s: s.items.popitem(),
         "fences": lambda s: s.fences.popitem(),
     }
