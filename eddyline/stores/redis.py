@@ -38,6 +38,7 @@ Every write is one Lua script, see `write_scripts`: it applies whole or not at a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
@@ -189,12 +190,12 @@ class RedisStore(FencedWrites, StateStore):
     @translated
     def live_item_ids(self) -> set[str]:
         """The items of all slots that are not deleted, by a scan of all keys; as `user_ids`."""
+        # Matched exactly: an id may look like one of our keys.
+        ours = re.compile(rf"{re.escape(self._ns)}\{{i\d+\}}:c:(.*)", re.DOTALL)
         keys = self._redis.scan_iter(match=f"{self._ns}{{i*}}:c:*", count=_KEYS_A_SCAN)
-        heads = (
-            (key, cast(bytes, self._redis.getrange(key, 0, item_codec.HEAD_BYTES))) for key in keys
-        )
-        live = (key for key, head in heads if item_codec.has_body(head))
-        return {key.decode().split(":c:", 1)[1] for key in live}
+        found = ((key, at[1]) for key in keys if (at := ours.fullmatch(key.decode())))
+        heads = ((self._redis.getrange(key, 0, item_codec.HEAD_BYTES), i) for key, i in found)
+        return {item_id for head, item_id in heads if item_codec.has_body(cast(bytes, head))}
 
     @override
     @translated

@@ -243,6 +243,15 @@ def test_a_log_that_lost_its_tail_takes_visits_of_it_from_the_outbox(
     assert outbox_of(store) == ([], 0)
 
 
+def test_a_row_whose_item_looks_like_a_key_is_no_item(fresh_settings: Settings) -> None:
+    with contextlib.closing(RedisStore(fresh_settings)) as store:
+        rows = {"0}:c:x": entries([(1, 1, 0)])}
+        store.append_co_visits("i0", PAIRS, None, at(1), rows, rows, 200)
+        cards = {"y:c:z": ItemMetadata(0, 1, b"{}")}
+        store.write_item_metadata("i0", Source("items", 0), None, at(1), cards)
+        assert store.live_item_ids() == {"y:c:z"}
+
+
 def test_the_rows_of_a_deleted_item_end_with_it(store: StateStore) -> None:
     one, items = entries([(1, 1, 0)]), Source("items", 0)
     for slot in ("i0", "i1"):
