@@ -14,12 +14,14 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
 import redis
 
 from eddyline.errors import FenceMoved, StoreRefused, StoreUnavailable, Unavailable
+from eddyline.schema.event_decay import EventDecay
 from eddyline.schema.partitioning import item_slot
 from eddyline.schema.user_history import Entry, UserHistory
 from eddyline.settings.loader import Settings
@@ -37,6 +39,7 @@ from eddyline.stores.state_store import (
     UserQuery,
     UserWrite,
 )
+from tests.decayed_events import NO_DECAY, plain_counts, stored_counts
 from tests.integration.redis_servers import RealCluster, Server, real_cluster, real_server, wait_for
 from tests.integration.test_crashes import assert_same_state, send_history
 
@@ -399,9 +402,13 @@ def test_a_slot_that_moves_loses_and_doubles_nothing(
     """Counts go on meanwhile: each of them is there once, and old buckets are gone, the latest at
     the end.
     """
-    store.count_clicks(
-        "i0", clicks("u0"), None, at(0), {bucket: {"a": 1000} for bucket in range(4)}, 4
-    )
+    events: dict[str, Any] = {
+        "items_max": 9,
+        "clicked": ["a"],
+        "decays": [EventDecay(1), EventDecay(NO_DECAY)],
+    }
+    counts = {bucket: {"a": 1000} for bucket in range(4)}
+    store.count_clicks("i0", clicks("u0"), None, at(0), counts, 4, **events)
     stop, counted = threading.Event(), list[int]()
 
     def work() -> None:
@@ -412,9 +419,9 @@ def test_a_slot_that_moves_loses_and_doubles_nothing(
                 fence = store.fences(clicks("u0"), ["i0"])["i0"]
                 if fence == at(before):
                     # One bucket comes and one goes: keys that are here, there, or nowhere yet.
-                    store.count_clicks(
-                        "i0", clicks("u0"), fence, at(before + 1), {4 + before: {"a": 1000}}, 4
-                    )
+                    # So do the epochs of the short half-life.
+                    more = {4 + before: {"a": 1000}}
+                    store.count_clicks("i0", clicks("u0"), fence, at(before + 1), more, 4, **events)
                 else:  # applied, and its answer was lost
                     assert fence == at(before + 1)
 
@@ -438,6 +445,7 @@ def test_a_slot_that_moves_loses_and_doubles_nothing(
     done = len(counted)
     assert store.fences(clicks("u0"), ["i0"]) == {"i0": at(done)}
     assert store.popular("i0", 10) == {bucket: {"a": 1000} for bucket in range(done, done + 4)}
+    assert stored_counts(store, "i0", events["decays"]) == plain_counts({"a": done + 1})
     assert len([*store._redis.scan_iter(match=f"{store._ns}*popular:*")]) == 4
 
 
