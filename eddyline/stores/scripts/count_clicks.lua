@@ -74,9 +74,20 @@ if events > 0 then
     local half_life = tonumber(name) / slots
     local epoch_events = 32 * half_life
     local epoch = written[name] and math.floor((written[name] - 1) / epoch_events)
+    -- Of this call, to change each item of a set once.
+    local items, sums = {}, {}
+    local function add(key)
+      for _, item in ipairs(items) do
+        redis.call('ZINCRBY', key, sums[item], item)
+      end
+      items, sums = {}, {}
+    end
     for n = 0, events - 1 do
       local now = math.floor((before + n) / epoch_events)
       if now ~= epoch then
+        if #items > 0 then
+          add(KEYS[sets + epoch % 2])
+        end
         -- The set of the epoch before stays; the other one is two epochs old.
         redis.call('UNLINK', KEYS[sets + now % 2])
         if epoch ~= now - 1 then
@@ -84,9 +95,13 @@ if events > 0 then
         end
         epoch = now
       end
-      local weight = 2 ^ ((before + n - now * epoch_events) / half_life)
-      redis.call('ZINCRBY', KEYS[sets + now % 2], weight, ARGV[first_item + n])
+      local item = ARGV[first_item + n]
+      if not sums[item] then
+        items[#items + 1] = item
+      end
+      sums[item] = (sums[item] or 0) + 2 ^ ((before + n - now * epoch_events) / half_life)
     end
+    add(KEYS[sets + epoch % 2])
     trim(KEYS[sets])
     trim(KEYS[sets + 1])
     redis.call('ZADD', KEYS[3], after, name)
