@@ -1,6 +1,6 @@
 """The fusion `blend` on real servers: clicks teach the judge, and the worker's next answers differ.
 
-Users walk around a ring of items: whoever is at one goes on to the next. Only the path `next` knows
+Users walk around a ring of items: a user at one goes on to the next. Only the path `next` knows
 that, so the blender has to learn that it is right.
 """
 
