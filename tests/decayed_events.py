@@ -51,7 +51,10 @@ def stored_counts(store: StateStore, slot: str, decays: Iterable[EventDecay]) ->
     return {"events": trend.events, **counts} if trend.events else {}
 
 
-def plain_counts(items: Mapping[str, int]) -> dict[str, int]:
+def plain_counts(
+    items: Mapping[str, int], decays: Iterable[EventDecay] = (EventDecay(NO_DECAY),)
+) -> dict[str, int]:
     """The same of a plain count: item -> its events."""
-    named = {f"item {item}": n for item, n in items.items()}
+    kept = any(decay.half_life_events >= NO_DECAY for decay in decays)
+    named = {f"item {item}": n for item, n in items.items()} if kept else {}
     return {"events": sum(items.values()), **named} if items else {}

@@ -200,7 +200,7 @@ def differences(
             for bucket in plain.keys() & have.keys():
                 found.same_maps("count by hand", bucket, have[bucket], plain[bucket])
             have_all = stored_counts(real, "i0", decays(settings))
-            found.same_maps("events by hand", "", have_all, plain_counts(clicked))
+            found.same_maps("events by hand", "", have_all, plain_counts(clicked, decays(settings)))
         _rows(settings, topics, value_of, (real, expected.store), found)
         ids = sorted(names.items)
         log_ms = {p: r[-1].timestamp for p, r in topics.by_partition(kafka_topics.ITEMS).items()}

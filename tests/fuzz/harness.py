@@ -151,9 +151,10 @@ class Harness:
         effects = UserEffects(
             histories=dict(read.histories), embeddings={"1": dict(read.embeddings["1"])}
         )
-        names, (_, _, lists, written, _, _, *values) = user_codec.encode_users("t", effects)
-        stored = dict(zip(names[1:written], values, strict=True))
-        for name in names[1 : 1 + lists]:
+        names, args = user_codec.encode_users("t", effects)
+        lists, written, values = args[4], args[5], args[8:]
+        stored = dict(zip(names[2 : 2 + written], values, strict=True))
+        for name in names[2 : 2 + lists]:
             stored[name] += bytes(8)
         if user in read.profiles:
             stored[f"t:p:{user}"] = user_codec.encode_profile(

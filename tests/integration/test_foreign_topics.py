@@ -33,12 +33,12 @@ def test_findings_are_printed_with_their_command_until_they_are_mended(
     settings = fresh_settings
     configs = {"cleanup.policy": "compact", "message.timestamp.type": "CreateTime"}
     topic = make(settings, topics.CLICKS, settings.clicks_partitions, **configs)
-    with pytest.raises(EddylineError, match="7 findings"):
+    with pytest.raises(EddylineError, match="8 findings"):
         command.check(settings)
     printed = capsys.readouterr().out
     assert f"{topic}: cleanup.policy is compact, not delete" in printed
     assert f"{topic}: message.timestamp.type is CreateTime" in printed
-    assert printed.count("does not exist") == 5 and "eddyline topics create" in printed
+    assert printed.count("does not exist") == 6 and "eddyline topics create" in printed
     command.create(settings)
     assert f"made {settings.prefixed(topics.ITEMS)}" in capsys.readouterr().out
     with pytest.raises(EddylineError, match="2 findings"):

@@ -49,7 +49,7 @@ def pair() -> tuple[str, str]:
 def test_a_visitors_list_is_moved_once_by_time_and_forgotten(live: Any, store: RedisStore) -> None:
     visitor, user = pair()
     now = now_ms() - 60_000
-    items = [f"{visitor}-{n}" for n in range(7)]
+    items = [f"{user}-item-{n}" for n in range(7)]
     for n, item in enumerate(items[:6]):
         more = {"kind": "like"} if n == 2 else {"kind": "dislike"} if n == 4 else {}
         live.click(visitor if n % 2 == 0 else user, item, at_ms=now + n, **more)
