@@ -129,7 +129,10 @@ class ItemBatch:
         newest = self.order.newest(item_id)
         if change.forwarded and newest is not None and newest.refused is not None:
             change = change.keep_refused(newest.refused)
-        change = change.born(newest)
+        stored = self.stored.get(item_id)
+        ahead = change.patch is not None and stored is not None and stored.includes(change.record)
+        # Where the stored state was published, patches before it made none: it knows its birth.
+        change = change.born(stored if ahead else newest)
         self.order.accepted(item_id, change)
         if rules.restore and sent is not None and change.item is not sent:
             self.order.append(item_id, change)

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from embeddings.data.sources import assemble
+from streams.fences import PUBLISHED_SLOT, published_source
+from tests.applying import ingest
 from tests.unit.streams.test_emptied_items import of
-from tests.unit.streams.test_ingest_rules import MS, SETTINGS
+from tests.unit.streams.test_ingest_rules import HERE, MS, SETTINGS, Rig
 from tests.unit.streams.test_refused_newer import applied, bad, stored
 from tests.unit.streams.test_strays import FILM, OTHER, change, record
 
@@ -43,6 +45,24 @@ def test_an_item_is_as_new_as_its_time_or_its_first_record(
 def test_so_are_patches(patches: bool) -> None:
     rig = applied([of(1, **PARTS), of(2, **PARTS)], items_patches=patches)
     assert [one.at_ms for one in rig.out.published] == [MS + 1]
+
+
+@pytest.mark.parametrize("size", [1, 2, 99])
+def test_where_the_metadata_is_ahead_the_birth_of_the_stored_item_is_published(size: int) -> None:
+    """A generation that reads the topic again: deletes of before, and patches that say nothing."""
+    log = [of(1, **PARTS), change(2, None, 2), of(3, title="u"), of(4, categories=["d"])]
+    rig = applied(log, items_patches=True)
+    assert rig.out.published[-1].at_ms == MS + 3
+    again = Rig(items_patches=True)
+    again.store.restore(rig.store.snapshot())
+    again.store.drop_fences(PUBLISHED_SLOT, [published_source("g", HERE)])
+    again.items.fences.open({HERE: (0, 99)})
+    for first in range(0, len(log), size):
+        ingest(again.items, HERE, log[first : first + size])
+    last = again.out.published[-1]
+    assert (last.offset, last.at_ms) == (4, MS + 3)
+    found = stored(again)
+    assert found is not None and found.born_ms == MS + 3
 
 
 @pytest.mark.parametrize("name", ["first record", "its own time", "deleted before"])
