@@ -25,6 +25,8 @@ PAIRS = (
     ("towers", "towers-nostep"),
     ("cascade", "popular"),
     ("rrf", "cascade"),
+    ("blend", "cascade"),
+    ("blend", "rrf"),
 )
 
 
