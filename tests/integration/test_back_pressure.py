@@ -35,6 +35,7 @@ def quiet(found: dict[str, float]) -> bool:
     return found.get(LAG) == found[PAUSED] == 0
 
 
+@pytest.mark.long
 def test_a_redis_that_hangs_stops_ingest_and_nothing_else(
     own_valkey, make_live, tmp_path: Path
 ) -> None:

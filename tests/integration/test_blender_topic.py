@@ -74,6 +74,7 @@ def test_weights_that_have_not_changed_are_sent_once(fresh_settings: Settings) -
     assert len(list(reading.read(fresh_settings, BLENDER))) == 2
 
 
+@pytest.mark.long
 def test_a_process_reads_by_itself_and_keeps_its_weights_while_kafka_is_away(
     own_servers: OwnServers, caplog: pytest.LogCaptureFixture
 ) -> None:

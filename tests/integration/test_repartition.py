@@ -163,6 +163,7 @@ def copying(settings: Settings, namespace: str) -> Iterator[subprocess.Popen[str
             child.communicate(timeout=20)
 
 
+@pytest.mark.long
 def test_under_load_and_kills_nothing_is_lost_and_nothing_doubled(
     settings: Settings, bundle: Any
 ) -> None:
