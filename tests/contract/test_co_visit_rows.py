@@ -5,11 +5,8 @@ from __future__ import annotations
 import contextlib
 import random
 import time
-import uuid
-from collections.abc import Iterator
 from dataclasses import replace
 
-import msgspec
 import numpy as np
 import pytest
 
@@ -57,19 +54,6 @@ def shown(found: CoVisits) -> tuple[dict[int, tuple[float, float]], float, float
         before = added.get(int(key), (0.0, 0.0))
         added[int(key)] = before[0] + float(visits), before[1] + float(after)
     return added, found.visits_sum, found.next_sum
-
-
-@pytest.fixture(params=["memory", "redis", "cluster"])
-def store(request: pytest.FixtureRequest) -> Iterator[StateStore]:
-    if request.param == "memory":
-        made: StateStore = MemoryStore()
-    elif request.param == "cluster":
-        settings = request.getfixturevalue("cluster_settings")
-        made = RedisStore(msgspec.structs.replace(settings, namespace=f"t-{uuid.uuid4().hex[:12]}"))
-    else:
-        made = RedisStore(request.getfixturevalue("fresh_settings"))
-    yield made
-    made.close()
 
 
 def test_unknown_items_have_empty_rows(store: StateStore) -> None:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import random
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import msgspec
 import pytest
 
 from eddyline.errors import FenceMoved
 from eddyline.schema.event_decay import EPOCH_HALF_LIVES, EventDecay
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.popularity import SlotTrend
-from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import Fence, LogId, Source, StateStore
 from tests import decayed_events
 from tests.decayed_events import ALL, decayed, plain_counts, stored_counts, sums_of
@@ -22,19 +19,6 @@ LOG = LogId("cluster", "topic")
 CLICKS = Source("clicks", 0)
 FAST, SLOW, NO_DECAY = EventDecay(1), EventDecay(50), EventDecay(decayed_events.NO_DECAY)
 EPOCH = EPOCH_HALF_LIVES  # events, of the fast half-life
-
-
-@pytest.fixture(params=["memory", "redis", "cluster"])
-def store(request: pytest.FixtureRequest) -> Iterator[StateStore]:
-    if request.param == "memory":
-        made: StateStore = MemoryStore()
-    elif request.param == "cluster":
-        settings = request.getfixturevalue("cluster_settings")
-        made = RedisStore(msgspec.structs.replace(settings, namespace=f"t-{uuid.uuid4().hex[:12]}"))
-    else:
-        made = RedisStore(request.getfixturevalue("fresh_settings"))
-    yield made
-    made.close()
 
 
 def count(

@@ -1,12 +1,11 @@
-"""One suite over every `StateStore`: a new adapter is one more line in `make_store`."""
+"""One suite over every `StateStore`."""
 
 from __future__ import annotations
 
 import contextlib
 import struct
 import time
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import msgspec
@@ -19,7 +18,6 @@ from eddyline.schema.user_history import EMPTY, Entry, UserHistory, compact
 from eddyline.settings.loader import Settings
 from eddyline.stores import item_codec, redis_client, user_codec
 from eddyline.stores.layout import Layout
-from eddyline.stores.memory import MemoryStore
 from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import (
     Fence,
@@ -60,19 +58,6 @@ def users_of(
 def accepted_ids(store: StateStore) -> dict[str, int]:
     """The event-id window of slot u3."""
     return store.read_slot("u3", CLICKS).accepted
-
-
-@pytest.fixture(params=["memory", "redis", "cluster"])
-def store(request: pytest.FixtureRequest) -> Iterator[StateStore]:
-    if request.param == "memory":
-        made: StateStore = MemoryStore()
-    elif request.param == "cluster":
-        settings = request.getfixturevalue("cluster_settings")
-        made = RedisStore(msgspec.structs.replace(settings, namespace=f"t-{uuid.uuid4().hex[:12]}"))
-    else:
-        made = RedisStore(request.getfixturevalue("fresh_settings"))
-    yield made
-    made.close()
 
 
 def test_an_empty_store_knows_nothing(store: StateStore) -> None:

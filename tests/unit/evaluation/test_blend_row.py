@@ -27,7 +27,7 @@ from tests.unit.evaluation.live_log import (
     make_judge,
     timed,
 )
-from tests.unit.evaluation.small import make_bundle, make_items, make_log
+from tests.unit.evaluation.small import make_items, make_log
 
 SETTINGS = Settings(
     popular_limit=9,
@@ -39,11 +39,6 @@ SETTINGS = Settings(
     path_candidates=5,
 )
 SPLIT = 0.4
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return make_bundle(tmp_path_factory.mktemp("bundle"), timed(make_items()))
 
 
 def a_log(seed: int) -> EventLog:

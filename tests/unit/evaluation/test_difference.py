@@ -10,15 +10,10 @@ from evaluation import difference, protocol
 from evaluation.difference import Entry, Queries
 from evaluation.event_log import EventLog
 from evaluation.product import Product
-from tests.unit.evaluation.small import make_bundle, make_items, make_log
+from tests.unit.evaluation.small import make_log
 
 LONG, SHORT = Settings(history_length_max=12), Settings(history_length_max=3)
 FIRST = 4
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return make_bundle(tmp_path_factory.mktemp("bundle"), make_items())
 
 
 def find(log: EventLog, bundle: Bundle, other: Settings, **more: bool) -> Queries:

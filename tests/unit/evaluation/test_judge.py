@@ -49,11 +49,6 @@ SPLIT = 0.4
 ROWS = ("towers", "popular", "newest", "cascade")
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return make_bundle(tmp_path_factory.mktemp("bundle"), timed(make_items()))
-
-
 @pytest.mark.parametrize("repeats", ["drop", "keep"])
 @pytest.mark.parametrize("seed", [1, 2])
 def test_every_count_is_that_of_evaluate(bundle: Bundle, repeats: str, seed: int) -> None:

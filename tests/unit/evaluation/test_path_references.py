@@ -14,7 +14,7 @@ from eddyline.settings.loader import Settings
 from embeddings.bundle.bundle import Bundle
 from evaluation import offline
 from evaluation.event_log import DISLIKE, EventLog, LogBuilder
-from tests.unit.evaluation.small import BASE_MS, ITEMS, make_bundle, make_items
+from tests.unit.evaluation.small import BASE_MS, ITEMS
 
 SETTINGS = Settings(
     popular_limit=ITEMS, history_length_max=12, co_visit_items=4, popular_slow_half_life_events=100
@@ -128,11 +128,6 @@ def make_log(seed: int, users: int = 6, events: int = 260) -> EventLog:
         click = Click(user_id=f"u{user}", item_id=f"i{place[user]}", at_ms=at_ms, kind=kind)
         builder.add(click)
     return builder.build()
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return make_bundle(tmp_path_factory.mktemp("bundle"), make_items())
 
 
 @pytest.mark.parametrize("keeps_repeats", [False, True])

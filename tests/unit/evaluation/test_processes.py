@@ -21,14 +21,9 @@ from evaluation import offline, processes, protocol
 from evaluation.event_log import EventLog
 from evaluation.protocol import OnProgress, Outcome
 from evaluation.report import Report
-from tests.unit.evaluation.small import make_bundle, make_items, make_log
+from tests.unit.evaluation.small import make_log
 
 USERS = 6
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return make_bundle(tmp_path_factory.mktemp("bundle"), make_items())
 
 
 def evaluate(

@@ -20,7 +20,7 @@ from index.port import Hit
 from serving.answer.fusions import make_fusion
 from serving.answer.retriever import seen_items
 from serving.recall import registry
-from tests.unit.evaluation.small import BASE_MS, ITEMS, make_bundle, make_items, make_log
+from tests.unit.evaluation.small import BASE_MS, ITEMS, make_items, make_log
 
 SETTINGS = Settings(
     popular_limit=9,
@@ -29,11 +29,6 @@ SETTINGS = Settings(
     popular_slow_half_life_events=40,
 )
 SPLIT = 0.5
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return make_bundle(tmp_path_factory.mktemp("bundle"), make_items())
 
 
 def evaluate(

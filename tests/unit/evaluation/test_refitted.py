@@ -19,14 +19,9 @@ from evaluation import offline, refitted
 from evaluation.event_log import DISLIKE, EventLog, LogBuilder
 from evaluation.protocol import Outcome
 from evaluation.ranks import Ranks
-from tests.unit.evaluation.small import BASE_MS, ITEMS, make_bundle, make_items
+from tests.unit.evaluation.small import BASE_MS, ITEMS
 
 DAY_MS = 86_400_000
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return make_bundle(tmp_path_factory.mktemp("bundle"), make_items())
 
 
 def days(seed: int) -> EventLog:

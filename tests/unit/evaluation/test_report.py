@@ -17,14 +17,9 @@ from evaluation.event_log import LogBuilder
 from evaluation.metrics import Bootstrap
 from evaluation.protocol import Outcome
 from evaluation.report import Report
-from tests.unit.evaluation.small import BASE_MS, make_bundle, make_items, make_log
+from tests.unit.evaluation.small import BASE_MS, make_items, make_log
 
 ROWS = ("random", "popular-all", "towers")
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return make_bundle(tmp_path_factory.mktemp("bundle"), make_items())
 
 
 def evaluate(bundle: Bundle) -> tuple[Report, Outcome]:
