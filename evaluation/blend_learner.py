@@ -52,7 +52,8 @@ class _Stored(msgspec.Struct, array_like=True, frozen=True):
 class BlendLearner:
     """The blender of some recall paths while it learns. Thread rule: one thread.
 
-    blender: as it has learned so far; guard: over it
+    current: holds the blender, for the fusion; blender: as it has learned so far
+    by_rank: the fusion by rank, which has learned nothing; guard: compares both
     """
 
     def __init__(self, fused: Sequence[str], stored: bytes = b"") -> None:
@@ -61,7 +62,7 @@ class BlendLearner:
         Raises BlenderRejected.
         """
         self.guard = Guard()
-        self._by_rank, before = start_blender(fused), None
+        self.by_rank, before = start_blender(fused), None
         if stored:
             try:
                 found = msgspec.msgpack.decode(stored, type=_Stored)
@@ -74,14 +75,9 @@ class BlendLearner:
             self.guard = found.guard
 
     @property
-    def by_rank(self) -> Blender:
-        """The fusion by rank, which has learned nothing."""
-        return self._by_rank
-
-    @property
     def served(self) -> Blender:
         """What workers are to answer with."""
-        return self._by_rank if self.guard.replaced else self.blender
+        return self.by_rank if self.guard.replaced else self.blender
 
     def encode(self) -> bytes:
         """The state, to go on with."""

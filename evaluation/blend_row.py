@@ -10,7 +10,6 @@ from evaluation.engine import Engine
 from evaluation.rows import LIST_LENGTH, ProductRow, Query
 from serving.answer.blend import Blend, Prepared
 from serving.answer.blend_features import Matrix
-from serving.answer.blender import Blender
 
 
 class BlendRow(ProductRow):
@@ -51,13 +50,14 @@ class BlendRow(ProductRow):
             excluded={items.ids[place] for place in query.excluded}, now_ms=query.at_ms
         )
         prepared = self._fusion.prepare(self._paths, request, product.index)
-        scores, ids = self._scores(self.learner.blender, prepared), prepared.union.ids
+        learner, q, x = self.learner, prepared.q, prepared.x
+        scores, ids = learner.blender.scores(q, x), prepared.table.ids
         wanted = items.ids[query.target]
         target = ids.index(wanted) if wanted in ids else None
         competing = len(items.ids) - len(query.excluded)
         rank = self._results.ranks[query.number] = _rank(scores, target, competing)
-        by_rank = _rank(self._scores(self.learner.by_rank, prepared), target, competing)
-        self.learner.guard.add(rank <= LIST_LENGTH, by_rank <= LIST_LENGTH)
+        by_rank = _rank(learner.by_rank.scores(q, x), target, competing)
+        learner.guard.add(rank <= LIST_LENGTH, by_rank <= LIST_LENGTH)
         if target is not None and query.number % self._every == 0:
             self._waiting.append((query.user_id, prepared, target))
         if query.wants_list:
@@ -76,9 +76,6 @@ class BlendRow(ProductRow):
         waiting, self._waiting = self._waiting, []
         for _, prepared, target in sorted(waiting, key=lambda one: one[0]):
             self.learner.blender.learn(prepared.q, prepared.x, target)
-
-    def _scores(self, blender: Blender, prepared: Prepared) -> Matrix:
-        return blender.scores(prepared.q, prepared.x)
 
 
 def _rank(scores: Matrix, target: int | None, competing: int) -> float:

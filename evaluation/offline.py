@@ -37,7 +37,7 @@ HOUR_MS = 3_600_000
 WEEK_MS = 7 * DAY_MS
 _BOTH = (True, False)
 # Rows that learn from every event which is scored.
-LEARNING = {"blend"}
+LEARNING = {"blend", "blend-tenth"}
 _OF_LIBRARY = ("als-daily", "item-knn-daily")
 
 # Name -> (log, product, events to score, seed) -> the row. A new row is one line here.
@@ -54,6 +54,7 @@ ROWS: dict[str, Callable[[EventLog, Product, int, int], Row]] = {
     "cascade": lambda _, product, n, __: _fused(product, "cascade", n),
     "rrf": lambda _, product, n, __: _fused(product, "rrf", n),
     "blend": lambda _, product, n, __: BlendRow(product, "blend", n),
+    "blend-tenth": lambda _, p, n, __: BlendRow(p, "blend-tenth", n, learns_every=10),
     "rrf-all": lambda _, product, n, __: _fused_all(product, n),
 } | {
     path: lambda _, product, n, __, path=path: PathRow(product, path, n)

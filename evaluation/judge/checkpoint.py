@@ -15,8 +15,8 @@ from eddyline.process import files
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import LogId
 from evaluation.judge.drift import Drift
+from evaluation.judge.judge import keeps_all_lists
 from evaluation.judge.merging import Place
-from serving.recall.registry import reads_co_visits
 
 log = logging.getLogger(__name__)
 
@@ -79,10 +79,7 @@ def layout_of(settings: Settings) -> str:
         "judge_repeats",
     )
     said = ", ".join(f"{name}={getattr(settings, name)}" for name in names)
-    # The lists of all users are kept then, not those of the sample only.
-    if settings.fusion == "blend":
-        return f"{said}, fusion=blend"
-    return f"{said}, co-visits" if reads_co_visits(settings.recall_path_names) else said
+    return f"{said}, lists of all users" if keeps_all_lists(settings) else said
 
 
 def write(settings: Settings, checkpoint: Checkpoint) -> None:

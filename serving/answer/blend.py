@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from typing_extensions import override
 
 from eddyline.schema.item_key import keys_of
-from eddyline.schema.user_history import positive_items
-from index.arrays import Vector
+from eddyline.schema.user_history import Entry, positive_items
 from index.port import IndexReader
 from serving.answer.blend_features import (
     LAST_ITEMS,
     Known,
     Listed,
     Matrix,
-    Union,
+    Table,
     context,
     features,
 )
@@ -33,11 +32,26 @@ from serving.answer.fusion import (
     fill,
 )
 from serving.answer.reciprocal_rank import recall_all
-from serving.recall.base import FILLS, Candidates, RecallPath, RecallRequest
+from serving.recall.base import (
+    AFTER,
+    BEFORE,
+    FILLS,
+    Candidates,
+    QueryCoVisits,
+    RecallPath,
+    RecallRequest,
+)
 from serving.recall.co_visits import AFTER_PRIOR, CoVisitsBothPath, CoVisitsPath, NextPath, sum_up
 
 # More candidates than a shard describes in one call have no vectors.
 VECTORS_MAX = 1_024
+# Feature -> the path whose scores it has.
+_VISITS = {
+    "co-visits": CoVisitsPath.name,
+    "co-visits both": CoVisitsBothPath.name,
+    "next": NextPath.name,
+}
+_NOTHING = Candidates(())
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +63,7 @@ class Prepared:
     """
 
     results: list[PathResult]
-    union: Union
+    table: Table
     q: Matrix
     x: Matrix
 
@@ -109,40 +123,36 @@ class Blend(Fusion):
         by_name = {path.name: path for path in paths}
         called = [by_name[name] for name in self._fused if name in by_name]
         results = recall_all(called, request._replace(k=self._candidates), calls)
-        found = {result.path: result for result in results}
-        lists, user_vector = [], None
+        found = {result.path: result.candidates for result in results}
+        lists = []
         for name in self._fused:
-            result = found.get(name)
-            candidates = Candidates(()) if result is None else result.candidates
-            user_vector = user_vector if candidates.vector is None else candidates.vector
-            hits = candidates.hits[: self._candidates]
-            lists.append(Listed(name, hits, cosines=candidates.vector is not None))
-        union = Union.of(lists, request.excluded)
-        known = known_of(request, index, union, user_vector)
-        known.values = {**known.values, **_visits(request, union, found)}
-        if request.co_visits is not None and request.co_visits.after:
-            known.visits_sum = request.co_visits.after[0].visits_sum
-        return Prepared(results, union, context(known), features(union, known, self._candidates))
+            of_path = found.get(name, _NOTHING)
+            hits = of_path.hits[: self._candidates]
+            lists.append(Listed(name, hits, cosines=of_path.vector is not None))
+        table = Table.of(lists, request.excluded)
+        rows = _rows(request, frozenset().union(*(path.reads for path in called)))
+        known = _known(request._replace(co_visits=rows), index, table.ids, found)
+        return Prepared(results, table, context(known), features(table, known, self._candidates))
 
     def _ranked(self, prepared: Prepared, k: int) -> list[Recommendation]:
         """The k best candidates."""
-        union, blender = prepared.union, self._blender()
+        table, blender = prepared.table, self._blender()
         scores = blender.scores(prepared.q, prepared.x)
         best: Sequence[int] = range(len(scores))
         if len(scores) > k:
             cut = np.partition(scores, len(scores) - k)[len(scores) - k]
             best = np.flatnonzero(scores >= cut).tolist()
-        order = sorted(best, key=lambda at: (-scores[at], union.hits[at].item_id))[:k]
+        order = sorted(best, key=lambda at: (-scores[at], table.hits[at].item_id))[:k]
         shares = self._shares(blender, prepared, order)
         found = []
         for at, of_item in zip(order, shares, strict=True):
             sources = [
-                Source(self._fused[row], int(rank) + 1, float(union.scores[row, at]), of_item[row])
-                for row, rank in enumerate(union.ranks[:, at])
+                Source(self._fused[row], int(rank) + 1, float(table.scores[row, at]), of_item[row])
+                for row, rank in enumerate(table.ranks[:, at])
                 if rank >= 0
             ]
             most = max(sources, key=lambda source: source.share)
-            hit = union.hits[at]._replace(score=float(most.score))
+            hit = table.hits[at]._replace(score=float(most.score))
             found.append(Recommendation(hit, most.path, most.rank, sources, float(scores[at])))
         return found
 
@@ -156,51 +166,61 @@ class Blend(Fusion):
         return found
 
 
-def known_of(
-    request: RecallRequest, index: IndexReader, union: Union, user_vector: Vector | None
+def _rows(request: RecallRequest, reads: Collection[str]) -> QueryCoVisits | None:
+    """The rows that the paths read: evaluation reads more than a worker."""
+    rows = request.co_visits
+    if rows is None:
+        return None
+    return QueryCoVisits(
+        rows.items, rows.after if AFTER in reads else (), rows.before if BEFORE in reads else ()
+    )
+
+
+def _known(
+    request: RecallRequest, index: IndexReader, ids: Sequence[str], found: Mapping[str, Candidates]
 ) -> Known:
-    """What is known of the candidates besides the lists. user_vector: of the towers, if known."""
-    ids = union.ids
+    """What is known of the candidates besides the lists. ids: theirs; found: by path"""
     entries = () if request.user is None else request.user.history.entries
     last = positive_items(entries, LAST_ITEMS)
     vectors = index.vectors_of(ids) if 0 < len(ids) <= VECTORS_MAX else None
-    own, recency = np.zeros(len(ids)), np.zeros(len(ids))
-    if entries and ids:
-        place = {item_id: at for at, item_id in enumerate(ids)}
-        for number, entry in enumerate(entries):
-            at = place.get(entry.item_id)
-            if at is not None:
-                if not own[at]:
-                    recency[at] = 1 / np.log(2 + number)
-                own[at] += 1
+    own, recency = _own(entries, ids)
+    rows = request.co_visits
     return Known(
-        values={"own clicks": own},
+        values={"own clicks": own, **_visits(rows, ids, found)},
         now_ms=request.now_ms,
         events=len(entries),
         last_ms=max((entry.at_ms for entry in entries), default=0),
-        visits_sum=0.0,
+        visits_sum=rows.after[0].visits_sum if rows is not None and rows.after else 0.0,
         own_recency=recency,
         # An item that died meanwhile has none.
         vectors=vectors if vectors is not None and len(vectors) == len(ids) else None,
-        user_vector=user_vector,
+        user_vector=next((one.vector for one in found.values() if one.vector is not None), None),
         last_vectors=index.vectors_of(last) if last else None,
     )
 
 
+def _own(entries: Sequence[Entry], ids: Sequence[str]) -> tuple[Matrix, Matrix]:
+    """Of each candidate, the user's events on it, and their `Known.own_recency`."""
+    own, recency = np.zeros(len(ids)), np.zeros(len(ids))
+    place = {item_id: at for at, item_id in enumerate(ids)} if entries else {}
+    for number, entry in enumerate(entries):
+        at = place.get(entry.item_id)
+        if at is not None:
+            if not own[at]:
+                recency[at] = 1 / np.log(2 + number)
+            own[at] += 1
+    return own, recency
+
+
 def _visits(
-    request: RecallRequest, union: Union, results: Mapping[str, PathResult]
+    rows: QueryCoVisits | None, ids: Sequence[str], found: Mapping[str, Candidates]
 ) -> dict[str, Matrix]:
     """What co-visits say of the candidates, whether a path lists them or not."""
     scored = {
         name: by_key
-        for name, path in (
-            ("co-visits", CoVisitsPath.name),
-            ("co-visits both", CoVisitsBothPath.name),
-            ("next", NextPath.name),
-        )
-        if path in results and (by_key := results[path].candidates.by_key) is not None
+        for name, path in _VISITS.items()
+        if (by_key := found.get(path, _NOTHING).by_key) is not None
     }
-    rows = request.co_visits
     if rows is not None and rows.before:
         row = rows.before[0]
         scored["visited before"] = sum_up(
@@ -208,5 +228,5 @@ def _visits(
         )
     if not scored:
         return {}
-    keys = keys_of(union.ids)
+    keys = keys_of(ids)
     return {name: of_name.of(keys) for name, of_name in scored.items()}

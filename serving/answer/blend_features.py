@@ -29,8 +29,6 @@ LAST_ITEMS = 5
 CONTEXTS = ("all", "events 0", "events 1–4", "events 5–19", "events 20+", "known", "idle", "towers")
 # What is known of an item besides the lists of the paths: name -> what makes it about 0 … 1.
 VALUES = {
-    "slow clicks": (1.0, 6.0),
-    "fast clicks": (10.0, 5.0),
     "co-visits": (1_000.0, 6.0),
     "co-visits both": (20.0, 3.0),
     "next": (1_000.0, 6.0),
@@ -60,8 +58,8 @@ class Listed(NamedTuple):
 
 
 @dataclass(slots=True)
-class Union:
-    """The candidates of all paths, each once, in the order of the first list that has them.
+class Table:
+    """The union of the lists: each candidate once, in the order of the first list that has it.
 
     hits:   with the score of that list
     ranks:  int64 (paths, candidates), from 0; -1 where the path did not list the candidate
@@ -80,7 +78,7 @@ class Union:
         return [hit.item_id for hit in self.hits]
 
     @classmethod
-    def of(cls, lists: Sequence[Listed], excluded: Collection[str] = ()) -> Union:
+    def of(cls, lists: Sequence[Listed], excluded: Collection[str] = ()) -> Table:
         """lists: of all fused paths, in their order; an empty one where a path found nothing.
 
         An excluded item has no rank, and only the first place of an item in a list counts.
@@ -155,16 +153,16 @@ class Known:
     last_vectors: Vector | None = None
 
 
-def features(union: Union, known: Known, length: int) -> Matrix:
+def features(table: Table, known: Known, length: int) -> Matrix:
     """float64 (candidates, features), columns as `feature_names`. length: candidates of a path."""
-    n, paths = len(union.hits), len(union.ranks)
-    listed = union.ranks >= 0
+    n, paths = len(table.hits), len(table.ranks)
+    listed = table.ranks >= 0
     found = np.zeros((n, 3 * paths + len(VALUES) + len(OTHERS)))
     scale = math.log(length + 1)
     found[:, 0 : 3 * paths : 3] = listed.T
-    ranks = np.log((length + 1) / (np.maximum(union.ranks, 0) + 1)) / scale
+    ranks = np.log((length + 1) / (np.maximum(table.ranks, 0) + 1)) / scale
     found[:, 1 : 3 * paths : 3] = np.where(listed, np.maximum(ranks, 0.0), 0.0).T
-    found[:, 2 : 3 * paths : 3] = (np.log1p(length * union.shares) / scale).T
+    found[:, 2 : 3 * paths : 3] = (np.log1p(length * table.shares) / scale).T
     column = 3 * paths
     for name, (factor, divisor) in VALUES.items():
         values = known.values.get(name)
@@ -172,7 +170,7 @@ def features(union: Union, known: Known, length: int) -> Matrix:
             found[:, column] = np.log1p(factor * values) / divisor
         column += 1
     found[:, column] = listed.sum(axis=0) / paths
-    found[:, column + 1] = _ages(union.hits, known.now_ms)
+    found[:, column + 1] = _ages(table.hits, known.now_ms)
     if known.own_recency is not None:
         found[:, column + 2] = known.own_recency
     if known.vectors is not None:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 
+from eddyline.schema.co_visits import EMPTY, CoVisits
+from eddyline.schema.item_key import keys_of
 from eddyline.schema.user_history import Entry, UserHistory
 from eddyline.stores.state_store import UserState
 from index.exact import ExactIndex
 from index.port import Hit, IndexReader
 from index.records import ItemRecord
 from serving.answer.blend import Blend
-from serving.answer.blend_features import feature_names
+from serving.answer.blend_features import CONTEXTS, feature_names
 from serving.answer.blend_weights import CurrentBlender, start_blender
 from serving.answer.blender import Blender
 from serving.answer.deadline import Deadline
 from serving.answer.fusion import PathResult, Recommendation
-from serving.recall.base import Candidates, RecallPath, RecallRequest
+from serving.recall.base import AFTER, BEFORE, Candidates, QueryCoVisits, RecallPath, RecallRequest
 from tests.unit.serving.test_fusion import Fixed, Never
 
 NAMES = ["one", "two"]
@@ -182,3 +186,28 @@ def test_the_features_are_those_of_the_names() -> None:
     prepared = made.prepare([Fixed("one", "a")], request_of(1), INDEX)
     assert prepared.x.shape == (1, len(feature_names(NAMES)))
     assert start_blender(NAMES).scores(prepared.q, prepared.x).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("reads", [frozenset[str](), {AFTER}, {BEFORE}, {AFTER, BEFORE}])
+def test_rows_that_no_path_reads_make_no_features(reads: frozenset[str]) -> None:
+    """A worker reads what its paths need; evaluation may read more, and has the same features."""
+
+    path = Fixed("one", "a", "b")
+    path.reads = frozenset(reads)
+    after, before = CoVisits(*visits_of("b")), CoVisits(*visits_of("a"))
+    every = QueryCoVisits(["h"], [after], [before])
+    needed = QueryCoVisits(
+        ["h"], [after] if AFTER in reads else [EMPTY], [before] if BEFORE in reads else [EMPTY]
+    )
+    made = [
+        blend().prepare([path], request_of(2)._replace(co_visits=rows), INDEX)
+        for rows in (every, needed)
+    ]
+    assert made[0].x.tolist() == made[1].x.tolist() and made[0].q.tolist() == made[1].q.tolist()
+    assert made[0].q[CONTEXTS.index("known")] == (math.log1p(9) / 6 if AFTER in reads else 0)
+    column = feature_names(NAMES).index("visited before")
+    assert made[0].x[:, column].any() == (BEFORE in reads)
+
+
+def visits_of(item_id: str) -> tuple[Any, ...]:
+    return keys_of([item_id]), np.ones(1, np.float32), np.ones(1, np.float32), 9.0, 9.0

@@ -16,7 +16,7 @@ from serving.answer.blend_features import (
     VALUES,
     Known,
     Listed,
-    Union,
+    Table,
     context,
     feature_names,
     features,
@@ -42,8 +42,8 @@ def known(**changes: object) -> Known:
     return Known(**{**fields, **changes})  # type: ignore[arg-type]
 
 
-def union() -> Union:
-    return Union.of(
+def table() -> Table:
+    return Table.of(
         [
             Listed("towers", hits(("a", 0.9), ("b", 0.8)), cosines=True),
             Listed("popular", hits(("b", 30.0), ("c", 10.0), ("d", 0.0))),
@@ -58,7 +58,7 @@ def column(name: str, found: np.ndarray) -> list[float]:
 
 
 def test_each_candidate_is_there_once_with_its_ranks_and_shares() -> None:
-    found = union()
+    found = table()
     assert [hit.item_id for hit in found.hits] == ["a", "b", "c", "d"]
     assert found.ranks.tolist() == [[0, 1, -1, -1], [-1, 0, 1, 2], [-1, -1, -1, -1]]
     share = 1 / (1 + math.exp(-0.1 / blend_features.TEMPERATURE))
@@ -67,7 +67,7 @@ def test_each_candidate_is_there_once_with_its_ranks_and_shares() -> None:
 
 
 def test_the_columns_of_paths() -> None:
-    found, scale = features(union(), known(), LENGTH), math.log(LENGTH + 1)
+    found, scale = features(table(), known(), LENGTH), math.log(LENGTH + 1)
     assert column("popular listed", found) == [0, 1, 1, 1]
     assert column("popular rank", found) == pytest.approx(
         [0, 1, math.log((LENGTH + 1) / 2) / scale, math.log((LENGTH + 1) / 3) / scale]
@@ -82,7 +82,7 @@ def test_the_columns_of_paths() -> None:
 
 def test_every_value_has_its_column() -> None:
     values = {name: np.arange(4.0) for name in VALUES}
-    found = features(union(), known(values=values), LENGTH)
+    found = features(table(), known(values=values), LENGTH)
     for name, (factor, divisor) in VALUES.items():
         assert column(name, found) == pytest.approx(
             [math.log1p(factor * n) / divisor for n in range(4)]
@@ -92,7 +92,7 @@ def test_every_value_has_its_column() -> None:
 def test_vectors_are_compared_with_the_user_and_the_last_items() -> None:
     unit = np.eye(4, dtype=np.float32)
     found = features(
-        union(), known(vectors=unit, user_vector=unit[0], last_vectors=unit[[1, 2]]), LENGTH
+        table(), known(vectors=unit, user_vector=unit[0], last_vectors=unit[[1, 2]]), LENGTH
     )
     assert column("tower", found) == [1, 0, 0, 0]
     assert column("last", found) == [0, 1, 0, 0]
@@ -106,17 +106,17 @@ def test_only_the_last_five_items_are_compared(items: int, compared: int) -> Non
     last[compared:, 0] = 1.0
     last[compared - 1, 1] = 1.0
     vectors = np.eye(4, dtype=np.float32)
-    found = features(union(), known(vectors=vectors, last_vectors=last), LENGTH)
+    found = features(table(), known(vectors=vectors, last_vectors=last), LENGTH)
     assert column("best of last", found) == [0, 1, 0, 0]
 
 
 def test_what_is_not_known_is_the_same_for_all() -> None:
-    found = features(union(), known(), LENGTH)
+    found = features(table(), known(), LENGTH)
     for name in (*VALUES, *OTHERS[2:]):
         assert column(name, found) == [0, 0, 0, 0]
     assert found.shape == (4, len(feature_names(["towers", "popular", "newest"])))
-    assert not Union.of([Listed("towers", [])]).hits
-    assert features(Union.of([Listed("towers", [])]), known(), LENGTH).shape[0] == 0
+    assert not Table.of([Listed("towers", [])]).hits
+    assert features(Table.of([Listed("towers", [])]), known(), LENGTH).shape[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_the_context_of_a_known_user() -> None:
 def test_a_clock_that_goes_back_gives_no_negative_age() -> None:
     late = known(last_ms=NOW_MS + 5_000)
     assert context(late)[6] == 0.0
-    before = Union.of([Listed("newest", [Hit("a", 0.0, NOW_MS + DAY_MS, 0, 0)])])
+    before = Table.of([Listed("newest", [Hit("a", 0.0, NOW_MS + DAY_MS, 0, 0)])])
     assert features(before, known(), LENGTH)[0, feature_names(["newest"]).index("age")] == 0.0
 
 
@@ -151,5 +151,5 @@ def test_names_are_distinct_and_ranks_are_among_them() -> None:
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan, 0.0])
 def test_scores_that_say_nothing_have_no_shares(bad: float) -> None:
-    found = Union.of([Listed("popular", hits(("a", bad), ("b", bad)))])
+    found = Table.of([Listed("popular", hits(("a", bad), ("b", bad)))])
     assert found.shares.tolist() == [[0.0, 0.0]]
