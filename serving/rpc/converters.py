@@ -362,8 +362,8 @@ def response_of(
             age_ms=max(0, now_us - hit.written_us) // 1000,
             fused_score=fused_score,
         )
-        if fused_score:
-            item.paths.extend(pb.ItemPath(**source._asdict()) for source in sources)
+        for name, its_rank, its_score, share in sources:
+            item.paths.add(path=name, rank=its_rank, score=its_score, share=share)
     if len(response.items) > ITEMS_THAT_FIT and response.ByteSize() > ANSWER_BYTES_MAX:
         raise BadQuery(
             f"k: {len(response.items):,} items take {response.ByteSize():,} bytes, an answer has "

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 
 import grpc
 import msgspec
@@ -29,6 +30,7 @@ from serving.answer import outages
 from serving.answer.click_waits import ClickPending, ClickWaits
 from serving.answer.deadline import Deadline, DeadlinePassed
 from serving.answer.fusion import Cascade
+from serving.answer.fusion import Source as PathSource
 from serving.answer.fusions import make_fusion
 from serving.answer.retriever import Answer, Query, Retriever
 from serving.answer.user_reader import AfterToken, UserReader
@@ -549,6 +551,16 @@ def test_cards_leave_an_answer_below_the_limit_of_every_client(world: World, let
     lacks = sum(i.item_id.startswith("more-") and not i.HasField("card") for i in answer.items)
     left_out = f"worker: {lacks} cards are left out, or the answer would exceed 4,000,000 bytes"
     assert left_out in answer.missing
+
+
+def test_an_item_names_its_paths_whatever_its_fused_score_is(world: World) -> None:
+    world.user("ana", "i3")
+    answer = world.ask("ana", 2)
+    sources = [PathSource("towers", 1, 0.5, 0.25), PathSource("popular", 7, 3.0, -0.25)]
+    items = [answer.items[0]._replace(sources=sources), answer.items[1]]
+    fused = converters.response_of(replace(answer, items=items), "1", world.index, "")
+    assert [(p.path, p.rank, p.score, p.share) for p in fused.items[0].paths] == sources
+    assert fused.items[0].fused_score == 0 and not fused.items[1].paths
 
 
 @pytest.mark.parametrize("beyond", [-1, 0, 1])
