@@ -30,20 +30,21 @@ class Source(NamedTuple):
     """A recall path that returned an item of the answer.
 
     rank:  there, 1 is the best; score: there
-    share: of the item's fused score; 0 where the fusion has no scores
+    share: of the item's fused score
     """
 
     path: str
     rank: int
     score: float
-    share: float = 0.0
+    share: float
 
 
 class Recommendation(NamedTuple):
     """One item of the answer, the recall path that brought it, and its rank there (1 is the best).
 
     hit:         with its score by that path
-    sources:     every path that returned it, in the order of the calls; empty: that path alone
+    sources:     every path that returned it, in the order of the calls; empty where the fusion has
+                 no scores, or the item was filled in
     fused_score: of the fusion; 0 where it has no scores
     """
 
@@ -175,20 +176,19 @@ def fill(
     calls: PathCalls,
     items: list[Recommendation],
     results: list[PathResult],
-    budgeted: bool = False,
 ) -> None:
     """Append items of these paths, path after path, each for what is still open.
 
-    items:    best first; each of them is left out by the paths
-    results:  of the paths that were called; a path that was called before continues its entry
-    budgeted: whether a path beyond the budget is left out, if it is not one of `FILLS`
+    Beyond the budget only the paths of `FILLS` are called.
+    items:   best first; each of them is left out by the paths
+    results: of the paths that were called; a path that was called before continues its entry
     """
     excluded = {*request.excluded, *(one.hit.item_id for one in items)}
     for path in paths:
         before = len(items)
         if before >= request.k:
             return
-        if budgeted and path.name not in FILLS and (why := calls.spent()):
+        if path.name not in FILLS and (why := calls.spent()):
             results.append(calls.left_out(path, why))
             continue
         rest = request
@@ -201,8 +201,7 @@ def fill(
         for rank, hit in enumerate(result.candidates.hits, first):
             if hit.item_id not in excluded and len(items) < request.k:
                 excluded.add(hit.item_id)
-                source = Source(path.name, rank, hit.score)
-                items.append(Recommendation(hit, path.name, rank, (source,)))
+                items.append(Recommendation(hit, path.name, rank))
         added = len(items) - before
         results[at:] = [_joined(earlier, result, added), *results[at + 1 :]]
 
@@ -248,7 +247,7 @@ class Cascade(RanksAll):
         items: list[Recommendation] = []
         results: list[PathResult] = []
         calls = PathCalls(index, request, self._budget_ms)
-        fill(paths, request, calls, items, results, budgeted=True)
+        fill(paths, request, calls, items, results)
         return items, results
 
     @override

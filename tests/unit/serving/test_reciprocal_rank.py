@@ -137,14 +137,16 @@ def test_excluded_and_repeated_items_of_a_path_do_no_harm() -> None:
     assert [(s.path, s.rank) for s in items[1].sources] == [("rude", 2)]
 
 
-FUSED: list[Fusion] = [
-    Cascade(budget_ms=20),
-    ReciprocalRank(["one", "two"], {}, candidates=9, budget_ms=20),
-    Blend(["one", "two"], CurrentBlender(["one", "two"]), candidates=9, budget_ms=20),
-]
+def fusions(budget_ms: int) -> list[Fusion]:
+    names = ["one", "two"]
+    return [
+        Cascade(budget_ms=budget_ms),
+        ReciprocalRank(names, {}, candidates=9, budget_ms=budget_ms),
+        Blend(names, CurrentBlender(names), candidates=9, budget_ms=budget_ms),
+    ]
 
 
-@pytest.mark.parametrize("fusion", FUSED, ids=lambda fusion: fusion.name)
+@pytest.mark.parametrize("fusion", fusions(60_000), ids=lambda fusion: fusion.name)
 def test_a_path_that_fails_is_named_and_the_answer_has_k(fusion: Fusion) -> None:
     paths = [Fails("one"), Fixed("two", "a", "b"), *FILL]
     items, results = fusion.fuse(paths, request_of(5), INDEX)
@@ -154,7 +156,7 @@ def test_a_path_that_fails_is_named_and_the_answer_has_k(fusion: Fusion) -> None
     assert failed.degradation == f"worker: recall path one {failed.why}"
 
 
-@pytest.mark.parametrize("fusion", FUSED, ids=lambda fusion: fusion.name)
+@pytest.mark.parametrize("fusion", fusions(20), ids=lambda fusion: fusion.name)
 def test_a_path_beyond_the_budget_is_named_and_the_answer_has_k(fusion: Fusion) -> None:
     paths = [Slow("one", "a"), Fixed("two", "b"), *FILL]
     items, results = fusion.fuse(paths, request_of(4), INDEX)
@@ -174,7 +176,7 @@ def test_half_of_the_time_left_is_a_budget_too() -> None:
     assert results[1].candidates.why.startswith("was not called: recall had taken 2")
 
 
-@pytest.mark.parametrize("fusion", FUSED, ids=lambda fusion: fusion.name)
+@pytest.mark.parametrize("fusion", fusions(60_000), ids=lambda fusion: fusion.name)
 def test_empty_paths_and_a_passed_deadline(fusion: Fusion) -> None:
     items, _ = fusion.fuse([Fixed("one"), Fixed("two"), *FILL], request_of(3), INDEX)
     assert ids(items) == ["p", "q", "a"]
