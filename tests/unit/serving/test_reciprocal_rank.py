@@ -191,7 +191,7 @@ def test_every_fusion_of_the_settings_can_be_made() -> None:
 
 
 def test_the_response_names_every_path_of_an_item(
-    service: RetrievalService, client: Client, monkeypatch: pytest.MonkeyPatch
+    service: RetrievalService, client: Client
 ) -> None:
     world = World("rrf")
     world.user("ana", "i3")
