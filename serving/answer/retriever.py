@@ -191,9 +191,7 @@ class Retriever:
                 max((path.candidates.timings.searched_us for path in paths), default=0),
                 time.time_ns() // 1000,
             ),
-            missing=[
-                reason for reason in (read.missing, unread, *no_cards, *degradations) if reason
-            ],
+            missing=_distinct(read.missing, unread, *no_cards, *degradations),
             short_because=short,
             cards=cards,
         )
@@ -220,7 +218,7 @@ class Retriever:
             user_partition=read.partition,
             after=None,
             stamps=Stamps(0, read.read_us, 0, 0, time.time_ns() // 1000),
-            missing=[reason for reason in (read.missing, unread, *self.missing()) if reason],
+            missing=_distinct(read.missing, unread, *self.missing()),
             short_because="",
             cards={},
         )
@@ -265,9 +263,8 @@ class Retriever:
     def missing(self) -> list[str]:
         """What answers have to do without now, each `server: reason`."""
         users = self._users.outages.missing()
-        found = [f"redis: {users}"] if users else []
         paths = [path.degradation() for path in self._paths]
-        return found + [reason for reason in (self._fusion.degradation(), *paths) if reason]
+        return _distinct(f"redis: {users}" if users else "", self._fusion.degradation(), *paths)
 
     def _request(self, query: Query, deadline: Deadline) -> tuple[_UserRead, RecallRequest, str]:
         """(the user, what the paths are asked for, what else of Redis is missing).
@@ -334,6 +331,11 @@ class Retriever:
         if unread:
             return {}, []  # Redis was away a moment ago; the answer reports that already
         return self._card_reader.read([item.hit.item_id for item in items], deadline)
+
+
+def _distinct(*reasons: str) -> list[str]:
+    """The reasons that are not "", each once: paths that read the same list miss the same."""
+    return [reason for reason in dict.fromkeys(reasons) if reason]
 
 
 def _middle_of(item_ids: Sequence[str], index: IndexReader) -> tuple[Vector, str]:

@@ -308,6 +308,24 @@ def test_redis_away_the_last_known_popular_list_serves_and_the_answer_says_so(wo
     assert any("since" in line for line in world.retriever.missing())
 
 
+def test_a_list_that_several_paths_read_is_missing_once(world: World) -> None:
+    world.store.away = True
+    assert not world.popularity.refresh()
+    context = RecallContext(SETTINGS, world.store, world.tower, world.popularity, ExitStack())
+    retriever = Retriever(
+        store=world.store,
+        users=world.users,
+        popularity=world.popularity,
+        paths=make_paths(context, ["popular_fast", "popular_slow"]),
+        item_slots=1,
+    )
+    answer = retriever.retrieve(Query("ana", 2), world.index, Deadline(5.0))
+    away = "Redis at redis://nowhere: ConnectionError"
+    no_list = f"redis: there is no popular list: {away}"
+    assert answer.missing == [f"redis: {away}", no_list]
+    assert retriever.missing()[1:] == [no_list]
+
+
 def test_while_redis_is_away_only_one_call_in_a_while_tries_it(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
