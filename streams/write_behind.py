@@ -49,8 +49,7 @@ class WriteBehind(ABC, Generic[_P]):
 
     def due(self) -> list[int]:
         """The partitions whose effects have waited `wait_s`. Any thread."""
-        now = self._clock_s()
-        return [p for p, one in list(self._pending.items()) if now - one.since_s >= self._wait_s]
+        return [p for p, one in list(self._pending.items()) if self._has_waited(one)]
 
     def pending(self) -> list[int]:
         """The partitions that have pending effects. Any thread."""
@@ -83,6 +82,9 @@ class WriteBehind(ABC, Generic[_P]):
         """
         for partition in self.pending():
             self._flush(partition)
+
+    def _has_waited(self, pending: _P) -> bool:
+        return self._clock_s() - pending.since_s >= self._wait_s
 
     def _flush(self, partition: int) -> Exception | None:
         """Write, and discard what was refused. Returns the error."""

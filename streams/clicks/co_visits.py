@@ -20,13 +20,12 @@ from typing_extensions import override
 from eddyline.schema import co_visits
 from eddyline.schema.co_visits import Visit
 from eddyline.schema.item_key import key_bytes
-from eddyline.schema.partitioning import item_slot, item_slots
+from eddyline.schema.partitioning import item_slot
 from eddyline.settings.loader import Settings
 from eddyline.stores.fence import CO_VISITS
 from eddyline.stores.state_store import Fence, Source, StateStore
-from streams.clicks.popularity import COUNT_S
+from streams.clicks.item_slot_writes import ItemSlotWrites
 from streams.fences import PartitionFences
-from streams.write_behind import WriteBehind
 
 log = logging.getLogger(__name__)
 
@@ -56,14 +55,16 @@ class _Visits:
     last: Fence
     done: dict[str, int]
     count: int = 0
-    rows: dict[str, _Rows] = field(default_factory=dict)
+    rows: defaultdict[str, _Rows] = field(default_factory=lambda: defaultdict(_Rows))
 
 
-class CoVisitWriter(WriteBehind[_Visits]):
+class CoVisitWriter(ItemSlotWrites[_Visits]):
     """The pending visits of all partitions.
 
     lost: offsets of clicks whose visits were lost: an item slot went back further than the outbox
     """
+
+    source_name = CO_VISITS
 
     def __init__(
         self,
@@ -72,11 +73,9 @@ class CoVisitWriter(WriteBehind[_Visits]):
         fences: PartitionFences,
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(fences, COUNT_S, clock_s)
+        super().__init__(settings, store, fences, clock_s)
         self.lost = 0
         self._floors: dict[int, int] = {}
-        self._store = store
-        self._item_slots = item_slots(settings.item_slots)
         self._row_max = settings.co_visit_row_max
         self._idle_ms = 1_000 * settings.co_visit_idle_s_max
         # What follows the key in an entry, by distance from 1 on.
@@ -107,8 +106,7 @@ class CoVisitWriter(WriteBehind[_Visits]):
         self._floors[partition] = floor
         if not self.enabled or fence is None:
             return
-        source = Source(CO_VISITS, partition)
-        done = {slot: self._fences.done(source, slot) for slot in self._item_slots}
+        done = self._done(partition)
         for slot, offset in done.items():
             if floor > offset + 1:
                 self.lost += floor - 1 - offset
@@ -138,44 +136,39 @@ class CoVisitWriter(WriteBehind[_Visits]):
         slots.
         """
         pending = self._pending.get(partition)
-        if pending is not None and (
-            pending.count >= VISITS_MAX or self._clock_s() - pending.since_s >= COUNT_S
-        ):
+        if pending is not None and (pending.count >= VISITS_MAX or self._has_waited(pending)):
             self.write(partition)
 
     @override
     def write(self, partition: int) -> None:
         pending = self._pending.get(partition)
-        if pending is None:
-            return
-        source, before = Source(CO_VISITS, partition), min(pending.done.values())
-        for slot in self._item_slots:
-            if pending.done[slot] >= pending.last.offset:
-                continue
-            rows = pending.rows.get(slot) or _Rows()
-            self._store.append_co_visits(
-                slot,
-                source,
-                self._fences.expected(source, slot),
-                pending.last,
-                {item: b"".join(parts) for item, parts in rows.after.items()},
-                {item: b"".join(parts) for item, parts in rows.before.items()},
-                self._row_max,
-                self._idle_ms,
-            )
-            self._fences.moved(source, slot, pending.last)
-            pending.done[slot] = pending.last.offset
-            pending.rows.pop(slot, None)
-        self._floors[partition] = max(self.floor(partition), before + 1)
-        del self._pending[partition]
+        if pending is not None:
+            floor = min(pending.done.values()) + 1
+            super().write(partition)
+            self._floors[partition] = max(self.floor(partition), floor)
+
+    @override
+    def _write_slot(
+        self, slot: str, source: Source, expected: Fence | None, pending: _Visits
+    ) -> None:
+        rows = pending.rows[slot]
+        self._store.append_co_visits(
+            slot,
+            source,
+            expected,
+            pending.last,
+            {item: b"".join(parts) for item, parts in rows.after.items()},
+            {item: b"".join(parts) for item, parts in rows.before.items()},
+            self._row_max,
+            self._idle_ms,
+        )
+        del pending.rows[slot]
 
     def _add(self, partition: int, last: Fence, visits: Sequence[Visit]) -> None:
         pending = self._pending.get(partition)
         if pending is None:
-            source = Source(CO_VISITS, partition)
-            done = {slot: self._fences.done(source, slot) for slot in self._item_slots}
-            pending = self._pending[partition] = _Visits(self._clock_s(), last, done)
-            pending.rows = {slot: _Rows() for slot in self._item_slots}
+            pending = _Visits(self._clock_s(), last, self._done(partition))
+            self._pending[partition] = pending
         lowest = min(pending.done.values())
         for visit in visits:
             if visit[0] > lowest:

@@ -107,7 +107,7 @@ class ClickHandler(Handler):
         new = self.fences.fence(partition, offset)
         self._store.write_users(slot, source, expected, new, UserEffects())
         self.fences.moved(source, slot, new)
-        self.popularity.add(source, new, [])
+        self.popularity.add(partition, new, [])
         self.co_visits.add(partition, new, [])
         self.write_behind.write(partition)
 
@@ -126,7 +126,7 @@ class ClickHandler(Handler):
             )
             self.fences.moved(source, slot, new)
             self.co_visits.add(partition, new, [])
-        self.popularity.add(source, new, [])
+        self.popularity.add(partition, new, [])
 
     @override
     def apply(self, batches: Sequence[RecordBatch]) -> list[Outcome | Exception]:
@@ -170,9 +170,9 @@ class ClickHandler(Handler):
         self._write([(one, w) for one, w in zip(new, writes, strict=True) if one.error is None])
         for one in _without_error(clicks):
             with self._guard([one]):
-                self.popularity.add(
-                    one.source, self.fences.fence(one.batch.partition, one.batch.last), one.accepted
-                )
+                partition = one.batch.partition
+                last = self.fences.fence(partition, one.batch.last)
+                self.popularity.add(partition, last, one.accepted)
         return [one.error or one.outcome for one in clicks]
 
     def _decode(self, one: ClickBatch) -> None:

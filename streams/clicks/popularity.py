@@ -24,11 +24,9 @@ from eddyline.schema.partitioning import item_slot
 from eddyline.schema.records import Record
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import Fence, Source, StateStore
+from streams.clicks.item_slot_writes import ItemSlotWrites
 from streams.fences import PartitionFences
-from streams.write_behind import WriteBehind
 
-# Popularity may lag by this much; query workers read the popular list less often than this.
-COUNT_S = 0.25
 # Above so many pending events of a partition the counts are written: their script takes 1.2 ms.
 COUNTED_MAX = 256
 Event = tuple[Record, Click | Merge | Forget]
@@ -51,8 +49,10 @@ class _Counts:
     clicked: dict[str, list[str]] = field(default_factory=dict)
 
 
-class PopularityCounts(WriteBehind[_Counts]):
+class PopularityCounts(ItemSlotWrites[_Counts]):
     """The pending counts of all partitions."""
+
+    source_name = CLICKS
 
     def __init__(
         self,
@@ -61,21 +61,13 @@ class PopularityCounts(WriteBehind[_Counts]):
         fences: PartitionFences,
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(fences, COUNT_S, clock_s)
-        self._settings = settings
-        self._store = store
+        super().__init__(settings, store, fences, clock_s)
         # Far less than the window, which must hold the decisions of all events that are not counted
         # yet.
         self._behind_max = min(COUNTED_MAX, settings.dedupe_window_events // 2)
-        self._item_slots = [f"i{shard}" for shard in range(settings.item_slots)]
         self._weights = settings.kind_weights
         self._dwell_ms_full = settings.dwell_ms_full
         self._decays = decays(settings)
-
-    @override
-    def write(self, partition: int) -> None:
-        if partition in self._pending:
-            self._write(Source(CLICKS, partition), self._pending[partition])
 
     def write_below(self, partition: int, floor: int) -> None:
         """Write the pending counts of events below this offset, before their ids leave the window.
@@ -85,18 +77,17 @@ class PopularityCounts(WriteBehind[_Counts]):
         """
         pending = self._pending.get(partition)
         if pending is not None and min(pending.done.values()) + 1 < floor:
-            self._write(Source(CLICKS, partition), pending)
+            self.write(partition)
 
-    def add(self, source: Source, last: Fence, accepted: Sequence[Event]) -> None:
+    def add(self, partition: int, last: Fence, accepted: Sequence[Event]) -> None:
         """Add the events up to `last`; write once there are enough, or they are due.
 
         Raises as `write`.
         """
-        pending = self._pending.get(source.partition)
+        pending = self._pending.get(partition)
         if pending is None:
-            done = {slot: self._fences.done(source, slot) for slot in self._item_slots}
-            pending = _Counts(self._clock_s(), last, done)
-            self._pending[source.partition] = pending
+            pending = _Counts(self._clock_s(), last, self._done(partition))
+            self._pending[partition] = pending
         shards, bucket_ms = self._settings.item_slots, self._settings.popular_bucket_s * 1_000
         for record, click in accepted:
             if not isinstance(click, Click):
@@ -113,8 +104,8 @@ class PopularityCounts(WriteBehind[_Counts]):
                 pending.clicked.setdefault(slot, []).append(item_id)
         pending.last = last
         behind = last.offset - min(pending.done.values())
-        if behind >= self._behind_max or self._clock_s() - pending.since_s >= COUNT_S:
-            self._write(source, pending)
+        if behind >= self._behind_max or self._has_waited(pending):
+            self.write(partition)
 
     def _milli_count(self, click: Click) -> int:
         """The event's weight in thousandths; 0 for a dislike and for a moved event."""
@@ -124,24 +115,18 @@ class PopularityCounts(WriteBehind[_Counts]):
             1_000 * user_history.strength(click, self._dwell_ms_full) * self._weights[click.kind]
         )
 
-    def _write(self, source: Source, pending: _Counts) -> None:
-        """One write to each item slot that lacks these events."""
-        for slot in self._item_slots:
-            if pending.done[slot] >= pending.last.offset:
-                continue
-            expected = self._fences.expected(source, slot)
-            counts = pending.milli_counts.get(slot, {})
-            limits = self._settings.popular_buckets, self._settings.popular_items_max
-            self._store.count_clicks(
-                slot,
-                source,
-                expected,
-                pending.last,
-                counts,
-                *limits,
-                pending.clicked.get(slot, ()),
-                self._decays,
-            )
-            self._fences.moved(source, slot, pending.last)
-            pending.done[slot] = pending.last.offset
-        del self._pending[source.partition]
+    @override
+    def _write_slot(
+        self, slot: str, source: Source, expected: Fence | None, pending: _Counts
+    ) -> None:
+        self._store.count_clicks(
+            slot,
+            source,
+            expected,
+            pending.last,
+            pending.milli_counts.get(slot, {}),
+            self._settings.popular_buckets,
+            self._settings.popular_items_max,
+            pending.clicked.get(slot, ()),
+            self._decays,
+        )

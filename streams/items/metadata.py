@@ -201,15 +201,14 @@ class ItemMetadataWriter(WriteBehind[_Changes]):
         Returns FenceMoved or Unavailable by partition, where the write failed: read the partition
         again.
         """
-        now, enough = self._clock_s(), []
+        enough = []
         for partition, (last, changes) in changed.items():
             fence, pending = self._fences.fence(partition, last), self._pending.get(partition)
             if pending is None:
-                pending = self._pending[partition] = _Changes(now, fence)
+                pending = self._pending[partition] = _Changes(self._clock_s(), fence)
             pending.last = fence
             pending.changes.update(changes)
-            waited = now - pending.since_s >= self._wait_s
-            if waited or len(pending.changes) >= METADATA_BATCH_MAX:
+            if len(pending.changes) >= METADATA_BATCH_MAX or self._has_waited(pending):
                 enough.append(partition)
         return self._write(enough)
 

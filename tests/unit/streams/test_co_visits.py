@@ -22,7 +22,7 @@ from eddyline.stores.memory import MemoryStore
 from eddyline.stores.state_store import Fence, LogId, Source, UserEffects
 from streams.clicks.co_visits import VISITS_MAX
 from streams.clicks.handler import ClickHandler
-from streams.clicks.popularity import COUNT_S
+from streams.clicks.item_slot_writes import WAIT_S
 from streams.fences import co_visit_sources
 from streams.handlers import Handlers, Outputs
 from streams.operations.state_replay import _ReplaySinks
@@ -256,7 +256,7 @@ def test_visits_of_the_outbox_are_written_without_a_further_click() -> None:
     rig.clicks.popularity.write(0)
     rig = Rig(store=rig.store)
     assert rig.at == 2 and rig.clicks.write_behind.due() == []
-    rig.now_s = COUNT_S
+    rig.now_s = WAIT_S
     assert rig.clicks.write_behind.due() == [0]
     assert rig.clicks.flush_due({0}) is None
     assert rig.pairs() == {"a>b": (1_000, 1)}
@@ -266,7 +266,7 @@ def test_the_outbox_shrinks_behind_the_rows() -> None:
     rig = Rig()
     for n in range(30):
         rig.apply([click(n, ITEMS[n % 8])])
-        rig.now_s += COUNT_S / 3
+        rig.now_s += WAIT_S / 3
     assert len(rig.outbox()) <= 9
     rig.write()
     assert Rig(store=rig.store).pairs() == rig.pairs()
@@ -340,7 +340,7 @@ def test_a_refused_write_in_the_background_sends_the_partition_back() -> None:
     store = Failing()
     rig = Rig(store=store)
     rig.apply([click(0, "a"), click(1, "b")])
-    rig.now_s, store.fail = COUNT_S, {"i0"}
+    rig.now_s, store.fail = WAIT_S, {"i0"}
     assert rig.clicks.flush_due({0}) == 0
     with pytest.raises(FenceMoved):
         rig.apply([click(2, "c")])
