@@ -7,6 +7,7 @@ the blender, old ones less (sign test; a target loses half of its weight in `HAL
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from math import sqrt
 
@@ -14,6 +15,8 @@ import msgspec
 
 from serving.answer.blend_weights import CurrentBlender, start_blender
 from serving.answer.blender import Blender, BlenderRejected
+
+log = logging.getLogger(__name__)
 
 HALF_LIFE = 2_000
 # More losses than wins by so many standard deviations: it is replaced. It is looked at after each
@@ -49,6 +52,15 @@ class _Stored(msgspec.Struct, array_like=True, frozen=True):
     guard: Guard
 
 
+def _decoded(stored: bytes) -> tuple[Blender | None, Guard]:
+    try:
+        found = msgspec.msgpack.decode(stored, type=_Stored)
+        return Blender.decode(found.blender), found.guard
+    except (msgspec.MsgspecError, BlenderRejected) as error:
+        log.warning("what was learned is not used", extra={"reason": str(error)})
+        return None, Guard()
+
+
 class BlendLearner:
     """The blender of some recall paths while it learns. Thread rule: one thread.
 
@@ -57,22 +69,15 @@ class BlendLearner:
     """
 
     def __init__(self, fused: Sequence[str], stored: bytes = b"") -> None:
-        """stored: `encode` of before, to go on with; one of other paths is not used.
+        """stored: `encode` of before, to go on with.
 
-        Raises BlenderRejected.
+        One of other paths is not used, nor one that cannot be read, which is logged.
         """
-        self.guard = Guard()
-        self.by_rank, before = start_blender(fused), None
-        if stored:
-            try:
-                found = msgspec.msgpack.decode(stored, type=_Stored)
-            except msgspec.MsgspecError as error:
-                raise BlenderRejected(f"what was learned cannot be read: {error}") from None
-            before = Blender.decode(found.blender)
+        before, guard = _decoded(stored) if stored else (None, Guard())
+        self.by_rank = start_blender(fused)
         self.current = CurrentBlender(fused, before)
         self.blender = self.current()
-        if self.blender is before:
-            self.guard = found.guard
+        self.guard = guard if self.blender is before else Guard()
 
     @property
     def served(self) -> Blender:

@@ -30,7 +30,7 @@ class BlendRow(ProductRow):
         learned: bytes = b"",
         learns_every: int = 1,
     ) -> None:
-        """learned: see `BlendLearner`; learns_every: one of n targets. Raises BlenderRejected."""
+        """learned: see `BlendLearner`; learns_every: one of n targets"""
         super().__init__(product, [name], scored)
         settings = product.settings
         paths = settings.recall_path_names

@@ -59,7 +59,7 @@ class Track:
     ) -> None:
         """scene_field: key of the events' context; "" for no scenes.
 
-        learned: what the fusion `blend` goes on with, see `BlendLearner`. Raises BlenderRejected
+        learned: what the fusion `blend` goes on with, see `BlendLearner`
         """
         self.engine = engine
         self.generation = engine.bundle.generation

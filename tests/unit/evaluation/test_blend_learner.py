@@ -7,7 +7,6 @@ import random
 import pytest
 
 from evaluation.blend_learner import BlendLearner, Guard
-from serving.answer.blender import BlenderRejected
 
 NAMES = ["towers", "popular"]
 
@@ -68,6 +67,9 @@ def test_the_state_is_stored_to_the_bit() -> None:
 
 
 @pytest.mark.parametrize("stored", [b"\xff", b"\x90", b"\x92\xc4\x00\x90"])
-def test_a_state_that_cannot_be_read_is_refused(stored: bytes) -> None:
-    with pytest.raises(BlenderRejected):
-        BlendLearner(NAMES, stored)
+def test_a_state_that_cannot_be_read_is_named_and_learning_begins_anew(
+    stored: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    learner = BlendLearner(NAMES, stored)
+    assert learner.encode() == BlendLearner(NAMES).encode()
+    assert [record.message for record in caplog.records] == ["what was learned is not used"]
