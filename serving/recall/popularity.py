@@ -139,14 +139,6 @@ class Popularity:
         self._follows = True
         return self._trend.lists[pace]
 
-    def trend(self, item_id: str) -> tuple[float, float]:
-        """(fast, slow) decayed events of an item, 0 where it is not on the list. Any thread.
-
-        Only after `follow`.
-        """
-        lists = self._trend.lists
-        return lists["fast"].events(item_id), lists["slow"].events(item_id)
-
     def look_for_live(self) -> None:
         """For a while, have live items replace dead ones where those are most of the list.
 

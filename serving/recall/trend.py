@@ -94,23 +94,18 @@ class Trend:
 class TrendList:
     """Items by their events, each of which loses half its weight every half-life.
 
-    Thread rule: any thread may read `ranked` and `events`; readers take no lock.
+    Thread rule: any thread may read `ranked`; readers take no lock.
     """
 
     def __init__(self, trend: Trend, decay: EventDecay) -> None:
         self.decay = decay
         self._trend = trend
         self._ranked: Sequence[tuple[str, float]] = []
-        self._of_item: Mapping[str, float] = {}
 
     @property
     def ranked(self) -> Sequence[tuple[str, float]]:
         """(item id, decayed events), most first."""
         return self._ranked
-
-    def events(self, item_id: str) -> float:
-        """Decayed events of an item; 0 for one that is not on the list."""
-        return self._of_item.get(item_id, 0.0)
 
     def scores(self, place_of: Mapping[str, int]) -> NDArray[np.float64]:
         """As `Popularity.scores`, decayed events."""
@@ -118,4 +113,4 @@ class TrendList:
 
     def replace(self, ranked: Sequence[tuple[str, float]]) -> None:
         """Take over a new list."""
-        self._ranked, self._of_item = ranked, dict(ranked)
+        self._ranked = ranked
