@@ -50,6 +50,7 @@ PASSWORDS = {
     "ingest": "Zwiebelfisch-7",
     "worker": "Hochzeit-2",
     "archive": "Spiess-4",
+    "judge": "Fisch-8",
     "operator": "Jungfrau-6",
     "stranger": "Hurenkind-9",
 }

@@ -100,16 +100,17 @@ def system(
 ) -> System:
     space = f"t-{uuid.uuid4().hex[:12]}"
     settings = msgspec.structs.replace(base, namespace=space, data_dir=str(tmp_path))
-    for user in ("ingest", "worker", "archive", "operator"):
+    for user in ("ingest", "worker", "archive", "judge", "operator"):
         broker.allow(user, *rights(user, space))
     return System(broker, settings, request.param)
 
 
 def rights(user: str, space: str) -> list[tuple[str, str, str]]:
-    """(kind, prefix, operation) of the table in docs/security.md."""
+    """(kind, prefix, operation) of the table in docs/security.md, with those for `blend`."""
     found = []
     for line in DOCS.read_text(encoding="utf-8").splitlines():
-        match = re.fullmatch(r"\| (\w+) \| `(\w+)` \| (.+) \| (.+) \|", line)
+        row = r"\| (\w+)(?: with `fusion = blend`)? \| `(\w+)` \| (.+) \| (.+) \|"
+        match = re.fullmatch(row, line)
         if match and match[1] == user:
             names, operations = re.findall(r"`([^`]+)`", match[3]), re.findall(r"`(\w+)`", match[4])
             found += [(match[2], f"{space}.{name}", op) for name in names for op in operations]
@@ -165,12 +166,15 @@ def test_everything_works_with_the_rights_in_the_docs(
         cut = {"clicks_partitions": "2", "items_partitions": "2"}
         ingest = Deployment(system.settings("ingest"), supervisor).ingest_child(**cut)
         worker, address = Deployment(system.settings("worker"), supervisor).worker_child(
-            is_ready, **cut, answers_sample="1"
+            is_ready, **cut, answers_sample="1", fusion="blend"
         )
         archiving = Deployment(system.settings("archive"), supervisor).child(
             "archive", "streams.archive", lambda: True, archive_file_offsets="8", **cut
         )
-        supervisor.start(ingest, worker, archiving)
+        judging = Deployment(system.settings("judge"), supervisor).child(
+            "judge", "evaluation.judge", lambda: True, judge_report_s="1", fusion="blend", **cut
+        )
+        supervisor.start(ingest, worker, archiving, judging)
         processes.wait_until_applied(operator, timeout_s=30, check=supervisor.check)
 
         with Client(address) as client:
@@ -195,9 +199,12 @@ def test_everything_works_with_the_rights_in_the_docs(
         assert done.returncode == 0 and "clicks" in done.stdout, done.stderr
         eventually(lambda: list(Archive(system.base).read(topics.ITEMS)))
         eventually(lambda: list(reading.read(operator, topics.ANSWERS)))
+        eventually(lambda: list(reading.read(operator, topics.BLENDER)))
         supervisor.check()
     written = {path.name: path.read_text(encoding="utf-8") for path in logs.glob("*.log")}
-    assert {"ingest.log", "worker.log", "archive.log"} <= set(written)
+    assert {"ingest.log", "worker.log", "archive.log", "judge.log"} <= set(written)
+    for name in ("worker.log", "judge.log"):
+        assert "of the blender cannot be" not in written[name]
     keeps_secrets(
         *written.values(), (system.broker.folder / "logs" / "kafka.log").read_text(encoding="utf-8")
     )
