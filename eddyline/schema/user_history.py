@@ -287,8 +287,8 @@ def older_items(entries: Sequence[Entry], entry: Entry, limit: int) -> list[str]
         first = bisect_left(entries, -entry.at_ms, key=lambda e: -e.at_ms)
         if first == len(entries) or entries[first] is not entry:
             return []
-    older = (e.item_id for e in entries[first + 1 :] if e.kind != DISLIKE)
-    return list(islice(older, limit))
+    older = islice(entries, first + 1, None)
+    return list(islice((e.item_id for e in older if e.kind != DISLIKE), limit))
 
 
 def strength(click: Click, dwell_ms_full: int) -> float:
