@@ -155,10 +155,8 @@ class RedisStore(FencedWrites, StateStore):
         text = "" if users_fence is None else cast(bytes, users_fence).decode()
         fence = _fence(before)
         done = -1 if fence is None else fence.offset
-        accepted, ranges = (
-            user_codec.decode_accepted(window, done),
-            user_codec.decode_step_ranges(generations),
-        )
+        accepted = user_codec.decode_accepted(window, done)
+        ranges = user_codec.decode_step_ranges(generations)
         return SlotRead(fence, text, accepted, ranges, *outbox.decode(visits, done))
 
     def _blobs(self, key: str) -> list[bytes]:
@@ -302,7 +300,7 @@ class RedisStore(FencedWrites, StateStore):
         idle_ms: int = 0,
     ) -> None:
         tag = f"{self._ns}{{{slot}}}"
-        keys = [*(f"{tag}:after:{item}" for item in after)]
+        keys = [f"{tag}:after:{item}" for item in after]
         keys += [f"{tag}:before:{item}" for item in before]
         args = [row_max, idle_ms, *after.values(), *before.values()]
         self._write("append_co_visits", *self._fenced(slot, source, expected, new, keys, args))
@@ -313,22 +311,22 @@ class RedisStore(FencedWrites, StateStore):
         self, after: Sequence[str], before: Sequence[str], item_slots: int
     ) -> tuple[list[CoVisits], list[CoVisits]]:
         rows = [("after", item) for item in after] + [("before", item) for item in before]
+        slots = [item_slot(item, item_slots) for _, item in rows]
+        names = [
+            f"{self._ns}{{{slot}}}:{kind}:{item}"
+            for slot, (kind, item) in zip(slots, rows, strict=True)
+        ]
         by_slot: dict[str, list[int]] = {}
-        for at, (_, item) in enumerate(rows):
-            by_slot.setdefault(item_slot(item, item_slots), []).append(at)
+        for at, slot in enumerate(slots):
+            by_slot.setdefault(slot, []).append(at)
         with self._redis.pipeline(transaction=False) as pipe:
-            for slot, places in by_slot.items():
-                pipe.mget(
-                    [
-                        f"{self._ns}{{{slot}}}:{kind}:{i}"
-                        for kind, i in map(rows.__getitem__, places)
-                    ]
-                )
+            for places in by_slot.values():
+                pipe.mget([names[at] for at in places])
             answers = pipe.execute()
         found = [co_visits.EMPTY] * len(rows)
         for places, values in zip(by_slot.values(), answers, strict=True):
             for at, value in zip(places, values, strict=True):
-                found[at] = _row(value)
+                found[at] = _row(names[at], value)
         return found[: len(after)], found[len(after) :]
 
     @override
@@ -469,11 +467,11 @@ class RedisStore(FencedWrites, StateStore):
         self._redis.close()
 
 
-def _row(value: bytes | None) -> CoVisits:
+def _row(key: str, value: bytes | None) -> CoVisits:
     try:
         return co_visits.decode(value)
     except ValueError as error:
-        raise StoreRefused(f"{error}: delete its key, and it fills again") from None
+        raise StoreRefused(f"{key}: {error}; delete the key, and the row fills again") from None
 
 
 def _fence(value: Any) -> Fence | None:

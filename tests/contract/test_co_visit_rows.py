@@ -264,8 +264,8 @@ def test_a_damaged_row_is_refused_and_the_write_leaves_nothing(fresh_settings: S
         key = f"{store._ns}{{i0}}:after:b"
         for damaged in (b"x" * 15, b"x" * 17):
             store._redis.set(key, damaged)
-            with pytest.raises(StoreRefused, match="damaged"):
-                store.read_co_visits(["b"], [], 1)
+            with pytest.raises(StoreRefused, match=r"after:b: .*damaged"):
+                store.read_co_visits(["a", "b"], [], 1)
             both = {"a": entries([(1, 1, 0)]), "b": entries([(1, 1, 0)])}
             with pytest.raises(StoreRefused, match=r"damaged row in .*after:b"):
                 store.append_co_visits("i0", PAIRS, None, at(1), both, {}, 200)
