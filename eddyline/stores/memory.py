@@ -45,7 +45,10 @@ from eddyline.stores.stored_ids import check
 
 
 class MemoryStore(StateStore):
-    """A `StateStore` in a dictionary. Thread rule: any thread; one lock for every call."""
+    """A `StateStore` in a dictionary. Nothing expires by the clock.
+
+    Thread rule: any thread; one lock for every call.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

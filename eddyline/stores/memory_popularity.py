@@ -104,9 +104,7 @@ class MemoryTrend:
     sums: dict[str, dict[bytes, float]] = field(default_factory=dict)
 
     def count(self, clicked: Sequence[str], decays: Sequence[EventDecay], items_max: int) -> None:
-        """Add one event for each item; see `StateStore.count_clicks`."""
-        if not clicked:
-            return
+        """Add one event for each item; see `StateStore.count_clicks`. Neither may be empty."""
         items, after = [item.encode() for item in clicked], self.events + len(clicked)
         for decay in dict.fromkeys(decays):
             name = decay.half_life_events

@@ -102,6 +102,13 @@ def test_equal_half_lives_are_counted_once(store: StateStore) -> None:
     assert stored_counts(store, "i0", [NO_DECAY, NO_DECAY]) == plain_counts({"a": 2})
 
 
+def test_without_half_lives_nothing_is_counted(store: StateStore) -> None:
+    count(store, ["a"])
+    before = store.popular_trend("i0", [FAST, SLOW], ALL)
+    count(store, ["a", "b"], [])
+    assert store.popular_trend("i0", [FAST, SLOW], ALL) == before
+
+
 def test_a_write_behind_another_fence_counts_nothing(store: StateStore) -> None:
     count(store, ["a"])
     before = store.popular_trend("i0", [FAST, SLOW], ALL)
