@@ -6,12 +6,11 @@ import threading
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 from typing_extensions import override
 
 from eddyline.schema.item_key import item_key
 from eddyline.schema.item_record import ItemRecord
-from index.arrays import Vector
+from index.arrays import Keys, Vector
 from index.filters import Filter, matches, numbers
 from index.port import Hit, Index, IndexStats, LiveItems, SearchResult, Watermark
 from index.records import check_query, stack_vectors, stamps_of, watermarks_after
@@ -95,9 +94,7 @@ class ExactIndex(Index):
         ]
 
     @override
-    def find_keys(
-        self, keys: npt.NDArray[np.uint64], filters: Filter | None = None
-    ) -> list[Hit | None]:
+    def find_keys(self, keys: Keys, filters: Filter | None = None) -> list[Hit | None]:
         found = {item_key(record.item_id): record for record in self._live((), filters)}
         records = map(found.get, keys.tolist())
         return [None if record is None else _hit(record, 0.0) for record in records]

@@ -20,12 +20,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 from typing_extensions import override
 
 from eddyline.errors import VectorRejected
 from eddyline.schema.item_record import ItemRecord
-from index.arrays import Ints, Mask, Vector
+from index.arrays import Ints, Keys, Mask, Vector
 from index.backends.base import AnnBackend, AnnIndex
 from index.filters import Filter
 from index.port import Hit, Index, IndexStats, LiveItems, RecallEstimate, SearchResult, Watermark
@@ -183,9 +182,7 @@ class LiveIndex(Index):
         ]
 
     @override
-    def find_keys(
-        self, keys: npt.NDArray[np.uint64], filters: Filter | None = None
-    ) -> list[Hit | None]:
+    def find_keys(self, keys: Keys, filters: Filter | None = None) -> list[Hit | None]:
         version = self._version
         rows = version.rows_at(version.keys.find(keys))
         if filters is not None:

@@ -14,10 +14,9 @@ from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from eddyline.schema.item_record import ItemRecord
-from index.arrays import Floats, Ints, Vector
+from index.arrays import Floats, Ints, Keys, Vector
 from index.filters import Filter
 
 
@@ -185,9 +184,7 @@ class IndexReader(Protocol):
     def describe(self, item_ids: Sequence[str], filters: Filter | None = None) -> list[Hit | None]:
         """For each id its `Hit` with score 0.0; None if not live or not passing the filter."""
 
-    def find_keys(
-        self, keys: npt.NDArray[np.uint64], filters: Filter | None = None
-    ) -> list[Hit | None]:
+    def find_keys(self, keys: Keys, filters: Filter | None = None) -> list[Hit | None]:
         """For each `eddyline.schema.item_key` the `Hit` of its item with score 0.0.
 
         keys: uint64 (n,)

@@ -27,6 +27,11 @@ def item_key(item_id: str) -> int:
     return int.from_bytes(key_bytes(item_id), "little")
 
 
+def cached_keys_of(item_ids: Iterable[str]) -> npt.NDArray[np.uint64]:
+    """uint64 (n,): the keys of items that come up again soon, from the cache."""
+    return np.frombuffer(b"".join(map(key_bytes, item_ids)), "<u8").astype(np.uint64)
+
+
 def keys_of(item_ids: Iterable[str]) -> npt.NDArray[np.uint64]:
     """uint64 (n,): the keys of many items, which the cache does not keep."""
     digests = [blake2b(one.encode(), digest_size=KEY_BYTES).digest() for one in item_ids]

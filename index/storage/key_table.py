@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-from index.arrays import Ints
+from index.arrays import Ints, Keys
 from index.storage.vector_table import CAPACITY_MIN
 
-Keys = npt.NDArray[np.uint64]
 # In place of the key of a label that has none. An item with this key is not found: one in 2^64.
 NO_KEY = np.uint64(0)
 _EMPTY = -1

@@ -20,12 +20,11 @@ from typing import Any
 
 import grpc
 import numpy as np
-import numpy.typing as npt
 from typing_extensions import override
 
 from eddyline.schema.item_key import item_key
 from eddyline.schema.partitioning import item_shard
-from index.arrays import Vector
+from index.arrays import Keys, Vector
 from index.filters import Filter
 from index.port import Hit, IndexReader, IndexStats, Watermark
 from index.records import check_query
@@ -130,9 +129,7 @@ class ScatterGather(IndexReader):
         return [found.get(item_id) for item_id in item_ids]
 
     @override
-    def find_keys(
-        self, keys: npt.NDArray[np.uint64], filters: Filter | None = None
-    ) -> list[Hit | None]:
+    def find_keys(self, keys: Keys, filters: Filter | None = None) -> list[Hit | None]:
         """A key does not say which shard has its item, so all shards get all keys.
 
         Items of a shard that does not answer count as not live. Raises DeadlinePassed, BadQuery.

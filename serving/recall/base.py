@@ -14,7 +14,7 @@ from eddyline.schema.co_visits import CoVisits
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import StateStore, UserState
 from embeddings.towers.base import UserEncoder
-from index.arrays import Floats, Ints, Vector
+from index.arrays import Floats, Ints, Keys, Mask, Vector
 from index.filters import Filter
 from index.port import Hit, IndexReader, LiveItems
 from serving.answer.deadline import Deadline
@@ -22,8 +22,6 @@ from serving.recall.popularity import Popularity
 
 # The paths that fill an answer which others leave open, in this order.
 FILLS = ("popular", "newest")
-
-
 # What of Redis a recall path reads beyond the user, see `RecallPath.reads`.
 AFTER, BEFORE = "after", "before"
 
@@ -63,18 +61,25 @@ class RecallRequest(NamedTuple):
     co_visits: QueryCoVisits | None = None
 
 
+def locate(ascending: Keys, keys: Keys) -> tuple[Ints, Mask]:
+    """(int64 (n,): places in `ascending`, bool (n,): whether the key is at its place)."""
+    if not len(ascending):
+        return np.zeros(len(keys), np.int64), np.zeros(len(keys), bool)
+    at = np.minimum(np.searchsorted(ascending, keys), len(ascending) - 1)
+    return at, ascending[at] == keys
+
+
 class Scored(NamedTuple):
     """Scores by item key. keys: uint64 (n,), ascending, each once; scores: float64 (n,), above 0"""
 
-    keys: npt.NDArray[np.uint64]
+    keys: Keys
     scores: Floats
 
-    def of(self, keys: npt.NDArray[np.uint64]) -> Floats:
+    def of(self, keys: Keys) -> Floats:
         """float64 (m,): the score of each of these keys, 0 for one without."""
-        if not len(self.keys):
-            return np.zeros(len(keys))
-        at = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
-        found: Floats = np.where(self.keys[at] == keys, self.scores[at], 0.0)
+        at, known = locate(self.keys, keys)
+        found = np.zeros(len(keys))
+        found[known] = self.scores[at[known]]
         return found
 
 

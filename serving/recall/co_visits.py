@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import override
 
-from eddyline.schema.item_key import item_key, key_bytes, keys_of
-from index.arrays import Floats, Ints
+from eddyline.schema.item_key import cached_keys_of, keys_of
+from index.arrays import Floats, Ints, Keys
 from index.port import Hit, IndexReader, LiveItems
 from serving.recall.base import (
     AFTER,
@@ -26,9 +26,9 @@ from serving.recall.base import (
     RecallPath,
     RecallRequest,
     Scored,
+    locate,
 )
 
-Keys = npt.NDArray[np.uint64]
 # An item counts less by this factor for each newer one of the user.
 DECAY, NEXT_DECAY = 0.9, 0.7
 # Items that `next` looks at.
@@ -71,10 +71,10 @@ class KeyPlaces:
             self._places = np.argsort(every)
             self._keys = every[self._places]
             self._items = items
-        if not len(self._keys):
-            return np.full(len(keys), -1)
-        at = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
-        return np.where(self._keys[at] == keys, self._places[at], -1)
+        at, known = locate(self._keys, keys)
+        places = np.full(len(keys), -1)
+        places[known] = self._places[at[known]]
+        return places
 
 
 class CoVisitsPath(RecallPath):
@@ -175,11 +175,10 @@ class CoVisitsBothPath(CoVisitsPath):
     def popularity_of(self, keys: Keys) -> Floats:
         ranked, (of, known) = self._clicks.ranked, self._by_key
         if ranked is not of:
-            # These keys are cached: the list changes little from one refresh to the next.
-            every = np.frombuffer(b"".join(key_bytes(item_id) for item_id, _ in ranked), "<u8")
+            every = cached_keys_of(item_id for item_id, _ in ranked)
             order = np.argsort(every)
             clicks = np.array([clicks for _, clicks in ranked], np.float64)
-            known = Scored(every[order].astype(np.uint64), clicks[order])
+            known = Scored(every[order], clicks[order])
             self._by_key = ranked, known
         return _factor(known.of(keys))
 
@@ -208,12 +207,9 @@ class NextPath(CoVisitsPath):
 
 def without(found: Scored, item_ids: Collection[str]) -> Scored:
     """The scores without those of these items."""
-    if not item_ids or not len(found.keys):
-        return found
-    keys = np.array([item_key(item_id) for item_id in item_ids], np.uint64)
-    at = np.minimum(np.searchsorted(found.keys, keys), len(found.keys) - 1)
+    at, known = locate(found.keys, cached_keys_of(item_ids))
     stays = np.ones(len(found.keys), bool)
-    stays[at[found.keys[at] == keys]] = False
+    stays[at[known]] = False
     return Scored(found.keys[stays], found.scores[stays])
 
 
