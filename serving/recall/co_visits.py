@@ -49,7 +49,9 @@ def sum_up(parts: Sequence[tuple[Keys, npt.NDArray[np.float32], float]]) -> Scor
     if not parts:
         return Scored(np.empty(0, np.uint64), np.empty(0))
     keys = np.concatenate([row for row, _, _ in parts])
-    values = np.concatenate([row.astype(np.float64) * weight for _, row, weight in parts])
+    weights = np.array([weight for _, _, weight in parts])
+    rows = [row for _, row, _ in parts]
+    values = np.concatenate(rows) * np.repeat(weights, [len(row) for row in rows])
     above = values > 0
     found, place = np.unique(keys[above], return_inverse=True)
     sums = np.bincount(place, values[above], len(found))
