@@ -289,6 +289,20 @@ def test_a_row_without_writes_ends(fresh_settings: Settings) -> None:
         assert row(store, "i0", "after", "a") is not None
 
 
+def test_every_write_renews_the_time_that_is_left_to_a_row(fresh_settings: Settings) -> None:
+    with contextlib.closing(RedisStore(fresh_settings)) as store:
+        one = entries([(1, 1, 0)])
+        store.append_co_visits("i0", PAIRS, None, at(1), {"a": one}, {"b": one}, 200, 60_000)
+        for n in range(1, 10):
+            idle_ms = (n + 1) * 60_000
+            store.append_co_visits(
+                "i0", PAIRS, at(n), at(n + 1), {"a": one}, {"b": one}, 200, idle_ms
+            )
+            for key in ("after:a", "before:b"):
+                left_ms = store._redis.pttl(f"{store._ns}{{i0}}:{key}")
+                assert idle_ms - 60_000 < left_ms <= idle_ms  # type: ignore[operator]
+
+
 def test_the_key_of_an_item_is_a_hash_of_its_id() -> None:
     assert item_key("50") == 0xADD4B6067B50EB24
     assert item_key("é") != item_key("e\u0301")

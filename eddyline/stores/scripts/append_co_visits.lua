@@ -54,8 +54,7 @@ local function compact(row)
   parts[1] = struct.pack('<dd', milli_sum, next_sum)
   return table.concat(parts)
 end
--- renewed: every eighth entry or so renews the time that is left to a row.
-local compacted, appended, renewed = {}, {}, {}
+local compacted, appended = {}, {}
 for i = 2, #KEYS do
   local length, more = redis.call('STRLEN', KEYS[i]), ARGV[i + 3] -- fails for another type
   if length % 16 ~= 0 then
@@ -64,11 +63,10 @@ for i = 2, #KEYS do
   if length == 0 then
     more = string.rep('\0', 16) .. more
   end
-  renewed[i] = length == 0 or math.floor(length / 128) ~= math.floor((length + #more) / 128)
   if length + #more < 16 + 16 * row_max then
     appended[i] = more
   else
-    renewed[i], compacted[i] = true, compact((redis.call('GET', KEYS[i]) or '') .. more)
+    compacted[i] = compact((redis.call('GET', KEYS[i]) or '') .. more)
   end
 end
 for i = 2, #KEYS do
@@ -77,7 +75,7 @@ for i = 2, #KEYS do
   else
     redis.call('SET', KEYS[i], compacted[i])
   end
-  if idle_ms > 0 and renewed[i] then
+  if idle_ms > 0 then
     redis.call('PEXPIRE', KEYS[i], ARGV[4])
   end
 end
