@@ -124,7 +124,7 @@ class Settings(_AllSections, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @property
     def filter_text_names(self) -> frozenset[str]:
         """Names of the attributes whose texts requests may filter on."""
-        names = (in_form(name.strip(), self.id_form) for name in self.filter_texts.split(","))
+        names = (in_form(name, self.id_form) for name in worker.names_of(self.filter_texts))
         return frozenset(names) - {""}
 
     @property

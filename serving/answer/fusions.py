@@ -25,7 +25,6 @@ FIXED: dict[str, Callable[[Settings], RanksAll]] = {
     Cascade.name: lambda settings: Cascade(settings.path_budget_ms),
     ReciprocalRank.name: _reciprocal_rank,
 }
-FUSIONS = (*FIXED, Blend.name)
 
 
 def make_fusion(settings: Settings, blender: CurrentBlender | None = None) -> Fusion:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import get_args, get_type_hints
 
 import msgspec
 import pytest
 
+from eddyline.settings.worker import WorkerSettings
 from index.port import Hit, IndexReader
 from serving.answer.blend import Blend
 from serving.answer.blend_weights import CurrentBlender
 from serving.answer.deadline import Deadline, DeadlinePassed
 from serving.answer.fusion import Cascade, Fusion, PathResult, Recommendation, Source
-from serving.answer.fusions import FUSIONS, make_fusion
+from serving.answer.fusions import make_fusion
 from serving.answer.reciprocal_rank import K, ReciprocalRank
 from serving.recall.base import Candidates, RecallPath, RecallRequest
 from serving.rpc.client import Client
@@ -185,7 +187,9 @@ def test_empty_paths_and_a_passed_deadline(fusion: Fusion) -> None:
 
 
 def test_every_fusion_of_the_settings_can_be_made() -> None:
-    for name in FUSIONS:
+    names = get_args(get_type_hints(WorkerSettings)["fusion"])
+    assert len(names) >= 3
+    for name in names:
         made = make_fusion(msgspec.structs.replace(SETTINGS, fusion=name))
         assert made.name == name
 
