@@ -541,7 +541,7 @@ MUTATIONS = (
     Mutation(
         "visits leave the outbox before their rows are safe",
         "streams/clicks/co_visits.py",
-        "self._floors[partition] = max(self.floor(partition), before + 1)",
+        "self._floors[partition] = max(self.floor(partition), floor)",
         "self._floors[partition] = pending.last.offset + 1",
         (CO_VISITS,),
     ),
