@@ -264,9 +264,9 @@ def test_items_are_found_by_their_keys(index: Index) -> None:
     index.upsert([put("i5", 102, 3, 1), put("i6", 50, 1)])
     index.retire([gone("i7", 103)])
     index.upsert([put("i7", 104, 1, 7)])
-    asked = [*names, "unknown", "never", "i5", "i5"]
-    found = index.find_keys(keys_of(asked))
-    assert found == index.describe(asked) and found[5] == Hit("i5", 0.0, 0, 1_102, 102)
+    wanted = [*names, "unknown", "never", "i5", "i5"]
+    found = index.find_keys(keys_of(wanted))
+    assert found == index.describe(wanted) and found[5] == Hit("i5", 0.0, 0, 1_102, 102)
     assert [n for n, hit in enumerate(found) if hit is None] == [3, 70, 71]
     assert index.find_keys(np.empty(0, np.uint64)) == []
     assert index.find_keys(np.array([0, 2**64 - 1, item_key("i1")], np.uint64))[:2] == [None] * 2

@@ -61,7 +61,7 @@ def test_labels_that_come_and_go_take_no_more_memory() -> None:
     assert max(sizes) <= 8 * 8 + 4 * 64
 
 
-def test_an_item_takes_at_most_32_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_item_takes_at_most_32_bytes() -> None:
     for n in (1_000, 1_024, 1_025, 100_000):
         table = KeyTable(n).with_room(n, n)
         table.insert(np.arange(n), np.arange(1, n + 1).astype(np.uint64))

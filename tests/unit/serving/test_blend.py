@@ -140,8 +140,8 @@ def test_only_the_first_candidates_and_no_excluded_ones_are_scored() -> None:
 def test_a_path_that_is_not_there_is_as_one_that_found_nothing() -> None:
     made, one = blend(), Fixed("one", "a", "b")
     alone, _ = made.fuse([one, *FILL], request_of(2), INDEX)
-    beside, _ = made.fuse([one, Fixed("two"), *FILL], request_of(2), INDEX)
-    assert [i.fused_score for i in alone] == [i.fused_score for i in beside]
+    empty, _ = made.fuse([one, Fixed("two"), *FILL], request_of(2), INDEX)
+    assert [i.fused_score for i in alone] == [i.fused_score for i in empty]
 
 
 def test_k_of_zero_calls_no_path() -> None:

@@ -167,11 +167,11 @@ def test_the_filter_holds(world: World) -> None:
 
 
 def test_only_the_best_are_looked_up(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
+    looked_up: list[int] = []
     find = world.index.find_keys
 
     def counted(keys: np.ndarray, filters: Filter | None = None) -> object:
-        asked.append(len(keys))
+        looked_up.append(len(keys))
         return find(keys, filters)
 
     monkeypatch.setattr(world.index, "find_keys", counted)
@@ -179,7 +179,7 @@ def test_only_the_best_are_looked_up(world: World, monkeypatch: pytest.MonkeyPat
     others |= {f"x{n}": [n % 90 + 2] for n in range(2_000)}
     rows = QueryCoVisits(["a"], [row(others)], [EMPTY])
     assert len(CoVisitsPath(context_of(world)).recall(request_of(rows, 9), world.index).hits) == 9
-    assert len(asked) == 1 and asked[0] < 60
+    assert len(looked_up) == 1 and looked_up[0] < 60
 
 
 @pytest.mark.parametrize("name", ["co_visits", "co_visits_both", "next"])
