@@ -84,8 +84,8 @@ class ItemOffsets:
     def undo(self) -> list[int]:
         """Revert the last `advance`: its records were not written and must not count as old.
 
-        Returns the labels that are no longer of an item. `advance` itself may have failed at any
-        point.
+        Returns the labels that no longer belong to an item. `advance` itself may have failed at
+        any point.
         """
         ended = [*range(self._known, len(self.ids)), *self._reused]
         labels, before = self._previous

@@ -66,7 +66,7 @@ class KeyTable:
 
     def insert(self, labels: Ints, keys: Keys) -> None:
         """Set the keys of these distinct labels, for which there is room."""
-        # First: who finds a label in a slot looks at its key.
+        # Before the slots: a reader that finds a label in a slot compares its key.
         self._keys[labels] = keys
         self._used += len(labels)
         at, labels = keys & self._mask, labels.astype(np.int32)
@@ -82,5 +82,5 @@ class KeyTable:
             labels = labels[left]
 
     def remove(self, labels: Ints) -> None:
-        """Have these labels no key; no reader may still need them."""
+        """Clear the keys of these labels; no reader may still need them."""
         self._keys[labels[labels < len(self._keys)]] = NO_KEY

@@ -33,11 +33,9 @@ class CoVisitReader:
     def read(self, user: UserState, deadline: Deadline) -> tuple[QueryCoVisits | None, str]:
         """(the rows of the user's newest items, what is missing).
 
-        Rows that half of the query's time was not enough for are empty.
-
-        One round trip to each server of Redis; none if no path needs the rows. The rows of a server
-        that is away are empty. None if no row could be read, or none is needed. Raises
-        DeadlinePassed.
+        One round trip to each server of Redis; none if no path needs the rows. Rows are empty if
+        their server is away, or if half of the query's time passed before they were read. The
+        result is None if no row could be read, or none is needed. Raises DeadlinePassed.
         """
         if not self._reads:
             return None, ""

@@ -148,7 +148,7 @@ class Retriever:
         """paths: in the order in which the fusion calls them; fusion: a `Cascade` by default.
 
         waits: where queries may wait for a click; None: none does
-        hides_seen: whether no answer has an item of the user's list; if not, a disliked one
+        hides_seen: whether answers leave out all items of the user's list; else only disliked ones
         """
         self.popularity = popularity
         self.waits = waits

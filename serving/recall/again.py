@@ -17,7 +17,9 @@ AGE_PRIOR, AGE_POWER = 20.0, 0.25
 
 
 class AgainPath(RecallPath):
-    """The live items of the user's list, often and lately first; none where seen items are hidden.
+    """The live items of the user's list, the most frequent and recent first.
+
+    Returns nothing where seen items are hidden.
 
     score = Σ over the item's positive events: (age + AGE_PRIOR)^-AGE_POWER
     """

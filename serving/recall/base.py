@@ -22,7 +22,7 @@ from serving.recall.popularity import Popularity
 
 # The paths that fill an answer which others leave open, in this order.
 FILLS = ("popular", "newest")
-# What of Redis a recall path reads beyond the user, see `RecallPath.reads`.
+# The rows of an item that a recall path may read, see `RecallPath.reads`.
 AFTER, BEFORE = "after", "before"
 
 
