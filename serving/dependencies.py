@@ -79,6 +79,8 @@ def start_retriever(
     )
     closing.callback(waits.close)
     popularity = Popularity(settings, store, index)
+    paths = registry.make_paths(RecallContext(settings, store, tower, popularity, closing))
+    # The first refresh reads the lists by events too, as the paths follow them by now.
     popularity.start()
     closing.callback(popularity.close)
     blender = CurrentBlender(settings.recall_path_names)
@@ -92,7 +94,7 @@ def start_retriever(
             store, clicks_partitions=settings.clicks_partitions, generation=generation, log=clicks
         ),
         popularity=popularity,
-        paths=registry.make_paths(RecallContext(settings, store, tower, popularity, closing)),
+        paths=paths,
         item_slots=settings.item_slots,
         fusion=make_fusion(settings, blender),
         hides_seen=settings.seen_items == "hide",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from contextlib import ExitStack
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -14,9 +16,11 @@ from eddyline.settings.loader import Settings
 from eddyline.stores.memory import MemoryStore
 from eddyline.stores.popularity import NO_TREND, SlotTrend
 from eddyline.stores.state_store import Fence, LogId, Source
+from serving.dependencies import start_retriever
 from serving.recall import trend
 from serving.recall.popularity import Popularity
 from tests.decayed_events import decayed
+from tests.unit.serving.test_retriever import Mean
 
 LOG = LogId("cluster", "topic")
 SETTINGS = Settings(
@@ -103,6 +107,18 @@ def test_nothing_is_read_before_a_path_needs_it_and_sums_only_when_events_moved(
     click(store, "i1", ["b"])
     assert popularity.refresh() and store.reads[4:] == [("i0", False), ("i1", True)]
     assert fast.ranked == [("a", 1.0), ("b", 1.0)]
+
+
+def test_the_first_refresh_of_a_worker_reads_what_its_paths_follow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Popularity, "start", Popularity.refresh)  # the thread's first step
+    store = Watched()
+    click(store, "i0", ["a"])
+    settings = msgspec.structs.replace(SETTINGS, recall_paths="popular_fast")
+    with ExitStack() as closing:
+        start_retriever(settings, store, generation="g", tower=Mean(), clicks=LOG, closing=closing)
+    assert store.reads == [("i0", True), ("i1", False)]
 
 
 def test_the_last_list_stays_while_a_store_is_away() -> None:
