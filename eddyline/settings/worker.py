@@ -15,6 +15,7 @@ _PORT_MAX = 65_535
 # What `recall_paths` may name: those of `serving.recall.registry`.
 RECALL_PATHS = (
     "towers",
+    "interests",
     "co_visits",
     "co_visits_both",
     "next",

@@ -8,12 +8,14 @@ from functools import partial
 from serving.recall.again import AgainPath
 from serving.recall.base import FILLS, RecallContext, RecallPath
 from serving.recall.co_visits import CoVisitsBothPath, CoVisitsPath, NextPath
+from serving.recall.interests import InterestsPath
 from serving.recall.newest import NewestPath
 from serving.recall.popular import PopularPath
 from serving.recall.towers import TowersPath
 
 PATHS: dict[str, Callable[[RecallContext], RecallPath]] = {
     TowersPath.name: TowersPath,  # the user's nearest items
+    InterestsPath.name: InterestsPath,  # the nearest items of each group of the user's last items
     PopularPath.name: PopularPath,  # if the user is unknown, or has few live items around
     CoVisitsPath.name: CoVisitsPath,  # what users visited soon after the user's newest items
     CoVisitsBothPath.name: CoVisitsBothPath,  # or before them; less popular items first
