@@ -10,7 +10,7 @@ import numpy as np
 from eddyline.errors import VectorRejected
 from index.arrays import Vector
 from index.filters import Filter
-from index.port import Hit, Index
+from index.port import Hit, IndexReader
 from index.records import check_query
 
 Merge = Literal["max", "sum"]
@@ -19,7 +19,7 @@ VECTORS_MAX = 32
 
 
 def query_multi(
-    index: Index,
+    index: IndexReader,
     vectors: Vector,
     k: int,
     exclude: Collection[str] = (),
