@@ -23,9 +23,10 @@ _WINDOW_EVENTS = 2 * BATCH_RECORDS
 
 
 def offline(settings: Settings) -> Settings:
-    """The settings, for topics of one partition in Eddyline's own format."""
+    """The settings, for topics of one partition in Eddyline's own format; any path can be a row."""
     return msgspec.structs.replace(
         settings,
+        path_state="all",
         clicks_partitions=1,
         items_partitions=1,
         item_slots=1,

@@ -46,7 +46,12 @@ _FEEDS = (
     *(f"registry_{what}" for what in ("url", "user", "password", "ca_file")),
 )
 # All processes have to agree on them.
-_HALF_LIVES = ("popular_fast_half_life_events", "popular_slow_half_life_events")
+_OF_PATHS = (
+    "recall_paths",
+    "path_state",
+    "popular_fast_half_life_events",
+    "popular_slow_half_life_events",
+)
 _PASSED_ON = (
     "kafka_bootstrap_servers",
     "redis_url",
@@ -54,7 +59,7 @@ _PASSED_ON = (
     *SECURITY_NAMES,
     *REDIS_NAMES,
     *_FEEDS,
-    *_HALF_LIVES,
+    *_OF_PATHS,
 )
 
 

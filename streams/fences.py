@@ -46,7 +46,7 @@ def co_visit_sources(settings: Settings, partition: int) -> dict[Source, list[st
     """The source of the co-visitation rows of a partition of `clicks`, with its slots; see
     `sources`. Empty where no rows are kept.
     """
-    if not settings.co_visit_items:
+    if not settings.kept_co_visit_items:
         return {}
     return {Source(CO_VISITS, partition): item_slots(settings.item_slots)}
 

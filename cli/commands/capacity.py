@@ -161,7 +161,7 @@ def _redis_parts(settings: Settings, sizes: Sizes, meter: Meter) -> list[Part]:
     kept = sizes.generations or settings.generations_kept
     users, items, vectors = sizes.users, sizes.items, sizes.users * kept
     window = settings.dedupe_window_events * settings.clicks_partitions
-    rows = 2 * items if settings.co_visit_items else 0
+    rows = 2 * items if settings.kept_co_visit_items else 0
     of_items = settings.item_slots * (2 if rows else 1)
     fences = settings.clicks_partitions * (2 + of_items) + 2 * settings.items_partitions
     daily = (sizes.clicks_a_day or users) * settings.popular_bucket_s // 86_400
@@ -184,7 +184,7 @@ def _redis_parts(settings: Settings, sizes: Sizes, meter: Meter) -> list[Part]:
     compacted = co_visits.HEADER_BYTES + settings.co_visit_row_max // 2 * co_visits.ENTRY_BYTES
     row = meter.string(item_key + 5, bytes(2 * (compacted + co_visits.ENTRY_BYTES))) if rows else 0
     row += _EXPIRY if settings.co_visit_idle_s_max else 0
-    older_items = ["x" * sizes.item_id] * settings.co_visit_items
+    older_items = ["x" * sizes.item_id] * settings.kept_co_visit_items
     visits: list[Visit] = [(10**6, "x" * sizes.item_id, older_items)] * settings.chunk_records_max
     visit = meter.list_blob(outbox.encode(visits, 0)) / len(visits) if rows else 0
     in_outbox = _OUTBOX_VISITS * settings.clicks_partitions if rows else 0
@@ -223,7 +223,7 @@ def _by_events(settings: Settings, sizes: Sizes, meter: Meter) -> Part:
     """Two full epochs of each half-life, with as many items as events."""
     found = Part("popularity by events", 0, 0)
     items = min(settings.popular_items_max, math.ceil(sizes.items / settings.item_slots))
-    for decay in dict.fromkeys(decays(settings)):
+    for decay in dict.fromkeys(decays(settings)) if settings.keeps_event_sums else ():
         members, sets = min(items, math.ceil(decay.epoch_events)), 2 * settings.item_slots
         size = sets * meter.sorted_set(members, sizes.item_id)
         found = Part(found.what, found.keys + sets * members, found.size + size)

@@ -112,6 +112,11 @@ class IngestSettings(msgspec.Struct, frozen=True, kw_only=True):
     popular_slow_half_life_events: Annotated[int, within(1, 10**15)] = 10_000
     """The same for the slow popularity by events."""
 
+    path_state: Literal["used", "all"] = "used"
+    """What ingest keeps for the recall paths: `used`: the state of those in `recall_paths`; `all`:
+    of the others too, so that they have data once they are used. Set it, and `recall_paths`, for
+    all processes; a state begins with the events after it was switched on."""
+
     # Co-visitation
     co_visit_items: Annotated[int, within(0, 100)] = 10
     """With how many older items of the user's history a click is counted in the co-visitation

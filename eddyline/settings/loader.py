@@ -133,6 +133,20 @@ class Settings(_AllSections, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return worker.names_of(self.recall_paths)
 
     @property
+    def kept_co_visit_items(self) -> int:
+        """With how many older items ingest counts a click in co-visitation rows; 0: no rows."""
+        return self.co_visit_items if self._keeps(worker.OF_CO_VISITS) else 0
+
+    @property
+    def keeps_event_sums(self) -> bool:
+        """Whether ingest keeps the popularity that later events decay."""
+        return self._keeps(worker.OF_EVENT_SUMS)
+
+    def _keeps(self, paths: frozenset[str]) -> bool:
+        """Whether ingest keeps the state of these recall paths."""
+        return self.path_state == "all" or not paths.isdisjoint(self.recall_path_names)
+
+    @property
     def fusion_weight_of(self) -> dict[str, float]:
         """Path -> weight, for the paths that `fusion_weights` names. Raises SettingsError."""
         return worker.weights_of(self.fusion_weights)

@@ -25,6 +25,9 @@ RECALL_PATHS = (
     "popular_slow",
     "newest",
 )
+# Those that need a state which ingest keeps for them.
+OF_CO_VISITS = frozenset({"co_visits", "co_visits_both", "next"})
+OF_EVENT_SUMS = frozenset({"popular_fast", "popular_slow", "co_visits_both"})
 WEIGHT_MAX = 1_000.0
 
 

@@ -250,7 +250,9 @@ class MemoryStore(StateStore):
             self._move(slot, source, expected, new)
             buckets = self._state.buckets.setdefault(slot, {})
             self._orders.count(slot, buckets, counts, buckets_kept, items_max)
-            if clicked and decays:
+            if not decays:
+                self._state.trends.pop(slot, None)
+            elif clicked:
                 trend = self._state.trends.setdefault(slot, MemoryTrend())
                 trend.count(clicked, decays, items_max)
 

@@ -27,7 +27,7 @@ def count_call(
 
     Keys name every key that grows: while a cluster moves the slot it refuses the whole script.
     """
-    decays = [*dict.fromkeys(decays)] if clicked else []
+    decays = [*dict.fromkeys(decays)]
     clicked = clicked if decays else ()
     keys = [f"{tag}:buckets", f"{tag}:trend"]
     keys += [_sums_key(tag, decay, parity) for decay in decays for parity in (0, 1)]

@@ -324,8 +324,8 @@ class StateStore(Protocol):
         items_max: items of a bucket or an epoch; beyond it the least counted items are dropped and
                    sums are not exact
         clicked:   the item of each event that counts for the sums by events, in their order
-        decays:    the half-lives of those sums, of the same number of slots; none: no event counts
-                   for them. Sums of another half-life end once they were not written for an epoch
+        decays:    the half-lives of those sums, of the same number of slots; none: the sums of all
+                   half-lives end. Those of another one end once they were not written for an epoch
         """
 
     def append_co_visits(

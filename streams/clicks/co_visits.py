@@ -81,7 +81,7 @@ class CoVisitWriter(ItemSlotWrites[_Visits]):
         # What follows the key in an entry, by distance from 1 on.
         self._tails = [
             co_visits.entries([(0, round(1_000 / distance), int(distance == 1))])[-8:]
-            for distance in range(1, settings.co_visit_items + 1)
+            for distance in range(1, settings.kept_co_visit_items + 1)
         ]
 
     @property

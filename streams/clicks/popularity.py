@@ -67,7 +67,7 @@ class PopularityCounts(ItemSlotWrites[_Counts]):
         self._behind_max = min(COUNTED_MAX, settings.dedupe_window_events // 2)
         self._weights = settings.kind_weights
         self._dwell_ms_full = settings.dwell_ms_full
-        self._decays = decays(settings)
+        self._decays = decays(settings) if settings.keeps_event_sums else ()
 
     def write_below(self, partition: int, floor: int) -> None:
         """Write the pending counts of events below this offset, before their ids leave the window.

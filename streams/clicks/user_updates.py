@@ -50,7 +50,7 @@ class UserUpdates:
         self.visits: list[Visit] = []
         self.users = users
         self._micro = micro
-        self._co_visit_items = settings.co_visit_items
+        self._co_visit_items = settings.kept_co_visit_items
         self._ranges = ranges
         self._dwell_ms_full = settings.dwell_ms_full
         self._idle_s_max = settings.user_idle_s_max

@@ -49,6 +49,7 @@ CUT = {
     "lateness_s_max": 3_600,
     "user_idle_s_max": 12,
     "deleted_items_kept_s": 8,
+    "path_state": "all",
     "popular_fast_half_life_events": NO_DECAY,
     "clicks_map": str(foreign.MAP),
     "redis_timeout_ms": 500,

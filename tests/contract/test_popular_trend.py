@@ -9,7 +9,8 @@ import pytest
 
 from eddyline.errors import FenceMoved
 from eddyline.schema.event_decay import EPOCH_HALF_LIVES, EventDecay
-from eddyline.stores.popularity import SlotTrend
+from eddyline.stores.popularity import NO_TREND, SlotTrend
+from eddyline.stores.redis import RedisStore
 from eddyline.stores.state_store import Fence, LogId, Source, StateStore
 from tests import decayed_events
 from tests.decayed_events import ALL, decayed, plain_counts, stored_counts, sums_of
@@ -102,11 +103,26 @@ def test_equal_half_lives_are_counted_once(store: StateStore) -> None:
     assert stored_counts(store, "i0", [NO_DECAY, NO_DECAY]) == plain_counts({"a": 2})
 
 
-def test_without_half_lives_nothing_is_counted(store: StateStore) -> None:
+def test_events_without_an_item_that_counts_change_no_sums(store: StateStore) -> None:
     count(store, ["a"])
     before = store.popular_trend("i0", [FAST, SLOW], ALL)
-    count(store, ["a", "b"], [])
+    count(store, [])
     assert store.popular_trend("i0", [FAST, SLOW], ALL) == before
+
+
+def test_without_half_lives_all_sums_end(store: StateStore) -> None:
+    count(store, ["a"])
+    count(store, ["a"], [NO_DECAY], slot="i1")
+    other = store.popular_trend("i1", [NO_DECAY], ALL)
+    for clicked in (["a", "b"], []):
+        count(store, clicked, [])
+        assert store.popular_trend("i0", [FAST, SLOW], ALL) == NO_TREND
+    assert store.popular_trend("i1", [NO_DECAY], ALL) == other, "of that slot only"
+    if isinstance(store, RedisStore):
+        assert not [*store._redis.scan_iter(match=f"{store._ns}{{i0}}:trend*")]
+    # Switched on again, they begin at 0.
+    count(store, ["b"])
+    assert sums_of(store.popular_trend("i0", [FAST, SLOW], ALL), FAST).keys() == {"b"}
 
 
 def test_a_write_behind_another_fence_counts_nothing(store: StateStore) -> None:

@@ -160,7 +160,7 @@ def living(
     """
     folder, manifest = bundle
     settings = msgspec.structs.replace(
-        settings, bundle_dir=str(folder), popular_fast_half_life_events=NO_DECAY
+        settings, bundle_dir=str(folder), path_state="all", popular_fast_half_life_events=NO_DECAY
     )
     supervisor = Supervisor(Path(settings.data_dir) / "logs")
     live = Live(settings, Deployment(settings, supervisor), dataset)

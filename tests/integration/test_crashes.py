@@ -255,6 +255,7 @@ def test_a_process_that_would_read_nothing_more_ends(make_live) -> None:
         "bundle_dir",
         "clicks_partitions",
         "items_partitions",
+        "path_state",
         "popular_fast_half_life_events",
     )
     values = {f"EDDYLINE_{name.upper()}": str(getattr(live.settings, name)) for name in fields}

@@ -190,6 +190,7 @@ def test_the_plan_is_within_ten_percent_of_what_redis_uses(store: RedisStore, si
         clicks_partitions=4,
         dedupe_window_events=3_000,
         popular_buckets=5,
+        path_state="all",
         popular_fast_half_life_events=50,
         popular_slow_half_life_events=200,
     )

@@ -35,6 +35,7 @@ SETTINGS = Settings(
     popular_buckets=3,
     popular_bucket_s=60,
     dwell_ms_full=1_000,
+    path_state="all",
     co_visit_items=3,
     co_visit_row_max=14,  # no row has more than six others: none is pruned
     popular_fast_half_life_events=NO_DECAY,

@@ -527,6 +527,7 @@ def make_settings(item_slots: int = 1, **more: Any) -> Settings:
         history_length_max=HISTORY,
         dedupe_window_events=WINDOW,
         popular_buckets=3,
+        path_state="all",
         co_visit_items=4,
         co_visit_row_max=20,  # no row has more than nine others: none is pruned
         history_age_s_max=15,

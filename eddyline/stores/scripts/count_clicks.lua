@@ -65,6 +65,24 @@ for _, bucket in ipairs(old) do
     redis.call('ZREM', KEYS[2], bucket)
   end
 end
+-- KEYS does not name these sets either.
+local function end_sums(name)
+  local head = ARGV[4] .. 'trend:' .. name
+  if type(redis.pcall('UNLINK', head .. ':0', head .. ':1')) == 'number' then
+    redis.call('ZREM', KEYS[3], name)
+    return true
+  end
+end
+if half_lives == 0 and #trend > 0 then
+  -- No recall path needs the sums any more.
+  local all = true
+  for name in pairs(written) do
+    all = (name == 'events' or end_sums(name)) and all
+  end
+  if all then
+    redis.call('UNLINK', KEYS[3])
+  end
+end
 -- The rules are those of `schema.event_decay`.
 if events > 0 then
   local before, slowest = written['events'] or 0, 0
@@ -111,10 +129,7 @@ if events > 0 then
   for name, last in pairs(written) do
     -- A half-life of other settings ends with its epoch.
     if after - last >= 32 * math.min(slowest, tonumber(name) / slots) then
-      local head = ARGV[4] .. 'trend:' .. name
-      if type(redis.pcall('UNLINK', head .. ':0', head .. ':1')) == 'number' then
-        redis.call('ZREM', KEYS[3], name)
-      end
+      end_sums(name)
     end
   end
   redis.call('ZADD', KEYS[3], after, 'events')

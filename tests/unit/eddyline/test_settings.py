@@ -1,7 +1,9 @@
 """Settings: sources and their order, errors that name key, value and source, limits, secrets."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import get_args, get_type_hints
+from unittest.mock import Mock
 
 import msgspec
 import pytest
@@ -10,8 +12,10 @@ from msgspec import Meta
 from cli.commands import settings as commands_settings
 from eddyline.errors import SettingsError
 from eddyline.settings.loader import SECRETS, Settings, data_folder, describe, load
-from eddyline.settings.worker import RECALL_PATHS
+from eddyline.settings.worker import OF_CO_VISITS, OF_EVENT_SUMS, RECALL_PATHS
+from eddyline.stores.memory import MemoryStore
 from serving.recall import registry
+from serving.recall.base import RecallContext
 
 HINTS = get_type_hints(Settings, include_extras=True)
 LIMITS = {
@@ -245,6 +249,30 @@ def test_paths_in_their_order_and_their_weights() -> None:
     for name, most in (("path_candidates", 1_000), ("path_budget_ms", 60_000)):
         for value in (1, most):
             assert getattr(load(env(**{name: str(value)})), name) == value
+
+
+def test_ingest_keeps_the_state_of_the_paths_that_are_used() -> None:
+    def kept(**values: str) -> tuple[int, bool]:
+        made = load(env(co_visit_items="7", **values))
+        return made.kept_co_visit_items, made.keeps_event_sums
+
+    assert kept() == (0, False)
+    assert kept(path_state="all") == (7, True)
+    assert kept(recall_paths="towers,next") == kept(recall_paths="co_visits") == (7, False)
+    assert kept(recall_paths="co_visits_both,towers") == (7, True)
+    assert kept(recall_paths="popular_fast") == kept(recall_paths="popular_slow") == (0, True)
+    assert load(env(path_state="all", co_visit_items="0")).kept_co_visit_items == 0
+    with pytest.raises(SettingsError, match="path_state"):
+        load(env(path_state="some"))
+
+
+@pytest.mark.parametrize("name", RECALL_PATHS)
+def test_the_state_that_a_path_reads_is_named_in_the_settings(name: str) -> None:
+    popularity = Mock()
+    context = RecallContext(Settings(), MemoryStore(), Mock(), popularity, ExitStack())
+    path = registry.PATHS[name](context)
+    assert bool(path.reads) == (name in OF_CO_VISITS)
+    assert popularity.follow.called == (name in OF_EVENT_SUMS)
 
 
 def test_every_path_of_the_registry_can_be_named() -> None:

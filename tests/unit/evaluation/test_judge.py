@@ -43,6 +43,7 @@ SETTINGS = Settings(
     clicks_partitions=3,
     items_partitions=2,
     item_slots=1,
+    path_state="all",
     popular_fast_half_life_events=NO_DECAY,
 )
 SPLIT = 0.4

@@ -31,7 +31,7 @@ from tests.applying import ingest
 LOG = LogId("cluster", "topic")
 MS = 1_700_000_000_000
 PAIRS = Source("co-visits", 0)
-SETTINGS = Settings(clicks_partitions=1, items_partitions=1, co_visit_items=3)
+SETTINGS = Settings(clicks_partitions=1, items_partitions=1, path_state="all", co_visit_items=3)
 ITEMS = list("abcdefgh")
 
 
@@ -214,8 +214,9 @@ def test_users_that_are_not_followed_make_no_pairs() -> None:
     assert rig.pairs() == {"a>b": (1_000, 1)}
 
 
-def test_without_co_visits_nothing_is_kept() -> None:
-    settings = msgspec.structs.replace(SETTINGS, co_visit_items=0)
+@pytest.mark.parametrize("off", [{"co_visit_items": 0}, {"path_state": "used"}])
+def test_without_co_visits_nothing_is_kept(off: dict[str, Any]) -> None:
+    settings = msgspec.structs.replace(SETTINGS, **off)
     rig = Rig(settings)
     rig.apply([click(n, item) for n, item in enumerate("abc")])
     rig.write()
