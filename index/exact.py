@@ -8,11 +8,12 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 from typing_extensions import override
 
+from eddyline.schema.events import LISTS
 from eddyline.schema.item_key import item_key
 from eddyline.schema.item_record import ItemRecord
 from index.arrays import Keys, Vector
-from index.filters import Filter, matches, numbers
-from index.port import Hit, Index, IndexStats, LiveItems, SearchResult, Watermark
+from index.filters import Filter, matches, numbers, terms, text_of
+from index.port import Hit, Index, IndexStats, LiveItems, SearchResult, Term, Watermark
 from index.records import check_query, stack_vectors, stamps_of, watermarks_after
 
 
@@ -107,6 +108,13 @@ class ExactIndex(Index):
         return sorted(hits, key=lambda hit: (-hit.at_ms, hit.item_id))[: max(k, 0)]
 
     @override
+    def terms_of(self, item_ids: Sequence[str], names: Collection[str]) -> list[frozenset[Term]]:
+        with self._lock:
+            records = [self._records.get(item_id) for item_id in item_ids]
+        texts = [name for name in names if name in self._text_names and name not in LISTS]
+        return [frozenset() if r is None or r.retired else _terms(r, names, texts) for r in records]
+
+    @override
     def text_names(self) -> Collection[str]:
         return self._text_names
 
@@ -183,6 +191,16 @@ def _newest_of_each(records: Sequence[ItemRecord]) -> dict[str, ItemRecord]:
         if before is None or record.offset > before.offset:
             newest[record.item_id] = record
     return newest
+
+
+def _terms(record: ItemRecord, names: Collection[str], texts: Collection[str]) -> frozenset[Term]:
+    """The record's terms of the lists and of the texts among these names."""
+    attributes = record.attributes
+    found = {(name, term) for name in LISTS if name in names for term in terms(attributes, name)}
+    for name in texts:
+        if (text := text_of(attributes, name)) is not None:
+            found.add((name, text))
+    return frozenset(found)
 
 
 def _passes(record: ItemRecord, filters: Filter | None) -> bool:

@@ -27,7 +27,16 @@ from eddyline.schema.item_record import ItemRecord
 from index.arrays import Ints, Keys, Mask, Vector
 from index.backends.base import AnnBackend, AnnIndex
 from index.filters import Filter
-from index.port import Hit, Index, IndexStats, LiveItems, RecallEstimate, SearchResult, Watermark
+from index.port import (
+    Hit,
+    Index,
+    IndexStats,
+    LiveItems,
+    RecallEstimate,
+    SearchResult,
+    Term,
+    Watermark,
+)
 from index.records import check_query, stack_vectors, stamps_of, watermarks_after
 from index.search import filtered
 from index.search.nearest import NearestSearch
@@ -180,6 +189,16 @@ class LiveIndex(Index):
             None if row < 0 else Hit(item_id, 0.0, *of_item)
             for item_id, row, of_item in zip(item_ids, rows.tolist(), facts, strict=True)
         ]
+
+    @override
+    def terms_of(self, item_ids: Sequence[str], names: Collection[str]) -> list[frozenset[Term]]:
+        version = self._version
+        rows = version.rows_of(item_ids)
+        live = np.flatnonzero(rows >= 0)
+        found = [frozenset[Term]()] * len(rows)
+        for at, of_row in zip(live.tolist(), version.columns.terms(rows[live], names), strict=True):
+            found[at] = of_row
+        return found
 
     @override
     def find_keys(self, keys: Keys, filters: Filter | None = None) -> list[Hit | None]:

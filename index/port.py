@@ -36,6 +36,9 @@ class Hit(NamedTuple):
     offset: int
 
 
+# An attribute's name, see `IndexReader.terms_of`, and one of its texts.
+Term = tuple[str, str]
+
 # Builds what `Hit(*fields)` builds, without a Python call for each of hundreds of hits.
 _hit: Callable[[Iterable[object]], Hit] = partial(tuple.__new__, Hit)
 
@@ -195,6 +198,13 @@ class IndexReader(Protocol):
         self, k: int, exclude: Collection[str] = (), filters: Filter | None = None
     ) -> list[Hit]:
         """The k passing live items of the largest `at_ms`, equal ones by item id; score 0.0."""
+
+    def terms_of(self, item_ids: Sequence[str], names: Collection[str]) -> list[frozenset[Term]]:
+        """For each id what it has of these attributes; nothing if the item is not live.
+
+        names: "categories" and "tags" are the item's lists; another one is an attribute whose text
+        filters may name. One that is not known has no terms.
+        """
 
     def number_names(self) -> Collection[str] | None:
         """Names of the numeric attributes, dates included, that items have or had.

@@ -127,6 +127,10 @@ MOVED = {_MOVED_KEY: True}
 _EQUAL_KEY = "eddyline.equal"
 
 
+# The fields of an item that are lists of texts.
+LISTS = ("categories", "tags")
+
+
 class Item(msgspec.Struct, frozen=True, kw_only=True):
     """A whole item: the after-image of a change feed, no patches.
 

@@ -9,14 +9,17 @@ changes them. So readers need no lock: they see the rows below the count of thei
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import compress
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
+from eddyline.schema.events import LISTS
 from index.arrays import Floats, Ints, Mask
 from index.filters import Filter, Range, numbers, terms, text_of
+from index.port import Term
 from index.storage.vector_table import NEVER
 
 # ("categories", "tags" or "attributes"; the name), or (`TEXT` and an attribute's name; its text)
@@ -71,13 +74,43 @@ class _Entries(NamedTuple):
         return slice(int(self.starts[column]), int(self.starts[column + 1]))
 
 
+class _ByRow(NamedTuple):
+    """The sorted entries in the order of their rows.
+
+    rows:    of `_Entries`, that this was made of
+    starts:  int64 (highest row + 2,), place of the first entry of each row
+    columns: int32 (n,), numbers of the columns
+    """
+
+    rows: Ints
+    starts: Ints
+    columns: npt.NDArray[np.int32]
+
+    @classmethod
+    def of(cls, entries: _Entries) -> _ByRow:
+        """Sorts all entries: 0.2 s for a million."""
+        columns = np.repeat(
+            np.arange(len(entries.starts) - 1, dtype=np.int32), np.diff(entries.starts)
+        )
+        order = np.argsort(entries.rows, kind="stable")
+        starts = np.concatenate(([0], np.cumsum(np.bincount(entries.rows))))
+        return cls(entries.rows, starts, columns.take(order))
+
+    def columns_of(self, row: int) -> list[int]:
+        """The columns with an entry of this row."""
+        if row + 1 >= len(self.starts):
+            return []
+        found: list[int] = self.columns[self.starts[row] : self.starts[row + 1]].tolist()
+        return found
+
+
 class Postings:
     """Columns of one kind. Thread rule: one writer; any number of readers.
 
     numeric: whether entries have values
     """
 
-    __slots__ = ("_count", "_entries", "_number_of", "_numeric")
+    __slots__ = ("_by_row", "_count", "_entries", "_keys", "_number_of", "_numeric")
 
     def __init__(self, *, numeric: bool, data: ColumnData | None = None) -> None:
         """data: the first entries."""
@@ -86,6 +119,10 @@ class Postings:
             data = ColumnData([], np.zeros(1, np.int64), _NONE, empty)
         self._numeric = numeric
         self._number_of = {key: number for number, key in enumerate(data.keys)}
+        # By number; a name is here before an entry has its number.
+        self._keys = [*data.keys]
+        # Made when it is first asked for: few sites ask for the terms of a row.
+        self._by_row: _ByRow | None = None
         self._entries = _Entries(*data[1:], _NONE, _NONE, np.empty(0))
         # New entries in use; of the writer alone.
         self._count = 0
@@ -95,6 +132,7 @@ class Postings:
         number_of, start, end = self._number_of, self._count, self._count + len(rows)
         for key in keys:
             if key not in number_of:
+                self._keys.append(key)
                 number_of[key] = len(number_of)
         entries = self._entries
         if end > len(entries.new_rows):
@@ -151,6 +189,19 @@ class Postings:
                     hit &= _inside(entries.values[here][at], between)
                 found |= hit
         return found | _are_in_new(entries, rows, columns, between)
+
+    def keys_of(self, rows: Ints, fields: Collection[str]) -> list[list[Key]]:
+        """Of each of these rows the keys whose first part is one of these."""
+        entries, by_row, keys = self._entries, self._by_row, self._keys
+        if by_row is None or by_row.rows is not entries.rows:
+            self._by_row = by_row = _ByRow.of(entries)
+        first = np.searchsorted(entries.new_rows, rows).tolist()
+        after = np.searchsorted(entries.new_rows, rows, "right").tolist()
+        found = []
+        for row, start, end in zip(rows.tolist(), first, after, strict=True):
+            columns = by_row.columns_of(row) + entries.new_columns[start:end].tolist()
+            found.append([key for column in columns if (key := keys[column])[0] in fields])
+        return found
 
     def data(self, kept: Ints, count: int, *, by_name: bool = False) -> ColumnData:
         """The entries of the rows `kept` of `count`, renumbered 0, 1, …
@@ -271,6 +322,14 @@ class Columns:
         for name, between in filters.ranges.items():
             mask &= self._numbers.contain([("attributes", name)], rows, between)
         return mask
+
+    def terms(self, rows: Ints, names: Collection[str]) -> list[frozenset[Term]]:
+        """What each of these rows has of these attributes; see `IndexReader.terms_of`."""
+        name_of = {name if name in LISTS else TEXT + name: name for name in names}
+        return [
+            frozenset((name_of[field_name], text) for field_name, text in keys)
+            for keys in self._terms.keys_of(rows, name_of)
+        ]
 
     def compact(self, kept: Ints, count: int) -> Columns:
         """The columns of a table that holds only the rows `kept` of `count`, renumbered 0, 1, …"""

@@ -254,6 +254,27 @@ def test_the_filter_uses_the_newest_record_and_no_deleted_item(index: Index) -> 
     assert ids(index.query(POOL[0], 9, (), Filter(categories=of("new")))) == ["x", "y"]
 
 
+def test_the_terms_of_items(index: Index) -> None:
+    index.upsert(CATALOGUE)
+    names = ["categories", "tags", "brand", "signed", "year", "none"]
+    found = index.terms_of(["song", "never", "film", "book", "odd", "song"], names)
+    song = {("categories", "Pop"), ("tags", "new"), ("brand", "acme")}
+    assert [set(of_item) for of_item in found] == [
+        song,
+        set(),
+        {("categories", "Drama"), ("categories", "War"), ("tags", "long"), ("tags", "old")}
+        | {("brand", "Acme")},
+        {("categories", "Drama"), ("tags", "old"), ("signed", "true")},
+        set(),
+        song,
+    ]
+    assert index.terms_of(["film"], ["color"]) == [{("color", "blue")}]
+    assert index.terms_of(["film"], []) == [frozenset()] and index.terms_of([], names) == []
+    index.upsert([put("film", 11, 1, tags=["other"])])
+    index.retire([ItemRecord("song", 0, 12, 12, 0, None)])
+    assert index.terms_of(["film", "song"], names) == [{("tags", "other")}, frozenset()]
+
+
 def test_columns_survive_a_replaced_table(index: Index) -> None:
     records = [
         put(f"i{n}", n, n % 64, tags=[WORDS[n % 3]], attributes={"n": n % 10}) for n in range(300)
@@ -269,6 +290,14 @@ def test_columns_survive_a_replaced_table(index: Index) -> None:
         assert ids(index.query(POOL[0], 999, (), filters)) == sorted(
             r.item_id for r in records if matches(filters, r.item_id, r.attributes)
         )
+
+
+def terms_by_definition(record: ItemRecord) -> frozenset[tuple[str, str]]:
+    if record.vector is None:
+        return frozenset()
+    lists = [(name, word) for name in ("categories", "tags") for word in record.attributes[name]]
+    brand = record.attributes["attributes"].get("brand")
+    return frozenset([*lists, *([("brand", brand)] if brand else [])])
 
 
 words = st.frozensets(st.sampled_from(WORDS), max_size=3)
@@ -345,6 +374,8 @@ def test_random_filters_against_the_definition(
             assert [hit.item_id for hit in index.newest(k, exclude, filters)] == [
                 r.item_id for r in newest
             ]
+            terms = index.terms_of([*latest, "never"], ["categories", "tags", "brand"])
+            assert terms == [*map(terms_by_definition, latest.values()), frozenset()]
             index.close()
     finally:
         filtered.ROWS_A_CANDIDATE = before

@@ -114,6 +114,30 @@ def test_a_compaction_keeps_the_rows_that_live(
         assert content(whole, len(items)) == plain(items)
 
 
+@given(items=items_with_attributes, data=st.data())
+@settings(max_examples=80, deadline=None)
+def test_the_terms_of_rows_are_those_that_were_added(
+    items: list[dict[str, Any]], data: st.DataObject
+) -> None:
+    """Whatever is sorted in, and was read before."""
+    names = data.draw(st.sets(st.sampled_from(["categories", "tags", "brand", "none"])))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(columns_module, "NEW_MAX", data.draw(st.sampled_from((0, 1, 5, 1_000))))
+        patch.setattr(columns_module, "_CAPACITY_MIN", data.draw(st.sampled_from((1, 4))))
+        columns = Columns(text_names=BRAND)
+        for row, item in enumerate(items):
+            columns.append(row, [item])
+            rows = data.draw(st.lists(st.integers(0, row), max_size=4))
+            found = columns.terms(np.array(rows, np.int64), names)
+            assert found == [_terms(items[one], names) for one in rows]
+
+
+def _terms(item: dict[str, Any], names: set[str]) -> frozenset[tuple[str, str]]:
+    lists = {(name, text) for name in ("categories", "tags") for text in item[name]}
+    brand = {("brand", text) for text in [item["attributes"].get("brand")] if text}
+    return frozenset(term for term in lists | brand if term[0] in names)
+
+
 @given(items=items_with_attributes, filters=some_filters, data=st.data())
 @settings(max_examples=80, deadline=None)
 def test_filters_pass_what_their_definition_passes(
