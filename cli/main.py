@@ -20,6 +20,7 @@ from rich.console import Console
 from cli import file_commands, query_commands
 from cli.items_group import items_app
 from cli.map_group import map_app
+from cli.rules_group import rules_app
 from eddyline import __version__
 from eddyline.errors import EddylineError
 from eddyline.settings.loader import Settings, data_folder, load
@@ -333,6 +334,7 @@ def generations_end() -> None:
 
 app.add_typer(map_app, name="map")
 app.add_typer(items_app, name="items")
+app.add_typer(rules_app, name="rules")
 
 
 letters_app = typer.Typer(

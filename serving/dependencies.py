@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from pathlib import Path
 
 import msgspec
 
@@ -30,6 +31,8 @@ from serving.answer.user_reader import UserReader
 from serving.recall import registry
 from serving.recall.base import RecallContext
 from serving.recall.popularity import Popularity
+from serving.rules.editorial_watch import RulesWatch
+from serving.rules.selection import AnswerRules
 
 
 def open_store(settings: Settings, retry: Retry) -> RedisStore:
@@ -88,6 +91,13 @@ def start_retriever(
         watch = BlenderWatch(settings, blender)
         watch.start()
         closing.callback(watch.close)
+    editorial = None
+    if settings.rules_file:
+        rules = RulesWatch(Path(settings.rules_file), settings.filter_text_names, settings.id_form)
+        rules.start()
+        closing.callback(rules.close)
+        editorial = rules.current
+    fusion = make_fusion(settings, blender)
     return Retriever(
         store=store,
         users=UserReader(
@@ -96,7 +106,7 @@ def start_retriever(
         popularity=popularity,
         paths=paths,
         item_slots=settings.item_slots,
-        fusion=make_fusion(settings, blender),
+        rules=AnswerRules(fusion, paths, editorial, k_max=settings.k_max),
         hides_seen=settings.seen_items == "hide",
         waits=waits,
     )

@@ -57,6 +57,13 @@ class WorkerCollector(Collector):
         )
         yield _times(counts)
         yield from _paths(counts)
+        yield labelled(
+            CounterMetricFamily,
+            "eddyline_worker_rule_items",
+            "Items of answers that a rule placed or moved",
+            "rule",
+            dict(stats.rule_items),
+        )
         if self._shard is not None:
             calls, what = self._shard.counts(), "Calls of coordinators"
             name = "eddyline_worker_shard_calls"

@@ -22,7 +22,8 @@ from msgspec import Meta
 from eddyline import addresses
 from eddyline.errors import SettingsError
 from eddyline.schema.id_form import in_form
-from eddyline.settings import ingest, kafka, worker
+from eddyline.settings import answers, ingest, kafka, worker
+from eddyline.settings.answers import AnswerSettings
 from eddyline.settings.field import descriptions, within
 from eddyline.settings.index import IndexSettings
 from eddyline.settings.ingest import IngestSettings
@@ -51,6 +52,7 @@ _SECTIONS = (
     RedisSettings,
     IngestSettings,
     WorkerSettings,
+    AnswerSettings,
     IndexSettings,
     JudgeSettings,
     ObservabilitySettings,
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
         RedisSettings,
         IngestSettings,
         WorkerSettings,
+        AnswerSettings,
         IndexSettings,
         JudgeSettings,
         ObservabilitySettings,
@@ -152,6 +155,12 @@ class Settings(_AllSections, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return worker.weights_of(self.fusion_weights)
 
     @property
+    def answer_limit_of(self) -> dict[str, int]:
+        """Attribute -> most items of each value, of `answer_limits`. Raises SettingsError."""
+        limits = answers.limits_of(self.answer_limits)
+        return {in_form(name, self.id_form): most for name, most in limits.items()}
+
+    @property
     def snapshots(self) -> Path:
         """Folder of the query workers' snapshots."""
         return Path(self.data_dir) / "snapshots"
@@ -200,6 +209,7 @@ def load(environ: Mapping[str, str] | None = None, *, folder: Path | None = None
     kafka.check(made)
     ingest.check(made)
     worker.check(made)
+    answers.check(made)
     _check_erasures(made)
     _check_hosts(made)
     _check_maps(made)

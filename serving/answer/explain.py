@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import msgspec
 
-from eddyline.schema.events import Item
+from eddyline.schema.events import Item, quote
 from eddyline.stores.state_store import ItemMetadata
 from index.filters import Filter
 from index.port import Hit, IndexReader
 from serving.answer.card_reader import CardReader
-from serving.answer.fusion import Fusion, PathCalls
+from serving.answer.fusion import ItemRule, PathCalls
 from serving.recall.base import RecallPath, RecallRequest
+from serving.rules.editorial import ActiveRules
+from serving.rules.selection import (
+    BOOSTED,
+    DENIED,
+    NO_WISHES,
+    PINNED,
+    AnswerRules,
+    Chosen,
+    Wishes,
+    without_denied,
+)
 
 _decoder = msgspec.json.Decoder(Item)
 
@@ -41,6 +52,7 @@ class Explanation(NamedTuple):
     hit:   the live item; None if it is not live
     paths: empty if the item cannot be returned
     fused_score: of the fusion; 0 where it has none
+    rules: that placed, moved or removed the item
     """
 
     item_id: str
@@ -50,6 +62,7 @@ class Explanation(NamedTuple):
     hit: Hit | None
     paths: Sequence[PathRank] = ()
     fused_score: float = 0.0
+    rules: Sequence[ItemRule] = ()
 
 
 class Explainer:
@@ -58,29 +71,36 @@ class Explainer:
     def __init__(
         self,
         paths: Sequence[RecallPath],
-        fusion: Fusion,
+        rules: AnswerRules,
         cards: CardReader,
         hides_seen: bool = True,
     ) -> None:
-        """hides_seen: see `Retriever`."""
+        """rules: that choose the answers; hides_seen: see `Retriever`."""
         self._hides_seen = hides_seen
         self._paths = paths
-        self._fusion = fusion
+        self._rules = rules
         self._cards = cards
 
     def explain(
-        self, request: RecallRequest, item_ids: Sequence[str], index: IndexReader, most: int
+        self,
+        request: RecallRequest,
+        item_ids: Sequence[str],
+        index: IndexReader,
+        most: int,
+        wishes: Wishes = NO_WISHES,
+        earlier: Collection[str] = (),
     ) -> list[Explanation]:
-        """One explanation for each item. most: so many items of each path have a rank.
+        """One explanation for each item. Raises DeadlinePassed.
 
-        Raises DeadlinePassed.
+        most: so many items of each path have a rank; earlier: the items of the pages before
         """
-        answer, _ = self._fusion.fuse(self._paths, request, index)
-        taken = {one.hit.item_id: n for n, one in enumerate(answer, 1)}
-        deep = request._replace(k=max(most, request.k))
-        order, _ = self._fusion.fuse(self._paths, deep, index)
+        chosen = self._rules.choose(request, index, wishes)
+        taken = {one.hit.item_id: n for n, one in enumerate(chosen.items, 1)}
+        active = self._rules.active(request.now_ms, wishes.scene)
+        deep = without_denied(request._replace(k=max(most, request.k)), active)
+        order, _ = self._rules.fusion.fuse(self._paths, deep, index)
         places = {one.hit.item_id: n for n, one in enumerate(order, 1)} | taken
-        fused = {one.hit.item_id: one for one in order}
+        fused = {one.hit.item_id: one for one in (*order, *chosen.items)}
         calls = PathCalls(index, request)
         ranked = {
             path.name: {
@@ -97,18 +117,36 @@ class Explainer:
             if hit is None:
                 why = _not_live(stored.get(item_id), unread.get(item_id, ""))
                 found.append(Explanation(item_id, False, 0, why, None))
+            elif item_id in earlier:
+                why = "it was on an earlier page: pages repeat no item"
+                found.append(Explanation(item_id, False, 0, why, hit))
             elif barred := self._barred(request, item_id, index):
                 found.append(Explanation(item_id, False, 0, barred, hit))
+            elif name := self._denied_by(active, item_id, index):
+                why = f"the editorial rule {quote(name)} denies it"
+                denied = [ItemRule(DENIED, name)]
+                found.append(Explanation(item_id, False, 0, why, hit, rules=denied))
             else:
                 paths = [self._by_path(path, ranked, deep, item_id, calls) for path in self._paths]
                 score = 0.0
                 if one := fused.get(item_id):
                     score, shares = one.fused_score, {s.path: s.share for s in one.sources}
                     paths = [path._replace(share=shares.get(path.path, 0.0)) for path in paths]
-                rank, chosen = places.get(item_id, 0), item_id in taken
-                why = _place(rank, chosen, request.k, deep.k, paths)
-                found.append(Explanation(item_id, chosen, rank, why, hit, paths, score))
+                rank, is_chosen = places.get(item_id, 0), item_id in taken
+                why = _place(rank, is_chosen, request.k, deep.k, paths)
+                why, rules = _by_rules(why, item_id, rank, request.k, chosen, wishes)
+                found.append(Explanation(item_id, is_chosen, rank, why, hit, paths, score, rules))
         return found
+
+    def _denied_by(self, active: ActiveRules, item_id: str, index: IndexReader) -> str:
+        """The editorial rule that keeps the item out; "" if none does."""
+        if name := active.denied_items.get(item_id):
+            return name
+        if not active.denied_terms:
+            return ""
+        [terms] = index.terms_of([item_id], {name for name, _ in active.denied_terms})
+        names = (active.denied_terms.get(term, "") for term in sorted(terms))
+        return next(filter(None, names), "")
 
     def _by_path(
         self,
@@ -164,13 +202,34 @@ def _not_live(stored: ItemMetadata | None, unread: str) -> str:
 def _place(rank: int, chosen: bool, k: int, most: int, paths: Sequence[PathRank]) -> str:
     by = ", ".join(f"number {one.rank} of {one.path}" for one in paths if one.rank)
     if chosen:
-        return f"number {rank} of the answer: {by}"
+        return f"number {rank} of the answer" + (f": {by}" if by else "")
     if rank:
         return f"number {rank} of all candidates, the answer has {k}: {by}"
     returned = [one.path for one in paths if one.hit]
     if returned:
         return f"it is not among the first {most} of {' and '.join(returned)}"
     return "no recall path returns it for this user"
+
+
+def _by_rules(
+    why: str, item_id: str, rank: int, k: int, chosen: Chosen, wishes: Wishes
+) -> tuple[str, Sequence[ItemRule]]:
+    """(the reason, with what the rules did to the item; the rules)."""
+    if removed := chosen.removed.get(item_id):
+        return f"{why}; left out: {removed.why}", [removed.rule]
+    one = next((item for item in chosen.items if item.hit.item_id == item_id), None)
+    if one is not None:
+        did = "; ".join(f"{rule.kind} by {quote(rule.name)}" for rule in one.rules)
+        return (f"{why}; {did}" if did else why), one.rules
+    if 0 < rank <= k:
+        by = ["items that differ more"] if wishes.diversity else []
+        if any(rule.kind == PINNED for item in chosen.items for rule in item.rules):
+            by.append("pinned items")
+        if any(rule.kind == BOOSTED for item in chosen.items for rule in item.rules):
+            by.append("boosted items")
+        if by:
+            return f"{why}; its place went to {' and '.join(by)}", ()
+    return why, ()
 
 
 def _parts(filters: Filter) -> Iterator[tuple[str, Filter]]:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -39,6 +40,13 @@ class Source(NamedTuple):
     share: float
 
 
+class ItemRule(NamedTuple):
+    """A rule that placed or moved an item, or keeps it out; see retrieval.proto."""
+
+    kind: str
+    name: str
+
+
 class Recommendation(NamedTuple):
     """One item of the answer, the recall path that brought it, and its rank there (1 is the best).
 
@@ -46,6 +54,7 @@ class Recommendation(NamedTuple):
     sources:     every path that returned it, in the order of the calls; empty where the fusion has
                  no scores, or the item was filled in
     fused_score: of the fusion; 0 where it has no scores
+    rules:       what placed or moved it after the fusion
     """
 
     hit: Hit
@@ -53,6 +62,7 @@ class Recommendation(NamedTuple):
     path_rank: int
     sources: Sequence[Source] = ()
     fused_score: float = 0.0
+    rules: Sequence[ItemRule] = ()
 
 
 class PathResult(NamedTuple):
@@ -221,10 +231,28 @@ def _joined(earlier: PathResult | None, result: PathResult, added: int) -> PathR
 
 
 def counted(items: Sequence[Recommendation], results: Sequence[PathResult]) -> list[PathResult]:
-    """The results with `taken` and `marginal` as the sources of the answer's items have them."""
-    taken = Counter(source.path for one in items for source in one.sources)
-    alone = Counter(one.sources[0].path for one in items if len(one.sources) == 1)
+    """The results with `taken` and `marginal` as the paths of the answer's items have them."""
+    paths = [[source.path for source in one.sources] or [one.path] for one in items]
+    taken = Counter(chain.from_iterable(paths))
+    alone = Counter(of_item[0] for of_item in paths if len(of_item) == 1)
     return [one._replace(taken=taken[one.path], marginal=alone[one.path]) for one in results]
+
+
+def merged(earlier: Sequence[PathResult], later: Sequence[PathResult]) -> list[PathResult]:
+    """The results of two fusions for one answer; their `taken` and `marginal` are not added up."""
+    found = {one.path: one for one in earlier}
+    for one in later:
+        if (before := found.get(one.path)) is None:
+            found[one.path] = one
+            continue
+        known = {hit.item_id for hit in before.candidates.hits}
+        new = [hit for hit in one.candidates.hits if hit.item_id not in known]
+        hits = [*before.candidates.hits, *new]
+        found[one.path] = before._replace(
+            candidates=before.candidates._replace(hits=hits, why=one.candidates.why),
+            took_us=before.took_us + one.took_us,
+        )
+    return [*found.values()]
 
 
 class Cascade(RanksAll):

@@ -26,6 +26,11 @@ from serving.answer.fusion import Cascade, Fusion, PathResult, Recommendation
 from serving.answer.user_reader import AfterStatus, AfterToken, UserReader
 from serving.recall.base import Candidates, RecallPath, RecallRequest
 from serving.recall.popularity import Popularity
+from serving.rules import cursor
+from serving.rules.cursor import Cursor
+from serving.rules.editorial import ActiveRules
+from serving.rules.limits import Limit, without_terms
+from serving.rules.selection import AnswerRules, Wishes
 
 # The paths of `nearest`.
 SIMILAR, VECTOR = "similar", "vector"
@@ -43,7 +48,8 @@ class Query:
     user_id: "" for a guest, who has a session
     session: events of this visit that are not stored, newest first
     filters: every item of the answer passes them; popularity_beta: see `Popularity.debias`
-    scene, arm: the caller's labels, for the record of the answer alone
+    scene, arm: the caller's labels: for the record of the answer, and the scene for rules
+    limits, diversity: see `Wishes`; cursor: of the pages before; None: the answer is no page
     """
 
     user_id: str
@@ -55,6 +61,15 @@ class Query:
     session: Sequence[Entry] = ()
     scene: str = ""
     arm: str = ""
+    limits: Sequence[Limit] = ()
+    diversity: float = 0.0
+    cursor: Cursor | None = None
+
+    @property
+    def wishes(self) -> Wishes:
+        """What the query asks of the rules."""
+        first = self.cursor is None or not len(self.cursor.keys)
+        return Wishes(self.limits, self.diversity, self.scene, first)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +113,7 @@ class Answer:
              None if the request names no user
     missing: what the answer had to do without, each `server: reason`
     cards:   item id -> metadata, if requested and stored
+    next_cursor, generation_changed, filled, rules_version: see retrieval.proto
     """
 
     items: Sequence[Recommendation]
@@ -109,6 +125,22 @@ class Answer:
     missing: list[str]
     short_because: str
     cards: dict[str, Item]
+    next_cursor: str = ""
+    generation_changed: bool = False
+    filled: Sequence[str] = ()
+    rules_version: str = ""
+
+
+class _Page(NamedTuple):
+    """A query and what the paths are asked for it.
+
+    unread:  what else of Redis is missing; earlier: the items of the pages before
+    """
+
+    read: _UserRead
+    request: RecallRequest
+    unread: str
+    earlier: frozenset[str]
 
 
 class _UserRead(NamedTuple):
@@ -144,10 +176,12 @@ class Retriever:
         fusion: Fusion | None = None,
         waits: ClickWaits | None = None,
         hides_seen: bool = True,
+        rules: AnswerRules | None = None,
     ) -> None:
         """paths: in the order in which the fusion calls them; fusion: a `Cascade` by default.
 
         waits: where queries may wait for a click; None: none does
+        rules: over the same fusion and paths; None: without editorial rules
         hides_seen: whether answers leave out all items of the user's list; else only disliked ones
         """
         self.popularity = popularity
@@ -158,8 +192,8 @@ class Retriever:
         reads = frozenset().union(*(path.reads for path in paths))
         self._co_visits = CoVisitReader(store, item_slots, users.outages, reads)
         self._hides_seen = hides_seen
-        self._fusion = fusion or Cascade()
-        self._explainer = Explainer(paths, self._fusion, self._card_reader, hides_seen)
+        self.rules = rules or AnswerRules(fusion or Cascade(), paths)
+        self._explainer = Explainer(paths, self.rules, self._card_reader, hides_seen)
 
     def retrieve(
         self, query: Query, index: IndexReader, deadline: Deadline, received_us: int = 0
@@ -169,14 +203,25 @@ class Retriever:
         Raises DeadlinePassed before the step for which no time is left, and ClickPending if the
         query may wait for its click: once it has, its `wait_ms` is 0.
         """
-        read, request, unread = self._request(query, deadline)
-        items, paths = self._fusion.fuse(self._paths, request, index)
+        read, request, unread, earlier = self._request(query, index, deadline)
+        chosen = self.rules.choose(request, index, query.wishes)
+        items, paths = chosen.items, chosen.paths
         short = ""
         if len(items) < query.k:
-            short = self._short_because(query, len(items), request.excluded, index)
+            short = self._short_because(query, len(items), request, earlier, index)
         cards, no_cards = self._cards(query, items, deadline, read.missing)
         degradations = [path.candidates.degradation for path in paths]
-        degradations.append(self._fusion.degradation())
+        degradations += [self.rules.fusion.degradation(), self.rules.degradation()]
+        self.rules.count(items)
+        next_cursor, page = "", query.cursor
+        if page is not None and not short:
+            next_cursor = cursor.encode(
+                page,
+                [one.hit.item_id for one in items],
+                query.user_id,
+                self._users.generation,
+                request.now_ms / 1000,
+            )
         deadline.check("the answer was sent")
         return Answer(
             items=items,
@@ -194,6 +239,10 @@ class Retriever:
             missing=_distinct(read.missing, unread, *no_cards, *degradations),
             short_because=short,
             cards=cards,
+            next_cursor=next_cursor,
+            generation_changed=page is not None and page.of_other(self._users.generation),
+            filled=chosen.filled,
+            rules_version=chosen.version,
         )
 
     def explain(
@@ -208,8 +257,8 @@ class Retriever:
 
         most: so many items of each path have a rank. Waits for no click. Raises DeadlinePassed.
         """
-        read, request, unread = self._request(replace(query, after=None), deadline)
-        found = self._explainer.explain(request, item_ids, index, most)
+        read, request, unread, earlier = self._request(replace(query, after=None), index, deadline)
+        found = self._explainer.explain(request, item_ids, index, most, query.wishes, earlier)
         deadline.check("the explanation was sent")
         state = Answer(
             items=(),
@@ -237,13 +286,18 @@ class Retriever:
             path = SIMILAR
             vector, why = _middle_of(query.item_ids, index)
         embedded_us = time.time_ns() // 1000
-        hits = index.query(vector, query.k, query.item_ids, query.filters)
+        active = self.rules.active(embedded_us // 1000, "")
+        excluded, filters = [*query.item_ids, *active.denied_items], query.filters
+        if active.denied_terms:
+            filters = without_terms(filters, sorted(active.denied_terms))
+        hits = index.query(vector, query.k, excluded, filters)
         searched_us = time.time_ns() // 1000
         short = ""
         if len(hits) < query.k:
             other = "other items" if query.item_ids else "items"
             which = "are live" if query.filters is None else "are live and pass the filter"
-            short = f"{len(hits)} of {query.k}: no more {other} {which}"
+            denied = ", without denied ones" if _denies(active) else ""
+            short = f"{len(hits)} of {query.k}: no more {other} {which}{denied}"
         items = [Recommendation(hit, path, rank) for rank, hit in enumerate(hits, 1)]
         cards, no_cards = self._cards(query, items, deadline, "")
         deadline.check("the answer was sent")
@@ -255,37 +309,42 @@ class Retriever:
             user_partition=-1,
             after=None,
             stamps=stamps,
-            missing=no_cards,
+            missing=_distinct(*no_cards, self.rules.degradation()),
             short_because=short,
             cards=cards,
+            rules_version=active.version,
         )
 
     def missing(self) -> list[str]:
         """What answers have to do without now, each `server: reason`."""
         users = self._users.outages.missing()
         paths = [path.degradation() for path in self._paths]
-        return _distinct(f"redis: {users}" if users else "", self._fusion.degradation(), *paths)
+        of_rules = self.rules.fusion.degradation(), self.rules.degradation()
+        return _distinct(f"redis: {users}" if users else "", *of_rules, *paths)
 
-    def _request(self, query: Query, deadline: Deadline) -> tuple[_UserRead, RecallRequest, str]:
-        """(the user, what the paths are asked for, what else of Redis is missing).
-
-        Raises DeadlinePassed, ClickPending.
-        """
+    def _request(self, query: Query, index: IndexReader, deadline: Deadline) -> _Page:
+        """The user, and what the paths are asked for. Raises DeadlinePassed, ClickPending."""
         deadline.check("the user was read")
         read = self._read(query) if query.user_id else _GUEST
         user = with_session(read.stored or _UNKNOWN_USER, query.session)
         co_visits, unread = self._co_visits.read(user, deadline)
+        excluded = seen_items(user) if self._hides_seen else disliked_items(user.history.entries)
+        earlier = frozenset[str]()
+        if query.cursor is not None and len(query.cursor.keys):
+            live = index.find_keys(query.cursor.keys)
+            earlier = frozenset(hit.item_id for hit in live if hit is not None)
+            excluded = excluded | earlier
         request = RecallRequest(
             user=None if read.missing and not query.session else user,
             k=query.k,
-            excluded=seen_items(user) if self._hides_seen else disliked_items(user.history.entries),
+            excluded=excluded,
             filters=query.filters,
             popularity_beta=query.popularity_beta,
             deadline=deadline,
             now_ms=time.time_ns() // 1_000_000,
             co_visits=co_visits,
         )
-        return read, request, unread
+        return _Page(read, request, unread, earlier)
 
     def _read(self, query: Query) -> _UserRead:
         after, partition = query.after, self._users.partition_of(query.user_id)
@@ -306,16 +365,25 @@ class Retriever:
         return read._replace(after=AfterStatus(not why, after.waited_ms, why))
 
     def _short_because(
-        self, query: Query, found: int, excluded: Collection[str], index: IndexReader
+        self,
+        query: Query,
+        found: int,
+        request: RecallRequest,
+        earlier: Collection[str],
+        index: IndexReader,
     ) -> str:
         """Why the answer has fewer than k items."""
-        seen_live = sum(hit is not None for hit in index.describe(list(excluded), query.filters))
+        seen = [item_id for item_id in request.excluded if item_id not in earlier]
+        seen_live = sum(hit is not None for hit in index.describe(seen, query.filters))
         which = f"{index.stats().live} items are live"
         if query.filters is not None:
-            which = f"{found + seen_live} live items pass the filter"
+            which = f"{found + seen_live + len(earlier)} live items pass the filter"
         where = "the user's list or the session" if query.session else "the user's list"
         of = "in" if self._hides_seen else "disliked in"
-        return f"{found} of {query.k}: {which}, {seen_live} of them are {of} {where}"
+        more = f", {len(earlier)} were on earlier pages" if earlier else ""
+        if _denies(self.rules.active(request.now_ms, query.scene)):
+            more += ", and editorial rules deny some"
+        return f"{found} of {query.k}: {which}, {seen_live} of them are {of} {where}{more}"
 
     def _cards(
         self,
@@ -336,6 +404,10 @@ class Retriever:
 def _distinct(*reasons: str) -> list[str]:
     """The reasons that are not "", each once: paths that read the same list miss the same."""
     return [reason for reason in dict.fromkeys(reasons) if reason]
+
+
+def _denies(active: ActiveRules) -> bool:
+    return bool(active.denied_items or active.denied_terms)
 
 
 def _middle_of(item_ids: Sequence[str], index: IndexReader) -> tuple[Vector, str]:

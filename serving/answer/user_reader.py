@@ -39,6 +39,7 @@ class AfterStatus:
 class UserReader:
     """Reads users with their embeddings of one generation. Thread rule: any thread.
 
+    generation: of the embeddings
     outages: what of Redis is away; shared with the other readers of a query
     """
 
@@ -57,7 +58,7 @@ class UserReader:
         self._store = store
         self._log = log
         self._partitions = clicks_partitions
-        self._generation = generation
+        self.generation = generation
         self.outages = Outages(store)
 
     def partition_of(self, user_id: str) -> int:
@@ -73,7 +74,7 @@ class UserReader:
         slot = user_slot(partition)
         try:
             with self.outages.guard([slot]):
-                return self._store.read_user(slot, partition, user_id, self._generation)
+                return self._store.read_user(slot, partition, user_id, self.generation)
         except StoreUnavailable:
             raise
         except (EddylineError, msgspec.MsgspecError) as error:

@@ -16,7 +16,7 @@ from serving.coordinator.scatter_gather import ScatterGather, StaleVectors
 from serving.coordinator.shards import Connection, Shards
 from serving.coordinator.vector_cache import VectorCache
 from serving.proto import retrieval_pb2 as pb
-from serving.rpc import converters
+from serving.rpc import converters, filter_messages
 from serving.rpc.backends import (
     NoShardAnswers,
     RetrievalBackend,
@@ -60,7 +60,7 @@ class CoordinatorBackend(RetrievalBackend):
 
     @override
     def retrieve(self, query: Query, deadline: Deadline, received_us: int) -> pb.RetrieveResponse:
-        converters.check_texts(query.filters, self.text_names)
+        filter_messages.check_texts(query.filters, self.text_names)
         return self._answer(
             query,
             deadline,
@@ -72,7 +72,7 @@ class CoordinatorBackend(RetrievalBackend):
         self, query: NearestQuery, deadline: Deadline, received_us: int
     ) -> pb.RetrieveResponse:
         check_generation(query, self.generation)
-        converters.check_texts(query.filters, self.text_names)
+        filter_messages.check_texts(query.filters, self.text_names)
 
         def ask(items: ScatterGather) -> Answer:
             try:
@@ -90,7 +90,7 @@ class CoordinatorBackend(RetrievalBackend):
     def explain(
         self, query: Query, item_ids: Sequence[str], deadline: Deadline, most: int
     ) -> pb.ExplainResponse:
-        converters.check_texts(query.filters, self.text_names)
+        filter_messages.check_texts(query.filters, self.text_names)
         (found, state), items, missing = self._read(
             deadline, lambda items: self.retriever.explain(query, item_ids, items, deadline, most)
         )

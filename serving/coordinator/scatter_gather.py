@@ -26,7 +26,7 @@ from eddyline.schema.item_key import item_key
 from eddyline.schema.partitioning import item_shard
 from index.arrays import Keys, Vector
 from index.filters import Filter
-from index.port import Hit, IndexReader, IndexStats, Watermark
+from index.port import Hit, IndexReader, IndexStats, Term, Watermark
 from index.records import check_query
 from serving.answer.deadline import Deadline, EndsQuery
 from serving.coordinator.shards import Connection, ShardFailure, Shards
@@ -36,10 +36,12 @@ from serving.proto import shard_pb2
 from serving.proto.shard_pb2 import (
     CandidatesRequest,
     CandidatesResponse,
+    TermsRequest,
+    TermsResponse,
     VectorsRequest,
     VectorsResponse,
 )
-from serving.rpc import converters
+from serving.rpc import filter_messages
 from serving.rpc.shard_service import CHANGING, IDS_MAX
 
 # (item id, score, at_ms, written_us, offset): the fields of a Hit
@@ -77,6 +79,8 @@ class ScatterGather(IndexReader):
         self._watermarks: dict[int, dict[int, Watermark]] = {}
         self._behind: dict[int, str] = {}
         self._live = {shard.number: shard.last.index.live for shard in shards.all}
+        # Versions of the items that shards have described to this query.
+        self._offsets: dict[str, int] = {}
         # Attributes of ranges that no item has, by shard.
         self._unknown: dict[int, frozenset[str]] = {}
 
@@ -101,7 +105,10 @@ class ScatterGather(IndexReader):
             requests[number].nearest.made_of_offsets.extend(
                 self._made_of[item_id] for item_id in ids
             )
-        return _first(self._candidates(requests), k, lambda row: (-row[1], row[0]))
+        found = _first(self._candidates(requests), k, lambda row: (-row[1], row[0]))
+        # Checked: a later search of this query names what its own vector was made of since.
+        self._made_of.clear()
+        return found
 
     @override
     def newest(
@@ -144,9 +151,31 @@ class ScatterGather(IndexReader):
         return [found.get(key) for key in keys.tolist()]
 
     @override
+    def terms_of(self, item_ids: Sequence[str], names: Collection[str]) -> list[frozenset[Term]]:
+        """Items of a shard that does not answer have none. Raises DeadlinePassed."""
+        found: dict[str, set[Term]] = {}
+        attributes = sorted(names)
+        for start in range(0, len(item_ids), IDS_MAX):
+            routed = self._routed(item_ids[start : start + IDS_MAX])
+            requests = {
+                n: TermsRequest(
+                    target=self._shards.all[n].target, item_ids=ids, attributes=attributes
+                )
+                for n, ids in routed.items()
+            }
+            answers: dict[int, TermsResponse] = self._scatter(requests)
+            for number, answer in answers.items():
+                ids = routed[number]
+                for at, of, text in zip(answer.items, answer.attributes, answer.texts, strict=True):
+                    found.setdefault(ids[at], set()).add((attributes[of], text))
+        return [frozenset(found.get(item_id, ())) for item_id in item_ids]
+
+    @override
     def vectors_of(self, item_ids: Sequence[str]) -> Vector:
         """Also raises DeadlinePassed."""
         known = {} if self._fresh else self._cache.look_up(item_ids)
+        # An item that a shard has described has this version at least.
+        known = {i: e for i, e in known.items() if self._offsets.get(i, e[0]) == e[0]}
         self._made_of |= {item_id: version for item_id, (version, _) in known.items()}
         fetched = self._fetched([item_id for item_id in item_ids if item_id not in known])
         self._cache.keep({i: entry for i, entry in fetched.items() if entry[0] != CHANGING})
@@ -230,7 +259,7 @@ class ScatterGather(IndexReader):
             if filters is not None:
                 mine = () if allow is None else allow[number]
                 request.filters.CopyFrom(
-                    converters.filters_of(filters, allow=mine, deny=deny.get(number, ()))
+                    filter_messages.filters_of(filters, allow=mine, deny=deny.get(number, ()))
                 )
             requests[number] = request
         return requests
@@ -250,6 +279,7 @@ class ScatterGather(IndexReader):
             if requests[number].HasField("newest"):
                 self._live[number] = answer.live
             self._unknown[number] = frozenset(answer.unknown_attributes)
+            self._offsets.update(zip(answer.item_ids, answer.offsets, strict=True))
         self._check_ranges()
         return list(answers.values())
 
@@ -260,7 +290,7 @@ class ScatterGather(IndexReader):
         """
         if len(self._unknown) == len(self._shards.all) and any(self._live.values()):
             for name in sorted(frozenset.intersection(*self._unknown.values())):
-                raise converters.BadQuery(converters.no_such_attribute(name))
+                raise filter_messages.BadQuery(filter_messages.no_such_attribute(name))
 
     def _scatter(self, requests: Mapping[int, Any]) -> dict[int, Any]:
         """Shard -> answer; a shard that gives none is missing for the rest of the query."""

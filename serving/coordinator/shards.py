@@ -47,6 +47,9 @@ _REASONS = {
 }
 
 
+ShardRequest = shard_pb2.VectorsRequest | shard_pb2.CandidatesRequest | shard_pb2.TermsRequest
+
+
 class ShardFailure(NamedTuple):
     """Why a shard gave no answer: the reason as in `MissingShard`, and one sentence."""
 
@@ -107,19 +110,16 @@ class Connection:
         """Why queries leave it out; None if they call it."""
         return self._failure
 
-    def call(
-        self, request: shard_pb2.VectorsRequest | shard_pb2.CandidatesRequest, until: float
-    ) -> Any:
+    def call(self, request: ShardRequest, until: float) -> Any:
         """The answer; until: monotonic time limit. Raises grpc.RpcError, TimeoutError."""
         timeout_s = until - time.monotonic()
         if timeout_s <= 0:
             raise TimeoutError
-        call = (
-            self._stub.Vectors
-            if isinstance(request, shard_pb2.VectorsRequest)
-            else self._stub.Candidates
-        )
-        return call(request, timeout=timeout_s)
+        if isinstance(request, shard_pb2.VectorsRequest):
+            return self._stub.Vectors(request, timeout=timeout_s)
+        if isinstance(request, shard_pb2.TermsRequest):
+            return self._stub.Terms(request, timeout=timeout_s)
+        return self._stub.Candidates(request, timeout=timeout_s)
 
     def answered(self) -> None:
         """Note that a query's call was answered."""

@@ -16,7 +16,7 @@ class After(_message.Message):
     def __init__(self, partition: _Optional[int] = ..., offset: _Optional[int] = ..., wait_ms: _Optional[int] = ...) -> None: ...
 
 class RetrieveRequest(_message.Message):
-    __slots__ = ("user_id", "k", "after", "with_cards", "filters", "popularity_beta", "scene", "arm", "session")
+    __slots__ = ("user_id", "k", "after", "with_cards", "filters", "popularity_beta", "scene", "arm", "session", "limits", "diversity", "cursor")
     USER_ID_FIELD_NUMBER: _ClassVar[int]
     K_FIELD_NUMBER: _ClassVar[int]
     AFTER_FIELD_NUMBER: _ClassVar[int]
@@ -26,6 +26,9 @@ class RetrieveRequest(_message.Message):
     SCENE_FIELD_NUMBER: _ClassVar[int]
     ARM_FIELD_NUMBER: _ClassVar[int]
     SESSION_FIELD_NUMBER: _ClassVar[int]
+    LIMITS_FIELD_NUMBER: _ClassVar[int]
+    DIVERSITY_FIELD_NUMBER: _ClassVar[int]
+    CURSOR_FIELD_NUMBER: _ClassVar[int]
     user_id: str
     k: int
     after: After
@@ -35,7 +38,18 @@ class RetrieveRequest(_message.Message):
     scene: str
     arm: str
     session: _containers.RepeatedCompositeFieldContainer[SessionEvent]
-    def __init__(self, user_id: _Optional[str] = ..., k: _Optional[int] = ..., after: _Optional[_Union[After, _Mapping]] = ..., with_cards: bool = ..., filters: _Optional[_Union[Filters, _Mapping]] = ..., popularity_beta: _Optional[float] = ..., scene: _Optional[str] = ..., arm: _Optional[str] = ..., session: _Optional[_Iterable[_Union[SessionEvent, _Mapping]]] = ...) -> None: ...
+    limits: _containers.RepeatedCompositeFieldContainer[AttributeLimit]
+    diversity: float
+    cursor: str
+    def __init__(self, user_id: _Optional[str] = ..., k: _Optional[int] = ..., after: _Optional[_Union[After, _Mapping]] = ..., with_cards: bool = ..., filters: _Optional[_Union[Filters, _Mapping]] = ..., popularity_beta: _Optional[float] = ..., scene: _Optional[str] = ..., arm: _Optional[str] = ..., session: _Optional[_Iterable[_Union[SessionEvent, _Mapping]]] = ..., limits: _Optional[_Iterable[_Union[AttributeLimit, _Mapping]]] = ..., diversity: _Optional[float] = ..., cursor: _Optional[str] = ...) -> None: ...
+
+class AttributeLimit(_message.Message):
+    __slots__ = ("attribute", "most")
+    ATTRIBUTE_FIELD_NUMBER: _ClassVar[int]
+    MOST_FIELD_NUMBER: _ClassVar[int]
+    attribute: str
+    most: int
+    def __init__(self, attribute: _Optional[str] = ..., most: _Optional[int] = ...) -> None: ...
 
 class SessionEvent(_message.Message):
     __slots__ = ("item_id", "kind")
@@ -92,7 +106,7 @@ class ExplainResponse(_message.Message):
     def __init__(self, items: _Optional[_Iterable[_Union[ExplainedItem, _Mapping]]] = ..., freshness: _Optional[_Union[Freshness, _Mapping]] = ..., missing: _Optional[_Iterable[str]] = ..., shards: _Optional[_Union[Shards, _Mapping]] = ...) -> None: ...
 
 class ExplainedItem(_message.Message):
-    __slots__ = ("item_id", "in_answer", "rank", "why", "live", "age_ms", "paths", "fused_score")
+    __slots__ = ("item_id", "in_answer", "rank", "why", "live", "age_ms", "paths", "fused_score", "rules")
     ITEM_ID_FIELD_NUMBER: _ClassVar[int]
     IN_ANSWER_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
@@ -101,6 +115,7 @@ class ExplainedItem(_message.Message):
     AGE_MS_FIELD_NUMBER: _ClassVar[int]
     PATHS_FIELD_NUMBER: _ClassVar[int]
     FUSED_SCORE_FIELD_NUMBER: _ClassVar[int]
+    RULES_FIELD_NUMBER: _ClassVar[int]
     item_id: str
     in_answer: bool
     rank: int
@@ -109,7 +124,8 @@ class ExplainedItem(_message.Message):
     age_ms: int
     paths: _containers.RepeatedCompositeFieldContainer[ExplainedPath]
     fused_score: float
-    def __init__(self, item_id: _Optional[str] = ..., in_answer: bool = ..., rank: _Optional[int] = ..., why: _Optional[str] = ..., live: bool = ..., age_ms: _Optional[int] = ..., paths: _Optional[_Iterable[_Union[ExplainedPath, _Mapping]]] = ..., fused_score: _Optional[float] = ...) -> None: ...
+    rules: _containers.RepeatedCompositeFieldContainer[ItemRule]
+    def __init__(self, item_id: _Optional[str] = ..., in_answer: bool = ..., rank: _Optional[int] = ..., why: _Optional[str] = ..., live: bool = ..., age_ms: _Optional[int] = ..., paths: _Optional[_Iterable[_Union[ExplainedPath, _Mapping]]] = ..., fused_score: _Optional[float] = ..., rules: _Optional[_Iterable[_Union[ItemRule, _Mapping]]] = ...) -> None: ...
 
 class ExplainedPath(_message.Message):
     __slots__ = ("path", "rank", "returned", "score", "why", "share")
@@ -170,7 +186,7 @@ class Range(_message.Message):
     def __init__(self, attribute: _Optional[str] = ..., min: _Optional[float] = ..., max: _Optional[float] = ...) -> None: ...
 
 class RetrieveResponse(_message.Message):
-    __slots__ = ("items", "freshness", "paths", "missing", "short_because", "shards", "impression_id")
+    __slots__ = ("items", "freshness", "paths", "missing", "short_because", "shards", "impression_id", "next_cursor", "generation_changed", "rules_version", "filled")
     ITEMS_FIELD_NUMBER: _ClassVar[int]
     FRESHNESS_FIELD_NUMBER: _ClassVar[int]
     PATHS_FIELD_NUMBER: _ClassVar[int]
@@ -178,6 +194,10 @@ class RetrieveResponse(_message.Message):
     SHORT_BECAUSE_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
     IMPRESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    NEXT_CURSOR_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_CHANGED_FIELD_NUMBER: _ClassVar[int]
+    RULES_VERSION_FIELD_NUMBER: _ClassVar[int]
+    FILLED_FIELD_NUMBER: _ClassVar[int]
     items: _containers.RepeatedCompositeFieldContainer[RetrievedItem]
     freshness: Freshness
     paths: _containers.RepeatedCompositeFieldContainer[PathSummary]
@@ -185,7 +205,11 @@ class RetrieveResponse(_message.Message):
     short_because: str
     shards: Shards
     impression_id: str
-    def __init__(self, items: _Optional[_Iterable[_Union[RetrievedItem, _Mapping]]] = ..., freshness: _Optional[_Union[Freshness, _Mapping]] = ..., paths: _Optional[_Iterable[_Union[PathSummary, _Mapping]]] = ..., missing: _Optional[_Iterable[str]] = ..., short_because: _Optional[str] = ..., shards: _Optional[_Union[Shards, _Mapping]] = ..., impression_id: _Optional[str] = ...) -> None: ...
+    next_cursor: str
+    generation_changed: bool
+    rules_version: str
+    filled: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, items: _Optional[_Iterable[_Union[RetrievedItem, _Mapping]]] = ..., freshness: _Optional[_Union[Freshness, _Mapping]] = ..., paths: _Optional[_Iterable[_Union[PathSummary, _Mapping]]] = ..., missing: _Optional[_Iterable[str]] = ..., short_because: _Optional[str] = ..., shards: _Optional[_Union[Shards, _Mapping]] = ..., impression_id: _Optional[str] = ..., next_cursor: _Optional[str] = ..., generation_changed: bool = ..., rules_version: _Optional[str] = ..., filled: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Shards(_message.Message):
     __slots__ = ("count", "asked", "answered", "missing")
@@ -212,7 +236,7 @@ class MissingShard(_message.Message):
     def __init__(self, shard: _Optional[int] = ..., address: _Optional[str] = ..., reason: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class RetrievedItem(_message.Message):
-    __slots__ = ("item_id", "score", "rank", "path", "path_rank", "generation", "age_ms", "card", "paths", "fused_score")
+    __slots__ = ("item_id", "score", "rank", "path", "path_rank", "generation", "age_ms", "card", "paths", "fused_score", "rules")
     ITEM_ID_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
@@ -223,6 +247,7 @@ class RetrievedItem(_message.Message):
     CARD_FIELD_NUMBER: _ClassVar[int]
     PATHS_FIELD_NUMBER: _ClassVar[int]
     FUSED_SCORE_FIELD_NUMBER: _ClassVar[int]
+    RULES_FIELD_NUMBER: _ClassVar[int]
     item_id: str
     score: float
     rank: int
@@ -233,7 +258,16 @@ class RetrievedItem(_message.Message):
     card: Card
     paths: _containers.RepeatedCompositeFieldContainer[ItemPath]
     fused_score: float
-    def __init__(self, item_id: _Optional[str] = ..., score: _Optional[float] = ..., rank: _Optional[int] = ..., path: _Optional[str] = ..., path_rank: _Optional[int] = ..., generation: _Optional[str] = ..., age_ms: _Optional[int] = ..., card: _Optional[_Union[Card, _Mapping]] = ..., paths: _Optional[_Iterable[_Union[ItemPath, _Mapping]]] = ..., fused_score: _Optional[float] = ...) -> None: ...
+    rules: _containers.RepeatedCompositeFieldContainer[ItemRule]
+    def __init__(self, item_id: _Optional[str] = ..., score: _Optional[float] = ..., rank: _Optional[int] = ..., path: _Optional[str] = ..., path_rank: _Optional[int] = ..., generation: _Optional[str] = ..., age_ms: _Optional[int] = ..., card: _Optional[_Union[Card, _Mapping]] = ..., paths: _Optional[_Iterable[_Union[ItemPath, _Mapping]]] = ..., fused_score: _Optional[float] = ..., rules: _Optional[_Iterable[_Union[ItemRule, _Mapping]]] = ...) -> None: ...
+
+class ItemRule(_message.Message):
+    __slots__ = ("kind", "name")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    name: str
+    def __init__(self, kind: _Optional[str] = ..., name: _Optional[str] = ...) -> None: ...
 
 class ItemPath(_message.Message):
     __slots__ = ("path", "rank", "score", "share")
@@ -348,7 +382,14 @@ class StatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatsResponse(_message.Message):
-    __slots__ = ("generation", "ready", "started_ms", "queries", "queries_failed", "index", "watermarks", "tail", "popular", "missing", "shard", "shards", "held")
+    __slots__ = ("generation", "ready", "started_ms", "queries", "queries_failed", "index", "watermarks", "tail", "popular", "missing", "shard", "shards", "held", "rules_version", "rule_items")
+    class RuleItemsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     STARTED_MS_FIELD_NUMBER: _ClassVar[int]
@@ -362,6 +403,8 @@ class StatsResponse(_message.Message):
     SHARD_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
+    RULES_VERSION_FIELD_NUMBER: _ClassVar[int]
+    RULE_ITEMS_FIELD_NUMBER: _ClassVar[int]
     generation: str
     ready: bool
     started_ms: int
@@ -375,7 +418,9 @@ class StatsResponse(_message.Message):
     shard: int
     shards: int
     held: _containers.RepeatedCompositeFieldContainer[ShardStatus]
-    def __init__(self, generation: _Optional[str] = ..., ready: bool = ..., started_ms: _Optional[int] = ..., queries: _Optional[int] = ..., queries_failed: _Optional[int] = ..., index: _Optional[_Union[IndexSizes, _Mapping]] = ..., watermarks: _Optional[_Iterable[_Union[IndexWatermark, _Mapping]]] = ..., tail: _Optional[_Union[TailStatus, _Mapping]] = ..., popular: _Optional[_Union[PopularStatus, _Mapping]] = ..., missing: _Optional[_Iterable[str]] = ..., shard: _Optional[int] = ..., shards: _Optional[int] = ..., held: _Optional[_Iterable[_Union[ShardStatus, _Mapping]]] = ...) -> None: ...
+    rules_version: str
+    rule_items: _containers.ScalarMap[str, int]
+    def __init__(self, generation: _Optional[str] = ..., ready: bool = ..., started_ms: _Optional[int] = ..., queries: _Optional[int] = ..., queries_failed: _Optional[int] = ..., index: _Optional[_Union[IndexSizes, _Mapping]] = ..., watermarks: _Optional[_Iterable[_Union[IndexWatermark, _Mapping]]] = ..., tail: _Optional[_Union[TailStatus, _Mapping]] = ..., popular: _Optional[_Union[PopularStatus, _Mapping]] = ..., missing: _Optional[_Iterable[str]] = ..., shard: _Optional[int] = ..., shards: _Optional[int] = ..., held: _Optional[_Iterable[_Union[ShardStatus, _Mapping]]] = ..., rules_version: _Optional[str] = ..., rule_items: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class ShardStatus(_message.Message):
     __slots__ = ("shard", "address", "answers", "reason", "detail", "generation", "live", "lag_records", "misses")

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from serving.proto import retrieval_pb2 as serving_dot_proto_dot_retrieval__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19serving/proto/shard.proto\x12\x11\x65\x64\x64yline.shard.v1\x1a\x1dserving/proto/retrieval.proto\";\n\x06Target\x12\x12\n\ngeneration\x18\x01 \x01(\t\x12\r\n\x05shard\x18\x02 \x01(\x05\x12\x0e\n\x06shards\x18\x03 \x01(\x05\"S\n\x0eVectorsRequest\x12)\n\x06target\x18\x01 \x01(\x0b\x32\x19.eddyline.shard.v1.Target\x12\x10\n\x08item_ids\x18\x02 \x03(\tJ\x04\x08\x03\x10\x10\"H\n\x0fVectorsResponse\x12\r\n\x05\x66ound\x18\x01 \x03(\x05\x12\x0f\n\x07vectors\x18\x02 \x01(\x0c\x12\x0f\n\x07offsets\x18\x03 \x03(\x03J\x04\x08\x04\x10\x10\"\xc2\x02\n\x11\x43\x61ndidatesRequest\x12)\n\x06target\x18\x01 \x01(\x0b\x32\x19.eddyline.shard.v1.Target\x12-\n\x07nearest\x18\x02 \x01(\x0b\x32\x1a.eddyline.shard.v1.NearestH\x00\x12)\n\x05named\x18\x03 \x01(\x0b\x32\x18.eddyline.shard.v1.NamedH\x00\x12+\n\x06newest\x18\x04 \x01(\x0b\x32\x19.eddyline.shard.v1.NewestH\x00\x12)\n\x05keyed\x18\x07 \x01(\x0b\x32\x18.eddyline.shard.v1.KeyedH\x00\x12/\n\x07\x66ilters\x18\x05 \x01(\x0b\x32\x1e.eddyline.retrieval.v1.Filters\x12\x0f\n\x07\x65xclude\x18\x06 \x03(\tB\x08\n\x06wantedJ\x04\x08\x08\x10\x10\"N\n\x07Nearest\x12\x0e\n\x06vector\x18\x01 \x01(\x0c\x12\t\n\x01k\x18\x02 \x01(\x05\x12\x0f\n\x07made_of\x18\x03 \x03(\t\x12\x17\n\x0fmade_of_offsets\x18\x04 \x03(\x03\"\x19\n\x05Named\x12\x10\n\x08item_ids\x18\x01 \x03(\t\"\x15\n\x05Keyed\x12\x0c\n\x04keys\x18\x01 \x03(\x06\"\x13\n\x06Newest\x12\t\n\x01k\x18\x01 \x01(\x05\"\xf4\x01\n\x12\x43\x61ndidatesResponse\x12\x10\n\x08item_ids\x18\x01 \x03(\t\x12\x0e\n\x06scores\x18\x02 \x03(\x01\x12\r\n\x05\x61t_ms\x18\x03 \x03(\x03\x12\x12\n\nwritten_us\x18\x04 \x03(\x03\x12\x0f\n\x07offsets\x18\x05 \x03(\x03\x12\x39\n\nwatermarks\x18\x06 \x03(\x0b\x32%.eddyline.retrieval.v1.IndexWatermark\x12\x0c\n\x04live\x18\x07 \x01(\x03\x12\x0e\n\x06\x62\x65hind\x18\x08 \x01(\t\x12\r\n\x05stale\x18\t \x01(\x08\x12\x1a\n\x12unknown_attributes\x18\n \x03(\tJ\x04\x08\x0b\x10\x10\x32\xb4\x01\n\x05Shard\x12P\n\x07Vectors\x12!.eddyline.shard.v1.VectorsRequest\x1a\".eddyline.shard.v1.VectorsResponse\x12Y\n\nCandidates\x12$.eddyline.shard.v1.CandidatesRequest\x1a%.eddyline.shard.v1.CandidatesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19serving/proto/shard.proto\x12\x11\x65\x64\x64yline.shard.v1\x1a\x1dserving/proto/retrieval.proto\";\n\x06Target\x12\x12\n\ngeneration\x18\x01 \x01(\t\x12\r\n\x05shard\x18\x02 \x01(\x05\x12\x0e\n\x06shards\x18\x03 \x01(\x05\"S\n\x0eVectorsRequest\x12)\n\x06target\x18\x01 \x01(\x0b\x32\x19.eddyline.shard.v1.Target\x12\x10\n\x08item_ids\x18\x02 \x03(\tJ\x04\x08\x03\x10\x10\"H\n\x0fVectorsResponse\x12\r\n\x05\x66ound\x18\x01 \x03(\x05\x12\x0f\n\x07vectors\x18\x02 \x01(\x0c\x12\x0f\n\x07offsets\x18\x03 \x03(\x03J\x04\x08\x04\x10\x10\"e\n\x0cTermsRequest\x12)\n\x06target\x18\x01 \x01(\x0b\x32\x19.eddyline.shard.v1.Target\x12\x10\n\x08item_ids\x18\x02 \x03(\t\x12\x12\n\nattributes\x18\x03 \x03(\tJ\x04\x08\x04\x10\x10\"G\n\rTermsResponse\x12\r\n\x05items\x18\x01 \x03(\x05\x12\x12\n\nattributes\x18\x02 \x03(\x05\x12\r\n\x05texts\x18\x03 \x03(\tJ\x04\x08\x04\x10\x10\"\xc2\x02\n\x11\x43\x61ndidatesRequest\x12)\n\x06target\x18\x01 \x01(\x0b\x32\x19.eddyline.shard.v1.Target\x12-\n\x07nearest\x18\x02 \x01(\x0b\x32\x1a.eddyline.shard.v1.NearestH\x00\x12)\n\x05named\x18\x03 \x01(\x0b\x32\x18.eddyline.shard.v1.NamedH\x00\x12+\n\x06newest\x18\x04 \x01(\x0b\x32\x19.eddyline.shard.v1.NewestH\x00\x12)\n\x05keyed\x18\x07 \x01(\x0b\x32\x18.eddyline.shard.v1.KeyedH\x00\x12/\n\x07\x66ilters\x18\x05 \x01(\x0b\x32\x1e.eddyline.retrieval.v1.Filters\x12\x0f\n\x07\x65xclude\x18\x06 \x03(\tB\x08\n\x06wantedJ\x04\x08\x08\x10\x10\"N\n\x07Nearest\x12\x0e\n\x06vector\x18\x01 \x01(\x0c\x12\t\n\x01k\x18\x02 \x01(\x05\x12\x0f\n\x07made_of\x18\x03 \x03(\t\x12\x17\n\x0fmade_of_offsets\x18\x04 \x03(\x03\"\x19\n\x05Named\x12\x10\n\x08item_ids\x18\x01 \x03(\t\"\x15\n\x05Keyed\x12\x0c\n\x04keys\x18\x01 \x03(\x06\"\x13\n\x06Newest\x12\t\n\x01k\x18\x01 \x01(\x05\"\xf4\x01\n\x12\x43\x61ndidatesResponse\x12\x10\n\x08item_ids\x18\x01 \x03(\t\x12\x0e\n\x06scores\x18\x02 \x03(\x01\x12\r\n\x05\x61t_ms\x18\x03 \x03(\x03\x12\x12\n\nwritten_us\x18\x04 \x03(\x03\x12\x0f\n\x07offsets\x18\x05 \x03(\x03\x12\x39\n\nwatermarks\x18\x06 \x03(\x0b\x32%.eddyline.retrieval.v1.IndexWatermark\x12\x0c\n\x04live\x18\x07 \x01(\x03\x12\x0e\n\x06\x62\x65hind\x18\x08 \x01(\t\x12\r\n\x05stale\x18\t \x01(\x08\x12\x1a\n\x12unknown_attributes\x18\n \x03(\tJ\x04\x08\x0b\x10\x10\x32\x80\x02\n\x05Shard\x12P\n\x07Vectors\x12!.eddyline.shard.v1.VectorsRequest\x1a\".eddyline.shard.v1.VectorsResponse\x12Y\n\nCandidates\x12$.eddyline.shard.v1.CandidatesRequest\x1a%.eddyline.shard.v1.CandidatesResponse\x12J\n\x05Terms\x12\x1f.eddyline.shard.v1.TermsRequest\x1a .eddyline.shard.v1.TermsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,18 +38,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_VECTORSREQUEST']._serialized_end=223
   _globals['_VECTORSRESPONSE']._serialized_start=225
   _globals['_VECTORSRESPONSE']._serialized_end=297
-  _globals['_CANDIDATESREQUEST']._serialized_start=300
-  _globals['_CANDIDATESREQUEST']._serialized_end=622
-  _globals['_NEAREST']._serialized_start=624
-  _globals['_NEAREST']._serialized_end=702
-  _globals['_NAMED']._serialized_start=704
-  _globals['_NAMED']._serialized_end=729
-  _globals['_KEYED']._serialized_start=731
-  _globals['_KEYED']._serialized_end=752
-  _globals['_NEWEST']._serialized_start=754
-  _globals['_NEWEST']._serialized_end=773
-  _globals['_CANDIDATESRESPONSE']._serialized_start=776
-  _globals['_CANDIDATESRESPONSE']._serialized_end=1020
-  _globals['_SHARD']._serialized_start=1023
-  _globals['_SHARD']._serialized_end=1203
+  _globals['_TERMSREQUEST']._serialized_start=299
+  _globals['_TERMSREQUEST']._serialized_end=400
+  _globals['_TERMSRESPONSE']._serialized_start=402
+  _globals['_TERMSRESPONSE']._serialized_end=473
+  _globals['_CANDIDATESREQUEST']._serialized_start=476
+  _globals['_CANDIDATESREQUEST']._serialized_end=798
+  _globals['_NEAREST']._serialized_start=800
+  _globals['_NEAREST']._serialized_end=878
+  _globals['_NAMED']._serialized_start=880
+  _globals['_NAMED']._serialized_end=905
+  _globals['_KEYED']._serialized_start=907
+  _globals['_KEYED']._serialized_end=928
+  _globals['_NEWEST']._serialized_start=930
+  _globals['_NEWEST']._serialized_end=949
+  _globals['_CANDIDATESRESPONSE']._serialized_start=952
+  _globals['_CANDIDATESRESPONSE']._serialized_end=1196
+  _globals['_SHARD']._serialized_start=1199
+  _globals['_SHARD']._serialized_end=1455
 # @@protoc_insertion_point(module_scope)

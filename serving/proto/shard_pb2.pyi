@@ -34,6 +34,26 @@ class VectorsResponse(_message.Message):
     offsets: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, found: _Optional[_Iterable[int]] = ..., vectors: _Optional[bytes] = ..., offsets: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class TermsRequest(_message.Message):
+    __slots__ = ("target", "item_ids", "attributes")
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    ITEM_IDS_FIELD_NUMBER: _ClassVar[int]
+    ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
+    target: Target
+    item_ids: _containers.RepeatedScalarFieldContainer[str]
+    attributes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, target: _Optional[_Union[Target, _Mapping]] = ..., item_ids: _Optional[_Iterable[str]] = ..., attributes: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class TermsResponse(_message.Message):
+    __slots__ = ("items", "attributes", "texts")
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
+    TEXTS_FIELD_NUMBER: _ClassVar[int]
+    items: _containers.RepeatedScalarFieldContainer[int]
+    attributes: _containers.RepeatedScalarFieldContainer[int]
+    texts: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, items: _Optional[_Iterable[int]] = ..., attributes: _Optional[_Iterable[int]] = ..., texts: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class CandidatesRequest(_message.Message):
     __slots__ = ("target", "nearest", "named", "newest", "keyed", "filters", "exclude")
     TARGET_FIELD_NUMBER: _ClassVar[int]

@@ -44,6 +44,11 @@ class ShardStub(object):
                 request_serializer=serving_dot_proto_dot_shard__pb2.CandidatesRequest.SerializeToString,
                 response_deserializer=serving_dot_proto_dot_shard__pb2.CandidatesResponse.FromString,
                 _registered_method=True)
+        self.Terms = channel.unary_unary(
+                '/eddyline.shard.v1.Shard/Terms',
+                request_serializer=serving_dot_proto_dot_shard__pb2.TermsRequest.SerializeToString,
+                response_deserializer=serving_dot_proto_dot_shard__pb2.TermsResponse.FromString,
+                _registered_method=True)
 
 
 class ShardServicer(object):
@@ -63,6 +68,13 @@ class ShardServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Terms(self, request, context):
+        """What some items have of some attributes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ShardServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -75,6 +87,11 @@ def add_ShardServicer_to_server(servicer, server):
                     servicer.Candidates,
                     request_deserializer=serving_dot_proto_dot_shard__pb2.CandidatesRequest.FromString,
                     response_serializer=serving_dot_proto_dot_shard__pb2.CandidatesResponse.SerializeToString,
+            ),
+            'Terms': grpc.unary_unary_rpc_method_handler(
+                    servicer.Terms,
+                    request_deserializer=serving_dot_proto_dot_shard__pb2.TermsRequest.FromString,
+                    response_serializer=serving_dot_proto_dot_shard__pb2.TermsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -131,6 +148,33 @@ class Shard(object):
             '/eddyline.shard.v1.Shard/Candidates',
             serving_dot_proto_dot_shard__pb2.CandidatesRequest.SerializeToString,
             serving_dot_proto_dot_shard__pb2.CandidatesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Terms(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/eddyline.shard.v1.Shard/Terms',
+            serving_dot_proto_dot_shard__pb2.TermsRequest.SerializeToString,
+            serving_dot_proto_dot_shard__pb2.TermsResponse.FromString,
             options,
             channel_credentials,
             insecure,

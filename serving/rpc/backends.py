@@ -17,7 +17,7 @@ from serving.answer.deadline import Deadline
 from serving.answer.impressions import Impressions
 from serving.answer.retriever import Answer, NearestQuery, Query, Retriever
 from serving.proto import retrieval_pb2 as pb
-from serving.rpc import converters
+from serving.rpc import converters, filter_messages
 from serving.rpc.explanations import explanation_of
 from serving.sharding import ShardAssignment
 from serving.worker.log_watch import LogWatch
@@ -84,8 +84,8 @@ class LocalIndex:
 
     def check_filters(self, filters: Filter | None) -> None:
         """Raise BadQuery if a filter names an attribute that the index does not know."""
-        converters.check_texts(filters, self.index.text_names())
-        converters.check_ranges(filters, self.index)
+        filter_messages.check_texts(filters, self.index.text_names())
+        filter_messages.check_ranges(filters, self.index)
 
     def missing(self) -> str:
         """Why the index may lack changes of items; "" if it has all."""
@@ -112,6 +112,8 @@ def fill_retriever_stats(response: pb.StatsResponse, retriever: Retriever) -> No
     """Fill in the popular list's state, and what the retriever lacks."""
     response.popular.items = len(retriever.popularity.ranked)
     response.popular.age_ms = retriever.popularity.age_ms()
+    response.rules_version = retriever.rules.version
+    response.rule_items.update(retriever.rules.counts())
     response.missing.extend(retriever.missing())
 
 

@@ -7,7 +7,7 @@ with Client("127.0.0.1:50051") as client:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -71,6 +71,9 @@ class Client:
         session: Iterable[str | tuple[str, str]] = (),
         scene: str = "",
         arm: str = "",
+        limits: Mapping[str, int] | None = None,
+        diversity: float | None = None,
+        cursor: str | None = None,
         timeout_s: float = 5.0,
     ) -> pb.RetrieveResponse:
         """The answer. Raises CallFailed.
@@ -82,6 +85,9 @@ class Client:
         popularity_beta: strength of the popularity correction; None: the worker's setting
         session:   items of this visit, newest first, or (item, kind); they are not stored
         scene, arm: labels for the record of the answer, see retrieval.proto
+        limits:    attribute -> most items of each of its values; None: the worker's setting
+        diversity: 0 … 1; None: the worker's setting
+        cursor:    "" for the first page, then `next_cursor` of the page before; None: no pages
         timeout_s: the deadline of the call
         """
         request = pb.RetrieveRequest(
@@ -93,6 +99,9 @@ class Client:
             session=_session(session),
             scene=scene,
             arm=arm,
+            limits=_limits(limits),
+            diversity=diversity,
+            cursor=cursor,
         )
         if after is not None:
             request.after.CopyFrom(pb.After(partition=after[0], offset=after[1], wait_ms=wait_ms))
@@ -141,6 +150,10 @@ class Client:
         filters: pb.Filters | None = None,
         popularity_beta: float | None = None,
         session: Iterable[str | tuple[str, str]] = (),
+        scene: str = "",
+        limits: Mapping[str, int] | None = None,
+        diversity: float | None = None,
+        cursor: str | None = None,
         timeout_s: float = 5.0,
     ) -> pb.ExplainResponse:
         """Why items are, or are not, in the answer of `retrieve`. Raises CallFailed."""
@@ -150,6 +163,10 @@ class Client:
             filters=filters,
             popularity_beta=popularity_beta,
             session=_session(session),
+            scene=scene,
+            limits=_limits(limits),
+            diversity=diversity,
+            cursor=cursor,
         )
         request = pb.ExplainRequest(request=query, item_ids=item_ids)
         response: pb.ExplainResponse = self._call(self._stub.Explain, request, timeout_s)
@@ -193,6 +210,11 @@ class Client:
 def _session(events: Iterable[str | tuple[str, str]]) -> list[pb.SessionEvent]:
     pairs = ((one, "") if isinstance(one, str) else one for one in events)
     return [pb.SessionEvent(item_id=item, kind=kind) for item, kind in pairs]
+
+
+def _limits(limits: Mapping[str, int] | None) -> list[pb.AttributeLimit]:
+    pairs = (limits or {}).items()
+    return [pb.AttributeLimit(attribute=name, most=most) for name, most in pairs]
 
 
 def is_ready(address: str) -> bool:

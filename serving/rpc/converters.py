@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from eddyline.errors import EddylineError, Rejected
+from eddyline.errors import Rejected
 from eddyline.schema.answers import LABEL_BYTES_MAX
-from eddyline.schema.events import ID_BYTES_MAX, KINDS, Item, id_in_form, quote
-from eddyline.schema.id_form import IdForm, in_form, normal
+from eddyline.schema.events import ID_BYTES_MAX, KINDS, LISTS, Item, id_in_form, quote
+from eddyline.schema.id_form import in_form
 from eddyline.schema.partitioning import partition_of
 from eddyline.schema.user_history import Entry
+from eddyline.settings.answers import LIMITS_MAX, MOST_MAX
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import UserState
-from index.filters import LIST_IDS_MAX, RANGES_MAX, TERMS_MAX, TEXT_VALUES_MAX, Filter, Range
+from index.filters import Filter
 from index.port import IndexReader, IndexStats
-from serving.answer.deadline import EndsQuery
 from serving.answer.retriever import Answer, NearestQuery, Query
 from serving.answer.user_reader import AfterToken
 from serving.proto import retrieval_pb2 as pb
+from serving.rpc.filter_messages import BadQuery, check_count, check_text_names, filter_of
+from serving.rules import cursor
+from serving.rules.cursor import Cursor, CursorRejected
+from serving.rules.limits import Limit
 from serving.worker.replica import TailState
 
 # gRPC's clients refuse a response above 4 MiB unless they are told otherwise.
 ANSWER_BYTES_MAX = 4_000_000
 # Fewer items than these always fit without cards: an item with the longest id and generation has
-# less than 600 bytes, and 400 more for the paths that returned it.
-ITEMS_THAT_FIT = 4_000
-# The near names of an unknown attribute are looked for among so many.
-NAMES_COMPARED = 256
+# less than 600 bytes, and 400 more for the paths that returned it, and 800 for its rules.
+ITEMS_THAT_FIT = 2_000
 # Inner products of unit vectors end at 1; beyond this, popularity alone decides.
 BETA_MAX = 10.0
 # Items whose middle a search of similar ones begins at.
@@ -40,12 +40,7 @@ SIMILAR_TO_MAX = 100
 EXPLAINED_MAX = 20
 # As many as a user's list has by default.
 SESSION_EVENTS_MAX = 100
-_ID_LISTS = ("allow", "deny")
 _KINDS = {kind: number for number, kind in enumerate(KINDS)}
-
-
-class BadQuery(EddylineError, EndsQuery):
-    """A field of a request is out of its limits; the message names field, value and limit."""
 
 
 def query_of(request: pb.RetrieveRequest, settings: Settings) -> Query:
@@ -82,7 +77,47 @@ def query_of(request: pb.RetrieveRequest, settings: Settings) -> Query:
         session,
         _label_of("scene", request.scene),
         _label_of("arm", request.arm),
+        _limits_of(request, settings),
+        _diversity_of(request, settings),
+        _cursor_of(request, user_id, settings),
     )
+
+
+def _limits_of(request: pb.RetrieveRequest, settings: Settings) -> Sequence[Limit]:
+    if not request.limits and not settings.answer_limits:
+        return ()
+    if not request.limits:
+        return [Limit(*pair) for pair in settings.answer_limit_of.items()]
+    if len(request.limits) > LIMITS_MAX:
+        raise BadQuery(f"limits: {len(request.limits)} values, allowed are 0 … {LIMITS_MAX}")
+    found: dict[str, int] = {}
+    for one in request.limits:
+        check_count("limits.attribute", [one.attribute], 1, 1)
+        name = in_form(one.attribute, settings.id_form)
+        if name in found:
+            raise BadQuery(f"limits: {quote(name)} is given twice")
+        if not 0 <= one.most <= MOST_MAX:
+            raise BadQuery(f"limits.most: {one.most}, allowed are 0 … {MOST_MAX}")
+        found[name] = one.most
+    check_text_names("limits", set(found) - set(LISTS), settings.filter_text_names)
+    return [Limit(name, most) for name, most in found.items() if most]
+
+
+def _diversity_of(request: pb.RetrieveRequest, settings: Settings) -> float:
+    if not request.HasField("diversity"):
+        return settings.diversity
+    if not 0 <= request.diversity <= 1:
+        raise BadQuery(f"diversity: {request.diversity}, allowed are 0 … 1")
+    return request.diversity
+
+
+def _cursor_of(request: pb.RetrieveRequest, user_id: str, settings: Settings) -> Cursor | None:
+    if not request.HasField("cursor"):
+        return None
+    try:
+        return cursor.decode(request.cursor, user_id, settings.cursor_s_max)
+    except CursorRejected as error:
+        raise BadQuery(f"cursor: {error}") from None
 
 
 def _label_of(name: str, text: str) -> str:
@@ -178,137 +213,6 @@ def _check_k(k: int, settings: Settings) -> None:
         raise BadQuery(f"k: {k}, allowed are 1 … {settings.k_max}")
 
 
-def filter_of(filters: pb.Filters, id_form: IdForm) -> Filter | None:
-    """The filter, checked, its ids and labels in this form; None if it has no part.
-
-    Raises BadQuery.
-    """
-
-    def own(texts: Iterable[str]) -> frozenset[str]:
-        return frozenset(in_form(text, id_form) for text in texts)
-
-    for name in ("categories", "tags", "tags_all", "categories_none", "tags_none", *_ID_LISTS):
-        most = LIST_IDS_MAX if name in _ID_LISTS else TERMS_MAX
-        _check_texts(f"filters.{name}", getattr(filters, name), 0, most)
-    if len(filters.ranges) > RANGES_MAX:
-        raise BadQuery(
-            f"filters.ranges: {len(filters.ranges)} values, allowed are 0 … {RANGES_MAX}"
-        )
-    ranges: dict[str, Range] = {}
-    for one in filters.ranges:
-        name, between = _range_of(one)
-        name = in_form(name, id_form)
-        if name in ranges:
-            raise BadQuery(f"filters.ranges: {quote(name)} is given twice")
-        ranges[name] = between
-    found = Filter(
-        categories=own(filters.categories),
-        tags=own(filters.tags),
-        tags_all=own(filters.tags_all),
-        texts=_texts_of("filters.texts", filters.texts, id_form),
-        categories_none=own(filters.categories_none),
-        tags_none=own(filters.tags_none),
-        texts_none=_texts_of("filters.texts_none", filters.texts_none, id_form),
-        ranges=ranges,
-        allow=own(filters.allow) if filters.allow else None,
-        deny=own(filters.deny),
-    )
-    return None if found == Filter() else found
-
-
-def filters_of(filters: Filter, *, allow: Collection[str], deny: Collection[str]) -> pb.Filters:
-    """The reverse of `filter_of` with these lists of ids; an empty `allow` allows all."""
-    made = pb.Filters(
-        categories=filters.categories,
-        tags=filters.tags,
-        tags_all=filters.tags_all,
-        categories_none=filters.categories_none,
-        tags_none=filters.tags_none,
-        allow=allow,
-        deny=deny,
-    )
-    for name, wanted in filters.texts.items():
-        made.texts.add(attribute=name, values=wanted)
-    for name, barred in filters.texts_none.items():
-        made.texts_none.add(attribute=name, values=barred)
-    for name, between in filters.ranges.items():
-        one = made.ranges.add(attribute=name)
-        if between.low > -math.inf:
-            one.min = between.low
-        if between.high < math.inf:
-            one.max = between.high
-    return made
-
-
-def check_texts(filters: Filter | None, known: Collection[str]) -> None:
-    """Raise BadQuery if a filter names texts of an attribute that is not one of these."""
-    if filters is None or not (filters.texts or filters.texts_none):
-        return
-    for name in (*filters.texts, *filters.texts_none):
-        if name not in known:
-            named = ", ".join(map(quote, sorted(known))) or "none"
-            raise BadQuery(
-                f"filters.texts: {quote(name)} is not in the setting filter_texts; it has {named}"
-            )
-
-
-def check_ranges(filters: Filter | None, index: IndexReader) -> None:
-    """Raise BadQuery if a range is over an attribute that no item has or had as a number."""
-    known = index.number_names() if filters is not None and filters.ranges else None
-    if filters is None or known is None:
-        return
-    for name in filters.ranges:
-        if name not in known:
-            some = sorted(known)[:NAMES_COMPARED]
-            near = get_close_matches(name, some, 3) or some[:5]
-            named = ", ".join(map(quote, near)) or "none"
-            raise BadQuery(f"{no_such_attribute(name)}; attributes are {named}")
-
-
-def no_such_attribute(name: str) -> str:
-    """What is wrong with a range over an attribute that no item has or had as a number."""
-    return f"filters.ranges: no item has the attribute {quote(name)} as a number or date"
-
-
-def _texts_of(field: str, listed: Sequence[pb.Texts], id_form: IdForm) -> dict[str, frozenset[str]]:
-    if len(listed) > RANGES_MAX:
-        raise BadQuery(f"{field}: {len(listed)} values, allowed are 0 … {RANGES_MAX}")
-    found: dict[str, frozenset[str]] = {}
-    for one in listed:
-        _check_texts(f"{field}.attribute", [one.attribute], 1, 1)
-        _check_texts(f"{field}.values", one.values, 1, TEXT_VALUES_MAX)
-        name = in_form(one.attribute, id_form)
-        if name in found:
-            raise BadQuery(f"{field}: {quote(one.attribute)} is given twice")
-        found[name] = frozenset(map(normal, one.values))
-    return found
-
-
-def _check_texts(field: str, texts: Sequence[str], least: int, most: int) -> None:
-    if not least <= len(texts) <= most:
-        raise BadQuery(f"{field}: {len(texts)} values, allowed are {least} … {most}")
-    for text in texts:
-        if not 1 <= len(text.encode()) <= ID_BYTES_MAX:
-            size = len(text.encode())
-            allowed = f"allowed are 1 … {ID_BYTES_MAX}"
-            raise BadQuery(f"{field}: {quote(text)} has {size} bytes, {allowed}")
-
-
-def _range_of(one: pb.Range) -> tuple[str, Range]:
-    size = len(one.attribute.encode())
-    if not 1 <= size <= ID_BYTES_MAX:
-        named = f"{quote(one.attribute)} has {size} bytes"
-        raise BadQuery(f"filters.ranges.attribute: {named}, allowed are 1 … {ID_BYTES_MAX}")
-    if not (one.HasField("min") or one.HasField("max")):
-        raise BadQuery(f"filters.ranges: {quote(one.attribute)} has neither min nor max")
-    low = one.min if one.HasField("min") else -math.inf
-    high = one.max if one.HasField("max") else math.inf
-    try:
-        return one.attribute, Range(low, high)
-    except ValueError as error:
-        raise BadQuery(f"filters.ranges: {quote(one.attribute)}: {error}") from None
-
-
 def _after_of(request: pb.RetrieveRequest, user_id: str, settings: Settings) -> AfterToken:
     """The token, checked. user_id: of the request, in its form"""
     after = request.after
@@ -350,8 +254,12 @@ def response_of(
         ],
         missing=[*answer.missing, f"kafka: {behind}"] if behind else answer.missing,
         short_because=answer.short_because,
+        next_cursor=answer.next_cursor,
+        generation_changed=answer.generation_changed,
+        rules_version=answer.rules_version,
+        filled=answer.filled,
     )
-    for rank, (hit, path, path_rank, sources, fused_score) in enumerate(answer.items, 1):
+    for rank, (hit, path, path_rank, sources, fused_score, rules) in enumerate(answer.items, 1):
         item = response.items.add(
             item_id=hit.item_id,
             score=hit.score,
@@ -364,6 +272,8 @@ def response_of(
         )
         for name, its_rank, its_score, share in sources:
             item.paths.add(path=name, rank=its_rank, score=its_score, share=share)
+        for kind, of_rule in rules:
+            item.rules.add(kind=kind, name=of_rule)
     if len(response.items) > ITEMS_THAT_FIT and response.ByteSize() > ANSWER_BYTES_MAX:
         raise BadQuery(
             f"k: {len(response.items):,} items take {response.ByteSize():,} bytes, an answer has "

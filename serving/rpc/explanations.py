@@ -31,6 +31,8 @@ def explanation_of(
             age_ms=max(0, now_us - one.hit.written_us) // 1000 if one.hit else 0,
             fused_score=one.fused_score,
         )
+        for kind, name in one.rules:
+            item.rules.add(kind=kind, name=name)
         for path, rank, hit, why, share in one.paths:
             item.paths.add(
                 path=path,

@@ -22,7 +22,7 @@ from serving.answer.click_waits import ClickPending, TooManyWait
 from serving.answer.deadline import Deadline, DeadlinePassed
 from serving.answer.retriever import ItemsNotLive, NearestQuery, Query
 from serving.proto import retrieval_pb2 as pb
-from serving.rpc import converters
+from serving.rpc import converters, filter_messages
 from serving.rpc.backends import HoldsOneShard, NoShardAnswers, OtherGeneration, RetrievalBackend
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ _Request = (
 )
 _Response = pb.RetrieveResponse | pb.ExplainResponse
 _CODES: dict[type[Exception], grpc.StatusCode] = {
-    converters.BadQuery: grpc.StatusCode.INVALID_ARGUMENT,
+    filter_messages.BadQuery: grpc.StatusCode.INVALID_ARGUMENT,
     VectorRejected: grpc.StatusCode.INVALID_ARGUMENT,
     ItemsNotLive: grpc.StatusCode.NOT_FOUND,
     OtherGeneration: grpc.StatusCode.FAILED_PRECONDITION,

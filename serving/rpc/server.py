@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2_grpc
 from eddyline import addresses
 from eddyline.errors import SettingsError
 from eddyline.schema.events import ID_BYTES_MAX
+from eddyline.settings.answers import LIMITS_MAX
 from eddyline.settings.loader import Settings
 from index.filters import LIST_IDS_MAX, RANGES_MAX, TERMS_MAX, TEXT_VALUES_MAX
 from serving.proto import shard_pb2, shard_pb2_grpc
@@ -28,22 +29,28 @@ from serving.rpc.call_pools import CallPool, CallPools
 from serving.rpc.health import NOT_SERVING, SERVING
 from serving.rpc.retrieval_service import NAME, RetrievalService
 from serving.rpc.shard_service import ShardService
+from serving.rules import cursor
 
 # An id or a name on the wire: tag, length and two bytes of bounds around it.
 _TEXT_BYTES = ID_BYTES_MAX + 8
 # The largest request whose fields are all within their limits, and room for an error message about
-# one that is not: two lists of ids, five of terms, texts of attributes, ranges, the session and the
-# user.
+# one that is not: two lists of ids, five of terms, texts of attributes, ranges, the session,
+# limits, the cursor and the user.
 REQUEST_BYTES_MAX = (
     (2 * LIST_IDS_MAX + 5 * TERMS_MAX) * _TEXT_BYTES
     + 2 * RANGES_MAX * (TEXT_VALUES_MAX + 1) * _TEXT_BYTES
     + RANGES_MAX * (_TEXT_BYTES + 32)
     + converters.SESSION_EVENTS_MAX * 2 * _TEXT_BYTES
+    + LIMITS_MAX * _TEXT_BYTES
+    + cursor.CHARS_MAX
     + 64 * 1024
 )
 # A request of a coordinator has the same filters, and in addition the items of a user's history
-# twice (excluded, and what the vector was made of), or a piece of the popular list.
-SHARD_REQUEST_BYTES_MAX = REQUEST_BYTES_MAX + (2 * shard_service.IDS_MAX) * (_TEXT_BYTES + 10)
+# twice (excluded, and what the vector was made of), or a piece of the popular list, and what rules
+# bar: about as much again in filters, and the items that it leaves out.
+SHARD_REQUEST_BYTES_MAX = 2 * REQUEST_BYTES_MAX + (
+    shard_service.IDS_MAX + 2 * shard_service.EXCLUDED_MAX
+) * (_TEXT_BYTES + 10)
 # Health and Stats are short; so many may wait.
 CONTROL_CALLS_MAX = 64
 # An idle connection is asked whether it lives, and ended if it does not answer.
@@ -128,7 +135,9 @@ class WorkerServer:
                 ("grpc.so_reuseport", int(port is not None)),
                 (
                     "grpc.max_receive_message_length",
-                    REQUEST_BYTES_MAX if shard is None else SHARD_REQUEST_BYTES_MAX,
+                    REQUEST_BYTES_MAX
+                    if shard is None
+                    else SHARD_REQUEST_BYTES_MAX + 2 * settings.k_max * _TEXT_BYTES,
                 ),
             ],
         )
@@ -180,6 +189,7 @@ def _other_pools(threads: int, watches: CallPool) -> dict[str, CallPool]:
         f"/{NAME}/Stats": CallPool("stats", 1, CONTROL_CALLS_MAX),
         f"/{SHARD_NAME}/Vectors": shards,
         f"/{SHARD_NAME}/Candidates": shards,
+        f"/{SHARD_NAME}/Terms": shards,
     } | {f"/{name}/ServerReflectionInfo": reflections for name in server_reflection.SERVICE_NAMES}
 
 

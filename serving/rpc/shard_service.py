@@ -12,6 +12,7 @@ import grpc
 import numpy as np
 
 from eddyline.errors import VectorRejected
+from eddyline.settings.answers import LIMITS_MAX
 from index.filters import Filter
 from index.port import Hit, Index
 from index.records import check_query
@@ -19,14 +20,19 @@ from serving.proto import retrieval_pb2 as pb
 from serving.proto import shard_pb2, shard_pb2_grpc
 from serving.recall.popular import PIECE_MAX
 from serving.recall.towers import OVER_FETCH
-from serving.rpc import converters
+from serving.rpc import converters, filter_messages
 from serving.rpc.backends import LocalIndex
+from serving.rules.limits import BARRED_FACTOR
 from serving.sharding import ShardAssignment
 
 log = logging.getLogger(__name__)
 
 # Ids of one list of a request: the longest history of a user, a piece of the popular list.
 IDS_MAX = max(1_000, PIECE_MAX)
+# Ids that a search leaves out, besides k that the answer has already: the user's list and session,
+# what editorial rules deny, and the pages before. What its vector was made of has the same limit.
+EXCLUDED_MAX = 8_192
+ATTRIBUTES_MAX = 2 * LIMITS_MAX
 # In place of a version (-1 or more): the item is not live; it changed while it was read.
 NOT_LIVE, CHANGING = -2, -3
 
@@ -41,6 +47,7 @@ class ShardService(shard_pb2_grpc.ShardServicer):
         """
         self.assignment = assignment
         self._k_max = OVER_FETCH * k_max
+        self._excluded_max = EXCLUDED_MAX + k_max
         self._held: LocalIndex | None = None
         self._lock = threading.Lock()
         self._calls = {"answered": 0, "failed": 0}
@@ -63,7 +70,7 @@ class ShardService(shard_pb2_grpc.ShardServicer):
         ids = list(request.item_ids)
         try:
             _check_count("item_ids", ids)
-        except converters.BadQuery as error:
+        except filter_messages.BadQuery as error:
             _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
         # Versions only grow: if it is equal before and after, it is the version of the vector.
         before = versions_of(held.index, ids)
@@ -74,6 +81,19 @@ class ShardService(shard_pb2_grpc.ShardServicer):
         vectors = b"".join(found[at].astype("<f4", copy=False).tobytes() for at in live)
         offsets = [after[at] if before[at] == after[at] else CHANGING for at in live]
         return shard_pb2.VectorsResponse(found=live, vectors=vectors, offsets=offsets)
+
+    def Terms(
+        self, request: shard_pb2.TermsRequest, context: grpc.ServicerContext
+    ) -> shard_pb2.TermsResponse:
+        """See shard.proto."""
+        with self._counted():
+            held = self._checked(request.target, context)
+            try:
+                _check_count("item_ids", request.item_ids)
+                _check_count("attributes", request.attributes, ATTRIBUTES_MAX)
+            except filter_messages.BadQuery as error:
+                _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            return _terms(request, held)
 
     def Candidates(
         self, request: shard_pb2.CandidatesRequest, context: grpc.ServicerContext
@@ -87,9 +107,9 @@ class ShardService(shard_pb2_grpc.ShardServicer):
     ) -> shard_pb2.CandidatesResponse:
         held = self._checked(request.target, context)
         try:
-            _check_limits(request, self._k_max)
+            _check_limits(request, self._k_max, self._excluded_max)
             return _candidates(request, held)
-        except (converters.BadQuery, VectorRejected, ValueError) as error:
+        except (filter_messages.BadQuery, VectorRejected, ValueError) as error:
             _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except Exception as error:
             log.exception("a coordinator's call failed")
@@ -136,21 +156,21 @@ class ShardService(shard_pb2_grpc.ShardServicer):
         return held
 
 
-def _check_limits(request: shard_pb2.CandidatesRequest, k_max: int) -> None:
+def _check_limits(request: shard_pb2.CandidatesRequest, k_max: int, excluded_max: int) -> None:
     """Raise BadQuery if a number or a list of ids is larger than a coordinator's can be."""
     for name in ("nearest", "newest"):
         k = getattr(request, name).k
         if not 0 <= k <= k_max:
-            raise converters.BadQuery(f"{name}.k: {k}, allowed are 0 … {k_max}")
-    _check_count("exclude", request.exclude)
+            raise filter_messages.BadQuery(f"{name}.k: {k}, allowed are 0 … {k_max}")
+    _check_count("exclude", request.exclude, excluded_max)
     _check_count("named.item_ids", request.named.item_ids)
-    _check_count("nearest.made_of", request.nearest.made_of)
+    _check_count("nearest.made_of", request.nearest.made_of, excluded_max)
     _check_count("keyed.keys", request.keyed.keys)
 
 
-def _check_count(name: str, ids: Sequence[str] | Sequence[int]) -> None:
-    if len(ids) > IDS_MAX:
-        raise converters.BadQuery(f"{name}: {len(ids)} values, allowed are 0 … {IDS_MAX}")
+def _check_count(name: str, ids: Sequence[str] | Sequence[int], most: int = IDS_MAX) -> None:
+    if len(ids) > most:
+        raise filter_messages.BadQuery(f"{name}: {len(ids)} values, allowed are 0 … {most}")
 
 
 def versions_of(index: Index, item_ids: list[str]) -> list[int]:
@@ -170,9 +190,11 @@ def _candidates(
     # Read before the search: the answer includes at least these records.
     watermarks, behind = converters.watermarks_of(index), held.missing()
     filters: Filter | None = (
-        converters.filter_of(request.filters, "as_is") if request.HasField("filters") else None
+        filter_messages.filter_of(request.filters, "as_is", BARRED_FACTOR)
+        if request.HasField("filters")
+        else None
     )
-    converters.check_texts(filters, index.text_names())
+    filter_messages.check_texts(filters, index.text_names())
     exclude = frozenset(request.exclude)
     wanted = request.WhichOneof("wanted")
     hits: list[Hit]
@@ -199,11 +221,23 @@ def _candidates(
     elif wanted == "newest":
         hits = index.newest(request.newest.k, exclude, filters)
     else:
-        raise converters.BadQuery("wanted: is missing")
+        raise filter_messages.BadQuery("wanted: is missing")
     response = _response(hits, watermarks, index.stats().live if wanted == "newest" else 0, behind)
     if filters is not None and filters.ranges:
         known = index.number_names() or ()
         response.unknown_attributes.extend(name for name in filters.ranges if name not in known)
+    return response
+
+
+def _terms(request: shard_pb2.TermsRequest, held: LocalIndex) -> shard_pb2.TermsResponse:
+    attributes = list(request.attributes)
+    number_of = {name: number for number, name in enumerate(attributes)}
+    response = shard_pb2.TermsResponse()
+    for place, found in enumerate(held.index.terms_of(list(request.item_ids), attributes)):
+        for name, text in sorted(found):
+            response.items.append(place)
+            response.attributes.append(number_of[name])
+            response.texts.append(text)
     return response
 
 

@@ -50,7 +50,10 @@ from serving.rpc.backends import LocalIndex, ShardBackend, WorkerBackend
 from serving.rpc.client import CallFailed, Client, open_channel
 from serving.rpc.retrieval_service import RetrievalService
 from serving.rpc.server import NAME, NOT_SERVING, SERVING, SHARD_NAME, PortTaken, WorkerServer
-from serving.rpc.shard_service import IDS_MAX, ShardService
+from serving.rpc.shard_service import ATTRIBUTES_MAX, EXCLUDED_MAX, IDS_MAX, ShardService
+from serving.rules.editorial import EditorialRules
+from serving.rules.editorial_watch import CurrentRules
+from serving.rules.selection import AnswerRules
 from serving.sharding import ShardAssignment, shard_of
 from serving.worker.replica import TailState
 
@@ -171,7 +174,12 @@ class Plant:
     """Shards, a coordinator in front of them, and one index with everything."""
 
     def __init__(
-        self, count: int, records: Sequence[ItemRecord], text_names: frozenset[str] = frozenset()
+        self,
+        count: int,
+        records: Sequence[ItemRecord],
+        text_names: frozenset[str] = frozenset(),
+        settings: Settings = SETTINGS,
+        rules: EditorialRules | None = None,
     ) -> None:
         self.whole: Index = ExactIndex(D, text_names)
         self.shards = []
@@ -183,25 +191,27 @@ class Plant:
         self.whole.apply(records)
         self.store = MemoryStore()
         self.users = UserReader(self.store, clicks_partitions=8, generation="g1")
-        self.popularity = Popularity(SETTINGS, self.store)
-        context = RecallContext(SETTINGS, self.store, Mean(), self.popularity, ExitStack())
+        self.popularity = Popularity(settings, self.store)
+        context = RecallContext(settings, self.store, Mean(), self.popularity, ExitStack())
+        paths = make_paths(context)
+        self.rules = CurrentRules(rules or EditorialRules())
         retriever = Retriever(
             store=self.store,
             users=self.users,
             popularity=self.popularity,
-            paths=make_paths(context),
-            fusion=make_fusion(SETTINGS),
+            paths=paths,
             item_slots=1,
+            rules=AnswerRules(make_fusion(settings), paths, self.rules, k_max=settings.k_max),
         )
-        self.service = RetrievalService(SETTINGS)
-        self.server = WorkerServer(SETTINGS, self.service, role="coordinator")
+        self.service = RetrievalService(settings)
+        self.server = WorkerServer(settings, self.service, role="coordinator")
         addresses = [shard.address for shard in self.shards]
-        self.links = Shards(SETTINGS, addresses, "g1", self.server)
+        self.links = Shards(settings, addresses, "g1", self.server)
         self.backend = CoordinatorBackend("g1", D, self.links, retriever, text_names=text_names)
         self.service.serve(self.backend)
         self.links.start()
-        self.alone = RetrievalService(SETTINGS)
-        self.alone_server = WorkerServer(SETTINGS, self.alone)
+        self.alone = RetrievalService(settings)
+        self.alone_server = WorkerServer(settings, self.alone)
         tail = SimpleNamespace(state=TailState, missing=str)
         held = LocalIndex("g1", self.whole, tail)  # type: ignore[arg-type]
         self.alone.serve(WorkerBackend(held, retriever))
@@ -277,7 +287,9 @@ def seen(response: pb.RetrieveResponse) -> tuple[object, ...]:
     paths = [(p.path, p.candidates, p.taken, p.why) for p in response.paths]
     marks = [(w.partition, w.offset, w.at_ms, w.written_us) for w in response.freshness.index]
     user = response.freshness.user.SerializeToString(deterministic=True)
-    return items, paths, marks, user, response.short_because, list(response.missing)
+    rules = [[(rule.kind, rule.name) for rule in i.rules] for i in response.items]
+    more = rules, list(response.filled), response.rules_version
+    return items, paths, marks, user, response.short_because, list(response.missing), more
 
 
 # ---------------------------------------------------------------- who holds what
@@ -388,12 +400,15 @@ def test_every_look_up_gives_what_one_index_gives(plant: Plant) -> None:
         names = [f"item-{n}" for n in rng.integers(N + 50, size=25)]
         assert items.describe(names, passing) == plant.whole.describe(names, passing)
         assert items.find_keys(keys_of(names), passing) == plant.whole.describe(names, passing)
+        assert items.terms_of(names, ["tags", "none"]) == plant.whole.terms_of(names, ["tags"])
         assert np.array_equal(items.vectors_of(names), plant.whole.vectors_of(names))
         assert not items.status().missing
     assert plant.index().describe([]) == []
     assert plant.index().find_keys(np.empty(0, np.uint64)) == []
     names = [f"item-{n}" for n in range(2 * IDS_MAX + 1)]
     assert plant.index().find_keys(keys_of(names)) == plant.whole.describe(names)
+    terms = plant.whole.terms_of(names, ["categories"])
+    assert plant.index().terms_of(names, ["categories"]) == terms and terms[3] != terms[4]
     assert plant.index().vectors_of([]).shape == (0, D)
 
 
@@ -746,9 +761,13 @@ def test_the_k_of_a_shards_call_has_limits(stub, name: str, k: int, good: bool) 
     assert failed.value.details() == f"{name}.k: {k}, {allowed}"
 
 
-@pytest.mark.parametrize("count", [IDS_MAX - 1, IDS_MAX, IDS_MAX + 1, 20 * IDS_MAX])
+LEFT_OUT_MAX = EXCLUDED_MAX + SETTINGS.k_max
+COUNTS = [most + more for most in (IDS_MAX, LEFT_OUT_MAX) for more in (-1, 0, 1)]
+
+
+@pytest.mark.parametrize("count", [*COUNTS, 20 * IDS_MAX])
 def test_the_lists_of_a_shards_call_have_limits(stub, count: int) -> None:  # type: ignore[no-untyped-def]
-    ids = [f"{n}".rjust(ID_BYTES_MAX if count < 2 * IDS_MAX else 5, "x") for n in range(count)]
+    ids = [f"{n}".rjust(ID_BYTES_MAX if count <= LEFT_OUT_MAX else 5, "x") for n in range(count)]
     made_of = shard_pb2.Nearest(vector=NEAREST.vector, k=1, made_of=ids)
     made_of.made_of_offsets.extend([-2] * count)
     calls = {
@@ -771,13 +790,42 @@ def test_the_lists_of_a_shards_call_have_limits(stub, count: int) -> None:  # ty
         ),
     }
     for name, (call, request) in calls.items():
-        if count <= IDS_MAX:
+        most = LEFT_OUT_MAX if name in ("exclude", "nearest.made_of") else IDS_MAX
+        if count <= most:
             call(request, timeout=5)
             continue
         with pytest.raises(grpc.RpcError) as failed:
             call(request, timeout=5)
         assert failed.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-        assert failed.value.details() == f"{name}: {count} values, allowed are 0 … {IDS_MAX}"
+        assert failed.value.details() == f"{name}: {count} values, allowed are 0 … {most}"
+
+
+@pytest.mark.parametrize("count", [ATTRIBUTES_MAX - 1, ATTRIBUTES_MAX, ATTRIBUTES_MAX + 1, 999])
+def test_the_terms_of_a_shards_items(stub, count: int) -> None:  # type: ignore[no-untyped-def]
+    names = ["tags", "categories", *(f"a{n}" for n in range(count - 2))]
+    numbers = [n for n in range(N) if item_shard(f"item-{n}", 4) == MINE.shard][:3]
+    ids = ["never", *(f"item-{n}" for n in numbers)]
+    request = shard_pb2.TermsRequest(target=MINE, item_ids=ids, attributes=names)
+    if count > ATTRIBUTES_MAX:
+        with pytest.raises(grpc.RpcError) as failed:
+            stub.Terms(request, timeout=5)
+        allowed = f"allowed are 0 … {ATTRIBUTES_MAX}"
+        assert failed.value.details() == f"attributes: {count} values, {allowed}"
+        return
+    found = stub.Terms(request, timeout=5)
+    terms = [
+        (ids[at], names[of], text)
+        for at, of, text in zip(found.items, found.attributes, found.texts, strict=True)
+    ]
+    expected = []
+    for n in numbers:
+        parity = "odd" if n % 2 else "even"
+        expected += [(f"item-{n}", "categories", f"c{n % 7}"), (f"item-{n}", "tags", parity)]
+    assert terms == expected
+    request.item_ids.extend(f"x{n}" for n in range(IDS_MAX))
+    with pytest.raises(grpc.RpcError) as failed:
+        stub.Terms(request, timeout=5)
+    assert failed.value.details() == "item_ids: 1028 values, allowed are 0 … 1024"
 
 
 def test_a_worker_of_all_items_has_no_shard_service() -> None:

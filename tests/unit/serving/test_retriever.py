@@ -41,7 +41,7 @@ from serving.recall import registry
 from serving.recall.base import Candidates, RecallContext, RecallPath, RecallRequest
 from serving.recall.popularity import Popularity
 from serving.recall.registry import make_paths
-from serving.rpc import converters
+from serving.rpc import converters, filter_messages
 from serving.rpc.backends import LocalIndex, WorkerBackend
 from serving.rpc.client import CallFailed, Client
 from serving.rpc.retrieval_service import RetrievalService
@@ -595,7 +595,7 @@ def test_more_items_than_an_answer_can_hold_are_refused_with_the_limit(
         assert converters.response_of(answer, "1", world.index, "").ByteSize() == size
         return
     sentence = f"k: 10 items take {size:,} bytes, an answer has at most {size - 1:,}"
-    with pytest.raises(converters.BadQuery, match=sentence):
+    with pytest.raises(filter_messages.BadQuery, match=sentence):
         converters.response_of(answer, "1", world.index, "")
     monkeypatch.setattr(converters, "ANSWER_BYTES_MAX", 10)
     with pytest.raises(CallFailed, match=r"INVALID_ARGUMENT: k: 10 items take .* ask for fewer"):
@@ -992,13 +992,13 @@ def test_the_form_of_a_query() -> None:
         assert query.filters == expected
         nearest = converters.similar_of(similar, settings)
         assert (nearest.item_ids, nearest.filters) == ([text], expected)
-    with pytest.raises(converters.BadQuery, match="user_id: is empty"):
+    with pytest.raises(filter_messages.BadQuery, match="user_id: is empty"):
         converters.query_of(pb.RetrieveRequest(user_id="\u2003", k=1), Settings())
     similar.item_ids.append("\u00e9")
-    with pytest.raises(converters.BadQuery, match="item_ids: 'é' is given twice"):
+    with pytest.raises(filter_messages.BadQuery, match="item_ids: 'é' is given twice"):
         converters.similar_of(similar, Settings())
     request.filters.ranges.add(attribute="\u00e9", min=1)
-    with pytest.raises(converters.BadQuery, match="'é' is given twice"):
+    with pytest.raises(filter_messages.BadQuery, match="'é' is given twice"):
         converters.query_of(request, Settings())
 
 
@@ -1010,7 +1010,7 @@ def test_the_token_of_a_click_is_that_of_the_partition_of_the_id() -> None:
     good = pb.RetrieveRequest(user_id=spelled, k=1, after=pb.After(partition=own, offset=3))
     assert converters.query_of(good, settings).after is not None
     good.after.partition = sent
-    with pytest.raises(converters.BadQuery, match="send them under the id in Unicode NFC"):
+    with pytest.raises(filter_messages.BadQuery, match="send them under the id in Unicode NFC"):
         converters.query_of(good, settings)
 
 

@@ -41,6 +41,7 @@ class Holds(RetrievalBackend):
 
     def fill_stats(self, response: pb.StatsResponse) -> None:
         response.missing.append("kafka: away")
+        response.rule_items["pinned"] = 8
         response.index.MergeFrom(pb.IndexSizes(live=9, fresh=2, refused=3, rebuilds=4))
         found = pb.RecallStatus(
             step="wider", samples=250, estimate=0.97, low=0.96, high=0.98, shadowed=250
@@ -88,6 +89,7 @@ def test_the_page_names_every_metric_and_no_other() -> None:
         'eddyline_worker_recorded_answers_total{outcome="sent"} 5.0',
         'eddyline_worker_recorded_answers_total{outcome="dropped"} 0.0',
         'eddyline_worker_recorded_answers_total{outcome="failed"} 2.0',
+        'eddyline_worker_rule_items_total{rule="pinned"} 8.0',
         'eddyline_worker_path_queries_total{path="towers"} 1.0',
         'eddyline_worker_path_items_total{path="towers"} 0.0',
         'eddyline_worker_path_items_total{path="newest"} 2.0',
@@ -118,6 +120,7 @@ def test_a_coordinator_tells_no_counts_of_shards_that_come_and_go() -> None:
         "eddyline_worker_missing",
         "eddyline_worker_waiting_calls",
         "eddyline_worker_index_items",
+        "eddyline_worker_rule_items_total",
     }
 
 

@@ -1,0 +1,1 @@
+"""Rules of the answer after fusion: limits, diversity, editorial rules, pages."""
