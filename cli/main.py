@@ -249,7 +249,7 @@ def merge(
 def plan(
     users: Annotated[str, typer.Option(help="How many users: 300, 2.5k, 10M.")],
     items: Annotated[str, typer.Option(help="How many items.")],
-    history: Annotated[int, typer.Option(min=0, help="Events in a user's history.")] = 50,
+    history: Annotated[int, typer.Option(min=0, help="Events of a user.")] = 50,
     dimension: Annotated[int, typer.Option(min=1, help="Length of the vectors.")] = 64,
     item_bytes: Annotated[int, typer.Option(min=0, help="An item as JSON.")] = 300,
     clicks_a_day: Annotated[str, typer.Option(help="By default one for each user.")] = "0",

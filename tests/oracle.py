@@ -26,7 +26,7 @@ import numpy as np
 from eddyline import generations
 from eddyline.errors import EddylineError, Rejected
 from eddyline.kafka import topics as kafka_topics
-from eddyline.schema import co_visits
+from eddyline.schema import co_visits, seen_items
 from eddyline.schema.erasure import digest
 from eddyline.schema.event_decay import decays
 from eddyline.schema.item_record import ItemRecord, decode_record
@@ -331,7 +331,7 @@ def _users(
     kept = ({e: at for e, at in one.items() if at >= floor and e in known} for one in windows)
     found.same_maps("event id", slot, *kept)
     for ids in _some(names.users[partition]):
-        query = UserQuery(slot, source, ids, [generation])
+        query = UserQuery(slot, source, ids, [generation], ids)
         reads: list[UserRead] = [s.read_many([query])[0] for s in stores]
         have, want = reads
         # When ingest read an event is a stamp of this run, not of the log.
@@ -349,6 +349,15 @@ def _users(
             for one in reads
         ]
         found.same_maps("embedding", f"{slot}:{generation}", *embeddings)
+        seen = [
+            {
+                u: seen_items.canonical(value, settings.seen_items_max)
+                for u, value in one.seen.items()
+                if not one.is_idle(u)
+            }
+            for one in reads
+        ]
+        found.same_maps("seen items", slot, *seen)
         found.same_maps("profile", slot, have.profiles, want.profiles)
         found.same_maps("erasure", slot, have.erasures, want.erasures)
         found.counts["list entry"] = found.counts.get("list entry", 0) + sum(
@@ -395,7 +404,7 @@ _KEY = re.compile(
     r"(?:(?P<layout>layout)|fence:\{(?P<fence>[ui]\d+)\}:[^:]+:\d+|\{(?P<slot>[ui]\d+)\}:"
     r"(?:(?P<whole>window|visits|buckets|generations|refused|trend)|trend:(?P<half_life>\d+):[01]|"
     r"(?:popular|version):(?P<bucket>\d+)|"
-    r"(?P<kind>[hopcf]):(?P<id>.+)"
+    r"(?P<kind>[hopcf]|seen):(?P<id>.+)"
     r"|(?P<row>after|before):(?P<item>.+)"
     r"|e:(?P<generation>[^:]+):(?P<learner>.+)))",
     re.DOTALL,
@@ -413,6 +422,7 @@ def _keys(settings: Settings, expected: Truth, found: Compared) -> None:
         "p": {f"{slot}:{user}" for slot, user in state.profiles},
         "c": set(state.items),
         "f": {f"{slot}:{hashed}" for slot, hashed in state.erasures},
+        "seen": {f"{slot}:{user}" for slot, user in state.seen},
     }
     for slot, gen, user in state.embeddings:
         known.setdefault(f"e:{gen}", set()).add(f"{slot}:{user}")

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from cli.console import console
 from eddyline.errors import SettingsError
-from eddyline.schema import co_visits, user_history
+from eddyline.schema import co_visits, seen_items, user_history
 from eddyline.schema.co_visits import Visit
 from eddyline.schema.event_decay import decays
 from eddyline.schema.user_history import Entry, UserHistory
@@ -56,7 +56,8 @@ _MS = 1_700_000_000_000
 class Sizes:
     """The state to plan for; lengths in bytes.
 
-    history: events of a user; profile, item_json: encoded size; clicks_a_day: 0: one a user
+    history: events of a user, the newest of which are in the history
+    profile, item_json: encoded size; clicks_a_day: 0: one a user
     forgotten_a_day: users forgotten each day, merged visitors included
     visitors_a_day: users besides, who come once with one event and become idle
     deleted_a_day: items deleted each day
@@ -170,6 +171,8 @@ def _redis_parts(settings: Settings, sizes: Sizes, meter: Meter) -> list[Part]:
     fence = str(Fence(10**12, LogId("x" * 22, "x" * 22))).encode()
     recent, older = list_values(min(sizes.history, settings.history_length_max), sizes.item_id)
     lists = meter.string(user_key, recent) + (meter.string(user_key, older) if older else 0)
+    room = seen_room(sizes.history - settings.history_length_max, settings.seen_items_max)
+    seen = meter.string(user_key + 3, bytes(room)) if room else 0
     embedding = meter.string(user_key + 2, bytes(4 + 4 * sizes.dimension))
     visitors = _kept(sizes.visitors_a_day, settings.user_idle_s_max, "user_idle_s_max")
     deleted = _kept(sizes.deleted_a_day, settings.deleted_items_kept_s, "deleted_items_kept_s")
@@ -191,10 +194,11 @@ def _redis_parts(settings: Settings, sizes: Sizes, meter: Meter) -> list[Part]:
     deletion = meter.string(item_key, bytes(29)) if deleted else 0
     ids = [f"{n:0{sizes.event_id}d}" for n in range(settings.chunk_records_max)]
     blob = user_codec.encode_accepted({event_id: n for n, event_id in enumerate(ids)}, 0)
-    keys = users * (1 + bool(older) + bool(sizes.profile)) + vectors + items + fences
+    keys = users * (1 + bool(older) + bool(seen) + bool(sizes.profile)) + vectors + items + fences
     keys += rows + 2 * visitors + erasures + deleted + settings.clicks_partitions
     return [
         Part("user histories", users, users * lists),
+        Part("seen items beyond the histories", users if seen else 0, users * seen),
         Part("user-ID embeddings", vectors, vectors * embedding),
         Part("visitors until they are idle", visitors, visitors * visitor),
         Part("profiles", users, users * profile),
@@ -237,6 +241,25 @@ def _kept(a_day: int, kept_s: int, setting: str) -> int:
     if not kept_s:
         raise SettingsError(f"{setting} = 0: they stay for ever; set it to plan for them")
     return round(a_day * (kept_s + min(kept_s / 4, _REMOVED_S)) / 86_400)
+
+
+def seen_room(events: int, items_max: int) -> int:
+    """Bytes that Redis keeps for the seen items of a user with so many events beyond the history.
+
+    An append doubles the room of a string that it does not fit into.
+
+    >>> seen_room(0, 1_000), seen_room(1, 1_000), seen_room(5, 1_000), seen_room(5_000, 1_000)
+    (0, 12, 120, 24024)
+    """
+    if events <= 0 or not items_max:
+        return 0
+    size = seen_items.ENTRY_BYTES
+    if events >= items_max:
+        return 2 * size * (items_max + 1)  # compacted, and grown again
+    room = size
+    while room < size * events:
+        room = 2 * (room + size)
+    return room
 
 
 def worker_parts(settings: Settings, sizes: Sizes) -> list[Part]:

@@ -16,6 +16,8 @@ are newest first by `at_ms`; at equal times the later offset is first. The histo
 A user whose next event is appended after `idle_after_ms` starts afresh: without history, without
 embeddings (ADR 29).
 
+What leaves the history, and what is too late for it, goes to `schema.seen_items`.
+
 Every rule is a function of the user's events in log order. Time is event time; no clock is read.
 """
 
@@ -207,10 +209,13 @@ def is_idle(idle_after_ms: int, now_ms: int) -> bool:
     return 0 < idle_after_ms < now_ms
 
 
-def insert(entries: list[Entry], entry: Entry, length_max: int) -> None:
-    """Insert an entry by time, in place; the oldest entry is removed beyond `length_max`.
+def insert(
+    entries: list[Entry], entry: Entry, length_max: int, left: list[Entry] | None = None
+) -> None:
+    """Insert an entry by time, in place; the oldest entries are removed beyond `length_max`.
 
     An entry goes before entries of the same time: entries arrive in offset order.
+    left: what is removed is appended to it
 
     >>> entries = [Entry("b", 20), Entry("a", 10)]
     >>> insert(entries, Entry("c", 20), 3); [e.item_id for e in entries]
@@ -223,6 +228,8 @@ def insert(entries: list[Entry], entry: Entry, length_max: int) -> None:
     else:
         entries.insert(bisect_left(entries, -entry.at_ms, key=lambda e: -e.at_ms), entry)
     if len(entries) > length_max:
+        if left is not None:
+            left += entries[length_max:]
         del entries[length_max:]
 
 
@@ -235,10 +242,17 @@ class Bounds:
     lateness_ms_max: int = 0
 
 
-def insert_event(entries: list[Entry], newest_ms: int, entry: Entry, bounds: Bounds) -> bool:
+def insert_event(
+    entries: list[Entry],
+    newest_ms: int,
+    entry: Entry,
+    bounds: Bounds,
+    left: list[Entry] | None = None,
+) -> bool:
     """Insert an entry and apply the bounds, in place; False if the entry is too late.
 
     newest_ms: largest event time of the user before this event
+    left: gets every entry that is not in the list now: removed, or too late for it
 
     >>> entries, bounds = [Entry("a", 90)], Bounds(length_max=9, age_ms_max=50, lateness_ms_max=20)
     >>> [insert_event(entries, 100, Entry("late", at_ms), bounds) for at_ms in (79, 80)]
@@ -247,17 +261,26 @@ def insert_event(entries: list[Entry], newest_ms: int, entry: Entry, bounds: Bou
     (True, ['b', 'a'])
     """
     if bounds.lateness_ms_max and entry.at_ms < newest_ms - bounds.lateness_ms_max:
+        if left is not None:
+            left.append(entry)
         return False
-    insert(entries, entry, bounds.length_max)
+    insert(entries, entry, bounds.length_max, left)
     if bounds.age_ms_max:
         oldest_ms = max(newest_ms, entry.at_ms) - bounds.age_ms_max
         while entries and entries[-1].at_ms < oldest_ms:
-            entries.pop()
+            oldest = entries.pop()
+            if left is not None:
+                left.append(oldest)
     return True
 
 
 def insert_moved(
-    entries: list[Entry], newest_ms: int, entry: Entry, bounds: Bounds, equal: int = 0
+    entries: list[Entry],
+    newest_ms: int,
+    entry: Entry,
+    bounds: Bounds,
+    equal: int = 0,
+    left: list[Entry] | None = None,
 ) -> bool:
     """`insert_event` for an entry of a merged user: never too late, and inserted once.
 
@@ -270,7 +293,8 @@ def insert_moved(
         equal -= other == entry
         if equal < 0:
             return True
-    return insert_event(entries, newest_ms, entry, Bounds(bounds.length_max, bounds.age_ms_max))
+    never_late = Bounds(bounds.length_max, bounds.age_ms_max)
+    return insert_event(entries, newest_ms, entry, never_late, left)
 
 
 def older_items(entries: Sequence[Entry], entry: Entry, limit: int) -> list[str]:

@@ -76,6 +76,10 @@ class IngestSettings(msgspec.Struct, frozen=True, kw_only=True):
     lateness_s_max: Annotated[int, within(0, 3_153_600_000)] = 604_800
     """An event this much older than the user's newest one is too late for the user's history (event
     time); 0 is no limit."""
+    seen_items_max: Annotated[int, within(0, 3_000)] = 1_000
+    """The most items kept for a user beyond the history, so that answers do not show them again:
+    the newest of those that left the history or came too late for it, one for each item and kind of
+    event, 12 bytes each. Set it for all processes; 0 keeps none."""
     user_idle_s_max: Annotated[int, within(0, 3_153_600_000)] = 34_560_000
     """A user without a new event for longer loses history and embeddings (broker's time). The
     default, 400 days, keeps a customer who comes once a year. A change applies to each user from

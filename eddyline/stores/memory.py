@@ -12,7 +12,7 @@ import msgspec
 from typing_extensions import override
 
 from eddyline.errors import EddylineError, FenceMoved, StoreRefused, StoreUnavailable
-from eddyline.schema import co_visits, user_history
+from eddyline.schema import co_visits, seen_items, user_history
 from eddyline.schema.co_visits import CoVisits
 from eddyline.schema.erasure import digest, is_outdated
 from eddyline.schema.event_decay import EventDecay
@@ -155,6 +155,7 @@ class MemoryStore(StateStore):
                 state.visits[slot] = effects.visits_floor, [*kept, *effects.visits]
             for user in effects.emptied:
                 state.histories.pop((slot, user), None)
+                state.seen.pop((slot, user), None)
                 for generation in {*effects.embeddings, *effects.generations}:
                     state.embeddings.pop((slot, generation, user), None)
             for user in effects.dropped_profiles:
@@ -167,6 +168,9 @@ class MemoryStore(StateStore):
             for user, history in effects.histories.items():
                 stored = msgspec.structs.replace(history, entries=tuple(history.entries))
                 state.histories[slot, user] = (stored, applied_us)
+            for user, more in effects.seen.items():
+                before = state.seen.get((slot, user), b"")
+                state.seen[slot, user] = seen_items.append(before, more, effects.seen_max)
             for generation, embeddings in effects.embeddings.items():
                 for user, embedding in embeddings.items():
                     state.embeddings[slot, generation, user] = embedding
@@ -230,6 +234,7 @@ class MemoryStore(StateStore):
                 if listed is not None and limit is not None and listed[0].appended_ms > limit:
                     continue
                 self._state.histories.pop((slot, user), None)
+                self._state.seen.pop((slot, user), None)
                 for generation in generations:
                     self._state.embeddings.pop((slot, generation, user), None)
 
@@ -353,6 +358,7 @@ class MemoryStore(StateStore):
                 applied_us=applied_us,
                 embedding=state.embeddings.get((slot, generation, user_id)),
                 profile=state.profiles.get((slot, user_id), {}),
+                seen=state.seen.get((slot, user_id), b""),
             ).without_idle()
 
     @override
@@ -444,6 +450,7 @@ class MemoryStore(StateStore):
                 for u in user_ids
                 if (slot, u) in state.profile_places
             },
+            seen={u: state.seen[slot, u] for u in query.seen_of if (slot, u) in state.seen},
         )
 
     def _users_fence(self, slot: str, source: Source) -> str:

@@ -36,6 +36,7 @@ class State:
     fences: dict[tuple[str, Source], Fence] = field(default_factory=dict)
     window: dict[str, dict[str, int]] = field(default_factory=dict)
     histories: dict[tuple[str, str], tuple[UserHistory, int]] = field(default_factory=dict)
+    seen: dict[tuple[str, str], bytes] = field(default_factory=dict)
     embeddings: dict[tuple[str, str, str], tuple[int, bytes]] = field(default_factory=dict)
     profiles: dict[tuple[str, str], dict[str, object]] = field(default_factory=dict)
     profile_places: dict[tuple[str, str], ProfilePlace] = field(default_factory=dict)
@@ -87,6 +88,7 @@ def remove_idle_users(state: State, slots: Collection[str], slack_ms: int) -> in
     gone = set(found)
     for at in found:
         del state.histories[at]
+        state.seen.pop(at, None)
     for key in [k for k in state.embeddings if (k[0], k[2]) in gone] if gone else ():
         del state.embeddings[key]
     return len(found)

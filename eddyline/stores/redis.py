@@ -8,6 +8,7 @@ tag:
     <ns>{u3}:window                     list of blobs: accepted event ids, see `user_codec`
     <ns>{u3}:h:<user>                   *recent* history and stamps, see `schema.user_history`
     <ns>{u3}:o:<user>                   *older* history, absent if the history is short
+    <ns>{u3}:seen:<user>                what the user had beyond these, see `schema.seen_items`
     <ns>{u3}:e:<generation>:<user>      user-ID embedding: steps (uint32), float32[d], little-endian
     <ns>{u3}:p:<user>                   profile: offset in `users` (int64), ms of its first append
                                         (int64), attributes (MessagePack map)
@@ -203,10 +204,13 @@ class RedisStore(FencedWrites, StateStore):
                 tag = f"{self._ns}{{{query.slot}}}"
                 names = user_codec.user_keys(tag, query.user_ids, query.generations)
                 names += user_codec.erasure_keys(tag, query.user_ids)
+                names += user_codec.seen_keys(tag, query.seen_of)
                 pipe.mget([self._fence_key(query.slot, query.source), *names])
             answers = pipe.execute()
         return [
-            user_codec.decode_users(_fence(fence), query.user_ids, query.generations, values)
+            user_codec.decode_users(
+                _fence(fence), query.user_ids, query.generations, values, query.seen_of
+            )
             for query, (fence, *values) in zip(queries, answers, strict=True)
         ]
 
@@ -255,7 +259,7 @@ class RedisStore(FencedWrites, StateStore):
         tag = f"{self._ns}{{{slot}}}"
         kept = {user: profile for user, profile in profiles.items() if profile is not None}
         gone = [user for user, profile in profiles.items() if profile is None]
-        kinds = ["p", "h", "o", *(f"e:{generation}" for generation in generations)]
+        kinds = ["p", "h", "o", "seen", *(f"e:{generation}" for generation in generations)]
         keys = [f"{tag}:p:{user}" for user in kept]
         keys += user_codec.erasure_keys(tag, kept)
         keys += [f"{tag}:{kind}:{u}" for u in gone for kind in kinds]
@@ -394,7 +398,9 @@ class RedisStore(FencedWrites, StateStore):
     @override
     @translated
     def read_user(self, slot: str, partition: int, user_id: str, generation: str) -> UserState:
-        names = user_codec.user_keys(f"{self._ns}{{{slot}}}", [user_id], [generation or "-"])
+        tag = f"{self._ns}{{{slot}}}"
+        names = user_codec.user_keys(tag, [user_id], [generation or "-"])
+        names += user_codec.seen_keys(tag, [user_id])
         fence_key = self._fence_key(slot, Source("clicks", partition))
         fence, *values = cast("list[bytes | None]", self._redis.mget(fence_key, *names))
         return user_codec.decode_user(_fence(fence), *values).without_idle()

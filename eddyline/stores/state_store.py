@@ -41,6 +41,7 @@ class UserRead:
                  next write stores the whole history
     erasures:    user id -> what is kept of a user who was forgotten; other users are absent
     profile_places: user id -> (offset in `users`, ms of the first append) of the stored profile
+    seen:        user id -> stored seen items, of the users of `UserQuery.seen_of` that have some
     """
 
     fence: Fence | None
@@ -50,6 +51,7 @@ class UserRead:
     recent: Mapping[str, Sequence[CompactEntry]] = field(default_factory=dict)
     erasures: Mapping[str, Erasure] = field(default_factory=dict)
     profile_places: Mapping[str, ProfilePlace] = field(default_factory=dict)
+    seen: Mapping[str, bytes] = field(default_factory=dict)
 
     def is_idle(self, user_id: str) -> bool:
         """Whether the user's history and embeddings have ended at the fence; see `is_idle`."""
@@ -80,12 +82,16 @@ class SlotRead:
 
 @dataclass(frozen=True, slots=True)
 class UserQuery:
-    """The users of one slot to read, with their embeddings of `generations`."""
+    """The users of one slot to read, with their embeddings of `generations`.
+
+    seen_of: users whose seen items are read, too
+    """
 
     slot: str
     source: Source
     user_ids: Sequence[str]
     generations: Sequence[str]
+    seen_of: Sequence[str] = ()
 
 
 @dataclass(slots=True)
@@ -98,8 +104,10 @@ class UserEffects:
     recent:       user id -> entries since the last whole write; if absent, the history is written
                   whole
     embeddings:   generation -> user id -> (steps, bytes of float32[d])
-    emptied:      users whose history, and embeddings of each generation in `embeddings` and in
-                  `generations`, are deleted first
+    seen:         user id -> entries to append to the seen items, see `schema.seen_items`
+    seen_max:     from twice as many entries on they are compacted; at least 1 where `seen` has any
+    emptied:      users whose history and seen items, and embeddings of each generation in
+                  `embeddings` and in `generations`, are deleted first
     generations:  every generation of which the slot may have embeddings
     step_ranges:  generation -> where its micro-steps are taken, of all generations of the slot;
                   None leaves what is stored
@@ -116,6 +124,8 @@ class UserEffects:
     histories: dict[str, UserHistory] = field(default_factory=dict)
     recent: dict[str, Sequence[CompactEntry]] = field(default_factory=dict)
     embeddings: dict[str, dict[str, tuple[int, bytes]]] = field(default_factory=dict)
+    seen: dict[str, bytes] = field(default_factory=dict)
+    seen_max: int = 0
     emptied: tuple[str, ...] = ()
     profiles: str | None = None
     generations: tuple[str, ...] = ()
@@ -214,6 +224,7 @@ class UserState:
     history:    `user_history.EMPTY` for an unknown user
     applied_us: server clock of the last write of the history, microseconds; 0 for an unknown user
     embedding:  (steps, bytes of float32[d]) of the requested generation
+    seen:       stored seen items, see `schema.seen_items`
     """
 
     fence: Fence | None
@@ -221,12 +232,13 @@ class UserState:
     applied_us: int
     embedding: tuple[int, bytes] | None
     profile: Mapping[str, object]
+    seen: bytes = b""
 
     def without_idle(self) -> UserState:
-        """The state that counts: an idle user has neither history nor embedding."""
+        """The state that counts: an idle user has neither history, seen items nor embedding."""
         if not is_idle(self.history, self.fence):
             return self
-        return replace(self, history=user_history.EMPTY, applied_us=0, embedding=None)
+        return replace(self, history=user_history.EMPTY, applied_us=0, embedding=None, seen=b"")
 
 
 def is_idle(history: UserHistory, fence: Fence | None) -> bool:
@@ -299,10 +311,10 @@ class StateStore(Protocol):
 
         places: user id -> place of the profile; (offset of `new`, 0) if absent. A profile that the
         user's `Erasure` covers, or that is outdated (`erasure.is_outdated`), is not set.
-        A profile of None forgets the user: profile, history and the embeddings of all `generations`
-        are deleted. until_ms: user id -> broker's time stamp of the null record, ms. If the history
-        has an event appended after it, only the profile is deleted; `events.Forget` removes the
-        older events.
+        A profile of None forgets the user: profile, history, seen items and the embeddings of all
+        `generations` are deleted. until_ms: user id -> broker's time stamp of the null record, ms.
+        If the history has an event appended after it, only the profile is deleted; `events.Forget`
+        removes the older events.
         """
 
     def count_clicks(
@@ -429,7 +441,7 @@ class StateStore(Protocol):
         """
 
     def remove_idle_users(self, slots: Collection[str], slack_ms: int) -> Iterator[int]:
-        """Remove histories and embeddings of users who are idle in their slots, page by page.
+        """Remove histories, seen items and embeddings of idle users of these slots, page by page.
 
         Yields how many users each page had; a page takes the server about a millisecond. No fence
         moves: see `is_idle`.

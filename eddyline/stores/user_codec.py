@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from eddyline.errors import StoreRefused
-from eddyline.schema import erasure, step_ranges, user_history
+from eddyline.schema import erasure, seen_items, step_ranges, user_history
 from eddyline.schema.erasure import Erasure
 from eddyline.schema.step_ranges import StepRanges
 from eddyline.schema.user_history import StoredHistory
@@ -45,6 +45,11 @@ def erasure_keys(tag: str, user_ids: Iterable[str]) -> list[str]:
     return [f"{tag}:f:{erasure.digest(user)}" for user in user_ids]
 
 
+def seen_keys(tag: str, user_ids: Iterable[str]) -> list[str]:
+    """The keys of what users had beyond their lists."""
+    return [f"{tag}:seen:{user}" for user in user_ids]
+
+
 def encode_profile(profile: Mapping[str, object], place: ProfilePlace) -> bytes:
     """The stored form of a profile."""
     return _PLACE.pack(*place) + _pack(profile)
@@ -55,8 +60,12 @@ def decode_users(
     user_ids: Sequence[str],
     generations: Sequence[str],
     values: Sequence[bytes | None],
+    seen_of: Sequence[str] = (),
 ) -> UserRead:
-    """The values of `user_keys`, then of `erasure_keys`. Raises StoreRefused for another layout."""
+    """The values of `user_keys`, `erasure_keys`, and of `seen_keys` of the users in `seen_of`.
+
+    Raises StoreRefused for another layout.
+    """
     n = len(user_ids)
     histories, recent = {}, {}
     for user, head, older in zip(user_ids, values, values[n:], strict=False):
@@ -88,6 +97,11 @@ def decode_users(
         profile_places={
             u: _PLACE.unpack_from(v) for u, v in zip(user_ids, profiles, strict=False) if v
         },
+        seen={
+            u: checked_seen(v)
+            for u, v in zip(seen_of, values[(4 + len(generations)) * n :], strict=True)
+            if v
+        },
     )
 
 
@@ -97,6 +111,7 @@ def decode_user(
     older: bytes | None,
     profile: bytes | None,
     vector: bytes | None,
+    seen: bytes | None,
 ) -> UserState:
     """One user, for a query. Raises StoreRefused for another layout."""
     stored = None if head is None else decode_history(head, older)
@@ -106,7 +121,20 @@ def decode_user(
         applied_us=0 if stored is None else stored.applied_us,
         embedding=None if vector is None else decode_embedding(vector),
         profile={} if profile is None else decode_profile(profile),
+        seen=checked_seen(seen or b""),
     )
+
+
+def checked_seen(value: bytes) -> bytes:
+    """Stored seen items. Raises StoreRefused for damaged ones."""
+    try:
+        seen_items.check(value)
+    except ValueError as error:
+        raise StoreRefused(
+            f"a user's seen items in Redis are damaged ({error}); delete the key `…:seen:<user>`: "
+            "they begin anew"
+        ) from None
+    return value
 
 
 def decode_history(head: bytes, older: bytes | None) -> StoredHistory:
@@ -147,15 +175,20 @@ def encode_users(
         for generation, of_users in effects.embeddings.items()
         for user in of_users
     ]
+    # What a user had before it was emptied is not appended to.
+    begun = [user for user in effects.emptied if user in effects.seen]
+    names += seen_keys(tag, begun)
     if effects.step_ranges is not None:
         names.append(f"{tag}:generations")
     written = len(names) - 2
     generations = {**dict.fromkeys(effects.embeddings), **dict.fromkeys(effects.generations)}
-    kinds = ["h", "o", *(f"e:{generation}" for generation in generations)]
+    kinds = ["h", "o", "seen", *(f"e:{generation}" for generation in generations)]
     emptied = (f"{tag}:{kind}:{user}" for user in effects.emptied for kind in kinds)
     deleted = sorted(set(emptied).difference(names))
     deleted += [f"{tag}:p:{user}" for user in effects.dropped_profiles]
-    names += [*(f"{tag}:f:{hashed}" for hashed in effects.erasures), *deleted]
+    extended = {user: more for user, more in effects.seen.items() if user not in begun}
+    names += [f"{tag}:f:{hashed}" for hashed in effects.erasures]
+    names += [*seen_keys(tag, extended), *deleted]
     args: list[Any] = [
         effects.window_floor,
         encode_accepted(effects.accepted, effects.window_floor),
@@ -165,6 +198,8 @@ def encode_users(
         written,
         len(effects.erasures),
         garbage_ms,
+        len(extended),
+        effects.seen_max,
     ]
     args += [
         user_history.encode_recent(history, recent.get(user, ()))
@@ -176,10 +211,12 @@ def encode_users(
         for of_users in effects.embeddings.values()
         for steps, vector in of_users.values()
     ]
+    args += [seen_items.append(b"", effects.seen[user], effects.seen_max) for user in begun]
     if effects.step_ranges is not None:
         args.append(_pack(effects.step_ranges))
     for one in effects.erasures.values():
         args += (one.encode(), one.ends_ms)
+    args += extended.values()
     return names, args
 
 

@@ -49,7 +49,8 @@ class ClickBatch:
               window
     users:    users of the events beyond `done`, None for those that have to be read, who are in
               `missing`
-    read:     the users in `missing`; None where nothing had to be read
+    seen_of:  users whose seen items are read: a merge moves them, a Forget keeps some
+    read:     the users in `missing`, and what `seen_of` names; None where nothing had to be read
     updates:  the users with the events applied
     error:    the error that ended the batch; `outcome` is meaningless then
     """
@@ -64,6 +65,7 @@ class ClickBatch:
     entering: dict[str, int] = field(default_factory=dict)
     users: dict[str, CachedUser | None] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
+    seen_of: list[str] = field(default_factory=list)
     read: UserRead | None = None
     updates: UserUpdates | None = None
     outcome: Outcome = field(default_factory=Outcome)

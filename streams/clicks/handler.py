@@ -21,7 +21,7 @@ from eddyline.errors import FenceMoved, Rejected, Unavailable
 from eddyline.kafka.topics import CLICKS
 from eddyline.schema import events
 from eddyline.schema.erasure import Erasure
-from eddyline.schema.events import Click
+from eddyline.schema.events import Click, Forget, Merge
 from eddyline.schema.partial import Omitted
 from eddyline.schema.partitioning import partition_of, user_slot
 from eddyline.schema.records import Record
@@ -190,6 +190,13 @@ class ClickHandler(Handler):
         applied = [event.user_id for record, event in one.accepted if record.offset > done]
         followed = applied if self._follows is None else filter(self._follows, applied)
         one.users, one.missing = self.cache.look(one.slot, followed)
+        if self._settings.seen_items_max:
+            one.seen_of = [
+                event.user_id
+                for record, event in one.accepted
+                if record.offset > done and event.user_id in one.users
+                if isinstance(event, Merge | Forget)
+            ]
         one.outcome = Outcome(
             records=len(batch.records), applied=len(applied), ignored=one.decoded.ignored
         )
@@ -216,12 +223,15 @@ class ClickHandler(Handler):
         """Read the users that are not cached, all in one round trip."""
         # A forwarded record cannot be recalled: then the fence is checked first, whatever the
         # users.
-        reading = [one for one in clicks if one.missing or one.forwards]
+        reading = [one for one in clicks if one.missing or one.seen_of or one.forwards]
         if not reading:
             return
         with self._guard(reading):
             reads = self._store.read_many(
-                [UserQuery(b.slot, b.source, b.missing, self._generations) for b in reading]
+                [
+                    UserQuery(b.slot, b.source, b.missing, self._generations, b.seen_of)
+                    for b in reading
+                ]
             )
             for one, read in zip(reading, reads, strict=True):
                 with self._guard([one]):
@@ -274,6 +284,7 @@ class ClickHandler(Handler):
         effects.step_ranges = None if known.ranges == known.stored else known.ranges
         # Ids accepted below can no longer match: the next record lies at least one offset further.
         effects.window_floor = last.offset + 1 - self._settings.dedupe_window_events
+        effects.seen_max = self._settings.seen_items_max
         if effects.visits:
             effects.visits_floor = self.co_visits.floor(one.batch.partition)
         one.outcome.steps, one.outcome.late = sum(map(len, updates.steps)), updates.late

@@ -50,6 +50,9 @@ class CachedUser:
     erasure:    what is kept of a user who was forgotten; None for other users
     profile_place: place of the stored profile; None without one
     idle_after_ms: of the user's history, see `schema.user_history`
+    left:       what left the list in this batch, or came too late for it: `seen_items.stored`
+    seen:       the stored seen items of before the batch; read only where a merge or a Forget needs
+                them
     last:       the event of this batch that was applied last
     more:       what the profile adds to the size in the cache, beyond a small profile
     kept:       whether the cache holds the user; size: the user's size in the cache, 0 where not
@@ -64,6 +67,8 @@ class CachedUser:
     erasure: Erasure | None = None
     profile_place: ProfilePlace | None = None
     idle_after_ms: int = 0
+    left: bytes = b""
+    seen: bytes = b""
     last: Record | None = None
     more: int = 0
     kept: bool = False
@@ -188,13 +193,17 @@ class UserCache:
 
         Where the batch fails, the slot has to be dropped.
         """
-        return {user_id: user or self._user_of(user_id, read) for user_id, user in found.items()}
+        users = {user_id: user or self._user_of(user_id, read) for user_id, user in found.items()}
+        for user_id, value in read.seen.items() if read is not None else ():
+            users[user_id].seen = value
+        return users
 
     def keep(self, slot: str, users: Mapping[str, CachedUser]) -> None:
         """Cache users as they were just written, as far as there is room."""
         more = 0
         for user_id, user in users.items():
             user.last = None
+            user.left = user.seen = b""
             for embedding in user.embeddings:
                 embedding.counted = False
             # The user may have been evicted since `look`, for users of another slot, or emptied.

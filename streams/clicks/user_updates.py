@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from eddyline.schema import events, user_history
+from eddyline.schema import events, seen_items, user_history
 from eddyline.schema.co_visits import Visit
 from eddyline.schema.erasure import Erasure, digest, erased_after, erased_before
 from eddyline.schema.events import KINDS, Click, Forget, Merge
@@ -55,6 +55,7 @@ class UserUpdates:
         self._dwell_ms_full = settings.dwell_ms_full
         self._idle_s_max = settings.user_idle_s_max
         self._bounds = bounds(settings)
+        self._seen_max = settings.seen_items_max
         self._emptied: dict[str, None] = {}
         self._erasures: dict[str, Erasure] = {}
         self._dropped_profiles: dict[str, None] = {}
@@ -96,6 +97,8 @@ class UserUpdates:
             visits=self.visits,
         )
         for user_id, user in self.users.items():
+            if user.left:
+                effects.seen[user_id] = user.left
             if user.last is None:
                 continue
             effects.histories[user_id] = _history(user, user.last, read_us)
@@ -114,14 +117,17 @@ class UserUpdates:
     def _click(self, user: CachedUser, record: Record, click: Click) -> None:
         weight = user_history.strength(click, self._dwell_ms_full)
         entry = Entry(click.item_id, click.at_ms, _KIND_NUMBER[click.kind], weight)
+        left: list[Entry] | None = [] if self._seen_max else None
         if events.is_moved(click):
             equal = events.equal_before(click)
-            user_history.insert_moved(user.entries, user.at_ms, entry, self._bounds, equal)
+            user_history.insert_moved(user.entries, user.at_ms, entry, self._bounds, equal, left)
             user.recent = None
+            if self._seen_max:
+                user.left += self._moved_seen(user, record, click)
         else:
             # The history of a step is the list just before its event.
             steps = self._next_steps(user, record, click)
-            if not user_history.insert_event(user.entries, user.at_ms, entry, self._bounds):
+            if not user_history.insert_event(user.entries, user.at_ms, entry, self._bounds, left):
                 self.late += 1
             else:
                 if click.at_ms < user.at_ms and user.entries[-1:] == [entry]:
@@ -134,9 +140,20 @@ class UserUpdates:
                     self._learn(number, user.embeddings[number], step)
                 if self._co_visit_items and click.kind != "dislike":
                     self._visit(user, record, entry)
+        if left:
+            user.left += seen_items.stored(left)
         if click.at_ms > user.at_ms:
             user.at_ms = click.at_ms
         self._touch(user, record)
+
+    def _moved_seen(self, user: CachedUser, record: Record, click: Click) -> bytes:
+        """The seen items that a moved click carries, without those of before a Forget."""
+        if not (texts := events.seen_texts(click)):
+            return b""
+        value, erasure = seen_items.from_texts(texts), user.erasure
+        if erasure is not None and record.timestamp <= erasure.ends_ms:
+            value = seen_items.after(value, erasure.until_ms)
+        return seen_items.canonical(value, self._seen_max)
 
     def _visit(self, user: CachedUser, record: Record, entry: Entry) -> None:
         older = user_history.older_items(user.entries, entry, self._co_visit_items)
@@ -172,9 +189,14 @@ class UserUpdates:
         embedding.counted = True
 
     def _merge(self, user: CachedUser, record: Record, merge: Merge) -> None:
-        """Move the user's list to the other user, oldest entry first, and start an empty one."""
+        """Move the user's list to the other user, oldest entry first, and start an empty one.
+
+        The last click carries the seen items: where a Forget covers it, it covers them all.
+        """
         equal: Counter[Entry] = Counter()
+        seen = seen_items.canonical(user.seen + user.left, self._seen_max)
         for number, entry in enumerate(reversed(user.entries)):
+            texts = seen_items.to_texts(seen) if number == len(user.entries) - 1 else ()
             click = Click(
                 user_id=merge.merge_into,
                 item_id=entry.item_id,
@@ -182,7 +204,7 @@ class UserUpdates:
                 kind=KINDS[entry.kind],  # type: ignore[arg-type]
                 weight=entry.weight,
                 event_id=f"merge/{record.partition}/{record.offset}/{number}",
-                context=events.moved_context(equal[entry]),
+                context=events.moved_context(equal[entry], texts),
             )
             equal[entry] += 1
             self.moved.append((record, click))
@@ -205,6 +227,8 @@ class UserUpdates:
             self._dropped_profiles[forget.user_id] = None
         if kept:
             fresh.entries, fresh.recent, fresh.at_ms = kept, None, user.at_ms
+            seen = seen_items.after(user.seen + user.left, bound_ms)
+            fresh.left = seen_items.canonical(seen, self._seen_max)
             self._touch(fresh, record)
 
     def _empty(self, user: CachedUser, user_id: str) -> CachedUser:

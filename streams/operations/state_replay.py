@@ -20,7 +20,7 @@ from eddyline import generations
 from eddyline.errors import EddylineError, Rejected, SettingsError
 from eddyline.kafka import topics
 from eddyline.kafka.topics import CLICKS, ITEMS, USERS
-from eddyline.schema import co_visits, item_record, user_history, validation
+from eddyline.schema import co_visits, item_record, seen_items, user_history, validation
 from eddyline.schema.id_form import in_form, key_in_form
 from eddyline.schema.item_record import ItemRecord
 from eddyline.schema.partitioning import user_slot
@@ -154,9 +154,9 @@ def state_hash(
 ) -> str:
     """SHA-256 of all state of the touched users and items, in a fixed order.
 
-    Covers fences' offsets, event-id windows, histories, embeddings' bits, profiles, popularity
-    counts, the number of events in those by events, item metadata and the last published item
-    records. Leaves out `read_us` and `applied_us`, stamps of this run, and the log's id.
+    Covers fences' offsets, event-id windows, histories, seen items, embeddings' bits, profiles,
+    popularity counts, the number of events in those by events, item metadata and the last published
+    item records. Leaves out `read_us` and `applied_us`, stamps of this run, and the log's id.
     """
     state = hashlib.sha256()
 
@@ -177,17 +177,18 @@ def state_hash(
         )
         add("window", p, sorted((e, at) for e, at in window.accepted.items() if at >= floor))
         for user_ids in _batches(touched.users.get(p, ())):
-            query = UserQuery(slot, Source(CLICKS, p), user_ids, [generation])
+            query = UserQuery(slot, Source(CLICKS, p), user_ids, [generation], user_ids)
             [read] = store.read_many([query])
             for user in user_ids:
                 # When ingest removes what idle users left makes no difference.
                 history = read.histories.get(user, user_history.EMPTY)
                 embedding = read.embeddings[generation].get(user)
+                seen = seen_items.canonical(read.seen.get(user, b""), settings.seen_items_max)
                 if read.is_idle(user):
-                    history, embedding = user_history.EMPTY, None
+                    history, embedding, seen = user_history.EMPTY, None, b""
                 encoded = user_history.encode(msgspec.structs.replace(history, read_us=0))
                 profile = msgspec.json.encode(read.profiles.get(user), order="sorted")
-                add("user", user, encoded, embedding, profile)
+                add("user", user, encoded, embedding, profile, seen)
     times: dict[int, int] = {}
     for p in range(settings.items_partitions):
         for source, slots in sources(settings, ITEMS, p, [generation]).items():

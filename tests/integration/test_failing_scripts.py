@@ -15,6 +15,7 @@ import pytest
 import redis
 
 from eddyline.errors import StoreRefused, StoreUnavailable
+from eddyline.schema import seen_items
 from eddyline.schema.co_visits import entries
 from eddyline.schema.event_decay import EventDecay
 from eddyline.schema.user_history import Entry, UserHistory
@@ -49,6 +50,13 @@ def write_users(store: RedisStore, after: Fence | None, offset: int) -> None:
         emptied=("bo", "cy"),
         visits=[(offset, "a", ["b"])],
         visits_floor=offset,
+        seen={
+            "ana": seen_items.stored([Entry("y", offset * 60_000)]),
+            "cy": seen_items.stored([Entry("z", 5)]),
+            # From the second write on it is compacted.
+            "di": seen_items.stored([Entry(f"i{n}", n) for n in range(3)]),
+        },
+        seen_max=2 if offset == 8 else 9,
     )
     store.write_users("u3", CLICKS, after, at(offset), effects)
 

@@ -15,7 +15,7 @@ from cli.commands import capacity
 from cli.commands.capacity import Sizes, amount, redis_parts, worker_parts
 from cli.main import app
 from eddyline.errors import SettingsError, StoreUnavailable
-from eddyline.schema import user_history
+from eddyline.schema import seen_items, user_history
 from eddyline.schema.co_visits import entries
 from eddyline.schema.event_decay import decays
 from eddyline.schema.user_history import Entry, UserHistory
@@ -75,9 +75,16 @@ def filled(store: RedisStore, settings: Settings, sizes: Sizes) -> int:
             chunk = mine[first : first + 250]
             kept = [str(n) for n in range(sizes.generations or settings.generations_kept)]
             effects = UserEffects(embeddings={name: {} for name in kept})
+            for n in range(sizes.history - settings.history_length_max):
+                more = seen_items.stored([Entry(item_ids[n], MS, 1)])
+                after = Fence(first + 10**5 + n, LOG)
+                beyond = UserEffects(seen=dict.fromkeys(chunk, more), seen_max=10**6)
+                store.write_users(slot, Source("clicks", partition), fence, after, beyond)
+                fence = after
             for user in chunk:
                 entries = tuple(
-                    Entry(item_ids[n % sizes.items], MS - n, 1, 1.0) for n in range(sizes.history)
+                    Entry(item_ids[n % sizes.items], MS - n, 1, 1.0)
+                    for n in range(min(sizes.history, settings.history_length_max))
                 )
                 effects.histories[user] = UserHistory(
                     partition=partition,
@@ -183,6 +190,7 @@ def fill_rows(store: RedisStore, settings: Settings, item_ids: list[str]) -> Non
             clicks_a_day=8_000,
             generations=1,
         ),
+        Sizes(users=2_000, items=500, history=170, generations=1),
     ],
 )
 def test_the_plan_is_within_ten_percent_of_what_redis_uses(store: RedisStore, sizes: Sizes) -> None:

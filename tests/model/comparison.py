@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import struct
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 
 from eddyline.errors import Rejected
 from eddyline.kafka import topics as kafka_topics
-from eddyline.schema import co_visits
+from eddyline.schema import co_visits, seen_items
 from eddyline.schema.event_decay import decays
 from eddyline.schema.events import KINDS
 from eddyline.schema.item_record import decode_record
@@ -41,7 +42,7 @@ TOO_LARGE, LARGE_BYTES = "too_large", 1_000_000
 ALL = 2**31 - 1
 USERS_AT_ONCE = ITEMS_AT_ONCE = 500
 DIRECTIONS = ("after", "before")
-_USER_KEY = re.compile(r"\{(?P<slot>u\d+)\}:(?:[hop]|e:[^:]+):(?P<user>.*)", re.DOTALL)
+_USER_KEY = re.compile(r"\{(?P<slot>u\d+)\}:(?:[hop]|seen|e:[^:]+):(?P<user>.*)", re.DOTALL)
 _ERASURE_KEY = re.compile(r"\{(?P<slot>u\d+)\}:f:(?P<digest>[0-9a-f]{64})")
 
 
@@ -358,16 +359,21 @@ def _users(
             user
         )
     histories = model.histories_of(want)
+    seen = model.seen_items_of(want, settings.seen_items_max)
     for partition, users in by_partition.items():
         source = Source(kafka_topics.CLICKS, partition)
         for first in range(0, len(users), USERS_AT_ONCE):
             some = users[first : first + USERS_AT_ONCE]
-            [read] = real.read_many([UserQuery(f"u{partition}", source, some, [*learned])])
+            query = UserQuery(f"u{partition}", source, some, [*learned], some)
+            [read] = real.read_many([query])
             for user in some:
                 idle = read.is_idle(user)
                 mine = None if idle else read.histories.get(user)
                 shown = None if mine is None else history_of(mine)
                 found.same("model's history", user, shown, histories.get(user))
+                beyond = b"" if idle else read.seen.get(user, b"")
+                had = seen_of(beyond, settings.seen_items_max)
+                found.same("model's seen items", user, had, seen.get(user, []))
                 for generation, of_users in learned.items():
                     have = None if idle else read.embeddings[generation].get(user)
                     what, expected = f"model's embedding {generation}", of_users.get(user)
@@ -393,6 +399,12 @@ def history_of(history: Any) -> tuple[Any, ...]:
     entries = [(e.item_id, e.at_ms, KINDS[e.kind], e.weight) for e in history.entries]
     stamps = history.partition, history.offset, history.appended_ms, history.idle_after_ms
     return entries, history.at_ms, *stamps
+
+
+def seen_of(stored: bytes, items_max: int) -> list[tuple[int, int, int]]:
+    """Stored seen items in the form of `rules.newest_of`."""
+    found = struct.iter_unpack("<QI", seen_items.canonical(stored, items_max))
+    return [(stamp // 8, stamp % 8, key) for key, stamp in found]
 
 
 def _names(settings: Settings) -> tuple[set[str], set[str]]:

@@ -4,7 +4,7 @@ It has no batches, fences, caches, retries and codecs, and imports nothing of th
 is the raw records of each partition; the output is the state, and every record that ingest must
 have sent: strays and moved clicks to other partitions, tombstones, dead letters, item records.
 The rules are those of docs/adr: 1 and 5 (windows, lists, merges), 3 (micro-steps), 17 (forgetting),
-29 (idle users), 32 (deleted items) and 35 (co-visits).
+29 (idle users), 32 (deleted items), 35 (co-visits) and 39 (seen items).
 """
 
 from __future__ import annotations
@@ -18,12 +18,17 @@ from typing import Any, NamedTuple
 from tests.model import reading
 from tests.model.reading import Raw, Refused
 from tests.model.rules import (
+    MINUTE_MS,
     appended_after,
+    brought,
+    carried,
     first_append_ms,
     idle_after_ms,
     item_ends_ms,
+    item_key,
     known_fields,
     liked_items,
+    newest_of,
     pairs_of,
     plausible,
     strength,
@@ -44,12 +49,14 @@ class History:
     """A user's history, newest first, and the last record that changed it.
 
     idle_after_ms: the user ends with a record that was appended later; 0: never
+    beyond: (key of the item, number of the kind) -> latest minute of an event that is not listed
     """
 
     entries: list[Entry] = field(default_factory=list)
     newest_ms: int = 0
     last: Raw | None = None
     idle_after_ms: int = 0
+    beyond: dict[tuple[int, int], int] = field(default_factory=dict)
 
 
 class Learned(NamedTuple):
@@ -470,9 +477,12 @@ class Model:
         self._end_idle(user, raw.timestamp)
         self._empty_embeddings(user)
         history = state.histories.pop(user, History())
-        kept = [entry for entry in history.entries if entry.at_ms > event["keep_after_ms"]]
+        bound_ms = event["keep_after_ms"]
+        kept = [entry for entry in history.entries if entry.at_ms > bound_ms]
         if kept:
-            state.histories[user] = History(kept, history.newest_ms, raw, idle_after_ms(raw, s))
+            later = {name: m for name, m in history.beyond.items() if m * MINUTE_MS > bound_ms}
+            idle_ms = idle_after_ms(raw, s)
+            state.histories[user] = History(kept, history.newest_ms, raw, idle_ms, later)
 
     def _merge(self, raw: Raw, event: Mapping[str, Any], s: Any) -> None:
         into, history = event["merge_into"], self.state.histories.pop(event["user_id"], History())
@@ -481,11 +491,14 @@ class Model:
         oldest_first = history.entries[::-1]
         for number, entry in enumerate(oldest_first):
             equal = oldest_first[:number].count(entry)
+            last = number == len(oldest_first) - 1
             fields: dict[str, Any] = {
                 "user_id": into,
                 **entry._asdict(),
                 "event_id": f"merge/{raw.partition}/{raw.offset}/{number}",
-                "context": {"eddyline.moved": True} | ({"eddyline.equal": equal} if equal else {}),
+                "context": {"eddyline.moved": True}
+                | ({"eddyline.equal": equal} if equal else {})
+                | (carried(newest_of(history.beyond, s.seen_items_max)) if last else {}),
             }
             first_ms = first_append_ms(raw)
             self.state.forwarded.add(Sent(own, into, known_fields(fields), raw.at, first_ms))
@@ -501,14 +514,24 @@ class Model:
         before, history.newest_ms = history.newest_ms, max(history.newest_ms, entry.at_ms)
         history.last, history.idle_after_ms = raw, idle_after_ms(raw, s)
         equal = (event["context"] or {}).get("eddyline.equal", 0) if moved else 0
+        if moved and s.seen_items_max:
+            until_ms, _, ends_ms = self.state.ledger.get(user, (-1, -1, -1))
+            for name, minute in brought(event["context"]):
+                if minute * MINUTE_MS > until_ms or raw.timestamp > ends_ms:
+                    history.beyond[name] = max(minute, history.beyond.get(name, 0))
+        if late:
+            note(history.beyond, [entry], s)
         if late or (moved and history.entries.count(entry) > equal):
             return
         place = sum(other.at_ms > entry.at_ms for other in history.entries)
         history.entries.insert(place, entry)
+        gone = history.entries[s.history_length_max :]
         del history.entries[s.history_length_max :]
         if s.history_age_s_max:
             limit = max(before, entry.at_ms) - 1_000 * s.history_age_s_max
+            gone += [other for other in history.entries if other.at_ms < limit]
             history.entries = [other for other in history.entries if other.at_ms >= limit]
+        note(history.beyond, gone, s)
         self.state.visited.add(entry.item_id)
         if not moved and entry.kind != "dislike" and place < len(history.entries):
             if raw.offset < self.forgets.get(user, -1):
@@ -554,6 +577,19 @@ def tombstone_of(raw: Raw, user: str, s: Any) -> Tombstone:
     keep_after_ms = min(until_ms + s.far_future_ms_max, reading.LAST_MS)
     ends_ms = until_ms + s.forgotten_kept_d * 86_400_000
     return Tombstone(user, until_ms, keep_after_ms, raw.offset, ends_ms, raw.at)
+
+
+def note(beyond: dict[tuple[int, int], int], entries: Sequence[Entry], s: Any) -> None:
+    """Events that are not in the list, for `History.beyond`."""
+    for entry in entries if s.seen_items_max else ():
+        name = item_key(entry.item_id), reading.KINDS.index(entry.kind)
+        beyond[name] = max(entry.at_ms // MINUTE_MS, beyond.get(name, 0))
+
+
+def seen_items_of(state: State, items_max: int) -> dict[str, list[tuple[int, int, int]]]:
+    """User -> `newest_of` what the user had beyond the list, where there is any."""
+    found = {user: newest_of(h.beyond, items_max) for user, h in state.histories.items()}
+    return {user: newest for user, newest in found.items() if newest}
 
 
 def histories_of(state: State) -> dict[str, tuple[Any, ...]]:

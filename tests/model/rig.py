@@ -391,6 +391,13 @@ class Rig:
             },
             model.histories_of(want),
         )
+        most = self.settings.seen_items_max
+        beyond = {
+            u: comparison.seen_of(value, most)
+            for (_, u), value in have.seen.items()
+            if u not in idle
+        }
+        same("seen items", beyond, model.seen_items_of(want, most))
         for towers in self.towers:
             name = towers.generation
             mine = {

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from tests.model import reading
 from tests.model.reading import Raw
+
+MINUTE_MS = 60_000
+# Entries of what a visitor had beyond the list, in one text of a moved click.
+_A_TEXT = 62
 
 
 class Liked(Protocol):
@@ -103,6 +109,31 @@ def item_key(item_id: str) -> int:
     """The key of an item in co-visitation rows."""
     digest = hashlib.blake2b(item_id.encode(), digest_size=8).digest()
     return sum(byte << 8 * place for place, byte in enumerate(digest))
+
+
+def newest_of(beyond: Mapping[tuple[int, int], int], limit: int) -> list[tuple[int, int, int]]:
+    """(minute, kind, key) of the newest items and kinds that were had beyond the list."""
+    order = sorted(((minute, kind, key) for (key, kind), minute in beyond.items()), reverse=True)
+    return order[:limit]
+
+
+def carried(newest: Sequence[tuple[int, int, int]]) -> dict[str, str]:
+    """These in the context of the last click that a merge moves."""
+    parts = [newest[first : first + _A_TEXT] for first in range(0, len(newest), _A_TEXT)]
+    return {
+        f"eddyline.seen.{number}": base64.b64encode(
+            b"".join(struct.pack("<QI", key, 8 * minute + kind) for minute, kind, key in part)
+        ).decode()
+        for number, part in enumerate(parts)
+    }
+
+
+def brought(context: Mapping[str, Any]) -> Iterator[tuple[tuple[int, int], int]]:
+    """((key, kind), minute) of what a moved click carries."""
+    for name, text in context.items():
+        if name.startswith("eddyline.seen."):
+            for key, stamp in struct.iter_unpack("<QI", base64.b64decode(text)):
+                yield (key, stamp % 8), stamp // 8
 
 
 def pairs_of(entries: Sequence[Any], place: int, limit: int) -> Iterator[tuple[str, int]]:

@@ -12,6 +12,7 @@ RULES = "tests/unit/streams/test_ingest_rules.py"
 TAILS = "tests/unit/streams/test_empty_tails.py"
 RESUMES = "tests/unit/streams/test_resuming.py"
 CONTRACT = "tests/contract/test_state_store.py"
+SEEN = "tests/unit/streams/test_seen_beyond.py"
 CO_VISITS = "tests/unit/streams/test_co_visits.py"
 TYPES = (
     "tests/integration/test_failing_scripts.py::test_a_key_of_another_type_leaves_nothing_behind"
@@ -558,5 +559,33 @@ MUTATIONS = (
         "milli_sum, next_sum = milli_sum - m, next_sum - c",
         "nexts[key] = c",
         ("tests/contract/test_co_visit_rows.py",),
+    ),
+    Mutation(
+        "an event that is too late for the list is forgotten",
+        "eddyline/schema/user_history.py",
+        "            left.append(entry)\n        return False",
+        "            pass\n        return False",
+        (SEEN,),
+    ),
+    Mutation(
+        "a merge leaves behind what the visitor had beyond the list",
+        UPDATES,
+        "texts = seen_items.to_texts(seen) if number == len(user.entries) - 1 else ()",
+        "texts: Sequence[str] = ()",
+        (SEEN,),
+    ),
+    Mutation(
+        "a moved set survives the Forget before it",
+        UPDATES,
+        "value = seen_items.after(value, erasure.until_ms)",
+        "pass",
+        (SEEN,),
+    ),
+    Mutation(
+        "compacted seen items lose ties by another rule than the schema's",
+        "eddyline/stores/scripts/write_users.lua",
+        "return a[1] < b[1]",
+        "return a[1] > b[1]",
+        ("tests/contract/test_seen_items_store.py",),
     ),
 )

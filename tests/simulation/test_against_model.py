@@ -36,6 +36,7 @@ SETTINGS = Settings(
     popular_bucket_s=60,
     dwell_ms_full=1_000,
     path_state="all",
+    seen_items_max=4,
     co_visit_items=3,
     co_visit_row_max=14,  # no row has more than six others: none is pruned
     popular_fast_half_life_events=NO_DECAY,

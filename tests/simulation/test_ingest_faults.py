@@ -7,8 +7,10 @@ metadata, published records.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import random
+import struct
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,10 +23,10 @@ import pytest
 
 from eddyline.errors import EddylineError, FenceMoved, KafkaUnavailable, Rejected, StoreUnavailable
 from eddyline.kafka.topics import CLICKS, ITEMS
-from eddyline.schema import co_visits, events
+from eddyline.schema import co_visits, events, seen_items
 from eddyline.schema.event_decay import decays
 from eddyline.schema.events import KINDS, Click, Forget, Item, Merge
-from eddyline.schema.item_key import item_key
+from eddyline.schema.item_key import item_key, key_bytes
 from eddyline.schema.item_record import ItemRecord
 from eddyline.schema.partitioning import item_slot, partition_of
 from eddyline.settings.loader import Settings
@@ -46,6 +48,11 @@ from tests.decayed_events import NO_DECAY, plain_counts, stored_counts
 LOG = LogId("cluster", "topic")
 PARTITIONS, D, WINDOW, HISTORY = 2, 4, 40, 6
 BASE_MS = 1_700_000_000_000
+# Seen items that are kept; key -> item.
+SEEN = 6
+NAMES = {key_bytes(f"i{n}"): f"i{n}" for n in range(10)}
+# ((item, kind), minute) of the seen items that a moved click carries.
+Beyond = frozenset[tuple[tuple[str, str], int]]
 STAMP = (("produced_us", b"77"),)
 
 
@@ -163,11 +170,15 @@ class Encoded(MemoryStore):
     ) -> int:
         applied_us = super().write_users(slot, source, expected, new, effects)
         names, args = user_codec.encode_users(slot, effects)
-        _, _, _, _, lists, written, erasures, _, *values = args
+        _, _, _, _, lists, written, erasures, _, seen, seen_max, *values = args
         names = names[2:]
-        for name in names[written + erasures :]:
+        for name in names[written + erasures + seen :]:
             self.values.pop(name, None)
-        of_erasures = values[written::2]
+        of_seen = values[written + 2 * erasures :]
+        of_names = names[written + erasures : written + erasures + seen]
+        for name, more in zip(of_names, of_seen, strict=True):
+            self.values[name] = seen_items.append(self.values.get(name, b""), more, seen_max)
+        of_erasures = values[written : written + 2 * erasures : 2]
         for name, value in zip(names[written : written + erasures], of_erasures, strict=True):
             self.values[name] = value
         for n, (name, value) in enumerate(zip(names[:written], values[:written], strict=True)):
@@ -179,9 +190,11 @@ class Encoded(MemoryStore):
         for q, kept in zip(queries, super().read_many(queries), strict=True):
             names = user_codec.user_keys(q.slot, q.user_ids, q.generations)
             names += user_codec.erasure_keys(q.slot, q.user_ids)
+            names += user_codec.seen_keys(q.slot, q.seen_of)
             found = [self.values.get(name) for name in names]
-            read = user_codec.decode_users(kept.fence, q.user_ids, q.generations, found)
+            read = user_codec.decode_users(kept.fence, q.user_ids, q.generations, found, q.seen_of)
             assert (read.histories, read.embeddings) == (kept.histories, kept.embeddings)
+            assert read.seen == kept.seen
             assert read.erasures == kept.erasures
             reads.append(read)
         return reads
@@ -291,8 +304,11 @@ def clicks_log(rng: random.Random, length: int) -> dict[int, list[Rec]]:
     return logs
 
 
-def forgotten(event: Forget, record: Rec, lists: Any, marks: Any, steps: Any) -> None:
+def forgotten(event: Forget, record: Rec, lists: Any, marks: Any, steps: Any, beyond: Any) -> None:
     user, mine = event.user_id, lists.get(event.user_id, [])
+    for one, minute in list(beyond[user].items()):
+        if minute * 60_000 <= event.forget_until_ms:
+            del beyond[user][one]
     kept = [x for x in mine if x[1] > event.forget_until_ms]
     steps.pop(user, None)
     lists.pop(user, None)
@@ -343,7 +359,8 @@ def oracle(settings: Settings, logs: dict[int, list[Rec]]) -> dict[str, Any]:
     windows: dict[int, dict[str, int]] = {}
     counts: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     clicked: Counter[str] = Counter()
-    moved: set[tuple[str, str, int, str, float, str]] = set()
+    moved: set[tuple[str, str, int, str, float, str, Beyond]] = set()
+    beyond: dict[str, dict[tuple[str, str], int]] = defaultdict(dict)
     erased: dict[str, int] = {}
     visits: dict[tuple[str, str], tuple[int, int]] = {}
     world, weights = World(), settings.kind_weights
@@ -357,13 +374,13 @@ def oracle(settings: Settings, logs: dict[int, list[Rec]]) -> dict[str, Any]:
             if isinstance(click, Merge):
                 if click.at_ms > gone:
                     moved |= merged(
-                        click, f"merge/{partition}/{record.offset}", lists, marks, steps
+                        click, f"merge/{partition}/{record.offset}", lists, marks, steps, beyond
                     )
                 continue
             if isinstance(click, Forget):
                 if click.forget_until_ms > gone:
                     erased[click.user_id] = click.forget_until_ms
-                    forgotten(click, record, lists, marks, steps)
+                    forgotten(click, record, lists, marks, steps, beyond)
                 continue
             before = seen.get(click.event_id or "")
             if click.event_id and before is not None and record.offset - before <= WINDOW:
@@ -388,15 +405,45 @@ def oracle(settings: Settings, logs: dict[int, list[Rec]]) -> dict[str, Any]:
             entry = (click.item_id, click.at_ms, click.kind, click.weight, record.offset)
             top = max(click.at_ms, newest)
             alike = [x[:4] for x in lists[user]].count(entry[:4])
-            if not late and not (copied and alike > context.get("eddyline.equal", 0)):
+            if late:
+                note(beyond[user], [entry])
+            elif not (copied and alike > context.get("eddyline.equal", 0)):
+                every = [*lists[user], entry]
                 lists[user] = sorted([*lists[user], entry], key=lambda x: (-x[1], -x[4]))[:HISTORY]
                 oldest = top - 1_000 * settings.history_age_s_max
                 lists[user] = [x for x in lists[user] if x[1] >= oldest]
+                note(beyond[user], [x for x in every if x not in lists[user]])
                 if not copied:
                     add_visits(visits, lists[user], entry, settings.co_visit_items)
+            for _, text in sorted((k, v) for k, v in context.items() if "seen" in k):
+                carried = base64.b64decode(str(text))
+                for key, stamp in struct.iter_unpack("<8sI", carried):
+                    minute = stamp // 8
+                    if minute * 60_000 > gone:
+                        name = NAMES[key], KINDS[stamp % 8]
+                        beyond[user][name] = max(minute, beyond[user].get(name, 0))
+            newest_of(beyond[user])
             marks[user] = mark_of(record, top)
     shown = {"clicked": plain_counts(clicked), "visits": visits}
+    shown["seen"] = {user: mine for user, mine in beyond.items() if mine}
     return shown | finished(settings, lists, marks, steps, windows, counts, moved)
+
+
+def note(beyond: dict[tuple[str, str], int], entries: list[Any]) -> None:
+    """Events that are not in the list: the latest minute of each item and kind."""
+    for item, at_ms, kind, *_ in entries:
+        beyond[item, kind] = max(at_ms // 60_000, beyond.get((item, kind), 0))
+
+
+def newest_of(beyond: dict[tuple[str, str], int]) -> None:
+    """Leave the newest `SEEN` of them."""
+    order = {v: k for k, v in NAMES.items()}
+
+    def age(one: tuple[str, str]) -> tuple[int, int, int]:
+        return beyond[one], KINDS.index(one[1]), int.from_bytes(order[one[0]], "little")
+
+    for one in sorted(beyond, key=age)[: max(0, len(beyond) - SEEN)]:
+        del beyond[one]
 
 
 def stepped(
@@ -428,12 +475,18 @@ def merged(
     lists: dict[str, list[Any]],
     marks: dict[str, Any],
     steps: dict[str, tuple[int, Any]],
-) -> set[tuple[str, str, int, str, float, str]]:
+    beyond: dict[str, dict[tuple[str, str], int]],
+) -> set[tuple[str, str, int, str, float, str, Beyond]]:
     """The clicks that a merge sends on; the visitor's state is gone afterwards."""
-    entries = reversed(lists.pop(merge.user_id, []))
+    entries = lists.pop(merge.user_id, [])[::-1]
     for part in (marks, steps):
         part.pop(merge.user_id, None)
-    return {(merge.merge_into, *x[:4], f"{key}/{n}") for n, x in enumerate(entries)}
+    carried = frozenset(beyond.pop(merge.user_id, {}).items())
+    last = len(entries) - 1
+    return {
+        (merge.merge_into, *x[:4], f"{key}/{n}", carried if n == last else frozenset())
+        for n, x in enumerate(entries)
+    }
 
 
 def finished(
@@ -473,6 +526,16 @@ def found(settings: Settings, store: MemoryStore, logs: dict[int, list[Rec]]) ->
         "counts": {b: c for b, c in counts.items() if c},
         "clicked": clicked(settings, store),
         "visits": visits_of(state.rows),
+        "seen": {u: seen_of(value) for (_, u), value in state.seen.items() if value},
+    }
+
+
+def seen_of(value: bytes) -> dict[tuple[str, str], int]:
+    """(item, kind) -> minute, of stored seen items."""
+    found = seen_items.canonical(value, SEEN)
+    return {
+        (NAMES[key], KINDS[stamp % 8]): stamp // 8
+        for key, stamp in struct.iter_unpack("<8sI", found)
     }
 
 
@@ -496,11 +559,17 @@ def clicked(settings: Settings, store: MemoryStore) -> dict[str, int]:
     return dict(total)
 
 
-def moves(outside: Outside) -> set[tuple[str, str, int, str, float, str]]:
+def moves(outside: Outside) -> set[tuple[str, str, int, str, float, str, Beyond]]:
     """What merges forwarded, in the oracle's form."""
     values = [value for _, _, value in outside.forwarded if b"merge/" in value]
     sent = [msgspec.json.decode(value, type=Click) for value in values]
-    return {(c.user_id, c.item_id, c.at_ms, c.kind, c.weight, str(c.event_id)) for c in sent}
+    return {
+        (
+            *(c.user_id, c.item_id, c.at_ms, c.kind, c.weight, str(c.event_id)),
+            frozenset(seen_of(seen_items.from_texts(events.seen_texts(c))).items()),
+        )
+        for c in sent
+    }
 
 
 def same(settings: Settings, store: MemoryStore, logs: dict[int, list[Rec]]) -> None:
@@ -510,7 +579,7 @@ def same(settings: Settings, store: MemoryStore, logs: dict[int, list[Rec]]) -> 
         kept = {e: o for e, o in wanted["windows"][partition].items() if o >= floor}
         # An id leaves the window with the next one that enters.
         assert {e: o for e, o in got["windows"][partition].items() if o >= floor} == kept
-    for part in ("lists", "marks", "steps", "counts", "clicked", "visits"):
+    for part in ("lists", "marks", "steps", "counts", "clicked", "visits", "seen"):
         assert got[part] == wanted[part], part
 
 
@@ -529,6 +598,7 @@ def make_settings(item_slots: int = 1, **more: Any) -> Settings:
         popular_buckets=3,
         path_state="all",
         co_visit_items=4,
+        seen_items_max=SEEN,
         co_visit_row_max=20,  # no row has more than nine others: none is pruned
         history_age_s_max=15,
         lateness_s_max=86_400,

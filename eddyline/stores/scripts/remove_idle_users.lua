@@ -24,7 +24,7 @@ for i = 3, #KEYS do
     end
     if idle_after > 0 and idle_after < bound then
       local user = string.sub(KEYS[i], #ARGV[1] + 3)
-      local keys = {ARGV[1] .. 'o:' .. user}
+      local keys = {ARGV[1] .. 'o:' .. user, ARGV[1] .. 'seen:' .. user}
       for _, name in ipairs(generations) do
         keys[#keys + 1] = ARGV[1] .. 'e:' .. name .. ':' .. user
       end
