@@ -38,6 +38,7 @@ from index.factory import ann_backend, live_index
 from sandbox.datasets import synthetic
 from serving.answer.impressions import Impressions
 from serving.answer.retriever import Answer, Retriever
+from serving.answer.seen import SeenPolicy
 from serving.answer.user_reader import UserReader
 from serving.proto import retrieval_pb2 as pb
 from serving.recall.base import RecallContext
@@ -95,6 +96,7 @@ def services(
         popularity=popularity,
         paths=make_paths(context),
         item_slots=1,
+        seen=SeenPolicy(settings),
     )
     held = LocalIndex("1", index, Current())  # type: ignore[arg-type]
 

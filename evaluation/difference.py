@@ -15,7 +15,7 @@ from evaluation.event_log import EventLog
 from evaluation.feed import Feed
 from evaluation.product import Product
 from evaluation.protocol import OnProgress
-from serving.answer.retriever import seen_items
+from serving.answer.seen import SeenPolicy
 
 ANSWER_ITEMS = 10
 
@@ -83,7 +83,7 @@ def find(
             for event in events[of_moment].tolist():
                 user_id = log.user_ids[log.users[event]]
                 query += 1
-                left, right = (answer(one, user_id, keeps_repeats) for one in products)
+                left, right = (answer(one, user_id, now_ms, keeps_repeats) for one in products)
                 if position := _first_position(left, right):
                     found = FirstDifference(
                         event=event,
@@ -103,13 +103,14 @@ def find(
     return Queries(left=names[0], right=names[1], queries=query, first_difference=None)
 
 
-def answer(product: Product, user_id: str, keeps_repeats: bool) -> list[Entry]:
-    """What a worker would answer now."""
+def answer(product: Product, user_id: str, now_ms: int, keeps_repeats: bool) -> list[Entry]:
+    """What a worker would answer now. now_ms: the time of the query"""
     user = product.user(user_id)
     product.list_popularity()
     request = product.request(user, ANSWER_ITEMS)
     if not keeps_repeats:
-        request = request._replace(excluded=seen_items(user))
+        hidden = SeenPolicy(product.settings, hides=True).hidden(user, product.index, now_ms)
+        request = request._replace(excluded=hidden.ids, hidden=hidden)
     items, _ = product.fusion.fuse([*product.paths.values()], request, product.index)
     return [Entry(one.hit.item_id, one.path, float(one.hit.score)) for one in items]
 

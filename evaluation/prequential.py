@@ -14,14 +14,14 @@ import numpy as np
 from eddyline.schema.records import Record
 from evaluation.engine import Engine
 from evaluation.rows import NO_ROWS, Query, Row
-from serving.answer.retriever import seen_items
+from serving.answer.seen import SeenPolicy
 
 
 class Target(NamedTuple):
     """What was known of a target just before it.
 
     live:   whether the item was live; if not, no row ranks it
-    repeat: whether the item was in the user's list
+    repeat: whether a worker would hide the item, as the user had it
     listed: events in the user's list
     """
 
@@ -33,13 +33,14 @@ class Target(NamedTuple):
 class Prequential:
     """Has rows rank targets, and keeps them in step with the engine. Thread rule: one thread.
 
-    keeps_repeats: whether items of the user's list compete, and count as targets; if not, they are
+    keeps_repeats: whether items that the user had compete, and count as targets; if not, they are
                    removed as the product removes them
     """
 
     def __init__(self, engine: Engine, rows: Sequence[Row], *, keeps_repeats: bool) -> None:
         self._engine, self._rows = engine, rows
         self._keeps_repeats = keeps_repeats
+        self._seen = SeenPolicy(engine.settings, hides=True)
 
     def score(
         self, number: int, user_id: str, item_id: str, at_ms: int, *, wants_list: bool = False
@@ -51,7 +52,7 @@ class Prequential:
         """
         engine = self._engine
         state, items = engine.user(user_id), engine.items
-        seen = seen_items(state)
+        seen = self._seen.hidden(state, engine.index, at_ms).ids
         place = items.place_of.get(item_id)
         target = Target(place is not None, item_id in seen, len(state.history.entries))
         if place is None or (target.repeat and not self._keeps_repeats):

@@ -36,7 +36,7 @@ class Scored:
     item_before:   int64 (n,), events of the item strictly before
     seen_user:     bool (n,), whether the user has an event before the split
     live:          bool (n,), whether the item was live just before; if not, every rank is `NEVER`
-    repeat:        bool (n,), whether the item was in the user's list; left out unless repeats count
+    repeat:        bool (n,), whether a worker would hide the item; left out unless repeats count
     """
 
     events: Ints

@@ -7,7 +7,7 @@ scored in tiles of fixed size, so that the product of a tile has the same bits i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -255,4 +255,4 @@ def first_places(order: FusedOrder, excluded: Ints) -> list[int]:
 
 
 def _without_steps(user: UserState) -> UserState:
-    return UserState(user.fence, user.history, user.applied_us, None, user.profile)
+    return replace(user, embedding=None)

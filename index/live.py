@@ -217,6 +217,13 @@ class LiveIndex(Index):
         return hits
 
     @override
+    def live_ids(self, keys: Keys) -> list[str]:
+        version = self._version
+        rows = version.rows_at(version.keys.find(keys))
+        found: list[str] = version.names[version.table.labels[rows[rows >= 0]]].tolist()
+        return found
+
+    @override
     def newest(
         self, k: int, exclude: Collection[str] = (), filters: Filter | None = None
     ) -> list[Hit]:

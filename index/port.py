@@ -194,6 +194,13 @@ class IndexReader(Protocol):
         None if no item with this key is live and passes the filter.
         """
 
+    def live_ids(self, keys: Keys) -> list[str]:
+        """The items of these keys that are live, in their order.
+
+        keys: uint64 (n,), as for `find_keys`
+        """
+        return [hit.item_id for hit in self.find_keys(keys) if hit is not None]
+
     def newest(
         self, k: int, exclude: Collection[str] = (), filters: Filter | None = None
     ) -> list[Hit]:

@@ -27,6 +27,7 @@ from serving.answer.click_ends import ClickEnds
 from serving.answer.click_waits import ClickWaits
 from serving.answer.fusions import make_fusion
 from serving.answer.retriever import Retriever
+from serving.answer.seen import SeenPolicy
 from serving.answer.user_reader import UserReader
 from serving.recall import registry
 from serving.recall.base import RecallContext
@@ -107,6 +108,6 @@ def start_retriever(
         paths=paths,
         item_slots=settings.item_slots,
         rules=AnswerRules(fusion, paths, editorial, k_max=settings.k_max),
-        hides_seen=settings.seen_items == "hide",
+        seen=SeenPolicy(settings),
         waits=waits,
     )

@@ -161,6 +161,11 @@ class Settings(_AllSections, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return {in_form(name, self.id_form): most for name, most in limits.items()}
 
     @property
+    def seen_kinds(self) -> dict[str, float]:
+        """Kind -> seconds, for the kinds that `seen_policy` names. Raises SettingsError."""
+        return worker.seen_kinds_of(self.seen_policy)
+
+    @property
     def snapshots(self) -> Path:
         """Folder of the query workers' snapshots."""
         return Path(self.data_dir) / "snapshots"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
 from eddyline.errors import SettingsError
+from eddyline.schema.events import KINDS
 from eddyline.settings.field import within
 
 _PORT_MAX = 65_535
@@ -29,6 +31,10 @@ RECALL_PATHS = (
 OF_CO_VISITS = frozenset({"co_visits", "co_visits_both", "next"})
 OF_EVENT_SUMS = frozenset({"popular_fast", "popular_slow", "co_visits_both"})
 WEIGHT_MAX = 1_000.0
+_TIME = re.compile(r"(\d{1,12})([smhd])")
+_UNITS_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
+_ALWAYS = {"never": math.inf, "0": 0.0}
+_SEEN_S_MAX = 3_153_600_000
 
 
 class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,8 +119,13 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     not called yet are left out, except for what fills the answer; the answer says so."""
 
     seen_items: Literal["hide", "keep"] = "hide"
-    """Whether items of the user's list come back. `hide`: no answer has them. `keep`: only disliked
-    items are left out, as where people buy the same again; the path `again` needs it."""
+    """Whether items that the user had come back: those of the list, and those beyond it
+    (`seen_items_max`). `hide`: no answer has them. `keep`: only disliked items are left out, as
+    where people buy the same again; the path `again` needs it."""
+    seen_policy: Annotated[str, Meta(max_length=1_000)] = ""
+    """Kinds of events for which `seen_items` does not hold, `kind=time,…`: how long an item stays
+    hidden after such an event, as in `view=30d,purchase=never` (`s`, `m`, `h`, `d`; `never`: it
+    never comes back; `0`: it is not hidden). Of several events the longest time counts."""
 
     # Impressions: docs/operations.md
     answers_sample: Annotated[float, within(0, 1)] = 0.01
@@ -156,9 +167,36 @@ def weights_of(listed: str) -> dict[str, float]:
     return found
 
 
+def seen_kinds_of(listed: str) -> dict[str, float]:
+    """Kind -> seconds of `seen_policy`, infinite for `never`. Raises SettingsError.
+
+    >>> seen_kinds_of("view=30d, purchase=never"), seen_kinds_of("")
+    ({'view': 2592000.0, 'purchase': inf}, {})
+    """
+    found: dict[str, float] = {}
+    for part in names_of(listed) if listed.strip() else ():
+        kind, _, text = (one.strip() for one in part.partition("="))
+        time = _TIME.fullmatch(text)
+        if kind not in KINDS:
+            wrong = f"{part!r} has no kind of event, which are {', '.join(KINDS)}"
+        elif kind in found:
+            wrong = f"{kind!r} is named twice"
+        elif text in _ALWAYS:
+            found[kind] = _ALWAYS[text]
+            continue
+        elif time is None or not 0 < int(time[1]) * _UNITS_S[time[2]] <= _SEEN_S_MAX:
+            wrong = f"{part!r} has no time as 30d, 12h, 45m or 90s of at most 100 years, never or 0"
+        else:
+            found[kind] = float(int(time[1]) * _UNITS_S[time[2]])
+            continue
+        raise SettingsError(f"seen_policy = {listed!r}: {wrong}")
+    return found
+
+
 def check(settings: WorkerSettings) -> None:
     """Raise SettingsError for paths that cannot be used, and for more ports than there are."""
     _check_paths(settings)
+    seen_kinds_of(settings.seen_policy)
     if settings.worker_metrics_port + settings.worker_processes - 1 > _PORT_MAX:
         raise SettingsError(
             f"worker_metrics_port = {settings.worker_metrics_port}: the "

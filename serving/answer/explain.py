@@ -14,6 +14,7 @@ from index.filters import Filter
 from index.port import Hit, IndexReader
 from serving.answer.card_reader import CardReader
 from serving.answer.fusion import ItemRule, PathCalls
+from serving.answer.seen import SeenPolicy
 from serving.recall.base import RecallPath, RecallRequest
 from serving.rules.editorial import ActiveRules
 from serving.rules.selection import (
@@ -69,14 +70,10 @@ class Explainer:
     """Explains answers of one generation. Thread rule: any thread."""
 
     def __init__(
-        self,
-        paths: Sequence[RecallPath],
-        rules: AnswerRules,
-        cards: CardReader,
-        hides_seen: bool = True,
+        self, paths: Sequence[RecallPath], rules: AnswerRules, cards: CardReader, seen: SeenPolicy
     ) -> None:
-        """rules: that choose the answers; hides_seen: see `Retriever`."""
-        self._hides_seen = hides_seen
+        """rules: that choose the answers; seen: see `Retriever`."""
+        self._seen = seen
         self._paths = paths
         self._rules = rules
         self._cards = cards
@@ -166,10 +163,8 @@ class Explainer:
 
     def _barred(self, request: RecallRequest, item_id: str, index: IndexReader) -> str:
         """Why a live item may not be in the answer; "" if it may."""
-        if item_id in request.excluded:
-            if not self._hides_seen:
-                return "it is disliked in the user's list or the session"
-            return "it is in the user's list or the session: seen items do not come back"
+        if item_id in request.excluded and request.user is not None:
+            return self._seen.why(request.user, item_id, request.now_ms)
         filters = request.filters
         if filters is None or index.describe([item_id], filters)[0] is not None:
             return ""

@@ -12,7 +12,7 @@ import numpy as np
 
 from eddyline.errors import EddylineError, StoreUnavailable
 from eddyline.schema.events import Item, quote
-from eddyline.schema.user_history import EMPTY, Entry, disliked_items
+from eddyline.schema.user_history import EMPTY, Entry
 from eddyline.stores.state_store import StateStore, UserState
 from index.arrays import Vector
 from index.filters import Filter
@@ -23,6 +23,7 @@ from serving.answer.co_visit_reader import CoVisitReader
 from serving.answer.deadline import Deadline
 from serving.answer.explain import Explainer, Explanation
 from serving.answer.fusion import Cascade, Fusion, PathResult, Recommendation
+from serving.answer.seen import SeenPolicy
 from serving.answer.user_reader import AfterStatus, AfterToken, UserReader
 from serving.recall.base import Candidates, RecallPath, RecallRequest
 from serving.recall.popularity import Popularity
@@ -175,14 +176,14 @@ class Retriever:
         item_slots: int,
         fusion: Fusion | None = None,
         waits: ClickWaits | None = None,
-        hides_seen: bool = True,
+        seen: SeenPolicy,
         rules: AnswerRules | None = None,
     ) -> None:
         """paths: in the order in which the fusion calls them; fusion: a `Cascade` by default.
 
         waits: where queries may wait for a click; None: none does
         rules: over the same fusion and paths; None: without editorial rules
-        hides_seen: whether answers leave out all items of the user's list; else only disliked ones
+        seen: which items answers leave out as the user had them
         """
         self.popularity = popularity
         self.waits = waits
@@ -191,9 +192,9 @@ class Retriever:
         self._card_reader = CardReader(store, item_slots, users.outages)
         reads = frozenset().union(*(path.reads for path in paths))
         self._co_visits = CoVisitReader(store, item_slots, users.outages, reads)
-        self._hides_seen = hides_seen
+        self._seen = seen
         self.rules = rules or AnswerRules(fusion or Cascade(), paths)
-        self._explainer = Explainer(paths, self.rules, self._card_reader, hides_seen)
+        self._explainer = Explainer(paths, self.rules, self._card_reader, seen)
 
     def retrieve(
         self, query: Query, index: IndexReader, deadline: Deadline, received_us: int = 0
@@ -328,7 +329,9 @@ class Retriever:
         read = self._read(query) if query.user_id else _GUEST
         user = with_session(read.stored or _UNKNOWN_USER, query.session)
         co_visits, unread = self._co_visits.read(user, deadline)
-        excluded = seen_items(user) if self._hides_seen else disliked_items(user.history.entries)
+        now_ms = time.time_ns() // 1_000_000
+        hidden = self._seen.hidden(user, index, now_ms)
+        excluded = hidden.ids
         earlier = frozenset[str]()
         if query.cursor is not None and len(query.cursor.keys):
             live = index.find_keys(query.cursor.keys)
@@ -341,8 +344,9 @@ class Retriever:
             filters=query.filters,
             popularity_beta=query.popularity_beta,
             deadline=deadline,
-            now_ms=time.time_ns() // 1_000_000,
+            now_ms=now_ms,
             co_visits=co_visits,
+            hidden=hidden,
         )
         return _Page(read, request, unread, earlier)
 
@@ -379,7 +383,9 @@ class Retriever:
         if query.filters is not None:
             which = f"{found + seen_live + len(earlier)} live items pass the filter"
         where = "the user's list or the session" if query.session else "the user's list"
-        of = "in" if self._hides_seen else "disliked in"
+        if request.user is not None and request.user.seen:
+            where += " or beyond it"
+        of = "disliked in" if self._seen.keeps_most else "in"
         more = f", {len(earlier)} were on earlier pages" if earlier else ""
         if _denies(self.rules.active(request.now_ms, query.scene)):
             more += ", and editorial rules deny some"
@@ -437,8 +443,3 @@ def with_session(user: UserState, session: Sequence[Entry]) -> UserState:
         return user
     history = msgspec.structs.replace(user.history, entries=(*session, *user.history.entries))
     return replace(user, history=history)
-
-
-def seen_items(user: UserState) -> set[str]:
-    """The items of the user's list, which no answer has unless the settings keep them."""
-    return {entry.item_id for entry in user.history.entries}

@@ -39,12 +39,26 @@ class QueryCoVisits(NamedTuple):
     before: Sequence[CoVisits]
 
 
+class Hidden(NamedTuple):
+    """The items that an answer leaves out since the user had them.
+
+    ids:  the items; of those beyond the user's list, the live ones
+    keys: uint64 (n,), `item_key` of all, in no order, which may repeat; None where none of them is
+          beyond the list
+    """
+
+    ids: set[str]
+    keys: Keys | None = None
+
+
 class RecallRequest(NamedTuple):
     """One query as a recall path sees it.
 
     user:            None if the store could not be read
     k:               the most candidates to return
     excluded:        item ids that must not be returned
+    hidden:          of what `excluded` was made; its keys are those of `excluded` only where its
+                     ids are this object
     filters:         every candidate passes them; None: no filter
     popularity_beta: strength of the popularity correction, see `Popularity.debias`; 0: none
     now_ms:          time of the query, milliseconds since 1970
@@ -59,6 +73,7 @@ class RecallRequest(NamedTuple):
     deadline: Deadline
     now_ms: int = 0
     co_visits: QueryCoVisits | None = None
+    hidden: Hidden | None = None
 
 
 def locate(ascending: Keys, keys: Keys) -> tuple[Ints, Mask]:

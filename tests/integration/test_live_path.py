@@ -372,7 +372,7 @@ def test_the_command_line_works(
     assert "towers" in shown and f"clicks/{token}" in shown
     assert '"item_id"' in run("query", user, "--json")
     assert "similar 1" in run("similar", item_id, "-k", "3")
-    assert "it is in the user's list" in run("explain", user, item_id)
+    assert "seen: liked" in run("explain", user, item_id)
     assert "not live" in run("similar", f"cli-{user}", code=1)
     assert "in the graph" in run("stats")
     assert "items/" in run(

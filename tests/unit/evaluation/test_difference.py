@@ -34,7 +34,7 @@ def answers_before(log: EventLog, bundle: Bundle, event: int) -> list[list[Entry
             if log.at_ms[number] < now_ms:
                 product.apply_events([log.click(number)])
                 product.write()
-        found.append(difference.answer(product, log.user_ids[log.users[event]], False))
+        found.append(difference.answer(product, log.user_ids[log.users[event]], int(now_ms), False))
         product.close()
     return found
 

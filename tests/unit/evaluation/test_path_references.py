@@ -30,6 +30,8 @@ class Reference:
     def __init__(self) -> None:
         # Newest first: (item, whether it is a dislike).
         self.lists: dict[str, list[tuple[str, bool]]] = defaultdict(list)
+        # What the user had, in the list or not.
+        self.seen: dict[str, set[str]] = defaultdict(set)
         # Item -> other item -> [visits, next visits].
         self.after: Row = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
         self.before: Row = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
@@ -44,6 +46,7 @@ class Reference:
                     row[0] += round(1_000 / distance) / 1_000
                     row[1] += distance == 1
         mine.insert(0, (item, dislike))
+        self.seen[user].add(item)
         del mine[SETTINGS.history_length_max :]
         if not dislike:
             self.events.append(item)
@@ -157,7 +160,7 @@ def test_each_path_ranks_as_its_reference(bundle: Bundle, seed: int, keeps_repea
             continue
         user, target = log.user_ids[log.users[event]], log.item_ids[log.items[event]]
         live = {item.item_id for item in log.changes if item.at_ms < now_ms}
-        listed = {item for item, _ in reference.lists[user]}
+        listed = reference.seen[user]
         for path in PATHS:
             score: Callable[[str], dict[str, float]] = getattr(reference, path)
             wanted = [*ranks(score(user), target, live, set() if keeps_repeats else listed)]

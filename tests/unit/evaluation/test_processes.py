@@ -30,7 +30,7 @@ def evaluate(
     log: EventLog, bundle: Bundle, wanted: int, rows: Sequence[str]
 ) -> tuple[Report, Outcome]:
     return offline.evaluate(
-        Settings(popular_limit=9, history_length_max=12),
+        Settings(popular_limit=9, history_length_max=12, seen_items_max=3),
         log,
         bundle,
         name="s",

@@ -22,6 +22,7 @@ from serving.answer.co_visit_reader import ITEMS_MAX, CoVisitReader, newest_item
 from serving.answer.deadline import Deadline, DeadlinePassed
 from serving.answer.fusions import make_fusion
 from serving.answer.retriever import Query, Retriever
+from serving.answer.seen import SeenPolicy
 from serving.recall import co_visits
 from serving.recall.again import AgainPath
 from serving.recall.base import AFTER, BEFORE, QueryCoVisits, RecallContext, RecallRequest
@@ -228,7 +229,7 @@ def retriever_of(world: World, **settings: object) -> Retriever:
         paths=make_paths(context),
         item_slots=1,
         fusion=make_fusion(context.settings),
-        hides_seen=context.settings.seen_items == "hide",
+        seen=SeenPolicy(context.settings),
     )
 
 
@@ -346,7 +347,7 @@ def test_seen_items_come_back_where_they_are_kept(world: World) -> None:
     assert answer.short_because.endswith(ends)
     query = Query("ana", 3, session=session)
     [found], _ = retriever.explain(query, ["i3"], world.index, Deadline(5.0), 9)
-    assert found.why == "it is disliked in the user's list or the session"
+    assert found.why.startswith("seen: disliked ") and found.why.endswith(" does not come back")
 
 
 # ---------------------------------------------------------------- shards

@@ -34,6 +34,7 @@ from serving.answer.click_waits import ClickWaits
 from serving.answer.deadline import Deadline, DeadlinePassed
 from serving.answer.fusions import make_fusion
 from serving.answer.retriever import Retriever
+from serving.answer.seen import SeenPolicy
 from serving.answer.user_reader import UserReader
 from serving.coordinator import shards as shards_
 from serving.coordinator.backend import CoordinatorBackend
@@ -202,6 +203,7 @@ class Plant:
             paths=paths,
             item_slots=1,
             rules=AnswerRules(make_fusion(settings), paths, self.rules, k_max=settings.k_max),
+            seen=SeenPolicy(SETTINGS),
         )
         self.service = RetrievalService(settings)
         self.server = WorkerServer(settings, self.service, role="coordinator")

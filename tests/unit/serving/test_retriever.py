@@ -33,6 +33,7 @@ from serving.answer.fusion import Cascade
 from serving.answer.fusion import Source as PathSource
 from serving.answer.fusions import make_fusion
 from serving.answer.retriever import Answer, Query, Retriever
+from serving.answer.seen import SeenPolicy
 from serving.answer.user_reader import AfterToken, UserReader
 from serving.metrics import WorkerCollector
 from serving.proto import retrieval_pb2 as pb
@@ -148,6 +149,7 @@ class World:
             item_slots=1,
             fusion=make_fusion(msgspec.structs.replace(SETTINGS, fusion=fusion)),
             waits=ClickWaits(self.store, calls_max=SETTINGS.waiting_calls_max),
+            seen=SeenPolicy(SETTINGS),
         )
         held = LocalIndex("g1", self.index, self.replica)  # type: ignore[arg-type]
         self.backend = WorkerBackend(held, self.retriever)
@@ -318,6 +320,7 @@ def test_a_list_that_several_paths_read_is_missing_once(world: World) -> None:
         popularity=world.popularity,
         paths=make_paths(context, ["popular_fast", "popular_slow"]),
         item_slots=1,
+        seen=SeenPolicy(SETTINGS),
     )
     answer = retriever.retrieve(Query("ana", 2), world.index, Deadline(5.0))
     away = "Redis at redis://nowhere: ConnectionError"
