@@ -75,17 +75,11 @@ def filled(store: RedisStore, settings: Settings, sizes: Sizes) -> int:
             chunk = mine[first : first + 250]
             kept = [str(n) for n in range(sizes.generations or settings.generations_kept)]
             effects = UserEffects(embeddings={name: {} for name in kept})
-            for n in range(sizes.history - settings.history_length_max):
-                more = seen_items.stored([Entry(item_ids[n], MS, 1)])
-                after = Fence(first + 10**5 + n, LOG)
-                beyond = UserEffects(seen=dict.fromkeys(chunk, more), seen_max=10**6)
-                store.write_users(slot, Source("clicks", partition), fence, after, beyond)
-                fence = after
+            beyond = sizes.history - settings.history_length_max
+            fence = fill_seen(store, partition, chunk, item_ids[: max(0, beyond)], fence)
             for user in chunk:
-                entries = tuple(
-                    Entry(item_ids[n % sizes.items], MS - n, 1, 1.0)
-                    for n in range(min(sizes.history, settings.history_length_max))
-                )
+                listed = range(min(sizes.history, settings.history_length_max))
+                entries = tuple(Entry(item_ids[n % sizes.items], MS - n, 1, 1.0) for n in listed)
                 effects.histories[user] = UserHistory(
                     partition=partition,
                     offset=10**6,
@@ -99,9 +93,8 @@ def filled(store: RedisStore, settings: Settings, sizes: Sizes) -> int:
                     effects.recent[user] = [user_history.compact(e) for e in entries]
                 for learned in effects.embeddings.values():
                     learned[user] = (9, np.ones(sizes.dimension, "<f4").tobytes())
-            after = Fence(first + 10**6, LOG)
-            store.write_users(slot, Source("clicks", partition), fence, after, effects)
-            fence = after
+            before, fence = fence, Fence(first + 10**6, LOG)
+            store.write_users(slot, Source("clicks", partition), before, fence, effects)
             # Later: half as many new ones as there may be, beside the older ones.
             effects.embeddings = {}
             some = user_history.RECENT_MAX // 2
@@ -111,9 +104,8 @@ def filled(store: RedisStore, settings: Settings, sizes: Sizes) -> int:
                 else effects.recent[user]
                 for user, b in effects.histories.items()
             }
-            after = Fence(first + 10**6 + 1, LOG)
-            store.write_users(slot, Source("clicks", partition), fence, after, effects)
-            fence = after
+            before, fence = fence, Fence(first + 10**6 + 1, LOG)
+            store.write_users(slot, Source("clicks", partition), before, fence, effects)
         profiles = {user: {"p": "x" * (sizes.profile - 5)} for user in mine}
         store.write_profiles(slot, Source("users", partition), None, Fence(1, LOG), profiles, [])
     metadata = {item: ItemMetadata(0, 1, b"x" * sizes.item_json) for item in item_ids}
@@ -130,6 +122,19 @@ def filled(store: RedisStore, settings: Settings, sizes: Sizes) -> int:
     fill_epochs(store, settings, item_ids, fence)
     fill_rows(store, settings, item_ids)
     return used(store) - empty
+
+
+def fill_seen(
+    store: RedisStore, partition: int, users: list[str], items: list[str], fence: Fence | None
+) -> Fence | None:
+    """One event after the other leaves the lists of these users; returns the fence."""
+    for n, item in enumerate(items):
+        more = seen_items.stored([Entry(item, MS, 1)])
+        effects = UserEffects(seen=dict.fromkeys(users, more), seen_max=1_000)
+        after = Fence(10**5 + n, LOG)
+        store.write_users(f"u{partition}", Source("clicks", partition), fence, after, effects)
+        fence = after
+    return fence
 
 
 def fill_epochs(

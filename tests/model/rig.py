@@ -377,11 +377,7 @@ class Rig:
                 if left.get(key) != right.get(key):
                     found.append(f"{what} {key}: {left.get(key)!r}, model {right.get(key)!r}")
 
-        idle = {
-            u
-            for (slot, u), (history, _) in have.histories.items()
-            if is_idle(history, have.fences.get((slot, Source("clicks", int(slot[1:])))))
-        }
+        idle = self._idle(have)
         same(
             "history",
             {
@@ -391,13 +387,7 @@ class Rig:
             },
             model.histories_of(want),
         )
-        most = self.settings.seen_items_max
-        beyond = {
-            u: comparison.seen_of(value, most)
-            for (_, u), value in have.seen.items()
-            if u not in idle
-        }
-        same("seen items", beyond, model.seen_items_of(want, most))
+        same("seen items", *self._seen(have, want, idle))
         for towers in self.towers:
             name = towers.generation
             mine = {
@@ -454,6 +444,22 @@ class Rig:
             for raw in partition
             if (after := rules.appended_after(raw)) is not None
         }
+
+    @staticmethod
+    def _idle(have: Any) -> set[str]:
+        """The users who are idle, removed or not."""
+        return {
+            u
+            for (slot, u), (history, _) in have.histories.items()
+            if is_idle(history, have.fences.get((slot, Source("clicks", int(slot[1:])))))
+        }
+
+    def _seen(self, have: Any, want: model.State, idle: set[str]) -> tuple[Any, Any]:
+        """Seen items of both, in the form of `same`."""
+        most = self.settings.seen_items_max
+        mine = {u: v for (_, u), v in have.seen.items() if u not in idle}
+        shown = {u: comparison.seen_of(value, most) for u, value in mine.items()}
+        return shown, model.seen_items_of(want, most)
 
     def _rows(self, have: Any, want: model.State) -> tuple[dict[Any, str], dict[Any, str]]:
         """Co-visitation rows, in the form of `same`: what differs, and nothing."""

@@ -415,13 +415,7 @@ def oracle(settings: Settings, logs: dict[int, list[Rec]]) -> dict[str, Any]:
                 note(beyond[user], [x for x in every if x not in lists[user]])
                 if not copied:
                     add_visits(visits, lists[user], entry, settings.co_visit_items)
-            for _, text in sorted((k, v) for k, v in context.items() if "seen" in k):
-                carried = base64.b64decode(str(text))
-                for key, stamp in struct.iter_unpack("<8sI", carried):
-                    minute = stamp // 8
-                    if minute * 60_000 > gone:
-                        name = NAMES[key], KINDS[stamp % 8]
-                        beyond[user][name] = max(minute, beyond[user].get(name, 0))
+            brought(beyond[user], context, gone)
             newest_of(beyond[user])
             marks[user] = mark_of(record, top)
     shown = {"clicked": plain_counts(clicked), "visits": visits}
@@ -433,6 +427,16 @@ def note(beyond: dict[tuple[str, str], int], entries: list[Any]) -> None:
     """Events that are not in the list: the latest minute of each item and kind."""
     for item, at_ms, kind, *_ in entries:
         beyond[item, kind] = max(at_ms // 60_000, beyond.get((item, kind), 0))
+
+
+def brought(beyond: dict[tuple[str, str], int], context: Mapping[str, Any], gone: int) -> None:
+    """What a moved click carries, but for what the erasure covers."""
+    for _, text in sorted((k, v) for k, v in context.items() if "seen" in k):
+        for key, stamp in struct.iter_unpack("<8sI", base64.b64decode(str(text))):
+            minute = stamp // 8
+            if minute * 60_000 > gone:
+                name = NAMES[key], KINDS[stamp % 8]
+                beyond[name] = max(minute, beyond.get(name, 0))
 
 
 def newest_of(beyond: dict[tuple[str, str], int]) -> None:

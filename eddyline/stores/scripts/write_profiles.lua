@@ -1,7 +1,7 @@
 -- ARGV[3]: n profiles, ARGV[4]: g keys of a forgotten user. KEYS[2] …: n profile keys, their n
 -- erasure keys, then g keys for each forgotten user: profile, recent history, older history,
--- seen items, embeddings. ARGV[5] …: n profiles, then for each forgotten user the time of the null record
--- (broker's clock, ms), or "" to delete in any case.
+-- seen items, embeddings. ARGV[5] …: n profiles, then for each forgotten user the time of the null
+-- record (broker's clock, ms), or "" to delete in any case.
 local n, g = tonumber(ARGV[3]), tonumber(ARGV[4])
 local skipped, gone, at = {}, {}, 1 + 2 * n
 for i = 1, n do
