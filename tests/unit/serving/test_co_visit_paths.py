@@ -354,15 +354,14 @@ def test_seen_items_come_back_where_they_are_kept(world: World) -> None:
 
 
 @pytest.fixture
-def plant(monkeypatch: pytest.MonkeyPatch) -> Iterator[Plant]:
+def plant() -> Iterator[Plant]:
     settings = msgspec.structs.replace(
         test_coordinator.SETTINGS,
         recall_paths=",".join(RECALL_PATHS),
         fusion="rrf",
         path_candidates=30,
     )
-    monkeypatch.setattr(test_coordinator, "SETTINGS", settings)
-    made = Plant(3, catalogue(200))
+    made = Plant(3, catalogue(200), settings=settings)
     yield made
     made.close()
 
