@@ -127,7 +127,7 @@ MOVED = {_MOVED_KEY: True}
 _EQUAL_KEY = "eddyline.equal"
 # With a number, in the context of the last click of a merge: what the visitor had beyond the list,
 # see `seen_items.to_texts`.
-_SEEN_KEY = "eddyline.seen."
+SEEN_KEY = "eddyline.seen."
 
 
 # The fields of an item that are lists of texts.
@@ -233,23 +233,13 @@ def moved_context(equal: int, seen: Sequence[str] = ()) -> Attributes:
     seen:  what the visitor had beyond the list, `seen_items.to_texts`
     """
     context: Attributes = {**MOVED, _EQUAL_KEY: equal} if equal else dict(MOVED)
-    return context | {f"{_SEEN_KEY}{number}": text for number, text in enumerate(seen)}
+    return context | {f"{SEEN_KEY}{number}": text for number, text in enumerate(seen)}
 
 
 def equal_before(moved: Click) -> int:
     """How many equal clicks of the same merge come before a moved one."""
     found = (moved.context or {}).get(_EQUAL_KEY)
     return found if isinstance(found, int) and not isinstance(found, bool) else 0
-
-
-def seen_texts(moved: Click) -> dict[int, object]:
-    """What a moved click carries of the visitor's seen items: number -> text."""
-    head = len(_SEEN_KEY)
-    return {
-        int(name[head:]): text
-        for name, text in (moved.context or {}).items()
-        if name.startswith(_SEEN_KEY) and name[head:].isdecimal() and name.isascii()
-    }
 
 
 def decode_user_event(

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from eddyline.schema.events import SEEN_KEY, Click
 from eddyline.schema.item_key import KEY_BYTES, key_bytes
 from eddyline.schema.user_history import Entry
 
@@ -125,6 +126,16 @@ def to_texts(value: bytes) -> list[str]:
     size = TEXT_ENTRIES * ENTRY_BYTES
     parts = (value[start : start + size] for start in range(0, len(value), size))
     return [base64.b64encode(part).decode() for part in parts]
+
+
+def moved_texts(click: Click) -> dict[int, object]:
+    """What a moved click carries of the visitor's seen items: number -> text."""
+    head = len(SEEN_KEY)
+    return {
+        int(name[head:]): text
+        for name, text in (click.context or {}).items()
+        if name.startswith(SEEN_KEY) and name[head:].isdecimal() and name.isascii()
+    }
 
 
 def from_texts(texts: Mapping[int, object]) -> bytes:

@@ -148,7 +148,7 @@ class UserUpdates:
 
     def _moved_seen(self, user: CachedUser, record: Record, click: Click) -> bytes:
         """The seen items that a moved click carries, without those of before a Forget."""
-        if not (texts := events.seen_texts(click)):
+        if not (texts := seen_items.moved_texts(click)):
             return b""
         value, erasure = seen_items.from_texts(texts), user.erasure
         if erasure is not None and record.timestamp <= erasure.ends_ms:

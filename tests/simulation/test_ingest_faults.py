@@ -570,7 +570,7 @@ def moves(outside: Outside) -> set[tuple[str, str, int, str, float, str, Beyond]
     return {
         (
             *(c.user_id, c.item_id, c.at_ms, c.kind, c.weight, str(c.event_id)),
-            frozenset(seen_of(seen_items.from_texts(events.seen_texts(c))).items()),
+            frozenset(seen_of(seen_items.from_texts(seen_items.moved_texts(c))).items()),
         )
         for c in sent
     }

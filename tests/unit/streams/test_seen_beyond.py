@@ -187,7 +187,7 @@ def test_a_merge_moves_them_with_the_last_click(clicks: int) -> None:
     rig, moved = merged(clicks, seen_items_max=70)
     assert rig.seen() == [] and rig.listed() == []
     assert [one.item_id for one in rig.sent] == ITEMS[clicks - 3 : clicks]
-    carried = [events.seen_texts(one) for one in rig.sent]
+    carried = [seen_items.moved_texts(one) for one in rig.sent]
     assert carried[:2] == [{}, {}] and len(carried[2]) == -(-min(70, clicks - 3) // 62)
     rig.apply(moved)
     assert rig.listed("bo") == ITEMS[clicks - 3 : clicks][::-1]
@@ -201,7 +201,7 @@ def test_a_merge_in_the_batch_of_the_clicks_moves_what_is_not_written_yet() -> N
     more = [click(6 + n, ITEMS[6 + n]) for n in range(3)]
     rig.apply([*more, record(9, Merge(user_id="ana", merge_into="bo", at_ms=MS)), click(10, "i50")])
     last = rig.sent[-1]
-    assert shown(seen_items.from_texts(events.seen_texts(last))) == [
+    assert shown(seen_items.from_texts(seen_items.moved_texts(last))) == [
         (ITEMS[n], "click", n) for n in range(5, -1, -1)
     ]
     assert (rig.listed(), rig.seen()) == (["i50"], [])

@@ -123,7 +123,7 @@ def test_a_moved_click_carries_them(items: int) -> None:
         events.encode(moved), appended_ms=MS, far_future_ms_max=0, id_form="nfc"
     )
     assert events.is_moved(decoded) and events.equal_before(decoded) == 3
-    assert seen_items.from_texts(events.seen_texts(decoded)) == value
+    assert seen_items.from_texts(seen_items.moved_texts(decoded)) == value
 
 
 @pytest.mark.parametrize("text", ["é", "a", "AAAA====", "AAAA", "A" * 17, True, 5, 1.5])
@@ -135,11 +135,13 @@ def test_what_is_no_text_of_entries_is_left_out(text: object) -> None:
         at_ms=MS,
         context={**events.MOVED, "eddyline.seen.0": text, "eddyline.seen.7": good},  # type: ignore[dict-item]
     )
-    assert seen_items.from_texts(events.seen_texts(moved)) == seen_items.stored([Entry("a", MS)])
+    assert seen_items.from_texts(seen_items.moved_texts(moved)) == seen_items.stored(
+        [Entry("a", MS)]
+    )
     named = {
         "eddyline.seen.": good,
         "eddyline.seen.x": good,
         "eddyline.seen.²": good,
         "seen.1": good,
     }
-    assert events.seen_texts(Click(user_id="u", item_id="i", context=named)) == {}  # type: ignore[arg-type]
+    assert seen_items.moved_texts(Click(user_id="u", item_id="i", context=named)) == {}  # type: ignore[arg-type]
