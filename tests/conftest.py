@@ -19,6 +19,8 @@ import hypothesis
 import msgspec
 import pytest
 from filelock import FileLock
+from hypothesis.internal.conjecture import providers
+from hypothesis.internal.constants_ast import Constants
 
 from eddyline.settings.loader import Settings
 from sandbox.servers.local_servers import local_servers, log_dir
@@ -38,7 +40,12 @@ hypothesis.settings.register_profile(
     database=None,
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
 )
-hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "ci")
+hypothesis.settings.load_profile(PROFILE)
+if PROFILE != "explore":
+    # Hypothesis also draws constants that it finds in the modules loaded so far. Which ones are
+    # loaded depends on the tests that ran before in this process, and so would the examples.
+    providers._get_local_constants = Constants
 
 # Settings of the machine that runs the tests must not steer them; its servers may.
 for _name in [n for n in os.environ if n.startswith("EDDYLINE_")]:

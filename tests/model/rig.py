@@ -174,7 +174,8 @@ class Rig:
     def lose(self, partition: int, count: int) -> None:
         """A partition of `clicks` loses its last records: a new leader never had them.
 
-        Where some of them were applied, the process must refuse the log; then they come back.
+        Where some of them were applied, the process must refuse the log; then they come back. They
+        come back too where something was sent because of them: nothing can undo that.
         """
         at, log = ("clicks", partition), self.logs["clicks"][partition]
         tail: list[Raw] = []
@@ -185,7 +186,8 @@ class Rig:
         applied, saved = (
             self._done(state, partition) for state in (self.store.snapshot(), self.saved[0])
         )
-        if max(applied, saved, self.committed[at] - 1) < self.ends[at]:
+        sent = self._sent_from(partition)
+        if max(applied, saved, self.committed[at] - 1, sent) < self.ends[at]:
             self.open(*at)
             return
         if applied >= self.ends[at]:
@@ -198,6 +200,19 @@ class Rig:
         log += tail
         self.ends[at] = end
         self.open(*at)
+
+    def _sent_from(self, partition: int) -> int:
+        """The last offset of `clicks` that was forwarded or is a dead letter, sent or queued; -1
+        for none.
+        """
+        logs = [log for parts in self.logs.values() for log in parts.values()]
+        queued = [more for client in self.clients for _, _, _, more in client._queue]
+        headers = [*(raw.headers for log in logs for raw in log), *(m["headers"] for m in queued)]
+        origins = [(dict(one).get("origin") or b"").decode() for one in headers]
+        keys = [(m["key"] or b"").decode(errors="replace") for m in queued]
+        places = [place.rpartition("/") for place in (*origins, *keys, *self.letters)]
+        mine = [int(at) for where, _, at in places if where == f"clicks/{partition}"]
+        return max(mine, default=-1)
 
     @staticmethod
     def _done(state: Any, partition: int) -> int:
