@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 _HEADER = struct.Struct("<dd")
 _ENTRY = struct.Struct("<QII")
-_ENTRIES = np.dtype([("key", "<u8"), ("milli", "<u4"), ("next", "<u4")])
+ENTRIES = np.dtype([("key", "<u8"), ("milli", "<u4"), ("next", "<u4")])
 # A click that entered a user's list: its offset in `clicks`, its item, and the items of the next
 # older entries, newest first. The place of an item is its distance from the click.
 Visit = tuple[int, str, list[str]]
@@ -71,7 +71,7 @@ def decode(row: bytes | None) -> CoVisits:
     if row is None:
         return EMPTY
     check(row)
-    found = np.frombuffer(row, _ENTRIES, offset=HEADER_BYTES)
+    found = np.frombuffer(row, ENTRIES, offset=HEADER_BYTES)
     pruned_milli, pruned_next = _HEADER.unpack_from(row)
     return CoVisits(
         found["key"].astype(np.uint64),

@@ -129,8 +129,8 @@ class IngestSettings(msgspec.Struct, frozen=True, kw_only=True):
     """A co-visitation row of so many entries, of 16 bytes each, is compacted: the half with the
     most visits stays."""
     co_visit_idle_s_max: Annotated[int, within(0, 3_153_600_000)] = 34_560_000
-    """A co-visitation row without a visit for longer ends (Redis' clock); 0 is never. The default
-    is 400 days."""
+    """A co-visitation row without a visit for longer ends (Redis' clock), up to a sixteenth
+    later; 0 is never. The default is 400 days."""
 
     # Archive and training
     archive_url: str = ""

@@ -272,6 +272,7 @@ class MemoryStore(StateStore):
         before: Mapping[str, bytes],
         row_max: int,
         idle_ms: int = 0,
+        renewed: Collection[tuple[str, str]] | None = None,
     ) -> None:
         with self._lock:
             self._move(slot, source, expected, new)

@@ -302,11 +302,16 @@ class RedisStore(FencedWrites, StateStore):
         before: Mapping[str, bytes],
         row_max: int,
         idle_ms: int = 0,
+        renewed: Collection[tuple[str, str]] | None = None,
     ) -> None:
         tag = f"{self._ns}{{{slot}}}"
-        keys = [f"{tag}:after:{item}" for item in after]
-        keys += [f"{tag}:before:{item}" for item in before]
-        args = [row_max, idle_ms, *after.values(), *before.values()]
+        rows = {f"{tag}:after:{item}": more for item, more in after.items()}
+        rows |= {f"{tag}:before:{item}": more for item, more in before.items()}
+        first = {*rows} if renewed is None else {f"{tag}:{kind}:{item}" for kind, item in renewed}
+        keys = [key for key in rows if key in first]
+        args = [row_max, idle_ms, len(keys)]
+        keys += [key for key in rows if key not in first] if len(keys) < len(rows) else ()
+        args += map(rows.__getitem__, keys)
         self._write("append_co_visits", *self._fenced(slot, source, expected, new, keys, args))
 
     @override

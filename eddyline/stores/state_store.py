@@ -350,6 +350,7 @@ class StateStore(Protocol):
         before: Mapping[str, bytes],
         row_max: int,
         idle_ms: int = 0,
+        renewed: Collection[tuple[str, str]] | None = None,
     ) -> None:
         """Append to co-visitation rows of an item slot and move the fence, or raise FenceMoved.
 
@@ -357,7 +358,8 @@ class StateStore(Protocol):
         after:   item id -> `co_visits.entries` of the items visited after it
         before:  item id -> those of the items visited before it
         row_max: a row of so many entries is compacted, see `schema.co_visits`; at least 2
-        idle_ms: a row ends so long after its last write, by the server's clock; 0: never
+        idle_ms: a row ends so long after it was made or renewed, by the server's clock; 0: never
+        renewed: ("after" or "before", item id) of the rows to renew; None: all
         """
 
     def read_co_visits(

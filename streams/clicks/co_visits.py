@@ -10,52 +10,45 @@ pending again.
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from typing_extensions import override
 
-from eddyline.schema import co_visits
 from eddyline.schema.co_visits import Visit
-from eddyline.schema.item_key import key_bytes
-from eddyline.schema.partitioning import item_slot
 from eddyline.settings.loader import Settings
 from eddyline.stores.fence import CO_VISITS
 from eddyline.stores.state_store import Fence, Source, StateStore
+from streams.clicks.co_visit_rows import NO_ROWS, SlotRows, rows_of
 from streams.clicks.item_slot_writes import ItemSlotWrites
 from streams.fences import PartitionFences
 
 log = logging.getLogger(__name__)
 
 # From so many pending visits of a partition on they are written before its next batch.
-VISITS_MAX = 128
-
-
-@dataclass(slots=True)
-class _Rows:
-    """What is appended to the rows of one item slot: item id -> entries."""
-
-    after: defaultdict[str, list[bytes]] = field(default_factory=lambda: defaultdict(list))
-    before: defaultdict[str, list[bytes]] = field(default_factory=lambda: defaultdict(list))
+VISITS_MAX = 256
+# A row is renewed no more often than this part of the time after which it ends.
+RENEWED_PART = 16
+# When each of so many rows was renewed is known; then all are forgotten.
+RENEWED_MAX = 200_000
 
 
 @dataclass(slots=True)
 class _Visits:
     """The pending visits of one partition.
 
-    last:  all visits up to this fence are in here
-    done:  item slot -> the offset up to which its rows have them already
-    count: visits in here
-    rows:  by item slot
+    last:   all visits up to this fence are in here
+    done:   item slot -> the offset up to which its rows have them already
+    visits: by offset; rows: of all slots, once the first of them is written
     """
 
     since_s: float
     last: Fence
     done: dict[str, int]
-    count: int = 0
-    rows: defaultdict[str, _Rows] = field(default_factory=lambda: defaultdict(_Rows))
+    visits: list[Visit] = field(default_factory=list)
+    rows: dict[str, SlotRows] | None = None
 
 
 class CoVisitWriter(ItemSlotWrites[_Visits]):
@@ -79,15 +72,15 @@ class CoVisitWriter(ItemSlotWrites[_Visits]):
         self._row_max = settings.co_visit_row_max
         self._idle_ms = 1_000 * settings.co_visit_idle_s_max
         # What follows the key in an entry, by distance from 1 on.
-        self._tails = [
-            co_visits.entries([(0, round(1_000 / distance), int(distance == 1))])[-8:]
-            for distance in range(1, settings.kept_co_visit_items + 1)
-        ]
+        self._items = settings.kept_co_visit_items
+        self._clock_s = clock_s
+        # ("after" or "before", item id) of a row -> when it was renewed.
+        self._renewed: dict[tuple[str, str], float] = {}
 
     @property
     def enabled(self) -> bool:
         """Whether rows are kept."""
-        return bool(self._tails)
+        return self._items > 0
 
     def floor(self, partition: int) -> int:
         """Visits below this offset may leave the outbox.
@@ -136,7 +129,7 @@ class CoVisitWriter(ItemSlotWrites[_Visits]):
         slots.
         """
         pending = self._pending.get(partition)
-        if pending is not None and (pending.count >= VISITS_MAX or self._has_waited(pending)):
+        if pending is not None and (len(pending.visits) >= VISITS_MAX or self._has_waited(pending)):
             self.write(partition)
 
     @override
@@ -151,18 +144,36 @@ class CoVisitWriter(ItemSlotWrites[_Visits]):
     def _write_slot(
         self, slot: str, source: Source, expected: Fence | None, pending: _Visits
     ) -> None:
-        rows = pending.rows[slot]
+        if pending.rows is None:
+            pending.rows = rows_of(pending.visits, pending.done, self._items)
+        rows = pending.rows.get(slot, NO_ROWS)
+        renewed = self._to_renew(rows)
         self._store.append_co_visits(
             slot,
             source,
             expected,
             pending.last,
-            {item: b"".join(parts) for item, parts in rows.after.items()},
-            {item: b"".join(parts) for item, parts in rows.before.items()},
+            rows.after,
+            rows.before,
             self._row_max,
-            self._idle_ms,
+            # So that a row which was renewed less than a part ago is not too early at its end.
+            self._idle_ms + self._idle_ms // RENEWED_PART,
+            renewed,
         )
-        del pending.rows[slot]
+        now_s = self._clock_s()
+        if len(self._renewed) + len(renewed) > RENEWED_MAX:
+            self._renewed.clear()
+        self._renewed.update(dict.fromkeys(renewed, now_s))
+
+    def _to_renew(self, rows: SlotRows) -> list[tuple[str, str]]:
+        """The rows that were not renewed for long, or not by this process."""
+        if not self._idle_ms:
+            return []
+        due_s = self._clock_s() - self._idle_ms / RENEWED_PART / 1_000
+        every = [("after", item) for item in rows.after]
+        every += [("before", item) for item in rows.before]
+        renewed = self._renewed.get
+        return [row for row in every if renewed(row, -math.inf) <= due_s]
 
     def _add(self, partition: int, last: Fence, visits: Sequence[Visit]) -> None:
         pending = self._pending.get(partition)
@@ -170,25 +181,6 @@ class CoVisitWriter(ItemSlotWrites[_Visits]):
             pending = _Visits(self._clock_s(), last, self._done(partition))
             self._pending[partition] = pending
         lowest = min(pending.done.values())
-        for visit in visits:
-            if visit[0] > lowest:
-                pending.count += 1
-                self._add_visit(pending, visit)
+        pending.visits += (visit for visit in visits if visit[0] > lowest)
+        pending.rows = None
         pending.last = last
-
-    def _add_visit(self, pending: _Visits, visit: Visit) -> None:
-        offset, item_id, older = visit
-        key, slots, done = key_bytes(item_id), self._item_slots, pending.done
-        one = pending.rows[slots[0]] if len(slots) == 1 else None
-        before = list[bytes]()
-        for other, tail in zip(older, self._tails, strict=False):
-            if other == item_id:
-                continue
-            before.append(key_bytes(other) + tail)
-            if one is not None:
-                one.after[other].append(key + tail)
-            elif offset > done[slot := item_slot(other, len(slots))]:
-                pending.rows[slot].after[other].append(key + tail)
-        slot = item_slot(item_id, len(slots))
-        if before and offset > done[slot]:
-            pending.rows[slot].before[item_id] += before

@@ -303,6 +303,23 @@ def test_every_write_renews_the_time_that_is_left_to_a_row(fresh_settings: Setti
                 assert idle_ms - 60_000 < left_ms <= idle_ms  # type: ignore[operator]
 
 
+def test_only_the_rows_that_are_named_and_new_ones_are_renewed(fresh_settings: Settings) -> None:
+    with contextlib.closing(RedisStore(fresh_settings)) as store:
+        one = entries([(1, 1, 0)])
+        store.append_co_visits(
+            "i0", PAIRS, None, at(1), {"a": one, "b": one}, {"a": one}, 2, 60_000
+        )
+        rows = {"a": one, "b": one, "c": one}
+        renewed = [("after", "b")]
+        store.append_co_visits("i0", PAIRS, at(1), at(2), rows, rows, 9, 600_000, renewed)
+        left_ms = {
+            key: store._redis.pttl(f"{store._ns}{{i0}}:{key}")
+            for key in ("after:a", "after:b", "after:c", "before:a", "before:b", "before:c")
+        }
+        of_before = {key for key, left in left_ms.items() if left <= 60_000}  # type: ignore[operator]
+        assert of_before == {"after:a", "before:a"} and min(left_ms.values()) > 0  # type: ignore[type-var]
+
+
 def test_the_key_of_an_item_is_a_hash_of_its_id() -> None:
     assert item_key("50") == 0xADD4B6067B50EB24
     assert item_key("é") != item_key("e\u0301")

@@ -655,6 +655,9 @@ class Process:
         self.handler.open(partition)
         end = self.logs[partition][-1].offset + 1
         self.at |= self.handler.fences.open({partition: (0, end)})
+        # As the dispatcher does: visits of the outbox are pending again, also if nothing is left
+        # to read.
+        self.handler.prepare([partition])
 
     def turn(self, partition: int, size: int) -> bool:
         """One batch; False at the end of the log."""
