@@ -309,7 +309,7 @@ class RedisStore(FencedWrites, StateStore):
         rows |= {f"{tag}:before:{item}": more for item, more in before.items()}
         first = {*rows} if renewed is None else {f"{tag}:{kind}:{item}" for kind, item in renewed}
         keys = [key for key in rows if key in first]
-        args = [row_max, idle_ms, len(keys)]
+        args: list[Any] = [row_max, idle_ms, len(keys)]
         keys += [key for key in rows if key not in first] if len(keys) < len(rows) else ()
         args += map(rows.__getitem__, keys)
         self._write("append_co_visits", *self._fenced(slot, source, expected, new, keys, args))
