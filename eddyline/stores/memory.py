@@ -36,6 +36,7 @@ from eddyline.stores.state_store import (
     Source,
     StateStore,
     UserEffects,
+    UserPlace,
     UserQuery,
     UserRead,
     UserState,
@@ -361,6 +362,10 @@ class MemoryStore(StateStore):
                 profile=state.profiles.get((slot, user_id), {}),
                 seen=state.seen.get((slot, user_id), b""),
             ).without_idle()
+
+    @override
+    def read_users(self, users: Sequence[UserPlace], generation: str) -> list[UserState]:
+        return [self.read_user(*user, generation) for user in users]
 
     @override
     def popular_buckets(

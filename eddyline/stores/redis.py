@@ -75,6 +75,7 @@ from eddyline.stores.state_store import (
     Source,
     StateStore,
     UserEffects,
+    UserPlace,
     UserQuery,
     UserRead,
     UserState,
@@ -403,12 +404,23 @@ class RedisStore(FencedWrites, StateStore):
     @override
     @translated
     def read_user(self, slot: str, partition: int, user_id: str, generation: str) -> UserState:
-        tag = f"{self._ns}{{{slot}}}"
-        names = user_codec.user_keys(tag, [user_id], [generation or "-"])
-        names += user_codec.seen_keys(tag, [user_id])
-        fence_key = self._fence_key(slot, Source("clicks", partition))
-        fence, *values = cast("list[bytes | None]", self._redis.mget(fence_key, *names))
-        return user_codec.decode_user(_fence(fence), *values).without_idle()
+        keys = self._user_keys(UserPlace(slot, partition, user_id), generation)
+        return _user(cast("list[bytes | None]", self._redis.mget(keys)))
+
+    @override
+    @translated
+    def read_users(self, users: Sequence[UserPlace], generation: str) -> list[UserState]:
+        with self._redis.pipeline(transaction=False) as pipe:
+            for user in users:
+                pipe.mget(self._user_keys(user, generation))
+            return [_user(values) for values in pipe.execute()]
+
+    def _user_keys(self, user: UserPlace, generation: str) -> list[str]:
+        """The keys that a query reads of a user: the fence, then those of `decode_user`."""
+        tag = f"{self._ns}{{{user.slot}}}"
+        fence_key = self._fence_key(user.slot, Source("clicks", user.partition))
+        names = user_codec.user_keys(tag, [user.user_id], [generation or "-"])
+        return [fence_key, *names, *user_codec.seen_keys(tag, [user.user_id])]
 
     @override
     def server_of(self, slot: str) -> str:
@@ -483,6 +495,12 @@ def _row(key: str, value: bytes | None) -> CoVisits:
         return co_visits.decode(value)
     except ValueError as error:
         raise StoreRefused(f"{key}: {error}; delete the key, and the row fills again") from None
+
+
+def _user(values: Sequence[bytes | None]) -> UserState:
+    """The values of `_user_keys`."""
+    fence, *of_user = values
+    return user_codec.decode_user(_fence(fence), *of_user).without_idle()
 
 
 def _fence(value: Any) -> Fence | None:

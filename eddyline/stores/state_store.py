@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from eddyline.errors import EddylineError
 from eddyline.schema import user_history
@@ -92,6 +92,14 @@ class UserQuery:
     user_ids: Sequence[str]
     generations: Sequence[str]
     seen_of: Sequence[str] = ()
+
+
+class UserPlace(NamedTuple):
+    """A user, and the slot and partition of `clicks` that hold their state."""
+
+    slot: str
+    partition: int
+    user_id: str
 
 
 @dataclass(slots=True)
@@ -402,6 +410,9 @@ class StateStore(Protocol):
 
     def read_user(self, slot: str, partition: int, user_id: str, generation: str) -> UserState:
         """State of one user for a query, in one round trip; without that of an idle user."""
+
+    def read_users(self, users: Sequence[UserPlace], generation: str) -> list[UserState]:
+        """As `read_user` for each of these users, in one round trip to each server."""
 
     def server_of(self, slot: str) -> str:
         """The server that holds this slot; slots of one server fail together. "" for the only one.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -89,6 +89,20 @@ class NearestQuery:
     generation: str = ""
     with_cards: bool = False
     filters: Filter | None = None
+
+
+class KnownUsers(NamedTuple):
+    """Stored states of users, or why they could not be read, and when they were."""
+
+    states: Mapping[str, UserState | StoreUnavailable]
+    read_us: int
+
+    def of(self, user_id: str) -> UserState:
+        """Raises StoreUnavailable."""
+        found = self.states[user_id]
+        if isinstance(found, StoreUnavailable):
+            raise found
+        return found
 
 
 class ItemsNotLive(EddylineError):
@@ -196,15 +210,26 @@ class Retriever:
         self.rules = rules or AnswerRules(fusion or Cascade(), paths)
         self._explainer = Explainer(paths, self.rules, self._card_reader, seen)
 
+    def read_users(self, user_ids: Iterable[str]) -> KnownUsers:
+        """The stored states of these users, for `retrieve`: one round trip to each server."""
+        read = self._users.read_many(user_id for user_id in user_ids if user_id)
+        return KnownUsers(read, time.time_ns() // 1000)
+
     def retrieve(
-        self, query: Query, index: IndexReader, deadline: Deadline, received_us: int = 0
+        self,
+        query: Query,
+        index: IndexReader,
+        deadline: Deadline,
+        received_us: int = 0,
+        users: KnownUsers | None = None,
     ) -> Answer:
         """k items that the user has not seen, or all there are; the answer reports what is missing.
 
+        users: read before, the query's user among them; None: the user is read now
         Raises DeadlinePassed before the step for which no time is left, and ClickPending if the
         query may wait for its click: once it has, its `wait_ms` is 0.
         """
-        read, request, unread, earlier = self._request(query, index, deadline)
+        read, request, unread, earlier = self._request(query, index, deadline, users)
         chosen = self.rules.choose(request, index, query.wishes)
         items, paths = chosen.items, chosen.paths
         short = ""
@@ -323,10 +348,12 @@ class Retriever:
         of_rules = self.rules.fusion.degradation(), self.rules.degradation()
         return _distinct(f"redis: {users}" if users else "", *of_rules, *paths)
 
-    def _request(self, query: Query, index: IndexReader, deadline: Deadline) -> _Page:
+    def _request(
+        self, query: Query, index: IndexReader, deadline: Deadline, users: KnownUsers | None = None
+    ) -> _Page:
         """The user, and what the paths are asked for. Raises DeadlinePassed, ClickPending."""
         deadline.check("the user was read")
-        read = self._read(query) if query.user_id else _GUEST
+        read = self._read(query, users) if query.user_id else _GUEST
         user = with_session(read.stored or _UNKNOWN_USER, query.session)
         co_visits, unread = self._co_visits.read(user, deadline)
         now_ms = time.time_ns() // 1_000_000
@@ -350,15 +377,18 @@ class Retriever:
         )
         return _Page(read, request, unread, earlier)
 
-    def _read(self, query: Query) -> _UserRead:
+    def _read(self, query: Query, users: KnownUsers | None) -> _UserRead:
         after, partition = query.after, self._users.partition_of(query.user_id)
         try:
-            state = self._users.read(query.user_id)
+            if users is None:
+                state, read_us = self._users.read(query.user_id), time.time_ns() // 1000
+            else:
+                state, read_us = users.of(query.user_id), users.read_us
         except StoreUnavailable as error:
             why = "the user could not be read"
             unread = None if after is None else AfterStatus(False, after.waited_ms, why)
             return _UserRead(_UNKNOWN_USER, partition, unread, missing=f"redis: {error}")
-        read = _UserRead(state, partition, None, time.time_ns() // 1000)
+        read = _UserRead(state, partition, None, read_us)
         if after is None:
             return read
         why = self._users.why_not_applied(state, after)

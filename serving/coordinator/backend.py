@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -11,7 +11,14 @@ from typing_extensions import override
 from serving.answer.click_waits import ClickWaits
 from serving.answer.deadline import Deadline
 from serving.answer.impressions import Impressions
-from serving.answer.retriever import Answer, ItemsNotLive, NearestQuery, Query, Retriever
+from serving.answer.retriever import (
+    Answer,
+    ItemsNotLive,
+    KnownUsers,
+    NearestQuery,
+    Query,
+    Retriever,
+)
 from serving.coordinator.scatter_gather import ScatterGather, StaleVectors
 from serving.coordinator.shards import Connection, Shards
 from serving.coordinator.vector_cache import VectorCache
@@ -59,12 +66,18 @@ class CoordinatorBackend(RetrievalBackend):
         return self.retriever.waits
 
     @override
-    def retrieve(self, query: Query, deadline: Deadline, received_us: int) -> pb.RetrieveResponse:
+    def read_users(self, user_ids: Iterable[str]) -> KnownUsers:
+        return self.retriever.read_users(user_ids)
+
+    @override
+    def retrieve(
+        self, query: Query, deadline: Deadline, received_us: int, users: KnownUsers | None = None
+    ) -> pb.RetrieveResponse:
         filter_messages.check_texts(query.filters, self.text_names)
         return self._answer(
             query,
             deadline,
-            lambda items: self.retriever.retrieve(query, items, deadline, received_us),
+            lambda items: self.retriever.retrieve(query, items, deadline, received_us, users),
         )
 
     @override

@@ -51,6 +51,28 @@ class AttributeLimit(_message.Message):
     most: int
     def __init__(self, attribute: _Optional[str] = ..., most: _Optional[int] = ...) -> None: ...
 
+class RetrieveBatchRequest(_message.Message):
+    __slots__ = ("requests",)
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    requests: _containers.RepeatedCompositeFieldContainer[RetrieveRequest]
+    def __init__(self, requests: _Optional[_Iterable[_Union[RetrieveRequest, _Mapping]]] = ...) -> None: ...
+
+class RetrieveBatchResponse(_message.Message):
+    __slots__ = ("answers",)
+    ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    answers: _containers.RepeatedCompositeFieldContainer[BatchedAnswer]
+    def __init__(self, answers: _Optional[_Iterable[_Union[BatchedAnswer, _Mapping]]] = ...) -> None: ...
+
+class BatchedAnswer(_message.Message):
+    __slots__ = ("response", "code", "detail")
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    response: RetrieveResponse
+    code: int
+    detail: str
+    def __init__(self, response: _Optional[_Union[RetrieveResponse, _Mapping]] = ..., code: _Optional[int] = ..., detail: _Optional[str] = ...) -> None: ...
+
 class SessionEvent(_message.Message):
     __slots__ = ("item_id", "kind")
     ITEM_ID_FIELD_NUMBER: _ClassVar[int]

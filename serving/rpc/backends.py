@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from index.port import Index
 from serving.answer.click_waits import ClickWaits
 from serving.answer.deadline import Deadline
 from serving.answer.impressions import Impressions
-from serving.answer.retriever import Answer, NearestQuery, Query, Retriever
+from serving.answer.retriever import Answer, KnownUsers, NearestQuery, Query, Retriever
 from serving.proto import retrieval_pb2 as pb
 from serving.rpc import converters, filter_messages
 from serving.rpc.explanations import explanation_of
@@ -45,8 +45,13 @@ class RetrievalBackend(Protocol):
         """Where queries wait for a click; None if none does."""
         return None
 
-    def retrieve(self, query: Query, deadline: Deadline, received_us: int) -> pb.RetrieveResponse:
-        """The answer.
+    def read_users(self, user_ids: Iterable[str]) -> KnownUsers:
+        """The users of several queries; see `Retriever.read_users`. Raises HoldsOneShard."""
+
+    def retrieve(
+        self, query: Query, deadline: Deadline, received_us: int, users: KnownUsers | None = None
+    ) -> pb.RetrieveResponse:
+        """The answer. users: see `Retriever.retrieve`.
 
         Raises BadQuery, DeadlinePassed, NoShardAnswers, HoldsOneShard, ClickPending.
         """
@@ -131,10 +136,16 @@ class WorkerBackend(RetrievalBackend):
         return self.retriever.waits
 
     @override
-    def retrieve(self, query: Query, deadline: Deadline, received_us: int) -> pb.RetrieveResponse:
+    def read_users(self, user_ids: Iterable[str]) -> KnownUsers:
+        return self.retriever.read_users(user_ids)
+
+    @override
+    def retrieve(
+        self, query: Query, deadline: Deadline, received_us: int, users: KnownUsers | None = None
+    ) -> pb.RetrieveResponse:
         held = self.held
         held.check_filters(query.filters)
-        answer = self.retriever.retrieve(query, held.index, deadline, received_us)
+        answer = self.retriever.retrieve(query, held.index, deadline, received_us, users)
         return self._response(query, answer)
 
     @override
@@ -179,7 +190,13 @@ class ShardBackend(RetrievalBackend):
     assignment: ShardAssignment
 
     @override
-    def retrieve(self, query: Query, deadline: Deadline, received_us: int) -> pb.RetrieveResponse:
+    def read_users(self, user_ids: Iterable[str]) -> KnownUsers:
+        raise self._refusal()
+
+    @override
+    def retrieve(
+        self, query: Query, deadline: Deadline, received_us: int, users: KnownUsers | None = None
+    ) -> pb.RetrieveResponse:
         raise self._refusal()
 
     @override

@@ -108,6 +108,16 @@ class Client:
         response: pb.RetrieveResponse = self._call(self._stub.Retrieve, request, timeout_s)
         return response
 
+    def retrieve_batch(
+        self, requests: Sequence[pb.RetrieveRequest], *, timeout_s: float = 5.0
+    ) -> pb.RetrieveBatchResponse:
+        """The answers to several requests, each with a status. Raises CallFailed."""
+        request = pb.RetrieveBatchRequest(requests=requests)
+        response: pb.RetrieveBatchResponse = self._call(
+            self._stub.RetrieveBatch, request, timeout_s
+        )
+        return response
+
     def similar_items(
         self,
         item_ids: Sequence[str],

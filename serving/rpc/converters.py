@@ -83,6 +83,14 @@ def query_of(request: pb.RetrieveRequest, settings: Settings) -> Query:
     )
 
 
+def batched_of(request: pb.RetrieveRequest, settings: Settings) -> Query:
+    """The request of a batch, checked. Raises BadQuery."""
+    if request.after.wait_ms:
+        wait_ms = request.after.wait_ms
+        raise BadQuery(f"after.wait_ms: {wait_ms}, must be 0: no answer of a batch waits")
+    return query_of(request, settings)
+
+
 def _limits_of(request: pb.RetrieveRequest, settings: Settings) -> Sequence[Limit]:
     if not request.limits and not settings.answer_limits:
         return ()

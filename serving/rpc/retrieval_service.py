@@ -16,20 +16,23 @@ from typing import Any, NamedTuple
 
 import grpc
 
-from eddyline.errors import VectorRejected
+from eddyline.errors import EddylineError, VectorRejected
 from eddyline.settings.loader import Settings
 from serving.answer.click_waits import ClickPending, TooManyWait
 from serving.answer.deadline import Deadline, DeadlinePassed
 from serving.answer.retriever import ItemsNotLive, NearestQuery, Query
 from serving.proto import retrieval_pb2 as pb
-from serving.rpc import converters, filter_messages
+from serving.rpc import converters
 from serving.rpc.backends import HoldsOneShard, NoShardAnswers, OtherGeneration, RetrievalBackend
+from serving.rpc.filter_messages import BadQuery
 
 log = logging.getLogger(__name__)
 
 NAME = pb.DESCRIPTOR.services_by_name["Retrieval"].full_name
 # A call that waits for a click keeps this much of its deadline for the answer itself.
 ANSWER_S = 0.05
+# Requests of one batch: with 4 ms each it holds its thread for a quarter of a second.
+BATCH_MAX = 64
 # Upper bounds of the histogram of query times, seconds.
 _BUCKETS_MS = (0.5, 1, 2, 3, 5, 7.5, 10, 15, 25, 50, 100, 250, 500, 1_000)
 BUCKETS_S = tuple(ms / 1000 for ms in _BUCKETS_MS)
@@ -39,13 +42,24 @@ _CALLS: dict[str, tuple[Any, Any]] = {
     "SimilarItems": (pb.SimilarItemsRequest, pb.RetrieveResponse),
     "SearchByVector": (pb.SearchByVectorRequest, pb.RetrieveResponse),
     "Explain": (pb.ExplainRequest, pb.ExplainResponse),
+    "RetrieveBatch": (pb.RetrieveBatchRequest, pb.RetrieveBatchResponse),
 }
 _Request = (
-    pb.RetrieveRequest | pb.SimilarItemsRequest | pb.SearchByVectorRequest | pb.ExplainRequest
+    pb.RetrieveRequest
+    | pb.SimilarItemsRequest
+    | pb.SearchByVectorRequest
+    | pb.ExplainRequest
+    | pb.RetrieveBatchRequest
 )
-_Response = pb.RetrieveResponse | pb.ExplainResponse
+_Response = pb.RetrieveResponse | pb.ExplainResponse | pb.RetrieveBatchResponse
+
+
+class NoRoom(EddylineError):
+    """An answer of a batch whose response is full."""
+
+
 _CODES: dict[type[Exception], grpc.StatusCode] = {
-    filter_messages.BadQuery: grpc.StatusCode.INVALID_ARGUMENT,
+    BadQuery: grpc.StatusCode.INVALID_ARGUMENT,
     VectorRejected: grpc.StatusCode.INVALID_ARGUMENT,
     ItemsNotLive: grpc.StatusCode.NOT_FOUND,
     OtherGeneration: grpc.StatusCode.FAILED_PRECONDITION,
@@ -53,6 +67,7 @@ _CODES: dict[type[Exception], grpc.StatusCode] = {
     HoldsOneShard: grpc.StatusCode.FAILED_PRECONDITION,
     NoShardAnswers: grpc.StatusCode.UNAVAILABLE,
     TooManyWait: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    NoRoom: grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 
 
@@ -172,13 +187,10 @@ class RetrievalService:
             return call.fail(grpc.StatusCode.UNAVAILABLE, str(error))
         except tuple(_CODES) as error:
             self._ended(call, None)
-            code = next(code for kind, code in _CODES.items() if isinstance(error, kind))
-            return call.fail(code, str(error))
+            return call.fail(*_status_of(error))
         except Exception as error:
             self._ended(call, None)
-            log.exception("a query failed")
-            detail = f"{type(error).__name__}; the worker's log has more"
-            return call.fail(grpc.StatusCode.INTERNAL, detail)
+            return call.fail(*_status_of(error))
         if response is not None:
             self._ended(call, response)
             call.send(response)
@@ -190,6 +202,8 @@ class RetrievalService:
         if isinstance(call.request, pb.ExplainRequest):
             explained, item_ids = converters.explained_of(call.request, settings)
             return self._ready().explain(explained, item_ids, call.deadline, settings.k_max)
+        if isinstance(call.request, pb.RetrieveBatchRequest):
+            return self._batch(call.request, call)
         query = resumed or self._query(call.request)
         backend = self._ready()
         if isinstance(query, NearestQuery):
@@ -209,6 +223,42 @@ class RetrievalService:
             waits.cancel(parked)  # the caller is gone already
         return None
 
+    def _batch(self, batch: pb.RetrieveBatchRequest, call: _Call) -> pb.RetrieveBatchResponse:
+        """The answers to all requests, each with its status. Raises BadQuery, _NotReady."""
+        if not 1 <= len(batch.requests) <= BATCH_MAX:
+            count = len(batch.requests)
+            raise BadQuery(f"requests: {count} values, allowed are 1 … {BATCH_MAX}")
+        backend = self._ready()
+        queries: list[Query | Exception] = []
+        for request in batch.requests:
+            try:
+                queries.append(converters.batched_of(request, self._settings))
+            except BadQuery as error:
+                queries.append(error)
+        users = backend.read_users(one.user_id for one in queries if isinstance(one, Query))
+        response, size = pb.RetrieveBatchResponse(), 0
+        for query in queries:
+            answer, begun = response.answers.add(), time.perf_counter()
+            try:
+                if isinstance(query, Exception):
+                    raise query
+                made = backend.retrieve(query, call.deadline, call.received_us, users)
+                size += made.ByteSize()
+                if size > converters.ANSWER_BYTES_MAX:
+                    size -= made.ByteSize()
+                    raise NoRoom(
+                        f"the answers of the batch would exceed {converters.ANSWER_BYTES_MAX:,} "
+                        "bytes: send this request again"
+                    )
+            except Exception as error:
+                code, answer.detail = _status_of(error)
+                answer.code = code.value[0]
+                self._count(begun, None)
+            else:
+                answer.response.CopyFrom(made)
+                self._count(begun, made)
+        return response
+
     def _ready(self) -> RetrievalBackend:
         if self._backend is None:
             raise _NotReady(f"the worker is not ready: it waits for {self._waiting_for}")
@@ -224,9 +274,12 @@ class RetrievalService:
         return converters.query_of(request, self._settings)
 
     def _ended(self, call: _Call, response: _Response | None) -> None:
-        """Count a query; an explanation, which takes longer, is none. response: None: it failed."""
-        if not isinstance(call.request, pb.ExplainRequest):
-            assert not isinstance(response, pb.ExplainResponse)
+        """Count a query. response: None: it failed.
+
+        An explanation, which takes longer, is none; a batch counts its queries itself.
+        """
+        if not isinstance(call.request, pb.ExplainRequest | pb.RetrieveBatchRequest):
+            assert response is None or isinstance(response, pb.RetrieveResponse)
             self._count(call.begun, response)
 
     def _count(self, begun: float, response: pb.RetrieveResponse | None) -> None:
@@ -257,6 +310,16 @@ class _Call(NamedTuple):
         self.context.set_code(code)
         self.context.set_details(detail)
         self.send(None)
+
+
+def _status_of(error: Exception) -> tuple[grpc.StatusCode, str]:
+    """The status of a query that ended with this; logs what nobody expects."""
+    for kind, code in _CODES.items():
+        if isinstance(error, kind):
+            return code, str(error)
+    log.error("a query failed", exc_info=error)
+    detail = f"{type(error).__name__}; the worker's log has more"
+    return grpc.StatusCode.INTERNAL, detail
 
 
 class _NotReady(Exception):

@@ -45,6 +45,8 @@ REQUEST_BYTES_MAX = (
     + cursor.CHARS_MAX
     + 64 * 1024
 )
+# A batch of requests, most of which are far from their limits.
+BATCH_BYTES_MAX = 8 * 1024 * 1024
 # A request of a coordinator has the same filters, and in addition the items of a user's history
 # twice (excluded, and what the vector was made of), or a piece of the popular list, and what rules
 # bar: about as much again in filters, and the items that it leaves out.
@@ -135,9 +137,11 @@ class WorkerServer:
                 ("grpc.so_reuseport", int(port is not None)),
                 (
                     "grpc.max_receive_message_length",
-                    REQUEST_BYTES_MAX
+                    BATCH_BYTES_MAX
                     if shard is None
-                    else SHARD_REQUEST_BYTES_MAX + 2 * settings.k_max * _TEXT_BYTES,
+                    else max(
+                        BATCH_BYTES_MAX, SHARD_REQUEST_BYTES_MAX + 2 * settings.k_max * _TEXT_BYTES
+                    ),
                 ),
             ],
         )

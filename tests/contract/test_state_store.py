@@ -29,6 +29,7 @@ from eddyline.stores.state_store import (
     Source,
     StateStore,
     UserEffects,
+    UserPlace,
     UserQuery,
     UserRead,
     UserWrite,
@@ -190,6 +191,32 @@ def test_a_write_against_another_fence_is_refused_whole(
     assert refused.value.found == str(at(10))
     read = users_of(store, "u3", ["ana", "bo"])
     assert (read.fence, accepted_ids(store), read.histories) == (at(10), {}, {"ana": seen("a")})
+
+
+def test_several_users_are_read_as_one_by_one(store: StateStore) -> None:
+    """Of several slots, and a user of no slot's state among them."""
+    for partition, user in ((3, "ana"), (3, "bob"), (5, "cyd")):
+        slot, source = f"u{partition}", Source("clicks", partition)
+        expected = store.fences(source, [slot])[slot]
+        offset = 0 if expected is None else expected.offset + 1
+        effects = UserEffects(
+            histories={user: seen("a", user)},
+            embeddings={"1": {user: (offset, struct.pack("<2f", offset, 1.0))}},
+        )
+        store.write_users(slot, source, expected, at(offset), effects)
+    users = [
+        UserPlace("u3", 3, "ana"),
+        UserPlace("u5", 5, "cyd"),
+        UserPlace("u3", 3, "bob"),
+        UserPlace("u5", 5, "nobody"),
+        UserPlace("u7", 7, "nobody"),
+        UserPlace("u3", 3, "ana"),
+    ]
+    for generation in ("1", "2", ""):
+        found = store.read_users(users, generation)
+        assert found == [store.read_user(*user, generation) for user in users]
+    assert [state.history == EMPTY for state in found] == [False] * 3 + [True] * 2 + [False]
+    assert store.read_users([], "1") == []
 
 
 def test_a_write_is_refused_where_users_were_written_meanwhile(store: StateStore) -> None:

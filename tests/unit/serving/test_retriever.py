@@ -46,7 +46,7 @@ from serving.rpc import converters, filter_messages
 from serving.rpc.backends import LocalIndex, WorkerBackend
 from serving.rpc.client import CallFailed, Client
 from serving.rpc.retrieval_service import RetrievalService
-from serving.rpc.server import NAME, NOT_SERVING, SERVING, PortTaken, WorkerServer
+from serving.rpc.server import BATCH_BYTES_MAX, NAME, NOT_SERVING, SERVING, PortTaken, WorkerServer
 from serving.worker.replica import TailState
 
 D, N = 4, 12
@@ -607,6 +607,9 @@ def test_more_items_than_an_answer_can_hold_are_refused_with_the_limit(
 
 def test_a_request_that_is_far_too_large_is_refused(client: Client) -> None:
     with pytest.raises(CallFailed, match="RESOURCE_EXHAUSTED"):
+        client.retrieve("u" * BATCH_BYTES_MAX, 5)
+    sentence = "INVALID_ARGUMENT: user_id: .* has 4000000 bytes"
+    with pytest.raises(CallFailed, match=sentence):
         client.retrieve("u" * 4_000_000, 5)
     assert client.retrieve("ana", 5).items
 
