@@ -405,7 +405,7 @@ class RedisStore(FencedWrites, StateStore):
     @translated
     def read_user(self, slot: str, partition: int, user_id: str, generation: str) -> UserState:
         keys = self._user_keys(UserPlace(slot, partition, user_id), generation)
-        return _user(cast("list[bytes | None]", self._redis.mget(keys)))
+        return user_codec.decode_query(self._redis.mget(keys))
 
     @override
     @translated
@@ -413,14 +413,12 @@ class RedisStore(FencedWrites, StateStore):
         with self._redis.pipeline(transaction=False) as pipe:
             for user in users:
                 pipe.mget(self._user_keys(user, generation))
-            return [_user(values) for values in pipe.execute()]
+            return [*map(user_codec.decode_query, pipe.execute())]
 
     def _user_keys(self, user: UserPlace, generation: str) -> list[str]:
-        """The keys that a query reads of a user: the fence, then those of `decode_user`."""
-        tag = f"{self._ns}{{{user.slot}}}"
         fence_key = self._fence_key(user.slot, Source("clicks", user.partition))
-        names = user_codec.user_keys(tag, [user.user_id], [generation or "-"])
-        return [fence_key, *names, *user_codec.seen_keys(tag, [user.user_id])]
+        tag = f"{self._ns}{{{user.slot}}}"
+        return [fence_key, *user_codec.query_keys(tag, user.user_id, generation)]
 
     @override
     def server_of(self, slot: str) -> str:
@@ -495,12 +493,6 @@ def _row(key: str, value: bytes | None) -> CoVisits:
         return co_visits.decode(value)
     except ValueError as error:
         raise StoreRefused(f"{key}: {error}; delete the key, and the row fills again") from None
-
-
-def _user(values: Sequence[bytes | None]) -> UserState:
-    """The values of `_user_keys`."""
-    fence, *of_user = values
-    return user_codec.decode_user(_fence(fence), *of_user).without_idle()
 
 
 def _fence(value: Any) -> Fence | None:

@@ -50,6 +50,11 @@ def seen_keys(tag: str, user_ids: Iterable[str]) -> list[str]:
     return [f"{tag}:seen:{user}" for user in user_ids]
 
 
+def query_keys(tag: str, user_id: str, generation: str) -> list[str]:
+    """The keys that a query reads of a user besides the fence, in the order of `decode_user`."""
+    return user_keys(tag, [user_id], [generation or "-"]) + seen_keys(tag, [user_id])
+
+
 def encode_profile(profile: Mapping[str, object], place: ProfilePlace) -> bytes:
     """The stored form of a profile."""
     return _PLACE.pack(*place) + _pack(profile)
@@ -123,6 +128,13 @@ def decode_user(
         profile={} if profile is None else decode_profile(profile),
         seen=checked_seen(seen or b""),
     )
+
+
+def decode_query(values: Sequence[Any]) -> UserState:
+    """What a query reads of a user: the fence, then the values of `query_keys`."""
+    fence, *of_user = values
+    found = None if fence is None else Fence.parse(fence.decode())
+    return decode_user(found, *of_user).without_idle()
 
 
 def checked_seen(value: bytes) -> bytes:

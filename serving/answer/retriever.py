@@ -361,8 +361,7 @@ class Retriever:
         excluded = hidden.ids
         earlier = frozenset[str]()
         if query.cursor is not None and len(query.cursor.keys):
-            live = index.find_keys(query.cursor.keys)
-            earlier = frozenset(hit.item_id for hit in live if hit is not None)
+            earlier = frozenset(index.live_ids(query.cursor.keys))
             excluded = excluded | earlier
         request = RecallRequest(
             user=None if read.missing and not query.session else user,

@@ -86,8 +86,8 @@ class RetrievalServicer(object):
         """`Retrieve` for several users at once, each with a status of its own: one round trip to Redis
         reads all users, and one call carries all answers. They are made one after the other; those
         that the deadline passed before have DEADLINE_EXCEEDED. It takes the place of one call, for
-        longer. No answer waits for a click. All requests together have at most 8 MiB, all answers 4 MB:
-        one that has no room left has RESOURCE_EXHAUSTED.
+        longer. No answer waits for a click. All requests have at most 8 MiB together, all answers
+        4 MB: one that has no room left has RESOURCE_EXHAUSTED.
 
         Codes as for Retrieve; INVALID_ARGUMENT of the call itself: too few or too many requests
         """

@@ -30,8 +30,9 @@ log = logging.getLogger(__name__)
 # Ids of one list of a request: the longest history of a user, a piece of the popular list.
 IDS_MAX = max(1_000, PIECE_MAX)
 # Ids that a search leaves out, besides k that the answer has already: the user's list and session,
-# what editorial rules deny, and the pages before. What its vector was made of has the same limit.
-EXCLUDED_MAX = 8_192
+# what they had beyond it, what editorial rules deny, and the pages before. What its vector was made
+# of has the same limit.
+EXCLUDED_MAX = 16_384
 ATTRIBUTES_MAX = 2 * LIMITS_MAX
 # In place of a version (-1 or more): the item is not live; it changed while it was read.
 NOT_LIVE, CHANGING = -2, -3
