@@ -154,17 +154,25 @@ class LiveIndex(Index):
             return SearchResult.of(())
         vector = np.ascontiguousarray(vector, np.float32)
         excluded = exclude if isinstance(exclude, (set, frozenset)) else frozenset(exclude)
-        breadth, guard = self.breadth, self.guard
         if filters is None:
             search = NearestSearch(version, vector, k, excluded)
         else:
             search = filtered.FilteredSearch(version, vector, k, excluded, filters)
             if search.k == 0:
                 return SearchResult.of(())
-        if version.live <= self._exact_below or not search.segments_pay(breadth):
+        narrow = search.narrowed()
+        if narrow is not None and len(result := self._search(narrow, filters)) == narrow.k:
+            return result
+        return self._search(search, filters)
+
+    def _search(self, search: NearestSearch, filters: Filter | None) -> SearchResult:
+        breadth, guard = self.breadth, self.guard
+        if search.version.live <= self._exact_below or not search.segments_pay(breadth):
             return search.scan()
         exact = self.exact_only
         result = None if exact else search.by_segments(breadth)
+        if search.is_narrow:
+            return result or SearchResult.of(())
         self._refused += result is None and not exact and filters is None
         if result is None:
             result = search.scan()

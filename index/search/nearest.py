@@ -34,6 +34,11 @@ OVERFETCH_MIN = 30
 PREFILTER_ABOVE = 100
 
 
+# Of many excluded items so many, or twice k, are taken to be among the best ones. A user's thousand
+# seen items cost a search of 100,000 items 2 ms instead of 0.2.
+EXCLUDED_FEW = 64
+
+
 class Candidates(NamedTuple):
     """Live rows (n,) and their exact scores (n,)."""
 
@@ -46,10 +51,11 @@ class NearestSearch:
 
     query: float32 (d,), contiguous; k: <= the live items; excluded: item ids to leave out
     need:  the best `need` items hold the answer; query64: the query in float64
+    is_narrow: they may hold too few
     passes: which of some rows are candidates of segments or fresh buffer; None: all
     """
 
-    __slots__ = ("excluded", "k", "need", "passes", "query", "query64", "version")
+    __slots__ = ("excluded", "is_narrow", "k", "need", "passes", "query", "query64", "version")
 
     def __init__(
         self,
@@ -66,6 +72,19 @@ class NearestSearch:
         self.passes = passes
         self.need = k + len(excluded)
         self.query64 = query.astype(np.float64)
+        self.is_narrow = False
+
+    def narrowed(self) -> NearestSearch | None:
+        """The same search for the case that few of the best items are excluded; None: as it is.
+
+        If it finds k items, they are the answer.
+        """
+        need = self.k + max(EXCLUDED_FEW, 2 * self.k)
+        if need >= self.need:
+            return None
+        search = copy.copy(self)
+        search.need, search.is_narrow = need, True
+        return search
 
     def detached(self) -> NearestSearch:
         """The same search with a query array of its own: the caller may reuse the other."""

@@ -389,3 +389,24 @@ def test_an_error_of_a_build_reaches_the_thread_that_waits_for_it() -> None:
     with pytest.raises(MemoryError, match="no room"):
         run_niced(broken)
     assert run_niced(lambda: 7) == 7
+
+
+@pytest.mark.parametrize("exact_below", [10**6, 50], ids=["scan", "segments"])
+@pytest.mark.parametrize("k", [1, 10, 40])
+def test_many_excluded_items_leave_the_same_answer(k: int, exact_below: int) -> None:
+    """Whether few or many of them are among the best, or more than a narrow search looks at."""
+    vectors = units(3_000, D, 9)
+    index, oracle = HnswIndex(D, exact_below=exact_below, ef=400), ExactIndex(D)
+    try:
+        for one in (index, oracle):
+            one.apply(records(vectors))
+        wait_until(lambda: not index._due())
+        assert (index.stats().main > 0) == (exact_below == 50)
+        every = [hit.item_id for hit in oracle.query(POOL[0], 3_000)]
+        for best, others in ((0, 300), (60, 300), (70, 0), (150, 150), (400, 0), (2_999, 0)):
+            excluded = set(every[:best]) | set(every[best + 100 :][:others])
+            found, wanted = (one.query(POOL[0], k, excluded) for one in (index, oracle))
+            assert [hit.item_id for hit in found] == [hit.item_id for hit in wanted]
+        assert index.stats().refused == 0
+    finally:
+        index.close()
