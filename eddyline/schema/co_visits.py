@@ -112,19 +112,25 @@ def compact(row: bytes, row_max: int) -> bytes:
 
     What a count has beyond 32 bits goes to the header. Raises ValueError for a damaged row.
     """
-    found, milli_sum, next_sum = totals(row)
-    counts = [milli for milli, _ in found.values()]
-    places = set(range(len(counts)))
-    if len(counts) > row_max // 2:
-        places = {*sorted(places, key=lambda at: (-counts[at], -at))[: row_max // 2]}
-    stored = [
-        (key, min(milli, COUNT_MAX), min(after, COUNT_MAX))
-        for at, (key, (milli, after)) in enumerate(found.items())
-        if at in places
-    ]
-    pruned_milli = milli_sum - sum(milli for _, milli, _ in stored)
-    pruned_next = next_sum - sum(after for _, _, after in stored)
-    return _HEADER.pack(pruned_milli, pruned_next) + entries(stored)
+    check(row)
+    whole = np.frombuffer(row, ENTRIES, offset=HEADER_BYTES)
+    keys, first, place = np.unique(whole["key"], return_index=True, return_inverse=True)
+    # Sums of some thousand 32-bit counts are exact in float64.
+    sums = [np.bincount(place, whole[name], len(keys)) for name in ("milli", "next")]
+    order = np.argsort(first)  # where a key came first
+    keys, milli, after = keys[order], *(one[order] for one in sums)
+    most = row_max // 2
+    if len(keys) > most:
+        kept = np.sort(np.lexsort((np.arange(len(keys)), milli))[len(keys) - most :])
+        keys, milli, after = keys[kept], milli[kept], after[kept]
+    stored = np.empty(len(keys), ENTRIES)
+    stored["key"] = keys
+    stored["milli"], stored["next"] = np.minimum(milli, COUNT_MAX), np.minimum(after, COUNT_MAX)
+    pruned = (
+        before + int(one.sum()) - int(stored[name].sum(dtype=np.int64))
+        for before, one, name in zip(_HEADER.unpack_from(row), sums, ("milli", "next"), strict=True)
+    )
+    return _HEADER.pack(*pruned) + stored.tobytes()
 
 
 class Summary(NamedTuple):

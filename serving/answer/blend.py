@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from typing_extensions import override
 
-from eddyline.schema.item_key import keys_of
+from eddyline.schema.item_key import cached_keys_of
 from eddyline.schema.user_history import Entry, positive_items
 from index.port import IndexReader
 from serving.answer.blend_features import (
@@ -228,5 +228,5 @@ def _visits(
         )
     if not scored:
         return {}
-    keys = keys_of(ids)
+    keys = cached_keys_of(ids)
     return {name: of_name.of(keys) for name, of_name in scored.items()}
