@@ -33,6 +33,7 @@ from serving.recall import registry
 from serving.recall.base import RecallContext
 from serving.recall.popularity import Popularity
 from serving.rules.editorial_watch import RulesWatch
+from serving.rules.quotas import quotas_of
 from serving.rules.selection import AnswerRules
 
 
@@ -107,7 +108,14 @@ def start_retriever(
         popularity=popularity,
         paths=paths,
         item_slots=settings.item_slots,
-        rules=AnswerRules(fusion, paths, editorial, k_max=settings.k_max),
+        rules=AnswerRules(
+            fusion,
+            paths,
+            editorial,
+            k_max=settings.k_max,
+            quotas=quotas_of(settings),
+            popularity=popularity,
+        ),
         seen=SeenPolicy(settings),
         waits=waits,
     )

@@ -29,6 +29,19 @@ class AnswerSettings(msgspec.Struct, frozen=True, kw_only=True):
     rules_file: Annotated[str, Meta(max_length=4_096)] = ""
     """A TOML file of editorial rules: pin, boost, deny. It is read again within seconds of a
     change; `eddyline rules check` checks one. Empty: no rules."""
+    quota_young: Annotated[float, within(0, 0.5)] = 0.0
+    """The share of an answer's positions for items with few clicks, which a learned fusion never
+    shows: 0.1 is one in ten, the last of each ten. An item of the answer that is young anyway
+    counts."""
+    quota_young_clicks: Annotated[int, within(0, 1_000_000)] = 20
+    """The most clicks of a young item, decayed as in the list of `popular`. Items beyond that list
+    may have as many as its last one: raise `popular_limit` if that is more."""
+    quota_fresh: Annotated[float, within(0, 0.5)] = 0.0
+    """The share of an answer's positions for items whose `at_ms` is not long ago."""
+    quota_fresh_h: Annotated[int, within(1, 87_600)] = 24
+    """How many hours an item is fresh after its `at_ms`."""
+    quota_every: Annotated[int, within(1, 1_000)] = 1
+    """One in so many answers has the quotas: their cost falls with it, and what they show."""
     cursor_s_max: Annotated[int, within(1, 604_800)] = 3_600
     """How long after a page its cursor gives the next one."""
 

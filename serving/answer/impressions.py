@@ -130,18 +130,24 @@ class Impressions:
         """Of the users whose answers are queued."""
         return self._share
 
+    def next_id(self) -> str:
+        """The id of an answer that is made now."""
+        return f"{self._prefix}.{next(self._numbers):x}"
+
     def record(
         self,
         query: Query | NearestQuery,
         answer: Answer,
         generation: str,
         missing: Sequence[str] = (),
+        impression_id: str = "",
     ) -> str:
         """The id of this answer; the answer is queued if it has a user who is sampled. Never waits.
 
         missing: what the answer had to do without, as the response has it
+        impression_id: from `next_id`; "": it gets one
         """
-        impression_id = f"{self._prefix}.{next(self._numbers):x}"
+        impression_id = impression_id or self.next_id()
         if not self._share or not isinstance(query, Query) or not query.user_id:
             return impression_id
         if is_sampled(query.user_id, self._share):

@@ -66,11 +66,10 @@ class Query:
     diversity: float = 0.0
     cursor: Cursor | None = None
 
-    @property
-    def wishes(self) -> Wishes:
-        """What the query asks of the rules."""
+    def wishes(self, impression_id: str) -> Wishes:
+        """What the query asks of the rules. impression_id: of the answer, "" for none"""
         first = self.cursor is None or not len(self.cursor.keys)
-        return Wishes(self.limits, self.diversity, self.scene, first)
+        return Wishes(self.limits, self.diversity, self.scene, first, self.user_id, impression_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,15 +221,17 @@ class Retriever:
         deadline: Deadline,
         received_us: int = 0,
         users: KnownUsers | None = None,
+        impression_id: str = "",
     ) -> Answer:
         """k items that the user has not seen, or all there are; the answer reports what is missing.
 
         users: read before, the query's user among them; None: the user is read now
+        impression_id: of the answer; without one it has no quotas
         Raises DeadlinePassed before the step for which no time is left, and ClickPending if the
         query may wait for its click: once it has, its `wait_ms` is 0.
         """
         read, request, unread, earlier = self._request(query, index, deadline, users)
-        chosen = self.rules.choose(request, index, query.wishes)
+        chosen = self.rules.choose(request, index, query.wishes(impression_id))
         items, paths = chosen.items, chosen.paths
         short = ""
         if len(items) < query.k:
@@ -278,13 +279,16 @@ class Retriever:
         index: IndexReader,
         deadline: Deadline,
         most: int,
+        impression_id: str = "",
     ) -> tuple[list[Explanation], Answer]:
         """(why each item is in the answer or not, the answer's own state without items).
 
-        most: so many items of each path have a rank. Waits for no click. Raises DeadlinePassed.
+        most: so many items of each path have a rank; impression_id: see `retrieve`
+        Waits for no click. Raises DeadlinePassed.
         """
         read, request, unread, earlier = self._request(replace(query, after=None), index, deadline)
-        found = self._explainer.explain(request, item_ids, index, most, query.wishes, earlier)
+        wishes = query.wishes(impression_id)
+        found = self._explainer.explain(request, item_ids, index, most, wishes, earlier)
         deadline.check("the explanation was sent")
         state = Answer(
             items=(),

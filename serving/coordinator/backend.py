@@ -74,10 +74,14 @@ class CoordinatorBackend(RetrievalBackend):
         self, query: Query, deadline: Deadline, received_us: int, users: KnownUsers | None = None
     ) -> pb.RetrieveResponse:
         filter_messages.check_texts(query.filters, self.text_names)
+        impression_id = self.impressions.next_id()
         return self._answer(
             query,
             deadline,
-            lambda items: self.retriever.retrieve(query, items, deadline, received_us, users),
+            lambda items: self.retriever.retrieve(
+                query, items, deadline, received_us, users, impression_id
+            ),
+            impression_id,
         )
 
     @override
@@ -101,11 +105,19 @@ class CoordinatorBackend(RetrievalBackend):
 
     @override
     def explain(
-        self, query: Query, item_ids: Sequence[str], deadline: Deadline, most: int
+        self,
+        query: Query,
+        item_ids: Sequence[str],
+        deadline: Deadline,
+        most: int,
+        impression_id: str = "",
     ) -> pb.ExplainResponse:
         filter_messages.check_texts(query.filters, self.text_names)
         (found, state), items, missing = self._read(
-            deadline, lambda items: self.retriever.explain(query, item_ids, items, deadline, most)
+            deadline,
+            lambda items: self.retriever.explain(
+                query, item_ids, items, deadline, most, impression_id
+            ),
         )
         behind = self._behind(items)
         response = explanation_of(found, state, self.generation, items, behind)
@@ -118,13 +130,14 @@ class CoordinatorBackend(RetrievalBackend):
         query: Query | NearestQuery,
         deadline: Deadline,
         ask: Callable[[ScatterGather], Answer],
+        impression_id: str = "",
     ) -> pb.RetrieveResponse:
         answer, items, missing = self._read(deadline, ask)
         response = converters.response_of(answer, self.generation, items, self._behind(items))
         response.shards.CopyFrom(items.status())
         response.missing.extend(missing)
         response.impression_id = self.impressions.record(
-            query, answer, self.generation, response.missing
+            query, answer, self.generation, response.missing, impression_id
         )
         return response
 

@@ -108,12 +108,14 @@ class SearchByVectorRequest(_message.Message):
     def __init__(self, vector: _Optional[_Iterable[float]] = ..., generation: _Optional[str] = ..., k: _Optional[int] = ..., filters: _Optional[_Union[Filters, _Mapping]] = ..., with_cards: bool = ...) -> None: ...
 
 class ExplainRequest(_message.Message):
-    __slots__ = ("request", "item_ids")
+    __slots__ = ("request", "item_ids", "impression_id")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     ITEM_IDS_FIELD_NUMBER: _ClassVar[int]
+    IMPRESSION_ID_FIELD_NUMBER: _ClassVar[int]
     request: RetrieveRequest
     item_ids: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, request: _Optional[_Union[RetrieveRequest, _Mapping]] = ..., item_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+    impression_id: str
+    def __init__(self, request: _Optional[_Union[RetrieveRequest, _Mapping]] = ..., item_ids: _Optional[_Iterable[str]] = ..., impression_id: _Optional[str] = ...) -> None: ...
 
 class ExplainResponse(_message.Message):
     __slots__ = ("items", "freshness", "missing", "shards")

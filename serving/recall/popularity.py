@@ -182,6 +182,16 @@ class Popularity:
         debiased = [hit._replace(score=hit.score - beta * ln_p(hit.item_id)) for hit in hits]
         return sorted(debiased, key=lambda hit: (-hit.score, hit.item_id))[:k]
 
+    def clicks_at_most(self, item_ids: Sequence[str]) -> list[float]:
+        """The decayed clicks of each item; of one beyond the list as many as its last item has."""
+        of_item, beyond = self._clicks.of_item, self.beyond()
+        return [of_item.get(item_id, beyond) for item_id in item_ids]
+
+    def beyond(self) -> float:
+        """The most decayed clicks that an item beyond the list can have; 0 if all are on it."""
+        ranked = self._ranked
+        return ranked[-1][1] if len(ranked) >= self._settings.popular_limit else 0.0
+
     def age_ms(self) -> int:
         """Milliseconds since the list was last read; -1 for never."""
         read_at = self._read_at

@@ -66,7 +66,12 @@ class RetrievalBackend(Protocol):
         """
 
     def explain(
-        self, query: Query, item_ids: Sequence[str], deadline: Deadline, most: int
+        self,
+        query: Query,
+        item_ids: Sequence[str],
+        deadline: Deadline,
+        most: int,
+        impression_id: str = "",
     ) -> pb.ExplainResponse:
         """Why items are, or are not, in the answer; see `Retriever.explain`.
 
@@ -145,8 +150,11 @@ class WorkerBackend(RetrievalBackend):
     ) -> pb.RetrieveResponse:
         held = self.held
         held.check_filters(query.filters)
-        answer = self.retriever.retrieve(query, held.index, deadline, received_us, users)
-        return self._response(query, answer)
+        impression_id = self.impressions.next_id()
+        answer = self.retriever.retrieve(
+            query, held.index, deadline, received_us, users, impression_id
+        )
+        return self._response(query, answer, impression_id)
 
     @override
     def nearest(
@@ -160,11 +168,18 @@ class WorkerBackend(RetrievalBackend):
 
     @override
     def explain(
-        self, query: Query, item_ids: Sequence[str], deadline: Deadline, most: int
+        self,
+        query: Query,
+        item_ids: Sequence[str],
+        deadline: Deadline,
+        most: int,
+        impression_id: str = "",
     ) -> pb.ExplainResponse:
         held = self.held
         held.check_filters(query.filters)
-        found, state = self.retriever.explain(query, item_ids, held.index, deadline, most)
+        found, state = self.retriever.explain(
+            query, item_ids, held.index, deadline, most, impression_id
+        )
         return explanation_of(found, state, held.generation, held.index, held.missing())
 
     @override
@@ -173,11 +188,13 @@ class WorkerBackend(RetrievalBackend):
         fill_retriever_stats(response, self.retriever)
         self.held.fill_index_stats(response)
 
-    def _response(self, query: Query | NearestQuery, answer: Answer) -> pb.RetrieveResponse:
+    def _response(
+        self, query: Query | NearestQuery, answer: Answer, impression_id: str = ""
+    ) -> pb.RetrieveResponse:
         held = self.held
         response = converters.response_of(answer, held.generation, held.index, held.missing())
         response.impression_id = self.impressions.record(
-            query, answer, held.generation, response.missing
+            query, answer, held.generation, response.missing, impression_id
         )
         return response
 
@@ -207,7 +224,12 @@ class ShardBackend(RetrievalBackend):
 
     @override
     def explain(
-        self, query: Query, item_ids: Sequence[str], deadline: Deadline, most: int
+        self,
+        query: Query,
+        item_ids: Sequence[str],
+        deadline: Deadline,
+        most: int,
+        impression_id: str = "",
     ) -> pb.ExplainResponse:
         raise self._refusal()
 

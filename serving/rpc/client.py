@@ -164,9 +164,13 @@ class Client:
         limits: Mapping[str, int] | None = None,
         diversity: float | None = None,
         cursor: str | None = None,
+        impression_id: str = "",
         timeout_s: float = 5.0,
     ) -> pb.ExplainResponse:
-        """Why items are, or are not, in the answer of `retrieve`. Raises CallFailed."""
+        """Why items are, or are not, in the answer of `retrieve`. Raises CallFailed.
+
+        impression_id: of that answer; without it, an answer without quotas is explained
+        """
         query = pb.RetrieveRequest(
             user_id=user_id,
             k=k,
@@ -178,7 +182,7 @@ class Client:
             diversity=diversity,
             cursor=cursor,
         )
-        request = pb.ExplainRequest(request=query, item_ids=item_ids)
+        request = pb.ExplainRequest(request=query, item_ids=item_ids, impression_id=impression_id)
         response: pb.ExplainResponse = self._call(self._stub.Explain, request, timeout_s)
         return response
 

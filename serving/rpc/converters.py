@@ -187,6 +187,8 @@ def similar_of(request: pb.SimilarItemsRequest, settings: Settings) -> NearestQu
 def explained_of(request: pb.ExplainRequest, settings: Settings) -> tuple[Query, list[str]]:
     """The request and the items to explain, checked. Raises BadQuery."""
     item_ids = _item_ids_of(request.item_ids, EXPLAINED_MAX, settings)
+    if request.impression_id:
+        check_count("impression_id", [request.impression_id], 1, 1)
     return query_of(request.request, settings), item_ids
 
 

@@ -201,7 +201,9 @@ class RetrievalService:
         settings = self._settings
         if isinstance(call.request, pb.ExplainRequest):
             explained, item_ids = converters.explained_of(call.request, settings)
-            return self._ready().explain(explained, item_ids, call.deadline, settings.k_max)
+            return self._ready().explain(
+                explained, item_ids, call.deadline, settings.k_max, call.request.impression_id
+            )
         if isinstance(call.request, pb.RetrieveBatchRequest):
             return self._batch(call.request, call)
         query = resumed or self._query(call.request)

@@ -17,10 +17,12 @@ from index.filters import Filter
 from index.port import IndexReader, Term
 from serving.answer.fusion import Fusion, ItemRule, PathResult, Recommendation, counted, merged
 from serving.recall.base import RecallPath, RecallRequest
+from serving.recall.popularity import Popularity
 from serving.rules.diversity import ByMarginalRelevance, InOrder
 from serving.rules.editorial import ActiveRules, EditorialRules, Pin
 from serving.rules.editorial_watch import CurrentRules
 from serving.rules.limits import Limit, LimitCounts, without_terms
+from serving.rules.quotas import NEWEST, NO_QUOTAS, YOUNG, Draw, Quotas
 
 PINNED, BOOSTED, OVER_LIMIT = "pinned", "boosted", "over_limit"
 # Of items that are not in the answer.
@@ -43,12 +45,15 @@ class Wishes(NamedTuple):
     limits:    each attribute once; diversity: 0 … 1
     scene:     of the editorial rules
     pins:      whether pinned items get their positions: not on later pages
+    user_id, impression_id: the draws of quotas; without the latter there are none
     """
 
     limits: Sequence[Limit] = ()
     diversity: float = 0.0
     scene: str = ""
     pins: bool = True
+    user_id: str = ""
+    impression_id: str = ""
 
 
 NO_WISHES = Wishes()
@@ -87,11 +92,16 @@ class AnswerRules:
         editorial: CurrentRules | None = None,
         *,
         k_max: int = POOL_MAX,
+        quotas: Quotas = NO_QUOTAS,
+        popularity: Popularity | None = None,
     ) -> None:
         """paths: in the order in which the fusion calls them; editorial: None: no rules
 
         k_max: the most items that one recall is asked for
+        popularity: knows the clicks of items; None: none has any
         """
+        self._quotas = quotas
+        self._popularity = popularity
         self.fusion = fusion
         self._paths = paths
         self._editorial = editorial or CurrentRules(EditorialRules())
@@ -100,8 +110,16 @@ class AnswerRules:
         self._counts: Counter[str] = Counter()
 
     def degradation(self) -> str:
-        """`worker: reason` if the editorial rules are not those of the file, else ""."""
-        return f"worker: {why}" if (why := self._editorial.why) else ""
+        """`worker: reason` if rules or quotas are not what the settings say, else ""."""
+        why = self._editorial.why
+        if not why and self._popularity is not None:
+            beyond, quotas = self._popularity.beyond(), self._quotas
+            if beyond > quotas.clicks_max and any(one.kind == YOUNG for one in quotas.listed):
+                why = (
+                    f"quota_young: items beyond the popular list may have {beyond:.1f} clicks and "
+                    "are not taken for young ones; raise popular_limit"
+                )
+        return f"worker: {why}" if why else ""
 
     @property
     def version(self) -> str:
@@ -122,11 +140,47 @@ class AnswerRules:
         active = self.active(request.now_ms, wishes.scene)
         request = without_denied(request, active)
         pins = active.pins if wishes.pins else ()
-        if not (wishes.limits or wishes.diversity or pins or active.boosts):
+        draw = None
+        if self._quotas.listed and wishes.impression_id:
+            draw = Draw(wishes.user_id, wishes.impression_id)
+            draw = draw if draw.has_quotas(self._quotas) else None
+        if not (wishes.limits or wishes.diversity or pins or active.boosts or draw):
             items, paths = self.fusion.fuse(self._paths, request, index)
             return Chosen(items, paths, version=active.version)
-        chosen = _Choice(self.fusion, self._paths, request, index, wishes, active, self._k_max)
-        return chosen.made(pins)
+        choice = _Choice(self.fusion, self._paths, request, index, wishes, active, self._k_max)
+        chosen = choice.made(pins)
+        return self._with_quotas(chosen, choice, draw) if draw else chosen
+
+    def _with_quotas(self, chosen: Chosen, choice: _Choice, draw: Draw) -> Chosen:
+        """The answer with young or fresh items at the positions that it lacks them."""
+        now_ms, quotas = choice.request.now_ms, self._quotas
+        candidates = choice.candidates()
+        clicks = [0.0] * len(candidates)
+        if self._popularity is not None:
+            clicks = self._popularity.clicks_at_most([one.hit.item_id for _, one in candidates])
+        for kind, share in quotas.listed:
+            positions = draw.positions(choice.request.k, share)
+            fits = {
+                one.hit.item_id: (rank, one, n)
+                for (rank, one), n in zip(candidates, clicks, strict=True)
+                if (
+                    n <= quotas.clicks_max
+                    if kind == YOUNG
+                    else one.hit.at_ms and now_ms - one.hit.at_ms <= quotas.fresh_ms
+                )
+            }
+            lacking = len(positions) - sum(one.hit.item_id in fits for one in chosen.items)
+            if lacking <= 0:
+                continue
+            shown = {one.hit.item_id for one in chosen.items}
+            some = [one for item_id, one in fits.items() if item_id not in shown]
+            if not some:
+                continue
+            ranks, items, few = zip(*some, strict=True)
+            order = draw.order(ranks, few, choice.length)
+            drawn = [(ranks[at], items[at]) for at in order]
+            chosen = choice.placed_at(positions[-lacking:], drawn, kind)
+        return chosen
 
     def count(self, items: Sequence[Recommendation]) -> None:
         """Count the items of an answer that was sent."""
@@ -159,7 +213,7 @@ class _Choice:
         k_max: int,
     ) -> None:
         self._fusion, self._paths = fusion, paths
-        self._request, self._index = request, index
+        self.request, self._index = request, index
         self._wishes, self._active, self._k_max = wishes, active, k_max
         names = {limit.attribute for limit in wishes.limits}
         self._attributes = sorted(names | {name for name, _ in active.boosted_terms})
@@ -167,13 +221,53 @@ class _Choice:
         # The fused list, longer with every round, and what the paths returned for it.
         self._fused: list[Recommendation] = []
         self._results: list[PathResult] = []
+        self._at: dict[int, Recommendation] = {}
 
     def made(self, pins: Sequence[Pin]) -> Chosen:
         """The answer's items. Raises EndsQuery."""
-        request, k = self._request, self._request.k
-        depth = min(POOL_FACTOR * k + POOL_MORE, POOL_MAX, self._k_max)
+        request, k, depth = self.request, self.request.k, self._request_depth()
         self._recall(request._replace(k=max(k, depth)))
-        placed = self._placed(pins)
+        self._at = self._placed(pins)
+        return self._chosen(depth)
+
+    @property
+    def length(self) -> int:
+        """Of the fused list."""
+        return len(self._fused)
+
+    def candidates(self) -> list[tuple[int, Recommendation]]:
+        """(rank from 1, item) of the fused list, then of the newest items that are not in it."""
+        request = self.request
+        known = {one.hit.item_id for one in self._fused}
+        newest = self._index.newest(NEWEST, request.excluded, request.filters)
+        more = [Recommendation(hit, "", 0) for hit in newest if hit.item_id not in known]
+        self._describe([one.hit.item_id for one in more])
+        return [*enumerate((*self._fused, *more), 1)]
+
+    def placed_at(
+        self, places: Sequence[int], drawn: Sequence[tuple[int, Recommendation]], kind: str
+    ) -> Chosen:
+        """The answer with the first drawn items at these places, as far as the limits allow."""
+        counts = LimitCounts(self._wishes.limits, self._terms)
+        for one in self._at.values():
+            counts.add(one.hit.item_id)
+        free = [place for place in places if place not in self._at]
+        for rank, one in drawn:
+            if not free:
+                break
+            if counts.reached(one.hit.item_id):
+                continue
+            counts.add(one.hit.item_id)
+            rules = [*one.rules, ItemRule(kind, f"quota_{kind}")]
+            self._at[free.pop(0)] = one._replace(path=kind, path_rank=rank, rules=rules)
+        return self._chosen(self._request_depth())
+
+    def _request_depth(self) -> int:
+        return min(POOL_FACTOR * self.request.k + POOL_MORE, POOL_MAX, self._k_max)
+
+    def _chosen(self, depth: int) -> Chosen:
+        """The answer around the items that have their places."""
+        request, k, placed = self.request, self.request.k, self._at
         items, removed, counts = self._select(placed)
         for _ in range(ROUNDS_MAX if self._wishes.limits else 0):
             missing, full = k - len(items), counts.full()
@@ -231,7 +325,7 @@ class _Choice:
             for item in self._of_pin(pin, known, taken):
                 while place in placed:
                     place += 1
-                if place >= self._request.k:
+                if place >= self.request.k:
                     break
                 rules = [*item.rules, ItemRule(PINNED, pin.name)]
                 placed[place] = item._replace(rules=rules)
@@ -243,7 +337,7 @@ class _Choice:
         self, pin: Pin, known: Mapping[str, Recommendation], taken: Collection[str]
     ) -> list[Recommendation]:
         """The items that the pin names, without those that the request may not have."""
-        request = self._request
+        request = self.request
         barred = frozenset(request.excluded) | frozenset(taken)
         if pin.values:
             return self._of_values(pin, request._replace(excluded=barred))
@@ -273,7 +367,7 @@ class _Choice:
         self, placed: Mapping[int, Recommendation]
     ) -> tuple[list[Recommendation], dict[str, Removed], LimitCounts]:
         """(the items that the limits allow, what they removed, what is used of the limits)."""
-        wishes, k = self._wishes, self._request.k
+        wishes, k = self._wishes, self.request.k
         counts = LimitCounts(wishes.limits, self._terms)
         pinned = {one.hit.item_id for one in placed.values()}
         pool = [one for one in self._ordered() if one.hit.item_id not in pinned]
@@ -308,7 +402,7 @@ class _Choice:
         diversity = self._wishes.diversity
         if not diversity or not pool:
             return InOrder(len(pool))
-        first = [one.hit.item_id for one in pool[: max(POOL_MAX, self._request.k)]]
+        first = [one.hit.item_id for one in pool[: max(POOL_MAX, self.request.k)]]
         vectors = vectors_of([*first, *pinned], self._index)
         mine, chosen = vectors[: len(first)], vectors[len(first) :]
         return ByMarginalRelevance(mine, diversity, chosen, count=len(pool))
@@ -317,7 +411,7 @@ class _Choice:
         self, items: list[Recommendation], removed: dict[str, Removed]
     ) -> tuple[list[Recommendation], list[str]]:
         """(the items, filled up with those beyond the limits, and sentences about them)."""
-        missing = self._request.k - len(items)
+        missing = self.request.k - len(items)
         if missing <= 0 or not removed:
             return items, []
         extra = [one for one in self._ordered() if one.hit.item_id in removed][:missing]

@@ -54,6 +54,7 @@ from serving.rpc.server import NAME, NOT_SERVING, SERVING, SHARD_NAME, PortTaken
 from serving.rpc.shard_service import ATTRIBUTES_MAX, EXCLUDED_MAX, IDS_MAX, ShardService
 from serving.rules.editorial import EditorialRules
 from serving.rules.editorial_watch import CurrentRules
+from serving.rules.quotas import quotas_of
 from serving.rules.selection import AnswerRules
 from serving.sharding import ShardAssignment, shard_of
 from serving.worker.replica import TailState
@@ -202,7 +203,14 @@ class Plant:
             popularity=self.popularity,
             paths=paths,
             item_slots=1,
-            rules=AnswerRules(make_fusion(settings), paths, self.rules, k_max=settings.k_max),
+            rules=AnswerRules(
+                make_fusion(settings),
+                paths,
+                self.rules,
+                k_max=settings.k_max,
+                quotas=quotas_of(settings),
+                popularity=self.popularity,
+            ),
             seen=SeenPolicy(SETTINGS),
         )
         self.service = RetrievalService(settings)
