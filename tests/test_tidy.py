@@ -3,6 +3,7 @@ code.
 """
 
 import ast
+import gc
 import re
 import subprocess
 import tokenize
@@ -78,7 +79,18 @@ def python_files(*folders: str) -> list[Path]:
 
 @cache
 def tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
+    gc.disable()  # it would look at all trees again and again, for most of the time of a parse
+    try:
+        return ast.parse(path.read_text(encoding="utf-8"))
+    finally:
+        gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _trees_go() -> Iterator[None]:
+    """Millions of nodes would make every later collection of this process slow."""
+    yield
+    tree.cache_clear()
 
 
 def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:

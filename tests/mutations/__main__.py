@@ -6,16 +6,22 @@ make mutations ARGS="forget merge"   those with a word in their name
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
+from eddyline.settings.loader import Settings
+from sandbox.servers.local_servers import local_servers, log_dir
+from sandbox.servers.supervisor import Supervisor
 from tests.mutations.planted import MUTATIONS
-from tests.mutations.runner import PatchError, Verdict, run
+from tests.mutations.runner import Mutation, PatchError, Verdict, run
 
 console = Console(soft_wrap=True, highlight=False)
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +35,8 @@ def main(words: list[str]) -> int:
         return 2
     begun, scratch = time.monotonic(), Path(tempfile.mkdtemp(prefix="eddyline-mutations-"))
     try:
-        verdicts = run(ROOT, chosen, scratch, show)
+        with servers(chosen, scratch):
+            verdicts = run(ROOT, chosen, scratch, show)
     except PatchError as error:
         console.print(error)
         return 2
@@ -43,6 +50,27 @@ def main(words: list[str]) -> int:
     for verdict in missed:
         console.print(f"NOT CAUGHT: {verdict.mutation.name}: {verdict.why}", markup=False)
     return 1 if missed else 0
+
+
+@contextlib.contextmanager
+def servers(chosen: Sequence[Mutation], scratch: Path) -> Iterator[None]:
+    """One Kafka and one Redis for all runs, where any needs them, named in the environment."""
+    folders = {test.split("/")[1] for mutation in chosen for test in mutation.tests}
+    base = Settings(
+        data_dir=str(scratch / "servers"),
+        kafka_bootstrap_servers=os.environ.get("KAFKA_BOOTSTRAP_SERVERS", ""),
+        redis_url=os.environ.get("REDIS_URL", ""),
+    )
+    if not folders & {"contract", "integration"}:
+        yield
+        return
+    with (
+        Supervisor(log_dir(base)) as supervisor,
+        local_servers(base, supervisor, owner="make mutations") as found,
+    ):
+        os.environ["KAFKA_BOOTSTRAP_SERVERS"] = found.kafka_bootstrap_servers
+        os.environ["REDIS_URL"] = found.redis_url
+        yield
 
 
 def show(verdict: Verdict) -> None:

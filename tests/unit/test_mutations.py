@@ -11,9 +11,8 @@ from tests.mutations.planted import MUTATIONS
 from tests.mutations.runner import Mutation, PatchError, check, run
 
 ROOT = Path(__file__).resolve().parents[2]
-DOUBLED = Mutation(
-    "the sum is doubled", "sums.py", "return a + b", "return 2 * (a + b)", ("test_sums.py",)
-)
+TEST = "test_sums.py::test_add"
+DOUBLED = Mutation("the sum is doubled", "sums.py", "return a + b", "return 2 * (a + b)", (TEST,))
 
 
 @pytest.fixture
@@ -46,7 +45,7 @@ def test_caught_and_uncaught_bugs_are_told_apart(tree: Path, tmp_path: Path) -> 
 def test_a_bug_that_keeps_the_tests_from_running_is_not_caught(tree: Path, tmp_path: Path) -> None:
     broken = replace(DOUBLED, new="return (")
     [verdict] = run(tree, [broken], tmp_path / "scratch")
-    assert not verdict.caught and "pytest ended with 2" in verdict.why
+    assert not verdict.caught and "pytest ended with 4" in verdict.why
 
 
 @pytest.mark.parametrize(
@@ -57,6 +56,8 @@ def test_a_bug_that_keeps_the_tests_from_running_is_not_caught(tree: Path, tmp_p
         ({"file": "gone.py"}, "there is no file gone.py"),
         ({"new": "return a + b"}, "the patch changes nothing"),
         ({"tests": ("test_gone.py::test_add",)}, "there is no test test_gone.py::test_add"),
+        ({"tests": ("test_sums.py::test_gone",)}, "there is no test test_sums.py::test_gone"),
+        ({"tests": ("test_sums.py",)}, "there is no test test_sums.py"),
     ],
 )
 def test_a_patch_that_does_not_fit_is_an_error(
