@@ -122,7 +122,7 @@ class IngestSettings(msgspec.Struct, frozen=True, kw_only=True):
     all processes; a state begins with the events after it was switched on."""
 
     # Co-visitation
-    co_visit_items: Annotated[int, within(0, 100)] = 10
+    co_visit_items: Annotated[int, within(0, 100)] = 5
     """With how many older items of the user's history a click is counted in the co-visitation
     rows, an item at distance d as 1/d of a visit; 0 keeps no rows."""
     co_visit_row_max: Annotated[int, within(2, 2_000)] = 200

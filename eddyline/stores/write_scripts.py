@@ -2,8 +2,9 @@
 
 Redis does not undo what a script wrote before it failed. So every script compares the fence, checks
 the user's rights, reads every key whose type or value could be wrong, writes, and moves the fence
-last. A write that failed left nothing, and succeeds once the cause is gone. Redis looks at
-`maxmemory` before the first write only, so a script that has begun to write runs to its end.
+last (`append_co_visits` takes back what it wrote instead). A write that failed left nothing, and
+succeeds once the cause is gone. Redis looks at `maxmemory` before the first write only, so a script
+that has begun to write runs to its end.
 """
 
 from __future__ import annotations

@@ -26,6 +26,8 @@ READS = {
 
 # They move no fence: what they remove has no effect on any later write.
 UNFENCED = {"remove_idle_users", "remove_deleted_items"}
+# It takes its writes back where one fails (`test_failing_scripts`), and reads what it wrote.
+TAKES_BACK = {"append_co_visits"}
 
 
 @pytest.mark.parametrize("name", sorted({*write_scripts.NAMES} - UNFENCED))
@@ -37,7 +39,7 @@ def test_the_fence_moves_last(name: str) -> None:
     assert re.fullmatch(r"\s*return \{1, .*\}\s*", text[fence:].partition("\n")[2])
 
 
-@pytest.mark.parametrize("name", write_scripts.NAMES)
+@pytest.mark.parametrize("name", sorted({*write_scripts.NAMES} - TAKES_BACK))
 def test_nothing_that_can_fail_on_stored_values_follows_a_write(name: str) -> None:
     """Types are checked by reading every key first; only deletions may read in between."""
     calls = WRITING.findall(write_scripts.text(name))
