@@ -25,16 +25,15 @@ from serving.answer.blend_weights import CurrentBlender
 from serving.answer.blender_watch import BlenderWatch
 from serving.answer.click_ends import ClickEnds
 from serving.answer.click_waits import ClickWaits
-from serving.answer.fusions import make_fusion
 from serving.answer.retriever import Retriever
 from serving.answer.seen import SeenPolicy
 from serving.answer.user_reader import UserReader
 from serving.recall import registry
 from serving.recall.base import RecallContext
 from serving.recall.popularity import Popularity
+from serving.rules.answer_rules import AnswerRules
+from serving.rules.editorial import Known
 from serving.rules.editorial_watch import RulesWatch
-from serving.rules.quotas import quotas_of
-from serving.rules.selection import AnswerRules
 
 
 def open_store(settings: Settings, retry: Retry) -> RedisStore:
@@ -95,11 +94,10 @@ def start_retriever(
         closing.callback(watch.close)
     editorial = None
     if settings.rules_file:
-        rules = RulesWatch(Path(settings.rules_file), settings.filter_text_names, settings.id_form)
+        rules = RulesWatch(Path(settings.rules_file), Known.of(settings))
         rules.start()
         closing.callback(rules.close)
         editorial = rules.current
-    fusion = make_fusion(settings, blender)
     return Retriever(
         store=store,
         users=UserReader(
@@ -108,14 +106,7 @@ def start_retriever(
         popularity=popularity,
         paths=paths,
         item_slots=settings.item_slots,
-        rules=AnswerRules(
-            fusion,
-            paths,
-            editorial,
-            k_max=settings.k_max,
-            quotas=quotas_of(settings),
-            popularity=popularity,
-        ),
+        rules=AnswerRules.of(settings, paths, popularity, editorial, blender),
         seen=SeenPolicy(settings),
         waits=waits,
     )

@@ -11,7 +11,7 @@ from rich.table import Table
 from eddyline.errors import EddylineError, SettingsError
 from eddyline.settings.loader import Settings
 from serving.rules import editorial
-from serving.rules.editorial import Boost, Pin, Rule, RulesRejected
+from serving.rules.editorial import Boost, Known, Pin, Rule, RulesRejected
 
 console = Console(highlight=False, markup=False)
 # Of a rule's items or values, so many are shown.
@@ -28,7 +28,7 @@ def check(settings: Settings, file: Path | None) -> None:
     if file is None and not settings.rules_file:
         raise SettingsError("rules_file is not set: name a file")
     try:
-        rules = editorial.read(path, settings.filter_text_names, settings.id_form)
+        rules = editorial.read(path, Known.of(settings))
     except RulesRejected as error:
         raise EddylineError(f"{path}: {error}") from None
     now_ms = time.time_ns() // 1_000_000
@@ -38,6 +38,8 @@ def check(settings: Settings, file: Path | None) -> None:
             rule.name, _does(kind, rule), _items(rule), rule.scene or "all", _holds(rule, now_ms)
         )
     console.print(table)
+    for arm in rules.arms.listed:
+        console.print(f"arm {arm.name}: {arm.share:.2%} of the users", soft_wrap=True)
     console.print(f"version {rules.version}: {len(rules.rules)} rules", soft_wrap=True)
 
 

@@ -16,17 +16,9 @@ from serving.answer.card_reader import CardReader
 from serving.answer.fusion import ItemRule, PathCalls
 from serving.answer.seen import SeenPolicy
 from serving.recall.base import RecallPath, RecallRequest
+from serving.rules.answer_rules import AnswerRules, without_denied
 from serving.rules.editorial import ActiveRules
-from serving.rules.selection import (
-    BOOSTED,
-    DENIED,
-    NO_WISHES,
-    PINNED,
-    AnswerRules,
-    Chosen,
-    Wishes,
-    without_denied,
-)
+from serving.rules.selection import BOOSTED, DENIED, NO_WISHES, PINNED, Chosen, Wishes
 
 _decoder = msgspec.json.Decoder(Item)
 
@@ -95,7 +87,9 @@ class Explainer:
         taken = {one.hit.item_id: n for n, one in enumerate(chosen.items, 1)}
         active = self._rules.active(request.now_ms, wishes.scene)
         deep = without_denied(request._replace(k=max(most, request.k)), active)
-        order, _ = self._rules.fusion.fuse(self._paths, deep, index)
+        arm = self._rules.arm_of(wishes)
+        order, _ = self._rules.fusion_for(arm).fuse(self._paths, deep, index)
+        diverse = self._rules.diversity_of(wishes, arm) > 0
         places = {one.hit.item_id: n for n, one in enumerate(order, 1)} | taken
         fused = {one.hit.item_id: one for one in (*order, *chosen.items)}
         calls = PathCalls(index, request)
@@ -131,7 +125,7 @@ class Explainer:
                     paths = [path._replace(share=shares.get(path.path, 0.0)) for path in paths]
                 rank, is_chosen = places.get(item_id, 0), item_id in taken
                 why = _place(rank, is_chosen, request.k, deep.k, paths)
-                why, rules = _by_rules(why, item_id, rank, request.k, chosen, wishes)
+                why, rules = _by_rules(why, item_id, rank, request.k, chosen, diverse)
                 found.append(Explanation(item_id, is_chosen, rank, why, hit, paths, score, rules))
         return found
 
@@ -207,7 +201,7 @@ def _place(rank: int, chosen: bool, k: int, most: int, paths: Sequence[PathRank]
 
 
 def _by_rules(
-    why: str, item_id: str, rank: int, k: int, chosen: Chosen, wishes: Wishes
+    why: str, item_id: str, rank: int, k: int, chosen: Chosen, diverse: bool
 ) -> tuple[str, Sequence[ItemRule]]:
     """(the reason, with what the rules did to the item; the rules)."""
     if removed := chosen.removed.get(item_id):
@@ -217,7 +211,7 @@ def _by_rules(
         did = "; ".join(f"{rule.kind} by {quote(rule.name)}" for rule in one.rules)
         return (f"{why}; {did}" if did else why), one.rules
     if 0 < rank <= k:
-        by = ["items that differ more"] if wishes.diversity else []
+        by = ["items that differ more"] if diverse else []
         if any(rule.kind == PINNED for item in chosen.items for rule in item.rules):
             by.append("pinned items")
         if any(rule.kind == BOOSTED for item in chosen.items for rule in item.rules):

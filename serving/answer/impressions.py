@@ -208,7 +208,7 @@ def _queued(
         generation,
         -1 if answer.user is None else answer.user.history.offset,
         query.scene,
-        query.arm,
+        query.arm or answer.arm,
         query.k,
         len(query.session),
         query.filters is not None,

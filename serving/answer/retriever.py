@@ -28,10 +28,11 @@ from serving.answer.user_reader import AfterStatus, AfterToken, UserReader
 from serving.recall.base import Candidates, RecallPath, RecallRequest
 from serving.recall.popularity import Popularity
 from serving.rules import cursor
+from serving.rules.answer_rules import AnswerRules
 from serving.rules.cursor import Cursor
 from serving.rules.editorial import ActiveRules
 from serving.rules.limits import Limit, without_terms
-from serving.rules.selection import AnswerRules, Wishes
+from serving.rules.selection import Wishes
 
 # The paths of `nearest`.
 SIMILAR, VECTOR = "similar", "vector"
@@ -49,7 +50,7 @@ class Query:
     user_id: "" for a guest, who has a session
     session: events of this visit that are not stored, newest first
     filters: every item of the answer passes them; popularity_beta: see `Popularity.debias`
-    scene, arm: the caller's labels: for the record of the answer, and the scene for rules
+    scene, arm: the caller's labels, for the record of the answer and for rules
     limits, diversity: see `Wishes`; cursor: of the pages before; None: the answer is no page
     """
 
@@ -62,14 +63,16 @@ class Query:
     session: Sequence[Entry] = ()
     scene: str = ""
     arm: str = ""
-    limits: Sequence[Limit] = ()
-    diversity: float = 0.0
+    limits: Sequence[Limit] | None = None
+    diversity: float | None = None
     cursor: Cursor | None = None
 
     def wishes(self, impression_id: str) -> Wishes:
         """What the query asks of the rules. impression_id: of the answer, "" for none"""
         first = self.cursor is None or not len(self.cursor.keys)
-        return Wishes(self.limits, self.diversity, self.scene, first, self.user_id, impression_id)
+        return Wishes(
+            self.limits, self.diversity, self.scene, first, self.user_id, impression_id, self.arm
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +130,7 @@ class Answer:
              None if the request names no user
     missing: what the answer had to do without, each `server: reason`
     cards:   item id -> metadata, if requested and stored
-    next_cursor, generation_changed, filled, rules_version: see retrieval.proto
+    next_cursor, generation_changed, filled, rules_version, arm: see retrieval.proto
     """
 
     items: Sequence[Recommendation]
@@ -143,6 +146,7 @@ class Answer:
     generation_changed: bool = False
     filled: Sequence[str] = ()
     rules_version: str = ""
+    arm: str = ""
 
 
 class _Page(NamedTuple):
@@ -270,6 +274,7 @@ class Retriever:
             generation_changed=page is not None and page.of_other(self._users.generation),
             filled=chosen.filled,
             rules_version=chosen.version,
+            arm=chosen.arm,
         )
 
     def explain(

@@ -210,7 +210,7 @@ class Range(_message.Message):
     def __init__(self, attribute: _Optional[str] = ..., min: _Optional[float] = ..., max: _Optional[float] = ...) -> None: ...
 
 class RetrieveResponse(_message.Message):
-    __slots__ = ("items", "freshness", "paths", "missing", "short_because", "shards", "impression_id", "next_cursor", "generation_changed", "rules_version", "filled")
+    __slots__ = ("items", "freshness", "paths", "missing", "short_because", "shards", "impression_id", "next_cursor", "generation_changed", "rules_version", "filled", "arm")
     ITEMS_FIELD_NUMBER: _ClassVar[int]
     FRESHNESS_FIELD_NUMBER: _ClassVar[int]
     PATHS_FIELD_NUMBER: _ClassVar[int]
@@ -222,6 +222,7 @@ class RetrieveResponse(_message.Message):
     GENERATION_CHANGED_FIELD_NUMBER: _ClassVar[int]
     RULES_VERSION_FIELD_NUMBER: _ClassVar[int]
     FILLED_FIELD_NUMBER: _ClassVar[int]
+    ARM_FIELD_NUMBER: _ClassVar[int]
     items: _containers.RepeatedCompositeFieldContainer[RetrievedItem]
     freshness: Freshness
     paths: _containers.RepeatedCompositeFieldContainer[PathSummary]
@@ -233,7 +234,8 @@ class RetrieveResponse(_message.Message):
     generation_changed: bool
     rules_version: str
     filled: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, items: _Optional[_Iterable[_Union[RetrievedItem, _Mapping]]] = ..., freshness: _Optional[_Union[Freshness, _Mapping]] = ..., paths: _Optional[_Iterable[_Union[PathSummary, _Mapping]]] = ..., missing: _Optional[_Iterable[str]] = ..., short_because: _Optional[str] = ..., shards: _Optional[_Union[Shards, _Mapping]] = ..., impression_id: _Optional[str] = ..., next_cursor: _Optional[str] = ..., generation_changed: bool = ..., rules_version: _Optional[str] = ..., filled: _Optional[_Iterable[str]] = ...) -> None: ...
+    arm: str
+    def __init__(self, items: _Optional[_Iterable[_Union[RetrievedItem, _Mapping]]] = ..., freshness: _Optional[_Union[Freshness, _Mapping]] = ..., paths: _Optional[_Iterable[_Union[PathSummary, _Mapping]]] = ..., missing: _Optional[_Iterable[str]] = ..., short_because: _Optional[str] = ..., shards: _Optional[_Union[Shards, _Mapping]] = ..., impression_id: _Optional[str] = ..., next_cursor: _Optional[str] = ..., generation_changed: bool = ..., rules_version: _Optional[str] = ..., filled: _Optional[_Iterable[str]] = ..., arm: _Optional[str] = ...) -> None: ...
 
 class Shards(_message.Message):
     __slots__ = ("count", "asked", "answered", "missing")

@@ -78,7 +78,7 @@ def query_of(request: pb.RetrieveRequest, settings: Settings) -> Query:
         _label_of("scene", request.scene),
         _label_of("arm", request.arm),
         _limits_of(request, settings),
-        _diversity_of(request, settings),
+        _diversity_of(request),
         _cursor_of(request, user_id, settings),
     )
 
@@ -91,11 +91,9 @@ def batched_of(request: pb.RetrieveRequest, settings: Settings) -> Query:
     return query_of(request, settings)
 
 
-def _limits_of(request: pb.RetrieveRequest, settings: Settings) -> Sequence[Limit]:
-    if not request.limits and not settings.answer_limits:
-        return ()
+def _limits_of(request: pb.RetrieveRequest, settings: Settings) -> Sequence[Limit] | None:
     if not request.limits:
-        return [Limit(*pair) for pair in settings.answer_limit_of.items()]
+        return None
     if len(request.limits) > LIMITS_MAX:
         raise BadQuery(f"limits: {len(request.limits)} values, allowed are 0 … {LIMITS_MAX}")
     found: dict[str, int] = {}
@@ -111,9 +109,9 @@ def _limits_of(request: pb.RetrieveRequest, settings: Settings) -> Sequence[Limi
     return [Limit(name, most) for name, most in found.items() if most]
 
 
-def _diversity_of(request: pb.RetrieveRequest, settings: Settings) -> float:
+def _diversity_of(request: pb.RetrieveRequest) -> float | None:
     if not request.HasField("diversity"):
-        return settings.diversity
+        return None
     if not 0 <= request.diversity <= 1:
         raise BadQuery(f"diversity: {request.diversity}, allowed are 0 … 1")
     return request.diversity
@@ -268,6 +266,7 @@ def response_of(
         generation_changed=answer.generation_changed,
         rules_version=answer.rules_version,
         filled=answer.filled,
+        arm=answer.arm,
     )
     for rank, (hit, path, path_rank, sources, fused_score, rules) in enumerate(answer.items, 1):
         item = response.items.add(

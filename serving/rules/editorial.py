@@ -40,8 +40,10 @@ from eddyline.errors import EddylineError
 from eddyline.schema.answers import LABEL_BYTES_MAX
 from eddyline.schema.events import ID_BYTES_MAX, LISTS, quote
 from eddyline.schema.id_form import IdForm, in_form, normal
+from eddyline.settings.loader import Settings
 from index.filters import TEXT_VALUES_MAX, Filter
 from index.port import Term
+from serving.rules.arms import Arm, Arms, why_not
 
 FILE_BYTES_MAX = 1_048_576
 RULES_MAX = 500
@@ -56,6 +58,7 @@ FACTOR_MIN, FACTOR_MAX = 0.01, 100.0
 # An item names so many of the rules that boost it.
 BOOSTS_NAMED_MAX = 4
 _EVER = 2**63 - 1
+NO_ARMS = Arms()
 
 
 class RulesRejected(EddylineError):
@@ -118,6 +121,8 @@ R = TypeVar("R", bound=Rule)
 
 class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     version: str
+    experiment: Annotated[str, Meta(max_length=LABEL_BYTES_MAX)] = ""
+    arm: list[Arm] = []
     pin: list[Pin] = []
     boost: list[Boost] = []
     deny: list[Deny] = []
@@ -164,9 +169,39 @@ class _Held(NamedTuple):
     until_ms: int
 
 
+class Known(NamedTuple):
+    """What a file may refer to, of the settings.
+
+    text_names: attributes whose values rules may name, besides categories and tags
+    id_form:    of item ids, categories, tags and names of attributes
+    fusion, paths: for arms
+    """
+
+    text_names: Collection[str] = ()
+    id_form: IdForm = "nfc"
+    fusion: str = "cascade"
+    paths: Collection[str] = ()
+
+    @classmethod
+    def of(cls, settings: Settings) -> Known:
+        """Of these settings."""
+        return cls(
+            settings.filter_text_names,
+            settings.id_form,
+            settings.fusion,
+            settings.recall_path_names,
+        )
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """That rules and limits may name."""
+        return (*LISTS, *sorted(self.text_names))
+
+
 class EditorialRules:
     """The rules of one file. Thread rule: any thread.
 
+    arms:  of the experiment
     rules: (pin, boost or deny, the rule), in the order of the file
     """
 
@@ -176,8 +211,10 @@ class EditorialRules:
         pins: Sequence[Pin] = (),
         boosts: Sequence[Boost] = (),
         denies: Sequence[Deny] = (),
+        arms: Arms = NO_ARMS,
     ) -> None:
         """Rules that were checked; no rules by default."""
+        self.arms = arms
         self.version = version
         self._pins, self._boosts, self._denies = pins, boosts, denies
         self.rules: list[tuple[str, Rule]] = [
@@ -235,21 +272,17 @@ def filter_of(attribute: str, values: Collection[str]) -> Filter:
     return Filter(texts={attribute: frozenset(values)})
 
 
-def read(path: Path, text_names: Collection[str], id_form: IdForm) -> EditorialRules:
-    """The rules of a file. Raises RulesRejected.
-
-    text_names: attributes whose values rules may name, besides categories and tags
-    id_form:    of item ids, categories, tags and names of attributes
-    """
+def read(path: Path, known: Known) -> EditorialRules:
+    """The rules of a file. Raises RulesRejected."""
     try:
         with path.open("rb") as file:
             data = file.read(FILE_BYTES_MAX + 1)
     except OSError as error:
         raise RulesRejected(f"it cannot be read: {error.strerror}") from None
-    return parse(data, text_names, id_form)
+    return parse(data, known)
 
 
-def parse(data: bytes, text_names: Collection[str], id_form: IdForm) -> EditorialRules:
+def parse(data: bytes, known: Known) -> EditorialRules:
     """As `read`, from the file's bytes."""
     if len(data) > FILE_BYTES_MAX:
         raise RulesRejected(f"it has more than {FILE_BYTES_MAX:,} bytes")
@@ -259,11 +292,16 @@ def parse(data: bytes, text_names: Collection[str], id_form: IdForm) -> Editoria
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
         raise RulesRejected(str(error)) from None
     _check_size("version", file.version, 1, LABEL_BYTES_MAX)
+    if wrong := why_not(
+        file.arm, attributes=known.attributes, fusion=known.fusion, paths=known.paths
+    ):
+        raise RulesRejected(wrong)
     made = EditorialRules(
         file.version,
-        _in_form(file.pin, id_form),
-        _in_form(file.boost, id_form),
-        _in_form(file.deny, id_form),
+        _in_form(file.pin, known.id_form),
+        _in_form(file.boost, known.id_form),
+        _in_form(file.deny, known.id_form),
+        Arms(file.arm, file.experiment),
     )
     if len(made.rules) > RULES_MAX:
         raise RulesRejected(f"{len(made.rules)} rules, allowed are 0 … {RULES_MAX}")
@@ -274,7 +312,7 @@ def parse(data: bytes, text_names: Collection[str], id_form: IdForm) -> Editoria
         if rule.name in names:
             raise RulesRejected(f"{where}: another rule has the same name")
         names.add(rule.name)
-        _check(where, rule, text_names)
+        _check(where, rule, known.attributes)
     by_value = sum(bool(pin.values) for pin in file.pin)
     if by_value > PINS_BY_VALUE_MAX:
         raise RulesRejected(f"{by_value} pins by values, allowed are 0 … {PINS_BY_VALUE_MAX}")
@@ -283,7 +321,7 @@ def parse(data: bytes, text_names: Collection[str], id_form: IdForm) -> Editoria
     return made
 
 
-def _check(where: str, rule: Rule, text_names: Collection[str]) -> None:
+def _check(where: str, rule: Rule, attributes: Sequence[str]) -> None:
     """Raise RulesRejected for a rule that cannot be used."""
     if bool(rule.items) == bool(rule.values) or bool(rule.values) != bool(rule.attribute):
         raise RulesRejected(f"{where}: name either items, or an attribute and values")
@@ -296,11 +334,10 @@ def _check(where: str, rule: Rule, text_names: Collection[str]) -> None:
         for text in texts:
             _check_size(f"{where}: {name}", text, 1, ID_BYTES_MAX)
     _check_size(f"{where}: scene", rule.scene, 0, LABEL_BYTES_MAX)
-    known = (*LISTS, *sorted(text_names))
-    if rule.attribute and rule.attribute not in known:
+    if rule.attribute and rule.attribute not in attributes:
         raise RulesRejected(
-            f"{where}: attribute: {quote(rule.attribute)}, allowed are {', '.join(known)}: the "
-            "setting filter_texts names further ones"
+            f"{where}: attribute: {quote(rule.attribute)}, allowed are {', '.join(attributes)}: "
+            "the setting filter_texts names further ones"
         )
     for name, at in (("from", rule.begins), ("until", rule.until)):
         if at is not None and at.tzinfo is None:

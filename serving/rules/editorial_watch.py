@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 
 from eddyline.errors import SettingsError
 from eddyline.process.periodic import Periodic
-from eddyline.schema.id_form import IdForm
 from serving.rules import editorial
-from serving.rules.editorial import EditorialRules, RulesRejected
+from serving.rules.editorial import EditorialRules, Known, RulesRejected
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +44,10 @@ class RulesWatch:
     A file that cannot be used, or is gone, leaves the last rules in use.
     """
 
-    def __init__(self, path: Path, text_names: Collection[str], id_form: IdForm) -> None:
+    def __init__(self, path: Path, known: Known) -> None:
         """Reads the file now. Raises SettingsError if it cannot be used."""
         self._path = path
-        self._read: Callable[[], EditorialRules] = lambda: editorial.read(path, text_names, id_form)
+        self._read: Callable[[], EditorialRules] = lambda: editorial.read(path, known)
         self._stamp = self._stamp_now()
         try:
             self.current = CurrentRules(self._read())

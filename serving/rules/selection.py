@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import compress
-from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -17,12 +16,10 @@ from index.filters import Filter
 from index.port import IndexReader, Term
 from serving.answer.fusion import Fusion, ItemRule, PathResult, Recommendation, counted, merged
 from serving.recall.base import RecallPath, RecallRequest
-from serving.recall.popularity import Popularity
 from serving.rules.diversity import ByMarginalRelevance, InOrder
-from serving.rules.editorial import ActiveRules, EditorialRules, Pin
-from serving.rules.editorial_watch import CurrentRules
+from serving.rules.editorial import ActiveRules, Pin
 from serving.rules.limits import Limit, LimitCounts, without_terms
-from serving.rules.quotas import NEWEST, NO_QUOTAS, YOUNG, Draw, Quotas
+from serving.rules.quotas import NEWEST
 
 PINNED, BOOSTED, OVER_LIMIT = "pinned", "boosted", "over_limit"
 # Of items that are not in the answer.
@@ -42,18 +39,20 @@ PIN_CANDIDATES = 20
 class Wishes(NamedTuple):
     """What a query asks of the rules.
 
-    limits:    each attribute once; diversity: 0 … 1
+    limits:    each attribute once; diversity: 0 … 1; None: as arm or settings have it
     scene:     of the editorial rules
     pins:      whether pinned items get their positions: not on later pages
-    user_id, impression_id: the draws of quotas; without the latter there are none
+    user_id:   of arm and quotas; label: the request's own arm, see `Arms.of`
+    impression_id: of the draws of quotas; without one there are none
     """
 
-    limits: Sequence[Limit] = ()
-    diversity: float = 0.0
+    limits: Sequence[Limit] | None = None
+    diversity: float | None = None
     scene: str = ""
     pins: bool = True
     user_id: str = ""
     impression_id: str = ""
+    label: str = ""
 
 
 NO_WISHES = Wishes()
@@ -71,7 +70,7 @@ class Chosen(NamedTuple):
 
     paths:   what the recall paths returned for it
     filled:  what the answer has beyond its limits, one sentence each
-    version: of the editorial rules
+    version: of the editorial rules; arm: of the user, "" for none
     removed: item id -> the limit that it would exceed, of candidates before the answer was full
     """
 
@@ -80,126 +79,10 @@ class Chosen(NamedTuple):
     filled: Sequence[str] = ()
     version: str = ""
     removed: Mapping[str, Removed] = {}
+    arm: str = ""
 
 
-class AnswerRules:
-    """Chooses the items of answers. Thread rule: any thread."""
-
-    def __init__(
-        self,
-        fusion: Fusion,
-        paths: Sequence[RecallPath],
-        editorial: CurrentRules | None = None,
-        *,
-        k_max: int = POOL_MAX,
-        quotas: Quotas = NO_QUOTAS,
-        popularity: Popularity | None = None,
-    ) -> None:
-        """paths: in the order in which the fusion calls them; editorial: None: no rules
-
-        k_max: the most items that one recall is asked for
-        popularity: knows the clicks of items; None: none has any
-        """
-        self._quotas = quotas
-        self._popularity = popularity
-        self.fusion = fusion
-        self._paths = paths
-        self._editorial = editorial or CurrentRules(EditorialRules())
-        self._k_max = k_max
-        self._lock = Lock()
-        self._counts: Counter[str] = Counter()
-
-    def degradation(self) -> str:
-        """`worker: reason` if rules or quotas are not what the settings say, else ""."""
-        why = self._editorial.why
-        if not why and self._popularity is not None:
-            beyond, quotas = self._popularity.beyond(), self._quotas
-            if beyond > quotas.clicks_max and any(one.kind == YOUNG for one in quotas.listed):
-                why = (
-                    f"quota_young: items beyond the popular list may have {beyond:.1f} clicks and "
-                    "are not taken for young ones; raise popular_limit"
-                )
-        return f"worker: {why}" if why else ""
-
-    @property
-    def version(self) -> str:
-        """Of the editorial rules."""
-        return self._editorial().version
-
-    def counts(self) -> dict[str, int]:
-        """Items of answers by kind of rule, since the start."""
-        with self._lock:
-            return dict(self._counts)
-
-    def active(self, now_ms: int, scene: str) -> ActiveRules:
-        """The editorial rules that hold now."""
-        return self._editorial().active(now_ms, scene)
-
-    def choose(self, request: RecallRequest, index: IndexReader, wishes: Wishes) -> Chosen:
-        """At most `request.k` items, as many as there are. Raises EndsQuery."""
-        active = self.active(request.now_ms, wishes.scene)
-        request = without_denied(request, active)
-        pins = active.pins if wishes.pins else ()
-        draw = None
-        if self._quotas.listed and wishes.impression_id:
-            draw = Draw(wishes.user_id, wishes.impression_id)
-            draw = draw if draw.has_quotas(self._quotas) else None
-        if not (wishes.limits or wishes.diversity or pins or active.boosts or draw):
-            items, paths = self.fusion.fuse(self._paths, request, index)
-            return Chosen(items, paths, version=active.version)
-        choice = _Choice(self.fusion, self._paths, request, index, wishes, active, self._k_max)
-        chosen = choice.made(pins)
-        return self._with_quotas(chosen, choice, draw) if draw else chosen
-
-    def _with_quotas(self, chosen: Chosen, choice: _Choice, draw: Draw) -> Chosen:
-        """The answer with young or fresh items at the positions that it lacks them."""
-        now_ms, quotas = choice.request.now_ms, self._quotas
-        candidates = choice.candidates()
-        clicks = [0.0] * len(candidates)
-        if self._popularity is not None:
-            clicks = self._popularity.clicks_at_most([one.hit.item_id for _, one in candidates])
-        for kind, share in quotas.listed:
-            positions = draw.positions(choice.request.k, share)
-            fits = {
-                one.hit.item_id: (rank, one, n)
-                for (rank, one), n in zip(candidates, clicks, strict=True)
-                if (
-                    n <= quotas.clicks_max
-                    if kind == YOUNG
-                    else one.hit.at_ms and now_ms - one.hit.at_ms <= quotas.fresh_ms
-                )
-            }
-            lacking = len(positions) - sum(one.hit.item_id in fits for one in chosen.items)
-            if lacking <= 0:
-                continue
-            shown = {one.hit.item_id for one in chosen.items}
-            some = [one for item_id, one in fits.items() if item_id not in shown]
-            if not some:
-                continue
-            ranks, items, few = zip(*some, strict=True)
-            order = draw.order(ranks, few, choice.length)
-            drawn = [(ranks[at], items[at]) for at in order]
-            chosen = choice.placed_at(positions[-lacking:], drawn, kind)
-        return chosen
-
-    def count(self, items: Sequence[Recommendation]) -> None:
-        """Count the items of an answer that was sent."""
-        if kinds := [rule.kind for one in items for rule in one.rules]:
-            with self._lock:
-                self._counts.update(kinds)
-
-
-def without_denied(request: RecallRequest, active: ActiveRules) -> RecallRequest:
-    """The request whose items the editorial rules do not deny."""
-    if active.denied_items:
-        request = request._replace(excluded=frozenset(request.excluded) | set(active.denied_items))
-    if active.denied_terms:
-        terms = sorted(active.denied_terms)
-        request = request._replace(filters=without_terms(request.filters, terms))
-    return request
-
-
-class _Choice:
+class Choice:
     """The choice of one answer's items. Thread rule: one thread."""
 
     def __init__(
@@ -208,14 +91,16 @@ class _Choice:
         paths: Sequence[RecallPath],
         request: RecallRequest,
         index: IndexReader,
-        wishes: Wishes,
+        limits: Sequence[Limit],
+        diversity: float,
         active: ActiveRules,
         k_max: int,
     ) -> None:
         self._fusion, self._paths = fusion, paths
         self.request, self._index = request, index
-        self._wishes, self._active, self._k_max = wishes, active, k_max
-        names = {limit.attribute for limit in wishes.limits}
+        self._limits, self._diversity = limits, diversity
+        self._active, self._k_max = active, k_max
+        names = {limit.attribute for limit in limits}
         self._attributes = sorted(names | {name for name, _ in active.boosted_terms})
         self._terms: dict[str, frozenset[Term]] = {}
         # The fused list, longer with every round, and what the paths returned for it.
@@ -248,7 +133,7 @@ class _Choice:
         self, places: Sequence[int], drawn: Sequence[tuple[int, Recommendation]], kind: str
     ) -> Chosen:
         """The answer with the first drawn items at these places, as far as the limits allow."""
-        counts = LimitCounts(self._wishes.limits, self._terms)
+        counts = LimitCounts(self._limits, self._terms)
         for one in self._at.values():
             counts.add(one.hit.item_id)
         free = [place for place in places if place not in self._at]
@@ -269,7 +154,7 @@ class _Choice:
         """The answer around the items that have their places."""
         request, k, placed = self.request, self.request.k, self._at
         items, removed, counts = self._select(placed)
-        for _ in range(ROUNDS_MAX if self._wishes.limits else 0):
+        for _ in range(ROUNDS_MAX if self._limits else 0):
             missing, full = k - len(items), counts.full()
             if missing <= 0 or not full or request.deadline.half_passed():
                 break
@@ -367,8 +252,8 @@ class _Choice:
         self, placed: Mapping[int, Recommendation]
     ) -> tuple[list[Recommendation], dict[str, Removed], LimitCounts]:
         """(the items that the limits allow, what they removed, what is used of the limits)."""
-        wishes, k = self._wishes, self.request.k
-        counts = LimitCounts(wishes.limits, self._terms)
+        k, limits = self.request.k, self._limits
+        counts = LimitCounts(limits, self._terms)
         pinned = {one.hit.item_id for one in placed.values()}
         pool = [one for one in self._ordered() if one.hit.item_id not in pinned]
         for one in placed.values():
@@ -379,7 +264,7 @@ class _Choice:
         def passes(at: int) -> bool:
             reached = counts.reached(pool[at].hit.item_id)
             if reached:
-                removed[pool[at].hit.item_id] = _over(reached[0], wishes.limits)
+                removed[pool[at].hit.item_id] = _over(reached[0], limits)
             return not reached
 
         items: list[Recommendation] = []
@@ -399,7 +284,7 @@ class _Choice:
     def _order(
         self, pool: Sequence[Recommendation], pinned: Sequence[str]
     ) -> InOrder | ByMarginalRelevance:
-        diversity = self._wishes.diversity
+        diversity = self._diversity
         if not diversity or not pool:
             return InOrder(len(pool))
         first = [one.hit.item_id for one in pool[: max(POOL_MAX, self.request.k)]]
@@ -420,7 +305,7 @@ class _Choice:
             attribute = removed.pop(one.hit.item_id).rule.name
             beyond[attribute] += 1
             made.append(one._replace(rules=[*one.rules, ItemRule(OVER_LIMIT, attribute)]))
-        most = dict(self._wishes.limits)
+        most = dict(self._limits)
         filled = [
             f"{n} items are beyond the limit of {most[name]} for each of {quote(name)}: "
             "no other item was found"

@@ -19,7 +19,7 @@ from serving.proto import retrieval_pb2 as pb
 from serving.rpc.client import Client
 from serving.rules import cursor, selection
 from serving.rules.diversity import ByMarginalRelevance
-from serving.rules.editorial import EditorialRules, parse
+from serving.rules.editorial import EditorialRules, Known, parse
 from serving.rules.selection import POOL_FACTOR, POOL_MORE
 from tests.unit.serving.answers import fails, ids
 from tests.unit.serving.test_coordinator import SETTINGS, Plant, catalogue, seen, unit
@@ -57,7 +57,7 @@ def without_rules(plant: Plant) -> None:
 
 
 def rules(plant: Plant, text: str) -> None:
-    plant.rules.take(parse(f'version = "7"\n{text}'.encode(), BRANDS, "nfc"))
+    plant.rules.take(parse(f'version = "7"\n{text}'.encode(), Known(BRANDS)))
 
 
 def both(plant: Plant, *request: object, **more: object) -> pb.RetrieveResponse:

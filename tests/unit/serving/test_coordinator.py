@@ -32,7 +32,6 @@ from index.search.multi_vector import query_multi
 from serving.__main__ import Worker
 from serving.answer.click_waits import ClickWaits
 from serving.answer.deadline import Deadline, DeadlinePassed
-from serving.answer.fusions import make_fusion
 from serving.answer.retriever import Retriever
 from serving.answer.seen import SeenPolicy
 from serving.answer.user_reader import UserReader
@@ -52,10 +51,9 @@ from serving.rpc.client import CallFailed, Client, open_channel
 from serving.rpc.retrieval_service import RetrievalService
 from serving.rpc.server import NAME, NOT_SERVING, SERVING, SHARD_NAME, PortTaken, WorkerServer
 from serving.rpc.shard_service import ATTRIBUTES_MAX, EXCLUDED_MAX, IDS_MAX, ShardService
+from serving.rules.answer_rules import AnswerRules
 from serving.rules.editorial import EditorialRules
 from serving.rules.editorial_watch import CurrentRules
-from serving.rules.quotas import quotas_of
-from serving.rules.selection import AnswerRules
 from serving.sharding import ShardAssignment, shard_of
 from serving.worker.replica import TailState
 
@@ -203,14 +201,7 @@ class Plant:
             popularity=self.popularity,
             paths=paths,
             item_slots=1,
-            rules=AnswerRules(
-                make_fusion(settings),
-                paths,
-                self.rules,
-                k_max=settings.k_max,
-                quotas=quotas_of(settings),
-                popularity=self.popularity,
-            ),
+            rules=AnswerRules.of(settings, paths, self.popularity, self.rules),
             seen=SeenPolicy(SETTINGS),
         )
         self.service = RetrievalService(settings)

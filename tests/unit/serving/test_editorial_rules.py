@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,8 +17,11 @@ from hypothesis import strategies as st
 from cli.commands import rules as commands_rules
 from eddyline.errors import EddylineError, SettingsError
 from eddyline.settings.loader import Settings
+from eddyline.stores.memory import MemoryStore
 from index.filters import TEXT_VALUES_MAX
+from serving.dependencies import start_retriever
 from serving.rules import editorial
+from serving.rules.answer_rules import AnswerRules
 from serving.rules.editorial import (
     BOOSTS_NAMED_MAX,
     DENIED_ITEMS_MAX,
@@ -27,18 +33,21 @@ from serving.rules.editorial import (
     POSITION_MAX,
     RULES_MAX,
     EditorialRules,
+    Known,
     RulesRejected,
     parse,
 )
 from serving.rules.editorial_watch import RulesWatch
+from tests.unit.serving.test_coordinator import LOG, SETTINGS, Mean
 
 TEXTS = frozenset({"brand"})
+KNOWN = Known(TEXTS, paths=("towers", "newest"))
 NOON = datetime(2026, 12, 1, 12, tzinfo=UTC)
 NOON_MS = int(NOON.timestamp() * 1000)
 
 
 def rules(text: str) -> EditorialRules:
-    return parse(f'version = "1"\n{text}'.encode(), TEXTS, "nfc")
+    return parse(f'version = "1"\n{text}'.encode(), KNOWN)
 
 
 def refusal(text: str) -> str:
@@ -49,7 +58,7 @@ def refusal(text: str) -> str:
 
 def test_the_example_of_the_docs_is_a_good_one() -> None:
     _, _, example = (editorial.__doc__ or "").partition("version:\n")
-    found = parse(example.replace("\n    ", "\n").encode(), TEXTS, "nfc")
+    found = parse(example.replace("\n    ", "\n").encode(), KNOWN)
     assert [(kind, rule.name) for kind, rule in found.rules] == [
         ("pin", "advent calendar"),
         ("boost", "own brand"),
@@ -99,10 +108,12 @@ def test_an_item_names_the_first_rules_that_boost_it(count: int) -> None:
 
 def test_ids_and_values_get_the_form_of_items() -> None:
     text = b'version = "1"\n[[deny]]\nname = "d"\nitems = [" a", "cafe\xcc\x81", "a"]\n'
-    assert list(parse(text, (), "nfc").active(0, "").denied_items) == ["a", "café"]
-    assert len(parse(text, (), "as_is").active(0, "").denied_items) == 3
+    assert list(parse(text, Known()).active(0, "").denied_items) == ["a", "café"]
+    assert len(parse(text, Known(id_form="as_is")).active(0, "").denied_items) == 3
     brand = b'version = "1"\n[[deny]]\nname = "d"\nattribute = "brand"\nvalues = [" Acme "]\n'
-    assert list(parse(brand, TEXTS, "as_is").active(0, "").denied_terms) == [("brand", "Acme")]
+    assert list(parse(brand, Known(TEXTS, "as_is")).active(0, "").denied_terms) == [
+        ("brand", "Acme")
+    ]
 
 
 def test_without_rules_nothing_is_held() -> None:
@@ -196,22 +207,22 @@ def test_the_version_and_the_size_of_a_file_have_limits() -> None:
     for size, good in ((0, False), (1, True), (64, True), (65, False)):
         data = f'version = "{"v" * size}"'.encode()
         if good:
-            assert parse(data, (), "nfc").version == "v" * size
+            assert parse(data, Known()).version == "v" * size
         else:
             with pytest.raises(RulesRejected, match="version: "):
-                parse(data, (), "nfc")
+                parse(data, Known())
     with pytest.raises(RulesRejected, match="required field `version`"):
-        parse(b"", (), "nfc")
+        parse(b"", Known())
     head = b'version = "1"\n#'
-    assert parse(head + b"x" * (FILE_BYTES_MAX - len(head)), (), "nfc").version == "1"
+    assert parse(head + b"x" * (FILE_BYTES_MAX - len(head)), Known()).version == "1"
     with pytest.raises(RulesRejected, match="more than 1,048,576 bytes"):
-        parse(head + b"x" * (FILE_BYTES_MAX - len(head) + 1), (), "nfc")
+        parse(head + b"x" * (FILE_BYTES_MAX - len(head) + 1), Known())
 
 
 @given(st.binary(max_size=80))
 def test_no_bytes_break_the_reader(data: bytes) -> None:
     try:
-        assert parse(data, TEXTS, "nfc").version
+        assert parse(data, KNOWN).version
     except RulesRejected as error:
         assert str(error)
 
@@ -229,7 +240,7 @@ def write(path: Path, text: str) -> None:
 def test_a_changed_file_is_used_and_a_bad_one_is_not(tmp_path: Path) -> None:
     path = tmp_path / "rules.toml"
     write(path, 'version = "1"\n[[deny]]\nname = "d"\nitems = ["a"]')
-    watch = RulesWatch(path, (), "nfc")
+    watch = RulesWatch(path, Known())
     current = watch.current
     assert current().active(0, "").denied_items == {"a": "d"}
     write(path, 'version = "2"\n[[deny]]\nname = "e"\nitems = ["b"]')
@@ -250,7 +261,7 @@ def test_a_changed_file_is_used_and_a_bad_one_is_not(tmp_path: Path) -> None:
 def test_a_change_of_the_same_size_and_moment_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "rules.toml"
     write(path, 'version = "1"')
-    watch = RulesWatch(path, (), "nfc")
+    watch = RulesWatch(path, Known())
     before = path.stat()
     write(path, 'version = "2"')
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
@@ -260,7 +271,32 @@ def test_a_change_of_the_same_size_and_moment_is_noticed(tmp_path: Path) -> None
 
 def test_a_process_does_not_start_with_a_bad_file(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"rules_file = '.*none.toml': it cannot be read"):
-        RulesWatch(tmp_path / "none.toml", (), "nfc")
+        RulesWatch(tmp_path / "none.toml", Known())
+
+
+def test_a_worker_and_a_coordinator_follow_the_file_of_the_settings(tmp_path: Path) -> None:
+    """Both are wired by `start_retriever`."""
+    path = tmp_path / "rules.toml"
+    write(path, 'version = "1"')
+    settings = msgspec.structs.replace(SETTINGS, rules_file=str(path))
+
+    def start(closing: ExitStack) -> AnswerRules:
+        return start_retriever(
+            settings, MemoryStore(), generation="g", tower=Mean(), clicks=LOG, closing=closing
+        ).rules
+
+    with ExitStack() as closing:
+        found = start(closing)
+        assert found.version == "1"
+        write(path, 'version = "2"\n[[deny]]\nname = "d"\nitems = ["a"]')
+        deadline = time.monotonic() + 10
+        while found.version != "2":
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert found.active(0, "").denied_items == {"a": "d"}
+    path.unlink()
+    with ExitStack() as closing, pytest.raises(SettingsError, match="rules_file = "):
+        start(closing)
 
 
 def test_the_command_shows_what_holds(

@@ -16,9 +16,9 @@ from serving.answer.deadline import Deadline
 from serving.answer.retriever import Answer, Query, Retriever
 from serving.proto import retrieval_pb2 as pb
 from serving.rpc.retrieval_service import RetrievalService
-from serving.rules.editorial import EditorialRules, parse
+from serving.rules.answer_rules import AnswerRules
+from serving.rules.editorial import EditorialRules, Known, parse
 from serving.rules.quotas import NO_QUOTAS, Draw, Quotas, quotas_of
-from serving.rules.selection import AnswerRules
 from tests.unit.serving.answers import fails
 from tests.unit.serving.test_coordinator import SETTINGS, Plant, catalogue
 
@@ -48,16 +48,9 @@ def plant() -> Iterator[Plant]:
 
 def retriever(plant: Plant, **settings: object) -> Retriever:
     """As the plant's, with these quotas."""
-    quotas = quotas_of(msgspec.structs.replace(SETTINGS, **settings))
     made = plant.backend.retriever
-    rules = AnswerRules(
-        made.rules.fusion,
-        made._paths,
-        plant.rules,
-        k_max=SETTINGS.k_max,
-        quotas=quotas,
-        popularity=plant.popularity,
-    )
+    of = msgspec.structs.replace(SETTINGS, fusion="rrf", **settings)
+    rules = AnswerRules.of(of, made._paths, plant.popularity, plant.rules)
     return Retriever(
         store=plant.store,
         users=plant.users,
@@ -220,7 +213,7 @@ def test_the_positions_are_as_many_as_the_share_says(k: int, share: float) -> No
 def test_quotas_keep_limits_pins_filters_and_denials(plant: Plant) -> None:
     text = 'version = "1"\n[[pin]]\nname = "p"\nitems = ["item-50"]\nposition = 10\n'
     text += '[[deny]]\nname = "d"\nitems = ["item-110"]\n'
-    plant.rules.take(parse(text.encode(), (), "nfc"))
+    plant.rules.take(parse(text.encode(), Known()))
     young = retriever(plant, quota_young=0.3)
     from serving.rules.limits import Limit
 
