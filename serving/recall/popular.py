@@ -46,7 +46,10 @@ class PopularPath(RecallPath):
             size = min(2 * size, PIECE_MAX)
             piece = [pair for pair in piece if pair[0] not in excluded]
             live = index.describe([item_id for item_id, _ in piece], filters) if piece else []
-            hits += [hit._replace(score=n) for hit, (_, n) in zip(live, piece, strict=True) if hit]
+            # A third of the time of `_replace`, for a hundred hits of every query.
+            hits += [
+                Hit(hit[0], n, *hit[2:]) for hit, (_, n) in zip(live, piece, strict=True) if hit
+            ]
         degradation = self.degradation()
         if self._looks_for_live and (len(hits) < k or self._popularity.replaces):
             self._popularity.look_for_live()

@@ -40,6 +40,8 @@ def logs(servers, dataset, bundle, tmp_path_factory) -> Iterator[Settings]:
         bundle_dir=str(folder),
         data_dir=str(tmp_path_factory.mktemp("replay")),
         chunk_records_max=64,
+        path_state="all",
+        history_length_max=8,
     )
     topics.ensure_topics(settings)
     generations.publish(settings, manifest)
@@ -113,6 +115,7 @@ def test_what_is_in_the_state_is_in_the_hash(logs) -> None:
     before = store.snapshot()
     changes = {
         "behaviours": lambda s: s.histories.popitem(),
+        "seen items": lambda s: s.seen.popitem(),
         "embeddings": lambda s: s.embeddings.popitem(),
         "window": lambda s: next(iter(s.window.values())).popitem(),
         "profiles": lambda s: s.profiles.popitem(),
