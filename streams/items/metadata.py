@@ -207,10 +207,28 @@ class ItemMetadataWriter(WriteBehind[_Changes]):
             if pending is None:
                 pending = self._pending[partition] = _Changes(self._clock_s(), fence)
             pending.last = fence
-            pending.changes.update(changes)
+            pending.changes.update(self._without_stored(partition, changes))
             if len(pending.changes) >= METADATA_BATCH_MAX or self._has_waited(pending):
                 enough.append(partition)
         return self._write(enough)
+
+    def _without_stored(
+        self, partition: int, changes: Mapping[str, ItemChange]
+    ) -> Iterator[tuple[str, ItemChange]]:
+        """The changes beyond the fence of their slot.
+
+        A generation that reads `items` again publishes older ones too. The stored item is newer
+        than these, and the next batch has to be decided by it.
+        """
+        slots = self._settings.item_slots
+        done = {
+            slot: self._fences.done(source, slot)
+            for source, named in sources(self._settings, ITEMS, partition).items()
+            for slot in named
+        }
+        for item_id, change in changes.items():
+            if change.offset > done[item_slot(item_id, slots)]:
+                yield item_id, change
 
     def _write(self, partitions: Sequence[int]) -> dict[int, Exception]:
         """Write the fences of publishing, then metadata with its fences.

@@ -619,4 +619,14 @@ MUTATIONS = (
         "return a[1] > b[1]",
         ("tests/contract/test_seen_items_store.py::test_compacted_bytes_are_those_of_the_schema",),
     ),
+    Mutation(
+        "what a new generation publishes again stands for the stored item",
+        "streams/items/metadata.py",
+        "pending.changes.update(self._without_stored(partition, changes))",
+        "pending.changes.update(changes)",
+        (
+            "tests/unit/streams/test_item_patches.py"
+            "::test_a_second_reading_does_not_bring_back_what_was_before",
+        ),
+    ),
 )

@@ -119,6 +119,25 @@ def test_where_the_metadata_is_ahead_the_stored_state_is_published(size: int) ->
     assert body(again)["attributes"] == {"year": 1999, "price": 5}
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 99])
+def test_a_second_reading_does_not_bring_back_what_was_before(size: int) -> None:
+    """A delete that a new generation publishes again is older than the stored item."""
+    log = [of(0, **WHOLE), change(1, None, 1), of(2, **WHOLE), of(3, attributes={"price": 2})]
+    rig = applied(log, items_patches=True)
+    again = Rig(items_patches=True)
+    again.store.restore(rig.store.snapshot())
+    again.store.drop_fences(PUBLISHED_SLOT, [published_source("g", HERE)])
+    assert again.items.fences.open({HERE: (0, 99)}) == {HERE: 0}
+    log.append(of(4, tags=["x"]))
+    again.items.metadata._wait_s = 60.0  # nothing is written between the batches
+    for first in range(0, len(log), size):
+        ingest(again.items, HERE, log[first : first + size])
+    again.items.flush()
+    assert again.out.letters == []
+    assert body(again)["tags"] == ["x"] and body(again)["attributes"] == {"price": 2, "year": 1999}
+    assert again.out.published[-1].attributes["attributes"] == {"price": 2, "year": 1999}
+
+
 def mapped(tmp_path: Path, text: str) -> Settings:
     file = tmp_path / "map.toml"
     file.write_text(text, encoding="utf-8")
