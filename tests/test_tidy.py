@@ -288,3 +288,17 @@ def test_links_between_the_docs_lead_somewhere() -> None:
                 f"{name_of(path)}: {link}" for link in near if not (path.parent / link).exists()
             ]
     assert broken == []
+
+
+def test_tests_that_the_docs_name_are_there() -> None:
+    """`file`: `function`, as docs/testing.md names them."""
+    named = re.compile(r"`(test_\w+)`: `(test_\w+)`")
+    code = {path.stem: path for path in python_files("tests/") if path.name.startswith("test_")}
+    found = [
+        f"{name_of(page)}: {file}: {function}"
+        for page in files()
+        if page.suffix == ".md"
+        for file, function in named.findall(page.read_text(encoding="utf-8"))
+        if file not in code or f"def {function}(" not in code[file].read_text(encoding="utf-8")
+    ]
+    assert found == [], "\n".join(found)

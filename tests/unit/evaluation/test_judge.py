@@ -205,6 +205,33 @@ def test_resent_forgotten_and_moved_events_are_no_targets(bundle: Bundle) -> Non
     assert [entry.item_id for entry in listed] == ["i8"]
 
 
+def test_a_checkpoint_holds_no_trace_of_a_forgotten_user(bundle: Bundle) -> None:
+    """Neither the state nor clicks that wait for their answers."""
+    settings = msgspec.structs.replace(SETTINGS, answers_sample=1.0)
+    users = ["somebody-who-goes", "somebody-who-stays"]
+    appender = Appender(settings)
+    for item in timed(make_items()):
+        appender.item(item)
+    for user in users:
+        for n in range(1, 8):
+            click = Click(user_id=user, item_id=f"i{n}", at_ms=BASE_MS + n, impression_id=f"a{n}")
+            appender.click(click)
+    forget = Forget(user_id=users[0], forget_until_ms=BASE_MS + 10, users_offset=0)
+    appender.append(CLICKS, users[0], events.encode(forget))
+    judge = make_judge(settings, bundle, 0)
+    seen: list[set[str]] = []
+
+    def note(judge: Judge) -> None:
+        judge.write()
+        [track] = judge.tracks.values()
+        parts = track.engine.store.export(), judge.impressions.export(), judge.rates.export()
+        seen.append({user for user in users if user.encode() in b"".join(parts)})
+
+    feed(judge, appender.topics, on_group=note)
+    assert set(users) in seen, "what is searched for can be found"
+    assert seen[-1] == {users[1]}
+
+
 def test_a_judge_that_is_behind_scores_fewer_and_applies_all(bundle: Bundle) -> None:
     log = make_log(6, events=600, users=60, items=timed(make_items()))
     appender, since_ms = append_log(log, SETTINGS, 0)
