@@ -76,7 +76,7 @@ class Live:
         sent = self.producer.send(self.settings.prefixed(topic), value, key=key, **more)
         return sent_to(sent, self.settings)
 
-    def applied(self, timeout_s: float = 30) -> None:
+    def applied(self, timeout_s: float = 60) -> None:
         """Wait until ingest has applied all that was sent."""
         processes.wait_until_applied(self.settings, timeout_s=timeout_s)
 
@@ -90,7 +90,7 @@ class Live:
         os.kill(pid, sig)
         return pid
 
-    def read(self, topic: str, timeout_s: float = 20) -> list[Any]:
+    def read(self, topic: str, timeout_s: float = 60) -> list[Any]:
         """Every committed record of a topic, by partition and offset."""
         name = self.settings.prefixed(topic)
         consumer = KafkaConsumer(
@@ -109,7 +109,7 @@ class Live:
         finally:
             consumer.close()
 
-    def wait_for(self, what: str, check: Callable[[], Any], timeout_s: float = 15) -> Any:
+    def wait_for(self, what: str, check: Callable[[], Any], timeout_s: float = 60) -> Any:
         """Ask until the check gives something true."""
         deadline = time.monotonic() + timeout_s
         while not (found := check()):

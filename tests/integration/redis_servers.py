@@ -159,7 +159,7 @@ class RealCluster:
             client.close()
         self.wait_ok()
 
-    def wait_ok(self, timeout_s: float = 30) -> None:
+    def wait_ok(self, timeout_s: float = 60) -> None:
         """Wait until every running node reports a whole cluster with linked replicas."""
         running = {server.port for server in self.servers if server._process is not None}
         wait_for(
@@ -207,7 +207,7 @@ class RealCluster:
             return False
 
 
-def wait_for(what: str, check: Callable[[], object], timeout_s: float = 20) -> None:
+def wait_for(what: str, check: Callable[[], object], timeout_s: float = 60) -> None:
     """Poll until the check returns something true."""
     deadline = time.monotonic() + timeout_s
     while not check():

@@ -99,7 +99,7 @@ def start(settings: Settings) -> subprocess.Popen[bytes]:
     return subprocess.Popen(argv, env=environment(settings), stderr=subprocess.PIPE)
 
 
-def wait_for(check: Callable[[], Any], timeout_s: float = 50) -> None:
+def wait_for(check: Callable[[], Any], timeout_s: float = 100) -> None:
     deadline = time.monotonic() + timeout_s
     while not check():
         assert time.monotonic() < deadline

@@ -143,7 +143,7 @@ def keeps_secrets(*texts: str) -> None:
         assert not [secret for secret in SECRETS if secret in text]
 
 
-def eventually(check: Callable[[], object], timeout_s: float = 20) -> None:
+def eventually(check: Callable[[], object], timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while not check():
         assert time.monotonic() < deadline

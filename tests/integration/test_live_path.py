@@ -88,9 +88,13 @@ def test_a_click_that_does_not_exist_is_not_awaited(live, user) -> None:
     client = live.client()
     partition = partition_of(user, live.settings.clicks_partitions)
     client.retrieve(user, 5, after=(partition, 1 << 40), wait_ms=2_000)  # connects to Kafka
-    began = time.monotonic()
-    answer = client.retrieve(user, 5, after=(partition, 1 << 40), wait_ms=2_000)
-    assert time.monotonic() - began < 2, "the whole wait; some milliseconds on an idle machine"
+    took = []
+    for _ in range(3):
+        began = time.monotonic()
+        answer = client.retrieve(user, 5, after=(partition, 1 << 40), wait_ms=2_000)
+        took.append(time.monotonic() - began)
+    # Some milliseconds on an idle machine; the shortest, since a busy one delays any single call.
+    assert min(took) < 1.5, "the whole wait takes 2 s"
     assert not answer.freshness.after.applied
     assert f"partition {partition} of clicks ends before offset" in answer.freshness.after.why
     assert len(answer.items) == 5

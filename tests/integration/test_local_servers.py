@@ -58,7 +58,7 @@ def text(console: Console) -> str:
     return console.file.getvalue()
 
 
-def eventually(condition: Callable[[], bool], timeout_s: float = 20) -> None:
+def eventually(condition: Callable[[], bool], timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "did not happen in time"

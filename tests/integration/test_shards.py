@@ -41,7 +41,7 @@ class Sharded:
     def kill(self, shard: int, sig: signal.Signals = signal.SIGKILL) -> None:
         os.kill(self.deployment.supervisor.pids()[f"shard-{shard}"], sig)
 
-    def whole(self, timeout_s: float = 30) -> None:
+    def whole(self, timeout_s: float = 60) -> None:
         """Wait until every shard answers and has the records of the one worker."""
 
         def complete() -> bool:
@@ -66,7 +66,7 @@ def sharded(live, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sharded]
         "redis_timeout_ms": "1000",
         "kafka_timeout_ms": "5000",
         "backoff_ms_max": "500",
-        "shard_timeout_ms": "800",  # the machine that runs the tests may be busy
+        "shard_timeout_ms": "1500",  # the machine that runs the tests may be busy
     }
     children, addresses, address = deployment.sharded_children(SHARDS, is_ready, **more)
     try:
@@ -202,8 +202,9 @@ def test_a_shard_is_killed_and_comes_back(sharded, live) -> None:
     while True:
         assert time.monotonic() < deadline
         began = time.monotonic()
-        answer = sharded.coordinator.retrieve(who, 20, timeout_s=2.0)
-        assert time.monotonic() - began < 2.0 and len(answer.items) == 20
+        answer = sharded.coordinator.retrieve(who, 20, timeout_s=20.0)
+        # A shard is waited for 1.5 s at most; the rest is for a busy machine.
+        assert time.monotonic() - began < 5.0 and len(answer.items) == 20
         if not answer.shards.missing:
             assert seen(answer) == seen(before), "an answer is whole, or says that it is not"
             if partial:
@@ -230,8 +231,8 @@ def test_a_shard_that_hangs_is_left_out_in_time(sharded, live) -> None:
     try:
         for _ in range(5):
             began = time.monotonic()
-            answer = sharded.coordinator.retrieve(who, 20, timeout_s=2.0)
-            assert time.monotonic() - began < 2.0 and len(answer.items) == 20
+            answer = sharded.coordinator.retrieve(who, 20, timeout_s=20.0)
+            assert time.monotonic() - began < 5.0 and len(answer.items) == 20
             assert [(m.shard, m.reason) for m in answer.shards.missing] == [(1, "late")]
     finally:
         sharded.kill(1, signal.SIGCONT)

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.timeout(120)
 VECTOR = np.array([1, 0], np.float32)
 
 
-def wait_until(check: Callable[[], Any], timeout_s: float = 30.0) -> None:
+def wait_until(check: Callable[[], Any], timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not check():
         assert time.monotonic() < deadline, "timed out"

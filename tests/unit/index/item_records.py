@@ -21,7 +21,7 @@ def records(vectors: np.ndarray, first: int = 0, offset: int | None = None) -> l
     return [ItemRecord(f"i{first + n}", 0, offset + n, 0, 0, v) for n, v in enumerate(vectors)]
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     deadline, pause_s = time.monotonic() + timeout_s, 0.0002
     while not condition():
         assert time.monotonic() < deadline, "timed out"

@@ -83,7 +83,7 @@ class Clock:
 def query_until(
     index: LiveIndex,
     condition: Callable[[], bool],
-    timeout_s: float = 20.0,
+    timeout_s: float = 60.0,
     filters: Filter | None = None,
 ) -> list[str]:
     """Query until the condition holds; the steps of the guard on the way, without repeats."""

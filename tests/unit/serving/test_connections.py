@@ -26,7 +26,7 @@ SETTINGS_FRAME, HEADERS, PING, GOAWAY = 4, 1, 6, 7
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 
-def wait_until(what: str, check: Callable[[], bool], timeout_s: float = 5.0) -> None:
+def wait_until(what: str, check: Callable[[], bool], timeout_s: float = 30.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not check():
         assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s for: {what}"

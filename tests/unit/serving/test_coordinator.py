@@ -272,7 +272,7 @@ def frail(monkeypatch: pytest.MonkeyPatch) -> Iterator[Plant]:
     made.close()
 
 
-def wait_until(what: str, check, timeout_s: float = 10.0):  # type: ignore[no-untyped-def]
+def wait_until(what: str, check, timeout_s: float = 30.0):  # type: ignore[no-untyped-def]
     deadline = time.monotonic() + timeout_s
     while not (found := check()):
         assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s for: {what}"

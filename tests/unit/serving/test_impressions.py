@@ -281,7 +281,7 @@ def _unavailable(error: Exception) -> KafkaUnavailable:
     return KafkaUnavailable(f"Kafka: {type(error).__name__}")
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "timed out"

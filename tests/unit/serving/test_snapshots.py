@@ -30,7 +30,7 @@ def unit(at: int) -> np.ndarray:
     return np.eye(D, dtype=np.float32)[at % D]
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "timed out"

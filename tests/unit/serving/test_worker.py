@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[3]
 SETTINGS = Settings(kafka_bootstrap_servers="nowhere:9092", backoff_ms_max=50, namespace="t")
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "timed out"
