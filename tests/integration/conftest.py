@@ -111,10 +111,11 @@ class Live:
 
     def wait_for(self, what: str, check: Callable[[], Any], timeout_s: float = 60) -> Any:
         """Ask until the check gives something true."""
-        deadline = time.monotonic() + timeout_s
+        deadline, pause_s = time.monotonic() + timeout_s, 0.02
         while not (found := check()):
             assert time.monotonic() < deadline, f"waited {timeout_s:.0f} s for: {what}"
-            time.sleep(0.02)
+            time.sleep(pause_s)  # a check may cost milliseconds of both cores
+            pause_s = min(1.1 * pause_s, 0.1)
         return found
 
 

@@ -67,7 +67,7 @@ def test_ingest_killed_in_mid_chunk(make_live) -> None:
         before = clicks_applied(live)
         live.wait_for(
             "more clicks to be applied",
-            lambda before=before: before < clicks_applied(live) or clicks_applied(live) == sent,
+            lambda before=before: before < (now := clicks_applied(live)) or now == sent,
             timeout_s=30,
         )
         time.sleep(0.05 * turn)
