@@ -10,3 +10,5 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 Keys = npt.NDArray[np.uint64]
+# Of str or None.
+Names = npt.NDArray[np.object_]

@@ -24,9 +24,10 @@ from typing_extensions import override
 
 from eddyline.errors import VectorRejected
 from eddyline.schema.item_record import ItemRecord
-from index.arrays import Ints, Keys, Mask, Vector
+from index.arrays import Floats, Ints, Keys, Mask, Vector
 from index.backends.base import AnnBackend, AnnIndex
 from index.filters import Filter
+from index.hits import HitColumns
 from index.port import (
     Hit,
     Index,
@@ -37,8 +38,9 @@ from index.port import (
     Term,
     Watermark,
 )
+from index.ranked import RankedItems
 from index.records import check_query, stack_vectors, stamps_of, watermarks_after
-from index.search import filtered
+from index.search import filtered, look_up
 from index.search.nearest import NearestSearch
 from index.search.newest import NewestItems
 from index.snapshot import restore
@@ -139,8 +141,11 @@ class LiveIndex(Index):
     @override
     def query(
         self, vector: Vector, k: int, exclude: Collection[str] = (), filters: Filter | None = None
-    ) -> list[Hit]:
-        return self.find(vector, k, exclude, filters).hits()
+    ) -> Sequence[Hit]:
+        found = self.find(vector, k, exclude, filters)
+        if found.names is None or found.labels is None:
+            return found.hits()
+        return HitColumns(found.names, found.labels, found.facts, found.scores)
 
     @override
     def find(
@@ -188,53 +193,54 @@ class LiveIndex(Index):
 
     @override
     def describe(self, item_ids: Sequence[str], filters: Filter | None = None) -> list[Hit | None]:
-        version = self._version
-        rows = version.rows_of(item_ids)
-        if filters is not None:
-            rows = filtered.passing_rows(version, rows, filters)
-        facts = version.table.facts[rows, 1:].tolist()
-        return [
-            None if row < 0 else Hit(item_id, 0.0, *of_item)
-            for item_id, row, of_item in zip(item_ids, rows.tolist(), facts, strict=True)
-        ]
+        return look_up.describe(self._version, item_ids, filters)
 
     @override
     def terms_of(self, item_ids: Sequence[str], names: Collection[str]) -> list[frozenset[Term]]:
-        version = self._version
-        rows = version.rows_of(item_ids)
-        live = np.flatnonzero(rows >= 0)
-        found = [frozenset[Term]()] * len(rows)
-        for at, of_row in zip(live.tolist(), version.columns.terms(rows[live], names), strict=True):
-            found[at] = of_row
-        return found
+        return look_up.terms_of(self._version, item_ids, names)
 
     @override
     def find_keys(self, keys: Keys, filters: Filter | None = None) -> list[Hit | None]:
+        return look_up.find_keys(self._version, keys, filters)
+
+    @override
+    def first_listed(
+        self,
+        ranked: RankedItems,
+        k: int,
+        exclude: Collection[str] = (),
+        filters: Filter | None = None,
+    ) -> Sequence[Hit]:
+        return look_up.first_listed(self._version, ranked, k, exclude, filters)
+
+    @override
+    def first_by_key(
+        self, keys: Keys, scores: Floats, k: int, filters: Filter | None = None
+    ) -> Sequence[Hit]:
+        return look_up.first_by_key(self._version, keys, scores, k, filters)
+
+    @override
+    def vectors_of_hits(self, hits: Sequence[Hit]) -> Vector:
+        if not isinstance(hits, HitColumns):
+            return super().vectors_of_hits(hits)
         version = self._version
-        rows = version.rows_at(version.keys.find(keys))
-        if filters is not None:
-            rows = filtered.passing_rows(version, rows, filters)
-        found = np.flatnonzero(rows >= 0)
-        facts = version.table.facts[rows[found]]
-        hits: list[Hit | None] = [None] * len(rows)
-        columns = zip(
-            found.tolist(), version.names[facts[:, 0]].tolist(), facts[:, 1:].tolist(), strict=True
-        )
-        for at, item_id, of_item in columns:
-            hits[at] = Hit(item_id, 0.0, *of_item)
-        return hits
+        rows = version.rows_at(hits.labels)
+        return version.table.gather(rows[rows >= 0])
+
+    @override
+    def keys_of_hits(self, hits: Sequence[Hit]) -> Keys:
+        if not isinstance(hits, HitColumns):
+            return super().keys_of_hits(hits)
+        return self._version.keys.keys_at(hits.labels)
 
     @override
     def live_ids(self, keys: Keys) -> list[str]:
-        version = self._version
-        rows = version.rows_at(version.keys.find(keys))
-        found: list[str] = version.names[version.table.labels[rows[rows >= 0]]].tolist()
-        return found
+        return look_up.live_ids(self._version, keys)
 
     @override
     def newest(
         self, k: int, exclude: Collection[str] = (), filters: Filter | None = None
-    ) -> list[Hit]:
+    ) -> Sequence[Hit]:
         """As `Index.newest`. Costs the rows written since the last call, not all rows."""
         return self._newest.find(k, frozenset(exclude), filters)
 

@@ -15,9 +15,11 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from eddyline.schema.item_key import cached_keys_of
 from eddyline.schema.item_record import ItemRecord
-from index.arrays import Floats, Ints, Keys, Vector
+from index.arrays import Floats, Ints, Keys, Names, Vector
 from index.filters import Filter
+from index.ranked import RankedItems
 
 
 class Hit(NamedTuple):
@@ -36,26 +38,50 @@ class Hit(NamedTuple):
     offset: int
 
 
+# First look-up of `IndexReader.first_listed` and `first_by_key` beyond the k that are needed; each
+# further one has twice as many. None of `first_listed` has more than PIECE_MAX: a look-up may be a
+# call to other processes, whose size is limited.
+PIECE_MIN, PIECE_MAX = 16, 1_024
+
 # An attribute's name, see `IndexReader.terms_of`, and one of its texts.
 Term = tuple[str, str]
 
 # Builds what `Hit(*fields)` builds, without a Python call for each of hundreds of hits.
-_hit: Callable[[Iterable[object]], Hit] = partial(tuple.__new__, Hit)
+hit_of: Callable[[Iterable[object]], Hit] = partial(tuple.__new__, Hit)
 
 
 class SearchResult:
     """The answer of a query as columns, which spare most callers an object per item.
 
-    ids:    item ids, best first; scores: float64 (n,), as `Hit.score`
+    scores: float64 (n,), as `Hit.score`, best first
     facts:  int64 (n, 3): at_ms, written_us and offset, as in `Hit`
+    names, labels: of a live index, see `index.hits.HitColumns`; None: of another one
     """
 
-    __slots__ = ("facts", "ids", "scores")
+    __slots__ = ("_ids", "facts", "labels", "names", "scores")
 
-    def __init__(self, ids: list[str], scores: Floats, facts: Ints) -> None:
-        self.ids = ids
+    def __init__(
+        self,
+        ids: list[str] | None,
+        scores: Floats,
+        facts: Ints,
+        names: Names | None = None,
+        labels: Ints | None = None,
+    ) -> None:
+        """ids: None: those of names and labels"""
+        self._ids = ids
         self.scores = scores
         self.facts = facts
+        self.names = names
+        self.labels = labels
+
+    @property
+    def ids(self) -> list[str]:
+        """Item ids, best first."""
+        if self._ids is None:
+            assert self.names is not None and self.labels is not None
+            self._ids = self.names[self.labels].tolist()
+        return self._ids
 
     @classmethod
     def of(cls, hits: Sequence[Hit]) -> SearchResult:
@@ -65,12 +91,12 @@ class SearchResult:
         return cls([hit.item_id for hit in hits], scores, facts)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.scores)
 
     def hits(self) -> list[Hit]:
         """One `Hit` per item, best first."""
         columns = zip(self.ids, self.scores.tolist(), *self.facts.T.tolist(), strict=True)
-        return list(map(_hit, columns))
+        return list(map(hit_of, columns))
 
 
 class LiveItems(NamedTuple):
@@ -172,7 +198,7 @@ class IndexReader(Protocol):
 
     def query(
         self, vector: Vector, k: int, exclude: Collection[str] = (), filters: Filter | None = None
-    ) -> list[Hit]:
+    ) -> Sequence[Hit]:
         """The k live items of the highest inner product, best first, equal scores by item id.
 
         vector:  float32 (d,), finite
@@ -201,9 +227,66 @@ class IndexReader(Protocol):
         """
         return [hit.item_id for hit in self.find_keys(keys) if hit is not None]
 
+    def first_listed(
+        self,
+        ranked: RankedItems,
+        k: int,
+        exclude: Collection[str] = (),
+        filters: Filter | None = None,
+    ) -> Sequence[Hit]:
+        """The first k of these items that are live, pass and are not excluded; scores: the list's.
+
+        Most of a list is live, so the first look-up has about k items.
+        """
+        hits: list[Hit] = []
+        start, size = 0, min(k + PIECE_MIN, PIECE_MAX)
+        while len(hits) < k and start < len(ranked):
+            ids, scores = ranked.ids[start : start + size], ranked.scores[start : start + size]
+            pairs = [
+                pair for pair in zip(ids, scores.tolist(), strict=True) if pair[0] not in exclude
+            ]
+            live = self.describe([item_id for item_id, _ in pairs], filters) if pairs else []
+            hits += [
+                hit_of((hit[0], score, *hit[2:]))
+                for hit, (_, score) in zip(live, pairs, strict=True)
+                if hit is not None
+            ]
+            start, size = start + size, min(2 * size, PIECE_MAX)
+        return hits[: max(k, 0)]
+
+    def first_by_key(
+        self, keys: Keys, scores: Floats, k: int, filters: Filter | None = None
+    ) -> Sequence[Hit]:
+        """The k live passing items of the highest of these scores, equal scores by item id.
+
+        keys: uint64 (n,), as for `find_keys`, each once; scores: float64 (n,), finite
+        """
+        order = np.argsort(-scores, kind="stable")
+        keys, falling = keys[order], -scores[order]
+        hits: list[Hit] = []
+        start, size = 0, k + PIECE_MIN
+        while len(hits) < k and start < len(keys):
+            last = min(start + size, len(keys)) - 1
+            # With all of the same score: only the ids say which of them come first.
+            end = int(np.searchsorted(falling, falling[last], side="right"))
+            found = self.find_keys(keys[start:end], filters)
+            some = zip(found, falling[start:end].tolist(), strict=True)
+            more = [hit_of((hit[0], -score, *hit[2:])) for hit, score in some if hit is not None]
+            hits += sorted(more, key=lambda hit: (-hit.score, hit.item_id))
+            start, size = end, 2 * size
+        return hits[: max(k, 0)]
+
+    def vectors_of_hits(self, hits: Sequence[Hit]) -> Vector:
+        """As `vectors_of` their ids."""
+        return self.vectors_of([hit.item_id for hit in hits])
+
+    def keys_of_hits(self, hits: Sequence[Hit]) -> Keys:
+        """uint64 (n,): `eddyline.schema.item_key` of each."""
+        return cached_keys_of(hit.item_id for hit in hits)
+
     def newest(
         self, k: int, exclude: Collection[str] = (), filters: Filter | None = None
-    ) -> list[Hit]:
+    ) -> Sequence[Hit]:
         """The k passing live items of the largest `at_ms`, equal ones by item id; score 0.0."""
 
     def terms_of(self, item_ids: Sequence[str], names: Collection[str]) -> list[frozenset[Term]]:

@@ -49,7 +49,7 @@ from typing_extensions import override
 
 from eddyline.errors import EddylineError, FenceMoved, StoreRefused, StoreUnavailable
 from eddyline.schema import co_visits
-from eddyline.schema.co_visits import CoVisits
+from eddyline.schema.co_visits import CoVisits, DamagedRow
 from eddyline.schema.event_decay import EventDecay
 from eddyline.schema.partitioning import item_slot
 from eddyline.stores import (
@@ -329,14 +329,23 @@ class RedisStore(FencedWrites, StateStore):
         by_slot: dict[str, list[int]] = {}
         for at, slot in enumerate(slots):
             by_slot.setdefault(slot, []).append(at)
-        with self._redis.pipeline(transaction=False) as pipe:
-            for places in by_slot.values():
-                pipe.mget([names[at] for at in places])
-            answers = pipe.execute()
-        found = [co_visits.EMPTY] * len(rows)
+        if len(by_slot) == 1:
+            answers: list[Any] = [self._redis.mget(names)]
+        else:
+            with self._redis.pipeline(transaction=False) as pipe:
+                for places in by_slot.values():
+                    pipe.mget([names[at] for at in places])
+                answers = pipe.execute()
+        stored: list[bytes | None] = [None] * len(rows)
         for places, values in zip(by_slot.values(), answers, strict=True):
             for at, value in zip(places, values, strict=True):
-                found[at] = _row(names[at], value)
+                stored[at] = value
+        try:
+            found = co_visits.decode_all(stored)
+        except DamagedRow as error:
+            raise StoreRefused(
+                f"{names[error.place]}: {error}; delete the key, and the row fills again"
+            ) from None
         return found[: len(after)], found[len(after) :]
 
     @override
@@ -486,13 +495,6 @@ class RedisStore(FencedWrites, StateStore):
     def close(self) -> None:
         self._closed = True
         self._redis.close()
-
-
-def _row(key: str, value: bytes | None) -> CoVisits:
-    try:
-        return co_visits.decode(value)
-    except ValueError as error:
-        raise StoreRefused(f"{key}: {error}; delete the key, and the row fills again") from None
 
 
 def _fence(value: Any) -> Fence | None:

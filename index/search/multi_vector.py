@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 import numpy as np
@@ -26,7 +26,7 @@ def query_multi(
     filters: Filter | None = None,
     *,
     merge: Merge = "max",
-) -> list[Hit]:
+) -> Sequence[Hit]:
     """The k live items of the highest merged score, best first, equal scores by item id.
 
     vectors: float32 (q, d), 1 … VECTORS_MAX of them, finite

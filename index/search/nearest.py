@@ -218,7 +218,7 @@ class NearestSearch:
 
 def _result(version: IndexVersion, rows: Ints, scores: Floats) -> SearchResult:
     facts = version.table.facts.take(rows, axis=0)
-    return SearchResult(version.names[facts[:, 0]].tolist(), scores, facts[:, 1:])
+    return SearchResult(None, scores, facts[:, 1:], version.names, facts[:, 0])
 
 
 def exact_scores(vectors: Vector, query64: Floats) -> Floats:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import threading
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import compress, islice
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from index.arrays import Ints, Mask
 from index.filters import Filter
+from index.hits import HitColumns
 from index.port import Hit
 from index.search import filtered
 from index.storage.index_version import IndexVersion
@@ -59,7 +60,7 @@ class NewestItems:
         self._lock = threading.Lock()
         self._newest: Newest | None = None
 
-    def find(self, k: int, excluded: Collection[str], filters: Filter | None) -> list[Hit]:
+    def find(self, k: int, excluded: Collection[str], filters: Filter | None) -> Sequence[Hit]:
         """The k live items that pass and are not excluded, newest first, equal times by id."""
         found = self._up_to_date(refill=False)
         if k <= 0:
@@ -207,9 +208,7 @@ def _choose(
     return chosen[:k], len(chosen) >= k or newest.complete
 
 
-def _hits(version: IndexVersion, rows: Ints) -> list[Hit]:
+def _hits(version: IndexVersion, rows: Ints) -> HitColumns:
     """The hits of these rows, with score 0.0."""
     facts = version.table.facts.take(rows, axis=0)
-    names = version.names.take(facts[:, 0]).tolist()
-    stamps = facts[:, 1:].tolist()
-    return [Hit(name, 0.0, *of_item) for name, of_item in zip(names, stamps, strict=True)]
+    return HitColumns(version.names, facts[:, 0], facts[:, 1:], np.zeros(len(rows)))

@@ -6,17 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from index.arrays import Ints, Mask
+from index.arrays import Ints, Mask, Names
 from index.backends.base import AnnIndex
 from index.port import Watermark
 from index.storage.columns import Columns
 from index.storage.key_table import KeyTable
 from index.storage.segments import FreshBuffer, Segment
 from index.storage.vector_table import CAPACITY_MIN, VectorTable
-
-Names = npt.NDArray[np.object_]
 
 
 class IndexVersion(NamedTuple):
@@ -119,9 +116,12 @@ class IndexVersion(NamedTuple):
 
     def rows_at(self, labels: Ints) -> Ints:
         """int64 (n,): current row of each label, -1 if the item is not live or the label is -1."""
+        if not len(self.row_of):
+            return np.full(len(labels), -1)
         # A label beyond `row_of` is newer than this version.
         inside = (labels >= 0) & (labels < len(self.row_of))
-        rows = np.full(len(labels), -1)
-        rows[inside] = self.seen(self.row_of[labels[inside]])
-        rows[self.table.died_at[rows] <= self.seq] = -1
-        return rows
+        rows = np.where(inside, self.row_of.take(labels, mode="clip"), -1)
+        rows = self.seen(rows)
+        alive = self.table.died_at.take(rows) > self.seq
+        found: Ints = np.where(alive, rows, -1)
+        return found

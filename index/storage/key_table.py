@@ -22,7 +22,7 @@ class KeyTable:
     Thread rule: one writer; any number of readers. A full table is copied, not changed.
     """
 
-    __slots__ = ("_keys", "_mask", "_slots", "_used")
+    __slots__ = ("_keys", "_mask", "_slots", "_used", "changes")
 
     def __init__(self, labels: int, entries: int = 0) -> None:
         """labels: below this number; entries: that fit before a copy."""
@@ -32,6 +32,9 @@ class KeyTable:
         self._slots = np.full(size, _EMPTY, np.int32)
         self._mask = np.uint64(size - 1)
         self._used = 0
+        # Counts the beginnings and ends of changes: an answer of `find` is good while the number
+        # from before it stays the same.
+        self.changes = 0
 
     @property
     def memory_bytes(self) -> int:
@@ -40,8 +43,13 @@ class KeyTable:
 
     def find(self, keys: Keys) -> Ints:
         """int64 (n,): the label of each key, -1 for none."""
-        labels = np.full(len(keys), -1)
-        at, pending = keys & self._mask, np.arange(len(keys))
+        at = keys & self._mask
+        # Most keys are in their first slot, or that one is empty.
+        found = self._slots[at]
+        equal = (self._keys[found] == keys) & (found != _EMPTY)
+        labels = np.where(equal, found, _EMPTY).astype(np.int64)
+        pending = np.flatnonzero(~equal & (found != _EMPTY))
+        at[pending] = (at[pending] + np.uint64(1)) & self._mask
         while len(pending):
             found = self._slots[at[pending]]
             occupied = found != _EMPTY
@@ -51,6 +59,10 @@ class KeyTable:
             pending = pending[~equal]
             at[pending] = (at[pending] + np.uint64(1)) & self._mask
         return labels
+
+    def keys_at(self, labels: Ints) -> Keys:
+        """uint64 (n,): the keys of labels that have or had a row."""
+        return self._keys[labels]
 
     def with_room(self, labels: int, more: int) -> KeyTable:
         """A table for labels below this number, with room for `more` entries: this one, or a copy.
@@ -66,6 +78,7 @@ class KeyTable:
 
     def insert(self, labels: Ints, keys: Keys) -> None:
         """Set the keys of these distinct labels, for which there is room."""
+        self.changes += 1
         # Before the slots: a reader that finds a label in a slot compares its key.
         self._keys[labels] = keys
         self._used += len(labels)
@@ -80,7 +93,10 @@ class KeyTable:
             left[chosen] = False
             at = (at[left] + (~free[left]).astype(np.uint64)) & self._mask
             labels = labels[left]
+        self.changes += 1
 
     def remove(self, labels: Ints) -> None:
         """Clear the keys of these labels; no reader may still need them."""
+        self.changes += 1
         self._keys[labels[labels < len(self._keys)]] = NO_KEY
+        self.changes += 1

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from typing_extensions import override
 
-from eddyline.schema.item_key import cached_keys_of
 from eddyline.schema.user_history import Entry, positive_items
+from index.hits import HitColumns
 from index.port import IndexReader
 from serving.answer.blend_features import (
     LAST_ITEMS,
@@ -127,11 +127,14 @@ class Blend(Fusion):
         lists = []
         for name in self._fused:
             of_path = found.get(name, _NOTHING)
-            hits = of_path.hits[: self._candidates]
+            hits = of_path.hits
+            if len(hits) > self._candidates:
+                first = hits.first if isinstance(hits, HitColumns) else None
+                hits = first(self._candidates) if first else hits[: self._candidates]
             lists.append(Listed(name, hits, cosines=of_path.vector is not None))
         table = Table.of(lists, request.excluded)
         rows = _rows(request, frozenset().union(*(path.reads for path in called)))
-        known = _known(request._replace(co_visits=rows), index, table.ids, found)
+        known = _known(request._replace(co_visits=rows), index, table, found)
         return Prepared(results, table, context(known), features(table, known, self._candidates))
 
     def _ranked(self, prepared: Prepared, k: int) -> list[Recommendation]:
@@ -142,17 +145,20 @@ class Blend(Fusion):
         if len(scores) > k:
             cut = np.partition(scores, len(scores) - k)[len(scores) - k]
             best = np.flatnonzero(scores >= cut).tolist()
-        order = sorted(best, key=lambda at: (-scores[at], table.hits[at].item_id))[:k]
+        order = sorted(best, key=lambda at: (-scores[at], table.ids[at]))[:k]
         shares = self._shares(blender, prepared, order)
+        columns = table.ranks[:, order].T.tolist(), table.scores[:, order].T.tolist()
         found = []
-        for at, of_item in zip(order, shares, strict=True):
+        for at, of_item, ranks, of_paths in zip(order, shares, *columns, strict=True):
             sources = [
-                Source(self._fused[row], int(rank) + 1, float(table.scores[row, at]), of_item[row])
-                for row, rank in enumerate(table.ranks[:, at])
+                Source(path, rank + 1, score, share)
+                for path, rank, score, share in zip(
+                    self._fused, ranks, of_paths, of_item, strict=True
+                )
                 if rank >= 0
             ]
             most = max(sources, key=lambda source: source.share)
-            hit = table.hits[at]._replace(score=float(most.score))
+            hit = table.hits[at]._replace(score=most.score)
             found.append(Recommendation(hit, most.path, most.rank, sources, float(scores[at])))
         return found
 
@@ -177,16 +183,17 @@ def _rows(request: RecallRequest, reads: Collection[str]) -> QueryCoVisits | Non
 
 
 def _known(
-    request: RecallRequest, index: IndexReader, ids: Sequence[str], found: Mapping[str, Candidates]
+    request: RecallRequest, index: IndexReader, table: Table, found: Mapping[str, Candidates]
 ) -> Known:
-    """What is known of the candidates besides the lists. ids: theirs; found: by path"""
+    """What is known of the candidates besides the lists. found: by path"""
+    ids = table.ids
     entries = () if request.user is None else request.user.history.entries
     last = positive_items(entries, LAST_ITEMS)
-    vectors = index.vectors_of(ids) if 0 < len(ids) <= VECTORS_MAX else None
+    vectors = index.vectors_of_hits(table.hits) if 0 < len(ids) <= VECTORS_MAX else None
     own, recency = _own(entries, ids)
     rows = request.co_visits
     return Known(
-        values={"own clicks": own, **_visits(rows, ids, found)},
+        values={"own clicks": own, **_visits(rows, table, index, found)},
         now_ms=request.now_ms,
         events=len(entries),
         last_ms=max((entry.at_ms for entry in entries), default=0),
@@ -202,7 +209,7 @@ def _known(
 def _own(entries: Sequence[Entry], ids: Sequence[str]) -> tuple[Matrix, Matrix]:
     """Of each candidate, the user's events on it, and their `Known.own_recency`."""
     own, recency = np.zeros(len(ids)), np.zeros(len(ids))
-    place = {item_id: at for at, item_id in enumerate(ids)} if entries else {}
+    place = dict(zip(ids, range(len(ids)), strict=True)) if entries else {}
     for number, entry in enumerate(entries):
         at = place.get(entry.item_id)
         if at is not None:
@@ -213,7 +220,7 @@ def _own(entries: Sequence[Entry], ids: Sequence[str]) -> tuple[Matrix, Matrix]:
 
 
 def _visits(
-    rows: QueryCoVisits | None, ids: Sequence[str], found: Mapping[str, Candidates]
+    rows: QueryCoVisits | None, table: Table, index: IndexReader, found: Mapping[str, Candidates]
 ) -> dict[str, Matrix]:
     """What co-visits say of the candidates, whether a path lists them or not."""
     scored = {
@@ -228,5 +235,5 @@ def _visits(
         )
     if not scored:
         return {}
-    keys = cached_keys_of(ids)
+    keys = index.keys_of_hits(table.hits)
     return {name: of_name.of(keys) for name, of_name in scored.items()}

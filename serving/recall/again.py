@@ -10,6 +10,7 @@ from typing_extensions import override
 from eddyline.schema.user_history import positive_events
 from eddyline.stores.state_store import UserState
 from index.port import IndexReader, LiveItems
+from index.ranked import RankedItems
 from serving.recall.base import Candidates, PathScores, RecallContext, RecallPath, RecallRequest
 
 # An event counts (its age + AGE_PRIOR)^-AGE_POWER; the age is the number of newer ones.
@@ -34,10 +35,9 @@ class AgainPath(RecallPath):
         if request.user is None:
             return Candidates((), "the user could not be read")
         scores = _scores_of(request.user)
-        wanted = [item_id for item_id in scores if item_id not in request.excluded]
-        live = index.describe(wanted, request.filters) if wanted else []
-        hits = [hit._replace(score=scores[hit.item_id]) for hit in live if hit is not None]
-        hits = sorted(hits, key=lambda hit: (-hit.score, hit.item_id))[: request.k]
+        wanted = [pair for pair in scores.items() if pair[0] not in request.excluded]
+        ranked = RankedItems.of(sorted(wanted, key=lambda pair: (-pair[1], pair[0])))
+        hits = index.first_listed(ranked, request.k, (), request.filters)
         if len(hits) == request.k:
             return Candidates(hits)
         if self._hidden:

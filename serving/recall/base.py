@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from functools import cached_property
+from itertools import zip_longest
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from eddyline.schema.co_visits import CoVisits
+from eddyline.schema.co_visits import EMPTY, CoVisits
 from eddyline.settings.loader import Settings
 from eddyline.stores.state_store import StateStore, UserState
 from embeddings.towers.base import UserEncoder
@@ -26,7 +28,36 @@ FILLS = ("popular", "newest")
 AFTER, BEFORE = "after", "before"
 
 
-class QueryCoVisits(NamedTuple):
+class VisitEntries(NamedTuple):
+    """The entries of all rows of a query: of each item the row after it, then the one before it.
+
+    keys:   uint64 (n,), ascending, each once: the items that any row names
+    place:  int64 (entries,), of each entry's key among them
+    visits: float32 (entries,); next: likewise, as `CoVisits`
+    sizes:  of the rows, in the same order
+    """
+
+    keys: Keys
+    place: Ints
+    visits: Vector
+    next: Vector
+    sizes: list[int]
+
+    def summed(self, values: Vector, weights: Sequence[float]) -> Scored:
+        """The sums of value · weight by key that are above 0; added in the order of the entries.
+
+        values: float32 (entries,), not negative; weights: by row, not negative
+        """
+        weighted = values * np.repeat(np.array(weights, np.float64), self.sizes)
+        sums: Floats = np.bincount(self.place, weighted, len(self.keys)).astype(
+            np.float64, copy=False
+        )
+        above = sums > 0
+        return Scored(self.keys[above], sums[above])
+
+
+@dataclass(frozen=True)
+class QueryCoVisits:
     """Co-visitation rows of a query.
 
     items:  the user's newest items, each once, newest first
@@ -37,6 +68,20 @@ class QueryCoVisits(NamedTuple):
     items: Sequence[str]
     after: Sequence[CoVisits]
     before: Sequence[CoVisits]
+
+    @cached_property
+    def entries(self) -> VisitEntries:
+        """The entries of all rows; paths that weigh them differently share the sorting."""
+        pairs = zip_longest(self.after, self.before, fillvalue=EMPTY)
+        rows = [row for pair in pairs for row in pair]
+        keys, place = np.unique(_joined([row.keys for row in rows], np.uint64), return_inverse=True)
+        return VisitEntries(
+            keys,
+            place,
+            _joined([row.visits for row in rows], np.float32),
+            _joined([row.next for row in rows], np.float32),
+            [len(row.keys) for row in rows],
+        )
 
 
 class Hidden(NamedTuple):
@@ -74,6 +119,10 @@ class RecallRequest(NamedTuple):
     now_ms: int = 0
     co_visits: QueryCoVisits | None = None
     hidden: Hidden | None = None
+
+
+def _joined(parts: Sequence[npt.NDArray[Any]], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    return np.concatenate(parts) if parts else np.empty(0, dtype)
 
 
 def locate(ascending: Keys, keys: Keys) -> tuple[Ints, Mask]:

@@ -7,14 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from typing_extensions import override
 
-from index.port import Hit, IndexReader, LiveItems
+from index.port import IndexReader, LiveItems
+from index.ranked import RankedItems
 from serving.recall.base import Candidates, PathScores, RecallContext, RecallPath, RecallRequest
 from serving.recall.trend import Pace
-
-# Most of the list is live and unseen, so the first look-up has about `k` items. Each further one
-# has twice as many. None has more than PIECE_MAX: a look-up may be a call to other processes, whose
-# size is limited.
-PIECE_MIN, PIECE_MAX = 16, 1_024
 
 
 class PopularPath(RecallPath):
@@ -33,32 +29,31 @@ class PopularPath(RecallPath):
         self._looks_for_live = pace is None
         if pace is not None:
             self.name = f"popular_{pace}"
+        # The list that the items were last made of; replaced as one.
+        self._made: tuple[Sequence[tuple[str, float]], RankedItems] = ((), RankedItems.of(()))
 
     @override
     def recall(self, request: RecallRequest, index: IndexReader) -> Candidates:
         request.deadline.check("the popular list was read")
-        k, excluded, filters = request.k, request.excluded, request.filters
-        ranked, hits, start = self._list.ranked, list[Hit](), 0
-        size = min(k + PIECE_MIN, PIECE_MAX)
-        while len(hits) < k and start < len(ranked):
-            piece = ranked[start : start + size]
-            start += len(piece)
-            size = min(2 * size, PIECE_MAX)
-            piece = [pair for pair in piece if pair[0] not in excluded]
-            live = index.describe([item_id for item_id, _ in piece], filters) if piece else []
-            # A third of the time of `_replace`, for a hundred hits of every query.
-            hits += [
-                Hit(hit[0], n, *hit[2:]) for hit, (_, n) in zip(live, piece, strict=True) if hit
-            ]
+        k, filters = request.k, request.filters
+        ranked = self._ranked_items()
+        hits = index.first_listed(ranked, k, request.excluded, filters)
         degradation = self.degradation()
         if self._looks_for_live and (len(hits) < k or self._popularity.replaces):
             self._popularity.look_for_live()
         if len(hits) >= k:
-            return Candidates(hits[:k], degradation=degradation)
+            return Candidates(hits, degradation=degradation)
         which = "live and unseen" if filters is None else "live, unseen and pass the filter"
-        why = self._popularity.empty_because(ranked)
+        why = self._popularity.empty_because(len(ranked))
         why = why or f"of {len(ranked)} popular items {len(hits)} are {which}"
         return Candidates(hits, why, degradation=degradation)
+
+    def _ranked_items(self) -> RankedItems:
+        ranked, (of, made) = self._list.ranked, self._made
+        if ranked is not of:
+            made = RankedItems.of(ranked)
+            self._made = ranked, made
+        return made
 
     @override
     def score_all(

@@ -197,11 +197,11 @@ class Popularity:
         read_at = self._read_at
         return -1 if read_at is None else int((time.monotonic() - read_at) * 1000)
 
-    def empty_because(self, ranked: Sequence[tuple[str, float]]) -> str:
-        """Why this list, or one by events, has no items; "" if it has some."""
+    def empty_because(self, items: int) -> str:
+        """Why this list, or one by events, has no items; "" if it has some. items: of the list"""
         if self._read_at is None:
             return f"the list was never read: {self._away or 'not yet'}"
-        return "" if ranked else "nothing was clicked yet"
+        return "" if items else "nothing was clicked yet"
 
     def missing(self) -> str:
         """Why the list is not fresh; "" if it is."""

@@ -14,11 +14,10 @@ import numpy as np
 from eddyline.errors import VectorRejected
 from eddyline.settings.answers import LIMITS_MAX
 from index.filters import Filter
-from index.port import Hit, Index
+from index.port import PIECE_MAX, Hit, Index
 from index.records import check_query
 from serving.proto import retrieval_pb2 as pb
 from serving.proto import shard_pb2, shard_pb2_grpc
-from serving.recall.popular import PIECE_MAX
 from serving.recall.towers import OVER_FETCH
 from serving.rpc import converters, filter_messages
 from serving.rpc.backends import LocalIndex
@@ -198,7 +197,7 @@ def _candidates(
     filter_messages.check_texts(filters, index.text_names())
     exclude = frozenset(request.exclude)
     wanted = request.WhichOneof("wanted")
-    hits: list[Hit]
+    hits: Sequence[Hit]
     if wanted == "nearest":
         if len(request.nearest.vector) != 4 * index.dimension:
             size = len(request.nearest.vector)
@@ -243,7 +242,7 @@ def _terms(request: shard_pb2.TermsRequest, held: LocalIndex) -> shard_pb2.Terms
 
 
 def _response(
-    hits: list[Hit], watermarks: list[pb.IndexWatermark], live: int, behind: str
+    hits: Sequence[Hit], watermarks: list[pb.IndexWatermark], live: int, behind: str
 ) -> shard_pb2.CandidatesResponse:
     ids, scores, at_ms, written_us, offsets = (
         zip(*hits, strict=True) if hits else ((), (), (), (), ())

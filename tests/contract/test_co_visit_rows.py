@@ -323,3 +323,21 @@ def test_only_the_rows_that_are_named_and_new_ones_are_renewed(fresh_settings: S
 def test_the_key_of_an_item_is_a_hash_of_its_id() -> None:
     assert item_key("50") == 0xADD4B6067B50EB24
     assert item_key("é") != item_key("e\u0301")
+
+
+def test_rows_that_are_read_together_are_those_that_are_read_alone() -> None:
+    rng = random.Random(3)
+    rows: list[bytes | None] = [None, bytes(co_visits.HEADER_BYTES)]
+    for size in (1, 2, 190):
+        visits = [(rng.getrandbits(64), rng.randrange(1, COUNT_MAX), 1) for _ in range(size)]
+        rows += [bytes(co_visits.HEADER_BYTES) + entries(visits), None]
+    rows.append(co_visits.compact(rows[-2] or b"", 20))
+    for found, stored in zip(co_visits.decode_all(rows), rows, strict=True):
+        alone = co_visits.decode(stored)
+        assert [part.tolist() for part in found[:3]] == [part.tolist() for part in alone[:3]]
+        assert [part.dtype for part in found[:3]] == [part.dtype for part in alone[:3]]
+        assert found[3:] == alone[3:]
+    assert co_visits.decode_all([]) == []
+    with pytest.raises(co_visits.DamagedRow) as failed:
+        co_visits.decode_all([None, rows[2], b"short"])
+    assert failed.value.place == 2

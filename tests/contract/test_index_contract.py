@@ -8,11 +8,14 @@ import pytest
 from eddyline.errors import VectorRejected
 from eddyline.schema.item_key import item_key, keys_of
 from eddyline.schema.item_record import ItemRecord
+from index import port
 from index.backends.registry import NAMES, make_backend
 from index.exact import ExactIndex
 from index.factory import HnswIndex
+from index.filters import Filter
 from index.live import LiveIndex
 from index.port import Hit, Index, SearchResult, Watermark
+from index.ranked import RankedItems
 
 D = 8
 
@@ -270,3 +273,72 @@ def test_items_are_found_by_their_keys(index: Index) -> None:
     assert [n for n, hit in enumerate(found) if hit is None] == [3, 70, 71]
     assert index.find_keys(np.empty(0, np.uint64)) == []
     assert index.find_keys(np.array([0, 2**64 - 1, item_key("i1")], np.uint64))[:2] == [None] * 2
+
+
+# ---------------------------------------------------------------- in an order of the caller's
+
+
+def filled(index: Index, count: int = 40) -> list[str]:
+    """i0 …, of which every fifth was deleted again."""
+    index.apply([put(f"i{n}", n, 1, n) for n in range(count)])
+    index.apply([gone(f"i{n}", count + n) for n in range(0, count, 5)])
+    return [f"i{n}" for n in range(count) if n % 5]
+
+
+@pytest.mark.parametrize("piece", [1, 3, 16])
+@pytest.mark.parametrize("k", [-1, 0, 1, 2, 23, 24, 25, 99])
+def test_the_first_listed_items_that_are_live(
+    index: Index, k: int, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(port, "PIECE_MIN", piece)
+    alive = filled(index)
+    listed = ["unknown", *(f"i{n}" for n in range(39, -1, -1))]
+    ranked = RankedItems.of([(item_id, float(90 - n)) for n, item_id in enumerate(listed)])
+    exclude = {f"i{n}" for n in range(1, 40, 4)} | {"unknown"}
+    found = index.first_listed(ranked, k, exclude)
+    score = dict(zip(ranked.ids, ranked.scores.tolist(), strict=True))
+    wanted = [i for i in listed if i in alive and i not in exclude][: max(k, 0)]
+    assert [hit.item_id for hit in found] == wanted
+    assert [hit.score for hit in found] == [score[item_id] for item_id in wanted]
+    assert [hit._replace(score=0.0) for hit in found] == index.describe(wanted)
+    some = Filter(deny=frozenset(wanted[:1]))
+    assert [h.item_id for h in index.first_listed(ranked, 3, exclude, some)] == [
+        i for i in listed if i in alive and i not in exclude and i not in wanted[:1]
+    ][:3]
+
+
+@pytest.mark.parametrize("piece", [1, 3, 16])
+@pytest.mark.parametrize("k", [-1, 0, 1, 2, 31, 32, 33, 99])
+def test_the_first_by_scores_of_keys(
+    index: Index, k: int, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a few scores each is that of many items: equal ones come by id."""
+    monkeypatch.setattr(port, "PIECE_MIN", piece)
+    alive = filled(index)
+    ids = [f"i{n}" for n in range(40)] + [f"unknown-{n}" for n in range(60)]
+    scores = np.array([float(n * 7 % 4) for n in range(100)])
+    found = index.first_by_key(keys_of(ids), scores, k)
+    score = dict(zip(ids, scores.tolist(), strict=True))
+    wanted = sorted(alive, key=lambda item_id: (-score[item_id], item_id))
+    assert [hit.item_id for hit in found] == wanted[: max(k, 0)]
+    assert [hit.score for hit in found] == [score[hit.item_id] for hit in found]
+    assert [hit._replace(score=0.0) for hit in found] == index.describe([h.item_id for h in found])
+    some = Filter(allow=frozenset(wanted[5:9]))
+    assert [h.item_id for h in index.first_by_key(keys_of(ids), scores, 3, some)] == wanted[5:8]
+
+
+def test_an_empty_order_finds_nothing(index: Index) -> None:
+    filled(index)
+    assert not index.first_listed(RankedItems.of([]), 5)
+    assert not index.first_by_key(keys_of([]), np.empty(0), 5)
+    assert not index.first_by_key(keys_of(["x"]), np.ones(1), 5)
+
+
+def test_hits_in_columns_are_a_sequence_of_hits(index: Index) -> None:
+    filled(index)
+    found = index.query(unit(1, 1), 6)
+    hits = [*found]
+    assert found == hits and len(found) == 6 and all(type(hit) is Hit for hit in hits)
+    again = index.query(unit(1, 1), 6)
+    assert [again[n] for n in (0, 5, -1)] == [hits[0], hits[5], hits[-1]]
+    assert again[1:3] == hits[1:3] and list(again) == hits

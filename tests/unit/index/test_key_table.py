@@ -66,3 +66,16 @@ def test_an_item_takes_at_most_32_bytes() -> None:
         table = KeyTable(n).with_room(n, n)
         table.insert(np.arange(n), np.arange(1, n + 1).astype(np.uint64))
         assert table.memory_bytes <= 32 * n
+
+
+def test_an_answer_is_good_while_nothing_changed() -> None:
+    table, keys = KeyTable(8, 8), np.arange(1, 9).astype(np.uint64)
+    before = table.changes
+    assert table.find(keys).tolist() == [-1] * 8 and table.changes == before
+    table.insert(np.arange(3), keys[:3])
+    after = table.changes
+    assert after != before
+    assert table.keys_at(np.arange(3)).tolist() == [1, 2, 3]
+    table.remove(np.array([1]))
+    assert table.changes not in (before, after)
+    assert table.find(keys).tolist() == [0, -1, 2, -1, -1, -1, -1, -1]

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import numpy as np
 import pytest
 
+from eddyline.schema.item_key import keys_of
+from eddyline.schema.item_record import ItemRecord
+from index.factory import HnswIndex
+from index.hits import HitColumns
 from index.port import Hit
 from serving.answer import blend_features
 from serving.answer.blend_features import (
@@ -153,3 +158,39 @@ def test_names_are_distinct_and_ranks_are_among_them() -> None:
 def test_scores_that_say_nothing_have_no_shares(bad: float) -> None:
     found = Table.of([Listed("popular", hits(("a", bad), ("b", bad)))])
     assert found.shares.tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize("excluded", [(), {"i3", "i8"}])
+def test_a_table_of_columns_is_that_of_objects(excluded: Collection[str]) -> None:
+    """The same lists as one index returns them and as plain hits, to the bit."""
+    rng = np.random.default_rng(4)
+    index = HnswIndex(4)
+    vectors = rng.normal(size=(60, 4)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    index.apply([ItemRecord(f"i{n}", 0, n, n, n, vectors[n]) for n in range(60)])
+    lists = [
+        Listed("towers", index.query(vectors[0], 20), cosines=True),
+        Listed("nothing", []),
+        Listed("interests", index.query(vectors[1], 30)),
+        Listed("newest", index.newest(25)),
+    ]
+    assert all(isinstance(one.hits, HitColumns) for one in (lists[0], *lists[2:]))
+    found = Table.of(lists, excluded)
+    wanted = Table.of([one._replace(hits=[*one.hits]) for one in lists], excluded)
+    assert found.ids == wanted.ids and [*found.hits] == [*wanted.hits]
+    assert found.at_ms.tolist() == wanted.at_ms.tolist()
+    assert found.ranks.tolist() == wanted.ranks.tolist()
+    assert found.scores.tolist() == wanted.scores.tolist()
+    assert found.shares.tolist() == wanted.shares.tolist()
+    assert features(found, known(), 30).tolist() == features(wanted, known(), 30).tolist()
+    assert index.vectors_of_hits(found.hits).tolist() == index.vectors_of(found.ids).tolist()
+    assert index.keys_of_hits(found.hits).tolist() == keys_of(found.ids).tolist()
+    index.close()
+
+
+@pytest.mark.parametrize("length", [1, 2, 100])
+def test_every_rank_has_its_feature(length: int) -> None:
+    some = Table.of([Listed("newest", hits(*((f"i{n}", 0.0) for n in range(length))))])
+    ranks = features(some, known(), length)[:, 1].tolist()
+    scale = math.log(length + 1)
+    assert ranks == [math.log((length + 1) / (n + 1)) / scale for n in range(length)]

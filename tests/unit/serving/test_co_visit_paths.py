@@ -17,13 +17,13 @@ from eddyline.schema.user_history import EMPTY as NO_HISTORY
 from eddyline.schema.user_history import Entry
 from eddyline.settings.worker import RECALL_PATHS
 from eddyline.stores.state_store import Fence, Source, UserState
+from index import port
 from index.filters import Filter
 from serving.answer.co_visit_reader import ITEMS_MAX, CoVisitReader, newest_items
 from serving.answer.deadline import Deadline, DeadlinePassed
 from serving.answer.fusions import make_fusion
 from serving.answer.retriever import Query, Retriever
 from serving.answer.seen import SeenPolicy
-from serving.recall import co_visits
 from serving.recall.again import AgainPath
 from serving.recall.base import AFTER, BEFORE, QueryCoVisits, RecallContext, RecallRequest
 from serving.recall.co_visits import CoVisitsBothPath, CoVisitsPath, sum_up
@@ -150,7 +150,7 @@ def test_repeated_keys_are_summed_and_what_is_not_above_0_is_left_out() -> None:
 def test_k_is_cut_among_equal_scores_by_id(
     world: World, k: int, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(co_visits, "PIECE_MIN", piece)
+    monkeypatch.setattr(port, "PIECE_MIN", piece)
     others = {f"gone-{n}": [1] for n in range(30)} | {f"i{n}": [2] for n in range(1, 9)}
     request = request_of(QueryCoVisits(["a"], [row(others)], [EMPTY]), k, excluded={"i3"})
     found = CoVisitsPath(context_of(world)).recall(request, world.index)
