@@ -7,8 +7,12 @@ interceptor sets that attribute, and refuses a call whose pool is full before it
 from __future__ import annotations
 
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
@@ -21,35 +25,139 @@ REFLECTION_S_MAX = 120.0
 REFLECTION_STREAMS_MAX = 4
 
 
-class CallPool(ThreadPoolExecutor):
-    """A thread pool that counts its calls, running and waiting. Thread rule: any thread."""
+# A call that waits longer for a thread finds the others at calls that wait for a server themselves.
+STUCK_S = 0.02
+# A thread beyond the first ones ends after this time without a call.
+IDLE_S = 5.0
 
-    def __init__(self, name: str, threads: int, calls_max: int) -> None:
-        """calls_max: with this many calls inside, `full` is true."""
+
+_Call = tuple[Future[Any], Callable[[], Any]]
+
+
+@dataclass(slots=True)
+class _Threads:
+    """Threads of a pool. idle: of them, those that wait until `changed` is notified."""
+
+    changed: threading.Condition
+    count: int = 0
+    idle: int = 0
+
+
+class CallPool(ThreadPoolExecutor):
+    """A thread pool that counts its calls, running and waiting. Thread rule: any thread.
+
+    Python runs one thread at a time, so many that compute only hand the interpreter to each other.
+    A few are enough, but for calls that wait for a server. So a call that has waited for a thread
+    for `STUCK_S` gets a further one. While calls wait, one of the further threads looks after that.
+    """
+
+    def __init__(self, name: str, threads: int, calls_max: int, *, at_first: int = 0) -> None:
+        """calls_max: with this many calls inside, `full` is true.
+
+        at_first: threads whose calls do not wait; default: all
+        """
         super().__init__(threads, thread_name_prefix=name)
         self.name, self.calls_max = name, calls_max
-        self._calls = 0
-        self._counting = threading.Lock()
+        self._at_first = min(at_first or threads, threads)
+        self._more = threads - self._at_first
+        self._lock = threading.Lock()
+        self._first = _Threads(threading.Condition(self._lock))
+        self._further = _Threads(threading.Condition(self._lock))
+        # Whether one of the further threads looks after the calls that wait.
+        self._watched = False
+        # Calls without a thread, with the time since when.
+        self._waiting: deque[tuple[float, Future[Any], Callable[[], Any]]] = deque()
+        self._calls = self._made = 0
+        self._closed = False
 
     def submit(self, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """As ThreadPoolExecutor does; counted until it is done."""
-        with self._counting:
+        future = Future[Any]()
+        with self._lock:
+            if self._closed:
+                raise RuntimeError(f"{self.name}: the pool is closed")
             self._calls += 1
-        try:
-            future = super().submit(call, *args, **kwargs)
-        except BaseException:
-            self._leave()
-            raise
-        future.add_done_callback(self._leave)
+            self._waiting.append((time.monotonic(), future, partial(call, *args, **kwargs)))
+            if not self._wake(self._first, self._at_first, self._next):
+                self._watch()
         return future
 
     def full(self) -> bool:
         """Whether a further call is refused."""
         return self._calls >= self.calls_max
 
-    def _leave(self, _: object = None) -> None:
-        with self._counting:
-            self._calls -= 1
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """No further calls; the threads end after those that are inside."""
+        with self._lock:
+            self._closed = True
+            for threads in (self._first, self._further):
+                threads.changed.notify_all()
+        super().shutdown(wait, cancel_futures=cancel_futures)
+
+    def _wake(self, threads: _Threads, most: int, take: Callable[[], _Call | None]) -> bool:
+        """Have an idle thread go on, or start one; False if all are busy."""
+        if threads.idle:
+            # Until it has looked it is idle for no further call.
+            threads.idle -= 1
+            threads.changed.notify()
+        elif threads.count < most:
+            threads.count += 1
+            self._made += 1
+            name = f"{self.name}_{self._made}"
+            threading.Thread(target=self._run, args=(take,), name=name, daemon=True).start()
+        else:
+            return False
+        return True
+
+    def _watch(self) -> None:
+        """Have one of the further threads look after the calls that wait."""
+        if not self._watched:
+            self._watched = self._wake(self._further, self._more, self._next_stuck)
+
+    def _run(self, take: Callable[[], _Call | None]) -> None:
+        while (taken := take()) is not None:
+            future, call = taken
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+            # Not kept until the next call comes.
+            del taken, future, call
+            with self._lock:
+                self._calls -= 1
+
+    def _next(self) -> _Call | None:
+        """The call that waits longest; None: the thread ends."""
+        threads = self._first
+        with self._lock:
+            while not self._waiting:
+                if self._closed:
+                    threads.count -= 1
+                    return None
+                threads.idle += 1
+                threads.changed.wait()
+            return self._waiting.popleft()[1:]
+
+    def _next_stuck(self) -> _Call | None:
+        """The call that waits longest, once that is `STUCK_S`; None: the thread ends."""
+        threads = self._further
+        while True:
+            with self._lock:
+                while not self._waiting:
+                    self._watched = False
+                    threads.idle += 1
+                    if self._closed or not threads.changed.wait(IDLE_S):
+                        threads.idle -= 1
+                        threads.count -= 1
+                        return None
+                left_s = self._waiting[0][0] + STUCK_S - time.monotonic()
+                if left_s <= 0:
+                    self._watched = False
+                    taken = self._waiting.popleft()
+                    if self._waiting:
+                        self._watch()
+                    return taken[1:]
+            time.sleep(left_s)
 
 
 class CallPools(grpc.ServerInterceptor):  # type: ignore[misc]

@@ -22,7 +22,7 @@ from serving.answer.click_waits import ClickPending, TooManyWait
 from serving.answer.deadline import Deadline, DeadlinePassed
 from serving.answer.retriever import ItemsNotLive, NearestQuery, Query
 from serving.proto import retrieval_pb2 as pb
-from serving.rpc import converters
+from serving.rpc import converters, one_batch
 from serving.rpc.backends import HoldsOneShard, NoShardAnswers, OtherGeneration, RetrievalBackend
 from serving.rpc.filter_messages import BadQuery
 
@@ -145,8 +145,8 @@ class RetrievalService:
     ) -> None:
         """Answer every call but Stats; see retrieval.proto.
 
-        send: gets the response, then None; perhaps from another thread. So gRPC lets a handler
-        return before its call is answered: a call that waits for a click holds no thread.
+        send: ends the call with the response, or with None after an error; perhaps from another
+        thread: a call that waits for a click holds no thread
         """
         received_us, begun = time.time_ns() // 1000, time.perf_counter()
         deadline = Deadline.of_call(context.time_remaining(), self._settings.query_timeout_ms)
@@ -194,7 +194,6 @@ class RetrievalService:
         if response is not None:
             self._ended(call, response)
             call.send(response)
-            call.send(None)
 
     def _answer(self, call: _Call, resumed: Query | None) -> _Response | None:
         """The response; None if the call waits for its click."""
@@ -335,7 +334,7 @@ def add_to_server(service: RetrievalService, server: grpc.Server) -> None:
     """
 
     def answer(request: Any, context: Any, send: Any) -> None:
-        service.answer(request, context, send)
+        service.answer(request, context, one_batch.ending(context, send))
 
     answer.experimental_non_blocking = True  # type: ignore[attr-defined]
     handlers = {

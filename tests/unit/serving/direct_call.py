@@ -36,6 +36,5 @@ def retrieve(service: RetrievalService, user_id: str, k: int, **more: Any) -> pb
     service.answer(pb.RetrieveRequest(user_id=user_id, k=k, **more), call, sent.append)
     if call.code is not grpc.StatusCode.OK:
         raise RuntimeError(f"{call.code}: {call.details}")
-    response, end = sent
-    assert end is None
+    [response] = sent
     return response  # type: ignore[no-any-return]
