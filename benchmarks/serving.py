@@ -1,10 +1,12 @@
 """What does a query cost beside the wire? `make bench-serving`; SECONDS=5 a phase, ROUNDS=3.
 
-On the demo's running system. An *echo worker* is the same gRPC server in a process of its own; it
-returns a ready answer of the same size. Load comes from a third process: closed (each connection
+On the demo's running system: a worker that answers by the towers, and one that blends all paths of
+`BLENDED`. An *echo worker* is the same gRPC server in a process of its own; it returns a ready
+answer of the same size. Load comes from a third process: closed (each connection
 has one call open) or open (calls start at fixed times, whether earlier ones were answered or not,
-and a call's time counts from when it was due). Echo and worker are measured in turns, so that both
-see the same machine. The rows compare medians over the rounds.
+and a call's time counts from when it was due). Echo
+and worker are measured in turns, so that both see the same machine. The rows compare the phases of
+a round, and tell the median over the rounds.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from typing import Any, NamedTuple
 
 import grpc
 import grpc.aio
+import msgspec
 import numpy as np
 from rich.console import Console
 
@@ -39,6 +42,14 @@ SECONDS = float(os.environ.get("SECONDS", "5"))
 ROUNDS = int(os.environ.get("ROUNDS", "3"))
 K, SEED, MANY = 10, 5, 8
 METHOD = f"/{NAME}/Retrieve"
+TOWERS = {"recall_paths": "towers,popular,newest", "fusion": "cascade"}
+BLENDED = {
+    "recall_paths": "towers,co_visits,co_visits_both,next,popular,popular_fast,popular_slow,newest",
+    "fusion": "blend",
+}
+# Worker -> how many times the echo worker's p50 at one connection it may have, and what share of
+# its throughput at many it must have.
+LIMITS = {"worker": (1.8, 0.5), "blended worker": (3.0, 0.3)}
 # The open loop has this share of what one connection reached.
 OPEN_SHARE = 0.5
 
@@ -66,29 +77,40 @@ def main() -> int:
         return echo()
     if sys.argv[1:2] == ["load"]:
         return asyncio.run(load_worker(*sys.argv[2:]))
-    settings = load()
+    # Ingest keeps the state of the paths of its settings.
+    settings = msgspec.structs.replace(load(), **BLENDED)
     with bring_up(settings, os.environ.get("DATA", "movielens"), Console()) as system:
         deployment, users = system.deployment, sorted(system.dataset.profiles)
         path = Path(settings.data_dir) / "bench-requests"
         rng = random.Random(SEED)
         requests = [pb.RetrieveRequest(user_id=rng.choice(users), k=K) for _ in range(1_000)]
         path.write_bytes(b"\n".join(base64.b64encode(r.SerializeToString()) for r in requests))
-        with Client(system.address) as client:
-            ready = client.retrieve(requests[0].user_id, K)
+        child, by_towers = deployment.worker_child(is_ready, "worker-2", **TOWERS)
+        deployment.supervisor.start(child)
+        workers = {"worker": by_towers, "blended worker": system.address}
         with ExitStack() as stack:
-            echo_address = stack.enter_context(echo_worker(ready))
-            found = measure({"echo": echo_address, "worker": system.address}, path)
+            addresses = {}
+            for name, address in workers.items():
+                with Client(address) as client:
+                    ready = client.retrieve(requests[0].user_id, K)
+                addresses[_echo_of(name)] = stack.enter_context(echo_worker(ready))
+                addresses[name] = address
+            found = measure(addresses, path)
             rate = OPEN_SHARE * float(np.median([one.a_second for one in found["worker", 1]]))
-            loop = generate(system.address, path, rate=rate)
+            loop = generate(by_towers, path, rate=rate)
             child, forked = deployment.worker_child(
-                is_ready, "worker-2", worker_processes=str(os.cpu_count())
+                is_ready, "worker-3", worker_processes=str(os.cpu_count()), **TOWERS
             )
             deployment.supervisor.start(child)
-            processes = measure({"worker": system.address, "processes": forked}, path)
+            processes = measure({"worker": by_towers, "processes": forked}, path)
         data = system.dataset.name
     rows = [*rows_of(found), *open_rows(loop, rate), *process_rows(processes)]
     folder = Path(settings.data_dir) / "bench"
     return report("serving", rows, folder, data=data, rounds=ROUNDS, seconds=SECONDS, k=K)
+
+
+def _echo_of(worker: str) -> str:
+    return worker.replace("worker", "echo")
 
 
 def measure(addresses: dict[str, str], path: Path) -> dict[tuple[str, int], list[Found]]:
@@ -103,23 +125,23 @@ def measure(addresses: dict[str, str], path: Path) -> dict[tuple[str, int], list
 
 
 def rows_of(found: dict[tuple[str, int], list[Found]]) -> list[dict[str, Any]]:
-    """The worker beside the echo worker."""
+    """The workers beside their echo workers."""
     rows = []
-    for connections in (1, MANY):
-        for name in ("echo", "worker"):
-            phases = found[name, connections]
-            p50 = float(np.median([phase.percentile(50) for phase in phases]))
-            p99 = float(np.median([phase.percentile(99) for phase in phases]))
-            a_second = float(np.median([phase.a_second for phase in phases]))
-            rows.append(row(f"{name}, {connections} connections, p50", p50, "ms"))
-            rows.append(row(f"{name}, {connections} connections, p99", p99, "ms"))
-            rows.append(row(f"{name}, {connections} connections", a_second, "q/s"))
-    p50 = ratio(found["worker", 1], found["echo", 1], lambda phase: phase.percentile(50))
-    many = ratio(found["worker", MANY], found["echo", MANY], lambda phase: phase.a_second)
-    rows.append(row("p50 at one connection, worker : echo", p50, "×", "≤ 1.8", p50 <= 1.8))
-    rows.append(
-        row(f"throughput at {MANY} connections, worker : echo", many, "×", "≥ 0.5", many >= 0.5)
-    )
+    for (name, connections), phases in found.items():
+        for percent in (50, 99):
+            ms = float(np.median([phase.percentile(percent) for phase in phases]))
+            rows.append(row(f"{name}, {connections} connections, p{percent}", ms, "ms"))
+        a_second = float(np.median([phase.a_second for phase in phases]))
+        rows.append(row(f"{name}, {connections} connections", a_second, "q/s"))
+    for name, (most, least) in LIMITS.items():
+        echo = _echo_of(name)
+        p50 = ratio(found[name, 1], found[echo, 1], lambda phase: phase.percentile(50))
+        many = ratio(found[name, MANY], found[echo, MANY], lambda phase: phase.a_second)
+        both = f"{name} : {echo}"
+        rows.append(row(f"p50 at one connection, {both}", p50, "×", f"≤ {most}", p50 <= most))
+        rows.append(
+            row(f"throughput at {MANY} connections, {both}", many, "×", f"≥ {least}", many >= least)
+        )
     failed = sum(phase.failed for phases in found.values() for phase in phases)
     rows.append(row("calls that failed", failed, "", "0", not failed))
     return rows
@@ -168,7 +190,6 @@ def echo() -> int:
 
     def answer(request: object, context: object, send: Callable[[Any], None]) -> None:
         send(ready)
-        send(None)
 
     service.answer = answer  # type: ignore[method-assign]
     server = WorkerServer(settings, service)

@@ -329,13 +329,10 @@ class RedisStore(FencedWrites, StateStore):
         by_slot: dict[str, list[int]] = {}
         for at, slot in enumerate(slots):
             by_slot.setdefault(slot, []).append(at)
-        if len(by_slot) == 1:
-            answers: list[Any] = [self._redis.mget(names)]
-        else:
-            with self._redis.pipeline(transaction=False) as pipe:
-                for places in by_slot.values():
-                    pipe.mget([names[at] for at in places])
-                answers = pipe.execute()
+        with self._redis.pipeline(transaction=False) as pipe:
+            for places in by_slot.values():
+                pipe.mget([names[at] for at in places])
+            answers = pipe.execute()
         stored: list[bytes | None] = [None] * len(rows)
         for places, values in zip(by_slot.values(), answers, strict=True):
             for at, value in zip(places, values, strict=True):
