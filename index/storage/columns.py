@@ -33,6 +33,8 @@ NEW_SHARE = 16
 # With more columns of numbers than these, those without rows go too.
 EMPTY_COLUMNS_MAX = 1_000
 _CAPACITY_MIN = 64
+# The terms of all columns are kept for so many choices of names: a site has one or two.
+WANTED_MAX = 8
 # Readers get the interpreter lock between the steps of larger work.
 YIELD_ABOVE = 10_000
 YIELD_S = 1e-6
@@ -110,7 +112,7 @@ class Postings:
     numeric: whether entries have values
     """
 
-    __slots__ = ("_by_row", "_count", "_entries", "_keys", "_number_of", "_numeric")
+    __slots__ = ("_by_row", "_count", "_entries", "_keys", "_number_of", "_numeric", "_wanted")
 
     def __init__(self, *, numeric: bool, data: ColumnData | None = None) -> None:
         """data: the first entries."""
@@ -123,6 +125,7 @@ class Postings:
         self._keys = [*data.keys]
         # Made when it is first asked for: few sites ask for the terms of a row.
         self._by_row: _ByRow | None = None
+        self._wanted: dict[tuple[str, ...], list[Term | None]] = {}
         self._entries = _Entries(*data[1:], _NONE, _NONE, np.empty(0))
         # New entries in use; of the writer alone.
         self._count = 0
@@ -190,18 +193,39 @@ class Postings:
                 found |= hit
         return found | _are_in_new(entries, rows, columns, between)
 
-    def keys_of(self, rows: Ints, fields: Collection[str]) -> list[list[Key]]:
-        """Of each of these rows the keys whose first part is one of these."""
-        entries, by_row, keys = self._entries, self._by_row, self._keys
+    def terms(self, rows: Ints, name_of: Mapping[str, str]) -> list[frozenset[Term]]:
+        """The terms of each of these rows.
+
+        name_of: first part of a key -> name of its terms, of the keys that are wanted
+        """
+        entries, by_row = self._entries, self._by_row
         if by_row is None or by_row.rows is not entries.rows:
             self._by_row = by_row = _ByRow.of(entries)
         first = np.searchsorted(entries.new_rows, rows).tolist()
         after = np.searchsorted(entries.new_rows, rows, "right").tolist()
+        of_column = self._terms_by_column(name_of).__getitem__
         found = []
         for row, start, end in zip(rows.tolist(), first, after, strict=True):
-            columns = by_row.columns_of(row) + entries.new_columns[start:end].tolist()
-            found.append([key for column in columns if (key := keys[column])[0] in fields])
+            columns = by_row.columns_of(row)
+            if start < end:
+                columns = columns + entries.new_columns[start:end].tolist()
+            found.append(frozenset(filter(None, map(of_column, columns))))
         return found
+
+    def _terms_by_column(self, name_of: Mapping[str, str]) -> list[Term | None]:
+        """The term of each column, None for columns that are not wanted. Never changed in place."""
+        wanted, keys = tuple(name_of), self._keys
+        made = self._wanted.get(wanted, [])
+        if (count := len(keys)) > len(made):
+            more = keys[len(made) : count]
+            made = made + [
+                None if (name := name_of.get(field_name)) is None else (name, text)
+                for field_name, text in more
+            ]
+            if len(self._wanted) >= WANTED_MAX:
+                self._wanted = {}
+            self._wanted[wanted] = made
+        return made
 
     def data(self, kept: Ints, count: int, *, by_name: bool = False) -> ColumnData:
         """The entries of the rows `kept` of `count`, renumbered 0, 1, …
@@ -325,11 +349,8 @@ class Columns:
 
     def terms(self, rows: Ints, names: Collection[str]) -> list[frozenset[Term]]:
         """What each of these rows has of these attributes; see `IndexReader.terms_of`."""
-        name_of = {name if name in LISTS else TEXT + name: name for name in names}
-        return [
-            frozenset((name_of[field_name], text) for field_name, text in keys)
-            for keys in self._terms.keys_of(rows, name_of)
-        ]
+        name_of = {name if name in LISTS else TEXT + name: name for name in sorted(names)}
+        return self._terms.terms(rows, name_of)
 
     def compact(self, kept: Ints, count: int) -> Columns:
         """The columns of a table that holds only the rows `kept` of `count`, renumbered 0, 1, …"""

@@ -18,7 +18,7 @@ from serving.answer.seen import SeenPolicy
 from serving.recall.base import RecallPath, RecallRequest
 from serving.rules.answer_rules import AnswerRules, without_denied
 from serving.rules.editorial import ActiveRules
-from serving.rules.selection import BOOSTED, DENIED, NO_WISHES, PINNED, Chosen, Wishes
+from serving.rules.selection import BOOSTED, DENIED, LIMIT, NO_WISHES, PINNED, Chosen, Wishes
 
 _decoder = msgspec.json.Decoder(Item)
 
@@ -205,7 +205,10 @@ def _by_rules(
 ) -> tuple[str, Sequence[ItemRule]]:
     """(the reason, with what the rules did to the item; the rules)."""
     if removed := chosen.removed.get(item_id):
-        return f"{why}; left out: {removed.why}", [removed.rule]
+        name, text = removed
+        most = dict(chosen.limits)[name]
+        full = f"the answer has {most} items of {quote(name)} {quote(text)}, its limit"
+        return f"{why}; left out: {full}", [ItemRule(LIMIT, name)]
     one = next((item for item in chosen.items if item.hit.item_id == item_id), None)
     if one is not None:
         did = "; ".join(f"{rule.kind} by {quote(rule.name)}" for rule in one.rules)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -29,24 +28,24 @@ class LimitCounts:
         """terms_of: item id -> its terms, at least of the limited attributes"""
         self._most = dict(limits)
         self._terms_of = terms_of
-        self._counts: Counter[Term] = Counter()
+        self._counts: dict[Term, int] = {}
+        self._full: set[Term] = set()
 
     def add(self, item_id: str) -> None:
         """Count a chosen item."""
-        self._counts.update(self._limited(item_id))
+        for term in self._terms_of.get(item_id, ()):
+            if (most := self._most.get(term[0])) is not None:
+                self._counts[term] = count = self._counts.get(term, 0) + 1
+                if count >= most:
+                    self._full.add(term)
 
     def reached(self, item_id: str) -> list[Term]:
         """The item's values that have as many chosen items as they may have, sorted."""
-        counts, most = self._counts, self._most
-        return sorted(term for term in self._limited(item_id) if counts[term] >= most[term[0]])
+        return sorted(self._full.intersection(self._terms_of.get(item_id, ())))
 
     def full(self) -> list[Term]:
         """All values that have as many items as they may have, those with the most items first."""
-        full = [term for term, n in self._counts.items() if n >= self._most[term[0]]]
-        return sorted(full, key=lambda term: (-self._counts[term], term))
-
-    def _limited(self, item_id: str) -> list[Term]:
-        return [term for term in self._terms_of.get(item_id, ()) if term[0] in self._most]
+        return sorted(self._full, key=lambda term: (-self._counts[term], term))
 
 
 def without_terms(filters: Filter | None, terms: Sequence[Term]) -> Filter:

@@ -58,27 +58,22 @@ class Wishes(NamedTuple):
 NO_WISHES = Wishes()
 
 
-class Removed(NamedTuple):
-    """Why a candidate is not in the answer. why: one clause"""
-
-    rule: ItemRule
-    why: str
-
-
 class Chosen(NamedTuple):
     """The items of an answer.
 
     paths:   what the recall paths returned for it
     filled:  what the answer has beyond its limits, one sentence each
     version: of the editorial rules; arm: of the user, "" for none
-    removed: item id -> the limit that it would exceed, of candidates before the answer was full
+    removed: item id -> a value that was full, of candidates before the answer was
+    limits:  that the answer keeps
     """
 
     items: list[Recommendation]
     paths: list[PathResult]
     filled: Sequence[str] = ()
     version: str = ""
-    removed: Mapping[str, Removed] = {}
+    removed: Mapping[str, Term] = {}
+    limits: Sequence[Limit] = ()
     arm: str = ""
 
 
@@ -168,7 +163,14 @@ class Choice:
                 break
             items, removed, counts = self._select(placed)
         items, filled = self._filled(items, removed)
-        return Chosen(items, counted(items, self._results), filled, self._active.version, removed)
+        return Chosen(
+            items,
+            counted(items, self._results),
+            filled,
+            self._active.version,
+            removed,
+            limits=self._limits,
+        )
 
     def _recall(self, request: RecallRequest) -> bool:
         """Add what the fusion returns to the list; whether anything is new."""
@@ -250,7 +252,7 @@ class Choice:
 
     def _select(
         self, placed: Mapping[int, Recommendation]
-    ) -> tuple[list[Recommendation], dict[str, Removed], LimitCounts]:
+    ) -> tuple[list[Recommendation], dict[str, Term], LimitCounts]:
         """(the items that the limits allow, what they removed, what is used of the limits)."""
         k, limits = self.request.k, self._limits
         counts = LimitCounts(limits, self._terms)
@@ -259,12 +261,12 @@ class Choice:
         for one in placed.values():
             counts.add(one.hit.item_id)
         order = self._order(pool, [one.hit.item_id for one in placed.values()])
-        removed: dict[str, Removed] = {}
+        removed: dict[str, Term] = {}
 
         def passes(at: int) -> bool:
             reached = counts.reached(pool[at].hit.item_id)
             if reached:
-                removed[pool[at].hit.item_id] = _over(reached[0], limits)
+                removed[pool[at].hit.item_id] = reached[0]
             return not reached
 
         items: list[Recommendation] = []
@@ -293,7 +295,7 @@ class Choice:
         return ByMarginalRelevance(mine, diversity, chosen, count=len(pool))
 
     def _filled(
-        self, items: list[Recommendation], removed: dict[str, Removed]
+        self, items: list[Recommendation], removed: dict[str, Term]
     ) -> tuple[list[Recommendation], list[str]]:
         """(the items, filled up with those beyond the limits, and sentences about them)."""
         missing = self.request.k - len(items)
@@ -302,7 +304,7 @@ class Choice:
         extra = [one for one in self._ordered() if one.hit.item_id in removed][:missing]
         made, beyond = [], Counter[str]()
         for one in extra:
-            attribute = removed.pop(one.hit.item_id).rule.name
+            attribute = removed.pop(one.hit.item_id)[0]
             beyond[attribute] += 1
             made.append(one._replace(rules=[*one.rules, ItemRule(OVER_LIMIT, attribute)]))
         most = dict(self._limits)
@@ -327,12 +329,6 @@ def vectors_of(item_ids: Sequence[str], index: IndexReader) -> Vector:
         if len(vectors) == len(at):  # else one more died just now: none of the piece counts
             every[at] = vectors
     return every
-
-
-def _over(term: Term, limits: Sequence[Limit]) -> Removed:
-    name, text = term
-    why = f"the answer has {dict(limits)[name]} items of {quote(name)} {quote(text)}, its limit"
-    return Removed(ItemRule(LIMIT, name), why)
 
 
 def _both(filters: Filter, values: Filter) -> Filter | None:

@@ -90,7 +90,7 @@ def answered(request: Any) -> tuple[Any, Context]:
     [pb.RetrieveRequest, pb.SimilarItemsRequest, pb.SearchByVectorRequest, pb.ExplainRequest],
     ids=lambda kind: kind.DESCRIPTOR.name,
 )
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_no_request_ends_inside(kind: Any, data: st.DataObject) -> None:
     fields = data.draw(messages(kind.DESCRIPTOR))
@@ -113,6 +113,31 @@ def test_no_request_ends_inside(kind: Any, data: st.DataObject) -> None:
         assert not {"i1", "i9"} & set(items)
 
 
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_no_request_of_a_batch_ends_inside(data: st.DataObject) -> None:
+    some = st.one_of(good_requests, messages(pb.RetrieveRequest.DESCRIPTOR))
+    requests = []
+    for fields in data.draw(st.lists(some, max_size=6)):
+        try:
+            requests.append(pb.RetrieveRequest(**fields))
+        except ValueError:
+            continue
+    answer, context = answered(pb.RetrieveBatchRequest(requests=requests))
+    if not requests:
+        assert context.code is grpc.StatusCode.INVALID_ARGUMENT
+        return
+    assert len(answer.answers) == len(requests)
+    for one, request in zip(answer.answers, requests, strict=True):
+        single, alone = answered(request) if not request.after.wait_ms else (None, None)
+        assert one.code in (0, grpc.StatusCode.INVALID_ARGUMENT.value[0]), one.detail
+        assert one.HasField("response") == (one.code == 0) == (not one.detail)
+        if alone is not None:
+            assert (single is not None) == (one.code == 0)
+            ids = [item.item_id for item in one.response.items]
+            assert single is None or [item.item_id for item in single.items] == ids
+
+
 good_requests = st.fixed_dictionaries(
     {"user_id": st.sampled_from(["ana", "bob"]), "k": st.integers(1, N + 2)},
     optional={
@@ -131,7 +156,7 @@ good_requests = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(fields=good_requests)
 def test_every_good_request_gets_k_items(fields: dict[str, Any]) -> None:
     answer, context = answered(pb.RetrieveRequest(**fields))
