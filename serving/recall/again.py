@@ -7,34 +7,47 @@ from collections.abc import Sequence
 import numpy as np
 from typing_extensions import override
 
-from eddyline.schema.user_history import positive_events
+from eddyline.schema import seen_items
+from eddyline.schema.user_history import DISLIKE, positive_events
 from eddyline.stores.state_store import UserState
+from index.arrays import Floats, Keys
 from index.port import IndexReader, LiveItems
 from index.ranked import RankedItems
 from serving.recall.base import Candidates, PathScores, RecallContext, RecallPath, RecallRequest
+from serving.recall.co_visits import KeyPlaces
 
 # An event counts (its age + AGE_PRIOR)^-AGE_POWER; the age is the number of newer ones.
 AGE_PRIOR, AGE_POWER = 20.0, 0.25
+# Items beyond the list that it looks at; a thousand give no more hits.
+BEYOND_MAX = 300
 
 
 class AgainPath(RecallPath):
-    """The live items of the user's list, the most frequent and recent first.
+    """The live items that the user had, the most frequent and recent first.
 
     Returns nothing where seen items are hidden.
 
-    score = Σ over the item's positive events: (age + AGE_PRIOR)^-AGE_POWER
+    score = Σ over the item's positive events: (age + AGE_PRIOR)^-AGE_POWER. Of the newest items
+    beyond the list one event each is known; their ages follow those of the list.
     """
 
     name = "again"
 
     def __init__(self, context: RecallContext) -> None:
         self._hidden = context.settings.seen_items == "hide"
+        self._items_max = context.settings.seen_items_max
+        self._live = KeyPlaces()
 
     @override
     def recall(self, request: RecallRequest, index: IndexReader) -> Candidates:
         if request.user is None:
             return Candidates((), "the user could not be read")
         scores = _scores_of(request.user)
+        if request.user.seen:
+            keys, more = beyond(request.user, self._items_max)
+            for hit, score in zip(index.find_keys(keys), more.tolist(), strict=True):
+                if hit is not None:
+                    scores[hit.item_id] = scores.get(hit.item_id, 0.0) + score
         wanted = [pair for pair in scores.items() if pair[0] not in request.excluded]
         ranked = RankedItems.of(sorted(wanted, key=lambda pair: (-pair[1], pair[0])))
         hits = index.first_listed(ranked, request.k, (), request.filters)
@@ -54,7 +67,25 @@ class AgainPath(RecallPath):
                 for item_id, score in _scores_of(request.user).items():
                     if (place := items.place_of.get(item_id)) is not None:
                         row[place] = score
+                keys, more = beyond(request.user, self._items_max)
+                places = self._live.find(keys, items)
+                live = places >= 0
+                row[places[live]] = np.maximum(row[places[live]], 0.0) + more[live]
         return PathScores(scores)
+
+
+def beyond(user: UserState, items_max: int) -> tuple[Keys, Floats]:
+    """(uint64 (n,): keys of the newest items beyond the list, float64 (n,): their scores).
+
+    At most `BEYOND_MAX`, each once, newest first, equal times by key; without dislikes.
+    """
+    found = seen_items.decode(user.seen, items_max)
+    order = np.lexsort((found.keys, -found.at_ms))
+    order = order[found.kinds[order] != DISLIKE]
+    keys, first = np.unique(found.keys[order], return_index=True)
+    newest = np.argsort(first)[:BEYOND_MAX]
+    ages = len(user.history.entries) + np.arange(len(newest))
+    return keys[newest], (ages + AGE_PRIOR) ** -AGE_POWER
 
 
 def _scores_of(user: UserState) -> dict[str, float]:

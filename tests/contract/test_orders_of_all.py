@@ -7,6 +7,7 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 
+from eddyline.schema import seen_items
 from eddyline.schema.co_visits import entries
 from eddyline.schema.event_decay import decays
 from eddyline.schema.item_key import item_key
@@ -118,7 +119,10 @@ class World:
         if self.rng.random() < 0.5:
             drawn = self.rng.normal(0, 0.1, D).astype("<f4")
             embedding = (9, drawn.tobytes())
-        user = UserState(None, UserHistory(entries=entries), 0, embedding, {})
+        others = self.rng.integers(0, N + 3, int(self.rng.integers(0, 6)))
+        beyond = [Entry(f"i{n}", 60_000 * int(self.rng.integers(4)), n % 6) for n in others]
+        seen = seen_items.stored(beyond)
+        user = UserState(None, UserHistory(entries=entries), 0, embedding, {}, seen)
         excluded = {f"i{n}" for n in items} if self.rng.random() < 0.7 else set()
         found, missing = self.reader.read(user, Deadline(60))
         assert not missing

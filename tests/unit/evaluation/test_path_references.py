@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from eddyline.schema.events import Click, Item
+from eddyline.schema.item_key import item_key
 from eddyline.settings.loader import Settings
 from embeddings.bundle.bundle import Bundle
 from evaluation import offline
@@ -30,6 +31,9 @@ class Reference:
     def __init__(self) -> None:
         # Newest first: (item, whether it is a dislike).
         self.lists: dict[str, list[tuple[str, bool]]] = defaultdict(list)
+        self.minutes: dict[str, list[int]] = defaultdict(list)
+        # User -> item -> minute of the last positive event on it that left the list.
+        self.beyond: dict[str, dict[str, int]] = defaultdict(dict)
         # What the user had, in the list or not.
         self.seen: dict[str, set[str]] = defaultdict(set)
         # Item -> other item -> [visits, next visits].
@@ -37,7 +41,7 @@ class Reference:
         self.before: Row = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
         self.events: list[str] = []
 
-    def add(self, user: str, item: str, dislike: bool) -> None:
+    def add(self, user: str, item: str, dislike: bool, at_ms: int) -> None:
         mine = self.lists[user]
         older = [other for other, bad in mine if not bad][: SETTINGS.co_visit_items]
         for distance, other in enumerate([] if dislike else older, 1):
@@ -47,7 +51,11 @@ class Reference:
                     row[1] += distance == 1
         mine.insert(0, (item, dislike))
         self.seen[user].add(item)
-        del mine[SETTINGS.history_length_max :]
+        self.minutes[user].insert(0, at_ms // 60_000)
+        for left, minute in zip(mine[12:], self.minutes[user][12:], strict=True):
+            if not left[1]:
+                self.beyond[user][left[0]] = minute
+        del mine[12:], self.minutes[user][12:]
         if not dislike:
             self.events.append(item)
 
@@ -98,6 +106,10 @@ class Reference:
     def again(self, user: str) -> dict[str, float]:
         found: dict[str, float] = defaultdict(float)
         for age, item in enumerate(self.positive(user)):
+            found[item] += (age + 20) ** -0.25
+        beyond = self.beyond[user]
+        newest = sorted(beyond, key=lambda i: (-beyond[i], item_key(i)))
+        for age, item in enumerate(newest, len(self.lists[user])):
             found[item] += (age + 20) ** -0.25
         return found
 
@@ -154,7 +166,8 @@ def test_each_path_ranks_as_its_reference(bundle: Bundle, seed: int, keeps_repea
         now_ms = int(log.at_ms[event])
         while log.at_ms[applied] < now_ms:
             user, item = log.user_ids[log.users[applied]], log.item_ids[log.items[applied]]
-            reference.add(user, item, bool(log.kinds[applied] == DISLIKE))
+            dislike = bool(log.kinds[applied] == DISLIKE)
+            reference.add(user, item, dislike, int(log.at_ms[applied]))
             applied += 1
         if not outcome.kept[number]:
             continue

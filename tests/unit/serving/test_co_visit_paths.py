@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 import msgspec
 import numpy as np
 import pytest
 
 from eddyline.errors import StoreRefused, StoreUnavailable
+from eddyline.schema import seen_items
 from eddyline.schema.co_visits import EMPTY, CoVisits, decode, entries
 from eddyline.schema.item_key import item_key
 from eddyline.schema.partitioning import item_slot
@@ -131,6 +133,19 @@ def test_again_scores_and_who_may_see_them(world: World) -> None:
         request_of(None, user=user, excluded={"i1", "i2", "gone"}), world.index
     )
     assert (hidden.hits, hidden.why) == ([], "seen items are hidden, see the setting seen_items")
+    far = [("i3", 4, 1), ("i1", 3, 1), ("i4", 2, 5), ("i5", 4, 3), ("i3", 1, 0), ("gone", 9, 1)]
+    seen = seen_items.stored([Entry(i, 60_000 * minute, kind) for i, minute, kind in far])
+    more = request_of(None, user=replace(user, seen=seen))
+    hits = AgainPath(context_of(world, seen_items="keep")).recall(more, world.index)
+    first, second = sorted(("i3", "i5"), key=item_key)  # of the same minute
+    assert {hit.item_id: hit.score for hit in hits.hits} == pytest.approx(
+        {
+            "i1": 20**-0.25 + 22**-0.25 + 27**-0.25,
+            "i2": 21**-0.25,
+            first: 25**-0.25,
+            second: 26**-0.25,
+        }
+    )
     disliked = request_of(None, user=user_of("i1", kind=5))
     assert not AgainPath(context_of(world)).recall(disliked, world.index).hits
 
