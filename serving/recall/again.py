@@ -84,8 +84,8 @@ def beyond(user: UserState, items_max: int) -> tuple[Keys, Floats]:
     order = order[found.kinds[order] != DISLIKE]
     keys, first = np.unique(found.keys[order], return_index=True)
     newest = np.argsort(first)[:BEYOND_MAX]
-    ages = len(user.history.entries) + np.arange(len(newest))
-    return keys[newest], (ages + AGE_PRIOR) ** -AGE_POWER
+    ages = len(user.history.entries) + np.arange(len(newest), dtype=np.float64)
+    return keys[newest], np.power(ages + AGE_PRIOR, -AGE_POWER)
 
 
 def _scores_of(user: UserState) -> dict[str, float]:
