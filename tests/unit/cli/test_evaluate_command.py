@@ -308,7 +308,7 @@ def test_an_interrupt_ends_a_training_and_leaves_nothing_behind(
     tmp_path: Path, sent: signal.Signals, code: int
 ) -> None:
     """Without a traceback, as of a key in the terminal; a service manager sends SIGTERM."""
-    events, scratch = write_events(tmp_path / "ratings.csv", 20_000), tmp_path / "scratch"
+    events, scratch = write_events(tmp_path / "ratings.csv", 4_000), tmp_path / "scratch"
     scratch.mkdir()
     command_line = [sys.executable, "-m", "cli", "evaluate", str(events), "--epochs", "1000"]
     with subprocess.Popen(
