@@ -42,6 +42,9 @@ class AnswerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """How many hours an item is fresh after its `at_ms`."""
     quota_every: Annotated[int, within(1, 1_000)] = 1
     """One in so many answers has the quotas: their cost falls with it, and what they show."""
+    quota_items: Annotated[float, within(0, 1)] = 1.0
+    """The share of the items that quotas may show, by a hash of their ids. Below 1, what became of
+    the others says what the quotas are good for."""
     cursor_s_max: Annotated[int, within(1, 604_800)] = 3_600
     """How long after a page its cursor gives the next one."""
 

@@ -189,7 +189,11 @@ class AnswerRules:
             if lacking <= 0:
                 continue
             shown = {one.hit.item_id for one in chosen.items}
-            some = [one for item_id, one in fits.items() if item_id not in shown]
+            some = [
+                one
+                for item_id, one in fits.items()
+                if item_id not in shown and quotas.may_show(item_id)
+            ]
             if not some:
                 continue
             ranks, items, few = zip(*some, strict=True)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from eddyline.schema.item_key import item_key
 from eddyline.settings.loader import Settings
 from index.arrays import Floats
 
@@ -41,12 +42,18 @@ class Quotas(NamedTuple):
 
     every: one in so many answers has them
     clicks_max: of a young item; fresh_ms: greatest age of a fresh one
+    items: share of the items that may be shown
     """
 
     listed: Sequence[Quota] = ()
     every: int = 1
     clicks_max: float = 20.0
     fresh_ms: int = 24 * _HOUR_MS
+    items: float = 1.0
+
+    def may_show(self, item_id: str) -> bool:
+        """Whether the item is in the share that quotas show."""
+        return self.items >= 1 or item_key(item_id) < self.items * 2**64
 
 
 NO_QUOTAS = Quotas()
@@ -60,6 +67,7 @@ def quotas_of(settings: Settings) -> Quotas:
         settings.quota_every,
         settings.quota_young_clicks,
         settings.quota_fresh_h * _HOUR_MS,
+        settings.quota_items,
     )
 
 

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from eddyline.schema.item_key import item_key
 from eddyline.settings.loader import Settings
 from serving.answer.deadline import Deadline
 from serving.answer.retriever import Answer, Query, Retriever
@@ -190,6 +191,21 @@ def test_fresh_items_are_those_of_the_last_hours(plant: Plant) -> None:
         for place in quota_places(answer, "fresh")
     ]
     assert all(one % 10 == 0 for one in drawn) and len(set(drawn)) > 2
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_share_of_the_items_is_shown(plant: Plant, share: float) -> None:
+    """The others stay as they are, for a comparison; the hash is that of `item_key`."""
+    young = retriever(plant, quota_young=0.5, quota_items=share)
+    drawn = {
+        answer.items[place].hit.item_id
+        for n in range(60)
+        for answer in [ask(young, plant, str(n))]
+        for place in quota_places(answer)
+    }
+    assert all(item_key(one) < share * 2**64 for one in drawn)
+    candidates = sum(item_key(f"item-{n}") < share * 2**64 for n in range(100, N))
+    assert len(drawn) <= candidates and bool(drawn) == bool(candidates)
 
 
 def test_young_items_near_the_top_are_drawn_more_often() -> None:
