@@ -173,6 +173,8 @@ def test_the_command_prints_the_hash_and_leaves_nothing_in_redis(logs) -> None:
             "clicks_partitions",
             "items_partitions",
             "chunk_records_max",
+            "path_state",
+            "history_length_max",
         )
     }
     argv = [sys.executable, "-m", "cli", "replay", "--into", "redis", "--chunk", "500"]
