@@ -192,9 +192,11 @@ class IndexReader(Protocol):
     A worker reads its own index; a coordinator reads the shards through `ScatterGather`.
 
     dimension: length of every vector
+    is_local:  whether it only computes; else it waits for other processes
     """
 
     dimension: int
+    is_local: bool = True
 
     def query(
         self, vector: Vector, k: int, exclude: Collection[str] = (), filters: Filter | None = None

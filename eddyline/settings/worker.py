@@ -46,6 +46,10 @@ class WorkerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Port of the query worker; 0 takes a free one and prints it."""
     worker_threads: Annotated[int, within(1, 256)] = 8
     """The most queries that a worker answers at a time; as many again may wait."""
+    worker_first_threads: Annotated[int, within(1, 256)] = 2
+    """Of those, so many start without a wait: one computes while another one waits for Redis. The
+    others start once all of these wait for long. More only cost CPU, unless Redis is far away:
+    where an answer of it takes longer than a query's own CPU, one more for each time as long."""
     worker_processes: Annotated[int, within(1, 64)] = 1
     """Processes of a query worker, on one port: forked from one that has loaded the index, they
     share its vectors and its graph. Above 1 it needs Linux."""

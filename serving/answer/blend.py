@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,6 +54,10 @@ _VISITS = {
     "next": NextPath.name,
 }
 _NOTHING = Candidates(())
+# One thread of the process blends at a time. It computes for some milliseconds in two hundred calls
+# of numpy, most of which let go of the interpreter for a moment: a second thread would take it each
+# time, and both would do little else.
+_TURN = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +106,12 @@ class Blend(Fusion):
     ) -> tuple[list[Recommendation], list[PathResult]]:
         if request.k <= 0:
             return [], []
-        calls = PathCalls(index, request, self._budget_ms)
-        prepared = self._prepare(paths, request, index, calls)
-        items = self._ranked(prepared, request.k)
-        results = counted(items, prepared.results)
-        fill([path for path in paths if path.name in FILLS], request, calls, items, results)
+        with _TURN if index.is_local else nullcontext():
+            calls = PathCalls(index, request, self._budget_ms)
+            prepared = self._prepare(paths, request, index, calls)
+            items = self._ranked(prepared, request.k)
+            results = counted(items, prepared.results)
+            fill([path for path in paths if path.name in FILLS], request, calls, items, results)
         return items, results
 
     def prepare(

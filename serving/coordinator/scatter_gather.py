@@ -55,6 +55,8 @@ class StaleVectors(EndsQuery):
 class ScatterGather(IndexReader):
     """The items of all shards, for one query. Thread rule: one thread."""
 
+    is_local = False
+
     def __init__(
         self,
         shards: Shards,

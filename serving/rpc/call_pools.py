@@ -25,7 +25,8 @@ REFLECTION_S_MAX = 120.0
 REFLECTION_STREAMS_MAX = 4
 
 
-# A call that waits longer for a thread finds the others at calls that wait for a server themselves.
+# If calls wait and no thread took one for so long, all threads wait for a server themselves, or for
+# long work. A busy pool takes one every few milliseconds, however many wait.
 STUCK_S = 0.02
 # A thread beyond the first ones ends after this time without a call.
 IDLE_S = 5.0
@@ -47,8 +48,9 @@ class CallPool(ThreadPoolExecutor):
     """A thread pool that counts its calls, running and waiting. Thread rule: any thread.
 
     Python runs one thread at a time, so many that compute only hand the interpreter to each other.
-    A few are enough, but for calls that wait for a server. So a call that has waited for a thread
-    for `STUCK_S` gets a further one. While calls wait, one of the further threads looks after that.
+    A few are enough, unless they wait for a server. So if calls wait and none was taken for
+    `STUCK_S`, a further thread takes one. While calls wait, one of the further threads looks after
+    that.
     """
 
     def __init__(self, name: str, threads: int, calls_max: int, *, at_first: int = 0) -> None:
@@ -63,6 +65,8 @@ class CallPool(ThreadPoolExecutor):
         self._lock = threading.Lock()
         self._first = _Threads(threading.Condition(self._lock))
         self._further = _Threads(threading.Condition(self._lock))
+        # When a call was taken last.
+        self._taken_s = 0.0
         # Whether one of the further threads looks after the calls that wait.
         self._watched = False
         # Calls without a thread, with the time since when.
@@ -136,10 +140,10 @@ class CallPool(ThreadPoolExecutor):
                     return None
                 threads.idle += 1
                 threads.changed.wait()
-            return self._waiting.popleft()[1:]
+            return self._take()
 
     def _next_stuck(self) -> _Call | None:
-        """The call that waits longest, once that is `STUCK_S`; None: the thread ends."""
+        """The call that waits longest, once none was taken for so long; None: the thread ends."""
         threads = self._further
         while True:
             with self._lock:
@@ -150,14 +154,20 @@ class CallPool(ThreadPoolExecutor):
                         threads.idle -= 1
                         threads.count -= 1
                         return None
-                left_s = self._waiting[0][0] + STUCK_S - time.monotonic()
+                since_s = max(self._waiting[0][0], self._taken_s)
+                left_s = since_s + STUCK_S - time.monotonic()
                 if left_s <= 0:
                     self._watched = False
-                    taken = self._waiting.popleft()
+                    taken = self._take()
                     if self._waiting:
                         self._watch()
-                    return taken[1:]
+                    return taken
             time.sleep(left_s)
+
+    def _take(self) -> _Call:
+        self._taken_s = time.monotonic()
+        _, future, call = self._waiting.popleft()
+        return future, call
 
 
 class CallPools(grpc.ServerInterceptor):  # type: ignore[misc]

@@ -53,9 +53,6 @@ BATCH_BYTES_MAX = 8 * 1024 * 1024
 SHARD_REQUEST_BYTES_MAX = 2 * REQUEST_BYTES_MAX + (
     shard_service.IDS_MAX + 2 * shard_service.EXCLUDED_MAX
 ) * (_TEXT_BYTES + 10)
-# Threads for a worker's queries while none waits for Redis for long: one computes while the other
-# waits for its user.
-QUERIES_AT_FIRST = 2
 # Health and Stats are short; so many may wait.
 CONTROL_CALLS_MAX = 64
 # An idle connection is asked whether it lives, and ended if it does not answer.
@@ -124,7 +121,7 @@ class WorkerServer:
         self._served = ("", SHARD_NAME if part else NAME)
         # As many calls may wait as run at a time; further ones get RESOURCE_EXHAUSTED.
         # A coordinator's calls wait for its shards.
-        at_first = threads if role == "coordinator" else QUERIES_AT_FIRST
+        at_first = threads if role == "coordinator" else settings.worker_first_threads
         queries = CallPool("query", threads, 2 * threads, at_first=at_first)
         watches = CallPool("watch", health.WATCH_THREADS, health.WATCHES_MAX)
         self._pools = CallPools(queries, _other_pools(threads, watches))

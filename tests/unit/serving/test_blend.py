@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -211,3 +214,38 @@ def test_rows_that_no_path_reads_make_no_features(reads: frozenset[str]) -> None
 
 def visits_of(item_id: str) -> tuple[Any, ...]:
     return keys_of([item_id]), np.ones(1, np.float32), np.ones(1, np.float32), 9.0, 9.0
+
+
+class Meeting(Fixed):
+    """Notes how many threads are in it at a time."""
+
+    def __init__(self) -> None:
+        super().__init__("one", *"abcd")
+        self.now, self.most, self.lock = 0, 0, threading.Lock()
+
+    def recall(self, request: RecallRequest, index: IndexReader) -> Candidates:
+        with self.lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        time.sleep(0.02)
+        with self.lock:
+            self.now -= 1
+        return super().recall(request, index)
+
+
+@pytest.mark.parametrize(("is_local", "at_a_time"), [(True, 1), (False, 4)])
+def test_one_thread_blends_at_a_time_unless_it_waits_for_others(
+    is_local: bool, at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those of two fusions of one process either."""
+    monkeypatch.setattr(INDEX, "is_local", is_local, raising=False)
+    path, both, go = Meeting(), (blend(), blend()), threading.Barrier(4)
+
+    def ask(number: int) -> list[Recommendation]:
+        go.wait(5)
+        return both[number % 2].fuse([path, *FILL], request_of(2), INDEX)[0]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = [*pool.map(ask, range(4))]
+    assert path.most == at_a_time
+    assert all(ids(items) == ["a", "b"] for items in found)

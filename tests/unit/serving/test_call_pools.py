@@ -52,14 +52,19 @@ def test_a_call_that_is_stuck_gets_a_thread_up_to_the_most(calls: int, hang: int
     pool.shutdown(wait=False)
 
 
-def test_calls_that_end_soon_need_no_further_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(call_pools, "STUCK_S", 5.0)
+def test_calls_that_wait_long_but_one_after_the_other_need_no_further_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The last of them waits ten times as long as a pool that takes none does."""
+    monkeypatch.setattr(call_pools, "STUCK_S", 0.2)
     pool = CallPool("query", 8, 999, at_first=2)
-    names = [
-        future.result(10)
-        for future in [pool.submit(lambda: threading.current_thread().name) for _ in range(200)]
-    ]
-    assert 1 <= len(set(names)) <= 2
+
+    def call() -> str:
+        time.sleep(0.02)
+        return threading.current_thread().name
+
+    futures = [pool.submit(call) for _ in range(200)]
+    assert len({future.result(20) for future in futures}) == 2
     pool.shutdown(wait=False)
 
 
