@@ -40,7 +40,7 @@ class AnswerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The share of an answer's positions for items whose `at_ms` is not long ago."""
     quota_fresh_h: Annotated[int, within(1, 87_600)] = 24
     """How many hours an item is fresh after its `at_ms`."""
-    quota_every: Annotated[int, within(1, 1_000)] = 1
+    quota_every: Annotated[int, within(1, 1_000)] = 3
     """One in so many answers has the quotas: their cost falls with it, and what they show."""
     quota_items: Annotated[float, within(0, 1)] = 1.0
     """The share of the items that quotas may show, by a hash of their ids. Below 1, what became of

@@ -139,7 +139,7 @@ def test_the_numbers_of_arms_and_limits_have_limits() -> None:
 @pytest.fixture(scope="module")
 def plant() -> Iterator[Plant]:
     settings = msgspec.structs.replace(
-        SETTINGS, answer_limits="categories=2", diversity=0.4, quota_young=0.2
+        SETTINGS, answer_limits="categories=2", diversity=0.4, quota_young=0.2, quota_every=1
     )
     made = Plant(3, catalogue(120), settings=settings)
     for user in ("ana", "bob"):

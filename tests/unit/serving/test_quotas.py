@@ -50,7 +50,7 @@ def plant() -> Iterator[Plant]:
 def retriever(plant: Plant, **settings: object) -> Retriever:
     """As the plant's, with these quotas."""
     made = plant.backend.retriever
-    of = msgspec.structs.replace(SETTINGS, fusion="rrf", **settings)
+    of = msgspec.structs.replace(SETTINGS, fusion="rrf", **{"quota_every": 1} | settings)
     rules = AnswerRules.of(of, made._paths, plant.popularity, plant.rules)
     return Retriever(
         store=plant.store,
@@ -253,7 +253,7 @@ def test_quotas_cost_no_items(plant: Plant) -> None:
 
 def test_a_worker_and_a_coordinator_draw_alike_and_explain_it() -> None:
     settings = msgspec.structs.replace(
-        SETTINGS, fusion="rrf", quota_young=0.2, popular_limit=N, k_max=N
+        SETTINGS, fusion="rrf", quota_young=0.2, quota_every=1, popular_limit=N, k_max=N
     )
     plant = Plant(3, catalogue(N), settings=settings)
     try:
@@ -304,7 +304,7 @@ def test_a_worker_and_a_coordinator_draw_alike_and_explain_it() -> None:
 
 def test_the_settings_make_the_quotas() -> None:
     assert quotas_of(Settings()).listed == []
-    made = quotas_of(Settings(quota_young=0.1, quota_fresh=0.2, quota_every=3, quota_fresh_h=2))
+    made = quotas_of(Settings(quota_young=0.1, quota_fresh=0.2, quota_every=5, quota_fresh_h=2))
     kinds: Sequence[tuple[str, float]] = [tuple(one) for one in made.listed]
     assert kinds == [("young", 0.1), ("fresh", 0.2)]
-    assert made == Quotas(made.listed, 3, 20, 2 * HOUR_MS)
+    assert made == Quotas(made.listed, 5, 20, 2 * HOUR_MS)
