@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -35,13 +34,42 @@ IDLE_S = 5.0
 _Call = tuple[Future[Any], Callable[[], Any]]
 
 
-@dataclass(slots=True)
 class _Threads:
-    """Threads of a pool. idle: of them, those that wait until `changed` is notified."""
+    """Threads of a pool; all under the pool's lock. count: of threads
 
-    changed: threading.Condition
-    count: int = 0
-    idle: int = 0
+    The one that has been idle for the shortest time is woken: its memory is still in the caches.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._idle: list[threading.Lock] = []
+
+    def wake(self) -> bool:
+        """Have an idle thread go on; False if all are busy."""
+        if not self._idle:
+            return False
+        self._idle.pop().release()
+        return True
+
+    def wake_all(self) -> None:
+        """Have all idle threads go on."""
+        while self.wake():
+            pass
+
+    def wait(self, pool: threading.Lock, timeout_s: float = -1) -> bool:
+        """Be idle until woken; False after the time-out. pool: its lock, let go meanwhile."""
+        mine = threading.Lock()
+        mine.acquire()
+        self._idle.append(mine)
+        pool.release()
+        try:
+            woken = mine.acquire(timeout=timeout_s)
+        finally:
+            pool.acquire()
+        if not woken and mine in self._idle:
+            self._idle.remove(mine)
+            return False
+        return True
 
 
 class CallPool(ThreadPoolExecutor):
@@ -63,8 +91,7 @@ class CallPool(ThreadPoolExecutor):
         self._at_first = min(at_first or threads, threads)
         self._more = threads - self._at_first
         self._lock = threading.Lock()
-        self._first = _Threads(threading.Condition(self._lock))
-        self._further = _Threads(threading.Condition(self._lock))
+        self._first, self._further = _Threads(), _Threads()
         # When a call was taken last.
         self._taken_s = 0.0
         # Whether one of the further threads looks after the calls that wait.
@@ -95,23 +122,20 @@ class CallPool(ThreadPoolExecutor):
         with self._lock:
             self._closed = True
             for threads in (self._first, self._further):
-                threads.changed.notify_all()
+                threads.wake_all()
         super().shutdown(wait, cancel_futures=cancel_futures)
 
     def _wake(self, threads: _Threads, most: int, take: Callable[[], _Call | None]) -> bool:
         """Have an idle thread go on, or start one; False if all are busy."""
-        if threads.idle:
-            # Until it has looked it is idle for no further call.
-            threads.idle -= 1
-            threads.changed.notify()
-        elif threads.count < most:
+        if threads.wake():
+            return True
+        if threads.count < most:
             threads.count += 1
             self._made += 1
             name = f"{self.name}_{self._made}"
             threading.Thread(target=self._run, args=(take,), name=name, daemon=True).start()
-        else:
-            return False
-        return True
+            return True
+        return False
 
     def _watch(self) -> None:
         """Have one of the further threads look after the calls that wait."""
@@ -138,8 +162,7 @@ class CallPool(ThreadPoolExecutor):
                 if self._closed:
                     threads.count -= 1
                     return None
-                threads.idle += 1
-                threads.changed.wait()
+                threads.wait(self._lock)
             return self._take()
 
     def _next_stuck(self) -> _Call | None:
@@ -149,9 +172,7 @@ class CallPool(ThreadPoolExecutor):
             with self._lock:
                 while not self._waiting:
                     self._watched = False
-                    threads.idle += 1
-                    if self._closed or not threads.changed.wait(IDLE_S):
-                        threads.idle -= 1
+                    if self._closed or not threads.wait(self._lock, IDLE_S):
                         threads.count -= 1
                         return None
                 since_s = max(self._waiting[0][0], self._taken_s)
