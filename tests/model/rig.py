@@ -379,6 +379,17 @@ class Rig:
         ]
         return model.applied(self.settings, generations, logs or self.logs, self._settings_of)
 
+    def _kept(self, buckets: Mapping[int, Any]) -> dict[int, Any]:
+        """Buckets that count. A smaller `popular_buckets` holds from the slot's next count on;
+        until then the slot has those of the setting before.
+        """
+        newest, most = max(buckets), max(s.popular_buckets for _, s in self.eras)
+        left = {b: counts for b, counts in buckets.items() if b > newest - most}
+        kept = {
+            b: counts for b, counts in left.items() if b > newest - self.settings.popular_buckets
+        }
+        return kept if len(left) == len(buckets) else dict(buckets)
+
     def _settings_of(self, raw: Raw) -> Settings:
         at = raw.topic, raw.partition
         return [s for start, s in self.eras if start.get(at, 0) <= raw.offset][-1]
@@ -424,7 +435,7 @@ class Rig:
             floor = self._last(("clicks", partition)) - self.settings.dedupe_window_events
             mine_, model_ = have.window.get(f"u{partition}", {}), want.windows.get(partition, {})
             same("event id", _above(mine_, floor), _above(model_, floor))
-        counts = {s: b for s, b in have.buckets.items() if b}
+        counts = {s: self._kept(b) for s, b in have.buckets.items() if b}
         same("counts", counts, want.counts)
         same("visits", *self._rows(have, want))
         slots = [f"i{shard}" for shard in range(self.settings.item_slots)]

@@ -469,6 +469,18 @@ def test_tighter_limits_after_a_restart_are_the_models(actions: list[Any]) -> No
     run(actions)
 
 
+def test_fewer_buckets_hold_from_the_next_count_on() -> None:
+    old = ("click", "u0", "i4", "click", 0, "own", False, None)
+    new = ("click", "u1", "i4", "click", 90_000, "own", False, None)
+    for actions, kept in (([], 2), ([new], 1)):
+        rig, sent = Rig(SETTINGS), list[tuple[int, bytes, bytes]]()
+        for action in (old, new, ("settings", {"popular_buckets": 2}), *actions):
+            act(rig, action, sent)
+        rig.drain()
+        assert rig.differences() == []
+        assert [len(buckets) for buckets in rig.store.snapshot().buckets.values()] == [kept]
+
+
 SERVE = st.tuples(st.just("serve"), st.sampled_from([["1"], ["2"], ["1", "2"]]))
 # Processes of different generations take turns, and Redis goes back.
 SWITCHED = [
