@@ -152,7 +152,8 @@ class Harness:
             histories=dict(read.histories), embeddings={"1": dict(read.embeddings["1"])}
         )
         names, args = user_codec.encode_users("t", effects)
-        lists, written, values = args[4], args[5], args[8:]
+        lists, written = args[4], args[5]
+        values = args[len(args) - written :]  # last, as nothing is erased or seen here
         stored = dict(zip(names[2 : 2 + written], values, strict=True))
         for name in names[2 : 2 + lists]:
             stored[name] += bytes(8)
