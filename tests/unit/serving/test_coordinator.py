@@ -180,7 +180,14 @@ class Plant:
         text_names: frozenset[str] = frozenset(),
         settings: Settings = SETTINGS,
         rules: EditorialRules | None = None,
+        *,
+        patient: bool = True,
     ) -> None:
+        """patient: no shard is late, however busy the machine is"""
+        if patient:
+            settings = msgspec.structs.replace(
+                settings, query_timeout_ms=30_000, shard_timeout_ms=15_000
+            )
         self.whole: Index = ExactIndex(D, text_names)
         self.shards = []
         for number in range(count):
@@ -257,7 +264,7 @@ class Plant:
 @pytest.fixture(scope="module")
 def plant() -> Iterator[Plant]:
     """Four shards that no test harms."""
-    made = Plant(4, catalogue())
+    made = Plant(4, catalogue(), patient=False)
     yield made
     made.close()
 
@@ -267,7 +274,7 @@ def frail(monkeypatch: pytest.MonkeyPatch) -> Iterator[Plant]:
     """Three shards to harm."""
     monkeypatch.setattr(shards_, "CHECK_S", 0.1)
     monkeypatch.setattr(shards_, "PAUSE_S", 0.05)
-    made = Plant(3, catalogue(90))
+    made = Plant(3, catalogue(90), patient=False)
     yield made
     made.close()
 
@@ -521,7 +528,7 @@ def test_a_call_waits_for_its_click_at_the_coordinator(frail: Plant) -> None:
 
 def test_one_shard_takes_requests_at_the_limits_of_their_fields() -> None:
     """Ids of 256 bytes: a whole history, and both lists of the filter."""
-    made = Plant(1, catalogue(40))
+    made = Plant(1, catalogue(40), patient=False)
 
     def ids(name: str, count: int) -> list[str]:
         return [f"{name}{n}".ljust(ID_BYTES_MAX, "-") for n in range(count)]
@@ -541,7 +548,7 @@ def test_one_shard_takes_requests_at_the_limits_of_their_fields() -> None:
 
 
 def test_one_shard_is_all_items() -> None:
-    made = Plant(1, catalogue(40))
+    made = Plant(1, catalogue(40), patient=False)
     try:
         made.user("ana", "item-3", "item-7")
         answer = made.client.retrieve("ana", 10)
