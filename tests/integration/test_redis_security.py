@@ -35,7 +35,7 @@ from cli.commands.capacity import Sizes, redis_parts
 from eddyline.errors import EddylineError, SettingsError, StoreRefused, StoreUnavailable
 from eddyline.kafka import topics
 from eddyline.process import discovery
-from eddyline.schema import co_visits
+from eddyline.schema import co_visits, seen_items
 from eddyline.schema.event_decay import EventDecay
 from eddyline.schema.user_history import Entry, UserHistory
 from eddyline.settings.loader import Settings
@@ -241,7 +241,9 @@ def ingest_works(store: RedisStore) -> None:
         emptied=("bo",),
     )
     store.write_users("u3", CLICKS, None, at(9), effects)
-    later = UserEffects(accepted={"f": 10}, window_floor=10)
+    later = UserEffects(
+        accepted={"f": 10}, window_floor=10, seen={"ana": bytes(seen_items.ENTRY_BYTES)}, seen_max=9
+    )
     assert store.write_many([UserWrite("u3", CLICKS, at(9), at(10), later)])
     assert store.read_many([UserQuery("u3", CLICKS, ["ana"], ["1"])])[0].fence == at(10)
     assert store.read_slot("u3", CLICKS).accepted == {"f": 10}
