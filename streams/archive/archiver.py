@@ -43,6 +43,9 @@ _POLL_MS = 500
 _HOURS_CHECK_S = 1.0
 # The shortest that Kafka's defaults allow: a dead process's partitions move after it.
 _SESSION_MS = 6_000
+# How long the partitions of the topics are waited for before the group is joined: a broker knows a
+# new topic a moment after it was made, and a group that is led without them has none for minutes.
+_TOPICS_S = 5.0
 
 
 class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
@@ -96,6 +99,7 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
         )
         try:
             topics = [self._settings.prefixed(name) for name in kafka_topics.ARCHIVED]
+            self._await_topics()
             self._consumer.subscribe(topics=topics, listener=self)
             while not self._stop.is_set():
                 self._poll()
@@ -108,6 +112,14 @@ class Archiver(ConsumerRebalanceListener):  # type: ignore[misc]
             self._discard(list(self._writers))
             self._unopened.clear()
             self._close()
+
+    def _await_topics(self) -> None:
+        """Return once the broker shows the source topics, or after `_TOPICS_S`."""
+        until_s = time.monotonic() + _TOPICS_S
+        wanted = [self._settings.prefixed(name) for name in kafka_topics.SOURCES]
+        while not all(map(self._consumer.partitions_for_topic, wanted)):
+            if time.monotonic() > until_s or self._stop.wait(0.1):
+                return
 
     def caught_up(self) -> bool:
         """Whether every record that is in the topics now has been read."""

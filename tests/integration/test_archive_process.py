@@ -207,6 +207,26 @@ def test_the_command_rewrites_every_file_of_a_user(settings: Settings) -> None:
     assert not [path for path, raw in contents(settings).items() if b"user-5" in raw]
 
 
+def test_topics_that_a_broker_shows_later_are_read(
+    fresh_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The group was made when nothing was known of them: it has no partitions at first."""
+    monkeypatch.setattr(archive_archiver, "_TOPICS_S", 0.2)
+    stop = threading.Event()
+    one = Archiver(fresh_settings, Archive(fresh_settings), stop, "archiver-0")
+    thread = threading.Thread(target=one.run_once, daemon=True)
+    thread.start()
+    try:
+        wait_for(lambda: one._consumer is not None)
+        time.sleep(1.0)
+        topics.ensure_topics(fresh_settings)
+        send(fresh_settings, 2_000, seed=8)
+        wait_for(lambda: one.rows, timeout_s=40)
+    finally:
+        stop.set()
+        thread.join(timeout=20)
+
+
 def test_two_processes_share_the_partitions(settings: Settings) -> None:
     stop, failed = threading.Event(), []
 
@@ -229,7 +249,7 @@ def test_two_processes_share_the_partitions(settings: Settings) -> None:
         wait_for(lambda: len(contents(settings)) >= 9 or failed)
     finally:
         stop.set()
-        for thread in threads:
+        for thread in filter(threading.Thread.is_alive, threads):
             thread.join(timeout=20)
     assert not failed
     archive_all(settings)
