@@ -2,11 +2,10 @@
 
 On the demo's running system: a worker that answers by the towers, and one that blends all paths of
 `BLENDED`. An *echo worker* is the same gRPC server in a process of its own; it returns a ready
-answer of the same size. Load comes from a third process: closed (each connection
-has one call open) or open (calls start at fixed times, whether earlier ones were answered or not,
-and a call's time counts from when it was due). Echo
-and worker are measured in turns, so that both see the same machine. The rows compare the phases of
-a round, and tell the median over the rounds.
+answer of the same size. Load comes from a third process: closed (each connection has one call open)
+or open (calls start at fixed times, whether earlier ones were answered or not, and a call's time
+counts from when it was due). Echo and worker are measured in turns, so that both see the same
+machine. The rows compare the phases of a round, and tell the median over the rounds.
 """
 
 from __future__ import annotations

@@ -39,12 +39,6 @@ class HitColumns(Sequence[Hit]):
         found: list[str] = self.names[self.labels].tolist()
         return found
 
-    def first(self, k: int) -> HitColumns:
-        """The first k of them."""
-        if len(self.scores) <= k:
-            return self
-        return HitColumns(self.names, self.labels[:k], self.facts[:k], self.scores[:k])
-
     def _made(self) -> list[Hit]:
         if self._hits is None:
             columns = zip(self.ids, self.scores.tolist(), *self.facts.T.tolist(), strict=True)
@@ -59,14 +53,16 @@ class HitColumns(Sequence[Hit]):
     def __getitem__(self, at: int) -> Hit: ...
 
     @overload
-    def __getitem__(self, at: slice) -> list[Hit]: ...
+    def __getitem__(self, at: slice) -> HitColumns: ...
 
     @override
-    def __getitem__(self, at: int | slice) -> Hit | list[Hit]:
-        if self._hits is None and isinstance(at, int):
-            item_id, score = self.names[self.labels[at]], float(self.scores[at])
-            return hit_of((item_id, score, *self.facts[at].tolist()))
-        return self._made()[at]
+    def __getitem__(self, at: int | slice) -> Hit | HitColumns:
+        if isinstance(at, slice):
+            return HitColumns(self.names, self.labels[at], self.facts[at], self.scores[at])
+        if self._hits is not None:
+            return self._hits[at]
+        item_id, score = self.names[self.labels[at]], float(self.scores[at])
+        return hit_of((item_id, score, *self.facts[at].tolist()))
 
     @override
     def __iter__(self) -> Iterator[Hit]:

@@ -130,21 +130,6 @@ def _sums(values: NDArray[np.uint32], ends: NDArray[np.int64]) -> list[int]:
     return sums
 
 
-def totals(row: bytes) -> tuple[dict[int, tuple[int, int]], int, int]:
-    """(key -> (thousandths of visits, next visits) in order of appearance, both sums of the row).
-
-    The sums include what was pruned. Raises ValueError for a damaged row.
-    """
-    check(row)
-    found: dict[int, tuple[int, int]] = {}
-    for key, milli, after in _ENTRY.iter_unpack(memoryview(row)[HEADER_BYTES:]):
-        before = found.get(key, (0, 0))
-        found[key] = before[0] + milli, before[1] + after
-    pruned_milli, pruned_next = _HEADER.unpack_from(row)
-    milli_sum = int(pruned_milli) + sum(milli for milli, _ in found.values())
-    return found, milli_sum, int(pruned_next) + sum(after for _, after in found.values())
-
-
 def append(row: bytes, more: bytes, row_max: int) -> bytes:
     """The row after a write. row: b"" for a new one; more: `entries`; row_max: at least 2.
 

@@ -129,7 +129,6 @@ _EQUAL_KEY = "eddyline.equal"
 # see `seen_items.to_texts`.
 SEEN_KEY = "eddyline.seen."
 
-
 # The fields of an item that are lists of texts.
 LISTS = ("categories", "tags")
 

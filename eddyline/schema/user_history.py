@@ -349,11 +349,6 @@ def positive_events(entries: Sequence[Entry]) -> Iterator[Entry]:
             yield entry
 
 
-def disliked_items(entries: Sequence[Entry]) -> set[str]:
-    """Item ids with a dislike."""
-    return {entry.item_id for entry in entries if entry.kind == DISLIKE}
-
-
 def positive_items(entries: Sequence[Entry], limit: int) -> list[str]:
     """Item ids of the first `limit` positive events, repeats kept."""
     return [e.item_id for e in islice(positive_events(entries), limit)]

@@ -11,7 +11,6 @@ import numpy as np
 from typing_extensions import override
 
 from eddyline.schema.user_history import Entry, positive_items
-from index.hits import HitColumns
 from index.port import IndexReader
 from serving.answer.blend_features import (
     LAST_ITEMS,
@@ -134,10 +133,7 @@ class Blend(Fusion):
         lists = []
         for name in self._fused:
             of_path = found.get(name, _NOTHING)
-            hits = of_path.hits
-            if len(hits) > self._candidates:
-                first = hits.first if isinstance(hits, HitColumns) else None
-                hits = first(self._candidates) if first else hits[: self._candidates]
+            hits = of_path.hits[: self._candidates]
             lists.append(Listed(name, hits, cosines=of_path.vector is not None))
         table = Table.of(lists, request.excluded)
         rows = _rows(request, frozenset().union(*(path.reads for path in called)))

@@ -28,10 +28,10 @@ from serving.answer.user_reader import AfterStatus, AfterToken, UserReader
 from serving.recall.base import Candidates, RecallPath, RecallRequest
 from serving.recall.popularity import Popularity
 from serving.rules import cursor
-from serving.rules.answer_rules import AnswerRules
+from serving.rules.answer_rules import AnswerRules, without_denied_terms
 from serving.rules.cursor import Cursor
 from serving.rules.editorial import ActiveRules
-from serving.rules.limits import Limit, without_terms
+from serving.rules.limits import Limit
 from serving.rules.selection import Wishes
 
 # The paths of `nearest`.
@@ -322,9 +322,8 @@ class Retriever:
             vector, why = _middle_of(query.item_ids, index)
         embedded_us = time.time_ns() // 1000
         active = self.rules.active(embedded_us // 1000, "")
-        excluded, filters = [*query.item_ids, *active.denied_items], query.filters
-        if active.denied_terms:
-            filters = without_terms(filters, sorted(active.denied_terms))
+        excluded = [*query.item_ids, *active.denied_items]
+        filters = without_denied_terms(query.filters, active)
         hits = index.query(vector, query.k, excluded, filters)
         searched_us = time.time_ns() // 1000
         short = ""

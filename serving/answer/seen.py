@@ -44,17 +44,18 @@ class SeenPolicy:
     def hidden(self, user: UserState, index: IndexReader, now_ms: int) -> Hidden:
         """What is hidden now. now_ms: the time of the query, milliseconds since 1970"""
         entries = user.history.entries
-        if self.hides_all:
+        since = None if self.hides_all else self._since(now_ms)
+        if since is None:
             ids = {entry.item_id for entry in entries}
         else:
-            since = self._since(now_ms).tolist()
-            ids = {entry.item_id for entry in entries if entry.at_ms > since[entry.kind]}
+            of_kind = since.tolist()
+            ids = {entry.item_id for entry in entries if entry.at_ms > of_kind[entry.kind]}
         if not user.seen:
             return Hidden(ids)
         beyond = seen_items.decode(user.seen, self._items_max)
         keys = beyond.keys
-        if not self.hides_all:
-            keys = keys[beyond.at_ms > self._since(now_ms)[beyond.kinds]]
+        if since is not None:
+            keys = keys[beyond.at_ms > since[beyond.kinds]]
         every = np.concatenate((cached_keys_of(ids), keys))
         ids.update(index.live_ids(keys))
         return Hidden(ids, every)

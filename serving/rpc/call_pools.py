@@ -22,8 +22,6 @@ from grpc_reflection.v1alpha import reflection
 REFLECTION_IDLE_S = 10.0
 REFLECTION_S_MAX = 120.0
 REFLECTION_STREAMS_MAX = 4
-
-
 # If calls wait and no thread took one for so long, all threads wait for a server themselves, or for
 # long work. A busy pool takes one every few milliseconds, however many wait.
 STUCK_S = 0.02

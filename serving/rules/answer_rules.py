@@ -9,6 +9,7 @@ from threading import Lock
 import msgspec
 
 from eddyline.settings.loader import Settings
+from index.filters import Filter
 from index.port import IndexReader
 from serving.answer.blend_weights import CurrentBlender
 from serving.answer.fusion import Fusion, Recommendation
@@ -213,10 +214,14 @@ def without_denied(request: RecallRequest, active: ActiveRules) -> RecallRequest
     """The request whose items the editorial rules do not deny."""
     if active.denied_items:
         request = request._replace(excluded=frozenset(request.excluded) | set(active.denied_items))
-    if active.denied_terms:
-        terms = sorted(active.denied_terms)
-        request = request._replace(filters=without_terms(request.filters, terms))
-    return request
+    return request._replace(filters=without_denied_terms(request.filters, active))
+
+
+def without_denied_terms(filters: Filter | None, active: ActiveRules) -> Filter | None:
+    """The filter that in addition bars items of denied values."""
+    if not active.denied_terms:
+        return filters
+    return without_terms(filters, sorted(active.denied_terms))
 
 
 def limits_of_arm(arm: Arm, limits: Sequence[Limit]) -> Sequence[Limit]:

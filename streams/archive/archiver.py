@@ -44,7 +44,7 @@ _HOURS_CHECK_S = 1.0
 # The shortest that Kafka's defaults allow: a dead process's partitions move after it.
 _SESSION_MS = 6_000
 # How long the partitions of the topics are waited for before the group is joined: a broker knows a
-# new topic a moment after it was made, and a group that is led without them has none for minutes.
+# new topic a moment after it was made, and a group that is led without them may stay without any.
 _TOPICS_S = 5.0
 
 

@@ -53,14 +53,16 @@ def rows_of(visits: Sequence[Visit], done: Mapping[str, int], items: int) -> dic
         column[pairs] for column in (offsets, clicked, before, distances)
     )
     slots = sorted(done)
-    slot_of = [slots.index(item_slot(one, len(slots))) for one in ids] if len(slots) > 1 else [0]
+    slot_of = np.zeros(len(ids), np.int64)
+    if len(slots) > 1:
+        slot_of[:] = [slots.index(item_slot(one, len(slots))) for one in ids]
     done_of = np.array([done[slot] for slot in slots], np.int64)[slot_of]
     keys = cached_keys_of(ids)
     found = {slot: SlotRows() for slot in slots}
     for kind, rows, others in (("after", before, clicked), ("before", clicked, before)):
-        new = offsets > (done_of[rows] if len(slots) > 1 else done_of[0])
+        new = offsets > done_of[rows]
         for row, entries in _summed(rows[new], others[new], distances[new], keys):
-            getattr(found[slots[slot_of[row] if len(slots) > 1 else 0]], kind)[ids[row]] = entries
+            getattr(found[slots[slot_of[row]]], kind)[ids[row]] = entries
     return found
 
 

@@ -139,7 +139,7 @@ class ItemChange:
 
 @dataclass(slots=True)
 class _Changes:
-    """Pending changes of one partition, up to the fence `last`."""
+    """Pending changes of one partition, up to the fence `last`; none that its slot has already."""
 
     since_s: float
     last: Fence
@@ -266,9 +266,7 @@ class ItemMetadataWriter(WriteBehind[_Changes]):
                 metadata = {
                     item_id: c.metadata
                     for item_id, c in pending.changes.items()
-                    if source.name == ITEMS
-                    and c.offset > done
-                    and item_slot(item_id, slots) == slot
+                    if source.name == ITEMS and item_slot(item_id, slots) == slot
                 }
                 expected = self._fences.expected(source, slot)
                 yield ItemMetadataWrite(slot, source, expected, pending.last, metadata)

@@ -23,7 +23,7 @@ import pytest
 
 from eddyline.errors import EddylineError, FenceMoved, KafkaUnavailable, Rejected, StoreUnavailable
 from eddyline.kafka.topics import CLICKS, ITEMS
-from eddyline.schema import co_visits, events, seen_items
+from eddyline.schema import events, seen_items
 from eddyline.schema.event_decay import decays
 from eddyline.schema.events import KINDS, Click, Forget, Item, Merge
 from eddyline.schema.item_key import item_key, key_bytes
@@ -43,6 +43,7 @@ from streams.fences import PartitionFences, published_source
 from streams.generation import Generation
 from streams.items.handler import ItemHandler
 from tests.applying import ingest
+from tests.co_visit_totals import totals
 from tests.decayed_events import NO_DECAY, plain_counts, stored_counts
 
 LOG = LogId("cluster", "topic")
@@ -548,7 +549,7 @@ def visits_of(rows: dict[tuple[str, str, str], bytes]) -> dict[tuple[str, str], 
     names = {item_key(f"i{n}"): f"i{n}" for n in range(10)}
     found: dict[str, dict[tuple[str, str], tuple[int, int]]] = {"after": {}, "before": {}}
     for (_, kind, item), row in rows.items():
-        for key, counts in co_visits.totals(row)[0].items():
+        for key, counts in totals(row)[0].items():
             pair = (item, names[key]) if kind == "after" else (names[key], item)
             found[kind][pair] = counts
     assert found["after"] == found["before"]

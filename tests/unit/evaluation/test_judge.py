@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from eddyline.kafka.topics import CLICKS
-from eddyline.schema import co_visits, events
+from eddyline.schema import events
 from eddyline.schema.event_decay import decays
 from eddyline.schema.events import Click, Forget
 from eddyline.schema.step_ranges import FOREVER, StepRanges
@@ -23,6 +23,7 @@ from evaluation.judge.rates import Rates, Series
 from evaluation.judge.step_ranges import FollowedStepRanges
 from evaluation.judge.track import Ranked
 from evaluation.judge.windows import ALL
+from tests.co_visit_totals import totals
 from tests.decayed_events import NO_DECAY, stored_counts
 from tests.unit.evaluation.live_log import (
     LOGS,
@@ -171,7 +172,7 @@ def test_a_restart_counts_nothing_twice_and_leaves_nothing_out(
         state.trends = {}
         state.histories = {user: history for user, (history, _) in state.histories.items()}
         # Which partition's visits are appended first differs.
-        state.rows = {key: co_visits.totals(row) for key, row in state.rows.items()}
+        state.rows = {key: totals(row) for key, row in state.rows.items()}
     assert states[0] == states[1] and states[0].rows
 
 

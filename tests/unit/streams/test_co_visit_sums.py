@@ -18,6 +18,7 @@ from eddyline.stores.memory import MemoryStore
 from streams.clicks import co_visits as writer
 from streams.clicks.co_visit_rows import rows_of
 from streams.clicks.co_visits import RENEWED_PART
+from tests.co_visit_totals import totals
 from tests.unit.streams.test_co_visits import SETTINGS, Rig, click
 
 Rows = dict[tuple[str, str, str], dict[int, tuple[int, int]]]
@@ -51,9 +52,9 @@ def test_entries_are_the_sums_of_the_visits(seed: int) -> None:
     for slot, rows in rows_of(visits, done, items).items():
         for kind, of_kind in (("after", rows.after), ("before", rows.before)):
             for item, entries in of_kind.items():
-                totals = co_visits.totals(bytes(co_visits.HEADER_BYTES) + entries)[0]
-                found[slot, kind, item] = [*totals.items()]
-                assert len(entries) == len(totals) * co_visits.ENTRY_BYTES, "each key once"
+                counts = totals(bytes(co_visits.HEADER_BYTES) + entries)[0]
+                found[slot, kind, item] = [*counts.items()]
+                assert len(entries) == len(counts) * co_visits.ENTRY_BYTES, "each key once"
     assert found == {row: [*keys.items()] for row, keys in plain(visits, done, items).items()}
 
 

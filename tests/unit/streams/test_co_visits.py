@@ -13,7 +13,7 @@ import pytest
 
 from eddyline.errors import FenceMoved, StoreUnavailable
 from eddyline.kafka.topics import CLICKS, SOURCES
-from eddyline.schema import co_visits, events
+from eddyline.schema import events
 from eddyline.schema.events import Click, Forget, Merge
 from eddyline.schema.item_key import item_key
 from eddyline.schema.partitioning import item_slot
@@ -27,6 +27,7 @@ from streams.fences import co_visit_sources
 from streams.handlers import Handlers, Outputs
 from streams.operations.state_replay import _ReplaySinks
 from tests.applying import ingest
+from tests.co_visit_totals import totals
 
 LOG = LogId("cluster", "topic")
 MS = 1_700_000_000_000
@@ -81,8 +82,8 @@ class Rig:
         """(kind, item) -> other item -> (thousandths of visits, next visits)."""
         names, found = {item_key(item): item for item in ITEMS}, {}
         for (_, kind, item), row in self.store.snapshot().rows.items():
-            totals = co_visits.totals(row)[0]
-            found[kind, item] = {names[key]: counts for key, counts in totals.items()}
+            others = totals(row)[0]
+            found[kind, item] = {names[key]: counts for key, counts in others.items()}
         return found
 
     def pairs(self) -> dict[str, tuple[int, int]]:
@@ -489,5 +490,5 @@ def test_the_rows_of_a_batch_are_limited_by_the_settings() -> None:
     rig.apply([click(n, ITEMS[n % 8]) for n in range(200)])
     rig.write()
     for row in rig.store.snapshot().rows.values():
-        totals, milli, after = co_visits.totals(row)
-        assert len(totals) <= 4 and milli > 4_000 and after >= 24
+        others, milli, after = totals(row)
+        assert len(others) <= 4 and milli > 4_000 and after >= 24
